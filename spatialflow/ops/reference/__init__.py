@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain-PyTorch twins of every operator: the specification that kernels are tested and timed against."""

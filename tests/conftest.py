@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def fixture_root() -> Path:
+    """Folder with goldens/ and data/: SPATIALFLOW_FIXTURES, else ../shared beside the checkout."""
+    root = Path(os.environ.get("SPATIALFLOW_FIXTURES", Path(__file__).resolve().parents[1] / ".." / "shared"))
+    return root.resolve()
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """`fixture_root()`; tests that need it are skipped, with the reason, where the folder is absent."""
+    root = fixture_root()
+    if not (root / "goldens").is_dir():
+        pytest.skip(f"no goldens in {root}: set SPATIALFLOW_FIXTURES to the folder that holds goldens/ and data/")
+    return root
+
+
+@pytest.fixture(scope="session")
+def goldens(fixtures: Path) -> Path:
+    return fixtures / "goldens"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random state, whichever tests ran before it."""
+    import random
+
+    import numpy as np
+
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.manual_seed(0)

@@ -1,2 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators with hand-written CPU and CUDA kernels; `spatialflow.ops.reference` holds their plain-PyTorch twins."""
+
+from spatialflow import _library
+
+_library.load()
+
+from spatialflow.ops.checking import checked  # noqa: E402
+from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
+
+__all__ = [
+    "RoIAlign",
+    "checked",
+    "roi_align",
+]

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# The CUDA library. It is decided by the toolkit, never by a device: a machine without one builds it as well.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  if(DEFINED ENV{TORCH_CUDA_ARCH_LIST})
+    # "8.0;9.0a+PTX" -> "80-real;90a"
+    string(REPLACE " " ";" listed "$ENV{TORCH_CUDA_ARCH_LIST}")
+    set(CMAKE_CUDA_ARCHITECTURES "")
+    foreach(entry IN LISTS listed)
+      string(REPLACE "." "" number "${entry}")
+      if(number MATCHES "\\+PTX$")
+        string(REPLACE "+PTX" "" number "${number}")
+        list(APPEND CMAKE_CUDA_ARCHITECTURES "${number}")
+      else()
+        list(APPEND CMAKE_CUDA_ARCHITECTURES "${number}-real")
+      endif()
+    endforeach()
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120-real)
+  endif()
+endif()
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+
+# The stream shim is a symbol of libtorch_cuda.so; a CPU-only torch has none, so a stub with that soname stands in at
+# link time. At run time the name resolves to the libtorch_cuda.so that torch has loaded.
+set(stub_dir "${CMAKE_BINARY_DIR}/torch_cuda_stub")
+file(WRITE "${stub_dir}/torch_cuda_stub.cpp"
+  "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n"
+  "extern \"C\" int torch_get_cuda_stream_from_pool(bool, int, void**) { return 1; }\n"
+  "extern \"C\" int torch_c10_cuda_check_msg(int, const char*, const char*, unsigned, bool, char**) { return 1; }\n"
+  "extern \"C\" void torch_c10_cuda_free_error_msg(char*) {}\n")
+add_library(torch_cuda_stub SHARED "${stub_dir}/torch_cuda_stub.cpp")
+set_target_properties(torch_cuda_stub PROPERTIES
+  OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${stub_dir}" CXX_VISIBILITY_PRESET default)
+
+set(cuda_ops
+    roi_align)
+list(TRANSFORM cuda_ops PREPEND "csrc/cuda/" OUTPUT_VARIABLE cuda_sources)
+list(TRANSFORM cuda_sources APPEND ".cu")
+spatialflow_library(spatialflow_cuda ${cuda_sources})
+target_link_libraries(spatialflow_cuda PRIVATE spatialflow_torch torch_cuda_stub)
+target_link_options(spatialflow_cuda PRIVATE -Wl,--no-as-needed)
+target_compile_definitions(spatialflow_cuda PRIVATE USE_CUDA)
+target_compile_options(spatialflow_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Xcompiler=-Wall>)
+set_target_properties(spatialflow_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)

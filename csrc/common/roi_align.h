@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// RoIAlign geometry (He et al., Mask R-CNN; the sampling rule of torchvision and detectron2), written once for CPU and
+// CUDA: where the samples of a bin lie and which four cells each one reads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SPATIALFLOW_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define SPATIALFLOW_HOST_DEVICE inline
+#endif
+
+namespace spatialflow {
+
+// One axis of a RoI in feature coordinates: bin b has `grid` samples at start + b * bin + (i + 0.5) * step.
+// `valid` is false for a RoI whose coordinates are not finite: it has no samples.
+template <typename real_t>
+struct RoiAxis {
+    real_t start;
+    real_t bin;
+    real_t step;
+    real_t grid;
+    bool valid;
+};
+
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE RoiAxis<real_t> roi_axis(
+    real_t low, real_t high, real_t scale, int64_t bins, int64_t sampling_ratio, bool aligned) {
+    RoiAxis<real_t> axis;
+    const real_t offset = aligned ? real_t(0.5) : real_t(0);
+    axis.start = low * scale - offset;
+    real_t extent = (high * scale - offset) - axis.start;
+    if (!aligned && !(extent >= real_t(1))) {
+        extent = real_t(1);  // the rule before `aligned` existed: no RoI is thinner than one cell
+    }
+    axis.bin = extent / real_t(bins);
+    axis.grid = sampling_ratio > 0 ? real_t(sampling_ratio) : std::ceil(extent / real_t(bins));
+    axis.step = axis.bin / axis.grid;
+    // Subtracting a value from itself is zero for finite values only, infinite products of finite boxes included.
+    axis.valid = (low - low) == real_t(0) && (high - high) == real_t(0) && (axis.start - axis.start) == real_t(0) &&
+                 (extent - extent) == real_t(0);
+    return axis;
+}
+
+// Samples [begin, end) of bin `bin` that can touch a feature axis of `size` cells. A sample counts within [-1, size];
+// the bounds are widened by one sample against rounding, and each sample is tested exactly by `linear_sample`. This
+// bounds the work by the feature's size however large the RoI is.
+struct SampleRange {
+    int64_t begin;
+    int64_t end;
+};
+
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE SampleRange sample_range(const RoiAxis<real_t>& axis, int64_t bin, int64_t size) {
+    const real_t first = axis.start + real_t(bin) * axis.bin;
+    real_t begin = real_t(0);
+    real_t end = axis.grid;
+    if (axis.grid > real_t(4) && axis.step > real_t(0)) {
+        begin = std::floor((real_t(-1) - first) / axis.step) - real_t(2);
+        end = std::ceil((real_t(size) - first) / axis.step) + real_t(2);
+        begin = begin > real_t(0) ? begin : real_t(0);
+        end = end < axis.grid ? end : axis.grid;
+    }
+    if (!(begin < end) || !(begin < real_t(1e15))) {
+        return {0, 0};
+    }
+    return {static_cast<int64_t>(begin), static_cast<int64_t>(end < real_t(1e15) ? end : real_t(1e15))};
+}
+
+// Linear interpolation at coordinate `at` on an axis of `size` cells: cells low and high with their weights.
+// Returns false outside [-1, size] (NaN included): such a sample reads nothing.
+template <typename real_t>
+struct LinearSample {
+    int64_t low;
+    int64_t high;
+    real_t low_weight;
+    real_t high_weight;
+};
+
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE bool linear_sample(real_t at, int64_t size, LinearSample<real_t>& sample) {
+    if (!(at >= real_t(-1) && at <= real_t(size))) {
+        return false;
+    }
+    at = at > real_t(0) ? at : real_t(0);
+    sample.low = static_cast<int64_t>(at);
+    if (sample.low >= size - 1) {
+        sample.low = sample.high = size - 1;
+        at = real_t(sample.low);
+    } else {
+        sample.high = sample.low + 1;
+    }
+    sample.high_weight = at - real_t(sample.low);
+    sample.low_weight = real_t(1) - sample.high_weight;
+    return true;
+}
+
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE real_t sample_position(const RoiAxis<real_t>& axis, int64_t bin, int64_t index) {
+    return axis.start + real_t(bin) * axis.bin + (real_t(index) + real_t(0.5)) * axis.step;
+}
+
+}  // namespace spatialflow

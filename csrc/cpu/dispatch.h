@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From a run-time dtype to a typed kernel, and loops over threads.
+#pragma once
+
+#include "common/scalar.h"
+#include "ops/tensor.h"
+
+namespace spatialflow {
+
+// Calls body(scalar_t{}) with the C++ type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
+template <typename Body>
+inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
+    switch (dtype) {
+        case ScalarType::Float: return body(float{});
+        case ScalarType::Double: return body(double{});
+        case ScalarType::Half: return body(float16{});
+        case ScalarType::BFloat16: return body(bfloat16{});
+        default: check(false, op, ": no kernel for ", dtype_name(dtype));
+    }
+}
+
+template <typename scalar_t>
+inline const scalar_t* data(const Tensor& tensor) {
+    return static_cast<const scalar_t*>(tensor.const_data_ptr());
+}
+
+template <typename scalar_t>
+inline scalar_t* mutable_data(const Tensor& tensor) {
+    return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+}
+
+// body(begin, end) on torch's own threads; runs in place when there is less than `grain` work. Must not throw.
+template <typename Body>
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+    if (begin < end) {
+        torch::stable::parallel_for(begin, end, grain, body);
+    }
+}
+
+inline int64_t num_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+}  // namespace spatialflow

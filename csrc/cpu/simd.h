@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Vectors as wide as the instruction set this file is compiled for (see CMakeLists.txt: one library per level).
+// GCC/Clang vector extensions: arithmetic operators work on lanes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "common/scalar.h"
+
+namespace spatialflow {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename real_t>
+struct VectorOf {
+    typedef real_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename real_t>
+using Vector = typename VectorOf<real_t>::type;
+
+template <typename real_t>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(real_t));
+
+template <typename real_t>
+inline Vector<real_t> broadcast(real_t value) {
+    return Vector<real_t>{} + value;
+}
+
+// kLanes<accum_t<scalar_t>> consecutive values, converted to the compute type. No alignment is needed.
+inline Vector<float> load_vector(const float* source) {
+    Vector<float> value;
+    std::memcpy(&value, source, sizeof(value));
+    return value;
+}
+inline Vector<double> load_vector(const double* source) {
+    Vector<double> value;
+    std::memcpy(&value, source, sizeof(value));
+    return value;
+}
+inline Vector<float> load_vector(const bfloat16* source) {
+    typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+    Bits16 bits;
+    std::memcpy(&bits, source, sizeof(bits));
+    return bit_cast<Vector<float>>(__builtin_convertvector(bits, Bits32) << 16);
+}
+inline Vector<float> load_vector(const float16* source) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+    Vector<float> value;
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+        value[lane] = load(source[lane]);
+    }
+    return value;
+#endif
+}
+
+inline void store_vector(float* target, Vector<float> value) { std::memcpy(target, &value, sizeof(value)); }
+inline void store_vector(double* target, Vector<double> value) { std::memcpy(target, &value, sizeof(value)); }
+inline void store_vector(bfloat16* target, Vector<float> value) {
+    typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+    const Bits32 bits = bit_cast<Bits32>(value);
+    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits32 nan = Bits32{} + 0x7fc0u;
+    const Bits16 result = __builtin_convertvector(value != value ? nan : rounded, Bits16);
+    std::memcpy(target, &result, sizeof(result));
+}
+inline void store_vector(float16* target, Vector<float> value) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+        store(target[lane], value[lane]);
+    }
+#endif
+}
+
+// The first `count` lanes only; the others read as zero and are not written.
+template <typename scalar_t>
+inline Vector<accum_t<scalar_t>> load_partial(const scalar_t* source, int count) {
+    scalar_t lanes[kLanes<accum_t<scalar_t>>] = {};
+    std::memcpy(lanes, source, sizeof(scalar_t) * static_cast<size_t>(count));
+    return load_vector(lanes);
+}
+template <typename scalar_t>
+inline void store_partial(scalar_t* target, Vector<accum_t<scalar_t>> value, int count) {
+    scalar_t lanes[kLanes<accum_t<scalar_t>>];
+    store_vector(lanes, value);
+    std::memcpy(target, lanes, sizeof(scalar_t) * static_cast<size_t>(count));
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// roi_align: argument checks shared by all back ends. Schemas in roi_align.cpp.
+#pragma once
+
+#include "ops/tensor.h"
+
+namespace spatialflow {
+
+inline void check_roi_align_options(
+    const char* op, int64_t pooled_height, int64_t pooled_width, double spatial_scale) {
+    check(pooled_height > 0 && pooled_width > 0, op, ": output_size must be positive, got (", pooled_height, ", ",
+          pooled_width, ")");
+    check(spatial_scale > 0, op, ": spatial_scale must be positive, got ", spatial_scale);
+}
+
+inline void check_boxes(const char* op, const Tensor& boxes) {
+    check(boxes.dim() == 2 && boxes.size(1) == 5, op,
+          ": boxes must have shape (K, 5), rows of batch index, x1, y1, x2, y2, got shape ", shape_string(boxes));
+    check_floating(op, "boxes", boxes);
+}
+
+inline void check_roi_align(
+    const Tensor& input, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale) {
+    check_dim("roi_align", "input", input, 4, "(N, C, H, W)");
+    check_floating("roi_align", "input", input);
+    check_boxes("roi_align", boxes);
+    check_same_device("roi_align", "boxes", boxes, "input", input);
+    check_roi_align_options("roi_align", pooled_height, pooled_width, spatial_scale);
+}
+
+inline void check_roi_align_backward(
+    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
+    double spatial_scale, int64_t channels) {
+    check_dim("roi_align_backward", "grad_output", grad_output, 4, "(K, C, PH, PW)");
+    check_floating("roi_align_backward", "grad_output", grad_output);
+    check_boxes("roi_align_backward", boxes);
+    check_roi_align_options("roi_align_backward", pooled_height, pooled_width, spatial_scale);
+    check(grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
+              grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
+          "roi_align_backward: grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",
+          pooled_width, "), got ", shape_string(grad_output));
+}
+
+}  // namespace spatialflow

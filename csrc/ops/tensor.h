@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The only door to libtorch: names of the stable ABI used in this project, layout queries and argument checks.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace spatialflow {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raises RuntimeError in Python with the concatenation of `parts`: "<op>: <argument> must ..., got ...".
+template <typename... Parts>
+inline void check(bool condition, const Parts&... parts) {
+    if (__builtin_expect(!condition, 0)) {
+        std::ostringstream message;
+        (message << ... << parts);
+        throw std::runtime_error(message.str());
+    }
+}
+
+inline std::string shape_string(const Tensor& tensor) {
+    std::ostringstream text;
+    text << '(';
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+        text << (d ? ", " : "") << tensor.size(d);
+    }
+    text << ')';
+    return text.str();
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Float: return "float32";
+        case ScalarType::Double: return "float64";
+        case ScalarType::Half: return "float16";
+        case ScalarType::BFloat16: return "bfloat16";
+        case ScalarType::Bool: return "bool";
+        case ScalarType::Byte: return "uint8";
+        case ScalarType::Char: return "int8";
+        case ScalarType::Short: return "int16";
+        case ScalarType::Int: return "int32";
+        case ScalarType::Long: return "int64";
+        default: return "an unsupported dtype";
+    }
+}
+
+inline bool is_floating(ScalarType dtype) {
+    return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+           dtype == ScalarType::BFloat16;
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+    check(is_floating(tensor.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
+          dtype_name(tensor.scalar_type()));
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
+    check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ",
+          dtype_name(tensor.scalar_type()));
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim, const char* meaning) {
+    check(tensor.dim() == dim, op, ": ", name, " must be ", meaning, ", got shape ", shape_string(tensor));
+}
+
+inline void check_same_device(
+    const char* op, const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+    check(tensor.is_cuda() == other.is_cuda() && tensor.get_device() == other.get_device(), op, ": ", name,
+          " must be on the device of ", other_name);
+}
+
+// True where torch would call a (N, C, H, W) tensor channels-last: channels adjacent in memory, rows in order.
+// Sizes of one leave the question open; then plain contiguous wins, as in torch's suggest_memory_format.
+inline bool prefers_channels_last(const Tensor& tensor) {
+    return tensor.dim() == 4 && !tensor.is_contiguous() && tensor.stride(1) == 1 && tensor.stride(3) >= tensor.size(1) &&
+           tensor.stride(2) >= tensor.stride(3);
+}
+
+inline MemoryFormat memory_format_of(const Tensor& tensor) {
+    return prefers_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// Named apart from torch::stable::contiguous, which argument-dependent lookup would find as well.
+inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
+    return torch::stable::contiguous(tensor, format);
+}
+
+inline Tensor empty_like_sized(
+    const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt,
+    MemoryFormat format = MemoryFormat::Contiguous) {
+    return torch::stable::empty(
+        sizes, dtype ? *dtype : like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and loads the compiled operator libraries; the only module that knows where they are."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent / "lib"
+
+# torch's name for what the processor offers (and ATEN_CPU_CAPABILITY may lower) -> our libraries, best first.
+_LEVELS = {
+    "AVX512": ("x86-64-v4", "x86-64-v3", "x86-64-v2"),
+    "AVX2": ("x86-64-v3", "x86-64-v2"),
+    "DEFAULT": ("x86-64-v2",),
+}
+
+
+def library_path(name: str) -> Path:
+    return FOLDER / f"libspatialflow_{name}.so"
+
+
+def built_libraries() -> list[str]:
+    """Names of the libraries that were built: "schema", "cpu_x86-64-v4", "cuda", ..."""
+    return sorted(path.stem.removeprefix("libspatialflow_") for path in FOLDER.glob("libspatialflow_*.so"))
+
+
+def cpu_level() -> str:
+    """Instruction-set level of the CPU library to use: the best that was built and that this processor runs.
+
+    The environment variable SPATIALFLOW_CPU_LEVEL asks for a lower one.
+
+    Raises:
+        ImportError: no built library fits, or SPATIALFLOW_CPU_LEVEL names one that does not.
+    """
+    import torch
+
+    if platform.machine() in ("x86_64", "AMD64"):
+        usable = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), _LEVELS["DEFAULT"])
+    else:
+        usable = ("native",)
+    candidates = [level for level in usable if library_path(f"cpu_{level}").is_file()]
+    wanted = os.environ.get("SPATIALFLOW_CPU_LEVEL")
+    if wanted:
+        if wanted not in candidates:
+            raise ImportError(
+                f"SPATIALFLOW_CPU_LEVEL={wanted}: not a level that is built and that this processor runs; "
+                f"those are {', '.join(candidates) or 'none'}"
+            )
+        return wanted
+    if not candidates:
+        raise ImportError(
+            f"spatialflow's compiled libraries are missing in {FOLDER}: build them with `pip install .` or `make build`"
+        )
+    return candidates[0]
+
+
+def load() -> None:
+    """Registers all operators with torch (`torch.ops.spatialflow`). Loading twice does nothing."""
+    import torch
+
+    if getattr(load, "done", False):
+        return
+    level = cpu_level()
+    torch.ops.load_library(str(library_path("schema")))
+    torch.ops.load_library(str(library_path(f"cpu_{level}")))
+    if torch.version.cuda is not None and library_path("cuda").is_file():
+        torch.ops.load_library(str(library_path("cuda")))
+    load.done = True

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`checked()`: turns bad values, which operators otherwise ignore safely, into exceptions."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import torch
+
+_checking: contextvars.ContextVar[bool] = contextvars.ContextVar("spatialflow_checking", default=False)
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Within this context a bad value raises ValueError instead of being ignored.
+
+    Bad values are: a box, offset, mask or score that is not finite, and a batch index outside the batch. Outside this
+    context they mean the same on every back end (zeros, no gradient, never kept) and cost nothing to handle; inside
+    it each call reads a verdict back from the device, so it is for finding a mistake, not for production. Calls being
+    traced by `torch.compile` are not checked.
+    """
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+def is_checking() -> bool:
+    return not torch.compiler.is_compiling() and _checking.get()
+
+
+def require_finite(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError naming the first entry of `tensor` that is not finite."""
+    bad = ~torch.isfinite(tensor.detach())
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{op}: {name} must be finite, got {tensor[where].item()} at index {where}")
+
+
+def require_batch_indices(op: str, name: str, indices: torch.Tensor, batch: int) -> None:
+    """Raises ValueError naming the first of `indices` that is no image of a batch of size `batch`."""
+    indices = indices.detach()
+    bad = ~((indices >= 0) & (indices < batch))
+    if bool(bad.any()):
+        where = int(bad.nonzero()[0])
+        raise ValueError(f"{op}: {name} must have batch indices in [0, {batch}), got {indices[where].item()} in row {where}")

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoIAlign: mean of bilinear samples in every bin of every region of interest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
+from spatialflow.ops.differentiable import DifferentiableOp, autocast
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | list[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """Pools the features of regions of interest to a fixed size by the mean of bilinear samples (RoIAlign).
+
+    Args:
+        input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
+        boxes: (K, 5) rows of (batch index, x1, y1, x2, y2), or a list of N tensors (K_i, 4) of (x1, y1, x2, y2), one
+            per image. Pixels of the image; any floating dtype, used in float32 (float64 for float64 features).
+        output_size: bins per axis (PH, PW), or one number for both.
+        spatial_scale: feature cells per pixel of the boxes, e.g. 1 / 8 for a stride of 8.
+        sampling_ratio: samples per bin and axis; 0 or less: ceil(RoI size / bins), by axis and RoI.
+        aligned: shifts boxes by half a cell, so that cell centres lie at half-integer coordinates (detectron2's rule).
+            False: the original rule, which also widens RoIs to at least one cell.
+
+    Returns:
+        (K, C, PH, PW), the dtype of `input`; channels-last if `input` is.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
+        ValueError: `output_size` or `boxes` of a wrong kind; within `spatialflow.ops.checked()` also bad values.
+
+    Remarks:
+        Samples further than one cell outside the map count as zero. A RoI with a coordinate that is not finite, or
+        with a batch index outside [0, N), gives zeros and no gradient. No RoIs, or no channels: an empty result.
+        Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order; the CPU backward
+        is deterministic.
+
+    Source: He et al., Mask R-CNN (2017), section 3; signature and result of torchvision.ops.roi_align.
+    """
+    height, width = _pair(output_size)
+    if isinstance(boxes, (list, tuple)):
+        boxes = _boxes_of_list(boxes, input)
+    if is_checking():
+        require_finite("roi_align", "boxes", boxes)
+        require_batch_indices("roi_align", "boxes", boxes[:, 0], input.shape[0])
+    return _roi_align(autocast(input), boxes, height, width, float(spatial_scale), int(sampling_ratio), bool(aligned))
+
+
+class RoIAlign(nn.Module):
+    """`roi_align` with its settings; see there. `forward(input, boxes)`."""
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        spatial_scale: float,
+        sampling_ratio: int,
+        aligned: bool = False,
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(self, input: Tensor, boxes: Tensor | list[Tensor]) -> Tensor:
+        return roi_align(input, boxes, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
+        )
+
+
+def _pair(output_size: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(output_size, (tuple, list)):
+        if len(output_size) != 2:
+            raise ValueError(f"output_size must be one number or a pair, got {output_size!r}")
+        return output_size[0], output_size[1]
+    return output_size, output_size
+
+
+def _boxes_of_list(boxes: list[Tensor], input: Tensor) -> Tensor:
+    if len(boxes) != input.shape[0]:
+        raise ValueError(f"boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}")
+    rows = []
+    for index, of_image in enumerate(boxes):
+        if of_image.dim() != 2 or of_image.shape[1] != 4:
+            raise ValueError(f"boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
+        rows.append(torch.cat((of_image.new_full((of_image.shape[0], 1), index), of_image), dim=1))
+    return torch.cat(rows) if rows else input.new_zeros((0, 5))
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+@torch.library.register_fake("spatialflow::roi_align")
+def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned):
+    torch._check(input.dim() == 4, lambda: f"roi_align: input must be (N, C, H, W), got {tuple(input.shape)}")
+    torch._check(boxes.dim() == 2, lambda: f"roi_align: boxes must have shape (K, 5), got {tuple(boxes.shape)}")
+    size = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
+    memory_format = torch.channels_last if _channels_last(input) else torch.contiguous_format
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("spatialflow::_roi_align_backward")
+def _(
+    grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned,
+    batch, channels, height, width, channels_last,
+):  # fmt: skip
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    size = (batch, channels, height, width)
+    return torch.empty(size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
+
+
+# The op is linear in its features, so tangents and second derivatives are the op itself applied to them.
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    input, boxes, *ctx.settings = inputs
+    ctx.save_for_backward(boxes)
+    ctx.save_for_forward(boxes)
+    ctx.shape = input.shape
+    ctx.channels_last = _channels_last(input)
+
+
+def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+    (boxes,) = ctx.saved_tensors
+    grad = _roi_align_backward(grad_output, boxes, *ctx.settings, *ctx.shape, ctx.channels_last) if needs[0] else None
+    return grad, None, None, None, None, None, None
+
+
+def _jvp(ctx: Any, input: Tensor | None, *_: Any) -> Tensor | None:
+    (boxes,) = ctx.saved_tensors
+    return None if input is None else _roi_align(input, boxes, *ctx.settings)
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    grad_output, boxes, *ctx.settings = inputs
+    ctx.save_for_backward(boxes)
+    ctx.save_for_forward(boxes)
+
+
+def _backward_backward(ctx: Any, needs: Any, grad_grad_input: Tensor) -> tuple:
+    (boxes,) = ctx.saved_tensors
+    grad = _roi_align(grad_grad_input, boxes, *ctx.settings[:5]) if needs[0] else None
+    return (grad,) + (None,) * 11
+
+
+def _backward_jvp(ctx: Any, grad_output: Tensor | None, *_: Any) -> Tensor | None:
+    (boxes,) = ctx.saved_tensors
+    return None if grad_output is None else _roi_align_backward(grad_output, boxes, *ctx.settings)
+
+
+_roi_align = DifferentiableOp("roi_align", setup_context=_setup_context, backward=_backward, jvp=_jvp)
+_roi_align_backward = DifferentiableOp(
+    "_roi_align_backward", setup_context=_backward_setup_context, backward=_backward_backward, jvp=_backward_jvp
+)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The questions every operator must answer, asked once.
+
+A test file subclasses `OpMatrix` with its samples; pytest then runs each question for each sample:
+
+    class TestRoiAlign(OpMatrix):
+        samples = {"adaptive": lambda dtype: OpSample(...), ...}
+
+Further classes in the same file hold what is particular to the op: bad values, ties, errors, peers' defects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Symmetric tolerances against the twin in float64: relative to the largest value of the result. float16 has 11 bits,
+# bfloat16 8; both round inputs and outputs once, sums are in float32.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class OpSample:
+    """One call: `op(*tensors, **options)` and the twin with the same arguments.
+
+    `tensors` may hold lists of tensors. `differentiable` are indices of tensors with a gradient, `linear` those in
+    which the op is linear (so second derivatives exist). `converted` are the tensors that follow the tested dtype;
+    the others (boxes, scores) keep theirs. `raw` gives the raw operator and its arguments for opcheck.
+    """
+
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    tensors: list
+    options: dict = field(default_factory=dict)
+    differentiable: tuple[int, ...] = (0,)
+    linear: tuple[int, ...] = ()
+    converted: tuple[int, ...] = (0,)
+    raw: Callable[..., tuple[Any, tuple]] | None = None
+    images: tuple[int, ...] = (0,)  # tensors (or lists) with layout (N, C, H, W)
+    resized: Callable[[int], list] | None = None  # tensors of another size, for dynamic shapes
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return [map_tensors(function, item) for item in value]
+    return value
+
+
+def leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return []
+
+
+def assert_near(actual: Any, expected: Any, dtype: torch.dtype, factor: float = 1.0, what: str = "result") -> None:
+    actual, expected = leaves(actual), leaves(expected)
+    assert len(actual) == len(expected)
+    for index, (one, other) in enumerate(zip(actual, expected)):
+        assert one.shape == other.shape, f"{what}[{index}]: shape {tuple(one.shape)}, expected {tuple(other.shape)}"
+        if one.numel() == 0:
+            continue
+        if not other.is_floating_point():
+            assert torch.equal(one, other), f"{what}[{index}] differs"
+            continue
+        one, other = one.detach().double(), other.detach().double()
+        scale = max(float(other.abs().max()), 1e-30)
+        error = float((one - other).abs().max()) / scale
+        assert error <= TOLERANCE[dtype] * factor, f"{what}[{index}]: error {error:.2e} of the maximum {scale:.3g}"
+
+
+def to_dtype(sample: OpSample, dtype: torch.dtype) -> list:
+    return [
+        map_tensors(lambda t: t.to(dtype), value) if index in sample.converted else value
+        for index, value in enumerate(sample.tensors)
+    ]
+
+
+class OpMatrix:
+    """Subclasses set `samples`: name -> function of no arguments giving an `OpSample` in float64."""
+
+    samples: dict[str, Callable[[], OpSample]] = {}
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    has_gradient = True
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        if "sample" in metafunc.fixturenames:
+            metafunc.parametrize("sample", list(self.samples.values()), ids=list(self.samples))
+        if "dtype" in metafunc.fixturenames:
+            metafunc.parametrize("dtype", self.dtypes, ids=lambda d: str(d).removeprefix("torch."))
+
+    def _need_gradient(self, sample: OpSample) -> None:
+        if not sample.differentiable:
+            pytest.skip("the op has no gradient by contract")
+
+    def _bound(self, sample: OpSample, which: tuple[int, ...], tensors: list) -> tuple[Callable, list[Tensor]]:
+        """The op as a function of the leaves of the tensors in `which` alone, and those leaves."""
+        inputs = [leaf for index in which for leaf in leaves(tensors[index])]
+
+        def function(*flat: Tensor) -> Any:
+            rest, args = list(flat), list(tensors)
+            for index in which:
+                args[index] = map_tensors(lambda _: rest.pop(0), tensors[index])
+            result = leaves(sample.op(*args, **sample.options))
+            return result[0] if len(result) == 1 else tuple(result)
+
+        return function, inputs
+
+    def test_reference(self, sample: Callable, dtype: torch.dtype) -> None:
+        """The kernel gives the numbers of the plain-PyTorch twin, computed in float64 from the same rounded inputs."""
+        sample = sample()
+        tensors = to_dtype(sample, dtype)
+        actual = sample.op(*tensors, **sample.options)
+        wide = [
+            map_tensors(lambda t: t.double(), value) if index in sample.converted else value
+            for index, value in enumerate(tensors)
+        ]
+        assert_near(actual, sample.reference(*wide, **sample.options), dtype)
+        assert all(leaf.dtype == dtype for leaf in leaves(actual) if leaf.is_floating_point())
+
+    def test_gradient_against_reference(self, sample: Callable, dtype: torch.dtype) -> None:
+        """Reverse-mode gradients equal autograd through the twin, in every dtype."""
+        sample = sample()
+        self._need_gradient(sample)
+        tensors = to_dtype(sample, dtype)
+        function, inputs = self._bound(sample, sample.differentiable, tensors)
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        outputs = leaves(function(*inputs))
+        grads = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outputs]
+        actual = torch.autograd.grad(outputs, inputs, grads)
+        wide = [
+            map_tensors(lambda t: t.double(), value) if index in sample.converted else value
+            for index, value in enumerate(tensors)
+        ]
+        twin = OpSample(**{**sample.__dict__, "op": sample.reference})
+        function, wide_inputs = self._bound(twin, sample.differentiable, wide)
+        wide_inputs = [t.detach().requires_grad_() for t in wide_inputs]
+        expected = torch.autograd.grad(
+            leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
+        )
+        expected = [torch.zeros_like(i) if e is None else e for i, e in zip(wide_inputs, expected)]
+        assert_near(list(actual), expected, dtype, factor=4, what="gradient")
+
+    def test_gradcheck(self, sample: Callable) -> None:
+        """Reverse and forward mode agree with finite differences in float64."""
+        sample = sample()
+        self._need_gradient(sample)
+        function, inputs = self._bound(sample, sample.differentiable, sample.tensors)
+        inputs = [t.detach().double().requires_grad_() for t in inputs]
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, nondet_tol=0.0, fast_mode=True)
+
+    def test_gradgradcheck(self, sample: Callable) -> None:
+        """Second derivatives exist where the op is linear in the differentiated argument."""
+        sample = sample()
+        if not sample.linear:
+            pytest.skip("the op is not linear in any argument")
+        function, inputs = self._bound(sample, sample.linear, sample.tensors)
+        inputs = [t.detach().double().requires_grad_() for t in inputs]
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+    def test_opcheck(self, sample: Callable) -> None:
+        """Schema, autograd registration, fake kernel and AOT dispatch hold together for the raw operator."""
+        sample = sample()
+        assert sample.raw is not None, "every sample names its raw operator"
+        op, args = sample.raw(*sample.tensors, **sample.options)
+        differentiable = {id(leaf) for index in sample.differentiable for leaf in leaves(sample.tensors[index])}
+        args = [
+            map_tensors(lambda t: t.detach().clone().requires_grad_() if id(t) in differentiable else t, arg)
+            for arg in args
+        ]
+        torch.library.opcheck(op, tuple(args))
+
+    def test_func_transforms(self, sample: Callable) -> None:
+        """torch.func grad, vjp, jvp and vmap give what autograd and a loop give."""
+        sample = sample()
+        self._need_gradient(sample)
+        function, inputs = self._bound(sample, sample.differentiable, sample.tensors)
+        inputs = [t.detach().double() for t in inputs]
+        outputs = leaves(function(*inputs))
+        weights = [torch.randn_like(o) for o in outputs]
+
+        def scalar(*flat: Tensor) -> Tensor:
+            return sum((o * w).sum() for o, w in zip(leaves(function(*flat)), weights))
+
+        tracked = [t.clone().requires_grad_() for t in inputs]
+        expected = torch.autograd.grad(scalar(*tracked), tracked)
+        numbers = tuple(range(len(inputs)))
+        assert_near(list(torch.func.grad(scalar, argnums=numbers)(*inputs)), list(expected), torch.float64)
+        _, pullback = torch.func.vjp(function, *inputs)
+        cotangent = weights[0] if len(weights) == 1 else tuple(weights)
+        assert_near(list(pullback(cotangent)), list(expected), torch.float64)
+        tangents = tuple(torch.randn_like(t) for t in inputs)
+        _, pushed = torch.func.jvp(function, tuple(inputs), tangents)
+        forward = sum((p * w).sum() for p, w in zip(leaves(pushed), weights))
+        backward = sum((g * t).sum() for g, t in zip(expected, tangents))
+        torch.testing.assert_close(forward, backward)
+        stacked = tuple(torch.stack([t, t * 0.5]) for t in inputs)
+        mapped = torch.func.vmap(function)(*stacked)
+        halves = function(*(t * 0.5 for t in inputs))
+        for batch, one, other in zip(leaves(mapped), outputs, leaves(halves)):
+            assert_near([batch[0], batch[1]], [one, other], torch.float64)
+
+    def test_compile(self, sample: Callable) -> None:
+        """torch.compile traces the op in one graph, once for all sizes, forward and backward."""
+        sample = sample()
+        torch._dynamo.reset()
+
+        def call(*tensors: Any) -> Any:
+            return sample.op(*tensors, **sample.options)
+
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+        assert sample.resized is not None, "every sample gives other sizes"
+        for size in range(3):
+            tensors = sample.resized(size)
+            inputs = []
+            for index in sample.differentiable:
+                tensors[index] = map_tensors(lambda t: t.detach().requires_grad_(), tensors[index])
+                inputs += leaves(tensors[index])
+            # The first call compiles; a later one that would compile again raises.
+            with torch.compiler.set_stance("fail_on_recompile" if size else "default"):
+                actual = leaves(compiled(*tensors))
+            expected = leaves(call(*tensors))
+            assert_near(actual, expected, torch.float64)
+            if inputs:
+                grads = [torch.ones_like(o) for o in expected if o.is_floating_point()]
+                assert_near(
+                    list(torch.autograd.grad([o for o in actual if o.is_floating_point()], inputs, grads)),
+                    list(torch.autograd.grad([o for o in expected if o.is_floating_point()], inputs, grads)),
+                    torch.float64,
+                )
+
+    def test_layouts(self, sample: Callable) -> None:
+        """Any strides of inputs and incoming gradients give the same numbers; channels-last comes back as such."""
+        sample = sample()
+        plain = sample.op(*sample.tensors, **sample.options)
+        layouts: dict[str, Callable[[Tensor], Tensor]] = {
+            "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+            "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+            "sliced": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
+            "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+            "channels-last slice": lambda t: torch.cat([t, t], 3).contiguous(memory_format=torch.channels_last)[
+                ..., : t.shape[3]
+            ],
+        }
+        for name, layout in layouts.items():
+            tensors = [
+                map_tensors(layout, value) if index in sample.images else value
+                for index, value in enumerate(sample.tensors)
+            ]
+            result = sample.op(*tensors, **sample.options)
+            assert_near(result, plain, torch.float64, what=name)
+            if name == "channels last":
+                for leaf in leaves(result):
+                    if leaf.dim() == 4 and leaf.is_floating_point():
+                        assert leaf.is_contiguous(memory_format=torch.channels_last), "channels-last in, not out"
+        if not sample.differentiable:
+            return
+        function, inputs = self._bound(sample, sample.differentiable, sample.tensors)
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        outputs = leaves(function(*inputs))
+        dense = torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], retain_graph=True)
+        expanded = torch.autograd.grad(
+            outputs, inputs, [torch.ones((), dtype=o.dtype).expand(o.shape) for o in outputs], retain_graph=True
+        )
+        assert_near(list(expanded), list(dense), torch.float64, what="expanded gradient")
+        turned = torch.autograd.grad(
+            outputs, inputs, [torch.ones_like(o.transpose(-1, -2).contiguous()).transpose(-1, -2) for o in outputs]
+        )
+        assert_near(list(turned), list(dense), torch.float64, what="transposed gradient")
+
+    def test_autocast(self, sample: Callable) -> None:
+        """Under autocast float32 features are computed in the low precision; boxes and scores keep theirs."""
+        sample = sample()
+        tensors = to_dtype(sample, torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = sample.op(*tensors, **sample.options)
+        expected = sample.op(*to_dtype(sample, torch.bfloat16), **sample.options)
+        assert_near(actual, expected, torch.bfloat16)
+        if sample.converted:
+            assert any(leaf.dtype == torch.bfloat16 for leaf in leaves(actual) if leaf.is_floating_point())
+
+    def test_deterministic(self, sample: Callable) -> None:
+        """Under use_deterministic_algorithms two runs agree to the last bit, gradients included."""
+        sample = sample()
+        torch.use_deterministic_algorithms(True)
+        try:
+            runs = []
+            for _ in range(2):
+                function, inputs = self._bound(sample, sample.differentiable, to_dtype(sample, torch.float32))
+                inputs = [t.detach().requires_grad_() for t in inputs]
+                if not inputs:
+                    runs.append(leaves(sample.op(*sample.tensors, **sample.options)))
+                    continue
+                outputs = leaves(function(*inputs))
+                runs.append(
+                    outputs + list(torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs]))
+                )
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(one, other) for one, other in zip(*runs))

@@ -2,7 +2,6 @@
 #include "pair_counts.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 #include "clones.h"
@@ -114,7 +113,7 @@ std::vector<PairCount> count_pairs(const IdImage& first, const IdImage& second, 
             uint64_t marks;
             std::memcpy(&marks, changed + base, sizeof marks);
             for (; marks != 0; marks &= marks - 1) {
-                const size_t i = base + static_cast<size_t>(std::countr_zero(marks)) / 8;
+                const size_t i = base + static_cast<size_t>(__builtin_ctzll(marks)) / 8;
                 table.add(run_key, static_cast<int64_t>(begin + i - run_start));
                 run_key = pack(first_ids[1 + i], second_ids[1 + i]);
                 run_start = begin + i;

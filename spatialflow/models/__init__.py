@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SpatialFlow network, its configuration and its inference."""

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feature pyramid P3..P7 (RetinaNet's form)."""
+
+from typing import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FPN(nn.Module):
+    """P3, P4, P5 top-down from C3, C4, C5; P6 by a strided convolution of C5, P7 of P6 (no ReLU between); no norm anywhere.
+
+    Args:
+        in_channels: channels of C3, C4, C5.
+        channels: channels of every output level.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int = 256):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.p6 = nn.Conv2d(in_channels[-1], channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """[C3, C4, C5] -> [P3, ..., P7], strides 8..128."""
+        merged = [lateral(f) for lateral, f in zip(self.lateral, features)]  # (N, channels, H/8..H/32, ...)
+        for i in range(len(merged) - 1, 0, -1):
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
+        p6 = self.p6(features[-1])  # (N, channels, H/64, W/64)
+        return [conv(m) for conv, m in zip(self.output, merged)] + [p6, self.p7(p6)]

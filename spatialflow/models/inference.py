@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the network's raw outputs to detections, masks and stuff labels; pure functions of tensors."""
+
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid_anchors
+from spatialflow.models.config import ModelConfig, TestConfig
+from spatialflow.models.plain_ops import multiclass_nms, paste_masks
+from spatialflow.models.spatialflow import SpatialFlow
+
+
+class Candidates(NamedTuple):
+    """Decoded boxes that compete in NMS; N is the same for all images of a batch."""
+
+    boxes: Tensor  # (B, N, 4) float32
+    scores: Tensor  # (B, N, num_things) float32, sigmoid
+
+
+class Detections(NamedTuple):
+    """Boxes kept by NMS, in score order; rows from `count` on are zero with label -1."""
+
+    boxes: Tensor  # (B, D, 4) float32
+    scores: Tensor  # (B, D) float32
+    labels: Tensor  # (B, D) int64
+    count: Tensor  # (B,) int64
+
+
+def anchors_of(model: ModelConfig, level: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """(H * W * A, 4) float32 anchors of pyramid level 0..4 with (H, W) cells."""
+    base = base_anchors(STRIDES[level], model.anchor_octave_scale, model.anchor_scales_per_octave, model.anchor_ratios)
+    return grid_anchors(size, STRIDES[level], base.to(device))
+
+
+def select_candidates(class_logits: Sequence[Tensor], box_deltas: Sequence[Tensor], valid_sizes: Tensor, scale_factors: Tensor,
+                      model: ModelConfig, per_level: int) -> Candidates:
+    """The best anchors of every level, decoded, clipped to the valid image and brought to the original scale.
+
+    Args:
+        class_logits: per level (B, A * num_things, H, W).
+        box_deltas: per level (B, A * 4, H, W).
+        valid_sizes: (B, 2), height and width of each image at network scale, without padding.
+        scale_factors: (B, 2), x and y factor original -> network scale; ones keep boxes at network scale.
+        model: for the anchors.
+        per_level: anchors kept per level, by their best class score; 0 = all. Ties are resolved arbitrarily.
+
+    Returns:
+        Candidates, levels concatenated in order.
+    """
+    boxes, scores = [], []
+    for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
+        batch, _, h, w = logits.shape
+        logits = logits.permute(0, 2, 3, 1).reshape(batch, -1, model.num_things)  # (B, H*W*A, classes)
+        deltas = deltas.permute(0, 2, 3, 1).reshape(batch, -1, 4)  # (B, H*W*A, 4)
+        anchors = anchors_of(model, level, (h, w), logits.device)
+        if 0 < per_level < logits.shape[1]:
+            best = logits.amax(dim=-1).topk(per_level).indices  # (B, per_level); the sigmoid does not change the order
+            logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[2]))
+            deltas = deltas.gather(1, best[..., None].expand(-1, -1, 4))
+            anchors = anchors[best]
+        boxes.append(decode_boxes(anchors, deltas.float()))
+        scores.append(logits.float().sigmoid())
+    limits = valid_sizes.flip(-1).repeat(1, 2)[:, None].to(boxes[0])  # (B, 1, 4): W, H, W, H
+    clipped = torch.cat(boxes, dim=1).clamp(min=0).minimum(limits)
+    return Candidates(clipped / scale_factors.repeat(1, 2)[:, None].to(clipped), torch.cat(scores, dim=1))
+
+
+def detect(candidates: Candidates, test: TestConfig) -> Detections:
+    """Class-wise NMS over all levels; at most `test.max_detections` per image in score order."""
+    kept = multiclass_nms(candidates.boxes, candidates.scores, test.score_threshold, test.nms_threshold, test.max_detections)
+    return Detections(kept.boxes, kept.scores, kept.labels, kept.count)
+
+
+def make_rois(boxes: Sequence[Tensor], scale_factors: Tensor) -> Tensor:
+    """Boxes at original scale, per image (K_i, 4), -> RoIs at network scale, (sum K_i, 5) with the image index first."""
+    rois = [torch.cat([b.new_full((len(b), 1), i), b * scale_factors[i].repeat(2).to(b)], dim=1) for i, b in enumerate(boxes)]
+    return torch.cat(rois)
+
+
+def mask_logits(network: SpatialFlow, thing_features: list[Tensor], rois: Tensor, labels: Tensor, chunk: int = 128) -> Tensor:
+    """(K, 28, 28) float32 logits of each RoI's own class, computed `chunk` RoIs at a time to bound the memory."""
+    parts = [network.thing_logits(thing_features, rois[i:i + chunk], labels[i:i + chunk]) for i in range(0, len(rois), chunk)]
+    side = 2 * network.config.model.roi_size
+    return torch.cat(parts).float() if parts else rois.new_zeros((0, side, side))
+
+
+def paste(logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """Masks of (H, W) `size` from (K, M, M) logits and (K, 4) float boxes at that scale: (K, H, W) bool."""
+    return paste_masks(logits, boxes, size)
+
+
+def nearest_indices(source: int, target: int, device: torch.device) -> Tensor:
+    """Source index for each of `target` positions, as OpenCV's INTER_NEAREST: floor(i * source / target), in float64."""
+    step = 1.0 / (target / source)
+    return (torch.arange(target, device=device, dtype=torch.float64) * step).floor().long().clamp_(max=source - 1)
+
+
+def stuff_labels(quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int],
+                 rows_at_once: int = 16) -> Tensor:
+    """Stuff labels at original size: argmax of the 4x upsampled logits, cropped to the valid image, nearest-resized.
+
+    Only the pixels that survive the crop and the nearest resize are ever computed, a band of rows at a time, so that the upsampled
+    logits never exist as a whole.
+
+    Args:
+        quarter_logits: (C, H/4, W/4) of one image.
+        valid_size: (H, W) at network scale, without padding.
+        original_size: (H, W) of the result.
+        rows_at_once: rows per band; bounds the memory.
+
+    Returns:
+        original_size, uint8 (int64 where there are more than 256 classes); ties go to the lower class.
+    """
+    device = quarter_logits.device
+    y = nearest_indices(valid_size[0], original_size[0], device)
+    x = nearest_indices(valid_size[1], original_size[1], device)
+    y0, y1, wy = _aligned_taps(y, quarter_logits.shape[1])
+    x0, x1, wx = _aligned_taps(x, quarter_logits.shape[2])
+    logits = quarter_logits.float().permute(1, 2, 0).contiguous()  # (H/4, W/4, C)
+    wy, wx = wy[:, None, None], wx[None, :, None]
+    labels = torch.empty(original_size, dtype=torch.uint8 if logits.shape[2] <= 256 else torch.int64, device=device)
+    for start in range(0, original_size[0], rows_at_once):
+        band = slice(start, start + rows_at_once)
+        top, bottom = logits[y0[band]], logits[y1[band]]  # (R, W/4, C)
+        rows = torch.lerp(top, bottom, wy[band])
+        labels[band] = torch.lerp(rows[:, x0], rows[:, x1], wx).argmax(dim=-1)  # (R, W, C) -> (R, W)
+    return labels
+
+
+def _aligned_taps(positions: Tensor, source: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower and upper source index and the upper weight of 4x upsampling with aligned corners."""
+    step = (source - 1) / max(4 * source - 1, 1)
+    exact = positions.float() * step
+    lower = exact.floor().long().clamp_(max=source - 1)
+    return lower, (lower + 1).clamp_(max=source - 1), exact - lower
+
+
+def full_stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
+    """As `stuff_labels`, from logits (C, H, W) that are already at the size of the padded image; the plain form of it."""
+    labels = logits.argmax(dim=0)[:valid_size[0], :valid_size[1]]
+    return resize_labels(labels, original_size)
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest (floor) resize of a label map (H, W) to `size`."""
+    rows = nearest_indices(labels.shape[0], size[0], labels.device)
+    columns = nearest_indices(labels.shape[1], size[1], labels.device)
+    return labels[rows][:, columns]

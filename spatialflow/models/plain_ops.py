@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stand-ins in plain PyTorch for the operators that the model calls."""
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _pair(v):
+    return (v, v) if isinstance(v, int) else tuple(v)
+
+
+def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Optional[Tensor] = None, stride=1, padding=0, dilation=1,
+                  mask: Optional[Tensor] = None) -> Tensor:
+    (sh, sw), (ph, pw), (dh, dw) = _pair(stride), _pair(padding), _pair(dilation)
+    n, c, h, w = input.shape
+    out_c, cg, kh, kw = weight.shape
+    ho, wo = offset.shape[-2:]
+    columns = []
+    ys = torch.arange(ho, dtype=offset.dtype) * sh - ph
+    xs = torch.arange(wo, dtype=offset.dtype) * sw - pw
+    for k in range(kh * kw):
+        y = ys[:, None] + (k // kw) * dh + offset[:, 2 * k]
+        x = xs[None, :] + (k % kw) * dw + offset[:, 2 * k + 1]
+        grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1)
+        value = F.grid_sample(input, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        columns.append(value if mask is None else value * mask[:, k:k + 1])
+    col = torch.stack(columns, 2)  # (N, C, K, Ho, Wo)
+    groups = c // cg
+    col = col.reshape(n, groups, cg * kh * kw, ho * wo)
+    out = torch.einsum("gok,ngkp->ngop", weight.reshape(groups, out_c // groups, -1), col).reshape(n, out_c, ho, wo)
+    return out if bias is None else out + bias[:, None, None]
+
+
+def multilevel_roi_align(features, boxes: Tensor, output_size: int, strides, sampling_ratio=0, aligned=True, finest_scale=56) -> Tensor:
+    k = boxes.shape[0]
+    c = features[0].shape[1]
+    out = features[0].new_zeros(k, c, output_size, output_size)
+    size = ((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])).clamp(min=0).sqrt()
+    level = torch.log2(size / finest_scale + 1e-6).floor().clamp(0, len(features) - 1).long()
+    for i in range(k):
+        f = features[level[i]][boxes[i, 0].long()]
+        scale = 1 / strides[level[i]]
+        x1, y1, x2, y2 = (boxes[i, 1:] * scale - 0.5).tolist()
+        rw, rh = x2 - x1, y2 - y1
+        gh, gw = max(math.ceil(rh / output_size), 1), max(math.ceil(rw / output_size), 1)
+        h, w = f.shape[-2:]
+        y = y1 + (torch.arange(output_size * gh) + 0.5) * (rh / output_size / gh)
+        x = x1 + (torch.arange(output_size * gw) + 0.5) * (rw / output_size / gw)
+
+        def weights(p, n):
+            ok = (p >= -1) & (p <= n)
+            p = p.clamp(0, n - 1)
+            lo = p.floor().long().clamp(max=n - 1)
+            hi = (lo + 1).clamp(max=n - 1)
+            frac = p - lo
+            m = torch.zeros(len(p), n)
+            m.scatter_add_(1, lo[:, None], ((1 - frac) * ok)[:, None])
+            m.scatter_add_(1, hi[:, None], (frac * ok)[:, None])
+            return m
+
+        my = weights(y, h).reshape(output_size, gh, h).mean(1)
+        mx = weights(x, w).reshape(output_size, gw, w).mean(1)
+        out[i] = torch.einsum("ph,chw,qw->cpq", my, f, mx)
+    return out
+
+
+class Detections(NamedTuple):
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor
+
+
+def multiclass_nms(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int) -> Detections:
+    b, n, c = scores.shape
+    out = Detections(boxes.new_zeros(b, max_detections, 4), scores.new_zeros(b, max_detections),
+                     torch.full((b, max_detections), -1), torch.zeros(b, dtype=torch.long))
+    for i in range(b):
+        index, label = (scores[i] > score_threshold).nonzero(as_tuple=True)
+        s = scores[i, index, label]
+        order = torch.sort(s, descending=True, stable=True).indices
+        index, label, s = index[order], label[order], s[order]
+        bx = boxes[i, index]
+        area = (bx[:, 2] - bx[:, 0]) * (bx[:, 3] - bx[:, 1])
+        alive = torch.ones(len(s), dtype=torch.bool)
+        kept = 0
+        for j in range(len(s)):
+            if not alive[j]:
+                continue
+            out.boxes[i, kept], out.scores[i, kept], out.labels[i, kept] = bx[j], s[j], label[j]
+            kept += 1
+            if kept == max_detections:
+                break
+            wh = (torch.minimum(bx[:, 2:], bx[j, 2:]) - torch.maximum(bx[:, :2], bx[j, :2])).clamp(min=0)
+            inter = wh[:, 0] * wh[:, 1]
+            alive &= ~((label == label[j]) & (inter > iou_threshold * (area + area[j] - inter)))
+        out.count[i] = kept
+    return out
+
+
+def paste_masks(mask_logits: Tensor, boxes: Tensor, size) -> Tensor:
+    h, w = size
+    k = len(boxes)
+    if k == 0:
+        return torch.zeros(0, h, w, dtype=torch.bool)
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+    y = (torch.arange(h) + 0.5 - y1) / (y2 - y1) * 2 - 1
+    x = (torch.arange(w) + 0.5 - x1) / (x2 - x1) * 2 - 1
+    grid = torch.stack([x[:, None, :].expand(k, h, w), y[:, :, None].expand(k, h, w)], -1)
+    return F.grid_sample(mask_logits.sigmoid()[:, None], grid, align_corners=False)[:, 0] >= 0.5

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every shipped configuration is valid and means what its name says; bad settings are named."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from spatialflow.models.build import build_model, list_configs, load_config
+from spatialflow.models.config import SECTIONS, Config, ConfigError, place_overrides
+
+NARROW = dict(backbone_base_channels=4, fpn_channels=8, head_channels=8, thing_head_channels=8, stuff_head_channels=8, norm_groups=4,
+              num_things=3, num_stuff=4, backbone_groups=1, categories=None)
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_config_builds_and_runs(name):
+    """Each YAML passes the checks, and its network (made narrow) gives the outputs its heads promise."""
+    model = build_model(name, **NARROW).eval()
+    with torch.no_grad():
+        output = model(torch.zeros(1, 3, 64, 96))
+    assert [f.shape[-2:] for f in output.features] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    assert output.class_logits[0].shape == (1, 27, 8, 12) and output.box_deltas[0].shape == (1, 36, 8, 12)
+    if model.config.model.stuff_head:
+        assert output.stuff_logits.shape == (1, 4, 64, 96) and len(output.stuff_features) == 3
+    else:
+        assert output.stuff_logits is None and output.stuff_features is None and output.thing_features is None
+
+
+def test_published_settings_are_there():
+    """The names that users and commands rely on."""
+    expected = {"spatialflow_r50_coco", "spatialflow_r101_coco", "spatialflow_r101_dcn_coco", "spatialflow_x101_dcn_coco",
+                "spatialflow_r50_cityscapes", "spatialflow_r101_cityscapes", "retinanet_r50_coco", "retinanet_r50_flows_coco"}
+    assert expected <= set(list_configs())
+
+
+def test_base_is_inherited_and_replaced_field_by_field():
+    config = load_config("ablation_stuff_loss_05_coco")
+    assert config.training.stuff_loss_weight == 0.5 and config.model.flow_source is None and config.test.test_short_edges == (600,)
+    assert config.training.learning_rate == 0.005 and config.model.num_stuff == 54
+
+
+def test_field_names_are_unique_over_sections():
+    """`build_model(name, field=value)` needs no section."""
+    names = [f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls)]
+    assert len(names) == len(set(names))
+
+
+def test_overrides_in_every_spelling():
+    for overrides in ({"fpn_channels": 64}, {"model.fpn_channels": 64}, {"model": {"fpn_channels": 64}}):
+        assert load_config("spatialflow_r50_coco", **overrides).model.fpn_channels == 64
+    config = load_config("tiny")
+    assert load_config(config, num_things=7).model == dataclasses.replace(config.model, num_things=7)
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config("tiny").model.fpn_channels = 3
+
+
+@pytest.mark.parametrize("override, words", [
+    (dict(fpn_chanels=64), "did you mean fpn_channels"),
+    (dict(fpn_channels=0), "model.fpn_channels: must be positive, got 0"),
+    (dict(fpn_channels="wide"), "model.fpn_channels: must be of type int, got 'wide'"),
+    (dict(fpn_channels=True), "model.fpn_channels: must be of type int, got True"),
+    (dict(norm_groups=7), "model.norm_groups: must divide stuff_head_channels (128), got 7"),
+    (dict(stuff_stages=5), "model.stuff_stages: must lie in 0..detection_stages (4), got 5"),
+    (dict(thing_stages=-1), "model.thing_stages: must lie in 0..4, got -1"),
+    (dict(flow_source="thing"), "model.flow_source: must be 'reg', 'cls' or null, got 'thing'"),
+    (dict(backbone_depth=34), "model.backbone_depth: must be 50 or 101, got 34"),
+    (dict(deformable_thing_stages=[1]), "model.deformable_thing_stages: may name the stages 0..0"),
+    (dict(deformable_cls_stages=[0], head_channels=64), "model.head_channels: must equal fpn_channels (256)"),
+    (dict(thing_head=False), "model.thing_stages: must be 0 without a thing head"),
+    (dict(score_threshold=1.5), "test.score_threshold: must lie in 0..1, got 1.5"),
+    (dict(score_threshold=float("nan")), "test.score_threshold: must be finite"),
+    (dict(size_divisor=48), "data.size_divisor: must be a multiple of 32, got 48"),
+    (dict(mixed_precision="fp8"), "training.mixed_precision: must be 'fp16', 'bf16' or null, got 'fp8'"),
+    ({"data.fpn_channels": 3}, "override 'data.fpn_channels' names no setting"),
+])
+def test_bad_settings_name_field_rule_and_value(override, words):
+    with pytest.raises(ConfigError) as error:
+        load_config("spatialflow_r50_coco", **override)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("model: [1]", "section 'model' must hold"),
+    ("modle: {fpn_channels: 3}", "unknown section 'modle'"),
+    ("model: {fpn_chanels: 3}", "did you mean fpn_channels"),
+    ("- a", "must hold sections"),
+    ("model: {a: [", "is not YAML"),
+    ("base: nowhere", "must be a path ending in .yaml or one of"),
+    ("base: own.yaml", "leads back to itself"),
+])
+def test_bad_files(tmp_path, content, words):
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_file_with_base_and_missing_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: tiny\nmodel: {num_things: 5}\n")
+    config = load_config(str(path))
+    assert (config.name, config.model.num_things, config.model.fpn_channels) == ("mine", 5, 32)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="one of .*spatialflow_r50_coco"):
+        load_config("spatialflow_r34_coco")
+
+
+def test_place_overrides_keeps_sections_apart():
+    placed = place_overrides({"epochs": 3, "model": {"fpn_channels": 8}, "num_things": 2})
+    assert placed == {"training": {"epochs": 3}, "model": {"fpn_channels": 8, "num_things": 2}}
+
+
+def test_defaults_are_the_papers_main_model():
+    assert load_config("spatialflow_r50_coco") == Config()

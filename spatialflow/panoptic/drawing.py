@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of panoptic results: coloured segments with outlines, labels and scores over the photograph."""
+
+import colorsys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spatialflow.panoptic.formats import as_id_map
+
+_GOLDEN_ANGLE = 0.618033988749895  # steps of this fraction of the colour wheel never come close to each other soon
+
+
+def colour_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """The colour of a segment: it depends on nothing but its category and its number within the category.
+
+    Args:
+        category_id: the category's id.
+        index: 0 for stuff and the first instance of a category in an image, then 1, 2, ...
+        base: (red, green, blue) of the category, 0 to 255; None for one derived from the id.
+
+    Returns:
+        (red, green, blue), 0 to 255. Instances of a category keep its hue roughly and differ in hue and lightness.
+    """
+    if base is None:
+        hue, lightness, saturation = (category_id * _GOLDEN_ANGLE) % 1.0, 0.55, 0.65
+    else:
+        hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in base))
+    if index:
+        # Lightness follows a low-discrepancy sequence over a visible range, hue swings to both sides a little more
+        # with every instance, and greys gain some saturation so that the hue shows.
+        lightness = 0.3 + 0.48 * ((lightness + index * _GOLDEN_ANGLE) % 1.0)
+        hue = (hue + (-1) ** index * 0.02 * (1 + index % 5)) % 1.0
+        saturation = max(saturation, 0.45)
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def overlay(
+    image: np.ndarray,
+    id_map: np.ndarray,
+    segments: Iterable[Mapping[str, Any]],
+    categories: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    opacity: float = 0.5,
+    labels: bool = True,
+) -> np.ndarray:
+    """Draw a panoptic result over its photograph.
+
+    Args:
+        image: (H, W, 3) uint8, BGR as OpenCV reads it.
+        id_map: (H, W) integer segment ids; pixels of an unlisted id, void among them, keep the photograph.
+        segments: mappings with `id` and `category_id`; `isthing` and `score` are used where they are given.
+        categories: mappings with `id` and, where given, `name` and `color` (red, green, blue); for labels and colours.
+        opacity: of the colours, 0 to 1.
+        labels: write category names, and scores of instances, where they fit without covering each other.
+
+    Returns:
+        (H, W, 3) uint8, BGR. The same arguments give the same picture.
+
+    Raises:
+        ValueError: image and id_map have other shapes or dtypes, or opacity lies outside [0, 1].
+    """
+    image = np.asarray(image)
+    id_map = as_id_map(id_map, "id_map")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
+    if image.shape[:2] != id_map.shape:
+        raise ValueError(f"id_map must have the image's size {image.shape[:2]}, got {id_map.shape}")
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
+    if id_map.size == 0:
+        return image.copy()
+
+    described = {category["id"]: category for category in categories or ()}
+    segments = list(segments)
+    ids, slots = np.unique(id_map, return_inverse=True)
+    slots = slots.reshape(id_map.shape).astype(np.int32)
+    slot_of = {int(segment_id): slot for slot, segment_id in enumerate(ids)}
+    palette = np.zeros((len(ids), 3), np.float32)
+    weight = np.zeros((len(ids), 1), np.float32)
+    texts: list[tuple[int, str]] = []
+    seen: dict[int, int] = {}
+    for segment in segments:
+        slot = slot_of.get(int(segment["id"]))
+        if slot is None:
+            continue
+        category_id = int(segment["category_id"])
+        category = described.get(category_id, {})
+        index = 0
+        if segment.get("isthing", category.get("isthing")):
+            index = seen[category_id] = seen.get(category_id, -1) + 1
+        palette[slot] = colour_of(category_id, index, category.get("color"))[::-1]
+        weight[slot] = opacity
+        text = str(category.get("name", category_id))
+        if segment.get("score") is not None:
+            text += f" {float(segment['score']):.2f}"
+        texts.append((slot, text))
+
+    share = weight[slots]
+    picture = image * (1 - share) + palette[slots] * share
+    _draw_outlines(picture, slots, palette, weight[:, 0] > 0)
+    picture = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return _draw_labels(picture, slots, texts, palette) if labels else picture
+
+
+def _line_width(shape: Sequence[int]) -> int:
+    return max(1, round(min(shape[:2]) / 400))
+
+
+def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, listed: np.ndarray) -> None:
+    """A line in a light tint of each segment's colour just inside its border, and a dark one at the border itself."""
+    import cv2
+
+    def eroded(width: int) -> np.ndarray:
+        kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+        values = slots.astype(np.float32)
+        return (cv2.erode(values, kernel) == values) & (cv2.dilate(values, kernel) == values)
+
+    width = _line_width(slots.shape)
+    shown = listed[slots]
+    tint = shown & ~eroded(2 * width)
+    picture[tint] = 0.25 * picture[tint] + 0.75 * (0.45 * palette[slots[tint]] + 0.55 * 255)
+    border = shown & ~eroded(width)
+    picture[border] = 0.3 * picture[border] + 0.7 * (0.35 * palette[slots[border]])
+
+
+def _draw_labels(
+    picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[int, str]], palette: np.ndarray
+) -> np.ndarray:
+    import cv2
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = slots.shape
+    size = max(10, round(min(height, width) / 34))
+    font = ImageFont.load_default(size)
+    canvas = Image.fromarray(picture[..., ::-1])
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    areas = np.bincount(slots.ravel(), minlength=len(palette))
+    taken = np.zeros((0, 4))
+    for slot, text in sorted(texts, key=lambda item: -areas[item[0]]):
+        if areas[slot] < size * size:
+            continue
+        ys, xs = np.nonzero(slots == slot)
+        top, left = ys.min(), xs.min()
+        mask = np.pad((slots[top : ys.max() + 1, left : xs.max() + 1] == slot).astype(np.uint8), 1)
+        # The place deepest inside the segment; the picture's own border counts as outside, so text stays in.
+        depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3)[1:-1, 1:-1]
+        y, x = np.unravel_index(depth.argmax(), depth.shape)
+        x0, y0, x1, y1 = draw.textbbox((0, 0), text, font=font)
+        pad = max(2, size // 5)
+        box_w, box_h = x1 - x0 + 2 * pad, y1 - y0 + 2 * pad
+        if box_w > width or box_h > height:
+            continue
+        box_x = int(np.clip(left + x - box_w / 2, 0, width - box_w))
+        box_y = int(np.clip(top + y - box_h / 2, 0, height - box_h))
+        for shift in (0, -1, 1, -2, 2):  # beside its place where another label is already
+            moved = int(np.clip(box_y + shift * (box_h + 1), 0, height - box_h))
+            box = np.array([box_x, moved, box_x + box_w, moved + box_h])
+            if not ((taken[:, :2] < box[2:]) & (taken[:, 2:] > box[:2])).all(axis=1).any():
+                break
+        else:
+            continue
+        taken = np.vstack([taken, box])
+        red, green, blue = (int(channel) for channel in palette[slot][::-1])
+        draw.rounded_rectangle(
+            [int(v) for v in box - [0, 0, 1, 1]], radius=pad, fill=(red // 4, green // 4, blue // 4, 205)
+        )
+        draw.text((box_x + pad - x0, moved + pad - y0), text, font=font, fill=(255, 255, 255, 255))
+    return np.ascontiguousarray(np.asarray(canvas)[..., ::-1])

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overlays: every segment visible and distinguishable, the rest of the photograph untouched, same input same picture."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from spatialflow.panoptic import colour_of, overlay
+
+CATEGORIES = [{"id": 1, "name": "person", "isthing": 1, "color": [220, 20, 60]}, {"id": 7, "name": "sky", "isthing": 0}]
+
+
+def scene(height=120, width=160):
+    id_map = np.zeros((height, width), np.int32)
+    id_map[: height // 2, : width // 2] = 3
+    id_map[: height // 2, width // 2 :] = 9
+    id_map[height // 2 :, : width // 2] = 4
+    segments = [
+        {"id": 3, "category_id": 1, "isthing": True, "score": 0.9},
+        {"id": 9, "category_id": 1, "isthing": True, "score": 0.8},
+        {"id": 4, "category_id": 7, "isthing": False, "score": None},
+    ]
+    return np.full((height, width, 3), 100, np.uint8), id_map, segments
+
+
+def test_void_keeps_the_photograph_and_the_input_is_not_written():
+    image, id_map, segments = scene()
+    picture = overlay(image, id_map, segments, CATEGORIES, labels=False)
+    assert picture.shape == image.shape and picture.dtype == np.uint8
+    assert (picture[id_map == 0] == 100).all()
+    assert (image == 100).all()
+    inner = [picture[20, 20], picture[20, 120], picture[90, 20]]
+    for one, other in itertools.combinations([*inner, np.full(3, 100)], 2):
+        assert np.abs(one.astype(int) - other).max() > 25
+
+
+def test_same_arguments_same_picture_and_labels_appear():
+    image, id_map, segments = scene()
+    picture = overlay(image, id_map, segments, CATEGORIES)
+    np.testing.assert_array_equal(picture, overlay(image, id_map, segments, CATEGORIES))
+    plain = overlay(image, id_map, segments, CATEGORIES, labels=False)
+    for y, x in ((30, 40), (30, 120), (90, 40)):
+        region = np.s_[y - 20 : y + 20, x - 30 : x + 30]
+        assert (picture[region] != plain[region]).any()
+    np.testing.assert_array_equal(overlay(image, id_map, [], CATEGORIES), image)
+    np.testing.assert_array_equal(overlay(image, id_map, [{"id": 77, "category_id": 1}]), image)
+
+
+@pytest.mark.parametrize("base", [None, (220, 20, 60), (128, 128, 128)])
+def test_instances_of_a_category_differ(base):
+    colours = [np.array(colour_of(1, index, base)) for index in range(8)]
+    for one, other in itertools.combinations(colours, 2):
+        assert np.abs(one - other).max() > 8
+    assert all(((0 <= colour) & (colour <= 255)).all() for colour in colours)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 400), (300, 1), (2, 2)])
+def test_any_size(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    id_map = np.ones(shape, np.int64)
+    assert overlay(image, id_map, [{"id": 1, "category_id": 1}], CATEGORIES).shape == image.shape
+
+
+def test_errors():
+    image, id_map, segments = scene()
+    with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8"):
+        overlay(image[..., 0], id_map, segments)
+    with pytest.raises(ValueError, match=r"id_map must have the image's size \(120, 160\), got \(60, 160\)"):
+        overlay(image, id_map[:60], segments)
+    with pytest.raises(ValueError, match="opacity must lie in .0, 1., got 2"):
+        overlay(image, id_map, segments, opacity=2)

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times operators; every script beside this file declares what to time and calls `main`.
+
+A script gives a `Benchmark`: a `setup` that makes the inputs of one case, the `providers` that compute the same thing
+from them, the `sweep` of cases, and the float64 oracle. The harness does the rest, the same way for every op:
+
+1. each provider's result (and gradient) is compared with the oracle in float64; a wrong `spatialflow` stops the run;
+2. warm-up, then rounds in which the providers take turns in one process, so that a disturbance hits all alike;
+3. medians with the 10 % and 90 % quantiles; `ratio` is a provider's median over spatialflow's;
+4. a table on screen, `results/<device>/<op>.json` and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_ROOT = Path(__file__).resolve().parents[1]
+if (_ROOT / "spatialflow" / "__init__.py").is_file():  # in a source tree that tree is timed, installed or not
+    sys.path.insert(1, str(_ROOT))
+
+OURS = "spatialflow"
+MODES = ("forward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of one case: every provider is called as `provider(*inputs, **options)`.
+
+    Args:
+        inputs: tensors, lists of tensors, arrays or plain values.
+        options: keyword arguments.
+        differentiable: indices of the inputs whose gradient "forward+backward" computes; none: forward only.
+        bytes: what the forward pass must at least read and write, for the GB/s line.
+        operations: floating-point operations of the forward pass (a multiply-add counts two), for the GFLOP/s line.
+    """
+
+    inputs: tuple
+    options: Mapping[str, Any] = field(default_factory=dict)
+    differentiable: tuple[int, ...] = ()
+    bytes: float | None = None
+    operations: float | None = None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute the result. `prepare(*inputs, **options)` gives the arguments of `call`, outside the timing."""
+
+    call: Callable[..., Any]
+    prepare: Callable[..., tuple] | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a script declares.
+
+    Args:
+        name: the operator.
+        setup: `setup(**case) -> Problem`.
+        sweep: label of a case -> keyword arguments of `setup`.
+        providers: name -> function or `Provider`; "spatialflow" is one of them. None: not installed, left out.
+        oracle: the twin, run on the inputs widened to float64. None: the provider "reference".
+        tolerance: largest error of spatialflow, as a share of the largest expected value.
+        compare: `(result, expected) -> error`; default: largest difference over the largest expected value, and for
+            integers the share of entries that differ.
+        title: caption of table and plot; say which layer of the model the sizes come from.
+    """
+
+    name: str
+    setup: Callable[..., Problem]
+    sweep: Mapping[str, Mapping[str, Any]]
+    providers: Mapping[str, Callable[..., Any] | Provider | None]
+    oracle: Callable[..., Any] | None = None
+    tolerance: float = 1e-4
+    compare: Callable[[Any, Any], float] | None = None
+    title: str = ""
+
+
+def optional(module: str) -> Any | None:
+    """The module, or None where it is not installed: `(tv := optional("torchvision.ops")) and tv.nms`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def leaves(value: Any) -> list:
+    """Tensors and arrays in a result or input, in order."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [leaf for item in value for leaf in leaves(item)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def largest_error(result: Any, expected: Any) -> float:
+    """Largest difference as a share of the largest expected value; infinite where the shapes differ."""
+    results, expecteds = leaves(result), leaves(expected)
+    if len(results) != len(expecteds):
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(results, expecteds):
+        one, other = (np.asarray(_as_array(value)) for value in (one, other))
+        if one.shape != other.shape:
+            return float("inf")
+        if other.size == 0:
+            continue
+        if not np.issubdtype(other.dtype, np.floating):
+            error = float(np.mean(one != other))
+        else:
+            error = float(np.abs(one.astype(np.float64) - other).max()) / max(float(np.abs(other).max()), 1e-30)
+        worst = max(worst, float("inf") if np.isnan(error) else error)
+    return worst
+
+
+def _as_array(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype in (torch.float16, torch.bfloat16) else value).numpy()
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+class _Call:
+    """One provider on one case in one mode: `run()` is what is timed."""
+
+    def __init__(self, provider: Callable | Provider, problem: Problem, mode: str) -> None:
+        provider = provider if isinstance(provider, Provider) else Provider(provider)
+        inputs = list(problem.inputs)
+        self._function, self._options, self._wanted, self._grads = provider.call, dict(problem.options), [], None
+        if mode == "forward+backward":
+            for index in problem.differentiable:
+                inputs[index] = map_tensors(lambda t: t.detach().requires_grad_(), inputs[index])
+                self._wanted += leaves(inputs[index])
+        self._inputs = tuple(inputs)
+        if provider.prepare is not None:
+            self._inputs, self._options = tuple(provider.prepare(*inputs, **self._options)), {}
+
+    def run(self) -> Any:
+        if not self._wanted:
+            with torch.no_grad():
+                return self._function(*self._inputs, **self._options)
+        outputs = [leaf for leaf in leaves(self._function(*self._inputs, **self._options)) if leaf.requires_grad]
+        if self._grads is None:
+            generator = torch.Generator().manual_seed(1)
+            self._grads = [
+                torch.randn(o.shape, generator=generator, dtype=torch.float32)
+                .to(o)
+                .contiguous(memory_format=_format_of(o))
+                for o in outputs
+            ]
+        return torch.autograd.grad(outputs, self._wanted, self._grads)
+
+
+def _format_of(tensor: torch.Tensor) -> torch.memory_format:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
+
+
+def _clock(call: _Call, flush: torch.Tensor | None) -> float:
+    """Seconds of one run. On CUDA by events, with the L2 cache overwritten before."""
+    if flush is None:
+        begin = time.perf_counter()
+        call.run()
+        return time.perf_counter() - begin
+    flush.zero_()
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    call.run()
+    end_event.record()
+    end_event.synchronize()
+    return begin_event.elapsed_time(end_event) / 1e3
+
+
+def measure(calls: Mapping[str, _Call], seconds: float, device: str) -> dict[str, list[float]]:
+    """Times of each call in seconds. Calls take turns; each gets about `seconds`, but at least three runs."""
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.startswith("cuda") else None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():  # warm-up: allocator, thread pool, caches
+        begin = time.perf_counter()
+        for _ in range(3):
+            call.run()
+            if time.perf_counter() - begin > seconds / 4:
+                break
+    open_calls = set(calls)
+    while open_calls:
+        for name in [name for name in calls if name in open_calls]:
+            times[name].append(_clock(calls[name], flush))
+            if len(times[name]) >= 3 and (sum(times[name]) > seconds or len(times[name]) >= 200):
+                open_calls.discard(name)
+    return times
+
+
+def run(benchmark: Benchmark, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of all cases and modes asked for; raises SystemExit where spatialflow is wrong."""
+    providers = {
+        name: provider
+        for name, provider in benchmark.providers.items()
+        if provider is not None and (not arguments.providers or name in arguments.providers or name == OURS)
+    }
+    rows: list[dict[str, Any]] = []
+    for label, case in benchmark.sweep.items():
+        if arguments.cases and not any(wanted in label for wanted in arguments.cases):
+            continue
+        torch.manual_seed(0)
+        np.random.seed(0)
+        problem = benchmark.setup(**case)
+        move = lambda value: map_tensors(lambda t: t.to(arguments.device), value)  # noqa: E731
+        problem = Problem(**{**problem.__dict__, "inputs": tuple(move(value) for value in problem.inputs)})
+        for mode in MODES if problem.differentiable else MODES[:1]:
+            rows += _run_case(benchmark, providers, label, problem, mode, arguments)
+    return rows
+
+
+def _run_case(
+    benchmark: Benchmark, providers: Mapping[str, Any], label: str, problem: Problem, mode: str,
+    arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:  # fmt: skip
+    oracle = benchmark.oracle or benchmark.providers["reference"]
+    wide = Problem(**{**problem.__dict__, "inputs": tuple(map_tensors(_widen, value) for value in problem.inputs)})
+    expected = _Call(oracle, wide, mode).run()
+    compare = benchmark.compare if benchmark.compare is not None and mode == "forward" else largest_error
+    calls, errors = {}, {}
+    for name, provider in providers.items():
+        call = _Call(provider, problem, mode)
+        try:
+            errors[name] = compare(call.run(), expected)
+        except Exception as problem_of_peer:  # a peer that cannot do a case loses that row, not the run
+            if name == OURS:
+                raise
+            print(f"  {name} fails on {label}, {mode}: {str(problem_of_peer).splitlines()[0]}")
+            continue
+        calls[name] = call
+    if not errors[OURS] <= benchmark.tolerance:
+        sys.exit(
+            f"{benchmark.name}, {label}, {mode}: spatialflow is off by {errors[OURS]:.2e} of the largest expected "
+            f"value, more than {benchmark.tolerance:.0e}; nothing is timed"
+        )
+    times = measure(calls, arguments.seconds, arguments.device)
+    ours = statistics.median(times[OURS])
+    rows = []
+    for name in calls:
+        median = statistics.median(times[name])
+        low, high = (float(np.quantile(times[name], q)) for q in (0.1, 0.9))
+        row = {
+            "case": label, "mode": mode, "provider": name, "median_ms": median * 1e3, "q10_ms": low * 1e3,
+            "q90_ms": high * 1e3, "runs": len(times[name]), "error": errors[name], "ratio": median / ours,
+        }  # fmt: skip
+        if mode == "forward":
+            if problem.bytes is not None:
+                row["gigabytes_per_second"] = problem.bytes / median / 1e9
+            if problem.operations is not None:
+                row["gigaflops_per_second"] = problem.operations / median / 1e9
+        rows.append(row)
+    _print_case(label, mode, problem, rows)
+    return rows
+
+
+def _print_case(label: str, mode: str, problem: Problem, rows: list[dict[str, Any]]) -> None:
+    print(f"\n  {label}, {mode}")
+    print(f"    {'provider':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'runs':>6}{'error':>10}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"    {row['provider']:<24}{row['median_ms']:>11.3f}{row['q10_ms']:>10.3f}{row['q90_ms']:>10.3f}"
+            f"{row['runs']:>6}{row['error']:>10.1e}{row['ratio']:>8.2f}"
+        )
+    parts = []
+    for key, total, unit, rate in (
+        ("gigabytes_per_second", problem.bytes, "MB", "GB/s"),
+        ("gigaflops_per_second", problem.operations, "MFLOP", "GFLOP/s"),
+    ):
+        reached = next((row[key] for row in rows if row["provider"] == OURS and key in row), None)
+        if reached is not None:
+            parts.append(f"{total / 1e6:.1f} {unit} at {reached:.1f} {rate}")
+    if parts:
+        print(f"    spatialflow: {', '.join(parts)}")
+    sys.stdout.flush()
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that this file is in, "-modified" where tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        state = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("-modified" if state.stdout.strip() else "")
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a figure must be read with: device, threads, versions, commit, date."""
+    import spatialflow
+    from spatialflow import _library
+
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "spatialflow": spatialflow.__version__}
+    for name in ("torchvision", "numpy", "cupy"):
+        module = sys.modules.get(name)
+        if module is not None:
+            versions[name] = module.__version__
+    return {
+        "device": device_name(arguments.device),
+        "threads": torch.get_num_threads(),
+        "cpu_level": _library.cpu_level(),
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def plot(benchmark: Benchmark, setting: Mapping[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of median times, one group per case and mode, with the quantiles as whiskers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    height = 0.8 / len(names)
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.28 * len(groups) * (len(names) + 1)), layout="constrained")
+    for position, name in enumerate(names):
+        own = [row for row in rows if row["provider"] == name]
+        at = [groups.index((row["case"], row["mode"])) + (position - (len(names) - 1) / 2) * height for row in own]
+        median = [row["median_ms"] for row in own]
+        whiskers = [
+            [row["median_ms"] - row["q10_ms"] for row in own],
+            [row["q90_ms"] - row["median_ms"] for row in own],
+        ]
+        axes.barh(at, median, height * 0.9, xerr=whiskers, label=name, error_kw={"linewidth": 0.8})
+        for y, row in zip(at, own):
+            text = f" {row['median_ms']:.3g} ms" + ("" if name == OURS else f", {row['ratio']:.3g}x")
+            axes.text(row["q90_ms"], y, text, va="center", fontsize=8)
+    axes.set_yticks(range(len(groups)), [f"{case}\n{mode}" for case, mode in groups], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(right=max(row["q90_ms"] for row in rows) * 6)
+    axes.set_xlabel("median time in ms (whiskers: 10 % and 90 % quantiles)")
+    versions = ", ".join(f"{name} {setting['versions'][name]}" for name in ("torch", "torchvision") if name in setting["versions"])
+    axes.set_title(f"{benchmark.name}: {benchmark.title}\n{setting['device']}, {setting['threads']} threads, {versions}", fontsize=9)
+    axes.legend(fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=f"{benchmark.name}: {benchmark.title}",
+        epilog=f"cases: {'; '.join(benchmark.sweep)}. providers: {', '.join(benchmark.providers)}.",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per provider, case and mode (default: 1)")
+    parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose label contains one of these")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these beside spatialflow")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER",
+        help="folder of <device>/<op>.json and .png (default: benchmarks/results; nothing is written for a selection "
+        "of cases or providers unless this is given)",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
+    """Command line of a script: checks, times, prints and saves."""
+    options = parse_arguments(benchmark, arguments)
+    torch.set_num_threads(options.threads)
+    setting = environment(options)
+    print(f"{benchmark.name}: {benchmark.title}")
+    print(f"  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, CPU level {setting['cpu_level']}")
+    rows = run(benchmark, options)
+    if not rows:
+        sys.exit(f"no case contains {' or '.join(options.cases)}; cases: {'; '.join(benchmark.sweep)}")
+    if options.output is None and (options.cases or options.providers):
+        return
+    slug = re.sub(r"[^a-z0-9]+", "-", setting["device"].lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+    folder = (options.output or Path(__file__).parent / "results") / slug
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark.name}.json"
+    content = {"op": benchmark.name, "title": benchmark.title, **setting, "rows": rows}
+    _write_text(path, json.dumps(content, indent=1) + "\n")
+    plot(benchmark, setting, rows, path.with_suffix(".png"))
+    print(f"\n  written: {path}, {path.with_suffix('.png').name}")

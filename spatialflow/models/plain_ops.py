@@ -46,7 +46,9 @@ def multilevel_roi_align(features, boxes: Tensor, output_size: int, strides, sam
         scale = 1 / strides[level[i]]
         x1, y1, x2, y2 = (boxes[i, 1:] * scale - 0.5).tolist()
         rw, rh = x2 - x1, y2 - y1
-        gh, gw = max(math.ceil(rh / output_size), 1), max(math.ceil(rw / output_size), 1)
+        gh, gw = math.ceil(rh / output_size), math.ceil(rw / output_size)
+        if gh <= 0 or gw <= 0:
+            continue
         h, w = f.shape[-2:]
         y = y1 + (torch.arange(output_size * gh) + 0.5) * (rh / output_size / gh)
         x = x1 + (torch.arange(output_size * gw) + 0.5) * (rw / output_size / gw)

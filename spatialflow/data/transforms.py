@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading, resizing, normalising and padding of images, with the released arithmetic; numpy in, numpy out."""
+
+from pathlib import Path
+from typing import NamedTuple, Sequence, Union
+
+import cv2
+import numpy as np
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file (or argument) and the reason."""
+
+
+class Prepared(NamedTuple):
+    """A network input and what is needed to go back to the original image."""
+
+    image: np.ndarray  # (3, H, W) float32, normalised RGB, padded with zeros at the right and bottom
+    valid_size: tuple[int, int]  # (H, W) without padding
+    original_size: tuple[int, int]  # (H, W) of the image as read
+    scale: tuple[float, float]  # x and y factor original -> valid, rounded to float32
+
+
+def read_image(path: Union[str, Path]) -> np.ndarray:
+    """Decodes an image file to (H, W, 3) uint8 BGR.
+
+    Greyscale is spread over the channels, transparency is dropped, 16-bit values lose their low byte, EXIF orientation is applied.
+
+    Raises:
+        ImageError: the file is absent, no image, or truncated.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
+    if not content:
+        raise ImageError(f"{path}: is empty")
+    if _is_truncated(content):
+        raise ImageError(f"{path}: is truncated")
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ImageError(f"{path}: cannot be decoded: {error.err}") from None
+    if image is None:
+        raise ImageError(f"{path}: is not an image of a known format, or is damaged")
+    return image
+
+
+def _is_truncated(content: bytes) -> bool:
+    """True for a JPEG without end marker after its scan data, or a PNG without its last chunk; decoders fill those with grey."""
+    if content[:2] == b"\xff\xd8":
+        return content.rfind(b"\xff\xd9") < max(content.rfind(b"\xff\xda"), 2)
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        return b"IEND" not in content[-64:] and b"IEND\xaeB`\x82" not in content
+    return False
+
+
+def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
+    """`image` if it is (H, W, 3) uint8 with at least one pixel; ImageError otherwise."""
+    if not isinstance(image, np.ndarray):
+        raise ImageError(f"{name}: must be a path or an (H, W, 3) uint8 array, got {type(image).__name__}")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ImageError(f"{name}: must be (H, W, 3) uint8 in BGR order, got {image.shape} {image.dtype}")
+    if image.size == 0:
+        raise ImageError(f"{name}: has no pixels, got shape {image.shape}")
+    return image
+
+
+def fit_size(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:
+    """(H, W) scaled so that it just fits: short edge at most `short_edge`, long edge at most `long_edge`; int(x * s + 0.5), at least 1."""
+    h, w = size
+    factor = min(long_edge / max(h, w), short_edge / min(h, w))
+    return max(int(h * factor + 0.5), 1), max(int(w * factor + 0.5), 1)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear resize to (H, W), half-pixel centres, no antialias: OpenCV's."""
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest resize of a label map to (H, W): source index floor(i * source / target), as OpenCV's INTER_NEAREST."""
+    rows, columns = (np.minimum((np.arange(target) * (1.0 / (target / source))).astype(np.int64), source - 1)
+                     for source, target in zip(labels.shape, size))
+    return labels[rows][:, columns]
+
+
+def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """(H, W, 3) uint8 BGR -> (3, H, W) float32 RGB, (x - mean) / std, computed as the released code does (float32, times 1 / std)."""
+    rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
+    cv2.subtract(rgb, (*np.float64(mean), 0.0), rgb)
+    cv2.multiply(rgb, (*(1.0 / np.float64(std)), 0.0), rgb)
+    return np.ascontiguousarray(rgb.transpose(2, 0, 1))
+
+
+def pad(image: np.ndarray, divisor: int) -> np.ndarray:
+    """(C, H, W) with zeros at the right and bottom up to multiples of `divisor`."""
+    _, h, w = image.shape
+    return np.pad(image, ((0, 0), (0, -h % divisor), (0, -w % divisor)))
+
+
+def prepare(image: np.ndarray, short_edge: int, long_edge: int, mean: Sequence[float], std: Sequence[float],
+            divisor: int = 32) -> Prepared:
+    """A decoded image, (H, W, 3) uint8 BGR, as the network wants it: resized to fit, normalised, padded."""
+    original = image.shape[:2]
+    valid = fit_size(original, short_edge, long_edge)
+    tensor = pad(normalise(resize_image(image, valid), mean, std), divisor)
+    scale = (float(np.float32(valid[1] / original[1])), float(np.float32(valid[0] / original[0])))
+    return Prepared(tensor, valid, (int(original[0]), int(original[1])), scale)

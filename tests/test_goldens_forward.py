@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reduced model reproduces the released implementation, from images to masks and stuff labels."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from golden_models import assert_close, assert_same_detections, golden_model
+from spatialflow.models import inference
+from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, encode_boxes, grid_anchors, valid_flags
+from spatialflow.models.config import ModelConfig, TestConfig as InferenceSettings
+
+
+@pytest.fixture(scope="module")
+def tiny(goldens):
+    """(arrays, json, model, dense outputs, quarter stuff logits) of `forward/tiny_b2`."""
+    arrays = np.load(goldens / "forward" / "tiny_b2.npz")
+    about = json.loads((goldens / "forward" / "tiny_b2.json").read_text())
+    model = golden_model(goldens, "tiny", "tiny")
+    with torch.no_grad():
+        output, quarter = model.dense(torch.from_numpy(arrays["img"]))
+    return arrays, about, model, output, quarter
+
+
+def sizes_of(metas):
+    valid = torch.tensor([meta["img_shape"][:2] for meta in metas])
+    return valid, torch.tensor([meta["scale_factor"][:2] for meta in metas])
+
+
+def test_backbone(tiny):
+    arrays, _, model, _, _ = tiny
+    with torch.no_grad():
+        for i, feature in enumerate(model.backbone(torch.from_numpy(arrays["img"]))):
+            assert_close(f"C{i + 3}", feature, arrays[f"C{i}"])
+
+
+def test_pyramid_and_head_outputs(tiny):
+    arrays, _, _, output, _ = tiny
+    for i in range(5):
+        assert_close(f"P{i + 3}", output.features[i], arrays[f"P{i}"])
+        assert_close(f"class_logits[{i}]", output.class_logits[i], arrays[f"cls_score_l{i}"])
+        assert_close(f"box_deltas[{i}]", output.box_deltas[i], arrays[f"bbox_pred_l{i}"])
+    for i in range(3):
+        assert_close(f"stuff_features[{i}]", output.stuff_features[i], arrays[f"stuff_feat_l{i}"])
+        assert_close(f"thing_features[{i}]", output.thing_features[i], arrays[f"mask_feat_l{i}"])
+
+
+def test_stuff_logits_and_labels(tiny):
+    """The golden holds every fourth pixel of the released, image-sized logits."""
+    arrays, about, model, _, quarter = tiny
+    with torch.no_grad():
+        logits = model(torch.from_numpy(arrays["img"])).stuff_logits
+    assert_close("stuff_logits", logits[:, :, ::4, ::4], arrays["stuff_logits_sub4"])
+    assert np.array_equal(logits.argmax(1).numpy(), arrays["stuff_argmax"])
+    for i, meta in enumerate(about["metas"]):
+        size = logits.shape[-2:]
+        assert np.array_equal(inference.stuff_labels(quarter[i], size, size).numpy(), arrays["stuff_argmax"][i])
+        valid, original = meta["img_shape"][:2], tuple(meta["ori_shape"][:2])
+        banded = inference.stuff_labels(quarter[i], valid, original)
+        assert torch.equal(banded.long(), inference.full_stuff_labels(logits[i], valid, original))
+
+
+def test_anchors_of_every_level(tiny):
+    arrays, _, model, output, _ = tiny
+    for level, feature in enumerate(output.features):
+        anchors = inference.anchors_of(model.config.model, level, feature.shape[-2:], feature.device)
+        assert_close(f"anchors[{level}]", anchors, arrays[f"anchors_l{level}"])
+
+
+def test_candidates_before_nms(tiny):
+    arrays, about, model, output, _ = tiny
+    valid, _ = sizes_of(about["metas"])
+    found = inference.select_candidates(output.class_logits, output.box_deltas, valid, torch.ones(2, 2), model.config.model, 1000)
+    assert found.boxes.shape[1] == sum(about["levels_before_nms"])
+    for i in range(2):  # the order of equally good anchors is free: compare as sorted rows
+        ours, expected = found.boxes[i].numpy(), arrays[f"prenms_all_boxes_img{i}"]
+        assert np.abs(np.sort(ours, axis=0) - np.sort(expected, axis=0)).max() < 0.03
+        index = torch.from_numpy(arrays[f"prenms_index_img{i}"]).long()
+        partner = (found.boxes[i][None] - torch.from_numpy(arrays[f"prenms_boxes_img{i}"])[:, None]).abs().amax(-1).argmin(1)
+        assert (partner == index).float().mean() > 0.95  # almost everywhere even the order is the same
+        assert_close("scores", found.scores[i][index][partner == index], arrays[f"prenms_scores_img{i}"][(partner == index).numpy()])
+
+
+@pytest.mark.parametrize("kind, rescale", [("", True), ("_netscale", False)])
+def test_detections(tiny, kind, rescale):
+    arrays, about, model, output, _ = tiny
+    valid, scale = sizes_of(about["metas"])
+    found = inference.detect(inference.select_candidates(
+        output.class_logits, output.box_deltas, valid, scale if rescale else torch.ones_like(scale), model.config.model, 1000),
+        model.config.test)
+    for i in range(2):
+        n = int(found.count[i])
+        assert_same_detections(found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
+                               arrays[f"dets{kind}_img{i}"], arrays[f"labels{kind}_img{i}"])
+
+
+@pytest.mark.parametrize("variant", ["a", "b", "c"])
+def test_detections_with_other_settings(tiny, variant):
+    arrays, about, model, output, _ = tiny
+    wanted = about[f"variant_{variant}"]
+    settings = dataclasses.replace(model.config.test, score_threshold=wanted["score_thr"], nms_threshold=wanted["iou"],
+                                   max_detections=wanted["max_per_img"] if wanted["max_per_img"] > 0 else 1000)
+    valid, scale = sizes_of(about["metas"])
+    found = inference.detect(inference.select_candidates(output.class_logits, output.box_deltas, valid, torch.ones_like(scale),
+                                                         model.config.model, max(wanted["nms_pre"], 0)), settings)
+    for i in range(2):
+        n = int(found.count[i])
+        assert_same_detections(found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
+                               arrays[f"variant_{variant}_dets_img{i}"], arrays[f"variant_{variant}_labels_img{i}"])
+
+
+def test_masks(tiny):
+    """RoIs, RoI features, mask logits and pasted masks, from the golden detections."""
+    arrays, about, model, output, _ = tiny
+    _, scale = sizes_of(about["metas"])
+    boxes = [torch.from_numpy(arrays[f"dets_img{i}"][:, :4]) for i in range(2)]
+    labels = torch.from_numpy(np.concatenate([arrays["labels_img0"], arrays["labels_img1"]])).long()
+    rois = inference.make_rois(boxes, scale)
+    assert_close("rois", rois, arrays["mask_rois"])
+    kept = torch.from_numpy(arrays["mask_roi_kept"]).long()
+    with torch.no_grad():
+        features = model.roi_features(output.thing_features, rois[kept])
+        assert_close("roi_features", features, arrays["mask_roi_feats_kept"])
+        assert_close("mask logits of all classes", model.thing_head(features[:3]), arrays["mask_logits_kept3_allclasses"])
+        logits = inference.mask_logits(model, output.thing_features, rois, labels)
+    assert_close("mask_logits", logits, arrays["mask_logits_detclass"])
+    for i, meta in enumerate(about["metas"]):
+        h, w = meta["ori_shape"][:2]
+        masks = inference.paste(logits[100 * i:100 * (i + 1)], boxes[i], (h, w), 0.5).numpy()
+        expected = np.unpackbits(arrays[f"final_masks_packed_img{i}"], axis=1)[:, :h * w].reshape(-1, h, w)
+        assert np.array_equal(expected.sum((1, 2)), arrays[f"final_masks_area_img{i}"])
+        assert (masks != expected).sum() <= 2  # pixels whose probability is 0.5 to the last digit may fall either way
+
+
+def test_anchor_grid_and_valid_flags(goldens):
+    arrays, about = np.load(goldens / "ops" / "anchors.npz"), json.loads((goldens / "ops" / "anchors.json").read_text())
+    for level, (size, stride) in enumerate(zip(about["featmap_sizes"], STRIDES)):
+        base = base_anchors(stride)
+        assert_close("base anchors", base, arrays[f"base_anchors_l{level}"], 1e-6)
+        assert_close("grid", grid_anchors(size, stride, base), arrays[f"grid_l{level}"], 1e-6)
+        assert np.array_equal(valid_flags(size, stride, about["pad_shape"][:2], len(base)).numpy(), arrays[f"valid_l{level}"])
+
+
+def test_box_coder(goldens):
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(goldens / "ops" / "coder.npz").items()}
+    boxes, deltas = arrays["boxes"], arrays["deltas"]
+    assert_close("decoded", decode_boxes(boxes, deltas), arrays["decoded"].numpy(), 1e-6)
+    assert_close("clipped", decode_boxes(boxes, deltas, (150, 200)), arrays["decoded_clipped_150x200"].numpy(), 1e-6)
+    assert_close("encoded", encode_boxes(boxes, arrays["gt"]), arrays["encoded"].numpy(), 1e-6)
+
+
+def test_get_boxes(goldens):
+    """Recorded head outputs to detections: at test time (original scale), as training proposals (network scale), before NMS."""
+    arrays, about = np.load(goldens / "ops" / "get_bboxes.npz"), json.loads((goldens / "ops" / "get_bboxes.json").read_text())
+    model = ModelConfig(num_things=about["num_classes"])
+    logits = [torch.from_numpy(arrays[f"cls_score_l{i}"]) for i in range(5)]
+    deltas = [torch.from_numpy(arrays[f"bbox_pred_l{i}"]) for i in range(5)]
+    valid, scale = sizes_of(about["metas"])
+    for kind, factors in (("test", scale), ("train", torch.ones_like(scale))):
+        found = inference.detect(inference.select_candidates(logits, deltas, valid, factors, model, 1000), InferenceSettings())
+        for i in range(2):
+            n = int(found.count[i])
+            assert_same_detections(found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
+                                   arrays[f"{kind}_img{i}_0"], arrays[f"{kind}_img{i}_1"])
+    found = inference.select_candidates(logits, deltas, valid, torch.ones_like(scale), model, 1000)
+    for i in range(2):  # recorded at network scale, with a background column of zeros
+        ours = torch.cat([found.boxes[i], found.scores[i]], dim=1).double().numpy()
+        expected = np.concatenate([arrays[f"aug_img{i}_0"], arrays[f"aug_img{i}_1"][:, :-1]], axis=1)
+        assert len(ours) == len(expected)
+        assert np.abs(np.sort(ours, axis=0) - np.sort(expected, axis=0)).max() < 0.03

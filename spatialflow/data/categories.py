@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Category tables, and the order in which a network numbers their classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TABLES = Path(__file__).resolve().parent / "tables"
+COCO_OTHER_ID = 183
+"""COCO's category "other": all thing pixels in semantic maps; no segment bears it."""
+
+IGNORED = 255
+"""Semantic index of pixels without a listed category."""
+
+
+class CategoryError(ValueError):
+    """A category table that cannot be read, or does not fit the network; the message names the table and the rule."""
+
+
+class Category(NamedTuple):
+    """One row of a COCO category table."""
+
+    id: int  # as in the annotations
+    name: str
+    isthing: bool
+    color: tuple[int, int, int]  # red, green, blue
+
+
+class Categories:
+    """A category table with the numbering of the network's outputs.
+
+    Things are numbered by their place among the things of the table. Stuff classes are numbered by category id; where
+    the network has one stuff class more than the table, that class is "other": all pixels of things. COCO numbers it by
+    its id 183 among the stuff ids (index 36), other tables after their last stuff class.
+
+    Args:
+        rows: COCO category rows: mappings with `id`, `name`, `isthing` (0 or 1) and, where given, `color`.
+        has_other: the stuff classes include "other".
+        other_id: id that "other" takes in the numbering; None: after the last.
+        source: name of the table for error messages.
+
+    Attributes:
+        things, stuff: the rows by label; `stuff` holds None at the place of "other".
+        other_index: semantic index of "other", None without it.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], has_other: bool, other_id: int | None = None,
+                 source: str = "categories"):
+        self.rows = tuple(_make_row(row, f"{source}: row {i}") for i, row in enumerate(rows))
+        ids = [row.id for row in self.rows]
+        if len(set(ids)) != len(ids):
+            raise CategoryError(f"{source}: category ids must be unique, got {sorted(i for i in set(ids) if ids.count(i) > 1)} twice")
+        self.things: tuple[Category, ...] = tuple(row for row in self.rows if row.isthing)
+        stuff: list[Category | None] = sorted((row for row in self.rows if not row.isthing), key=lambda row: row.id)
+        self.other_index: int | None = None
+        if has_other:
+            before = [i for i, row in enumerate(stuff) if other_id is not None and row.id > other_id]
+            self.other_index = before[0] if before else len(stuff)
+            stuff.insert(self.other_index, None)
+        self.stuff = tuple(stuff)
+        if len(self.stuff) >= IGNORED:
+            raise CategoryError(f"{source}: at most {IGNORED - 1} stuff classes fit a semantic map, got {len(self.stuff)}")
+        self.thing_label = {row.id: i for i, row in enumerate(self.things)}
+        self.stuff_index = {row.id: i for i, row in enumerate(self.stuff) if row is not None}
+
+    @property
+    def thing_ids(self) -> np.ndarray:
+        """(num_things,) int64: category id by thing label."""
+        return np.array([row.id for row in self.things], dtype=np.int64)
+
+    @property
+    def stuff_ids(self) -> np.ndarray:
+        """(num_stuff,) int64: category id by semantic index, 0 for "other"."""
+        return np.array([0 if row is None else row.id for row in self.stuff], dtype=np.int64)
+
+    def semantic_index(self, category_id: int) -> int:
+        """Semantic index of a category: its own for stuff, that of "other" for things; 255 where there is none."""
+        if category_id in self.stuff_index:
+            return self.stuff_index[category_id]
+        if category_id in self.thing_label and self.other_index is not None:
+            return self.other_index
+        return IGNORED
+
+    def as_coco(self) -> list[dict[str, Any]]:
+        """The rows as a COCO panoptic JSON holds them."""
+        return [{"id": row.id, "name": row.name, "isthing": int(row.isthing), "color": list(row.color)} for row in self.rows]
+
+
+def load_categories(table: str | Path | None, num_things: int, num_stuff: int, has_stuff_head: bool = True) -> Categories:
+    """The categories of a network.
+
+    Args:
+        table: "coco", "cityscapes", a JSON file (a COCO category list, or a COCO or panoptic file with `categories`), or
+            None for numbered classes: things first, from id 1, then stuff, without "other".
+        num_things: thing classes of the network.
+        num_stuff: stuff classes of the network; one more than the table has means that there is a class "other".
+        has_stuff_head: False: num_stuff is not looked at (RetinaNet).
+
+    Raises:
+        CategoryError: the file is absent or no category list, or the numbers of classes do not fit.
+    """
+    if table is None:
+        rows = [{"id": i + 1, "name": f"thing {i + 1}", "isthing": 1} for i in range(num_things)]
+        rows += [{"id": num_things + i + 1, "name": f"stuff {i + 1}", "isthing": 0} for i in range(num_stuff)]
+        return Categories(rows, has_other=False)
+    path = TABLES / f"{table}.json" if (TABLES / f"{table}.json").is_file() else Path(table)
+    rows = read_rows(path)
+    things, stuff = sum(bool(row["isthing"]) for row in rows), sum(not row["isthing"] for row in rows)
+    if things != num_things or (has_stuff_head and num_stuff not in (stuff, stuff + 1)):
+        raise CategoryError(f"{table}: has {things} things and {stuff} stuff classes; the network has num_things = {num_things} and "
+                            f"num_stuff = {num_stuff} (as many as the table, or one more for \"other\")")
+    return Categories(rows, has_other=num_stuff == stuff + 1, other_id=COCO_OTHER_ID if str(table) == "coco" else None,
+                      source=str(table))
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The category rows of a JSON file: a list of them, or a mapping with the list under `categories`.
+
+    Raises:
+        CategoryError: the file cannot be read or holds no such rows.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise CategoryError(f"categories: must be coco, cityscapes or a JSON file; {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CategoryError(f"{path}: not a JSON file: {error}") from None
+    rows = content.get("categories") if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not rows:
+        raise CategoryError(f"{path}: holds no list of categories")
+    for i, row in enumerate(rows):
+        _make_row(row, f"{path}: categories[{i}]")
+    return rows
+
+
+def _make_row(row: Any, where: str) -> Category:
+    if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or row.get("isthing") not in (0, 1):
+        raise CategoryError(f"{where} must be a mapping with an integer \"id\" and \"isthing\" 0 or 1, got {row!r:.80}")
+    color = row.get("color") or _color_of(row["id"])
+    return Category(row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color))
+
+
+def _color_of(category_id: int) -> tuple[int, int, int]:
+    """A colour that depends on the id alone, for tables without colours."""
+    return tuple(int(c) for c in np.random.RandomState(category_id % 2**32).randint(40, 220, 3))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class numbers decide what every output means: they must be the released ones, and tables that do not fit must be refused."""
+
+import json
+
+import pytest
+
+from spatialflow.data.categories import Categories, CategoryError, load_categories
+from spatialflow.models.build import list_configs, load_config
+
+
+def test_coco_numbers_are_the_released_ones(goldens):
+    """Thing labels and semantic indices of all 133 categories, "other" and its place included."""
+    maps = json.loads((goldens / "data" / "label_maps.json").read_text())
+    categories = load_categories("coco", 80, 54)
+    assert {str(k): v for k, v in categories.thing_label.items()} == maps["cat2label"]
+    released = {int(k): v - 1 for k, v in maps["seg2label"].items()}
+    assert released.pop(183) == categories.other_index == 36
+    assert categories.stuff_index == released
+    assert categories.semantic_index(1) == 36 and categories.semantic_index(92) == 0 and categories.semantic_index(12) == 255
+    assert categories.stuff_ids[36] == 0 and categories.stuff_ids[37] == 184 and categories.thing_ids[-1] == 90
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_config_finds_its_table(name):
+    config = load_config(name)
+    categories = load_categories(config.data.categories, config.model.num_things, config.model.num_stuff, config.model.stuff_head)
+    assert len(categories.things) == config.model.num_things
+    assert not config.model.stuff_head or len(categories.stuff) == config.model.num_stuff
+
+
+def test_other_is_last_in_a_table_of_ones_own(tmp_path):
+    rows = [{"id": 5, "name": "sky", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}, {"id": 3, "isthing": 0}]
+    (tmp_path / "table.json").write_text(json.dumps({"categories": rows}))
+    categories = load_categories(tmp_path / "table.json", 1, 3)
+    assert categories.stuff_index == {3: 0, 5: 1} and categories.other_index == 2 and categories.semantic_index(2) == 2
+    assert load_categories(tmp_path / "table.json", 1, 2).semantic_index(2) == 255
+    assert load_categories(tmp_path / "table.json", 1, 9, has_stuff_head=False).thing_label == {2: 0}
+    assert Categories(categories.as_coco(), True).as_coco() == categories.as_coco()
+
+
+def test_numbered_classes():
+    categories = load_categories(None, 2, 3)
+    assert categories.thing_label == {1: 0, 2: 1} and categories.stuff_index == {3: 0, 4: 1, 5: 2} and categories.other_index is None
+
+
+@pytest.mark.parametrize("content, message", [
+    ("[{}]", "isthing"), ("{}", "no list of categories"), ("[", "not a JSON"), (None, "cannot be read"),
+    ('[{"id": 1, "isthing": 1}, {"id": 1, "isthing": 0}]', "unique"), ('[{"id": 1, "isthing": 0}]', "num_things = 1")])
+def test_bad_tables_are_named(tmp_path, content, message):
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CategoryError, match=message):
+        load_categories(path, 1, 1)

@@ -113,4 +113,5 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size) -> Tensor:
     y = (torch.arange(h) + 0.5 - y1) / (y2 - y1) * 2 - 1
     x = (torch.arange(w) + 0.5 - x1) / (x2 - x1) * 2 - 1
     grid = torch.stack([x[:, None, :].expand(k, h, w), y[:, :, None].expand(k, h, w)], -1)
-    return F.grid_sample(mask_logits.sigmoid()[:, None], grid, align_corners=False)[:, 0] >= 0.5
+    proper = ((x2 > x1) & (y2 > y1))[:, :, None]
+    return (F.grid_sample(mask_logits.sigmoid()[:, None], grid, align_corners=False)[:, 0] >= 0.5) & proper

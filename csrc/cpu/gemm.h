@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Matrix product C (m x n) = A (m x k) * B (k x n) on one thread, for kernels that bring their own A: convolutions,
+// deformable convolution, transformed tiles.
+//
+//   packed = gemm_pack(B)          once; see gemm_packed_size for its length
+//   gemm(m, n, k, A, packed, C)    A and C row-major with any row stride; kTransposed: A stored (k x m)
+//
+// B is packed into panels of kColumns adjacent columns, so that a step over k reads whole vectors in order. A tile of
+// kRows x kColumns of C stays in registers while k runs: each value of A is broadcast, each vector of B is used kRows
+// times. The tile is as large as the register file allows; fewer rows are compiled for the rest of m.
+// Kernels with their own epilogue or with A in pieces (one piece per tap of a convolution) use `multiply_tile`.
+//
+// Sums run over k in ascending order in `real_t` (float or double): results do not depend on threads or on m and n.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+namespace spatialflow {
+
+// A tile needs kRows * kVectors sums, kVectors registers for B, and one for a broadcast where it is no memory operand.
+#if defined(__AVX512F__)
+constexpr int kGemmRows = 14;
+#elif defined(__AVX2__)
+constexpr int kGemmRows = 6;
+#else
+constexpr int kGemmRows = 4;
+#endif
+constexpr int kGemmVectors = 2;
+template <typename real_t>
+constexpr int kGemmColumns = kGemmVectors * kLanes<real_t>;
+
+// Columns are padded to this many in packed matrices, on every level and for every type: the length of a packed matrix
+// is then a property of its shape alone.
+constexpr int64_t kGemmColumnPadding = 32;
+
+// k steps before the tile goes back to C: a panel of this depth (32 KiB) stays in the first-level cache over all rows.
+constexpr int64_t kGemmDepth = 256;
+
+inline int64_t gemm_padded_columns(int64_t n) {
+    return (n + kGemmColumnPadding - 1) / kGemmColumnPadding * kGemmColumnPadding;
+}
+
+inline int64_t gemm_packed_size(int64_t k, int64_t n) { return k * gemm_padded_columns(n); }
+
+// Packs B: element (i, j) is read at b[i * row_stride + j * column_stride] and converted; padding becomes zero.
+// packed[panel][i][kColumns]: panel p holds columns p * kColumns and on.
+template <typename real_t, typename source_t>
+void gemm_pack(
+    const source_t* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n,
+    real_t* packed) {  // gemm_packed_size(k, n)
+    constexpr int64_t kColumns = kGemmColumns<real_t>;
+    for (int64_t first = 0; first < gemm_padded_columns(n); first += kColumns) {
+        const int64_t valid = std::max<int64_t>(0, std::min(kColumns, n - first));
+        for (int64_t i = 0; i < k; ++i, packed += kColumns) {
+            const source_t* row = b + i * row_stride + first * column_stride;
+            for (int64_t j = 0; j < valid; ++j) {
+                packed[j] = static_cast<real_t>(load(row[j * column_stride]));
+            }
+            std::fill(packed + valid, packed + kColumns, real_t(0));
+        }
+    }
+}
+
+template <int kRows, typename real_t>
+using GemmTile = Vector<real_t>[kRows][kGemmVectors];
+
+// tile[r][:] += sum over i < k of A(r, i) * panel[i][:], with A(r, i) = a[r * stride + i], transposed a[i * stride + r].
+template <int kRows, bool kTransposed, typename real_t>
+__attribute__((always_inline)) inline void multiply_tile(
+    const real_t* a, int64_t stride,
+    const real_t* panel,  // (k, kColumns)
+    int64_t k, GemmTile<kRows, real_t>& tile) {
+    constexpr int64_t kColumns = kGemmColumns<real_t>;
+    // Row addresses as base + {0, 1, 2} * stride: five bases and one stride fit the general registers, 14 rows do not.
+    constexpr int kGroups = (kRows + 2) / 3;
+    const real_t* base[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+        base[g] = a + (kTransposed ? 0 : 3 * g * stride);
+    }
+    for (int64_t i = 0; i < k; ++i, panel += kColumns) {
+        Vector<real_t> b[kGemmVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kGemmVectors; ++v) {
+            b[v] = load_vector(panel + v * kLanes<real_t>);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const Vector<real_t> value = broadcast(kTransposed ? base[0][r] : base[r / 3][r % 3 * stride]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kGemmVectors; ++v) {
+                tile[r][v] += value * b[v];
+            }
+        }
+        if (kTransposed) {
+            base[0] += stride;
+        } else {
+#pragma GCC unroll 8
+            for (int g = 0; g < kGroups; ++g) {
+                ++base[g];
+            }
+        }
+    }
+}
+
+// Calls body(std::integral_constant<int, rows>{}) for 1 <= rows <= kMax: a tile's row count as a compile-time value.
+template <int kMax = kGemmRows, typename Body>
+__attribute__((always_inline)) inline void with_rows(int64_t rows, const Body& body) {
+    if constexpr (kMax > 1) {
+        if (rows < kMax) {
+            return with_rows<kMax - 1>(rows, body);
+        }
+    }
+    body(std::integral_constant<int, kMax>{});
+}
+
+// Calls body(first, count) for row blocks of at most kGemmRows that differ by at most one row: no thin last block.
+template <typename Body>
+__attribute__((always_inline)) inline void for_row_blocks(int64_t m, const Body& body) {
+    const int64_t blocks = (m + kGemmRows - 1) / kGemmRows;
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = block * m / blocks;
+        body(first, (block + 1) * m / blocks - first);
+    }
+}
+
+// C = A * B, or C += A * B if `accumulate`.
+template <bool kTransposed = false, typename real_t>
+void gemm(
+    int64_t m, int64_t n, int64_t k,
+    const real_t* a, int64_t a_stride,  // (m, k) rows a_stride apart; transposed (k, m)
+    const real_t* packed_b,             // gemm_pack of (k, n)
+    real_t* c, int64_t c_stride,        // (m, n) rows c_stride apart
+    bool accumulate = false) {
+    constexpr int64_t kColumns = kGemmColumns<real_t>;
+    constexpr int64_t lanes = kLanes<real_t>;
+    for (int64_t k_begin = 0; k_begin < std::max<int64_t>(k, 1); k_begin += kGemmDepth) {
+        const int64_t depth = std::min(kGemmDepth, k - k_begin);
+        const bool add = accumulate || k_begin > 0;
+        const real_t* a_block = a + k_begin * (kTransposed ? a_stride : 1);
+        for (int64_t first = 0; first < n; first += kColumns) {
+            const real_t* panel = packed_b + first * k + k_begin * kColumns;
+            const int64_t valid = std::min(kColumns, n - first);
+            for_row_blocks(m, [&](int64_t row, int64_t rows) {
+                with_rows(rows, [&](auto count) {
+                    constexpr int kRows = decltype(count)::value;
+                    GemmTile<kRows, real_t> tile = {};
+                    multiply_tile<kRows, kTransposed>(
+                        a_block + row * (kTransposed ? 1 : a_stride), a_stride, panel, depth, tile);
+                    real_t* target = c + row * c_stride + first;
+                    for (int r = 0; r < kRows; ++r, target += c_stride) {
+                        for (int v = 0; v < kGemmVectors; ++v) {
+                            const int64_t count = std::min(lanes, valid - v * lanes);
+                            if (count == lanes) {
+                                store_vector(target + v * lanes,
+                                             add ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
+                            } else if (count > 0) {
+                                const int part = static_cast<int>(count);
+                                store_partial(target + v * lanes,
+                                              add ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v],
+                                              part);
+                            }
+                        }
+                    }
+                });
+            });
+        }
+    }
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the network should have said: assignment of ground truth to anchors and proposals, and the targets that follow from it."""
+
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from spatialflow.models.anchors import encode_boxes
+from spatialflow.ops import roi_align
+
+BACKGROUND = -1
+"""Assigned ground truth of an anchor or proposal that overlaps none enough."""
+
+IGNORED = -2
+"""Assigned ground truth of an anchor that is neither positive nor background; it takes no part in the losses."""
+
+
+class Truth(NamedTuple):
+    """Ground truth of a batch of N images at the network's scale."""
+
+    boxes: list[Tensor]  # N x (K_i, 4) float32, (x1, y1, x2, y2) in pixels
+    labels: list[Tensor]  # N x (K_i,) int64 thing labels
+    masks: list[Tensor]  # N x (K_i, H, W) bool or uint8
+    semantic: Tensor  # (N, H, W) uint8, 255 where ignored (padding included)
+    valid_sizes: Tensor  # (N, 2) int64, height and width without padding
+    padded_sizes: Tensor  # (N, 2) int64, height and width that each image alone is padded to
+
+
+class AnchorTargets(NamedTuple):
+    """Targets of all anchors of a batch, levels concatenated in order, cells row-major, then anchors."""
+
+    labels: Tensor  # (N, A) int64: thing label; num_things for background; -1 for ignored
+    positive: Tensor  # (P, 2) int64: image and anchor of every positive, in order
+    deltas: Tensor  # (P, 4) float32 encoded boxes of the positives
+    counts: Tensor  # (N,) int64 positives of every image
+
+
+class ThingTargets(NamedTuple):
+    """Positive proposals of a batch with their masks."""
+
+    rois: Tensor  # (K, 5) float32: image, x1, y1, x2, y2
+    labels: Tensor  # (K,) int64 thing label of the ground truth
+    assigned: Tensor  # (K,) int64 ground truth within the image
+    masks: Tensor  # (K, M, M) float32, 0 or 1
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of every pair: (K, 4) and (A, 4) -> (K, A) float32; 0 where a box has no area."""
+    lt = torch.maximum(a[:, None, :2], b[None, :, :2])
+    wh = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - lt).clamp_(min=0)
+    overlap = wh[..., 0] * wh[..., 1]
+    area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
+    area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+    return overlap / (area_a[:, None] + area_b[None] - overlap).clamp_(min=1e-6)
+
+
+def assign(boxes: Tensor, truth: Tensor, positive_iou: float, negative_iou: float, claim_iou: float) -> Tensor:
+    """The ground truth of each box: the one of highest IoU, if that is high enough.
+
+    Args:
+        boxes: (A, 4) anchors or proposals.
+        truth: (K, 4) ground-truth boxes.
+        positive_iou: a box at or above it belongs to its best ground truth.
+        negative_iou: a box below it is background; those between are ignored.
+        claim_iou: a ground truth whose best IoU is at least this also takes every box tied at that IoU; where several claim a
+            box, the last of them has it. With 0, a ground truth without area, whose IoU is 0 everywhere, takes all boxes; data
+            sets must not hand such boxes out.
+
+    Returns:
+        (A,) int64: index into `truth`, -1 for background, -2 for ignored. Among equal IoUs the first ground truth wins.
+
+    Source: mmdetection 2.3, MaxIoUAssigner.
+    """
+    if len(truth) == 0 or len(boxes) == 0:
+        return torch.full((len(boxes),), BACKGROUND, dtype=torch.int64, device=boxes.device)
+    iou = box_iou(truth.float(), boxes.float())  # (K, A)
+    best, index = _first_maximum(iou)
+    assigned = torch.where(best >= positive_iou, index, IGNORED)
+    assigned = torch.where(best < negative_iou, BACKGROUND, assigned)
+    order = torch.arange(len(truth), device=iou.device)[:, None]
+    best_of_truth = iou.amax(dim=1, keepdim=True)  # (K, 1)
+    claimed = torch.where((iou == best_of_truth) & (best_of_truth >= claim_iou), order, -1).amax(dim=0)  # (A,) last claimant
+    return torch.where(claimed >= 0, claimed, assigned)
+
+
+def _first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Column maxima of (K, A) and the first row that has each, on every device."""
+    best = values.amax(dim=0)
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return best, torch.where(values == best, rows, len(values)).amin(dim=0)
+
+
+def anchor_targets(anchors: Tensor, inside: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], num_things: int,
+                   positive_iou: float = 0.5, negative_iou: float = 0.4) -> AnchorTargets:
+    """Class and box targets of every anchor.
+
+    Args:
+        anchors: (A, 4) of all levels.
+        inside: (N, A) bool: the anchor's cell lies within the image's own padded size; others are ignored.
+        boxes: N x (K_i, 4) ground truth.
+        labels: N x (K_i,) int64.
+        num_things: the label that stands for background.
+        positive_iou, negative_iou: see `assign`.
+
+    Returns:
+        AnchorTargets.
+    """
+    batch_labels, positive, deltas = [], [], []
+    for i, (truth, classes) in enumerate(zip(boxes, labels)):
+        used = inside[i].nonzero().squeeze(1)  # (U,)
+        assigned = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
+        assigned[used] = assign(anchors[used], truth, positive_iou, negative_iou, claim_iou=0.0)
+        target = torch.where(assigned == BACKGROUND, num_things, -1)
+        hit = (assigned >= 0).nonzero().squeeze(1)  # (P_i,)
+        target[hit] = classes[assigned[hit]]
+        batch_labels.append(target)
+        positive.append(torch.stack([torch.full_like(hit, i), hit], dim=1))
+        deltas.append(encode_boxes(anchors[hit], truth[assigned[hit]]))
+    counts = torch.tensor([len(p) for p in positive], device=anchors.device)
+    return AnchorTargets(torch.stack(batch_labels), torch.cat(positive), torch.cat(deltas), counts)
+
+
+def thing_targets(proposals: Sequence[Tensor], truth: Truth, mask_size: int, positive_iou: float = 0.5) -> ThingTargets:
+    """Positive proposals and their mask targets.
+
+    Args:
+        proposals: N x (P_i, 4) detections at network scale, without gradient. The ground-truth boxes are put before them.
+        truth: the batch's ground truth.
+        mask_size: side of the masks.
+        positive_iou: a detection belongs to its best ground truth from this IoU on, whatever its class; the detection that
+            fits a ground truth best is that one's, if it fits this well.
+
+    Returns:
+        ThingTargets, image by image, ground truth first; K may be 0.
+    """
+    rois, labels, assigned, masks = [], [], [], []
+    for i, (detected, boxes, classes) in enumerate(zip(proposals, truth.boxes, truth.labels)):
+        found = assign(detected, boxes, positive_iou, positive_iou, claim_iou=positive_iou)
+        hit = found >= 0
+        index = torch.cat([torch.arange(len(boxes), device=boxes.device), found[hit]])
+        positives = torch.cat([boxes.float(), detected[hit].float()])  # (P, 4)
+        rois.append(torch.cat([positives.new_full((len(positives), 1), i), positives], dim=1))
+        labels.append(classes[index])
+        assigned.append(index)
+        masks.append(mask_targets(truth.masks[i], positives, index, mask_size))
+    return ThingTargets(torch.cat(rois), torch.cat(labels), torch.cat(assigned), torch.cat(masks))
+
+
+def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_once: int = 16) -> Tensor:
+    """The part of its ground-truth mask that each box sees.
+
+    Args:
+        masks: (K, H, W) bool or uint8.
+        boxes: (P, 4) float32 in pixels of the masks.
+        assigned: (P,) int64 mask of each box.
+        size: side of the result.
+        at_once: masks held as float32 at a time; bounds the memory.
+
+    Returns:
+        (P, size, size) float32 of 0 and 1: RoIAlign (aligned, adaptive sampling) of the mask, `>= 0.5`.
+    """
+    targets = boxes.new_zeros((len(boxes), size, size), dtype=torch.float32)
+    for start in range(0, len(masks), at_once):
+        own = ((assigned >= start) & (assigned < start + at_once)).nonzero().squeeze(1)
+        rois = torch.cat([(assigned[own] - start)[:, None].to(torch.float32), boxes[own].float()], dim=1)
+        bitmaps = masks[start:start + at_once, None].to(torch.float32)  # (B, 1, H, W)
+        targets[own] = (roi_align(bitmaps, rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).to(torch.float32)
+    return targets

@@ -6,10 +6,13 @@ from spatialflow import _library
 _library.load()
 
 from spatialflow.ops.checking import checked  # noqa: E402
+from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 
 __all__ = [
+    "PanopticMergeOutput",
     "RoIAlign",
     "checked",
+    "panoptic_merge",
     "roi_align",
 ]

@@ -7,6 +7,7 @@ Names are resolved on first use, so that scoring a folder of results imports nei
 import importlib
 
 _HOMES = {
+    "MergeResult": "merging",
     "PanopticFormatError": "formats",
     "PanopticQuality": "quality",
     "PanopticWriter": "formats",
@@ -14,6 +15,7 @@ _HOMES = {
     "decode_ids": "formats",
     "encode_ids": "formats",
     "evaluate": "quality",
+    "merge": "merging",
     "overlay": "drawing",
     "read_id_map": "formats",
     "read_panoptic_json": "formats",

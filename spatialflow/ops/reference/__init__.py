@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain-PyTorch twins of every operator: the specification that kernels are tested and timed against."""
 
+from spatialflow.ops.reference.panoptic_merge import panoptic_merge
 from spatialflow.ops.reference.roi_align import roi_align
 
-__all__ = ["roi_align"]
+__all__ = ["panoptic_merge", "roi_align"]

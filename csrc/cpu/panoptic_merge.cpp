@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Panoptic merge on the CPU: instances, a stuff label map and boxes to one id map and a table of segments.
+//
+// Masks are packed to one bit per pixel while they are read, which is the only pass over K x H x W bytes and the bulk of
+// the time; from then on a row of 640 pixels is ten words. The greedy choice among instances (who overlaps those kept
+// before) is popcounts of ANDs. The id map is written once, row by row: stuff first, then the new bits of every kept
+// instance. What is void after that is again a bitmap, in which boxes are counted and filled.
+//
+// Threads: packing over (mask, rows), stuff statistics and painting over rows. Counts are integers, so the result does
+// not depend on the number of threads.
+#include "common/panoptic_merge.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/bits.h"
+#include "cpu/dispatch.h"
+#include "ops/panoptic_merge.h"
+
+namespace spatialflow {
+namespace {
+
+constexpr int64_t kBandRows = 32;  // rows per task
+
+struct MergeOptions {
+    double score_threshold;
+    double overlap_threshold;
+    int64_t stuff_area_limit;
+    double box_threshold;
+};
+
+struct Extent {
+    int64_t x1 = INT64_MAX, y1 = INT64_MAX, x2 = -1, y2 = -1;  // ends included
+
+    void add(int64_t left, int64_t right, int64_t y) {
+        x1 = std::min(x1, left);
+        x2 = std::max(x2, right);
+        y1 = std::min(y1, y);
+        y2 = std::max(y2, y);
+    }
+
+    void add(const Extent& other) {
+        x1 = std::min(x1, other.x1);
+        x2 = std::max(x2, other.x2);
+        y1 = std::min(y1, other.y1);
+        y2 = std::max(y2, other.y2);
+    }
+};
+
+struct Segment {
+    int64_t label;
+    int64_t instance;  // -1: stuff
+    int64_t area;
+    Extent extent;
+};
+
+struct StuffClass {
+    int64_t area = 0;
+    Extent extent;
+};
+
+struct Image {
+    int64_t height, width;
+    int64_t words;  // per row
+};
+
+// Indices of the masks that take part, highest score first, ties in input order.
+std::vector<int64_t> candidates(const double* scores, int64_t count, double score_threshold) {
+    std::vector<int64_t> order;
+    for (int64_t k = 0; k < count; ++k) {
+        if (merge_score_enters(scores[k], score_threshold)) {
+            order.push_back(k);
+        }
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+    return order;
+}
+
+// The masks of all candidates as bits, and how many of them are in each row.
+struct PackedMasks {
+    std::vector<uint64_t> bits;      // (candidates, H, words)
+    std::vector<int32_t> row_count;  // (candidates, H)
+
+    PackedMasks(const uint8_t* masks, const std::vector<int64_t>& order, const Image& image)
+        : bits(order.size() * static_cast<size_t>(image.height * image.words)),
+          row_count(order.size() * static_cast<size_t>(image.height)) {
+        const int64_t bands = (image.height + kBandRows - 1) / kBandRows;
+        parallel_for(0, static_cast<int64_t>(order.size()) * bands, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t c = task / bands;
+                const int64_t first = task % bands * kBandRows;
+                const uint8_t* mask = masks + order[c] * image.height * image.width;
+                for (int64_t y = first; y < std::min(first + kBandRows, image.height); ++y) {
+                    const int64_t row = c * image.height + y;
+                    row_count[row] = static_cast<int32_t>(
+                        pack_row(mask + y * image.width, image.width, bits.data() + row * image.words));
+                }
+            }
+        });
+    }
+};
+
+// Keeps or drops the candidates in order. Of a kept one only the bits no earlier one has stay in `masks`; a dropped
+// one gets empty rows. Returns the kept segments; id_of[c] is the id of candidate c, 0 if dropped.
+std::vector<Segment> keep_instances(
+    PackedMasks& masks, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
+    double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& id_of) {
+    std::vector<Segment> segments;
+    std::vector<uint64_t> columns(static_cast<size_t>(image.words));
+    for (size_t c = 0; c < order.size(); ++c) {
+        uint64_t* mask = masks.bits.data() + c * image.height * image.words;
+        int32_t* row_count = masks.row_count.data() + c * image.height;
+        int64_t area = 0, overlap = 0;
+        for (int64_t y = 0; y < image.height; ++y) {
+            area += row_count[y];
+            if (row_count[y] == 0) {
+                continue;
+            }
+            for (int64_t w = y * image.words; w < (y + 1) * image.words; ++w) {
+                overlap += bit_count(mask[w] & used[w]);
+            }
+        }
+        // With a threshold of 1 or more an instance may pass without a pixel of its own; no segment is empty.
+        if (!merge_instance_is_kept(overlap, area, overlap_threshold) || overlap == area) {
+            std::fill(row_count, row_count + image.height, 0);
+            continue;
+        }
+        Segment segment{labels[order[c]], order[c], area - overlap, {}};
+        std::fill(columns.begin(), columns.end(), 0);
+        for (int64_t y = 0; y < image.height; ++y) {
+            if (row_count[y] == 0) {
+                continue;
+            }
+            uint64_t any = 0;
+            for (int64_t w = 0; w < image.words; ++w) {
+                const uint64_t added = mask[y * image.words + w] & ~used[y * image.words + w];
+                mask[y * image.words + w] = added;
+                used[y * image.words + w] |= added;
+                columns[w] |= added;
+                any |= added;
+            }
+            if (any != 0) {
+                segment.extent.y1 = std::min(segment.extent.y1, y);
+                segment.extent.y2 = y;
+            } else {
+                row_count[y] = 0;
+            }
+        }
+        for (int64_t w = 0; w < image.words; ++w) {
+            if (columns[w] != 0) {
+                segment.extent.x1 = std::min(segment.extent.x1, w * kWordPixels + lowest_bit(columns[w]));
+                segment.extent.x2 = w * kWordPixels + highest_bit(columns[w]);
+            }
+        }
+        segments.push_back(segment);
+        id_of[c] = static_cast<int32_t>(segments.size());
+    }
+    return segments;
+}
+
+template <typename label_t>
+bool is_constant(const label_t* labels, int64_t count) {
+    label_t difference = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        difference |= static_cast<label_t>(labels[i] ^ labels[0]);
+    }
+    return difference == 0;
+}
+
+// Area and extent of every stuff label over the pixels that no instance has.
+template <typename label_t>
+std::vector<StuffClass> stuff_statistics(
+    const label_t* stuff, const std::vector<uint64_t>& used, const Image& image, int64_t labels) {
+    const int64_t bands = (image.height + kBandRows - 1) / kBandRows;
+    std::vector<StuffClass> of_band(static_cast<size_t>(bands * labels));
+    parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t y = begin * kBandRows; y < std::min(end * kBandRows, image.height); ++y) {
+            StuffClass* classes = of_band.data() + y / kBandRows * labels;
+            const label_t* row = stuff + y * image.width;
+            const auto add = [&](int64_t label, int64_t x, uint64_t bits) {
+                if (label >= 0 && label < labels) {
+                    classes[label].area += bit_count(bits);
+                    classes[label].extent.add(x + lowest_bit(bits), x + highest_bit(bits), y);
+                }
+            };
+            for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
+                const int64_t count = std::min(kWordPixels, image.width - x);
+                uint64_t open = ~used[y * image.words + w] & bit_range(0, count);
+                if (open != 0 && is_constant(row + x, count)) {
+                    add(row[x], x, open);
+                    continue;
+                }
+                while (open != 0) {
+                    const int64_t first = lowest_bit(open);
+                    int64_t last = first + 1;
+                    while (last < count && row[x + last] == row[x + first]) {
+                        ++last;
+                    }
+                    const uint64_t run = open & bit_range(first, last);
+                    add(row[x + first], x, run);
+                    open ^= run;
+                }
+            }
+        }
+    });
+    std::vector<StuffClass> classes(static_cast<size_t>(labels));
+    for (size_t i = 0; i < of_band.size(); ++i) {
+        classes[i % static_cast<size_t>(labels)].area += of_band[i].area;
+        classes[i % static_cast<size_t>(labels)].extent.add(of_band[i].extent);
+    }
+    return classes;
+}
+
+// Writes every pixel of the id map, and which pixels stay void.
+template <typename label_t>
+void paint(
+    const label_t* stuff, const std::vector<int32_t>& id_of_label, const PackedMasks& masks,
+    const std::vector<int32_t>& id_of, const std::vector<uint64_t>& used, const Image& image, int32_t* id_map,
+    std::vector<uint64_t>& open) {
+    const auto labels = static_cast<int64_t>(id_of_label.size());
+    const auto stuff_id = [&](label_t label) {
+        const auto index = static_cast<int64_t>(label);
+        return index >= 0 && index < labels ? id_of_label[index] : 0;
+    };
+    parallel_for(0, image.height, kBandRows, [&](int64_t begin, int64_t end) {
+        for (int64_t y = begin; y < end; ++y) {
+            const label_t* row = stuff + y * image.width;
+            int32_t* target = id_map + y * image.width;
+            for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
+                const int64_t count = std::min(kWordPixels, image.width - x);
+                const uint64_t free = ~used[y * image.words + w] & bit_range(0, count);
+                uint64_t unlabelled = 0;
+                if (free == 0 || is_constant(row + x, count)) {
+                    const int32_t id = free == 0 ? 0 : stuff_id(row[x]);
+                    std::fill(target + x, target + x + count, id);
+                    unlabelled = id == 0 ? free : 0;
+                } else {
+                    for (int64_t i = 0; i < count; ++i) {
+                        const int32_t id = stuff_id(row[x + i]);
+                        target[x + i] = id;
+                        unlabelled |= static_cast<uint64_t>(id == 0) << i;
+                    }
+                }
+                open[y * image.words + w] = unlabelled & free;
+            }
+            for (size_t c = 0; c < id_of.size(); ++c) {
+                if (id_of[c] == 0 || masks.row_count[c * image.height + y] == 0) {
+                    continue;
+                }
+                const uint64_t* bits = masks.bits.data() + (c * image.height + y) * image.words;
+                for (int64_t w = 0; w < image.words; ++w) {
+                    if (bits[w] != 0) {
+                        paint_word(target + w * kWordPixels, bits[w], id_of[c]);
+                    }
+                }
+            }
+        }
+    });
+}
+
+// Box by box in score order: a box that is void enough gives its void pixels to its own segment, or to a new one.
+void fill_boxes(
+    const double* boxes, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
+    double box_threshold, std::vector<int32_t>& id_of, std::vector<uint64_t>& open, std::vector<Segment>& segments,
+    int32_t* id_map) {
+    for (size_t c = 0; c < order.size(); ++c) {
+        const PixelBox box = merge_pixel_box(boxes + 4 * order[c], image.height, image.width);
+        if (box.area() == 0) {
+            continue;
+        }
+        const int64_t first = box.x1 / kWordPixels, last = (box.x2 - 1) / kWordPixels;
+        const auto part = [&](int64_t w) {
+            return bit_range(w == first ? box.x1 - first * kWordPixels : 0,
+                             w == last ? box.x2 - last * kWordPixels : kWordPixels);
+        };
+        int64_t still_void = 0;
+        for (int64_t y = box.y1; y < box.y2; ++y) {
+            for (int64_t w = first; w <= last; ++w) {
+                still_void += bit_count(open[y * image.words + w] & part(w));
+            }
+        }
+        if (!merge_box_is_filled(still_void, box.area(), box_threshold)) {
+            continue;
+        }
+        if (id_of[c] == 0) {
+            segments.push_back({labels[order[c]], order[c], 0, {}});
+            id_of[c] = static_cast<int32_t>(segments.size());
+        }
+        Segment& segment = segments[static_cast<size_t>(id_of[c] - 1)];
+        segment.area += still_void;
+        for (int64_t y = box.y1; y < box.y2; ++y) {
+            for (int64_t w = first; w <= last; ++w) {
+                const uint64_t bits = open[y * image.words + w] & part(w);
+                if (bits != 0) {
+                    open[y * image.words + w] ^= bits;
+                    paint_word(id_map + y * image.width + w * kWordPixels, bits, id_of[c]);
+                    segment.extent.add(w * kWordPixels + lowest_bit(bits), w * kWordPixels + highest_bit(bits), y);
+                }
+            }
+        }
+    }
+}
+
+template <typename label_t>
+std::vector<Segment> merge(
+    const uint8_t* masks,      // (K, H, W)
+    const double* scores,      // (K)
+    const int64_t* labels,     // (K)
+    const double* boxes,       // (K, 4) or nullptr: no box fill
+    const label_t* stuff,      // (H, W)
+    const std::vector<bool>& ignored,  // (stuff labels)
+    int32_t* id_map,           // (H, W), written
+    int64_t count, const Image& image, const MergeOptions& options) {
+    const std::vector<int64_t> order = candidates(scores, count, options.score_threshold);
+    PackedMasks packed(masks, order, image);
+    std::vector<uint64_t> used(static_cast<size_t>(image.height * image.words));
+    std::vector<int32_t> id_of(order.size());
+    std::vector<Segment> segments =
+        keep_instances(packed, order, labels, image, options.overlap_threshold, used, id_of);
+
+    const auto stuff_labels = static_cast<int64_t>(ignored.size());
+    const std::vector<StuffClass> classes = stuff_statistics(stuff, used, image, stuff_labels);
+    std::vector<int32_t> id_of_label(ignored.size());
+    for (int64_t label = 0; label < stuff_labels; ++label) {
+        const StuffClass& found = classes[static_cast<size_t>(label)];
+        if (!ignored[static_cast<size_t>(label)] && found.area > 0 && found.area >= options.stuff_area_limit) {
+            segments.push_back({label, -1, found.area, found.extent});
+            id_of_label[static_cast<size_t>(label)] = static_cast<int32_t>(segments.size());
+        }
+    }
+    std::vector<uint64_t> open(used.size());
+    paint(stuff, id_of_label, packed, id_of, used, image, id_map, open);
+    if (boxes != nullptr) {
+        fill_boxes(boxes, order, labels, image, options.box_threshold, id_of, open, segments, id_map);
+    }
+    return segments;
+}
+
+Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+    return to_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
+    const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
+    int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
+    int64_t stuff_area_limit, double box_threshold) {
+    check_panoptic_merge(masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold,
+                         box_threshold);
+    const int64_t count = masks.size(0), rows = count + stuff_labels;
+    const Image image{masks.size(1), masks.size(2), words_of(masks.size(2))};
+    Tensor id_map = empty_like_sized(masks, {image.height, image.width}, ScalarType::Int);
+    Tensor table = empty_like_sized(masks, {rows, kMergeColumns}, ScalarType::Long);
+    Tensor segment_scores = empty_like_sized(masks, {rows}, ScalarType::Float);
+    Tensor segment_count = empty_like_sized(masks, {}, ScalarType::Long);
+
+    std::vector<Segment> segments;
+    const Tensor score_values = contiguous_as(scores, ScalarType::Double);
+    if (id_map.numel() != 0) {
+        const Tensor mask_values = to_contiguous(masks);
+        const Tensor label_values = contiguous_as(labels, ScalarType::Long);
+        const std::optional<Tensor> box_values =
+            boxes ? std::optional<Tensor>(contiguous_as(*boxes, ScalarType::Double)) : std::nullopt;
+        std::vector<bool> ignored(static_cast<size_t>(stuff_labels));
+        for (const int64_t label : ignored_stuff) {
+            if (label >= 0 && label < stuff_labels) {
+                ignored[static_cast<size_t>(label)] = true;
+            }
+        }
+        const auto run = [&](auto zero, const Tensor& stuff_values) {
+            using label_t = decltype(zero);
+            segments = merge(data<uint8_t>(mask_values), data<double>(score_values), data<int64_t>(label_values),
+                             box_values ? data<double>(*box_values) : nullptr, data<label_t>(stuff_values), ignored,
+                             mutable_data<int32_t>(id_map), count, image,
+                             {score_threshold, overlap_threshold, stuff_area_limit, box_threshold});
+        };
+        switch (stuff.scalar_type()) {
+            case ScalarType::Byte: run(uint8_t{}, to_contiguous(stuff)); break;
+            case ScalarType::Int: run(int32_t{}, to_contiguous(stuff)); break;
+            default: run(int64_t{}, contiguous_as(stuff, ScalarType::Long));
+        }
+    }
+
+    int64_t* row = mutable_data<int64_t>(table);
+    float* score = mutable_data<float>(segment_scores);
+    std::fill(row, row + rows * kMergeColumns, 0);
+    std::fill(score, score + rows, 0.0f);
+    for (int64_t r = 0; r < rows; ++r, row += kMergeColumns) {
+        row[kMergeLabel] = row[kMergeInstance] = -1;
+        if (r >= static_cast<int64_t>(segments.size())) {
+            continue;
+        }
+        const Segment& segment = segments[static_cast<size_t>(r)];
+        row[kMergeLabel] = segment.label;
+        row[kMergeIsThing] = segment.instance >= 0;
+        row[kMergeInstance] = segment.instance;
+        row[kMergeArea] = segment.area;
+        row[kMergeX] = segment.extent.x1;
+        row[kMergeY] = segment.extent.y1;
+        row[kMergeWidth] = segment.extent.x2 - segment.extent.x1 + 1;
+        row[kMergeHeight] = segment.extent.y2 - segment.extent.y1 + 1;
+        if (segment.instance >= 0) {
+            score[r] = static_cast<float>(data<double>(score_values)[segment.instance]);
+        }
+    }
+    *mutable_data<int64_t>(segment_count) = static_cast<int64_t>(segments.size());
+    return {id_map, table, segment_scores, segment_count};
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
+    library.impl("panoptic_merge", TORCH_BOX(&spatialflow::panoptic_merge_cpu));
+}

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Panoptic merge: instance masks, a stuff label map and boxes become one id map and a table of segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.checking import is_checking, require_finite
+
+
+class PanopticMergeOutput(NamedTuple):
+    """Result of `panoptic_merge`. Row r of every table describes the segment with id r + 1; R = K + stuff_labels."""
+
+    id_map: Tensor  # (H, W) int32, 0 = void
+    labels: Tensor  # (R) int64, of the instance or of the stuff; -1 in unused rows
+    is_thing: Tensor  # (R) bool
+    instances: Tensor  # (R) int64, index of the segment's mask in the input; -1 for stuff and unused rows
+    areas: Tensor  # (R) int64, pixels
+    boxes: Tensor  # (R, 4) int64, x, y, width, height of the segment's pixels
+    scores: Tensor  # (R) float32, 0 for stuff and unused rows
+    count: Tensor  # () int64, rows in use
+
+
+def panoptic_merge(
+    masks: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    boxes: Tensor | None,
+    stuff: Tensor,
+    stuff_labels: int,
+    *,
+    ignored_stuff: Sequence[int] = (),
+    score_threshold: float = 0.37,
+    overlap_threshold: float = 0.37,
+    stuff_area_limit: int = 4900,
+    box_threshold: float = 0.5,
+) -> PanopticMergeOutput:
+    """Merges instances and stuff into one map in which every pixel belongs to one segment or to none.
+
+    1. Instances with `score >= score_threshold`, highest score first, ties in input order. One without pixels, or with
+       more than `overlap_threshold` of its pixels taken by those kept before, is dropped; a kept one takes its free pixels.
+    2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_limit`.
+    3. Every box of step 1, its instance kept or not, in the same order: if at least `box_threshold` of its pixels are
+       still void, they go to the instance's segment, or to a new one. Boxes are truncated to integers and cut to the image.
+
+    Args:
+        masks: (K, H, W) bool or uint8, not zero = inside.
+        scores: (K), any floating dtype.
+        labels: (K), any integer dtype; copied to the table.
+        boxes: (K, 4) x1, y1, x2, y2 in pixels, any floating dtype; None leaves out step 3.
+        stuff: (H, W), any integer dtype; values outside [0, stuff_labels) are void.
+        stuff_labels: number of stuff labels.
+        ignored_stuff: stuff labels that stay void, such as "other".
+        score_threshold, overlap_threshold, stuff_area_limit, box_threshold: see above. Defaults: the paper's for COCO.
+
+    Returns:
+        `PanopticMergeOutput`. Ids count from 1 in order of creation: instances, stuff by label, then new ones of
+        step 3. Every id of the map is one row in use and the other way round. All shapes are fixed by the arguments'
+        shapes and `stuff_labels`, so nothing waits for the device.
+
+    Raises:
+        RuntimeError: a shape, dtype or option that does not fit, naming the argument.
+        ValueError: within `spatialflow.ops.checked()`, a score or box that is not finite.
+
+    Remarks:
+        A NaN score never enters; a box with a coordinate that is not finite fills nothing. No instances, or no pixels,
+        are fine. No gradients. The result does not depend on the number of threads.
+
+    Source: Chen et al., SpatialFlow (2020), sections III-A3 and IV-B2; steps 1 and 2: Kirillov et al., Panoptic
+    Segmentation (2019), section 7.
+    """
+    if is_checking():
+        require_finite("panoptic_merge", "scores", scores)
+        if boxes is not None:
+            require_finite("panoptic_merge", "boxes", boxes)
+    id_map, table, segment_scores, count = torch.ops.spatialflow.panoptic_merge(
+        masks,
+        scores.detach(),
+        labels,
+        None if boxes is None else boxes.detach(),
+        stuff,
+        stuff_labels,
+        list(ignored_stuff),
+        float(score_threshold),
+        float(overlap_threshold),
+        int(stuff_area_limit),
+        float(box_threshold),
+    )
+    return PanopticMergeOutput(
+        id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores, count
+    )
+
+
+@torch.library.register_fake("spatialflow::panoptic_merge")
+def _(
+    masks, scores, labels, boxes, stuff, stuff_labels, ignored_stuff, score_threshold, overlap_threshold,
+    stuff_area_limit, box_threshold,
+):  # fmt: skip
+    torch._check(masks.dim() == 3, lambda: f"panoptic_merge: masks must be (K, H, W), got {tuple(masks.shape)}")
+    count, height, width = masks.shape
+    rows = count + stuff_labels
+    return (
+        masks.new_empty((height, width), dtype=torch.int32),
+        masks.new_empty((rows, 8), dtype=torch.int64),
+        masks.new_empty((rows,), dtype=torch.float32),
+        masks.new_empty((), dtype=torch.int64),
+    )

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Panoptic merge in plain PyTorch: the specification of `spatialflow.ops.panoptic_merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.panoptic_merge import PanopticMergeOutput
+
+
+def panoptic_merge(
+    masks: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    boxes: Tensor | None,
+    stuff: Tensor,
+    stuff_labels: int,
+    *,
+    ignored_stuff: Sequence[int] = (),
+    score_threshold: float = 0.37,
+    overlap_threshold: float = 0.37,
+    stuff_area_limit: int = 4900,
+    box_threshold: float = 0.5,
+) -> PanopticMergeOutput:
+    """Same arguments and result as `spatialflow.ops.panoptic_merge`, one segment at a time."""
+    count, height, width = masks.shape
+    masks = masks != 0
+    id_map = torch.zeros((height, width), dtype=torch.int32)
+    segments: list[tuple[int, int, float]] = []  # label, instance or -1, score
+    id_of: dict[int, int] = {}
+
+    def paint(pixels: Tensor, label: int, instance: int, score: float) -> int:
+        segments.append((label, instance, score))
+        id_map[pixels] = len(segments)
+        return len(segments)
+
+    entering = [k for k in range(count) if float(scores[k]) >= score_threshold]
+    entering.sort(key=lambda k: -float(scores[k]))
+    for k in entering:
+        area, free = int(masks[k].sum()), masks[k] & (id_map == 0)
+        overlap = area - int(free.sum())
+        if area == 0 or overlap / area > overlap_threshold or overlap == area:
+            continue
+        id_of[k] = paint(free, int(labels[k]), k, float(scores[k]))
+    for label in range(stuff_labels):
+        free = (stuff == label) & (id_map == 0)
+        if label not in ignored_stuff and int(free.sum()) >= max(stuff_area_limit, 1):
+            paint(free, label, -1, 0.0)
+    for k in entering if boxes is not None else ():
+        if not bool(torch.isfinite(boxes[k]).all()):
+            continue
+        x1, y1, x2, y2 = (int(v) for v in boxes[k].tolist())
+        window = id_map[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)]
+        void = int((window == 0).sum())
+        if void == 0 or void / window.numel() < box_threshold:
+            continue
+        if k not in id_of:
+            segments.append((int(labels[k]), k, float(scores[k])))
+            id_of[k] = len(segments)
+        window[window == 0] = id_of[k]
+
+    rows = count + stuff_labels
+    table = torch.zeros((rows, 8), dtype=torch.int64)
+    table[:, [0, 2]] = -1
+    segment_scores = torch.zeros(rows)
+    for row, (label, instance, score) in enumerate(segments):
+        ys, xs = torch.nonzero(id_map == row + 1, as_tuple=True)
+        x, y = int(xs.min()), int(ys.min())
+        size = [int(xs.max()) - x + 1, int(ys.max()) - y + 1]
+        table[row] = torch.tensor([label, instance >= 0, instance, len(xs), x, y, *size])
+        segment_scores[row] = score
+    return PanopticMergeOutput(
+        id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores,
+        torch.tensor(len(segments)),
+    )  # fmt: skip

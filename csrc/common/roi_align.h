@@ -103,4 +103,49 @@ SPATIALFLOW_HOST_DEVICE real_t sample_position(const RoiAxis<real_t>& axis, int6
     return axis.start + real_t(bin) * axis.bin + (real_t(index) + real_t(0.5)) * axis.step;
 }
 
+// Cells [begin, end) of an axis that the samples of bin `bin` can read.
+struct CellRange {
+    int64_t begin;
+    int64_t end;
+};
+
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE CellRange bin_cells(const RoiAxis<real_t>& axis, int64_t bin, int64_t size) {
+    const SampleRange samples = sample_range(axis, bin, size);
+    if (samples.begin >= samples.end) {
+        return {0, 0};
+    }
+    const real_t one = sample_position(axis, bin, samples.begin);
+    const real_t other = sample_position(axis, bin, samples.end - 1);
+    const real_t last = real_t(size - 1);
+    real_t low = std::floor(one < other ? one : other);
+    real_t high = std::floor(one < other ? other : one) + real_t(1);
+    low = low > real_t(0) ? (low < last ? low : last) : real_t(0);
+    high = high > real_t(0) ? (high < last ? high : last) : real_t(0);
+    return {static_cast<int64_t>(low), static_cast<int64_t>(high) + 1};
+}
+
+// Weight of cell `cell` in the mean over the samples of bin `bin`, on this axis: the whole bin is the product of the
+// two axes. Only samples within one cell of `cell` are visited (widened by one against rounding).
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE real_t cell_weight(const RoiAxis<real_t>& axis, int64_t bin, int64_t cell, int64_t size) {
+    SampleRange samples = sample_range(axis, bin, size);
+    if (axis.grid > real_t(4) && axis.step > real_t(0)) {
+        const real_t first = axis.start + real_t(bin) * axis.bin;
+        const real_t begin = std::floor((real_t(cell - 1) - first) / axis.step) - real_t(2);
+        const real_t end = std::ceil((real_t(cell + 1) - first) / axis.step) + real_t(2);
+        samples.begin = begin > real_t(samples.begin) ? static_cast<int64_t>(begin) : samples.begin;
+        samples.end = end < real_t(samples.end) ? static_cast<int64_t>(end) : samples.end;
+    }
+    real_t weight = real_t(0);
+    for (int64_t i = samples.begin; i < samples.end; ++i) {
+        LinearSample<real_t> sample;
+        if (linear_sample(sample_position(axis, bin, i), size, sample)) {
+            weight += sample.low == cell ? sample.low_weight : real_t(0);
+            weight += sample.high == cell ? sample.high_weight : real_t(0);
+        }
+    }
+    return weight / (axis.grid > real_t(1) ? axis.grid : real_t(1));
+}
+
 }  // namespace spatialflow

@@ -279,7 +279,7 @@ Tensor roi_align_cpu(
 Tensor roi_align_backward_cpu(
     const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
     int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
-    bool channels_last) {
+    bool channels_last, bool /* deterministic: it always is */) {
     check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, channels);
     const ScalarType dtype = grad_output.scalar_type();
     const ScalarType accum = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

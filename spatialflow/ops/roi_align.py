@@ -43,7 +43,7 @@ def roi_align(
         Samples further than one cell outside the map count as zero. A RoI with a coordinate that is not finite, or
         with a batch index outside [0, N), gives zeros and no gradient. No RoIs, or no channels: an empty result.
         Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order; the CPU backward
-        is deterministic.
+        is deterministic, the CUDA one in float64 and under `torch.use_deterministic_algorithms(True)`.
 
     Source: He et al., Mask R-CNN (2017), section 3; signature and result of torchvision.ops.roi_align.
     """
@@ -117,7 +117,7 @@ def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, 
 @torch.library.register_fake("spatialflow::_roi_align_backward")
 def _(
     grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned,
-    batch, channels, height, width, channels_last,
+    batch, channels, height, width, channels_last, deterministic,
 ):  # fmt: skip
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     size = (batch, channels, height, width)
@@ -135,7 +135,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
     (boxes,) = ctx.saved_tensors
-    grad = _roi_align_backward(grad_output, boxes, *ctx.settings, *ctx.shape, ctx.channels_last) if needs[0] else None
+    if not needs[0]:
+        return (None,) * 7
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad = _roi_align_backward(grad_output, boxes, *ctx.settings, *ctx.shape, ctx.channels_last, deterministic)
     return grad, None, None, None, None, None, None
 
 
@@ -153,7 +156,7 @@ def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward_backward(ctx: Any, needs: Any, grad_grad_input: Tensor) -> tuple:
     (boxes,) = ctx.saved_tensors
     grad = _roi_align(grad_grad_input, boxes, *ctx.settings[:5]) if needs[0] else None
-    return (grad,) + (None,) * 11
+    return (grad,) + (None,) * 12
 
 
 def _backward_jvp(ctx: Any, grad_output: Tensor | None, *_: Any) -> Tensor | None:

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Host side of a CUDA op: from torch tensors to typed device pointers, the device, its stream, and the registration.
+#pragma once
+
+#include "cuda/platform.h"
+#include "ops/tensor.h"
+
+#if defined(__CUDACC__)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#define SPATIALFLOW_DEVICE_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(spatialflow, CUDA, library)
+#else
+#define SPATIALFLOW_DEVICE_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library)
+#endif
+
+namespace spatialflow {
+
+#if defined(__CUDACC__)
+
+// Makes the device of a tensor current for the life of this object, and gives its stream.
+class DeviceScope {
+public:
+    explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device()) {
+        void* stream = nullptr;
+        check(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream) == 0, "no CUDA stream on device ",
+              tensor.get_device());
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+    Stream stream() const { return stream_; }
+
+private:
+    torch::stable::accelerator::DeviceGuard guard_;
+    Stream stream_;
+};
+
+template <typename scalar_t>
+inline const scalar_t* data(const Tensor& tensor) {
+    return static_cast<const scalar_t*>(tensor.const_data_ptr());
+}
+
+template <typename scalar_t>
+inline scalar_t* mutable_data(const Tensor& tensor) {
+    return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+}
+
+#else
+
+class DeviceScope {
+public:
+    explicit DeviceScope(const Tensor&) {}
+    Stream stream() const { return {}; }
+};
+
+// Elements from the first to the last one that the strides reach.
+inline int64_t extent(const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+        if (tensor.size(d) == 0) {
+            return 0;
+        }
+        last += (tensor.size(d) - 1) * tensor.stride(d);
+    }
+    return last + 1;
+}
+
+template <typename scalar_t>
+inline Global<const scalar_t> data(const Tensor& tensor) {
+    return Global<const scalar_t>(static_cast<const scalar_t*>(tensor.const_data_ptr()), extent(tensor));
+}
+
+template <typename scalar_t>
+inline Global<scalar_t> mutable_data(const Tensor& tensor) {
+    return Global<scalar_t>(static_cast<scalar_t*>(tensor.mutable_data_ptr()), extent(tensor));
+}
+
+#endif
+
+// Calls body(scalar_t{}) with the device type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
+template <typename Body>
+inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
+    switch (dtype) {
+        case ScalarType::Float: return body(float{});
+        case ScalarType::Double: return body(double{});
+        case ScalarType::Half: return body(float16{});
+        case ScalarType::BFloat16: return body(bfloat16{});
+        default: check(false, op, ": no kernel for ", dtype_name(dtype));
+    }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A grid dimension, refused beyond what a launch can hold.
+inline unsigned grid_size(const char* op, int64_t blocks) {
+    check(blocks <= 0x7fffffff, op, ": the problem needs ", blocks, " thread blocks, a launch holds 2147483647");
+    return static_cast<unsigned>(blocks);
+}
+
+inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace spatialflow

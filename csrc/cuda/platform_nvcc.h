@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// platform.h for nvcc: the toolkit's types under the names that kernels use.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace spatialflow {
+
+using float16 = __half;
+using bfloat16 = __nv_bfloat16;
+
+template <typename scalar_t>
+struct AccumType {
+    using type = float;
+};
+template <>
+struct AccumType<double> {
+    using type = double;
+};
+template <typename scalar_t>
+using accum_t = typename AccumType<scalar_t>::type;
+
+__device__ __forceinline__ float load(float value) { return value; }
+__device__ __forceinline__ double load(double value) { return value; }
+__device__ __forceinline__ float load(float16 value) { return __half2float(value); }
+__device__ __forceinline__ float load(bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ void store(float& target, float value) { target = value; }
+__device__ __forceinline__ void store(double& target, double value) { target = value; }
+__device__ __forceinline__ void store(float16& target, float value) { target = __float2half_rn(value); }
+__device__ __forceinline__ void store(bfloat16& target, float value) { target = __float2bfloat16_rn(value); }
+
+template <typename T>
+using Global = T* __restrict__;
+template <typename T>
+using Shared = T*;
+
+#define SPATIALFLOW_SHARED(type, name, count) __shared__ type name[count]
+#define SPATIALFLOW_DYNAMIC_SHARED(type, name)                                        \
+    extern __shared__ __align__(128) unsigned char spatialflow_dynamic_shared_bytes[]; \
+    type* name = reinterpret_cast<type*>(spatialflow_dynamic_shared_bytes)
+
+// The same memory seen as elements of another type.
+template <typename To, typename From>
+__device__ __forceinline__ To* pointer_cast(From* pointer) {
+    return reinterpret_cast<To*>(pointer);
+}
+
+// kWidth elements moved by one access where the hardware has it (2, 4, 8 or 16 bytes).
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vec {
+    T values[kWidth];
+    __host__ __device__ __forceinline__ T& operator[](int i) { return values[i]; }
+    __host__ __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
+};
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Vec<std::remove_const_t<T>, kWidth> load_vector(T* source) {
+    return *reinterpret_cast<const Vec<std::remove_const_t<T>, kWidth>*>(source);
+}
+
+template <int kWidth, typename T>
+__device__ __forceinline__ void store_vector(T* target, const Vec<T, kWidth>& value) {
+    *reinterpret_cast<Vec<T, kWidth>*>(target) = value;
+}
+
+// target[i] += values[i] in global memory, atomically by element; one 16-byte reduction where the processor has it
+// (compute capability 9.0). `target` is aligned to kWidth elements.
+template <typename real_t, int kWidth>
+__device__ __forceinline__ void reduce_add(real_t* target, const Vec<real_t, kWidth>& values) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int kGroup = std::is_same_v<real_t, float> && kWidth % 4 == 0 ? 4 : 1;
+#else
+    constexpr int kGroup = 1;
+#endif
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kGroup) {
+        if constexpr (kGroup == 4) {
+            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                             __cvta_generic_to_global(target + i)),
+                         "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
+                         : "memory");
+        } else {
+            atomicAdd(target + i, values[i]);
+        }
+    }
+}
+
+using Stream = cudaStream_t;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) {
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+    }
+}
+
+template <typename Kernel>
+struct KernelArguments;
+template <typename... Parameters>
+struct KernelArguments<void (*)(Parameters...)> {
+    template <void (*kKernel)(Parameters...)>
+    static void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Parameters... arguments) {
+        if (shared_bytes > 48 * 1024) {
+            check_cuda(
+                cudaFuncSetAttribute(
+                    kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+                "dynamic shared memory of a kernel");
+        }
+        kKernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+        check_cuda(cudaGetLastError(), "kernel launch");
+    }
+};
+
+// Starts kKernel on `stream` and checks the launch; an empty grid does nothing.
+template <auto kKernel, typename... Arguments>
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Arguments&... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
+        return;
+    }
+    KernelArguments<decltype(kKernel)>::template launch<kKernel>(grid, block, shared_bytes, stream, arguments...);
+}
+
+}  // namespace spatialflow

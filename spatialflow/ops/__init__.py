@@ -6,13 +6,16 @@ from spatialflow import _library
 _library.load()
 
 from spatialflow.ops.checking import checked  # noqa: E402
+from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
 from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 
 __all__ = [
+    "MultilevelRoIAlign",
     "PanopticMergeOutput",
     "RoIAlign",
     "checked",
+    "multilevel_roi_align",
     "panoptic_merge",
     "roi_align",
 ]

@@ -73,6 +73,8 @@ class DifferentiableOp:
         qualified = f"spatialflow::{name}"
         op = getattr(torch.ops.spatialflow, name).default
         self.op = op
+        returns = op._schema.returns
+        self._returns_list = len(returns) == 1 and isinstance(returns[0].type, torch.ListType)
 
         def forward_flat(layout: tuple[int, ...], *flat: Any) -> Any:
             outputs = op(*_nest(layout, flat))
@@ -129,7 +131,8 @@ class DifferentiableOp:
         if torch.compiler.is_compiling():
             return self.op(*args)
         layout, flat = _flatten(args)
-        return self.function.apply(layout, *flat)
+        result = self.function.apply(layout, *flat)
+        return list(result) if self._returns_list else result
 
 
 def autocast(tensor: torch.Tensor) -> torch.Tensor:

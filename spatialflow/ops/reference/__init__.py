@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain-PyTorch twins of every operator: the specification that kernels are tested and timed against."""
 
+from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
 from spatialflow.ops.reference.panoptic_merge import panoptic_merge
 from spatialflow.ops.reference.roi_align import roi_align
 
-__all__ = ["panoptic_merge", "roi_align"]
+__all__ = ["multilevel_roi_align", "panoptic_merge", "roi_align"]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoIAlign over a feature pyramid: every region is pooled from the level that fits its size, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
+from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.roi_align import _boxes_of_list, _channels_last, _pair
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor | list[Tensor],
+    output_size: int | tuple[int, int],
+    strides: Sequence[float],
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+    finest_scale: float = 56,
+) -> Tensor:
+    """Pools regions of interest from a feature pyramid (RoIAlign), each from the level that its size asks for.
+
+    Args:
+        features: L levels (N, C, H_l, W_l), finest first; one dtype (float32, float64, float16 or bfloat16), any
+            strides.
+        boxes: (K, 5) rows of (batch index, x1, y1, x2, y2), or a list of N tensors (K_i, 4) of (x1, y1, x2, y2), one
+            per image. Pixels of the image; any floating dtype, used in float32 (float64 for float64 features).
+        output_size: bins per axis (PH, PW), or one number for both.
+        strides: pixels per cell of each level, e.g. (8, 16, 32); nothing is inferred from the sizes of the maps.
+        sampling_ratio: samples per bin and axis; 0 or less: ceil(RoI size / bins), by axis and RoI.
+        aligned: shifts boxes by half a cell (see `roi_align`).
+        finest_scale: a RoI of side `finest_scale` pixels, and up to twice that, belongs to the first level.
+
+    Returns:
+        (K, C, PH, PW) in the order of `boxes`; the dtype of the features, channels-last if `features[0]` is.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
+        ValueError: `features`, `output_size` or `boxes` of a wrong kind; within `checked()` also bad values.
+
+    Remarks:
+        Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), the area in square pixels. A
+        RoI with a coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient, as
+        does a RoI whose level has no cells. No RoIs, or no channels: an empty result. Gradients flow to every level
+        (boxes get none), in reverse and forward mode and to any order; the CPU backward is deterministic.
+
+    Source: Lin et al., Feature Pyramid Networks (2017), equation 1; level rule and pooling of mmdetection's
+    SingleRoIExtractor. torchvision's MultiScaleRoIAlign adds its 1e-6 after the logarithm, and keeps the scales that it
+    inferred from the first image it saw.
+    """
+    if isinstance(features, Tensor) or len(features) == 0:
+        got = f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "none"
+        raise ValueError(f"features must be a sequence of at least one level, got {got}")
+    height, width = _pair(output_size)
+    if isinstance(boxes, (list, tuple)):
+        boxes = _boxes_of_list(boxes, features[0])
+    if is_checking():
+        require_finite("multilevel_roi_align", "boxes", boxes)
+        require_batch_indices("multilevel_roi_align", "boxes", boxes[:, 0], features[0].shape[0])
+    return _multilevel_roi_align(
+        [autocast(feature) for feature in features], boxes, height, width, [float(stride) for stride in strides],
+        int(sampling_ratio), bool(aligned), float(finest_scale),
+    )  # fmt: skip
+
+
+class MultilevelRoIAlign(nn.Module):
+    """`multilevel_roi_align` with its settings; see there. `forward(features, boxes)`."""
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        strides: Sequence[float],
+        sampling_ratio: int = 0,
+        aligned: bool = True,
+        finest_scale: float = 56,
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.strides = tuple(strides)
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+        self.finest_scale = finest_scale
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor | list[Tensor]) -> Tensor:
+        return multilevel_roi_align(
+            features, boxes, self.output_size, self.strides, self.sampling_ratio, self.aligned, self.finest_scale
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_size={self.output_size}, strides={self.strides}, sampling_ratio={self.sampling_ratio}, "
+            f"aligned={self.aligned}, finest_scale={self.finest_scale}"
+        )
+
+
+@torch.library.register_fake("spatialflow::multilevel_roi_align")
+def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale):
+    first = features[0]
+    torch._check(
+        first.dim() == 4, lambda: f"multilevel_roi_align: features[0] must be (N, C, H, W), got {tuple(first.shape)}"
+    )
+    torch._check(
+        boxes.dim() == 2, lambda: f"multilevel_roi_align: boxes must have shape (K, 5), got {tuple(boxes.shape)}"
+    )
+    size = (boxes.shape[0], first.shape[1], pooled_height, pooled_width)
+    memory_format = torch.channels_last if _channels_last(first) else torch.contiguous_format
+    return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("spatialflow::_multilevel_roi_align_backward")
+def _(
+    grad_output, boxes, pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale,
+    batch, channels, heights, widths, channels_last, deterministic,
+):  # fmt: skip
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [
+        torch.empty(
+            (batch, channels, height, width),
+            dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format,
+        )
+        for height, width in zip(heights, widths)
+    ]  # fmt: skip
+
+
+# The op is linear in its features, so tangents and second derivatives are the op itself applied to them.
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    features, boxes, *ctx.settings = inputs
+    ctx.save_for_backward(boxes)
+    ctx.save_for_forward(boxes)
+    ctx.shape = features[0].shape[:2]
+    ctx.heights = [feature.shape[2] for feature in features]
+    ctx.widths = [feature.shape[3] for feature in features]
+    ctx.channels_last = _channels_last(features[0])
+
+
+def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+    (boxes,) = ctx.saved_tensors
+    wanted = needs[0] if isinstance(needs[0], (list, tuple)) else [needs[0]] * len(ctx.heights)
+    grads = None
+    if any(wanted):
+        grads = _multilevel_roi_align_backward(
+            grad_output, boxes, *ctx.settings, *ctx.shape, ctx.heights, ctx.widths, ctx.channels_last,
+            torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+    return grads, None, None, None, None, None, None, None
+
+
+def _jvp(ctx: Any, features: list[Tensor | None], *_: Any) -> Tensor | None:
+    (boxes,) = ctx.saved_tensors
+    known = next((tangent for tangent in features if tangent is not None), None)
+    if known is None:
+        return None
+    tangents = [
+        known.new_zeros((*ctx.shape, height, width)) if tangent is None else tangent
+        for tangent, height, width in zip(features, ctx.heights, ctx.widths)
+    ]
+    return _multilevel_roi_align(tangents, boxes, *ctx.settings)
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    _, boxes, *settings = inputs
+    ctx.settings, ctx.sizes = settings[:6], settings[6:]
+    ctx.save_for_backward(boxes)
+    ctx.save_for_forward(boxes)
+
+
+def _backward_backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
+    (boxes,) = ctx.saved_tensors
+    grads = grad_outputs[0] if isinstance(grad_outputs[0], (list, tuple)) else grad_outputs
+    grad = _multilevel_roi_align(list(grads), boxes, *ctx.settings) if needs[0] else None
+    return (grad,) + (None,) * 13
+
+
+def _backward_jvp(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+    (boxes,) = ctx.saved_tensors
+    if grad_output is None:
+        return None
+    return tuple(_multilevel_roi_align_backward(grad_output, boxes, *ctx.settings, *ctx.sizes))
+
+
+_multilevel_roi_align = DifferentiableOp(
+    "multilevel_roi_align", setup_context=_setup_context, backward=_backward, jvp=_jvp
+)
+_multilevel_roi_align_backward = DifferentiableOp(
+    "_multilevel_roi_align_backward",
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
+    jvp=_backward_jvp,
+)

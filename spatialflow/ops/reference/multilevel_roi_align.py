@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoIAlign over a feature pyramid in plain PyTorch: the specification of `spatialflow.ops.multilevel_roi_align`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.reference.roi_align import roi_align
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    output_size: int | tuple[int, int],
+    strides: Sequence[float],
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+    finest_scale: float = 56,
+) -> Tensor:
+    """Same arguments and result as `spatialflow.ops.multilevel_roi_align`, with boxes as (K, 5) rows; level by level."""
+    ph, pw = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    real = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    levels = roi_levels(boxes.to(real), len(features), finest_scale)  # (K,)
+    pooled = features[0].new_zeros((boxes.shape[0], features[0].shape[1], ph, pw))
+    for level, (feature, stride) in enumerate(zip(features, strides)):
+        rows = (levels == level).nonzero().squeeze(1)
+        if feature.numel() > 0 and rows.numel() > 0:
+            own = roi_align(feature, boxes[rows], (ph, pw), 1.0 / stride, sampling_ratio, aligned)
+            pooled = pooled.index_put((rows,), own)
+    return pooled
+
+
+def roi_levels(boxes: Tensor, levels: int, finest_scale: float) -> Tensor:
+    """(K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1); 0 where the area is no number."""
+    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
+    level = torch.floor(torch.log2(area.sqrt() / finest_scale + 1e-6))
+    return level.nan_to_num(nan=0.0).clamp(0, levels - 1).long()

@@ -1,4 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SpatialFlow: exact, fast vision operators and panoptic segmentation built on them."""
+"""SpatialFlow: exact, fast vision operators and panoptic segmentation built on them.
+
+Names are resolved on first use, so that `import spatialflow` costs nothing and scoring a folder of results never imports torch.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointError": "spatialflow.engine.checkpoints",
+    "ConfigError": "spatialflow.models.config",
+    "ImageError": "spatialflow.data.transforms",
+    "PanopticResult": "spatialflow.engine.predict",
+    "Predictor": "spatialflow.engine.predict",
+    "build_model": "spatialflow.models.build",
+    "list_configs": "spatialflow.models.build",
+    "load_backbone": "spatialflow.engine.checkpoints",
+    "load_checkpoint": "spatialflow.engine.checkpoints",
+    "load_config": "spatialflow.models.build",
+    "optimize_for_inference": "spatialflow.models.optimize",
+    "save_checkpoint": "spatialflow.engine.checkpoints",
+}
+_SUBPACKAGES = ("data", "engine", "models", "ops", "panoptic")
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES) | set(_SUBPACKAGES))

@@ -4,12 +4,13 @@
 import os
 import pickle
 import re
-import tempfile
 from pathlib import Path
 from typing import Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
+
+from spatialflow.files import atomic_write
 
 RELEASED_NAMES = (
     (r"neck\.lateral_convs\.(\d+)\.conv\.", r"fpn.lateral.\1."),
@@ -201,29 +202,16 @@ def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[s
         raise ValueError(f"path: must end in .safetensors, .pt or .pth, got '{path}'")
     state = model.state_dict() if isinstance(model, nn.Module) else model
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import save
+    with atomic_write(path) as file:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save
 
-                file.write(save(state, metadata={"format": "pt"}))
-            else:
-                torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            file.write(save(state, metadata={"format": "pt"}))
+        else:
+            torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint that was renamed into place survives a power cut
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def convert(source: Union[str, Path], destination: Union[str, Path]) -> int:

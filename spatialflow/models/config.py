@@ -98,7 +98,6 @@ class TestConfig:
     score_threshold: float = 0.05  # box and class pairs at or below it are dropped
     nms_threshold: float = 0.4  # class-wise NMS suppresses above this IoU
     max_detections: int = 100  # detections per image over all classes
-    mask_threshold: float = 0.5  # mask probability from which a pixel belongs to the instance
     instance_score_threshold: float = 0.37  # instances and boxes below it do not enter the panoptic map
     instance_overlap_threshold: float = 0.37  # an instance is dropped if more than this share is already taken
     stuff_area_threshold: int = 4900  # stuff segments with fewer pixels are dropped
@@ -109,7 +108,7 @@ class TestConfig:
     test_flip: bool = False  # mirrored images too
 
     def __post_init__(self):
-        _check_share(self, "score_threshold", "nms_threshold", "mask_threshold", "instance_score_threshold",
+        _check_share(self, "score_threshold", "nms_threshold", "instance_score_threshold",
                      "instance_overlap_threshold", "box_overlap_threshold")
         _check_positive(self, "max_detections", "test_long_edge")
         for name in ("candidates_per_level", "stuff_area_threshold"):

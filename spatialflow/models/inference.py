@@ -87,7 +87,7 @@ def mask_logits(network: SpatialFlow, thing_features: list[Tensor], rois: Tensor
     return torch.cat(parts).float() if parts else rois.new_zeros((0, side, side))
 
 
-def paste(logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+def paste(logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks of (H, W) `size` from (K, M, M) logits and (K, 4) float boxes at that scale: (K, H, W) bool."""
     return paste_masks(logits, boxes, size)
 

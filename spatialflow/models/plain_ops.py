@@ -115,3 +115,21 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size) -> Tensor:
     grid = torch.stack([x[:, None, :].expand(k, h, w), y[:, :, None].expand(k, h, w)], -1)
     proper = ((x2 > x1) & (y2 > y1))[:, :, None]
     return (F.grid_sample(mask_logits.sigmoid()[:, None], grid, align_corners=False)[:, 0] >= 0.5) & proper
+
+
+class PackedConv(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+
+
+def pack_conv3x3(weight: Tensor, bias: Tensor, algorithm: str = "auto") -> PackedConv:
+    return PackedConv(weight.contiguous(memory_format=torch.channels_last), bias)
+
+
+def flow_conv2d(x, flow, weight, bias=None, relu: bool = True, algorithm: str = "auto"):
+    if isinstance(x, (list, tuple)):
+        return [flow_conv2d(level, None if flow is None else flow[i], weight, bias, relu, algorithm) for i, level in enumerate(x)]
+    if isinstance(weight, PackedConv):
+        weight, bias = weight
+    y = F.conv2d(x if flow is None else x + flow, weight, bias, padding=1)
+    return y.relu_() if relu else y

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same network, arranged for inference: BatchNorm folded, bias and ReLU in the convolutions, weights packed once.
+
+Every class here stands in for one of the plain modules, computes the same function to rounding, and holds plain buffers instead of
+parameters. The plain modules are the reference.
+"""
+
+import copy
+from typing import Optional, Sequence, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatialflow.models.deform import DeformConv2d, split_offsets
+from spatialflow.models.fpn import FPN
+from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
+from spatialflow.models.plain_ops import deform_conv2d, flow_conv2d, pack_conv3x3
+from spatialflow.models.resnet import Bottleneck, ResNet
+from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
+
+Levels = TypeVar("Levels", Tensor, list[Tensor])
+
+
+class FusedConv(nn.Module):
+    """A convolution with its BatchNorm folded in, and an optional ReLU and residual sum in the same pass.
+
+    Args:
+        conv: the convolution; a DeformConv2d keeps its offset convolution.
+        norm: the BatchNorm behind it, in evaluation mode; None for none.
+        relu: whether a ReLU follows (after the residual sum, where there is one).
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None, relu: bool = False):
+        super().__init__()
+        weight, bias = conv.weight.detach().double(), None if conv.bias is None else conv.bias.detach().double()
+        if norm is not None:
+            scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+            shift = norm.bias.detach().double() - norm.running_mean.double() * scale
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else shift + bias * scale
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        dtype = conv.weight.dtype
+        self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last), persistent=False)
+        self.register_buffer("bias", bias.to(dtype), persistent=False)
+        self.stride, self.padding, self.groups, self.relu = list(conv.stride), list(conv.padding), conv.groups, relu
+        self.offsets = FusedConv(conv.conv_offset) if isinstance(conv, DeformConv2d) else None
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """(N, C, H, W) -> (N, O, H', W'). `residual`, of the output's shape, is overwritten with the result."""
+        if self.offsets is not None:
+            offset, mask = split_offsets(self.offsets(x))
+            y = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, 1, mask)
+            return y.relu_() if self.relu else y
+        if _has_fused_convolution(x):
+            activation = "relu" if self.relu else "none"
+            if residual is None:
+                return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, self.padding, self.stride, [1, 1],
+                                                               self.groups, activation, [], "")
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, self.weight, self.bias, self.padding, self.stride,
+                                                                   [1, 1], self.groups, "add", 1.0,
+                                                                   "relu" if self.relu else None, [], "")
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+        y = y if residual is None else residual.add_(y)
+        return y.relu_() if self.relu else y
+
+
+def _has_fused_convolution(x: Tensor) -> bool:
+    """oneDNN's convolution with sum and ReLU in its epilogue, which torch's own compiler uses on the CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+class FusedBottleneck(nn.Module):
+    """`Bottleneck` in three fused convolutions; the shortcut is summed in place."""
+
+    def __init__(self, block: Bottleneck):
+        super().__init__()
+        self.conv1 = FusedConv(block.conv1, block.bn1, relu=True)
+        self.conv2 = FusedConv(block.conv2, block.bn2, relu=True)
+        self.conv3 = FusedConv(block.conv3, block.bn3, relu=True)
+        self.downsample = None if block.downsample is None else FusedConv(*block.downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Overwrites `x` where there is no downsampling."""
+        out = self.conv2(self.conv1(x))
+        return self.conv3(out, residual=x if self.downsample is None else self.downsample(x))
+
+
+class FusedResNet(nn.Module):
+    """`ResNet` with folded BatchNorm, channels-last."""
+
+    def __init__(self, backbone: ResNet):
+        super().__init__()
+        self.stem = FusedConv(backbone.conv1, backbone.bn1, relu=True)
+        self.maxpool = backbone.maxpool
+        self.layers = nn.ModuleList(nn.Sequential(*map(FusedBottleneck, getattr(backbone, f"layer{i}"))) for i in range(1, 5))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        features = []
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+        return features[1:]
+
+
+class PackedConv3x3(nn.Module):
+    """A 3x3 convolution of stride 1 over one tensor or a list of levels, its weights arranged once for `flow_conv2d`."""
+
+    def __init__(self, conv: nn.Conv2d, relu: bool):
+        super().__init__()
+        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+        self.packed = pack_conv3x3(conv.weight.detach(), bias.detach())
+        self.relu = relu
+
+    def forward(self, x: Levels, flow: Optional[Levels] = None) -> Levels:
+        """relu(conv(x + flow)), of the structure of `x`."""
+        return flow_conv2d(x, flow, self.packed, None, self.relu)
+
+
+class PackedFPN(nn.Module):
+    """`FPN`, the three output convolutions packed."""
+
+    def __init__(self, fpn: FPN):
+        super().__init__()
+        self.lateral = nn.ModuleList(map(FusedConv, fpn.lateral))
+        self.output = nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in fpn.output)
+        self.p6, self.p7 = FusedConv(fpn.p6), FusedConv(fpn.p7)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        merged = [self.lateral[-1](features[-1])]
+        for lateral, feature in zip(reversed(self.lateral[:-1]), reversed(features[:-1])):
+            above = F.interpolate(merged[0], size=feature.shape[-2:], mode="nearest")
+            merged.insert(0, lateral(feature, residual=above))  # the upsampled map is fresh: the sum goes on top of it
+        p6 = self.p6(features[-1])
+        return [conv(m) for conv, m in zip(self.output, merged)] + [p6, self.p7(p6)]
+
+
+class PackedSubnets(nn.Module):
+    """`Subnets` over all levels at once: `flow_tower` for plain towers, stage by stage where a stage is deformable."""
+
+    def __init__(self, subnets: Subnets):
+        super().__init__()
+        self.plain = subnets
+        names = ("cls", "reg", "stuff", "thing")
+        self.convs = nn.ModuleDict({name: nn.ModuleList(map(_pack_stage, subnets.get_submodule(name))) for name in names})
+        self.flow_convs = nn.ModuleDict({name: nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in subnets.flows(name))
+                                         for name in names})
+        self.semantic = nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in subnets.semantic_flow)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
+        source, follower = self.plain.source, self.plain.follower
+        pyramid, small = list(pyramid), list(pyramid[:SEGMENTATION_LEVELS])
+        f = {"cls": pyramid, "reg": pyramid, "stuff": small}
+        for s, conv in enumerate(self.convs[source]):
+            f[source] = conv(f[source])
+            f[follower] = self._stage(follower, s, f[follower], f[source])
+            if s < len(self.convs["stuff"]):
+                f["stuff"] = self._stage("stuff", s, f["stuff"], f[source][:SEGMENTATION_LEVELS])
+        spatial, stuff, thing = f[source][:SEGMENTATION_LEVELS], f["stuff"], small
+        if len(self.convs["stuff"]) == 0 and len(self.flow_convs["stuff"]) > 0:
+            stuff = _add(stuff, self.flow_convs["stuff"][0](spatial))
+        for s in range(len(self.convs["thing"])):
+            thing = self._stage("thing", s, thing, spatial, self.semantic[s](stuff) if len(self.semantic) else None)
+        if len(self.convs["thing"]) == 0:
+            thing = _add(thing, self.semantic[0](stuff)) if len(self.semantic) else thing
+            thing = _add(thing, self.flow_convs["thing"][0](spatial)) if len(self.flow_convs["thing"]) else thing
+        return SubnetFeatures(f["cls"], f["reg"], stuff, thing)
+
+    def _stage(self, name: str, s: int, f: list[Tensor], source: list[Tensor], semantic: Optional[list[Tensor]] = None) -> list[Tensor]:
+        conv = self.convs[name][s]
+        if len(self.flow_convs[name]) == 0:
+            return conv(f if semantic is None else _add(f, semantic))
+        flow = self.flow_convs[name][s]
+        if s not in self.plain.deformable.get(name, ()):
+            spatial = flow(source)
+            return conv(f, spatial if semantic is None else _add(spatial, semantic))
+        x = f if semantic is None else _add(f, semantic)
+        plain, results = self.plain.get_submodule(name)[s], []
+        for feature, prediction in zip(x, flow(f, source)):  # the offsets come from flow(f + source), without `semantic`
+            offset, mask = split_offsets(prediction)
+            results.append(deform_conv2d(feature, offset, plain.weight, plain.bias, 1, 1, 1, mask).relu_())
+        return results
+
+
+class _EachLevel(nn.Module):
+    """A module of one tensor, for a list of levels."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        return [self.module(level) for level in levels]
+
+
+def _pack_stage(conv: nn.Conv2d) -> nn.Module:
+    return _EachLevel(FusedConv(conv, relu=True)) if isinstance(conv, DeformConv2d) else PackedConv3x3(conv, relu=True)
+
+
+def _add(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    return [x + y for x, y in zip(a, b)]
+
+
+class PackedBoxHead(nn.Module):
+    """`BoxHead`, all levels in one call per predictor."""
+
+    def __init__(self, head: BoxHead):
+        super().__init__()
+        self.class_logits = PackedConv3x3(head.class_logits, relu=False)
+        self.box_deltas = PackedConv3x3(head.box_deltas, relu=False)
+
+    def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return self.class_logits(list(cls)), self.box_deltas(list(reg))
+
+
+class PackedThingHead(ThingHead):
+    """`ThingHead`, the 3x3 convolutions packed and the deconvolution as one matrix product."""
+
+    def __init__(self, head: ThingHead):
+        nn.Module.__init__(self)
+        self.convs = nn.ModuleList(PackedConv3x3(conv, relu=True) for conv in head.convs)
+        self.logits = head.logits
+        weight = head.upsample.weight.detach()  # (I, O, 2, 2): every input pixel makes its own 2 x 2 output pixels
+        self.out_channels = weight.shape[1]
+        self.register_buffer("weight", weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(), persistent=False)  # (4*O, I)
+        self.register_buffer("bias", head.upsample.bias.detach().repeat(4), persistent=False)
+
+    def features(self, roi_features: Tensor) -> Tensor:
+        x = roi_features
+        for conv in self.convs:
+            x = conv(x)
+        k, c, h, w = x.shape
+        y = F.linear(x.permute(0, 2, 3, 1).reshape(-1, c), self.weight, self.bias).relu_()  # (K*S*S, 4*O)
+        y = y.view(k, h, w, 2, 2, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # (K, O, S, 2, S, 2)
+        return y.reshape(k, self.out_channels, 2 * h, 2 * w)
+
+
+class PackedStuffHead(StuffHead):
+    """`StuffHead` with its 3x3 convolutions packed."""
+
+    def __init__(self, head: StuffHead):
+        nn.Module.__init__(self)
+        self.blocks = nn.ModuleList(nn.Sequential(*map(PackedConvNormUp, block)) for block in head.blocks)
+        self.logits = FusedConv(head.logits)
+
+
+class PackedConvNormUp(nn.Module):
+    """`ConvNormUp` with its convolution packed."""
+
+    def __init__(self, block: ConvNormUp):
+        super().__init__()
+        self.conv = PackedConv3x3(block.conv, relu=False)
+        self.norm = block.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample(self.norm(self.conv(x)).relu_(), 2)
+
+
+def optimize_for_inference(model: SpatialFlow) -> SpatialFlow:
+    """Rearranges a network for inference on the device where it is.
+
+    Args:
+        model: from `build_model`, with its weights loaded. It is not changed.
+
+    Returns:
+        A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no weights with
+        `model`; it cannot be trained or saved, and stays on its device.
+    """
+    with torch.no_grad():
+        source = copy.deepcopy(model)
+        fast = SpatialFlow(
+            FusedResNet(source.backbone), PackedFPN(source.fpn), PackedSubnets(source.subnets), PackedBoxHead(source.box_head),
+            None if source.thing_head is None else PackedThingHead(source.thing_head),
+            None if source.stuff_head is None else PackedStuffHead(source.stuff_head), source.config)
+    return fast.requires_grad_(False).eval()

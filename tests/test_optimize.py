@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network arranged for inference equals the plain modules, for every kind of configuration."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from golden_models import assert_close, golden_model
+from spatialflow.models import inference
+from spatialflow.models.build import build_model
+from spatialflow.models.optimize import optimize_for_inference
+
+SMALL = dict(backbone_base_channels=8, fpn_channels=16, head_channels=16, thing_head_channels=16, stuff_head_channels=16, norm_groups=4,
+             num_things=3, num_stuff=4, categories=None)
+
+
+def random_model(name, **overrides):
+    """A narrow model whose every parameter and statistic matters."""
+    model = build_model(name, **(SMALL | overrides)).eval()
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
+            nn.init.uniform_(value, 0.5, 1.5)
+        elif value.dim() == 4:
+            nn.init.normal_(value, std=(1.5 / value[0].numel()) ** 0.5)
+        elif value.is_floating_point():
+            nn.init.normal_(value, std=0.1)
+    return model
+
+
+def assert_same_outputs(model, images):
+    fast = optimize_for_inference(model)
+    with torch.inference_mode():
+        expected, actual = model(images), fast(images)
+        for name in expected._fields:
+            a, b = getattr(actual, name), getattr(expected, name)
+            assert (a is None) == (b is None)
+            for x, y in zip(a, b) if isinstance(b, list) else [(a, b)] if b is not None else []:
+                assert_close(name, x, y.numpy())
+        if expected.thing_features is not None:
+            rois = torch.tensor([[0, 3.0, 5, 40, 60], [1, 0, 0, 90, 20], [0, 7, 7, 7, 7]])
+            labels = torch.tensor([0, 2, 1])
+            for chosen in (labels, None):
+                assert_close("masks", fast.thing_logits(actual.thing_features, rois, chosen),
+                             model.thing_logits(expected.thing_features, rois, chosen).numpy())
+    return fast
+
+
+@pytest.mark.parametrize("name, overrides", [
+    ("tiny", {}), ("tiny_dcn", {}), ("retinanet_r50_coco", {}), ("retinanet_r50_flows_coco", {}), ("ablation_naive_coco", {}),
+    ("ablation_flows_coco", {}), ("ablation_flow_source_cls_coco", {}), ("ablation_flow_cls_stuff_coco", {}),
+    ("tiny", dict(thing_stages=3, stuff_stages=2)), ("tiny", dict(backbone_groups=4, backbone_group_width=4)),
+    ("tiny", dict(deformable_reg_stages=[1], deformable_stuff_stages=[0], flow_to_stuff=False)),
+    ("tiny", dict(head_channels=24, flow_to_thing=False)), ("tiny", dict(stuff_head=False, stuff_stages=0)),
+])
+def test_outputs_equal_the_plain_modules(name, overrides):
+    assert_same_outputs(random_model(name, **overrides), torch.randn(2, 3, 64, 96))
+
+
+def test_goldens(goldens):
+    """The optimized network too gives the released numbers."""
+    arrays = np.load(goldens / "forward" / "tiny_b2.npz")
+    fast = assert_same_outputs(golden_model(goldens, "tiny", "tiny"), torch.from_numpy(arrays["img"]))
+    with torch.inference_mode():
+        output, quarter = fast.dense(torch.from_numpy(arrays["img"]))
+    for i in range(5):
+        assert_close("class_logits", output.class_logits[i], arrays[f"cls_score_l{i}"])
+        assert_close("box_deltas", output.box_deltas[i], arrays[f"bbox_pred_l{i}"])
+    assert_close("stuff_logits", fast.stuff_head.enlarge(quarter)[:, :, ::4, ::4], arrays["stuff_logits_sub4"])
+    for i in range(2):
+        labels = inference.stuff_labels(quarter[i], (224, 288), (224, 288))
+        assert np.array_equal(labels.numpy(), arrays["stuff_argmax"][i])
+
+
+def test_source_is_neither_changed_nor_shared():
+    model = random_model("tiny")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(1, 3, 64, 64)
+    fast = optimize_for_inference(model)
+    with torch.inference_mode():
+        first = fast(images).class_logits[0].clone()
+        for parameter in model.parameters():
+            parameter.add_(1.0) if not parameter.is_inference() else None
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    with torch.inference_mode():
+        assert torch.equal(fast(images).class_logits[0], first)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name.endswith("running_mean"))

@@ -41,7 +41,7 @@ class PanopticResult:
         labels: (K,) int64, category ids.
         mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head.
         categories: the category table.
-        image_name: file name of the image, or "image" for an array.
+        image_name: file name of the image, or "image <position in the call>" for an array.
         times: seconds by stage, see `STAGES`; of a batch the network's share.
     """
 
@@ -157,11 +157,12 @@ class Predictor:
 
     def _load(self, position: int, image: Image) -> _Item:
         times = dict.fromkeys(STAGES, 0.0)
-        name = f"image {position}" if isinstance(image, np.ndarray) else Path(image).name
-        with _stopwatch(times, "decode", self.device):
-            pixels = check_image(image, name) if isinstance(image, np.ndarray) else read_image(image)
+        is_path = isinstance(image, (str, Path))
+        name = Path(image).name if is_path else f"image {position}"
+        with _stopwatch(times, "decode"):
+            pixels = read_image(image) if is_path else check_image(image, name)
         data, test = self.config.data, self.config.test
-        with _stopwatch(times, "preprocess", self.device):
+        with _stopwatch(times, "preprocess"):
             prepared = prepare(pixels, test.test_short_edges[0], test.test_long_edge, data.image_mean, data.image_std, data.size_divisor)
         return _Item(position, name, prepared, times)
 
@@ -171,17 +172,17 @@ class Predictor:
         shared = dict.fromkeys(STAGES, 0.0)
         valid = torch.tensor([item.prepared.valid_size for item in items], device=self.device)
         scale = torch.tensor([item.prepared.scale for item in items], device=self.device)
-        with _stopwatch(shared, "network", self.device):
+        with _stopwatch(shared, "network"):
             images = torch.from_numpy(np.stack([item.prepared.image for item in items])).to(self.device)
             output, quarter_logits = self.network.dense(images)
-        with _stopwatch(shared, "detect", self.device):
+        with _stopwatch(shared, "detect"):
             candidates = inference.select_candidates(output.class_logits, output.box_deltas, valid, scale, self.config.model,
                                                      self.config.test.candidates_per_level)
             found = inference.detect(candidates, self.config.test)
             counts = found.count.tolist()
         logits = None
         if output.thing_features is not None:
-            with _stopwatch(shared, "masks", self.device):
+            with _stopwatch(shared, "masks"):
                 rois = inference.make_rois([found.boxes[i, :n] for i, n in enumerate(counts)], scale)
                 labels = torch.cat([found.labels[i, :n] for i, n in enumerate(counts)])
                 logits = inference.mask_logits(self.network, output.thing_features, rois, labels).split(counts)
@@ -196,19 +197,19 @@ class Predictor:
                 quarter_logits: Optional[Tensor]) -> PanopticResult:
         """Masks and stuff labels at original size, merged."""
         test, size, times = self.config.test, item.prepared.original_size, item.times
-        with _stopwatch(times, "stuff", self.device):
+        with _stopwatch(times, "stuff"):
             if quarter_logits is None:  # every label lies outside 0..num_stuff - 1 = nothing, so all is void
                 stuff, num_stuff = torch.zeros(size, dtype=torch.uint8, device=self.device), 0
             else:
                 stuff, num_stuff = inference.stuff_labels(quarter_logits, item.prepared.valid_size, size), self.config.model.num_stuff
-        with _stopwatch(times, "masks", self.device):
+        with _stopwatch(times, "masks"):
             entering = scores >= test.instance_score_threshold
             if mask_logits is None:
                 entering = torch.zeros_like(entering)
                 masks = torch.zeros((0, *size), dtype=torch.bool, device=self.device)
             else:
                 masks = inference.paste(mask_logits[entering], boxes[entering], size)
-        with _stopwatch(times, "merge", self.device):
+        with _stopwatch(times, "merge"):
             other = self.categories.other_index
             merged = panoptic_merge(
                 masks, scores[entering], labels[entering], boxes[entering] if test.box_fill else None, stuff, num_stuff,
@@ -231,7 +232,7 @@ class Predictor:
 
 
 @contextmanager
-def _stopwatch(times: dict[str, float], stage: str, device: torch.device):
+def _stopwatch(times: dict[str, float], stage: str):
     """Adds the seconds of the block to `times[stage]`; on a GPU only until the work is queued, without waiting for it."""
     start = time.perf_counter()
     yield

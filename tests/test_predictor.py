@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of every kind become panoptic results; bad ones are named."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+import spatialflow
+from golden_models import golden_model
+from spatialflow.panoptic import read_id_map, read_panoptic_json
+
+SHORT = dict(test_short_edges=[96], test_long_edge=160)
+
+
+@pytest.fixture(scope="module")
+def model(goldens):
+    return golden_model(goldens, "tiny", "tiny")
+
+
+@pytest.fixture(scope="module")
+def predictor(model):
+    return spatialflow.Predictor(model, stuff_area_threshold=40, **SHORT)
+
+
+def picture(height, width, seed=0):
+    return cv2.resize(np.random.default_rng(seed).integers(0, 256, (9, 11, 3), dtype=np.uint8), (width, height),
+                      interpolation=cv2.INTER_CUBIC)
+
+
+def assert_consistent(result, size):
+    """Map and segments describe each other, and every number has its promised type and range."""
+    assert result.id_map.shape == size and result.id_map.dtype == np.int32
+    ids, areas = np.unique(result.id_map, return_counts=True)
+    found = {int(i): int(a) for i, a in zip(ids, areas) if i != 0}
+    assert {segment["id"]: segment["area"] for segment in result.segments} == found
+    known = {row.id: row.isthing for row in result.categories.rows}
+    for segment in result.segments:
+        assert known[segment["category_id"]] == bool(segment["isthing"])
+        assert (segment["score"] is None) == (not segment["isthing"])
+        rows, columns = np.nonzero(result.id_map == segment["id"])
+        assert segment["bbox"] == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+    k = len(result.scores)
+    assert result.boxes.shape == (k, 4) and result.labels.shape == (k,) and (np.diff(result.scores) <= 0).all()
+    assert result.masks.shape == (k, *size) and result.masks.dtype == bool
+    assert (result.boxes >= 0).all() and (result.boxes[:, [0, 2]] <= size[1] + 0.01).all() and (result.boxes[:, [1, 3]] <= size[0] + 0.01).all()
+    json.dumps(result.segments)
+
+
+@pytest.mark.parametrize("size", [(90, 130), (1, 1), (1, 5000), (700, 3)])
+def test_images_of_any_size(predictor, size):
+    assert_consistent(predictor(picture(*size)), size)
+
+
+def assert_same(a, b, exact=True):
+    assert a.id_map.shape == b.id_map.shape
+    assert (a.id_map == b.id_map).mean() >= (1 if exact else 0.999)
+    assert [s["category_id"] for s in a.segments] == [s["category_id"] for s in b.segments]
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
+    np.testing.assert_allclose(a.boxes, b.boxes, atol=0.05)
+
+
+def test_order_and_company_do_not_matter(model, predictor):
+    """A batch of different sizes equals its images alone, in the order given."""
+    images = [picture(90, 130, 1), picture(130, 90, 2), picture(45, 65, 3), picture(91, 131, 4), picture(50, 50, 5)]
+    together = spatialflow.Predictor(model, stuff_area_threshold=40, batch_size=3, **SHORT)(images)
+    assert [r.id_map.shape for r in together] == [image.shape[:2] for image in images]
+    for image, result in zip(images, together):
+        assert_same(result, predictor(image), exact=False)
+
+
+def test_plain_and_optimized_network_agree(model, predictor):
+    plain = spatialflow.Predictor(model, optimize=False, stuff_area_threshold=40, **SHORT)
+    assert_same(plain(picture(90, 130)), predictor(picture(90, 130)), exact=False)
+
+
+def test_paths_arrays_and_iterables(tmp_path, predictor):
+    image = picture(60, 80)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    cv2.imwrite(str(tmp_path / "grey.png"), image[..., 0])
+    alone = predictor(str(tmp_path / "a.png"))
+    assert_same(alone, predictor(image))
+    many = predictor(path for path in (tmp_path / "a.png", tmp_path / "grey.png"))
+    assert isinstance(many, list) and [r.image_name for r in many] == ["a.png", "grey.png"]
+    assert_same(many[1], predictor(image[..., :1].repeat(3, axis=2)))
+    assert predictor([]) == []
+
+
+def test_bad_images_are_named(tmp_path, predictor):
+    (tmp_path / "text.jpg").write_text("no picture")
+    good = picture(60, 80)
+    cut = cv2.imencode(".jpg", good)[1].tobytes()[:-300]
+    (tmp_path / "cut.jpg").write_bytes(cut)
+    for image, words in ((tmp_path / "text.jpg", "text.jpg: is not an image"), (tmp_path / "cut.jpg", "cut.jpg: is truncated"),
+                         (tmp_path / "absent.jpg", "absent.jpg: cannot be read: No such file"), (tmp_path, "Is a directory"),
+                         (good[..., 0], "image 1: must be .* got \\(60, 80\\)"), (good.astype(float), "image 1: .*float64"), (7, "image 1")):
+        with pytest.raises(spatialflow.ImageError, match=words):
+            predictor([good, image])
+
+
+def test_times_cover_every_stage(predictor):
+    times = predictor(picture(60, 80)).times
+    assert list(times) == ["decode", "preprocess", "network", "detect", "masks", "stuff", "merge"]
+    assert all(seconds > 0 for seconds in times.values())
+
+
+def test_saved_files_are_coco_panoptic(tmp_path, predictor):
+    cv2.imwrite(str(tmp_path / "000000000042.png"), picture(60, 80))
+    result = predictor(tmp_path / "000000000042.png")
+    png = result.save(tmp_path / "out")
+    assert png == tmp_path / "out" / "000000000042.png" and np.array_equal(read_id_map(png), result.id_map)
+    content = read_panoptic_json(tmp_path / "out" / "000000000042.json", with_categories=True)
+    assert content["annotations"][0]["image_id"] == 42 and len(content["categories"]) == 32
+    drawn = result.overlay(picture(60, 80))
+    assert drawn.shape == (60, 80, 3) and drawn.dtype == np.uint8 and (drawn != picture(60, 80)).any() == bool(result.segments)
+
+
+def test_detector_without_segmentation(goldens):
+    small = dict(backbone_base_channels=8, fpn_channels=16, head_channels=16, num_things=3, categories=None)
+    result = spatialflow.Predictor(spatialflow.build_model("retinanet_r50_coco", **small), score_threshold=0.0, **SHORT)(picture(60, 80))
+    assert result.masks is None and len(result.scores) == 100 and not result.id_map.any() and result.segments == []
+
+
+def test_wrong_settings(model):
+    with pytest.raises(spatialflow.ConfigError, match="only fields of the test section"):
+        spatialflow.Predictor(model, fpn_channels=3)
+    with pytest.raises(spatialflow.ConfigError, match="test.score_threshold: must lie in 0..1, got 2"):
+        spatialflow.Predictor(model, score_threshold=2)
+    with pytest.raises(ValueError, match="batch_size: must be at least 1, got 0"):
+        spatialflow.Predictor(model, batch_size=0)

@@ -8,6 +8,7 @@ _library.load()
 from spatialflow.ops.checking import checked  # noqa: E402
 from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
 from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
+from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "checked",
     "multilevel_roi_align",
     "panoptic_merge",
+    "paste_masks",
     "roi_align",
 ]

@@ -3,6 +3,12 @@
 
 from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
 from spatialflow.ops.reference.panoptic_merge import panoptic_merge
+from spatialflow.ops.reference.paste_masks import paste_masks
 from spatialflow.ops.reference.roi_align import roi_align
 
-__all__ = ["multilevel_roi_align", "panoptic_merge", "roi_align"]
+__all__ = [
+    "multilevel_roi_align",
+    "panoptic_merge",
+    "paste_masks",
+    "roi_align",
+]

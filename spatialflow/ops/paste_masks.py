@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask pasting: M x M logits of each instance become a mask of the whole image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.checking import is_checking, require_finite
+
+
+def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Stretches each instance's mask over its box and tells which pixels of the image are inside.
+
+    Probabilities (sigmoid of the logits) are interpolated bilinearly, with zeros around the mask, at the centres of the
+    pixels; a pixel is inside where they reach the threshold.
+
+    Args:
+        mask_logits: (K, M, M), or (K, MH, MW); float32, float64, float16 or bfloat16, any strides.
+        boxes: (K, 4) x1, y1, x2, y2 in pixels of the image; any floating dtype, used in float64. They are neither
+            rounded nor enlarged, and may reach beyond the image.
+        size: (H, W) of the image.
+        threshold: probability in (0, 1].
+
+    Returns:
+        (K, H, W) bool.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, size or threshold that does not fit, naming the argument.
+        ValueError: within `spatialflow.ops.checked()`, a box that is not finite.
+
+    Remarks:
+        With a threshold of 0.5 or more, only pixels with their centre in the box can be inside. A box without extent,
+        reversed, or with a coordinate that is not finite has none; NaN logits are outside. A pixel between cells that
+        all reach the threshold is inside whatever the rounding. No gradients: the result is bool.
+
+    Source: He et al., Mask R-CNN (2017), section 3; sampling rule of mmdetection and detectron2
+    (`grid_sample(align_corners=False)`).
+    """
+    height, width = size
+    if is_checking():
+        require_finite("paste_masks", "boxes", boxes)
+    return torch.ops.spatialflow.paste_masks(mask_logits.detach(), boxes.detach(), height, width, float(threshold))
+
+
+@torch.library.register_fake("spatialflow::paste_masks")
+def _(mask_logits, boxes, height, width, threshold):
+    torch._check(
+        mask_logits.dim() == 3, lambda: f"paste_masks: mask_logits must be (K, M, M), got {tuple(mask_logits.shape)}"
+    )
+    return mask_logits.new_empty((mask_logits.shape[0], height, width), dtype=torch.bool)

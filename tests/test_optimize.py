@@ -38,7 +38,7 @@ def assert_same_outputs(model, images):
             for x, y in zip(a, b) if isinstance(b, list) else [(a, b)] if b is not None else []:
                 assert_close(name, x, y.numpy())
         if expected.thing_features is not None:
-            rois = torch.tensor([[0, 3.0, 5, 40, 60], [1, 0, 0, 90, 20], [0, 7, 7, 7, 7]])
+            rois = torch.tensor([[0, 3.0, 5, 40, 60], [1, 0, 0, 90, 20], [0, 7, 7, 7, 7]]).to(images)
             labels = torch.tensor([0, 2, 1])
             for chosen in (labels, None):
                 assert_close("masks", fast.thing_logits(actual.thing_features, rois, chosen),
@@ -54,7 +54,10 @@ def assert_same_outputs(model, images):
     ("tiny", dict(head_channels=24, flow_to_thing=False)), ("tiny", dict(stuff_head=False, stuff_stages=0)),
 ])
 def test_outputs_equal_the_plain_modules(name, overrides):
-    assert_same_outputs(random_model(name, **overrides), torch.randn(2, 3, 64, 96))
+    model = random_model(name, **overrides)
+    deformable = any("offset" in name for name, _ in model.named_parameters()) or "dcn" in name
+    dtype = torch.float64 if deformable else torch.float32  # moving sampling points amplify rounding
+    assert_same_outputs(model.to(dtype), torch.randn(2, 3, 64, 96, dtype=dtype))
 
 
 def test_goldens(goldens):

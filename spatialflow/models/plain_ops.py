@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-ins in plain PyTorch for the operators that the model calls."""
 
-import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -33,41 +32,6 @@ def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, bias: Optional[
     col = col.reshape(n, groups, cg * kh * kw, ho * wo)
     out = torch.einsum("gok,ngkp->ngop", weight.reshape(groups, out_c // groups, -1), col).reshape(n, out_c, ho, wo)
     return out if bias is None else out + bias[:, None, None]
-
-
-def multilevel_roi_align(features, boxes: Tensor, output_size: int, strides, sampling_ratio=0, aligned=True, finest_scale=56) -> Tensor:
-    k = boxes.shape[0]
-    c = features[0].shape[1]
-    out = features[0].new_zeros(k, c, output_size, output_size)
-    size = ((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])).clamp(min=0).sqrt()
-    level = torch.log2(size / finest_scale + 1e-6).floor().clamp(0, len(features) - 1).long()
-    for i in range(k):
-        f = features[level[i]][boxes[i, 0].long()]
-        scale = 1 / strides[level[i]]
-        x1, y1, x2, y2 = (boxes[i, 1:] * scale - 0.5).tolist()
-        rw, rh = x2 - x1, y2 - y1
-        gh, gw = math.ceil(rh / output_size), math.ceil(rw / output_size)
-        if gh <= 0 or gw <= 0:
-            continue
-        h, w = f.shape[-2:]
-        y = y1 + (torch.arange(output_size * gh) + 0.5) * (rh / output_size / gh)
-        x = x1 + (torch.arange(output_size * gw) + 0.5) * (rw / output_size / gw)
-
-        def weights(p, n):
-            ok = (p >= -1) & (p <= n)
-            p = p.clamp(0, n - 1)
-            lo = p.floor().long().clamp(max=n - 1)
-            hi = (lo + 1).clamp(max=n - 1)
-            frac = p - lo
-            m = torch.zeros(len(p), n)
-            m.scatter_add_(1, lo[:, None], ((1 - frac) * ok)[:, None])
-            m.scatter_add_(1, hi[:, None], (frac * ok)[:, None])
-            return m
-
-        my = weights(y, h).reshape(output_size, gh, h).mean(1)
-        mx = weights(x, w).reshape(output_size, gw, w).mean(1)
-        out[i] = torch.einsum("ph,chw,qw->cpq", my, f, mx)
-    return out
 
 
 class Detections(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spatialflow.models.anchors import STRIDES
 from spatialflow.models.config import Config
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures
-from spatialflow.models.plain_ops import multilevel_roi_align
+from spatialflow.ops import multilevel_roi_align
 
 
 class NetworkOutput(NamedTuple):

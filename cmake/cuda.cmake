@@ -26,11 +26,12 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 # The stream shim is a symbol of libtorch_cuda.so; a CPU-only torch has none, so a stub with that soname stands in at
 # link time. At run time the name resolves to the libtorch_cuda.so that torch has loaded.
 set(stub_dir "${CMAKE_BINARY_DIR}/torch_cuda_stub")
-file(CONFIGURE OUTPUT "${stub_dir}/torch_cuda_stub.cpp" CONTENT
+string(CONCAT stub
   "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n"
   "extern \"C\" int torch_get_cuda_stream_from_pool(bool, int, void**) { return 1; }\n"
   "extern \"C\" int torch_c10_cuda_check_msg(int, const char*, const char*, unsigned, bool, char**) { return 1; }\n"
   "extern \"C\" void torch_c10_cuda_free_error_msg(char*) {}\n")
+file(CONFIGURE OUTPUT "${stub_dir}/torch_cuda_stub.cpp" CONTENT "${stub}" @ONLY)
 add_library(torch_cuda_stub SHARED "${stub_dir}/torch_cuda_stub.cpp")
 set_target_properties(torch_cuda_stub PROPERTIES
   OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${stub_dir}" CXX_VISIBILITY_PRESET default)

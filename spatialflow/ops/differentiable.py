@@ -110,8 +110,13 @@ class DifferentiableOp:
             )
 
         def backward_raw(ctx: Any, *grads: Any) -> Any:
-            gradients = backward(ctx, ctx.needs_input_grad, *grads)
-            return tuple(gradients)
+            needs = ctx.needs_input_grad
+            gradients = backward(ctx, needs, *grads)
+            # A list of tensors wants a list, also where none of them has a gradient.
+            return tuple(
+                [None] * len(need) if gradient is None and isinstance(need, (list, tuple)) else gradient
+                for need, gradient in zip(needs, gradients)
+            )
 
         self.function = type(
             name,

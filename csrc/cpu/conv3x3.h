@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// 3x3 convolutions (stride 1, padding 1) over pyramids of channels-last maps, shared by flow_conv2d and flow_tower.
+// Plain pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
+//
+//   out[n, y, x, o] = relu?( bias[o] + residual[n, y, x, o] + sum over taps, c of (x + flow)[n, y + dy, x + dx, c] * w )
+//
+// A job is one input pyramid with one or more branches, each with weights and outputs of its own: branches share what
+// depends on the input alone. All jobs of a call, all levels and all images are one list of work for the threads, so
+// that small levels fill the gaps of large ones.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/gemm.h"
+
+namespace spatialflow {
+
+template <typename scalar_t>
+struct ConvLevel {
+    int64_t batch, height, width;
+    const scalar_t* x;     // (N, H, W, C_in)
+    const scalar_t* flow;  // (N, H, W, C_in) or null
+};
+
+template <typename scalar_t>
+struct ConvBranch {
+    const accum_t<scalar_t>* packed;  // pack_conv3x3_* of (C_out, C_in, 3, 3)
+    const accum_t<scalar_t>* bias;    // (C_out) or null
+    int64_t channels;                 // C_out
+    bool relu;
+    std::vector<scalar_t*> out;             // per level (N, H, W, C_out); fewer than the job's levels: the first ones
+    std::vector<const scalar_t*> residual;  // empty, or per level (N, H, W, C_out); may be `out` itself
+};
+
+template <typename scalar_t>
+struct ConvJob {
+    int64_t channels;  // C_in
+    std::vector<ConvLevel<scalar_t>> levels;
+    std::vector<ConvBranch<scalar_t>> branches;
+};
+
+template <typename scalar_t>
+void conv3x3_winograd(const std::vector<ConvJob<scalar_t>>& jobs);
+template <typename scalar_t>
+void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs);
+
+// Uninitialised memory on a cache line boundary.
+template <typename real_t>
+class Scratch {
+public:
+    explicit Scratch(int64_t count) {
+        const size_t bytes = (static_cast<size_t>(count) * sizeof(real_t) + 63) / 64 * 64 + 64;
+        memory_.reset(static_cast<real_t*>(std::aligned_alloc(64, bytes)));
+        if (!memory_) {
+            throw std::bad_alloc();
+        }
+    }
+    real_t* get() const { return memory_.get(); }
+
+private:
+    struct Free {
+        void operator()(real_t* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<real_t[], Free> memory_;
+};
+
+// Rows of this many values: whole vectors plus one cache line. Without the line, rows a power of two apart would meet
+// in few cache sets.
+inline int64_t padded_row(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
+
+inline int64_t num_workers(int64_t tasks) { return std::max<int64_t>(1, std::min(tasks, num_threads())); }
+
+// body(task, worker) for every task; a worker takes the next task when it is done with one. Must not throw.
+template <typename Body>
+void run_tasks(int64_t tasks, const Body& body) {
+    std::atomic<int64_t> next{0};
+    parallel_for(0, num_workers(tasks), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t worker = begin; worker < end; ++worker) {
+            for (int64_t task = next++; task < tasks; task = next++) {
+                body(task, worker);
+            }
+        }
+    });
+}
+
+// body(c, load, store) for channels c, c + lanes, ...: load(pointer) and store(pointer, value) take whole vectors, and
+// only what is left in the last step.
+template <typename real_t, typename Body>
+__attribute__((always_inline)) inline void for_channel_vectors(int64_t channels, const Body& body) {
+    constexpr int64_t lanes = kLanes<real_t>;
+    int64_t c = 0;
+    for (; c + lanes <= channels; c += lanes) {
+        body(c, [](const auto* source) __attribute__((always_inline)) { return load_vector(source); },
+             [](auto* target, Vector<real_t> value) __attribute__((always_inline)) { store_vector(target, value); });
+    }
+    if (c < channels) {
+        const int count = static_cast<int>(channels - c);
+        body(c, [count](const auto* source) { return load_partial(source, count); },
+             [count](auto* target, Vector<real_t> value) { store_partial(target, value, count); });
+    }
+}
+
+// NaN stays NaN, as in torch.relu.
+template <typename vector_t>
+inline vector_t rectified(vector_t value) {
+    return value < vector_t{} ? vector_t{} : value;
+}
+
+}  // namespace spatialflow

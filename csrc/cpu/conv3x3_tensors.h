@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Between tensors and conv3x3.h: layouts, packed weights, choice of algorithm.
+#pragma once
+
+#include "cpu/conv3x3.h"
+#include "ops/flow_conv2d.h"
+
+namespace spatialflow {
+
+// The algorithm that runs: float64 is always direct (it is there to check gradients); else "auto" takes Winograd where
+// both channel counts fill vectors.
+inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
+    if (is_double) {
+        return kConvDirect;
+    }
+    if (algorithm == kConvAuto) {
+        return in_channels >= 32 && out_channels >= 32 ? kConvWinograd : kConvDirect;
+    }
+    return algorithm;
+}
+
+inline int64_t packed_conv_size(int64_t resolved, int64_t in_channels, int64_t out_channels) {
+    return (resolved == kConvWinograd ? 36 : 9) * gemm_packed_size(in_channels, out_channels);
+}
+
+inline ScalarType accum_dtype(ScalarType dtype) {
+    return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
+    return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// The bias in the type sums are in, dense.
+inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
+    return bias ? std::optional<Tensor>(to_contiguous(as_dtype(*bias, dtype))) : std::nullopt;
+}
+
+inline std::vector<Tensor> channels_last(const std::vector<Tensor>& levels) {
+    std::vector<Tensor> dense;
+    for (const Tensor& level : levels) {
+        dense.push_back(to_contiguous(level, MemoryFormat::ChannelsLast));
+    }
+    return dense;
+}
+
+inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, int64_t channels) {
+    std::vector<Tensor> levels;
+    for (const Tensor& level : like) {
+        levels.push_back(empty_like_sized(level, {level.size(0), channels, level.size(2), level.size(3)}, std::nullopt,
+                                          MemoryFormat::ChannelsLast));
+    }
+    return levels;
+}
+
+// `levels` as they are where the tensor of the same place in `like` is channels-last, else in plain order.
+inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::vector<Tensor> levels) {
+    for (size_t i = 0; i < levels.size(); ++i) {
+        if (!prefers_channels_last(like[i])) {
+            levels[i] = to_contiguous(levels[i]);
+        }
+    }
+    return levels;
+}
+
+// Views of dense channels-last tensors; `flow` may be empty. The tensors must outlive them.
+template <typename scalar_t>
+std::vector<ConvLevel<scalar_t>> conv_levels(const std::vector<Tensor>& x, const std::vector<Tensor>& flow) {
+    std::vector<ConvLevel<scalar_t>> levels;
+    for (size_t i = 0; i < x.size(); ++i) {
+        levels.push_back({x[i].size(0), x[i].size(2), x[i].size(3), data<scalar_t>(x[i]),
+                          flow.empty() ? nullptr : data<scalar_t>(flow[i])});
+    }
+    return levels;
+}
+
+template <typename scalar_t>
+std::vector<scalar_t*> output_pointers(const std::vector<Tensor>& levels) {
+    std::vector<scalar_t*> pointers;
+    for (const Tensor& level : levels) {
+        pointers.push_back(mutable_data<scalar_t>(level));
+    }
+    return pointers;
+}
+
+template <typename scalar_t>
+void run_conv3x3(int64_t resolved, const std::vector<ConvJob<scalar_t>>& jobs) {
+    if (resolved == kConvWinograd) {
+        if constexpr (!std::is_same_v<scalar_t, double>) {
+            return conv3x3_winograd(jobs);
+        }
+    }
+    conv3x3_direct(jobs);
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// flow_conv2d on the CPU: relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one pass over the threads.
+// The work is in conv3x3_winograd.h and conv3x3_direct.h, compiled here for all types.
+#include "cpu/conv3x3_direct.h"
+#include "cpu/conv3x3_tensors.h"
+#include "cpu/conv3x3_winograd.h"
+
+namespace spatialflow {
+
+template void conv3x3_winograd(const std::vector<ConvJob<float>>&);
+template void conv3x3_winograd(const std::vector<ConvJob<float16>>&);
+template void conv3x3_winograd(const std::vector<ConvJob<bfloat16>>&);
+template void conv3x3_direct(const std::vector<ConvJob<float>>&);
+template void conv3x3_direct(const std::vector<ConvJob<double>>&);
+template void conv3x3_direct(const std::vector<ConvJob<float16>>&);
+template void conv3x3_direct(const std::vector<ConvJob<bfloat16>>&);
+
+namespace {
+
+// Below this many outputs per image, transforming the weights costs more than Winograd saves.
+constexpr int64_t kWinogradPixels = 256;
+
+Tensor pack(const Tensor& weight, int64_t resolved) {
+    const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
+    Tensor packed = empty_like_sized(
+        weight, {packed_conv_size(resolved, in_channels, out_channels)}, accum_dtype(weight.scalar_type()));
+    const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+    dispatch_floating("pack_conv3x3", weight.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        if (resolved == kConvWinograd) {
+            pack_conv3x3_winograd(
+                data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<float>(packed));
+        } else {
+            pack_conv3x3_direct(
+                data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<accum_t<scalar_t>>(packed));
+        }
+    });
+    return packed;
+}
+
+Tensor pack_conv3x3_cpu(const Tensor& weight, int64_t algorithm) {
+    check_conv_weight("pack_conv3x3", weight);
+    check_algorithm("pack_conv3x3", algorithm);
+    return pack(weight, resolve_algorithm(algorithm, weight.scalar_type() == ScalarType::Double, weight.size(1),
+                                          weight.size(0)));
+}
+
+std::vector<Tensor> convolve(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t resolved) {
+    std::vector<Tensor> out = empty_channels_last(x, out_channels);
+    const std::vector<Tensor> dense_x = channels_last(x), dense_flow = channels_last(flow);
+    const std::optional<Tensor> dense_bias = accum_bias(bias, packed.scalar_type());
+    dispatch_floating("flow_conv2d", x[0].scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using real_t = accum_t<scalar_t>;
+        const ConvBranch<scalar_t> branch = {
+            data<real_t>(packed), dense_bias ? data<real_t>(*dense_bias) : nullptr, out_channels, relu,
+            output_pointers<scalar_t>(out), {}};
+        run_conv3x3<scalar_t>(resolved, {{x[0].size(1), conv_levels<scalar_t>(dense_x, dense_flow), {branch}}});
+    });
+    return in_format_of(x, std::move(out));
+}
+
+std::vector<Tensor> flow_conv2d_cpu(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& weight,
+    const std::optional<Tensor>& bias, bool relu, int64_t algorithm) {
+    check_flow_conv2d(x, flow, weight, bias, algorithm);
+    if (x.empty()) {
+        return {};
+    }
+    const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
+    int64_t pixels = 0;
+    for (const Tensor& level : x) {
+        pixels += level.size(0) * level.size(2) * level.size(3);
+    }
+    const bool is_double = weight.scalar_type() == ScalarType::Double;
+    const int64_t resolved = algorithm == kConvAuto && pixels < kWinogradPixels
+                                 ? kConvDirect
+                                 : resolve_algorithm(algorithm, is_double, in_channels, out_channels);
+    return convolve(x, flow, pack(weight, resolved), bias, out_channels, relu, resolved);
+}
+
+std::vector<Tensor> flow_conv2d_packed_cpu(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm) {
+    check_algorithm("flow_conv2d", algorithm);
+    if (x.empty()) {
+        return {};
+    }
+    check_dim("flow_conv2d", "x[0]", x[0], 4, "(N, C, H, W)");
+    check_floating("flow_conv2d", "x[0]", x[0]);
+    const int64_t in_channels = x[0].size(1);
+    check_conv_inputs("flow_conv2d", x, flow, in_channels, x[0], "x[0]");
+    check_conv_bias("flow_conv2d", bias, out_channels, x[0], "x[0]");
+    check_dtype("flow_conv2d", "packed weight", packed, accum_dtype(x[0].scalar_type()));
+    const int64_t resolved =
+        resolve_algorithm(algorithm, packed.scalar_type() == ScalarType::Double, in_channels, out_channels);
+    check(out_channels >= 0 && packed.is_contiguous() &&
+              packed.numel() == packed_conv_size(resolved, in_channels, out_channels),
+          "flow_conv2d: the packed weight was made for other channels or another algorithm than x with ", in_channels,
+          " channels and ", out_channels, " outputs");
+    return convolve(x, flow, packed, bias, out_channels, relu, resolved);
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
+    library.impl("flow_conv2d", TORCH_BOX(&spatialflow::flow_conv2d_cpu));
+    library.impl("_pack_conv3x3", TORCH_BOX(&spatialflow::pack_conv3x3_cpu));
+    library.impl("_flow_conv2d_packed", TORCH_BOX(&spatialflow::flow_conv2d_packed_cpu));
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// flow_conv2d: argument checks shared by all back ends. Schemas in flow_conv2d.cpp.
+#pragma once
+
+#include "ops/tensor.h"
+
+namespace spatialflow {
+
+// Values of the schemas' `algorithm`.
+constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2;
+
+inline void check_algorithm(const char* op, int64_t algorithm) {
+    check(algorithm == kConvAuto || algorithm == kConvWinograd || algorithm == kConvDirect, op,
+          ": algorithm must be 0 (auto), 1 (winograd) or 2 (direct), got ", algorithm);
+}
+
+// Every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.
+inline void check_levels(
+    const char* op, const char* name, const std::vector<Tensor>& levels, int64_t channels, const Tensor& like,
+    const char* like_name) {
+    for (size_t i = 0; i < levels.size(); ++i) {
+        const Tensor& level = levels[i];
+        check(level.dim() == 4 && level.size(1) == channels, op, ": ", name, "[", i, "] must be (N, ", channels,
+              ", H, W) to fit ", like_name, ", got shape ", shape_string(level));
+        check(level.scalar_type() == like.scalar_type(), op, ": ", name, "[", i, "] must have the dtype of ", like_name,
+              " (", dtype_name(like.scalar_type()), "), got ", dtype_name(level.scalar_type()));
+        check_same_device(op, name, level, like_name, like);
+    }
+}
+
+// `others` is empty or has a tensor of the shape of each of `levels`, but for the channels if these are given.
+inline void check_matching_levels(
+    const char* op, const char* name, const std::vector<Tensor>& others, const char* levels_name,
+    const std::vector<Tensor>& levels) {
+    check(others.size() == levels.size(), op, ": ", name, " must have as many levels as ", levels_name, ", ",
+          levels.size(), ", got ", others.size());
+    for (size_t i = 0; i < levels.size(); ++i) {
+        for (int64_t d : {0, 2, 3}) {
+            check(others[i].size(d) == levels[i].size(d), op, ": ", name, "[", i, "] must have the batch and size of ",
+                  levels_name, "[", i, "], ", shape_string(levels[i]), ", got ", shape_string(others[i]));
+        }
+    }
+}
+
+inline void check_conv_weight(const char* op, const Tensor& weight) {
+    check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
+          ": weight must have shape (C_out, C_in, 3, 3), got ", shape_string(weight));
+    check_floating(op, "weight", weight);
+}
+
+inline void check_conv_bias(
+    const char* op, const std::optional<Tensor>& bias, int64_t channels, const Tensor& like, const char* like_name) {
+    if (bias) {
+        check(bias->dim() == 1 && bias->size(0) == channels, op, ": bias must have shape (", channels, ",), got ",
+              shape_string(*bias));
+        check_floating(op, "bias", *bias);
+        check_same_device(op, "bias", *bias, like_name, like);
+    }
+}
+
+inline void check_conv_inputs(
+    const char* op, const std::vector<Tensor>& x, const std::vector<Tensor>& flow, int64_t channels, const Tensor& like,
+    const char* like_name) {
+    check_levels(op, "x", x, channels, like, like_name);
+    if (!flow.empty()) {
+        check_levels(op, "flow", flow, channels, like, like_name);
+        check_matching_levels(op, "flow", flow, "x", x);
+    }
+}
+
+inline void check_flow_conv2d(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& weight,
+    const std::optional<Tensor>& bias, int64_t algorithm) {
+    check_conv_weight("flow_conv2d", weight);
+    check_conv_inputs("flow_conv2d", x, flow, weight.size(1), weight, "weight");
+    check_conv_bias("flow_conv2d", bias, weight.size(0), weight, "weight");
+    check_algorithm("flow_conv2d", algorithm);
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""3x3 convolution of a feature plus a flow, with bias and ReLU, over a whole pyramid in one call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.differentiable import DifferentiableOp, autocast
+
+_ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
+
+
+class PackedConv(NamedTuple):
+    """A 3x3 convolution with its weights in the order the kernels read, made by `pack_conv3x3`.
+
+    Valid within the process that made it: the order depends on the processor. `weight` is kept for calls that need
+    gradients and for autocast.
+    """
+
+    packed: Tensor
+    weight: Tensor  # (C_out, C_in, 3, 3)
+    bias: Tensor | None  # (C_out,)
+    algorithm: str
+
+
+def flow_conv2d(
+    x: Tensor | list[Tensor],
+    flow: Tensor | list[Tensor] | None,
+    weight: Tensor | PackedConv,
+    bias: Tensor | None = None,
+    relu: bool = True,
+    algorithm: str = "auto",
+) -> Tensor | list[Tensor]:
+    """Computes relu(conv3x3(x + flow) + bias), stride 1 and padding 1, for one map or all levels of a pyramid at once.
+
+    Args:
+        x: features (N, C_in, H, W), or a list of them, one per level (sizes and batches may differ); float32, float64,
+            float16 or bfloat16, any strides.
+        flow: what is added to `x`, in the same structure and shapes, or None.
+        weight: (C_out, C_in, 3, 3), or a `PackedConv`, whose bias and algorithm are then used.
+        bias: (C_out,) or None.
+        relu: rectify the result; NaN stays NaN.
+        algorithm: "winograd": F(4x4, 3x3) in float32, a quarter of the multiplications, error about 3e-6 of the largest
+            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 channels on. float64 is
+            always direct.
+
+    Returns:
+        (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit, naming the argument.
+        ValueError: an unknown `algorithm`, or `x` and `flow` of different structure, or bias beside a `PackedConv`.
+
+    Remarks:
+        Sums are in float32 (float64 for float64), x + flow is not rounded to 16 bits in between. A NaN in one pixel
+        reaches its 3x3 neighbourhood with "direct"; with "winograd" all outputs of the 4x4 tiles whose 6x6 input
+        tiles hold the pixel. Empty maps and no levels give empty results.
+        Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
+
+    Source: SpatialFlow (Chen et al.), equation 3; Lavin & Gray (2015) for the Winograd form.
+    """
+    code = _code("flow_conv2d", algorithm)
+    single = isinstance(x, Tensor)
+    levels = [x] if single else list(x)
+    if flow is None:
+        flows = []
+    elif isinstance(flow, Tensor) != single:
+        raise ValueError("flow_conv2d: flow must have the structure of x: both one tensor, or both a list of levels")
+    else:
+        flows = [flow] if single else list(flow)
+    levels, flows = [autocast(level) for level in levels], [autocast(level) for level in flows]
+    if isinstance(weight, PackedConv):
+        if bias is not None:
+            raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
+        weight, bias, code, packed = weight.weight, weight.bias, _ALGORITHMS[weight.algorithm], weight.packed
+        if not _needs_gradient([*levels, *flows, weight, bias]):
+            outputs = torch.ops.spatialflow._flow_conv2d_packed(
+                levels, flows, packed, bias, weight.shape[0], bool(relu), code
+            )
+            return outputs[0] if single else list(outputs)
+    bias = None if bias is None else autocast(bias)
+    outputs = _flow_conv2d(levels, flows, autocast(weight), bias, bool(relu), code) if levels else []
+    return outputs[0] if single else list(outputs)
+
+
+def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "auto") -> PackedConv:
+    """Arranges (and, for Winograd, transforms) the weights of a 3x3 convolution once, for many calls of `flow_conv2d`.
+
+    Args:
+        weight: (C_out, C_in, 3, 3); float32, float64, float16 or bfloat16, any strides.
+        bias: (C_out,) or None.
+        algorithm: as in `flow_conv2d`.
+
+    Returns:
+        A `PackedConv` for inputs of the dtype of `weight`; packed weights of 16-bit types are float32 and also serve
+        float32 inputs. Later changes of `weight` in place do not reach it.
+
+    Raises:
+        RuntimeError: a shape or dtype that does not fit.
+        ValueError: an unknown `algorithm`.
+    """
+    code = _code("pack_conv3x3", algorithm)
+    return PackedConv(torch.ops.spatialflow._pack_conv3x3(weight.detach(), code), weight, bias, algorithm)
+
+
+def _code(op: str, algorithm: str) -> int:
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(f"{op}: algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
+    return _ALGORITHMS[algorithm]
+
+
+def _needs_gradient(tensors: list[Tensor | None]) -> bool:
+    """Whether reverse or forward mode may look at a result computed from `tensors`."""
+    present = [t for t in tensors if t is not None]
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(t.requires_grad for t in present)
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in present):
+        return True
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in present):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in present)
+
+
+def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:
+    for index, level in enumerate(levels):
+        torch._check(level.dim() == 4, lambda: f"{op}: {name}[{index}] must be (N, C, H, W), got {tuple(level.shape)}")
+        torch._check(
+            level.shape[1] == channels,
+            lambda: f"{op}: {name}[{index}] must have {channels} channels, got shape {tuple(level.shape)}",
+        )
+
+
+def _empty_levels(x: list[Tensor], channels: Any) -> list[Tensor]:
+    outputs = []
+    for level in x:
+        last = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
+        size = (level.shape[0], channels, level.shape[2], level.shape[3])
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        outputs.append(torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format))
+    return outputs
+
+
+@torch.library.register_fake("spatialflow::flow_conv2d")
+def _(x, flow, weight, bias, relu, algorithm):
+    torch._check(weight.dim() == 4, lambda: f"flow_conv2d: weight must be (O, C, 3, 3), got {tuple(weight.shape)}")
+    _check_levels("flow_conv2d", "x", x, weight.shape[1])
+    _check_levels("flow_conv2d", "flow", flow, weight.shape[1])
+    return _empty_levels(x, weight.shape[0])
+
+
+@torch.library.register_fake("spatialflow::_flow_conv2d_packed")
+def _(x, flow, packed, bias, out_channels, relu, algorithm):
+    return _empty_levels(x, out_channels)
+
+
+@torch.library.register_fake("spatialflow::_pack_conv3x3")
+def _(weight, algorithm):
+    out_channels, in_channels = weight.shape[0], weight.shape[1]
+    is_double = weight.dtype == torch.float64
+    winograd = not is_double and (algorithm == 1 or (algorithm == 0 and in_channels >= 32 and out_channels >= 32))
+    size = (36 if winograd else 9) * in_channels * ((out_channels + 31) // 32 * 32)
+    return weight.new_empty((size,), dtype=torch.float64 if is_double else torch.float32)
+
+
+@torch.library.register_fake("spatialflow::_flow_conv2d_weight_gradient")
+def _(x, flow, grad_output, algorithm):
+    return x[0].new_empty((grad_output[0].shape[1], x[0].shape[1], 3, 3))
+
+
+# Without ReLU the op is linear in (x, flow) and in (weight, bias), so that every derivative is one of two operators:
+# the convolution itself, with weights turned round for the inputs, and the weight gradient. ReLU only masks.
+def _turned(weight: Tensor) -> Tensor:
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _masked(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    return [torch.where(output <= 0, 0, gradient) for gradient, output in zip(gradients, outputs)]
+
+
+def _sum_pixels(gradients: list[Tensor]) -> Tensor:
+    wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
+    return sum(gradient.sum((0, 2, 3), dtype=wide) for gradient in gradients).to(gradients[0].dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, flow, weight, bias, ctx.relu, ctx.algorithm = inputs
+    ctx.levels, ctx.flows, ctx.has_bias = len(x), len(flow), bias is not None
+    saved = [weight, *x, *flow, *(output if ctx.relu else ())]
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    weight, *levels = ctx.saved_tensors
+    x, flow = levels[: ctx.levels], levels[ctx.levels : ctx.levels + ctx.flows]
+    return weight, x, flow, levels[ctx.levels + ctx.flows :]
+
+
+def _any(needs: Any) -> bool:
+    return any(map(_any, needs)) if isinstance(needs, (list, tuple)) else bool(needs)
+
+
+def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
+    weight, x, flow, outputs = _saved(ctx)
+    gradients = list(grad_outputs[0]) if isinstance(grad_outputs[0], (list, tuple)) else list(grad_outputs)
+    gradients = _masked(gradients, outputs) if ctx.relu else gradients
+    grad_x = grad_weight = grad_bias = None
+    if _any(needs[0]) or _any(needs[1]):
+        grad_x = list(_flow_conv2d(gradients, [], _turned(weight), None, False, ctx.algorithm))
+    if needs[2]:
+        grad_weight = _flow_conv2d_weight_gradient(x, flow, gradients, ctx.algorithm)
+    if needs[3]:
+        grad_bias = _sum_pixels(gradients)
+    return grad_x, grad_x if ctx.flows else None, grad_weight, grad_bias, None, None
+
+
+def _sum_levels(*terms: list[Tensor] | None) -> list[Tensor] | None:
+    present = [term for term in terms if term is not None]
+    return [sum(parts[1:], parts[0]) for parts in zip(*present)] if present else None
+
+
+def _filled(tangents: Any, like: list[Tensor]) -> list[Tensor] | None:
+    """Tangents of a list of levels with zeros for the missing ones; None if all are missing."""
+    if not isinstance(tangents, (list, tuple)) or all(t is None for t in tangents):
+        return None
+    return [torch.zeros_like(level) if t is None else t for t, level in zip(tangents, like)]
+
+
+def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
+    weight, x, flow, outputs = _saved(ctx)
+    x_t, flow_t = _filled(x_t, x), _filled(flow_t, flow)
+    terms = []
+    if x_t is not None or flow_t is not None:
+        first, second = (x_t, flow_t or []) if x_t is not None else (flow_t, [])
+        terms.append(_flow_conv2d(first, second, weight, None, False, ctx.algorithm))
+    if weight_t is not None:
+        terms.append(_flow_conv2d(x, flow, weight_t, bias_t, False, ctx.algorithm))
+    elif bias_t is not None:
+        terms.append([bias_t.view(-1, 1, 1).expand(t.shape[0], -1, t.shape[2], t.shape[3]) for t in x])
+    tangents = _sum_levels(*(list(term) for term in terms))
+    return tuple(_masked(tangents, outputs) if ctx.relu else tangents)
+
+
+def _gradient_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, flow, grad_output, ctx.algorithm = inputs
+    ctx.levels, ctx.flows = len(x), len(flow)
+    ctx.save_for_backward(*x, *flow, *grad_output)
+    ctx.save_for_forward(*x, *flow, *grad_output)
+
+
+def _gradient_saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    levels = list(ctx.saved_tensors)
+    return levels[: ctx.levels], levels[ctx.levels : ctx.levels + ctx.flows], levels[ctx.levels + ctx.flows :]
+
+
+def _gradient_backward(ctx: Any, needs: Any, grad_weight: Tensor) -> tuple:
+    x, flow, gradients = _gradient_saved(ctx)
+    grad_x = grad_gradients = None
+    if _any(needs[0]) or _any(needs[1]):
+        grad_x = list(_flow_conv2d(gradients, [], _turned(grad_weight), None, False, ctx.algorithm))
+    if _any(needs[2]):
+        grad_gradients = list(_flow_conv2d(x, flow, grad_weight, None, False, ctx.algorithm))
+    return grad_x, grad_x if ctx.flows else None, grad_gradients, None
+
+
+def _gradient_jvp(ctx: Any, x_t: Any, flow_t: Any, gradients_t: Any, *_: Any) -> Tensor:
+    x, flow, gradients = _gradient_saved(ctx)
+    x_t, flow_t, gradients_t = _filled(x_t, x), _filled(flow_t, flow), _filled(gradients_t, gradients)
+    terms = []
+    if x_t is not None or flow_t is not None:
+        first, second = (x_t, flow_t or []) if x_t is not None else (flow_t, [])
+        terms.append(_flow_conv2d_weight_gradient(first, second, gradients, ctx.algorithm))
+    if gradients_t is not None:
+        terms.append(_flow_conv2d_weight_gradient(x, flow, gradients_t, ctx.algorithm))
+    return sum(terms[1:], terms[0])
+
+
+_flow_conv2d = DifferentiableOp("flow_conv2d", setup_context=_setup_context, backward=_backward, jvp=_jvp)
+_flow_conv2d_weight_gradient = DifferentiableOp(
+    "_flow_conv2d_weight_gradient",
+    setup_context=_gradient_setup_context,
+    backward=_gradient_backward,
+    jvp=_gradient_jvp,
+)

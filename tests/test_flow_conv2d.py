@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flow_conv2d: the op matrix, both algorithms, edges of tiles and strips, bad values, errors."""
+
+import pytest
+import torch
+from op_matrix import OpMatrix, OpSample, assert_near
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+ALGORITHMS = ["winograd", "direct"]
+CODES = {"auto": 0, "winograd": 1, "direct": 2}
+
+
+def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, batch: int):
+    def build(grow: int = 0) -> list:
+        x = [torch.randn(batch, channels, h + grow, w + grow, dtype=torch.float64) for h, w in sizes]
+        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / channels) ** 0.5 / 3
+        return [
+            x,
+            [torch.randn_like(level) for level in x] if flow else None,
+            weight,
+            torch.randn(out_channels, dtype=torch.float64) if bias else None,
+        ]
+
+    return build
+
+
+def raw(x, flow, weight, bias, relu=True, algorithm="auto"):
+    return torch.ops.spatialflow.flow_conv2d, (x, flow or [], weight, bias, relu, CODES[algorithm])
+
+
+def sample(channels, out_channels, sizes, flow=True, bias=True, batch=1, **options):
+    tensors = tensors_of(channels, out_channels, sizes, flow, bias, batch)
+    present = tuple(index for index, there in enumerate((True, flow, True, bias)) if there)
+
+    def build() -> OpSample:
+        return OpSample(
+            op=ops.flow_conv2d,
+            reference=reference.flow_conv2d,
+            tensors=tensors(),
+            options=options,
+            differentiable=present,
+            linear=() if options.get("relu", True) else present,
+            converted=present,
+            raw=raw,
+            images=(0, 1) if flow else (0,),
+            resized=tensors,
+        )
+
+    return build
+
+
+class TestFlowConv2d(OpMatrix):
+    samples = {
+        "pyramid with flow": sample(5, 6, [(7, 8), (4, 9)], batch=2),
+        "winograd, linear": sample(4, 35, [(9, 11), (8, 5)], relu=False, algorithm="winograd"),
+        "direct, no flow": sample(33, 3, [(5, 9)], flow=False, relu=False, algorithm="direct"),
+        "auto, no bias": sample(32, 32, [(6, 5)], bias=False),
+    }
+
+
+class TestKernels:
+    """Shapes at which tiles, strips, panels and vectors begin and end, in the types of which double shows nothing."""
+
+    sizes = {
+        "one pixel": [(1, 1)],
+        "one row": [(1, 37)],
+        "one column": [(29, 1)],
+        "below a tile": [(3, 2), (2, 3)],
+        "one tile": [(4, 4)],
+        "past a tile": [(5, 9)],
+        "several strips": [(20, 60), (9, 31), (3, 3)],
+        "wide": [(2, 400)],
+    }
+    channels = [(1, 1), (3, 5), (16, 36), (40, 70), (256, 33)]
+
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    @pytest.mark.parametrize("sizes", list(sizes.values()), ids=list(sizes))
+    @pytest.mark.parametrize("channels", channels, ids=str)
+    def test_sizes(self, algorithm, sizes, channels):
+        x, flow, weight, bias = tensors_of(*channels, sizes, True, True, 2)()
+        single = [[t.float() for t in x], [t.float() for t in flow], weight.float(), bias.float()]
+        actual = ops.flow_conv2d(*single, algorithm=algorithm)
+        assert_near(actual, reference.flow_conv2d(x, flow, weight, bias), torch.float32)
+
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_gradients(self, algorithm, dtype):
+        """Gradients in the low types on both algorithms; the chunks of the weight gradient are all used."""
+        wide = tensors_of(20, 36, [(23, 50), (30, 41), (3, 5)], True, True, 2)()
+        wide = [[t.to(dtype) for t in wide[0]], [t.to(dtype) for t in wide[1]], wide[2].to(dtype), wide[3].to(dtype)]
+        inputs = [*wide[0], *wide[1], wide[2], wide[3]]
+
+        def gradients(op, cast):
+            leaf = [cast(t).requires_grad_() for t in inputs]
+            y = op(leaf[:3], leaf[3:6], leaf[6], leaf[7], relu=False, algorithm=algorithm)
+            return torch.autograd.grad(sum((level * (i + 1)).sum() for i, level in enumerate(y)), leaf)
+
+        actual = gradients(ops.flow_conv2d, torch.clone)
+        expected = gradients(reference.flow_conv2d, lambda t: t.double())
+        assert_near(list(actual), list(expected), dtype, factor=4)
+
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_large_batch_of_levels(self, algorithm):
+        """Levels of different batch sizes share tile groups; every level keeps its own numbers."""
+        x = [torch.randn(n, 8, 11, 6) for n in (3, 1, 2)]
+        weight = torch.randn(40, 8, 3, 3)
+        together = ops.flow_conv2d(x, None, weight, algorithm=algorithm)
+        for level, result in zip(x, together):
+            assert_near(result, ops.flow_conv2d(level, None, weight, algorithm=algorithm), torch.float32)
+
+    @pytest.mark.parametrize("threads", [1, 2, 5])
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_threads(self, algorithm, threads):
+        """The number of threads changes nothing, to the last bit, gradients included; 5 is more than there is work."""
+        x = torch.randn(1, 33, 13, 9)
+        weight = torch.randn(34, 33, 3, 3)
+
+        def run() -> list:
+            leaf = weight.clone().requires_grad_()
+            y = ops.flow_conv2d(x, x * 0.5, leaf, algorithm=algorithm)
+            return [y.detach(), torch.autograd.grad(y.sum(), leaf)[0]]
+
+        before = torch.get_num_threads()
+        expected = run()
+        torch.set_num_threads(threads)
+        try:
+            assert all(torch.equal(one, other) for one, other in zip(run(), expected))
+        finally:
+            torch.set_num_threads(before)
+
+    def test_winograd_error(self):
+        """256 channels: the error against float64 is below 1e-5 of the largest output (measured: 3e-6)."""
+        x = torch.randn(1, 256, 20, 20)
+        weight = torch.randn(256, 256, 3, 3) * 0.02
+        expected = reference.flow_conv2d(x.double(), None, weight.double())
+        for algorithm, bound in (("winograd", 1e-5), ("direct", 3e-6)):
+            error = (ops.flow_conv2d(x, None, weight, algorithm=algorithm) - expected).abs().max() / expected.max()
+            assert error < bound, algorithm
+
+
+class TestPacked:
+    @pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+    def test_same_numbers(self, algorithm, dtype):
+        x, flow, weight, bias = tensors_of(40, 45, [(20, 21), (5, 3)], True, True, 1)()
+        x, flow, weight, bias = [t.to(dtype) for t in x], [t.to(dtype) for t in flow], weight.to(dtype), bias.to(dtype)
+        for layout in (torch.channels_last, torch.contiguous_format):
+            packed = ops.pack_conv3x3(weight.contiguous(memory_format=layout), bias, algorithm)
+            actual = ops.flow_conv2d(x, flow, packed)
+            expected = ops.flow_conv2d(x, flow, weight, bias, algorithm=algorithm)
+            assert all(torch.equal(one, other) for one, other in zip(actual, expected))
+
+    def test_gradients_and_forward_mode_use_the_weights(self):
+        weight = torch.randn(34, 33, 3, 3)
+        packed = ops.pack_conv3x3(weight)
+        x = torch.randn(1, 33, 6, 6, requires_grad=True)
+        (actual,) = torch.autograd.grad(ops.flow_conv2d(x, None, packed).sum(), x)
+        (expected,) = torch.autograd.grad(ops.flow_conv2d(x, None, weight).sum(), x)
+        assert torch.equal(actual, expected)
+        plain, tangent = x.detach(), torch.randn(1, 33, 6, 6)
+        _, pushed = torch.func.jvp(lambda t: ops.flow_conv2d(t, None, packed), (plain,), (tangent,))
+        _, wanted = torch.func.jvp(lambda t: ops.flow_conv2d(t, None, weight), (plain,), (tangent,))
+        assert pushed.any() and torch.equal(pushed, wanted)
+
+    @pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_opcheck(self, algorithm, dtype):
+        weight, x = torch.randn(33, 40, 3, 3, dtype=dtype), [torch.randn(1, 40, 5, 6, dtype=dtype)]
+        packed = ops.pack_conv3x3(weight, None, algorithm).packed
+        torch.library.opcheck(torch.ops.spatialflow._pack_conv3x3, (weight, CODES[algorithm]))
+        torch.library.opcheck(
+            torch.ops.spatialflow._flow_conv2d_packed, (x, [], packed, None, 33, True, CODES[algorithm])
+        )
+
+    def test_compile(self):
+        packed = ops.pack_conv3x3(torch.randn(8, 4, 3, 3), torch.randn(8))
+        x = [torch.randn(1, 4, 6, 6), torch.randn(1, 4, 3, 3)]
+        call = torch.compile(lambda t: ops.flow_conv2d(t, None, packed), backend="aot_eager", fullgraph=True)
+        assert_near(call(x), ops.flow_conv2d(x, None, packed), torch.float32)
+
+    def test_foreign_packing_is_refused(self):
+        packed = ops.pack_conv3x3(torch.randn(8, 4, 3, 3))
+        with pytest.raises(RuntimeError, match="flow_conv2d: the packed weight was made for other channels"):
+            ops.flow_conv2d(torch.randn(1, 5, 6, 6), None, packed)
+        with pytest.raises(RuntimeError, match="flow_conv2d: packed weight must be float64"):
+            ops.flow_conv2d(torch.randn(1, 4, 6, 6).double(), None, packed)
+
+
+class TestValues:
+    def test_nan_reaches_its_neighbourhood_only(self):
+        """Direct: the 3x3 outputs around the pixel. Winograd: the outputs of the 4x4 tiles that read the pixel."""
+        x = torch.randn(1, 40, 14, 15)
+        x[0, 7, 6, 8] = float("nan")
+        weight = torch.randn(40, 40, 3, 3)
+        for relu in (True, False):
+            direct = ops.flow_conv2d(x, None, weight, relu=relu, algorithm="direct").isnan()
+            assert direct[:, :, 5:8, 7:10].all() and direct.sum() == 9 * 40
+            # Row 6 is read by the tile of rows 4..7 alone (it reads 3..8); column 8 by those of columns 4..7 and 8..11.
+            winograd = ops.flow_conv2d(x, None, weight, relu=relu, algorithm="winograd").isnan()
+            assert winograd[:, :, 5:8, 7:10].all() and winograd.sum() == winograd[:, :, 4:8, 4:12].sum()
+
+    def test_infinite_and_subnormal(self):
+        x = torch.zeros(1, 2, 5, 5)
+        x[0, 0, 2, 2] = float("inf")
+        weight = torch.ones(1, 2, 3, 3)
+        result = ops.flow_conv2d(x, None, weight, algorithm="direct")
+        assert result[0, 0, 1:4, 1:4].isinf().all() and not result[0, 0, 0].any()
+
+    def test_relu_gradient_at_zero(self):
+        """A result of exactly zero passes no gradient, as torch.relu."""
+        x = torch.zeros(1, 1, 3, 3, requires_grad=True)
+        y = ops.flow_conv2d(x, None, torch.ones(1, 1, 3, 3))
+        assert not torch.autograd.grad(y.sum(), x)[0].any()
+
+
+class TestShapes:
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    @pytest.mark.parametrize(
+        "shape, out_channels",
+        [((0, 3, 4, 5), 6), ((2, 3, 0, 5), 6), ((2, 3, 4, 0), 6), ((2, 3, 4, 5), 0), ((2, 0, 4, 5), 6)],
+        ids=["batch", "height", "width", "outputs", "inputs"],
+    )
+    def test_empties(self, algorithm, shape, out_channels):
+        weight = torch.randn(out_channels, shape[1], 3, 3, requires_grad=True)
+        bias = torch.randn(out_channels, requires_grad=True)
+        x = torch.randn(shape, requires_grad=True)
+        y = ops.flow_conv2d(x, torch.randn(shape), weight, bias, algorithm=algorithm)
+        assert y.shape == (shape[0], out_channels, *shape[2:])
+        assert torch.equal(y, bias.relu().view(-1, 1, 1).expand_as(y))
+        grads = torch.autograd.grad(y.sum(), (x, weight, bias), allow_unused=True)
+        assert not grads[0].any() and not grads[1].any()
+
+    def test_no_levels_and_empty_levels_between(self):
+        weight = torch.randn(40, 33, 3, 3)
+        assert ops.flow_conv2d([], None, weight) == []
+        x = [torch.randn(1, 33, 9, 9), torch.randn(1, 33, 0, 4), torch.randn(0, 33, 9, 9), torch.randn(1, 33, 2, 2)]
+        for algorithm in ALGORITHMS:
+            together = ops.flow_conv2d(x, None, weight, algorithm=algorithm)
+            assert [tuple(y.shape) for y in together[1:3]] == [(1, 40, 0, 4), (0, 40, 9, 9)]
+            assert_near(together[::3], reference.flow_conv2d(x[::3], None, weight), torch.float32)
+
+    def test_layout_is_per_level(self):
+        x = [torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last), torch.randn(1, 4, 6, 6)]
+        first, second = ops.flow_conv2d(x, None, torch.randn(8, 4, 3, 3))
+        assert first.is_contiguous(memory_format=torch.channels_last) and second.is_contiguous()
+
+    errors = {
+        "weight": ([torch.randn(1, 4, 5, 5)], None, torch.randn(8, 4, 5, 5), None, r"weight must have shape \(C_out"),
+        "channels": ([torch.randn(1, 3, 5, 5)], None, torch.randn(8, 4, 3, 3), None, r"x\[0\] must .*4"),
+        "dims": ([torch.randn(4, 5, 5)], None, torch.randn(8, 4, 3, 3), None, r"x\[0\] must be"),
+        "dtype": ([torch.randn(1, 4, 5, 5).double()], None, torch.randn(8, 4, 3, 3), None, r"x\[0\] must have the dtype"),
+        "integer": ([torch.ones(1, 4, 5, 5).int()], None, torch.ones(8, 4, 3, 3).int(), None, "weight must be float32"),
+        "bias": ([torch.randn(1, 4, 5, 5)], None, torch.randn(8, 4, 3, 3), torch.randn(4), r"bias must have shape \(8,\)"),
+        "levels": ([torch.randn(1, 4, 5, 5)], [torch.randn(1, 4, 5, 5)] * 2, torch.randn(8, 4, 3, 3), None, "flow must have as many levels"),
+        "flow size": ([torch.randn(1, 4, 5, 5)], [torch.randn(1, 4, 5, 6)], torch.randn(8, 4, 3, 3), None, r"flow\[0\] must"),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("case", list(errors.values()), ids=list(errors))
+    def test_errors(self, case):
+        x, flow, weight, bias, message = case
+        with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
+            ops.flow_conv2d(x, flow, weight, bias)
+
+    def test_options(self):
+        x, weight = torch.randn(1, 4, 5, 5), torch.randn(8, 4, 3, 3)
+        with pytest.raises(ValueError, match="flow_conv2d: algorithm must be one of 'auto', 'winograd', 'direct'"):
+            ops.flow_conv2d(x, None, weight, algorithm="fft")
+        with pytest.raises(ValueError, match="pack_conv3x3: algorithm must be one of"):
+            ops.pack_conv3x3(weight, algorithm="fft")
+        with pytest.raises(ValueError, match="flow must have the structure of x"):
+            ops.flow_conv2d(x, [x], weight)
+        with pytest.raises(ValueError, match="bias must be None when weight is a PackedConv"):
+            ops.flow_conv2d(x, None, ops.pack_conv3x3(weight), torch.randn(8))

@@ -12,6 +12,7 @@ from golden_models import assert_close, assert_same_detections, golden_model
 from spatialflow.models import inference
 from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, encode_boxes, grid_anchors, valid_flags
 from spatialflow.models.config import ModelConfig, TestConfig as InferenceSettings
+from spatialflow.ops import paste_masks
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_masks(tiny):
     assert_close("mask_logits", logits, arrays["mask_logits_detclass"])
     for i, meta in enumerate(about["metas"]):
         h, w = meta["ori_shape"][:2]
-        masks = inference.paste(logits[100 * i:100 * (i + 1)], boxes[i], (h, w)).numpy()
+        masks = paste_masks(logits[100 * i:100 * (i + 1)], boxes[i], (h, w)).numpy()
         expected = np.unpackbits(arrays[f"final_masks_packed_img{i}"], axis=1)[:, :h * w].reshape(-1, h, w)
         assert np.array_equal(expected.sum((1, 2)), arrays[f"final_masks_area_img{i}"])
         proper = ((boxes[i][:, 2:] > boxes[i][:, :2]).all(1)).numpy()  # boxes without area are a documented difference

@@ -20,7 +20,7 @@ from spatialflow.models.build import load_config
 from spatialflow.models.config import Config, ConfigError, place_overrides
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.ops import panoptic_merge
+from spatialflow.ops import panoptic_merge, paste_masks
 from spatialflow.panoptic import PanopticWriter, overlay
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
@@ -40,15 +40,18 @@ class PanopticResult:
         scores: (K,) float32.
         labels: (K,) int64, category ids.
         mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head.
+        mask_threshold: probability from which a pixel belongs to a mask.
         categories: the category table.
         image_name: file name of the image, or "image <position in the call>" for an array.
         times: seconds by stage, see `STAGES`; of a batch the network's share.
     """
 
     def __init__(self, id_map: np.ndarray, segments: list[dict[str, Any]], boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray,
-                 mask_logits: Optional[np.ndarray], categories: Categories, image_name: str, times: dict[str, float]):
+                 mask_logits: Optional[np.ndarray], mask_threshold: float, categories: Categories, image_name: str,
+                 times: dict[str, float]):
         self.id_map, self.segments = id_map, segments
         self.boxes, self.scores, self.labels, self.mask_logits = boxes, scores, labels, mask_logits
+        self.mask_threshold = mask_threshold
         self.categories, self.image_name, self.times = categories, image_name, times
 
     @property
@@ -56,7 +59,8 @@ class PanopticResult:
         """(K, H, W) bool, the detections' masks before merging, pasted on every access; None without a thing head."""
         if self.mask_logits is None:
             return None
-        return inference.paste(torch.from_numpy(self.mask_logits), torch.from_numpy(self.boxes), self.id_map.shape).bool().numpy()
+        logits, boxes = torch.from_numpy(self.mask_logits), torch.from_numpy(self.boxes)
+        return paste_masks(logits, boxes, self.id_map.shape, self.mask_threshold).numpy()
 
     @property
     def image_id(self) -> Union[int, str]:
@@ -208,7 +212,7 @@ class Predictor:
                 entering = torch.zeros_like(entering)
                 masks = torch.zeros((0, *size), dtype=torch.bool, device=self.device)
             else:
-                masks = inference.paste(mask_logits[entering], boxes[entering], size)
+                masks = paste_masks(mask_logits[entering], boxes[entering], size, test.mask_threshold)
         with _stopwatch(times, "merge"):
             other = self.categories.other_index
             merged = panoptic_merge(
@@ -219,7 +223,7 @@ class Predictor:
             id_map, segments = merged.id_map.cpu().numpy(), self._segments(merged)
         category_ids = self.categories.thing_ids[labels.cpu().numpy()]
         return PanopticResult(id_map, segments, boxes.cpu().numpy(), scores.cpu().numpy(), category_ids,
-                              None if mask_logits is None else mask_logits.cpu().numpy(), self.categories, item.name, times)
+                              None if mask_logits is None else mask_logits.cpu().numpy(), test.mask_threshold, self.categories, item.name, times)
 
     def _segments(self, merged) -> list[dict[str, Any]]:
         count = int(merged.count)

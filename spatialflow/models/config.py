@@ -98,6 +98,7 @@ class TestConfig:
     score_threshold: float = 0.05  # box and class pairs at or below it are dropped
     nms_threshold: float = 0.4  # class-wise NMS suppresses above this IoU
     max_detections: int = 100  # detections per image over all classes
+    mask_threshold: float = 0.5  # mask probability from which a pixel belongs to the instance
     instance_score_threshold: float = 0.37  # instances and boxes below it do not enter the panoptic map
     instance_overlap_threshold: float = 0.37  # an instance is dropped if more than this share is already taken
     stuff_area_threshold: int = 4900  # stuff segments with fewer pixels are dropped
@@ -108,9 +109,9 @@ class TestConfig:
     test_flip: bool = False  # mirrored images too
 
     def __post_init__(self):
-        _check_share(self, "score_threshold", "nms_threshold", "instance_score_threshold",
+        _check_share(self, "score_threshold", "nms_threshold", "mask_threshold", "instance_score_threshold",
                      "instance_overlap_threshold", "box_overlap_threshold")
-        _check_positive(self, "max_detections", "test_long_edge")
+        _check_positive(self, "max_detections", "test_long_edge", "mask_threshold")
         for name in ("candidates_per_level", "stuff_area_threshold"):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
         _require(len(self.test_short_edges) > 0 and all(edge > 0 for edge in self.test_short_edges), "test_short_edges",

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid_anchors
 from spatialflow.models.config import ModelConfig, TestConfig
-from spatialflow.models.plain_ops import multiclass_nms, paste_masks
+from spatialflow.models.plain_ops import multiclass_nms
 from spatialflow.models.spatialflow import SpatialFlow
 
 
@@ -85,11 +85,6 @@ def mask_logits(network: SpatialFlow, thing_features: list[Tensor], rois: Tensor
     parts = [network.thing_logits(thing_features, rois[i:i + chunk], labels[i:i + chunk]) for i in range(0, len(rois), chunk)]
     side = 2 * network.config.model.roi_size
     return torch.cat(parts).float() if parts else rois.new_zeros((0, side, side))
-
-
-def paste(logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks of (H, W) `size` from (K, M, M) logits and (K, 4) float boxes at that scale: (K, H, W) bool."""
-    return paste_masks(logits, boxes, size)
 
 
 def nearest_indices(source: int, target: int, device: torch.device) -> Tensor:

@@ -216,38 +216,65 @@ class PackedBoxHead(nn.Module):
 
 
 class PackedThingHead(ThingHead):
-    """`ThingHead`, the 3x3 convolutions packed and the deconvolution as one matrix product."""
+    """`ThingHead`, the 3x3 convolutions packed and the deconvolution a matrix product.
+
+    The 2x2 outputs of a deconvolution of stride 2 do not overlap, so each input pixel gives 4 output pixels by itself. Where only one
+    class per RoI is wanted, its dot product follows before the pixels are rearranged.
+    """
+
+    rois_at_once = 32  # keeps the widest intermediate, 4 pixels x channels per input pixel, near the cache
 
     def __init__(self, head: ThingHead):
         nn.Module.__init__(self)
         self.convs = nn.ModuleList(PackedConv3x3(conv, relu=True) for conv in head.convs)
         self.logits = head.logits
-        weight = head.upsample.weight.detach()  # (I, O, 2, 2): every input pixel makes its own 2 x 2 output pixels
-        self.out_channels = weight.shape[1]
+        weight = head.upsample.weight.detach()  # (I, O, 2, 2)
         self.register_buffer("weight", weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(), persistent=False)  # (4*O, I)
         self.register_buffer("bias", head.upsample.bias.detach().repeat(4), persistent=False)
 
-    def features(self, roi_features: Tensor) -> Tensor:
-        x = roi_features
+    def forward(self, roi_features: Tensor, labels: Optional[Tensor] = None) -> Tensor:
+        x = roi_features.contiguous(memory_format=torch.channels_last)
         for conv in self.convs:
             x = conv(x)
         k, c, h, w = x.shape
-        y = F.linear(x.permute(0, 2, 3, 1).reshape(-1, c), self.weight, self.bias).relu_()  # (K*S*S, 4*O)
-        y = y.view(k, h, w, 2, 2, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # (K, O, S, 2, S, 2)
-        return y.reshape(k, self.out_channels, 2 * h, 2 * w)
+        pixels = x.permute(0, 2, 3, 1).reshape(k, h * w, c)
+        if labels is None:
+            weight, bias = self.logits.weight.flatten(1).t(), self.logits.bias
+        else:
+            weight, bias = self.logits.weight[labels].flatten(1)[..., None], self.logits.bias[labels][:, None, None]
+        parts = []
+        for i in range(0, k, self.rois_at_once):
+            part = slice(i, i + self.rois_at_once)
+            up = F.linear(pixels[part], self.weight, self.bias).relu_().unflatten(-1, (4, -1)).flatten(1, 2)  # (k, S*S*4, O)
+            parts.append(up @ weight + bias if labels is None else torch.baddbmm(bias[part], up, weight[part]))
+        logits = torch.cat(parts) if parts else pixels.new_zeros((0, h * w * 4, weight.shape[-1]))  # (K, S*S*4, classes or 1)
+        logits = logits.view(k, h, w, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).reshape(k, -1, 2 * h, 2 * w)
+        return logits if labels is None else logits[:, 0]
 
 
 class PackedStuffHead(StuffHead):
-    """`StuffHead` with its 3x3 convolutions packed."""
+    """`StuffHead` with its 3x3 convolutions packed; classifies before the last 2x upsampling.
+
+    All three branches end with the same upsampling from stride 8, and the 1x1 convolution acts on each pixel alone. Both are linear
+    and the interpolation weights sum to one, so they may change places: sum and classify at stride 8, then upsample the logits.
+    """
 
     def __init__(self, head: StuffHead):
         nn.Module.__init__(self)
-        self.blocks = nn.ModuleList(nn.Sequential(*map(PackedConvNormUp, block)) for block in head.blocks)
+        self.blocks = nn.ModuleList(nn.ModuleList(map(PackedConvNorm, block)) for block in head.blocks)
         self.logits = FusedConv(head.logits)
 
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        total = None
+        for branch, x in zip(self.blocks, features):
+            for i, block in enumerate(branch):
+                x = block(x if i == 0 else upsample(x, 2))
+            total = x if total is None else total.add_(x)
+        return upsample(self.logits(total), 2)
 
-class PackedConvNormUp(nn.Module):
-    """`ConvNormUp` with its convolution packed."""
+
+class PackedConvNorm(nn.Module):
+    """`ConvNormUp` with its convolution packed, without the upsampling."""
 
     def __init__(self, block: ConvNormUp):
         super().__init__()
@@ -255,7 +282,7 @@ class PackedConvNormUp(nn.Module):
         self.norm = block.norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample(self.norm(self.conv(x)).relu_(), 2)
+        return self.norm(self.conv(x)).relu_()
 
 
 def optimize_for_inference(model: SpatialFlow) -> SpatialFlow:

@@ -68,19 +68,6 @@ def multiclass_nms(boxes: Tensor, scores: Tensor, score_threshold: float, iou_th
     return out
 
 
-def paste_masks(mask_logits: Tensor, boxes: Tensor, size) -> Tensor:
-    h, w = size
-    k = len(boxes)
-    if k == 0:
-        return torch.zeros(0, h, w, dtype=torch.bool)
-    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
-    y = (torch.arange(h) + 0.5 - y1) / (y2 - y1) * 2 - 1
-    x = (torch.arange(w) + 0.5 - x1) / (x2 - x1) * 2 - 1
-    grid = torch.stack([x[:, None, :].expand(k, h, w), y[:, :, None].expand(k, h, w)], -1)
-    proper = ((x2 > x1) & (y2 > y1))[:, :, None]
-    return (F.grid_sample(mask_logits.sigmoid()[:, None], grid, align_corners=False)[:, 0] >= 0.5) & proper
-
-
 class PackedConv(NamedTuple):
     weight: Tensor
     bias: Tensor

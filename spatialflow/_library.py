@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -24,6 +25,14 @@ def library_path(name: str) -> Path:
 def built_libraries() -> list[str]:
     """Names of the libraries that were built: "schema", "cpu_x86-64-v4", "cuda", ..."""
     return sorted(path.stem.removeprefix("libspatialflow_") for path in FOLDER.glob("libspatialflow_*.so"))
+
+
+def build_description() -> dict[str, str]:
+    """What the libraries were built with: torch, compiler, cuda_architectures, cuda_compiler; empty if not built."""
+    try:
+        return json.loads((FOLDER / "build.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def cpu_level() -> str:

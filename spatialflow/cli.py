@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Each command imports what it needs, so that `evaluate` starts without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import spatialflow
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+class CommandError(Exception):
+    """Ends a command with one sentence for the user and exit code 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Returns:
+        Exit code: 0 everything done, 1 some inputs failed and are named on standard error, 2 the command could not be
+        carried out, 130 interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (CommandError, ImportError) as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spatialflow", description="Panoptic segmentation and its operators.")
+    parser.add_argument("--version", action="version", version=f"spatialflow {spatialflow.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", help="images in, panoptic maps and overlay pictures out")
+    predict.set_defaults(run=_predict)
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    predict.add_argument("--output", required=True, type=Path, metavar="FOLDER",
+                         help="receives panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg")  # fmt: skip
+    predict.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME",
+                         help="configuration of the package or YAML file (default: %(default)s)")  # fmt: skip
+    predict.add_argument("--checkpoint", type=Path, metavar="FILE",
+                         help="weights: safetensors, torch, or a released checkpoint; without it they are random")  # fmt: skip
+    predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                         help="arithmetic of the network (default: %(default)s)")  # fmt: skip
+    predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
+                         help="edges that the image is fitted to (default: the configuration's)")  # fmt: skip
+    predict.add_argument("--score", type=float, metavar="S", help="least score of an instance in the panoptic map")
+    predict.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
+                         help="other fields of the configuration, e.g. stuff_area_threshold=2000")  # fmt: skip
+    predict.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
+
+    evaluate = commands.add_parser("evaluate", help="panoptic quality of a folder of predictions")
+    evaluate.set_defaults(run=_evaluate)
+    for name, what in (("ground_truth", "ground truth"), ("prediction", "predictions")):
+        evaluate.add_argument(name, type=Path, metavar=name.upper(),
+                              help=f"{what}: the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
+    evaluate.add_argument("--ground-truth-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
+    evaluate.add_argument("--prediction-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
+    evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
+    evaluate.add_argument("--per-class", action="store_true", help="a line for every class in the table")
+    evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
+
+    convert = commands.add_parser("convert", help="rewrite a released checkpoint with the names of this package")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
+    convert.add_argument("destination", type=Path, metavar="DESTINATION", help="file ending in .safetensors or .pth")
+
+    benchmark = commands.add_parser("benchmark", help="time operators against their peers")
+    benchmark.set_defaults(run=_benchmark)
+    benchmark.add_argument("ops", nargs="*", metavar="OP", help="operators (default: all)")
+    benchmark.add_argument("--list", action="store_true", help="name the operators and end")
+    for name, what in (("device", "cpu or cuda"), ("threads", "CPU threads"), ("seconds", "time per measurement"),
+                       ("output", "folder of the results")):  # fmt: skip
+        benchmark.add_argument(f"--{name}", help=what)
+
+    info = commands.add_parser("info", help="versions, libraries, instruction set, CUDA architectures")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _complain(sentence: str) -> None:
+    print(f"spatialflow: {sentence}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------ predict
+
+
+def _predict(options: argparse.Namespace) -> int:
+    """One image at a time, each written before the next is read; a bad one is reported and skipped."""
+    import torch
+    from tqdm import tqdm
+
+    from spatialflow.data.transforms import ImageError, read_image
+
+    paths, failed = _list_images(options.images)
+    predictor = _make_predictor(options)
+    dtype = getattr(torch, options.dtype)
+    output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay)
+    times: dict[str, float] = {}
+    with tqdm(paths, desc="predict", unit="image", disable=None) as bar:
+        for path in bar:
+            try:
+                begin = time.perf_counter()
+                pixels = read_image(path)
+                decode = time.perf_counter() - begin
+                with torch.autocast(predictor.device.type, dtype, enabled=dtype != torch.float32):
+                    result = predictor(pixels)
+                result.image_name, result.times["decode"] = path.name, decode
+                output.add(result, pixels)
+            except (ImageError, OSError) as error:
+                failed.append(_sentence(error))
+                with bar.external_write_mode(file=sys.stderr):
+                    _complain(failed[-1])
+                continue
+            for stage, seconds in result.times.items():
+                times[stage] = times.get(stage, 0.0) + seconds
+    done = len(output.done)
+    if done:
+        try:
+            output.finish()
+        except OSError as error:
+            raise CommandError(_sentence(error)) from None
+        stages = ", ".join(f"{stage} {seconds / done * 1e3:.1f} ms" for stage, seconds in times.items())
+        print(f"mean time per image: {stages}, together {sum(times.values()) / done * 1e3:.1f} ms")
+        print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
+              + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip
+    else:
+        _complain(f"none of {len(failed)} images could be predicted")
+    return 1 if failed else 0
+
+
+def _list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Files to read, and complaints about what is no file; names must differ, as outputs are named after them."""
+    paths, failed, stems = [], [], {}
+    for path in given:
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                failed.append(f"{path}: holds no image file")
+        for file in found:
+            if stems.setdefault(file.stem, file) != file:
+                failed.append(f"{file}: is named like {stems[file.stem]}, and outputs take the name")
+            elif file not in paths:
+                paths.append(file)
+    for sentence in failed:
+        _complain(sentence)
+    return paths, failed
+
+
+def _make_predictor(options: argparse.Namespace) -> Any:
+    import torch
+
+    from spatialflow import CheckpointError, ConfigError, Predictor, build_model, load_checkpoint
+    from spatialflow.data.categories import CategoryError
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise CommandError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    device = _device(options.device)
+    torch.manual_seed(0)
+    try:
+        model = build_model(options.config, **_overrides(options)).eval()
+        if options.checkpoint is None:
+            _complain("no --checkpoint: the weights are random, so the maps mean nothing")
+        else:
+            load_checkpoint(model, options.checkpoint)
+        return Predictor(model, device)
+    except (ConfigError, CheckpointError, CategoryError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CommandError(f"--device must be cpu, cuda or cuda:<number>, got '{name}'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu, cuda or cuda:<number>, got '{name}'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    import yaml
+
+    overrides: dict[str, Any] = {}
+    for setting in options.settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise CommandError(f"--set takes FIELD=VALUE, got '{setting}'")
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise CommandError(f"--set {name}: '{text}' is no YAML value") from None
+    if options.size is not None:
+        if len(options.size) > 2:
+            raise CommandError(f"--size takes the short edge and the long one, got {len(options.size)} numbers")
+        if min(options.size) < 1:
+            raise CommandError(f"--size must be positive, got {min(options.size)}")
+        short = options.size[0]
+        overrides["test_short_edges"] = [short]
+        overrides["test_long_edge"] = options.size[1] if len(options.size) == 2 else max(round(short * 1333 / 800), short)
+    if options.score is not None:
+        overrides["instance_score_threshold"] = options.score
+    return overrides
+
+
+class _PredictionFolder:
+    """`panoptic.json`, `panoptic/<stem>.png`, `overlays/<stem>.jpg`; an image's files are there all or not at all."""
+
+    def __init__(self, root: Path, categories: list[dict[str, Any]], overlays: bool) -> None:
+        from spatialflow.panoptic import PanopticWriter
+
+        self.folder, self.overlay_folder = root / "panoptic", root / "overlays"
+        self.done: list[str] = []
+        self._overlays = overlays
+        self._writer = PanopticWriter(self.folder, root / "panoptic.json", categories)
+
+    def add(self, result: Any, pixels: Any) -> None:
+        import cv2
+
+        from spatialflow.files import atomic_write
+
+        picture = self.overlay_folder / f"{Path(result.image_name).stem}.jpg"
+        if self._overlays:
+            _, data = cv2.imencode(".jpg", result.overlay(pixels))
+            with _named(picture), atomic_write(picture) as file:
+                file.write(data.tobytes())
+        try:
+            with _named(self.folder / f"{picture.stem}.png"):
+                self._writer.add(result.image_id, result.image_name, result.id_map, result.segments)
+        except OSError:
+            if self._overlays:
+                picture.unlink(missing_ok=True)
+            raise
+        self.done.append(result.image_name)
+
+    def finish(self) -> None:
+        with _named(self._writer.json_path):
+            self._writer.write_json()
+
+
+class _named:
+    """An OSError inside the block names `path`, not the temporary file beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: cannot be written: {error.strerror}"
+    return str(error)
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluate
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import warnings
+
+    from spatialflow.panoptic import PanopticFormatError, evaluate
+
+    if options.workers is not None and options.workers < 1:
+        raise CommandError(f"--workers must be at least 1, got {options.workers}")
+    truth, prediction = _panoptic_json(options.ground_truth), _panoptic_json(options.prediction)
+    try:
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always")
+            result = evaluate(
+                truth, options.ground_truth_folder, prediction, options.prediction_folder,
+                workers=options.workers, progress=sys.stderr.isatty(),
+            )  # fmt: skip
+    except PanopticFormatError as error:
+        raise CommandError(str(error)) from None
+    for remark in remarks:
+        _complain(str(remark.message))
+    print(_quality_table(result, _category_names(truth) if options.per_class else {}))
+    if options.output is not None:
+        from spatialflow.files import atomic_write
+
+        try:
+            with _named(options.output), atomic_write(options.output, "w") as file:
+                file.write(json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise CommandError(_sentence(error)) from None
+    return 0
+
+
+def _panoptic_json(path: Path) -> Path:
+    """The JSON that `path` stands for: itself, that inside the output of `predict`, or that beside a folder of PNGs."""
+    candidates = [path / "panoptic.json", path.with_name(f"{path.name}.json")] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
+
+
+def _category_names(path: Path) -> dict[int, str]:
+    return {row["id"]: str(row.get("name", row["id"])) for row in json.loads(path.read_bytes())["categories"]}
+
+
+def _quality_table(result: dict[str, Any], names: dict[int, str]) -> str:
+    rows = [(key, result[key]) for key in ("All", "Things", "Stuff")]
+    rows += [(name, result["per_class"][key]) for key, name in names.items() if result["per_class"][key]["n"]]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'':{width}}{'PQ':>8}{'SQ':>8}{'RQ':>8}{'classes':>9}"]
+    for name, row in rows:
+        numbers = "".join(f"{100 * row[key]:8.2f}" for key in ("pq", "sq", "rq"))
+        lines.append(f"{name:{width}}{numbers}" + (f"{row['n']:>9}" if name not in names.values() else ""))
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------- convert, benchmark, info
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from spatialflow.engine.checkpoints import CheckpointError, convert
+
+    try:
+        with _named(options.destination):
+            count = convert(options.source, options.destination)
+    except (CheckpointError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(_sentence(error)) from None
+    print(f"{count} tensors: {options.destination}")
+    return 0
+
+
+def _benchmark_folder() -> Path:
+    """`benchmarks` of the source tree, else the copy that is installed with the package."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "benchmarks", package / "benchmarks"):
+        if (folder / "harness.py").is_file():
+            return folder
+    raise CommandError(f"the benchmark scripts are missing in {package / 'benchmarks'}")
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    folder = _benchmark_folder()
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("harness", "__init__"))
+    if options.list:
+        print("\n".join(known))
+        return 0
+    unknown = [op for op in options.ops if op not in known]
+    if unknown:
+        raise CommandError(f"no benchmark named {', '.join(unknown)}; there are {', '.join(known)}")
+    passed_on = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("device", "threads", "seconds", "output")
+        if getattr(options, name) is not None
+    ]
+    if options.output is None and folder.parent == Path(__file__).resolve().parent:
+        passed_on.append(f"--output={Path('benchmarks', 'results')}")  # not into the installed package
+    failed = [
+        op
+        for op in options.ops or known
+        if subprocess.run([sys.executable, str(folder / f"{op}.py"), *passed_on]).returncode != 0
+    ]
+    if failed:
+        _complain(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import importlib.metadata
+    import platform
+
+    from spatialflow import _library
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    built = _library.build_description()
+    rows = [
+        ("spatialflow", f"{spatialflow.__version__} in {Path(__file__).resolve().parent}"),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"runs on {version('torch')}, built for {built.get('torch', 'unknown')} (any from 2.11 on)"),
+        ("numpy, opencv", f"{version('numpy')}, {version('opencv-python-headless')}"),
+        ("torchvision", version("torchvision")),
+        ("libraries", ", ".join(_library.built_libraries()) or "none"),
+        ("compiler", built.get("compiler", "unknown")),
+    ]
+    code = 0
+    try:
+        rows.append(("CPU level", f"{_library.cpu_level()} in use"))
+        _library.load()
+        import torch
+
+        count = torch.cuda.device_count()
+        devices = ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"
+        rows.append(("CPU threads", str(torch.get_num_threads())))
+    except (ImportError, OSError) as error:
+        rows.append(("CPU level", f"none: {error}"))
+        devices, code = "unknown", 2
+    rows += [
+        ("CUDA library", f"for {built['cuda_architectures']}, by {built['cuda_compiler']}" if "cuda" in
+         _library.built_libraries() and built.get("cuda_architectures") else "not built"),
+        ("CUDA devices", devices),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

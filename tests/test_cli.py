@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it writes, and one clear sentence for everything that can be wrong with its input."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import spatialflow
+from spatialflow.cli import main
+from spatialflow.panoptic import read_id_map, read_panoptic_json
+
+FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
+
+
+def picture(height: int, width: int, channels: int = 3, dtype=np.uint8) -> np.ndarray:
+    coarse = np.random.default_rng(height * width).integers(0, 256, (9, 11, channels), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
+    return smooth.astype(dtype) * (257 if dtype == np.uint16 else 1)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Readable pictures of every kind, by name."""
+    folder = tmp_path_factory.mktemp("photographs")
+    pictures = {
+        "plain.jpg": picture(60, 80),
+        "grey.png": picture(50, 70, 1),
+        "transparent.png": picture(50, 70, 4),
+        "deep.png": picture(50, 70, 3, np.uint16),
+        "dot.png": picture(1, 1),
+        "line.png": picture(1, 5000),
+    }
+    for name, pixels in pictures.items():
+        assert cv2.imwrite(str(folder / name), pixels)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
+
+
+def sentences(capsys) -> list[str]:
+    """Complaints on standard error, one line each; the progress bar is off where there is no terminal."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert all(line.startswith("spatialflow: ") for line in lines), lines
+    return [line.removeprefix("spatialflow: ") for line in lines]
+
+
+def assert_complete(output, names):
+    """Exactly the files of `names` are there, and JSON, maps and pictures agree."""
+    content = read_panoptic_json(output / "panoptic.json", with_categories=True)
+    stems = sorted(name.split(".")[0] for name in names)
+    assert sorted(path.stem for path in (output / "panoptic").iterdir()) == stems
+    assert sorted(path.stem for path in (output / "overlays").iterdir()) == stems
+    assert sorted(image["file_name"] for image in content["images"]) == sorted(names)
+    for image, annotation in zip(content["images"], content["annotations"]):
+        ids = read_id_map(output / "panoptic" / annotation["file_name"])
+        assert ids.shape == (image["height"], image["width"])
+        assert {segment["id"] for segment in annotation["segments_info"]} == set(np.unique(ids)) - {0}
+        stem = annotation["file_name"].split(".")[0]
+        assert cv2.imread(str(output / "overlays" / f"{stem}.jpg")).shape[:2] == ids.shape
+
+
+class TestPredict:
+    def test_every_kind_of_image(self, photographs, weights, tmp_path, capsys):
+        assert main(["predict", str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
+        assert_complete(tmp_path, [path.name for path in photographs.iterdir()])
+        printed = capsys.readouterr()
+        assert "6 of 6 images done" in printed.out and "network" in printed.out and printed.err == ""
+
+    def test_same_map_as_the_python_api(self, photographs, weights, tmp_path):
+        path = photographs / "plain.jpg"
+        assert main(["predict", str(path), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
+        model = spatialflow.load_checkpoint(spatialflow.build_model("tiny"), weights).eval()
+        predictor = spatialflow.Predictor(model, test_short_edges=[64], test_long_edge=96, stuff_area_threshold=20)
+        assert np.array_equal(read_id_map(tmp_path / "panoptic" / "plain.png"), predictor(path).id_map)
+
+    def test_low_precision(self, photographs, weights, tmp_path):
+        arguments = [str(photographs / "plain.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path)]
+        assert main(["predict", *arguments, "--dtype", "bfloat16", *FAST]) == 0
+        assert_complete(tmp_path, ["plain.jpg"])
+
+    def test_bad_files_are_named_and_skipped(self, photographs, weights, tmp_path, capsys):
+        bad = tmp_path / "bad"
+        bad.mkdir()
+        whole = (photographs / "plain.jpg").read_bytes()
+        (bad / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+        (bad / "text.jpg").write_text("not a picture")
+        (bad / "empty.png").touch()
+        (bad / "plain.png").write_bytes((photographs / "grey.png").read_bytes())
+        given = [bad / "missing.jpg", photographs / "plain.jpg", bad, photographs / "dot.png"]
+        output = tmp_path / "out"
+        code = main(["predict", *map(str, given), "--checkpoint", str(weights), "--output", str(output), *FAST])
+        assert code == 1
+        said = sentences(capsys)
+        for name, reason in {
+            "missing.jpg": "No such file",
+            "cut.jpg": "truncated",
+            "text.jpg": "not an image",
+            "empty.png": "empty",
+            "plain.png": "named like",
+        }.items():
+            assert len([line for line in said if f"/{name}: " in line and reason in line]) == 1, (name, said)
+        assert len(said) == 5
+        assert_complete(output, ["plain.jpg", "dot.png"])
+
+    def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
+        assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
+        assert sentences(capsys) == ["no --checkpoint: the weights are random, so the maps mean nothing"]
+        assert not (tmp_path / "overlays").exists()
+
+    @pytest.mark.parametrize(
+        "change, reason",
+        [
+            (["--config", "no_such_config"], "config: must be a path ending in .yaml or one of .*tiny.*'no_such_config'"),
+            (["--config", "no_such_file.yaml"], "no such file: no_such_file.yaml"),
+            (["--checkpoint", "no_such.pth"], "no_such.pth: cannot be read: No such file"),
+            (["--checkpoint", __file__], "neither a safetensors nor a torch file"),
+            (["--set", "num_things=7"], "does not fit the model: .* of the wrong shape"),
+            (["--set", "nonsense=1"], "nonsense"),
+            (["--set", "score_threshold"], "--set takes FIELD=VALUE, got 'score_threshold'"),
+            (["--score", "nan"], "instance_score_threshold"),
+            (["--size", "0"], "--size must be positive, got 0"),
+            (["--device", "cuda:99"], "--device cuda:99: torch .* sees . CUDA devices"),
+            (["--device", "toaster"], "--device must be cpu, cuda or cuda:<number>, got 'toaster'"),
+            (["--threads", "0"], "--threads must be at least 1, got 0"),
+        ],
+    )
+    def test_wrong_options(self, photographs, weights, tmp_path, capsys, change, reason):
+        arguments = [str(photographs / "dot.png"), "--output", str(tmp_path / "out"), "--checkpoint", str(weights)]
+        assert main(["predict", *arguments, *FAST, *change]) == 2
+        (said,) = sentences(capsys)
+        assert re.search(reason, said), said
+        assert not (tmp_path / "out").exists()
+
+    def test_full_disk(self, photographs, weights, tmp_path):
+        """Files may not grow beyond 8 KiB: the large picture is named, nothing of it stays, the small one is done."""
+        large = tmp_path / "large.jpg"
+        assert cv2.imwrite(str(large), np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+        images = [str(large), str(photographs / "dot.png")]
+        output = tmp_path / "out"
+        result = subprocess.run(
+            [sys.executable, "-m", "spatialflow.cli", "predict", *images, "--output", str(output),
+             "--checkpoint", str(weights), *FAST],
+            capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+        )  # fmt: skip
+        assert result.returncode == 1, result.stderr
+        (said,) = result.stderr.splitlines()
+        assert said.endswith("overlays/large.jpg: cannot be written: File too large"), said
+        assert_complete(output, ["dot.png"])
+
+    def test_output_that_is_a_file(self, photographs, weights, tmp_path, capsys):
+        output = tmp_path / "out"
+        output.write_text("in the way")
+        image = str(photographs / "dot.png")
+        assert main(["predict", image, "--checkpoint", str(weights), "--output", str(output), *FAST]) == 1
+        assert "cannot be written: " in sentences(capsys)[0]
+        assert output.read_text() == "in the way"
+
+
+class TestEvaluate:
+    @pytest.fixture
+    def prediction(self, photographs, weights, tmp_path):
+        output = tmp_path / "prediction"
+        images = [str(photographs / name) for name in ("plain.jpg", "grey.png")]
+        assert main(["predict", *images, "--checkpoint", str(weights), "--output", str(output), *FAST]) == 0
+        return output
+
+    def test_a_prediction_against_itself(self, prediction, tmp_path, capsys):
+        numbers = tmp_path / "numbers.json"
+        capsys.readouterr()
+        arguments = [str(prediction), str(prediction / "panoptic"), "--output", str(numbers), "--per-class"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert main(["evaluate", *arguments]) == 0
+        result = json.loads(numbers.read_text())
+        assert result["All"]["n"] > 0 and result["All"]["pq"] == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["PQ", "SQ", "RQ", "classes"]
+        assert lines[1].split() == ["All", "100.00", "100.00", "100.00", str(result["All"]["n"])]
+        assert len(lines) == 4 + result["All"]["n"]
+
+    def test_errors(self, prediction, tmp_path, capsys):
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path / "none.json"), str(prediction)]) == 2
+        assert main(["evaluate", str(prediction), str(prediction), "--workers", "0"]) == 2
+        (prediction / "panoptic" / "grey.png").write_bytes(b"")
+        assert main(["evaluate", str(prediction), str(prediction), "--output", str(tmp_path / "numbers.json")]) == 2
+        said = sentences(capsys)
+        assert len(said) == 3
+        assert "none.json: no such file" in said[0] and "--workers must be" in said[1] and "grey.png" in said[2]
+        assert not (tmp_path / "numbers.json").exists()
+
+    def test_torch_is_not_imported(self, prediction):
+        code = (
+            "import sys; from spatialflow.cli import main; code = main(sys.argv[1:]); "
+            "sys.exit(code or ('torch' in sys.modules and 3))"
+        )
+        command = [sys.executable, "-c", code, "evaluate", str(prediction), str(prediction)]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+class TestConvert:
+    def test_converted_weights_load(self, weights, tmp_path, capsys):
+        target = tmp_path / "copy.safetensors"
+        assert main(["convert", str(weights), str(target)]) == 0
+        assert "tensors" in capsys.readouterr().out
+        spatialflow.load_checkpoint(spatialflow.build_model("tiny"), target)
+
+    @pytest.mark.parametrize(
+        "source, target, reason",
+        [
+            ("none.pth", "copy.safetensors", "none.pth: cannot be read"),
+            (None, "copy.txt", "must end in .safetensors"),
+            (None, "folder/is/a/file.safetensors", "cannot be written"),
+        ],
+    )
+    def test_errors(self, weights, tmp_path, capsys, source, target, reason):
+        (tmp_path / "folder").write_text("")
+        assert main(["convert", str(source or weights), str(tmp_path / target)]) == 2
+        (said,) = sentences(capsys)
+        assert reason in said
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+class TestInfoAndBenchmark:
+    def test_info(self, capsys):
+        assert main(["info"]) == 0
+        printed = capsys.readouterr().out
+        assert spatialflow.__version__ in printed and torch.__version__ in printed and "in use" in printed
+
+    def test_benchmark_names(self, capsys):
+        assert main(["benchmark", "--list"]) == 0
+        assert "roi_align" in capsys.readouterr().out.split()
+        assert main(["benchmark", "no_such_op"]) == 2
+        assert "no benchmark named no_such_op" in sentences(capsys)[0]
+
+    def test_help_lists_the_commands(self, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(command in printed for command in ("predict", "evaluate", "convert", "benchmark", "info"))

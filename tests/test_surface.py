@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator is whole, and the libraries keep to the stable ABI."""
+
+import inspect
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from spatialflow import _library, ops
+from spatialflow.ops import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = sorted(_library.FOLDER.glob("libspatialflow_*.so"))
+
+
+def namespace() -> list[str]:
+    """Names of all raw operators, private ones included."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("spatialflow::")})
+
+
+# Functions of spatialflow.ops that are no operators: a context manager, weights prepared once for flow_conv2d.
+NO_OPERATORS = ("checked", "pack_conv3x3")
+
+# Operators whose script is still to come.
+WITHOUT_BENCHMARK = ("panoptic_merge", "paste_masks")
+
+
+def public() -> list[str]:
+    return sorted(name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and name not in NO_OPERATORS)
+
+
+def home(name: str) -> str:
+    """The name that the operator's files have: that of its module."""
+    return getattr(ops, name).__module__.rsplit(".", 1)[1]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
+def test_no_symbol_beyond_the_stable_abi(library):
+    """A symbol of at::, c10:: or torch:: would tie the library to one torch. The C shim has plain names."""
+    listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listing.stdout.splitlines() if line.strip()]
+    assert symbols, "nm lists nothing"
+    tied = [name for name in symbols if re.match(r"_Z\w*?(2at|3c10|5torch)\d", name)]
+    assert not tied, f"{library.name} needs {tied[:5]}"
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in symbols), "not even the C shim is used"
+
+
+def test_something_is_built():
+    assert {"schema"} < set(_library.built_libraries())
+    assert any(name.startswith("cpu_") for name in _library.built_libraries())
+
+
+@pytest.mark.parametrize("name", namespace())
+class TestRawOperator:
+    def test_cpu_kernel(self, name):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spatialflow::{name}", "CPU")
+
+    def test_fake_kernel(self, name):
+        """Without it torch.compile cannot trace the operator."""
+        entry = torch._library.simple_registry.singleton.find(f"spatialflow::{name}")
+        assert entry.fake_impl.kernel is not None
+
+
+@pytest.mark.parametrize("name", public())
+class TestPublicOperator:
+    def test_twin_with_the_same_arguments(self, name):
+        twin = getattr(reference, name)
+        own = inspect.signature(getattr(ops, name)).parameters
+        assert list(inspect.signature(twin).parameters) == [p for p in own if p != "algorithm"]
+
+    def test_docstring(self, name):
+        """One sentence, every argument, what comes back, what is raised, and where the arithmetic comes from."""
+        function = getattr(ops, name)
+        text = inspect.getdoc(function)
+        assert text and text.splitlines()[0].endswith(".")
+        for section in ("Args:", "Returns:", "Raises:", "Source:"):
+            assert section in text, f"{name} has no {section}"
+        for argument in inspect.signature(function).parameters:
+            assert re.search(rf"\b{argument}\b", text.split("Args:")[1]), f"{name}: {argument} is not described"
+
+    def test_every_file_is_there(self, name):
+        """One name in every folder: schema, CPU kernel, Python, twin, tests, benchmark."""
+        stem = home(name)
+        files = [
+            f"csrc/ops/{stem}.cpp", f"csrc/cpu/{stem}.cpp", f"spatialflow/ops/{stem}.py",
+            f"spatialflow/ops/reference/{stem}.py", f"tests/test_{stem}.py",
+        ]  # fmt: skip
+        if name not in WITHOUT_BENCHMARK:
+            files.append(f"benchmarks/{stem}.py")
+        if not (ROOT / "csrc").is_dir():
+            pytest.skip("not in a source tree")
+        assert [file for file in files if not (ROOT / file).is_file()] == []

@@ -7,11 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define SPATIALFLOW_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SPATIALFLOW_HOST_DEVICE inline
-#endif
+#include "common/host_device.h"
 
 namespace spatialflow {
 

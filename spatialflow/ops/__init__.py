@@ -6,6 +6,7 @@ from spatialflow import _library
 _library.load()
 
 from spatialflow.ops.checking import checked  # noqa: E402
+from spatialflow.ops.deform_conv2d import DeformConv2d, deform_conv2d  # noqa: E402
 from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3  # noqa: E402
 from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
 from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
@@ -13,11 +14,13 @@ from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 
 __all__ = [
+    "DeformConv2d",
     "MultilevelRoIAlign",
     "PackedConv",
     "PanopticMergeOutput",
     "RoIAlign",
     "checked",
+    "deform_conv2d",
     "flow_conv2d",
     "multilevel_roi_align",
     "pack_conv3x3",

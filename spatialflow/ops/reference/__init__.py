@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain-PyTorch twins of every operator: the specification that kernels are tested and timed against."""
 
+from spatialflow.ops.reference.deform_conv2d import deform_conv2d
 from spatialflow.ops.reference.flow_conv2d import flow_conv2d
 from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
 from spatialflow.ops.reference.panoptic_merge import panoptic_merge
@@ -8,6 +9,7 @@ from spatialflow.ops.reference.paste_masks import paste_masks
 from spatialflow.ops.reference.roi_align import roi_align
 
 __all__ = [
+    "deform_conv2d",
     "flow_conv2d",
     "multilevel_roi_align",
     "panoptic_merge",

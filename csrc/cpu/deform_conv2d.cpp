@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Deformable convolution (v1, and v2 with a mask) on the CPU.
+//
+//   output[n, o, p] = bias[o] + sum over taps k and channels c of
+//                     weight[o, c, k] * mask[n, k, p] * bilinear(input[n, c], position(p, k) + offset[n, k, p])
+//
+// A block of output pixels is gathered into columns (pixel, tap, channel) for as many taps as make a deep product, and
+// multiplied with the packed weight of these taps; the products of a block stay in the second-level cache until all
+// taps are in. No buffer grows with the image. Threads own ranges of output pixels.
+#include "cpu/deform_conv2d.h"
+
+#include "cpu/gemm.h"
+
+namespace spatialflow {
+namespace {
+
+// Columns of a block: these many values (256 KiB of float) leave room for a block's sums in a second-level cache of
+// 1 MiB. Taps are gathered together until the product is this deep.
+constexpr int64_t kColumnValues = 64 * 1024;
+constexpr int64_t kDepth = kGemmDepth;
+constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
+
+// c (+)= sum over pieces i of a_i * packed_i, where piece i of A starts at a + i * a_piece: one piece per tap.
+template <typename real_t>
+void multiply_pieces(
+    int64_t m, int64_t n, int64_t k, int64_t pieces,
+    const real_t* a, int64_t a_stride, int64_t a_piece,  // (m, k) each
+    const real_t* packed, int64_t packed_piece,          // gemm_pack of (k, n) each
+    real_t* c, int64_t c_stride, bool accumulate) {
+    constexpr int64_t kColumns = kGemmColumns<real_t>;
+    constexpr int64_t lanes = kLanes<real_t>;
+    for (int64_t first = 0; first < n; first += kColumns) {
+        const int64_t valid = std::min(kColumns, n - first);
+        for_row_blocks(m, [&](int64_t row, int64_t rows) {
+            with_rows(rows, [&](auto count) {
+                constexpr int kRows = decltype(count)::value;
+                GemmTile<kRows, real_t> tile = {};
+                for (int64_t i = 0; i < pieces; ++i) {
+                    multiply_tile<kRows, false>(
+                        a + row * a_stride + i * a_piece, a_stride, packed + i * packed_piece + first * k, k, tile);
+                }
+                real_t* target = c + row * c_stride + first;
+                for (int r = 0; r < kRows; ++r, target += c_stride) {
+                    for (int v = 0; v < kGemmVectors; ++v) {
+                        const int part = static_cast<int>(std::min(lanes, valid - v * lanes));
+                        if (part == lanes) {
+                            store_vector(target + v * lanes,
+                                         accumulate ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
+                        } else if (part > 0) {
+                            store_partial(target + v * lanes,
+                                          accumulate ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v],
+                                          part);
+                        }
+                    }
+                }
+            });
+        });
+    }
+}
+
+// Sums of a block, plus bias, to the output in its own dtype and layout.
+template <typename scalar_t, typename real_t>
+void store_block(
+    const real_t* sums,  // (pixels, O), rows `stride` apart
+    int64_t stride,
+    const real_t* bias,  // (O)
+    scalar_t* output,    // (N, H_out, W_out, O) or, if planar, (N, O, H_out, W_out)
+    const DeformConvShape& shape, int64_t first_pixel, int64_t pixels, bool planar) {
+    const int64_t outputs = shape.out_channels;
+    if (!planar) {
+        for (int64_t p = 0; p < pixels; ++p) {
+            const real_t* row = sums + p * stride;
+            scalar_t* target = output + (first_pixel + p) * outputs;
+            int64_t o = 0;
+            for (; o + kLanes<real_t> <= outputs; o += kLanes<real_t>) {
+                store_vector(target + o, load_vector(row + o) + load_vector(bias + o));
+            }
+            for (; o < outputs; ++o) {
+                store(target[o], row[o] + bias[o]);
+            }
+        }
+        return;
+    }
+    for (int64_t p = 0; p < pixels;) {
+        const int64_t image = (first_pixel + p) / shape.pixels();
+        const int64_t count = std::min(pixels - p, (image + 1) * shape.pixels() - (first_pixel + p));
+        scalar_t* target = output + image * outputs * shape.pixels() + (first_pixel + p) % shape.pixels();
+        for (int64_t o = 0; o < outputs; ++o) {
+            for (int64_t i = 0; i < count; ++i) {
+                store(target[o * shape.pixels() + i], sums[(p + i) * stride + o] + bias[o]);
+            }
+        }
+        p += count;
+    }
+}
+
+template <typename scalar_t>
+void deform_conv2d_forward(
+    const Sampler<scalar_t>& sampler,
+    const scalar_t* weight,  // (O, C / groups, taps)
+    const scalar_t* bias,    // (O) or null
+    scalar_t* output, bool planar) {
+    using real_t = accum_t<scalar_t>;
+    const DeformConvShape& shape = sampler.shape();
+    const int64_t taps = shape.taps(), channels = shape.channels;
+    const int64_t inputs = shape.group_channels(), outputs = shape.group_outputs();
+
+    const int64_t packed_tap = gemm_packed_size(inputs, outputs);
+    const Buffer<real_t> packed(shape.groups * taps * packed_tap);  // per group and tap (inputs, outputs)
+    parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const scalar_t* of_tap = weight + i / taps * outputs * inputs * taps + i % taps;
+            gemm_pack(of_tap, taps, inputs * taps, inputs, outputs, packed.data() + i * packed_tap);
+        }
+    });
+    const Buffer<real_t> wide_bias(shape.out_channels);
+    for (int64_t o = 0; o < shape.out_channels; ++o) {
+        wide_bias.data()[o] = bias ? load(bias[o]) : real_t(0);
+    }
+
+    const int64_t chunk_taps = std::min(taps, std::max<int64_t>(1, kDepth / std::max<int64_t>(inputs, 1)));
+    const int64_t row = chunk_taps * channels;
+    const int64_t block = std::clamp<int64_t>(kColumnValues / std::max<int64_t>(row, 1), kGemmRows, kMaxBlockPixels);
+    parallel_for(0, shape.batch * shape.pixels(), kGemmRows, [&](int64_t begin, int64_t end) {
+        const Buffer<real_t> columns(block * row);
+        const Buffer<real_t> sums(block * shape.out_channels);
+        // Blocks of one size: the last one is not a small remainder.
+        const int64_t blocks = (end - begin + block - 1) / block;
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t first = begin + b * (end - begin) / blocks;
+            const int64_t pixels = begin + (b + 1) * (end - begin) / blocks - first;
+            for (int64_t tap = 0; tap < taps; tap += chunk_taps) {
+                const int64_t count = std::min(chunk_taps, taps - tap);
+                for (int64_t p = 0; p < pixels; ++p) {
+                    const OutputPixel at = output_pixel(shape, first + p);
+                    for (int64_t k = 0; k < count; ++k) {
+                        sampler.gather(at, tap + k, 0, channels, columns.data() + p * row + k * channels);
+                    }
+                }
+                for (int64_t group = 0; group < shape.groups; ++group) {
+                    multiply_pieces(
+                        pixels, outputs, inputs, count, columns.data() + group * inputs, row, channels,
+                        packed.data() + (group * taps + tap) * packed_tap, packed_tap,
+                        sums.data() + group * outputs, shape.out_channels, tap > 0);
+                }
+            }
+            store_block(sums.data(), shape.out_channels, wide_bias.data(), output, shape, first, pixels, planar);
+        }
+    });
+}
+
+Tensor deform_conv2d_cpu(
+    const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    const DeformConvShape shape = check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
+    const MemoryFormat format = memory_format_of(input);
+    Tensor output = empty_like_sized(
+        input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, std::nullopt, format);
+    if (output.numel() == 0) {
+        return output;
+    }
+    const Tensor dense_weight = to_contiguous(weight);
+    const std::optional<Tensor> dense_bias = bias ? std::make_optional(to_contiguous(*bias)) : std::nullopt;
+    dispatch_floating("deform_conv2d", input.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        const Sampler<scalar_t> sampler(shape, options, input, offset, mask, offset_tangent);
+        deform_conv2d_forward<scalar_t>(
+            sampler, data<scalar_t>(dense_weight), dense_bias ? data<scalar_t>(*dense_bias) : nullptr,
+            mutable_data<scalar_t>(output), format == MemoryFormat::Contiguous);
+    });
+    return output;
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
+    library.impl("deform_conv2d", TORCH_BOX(&spatialflow::deform_conv2d_cpu));
+}

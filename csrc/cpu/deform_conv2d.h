@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sampling for deformable convolution on the CPU, shared by the forward and the backward kernels: a `Sampler` knows
+// where every tap of every output pixel reads and gathers the columns of a block of pixels.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/deform_conv2d.h"
+#include "cpu/buffer.h"
+#include "cpu/dispatch.h"
+#include "cpu/simd.h"
+#include "ops/deform_conv2d.h"
+
+namespace spatialflow {
+
+// Offsets, masks and tangents keep their own precision: double for double features, else float32.
+inline ScalarType accum_dtype(ScalarType feature_dtype) {
+    return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
+    return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// Channels adjacent in memory, other strides free.
+inline Tensor with_adjacent_channels(const Tensor& tensor) {
+    return tensor.stride(1) == 1 ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
+}
+
+template <typename value_t>
+struct View4 {
+    const value_t* data = nullptr;
+    int64_t stride[4] = {};
+
+    View4() = default;
+    explicit View4(const Tensor& tensor) : data(spatialflow::data<value_t>(tensor)) {
+        for (int d = 0; d < 4; ++d) {
+            stride[d] = tensor.stride(d);
+        }
+    }
+    const value_t& at(int64_t n, int64_t c, int64_t y, int64_t x) const {
+        return data[n * stride[0] + c * stride[1] + y * stride[2] + x * stride[3]];
+    }
+};
+
+struct OutputPixel {
+    int64_t image, y, x;
+};
+
+inline OutputPixel output_pixel(const DeformConvShape& shape, int64_t index) {
+    const int64_t within = index % shape.pixels();
+    return {index / shape.pixels(), within / shape.out_width, within % shape.out_width};
+}
+
+// target[c] = sum over corners of weight[corner] * corner[c].
+template <int kVectors, typename scalar_t, typename real_t>
+inline void gather_vectors(const scalar_t* const corner[4], const real_t weight[4], int64_t c, real_t* target) {
+    Vector<real_t> sum[kVectors] = {};
+    for (int i = 0; i < 4; ++i) {
+        const Vector<real_t> factor = broadcast(weight[i]);
+        for (int v = 0; v < kVectors; ++v) {
+            sum[v] += factor * load_vector(corner[i] + c + v * kLanes<real_t>);
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+        store_vector(target + c + v * kLanes<real_t>, sum[v]);
+    }
+}
+
+template <typename scalar_t, typename real_t>
+inline void gather_channels(const scalar_t* const corner[4], const real_t weight[4], int64_t count, real_t* target) {
+    constexpr int kWide = 4;
+    int64_t c = 0;
+    for (; c + kWide * kLanes<real_t> <= count; c += kWide * kLanes<real_t>) {
+        gather_vectors<kWide>(corner, weight, c, target);
+    }
+    for (; c + kLanes<real_t> <= count; c += kLanes<real_t>) {
+        gather_vectors<1>(corner, weight, c, target);
+    }
+    if (c < count) {
+        const int rest = static_cast<int>(count - c);
+        Vector<real_t> sum = {};
+        for (int i = 0; i < 4; ++i) {
+            sum += broadcast(weight[i]) * load_partial(corner[i] + c, rest);
+        }
+        store_partial(target + c, sum, rest);
+    }
+}
+
+template <typename scalar_t>
+class Sampler {
+public:
+    using real_t = accum_t<scalar_t>;
+
+    // One tap of one pixel: what its sample reads and how much of it.
+    struct Tap {
+        DeformTap<real_t> place;
+        const scalar_t* corner[4];  // channels of the four cells; zeros for a cell outside the map
+        int64_t cell[4];            // their row-major numbers within the image, or -1
+        real_t value[4];
+        real_t mask;
+    };
+
+    Sampler(
+        const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,
+        const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent)
+        : shape_(shape),
+          options_(options),
+          zeros_(static_cast<size_t>(shape.channels) + kLanes<real_t>),
+          feature_(with_adjacent_channels(input)),
+          offset_tensor_(as_dtype(offset, accum_dtype(input.scalar_type()))),
+          input_(feature_),
+          offset_(offset_tensor_) {
+        if (mask) {
+            mask_tensor_ = as_dtype(*mask, accum_dtype(input.scalar_type()));
+            mask_ = View4<real_t>(*mask_tensor_);
+        }
+        if (offset_tangent) {
+            tangent_tensor_ = as_dtype(*offset_tangent, accum_dtype(input.scalar_type()));
+            tangent_ = View4<real_t>(*tangent_tensor_);
+        }
+    }
+
+    // False if the tap reads nothing: it lies outside the map, or its offset or mask is not finite.
+    bool tap(const OutputPixel& at, int64_t offset_group, int64_t number, Tap& tap) const {
+        const int64_t index = offset_group * shape_.taps() + number;
+        const int64_t row = number / shape_.kernel_width, column = number % shape_.kernel_width;
+        const real_t y = real_t(at.y * options_.stride[0] - options_.padding[0] + row * options_.dilation[0]) +
+                         offset_.at(at.image, 2 * index, at.y, at.x);
+        const real_t x = real_t(at.x * options_.stride[1] - options_.padding[1] + column * options_.dilation[1]) +
+                         offset_.at(at.image, 2 * index + 1, at.y, at.x);
+        tap.mask = mask_.data ? mask_.at(at.image, index, at.y, at.x) : real_t(1);
+        if (!deform_tap(y, x, shape_.height, shape_.width, tap.place) || !(tap.mask - tap.mask == real_t(0))) {
+            return false;
+        }
+        const scalar_t* image = input_.data + at.image * input_.stride[0];
+        for (int i = 0; i < 4; ++i) {
+            tap.cell[i] = deform_corner(tap.place, i, shape_.height, shape_.width);
+            tap.corner[i] = tap.cell[i] < 0 ? zeros_.data()
+                                            : image + (tap.place.y + (i >> 1)) * input_.stride[2] +
+                                                  (tap.place.x + (i & 1)) * input_.stride[3];
+        }
+        if (tangent_.data) {
+            deform_tangent_values(
+                tap.place, tangent_.at(at.image, 2 * index, at.y, at.x),
+                tangent_.at(at.image, 2 * index + 1, at.y, at.x), tap.value);
+        } else {
+            deform_values(tap.place, tap.value);
+        }
+        return true;
+    }
+
+    // Derivatives of the tap's values by its offset.
+    void slopes(
+        const OutputPixel& at, int64_t offset_group, int64_t number, const Tap& tap, real_t slope_y[4],
+        real_t slope_x[4]) const {
+        if (tangent_.data) {
+            const int64_t index = 2 * (offset_group * shape_.taps() + number);
+            deform_tangent_slopes(
+                tangent_.at(at.image, index, at.y, at.x), tangent_.at(at.image, index + 1, at.y, at.x), slope_y,
+                slope_x);
+        } else {
+            deform_slopes(tap.place, slope_y, slope_x);
+        }
+    }
+
+    // target[c - c_begin] = mask * sample, for channels [c_begin, c_end) of one tap of one pixel.
+    void gather(const OutputPixel& at, int64_t number, int64_t c_begin, int64_t c_end, real_t* target) const {
+        const int64_t per_group = shape_.offset_group_channels();
+        for (int64_t c = c_begin; c < c_end;) {
+            const int64_t group = c / per_group;
+            const int64_t count = std::min(c_end, (group + 1) * per_group) - c;
+            Tap tap;
+            if (this->tap(at, group, number, tap)) {
+                const scalar_t* corner[4];
+                real_t weight[4];
+                for (int i = 0; i < 4; ++i) {
+                    corner[i] = tap.corner[i] + c;
+                    weight[i] = tap.mask * tap.value[i];
+                }
+                gather_channels(corner, weight, count, target + (c - c_begin));
+            } else {
+                std::memset(target + (c - c_begin), 0, sizeof(real_t) * static_cast<size_t>(count));
+            }
+            c += count;
+        }
+    }
+
+    const DeformConvShape& shape() const { return shape_; }
+
+private:
+    DeformConvShape shape_;
+    DeformConvOptions options_;
+    std::vector<scalar_t> zeros_;
+    Tensor feature_, offset_tensor_;
+    std::optional<Tensor> mask_tensor_, tangent_tensor_;
+    View4<scalar_t> input_;
+    View4<real_t> offset_, mask_, tangent_;
+};
+
+}  // namespace spatialflow

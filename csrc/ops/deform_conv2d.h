@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// deform_conv2d: sizes and argument checks shared by all back ends. Schemas in deform_conv2d.cpp.
+#pragma once
+
+#include "ops/tensor.h"
+
+namespace spatialflow {
+
+// Stride, padding and dilation, (height, width) each.
+struct DeformConvOptions {
+    int64_t stride[2];
+    int64_t padding[2];
+    int64_t dilation[2];
+};
+
+struct DeformConvShape {
+    int64_t batch, channels, height, width;
+    int64_t out_channels, kernel_height, kernel_width, out_height, out_width;
+    int64_t groups, offset_groups;
+
+    int64_t taps() const { return kernel_height * kernel_width; }
+    int64_t pixels() const { return out_height * out_width; }
+    int64_t group_channels() const { return channels / groups; }
+    int64_t group_outputs() const { return out_channels / groups; }
+    int64_t offset_group_channels() const { return channels / offset_groups; }
+};
+
+inline void check_deform_options(const char* op, const DeformConvOptions& options) {
+    check(options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0], ", ",
+          options.stride[1], ")");
+    check(options.padding[0] >= 0 && options.padding[1] >= 0, op, ": padding must not be negative, got (",
+          options.padding[0], ", ", options.padding[1], ")");
+    check(options.dilation[0] > 0 && options.dilation[1] > 0, op, ": dilation must be positive, got (",
+          options.dilation[0], ", ", options.dilation[1], ")");
+}
+
+inline int64_t deform_out_size(
+    int64_t size, int64_t kernel, const DeformConvOptions& options, int axis) {
+    // Python's floor division: C++ rounds a negative quotient up.
+    const int64_t room = size + 2 * options.padding[axis] - options.dilation[axis] * (kernel - 1) - 1;
+    return room < 0 ? 0 : room / options.stride[axis] + 1;
+}
+
+// Checks everything that samples: input, offset, mask, tangent, and the kernel's size; `groups` and `out_channels` are
+// left to the caller.
+inline DeformConvShape check_deform_sampling(
+    const char* op, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& offset_tangent, int64_t kernel_height, int64_t kernel_width,
+    const DeformConvOptions& options) {
+    check_dim(op, "input", input, 4, "(N, C, H, W)");
+    check_floating(op, "input", input);
+    check_dim(op, "offset", offset, 4, "(N, 2 * offset_groups * taps, H_out, W_out)");
+    check_floating(op, "offset", offset);
+    check_same_device(op, "offset", offset, "input", input);
+    check_deform_options(op, options);
+    check(kernel_height > 0 && kernel_width > 0, op, ": weight must have a kernel of at least one tap, got (",
+          kernel_height, ", ", kernel_width, ")");
+    DeformConvShape shape{};
+    shape.batch = input.size(0);
+    shape.channels = input.size(1);
+    shape.height = input.size(2);
+    shape.width = input.size(3);
+    shape.kernel_height = kernel_height;
+    shape.kernel_width = kernel_width;
+    shape.out_height = deform_out_size(shape.height, kernel_height, options, 0);
+    shape.out_width = deform_out_size(shape.width, kernel_width, options, 1);
+    shape.groups = 1;
+    check(shape.out_height > 0 && shape.out_width > 0, op, ": input of ", shape.height, " x ", shape.width,
+          " is too small for the kernel: the output would be ", shape.out_height, " x ", shape.out_width);
+    check(offset.size(1) > 0 && offset.size(1) % (2 * shape.taps()) == 0, op,
+          ": offset must have a multiple of 2 * kernel height * kernel width = ", 2 * shape.taps(), " channels, got ",
+          offset.size(1));
+    shape.offset_groups = offset.size(1) / (2 * shape.taps());
+    check(shape.channels % shape.offset_groups == 0, op, ": offset groups must divide the channels of input, got ",
+          shape.offset_groups, " groups (offset has ", offset.size(1), " channels) for ", shape.channels, " channels");
+    check(offset.size(0) == shape.batch && offset.size(2) == shape.out_height && offset.size(3) == shape.out_width, op,
+          ": offset must have shape (", shape.batch, ", ", offset.size(1), ", ", shape.out_height, ", ",
+          shape.out_width, "), got ", shape_string(offset));
+    if (mask) {
+        check_dim(op, "mask", *mask, 4, "(N, offset_groups * taps, H_out, W_out)");
+        check_floating(op, "mask", *mask);
+        check_same_device(op, "mask", *mask, "input", input);
+        check(mask->size(0) == shape.batch && mask->size(1) == shape.offset_groups * shape.taps() &&
+                  mask->size(2) == shape.out_height && mask->size(3) == shape.out_width,
+              op, ": mask must have shape (", shape.batch, ", ", shape.offset_groups * shape.taps(), ", ",
+              shape.out_height, ", ", shape.out_width, "), got ", shape_string(*mask));
+    }
+    if (offset_tangent) {
+        check_floating(op, "offset_tangent", *offset_tangent);
+        check_same_device(op, "offset_tangent", *offset_tangent, "input", input);
+        bool same = offset_tangent->dim() == 4;
+        for (int64_t d = 0; same && d < 4; ++d) {
+            same = offset_tangent->size(d) == offset.size(d);
+        }
+        check(same, op, ": offset_tangent must have the shape of offset, ", shape_string(offset), ", got ",
+              shape_string(*offset_tangent));
+    }
+    return shape;
+}
+
+// Adds the sizes that weight decides.
+inline void check_deform_weight(const char* op, const Tensor& input, const Tensor& weight, DeformConvShape& shape) {
+    check_dtype(op, "weight", weight, input.scalar_type());
+    check_same_device(op, "weight", weight, "input", input);
+    shape.out_channels = weight.size(0);
+    const int64_t group_channels = weight.size(1);
+    check(group_channels > 0 ? shape.channels % group_channels == 0 && shape.channels > 0 : shape.channels == 0, op,
+          ": weight must have input channels / groups = a divisor of ", shape.channels, " as its second size, got ",
+          group_channels);
+    shape.groups = group_channels > 0 ? shape.channels / group_channels : 1;
+    check(shape.out_channels % shape.groups == 0, op, ": weight must have a multiple of groups = ", shape.groups,
+          " output channels, got ", shape.out_channels);
+}
+
+inline DeformConvShape check_deform_conv2d(
+    const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, const DeformConvOptions& options) {
+    const char* op = "deform_conv2d";
+    check_dim(op, "weight", weight, 4, "(C_out, C / groups, kernel height, kernel width)");
+    DeformConvShape shape = check_deform_sampling(
+        op, input, offset, mask, offset_tangent, weight.size(2), weight.size(3), options);
+    check_deform_weight(op, input, weight, shape);
+    if (bias) {
+        check_dtype(op, "bias", *bias, input.scalar_type());
+        check_same_device(op, "bias", *bias, "input", input);
+        check(bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (", shape.out_channels,
+              "), got ", shape_string(*bias));
+    }
+    return shape;
+}
+
+inline void check_deform_grad_output(
+    const char* op, const Tensor& grad_output, const Tensor& input, const DeformConvShape& shape) {
+    check_dim(op, "grad_output", grad_output, 4, "(N, C_out, H_out, W_out)");
+    check_dtype(op, "grad_output", grad_output, input.scalar_type());
+    check_same_device(op, "grad_output", grad_output, "input", input);
+    check(grad_output.size(0) == shape.batch && grad_output.size(1) == shape.out_channels &&
+              grad_output.size(2) == shape.out_height && grad_output.size(3) == shape.out_width,
+          op, ": grad_output must have shape (", shape.batch, ", ", shape.out_channels, ", ", shape.out_height, ", ",
+          shape.out_width, "), got ", shape_string(grad_output));
+}
+
+}  // namespace spatialflow

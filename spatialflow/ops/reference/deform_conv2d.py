@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution in plain PyTorch: the specification of `spatialflow.ops.deform_conv2d`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = (1, 1),
+    padding: int | tuple[int, int] = (0, 0),
+    dilation: int | tuple[int, int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Same arguments and result as `spatialflow.ops.deform_conv2d`; one gather per tap and corner."""
+    stride, padding, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+    n, channels, height, width = input.shape
+    out_channels, group_channels, kernel_h, kernel_w = weight.shape
+    taps = kernel_h * kernel_w
+    offset_groups = offset.shape[1] // (2 * taps)
+    out_h, out_w = offset.shape[2:]
+    groups = channels // group_channels
+    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+
+    offset = offset.to(real).view(n, offset_groups, taps, 2, out_h, out_w)
+    tap = torch.arange(taps, device=input.device)
+    oy = torch.arange(out_h, device=input.device) * stride[0] - padding[0]
+    ox = torch.arange(out_w, device=input.device) * stride[1] - padding[1]
+    y = (oy[:, None] + (tap // kernel_w * dilation[0])[:, None, None]).to(real) + offset[:, :, :, 0]
+    x = (ox + (tap % kernel_w * dilation[1])[:, None, None]).to(real) + offset[:, :, :, 1]  # (N, G, taps, H_out, W_out)
+
+    sampled = (y >= -1) & (y < height) & (x >= -1) & (x < width)  # False for NaN
+    if mask is not None:
+        mask = mask.to(real).view(n, offset_groups, taps, out_h, out_w)
+        sampled = sampled & torch.isfinite(mask)
+        mask = mask.masked_fill(~sampled, 0)
+    y, x = y.masked_fill(~sampled, -1), x.masked_fill(~sampled, -1)  # reads corners outside the map only: no gradient
+    low_y, low_x = y.detach().floor(), x.detach().floor()
+
+    planes = input.to(real).view(n, offset_groups, channels // offset_groups, height * width)
+    columns = 0
+    for corner_y, weight_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
+        for corner_x, weight_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):
+            inside = sampled & (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
+            cell = (corner_y * width + corner_x).masked_fill(~inside, 0).long().view(n, offset_groups, 1, -1)
+            value = planes.gather(3, cell.expand(-1, -1, planes.shape[2], -1))
+            value = value.view(n, offset_groups, planes.shape[2], taps, out_h, out_w)
+            share = (weight_y * weight_x).unsqueeze(2)
+            columns = columns + torch.where(inside.unsqueeze(2), value * share, value.new_zeros(()))
+    if mask is not None:
+        columns = columns * mask.unsqueeze(2)
+
+    columns = columns.reshape(n, groups, group_channels * taps, out_h * out_w)
+    kernel = weight.to(real).view(groups, out_channels // groups, group_channels * taps)
+    output = torch.einsum("gok,ngkp->ngop", kernel, columns).reshape(n, out_channels, out_h, out_w)
+    if bias is not None:
+        output = output + bias.to(real)[:, None, None]
+    return output.to(input.dtype)

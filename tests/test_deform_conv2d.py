@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""deform_conv2d: the op matrix, the goldens, and values that break other implementations."""
+
+import numpy as np
+import pytest
+import torch
+from op_matrix import OpMatrix, OpSample, assert_near
+from torch.nn import functional as F
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+
+def pair(value):
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def arrange(function):
+    """The op with its tensors in front: (input, offset, weight, bias, mask), each of the last two possibly None."""
+
+    def call(input, offset, weight, bias, mask, **options):
+        return function(input, offset, weight, bias, mask=mask, **options)
+
+    return call
+
+
+def off_grid(tensor: torch.Tensor) -> torch.Tensor:
+    """Moves fractions into [0.15, 0.85]: finite differences must not cross the kinks at whole coordinates."""
+    return tensor.floor() + 0.15 + 0.7 * (tensor - tensor.floor())
+
+
+def sample(
+    channels: int, outputs: int, kernel=3, groups: int = 1, offset_groups: int = 1, masked: bool = True,
+    bias: bool = True, **options,
+):  # fmt: skip
+    kernel = pair(kernel)
+    stride = pair(options.get("stride", 1))
+    padding = pair(options.get("padding", 0))
+    dilation = pair(options.get("dilation", 1))
+
+    def tensors(height: int = 6, width: int = 7) -> list:
+        size = (height, width)
+        out = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+        samples = offset_groups * kernel[0] * kernel[1]
+        double = torch.float64
+        return [
+            torch.randn(2, channels, *size, dtype=double),
+            off_grid(1.5 * torch.randn(2, 2 * samples, *out, dtype=double)),
+            torch.randn(outputs, channels // groups, *kernel, dtype=double),
+            torch.randn(outputs, dtype=double) if bias else None,
+            torch.rand(2, samples, *out, dtype=double) if masked else None,
+        ]
+
+    def raw(input, offset, weight, bias, mask, **_):
+        arguments = (input, offset, weight, bias, mask, None, *stride, *padding, *dilation)
+        return torch.ops.spatialflow.deform_conv2d, arguments
+
+    def build() -> OpSample:
+        present = tuple(index for index, tensor in enumerate(tensors()) if tensor is not None)
+        return OpSample(
+            op=arrange(ops.deform_conv2d),
+            reference=arrange(reference.deform_conv2d),
+            tensors=tensors(),
+            options=options,
+            differentiable=present,
+            linear=present,
+            converted=(0, 2, 3),
+            raw=raw,
+            images=(0, 1, 2, 4),
+            # Sizes that no number of channels or taps equals: torch.compile takes equal sizes for one symbol.
+            resized=lambda extra: tensors(19 + extra, 29 + 2 * extra),
+        )
+
+    return build
+
+
+class TestDeformConv2d(OpMatrix):
+    samples = {
+        "v2": sample(5, 3, padding=1),
+        "v1 without bias": sample(4, 3, kernel=(2, 3), masked=False, bias=False),
+        "groups": sample(6, 4, groups=2, offset_groups=3, padding=1, stride=2),
+        "wide": sample(35, 37, kernel=1, stride=(1, 2)),
+        "dilated 1 x 3": sample(4, 4, kernel=(1, 3), groups=4, offset_groups=2, padding=(0, 2), dilation=(1, 2)),
+    }
+
+
+def inputs(dtype=torch.float32, masked=True, requires_grad=False):
+    """A 3 x 3 convolution with padding 1 of one 4-channel 6 x 7 image: input, offset, weight, bias, mask."""
+    tensors = [
+        torch.randn(1, 4, 6, 7, dtype=dtype),
+        torch.randn(1, 18, 6, 7, dtype=dtype),
+        torch.randn(3, 4, 3, 3, dtype=dtype),
+        torch.randn(3, dtype=dtype),
+        torch.rand(1, 9, 6, 7, dtype=dtype) if masked else None,
+    ]
+    if requires_grad:
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.requires_grad_()
+    return tensors
+
+
+def convolve(input, offset, weight, bias, mask, op=ops.deform_conv2d):
+    return op(input, offset, weight, bias, padding=1, mask=mask)
+
+
+class TestValues:
+    """Bad values sample nothing and have no gradient; checked() names them instead."""
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("which", ["offset", "mask"])
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_not_finite_samples_nothing(self, which, value, masked):
+        if which == "mask" and not masked:
+            pytest.skip("no mask to spoil")
+        tensors = inputs(masked=masked)
+        spoilt = [None if t is None else t.clone() for t in tensors]
+        # Tap 4 of output cell (2, 3), by either coordinate of the offset or by the mask.
+        spoilt[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
+        # What it must equal: the tap moved far outside. Its mask then has no gradient either.
+        far = [None if t is None else t.clone() for t in tensors]
+        far[1][0, 8, 2, 3] = 1e6
+        results = []
+        for case in (spoilt, far):
+            leaves = [None if t is None else t.requires_grad_() for t in case]
+            out = convolve(*leaves)
+            present = [t for t in leaves if t is not None]
+            results.append([out, *torch.autograd.grad(out, present, torch.ones_like(out))])
+        for one, other in zip(*results):
+            assert torch.isfinite(one).all()
+            assert torch.equal(one, other)
+        out, grad_input, grad_offset, *_ = results[0]
+        assert not grad_offset[0, 8:10, 2, 3].any()
+        if masked:
+            assert results[0][-1][0, 4, 2, 3] == 0
+        assert not torch.equal(out, convolve(*tensors)), "the spoilt tap took part before"
+
+    @pytest.mark.parametrize("value", [1e3, 1e9, 3e38, -3e38])
+    def test_huge_offset_reads_nothing(self, value):
+        input, offset, weight, bias, mask = inputs(requires_grad=True)
+        out = convolve(input, torch.full_like(offset, value).requires_grad_(), weight, bias, mask)
+        assert torch.equal(out, bias[:, None, None].expand_as(out))
+        grads = torch.autograd.grad(out.sum(), (input, weight, mask))
+        assert not any(grad.any() for grad in grads)
+
+    def test_borders_fade(self):
+        """A sample loses weight over the cell beyond the border; at -1 and at the size it is zero."""
+        input, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1)
+        offset = torch.zeros(1, 2, 4, 4)
+        offset[0, 0, 0] = torch.tensor([-1.0, -0.75, -0.25, 0.0])
+        offset[0, 0, 3] = torch.tensor([1.0, 0.75, 0.25, 0.0])
+        out = ops.deform_conv2d(input, offset, weight)
+        faded = torch.tensor([0.0, 0.25, 0.75, 1.0])
+        assert torch.equal(out[0, 0, 0], faded) and torch.equal(out[0, 0, 3], faded)
+
+    def test_gradient_at_kink_is_from_above(self):
+        """At whole coordinates the offset's gradient is the difference to the next cell."""
+        input = torch.arange(16.0).view(1, 1, 4, 4) ** 2
+        offset = torch.zeros(1, 2, 4, 4, requires_grad=True)
+        out = ops.deform_conv2d(input, offset, torch.ones(1, 1, 1, 1))
+        (grad,) = torch.autograd.grad(out.sum(), offset)
+        padded = F.pad(input, (0, 1, 0, 1))[0, 0]
+        assert torch.equal(grad[0, 0], padded[1:, :4] - padded[:4, :4])
+        assert torch.equal(grad[0, 1], padded[:4, 1:] - padded[:4, :4])
+
+    @pytest.mark.parametrize("name", ["offset", "mask"])
+    def test_checked(self, name):
+        tensors = inputs()
+        tensors[1 if name == "offset" else 4][0, 2, 3, 1] = float("nan")
+        with ops.checked(), pytest.raises(ValueError, match=f"deform_conv2d: {name} must be finite, got nan at index"):
+            convolve(*tensors)
+        with ops.checked():
+            convolve(*inputs())
+
+    def test_without_offset_it_is_a_convolution(self):
+        input, offset, weight, bias, mask = inputs(torch.float64)
+        out = convolve(input, torch.zeros_like(offset), weight, bias, torch.ones_like(mask))
+        assert_near(out, F.conv2d(input, weight, bias, padding=1), torch.float64)
+
+    def test_half_features_keep_offset_precision(self):
+        """Positions beyond 2048 do not survive a trip through float16; offsets are never taken on one."""
+        input = torch.arange(4096.0).remainder(64).view(1, 1, 1, 4096)
+        offset = torch.full((1, 2, 1, 4096), 0.25)
+        offset[:, 0] = 0
+        weight = torch.ones(1, 1, 1, 1)
+        wide = ops.deform_conv2d(input, offset, weight)
+        half = ops.deform_conv2d(input.half(), offset, weight.half())
+        assert half.dtype == torch.float16
+        assert_near(half, wide, torch.float16)
+
+    def test_gradients_keep_their_dtypes(self):
+        input, offset, weight, bias, mask = inputs(requires_grad=True)
+        half = [t.detach().bfloat16().requires_grad_() for t in (input, weight, bias)]
+        out = convolve(half[0], offset, half[1], half[2], mask)
+        grads = torch.autograd.grad(out.sum(), (half[0], offset, half[1], half[2], mask))
+        assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+class TestSizes:
+    """Blocks, slices and vectors of the kernel all have remainders somewhere in here."""
+
+    @pytest.mark.parametrize(
+        "channels, outputs, groups, offset_groups",
+        [(64, 64, 1, 1), (96, 40, 1, 2), (80, 48, 2, 5), (130, 33, 1, 1), (300, 7, 1, 3), (64, 64, 16, 1)],
+    )
+    def test_many_channels(self, channels, outputs, groups, offset_groups):
+        tensors = [
+            torch.randn(2, channels, 13, 17),
+            off_grid(2 * torch.randn(2, 18 * offset_groups, 13, 17, dtype=torch.float64)).float(),
+            torch.randn(outputs, channels // groups, 3, 3),
+            torch.randn(outputs),
+            torch.rand(2, 9 * offset_groups, 13, 17),
+        ]
+        outs, grads = [], []
+        for op, dtype in ((ops.deform_conv2d, torch.float32), (reference.deform_conv2d, torch.float64)):
+            leaves = [t.to(dtype).requires_grad_() for t in tensors]
+            outs.append(convolve(*leaves, op=op))
+            grads.append(torch.autograd.grad(outs[-1], leaves, outs[-1].detach()))
+        assert_near(outs[0], outs[1], torch.float32)
+        assert_near(list(grads[0]), list(grads[1]), torch.float32, factor=4)
+
+    def test_threads_do_not_change_the_result(self):
+        tensors = inputs()
+        wanted = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                results.append(convolve(*tensors))
+        finally:
+            torch.set_num_threads(wanted)
+        assert torch.equal(*results)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_empties(self, layout):
+        input, offset, weight, bias, mask = inputs(requires_grad=True)
+        no_images = input.detach()[:0].contiguous(memory_format=layout).requires_grad_()
+        out = convolve(no_images, offset[:0], weight, bias, mask[:0])
+        assert out.shape == (0, 3, 6, 7)
+        grads = torch.autograd.grad(out.sum(), (no_images, weight, bias))
+        assert grads[0].shape == no_images.shape and not any(grad.any() for grad in grads)
+        no_channels = convolve(input.detach()[:, :0], offset, weight[:, :0], bias, mask)
+        assert torch.equal(no_channels, bias[:, None, None].expand(1, 3, 6, 7))
+        assert not any(grad.any() for grad in torch.autograd.grad(no_channels.sum(), (offset, mask)))
+        assert convolve(input, offset, weight[:0], bias[:0], mask).shape == (1, 0, 6, 7)
+        flat = ops.deform_conv2d(input.detach()[:, :, :0], offset[:, :, :2], weight, bias, padding=(2, 1))
+        assert torch.equal(flat, bias[:, None, None].expand(1, 3, 2, 7))
+
+    def test_module(self):
+        input, offset, weight, bias, mask = inputs()
+        module = ops.DeformConv2d(4, 3, 3, padding=1)
+        assert module.weight.shape == (3, 4, 3, 3) and module.bias.shape == (3,)
+        module.load_state_dict({"weight": weight, "bias": bias})
+        assert torch.equal(module(input, offset, mask), convolve(input, offset, weight, bias, mask))
+        assert "padding=(1, 1)" in repr(module)
+        assert ops.DeformConv2d(4, 4, (1, 3), groups=2, bias=False).weight.shape == (4, 2, 1, 3)
+        with pytest.raises(ValueError, match="in_channels must be divisible by groups, got 5 for 2 groups"):
+            ops.DeformConv2d(5, 4, 3, groups=2)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "changed, message",
+        [
+            ({"input": torch.zeros(4, 6, 7)}, r"input must be \(N, C, H, W\), got shape \(4, 6, 7\)"),
+            ({"input": torch.zeros(1, 4, 6, 7).int()}, "input must be float32.*got int32"),
+            ({"offset": torch.zeros(18, 6, 7)}, r"offset must be .*got shape \(18, 6, 7\)"),
+            ({"offset": torch.zeros(1, 9, 6, 7)}, "offset must have a multiple of .* = 18 channels, got 9"),
+            ({"offset": torch.zeros(1, 54, 6, 7)}, "offset groups must divide .* got 3 groups .* for 4 channels"),
+            ({"offset": torch.zeros(1, 18, 6, 8)}, r"offset must have shape \(1, 18, 6, 7\), got \(1, 18, 6, 8\)"),
+            ({"offset": torch.zeros(2, 18, 6, 7)}, r"offset must have shape \(1, 18, 6, 7\), got \(2, 18, 6, 7\)"),
+            ({"offset": torch.zeros(1, 18, 6, 7).int()}, "offset must be float32.*got int32"),
+            ({"weight": torch.zeros(3, 4, 9)}, r"weight must be .*got shape \(3, 4, 9\)"),
+            ({"weight": torch.zeros(3, 3, 3, 3)}, "weight must have .* a divisor of 4 as its second size, got 3"),
+            ({"weight": torch.zeros(3, 2, 3, 3)}, "weight must have a multiple of groups = 2 output channels, got 3"),
+            ({"weight": torch.zeros(3, 4, 0, 3)}, r"weight must have a kernel of at least one tap, got \(0, 3\)"),
+            ({"weight": torch.zeros(3, 4, 3, 3).half()}, "weight must be float32, got float16"),
+            ({"weight": torch.zeros(3, 4, 9, 9)}, "input of 6 x 7 is too small for the kernel"),
+            ({"bias": torch.zeros(4)}, r"bias must have shape \(3\), got \(4\)"),
+            ({"bias": torch.zeros(3).double()}, "bias must be float32, got float64"),
+            ({"mask": torch.zeros(1, 18, 6, 7)}, r"mask must have shape \(1, 9, 6, 7\), got \(1, 18, 6, 7\)"),
+            ({"mask": torch.zeros(1, 9, 6, 7).bool()}, "mask must be float32.*got bool"),
+            ({"stride": 0}, r"stride must be positive, got \(0, 0\)"),
+            ({"padding": (1, -1)}, r"padding must not be negative, got \(1, -1\)"),
+            ({"dilation": (0, 1)}, r"dilation must be positive, got \(0, 1\)"),
+            ({"stride": (1, 1, 1)}, r"stride must be one number or a pair, got \(1, 1, 1\)"),
+        ],
+    )
+    def test_errors_name_argument_rule_and_value(self, changed, message):
+        arguments = dict(zip(("input", "offset", "weight", "bias", "mask"), inputs()), padding=1)
+        with pytest.raises((RuntimeError, ValueError), match=f"deform_conv2d: {message}"):
+            ops.deform_conv2d(**{**arguments, **changed})
+
+    def test_third_derivative_through_the_offset(self):
+        """Two derivatives through the offset exist; the third says that it does not, instead of being wrong."""
+        input, offset, weight, bias, mask = inputs(torch.float64)
+
+        def second(offset):
+            direction = torch.ones_like(offset)
+            first = lambda o: torch.func.jvp(lambda q: convolve(input, q, weight, bias, mask), (o,), (direction,))[1]
+            return torch.func.jvp(first, (offset,), (direction,))[1]
+
+        with pytest.raises(NotImplementedError, match="third derivatives through the offset"):
+            torch.func.jvp(second, (offset,), (torch.ones_like(offset),))
+
+
+class TestGoldens:
+    """Modulated deformable convolution of the released implementation (mmcv), with strides 1 and 2, and gradients."""
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_forward_and_backward(self, goldens, stride):
+        arrays = np.load(goldens / "ops" / "mdconv.npz")
+        array = {name.removeprefix(f"s{stride}_"): torch.from_numpy(arrays[name]) for name in arrays.files
+                 if name.startswith(f"s{stride}_")}  # fmt: skip
+        leaves = [array[name].requires_grad_() for name in ("x", "offset", "weight", "bias", "mask")]
+        input, offset, weight, bias, mask = leaves
+        out = ops.deform_conv2d(input, offset, weight, bias, stride, 1, 1, mask)
+        assert_near(out, array["out"], torch.float32)
+        grads = torch.autograd.grad(out, leaves, array["grad_out"])
+        expected = [array[name] for name in ("gx", "goffset", "gweight", "gbias", "gmask")]
+        assert_near(list(grads), expected, torch.float32, factor=4)

@@ -11,13 +11,11 @@
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/gemm.h"
+#include "cpu/scratch.h"
 
 namespace spatialflow {
 
@@ -49,26 +47,6 @@ template <typename scalar_t>
 void conv3x3_winograd(const std::vector<ConvJob<scalar_t>>& jobs);
 template <typename scalar_t>
 void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs);
-
-// Uninitialised memory on a cache line boundary.
-template <typename real_t>
-class Scratch {
-public:
-    explicit Scratch(int64_t count) {
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(real_t) + 63) / 64 * 64 + 64;
-        memory_.reset(static_cast<real_t*>(std::aligned_alloc(64, bytes)));
-        if (!memory_) {
-            throw std::bad_alloc();
-        }
-    }
-    real_t* get() const { return memory_.get(); }
-
-private:
-    struct Free {
-        void operator()(real_t* memory) const { std::free(memory); }
-    };
-    std::unique_ptr<real_t[], Free> memory_;
-};
 
 // Rows of this many values: whole vectors plus one cache line. Without the line, rows a power of two apart would meet
 // in few cache sets.

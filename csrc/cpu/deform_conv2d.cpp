@@ -107,24 +107,24 @@ void deform_conv2d_forward(
     const int64_t inputs = shape.group_channels(), outputs = shape.group_outputs();
 
     const int64_t packed_tap = gemm_packed_size(inputs, outputs);
-    const Buffer<real_t> packed(shape.groups * taps * packed_tap);  // per group and tap (inputs, outputs)
+    const Scratch<real_t> packed(shape.groups * taps * packed_tap);  // per group and tap (inputs, outputs)
     parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const scalar_t* of_tap = weight + i / taps * outputs * inputs * taps + i % taps;
-            gemm_pack(of_tap, taps, inputs * taps, inputs, outputs, packed.data() + i * packed_tap);
+            gemm_pack(of_tap, taps, inputs * taps, inputs, outputs, packed.get() + i * packed_tap);
         }
     });
-    const Buffer<real_t> wide_bias(shape.out_channels);
+    const Scratch<real_t> wide_bias(shape.out_channels);
     for (int64_t o = 0; o < shape.out_channels; ++o) {
-        wide_bias.data()[o] = bias ? load(bias[o]) : real_t(0);
+        wide_bias.get()[o] = bias ? load(bias[o]) : real_t(0);
     }
 
     const int64_t chunk_taps = std::min(taps, std::max<int64_t>(1, kDepth / std::max<int64_t>(inputs, 1)));
     const int64_t row = chunk_taps * channels;
     const int64_t block = std::clamp<int64_t>(kColumnValues / std::max<int64_t>(row, 1), kGemmRows, kMaxBlockPixels);
     parallel_for(0, shape.batch * shape.pixels(), kGemmRows, [&](int64_t begin, int64_t end) {
-        const Buffer<real_t> columns(block * row);
-        const Buffer<real_t> sums(block * shape.out_channels);
+        const Scratch<real_t> columns(block * row);
+        const Scratch<real_t> sums(block * shape.out_channels);
         // Blocks of one size: the last one is not a small remainder.
         const int64_t blocks = (end - begin + block - 1) / block;
         for (int64_t b = 0; b < blocks; ++b) {
@@ -135,17 +135,17 @@ void deform_conv2d_forward(
                 for (int64_t p = 0; p < pixels; ++p) {
                     const OutputPixel at = output_pixel(shape, first + p);
                     for (int64_t k = 0; k < count; ++k) {
-                        sampler.gather(at, tap + k, 0, channels, columns.data() + p * row + k * channels);
+                        sampler.gather(at, tap + k, 0, channels, columns.get() + p * row + k * channels);
                     }
                 }
                 for (int64_t group = 0; group < shape.groups; ++group) {
                     multiply_pieces(
-                        pixels, outputs, inputs, count, columns.data() + group * inputs, row, channels,
-                        packed.data() + (group * taps + tap) * packed_tap, packed_tap,
-                        sums.data() + group * outputs, shape.out_channels, tap > 0);
+                        pixels, outputs, inputs, count, columns.get() + group * inputs, row, channels,
+                        packed.get() + (group * taps + tap) * packed_tap, packed_tap,
+                        sums.get() + group * outputs, shape.out_channels, tap > 0);
                 }
             }
-            store_block(sums.data(), shape.out_channels, wide_bias.data(), output, shape, first, pixels, planar);
+            store_block(sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, planar);
         }
     });
 }

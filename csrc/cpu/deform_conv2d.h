@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "common/deform_conv2d.h"
-#include "cpu/buffer.h"
+#include "cpu/scratch.h"
 #include "cpu/dispatch.h"
 #include "cpu/simd.h"
 #include "ops/deform_conv2d.h"

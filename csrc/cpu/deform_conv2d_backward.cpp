@@ -144,14 +144,14 @@ void deform_conv2d_backward_data(
         shape, kLanes<real_t>, (num_threads() + shape.batch - 1) / shape.batch, packed_size);
     const int64_t num_slices = static_cast<int64_t>(slices.size());
 
-    const Buffer<real_t> packed(packed_size);
+    const Scratch<real_t> packed(packed_size);
     parallel_for(0, num_slices * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             for (const Segment& segment : slices[static_cast<size_t>(i / taps)].segments) {
                 const int64_t tap = i % taps, width = segment.end - segment.begin;
                 gemm_pack(weight + (segment.group * outputs * inputs + segment.begin % inputs) * taps + tap,
                           inputs * taps, taps, outputs, width,
-                          packed.data() + segment.packed + tap * gemm_packed_size(outputs, width));
+                          packed.get() + segment.packed + tap * gemm_packed_size(outputs, width));
             }
         }
     });
@@ -160,7 +160,7 @@ void deform_conv2d_backward_data(
     // so slice + offset group numbers these pairs.
     const int64_t pixels = shape.pixels();
     const int64_t part = shape.batch * pixels * taps;
-    const Buffer<SamplingGradient<real_t>> parts(
+    const Scratch<SamplingGradient<real_t>> parts(
         grad_offset ? (num_slices + shape.offset_groups - 1) * part : 0);  // (pair, N, pixel, tap)
 
     parallel_for(0, shape.batch * num_slices, 1, [&](int64_t begin, int64_t end) {
@@ -169,9 +169,9 @@ void deform_conv2d_backward_data(
             const Slice& slice = slices[static_cast<size_t>(task % num_slices)];
             const int64_t width = slice.end - slice.begin;
             const int64_t block = std::clamp<int64_t>(kColumnValues / width, kGemmRows, kMaxBlockPixels);
-            const Buffer<real_t> columns(block * width);
-            const Buffer<real_t> ignored(width);  // takes what falls outside the map
-            std::fill_n(ignored.data(), width, real_t(0));
+            const Scratch<real_t> columns(block * width);
+            const Scratch<real_t> ignored(width);  // takes what falls outside the map
+            std::fill_n(ignored.get(), width, real_t(0));
             real_t* image_gradient =
                 grad_input ? grad_input + image * shape.height * shape.width * shape.channels : nullptr;
             for (int64_t first = 0; first < pixels; first += block) {
@@ -181,8 +181,8 @@ void deform_conv2d_backward_data(
                     for (const Segment& segment : slice.segments) {
                         const int64_t size = segment.end - segment.begin;
                         gemm(count, size, outputs, source + segment.group * outputs, shape.out_channels,
-                             packed.data() + segment.packed + tap * gemm_packed_size(outputs, size),
-                             columns.data() + (segment.begin - slice.begin), width);
+                             packed.get() + segment.packed + tap * gemm_packed_size(outputs, size),
+                             columns.get() + (segment.begin - slice.begin), width);
                     }
                     for (int64_t p = 0; p < count; ++p) {
                         const OutputPixel at = output_pixel(shape, image * pixels + first + p);
@@ -190,11 +190,11 @@ void deform_conv2d_backward_data(
                             const int64_t group = c / per_group;
                             const int64_t size = std::min(slice.end, (group + 1) * per_group) - c;
                             const SamplingGradient<real_t> result = scatter_tap(
-                                sampler, at, group, tap, columns.data() + p * width + (c - slice.begin), c, size,
-                                image_gradient, ignored.data());
+                                sampler, at, group, tap, columns.get() + p * width + (c - slice.begin), c, size,
+                                image_gradient, ignored.get());
                             if (grad_offset) {
                                 const int64_t pair = task % num_slices + group;
-                                parts.data()[pair * part + (image * pixels + first + p) * taps + tap] = result;
+                                parts.get()[pair * part + (image * pixels + first + p) * taps + tap] = result;
                             }
                             c += size;
                         }
@@ -217,7 +217,7 @@ void deform_conv2d_backward_data(
                     const Slice& slice = slices[static_cast<size_t>(s)];
                     if (slice.begin < (group + 1) * per_group && slice.end > group * per_group) {
                         const SamplingGradient<real_t>& one =
-                            parts.data()[(s + group) * part + (image * pixels + p) * taps + tap];
+                            parts.get()[(s + group) * part + (image * pixels + p) * taps + tap];
                         sum.y += one.y;
                         sum.x += one.x;
                         sum.mask += one.mask;
@@ -249,7 +249,7 @@ void deform_conv2d_backward_weight(
         return std::min(kWeightBlock, shape.pixels() - block % image_blocks * kWeightBlock);
     };
     const int64_t packed_size = gemm_packed_size(kWeightBlock, outputs);
-    const Buffer<real_t> packed(blocks * shape.groups * packed_size);
+    const Scratch<real_t> packed(blocks * shape.groups * packed_size);
     parallel_for(0, blocks * shape.groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t block = i / shape.groups, group = i % shape.groups;
@@ -257,7 +257,7 @@ void deform_conv2d_backward_weight(
             gemm_pack(grad_output.data + image * grad_output.stride[0] + first * grad_output.stride[3] +
                           group * outputs * grad_output.stride[1],
                       grad_output.stride[3], grad_output.stride[1], pixels_of(block), outputs,
-                      packed.data() + i * packed_size);
+                      packed.get() + i * packed_size);
         }
     });
 
@@ -271,26 +271,26 @@ void deform_conv2d_backward_weight(
             const int64_t tap = task / num_slices;
             const Slice& slice = slices[static_cast<size_t>(task % num_slices)];
             const int64_t width = slice.end - slice.begin;
-            const Buffer<real_t> columns(kWeightBlock * width);
-            const Buffer<real_t> sums(width * outputs);
+            const Scratch<real_t> columns(kWeightBlock * width);
+            const Scratch<real_t> sums(width * outputs);
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t first = block / image_blocks * shape.pixels() + block % image_blocks * kWeightBlock;
                 const int64_t pixels = pixels_of(block);
                 for (int64_t p = 0; p < pixels; ++p) {
                     sampler.gather(output_pixel(shape, first + p), tap, slice.begin, slice.end,
-                                   columns.data() + p * width);
+                                   columns.get() + p * width);
                 }
                 for (const Segment& segment : slice.segments) {
                     const int64_t at = segment.begin - slice.begin;
-                    gemm<true>(segment.end - segment.begin, outputs, pixels, columns.data() + at, width,
-                               packed.data() + (block * shape.groups + segment.group) * packed_size,
-                               sums.data() + at * outputs, outputs, block > 0);
+                    gemm<true>(segment.end - segment.begin, outputs, pixels, columns.get() + at, width,
+                               packed.get() + (block * shape.groups + segment.group) * packed_size,
+                               sums.get() + at * outputs, outputs, block > 0);
                 }
             }
             for (int64_t c = slice.begin; c < slice.end; ++c) {
                 scalar_t* target = grad_weight + (c / inputs * outputs * inputs + c % inputs) * taps + tap;
                 for (int64_t o = 0; o < outputs; ++o) {
-                    store(target[o * inputs * taps], sums.data()[(c - slice.begin) * outputs + o]);
+                    store(target[o * inputs * taps], sums.get()[(c - slice.begin) * outputs + o]);
                 }
             }
         }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// deform_conv2d: sizes and argument checks shared by all back ends. Schemas in deform_conv2d.cpp.
+// deform_conv2d: sizes and argument checks shared by all back ends. Schemas in deform_conv2d.cpp
+// and deform_conv2d_backward.cpp.
 #pragma once
 
 #include "ops/tensor.h"

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -36,6 +36,37 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(real_t));
 template <typename real_t>
 inline Vector<real_t> broadcast(real_t value) {
     return Vector<real_t>{} + value;
+}
+
+// Per lane; the second one where a comparison with NaN has to decide, as the instructions do.
+template <typename vector_t>
+inline vector_t lane_max(vector_t a, vector_t b) {
+    return a > b ? a : b;
+}
+template <typename vector_t>
+inline vector_t lane_min(vector_t a, vector_t b) {
+    return a < b ? a : b;
+}
+
+// Is any lane of a comparison's result (all bits or none per lane) set?
+template <typename mask_t>
+inline bool any_lane(mask_t mask) {
+    static_assert(sizeof(mask) == kVectorBytes, "any_lane takes the result of comparing two vectors");
+#if defined(__AVX512F__)
+    const __m512i bits = bit_cast<__m512i>(mask);
+    return _mm512_test_epi32_mask(bits, bits) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8(bit_cast<__m256i>(mask)) != 0;
+#elif defined(__x86_64__)
+    return _mm_movemask_epi8(bit_cast<__m128i>(mask)) != 0;
+#else
+    uint64_t words[kVectorBytes / 8], any = 0;
+    std::memcpy(words, &mask, sizeof(words));
+    for (uint64_t word : words) {
+        any |= word;
+    }
+    return any != 0;
+#endif
 }
 
 // kLanes<accum_t<scalar_t>> consecutive values, converted to the compute type. No alignment is needed.

@@ -100,6 +100,10 @@ inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFo
     return torch::stable::contiguous(tensor, format);
 }
 
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+    return to_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+
 inline Tensor empty_like_sized(
     const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt,
     MemoryFormat format = MemoryFormat::Contiguous) {

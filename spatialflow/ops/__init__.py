@@ -8,21 +8,27 @@ _library.load()
 from spatialflow.ops.checking import checked  # noqa: E402
 from spatialflow.ops.deform_conv2d import DeformConv2d, deform_conv2d  # noqa: E402
 from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3  # noqa: E402
+from spatialflow.ops.multiclass_nms import Detections, multiclass_nms  # noqa: E402
 from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
+from spatialflow.ops.nms import batched_nms, nms  # noqa: E402
 from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
 from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 
 __all__ = [
     "DeformConv2d",
+    "Detections",
     "MultilevelRoIAlign",
     "PackedConv",
     "PanopticMergeOutput",
     "RoIAlign",
+    "batched_nms",
     "checked",
     "deform_conv2d",
     "flow_conv2d",
+    "multiclass_nms",
     "multilevel_roi_align",
+    "nms",
     "pack_conv3x3",
     "panoptic_merge",
     "paste_masks",

@@ -3,15 +3,20 @@
 
 from spatialflow.ops.reference.deform_conv2d import deform_conv2d
 from spatialflow.ops.reference.flow_conv2d import flow_conv2d
+from spatialflow.ops.reference.multiclass_nms import multiclass_nms
 from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
+from spatialflow.ops.reference.nms import batched_nms, nms
 from spatialflow.ops.reference.panoptic_merge import panoptic_merge
 from spatialflow.ops.reference.paste_masks import paste_masks
 from spatialflow.ops.reference.roi_align import roi_align
 
 __all__ = [
+    "batched_nms",
     "deform_conv2d",
     "flow_conv2d",
+    "multiclass_nms",
     "multilevel_roi_align",
+    "nms",
     "panoptic_merge",
     "paste_masks",
     "roi_align",

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Detections of a batch from boxes and per-class scores, on the CPU.
+//
+// Class-wise NMS followed by the best `max_detections` over all classes is one greedy pass over all (box, class) pairs
+// in score order, which may stop when that many are kept. So only the best pairs are ever sorted: a chunk of them at a
+// time, the first one a small multiple of `max_detections`, each following one four times as large.
+#include "ops/multiclass_nms.h"
+
+#include <cstring>
+
+#include "cpu/dispatch.h"
+#include "cpu/kept_boxes.h"
+#include "cpu/score_order.h"
+
+namespace spatialflow {
+namespace {
+
+template <typename real_t>
+struct Options {
+    real_t score_threshold, iou_threshold;
+    int64_t boxes, classes, max_detections;
+};
+
+// Results of one image; rows up to `max_detections`.
+template <typename real_t>
+struct Detections {
+    Box<real_t>* boxes;
+    real_t* scores;
+    int64_t* labels;
+    int64_t* indices;
+};
+
+// Appends the scores above the threshold with their flat (box, class) index in [begin, end).
+template <typename real_t>
+void collect(
+    const real_t* scores, int64_t begin, int64_t end, real_t threshold, std::vector<ScoreEntry<real_t>>& entries) {
+    constexpr int64_t kBlock = 4 * kLanes<real_t>;
+    const Vector<real_t> limit = broadcast(threshold);
+    size_t used = entries.size();
+    for (int64_t i = begin; i < end;) {
+        const int64_t stop = std::min(i + kBlock, end);
+        if (stop - i == kBlock) {
+            auto above = load_vector(scores + i) > limit;
+            for (int64_t lane = kLanes<real_t>; lane < kBlock; lane += kLanes<real_t>) {
+                above |= load_vector(scores + i + lane) > limit;
+            }
+            if (!any_lane(above)) {
+                i = stop;
+                continue;
+            }
+        }
+        if (entries.size() < used + kBlock) {
+            entries.resize(std::max(entries.size() * 2, used + kBlock));
+        }
+        for (; i < stop; ++i) {
+            entries[used] = {descending_key(scores[i]), static_cast<uint32_t>(i)};
+            used += scores[i] > threshold;
+        }
+    }
+    entries.resize(used);
+}
+
+template <typename real_t>
+std::vector<ScoreEntry<real_t>> candidates_of(const real_t* scores, const Options<real_t>& options) {
+    const int64_t total = options.boxes * options.classes;
+    const int64_t parts = std::max<int64_t>(1, std::min(num_threads(), total / 65536));
+    std::vector<std::vector<ScoreEntry<real_t>>> found(static_cast<size_t>(parts));
+    parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last; ++part) {
+            collect(scores, total * part / parts, total * (part + 1) / parts, options.score_threshold,
+                    found[static_cast<size_t>(part)]);
+        }
+    });
+    for (int64_t part = 1; part < parts; ++part) {
+        found[0].insert(found[0].end(), found[part].begin(), found[part].end());
+    }
+    return std::move(found[0]);
+}
+
+// Moves about `wanted` best entries of pending (at least one, and all of a key or none) to chunk; both stay in order of
+// their rows.
+template <typename Key>
+void take_best(std::vector<KeyedRow<Key>>& pending, size_t wanted, std::vector<KeyedRow<Key>>& chunk) {
+    chunk.clear();
+    if (pending.size() <= 2 * wanted) {
+        chunk.swap(pending);
+        return;
+    }
+    Key lowest = pending[0].key, highest = pending[0].key;
+    for (const auto& entry : pending) {
+        lowest = std::min(lowest, entry.key);
+        highest = std::max(highest, entry.key);
+    }
+    constexpr size_t kBins = 4096;
+    int shift = 0;
+    while (((highest - lowest) >> shift) >= kBins) {
+        ++shift;
+    }
+    std::vector<size_t> histogram(kBins, 0);
+    for (const auto& entry : pending) {
+        ++histogram[(entry.key - lowest) >> shift];
+    }
+    size_t bins = 0;
+    for (size_t taken = 0; taken < wanted; ++bins) {
+        taken += histogram[bins];
+    }
+    size_t left = 0;
+    for (const auto& entry : pending) {
+        if (((entry.key - lowest) >> shift) < bins) {
+            chunk.push_back(entry);
+        } else {
+            pending[left++] = entry;
+        }
+    }
+    pending.resize(left);
+}
+
+template <typename real_t>
+int64_t detect(
+    const Box<real_t>* boxes, const real_t* scores, const Options<real_t>& options, const Detections<real_t>& result) {
+    if (options.max_detections == 0 || options.boxes * options.classes == 0) {
+        return 0;
+    }
+    std::vector<ScoreEntry<real_t>> pending = candidates_of(scores, options), chunk, scratch;
+    KeptBoxes<real_t> kept;
+    kept.clear(options.classes);
+    int64_t count = 0;
+    for (size_t wanted = std::max<size_t>(1024, 4 * static_cast<size_t>(options.max_detections)); !pending.empty();
+         wanted *= 4) {
+        take_best(pending, wanted, chunk);
+        radix_sort(chunk.data(), static_cast<int64_t>(chunk.size()), static_cast<decltype(chunk[0].key)>(-1), scratch);
+        for (const auto& entry : chunk) {
+            const int64_t index = entry.row / options.classes, label = entry.row % options.classes;
+            const Box<real_t> box = boxes[index];
+            if (!box_is_valid(box)) {
+                continue;
+            }
+            const real_t area = box_area(box);
+            if (area_competes(area)) {
+                if (kept.suppress(label, box, area, options.iou_threshold)) {
+                    continue;
+                }
+                kept.add(label, box, area);
+            }
+            result.boxes[count] = box;
+            result.scores[count] = scores[entry.row];
+            result.labels[count] = label;
+            result.indices[count] = index;
+            if (++count == options.max_detections) {
+                return count;
+            }
+        }
+    }
+    return count;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
+    const Tensor& boxes, const Tensor& scores, double score_threshold, double iou_threshold, int64_t max_detections) {
+    check_multiclass_nms(boxes, scores, score_threshold, iou_threshold, max_detections);
+    const int64_t batch = boxes.size(0), rows = boxes.size(1), classes = scores.size(2);
+    check(classes == 0 || rows < kMaxRows / classes, "multiclass_nms: scores must have fewer than 2^32 entries per image, "
+          "got shape ", shape_string(scores));
+    const ScalarType type = nms_compute_type(boxes, scores);
+    const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
+    const Tensor out_boxes = empty_like_sized(wide_boxes, {batch, max_detections, 4});
+    const Tensor out_scores = empty_like_sized(wide_boxes, {batch, max_detections});
+    const Tensor labels = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
+    const Tensor indices = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
+    const Tensor count = empty_like_sized(wide_boxes, {batch}, ScalarType::Long);
+    const auto run = [&](auto zero) {
+        using real_t = decltype(zero);
+        const Options<real_t> options{static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold), rows,
+                                      classes, max_detections};
+        const auto* all_boxes = reinterpret_cast<const Box<real_t>*>(data<real_t>(wide_boxes));
+        const Detections<real_t> all{reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(out_boxes)),
+                                     mutable_data<real_t>(out_scores), mutable_data<int64_t>(labels),
+                                     mutable_data<int64_t>(indices)};
+        parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t image = begin; image < end; ++image) {
+                const int64_t offset = image * max_detections;
+                const Detections<real_t> result{all.boxes + offset, all.scores + offset, all.labels + offset,
+                                                all.indices + offset};
+                const int64_t kept = detect(all_boxes + image * rows, data<real_t>(wide_scores) + image * rows * classes,
+                                            options, result);
+                mutable_data<int64_t>(count)[image] = kept;
+                std::fill(result.boxes + kept, result.boxes + max_detections, Box<real_t>{0, 0, 0, 0});
+                std::fill(result.scores + kept, result.scores + max_detections, real_t(0));
+                std::fill(result.labels + kept, result.labels + max_detections, int64_t(-1));
+                std::fill(result.indices + kept, result.indices + max_detections, int64_t(-1));
+            }
+        });
+    };
+    if (type == ScalarType::Double) {
+        run(double{});
+    } else {
+        run(float{});
+    }
+    return {contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, count, indices};
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
+    library.impl("multiclass_nms", TORCH_BOX(&spatialflow::multiclass_nms_cpu));
+}

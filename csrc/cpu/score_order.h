@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Stable descending order of scores: a least-significant-digit radix sort of (key, row) entries.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "common/nms.h"
+
+namespace spatialflow {
+
+template <typename Key>
+struct KeyedRow {
+    Key key;
+    uint32_t row;
+
+    bool operator<(const KeyedRow& other) const { return key != other.key ? key < other.key : row < other.row; }
+};
+
+template <typename real_t>
+using ScoreEntry = KeyedRow<decltype(descending_key(real_t{}))>;
+
+constexpr int64_t kMaxRows = int64_t(1) << 32;  // more do not fit KeyedRow::row
+
+// Sorts entries[0 .. count), which are in ascending row order, by (key, row); no key exceeds `largest`. `scratch` keeps
+// its memory between calls.
+template <typename Key>
+void radix_sort(KeyedRow<Key>* entries, int64_t count, Key largest, std::vector<KeyedRow<Key>>& scratch) {
+    constexpr int kDigitBits = 11;
+    constexpr uint32_t kBuckets = 1u << kDigitBits;
+    if (count < 256) {  // clearing and summing the histograms would cost more than comparing
+        std::sort(entries, entries + count);
+        return;
+    }
+    int digits = 0;
+    for (Key rest = largest; rest != 0; rest >>= kDigitBits) {
+        ++digits;
+    }
+    scratch.resize(static_cast<size_t>(count));
+    std::vector<uint32_t> histogram(static_cast<size_t>(digits) * kBuckets, 0);
+    for (int64_t i = 0; i < count; ++i) {
+        Key rest = entries[i].key;
+        for (int digit = 0; digit < digits; ++digit, rest >>= kDigitBits) {
+            ++histogram[digit * kBuckets + (rest & (kBuckets - 1))];
+        }
+    }
+    KeyedRow<Key>* source = entries;
+    KeyedRow<Key>* target = scratch.data();
+    for (int digit = 0; digit < digits; ++digit) {
+        uint32_t* starts = histogram.data() + digit * kBuckets;
+        const int shift = digit * kDigitBits;
+        if (starts[(source[0].key >> shift) & (kBuckets - 1)] == count) {
+            continue;  // all entries share this digit
+        }
+        uint32_t next = 0;
+        for (uint32_t bucket = 0; bucket < kBuckets; ++bucket) {
+            const uint32_t size = starts[bucket];
+            starts[bucket] = next;
+            next += size;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            target[starts[(source[i].key >> shift) & (kBuckets - 1)]++] = source[i];
+        }
+        std::swap(source, target);
+    }
+    if (source != entries) {
+        std::copy(source, source + count, entries);
+    }
+}
+
+}  // namespace spatialflow

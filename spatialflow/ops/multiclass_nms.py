@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections of a batch: score threshold, class-wise NMS and the best D of all classes, in results of fixed shape."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.checking import is_checking, require_finite
+
+
+class Detections(NamedTuple):
+    """Kept boxes by descending score; rows from `count` on are padding. Without B if the inputs had none."""
+
+    boxes: Tensor  # (B, D, 4), padded with 0
+    scores: Tensor  # (B, D), padded with 0
+    labels: Tensor  # (B, D) int64, classes, padded with -1
+    count: Tensor  # (B) int64, detections of each image
+    indices: Tensor  # (B, D) int64, rows of the boxes that were given, padded with -1
+
+
+def multiclass_nms(
+    boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
+) -> Detections:
+    """The best detections of each image: scores above a threshold, suppressed class by class, at most D in all.
+
+    Args:
+        boxes: (B, N, 4), or (N, 4) for one image, rows of (x1, y1, x2, y2) shared by all classes; float32, float64,
+            float16 or bfloat16, any strides.
+        scores: (B, N, C), or (N, C); of those dtypes too.
+        score_threshold: a (box, class) pair takes part if its score is above this, strictly.
+        iou_threshold: intersection over union above which the worse box of a pair of the same class is dropped.
+        max_detections: D; the search stops when that many are kept.
+
+    Returns:
+        `Detections`: boxes (B, D, 4) and scores (B, D) in the dtypes given, labels (B, D), count (B), indices (B, D).
+        One box may come back for several classes. The shapes depend on no value.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
+        ValueError: `boxes` and `scores` not both with or both without a batch; within `spatialflow.ops.checked()` a box
+            or score that is not finite.
+
+    Remarks:
+        Equal scores rank by row, then by class, the lower first. Pairs of boxes are decided as in `nms`; the score
+        threshold is rounded to float32 (float64 if either tensor is). A NaN score, and a box with a NaN corner, is
+        never kept. No boxes or no classes: count 0.
+        The results are detached: no gradient flows to boxes or scores. Where one is wanted, gather the kept rows with
+        `indices` and `labels` from the tensors that were passed in.
+
+    Source: the same detections as torchvision.ops.batched_nms per image followed by a top-D, or mmdetection's
+    multiclass_nms.
+    """
+    if boxes.dim() not in (2, 3) or scores.dim() != boxes.dim():
+        raise ValueError(
+            "multiclass_nms: boxes and scores must have shapes (B, N, 4) and (B, N, C), or (N, 4) and (N, C), "
+            f"got {tuple(boxes.shape)} and {tuple(scores.shape)}"
+        )
+    if is_checking():
+        require_finite("multiclass_nms", "boxes", boxes)
+        require_finite("multiclass_nms", "scores", scores)
+    boxes, scores = boxes.detach(), scores.detach()
+    settings = (float(score_threshold), float(iou_threshold), max_detections)
+    if boxes.dim() == 3:
+        return Detections(*torch.ops.spatialflow.multiclass_nms(boxes, scores, *settings))
+    batched = torch.ops.spatialflow.multiclass_nms(boxes[None], scores[None], *settings)
+    return Detections(*(result[0] for result in batched))
+
+
+@torch.library.register_fake("spatialflow::multiclass_nms")
+def _(boxes, scores, score_threshold, iou_threshold, max_detections):
+    torch._check(
+        boxes.dim() == 3 and boxes.shape[2] == 4,
+        lambda: f"multiclass_nms: boxes must have shape (B, N, 4), got {tuple(boxes.shape)}",
+    )
+    torch._check(
+        scores.dim() == 3 and scores.shape[0] == boxes.shape[0] and scores.shape[1] == boxes.shape[1],
+        lambda: f"multiclass_nms: scores must have shape (B, N, C), got {tuple(scores.shape)}",
+    )
+    torch._check(
+        max_detections >= 0, lambda: f"multiclass_nms: max_detections must be at least 0, got {max_detections}"
+    )
+    rows = (boxes.shape[0], max_detections)
+    return (
+        boxes.new_empty((*rows, 4)),
+        scores.new_empty(rows),
+        boxes.new_empty(rows, dtype=torch.int64),
+        boxes.new_empty(rows[:1], dtype=torch.int64),
+        boxes.new_empty(rows, dtype=torch.int64),
+    )
+
+
+def _vmap(info: Any, in_dims: tuple, boxes: Tensor, scores: Tensor, *settings: Any) -> tuple[Any, Any]:
+    """A mapped dimension is one more batch dimension: both are folded into one for the call."""
+    size = info.batch_size
+    boxes, scores = (
+        tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip((boxes, scores), in_dims)
+    )
+    results = torch.ops.spatialflow.multiclass_nms(boxes.flatten(0, 1), scores.flatten(0, 1), *settings)
+    return tuple(result.unflatten(0, (size, -1)) for result in results), (0,) * len(results)
+
+
+torch.library.register_vmap("spatialflow::multiclass_nms", _vmap)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Non-maximum suppression: of boxes that overlap too much, the best one stays."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.checking import is_checking, require_finite
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Keeps, from the best score down, every box that no kept box overlaps by more than a threshold.
+
+    Args:
+        boxes: (N, 4) rows of (x1, y1, x2, y2), any unit; float32, float64, float16 or bfloat16, any strides.
+        scores: (N) of those dtypes too.
+        iou_threshold: intersection over union above which the worse box of a pair is dropped; 0 or more.
+
+    Returns:
+        Row numbers of the kept boxes, int64, by descending score.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or threshold that does not fit, naming the argument.
+        ValueError: within `spatialflow.ops.checked()`, a box or score that is not finite.
+
+    Remarks:
+        Equal scores rank by row, the lower row first, on every device. A pair is decided by
+        `intersection > iou_threshold * union` in float32 (float64 if either tensor is), each operation rounded: boxes
+        whose IoU is the threshold itself both stay, as far as that arithmetic can tell.
+        A box with a NaN corner and a box with a NaN score are never kept. A box without area (reversed or empty), and
+        one whose area is infinite, suppresses nothing and is never suppressed. Infinite scores rank first or last.
+        No gradient: row numbers have none. No boxes: an empty result. Memory is linear in N.
+        The length of the result depends on the values: to trace it with `torch.compile(fullgraph=True)`, set
+        `torch._dynamo.config.capture_dynamic_output_shape_ops`. `multiclass_nms` has results of fixed shape.
+
+    Source: greedy NMS with the signature and result of torchvision.ops.nms.
+    """
+    if is_checking():
+        _require_finite("nms", boxes, scores)
+    return torch.ops.spatialflow.nms(boxes.detach(), scores.detach(), float(iou_threshold))
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """`nms` within each class (or image, level, ...): boxes of different classes never meet.
+
+    Args:
+        boxes, scores, iou_threshold: as for `nms`.
+        idxs: (N) int64, the class of each box; any values, negative and huge ones included.
+
+    Returns:
+        Row numbers of the kept boxes of all classes, int64, by descending score.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or threshold that does not fit, naming the argument.
+        ValueError: within `spatialflow.ops.checked()`, a box or score that is not finite.
+
+    Remarks:
+        All of those of `nms`. Each class is treated by itself with its boxes as given: they are not shifted apart by
+        class, so neither negative coordinates nor many classes change the result.
+
+    Source: signature and result of torchvision.ops.batched_nms.
+    """
+    if is_checking():
+        _require_finite("batched_nms", boxes, scores)
+    return torch.ops.spatialflow.batched_nms(boxes.detach(), scores.detach(), idxs, float(iou_threshold))
+
+
+def _require_finite(op: str, boxes: Tensor, scores: Tensor) -> None:
+    require_finite(op, "boxes", boxes)
+    require_finite(op, "scores", scores)
+
+
+def _fake_rows(op: str, boxes: Tensor, scores: Tensor) -> Tensor:
+    torch._check(
+        boxes.dim() == 2 and boxes.shape[1] == 4, lambda: f"{op}: boxes must have shape (N, 4), got {tuple(boxes.shape)}"
+    )
+    torch._check(scores.dim() == 1, lambda: f"{op}: scores must have shape (N), got {tuple(scores.shape)}")
+    torch._check(
+        scores.shape[0] == boxes.shape[0],
+        lambda: f"{op}: scores must have one entry per box, got {scores.shape[0]} for {boxes.shape[0]} boxes",
+    )
+    return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
+
+
+@torch.library.register_fake("spatialflow::nms")
+def _(boxes, scores, iou_threshold):
+    return _fake_rows("nms", boxes, scores)
+
+
+@torch.library.register_fake("spatialflow::batched_nms")
+def _(boxes, scores, idxs, iou_threshold):
+    return _fake_rows("batched_nms", boxes, scores)

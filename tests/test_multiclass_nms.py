@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""multiclass_nms: the op matrix, the goldens, known answers, and its equivalence to NMS followed by a top-D."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from nms_cases import oracle, random_boxes
+from op_matrix import OpMatrix, OpSample, leaves, map_tensors, to_dtype
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+NAN = float("nan")
+
+
+def sample(batch: int, count: int, classes: int, **options):
+    """`batch` 0: one image without a batch dimension."""
+
+    def tensors(size: int = 0) -> list:
+        images = max(batch, 1)
+        boxes = random_boxes(images * (count + size)).view(images, count + size, 4)
+        scores = torch.rand(images, count + size, classes, dtype=torch.float64) ** 2
+        return [boxes, scores] if batch else [boxes[0], scores[0]]
+
+    def raw(boxes, scores, score_threshold, iou_threshold, max_detections):
+        boxes, scores = (boxes, scores) if batch else (boxes[None], scores[None])
+        return torch.ops.spatialflow.multiclass_nms, (boxes, scores, score_threshold, iou_threshold, max_detections)
+
+    def build() -> OpSample:
+        return OpSample(
+            op=ops.multiclass_nms,
+            reference=reference.multiclass_nms,
+            tensors=tensors(),
+            options=options,
+            differentiable=(),
+            converted=(0, 1),
+            raw=raw,
+            images=(),
+            resized=tensors,
+        )
+
+    return build
+
+
+class TestMulticlassNms(OpMatrix):
+    samples = {
+        "stops early": sample(2, 60, 4, score_threshold=0.05, iou_threshold=0.5, max_detections=20),
+        "padded": sample(2, 40, 3, score_threshold=0.6, iou_threshold=0.4, max_detections=200),
+        "one image": sample(0, 50, 7, score_threshold=0.3, iou_threshold=0.4, max_detections=30),
+    }
+
+    def test_layouts(self, sample):
+        sample = sample()
+        plain = sample.op(*sample.tensors, **sample.options)
+        layouts = {
+            "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+            "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+            "sliced": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+        }
+        for name, layout in layouts.items():
+            result = sample.op(*map_tensors(layout, sample.tensors), **sample.options)
+            assert all(torch.equal(one, other) for one, other in zip(result, plain)), name
+
+    def test_autocast(self, sample):
+        """Boxes and scores keep their precision."""
+        sample = sample()
+        tensors = to_dtype(sample, torch.float32)
+        expected = sample.op(*tensors, **sample.options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = sample.op(*tensors, **sample.options)
+        assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, expected))
+
+    def test_detached(self, sample):
+        """Results carry no gradient, in reverse and forward mode; gathering with indices and labels gives one."""
+        sample = sample()
+        boxes, scores = (t.clone().requires_grad_() for t in sample.tensors)
+        assert not any(leaf.requires_grad for leaf in leaves(sample.op(boxes, scores, **sample.options)))
+        tangents = tuple(torch.ones_like(t) for t in sample.tensors)
+        _, pushed = torch.func.jvp(lambda *t: sample.op(*t, **sample.options)[:2], tuple(sample.tensors), tangents)
+        assert not any(leaf.any() for leaf in leaves(pushed))
+
+    def test_vmap(self, sample):
+        """A mapped dimension is a further batch dimension."""
+        sample = sample()
+        boxes, scores = sample.tensors
+        mapped = torch.func.vmap(lambda b, s: tuple(sample.op(b, s, **sample.options)), in_dims=(None, -1))(
+            boxes, torch.stack([scores, scores.flip(-1)], dim=-1)
+        )
+        for index, one in enumerate((scores, scores.flip(-1))):
+            expected = sample.op(boxes, one, **sample.options)
+            assert all(torch.equal(m[index], e) for m, e in zip(mapped, expected))
+
+
+class TestCases:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 1, 10, 11], [50.0, 50, 60, 60]])
+
+    def test_known_answer(self):
+        scores = torch.tensor([[0.9, 0.2, 0.5], [0.8, 0.3, 0.05], [0.7, 0.0, 0.9]])
+        found = ops.multiclass_nms(self.boxes, scores, 0.1, 0.5, 6)
+        # By score: (0, class 0) and (2, class 2) tie at 0.9 and rank by row; (1, 0) is suppressed, (0, 1) by (1, 1).
+        assert found.indices.tolist() == [0, 2, 2, 0, 1, -1]
+        assert found.labels.tolist() == [0, 2, 0, 2, 1, -1]
+        assert torch.equal(found.scores, torch.tensor([0.9, 0.9, 0.7, 0.5, 0.3, 0.0]))
+        assert torch.equal(found.boxes[:5], self.boxes[[0, 2, 2, 0, 1]]) and not found.boxes[5].any()
+        assert found.count == 5
+
+    def test_ties_rank_by_row_then_class(self):
+        scores = torch.full((3, 2), 0.5)
+        found = ops.multiclass_nms(self.boxes, scores, 0.1, 1.0, 10)
+        assert found.indices[:6].tolist() == [0, 0, 1, 1, 2, 2]
+        assert found.labels[:6].tolist() == [0, 1, 0, 1, 0, 1]
+
+    def test_score_threshold_is_strict(self):
+        scores = torch.tensor([[0.05], [0.05], [0.0500001]])
+        assert ops.multiclass_nms(self.boxes, scores, 0.05, 1.0, 10).indices[:2].tolist() == [2, -1]
+        assert ops.multiclass_nms(self.boxes, scores.double(), 0.05, 1.0, 10).count == 3  # 0.05 of float32 is larger
+        assert ops.multiclass_nms(self.boxes, scores - 1, -float("inf"), 1.0, 10).count == 3
+
+    def test_bad_values_are_never_kept(self):
+        boxes = torch.cat([self.boxes, torch.tensor([[0.0, NAN, 5, 5], [20.0, 20, 30, 30]])])
+        scores = torch.tensor([[0.5], [NAN], [0.4], [0.9], [0.3]])
+        found = ops.multiclass_nms(boxes, scores, 0.1, 0.5, 10)
+        assert found.indices[: found.count].tolist() == [0, 2, 4]
+        for name, wrong in (("boxes", (boxes, scores.nan_to_num())), ("scores", (boxes.nan_to_num(), scores))):
+            with ops.checked(), pytest.raises(ValueError, match=f"multiclass_nms: {name} must be finite, got nan at"):
+                ops.multiclass_nms(*wrong, 0.1, 0.5, 10)
+
+    @pytest.mark.parametrize("batch, count, classes, most", [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)])
+    def test_empties(self, batch, count, classes, most):
+        found = ops.multiclass_nms(torch.rand(batch, count, 4), torch.rand(batch, count, classes), 0.0, 0.5, most)
+        assert [tuple(leaf.shape) for leaf in found] == [
+            (batch, most, 4), (batch, most), (batch, most), (batch,), (batch, most)
+        ]  # fmt: skip
+        assert not found.count.any() and not found.boxes.any() and (found.labels == -1).all() and (found.indices == -1).all()
+
+    @pytest.mark.parametrize(
+        "boxes, scores, options, message",
+        [
+            ((2, 5, 5), (2, 5, 3), {}, r"boxes must have shape \(B, N, 4\).*got shape \(2, 5, 5\)"),
+            ((2, 5, 4), (2, 6, 3), {}, r"scores must have shape \(2, 5, C\), got shape \(2, 6, 3\)"),
+            ((2, 5, 4), (5, 3), {}, r"or \(N, 4\) and \(N, C\), got \(2, 5, 4\) and \(5, 3\)"),
+            ((2, 5, 4), (2, 5, 3), {"score_threshold": NAN}, "score_threshold must be a number, got nan"),
+            ((2, 5, 4), (2, 5, 3), {"iou_threshold": -1.0}, "iou_threshold must be a number >= 0, got -1"),
+            ((2, 5, 4), (2, 5, 3), {"max_detections": -1}, "max_detections must be at least 0, got -1"),
+        ],
+    )
+    def test_errors_name_argument_rule_and_value(self, boxes, scores, options, message):
+        settings = {"score_threshold": 0.1, "iou_threshold": 0.5, "max_detections": 10, **options}
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            ops.multiclass_nms(torch.rand(boxes), torch.rand(scores), **settings)
+        with pytest.raises(RuntimeError, match="boxes must be float32.*got int64"):
+            ops.multiclass_nms(torch.ones(1, 2, 4).long(), torch.rand(1, 2, 3), 0.1, 0.5, 10)
+
+
+class TestOracles:
+    @pytest.mark.parametrize("most", [1, 10, 100, 1000, 100000])
+    @pytest.mark.parametrize("levels", [0, 7, 60])  # distinct scores; 7: nearly all tie
+    def test_equals_nms_then_top(self, most, levels):
+        """More candidates than the first chunks hold, with scores in few bins: whatever is sorted lazily, the same."""
+        boxes, scores = random_boxes(1500).float(), torch.rand(1500, 6)
+        if levels:
+            scores = (scores * levels).floor() / levels
+        found = ops.multiclass_nms(boxes, scores, 0.1, 0.4, most)
+        index, label = (scores > 0.1).nonzero(as_tuple=True)
+        kept = oracle(boxes[index], scores[index, label], label, 0.4)[:most]
+        assert found.count == len(kept)
+        assert torch.equal(found.indices[: len(kept)], index[kept])
+        assert torch.equal(found.labels[: len(kept)], label[kept])
+        assert torch.equal(found.boxes[: len(kept)], boxes[index[kept]])
+        assert torch.equal(found.scores[: len(kept)], scores[index, label][kept])
+
+    def test_batch_equals_single_images(self):
+        boxes, scores = random_boxes(5 * 300).float().view(5, 300, 4), torch.rand(5, 300, 9)
+        batched = ops.multiclass_nms(boxes, scores, 0.2, 0.5, 50)
+        for image in range(5):
+            single = ops.multiclass_nms(boxes[image], scores[image], 0.2, 0.5, 50)
+            assert all(torch.equal(one[image], other) for one, other in zip(batched, single))
+
+    def test_large_image_in_parts(self):
+        """Scores of an image are scanned by several threads; sparse ones, and parts without any."""
+        boxes, scores = random_boxes(9000, extent=2000.0).float(), torch.zeros(9000, 40)
+        some = torch.randint(9000 * 20, (700,))
+        scores.view(-1)[some] = torch.rand(700)
+        found = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
+        expected = reference.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
+class TestGoldens:
+    """Detections of the released implementation, with its rule `inter > threshold * union` for ties at the threshold."""
+
+    cases = ["random", "none_above_thr", "score_equal_thr", "iou_exactly_thr_0p4_and_0p25", "iou_exactly_thr_0p25"]
+
+    @pytest.mark.parametrize("case", cases)
+    def test_cases(self, goldens, case):
+        arrays = np.load(goldens / "ops" / "multiclass_nms.npz")
+        options = json.loads((goldens / "ops" / "multiclass_nms.json").read_text())[case]
+        boxes, scores = (torch.from_numpy(arrays[f"{case}__{name}"]) for name in ("boxes", "scores"))
+        # The released scores end in a column for the background, which takes no part.
+        found = ops.multiclass_nms(
+            boxes, scores[:, :-1], options["score_thr"], options["iou_threshold"], options["max_num"]
+        )
+        count = int(found.count)
+        rows = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None].float()], dim=1)[:count]
+        expected = np.concatenate(
+            [arrays[f"{case}__gpu_rule_dets"], arrays[f"{case}__gpu_rule_labels"][:, None].astype(np.float32)], axis=1
+        )
+        assert count == options["n_gpu_rule"]
+        actual_set = sorted(map(tuple, rows.tolist()))
+        expected_set = sorted(map(tuple, expected.tolist()))
+        np.testing.assert_allclose(np.array(actual_set), np.array(expected_set), rtol=1e-6, atol=1e-5)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cityscapes as downloaded: leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_instanceIds.png."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from spatialflow.data.categories import Categories
+from spatialflow.data.samples import Sample, SampleError, make_sample
+from spatialflow.data.transforms import ImageError, read_image
+from spatialflow.panoptic.formats import PanopticWriter
+
+IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
+
+
+class CityscapesError(ValueError):
+    """The folder is no Cityscapes tree; the message says what is missing."""
+
+
+class Cityscapes:
+    """One split of Cityscapes.
+
+    Pixels of value v >= 1000 are instance v % 1000 of label v // 1000; smaller values are labels. A label of a thing class without
+    an instance number is a group of them and becomes a crowd; labels outside the category table are void.
+
+    Args:
+        root: folder with leftImg8bit and gtFine.
+        split: "train", "val" or another folder of both.
+        categories: numbering of the classes; ids are Cityscapes' label ids.
+
+    Attributes:
+        names, image_ids, sizes: as in CocoPanoptic; an id is the file name without its suffix.
+
+    Raises:
+        CityscapesError: a folder is absent or empty.
+    """
+
+    def __init__(self, root: str | os.PathLike, split: str, categories: Categories):
+        self.root, self.split, self.categories = Path(root), split, categories
+        self.images = self.root / "leftImg8bit" / split
+        self.labels = self.root / "gtFine" / split
+        for folder in (self.images, self.labels):
+            if not folder.is_dir():
+                raise CityscapesError(f"{folder}: no such folder; a Cityscapes tree has leftImg8bit/{split} and gtFine/{split}")
+        self.paths = sorted(self.images.glob(f"*/*{IMAGE_SUFFIX}"))
+        if not self.paths:
+            raise CityscapesError(f"{self.images}: holds no <city>/*{IMAGE_SUFFIX}")
+        self.names = [str(path.relative_to(self.images)) for path in self.paths]
+        self.image_ids = [path.name[:-len(IMAGE_SUFFIX)] for path in self.paths]
+        self.sizes = [_png_size(path) for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image_path(self, index: int) -> Path:
+        """Path of the photograph."""
+        return self.paths[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Reads one image with its ground truth.
+
+        Raises:
+            SampleError: a file is absent or damaged, or image and labels do not fit; the file is named.
+        """
+        try:
+            image = read_image(self.paths[index])
+        except ImageError as error:
+            raise SampleError(str(error)) from None
+        id_map = self._read_labels(index)
+        return make_sample(str(self.paths[index]), image, id_map, self._segments(id_map), self.categories)
+
+    def _read_labels(self, index: int) -> np.ndarray:
+        path = self.labels / self.paths[index].parent.name / f"{self.image_ids[index]}{LABEL_SUFFIX}"
+        try:
+            content = np.frombuffer(path.read_bytes(), np.uint8)
+        except OSError as error:
+            raise SampleError(f"{path}: cannot be read: {error.strerror}") from None
+        labels = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) and content[-8:].tobytes()[:4] == b"IEND" else None
+        if labels is None or labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
+            raise SampleError(f"{path}: is damaged, or no greyscale PNG of 8 or 16 bits")
+        return labels.astype(np.int32)
+
+    def _segments(self, id_map: np.ndarray) -> list[dict[str, Any]]:
+        """Segments of the categories in the table; the ids are the pixel values."""
+        segments = []
+        known = {row.id: row for row in self.categories.rows}
+        for value in np.unique(id_map).tolist():
+            category = known.get(value // 1000 if value >= 1000 else value)
+            if value > 0 and category is not None:
+                segments.append({"id": value, "category_id": category.id, "iscrowd": int(category.isthing and value < 1000)})
+        return segments
+
+    def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
+        """Writes the ground truth in the COCO panoptic format, for scoring, unless it is there already.
+
+        Args:
+            folder: where to write `cityscapes_<split>.json` and the folder of PNGs beside it.
+
+        Returns:
+            Paths of the JSON and of the folder of PNGs.
+
+        Raises:
+            SampleError: a label file is absent or damaged.
+        """
+        folder = Path(folder)
+        json_path, png_folder = folder / f"cityscapes_{self.split}.json", folder / f"cityscapes_{self.split}"
+        if json_path.is_file():
+            return json_path, png_folder
+        writer = PanopticWriter(png_folder, json_path, self.categories.as_coco())
+        for index, (image_id, name) in enumerate(zip(self.image_ids, self.names)):
+            id_map = self._read_labels(index)
+            segments = self._segments(id_map)
+            id_map[~np.isin(id_map, [segment["id"] for segment in segments])] = 0
+            for segment in segments:
+                mask = id_map == segment["id"]
+                rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+                segment["area"] = int(mask.sum())
+                segment["bbox"] = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+            writer.add(image_id, name, id_map, segments)
+        writer.write_json()
+        return json_path, png_folder
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    """(height, width) from a PNG's header; (1, 1) where it is damaged, which reading it will report."""
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n":
+        return 1, 1
+    return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One image with its ground truth, as every data set hands it out."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spatialflow.data.categories import IGNORED, Categories
+
+
+class SampleError(ValueError):
+    """An image or annotation that cannot be used; the message names the file and the reason."""
+
+
+class Sample(NamedTuple):
+    """An image at original size with its ground truth."""
+
+    name: str  # file name, for messages
+    image: np.ndarray  # (H, W, 3) uint8 BGR
+    boxes: np.ndarray  # (K, 4) float32, (x1, y1, x2, y2) in pixels; things that are no crowds
+    labels: np.ndarray  # (K,) int64 thing labels
+    instances: np.ndarray  # (H, W) int32: k + 1 on the pixels of box k, 0 elsewhere
+    semantic: np.ndarray  # (H, W) uint8 semantic indices, 255 where there is none
+
+
+def make_sample(name: str, image: np.ndarray, id_map: np.ndarray, segments: Iterable[Mapping[str, Any]],
+                categories: Categories) -> Sample:
+    """Boxes, masks and the semantic map from panoptic segments.
+
+    Args:
+        name: for messages.
+        image: (H, W, 3) uint8.
+        id_map: (H, W) integer segment ids, 0 for void.
+        segments: mappings with `id` and `category_id`, and where given `iscrowd` and `bbox` (x, y, width, height).
+        categories: numbering of the classes.
+
+    Returns:
+        Sample. Crowds have neither box nor mask, but count in the semantic map ("other"), as do things whose box, clipped to the
+        image, is less than a pixel wide or high. Ids without a segment and categories not in the table are void.
+
+    Raises:
+        SampleError: sizes of image and map differ, or a listed segment has no pixels.
+    """
+    if image.shape[:2] != id_map.shape:
+        raise SampleError(f"{name}: image of {_size(image)} pixels, but annotation of {_size(id_map)}")
+    height, width = id_map.shape
+    segments = sorted(segments, key=lambda segment: segment["id"])
+    ids = np.array([segment["id"] for segment in segments], dtype=np.int64)
+    place = np.searchsorted(ids, id_map)  # (H, W) candidate segment of each pixel
+    place[place == len(ids)] = 0
+    listed = ids[place] == id_map if len(ids) else np.zeros(id_map.shape, bool)
+    place = np.where(listed, place, len(ids))
+    areas = np.bincount(place.ravel(), minlength=len(ids) + 1)
+    semantic_of, instance_of = np.full(len(ids) + 1, IGNORED, np.uint8), np.zeros(len(ids) + 1, np.int32)
+    boxes, labels = [], []
+    for i, segment in enumerate(segments):
+        if areas[i] == 0:
+            raise SampleError(f"{name}: segment {segment['id']} is listed but has no pixels")
+        semantic_of[i] = categories.semantic_index(segment["category_id"])
+        label = categories.thing_label.get(segment["category_id"])
+        if label is None or segment.get("iscrowd"):
+            continue
+        box = _box(segment.get("bbox"), width, height)
+        if box is None:
+            rows, columns = (np.flatnonzero((place == i).any(axis=axis)) for axis in (1, 0))
+            box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+        if box[2] - box[0] < 1 or box[3] - box[1] < 1:
+            continue
+        boxes.append(box)
+        labels.append(label)
+        instance_of[i] = len(boxes)
+    return Sample(name, image, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), instance_of[place],
+                  semantic_of[place])
+
+
+def _box(bbox: Any, width: int, height: int) -> np.ndarray | None:
+    """(x, y, w, h) as (x1, y1, x2, y2) clipped to the image; None where there is no such box."""
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
+        return None
+    x, y, w, h = (float(value) for value in bbox)
+    return np.array([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)], np.float32)
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[1]}x{array.shape[0]}"

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets, transforms and batches: ground truth stays on its pixels, order is reproducible, damage is named and survived."""
+
+import json
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from scenes import scene_categories, write_cityscapes, write_coco
+from spatialflow.data.augment import augment
+from spatialflow.data.categories import load_categories
+from spatialflow.data.cityscapes import Cityscapes, CityscapesError
+from spatialflow.data.coco import CocoPanoptic
+from spatialflow.data.loader import Schedule, make_loader
+from spatialflow.data.samples import Sample, SampleError, make_sample
+from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
+from spatialflow.models.config import DataConfig
+from spatialflow.panoptic.formats import PanopticFormatError
+from spatialflow.panoptic.quality import evaluate
+
+PLAIN = DataConfig(train_short_edges=(96,), train_long_edge=160, flip_probability=0.0)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def coco(scenes):
+    return CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
+
+
+class TestCoco:
+    def test_samples(self, fixtures):
+        """The two COCO images: boxes, labels and masks equal the detection-format annotations, the semantic map their complement."""
+        folder = fixtures / "data" / "coco_samples"
+        categories = load_categories("coco", 80, 54)
+        data = CocoPanoptic(folder / "panoptic_examples.json", folder / "input_images", folder / "panoptic_examples", categories)
+        detection = json.loads((folder / "panoptic_coco_detection_format.json").read_text())["annotations"]
+        assert len(data) == 2
+        for index in range(2):
+            sample = data[index]
+            things = [a for a in detection if a["image_id"] == data.image_ids[index] and a["category_id"] in categories.thing_label]
+            expected = sorted((categories.thing_label[a["category_id"]], *a["bbox"], a["area"]) for a in things if not a["iscrowd"])
+            areas = np.bincount(sample.instances.ravel(), minlength=len(sample.labels) + 1)[1:]
+            actual = sorted((int(label), x1, y1, x2 - x1, y2 - y1, int(area))
+                            for label, (x1, y1, x2, y2), area in zip(sample.labels, sample.boxes.tolist(), areas))
+            assert actual == [tuple(row) for row in expected] and len(actual) > 0
+            assert (sample.semantic[sample.instances > 0] == 36).all()
+            stuff = {s["category_id"]: s["area"] for s in data.annotations[index]["segments_info"] if s["category_id"] >= 92}
+            assert all((sample.semantic == categories.stuff_index[c]).sum() == area for c, area in stuff.items())
+
+    def test_crowds_have_no_box_but_are_other(self):
+        ids = np.zeros((40, 60), np.int32)
+        ids[:, :20], ids[:, 20:40], ids[:, 40:50] = 5, 7, 9
+        segments = [{"id": 5, "category_id": 1, "iscrowd": 1}, {"id": 7, "category_id": 1}, {"id": 9, "category_id": 4242}]
+        sample = make_sample("x", np.zeros((40, 60, 3), np.uint8), ids, segments, scene_categories(has_other=True))
+        assert sample.boxes.tolist() == [[20, 0, 40, 40]] and sample.labels.tolist() == [0]
+        assert np.unique(sample.semantic[:, :40]).tolist() == [6] and (sample.semantic[:, 40:] == 255).all()
+        assert (sample.instances == (ids == 7)).all()
+
+    @pytest.mark.parametrize("damage, message", [
+        (lambda f: (f / "images/000001.jpg").unlink(), "000001.jpg: cannot be read"),
+        (lambda f: (f / "images/000001.jpg").write_bytes((f / "images/000001.jpg").read_bytes()[:900]), "000001.jpg: is truncated"),
+        (lambda f: (f / "panoptic/000001.png").unlink(), "000001.png: cannot be read"),
+        (lambda f: (f / "panoptic/000001.png").write_bytes(b"no"), "000001.png"),
+        (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((9, 9, 3), np.uint8)), "annotation of 9x9"),
+        (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((96, 128, 3), np.uint8)), "has no pixels"),
+    ])
+    def test_damage_is_named(self, tmp_path, damage, message):
+        write_coco(tmp_path, 1)
+        damage(tmp_path)
+        with pytest.raises(SampleError, match=message):
+            CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())[0]
+
+    @pytest.mark.parametrize("content, message", [
+        ({"annotations": []}, "images"), ({"annotations": [], "images": [{"id": 1}]}, r"images\[0\]"),
+        ({"annotations": [{"image_id": 2, "file_name": "a", "segments_info": []}],
+          "images": [{"id": 1, "file_name": "b", "height": 1, "width": 1}]}, "not listed")])
+    def test_bad_json_is_named(self, tmp_path, content, message):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        with pytest.raises(PanopticFormatError, match=message):
+            CocoPanoptic(tmp_path / "a.json", tmp_path, None, scene_categories())
+
+
+class TestCityscapes:
+    def test_tree(self, tmp_path):
+        categories = load_categories("cityscapes", 8, 11)
+        data = Cityscapes(write_cityscapes(tmp_path), "train", categories)
+        assert len(data) == 4 and data.sizes == [(96, 192)] * 4 and data.names[0].startswith("city0/")
+        groups = 0
+        for index in range(4):
+            sample, values = data[index], data._read_labels(index)
+            for label, number in zip(sample.labels, range(1, len(sample.labels) + 1)):
+                pixels = np.unique(values[sample.instances == number])
+                assert len(pixels) == 1 and pixels[0] // 1000 == categories.thing_ids[label]
+            assert ((sample.semantic != 255) == np.isin(values, [7, 8, 11, 21, 22, 23])).all()
+            assert (sample.instances[values == 26] == 0).all()
+            groups += int((values == 26).any())
+        assert groups > 0
+
+    def test_truth_for_scoring(self, tmp_path):
+        """The panoptic ground truth made of the tree scores 1 against itself, and is made once."""
+        data = Cityscapes(write_cityscapes(tmp_path), "train", load_categories("cityscapes", 8, 11))
+        paths = data.panoptic_truth(tmp_path / "truth")
+        assert data.panoptic_truth(tmp_path / "truth") == paths
+        result = evaluate(*paths, *paths)
+        assert result["All"]["pq"] == 1.0 and result["Things"]["n"] >= 3
+
+    def test_damage_is_named(self, tmp_path):
+        write_cityscapes(tmp_path, 1)
+        with pytest.raises(CityscapesError, match="no such folder"):
+            Cityscapes(tmp_path, "val", load_categories("cityscapes", 8, 11))
+        data = Cityscapes(tmp_path, "train", load_categories("cityscapes", 8, 11))
+        label = next((tmp_path / "gtFine").rglob("*.png"))
+        label.write_bytes(label.read_bytes()[:200])
+        with pytest.raises(SampleError, match="instanceIds.png: is damaged"):
+            data[0]
+        label.unlink()
+        with pytest.raises(SampleError, match="instanceIds.png: cannot be read"):
+            data[0]
+        next((tmp_path / "leftImg8bit").rglob("*.png")).write_bytes(b"")
+        assert Cityscapes(tmp_path, "train", data.categories).sizes == [(1, 1)]
+
+
+class TestSynthetic:
+    @pytest.mark.parametrize("size", [(32, 32), (120, 90), (256, 384)])
+    def test_ground_truth_is_consistent(self, size):
+        """Ids, areas and boxes of the segments are those of the map; every category is known."""
+        scene = make_scene(size, 1, 0)
+        assert scene.image.shape == (*size, 3) and scene.id_map.shape == size
+        assert set(np.unique(scene.id_map)) - {0} == {s["id"] for s in scene.segments}
+        for segment in scene.segments:
+            mask = scene.id_map == segment["id"]
+            x, y, w, h = segment["bbox"]
+            assert mask.sum() == segment["area"] == mask[y:y + h, x:x + w].sum()
+            assert segment["category_id"] in {row["id"] for row in CATEGORIES}
+        stuff = [s["category_id"] for s in scene.segments if s["category_id"] > 10]
+        assert len(stuff) == len(set(stuff))
+
+    def test_seeded(self):
+        first, again, other = make_scene((64, 96), 1, 2), make_scene((64, 96), 1, 2), make_scene((64, 96), 2, 2)
+        assert (first.image == again.image).all() and (first.id_map == again.id_map).all() and (first.image != other.image).any()
+
+    def test_variety(self):
+        """Twenty scenes hold every category, and things that hide parts of others."""
+        scenes = [make_scene((96, 144), 0, i) for i in range(20)]
+        assert {s["category_id"] for scene in scenes for s in scene.segments} == {row["id"] for row in CATEGORIES}
+        things = [sum(s["category_id"] < 10 for s in scene.segments) for scene in scenes]
+        assert np.mean(things) > 3 and min(things) < max(things)
+
+    def test_bad_arguments(self, tmp_path):
+        with pytest.raises(ValueError, match="at least 32"):
+            make_scene((31, 64), 0, 0)
+        with pytest.raises(ValueError, match="count"):
+            next(synthesize(tmp_path, 0, (64, 64)))
+
+
+def checker(size=(60, 100)):
+    """A sample whose image shows its own labels: blue = instance, green = semantic."""
+    instances, semantic = np.zeros(size, np.int32), np.full(size, 3, np.uint8)
+    instances[10:30, 20:50], semantic[10:30, 20:50] = 1, 5
+    instances[40:60, 80:100] = 2
+    image = np.stack([instances * 100, semantic * 40, np.zeros(size)], axis=-1).astype(np.uint8)
+    return Sample("x", image, np.float32([[20, 10, 50, 30], [80, 40, 100, 60]]), np.array([4, 7]), instances, semantic)
+
+
+class TestAugment:
+    config = replace(PLAIN, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+
+    def consistent(self, out):
+        h, w = out.valid_size
+        image = out.image[:, :h, :w]
+        inner = cv2.erode(cv2.copyMakeBorder((out.instances[:h, :w] > 0).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE),
+                          np.ones((5, 5)))[1:-1, 1:-1] > 0
+        np.testing.assert_allclose(image[2][inner], out.instances[:h, :w][inner] * 100 if len(out.labels) == 2 else image[2][inner])
+        assert (out.image[:, h:] == 0).all() and (out.semantic[h:] == 255).all() and (out.semantic[:, w:] == 255).all()
+        assert out.image.shape[1] % 32 == 0 and out.image.shape[2] % 32 == 0
+        for number, (x1, y1, x2, y2) in enumerate(out.boxes, 1):
+            rows, columns = np.nonzero(out.instances == number)
+            assert abs(columns.min() - x1) <= 1 and abs(columns.max() + 1 - x2) <= 1
+            assert abs(rows.min() - y1) <= 1 and abs(rows.max() + 1 - y2) <= 1
+
+    def test_resize_flip(self):
+        """Boxes, masks, labels and pixels move together; a flip of a flip is the image."""
+        out = augment(checker(), self.config, np.random.default_rng(0))
+        assert out.valid_size == (96, 160) and out.boxes[0] == pytest.approx([32, 16, 80, 48])
+        self.consistent(out)
+        flipped = augment(checker(), replace(self.config, flip_probability=1.0), np.random.default_rng(0))
+        self.consistent(flipped)
+        np.testing.assert_array_equal(flipped.image[:, :, :160], out.image[:, :, :160][:, :, ::-1])
+        np.testing.assert_array_equal(flipped.boxes[:, [0, 2]], 160 - out.boxes[:, [2, 0]])
+
+    def test_multi_scale(self):
+        config = replace(self.config, train_short_edges=(32, 96))
+        sizes = {augment(checker(), config, np.random.default_rng(i)).valid_size[0] for i in range(60)}
+        assert min(sizes) >= 32 and max(sizes) <= 96 and len(sizes) > 20
+
+    def test_crop(self):
+        """Crops of random scale keep ground truth on its pixels and drop what they cut away."""
+        config = replace(self.config, train_crop=(40, 64), train_scale_range=(0.5, 2.0), flip_probability=0.5)
+        kept = []
+        for i in range(40):
+            out = augment(checker(), config, np.random.default_rng(i))
+            assert out.valid_size[0] <= 40 and out.valid_size[1] <= 64
+            assert set(np.unique(out.instances)) - {0} == set(range(1, len(out.labels) + 1))
+            self.consistent(out)
+            kept.append(len(out.labels))
+        assert min(kept) == 0 and max(kept) == 2
+
+
+class TestLoader:
+    schedule = Schedule([(96, 128)] * 7 + [(128, 96)] * 3, 4, seed=5)
+
+    def test_every_image_once_in_batches_of_one_orientation(self):
+        batches = self.schedule.epoch(0)
+        assert batches.shape == (3, 4) == (self.schedule.steps_per_epoch, 4) and set(batches.ravel()) == set(range(10))
+        assert all((row < 7).all() or (row >= 7).all() for row in batches)
+        assert (batches != self.schedule.epoch(1)).any() and (batches == self.schedule.epoch(0)).all()
+
+    def test_processes_and_accumulation_share_a_step(self):
+        whole = list(self.schedule.draws(0, 7, 0, 1, 1))
+        halves = [list(self.schedule.draws(0, 7, rank, 2, 2)) for rank in range(2)]
+        for step, draws in enumerate(whole):
+            parts = [d for rank in range(2) for turn in range(2) for d in halves[rank][2 * step + turn]]
+            assert parts == draws
+        assert list(self.schedule.draws(4, 7, 0, 1, 1)) == whole[4:]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_batches_depend_on_nothing_but_the_draws(self, coco, workers):
+        schedule = Schedule(coco.sizes, 2, 0)
+        config = replace(PLAIN, flip_probability=0.5, train_short_edges=(64, 96))
+        whole = list(make_loader(coco, config, schedule.draws(0, 3, 0, 1, 1)))
+        rest = list(make_loader(coco, config, schedule.draws(1, 3, 0, 1, 1), workers))
+        for a, b in zip(whole[1:], rest):
+            assert torch.equal(a.images, b.images) and torch.equal(a.instances, b.instances) and torch.equal(a.boxes[1], b.boxes[1])
+        truth = whole[0].truth()
+        assert [len(m) for m in truth.masks] == [len(b) for b in truth.boxes] and truth.masks[0][0].sum() > 0
+
+    def test_broken_images_are_replaced_and_named(self, tmp_path):
+        write_coco(tmp_path, 3)
+        (tmp_path / "images/000002.jpg").write_bytes(b"")
+        data = CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())
+        schedule = Schedule(data.sizes, 3, 0)
+        batch, = make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1))
+        assert batch.images.shape[0] == 3 and len(batch.problems) == 1 and "000002.jpg: is empty" in batch.problems[0]
+        with pytest.raises(SampleError, match="is empty"):
+            list(make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1), strict=True))
+        for name in ("000001", "000003"):
+            (tmp_path / f"images/{name}.jpg").unlink()
+        with pytest.raises(SampleError, match="none of the 3 images"):
+            list(make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1)))

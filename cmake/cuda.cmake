@@ -36,8 +36,6 @@ add_library(torch_cuda_stub SHARED "${stub_dir}/torch_cuda_stub.cpp")
 set_target_properties(torch_cuda_stub PROPERTIES
   OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${stub_dir}" CXX_VISIBILITY_PRESET default)
 
-set(cuda_ops
-    roi_align)
 list(TRANSFORM cuda_ops PREPEND "csrc/cuda/" OUTPUT_VARIABLE cuda_sources)
 list(TRANSFORM cuda_sources APPEND ".cu")
 spatialflow_library(spatialflow_cuda ${cuda_sources})

@@ -65,15 +65,35 @@ def cpu_level() -> str:
     return candidates[0]
 
 
+def backend_library() -> str:
+    """Name of the library with the kernels for CPU tensors.
+
+    The environment variable SPATIALFLOW_BACKEND replaces the CPU kernels by interpreted CUDA kernels for tests: "simt",
+    or "simt_sanitized" for the build with sanitizers (docs/simt.md).
+
+    Raises:
+        ImportError: SPATIALFLOW_BACKEND names no back end, or one that was not built; or no CPU library fits.
+    """
+    backend = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
+    if backend == "cpu":
+        return f"cpu_{cpu_level()}"
+    if backend not in ("simt", "simt_sanitized"):
+        raise ImportError(f"SPATIALFLOW_BACKEND must be cpu, simt or simt_sanitized, got {backend!r}")
+    if not library_path(backend).is_file():
+        target = "test-simt" if backend == "simt" else "test-simt-sanitize"
+        raise ImportError(f"SPATIALFLOW_BACKEND={backend}: {library_path(backend)} is missing, `make {target}` builds it")
+    return backend
+
+
 def load() -> None:
     """Registers all operators with torch (`torch.ops.spatialflow`). Loading twice does nothing."""
     import torch
 
     if getattr(load, "done", False):
         return
-    level = cpu_level()
+    backend = backend_library()
     torch.ops.load_library(str(library_path("schema")))
-    torch.ops.load_library(str(library_path(f"cpu_{level}")))
+    torch.ops.load_library(str(library_path(backend)))
     if torch.version.cuda is not None and library_path("cuda").is_file():
         torch.ops.load_library(str(library_path("cuda")))
     load.done = True

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# The CUDA kernels as plain C++ under the SIMT interpreter (docs/simt.md), registered for CPU tensors. The library stands
+# in for the CPU library: operators without a CUDA kernel come from their CPU source. With SPATIALFLOW_SANITIZE it is
+# another library, so that both can be built.
+find_package(Threads REQUIRED)
+set(simt_sources)
+foreach(op IN LISTS ops)
+  if(op IN_LIST cuda_ops)
+    # A source has one language in a folder, and the CUDA library compiles the .cu file as CUDA.
+    set(wrapper "${CMAKE_BINARY_DIR}/simt/${op}.cpp")
+    file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"cuda/${op}.cu\"\n")
+    # As nvcc does, products and sums contract to fused multiply-adds; kernels that must not say so.
+    set_source_files_properties("${wrapper}" PROPERTIES COMPILE_OPTIONS "-ffp-contract=fast;-Wno-unknown-pragmas")
+    list(APPEND simt_sources "${wrapper}")
+  else()
+    list(APPEND simt_sources "csrc/cpu/${op}.cpp")
+  endif()
+endforeach()
+spatialflow_library(spatialflow_simt ${simt_sources})
+target_link_libraries(spatialflow_simt PRIVATE spatialflow_torch Threads::Threads)
+target_compile_options(spatialflow_simt PRIVATE -march=native -g1)
+if(SPATIALFLOW_SANITIZE)
+  set_target_properties(spatialflow_simt PROPERTIES OUTPUT_NAME spatialflow_simt_sanitized)
+  target_compile_options(spatialflow_simt PRIVATE -fno-sanitize-recover=all)
+endif()

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Thin wrappers of the instructions that feed and run the tensor cores, on nvcc and under the interpreter alike
+// (compute capability 8.0; semantics of the PTX manual):
+//
+//   cp_async_16(target, source, valid)    16 bytes from global to shared memory, zeros where not `valid`
+//   cp_async_commit(), cp_async_wait<n>() closes a group of copies; waits until at most n groups are under way
+//   ldmatrix_x4 / _x4_trans / _x2         8x8 matrices of 16-bit values from shared memory to registers
+//   mma_16816(d, a, b)                    d += a (16x16) * b (16x8), float16 or bfloat16 in, float32 sums
+#pragma once
+
+#include "cuda/platform.h"
+
+#if defined(__CUDACC__)
+
+namespace spatialflow {
+
+template <typename T>
+__device__ __forceinline__ unsigned shared_address(T* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+template <typename T>
+__device__ __forceinline__ void cp_async_16(T* target, const T* source, bool valid) {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&registers)[4], const T* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&registers)[4], const T* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+__device__ __forceinline__ void mma_16816(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat16 /* type of a and b */) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_16816(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], float16 /* type of a and b */) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace spatialflow
+
+#else
+#include "simt/tensor_core.h"
+#endif

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// cp.async, ldmatrix and mma.sync under the interpreter (PTX manual, sections "Data Movement" and "Warp Level Matrix").
+//
+// A copy in flight is the worst of both: from its start no other thread may be reading or writing the target, and
+// until its group is waited for nobody may read it, and it holds what it held before.
+#pragma once
+
+#include "simt/intrinsics.h"
+
+namespace spatialflow {
+
+template <typename T>
+inline void cp_async_16(
+    const Shared<T>& target, const Global<const simt::same_t<T>>& source, bool valid,
+    simt::Site site = simt::Site::here()) {
+    constexpr int kCount = static_cast<int>(16 / sizeof(T));
+    simt::Thread::Copy copy;
+    copy.target = target.checked(16, 16, site);
+    copy.site = site;
+    std::memset(copy.data, 0, sizeof(copy.data));
+    if (valid) {
+        std::memcpy(copy.data, source.checked(kCount, site), sizeof(copy.data));
+    }
+    simt::current_block().note_write(copy.target, 16, simt::Shadow::kPending, site);
+    std::vector<std::vector<simt::Thread::Copy>>& copies = simt::current_thread->copies;
+    if (copies.empty()) {
+        copies.emplace_back();
+    }
+    copies.back().push_back(copy);
+}
+
+inline void cp_async_commit() {
+    std::vector<std::vector<simt::Thread::Copy>>& copies = simt::current_thread->copies;
+    if (copies.empty()) {
+        copies.emplace_back();
+    }
+    copies.emplace_back();
+}
+
+template <int kGroups>
+inline void cp_async_wait(simt::Site site = simt::Site::here()) {
+    std::vector<std::vector<simt::Thread::Copy>>& copies = simt::current_thread->copies;
+    simt::Block& block = simt::current_block();
+    // The last entry is the group still open: copies not yet committed are not waited for.
+    while (copies.size() > kGroups + 1u) {
+        for (const simt::Thread::Copy& copy : copies.front()) {
+            block.note_write(copy.target, sizeof(copy.data), simt::Shadow::kPlain, site);
+            std::memcpy(block.shared_memory(copy.target), copy.data, sizeof(copy.data));
+        }
+        copies.erase(copies.begin());
+    }
+}
+
+namespace simt {
+
+// Row addresses come from the lanes, eight for each matrix; lane l receives elements (l / 4, 2 * (l % 4)) and the next
+// of each matrix, or of its transpose.
+template <typename T>
+inline void ldmatrix(
+    const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, Site site) {
+    static_assert(sizeof(T) == 2, "ldmatrix moves 16-bit elements");
+    struct Slot {
+        size_t at;
+        unsigned registers[4];
+    } slot{row.checked(16, 16, site), {}};
+    Block& block = current_block();
+    block.note_read(slot.at, 16, Shadow::kPlain, site);
+    block.collective(name, 0xffffffffu, slot, site, [&](Slot** slots) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            uint16_t values[8][8];
+            for (int r = 0; r < 8; ++r) {
+                std::memcpy(values[r], block.shared_memory(slots[matrix * 8 + r]->at), 16);
+            }
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const int r = lane / 4, c = lane % 4 * 2;
+                const uint16_t low = transposed ? values[c][r] : values[r][c];
+                const uint16_t high = transposed ? values[c + 1][r] : values[r][c + 1];
+                slots[lane]->registers[matrix] = low | static_cast<unsigned>(high) << 16;
+            }
+        }
+    });
+    std::memcpy(registers, slot.registers, sizeof(registers));
+}
+
+template <typename T>
+inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Site site) {
+    struct Slot {
+        float* d;
+        const unsigned *a, *b;
+    } slot{d, a, b};
+    current_block().collective("mma.sync", 0xffffffffu, slot, site, [](Slot** slots) {
+        const auto half_of = [](unsigned packed, int which) {
+            return load(T{static_cast<uint16_t>(packed >> (16 * which))});
+        };
+        float left[16][16], right[8][16];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int group = lane / 4, pair = lane % 4 * 2;
+            for (int i = 0; i < 8; ++i) {  // a_i: rows group (+ 8 for i = 2, 3, 6, 7), columns pair (+ 8 for i >= 4)
+                left[group + (i / 2 % 2) * 8][pair + i % 2 + (i / 4) * 8] = half_of(slots[lane]->a[i / 2], i % 2);
+            }
+            for (int i = 0; i < 4; ++i) {  // b_i: rows (k) pair (+ 8 for i >= 2), column group
+                right[group][pair + i % 2 + (i / 2) * 8] = half_of(slots[lane]->b[i / 2], i % 2);
+            }
+        }
+        for (int lane = 0; lane < kLanes; ++lane) {
+            for (int i = 0; i < 4; ++i) {  // d_i: row group (+ 8 for i >= 2), column 2 * (lane % 4) (+ 1 for odd i)
+                const float* row = left[lane / 4 + i / 2 * 8];
+                const float* column = right[lane % 4 * 2 + i % 2];
+                float sum = 0.0f;
+                for (int k = 0; k < 16; ++k) {
+                    sum += row[k] * column[k];
+                }
+                slots[lane]->d[i] += sum;
+            }
+        }
+    });
+}
+
+}  // namespace simt
+
+template <typename T>
+inline void ldmatrix_x4(unsigned (&registers)[4], const Shared<T>& row, simt::Site site = simt::Site::here()) {
+    simt::ldmatrix("ldmatrix", registers, row, false, site);
+}
+template <typename T>
+inline void ldmatrix_x4_trans(unsigned (&registers)[4], const Shared<T>& row, simt::Site site = simt::Site::here()) {
+    simt::ldmatrix("ldmatrix.trans", registers, row, true, site);
+}
+
+template <typename T>
+inline void mma_16816(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], T /* type of a and b */,
+    simt::Site site = simt::Site::here()) {
+    simt::mma_16816<T>(d, a, b, site);
+}
+
+}  // namespace spatialflow

@@ -24,11 +24,11 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 environment := $(VENV)/complete
 endif
 
-.PHONY: help build test bench demo clean
+.PHONY: help build test test-simt test-simt-sanitize bench demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
 
 $(VENV)/complete: pyproject.toml setup.py
 	$(BASE_PYTHON) -m venv $(VENV)
@@ -41,6 +41,25 @@ build: $(environment)  ## compile the libraries into the source tree
 
 test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 	$(PYTHON) -m pytest $(TESTS)
+
+# The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
+SIMT_TESTS ?= tests/test_simt.py tests/test_roi_align.py
+simt_build = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
+	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off "-DSPATIALFLOW_SANITIZE=$(2)" && cmake --build build/$(1) --target $(3)
+comma := ,
+sanitizers := address$(comma)undefined
+compiler_library = $(shell $(CXX) -print-file-name=$(1))
+
+test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; SIMT_TESTS=tests/test_nms.py for a part
+	$(call simt_build,simt,,spatialflow_schema spatialflow_simt)
+	SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest $(SIMT_TESTS)
+
+test-simt-sanitize: $(environment)  ## the same with address and undefined-behaviour sanitizers
+	$(call simt_build,simt,,spatialflow_schema)
+	$(call simt_build,simt-sanitize,$(sanitizers),spatialflow_simt)
+	SPATIALFLOW_BACKEND=simt_sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(call compiler_library,libasan.so) $(call compiler_library,libubsan.so) $(call compiler_library,libstdc++.so)" \
+	$(PYTHON) -m pytest $(filter-out tests/test_simt.py,$(SIMT_TESTS))
 
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)

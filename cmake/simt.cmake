@@ -22,5 +22,5 @@ target_link_libraries(spatialflow_simt PRIVATE spatialflow_torch Threads::Thread
 target_compile_options(spatialflow_simt PRIVATE -march=native -g1)
 if(SPATIALFLOW_SANITIZE)
   set_target_properties(spatialflow_simt PROPERTIES OUTPUT_NAME spatialflow_simt_sanitized)
-  target_compile_options(spatialflow_simt PRIVATE -fno-sanitize-recover=all)
+  target_compile_options(spatialflow_simt PRIVATE -O1 -fno-sanitize-recover=all)
 endif()

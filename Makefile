@@ -14,6 +14,9 @@ PYTHON ?= $(VENV)/bin/python
 LEVELS ?=
 OPS ?=
 TESTS ?= tests
+CONFIG ?= spatialflow_r50_coco
+IMAGES ?=
+WEIGHTS ?=
 
 export PATH := $(VENV)/bin:$(PATH)
 export SPATIALFLOW_CPU_LEVELS := $(LEVELS)
@@ -64,5 +67,16 @@ test-simt-sanitize: $(environment)  ## the same with address and undefined-behav
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
 
+demo:  ## environment, build, pictures, predictions with overlays in demo/; IMAGES="a.jpg folder" WEIGHTS=file CONFIG=name
+	@begin=$$(date +%s) && $(MAKE) --no-print-directory build && built=$$(date +%s) && rm -rf demo && \
+	if [ -z "$(IMAGES)" ]; then $(PYTHON) -m spatialflow.cli synthesize demo/pictures --count 4; fi && \
+	drawn=$$(date +%s) && \
+	$(PYTHON) -m spatialflow.cli predict $(or $(IMAGES),demo/pictures/images) --output demo/prediction \
+	  --config $(CONFIG) $(if $(WEIGHTS),--checkpoint $(WEIGHTS)) && done=$$(date +%s) && \
+	echo "seconds: environment and build $$((built - begin)), pictures $$((drawn - built)), prediction $$((done - drawn))" && \
+	if [ -z "$(WEIGHTS)" ]; then echo "The weights are untrained, so the maps show that everything runs, not what is in the" \
+	  "pictures: make demo WEIGHTS=checkpoint.safetensors"; fi && \
+	echo "Look at demo/prediction/overlays."
+
 clean:  ## remove what was built, the environment included
-	rm -rf $(VENV) build dist spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info
+	rm -rf $(VENV) build dist demo spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info

@@ -8,6 +8,8 @@ from them, the `sweep` of cases, and the float64 oracle. The harness does the re
 2. warm-up, then rounds in which the providers take turns in one process, so that a disturbance hits all alike;
 3. medians with the 10 % and 90 % quantiles; `ratio` is a provider's median over spatialflow's;
 4. a table on screen, `results/<device>/<op>.json` and a plot beside it.
+
+`python benchmarks/harness.py` prints the kept results as Markdown tables, one per device.
 """
 
 from __future__ import annotations
@@ -433,3 +435,27 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
     _write_text(path, json.dumps(content, indent=1) + "\n")
     plot(benchmark, setting, rows, path.with_suffix(".png"))
     print(f"\n  written: {path}, {path.with_suffix('.png').name}")
+
+
+def markdown(folder: Path) -> str:
+    """Kept results as Markdown: a table per device, a row per op, case and mode with each peer's time and ratio."""
+    parts = []
+    for device in sorted(path for path in folder.iterdir() if path.is_dir()):
+        contents = [json.loads(path.read_text()) for path in sorted(device.glob("*.json"))]
+        peers = list(dict.fromkeys(r["provider"] for content in contents for r in content["rows"]))
+        peers.remove(OURS)
+        head = ["op", "case", "", OURS, *peers]
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "---:|" * (len(head) - 3)]
+        for content in contents:
+            for case, mode in dict.fromkeys((r["case"], r["mode"]) for r in content["rows"]):
+                rows = {r["provider"]: r for r in content["rows"] if (r["case"], r["mode"]) == (case, mode)}
+                cells = [f"{rows[OURS]['median_ms']:.3g} ms"]
+                cells += [f"{rows[p]['median_ms']:.3g} ms ({rows[p]['ratio']:.1f}x)" if p in rows else "" for p in peers]
+                lines.append("| " + " | ".join([f"`{content['op']}`", case, mode, *cells]) + " |")
+        settings = {(c["device"], f"{c['threads']} threads", f"torch {c['versions']['torch']}") for c in contents}
+        parts.append("\n".join(["; ".join(", ".join(setting) for setting in sorted(settings)), "", *lines]))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(markdown(Path(__file__).parent / "results"))

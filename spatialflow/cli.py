@@ -79,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--per-class", action="store_true", help="a line for every class in the table")
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
 
+    synthesize = commands.add_parser("synthesize", help="draw landscapes with exact panoptic ground truth")
+    synthesize.set_defaults(run=_synthesize)
+    synthesize.add_argument("output", type=Path, metavar="FOLDER", help="receives images/, panoptic/ and panoptic.json")
+    synthesize.add_argument("--count", type=int, default=8, metavar="N", help="scenes (default: %(default)s)")
+    synthesize.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"),
+                            help="of every scene (default: 480 640)")  # fmt: skip
+    synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="other seeds draw other scenes")
+
     convert = commands.add_parser("convert", help="rewrite a released checkpoint with the names of this package")
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
@@ -342,7 +350,28 @@ def _quality_table(result: dict[str, Any], names: dict[int, str]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------- convert, benchmark, info
+# --------------------------------------------------------------------------------- synthesize, convert, benchmark, info
+
+
+def _synthesize(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from spatialflow.data.synthetic import synthesize
+
+    if options.seed < 0:
+        raise CommandError(f"--seed must not be negative, got {options.seed}")
+    if min(options.size) < 32:
+        raise CommandError(f"--size must be at least 32 x 32, got {options.size[0]} x {options.size[1]}")
+    try:
+        with _named(options.output):
+            scenes = synthesize(options.output, options.count, tuple(options.size), options.seed)
+            count = sum(1 for _ in tqdm(scenes, desc="synthesize", unit="scene", total=options.count, disable=None))
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(_sentence(error)) from None
+    print(f"{count} scenes: {options.output / 'images'}/, {options.output / 'panoptic.json'}")
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> int:

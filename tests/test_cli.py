@@ -235,6 +235,19 @@ class TestConvert:
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+class TestSynthesize:
+    def test_scenes_are_a_data_set(self, tmp_path, capsys):
+        assert main(["synthesize", str(tmp_path / "a"), "--count", "2", "--size", "48", "64"]) == 0
+        assert main(["evaluate", str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+        assert "100.00" in capsys.readouterr().out
+        assert cv2.imread(str(next((tmp_path / "a" / "images").iterdir()))).shape == (48, 64, 3)
+
+    @pytest.mark.parametrize("change", [["--count", "0"], ["--size", "4", "4"], ["--seed", "-1"]])
+    def test_errors(self, tmp_path, capsys, change):
+        assert main(["synthesize", str(tmp_path / "a"), *change]) == 2
+        assert len(sentences(capsys)) == 1 and not (tmp_path / "a" / "panoptic.json").exists()
+
+
 class TestInfoAndBenchmark:
     def test_info(self, capsys):
         assert main(["info"]) == 0

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""deform_conv2d at the sizes of the deformable models at 800x1344: sub-networks on P4, and stages of the backbones."""
+
+import torch
+from harness import Benchmark, Problem, main, optional
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+torchvision = optional("torchvision.ops")
+
+
+def setup(
+    layout: torch.memory_format, channels: int = 256, height: int = 50, width: int = 84, stride: int = 1,
+    groups: int = 1, masked: bool = True,
+) -> Problem:  # fmt: skip
+    """A 3x3 convolution, as many outputs as inputs; `height` and `width` are those of the output."""
+    input = torch.randn(1, channels, height * stride, width * stride).contiguous(memory_format=layout)
+    # Sixteenths, never whole: float32 and the float64 oracle then agree on the side of every kink.
+    offset = ((2 * torch.randn(1, 18, height, width)) * 16).floor() / 16 + 1 / 32
+    weight = torch.randn(channels, channels // groups, 3, 3) / (9 * channels // groups) ** 0.5
+    mask = torch.rand(1, 9, height, width) if masked else None
+    inputs = (input, offset, weight, torch.randn(channels)) + ((mask,) if masked else ())
+    return Problem(
+        inputs=inputs,
+        options={"stride": (stride, stride), "padding": (1, 1), "dilation": (1, 1)},
+        differentiable=tuple(range(len(inputs))),
+        bytes=4 * (input.numel() + offset.numel() + weight.numel() + channels * height * width),
+        operations=2 * 9 * channels * channels // groups * height * width,
+    )
+
+
+def by_position(function):
+    """`function` with the mask, if any, as the fifth tensor."""
+    return function and (lambda *tensors, **options: function(*tensors[:4], mask=(tensors + (None,))[4], **options))
+
+
+BENCHMARK = Benchmark(
+    name="deform_conv2d",
+    title="3x3, sub-networks on P4 (256 channels, 50x84) and backbone stages",
+    setup=setup,
+    sweep={
+        "v2 on P4, channels-last": {"layout": torch.channels_last},
+        "v2 on P4, contiguous": {"layout": torch.contiguous_format},
+        "v1 on P4, channels-last": {"layout": torch.channels_last, "masked": False},
+        "v2 on P5, channels-last": {"layout": torch.channels_last, "height": 25, "width": 42},
+        "R101 stage 5, stride 2, channels-last": {
+            "layout": torch.channels_last, "channels": 512, "height": 25, "width": 42, "stride": 2,
+        },
+        "X101-64x4d stage 4, 64 groups, channels-last": {
+            "layout": torch.channels_last, "channels": 1024, "groups": 64,
+        },
+    },
+    providers={
+        "spatialflow": by_position(ops.deform_conv2d),
+        "reference": by_position(reference.deform_conv2d),
+        "torchvision": by_position(torchvision and torchvision.deform_conv2d),
+    },
+)  # fmt: skip
+
+if __name__ == "__main__":
+    main(BENCHMARK)

@@ -17,11 +17,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define SPATIALFLOW_NMS_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SPATIALFLOW_NMS_HOST_DEVICE inline
-#endif
+#include "common/host_device.h"
 
 namespace spatialflow {
 
@@ -33,7 +29,7 @@ struct Box {
 // A product that is rounded before anything is added to it. Host files that include this header are compiled with
 // -ffp-contract=off.
 template <typename real_t>
-SPATIALFLOW_NMS_HOST_DEVICE real_t rounded_product(real_t a, real_t b) {
+SPATIALFLOW_HOST_DEVICE real_t rounded_product(real_t a, real_t b) {
 #if defined(__CUDA_ARCH__)
     if constexpr (sizeof(real_t) == 4) {
         return __fmul_rn(a, b);
@@ -46,28 +42,28 @@ SPATIALFLOW_NMS_HOST_DEVICE real_t rounded_product(real_t a, real_t b) {
 }
 
 template <typename real_t>
-SPATIALFLOW_NMS_HOST_DEVICE real_t positive_part(real_t value) {
+SPATIALFLOW_HOST_DEVICE real_t positive_part(real_t value) {
     return value > real_t(0) ? value : real_t(0);
 }
 
 template <typename real_t>
-SPATIALFLOW_NMS_HOST_DEVICE bool box_is_valid(const Box<real_t>& box) {
+SPATIALFLOW_HOST_DEVICE bool box_is_valid(const Box<real_t>& box) {
     return box.x1 == box.x1 && box.y1 == box.y1 && box.x2 == box.x2 && box.y2 == box.y2;
 }
 
 template <typename real_t>
-SPATIALFLOW_NMS_HOST_DEVICE real_t box_area(const Box<real_t>& box) {
+SPATIALFLOW_HOST_DEVICE real_t box_area(const Box<real_t>& box) {
     return rounded_product(positive_part(box.x2 - box.x1), positive_part(box.y2 - box.y1));
 }
 
 // False for boxes that neither suppress nor can be suppressed (see above): 0 < area < infinity.
 template <typename real_t>
-SPATIALFLOW_NMS_HOST_DEVICE bool area_competes(real_t area) {
+SPATIALFLOW_HOST_DEVICE bool area_competes(real_t area) {
     return area > real_t(0) && area - area == real_t(0);
 }
 
 template <typename real_t>
-SPATIALFLOW_NMS_HOST_DEVICE bool suppresses(
+SPATIALFLOW_HOST_DEVICE bool suppresses(
     const Box<real_t>& a, real_t area_a, const Box<real_t>& b, real_t area_b, real_t threshold) {
     const real_t left = a.x1 > b.x1 ? a.x1 : b.x1;
     const real_t top = a.y1 > b.y1 ? a.y1 : b.y1;
@@ -78,13 +74,13 @@ SPATIALFLOW_NMS_HOST_DEVICE bool suppresses(
 }
 
 // An unsigned key that ascends as scores descend; equal for -0 and +0. Scores are not NaN.
-SPATIALFLOW_NMS_HOST_DEVICE uint32_t descending_key(float score) {
+SPATIALFLOW_HOST_DEVICE uint32_t descending_key(float score) {
     score += 0.0f;  // -0 + 0 = +0
     uint32_t bits;
     __builtin_memcpy(&bits, &score, sizeof(bits));
     return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
 }
-SPATIALFLOW_NMS_HOST_DEVICE uint64_t descending_key(double score) {
+SPATIALFLOW_HOST_DEVICE uint64_t descending_key(double score) {
     score += 0.0;
     uint64_t bits;
     __builtin_memcpy(&bits, &score, sizeof(bits));

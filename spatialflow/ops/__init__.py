@@ -14,6 +14,7 @@ from spatialflow.ops.nms import batched_nms, nms  # noqa: E402
 from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
 from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
+from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss  # noqa: E402
 
 __all__ = [
     "DeformConv2d",
@@ -33,4 +34,5 @@ __all__ = [
     "panoptic_merge",
     "paste_masks",
     "roi_align",
+    "sigmoid_focal_loss",
 ]

@@ -47,3 +47,11 @@ def require_batch_indices(op: str, name: str, indices: torch.Tensor, batch: int)
     if bool(bad.any()):
         where = int(bad.nonzero()[0])
         raise ValueError(f"{op}: {name} must have batch indices in [0, {batch}), got {indices[where].item()} in row {where}")
+
+
+def require_labels(op: str, name: str, labels: torch.Tensor, classes: int) -> None:
+    """Raises ValueError naming the first of `labels` that is no class, background (`classes`) or ignored (-1)."""
+    bad = (labels < -1) | (labels > classes)
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{op}: {name} must be in [-1, {classes}], got {labels[where].item()} at index {where}")

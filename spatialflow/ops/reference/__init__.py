@@ -9,6 +9,7 @@ from spatialflow.ops.reference.nms import batched_nms, nms
 from spatialflow.ops.reference.panoptic_merge import panoptic_merge
 from spatialflow.ops.reference.paste_masks import paste_masks
 from spatialflow.ops.reference.roi_align import roi_align
+from spatialflow.ops.reference.sigmoid_focal_loss import sigmoid_focal_loss
 
 __all__ = [
     "batched_nms",
@@ -20,4 +21,5 @@ __all__ = [
     "panoptic_merge",
     "paste_masks",
     "roi_align",
+    "sigmoid_focal_loss",
 ]

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sigmoid focal loss (Lin et al., Focal Loss for Dense Object Detection, equation 5) and its derivatives, written once
+// for scalars, CPU vectors and CUDA.
+//
+// With z = -x for the class of the label and z = x for every other class, s = sigmoid(z) is the probability of the
+// mistake and the loss of one element is, up to its factor alpha or 1 - alpha,
+//
+//   f(z) = s^gamma * softplus(z)          softplus(z) = -log(1 - s) = max(z, 0) + log(1 + exp(-|z|))
+//
+// Everything follows from exp(-|z|) in [0, 1], so nothing overflows and nothing is lost in 1 - s for large logits.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace spatialflow {
+
+// The `order`-th derivative of f at z, order 0 to 2. NaN gives NaN.
+//
+// value_t is a scalar or a vector of lanes; Math::exp(x) is called for x <= 0 and Math::log1p(x) for 0 <= x <= 1.
+template <int order, typename Math, typename value_t, typename real_t>
+SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
+    const value_t zero = value_t{}, one = zero + real_t(1);
+    const value_t small = Math::exp(z > zero ? -z : z);  // exp(-|z|)
+    const value_t log_term = Math::log1p(small);
+    const value_t cost = (z > zero ? z : zero) + log_term;  // softplus(z)
+    const value_t larger = one / (one + small);
+    const value_t smaller = small * larger;
+    const value_t mistake = z > zero ? larger : smaller;  // s
+    const value_t certain = z > zero ? smaller : larger;  // 1 - s
+    value_t power;  // s^gamma
+    if (gamma == real_t(2)) {
+        power = mistake * mistake;
+    } else if (gamma == real_t(0)) {
+        power = one;
+    } else {
+        power = Math::exp(-gamma * ((z > zero ? zero : -z) + log_term));  // log s = -softplus(-z)
+    }
+    value_t result;
+    if constexpr (order == 0) {
+        result = power * cost;
+    } else {
+        // f' = s^gamma g with g = gamma (1 - s) softplus + s. For infinite z the product is 0, not 0 * infinity.
+        const value_t limit = zero + real_t(1e4);
+        const value_t bounded = cost < limit ? cost : limit;
+        const value_t slope = gamma * certain * bounded + mistake;
+        result = power * slope;
+        if constexpr (order == 2) {
+            result = power * certain *
+                     (gamma * slope - gamma * mistake * bounded + (gamma + real_t(1)) * mistake);
+        }
+    }
+    return z == z ? result : z;
+}
+
+}  // namespace spatialflow

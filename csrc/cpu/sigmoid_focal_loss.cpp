@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sigmoid focal loss on the CPU, from class indices: no one-hot target is ever made.
+//
+// A block of rows is worked on in a buffer that stays in the first-level cache: the logits, with the sign of the
+// label's class turned, then f or a derivative of it for all elements alike (common/sigmoid_focal_loss.h). What sets the
+// label's class apart, its weight and the sign of odd derivatives, concerns one element per row and is put right after.
+// The sum is made of one double per block, added in order, so it does not depend on the number of threads.
+#include "ops/sigmoid_focal_loss.h"
+
+#include <algorithm>
+
+#include "common/sigmoid_focal_loss.h"
+#include "cpu/dispatch.h"
+#include "cpu/scratch.h"
+#include "cpu/vector_math.h"
+
+namespace spatialflow {
+namespace {
+
+constexpr int64_t kBlockElements = 2048;
+
+struct FocalOptions {
+    double gamma, positive_weight, negative_weight;
+
+    FocalOptions(double gamma, double alpha)
+        : gamma(gamma), positive_weight(alpha < 0 ? 1 : alpha), negative_weight(alpha < 0 ? 1 : 1 - alpha) {}
+};
+
+template <int order, typename real_t>
+void focal_terms(real_t* values, int64_t count, real_t gamma) {
+    int64_t i = 0;
+    if constexpr (sizeof(real_t) == sizeof(float)) {
+        for (; i + kLanes<real_t> <= count; i += kLanes<real_t>) {
+            store_vector(values + i, focal_term<order, VectorMath>(load_vector(values + i), gamma));
+        }
+        if (i < count) {
+            const int rest = static_cast<int>(count - i);
+            store_partial(values + i, focal_term<order, VectorMath>(load_partial(values + i, rest), gamma), rest);
+        }
+    } else {
+        for (; i < count; ++i) {
+            values[i] = focal_term<order, ScalarMath>(values[i], gamma);
+        }
+    }
+}
+
+// Rows of logits and labels in blocks; work(block, first_row, row_count, values) gets f or a derivative, unweighted.
+template <int order, typename scalar_t, typename Work>
+void for_each_block(
+    const scalar_t* logits,  // (rows, classes)
+    const int64_t* labels,   // (rows)
+    int64_t rows, int64_t classes, int64_t block_rows, double gamma, const Work& work) {
+    using real_t = accum_t<scalar_t>;
+    const int64_t blocks = (rows + block_rows - 1) / block_rows;
+    const int64_t grain = std::max<int64_t>(1, 8 * kBlockElements / (block_rows * classes));
+    parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+        const Scratch<real_t> buffer(block_rows * classes);
+        real_t* values = buffer.get();
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t first = block * block_rows, count = std::min(block_rows, rows - first);
+            const scalar_t* source = logits + first * classes;
+            for (int64_t i = 0; i < count * classes; ++i) {
+                values[i] = load(source[i]);
+            }
+            for (int64_t row = 0; row < count; ++row) {
+                const int64_t label = labels[first + row];
+                if (label >= 0 && label < classes) {
+                    values[row * classes + label] = -values[row * classes + label];
+                }
+            }
+            focal_terms<order>(values, count * classes, static_cast<real_t>(gamma));
+            work(block, first, count, values);
+        }
+    });
+}
+
+int64_t rows_per_block(int64_t classes) { return std::max<int64_t>(1, kBlockElements / classes); }
+
+// output = factor * the weighted loss or derivative; factor: null for 1, or one per element, or `factor_step` 0: one.
+template <int order, typename scalar_t, typename factor_t>
+void focal_elementwise(
+    const scalar_t* logits, const int64_t* labels, const factor_t* factor, int64_t factor_step, scalar_t* output,
+    int64_t rows, int64_t classes, const FocalOptions& options) {
+    using real_t = accum_t<scalar_t>;
+    const real_t negative = static_cast<real_t>(options.negative_weight);
+    const real_t positive = static_cast<real_t>(order % 2 ? -options.positive_weight : options.positive_weight);
+    const auto work = [&](int64_t, int64_t first, int64_t count, const real_t* values) {
+        scalar_t* target = output + first * classes;
+        const factor_t* scale = factor == nullptr ? nullptr : factor + first * classes * factor_step;
+        if (factor_step == 0) {
+            const real_t weight = scale == nullptr ? negative : negative * static_cast<real_t>(load(*scale));
+            for (int64_t i = 0; i < count * classes; ++i) {
+                store(target[i], values[i] * weight);
+            }
+        } else {
+            for (int64_t i = 0; i < count * classes; ++i) {
+                store(target[i], values[i] * negative * static_cast<real_t>(load(scale[i])));
+            }
+        }
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t label = labels[first + row], at = row * classes + label;
+            if (label >= 0 && label < classes) {
+                const real_t own = scale == nullptr ? real_t(1) : static_cast<real_t>(load(scale[at * factor_step]));
+                store(target[at], values[at] * positive * own);
+            } else if (label != classes) {
+                std::memset(static_cast<void*>(target + row * classes), 0, sizeof(scalar_t) * classes);
+            }
+        }
+    };
+    for_each_block<order>(logits, labels, rows, classes, rows_per_block(classes), options.gamma, work);
+}
+
+template <typename scalar_t>
+double focal_sum(
+    const scalar_t* logits, const int64_t* labels, int64_t rows, int64_t classes, const FocalOptions& options) {
+    using real_t = accum_t<scalar_t>;
+    const int64_t block_rows = rows_per_block(classes);
+    std::vector<double> sums(static_cast<size_t>((rows + block_rows - 1) / block_rows));
+    const auto work = [&](int64_t block, int64_t first, int64_t count, real_t* values) {
+        double positive = 0;
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t label = labels[first + row];
+            if (label >= 0 && label < classes) {
+                positive += values[row * classes + label];
+                values[row * classes + label] = 0;
+            } else if (label != classes) {
+                std::fill(values + row * classes, values + (row + 1) * classes, real_t(0));
+            }
+        }
+        Vector<real_t> lanes = {};
+        const int64_t total = count * classes;
+        int64_t i = 0;
+        for (; i + kLanes<real_t> <= total; i += kLanes<real_t>) {
+            lanes += load_vector(values + i);
+        }
+        double negative = 0;
+        for (int lane = 0; lane < kLanes<real_t>; ++lane) {
+            negative += lanes[lane];
+        }
+        for (; i < total; ++i) {
+            negative += values[i];
+        }
+        sums[static_cast<size_t>(block)] = positive * options.positive_weight + negative * options.negative_weight;
+    };
+    for_each_block<0>(logits, labels, rows, classes, block_rows, options.gamma, work);
+    double total = 0;
+    for (double sum : sums) {
+        total += sum;
+    }
+    return total;
+}
+
+Tensor sigmoid_focal_loss_cpu(const Tensor& logits, const Tensor& labels, double gamma, double alpha) {
+    check_sigmoid_focal_loss(logits, labels, gamma, alpha);
+    const Tensor source = to_contiguous(logits), classes_of_rows = contiguous_as(labels, ScalarType::Long);
+    Tensor output = empty_like_sized(source, std::vector<int64_t>(logits.sizes().begin(), logits.sizes().end()));
+    if (output.numel() != 0) {
+        dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {
+            using scalar_t = decltype(zero);
+            focal_elementwise<0, scalar_t, scalar_t>(
+                data<scalar_t>(source), data<int64_t>(classes_of_rows), nullptr, 0, mutable_data<scalar_t>(output),
+                labels.numel(), logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
+        });
+    }
+    return output;
+}
+
+Tensor sigmoid_focal_loss_sum_cpu(const Tensor& logits, const Tensor& labels, double gamma, double alpha) {
+    check_sigmoid_focal_loss(logits, labels, gamma, alpha);
+    const Tensor source = to_contiguous(logits), classes_of_rows = contiguous_as(labels, ScalarType::Long);
+    double total = 0;
+    if (logits.numel() != 0) {
+        dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {
+            using scalar_t = decltype(zero);
+            total = focal_sum(data<scalar_t>(source), data<int64_t>(classes_of_rows), labels.numel(),
+                              logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
+        });
+    }
+    const bool wide = logits.scalar_type() == ScalarType::Double;
+    Tensor result = empty_like_sized(logits, {}, wide ? ScalarType::Double : ScalarType::Float);
+    return torch::stable::fill_(result, total);
+}
+
+Tensor sigmoid_focal_loss_derivative_cpu(
+    const Tensor& factor, const Tensor& logits, const Tensor& labels, double gamma, double alpha, int64_t order) {
+    check_sigmoid_focal_loss_derivative(factor, logits, labels, gamma, alpha, order);
+    const Tensor source = to_contiguous(logits), classes_of_rows = contiguous_as(labels, ScalarType::Long);
+    Tensor output = empty_like_sized(source, std::vector<int64_t>(logits.sizes().begin(), logits.sizes().end()));
+    if (output.numel() == 0) {
+        return output;
+    }
+    const int64_t step = factor.dim() == 0 && logits.dim() != 0 ? 0 : 1;
+    const auto run = [&](auto zero, const auto* factors) {
+        using scalar_t = decltype(zero);
+        const auto apply = [&](auto kernel) {
+            kernel(data<scalar_t>(source), data<int64_t>(classes_of_rows), factors, step,
+                   mutable_data<scalar_t>(output), labels.numel(), logits.size(logits.dim() - 1),
+                   FocalOptions(gamma, alpha));
+        };
+        using factor_t = std::remove_const_t<std::remove_pointer_t<decltype(factors)>>;
+        order == 1 ? apply(focal_elementwise<1, scalar_t, factor_t>) : apply(focal_elementwise<2, scalar_t, factor_t>);
+    };
+    dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        if (step == 0) {  // one number, in more precision than 16-bit logits
+            const Tensor wide = contiguous_as(factor, ScalarType::Double);
+            run(zero, data<double>(wide));
+        } else {
+            const Tensor same = contiguous_as(factor, logits.scalar_type());
+            run(zero, data<scalar_t>(same));
+        }
+    });
+    return output;
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
+    library.impl("sigmoid_focal_loss", TORCH_BOX(&spatialflow::sigmoid_focal_loss_cpu));
+    library.impl("_sigmoid_focal_loss_sum", TORCH_BOX(&spatialflow::sigmoid_focal_loss_sum_cpu));
+    library.impl("_sigmoid_focal_loss_derivative", TORCH_BOX(&spatialflow::sigmoid_focal_loss_derivative_cpu));
+}

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sigmoid focal loss in plain PyTorch, with a one-hot target: the specification of `spatialflow.ops`' fused one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sigmoid_focal_loss(
+    logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "none"
+) -> Tensor:
+    """Same arguments and result as `spatialflow.ops.sigmoid_focal_loss`."""
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    classes = logits.shape[-1]
+    ignored = ((labels < 0) | (labels > classes))[..., None]  # (..., 1)
+    target = labels[..., None] == torch.arange(classes, device=labels.device)  # (..., C)
+    x = logits.to(real).masked_fill(ignored, 0)
+    wrong = torch.where(target, -x, x)  # its sigmoid is the probability of the mistake
+    weight = x.new_full(x.shape, 1 - alpha).masked_fill(target, alpha) if alpha >= 0 else 1.0
+    loss = weight * torch.sigmoid(wrong) ** gamma * -F.logsigmoid(-wrong)
+    loss = loss.masked_fill(ignored, 0)
+    if reduction == "none":
+        return loss.to(logits.dtype)
+    return loss.mean() if reduction == "mean" else loss.sum()

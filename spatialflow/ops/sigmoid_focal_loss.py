@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sigmoid focal loss from class indices, fused forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.checking import is_checking, require_finite, require_labels
+from spatialflow.ops.differentiable import DifferentiableOp
+
+
+def sigmoid_focal_loss(
+    logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "none"
+) -> Tensor:
+    """Focal loss of C independent sigmoids per row, of which at most one, named by the label, should be on.
+
+    With p the probability of the right answer for an element, its loss is `-w * (1 - p) ** gamma * log(p)`, w = alpha
+    for the class of the label and 1 - alpha for all other classes.
+
+    Args:
+        logits: (..., C); float32, float64, float16 or bfloat16, any strides.
+        labels: (...) int64 or int32. 0 to C - 1: that class; C: background, no class is right; any other value, by
+            custom -1: the row is ignored, with zero loss and gradient whatever its logits are.
+        gamma: how strongly easy elements are played down; 0 or more.
+        alpha: weight of the class of the label, at most 1; negative: all weights are 1.
+        reduction: "none", "sum", or "mean" over all elements, ignored ones included.
+
+    Returns:
+        "none": (..., C) in the dtype of `logits`. Otherwise a number in float32 (float64 for float64 logits), as a sum
+        over all anchors of an image need not fit 16 bits.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
+        ValueError: an unknown reduction; within `spatialflow.ops.checked()` a logit that is not finite, or a label
+            outside [-1, C].
+
+    Remarks:
+        Computed in float32 (float64 for float64), from exp(-|logit|): exact and smooth for logits of any size. A NaN
+        logit gives NaN, in loss and gradient, so that training notices; an infinite one an infinite loss, or none if
+        it is right. Nothing the size of a one-hot target is made, and "sum" and "mean" store no loss per element.
+        Gradients flow to `logits`, in reverse and forward mode, to second order. Sums have a fixed order.
+        No rows, or no classes: an empty result, the sum 0 and the mean NaN.
+
+    Source: Lin et al., Focal Loss for Dense Object Detection (2017), equation 5; torchvision.ops.sigmoid_focal_loss
+    with one-hot targets.
+    """
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"sigmoid_focal_loss: reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+    if is_checking():
+        require_finite("sigmoid_focal_loss", "logits", logits)
+        require_labels("sigmoid_focal_loss", "labels", labels, logits.shape[-1])
+    settings = (float(gamma), float(alpha))
+    if reduction == "none":
+        return _elementwise(logits, labels, *settings)
+    total = _sum(logits, labels, *settings)
+    return total / logits.numel() if reduction == "mean" else total
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    torch._check(
+        labels.dim() == logits.dim() - 1,
+        lambda: f"sigmoid_focal_loss: labels must have one dimension less than logits, got {labels.dim()}",
+    )
+
+
+@torch.library.register_fake("spatialflow::sigmoid_focal_loss")
+def _(logits, labels, gamma, alpha):
+    _check(logits, labels)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("spatialflow::_sigmoid_focal_loss_sum")
+def _(logits, labels, gamma, alpha):
+    _check(logits, labels)
+    return logits.new_empty((), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.register_fake("spatialflow::_sigmoid_focal_loss_derivative")
+def _(factor, logits, labels, gamma, alpha, order):
+    _check(logits, labels)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+# The loss of an element depends on its own logit alone, so the Jacobian is diagonal: gradients and tangents are both
+# products with the derivative, which is an op of its own: factor * (order-th derivative).
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    logits, labels, *ctx.settings = inputs
+    ctx.save_for_backward(logits, labels)
+    ctx.save_for_forward(logits, labels)
+
+
+def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+    logits, labels = ctx.saved_tensors
+    grad = _derivative(grad_output, logits, labels, *ctx.settings, 1) if needs[0] else None
+    return grad, None, None, None
+
+
+def _jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+    logits, labels = ctx.saved_tensors
+    return None if tangent is None else _derivative(tangent, logits, labels, *ctx.settings, 1)
+
+
+def _sum_jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+    logits, labels = ctx.saved_tensors
+    if tangent is None:
+        return None
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return _derivative(tangent, logits, labels, *ctx.settings, 1).sum(dtype=wide)
+
+
+def _derivative_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    factor, logits, labels, *ctx.settings, ctx.order = inputs
+    ctx.save_for_backward(factor, logits, labels)
+    ctx.save_for_forward(factor, logits, labels)
+
+
+def _derivative_backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+    factor, logits, labels = ctx.saved_tensors
+    by_factor = by_logits = None
+    if needs[0]:
+        by_factor = _derivative(grad_output, logits, labels, *ctx.settings, ctx.order)
+        by_factor = by_factor if factor.dim() == by_factor.dim() else by_factor.sum(dtype=factor.dtype)
+    if needs[1]:
+        by_logits = _derivative(grad_output * factor, logits, labels, *ctx.settings, ctx.order + 1)
+    return by_factor, by_logits, None, None, None, None
+
+
+def _derivative_jvp(ctx: Any, factor_tangent: Tensor | None, logits_tangent: Tensor | None, *_: Any) -> Tensor | None:
+    factor, logits, labels = ctx.saved_tensors
+    parts = []
+    if factor_tangent is not None:
+        parts.append(_derivative(factor_tangent, logits, labels, *ctx.settings, ctx.order))
+    if logits_tangent is not None:
+        parts.append(_derivative(logits_tangent * factor, logits, labels, *ctx.settings, ctx.order + 1))
+    return sum(parts) if parts else None
+
+
+_elementwise = DifferentiableOp("sigmoid_focal_loss", setup_context=_setup_context, backward=_backward, jvp=_jvp)
+_sum = DifferentiableOp("_sigmoid_focal_loss_sum", setup_context=_setup_context, backward=_backward, jvp=_sum_jvp)
+_derivative = DifferentiableOp(
+    "_sigmoid_focal_loss_derivative",
+    setup_context=_derivative_setup_context,
+    backward=_derivative_backward,
+    jvp=_derivative_jvp,
+)

@@ -10,8 +10,7 @@ foreach(op IN LISTS ops)
     # A source has one language in a folder, and the CUDA library compiles the .cu file as CUDA.
     set(wrapper "${CMAKE_BINARY_DIR}/simt/${op}.cpp")
     file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"cuda/${op}.cu\"\n")
-    # As nvcc does, products and sums contract to fused multiply-adds; kernels that must not say so.
-    set_source_files_properties("${wrapper}" PROPERTIES COMPILE_OPTIONS "-ffp-contract=fast;-Wno-unknown-pragmas")
+    set_source_files_properties("${wrapper}" PROPERTIES COMPILE_OPTIONS -Wno-unknown-pragmas)
     list(APPEND simt_sources "${wrapper}")
   else()
     list(APPEND simt_sources "csrc/cpu/${op}.cpp")

@@ -13,6 +13,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // There is no __shared__: kernels declare shared memory with SPATIALFLOW_SHARED, so that accesses can be watched.
 
 #define threadIdx (::spatialflow::simt::current_thread->index)

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from spatialflow import _evaluation
-from spatialflow.panoptic import PanopticFormatError, PanopticQuality, PanopticWriter, evaluate, write_id_map
+from spatialflow.panoptic import (
+    PanopticFormatError,
+    PanopticQuality,
+    PanopticWriter,
+    evaluate,
+    evaluate_and_report,
+    write_id_map,
+)
 
 CATEGORIES = [
     {"id": 1, "name": "person", "isthing": 1},
@@ -281,7 +288,35 @@ def test_scoring_imports_neither_torch_nor_opencv(folder_pair):
         "import sys, spatialflow.panoptic as p;"
         f"r = p.evaluate({str(tmp_path / 'gt.json')!r}, {str(tmp_path / 'pred')!r},"
         f" {str(tmp_path / 'pred.json')!r}, None);"
+        f"p.evaluate_and_report({str(tmp_path / 'gt.json')!r}, {str(tmp_path / 'pred')!r},"
+        f" {str(tmp_path / 'pred.json')!r}, None, stream=sys.stderr);"
         "assert r['All']['pq'] == 1.0; print([m for m in ('torch', 'cv2') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_report(goldens, tmp_path, capsys):
+    folder = goldens / "pq"
+    output = tmp_path / "scores.json"
+    result = evaluate_and_report(folder / "gt.json", None, folder / "dropped.json", folder / "dropped", output=output)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["PQ", "SQ", "RQ", "N"]
+    assert lines[1].split() == ["All", "56.2", "62.5", "56.2", "8"]
+    assert [line.split() for line in lines if line.startswith("person")] == [
+        ["person", "79.1", "100.0", "79.1", "17", "0", "9"]
+    ]
+    assert len(lines) == 4 + 2 + 8
+    written = json.loads(output.read_text())
+    assert written["All"] == result["All"]
+    assert written["per_class"]["1"] == {"name": "person"} | result["per_class"][1]
+    evaluate_and_report(folder / "gt.json", None, folder / "dropped.json", None, per_class=False)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_report_says_when_nothing_is_annotated(tmp_path, capsys):
+    content = {"annotations": [], "categories": CATEGORIES}
+    (tmp_path / "gt").mkdir()
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    evaluate_and_report(tmp_path / "gt.json", None, tmp_path / "gt.json", None)
+    assert "no segment of any category was annotated or predicted" in capsys.readouterr().out

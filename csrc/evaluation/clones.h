@@ -1,9 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// One binary, several instruction sets: the loader picks the best clone of a marked function at run time.
+// One binary, several instruction sets. SPATIALFLOW_CLONES: the loader picks the best clone of a marked function, for
+// loops that the compiler vectorises. SPATIALFLOW_AVX512: a hand-written version, to be called only where has_avx512().
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 #define SPATIALFLOW_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define SPATIALFLOW_CLONES
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define SPATIALFLOW_AVX512 __attribute__((target("avx512f,avx512bw,popcnt")))
+
+namespace spatialflow::evaluation {
+inline bool has_avx512() {
+    static const bool answer = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    return answer;
+}
+}  // namespace spatialflow::evaluation
 #endif

@@ -15,6 +15,7 @@ _HOMES = {
     "decode_ids": "formats",
     "encode_ids": "formats",
     "evaluate": "quality",
+    "evaluate_and_report": "report",
     "merge": "merging",
     "overlay": "drawing",
     "read_id_map": "formats",

@@ -209,11 +209,16 @@ def _pixels(array: np.ndarray, name: str) -> np.ndarray:
     return array if array.ndim == 3 else as_id_map(array, name)
 
 
+def default_folder(json_path: str | os.PathLike) -> Path:
+    """Where the PNGs of a panoptic JSON are if nothing else is said: its path without the ending."""
+    return Path(json_path).with_suffix("")
+
+
 def _folder(folder: str | os.PathLike | None, content: Any, which: str) -> Path:
     if folder is None:
         if isinstance(content, Mapping):
             raise ValueError(f"{which}_folder must be given where {which}_json is not a path")
-        folder = Path(content).with_suffix("")
+        folder = default_folder(content)
     if not Path(folder).is_dir():
         raise PanopticFormatError(f"{which}_folder {folder} is not a folder")
     return Path(folder)

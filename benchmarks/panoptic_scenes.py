@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Made-up panoptic inputs with the statistics of real ones: smooth regions, ellipses for things, a few dozen segments."""
+
+import torch
+
+HEIGHT, WIDTH = 480, 640  # the usual size of a COCO image
+
+
+def stuff_map(labels: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    """(H, W) int64 labels in smooth regions, all `labels` of them present as a rule."""
+    coarse = torch.randn(1, labels, 15, 20)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].argmax(0)
+
+
+def ellipses(count: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, H, W) bool masks and their (K, 4) boxes, a few per cent of the image each."""
+    size = torch.tensor([height, width])
+    centre = torch.rand(count, 2) * size
+    radius = (torch.rand(count, 2) * 0.16 + 0.02) * size
+    grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
+    masks = torch.stack([(((grid - c) / r) ** 2).sum(-1) < 1 for c, r in zip(centre, radius)])
+    return masks, torch.cat([(centre - radius).flip(1), (centre + radius).flip(1)], dim=1)
+
+
+def id_map(segments: int = 30, things: int = 12) -> torch.Tensor:
+    """(H, W) int32 ids as the COCO format has them: large, without order, 0 in places."""
+    ids = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(1, 1 << 24, (segments + things,))])
+    result = ids[stuff_map(segments)]
+    for index, mask in enumerate(ellipses(things)[0]):
+        result[mask] = ids[segments + index]
+    return result.int()

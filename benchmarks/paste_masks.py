@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""paste_masks at the end of the thing head: 100 detections, 28x28 logits, onto a COCO image."""
+
+import torch
+from harness import Benchmark, Problem, main, optional
+from panoptic_scenes import ellipses
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+detection = optional("torchvision.models.detection.roi_heads")
+
+
+def setup(count: int, size: tuple[int, int]) -> Problem:
+    logits = torch.nn.functional.interpolate(torch.randn(count, 1, 7, 7) * 6, (28, 28), mode="bicubic")[:, 0]
+    return Problem(
+        inputs=(logits, ellipses(count, *size)[1]),
+        options={"size": size},
+        bytes=count * (size[0] * size[1] + 4 * 28 * 28),  # every pixel written, every logit read once
+    )
+
+
+def torchvision_paste(logits, boxes, size):
+    """torchvision rounds and enlarges boxes, so its masks differ at the outline; it is here for its time."""
+    return detection.paste_masks_in_image(logits.sigmoid()[:, None], boxes, size)[:, 0] >= 0.5
+
+
+BENCHMARK = Benchmark(
+    name="paste_masks",
+    title="28x28 logits, boxes of a few per cent of the image",
+    setup=setup,
+    sweep={
+        "100 masks, 480x640": {"count": 100, "size": (480, 640)},
+        "10 masks, 800x1333": {"count": 10, "size": (800, 1333)},
+    },
+    providers={
+        "spatialflow": ops.paste_masks,
+        "reference": reference.paste_masks,
+        "torchvision": detection and torchvision_paste,
+    },
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

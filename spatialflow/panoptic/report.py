@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Panoptic quality as people read it: tables of groups and classes on screen, everything as JSON in a file."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import IO, Any
+
+from spatialflow.files import atomic_write
+from spatialflow.panoptic.formats import read_panoptic_json
+from spatialflow.panoptic.quality import default_folder, evaluate
+
+GROUPS = ("All", "Things", "Stuff")
+
+
+def evaluate_and_report(
+    gt_json: str | os.PathLike,
+    gt_folder: str | os.PathLike | None,
+    pred_json: str | os.PathLike,
+    pred_folder: str | os.PathLike | None,
+    *,
+    output: str | os.PathLike | None = None,
+    per_class: bool = True,
+    workers: int | None = None,
+    progress: bool = False,
+    stream: IO[str] | None = None,
+) -> dict[str, Any]:
+    """Score a folder of predictions, print the tables and write the numbers; the body of `spatialflow evaluate`.
+
+    Args:
+        gt_json, gt_folder, pred_json, pred_folder, workers, progress: as for `spatialflow.panoptic.evaluate`; a
+            folder may be None for the JSON's path without its ending.
+        output: JSON file for the result, category ids as strings and with the names; None writes none.
+        per_class: print the classes' table as well.
+        stream: where the tables go; None for standard output.
+
+    Returns:
+        What `spatialflow.panoptic.evaluate` returns.
+
+    Raises:
+        PanopticFormatError: as for `evaluate`.
+        OSError: output cannot be written.
+    """
+    gt = read_panoptic_json(gt_json, with_categories=True)
+    pred = read_panoptic_json(pred_json)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no segment of any category")  # the table says it
+        result = evaluate(
+            gt,
+            default_folder(gt_json) if gt_folder is None else gt_folder,
+            pred,
+            default_folder(pred_json) if pred_folder is None else pred_folder,
+            workers=workers,
+            progress=progress,
+        )
+    names = {category["id"]: str(category.get("name", category["id"])) for category in gt["categories"]}
+    print(quality_table(result, names if per_class else None), file=stream or sys.stdout)
+    if output is not None:
+        with atomic_write(output, "w") as file:
+            json.dump(named_result(result, names), file, indent=1)
+            file.write("\n")
+    return result
+
+
+def quality_table(result: Mapping[str, Any], names: Mapping[int, str] | None = None) -> str:
+    """The tables of a result of `evaluate`: groups in percent, and classes if `names` (id to name) is given.
+
+    Classes that occur neither in the ground truth nor in the prediction are left out.
+    """
+    lines = [f"{'':10}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'N':>5}"]
+    for group in GROUPS:
+        row = result[group]
+        lines.append(f"{group:10}{100 * row['pq']:7.1f}{100 * row['sq']:7.1f}{100 * row['rq']:7.1f}{row['n']:5d}")
+    if result["All"]["n"] == 0:
+        lines.append("no segment of any category was annotated or predicted")
+    if names is not None:
+        seen = {category: row for category, row in result["per_class"].items() if row["n"]}
+        width = max([len(names[category]) for category in seen] + [8]) + 2
+        lines += ["", f"{'class':{width}}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'TP':>7}{'FP':>7}{'FN':>7}"]
+        for category, row in seen.items():
+            lines.append(
+                f"{names[category]:{width}}{100 * row['pq']:7.1f}{100 * row['sq']:7.1f}{100 * row['rq']:7.1f}"
+                f"{row['tp']:7d}{row['fp']:7d}{row['fn']:7d}"
+            )
+    return "\n".join(lines)
+
+
+def named_result(result: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    """A result of `evaluate` as JSON keeps it: category ids become strings, and each class gets its name."""
+    classes = {str(category): {"name": names[category], **row} for category, row in result["per_class"].items()}
+    return {**{group: result[group] for group in GROUPS}, "per_class": classes}

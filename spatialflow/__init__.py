@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SpatialFlow: exact, fast vision operators and panoptic segmentation built on them.
 
-Names are resolved on first use, so that `import spatialflow` costs nothing and scoring a folder of results never imports torch.
+Names are resolved on first use, so that `import spatialflow` costs nothing and scoring a folder of results never
+imports torch.
 """
 
 import importlib

@@ -19,7 +19,9 @@ def golden_state(goldens: Path, variant: str) -> dict[str, torch.Tensor]:
     """Released state dict of a variant, under this package's names."""
     fill = fill_function(goldens)
     keys = json.loads((goldens / "keys" / f"{variant}_keys.json").read_text())["keys"]
-    return {name_from_released(k["name"]): torch.from_numpy(np.asarray(fill(k["name"], k["shape"], variant))) for k in keys}
+    return {
+        name_from_released(k["name"]): torch.from_numpy(np.asarray(fill(k["name"], k["shape"], variant))) for k in keys
+    }
 
 
 def fill_function(goldens: Path):
@@ -54,6 +56,11 @@ def assert_same_detections(boxes, scores, labels, expected_boxes_scores, expecte
     limit = TOLERANCE * max(np.abs(expected_boxes_scores[:, :4]).max(), 1)
     free = np.ones(len(actual), bool)
     for box, label in zip(expected_boxes_scores.astype(np.float64), expected_labels):
-        same = free & (labels.numpy() == label) & (np.abs(actual - box)[:, :4].max(1) <= limit) & (np.abs(actual[:, 4] - box[4]) <= TOLERANCE)
+        same = (
+            free
+            & (labels.numpy() == label)
+            & (np.abs(actual - box)[:, :4].max(1) <= limit)
+            & (np.abs(actual[:, 4] - box[4]) <= TOLERANCE)
+        )
         assert same.any(), f"no partner for label {label}, box and score {box}"
         free[np.argmax(same)] = False

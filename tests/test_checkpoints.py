@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights: released checkpoints fit by name and shape, files are told apart by content, nothing is half-loaded or half-written."""
+"""Weights: released checkpoints fit by name and shape, files are told apart by content, nothing is done by half."""
 
 import json
 import os
@@ -7,14 +7,34 @@ import os
 import pytest
 import torch
 
-from spatialflow.engine.checkpoints import (CheckpointError, convert, load_backbone, load_checkpoint, name_from_released, read_state,
-                                            save_checkpoint)
+from spatialflow.engine.checkpoints import (
+    CheckpointError,
+    convert,
+    load_backbone,
+    load_checkpoint,
+    name_from_released,
+    read_state,
+    save_checkpoint,
+)
 from spatialflow.models.build import build_model
 
-RELEASED = {"r50": "spatialflow_r50_coco", "r101": "spatialflow_r101_coco", "r101_dcn": "spatialflow_r101_dcn_coco",
-            "tiny": "tiny", "tiny_dcn": "tiny_dcn"}
-SMALL = dict(backbone_base_channels=4, fpn_channels=8, head_channels=8, thing_head_channels=8, stuff_head_channels=8, norm_groups=4,
-             num_things=3, num_stuff=4)
+RELEASED = {
+    "r50": "spatialflow_r50_coco",
+    "r101": "spatialflow_r101_coco",
+    "r101_dcn": "spatialflow_r101_dcn_coco",
+    "tiny": "tiny",
+    "tiny_dcn": "tiny_dcn",
+}
+SMALL = dict(
+    backbone_base_channels=4,
+    fpn_channels=8,
+    head_channels=8,
+    thing_head_channels=8,
+    stuff_head_channels=8,
+    norm_groups=4,
+    num_things=3,
+    num_stuff=4,
+)
 
 
 def small_model():
@@ -23,16 +43,28 @@ def small_model():
 
 def released_name(name):
     """The inverse of `name_from_released`, by search over the forms the released code uses."""
-    table = {"fpn.lateral.{}": "neck.lateral_convs.{}.conv", "fpn.output.{}": "neck.fpn_convs.{}.conv",
-             "subnets.cls.{}": "bbox_head.cls_convs.{}.conv", "subnets.reg.{}": "bbox_head.reg_convs.{}.conv",
-             "subnets.stuff.{}": "bbox_head.stuff_convs.{}.conv", "subnets.thing.{}": "bbox_head.mask_convs.{}.conv",
-             "subnets.flow_cls.{}": "bbox_head.cls_spatial_flow_convs.{}.conv",
-             "subnets.flow_stuff.{}": "bbox_head.stuff_spatial_flow_convs.{}.conv",
-             "subnets.flow_thing.{}": "bbox_head.mask_spatial_flow_convs.{}.conv",
-             "subnets.semantic_flow.{}": "bbox_head.stuff_mask_flow_convs.{}.conv", "thing_head.convs.{}": "mask_head.convs.{}.conv"}
-    fixed = {"fpn.p6": "neck.fpn_convs.3.conv", "fpn.p7": "neck.fpn_convs.4.conv", "box_head.class_logits": "bbox_head.retina_cls",
-             "box_head.box_deltas": "bbox_head.retina_reg", "thing_head.upsample": "mask_head.upsample",
-             "thing_head.logits": "mask_head.conv_logits", "stuff_head.logits": "stuff_head.conv"}
+    table = {
+        "fpn.lateral.{}": "neck.lateral_convs.{}.conv",
+        "fpn.output.{}": "neck.fpn_convs.{}.conv",
+        "subnets.cls.{}": "bbox_head.cls_convs.{}.conv",
+        "subnets.reg.{}": "bbox_head.reg_convs.{}.conv",
+        "subnets.stuff.{}": "bbox_head.stuff_convs.{}.conv",
+        "subnets.thing.{}": "bbox_head.mask_convs.{}.conv",
+        "subnets.flow_cls.{}": "bbox_head.cls_spatial_flow_convs.{}.conv",
+        "subnets.flow_stuff.{}": "bbox_head.stuff_spatial_flow_convs.{}.conv",
+        "subnets.flow_thing.{}": "bbox_head.mask_spatial_flow_convs.{}.conv",
+        "subnets.semantic_flow.{}": "bbox_head.stuff_mask_flow_convs.{}.conv",
+        "thing_head.convs.{}": "mask_head.convs.{}.conv",
+    }
+    fixed = {
+        "fpn.p6": "neck.fpn_convs.3.conv",
+        "fpn.p7": "neck.fpn_convs.4.conv",
+        "box_head.class_logits": "bbox_head.retina_cls",
+        "box_head.box_deltas": "bbox_head.retina_reg",
+        "thing_head.upsample": "mask_head.upsample",
+        "thing_head.logits": "mask_head.conv_logits",
+        "stuff_head.logits": "stuff_head.conv",
+    }
     stem, leaf = name.rsplit(".", 1)
     if stem.startswith("stuff_head.blocks."):
         _, _, level, block, part = stem.split(".")
@@ -51,7 +83,10 @@ def assert_equal_states(a, b):
 @pytest.mark.parametrize("variant", RELEASED)
 def test_released_names_and_shapes_fit(goldens, variant):
     """Every released state dict maps onto the model of its config, without a missing, unexpected or misshapen key."""
-    released = {k["name"]: tuple(k["shape"]) for k in json.loads((goldens / "keys" / f"{variant}_keys.json").read_text())["keys"]}
+    released = {
+        k["name"]: tuple(k["shape"])
+        for k in json.loads((goldens / "keys" / f"{variant}_keys.json").read_text())["keys"]
+    }
     with torch.device("meta"):
         own = {name: tuple(value.shape) for name, value in build_model(RELEASED[variant]).state_dict().items()}
     assert {name_from_released(name): shape for name, shape in released.items()} == own
@@ -62,8 +97,11 @@ def test_released_file_loads_wrapped_bare_and_parallel(tmp_path):
     source, path = small_model(), tmp_path / "weights.pth"
     state = {released_name(name): value for name, value in source.state_dict().items()}
     assert not any(name.startswith("subnets") for name in state)
-    for content in (state, {"meta": {"epoch": 20, "CLASSES": ("a", "b")}, "state_dict": state, "optimizer": {"state": {}}},
-                    {"state_dict": {f"module.{name}": value for name, value in state.items()}}):
+    for content in (
+        state,
+        {"meta": {"epoch": 20, "CLASSES": ("a", "b")}, "state_dict": state, "optimizer": {"state": {}}},
+        {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    ):
         torch.save(content, path)
         assert_equal_states(load_checkpoint(small_model(), path), source)
 
@@ -82,7 +120,9 @@ def test_convert_gives_own_names(tmp_path):
     source = small_model()
     torch.save({"state_dict": {released_name(n): v for n, v in source.state_dict().items()}}, tmp_path / "released.pth")
     count = convert(tmp_path / "released.pth", tmp_path / "ours.safetensors")
-    assert count == len(source.state_dict()) and set(read_state(tmp_path / "ours.safetensors")) == set(source.state_dict())
+    assert count == len(source.state_dict()) and set(read_state(tmp_path / "ours.safetensors")) == set(
+        source.state_dict()
+    )
     assert_equal_states(load_checkpoint(small_model(), tmp_path / "ours.safetensors"), source)
     torch.save({"bbox_head.fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="1 entries belong to no part of the model: bbox_head.fc.weight"):
@@ -102,8 +142,12 @@ def test_misfit_lists_every_kind_and_changes_nothing(tmp_path):
         load_checkpoint(model, path)
     assert error.value.missing == ["fpn.p6.weight"] and error.value.unexpected == ["extra.weight"]
     assert error.value.wrong_shape == [("box_head.box_deltas.bias", (12,), (36,))]
-    for words in ("bad.safetensors", "1 missing: fpn.p6.weight", "1 unexpected: extra.weight",
-                  "1 of the wrong shape: box_head.box_deltas.bias (12,) instead of (36,)"):
+    for words in (
+        "bad.safetensors",
+        "1 missing: fpn.p6.weight",
+        "1 unexpected: extra.weight",
+        "1 of the wrong shape: box_head.box_deltas.bias (12,) instead of (36,)",
+    ):
         assert words in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -128,10 +172,16 @@ class Surprise:
     """Stands for code hidden in a pickle."""
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "is neither"), (b"hello, I am text", "is neither"), (b"PK\x03\x04 cut", "is damaged"), (b"\x80\x02 cut", "is damaged"),
-    (b"\x10\0\0\0\0\0\0\0{cut", "is damaged"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "is neither"),
+        (b"hello, I am text", "is neither"),
+        (b"PK\x03\x04 cut", "is damaged"),
+        (b"\x80\x02 cut", "is damaged"),
+        (b"\x10\0\0\0\0\0\0\0{cut", "is damaged"),
+    ],
+)
 def test_unreadable_files_are_named(tmp_path, content, words):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)

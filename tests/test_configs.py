@@ -9,8 +9,18 @@ import torch
 from spatialflow.models.build import build_model, list_configs, load_config
 from spatialflow.models.config import SECTIONS, Config, ConfigError, place_overrides
 
-NARROW = dict(backbone_base_channels=4, fpn_channels=8, head_channels=8, thing_head_channels=8, stuff_head_channels=8, norm_groups=4,
-              num_things=3, num_stuff=4, backbone_groups=1, categories=None)
+NARROW = dict(
+    backbone_base_channels=4,
+    fpn_channels=8,
+    head_channels=8,
+    thing_head_channels=8,
+    stuff_head_channels=8,
+    norm_groups=4,
+    num_things=3,
+    num_stuff=4,
+    backbone_groups=1,
+    categories=None,
+)
 
 
 @pytest.mark.parametrize("name", list_configs())
@@ -29,14 +39,26 @@ def test_every_config_builds_and_runs(name):
 
 def test_published_settings_are_there():
     """The names that users and commands rely on."""
-    expected = {"spatialflow_r50_coco", "spatialflow_r101_coco", "spatialflow_r101_dcn_coco", "spatialflow_x101_dcn_coco",
-                "spatialflow_r50_cityscapes", "spatialflow_r101_cityscapes", "retinanet_r50_coco", "retinanet_r50_flows_coco"}
+    expected = {
+        "spatialflow_r50_coco",
+        "spatialflow_r101_coco",
+        "spatialflow_r101_dcn_coco",
+        "spatialflow_x101_dcn_coco",
+        "spatialflow_r50_cityscapes",
+        "spatialflow_r101_cityscapes",
+        "retinanet_r50_coco",
+        "retinanet_r50_flows_coco",
+    }
     assert expected <= set(list_configs())
 
 
 def test_base_is_inherited_and_replaced_field_by_field():
     config = load_config("ablation_stuff_loss_05_coco")
-    assert config.training.stuff_loss_weight == 0.5 and config.model.flow_source is None and config.test.test_short_edges == (600,)
+    assert (
+        config.training.stuff_loss_weight == 0.5
+        and config.model.flow_source is None
+        and config.test.test_short_edges == (600,)
+    )
     assert config.training.learning_rate == 0.005 and config.model.num_stuff == 54
 
 
@@ -58,40 +80,46 @@ def test_config_is_frozen():
         load_config("tiny").model.fpn_channels = 3
 
 
-@pytest.mark.parametrize("override, words", [
-    (dict(fpn_chanels=64), "did you mean fpn_channels"),
-    (dict(fpn_channels=0), "model.fpn_channels: must be positive, got 0"),
-    (dict(fpn_channels="wide"), "model.fpn_channels: must be of type int, got 'wide'"),
-    (dict(fpn_channels=True), "model.fpn_channels: must be of type int, got True"),
-    (dict(norm_groups=7), "model.norm_groups: must divide stuff_head_channels (128), got 7"),
-    (dict(stuff_stages=5), "model.stuff_stages: must lie in 0..detection_stages (4), got 5"),
-    (dict(thing_stages=-1), "model.thing_stages: must lie in 0..4, got -1"),
-    (dict(flow_source="thing"), "model.flow_source: must be 'reg', 'cls' or null, got 'thing'"),
-    (dict(backbone_depth=34), "model.backbone_depth: must be 50 or 101, got 34"),
-    (dict(deformable_thing_stages=[1]), "model.deformable_thing_stages: may name the stages 0..0"),
-    (dict(deformable_cls_stages=[0], head_channels=64), "model.head_channels: must equal fpn_channels (256)"),
-    (dict(thing_head=False), "model.thing_stages: must be 0 without a thing head"),
-    (dict(score_threshold=1.5), "test.score_threshold: must lie in 0..1, got 1.5"),
-    (dict(score_threshold=float("nan")), "test.score_threshold: must be finite"),
-    (dict(size_divisor=48), "data.size_divisor: must be a multiple of 32, got 48"),
-    (dict(mixed_precision="fp8"), "training.mixed_precision: must be 'fp16', 'bf16' or null, got 'fp8'"),
-    ({"data.fpn_channels": 3}, "override 'data.fpn_channels' names no setting"),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        (dict(fpn_chanels=64), "did you mean fpn_channels"),
+        (dict(fpn_channels=0), "model.fpn_channels: must be positive, got 0"),
+        (dict(fpn_channels="wide"), "model.fpn_channels: must be of type int, got 'wide'"),
+        (dict(fpn_channels=True), "model.fpn_channels: must be of type int, got True"),
+        (dict(norm_groups=7), "model.norm_groups: must divide stuff_head_channels (128), got 7"),
+        (dict(stuff_stages=5), "model.stuff_stages: must lie in 0..detection_stages (4), got 5"),
+        (dict(thing_stages=-1), "model.thing_stages: must lie in 0..4, got -1"),
+        (dict(flow_source="thing"), "model.flow_source: must be 'reg', 'cls' or null, got 'thing'"),
+        (dict(backbone_depth=34), "model.backbone_depth: must be 50 or 101, got 34"),
+        (dict(deformable_thing_stages=[1]), "model.deformable_thing_stages: may name the stages 0..0"),
+        (dict(deformable_cls_stages=[0], head_channels=64), "model.head_channels: must equal fpn_channels (256)"),
+        (dict(thing_head=False), "model.thing_stages: must be 0 without a thing head"),
+        (dict(score_threshold=1.5), "test.score_threshold: must lie in 0..1, got 1.5"),
+        (dict(score_threshold=float("nan")), "test.score_threshold: must be finite"),
+        (dict(size_divisor=48), "data.size_divisor: must be a multiple of 32, got 48"),
+        (dict(mixed_precision="fp8"), "training.mixed_precision: must be 'fp16', 'bf16' or null, got 'fp8'"),
+        ({"data.fpn_channels": 3}, "override 'data.fpn_channels' names no setting"),
+    ],
+)
 def test_bad_settings_name_field_rule_and_value(override, words):
     with pytest.raises(ConfigError) as error:
         load_config("spatialflow_r50_coco", **override)
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("content, words", [
-    ("model: [1]", "section 'model' must hold"),
-    ("modle: {fpn_channels: 3}", "unknown section 'modle'"),
-    ("model: {fpn_chanels: 3}", "did you mean fpn_channels"),
-    ("- a", "must hold sections"),
-    ("model: {a: [", "is not YAML"),
-    ("base: nowhere", "must be a path ending in .yaml or one of"),
-    ("base: own.yaml", "leads back to itself"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("model: [1]", "section 'model' must hold"),
+        ("modle: {fpn_channels: 3}", "unknown section 'modle'"),
+        ("model: {fpn_chanels: 3}", "did you mean fpn_channels"),
+        ("- a", "must hold sections"),
+        ("model: {a: [", "is not YAML"),
+        ("base: nowhere", "must be a path ending in .yaml or one of"),
+        ("base: own.yaml", "leads back to itself"),
+    ],
+)
 def test_bad_files(tmp_path, content, words):
     path = tmp_path / "own.yaml"
     path.write_text(content)

@@ -74,43 +74,82 @@ def test_anchors_of_every_level(tiny):
 def test_candidates_before_nms(tiny):
     arrays, about, model, output, _ = tiny
     valid, _ = sizes_of(about["metas"])
-    found = inference.select_candidates(output.class_logits, output.box_deltas, valid, torch.ones(2, 2), model.config.model, 1000)
+    found = inference.select_candidates(
+        output.class_logits, output.box_deltas, valid, torch.ones(2, 2), model.config.model, 1000
+    )
     assert found.boxes.shape[1] == sum(about["levels_before_nms"])
     for i in range(2):  # the order of equally good anchors is free: compare as sorted rows
         ours, expected = found.boxes[i].numpy(), arrays[f"prenms_all_boxes_img{i}"]
         assert np.abs(np.sort(ours, axis=0) - np.sort(expected, axis=0)).max() < 0.03
         index = torch.from_numpy(arrays[f"prenms_index_img{i}"]).long()
-        partner = (found.boxes[i][None] - torch.from_numpy(arrays[f"prenms_boxes_img{i}"])[:, None]).abs().amax(-1).argmin(1)
+        partner = (
+            (found.boxes[i][None] - torch.from_numpy(arrays[f"prenms_boxes_img{i}"])[:, None]).abs().amax(-1).argmin(1)
+        )
         assert (partner == index).float().mean() > 0.95  # almost everywhere even the order is the same
-        assert_close("scores", found.scores[i][index][partner == index], arrays[f"prenms_scores_img{i}"][(partner == index).numpy()])
+        assert_close(
+            "scores",
+            found.scores[i][index][partner == index],
+            arrays[f"prenms_scores_img{i}"][(partner == index).numpy()],
+        )
 
 
 @pytest.mark.parametrize("kind, rescale", [("", True), ("_netscale", False)])
 def test_detections(tiny, kind, rescale):
     arrays, about, model, output, _ = tiny
     valid, scale = sizes_of(about["metas"])
-    found = inference.detect(inference.select_candidates(
-        output.class_logits, output.box_deltas, valid, scale if rescale else torch.ones_like(scale), model.config.model, 1000),
-        model.config.test)
+    found = inference.detect(
+        inference.select_candidates(
+            output.class_logits,
+            output.box_deltas,
+            valid,
+            scale if rescale else torch.ones_like(scale),
+            model.config.model,
+            1000,
+        ),
+        model.config.test,
+    )
     for i in range(2):
         n = int(found.count[i])
-        assert_same_detections(found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
-                               arrays[f"dets{kind}_img{i}"], arrays[f"labels{kind}_img{i}"])
+        assert_same_detections(
+            found.boxes[i, :n],
+            found.scores[i, :n],
+            found.labels[i, :n],
+            arrays[f"dets{kind}_img{i}"],
+            arrays[f"labels{kind}_img{i}"],
+        )
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
 def test_detections_with_other_settings(tiny, variant):
     arrays, about, model, output, _ = tiny
     wanted = about[f"variant_{variant}"]
-    settings = dataclasses.replace(model.config.test, score_threshold=wanted["score_thr"], nms_threshold=wanted["iou"],
-                                   max_detections=wanted["max_per_img"] if wanted["max_per_img"] > 0 else 1000)
+    settings = dataclasses.replace(
+        model.config.test,
+        score_threshold=wanted["score_thr"],
+        nms_threshold=wanted["iou"],
+        max_detections=wanted["max_per_img"] if wanted["max_per_img"] > 0 else 1000,
+    )
     valid, scale = sizes_of(about["metas"])
-    found = inference.detect(inference.select_candidates(output.class_logits, output.box_deltas, valid, torch.ones_like(scale),
-                                                         model.config.model, max(wanted["nms_pre"], 0)), settings)
+    found = inference.detect(
+        inference.select_candidates(
+            output.class_logits,
+            output.box_deltas,
+            valid,
+            torch.ones_like(scale),
+            model.config.model,
+            max(wanted["nms_pre"], 0),
+        ),
+        settings,
+    )
     for i in range(2):
         n = int(found.count[i])
-        assert_same_detections(found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
-                               arrays[f"variant_{variant}_dets_img{i}"], arrays[f"variant_{variant}_labels_img{i}"])
+        assert_same_detections(
+            found.boxes[i, :n],
+            found.scores[i, :n],
+            found.labels[i, :n],
+            arrays[f"variant_{variant}_dets_img{i}"],
+            arrays[f"variant_{variant}_labels_img{i}"],
+        )
 
 
 def test_masks(tiny):
@@ -125,16 +164,20 @@ def test_masks(tiny):
     with torch.no_grad():
         features = model.roi_features(output.thing_features, rois[kept])
         assert_close("roi_features", features, arrays["mask_roi_feats_kept"])
-        assert_close("mask logits of all classes", model.thing_head(features[:3]), arrays["mask_logits_kept3_allclasses"])
+        assert_close(
+            "mask logits of all classes", model.thing_head(features[:3]), arrays["mask_logits_kept3_allclasses"]
+        )
         logits = inference.mask_logits(model, output.thing_features, rois, labels)
     assert_close("mask_logits", logits, arrays["mask_logits_detclass"])
     for i, meta in enumerate(about["metas"]):
         h, w = meta["ori_shape"][:2]
-        masks = paste_masks(logits[100 * i:100 * (i + 1)], boxes[i], (h, w)).numpy()
-        expected = np.unpackbits(arrays[f"final_masks_packed_img{i}"], axis=1)[:, :h * w].reshape(-1, h, w)
+        masks = paste_masks(logits[100 * i : 100 * (i + 1)], boxes[i], (h, w)).numpy()
+        expected = np.unpackbits(arrays[f"final_masks_packed_img{i}"], axis=1)[:, : h * w].reshape(-1, h, w)
         assert np.array_equal(expected.sum((1, 2)), arrays[f"final_masks_area_img{i}"])
         proper = ((boxes[i][:, 2:] > boxes[i][:, :2]).all(1)).numpy()  # boxes without area are a documented difference
-        assert (masks != expected)[proper].sum() <= 2  # pixels whose probability is 0.5 to the last digit may fall either way
+        assert (masks != expected)[
+            proper
+        ].sum() <= 2  # pixels whose probability is 0.5 to the last digit may fall either way
         assert masks[~proper].sum() <= expected[~proper].sum()
 
 
@@ -144,7 +187,9 @@ def test_anchor_grid_and_valid_flags(goldens):
         base = base_anchors(stride)
         assert_close("base anchors", base, arrays[f"base_anchors_l{level}"], 1e-6)
         assert_close("grid", grid_anchors(size, stride, base), arrays[f"grid_l{level}"], 1e-6)
-        assert np.array_equal(valid_flags(size, stride, about["pad_shape"][:2], len(base)).numpy(), arrays[f"valid_l{level}"])
+        assert np.array_equal(
+            valid_flags(size, stride, about["pad_shape"][:2], len(base)).numpy(), arrays[f"valid_l{level}"]
+        )
 
 
 def test_box_coder(goldens):
@@ -156,18 +201,28 @@ def test_box_coder(goldens):
 
 
 def test_get_boxes(goldens):
-    """Recorded head outputs to detections: at test time (original scale), as training proposals (network scale), before NMS."""
-    arrays, about = np.load(goldens / "ops" / "get_bboxes.npz"), json.loads((goldens / "ops" / "get_bboxes.json").read_text())
+    """Recorded head outputs to detections: at original scale, as training proposals at network scale, before NMS."""
+    arrays, about = (
+        np.load(goldens / "ops" / "get_bboxes.npz"),
+        json.loads((goldens / "ops" / "get_bboxes.json").read_text()),
+    )
     model = ModelConfig(num_things=about["num_classes"])
     logits = [torch.from_numpy(arrays[f"cls_score_l{i}"]) for i in range(5)]
     deltas = [torch.from_numpy(arrays[f"bbox_pred_l{i}"]) for i in range(5)]
     valid, scale = sizes_of(about["metas"])
     for kind, factors in (("test", scale), ("train", torch.ones_like(scale))):
-        found = inference.detect(inference.select_candidates(logits, deltas, valid, factors, model, 1000), InferenceSettings())
+        found = inference.detect(
+            inference.select_candidates(logits, deltas, valid, factors, model, 1000), InferenceSettings()
+        )
         for i in range(2):
             n = int(found.count[i])
-            assert_same_detections(found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
-                                   arrays[f"{kind}_img{i}_0"], arrays[f"{kind}_img{i}_1"])
+            assert_same_detections(
+                found.boxes[i, :n],
+                found.scores[i, :n],
+                found.labels[i, :n],
+                arrays[f"{kind}_img{i}_0"],
+                arrays[f"{kind}_img{i}_1"],
+            )
     found = inference.select_candidates(logits, deltas, valid, torch.ones_like(scale), model, 1000)
     for i in range(2):  # recorded at network scale, with a background column of zeros
         ours = torch.cat([found.boxes[i], found.scores[i]], dim=1).double().numpy()

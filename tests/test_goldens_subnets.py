@@ -28,14 +28,20 @@ class Head(nn.Module):
 def case(request, goldens):
     arrays = np.load(goldens / "dcn" / f"{request.param}.npz")
     about = json.loads((goldens / "dcn" / f"{request.param}.json").read_text())
-    stages = {ours: about["idx"][f"dcn_{theirs}_convs_idx"] or ()
-              for ours, theirs in (("cls", "cls"), ("reg", "reg"), ("stuff", "stuff"), ("thing", "mask"))}
+    stages = {
+        ours: about["idx"][f"dcn_{theirs}_convs_idx"] or ()
+        for ours, theirs in (("cls", "cls"), ("reg", "reg"), ("stuff", "stuff"), ("thing", "mask"))
+    }
     head = Head(about["in_channels"], about["num_classes"], stages)
     fill = fill_function(goldens)
     released = {name_from_released(name): name for name in about["grad_norms"]}
     assert set(released) == set(head.state_dict())
-    head.load_state_dict({name: torch.from_numpy(fill(released[name], value.shape, about["weights_variant"]))
-                          for name, value in head.state_dict().items()})
+    head.load_state_dict(
+        {
+            name: torch.from_numpy(fill(released[name], value.shape, about["weights_variant"]))
+            for name, value in head.state_dict().items()
+        }
+    )
     levels = [torch.from_numpy(arrays[f"feat{i}"]).requires_grad_() for i in range(5)]
     return head, levels, arrays, about, released
 
@@ -50,7 +56,12 @@ def test_outputs(case):
     head, levels, arrays, _, _ = case
     with torch.no_grad():
         outputs = run(head, levels)
-    for kind, name in (("cls", "cls_score_l"), ("reg", "bbox_pred_l"), ("stuff", "stuff_feat_l"), ("mask", "mask_feat_l")):
+    for kind, name in (
+        ("cls", "cls_score_l"),
+        ("reg", "bbox_pred_l"),
+        ("stuff", "stuff_feat_l"),
+        ("mask", "mask_feat_l"),
+    ):
         for i, output in enumerate(outputs[kind]):
             assert_close(f"{kind}{i}", output, arrays[f"{name}{i}"])
 
@@ -59,7 +70,11 @@ def test_gradients(case):
     """Of sum(output * fixed weights), with respect to the features and to every parameter."""
     head, levels, arrays, about, released = case
     outputs = run(head, levels)
-    loss = sum((output * torch.from_numpy(arrays[f"gw_{kind}{i}"])).sum() for kind in outputs for i, output in enumerate(outputs[kind]))
+    loss = sum(
+        (output * torch.from_numpy(arrays[f"gw_{kind}{i}"])).sum()
+        for kind in outputs
+        for i, output in enumerate(outputs[kind])
+    )
     assert abs(loss.item() - about["loss"]) <= 1e-4 * abs(about["loss"])
     loss.backward()
     for i, level in enumerate(levels):

@@ -11,19 +11,31 @@ from spatialflow.models.heads import BoxHead, StuffHead, ThingHead
 from spatialflow.models.resnet import ResNet
 from spatialflow.models.subnets import Subnets
 
-SMALL = dict(backbone_base_channels=4, fpn_channels=8, head_channels=8, thing_head_channels=8, stuff_head_channels=8, norm_groups=4,
-             num_things=3, num_stuff=4)
+SMALL = dict(
+    backbone_base_channels=4,
+    fpn_channels=8,
+    head_channels=8,
+    thing_head_channels=8,
+    stuff_head_channels=8,
+    norm_groups=4,
+    num_things=3,
+    num_stuff=4,
+)
 
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("options, expected", [
-    (dict(depth=50), 25_557_032 - 2_049_000), (dict(depth=101), 44_549_160 - 2_049_000),
-    (dict(depth=101, groups=64, group_width=4), 83_455_272 - 2_049_000),
-    (dict(depth=101, groups=32, group_width=4), 44_177_704 - 2_049_000),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(depth=50), 25_557_032 - 2_049_000),
+        (dict(depth=101), 44_549_160 - 2_049_000),
+        (dict(depth=101, groups=64, group_width=4), 83_455_272 - 2_049_000),
+        (dict(depth=101, groups=32, group_width=4), 44_177_704 - 2_049_000),
+    ],
+)
 def test_backbone_sizes(options, expected):
     """Parameter counts published for ImageNet classifiers, less the classifier."""
     with torch.device("meta"):
@@ -49,7 +61,9 @@ def test_batch_norm_stays_in_evaluation_and_frozen_stages_take_no_gradient():
     assert model.backbone.layer1[0].conv1.weight.grad is None and model.backbone.layer2[0].conv1.weight.grad is not None
 
 
-@pytest.mark.parametrize("stages, first_trained", [(-1, "conv1.weight"), (0, "layer1.0.conv1.weight"), (2, "layer3.0.conv1.weight")])
+@pytest.mark.parametrize(
+    "stages, first_trained", [(-1, "conv1.weight"), (0, "layer1.0.conv1.weight"), (2, "layer3.0.conv1.weight")]
+)
 def test_frozen_stages(stages, first_trained):
     backbone = ResNet(50, 4, frozen_stages=stages)
     assert next(name for name, p in backbone.named_parameters() if p.requires_grad) == first_trained
@@ -81,7 +95,15 @@ def test_each_flow_connects_what_it_names(source):
     for stages in ((4, 1), (2, 3), (0, 0)):
         for task, switch in tasks.items():
             flows = dict.fromkeys(tasks.values(), False) | {switch: True}
-            net = Subnets(4, 4, stuff_stages=stages[0], thing_stages=stages[1], flow_source=source, flow_stuff_to_thing=False, **flows)
+            net = Subnets(
+                4,
+                4,
+                stuff_stages=stages[0],
+                thing_stages=stages[1],
+                flow_source=source,
+                flow_stuff_to_thing=False,
+                **flows,
+            )
             nn.init.normal_(net.get_submodule(source)[0].weight)
             for other in tasks:
                 net.zero_grad()
@@ -143,11 +165,16 @@ def test_class_prior_and_head_shapes():
     assert logits.shape == (2, 7, 32, 16) and stuff.enlarge(logits).shape == (2, 7, 128, 64)
 
 
-@pytest.mark.parametrize("images, words", [
-    (torch.zeros(3, 64, 64), r"shape \(N, 3, H, W\), got \(3, 64, 64\)"), (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
-    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating point"), (torch.zeros(1, 3, 60, 64), "multiples of 32"),
-    (torch.zeros(0, 3, 64, 64), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (torch.zeros(3, 64, 64), r"shape \(N, 3, H, W\), got \(3, 64, 64\)"),
+        (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating point"),
+        (torch.zeros(1, 3, 60, 64), "multiples of 32"),
+        (torch.zeros(0, 3, 64, 64), "at least 1"),
+    ],
+)
 def test_wrong_images_are_refused(images, words):
     with pytest.raises(ValueError, match=f"images: .*{words}"):
         build_model("tiny", **SMALL)(images)
@@ -164,4 +191,4 @@ def test_batch_of_two_equals_two_singles():
             alone = getattr(singles[i], name)
             pairs = zip(value, alone) if isinstance(value, list) else [(value, alone)]
             for a, b in pairs:
-                torch.testing.assert_close(a[i:i + 1], b, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(a[i : i + 1], b, rtol=1e-5, atol=1e-5)

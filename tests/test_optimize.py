@@ -11,8 +11,17 @@ from spatialflow.models import inference
 from spatialflow.models.build import build_model
 from spatialflow.models.optimize import optimize_for_inference
 
-SMALL = dict(backbone_base_channels=8, fpn_channels=16, head_channels=16, thing_head_channels=16, stuff_head_channels=16, norm_groups=4,
-             num_things=3, num_stuff=4, categories=None)
+SMALL = dict(
+    backbone_base_channels=8,
+    fpn_channels=16,
+    head_channels=16,
+    thing_head_channels=16,
+    stuff_head_channels=16,
+    norm_groups=4,
+    num_things=3,
+    num_stuff=4,
+    categories=None,
+)
 
 
 def random_model(name, **overrides):
@@ -41,18 +50,32 @@ def assert_same_outputs(model, images):
             rois = torch.tensor([[0, 3.0, 5, 40, 60], [1, 0, 0, 90, 20], [0, 7, 7, 7, 7]]).to(images)
             labels = torch.tensor([0, 2, 1])
             for chosen in (labels, None):
-                assert_close("masks", fast.thing_logits(actual.thing_features, rois, chosen),
-                             model.thing_logits(expected.thing_features, rois, chosen).numpy())
+                assert_close(
+                    "masks",
+                    fast.thing_logits(actual.thing_features, rois, chosen),
+                    model.thing_logits(expected.thing_features, rois, chosen).numpy(),
+                )
     return fast
 
 
-@pytest.mark.parametrize("name, overrides", [
-    ("tiny", {}), ("tiny_dcn", {}), ("retinanet_r50_coco", {}), ("retinanet_r50_flows_coco", {}), ("ablation_naive_coco", {}),
-    ("ablation_flows_coco", {}), ("ablation_flow_source_cls_coco", {}), ("ablation_flow_cls_stuff_coco", {}),
-    ("tiny", dict(thing_stages=3, stuff_stages=2)), ("tiny", dict(backbone_groups=4, backbone_group_width=4)),
-    ("tiny", dict(deformable_reg_stages=[1], deformable_stuff_stages=[0], flow_to_stuff=False)),
-    ("tiny", dict(head_channels=24, flow_to_thing=False)), ("tiny", dict(stuff_head=False, stuff_stages=0)),
-])
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("tiny", {}),
+        ("tiny_dcn", {}),
+        ("retinanet_r50_coco", {}),
+        ("retinanet_r50_flows_coco", {}),
+        ("ablation_naive_coco", {}),
+        ("ablation_flows_coco", {}),
+        ("ablation_flow_source_cls_coco", {}),
+        ("ablation_flow_cls_stuff_coco", {}),
+        ("tiny", dict(thing_stages=3, stuff_stages=2)),
+        ("tiny", dict(backbone_groups=4, backbone_group_width=4)),
+        ("tiny", dict(deformable_reg_stages=[1], deformable_stuff_stages=[0], flow_to_stuff=False)),
+        ("tiny", dict(head_channels=24, flow_to_thing=False)),
+        ("tiny", dict(stuff_head=False, stuff_stages=0)),
+    ],
+)
 def test_outputs_equal_the_plain_modules(name, overrides):
     model = random_model(name, **overrides)
     deformable = any("offset" in name for name, _ in model.named_parameters()) or "dcn" in name
@@ -87,4 +110,6 @@ def test_source_is_neither_changed_nor_shared():
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     with torch.inference_mode():
         assert torch.equal(fast(images).class_logits[0], first)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name.endswith("running_mean"))
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items() if name.endswith("running_mean")
+    )

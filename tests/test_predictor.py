@@ -25,8 +25,11 @@ def predictor(model):
 
 
 def picture(height, width, seed=0):
-    return cv2.resize(np.random.default_rng(seed).integers(0, 256, (9, 11, 3), dtype=np.uint8), (width, height),
-                      interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(
+        np.random.default_rng(seed).integers(0, 256, (9, 11, 3), dtype=np.uint8),
+        (width, height),
+        interpolation=cv2.INTER_CUBIC,
+    )
 
 
 def assert_consistent(result, size):
@@ -44,7 +47,11 @@ def assert_consistent(result, size):
     k = len(result.scores)
     assert result.boxes.shape == (k, 4) and result.labels.shape == (k,) and (np.diff(result.scores) <= 0).all()
     assert result.masks.shape == (k, *size) and result.masks.dtype == bool
-    assert (result.boxes >= 0).all() and (result.boxes[:, [0, 2]] <= size[1] + 0.01).all() and (result.boxes[:, [1, 3]] <= size[0] + 0.01).all()
+    assert (
+        (result.boxes >= 0).all()
+        and (result.boxes[:, [0, 2]] <= size[1] + 0.01).all()
+        and (result.boxes[:, [1, 3]] <= size[0] + 0.01).all()
+    )
     json.dumps(result.segments)
 
 
@@ -92,9 +99,15 @@ def test_bad_images_are_named(tmp_path, predictor):
     good = picture(60, 80)
     cut = cv2.imencode(".jpg", good)[1].tobytes()[:-300]
     (tmp_path / "cut.jpg").write_bytes(cut)
-    for image, words in ((tmp_path / "text.jpg", "text.jpg: is not an image"), (tmp_path / "cut.jpg", "cut.jpg: is truncated"),
-                         (tmp_path / "absent.jpg", "absent.jpg: cannot be read: No such file"), (tmp_path, "Is a directory"),
-                         (good[..., 0], "image 1: must be .* got \\(60, 80\\)"), (good.astype(float), "image 1: .*float64"), (7, "image 1")):
+    for image, words in (
+        (tmp_path / "text.jpg", "text.jpg: is not an image"),
+        (tmp_path / "cut.jpg", "cut.jpg: is truncated"),
+        (tmp_path / "absent.jpg", "absent.jpg: cannot be read: No such file"),
+        (tmp_path, "Is a directory"),
+        (good[..., 0], "image 1: must be .* got \\(60, 80\\)"),
+        (good.astype(float), "image 1: .*float64"),
+        (7, "image 1"),
+    ):
         with pytest.raises(spatialflow.ImageError, match=words):
             predictor([good, image])
 
@@ -113,12 +126,18 @@ def test_saved_files_are_coco_panoptic(tmp_path, predictor):
     content = read_panoptic_json(tmp_path / "out" / "000000000042.json", with_categories=True)
     assert content["annotations"][0]["image_id"] == 42 and len(content["categories"]) == 32
     drawn = result.overlay(picture(60, 80))
-    assert drawn.shape == (60, 80, 3) and drawn.dtype == np.uint8 and (drawn != picture(60, 80)).any() == bool(result.segments)
+    assert (
+        drawn.shape == (60, 80, 3)
+        and drawn.dtype == np.uint8
+        and (drawn != picture(60, 80)).any() == bool(result.segments)
+    )
 
 
 def test_detector_without_segmentation(goldens):
     small = dict(backbone_base_channels=8, fpn_channels=16, head_channels=16, num_things=3, categories=None)
-    result = spatialflow.Predictor(spatialflow.build_model("retinanet_r50_coco", **small), score_threshold=0.0, **SHORT)(picture(60, 80))
+    result = spatialflow.Predictor(
+        spatialflow.build_model("retinanet_r50_coco", **small), score_threshold=0.0, **SHORT
+    )(picture(60, 80))
     assert result.masks is None and len(result.scores) == 100 and not result.id_map.any() and result.segments == []
 
 

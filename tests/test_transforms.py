@@ -7,8 +7,17 @@ import cv2
 import numpy as np
 import pytest
 
-from spatialflow.data.transforms import (ImageError, check_image, fit_size, normalise, pad, prepare, read_image, resize_image,
-                                         resize_labels)
+from spatialflow.data.transforms import (
+    ImageError,
+    check_image,
+    fit_size,
+    normalise,
+    pad,
+    prepare,
+    read_image,
+    resize_image,
+    resize_labels,
+)
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -32,7 +41,9 @@ def test_sizes_and_scale_factors_equal_the_released_code(goldens):
         assert [float(np.float32(new_w / w)), float(np.float32(new_h / h))] == expected["scale_factor"]
 
 
-@pytest.mark.parametrize("size, expected", [((1, 1), (800, 800)), ((1, 5000), (1, 1333)), ((5000, 1), (1333, 1)), ((800, 1333), (800, 1333))])
+@pytest.mark.parametrize(
+    "size, expected", [((1, 1), (800, 800)), ((1, 5000), (1, 1333)), ((5000, 1), (1333, 1)), ((800, 1333), (800, 1333))]
+)
 def test_extreme_sizes_keep_a_pixel(size, expected):
     assert fit_size(size, 800, 1333) == expected
 
@@ -42,7 +53,10 @@ def test_nearest_resize_equals_opencv():
     for _ in range(40):
         h, w, new_h, new_w = rng.integers(1, 90, 4)
         labels = rng.integers(0, 255, (h, w), dtype=np.uint8)
-        assert np.array_equal(resize_labels(labels, (new_h, new_w)), cv2.resize(labels, (int(new_w), int(new_h)), interpolation=cv2.INTER_NEAREST))
+        assert np.array_equal(
+            resize_labels(labels, (new_h, new_w)),
+            cv2.resize(labels, (int(new_w), int(new_h)), interpolation=cv2.INTER_NEAREST),
+        )
 
 
 def test_prepare_normalises_rgb_and_pads_with_zeros():
@@ -59,7 +73,7 @@ def test_prepare_normalises_rgb_and_pads_with_zeros():
 
 def write(path, image, keep=1.0):
     content = cv2.imencode(path.suffix, image)[1].tobytes()
-    path.write_bytes(content[:int(len(content) * keep)])
+    path.write_bytes(content[: int(len(content) * keep)])
     return path
 
 
@@ -92,10 +106,16 @@ def test_files_that_are_no_images_are_refused(tmp_path):
             read_image(tmp_path / name)
 
 
-@pytest.mark.parametrize("image, words", [
-    (np.zeros((4, 4), np.uint8), r"got \(4, 4\) uint8"), (np.zeros((4, 4, 3), np.float32), "float32"),
-    (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"), (np.zeros((0, 4, 3), np.uint8), "no pixels"), ([1], "got list"),
-])
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (np.zeros((4, 4), np.uint8), r"got \(4, 4\) uint8"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        ([1], "got list"),
+    ],
+)
 def test_wrong_arrays_are_refused(image, words):
     with pytest.raises(ImageError, match=words):
         check_image(image)

@@ -24,7 +24,8 @@ class Prepared(NamedTuple):
 def read_image(path: Union[str, Path]) -> np.ndarray:
     """Decodes an image file to (H, W, 3) uint8 BGR.
 
-    Greyscale is spread over the channels, transparency is dropped, 16-bit values lose their low byte, EXIF orientation is applied.
+    Greyscale is spread over the channels, transparency is dropped, 16-bit values lose their low byte, EXIF orientation
+    is applied.
 
     Raises:
         ImageError: the file is absent, no image, or truncated.
@@ -47,7 +48,7 @@ def read_image(path: Union[str, Path]) -> np.ndarray:
 
 
 def _is_truncated(content: bytes) -> bool:
-    """True for a JPEG without end marker after its scan data, or a PNG without its last chunk; decoders fill those with grey."""
+    """True for a JPEG without end marker after its scan data or a PNG without last chunk; decoders fill with grey."""
     if content[:2] == b"\xff\xd8":
         return content.rfind(b"\xff\xd9") < max(content.rfind(b"\xff\xda"), 2)
     if content[:8] == b"\x89PNG\r\n\x1a\n":
@@ -67,7 +68,7 @@ def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
 
 
 def fit_size(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:
-    """(H, W) scaled so that it just fits: short edge at most `short_edge`, long edge at most `long_edge`; int(x * s + 0.5), at least 1."""
+    """(H, W) scaled until it fits `short_edge` and `long_edge`; each side is int(x * factor + 0.5) and at least 1."""
     h, w = size
     factor = min(long_edge / max(h, w), short_edge / min(h, w))
     return max(int(h * factor + 0.5), 1), max(int(w * factor + 0.5), 1)
@@ -80,13 +81,15 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Nearest resize of a label map to (H, W): source index floor(i * source / target), as OpenCV's INTER_NEAREST."""
-    rows, columns = (np.minimum((np.arange(target) * (1.0 / (target / source))).astype(np.int64), source - 1)
-                     for source, target in zip(labels.shape, size))
+    rows, columns = (
+        np.minimum((np.arange(target) * (1.0 / (target / source))).astype(np.int64), source - 1)
+        for source, target in zip(labels.shape, size)
+    )
     return labels[rows][:, columns]
 
 
 def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """(H, W, 3) uint8 BGR -> (3, H, W) float32 RGB, (x - mean) / std, computed as the released code does (float32, times 1 / std)."""
+    """(H, W, 3) uint8 BGR -> (3, H, W) float32 RGB, (x - mean) * (1 / std) in the released order of roundings."""
     rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
     cv2.subtract(rgb, (*np.float64(mean), 0.0), rgb)
     cv2.multiply(rgb, (*(1.0 / np.float64(std)), 0.0), rgb)
@@ -99,8 +102,9 @@ def pad(image: np.ndarray, divisor: int) -> np.ndarray:
     return np.pad(image, ((0, 0), (0, -h % divisor), (0, -w % divisor)))
 
 
-def prepare(image: np.ndarray, short_edge: int, long_edge: int, mean: Sequence[float], std: Sequence[float],
-            divisor: int = 32) -> Prepared:
+def prepare(
+    image: np.ndarray, short_edge: int, long_edge: int, mean: Sequence[float], std: Sequence[float], divisor: int = 32
+) -> Prepared:
     """A decoded image, (H, W, 3) uint8 BGR, as the network wants it: resized to fit, normalised, padded."""
     original = image.shape[:2]
     valid = fit_size(original, short_edge, long_edge)

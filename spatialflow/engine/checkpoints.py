@@ -29,7 +29,7 @@ RELEASED_NAMES = (
     (r"mask_head\.conv_logits\.", r"thing_head.logits."),
     (r"stuff_head\.conv\.", r"stuff_head.logits."),
 )
-"""Released name -> name here, by prefix; the backbone's names are the same. Stuff head blocks follow in `name_from_released`."""
+"""Released name -> name here, by prefix; the backbone's names stay. `name_from_released` adds the stuff head."""
 
 
 class CheckpointError(RuntimeError):
@@ -41,8 +41,13 @@ class CheckpointError(RuntimeError):
         wrong_shape: (name, shape in the file, shape in the model).
     """
 
-    def __init__(self, message: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (),
-                 wrong_shape: Sequence[tuple[str, tuple, tuple]] = ()):
+    def __init__(
+        self,
+        message: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        wrong_shape: Sequence[tuple[str, tuple, tuple]] = (),
+    ):
         super().__init__(message)
         self.missing, self.unexpected, self.wrong_shape = list(missing), list(unexpected), list(wrong_shape)
 
@@ -66,7 +71,7 @@ def is_released(state: Mapping[str, Tensor]) -> bool:
 
 
 def read_state(path: Union[str, Path]) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch file, under the names of this package; the kind is told by content, not by suffix.
+    """Tensors of a safetensors or torch file (told apart by content), under the names of this package.
 
     Args:
         path: a safetensors file, or a torch file with a state dict, bare or under the key "state_dict" or "model".
@@ -94,7 +99,7 @@ def read_state(path: Union[str, Path]) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path}: holds no state dict (names with tensors)")
-    state = {(name[len("module."):] if name.startswith("module.") else name): value for name, value in content.items()}
+    state = {(name[len("module.") :] if name.startswith("module.") else name): value for name, value in content.items()}
     return {name_from_released(name): value for name, value in state.items()} if is_released(state) else state
 
 
@@ -102,7 +107,9 @@ def _read_torch(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: is damaged or holds Python objects beside tensors: {_first_line(error)}") from None
+        raise CheckpointError(
+            f"{path}: is damaged or holds Python objects beside tensors: {_first_line(error)}"
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged: {_first_line(error)}") from None
 
@@ -165,12 +172,18 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss:
     given = {name: value for name, value in state.items() if not name.endswith(counter)}
     missing = [name for name in own if name not in given and not (may_miss and re.search(may_miss, name))]
     unexpected = [name for name in given if name not in own]
-    wrong_shape = [(name, tuple(given[name].shape), tuple(own[name].shape))
-                   for name in own if name in given and given[name].shape != own[name].shape]
+    wrong_shape = [
+        (name, tuple(given[name].shape), tuple(own[name].shape))
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
     if missing or unexpected or wrong_shape:
         shapes = [f"{name} {in_file} instead of {in_model}" for name, in_file, in_model in wrong_shape]
-        lists = [(f"{len(names)} {what}", names) for what, names in
-                 (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)) if names]
+        lists = [
+            (f"{len(names)} {what}", names)
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes))
+            if names
+        ]
         report = "; ".join(f"{title}: {_shorten(names)}" for title, names in lists)
         raise CheckpointError(f"{source}: does not fit the model: {report}", missing, unexpected, wrong_shape)
     with torch.no_grad():
@@ -184,7 +197,7 @@ def _shorten(names: Sequence[str], limit: int = 12) -> str:
 
 
 def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[str, Path]) -> Path:
-    """Writes weights under a temporary name and renames the finished file, so that an interrupted write leaves nothing behind.
+    """Writes weights under a temporary name and renames the finished file: an interrupted write leaves nothing behind.
 
     Args:
         model: a module, or names with tensors.
@@ -229,10 +242,15 @@ def convert(source: Union[str, Path], destination: Union[str, Path]) -> int:
         OSError: `destination` cannot be written.
     """
     state = read_state(source)
-    strangers = [name for name in state if name.split(".")[0] not in
-                 ("backbone", "fpn", "subnets", "box_head", "thing_head", "stuff_head")]
+    strangers = [
+        name
+        for name in state
+        if name.split(".")[0] not in ("backbone", "fpn", "subnets", "box_head", "thing_head", "stuff_head")
+    ]
     if strangers:
-        raise CheckpointError(f"{source}: {len(strangers)} entries belong to no part of the model: {_shorten(strangers)}",
-                              unexpected=strangers)
+        raise CheckpointError(
+            f"{source}: {len(strangers)} entries belong to no part of the model: {_shorten(strangers)}",
+            unexpected=strangers,
+        )
     save_checkpoint(state, destination)
     return len(state)

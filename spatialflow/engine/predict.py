@@ -34,8 +34,8 @@ class PanopticResult:
 
     Attributes:
         id_map: (H, W) int32, segment id per pixel, 0 = void.
-        segments: one dict per id of the map: `id`, `category_id`, `isthing`, `area` (pixels), `bbox` ([x, y, width, height]),
-            `score` (None for stuff).
+        segments: one dict per id of the map: `id`, `category_id`, `isthing`, `area` (pixels), `bbox` ([x, y, width,
+            height]), `score` (None for stuff).
         boxes: (K, 4) float32, x1, y1, x2, y2 in pixels of the image, best score first.
         scores: (K,) float32.
         labels: (K,) int64, category ids.
@@ -46,9 +46,19 @@ class PanopticResult:
         times: seconds by stage, see `STAGES`; of a batch the network's share.
     """
 
-    def __init__(self, id_map: np.ndarray, segments: list[dict[str, Any]], boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray,
-                 mask_logits: Optional[np.ndarray], mask_threshold: float, categories: Categories, image_name: str,
-                 times: dict[str, float]):
+    def __init__(
+        self,
+        id_map: np.ndarray,
+        segments: list[dict[str, Any]],
+        boxes: np.ndarray,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        mask_logits: Optional[np.ndarray],
+        mask_threshold: float,
+        categories: Categories,
+        image_name: str,
+        times: dict[str, float],
+    ):
         self.id_map, self.segments = id_map, segments
         self.boxes, self.scores, self.labels, self.mask_logits = boxes, scores, labels, mask_logits
         self.mask_threshold = mask_threshold
@@ -69,7 +79,7 @@ class PanopticResult:
         return int(stem) if stem.isascii() and stem.isdigit() else stem
 
     def save(self, folder: Union[str, Path]) -> Path:
-        """Writes the map as COCO panoptic PNG and its segments as panoptic JSON of one image: `<stem>.png`, `<stem>.json`.
+        """Writes `<stem>.png`, the map in COCO panoptic colours, and `<stem>.json`, a panoptic JSON of this image.
 
         Returns:
             Path of the PNG.
@@ -89,7 +99,8 @@ class PanopticResult:
 
     def __repr__(self) -> str:
         h, w = self.id_map.shape
-        return f"PanopticResult({self.image_name}: {h} x {w}, {len(self.segments)} segments, {len(self.scores)} detections)"
+        found = f"{len(self.segments)} segments, {len(self.scores)} detections"
+        return f"PanopticResult({self.image_name}: {h} x {w}, {found})"
 
 
 class _Item(NamedTuple):
@@ -103,34 +114,47 @@ class Predictor:
     """A model with everything between image files and panoptic maps.
 
     Args:
-        model: from `build_model`, with weights loaded. It is not changed; with `optimize`, later changes of its weights have no
-            effect here.
+        model: from `build_model`, with weights loaded. It is not changed; with `optimize`, later changes of its weights
+            have no effect here.
         device: where to run; None: where the model is.
         optimize: fold BatchNorm and pre-arrange the weights once.
-        batch_size: images that go through the network together; only images of equal padded size share a batch, so that results
-            do not depend on the company.
-        overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`, `score_threshold=0.3`.
+        batch_size: images that go through the network together; only images of equal padded size share a batch, so that
+            results do not depend on the company.
+        overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
+            `score_threshold=0.3`.
 
     Raises:
         ConfigError: an override breaks a rule.
         CategoryError: the configuration's categories do not fit the model.
     """
 
-    def __init__(self, model: SpatialFlow, device: Union[str, torch.device, None] = None, optimize: bool = True, batch_size: int = 1,
-                 **overrides: Any):
+    def __init__(
+        self,
+        model: SpatialFlow,
+        device: Union[str, torch.device, None] = None,
+        optimize: bool = True,
+        batch_size: int = 1,
+        **overrides: Any,
+    ):
         strangers = [section for section in place_overrides(overrides) if section != "test"]
         if strangers:
-            raise ConfigError(f"Predictor: only fields of the test section can be overridden, got {', '.join(overrides)}")
+            raise ConfigError(
+                f"Predictor: only fields of the test section can be overridden, got {', '.join(overrides)}"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
         self.config: Config = load_config(model.config, **overrides)
         shape = self.config.model
-        self.categories = load_categories(self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head)
+        self.categories = load_categories(
+            self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head
+        )
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.network = (optimize_for_inference(model) if optimize else model).to(self.device)
         self.batch_size = batch_size
 
-    def __call__(self, images: Union[Image, Sequence[Image], Iterable[Image]]) -> Union[PanopticResult, list[PanopticResult]]:
+    def __call__(
+        self, images: Union[Image, Sequence[Image], Iterable[Image]]
+    ) -> Union[PanopticResult, list[PanopticResult]]:
         """Predicts one image or many.
 
         Args:
@@ -167,7 +191,14 @@ class Predictor:
             pixels = read_image(image) if is_path else check_image(image, name)
         data, test = self.config.data, self.config.test
         with _stopwatch(times, "preprocess"):
-            prepared = prepare(pixels, test.test_short_edges[0], test.test_long_edge, data.image_mean, data.image_std, data.size_divisor)
+            prepared = prepare(
+                pixels,
+                test.test_short_edges[0],
+                test.test_long_edge,
+                data.image_mean,
+                data.image_std,
+                data.size_divisor,
+            )
         return _Item(position, name, prepared, times)
 
     @torch.inference_mode()
@@ -180,8 +211,14 @@ class Predictor:
             images = torch.from_numpy(np.stack([item.prepared.image for item in items])).to(self.device)
             output, quarter_logits = self.network.dense(images)
         with _stopwatch(shared, "detect"):
-            candidates = inference.select_candidates(output.class_logits, output.box_deltas, valid, scale, self.config.model,
-                                                     self.config.test.candidates_per_level)
+            candidates = inference.select_candidates(
+                output.class_logits,
+                output.box_deltas,
+                valid,
+                scale,
+                self.config.model,
+                self.config.test.candidates_per_level,
+            )
             found = inference.detect(candidates, self.config.test)
             counts = found.count.tolist()
         logits = None
@@ -193,19 +230,34 @@ class Predictor:
         for i, (item, n) in enumerate(zip(items, counts)):
             for stage in STAGES:
                 item.times[stage] += shared[stage] / len(items)
-            results[item.position] = self._finish(item, found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
-                                                  None if logits is None else logits[i],
-                                                  None if quarter_logits is None else quarter_logits[i])
+            results[item.position] = self._finish(
+                item,
+                found.boxes[i, :n],
+                found.scores[i, :n],
+                found.labels[i, :n],
+                None if logits is None else logits[i],
+                None if quarter_logits is None else quarter_logits[i],
+            )
 
-    def _finish(self, item: _Item, boxes: Tensor, scores: Tensor, labels: Tensor, mask_logits: Optional[Tensor],
-                quarter_logits: Optional[Tensor]) -> PanopticResult:
+    def _finish(
+        self,
+        item: _Item,
+        boxes: Tensor,
+        scores: Tensor,
+        labels: Tensor,
+        mask_logits: Optional[Tensor],
+        quarter_logits: Optional[Tensor],
+    ) -> PanopticResult:
         """Masks and stuff labels at original size, merged."""
         test, size, times = self.config.test, item.prepared.original_size, item.times
         with _stopwatch(times, "stuff"):
             if quarter_logits is None:  # every label lies outside 0..num_stuff - 1 = nothing, so all is void
                 stuff, num_stuff = torch.zeros(size, dtype=torch.uint8, device=self.device), 0
             else:
-                stuff, num_stuff = inference.stuff_labels(quarter_logits, item.prepared.valid_size, size), self.config.model.num_stuff
+                stuff, num_stuff = (
+                    inference.stuff_labels(quarter_logits, item.prepared.valid_size, size),
+                    self.config.model.num_stuff,
+                )
         with _stopwatch(times, "masks"):
             entering = scores >= test.instance_score_threshold
             if mask_logits is None:
@@ -216,28 +268,54 @@ class Predictor:
         with _stopwatch(times, "merge"):
             other = self.categories.other_index
             merged = panoptic_merge(
-                masks, scores[entering], labels[entering], boxes[entering] if test.box_fill else None, stuff, num_stuff,
-                ignored_stuff=() if other is None else (other,), score_threshold=test.instance_score_threshold,
-                overlap_threshold=test.instance_overlap_threshold, stuff_area_limit=test.stuff_area_threshold,
-                box_threshold=test.box_overlap_threshold)
+                masks,
+                scores[entering],
+                labels[entering],
+                boxes[entering] if test.box_fill else None,
+                stuff,
+                num_stuff,
+                ignored_stuff=() if other is None else (other,),
+                score_threshold=test.instance_score_threshold,
+                overlap_threshold=test.instance_overlap_threshold,
+                stuff_area_limit=test.stuff_area_threshold,
+                box_threshold=test.box_overlap_threshold,
+            )
             id_map, segments = merged.id_map.cpu().numpy(), self._segments(merged)
         category_ids = self.categories.thing_ids[labels.cpu().numpy()]
-        return PanopticResult(id_map, segments, boxes.cpu().numpy(), scores.cpu().numpy(), category_ids,
-                              None if mask_logits is None else mask_logits.cpu().numpy(), test.mask_threshold, self.categories, item.name, times)
+        return PanopticResult(
+            id_map,
+            segments,
+            boxes.cpu().numpy(),
+            scores.cpu().numpy(),
+            category_ids,
+            None if mask_logits is None else mask_logits.cpu().numpy(),
+            test.mask_threshold,
+            self.categories,
+            item.name,
+            times,
+        )
 
     def _segments(self, merged) -> list[dict[str, Any]]:
         count = int(merged.count)
         columns = (merged.labels, merged.is_thing, merged.areas, merged.boxes, merged.scores)
         rows = zip(*(column[:count].tolist() for column in columns))
         things, stuff = self.categories.thing_ids, self.categories.stuff_ids
-        return [{"id": row + 1, "category_id": int(things[label] if is_thing else stuff[label]), "isthing": int(is_thing),
-                 "area": area, "bbox": box, "score": score if is_thing else None}
-                for row, (label, is_thing, area, box, score) in enumerate(rows)]
+        return [
+            {
+                "id": row + 1,
+                "category_id": int(things[label] if is_thing else stuff[label]),
+                "isthing": int(is_thing),
+                "area": area,
+                "bbox": box,
+                "score": score if is_thing else None,
+            }
+            for row, (label, is_thing, area, box, score) in enumerate(rows)
+        ]
 
 
 @contextmanager
 def _stopwatch(times: dict[str, float], stage: str):
-    """Adds the seconds of the block to `times[stage]`; on a GPU only until the work is queued, without waiting for it."""
+    """Adds the seconds of the block to `times[stage]`; on a GPU until the work is queued, without waiting for it."""
     start = time.perf_counter()
     yield
     times[stage] += time.perf_counter() - start

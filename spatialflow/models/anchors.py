@@ -14,8 +14,9 @@ MAX_LOG_RATIO = abs(math.log(16 / 1000))
 """Limit of the decoded log width and height ratios."""
 
 
-def base_anchors(stride: int, octave_scale: float = 4.0, scales_per_octave: int = 3,
-                 ratios: Sequence[float] = (0.5, 1.0, 2.0)) -> Tensor:
+def base_anchors(
+    stride: int, octave_scale: float = 4.0, scales_per_octave: int = 3, ratios: Sequence[float] = (0.5, 1.0, 2.0)
+) -> Tensor:
     """The anchors of the cell at the origin.
 
     Args:
@@ -27,7 +28,10 @@ def base_anchors(stride: int, octave_scale: float = 4.0, scales_per_octave: int 
     Returns:
         (len(ratios) * scales_per_octave, 4) float32, (x1, y1, x2, y2) in pixels, centred at 0; ratio-major, then scale.
     """
-    scales = torch.tensor([2.0 ** (i / scales_per_octave) for i in range(scales_per_octave)], dtype=torch.float64) * octave_scale
+    scales = (
+        torch.tensor([2.0 ** (i / scales_per_octave) for i in range(scales_per_octave)], dtype=torch.float64)
+        * octave_scale
+    )
     scales = scales.float()
     h_ratios = torch.sqrt(torch.tensor(ratios, dtype=torch.float32))
     widths = (stride * (1 / h_ratios)[:, None] * scales[None, :]).reshape(-1)
@@ -36,7 +40,7 @@ def base_anchors(stride: int, octave_scale: float = 4.0, scales_per_octave: int 
 
 
 def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
-    """Anchors of a whole level: cell (y, x) is centred at (x * stride, y * stride), without half-cell offset or rounding.
+    """Anchors of a whole level: cell (y, x) is centred at (x * stride, y * stride), no half-cell offset, no rounding.
 
     Args:
         size: (H, W) of the level.

@@ -87,8 +87,9 @@ def build_model(config_name_or_path: Union[str, Path, Config], **overrides: Any)
     """Builds a network with random weights, in training mode.
 
     Args:
-        config_name_or_path: name of a configuration of the package ("spatialflow_r50_coco"), path of a YAML file, or a Config.
-        overrides: fields to replace, for instance `backbone_base_channels=16, fpn_channels=32, num_things=20`. A section may be
+        config_name_or_path: a configuration of the package ("spatialflow_r50_coco"), path of a YAML file, or a Config.
+        overrides: fields to replace, for instance `backbone_base_channels=16, fpn_channels=32, num_things=20`. A
+        section may be
             named: `model={"fpn_channels": 32}` or `**{"model.fpn_channels": 32}`.
 
     Returns:
@@ -99,19 +100,41 @@ def build_model(config_name_or_path: Union[str, Path, Config], **overrides: Any)
     """
     config = load_config(config_name_or_path, **overrides)
     m = config.model
-    backbone = ResNet(m.backbone_depth, m.backbone_base_channels, m.backbone_groups, m.backbone_group_width,
-                      m.backbone_deformable_stages, m.backbone_frozen_stages)
+    backbone = ResNet(
+        m.backbone_depth,
+        m.backbone_base_channels,
+        m.backbone_groups,
+        m.backbone_group_width,
+        m.backbone_deformable_stages,
+        m.backbone_frozen_stages,
+    )
     fpn = FPN(backbone.out_channels, m.fpn_channels)
     segmentation = tuple(name for name, present in (("stuff", m.stuff_head), ("thing", m.thing_head)) if present)
     subnets = Subnets(
-        m.fpn_channels, m.head_channels, m.detection_stages, m.stuff_stages, m.thing_stages, m.flow_source,
-        m.flow_to_detection, m.flow_to_stuff, m.flow_to_thing, m.flow_stuff_to_thing, segmentation,
-        {"cls": m.deformable_cls_stages, "reg": m.deformable_reg_stages,
-         "stuff": m.deformable_stuff_stages, "thing": m.deformable_thing_stages})
+        m.fpn_channels,
+        m.head_channels,
+        m.detection_stages,
+        m.stuff_stages,
+        m.thing_stages,
+        m.flow_source,
+        m.flow_to_detection,
+        m.flow_to_stuff,
+        m.flow_to_thing,
+        m.flow_stuff_to_thing,
+        segmentation,
+        {
+            "cls": m.deformable_cls_stages,
+            "reg": m.deformable_reg_stages,
+            "stuff": m.deformable_stuff_stages,
+            "thing": m.deformable_thing_stages,
+        },
+    )
     box_head = BoxHead(m.head_channels, m.num_things, m.num_anchors)
     thing_head = stuff_head = None
     if m.thing_head:
-        thing_head = ThingHead(_task_channels(m, m.thing_stages), m.thing_head_channels, m.num_things, m.thing_head_convs)
+        thing_head = ThingHead(
+            _task_channels(m, m.thing_stages), m.thing_head_channels, m.num_things, m.thing_head_convs
+        )
     if m.stuff_head:
         stuff_head = StuffHead(_task_channels(m, m.stuff_stages), m.stuff_head_channels, m.num_stuff, m.norm_groups)
     return SpatialFlow(backbone, fpn, subnets, box_head, thing_head, stuff_head, config)

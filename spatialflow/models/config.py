@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every setting of a model, of its inference, its data and its training, as frozen dataclasses.
 
-A configuration is four sections: `model` (what is built), `test` (what happens to the raw outputs), `data` (images in) and
-`training`. Field names are unique over the sections, so that an override needs no section: `build_model(name, fpn_channels=64)`.
+A configuration is four sections: `model` (what is built), `test` (what happens to the raw outputs), `data` (images in)
+and `training`. Field names are unique over the sections, so that an override needs no section: `build_model(name,
+fpn_channels=64)`.
 """
 
 import dataclasses
@@ -26,7 +27,9 @@ class ModelConfig:
     backbone_groups: int = 1  # groups of the 3x3 convolutions: 1 = ResNet, 32 or 64 = ResNeXt
     backbone_group_width: int = 64  # channels per group in the first stage; read where backbone_groups > 1
     backbone_deformable_stages: tuple[int, ...] = ()  # stages (2..4) whose 3x3 convolutions are deformable
-    backbone_frozen_stages: int = 1  # stem and this many stages keep their weights in training; 0 = stem alone, -1 = none
+    backbone_frozen_stages: int = (
+        1  # stem and this many stages keep their weights in training; 0 = stem alone, -1 = none
+    )
     fpn_channels: int = 256  # channels of P3..P7
     head_channels: int = 256  # channels inside the four sub-networks
     thing_head_channels: int = 256  # channels inside the mask head
@@ -42,7 +45,9 @@ class ModelConfig:
     detection_stages: int = 4  # stages of the cls and of the reg sub-network
     stuff_stages: int = 4  # stages of the stuff sub-network; 0 = the stuff head sees the FPN
     thing_stages: int = 1  # stages of the thing sub-network; 0 = the thing head sees the FPN
-    flow_source: Optional[str] = "reg"  # sub-network whose features flow to the others: "reg", "cls", or null for no flows
+    flow_source: Optional[str] = (
+        "reg"  # sub-network whose features flow to the others: "reg", "cls", or null for no flows
+    )
     flow_to_detection: bool = True  # source -> the other detection sub-network (reg -> cls in the paper)
     flow_to_stuff: bool = True  # source -> stuff
     flow_to_thing: bool = True  # source -> thing
@@ -61,33 +66,87 @@ class ModelConfig:
         return self.anchor_scales_per_octave * len(self.anchor_ratios)
 
     def __post_init__(self):
-        _check_positive(self, "backbone_base_channels", "backbone_groups", "backbone_group_width", "fpn_channels", "head_channels",
-                        "thing_head_channels", "stuff_head_channels", "norm_groups", "num_things", "num_stuff", "roi_size",
-                        "finest_scale", "detection_stages", "anchor_octave_scale", "anchor_scales_per_octave")
+        _check_positive(
+            self,
+            "backbone_base_channels",
+            "backbone_groups",
+            "backbone_group_width",
+            "fpn_channels",
+            "head_channels",
+            "thing_head_channels",
+            "stuff_head_channels",
+            "norm_groups",
+            "num_things",
+            "num_stuff",
+            "roi_size",
+            "finest_scale",
+            "detection_stages",
+            "anchor_octave_scale",
+            "anchor_scales_per_octave",
+        )
         _require(self.backbone_depth in (50, 101), "backbone_depth", "must be 50 or 101", self.backbone_depth)
-        _require(-1 <= self.backbone_frozen_stages <= 4, "backbone_frozen_stages", "must lie in -1..4", self.backbone_frozen_stages)
-        _require(all(s in (2, 3, 4) for s in self.backbone_deformable_stages), "backbone_deformable_stages",
-                 "may name the stages 2, 3 and 4", self.backbone_deformable_stages)
-        _require(self.stuff_head_channels % self.norm_groups == 0, "norm_groups",
-                 f"must divide stuff_head_channels ({self.stuff_head_channels})", self.norm_groups)
+        _require(
+            -1 <= self.backbone_frozen_stages <= 4,
+            "backbone_frozen_stages",
+            "must lie in -1..4",
+            self.backbone_frozen_stages,
+        )
+        _require(
+            all(s in (2, 3, 4) for s in self.backbone_deformable_stages),
+            "backbone_deformable_stages",
+            "may name the stages 2, 3 and 4",
+            self.backbone_deformable_stages,
+        )
+        _require(
+            self.stuff_head_channels % self.norm_groups == 0,
+            "norm_groups",
+            f"must divide stuff_head_channels ({self.stuff_head_channels})",
+            self.norm_groups,
+        )
         _require(self.thing_head_convs >= 0, "thing_head_convs", "must not be negative", self.thing_head_convs)
-        _require(0 <= self.stuff_stages <= self.detection_stages, "stuff_stages",
-                 f"must lie in 0..detection_stages ({self.detection_stages})", self.stuff_stages)
+        _require(
+            0 <= self.stuff_stages <= self.detection_stages,
+            "stuff_stages",
+            f"must lie in 0..detection_stages ({self.detection_stages})",
+            self.stuff_stages,
+        )
         _require(0 <= self.thing_stages <= 4, "thing_stages", "must lie in 0..4", self.thing_stages)
-        _require(self.flow_source in ("reg", "cls", None), "flow_source", "must be 'reg', 'cls' or null", self.flow_source)
-        _require(len(self.anchor_ratios) > 0 and all(r > 0 for r in self.anchor_ratios), "anchor_ratios",
-                 "must be one or more positive numbers", self.anchor_ratios)
-        for name, stages in (("cls", self.detection_stages), ("reg", self.detection_stages),
-                             ("stuff", self.stuff_stages), ("thing", self.thing_stages)):
+        _require(
+            self.flow_source in ("reg", "cls", None), "flow_source", "must be 'reg', 'cls' or null", self.flow_source
+        )
+        _require(
+            len(self.anchor_ratios) > 0 and all(r > 0 for r in self.anchor_ratios),
+            "anchor_ratios",
+            "must be one or more positive numbers",
+            self.anchor_ratios,
+        )
+        for name, stages in (
+            ("cls", self.detection_stages),
+            ("reg", self.detection_stages),
+            ("stuff", self.stuff_stages),
+            ("thing", self.thing_stages),
+        ):
             value = getattr(self, f"deformable_{name}_stages")
-            _require(all(0 <= s < stages for s in value), f"deformable_{name}_stages",
-                     f"may name the stages 0..{stages - 1} of the {name} sub-network", value)
+            _require(
+                all(0 <= s < stages for s in value),
+                f"deformable_{name}_stages",
+                f"may name the stages 0..{stages - 1} of the {name} sub-network",
+                value,
+            )
         for name in ("stuff", "thing"):
-            _require(getattr(self, f"{name}_head") or getattr(self, f"{name}_stages") == 0, f"{name}_stages",
-                     f"must be 0 without a {name} head ({name}_head: false)", getattr(self, f"{name}_stages"))
+            _require(
+                getattr(self, f"{name}_head") or getattr(self, f"{name}_stages") == 0,
+                f"{name}_stages",
+                f"must be 0 without a {name} head ({name}_head: false)",
+                getattr(self, f"{name}_stages"),
+            )
         deformable = any(getattr(self, f"deformable_{n}_stages") for n in ("cls", "reg", "stuff", "thing"))
-        _require(not deformable or self.fpn_channels == self.head_channels, "head_channels",
-                 f"must equal fpn_channels ({self.fpn_channels}) where a sub-network is deformable", self.head_channels)
+        _require(
+            not deformable or self.fpn_channels == self.head_channels,
+            "head_channels",
+            f"must equal fpn_channels ({self.fpn_channels}) where a sub-network is deformable",
+            self.head_channels,
+        )
 
 
 @dataclass(frozen=True)
@@ -109,20 +168,33 @@ class TestConfig:
     test_flip: bool = False  # mirrored images too
 
     def __post_init__(self):
-        _check_share(self, "score_threshold", "nms_threshold", "mask_threshold", "instance_score_threshold",
-                     "instance_overlap_threshold", "box_overlap_threshold")
+        _check_share(
+            self,
+            "score_threshold",
+            "nms_threshold",
+            "mask_threshold",
+            "instance_score_threshold",
+            "instance_overlap_threshold",
+            "box_overlap_threshold",
+        )
         _check_positive(self, "max_detections", "test_long_edge", "mask_threshold")
         for name in ("candidates_per_level", "stuff_area_threshold"):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
-        _require(len(self.test_short_edges) > 0 and all(edge > 0 for edge in self.test_short_edges), "test_short_edges",
-                 "must be one or more positive sizes", self.test_short_edges)
+        _require(
+            len(self.test_short_edges) > 0 and all(edge > 0 for edge in self.test_short_edges),
+            "test_short_edges",
+            "must be one or more positive sizes",
+            self.test_short_edges,
+        )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Images and categories."""
 
-    categories: Optional[str] = "coco"  # "coco", "cityscapes", a JSON file with a COCO category list, or null: numbered classes
+    categories: Optional[str] = (
+        "coco"  # "coco", "cityscapes", a JSON file with a COCO category list, or null: numbered classes
+    )
     image_mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, subtracted
     image_std: tuple[float, ...] = (58.395, 57.12, 57.375)  # RGB, divided by
     size_divisor: int = 32  # images are padded with zeros at the right and bottom to a multiple of this
@@ -139,12 +211,24 @@ class DataConfig:
         for name in ("image_mean", "image_std"):
             _require(len(getattr(self, name)) == 3, name, "must be three numbers (RGB)", getattr(self, name))
         _require(all(s > 0 for s in self.image_std), "image_std", "must be positive", self.image_std)
-        _require(1 <= len(self.train_short_edges) <= 2 and all(e > 0 for e in self.train_short_edges), "train_short_edges",
-                 "must be one positive size or a range of two", self.train_short_edges)
-        _require(self.train_crop is None or (len(self.train_crop) == 2 and all(c > 0 for c in self.train_crop)), "train_crop",
-                 "must be (height, width) or null", self.train_crop)
-        _require(len(self.train_scale_range) == 2 and 0 < self.train_scale_range[0] <= self.train_scale_range[1],
-                 "train_scale_range", "must be two positive factors in order", self.train_scale_range)
+        _require(
+            1 <= len(self.train_short_edges) <= 2 and all(e > 0 for e in self.train_short_edges),
+            "train_short_edges",
+            "must be one positive size or a range of two",
+            self.train_short_edges,
+        )
+        _require(
+            self.train_crop is None or (len(self.train_crop) == 2 and all(c > 0 for c in self.train_crop)),
+            "train_crop",
+            "must be (height, width) or null",
+            self.train_crop,
+        )
+        _require(
+            len(self.train_scale_range) == 2 and 0 < self.train_scale_range[0] <= self.train_scale_range[1],
+            "train_scale_range",
+            "must be two positive factors in order",
+            self.train_scale_range,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,18 +250,36 @@ class TrainingConfig:
     focal_alpha: float = 0.25  # focal loss weight of positives
     stuff_loss_weight: float = 0.25  # lambda of equation 6; the released runs behave like 0.5 (see docs)
     proposal_nms_threshold: float = 0.4  # NMS of the detections that become training proposals
-    finetune_class_layers_epochs: int = 0  # first this many epochs train only the layers whose shape depends on the classes
+    finetune_class_layers_epochs: int = (
+        0  # first this many epochs train only the layers whose shape depends on the classes
+    )
     finetune_learning_rate: float = 0.005  # rate in those epochs
 
     def __post_init__(self):
         _check_positive(self, "epochs", "images_per_step", "learning_rate", "finetune_learning_rate")
-        _check_share(self, "warmup_factor", "momentum", "positive_iou", "negative_iou", "focal_alpha", "proposal_nms_threshold")
-        for name in ("weight_decay", "stuff_loss_weight", "focal_gamma", "warmup_iterations", "finetune_class_layers_epochs"):
+        _check_share(
+            self, "warmup_factor", "momentum", "positive_iou", "negative_iou", "focal_alpha", "proposal_nms_threshold"
+        )
+        for name in (
+            "weight_decay",
+            "stuff_loss_weight",
+            "focal_gamma",
+            "warmup_iterations",
+            "finetune_class_layers_epochs",
+        ):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
-        _require(self.negative_iou <= self.positive_iou, "negative_iou", f"must not exceed positive_iou ({self.positive_iou})",
-                 self.negative_iou)
-        _require(self.mixed_precision in ("fp16", "bf16", None), "mixed_precision", "must be 'fp16', 'bf16' or null",
-                 self.mixed_precision)
+        _require(
+            self.negative_iou <= self.positive_iou,
+            "negative_iou",
+            f"must not exceed positive_iou ({self.positive_iou})",
+            self.negative_iou,
+        )
+        _require(
+            self.mixed_precision in ("fp16", "bf16", None),
+            "mixed_precision",
+            "must be 'fp16', 'bf16' or null",
+            self.mixed_precision,
+        )
 
 
 @dataclass(frozen=True)
@@ -214,7 +316,7 @@ def make_config(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Config:
 
 
 def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sorts overrides into sections: `fpn_channels=64`, `{"model.fpn_channels": 64}` and `model={"fpn_channels": 64}` are the same.
+    """Sorts overrides into sections; a field may be given bare, as "section.field", or within `section={...}`.
 
     Raises:
         ConfigError: no section has the field; close names are suggested.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A modulated deformable 3x3 convolution whose offsets come from its own input (DCN v2)."""
 
-import torch
 from torch import Tensor, nn
 
 from spatialflow.models.plain_ops import deform_conv2d
@@ -16,10 +15,18 @@ def split_offsets(prediction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DeformConv2d(nn.Conv2d):
-    """A 3x3 convolution with learned sampling points; `conv_offset` is an ordinary 3x3 convolution of the same input and stride."""
+    """A 3x3 convolution whose sampling points `conv_offset`, an ordinary convolution of the same input, predicts."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1,
-                 groups: int = 1, bias: bool = True):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
         self.conv_offset = nn.Conv2d(in_channels, OFFSET_CHANNELS, kernel_size, stride, padding)
         self.zero_offsets()

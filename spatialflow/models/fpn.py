@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class FPN(nn.Module):
-    """P3, P4, P5 top-down from C3, C4, C5; P6 by a strided convolution of C5, P7 of P6 (no ReLU between); no norm anywhere.
+    """P3, P4, P5 top-down from C3, C4, C5; P6 is a strided convolution of C5, P7 of P6 (no ReLU between); no norm.
 
     Args:
         in_channels: channels of C3, C4, C5.

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 class BoxHead(nn.Module):
     """RetinaNet's two predictors, shared by all levels.
 
-    Channels of `class_logits` are anchor-major (anchor, class), of `box_deltas` (anchor, dx dy dw dh). Classes are sigmoids without
-    a background class.
+    Channels of `class_logits` are anchor-major (anchor, class), of `box_deltas` (anchor, dx dy dw dh). Classes are
+    sigmoids without a background class.
 
     Args:
         in_channels: channels of the sub-network features.
@@ -47,7 +47,9 @@ class ThingHead(nn.Module):
 
     def __init__(self, in_channels: int = 256, channels: int = 256, num_classes: int = 80, num_convs: int = 4):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1) for i in range(num_convs))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1) for i in range(num_convs)
+        )
         self.upsample = nn.ConvTranspose2d(channels if num_convs else in_channels, channels, 2, stride=2)
         self.logits = nn.Conv2d(channels, num_classes, 1)
         for module in self.modules():
@@ -106,8 +108,11 @@ class StuffHead(nn.Module):
     def __init__(self, in_channels: int = 256, channels: int = 128, num_classes: int = 54, groups: int = 32):
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(ConvNormUp(in_channels if i == 0 else channels, channels, groups) for i in range(level + 1)))
-            for level in range(3))
+            nn.Sequential(
+                *(ConvNormUp(in_channels if i == 0 else channels, channels, groups) for i in range(level + 1))
+            )
+            for level in range(3)
+        )
         self.logits = nn.Conv2d(channels, num_classes, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -115,7 +120,7 @@ class StuffHead(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """[P3, P4, P5] features, each (N, C, H, W), -> logits (N, num_classes, H/4, W/4) at stride 4; `enlarge` completes them."""
+        """[P3, P4, P5], each (N, C, H, W), -> logits (N, num_classes, H, W) at stride 4; `enlarge` completes them."""
         total = None
         for block, feature in zip(self.blocks, features):
             x = block(feature)  # (N, channels, H/4, W/4)

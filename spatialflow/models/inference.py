@@ -5,12 +5,11 @@ from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid_anchors
 from spatialflow.models.config import ModelConfig, TestConfig
-from spatialflow.models.plain_ops import multiclass_nms
 from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.ops import multiclass_nms
 
 
 class Candidates(NamedTuple):
@@ -35,8 +34,14 @@ def anchors_of(model: ModelConfig, level: int, size: tuple[int, int], device: to
     return grid_anchors(size, STRIDES[level], base.to(device))
 
 
-def select_candidates(class_logits: Sequence[Tensor], box_deltas: Sequence[Tensor], valid_sizes: Tensor, scale_factors: Tensor,
-                      model: ModelConfig, per_level: int) -> Candidates:
+def select_candidates(
+    class_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
+    valid_sizes: Tensor,
+    scale_factors: Tensor,
+    model: ModelConfig,
+    per_level: int,
+) -> Candidates:
     """The best anchors of every level, decoded, clipped to the valid image and brought to the original scale.
 
     Args:
@@ -70,35 +75,46 @@ def select_candidates(class_logits: Sequence[Tensor], box_deltas: Sequence[Tenso
 
 def detect(candidates: Candidates, test: TestConfig) -> Detections:
     """Class-wise NMS over all levels; at most `test.max_detections` per image in score order."""
-    kept = multiclass_nms(candidates.boxes, candidates.scores, test.score_threshold, test.nms_threshold, test.max_detections)
+    kept = multiclass_nms(
+        candidates.boxes, candidates.scores, test.score_threshold, test.nms_threshold, test.max_detections
+    )
     return Detections(kept.boxes, kept.scores, kept.labels, kept.count)
 
 
 def make_rois(boxes: Sequence[Tensor], scale_factors: Tensor) -> Tensor:
-    """Boxes at original scale, per image (K_i, 4), -> RoIs at network scale, (sum K_i, 5) with the image index first."""
-    rois = [torch.cat([b.new_full((len(b), 1), i), b * scale_factors[i].repeat(2).to(b)], dim=1) for i, b in enumerate(boxes)]
+    """Boxes of each image at original scale, (K_i, 4), -> RoIs at network scale, (sum K_i, 5), image index first."""
+    rois = [
+        torch.cat([b.new_full((len(b), 1), i), b * scale_factors[i].repeat(2).to(b)], dim=1)
+        for i, b in enumerate(boxes)
+    ]
     return torch.cat(rois)
 
 
-def mask_logits(network: SpatialFlow, thing_features: list[Tensor], rois: Tensor, labels: Tensor, chunk: int = 128) -> Tensor:
+def mask_logits(
+    network: SpatialFlow, thing_features: list[Tensor], rois: Tensor, labels: Tensor, chunk: int = 128
+) -> Tensor:
     """(K, 28, 28) float32 logits of each RoI's own class, computed `chunk` RoIs at a time to bound the memory."""
-    parts = [network.thing_logits(thing_features, rois[i:i + chunk], labels[i:i + chunk]) for i in range(0, len(rois), chunk)]
+    parts = [
+        network.thing_logits(thing_features, rois[i : i + chunk], labels[i : i + chunk])
+        for i in range(0, len(rois), chunk)
+    ]
     side = 2 * network.config.model.roi_size
     return torch.cat(parts).float() if parts else rois.new_zeros((0, side, side))
 
 
 def nearest_indices(source: int, target: int, device: torch.device) -> Tensor:
-    """Source index for each of `target` positions, as OpenCV's INTER_NEAREST: floor(i * source / target), in float64."""
+    """Source index of each of `target` positions, floor(i * source / target) in float64: OpenCV's INTER_NEAREST."""
     step = 1.0 / (target / source)
     return (torch.arange(target, device=device, dtype=torch.float64) * step).floor().long().clamp_(max=source - 1)
 
 
-def stuff_labels(quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int],
-                 rows_at_once: int = 16) -> Tensor:
+def stuff_labels(
+    quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int], rows_at_once: int = 16
+) -> Tensor:
     """Stuff labels at original size: argmax of the 4x upsampled logits, cropped to the valid image, nearest-resized.
 
-    Only the pixels that survive the crop and the nearest resize are ever computed, a band of rows at a time, so that the upsampled
-    logits never exist as a whole.
+    Only the pixels that survive the crop and the nearest resize are ever computed, a band of rows at a time, so that
+    the upsampled logits never exist as a whole.
 
     Args:
         quarter_logits: (C, H/4, W/4) of one image.
@@ -134,8 +150,8 @@ def _aligned_taps(positions: Tensor, source: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def full_stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-    """As `stuff_labels`, from logits (C, H, W) that are already at the size of the padded image; the plain form of it."""
-    labels = logits.argmax(dim=0)[:valid_size[0], :valid_size[1]]
+    """The plain form of `stuff_labels`, from logits (C, H, W) at the size of the padded image."""
+    labels = logits.argmax(dim=0)[: valid_size[0], : valid_size[1]]
     return resize_labels(labels, original_size)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same network, arranged for inference: BatchNorm folded, bias and ReLU in the convolutions, weights packed once.
 
-Every class here stands in for one of the plain modules, computes the same function to rounding, and holds plain buffers instead of
-parameters. The plain modules are the reference.
+Every class here stands in for one of the plain modules, computes the same function to rounding, and holds plain buffers
+instead of parameters. The plain modules are the reference.
 """
 
 import copy
@@ -56,11 +56,24 @@ class FusedConv(nn.Module):
         if _has_fused_convolution(x):
             activation = "relu" if self.relu else "none"
             if residual is None:
-                return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, self.padding, self.stride, [1, 1],
-                                                               self.groups, activation, [], "")
-            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, self.weight, self.bias, self.padding, self.stride,
-                                                                   [1, 1], self.groups, "add", 1.0,
-                                                                   "relu" if self.relu else None, [], "")
+                return torch.ops.mkldnn._convolution_pointwise(
+                    x, self.weight, self.bias, self.padding, self.stride, [1, 1], self.groups, activation, [], ""
+                )
+            return torch.ops.mkldnn._convolution_pointwise_.binary(
+                residual,
+                x,
+                self.weight,
+                self.bias,
+                self.padding,
+                self.stride,
+                [1, 1],
+                self.groups,
+                "add",
+                1.0,
+                "relu" if self.relu else None,
+                [],
+                "",
+            )
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         y = y if residual is None else residual.add_(y)
         return y.relu_() if self.relu else y
@@ -68,7 +81,12 @@ class FusedConv(nn.Module):
 
 def _has_fused_convolution(x: Tensor) -> bool:
     """oneDNN's convolution with sum and ReLU in its epilogue, which torch's own compiler uses on the CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
 
 
 class FusedBottleneck(nn.Module):
@@ -94,7 +112,9 @@ class FusedResNet(nn.Module):
         super().__init__()
         self.stem = FusedConv(backbone.conv1, backbone.bn1, relu=True)
         self.maxpool = backbone.maxpool
-        self.layers = nn.ModuleList(nn.Sequential(*map(FusedBottleneck, getattr(backbone, f"layer{i}"))) for i in range(1, 5))
+        self.layers = nn.ModuleList(
+            nn.Sequential(*map(FusedBottleneck, getattr(backbone, f"layer{i}"))) for i in range(1, 5)
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.maxpool(self.stem(images.contiguous(memory_format=torch.channels_last)))
@@ -106,7 +126,7 @@ class FusedResNet(nn.Module):
 
 
 class PackedConv3x3(nn.Module):
-    """A 3x3 convolution of stride 1 over one tensor or a list of levels, its weights arranged once for `flow_conv2d`."""
+    """A 3x3 convolution of stride 1 over a tensor or a list of levels, its weights arranged once."""
 
     def __init__(self, conv: nn.Conv2d, relu: bool):
         super().__init__()
@@ -144,9 +164,12 @@ class PackedSubnets(nn.Module):
         super().__init__()
         self.plain = subnets
         names = ("cls", "reg", "stuff", "thing")
-        self.convs = nn.ModuleDict({name: nn.ModuleList(map(_pack_stage, subnets.get_submodule(name))) for name in names})
-        self.flow_convs = nn.ModuleDict({name: nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in subnets.flows(name))
-                                         for name in names})
+        self.convs = nn.ModuleDict(
+            {name: nn.ModuleList(map(_pack_stage, subnets.get_submodule(name))) for name in names}
+        )
+        self.flow_convs = nn.ModuleDict(
+            {name: nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in subnets.flows(name)) for name in names}
+        )
         self.semantic = nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in subnets.semantic_flow)
 
     def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
@@ -168,7 +191,9 @@ class PackedSubnets(nn.Module):
             thing = _add(thing, self.flow_convs["thing"][0](spatial)) if len(self.flow_convs["thing"]) else thing
         return SubnetFeatures(f["cls"], f["reg"], stuff, thing)
 
-    def _stage(self, name: str, s: int, f: list[Tensor], source: list[Tensor], semantic: Optional[list[Tensor]] = None) -> list[Tensor]:
+    def _stage(
+        self, name: str, s: int, f: list[Tensor], source: list[Tensor], semantic: Optional[list[Tensor]] = None
+    ) -> list[Tensor]:
         conv = self.convs[name][s]
         if len(self.flow_convs[name]) == 0:
             return conv(f if semantic is None else _add(f, semantic))
@@ -178,7 +203,9 @@ class PackedSubnets(nn.Module):
             return conv(f, spatial if semantic is None else _add(spatial, semantic))
         x = f if semantic is None else _add(f, semantic)
         plain, results = self.plain.get_submodule(name)[s], []
-        for feature, prediction in zip(x, flow(f, source)):  # the offsets come from flow(f + source), without `semantic`
+        for feature, prediction in zip(
+            x, flow(f, source)
+        ):  # the offsets come from flow(f + source), without `semantic`
             offset, mask = split_offsets(prediction)
             results.append(deform_conv2d(feature, offset, plain.weight, plain.bias, 1, 1, 1, mask).relu_())
         return results
@@ -218,8 +245,8 @@ class PackedBoxHead(nn.Module):
 class PackedThingHead(ThingHead):
     """`ThingHead`, the 3x3 convolutions packed and the deconvolution a matrix product.
 
-    The 2x2 outputs of a deconvolution of stride 2 do not overlap, so each input pixel gives 4 output pixels by itself. Where only one
-    class per RoI is wanted, its dot product follows before the pixels are rearranged.
+    The 2x2 outputs of a deconvolution of stride 2 do not overlap, so each input pixel gives 4 output pixels by itself.
+    Where only one class per RoI is wanted, its dot product follows before the pixels are rearranged.
     """
 
     rois_at_once = 32  # keeps the widest intermediate, 4 pixels x channels per input pixel, near the cache
@@ -229,7 +256,9 @@ class PackedThingHead(ThingHead):
         self.convs = nn.ModuleList(PackedConv3x3(conv, relu=True) for conv in head.convs)
         self.logits = head.logits
         weight = head.upsample.weight.detach()  # (I, O, 2, 2)
-        self.register_buffer("weight", weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(), persistent=False)  # (4*O, I)
+        self.register_buffer(
+            "weight", weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(), persistent=False
+        )  # (4*O, I)
         self.register_buffer("bias", head.upsample.bias.detach().repeat(4), persistent=False)
 
     def forward(self, roi_features: Tensor, labels: Optional[Tensor] = None) -> Tensor:
@@ -245,9 +274,13 @@ class PackedThingHead(ThingHead):
         parts = []
         for i in range(0, k, self.rois_at_once):
             part = slice(i, i + self.rois_at_once)
-            up = F.linear(pixels[part], self.weight, self.bias).relu_().unflatten(-1, (4, -1)).flatten(1, 2)  # (k, S*S*4, O)
+            up = (
+                F.linear(pixels[part], self.weight, self.bias).relu_().unflatten(-1, (4, -1)).flatten(1, 2)
+            )  # (k, S*S*4, O)
             parts.append(up @ weight + bias if labels is None else torch.baddbmm(bias[part], up, weight[part]))
-        logits = torch.cat(parts) if parts else pixels.new_zeros((0, h * w * 4, weight.shape[-1]))  # (K, S*S*4, classes or 1)
+        logits = (
+            torch.cat(parts) if parts else pixels.new_zeros((0, h * w * 4, weight.shape[-1]))
+        )  # (K, S*S*4, classes or 1)
         logits = logits.view(k, h, w, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).reshape(k, -1, 2 * h, 2 * w)
         return logits if labels is None else logits[:, 0]
 
@@ -255,8 +288,10 @@ class PackedThingHead(ThingHead):
 class PackedStuffHead(StuffHead):
     """`StuffHead` with its 3x3 convolutions packed; classifies before the last 2x upsampling.
 
-    All three branches end with the same upsampling from stride 8, and the 1x1 convolution acts on each pixel alone. Both are linear
-    and the interpolation weights sum to one, so they may change places: sum and classify at stride 8, then upsample the logits.
+    All three branches end with the same upsampling from stride 8, and the 1x1 convolution acts on each pixel alone.
+    Both are linear
+    and the interpolation weights sum to one, so they may change places: sum and classify at stride 8, then upsample the
+        logits.
     """
 
     def __init__(self, head: StuffHead):
@@ -292,13 +327,18 @@ def optimize_for_inference(model: SpatialFlow) -> SpatialFlow:
         model: from `build_model`, with its weights loaded. It is not changed.
 
     Returns:
-        A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no weights with
-        `model`; it cannot be trained or saved, and stays on its device.
+        A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no
+        weights with `model`; it cannot be trained or saved, and stays on its device.
     """
     with torch.no_grad():
         source = copy.deepcopy(model)
         fast = SpatialFlow(
-            FusedResNet(source.backbone), PackedFPN(source.fpn), PackedSubnets(source.subnets), PackedBoxHead(source.box_head),
+            FusedResNet(source.backbone),
+            PackedFPN(source.fpn),
+            PackedSubnets(source.subnets),
+            PackedBoxHead(source.box_head),
             None if source.thing_head is None else PackedThingHead(source.thing_head),
-            None if source.stuff_head is None else PackedStuffHead(source.stuff_head), source.config)
+            None if source.stuff_head is None else PackedStuffHead(source.stuff_head),
+            source.config,
+        )
     return fast.requires_grad_(False).eval()

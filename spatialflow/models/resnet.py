@@ -3,7 +3,6 @@
 
 from typing import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from spatialflow.models.deform import DeformConv2d
@@ -28,8 +27,9 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-                                            nn.BatchNorm2d(out_channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))  # (N, width, H, W)
@@ -52,8 +52,15 @@ class ResNet(nn.Module):
         frozen_stages: stem and this many stages take no gradient; 0 = the stem alone, -1 = nothing frozen.
     """
 
-    def __init__(self, depth: int = 50, base_channels: int = 64, groups: int = 1, group_width: int = 64,
-                 deformable_stages: Sequence[int] = (), frozen_stages: int = 1):
+    def __init__(
+        self,
+        depth: int = 50,
+        base_channels: int = 64,
+        groups: int = 1,
+        group_width: int = 64,
+        deformable_stages: Sequence[int] = (),
+        frozen_stages: int = 1,
+    ):
         super().__init__()
         self.frozen_stages = frozen_stages
         self.conv1 = nn.Conv2d(3, base_channels, 7, stride=2, padding=3, bias=False)
@@ -62,15 +69,15 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = base_channels
         for index, blocks in enumerate(BLOCKS[depth]):
-            planes = base_channels * 2 ** index
-            width = planes if groups == 1 else group_width * groups * 2 ** index
+            planes = base_channels * 2**index
+            width = planes if groups == 1 else group_width * groups * 2**index
             stage = []
             for block in range(blocks):
                 stride = 2 if index > 0 and block == 0 else 1
                 stage.append(Bottleneck(channels, planes, width, groups, stride, index + 1 in deformable_stages))
                 channels = planes * 4
             setattr(self, f"layer{index + 1}", nn.Sequential(*stage))
-        self.out_channels = tuple(base_channels * 4 * 2 ** i for i in (1, 2, 3))
+        self.out_channels = tuple(base_channels * 4 * 2**i for i in (1, 2, 3))
         self._initialise()
         self._freeze()
 

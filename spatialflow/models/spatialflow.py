@@ -35,8 +35,16 @@ class SpatialFlow(nn.Module):
         config: the configuration the parts were built from, kept for inference and checkpoints.
     """
 
-    def __init__(self, backbone: nn.Module, fpn: nn.Module, subnets: nn.Module, box_head: nn.Module,
-                 thing_head: Optional[nn.Module], stuff_head: Optional[nn.Module], config: Config):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        fpn: nn.Module,
+        subnets: nn.Module,
+        box_head: nn.Module,
+        thing_head: Optional[nn.Module],
+        stuff_head: Optional[nn.Module],
+        config: Config,
+    ):
         super().__init__()
         self.backbone = backbone
         self.fpn = fpn
@@ -70,9 +78,14 @@ class SpatialFlow(nn.Module):
         tasks: SubnetFeatures = self.subnets(pyramid)
         class_logits, box_deltas = self.box_head(tasks.cls, tasks.reg)
         stuff_logits = None if self.stuff_head is None else self.stuff_head(tasks.stuff)
-        output = NetworkOutput(pyramid, class_logits, box_deltas,
-                               None if self.stuff_head is None else tasks.stuff,
-                               None if self.thing_head is None else tasks.thing, None)
+        output = NetworkOutput(
+            pyramid,
+            class_logits,
+            box_deltas,
+            None if self.stuff_head is None else tasks.stuff,
+            None if self.thing_head is None else tasks.thing,
+            None,
+        )
         return output, stuff_logits
 
     def thing_logits(self, thing_features: list[Tensor], rois: Tensor, labels: Optional[Tensor] = None) -> Tensor:
@@ -91,8 +104,15 @@ class SpatialFlow(nn.Module):
     def roi_features(self, thing_features: list[Tensor], rois: Tensor) -> Tensor:
         """(K, C, 14, 14): RoIAlign over P3..P5, aligned, adaptive sampling."""
         model = self.config.model
-        return multilevel_roi_align(thing_features, rois, model.roi_size, STRIDES[:SEGMENTATION_LEVELS],
-                                    sampling_ratio=0, aligned=True, finest_scale=model.finest_scale)
+        return multilevel_roi_align(
+            thing_features,
+            rois,
+            model.roi_size,
+            STRIDES[:SEGMENTATION_LEVELS],
+            sampling_ratio=0,
+            aligned=True,
+            finest_scale=model.finest_scale,
+        )
 
 
 def _check_images(images: Tensor):
@@ -100,5 +120,11 @@ def _check_images(images: Tensor):
         raise ValueError(f"images: must have shape (N, 3, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images: must be floating point (normalised), got {images.dtype}")
-    if images.shape[0] == 0 or images.shape[2] == 0 or images.shape[3] == 0 or images.shape[2] % 32 or images.shape[3] % 32:
+    if (
+        images.shape[0] == 0
+        or images.shape[2] == 0
+        or images.shape[3] == 0
+        or images.shape[2] % 32
+        or images.shape[3] % 32
+    ):
         raise ValueError(f"images: N must be at least 1, H and W positive multiples of 32, got {tuple(images.shape)}")

@@ -24,13 +24,14 @@ class SubnetFeatures(NamedTuple):
 class Subnets(nn.Module):
     """Classification, regression, stuff and thing sub-networks with their flows.
 
-    At every stage the source sub-network ("reg" in the paper) advances first; its new feature flows, through a 3x3 adaptation
-    convolution without activation, into the sum that the same stage of the other sub-networks convolves. The thing sub-network runs
-    after all stages and also takes the semantic flow of the final stuff feature. In a deformable stage the flow gives the sampling
-    offsets instead: they are predicted from feature + source, and the deformable convolution sees the feature alone (equation 4).
+    At every stage the source sub-network ("reg" in the paper) advances first; its new feature flows, through a 3x3
+    adaptation convolution without activation, into the sum that the same stage of the other sub-networks convolves. The
+    thing sub-network runs after all stages and also takes the semantic flow of the final stuff feature. In a deformable
+    stage the flow gives the sampling offsets instead: they are predicted from feature + source, and the deformable
+    convolution sees the feature alone (equation 4).
 
-    A segmentation sub-network without stages receives its flows directly: feature = P + flow(source); this is how the flows act on
-    the paper's naive model.
+    A segmentation sub-network without stages receives its flows directly: feature = P + flow(source); this is how the
+    flows act on the paper's naive model.
 
     Args:
         in_channels: channels of the FPN levels.
@@ -45,17 +46,32 @@ class Subnets(nn.Module):
         deformable: stage indices by sub-network name.
     """
 
-    def __init__(self, in_channels: int = 256, channels: int = 256, detection_stages: int = 4, stuff_stages: int = 4,
-                 thing_stages: int = 1, flow_source: Optional[str] = "reg", flow_to_detection: bool = True,
-                 flow_to_stuff: bool = True, flow_to_thing: bool = True, flow_stuff_to_thing: bool = True,
-                 segmentation: Sequence[str] = ("stuff", "thing"), deformable: Optional[dict[str, Sequence[int]]] = None):
+    def __init__(
+        self,
+        in_channels: int = 256,
+        channels: int = 256,
+        detection_stages: int = 4,
+        stuff_stages: int = 4,
+        thing_stages: int = 1,
+        flow_source: Optional[str] = "reg",
+        flow_to_detection: bool = True,
+        flow_to_stuff: bool = True,
+        flow_to_thing: bool = True,
+        flow_stuff_to_thing: bool = True,
+        segmentation: Sequence[str] = ("stuff", "thing"),
+        deformable: Optional[dict[str, Sequence[int]]] = None,
+    ):
         super().__init__()
         self.deformable = {name: frozenset(indices) for name, indices in (deformable or {}).items()}
         self.source = flow_source or "reg"
         self.follower = "cls" if self.source == "reg" else "reg"
         stages = {"cls": detection_stages, "reg": detection_stages, "stuff": stuff_stages, "thing": thing_stages}
-        receives = {self.source: False, self.follower: flow_to_detection,
-                    "stuff": flow_to_stuff and "stuff" in segmentation, "thing": flow_to_thing and "thing" in segmentation}
+        receives = {
+            self.source: False,
+            self.follower: flow_to_detection,
+            "stuff": flow_to_stuff and "stuff" in segmentation,
+            "thing": flow_to_thing and "thing" in segmentation,
+        }
         for name, count in stages.items():
             warped = self.deformable.get(name, ())
             flows = receives[name] and flow_source is not None
@@ -75,7 +91,8 @@ class Subnets(nn.Module):
         stuff_width = channels if stuff_stages > 0 else in_channels
         self.semantic_flow = nn.ModuleList(
             nn.Conv2d(stuff_width, in_channels if s == 0 else channels, 3, padding=1)
-            for s in range(max(thing_stages, 1) if semantic else 0))
+            for s in range(max(thing_stages, 1) if semantic else 0)
+        )
         self._initialise()
 
     def _initialise(self):
@@ -116,7 +133,7 @@ class Subnets(nn.Module):
         return f["cls"], f["reg"], stuff, thing
 
     def _stage(self, name: str, s: int, f: Tensor, source: Tensor, semantic: Optional[Tensor] = None) -> Tensor:
-        """relu(conv(f + semantic + flow(source))); where deformable, the flow is of f + source and gives the offsets."""
+        """relu(conv(f + semantic + flow(source))); in a deformable stage flow(f + source) gives the offsets."""
         conv, flow = self.get_submodule(name)[s], _at(self.flows(name), s)
         x = f if semantic is None else f + semantic
         if flow is None:

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Operators with a CUDA kernel. The SIMT interpreter runs these and takes the CPU kernels of the others.
+set(cuda_ops
+    multilevel_roi_align
+    roi_align)

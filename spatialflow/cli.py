@@ -399,7 +399,8 @@ def _benchmark_folder() -> Path:
 
 def _benchmark(options: argparse.Namespace) -> int:
     folder = _benchmark_folder()
-    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("harness", "__init__"))
+    scripts = [path for path in folder.glob("*.py") if path.stem != "harness"]
+    known = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
     if options.list:
         print("\n".join(known))
         return 0
@@ -436,27 +437,30 @@ def _info(options: argparse.Namespace) -> int:
             return "not installed"
 
     built = _library.build_description()
+    code, devices = 0, "unknown"
+    try:
+        import torch
+
+        running = torch.__version__
+        count = torch.cuda.device_count()
+        devices = ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"
+    except ImportError as error:
+        running, code = f"nothing ({error})", 2
     rows = [
         ("spatialflow", f"{spatialflow.__version__} in {Path(__file__).resolve().parent}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", f"runs on {version('torch')}, built for {built.get('torch', 'unknown')} (any from 2.11 on)"),
+        ("torch", f"runs on {running}, built for {built.get('torch', 'unknown')} (any from 2.11 on)"),
         ("numpy, opencv", f"{version('numpy')}, {version('opencv-python-headless')}"),
         ("torchvision", version("torchvision")),
         ("libraries", ", ".join(_library.built_libraries()) or "none"),
         ("compiler", built.get("compiler", "unknown")),
     ]
-    code = 0
     try:
         rows.append(("CPU level", f"{_library.cpu_level()} in use"))
         _library.load()
-        import torch
-
-        count = torch.cuda.device_count()
-        devices = ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"
-        rows.append(("CPU threads", str(torch.get_num_threads())))
     except (ImportError, OSError) as error:
         rows.append(("CPU level", f"none: {error}"))
-        devices, code = "unknown", 2
+        code = 2
     rows += [
         ("CUDA library", f"for {built['cuda_architectures']}, by {built['cuda_compiler']}" if "cuda" in
          _library.built_libraries() and built.get("cuda_architectures") else "not built"),

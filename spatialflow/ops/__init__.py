@@ -12,6 +12,7 @@ from spatialflow.ops.multiclass_nms import Detections, multiclass_nms  # noqa: E
 from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
 from spatialflow.ops.nms import batched_nms, nms  # noqa: E402
 from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
+from spatialflow.ops.panoptic_quality_counts import panoptic_quality_counts  # noqa: E402
 from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "nms",
     "pack_conv3x3",
     "panoptic_merge",
+    "panoptic_quality_counts",
     "paste_masks",
     "roi_align",
     "sigmoid_focal_loss",

@@ -7,6 +7,7 @@ from spatialflow.ops.reference.multiclass_nms import multiclass_nms
 from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
 from spatialflow.ops.reference.nms import batched_nms, nms
 from spatialflow.ops.reference.panoptic_merge import panoptic_merge
+from spatialflow.ops.reference.panoptic_quality_counts import panoptic_quality_counts
 from spatialflow.ops.reference.paste_masks import paste_masks
 from spatialflow.ops.reference.roi_align import roi_align
 from spatialflow.ops.reference.sigmoid_focal_loss import sigmoid_focal_loss
@@ -19,6 +20,7 @@ __all__ = [
     "multilevel_roi_align",
     "nms",
     "panoptic_merge",
+    "panoptic_quality_counts",
     "paste_masks",
     "roi_align",
     "sigmoid_focal_loss",

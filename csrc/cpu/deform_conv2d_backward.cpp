@@ -7,7 +7,7 @@
 // with the cells read - all that the gradients of offset and mask need - and adds it to the same four cells of
 // grad_input, which no other thread writes. Offsets and masks are shared by slices: their parts are added in order.
 //
-// Weight: threads own (tap, slice of channels) and gather these columns block by block over the whole batch:
+// Weight: threads own (taps, slice of channels) and gather these columns block by block over the whole batch:
 // grad_weight = columns^T x grad_output. Each sum has one owner and one order.
 #include "cpu/deform_conv2d.h"
 #include "cpu/gemm.h"
@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kColumnValues = 32 * 1024;      // gradients of a block's columns of one tap: 128 KiB of float
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kWeightBlock = kGemmDepth;      // pixels per product of the weight gradient
-constexpr int64_t kWeightChannels = 128;          // columns per product: with 256 outputs, 128 KiB of sums
+constexpr int64_t kWeightChannels = 128;          // columns per product
+constexpr int64_t kWeightSums = 32 * 1024;        // sums of a task: 128 KiB of float
 
 // Channels [begin, end) of one weight group.
 struct Segment {
@@ -266,31 +267,42 @@ void deform_conv2d_backward_weight(
     int64_t unused = 0;
     const std::vector<Slice> slices = channel_slices(shape, kLanes<real_t>, wanted, unused);
     const int64_t num_slices = static_cast<int64_t>(slices.size());
-    parallel_for(0, taps * num_slices, 1, [&](int64_t begin, int64_t end) {
+    // With few outputs per group (many groups) a task takes several taps, so that it reads grad_output less often.
+    const int64_t per_tap = (shape.channels + num_slices - 1) / num_slices * outputs;
+    const int64_t task_taps =
+        std::clamp<int64_t>(std::min(kWeightSums / per_tap, taps * num_slices / (4 * num_threads())), 1, taps);
+    const int64_t tap_tasks = (taps + task_taps - 1) / task_taps;
+    parallel_for(0, tap_tasks * num_slices, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t tap = task / num_slices;
+            const int64_t first_tap = task / num_slices * task_taps;
+            const int64_t last_tap = std::min(taps, first_tap + task_taps);
             const Slice& slice = slices[static_cast<size_t>(task % num_slices)];
             const int64_t width = slice.end - slice.begin;
             const Scratch<real_t> columns(kWeightBlock * width);
-            const Scratch<real_t> sums(width * outputs);
+            const Scratch<real_t> sums((last_tap - first_tap) * width * outputs);
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t first = block / image_blocks * shape.pixels() + block % image_blocks * kWeightBlock;
                 const int64_t pixels = pixels_of(block);
-                for (int64_t p = 0; p < pixels; ++p) {
-                    sampler.gather(output_pixel(shape, first + p), tap, slice.begin, slice.end,
-                                   columns.get() + p * width);
-                }
-                for (const Segment& segment : slice.segments) {
-                    const int64_t at = segment.begin - slice.begin;
-                    gemm<true>(segment.end - segment.begin, outputs, pixels, columns.get() + at, width,
-                               packed.get() + (block * shape.groups + segment.group) * packed_size,
-                               sums.get() + at * outputs, outputs, block > 0);
+                for (int64_t tap = first_tap; tap < last_tap; ++tap) {
+                    for (int64_t p = 0; p < pixels; ++p) {
+                        sampler.gather(output_pixel(shape, first + p), tap, slice.begin, slice.end,
+                                       columns.get() + p * width);
+                    }
+                    for (const Segment& segment : slice.segments) {
+                        const int64_t at = segment.begin - slice.begin;
+                        gemm<true>(segment.end - segment.begin, outputs, pixels, columns.get() + at, width,
+                                   packed.get() + (block * shape.groups + segment.group) * packed_size,
+                                   sums.get() + ((tap - first_tap) * width + at) * outputs, outputs, block > 0);
+                    }
                 }
             }
             for (int64_t c = slice.begin; c < slice.end; ++c) {
-                scalar_t* target = grad_weight + (c / inputs * outputs * inputs + c % inputs) * taps + tap;
+                scalar_t* target = grad_weight + (c / inputs * outputs * inputs + c % inputs) * taps;
                 for (int64_t o = 0; o < outputs; ++o) {
-                    store(target[o * inputs * taps], sums.get()[(c - slice.begin) * outputs + o]);
+                    for (int64_t tap = first_tap; tap < last_tap; ++tap) {
+                        store(target[o * inputs * taps + tap],
+                              sums.get()[((tap - first_tap) * width + c - slice.begin) * outputs + o]);
+                    }
                 }
             }
         }

@@ -138,4 +138,19 @@ inline void store_partial(scalar_t* target, Vector<accum_t<scalar_t>> value, int
     std::memcpy(target, lanes, sizeof(scalar_t) * static_cast<size_t>(count));
 }
 
+#if defined(__AVX512F__)
+inline Vector<float> load_partial(const float* source, int count) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), source);
+}
+inline Vector<double> load_partial(const double* source, int count) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), source);
+}
+inline void store_partial(float* target, Vector<float> value, int count) {
+    _mm512_mask_storeu_ps(target, static_cast<__mmask16>((1u << count) - 1u), value);
+}
+inline void store_partial(double* target, Vector<double> value, int count) {
+    _mm512_mask_storeu_pd(target, static_cast<__mmask8>((1u << count) - 1u), value);
+}
+#endif
+
 }  // namespace spatialflow

@@ -3,7 +3,7 @@
 
 from torch import Tensor, nn
 
-from spatialflow.models.plain_ops import deform_conv2d
+from spatialflow.ops import deform_conv2d
 
 OFFSET_CHANNELS = 27
 """18 offsets, (dy, dx) per tap, taps row-major, then 9 mask logits."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from spatialflow.models.deform import DeformConv2d, split_offsets
 from spatialflow.models.fpn import FPN
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
-from spatialflow.models.plain_ops import deform_conv2d, flow_conv2d, pack_conv3x3
+from spatialflow.ops import deform_conv2d, flow_conv2d, pack_conv3x3
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets

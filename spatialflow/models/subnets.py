@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional, Sequence
 from torch import Tensor, nn
 
 from spatialflow.models.deform import OFFSET_CHANNELS, DeformConv2d, split_offsets
-from spatialflow.models.plain_ops import deform_conv2d
+from spatialflow.ops import deform_conv2d
 
 SEGMENTATION_LEVELS = 3
 """Stuff and thing segmentation see P3..P5; P6 and P7 serve detection alone."""

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import time
@@ -296,33 +294,23 @@ def _sentence(error: Exception) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    import warnings
-
-    from spatialflow.panoptic import PanopticFormatError, evaluate
+    from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.report import evaluate_and_report
 
     if options.workers is not None and options.workers < 1:
         raise CommandError(f"--workers must be at least 1, got {options.workers}")
-    truth, prediction = _panoptic_json(options.ground_truth), _panoptic_json(options.prediction)
     try:
-        with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter("always")
-            result = evaluate(
-                truth, options.ground_truth_folder, prediction, options.prediction_folder,
-                workers=options.workers, progress=sys.stderr.isatty(),
+        with _named(options.output):
+            evaluate_and_report(
+                _panoptic_json(options.ground_truth), options.ground_truth_folder,
+                _panoptic_json(options.prediction), options.prediction_folder,
+                output=options.output, per_class=options.per_class, workers=options.workers,
+                progress=sys.stderr.isatty(),
             )  # fmt: skip
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
-    for remark in remarks:
-        _complain(str(remark.message))
-    print(_quality_table(result, _category_names(truth) if options.per_class else {}))
-    if options.output is not None:
-        from spatialflow.files import atomic_write
-
-        try:
-            with _named(options.output), atomic_write(options.output, "w") as file:
-                file.write(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise CommandError(_sentence(error)) from None
+    except OSError as error:
+        raise CommandError(_sentence(error)) from None
     return 0
 
 
@@ -333,21 +321,6 @@ def _panoptic_json(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
-
-
-def _category_names(path: Path) -> dict[int, str]:
-    return {row["id"]: str(row.get("name", row["id"])) for row in json.loads(path.read_bytes())["categories"]}
-
-
-def _quality_table(result: dict[str, Any], names: dict[int, str]) -> str:
-    rows = [(key, result[key]) for key in ("All", "Things", "Stuff")]
-    rows += [(name, result["per_class"][key]) for key, name in names.items() if result["per_class"][key]["n"]]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{'':{width}}{'PQ':>8}{'SQ':>8}{'RQ':>8}{'classes':>9}"]
-    for name, row in rows:
-        numbers = "".join(f"{100 * row[key]:8.2f}" for key in ("pq", "sq", "rq"))
-        lines.append(f"{name:{width}}{numbers}" + (f"{row['n']:>9}" if name not in names.values() else ""))
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------- synthesize, convert, benchmark, info

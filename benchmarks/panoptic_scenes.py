@@ -6,9 +6,11 @@ import torch
 HEIGHT, WIDTH = 480, 640  # the usual size of a COCO image
 
 
-def stuff_map(labels: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
-    """(H, W) int64 labels in smooth regions, all `labels` of them present as a rule."""
-    coarse = torch.randn(1, labels, 15, 20)
+def stuff_map(
+    labels: int, height: int = HEIGHT, width: int = WIDTH, grid: tuple[int, int] = (15, 20)
+) -> torch.Tensor:
+    """(H, W) int64 labels in smooth regions, the smaller the finer the grid; all `labels` present as a rule."""
+    coarse = torch.randn(1, labels, *grid)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].argmax(0)
 
 
@@ -22,10 +24,10 @@ def ellipses(count: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[torc
     return masks, torch.cat([(centre - radius).flip(1), (centre + radius).flip(1)], dim=1)
 
 
-def id_map(segments: int = 30, things: int = 12) -> torch.Tensor:
-    """(H, W) int32 ids as the COCO format has them: large, without order, 0 in places."""
+def id_map(segments: int = 8, things: int = 12) -> torch.Tensor:
+    """(H, W) int32 ids as the COCO format has them: large, without order, 0 in places; about as many as in COCO."""
     ids = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(1, 1 << 24, (segments + things,))])
-    result = ids[stuff_map(segments)]
+    result = ids[stuff_map(segments, grid=(6, 8))]
     for index, mask in enumerate(ellipses(things)[0]):
         result[mask] = ids[segments + index]
     return result.int()

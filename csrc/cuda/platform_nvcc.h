@@ -48,7 +48,7 @@ using Shared = T*;
 
 // The same memory seen as elements of another type.
 template <typename To, typename From>
-__device__ __forceinline__ To* pointer_cast(From* pointer) {
+__host__ __device__ __forceinline__ To* pointer_cast(From* pointer) {
     return reinterpret_cast<To*>(pointer);
 }
 
@@ -98,6 +98,15 @@ inline void check_cuda(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
     }
+}
+
+// One value from device memory; the host waits for all work on `stream`.
+template <typename T>
+inline std::remove_const_t<T> read_back(T* source, Stream stream) {
+    std::remove_const_t<T> value;
+    check_cuda(cudaMemcpyAsync(&value, source, sizeof(value), cudaMemcpyDeviceToHost, stream), "reading a result back");
+    check_cuda(cudaStreamSynchronize(stream), "reading a result back");
+    return value;
 }
 
 template <typename Kernel>

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <thread>
 
-#include "simt/block.h"
+#include "simt/memory.h"
 
 namespace spatialflow {
 
@@ -115,6 +115,11 @@ struct KernelArguments<void (*)(Parameters...)> {
 };
 
 }  // namespace simt
+
+template <typename T>
+inline std::remove_const_t<T> read_back(const Global<T>& source, Stream) {
+    return *source.checked(1, simt::Site::here());
+}
 
 template <auto kKernel, typename... Arguments>
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream, const Arguments&... arguments) {

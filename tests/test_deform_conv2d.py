@@ -255,6 +255,37 @@ class TestSizes:
             ops.DeformConv2d(5, 4, 3, groups=2)
 
 
+class TestRawOperators:
+    """Schema and fake kernels of all three operators agree with what the kernels return, strides included."""
+
+    layouts = {
+        "contiguous": lambda t: t.contiguous(),
+        "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "channels-last slice": lambda t: torch.cat([t, t], 3).contiguous(memory_format=torch.channels_last)[
+            ..., : t.shape[3]
+        ],
+    }
+    checks = ("test_schema", "test_faketensor")
+
+    @pytest.mark.parametrize("layout", list(layouts.values()), ids=list(layouts))
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_opcheck(self, layout, masked):
+        input, offset, weight, bias, mask = inputs(masked=masked)
+        input, offset = layout(input), layout(offset)
+        mask = None if mask is None else layout(mask)
+        settings = (1, 1, 1, 1, 1, 1)
+        grad_output = torch.randn(1, 3, 6, 7)
+        raw = torch.ops.spatialflow
+        for tangent in (None, torch.randn_like(offset)):
+            arguments = (input, offset, weight, bias, mask, tangent, *settings)
+            torch.library.opcheck(raw.deform_conv2d.default, arguments, test_utils=self.checks)
+            for wanted in ((True, True), (True, False), (False, True)):
+                arguments = (grad_output, input, offset, weight, mask, tangent, *settings, *wanted)
+                torch.library.opcheck(raw._deform_conv2d_backward_data.default, arguments, test_utils=self.checks)
+            arguments = (grad_output, input, offset, mask, tangent, *settings, 4, 3, 3)
+            torch.library.opcheck(raw._deform_conv2d_backward_weight.default, arguments, test_utils=self.checks)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "changed, message",

@@ -120,7 +120,13 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+    """Layout of a result, by the kernels' rule: channels-last where channels are adjacent, slices of such included."""
+    if (
+        not tensor.is_contiguous()
+        and tensor.stride(1) == 1
+        and tensor.stride(3) >= tensor.shape[1]
+        and tensor.stride(2) >= tensor.stride(3)
+    ):
         return torch.channels_last
     return torch.contiguous_format
 

@@ -28,8 +28,8 @@ NO_OPERATORS = ("checked", "pack_conv3x3")
 
 # Operators whose script is still to come.
 WITHOUT_BENCHMARK = (
-    "batched_nms", "deform_conv2d", "flow_conv2d", "flow_tower", "multiclass_nms", "nms", "panoptic_merge", "paste_masks",
-    "sigmoid_focal_loss",
+    "batched_nms", "flow_conv2d", "flow_tower", "multiclass_nms", "nms",
+    "panoptic_quality_counts", "sigmoid_focal_loss",
 )  # fmt: skip
 
 

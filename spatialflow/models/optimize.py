@@ -23,6 +23,17 @@ from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subn
 Levels = TypeVar("Levels", Tensor, list[Tensor])
 
 
+def fold(conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None) -> tuple[Tensor, Tensor]:
+    """Weight (O, C, KH, KW) and bias (O,) of a convolution with the BatchNorm behind it, computed in float64."""
+    weight = conv.weight.detach().double()
+    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
+    if norm is not None:
+        scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+        weight = weight * scale[:, None, None, None]
+        bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
 class FusedConv(nn.Module):
     """A convolution with its BatchNorm folded in, and an optional ReLU and residual sum in the same pass.
 
@@ -34,16 +45,9 @@ class FusedConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None, relu: bool = False):
         super().__init__()
-        weight, bias = conv.weight.detach().double(), None if conv.bias is None else conv.bias.detach().double()
-        if norm is not None:
-            scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-            shift = norm.bias.detach().double() - norm.running_mean.double() * scale
-            weight = weight * scale[:, None, None, None]
-            bias = shift if bias is None else shift + bias * scale
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
-        dtype = conv.weight.dtype
-        self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last), persistent=False)
-        self.register_buffer("bias", bias.to(dtype), persistent=False)
+        weight, bias = fold(conv, norm)
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
         self.stride, self.padding, self.groups, self.relu = list(conv.stride), list(conv.padding), conv.groups, relu
         self.offsets = FusedConv(conv.conv_offset) if isinstance(conv, DeformConv2d) else None
 
@@ -54,25 +58,13 @@ class FusedConv(nn.Module):
             y = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, 1, mask)
             return y.relu_() if self.relu else y
         if _has_fused_convolution(x):
-            activation = "relu" if self.relu else "none"
+            shape = (self.padding, self.stride, [1, 1], self.groups)
             if residual is None:
-                return torch.ops.mkldnn._convolution_pointwise(
-                    x, self.weight, self.bias, self.padding, self.stride, [1, 1], self.groups, activation, [], ""
-                )
+                activation = "relu" if self.relu else "none"
+                return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *shape, activation, [], "")
+            activation = "relu" if self.relu else None
             return torch.ops.mkldnn._convolution_pointwise_.binary(
-                residual,
-                x,
-                self.weight,
-                self.bias,
-                self.padding,
-                self.stride,
-                [1, 1],
-                self.groups,
-                "add",
-                1.0,
-                "relu" if self.relu else None,
-                [],
-                "",
+                residual, x, self.weight, self.bias, *shape, "add", 1.0, activation, [], ""
             )
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         y = y if residual is None else residual.add_(y)
@@ -95,7 +87,10 @@ class FusedBottleneck(nn.Module):
     def __init__(self, block: Bottleneck):
         super().__init__()
         self.conv1 = FusedConv(block.conv1, block.bn1, relu=True)
-        self.conv2 = FusedConv(block.conv2, block.bn2, relu=True)
+        packable = (
+            block.conv2.stride == (1, 1) and block.conv2.groups == 1 and not isinstance(block.conv2, DeformConv2d)
+        )
+        self.conv2 = (PackedConv3x3 if packable else FusedConv)(block.conv2, block.bn2, relu=True)
         self.conv3 = FusedConv(block.conv3, block.bn3, relu=True)
         self.downsample = None if block.downsample is None else FusedConv(*block.downsample)
 
@@ -126,12 +121,17 @@ class FusedResNet(nn.Module):
 
 
 class PackedConv3x3(nn.Module):
-    """A 3x3 convolution of stride 1 over a tensor or a list of levels, its weights arranged once."""
+    """A 3x3 convolution of stride 1 over a tensor or a list of levels, its weights arranged once.
 
-    def __init__(self, conv: nn.Conv2d, relu: bool):
+    Args:
+        conv: the convolution.
+        norm: the BatchNorm behind it, in evaluation mode; None for none.
+        relu: whether a ReLU follows.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None, relu: bool = False):
         super().__init__()
-        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-        self.packed = pack_conv3x3(conv.weight.detach(), bias.detach())
+        self.packed = pack_conv3x3(*fold(conv, norm))
         self.relu = relu
 
     def forward(self, x: Levels, flow: Optional[Levels] = None) -> Levels:
@@ -145,7 +145,7 @@ class PackedFPN(nn.Module):
     def __init__(self, fpn: FPN):
         super().__init__()
         self.lateral = nn.ModuleList(map(FusedConv, fpn.lateral))
-        self.output = nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in fpn.output)
+        self.output = nn.ModuleList(PackedConv3x3(conv) for conv in fpn.output)
         self.p6, self.p7 = FusedConv(fpn.p6), FusedConv(fpn.p7)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -168,9 +168,9 @@ class PackedSubnets(nn.Module):
             {name: nn.ModuleList(map(_pack_stage, subnets.get_submodule(name))) for name in names}
         )
         self.flow_convs = nn.ModuleDict(
-            {name: nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in subnets.flows(name)) for name in names}
+            {name: nn.ModuleList(PackedConv3x3(conv) for conv in subnets.flows(name)) for name in names}
         )
-        self.semantic = nn.ModuleList(PackedConv3x3(conv, relu=False) for conv in subnets.semantic_flow)
+        self.semantic = nn.ModuleList(PackedConv3x3(conv) for conv in subnets.semantic_flow)
 
     def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
         source, follower = self.plain.source, self.plain.follower
@@ -235,8 +235,8 @@ class PackedBoxHead(nn.Module):
 
     def __init__(self, head: BoxHead):
         super().__init__()
-        self.class_logits = PackedConv3x3(head.class_logits, relu=False)
-        self.box_deltas = PackedConv3x3(head.box_deltas, relu=False)
+        self.class_logits = PackedConv3x3(head.class_logits)
+        self.box_deltas = PackedConv3x3(head.box_deltas)
 
     def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return self.class_logits(list(cls)), self.box_deltas(list(reg))
@@ -313,7 +313,7 @@ class PackedConvNorm(nn.Module):
 
     def __init__(self, block: ConvNormUp):
         super().__init__()
-        self.conv = PackedConv3x3(block.conv, relu=False)
+        self.conv = PackedConv3x3(block.conv)
         self.norm = block.norm
 
     def forward(self, x: Tensor) -> Tensor:

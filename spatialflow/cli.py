@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import spatialflow
+from spatialflow.errors import CommandError
+from spatialflow.training_command import add_train
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-
-
-class CommandError(Exception):
-    """Ends a command with one sentence for the user and exit code 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
     evaluate.add_argument("--per-class", action="store_true", help="a line for every class in the table")
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
+
+    add_train(commands)
 
     synthesize = commands.add_parser("synthesize", help="draw landscapes with exact panoptic ground truth")
     synthesize.set_defaults(run=_synthesize)

@@ -24,7 +24,9 @@ def write_coco(folder: Path, count: int = 4, size: tuple[int, int] = (96, 128), 
     return folder
 
 
-def write_cityscapes(root: Path, count: int = 4, size: tuple[int, int] = (96, 192), split: str = "train", seed: int = 0) -> Path:
+def write_cityscapes(
+    root: Path, count: int = 4, size: tuple[int, int] = (96, 192), split: str = "train", seed: int = 0
+) -> Path:
     """A tree as downloaded; the first car of every scene is a group without instance number (a crowd)."""
     for index in range(count):
         scene = make_scene(size, seed, index)

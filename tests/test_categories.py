@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class numbers decide what every output means: they must be the released ones, and tables that do not fit must be refused."""
+"""Class numbers decide what every output means: they must be the released ones, and tables that do not fit must be
+refused.
+"""
 
 import json
 
@@ -17,14 +19,20 @@ def test_coco_numbers_are_the_released_ones(goldens):
     released = {int(k): v - 1 for k, v in maps["seg2label"].items()}
     assert released.pop(183) == categories.other_index == 36
     assert categories.stuff_index == released
-    assert categories.semantic_index(1) == 36 and categories.semantic_index(92) == 0 and categories.semantic_index(12) == 255
+    assert (
+        categories.semantic_index(1) == 36
+        and categories.semantic_index(92) == 0
+        and categories.semantic_index(12) == 255
+    )
     assert categories.stuff_ids[36] == 0 and categories.stuff_ids[37] == 184 and categories.thing_ids[-1] == 90
 
 
 @pytest.mark.parametrize("name", list_configs())
 def test_every_config_finds_its_table(name):
     config = load_config(name)
-    categories = load_categories(config.data.categories, config.model.num_things, config.model.num_stuff, config.model.stuff_head)
+    categories = load_categories(
+        config.data.categories, config.model.num_things, config.model.num_stuff, config.model.stuff_head
+    )
     assert len(categories.things) == config.model.num_things
     assert not config.model.stuff_head or len(categories.stuff) == config.model.num_stuff
 
@@ -41,12 +49,24 @@ def test_other_is_last_in_a_table_of_ones_own(tmp_path):
 
 def test_numbered_classes():
     categories = load_categories(None, 2, 3)
-    assert categories.thing_label == {1: 0, 2: 1} and categories.stuff_index == {3: 0, 4: 1, 5: 2} and categories.other_index is None
+    assert (
+        categories.thing_label == {1: 0, 2: 1}
+        and categories.stuff_index == {3: 0, 4: 1, 5: 2}
+        and categories.other_index is None
+    )
 
 
-@pytest.mark.parametrize("content, message", [
-    ("[{}]", "isthing"), ("{}", "no list of categories"), ("[", "not a JSON"), (None, "cannot be read"),
-    ('[{"id": 1, "isthing": 1}, {"id": 1, "isthing": 0}]', "unique"), ('[{"id": 1, "isthing": 0}]', "num_things = 1")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[{}]", "isthing"),
+        ("{}", "no list of categories"),
+        ("[", "not a JSON"),
+        (None, "cannot be read"),
+        ('[{"id": 1, "isthing": 1}, {"id": 1, "isthing": 0}]', "unique"),
+        ('[{"id": 1, "isthing": 0}]', "num_things = 1"),
+    ],
+)
 def test_bad_tables_are_named(tmp_path, content, message):
     path = tmp_path / "table.json"
     if content is not None:

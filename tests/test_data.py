@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets, transforms and batches: ground truth stays on its pixels, order is reproducible, damage is named and survived."""
+"""Data sets, transforms and batches: ground truth stays on its pixels, order is reproducible, damage is named and
+survived.
+"""
 
 import json
 from dataclasses import replace
@@ -8,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-
 from scenes import scene_categories, write_cityscapes, write_coco
+
 from spatialflow.data.augment import augment
 from spatialflow.data.categories import load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
@@ -36,51 +38,85 @@ def coco(scenes):
 
 class TestCoco:
     def test_samples(self, fixtures):
-        """The two COCO images: boxes, labels and masks equal the detection-format annotations, the semantic map their complement."""
+        """The two COCO images: boxes, labels and masks equal the detection-format annotations, the semantic map
+        their complement.
+        """
         folder = fixtures / "data" / "coco_samples"
         categories = load_categories("coco", 80, 54)
-        data = CocoPanoptic(folder / "panoptic_examples.json", folder / "input_images", folder / "panoptic_examples", categories)
+        data = CocoPanoptic(
+            folder / "panoptic_examples.json", folder / "input_images", folder / "panoptic_examples", categories
+        )
         detection = json.loads((folder / "panoptic_coco_detection_format.json").read_text())["annotations"]
         assert len(data) == 2
         for index in range(2):
             sample = data[index]
-            things = [a for a in detection if a["image_id"] == data.image_ids[index] and a["category_id"] in categories.thing_label]
-            expected = sorted((categories.thing_label[a["category_id"]], *a["bbox"], a["area"]) for a in things if not a["iscrowd"])
+            things = [
+                a
+                for a in detection
+                if a["image_id"] == data.image_ids[index] and a["category_id"] in categories.thing_label
+            ]
+            expected = sorted(
+                (categories.thing_label[a["category_id"]], *a["bbox"], a["area"]) for a in things if not a["iscrowd"]
+            )
             areas = np.bincount(sample.instances.ravel(), minlength=len(sample.labels) + 1)[1:]
-            actual = sorted((int(label), x1, y1, x2 - x1, y2 - y1, int(area))
-                            for label, (x1, y1, x2, y2), area in zip(sample.labels, sample.boxes.tolist(), areas))
+            actual = sorted(
+                (int(label), x1, y1, x2 - x1, y2 - y1, int(area))
+                for label, (x1, y1, x2, y2), area in zip(sample.labels, sample.boxes.tolist(), areas)
+            )
             assert actual == [tuple(row) for row in expected] and len(actual) > 0
             assert (sample.semantic[sample.instances > 0] == 36).all()
-            stuff = {s["category_id"]: s["area"] for s in data.annotations[index]["segments_info"] if s["category_id"] >= 92}
+            stuff = {
+                s["category_id"]: s["area"] for s in data.annotations[index]["segments_info"] if s["category_id"] >= 92
+            }
             assert all((sample.semantic == categories.stuff_index[c]).sum() == area for c, area in stuff.items())
 
     def test_crowds_have_no_box_but_are_other(self):
         ids = np.zeros((40, 60), np.int32)
         ids[:, :20], ids[:, 20:40], ids[:, 40:50] = 5, 7, 9
-        segments = [{"id": 5, "category_id": 1, "iscrowd": 1}, {"id": 7, "category_id": 1}, {"id": 9, "category_id": 4242}]
+        segments = [
+            {"id": 5, "category_id": 1, "iscrowd": 1},
+            {"id": 7, "category_id": 1},
+            {"id": 9, "category_id": 4242},
+        ]
         sample = make_sample("x", np.zeros((40, 60, 3), np.uint8), ids, segments, scene_categories(has_other=True))
         assert sample.boxes.tolist() == [[20, 0, 40, 40]] and sample.labels.tolist() == [0]
         assert np.unique(sample.semantic[:, :40]).tolist() == [6] and (sample.semantic[:, 40:] == 255).all()
         assert (sample.instances == (ids == 7)).all()
 
-    @pytest.mark.parametrize("damage, message", [
-        (lambda f: (f / "images/000001.jpg").unlink(), "000001.jpg: cannot be read"),
-        (lambda f: (f / "images/000001.jpg").write_bytes((f / "images/000001.jpg").read_bytes()[:900]), "000001.jpg: is truncated"),
-        (lambda f: (f / "panoptic/000001.png").unlink(), "000001.png: cannot be read"),
-        (lambda f: (f / "panoptic/000001.png").write_bytes(b"no"), "000001.png"),
-        (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((9, 9, 3), np.uint8)), "annotation of 9x9"),
-        (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((96, 128, 3), np.uint8)), "has no pixels"),
-    ])
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (lambda f: (f / "images/000001.jpg").unlink(), "000001.jpg: cannot be read"),
+            (
+                lambda f: (f / "images/000001.jpg").write_bytes((f / "images/000001.jpg").read_bytes()[:900]),
+                "000001.jpg: is truncated",
+            ),
+            (lambda f: (f / "panoptic/000001.png").unlink(), "000001.png: cannot be read"),
+            (lambda f: (f / "panoptic/000001.png").write_bytes(b"no"), "000001.png"),
+            (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((9, 9, 3), np.uint8)), "annotation of 9x9"),
+            (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((96, 128, 3), np.uint8)), "has no pixels"),
+        ],
+    )
     def test_damage_is_named(self, tmp_path, damage, message):
         write_coco(tmp_path, 1)
         damage(tmp_path)
         with pytest.raises(SampleError, match=message):
             CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())[0]
 
-    @pytest.mark.parametrize("content, message", [
-        ({"annotations": []}, "images"), ({"annotations": [], "images": [{"id": 1}]}, r"images\[0\]"),
-        ({"annotations": [{"image_id": 2, "file_name": "a", "segments_info": []}],
-          "images": [{"id": 1, "file_name": "b", "height": 1, "width": 1}]}, "not listed")])
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            ({"annotations": []}, "images"),
+            ({"annotations": [], "images": [{"id": 1}]}, r"images\[0\]"),
+            (
+                {
+                    "annotations": [{"image_id": 2, "file_name": "a", "segments_info": []}],
+                    "images": [{"id": 1, "file_name": "b", "height": 1, "width": 1}],
+                },
+                "not listed",
+            ),
+        ],
+    )
     def test_bad_json_is_named(self, tmp_path, content, message):
         (tmp_path / "a.json").write_text(json.dumps(content))
         with pytest.raises(PanopticFormatError, match=message):
@@ -137,14 +173,18 @@ class TestSynthetic:
         for segment in scene.segments:
             mask = scene.id_map == segment["id"]
             x, y, w, h = segment["bbox"]
-            assert mask.sum() == segment["area"] == mask[y:y + h, x:x + w].sum()
+            assert mask.sum() == segment["area"] == mask[y : y + h, x : x + w].sum()
             assert segment["category_id"] in {row["id"] for row in CATEGORIES}
         stuff = [s["category_id"] for s in scene.segments if s["category_id"] > 10]
         assert len(stuff) == len(set(stuff))
 
     def test_seeded(self):
         first, again, other = make_scene((64, 96), 1, 2), make_scene((64, 96), 1, 2), make_scene((64, 96), 2, 2)
-        assert (first.image == again.image).all() and (first.id_map == again.id_map).all() and (first.image != other.image).any()
+        assert (
+            (first.image == again.image).all()
+            and (first.id_map == again.id_map).all()
+            and (first.image != other.image).any()
+        )
 
     def test_variety(self):
         """Twenty scenes hold every category, and things that hide parts of others."""
@@ -175,9 +215,16 @@ class TestAugment:
     def consistent(self, out):
         h, w = out.valid_size
         image = out.image[:, :h, :w]
-        inner = cv2.erode(cv2.copyMakeBorder((out.instances[:h, :w] > 0).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE),
-                          np.ones((5, 5)))[1:-1, 1:-1] > 0
-        np.testing.assert_allclose(image[2][inner], out.instances[:h, :w][inner] * 100 if len(out.labels) == 2 else image[2][inner])
+        inner = (
+            cv2.erode(
+                cv2.copyMakeBorder((out.instances[:h, :w] > 0).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE),
+                np.ones((5, 5)),
+            )[1:-1, 1:-1]
+            > 0
+        )
+        np.testing.assert_allclose(
+            image[2][inner], out.instances[:h, :w][inner] * 100 if len(out.labels) == 2 else image[2][inner]
+        )
         assert (out.image[:, h:] == 0).all() and (out.semantic[h:] == 255).all() and (out.semantic[:, w:] == 255).all()
         assert out.image.shape[1] % 32 == 0 and out.image.shape[2] % 32 == 0
         for number, (x1, y1, x2, y2) in enumerate(out.boxes, 1):
@@ -237,7 +284,11 @@ class TestLoader:
         whole = list(make_loader(coco, config, schedule.draws(0, 3, 0, 1, 1)))
         rest = list(make_loader(coco, config, schedule.draws(1, 3, 0, 1, 1), workers))
         for a, b in zip(whole[1:], rest):
-            assert torch.equal(a.images, b.images) and torch.equal(a.instances, b.instances) and torch.equal(a.boxes[1], b.boxes[1])
+            assert (
+                torch.equal(a.images, b.images)
+                and torch.equal(a.instances, b.instances)
+                and torch.equal(a.boxes[1], b.boxes[1])
+            )
         truth = whole[0].truth()
         assert [len(m) for m in truth.masks] == [len(b) for b in truth.boxes] and truth.masks[0][0].sum() > 0
 
@@ -246,7 +297,7 @@ class TestLoader:
         (tmp_path / "images/000002.jpg").write_bytes(b"")
         data = CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())
         schedule = Schedule(data.sizes, 3, 0)
-        batch, = make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1))
+        (batch,) = make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1))
         assert batch.images.shape[0] == 3 and len(batch.problems) == 1 and "000002.jpg: is empty" in batch.problems[0]
         with pytest.raises(SampleError, match="is empty"):
             list(make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1), strict=True))

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from golden_models import golden_model
 from torch.nn import functional as F
 
-from golden_models import golden_model
 from spatialflow.engine.checkpoints import name_from_released
 from spatialflow.models.build import build_model
 from spatialflow.models.losses import Criterion, focal_loss_sum, l1_loss_sum, mask_loss_sum, stuff_loss_sum
@@ -43,7 +43,9 @@ class TestAssign:
         z = ops("assign")
         boxes, truth = torch.from_numpy(z["mask_boxes"]), torch.from_numpy(z["gts"])
         np.testing.assert_array_equal(released(assign(boxes, truth, 0.5, 0.5, claim_iou=0.5)), z["mask_full_gt_inds"])
-        one = Truth([truth], [torch.from_numpy(z["gt_labels"])], [torch.ones(6, 48, 64, dtype=torch.uint8)], None, None, None)
+        one = Truth(
+            [truth], [torch.from_numpy(z["gt_labels"])], [torch.ones(6, 48, 64, dtype=torch.uint8)], None, None, None
+        )
         things = thing_targets([boxes], one, 28)
         np.testing.assert_array_equal(things.rois[:, 1:], z["sampler_full_pos_bboxes"])
         np.testing.assert_array_equal(things.labels, z["sampler_full_pos_labels"])
@@ -92,14 +94,19 @@ class TestLossTerms:
         z, expected = ops("losses"), json.loads((goldens / "ops" / "losses.json").read_text())["mask_bce"]
         labels = torch.from_numpy(z["mask_labels"]).long()
         logits = torch.from_numpy(z["mask_pred"])[torch.arange(5), labels]
-        assert (mask_loss_sum(logits, torch.from_numpy(z["mask_target"])) / 5).item() == pytest.approx(expected, rel=1e-5)
+        assert (mask_loss_sum(logits, torch.from_numpy(z["mask_target"])) / 5).item() == pytest.approx(
+            expected, rel=1e-5
+        )
 
     @pytest.mark.parametrize("images", [1, 2, 3])
     def test_stuff(self, ops, goldens, images):
         """The sum over pixels is the released one; the divisor differs on purpose (labelled pixels of every image)."""
         z = ops("losses")
         expected = json.loads((goldens / "ops" / "losses.json").read_text())[f"stuff_N{images}"]
-        logits, semantic = torch.from_numpy(z[f"stuff_N{images}_logits"]), torch.from_numpy(z[f"stuff_N{images}_gt"])[:, 0]
+        logits, semantic = (
+            torch.from_numpy(z[f"stuff_N{images}_logits"]),
+            torch.from_numpy(z[f"stuff_N{images}_gt"])[:, 0],
+        )
         h, w, _ = expected["img_shapes"][0]
         total = stuff_loss_sum(logits[:, :, :h, :w], semantic[:, :h, :w])
         assert (0.25 * total / (h * w)).item() == pytest.approx(expected["value"], rel=1e-5)
@@ -112,22 +119,33 @@ class TestLossTerms:
 
 
 def golden_batch(goldens):
-    z, info = dict(np.load(goldens / "train" / "tiny_b2.npz")), json.loads((goldens / "train" / "tiny_b2.json").read_text())
+    z, info = (
+        dict(np.load(goldens / "train" / "tiny_b2.npz")),
+        json.loads((goldens / "train" / "tiny_b2.json").read_text()),
+    )
     masks = []
     for i in range(2):
         shape = z[f"gt_masks_shape_img{i}"]
-        bits = np.unpackbits(z[f"gt_masks_packed_img{i}"], axis=1)[:, :shape[1] * shape[2]]
+        bits = np.unpackbits(z[f"gt_masks_packed_img{i}"], axis=1)[:, : shape[1] * shape[2]]
         masks.append(torch.from_numpy(bits.reshape(shape)))
     semantic = torch.from_numpy(z["gt_semantic_seg"])[:, 0].clone()
     valid = torch.tensor([meta["img_shape"][:2] for meta in info["metas"]])
     padded = torch.tensor([meta["pad_shape"][:2] for meta in info["metas"]])
-    truth = Truth([torch.from_numpy(z[f"gt_bboxes_img{i}"]) for i in range(2)],
-                  [torch.from_numpy(z[f"gt_labels_img{i}"]).long() for i in range(2)], masks, semantic, valid, padded)
+    truth = Truth(
+        [torch.from_numpy(z[f"gt_bboxes_img{i}"]) for i in range(2)],
+        [torch.from_numpy(z[f"gt_labels_img{i}"]).long() for i in range(2)],
+        masks,
+        semantic,
+        valid,
+        padded,
+    )
     return z, info, torch.from_numpy(z["img"]), truth
 
 
 class ReleasedStuffSum(Criterion):
-    """The released stuff loss: window of image 0 for all images, divided by its pixels, times the images of the batch."""
+    """The released stuff loss: window of image 0 for all images, divided by its pixels, times the images of the
+    batch.
+    """
 
     def _stuff_sum(self, network, quarter_logits, truth):
         h, w = truth.valid_sizes[0].tolist()
@@ -176,13 +194,18 @@ class TestReleasedStep:
         np.testing.assert_array_equal(things.labels, z["mask_pos_labels"])
         np.testing.assert_array_equal(things.assigned, z["mask_pos_assigned_gt"])
         np.testing.assert_allclose(things.rois, z["mask_pos_rois"], atol=1e-3)
-        masks = np.unpackbits(z["mask_targets_packed"], axis=1)[:, :28 * 28].reshape(-1, 28, 28)
+        masks = np.unpackbits(z["mask_targets_packed"], axis=1)[:, : 28 * 28].reshape(-1, 28, 28)
         np.testing.assert_array_equal(things.masks, masks)
 
     def test_losses(self, step):
         expected, losses = step[1]["log_vars"], step[6]
-        for name, value in (("loss_cls", losses.cls), ("loss_bbox", losses.box), ("loss_mask", losses.thing),
-                            ("loss_stuff", losses.stuff), ("loss", losses.total())):
+        for name, value in (
+            ("loss_cls", losses.cls),
+            ("loss_bbox", losses.box),
+            ("loss_mask", losses.thing),
+            ("loss_stuff", losses.stuff),
+            ("loss", losses.total()),
+        ):
             assert value.item() == pytest.approx(expected[name], rel=1e-5), name
 
     def test_gradients(self, step):
@@ -200,8 +223,7 @@ class TestReleasedStep:
             assert np.abs(actual - whole).max() <= 1e-3 * np.abs(whole).max(), key
 
     def test_own_stuff_loss_is_the_mean_over_labelled_pixels(self, step):
-        """Padding and the windows of both images are respected; the released value is reproduced by its weight alone where the
-        two images have one size (documented factor: images per process)."""
+        """Of each image's own window: neither padding nor the window of another image counts."""
         _, _, images, truth, model, _, _, _ = step
         with torch.no_grad():
             semantic = truth.semantic.clone()
@@ -209,22 +231,42 @@ class TestReleasedStep:
                 semantic[i, h:], semantic[i, :, w:] = 255, 255
             losses = Criterion(model.config)(model, images, truth._replace(semantic=semantic))
             logits = model(images).stuff_logits
-        pixels = [(logits[i, :, :h, :w], semantic[i, :h, :w].long()) for i, (h, w) in enumerate(truth.valid_sizes.tolist())]
-        total = sum(F.cross_entropy(l[None], s[None], ignore_index=255, reduction="sum") for l, s in pixels)
-        assert losses.stuff.item() == pytest.approx(0.25 * (total / sum((s != 255).sum() for _, s in pixels)).item(), rel=1e-5)
+        pixels = [
+            (logits[i, :, :h, :w], semantic[i, :h, :w].long()) for i, (h, w) in enumerate(truth.valid_sizes.tolist())
+        ]
+        total = sum(F.cross_entropy(map_[None], s[None], ignore_index=255, reduction="sum") for map_, s in pixels)
+        assert losses.stuff.item() == pytest.approx(
+            0.25 * (total / sum((s != 255).sum() for _, s in pixels)).item(), rel=1e-5
+        )
 
 
 class TestEmptyBatches:
     def truth(self, boxes):
         k = len(boxes)
-        return Truth([torch.tensor(boxes).reshape(-1, 4)], [torch.zeros(k, dtype=torch.int64)], [torch.ones(k, 64, 96)],
-                     torch.full((1, 64, 96), 255, dtype=torch.uint8), torch.tensor([[64, 96]]), torch.tensor([[64, 96]]))
+        return Truth(
+            [torch.tensor(boxes).reshape(-1, 4)],
+            [torch.zeros(k, dtype=torch.int64)],
+            [torch.ones(k, 64, 96)],
+            torch.full((1, 64, 96), 255, dtype=torch.uint8),
+            torch.tensor([[64, 96]]),
+            torch.tensor([[64, 96]]),
+        )
 
     @pytest.mark.parametrize("name", ["tiny", "retinanet_r50_coco"])
     def test_nothing_to_learn_from_trains(self, name):
         """No box, no labelled pixel: finite losses, and every trained parameter has a gradient (DDP needs that)."""
-        model = build_model(name, backbone_base_channels=4, fpn_channels=8, head_channels=8, thing_head_channels=8,
-                            stuff_head_channels=8, norm_groups=4, num_things=3, num_stuff=4, categories=None).train()
+        model = build_model(
+            name,
+            backbone_base_channels=4,
+            fpn_channels=8,
+            head_channels=8,
+            thing_head_channels=8,
+            stuff_head_channels=8,
+            norm_groups=4,
+            num_things=3,
+            num_stuff=4,
+            categories=None,
+        ).train()
         losses = Criterion(model.config)(model, torch.randn(1, 3, 64, 96), self.truth([]))
         losses.total().backward()
         assert losses.box.item() == 0 and (losses.thing is None or losses.thing.item() == 0)
@@ -248,7 +290,7 @@ class TestEmptyBatches:
         truth = replace_sizes(self.truth([[10.0, 10, 50, 50]]), (32, 64))
         with torch.no_grad():
             output, _ = model.dense(torch.randn(1, 3, 64, 96))
-        labels = Criterion(model.config).anchor_targets(output, truth).labels[0, :8 * 12 * 9].reshape(8, 12, 9)
+        labels = Criterion(model.config).anchor_targets(output, truth).labels[0, : 8 * 12 * 9].reshape(8, 12, 9)
         assert (labels[4:] == -1).all() and (labels[:, 8:] == -1).all() and (labels[:4, :8] >= 0).any()
 
 
@@ -258,5 +300,7 @@ def replace_sizes(truth, size):
 
 def test_targets_of_an_image_without_boxes():
     anchors = torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]])
-    targets = anchor_targets(anchors, torch.tensor([[True, False]]), [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], 5)
+    targets = anchor_targets(
+        anchors, torch.tensor([[True, False]]), [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], 5
+    )
     assert targets.labels.tolist() == [[5, -1]] and targets.positive.shape == (0, 2) and targets.counts.tolist() == [0]

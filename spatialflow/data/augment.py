@@ -27,13 +27,13 @@ def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Tra
 
     Args:
         sample: at original size.
-        config: `train_short_edges` (one value, or a range to draw from), `train_long_edge`, `train_crop` with `train_scale_range`,
-            `flip_probability`, normalisation and padding.
+        config: `train_short_edges` (one value, or a range to draw from), `train_long_edge`, `train_crop` with
+            `train_scale_range`, `flip_probability`, normalisation and padding.
         rng: decides everything random; the same state gives the same result.
 
     Returns:
-        TrainingSample. Boxes are clipped to the crop; those with less than a pixel left, or without any pixel of their mask in the
-        crop, are dropped.
+        TrainingSample. Boxes are clipped to the crop; those with less than a pixel left, or without any pixel of
+        their mask in the crop, are dropped.
     """
     size = _random_size(sample.image.shape[:2], config, rng)
     image = resize_image(sample.image, size)
@@ -55,8 +55,14 @@ def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Tra
         boxes = np.stack([size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], axis=1)
     tensor = pad(normalise(np.ascontiguousarray(image), config.image_mean, config.image_std), config.size_divisor)
     border = [(0, full - valid) for full, valid in zip(tensor.shape[1:], size)]
-    return TrainingSample(tensor, boxes.astype(np.float32), labels, np.pad(instances, border),
-                          np.pad(semantic, border, constant_values=IGNORED), size)
+    return TrainingSample(
+        tensor,
+        boxes.astype(np.float32),
+        labels,
+        np.pad(instances, border),
+        np.pad(semantic, border, constant_values=IGNORED),
+        size,
+    )
 
 
 def _random_size(size: tuple[int, int], config: DataConfig, rng: np.random.Generator) -> tuple[int, int]:
@@ -70,13 +76,17 @@ def _random_size(size: tuple[int, int], config: DataConfig, rng: np.random.Gener
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
-def _random_window(size: tuple[int, int], crop: tuple[int, ...], rng: np.random.Generator) -> tuple[tuple[int, int], tuple[int, int]]:
+def _random_window(
+    size: tuple[int, int], crop: tuple[int, ...], rng: np.random.Generator
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Corner and size of a window of at most `crop` inside `size`."""
     window = (min(size[0], crop[0]), min(size[1], crop[1]))
     return (int(rng.integers(size[0] - window[0] + 1)), int(rng.integers(size[1] - window[1] + 1))), window
 
 
-def _drop_lost(boxes: np.ndarray, labels: np.ndarray, instances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _drop_lost(
+    boxes: np.ndarray, labels: np.ndarray, instances: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Removes things that the crop has left nothing of, and renumbers the others."""
     pixels = np.bincount(instances.ravel(), minlength=len(boxes) + 1)[1:]
     kept = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1) & (pixels > 0)

@@ -49,12 +49,19 @@ class Categories:
         other_index: semantic index of "other", None without it.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], has_other: bool, other_id: int | None = None,
-                 source: str = "categories"):
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        has_other: bool,
+        other_id: int | None = None,
+        source: str = "categories",
+    ):
         self.rows = tuple(_make_row(row, f"{source}: row {i}") for i, row in enumerate(rows))
         ids = [row.id for row in self.rows]
         if len(set(ids)) != len(ids):
-            raise CategoryError(f"{source}: category ids must be unique, got {sorted(i for i in set(ids) if ids.count(i) > 1)} twice")
+            raise CategoryError(
+                f"{source}: category ids must be unique, got {sorted(i for i in set(ids) if ids.count(i) > 1)} twice"
+            )
         self.things: tuple[Category, ...] = tuple(row for row in self.rows if row.isthing)
         stuff: list[Category | None] = sorted((row for row in self.rows if not row.isthing), key=lambda row: row.id)
         self.other_index: int | None = None
@@ -64,7 +71,9 @@ class Categories:
             stuff.insert(self.other_index, None)
         self.stuff = tuple(stuff)
         if len(self.stuff) >= IGNORED:
-            raise CategoryError(f"{source}: at most {IGNORED - 1} stuff classes fit a semantic map, got {len(self.stuff)}")
+            raise CategoryError(
+                f"{source}: at most {IGNORED - 1} stuff classes fit a semantic map, got {len(self.stuff)}"
+            )
         self.thing_label = {row.id: i for i, row in enumerate(self.things)}
         self.stuff_index = {row.id: i for i, row in enumerate(self.stuff) if row is not None}
 
@@ -88,15 +97,19 @@ class Categories:
 
     def as_coco(self) -> list[dict[str, Any]]:
         """The rows as a COCO panoptic JSON holds them."""
-        return [{"id": row.id, "name": row.name, "isthing": int(row.isthing), "color": list(row.color)} for row in self.rows]
+        return [
+            {"id": row.id, "name": row.name, "isthing": int(row.isthing), "color": list(row.color)} for row in self.rows
+        ]
 
 
-def load_categories(table: str | Path | None, num_things: int, num_stuff: int, has_stuff_head: bool = True) -> Categories:
+def load_categories(
+    table: str | Path | None, num_things: int, num_stuff: int, has_stuff_head: bool = True
+) -> Categories:
     """The categories of a network.
 
     Args:
-        table: "coco", "cityscapes", a JSON file (a COCO category list, or a COCO or panoptic file with `categories`), or
-            None for numbered classes: things first, from id 1, then stuff, without "other".
+        table: "coco", "cityscapes", a JSON file (a COCO category list, or a COCO or panoptic file with
+            `categories`), or None for numbered classes: things first, from id 1, then stuff, without "other".
         num_things: thing classes of the network.
         num_stuff: stuff classes of the network; one more than the table has means that there is a class "other".
         has_stuff_head: False: num_stuff is not looked at (RetinaNet).
@@ -112,10 +125,16 @@ def load_categories(table: str | Path | None, num_things: int, num_stuff: int, h
     rows = read_rows(path)
     things, stuff = sum(bool(row["isthing"]) for row in rows), sum(not row["isthing"] for row in rows)
     if things != num_things or (has_stuff_head and num_stuff not in (stuff, stuff + 1)):
-        raise CategoryError(f"{table}: has {things} things and {stuff} stuff classes; the network has num_things = {num_things} and "
-                            f"num_stuff = {num_stuff} (as many as the table, or one more for \"other\")")
-    return Categories(rows, has_other=num_stuff == stuff + 1, other_id=COCO_OTHER_ID if str(table) == "coco" else None,
-                      source=str(table))
+        raise CategoryError(
+            f"{table}: has {things} things and {stuff} stuff classes; the network has num_things = {num_things} and "
+            f'num_stuff = {num_stuff} (as many as the table, or one more for "other")'
+        )
+    return Categories(
+        rows,
+        has_other=num_stuff == stuff + 1,
+        other_id=COCO_OTHER_ID if str(table) == "coco" else None,
+        source=str(table),
+    )
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -127,7 +146,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise CategoryError(f"categories: must be coco, cityscapes or a JSON file; {path} cannot be read: {error.strerror}") from None
+        raise CategoryError(
+            f"categories: must be coco, cityscapes or a JSON file; {path} cannot be read: {error.strerror}"
+        ) from None
     except ValueError as error:
         raise CategoryError(f"{path}: not a JSON file: {error}") from None
     rows = content.get("categories") if isinstance(content, dict) else content
@@ -140,9 +161,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _make_row(row: Any, where: str) -> Category:
     if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or row.get("isthing") not in (0, 1):
-        raise CategoryError(f"{where} must be a mapping with an integer \"id\" and \"isthing\" 0 or 1, got {row!r:.80}")
+        raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     color = row.get("color") or _color_of(row["id"])
-    return Category(row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color))
+    return Category(
+        row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color)
+    )
 
 
 def _color_of(category_id: int) -> tuple[int, int, int]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cityscapes as downloaded: leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_instanceIds.png."""
+"""Cityscapes as downloaded: leftImg8bit/<split>/<city>/*_leftImg8bit.png and
+gtFine/<split>/<city>/*_gtFine_instanceIds.png.
+"""
 
 import os
 from pathlib import Path
@@ -23,8 +25,8 @@ class CityscapesError(ValueError):
 class Cityscapes:
     """One split of Cityscapes.
 
-    Pixels of value v >= 1000 are instance v % 1000 of label v // 1000; smaller values are labels. A label of a thing class without
-    an instance number is a group of them and becomes a crowd; labels outside the category table are void.
+    Pixels of value v >= 1000 are instance v % 1000 of label v // 1000; smaller values are labels. A label of a thing
+    class without an instance number is a group of them and becomes a crowd; labels outside the category table are void.
 
     Args:
         root: folder with leftImg8bit and gtFine.
@@ -44,12 +46,14 @@ class Cityscapes:
         self.labels = self.root / "gtFine" / split
         for folder in (self.images, self.labels):
             if not folder.is_dir():
-                raise CityscapesError(f"{folder}: no such folder; a Cityscapes tree has leftImg8bit/{split} and gtFine/{split}")
+                raise CityscapesError(
+                    f"{folder}: no such folder; a Cityscapes tree has leftImg8bit/{split} and gtFine/{split}"
+                )
         self.paths = sorted(self.images.glob(f"*/*{IMAGE_SUFFIX}"))
         if not self.paths:
             raise CityscapesError(f"{self.images}: holds no <city>/*{IMAGE_SUFFIX}")
         self.names = [str(path.relative_to(self.images)) for path in self.paths]
-        self.image_ids = [path.name[:-len(IMAGE_SUFFIX)] for path in self.paths]
+        self.image_ids = [path.name[: -len(IMAGE_SUFFIX)] for path in self.paths]
         self.sizes = [_png_size(path) for path in self.paths]
 
     def __len__(self) -> int:
@@ -78,7 +82,11 @@ class Cityscapes:
             content = np.frombuffer(path.read_bytes(), np.uint8)
         except OSError as error:
             raise SampleError(f"{path}: cannot be read: {error.strerror}") from None
-        labels = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) and content[-8:].tobytes()[:4] == b"IEND" else None
+        labels = (
+            cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+            if len(content) and content[-8:].tobytes()[:4] == b"IEND"
+            else None
+        )
         if labels is None or labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
             raise SampleError(f"{path}: is damaged, or no greyscale PNG of 8 or 16 bits")
         return labels.astype(np.int32)
@@ -90,7 +98,9 @@ class Cityscapes:
         for value in np.unique(id_map).tolist():
             category = known.get(value // 1000 if value >= 1000 else value)
             if value > 0 and category is not None:
-                segments.append({"id": value, "category_id": category.id, "iscrowd": int(category.isthing and value < 1000)})
+                segments.append(
+                    {"id": value, "category_id": category.id, "iscrowd": int(category.isthing and value < 1000)}
+                )
         return segments
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
@@ -100,10 +110,7 @@ class Cityscapes:
             folder: where to write `cityscapes_<split>.json` and the folder of PNGs beside it.
 
         Returns:
-            Paths of the JSON and of the folder of PNGs.
-
-        Raises:
-            SampleError: a label file is absent or damaged.
+            Paths of the JSON and of the folder of PNGs. Images whose label file is absent or damaged are left out.
         """
         folder = Path(folder)
         json_path, png_folder = folder / f"cityscapes_{self.split}.json", folder / f"cityscapes_{self.split}"
@@ -111,14 +118,22 @@ class Cityscapes:
             return json_path, png_folder
         writer = PanopticWriter(png_folder, json_path, self.categories.as_coco())
         for index, (image_id, name) in enumerate(zip(self.image_ids, self.names)):
-            id_map = self._read_labels(index)
+            try:
+                id_map = self._read_labels(index)
+            except SampleError:
+                continue
             segments = self._segments(id_map)
             id_map[~np.isin(id_map, [segment["id"] for segment in segments])] = 0
             for segment in segments:
                 mask = id_map == segment["id"]
                 rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
                 segment["area"] = int(mask.sum())
-                segment["bbox"] = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+                segment["bbox"] = [
+                    int(columns[0]),
+                    int(rows[0]),
+                    int(columns[-1] - columns[0] + 1),
+                    int(rows[-1] - rows[0] + 1),
+                ]
             writer.add(image_id, name, id_map, segments)
         writer.write_json()
         return json_path, png_folder

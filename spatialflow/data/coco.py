@@ -28,8 +28,13 @@ class CocoPanoptic:
         PanopticFormatError: the JSON is absent or breaks the format.
     """
 
-    def __init__(self, json_path: str | os.PathLike, image_folder: str | os.PathLike,
-                 panoptic_folder: str | os.PathLike | None, categories: Categories):
+    def __init__(
+        self,
+        json_path: str | os.PathLike,
+        image_folder: str | os.PathLike,
+        panoptic_folder: str | os.PathLike | None,
+        categories: Categories,
+    ):
         self.json_path = Path(json_path)
         self.image_folder = Path(image_folder)
         self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else self.json_path.with_suffix("")
@@ -40,7 +45,9 @@ class CocoPanoptic:
             raise PanopticFormatError(f'{self.json_path}: a data set needs a non-empty list "images"')
         for i, image in enumerate(images):
             if not isinstance(image, dict) or not {"id", "file_name", "height", "width"} <= image.keys():
-                raise PanopticFormatError(f'{self.json_path}: images[{i}] must be a mapping with "id", "file_name", "height", "width"')
+                raise PanopticFormatError(
+                    f'{self.json_path}: images[{i}] must be a mapping with "id", "file_name", "height", "width"'
+                )
         by_id = {image["id"]: image for image in images}
         self.annotations = content["annotations"]
         strangers = [a["image_id"] for a in self.annotations if a["image_id"] not in by_id]
@@ -72,5 +79,7 @@ class CocoPanoptic:
         return make_sample(str(self.image_path(index)), image, id_map, annotation["segments_info"], self.categories)
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
-        """JSON and PNG folder of the ground truth for scoring; `folder` (for data sets that must make them) stays unused."""
+        """JSON and PNG folder of the ground truth for scoring; `folder` (for data sets that must make them) stays
+        unused.
+        """
         return self.json_path, self.panoptic_folder

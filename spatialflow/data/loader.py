@@ -65,8 +65,11 @@ class Batch(NamedTuple):
 
     def truth(self) -> Truth:
         """The ground truth with one mask per thing."""
-        masks = [instances[None] == torch.arange(1, len(labels) + 1, device=instances.device, dtype=instances.dtype)[:, None, None]
-                 for instances, labels in zip(self.instances, self.labels)]
+        masks = [
+            instances[None]
+            == torch.arange(1, len(labels) + 1, device=instances.device, dtype=instances.dtype)[:, None, None]
+            for instances, labels in zip(self.instances, self.labels)
+        ]
         return Truth(self.boxes, self.labels, masks, self.semantic, self.valid_sizes, self.padded_sizes)
 
 
@@ -74,8 +77,8 @@ class Batch(NamedTuple):
 class Schedule:
     """The images of every step of a training run; a pure function of its fields, so that any step can be resumed at.
 
-    In each epoch every image appears once, in random order, in batches of one orientation (landscape or portrait), which keeps
-    padding small; the last batch of an orientation is completed with images from its beginning.
+    In each epoch every image appears once, in random order, in batches of one orientation (landscape or portrait),
+    which keeps padding small; the last batch of an orientation is completed with images from its beginning.
 
     Args:
         sizes: (height, width) of every image.
@@ -107,7 +110,9 @@ class Schedule:
         batches = np.concatenate(batches)
         return batches[rng.permutation(len(batches))]
 
-    def draws(self, first_step: int, last_step: int, rank: int, world_size: int, accumulation: int) -> Iterator[list[Draw]]:
+    def draws(
+        self, first_step: int, last_step: int, rank: int, world_size: int, accumulation: int
+    ) -> Iterator[list[Draw]]:
         """The batches of one process from `first_step` (0-based) to before `last_step`, `accumulation` per step.
 
         A step's images are dealt out in order: process by process, and within a process accumulation step by step.
@@ -120,7 +125,10 @@ class Schedule:
                 current, batches = epoch, self.epoch(epoch)
             for turn in range(accumulation):
                 start = (rank * accumulation + turn) * share
-                yield [Draw(int(batches[position, slot]), (self.seed, epoch, position, slot)) for slot in range(start, start + share)]
+                yield [
+                    Draw(int(batches[position, slot]), (self.seed, epoch, position, slot))
+                    for slot in range(start, start + share)
+                ]
 
 
 class _Samples(torch.utils.data.Dataset):
@@ -158,13 +166,26 @@ def collate(items: Sequence[tuple[TrainingSample, list[str]]]) -> Batch:
         images[i, :, :h, :w] = torch.from_numpy(sample.image)
         instances[i, :h, :w] = torch.from_numpy(sample.instances)
         semantic[i, :h, :w] = torch.from_numpy(sample.semantic)
-    return Batch(images, [torch.from_numpy(sample.boxes) for sample in samples], [torch.from_numpy(sample.labels) for sample in samples],
-                 instances, semantic, torch.tensor([sample.valid_size for sample in samples]),
-                 torch.tensor([sample.image.shape[1:] for sample in samples]), [message for _, found in items for message in found])
+    return Batch(
+        images,
+        [torch.from_numpy(sample.boxes) for sample in samples],
+        [torch.from_numpy(sample.labels) for sample in samples],
+        instances,
+        semantic,
+        torch.tensor([sample.valid_size for sample in samples]),
+        torch.tensor([sample.image.shape[1:] for sample in samples]),
+        [message for _, found in items for message in found],
+    )
 
 
-def make_loader(data: DataSet, config: DataConfig, draws: Sequence[list[Draw]] | Iterator[list[Draw]], workers: int = 0,
-                strict: bool = False, pin_memory: bool = False) -> DataLoader:
+def make_loader(
+    data: DataSet,
+    config: DataConfig,
+    draws: Sequence[list[Draw]] | Iterator[list[Draw]],
+    workers: int = 0,
+    strict: bool = False,
+    pin_memory: bool = False,
+) -> DataLoader:
     """Reads, augments and batches in the background.
 
     Args:
@@ -178,11 +199,17 @@ def make_loader(data: DataSet, config: DataConfig, draws: Sequence[list[Draw]] |
     Returns:
         An iterable of Batch, in the order of `draws`.
     """
-    # Workers come from a server that never had threads: a plain fork of this process would inherit OpenCV's and OpenMP's thread pools
-    # without their threads, and wait for them for ever.
-    return DataLoader(_Samples(data, config, strict), batch_sampler=_Once(draws), num_workers=workers, collate_fn=collate,
-                      pin_memory=pin_memory, worker_init_fn=_one_thread,
-                      multiprocessing_context="forkserver" if workers > 0 else None)
+    # Workers come from a server that never had threads: a plain fork of this process would inherit OpenCV's and
+    # OpenMP's thread pools without their threads, and wait for them for ever.
+    return DataLoader(
+        _Samples(data, config, strict),
+        batch_sampler=_Once(draws),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="forkserver" if workers > 0 else None,
+    )
 
 
 class _Once:

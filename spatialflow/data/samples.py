@@ -24,8 +24,9 @@ class Sample(NamedTuple):
     semantic: np.ndarray  # (H, W) uint8 semantic indices, 255 where there is none
 
 
-def make_sample(name: str, image: np.ndarray, id_map: np.ndarray, segments: Iterable[Mapping[str, Any]],
-                categories: Categories) -> Sample:
+def make_sample(
+    name: str, image: np.ndarray, id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], categories: Categories
+) -> Sample:
     """Boxes, masks and the semantic map from panoptic segments.
 
     Args:
@@ -36,8 +37,9 @@ def make_sample(name: str, image: np.ndarray, id_map: np.ndarray, segments: Iter
         categories: numbering of the classes.
 
     Returns:
-        Sample. Crowds have neither box nor mask, but count in the semantic map ("other"), as do things whose box, clipped to the
-        image, is less than a pixel wide or high. Ids without a segment and categories not in the table are void.
+        Sample. Crowds have neither box nor mask, but count in the semantic map ("other"), as do things whose box,
+        clipped to the image, is less than a pixel wide or high. Ids without a segment and categories not in the
+        table are void.
 
     Raises:
         SampleError: sizes of image and map differ, or a listed segment has no pixels.
@@ -70,8 +72,14 @@ def make_sample(name: str, image: np.ndarray, id_map: np.ndarray, segments: Iter
         boxes.append(box)
         labels.append(label)
         instance_of[i] = len(boxes)
-    return Sample(name, image, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), instance_of[place],
-                  semantic_of[place])
+    return Sample(
+        name,
+        image,
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        instance_of[place],
+        semantic_of[place],
+    )
 
 
 def _box(bbox: Any, width: int, height: int) -> np.ndarray | None:

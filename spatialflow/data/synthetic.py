@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic landscapes with exact panoptic ground truth: textured stuff, things that occlude each other, in perspective."""
+"""Synthetic landscapes with exact panoptic ground truth: textured stuff, things that occlude each other, in
+perspective.
+"""
 
 import os
 from pathlib import Path
@@ -8,23 +10,11 @@ from typing import Any, Callable, Iterator, NamedTuple
 import cv2
 import numpy as np
 
+from spatialflow.data.categories import TABLES, read_rows
 from spatialflow.files import atomic_write
 from spatialflow.panoptic.formats import PanopticWriter
 
-CATEGORIES: tuple[dict[str, Any], ...] = (
-    {"id": 1, "name": "person", "isthing": 1, "color": [220, 20, 60]},
-    {"id": 2, "name": "car", "isthing": 1, "color": [0, 0, 142]},
-    {"id": 3, "name": "house", "isthing": 1, "color": [190, 120, 60]},
-    {"id": 4, "name": "tree", "isthing": 1, "color": [20, 110, 50]},
-    {"id": 5, "name": "balloon", "isthing": 1, "color": [250, 170, 30]},
-    {"id": 6, "name": "boat", "isthing": 1, "color": [160, 60, 200]},
-    {"id": 11, "name": "sky", "isthing": 0, "color": [70, 130, 180]},
-    {"id": 12, "name": "mountain", "isthing": 0, "color": [120, 110, 140]},
-    {"id": 13, "name": "grass", "isthing": 0, "color": [107, 142, 35]},
-    {"id": 14, "name": "field", "isthing": 0, "color": [230, 200, 90]},
-    {"id": 15, "name": "road", "isthing": 0, "color": [128, 64, 128]},
-    {"id": 16, "name": "water", "isthing": 0, "color": [40, 90, 220]},
-)
+CATEGORIES: tuple[dict[str, Any], ...] = tuple(read_rows(TABLES / "synthetic.json"))
 """The category table of synthetic scenes."""
 
 _ID = {row["name"]: row["id"] for row in CATEGORIES}
@@ -116,11 +106,11 @@ class _Canvas:
         """Smooth noise in about -1..1; `cell` is the size of its largest features in pixels, `stretch` widens them."""
         total, weight = np.zeros((self.height, self.width), np.float32), 0.0
         for octave in range(octaves):
-            rows = max(int(self.height / cell * 2 ** octave), 1) + 2
-            columns = max(int(self.width / (cell * stretch) * 2 ** octave), 1) + 2
+            rows = max(int(self.height / cell * 2**octave), 1) + 2
+            columns = max(int(self.width / (cell * stretch) * 2**octave), 1) + 2
             grid = rng.uniform(-1, 1, (min(rows, self.height), min(columns, self.width))).astype(np.float32)
-            total += cv2.resize(grid, (self.width, self.height), interpolation=cv2.INTER_CUBIC) * 0.55 ** octave
-            weight += 0.55 ** octave
+            total += cv2.resize(grid, (self.width, self.height), interpolation=cv2.INTER_CUBIC) * 0.55**octave
+            weight += 0.55**octave
         return total * (1.6 / weight)
 
     def paint(self, mask: np.ndarray, colour: np.ndarray, segment: int) -> None:
@@ -146,8 +136,15 @@ class _Canvas:
                 mask = self.ids == segment
                 rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
                 box = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
-                segments.append({"id": len(segments) + 1, "category_id": _ID[category], "area": int(areas[segment]), "bbox": box,
-                                 "iscrowd": 0})
+                segments.append(
+                    {
+                        "id": len(segments) + 1,
+                        "category_id": _ID[category],
+                        "area": int(areas[segment]),
+                        "bbox": box,
+                        "iscrowd": 0,
+                    }
+                )
         return Scene(image.clip(0, 255).astype(np.uint8), number[self.ids], segments)
 
 
@@ -156,7 +153,9 @@ def _shade(base: tuple[float, float, float], noise: np.ndarray, amount: float) -
     return np.float32(base) * (1 + amount * noise[..., None])
 
 
-def _vary(rng: np.random.Generator, base: tuple[float, float, float], amount: float = 0.12) -> tuple[float, float, float]:
+def _vary(
+    rng: np.random.Generator, base: tuple[float, float, float], amount: float = 0.12
+) -> tuple[float, float, float]:
     return tuple(float(np.clip(c * rng.uniform(1 - amount, 1 + amount), 0, 255)) for c in base)
 
 
@@ -171,17 +170,23 @@ def _draw_ground(canvas: _Canvas, rng: np.random.Generator) -> None:
 
     if rng.random() < 0.85:
         for layer in range(int(rng.integers(1, 4))):
-            ridge = canvas.noise(rng, canvas.unit * rng.uniform(0.3, 0.6), 5)[0] * rng.uniform(0.08, 0.16) + rng.uniform(0.02, 0.12)
+            ridge = canvas.noise(rng, canvas.unit * rng.uniform(0.3, 0.6), 5)[0] * rng.uniform(
+                0.08, 0.16
+            ) + rng.uniform(0.02, 0.12)
             top = canvas.horizon - ridge * canvas.height * (1 - 0.25 * layer)
             rock = canvas.noise(rng, canvas.unit * 0.12, 5)
             colour = _shade(_vary(rng, (128 - 14 * layer, 112 - 12 * layer, 104 - 14 * layer)), rock, 0.22)
-            snow = (canvas.rows - top[None] < canvas.height * (0.03 + 0.015 * rock)) & (top[None] < canvas.horizon * 0.72)
+            snow = (canvas.rows - top[None] < canvas.height * (0.03 + 0.015 * rock)) & (
+                top[None] < canvas.horizon * 0.72
+            )
             colour[snow] = np.float32((235, 232, 228))
             canvas.paint((canvas.rows >= top[None]) & (canvas.rows < canvas.horizon), colour, segments["mountain"])
 
     ground = canvas.rows >= canvas.horizon
     near = np.clip((canvas.rows - canvas.horizon) / max(canvas.height - canvas.horizon, 1), 0, 1)
-    blades = canvas.noise(rng, canvas.unit * 0.05, 3) * (0.4 + near) + 0.6 * canvas.noise(rng, canvas.unit * 0.4, 3, stretch=2)
+    blades = canvas.noise(rng, canvas.unit * 0.05, 3) * (0.4 + near) + 0.6 * canvas.noise(
+        rng, canvas.unit * 0.4, 3, stretch=2
+    )
     canvas.paint(ground, _shade(_vary(rng, (58, 132, 88)), blades, 0.2), segments["grass"])
 
     if rng.random() < 0.6:  # a field: a band of the ground with furrows running to the vanishing point
@@ -189,7 +194,12 @@ def _draw_ground(canvas: _Canvas, rng: np.random.Generator) -> None:
         edge = canvas.noise(rng, canvas.unit * 0.8, 2)[0] * 0.03
         side = rng.choice([-1, 1])
         limit = canvas.width * rng.uniform(0.25, 0.75) + (canvas.rows - canvas.horizon) * rng.uniform(-0.8, 0.8)
-        band = (near > start + edge[None]) & (near < end + 0.12 + edge[None]) & ground & ((canvas.columns - limit) * side > 0)
+        band = (
+            (near > start + edge[None])
+            & (near < end + 0.12 + edge[None])
+            & ground
+            & ((canvas.columns - limit) * side > 0)
+        )
         vanish = canvas.width * rng.uniform(-0.2, 1.2)
         angle = np.arctan2(canvas.columns - vanish, canvas.rows - canvas.horizon + 0.06 * canvas.height)
         furrows = np.sin(angle * rng.uniform(50, 90)) + 0.6 * canvas.noise(rng, canvas.unit * 0.06, 3)
@@ -199,9 +209,13 @@ def _draw_ground(canvas: _Canvas, rng: np.random.Generator) -> None:
         row = canvas.horizon + (canvas.height - canvas.horizon) * rng.uniform(0.1, 0.6)
         radius = np.array([canvas.width * rng.uniform(0.22, 0.5), (row - canvas.horizon) * rng.uniform(0.4, 0.9) + 3])
         wobble = canvas.noise(rng, canvas.unit * 0.3, 3) * 0.12
-        distance = np.hypot((canvas.columns - canvas.width * rng.uniform(0, 1)) / radius[0], (canvas.rows - row) / radius[1])
+        distance = np.hypot(
+            (canvas.columns - canvas.width * rng.uniform(0, 1)) / radius[0], (canvas.rows - row) / radius[1]
+        )
         ripples = canvas.noise(rng, canvas.unit * 0.05, 3, stretch=6)
-        canvas.paint((distance + wobble < 1) & ground, _shade(_vary(rng, (176, 128, 62)), ripples, 0.16), segments["water"])
+        canvas.paint(
+            (distance + wobble < 1) & ground, _shade(_vary(rng, (176, 128, 62)), ripples, 0.16), segments["water"]
+        )
 
     if rng.random() < 0.7:  # a road from the lower edge to the horizon
         bottom, top = canvas.width * rng.uniform(0.05, 0.95), canvas.width * rng.uniform(0.3, 0.7)
@@ -219,10 +233,18 @@ def _draw_things(canvas: _Canvas, rng: np.random.Generator) -> None:
     """Things from far to near; each stands on the kind of ground it needs."""
     wanted: list[tuple[float, str]] = []
     span = canvas.height - canvas.horizon
-    for name, share, most, nearest in (("house", 0.6, 3, 0.55), ("tree", 0.75, 6, 0.8), ("car", 0.65, 4, 0.85),
-                                       ("person", 0.65, 5, 0.95), ("boat", 0.8, 3, 0.9)):
+    for name, share, most, nearest in (
+        ("house", 0.6, 3, 0.55),
+        ("tree", 0.75, 6, 0.8),
+        ("car", 0.65, 4, 0.85),
+        ("person", 0.65, 5, 0.95),
+        ("boat", 0.8, 3, 0.9),
+    ):
         if rng.random() < share:
-            wanted += [(canvas.horizon + span * rng.uniform(0.04, nearest), name) for _ in range(int(rng.integers(1, most + 1)))]
+            wanted += [
+                (canvas.horizon + span * rng.uniform(0.04, nearest), name)
+                for _ in range(int(rng.integers(1, most + 1)))
+            ]
     balloons = [(0.0, "balloon")] * int(rng.integers(1, 4)) if rng.random() < 0.5 else []
     for row, name in balloons + sorted(wanted):
         place = _find_place(canvas, rng, row, name)
@@ -235,7 +257,9 @@ def _find_place(canvas: _Canvas, rng: np.random.Generator, row: float, name: str
     if name == "balloon":
         size = canvas.unit * rng.uniform(0.1, 0.3)
         return canvas.width * rng.uniform(0.05, 0.95), rng.uniform(0.75, 1.0) * canvas.horizon, size
-    ground = {"boat": {"water"}, "car": {"road", "grass"}, "house": {"grass", "field"}}.get(name, {"grass", "field", "road"})
+    ground = {"boat": {"water"}, "car": {"road", "grass"}, "house": {"grass", "field"}}.get(
+        name, {"grass", "field", "road"}
+    )
     height = canvas.unit * {"person": 0.34, "car": 0.26, "house": 0.62, "tree": 0.7, "boat": 0.34}[name]
     for _ in range(12):
         x = canvas.width * rng.uniform(0.02, 0.98)
@@ -253,15 +277,22 @@ class _Brush:
         self.segment = canvas.new_segment(category)
 
     def _place(self, points: np.ndarray) -> np.ndarray:
-        points = np.asarray(points, np.float64).reshape(-1, 2) * [-1 if self.mirror else 1, -1] * self.size + [self.x, self.y]
+        points = np.asarray(points, np.float64).reshape(-1, 2) * [-1 if self.mirror else 1, -1] * self.size + [
+            self.x,
+            self.y,
+        ]
         return np.round(points * 16).astype(np.int32)  # OpenCV's fixed-point coordinates, 4 fractional bits
 
-    def polygon(self, points: list[tuple[float, float]], colour: tuple[float, float, float], texture: float = 0.0) -> None:
+    def polygon(
+        self, points: list[tuple[float, float]], colour: tuple[float, float, float], texture: float = 0.0
+    ) -> None:
         mask = np.zeros(self.canvas.ids.shape, np.uint8)
         cv2.fillPoly(mask, [self._place(np.array(points))], 1, shift=4)
         self._fill(mask.astype(bool), colour, texture)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: tuple[float, float, float], texture: float = 0.0) -> None:
+    def ellipse(
+        self, x: float, y: float, rx: float, ry: float, colour: tuple[float, float, float], texture: float = 0.0
+    ) -> None:
         angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
         self.polygon(list(zip(x + rx * np.cos(angle), y + ry * np.sin(angle))), colour, texture)
 
@@ -271,14 +302,20 @@ class _Brush:
         light = 1 + 0.22 * np.clip(across * 2 * self.canvas.light, -1, 1)
         grain = 1.0
         if texture:
-            grain = 1 + texture * np.sin(self.canvas.columns * 1.7 + 3 * np.sin(self.canvas.rows * 0.9)) * np.sin(self.canvas.rows * 1.3)
+            grain = 1 + texture * np.sin(self.canvas.columns * 1.7 + 3 * np.sin(self.canvas.rows * 0.9)) * np.sin(
+                self.canvas.rows * 1.3
+            )
         self.canvas.paint(mask, np.float32(colour) * (light * grain)[..., None], self.segment)
 
     def shadow(self, width: float) -> None:
         """Darkens the ground beside the foot; the ground keeps its segment."""
-        distance = np.hypot((self.canvas.columns - self.x + self.canvas.light * width * 0.5 * self.size) / max(width * self.size, 1),
-                            (self.canvas.rows - self.y) / max(0.13 * width * self.size, 1))
-        self.canvas.image *= np.where((distance < 1) & (self.canvas.rows > self.canvas.horizon), 0.62, 1.0)[..., None].astype(np.float32)
+        distance = np.hypot(
+            (self.canvas.columns - self.x + self.canvas.light * width * 0.5 * self.size) / max(width * self.size, 1),
+            (self.canvas.rows - self.y) / max(0.13 * width * self.size, 1),
+        )
+        self.canvas.image *= np.where((distance < 1) & (self.canvas.rows > self.canvas.horizon), 0.62, 1.0)[
+            ..., None
+        ].astype(np.float32)
 
 
 def _draw_house(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, size: float) -> None:
@@ -288,11 +325,22 @@ def _draw_house(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, s
     walls = _vary(rng, ((190, 210, 225), (120, 150, 205), (205, 200, 200), (110, 190, 220))[rng.integers(4)])
     brush.polygon([(-half, 0), (half, 0), (half, wall), (-half, wall)], walls, 0.04)
     roof = _vary(rng, ((60, 60, 150), (70, 75, 90), (60, 90, 140))[rng.integers(3)])
-    brush.polygon([(-half * 1.12, wall), (half * 1.12, wall), (half * rng.uniform(0.0, 0.6), 1), (-half * rng.uniform(0.0, 0.6), 1)], roof, 0.1)
+    brush.polygon(
+        [
+            (-half * 1.12, wall),
+            (half * 1.12, wall),
+            (half * rng.uniform(0.0, 0.6), 1),
+            (-half * rng.uniform(0.0, 0.6), 1),
+        ],
+        roof,
+        0.1,
+    )
     brush.polygon([(-0.08, 0), (0.08, 0), (0.08, wall * 0.55), (-0.08, wall * 0.55)], (50, 70, 95))
     for column in (-0.62, 0.62):
         left, right = (column - 0.2) * half, (column + 0.2) * half
-        brush.polygon([(left, wall * 0.4), (right, wall * 0.4), (right, wall * 0.78), (left, wall * 0.78)], (120, 95, 70))
+        brush.polygon(
+            [(left, wall * 0.4), (right, wall * 0.4), (right, wall * 0.78), (left, wall * 0.78)], (120, 95, 70)
+        )
 
 
 def _draw_tree(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, size: float) -> None:
@@ -303,18 +351,29 @@ def _draw_tree(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, si
     if rng.random() < 0.4:  # a conifer
         for level in range(3):
             low, width = 0.2 + 0.22 * level, 0.32 - 0.08 * level
-            brush.polygon([(-width, low), (width, low), (0, low + 0.38)], tuple(c * (0.85 + 0.12 * level) for c in leaves), 0.16)
+            brush.polygon(
+                [(-width, low), (width, low), (0, low + 0.38)], tuple(c * (0.85 + 0.12 * level) for c in leaves), 0.16
+            )
         return
     for _ in range(int(rng.integers(5, 9))):
         angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.17)
-        brush.ellipse(radius * np.cos(angle), 0.66 + radius * np.sin(angle), rng.uniform(0.14, 0.21), rng.uniform(0.12, 0.19),
-                      tuple(c * rng.uniform(0.85, 1.15) for c in leaves), 0.18)
+        brush.ellipse(
+            radius * np.cos(angle),
+            0.66 + radius * np.sin(angle),
+            rng.uniform(0.14, 0.21),
+            rng.uniform(0.12, 0.19),
+            tuple(c * rng.uniform(0.85, 1.15) for c in leaves),
+            0.18,
+        )
 
 
 def _draw_car(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, size: float) -> None:
     brush = _Brush(canvas, x, y, size, "car", mirror=rng.random() < 0.5)
     brush.shadow(1.15)
-    paint = _vary(rng, ((50, 50, 190), (170, 90, 40), (40, 170, 215), (225, 225, 225), (60, 60, 60), (70, 140, 60))[rng.integers(6)])
+    paint = _vary(
+        rng,
+        ((50, 50, 190), (170, 90, 40), (40, 170, 215), (225, 225, 225), (60, 60, 60), (70, 140, 60))[rng.integers(6)],
+    )
     brush.polygon([(-1.1, 0.2), (1.1, 0.2), (1.12, 0.48), (0.75, 0.58), (-1.05, 0.6), (-1.14, 0.4)], paint)
     brush.polygon([(-0.8, 0.58), (0.62, 0.58), (0.3, 0.98), (-0.55, 1.0)], paint)
     brush.polygon([(-0.66, 0.6), (-0.08, 0.6), (-0.08, 0.9), (-0.48, 0.9)], (130, 110, 85))
@@ -327,8 +386,12 @@ def _draw_car(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, siz
 def _draw_person(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, size: float) -> None:
     brush = _Brush(canvas, x, y, size, "person", mirror=rng.random() < 0.5)
     brush.shadow(0.3)
-    shirt, trousers = (_vary(rng, ((40, 40, 200), (200, 80, 60), (60, 200, 220), (200, 200, 210), (140, 60, 150))[rng.integers(5)], 0.25),
-                       _vary(rng, ((110, 60, 40), (50, 50, 55), (70, 95, 120))[rng.integers(3)], 0.2))
+    shirt, trousers = (
+        _vary(
+            rng, ((40, 40, 200), (200, 80, 60), (60, 200, 220), (200, 200, 210), (140, 60, 150))[rng.integers(5)], 0.25
+        ),
+        _vary(rng, ((110, 60, 40), (50, 50, 55), (70, 95, 120))[rng.integers(3)], 0.2),
+    )
     skin, step = _vary(rng, ((150, 180, 225), (90, 125, 175), (60, 85, 125))[rng.integers(3)]), rng.uniform(0.03, 0.12)
     brush.polygon([(-0.08, 0.5), (0.02, 0.5), (-step + 0.03, 0), (-step - 0.05, 0)], trousers)
     brush.polygon([(-0.02, 0.5), (0.08, 0.5), (step + 0.06, 0), (step - 0.02, 0)], trousers)
@@ -342,8 +405,10 @@ def _draw_person(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, 
 
 def _draw_balloon(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, size: float) -> None:
     brush = _Brush(canvas, x, y, size, "balloon")
-    first, second = (_vary(rng, ((40, 40, 215), (30, 190, 240), (200, 70, 150), (215, 130, 40), (235, 235, 235))[i])
-                     for i in rng.choice(5, 2, replace=False))
+    first, second = (
+        _vary(rng, ((40, 40, 215), (30, 190, 240), (200, 70, 150), (215, 130, 40), (235, 235, 235))[i])
+        for i in rng.choice(5, 2, replace=False)
+    )
     brush.polygon([(-0.14, 0.34), (0.14, 0.34), (0.07, 0.14), (-0.07, 0.14)], (70, 90, 120))
     for i, width in enumerate((0.36, 0.26, 0.13)):
         brush.ellipse(0, 0.66, width, 0.36, first if i % 2 == 0 else second)
@@ -357,9 +422,17 @@ def _draw_boat(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, si
     sail = _vary(rng, ((235, 240, 242), (120, 180, 240), (90, 90, 215))[rng.integers(3)], 0.05)
     brush.polygon([(0.04, 0.26), (0.5, 0.26), (0.04, 0.98)], sail)
     brush.polygon([(-0.04, 0.28), (-0.34, 0.28), (-0.04, 0.88)], tuple(c * 0.93 for c in sail))
-    brush.polygon([(-0.62, 0.22), (0.66, 0.22), (0.48, -0.02), (-0.48, -0.02)],
-                  _vary(rng, ((40, 60, 140), (120, 70, 40), (60, 60, 60))[rng.integers(3)]))
+    brush.polygon(
+        [(-0.62, 0.22), (0.66, 0.22), (0.48, -0.02), (-0.48, -0.02)],
+        _vary(rng, ((40, 60, 140), (120, 70, 40), (60, 60, 60))[rng.integers(3)]),
+    )
 
 
-_DRAW: dict[str, Callable[..., None]] = {"house": _draw_house, "tree": _draw_tree, "car": _draw_car, "person": _draw_person,
-                                         "balloon": _draw_balloon, "boat": _draw_boat}
+_DRAW: dict[str, Callable[..., None]] = {
+    "house": _draw_house,
+    "tree": _draw_tree,
+    "car": _draw_car,
+    "person": _draw_person,
+    "balloon": _draw_balloon,
+    "boat": _draw_boat,
+}

@@ -148,6 +148,27 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     return model
 
 
+def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence[str]) -> nn.Module:
+    """As `load_checkpoint`, for finetuning: layers whose shape depends on the classes keep their values where the file's do not fit.
+
+    Args:
+        model: from `build_model`.
+        path: a whole network's weights.
+        may_differ: beginnings of the names of layers that may have another shape.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, for all other layers.
+    """
+    own = model.state_dict()
+    state = {name: value for name, value in read_state(path).items()
+             if not (name.startswith(tuple(may_differ)) and name in own and own[name].shape != value.shape)}
+    _fill(model, state, str(path), may_miss="^(" + "|".join(re.escape(name) for name in may_differ) + ")\\.")
+    return model
+
+
 def load_backbone(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     """Fills the backbone with ImageNet weights in torchvision's names; the classifier `fc` is left out.
 

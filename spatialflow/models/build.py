@@ -107,6 +107,7 @@ def build_model(config_name_or_path: Union[str, Path, Config], **overrides: Any)
         m.backbone_group_width,
         m.backbone_deformable_stages,
         m.backbone_frozen_stages,
+        m.backbone_norm_trains,
     )
     fpn = FPN(backbone.out_channels, m.fpn_channels)
     segmentation = tuple(name for name, present in (("stuff", m.stuff_head), ("thing", m.thing_head)) if present)

@@ -27,6 +27,7 @@ class ModelConfig:
     backbone_groups: int = 1  # groups of the 3x3 convolutions: 1 = ResNet, 32 or 64 = ResNeXt
     backbone_group_width: int = 64  # channels per group in the first stage; read where backbone_groups > 1
     backbone_deformable_stages: tuple[int, ...] = ()  # stages (2..4) whose 3x3 convolutions are deformable
+    backbone_norm_trains: bool = False  # BatchNorm uses and updates batch statistics: training from scratch
     backbone_frozen_stages: int = (
         1  # stem and this many stages keep their weights in training; 0 = stem alone, -1 = none
     )
@@ -236,13 +237,16 @@ class TrainingConfig:
     """Targets, losses and the optimizer's schedule (paper, IV-B1)."""
 
     epochs: int = 20  # passes over the training images
-    images_per_step: int = 8  # over all processes
+    images_per_step: int = 8  # over all processes and accumulation steps
+    accumulation_steps: int = 1  # parts of a step that run one after the other, each with its own loss counts
+    seed: int = 0  # of the initial weights, the order of the images and their augmentation
     learning_rate: float = 0.005  # for images_per_step images
     learning_rate_epochs: tuple[int, ...] = (16, 19)  # after each of these epochs the rate falls to a tenth
     warmup_iterations: int = 500  # linear warm-up
     warmup_factor: float = 0.001  # share of the rate at the first iteration
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.0001  # on every trained parameter
+    gradient_clip_norm: Optional[float] = None  # longer gradients, all parameters together, are shortened to it
     mixed_precision: Optional[str] = None  # "fp16", "bf16" or null
     positive_iou: float = 0.5  # anchors at or above it are positive; proposals of the thing head likewise
     negative_iou: float = 0.4  # anchors below it are background; those between are ignored
@@ -254,9 +258,19 @@ class TrainingConfig:
         0  # first this many epochs train only the layers whose shape depends on the classes
     )
     finetune_learning_rate: float = 0.005  # rate in those epochs
+    evaluate_every_epochs: int = 1  # epochs between evaluations; 0 = after the last alone
+    checkpoint_every_steps: int = 1000  # steps between checkpoints; one is also written after every epoch
 
     def __post_init__(self):
-        _check_positive(self, "epochs", "images_per_step", "learning_rate", "finetune_learning_rate")
+        _check_positive(
+            self,
+            "epochs",
+            "images_per_step",
+            "accumulation_steps",
+            "learning_rate",
+            "finetune_learning_rate",
+            "checkpoint_every_steps",
+        )
         _check_share(
             self, "warmup_factor", "momentum", "positive_iou", "negative_iou", "focal_alpha", "proposal_nms_threshold"
         )
@@ -266,6 +280,8 @@ class TrainingConfig:
             "focal_gamma",
             "warmup_iterations",
             "finetune_class_layers_epochs",
+            "seed",
+            "evaluate_every_epochs",
         ):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
         _require(
@@ -279,6 +295,18 @@ class TrainingConfig:
             "mixed_precision",
             "must be 'fp16', 'bf16' or null",
             self.mixed_precision,
+        )
+        _require(
+            self.images_per_step % self.accumulation_steps == 0,
+            "accumulation_steps",
+            f"must divide images_per_step ({self.images_per_step})",
+            self.accumulation_steps,
+        )
+        _require(
+            self.gradient_clip_norm is None or self.gradient_clip_norm > 0,
+            "gradient_clip_norm",
+            "must be positive or null",
+            self.gradient_clip_norm,
         )
 
 

@@ -78,9 +78,10 @@ def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
 class Criterion:
     """The losses of a batch.
 
-    Every term is a sum over the batch divided by a count over the batch: anchors by the sum over images of their positives (at
-    least 1 each), masks by the number of RoIs, pixels by the number of labelled ones. With several processes the counts are those of
-    all processes, so that the averaged gradients are those of one process with the whole batch.
+    Every term is a sum over the batch divided by a count over the batch: anchors by the sum over images of their
+    positives (at least 1 each), masks by the number of RoIs, pixels by the number of labelled ones. With several
+    processes the counts are those of all processes, so that the averaged gradients are those of one process with the
+    whole batch.
 
     Args:
         config: for the anchors, thresholds and weights.
@@ -107,11 +108,13 @@ class Criterion:
         output, stuff_logits = network.dense(images)
         targets = self.anchor_targets(output, truth)
         things = None if network.thing_head is None else self.thing_targets(output, truth)
-        count = torch.stack([
-            targets.counts.clamp(min=1).sum(),
-            targets.counts.new_tensor(0 if things is None else len(things.rois)),
-            (truth.semantic != IGNORED_PIXEL).sum(),
-        ]).float()
+        count = torch.stack(
+            [
+                targets.counts.clamp(min=1).sum(),
+                targets.counts.new_tensor(0 if things is None else len(things.rois)),
+                (truth.semantic != IGNORED_PIXEL).sum(),
+            ]
+        ).float()
         count = self.average(count).clamp(min=1e-6)  # (3,) anchors, RoIs, pixels
         cls, box = self._detection_sums(output, targets)
         thing = stuff = None
@@ -128,19 +131,30 @@ class Criterion:
         device = output.class_logits[0].device
         sizes = [tuple(logits.shape[-2:]) for logits in output.class_logits]
         anchors = torch.cat([anchors_of(model, level, size, device) for level, size in enumerate(sizes)])  # (A, 4)
-        inside = torch.stack([
-            torch.cat([valid_flags(size, stride, padded, model.num_anchors) for size, stride in zip(sizes, STRIDES)])
-            for padded in truth.padded_sizes.tolist()]).to(device)  # (N, A)
-        return anchor_targets(anchors, inside, truth.boxes, truth.labels, model.num_things, training.positive_iou,
-                              training.negative_iou)
+        inside = torch.stack(
+            [
+                torch.cat(
+                    [valid_flags(size, stride, padded, model.num_anchors) for size, stride in zip(sizes, STRIDES)]
+                )
+                for padded in truth.padded_sizes.tolist()
+            ]
+        ).to(device)  # (N, A)
+        return anchor_targets(
+            anchors, inside, truth.boxes, truth.labels, model.num_things, training.positive_iou, training.negative_iou
+        )
 
     @torch.no_grad()
     def thing_targets(self, output: NetworkOutput, truth: Truth) -> ThingTargets:
         """RoIs and masks: all ground truth, and the head's present detections at network scale that fit one."""
         model = self.config.model
-        candidates = select_candidates(output.class_logits, output.box_deltas, truth.valid_sizes,
-                                       torch.ones_like(truth.valid_sizes, dtype=torch.float32), model,
-                                       self.config.test.candidates_per_level)
+        candidates = select_candidates(
+            output.class_logits,
+            output.box_deltas,
+            truth.valid_sizes,
+            torch.ones_like(truth.valid_sizes, dtype=torch.float32),
+            model,
+            self.config.test.candidates_per_level,
+        )
         found = detect(candidates, self.proposal_config)
         proposals = [boxes[:count] for boxes, count in zip(found.boxes, found.count.tolist())]
         return thing_targets(proposals, truth, 2 * model.roi_size, self.config.training.positive_iou)
@@ -149,25 +163,41 @@ class Criterion:
         """Focal and L1 sums over all levels."""
         training, num_things = self.config.training, self.config.model.num_things
         batch = len(targets.labels)
-        logits = [level.permute(0, 2, 3, 1).reshape(batch, -1, num_things) for level in output.class_logits]  # (N, A_l, C)
+        logits = [
+            level.permute(0, 2, 3, 1).reshape(batch, -1, num_things) for level in output.class_logits
+        ]  # (N, A_l, C)
         labels = targets.labels.split([level.shape[1] for level in logits], dim=1)
-        cls = torch.stack([focal_loss_sum(level.flatten(0, 1), target.flatten(), training.focal_gamma, training.focal_alpha)
-                           for level, target in zip(logits, labels)]).sum()
-        deltas = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in output.box_deltas], dim=1)  # (N, A, 4)
+        cls = torch.stack(
+            [
+                focal_loss_sum(level.flatten(0, 1), target.flatten(), training.focal_gamma, training.focal_alpha)
+                for level, target in zip(logits, labels)
+            ]
+        ).sum()
+        deltas = torch.cat(
+            [level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in output.box_deltas], dim=1
+        )  # (N, A, 4)
         return cls, l1_loss_sum(deltas[targets.positive[:, 0], targets.positive[:, 1]], targets.deltas)
 
     def _thing_sum(self, network: SpatialFlow, output: NetworkOutput, things: ThingTargets) -> Tensor:
-        """Mask loss summed over RoIs; without any, a weightless RoI keeps every parameter in the graph (DDP waits for each)."""
+        """Mask loss summed over RoIs; without any, a weightless RoI keeps every parameter in the graph (DDP waits
+        for each).
+        """
         if len(things.rois) > 0:
             return mask_loss_sum(network.thing_logits(output.thing_features, things.rois, things.labels), things.masks)
         rois = things.rois.new_tensor([[0, 0, 0, 1, 1]])
         return network.thing_logits(output.thing_features, rois, things.labels.new_zeros(1)).float().sum() * 0
 
     def _stuff_sum(self, network: SpatialFlow, quarter_logits: Tensor, truth: Truth) -> Tensor:
-        """Semantic loss, one image at a time; the enlarged logits are made again in the backward pass instead of kept."""
+        """Semantic loss, one image at a time; the enlarged logits are made again in the backward pass instead of
+        kept.
+        """
 
         def image_sum(logits: Tensor, semantic: Tensor) -> Tensor:
             return stuff_loss_sum(network.stuff_head.enlarge(logits), semantic)
 
-        return torch.stack([checkpoint(image_sum, quarter_logits[i:i + 1], truth.semantic[i:i + 1], use_reentrant=False)
-                            for i in range(len(quarter_logits))]).sum()
+        return torch.stack(
+            [
+                checkpoint(image_sum, quarter_logits[i : i + 1], truth.semantic[i : i + 1], use_reentrant=False)
+                for i in range(len(quarter_logits))
+            ]
+        ).sum()

@@ -41,7 +41,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Four stages of bottlenecks; returns C3, C4, C5.
 
-    BatchNorm always uses its running statistics (also in `train()` mode); its affine parameters train.
+    BatchNorm always uses its running statistics (also in `train()` mode), unless `norm_trains`; its affine parameters
+    train.
 
     Args:
         depth: 50 or 101.
@@ -50,6 +51,7 @@ class ResNet(nn.Module):
         group_width: channels per group in the first stage; used where groups > 1.
         deformable_stages: stages (2..4) whose 3x3 convolutions are modulated deformable.
         frozen_stages: stem and this many stages take no gradient; 0 = the stem alone, -1 = nothing frozen.
+        norm_trains: in `train()` mode BatchNorm of stages that are not frozen uses and updates batch statistics.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class ResNet(nn.Module):
         group_width: int = 64,
         deformable_stages: Sequence[int] = (),
         frozen_stages: int = 1,
+        norm_trains: bool = False,
     ):
         super().__init__()
         self.frozen_stages = frozen_stages
+        self.norm_trains = norm_trains
         self.conv1 = nn.Conv2d(3, base_channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(base_channels)
         self.relu = nn.ReLU(inplace=True)
@@ -92,17 +96,20 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)  # a block starts as the identity
 
     def _freeze(self):
-        frozen = [self.conv1, self.bn1] if self.frozen_stages >= 0 else []
-        frozen += [getattr(self, f"layer{i}") for i in range(1, self.frozen_stages + 1)]
-        for module in frozen:
+        for module in self._frozen():
             module.requires_grad_(False)
 
+    def _frozen(self) -> list[nn.Module]:
+        stem = [self.conv1, self.bn1] if self.frozen_stages >= 0 else []
+        return stem + [getattr(self, f"layer{i}") for i in range(1, self.frozen_stages + 1)]
+
     def train(self, mode: bool = True) -> "ResNet":
-        """As `nn.Module.train`, but BatchNorm keeps using its running statistics."""
+        """As `nn.Module.train`, but BatchNorm keeps using its running statistics where it does not train."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        for fixed in self._frozen() if self.norm_trains else [self]:
+            for module in fixed.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network should have said: assignment of ground truth to anchors and proposals, and the targets that follow from it."""
+"""What the network should have said: assignment of ground truth to anchors and proposals, and the targets that
+follow from it.
+"""
 
 from typing import NamedTuple, Sequence
 
@@ -63,9 +65,9 @@ def assign(boxes: Tensor, truth: Tensor, positive_iou: float, negative_iou: floa
         truth: (K, 4) ground-truth boxes.
         positive_iou: a box at or above it belongs to its best ground truth.
         negative_iou: a box below it is background; those between are ignored.
-        claim_iou: a ground truth whose best IoU is at least this also takes every box tied at that IoU; where several claim a
-            box, the last of them has it. With 0, a ground truth without area, whose IoU is 0 everywhere, takes all boxes; data
-            sets must not hand such boxes out.
+        claim_iou: a ground truth whose best IoU is at least this also takes every box tied at that IoU; where
+            several claim a box, the last of them has it. With 0, a ground truth without area, whose IoU is 0
+            everywhere, takes all boxes; data sets must not hand such boxes out.
 
     Returns:
         (A,) int64: index into `truth`, -1 for background, -2 for ignored. Among equal IoUs the first ground truth wins.
@@ -80,7 +82,9 @@ def assign(boxes: Tensor, truth: Tensor, positive_iou: float, negative_iou: floa
     assigned = torch.where(best < negative_iou, BACKGROUND, assigned)
     order = torch.arange(len(truth), device=iou.device)[:, None]
     best_of_truth = iou.amax(dim=1, keepdim=True)  # (K, 1)
-    claimed = torch.where((iou == best_of_truth) & (best_of_truth >= claim_iou), order, -1).amax(dim=0)  # (A,) last claimant
+    claimed = torch.where((iou == best_of_truth) & (best_of_truth >= claim_iou), order, -1).amax(
+        dim=0
+    )  # (A,) last claimant
     return torch.where(claimed >= 0, claimed, assigned)
 
 
@@ -91,8 +95,15 @@ def _first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
     return best, torch.where(values == best, rows, len(values)).amin(dim=0)
 
 
-def anchor_targets(anchors: Tensor, inside: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], num_things: int,
-                   positive_iou: float = 0.5, negative_iou: float = 0.4) -> AnchorTargets:
+def anchor_targets(
+    anchors: Tensor,
+    inside: Tensor,
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    num_things: int,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+) -> AnchorTargets:
     """Class and box targets of every anchor.
 
     Args:
@@ -125,11 +136,12 @@ def thing_targets(proposals: Sequence[Tensor], truth: Truth, mask_size: int, pos
     """Positive proposals and their mask targets.
 
     Args:
-        proposals: N x (P_i, 4) detections at network scale, without gradient. The ground-truth boxes are put before them.
+        proposals: N x (P_i, 4) detections at network scale, without gradient. The ground-truth boxes are put before
+            them.
         truth: the batch's ground truth.
         mask_size: side of the masks.
-        positive_iou: a detection belongs to its best ground truth from this IoU on, whatever its class; the detection that
-            fits a ground truth best is that one's, if it fits this well.
+        positive_iou: a detection belongs to its best ground truth from this IoU on, whatever its class; the
+            detection that fits a ground truth best is that one's, if it fits this well.
 
     Returns:
         ThingTargets, image by image, ground truth first; K may be 0.
@@ -164,6 +176,6 @@ def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_o
     for start in range(0, len(masks), at_once):
         own = ((assigned >= start) & (assigned < start + at_once)).nonzero().squeeze(1)
         rois = torch.cat([(assigned[own] - start)[:, None].to(torch.float32), boxes[own].float()], dim=1)
-        bitmaps = masks[start:start + at_once, None].to(torch.float32)  # (B, 1, H, W)
+        bitmaps = masks[start : start + at_once, None].to(torch.float32)  # (B, 1, H, W)
         targets[own] = (roi_align(bitmaps, rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).to(torch.float32)
     return targets

@@ -225,6 +225,11 @@ class PanopticWriter:
         )
         return path
 
+    def extend(self, other: "PanopticWriter") -> None:
+        """Take over the images that another writer, for instance another process's, has added to the same folder."""
+        for key in ("images", "annotations"):
+            self._content[key] += other._content[key]
+
     def write_json(self) -> Path:
         """Write the JSON of all images added so far and return its path."""
         text = json.dumps(self._content, default=_plain)

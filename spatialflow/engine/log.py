@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a training run: JSON lines, TensorBoard where it is installed, a picture of the curves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spatialflow.files import atomic_write
+
+
+class TrainingLog:
+    """Appends rows to `log.jsonl`; every row has a "kind" ("step", "evaluation" or "problem") and the number of
+    steps done.
+
+    Args:
+        folder: of the run.
+        steps_done: rows of later steps, left by an interrupted run that this one repeats, are removed.
+    """
+
+    def __init__(self, folder: Path, steps_done: int = 0):
+        self.path = folder / "log.jsonl"
+        self.rows = [row for row in read_log(self.path) if row["step"] <= steps_done] if steps_done else []
+        with atomic_write(self.path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._board = _tensorboard(folder / "tensorboard", steps_done)
+
+    def add(self, kind: str, step: int, **values: Any) -> None:
+        """Adds a row; numbers go to TensorBoard too."""
+        row = {"kind": kind, "step": step, **values}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Brings everything to the disk."""
+        self._file.flush()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self.flush()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def draw(self) -> bool:
+        """Writes `curves.png`: losses, learning rate and panoptic quality over steps. False where matplotlib is
+        missing.
+        """
+        return draw_curves(self.rows, self.path.with_name("curves.png"))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log; an unfinished last line (the process was killed while writing it) is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _tensorboard(folder: Path, steps_done: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Draws the rows of a log. False, and no picture, where matplotlib is missing or there are no steps."""
+    steps = [row for row in rows if row["kind"] == "step"]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not steps:
+        return False
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = [row["step"] for row in steps]
+    width = max(len(steps) // 100, 1)
+    for name in ("total", "cls", "box", "thing", "stuff"):
+        if steps[0].get(name) is not None:
+            left.plot(x, _smooth([row[name] for row in steps], width), label=name, linewidth=1.2)
+    left.set(xlabel="step", ylabel=f"loss (mean of {width} steps)" if width > 1 else "loss", yscale="log")
+    left.legend()
+    right.plot(x, [row["learning_rate"] for row in steps], color="grey", linewidth=1)
+    right.set(xlabel="step", ylabel="learning rate")
+    if evaluations:
+        quality = right.twinx()
+        for name in ("pq", "pq_things", "pq_stuff"):
+            quality.plot(
+                [row["step"] for row in evaluations], [row[name] * 100 for row in evaluations], marker=".", label=name
+            )
+        quality.set(ylabel="panoptic quality, %", ylim=(0, 100))
+        quality.legend(loc="lower right")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    return True
+
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    """Running mean of the last `width` values."""
+    total, result = 0.0, []
+    for i, value in enumerate(values):
+        total += value - (values[i - width] if i >= width else 0.0)
+        result.append(total / min(i + 1, width))
+    return result

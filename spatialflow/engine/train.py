@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: SGD with warm-up and steps, mixed precision, several processes, checkpoints from which a run goes on bit
+by bit.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
+from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_matching, save_checkpoint
+from spatialflow.engine.distributed import World
+from spatialflow.engine.evaluate import evaluate_network
+from spatialflow.engine.log import TrainingLog
+from spatialflow.engine.predict import Predictor
+from spatialflow.files import atomic_write
+from spatialflow.models.build import build_model
+from spatialflow.models.config import Config, TrainingConfig
+from spatialflow.models.losses import Criterion, Losses
+from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.models.targets import Truth
+
+CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
+"""Layers whose shape depends on the classes; finetuning starts with them."""
+
+MAY_CHANGE = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
+"""Fields of the configuration in which a resumed run may differ from its beginning."""
+
+READ_EVERY = 10
+"""Steps between readings of the losses from the device."""
+
+DRAW_EVERY = 60.0
+"""Least seconds between two drawings of the curves; short epochs would otherwise do little else."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start, go on or be resumed; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the initial weights come from; at most one of the two."""
+
+    checkpoint: Optional[Path] = (
+        None  # a whole network; layers whose shape depends on the classes may differ and start anew
+    )
+    backbone: Optional[Path] = None  # ImageNet weights of the backbone
+
+
+def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> float:
+    """Rate of a step (0-based): linear warm-up, a tenth after each of `learning_rate_epochs`, another in
+    finetuning's first part.
+    """
+    epoch = step // steps_per_epoch
+    base = training.finetune_learning_rate if epoch < training.finetune_class_layers_epochs else training.learning_rate
+    rate = base * 0.1 ** sum(epoch >= limit for limit in training.learning_rate_epochs)
+    if step < training.warmup_iterations:
+        rate *= training.warmup_factor + (1 - training.warmup_factor) * step / training.warmup_iterations
+    return rate
+
+
+class _Step(nn.Module):
+    """Network and criterion as one module, so that DistributedDataParallel sees every use of a parameter."""
+
+    def __init__(self, network: SpatialFlow, criterion: Criterion):
+        super().__init__()
+        self.network, self.criterion = network, criterion
+
+    def forward(self, images: Tensor, truth: Truth) -> Losses:
+        return self.criterion(self.network, images, truth)
+
+
+class Trainer:
+    """A training run in a folder.
+
+    The folder gets `checkpoint.pt` (everything needed to go on; also loadable as weights), `model.safetensors` (the
+    weights after each epoch), `log.jsonl`, `curves.png`, `tensorboard/` and `evaluation/`.
+
+    Args:
+        config: what to train and how.
+        data: training images.
+        folder: of the run.
+        world: this process among all.
+        validation: images to evaluate on; None for no evaluation.
+        source: initial weights.
+        workers: reading processes.
+        strict: stop at a broken image or annotation.
+        progress: show a bar.
+        resume: go on from the folder's checkpoint, if there is one.
+
+    Raises:
+        TrainingError: the processes cannot share the batch, or the folder's checkpoint belongs to another run.
+        CheckpointError: weights cannot be read or do not fit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataSet,
+        folder: Path,
+        world: World,
+        *,
+        validation: Any = None,
+        source: Source = Source(),
+        workers: int = 0,
+        strict: bool = False,
+        progress: bool = False,
+        resume: bool = True,
+    ):
+        training = config.training
+        if training.images_per_step % (world.size * training.accumulation_steps):
+            raise TrainingError(
+                f"images_per_step ({training.images_per_step}) must be a multiple of processes x accumulation_steps "
+                f"({world.size} x {training.accumulation_steps})"
+            )
+        if len(data) == 0:
+            raise TrainingError("the data set has no images")
+        self.config, self.data, self.folder, self.world = config, data, Path(folder), world
+        self.validation, self.workers, self.strict, self.progress = (
+            validation,
+            workers,
+            strict,
+            progress and world.is_first,
+        )
+        self.schedule = Schedule(data.sizes, training.images_per_step, training.seed)
+        self.total_steps = training.epochs * self.schedule.steps_per_epoch
+        self.step = 0  # steps done
+        torch.manual_seed(training.seed)
+        self.network = build_model(config)
+        if source.checkpoint is not None:
+            load_matching(self.network, source.checkpoint, may_differ=CLASS_LAYERS)
+        elif source.backbone is not None:
+            load_backbone(self.network, source.backbone)
+        self.network.to(world.device).train()
+        self.trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+        parameters = dict(self.network.named_parameters())
+        self.optimizer = torch.optim.SGD(
+            [parameters[name] for name in self.trained],
+            training.learning_rate,
+            training.momentum,
+            weight_decay=training.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=training.mixed_precision == "fp16")
+        self.identity = {"config": _plain_config(config), "data": _fingerprint(data)}
+        if resume and self.checkpoint_path.is_file():
+            self._restore()
+        self.log = TrainingLog(self.folder, self.step) if world.is_first else None
+        self.problems: set[str] = set()
+        self.drawn = -math.inf  # when the curves were drawn
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The file a run goes on from."""
+        return self.folder / "checkpoint.pt"
+
+    def run(self) -> SpatialFlow:
+        """Trains to the end.
+
+        Returns:
+            The trained network.
+
+        Raises:
+            TrainingError: a loss is not finite.
+            SampleError: a broken image in a strict run, or no image that can be used.
+            OSError: a file cannot be written; the last complete checkpoint stays.
+        """
+        training, per_epoch = self.config.training, self.schedule.steps_per_epoch
+        draws = self.schedule.draws(
+            self.step, self.total_steps, self.world.rank, self.world.size, training.accumulation_steps
+        )
+        loader = make_loader(
+            self.data, self.config.data, draws, self.workers, self.strict, self.world.device.type == "cuda"
+        )
+        batches = iter(loader)
+        bar = self._bar()
+        unread: list[tuple[int, float, Tensor]] = []
+        step_module, phase = None, None
+        try:
+            while self.step < self.total_steps:
+                if phase != self._class_layers_alone():
+                    phase = self._class_layers_alone()
+                    step_module = self._prepare_phase(phase)
+                rate = learning_rate(self.step, per_epoch, training)
+                losses = self._advance(step_module, batches, rate)
+                self.step += 1
+                unread.append((self.step, rate, losses))
+                epoch_ends = self.step % per_epoch == 0
+                keep = epoch_ends or self.step % training.checkpoint_every_steps == 0
+                if keep or len(unread) == READ_EVERY:
+                    self._read(unread, bar)
+                if keep:
+                    self._keep()
+                if epoch_ends:
+                    self._end_epoch(self.step // per_epoch)
+        finally:
+            if bar is not None:
+                bar.close()
+            if self.log is not None:
+                self.log.close()
+        return self.network
+
+    def _class_layers_alone(self) -> bool:
+        return self.step < self.config.training.finetune_class_layers_epochs * self.schedule.steps_per_epoch
+
+    def _prepare_phase(self, class_layers_alone: bool) -> nn.Module:
+        """Freezes or frees parameters and wraps the network for this process group."""
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name in self.trained and (not class_layers_alone or name.startswith(CLASS_LAYERS)))
+        module = _Step(self.network, Criterion(self.config, self.world.average if self.world.size > 1 else None))
+        if self.world.size == 1:
+            return module
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices)
+
+    def _advance(self, module: nn.Module, batches: Iterator[Batch], rate: float) -> Tensor:
+        """One step of the optimizer; returns the losses (5,): total, cls, box, thing, stuff, still on the device."""
+        training, parts = self.config.training, self.config.training.accumulation_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        summed = torch.zeros(5, device=self.world.device)
+        for part in range(parts):
+            batch = next(batches)
+            self._report(batch.problems)
+            batch = batch.to(self.world.device)
+            last = part == parts - 1
+            with contextlib.nullcontext() if last or self.world.size == 1 else module.no_sync():
+                with self._autocast():
+                    losses = module(batch.images.contiguous(memory_format=torch.channels_last), batch.truth())
+                    total = losses.total() / parts
+                self.scaler.scale(total).backward()
+            terms = [torch.zeros((), device=summed.device) if term is None else term.detach() for term in losses]
+            summed += torch.stack([losses.total().detach(), *terms]) / parts
+        if training.gradient_clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), training.gradient_clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return summed
+
+    def _autocast(self):
+        precision = self.config.training.mixed_precision
+        if precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+    def _read(self, unread: list[tuple[int, float, Tensor]], bar: Any) -> None:
+        """Fetches the losses of the last steps, logs them and stops at one that is not finite."""
+        values = self.world.average(torch.stack([losses for _, _, losses in unread])).tolist()
+        present = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
+        for (step, rate, _), row in zip(unread, values):
+            named = {name: value for name, value, there in zip(("total", *Losses._fields), row, present) if there}
+            if not all(math.isfinite(value) for value in row):
+                found = ", ".join(f"{name} {value:g}" for name, value in named.items())
+                raise TrainingError(
+                    f"step {step}: the loss is not finite ({found}); a lower learning_rate, a longer warm-up or "
+                    f"gradient_clip_norm may help"
+                )
+            if self.log is not None:
+                self.log.add("step", step, learning_rate=rate, **named)
+        if bar is not None:
+            bar.update(unread[-1][0] - bar.n)
+            bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
+        unread.clear()
+
+    def _report(self, problems: list[str]) -> None:
+        """Names each broken file once and keeps count."""
+        for message in problems:
+            if message not in self.problems:
+                self.problems.add(message)
+                print(f"skipped: {message} ({len(self.problems)} so far)", flush=True)
+                if self.log is not None:
+                    self.log.add("problem", self.step, message=message)
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Weights, picture and, where it is due, an evaluation."""
+        every = self.config.training.evaluate_every_epochs
+        last = self.step == self.total_steps
+        if self.validation is not None and (last or (every > 0 and epoch % every == 0)):
+            self.network.eval()
+            scores = evaluate_network(
+                Predictor(self.network), self.validation, self.folder / "evaluation", self.world, self.progress
+            )
+            self.network.train()
+            if self.log is not None:
+                detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
+                self.log.add(
+                    "evaluation",
+                    self.step,
+                    epoch=epoch,
+                    pq=scores["All"]["pq"],
+                    pq_things=scores["Things"]["pq"],
+                    pq_stuff=scores["Stuff"]["pq"],
+                    **detection,
+                    unreadable=len(scores["problems"]),
+                )
+        if self.log is not None:
+            self.log.flush()
+            save_checkpoint(self.network, self.folder / "model.safetensors")
+            if last or time.monotonic() - self.drawn > DRAW_EVERY:
+                self.log.draw()
+                self.drawn = time.monotonic()
+
+    def _keep(self) -> None:
+        """Writes the checkpoint: under a temporary name, to the disk, then renamed over the old one."""
+        if self.log is None:
+            return
+        self.log.flush()
+        state = {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "random": torch.get_rng_state(),
+            "identity": json.dumps(self.identity),
+        }
+        with atomic_write(self.checkpoint_path) as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _restore(self) -> None:
+        path = self.checkpoint_path
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            identity = json.loads(state["identity"])
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be resumed from: {str(error).splitlines()[0][:200]}") from None
+        changed = _differences(identity["config"], self.identity["config"])
+        if changed:
+            raise TrainingError(
+                f"{path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or start anew"
+            )
+        if identity["data"] != self.identity["data"]:
+            raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start anew")
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        self.step = state["step"]
+
+    def _bar(self):
+        if not self.progress:
+            return None
+        from tqdm import tqdm
+
+        return tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step")
+
+
+def _plain_config(config: Config) -> dict[str, Any]:
+    """The configuration as JSON holds it, without its name."""
+    sections = {section: vars(getattr(config, section)) for section in ("model", "test", "data", "training")}
+    return json.loads(json.dumps(sections))
+
+
+def _fingerprint(data: DataSet) -> str:
+    """Depends on names, order and sizes of the images."""
+    return hashlib.sha256(json.dumps([list(data.names), list(data.sizes)]).encode()).hexdigest()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Fields that decide the course of training and differ, as "field old -> new"."""
+    return [
+        f"{field} {old[section].get(field)} -> {value}"
+        for section in ("model", "data", "training")
+        for field, value in new[section].items()
+        if field not in MAY_CHANGE and old[section].get(field) != value
+    ]

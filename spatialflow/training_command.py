@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `spatialflow train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from spatialflow.errors import CommandError
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    train = commands.add_parser(
+        "train", help="train a network; with torchrun on several GPUs or machines",
+        description="Trains on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). A run that "
+                    "was interrupted goes on where it stood when the same command is given again.",
+    )  # fmt: skip
+    train.set_defaults(run=run_train)
+    train.add_argument("config", metavar="CONFIG", help="configuration of the package or YAML file")
+    train.add_argument(
+        "settings", nargs="*", metavar="FIELD=VALUE", help="other values for the configuration, e.g. epochs=5"
+    )
+    train.add_argument("--output", required=True, type=Path, metavar="FOLDER",
+                       help="receives checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...")  # fmt: skip
+    train.add_argument("--images", type=Path, metavar="FOLDER", help="photographs")
+    train.add_argument("--annotations", type=Path, metavar="JSON", help="COCO panoptic JSON")
+    train.add_argument(
+        "--panoptic", type=Path, metavar="FOLDER", help="its PNGs (default: beside the JSON, named like it)"
+    )
+    train.add_argument("--validation-images", type=Path, metavar="FOLDER", help="as --images, to evaluate on")
+    train.add_argument("--validation-annotations", type=Path, metavar="JSON", help="as --annotations")
+    train.add_argument("--validation-panoptic", type=Path, metavar="FOLDER", help="as --panoptic")
+    train.add_argument("--cityscapes", type=Path, metavar="FOLDER", help="tree with leftImg8bit and gtFine: train on "
+                       "its split train, evaluate on val where there is one")  # fmt: skip
+    train.add_argument("--checkpoint", type=Path, metavar="FILE", help="finetune these weights; layers that depend on "
+                       "the classes start anew where they do not fit")  # fmt: skip
+    train.add_argument("--backbone", type=Path, metavar="FILE", help="ImageNet weights with torchvision's names")
+    train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    train.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    train.add_argument("--workers", type=int, default=2, metavar="N", help="reading processes (default: %(default)s)")
+    train.add_argument(
+        "--strict", action="store_true", help="stop at a broken image or annotation instead of skipping it"
+    )
+    train.add_argument("--restart", action="store_true", help="start anew, over what the folder holds")
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Carries the command out; returns the exit code."""
+    import sys
+
+    import torch
+
+    from spatialflow.data.samples import SampleError
+    from spatialflow.engine import distributed
+    from spatialflow.engine.checkpoints import CheckpointError
+    from spatialflow.engine.train import Source, Trainer, TrainingError
+    from spatialflow.panoptic import PanopticFormatError
+
+    if options.workers < 0:
+        raise CommandError(f"--workers must not be negative, got {options.workers}")
+    if options.threads is not None and options.threads < 1:
+        raise CommandError(f"--threads must be at least 1, got {options.threads}")
+    if options.checkpoint is not None and options.backbone is not None:
+        raise CommandError(
+            "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
+        )
+    if options.device not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    config = _config(options)
+    data, validation = _data(options, config)
+    world = distributed.join(options.device)
+    try:
+        trainer = Trainer(
+            config, data, options.output, world, validation=validation,
+            source=Source(options.checkpoint, options.backbone),
+            workers=options.workers, strict=options.strict, progress=sys.stderr.isatty(), resume=not options.restart,
+        )  # fmt: skip
+        if world.is_first:
+            print(f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
+                  f"{trainer.total_steps}: {options.output}", flush=True)  # fmt: skip
+        trainer.run()
+    except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(
+            f"{error.filename or options.output}: cannot be written: {error.strerror or error}"
+        ) from None
+    finally:
+        distributed.leave()
+    if world.is_first:
+        print(_summary(trainer))
+    return 0
+
+
+def _config(options: argparse.Namespace) -> Any:
+    import yaml
+
+    from spatialflow.models.build import load_config
+    from spatialflow.models.config import ConfigError
+
+    overrides = {}
+    for setting in options.settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise CommandError(f"settings have the form FIELD=VALUE, got '{setting}'")
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise CommandError(f"{name}: '{text}' is no YAML value") from None
+    try:
+        return load_config(options.config, **overrides)
+    except ConfigError as error:
+        raise CommandError(str(error)) from None
+
+
+def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
+    """Training data, and validation data or None."""
+    from spatialflow.data.categories import CategoryError, load_categories
+    from spatialflow.data.cityscapes import Cityscapes, CityscapesError
+    from spatialflow.data.coco import CocoPanoptic
+    from spatialflow.panoptic import PanopticFormatError
+
+    for first, second in (("images", "annotations"), ("validation_images", "validation_annotations")):
+        if (getattr(options, first) is None) != (getattr(options, second) is None):
+            raise CommandError(f"--{first} and --{second} need each other".replace("_", "-"))
+    if (options.cityscapes is None) == (options.images is None):
+        raise CommandError("the data: give either --images and --annotations, or --cityscapes")
+    if options.cityscapes is not None and options.validation_images is not None:
+        raise CommandError("--cityscapes brings its own validation images; --validation-images cannot be added")
+    model = config.model
+    try:
+        categories = load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
+        if options.cityscapes is not None:
+            has_validation = (options.cityscapes / "leftImg8bit" / "val").is_dir()
+            return (
+                Cityscapes(options.cityscapes, "train", categories),
+                Cityscapes(options.cityscapes, "val", categories) if has_validation else None,
+            )
+        data = CocoPanoptic(options.annotations, options.images, options.panoptic, categories)
+        if options.validation_images is None:
+            return data, None
+        return data, CocoPanoptic(
+            options.validation_annotations, options.validation_images, options.validation_panoptic, categories
+        )
+    except (CategoryError, CityscapesError, PanopticFormatError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _summary(trainer: Any) -> str:
+    rows = trainer.log.rows
+    parts = [f"{trainer.step} steps: {trainer.folder / 'model.safetensors'}"]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    if evaluations:
+        last = evaluations[-1]
+        parts.append(
+            f"PQ {100 * last['pq']:.2f} (things {100 * last['pq_things']:.2f}, stuff {100 * last['pq_stuff']:.2f})"
+        )
+        parts += [f"{kind} AP {100 * last[f'{kind}_ap']:.2f}" for kind in ("box", "mask") if f"{kind}_ap" in last]
+    if trainer.problems:
+        parts.append(f"{len(trainer.problems)} images or annotations could not be used")
+    return "; ".join(parts)

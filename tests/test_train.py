@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: the schedule, what a run leaves behind, exact resume, several processes, mixed precision, finetuning,
+broken data.
+"""
+
+import json
+import random
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from kill_and_resume import command, digest, environment, kill_and_resume
+from scenes import scene_categories, write_cityscapes, write_coco
+
+from spatialflow.cli import main
+from spatialflow.data.categories import load_categories
+from spatialflow.data.cityscapes import Cityscapes
+from spatialflow.data.coco import CocoPanoptic
+from spatialflow.data.samples import SampleError
+from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
+from spatialflow.engine.distributed import World
+from spatialflow.engine.log import read_log
+from spatialflow.engine.train import Source, Trainer, TrainingError, learning_rate
+from spatialflow.models.build import build_model, load_config
+
+ALONE = World(0, 1, torch.device("cpu"))
+SMALL = dict(
+    num_things=6,
+    num_stuff=6,
+    categories="synthetic",
+    backbone_base_channels=4,
+    fpn_channels=8,
+    head_channels=8,
+    thing_head_channels=8,
+    stuff_head_channels=8,
+    norm_groups=4,
+    backbone_norm_trains=True,
+    backbone_frozen_stages=-1,
+    train_short_edges=[64],
+    train_long_edge=96,
+    test_short_edges=[64],
+    test_long_edge=96,
+    stuff_area_threshold=20,
+    images_per_step=2,
+    warmup_iterations=3,
+    candidates_per_level=50,
+    epochs=1,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("scenes"), 4, (64, 96))
+
+
+@pytest.fixture
+def data(scenes):
+    return CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
+
+
+def small(**overrides):
+    return load_config("tiny", **{**SMALL, **overrides})
+
+
+def steps_of(folder):
+    return [row for row in read_log(folder / "log.jsonl") if row["kind"] == "step"]
+
+
+def test_learning_rate():
+    """Warm-up over 500 steps from a thousandth, a tenth after epochs 16 and 19: the paper's schedule."""
+    training = load_config("spatialflow_r50_coco").training
+    rates = [learning_rate(step, 1000, training) for step in (0, 250, 499, 500, 15999, 16000, 18999, 19000)]
+    expected = [5e-6, 0.0025025, 0.00499001, 0.005, 0.005, 5e-4, 5e-4, 5e-5]
+    assert rates == pytest.approx(expected, rel=1e-6)
+    finetune = load_config(
+        "tiny", finetune_class_layers_epochs=2, finetune_learning_rate=0.02, warmup_iterations=0
+    ).training
+    assert [learning_rate(step, 10, finetune) for step in (0, 19, 20)] == [0.02, 0.02, 0.005]
+
+
+class TestRun:
+    def test_leaves_everything(self, data, tmp_path):
+        """Weights, checkpoint, log and curves; evaluation with PQ and AP; a second call finds the run complete."""
+        config = small(epochs=2)
+        trainer = Trainer(config, data, tmp_path, ALONE, validation=data)
+        network = trainer.run()
+        rows = read_log(tmp_path / "log.jsonl")
+        assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4]
+        evaluations = [row for row in rows if row["kind"] == "evaluation"]
+        assert [row["epoch"] for row in evaluations] == [1, 2] and {
+            "pq",
+            "pq_things",
+            "pq_stuff",
+            "box_ap",
+        } <= evaluations[0].keys()
+        scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
+        assert (
+            scores["All"]["pq"] == evaluations[-1]["pq"]
+            and len(json.loads((tmp_path / "evaluation/panoptic.json").read_text())["images"]) == 4
+        )
+        assert cv2.imread(str(tmp_path / "curves.png")).shape[1] > 500
+        for name in ("model.safetensors", "checkpoint.pt"):
+            loaded = load_checkpoint(build_model(config), tmp_path / name).state_dict()
+            assert all(
+                torch.equal(value, loaded[key])
+                for key, value in network.state_dict().items()
+                if "num_batches" not in key
+            ), name
+        assert Trainer(config, data, tmp_path, ALONE).step == 4
+
+    def test_learns(self, data, tmp_path):
+        """Sixty steps on two scenes: each loss falls."""
+        for name in ("annotations", "names", "sizes", "image_ids"):
+            setattr(data, name, getattr(data, name)[:2] * 60)
+        config = small(
+            flip_probability=0.0,
+            learning_rate=0.02,
+            warmup_iterations=10,
+            gradient_clip_norm=10.0,
+            stuff_loss_weight=1.0,
+            backbone_base_channels=8,
+            fpn_channels=16,
+            head_channels=16,
+            thing_head_channels=16,
+            stuff_head_channels=16,
+        )
+        Trainer(config, data, tmp_path, ALONE).run()
+        first, last = (
+            {name: np.mean([row[name] for row in rows]) for name in ("cls", "box", "thing", "stuff")}
+            for rows in (steps_of(tmp_path)[:3], steps_of(tmp_path)[-3:])
+        )
+        for name, share in (("cls", 0.95), ("box", 0.9), ("thing", 0.98), ("stuff", 0.6)):
+            assert last[name] < share * first[name], (name, first, last)
+
+    def test_resume_is_exact(self, data, tmp_path):
+        """A run in two halves has the weights, the optimizer state and the log of one in a single piece."""
+        whole = Trainer(small(epochs=2), data, tmp_path / "whole", ALONE).run()
+        Trainer(small(epochs=1), data, tmp_path / "halves", ALONE).run()
+        resumed = Trainer(small(epochs=2), data, tmp_path / "halves", ALONE)
+        assert resumed.step == 2
+        halves = resumed.run()
+        assert all(torch.equal(value, halves.state_dict()[key]) for key, value in whole.state_dict().items())
+        assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "halves")
+
+    def test_resume_only_of_the_same_run(self, data, tmp_path, scenes):
+        Trainer(small(), data, tmp_path, ALONE).run()
+        with pytest.raises(TrainingError, match="momentum 0.9 -> 0.5"):
+            Trainer(small(momentum=0.5), data, tmp_path, ALONE)
+        assert Trainer(small(momentum=0.5), data, tmp_path, ALONE, resume=False).step == 0
+        other = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
+        other.names = other.names[::-1]
+        with pytest.raises(TrainingError, match="other images"):
+            Trainer(small(), other, tmp_path, ALONE)
+        (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+        with pytest.raises(CheckpointError, match="checkpoint.pt: cannot be resumed"):
+            Trainer(small(), data, tmp_path, ALONE)
+
+    def test_log_of_a_killed_run_is_cut_back(self, data, tmp_path):
+        Trainer(small(), data, tmp_path, ALONE).run()
+        with open(tmp_path / "log.jsonl", "a") as file:
+            file.write('{"kind": "step", "step": 3, "total": 1}\n{"kind": "st')
+        Trainer(small(epochs=2), data, tmp_path, ALONE).run()
+        assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
+
+    def test_accumulation(self, data, tmp_path):
+        """A step in two parts is the mean of the two parts."""
+        config = small(images_per_step=4, accumulation_steps=2, warmup_iterations=0, gradient_clip_norm=None)
+        trainer = Trainer(config, data, tmp_path, ALONE)
+        from spatialflow.data.loader import make_loader
+        from spatialflow.models.losses import Criterion
+
+        parts = [
+            Criterion(config)(build_like(trainer), batch.images, batch.truth()).total().item()
+            for batch in make_loader(data, config.data, trainer.schedule.draws(0, 1, 0, 1, 2))
+        ]
+        trainer.run()
+        assert len(parts) == 2 and steps_of(tmp_path)[0]["total"] == pytest.approx(np.mean(parts), rel=1e-5)
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    def test_mixed_precision(self, data, tmp_path, precision):
+        """Losses are near those of float32, weights stay float32."""
+        trainer = Trainer(small(mixed_precision=precision), data, tmp_path / precision, ALONE)
+        network = trainer.run()
+        Trainer(small(), data, tmp_path / "full", ALONE).run()
+        assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in network.parameters())
+        assert trainer.scaler.is_enabled() == (precision == "fp16")
+        assert steps_of(tmp_path / precision)[0]["total"] == pytest.approx(
+            steps_of(tmp_path / "full")[0]["total"], rel=0.03
+        )
+
+    def test_divergence_is_an_error(self, data, tmp_path):
+        with pytest.raises(TrainingError, match="the loss is not finite"):
+            Trainer(small(epochs=8, learning_rate=1e9, warmup_iterations=0), data, tmp_path, ALONE).run()
+
+    def test_batch_must_be_shared(self, data, tmp_path):
+        with pytest.raises(TrainingError, match="multiple of processes"):
+            Trainer(small(images_per_step=3), data, tmp_path, World(0, 2, torch.device("cpu")))
+
+
+def build_like(trainer):
+    network = build_model(trainer.config)
+    network.load_state_dict(trainer.network.state_dict())
+    return network.train()
+
+
+class TestFinetuning:
+    def test_class_layers_first_then_all(self, data, tmp_path):
+        """From other classes: everything else is taken over; in the first part only layers that depend on the
+        classes move.
+        """
+        donor = build_model(small(num_things=9, num_stuff=4, categories=None))
+        from spatialflow.engine.checkpoints import save_checkpoint
+
+        save_checkpoint(donor, tmp_path / "donor.safetensors")
+        config = small(epochs=1, finetune_class_layers_epochs=1, backbone_norm_trains=False)
+        first = Trainer(
+            config, data, tmp_path / "run", ALONE, source=Source(checkpoint=tmp_path / "donor.safetensors")
+        ).run()
+        changed = {
+            name
+            for name, value in first.state_dict().items()
+            if value.shape != donor.state_dict()[name].shape or not torch.equal(value, donor.state_dict()[name])
+        }
+        assert changed == {
+            f"{layer}.{kind}"
+            for layer in ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
+            for kind in ("weight", "bias")
+        }
+        config = small(epochs=2, finetune_class_layers_epochs=1, backbone_norm_trains=False)
+        second = Trainer(config, data, tmp_path / "run", ALONE).run()
+        moved = [
+            name
+            for name, p in second.named_parameters()
+            if not torch.equal(p, donor.state_dict()[name]) or name in changed
+        ]
+        assert "backbone.layer4.0.conv1.weight" in moved and "subnets.reg.0.weight" in moved
+
+    def test_other_layers_must_fit(self, data, tmp_path):
+        from spatialflow.engine.checkpoints import save_checkpoint
+
+        save_checkpoint(build_model(small(fpn_channels=16)), tmp_path / "donor.pt")
+        with pytest.raises(CheckpointError, match="fpn"):
+            Trainer(small(), data, tmp_path / "run", ALONE, source=Source(checkpoint=tmp_path / "donor.pt"))
+
+    def test_frozen_stages_do_not_move(self, data, tmp_path):
+        trainer = Trainer(small(backbone_frozen_stages=1, backbone_norm_trains=False), data, tmp_path, ALONE)
+        before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+        after = trainer.run().state_dict()
+        frozen = [name for name in before if name.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1"))]
+        assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+        assert not torch.equal(before["backbone.layer2.0.conv1.weight"], after["backbone.layer2.0.conv1.weight"])
+
+
+class TestBrokenData:
+    def test_named_counted_and_survived(self, tmp_path, capsys):
+        write_coco(tmp_path, 4, (64, 96))
+        (tmp_path / "images/000003.jpg").unlink()
+        data = CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())
+        trainer = Trainer(small(epochs=2), data, tmp_path / "run", ALONE, validation=data)
+        trainer.run()
+        problems = [row for row in read_log(tmp_path / "run/log.jsonl") if row["kind"] == "problem"]
+        assert len(problems) == 1 and "000003.jpg: cannot be read" in problems[0]["message"]
+        assert capsys.readouterr().out.count("000003.jpg") == 1
+        assert json.loads((tmp_path / "run/evaluation/scores.json").read_text())["problems"][0].endswith(
+            "No such file or directory"
+        )
+        with pytest.raises(SampleError, match="000003.jpg"):
+            Trainer(small(), data, tmp_path / "strict", ALONE, strict=True).run()
+
+
+def test_cityscapes_tree_trains_and_is_scored(tmp_path):
+    """Crops of random scale, crowds, ground truth made on the way; a damaged label file of the validation split is
+    left out.
+    """
+    write_cityscapes(tmp_path, 2, (64, 128))
+    write_cityscapes(tmp_path, 3, (64, 128), split="val", seed=1)
+    next((tmp_path / "gtFine/val").rglob("*.png")).write_bytes(b"")
+    code = main(
+        [
+            "train",
+            "spatialflow_r50_cityscapes",
+            *(f"{k}={v}" for k, v in SMALL.items() if k not in ("num_things", "num_stuff", "categories")),
+            "train_crop=[64, 64]",
+            "--cityscapes",
+            str(tmp_path),
+            "--output",
+            str(tmp_path / "run"),
+            "--workers",
+            "0",
+        ]
+    )
+    assert code == 0
+    scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
+    assert len(scores["problems"]) == 1 and scores["All"]["n"] > 3
+    assert len(json.loads((tmp_path / "run/evaluation/panoptic.json").read_text())["annotations"]) == 2
+    assert len(Cityscapes(tmp_path, "val", load_categories("cityscapes", 8, 11))) == 3
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--annotations", "x.json"], "need each other"),
+            ([], "give either"),
+            (["--images", "x", "--annotations", "absent.json"], "absent.json"),
+            (["--cityscapes", "absent"], "no such folder"),
+            (["--device", "tpu"], "--device"),
+            (["--workers", "-1"], "--workers"),
+            (["--checkpoint", "a", "--backbone", "b"], "exclude each other"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, message, tmp_path, capsys):
+        assert main(["train", "tiny", "num_things=6", "--output", str(tmp_path / "run"), *arguments]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        "setting, message",
+        [("epochs", "FIELD=VALUE"), ("epochs=0", "epochs"), ("epocs=1", "epochs"), ("epochs=[", "YAML")],
+    )
+    def test_bad_settings_are_named(self, setting, message, tmp_path, capsys):
+        assert main(["train", "tiny", setting, "--output", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+class TestProcesses:
+    def test_two_processes_equal_one(self, tmp_path):
+        """Twenty steps over Gloo with half the batch each: losses within 1e-5 of one process with the whole batch.
+
+        BatchNorm is frozen here: its batch statistics are those of each process.
+        """
+        write_coco(tmp_path, 8, (64, 96))
+        settings = ("epochs=5", "images_per_step=2", "learning_rate=0.002", "backbone_norm_trains=false")
+        whole = command(tmp_path, tmp_path / "one", *settings)
+        subprocess.run(whole, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=29617",
+            "-m",
+            "spatialflow.cli",
+        ]
+        pair = command(tmp_path, tmp_path / "two", *settings)
+        subprocess.run(launcher + pair[3:], env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
+        one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+        assert len(one) == len(two) == 20
+        for a, b in zip(one, two):
+            for name in ("total", "cls", "box", "thing", "stuff"):
+                assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
+
+    def test_killed_and_resumed(self, tmp_path):
+        """SIGKILL at a random moment, then the same command: bit-equal weights. The script kill_and_resume.py
+        repeats it.
+        """
+        write_coco(tmp_path / "data", 4, (64, 96))
+        settings = ("epochs=4", "checkpoint_every_steps=1")
+        subprocess.run(
+            command(tmp_path / "data", tmp_path / "whole", *settings),
+            env=environment(),
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        assert kill_and_resume(
+            tmp_path / "data", digest(tmp_path / "whole"), tmp_path / "killed", settings, random.Random(1), kills=1
+        )

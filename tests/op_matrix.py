@@ -45,6 +45,18 @@ class OpSample:
     resized: Callable[[int], list] | None = None  # tensors of another size, for dynamic shapes
 
 
+# Same values, other strides: what an (N, C, H, W) tensor looks like after common operations.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
+    "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    "channels-last slice": lambda t: torch.cat([t, t], 3).contiguous(memory_format=torch.channels_last)[
+        ..., : t.shape[3]
+    ],
+}
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
@@ -177,6 +189,14 @@ class OpMatrix:
             for arg in args
         ]
         torch.library.opcheck(op, tuple(args))
+        # The fake kernel must know the result's strides for other layouts too, slices included.
+        for layout in (LAYOUTS["channels last"], LAYOUTS["channels-last slice"]):
+            tensors = [
+                map_tensors(layout, value) if index in sample.images else value
+                for index, value in enumerate(sample.tensors)
+            ]
+            op, args = sample.raw(*tensors, **sample.options)
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
     def test_func_transforms(self, sample: Callable) -> None:
         """torch.func grad, vjp, jvp and vmap give what autograd and a loop give."""
@@ -241,16 +261,7 @@ class OpMatrix:
         """Any strides of inputs and incoming gradients give the same numbers; channels-last comes back as such."""
         sample = sample()
         plain = sample.op(*sample.tensors, **sample.options)
-        layouts: dict[str, Callable[[Tensor], Tensor]] = {
-            "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
-            "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-            "sliced": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
-            "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
-            "channels-last slice": lambda t: torch.cat([t, t], 3).contiguous(memory_format=torch.channels_last)[
-                ..., : t.shape[3]
-            ],
-        }
-        for name, layout in layouts.items():
+        for name, layout in LAYOUTS.items():
             tensors = [
                 map_tensors(layout, value) if index in sample.images else value
                 for index, value in enumerate(sample.tensors)

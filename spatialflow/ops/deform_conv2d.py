@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spatialflow.ops.checking import is_checking, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.layout import memory_format_of
 
 
 def deform_conv2d(
@@ -119,22 +120,10 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return value, value
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """Layout of a result, by the kernels' rule: channels-last where channels are adjacent, slices of such included."""
-    if (
-        not tensor.is_contiguous()
-        and tensor.stride(1) == 1
-        and tensor.stride(3) >= tensor.shape[1]
-        and tensor.stride(2) >= tensor.stride(3)
-    ):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 def _empty(like: Tensor, wanted: bool) -> Tensor:
     if not wanted:
         return like.new_empty((0,))
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like))
 
 
 @torch.library.register_fake("spatialflow::deform_conv2d")
@@ -142,7 +131,7 @@ def _(input, offset, weight, bias, mask, offset_tangent, *settings):
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight)):
         torch._check(tensor.dim() == 4, lambda: f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}")
     size = (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 @torch.library.register_fake("spatialflow::_deform_conv2d_backward_data")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.layout import memory_format_of
 
 _ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
 
@@ -136,10 +137,10 @@ def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> No
 def _empty_levels(x: list[Tensor], channels: Any) -> list[Tensor]:
     outputs = []
     for level in x:
-        last = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
         size = (level.shape[0], channels, level.shape[2], level.shape[3])
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        outputs.append(torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format))
+        outputs.append(
+            torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format_of(level))
+        )
     return outputs
 
 

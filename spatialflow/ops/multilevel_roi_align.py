@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
-from spatialflow.ops.roi_align import _boxes_of_list, _channels_last, _pair
+from spatialflow.ops.layout import is_channels_last, memory_format_of
+from spatialflow.ops.roi_align import _boxes_of_list, _pair
 
 
 def multilevel_roi_align(
@@ -108,7 +109,7 @@ def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, ali
         boxes.dim() == 2, lambda: f"multilevel_roi_align: boxes must have shape (K, 5), got {tuple(boxes.shape)}"
     )
     size = (boxes.shape[0], first.shape[1], pooled_height, pooled_width)
-    memory_format = torch.channels_last if _channels_last(first) else torch.contiguous_format
+    memory_format = memory_format_of(first)
     return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=memory_format)
 
 
@@ -135,7 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.shape = features[0].shape[:2]
     ctx.heights = [feature.shape[2] for feature in features]
     ctx.widths = [feature.shape[3] for feature in features]
-    ctx.channels_last = _channels_last(features[0])
+    ctx.channels_last = is_channels_last(features[0])
 
 
 def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.layout import is_channels_last, memory_format_of
 
 
 def roi_align(
@@ -101,16 +102,12 @@ def _boxes_of_list(boxes: list[Tensor], input: Tensor) -> Tensor:
     return torch.cat(rows) if rows else input.new_zeros((0, 5))
 
 
-def _channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
 @torch.library.register_fake("spatialflow::roi_align")
 def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned):
     torch._check(input.dim() == 4, lambda: f"roi_align: input must be (N, C, H, W), got {tuple(input.shape)}")
     torch._check(boxes.dim() == 2, lambda: f"roi_align: boxes must have shape (K, 5), got {tuple(boxes.shape)}")
     size = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
-    memory_format = torch.channels_last if _channels_last(input) else torch.contiguous_format
+    memory_format = memory_format_of(input)
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
@@ -130,7 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
     ctx.shape = input.shape
-    ctx.channels_last = _channels_last(input)
+    ctx.channels_last = is_channels_last(input)
 
 
 def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:

@@ -115,7 +115,7 @@ class _Canvas:
 
     def paint(self, mask: np.ndarray, colour: np.ndarray, segment: int) -> None:
         """Sets the pixels of a mask; `colour` is (H, W, 3) or (3,)."""
-        self.image[mask] = colour[mask] if colour.ndim == 3 else colour
+        np.copyto(self.image, colour, where=mask[..., None])
         self.ids[mask] = segment
 
     def depth(self, row: float) -> float:
@@ -286,9 +286,22 @@ class _Brush:
     def polygon(
         self, points: list[tuple[float, float]], colour: tuple[float, float, float], texture: float = 0.0
     ) -> None:
-        mask = np.zeros(self.canvas.ids.shape, np.uint8)
-        cv2.fillPoly(mask, [self._place(np.array(points))], 1, shift=4)
-        self._fill(mask.astype(bool), colour, texture)
+        """Fills a polygon, lit from the scene's side (brighter towards the sun), with a grain of its own."""
+        canvas, corners = self.canvas, self._place(np.array(points))
+        left, top = np.maximum(corners.min(axis=0) // 16, 0)
+        right, bottom = np.minimum(corners.max(axis=0) // 16 + 2, (canvas.width, canvas.height))
+        if left >= right or top >= bottom:
+            return
+        window = (slice(top, bottom), slice(left, right))  # work on the polygon's surroundings alone
+        rows, columns = canvas.rows[window], canvas.columns[window]
+        mask = np.zeros(rows.shape, np.uint8)
+        cv2.fillPoly(mask, [(corners - np.array([left, top]) * 16).astype(np.int32)], 1, shift=4)
+        light = 1 + 0.22 * np.clip((columns - self.x) / max(self.size, 1) * 2 * canvas.light, -1, 1)
+        if texture:
+            light = light * (1 + texture * np.sin(columns * 1.7 + 3 * np.sin(rows * 0.9)) * np.sin(rows * 1.3))
+        inside = mask.astype(bool)
+        canvas.image[window][inside] = np.float32(colour) * light[inside][:, None]
+        canvas.ids[window][inside] = self.segment
 
     def ellipse(
         self, x: float, y: float, rx: float, ry: float, colour: tuple[float, float, float], texture: float = 0.0
@@ -296,26 +309,14 @@ class _Brush:
         angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
         self.polygon(list(zip(x + rx * np.cos(angle), y + ry * np.sin(angle))), colour, texture)
 
-    def _fill(self, mask: np.ndarray, colour: tuple[float, float, float], texture: float) -> None:
-        """Lit from the scene's side: brighter towards the sun, with a grain of its own."""
-        across = (self.canvas.columns - self.x) / max(self.size, 1)
-        light = 1 + 0.22 * np.clip(across * 2 * self.canvas.light, -1, 1)
-        grain = 1.0
-        if texture:
-            grain = 1 + texture * np.sin(self.canvas.columns * 1.7 + 3 * np.sin(self.canvas.rows * 0.9)) * np.sin(
-                self.canvas.rows * 1.3
-            )
-        self.canvas.paint(mask, np.float32(colour) * (light * grain)[..., None], self.segment)
-
     def shadow(self, width: float) -> None:
         """Darkens the ground beside the foot; the ground keeps its segment."""
-        distance = np.hypot(
-            (self.canvas.columns - self.x + self.canvas.light * width * 0.5 * self.size) / max(width * self.size, 1),
-            (self.canvas.rows - self.y) / max(0.13 * width * self.size, 1),
-        )
-        self.canvas.image *= np.where((distance < 1) & (self.canvas.rows > self.canvas.horizon), 0.62, 1.0)[
-            ..., None
-        ].astype(np.float32)
+        canvas, radius = self.canvas, max(width * self.size, 1)
+        centre, height = self.x - canvas.light * width * 0.5 * self.size, max(0.13 * radius, 1)
+        top, bottom = int(max(self.y - height - 1, canvas.horizon + 1)), int(max(self.y + height + 2, 0))
+        window = (slice(top, bottom), slice(int(max(centre - radius - 1, 0)), int(max(centre + radius + 2, 0))))
+        distance = np.hypot((canvas.columns[window] - centre) / radius, (canvas.rows[window] - self.y) / height)
+        canvas.image[window] *= np.where(distance < 1, np.float32(0.62), np.float32(1))[..., None]
 
 
 def _draw_house(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, size: float) -> None:

@@ -129,6 +129,7 @@ def build_model(config_name_or_path: Union[str, Path, Config], **overrides: Any)
             "stuff": m.deformable_stuff_stages,
             "thing": m.deformable_thing_stages,
         },
+        m.subnet_init_std,
     )
     box_head = BoxHead(m.head_channels, m.num_things, m.num_anchors)
     thing_head = stuff_head = None

@@ -43,6 +43,7 @@ class ModelConfig:
     thing_head_convs: int = 4  # 3x3 convolutions in the mask head
     roi_size: int = 14  # RoIAlign output; masks have twice this size
     finest_scale: int = 56  # an RoI of less than twice this size (pixels) is taken from P3
+    subnet_init_std: float = 0.01  # of the sub-networks' initial weights
     detection_stages: int = 4  # stages of the cls and of the reg sub-network
     stuff_stages: int = 4  # stages of the stuff sub-network; 0 = the stuff head sees the FPN
     thing_stages: int = 1  # stages of the thing sub-network; 0 = the thing head sees the FPN
@@ -81,6 +82,7 @@ class ModelConfig:
             "num_stuff",
             "roi_size",
             "finest_scale",
+            "subnet_init_std",
             "detection_stages",
             "anchor_octave_scale",
             "anchor_scales_per_octave",

@@ -14,6 +14,7 @@ from spatialflow.models.config import Config
 from spatialflow.models.inference import anchors_of, detect, select_candidates
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.models.targets import AnchorTargets, ThingTargets, Truth, anchor_targets, thing_targets
+from spatialflow.ops import sigmoid_focal_loss
 
 IGNORED_PIXEL = 255
 """Value of pixels without a label in semantic maps."""
@@ -45,11 +46,7 @@ def focal_loss_sum(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: fl
 
     Source: Lin et al., Focal Loss for Dense Object Detection (2017), equation 5.
     """
-    logits = logits.float()
-    hit = F.one_hot(labels.clamp(min=0), logits.shape[1] + 1)[:, :-1].to(torch.bool)  # (M, C)
-    signed = torch.where(hit, logits, -logits)  # probability of the truth = sigmoid(signed)
-    weight = torch.where(hit, alpha, 1 - alpha) * (labels >= 0)[:, None]
-    return -(weight * torch.sigmoid(-signed) ** gamma * F.logsigmoid(signed)).sum()
+    return sigmoid_focal_loss(logits, labels, gamma, alpha, reduction="sum")
 
 
 def l1_loss_sum(deltas: Tensor, target: Tensor) -> Tensor:

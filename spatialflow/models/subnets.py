@@ -44,6 +44,7 @@ class Subnets(nn.Module):
         flow_stuff_to_thing: the semantic flow.
         segmentation: the tasks beside detection, of "stuff" and "thing".
         deformable: stage indices by sub-network name.
+        init_std: standard deviation of the initial weights; narrow networks trained from scratch need more than 0.01.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Subnets(nn.Module):
         flow_stuff_to_thing: bool = True,
         segmentation: Sequence[str] = ("stuff", "thing"),
         deformable: Optional[dict[str, Sequence[int]]] = None,
+        init_std: float = 0.01,
     ):
         super().__init__()
         self.deformable = {name: frozenset(indices) for name, indices in (deformable or {}).items()}
@@ -93,12 +95,12 @@ class Subnets(nn.Module):
             nn.Conv2d(stuff_width, in_channels if s == 0 else channels, 3, padding=1)
             for s in range(max(thing_stages, 1) if semantic else 0)
         )
-        self._initialise()
+        self._initialise(init_std)
 
-    def _initialise(self):
+    def _initialise(self, init_std: float):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
+                nn.init.normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():

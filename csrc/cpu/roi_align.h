@@ -18,6 +18,7 @@
 
 #include "common/roi_align.h"
 #include "cpu/dispatch.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 
 namespace spatialflow {
@@ -159,6 +160,7 @@ void roi_align_forward(
     using real_t = accum_t<scalar_t>;
     constexpr int kWide = 4;
     const int64_t bins = options.pooled_height * options.pooled_width;
+    advise_huge_pages(output, sizeof(scalar_t) * static_cast<size_t>(num_rois * channels * bins));
     parallel_for(0, num_rois, 1, [&](int64_t roi_begin, int64_t roi_end) {
         AxisTaps<real_t> rows, columns;
         std::vector<scalar_t> transposed(planar ? static_cast<size_t>(bins * channels) : 0);

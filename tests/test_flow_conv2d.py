@@ -246,16 +246,18 @@ class TestShapes:
         first, second = ops.flow_conv2d(x, None, torch.randn(8, 4, 3, 3))
         assert first.is_contiguous(memory_format=torch.channels_last) and second.is_contiguous()
 
+    level = torch.randn(1, 4, 5, 5)
+    filters = torch.randn(8, 4, 3, 3)
     errors = {
-        "weight": ([torch.randn(1, 4, 5, 5)], None, torch.randn(8, 4, 5, 5), None, r"weight must have shape \(C_out"),
-        "channels": ([torch.randn(1, 3, 5, 5)], None, torch.randn(8, 4, 3, 3), None, r"x\[0\] must .*4"),
-        "dims": ([torch.randn(4, 5, 5)], None, torch.randn(8, 4, 3, 3), None, r"x\[0\] must be"),
-        "dtype": ([torch.randn(1, 4, 5, 5).double()], None, torch.randn(8, 4, 3, 3), None, r"x\[0\] must have the dtype"),
-        "integer": ([torch.ones(1, 4, 5, 5).int()], None, torch.ones(8, 4, 3, 3).int(), None, "weight must be float32"),
-        "bias": ([torch.randn(1, 4, 5, 5)], None, torch.randn(8, 4, 3, 3), torch.randn(4), r"bias must have shape \(8,\)"),
-        "levels": ([torch.randn(1, 4, 5, 5)], [torch.randn(1, 4, 5, 5)] * 2, torch.randn(8, 4, 3, 3), None, "flow must have as many levels"),
-        "flow size": ([torch.randn(1, 4, 5, 5)], [torch.randn(1, 4, 5, 6)], torch.randn(8, 4, 3, 3), None, r"flow\[0\] must"),
-    }  # fmt: skip
+        "weight": ([level], None, torch.randn(8, 4, 5, 5), None, r"weight must have shape \(C_out"),
+        "channels": ([torch.randn(1, 3, 5, 5)], None, filters, None, r"x\[0\] must .*4"),
+        "dims": ([torch.randn(4, 5, 5)], None, filters, None, r"x\[0\] must be"),
+        "dtype": ([level.double()], None, filters, None, r"x\[0\] must have the dtype"),
+        "integer": ([level.int()], None, filters.int(), None, "weight must be float32"),
+        "bias": ([level], None, filters, torch.randn(4), r"bias must have shape \(8,\)"),
+        "levels": ([level], [level] * 2, filters, None, "flow must have as many levels"),
+        "flow size": ([level], [torch.randn(1, 4, 5, 6)], filters, None, r"flow\[0\] must"),
+    }
 
     @pytest.mark.parametrize("case", list(errors.values()), ids=list(errors))
     def test_errors(self, case):

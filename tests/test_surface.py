@@ -24,12 +24,11 @@ def namespace() -> list[str]:
 
 
 # Functions of spatialflow.ops that are no operators: a context manager, weights prepared once for flow_conv2d.
-NO_OPERATORS = ("checked", "pack_conv3x3")
+NO_OPERATORS = ("checked", "pack_conv3x3", "pack_flow_tower")
 
 # Operators whose script is still to come.
 WITHOUT_BENCHMARK = (
-    "batched_nms", "flow_conv2d", "flow_tower", "multiclass_nms", "nms",
-    "panoptic_quality_counts", "sigmoid_focal_loss",
+    "batched_nms", "multiclass_nms", "nms", "panoptic_quality_counts", "sigmoid_focal_loss",
 )  # fmt: skip
 
 

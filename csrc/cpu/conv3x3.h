@@ -3,7 +3,8 @@
 // 3x3 convolutions (stride 1, padding 1) over pyramids of channels-last maps, shared by flow_conv2d and flow_tower.
 // Plain pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
 //
-//   out[n, y, x, o] = relu?( bias[o] + residual[n, y, x, o] + sum over taps, c of (x + flow)[n, y + dy, x + dx, c] * w )
+//   out[n, y, x, o] = relu?(sum over taps (dy, dx), c of (x + flow)[n, y + dy, x + dx, c] * w[o, c, dy, dx] + bias[o]
+//                           + residual[n, y, x, o])
 //
 // A job is one input pyramid with one or more branches, each with weights and outputs of its own: branches share what
 // depends on the input alone. All jobs of a call, all levels and all images are one list of work for the threads, so
@@ -52,13 +53,17 @@ void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs);
 // in few cache sets.
 inline int64_t padded_row(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
-inline int64_t num_workers(int64_t tasks) { return std::max<int64_t>(1, std::min(tasks, num_threads())); }
+// Threads worth waking for `tasks` tasks of `work` multiply-adds in all.
+inline int64_t num_workers(int64_t tasks, int64_t work) {
+    constexpr int64_t kWorkPerThread = 1 << 19;  // some ten microseconds, the price of a parallel region
+    return std::max<int64_t>(1, std::min({tasks, num_threads(), work / kWorkPerThread}));
+}
 
 // body(task, worker) for every task; a worker takes the next task when it is done with one. Must not throw.
 template <typename Body>
-void run_tasks(int64_t tasks, const Body& body) {
+void run_tasks(int64_t tasks, int64_t work, const Body& body) {
     std::atomic<int64_t> next{0};
-    parallel_for(0, num_workers(tasks), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_workers(tasks, work), 1, [&](int64_t begin, int64_t end) {
         for (int64_t worker = begin; worker < end; ++worker) {
             for (int64_t task = next++; task < tasks; task = next++) {
                 body(task, worker);

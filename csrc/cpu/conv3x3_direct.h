@@ -22,7 +22,7 @@ void pack_conv3x3_direct(
     accum_t<scalar_t>* packed) {  // gemm_packed_size(9 C_in, C_out)
     constexpr int64_t kColumns = kGemmColumns<accum_t<scalar_t>>;
     const int64_t panels = gemm_padded_columns(out_channels) / kColumns;
-    run_tasks(panels, [&](int64_t panel, int64_t) {
+    run_tasks(panels, 32 * in_channels * out_channels, [&](int64_t panel, int64_t) {
         const int64_t first = panel * kColumns;
         const int64_t valid = std::max<int64_t>(0, std::min(kColumns, out_channels - first));
         accum_t<scalar_t>* target = packed + first * 9 * in_channels;
@@ -113,8 +113,10 @@ void convolve_pixels(
         }
         const bool whole = count == lanes;
         const int part = static_cast<int>(count);
-        const Vector<real_t> bias =
-            !branch.bias ? Vector<real_t>{} : whole ? load_vector(branch.bias + c) : load_partial(branch.bias + c, part);
+        Vector<real_t> bias = {};
+        if (branch.bias) {
+            bias = whole ? load_vector(branch.bias + c) : load_partial(branch.bias + c, part);
+        }
         for (int r = 0; r < kRows; ++r) {
             const int64_t at = r * branch.channels + c;
             Vector<real_t> value = tile[r][v] + bias;
@@ -146,7 +148,8 @@ void convolve_strip(
         const int64_t panels = (branch.channels + kColumns - 1) / kColumns;
         for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
             for (int64_t y = strip.y_begin; y < strip.y_end; ++y) {
-                const int64_t row_at = ((strip.image * level.height + y) * level.width + strip.x_begin) * branch.channels;
+                const int64_t row_at =
+                    ((strip.image * level.height + y) * level.width + strip.x_begin) * branch.channels;
                 for_row_blocks(strip.x_end - strip.x_begin, [&](int64_t x, int64_t count) {
                     with_rows(count, [&](auto rows) {
                         const int64_t at = row_at + x * branch.channels;
@@ -165,11 +168,17 @@ void convolve_strip(
 template <typename scalar_t>
 void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
     using real_t = accum_t<scalar_t>;
-    int64_t pixels = 0;
+    int64_t pixels = 0, work = 0;
     for (const ConvJob<scalar_t>& job : jobs) {
+        int64_t own = 0, columns = 0;
         for (const ConvLevel<scalar_t>& level : job.levels) {
-            pixels += level.batch * level.height * level.width;
+            own += level.batch * level.height * level.width;
         }
+        for (const ConvBranch<scalar_t>& branch : job.branches) {
+            columns += gemm_padded_columns(branch.channels);
+        }
+        pixels += own;
+        work += own * 9 * job.channels * columns;
     }
     // Several strips per thread, to even out their differences.
     const int64_t target = std::min(kStripPixels, std::max<int64_t>(1, pixels / (4 * num_threads())));
@@ -189,10 +198,11 @@ void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
         return;
     }
     // Where there are fewer strips than threads, each is cut by output channels.
-    const int64_t parts = (num_threads() + static_cast<int64_t>(strips.size()) - 1) / static_cast<int64_t>(strips.size());
-    const int64_t tasks = static_cast<int64_t>(strips.size()) * parts;
-    Scratch<real_t> scratch(largest * num_workers(tasks));
-    run_tasks(tasks, [&](int64_t task, int64_t worker) {
+    const int64_t count = static_cast<int64_t>(strips.size());
+    const int64_t parts = (num_threads() + count - 1) / count;
+    const int64_t tasks = count * parts;
+    Scratch<real_t> scratch(largest * num_workers(tasks, work));
+    run_tasks(tasks, work, [&](int64_t task, int64_t worker) {
         const ConvStrip& strip = strips[static_cast<size_t>(task / parts)];
         convolve_strip(jobs[strip.job], strip, task % parts, parts, scratch.get() + worker * largest);
     });

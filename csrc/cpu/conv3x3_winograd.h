@@ -25,7 +25,7 @@ void pack_conv3x3_winograd(
     const int64_t panels = gemm_padded_columns(out_channels) / kColumns;
     const int64_t slices = (in_channels + kInputs - 1) / kInputs;
     const int64_t size = gemm_packed_size(in_channels, out_channels);
-    run_tasks(panels * slices, [&](int64_t task, int64_t) {
+    run_tasks(panels * slices, 256 * in_channels * out_channels, [&](int64_t task, int64_t) {
         const int64_t first = task / slices * kColumns, last = task % slices * kInputs + kInputs;
         const int64_t valid = std::max<int64_t>(0, std::min(kColumns, out_channels - first));
         for (int64_t c = last - kInputs; c < std::min(last, in_channels); ++c) {
@@ -62,17 +62,18 @@ template <typename scalar_t>
 class WinogradConvolution {
 public:
     explicit WinogradConvolution(const std::vector<ConvJob<scalar_t>>& jobs) : jobs_(jobs) {
-        int64_t all_tiles = 0, widest = 0, widest_out = 0;
+        int64_t widest = 0, widest_out = 0;
         for (const ConvJob<scalar_t>& job : jobs) {
             WinogradTiles tiles;
             for (const ConvLevel<scalar_t>& level : job.levels) {
                 tiles.add_level(level.batch, level.height, level.width);
             }
-            all_tiles += tiles.count();
             tiles_.push_back(tiles);
             widest = std::max(widest, job.channels);
             for (const ConvBranch<scalar_t>& branch : job.branches) {
-                widest_out = std::max(widest_out, gemm_padded_columns(branch.channels));
+                const int64_t columns = gemm_padded_columns(branch.channels);
+                widest_out = std::max(widest_out, columns);
+                work_ += kWinogradProducts * tiles.count(branch.out.size()) * job.channels * columns;
             }
         }
         // As many groups as fill the threads evenly, of nearly equal size.
@@ -97,8 +98,8 @@ public:
         in_stride_ = largest_ * in_row_ + 16;
         out_stride_ = largest_ * out_row_ + 16;
         const int64_t per_worker = kWinogradProducts * (in_stride_ + out_stride_);
-        Scratch<float> scratch(per_worker * num_workers(tasks));
-        run_tasks(tasks, [&](int64_t task, int64_t worker) {
+        Scratch<float> scratch(per_worker * num_workers(tasks, work_));
+        run_tasks(tasks, work_, [&](int64_t task, int64_t worker) {
             const Group& group = groups_[static_cast<size_t>(task)];
             float* inputs = scratch.get() + worker * per_worker;
             run_group(jobs_[group.job], tiles_[group.job], group.begin, group.end, inputs,
@@ -150,7 +151,7 @@ private:
     const std::vector<ConvJob<scalar_t>>& jobs_;
     std::vector<WinogradTiles> tiles_;
     std::vector<Group> groups_;
-    int64_t largest_ = 0;
+    int64_t largest_ = 0, work_ = 0;
     int64_t in_row_, out_row_, in_stride_ = 0, out_stride_ = 0;
     std::vector<scalar_t> zeros_;
 };

@@ -82,7 +82,8 @@ void weight_gradient_winograd(const WeightGradient<scalar_t>& job) {
     const std::vector<scalar_t> zeros(static_cast<size_t>(job.in_channels));
     for (int64_t begin = 0; begin < tiles.count(); begin += kChunkTiles) {
         const int64_t count = std::min(kChunkTiles, tiles.count() - begin);
-        run_tasks((count + kTaskTiles - 1) / kTaskTiles, [&](int64_t task, int64_t) {
+        const int64_t transforms = count * 512 * (job.in_channels + columns);
+        run_tasks((count + kTaskTiles - 1) / kTaskTiles, transforms, [&](int64_t task, int64_t) {
             for (int64_t t = task * kTaskTiles; t < std::min(count, (task + 1) * kTaskTiles); ++t) {
                 const WinogradTile tile = tiles[begin + t];
                 const size_t l = static_cast<size_t>(tile.level);
@@ -92,14 +93,14 @@ void weight_gradient_winograd(const WeightGradient<scalar_t>& job) {
                                    gradients.get() + t * kColumns, gradient_stride);
             }
         });
-        run_tasks(kWinogradProducts * job.slices(), [&](int64_t task, int64_t) {
+        run_tasks(kWinogradProducts * job.slices(), kWinogradProducts * count * sum_stride, [&](int64_t task, int64_t) {
             const int64_t f = task / job.slices(), first = task % job.slices() * kTaskInputs;
             gemm<true>(std::min(kTaskInputs, job.in_channels - first), job.out_channels, count,
                        inputs.get() + f * in_stride + first, in_row, gradients.get() + f * gradient_stride,
                        sums.get() + f * sum_stride + first * columns, columns, begin > 0);
         });
     }
-    run_tasks(job.in_channels, [&](int64_t c, int64_t) {
+    run_tasks(job.in_channels, 256 * sum_stride, [&](int64_t c, int64_t) {
         for (int64_t o = 0; o < job.out_channels; ++o) {
             double half[3][6], line[6], result[3];
             for (int j = 0; j < 6; ++j) {
@@ -134,7 +135,8 @@ void pack_gradient_strip(
         const scalar_t* row = gradient + ((strip.image * level.height + y) * level.width + strip.x_begin) * channels;
         for (int64_t x = 0; x < width; ++x) {
             for_channel_vectors<real_t>(channels, [&](int64_t c, const auto& load, const auto&) {
-                store_vector(packed + (c / kColumns * width + x) * kColumns + c % kColumns, load(row + x * channels + c));
+                store_vector(
+                    packed + (c / kColumns * width + x) * kColumns + c % kColumns, load(row + x * channels + c));
             });
         }
     }
@@ -174,13 +176,13 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
     std::fill(sums.get(), sums.get() + 9 * sum_stride, real_t(0));
     size_t begin = 0;
     for (const size_t end : chunk_end) {
-        run_tasks(static_cast<int64_t>(end - begin), [&](int64_t task, int64_t) {
+        run_tasks(static_cast<int64_t>(end - begin), 8 * (inputs_size + gradients_size), [&](int64_t task, int64_t) {
             const size_t s = begin + static_cast<size_t>(task), l = strips[s].level;
             copy_strip(job.levels[l], strips[s], job.in_channels, inputs.get() + input_at[s]);
             pack_gradient_strip(job.gradients[l], job.levels[l], strips[s], job.out_channels,
                                 gradients.get() + gradient_at[s]);
         });
-        run_tasks(9 * job.slices(), [&](int64_t task, int64_t) {
+        run_tasks(9 * job.slices(), gradients_size * 9 * job.in_channels, [&](int64_t task, int64_t) {
             const int64_t tap = task / job.slices(), first = task % job.slices() * kTaskInputs;
             for (size_t s = begin; s < end; ++s) {
                 const ConvStrip& strip = strips[s];
@@ -196,7 +198,7 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
         });
         begin = end;
     }
-    run_tasks(job.in_channels, [&](int64_t c, int64_t) {
+    run_tasks(job.in_channels, 32 * sum_stride, [&](int64_t c, int64_t) {
         for (int64_t o = 0; o < job.out_channels; ++o) {
             for (int64_t tap = 0; tap < 9; ++tap) {
                 store(job.out[(o * job.in_channels + c) * 9 + tap], sums.get()[tap * sum_stride + c * columns + o]);

@@ -8,6 +8,12 @@ _library.load()
 from spatialflow.ops.checking import checked  # noqa: E402
 from spatialflow.ops.deform_conv2d import DeformConv2d, deform_conv2d  # noqa: E402
 from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3  # noqa: E402
+from spatialflow.ops.flow_tower import (  # noqa: E402
+    FlowTowerOutput,
+    FlowTowerParameters,
+    flow_tower,
+    pack_flow_tower,
+)
 from spatialflow.ops.multiclass_nms import Detections, multiclass_nms  # noqa: E402
 from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
 from spatialflow.ops.nms import batched_nms, nms  # noqa: E402
@@ -18,6 +24,8 @@ from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss  # noqa: E402
 
 __all__ = [
+    "FlowTowerOutput",
+    "FlowTowerParameters",
     "DeformConv2d",
     "Detections",
     "MultilevelRoIAlign",
@@ -28,10 +36,12 @@ __all__ = [
     "checked",
     "deform_conv2d",
     "flow_conv2d",
+    "flow_tower",
     "multiclass_nms",
     "multilevel_roi_align",
     "nms",
     "pack_conv3x3",
+    "pack_flow_tower",
     "panoptic_merge",
     "panoptic_quality_counts",
     "paste_masks",

@@ -63,7 +63,7 @@ def flow_conv2d(
 
     Source: SpatialFlow (Chen et al.), equation 3; Lavin & Gray (2015) for the Winograd form.
     """
-    code = _code("flow_conv2d", algorithm)
+    code = algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
     levels = [x] if single else list(x)
     if flow is None:
@@ -77,7 +77,7 @@ def flow_conv2d(
         if bias is not None:
             raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
         weight, bias, code, packed = weight.weight, weight.bias, _ALGORITHMS[weight.algorithm], weight.packed
-        if not _needs_gradient([*levels, *flows, weight, bias]):
+        if not needs_gradient([*levels, *flows, weight, bias]):
             outputs = torch.ops.spatialflow._flow_conv2d_packed(
                 levels, flows, packed, bias, weight.shape[0], bool(relu), code
             )
@@ -103,17 +103,18 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
         RuntimeError: a shape or dtype that does not fit.
         ValueError: an unknown `algorithm`.
     """
-    code = _code("pack_conv3x3", algorithm)
+    code = algorithm_code("pack_conv3x3", algorithm)
     return PackedConv(torch.ops.spatialflow._pack_conv3x3(weight.detach(), code), weight, bias, algorithm)
 
 
-def _code(op: str, algorithm: str) -> int:
+def algorithm_code(op: str, algorithm: str) -> int:
+    """The number that stands for `algorithm` in the schemas."""
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"{op}: algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
     return _ALGORITHMS[algorithm]
 
 
-def _needs_gradient(tensors: list[Tensor | None]) -> bool:
+def needs_gradient(tensors: list[Tensor | None]) -> bool:
     """Whether reverse or forward mode may look at a result computed from `tensors`."""
     present = [t for t in tensors if t is not None]
     if torch.compiler.is_compiling():

@@ -3,6 +3,7 @@
 
 from spatialflow.ops.reference.deform_conv2d import deform_conv2d
 from spatialflow.ops.reference.flow_conv2d import flow_conv2d
+from spatialflow.ops.reference.flow_tower import flow_tower
 from spatialflow.ops.reference.multiclass_nms import multiclass_nms
 from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
 from spatialflow.ops.reference.nms import batched_nms, nms
@@ -16,6 +17,7 @@ __all__ = [
     "batched_nms",
     "deform_conv2d",
     "flow_conv2d",
+    "flow_tower",
     "multiclass_nms",
     "multilevel_roi_align",
     "nms",

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flow_conv2d at the size of one stage of a sub-network: P3..P7 of an 800x1344 image, 256 channels."""
+
+from functools import partial
+
+import torch
+from harness import Benchmark, Problem, Provider, main
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+SIZES = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]  # P3..P7
+
+
+def setup(out_channels: int, levels: slice, flow: bool, channels: int = 256) -> Problem:
+    def maps() -> list[torch.Tensor]:
+        return [torch.randn(1, channels, *s).contiguous(memory_format=torch.channels_last) for s in SIZES[levels]]
+
+    weight = torch.randn(out_channels, channels, 3, 3).contiguous(memory_format=torch.channels_last) * 0.02
+    pixels = sum(height * width for height, width in SIZES[levels])
+    return Problem(
+        inputs=(maps(), maps() if flow else None, weight, torch.randn(out_channels)),
+        differentiable=(0, 1, 2, 3) if flow else (0, 2, 3),
+        bytes=4 * (pixels * (channels * (2 if flow else 1) + out_channels) + weight.numel()),
+        operations=2 * 9 * channels * out_channels * pixels,  # of the direct form; Winograd needs about a quarter
+    )
+
+
+def packed(x, flow, weight, bias):
+    """Weights arranged once, as for inference. With gradients the call falls back to the weights themselves."""
+    return x, flow, ops.pack_conv3x3(weight, bias)
+
+
+BENCHMARK = Benchmark(
+    name="flow_conv2d",
+    title="relu(conv3x3(x + flow) + bias), channels-last",
+    setup=setup,
+    sweep={
+        "P3..P7, 256 to 256, flow": {"out_channels": 256, "levels": slice(None), "flow": True},
+        "P3..P7, 256 to 720, no flow": {"out_channels": 720, "levels": slice(None), "flow": False},
+        "P3..P7, 256 to 36, no flow": {"out_channels": 36, "levels": slice(None), "flow": False},
+        "P4, 256 to 256, flow": {"out_channels": 256, "levels": slice(1, 2), "flow": True},
+    },
+    providers={
+        "spatialflow": ops.flow_conv2d,
+        "spatialflow packed": Provider(ops.flow_conv2d, packed),
+        "spatialflow direct": partial(ops.flow_conv2d, algorithm="direct"),
+        "reference": reference.flow_conv2d,  # eager relu(conv2d(x + flow)), oneDNN
+    },
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flow_tower, the four sub-networks of the paper's model: P3..P7 of an 800x1344 image, 256 channels."""
+
+from functools import partial
+
+import torch
+from harness import Benchmark, Problem, Provider, main
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+SIZES = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]  # P3..P7
+STAGES = {
+    "cls": 4, "reg": 4, "stuff": 4, "thing": 1, "flow_cls": 4, "flow_stuff": 4, "flow_thing": 1, "semantic_flow": 1,
+}  # fmt: skip
+ALL_LEVELS = ("cls", "reg", "flow_cls")
+
+
+def setup(stages: dict[str, int], channels: int = 256) -> Problem:
+    def conv() -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.randn(channels, channels, 3, 3) * (2 / (9 * channels)) ** 0.5
+        return weight.contiguous(memory_format=torch.channels_last), torch.randn(channels) * 0.1
+
+    levels = [torch.randn(1, channels, *size).contiguous(memory_format=torch.channels_last) for size in SIZES]
+    parameters = ops.FlowTowerParameters(**{name: tuple(conv() for _ in range(n)) for name, n in stages.items()})
+    pixels = [height * width for height, width in SIZES]
+    convolved = sum(sum(pixels if name in ALL_LEVELS else pixels[:3]) * n for name, n in stages.items())
+    return Problem(
+        inputs=(levels, parameters),
+        differentiable=(0, 1),
+        operations=2 * 9 * channels**2 * convolved,  # of the direct form; Winograd needs about a quarter
+    )
+
+
+def packed(algorithm, levels, parameters):
+    """Weights arranged once, as for inference. With gradients the call falls back to the weights themselves."""
+    return levels, ops.pack_flow_tower(parameters, algorithm)
+
+
+BENCHMARK = Benchmark(
+    name="flow_tower",
+    title="four sub-networks and flows, P3..P7 of 800x1344, 256 channels, channels-last",
+    setup=setup,
+    sweep={
+        "R50, COCO": {"stages": STAGES},
+        "RetinaNet, no flows": {"stages": {"cls": 4, "reg": 4}},
+    },
+    providers={
+        "spatialflow": Provider(ops.flow_tower, partial(packed, "auto")),
+        "spatialflow direct": Provider(ops.flow_tower, partial(packed, "direct")),
+        "reference": reference.flow_tower,  # the same convolutions in eager PyTorch, oneDNN
+    },
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

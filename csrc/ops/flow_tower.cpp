@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/tensor.h"
+
+// `packed` and `biases` hold the convolutions of eight lists one after the other: cls, reg, stuff, thing, flow_cls,
+// flow_stuff, flow_thing, semantic_flow; `counts` their lengths; a vector without elements stands for an absent flow.
+// Returns the maps of cls, reg (all levels), stuff, thing (segmentation levels), without those of sub-networks that do
+// nothing.
+STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
+    library.def(
+        "flow_tower(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] counts, bool source_is_cls, "
+        "int segmentation_levels) -> Tensor[]");
+}

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four sub-networks of SpatialFlow and the flows between them, over a whole pyramid in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spatialflow.ops.differentiable import autocast
+from spatialflow.ops.flow_conv2d import PackedConv, algorithm_code, flow_conv2d, needs_gradient, pack_conv3x3
+
+Conv = tuple[Tensor, Tensor | None] | PackedConv
+"""(weight (C_out, C_in, 3, 3), bias (C_out,) or None), or the same packed."""
+
+
+class FlowTowerParameters(NamedTuple):
+    """Convolutions of the sub-networks, one entry per stage; an empty tuple is an absent sub-network or flow.
+
+    A `None` among the flows is a stage without one. A sub-network without stages but with one flow is its input plus
+    that flow.
+    """
+
+    cls: tuple[Conv, ...] = ()
+    reg: tuple[Conv, ...] = ()
+    stuff: tuple[Conv, ...] = ()
+    thing: tuple[Conv, ...] = ()
+    flow_cls: tuple[Conv | None, ...] = ()  # from the source into cls, or into reg where cls is the source
+    flow_stuff: tuple[Conv | None, ...] = ()
+    flow_thing: tuple[Conv | None, ...] = ()
+    semantic_flow: tuple[Conv | None, ...] = ()  # from the final stuff feature into the stages of thing
+    flow_source: str | None = "reg"
+    segmentation_levels: int = 3
+
+
+class FlowTowerOutput(NamedTuple):
+    """Final features; an absent sub-network hands on the levels it was given."""
+
+    cls: list[Tensor]
+    reg: list[Tensor]
+    stuff: list[Tensor]
+    thing: list[Tensor]
+
+
+_LISTS = FlowTowerParameters._fields[:8]  # in the order of the raw operator
+
+
+def flow_tower(
+    levels: Sequence[Tensor], parameters: FlowTowerParameters, algorithm: str = "auto"
+) -> FlowTowerOutput:
+    """Runs the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
+
+    Per stage s the source (reg) advances first: reg = relu(conv(reg)); then, with this reg,
+    cls = relu(conv(cls + flow(reg))), and stuff likewise. After the last stage, for each stage of thing:
+    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))), starting from the levels.
+
+    Args:
+        levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
+        parameters: the convolutions, 3x3 with stride 1 and padding 1, and how they are wired. As (weight, bias) they
+            are packed in every call; `pack_flow_tower` does it once.
+        algorithm: of the convolutions that are not packed, as in `flow_conv2d`.
+
+    Returns:
+        `FlowTowerOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and
+        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. Where a sub-network
+        is absent, the given levels themselves.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit, naming the list and the stage.
+        ValueError: an unknown algorithm or flow source, flows without a source, no levels.
+
+    Remarks:
+        Numbers are those of `flow_conv2d` stage by stage, also in what NaN and empty levels do. Gradients, forward
+        mode and `torch.func` are those of `flow_conv2d`, from which the tower is composed whenever one of them may be
+        asked for; otherwise one operator runs it all, keeping no map longer than it is needed.
+
+    Source: SpatialFlow (Chen et al.), equations 1 to 3.
+    """
+    code = algorithm_code("flow_tower", algorithm)
+    levels = [autocast(level) for level in levels]
+    _check(levels, parameters)
+    tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]
+    if needs_gradient([*levels, *tensors]):
+        return _compose(levels, parameters, algorithm)
+    packed, biases = [], []
+    for name in _LISTS:
+        for conv in getattr(parameters, name):
+            one, bias = _packed(conv, code, levels[0])
+            packed.append(one)
+            biases.append(bias)
+    counts = [len(getattr(parameters, name)) for name in _LISTS]
+    maps = list(
+        torch.ops.spatialflow.flow_tower(
+            levels, packed, biases, counts, parameters.flow_source == "cls", parameters.segmentation_levels
+        )
+    )
+    large = levels[: parameters.segmentation_levels]
+    results = []
+    computed_tasks = _computed(counts, packed, parameters.flow_source == "cls")
+    for own, computed in zip((levels, levels, large, large), computed_tasks):
+        results.append([maps.pop(0) for _ in own] if computed else list(own))
+    return FlowTowerOutput(*results)
+
+
+def pack_flow_tower(parameters: FlowTowerParameters, algorithm: str = "auto") -> FlowTowerParameters:
+    """The same parameters with every convolution packed by `pack_conv3x3`, for many calls of `flow_tower`.
+
+    Args:
+        parameters: convolutions as (weight, bias).
+        algorithm: as in `flow_conv2d`.
+
+    Returns:
+        `FlowTowerParameters` of `PackedConv`; those already packed stay as they are.
+
+    Raises:
+        RuntimeError: a weight of a wrong shape or dtype.
+        ValueError: an unknown algorithm.
+    """
+    algorithm_code("pack_flow_tower", algorithm)
+
+    def pack(conv: Conv | None) -> PackedConv | None:
+        return conv if conv is None or isinstance(conv, PackedConv) else pack_conv3x3(*conv, algorithm)
+
+    return parameters._replace(**{name: tuple(map(pack, getattr(parameters, name))) for name in _LISTS})
+
+
+def _pair(conv: Conv) -> tuple[Tensor, Tensor | None]:
+    return (conv.weight, conv.bias) if isinstance(conv, PackedConv) else conv
+
+
+def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed weights and bias of a convolution; vectors without elements for None."""
+    if conv is None:
+        return like.new_empty(0), like.new_empty(0)
+    weight, bias = _pair(conv)
+    if isinstance(conv, PackedConv):
+        packed = conv.packed
+    else:
+        packed = torch.ops.spatialflow._pack_conv3x3(autocast(weight), code)
+    return packed, weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+
+def _check(levels: list[Tensor], parameters: FlowTowerParameters) -> None:
+    if not levels:
+        raise ValueError("flow_tower: levels must not be empty")
+    source = parameters.flow_source
+    if source not in ("reg", "cls", None):
+        raise ValueError(f"flow_tower: flow_source must be 'reg', 'cls' or None, got {source!r}")
+    if not 0 <= parameters.segmentation_levels <= len(levels):
+        raise ValueError(
+            f"flow_tower: segmentation_levels must be from 0 to the number of levels, {len(levels)}, "
+            f"got {parameters.segmentation_levels}"
+        )
+    for name in _LISTS:
+        for index, conv in enumerate(getattr(parameters, name)):
+            if conv is None:
+                if name in ("cls", "reg", "stuff", "thing"):
+                    raise ValueError(f"flow_tower: {name}[{index}] must be a convolution; only flows may be None")
+                continue
+            if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
+                raise ValueError(f"flow_tower: {name}[{index}] must be None, as flow_source is None")
+            if _pair(conv)[0].numel() == 0:
+                raise ValueError(f"flow_tower: {name}[{index}] must have channels, got {tuple(_pair(conv)[0].shape)}")
+
+
+def _at(convs: Sequence[Any], index: int) -> Any:
+    return convs[index] if index < len(convs) else None
+
+
+def _compose(levels: list[Tensor], parameters: FlowTowerParameters, algorithm: str) -> FlowTowerOutput:
+    """The tower of calls of `flow_conv2d`."""
+
+    def run(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
+        if isinstance(conv, PackedConv):
+            return flow_conv2d(x, flow, conv, None, relu)
+        return flow_conv2d(x, flow, *conv, relu, algorithm)
+
+    def flow_of(conv: Conv | None, x: list[Tensor], count: int) -> list[Tensor] | None:
+        return None if conv is None else run(x[:count], None, conv, False)
+
+    def plus(x: list[Tensor], flow: list[Tensor] | None) -> list[Tensor]:
+        return x if flow is None else [one + other for one, other in zip(x, flow)]
+
+    source = parameters.flow_source or "reg"
+    follower = "cls" if source == "reg" else "reg"
+    large = levels[: parameters.segmentation_levels]
+    f = {"cls": levels, "reg": levels, "stuff": large}
+    flows = {follower: parameters.flow_cls, "stuff": parameters.flow_stuff}
+    stages = {name: getattr(parameters, name) for name in f}
+    for s in range(max(map(len, stages.values()))):
+        if s < len(stages[source]):
+            f[source] = run(f[source], None, stages[source][s], True)
+        for name in (follower, "stuff"):
+            if s < len(stages[name]):
+                flow = flow_of(_at(flows[name], s), f[source], len(f[name]))
+                f[name] = run(f[name], flow, stages[name][s], True)
+    for name in (follower, "stuff"):
+        if not stages[name]:
+            f[name] = plus(f[name], flow_of(_at(flows[name], 0), f[source], len(f[name])))
+    thing = large
+    for s in range(max(len(parameters.thing), 1)):
+        thing = plus(thing, flow_of(_at(parameters.semantic_flow, s), f["stuff"], len(large)))
+        flow = flow_of(_at(parameters.flow_thing, s), f[source], len(large))
+        thing = run(thing, flow, parameters.thing[s], True) if parameters.thing else plus(thing, flow)
+    return FlowTowerOutput(*(list(x) for x in (f["cls"], f["reg"], f["stuff"], thing)))
+
+
+def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:
+    """Which of cls, reg, stuff, thing the raw operator returns: those that are not simply the levels."""
+    starts = [sum(counts[:index]) for index in range(8)]
+
+    def first_present(index: int) -> bool:
+        return counts[index] > 0 and packed[starts[index]].shape[0] > 0
+
+    cls, reg, stuff, thing = (counts[index] > 0 for index in range(4))
+    follower_flow = first_present(4)
+    cls = cls or (not source_is_cls and follower_flow)
+    reg = reg or (source_is_cls and follower_flow)
+    return cls, reg, stuff or first_present(5), thing or first_present(6) or first_present(7)
+
+
+@torch.library.register_fake("spatialflow::flow_tower")
+def _(levels, packed, biases, counts, source_is_cls, segmentation_levels):
+    starts = [sum(counts[:index]) for index in range(8)]
+    large = levels[:segmentation_levels]
+    computed = _computed(counts, packed, source_is_cls)
+    outputs = []
+    for index, own in enumerate((levels, levels, large, large)):
+        if not computed[index]:
+            continue
+        # The last stage gives the channels; without stages flows are added to the levels.
+        last = biases[starts[index] + counts[index] - 1].shape[0] if counts[index] else None
+        for level in own:
+            channels_last = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
+            size = (level.shape[0], level.shape[1] if last is None else last, level.shape[2], level.shape[3])
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            outputs.append(torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format))
+    return outputs

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flow_tower: the op matrix, the one-operator path against the composed one, every wiring, goldens, errors."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from op_matrix import OpMatrix, OpSample, assert_near, map_tensors
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+LISTS = ops.FlowTowerParameters._fields[:8]
+SIZES = [(13, 18), (7, 9), (5, 6), (2, 4), (1, 1)]
+
+
+def conv(channels: int, out_channels: int, bias: bool = True, clear: bool = False) -> list:
+    """(weight, bias); `clear`: a bias that puts every output well on one side of zero."""
+    weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / channels) ** 0.5 / 3
+    if clear:
+        return [weight * 0.2, torch.tensor([5.0, -5.0, 5.0] * out_channels, dtype=torch.float64)[:out_channels]]
+    return [weight, torch.randn(out_channels, dtype=torch.float64) * 0.1 if bias else None]
+
+
+def wiring(
+    stages=(2, 2, 2, 1), channels=6, inner=None, flows=(True, True, True, True), source="reg", some=None, clear=False
+) -> list:
+    """Convolutions of the eight lists: `inner` channels inside the sub-networks, `channels` in the levels."""
+    inner = inner or channels
+    names = ("cls", "reg", "stuff", "thing")
+    lists = {
+        name: [conv(channels if s == 0 else inner, inner, clear=clear) for s in range(count)]
+        for name, count in zip(names, stages)
+    }
+    source_channels = inner if stages[names.index(source)] else channels
+    stuff_channels = inner if stages[2] else channels
+    follower = stages[0] if source == "reg" else stages[1]
+    for name, wanted, count, width in (
+        ("flow_cls", flows[0], follower, source_channels),
+        ("flow_stuff", flows[1], stages[2], source_channels),
+        ("flow_thing", flows[2], stages[3], source_channels),
+        ("semantic_flow", flows[3], stages[3], stuff_channels),
+    ):
+        lists[name] = [
+            conv(width, channels if s == 0 else inner, bias=s != 1) if some is None or s in some else None
+            for s in range(max(count, 1) if wanted else 0)
+        ]
+    return [lists[name] for name in LISTS]
+
+
+def pyramid(channels: int, sizes=SIZES, batch: int = 1) -> list:
+    return [torch.randn(batch, channels, *size, dtype=torch.float64) for size in sizes]
+
+
+def parameters_of(convs: list, flow_source="reg", segmentation_levels=3) -> ops.FlowTowerParameters:
+    lists = [tuple(None if one is None else tuple(one) for one in convolutions) for convolutions in convs]
+    return ops.FlowTowerParameters(*lists, flow_source=flow_source, segmentation_levels=segmentation_levels)
+
+
+def tower(levels, convs, algorithm="auto", **wired):
+    return list(ops.flow_tower(levels, parameters_of(convs, **wired), algorithm))
+
+
+def twin(levels, convs, algorithm="auto", **wired):
+    return list(reference.flow_tower(levels, parameters_of(convs, **wired)))
+
+
+def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto"):
+    packed, biases = [], []
+    for convolutions in convs:
+        for one in convolutions:
+            weight = None if one is None else one[0]
+            packed.append(torch.empty(0, dtype=torch.float64) if one is None else ops.pack_conv3x3(weight).packed)
+            biases.append(torch.zeros(0 if one is None else weight.shape[0], dtype=torch.float64))
+    counts = [len(convolutions) for convolutions in convs]
+    detached = [level.detach().clone() for level in levels]  # the raw operator is for calls without gradients
+    return torch.ops.spatialflow.flow_tower, (
+        detached, packed, biases, counts, flow_source == "cls", segmentation_levels,
+    )  # fmt: skip
+
+
+# ReLU units are well on or well off: at a kink finite differences, and masks in 16 bits, say nothing about a kernel.
+def sample(channels=5, linear=(), flow_source="reg", segmentation_levels=1, sizes=((7, 9), (4, 6)), **options):
+    def tensors(grow: int = 0) -> list:
+        levels = pyramid(channels, [(h + grow, w + grow) for h, w in sizes], batch=2)
+        return [levels, wiring(channels=channels, source=flow_source, clear=True, **options)]
+
+    def build() -> OpSample:
+        return OpSample(
+            op=tower,
+            reference=twin,
+            tensors=tensors(),
+            options={"flow_source": flow_source, "segmentation_levels": segmentation_levels},
+            differentiable=(0, 1),
+            linear=linear,
+            converted=(0, 1),
+            raw=raw,
+            resized=tensors,
+        )
+
+    return build
+
+
+class TestFlowTower(OpMatrix):
+    samples = {
+        "one stage": sample(stages=(1, 1, 1, 1)),
+        "two stages, source cls": sample(
+            stages=(2, 2, 0, 0), inner=8, flows=(True, False, False, False), flow_source="cls"
+        ),
+        "flows alone": sample(stages=(0, 0, 0, 0), segmentation_levels=2, linear=(0, 1)),
+    }
+
+
+
+class TestWirings:
+    """Every ablation of the paper: the operator, its composition and the twin agree."""
+
+    cases = {
+        "paper": {"stages": (4, 4, 4, 1)},
+        "source cls": {"stages": (3, 3, 3, 1), "source": "cls"},
+        "no flows": {"stages": (2, 2, 2, 2), "flows": (False,) * 4},
+        "flow to cls alone": {"stages": (2, 2, 2, 1), "flows": (True, False, False, False)},
+        "detection alone": {"stages": (2, 2, 0, 0), "flows": (True, False, False, False)},
+        "fewer stuff stages": {"stages": (3, 3, 1, 1)},
+        "three thing stages": {"stages": (1, 1, 1, 3)},
+        "no stages, flows": {"stages": (2, 2, 0, 0)},
+        "other width": {"stages": (2, 2, 2, 2), "inner": 40},
+        "some flows": {"stages": (3, 3, 3, 3), "some": (0, 2)},
+        "nothing": {"stages": (0, 0, 0, 0), "flows": (False,) * 4},
+    }
+
+    @pytest.mark.parametrize("channels", [6, 33])
+    @pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
+    def test_against_twin(self, case, channels):
+        levels, convs = pyramid(channels, batch=2), wiring(channels=channels, **case)
+        source = {"flow_source": case.get("source", "reg")}
+        expected = twin(levels, convs, **source)
+        single = map_tensors(torch.Tensor.float, [levels, convs])
+        actual = tower(*single, **source)
+        assert_near(actual, expected, torch.float32, factor=4)
+        tracked = map_tensors(lambda t: t.clone().requires_grad_(), single)
+        composed = tower(*tracked, **source)
+        # Tiles and sums are the same ones in the same order, but the two sums of flows round alike only in float32.
+        for one, other in zip(actual, composed):
+            assert all(torch.equal(a, b) for a, b in zip(one, other))
+        packed = ops.pack_flow_tower(parameters_of(single[1], **source))
+        for one, other in zip(actual, ops.flow_tower(single[0], packed)):
+            assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+    @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_algorithms(self, algorithm, dtype):
+        levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(16), wiring(channels=16, stages=(2, 2, 2, 1))])
+        expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
+        assert_near(tower(levels, convs, algorithm=algorithm), expected, dtype, factor=4)
+
+    def test_mixed_algorithms(self):
+        """Packed convolutions of either algorithm may meet in one stage."""
+        levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
+        parameters = parameters_of(convs)
+        mixed = ops.pack_flow_tower(parameters, "direct")._replace(
+            flow_stuff=ops.pack_flow_tower(parameters, "winograd").flow_stuff,
+            cls=ops.pack_flow_tower(parameters, "winograd").cls,
+        )
+        expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
+        assert_near(list(ops.flow_tower(levels, mixed)), expected, torch.float32, factor=4)
+
+    def test_inputs_are_kept(self):
+        levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
+        levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
+        before = [level.clone() for level in levels]
+        results = tower(levels, convs)
+        assert all(torch.equal(one, other) for one, other in zip(levels, before))
+        storages = [level.data_ptr() for maps in [levels, *results] for level in maps]
+        assert len(set(storages)) == len(storages)
+        assert all(level.is_contiguous(memory_format=torch.channels_last) for maps in results for level in maps)
+
+    @pytest.mark.parametrize("segmentation_levels", [0, 1, 5])
+    def test_segmentation_levels(self, segmentation_levels):
+        levels, convs = pyramid(6), wiring(stages=(2, 2, 2, 1))
+        wired = {"segmentation_levels": segmentation_levels}
+        actual = tower(levels, convs, **wired)
+        assert [len(maps) for maps in actual] == [5, 5, segmentation_levels, segmentation_levels]
+        assert_near(actual, twin(levels, convs, **wired), torch.float64)
+
+    def test_compiled_inference(self):
+        levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
+        packed = ops.pack_flow_tower(parameters_of(convs))
+        torch._dynamo.reset()
+        call = torch.compile(lambda x: ops.flow_tower(x, packed), backend="aot_eager", fullgraph=True)
+        assert_near(list(call(levels)), list(ops.flow_tower(levels, packed)), torch.float32)
+
+    def test_empty_levels(self):
+        convs = map_tensors(torch.Tensor.float, wiring(stages=(2, 2, 2, 1)))
+        levels = [torch.randn(1, 6, 4, 4), torch.randn(1, 6, 0, 2), torch.randn(0, 6, 3, 3)]
+        results = tower(levels, convs)
+        assert [[tuple(m.shape) for m in maps] for maps in results] == [[tuple(x.shape) for x in levels]] * 4
+        assert_near(results[3][0], twin(levels[:1], convs)[3][0], torch.float32)
+
+
+class TestErrors:
+    def test_values(self):
+        levels, convs = pyramid(6), wiring()
+        for wired, message in (
+            ({"flow_source": "stuff"}, "flow_source must be 'reg', 'cls' or None, got 'stuff'"),
+            ({"flow_source": None}, r"flow_cls\[0\] must be None, as flow_source is None"),
+            ({"segmentation_levels": 6}, "segmentation_levels must be from 0 to the number of levels, 5, got 6"),
+            ({"algorithm": "fft"}, "algorithm must be one of"),
+        ):
+            with pytest.raises(ValueError, match="flow_tower: " + message):
+                tower(levels, convs, **wired)
+        with pytest.raises(ValueError, match="flow_tower: levels must not be empty"):
+            tower([], convs)
+        with pytest.raises(ValueError, match=r"flow_tower: cls\[0\] must be a convolution"):
+            tower(levels, [[None], *convs[1:]])
+        with pytest.raises(ValueError, match=r"flow_tower: reg\[0\] must have channels"):
+            tower(levels, [convs[0], [conv(6, 0)], *convs[2:]])
+
+    def test_shapes(self):
+        levels = pyramid(6)
+        convs = wiring()
+        convs[0] = [conv(7, 6), conv(6, 6)]
+        with pytest.raises(RuntimeError, match=r"flow_tower: cls\[0\] was packed for other channels than the 6"):
+            tower(levels, convs)
+        convs = wiring()
+        convs[5] = [conv(6, 6), conv(6, 7)]
+        with pytest.raises(RuntimeError, match=r"flow_tower: flow_stuff\[1\] must have the 6 channels of the feature"):
+            tower(levels, convs)
+        with pytest.raises(RuntimeError, match=r"flow_tower: levels\[1\] must have the dtype of levels\[0\]"):
+            tower([levels[0], levels[1].float()], wiring(), segmentation_levels=1)
+        with pytest.raises(RuntimeError, match=r"flow_tower: packed\[0\] must be float32 for these levels"):
+            tower(map_tensors(torch.Tensor.float, levels), wiring())
+
+
+class TestGolden:
+    """The released sub-networks without deformable stages: 16 channels, five levels, batch of two."""
+
+    names = {
+        "cls": "cls_convs", "reg": "reg_convs", "stuff": "stuff_convs", "thing": "mask_convs",
+        "flow_cls": "cls_spatial_flow_convs", "flow_stuff": "stuff_spatial_flow_convs",
+        "flow_thing": "mask_spatial_flow_convs", "semantic_flow": "stuff_mask_flow_convs",
+    }  # fmt: skip
+
+    @staticmethod
+    def filled(goldens, name: str, out_channels: int) -> tuple:
+        spec = importlib.util.spec_from_file_location("golden_weights", goldens / "weights.py")
+        weights = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(weights)
+        shapes = [(f"bbox_head.{name}.weight", (out_channels, 16, 3, 3)), (f"bbox_head.{name}.bias", (out_channels,))]
+        state = weights.fill_state_dict(shapes, variant="tiny")
+        return tuple(torch.as_tensor(state[key]) for key, _ in shapes)
+
+    @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
+    @pytest.mark.parametrize("tracked", [False, True], ids=["operator", "composed"])
+    def test_outputs_and_gradients(self, goldens, algorithm, tracked):
+        expected = np.load(goldens / "dcn" / "head_none.npz")
+        levels = [torch.from_numpy(expected[f"feat{i}"]).requires_grad_(tracked) for i in range(5)]
+        lists = {
+            field: tuple(
+                self.filled(goldens, f"{name}.{s}.conv", 16)
+                for s in range(1 if field in ("thing", "flow_thing", "semantic_flow") else 4)
+            )
+            for field, name in self.names.items()
+        }
+        features = ops.flow_tower(levels, ops.FlowTowerParameters(**lists), algorithm)
+        results = {"cls": features.cls, "reg": features.reg, "stuff": features.stuff, "mask": features.thing}
+        for task, name in (("cls", "retina_cls"), ("reg", "retina_reg")):
+            results[task] = ops.flow_conv2d(results[task], None, *self.filled(goldens, name, 36), False, algorithm)
+        loss = torch.zeros(())
+        for task, key in (("cls", "cls_score"), ("reg", "bbox_pred"), ("stuff", "stuff_feat"), ("mask", "mask_feat")):
+            for i, result in enumerate(results[task]):
+                assert_near(result, torch.from_numpy(expected[f"{key}_l{i}"]), torch.float32, factor=5, what=key)
+                loss = loss + (result * torch.from_numpy(expected[f"gw_{task}{i}"])).sum()
+        if tracked:
+            for i, gradient in enumerate(torch.autograd.grad(loss, levels)):
+                assert_near(gradient, torch.from_numpy(expected[f"grad_feat{i}"]), torch.float32, factor=5)

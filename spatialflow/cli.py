@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                          help="other fields of the configuration, e.g. stuff_area_threshold=2000")  # fmt: skip
     predict.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    predict.add_argument("--detections", action="store_true", help="write detections.json too (COCO results)")
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
 
     evaluate = commands.add_parser("evaluate", help="panoptic quality of a folder of predictions")
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--ground-truth-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--prediction-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
+    evaluate.add_argument("--detections", type=Path, metavar="FILE",
+                          help="COCO results, as `predict --detections` writes them: box and mask AP too")  # fmt: skip
     evaluate.add_argument("--per-class", action="store_true", help="a line for every class in the table")
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
 
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="rewrite a released checkpoint with the names of this package")
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
+    convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="file ending in .safetensors or .pth")
 
     benchmark = commands.add_parser("benchmark", help="time operators against their peers")
@@ -120,7 +124,8 @@ def _predict(options: argparse.Namespace) -> int:
     paths, failed = _list_images(options.images)
     predictor = _make_predictor(options)
     dtype = getattr(torch, options.dtype)
-    output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay)
+    output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay,
+                               detections=options.detections)  # fmt: skip
     times: dict[str, float] = {}
     with tqdm(paths, desc="predict", unit="image", disable=None) as bar:
         for path in bar:
@@ -238,12 +243,14 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 class _PredictionFolder:
     """`panoptic.json`, `panoptic/<stem>.png`, `overlays/<stem>.jpg`; an image's files are there all or not at all."""
 
-    def __init__(self, root: Path, categories: list[dict[str, Any]], overlays: bool) -> None:
+    def __init__(self, root: Path, categories: list[dict[str, Any]], overlays: bool, detections: bool) -> None:
         from spatialflow.panoptic import PanopticWriter
 
         self.folder, self.overlay_folder = root / "panoptic", root / "overlays"
         self.done: list[str] = []
         self._overlays = overlays
+        self._detections: list[dict[str, Any]] | None = [] if detections else None
+        self._detection_path = root / "detections.json"
         self._writer = PanopticWriter(self.folder, root / "panoptic.json", categories)
 
     def add(self, result: Any, pixels: Any) -> None:
@@ -263,11 +270,22 @@ class _PredictionFolder:
             if self._overlays:
                 picture.unlink(missing_ok=True)
             raise
+        if self._detections is not None:
+            from spatialflow.panoptic.detection import detection_rows
+
+            self._detections += detection_rows(result, result.image_id)
         self.done.append(result.image_name)
 
     def finish(self) -> None:
         with _named(self._writer.json_path):
             self._writer.write_json()
+        if self._detections is not None:
+            import json
+
+            from spatialflow.files import atomic_write
+
+            with _named(self._detection_path), atomic_write(self._detection_path, "w") as file:
+                json.dump(self._detections, file)
 
 
 class _named:
@@ -304,7 +322,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             evaluate_and_report(
                 _panoptic_json(options.ground_truth), options.ground_truth_folder,
                 _panoptic_json(options.prediction), options.prediction_folder,
-                output=options.output, per_class=options.per_class, workers=options.workers,
+                output=options.output, detections=options.detections, per_class=options.per_class, workers=options.workers,
                 progress=sys.stderr.isatty(),
             )  # fmt: skip
     except PanopticFormatError as error:
@@ -348,11 +366,13 @@ def _synthesize(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    import torch
+
     from spatialflow.engine.checkpoints import CheckpointError, convert
 
     try:
         with _named(options.destination):
-            count = convert(options.source, options.destination)
+            count = convert(options.source, options.destination, torch.float16 if options.half else None)
     except (CheckpointError, ValueError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:

@@ -8,10 +8,14 @@ import pytest
 import torch
 from scenes import scene_categories, write_coco
 
+from spatialflow.cli import main
 from spatialflow.data.coco import CocoPanoptic
+from spatialflow.engine.checkpoints import load_checkpoint, save_checkpoint
 from spatialflow.engine.distributed import World
-from spatialflow.engine.evaluate import average_precision, detection_truth, encode_mask, evaluate_network
+from spatialflow.engine.evaluate import evaluate_network
 from spatialflow.engine.predict import PanopticResult
+from spatialflow.models.build import build_model
+from spatialflow.panoptic.detection import average_precision, detection_truth, encode_mask, read_detections
 from spatialflow.panoptic.formats import read_id_map
 from spatialflow.panoptic.quality import evaluate
 
@@ -113,3 +117,45 @@ def test_scores_are_those_of_the_files(data, tmp_path):
     )
     assert scores["All"] == files["All"] and 0 < scores["All"]["pq"] < 1 and scores["problems"] == []
     assert json.loads((tmp_path / "some" / "scores.json").read_text())["All"] == scores["All"]
+
+
+def test_commands(tmp_path, capsys):
+    """`predict --detections`, then `evaluate --detections`: AP beside PQ, on screen and in the JSON; bad files are named."""
+    write_coco(tmp_path / "data", 2, (64, 96))
+    settings = ["num_things=6", "num_stuff=6", "categories=synthetic", "test_short_edges=[64]", "test_long_edge=96"]
+    predict = ["predict", str(tmp_path / "data/images"), "--config", "tiny", "--detections", "--no-overlay"]
+    assert main([*predict, "--output", str(tmp_path / "out"), "--set", *settings, "score_threshold=0.005"]) == 0
+    rows = read_detections(tmp_path / "out/detections.json")
+    assert rows and all("segmentation" in row for row in rows)
+    paths = [str(tmp_path / "data/panoptic.json"), str(tmp_path / "out")]
+    assert (
+        main(
+            [
+                "evaluate",
+                *paths,
+                "--detections",
+                str(tmp_path / "out/detections.json"),
+                "--output",
+                str(tmp_path / "scores.json"),
+            ]
+        )
+        == 0
+    )
+    assert "box AP" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "scores.json").read_text())["detection"]) == {"box", "mask"}
+    for content, message in (("{}", "are a list"), ("[1]", "row 0"), ("[", "not a JSON")):
+        (tmp_path / "bad.json").write_text(content)
+        assert main(["evaluate", *paths, "--detections", str(tmp_path / "bad.json")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_half_precision_file(tmp_path):
+    """`convert --half` rounds every weight to float16 and halves the file."""
+    model = build_model("tiny", backbone_base_channels=4)
+    save_checkpoint(model, tmp_path / "whole.safetensors")
+    assert main(["convert", "--half", str(tmp_path / "whole.safetensors"), str(tmp_path / "half.safetensors")]) == 0
+    halved = load_checkpoint(build_model("tiny", backbone_base_channels=4), tmp_path / "half.safetensors").state_dict()
+    assert all(
+        torch.equal(value.half().float(), halved[name]) for name, value in model.state_dict().items() if value.dim()
+    )
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.65 * (tmp_path / "whole.safetensors").stat().st_size

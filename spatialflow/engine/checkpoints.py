@@ -163,8 +163,11 @@ def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence
         CheckpointError: as `load_checkpoint`, for all other layers.
     """
     own = model.state_dict()
-    state = {name: value for name, value in read_state(path).items()
-             if not (name.startswith(tuple(may_differ)) and name in own and own[name].shape != value.shape)}
+    state = {
+        name: value
+        for name, value in read_state(path).items()
+        if not (name.startswith(tuple(may_differ)) and name in own and own[name].shape != value.shape)
+    }
     _fill(model, state, str(path), may_miss="^(" + "|".join(re.escape(name) for name in may_differ) + ")\\.")
     return model
 
@@ -248,12 +251,14 @@ def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[s
     return path
 
 
-def convert(source: Union[str, Path], destination: Union[str, Path]) -> int:
+def convert(source: Union[str, Path], destination: Union[str, Path], dtype: Optional[torch.dtype] = None) -> int:
     """Rewrites a checkpoint (released or ours) with the names of this package.
 
     Args:
         source: as for `load_checkpoint`.
         destination: path of the new file, .safetensors or .pt / .pth.
+        dtype: floating point type of the stored tensors, without BatchNorm's counters, which have no influence; None
+            keeps everything as it is.
 
     Returns:
         Number of tensors written.
@@ -273,5 +278,7 @@ def convert(source: Union[str, Path], destination: Union[str, Path]) -> int:
             f"{source}: {len(strangers)} entries belong to no part of the model: {_shorten(strangers)}",
             unexpected=strangers,
         )
+    if dtype is not None:
+        state = {name: value.to(dtype) for name, value in state.items() if value.is_floating_point()}
     save_checkpoint(state, destination)
     return len(state)

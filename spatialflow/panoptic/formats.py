@@ -220,9 +220,7 @@ class PanopticWriter:
         self._content["images"].append(
             {"id": image_id, "file_name": image_name, "height": int(height), "width": int(width)}
         )
-        self._content["annotations"].append(
-            {"image_id": image_id, "file_name": path.name, "segments_info": segments}
-        )
+        self._content["annotations"].append({"image_id": image_id, "file_name": path.name, "segments_info": segments})
         return path
 
     def extend(self, other: "PanopticWriter") -> None:

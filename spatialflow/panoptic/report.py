@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.formats import read_panoptic_json
+from spatialflow.panoptic.detection import average_precision, read_detections
+from spatialflow.panoptic.formats import PanopticFormatError, read_panoptic_json
 from spatialflow.panoptic.quality import default_folder, evaluate
 
 GROUPS = ("All", "Things", "Stuff")
@@ -22,6 +23,7 @@ def evaluate_and_report(
     pred_folder: str | os.PathLike | None,
     *,
     output: str | os.PathLike | None = None,
+    detections: str | os.PathLike | None = None,
     per_class: bool = True,
     workers: int | None = None,
     progress: bool = False,
@@ -33,11 +35,12 @@ def evaluate_and_report(
         gt_json, gt_folder, pred_json, pred_folder, workers, progress: as for `spatialflow.panoptic.evaluate`; a
             folder may be None for the JSON's path without its ending.
         output: JSON file for the result, category ids as strings and with the names; None writes none.
+        detections: JSON of COCO results; their average precision is printed and added to the result as "detection".
         per_class: print the classes' table as well.
         stream: where the tables go; None for standard output.
 
     Returns:
-        What `spatialflow.panoptic.evaluate` returns.
+        What `spatialflow.panoptic.evaluate` returns, and the average precision where detections are given.
 
     Raises:
         PanopticFormatError: as for `evaluate`.
@@ -57,6 +60,16 @@ def evaluate_and_report(
         )
     names = {category["id"]: str(category.get("name", category["id"])) for category in gt["categories"]}
     print(quality_table(result, names if per_class else None), file=stream or sys.stdout)
+    if detections is not None:
+        precision = average_precision(gt, gt_folder or default_folder(gt_json), read_detections(detections))
+        if precision is None:
+            raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
+        for kind, row in precision.items():
+            print(
+                f"{kind} AP " + "  ".join(f"{name} {100 * value:.1f}" for name, value in row.items()),
+                file=stream or sys.stdout,
+            )
+        result["detection"] = precision
     if output is not None:
         with atomic_write(output, "w") as file:
             json.dump(named_result(result, names), file, indent=1)
@@ -90,4 +103,5 @@ def quality_table(result: Mapping[str, Any], names: Mapping[int, str] | None = N
 def named_result(result: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     """A result of `evaluate` as JSON keeps it: category ids become strings, and each class gets its name."""
     classes = {str(category): {"name": names[category], **row} for category, row in result["per_class"].items()}
-    return {**{group: result[group] for group in GROUPS}, "per_class": classes}
+    extra = {"detection": result["detection"]} if "detection" in result else {}
+    return {**{group: result[group] for group in GROUPS}, **extra, "per_class": classes}

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO's average precision of boxes and masks, against a panoptic ground truth; no torch."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spatialflow.panoptic.formats import PanopticFormatError, read_id_map
+
+
+def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
+    """The detections of a `PanopticResult` as COCO results: `bbox` is (x, y, width, height); with `segmentation` (RLE)
+    where there are masks and pycocotools is installed.
+    """
+    rows = [
+        {
+            "image_id": image_id,
+            "category_id": int(label),
+            "bbox": [float(x1), float(y1), float(x2 - x1), float(y2 - y1)],
+            "score": float(score),
+        }
+        for (x1, y1, x2, y2), score, label in zip(result.boxes.astype(float), result.scores, result.labels)
+    ]
+    with contextlib.suppress(ImportError):
+        masks = result.masks
+        for row, mask in zip(rows, () if masks is None else masks):
+            row["segmentation"] = encode_mask(mask)
+    return rows
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """(H, W) bool -> COCO RLE with a text of counts, as JSON holds it."""
+    from pycocotools import mask as coco_mask
+
+    code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": code["size"], "counts": code["counts"].decode("ascii")}
+
+
+def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLike) -> dict[str, Any]:
+    """The things of a panoptic ground truth (content of its JSON) in COCO's detection format, masks as RLE, crowds
+    marked.
+    """
+    things = {row["id"] for row in content["categories"] if row["isthing"]}
+    images, annotations = [], []
+    for annotation in content["annotations"]:
+        id_map = read_id_map(Path(panoptic_folder) / annotation["file_name"])
+        images.append({"id": annotation["image_id"], "height": id_map.shape[0], "width": id_map.shape[1]})
+        for segment in annotation["segments_info"]:
+            if segment["category_id"] in things:
+                mask = id_map == segment["id"]
+                rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+                box = (
+                    [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+                    if len(rows)
+                    else [0] * 4
+                )
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": annotation["image_id"],
+                        "area": int(mask.sum()),
+                        "category_id": segment["category_id"],
+                        "iscrowd": int(segment.get("iscrowd", 0)),
+                        "bbox": segment.get("bbox", box),
+                        "segmentation": encode_mask(mask),
+                    }
+                )
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [row for row in content["categories"] if row["isthing"]],
+    }
+
+
+def average_precision(
+    content: Mapping[str, Any], panoptic_folder: str | os.PathLike, results: list[dict[str, Any]]
+) -> Any:
+    """COCO's average precision of boxes and masks, by pycocotools.
+
+    Args:
+        content: panoptic ground truth, as its JSON holds it; its things are the objects.
+        panoptic_folder: its PNGs.
+        results: rows of `detection_rows`.
+
+    Returns:
+        {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (-1 where
+        nothing of that kind is annotated); "mask" only where the results have masks. None where pycocotools is missing.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        return None
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    kinds = ["box"] + (["mask"] if results and all("segmentation" in row for row in results) else [])
+    if not results:
+        return {"box": dict.fromkeys(names, 0.0)}
+    scores = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = detection_truth(content, panoptic_folder)
+        truth.createIndex()
+        for kind in kinds:
+            rows = [
+                {key: value for key, value in row.items() if kind == "mask" or key != "segmentation"} for row in results
+            ]
+            if (
+                kind == "mask"
+            ):  # pycocotools takes areas, by which it sorts objects into sizes, from the box where there is one
+                rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+            scorer = COCOeval(truth, truth.loadRes(rows), "segm" if kind == "mask" else "bbox")
+            scorer.evaluate()
+            scorer.accumulate()
+            scorer.summarize()
+            scores[kind] = dict(zip(names, (float(value) for value in scorer.stats[:6])))
+    return scores
+
+
+def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """COCO results of a JSON file.
+
+    Raises:
+        PanopticFormatError: the file is absent, no JSON, or a row lacks a field.
+    """
+    try:
+        rows = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise PanopticFormatError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(rows, list):
+        raise PanopticFormatError(f"{path}: COCO results are a list, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
+            raise PanopticFormatError(f'{path}: row {i} must have "image_id", "category_id", "bbox" and "score"')
+    return rows

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from spatialflow.models.deform import DeformConv2d, split_offsets
 from spatialflow.models.fpn import FPN
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
-from spatialflow.ops import deform_conv2d, flow_conv2d, pack_conv3x3
+from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower, pack_conv3x3, pack_flow_tower
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
@@ -157,8 +157,37 @@ class PackedFPN(nn.Module):
         return [conv(m) for conv, m in zip(self.output, merged)] + [p6, self.p7(p6)]
 
 
+class PackedTower(nn.Module):
+    """`Subnets` without deformable stages, all levels in one call of `flow_tower`."""
+
+    def __init__(self, subnets: Subnets):
+        super().__init__()
+        convs = {
+            name: tuple((conv.weight.detach(), conv.bias.detach()) for conv in modules)
+            for name, modules in (
+                ("cls", subnets.cls),
+                ("reg", subnets.reg),
+                ("stuff", subnets.stuff),
+                ("thing", subnets.thing),
+                ("flow_cls", subnets.flows(subnets.follower)),
+                ("flow_stuff", subnets.flows("stuff")),
+                ("flow_thing", subnets.flows("thing")),
+                ("semantic_flow", subnets.semantic_flow),
+            )
+        }
+        flows = any(convs[name] for name in ("flow_cls", "flow_stuff", "flow_thing"))
+        self.parameters_of_tower = pack_flow_tower(
+            FlowTowerParameters(
+                **convs, flow_source=subnets.source if flows else None, segmentation_levels=SEGMENTATION_LEVELS
+            )
+        )
+
+    def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
+        return SubnetFeatures(*flow_tower(list(pyramid), self.parameters_of_tower))
+
+
 class PackedSubnets(nn.Module):
-    """`Subnets` over all levels at once: `flow_tower` for plain towers, stage by stage where a stage is deformable."""
+    """`Subnets` with deformable stages, stage by stage, the plain convolutions packed."""
 
     def __init__(self, subnets: Subnets):
         super().__init__()
@@ -335,7 +364,7 @@ def optimize_for_inference(model: SpatialFlow) -> SpatialFlow:
         fast = SpatialFlow(
             FusedResNet(source.backbone),
             PackedFPN(source.fpn),
-            PackedSubnets(source.subnets),
+            (PackedSubnets if any(source.subnets.deformable.values()) else PackedTower)(source.subnets),
             PackedBoxHead(source.box_head),
             None if source.thing_head is None else PackedThingHead(source.thing_head),
             None if source.stuff_head is None else PackedStuffHead(source.stuff_head),

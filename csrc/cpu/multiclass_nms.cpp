@@ -16,6 +16,9 @@
 namespace spatialflow {
 namespace {
 
+// Scores a thread scans at least: less is done before another thread has woken up.
+constexpr int64_t kScoresPerThread = 1 << 18;
+
 template <typename real_t>
 struct Options {
     real_t score_threshold, iou_threshold;
@@ -64,7 +67,7 @@ void collect(
 template <typename real_t>
 std::vector<ScoreEntry<real_t>> candidates_of(const real_t* scores, const Options<real_t>& options) {
     const int64_t total = options.boxes * options.classes;
-    const int64_t parts = std::max<int64_t>(1, std::min(num_threads(), total / 65536));
+    const int64_t parts = std::max<int64_t>(1, std::min(num_threads(), total / kScoresPerThread));
     std::vector<std::vector<ScoreEntry<real_t>>> found(static_cast<size_t>(parts));
     parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t part = first; part < last; ++part) {

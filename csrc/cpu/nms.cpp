@@ -20,6 +20,9 @@ namespace {
 // Smaller classes are tested against all their kept boxes: building the grid would cost more than it saves.
 constexpr int64_t kGridFrom = 384;
 
+// Fewer boxes are done before another thread has woken up.
+constexpr int64_t kThreadsFrom = 32768;
+
 template <typename real_t>
 struct Candidates {
     const Box<real_t>* boxes;                  // by row
@@ -123,7 +126,7 @@ void greedy_nms_by_class(
     const int64_t classes = static_cast<int64_t>(class_begin.size());
     class_begin.push_back(count);
     std::atomic<int64_t> next{0};
-    const int64_t workers = count < 2048 ? 1 : std::min(classes, num_threads());
+    const int64_t workers = count < kThreadsFrom ? 1 : std::min(classes, num_threads());
     parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
         KeptBoxes<real_t> kept;
         for (int64_t worker = begin; worker < end; ++worker) {

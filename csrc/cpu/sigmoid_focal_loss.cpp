@@ -9,6 +9,7 @@
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/sigmoid_focal_loss.h"
 #include "cpu/dispatch.h"
@@ -60,7 +61,12 @@ void for_each_block(
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * block_rows, count = std::min(block_rows, rows - first);
             const scalar_t* source = logits + first * classes;
-            for (int64_t i = 0; i < count * classes; ++i) {
+            const int64_t total = count * classes;
+            int64_t i = 0;
+            for (; i + kLanes<real_t> <= total; i += kLanes<real_t>) {
+                store_vector(values + i, load_vector(source + i));
+            }
+            for (; i < total; ++i) {
                 values[i] = load(source[i]);
             }
             for (int64_t row = 0; row < count; ++row) {
@@ -77,32 +83,51 @@ void for_each_block(
 
 int64_t rows_per_block(int64_t classes) { return std::max<int64_t>(1, kBlockElements / classes); }
 
-// output = factor * the weighted loss or derivative; factor: null for 1, or one per element, or `factor_step` 0: one.
+// output = factor * the weighted loss or derivative; factor_t is double, one number for all elements, or a pointer to
+// one scalar_t per element.
 template <int order, typename scalar_t, typename factor_t>
 void focal_elementwise(
-    const scalar_t* logits, const int64_t* labels, const factor_t* factor, int64_t factor_step, scalar_t* output,
-    int64_t rows, int64_t classes, const FocalOptions& options) {
+    const scalar_t* logits, const int64_t* labels, factor_t factor, scalar_t* output, int64_t rows, int64_t classes,
+    const FocalOptions& options) {
     using real_t = accum_t<scalar_t>;
+    constexpr bool per_element = std::is_pointer_v<factor_t>;
     const real_t negative = static_cast<real_t>(options.negative_weight);
     const real_t positive = static_cast<real_t>(order % 2 ? -options.positive_weight : options.positive_weight);
     const auto work = [&](int64_t, int64_t first, int64_t count, const real_t* values) {
         scalar_t* target = output + first * classes;
-        const factor_t* scale = factor == nullptr ? nullptr : factor + first * classes * factor_step;
-        if (factor_step == 0) {
-            const real_t weight = scale == nullptr ? negative : negative * static_cast<real_t>(load(*scale));
-            for (int64_t i = 0; i < count * classes; ++i) {
-                store(target[i], values[i] * weight);
+        const auto scale = [&] {
+            if constexpr (per_element) {
+                return factor + first * classes;
+            } else {
+                return factor;
+            }
+        }();
+        const int64_t total = count * classes;
+        int64_t i = 0;
+        if constexpr (per_element) {
+            for (; i + kLanes<real_t> <= total; i += kLanes<real_t>) {
+                store_vector(target + i, load_vector(values + i) * negative * load_vector(scale + i));
+            }
+            for (; i < total; ++i) {
+                store(target[i], values[i] * negative * load(scale[i]));
             }
         } else {
-            for (int64_t i = 0; i < count * classes; ++i) {
-                store(target[i], values[i] * negative * static_cast<real_t>(load(scale[i])));
+            const real_t weight = negative * static_cast<real_t>(scale);
+            for (; i + kLanes<real_t> <= total; i += kLanes<real_t>) {
+                store_vector(target + i, load_vector(values + i) * weight);
+            }
+            for (; i < total; ++i) {
+                store(target[i], values[i] * weight);
             }
         }
         for (int64_t row = 0; row < count; ++row) {
             const int64_t label = labels[first + row], at = row * classes + label;
             if (label >= 0 && label < classes) {
-                const real_t own = scale == nullptr ? real_t(1) : static_cast<real_t>(load(scale[at * factor_step]));
-                store(target[at], values[at] * positive * own);
+                if constexpr (per_element) {
+                    store(target[at], values[at] * positive * load(scale[at]));
+                } else {
+                    store(target[at], values[at] * positive * static_cast<real_t>(scale));
+                }
             } else if (label != classes) {
                 std::memset(static_cast<void*>(target + row * classes), 0, sizeof(scalar_t) * classes);
             }
@@ -158,8 +183,8 @@ Tensor sigmoid_focal_loss_cpu(const Tensor& logits, const Tensor& labels, double
     if (output.numel() != 0) {
         dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {
             using scalar_t = decltype(zero);
-            focal_elementwise<0, scalar_t, scalar_t>(
-                data<scalar_t>(source), data<int64_t>(classes_of_rows), nullptr, 0, mutable_data<scalar_t>(output),
+            focal_elementwise<0>(
+                data<scalar_t>(source), data<int64_t>(classes_of_rows), 1.0, mutable_data<scalar_t>(output),
                 labels.numel(), logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
         });
     }
@@ -190,25 +215,19 @@ Tensor sigmoid_focal_loss_derivative_cpu(
     if (output.numel() == 0) {
         return output;
     }
-    const int64_t step = factor.dim() == 0 && logits.dim() != 0 ? 0 : 1;
-    const auto run = [&](auto zero, const auto* factors) {
-        using scalar_t = decltype(zero);
-        const auto apply = [&](auto kernel) {
-            kernel(data<scalar_t>(source), data<int64_t>(classes_of_rows), factors, step,
-                   mutable_data<scalar_t>(output), labels.numel(), logits.size(logits.dim() - 1),
-                   FocalOptions(gamma, alpha));
-        };
-        using factor_t = std::remove_const_t<std::remove_pointer_t<decltype(factors)>>;
-        order == 1 ? apply(focal_elementwise<1, scalar_t, factor_t>) : apply(focal_elementwise<2, scalar_t, factor_t>);
-    };
     dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        if (step == 0) {  // one number, in more precision than 16-bit logits
-            const Tensor wide = contiguous_as(factor, ScalarType::Double);
-            run(zero, data<double>(wide));
+        const auto run = [&](auto factors) {
+            const auto kernel = order == 1 ? focal_elementwise<1, scalar_t, decltype(factors)>
+                                           : focal_elementwise<2, scalar_t, decltype(factors)>;
+            kernel(data<scalar_t>(source), data<int64_t>(classes_of_rows), factors, mutable_data<scalar_t>(output),
+                   labels.numel(), logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
+        };
+        if (factor.dim() == 0) {  // kept in double, as 16-bit logits have a float32 sum
+            run(*data<double>(contiguous_as(factor, ScalarType::Double)));
         } else {
             const Tensor same = contiguous_as(factor, logits.scalar_type());
-            run(zero, data<scalar_t>(same));
+            run(data<scalar_t>(same));
         }
     });
     return output;

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""batched_nms over 80 classes: 5,000 boxes in all, and 5,000 boxes in each class."""
+
+import torch
+from harness import Benchmark, Problem, main, optional
+from nms import setup as one_class
+from nms import share_of_other_rows
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+CLASSES = 80
+torchvision = optional("torchvision.ops")
+
+
+def setup(count: int) -> Problem:
+    problem = one_class(count, 1000.0, 10.0, 100.0)
+    idxs = torch.arange(count) % CLASSES
+    return Problem(inputs=(*problem.inputs, idxs), options=problem.options, bytes=28 * count)
+
+
+def class_by_class(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """The oracle: a plain nms per class; torchvision's where installed, as the twin is slow."""
+    nms = torchvision.nms if torchvision else reference.nms
+    rows = [(idxs == one).nonzero()[:, 0] for one in range(CLASSES)]
+    kept = torch.cat([own[nms(boxes[own], scores[own], iou_threshold)] for own in rows])
+    return kept[scores[kept].argsort(descending=True)]
+
+
+BENCHMARK = Benchmark(
+    name="batched_nms",
+    title="80 classes, threshold 0.5",
+    setup=setup,
+    sweep={"5,000 boxes": {"count": 5000}, "80 x 5,000 boxes": {"count": 400000}},
+    providers={"spatialflow": ops.batched_nms, "torchvision": torchvision and torchvision.batched_nms},
+    oracle=class_by_class,
+    tolerance=1e-3,
+    compare=share_of_other_rows,
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flow_tower, the four sub-networks of the paper's model: P3..P7 of an 800x1344 image, 256 channels."""
+"""flow_tower, the four sub-networks of the paper's model: P3..P7 of an 800x1344 image, 256 channels.
+
+Forward only: with gradients the tower is calls of flow_conv2d, timed there.
+"""
 
 from functools import partial
 
@@ -27,13 +30,12 @@ def setup(stages: dict[str, int], channels: int = 256) -> Problem:
     convolved = sum(sum(pixels if name in ALL_LEVELS else pixels[:3]) * n for name, n in stages.items())
     return Problem(
         inputs=(levels, parameters),
-        differentiable=(0, 1),
         operations=2 * 9 * channels**2 * convolved,  # of the direct form; Winograd needs about a quarter
     )
 
 
 def packed(algorithm, levels, parameters):
-    """Weights arranged once, as for inference. With gradients the call falls back to the weights themselves."""
+    """Weights arranged once, as for inference."""
     return levels, ops.pack_flow_tower(parameters, algorithm)
 
 

@@ -18,6 +18,7 @@ from spatialflow.panoptic import (
     evaluate_and_report,
     write_id_map,
 )
+from spatialflow.panoptic.pair_counts import count_pairs
 
 CATEGORIES = [
     {"id": 1, "name": "person", "isthing": 1},
@@ -254,7 +255,7 @@ def test_pair_counts_equal_numpy(kinds, shape):
         maps = [np.resize(m[: shape[0] or 1, : shape[1]], shape).astype(np.int32) for m in maps]
         keys, counts = np.unique(maps[0].astype(np.int64) << 24 | maps[1], return_counts=True)
         inputs = [m if kind == "i" else _evaluation.encode_ids(m) for m, kind in zip(maps, kinds, strict=True)]
-        first, second, pixels = _evaluation.count_pairs(*inputs)
+        first, second, pixels = count_pairs(*inputs)
         np.testing.assert_array_equal(first << 24 | second, keys)
         np.testing.assert_array_equal(pixels, counts)
 
@@ -262,21 +263,40 @@ def test_pair_counts_equal_numpy(kinds, shape):
 def test_pair_counts_of_noise_and_strided_views():
     rng = np.random.default_rng(1)
     noise = rng.integers(-(2**31), 2**31, (300, 301), dtype=np.int32)
-    first, second, pixels = _evaluation.count_pairs(noise, noise)
+    first, second, pixels = count_pairs(noise, noise)
     np.testing.assert_array_equal(first, np.unique(noise))
     np.testing.assert_array_equal(second, first)
     assert pixels.sum() == noise.size
-    flipped = _evaluation.count_pairs(noise[::-1, ::2], noise[::-1, ::2])
+    other = rng.integers(-3, 3, noise.shape, dtype=np.int32)
+    first, second, pixels = count_pairs(noise // 2**28, other)
+    expected = np.unique(np.stack([noise.ravel() // 2**28, other.ravel()]), axis=1, return_counts=True)
+    np.testing.assert_array_equal(np.stack([first, second]), expected[0])
+    np.testing.assert_array_equal(pixels, expected[1])
+    flipped = count_pairs(noise[::-1, ::2], noise[::-1, ::2])
     np.testing.assert_array_equal(flipped[0], np.unique(noise[:, ::2]))
+
+
+def test_noise_is_given_up_and_segments_are_not():
+    """The table of pairs is for segments: with noise it would be many times slower than sorting."""
+    rng = np.random.default_rng(2)
+    noise = rng.integers(0, 1 << 24, (240, 320), dtype=np.int32)
+    segments = np.kron(rng.permutation(1920).reshape(60, 32).astype(np.int32), np.ones((4, 10), np.int32))
+    assert _evaluation.count_pairs(noise, noise) is None
+    assert _evaluation.count_pairs(noise, np.zeros_like(noise)) is None
+    assert _evaluation.count_pairs(segments, segments)[2].tolist() == [40] * 1920
+    half = np.concatenate([segments, noise])
+    first, _, pixels = count_pairs(half, half)
+    np.testing.assert_array_equal(first, np.unique(half))
+    assert pixels.sum() == half.size
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 3)), np.zeros((2, 3, 4), np.uint8), np.zeros(6, np.int32)])
 def test_pair_counts_reject_other_arrays(bad):
     good = np.zeros((2, 3), np.int32)
     with pytest.raises(ValueError, match="second must be an .H, W. int32 id map"):
-        _evaluation.count_pairs(good, bad)
+        count_pairs(good, bad)
     with pytest.raises(ValueError, match="same height and width"):
-        _evaluation.count_pairs(good, good.T)
+        count_pairs(good, good.T)
 
 
 def test_scoring_imports_neither_torch_nor_opencv(folder_pair):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from op_matrix import OpMatrix, OpSample
 
-from spatialflow import _evaluation, ops
+from spatialflow import ops
 from spatialflow.ops import reference
+from spatialflow.panoptic.pair_counts import count_pairs
 
 
 def id_maps(height: int, width: int, segments: int, cell: int) -> list[torch.Tensor]:
@@ -59,7 +60,7 @@ def test_equal_to_the_counting_without_torch(threads):
         counts = ops.panoptic_quality_counts(gt, pred, 12, 12)
     finally:
         torch.set_num_threads(before)
-    gt_ids, pred_ids, pixels = _evaluation.count_pairs(gt.numpy(), pred.numpy())
+    gt_ids, pred_ids, pixels = count_pairs(gt.numpy(), pred.numpy())
     expected = np.zeros((13, 13), np.int64)
     expected[gt_ids, pred_ids] = pixels
     np.testing.assert_array_equal(counts.numpy(), expected)

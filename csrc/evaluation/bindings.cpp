@@ -3,14 +3,14 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "id_maps.h"
 #include "pair_counts.h"
-#include "png.h"
+#include "png_filters.h"
 
 namespace py = pybind11;
 namespace evaluation = spatialflow::evaluation;
@@ -75,24 +75,38 @@ py::array_t<uint8_t> encode_ids(const py::array& ids, bool bgr) {
     return pixels;
 }
 
-py::array_t<uint8_t> decode_png(const py::bytes& data) {
-    const auto file = static_cast<std::string_view>(data);
-    const auto* bytes = reinterpret_cast<const uint8_t*>(file.data());
-    const evaluation::PngSize size = evaluation::read_png_header(bytes, file.size());
-    py::array_t<uint8_t> pixels({static_cast<py::ssize_t>(size.height), static_cast<py::ssize_t>(size.width),
-                                 py::ssize_t{3}});
-    uint8_t* target = pixels.mutable_data();
-    py::gil_scoped_release release;
-    evaluation::decode_png(bytes, file.size(), target);
-    return pixels;
+py::array_t<int32_t> unfilter_png(const py::buffer& data, py::ssize_t height, py::ssize_t width, int channels) {
+    const py::buffer_info lines = data.request();
+    if (height < 1 || width < 1 || (channels != 3 && channels != 4)) {
+        throw py::value_error("height and width must be at least 1 and channels 3 or 4, got " + std::to_string(height) +
+                              ", " + std::to_string(width) + " and " + std::to_string(channels));
+    }
+    const py::ssize_t line = 1 + width * channels;
+    if (lines.ndim != 1 || lines.itemsize != 1 || lines.strides[0] != 1 || lines.size / line != height ||
+        lines.size % line != 0) {
+        throw py::value_error("lines must be " + std::to_string(height) + " * " + std::to_string(line) +
+                              " bytes, got " + std::to_string(lines.size));
+    }
+    py::array_t<int32_t> ids({height, width});
+    const auto* source = static_cast<const uint8_t*>(lines.ptr);
+    int32_t* target = ids.mutable_data();
+    size_t done;
+    {
+        py::gil_scoped_release release;
+        done = evaluation::unfilter_png(source, static_cast<size_t>(height), static_cast<size_t>(width), channels, target);
+    }
+    if (done < static_cast<size_t>(height)) {
+        throw py::value_error("unknown filter " + std::to_string(source[done * static_cast<size_t>(line)]));
+    }
+    return ids;
 }
 
-evaluation::IdImage id_image(const py::array& array, bool bgr) {
+evaluation::IdImage id_image(const py::array& array) {
     using Kind = evaluation::IdImage::Kind;
-    return {array.ndim() == 2 ? Kind::kIds : bgr ? Kind::kBgr : Kind::kRgb, array.data()};
+    return {array.ndim() == 2 ? Kind::kIds : Kind::kRgb, array.data()};
 }
 
-py::tuple count_pairs(const py::array& first, const py::array& second, bool bgr) {
+py::object count_pairs(const py::array& first, const py::array& second) {
     const py::array a = contiguous_id_map(first, "first");
     const py::array b = contiguous_id_map(second, "second");
     if (a.shape(0) != b.shape(0) || a.shape(1) != b.shape(1)) {
@@ -100,13 +114,15 @@ py::tuple count_pairs(const py::array& first, const py::array& second, bool bgr)
                               shape_text(b));
     }
     const auto pixels = static_cast<size_t>(a.shape(0) * a.shape(1));
-    const evaluation::IdImage first_image = id_image(a, bgr);
-    const evaluation::IdImage second_image = id_image(b, bgr);
-    std::vector<evaluation::PairCount> pairs;
+    const evaluation::IdImage first_image = id_image(a);
+    const evaluation::IdImage second_image = id_image(b);
+    std::optional<std::vector<evaluation::PairCount>> counted;
     {
         py::gil_scoped_release release;
-        pairs = evaluation::count_pairs(first_image, second_image, pixels);
+        counted = evaluation::count_pairs(first_image, second_image, pixels);
     }
+    if (!counted) return py::none();
+    const std::vector<evaluation::PairCount>& pairs = *counted;
     const auto size = static_cast<py::ssize_t>(pairs.size());
     py::array_t<int64_t> first_ids(size), second_ids(size), counts(size);
     for (py::ssize_t i = 0; i < size; ++i) {
@@ -125,11 +141,12 @@ PYBIND11_MODULE(_evaluation, module) {
                "(H, W, 3) uint8 pixels to (H, W) int32 ids: red + 256 * green + 65536 * blue; bgr: OpenCV's order.");
     module.def("encode_ids", &encode_ids, py::arg("ids"), py::kw_only(), py::arg("bgr") = false,
                "(H, W) int32 ids in [0, 2^24) to (H, W, 3) uint8 pixels, the inverse of decode_ids.");
-    py::register_exception<evaluation::PngError>(module, "PngError", PyExc_ValueError);
-    module.def("decode_png", &decode_png, py::arg("data"),
-               "The bytes of an 8-bit RGB or RGBA PNG to (H, W, 3) uint8, red first. Raises PngError (a ValueError).");
-    module.def("count_pairs", &count_pairs, py::arg("first"), py::arg("second"), py::kw_only(), py::arg("bgr") = false,
+    module.def("unfilter_png", &unfilter_png, py::arg("lines"), py::arg("height"), py::arg("width"), py::arg("channels"),
+               "The filtered lines of an 8-bit PNG with 3 or 4 channels, height * (1 + width * channels) bytes, to\n"
+               "(H, W) int32 ids.");
+    module.def("count_pairs", &count_pairs, py::arg("first"), py::arg("second"),
                "Ids of both maps and the pixels they share, as three int64 arrays: one row per pair that occurs.\n\n"
-               "Maps are (H, W) int32 or (H, W, 3) uint8 (in OpenCV's order with bgr), of equal height and width; the\n"
-               "two may differ in kind. Rows ascend by first, then second id.");
+               "Maps are (H, W) int32 or (H, W, 3) uint8, red first, of equal height and width; the two may differ in\n"
+               "kind. Rows ascend by first, then second id. None where the maps are noise: pairs stay the same for\n"
+               "less than about eight pixels in a row.");
 }

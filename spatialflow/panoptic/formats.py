@@ -11,6 +11,7 @@ import numpy as np
 
 from spatialflow import _evaluation
 from spatialflow.files import atomic_write
+from spatialflow.panoptic.png import decode_png
 
 VOID = 0  # the id of pixels that belong to no segment
 
@@ -64,29 +65,18 @@ def as_id_map(ids: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(ids, dtype=np.int32)
 
 
-def read_png(path: str | os.PathLike) -> np.ndarray:
-    """Read a panoptic PNG as (H, W, 3) uint8, red first; `read_id_map` gives ids instead.
-
-    Raises:
-        PanopticFormatError: the file is absent, damaged, or not an 8-bit RGB or RGBA PNG.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
-    try:
-        return _evaluation.decode_png(data)
-    except ValueError as error:
-        raise PanopticFormatError(f"{path}: {error}") from None
-
-
 def read_id_map(path: str | os.PathLike) -> np.ndarray:
     """Read a panoptic PNG as an (H, W) int32 map of segment ids, 0 where there is none.
 
     Raises:
         PanopticFormatError: the file is absent, damaged, or not an 8-bit RGB or RGBA PNG.
     """
-    return _evaluation.decode_ids(read_png(path))
+    try:
+        return decode_png(Path(path).read_bytes())
+    except OSError as error:
+        raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise PanopticFormatError(f"{path}: {error}") from None
 
 
 def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:

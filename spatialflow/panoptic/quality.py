@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from spatialflow import _evaluation
 from spatialflow.panoptic.formats import (
     VOID,
     PanopticFormatError,
     as_id_map,
     check_panoptic,
+    read_id_map,
     read_panoptic_json,
-    read_png,
 )
+from spatialflow.panoptic.pair_counts import count_pairs
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class PanopticQuality:
                 f"image {image_id}: the ground truth is {gt_map.shape[1]}x{gt_map.shape[0]} pixels, "
                 f"the prediction {pred_map.shape[1]}x{pred_map.shape[0]}"
             )
-        gt_ids, pred_ids, pixels = _evaluation.count_pairs(gt_map, pred_map)
+        gt_ids, pred_ids, pixels = count_pairs(gt_map, pred_map)
         shared = dict(zip(zip(gt_ids.tolist(), pred_ids.tolist(), strict=True), pixels.tolist(), strict=True))
         return _match_image(shared, gt_segments, pred_segments, self._things, image_id)
 
@@ -187,9 +187,9 @@ def evaluate(
     def count_image(annotation: Mapping[str, Any]) -> dict[int, ClassCounts]:
         prediction = predicted[annotation["image_id"]]
         return quality.count(
-            read_png(gt_folder / annotation["file_name"]),
+            read_id_map(gt_folder / annotation["file_name"]),
             annotation["segments_info"],
-            read_png(pred_folder / prediction["file_name"]),
+            read_id_map(pred_folder / prediction["file_name"]),
             prediction["segments_info"],
             annotation["image_id"],
         )

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "png_filters.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "id_maps.h"
+
+namespace spatialflow::evaluation {
+namespace {
+
+constexpr size_t kGroup = 8;  // pixels tested at once for the short cuts
+
+bool all_zero(const uint8_t* data, size_t size) {
+    uint64_t any = 0;
+    for (size_t i = 0; i < size; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, data + i, 8);
+        any |= word;
+    }
+    return any == 0;
+}
+
+uint8_t paeth(int left, int above, int corner) {
+    const int to_left = std::abs(above - corner);
+    const int to_above = std::abs(left - corner);
+    const int to_corner = std::abs(left + above - 2 * corner);
+    if (to_left <= to_above && to_left <= to_corner) return static_cast<uint8_t>(left);
+    return static_cast<uint8_t>(to_above <= to_corner ? above : corner);
+}
+
+// The next kGroup pixels repeat the one before them.
+template <size_t kBytes>
+void repeat_left(uint8_t* row) {
+    uint8_t pixel[kBytes];
+    std::memcpy(pixel, row - kBytes, kBytes);
+    for (size_t i = 0; i < kGroup * kBytes; i += kBytes) std::memcpy(row + i, pixel, kBytes);
+}
+
+template <size_t kBytes>
+void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
+    constexpr size_t kStep = kGroup * kBytes;
+    size_t i = 0;
+    for (; i + kStep <= bytes; i += kStep) {
+        if (all_zero(residual + i, kStep)) {
+            repeat_left<kBytes>(row + i);
+        } else {
+            for (size_t j = i; j < i + kStep; ++j) row[j] = static_cast<uint8_t>(residual[j] + row[j - kBytes]);
+        }
+    }
+    for (; i < bytes; ++i) row[i] = static_cast<uint8_t>(residual[i] + row[i - kBytes]);
+}
+
+// With a zero residual: if left equals corner the result is the pixel above, and so it stays to the right of it; if
+// the pixels above are all equal the result is the pixel to the left.
+template <size_t kBytes>
+void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
+    constexpr size_t kStep = kGroup * kBytes;
+    const auto plain = [&](size_t begin, size_t end) {
+        for (size_t j = begin; j < end; ++j) {
+            row[j] = static_cast<uint8_t>(residual[j] + paeth(row[j - kBytes], above[j], above[j - kBytes]));
+        }
+    };
+    size_t i = 0;
+    for (; i + kStep <= bytes; i += kStep) {
+        if (!all_zero(residual + i, kStep)) {
+            plain(i, i + kStep);
+        } else if (std::memcmp(row + i - kBytes, above + i - kBytes, kBytes) == 0) {
+            std::memcpy(row + i, above + i, kStep);
+        } else if (std::memcmp(above + i, above + i - kBytes, kStep) == 0) {
+            repeat_left<kBytes>(row + i);
+        } else {
+            plain(i, i + kStep);
+        }
+    }
+    plain(i, bytes);
+}
+
+// One line: residual (bytes), above and row (bytes) with one zero pixel before each; filter < kPngFilters.
+template <size_t kBytes>
+void unfilter(int filter, const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
+    switch (filter) {
+        case 0: std::memcpy(row, residual, bytes); break;
+        case 1: unfilter_sub<kBytes>(residual, row, bytes); break;
+        case 2:
+            for (size_t i = 0; i < bytes; ++i) row[i] = static_cast<uint8_t>(residual[i] + above[i]);
+            break;
+        case 3:
+            for (size_t i = 0; i < bytes; ++i) {
+                row[i] = static_cast<uint8_t>(residual[i] + ((row[i - kBytes] + above[i]) >> 1));
+            }
+            break;
+        default: unfilter_paeth<kBytes>(residual, above, row, bytes); break;
+    }
+}
+
+template <size_t kBytes>
+size_t unfilter_image(const uint8_t* lines, size_t height, size_t width, int32_t* ids) {
+    const size_t bytes = width * kBytes;
+    // Two lines in turn, each with the zero pixel that the format puts to the left of the image.
+    std::vector<uint8_t> buffer(2 * (bytes + kBytes));
+    uint8_t* above = buffer.data() + kBytes;
+    uint8_t* row = above + bytes + kBytes;
+    for (size_t y = 0; y < height; ++y) {
+        const uint8_t* line = lines + y * (bytes + 1);
+        if (line[0] >= kPngFilters) return y;
+        unfilter<kBytes>(line[0], line + 1, above, row, bytes);
+        int32_t* target = ids + y * width;
+        if constexpr (kBytes == 3) {
+            decode_ids(row, width, false, target);
+        } else {
+            for (size_t x = 0; x < width; ++x) target[x] = row[4 * x] | row[4 * x + 1] << 8 | row[4 * x + 2] << 16;
+        }
+        std::swap(above, row);
+    }
+    return height;
+}
+
+}  // namespace
+
+size_t unfilter_png(const uint8_t* lines, size_t height, size_t width, int channels, int32_t* ids) {
+    return channels == 4 ? unfilter_image<4>(lines, height, width, ids) : unfilter_image<3>(lines, height, width, ids);
+}
+
+}  // namespace spatialflow::evaluation

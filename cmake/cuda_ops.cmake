@@ -5,4 +5,7 @@ set(cuda_ops
     multiclass_nms
     multilevel_roi_align
     nms
-    roi_align)
+    panoptic_merge
+    paste_masks
+    roi_align
+    sigmoid_focal_loss)

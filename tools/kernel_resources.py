@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks ptxas for registers, shared memory and spills of every CUDA kernel and puts them into docs/kernels.md.
+
+    python tools/kernel_resources.py [--architecture 90a] [--torch FOLDER] [--check]
+
+Needs nvcc (CUDACXX, or on PATH), no GPU. Kernels are summed up by name: the range over their instantiations. `--check`
+changes nothing and fails if a kernel spills or nvcc warns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- resources: made by tools/kernel_resources.py -->", "<!-- end of resources -->"
+
+
+def compile_output(source: Path, architecture: str, torch: Path) -> str:
+    """What nvcc and ptxas say while they compile `source` with the flags of cmake/cuda.cmake."""
+    flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall", "-Xptxas=-v"]
+    if source.name == "paste_masks.cu":
+        flags.append("--fmad=false")
+    with tempfile.NamedTemporaryFile(suffix=".o") as target:
+        done = subprocess.run(
+            [
+                os.environ.get("CUDACXX", "nvcc"), *flags, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+                "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}",
+                f"-isystem={torch / 'include'}", "-c", str(source), "-o", target.name,
+            ],
+            capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode != 0:
+        sys.exit(done.stdout + done.stderr)
+    return done.stdout + done.stderr
+
+
+def kernel_name(symbol: str) -> str:
+    """The function's own name in a mangled symbol: the last <length><name> pair before template arguments."""
+    names, position = [], 0
+    while match := re.compile(r"(\d+)").search(symbol, position):
+        length, begin = int(match[1]), match.end()
+        name = symbol[begin : begin + length]
+        if name.endswith("_kernel"):
+            return name
+        position = begin + (length if name.isidentifier() else 0)
+        names.append(name)
+    return symbol
+
+
+def resources(output: str) -> dict[str, list[tuple[int, int, int, int]]]:
+    """Kernel -> (registers, static shared bytes, stack bytes, spilled bytes) of each instantiation."""
+    found: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
+    kernel, stack, spilled = "", 0, 0
+    for line in output.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            kernel = kernel_name(match[1])
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            stack, spilled = int(match[1]), int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[kernel].append((int(match[1]), int(shared[1]) if shared else 0, stack, spilled))
+    return found
+
+
+def span(values: list[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="90a")
+    parser.add_argument("--torch", type=Path, help="folder of the torch package (default: that of this Python)")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    torch = options.torch or Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    rows, complaints = [], []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        output = compile_output(source, options.architecture, torch)
+        complaints += [line for line in output.splitlines() if "warning" in line]
+        for kernel, uses in sorted(resources(output).items()):
+            registers, shared, stack, spilled = (list(column) for column in zip(*uses))
+            rows.append(
+                f"| `{source.name}` | `{kernel}` | {len(uses)} | {span(registers)} | {span(shared)} | {span(stack)} | {span(spilled)} |"
+            )
+            if any(spilled):
+                complaints.append(f"{source.name}: {kernel} spills {span(spilled)} bytes")
+    if options.check:
+        sys.exit("\n".join(complaints) if complaints else 0)
+    table = [
+        f"sm_{options.architecture}; ranges over the instantiations (dtypes, access widths).",
+        "",
+        "| file | kernel | instantiations | registers | static shared bytes | stack bytes | spilled bytes |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    before, rest = PAGE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    temporary = PAGE.with_suffix(".tmp")
+    temporary.write_text(f"{before}{BEGIN}\n{chr(10).join(table)}\n{END}{after}")
+    temporary.replace(PAGE)
+    print("\n".join(complaints) or f"{len(rows)} kernels, none spills, no warnings")
+
+
+if __name__ == "__main__":
+    main()

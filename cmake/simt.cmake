@@ -4,13 +4,14 @@
 # in for the CPU library: operators without a CUDA kernel come from their CPU source. With SPATIALFLOW_SANITIZE it is
 # another library, so that both can be built.
 find_package(Threads REQUIRED)
-set(simt_sources)
+set(simt_sources ${cpu_shared_sources})
 foreach(op IN LISTS ops)
   if(op IN_LIST cuda_ops)
     # A source has one language in a folder, and the CUDA library compiles the .cu file as CUDA.
     set(wrapper "${CMAKE_BINARY_DIR}/simt/${op}.cpp")
     file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"cuda/${op}.cu\"\n")
-    set_source_files_properties("${wrapper}" PROPERTIES COMPILE_OPTIONS -Wno-unknown-pragmas)
+    # Products are rounded before they are added to, as decisions at a threshold expect.
+    set_source_files_properties("${wrapper}" PROPERTIES COMPILE_OPTIONS "-Wno-unknown-pragmas;-ffp-contract=off")
     list(APPEND simt_sources "${wrapper}")
   else()
     list(APPEND simt_sources "csrc/cpu/${op}.cpp")

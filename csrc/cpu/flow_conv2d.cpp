@@ -1,20 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // flow_conv2d on the CPU: relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one pass over the threads.
-// The work is in conv3x3_winograd.h and conv3x3_direct.h, compiled here for all types.
+// The work is in conv3x3_winograd.h and conv3x3_direct.h, compiled in conv3x3.cpp for all types.
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
 #include "cpu/conv3x3_winograd.h"
 
 namespace spatialflow {
-
-template void conv3x3_winograd(const std::vector<ConvJob<float>>&);
-template void conv3x3_winograd(const std::vector<ConvJob<float16>>&);
-template void conv3x3_winograd(const std::vector<ConvJob<bfloat16>>&);
-template void conv3x3_direct(const std::vector<ConvJob<float>>&);
-template void conv3x3_direct(const std::vector<ConvJob<double>>&);
-template void conv3x3_direct(const std::vector<ConvJob<float16>>&);
-template void conv3x3_direct(const std::vector<ConvJob<bfloat16>>&);
 
 namespace {
 

@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(kGreedyThreads) merge_greedy_kernel(
     for (int c = 0; c < entered; ++c) {
         Global<unsigned> mask = scratch.bits + c * image_words;
         const int area = scratch.area[c];
-        const int first = scratch.first_word[c], last = scratch.last_word[c];
+        const int64_t first = scratch.first_word[c], last = scratch.last_word[c];  // first > last: no pixels
         int overlap = 0;
-        for (int word = first + thread; word <= last; word += kGreedyThreads) {
+        for (int64_t word = first + thread; word <= last; word += kGreedyThreads) {
             overlap += __popc(mask[word] & scratch.used[word]);
         }
         overlap = block_sum(overlap, sums);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kGreedyThreads) merge_greedy_kernel(
         if (!merge_instance_is_kept(overlap, area, options.overlap_threshold) || overlap == area) {
             continue;
         }
-        for (int word = first + thread; word <= last; word += kGreedyThreads) {
+        for (int64_t word = first + thread; word <= last; word += kGreedyThreads) {
             const unsigned before = scratch.used[word], own = mask[word];
             mask[word] = own & ~before;
             scratch.used[word] = before | own;

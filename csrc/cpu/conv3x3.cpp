@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The 3x3 convolutions of flow_conv2d and flow_tower, compiled once for all types.
+#include "cpu/conv3x3_direct.h"
+#include "cpu/conv3x3_tensors.h"
+#include "cpu/conv3x3_winograd.h"
+
+namespace spatialflow {
+
+template void conv3x3_winograd(const std::vector<ConvJob<float>>&);
+template void conv3x3_winograd(const std::vector<ConvJob<float16>>&);
+template void conv3x3_winograd(const std::vector<ConvJob<bfloat16>>&);
+template void conv3x3_direct(const std::vector<ConvJob<float>>&);
+template void conv3x3_direct(const std::vector<ConvJob<double>>&);
+template void conv3x3_direct(const std::vector<ConvJob<float16>>&);
+template void conv3x3_direct(const std::vector<ConvJob<bfloat16>>&);
+
+}  // namespace spatialflow

@@ -35,21 +35,26 @@ def build_description() -> dict[str, str]:
         return {}
 
 
-def cpu_level() -> str:
-    """Instruction-set level of the CPU library to use: the best that was built and that this processor runs.
-
-    The environment variable SPATIALFLOW_CPU_LEVEL asks for a lower one.
-
-    Raises:
-        ImportError: no built library fits, or SPATIALFLOW_CPU_LEVEL names one that does not.
-    """
+def cpu_levels() -> list[str]:
+    """Instruction-set levels that were built and that this processor runs, best first."""
     import torch
 
     if platform.machine() in ("x86_64", "AMD64"):
         usable = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), _LEVELS["DEFAULT"])
     else:
         usable = ("native",)
-    candidates = [level for level in usable if library_path(f"cpu_{level}").is_file()]
+    return [level for level in usable if library_path(f"cpu_{level}").is_file()]
+
+
+def cpu_level() -> str:
+    """Instruction-set level of the CPU library to use: the best of `cpu_levels()`.
+
+    The environment variable SPATIALFLOW_CPU_LEVEL asks for a lower one.
+
+    Raises:
+        ImportError: no built library fits, or SPATIALFLOW_CPU_LEVEL names one that does not.
+    """
+    candidates = cpu_levels()
     wanted = os.environ.get("SPATIALFLOW_CPU_LEVEL")
     if wanted:
         if wanted not in candidates:

@@ -15,13 +15,16 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     if count == 0 or height == 0 or width == 0 or mask_logits.numel() == 0:
         return torch.zeros((count, height, width), dtype=torch.bool)
     real = torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
-    x1, y1, x2, y2 = boxes.double()[:, :, None].unbind(1)  # (K, 1) each
-    y = (torch.arange(height) + 0.5 - y1) / (y2 - y1) * 2 - 1
-    x = (torch.arange(width) + 0.5 - x1) / (x2 - x1) * 2 - 1
-    shape = (count, height, width)
-    grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], dim=-1).to(real)
-    # grid_sample keeps a coordinate that is not finite out of bounds only by luck; such boxes are masked below.
-    grid = grid.nan_to_num(nan=-9.0, posinf=9.0, neginf=-9.0).clamp(-9, 9)
-    values = F.grid_sample(mask_logits.to(real).sigmoid()[:, None], grid, align_corners=False)[:, 0]
     proper = torch.isfinite(boxes).all(dim=1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return (values >= threshold) & proper[:, None, None]
+    result = torch.zeros((count, height, width), dtype=torch.bool)
+    # One mask at a time: the grid of a mask is 8 or 16 times as large as the mask itself.
+    for k in proper.nonzero()[:, 0].tolist():
+        x1, y1, x2, y2 = boxes[k].double()
+        y = (torch.arange(height) + 0.5 - y1) / (y2 - y1) * 2 - 1
+        x = (torch.arange(width) + 0.5 - x1) / (x2 - x1) * 2 - 1
+        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).to(real)
+        # grid_sample keeps a coordinate that is not finite out of bounds only by luck.
+        grid = grid.nan_to_num(nan=-9.0, posinf=9.0, neginf=-9.0).clamp(-9, 9)
+        values = F.grid_sample(mask_logits[k].to(real).sigmoid()[None, None], grid[None], align_corners=False)
+        result[k] = values[0, 0] >= threshold
+    return result

@@ -12,7 +12,7 @@
 namespace spatialflow {
 
 constexpr int64_t kStripPixels = 336;
-constexpr int64_t kStripWidth = 168;
+constexpr int64_t kStripWidth = 84;
 
 // Packs weights for conv3x3_direct: gemm_pack of (9 C_in, C_out), rows tap by tap.
 template <typename scalar_t>

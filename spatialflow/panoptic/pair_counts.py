@@ -5,6 +5,8 @@ import numpy as np
 
 from spatialflow import _evaluation
 
+_OFFSET = 1 << 31  # makes every int32 non-negative
+
 
 def count_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How many pixels carry each pair of ids in two images of one size.
@@ -26,7 +28,13 @@ def count_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.n
     if counted is not None:
         return counted
     ids = [_evaluation.decode_ids(image) if image.ndim == 3 else image for image in (first, second)]
-    # A sum, not a bit pattern: keys ascend by first, then second id, negative ones included.
-    keys, pixels = np.unique((ids[0].astype(np.int64) << 32) + ids[1], return_counts=True)
-    second_ids = keys.astype(np.int32).astype(np.int64)
-    return (keys - second_ids) >> 32, second_ids, pixels
+    # Keys that ascend by first, then second id, negative ones included. In place: fresh memory costs more than the sums.
+    keys = ids[0].astype(np.int64)
+    keys <<= 32
+    keys += ids[1]
+    keys += _OFFSET
+    keys, pixels = np.unique(keys, return_counts=True)
+    second_ids = keys & 0xFFFFFFFF
+    second_ids -= _OFFSET
+    keys >>= 32
+    return keys, second_ids, pixels

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from small_models import SMALL
 
 from spatialflow.engine.checkpoints import (
     CheckpointError,
@@ -25,16 +26,6 @@ RELEASED = {
     "tiny": "tiny",
     "tiny_dcn": "tiny_dcn",
 }
-SMALL = dict(
-    backbone_base_channels=4,
-    fpn_channels=8,
-    head_channels=8,
-    thing_head_channels=8,
-    stuff_head_channels=8,
-    norm_groups=4,
-    num_things=3,
-    num_stuff=4,
-)
 
 
 def small_model():

@@ -5,28 +5,16 @@ import dataclasses
 
 import pytest
 import torch
+from small_models import SMALL
 
 from spatialflow.models.build import build_model, list_configs, load_config
 from spatialflow.models.config import SECTIONS, Config, ConfigError, place_overrides
-
-NARROW = dict(
-    backbone_base_channels=4,
-    fpn_channels=8,
-    head_channels=8,
-    thing_head_channels=8,
-    stuff_head_channels=8,
-    norm_groups=4,
-    num_things=3,
-    num_stuff=4,
-    backbone_groups=1,
-    categories=None,
-)
 
 
 @pytest.mark.parametrize("name", list_configs())
 def test_every_config_builds_and_runs(name):
     """Each YAML passes the checks, and its network (made narrow) gives the outputs its heads promise."""
-    model = build_model(name, **NARROW).eval()
+    model = build_model(name, **SMALL, backbone_groups=1).eval()
     with torch.no_grad():
         output = model(torch.zeros(1, 3, 64, 96))
     assert [f.shape[-2:] for f in output.features] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]

@@ -93,30 +93,31 @@ def test_candidates_before_nms(tiny):
         )
 
 
+def detected(logits, deltas, valid, factors, model, settings, per_level=1000):
+    """Head outputs to detections; `factors` (B, 2) divide the boxes."""
+    candidates = inference.select_candidates(logits, deltas, valid, factors, model, per_level)
+    return inference.detect(candidates, settings)
+
+
+def assert_detections(found, arrays, boxes_key, labels_key):
+    """`found` equals the recorded detections of both images; keys with a place for the image's number."""
+    for i in range(2):
+        n = int(found.count[i])
+        assert_same_detections(
+            found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
+            arrays[boxes_key.format(i)], arrays[labels_key.format(i)],
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind, rescale", [("", True), ("_netscale", False)])
 def test_detections(tiny, kind, rescale):
     arrays, about, model, output, _ = tiny
     valid, scale = sizes_of(about["metas"])
-    found = inference.detect(
-        inference.select_candidates(
-            output.class_logits,
-            output.box_deltas,
-            valid,
-            scale if rescale else torch.ones_like(scale),
-            model.config.model,
-            1000,
-        ),
-        model.config.test,
+    factors = scale if rescale else torch.ones_like(scale)
+    found = detected(
+        output.class_logits, output.box_deltas, valid, factors, model.config.model, model.config.test
     )
-    for i in range(2):
-        n = int(found.count[i])
-        assert_same_detections(
-            found.boxes[i, :n],
-            found.scores[i, :n],
-            found.labels[i, :n],
-            arrays[f"dets{kind}_img{i}"],
-            arrays[f"labels{kind}_img{i}"],
-        )
+    assert_detections(found, arrays, f"dets{kind}_img{{}}", f"labels{kind}_img{{}}")
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
@@ -130,26 +131,11 @@ def test_detections_with_other_settings(tiny, variant):
         max_detections=wanted["max_per_img"] if wanted["max_per_img"] > 0 else 1000,
     )
     valid, scale = sizes_of(about["metas"])
-    found = inference.detect(
-        inference.select_candidates(
-            output.class_logits,
-            output.box_deltas,
-            valid,
-            torch.ones_like(scale),
-            model.config.model,
-            max(wanted["nms_pre"], 0),
-        ),
-        settings,
+    ones, per_level = torch.ones_like(scale), max(wanted["nms_pre"], 0)
+    found = detected(
+        output.class_logits, output.box_deltas, valid, ones, model.config.model, settings, per_level
     )
-    for i in range(2):
-        n = int(found.count[i])
-        assert_same_detections(
-            found.boxes[i, :n],
-            found.scores[i, :n],
-            found.labels[i, :n],
-            arrays[f"variant_{variant}_dets_img{i}"],
-            arrays[f"variant_{variant}_labels_img{i}"],
-        )
+    assert_detections(found, arrays, f"variant_{variant}_dets_img{{}}", f"variant_{variant}_labels_img{{}}")
 
 
 def test_masks(tiny):
@@ -211,18 +197,8 @@ def test_get_boxes(goldens):
     deltas = [torch.from_numpy(arrays[f"bbox_pred_l{i}"]) for i in range(5)]
     valid, scale = sizes_of(about["metas"])
     for kind, factors in (("test", scale), ("train", torch.ones_like(scale))):
-        found = inference.detect(
-            inference.select_candidates(logits, deltas, valid, factors, model, 1000), InferenceSettings()
-        )
-        for i in range(2):
-            n = int(found.count[i])
-            assert_same_detections(
-                found.boxes[i, :n],
-                found.scores[i, :n],
-                found.labels[i, :n],
-                arrays[f"{kind}_img{i}_0"],
-                arrays[f"{kind}_img{i}_1"],
-            )
+        found = detected(logits, deltas, valid, factors, model, InferenceSettings())
+        assert_detections(found, arrays, kind + "_img{}_0", kind + "_img{}_1")
     found = inference.select_candidates(logits, deltas, valid, torch.ones_like(scale), model, 1000)
     for i in range(2):  # recorded at network scale, with a background column of zeros
         ours = torch.cat([found.boxes[i], found.scores[i]], dim=1).double().numpy()

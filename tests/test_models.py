@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from small_models import SMALL
 from torch import nn
 
 from spatialflow.models.build import build_model
@@ -10,17 +11,6 @@ from spatialflow.models.fpn import FPN
 from spatialflow.models.heads import BoxHead, StuffHead, ThingHead
 from spatialflow.models.resnet import ResNet
 from spatialflow.models.subnets import Subnets
-
-SMALL = dict(
-    backbone_base_channels=4,
-    fpn_channels=8,
-    head_channels=8,
-    thing_head_channels=8,
-    stuff_head_channels=8,
-    norm_groups=4,
-    num_things=3,
-    num_stuff=4,
-)
 
 
 def count(module):

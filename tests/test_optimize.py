@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from small_models import SMALL, channels
 from torch import nn
 
 from golden_models import assert_close, golden_model
@@ -11,22 +12,10 @@ from spatialflow.models import inference
 from spatialflow.models.build import build_model
 from spatialflow.models.optimize import optimize_for_inference
 
-SMALL = dict(
-    backbone_base_channels=8,
-    fpn_channels=16,
-    head_channels=16,
-    thing_head_channels=16,
-    stuff_head_channels=16,
-    norm_groups=4,
-    num_things=3,
-    num_stuff=4,
-    categories=None,
-)
-
 
 def random_model(name, **overrides):
     """A narrow model whose every parameter and statistic matters."""
-    model = build_model(name, **(SMALL | overrides)).eval()
+    model = build_model(name, **(SMALL | channels(8, 16) | overrides)).eval()
     for name, value in model.state_dict().items():
         if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
             nn.init.uniform_(value, 0.5, 1.5)

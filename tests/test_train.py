@@ -14,6 +14,7 @@ import pytest
 import torch
 from kill_and_resume import command, digest, environment, kill_and_resume
 from scenes import scene_categories, write_cityscapes, write_coco
+from small_models import SMALL, channels
 
 from spatialflow.cli import main
 from spatialflow.data.categories import load_categories
@@ -27,16 +28,10 @@ from spatialflow.engine.train import Source, Trainer, TrainingError, learning_ra
 from spatialflow.models.build import build_model, load_config
 
 ALONE = World(0, 1, torch.device("cpu"))
-SMALL = dict(
+SMALL_RUN = SMALL | dict(
     num_things=6,
     num_stuff=6,
     categories="synthetic",
-    backbone_base_channels=4,
-    fpn_channels=8,
-    head_channels=8,
-    thing_head_channels=8,
-    stuff_head_channels=8,
-    norm_groups=4,
     backbone_norm_trains=True,
     backbone_frozen_stages=-1,
     train_short_edges=[64],
@@ -62,7 +57,7 @@ def data(scenes):
 
 
 def small(**overrides):
-    return load_config("tiny", **{**SMALL, **overrides})
+    return load_config("tiny", **(SMALL_RUN | overrides))
 
 
 def steps_of(folder):
@@ -121,11 +116,7 @@ class TestRun:
             warmup_iterations=10,
             gradient_clip_norm=10.0,
             stuff_loss_weight=1.0,
-            backbone_base_channels=8,
-            fpn_channels=16,
-            head_channels=16,
-            thing_head_channels=16,
-            stuff_head_channels=16,
+            **channels(8, 16),
         )
         Trainer(config, data, tmp_path, ALONE).run()
         first, last = (
@@ -282,7 +273,7 @@ def test_cityscapes_tree_trains_and_is_scored(tmp_path):
         [
             "train",
             "spatialflow_r50_cityscapes",
-            *(f"{k}={v}" for k, v in SMALL.items() if k not in ("num_things", "num_stuff", "categories")),
+            *(f"{k}={v}" for k, v in SMALL_RUN.items() if k not in ("num_things", "num_stuff", "categories")),
             "train_crop=[64, 64]",
             "--cityscapes",
             str(tmp_path),

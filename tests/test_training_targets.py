@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_models import golden_model
+from small_models import SMALL
 from torch.nn import functional as F
 
 from spatialflow.engine.checkpoints import name_from_released
@@ -255,18 +256,7 @@ class TestEmptyBatches:
     @pytest.mark.parametrize("name", ["tiny", "retinanet_r50_coco"])
     def test_nothing_to_learn_from_trains(self, name):
         """No box, no labelled pixel: finite losses, and every trained parameter has a gradient (DDP needs that)."""
-        model = build_model(
-            name,
-            backbone_base_channels=4,
-            fpn_channels=8,
-            head_channels=8,
-            thing_head_channels=8,
-            stuff_head_channels=8,
-            norm_groups=4,
-            num_things=3,
-            num_stuff=4,
-            categories=None,
-        ).train()
+        model = build_model(name, **SMALL).train()
         losses = Criterion(model.config)(model, torch.randn(1, 3, 64, 96), self.truth([]))
         losses.total().backward()
         assert losses.box.item() == 0 and (losses.thing is None or losses.thing.item() == 0)

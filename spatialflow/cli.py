@@ -216,17 +216,9 @@ def _device(name: str) -> Any:
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    import yaml
+    from spatialflow.models.config import parse_settings
 
-    overrides: dict[str, Any] = {}
-    for setting in options.settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise CommandError(f"--set takes FIELD=VALUE, got '{setting}'")
-        try:
-            overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise CommandError(f"--set {name}: '{text}' is no YAML value") from None
+    overrides = parse_settings(options.settings)
     if options.size is not None:
         if len(options.size) > 2:
             raise CommandError(f"--size takes the short edge and the long one, got {len(options.size)} numbers")

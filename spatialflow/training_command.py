@@ -99,22 +99,11 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> Any:
-    import yaml
-
     from spatialflow.models.build import load_config
-    from spatialflow.models.config import ConfigError
+    from spatialflow.models.config import ConfigError, parse_settings
 
-    overrides = {}
-    for setting in options.settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise CommandError(f"settings have the form FIELD=VALUE, got '{setting}'")
-        try:
-            overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise CommandError(f"{name}: '{text}' is no YAML value") from None
     try:
-        return load_config(options.config, **overrides)
+        return load_config(options.config, **parse_settings(options.settings))
     except ConfigError as error:
         raise CommandError(str(error)) from None
 

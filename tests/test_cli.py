@@ -128,7 +128,7 @@ class TestPredict:
             (["--checkpoint", __file__], "neither a safetensors nor a torch file"),
             (["--set", "num_things=7"], "does not fit the model: .* of the wrong shape"),
             (["--set", "nonsense=1"], "nonsense"),
-            (["--set", "score_threshold"], "--set takes FIELD=VALUE, got 'score_threshold'"),
+            (["--set", "score_threshold"], "settings have the form FIELD=VALUE, got 'score_threshold'"),
             (["--score", "nan"], "instance_score_threshold"),
             (["--size", "0"], "--size must be positive, got 0"),
             (["--device", "cuda:99"], "--device cuda:99: torch .* sees . CUDA devices"),

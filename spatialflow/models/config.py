@@ -10,8 +10,11 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
+
+import yaml
 
 
 class ConfigError(ValueError):
@@ -343,6 +346,24 @@ def make_config(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Config:
         except ConfigError as error:
             raise ConfigError(f"{name}: {section}.{error}") from None
     return Config(name=name, **sections)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Overrides from a command line's "FIELD=VALUE" strings, values in YAML.
+
+    Raises:
+        ConfigError: a string without "=", or a value that is no YAML.
+    """
+    overrides = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"settings have the form FIELD=VALUE, got '{setting}'")
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{name}: '{text}' is no YAML value") from None
+    return overrides
 
 
 def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ set(cuda_ops
     multilevel_roi_align
     nms
     panoptic_merge
+    panoptic_quality_counts
     paste_masks
     roi_align
     sigmoid_focal_loss)

@@ -67,6 +67,22 @@ def test_equal_to_the_counting_without_torch(threads):
     assert int(counts.sum()) == gt.numel()
 
 
+def test_more_pairs_than_pixels_repeat():
+    """Nearly every pixel is a pair of its own, so a bounded table of pairs overflows and still nothing is lost."""
+    maps = id_maps(90, 100, 250, 1)
+    expected = reference.panoptic_quality_counts(*maps, 250, 250)
+    assert int((expected != 0).sum()) > 7000
+    assert torch.equal(ops.panoptic_quality_counts(*maps, 250, 250), expected)
+
+
+def test_maps_that_begin_between_vectors():
+    gt, pred = (
+        torch.cat([torch.zeros(1, dtype=torch.int32), m.flatten()])[1:].view(90, 121) for m in id_maps(90, 121, 5, 9)
+    )
+    assert gt.is_contiguous() and gt.data_ptr() % 16 == 4
+    assert torch.equal(ops.panoptic_quality_counts(gt, pred, 5, 5), reference.panoptic_quality_counts(gt, pred, 5, 5))
+
+
 @pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1, -(2**31)])
 def test_ids_out_of_range_are_not_counted(bad):
     gt = torch.tensor([[1, 1, bad, 3]], dtype=torch.int32)
@@ -89,7 +105,10 @@ def test_empties():
         ((torch.zeros(3).int(), torch.zeros(3).int(), 1, 1), r"gt_map must be \(H, W\), got shape \(3\)"),
         ((torch.zeros(3, 2), torch.zeros(3, 2).int(), 1, 1), "gt_map must be int32, got float32"),
         ((torch.zeros(3, 2).int(), torch.zeros(3, 2).long(), 1, 1), "pred_map must be int32, got int64"),
-        ((torch.zeros(3, 2).int(), torch.zeros(2, 3).int(), 1, 1), r"pred_map must have gt_map's shape \(3, 2\), got \(2, 3\)"),
+        (
+            (torch.zeros(3, 2).int(), torch.zeros(2, 3).int(), 1, 1),
+            r"pred_map must have gt_map's shape \(3, 2\), got \(2, 3\)",
+        ),
         ((torch.zeros(3, 2).int(), torch.zeros(3, 2).int(), -1, 1), "gt_segments must not be negative, got -1"),
         ((torch.zeros(3, 2).int(), torch.zeros(3, 2).int(), 1, -4), "pred_segments must not be negative, got -4"),
     ],

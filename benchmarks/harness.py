@@ -353,9 +353,27 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _write_text(path: Path, text: str) -> None:
+def results_path(folder: Path, device: str, name: str) -> Path:
+    """`<folder>/<device>/<name>.json`; the folder is made."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+    path = folder / slug / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Saves a figure of matplotlib and closes it."""
+    from matplotlib import pyplot
+
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
     os.replace(temporary, path)
 
 
@@ -391,10 +409,7 @@ def plot(benchmark: Benchmark, setting: Mapping[str, Any], rows: list[dict[str, 
     axes.set_title(f"{benchmark.name}: {benchmark.title}\n{setting['device']}, {setting['threads']} threads, {versions}", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(axis="x", alpha=0.3)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    write_figure(figure, path)
 
 
 def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -427,21 +442,18 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
         sys.exit(f"no case contains {' or '.join(options.cases)}; cases: {'; '.join(benchmark.sweep)}")
     if options.output is None and (options.cases or options.providers):
         return
-    slug = re.sub(r"[^a-z0-9]+", "-", setting["device"].lower().replace("(r)", "").replace("(tm)", "")).strip("-")
-    folder = (options.output or Path(__file__).parent / "results") / slug
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark.name}.json"
+    path = results_path(options.output or Path(__file__).parent / "results", setting["device"], benchmark.name)
     content = {"op": benchmark.name, "title": benchmark.title, **setting, "rows": rows}
-    _write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
     plot(benchmark, setting, rows, path.with_suffix(".png"))
     print(f"\n  written: {path}, {path.with_suffix('.png').name}")
 
 
 def markdown(folder: Path) -> str:
-    """Kept results as Markdown: a table per device, a row per op, case and mode with each peer's time and ratio."""
+    """Kept results of operators as Markdown: a table per device, a row per case and mode with each peer's time."""
     parts = []
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
-        contents = [json.loads(path.read_text()) for path in sorted(device.glob("*.json"))]
+        contents = [json.loads(path.read_text()) for path in sorted(device.glob("*.json")) if path.stem != "end_to_end"]
         peers = list(dict.fromkeys(r["provider"] for content in contents for r in content["rows"]))
         peers.remove(OURS)
         head = ["op", "case", "", OURS, *peers]

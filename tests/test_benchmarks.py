@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scenes import write_coco
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "= Benchmark(" in path.read_text())
@@ -88,3 +89,43 @@ def test_script(name, monkeypatch):
     assert benchmark.name == name and benchmark.title and benchmark.sweep
     assert benchmark.providers["spatialflow"] is not None
     assert benchmark.oracle is not None or "reference" in benchmark.providers
+
+
+@pytest.fixture(scope="module")
+def end_to_end_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("end_to_end")
+    write_coco(folder / "data", 2, (96, 128))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        module = importlib.import_module("end_to_end")
+    (folder / "little.yaml").write_text("base: tiny\ntest: {stuff_area_threshold: 40}\n")
+    arguments = ["--images", str(folder / "data/images"), "--config", str(folder / "little.yaml"), "--seconds", "0.01",
+                 "--output", str(folder / "results")]  # fmt: skip
+    module.main([*arguments, "--short-edges", "64", "96", "--threads", "1"])
+    (path,) = (folder / "results").glob("*/end_to_end.json")
+    before = json.loads(path.read_text())["rows"]
+    module.main([*arguments, "--short-edges", "96", "--providers", "reference", "--threads", "1"])
+    assert path.with_suffix(".png").stat().st_size > 1000
+    return before, json.loads(path.read_text())["rows"]
+
+
+class TestEndToEnd:
+    def test_the_reference_finds_the_same(self, end_to_end_rows):
+        """Same weights, other operators, another merge: the same map, with things and stuff in it."""
+        for row in end_to_end_rows[0]:
+            assert row["agreement"] > 0.99 and row["instances"] >= 3 and row["segments"] > row["instances"]
+
+    def test_rows(self, end_to_end_rows):
+        before, _ = end_to_end_rows
+        keys = [(row["short_edge"], row["provider"]) for row in before]
+        assert keys == [(e, p) for e in (96, 64) for p in ("spatialflow", "reference", "reference, channels-last")]
+        for row in before:
+            assert row["images_per_second"] > 0 and row["runs"] >= 2 and row["pq"] is None
+            assert 0.9 < sum(row["share"].values()) <= 1 and all(share >= 0 for share in row["share"].values())
+
+    def test_other_rows_stay(self, end_to_end_rows):
+        """A run of one pipeline and size replaces that row alone."""
+        before, after = end_to_end_rows
+        changed = [new for old, new in zip(before, after) if old != new]
+        assert len(after) == len(before) and [(r["short_edge"], r["provider"]) for r in changed] == [(96, "reference")]
+        assert changed[0]["ratio"] is None

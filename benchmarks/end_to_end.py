@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images per second from image file to panoptic PNG, and where the time goes: the form of the paper's table XI.
+
+Model x short edge x pipeline: `spatialflow.Predictor` against `reference_pipeline.py`, same weights, one image at a
+time. The pipelines take turns image by image. "agreement" is the panoptic quality of a pipeline's maps with the
+reference's maps as ground truth; the maps are not equal bit by bit, because rounding decides ties of the stuff classes
+and which boxes reach a threshold. PQ is beside it where there is ground truth (`--annotations`).
+
+Without weights (`--checkpoint`) an untrained network is adjusted so that the later stages have the work that a trained
+one gives them; the numbers of detections and segments are printed. On a GPU the stages of spatialflow, which waits for
+nothing, show when work was queued; CUDA_LAUNCH_BLOCKING=1 shows when it was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from harness import OURS, environment, results_path, write_figure, write_text
+from reference_pipeline import STAGES, ReferencePipeline, network_input, torchvision
+from torch import nn
+
+from spatialflow import Predictor, build_model, load_checkpoint
+from spatialflow.data.categories import Categories
+from spatialflow.data.synthetic import synthesize
+from spatialflow.data.transforms import read_image
+from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.panoptic import PanopticWriter, evaluate, read_panoptic_json, write_id_map
+
+PROVIDERS = (OURS, "reference", "reference, channels-last")
+STAGE_OF = {"decode": "load", "preprocess": "load", "detect": "detections", "masks": "masks", "stuff": "stuff labels",
+            "merge": "merge"}  # fmt: skip
+"""Stage of `PanopticResult.times` -> stage here; "network" is told apart by hooks."""
+
+CANDIDATES, CONFIDENT = 1500, 20
+"""Pairs of anchor and class, before NMS, that an untrained network lets reach the score threshold, and the map."""
+
+
+class Pipeline(Protocol):
+    """An image file in, a panoptic PNG out."""
+
+    categories: Categories
+
+    def __call__(self, path: Path, png: Path) -> tuple[np.ndarray, list[dict[str, Any]], int, dict[str, float]]: ...
+
+
+class OurPipeline:
+    """`Predictor` and the writer of PNGs, with the interface of `ReferencePipeline`."""
+
+    def __init__(self, model: SpatialFlow, device: torch.device):
+        self.predictor = Predictor(model, device)
+        self.categories = self.predictor.categories
+        self._times: dict[str, float] = {}
+        network = self.predictor.network
+        for module, stage in (
+            (network.subnets, "sub-networks"), (network.box_head, "dense heads"), (network.stuff_head, "dense heads"),
+        ):  # fmt: skip
+            module.register_forward_pre_hook(lambda *_, stage=stage: self._count(stage, -1))
+            module.register_forward_hook(lambda *_, stage=stage: self._count(stage, 1))
+
+    def _count(self, stage: str, sign: int) -> None:
+        self._times[stage] += sign * time.perf_counter()
+
+    def __call__(self, path: Path, png: Path) -> tuple[np.ndarray, list[dict[str, Any]], int, dict[str, float]]:
+        self._times = dict.fromkeys(STAGES, 0.0)
+        result, times = self.predictor(path), self._times
+        for stage, seconds in result.times.items():
+            if stage in STAGE_OF:
+                times[STAGE_OF[stage]] += seconds
+        times["backbone + FPN"] = result.times["network"] - times["sub-networks"] - times["dense heads"]
+        begin = time.perf_counter()
+        write_id_map(png, result.id_map)
+        times["write"] = time.perf_counter() - begin
+        return result.id_map, result.segments, len(result.scores), times
+
+
+def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> SpatialFlow:
+    """A network that finds about as much in `image` as a trained one.
+
+    Initial weights give every box the probability 0.01 and all pixels one stuff class. So BatchNorm gets the statistics
+    of the image, every class's logits are brought to one mean and spread, and the classifier to a slope and an offset
+    with which `CANDIDATES` pairs of anchor and class reach the score threshold and `CONFIDENT` the panoptic map.
+    """
+    torch.manual_seed(0)
+    model = build_model(config, **overrides).eval()
+    test = model.config.test
+    _, images = network_input(read_image(image), test, model.config.data)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.inference_mode():
+        for norm in norms:
+            norm.train().momentum = 1.0
+        model.backbone(images)
+        model.eval()
+        output, quarter_logits = model.dense(images)
+        logits = torch.cat([level.flatten(2)[0] for level in output.class_logits], dim=1)  # (A * classes, cells)
+        mean, deviation = logits.mean(dim=1), logits.std(dim=1)
+        best = ((logits - mean[:, None]) / deviation[:, None]).flatten().topk(CANDIDATES).values
+        low, high = (torch.tensor([test.score_threshold, test.instance_score_threshold])).logit()
+        slope = (high - low) / (best[CONFIDENT - 1] - best[-1])
+        adjust(model.box_head.class_logits, slope / deviation, low - slope * (best[-1] + mean / deviation))
+        mean, deviation = quarter_logits.mean(dim=(0, 2, 3)), quarter_logits.std(dim=(0, 2, 3))
+        rarity = torch.arange(len(mean)) / 4  # a picture shows a few of the classes
+        adjust(model.stuff_head.logits, 1 / deviation, -mean / deviation - rarity)
+    return model
+
+
+def adjust(conv: nn.Conv2d, factor: torch.Tensor, offset: torch.Tensor) -> None:
+    """Multiplies the outputs of a convolution by `factor` and adds `offset`, channel by channel."""
+    conv.weight.mul_(factor[:, None, None, None])
+    conv.bias.mul_(factor).add_(offset)
+
+
+def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) -> dict[str, Pipeline]:
+    """The pipelines asked for, for one size of images, with the same weights."""
+    overrides = {"test_short_edges": [short_edge], "test_long_edge": round(short_edge * 1333 / 800), "test_flip": False}
+    if options.checkpoint is None:
+        model = untrained_model(options.config, image, overrides)
+    else:
+        model = load_checkpoint(build_model(options.config, **overrides), options.checkpoint)
+    device = torch.device(options.device)
+    pipelines: dict[str, Pipeline] = {}
+    for name in options.providers:
+        if name == OURS:
+            pipelines[name] = OurPipeline(model, device)
+        else:
+            copy = build_model(options.config, **overrides)
+            copy.load_state_dict(model.state_dict())
+            pipelines[name] = ReferencePipeline(copy, copy.config.test, device, channels_last=name.endswith("last"))
+    return pipelines
+
+
+def run(
+    pipelines: dict[str, Pipeline], paths: Sequence[Path], seconds: float, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Times of all pipelines on all images: rounds until every pipeline has had `seconds`, at least one whole round.
+
+    Returns:
+        By provider "times" (seconds of each run), "stages" (summed seconds), and of the first round "detections",
+        "instances", "segments" (mean numbers) and "json" (the maps as a COCO panoptic data set).
+    """
+    folder.mkdir()
+    measured: dict[str, dict[str, Any]] = {}
+    writers = {}
+    for index, (name, pipeline) in enumerate(pipelines.items()):
+        pipeline(paths[0], folder / "warm-up.png")
+        measured[name] = {"times": [], "stages": dict.fromkeys(STAGES, 0.0), "counts": []}
+        writers[name] = PanopticWriter(folder / str(index), categories=pipeline.categories.as_coco())
+    while min(sum(entry["times"]) for entry in measured.values()) < seconds:
+        for path in paths:
+            for name, pipeline in pipelines.items():
+                entry = measured[name]
+                begin = time.perf_counter()
+                id_map, segments, detections, times = pipeline(path, folder / "map.png")
+                entry["times"].append(time.perf_counter() - begin)
+                for stage, spent in times.items():
+                    entry["stages"][stage] += spent
+                if len(entry["counts"]) < len(paths):
+                    entry["counts"].append((detections, sum(s["isthing"] for s in segments), len(segments)))
+                    writers[name].add(image_id_of(path), path.name, id_map, segments)
+    for name, entry in measured.items():
+        entry["detections"], entry["instances"], entry["segments"] = np.mean(entry.pop("counts"), axis=0).tolist()
+        entry["json"] = writers[name].write_json()
+    return measured
+
+
+def image_id_of(path: Path) -> int | str:
+    return int(path.stem) if path.stem.isdigit() else path.stem
+
+
+def quality(truth: Path | dict[str, Any], truth_folder: Path, prediction: Path) -> float:
+    return float(evaluate(truth, truth_folder, prediction, prediction.with_suffix(""))["All"]["pq"])
+
+
+def make_rows(
+    measured: dict[str, dict[str, Any]], short_edge: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    reference = next((measured[name]["json"] for name in PROVIDERS[1:] if name in measured), None)
+    base = statistics.median(measured[OURS]["times"]) if OURS in measured else None
+    rows = []
+    for name, entry in measured.items():
+        median, total = statistics.median(entry["times"]), sum(entry["times"])
+        row = {
+            "model": Path(options.config).stem, "weights": "trained" if options.checkpoint else "untrained",
+            "short_edge": short_edge, "provider": name,
+            "images_per_second": 1 / median, "median_ms": median * 1e3,
+            "q10_ms": float(np.quantile(entry["times"], 0.1)) * 1e3,
+            "q90_ms": float(np.quantile(entry["times"], 0.9)) * 1e3,
+            "runs": len(entry["times"]), "ratio": None if base is None else median / base,
+            "share": {stage: spent / total for stage, spent in entry["stages"].items()},
+            "detections": entry["detections"], "instances": entry["instances"], "segments": entry["segments"],
+            "agreement": None, "pq": None,
+        }  # fmt: skip
+        if reference is not None:
+            row["agreement"] = quality(reference, reference.with_suffix(""), entry["json"])
+        if options.annotations is not None:
+            truth = read_panoptic_json(options.annotations, with_categories=True)
+            shown = {annotation["image_id"] for annotation in read_panoptic_json(entry["json"])["annotations"]}
+            truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in shown]
+            row["pq"] = quality(truth, options.annotations.with_suffix(""), entry["json"])
+        rows.append(row)
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    print(f"\n  {first['model']} ({first['weights']}), short edge {first['short_edge']}: {first['detections']:.0f} "
+          f"detections, {first['instances']:.1f} instances, {first['segments']:.1f} segments per image")  # fmt: skip
+    print(f"    {'pipeline':<26}{'images/s':>9}{'median ms':>11}{'10 %':>9}{'90 %':>9}{'runs':>6}{'ratio':>7}"
+          f"{'agreement':>11}{'PQ':>7}")  # fmt: skip
+    for row in rows:
+        optional_cells = [
+            f"{row[key]:{width}.{digits}f}" if row[key] is not None else " " * width
+            for key, width, digits in (("ratio", 7, 2), ("agreement", 11, 4))
+        ]
+        quality_cell = " " * 7 if row["pq"] is None else f"{100 * row['pq']:7.1f}"
+        print(f"    {row['provider']:<26}{row['images_per_second']:>9.3f}{row['median_ms']:>11.1f}{row['q10_ms']:>9.1f}"
+              f"{row['q90_ms']:>9.1f}{row['runs']:>6}{''.join(optional_cells)}{quality_cell}")  # fmt: skip
+    print("    share of the time in %: " + ", ".join(STAGES))
+    for row in rows:
+        shares = "  ".join(f"{100 * row['share'][stage]:5.1f}" for stage in STAGES)
+        print(f"    {row['provider']:<26}  {shares}")
+    sys.stdout.flush()
+
+
+def save(rows: list[dict[str, Any]], setting: dict[str, Any], folder: Path) -> None:
+    """Adds rows to the device's file: rows of the same model, size and pipeline are replaced, the others stay."""
+    path = results_path(folder, setting["device"], "end_to_end")
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+    key_of = lambda row: (row["model"], -row["short_edge"], PROVIDERS.index(row["provider"]))  # noqa: E731
+    merged = {key_of(row): row for row in kept + [{**row, "setting": setting} for row in rows]}
+    rows = [merged[key] for key in sorted(merged)]
+    write_text(path, json.dumps({"op": "end_to_end", "title": TITLE, "rows": rows}, indent=1) + "\n")
+    plot(rows, path.with_suffix(".png"))
+    print(f"\n  written: {path}, {path.with_suffix('.png').name}")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Images per second over the short edge, and panoptic quality over images per second where it is known."""
+    from matplotlib import pyplot
+
+    scored = [row for row in rows if row["pq"] is not None]
+    panels = 2 if scored else 1
+    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.5), layout="constrained", squeeze=False)
+    speed_axis, quality_axis = axes[0, 0], axes[0, -1]
+    styles = dict(zip(PROVIDERS, ("o-", "s--", "^:")))
+    for model, provider in dict.fromkeys((row["model"], row["provider"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["provider"]) == (model, provider)]
+        colour = f"C{list(dict.fromkeys(row['model'] for row in rows)).index(model)}"
+        label, style = f"{model}: {provider}", styles[provider]
+        x, y = [row["short_edge"] for row in own], [row["images_per_second"] for row in own]
+        speed_axis.plot(x, y, style, color=colour, label=label)
+        own = [row for row in own if row["pq"] is not None]
+        if own:
+            x, y = [row["images_per_second"] for row in own], [100 * row["pq"] for row in own]
+            quality_axis.plot(x, y, style, color=colour, label=label)
+            for row, *point in zip(own, x, y):
+                quality_axis.annotate(f" {row['short_edge']}", point, fontsize=8)
+    speed_axis.set(xlabel="short edge of the network's input in pixels", ylabel="images per second", yscale="log")
+    if scored:
+        quality_axis.set(xlabel="images per second (numbers: short edge)", ylabel="PQ in %", xscale="log")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7)
+    setting = rows[-1]["setting"]
+    caption = f"{setting['device']}, {setting['threads']} threads, torch {setting['versions']['torch']}"
+    figure.suptitle(f"{TITLE}\n{caption}", fontsize=9)
+    write_figure(figure, path)
+
+
+TITLE = "image file to panoptic PNG, one image at a time, float32"
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=TITLE)
+    parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: untrained, adjusted)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: two scenes of 480x640)")
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="their panoptic ground truth, PNGs beside it")
+    parser.add_argument("--short-edges", type=int, nargs="+", default=[800, 600, 400], metavar="PIXELS",
+                        help="sizes of the network's input (default: 800 600 400)")  # fmt: skip
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="NAME",
+                        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all)")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time per pipeline and size (default: 5)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",
+                        help="folder of <device>/end_to_end.json and .png (default: benchmarks/results)")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of this script."""
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    setting = environment(options)
+    operators = "torchvision's" if torchvision else "the twins' (no torchvision here)"
+    print(f"end_to_end: {TITLE}\n  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, "
+          f"CPU level {setting['cpu_level']}; the reference's NMS and RoIAlign are {operators}")  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:
+        folder, images = Path(name), options.images
+        if images is None:
+            list(synthesize(folder / "scenes", 2, (480, 640), seed=0))
+            images = folder / "scenes" / "images"
+        paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if not paths:
+            sys.exit(f"{images}: holds no .jpg or .png")
+        rows = []
+        for short_edge in options.short_edges:
+            pipelines = make_pipelines(options, paths[0], short_edge)
+            measured = run(pipelines, paths, options.seconds, folder / str(short_edge))
+            rows += make_rows(measured, short_edge, options)
+            print_rows(rows[-len(measured) :])
+    save(rows, setting, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,5 +9,6 @@ set(cuda_ops
     panoptic_merge
     panoptic_quality_counts
     paste_masks
+    preprocess_images
     roi_align
     sigmoid_focal_loss)

@@ -94,6 +94,14 @@ def test_paths_arrays_and_iterables(tmp_path, predictor):
     assert predictor([]) == []
 
 
+def test_views_and_arrays_that_cannot_be_written(predictor):
+    image = picture(60, 80)
+    expected = predictor(image)
+    mirrored = np.ascontiguousarray(image[:, ::-1])
+    mirrored.flags.writeable = False
+    assert_same(predictor(mirrored[:, ::-1]), expected)
+
+
 def test_bad_images_are_named(tmp_path, predictor):
     (tmp_path / "text.jpg").write_text("no picture")
     good = picture(60, 80)

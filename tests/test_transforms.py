@@ -10,10 +10,10 @@ import pytest
 from spatialflow.data.transforms import (
     ImageError,
     check_image,
+    fit_image,
     fit_size,
     normalise,
     pad,
-    prepare,
     read_image,
     resize_image,
     resize_labels,
@@ -59,16 +59,21 @@ def test_nearest_resize_equals_opencv():
         )
 
 
-def test_prepare_normalises_rgb_and_pads_with_zeros():
+def test_normalise_and_pad():
     image = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    result = prepare(image, 40, 50, MEAN, STD)
+    result = pad(normalise(image, MEAN, STD), 32)
     expected = (image[:, :, ::-1].transpose(2, 0, 1) - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
-    assert result.image.shape == (3, 64, 64) and result.image.dtype == np.float32 and result.image.flags.c_contiguous
-    assert np.abs(result.image[:, :40, :50] - expected).max() < 1e-6
-    assert not result.image[:, 40:].any() and not result.image[:, :, 50:].any()
-    assert (result.valid_size, result.original_size, result.scale) == ((40, 50), (40, 50), (1.0, 1.0))
+    assert result.shape == (3, 64, 64) and result.dtype == np.float32 and result.flags.c_contiguous
+    assert np.abs(result[:, :40, :50] - expected).max() < 1e-6
+    assert not result[:, 40:].any() and not result[:, :, 50:].any()
     assert pad(np.ones((3, 64, 32), np.float32), 32).shape == (3, 64, 32)
-    assert normalise(image, MEAN, STD).shape == (3, 40, 50)
+
+
+def test_fit_image_knows_every_size():
+    fitted = fit_image((40, 50), 80, 90)
+    assert fitted.valid_size == (72, 90) and fitted.padded_size == (96, 96) and fitted.original_size == (40, 50)
+    assert fitted.scale == (float(np.float32(1.8)), float(np.float32(1.8)))
+    assert fit_image((64, 32), 32, 64, divisor=32).padded_size == (64, 32)
 
 
 def write(path, image, keep=1.0):

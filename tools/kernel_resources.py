@@ -27,7 +27,7 @@ BEGIN, END = "<!-- resources: made by tools/kernel_resources.py -->", "<!-- end 
 def compile_output(source: Path, architecture: str, torch: Path) -> str:
     """What nvcc and ptxas say while they compile `source` with the flags of cmake/cuda.cmake."""
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall", "-Xptxas=-v"]
-    if source.name == "paste_masks.cu":
+    if source.name in ("paste_masks.cu", "preprocess_images.cu"):
         flags.append("--fmad=false")
     with tempfile.NamedTemporaryFile(suffix=".o") as target:
         done = subprocess.run(

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading, resizing, normalising and padding of images, with the released arithmetic; numpy in, numpy out."""
+"""Reading, resizing, normalising and padding of images, with the released arithmetic; numpy in, numpy out.
+
+Training uses the steps one by one, between its other transforms; at inference `spatialflow.ops.preprocess_images` does them
+in one pass, with equal results.
+"""
 
 from pathlib import Path
 from typing import NamedTuple, Sequence, Union
@@ -12,11 +16,11 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names the file (or argument) and the reason."""
 
 
-class Prepared(NamedTuple):
-    """A network input and what is needed to go back to the original image."""
+class Fitted(NamedTuple):
+    """How an image becomes a network input, and what is needed to go back."""
 
-    image: np.ndarray  # (3, H, W) float32, normalised RGB, padded with zeros at the right and bottom
-    valid_size: tuple[int, int]  # (H, W) without padding
+    valid_size: tuple[int, int]  # (H, W) of the resized image
+    padded_size: tuple[int, int]  # (H, W) with the padding at the right and bottom
     original_size: tuple[int, int]  # (H, W) of the image as read
     scale: tuple[float, float]  # x and y factor original -> valid, rounded to float32
 
@@ -102,12 +106,9 @@ def pad(image: np.ndarray, divisor: int) -> np.ndarray:
     return np.pad(image, ((0, 0), (0, -h % divisor), (0, -w % divisor)))
 
 
-def prepare(
-    image: np.ndarray, short_edge: int, long_edge: int, mean: Sequence[float], std: Sequence[float], divisor: int = 32
-) -> Prepared:
-    """A decoded image, (H, W, 3) uint8 BGR, as the network wants it: resized to fit, normalised, padded."""
-    original = image.shape[:2]
-    valid = fit_size(original, short_edge, long_edge)
-    tensor = pad(normalise(resize_image(image, valid), mean, std), divisor)
-    scale = (float(np.float32(valid[1] / original[1])), float(np.float32(valid[0] / original[0])))
-    return Prepared(tensor, valid, (int(original[0]), int(original[1])), scale)
+def fit_image(size: tuple[int, int], short_edge: int, long_edge: int, divisor: int = 32) -> Fitted:
+    """What `spatialflow.ops.preprocess_images` makes of an image of `size` (H, W) for the network."""
+    valid = fit_size(size, short_edge, long_edge)
+    padded = tuple(side + -side % divisor for side in valid)
+    scale = tuple(float(np.float32(new / old)) for new, old in zip(reversed(valid), reversed(size)))
+    return Fitted(valid, padded, tuple(size), scale)

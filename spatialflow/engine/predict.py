@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from spatialflow.data.categories import Categories, load_categories
-from spatialflow.data.transforms import Prepared, check_image, prepare, read_image
+from spatialflow.data.transforms import Fitted, check_image, fit_image, read_image
 from spatialflow.models import inference
 from spatialflow.models.build import load_config
 from spatialflow.models.config import Config, ConfigError, place_overrides
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.ops import panoptic_merge, paste_masks
+from spatialflow.ops import panoptic_merge, paste_masks, preprocess_images
 from spatialflow.panoptic import PanopticWriter, overlay
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
@@ -43,7 +43,7 @@ class PanopticResult:
         mask_threshold: probability from which a pixel belongs to a mask.
         categories: the category table.
         image_name: file name of the image, or "image <position in the call>" for an array.
-        times: seconds by stage, see `STAGES`; of a batch the network's share.
+        times: seconds by stage, see `STAGES`; of a batch its share.
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class PanopticResult:
 class _Item(NamedTuple):
     position: int
     name: str
-    prepared: Prepared
+    pixels: np.ndarray
+    fitted: Fitted
     times: dict[str, float]
 
 
@@ -175,10 +176,10 @@ class Predictor:
         waiting: dict[tuple[int, ...], list[_Item]] = {}
         for position, image in enumerate(images):
             item = self._load(position, image)
-            group = waiting.setdefault(item.prepared.image.shape, [])
+            group = waiting.setdefault(item.fitted.padded_size, [])
             group.append(item)
             if len(group) == self.batch_size:
-                self._run(waiting.pop(item.prepared.image.shape), results)
+                self._run(waiting.pop(item.fitted.padded_size), results)
         for group in waiting.values():
             self._run(group, results)
         return results
@@ -189,26 +190,23 @@ class Predictor:
         name = Path(image).name if is_path else f"image {position}"
         with _stopwatch(times, "decode"):
             pixels = read_image(image) if is_path else check_image(image, name)
-        data, test = self.config.data, self.config.test
-        with _stopwatch(times, "preprocess"):
-            prepared = prepare(
-                pixels,
-                test.test_short_edges[0],
-                test.test_long_edge,
-                data.image_mean,
-                data.image_std,
-                data.size_divisor,
-            )
-        return _Item(position, name, prepared, times)
+        test = self.config.test
+        fitted = fit_image(
+            pixels.shape[:2], test.test_short_edges[0], test.test_long_edge, self.config.data.size_divisor
+        )
+        return _Item(position, name, pixels, fitted, times)
 
     @torch.inference_mode()
     def _run(self, items: list[_Item], results: list[Optional[PanopticResult]]):
         """One batch of equal padded size; fills `results` at the items' positions."""
         shared = dict.fromkeys(STAGES, 0.0)
-        valid = torch.tensor([item.prepared.valid_size for item in items], device=self.device)
-        scale = torch.tensor([item.prepared.scale for item in items], device=self.device)
+        data, sizes = self.config.data, [item.fitted.valid_size for item in items]
+        valid = torch.tensor(sizes, device=self.device)
+        scale = torch.tensor([item.fitted.scale for item in items], device=self.device)
+        with _stopwatch(shared, "preprocess"):
+            pixels = [torch.from_numpy(np.require(item.pixels, requirements="CW")).to(self.device) for item in items]
+            images = preprocess_images(pixels, sizes, data.image_mean, data.image_std, data.size_divisor)
         with _stopwatch(shared, "network"):
-            images = torch.from_numpy(np.stack([item.prepared.image for item in items])).to(self.device)
             output, quarter_logits = self.network.dense(images)
         with _stopwatch(shared, "detect"):
             candidates = inference.select_candidates(
@@ -249,13 +247,13 @@ class Predictor:
         quarter_logits: Optional[Tensor],
     ) -> PanopticResult:
         """Masks and stuff labels at original size, merged."""
-        test, size, times = self.config.test, item.prepared.original_size, item.times
+        test, size, times = self.config.test, item.fitted.original_size, item.times
         with _stopwatch(times, "stuff"):
             if quarter_logits is None:  # every label lies outside 0..num_stuff - 1 = nothing, so all is void
                 stuff, num_stuff = torch.zeros(size, dtype=torch.uint8, device=self.device), 0
             else:
                 stuff, num_stuff = (
-                    inference.stuff_labels(quarter_logits, item.prepared.valid_size, size),
+                    inference.stuff_labels(quarter_logits, item.fitted.valid_size, size),
                     self.config.model.num_stuff,
                 )
         with _stopwatch(times, "masks"):

@@ -20,6 +20,7 @@ from spatialflow.ops.nms import batched_nms, nms  # noqa: E402
 from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
 from spatialflow.ops.panoptic_quality_counts import panoptic_quality_counts  # noqa: E402
 from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
+from spatialflow.ops.preprocess_images import preprocess_images  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss  # noqa: E402
 
@@ -45,6 +46,7 @@ __all__ = [
     "panoptic_merge",
     "panoptic_quality_counts",
     "paste_masks",
+    "preprocess_images",
     "roi_align",
     "sigmoid_focal_loss",
 ]

@@ -10,6 +10,7 @@ from spatialflow.ops.reference.nms import batched_nms, nms
 from spatialflow.ops.reference.panoptic_merge import panoptic_merge
 from spatialflow.ops.reference.panoptic_quality_counts import panoptic_quality_counts
 from spatialflow.ops.reference.paste_masks import paste_masks
+from spatialflow.ops.reference.preprocess_images import preprocess_images
 from spatialflow.ops.reference.roi_align import roi_align
 from spatialflow.ops.reference.sigmoid_focal_loss import sigmoid_focal_loss
 
@@ -24,6 +25,7 @@ __all__ = [
     "panoptic_merge",
     "panoptic_quality_counts",
     "paste_masks",
+    "preprocess_images",
     "roi_align",
     "sigmoid_focal_loss",
 ]

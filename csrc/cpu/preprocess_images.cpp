@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Resize, normalise and pad 8-bit images in one pass on the CPU:
+//
+//   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
+//
+// A source row is resized along x once, for all elements (pixel, channel) of a result's row in their order: 4 bytes from
+// the left pixel's value hold that and, as the last one, the right pixel's, so one gather fetches both. Two such rows
+// stay in the cache; a row of the result blends them, is normalised and leaves in 3 vectors, whose lanes always hold
+// the same channels. Threads share the rows of all images.
+#include <array>
+#include <cstring>
+
+#include "common/preprocess_images.h"
+#include "cpu/dispatch.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+#include "ops/preprocess_images.h"
+
+namespace spatialflow {
+namespace {
+
+using Ints = Vector<int32_t>;
+constexpr int kVectorLanes = kLanes<float>;
+constexpr int64_t kBlock = 3 * kVectorLanes;  // elements of three vectors
+
+// Four bytes from every offset.
+inline Ints gather_bytes(const uint8_t* source, const int32_t* offsets) {
+    Ints at;
+    std::memcpy(&at, offsets, sizeof(at));
+#if defined(__AVX512F__)
+    return bit_cast<Ints>(_mm512_i32gather_epi32(bit_cast<__m512i>(at), source, 1));
+#elif defined(__AVX2__)
+    return bit_cast<Ints>(_mm256_i32gather_epi32(reinterpret_cast<const int*>(source), bit_cast<__m256i>(at), 1));
+#else
+    Ints words;
+    for (int lane = 0; lane < kVectorLanes; ++lane) {
+        int32_t word;
+        std::memcpy(&word, source + at[lane], sizeof(word));
+        words[lane] = word;
+    }
+    return words;
+#endif
+}
+
+// What an image's rows share: where elements come from, in elements of the result.
+struct ImagePlan {
+    ImageResize resize;
+    const uint8_t* pixels;
+    int64_t elements;  // of a row of the result
+    Scratch<int32_t> offsets, left_weights, right_weights;  // elements up to the next multiple of kBlock
+
+    ImagePlan(const Tensor& image, int64_t height, int64_t width)
+        : resize(image_resize(image.size(0), image.size(1), height, width)),
+          pixels(data<uint8_t>(image)),
+          elements(3 * width),
+          offsets(padded()),
+          left_weights(padded()),
+          right_weights(padded()) {
+        for (int64_t x = 0; x < width; ++x) {
+            ResizeTap tap = resize_tap(x, resize.x, resize.halves);
+            if (tap.first == tap.second) {
+                // At an edge one pixel has all the weight; the two stay adjacent.
+                const int all = tap.first_weight + tap.second_weight;
+                const bool is_right = tap.first > 0;
+                tap = {tap.first - is_right, tap.first, is_right ? 0 : all, is_right ? all : 0};
+            }
+            for (int64_t channel = 0; channel < 3; ++channel) {
+                const int64_t element = 3 * x + channel;
+                offsets.get()[element] = static_cast<int32_t>(3 * tap.first + 2 - channel);
+                left_weights.get()[element] = tap.first_weight;
+                right_weights.get()[element] = tap.second_weight;
+            }
+        }
+        for (int64_t element = elements; element < padded(); ++element) {
+            offsets.get()[element] = left_weights.get()[element] = right_weights.get()[element] = 0;
+        }
+    }
+
+    int64_t padded() const { return (elements + kBlock - 1) / kBlock * kBlock; }
+};
+
+// Row `y` of the source, resized along x.
+void resize_row(const ImagePlan& plan, int64_t y, int32_t* row) {
+    const uint8_t* source = plan.pixels + y * 3 * plan.resize.x.source;
+    uint8_t narrow[6] = {};
+    if (plan.resize.x.source == 1) {  // has no right pixel
+        std::memcpy(narrow, source, 3);
+        source = narrow;
+    }
+    for (int64_t element = 0; element < plan.padded(); element += kVectorLanes) {
+        const Ints bytes = gather_bytes(source, plan.offsets.get() + element);
+        Ints left_weight, right_weight;
+        std::memcpy(&left_weight, plan.left_weights.get() + element, sizeof(Ints));
+        std::memcpy(&right_weight, plan.right_weights.get() + element, sizeof(Ints));
+        const Ints sum = resize_columns<Ints>(
+            bytes & 0xff, bytes >> 24 & 0xff, left_weight, right_weight, plan.resize.halves);
+        std::memcpy(row + element, &sum, sizeof(Ints));
+    }
+}
+
+// (value - mean) * factor in double, lanes of channels that repeat every three vectors.
+class BlockNormalisation {
+public:
+    explicit BlockNormalisation(const ImageNormalisation& normalisation) {
+        for (int64_t element = 0; element < kBlock; ++element) {
+            const Normalisation& channel = normalisation.channels[element % 3];
+            means_[element] = channel.mean;
+            factors_[element] = channel.factor;
+        }
+    }
+
+    Vector<float> operator()(Ints values, int part) const {
+        const Vector<float> centred =
+            __builtin_convertvector(values, Vector<float>) - load_vector(means_.data() + part * kVectorLanes);
+        float lanes[kVectorLanes];
+        store_vector(lanes, centred);
+        for (int lane = 0; lane < kVectorLanes; ++lane) {
+            lanes[lane] = static_cast<float>(static_cast<double>(lanes[lane]) * factors_[part * kVectorLanes + lane]);
+        }
+        return load_vector(lanes);
+    }
+
+private:
+    std::array<float, kBlock> means_;
+    std::array<double, kBlock> factors_;
+};
+
+// Two resized rows of the source blended and normalised.
+template <typename scalar_t>
+void write_row(
+    const ImagePlan& plan, const BlockNormalisation& normalisation, const ResizeTap& tap, const int32_t* upper,
+    const int32_t* lower, scalar_t* output) {
+    for (int64_t block = 0; block < plan.elements; block += kBlock) {
+        for (int part = 0; part < 3; ++part) {
+            const int64_t element = block + part * kVectorLanes;
+            Ints above, below;
+            std::memcpy(&above, upper + element, sizeof(Ints));
+            std::memcpy(&below, lower + element, sizeof(Ints));
+            const Vector<float> values = normalisation(
+                resize_rows(above, below, tap.first_weight, tap.second_weight, plan.resize.halves), part);
+            const int64_t rest = plan.elements - element;
+            if (rest >= kVectorLanes) {
+                store_vector(output + element, values);
+            } else if (rest > 0) {
+                store_partial(output + element, values, static_cast<int>(rest));
+            }
+        }
+    }
+}
+
+template <typename scalar_t>
+void write_images(
+    const std::vector<ImagePlan>& plans, const ImageNormalisation& channels, int64_t height, int64_t width,
+    scalar_t* output) {  // (N, height, width, 3)
+    const BlockNormalisation normalisation(channels);
+    int64_t longest = 0;
+    for (const ImagePlan& plan : plans) {
+        longest = std::max(longest, plan.padded());
+    }
+    const int64_t row_elements = 3 * width, rows = static_cast<int64_t>(plans.size()) * height;
+    const int64_t grain = std::max<int64_t>(1, 16384 / row_elements);
+    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+        const Scratch<int32_t> resized(2 * longest);  // row y of the source at y % 2
+        int64_t held[2] = {-1, -1};                   // which rows those are
+        for (int64_t row = begin, current = -1; row < end; ++row) {
+            const int64_t n = row / height, y = row % height;
+            const ImagePlan& plan = plans[n];
+            scalar_t* target = output + row * row_elements;
+            int64_t written = 0;
+            if (n != current) {
+                current = n;
+                held[0] = held[1] = -1;
+            }
+            if (y < plan.resize.y.target) {
+                const ResizeTap tap = resize_tap(y, plan.resize.y, plan.resize.halves);
+                const auto source_row = [&](int64_t index) {
+                    int32_t* values = resized.get() + index % 2 * longest;
+                    if (held[index % 2] != index) {
+                        resize_row(plan, index, values);
+                        held[index % 2] = index;
+                    }
+                    return values;
+                };
+                const int32_t* upper = source_row(tap.first);
+                const int32_t* lower = source_row(tap.second);
+                write_row(plan, normalisation, tap, upper, lower, target);
+                written = plan.elements;
+            }
+            std::memset(static_cast<void*>(target + written), 0, sizeof(scalar_t) * (row_elements - written));
+        }
+    });
+}
+
+Tensor preprocess_images_cpu(
+    const std::vector<Tensor>& images, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
+    const std::vector<double>& mean, const std::vector<double>& std, int64_t divisor, ScalarType dtype) {
+    check_preprocess_images(images, heights, widths, mean, std, divisor, dtype);
+    Tensor output = empty_image_batch(images, heights, widths, divisor, dtype);
+    std::vector<Tensor> sources;
+    std::vector<ImagePlan> plans;
+    for (size_t n = 0; n < images.size(); ++n) {
+        sources.push_back(to_contiguous(images[n]));
+        plans.emplace_back(sources.back(), heights[n], widths[n]);
+    }
+    dispatch_image_dtype<float16, bfloat16>(dtype, [&](auto zero) {
+        write_images(plans, image_normalisation(mean, std), output.size(2), output.size(3),
+                     mutable_data<decltype(zero)>(output));
+    });
+    return output;
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
+    library.impl("preprocess_images", TORCH_BOX(&spatialflow::preprocess_images_cpu));
+}

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From decoded photographs to the network's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Union
+
+import torch
+from torch import Tensor
+
+
+def preprocess_images(
+    images: Union[Tensor, Sequence[Tensor]],
+    sizes: Union[tuple[int, int], Sequence[tuple[int, int]]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    divisor: int = 32,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Resizes, normalises and pads images in one pass: BGR bytes in, a channels-last batch of RGB numbers out.
+
+    Args:
+        images: (H, W, 3) uint8 in BGR order, or a list of such images of any sizes; any strides.
+        sizes: (H, W) to resize to; a list of them for a list of images.
+        mean: of the red, green and blue channel, in units of the pixels (0 .. 255).
+        std: standard deviation of the same.
+        divisor: height and width of the batch are the smallest multiples of it that hold every resized image.
+        dtype: of the result: float32, float16 or bfloat16.
+
+    Returns:
+        (N, 3, H, W) `dtype` in channels-last layout, N = 1 for a single image. Zeros right of and below each image.
+
+    Raises:
+        RuntimeError: a shape, dtype, size or number that does not fit, naming the argument.
+
+    Remarks:
+        Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR (no antialias; an image that halves
+        exactly is averaged over 2 x 2 pixels, as OpenCV does), `subtract` and `multiply`. No gradients.
+
+    Source: OpenCV, `imgproc/src/resize.cpp` (fixed-point arithmetic for 8-bit images).
+    """
+    if isinstance(images, Tensor):
+        images, sizes = [images], [sizes]
+    if not images:
+        raise RuntimeError("preprocess_images: images must hold at least one image")
+    heights, widths = [height for height, _ in sizes], [width for _, width in sizes]
+    return torch.ops.spatialflow.preprocess_images(
+        list(images), heights, widths, [float(m) for m in mean], [float(s) for s in std], divisor, dtype
+    )
+
+
+@torch.library.register_fake("spatialflow::preprocess_images")
+def _(images, heights, widths, mean, std, divisor, dtype):
+    height, width = ((max(sides) + divisor - 1) // divisor * divisor for sides in (heights, widths))
+    return torch.empty(
+        (len(images), 3, height, width), dtype=dtype, device=images[0].device, memory_format=torch.channels_last
+    )

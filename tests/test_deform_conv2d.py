@@ -216,6 +216,46 @@ class TestSizes:
         assert_near(outs[0], outs[1], torch.float32)
         assert_near(list(grads[0]), list(grads[1]), torch.float32, factor=4)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "channels, outputs, groups, offset_groups", [(48, 40, 1, 1), (64, 96, 1, 4), (40, 264, 1, 1), (176, 160, 2, 1)]
+    )
+    def test_many_half_channels(self, dtype, channels, outputs, groups, offset_groups):
+        """Whole vectors of 16-bit types, and tiles of every width."""
+        tensors = [
+            torch.randn(2, channels, 5, 7, dtype=dtype),
+            off_grid(torch.randn(2, 18 * offset_groups, 5, 7)),
+            torch.randn(outputs, channels // groups, 3, 3, dtype=dtype),
+            torch.randn(outputs, dtype=dtype),
+            torch.rand(2, 9 * offset_groups, 5, 7),
+        ]
+        outs, grads = [], []
+        for op, convert in ((ops.deform_conv2d, lambda t: t), (reference.deform_conv2d, torch.Tensor.double)):
+            leaves = [convert(t).requires_grad_() for t in tensors]
+            outs.append(convolve(*leaves, op=op))
+            grads.append(torch.autograd.grad(outs[-1], leaves, convert(outs[0].detach())))
+        assert_near(outs[0], outs[1], dtype)
+        assert_near(list(grads[0]), list(grads[1]), dtype, factor=4)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_sums_are_kept_in_float32(self, dtype):
+        """Sums of 4608 ones, over channels and taps, pixels, and outputs: in 16 bits they would stop at 2048 or 256."""
+
+        def ones(*size):
+            return torch.ones(size, dtype=dtype, requires_grad=True)
+
+        out = ops.deform_conv2d(ones(1, 512, 3, 3), torch.zeros(1, 18, 1, 1), ones(8, 512, 3, 3))
+        assert torch.equal(out, torch.full_like(out, 4608))
+        weight = ones(8, 8, 1, 1)
+        out = ops.deform_conv2d(ones(1, 8, 48, 96), torch.zeros(1, 2, 48, 96), weight)
+        (grad,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+        assert torch.equal(grad, torch.full_like(grad, 4608))
+        input, offset = ones(1, 8, 1, 1), torch.zeros(1, 2, 1, 1, requires_grad=True)
+        out = ops.deform_conv2d(input, offset, ones(4608, 8, 1, 1))
+        grad_input, grad_offset = torch.autograd.grad(out, (input, offset), torch.ones_like(out))
+        assert torch.equal(grad_input, torch.full_like(grad_input, 4608))
+        assert torch.equal(grad_offset, torch.full_like(grad_offset, -8 * 4608))
+
     def test_threads_do_not_change_the_result(self):
         tensors = inputs()
         wanted = torch.get_num_threads()

@@ -24,14 +24,6 @@ inline int64_t packed_conv_size(int64_t resolved, int64_t in_channels, int64_t o
     return (resolved == kConvWinograd ? 36 : 9) * gemm_packed_size(in_channels, out_channels);
 }
 
-inline ScalarType accum_dtype(ScalarType dtype) {
-    return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
-    return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
 // The bias in the type sums are in, dense.
 inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
     return bias ? std::optional<Tensor>(to_contiguous(as_dtype(*bias, dtype))) : std::nullopt;

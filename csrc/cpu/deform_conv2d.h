@@ -15,15 +15,6 @@
 
 namespace spatialflow {
 
-// Offsets, masks and tangents keep their own precision: double for double features, else float32.
-inline ScalarType accum_dtype(ScalarType feature_dtype) {
-    return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
-    return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
 // Channels adjacent in memory, other strides free.
 inline Tensor with_adjacent_channels(const Tensor& tensor) {
     return tensor.stride(1) == 1 ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);

@@ -425,11 +425,6 @@ void launch_gather(
         data<accum_t<scalar_t>>(rois), pyramid, options);
 }
 
-// Boxes keep their own precision: double for double features, else float32, whatever the features are.
-ScalarType accum_type(ScalarType dtype) {
-    return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 }  // namespace
 
 Tensor roi_align_forward(
@@ -450,7 +445,7 @@ Tensor roi_align_forward(
     for (const Tensor& feature : features) {
         sources.push_back(feature.stride(1) == 1 ? feature : to_contiguous(feature, MemoryFormat::ChannelsLast));
     }
-    const Tensor rois = contiguous_as(boxes, accum_type(first.scalar_type()));
+    const Tensor rois = contiguous_as(boxes, accum_dtype(first.scalar_type()));
     const RoiOptions options =
         options_of(op, settings, boxes, first.size(0), channels, format == MemoryFormat::Contiguous);
     dispatch_floating(op, first.scalar_type(), [&](auto zero) {
@@ -480,7 +475,7 @@ std::vector<Tensor> roi_align_backward(
     std::vector<Tensor> gradients;
     for (size_t l = 0; l < heights.size(); ++l) {
         gradients.push_back(empty_like_sized(
-            grad_output, {batch, channels, heights[l], widths[l]}, gather ? dtype : accum_type(dtype),
+            grad_output, {batch, channels, heights[l], widths[l]}, gather ? dtype : accum_dtype(dtype),
             MemoryFormat::ChannelsLast));
         if (!gather || !launched) {
             torch::stable::zero_(gradients[l]);
@@ -488,7 +483,7 @@ std::vector<Tensor> roi_align_backward(
     }
     if (launched) {
         const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
-        const Tensor rois = contiguous_as(boxes, accum_type(dtype));
+        const Tensor rois = contiguous_as(boxes, accum_dtype(dtype));
         const RoiOptions options = options_of(op, settings, boxes, batch, channels, false);
         dispatch_floating(op, dtype, [&](auto zero) {
             using scalar_t = decltype(zero);

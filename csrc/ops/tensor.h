@@ -100,8 +100,17 @@ inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFo
     return torch::stable::contiguous(tensor, format);
 }
 
+inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
+    return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// Sums, and what keeps its own precision beside 16-bit features (boxes, offsets): double for double features, else float32.
+inline ScalarType accum_dtype(ScalarType feature_dtype) {
+    return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-    return to_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+    return to_contiguous(as_dtype(tensor, dtype));
 }
 
 inline Tensor empty_like_sized(

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the CUDA kernels of deformable convolution share: where taps read, the gather of columns, the packed weight.
+//
+// Channels come in runs: as many as are always in one weight group and one offset group together, gcd(C / groups,
+// C / offset_groups). Along the sum of the convolution, a run is taps * run long, channels of a tap adjacent: `flat` below
+// is a position there. Weights are packed in that order, (run of channels, tap, channel of the run), with the outputs of
+// the channels' group adjacent and padded with zeros to whole 16-byte items.
+#pragma once
+
+#include "common/deform_conv2d.h"
+#include "cuda/launch.h"
+#include "cuda/tile_product.h"
+#include "ops/deform_conv2d.h"
+
+#include <cstring>
+
+namespace spatialflow {
+
+template <typename value_t>
+struct StridedImages {  // (N, C, H, W)
+    Global<const value_t> data;
+    int64_t stride[4];
+
+    __device__ __forceinline__ value_t at(int n, int c, int y, int x) const {
+        return data[n * stride[0] + c * stride[1] + y * stride[2] + x * stride[3]];
+    }
+};
+
+template <typename scalar_t>
+struct DeformProblem {
+    Global<const scalar_t> input;                                 // (N, H, W, C)
+    StridedImages<accum_t<scalar_t>> offset, mask, offset_tangent;  // the last two: null for none
+    int stride[2], padding[2], dilation[2];
+    int pixels;  // of the output, N * H_out * W_out
+    int height, width, out_height, out_width, kernel_width, taps;
+    int channels, groups, group_channels, offset_group_channels, run;
+    int out_channels, group_outputs, packed_outputs;
+};
+
+// ---- device ------------------------------------------------------------------------------------------------------
+
+// A tap of an output pixel that reads something.
+template <typename real_t>
+struct DeformSample {
+    DeformTap<real_t> place;
+    int first_cell;  // of its image
+    real_t mask, tangent_y, tangent_x;
+};
+
+// False if the tap reads nothing: it lies outside the map, its offset or mask is not finite, or there is no such pixel.
+template <typename scalar_t, typename real_t>
+__device__ __forceinline__ bool deform_sample(
+    const DeformProblem<scalar_t>& problem, int pixel, int offset_group, int tap, DeformSample<real_t>& sample) {
+    if (pixel >= problem.pixels) {
+        return false;
+    }
+    const int row = pixel / problem.out_width, image = row / problem.out_height;
+    const int out_y = row % problem.out_height, out_x = pixel - row * problem.out_width;
+    const int index = offset_group * problem.taps + tap;
+    const int kernel_y = tap / problem.kernel_width, kernel_x = tap % problem.kernel_width;
+    const real_t y = real_t(out_y * problem.stride[0] - problem.padding[0] + kernel_y * problem.dilation[0]) +
+                     problem.offset.at(image, 2 * index, out_y, out_x);
+    const real_t x = real_t(out_x * problem.stride[1] - problem.padding[1] + kernel_x * problem.dilation[1]) +
+                     problem.offset.at(image, 2 * index + 1, out_y, out_x);
+    sample.mask = problem.mask.data ? problem.mask.at(image, index, out_y, out_x) : real_t(1);
+    if (!deform_tap(y, x, problem.height, problem.width, sample.place) || !(sample.mask - sample.mask == real_t(0))) {
+        return false;
+    }
+    sample.first_cell = image * problem.height * problem.width;
+    if (problem.offset_tangent.data) {
+        sample.tangent_y = problem.offset_tangent.at(image, 2 * index, out_y, out_x);
+        sample.tangent_x = problem.offset_tangent.at(image, 2 * index + 1, out_y, out_x);
+    }
+    return true;
+}
+
+// The sample is the sum over corners of values[corner] * input[corner]; the mask is not in them.
+template <typename scalar_t, typename real_t>
+__device__ __forceinline__ void sample_values(
+    const DeformProblem<scalar_t>& problem, const DeformSample<real_t>& sample, real_t (&values)[4]) {
+    if (problem.offset_tangent.data) {
+        deform_tangent_values(sample.place, sample.tangent_y, sample.tangent_x, values);
+    } else {
+        deform_values(sample.place, values);
+    }
+}
+
+// Derivatives of the values by the offset.
+template <typename scalar_t, typename real_t>
+__device__ __forceinline__ void sample_slopes(
+    const DeformProblem<scalar_t>& problem, const DeformSample<real_t>& sample, real_t (&slope_y)[4],
+    real_t (&slope_x)[4]) {
+    if (problem.offset_tangent.data) {
+        deform_tangent_slopes(sample.tangent_y, sample.tangent_x, slope_y, slope_x);
+    } else {
+        deform_slopes(sample.place, slope_y, slope_x);
+    }
+}
+
+// Taps of a tile's pixels in shared memory: entry slot * count + position is tap first_tap + slot of pixel first_pixel +
+// position.
+template <typename real_t, int kEntries>
+class TapTable {
+public:
+    static constexpr int kSize = kEntries * 4 * static_cast<int>(sizeof(real_t) + sizeof(int)) / sizeof(real_t);
+
+    __device__ __forceinline__ explicit TapTable(Shared<real_t> memory)
+        : weights_(memory), cells_(pointer_cast<int>(memory + kEntries * 4)) {}
+
+    template <typename scalar_t>
+    __device__ __forceinline__ void fill(
+        const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, int first_pixel,
+        int count) const {
+        for (int entry = static_cast<int>(threadIdx.x); entry < slots * count; entry += kProductThreads) {
+            DeformSample<real_t> sample;
+            real_t values[4] = {};
+            Vec<int, 4> cells = {{-1, -1, -1, -1}};
+            real_t mask = 0;
+            if (deform_sample(problem, first_pixel + entry % count, offset_group, first_tap + entry / count, sample)) {
+                sample_values(problem, sample, values);
+                mask = sample.mask;
+#pragma unroll
+                for (int corner = 0; corner < 4; ++corner) {
+                    const int64_t cell = deform_corner<real_t>(sample.place, corner, problem.height, problem.width);
+                    cells[corner] = cell < 0 ? -1 : sample.first_cell + static_cast<int>(cell);
+                }
+            }
+            store_vector(cells_ + entry * 4, cells);
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+                weights_[entry * 4 + corner] = mask * values[corner];
+            }
+        }
+    }
+
+    // The four cells that an entry reads, counted through all images; -1 for none.
+    __device__ __forceinline__ Vec<int, 4> cells(int entry) const { return load_vector<4>(cells_ + entry * 4); }
+
+    // What they count for, mask included.
+    __device__ __forceinline__ void weights(int entry, real_t (&weights)[4]) const {
+        constexpr int kItem = kWideElements<real_t>;
+#pragma unroll
+        for (int corner = 0; corner < 4; corner += kItem) {
+            const auto some = load_vector<kItem>(weights_ + (entry * 4 + corner));
+#pragma unroll
+            for (int i = 0; i < kItem; ++i) {
+                weights[corner + i] = some[i];
+            }
+        }
+    }
+
+private:
+    Shared<real_t> weights_;  // (entry, corner)
+    Shared<int> cells_;       // (entry, corner)
+};
+
+// Taps of 64 pixels that are in a table at once, or fewer of more pixels.
+constexpr int kTableTaps = 9;
+constexpr int kTableEntries = kTableTaps * kProductRows;
+
+// 16 bytes of a pixel's columns, on their way from the input. With kWidth > 1 an item is in one tap, and its four cells are
+// read by 16-byte loads that are under way between `begin` and `finish`.
+template <typename scalar_t, int kWidth>
+class ColumnItem {
+    using real_t = accum_t<scalar_t>;
+    static constexpr int kItem = kWideElements<scalar_t>;
+    static_assert(kWidth == kItem || kWidth == 1, "an item is one access or single elements");
+
+public:
+    // Positions flat to min(flat + kItem, limit) of the run that begins at first_channel. Slot 0 of the table is first_tap.
+    template <int kEntries>
+    __device__ __forceinline__ void begin(
+        const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int first_channel, int flat,
+        int limit, int first_tap, int count, int position) {
+        if constexpr (kWidth == 1) {
+#pragma unroll
+            for (int i = 0; i < kItem; ++i) {
+                real_t sum = 0;
+                if (flat + i < limit) {
+                    const int tap = (flat + i) / problem.run, channel = first_channel + (flat + i) - tap * problem.run;
+                    const int entry = (tap - first_tap) * count + position;
+                    const Vec<int, 4> cells = table.cells(entry);
+                    real_t weights[4];
+                    table.weights(entry, weights);
+#pragma unroll
+                    for (int corner = 0; corner < 4; ++corner) {
+                        if (cells[corner] >= 0) {
+                            const scalar_t value =
+                                problem.input[static_cast<int64_t>(cells[corner]) * problem.channels + channel];
+                            sum += weights[corner] * load(value);
+                        }
+                    }
+                }
+                store(result_[i], sum);
+            }
+        } else {
+            const int tap = flat / problem.run, channel = first_channel + flat - tap * problem.run;
+            const bool present = flat < limit;
+            entry_ = present ? (tap - first_tap) * count + position : 0;
+            const Vec<int, 4> cells = table.cells(entry_);
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+                corners_[corner] = {};
+                if (present && cells[corner] >= 0) {
+                    corners_[corner] = load_vector<4>(pointer_cast<const unsigned>(
+                        problem.input + (static_cast<int64_t>(cells[corner]) * problem.channels + channel)));
+                }
+            }
+        }
+    }
+
+    template <int kEntries>
+    __device__ __forceinline__ Vec<scalar_t, kItem> finish(const TapTable<real_t, kEntries>& table) const {
+        if constexpr (kWidth == 1) {
+            return result_;
+        } else {
+            real_t weights[4], sums[kItem] = {};
+            table.weights(entry_, weights);
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+                Vec<scalar_t, kItem> values;
+                std::memcpy(static_cast<void*>(&values), &corners_[corner], sizeof(values));
+#pragma unroll
+                for (int i = 0; i < kItem; ++i) {
+                    sums[i] += weights[corner] * load(values[i]);
+                }
+            }
+            Vec<scalar_t, kItem> result;
+#pragma unroll
+            for (int i = 0; i < kItem; ++i) {
+                store(result[i], sums[i]);
+            }
+            return result;
+        }
+    }
+
+private:
+    Vec<unsigned, 4> corners_[4];  // as words: two 16-bit values do not take two registers
+    int entry_ = 0;
+    Vec<scalar_t, kItem> result_;  // with kWidth 1, in place of these
+};
+
+// ---- host --------------------------------------------------------------------------------------------------------
+
+// The weight (O, C / groups, kernel) in the order of the file's head: (C * taps, packed_outputs).
+Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, Stream stream);
+
+int64_t packed_deform_outputs(const DeformConvShape& shape, ScalarType dtype);
+
+// Channels that share weight group and offset group.
+int64_t deform_run(const DeformConvShape& shape);
+
+// Tiles of 64 rows by tiles of columns by groups.
+dim3 deform_grid(const char* op, int64_t rows, int64_t columns, int64_t tile_columns, int64_t groups);
+
+// The tensors of a call, laid out for the kernels; lives until they are launched.
+class DeformOperands {
+public:
+    DeformOperands(
+        const char* op, const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input,
+        const Tensor& offset, const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent);
+
+    template <typename scalar_t>
+    DeformProblem<scalar_t> problem() const {
+        using real_t = accum_t<scalar_t>;
+        const auto images = [](const Tensor& tensor) {
+            return StridedImages<real_t>{
+                data<real_t>(tensor), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
+        };
+        DeformProblem<scalar_t> problem{};
+        problem.input = data<scalar_t>(input_);
+        problem.offset = images(offset_);
+        if (mask_) {
+            problem.mask = images(*mask_);
+        }
+        if (offset_tangent_) {
+            problem.offset_tangent = images(*offset_tangent_);
+        }
+        for (int axis = 0; axis < 2; ++axis) {
+            problem.stride[axis] = static_cast<int>(options_.stride[axis]);
+            problem.padding[axis] = static_cast<int>(options_.padding[axis]);
+            problem.dilation[axis] = static_cast<int>(options_.dilation[axis]);
+        }
+        problem.pixels = static_cast<int>(shape_.batch * shape_.pixels());
+        problem.height = static_cast<int>(shape_.height);
+        problem.width = static_cast<int>(shape_.width);
+        problem.out_height = static_cast<int>(shape_.out_height);
+        problem.out_width = static_cast<int>(shape_.out_width);
+        problem.kernel_width = static_cast<int>(shape_.kernel_width);
+        problem.taps = static_cast<int>(shape_.taps());
+        problem.channels = static_cast<int>(shape_.channels);
+        problem.groups = static_cast<int>(shape_.groups);
+        problem.group_channels = static_cast<int>(shape_.group_channels());
+        problem.offset_group_channels = static_cast<int>(shape_.offset_group_channels());
+        problem.run = static_cast<int>(deform_run(shape_));
+        problem.out_channels = static_cast<int>(shape_.out_channels);
+        problem.group_outputs = static_cast<int>(shape_.group_outputs());
+        problem.packed_outputs = static_cast<int>(packed_deform_outputs(shape_, input_.scalar_type()));
+        return problem;
+    }
+
+    // True if items of 16 bytes never cross a run and are aligned.
+    template <typename scalar_t>
+    bool is_wide() const {
+        return deform_run(shape_) % kWideElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
+    }
+
+private:
+    DeformConvShape shape_;
+    DeformConvOptions options_;
+    Tensor input_, offset_;
+    std::optional<Tensor> mask_, offset_tangent_;
+};
+
+// Calls run(columns, width), two integral constants: the columns of a block's tile for products that have `columns` of
+// them, and the elements of an access.
+template <typename scalar_t, int kMostColumns, typename Run>
+inline void with_tile(bool wide, int64_t columns, Run run) {
+    constexpr int kWidth = kWideElements<scalar_t>;
+    if (!wide) {
+        run(std::integral_constant<int, 64>{}, std::integral_constant<int, 1>{});
+        return;
+    }
+    if constexpr (kMostColumns >= 256) {
+        if (columns > 128) {
+            run(std::integral_constant<int, 256>{}, std::integral_constant<int, kWidth>{});
+            return;
+        }
+    }
+    if constexpr (kMostColumns >= 128) {
+        if (columns > 64) {
+            run(std::integral_constant<int, 128>{}, std::integral_constant<int, kWidth>{});
+            return;
+        }
+    }
+    run(std::integral_constant<int, 64>{}, std::integral_constant<int, kWidth>{});
+}
+
+// Registers decide: sums of a tile of 64 x 256 in float32 take 64 of a thread, of 64 x 64 in float64 take 32.
+template <typename scalar_t>
+constexpr int kMostTileColumns = sizeof(scalar_t) == 2 ? 256 : sizeof(scalar_t) == 4 ? 128 : 64;
+
+}  // namespace spatialflow

@@ -60,7 +60,7 @@ class OurPipeline:
         self.predictor = Predictor(model, device)
         self.categories = self.predictor.categories
         self._times: dict[str, float] = {}
-        network = self.predictor.network
+        network = self.predictor.pipeline.network
         for module, stage in (
             (network.subnets, "sub-networks"), (network.box_head, "dense heads"), (network.stuff_head, "dense heads"),
         ):  # fmt: skip

@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
+    predict.add_argument("--cuda-graph", action="store_true",
+                         help="replay a CUDA graph per size of image; the first of a size takes longer")  # fmt: skip
     predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
                          help="edges that the image is fitted to (default: the configuration's)")  # fmt: skip
     predict.add_argument("--score", type=float, metavar="S", help="least score of an instance in the panoptic map")
@@ -116,14 +118,12 @@ def _complain(sentence: str) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     """One image at a time, each written before the next is read; a bad one is reported and skipped."""
-    import torch
     from tqdm import tqdm
 
     from spatialflow.data.transforms import ImageError, read_image
 
     paths, failed = _list_images(options.images)
     predictor = _make_predictor(options)
-    dtype = getattr(torch, options.dtype)
     output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay,
                                detections=options.detections)  # fmt: skip
     times: dict[str, float] = {}
@@ -133,8 +133,7 @@ def _predict(options: argparse.Namespace) -> int:
                 begin = time.perf_counter()
                 pixels = read_image(path)
                 decode = time.perf_counter() - begin
-                with torch.autocast(predictor.device.type, dtype, enabled=dtype != torch.float32):
-                    result = predictor(pixels)
+                result = predictor(pixels)
                 result.image_name, result.times["decode"] = path.name, decode
                 output.add(result, pixels)
             except (ImageError, OSError) as error:
@@ -183,12 +182,18 @@ def _make_predictor(options: argparse.Namespace) -> Any:
 
     from spatialflow import CheckpointError, ConfigError, Predictor, build_model, load_checkpoint
     from spatialflow.data.categories import CategoryError
+    from spatialflow.engine.predict import usable_device
 
     if options.threads is not None:
         if options.threads < 1:
             raise CommandError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
-    device = _device(options.device)
+    try:
+        device = usable_device(options.device)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from None
+    if options.cuda_graph and device.type != "cuda":
+        raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
     torch.manual_seed(0)
     try:
         model = build_model(options.config, **_overrides(options)).eval()
@@ -196,23 +201,9 @@ def _make_predictor(options: argparse.Namespace) -> Any:
             _complain("no --checkpoint: the weights are random, so the maps mean nothing")
         else:
             load_checkpoint(model, options.checkpoint)
-        return Predictor(model, device)
+        return Predictor(model, device, getattr(torch, options.dtype), options.cuda_graph)
     except (ConfigError, CheckpointError, CategoryError) as error:
         raise CommandError(str(error)) from None
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise CommandError(f"--device must be cpu, cuda or cuda:<number>, got '{name}'") from None
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device must be cpu, cuda or cuda:<number>, got '{name}'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CommandError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here")
-    return device
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:

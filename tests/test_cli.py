@@ -133,6 +133,7 @@ class TestPredict:
             (["--size", "0"], "--size must be positive, got 0"),
             (["--device", "cuda:99"], "--device cuda:99: torch .* sees . CUDA devices"),
             (["--device", "toaster"], "--device must be cpu, cuda or cuda:<number>, got 'toaster'"),
+            (["--cuda-graph"], "--cuda-graph needs a CUDA device, got --device cpu"),
             (["--threads", "0"], "--threads must be at least 1, got 0"),
         ],
     )

@@ -31,6 +31,10 @@ def sizes_of(metas):
     return valid, torch.tensor([meta["scale_factor"][:2] for meta in metas])
 
 
+def anchors_of(model, levels):
+    return inference.pyramid_anchors(model, [level.shape[-2:] for level in levels], levels[0].device)
+
+
 def test_backbone(tiny):
     arrays, _, model, _, _ = tiny
     with torch.no_grad():
@@ -66,8 +70,7 @@ def test_stuff_logits_and_labels(tiny):
 
 def test_anchors_of_every_level(tiny):
     arrays, _, model, output, _ = tiny
-    for level, feature in enumerate(output.features):
-        anchors = inference.anchors_of(model.config.model, level, feature.shape[-2:], feature.device)
+    for level, anchors in enumerate(anchors_of(model.config.model, output.features)):
         assert_close(f"anchors[{level}]", anchors, arrays[f"anchors_l{level}"])
 
 
@@ -75,7 +78,12 @@ def test_candidates_before_nms(tiny):
     arrays, about, model, output, _ = tiny
     valid, _ = sizes_of(about["metas"])
     found = inference.select_candidates(
-        output.class_logits, output.box_deltas, valid, torch.ones(2, 2), model.config.model, 1000
+        output.class_logits,
+        output.box_deltas,
+        anchors_of(model.config.model, output.features),
+        valid,
+        torch.ones(2, 2),
+        1000,
     )
     assert found.boxes.shape[1] == sum(about["levels_before_nms"])
     for i in range(2):  # the order of equally good anchors is free: compare as sorted rows
@@ -95,7 +103,7 @@ def test_candidates_before_nms(tiny):
 
 def detected(logits, deltas, valid, factors, model, settings, per_level=1000):
     """Head outputs to detections; `factors` (B, 2) divide the boxes."""
-    candidates = inference.select_candidates(logits, deltas, valid, factors, model, per_level)
+    candidates = inference.select_candidates(logits, deltas, anchors_of(model, logits), valid, factors, per_level)
     return inference.detect(candidates, settings)
 
 
@@ -199,7 +207,9 @@ def test_get_boxes(goldens):
     for kind, factors in (("test", scale), ("train", torch.ones_like(scale))):
         found = detected(logits, deltas, valid, factors, model, InferenceSettings())
         assert_detections(found, arrays, kind + "_img{}_0", kind + "_img{}_1")
-    found = inference.select_candidates(logits, deltas, valid, torch.ones_like(scale), model, 1000)
+    found = inference.select_candidates(
+        logits, deltas, anchors_of(model, logits), valid, torch.ones_like(scale), 1000
+    )
     for i in range(2):  # recorded at network scale, with a background column of zeros
         ours = torch.cat([found.boxes[i], found.scores[i]], dim=1).double().numpy()
         expected = np.concatenate([arrays[f"aug_img{i}_0"], arrays[f"aug_img{i}_1"][:, :-1]], axis=1)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of every kind become panoptic results; bad ones are named."""
 
+import copy
 import json
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import spatialflow
 from golden_models import golden_model
@@ -82,6 +84,32 @@ def test_plain_and_optimized_network_agree(model, predictor):
     assert_same(plain(picture(90, 130)), predictor(picture(90, 130)), exact=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(model, predictor, dtype):
+    """Weights and features in 16 bits, on the CPU too: nearly the same map, results in the same types."""
+    low = spatialflow.Predictor(model, dtype=dtype, stuff_area_threshold=40, **SHORT)
+    assert next(low.pipeline.network.buffers()).dtype == dtype
+    result, expected = low(picture(90, 130)), predictor(picture(90, 130))
+    assert_consistent(result, (90, 130))
+    assert result.scores.dtype == result.boxes.dtype == result.mask_logits.dtype == np.float32
+    assert (result.id_map != 0).mean() == pytest.approx((expected.id_map != 0).mean(), abs=0.1)
+    assert result.scores[0] == pytest.approx(expected.scores[0], abs=0.05)
+
+
+def test_weights_are_copied(model):
+    """Neither kind of predictor changes the model or sees later changes of it."""
+    image = picture(45, 65)
+    for optimize in (True, False):
+        own = copy.deepcopy(model).train()
+        predictor = spatialflow.Predictor(own, dtype=torch.bfloat16, optimize=optimize, **SHORT)
+        before = predictor(image)
+        assert own.training and {value.dtype for value in own.parameters()} == {torch.float32}
+        with torch.no_grad():
+            for parameter in own.parameters():
+                parameter.add_(1.0)
+        assert_same(predictor(image), before)
+
+
 def test_paths_arrays_and_iterables(tmp_path, predictor):
     image = picture(60, 80)
     cv2.imwrite(str(tmp_path / "a.png"), image)
@@ -156,3 +184,13 @@ def test_wrong_settings(model):
         spatialflow.Predictor(model, score_threshold=2)
     with pytest.raises(ValueError, match="batch_size: must be at least 1, got 0"):
         spatialflow.Predictor(model, batch_size=0)
+    for options, words in (
+        (dict(device="cuda:99"), "device cuda:99: torch .* sees . CUDA devices here"),
+        (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>, got 'tpu'"),
+        (dict(device="meta"), "device must be cpu, cuda or cuda:<number>, got 'meta'"),
+        (dict(dtype=torch.int8), "dtype must be one of torch.float32, .*, got torch.int8"),
+        (dict(dtype="half"), "dtype must be one of .*, got half"),
+        (dict(cuda_graph=True), "cuda_graph needs a CUDA device, got device cpu"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            spatialflow.Predictor(model, **options)

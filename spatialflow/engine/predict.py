@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -15,16 +14,21 @@ from torch import Tensor
 
 from spatialflow.data.categories import Categories, load_categories
 from spatialflow.data.transforms import Fitted, check_image, fit_image, read_image
-from spatialflow.models import inference
+from spatialflow.engine.cuda_graphs import GraphCache
+from spatialflow.engine.pipeline import FixedResult, Pipeline, stopwatch
 from spatialflow.models.build import load_config
 from spatialflow.models.config import Config, ConfigError, place_overrides
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.ops import panoptic_merge, paste_masks, preprocess_images
+from spatialflow.ops import PanopticMergeOutput, paste_masks
 from spatialflow.panoptic import PanopticWriter, overlay
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
-"""What `PanopticResult.times` measures, in order."""
+"""What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds the wait for
+its end. A CUDA graph is queued as a whole, under "network"."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a Predictor computes in."""
 
 Image = Union[str, Path, np.ndarray]
 
@@ -115,9 +119,13 @@ class Predictor:
     """A model with everything between image files and panoptic maps.
 
     Args:
-        model: from `build_model`, with weights loaded. It is not changed; with `optimize`, later changes of its weights
-            have no effect here.
-        device: where to run; None: where the model is.
+        model: from `build_model`, with weights loaded. It is not changed, and later changes of its weights have no effect
+            here.
+        device: where to run, "cpu", "cuda" or "cuda:<number>"; None: where the model is.
+        dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and boxes are
+            float32 always.
+        cuda_graph: replay a CUDA graph per size of image instead of queueing every kernel. The first image of a size pays
+            for the capture; the 16 sizes used last are kept.
         optimize: fold BatchNorm and pre-arrange the weights once.
         batch_size: images that go through the network together; only images of equal padded size share a batch, so that
             results do not depend on the company.
@@ -127,12 +135,19 @@ class Predictor:
     Raises:
         ConfigError: an override breaks a rule.
         CategoryError: the configuration's categories do not fit the model.
+        ValueError: a device that is not there or of another kind, another dtype, a CUDA graph without a CUDA device, a
+            batch size below 1.
+
+    Remarks:
+        On a CUDA device nothing waits for the GPU between the upload of an image and the download of its result.
     """
 
     def __init__(
         self,
         model: SpatialFlow,
         device: Union[str, torch.device, None] = None,
+        dtype: Optional[torch.dtype] = None,
+        cuda_graph: bool = False,
         optimize: bool = True,
         batch_size: int = 1,
         **overrides: Any,
@@ -144,14 +159,26 @@ class Predictor:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+        weight = next(model.parameters())
+        self.device = usable_device(weight.device if device is None else device)
+        dtype = weight.dtype if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if cuda_graph and self.device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a CUDA device, got device {self.device}")
         self.config: Config = load_config(model.config, **overrides)
         shape = self.config.model
         self.categories = load_categories(
             self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head
         )
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
-        self.network = (optimize_for_inference(model) if optimize else model).to(self.device)
+        if optimize:
+            network = optimize_for_inference(model, self.device, dtype)
+        else:
+            network = copy.deepcopy(model).to(self.device, dtype).eval()
+        other = self.categories.other_index
+        self.pipeline = Pipeline(network, self.config, () if other is None else (other,), self.device, dtype)
         self.batch_size = batch_size
+        self._graphs = GraphCache(self.device) if cuda_graph else None
 
     def __call__(
         self, images: Union[Image, Sequence[Image], Iterable[Image]]
@@ -188,7 +215,7 @@ class Predictor:
         times = dict.fromkeys(STAGES, 0.0)
         is_path = isinstance(image, (str, Path))
         name = Path(image).name if is_path else f"image {position}"
-        with _stopwatch(times, "decode"):
+        with stopwatch(times, "decode"):
             pixels = read_image(image) if is_path else check_image(image, name)
         test = self.config.test
         fitted = fit_image(
@@ -196,104 +223,51 @@ class Predictor:
         )
         return _Item(position, name, pixels, fitted, times)
 
-    @torch.inference_mode()
     def _run(self, items: list[_Item], results: list[Optional[PanopticResult]]):
         """One batch of equal padded size; fills `results` at the items' positions."""
         shared = dict.fromkeys(STAGES, 0.0)
-        data, sizes = self.config.data, [item.fitted.valid_size for item in items]
-        valid = torch.tensor(sizes, device=self.device)
-        scale = torch.tensor([item.fitted.scale for item in items], device=self.device)
-        with _stopwatch(shared, "preprocess"):
-            pixels = [torch.from_numpy(np.require(item.pixels, requirements="CW")).to(self.device) for item in items]
-            images = preprocess_images(pixels, sizes, data.image_mean, data.image_std, data.size_divisor)
-        with _stopwatch(shared, "network"):
-            output, quarter_logits = self.network.dense(images)
-        with _stopwatch(shared, "detect"):
-            candidates = inference.select_candidates(
-                output.class_logits,
-                output.box_deltas,
-                valid,
-                scale,
-                self.config.model,
-                self.config.test.candidates_per_level,
-            )
-            found = inference.detect(candidates, self.config.test)
-            counts = found.count.tolist()
-        logits = None
-        if output.thing_features is not None:
-            with _stopwatch(shared, "masks"):
-                rois = inference.make_rois([found.boxes[i, :n] for i, n in enumerate(counts)], scale)
-                labels = torch.cat([found.labels[i, :n] for i, n in enumerate(counts)])
-                logits = inference.mask_logits(self.network, output.thing_features, rois, labels).split(counts)
-        for i, (item, n) in enumerate(zip(items, counts)):
+        fitted = tuple(item.fitted for item in items)
+        pixels = [torch.from_numpy(np.require(item.pixels, requirements="CW")) for item in items]
+        if self.device.type == "cuda":
+            with stopwatch(shared, "preprocess"):
+                pixels = [image.pin_memory() for image in pixels]  # their upload needs no wait
+        if self._graphs is None:
+            with stopwatch(shared, "preprocess"):
+                pixels = [image.to(self.device, non_blocking=True) for image in pixels]
+                plan = self.pipeline.plan(fitted)
+            found = self.pipeline(pixels, plan, shared)
+        else:
+            with stopwatch(shared, "network"):
+                found = self._graphs(fitted, lambda: self._planned(fitted), pixels)
+        with stopwatch(shared, "merge"):
+            found = [_to_host(result) for result in found]
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+        for item, result in zip(items, found):
             for stage in STAGES:
                 item.times[stage] += shared[stage] / len(items)
-            results[item.position] = self._finish(
-                item,
-                found.boxes[i, :n],
-                found.scores[i, :n],
-                found.labels[i, :n],
-                None if logits is None else logits[i],
-                None if quarter_logits is None else quarter_logits[i],
-            )
+            results[item.position] = self._finish(item, result)
 
-    def _finish(
-        self,
-        item: _Item,
-        boxes: Tensor,
-        scores: Tensor,
-        labels: Tensor,
-        mask_logits: Optional[Tensor],
-        quarter_logits: Optional[Tensor],
-    ) -> PanopticResult:
-        """Masks and stuff labels at original size, merged."""
-        test, size, times = self.config.test, item.fitted.original_size, item.times
-        with _stopwatch(times, "stuff"):
-            if quarter_logits is None:  # every label lies outside 0..num_stuff - 1 = nothing, so all is void
-                stuff, num_stuff = torch.zeros(size, dtype=torch.uint8, device=self.device), 0
-            else:
-                stuff, num_stuff = (
-                    inference.stuff_labels(quarter_logits, item.fitted.valid_size, size),
-                    self.config.model.num_stuff,
-                )
-        with _stopwatch(times, "masks"):
-            entering = scores >= test.instance_score_threshold
-            if mask_logits is None:
-                entering = torch.zeros_like(entering)
-                masks = torch.zeros((0, *size), dtype=torch.bool, device=self.device)
-            else:
-                masks = paste_masks(mask_logits[entering], boxes[entering], size, test.mask_threshold)
-        with _stopwatch(times, "merge"):
-            other = self.categories.other_index
-            merged = panoptic_merge(
-                masks,
-                scores[entering],
-                labels[entering],
-                boxes[entering] if test.box_fill else None,
-                stuff,
-                num_stuff,
-                ignored_stuff=() if other is None else (other,),
-                score_threshold=test.instance_score_threshold,
-                overlap_threshold=test.instance_overlap_threshold,
-                stuff_area_limit=test.stuff_area_threshold,
-                box_threshold=test.box_overlap_threshold,
-            )
-            id_map, segments = merged.id_map.cpu().numpy(), self._segments(merged)
-        category_ids = self.categories.thing_ids[labels.cpu().numpy()]
+    def _planned(self, fitted: tuple[Fitted, ...]) -> Callable[[list[Tensor]], list[FixedResult]]:
+        plan = self.pipeline.plan(fitted)
+        return lambda pixels: self.pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+
+    def _finish(self, item: _Item, found: FixedResult) -> PanopticResult:
+        count = int(found.count)
         return PanopticResult(
-            id_map,
-            segments,
-            boxes.cpu().numpy(),
-            scores.cpu().numpy(),
-            category_ids,
-            None if mask_logits is None else mask_logits.cpu().numpy(),
-            test.mask_threshold,
+            found.merged.id_map.numpy(),
+            self._segments(found.merged),
+            found.boxes[:count].numpy(),
+            found.scores[:count].numpy(),
+            self.categories.thing_ids[found.labels[:count].numpy()],
+            None if found.mask_logits is None else found.mask_logits[:count].numpy(),
+            self.config.test.mask_threshold,
             self.categories,
             item.name,
-            times,
+            item.times,
         )
 
-    def _segments(self, merged) -> list[dict[str, Any]]:
+    def _segments(self, merged: PanopticMergeOutput) -> list[dict[str, Any]]:
         count = int(merged.count)
         columns = (merged.labels, merged.is_thing, merged.areas, merged.boxes, merged.scores)
         rows = zip(*(column[:count].tolist() for column in columns))
@@ -311,9 +285,21 @@ class Predictor:
         ]
 
 
-@contextmanager
-def _stopwatch(times: dict[str, float], stage: str):
-    """Adds the seconds of the block to `times[stage]`; on a GPU until the work is queued, without waiting for it."""
-    start = time.perf_counter()
-    yield
-    times[stage] += time.perf_counter() - start
+def usable_device(device: Union[str, torch.device]) -> torch.device:
+    """The device by that name, if it is a CPU or a CUDA device that is there; ValueError otherwise."""
+    try:
+        usable = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {str(device)!r}") from None
+    if usable.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {str(device)!r}")
+    if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {usable}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here")
+    return usable
+
+
+def _to_host(value: Any) -> Any:
+    """The same structure on the host; from a GPU into pinned memory, queued, so that one wait serves all tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", non_blocking=True)
+    return None if value is None else type(value)(*map(_to_host, value))

@@ -12,6 +12,10 @@ from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import multiclass_nms
 
 
+ROWS_AT_ONCE = 16
+"""Rows of a band of stuff labels on the CPU, so that its logits stay in cache."""
+
+
 class Candidates(NamedTuple):
     """Decoded boxes that compete in NMS; N is the same for all images of a batch."""
 
@@ -28,18 +32,21 @@ class Detections(NamedTuple):
     count: Tensor  # (B,) int64
 
 
-def anchors_of(model: ModelConfig, level: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """(H * W * A, 4) float32 anchors of pyramid level 0..4 with (H, W) cells."""
-    base = base_anchors(STRIDES[level], model.anchor_octave_scale, model.anchor_scales_per_octave, model.anchor_ratios)
-    return grid_anchors(size, STRIDES[level], base.to(device))
+def pyramid_anchors(model: ModelConfig, sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """(H * W * A, 4) float32 anchors of each pyramid level, whose numbers of cells, (H, W), are `sizes`."""
+    shape = (model.anchor_octave_scale, model.anchor_scales_per_octave, model.anchor_ratios)
+    return [
+        grid_anchors(size, stride, base_anchors(stride, *shape).to(device, non_blocking=True))
+        for size, stride in zip(sizes, STRIDES)
+    ]
 
 
 def select_candidates(
     class_logits: Sequence[Tensor],
     box_deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
     valid_sizes: Tensor,
     scale_factors: Tensor,
-    model: ModelConfig,
     per_level: int,
 ) -> Candidates:
     """The best anchors of every level, decoded, clipped to the valid image and brought to the original scale.
@@ -47,26 +54,25 @@ def select_candidates(
     Args:
         class_logits: per level (B, A * num_things, H, W).
         box_deltas: per level (B, A * 4, H, W).
+        anchors: per level (H * W * A, 4), see `pyramid_anchors`.
         valid_sizes: (B, 2), height and width of each image at network scale, without padding.
         scale_factors: (B, 2), x and y factor original -> network scale; ones keep boxes at network scale.
-        model: for the anchors.
         per_level: anchors kept per level, by their best class score; 0 = all. Ties are resolved arbitrarily.
 
     Returns:
         Candidates, levels concatenated in order.
     """
     boxes, scores = [], []
-    for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
-        batch, _, h, w = logits.shape
-        logits = logits.permute(0, 2, 3, 1).reshape(batch, -1, model.num_things)  # (B, H*W*A, classes)
-        deltas = deltas.permute(0, 2, 3, 1).reshape(batch, -1, 4)  # (B, H*W*A, 4)
-        anchors = anchors_of(model, level, (h, w), logits.device)
+    for logits, deltas, own in zip(class_logits, box_deltas, anchors):
+        batch = len(logits)
+        logits = logits.permute(0, 2, 3, 1).reshape(batch, len(own), -1)  # (B, H*W*A, classes)
+        deltas = deltas.permute(0, 2, 3, 1).reshape(batch, len(own), 4)
         if 0 < per_level < logits.shape[1]:
             best = logits.amax(dim=-1).topk(per_level).indices  # (B, per_level); the sigmoid does not change the order
             logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[2]))
             deltas = deltas.gather(1, best[..., None].expand(-1, -1, 4))
-            anchors = anchors[best]
-        boxes.append(decode_boxes(anchors, deltas.float()))
+            own = own[best]
+        boxes.append(decode_boxes(own, deltas.float()))
         scores.append(logits.float().sigmoid())
     limits = valid_sizes.flip(-1).repeat(1, 2)[:, None].to(boxes[0])  # (B, 1, 4): W, H, W, H
     clipped = torch.cat(boxes, dim=1).clamp(min=0).minimum(limits)
@@ -109,7 +115,7 @@ def nearest_indices(source: int, target: int, device: torch.device) -> Tensor:
 
 
 def stuff_labels(
-    quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int], rows_at_once: int = 16
+    quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]
 ) -> Tensor:
     """Stuff labels at original size: argmax of the 4x upsampled logits, cropped to the valid image, nearest-resized.
 
@@ -120,7 +126,6 @@ def stuff_labels(
         quarter_logits: (C, H/4, W/4) of one image.
         valid_size: (H, W) at network scale, without padding.
         original_size: (H, W) of the result.
-        rows_at_once: rows per band; bounds the memory.
 
     Returns:
         original_size, uint8 (int64 where there are more than 256 classes); ties go to the lower class.
@@ -133,11 +138,12 @@ def stuff_labels(
     logits = quarter_logits.float().permute(1, 2, 0).contiguous()  # (H/4, W/4, C)
     wy, wx = wy[:, None, None], wx[None, :, None]
     labels = torch.empty(original_size, dtype=torch.uint8 if logits.shape[2] <= 256 else torch.int64, device=device)
-    for start in range(0, original_size[0], rows_at_once):
-        band = slice(start, start + rows_at_once)
+    rows = ROWS_AT_ONCE if device.type == "cpu" else 16 * ROWS_AT_ONCE  # few launches matter more than caches
+    for start in range(0, original_size[0], rows):
+        band = slice(start, start + rows)
         top, bottom = logits[y0[band]], logits[y1[band]]  # (R, W/4, C)
-        rows = torch.lerp(top, bottom, wy[band])
-        labels[band] = torch.lerp(rows[:, x0], rows[:, x1], wx).argmax(dim=-1)  # (R, W, C) -> (R, W)
+        between = torch.lerp(top, bottom, wy[band])
+        labels[band] = torch.lerp(between[:, x0], between[:, x1], wx).argmax(dim=-1)  # (R, W, C) -> (R, W)
     return labels
 
 

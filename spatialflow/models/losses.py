@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spatialflow.models.anchors import STRIDES, valid_flags
 from spatialflow.models.config import Config
-from spatialflow.models.inference import anchors_of, detect, select_candidates
+from spatialflow.models.inference import detect, pyramid_anchors, select_candidates
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.models.targets import AnchorTargets, ThingTargets, Truth, anchor_targets, thing_targets
 from spatialflow.ops import sigmoid_focal_loss
@@ -127,7 +127,7 @@ class Criterion:
         model, training = self.config.model, self.config.training
         device = output.class_logits[0].device
         sizes = [tuple(logits.shape[-2:]) for logits in output.class_logits]
-        anchors = torch.cat([anchors_of(model, level, size, device) for level, size in enumerate(sizes)])  # (A, 4)
+        anchors = torch.cat(pyramid_anchors(model, sizes, device))  # (A, 4)
         inside = torch.stack(
             [
                 torch.cat(
@@ -144,12 +144,13 @@ class Criterion:
     def thing_targets(self, output: NetworkOutput, truth: Truth) -> ThingTargets:
         """RoIs and masks: all ground truth, and the head's present detections at network scale that fit one."""
         model = self.config.model
+        sizes = [logits.shape[-2:] for logits in output.class_logits]
         candidates = select_candidates(
             output.class_logits,
             output.box_deltas,
+            pyramid_anchors(model, sizes, output.class_logits[0].device),
             truth.valid_sizes,
             torch.ones_like(truth.valid_sizes, dtype=torch.float32),
-            model,
             self.config.test.candidates_per_level,
         )
         found = detect(candidates, self.proposal_config)

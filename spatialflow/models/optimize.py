@@ -23,31 +23,36 @@ from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subn
 Levels = TypeVar("Levels", Tensor, list[Tensor])
 
 
-def fold(conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None) -> tuple[Tensor, Tensor]:
-    """Weight (O, C, KH, KW) and bias (O,) of a convolution with the BatchNorm behind it, computed in float64."""
-    weight = conv.weight.detach().double()
-    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
-    if norm is not None:
-        scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-        weight = weight * scale[:, None, None, None]
-        bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+def fold_norms(backbone: ResNet) -> None:
+    """Multiplies every BatchNorm of a backbone, in evaluation mode, into the convolution before it, in float64."""
+    pairs = [(backbone.conv1, backbone.bn1)]
+    for block in backbone.modules():
+        if isinstance(block, Bottleneck):
+            pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)]
+            if block.downsample is not None:
+                pairs.append(tuple(block.downsample))
+    for conv, norm in pairs:
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        bias = 0 if conv.bias is None else conv.bias.double()
+        bias = (bias - norm.running_mean.double()) * scale + norm.bias.double()
+        weight = conv.weight.double() * scale[:, None, None, None]
+        conv.weight = nn.Parameter(weight.to(conv.weight.dtype))
+        conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
 
 
 class FusedConv(nn.Module):
-    """A convolution with its BatchNorm folded in, and an optional ReLU and residual sum in the same pass.
+    """A convolution with an optional residual sum and ReLU in the same pass.
 
     Args:
         conv: the convolution; a DeformConv2d keeps its offset convolution.
-        norm: the BatchNorm behind it, in evaluation mode; None for none.
         relu: whether a ReLU follows (after the residual sum, where there is one).
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None, relu: bool = False):
+    def __init__(self, conv: nn.Conv2d, relu: bool = False):
         super().__init__()
-        weight, bias = fold(conv, norm)
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last), persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach(), persistent=False)
         self.stride, self.padding, self.groups, self.relu = list(conv.stride), list(conv.padding), conv.groups, relu
         self.offsets = FusedConv(conv.conv_offset) if isinstance(conv, DeformConv2d) else None
 
@@ -83,17 +88,17 @@ def _has_fused_convolution(x: Tensor) -> bool:
 
 
 class FusedBottleneck(nn.Module):
-    """`Bottleneck` in three fused convolutions; the shortcut is summed in place."""
+    """`Bottleneck` with folded norms in three fused convolutions; the shortcut is summed in place."""
 
     def __init__(self, block: Bottleneck):
         super().__init__()
-        self.conv1 = FusedConv(block.conv1, block.bn1, relu=True)
+        self.conv1 = FusedConv(block.conv1, relu=True)
         packable = (
             block.conv2.stride == (1, 1) and block.conv2.groups == 1 and not isinstance(block.conv2, DeformConv2d)
         )
-        self.conv2 = (PackedConv3x3 if packable else FusedConv)(block.conv2, block.bn2, relu=True)
-        self.conv3 = FusedConv(block.conv3, block.bn3, relu=True)
-        self.downsample = None if block.downsample is None else FusedConv(*block.downsample)
+        self.conv2 = (PackedConv3x3 if packable else FusedConv)(block.conv2, relu=True)
+        self.conv3 = FusedConv(block.conv3, relu=True)
+        self.downsample = None if block.downsample is None else FusedConv(block.downsample[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Overwrites `x` where there is no downsampling."""
@@ -102,11 +107,11 @@ class FusedBottleneck(nn.Module):
 
 
 class FusedResNet(nn.Module):
-    """`ResNet` with folded BatchNorm, channels-last."""
+    """`ResNet` with folded norms, channels-last."""
 
     def __init__(self, backbone: ResNet):
         super().__init__()
-        self.stem = FusedConv(backbone.conv1, backbone.bn1, relu=True)
+        self.stem = FusedConv(backbone.conv1, relu=True)
         self.maxpool = backbone.maxpool
         self.layers = nn.ModuleList(
             nn.Sequential(*map(FusedBottleneck, getattr(backbone, f"layer{i}"))) for i in range(1, 5)
@@ -126,13 +131,12 @@ class PackedConv3x3(nn.Module):
 
     Args:
         conv: the convolution.
-        norm: the BatchNorm behind it, in evaluation mode; None for none.
         relu: whether a ReLU follows.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None, relu: bool = False):
+    def __init__(self, conv: nn.Conv2d, relu: bool = False):
         super().__init__()
-        self.packed = pack_conv3x3(*fold(conv, norm))
+        self.packed = pack_conv3x3(conv.weight.detach(), None if conv.bias is None else conv.bias.detach())
         self.relu = relu
 
     def forward(self, x: Levels, flow: Optional[Levels] = None) -> Levels:
@@ -350,18 +354,24 @@ class PackedConvNorm(nn.Module):
         return self.norm(self.conv(x)).relu_()
 
 
-def optimize_for_inference(model: SpatialFlow) -> SpatialFlow:
-    """Rearranges a network for inference on the device where it is.
+def optimize_for_inference(
+    model: SpatialFlow, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None
+) -> SpatialFlow:
+    """Rearranges a network for inference.
 
     Args:
         model: from `build_model`, with its weights loaded. It is not changed.
+        device: where the result runs; None: where the model is.
+        dtype: of weights and features; None: that of the model. BatchNorm is folded before the weights are rounded to it.
 
     Returns:
         A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no
         weights with `model`; it cannot be trained or saved, and stays on its device.
     """
     with torch.no_grad():
-        source = copy.deepcopy(model)
+        source = copy.deepcopy(model).to(device)
+        fold_norms(source.backbone)
+        source.to(dtype)
         fast = SpatialFlow(
             FusedResNet(source.backbone),
             PackedFPN(source.fpn),

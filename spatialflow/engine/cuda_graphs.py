@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of tensors replayed from CUDA graphs, one graph per shape."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 2
+"""Runs before a capture: libraries choose algorithms and allocate their workspaces, which a capture must not see."""
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]  # what the graph reads
+    output: Any  # what it writes
+    function: Callable[[list[Tensor]], Any]  # keeps alive what it closes over, which the graph reads too
+
+
+class GraphCache:
+    """Captured functions by key; the least recently used one is dropped beyond `limit`.
+
+    The graphs share one memory pool, so together they take what the largest needs. A result is valid until the next
+    call, whatever its key: copy it out first, in the same stream.
+
+    Args:
+        device: a CUDA device.
+        limit: graphs kept.
+    """
+
+    def __init__(self, device: torch.device, limit: int = 16):
+        self.device, self.limit = device, limit
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def __call__(self, key: Hashable, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]) -> Any:
+        """`function(inputs)` on the device, from the graph of `key`.
+
+        Args:
+            key: all that the function and the shapes and dtypes of `inputs` depend on.
+            make: gives the function, once per capture. It reads nothing back to the host.
+            inputs: on the host or on the device.
+
+        Returns:
+            What the function returned when it was captured, with the values for these inputs.
+        """
+        captured = self._captured.get(key)
+        if captured is None:
+            captured = self._captured[key] = self._capture(make(), inputs)
+            if len(self._captured) > self.limit:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(key)
+        for static, given in zip(captured.inputs, inputs):
+            static.copy_(given, non_blocking=True)
+        captured.graph.replay()
+        return captured.output
+
+    def _capture(self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor]) -> _Captured:
+        with torch.cuda.device(self.device):
+            static = [given.to(self.device, non_blocking=True, copy=True) for given in inputs]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    function(static)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                output = function(static)
+        return _Captured(graph, static, output, function)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the uploaded images to the fixed-size result the host reads nothing back, shown on a machine without a GPU.
+
+The pipeline runs on meta tensors: they stand for a device that has shapes and dtypes but no values, so that whoever asks for
+a value gets an error. A dispatch mode beside it forbids what meta tensors would let pass: uploads, and mixed devices.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spatialflow.data.transforms import fit_image
+from spatialflow.engine.pipeline import Pipeline
+from spatialflow.engine.predict import STAGES
+from spatialflow.models import inference
+from spatialflow.models.optimize import optimize_for_inference
+from test_optimize import random_model
+
+DEVICE = torch.device("meta")
+FITTED = tuple(fit_image(size, 96, 128) for size in ((193, 250), (200, 240)))
+"""Two images of one padded size."""
+
+
+class HostRead(AssertionError):
+    """A tensor was read by the host, or crossed between host and device."""
+
+
+class ForbidHostReads(TorchDispatchMode):
+    """Fails on operators whose result needs a value on the host, and on copies between devices."""
+
+    names = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "spatialflow::nms", "spatialflow::batched_nms")
+    tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    indexing = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split(".")[0]
+        if name in self.indexing:  # their tag is about masks alone
+            forbidden = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+        else:
+            forbidden = name in self.names or any(tag in func.tags for tag in self.tags)
+        result = None if forbidden else func(*args, **(kwargs or {}))
+        places = {t.device for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor) and t.dim()}
+        if forbidden or len(places) > 1:
+            raise HostRead(f"{func} on {', '.join(map(str, places))}")
+        return result
+
+
+def pictures():
+    return [torch.randint(256, (*one.original_size, 3), dtype=torch.uint8) for one in FITTED]
+
+
+def run_on_meta(network, dtype=torch.bfloat16):
+    """Results of the pipeline for images that are nowhere; everything before it is at liberty to upload."""
+    pipeline = Pipeline(network, network.config, (2,), DEVICE, dtype)
+    plan, pixels = pipeline.plan(FITTED), [picture.to(DEVICE) for picture in pictures()]
+    with ForbidHostReads():
+        return pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("tiny", {}),
+        ("tiny_dcn", {}),
+        ("retinanet_r50_coco", {}),
+        ("tiny", dict(stuff_head=False, stuff_stages=0)),
+        ("tiny", dict(box_fill=False, candidates_per_level=0)),
+    ],
+)
+def test_nothing_is_read(name, overrides, dtype):
+    """Every result is on the device and its shape follows from the settings."""
+    model = random_model(name, **overrides)
+    results = run_on_meta(optimize_for_inference(model, DEVICE, dtype), dtype)
+    most = model.config.test.max_detections
+    for result, fitted in zip(results, FITTED):
+        assert result.boxes.shape == (most, 4) and result.scores.shape == result.labels.shape == (most,)
+        assert result.mask_logits is None or result.mask_logits.shape == (most, 28, 28)
+        assert result.merged.id_map.shape == fitted.original_size and result.merged.id_map.dtype == torch.int32
+        leaves = [t for t in torch.utils._pytree.tree_leaves(result) if t is not None]
+        assert all(t.device == DEVICE for t in leaves)
+
+
+def test_plain_modules_read_nothing_either():
+    assert len(run_on_meta(random_model("tiny_dcn").to(DEVICE, torch.bfloat16))) == len(FITTED)
+
+
+PLANTED = {
+    "item": lambda found: found.count.sum().item(),
+    "int": lambda found: found.boxes[:, : int(found.count.max())],
+    "bool": lambda found: bool(found.scores.any()),
+    "tolist": lambda found: found.count.tolist(),
+    "numpy": lambda found: found.count.numpy(),
+    "cpu": lambda found: found.scores.cpu(),
+    "to": lambda found: found.scores.to("cpu", non_blocking=True),
+    "upload": lambda found: found.scores + torch.ones(found.scores.shape).to(found.scores.device),
+    "copy": lambda found: torch.empty(found.scores.shape).copy_(found.scores),
+    "nonzero": lambda found: (found.scores > 0.5).nonzero(),
+    "boolean index": lambda found: found.boxes[found.scores > 0.5],
+    "masked_select": lambda found: found.scores.masked_select(found.scores > 0.5),
+    "unique": lambda found: found.labels.unique(),
+    "repeat_interleave": lambda found: found.labels[0].repeat_interleave(found.labels[0].clamp(min=0)),
+    "equal": lambda found: torch.equal(found.scores, found.scores),
+    "mixed devices": lambda found: found.scores + torch.ones(found.scores.shape),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
+def test_planted_reads_are_found(monkeypatch, plant):
+    """The test of the test: each way to read a value back, planted behind the detections, is reported."""
+    plain = inference.detect
+
+    def detect(candidates, test):
+        found = plain(candidates, test)
+        plant(found)
+        return found
+
+    monkeypatch.setattr(inference, "detect", detect)
+    with pytest.raises(Exception) as caught:
+        run_on_meta(optimize_for_inference(random_model("tiny"), DEVICE, torch.bfloat16))
+    assert isinstance(caught.value, HostRead) or "meta" in str(caught.value), caught.value
+
+
+def test_fixed_shapes_change_no_result():
+    """Padding rows through the whole path give what the CPU's shorter way gives, and read nothing on real tensors."""
+    network = optimize_for_inference(random_model("tiny", stuff_area_threshold=20, instance_score_threshold=0.0))
+    pipeline = Pipeline(network, network.config, (), torch.device("cpu"), torch.float32)
+    plan, pixels = pipeline.plan(FITTED), pictures()
+    short = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+    pipeline.reads_counts = False
+    with ForbidHostReads():
+        fixed = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+    for one, other in zip(short, fixed):
+        count = int(one.count)
+        assert 0 < count == int(other.count) and len(other.scores) == network.config.test.max_detections
+        for name in ("boxes", "scores", "labels", "mask_logits"):
+            torch.testing.assert_close(getattr(other, name)[:count], getattr(one, name)[:count])
+        assert (other.labels[count:] == -1).all()
+        used = int(one.merged.count)
+        assert used > 0 and used == int(other.merged.count)
+        np.testing.assert_array_equal(other.merged.id_map, one.merged.id_map)
+        for name in ("labels", "is_thing", "areas", "boxes", "scores"):
+            torch.testing.assert_close(getattr(other.merged, name)[:used], getattr(one.merged, name)[:used])

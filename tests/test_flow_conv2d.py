@@ -130,6 +130,17 @@ class TestKernels:
         finally:
             torch.set_num_threads(before)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_sums_are_kept_in_float32(self, dtype):
+        """2304 ones over channels and taps, 4608 over pixels: in 16 bits the sums would stop at 2048 or 256."""
+        x = torch.ones(1, 256, 3, 3, dtype=dtype)
+        y = ops.flow_conv2d(x, None, torch.ones(8, 256, 3, 3, dtype=dtype), algorithm="direct")
+        assert (y[:, :, 1, 1] == 2304).all() and (y[:, :, 0, 0] == 1024).all()
+        x, weight = torch.ones(1, 8, 48, 96, dtype=dtype), torch.zeros(8, 8, 3, 3, dtype=dtype, requires_grad=True)
+        y = ops.flow_conv2d(x, None, weight, relu=False, algorithm="direct")
+        (gradient,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+        assert (gradient[:, :, 1, 1] == 4608).all()
+
     def test_winograd_error(self):
         """256 channels: the error against float64 is below 1e-5 of the largest output (measured: 3e-6)."""
         x = torch.randn(1, 256, 20, 20)

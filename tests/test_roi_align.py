@@ -105,6 +105,23 @@ class TestValues:
         assert_near(half, full, torch.float16)
 
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_sums_are_kept_in_float32(self, dtype):
+        """The mean of 4096 ones, and the gradient of 4608 boxes: in 16 bits sums would stop on the way."""
+        feature = torch.ones(1, 8, 64, 64, dtype=dtype, requires_grad=True)
+        pooled = ops.roi_align(feature, torch.tensor([[0, 0.0, 0.0, 64.0, 64.0]]), 1, sampling_ratio=-1, aligned=True)
+        assert torch.equal(pooled, torch.ones_like(pooled))
+        boxes = torch.tensor([[0, 0.0, 0.0, 1.0, 1.0]]).expand(4608, 5)
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                feature = torch.ones(1, 8, 1, 1, dtype=dtype, requires_grad=True)
+                ops.roi_align(feature, boxes, 1, sampling_ratio=1, aligned=True).sum().backward()
+            finally:
+                torch.use_deterministic_algorithms(False)
+            assert torch.equal(feature.grad, torch.full_like(feature, 4608))
+
+
 class TestShapes:
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     def test_empties(self, layout):

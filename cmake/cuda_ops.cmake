@@ -3,6 +3,7 @@
 # Operators with a CUDA kernel. The SIMT interpreter runs these and takes the CPU kernels of the others.
 set(cuda_ops
     deform_conv2d
+    deform_conv2d_backward
     flow_conv2d
     multiclass_nms
     multilevel_roi_align

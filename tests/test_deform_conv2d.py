@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """deform_conv2d: the op matrix, the goldens, and values that break other implementations."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,15 @@ from torch.nn import functional as F
 
 from spatialflow import ops
 from spatialflow.ops import reference
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def pair(value):
@@ -122,7 +133,8 @@ class TestValues:
             leaves = [None if t is None else t.requires_grad_() for t in case]
             out = convolve(*leaves)
             present = [t for t in leaves if t is not None]
-            results.append([out, *torch.autograd.grad(out, present, torch.ones_like(out))])
+            with deterministic():
+                results.append([out, *torch.autograd.grad(out, present, torch.ones_like(out))])
         for one, other in zip(*results):
             assert torch.isfinite(one).all()
             assert torch.equal(one, other)
@@ -193,6 +205,13 @@ class TestValues:
         assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
 
 
+def gradients(out, leaves, grad_output):
+    """Of all leaves, and of the first one, the input, once more by the deterministic kernel."""
+    grads = torch.autograd.grad(out, leaves, grad_output, retain_graph=True)
+    with deterministic():
+        return [*grads, *torch.autograd.grad(out, leaves[0], grad_output)]
+
+
 class TestSizes:
     """Blocks, slices and vectors of the kernel all have remainders somewhere in here."""
 
@@ -212,9 +231,9 @@ class TestSizes:
         for op, dtype in ((ops.deform_conv2d, torch.float32), (reference.deform_conv2d, torch.float64)):
             leaves = [t.to(dtype).requires_grad_() for t in tensors]
             outs.append(convolve(*leaves, op=op))
-            grads.append(torch.autograd.grad(outs[-1], leaves, outs[-1].detach()))
+            grads.append(gradients(outs[-1], leaves, outs[-1].detach()))
         assert_near(outs[0], outs[1], torch.float32)
-        assert_near(list(grads[0]), list(grads[1]), torch.float32, factor=4)
+        assert_near(grads[0], grads[1], torch.float32, factor=4)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize(
@@ -233,9 +252,9 @@ class TestSizes:
         for op, convert in ((ops.deform_conv2d, lambda t: t), (reference.deform_conv2d, torch.Tensor.double)):
             leaves = [convert(t).requires_grad_() for t in tensors]
             outs.append(convolve(*leaves, op=op))
-            grads.append(torch.autograd.grad(outs[-1], leaves, convert(outs[0].detach())))
+            grads.append(gradients(outs[-1], leaves, convert(outs[0].detach())))
         assert_near(outs[0], outs[1], dtype)
-        assert_near(list(grads[0]), list(grads[1]), dtype, factor=4)
+        assert_near(grads[0], grads[1], dtype, factor=4)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_sums_are_kept_in_float32(self, dtype):
@@ -255,6 +274,18 @@ class TestSizes:
         grad_input, grad_offset = torch.autograd.grad(out, (input, offset), torch.ones_like(out))
         assert torch.equal(grad_input, torch.full_like(grad_input, 4608))
         assert torch.equal(grad_offset, torch.full_like(grad_offset, -8 * 4608))
+
+    def test_readers_of_a_cell_are_added_in_order(self):
+        """With deterministic algorithms a cell that every pixel reads sums up their gradients from the first to the last."""
+        rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(20.0), indexing="ij")
+        input = torch.randn(1, 1, 16, 20, requires_grad=True)
+        out = ops.deform_conv2d(input, torch.stack([3 - rows, 4 - columns])[None], torch.ones(1, 1, 1, 1))
+        grad_output = torch.randn_like(out)
+        with deterministic():
+            (grad,) = torch.autograd.grad(out, input, grad_output)
+        expected = torch.zeros_like(input)
+        expected[0, 0, 3, 4] = float(np.cumsum(grad_output.numpy().ravel())[-1])
+        assert torch.equal(grad, expected)
 
     def test_threads_do_not_change_the_result(self):
         tensors = inputs()
@@ -320,7 +351,7 @@ class TestRawOperators:
             arguments = (input, offset, weight, bias, mask, tangent, *settings)
             torch.library.opcheck(raw.deform_conv2d.default, arguments, test_utils=self.checks)
             for wanted in ((True, True), (True, False), (False, True)):
-                arguments = (grad_output, input, offset, weight, mask, tangent, *settings, *wanted)
+                arguments = (grad_output, input, offset, weight, mask, tangent, *settings, *wanted, False)
                 torch.library.opcheck(raw._deform_conv2d_backward_data.default, arguments, test_utils=self.checks)
             arguments = (grad_output, input, offset, mask, tangent, *settings, 4, 3, 3)
             torch.library.opcheck(raw._deform_conv2d_backward_weight.default, arguments, test_utils=self.checks)

@@ -312,28 +312,19 @@ void deform_conv2d_backward_weight(
 std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cpu(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
-    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool need_input,
-    bool need_sampling) {
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool need_input, bool need_sampling,
+    bool /* deterministic: it always is */) {
     const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
     const DeformConvShape shape =
         check_deform_conv2d(input, offset, weight, std::nullopt, mask, offset_tangent, options);
     check_deform_grad_output("deform_conv2d_backward", grad_output, input, shape);
     const ScalarType dtype = input.scalar_type(), accum = accum_dtype(dtype);
-    const int64_t samples = shape.offset_groups * shape.taps();
-    Tensor grad_input = need_input ? empty_like_sized(input, {shape.batch, shape.channels, shape.height, shape.width},
-                                                      accum, MemoryFormat::ChannelsLast)
-                                   : empty_like_sized(input, {0});
-    Tensor grad_offset = need_sampling ? empty_like_sized(
-                                             offset, {shape.batch, 2 * samples, shape.out_height, shape.out_width}, accum)
-                                       : empty_like_sized(offset, {0});
-    Tensor grad_mask =
-        need_sampling && mask
-            ? empty_like_sized(*mask, {shape.batch, samples, shape.out_height, shape.out_width}, accum)
-            : empty_like_sized(mask ? *mask : offset, {0});
-    torch::stable::zero_(grad_input);
+    DeformGradients gradients =
+        empty_deform_gradients(shape, input, offset, mask, accum, need_input, need_sampling);
+    torch::stable::zero_(gradients.input);
     if (shape.channels == 0 || shape.out_channels == 0) {
-        torch::stable::zero_(grad_offset);
-        torch::stable::zero_(grad_mask);
+        torch::stable::zero_(gradients.offset);
+        torch::stable::zero_(gradients.mask);
     } else if (shape.batch > 0) {
         const Tensor source = to_contiguous(as_dtype(grad_output, accum), MemoryFormat::ChannelsLast);
         const Tensor dense_weight = to_contiguous(weight);
@@ -343,24 +334,12 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cpu(
             const Sampler<scalar_t> sampler(shape, options, input, offset, mask, offset_tangent);
             deform_conv2d_backward_data<scalar_t>(
                 sampler, data<real_t>(source), data<scalar_t>(dense_weight),
-                need_input ? mutable_data<real_t>(grad_input) : nullptr,
-                need_sampling ? mutable_data<real_t>(grad_offset) : nullptr,
-                need_sampling && mask ? mutable_data<real_t>(grad_mask) : nullptr);
+                need_input ? mutable_data<real_t>(gradients.input) : nullptr,
+                need_sampling ? mutable_data<real_t>(gradients.offset) : nullptr,
+                need_sampling && mask ? mutable_data<real_t>(gradients.mask) : nullptr);
         });
     }
-    if (need_input) {
-        grad_input = as_dtype(grad_input, dtype);
-        if (memory_format_of(input) == MemoryFormat::Contiguous) {
-            grad_input = to_contiguous(grad_input);
-        }
-    }
-    if (need_sampling) {
-        grad_offset = to_contiguous(as_dtype(grad_offset, offset.scalar_type()), memory_format_of(offset));
-        if (mask) {
-            grad_mask = to_contiguous(as_dtype(grad_mask, mask->scalar_type()), memory_format_of(*mask));
-        }
-    }
-    return {grad_input, grad_offset, grad_mask};
+    return finished_deform_gradients(gradients, input, offset, mask);
 }
 
 Tensor deform_conv2d_backward_weight_cpu(
@@ -370,12 +349,10 @@ Tensor deform_conv2d_backward_weight_cpu(
     int64_t kernel_w) {
     const char* op = "deform_conv2d_backward";
     const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
-    DeformConvShape shape =
-        check_deform_sampling(op, input, offset, mask, offset_tangent, kernel_h, kernel_w, options);
-    check_dim(op, "grad_output", grad_output, 4, "(N, C_out, H_out, W_out)");
-    Tensor grad_weight = empty_like_sized(input, {grad_output.size(1), group_channels, kernel_h, kernel_w});
-    check_deform_weight(op, input, grad_weight, shape);
-    check_deform_grad_output(op, grad_output, input, shape);
+    const auto checked = check_deform_grad_weight(
+        op, grad_output, input, offset, mask, offset_tangent, options, group_channels, kernel_h, kernel_w);
+    const DeformConvShape& shape = checked.first;
+    Tensor grad_weight = checked.second;
     if (shape.batch == 0) {
         return torch::stable::zero_(grad_weight);
     }

@@ -125,18 +125,15 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
     Global<const scalar_t> weight,  // (O, C / groups, taps)
     Global<scalar_t> packed,        // (C * taps, packed_outputs)
-    const int64_t size, const int taps, const int run, const int group_channels, const int group_outputs,
-    const int packed_outputs) {
+    const WeightOrder order, const int size) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
     if (index >= size) {
         return;
     }
-    const int64_t row = index / packed_outputs, output = index - row * packed_outputs;
-    const int64_t tap = row / run % taps, channel = row / run / taps * run + row % run;
+    const int place = order.place(static_cast<int>(index));
     scalar_t value{};
-    if (output < group_outputs) {
-        const int64_t o = channel / group_channels * group_outputs + output;
-        value = weight[(o * group_channels + channel % group_channels) * taps + tap];
+    if (place >= 0) {
+        value = weight[place];
     }
     packed[index] = value;
 }
@@ -165,7 +162,7 @@ Tensor deform_conv2d_cuda(
                 operands.is_wide<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
                     constexpr int kColumns = decltype(columns)::value;
                     launch<deform_conv2d_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                        deform_grid(op, problem.pixels, shape.group_outputs(), kColumns, shape.groups),
+                        deform_grid(op, problem.pixels, ceil_div(shape.group_outputs(), kColumns), shape.groups),
                         dim3(kProductThreads), kForwardSharedBytes<scalar_t, kColumns>, device.stream(), problem,
                         data<scalar_t>(packed),
                         dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr),
@@ -178,34 +175,31 @@ Tensor deform_conv2d_cuda(
 
 }  // namespace
 
-int64_t packed_deform_outputs(const DeformConvShape& shape, ScalarType dtype) {
-    const int64_t item = dtype == ScalarType::Double ? 2 : dtype == ScalarType::Float ? 4 : 8;
-    return ceil_div(shape.group_outputs(), item) * item;
-}
-
 int64_t deform_run(const DeformConvShape& shape) {
     return std::gcd(shape.group_channels(), shape.offset_group_channels());
 }
 
-dim3 deform_grid(const char* op, int64_t rows, int64_t columns, int64_t tile_columns, int64_t groups) {
-    const int64_t column_tiles = ceil_div(columns, tile_columns);
-    check(column_tiles <= 65535 && groups <= 65535, op, ": at most 65535 groups and ", 65535 * tile_columns,
-          " channels on CUDA, got ", groups, " and ", columns);
-    return dim3(
-        grid_size(op, ceil_div(rows, kProductRows)), static_cast<unsigned>(column_tiles), static_cast<unsigned>(groups));
+WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype) {
+    const int64_t item = dtype == ScalarType::Double ? 2 : dtype == ScalarType::Float ? 4 : 8;
+    return {static_cast<int>(shape.taps()), static_cast<int>(deform_run(shape)),
+            static_cast<int>(shape.group_channels()), static_cast<int>(shape.group_outputs()),
+            static_cast<int>(ceil_div(shape.group_outputs(), item) * item)};
+}
+
+dim3 deform_grid(const char* op, int64_t rows, int64_t y, int64_t z) {
+    check(y <= 65535 && z <= 65535, op, ": groups and taps make too many blocks for CUDA, ", y, " x ", z);
+    return dim3(grid_size(op, ceil_div(rows, kProductRows)), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
 
 Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, Stream stream) {
-    const int64_t outputs = packed_deform_outputs(shape, weight.scalar_type());
-    const Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps(), outputs});
+    const WeightOrder order = deform_weight_order(shape, weight.scalar_type());
+    const Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps(), order.packed_outputs});
     const Tensor dense = to_contiguous(weight);
     dispatch_floating("deform_conv2d", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         launch<pack_deform_weight_kernel<scalar_t>>(
             dim3(grid_size("deform_conv2d", ceil_div(packed.numel(), 256))), dim3(256), 0, stream,
-            data<scalar_t>(dense), mutable_data<scalar_t>(packed), packed.numel(), static_cast<int>(shape.taps()),
-            static_cast<int>(deform_run(shape)), static_cast<int>(shape.group_channels()),
-            static_cast<int>(shape.group_outputs()), static_cast<int>(outputs));
+            data<scalar_t>(dense), mutable_data<scalar_t>(packed), order, static_cast<int>(packed.numel()));
     });
     return packed;
 }
@@ -224,16 +218,19 @@ DeformOperands::DeformOperands(
     if (offset_tangent) {
         offset_tangent_ = as_dtype(*offset_tangent, accum);
     }
-    // Kernels count pixels, cells and weights in 32 bits, values of features in 64.
-    constexpr int64_t kMost = 0x7fffffff - 256;
+    // Kernels count cells, pixels and weights in 32 bits, values of features in 64.
+    constexpr int64_t kMost = 0x7ffffeff;
     const int64_t cells = shape.batch * shape.height * shape.width, pixels = shape.batch * shape.pixels();
     check(cells <= kMost, op, ": input must have at most ", kMost, " cells on CUDA, got ", cells);
     check(pixels <= kMost, op, ": the output must have at most ", kMost, " cells on CUDA, got ", pixels);
-    check((shape.channels + 1) * shape.taps() * (shape.group_outputs() + 8) <= kMost, op,
-          ": weight must have fewer than 2^31 values on CUDA");
+    check((shape.channels + 1) * shape.taps() * (shape.group_outputs() + 8) <= kMost &&
+              (shape.out_channels + 1) * shape.taps() * (shape.group_channels() + 1) <= kMost,
+          op, ": weight must have fewer than 2^31 values on CUDA");
     for (int axis = 0; axis < 2; ++axis) {
-        check(options.stride[axis] <= kMost && options.padding[axis] <= kMost / 4 && options.dilation[axis] <= kMost, op,
-              ": stride, padding and dilation must be below 2^29 on CUDA");
+        constexpr int64_t kMostStep = 1 << 29;
+        check(options.stride[axis] <= kMostStep && options.padding[axis] <= kMostStep &&
+                  options.dilation[axis] <= kMostStep,
+              op, ": stride, padding and dilation must be at most 2^29 on CUDA");
     }
 }
 

@@ -38,6 +38,19 @@ struct DeformProblem {
     int out_channels, group_outputs, packed_outputs;
 };
 
+// The order of packed weights and of their gradient's parts, (C * taps, packed_outputs).
+struct WeightOrder {
+    int taps, run, group_channels, group_outputs, packed_outputs;
+
+    // Place in (O, C / groups, taps), or -1 for padding.
+    __device__ __forceinline__ int place(int index) const {
+        const int row = index / packed_outputs, output = index - row * packed_outputs;
+        const int tap = row / run % taps, channel = row / run / taps * run + row % run;
+        const int o = channel / group_channels * group_outputs + output;
+        return output < group_outputs ? (o * group_channels + channel % group_channels) * taps + tap : -1;
+    }
+};
+
 // ---- device ------------------------------------------------------------------------------------------------------
 
 // A tap of an output pixel that reads something.
@@ -155,6 +168,29 @@ private:
     Shared<int> cells_;       // (entry, corner)
 };
 
+// 16 bytes of the gradient of the output, of outputs `output` ... of a group, to shared memory; zeros from pixel `end` on. With
+// kWidth > 1 by cp.async.
+template <int kWidth, typename scalar_t>
+__device__ __forceinline__ void load_outputs(
+    const DeformProblem<scalar_t>& problem, Global<const scalar_t> grad_output, int pixel, int end, int group,
+    int output, Shared<scalar_t> target) {
+    constexpr int kItem = kWideElements<scalar_t>;
+    Global<const scalar_t> source = grad_output + (static_cast<int64_t>(pixel) * problem.out_channels +
+                                                   group * problem.group_outputs + output);
+    if constexpr (kWidth == 1) {
+        Vec<scalar_t, kItem> values{};
+#pragma unroll
+        for (int i = 0; i < kItem; ++i) {
+            if (pixel < end && output + i < problem.group_outputs) {
+                values[i] = source[i];
+            }
+        }
+        store_vector(target, values);
+    } else {
+        cp_async_16(target, source, pixel < end && output < problem.group_outputs);
+    }
+}
+
 // Taps of 64 pixels that are in a table at once, or fewer of more pixels.
 constexpr int kTableTaps = 9;
 constexpr int kTableEntries = kTableTaps * kProductRows;
@@ -246,13 +282,13 @@ private:
 // The weight (O, C / groups, kernel) in the order of the file's head: (C * taps, packed_outputs).
 Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, Stream stream);
 
-int64_t packed_deform_outputs(const DeformConvShape& shape, ScalarType dtype);
+WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype);
 
 // Channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);
 
-// Tiles of 64 rows by tiles of columns by groups.
-dim3 deform_grid(const char* op, int64_t rows, int64_t columns, int64_t tile_columns, int64_t groups);
+// Tiles of 64 rows in x, and what else tells blocks apart in y and z.
+dim3 deform_grid(const char* op, int64_t rows, int64_t y, int64_t z);
 
 // The tensors of a call, laid out for the kernels; lives until they are launched.
 class DeformOperands {
@@ -296,7 +332,7 @@ public:
         problem.run = static_cast<int>(deform_run(shape_));
         problem.out_channels = static_cast<int>(shape_.out_channels);
         problem.group_outputs = static_cast<int>(shape_.group_outputs());
-        problem.packed_outputs = static_cast<int>(packed_deform_outputs(shape_, input_.scalar_type()));
+        problem.packed_outputs = deform_weight_order(shape_, input_.scalar_type()).packed_outputs;
         return problem;
     }
 

@@ -142,4 +142,52 @@ inline void check_deform_grad_output(
           shape.out_width, "), got ", shape_string(grad_output));
 }
 
+// Gradients of a backward call; those not wanted have shape (0).
+struct DeformGradients {
+    Tensor input, offset, mask;
+};
+
+// As kernels write them, uninitialised: input channels-last in `input_dtype`, offset and mask dense in accum_dtype.
+inline DeformGradients empty_deform_gradients(
+    const DeformConvShape& shape, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
+    ScalarType input_dtype, bool need_input, bool need_sampling) {
+    const ScalarType accum = accum_dtype(input.scalar_type());
+    const int64_t samples = shape.offset_groups * shape.taps();
+    const Tensor& mask_or_offset = mask ? *mask : offset;
+    return {
+        need_input ? empty_like_sized(input, {shape.batch, shape.channels, shape.height, shape.width}, input_dtype,
+                                      MemoryFormat::ChannelsLast)
+                   : empty_like_sized(input, {0}),
+        need_sampling ? empty_like_sized(offset, {shape.batch, 2 * samples, shape.out_height, shape.out_width}, accum)
+                      : empty_like_sized(offset, {0}),
+        need_sampling && mask
+            ? empty_like_sized(*mask, {shape.batch, samples, shape.out_height, shape.out_width}, accum)
+            : empty_like_sized(mask_or_offset, {0})};
+}
+
+// As callers get them: dtypes and memory formats of the tensors they belong to.
+inline std::tuple<Tensor, Tensor, Tensor> finished_deform_gradients(
+    const DeformGradients& gradients, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask) {
+    const auto finished = [](const Tensor& gradient, const Tensor& like) {
+        const Tensor typed = as_dtype(gradient, like.scalar_type());
+        return gradient.dim() == 4 ? to_contiguous(typed, memory_format_of(like)) : typed;
+    };
+    return {finished(gradients.input, input), finished(gradients.offset, offset),
+            finished(gradients.mask, mask ? *mask : offset)};
+}
+
+// Checks the arguments of the weight gradient; gives its sizes and the uninitialised result.
+inline std::pair<DeformConvShape, Tensor> check_deform_grad_weight(
+    const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, const DeformConvOptions& options,
+    int64_t group_channels, int64_t kernel_h, int64_t kernel_w) {
+    DeformConvShape shape =
+        check_deform_sampling(op, input, offset, mask, offset_tangent, kernel_h, kernel_w, options);
+    check_dim(op, "grad_output", grad_output, 4, "(N, C_out, H_out, W_out)");
+    const Tensor grad_weight = empty_like_sized(input, {grad_output.size(1), group_channels, kernel_h, kernel_w});
+    check_deform_weight(op, input, grad_weight, shape);
+    check_deform_grad_output(op, grad_output, input, shape);
+    return {shape, grad_weight};
+}
+
 }  // namespace spatialflow

@@ -50,7 +50,8 @@ def deform_conv2d(
         whose offset or mask is not finite is zero and has no gradient, also none to its mask. No images: an empty
         result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` and to any order
         through the others; at whole coordinates, where a bilinear sample has a kink, the offset's gradient is the one
-        from above, as in torchvision. The CPU backward is deterministic.
+        from above, as in torchvision. Results are deterministic, but for
+        the gradient of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
 
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 2-4; Zhu et al., Deformable ConvNets v2 (2019),
     eq. 1; signature and result of torchvision.ops.deform_conv2d.
@@ -136,7 +137,7 @@ def _(input, offset, weight, bias, mask, offset_tangent, *settings):
 
 @torch.library.register_fake("spatialflow::_deform_conv2d_backward_data")
 def _(grad_output, input, offset, weight, mask, offset_tangent, *settings):
-    *_, need_input, need_sampling = settings
+    *_, need_input, need_sampling, _deterministic = settings
     return (
         _empty(input, need_input),
         _empty(offset, need_sampling),
@@ -164,7 +165,8 @@ def _data(arguments: tuple, settings: tuple, need_input: bool, need_sampling: bo
     """Gradients of input, offset and mask; None for those not wanted."""
     if not (need_input or need_sampling):
         return None, None, None
-    grads = _backward_data(*arguments, *settings, need_input, need_sampling)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads = _backward_data(*arguments, *settings, need_input, need_sampling, deterministic)
     has_mask = arguments[4] is not None
     return (
         grads[0] if need_input else None,
@@ -233,8 +235,8 @@ def _jvp(ctx: Any, input_t: Any, offset_t: Any, weight_t: Any, bias_t: Any, mask
 
 
 def _data_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.settings = tuple(inputs[6:-2])
-    ctx.wanted = tuple(inputs[-2:])
+    ctx.settings = tuple(inputs[6:-3])
+    ctx.wanted = tuple(inputs[-3:-1])
     _save(ctx, *inputs[:6])
 
 
@@ -270,7 +272,7 @@ def _data_backward(ctx: Any, needs: Any, *cotangents: Tensor | None) -> tuple:
             )
     if tangent is not None and needs[5]:
         _no_third_derivative(ctx, tangent)
-    return (*(_sum(terms) for terms in grads), None) + (None,) * (len(ctx.settings) + 2)
+    return (*(_sum(terms) for terms in grads), None) + (None,) * (len(ctx.settings) + 3)
 
 
 def _data_jvp(

@@ -1,0 +1,429 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Gradients of deformable convolution on CUDA, without a column buffer in global memory.
+//
+//   columns[p, k, c]      = mask[k, p] * sample(p, k, c),   sample = sum over corners i of value_i * input[cell_i, c]
+//   grad_columns[p, k, c] = sum over o of grad_output[p, o] * weight[k, c, o]
+//   grad_mask[k, p]       = sum over c of grad_columns * sample
+//   grad_offset[k, p]     = sum over c of grad_columns * mask * derivative of the sample
+//   grad_input[cell, c]   = sum over the (p, k, i) that read the cell of mask * value_i * grad_columns
+//   grad_weight[k, c, o]  = sum over p of columns * grad_output[p, o]
+//
+// Layouts as in the forward pass; grad_output (N, H_out, W_out, O), others are copied into it.
+//
+// Data (input, offset, mask): a block owns 64 pixels at one tap and offset group. It computes grad_columns of 64 or 128
+// channels as a product into shared memory; from there eight lanes a pixel take the products with its four cells, which are
+// all that the gradients of offset and mask need, and add to grad_input by 16-byte reductions in float32, whose order is
+// not fixed. Deterministic, and in float64: grad_input by gather instead (deform_conv2d_input_gradient.h).
+// Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs and sums over a part of the pixels, columns gathered
+// into shared memory as in the forward pass; another kernel adds the parts in order. Deterministic.
+//
+// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 1 x 256 x 100 x 168, 3 x 3, 256 outputs: data 19.8 GFLOP: 25 us, and 620 MB of
+// reductions in L2; weight 19.8 GFLOP: 25 us.
+#include "cuda/deform_conv2d.h"
+#include "cuda/deform_conv2d_input_gradient.h"
+
+namespace spatialflow {
+namespace {
+
+// ---- device ------------------------------------------------------------------------------------------------------
+
+template <typename scalar_t, int kColumns>
+using DataProduct = TileProduct<scalar_t, kColumns, false, false>;
+
+// Tiles of the data gradient in shared memory, in values of accum_t.
+template <typename scalar_t, int kColumns>
+struct DataMemory {
+    using real_t = accum_t<scalar_t>;
+    using Product = DataProduct<scalar_t, kColumns>;
+    static constexpr int kLanesPerPixel = 8;
+    static constexpr int kColumnsRow = kColumns + kWideElements<real_t>;
+    static constexpr int kColumnsBegin = TapTable<real_t, kProductRows>::kSize;
+    static constexpr int kLeftBegin = kColumnsBegin + kProductRows * kColumnsRow;
+    static constexpr size_t kBytes =
+        kLeftBegin * sizeof(real_t) + 2 * (Product::kLeftSize + Product::kRightSize) * sizeof(scalar_t);
+};
+
+// 16 bytes of channels of one pixel: their products with the four cells are added to `dots`, their parts of the gradient of
+// the input to the cells.
+template <int kWidth, typename scalar_t, typename real_t>
+__device__ __forceinline__ void scatter_item(
+    const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
+    const real_t (&weights)[4], int channel, int count, bool sampling, Global<real_t> grad_input, real_t (&dots)[4]) {
+    constexpr int kPart = kWidth == 1 ? 1 : kWideElements<real_t>;
+    Vec<real_t, kWidth> gradient;
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kPart) {
+        const auto some = load_vector<kPart>(columns + i);
+#pragma unroll
+        for (int v = 0; v < kPart; ++v) {
+            gradient[i + v] = some[v];
+        }
+    }
+    if (count <= 0) {
+        return;
+    }
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+        if (cells[corner] < 0) {
+            continue;
+        }
+        const int64_t at = static_cast<int64_t>(cells[corner]) * problem.channels + channel;
+        if (sampling) {
+            const auto values = load_vector<kWidth>(problem.input + at);
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+                dots[corner] += gradient[i] * static_cast<real_t>(load(values[i]));
+            }
+        }
+        if (grad_input) {
+            Vec<real_t, kWidth> parts;
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+                parts[i] = weights[corner] * gradient[i];
+            }
+            reduce_add(grad_input + at, parts);
+        }
+    }
+}
+
+template <typename scalar_t, int kColumns, int kWidth>
+__global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_data_kernel(
+    const __grid_constant__ DeformProblem<scalar_t> problem,
+    Global<const scalar_t> grad_output,     // (pixels, O)
+    Global<const scalar_t> packed,          // (C * taps, packed_outputs)
+    Global<accum_t<scalar_t>> grad_input,   // (N, H, W, C), zero on entry; null: not wanted
+    Global<accum_t<scalar_t>> grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither is wanted
+    Global<accum_t<scalar_t>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
+    using real_t = accum_t<scalar_t>;
+    using Product = DataProduct<scalar_t, kColumns>;
+    using Memory = DataMemory<scalar_t, kColumns>;
+    constexpr int kItem = Product::kItem, kDepth = Product::kDepth, kLanes = Memory::kLanesPerPixel;
+    constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // of a thread
+    SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
+    const TapTable<real_t, kProductRows> table(shared);
+    const Shared<real_t> columns = shared + Memory::kColumnsBegin;
+    const Shared<scalar_t> left = pointer_cast<scalar_t>(shared + Memory::kLeftBegin);
+    const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+    const int first_pixel = static_cast<int>(blockIdx.x) * kProductRows;
+    const int tap = static_cast<int>(blockIdx.y), offset_group = static_cast<int>(blockIdx.z);
+
+    table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
+    real_t dots[kPixels][4] = {};
+    for (int first = 0; first < problem.offset_group_channels; first += problem.run) {
+        const int first_channel = offset_group * problem.offset_group_channels + first;
+        const int group = first_channel / problem.group_channels;
+        const int first_row = first_channel * problem.taps + tap * problem.run;
+        for (int begin = 0; begin < problem.run; begin += kColumns) {
+            Product product;
+            run_steps<kDepth>(
+                problem.packed_outputs,
+                [&](int k, int buffer) {
+                    load_items<kProductRows, kDepth / kItem>(
+                        left + buffer * Product::kLeftSize, Product::kLeftRow,
+                        [&](int row, int element, Shared<scalar_t> target) {
+                            load_outputs<kWidth>(
+                                problem, grad_output, first_pixel + row, problem.pixels, group, k + element, target);
+                        });
+                    load_items<kColumns, kDepth / kItem>(
+                        right + buffer * Product::kRightSize, Product::kRightRow,
+                        [&](int row, int element, Shared<scalar_t> target) {
+                            const bool present = begin + row < problem.run && k + element < problem.packed_outputs;
+                            const int at = (first_row + begin + row) * problem.packed_outputs + k + element;
+                            cp_async_16(target, packed + at, present);
+                        });
+                },
+                [&](int buffer) {
+                    product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
+                },
+                [](int) {});
+            product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
+                store_vector(columns + (row * Memory::kColumnsRow + column), sums);
+            });
+            __syncthreads();
+            // The barriers of the next product keep it from writing what is still read here.
+#pragma unroll
+            for (int i = 0; i < kPixels; ++i) {
+                const int pixel = thread / kLanes + i * (kProductThreads / kLanes);
+                const Vec<int, 4> cells = table.cells(pixel);
+                real_t weights[4];
+                table.weights(pixel, weights);
+#pragma unroll 1
+                for (int column = lane * kWidth; column < kColumns; column += kLanes * kWidth) {
+                    scatter_item<kWidth>(
+                        problem, columns + (pixel * Memory::kColumnsRow + column), cells, weights,
+                        first_channel + begin + column, problem.run - begin - column, static_cast<bool>(grad_offset),
+                        grad_input, dots[i]);
+                }
+            }
+        }
+    }
+    if (!grad_offset) {
+        return;
+    }
+    __syncthreads();  // `columns` takes the sums over channels
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            real_t sum = dots[i][corner];
+#pragma unroll
+            for (int other = 1; other < kLanes; other *= 2) {
+                sum += __shfl_xor_sync(kAllLanes, sum, other);
+            }
+            if (lane == 0) {
+                columns[(thread / kLanes + i * (kProductThreads / kLanes)) * 4 + corner] = sum;
+            }
+        }
+    }
+    __syncthreads();
+    const int pixel = first_pixel + thread;
+    if (thread >= kProductRows || pixel >= problem.pixels) {
+        return;
+    }
+    real_t result_y = 0, result_x = 0, result_mask = 0;
+    DeformSample<real_t> sample;
+    if (deform_sample(problem, pixel, offset_group, tap, sample)) {
+        real_t values[4], slope_y[4], slope_x[4];
+        sample_values(problem, sample, values);
+        sample_slopes(problem, sample, slope_y, slope_x);
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            const real_t dot = columns[thread * 4 + corner];
+            result_y += sample.mask * slope_y[corner] * dot;
+            result_x += sample.mask * slope_x[corner] * dot;
+            result_mask += values[corner] * dot;
+        }
+    }
+    const int image_pixels = problem.out_height * problem.out_width, image = pixel / image_pixels;
+    const int64_t index = (static_cast<int64_t>(image) * gridDim.z + offset_group) * problem.taps + tap;
+    grad_offset[2 * index * image_pixels + pixel % image_pixels] = result_y;
+    grad_offset[(2 * index + 1) * image_pixels + pixel % image_pixels] = result_x;
+    if (grad_mask) {
+        grad_mask[index * image_pixels + pixel % image_pixels] = result_mask;
+    }
+}
+
+template <typename scalar_t, int kColumns>
+using WeightProduct = TileProduct<scalar_t, kColumns, true, true>;
+
+template <typename scalar_t, int kColumns>
+constexpr size_t kWeightSharedBytes =
+    TapTable<accum_t<scalar_t>, kTableEntries>::kSize * sizeof(accum_t<scalar_t>) +
+    2 * (WeightProduct<scalar_t, kColumns>::kLeftSize + WeightProduct<scalar_t, kColumns>::kRightSize) * sizeof(scalar_t);
+
+// Positions of a run that a block owns: at most 64, and of no more taps than a table has room for.
+__host__ __device__ __forceinline__ int weight_tile_rows(int run) {
+    return run * (kTableTaps - 1) < kProductRows ? run * (kTableTaps - 1) : kProductRows;
+}
+
+template <typename scalar_t, int kColumns, int kWidth>
+__global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_weight_kernel(
+    const __grid_constant__ DeformProblem<scalar_t> problem,
+    Global<const scalar_t> grad_output,  // (pixels, O)
+    Global<accum_t<scalar_t>> parts,     // (gridDim.z, C * taps, packed_outputs)
+    const int part_pixels) {
+    using real_t = accum_t<scalar_t>;
+    using Product = WeightProduct<scalar_t, kColumns>;
+    using Table = TapTable<real_t, kTableEntries>;
+    constexpr int kItem = Product::kItem, kDepth = Product::kDepth, kRowItems = kProductRows / kItem;
+    SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
+    const Table table(shared);
+    const Shared<scalar_t> left = pointer_cast<scalar_t>(shared + Table::kSize);
+    const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
+    const int tile_rows = weight_tile_rows(problem.run), length = problem.taps * problem.run;
+    const int tiles = (length + tile_rows - 1) / tile_rows;
+    const int first_channel = static_cast<int>(blockIdx.x) / tiles * problem.run;
+    const int first_flat = static_cast<int>(blockIdx.x) % tiles * tile_rows;
+    const int limit = first_flat + tile_rows < length ? first_flat + tile_rows : length;
+    const int first_tap = first_flat / problem.run, slots = (limit - 1) / problem.run - first_tap + 1;
+    const int batch = kTableEntries / slots / kDepth * kDepth;
+    const int group = first_channel / problem.group_channels;
+    const int first_output = static_cast<int>(blockIdx.y) * kColumns;
+    const int begin = static_cast<int>(blockIdx.z) * part_pixels;
+    const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
+    const int own_pixel = static_cast<int>(threadIdx.x) / kRowItems;
+    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+
+    Product product;
+    for (int first_pixel = begin; first_pixel < end; first_pixel += batch) {
+        const int rest = (end - first_pixel + kDepth - 1) / kDepth * kDepth, count = rest < batch ? rest : batch;
+        table.fill(
+            problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
+        __syncthreads();
+        ColumnItem<scalar_t, kWidth> item;
+        run_steps<kDepth>(
+            count,
+            [&](int k, int buffer) {
+                item.begin(
+                    problem, table, first_channel, first_flat + own_item, limit, first_tap, count, k + own_pixel);
+                load_items<kDepth, kColumns / kItem>(
+                    right + buffer * Product::kRightSize, Product::kRightRow,
+                    [&](int row, int element, Shared<scalar_t> target) {
+                        load_outputs<kWidth>(
+                            problem, grad_output, first_pixel + k + row, end, group, first_output + element, target);
+                    });
+            },
+            [&](int buffer) {
+                product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
+            },
+            [&](int buffer) {
+                store_vector(
+                    left + (buffer * Product::kLeftSize + own_pixel * Product::kLeftRow + own_item),
+                    item.finish(table));
+            });
+    }
+    const int64_t first_row = static_cast<int64_t>(blockIdx.z) * problem.channels * problem.taps +
+                              first_channel * problem.taps + first_flat;
+    product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
+        const int output = first_output + column;
+        if (first_flat + row < limit && output < problem.packed_outputs) {
+            store_vector(parts + ((first_row + row) * problem.packed_outputs + output), sums);
+        }
+    });
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(256) deform_conv2d_add_weight_parts_kernel(
+    Global<const accum_t<scalar_t>> parts,  // (num_parts, C * taps, packed_outputs)
+    Global<scalar_t> grad_weight,           // (O, C / groups, taps)
+    const WeightOrder order, const int num_parts, const int size) {  // size: of a part
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
+    if (index >= size) {
+        return;
+    }
+    const int place = order.place(static_cast<int>(index));
+    if (place < 0) {
+        return;
+    }
+    accum_t<scalar_t> sum = 0;
+    for (int part = 0; part < num_parts; ++part) {
+        sum += parts[static_cast<int64_t>(part) * size + index];
+    }
+    scalar_t result;
+    store(result, sum);
+    grad_weight[place] = result;
+}
+
+// ---- host --------------------------------------------------------------------------------------------------------
+
+const char* const kOp = "deform_conv2d_backward";
+
+template <typename scalar_t>
+bool is_wide(const DeformOperands& operands, const DeformConvShape& shape, const Tensor& grad_output) {
+    return operands.is_wide<scalar_t>() && shape.group_outputs() % kWideElements<scalar_t> == 0 &&
+           is_aligned(grad_output.const_data_ptr(), 16);
+}
+
+std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
+    const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool need_input, bool need_sampling,
+    bool deterministic) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    const DeformConvShape shape =
+        check_deform_conv2d(input, offset, weight, std::nullopt, mask, offset_tangent, options);
+    check_deform_grad_output(kOp, grad_output, input, shape);
+    const DeviceScope device(input);
+    const ScalarType dtype = input.scalar_type(), accum = accum_dtype(dtype);
+    const bool gather = deterministic || dtype == ScalarType::Double;
+    DeformGradients gradients =
+        empty_deform_gradients(shape, input, offset, mask, gather ? dtype : accum, need_input, need_sampling);
+    const bool empty = shape.channels == 0 || shape.out_channels == 0 || shape.batch == 0;
+    if (empty || !gather) {
+        torch::stable::zero_(gradients.input);
+    }
+    if (empty) {
+        torch::stable::zero_(gradients.offset);
+        torch::stable::zero_(gradients.mask);
+    } else {
+        const DeformOperands operands(kOp, shape, options, input, offset, mask, offset_tangent);
+        const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
+        const Tensor packed = pack_deform_weight(weight, shape, device.stream());
+        dispatch_floating(kOp, dtype, [&](auto zero) {
+            using scalar_t = decltype(zero);
+            using real_t = accum_t<scalar_t>;
+            const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
+            const bool wide = is_wide<scalar_t>(operands, shape, source);
+            constexpr int kMostColumns = std::is_same_v<scalar_t, double> ? 64 : 128;
+            const Global<real_t> none(nullptr);
+            if (need_sampling || (need_input && !gather)) {
+                with_tile<scalar_t, kMostColumns>(wide, deform_run(shape), [&](auto columns, auto width) {
+                    constexpr int kColumns = decltype(columns)::value;
+                    launch<deform_conv2d_backward_data_kernel<scalar_t, kColumns, decltype(width)::value>>(
+                        deform_grid(kOp, problem.pixels, shape.taps(), shape.offset_groups), dim3(kProductThreads),
+                        DataMemory<scalar_t, kColumns>::kBytes, device.stream(), problem, data<scalar_t>(source),
+                        data<scalar_t>(packed),
+                        need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
+                        need_sampling ? mutable_data<real_t>(gradients.offset) : none,
+                        need_sampling && mask ? mutable_data<real_t>(gradients.mask) : none);
+                });
+            }
+            if (need_input && gather) {
+                gather_input_gradient<scalar_t>(
+                    kOp, problem, shape, wide, source, packed, gradients.input, device.stream());
+            }
+        });
+    }
+    return finished_deform_gradients(gradients, input, offset, mask);
+}
+
+Tensor deform_conv2d_backward_weight_cuda(
+    const Tensor& grad_output, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w, int64_t padding_h,
+    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t group_channels, int64_t kernel_h,
+    int64_t kernel_w) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    const auto checked = check_deform_grad_weight(
+        kOp, grad_output, input, offset, mask, offset_tangent, options, group_channels, kernel_h, kernel_w);
+    const DeformConvShape& shape = checked.first;
+    Tensor grad_weight = checked.second;
+    const DeviceScope device(input);
+    if (shape.batch == 0) {
+        return torch::stable::zero_(grad_weight);
+    }
+    if (grad_weight.numel() == 0) {
+        return grad_weight;
+    }
+    const DeformOperands operands(kOp, shape, options, input, offset, mask, offset_tangent);
+    const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
+    dispatch_floating(kOp, input.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using real_t = accum_t<scalar_t>;
+        const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
+        with_tile<scalar_t, kMostTileColumns<scalar_t>>(
+            is_wide<scalar_t>(operands, shape, source), shape.group_outputs(), [&](auto columns, auto width) {
+                constexpr int kColumns = decltype(columns)::value;
+                const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
+                const int64_t tiles = shape.channels / problem.run * run_tiles;
+                const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
+                // Pixels in parts, so that a large card is busy; the same on every card, and none shorter than its sums take.
+                constexpr int64_t kWantedBlocks = 264, kLeastPixels = 512;
+                const int64_t wanted = std::min(
+                    ceil_div(kWantedBlocks, tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
+                const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kLeastPixels) * kLeastPixels;
+                const int64_t num_parts = ceil_div(problem.pixels, part_pixels);
+                const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
+                const Tensor parts = empty_like_sized(input, {num_parts, size}, accum_dtype(input.scalar_type()));
+                launch<deform_conv2d_backward_weight_kernel<scalar_t, kColumns, decltype(width)::value>>(
+                    deform_grid(kOp, tiles * kProductRows, column_tiles, num_parts), dim3(kProductThreads),
+                    kWeightSharedBytes<scalar_t, kColumns>, device.stream(), problem, data<scalar_t>(source),
+                    mutable_data<real_t>(parts), static_cast<int>(part_pixels));
+                launch<deform_conv2d_add_weight_parts_kernel<scalar_t>>(
+                    dim3(grid_size(kOp, ceil_div(size, 256))), dim3(256), 0, device.stream(),
+                    data<real_t>(parts), mutable_data<scalar_t>(grad_weight),
+                    deform_weight_order(shape, input.scalar_type()), static_cast<int>(num_parts),
+                    static_cast<int>(size));
+            });
+    });
+    return grad_weight;
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+SPATIALFLOW_DEVICE_IMPL(library) {
+    library.impl("_deform_conv2d_backward_data", TORCH_BOX(&spatialflow::deform_conv2d_backward_data_cuda));
+    library.impl("_deform_conv2d_backward_weight", TORCH_BOX(&spatialflow::deform_conv2d_backward_weight_cuda));
+}

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import spatialflow
+from spatialflow.console import complain, list_images, named, panoptic_json, sentence
 from spatialflow.errors import CommandError
 from spatialflow.training_command import add_train
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+from spatialflow.visualize_command import add_visualize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (CommandError, ImportError) as error:
-        _complain(str(error))
+        complain(str(error))
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return 130
 
 
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
 
     add_train(commands)
+    add_visualize(commands)
 
     synthesize = commands.add_parser("synthesize", help="draw landscapes with exact panoptic ground truth")
     synthesize.set_defaults(run=_synthesize)
@@ -109,10 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _complain(sentence: str) -> None:
-    print(f"spatialflow: {sentence}", file=sys.stderr)
-
-
 # ------------------------------------------------------------------------------------------------------------ predict
 
 
@@ -122,7 +119,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     from spatialflow.data.transforms import ImageError, read_image
 
-    paths, failed = _list_images(options.images)
+    paths, failed = list_images(options.images)
     predictor = _make_predictor(options)
     output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay,
                                detections=options.detections)  # fmt: skip
@@ -137,9 +134,9 @@ def _predict(options: argparse.Namespace) -> int:
                 result.image_name, result.times["decode"] = path.name, decode
                 output.add(result, pixels)
             except (ImageError, OSError) as error:
-                failed.append(_sentence(error))
+                failed.append(sentence(error))
                 with bar.external_write_mode(file=sys.stderr):
-                    _complain(failed[-1])
+                    complain(failed[-1])
                 continue
             for stage, seconds in result.times.items():
                 times[stage] = times.get(stage, 0.0) + seconds
@@ -148,33 +145,14 @@ def _predict(options: argparse.Namespace) -> int:
         try:
             output.finish()
         except OSError as error:
-            raise CommandError(_sentence(error)) from None
+            raise CommandError(sentence(error)) from None
         stages = ", ".join(f"{stage} {seconds / done * 1e3:.1f} ms" for stage, seconds in times.items())
         print(f"mean time per image: {stages}, together {sum(times.values()) / done * 1e3:.1f} ms")
         print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
               + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip
     else:
-        _complain(f"none of {len(failed)} images could be predicted")
+        complain(f"none of {len(failed)} images could be predicted")
     return 1 if failed else 0
-
-
-def _list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Files to read, and complaints about what is no file; names must differ, as outputs are named after them."""
-    paths, failed, stems = [], [], {}
-    for path in given:
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                failed.append(f"{path}: holds no image file")
-        for file in found:
-            if stems.setdefault(file.stem, file) != file:
-                failed.append(f"{file}: is named like {stems[file.stem]}, and outputs take the name")
-            elif file not in paths:
-                paths.append(file)
-    for sentence in failed:
-        _complain(sentence)
-    return paths, failed
 
 
 def _make_predictor(options: argparse.Namespace) -> Any:
@@ -198,7 +176,7 @@ def _make_predictor(options: argparse.Namespace) -> Any:
     try:
         model = build_model(options.config, **_overrides(options)).eval()
         if options.checkpoint is None:
-            _complain("no --checkpoint: the weights are random, so the maps mean nothing")
+            complain("no --checkpoint: the weights are random, so the maps mean nothing")
         else:
             load_checkpoint(model, options.checkpoint)
         return Predictor(model, device, getattr(torch, options.dtype), options.cuda_graph)
@@ -244,10 +222,10 @@ class _PredictionFolder:
         picture = self.overlay_folder / f"{Path(result.image_name).stem}.jpg"
         if self._overlays:
             _, data = cv2.imencode(".jpg", result.overlay(pixels))
-            with _named(picture), atomic_write(picture) as file:
+            with named(picture), atomic_write(picture) as file:
                 file.write(data.tobytes())
         try:
-            with _named(self.folder / f"{picture.stem}.png"):
+            with named(self.folder / f"{picture.stem}.png"):
                 self._writer.add(result.image_id, result.image_name, result.id_map, result.segments)
         except OSError:
             if self._overlays:
@@ -260,35 +238,15 @@ class _PredictionFolder:
         self.done.append(result.image_name)
 
     def finish(self) -> None:
-        with _named(self._writer.json_path):
+        with named(self._writer.json_path):
             self._writer.write_json()
         if self._detections is not None:
             import json
 
             from spatialflow.files import atomic_write
 
-            with _named(self._detection_path), atomic_write(self._detection_path, "w") as file:
+            with named(self._detection_path), atomic_write(self._detection_path, "w") as file:
                 json.dump(self._detections, file)
-
-
-class _named:
-    """An OSError inside the block names `path`, not the temporary file beside it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: cannot be written: {error.strerror}"
-    return str(error)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate
@@ -301,27 +259,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.workers is not None and options.workers < 1:
         raise CommandError(f"--workers must be at least 1, got {options.workers}")
     try:
-        with _named(options.output):
+        with named(options.output):
             evaluate_and_report(
-                _panoptic_json(options.ground_truth), options.ground_truth_folder,
-                _panoptic_json(options.prediction), options.prediction_folder,
+                panoptic_json(options.ground_truth), options.ground_truth_folder,
+                panoptic_json(options.prediction), options.prediction_folder,
                 output=options.output, detections=options.detections, per_class=options.per_class, workers=options.workers,
                 progress=sys.stderr.isatty(),
             )  # fmt: skip
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        raise CommandError(_sentence(error)) from None
+        raise CommandError(sentence(error)) from None
     return 0
-
-
-def _panoptic_json(path: Path) -> Path:
-    """The JSON that `path` stands for: itself, that inside the output of `predict`, or that beside a folder of PNGs."""
-    candidates = [path / "panoptic.json", path.with_name(f"{path.name}.json")] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
 
 
 # --------------------------------------------------------------------------------- synthesize, convert, benchmark, info
@@ -337,13 +286,13 @@ def _synthesize(options: argparse.Namespace) -> int:
     if min(options.size) < 32:
         raise CommandError(f"--size must be at least 32 x 32, got {options.size[0]} x {options.size[1]}")
     try:
-        with _named(options.output):
+        with named(options.output):
             scenes = synthesize(options.output, options.count, tuple(options.size), options.seed)
             count = sum(1 for _ in tqdm(scenes, desc="synthesize", unit="scene", total=options.count, disable=None))
     except ValueError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        raise CommandError(_sentence(error)) from None
+        raise CommandError(sentence(error)) from None
     print(f"{count} scenes: {options.output / 'images'}/, {options.output / 'panoptic.json'}")
     return 0
 
@@ -354,12 +303,12 @@ def _convert(options: argparse.Namespace) -> int:
     from spatialflow.engine.checkpoints import CheckpointError, convert
 
     try:
-        with _named(options.destination):
+        with named(options.destination):
             count = convert(options.source, options.destination, torch.float16 if options.half else None)
     except (CheckpointError, ValueError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        raise CommandError(_sentence(error)) from None
+        raise CommandError(sentence(error)) from None
     print(f"{count} tensors: {options.destination}")
     return 0
 
@@ -396,7 +345,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         if subprocess.run([sys.executable, str(folder / f"{op}.py"), *passed_on]).returncode != 0
     ]
     if failed:
-        _complain(f"failed: {', '.join(failed)}")
+        complain(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: complaints, and the files that arguments stand for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spatialflow.errors import CommandError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def complain(text: str) -> None:
+    """A sentence on standard error, with the program's name before it."""
+    print(f"spatialflow: {text}", file=sys.stderr)
+
+
+def list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Files to read, and complaints about what is no file; names must differ, as outputs are named after them."""
+    paths, failed, stems = [], [], {}
+    for path in given:
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                failed.append(f"{path}: holds no image file")
+        for file in found:
+            if stems.setdefault(file.stem, file) != file:
+                failed.append(f"{file}: is named like {stems[file.stem]}, and outputs take the name")
+            elif file not in paths:
+                paths.append(file)
+    for text in failed:
+        complain(text)
+    return paths, failed
+
+
+def panoptic_json(path: Path) -> Path:
+    """The JSON that `path` stands for: itself, that inside the output of `predict`, or that beside a folder of PNGs."""
+    candidates = [path / "panoptic.json", path.with_name(f"{path.name}.json")] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
+
+
+class named:
+    """An OSError inside the block names `path`, not the temporary file beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+def sentence(error: Exception) -> str:
+    """What an error says to somebody who has given the file it is about."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: cannot be written: {error.strerror}"
+    return str(error)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class-activation maps: where in a picture the classifiers of things and stuff respond (paper, figure 5)."""
+
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spatialflow.data.categories import Category, load_categories
+from spatialflow.data.transforms import prepare
+from spatialflow.models.spatialflow import SpatialFlow
+
+
+class ActivationMaps(NamedTuple):
+    """Responses, scaled to 0 (least of the picture) .. 1 (most)."""
+
+    things: np.ndarray  # (H, W) float32
+    stuff: Optional[np.ndarray]  # (H, W) float32; None without a stuff head
+    stuff_class: Optional[Category]  # what `stuff` shows; None for the class "other" and without a stuff head
+
+
+@torch.inference_mode()
+def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMaps:
+    """Class-activation maps of the last features of the cls sub-network and of the stuff head.
+
+    Args:
+        model: from `build_model`, with weights loaded, in evaluation mode.
+        image: (H, W, 3) uint8 BGR.
+
+    Returns:
+        `things`: of every pixel the strongest response over classes, anchors and pyramid levels. `stuff`: the response of
+        "other", all things together, where the network has that class, else of the class with the most pixels.
+
+    Remarks:
+        The map of class c is sum_k w[c, k] f[k], features weighted by the classifier's weights: a convolutional
+        classifier's logits without their bias. Levels are brought to the size of the image by bilinear interpolation
+        before the maximum is taken. The paper does not say how its maps are normalised; these are from minimum to maximum.
+
+    Source: Zhou et al., Learning Deep Features for Discriminative Localization (2016), equation 2.
+    """
+    config = model.config
+    data, test = config.data, config.test
+    prepared = prepare(
+        image, test.test_short_edges[0], test.test_long_edge, data.image_mean, data.image_std, data.size_divisor
+    )
+    device = next(model.parameters()).device
+    output = model(torch.from_numpy(prepared.image)[None].to(device))
+    padded = prepared.image.shape[1:]
+
+    def to_image(response: Tensor) -> Tensor:
+        """(h, w) over the padded input -> (H, W) of the image."""
+        whole = F.interpolate(response[None, None], size=padded, mode="bilinear", align_corners=False)
+        valid = whole[..., : prepared.valid_size[0], : prepared.valid_size[1]]
+        return F.interpolate(valid, size=prepared.original_size, mode="bilinear", align_corners=False)[0, 0]
+
+    bias = model.box_head.class_logits.bias[:, None, None]
+    things = torch.stack([to_image((logits[0] - bias).amax(dim=0)) for logits in output.class_logits]).amax(dim=0)
+    if output.stuff_logits is None:
+        return ActivationMaps(_scaled(things), None, None)
+    categories = load_categories(data.categories, config.model.num_things, config.model.num_stuff)
+    index = categories.other_index
+    if index is None:
+        labels = output.stuff_logits[0, :, : prepared.valid_size[0], : prepared.valid_size[1]].argmax(dim=0)
+        index = int(labels.flatten().bincount().argmax())
+    stuff = to_image(output.stuff_logits[0, index] - model.stuff_head.logits.bias[index])
+    return ActivationMaps(_scaled(things), _scaled(stuff), categories.stuff[index])
+
+
+def _scaled(response: Tensor) -> np.ndarray:
+    low, high = response.aminmax()
+    return ((response - low) / (high - low).clamp(min=1e-12)).float().cpu().numpy()
+
+
+def heat_picture(image: np.ndarray, activation: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """A map over its photograph, blue for 0 to red for 1.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+        activation: (H, W), 0 to 1.
+        opacity: of the colours, 0 to 1.
+
+    Returns:
+        (H, W, 3) uint8 BGR.
+    """
+    import cv2
+
+    colours = cv2.applyColorMap((activation * 255 + 0.5).astype(np.uint8), cv2.COLORMAP_JET)
+    return cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)

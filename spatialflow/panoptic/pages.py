@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures to be looked at: panels side by side with titles, sheets of many, and an HTML page of all."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+_PAPER, _INK, _GAP = (250, 250, 250), (30, 30, 30), 6
+
+
+def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_width: int = 480) -> np.ndarray:
+    """Pictures of one size in a row, each under its title.
+
+    Args:
+        panels: title -> (H, W, 3) uint8 BGR, all of one size.
+        heading: a line above all of them.
+        panel_width: width that every panel is scaled to, in pixels.
+
+    Returns:
+        (H', W', 3) uint8 BGR.
+
+    Raises:
+        ValueError: no panels, or they differ in size.
+    """
+    import cv2
+
+    shapes = {panel.shape for panel in panels.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"panels must be one or more pictures of one size, got sizes {sorted(shapes)}")
+    ((height, width, _),) = shapes
+    size = (panel_width, max(round(height * panel_width / width), 1))
+    shrinks = panel_width < width
+    columns = []
+    for title, panel in panels.items():
+        picture = cv2.resize(panel, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        columns += [np.vstack([_line(title, panel_width), picture]), _blank(size[1] + _LINE_HEIGHT, _GAP)]
+    row = np.hstack(columns[:-1])
+    return np.vstack([_line(heading, row.shape[1]), row]) if heading else row
+
+
+def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures (H, W, 3) uint8 under each other, at least one, filled up to the widest at the right."""
+    width = max(picture.shape[1] for picture in pictures)
+    rows = []
+    for picture in pictures:
+        rows += [np.hstack([picture, _blank(picture.shape[0], width - picture.shape[1])]), _blank(3 * _GAP, width)]
+    return np.vstack(rows[:-1])
+
+
+def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:
+    """An HTML page: (caption, path of the picture as seen from the page) under each other."""
+    figures = "\n".join(
+        f'<figure><img src="{html.escape(path)}" alt="{html.escape(caption)}" loading="lazy">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, path in pictures
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
+        "body{font-family:sans-serif;margin:2em;background:#fafafa;color:#1e1e1e}figure{margin:0 0 2em}"
+        f"img{{max-width:100%}}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{figures}\n</body></html>\n"
+    )
+
+
+_LINE_HEIGHT = 26
+
+
+def _blank(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), _PAPER, np.uint8)
+
+
+def _line(text: str, width: int) -> np.ndarray:
+    """(_LINE_HEIGHT, width, 3): a line of text, cut off at the right where it is too long."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    canvas = Image.fromarray(_blank(_LINE_HEIGHT, width))
+    ImageDraw.Draw(canvas).text((4, 4), text, font=ImageFont.load_default(15), fill=_INK)
+    return np.asarray(canvas)[..., ::-1]

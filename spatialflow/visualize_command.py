@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`spatialflow visualize`: ground truth, prediction and class-activation maps beside the photograph."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spatialflow.console import complain, list_images, named, panoptic_json, sentence
+from spatialflow.errors import CommandError
+
+
+class Maps(NamedTuple):
+    """A panoptic data set or a folder of predictions."""
+
+    folder: Path
+    annotations: dict[str, dict[str, Any]]  # stem of the photograph's name -> annotation
+    categories: list[dict[str, Any]]
+
+
+class Row(NamedTuple):
+    """One picture that was written."""
+
+    name: str
+    path: Path
+    quality: float | None  # PQ of the image; None where ground truth or prediction is absent
+
+
+def add_visualize(commands: Any) -> None:
+    """Adds the command to the subparsers of `spatialflow`."""
+    visualize = commands.add_parser("visualize", help="pictures of ground truth, prediction and activations side by side")
+    visualize.set_defaults(run=run_visualize)
+    visualize.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photographs, or folders of them")
+    visualize.add_argument("--output", required=True, type=Path, metavar="FOLDER",
+                           help="receives pictures/*.jpg and index.html; with ground truth and prediction the pictures "
+                                "are sorted by their panoptic quality, and there are worst.jpg and best.jpg")  # fmt: skip
+    for name, what in (("ground-truth", "ground truth"), ("prediction", "predictions")):
+        visualize.add_argument(f"--{name}", type=Path, metavar="JSON",
+                               help=f"{what}: the panoptic JSON with its PNGs beside it, or what `predict` wrote")  # fmt: skip
+    visualize.add_argument("--sheet", type=int, default=5, metavar="N",
+                           help="pictures in each of worst.jpg and best.jpg (default: %(default)s)")  # fmt: skip
+    visualize.add_argument("--checkpoint", type=Path, metavar="FILE",
+                           help="weights: class-activation maps of the cls sub-network and the stuff head")  # fmt: skip
+    visualize.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME",
+                           help="configuration of --checkpoint (default: %(default)s)")  # fmt: skip
+
+
+def run_visualize(options: argparse.Namespace) -> int:
+    """Carries the command out; returns the exit code."""
+    from tqdm import tqdm
+
+    from spatialflow.data.transforms import ImageError
+    from spatialflow.panoptic import PanopticFormatError
+
+    if options.ground_truth is None and options.prediction is None and options.checkpoint is None:
+        raise CommandError("nothing to show: give --ground-truth, --prediction or --checkpoint")
+    if options.sheet < 1:
+        raise CommandError(f"--sheet must be at least 1, got {options.sheet}")
+    paths, failed = list_images(options.images)
+    maps = {
+        title: _read_maps(path)
+        for title, path in (("ground truth", options.ground_truth), ("prediction", options.prediction))
+        if path is not None
+    }
+    model = None if options.checkpoint is None else _load_model(options)
+    rows = []
+    with tqdm(paths, desc="visualize", unit="image", disable=None) as bar:
+        for path in bar:
+            try:
+                rows.append(_draw(path, maps, model, options.output))
+            except (ImageError, PanopticFormatError, OSError) as error:
+                failed.append(sentence(error))
+                complain(failed[-1])
+    if not rows:
+        complain("no picture could be drawn")
+        return 1
+    try:
+        _write_pages(rows, options.output, options.sheet)
+    except OSError as error:
+        raise CommandError(sentence(error)) from None
+    print(f"{len(rows)} of {len(rows) + len(failed)} pictures done: {options.output / 'index.html'}")
+    return 1 if failed else 0
+
+
+def _read_maps(path: Path) -> Maps:
+    from spatialflow.panoptic import PanopticFormatError, read_panoptic_json
+
+    path = panoptic_json(path)
+    try:
+        content = read_panoptic_json(path, with_categories=True)
+    except PanopticFormatError as error:
+        raise CommandError(str(error)) from None
+    folder = path.with_suffix("")
+    names = {image["id"]: image["file_name"] for image in content.get("images", ())}
+    annotations = {
+        Path(names.get(annotation["image_id"], annotation["file_name"])).stem: annotation
+        for annotation in content["annotations"]
+    }
+    return Maps(folder, annotations, content["categories"])
+
+
+def _load_model(options: argparse.Namespace) -> Any:
+    from spatialflow import CheckpointError, ConfigError, build_model, load_checkpoint
+    from spatialflow.data.categories import CategoryError
+
+    try:
+        return load_checkpoint(build_model(options.config), options.checkpoint).eval()
+    except (ConfigError, CheckpointError, CategoryError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _draw(path: Path, maps: dict[str, Maps], model: Any, output: Path) -> Row:
+    """Writes the picture of one photograph."""
+    from spatialflow.data.transforms import read_image
+    from spatialflow.panoptic import PanopticFormatError, overlay, read_id_map
+    from spatialflow.panoptic.pages import side_by_side
+
+    pixels = read_image(path)
+    panels, found = {"photograph": pixels}, []
+    for title, shown in maps.items():
+        annotation = shown.annotations.get(path.stem)
+        if annotation is None:
+            raise PanopticFormatError(f"{path}: the {title} in {shown.folder} has no image of that name")
+        ids = read_id_map(shown.folder / annotation["file_name"])
+        if ids.shape != pixels.shape[:2]:
+            raise PanopticFormatError(
+                f"{shown.folder / annotation['file_name']}: is {ids.shape[1]}x{ids.shape[0]} pixels, "
+                f"{path.name} is {pixels.shape[1]}x{pixels.shape[0]}"
+            )
+        found.append((ids, annotation["segments_info"]))
+        panels[title] = overlay(pixels, ids, annotation["segments_info"], shown.categories)
+    if model is not None:
+        from spatialflow.engine.activations import class_activation_maps, heat_picture
+
+        activations = class_activation_maps(model, pixels)
+        panels["cls sub-network: things"] = heat_picture(pixels, activations.things)
+        if activations.stuff is not None:
+            name = "other (all things)" if activations.stuff_class is None else activations.stuff_class.name
+            panels[f"stuff head: {name}"] = heat_picture(pixels, activations.stuff)
+    quality = _quality(path, maps["ground truth"].categories, *found) if len(found) == 2 else None
+    heading = path.name if quality is None else f"{path.name}: PQ {100 * quality:.1f}"
+    picture = output / "pictures" / f"{path.stem}.jpg"
+    _write_jpeg(picture, side_by_side(panels, heading))
+    return Row(heading, picture, quality)
+
+
+def _quality(path: Path, categories: list[dict[str, Any]], truth: tuple, prediction: tuple) -> float:
+    """PQ over the classes that occur in one image."""
+    from spatialflow.panoptic import PanopticQuality
+
+    quality = PanopticQuality(categories)
+    quality.update(*truth, *prediction, image_id=path.name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no segment of any category")
+        return quality.compute()["All"]["pq"]
+
+
+def _write_pages(rows: list[Row], output: Path, sheet: int) -> None:
+    import cv2
+
+    from spatialflow.files import atomic_write
+    from spatialflow.panoptic.pages import contact_sheet, html_page
+
+    scored = [row for row in rows if row.quality is not None]
+    if scored:
+        rows = sorted(scored, key=lambda row: row.quality)
+        for name, chosen in (("worst", rows[:sheet]), ("best", rows[::-1][:sheet])):
+            _write_jpeg(output / f"{name}.jpg", contact_sheet([cv2.imread(str(row.path)) for row in chosen]))
+    title = f"{len(rows)} pictures, worst first" if scored else f"{len(rows)} pictures"
+    with atomic_write(output / "index.html", "w") as file:
+        file.write(html_page(title, [(row.name, row.path.relative_to(output).as_posix()) for row in rows]))
+
+
+def _write_jpeg(path: Path, picture: Any) -> None:
+    import cv2
+
+    from spatialflow.files import atomic_write
+
+    _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    with named(path), atomic_write(path) as file:
+        file.write(data.tobytes())

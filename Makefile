@@ -14,7 +14,7 @@ PYTHON ?= $(VENV)/bin/python
 LEVELS ?=
 OPS ?=
 TESTS ?= tests
-CONFIG ?= spatialflow_r50_coco
+CONFIG ?=
 IMAGES ?=
 WEIGHTS ?=
 
@@ -68,16 +68,28 @@ test-simt-sanitize: $(environment)  ## the same with address and undefined-behav
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
 
-demo:  ## environment, build, pictures, predictions with overlays in demo/; IMAGES="a.jpg folder" WEIGHTS=file CONFIG=name
+# Without IMAGES, WEIGHTS and CONFIG: scenes that the packaged weights were not trained on, with their ground truth.
+demo_config := $(or $(CONFIG),$(if $(WEIGHTS),spatialflow_r50_coco,demo))
+demo_scored := $(if $(IMAGES),,$(filter demo,$(demo_config)))
+demo_weights := $(if $(WEIGHTS),--checkpoint $(WEIGHTS))
+command = $(PYTHON) -m spatialflow.cli
+
+demo:  ## environment, build, 50 scenes: maps, PQ, overlays, speed in demo/; IMAGES="a.jpg folder" WEIGHTS=file CONFIG=name
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory build && built=$$(date +%s) && rm -rf demo && \
-	if [ -z "$(IMAGES)" ]; then $(PYTHON) -m spatialflow.cli synthesize demo/pictures --count 4; fi && \
-	drawn=$$(date +%s) && \
-	$(PYTHON) -m spatialflow.cli predict $(or $(IMAGES),demo/pictures/images) --output demo/prediction \
-	  --config $(CONFIG) $(if $(WEIGHTS),--checkpoint $(WEIGHTS)) && done=$$(date +%s) && \
-	echo "seconds: environment and build $$((built - begin)), pictures $$((drawn - built)), prediction $$((done - drawn))" && \
-	if [ -z "$(WEIGHTS)" ]; then echo "The weights are untrained, so the maps show that everything runs, not what is in the" \
-	  "pictures: make demo WEIGHTS=checkpoint.safetensors"; fi && \
-	echo "Look at demo/prediction/overlays."
+	$(if $(IMAGES),,$(command) synthesize demo/scenes --count 50 --size 256 384 --seed 2 &&) \
+	$(command) predict $(or $(IMAGES),demo/scenes/images) --output demo/prediction --config $(demo_config) $(demo_weights) && \
+	$(if $(demo_scored),$(MAKE) --no-print-directory demo-score &&) \
+	echo "seconds: environment and build $$((built - begin)), demo $$(($$(date +%s) - built))" && \
+	echo "Look at demo/prediction/overlays$(if $(demo_scored), and demo/pictures/index.html)."
+
+.PHONY: demo-score
+demo-score:
+	$(command) evaluate demo/scenes/panoptic.json demo/prediction --per-class
+	$(command) visualize demo/scenes/images --ground-truth demo/scenes/panoptic.json --prediction demo/prediction \
+	  --config $(demo_config) $(demo_weights) --output demo/pictures
+	$(PYTHON) benchmarks/end_to_end.py --config $(demo_config) $(demo_weights) --short-edges 256 \
+	  --providers spatialflow reference --images demo/scenes/images --annotations demo/scenes/panoptic.json \
+	  --output demo/speed
 
 clean:  ## remove what was built, the environment included
 	rm -rf $(VENV) build dist demo spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info

@@ -33,6 +33,7 @@ from spatialflow import Predictor, build_model, load_checkpoint
 from spatialflow.data.categories import Categories
 from spatialflow.data.synthetic import synthesize
 from spatialflow.data.transforms import read_image
+from spatialflow.engine.checkpoints import packaged_weights
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.panoptic import PanopticWriter, evaluate, read_panoptic_json, write_id_map
 
@@ -119,13 +120,18 @@ def adjust(conv: nn.Conv2d, factor: torch.Tensor, offset: torch.Tensor) -> None:
     conv.bias.mul_(factor).add_(offset)
 
 
+def weights_of(options: argparse.Namespace) -> Path | None:
+    return options.checkpoint or packaged_weights(options.config)
+
+
 def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) -> dict[str, Pipeline]:
     """The pipelines asked for, for one size of images, with the same weights."""
     overrides = {"test_short_edges": [short_edge], "test_long_edge": round(short_edge * 1333 / 800), "test_flip": False}
-    if options.checkpoint is None:
+    checkpoint = weights_of(options)
+    if checkpoint is None:
         model = untrained_model(options.config, image, overrides)
     else:
-        model = load_checkpoint(build_model(options.config, **overrides), options.checkpoint)
+        model = load_checkpoint(build_model(options.config, **overrides), checkpoint)
     device = torch.device(options.device)
     pipelines: dict[str, Pipeline] = {}
     for name in options.providers:
@@ -189,7 +195,7 @@ def make_rows(
     for name, entry in measured.items():
         median, total = statistics.median(entry["times"]), sum(entry["times"])
         row = {
-            "model": Path(options.config).stem, "weights": "trained" if options.checkpoint else "untrained",
+            "model": Path(options.config).stem, "weights": "trained" if weights_of(options) else "untrained",
             "short_edge": short_edge, "provider": name,
             "images_per_second": 1 / median, "median_ms": median * 1e3,
             "q10_ms": float(np.quantile(entry["times"], 0.1)) * 1e3,
@@ -282,7 +288,8 @@ TITLE = "image file to panoptic PNG, one image at a time, float32"
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: untrained, adjusted)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with the "
+                        "package, else untrained, adjusted ones)")  # fmt: skip
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: two scenes of 480x640)")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="their panoptic ground truth, PNGs beside it")
     parser.add_argument("--short-edges", type=int, nargs="+", default=[800, 600, 400], metavar="PIXELS",

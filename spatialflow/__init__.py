@@ -21,6 +21,7 @@ _HOMES = {
     "load_checkpoint": "spatialflow.engine.checkpoints",
     "load_config": "spatialflow.models.build",
     "optimize_for_inference": "spatialflow.models.optimize",
+    "pretrained_model": "spatialflow.engine.checkpoints",
     "save_checkpoint": "spatialflow.engine.checkpoints",
 }
 _SUBPACKAGES = ("data", "engine", "models", "ops", "panoptic")

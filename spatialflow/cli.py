@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import spatialflow
-from spatialflow.console import complain, list_images, named, panoptic_json, sentence
+from spatialflow.console import complain, list_images, load_model, named, panoptic_json, sentence
 from spatialflow.errors import CommandError
 from spatialflow.training_command import add_train
 from spatialflow.visualize_command import add_visualize
@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME",
                          help="configuration of the package or YAML file (default: %(default)s)")  # fmt: skip
     predict.add_argument("--checkpoint", type=Path, metavar="FILE",
-                         help="weights: safetensors, torch, or a released checkpoint; without it they are random")  # fmt: skip
+                         help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
+                              "the package, as for demo; else random ones)")  # fmt: skip
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
@@ -158,7 +159,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _make_predictor(options: argparse.Namespace) -> Any:
     import torch
 
-    from spatialflow import CheckpointError, ConfigError, Predictor, build_model, load_checkpoint
+    from spatialflow import ConfigError, Predictor
     from spatialflow.data.categories import CategoryError
     from spatialflow.engine.predict import usable_device
 
@@ -172,15 +173,10 @@ def _make_predictor(options: argparse.Namespace) -> Any:
         raise CommandError(f"--{error}") from None
     if options.cuda_graph and device.type != "cuda":
         raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
-    torch.manual_seed(0)
     try:
-        model = build_model(options.config, **_overrides(options)).eval()
-        if options.checkpoint is None:
-            complain("no --checkpoint: the weights are random, so the maps mean nothing")
-        else:
-            load_checkpoint(model, options.checkpoint)
+        model = load_model(options.config, options.checkpoint, _overrides(options))
         return Predictor(model, device, getattr(torch, options.dtype), options.cuda_graph)
-    except (ConfigError, CheckpointError, CategoryError) as error:
+    except (ConfigError, CategoryError) as error:
         raise CommandError(str(error)) from None
 
 

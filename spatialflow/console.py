@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +65,23 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written: {error.strerror}"
     return str(error)
+
+
+def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any]) -> Any:
+    """The network of `--config` with the weights of `--checkpoint`, else those of the package, else random ones."""
+    import torch
+
+    from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint, packaged_weights
+    from spatialflow.models.build import build_model
+    from spatialflow.models.config import ConfigError
+
+    torch.manual_seed(0)
+    try:
+        model = build_model(config, **overrides).eval()
+        checkpoint = checkpoint or packaged_weights(config)
+        if checkpoint is None:
+            complain("no --checkpoint: the weights are random, so the maps mean nothing")
+            return model
+        return load_checkpoint(model, checkpoint)
+    except (ConfigError, CheckpointError) as error:
+        raise CommandError(str(error)) from None

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spatialflow.console import complain, list_images, named, panoptic_json, sentence
+from spatialflow.console import complain, list_images, load_model, named, panoptic_json, sentence
 from spatialflow.errors import CommandError
 
 
@@ -41,10 +41,9 @@ def add_visualize(commands: Any) -> None:
                                help=f"{what}: the panoptic JSON with its PNGs beside it, or what `predict` wrote")  # fmt: skip
     visualize.add_argument("--sheet", type=int, default=5, metavar="N",
                            help="pictures in each of worst.jpg and best.jpg (default: %(default)s)")  # fmt: skip
-    visualize.add_argument("--checkpoint", type=Path, metavar="FILE",
-                           help="weights: class-activation maps of the cls sub-network and the stuff head")  # fmt: skip
-    visualize.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME",
-                           help="configuration of --checkpoint (default: %(default)s)")  # fmt: skip
+    visualize.add_argument("--config", metavar="NAME", help="network whose class-activation maps are shown, of the cls "
+                           "sub-network and the stuff head")  # fmt: skip
+    visualize.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights, as for predict")
 
 
 def run_visualize(options: argparse.Namespace) -> int:
@@ -54,8 +53,10 @@ def run_visualize(options: argparse.Namespace) -> int:
     from spatialflow.data.transforms import ImageError
     from spatialflow.panoptic import PanopticFormatError
 
-    if options.ground_truth is None and options.prediction is None and options.checkpoint is None:
-        raise CommandError("nothing to show: give --ground-truth, --prediction or --checkpoint")
+    if options.checkpoint is not None and options.config is None:
+        raise CommandError("--checkpoint needs --config, the network that it fills")
+    if options.ground_truth is None and options.prediction is None and options.config is None:
+        raise CommandError("nothing to show: give --ground-truth, --prediction or --config")
     if options.sheet < 1:
         raise CommandError(f"--sheet must be at least 1, got {options.sheet}")
     paths, failed = list_images(options.images)
@@ -64,7 +65,7 @@ def run_visualize(options: argparse.Namespace) -> int:
         for title, path in (("ground truth", options.ground_truth), ("prediction", options.prediction))
         if path is not None
     }
-    model = None if options.checkpoint is None else _load_model(options)
+    model = None if options.config is None else load_model(options.config, options.checkpoint, {})
     rows = []
     with tqdm(paths, desc="visualize", unit="image", disable=None) as bar:
         for path in bar:
@@ -99,16 +100,6 @@ def _read_maps(path: Path) -> Maps:
         for annotation in content["annotations"]
     }
     return Maps(folder, annotations, content["categories"])
-
-
-def _load_model(options: argparse.Namespace) -> Any:
-    from spatialflow import CheckpointError, ConfigError, build_model, load_checkpoint
-    from spatialflow.data.categories import CategoryError
-
-    try:
-        return load_checkpoint(build_model(options.config), options.checkpoint).eval()
-    except (ConfigError, CheckpointError, CategoryError) as error:
-        raise CommandError(str(error)) from None
 
 
 def _draw(path: Path, maps: dict[str, Maps], model: Any, output: Path) -> Row:

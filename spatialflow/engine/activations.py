@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow.data.categories import Category, load_categories
-from spatialflow.data.transforms import prepare
+from spatialflow.data.transforms import fit_image
 from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.ops import preprocess_images
 
 
 class ActivationMaps(NamedTuple):
@@ -40,20 +41,17 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
 
     Source: Zhou et al., Learning Deep Features for Discriminative Localization (2016), equation 2.
     """
-    config = model.config
+    config, device = model.config, next(model.parameters()).device
     data, test = config.data, config.test
-    prepared = prepare(
-        image, test.test_short_edges[0], test.test_long_edge, data.image_mean, data.image_std, data.size_divisor
-    )
-    device = next(model.parameters()).device
-    output = model(torch.from_numpy(prepared.image)[None].to(device))
-    padded = prepared.image.shape[1:]
+    fitted = fit_image(image.shape[:2], test.test_short_edges[0], test.test_long_edge, data.size_divisor)
+    pixels = torch.from_numpy(image).to(device)
+    output = model(preprocess_images(pixels, fitted.valid_size, data.image_mean, data.image_std, data.size_divisor))
 
     def to_image(response: Tensor) -> Tensor:
         """(h, w) over the padded input -> (H, W) of the image."""
-        whole = F.interpolate(response[None, None], size=padded, mode="bilinear", align_corners=False)
-        valid = whole[..., : prepared.valid_size[0], : prepared.valid_size[1]]
-        return F.interpolate(valid, size=prepared.original_size, mode="bilinear", align_corners=False)[0, 0]
+        whole = F.interpolate(response[None, None], size=fitted.padded_size, mode="bilinear", align_corners=False)
+        valid = whole[..., : fitted.valid_size[0], : fitted.valid_size[1]]
+        return F.interpolate(valid, size=fitted.original_size, mode="bilinear", align_corners=False)[0, 0]
 
     bias = model.box_head.class_logits.bias[:, None, None]
     things = torch.stack([to_image((logits[0] - bias).amax(dim=0)) for logits in output.class_logits]).amax(dim=0)
@@ -62,7 +60,7 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
     categories = load_categories(data.categories, config.model.num_things, config.model.num_stuff)
     index = categories.other_index
     if index is None:
-        labels = output.stuff_logits[0, :, : prepared.valid_size[0], : prepared.valid_size[1]].argmax(dim=0)
+        labels = output.stuff_logits[0, :, : fitted.valid_size[0], : fitted.valid_size[1]].argmax(dim=0)
         index = int(labels.flatten().bincount().argmax())
     stuff = to_image(output.stuff_logits[0, index] - model.stuff_head.logits.bias[index])
     return ActivationMaps(_scaled(things), _scaled(stuff), categories.stuff[index])

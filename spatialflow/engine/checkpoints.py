@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.files import atomic_write
+from spatialflow.models.build import build_model
+from spatialflow.models.spatialflow import SpatialFlow
+
+WEIGHTS_FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
 RELEASED_NAMES = (
     (r"neck\.lateral_convs\.(\d+)\.conv\.", r"fpn.lateral.\1."),
@@ -170,6 +174,28 @@ def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence
     }
     _fill(model, state, str(path), may_miss="^(" + "|".join(re.escape(name) for name in may_differ) + ")\\.")
     return model
+
+
+def packaged_weights(config: str) -> Optional[Path]:
+    """The weights that come with the package for one of its configurations; None where there are none."""
+    path = WEIGHTS_FOLDER / f"{config}.safetensors"
+    return path if path.is_file() else None
+
+
+def pretrained_model(config: str = "demo") -> SpatialFlow:
+    """The network of a configuration with the weights that come with the package, in evaluation mode.
+
+    Args:
+        config: name of a configuration of the package.
+
+    Raises:
+        CheckpointError: the package has no weights for it; the message says for which it has.
+    """
+    path = packaged_weights(config)
+    if path is None:
+        names = ", ".join(sorted(file.stem for file in WEIGHTS_FOLDER.glob("*.safetensors"))) or "no configuration"
+        raise CheckpointError(f"config: the package has weights for {names}, got '{config}'")
+    return load_checkpoint(build_model(config), path).eval()
 
 
 def load_backbone(model: nn.Module, path: Union[str, Path]) -> nn.Module:

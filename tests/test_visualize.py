@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of results: complete, sorted by quality, and activation maps that show where the classifiers respond."""
+
+import json
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import spatialflow
+from scenes import write_coco
+from spatialflow.cli import main
+from spatialflow.engine.activations import class_activation_maps, heat_picture
+from spatialflow.panoptic import read_id_map, write_id_map
+from spatialflow.panoptic.pages import contact_sheet, html_page, side_by_side
+
+SMALL = dict(num_things=6, num_stuff=7, categories="synthetic", test_short_edges=[64], test_long_edge=96)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("truth"), 3, (64, 96))
+
+
+@pytest.fixture(scope="module")
+def prediction(truth, tmp_path_factory):
+    """The ground truth; of the second image only its largest segment is left, of the first all but the smallest."""
+    folder = tmp_path_factory.mktemp("prediction") / "out"
+    shutil.copytree(truth / "panoptic", folder / "panoptic")
+    content = json.loads((truth / "panoptic.json").read_text())
+    for annotation, keep in zip(content["annotations"], (-1, 1)):
+        ids = read_id_map(folder / "panoptic" / annotation["file_name"])
+        segments = sorted(annotation["segments_info"], key=lambda segment: -segment["area"])[:keep]
+        ids[~np.isin(ids, [segment["id"] for segment in segments])] = 0
+        write_id_map(folder / "panoptic" / annotation["file_name"], ids)
+        annotation["segments_info"] = segments
+    (folder / "panoptic.json").write_text(json.dumps(content))
+    return folder
+
+
+def model():
+    return spatialflow.build_model("tiny", **SMALL).eval()
+
+
+class TestCommand:
+    def test_ground_truth_beside_prediction(self, truth, prediction, tmp_path, capsys):
+        """A page from the worst to the best, whose qualities are those of the images, and two sheets."""
+        arguments = ["--ground-truth", str(truth / "panoptic.json"), "--prediction", str(prediction), "--sheet", "2"]
+        assert main(["visualize", str(truth / "images"), *arguments, "--output", str(tmp_path)]) == 0
+        page = (tmp_path / "index.html").read_text()
+        shown = re.findall(r"<figcaption>(\d+)\.jpg: PQ ([\d.]+)</figcaption>", page)
+        assert [name for name, _ in shown] == ["000002", "000001", "000003"]
+        qualities = [float(value) for _, value in shown]
+        assert qualities == sorted(qualities) and qualities[0] < qualities[1] < qualities[2] == 100
+        for source in re.findall(r'src="([^"]+)"', page):
+            assert cv2.imread(str(tmp_path / source)) is not None
+        worst, best = (cv2.imread(str(tmp_path / f"{name}.jpg")) for name in ("worst", "best"))
+        one = cv2.imread(str(tmp_path / "pictures" / "000002.jpg"))
+        assert worst.shape == best.shape and worst.shape[0] > 2 * one.shape[0]
+        assert np.abs(worst[: len(one)].astype(int) - one).mean() < 6 < np.abs(best[: len(one)].astype(int) - one).mean()
+        assert "3 of 3 pictures done" in capsys.readouterr().out
+
+    def test_activations(self, truth, tmp_path):
+        """Without predictions: photograph, things and stuff, in the order of the images."""
+        spatialflow.save_checkpoint(model(), tmp_path / "weights.safetensors")
+        config = tmp_path / "small.yaml"
+        config.write_text("base: tiny\nmodel: {num_things: 6, num_stuff: 7}\ndata: {categories: synthetic}\n")
+        arguments = ["--config", str(config), "--checkpoint", str(tmp_path / "weights.safetensors")]
+        image = str(truth / "images" / "000001.jpg")
+        assert main(["visualize", image, *arguments, "--output", str(tmp_path / "out")]) == 0
+        assert not (tmp_path / "out" / "worst.jpg").exists()
+        picture = cv2.imread(str(tmp_path / "out" / "pictures" / "000001.jpg"))
+        assert picture.shape[1] == 3 * 480 + 2 * 6
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ([], "nothing to show: give --ground-truth, --prediction or --config"),
+            (["--prediction", "nowhere.json"], "nowhere.json: no such file"),
+            (["--config", "tiny", "--checkpoint", "nowhere.pth"], "nowhere.pth: cannot be read"),
+            (["--checkpoint", "nowhere.pth"], "--checkpoint needs --config"),
+            (["--config", "tiny", "--sheet", "0"], "--sheet must be at least 1, got 0"),
+        ],
+    )
+    def test_wrong_options(self, truth, tmp_path, capsys, arguments, message):
+        assert main(["visualize", str(truth / "images"), *arguments, "--output", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+    def test_images_that_do_not_fit_are_named(self, truth, prediction, tmp_path, capsys):
+        """One of another size, one that is not in the prediction, one that is no image; the others are drawn."""
+        photographs = tmp_path / "photographs"
+        shutil.copytree(truth / "images", photographs)
+        cv2.imwrite(str(photographs / "000001.jpg"), np.zeros((10, 20, 3), np.uint8))
+        cv2.imwrite(str(photographs / "stranger.png"), np.zeros((10, 20, 3), np.uint8))
+        (photographs / "text.jpg").write_text("no picture")
+        arguments = ["--prediction", str(prediction), "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(photographs), *arguments]) == 1
+        said = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert len(said) == 3
+        assert "000001.png: is 96x64 pixels, 000001.jpg is 20x10" in said[0]
+        assert "stranger.png: the prediction in" in said[1] and "text.jpg: is not an image" in said[2]
+        assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
+
+
+class TestActivations:
+    def test_features_weighted_by_the_classifier(self):
+        """The definition, from the sub-network's features: convolved without bias, strongest class and anchor."""
+        network, image = model(), np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+        torch.nn.init.normal_(network.box_head.class_logits.bias)
+        features = {}
+        network.subnets.register_forward_hook(lambda module, inputs, output: features.update(cls=output.cls))
+        maps = class_activation_maps(network, image)
+        expected = []
+        for level in features["cls"]:
+            response = F.conv2d(level, network.box_head.class_logits.weight, padding=1).amax(dim=1, keepdim=True)
+            expected.append(F.interpolate(response, (64, 96), mode="bilinear", align_corners=False)[0, 0])
+        expected = torch.stack(expected).amax(dim=0).detach()
+        expected = (expected - expected.min()) / (expected.max() - expected.min())
+        np.testing.assert_allclose(maps.things, expected, atol=1e-4)
+        assert maps.stuff.shape == (64, 96) and maps.stuff.min() == 0 and maps.stuff.max() == pytest.approx(1)
+
+    def test_the_class_of_the_stuff_map(self):
+        """ "Other" where the network has it, else the class of most pixels; nothing without a stuff head."""
+        image = np.zeros((40, 50, 3), np.uint8)
+        assert class_activation_maps(model(), image).stuff_class is None
+        network = spatialflow.build_model("tiny", **{**SMALL, "num_stuff": 6}).eval()
+        with torch.no_grad():
+            network.stuff_head.logits.bias[2] = 1e4
+        maps = class_activation_maps(network, image)
+        assert maps.stuff_class.id == 13 and maps.stuff.shape == (40, 50)
+        small = dict(backbone_base_channels=8, fpn_channels=16, head_channels=16, num_things=3, categories=None)
+        detector = spatialflow.build_model("retinanet_r50_coco", **small, test_short_edges=[64]).eval()
+        assert class_activation_maps(detector, image).stuff is None
+
+    def test_heat_is_blue_to_red(self):
+        picture = heat_picture(np.zeros((1, 2, 3), np.uint8), np.array([[0.0, 1.0]], np.float32), opacity=1)
+        assert picture[0, 0].argmax() == 0 and picture[0, 1].argmax() == 2
+
+
+class TestPages:
+    def test_panels_of_other_sizes_are_refused(self):
+        small, large = np.zeros((2, 3, 3), np.uint8), np.zeros((4, 3, 3), np.uint8)
+        with pytest.raises(ValueError, match=r"one size, got sizes \[\(2, 3, 3\), \(4, 3, 3\)\]"):
+            side_by_side({"a": small, "b": large})
+        with pytest.raises(ValueError, match="one or more pictures"):
+            side_by_side({})
+
+    def test_panels_keep_their_order_and_colours(self):
+        red, blue = np.zeros((8, 16, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)
+        red[..., 2], blue[..., 0] = 255, 255
+        row = side_by_side({"red": red, "blue": blue}, panel_width=32)
+        assert (row[-8, 16] == (0, 0, 255)).all() and (row[-8, -16] == (255, 0, 0)).all()
+        sheet = contact_sheet([row, row[:, :10]])
+        assert sheet.shape[1] == row.shape[1] and (sheet[: len(row)] == row).all()
+
+    def test_captions_are_escaped(self):
+        assert "<b>" not in html_page("t", [("<b>", 'a"b.jpg')]) and 'a"b' not in html_page("t", [("<b>", 'a"b.jpg')])

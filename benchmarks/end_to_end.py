@@ -61,7 +61,7 @@ class OurPipeline:
         self.predictor = Predictor(model, device)
         self.categories = self.predictor.categories
         self._times: dict[str, float] = {}
-        network = self.predictor.pipeline.network
+        (network,) = self.predictor.pipeline.networks
         for module, stage in (
             (network.subnets, "sub-networks"), (network.box_head, "dense heads"), (network.stuff_head, "dense heads"),
         ):  # fmt: skip

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import spatialflow
-from spatialflow.console import complain, list_images, load_model, named, panoptic_json, sentence
+from spatialflow.console import complain, ground_truth_json, list_images, load_models, named, panoptic_json, sentence
 from spatialflow.errors import CommandError
 from spatialflow.training_command import add_train
 from spatialflow.visualize_command import add_visualize
+
+DEFAULT_CONFIG = "spatialflow_r50_coco"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,11 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     predict.add_argument("--output", required=True, type=Path, metavar="FOLDER",
                          help="receives panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg")  # fmt: skip
-    predict.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME",
-                         help="configuration of the package or YAML file (default: %(default)s)")  # fmt: skip
-    predict.add_argument("--checkpoint", type=Path, metavar="FILE",
+    predict.add_argument("--config", action="append", metavar="NAME",
+                         help=f"configuration of the package or YAML file (default: {DEFAULT_CONFIG})")  # fmt: skip
+    predict.add_argument("--checkpoint", action="append", type=Path, metavar="FILE",
                          help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
-                              "the package, as for demo; else random ones)")  # fmt: skip
+                              "the package, as for demo; else random ones). Given several times: an ensemble, with one "
+                              "--config for all or one for each")  # fmt: skip
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
@@ -61,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
                          help="replay a CUDA graph per size of image; the first of a size takes longer")  # fmt: skip
     predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
                          help="edges that the image is fitted to (default: the configuration's)")  # fmt: skip
+    predict.add_argument("--short-edges", nargs="+", type=int, metavar="SHORT",
+                         help="test-time augmentation: every image in each of these sizes, boxes and scores joined")  # fmt: skip
+    predict.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                         help="test-time augmentation: mirrored images too (default: the configuration's)")  # fmt: skip
     predict.add_argument("--score", type=float, metavar="S", help="least score of an instance in the panoptic map")
     predict.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                          help="other fields of the configuration, e.g. stuff_area_threshold=2000")  # fmt: skip
@@ -70,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="panoptic quality of a folder of predictions")
     evaluate.set_defaults(run=_evaluate)
-    for name, what in (("ground_truth", "ground truth"), ("prediction", "predictions")):
+    for name, what in (("ground_truth", "ground truth: a Cityscapes tree (its split val), or"), ("prediction", "predictions:")):
         evaluate.add_argument(name, type=Path, metavar=name.upper(),
-                              help=f"{what}: the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
+                              help=f"{what} the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
     evaluate.add_argument("--ground-truth-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--prediction-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
@@ -159,9 +166,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _make_predictor(options: argparse.Namespace) -> Any:
     import torch
 
-    from spatialflow import ConfigError, Predictor
-    from spatialflow.data.categories import CategoryError
-    from spatialflow.engine.predict import usable_device
+    from spatialflow.engine.predict import Predictor, usable_device
 
     if options.threads is not None:
         if options.threads < 1:
@@ -174,9 +179,9 @@ def _make_predictor(options: argparse.Namespace) -> Any:
     if options.cuda_graph and device.type != "cuda":
         raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
     try:
-        model = load_model(options.config, options.checkpoint, _overrides(options))
-        return Predictor(model, device, getattr(torch, options.dtype), options.cuda_graph)
-    except (ConfigError, CategoryError) as error:
+        models = load_models(options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options))
+        return Predictor(models, device, getattr(torch, options.dtype), options.cuda_graph)
+    except ValueError as error:  # settings, categories, or networks that are no ensemble
         raise CommandError(str(error)) from None
 
 
@@ -184,17 +189,27 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     from spatialflow.models.config import parse_settings
 
     overrides = parse_settings(options.settings)
-    if options.size is not None:
-        if len(options.size) > 2:
-            raise CommandError(f"--size takes the short edge and the long one, got {len(options.size)} numbers")
-        if min(options.size) < 1:
-            raise CommandError(f"--size must be positive, got {min(options.size)}")
-        short = options.size[0]
-        overrides["test_short_edges"] = [short]
-        overrides["test_long_edge"] = options.size[1] if len(options.size) == 2 else max(round(short * 1333 / 800), short)
+    overrides |= _sizes(options)
+    if options.flip is not None:
+        overrides["test_flip"] = options.flip
     if options.score is not None:
         overrides["instance_score_threshold"] = options.score
     return overrides
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, Any]:
+    if options.size is not None and options.short_edges is not None:
+        raise CommandError("--size and --short-edges exclude each other")
+    if options.size is not None and len(options.size) > 2:
+        raise CommandError(f"--size takes the short edge and the long one, got {len(options.size)} numbers")
+    name, edges = ("--size", options.size) if options.short_edges is None else ("--short-edges", options.short_edges)
+    if edges is None:
+        return {}
+    if min(edges) < 1:
+        raise CommandError(f"{name} must be positive, got {min(edges)}")
+    if name == "--size" and len(edges) == 2:
+        return {"test_short_edges": edges[:1], "test_long_edge": edges[1]}
+    return {"test_short_edges": edges, "test_long_edge": max(round(max(edges) * 1333 / 800), max(edges))}
 
 
 class _PredictionFolder:
@@ -254,11 +269,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.workers is not None and options.workers < 1:
         raise CommandError(f"--workers must be at least 1, got {options.workers}")
+    prediction = panoptic_json(options.prediction)
     try:
+        truth, failed = ground_truth_json(options.ground_truth, prediction.parent)
         with named(options.output):
             evaluate_and_report(
-                panoptic_json(options.ground_truth), options.ground_truth_folder,
-                panoptic_json(options.prediction), options.prediction_folder,
+                truth, options.ground_truth_folder, prediction, options.prediction_folder,
                 output=options.output, detections=options.detections, per_class=options.per_class, workers=options.workers,
                 progress=sys.stderr.isatty(),
             )  # fmt: skip
@@ -266,7 +282,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(sentence(error)) from None
-    return 0
+    return 1 if failed else 0
 
 
 # --------------------------------------------------------------------------------- synthesize, convert, benchmark, info

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ def complain(text: str) -> None:
 
 
 def list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Files to read, and complaints about what is no file; names must differ, as outputs are named after them."""
+    """Files to read, and complaints about what is no file; names must differ, as outputs are named after them.
+
+    A folder stands for the images in it, or if there are none for those in its folders (Cityscapes' cities).
+    """
     paths, failed, stems = [], [], {}
     for path in given:
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            found = _images_in(path.iterdir()) or _images_in(path.rglob("*"))
             if not found:
                 failed.append(f"{path}: holds no image file")
         for file in found:
@@ -37,6 +40,10 @@ def list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
     return paths, failed
 
 
+def _images_in(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def panoptic_json(path: Path) -> Path:
     """The JSON that `path` stands for: itself, that inside the output of `predict`, or that beside a folder of PNGs."""
     candidates = [path / "panoptic.json", path.with_name(f"{path.name}.json")] if path.is_dir() else [path]
@@ -44,6 +51,32 @@ def panoptic_json(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
+
+
+def ground_truth_json(path: Path, folder: Path) -> tuple[Path, list[str]]:
+    """As `panoptic_json`; of a Cityscapes tree the split val, whose JSON and PNGs are written into `folder`, without the
+    images whose labels cannot be read. Complaints about those come second.
+    """
+    if not (path / "gtFine").is_dir():
+        return panoptic_json(path), []
+    from spatialflow.data.categories import load_categories
+    from spatialflow.data.cityscapes import Cityscapes, CityscapesError
+    from spatialflow.panoptic import read_panoptic_json
+
+    try:
+        data = Cityscapes(path, "val", load_categories("cityscapes", 8, 11))
+        truth, _ = data.panoptic_truth(folder)
+    except CityscapesError as error:
+        raise CommandError(str(error)) from None
+    usable = {annotation["image_id"] for annotation in read_panoptic_json(truth)["annotations"]}
+    failed = [
+        f"{name}: has no ground truth that can be read"
+        for name, image_id in zip(data.names, data.image_ids)
+        if image_id not in usable
+    ]
+    for text in failed:
+        complain(text)
+    return truth, failed
 
 
 class named:
@@ -85,3 +118,15 @@ def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any
         return load_checkpoint(model, checkpoint)
     except (ConfigError, CheckpointError) as error:
         raise CommandError(str(error)) from None
+
+
+def load_models(configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any]) -> list[Any]:
+    """The networks of an ensemble: one configuration for all checkpoints, or one for each."""
+    count = max(len(configs), len(checkpoints))
+    of_each = list(configs) * count if len(configs) == 1 else configs
+    files = checkpoints or [None] * count
+    if len(of_each) != len(files):
+        raise CommandError(
+            f"give one --config for all of the {len(files)} --checkpoint, or one for each, got {len(configs)}"
+        )
+    return [load_model(config, file, overrides) for config, file in zip(of_each, files)]

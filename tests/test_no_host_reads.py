@@ -14,12 +14,13 @@ from spatialflow.data.transforms import fit_image
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.engine.predict import STAGES
 from spatialflow.models import inference
+from spatialflow.models.build import load_config
 from spatialflow.models.optimize import optimize_for_inference
 from test_optimize import random_model
 
 DEVICE = torch.device("meta")
-FITTED = tuple(fit_image(size, 96, 128) for size in ((193, 250), (200, 240)))
-"""Two images of one padded size."""
+FITTED = tuple((fit_image(size, 96, 128),) for size in ((193, 250), (200, 240)))
+"""Two images of one padded size, in one view."""
 
 
 class HostRead(AssertionError):
@@ -47,13 +48,14 @@ class ForbidHostReads(TorchDispatchMode):
 
 
 def pictures():
-    return [torch.randint(256, (*one.original_size, 3), dtype=torch.uint8) for one in FITTED]
+    return [torch.randint(256, (*one.original_size, 3), dtype=torch.uint8) for (one,) in FITTED]
 
 
-def run_on_meta(network, dtype=torch.bfloat16):
+def run_on_meta(*networks, dtype=torch.bfloat16, **overrides):
     """Results of the pipeline for images that are nowhere; everything before it is at liberty to upload."""
-    pipeline = Pipeline(network, network.config, (2,), DEVICE, dtype)
-    plan, pixels = pipeline.plan(FITTED), [picture.to(DEVICE) for picture in pictures()]
+    pipeline = Pipeline(networks, load_config(networks[0].config, **overrides), (2,), DEVICE, dtype)
+    fitted = [pipeline.fit(one.original_size) for (one,) in FITTED] if overrides else FITTED
+    plan, pixels = pipeline.plan(fitted), [picture.to(DEVICE) for picture in pictures()]
     with ForbidHostReads():
         return pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
 
@@ -72,9 +74,9 @@ def run_on_meta(network, dtype=torch.bfloat16):
 def test_nothing_is_read(name, overrides, dtype):
     """Every result is on the device and its shape follows from the settings."""
     model = random_model(name, **overrides)
-    results = run_on_meta(optimize_for_inference(model, DEVICE, dtype), dtype)
+    results = run_on_meta(optimize_for_inference(model, DEVICE, dtype), dtype=dtype)
     most = model.config.test.max_detections
-    for result, fitted in zip(results, FITTED):
+    for result, (fitted,) in zip(results, FITTED):
         assert result.boxes.shape == (most, 4) and result.scores.shape == result.labels.shape == (most,)
         assert result.mask_logits is None or result.mask_logits.shape == (most, 28, 28)
         assert result.merged.id_map.shape == fitted.original_size and result.merged.id_map.dtype == torch.int32
@@ -84,6 +86,12 @@ def test_nothing_is_read(name, overrides, dtype):
 
 def test_plain_modules_read_nothing_either():
     assert len(run_on_meta(random_model("tiny_dcn").to(DEVICE, torch.bfloat16))) == len(FITTED)
+
+
+def test_augmented_ensembles_read_nothing():
+    networks = [optimize_for_inference(random_model("tiny"), DEVICE, torch.bfloat16) for _ in range(2)]
+    results = run_on_meta(*networks, test_short_edges=(96, 64), test_long_edge=128, test_flip=True)
+    assert [result.merged.id_map.shape for result in results] == [one.original_size for (one,) in FITTED]
 
 
 PLANTED = {
@@ -125,7 +133,7 @@ def test_planted_reads_are_found(monkeypatch, plant):
 def test_fixed_shapes_change_no_result():
     """Padding rows through the whole path give what the CPU's shorter way gives, and read nothing on real tensors."""
     network = optimize_for_inference(random_model("tiny", stuff_area_threshold=20, instance_score_threshold=0.0))
-    pipeline = Pipeline(network, network.config, (), torch.device("cpu"), torch.float32)
+    pipeline = Pipeline([network], network.config, (), torch.device("cpu"), torch.float32)
     plan, pixels = pipeline.plan(FITTED), pictures()
     short = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
     pipeline.reads_counts = False

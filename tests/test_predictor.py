@@ -88,7 +88,7 @@ def test_plain_and_optimized_network_agree(model, predictor):
 def test_low_precision(model, predictor, dtype):
     """Weights and features in 16 bits, on the CPU too: nearly the same map, results in the same types."""
     low = spatialflow.Predictor(model, dtype=dtype, stuff_area_threshold=40, **SHORT)
-    assert next(low.pipeline.network.buffers()).dtype == dtype
+    assert next(low.pipeline.networks[0].buffers()).dtype == dtype
     result, expected = low(picture(90, 130)), predictor(picture(90, 130))
     assert_consistent(result, (90, 130))
     assert result.scores.dtype == result.boxes.dtype == result.mask_logits.dtype == np.float32

@@ -262,32 +262,32 @@ class TestBrokenData:
             Trainer(small(), data, tmp_path / "strict", ALONE, strict=True).run()
 
 
-def test_cityscapes_tree_trains_and_is_scored(tmp_path):
+def test_cityscapes_tree_trains_predicts_and_is_scored(tmp_path, capsys):
     """Crops of random scale, crowds, ground truth made on the way; a damaged label file of the validation split is
     left out.
     """
     write_cityscapes(tmp_path, 2, (64, 128))
     write_cityscapes(tmp_path, 3, (64, 128), split="val", seed=1)
     next((tmp_path / "gtFine/val").rglob("*.png")).write_bytes(b"")
-    code = main(
-        [
-            "train",
-            "spatialflow_r50_cityscapes",
-            *(f"{k}={v}" for k, v in SMALL_RUN.items() if k not in ("num_things", "num_stuff", "categories")),
-            "train_crop=[64, 64]",
-            "--cityscapes",
-            str(tmp_path),
-            "--output",
-            str(tmp_path / "run"),
-            "--workers",
-            "0",
-        ]
-    )
-    assert code == 0
+    settings = [f"{k}={v}" for k, v in SMALL_RUN.items() if k not in ("num_things", "num_stuff", "categories")]
+    settings.append("train_crop=[64, 64]")
+    data = ["--cityscapes", str(tmp_path), "--workers", "0"]
+    assert main(["train", "spatialflow_r50_cityscapes", *settings, *data, "--output", str(tmp_path / "run")]) == 0
     scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
     assert len(scores["problems"]) == 1 and scores["All"]["n"] > 3
     assert len(json.loads((tmp_path / "run/evaluation/panoptic.json").read_text())["annotations"]) == 2
     assert len(Cityscapes(tmp_path, "val", load_categories("cityscapes", 8, 11))) == 3
+    # The weights that are left, through the other commands: the same scores, and a picture for every image.
+    images, output = str(tmp_path / "leftImg8bit" / "val"), str(tmp_path / "out")
+    weights = ["--config", "spatialflow_r50_cityscapes", "--checkpoint", str(tmp_path / "run/model.safetensors")]
+    assert main(["predict", images, *weights, "--output", output, "--no-overlay", "--set", *settings]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path), output, "--output", str(tmp_path / "numbers.json")]) == 1
+    assert capsys.readouterr().err.count("has no ground truth that can be read") == 1
+    assert json.loads((tmp_path / "numbers.json").read_text())["All"] == scores["All"]
+    truth = str(tmp_path / "out" / "cityscapes_val.json")
+    assert main(["visualize", images, "--ground-truth", truth, "--prediction", output, "--output", output]) == 1
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
 
 
 class TestCommand:

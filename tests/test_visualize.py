@@ -110,13 +110,15 @@ class TestActivations:
     def test_features_weighted_by_the_classifier(self):
         """The definition, from the sub-network's features: convolved without bias, strongest class and anchor."""
         network, image = model(), np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+        torch.nn.init.normal_(network.box_head.class_logits.weight)
         torch.nn.init.normal_(network.box_head.class_logits.bias)
         features = {}
         network.subnets.register_forward_hook(lambda module, inputs, output: features.update(cls=output.cls))
         maps = class_activation_maps(network, image)
         expected = []
         for level in features["cls"]:
-            response = F.conv2d(level, network.box_head.class_logits.weight, padding=1).amax(dim=1, keepdim=True)
+            response = F.conv2d(level.clone(), network.box_head.class_logits.weight, padding=1)
+            response = response.amax(dim=1, keepdim=True)
             expected.append(F.interpolate(response, (64, 96), mode="bilinear", align_corners=False)[0, 0])
         expected = torch.stack(expected).amax(dim=0).detach()
         expected = (expected - expected.min()) / (expected.max() - expected.min())

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from spatialflow.data.transforms import Fitted
+from spatialflow.data.transforms import Fitted, fit_image
 from spatialflow.models import inference
 from spatialflow.models.anchors import STRIDES
 from spatialflow.models.config import Config
-from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, panoptic_merge, paste_masks, preprocess_images
 
 
-class Plan(NamedTuple):
-    """What the shapes of a batch determine, on the device before the work starts."""
+class View(NamedTuple):
+    """One of the forms in which a batch goes through the networks, on the device before the work starts."""
 
+    mirrored: bool
     fitted: tuple[Fitted, ...]
     valid_sizes: Tensor  # (B, 2) int64, H and W
     scales: Tensor  # (B, 2) float32, x and y
-    anchors: list[Tensor]  # per level (H * W * A, 4) float32
+    widths: Tensor  # (B,) float32, of the original images
+    anchors: list[list[Tensor]]  # per network and level (H * W * A, 4) float32
 
 
 class FixedResult(NamedTuple):
@@ -43,44 +45,63 @@ class FixedResult(NamedTuple):
 
 
 class Pipeline:
-    """The way from pixels to panoptic maps.
+    """The way from images to panoptic maps, through one network and view, or several.
+
+    Of several views (sizes, mirrored or not) and networks (an ensemble) the boxes compete in one NMS, mask probabilities
+    are averaged, and stuff logits too: between networks at stride 4, between views at the size of the original image.
 
     Args:
-        network: in evaluation mode, on `device`.
-        config: thresholds, and the shape of the model.
+        networks: in evaluation mode, on `device`, with the same classes.
+        config: thresholds, sizes of the views, and the classes.
         ignored_stuff: stuff labels that stay void.
-        device: where `network` is.
-        dtype: of its weights.
+        device: where the networks are.
+        dtype: of their weights.
     """
 
     def __init__(
         self,
-        network: SpatialFlow,
+        networks: Sequence[SpatialFlow],
         config: Config,
         ignored_stuff: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.network, self.config, self.ignored_stuff = network, config, ignored_stuff
+        self.networks, self.config, self.ignored_stuff = list(networks), config, ignored_stuff
         self.device, self.dtype = device, dtype
         self.reads_counts = device.type == "cpu"
 
-    def plan(self, fitted: tuple[Fitted, ...]) -> Plan:
-        """What to call the pipeline with for images of these sizes, of one padded size."""
+    def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
+        """How an image of `size` (H, W) enters the networks, for every short edge of the configuration."""
+        test = self.config.test
+        return tuple(
+            fit_image(size, edge, test.test_long_edge, self.config.data.size_divisor) for edge in test.test_short_edges
+        )
+
+    def plan(self, fitted: Sequence[tuple[Fitted, ...]]) -> list[View]:
+        """What to call the pipeline with for images of these sizes, see `fit`, of one padded size for each short edge."""
+        return [
+            self._view(of_edge, mirrored)
+            for of_edge in zip(*fitted)
+            for mirrored in ((False, True) if self.config.test.test_flip else (False,))
+        ]
+
+    def _view(self, fitted: tuple[Fitted, ...], mirrored: bool) -> View:
         levels = [tuple(-(-side // stride) for side in fitted[0].padded_size) for stride in STRIDES]
 
         def upload(values: list) -> Tensor:
             return torch.tensor(values).to(self.device, non_blocking=True)
 
-        return Plan(
+        return View(
+            mirrored,
             fitted,
             upload([one.valid_size for one in fitted]),
             upload([one.scale for one in fitted]),
-            inference.pyramid_anchors(self.config.model, levels, self.device),
+            upload([float(one.original_size[1]) for one in fitted]),
+            [inference.pyramid_anchors(network.config.model, levels, self.device) for network in self.networks],
         )
 
     @torch.inference_mode()
-    def __call__(self, pixels: list[Tensor], plan: Plan, times: dict[str, float]) -> list[FixedResult]:
+    def __call__(self, pixels: list[Tensor], plan: list[View], times: dict[str, float]) -> list[FixedResult]:
         """Runs a batch.
 
         Args:
@@ -92,38 +113,85 @@ class Pipeline:
             One result per image, on the device. On the CPU D is the largest count of the batch, elsewhere
             `max_detections`.
         """
-        data = self.config.data
-        with stopwatch(times, "preprocess"):
-            valid = [one.valid_size for one in plan.fitted]
-            images = preprocess_images(pixels, valid, data.image_mean, data.image_std, data.size_divisor, self.dtype)
-        with stopwatch(times, "network"):
-            output, quarter_logits = self.network.dense(images)
+        passes = [(view, *self._dense(pixels, view, times)) for view in plan]
         with stopwatch(times, "detect"):
-            candidates = inference.select_candidates(
-                output.class_logits,
-                output.box_deltas,
-                plan.anchors,
-                plan.valid_sizes,
-                plan.scales,
-                self.config.test.candidates_per_level,
-            )
-            found = inference.detect(candidates, self.config.test)
+            candidates = [
+                self._candidates(view, network, output)
+                for view, outputs, _ in passes
+                for network, output in enumerate(outputs)
+            ]
+            joined = candidates[0] if len(candidates) == 1 else inference.Candidates(*map(_join, zip(*candidates)))
+            found = inference.detect(joined, self.config.test)
             rows = self._leading(found.labels >= 0)
             boxes, scores, labels = found.boxes[:, :rows], found.scores[:, :rows], found.labels[:, :rows]
         logits = None
-        if output.thing_features is not None:
+        if passes[0][1][0].thing_features is not None:
             with stopwatch(times, "masks"):
-                rois = inference.make_rois(boxes, plan.scales)
-                logits = inference.mask_logits(
-                    self.network, output.thing_features, rois, labels.clamp(min=0).flatten()
-                ).unflatten(0, labels.shape)
+                parts = [
+                    self._mask_logits(view, network, output.thing_features, boxes, labels)
+                    for view, outputs, _ in passes
+                    for network, output in zip(self.networks, outputs)
+                ]
+                logits = parts[0] if len(parts) == 1 else inference.mean_mask_logits(parts)
         results = []
-        for i, fitted in enumerate(plan.fitted):
-            own_logits = None if logits is None else logits[i]
-            quarter = None if quarter_logits is None else quarter_logits[i]
-            merged = self._merge(boxes[i], scores[i], labels[i], own_logits, quarter, fitted, times)
-            results.append(FixedResult(boxes[i], scores[i], labels[i], found.count[i], own_logits, merged))
+        for i in range(len(pixels)):
+            with stopwatch(times, "stuff"):
+                stuff = self._stuff_labels(i, passes)
+            own = None if logits is None else logits[i]
+            merged = self._merge(boxes[i], scores[i], labels[i], own, stuff, times)
+            results.append(FixedResult(boxes[i], scores[i], labels[i], found.count[i], own, merged))
         return results
+
+    def _dense(
+        self, pixels: list[Tensor], view: View, times: dict[str, float]
+    ) -> tuple[list[NetworkOutput], Optional[Tensor]]:
+        """What each network says of a view, and the mean of their stuff logits at stride 4."""
+        data = self.config.data
+        with stopwatch(times, "preprocess"):
+            valid = [one.valid_size for one in view.fitted]
+            pixels = [image.flip(1) for image in pixels] if view.mirrored else pixels
+            images = preprocess_images(pixels, valid, data.image_mean, data.image_std, data.size_divisor, self.dtype)
+        with stopwatch(times, "network"):
+            outputs, quarter_logits = zip(*(network.dense(images) for network in self.networks))
+            if quarter_logits[0] is None or len(quarter_logits) == 1:
+                return list(outputs), quarter_logits[0]
+            return list(outputs), torch.stack(quarter_logits).float().mean(dim=0)
+
+    def _candidates(self, view: View, network: int, output: NetworkOutput) -> inference.Candidates:
+        found = inference.select_candidates(
+            output.class_logits,
+            output.box_deltas,
+            view.anchors[network],
+            view.valid_sizes,
+            view.scales,
+            self.config.test.candidates_per_level,
+        )
+        return found._replace(boxes=inference.mirror_boxes(found.boxes, view.widths)) if view.mirrored else found
+
+    def _mask_logits(
+        self, view: View, network: SpatialFlow, features: list[Tensor], boxes: Tensor, labels: Tensor
+    ) -> Tensor:
+        """(B, D, 28, 28) for boxes (B, D, 4) at original scale, not mirrored."""
+        boxes = inference.mirror_boxes(boxes, view.widths) if view.mirrored else boxes
+        rois = inference.make_rois(boxes, view.scales)
+        logits = inference.mask_logits(network, features, rois, labels.clamp(min=0).flatten()).unflatten(0, labels.shape)
+        return logits.flip(-1) if view.mirrored else logits
+
+    def _stuff_labels(self, image: int, passes: list[tuple]) -> Tensor:
+        """(H, W) labels of one image; without a stuff head zeros, which with no label to be counted are void."""
+        (view, _, quarter_logits), *others = passes
+        fitted = view.fitted[image]
+        if quarter_logits is None:
+            return torch.zeros(fitted.original_size, dtype=torch.uint8, device=self.device)
+        if not others:
+            return inference.stuff_labels(quarter_logits[image], fitted.valid_size, fitted.original_size)
+        total = torch.zeros((quarter_logits.shape[1], *fitted.original_size), device=self.device)
+        for view, _, quarter_logits in passes:
+            valid_size = view.fitted[image].valid_size
+            total += inference.resized_stuff_logits(
+                quarter_logits[image], valid_size, fitted.original_size, view.mirrored
+            )
+        return total.argmax(dim=0)
 
     def _merge(
         self,
@@ -131,18 +199,11 @@ class Pipeline:
         scores: Tensor,
         labels: Tensor,
         mask_logits: Optional[Tensor],
-        quarter_logits: Optional[Tensor],
-        fitted: Fitted,
+        stuff: Tensor,
         times: dict[str, float],
     ) -> PanopticMergeOutput:
         """Masks and stuff labels of one image at original size, merged."""
-        test, size = self.config.test, fitted.original_size
-        with stopwatch(times, "stuff"):
-            if quarter_logits is None:  # every label lies outside 0..num_stuff - 1 = nothing, so all is void
-                stuff, num_stuff = torch.zeros(size, dtype=torch.uint8, device=self.device), 0
-            else:
-                stuff = inference.stuff_labels(quarter_logits, fitted.valid_size, size)
-                num_stuff = self.config.model.num_stuff
+        test, model, size = self.config.test, self.config.model, tuple(stuff.shape)
         with stopwatch(times, "masks"):
             scores = torch.where(labels >= 0, scores, -1.0)  # padding enters at no threshold
             entering = self._leading(scores >= test.instance_score_threshold)
@@ -158,7 +219,7 @@ class Pipeline:
                 labels[:entering],
                 boxes[:entering] if test.box_fill else None,
                 stuff,
-                num_stuff,
+                model.num_stuff if model.stuff_head else 0,
                 ignored_stuff=self.ignored_stuff,
                 score_threshold=test.instance_score_threshold,
                 overlap_threshold=test.instance_overlap_threshold,
@@ -169,6 +230,11 @@ class Pipeline:
     def _leading(self, wanted: Tensor) -> int:
         """How many leading rows hold all that is wanted, (..., D) bool: where counts are not read, all D."""
         return int(wanted.sum(-1).max()) if self.reads_counts else wanted.shape[-1]
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """(B, N_i, ...) of all passes -> (B, sum N_i, ...)."""
+    return torch.cat(list(parts), dim=1)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.data.categories import Categories, load_categories
-from spatialflow.data.transforms import Fitted, check_image, fit_image, read_image
+from spatialflow.data.transforms import Fitted, check_image, read_image
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.pipeline import FixedResult, Pipeline, stopwatch
 from spatialflow.models.build import load_config
@@ -78,8 +78,8 @@ class PanopticResult:
 
     @property
     def image_id(self) -> Union[int, str]:
-        """The stem of the image's name, as a number where it is one (as COCO names its files)."""
-        stem = Path(self.image_name).stem
+        """The stem of the image's name: COCO's as the number it is, Cityscapes' without "_leftImg8bit"."""
+        stem = Path(self.image_name).stem.removesuffix("_leftImg8bit")
         return int(stem) if stem.isascii() and stem.isdigit() else stem
 
     def save(self, folder: Union[str, Path]) -> Path:
@@ -111,16 +111,19 @@ class _Item(NamedTuple):
     position: int
     name: str
     pixels: np.ndarray
-    fitted: Fitted
+    fitted: tuple[Fitted, ...]  # for each short edge
     times: dict[str, float]
 
 
 class Predictor:
     """A model with everything between image files and panoptic maps.
 
+    Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation: every image goes
+    through the network in each form, and the results are one map, as several models' are. See `Pipeline`.
+
     Args:
-        model: from `build_model`, with weights loaded. It is not changed, and later changes of its weights have no effect
-            here.
+        model: from `build_model`, with weights loaded; several for an ensemble, whose first model's configuration counts.
+            They are not changed, and later changes of their weights have no effect here.
         device: where to run, "cpu", "cuda" or "cuda:<number>"; None: where the model is.
         dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and boxes are
             float32 always.
@@ -130,13 +133,13 @@ class Predictor:
         batch_size: images that go through the network together; only images of equal padded size share a batch, so that
             results do not depend on the company.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
-            `score_threshold=0.3`.
+            `test_flip=True`, `score_threshold=0.3`.
 
     Raises:
         ConfigError: an override breaks a rule.
         CategoryError: the configuration's categories do not fit the model.
         ValueError: a device that is not there or of another kind, another dtype, a CUDA graph without a CUDA device, a
-            batch size below 1.
+            batch size below 1, no model, models of an ensemble that differ in their classes or inputs.
 
     Remarks:
         On a CUDA device nothing waits for the GPU between the upload of an image and the download of its result.
@@ -144,7 +147,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: SpatialFlow,
+        model: Union[SpatialFlow, Sequence[SpatialFlow]],
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         cuda_graph: bool = False,
@@ -159,24 +162,28 @@ class Predictor:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
-        weight = next(model.parameters())
+        models = [model] if isinstance(model, SpatialFlow) else list(model)
+        check_ensemble([one.config for one in models])
+        weight = next(models[0].parameters())
         self.device = usable_device(weight.device if device is None else device)
         dtype = weight.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         if cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph needs a CUDA device, got device {self.device}")
-        self.config: Config = load_config(model.config, **overrides)
+        self.config: Config = load_config(models[0].config, **overrides)
         shape = self.config.model
         self.categories = load_categories(
             self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head
         )
-        if optimize:
-            network = optimize_for_inference(model, self.device, dtype)
-        else:
-            network = copy.deepcopy(model).to(self.device, dtype).eval()
+        networks = [
+            optimize_for_inference(one, self.device, dtype)
+            if optimize
+            else copy.deepcopy(one).to(self.device, dtype).eval()
+            for one in models
+        ]
         other = self.categories.other_index
-        self.pipeline = Pipeline(network, self.config, () if other is None else (other,), self.device, dtype)
+        self.pipeline = Pipeline(networks, self.config, () if other is None else (other,), self.device, dtype)
         self.batch_size = batch_size
         self._graphs = GraphCache(self.device) if cuda_graph else None
 
@@ -200,13 +207,14 @@ class Predictor:
 
     def _predict(self, images: Sequence[Image]) -> list[PanopticResult]:
         results: list[Optional[PanopticResult]] = [None] * len(images)
-        waiting: dict[tuple[int, ...], list[_Item]] = {}
+        waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}
         for position, image in enumerate(images):
             item = self._load(position, image)
-            group = waiting.setdefault(item.fitted.padded_size, [])
+            shape = tuple(fitted.padded_size for fitted in item.fitted)
+            group = waiting.setdefault(shape, [])
             group.append(item)
             if len(group) == self.batch_size:
-                self._run(waiting.pop(item.fitted.padded_size), results)
+                self._run(waiting.pop(shape), results)
         for group in waiting.values():
             self._run(group, results)
         return results
@@ -217,11 +225,7 @@ class Predictor:
         name = Path(image).name if is_path else f"image {position}"
         with stopwatch(times, "decode"):
             pixels = read_image(image) if is_path else check_image(image, name)
-        test = self.config.test
-        fitted = fit_image(
-            pixels.shape[:2], test.test_short_edges[0], test.test_long_edge, self.config.data.size_divisor
-        )
-        return _Item(position, name, pixels, fitted, times)
+        return _Item(position, name, pixels, self.pipeline.fit(pixels.shape[:2]), times)
 
     def _run(self, items: list[_Item], results: list[Optional[PanopticResult]]):
         """One batch of equal padded size; fills `results` at the items' positions."""
@@ -248,7 +252,7 @@ class Predictor:
                 item.times[stage] += shared[stage] / len(items)
             results[item.position] = self._finish(item, result)
 
-    def _planned(self, fitted: tuple[Fitted, ...]) -> Callable[[list[Tensor]], list[FixedResult]]:
+    def _planned(self, fitted: tuple[tuple[Fitted, ...], ...]) -> Callable[[list[Tensor]], list[FixedResult]]:
         plan = self.pipeline.plan(fitted)
         return lambda pixels: self.pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
 
@@ -283,6 +287,22 @@ class Predictor:
             }
             for row, (label, is_thing, area, box, score) in enumerate(rows)
         ]
+
+
+def check_ensemble(configs: Sequence[Config]):
+    """ValueError unless networks of these configurations, one or more, take the same input and name the same classes."""
+    if not configs:
+        raise ValueError("model: an ensemble needs at least one model, got none")
+    shared = {
+        "model": ("num_things", "num_stuff", "thing_head", "stuff_head", "roi_size"),
+        "data": ("categories", "image_mean", "image_std", "size_divisor"),
+    }
+    for section, names in shared.items():
+        for name in names:
+            first, *others = (getattr(getattr(config, section), name) for config in configs)
+            for other in others:
+                if other != first:
+                    raise ValueError(f"model: those of an ensemble must agree in {name}, got {first!r} and {other!r}")
 
 
 def usable_device(device: Union[str, torch.device]) -> torch.device:

@@ -288,8 +288,10 @@ class Trainer:
         last = self.step == self.total_steps
         if self.validation is not None and (last or (every > 0 and epoch % every == 0)):
             self.network.eval()
+            one_view = {"test_short_edges": self.config.test.test_short_edges[:1], "test_flip": False}
+            predictor = Predictor(self.network, **one_view)  # augmentation would take several times as long
             scores = evaluate_network(
-                Predictor(self.network), self.validation, self.folder / "evaluation", self.world, self.progress
+                predictor, self.validation, self.folder / "evaluation", self.world, self.progress
             )
             self.network.train()
             if self.log is not None:

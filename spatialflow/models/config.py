@@ -169,9 +169,9 @@ class TestConfig:
     stuff_area_threshold: int = 4900  # stuff segments with fewer pixels are dropped
     box_overlap_threshold: float = 0.5  # a box fills its void pixels if at least this share of it is void
     box_fill: bool = True  # False: void pixels inside boxes stay void
-    test_short_edges: tuple[int, ...] = (800,)  # short edges of the network's input; Predictor takes the first
+    test_short_edges: tuple[int, ...] = (800,)  # short edges of the network's input; several: test-time augmentation
     test_long_edge: int = 1333  # limit of the long edge
-    test_flip: bool = False  # mirrored images too, in test-time augmentation; Predictor takes images as they are
+    test_flip: bool = False  # mirrored images too: test-time augmentation
 
     def __post_init__(self):
         _check_share(

@@ -5,6 +5,7 @@ from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid_anchors
 from spatialflow.models.config import ModelConfig, TestConfig
@@ -153,6 +154,54 @@ def _aligned_taps(positions: Tensor, source: int) -> tuple[Tensor, Tensor, Tenso
     exact = positions.float() * step
     lower = exact.floor().long().clamp_(max=source - 1)
     return lower, (lower + 1).clamp_(max=source - 1), exact - lower
+
+
+def resized_stuff_logits(
+    quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int], mirrored: bool = False
+) -> Tensor:
+    """Stuff logits at original size, so that those of several views can be averaged: 4x upsampling, crop to the valid
+    image, bilinear resize, all with aligned corners.
+
+    Every step is linear and acts on rows and columns apart, so that a matrix for each does all three: nothing of the
+    size of the network's input is ever made.
+
+    Args:
+        quarter_logits: (C, H/4, W/4) of one image.
+        valid_size: (H, W) at network scale, without padding.
+        original_size: (H, W) of the result.
+        mirrored: the image went through the network mirrored; the result is turned back.
+
+    Returns:
+        (C, *original_size) float32.
+    """
+    rows, columns = (
+        _resize_weights(cells, valid, original, quarter_logits.device)
+        for cells, valid, original in zip(quarter_logits.shape[1:], valid_size, original_size)
+    )
+    columns = columns.flip(0) if mirrored else columns
+    return rows @ (quarter_logits.float() @ columns.t())
+
+
+def _resize_weights(cells: int, valid: int, original: int, device: torch.device) -> Tensor:
+    """(original, cells): what each cell of an axis contributes to each position after upsampling, crop and resize."""
+    upsampled = F.interpolate(torch.eye(cells, device=device)[None], size=4 * cells, mode="linear", align_corners=True)
+    return F.interpolate(upsampled[..., :valid], size=original, mode="linear", align_corners=True)[0].t()
+
+
+def mirror_boxes(boxes: Tensor, widths: Tensor) -> Tensor:
+    """Boxes (B, N, 4) in images of `widths` (B,), where they are after mirroring the images."""
+    x1, y1, x2, y2 = boxes.unbind(dim=-1)
+    width = widths[:, None].to(boxes)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+
+
+def mean_mask_logits(logits: Sequence[Tensor]) -> Tensor:
+    """Logits of the mean of the probabilities; written so that probabilities near 0 and 1 keep their precision.
+
+    log(mean p / (1 - mean p)), with log sums of log p and of log(1 - p).
+    """
+    stacked = torch.stack(list(logits))
+    return F.logsigmoid(stacked).logsumexp(dim=0) - F.logsigmoid(-stacked).logsumexp(dim=0)
 
 
 def full_stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:

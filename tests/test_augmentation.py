@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test-time augmentation and ensembles: what must not change the result does not, and what must is what was asked for."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import spatialflow
+from golden_models import golden_model
+from spatialflow.cli import main
+from spatialflow.models import inference
+from spatialflow.panoptic import read_id_map
+
+PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)
+
+
+@pytest.fixture(scope="module")
+def model(goldens):
+    """The goldens' weights, with boxes that stay near their anchors: a box without extent overlaps nothing, its own copy
+    in the other member of an ensemble included.
+    """
+    network = golden_model(goldens, "tiny", "tiny")
+    with torch.no_grad():
+        network.box_head.box_deltas.weight.mul_(0.1)
+        network.box_head.box_deltas.bias.zero_()
+    return network
+
+
+@pytest.fixture(scope="module")
+def image():
+    """Of a size that needs no padding: cells of the padding make boxes without extent."""
+    coarse = np.random.default_rng(3).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (128, 96), interpolation=cv2.INTER_CUBIC)
+
+
+def assert_same(a, b, pixels=1.0):
+    assert (a.id_map == b.id_map).mean() >= pixels
+    assert [s["category_id"] for s in a.segments] == [s["category_id"] for s in b.segments]
+    np.testing.assert_array_equal(a.labels, b.labels)
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+    np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-2)
+
+
+def test_an_ensemble_of_one_model_twice_is_the_model(model, image):
+    alone, twice = (spatialflow.Predictor(given, **PLAIN)(image) for given in (model, [model, model]))
+    assert len(alone.segments) > 3
+    assert_same(twice, alone)
+    np.testing.assert_allclose(twice.mask_logits, alone.mask_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
+    """With flipping, a picture and its mirror image are the same two views in another order. Boxes are truncated to
+    whole pixels when they are filled, which is not symmetric, so a few pixels may differ.
+    """
+    predictor = spatialflow.Predictor(model, test_flip=True, **PLAIN)
+    result, mirrored = predictor(image), predictor(np.ascontiguousarray(image[:, ::-1]))
+    plain = spatialflow.Predictor(model, **PLAIN)(image)
+    assert not np.array_equal(result.scores, plain.scores), "the mirrored view has no effect"
+    np.testing.assert_allclose(mirrored.scores, result.scores, atol=1e-4)
+    back = inference.mirror_boxes(torch.from_numpy(mirrored.boxes)[None], torch.tensor([128.0]))[0]
+    np.testing.assert_allclose(back, result.boxes, atol=0.05)
+    np.testing.assert_allclose(mirrored.mask_logits[..., ::-1], result.mask_logits, atol=2e-2)
+    assert [s["category_id"] for s in mirrored.segments] == [s["category_id"] for s in result.segments]
+    assert (mirrored.id_map[:, ::-1] == result.id_map).mean() > 0.98
+
+
+def test_views_are_joined(model, image):
+    """Two sizes: boxes of both compete, the best score is the better of the two, and masks are means at their boxes."""
+    sizes = [spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [edge]})(image) for edge in (96, 64)]
+    both = spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [96, 64]})(image)
+    assert both.scores[0] == pytest.approx(max(result.scores[0] for result in sizes), abs=1e-5)
+    offered = np.concatenate([np.c_[result.boxes, result.scores] for result in sizes])
+    nearest = np.abs(np.c_[both.boxes, both.scores][:, None] - offered).max(axis=2).min(axis=1)
+    assert (nearest < 1e-2).mean() > 0.8, "boxes come from the views"
+    assert all(sum(segment["area"] for segment in result.segments) > 0 for result in (*sizes, both))
+
+
+def test_batches_of_augmented_images(model, image):
+    """Company does not matter, for views of different padded sizes either."""
+    images = [image, image[:, :120], np.ascontiguousarray(image.transpose(1, 0, 2)), image[::-1].copy()]
+    settings = {**PLAIN, "test_short_edges": [64, 96], "test_flip": True}
+    together = spatialflow.Predictor(model, batch_size=2, **settings)(images)
+    alone = spatialflow.Predictor(model, **settings)
+    for one, result in zip(images, together):
+        assert_same(result, alone(one), pixels=0.999)
+
+
+def test_stuff_logits_at_original_size():
+    """The matrices do what upsampling, crop and resize do one after the other, with and without mirroring."""
+    logits, valid, original = torch.randn(5, 8, 12), (27, 41), (33, 29)
+    whole = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[..., :27, :41]
+    for mirrored in (False, True):
+        given = whole.flip(-1) if mirrored else whole
+        expected = F.interpolate(given, size=original, mode="bilinear", align_corners=True)[0]
+        actual = inference.resized_stuff_logits(logits, valid, original, mirrored)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_of_masks():
+    """The mean of the probabilities, where sigmoids have long rounded to 0 or 1 too."""
+    logits = torch.tensor([[-200.0, -3.0, 0.0, 2.0, 150.0], [-200.0, 1.0, 0.0, 4.0, 150.0]])
+    mean = inference.mean_mask_logits(logits)
+    torch.testing.assert_close(mean.sigmoid(), logits.sigmoid().mean(dim=0))
+    torch.testing.assert_close(mean[[0, 2, 4]], logits[0, [0, 2, 4]])
+
+
+def test_ensembles_that_do_not_fit(model):
+    other = spatialflow.build_model("tiny", num_things=3, categories=None)
+    with pytest.raises(ValueError, match="must agree in num_things, got 20 and 3"):
+        spatialflow.Predictor([model, other])
+    with pytest.raises(ValueError, match="at least one model, got none"):
+        spatialflow.Predictor([])
+
+
+def test_commands(model, image, tmp_path, capsys):
+    """An ensemble with flipping through the command gives the map of the Python API."""
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    weights = str(spatialflow.save_checkpoint(model, tmp_path / "tiny.safetensors"))
+    predict = ["predict", str(tmp_path / "a.png"), "--config", "tiny", "--no-overlay", "--set", "stuff_area_threshold=40"]
+    ensemble = ["--checkpoint", weights, "--checkpoint", weights, "--output", str(tmp_path / "out")]
+    assert main([*predict, *ensemble, "--short-edges", "96", "64", "--flip"]) == 0
+    expected = spatialflow.Predictor(
+        [model, model], test_short_edges=[96, 64], test_long_edge=160, test_flip=True, stuff_area_threshold=40
+    )(image)
+    assert np.array_equal(read_id_map(tmp_path / "out" / "panoptic" / "a.png"), expected.id_map)
+    capsys.readouterr()
+    for change, message in (
+        (["--short-edges", "64", "--size", "64"], "--size and --short-edges exclude each other"),
+        (["--short-edges", "64", "0"], "--short-edges must be positive, got 0"),
+        (["--config", "tiny", "--config", "tiny"], "one --config for all of the 2 --checkpoint, or one for each, got 3"),
+        (["--config", "spatialflow_r50_coco"], "does not fit the model"),
+    ):
+        assert main([*predict, *ensemble, *change]) == 2
+        assert message in capsys.readouterr().err

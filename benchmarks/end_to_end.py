@@ -288,8 +288,8 @@ TITLE = "image file to panoptic PNG, one image at a time, float32"
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with the "
-                        "package, else untrained, adjusted ones)")  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with "
+                        "the package, else untrained, adjusted ones)")  # fmt: skip
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: two scenes of 480x640)")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="their panoptic ground truth, PNGs beside it")
     parser.add_argument("--short-edges", type=int, nargs="+", default=[800, 600, 400], metavar="PIXELS",

@@ -54,8 +54,8 @@ def panoptic_json(path: Path) -> Path:
 
 
 def ground_truth_json(path: Path, folder: Path) -> tuple[Path, list[str]]:
-    """As `panoptic_json`; of a Cityscapes tree the split val, whose JSON and PNGs are written into `folder`, without the
-    images whose labels cannot be read. Complaints about those come second.
+    """As `panoptic_json`; of a Cityscapes tree the split val, whose JSON and PNGs are written into `folder`, without
+    the images whose labels cannot be read. Complaints about those come second.
     """
     if not (path / "gtFine").is_dir():
         return panoptic_json(path), []

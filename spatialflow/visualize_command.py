@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 def add_visualize(commands: Any) -> None:
     """Adds the command to the subparsers of `spatialflow`."""
-    visualize = commands.add_parser("visualize", help="pictures of ground truth, prediction and activations side by side")
+    visualize = commands.add_parser("visualize", help="pictures of ground truth, prediction, activations side by side")
     visualize.set_defaults(run=run_visualize)
     visualize.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photographs, or folders of them")
     visualize.add_argument("--output", required=True, type=Path, metavar="FOLDER",

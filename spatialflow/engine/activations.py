@@ -31,13 +31,14 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
         image: (H, W, 3) uint8 BGR.
 
     Returns:
-        `things`: of every pixel the strongest response over classes, anchors and pyramid levels. `stuff`: the response of
-        "other", all things together, where the network has that class, else of the class with the most pixels.
+        `things`: of every pixel the strongest response over classes, anchors and pyramid levels. `stuff`: the response
+        of "other", all things together, where the network has that class, else of the class with the most pixels.
 
     Remarks:
         The map of class c is sum_k w[c, k] f[k], features weighted by the classifier's weights: a convolutional
         classifier's logits without their bias. Levels are brought to the size of the image by bilinear interpolation
-        before the maximum is taken. The paper does not say how its maps are normalised; these are from minimum to maximum.
+        before the maximum is taken. The paper does not say how its maps are normalised; these go from minimum to
+        maximum.
 
     Source: Zhou et al., Learning Deep Features for Discriminative Localization (2016), equation 2.
     """

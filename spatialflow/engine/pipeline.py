@@ -47,8 +47,9 @@ class FixedResult(NamedTuple):
 class Pipeline:
     """The way from images to panoptic maps, through one network and view, or several.
 
-    Of several views (sizes, mirrored or not) and networks (an ensemble) the boxes compete in one NMS, mask probabilities
-    are averaged, and stuff logits too: between networks at stride 4, between views at the size of the original image.
+    Of several views (sizes, mirrored or not) and networks (an ensemble) the boxes compete in one NMS, mask
+    probabilities are averaged, and stuff logits too: between networks at stride 4, between views at the size of the
+    original image.
 
     Args:
         networks: in evaluation mode, on `device`, with the same classes.
@@ -78,7 +79,7 @@ class Pipeline:
         )
 
     def plan(self, fitted: Sequence[tuple[Fitted, ...]]) -> list[View]:
-        """What to call the pipeline with for images of these sizes, see `fit`, of one padded size for each short edge."""
+        """What to call the pipeline with for images of these sizes, see `fit`, of one padded size per short edge."""
         return [
             self._view(of_edge, mirrored)
             for of_edge in zip(*fitted)

@@ -118,11 +118,11 @@ class _Item(NamedTuple):
 class Predictor:
     """A model with everything between image files and panoptic maps.
 
-    Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation: every image goes
-    through the network in each form, and the results are one map, as several models' are. See `Pipeline`.
+    Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation: every image
+    goes through the network in each form, and the results are one map, as several models' are. See `Pipeline`.
 
     Args:
-        model: from `build_model`, with weights loaded; several for an ensemble, whose first model's configuration counts.
+        model: from `build_model`, with weights loaded; several for an ensemble, whose first's configuration counts.
             They are not changed, and later changes of their weights have no effect here.
         device: where to run, "cpu", "cuda" or "cuda:<number>"; None: where the model is.
         dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and boxes are
@@ -290,7 +290,7 @@ class Predictor:
 
 
 def check_ensemble(configs: Sequence[Config]):
-    """ValueError unless networks of these configurations, one or more, take the same input and name the same classes."""
+    """ValueError unless networks of these configurations, one or more, take the same input and name equal classes."""
     if not configs:
         raise ValueError("model: an ensemble needs at least one model, got none")
     shared = {

@@ -75,6 +75,13 @@ def test_more_pairs_than_pixels_repeat():
     assert torch.equal(ops.panoptic_quality_counts(*maps, 250, 250), expected)
 
 
+@pytest.mark.parametrize("pixels", [1, 2, 3, 4, 5, 31, 33, 34, 35, 1023, 8193])
+def test_any_number_of_pixels(pixels):
+    """Maps that end between vectors, and right after the strip of a block."""
+    gt, pred = id_maps(1, pixels, 3, 5)
+    assert torch.equal(ops.panoptic_quality_counts(gt, pred, 3, 3), reference.panoptic_quality_counts(gt, pred, 3, 3))
+
+
 def test_maps_that_begin_between_vectors():
     gt, pred = (
         torch.cat([torch.zeros(1, dtype=torch.int32), m.flatten()])[1:].view(90, 121) for m in id_maps(90, 121, 5, 9)

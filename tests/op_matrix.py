@@ -4,9 +4,12 @@
 A test file subclasses `OpMatrix` with its samples; pytest then runs each question for each sample:
 
     class TestRoiAlign(OpMatrix):
-        samples = {"adaptive": lambda dtype: OpSample(...), ...}
+        has_gradient = True
+        samples = {"adaptive": lambda: OpSample(...), ...}
+        linear_samples = tuple(samples)
 
-Further classes in the same file hold what is particular to the op: bad values, ties, errors, peers' defects.
+Questions that an op cannot be asked are not generated: those of gradients where the class says `has_gradient = False`
+(it is asked instead whether that is so), second derivatives for samples not in `linear_samples`. Further classes in the same file hold what is particular to the op: bad values, ties, errors, peers' defects.
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 class OpSample:
     """One call: `op(*tensors, **options)` and the twin with the same arguments.
 
-    `tensors` may hold lists of tensors. `differentiable` are indices of tensors with a gradient, `linear` those in
-    which the op is linear (so second derivatives exist). `converted` are the tensors that follow the tested dtype;
-    the others (boxes, scores) keep theirs. `raw` gives the raw operator and its arguments for opcheck.
+    `tensors` may hold lists of tensors. `differentiable` are indices of tensors with a gradient. `converted` are the
+    tensors that follow the tested dtype; the others (boxes, scores) keep theirs. `raw` gives the raw operator and its
+    arguments for opcheck.
     """
 
     op: Callable[..., Any]
@@ -38,7 +41,6 @@ class OpSample:
     tensors: list
     options: dict = field(default_factory=dict)
     differentiable: tuple[int, ...] = (0,)
-    linear: tuple[int, ...] = ()
     converted: tuple[int, ...] = (0,)
     raw: Callable[..., tuple[Any, tuple]] | None = None
     images: tuple[int, ...] = (0,)  # tensors (or lists) with layout (N, C, H, W)
@@ -96,25 +98,44 @@ def to_dtype(sample: OpSample, dtype: torch.dtype) -> list:
     ]
 
 
+GRADIENT_QUESTIONS = frozenset(
+    {"test_gradient_against_reference", "test_gradcheck", "test_gradgradcheck", "test_func_transforms"}
+)
+
+
 class OpMatrix:
-    """Subclasses set `samples`: name -> function of no arguments giving an `OpSample` in float64."""
+    """Subclasses set `samples`: name -> function of no arguments giving an `OpSample` in float64.
+
+    Every subclass says itself whether the op has a gradient, and if so which samples (by name) are linear in their
+    differentiable tensors, so that second derivatives exist.
+    """
 
     samples: dict[str, Callable[[], OpSample]] = {}
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    has_gradient = True
+    has_gradient: bool
+    linear_samples: tuple[str, ...]
+
+    def __init_subclass__(cls) -> None:
+        if "has_gradient" not in vars(cls) or cls.has_gradient != ("linear_samples" in vars(cls)):
+            raise TypeError(f"{cls.__name__} must set has_gradient, and linear_samples exactly if that is True")
+        if cls.has_gradient and not set(cls.linear_samples) <= set(cls.samples):
+            raise TypeError(f"{cls.__name__}.linear_samples names samples that it does not have")
+        unasked = {"test_no_gradient"} if cls.has_gradient else GRADIENT_QUESTIONS
+        if cls.has_gradient and not cls.linear_samples:
+            unasked = unasked | {"test_gradgradcheck"}
+        for name in unasked:
+            setattr(cls, name, None)
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         if "sample" in metafunc.fixturenames:
-            metafunc.parametrize("sample", list(self.samples.values()), ids=list(self.samples))
+            asked = self.linear_samples if metafunc.function.__name__ == "test_gradgradcheck" else list(self.samples)
+            metafunc.parametrize("sample", [self.samples[name] for name in asked], ids=list(asked))
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=lambda d: str(d).removeprefix("torch."))
 
-    def _need_gradient(self, sample: OpSample) -> None:
-        if not sample.differentiable:
-            pytest.skip("the op has no gradient by contract")
-
-    def _bound(self, sample: OpSample, which: tuple[int, ...], tensors: list) -> tuple[Callable, list[Tensor]]:
-        """The op as a function of the leaves of the tensors in `which` alone, and those leaves."""
+    def _bound(self, sample: OpSample, tensors: list) -> tuple[Callable, list[Tensor]]:
+        """The op as a function of the leaves of its differentiable tensors alone, and those leaves."""
+        which = sample.differentiable
         inputs = [leaf for index in which for leaf in leaves(tensors[index])]
 
         def function(*flat: Tensor) -> Any:
@@ -141,9 +162,8 @@ class OpMatrix:
     def test_gradient_against_reference(self, sample: Callable, dtype: torch.dtype) -> None:
         """Reverse-mode gradients equal autograd through the twin, in every dtype."""
         sample = sample()
-        self._need_gradient(sample)
         tensors = to_dtype(sample, dtype)
-        function, inputs = self._bound(sample, sample.differentiable, tensors)
+        function, inputs = self._bound(sample, tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
         outputs = leaves(function(*inputs))
         grads = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outputs]
@@ -153,7 +173,7 @@ class OpMatrix:
             for index, value in enumerate(tensors)
         ]
         twin = OpSample(**{**sample.__dict__, "op": sample.reference})
-        function, wide_inputs = self._bound(twin, sample.differentiable, wide)
+        function, wide_inputs = self._bound(twin, wide)
         wide_inputs = [t.detach().requires_grad_() for t in wide_inputs]
         expected = torch.autograd.grad(
             leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
@@ -164,19 +184,27 @@ class OpMatrix:
     def test_gradcheck(self, sample: Callable) -> None:
         """Reverse and forward mode agree with finite differences in float64."""
         sample = sample()
-        self._need_gradient(sample)
-        function, inputs = self._bound(sample, sample.differentiable, sample.tensors)
+        function, inputs = self._bound(sample, sample.tensors)
+        assert inputs, "an op with a gradient names its differentiable tensors"
         inputs = [t.detach().double().requires_grad_() for t in inputs]
         assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, nondet_tol=0.0, fast_mode=True)
 
     def test_gradgradcheck(self, sample: Callable) -> None:
-        """Second derivatives exist where the op is linear in the differentiated argument."""
+        """Second derivatives exist where the op is linear in its differentiable tensors."""
         sample = sample()
-        if not sample.linear:
-            pytest.skip("the op is not linear in any argument")
-        function, inputs = self._bound(sample, sample.linear, sample.tensors)
+        function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().double().requires_grad_() for t in inputs]
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+    def test_no_gradient(self, sample: Callable) -> None:
+        """An op that is declared to have no gradient does not track any."""
+        sample = sample()
+        assert not sample.differentiable
+        tensors = [
+            map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, value)
+            for value in sample.tensors
+        ]
+        assert not any(leaf.requires_grad for leaf in leaves(sample.op(*tensors, **sample.options)))
 
     def test_opcheck(self, sample: Callable) -> None:
         """Schema, autograd registration, fake kernel and AOT dispatch hold together for the raw operator."""
@@ -201,8 +229,7 @@ class OpMatrix:
     def test_func_transforms(self, sample: Callable) -> None:
         """torch.func grad, vjp, jvp and vmap give what autograd and a loop give."""
         sample = sample()
-        self._need_gradient(sample)
-        function, inputs = self._bound(sample, sample.differentiable, sample.tensors)
+        function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().double() for t in inputs]
         outputs = leaves(function(*inputs))
         weights = [torch.randn_like(o) for o in outputs]
@@ -274,7 +301,7 @@ class OpMatrix:
                         assert leaf.is_contiguous(memory_format=torch.channels_last), "channels-last in, not out"
         if not sample.differentiable:
             return
-        function, inputs = self._bound(sample, sample.differentiable, sample.tensors)
+        function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
         outputs = leaves(function(*inputs))
         dense = torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], retain_graph=True)
@@ -305,7 +332,7 @@ class OpMatrix:
         try:
             runs = []
             for _ in range(2):
-                function, inputs = self._bound(sample, sample.differentiable, to_dtype(sample, torch.float32))
+                function, inputs = self._bound(sample, to_dtype(sample, torch.float32))
                 inputs = [t.detach().requires_grad_() for t in inputs]
                 if not inputs:
                     runs.append(leaves(sample.op(*sample.tensors, **sample.options)))

@@ -74,7 +74,6 @@ def sample(
             tensors=tensors(),
             options=options,
             differentiable=present,
-            linear=present,
             converted=(0, 2, 3),
             raw=raw,
             images=(0, 1, 2, 4),
@@ -86,6 +85,7 @@ def sample(
 
 
 class TestDeformConv2d(OpMatrix):
+    has_gradient = True
     samples = {
         "v2": sample(5, 3, padding=1),
         "v1 without bias": sample(4, 3, kernel=(2, 3), masked=False, bias=False),
@@ -93,6 +93,7 @@ class TestDeformConv2d(OpMatrix):
         "wide": sample(35, 37, kernel=1, stride=(1, 2)),
         "dilated 1 x 3": sample(4, 4, kernel=(1, 3), groups=4, offset_groups=2, padding=(0, 2), dilation=(1, 2)),
     }
+    linear_samples = tuple(samples)
 
 
 def inputs(dtype=torch.float32, masked=True, requires_grad=False):

@@ -41,7 +41,6 @@ def sample(channels, out_channels, sizes, flow=True, bias=True, batch=1, **optio
             tensors=tensors(),
             options=options,
             differentiable=present,
-            linear=() if options.get("relu", True) else present,
             converted=present,
             raw=raw,
             images=(0, 1) if flow else (0,),
@@ -52,12 +51,14 @@ def sample(channels, out_channels, sizes, flow=True, bias=True, batch=1, **optio
 
 
 class TestFlowConv2d(OpMatrix):
+    has_gradient = True
     samples = {
         "pyramid with flow": sample(5, 6, [(7, 8), (4, 9)], batch=2),
         "winograd, linear": sample(4, 35, [(9, 11), (8, 5)], relu=False, algorithm="winograd"),
         "direct, no flow": sample(33, 3, [(5, 9)], flow=False, relu=False, algorithm="direct"),
         "auto, no bias": sample(32, 32, [(6, 5)], bias=False),
     }
+    linear_samples = ("winograd, linear", "direct, no flow")
 
 
 class TestKernels:

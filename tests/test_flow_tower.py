@@ -81,7 +81,7 @@ def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto
 
 
 # ReLU units are well on or well off: at a kink finite differences, and masks in 16 bits, say nothing about a kernel.
-def sample(channels=5, linear=(), flow_source="reg", segmentation_levels=1, sizes=((7, 9), (4, 6)), **options):
+def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), (4, 6)), **options):
     def tensors(grow: int = 0) -> list:
         levels = pyramid(channels, [(h + grow, w + grow) for h, w in sizes], batch=2)
         return [levels, wiring(channels=channels, source=flow_source, clear=True, **options)]
@@ -93,7 +93,6 @@ def sample(channels=5, linear=(), flow_source="reg", segmentation_levels=1, size
             tensors=tensors(),
             options={"flow_source": flow_source, "segmentation_levels": segmentation_levels},
             differentiable=(0, 1),
-            linear=linear,
             converted=(0, 1),
             raw=raw,
             resized=tensors,
@@ -103,13 +102,15 @@ def sample(channels=5, linear=(), flow_source="reg", segmentation_levels=1, size
 
 
 class TestFlowTower(OpMatrix):
+    has_gradient = True
     samples = {
         "one stage": sample(stages=(1, 1, 1, 1)),
         "two stages, source cls": sample(
             stages=(2, 2, 0, 0), inner=8, flows=(True, False, False, False), flow_source="cls"
         ),
-        "flows alone": sample(stages=(0, 0, 0, 0), segmentation_levels=2, linear=(0, 1)),
+        "flows alone": sample(stages=(0, 0, 0, 0), segmentation_levels=2),
     }
+    linear_samples = ("flows alone",)
 
 
 

@@ -36,7 +36,6 @@ def sample(channels: int, count: int, output_size=(2, 3), **options):
             reference=reference.multilevel_roi_align,
             tensors=tensors(),
             options={"output_size": output_size, "strides": STRIDES, "finest_scale": 6.0, **options},
-            linear=(0,),
             raw=raw,
             resized=tensors,
         )
@@ -51,12 +50,14 @@ def raw(features, boxes, output_size, strides, sampling_ratio=0, aligned=True, f
 
 
 class TestMultilevelRoiAlign(OpMatrix):
+    has_gradient = True
     samples = {
         "adaptive": sample(5, 7),
         "two samples": sample(70, 9, sampling_ratio=2),
         "not aligned": sample(3, 11, output_size=(3, 1), aligned=False),
         "one level used": sample(3, 4, finest_scale=1000.0),
     }
+    linear_samples = tuple(samples)
 
 
 class TestLevels:

@@ -71,6 +71,7 @@ def sample(*size: int, fill: bool = True, stuff_dtype: torch.dtype = torch.int64
 
 
 class TestPanopticMerge(OpMatrix):
+    has_gradient = False
     samples = {
         "with box fill": sample(12, 75, 131),
         "without box fill": sample(12, 64, 128, fill=False),

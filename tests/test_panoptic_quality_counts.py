@@ -40,6 +40,7 @@ def sample(height: int, width: int, segments: int, cell: int):
 
 
 class TestPanopticQualityCounts(OpMatrix):
+    has_gradient = False
     samples = {"large segments": sample(90, 121, 7, 11), "single pixels": sample(33, 70, 30, 1)}
 
     def test_layouts(self, sample):

@@ -40,6 +40,7 @@ def sample(count: int, cells: tuple[int, int], size: tuple[int, int], **options)
 
 
 class TestPasteMasks(OpMatrix):
+    has_gradient = False
     samples = {
         "28 cells": sample(7, (28, 28), (88, 101)),
         "not square": sample(5, (14, 9), (130, 60), threshold=0.7),

@@ -42,6 +42,7 @@ def sample(shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]):
 
 
 class TestPreprocessImages(OpMatrix):
+    has_gradient = False
     samples = {
         "larger": sample([(13, 17)], [(29, 33)]),
         "smaller, two images": sample([(40, 31), (20, 50)], [(17, 24), (9, 23)]),

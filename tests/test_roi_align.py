@@ -28,7 +28,6 @@ def sample(channels: int, count: int, **options):
             reference=reference.roi_align,
             tensors=tensors(),
             options=options,
-            linear=(0,),
             raw=raw,
             resized=tensors,
         )
@@ -42,12 +41,14 @@ def raw(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned
 
 
 class TestRoiAlign(OpMatrix):
+    has_gradient = True
     samples = {
         "adaptive": sample(5, 7, output_size=(3, 4), spatial_scale=0.25),
         "aligned adaptive": sample(5, 7, output_size=3, spatial_scale=0.25, aligned=True),
         "two samples": sample(70, 4, output_size=(2, 3), spatial_scale=0.3, sampling_ratio=2, aligned=True),
         "seven samples": sample(3, 4, output_size=(1, 2), spatial_scale=1.0, sampling_ratio=7),
     }
+    linear_samples = tuple(samples)
 
 
 class TestValues:

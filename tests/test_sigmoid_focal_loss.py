@@ -45,6 +45,7 @@ def sample(shape: tuple[int, ...], **options):
 
 
 class TestSigmoidFocalLoss(OpMatrix):
+    has_gradient = True
     samples = {
         "elements": sample((13, 5)),
         "elements, gamma 1.5": sample((4, 3, 21), gamma=1.5, alpha=0.6),
@@ -52,6 +53,7 @@ class TestSigmoidFocalLoss(OpMatrix):
         "sum": sample((13, 37), reduction="sum"),
         "mean": sample((3, 5, 6), gamma=0.5, reduction="mean"),
     }
+    linear_samples = ()
 
     def test_second_derivative(self, sample):
         """The op is not linear, and has second derivatives all the same: reverse over reverse, forward over reverse."""

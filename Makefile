@@ -27,7 +27,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 environment := $(VENV)/complete
 endif
 
-.PHONY: help build test test-simt test-simt-sanitize bench demo clean
+.PHONY: help build test test-simt test-simt-sanitize bench gpu-check demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -67,6 +67,11 @@ test-simt-sanitize: $(environment)  ## the same with address and undefined-behav
 
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
+
+# Nothing is compiled: libraries that were built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
+BACKEND ?= cuda
+gpu-check:  ## all that only a GPU can show, under 8 minutes; exit code 77 without one (docs/gpu_check.md)
+	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND)
 
 # Without IMAGES, WEIGHTS and CONFIG: scenes that the packaged weights were not trained on, with their ground truth.
 demo_config := $(or $(CONFIG),$(if $(WEIGHTS),spatialflow_r50_coco,demo))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """deform_conv2d at the sizes of the deformable models at 800x1344: sub-networks on P4, and stages of the backbones."""
 
+import textbook
 import torch
 from harness import Benchmark, Problem, main, optional
 
@@ -24,6 +25,7 @@ def setup(
     return Problem(
         inputs=inputs,
         options={"stride": (stride, stride), "padding": (1, 1), "dilation": (1, 1)},
+        features=(0, 2, 3),
         differentiable=tuple(range(len(inputs))),
         bytes=4 * (input.numel() + offset.numel() + weight.numel() + channels * height * width),
         operations=2 * 9 * channels * channels // groups * height * width,
@@ -55,6 +57,7 @@ BENCHMARK = Benchmark(
         "spatialflow": by_position(ops.deform_conv2d),
         "reference": by_position(reference.deform_conv2d),
         "torchvision": by_position(torchvision and torchvision.deform_conv2d),
+        "CuPy textbook": textbook.provider(textbook.deform_conv2d),
     },
 )  # fmt: skip
 

@@ -57,8 +57,8 @@ class Pipeline(Protocol):
 class OurPipeline:
     """`Predictor` and the writer of PNGs, with the interface of `ReferencePipeline`."""
 
-    def __init__(self, model: SpatialFlow, device: torch.device):
-        self.predictor = Predictor(model, device)
+    def __init__(self, model: SpatialFlow, device: torch.device, dtype: torch.dtype, cuda_graph: bool):
+        self.predictor = Predictor(model, device, dtype, cuda_graph)
         self.categories = self.predictor.categories
         self._times: dict[str, float] = {}
         (network,) = self.predictor.pipeline.networks
@@ -136,7 +136,7 @@ def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) ->
     pipelines: dict[str, Pipeline] = {}
     for name in options.providers:
         if name == OURS:
-            pipelines[name] = OurPipeline(model, device)
+            pipelines[name] = OurPipeline(model, device, getattr(torch, options.dtype), options.cuda_graph)
         else:
             copy = build_model(options.config, **overrides)
             copy.load_state_dict(model.state_dict())
@@ -196,7 +196,7 @@ def make_rows(
         median, total = statistics.median(entry["times"]), sum(entry["times"])
         row = {
             "model": Path(options.config).stem, "weights": "trained" if weights_of(options) else "untrained",
-            "short_edge": short_edge, "provider": name,
+            "short_edge": short_edge, "provider": name, "dtype": options.dtype if name == OURS else "float32",
             "images_per_second": 1 / median, "median_ms": median * 1e3,
             "q10_ms": float(np.quantile(entry["times"], 0.1)) * 1e3,
             "q90_ms": float(np.quantile(entry["times"], 0.9)) * 1e3,
@@ -282,7 +282,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     write_figure(figure, path)
 
 
-TITLE = "image file to panoptic PNG, one image at a time, float32"
+TITLE = "image file to panoptic PNG, one image at a time"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -297,6 +297,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="NAME",
                         help=f"pipelines: {'; '.join(PROVIDERS)} (default: all)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of spatialflow; the reference is float32 always (default: float32)")  # fmt: skip
+    parser.add_argument("--cuda-graph", action="store_true",
+                        help="spatialflow replays a graph per size of image; all of it then counts as backbone + FPN")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per pipeline and size (default: 5)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",

@@ -3,8 +3,9 @@
 
 from functools import partial
 
+import textbook
 import torch
-from harness import Benchmark, Problem, Provider, main
+from harness import Benchmark, Problem, Provider, compiled, in_cuda_graph, main
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -23,6 +24,7 @@ def setup(out_channels: int, levels: slice, flow: bool, channels: int = 256) -> 
     bias = torch.where(torch.arange(out_channels) % 2 == 0, 14.0, -14.0)
     return Problem(
         inputs=(maps(), maps() if flow else None, weight, bias),
+        features=(0, 1, 2, 3),
         differentiable=(0, 1, 2, 3) if flow else (0, 2, 3),
         bytes=4 * (pixels * (channels * (2 if flow else 1) + out_channels) + weight.numel()),
         operations=2 * 9 * channels * out_channels * pixels,  # of the direct form; Winograd needs about a quarter
@@ -48,7 +50,11 @@ BENCHMARK = Benchmark(
         "spatialflow": ops.flow_conv2d,
         "spatialflow packed": Provider(ops.flow_conv2d, packed),
         "spatialflow direct": partial(ops.flow_conv2d, algorithm="direct"),
-        "reference": reference.flow_conv2d,  # eager relu(conv2d(x + flow)), oneDNN
+        "reference": reference.flow_conv2d,  # eager relu(conv2d(x + flow)): oneDNN, cuDNN
+        "reference, CUDA graph": in_cuda_graph(reference.flow_conv2d),
+        "reference, torch.compile": compiled(reference.flow_conv2d),
+        "spatialflow, CUDA graph": in_cuda_graph(Provider(ops.flow_conv2d, packed)),
+        "CuPy textbook": textbook.provider(textbook.flow_conv2d),
     },
 )
 

@@ -7,7 +7,7 @@ Forward only: with gradients the tower is calls of flow_conv2d, timed there.
 from functools import partial
 
 import torch
-from harness import Benchmark, Problem, Provider, main
+from harness import Benchmark, Problem, Provider, compiled, in_cuda_graph, main
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -30,6 +30,7 @@ def setup(stages: dict[str, int], channels: int = 256) -> Problem:
     convolved = sum(sum(pixels if name in ALL_LEVELS else pixels[:3]) * n for name, n in stages.items())
     return Problem(
         inputs=(levels, parameters),
+        features=(0, 1),
         operations=2 * 9 * channels**2 * convolved,  # of the direct form; Winograd needs about a quarter
     )
 
@@ -50,7 +51,10 @@ BENCHMARK = Benchmark(
     providers={
         "spatialflow": Provider(ops.flow_tower, partial(packed, "auto")),
         "spatialflow direct": Provider(ops.flow_tower, partial(packed, "direct")),
-        "reference": reference.flow_tower,  # the same convolutions in eager PyTorch, oneDNN
+        "reference": reference.flow_tower,  # the same convolutions in eager PyTorch: oneDNN, cuDNN
+        "reference, CUDA graph": in_cuda_graph(reference.flow_tower),
+        "reference, torch.compile": compiled(reference.flow_tower),
+        "spatialflow, CUDA graph": in_cuda_graph(Provider(ops.flow_tower, partial(packed, "auto"))),
     },
 )
 

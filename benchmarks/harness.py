@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ if (_ROOT / "spatialflow" / "__init__.py").is_file():  # in a source tree that t
 OURS = "spatialflow"
 MODES = ("forward", "forward+backward")
 
+TOLERANCES = {"float32": 0.0, "bfloat16": 4e-2, "float16": 5e-3}
+"""Least tolerance of results in a dtype."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -48,6 +52,7 @@ class Problem:
     Args:
         inputs: tensors, lists of tensors, arrays or plain values.
         options: keyword arguments.
+        features: indices of the inputs that are in the dtype asked for; the others keep theirs.
         differentiable: indices of the inputs whose gradient "forward+backward" computes; none: forward only.
         bytes: what the forward pass must at least read and write, for the GB/s line.
         operations: floating-point operations of the forward pass (a multiply-add counts two), for the GFLOP/s line.
@@ -55,6 +60,7 @@ class Problem:
 
     inputs: tuple
     options: Mapping[str, Any] = field(default_factory=dict)
+    features: tuple[int, ...] = ()
     differentiable: tuple[int, ...] = ()
     bytes: float | None = None
     operations: float | None = None
@@ -62,10 +68,52 @@ class Problem:
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to compute the result. `prepare(*inputs, **options)` gives the arguments of `call`, outside the timing."""
+    """A way to compute the result.
+
+    Args:
+        call: the function that is timed.
+        prepare: `prepare(*inputs, **options)` gives the arguments of `call`, outside the timing.
+        only_cuda: left out on other devices.
+        only_forward: left out where gradients are asked for.
+    """
 
     call: Callable[..., Any]
     prepare: Callable[..., tuple] | None = None
+    only_cuda: bool = False
+    only_forward: bool = False
+
+
+def in_cuda_graph(provider: Callable[..., Any] | Provider) -> Provider:
+    """The same captured in a CUDA graph, which is replayed: what it takes without the time to queue its kernels."""
+    own = provider if isinstance(provider, Provider) else Provider(provider)
+
+    def prepare(*inputs: Any, **options: Any) -> tuple:
+        arguments, keywords = (inputs, options) if own.prepare is None else (own.prepare(*inputs, **options), {})
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(3):
+                own.call(*arguments, **keywords)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            outputs = own.call(*arguments, **keywords)
+        return graph, outputs, arguments  # the graph reads the arguments' memory: they live as long
+
+    def replay(graph: Any, outputs: Any, _: Any) -> Any:
+        graph.replay()
+        return outputs
+
+    return Provider(replay, prepare, only_cuda=True, only_forward=True)
+
+
+def compiled(function: Callable[..., Any]) -> Provider:
+    """The same through torch.compile; on CUDA alone, where its compiler comes with torch."""
+
+    def prepare(*inputs: Any, **options: Any) -> tuple:
+        return torch.compile(partial(function, **options), dynamic=False), *inputs
+
+    return Provider(lambda call, *inputs: call(*inputs), prepare, only_cuda=True)
 
 
 @dataclass(frozen=True)
@@ -229,7 +277,9 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> list[dict[str, A
     providers = {
         name: provider
         for name, provider in benchmark.providers.items()
-        if provider is not None and (not arguments.providers or name in arguments.providers or name == OURS)
+        if provider is not None
+        and (not arguments.providers or name in arguments.providers or name == OURS)
+        and (arguments.device.startswith("cuda") or not getattr(provider, "only_cuda", False))
     }
     rows: list[dict[str, Any]] = []
     for label, case in benchmark.sweep.items():
@@ -239,7 +289,10 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> list[dict[str, A
         np.random.seed(0)
         problem = benchmark.setup(**case)
         move = lambda value: map_tensors(lambda t: t.to(arguments.device), value)  # noqa: E731
-        problem = Problem(**{**problem.__dict__, "inputs": tuple(move(value) for value in problem.inputs)})
+        lower = lambda value: map_tensors(lambda t: t.to(getattr(torch, arguments.dtype)), value)  # noqa: E731
+        inputs = (move(lower(v) if i in problem.features else v) for i, v in enumerate(problem.inputs))
+        known = problem.bytes if arguments.dtype == "float32" else None  # counted for float32
+        problem = Problem(**{**problem.__dict__, "inputs": tuple(inputs), "bytes": known})
         for mode in MODES if problem.differentiable else MODES[:1]:
             rows += _run_case(benchmark, providers, label, problem, mode, arguments)
     return rows
@@ -254,9 +307,12 @@ def _run_case(
     expected = _Call(oracle, wide, mode).run()
     compare = benchmark.compare if benchmark.compare is not None and mode == "forward" else largest_error
     calls, errors = {}, {}
+    tolerance = max(benchmark.tolerance, TOLERANCES[arguments.dtype] if problem.features else 0)
     for name, provider in providers.items():
-        call = _Call(provider, problem, mode)
+        if mode != "forward" and getattr(provider, "only_forward", False):
+            continue
         try:
+            call = _Call(provider, problem, mode)
             errors[name] = compare(call.run(), expected)
         except Exception as problem_of_peer:  # a peer that cannot do a case loses that row, not the run
             if name == OURS:
@@ -264,10 +320,10 @@ def _run_case(
             print(f"  {name} fails on {label}, {mode}: {str(problem_of_peer).splitlines()[0]}")
             continue
         calls[name] = call
-    if not errors[OURS] <= benchmark.tolerance:
+    if not errors[OURS] <= tolerance:
         sys.exit(
             f"{benchmark.name}, {label}, {mode}: spatialflow is off by {errors[OURS]:.2e} of the largest expected "
-            f"value, more than {benchmark.tolerance:.0e}; nothing is timed"
+            f"value, more than {tolerance:.0e}; nothing is timed"
         )
     times = measure(calls, arguments.seconds, arguments.device)
     ours = statistics.median(times[OURS])
@@ -322,7 +378,7 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the source tree that this file is in, "-modified" where tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -348,7 +404,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_level": _library.cpu_level(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -418,6 +474,7 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
         epilog=f"cases: {'; '.join(benchmark.sweep)}. providers: {', '.join(benchmark.providers)}.",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=tuple(TOLERANCES), help="of features (default: float32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per provider, case and mode (default: 1)")
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose label contains one of these")
@@ -443,31 +500,35 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
     if options.output is None and (options.cases or options.providers):
         return
     path = results_path(options.output or Path(__file__).parent / "results", setting["device"], benchmark.name)
-    content = {"op": benchmark.name, "title": benchmark.title, **setting, "rows": rows}
+    content = {"op": benchmark.name, "title": benchmark.title, **setting, "dtype": options.dtype, "rows": rows}
     write_text(path, json.dumps(content, indent=1) + "\n")
     plot(benchmark, setting, rows, path.with_suffix(".png"))
     print(f"\n  written: {path}, {path.with_suffix('.png').name}")
 
 
-def markdown(folder: Path) -> str:
-    """Kept results of operators as Markdown: a table per device, a row per case and mode with each peer's time."""
-    parts = []
-    for device in sorted(path for path in folder.iterdir() if path.is_dir()):
-        contents = [json.loads(path.read_text()) for path in sorted(device.glob("*.json")) if path.stem != "end_to_end"]
-        peers = list(dict.fromkeys(r["provider"] for content in contents for r in content["rows"]))
-        peers.remove(OURS)
-        head = ["op", "case", "", OURS, *peers]
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "---:|" * (len(head) - 3)]
-        for content in contents:
-            for case, mode in dict.fromkeys((r["case"], r["mode"]) for r in content["rows"]):
-                rows = {r["provider"]: r for r in content["rows"] if (r["case"], r["mode"]) == (case, mode)}
-                cells = [f"{rows[OURS]['median_ms']:.3g} ms"]
-                cells += [f"{rows[p]['median_ms']:.3g} ms ({rows[p]['ratio']:.1f}x)" if p in rows else "" for p in peers]
-                lines.append("| " + " | ".join([f"`{content['op']}`", case, mode, *cells]) + " |")
-        settings = {(c["device"], f"{c['threads']} threads", f"torch {c['versions']['torch']}") for c in contents}
-        parts.append("\n".join(["; ".join(", ".join(setting) for setting in sorted(settings)), "", *lines]))
-    return "\n\n".join(parts)
+def markdown(device: Path) -> str:
+    """Kept results of a device's operators as Markdown: a row per case and mode with each peer's time; "" for none."""
+    contents = [json.loads(path.read_text()) for path in sorted(device.glob("*.json"))]
+    contents = [c for c in contents if c.get("rows") and "mode" in c["rows"][0]]
+    if not contents:
+        return ""
+    peers = list(dict.fromkeys(r["provider"] for content in contents for r in content["rows"]))
+    peers.remove(OURS)
+    head = ["op", "case", "", OURS, *peers]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "---:|" * (len(head) - 3)]
+    for content in contents:
+        for case, mode in dict.fromkeys((r["case"], r["mode"]) for r in content["rows"]):
+            rows = {r["provider"]: r for r in content["rows"] if (r["case"], r["mode"]) == (case, mode)}
+            cells = [f"{rows[OURS]['median_ms']:.3g} ms"]
+            cells += [f"{rows[p]['median_ms']:.3g} ms ({rows[p]['ratio']:.1f}x)" if p in rows else "" for p in peers]
+            lines.append("| " + " | ".join([f"`{content['op']}`", case, mode, *cells]) + " |")
+    settings = {
+        (c["device"], f"{c['threads']} threads", f"torch {c['versions']['torch']}", c.get("dtype", "float32"))
+        for c in contents
+    }
+    return "\n".join(["; ".join(", ".join(setting) for setting in sorted(settings)), "", *lines])
 
 
 if __name__ == "__main__":
-    print(markdown(Path(__file__).parent / "results"))
+    devices = sorted(path for path in (Path(__file__).parent / "results").iterdir() if path.is_dir())
+    print("\n\n".join(filter(None, map(markdown, devices))))

@@ -26,6 +26,7 @@ def setup(count: int, sampling_ratio: int, layout: torch.memory_format = torch.c
         inputs=(features, boxes),
         # torchvision's pooler has no `aligned`
         options={"output_size": BINS, "strides": STRIDES, "sampling_ratio": sampling_ratio, "aligned": False},
+        features=(0,),
         differentiable=(0,),
         bytes=4 * CHANNELS * (cells + count * BINS * BINS),  # every cell read and every bin written once
         operations=2 * 4 * CHANNELS * samples if sampling_ratio > 0 else None,  # four cells per sample

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """paste_masks at the end of the thing head: 100 detections, 28x28 logits, onto a COCO image."""
 
+import textbook
 import torch
 from harness import Benchmark, Problem, main, optional
 from panoptic_scenes import ellipses
@@ -16,6 +17,7 @@ def setup(count: int, size: tuple[int, int]) -> Problem:
     return Problem(
         inputs=(logits, ellipses(count, *size)[1]),
         options={"size": size},
+        features=(0,),
         bytes=count * (size[0] * size[1] + 4 * 28 * 28),  # every pixel written, every logit read once
     )
 
@@ -37,6 +39,7 @@ BENCHMARK = Benchmark(
         "spatialflow": ops.paste_masks,
         "reference": reference.paste_masks,
         "torchvision": detection and torchvision_paste,
+        "CuPy textbook": textbook.provider(textbook.paste_masks, first=torch.sigmoid),
     },
 )
 

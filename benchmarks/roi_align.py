@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """roi_align at the size of the thing head: P3 of an 800x1344 image (stride 8), 256 channels."""
 
+import textbook
 import torch
 from harness import Benchmark, Problem, main, optional
 
@@ -21,6 +22,7 @@ def setup(layout: torch.memory_format, sampling_ratio: int, count: int = 100) ->
     return Problem(
         inputs=(feature, boxes),
         options={"output_size": BINS, "spatial_scale": 1 / STRIDE, "sampling_ratio": sampling_ratio, "aligned": True},
+        features=(0,),
         differentiable=(0,),
         bytes=4 * CHANNELS * (HEIGHT * WIDTH + count * BINS * BINS),  # every cell read and every bin written once
         operations=2 * 4 * CHANNELS * samples if sampling_ratio > 0 else None,  # four cells per sample
@@ -41,6 +43,7 @@ BENCHMARK = Benchmark(
         "spatialflow": ops.roi_align,
         "reference": reference.roi_align,
         "torchvision": torchvision and torchvision.roi_align,
+        "CuPy textbook": textbook.provider(textbook.roi_align),
     },
 )
 

@@ -18,6 +18,7 @@ def setup(reduction: str) -> Problem:
     return Problem(
         inputs=(logits, labels),
         options={"reduction": reduction},
+        features=(0,),
         differentiable=(0,),
         bytes=4 * ANCHORS * CLASSES * (2 if reduction == "none" else 1),
     )

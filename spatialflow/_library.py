@@ -73,17 +73,25 @@ def cpu_level() -> str:
 def backend_library() -> str:
     """Name of the library with the kernels for CPU tensors.
 
-    The environment variable SPATIALFLOW_BACKEND replaces the CPU kernels by interpreted CUDA kernels for tests: "simt",
-    or "simt_sanitized" for the build with sanitizers (docs/simt.md).
+    The environment variable SPATIALFLOW_BACKEND chooses the back end of tests: "simt", or "simt_sanitized" for the build
+    with sanitizers, replaces the CPU kernels by interpreted CUDA kernels (docs/simt.md); "cuda" changes nothing here, but
+    insists on the CUDA library, and the tests then make their tensors on the GPU.
 
     Raises:
-        ImportError: SPATIALFLOW_BACKEND names no back end, or one that was not built; or no CPU library fits.
+        ImportError: SPATIALFLOW_BACKEND names no back end, or one that is not there; or no CPU library fits.
     """
+    import torch
+
     backend = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
-    if backend == "cpu":
+    if backend not in ("cpu", "cuda", "simt", "simt_sanitized"):
+        raise ImportError(f"SPATIALFLOW_BACKEND must be cpu, cuda, simt or simt_sanitized, got {backend!r}")
+    if backend == "cuda" and not (library_path("cuda").is_file() and torch.cuda.is_available()):
+        raise ImportError(
+            f"SPATIALFLOW_BACKEND=cuda: needs {library_path('cuda')} and a CUDA device; torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} devices"
+        )
+    if backend in ("cpu", "cuda"):
         return f"cpu_{cpu_level()}"
-    if backend not in ("simt", "simt_sanitized"):
-        raise ImportError(f"SPATIALFLOW_BACKEND must be cpu, simt or simt_sanitized, got {backend!r}")
     if not library_path(backend).is_file():
         target = "test-simt" if backend == "simt" else "test-simt-sanitize"
         raise ImportError(f"SPATIALFLOW_BACKEND={backend}: {library_path(backend)} is missing, `make {target}` builds it")

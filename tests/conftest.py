@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure() -> None:
+    """With SPATIALFLOW_BACKEND=cuda every tensor that a test makes is on the GPU; no test file knows of it."""
+    if os.environ.get("SPATIALFLOW_BACKEND") == "cuda":
+        import torch
+
+        torch.set_default_device("cuda")
+
+
 def fixture_root() -> Path:
     """Folder with goldens/ and data/: SPATIALFLOW_FIXTURES, else ../shared beside the checkout."""
     root = Path(os.environ.get("SPATIALFLOW_FIXTURES", Path(__file__).resolve().parents[1] / ".." / "shared"))

@@ -256,7 +256,7 @@ class TestGolden:
     @pytest.mark.parametrize("tracked", [False, True], ids=["operator", "composed"])
     def test_outputs_and_gradients(self, goldens, algorithm, tracked):
         expected = np.load(goldens / "dcn" / "head_none.npz")
-        levels = [torch.from_numpy(expected[f"feat{i}"]).requires_grad_(tracked) for i in range(5)]
+        levels = [torch.as_tensor(expected[f"feat{i}"]).requires_grad_(tracked) for i in range(5)]
         lists = {
             field: tuple(
                 self.filled(goldens, f"{name}.{s}.conv", 16)
@@ -271,8 +271,8 @@ class TestGolden:
         loss = torch.zeros(())
         for task, key in (("cls", "cls_score"), ("reg", "bbox_pred"), ("stuff", "stuff_feat"), ("mask", "mask_feat")):
             for i, result in enumerate(results[task]):
-                assert_near(result, torch.from_numpy(expected[f"{key}_l{i}"]), torch.float32, factor=5, what=key)
-                loss = loss + (result * torch.from_numpy(expected[f"gw_{task}{i}"])).sum()
+                assert_near(result, torch.as_tensor(expected[f"{key}_l{i}"]), torch.float32, factor=5, what=key)
+                loss = loss + (result * torch.as_tensor(expected[f"gw_{task}{i}"])).sum()
         if tracked:
             for i, gradient in enumerate(torch.autograd.grad(loss, levels)):
-                assert_near(gradient, torch.from_numpy(expected[f"grad_feat{i}"]), torch.float32, factor=5)
+                assert_near(gradient, torch.as_tensor(expected[f"grad_feat{i}"]), torch.float32, factor=5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nms_cases import oracle, random_boxes
-from op_matrix import OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -69,7 +69,7 @@ class TestMulticlassNms(OpMatrix):
         sample = sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = sample.op(*tensors, **sample.options)
         assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, expected))
 
@@ -198,7 +198,7 @@ class TestGoldens:
     def test_cases(self, goldens, case):
         arrays = np.load(goldens / "ops" / "multiclass_nms.npz")
         options = json.loads((goldens / "ops" / "multiclass_nms.json").read_text())[case]
-        boxes, scores = (torch.from_numpy(arrays[f"{case}__{name}"]) for name in ("boxes", "scores"))
+        boxes, scores = (torch.as_tensor(arrays[f"{case}__{name}"]) for name in ("boxes", "scores"))
         # The released scores end in a column for the background, which takes no part.
         found = ops.multiclass_nms(
             boxes, scores[:, :-1], options["score_thr"], options["iou_threshold"], options["max_num"]

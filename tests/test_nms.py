@@ -4,7 +4,7 @@
 import pytest
 import torch
 from nms_cases import iou_matrix, oracle, random_boxes
-from op_matrix import OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -72,7 +72,7 @@ class TestNms(OpMatrix):
         sample = sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             assert torch.equal(sample.op(*tensors, **sample.options), expected)
 
     def test_gradients_stop_here(self, sample):

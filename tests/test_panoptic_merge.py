@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample
+from op_matrix import DEVICE, OpMatrix, OpSample
 from pycocotools import mask as coco_mask
 
 from spatialflow import ops
@@ -88,7 +88,7 @@ class TestPanopticMerge(OpMatrix):
 
     def test_autocast(self, sample):
         sample = sample()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*sample.tensors, **sample.options)
         assert_same(actual, sample.op(*sample.tensors, **sample.options))
 
@@ -300,7 +300,7 @@ class TestShapes:
         arguments = (masks, torch.ones(shape[0]), torch.ones(shape[0]).int(), torch.ones(shape[0], 4))
         result = ops.panoptic_merge(*arguments, torch.zeros(shape[1:]).short(), stuff_labels, stuff_area_limit=1)
         assert_consistent(result, masks, stuff_labels)
-        assert merge(masks.numpy(), *(a.numpy() for a in arguments[1:]), None).segments == []
+        assert merge(masks.cpu().numpy(), *(a.cpu().numpy() for a in arguments[1:]), None).segments == []
         assert merge(np.zeros((0, 3, 4), bool), [], [], [], None).id_map.shape == (3, 4)
 
     @pytest.mark.parametrize(
@@ -361,10 +361,10 @@ class TestPublicMerge:
     def test_tensors_in_tensor_out(self):
         masks, scores, labels, boxes, stuff = scene(6, 40, 50)
         from_tensors = merge(masks, scores.requires_grad_(), labels, boxes, stuff, stuff_area_limit=20)
-        arrays = [t.detach().numpy() for t in (masks, scores, labels, boxes, stuff)]
+        arrays = [t.detach().cpu().numpy() for t in (masks, scores, labels, boxes, stuff)]
         from_arrays = merge(*arrays, stuff_area_limit=20)
         assert isinstance(from_tensors.id_map, torch.Tensor) and isinstance(from_arrays.id_map, np.ndarray)
-        np.testing.assert_array_equal(from_tensors.id_map.numpy(), from_arrays.id_map)
+        np.testing.assert_array_equal(from_tensors.id_map.cpu().numpy(), from_arrays.id_map)
         assert from_tensors.segments == from_arrays.segments
         assert json.loads(json.dumps(from_arrays.segments)) == from_arrays.segments
         flipped = merge(*(np.flip(a, 0).copy()[::-1] for a in arrays[:4]), np.flip(arrays[4], 0).copy()[::-1],

@@ -61,10 +61,10 @@ def test_equal_to_the_counting_without_torch(threads):
         counts = ops.panoptic_quality_counts(gt, pred, 12, 12)
     finally:
         torch.set_num_threads(before)
-    gt_ids, pred_ids, pixels = count_pairs(gt.numpy(), pred.numpy())
+    gt_ids, pred_ids, pixels = count_pairs(gt.cpu().numpy(), pred.cpu().numpy())
     expected = np.zeros((13, 13), np.int64)
     expected[gt_ids, pred_ids] = pixels
-    np.testing.assert_array_equal(counts.numpy(), expected)
+    np.testing.assert_array_equal(counts.cpu().numpy(), expected)
     assert int(counts.sum()) == gt.numel()
 
 

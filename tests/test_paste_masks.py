@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample
+from op_matrix import DEVICE, OpMatrix, OpSample
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -52,7 +52,7 @@ class TestPasteMasks(OpMatrix):
         """Masks are decided at a threshold: nothing is gained by lowering the logits, so autocast changes nothing."""
         sample = sample()
         tensors = [value.float() for value in sample.tensors]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*tensors, **sample.options)
         assert torch.equal(actual, sample.op(*tensors, **sample.options))
 
@@ -70,12 +70,12 @@ class TestGoldens:
     @pytest.mark.parametrize("case", ["rescale", "norescale"])
     def test_masks(self, goldens, case):
         arrays = np.load(goldens / "ops" / "mask_paste.npz")
-        labels = torch.from_numpy(arrays["labels"]).long()
-        logits = torch.from_numpy(arrays["mask_logits"])[torch.arange(len(labels)), labels]
-        boxes = torch.from_numpy(arrays["boxes_netscale"])
+        labels = torch.as_tensor(arrays["labels"]).long()
+        logits = torch.as_tensor(arrays["mask_logits"])[torch.arange(len(labels)), labels]
+        boxes = torch.as_tensor(arrays["boxes_netscale"])
         if case == "rescale":
-            boxes = boxes / torch.from_numpy(arrays["scale_factor"])
-        expected = torch.from_numpy(arrays[f"masks_{case}"])
+            boxes = boxes / torch.as_tensor(arrays["scale_factor"])
+        expected = torch.as_tensor(arrays[f"masks_{case}"])
         masks = ops.paste_masks(logits, boxes, tuple(expected.shape[1:]))
         # A box without extent paints a band in the released code; here it has no pixels.
         proper = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

@@ -61,7 +61,7 @@ class TestPreprocessImages(OpMatrix):
 
 
 def opencv_chain(image: torch.Tensor, size: tuple[int, int], divisor: int) -> np.ndarray:
-    return pad(normalise(resize_image(image.numpy(), size), MEAN, STD), divisor)
+    return pad(normalise(resize_image(image.cpu().numpy(), size), MEAN, STD), divisor)
 
 
 def test_equal_to_opencv_for_any_size():
@@ -72,7 +72,7 @@ def test_equal_to_opencv_for_any_size():
     cases += [((1, 1), (8, 8)), ((1, 30), (12, 7)), ((30, 1), (7, 12)), ((2, 2), (33, 1)), ((90, 3), (1, 70))]
     for shape, size in cases:
         image, size = picture(*map(int, shape)), tuple(map(int, size))
-        actual = ops.preprocess_images(image, size, MEAN, STD, divisor=4)[0].numpy()
+        actual = ops.preprocess_images(image, size, MEAN, STD, divisor=4)[0].cpu().numpy()
         expected = opencv_chain(image, size, 4)
         np.testing.assert_array_equal(actual, expected, err_msg=f"{shape} to {size}")
 
@@ -80,8 +80,8 @@ def test_equal_to_opencv_for_any_size():
 @pytest.mark.parametrize("size", [(200, 267), (63, 84), (75, 100)])
 def test_equal_to_opencv_for_photographs(size):
     """Smooth values, where a rounding in another place would show, at factors that pictures meet."""
-    image = torch.from_numpy(cv2.resize(picture(12, 16).numpy(), (200, 150), interpolation=cv2.INTER_CUBIC))
-    actual = ops.preprocess_images(image, size, MEAN, STD)[0].numpy()
+    image = torch.as_tensor(cv2.resize(picture(12, 16).cpu().numpy(), (200, 150), interpolation=cv2.INTER_CUBIC))
+    actual = ops.preprocess_images(image, size, MEAN, STD)[0].cpu().numpy()
     np.testing.assert_array_equal(actual, opencv_chain(image, size, 32))
 
 

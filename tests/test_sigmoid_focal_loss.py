@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near, to_dtype
+from op_matrix import DEVICE, OpMatrix, OpSample, assert_near, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -105,7 +105,7 @@ class TestSigmoidFocalLoss(OpMatrix):
         sample = sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = sample.op(*tensors, **sample.options)
         assert torch.equal(result, expected) and result.dtype == torch.float32
 
@@ -260,7 +260,7 @@ class TestGoldens:
     """The released loss (background label C, weight 0 = ignored), except for its rows of logits beyond 17."""
 
     def test_released(self, goldens):
-        arrays = {name: torch.from_numpy(a) for name, a in np.load(goldens / "ops" / "losses.npz").items()}
+        arrays = {name: torch.as_tensor(a) for name, a in np.load(goldens / "ops" / "losses.npz").items()}
         facts = json.loads((goldens / "ops" / "losses.json").read_text())["focal_without_rows_0_1"]
         logits = arrays["focal_x"][2:].requires_grad_()
         labels, weights = arrays["focal_target"][2:], arrays["focal_w"][2:]

@@ -91,8 +91,15 @@ def test_planted_fault_is_reported(kernels, name):
     assert len(marked) == 1 and f"kernels.cpp:{marked[0]}" in output
 
 
-def test_unknown_backend_is_named():
+@pytest.mark.parametrize(
+    "backend, reason",
+    [
+        ("cuda13", "SPATIALFLOW_BACKEND must be cpu, cuda, simt or simt_sanitized, got 'cuda13'"),
+        ("cuda", "SPATIALFLOW_BACKEND=cuda: needs .*libspatialflow_cuda.so and a CUDA device; torch .* sees 0 devices"),
+    ],
+)
+def test_missing_backend_is_named(backend, reason):
     code = "import spatialflow._library as library; library.backend_library()"
-    environment = {**os.environ, "SPATIALFLOW_BACKEND": "cuda13"}
+    environment = {**os.environ, "SPATIALFLOW_BACKEND": backend, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=environment)
-    assert "SPATIALFLOW_BACKEND must be cpu, simt or simt_sanitized, got 'cuda13'" in done.stderr
+    assert re.search(reason, done.stderr)

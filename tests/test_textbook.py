@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CuPy textbook kernels of the benchmarks compute what the twins compute; run as C++ on the CPU, thread by thread."""
+
+import ctypes
+import importlib
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spatialflow.ops import reference
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+PRELUDE = """
+#include <algorithm>
+#include <cmath>
+using std::max;
+#define __device__ static
+#define __global__
+struct Index { int x; };
+static thread_local Index blockIdx, threadIdx, blockDim{256};
+"""
+LOOP = """
+extern "C" void run_%(name)s(int blocks, %(declared)s) {
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < 256; ++threadIdx.x) %(name)s(%(passed)s);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def textbook():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module("textbook")
+
+
+@pytest.fixture(scope="module")
+def run(textbook, tmp_path_factory):
+    """Stands in for `textbook.launch`."""
+    libraries = {}
+
+    def build(name):
+        source = textbook.SOURCES[name]
+        declared = source[source.index(f"void {name}(") + len(f"void {name}(") :].split(")")[0]
+        passed = ", ".join(part.split()[-1].lstrip("*") for part in declared.split(","))
+        path = tmp_path_factory.mktemp("textbook") / f"{name}.cpp"
+        path.write_text(PRELUDE + source + LOOP % dict(name=name, declared=declared, passed=passed))
+        library = path.with_suffix(".so")
+        compiler = os.environ.get("CXX", "c++")
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(path), "-o", str(library)], check=True)
+        return getattr(ctypes.CDLL(str(library)), f"run_{name}")
+
+    def launch(name, total, *arguments):
+        if name not in libraries:
+            libraries[name] = build(name)
+        values = []
+        for value in map(textbook._argument, arguments):
+            kind = {np.uint64: ctypes.c_void_p, np.float32: ctypes.c_float, np.int32: ctypes.c_int}
+            values.append(kind.get(type(value), ctypes.c_longlong)(value.item() if hasattr(value, "item") else value))
+        libraries[name](ctypes.c_int(-(-total // textbook.THREADS)), *values)
+
+    return launch
+
+
+def boxes(count, height, width):
+    corner = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6
+    return torch.cat([corner, corner + 1 + torch.rand(count, 2) * torch.tensor([width, height]) * 0.6], dim=1)
+
+
+@pytest.mark.parametrize("ratio, aligned", [(2, True), (0, False)])
+def test_roi_align(textbook, run, ratio, aligned):
+    image, rois = torch.randn(2, 3, 20, 30), boxes(9, 40, 60)
+    rois = torch.cat([torch.arange(9)[:, None] % 2, rois], dim=1)
+    result = textbook.roi_align(image, rois, 5, 0.5, ratio, aligned, run=run)
+    torch.testing.assert_close(result, reference.roi_align(image, rois, 5, 0.5, ratio, aligned), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked, stride, groups", [(True, 1, 1), (False, 2, 2)])
+def test_deform_conv2d(textbook, run, masked, stride, groups):
+    image, weight, bias = torch.randn(2, 4, 12, 14), torch.randn(6, 4 // groups, 3, 3), torch.randn(6)
+    size = (12 // stride, 14 // stride)
+    offset, mask = torch.randn(2, 18, *size), torch.rand(2, 9, *size) if masked else None
+    result = textbook.deform_conv2d(image, offset, weight, bias, mask, (stride, stride), run=run)
+    expected = reference.deform_conv2d(image, offset, weight, bias, stride, 1, 1, mask)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_flow", [True, False])
+def test_flow_conv2d(textbook, run, with_flow):
+    x = [torch.randn(1, 4, 9, 11), torch.randn(1, 4, 5, 6)]
+    flow, weight, bias = [level * 0.3 for level in x] if with_flow else None, torch.randn(5, 4, 3, 3), torch.randn(5)
+    for one, other in zip(textbook.flow_conv2d(x, flow, weight, bias, run=run), reference.flow_conv2d(x, flow, weight, bias)):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_paste_masks(textbook, run):
+    logits, places = torch.randn(7, 14, 14), boxes(7, 40, 50)
+    result = textbook.paste_masks(logits.sigmoid(), places, (40, 50), run=run)
+    assert (result != reference.paste_masks(logits, places, (40, 50))).float().mean() < 1e-3 and result.any()

@@ -93,8 +93,7 @@ demo-score:
 	$(command) visualize demo/scenes/images --ground-truth demo/scenes/panoptic.json --prediction demo/prediction \
 	  --config $(demo_config) $(demo_weights) --output demo/pictures
 	$(PYTHON) benchmarks/end_to_end.py --config $(demo_config) $(demo_weights) --short-edges 256 \
-	  --providers spatialflow reference --images demo/scenes/images --annotations demo/scenes/panoptic.json \
-	  --output demo/speed
+	  --providers spatialflow reference --images demo/scenes/images --count 10 --output demo/speed
 
 clean:  ## remove what was built, the environment included
 	rm -rf $(VENV) build dist demo spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info

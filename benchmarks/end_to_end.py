@@ -270,9 +270,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             quality_axis.plot(x, y, style, color=colour, label=label)
             for row, *point in zip(own, x, y):
                 quality_axis.annotate(f" {row['short_edge']}", point, fontsize=8)
-    speed_axis.set(xlabel="short edge of the network's input in pixels", ylabel="images per second", yscale="log")
+    speed_axis.set(xlabel="short edge of the network's input in pixels", ylabel="images per second", ylim=(0, None))
     if scored:
-        quality_axis.set(xlabel="images per second (numbers: short edge)", ylabel="PQ in %", xscale="log")
+        quality_axis.set(xlabel="images per second (numbers: short edge)", ylabel="PQ in %", xlim=(0, None))
     for axis in axes[0]:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
@@ -291,6 +291,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with "
                         "the package, else untrained, adjusted ones)")  # fmt: skip
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: two scenes of 480x640)")
+    parser.add_argument("--count", type=int, metavar="N", help="only the first pictures (default: all)")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="their panoptic ground truth, PNGs beside it")
     parser.add_argument("--short-edges", type=int, nargs="+", default=[800, 600, 400], metavar="PIXELS",
                         help="sizes of the network's input (default: 800 600 400)")  # fmt: skip
@@ -322,6 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
             list(synthesize(folder / "scenes", 2, (480, 640), seed=0))
             images = folder / "scenes" / "images"
         paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        paths = paths[: options.count]
         if not paths:
             sys.exit(f"{images}: holds no .jpg or .png")
         rows = []

@@ -277,7 +277,7 @@ class TestSizes:
         assert torch.equal(grad_offset, torch.full_like(grad_offset, -8 * 4608))
 
     def test_readers_of_a_cell_are_added_in_order(self):
-        """With deterministic algorithms a cell that every pixel reads sums up their gradients from the first to the last."""
+        """With deterministic algorithms a cell that every pixel reads sums up their gradients in order."""
         rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(20.0), indexing="ij")
         input = torch.randn(1, 1, 16, 20, requires_grad=True)
         out = ops.deform_conv2d(input, torch.stack([3 - rows, 4 - columns])[None], torch.ones(1, 1, 1, 1))

@@ -5,10 +5,10 @@
 //   output[n, p, o] = bias[o] + sum over taps k and channels c of
 //                     weight[k, c, o] * mask[n, k, p] * bilinear(input[n, :, :, c], position(p, k) + offset[n, k, p])
 //
-// With an offset tangent its derivative along that direction takes the place of the bilinear sample: four other factors.
+// With an offset tangent, the sample's derivative along it takes the sample's place: four other factors.
 //
-// An implicit GEMM: rows are output pixels of all images, columns the outputs of a group, and the sum runs over taps and
-// channels. input (N, H, W, C), others are copied into it; offset and mask by strides; output (N, H_out, W_out, O).
+// An implicit GEMM: rows are output pixels of all images, columns the outputs of a group, and the sum runs over taps
+// and channels. input (N, H, W, C), others are copied into it; offset and mask by strides; output (N, H_out, W_out, O).
 // Columns are gathered into shared memory, 64 bytes of 64 pixels a step, and never leave it. Where a tap reads, and how
 // much, is worked out once for each pixel, tap and offset group, and kept for nine taps in shared memory.
 //
@@ -34,7 +34,7 @@ using ForwardProduct = TileProduct<scalar_t, kColumns, false, true>;
 template <typename scalar_t, int kColumns>
 constexpr size_t kForwardSharedBytes =
     TapTable<accum_t<scalar_t>, kTableEntries>::kSize * sizeof(accum_t<scalar_t>) +
-    2 * (ForwardProduct<scalar_t, kColumns>::kLeftSize + ForwardProduct<scalar_t, kColumns>::kRightSize) * sizeof(scalar_t);
+    2 * ForwardProduct<scalar_t, kColumns>::kTilesSize * sizeof(scalar_t);
 
 template <typename scalar_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_kernel(

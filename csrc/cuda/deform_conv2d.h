@@ -3,9 +3,9 @@
 // What the CUDA kernels of deformable convolution share: where taps read, the gather of columns, the packed weight.
 //
 // Channels come in runs: as many as are always in one weight group and one offset group together, gcd(C / groups,
-// C / offset_groups). Along the sum of the convolution, a run is taps * run long, channels of a tap adjacent: `flat` below
-// is a position there. Weights are packed in that order, (run of channels, tap, channel of the run), with the outputs of
-// the channels' group adjacent and padded with zeros to whole 16-byte items.
+// C / offset_groups). Along the sum of the convolution, a run is taps * run long, channels of a tap adjacent: `flat`
+// below is a position there. Weights are packed in that order, (run of channels, tap, channel of the run), with the
+// outputs of the channels' group adjacent and padded with zeros to whole 16-byte items.
 #pragma once
 
 #include "common/deform_conv2d.h"
@@ -111,8 +111,8 @@ __device__ __forceinline__ void sample_slopes(
     }
 }
 
-// Taps of a tile's pixels in shared memory: entry slot * count + position is tap first_tap + slot of pixel first_pixel +
-// position.
+// Taps of a tile's pixels in shared memory: entry slot * count + position is tap first_tap + slot of pixel
+// first_pixel + position.
 template <typename real_t, int kEntries>
 class TapTable {
 public:
@@ -168,8 +168,8 @@ private:
     Shared<int> cells_;       // (entry, corner)
 };
 
-// 16 bytes of the gradient of the output, of outputs `output` ... of a group, to shared memory; zeros from pixel `end` on. With
-// kWidth > 1 by cp.async.
+// 16 bytes of the gradient of the output, of outputs `output` ... of a group, to shared memory; zeros from pixel `end`
+// on. With kWidth > 1 by cp.async.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ void load_outputs(
     const DeformProblem<scalar_t>& problem, Global<const scalar_t> grad_output, int pixel, int end, int group,
@@ -195,8 +195,8 @@ __device__ __forceinline__ void load_outputs(
 constexpr int kTableTaps = 9;
 constexpr int kTableEntries = kTableTaps * kProductRows;
 
-// 16 bytes of a pixel's columns, on their way from the input. With kWidth > 1 an item is in one tap, and its four cells are
-// read by 16-byte loads that are under way between `begin` and `finish`.
+// 16 bytes of a pixel's columns, on their way from the input. With kWidth > 1 an item is in one tap, and its four cells
+// are read by 16-byte loads that are under way between `begin` and `finish`.
 template <typename scalar_t, int kWidth>
 class ColumnItem {
     using real_t = accum_t<scalar_t>;
@@ -204,7 +204,8 @@ class ColumnItem {
     static_assert(kWidth == kItem || kWidth == 1, "an item is one access or single elements");
 
 public:
-    // Positions flat to min(flat + kItem, limit) of the run that begins at first_channel. Slot 0 of the table is first_tap.
+    // Positions flat to min(flat + kItem, limit) of the run that begins at first_channel. Slot 0 of the table holds
+    // first_tap.
     template <int kEntries>
     __device__ __forceinline__ void begin(
         const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int first_channel, int flat,

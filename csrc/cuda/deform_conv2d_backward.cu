@@ -12,14 +12,14 @@
 // Layouts as in the forward pass; grad_output (N, H_out, W_out, O), others are copied into it.
 //
 // Data (input, offset, mask): a block owns 64 pixels at one tap and offset group. It computes grad_columns of 64 or 128
-// channels as a product into shared memory; from there eight lanes a pixel take the products with its four cells, which are
-// all that the gradients of offset and mask need, and add to grad_input by 16-byte reductions in float32, whose order is
-// not fixed. Deterministic, and in float64: grad_input by gather instead (deform_conv2d_input_gradient.h).
-// Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs and sums over a part of the pixels, columns gathered
-// into shared memory as in the forward pass; another kernel adds the parts in order. Deterministic.
+// channels as a product into shared memory; from there eight lanes a pixel take the products with its four cells, which
+// are all that the gradients of offset and mask need, and add to grad_input by 16-byte reductions in float32, whose
+// order is not fixed. Deterministic, and in float64: grad_input by gather instead (deform_conv2d_input_gradient.h).
+// Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs and sums over a part of the pixels, columns
+// gathered into shared memory as in the forward pass; another kernel adds the parts in order. Deterministic.
 //
-// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 1 x 256 x 100 x 168, 3 x 3, 256 outputs: data 19.8 GFLOP: 25 us, and 620 MB of
-// reductions in L2; weight 19.8 GFLOP: 25 us.
+// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 1 x 256 x 100 x 168, 3 x 3, 256 outputs: data 19.8 GFLOP: 25 us, and 620 MB
+// of reductions in L2; weight 19.8 GFLOP: 25 us. Bytes, each once: input, both gradients, offsets 37 MB: 12 us.
 #include "cuda/deform_conv2d.h"
 #include "cuda/deform_conv2d_input_gradient.h"
 
@@ -41,11 +41,11 @@ struct DataMemory {
     static constexpr int kColumnsBegin = TapTable<real_t, kProductRows>::kSize;
     static constexpr int kLeftBegin = kColumnsBegin + kProductRows * kColumnsRow;
     static constexpr size_t kBytes =
-        kLeftBegin * sizeof(real_t) + 2 * (Product::kLeftSize + Product::kRightSize) * sizeof(scalar_t);
+        kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// 16 bytes of channels of one pixel: their products with the four cells are added to `dots`, their parts of the gradient of
-// the input to the cells.
+// 16 bytes of channels of one pixel: their products with the four cells are added to `dots`, their parts of the
+// gradient of the input to the cells.
 template <int kWidth, typename scalar_t, typename real_t>
 __device__ __forceinline__ void scatter_item(
     const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
@@ -211,7 +211,7 @@ using WeightProduct = TileProduct<scalar_t, kColumns, true, true>;
 template <typename scalar_t, int kColumns>
 constexpr size_t kWeightSharedBytes =
     TapTable<accum_t<scalar_t>, kTableEntries>::kSize * sizeof(accum_t<scalar_t>) +
-    2 * (WeightProduct<scalar_t, kColumns>::kLeftSize + WeightProduct<scalar_t, kColumns>::kRightSize) * sizeof(scalar_t);
+    2 * WeightProduct<scalar_t, kColumns>::kTilesSize * sizeof(scalar_t);
 
 // Positions of a run that a block owns: at most 64, and of no more taps than a table has room for.
 __host__ __device__ __forceinline__ int weight_tile_rows(int run) {
@@ -398,7 +398,8 @@ Tensor deform_conv2d_backward_weight_cuda(
                 const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
                 const int64_t tiles = shape.channels / problem.run * run_tiles;
                 const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
-                // Pixels in parts, so that a large card is busy; the same on every card, and none shorter than its sums take.
+                // Pixels in parts, so that a large card is busy; as many on every card, and none so short that its sums
+                // cost more than its products.
                 constexpr int64_t kWantedBlocks = 264, kLeastPixels = 512;
                 const int64_t wanted = std::min(
                     ceil_div(kWantedBlocks, tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));

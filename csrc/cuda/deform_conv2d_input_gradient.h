@@ -7,10 +7,11 @@
 //                         mask * value * grad_output[p, o]
 //
 // The forward pass turned round: an implicit GEMM whose rows are cells of the input, with `spread` gathered into shared
-// memory. Who reads a cell is listed first, for each image, offset group and tap (a "slice"): samples are counted by the
-// cell above and left of them, counts summed up to starts of lists, pixels put into their lists, lists sorted. A cell finds
-// its readers in four lists: those of the cells up to one above and left. One average tap of a pixel is in one list, so
-// this reads grad_output as often as the forward pass reads the input; a cell that many taps read is one thread's work.
+// memory. Who reads a cell is listed first, for each image, offset group and tap (a "slice"): samples are counted by
+// the cell above and left of them, counts summed up to starts of lists, pixels put into their lists, lists sorted. A
+// cell finds its readers in four lists: its own and those of the cells above and to the left. A sample is in one list,
+// so this reads grad_output as often as the forward pass reads the input; a cell that very many taps read is one
+// thread's work.
 //
 // Memory beside the gradient: 28 bytes a sample (44 in float64) and 4 a cell and slice.
 #pragma once
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(kListThreads) deform_count_readers_kernel(
     if (index >= static_cast<int64_t>(readers.slices) * readers.image_pixels) {
         return;
     }
-    const int slice = static_cast<int>(index / readers.image_pixels), pixel = static_cast<int>(index % readers.image_pixels);
+    const int slice = static_cast<int>(index / readers.image_pixels);
+    const int pixel = static_cast<int>(index % readers.image_pixels);
     const int tap = slice % problem.taps, offset_group = slice / problem.taps % readers.offset_groups;
     const int image = slice / problem.taps / readers.offset_groups;
     DeformSample<real_t> sample;
@@ -119,7 +121,8 @@ __global__ void __launch_bounds__(kListThreads) deform_sort_readers_kernel(
     const int64_t slice = index / readers.lists, start = slice * (readers.lists + 1) + index % readers.lists;
     const int begin = readers.starts[start], count = readers.starts[start + 1] - begin;
     Global<int> list = readers.pixels + (slice * readers.image_pixels + begin);
-    // While `next` is positive the heap is made, from its last inner node to its root; then the greatest goes to the end.
+    // While `next` is positive the heap is made, from its last inner node to its root; then the greatest goes to the
+    // end.
     for (int next = count / 2, size = count; size > 1;) {
         int value, node;
         if (next > 0) {
@@ -158,7 +161,9 @@ __device__ __forceinline__ Vec<scalar_t, kWideElements<scalar_t>> spread_item(
     using real_t = accum_t<scalar_t>;
     constexpr int kItem = kWideElements<scalar_t>;
     real_t sums[kItem] = {};
-    const int64_t slice = (static_cast<int64_t>(cell.image) * readers.offset_groups + offset_group) * problem.taps + tap;
+    const int64_t slice =
+        (static_cast<int64_t>(cell.image) * readers.offset_groups + offset_group) * problem.taps + tap;
+    const int64_t first_pixel = static_cast<int64_t>(cell.image) * readers.image_pixels;
 #pragma unroll
     for (int above = 0; above < 2; ++above) {
         // Lists are numbered from cell (-1, -1) on: this one is that of the cell to the left, the next its own.
@@ -166,10 +171,11 @@ __device__ __forceinline__ Vec<scalar_t, kWideElements<scalar_t>> spread_item(
         const int begin = readers.starts[list], own = readers.starts[list + 1], end = readers.starts[list + 2];
         for (int i = begin; i < end; ++i) {
             const int pixel = readers.pixels[slice * readers.image_pixels + i];
-            const real_t weight = weights[(slice * readers.image_pixels + pixel) * 4 + above * 2 + (i < own ? 1 : 0)];
+            const int corner = above * 2 + (i < own ? 1 : 0);
+            const real_t weight = weights[(slice * readers.image_pixels + pixel) * 4 + corner];
             Global<const scalar_t> source =
-                grad_output + ((static_cast<int64_t>(cell.image) * readers.image_pixels + pixel) * problem.out_channels +
-                               group * problem.group_outputs + output);
+                grad_output +
+                ((first_pixel + pixel) * problem.out_channels + group * problem.group_outputs + output);
 #pragma unroll
             for (int part = 0; part < kItem; part += kWidth) {
                 if (output + part < problem.group_outputs) {
@@ -291,9 +297,9 @@ void gather_input_gradient(
         const int64_t cells = shape.batch * shape.height * shape.width;
         launch<deform_conv2d_input_gradient_kernel<scalar_t, kColumns, decltype(width)::value>>(
             deform_grid(op, cells, ceil_div(problem.run, kColumns), shape.channels / problem.run),
-            dim3(kProductThreads), 2 * (Product::kLeftSize + Product::kRightSize) * sizeof(scalar_t), stream, problem,
-            readers, data<real_t>(weights), data<scalar_t>(grad_output), data<scalar_t>(packed), mutable_data<scalar_t>(grad_input),
-            static_cast<int>(cells));
+            dim3(kProductThreads), 2 * Product::kTilesSize * sizeof(scalar_t), stream, problem, readers,
+            data<real_t>(weights), data<scalar_t>(grad_output), data<scalar_t>(packed),
+            mutable_data<scalar_t>(grad_input), static_cast<int>(cells));
     });
 }
 

@@ -4,9 +4,10 @@
 //
 //   sums (64 x kColumns) += left (64 x kDepth) * right (kDepth x kColumns)
 //
-// A tile lies in memory as its loader finds it: by rows, (row, depth) on the left and (column, depth) on the right, or by
-// depth, (depth, row) and (depth, column). Rows of memory are 16 bytes longer than their values, so that neighbours lie in
-// other banks. kDepth is 64 bytes: a thread loads one 16-byte item of the left tile and kColumns / 64 of the right.
+// A tile lies in memory as its loader finds it: by rows, (row, depth) on the left and (column, depth) on the right, or
+// by depth, (depth, row) and (depth, column). Rows of memory are 16 bytes longer than their values, so that neighbours
+// lie in other banks. kDepth is 64 bytes: a thread loads one 16-byte item of the left tile and kColumns / 64 of the
+// right.
 //
 //   16-bit types   mma.sync with float32 sums; 2 x 4 warps own 32 rows x kColumns / 4 columns each
 //   float32, 64    fused multiply-adds; 16 x 16 threads own 4 rows x kColumns / 16 columns each
@@ -27,6 +28,7 @@ struct TileLayout {
     static constexpr int kLeftSize = (kLeftByDepth ? kDepth : kProductRows) * kLeftRow;
     static constexpr int kRightRow = (kRightByDepth ? kColumns : kDepth) + kItem;
     static constexpr int kRightSize = (kRightByDepth ? kDepth : kColumns) * kRightRow;
+    static constexpr int kTilesSize = kLeftSize + kRightSize;
 };
 
 // By fused multiply-adds.
@@ -188,9 +190,9 @@ private:
     float sums_[2][kWarpColumns / 8][4] = {};
 };
 
-// Sums over `depth` in steps of kStep with two buffers a side. begin(k, buffer) starts the loads of the step at k,
-// multiply(buffer) uses loaded tiles, finish(buffer) puts into shared memory what `begin` left in registers; cp.async may be
-// used by both. Ends with a barrier after the last use of the buffers.
+// Sums over `depth` in steps of kStep with two buffers a side. begin(k, buffer) starts the loads of the step at k, by
+// cp.async or into registers; finish(buffer) puts what is in registers into shared memory; multiply(buffer) uses loaded
+// tiles. Ends with a barrier after the last use of the buffers.
 template <int kStep, typename Begin, typename Multiply, typename Finish>
 __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multiply, Finish finish) {
     begin(0, 0);

@@ -104,7 +104,7 @@ inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
     return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// Sums, and what keeps its own precision beside 16-bit features (boxes, offsets): double for double features, else float32.
+// Of sums, and of what keeps its precision beside 16-bit features (boxes, offsets): double for double, else float32.
 inline ScalarType accum_dtype(ScalarType feature_dtype) {
     return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -25,9 +25,9 @@ def setup(count: int, stuff_labels: int, fill: bool) -> Problem:
 
 def encode(masks, scores, labels, boxes, stuff, stuff_labels):
     """Run-length masks, as a network that is evaluated with pycocotools hands them over; not part of the timing."""
-    rle = [coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in masks]
-    stuff_rle = [coco_mask.encode(np.asfortranarray((stuff == s).numpy().astype(np.uint8))) for s in range(stuff_labels)]
-    return rle, scores.numpy(), None if boxes is None else boxes.numpy(), stuff_rle
+    rle = [coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8))) for mask in masks]
+    stuff_rle = [coco_mask.encode(np.asfortranarray((stuff == s).cpu().numpy().astype(np.uint8))) for s in range(stuff_labels)]
+    return rle, scores.cpu().numpy(), None if boxes is None else boxes.cpu().numpy(), stuff_rle
 
 
 def merge_with_pycocotools(rle, scores, boxes, stuff_rle):
@@ -84,7 +84,7 @@ BENCHMARK = Benchmark(
 
 
 def as_map(result) -> np.ndarray:
-    return result if isinstance(result, np.ndarray) else result.id_map.numpy()
+    return result if isinstance(result, np.ndarray) else result.id_map.cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spatialflow import panoptic
 from spatialflow.data.categories import Categories, load_categories
 from spatialflow.data.transforms import Fitted, check_image, read_image
 from spatialflow.engine.cuda_graphs import GraphCache
@@ -21,7 +22,6 @@ from spatialflow.models.config import Config, ConfigError, place_overrides
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, paste_masks
-from spatialflow.panoptic import PanopticWriter, overlay
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
 """What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds the wait for
@@ -92,14 +92,14 @@ class PanopticResult:
             OSError: a file cannot be written; no part of it is left behind.
         """
         folder = Path(folder)
-        writer = PanopticWriter(folder, folder / f"{Path(self.image_name).stem}.json", self.categories.as_coco())
+        writer = panoptic.PanopticWriter(folder, folder / f"{Path(self.image_name).stem}.json", self.categories.as_coco())
         path = writer.add(self.image_id, self.image_name, self.id_map, self.segments)
         writer.write_json()
         return path
 
     def overlay(self, image: np.ndarray) -> np.ndarray:
         """The segments drawn over `image`, (H, W, 3) uint8 BGR of the size of the map; returns the same."""
-        return overlay(image, self.id_map, self.segments, self.categories.as_coco())
+        return panoptic.overlay(image, self.id_map, self.segments, self.categories.as_coco())
 
     def __repr__(self) -> str:
         h, w = self.id_map.shape

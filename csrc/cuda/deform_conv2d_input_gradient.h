@@ -291,7 +291,8 @@ void gather_input_gradient(
     launch<deform_list_readers_kernel>(by_sample, block, 0, stream, readers);
     launch<deform_sort_readers_kernel>(
         dim3(grid_size(op, ceil_div(slices * lists, kListThreads))), block, 0, stream, readers);
-    with_tile<scalar_t, kMostTileColumns<scalar_t>>(wide, problem.run, [&](auto columns, auto width) {
+    constexpr int kMostColumns = sizeof(scalar_t) == 2 ? 256 : 64;  // 128 of float32 would spill registers
+    with_tile<scalar_t, kMostColumns>(wide, problem.run, [&](auto columns, auto width) {
         constexpr int kColumns = decltype(columns)::value;
         using Product = InputProduct<scalar_t, kColumns>;
         const int64_t cells = shape.batch * shape.height * shape.width;

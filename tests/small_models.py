@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings that make any configuration's network small enough for a test that builds, runs or trains it."""
 
+from torch import nn
+
+from spatialflow.models.build import build_model
+
 
 def channels(base: int, others: int) -> dict:
     """Backbone base channels, and the channels of everything behind it."""
@@ -14,3 +18,33 @@ def channels(base: int, others: int) -> dict:
 
 
 SMALL = channels(4, 8) | dict(norm_groups=4, num_things=3, num_stuff=4, categories=None)
+
+VARIANTS = [
+    ("tiny", {}),
+    ("tiny_dcn", {}),
+    ("retinanet_r50_coco", {}),
+    ("retinanet_r50_flows_coco", {}),
+    ("ablation_naive_coco", {}),
+    ("ablation_flows_coco", {}),
+    ("ablation_flow_source_cls_coco", {}),
+    ("ablation_flow_cls_stuff_coco", {}),
+    ("tiny", dict(thing_stages=3, stuff_stages=2)),
+    ("tiny", dict(backbone_groups=4, backbone_group_width=4)),
+    ("tiny", dict(deformable_reg_stages=[1], deformable_stuff_stages=[0], flow_to_stuff=False)),
+    ("tiny", dict(head_channels=24, flow_to_thing=False)),
+    ("tiny", dict(stuff_head=False, stuff_stages=0)),
+]
+"""Configuration and overrides: every kind of network."""
+
+
+def random_model(name, **overrides):
+    """A narrow model whose every parameter and statistic matters."""
+    model = build_model(name, **(SMALL | channels(8, 16) | overrides)).eval()
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
+            nn.init.uniform_(value, 0.5, 1.5)
+        elif value.dim() == 4:
+            nn.init.normal_(value, std=(1.5 / value[0].numel()) ** 0.5)
+        elif value.is_floating_point():
+            nn.init.normal_(value, std=0.1)
+    return model

@@ -4,26 +4,11 @@
 import numpy as np
 import pytest
 import torch
-from small_models import SMALL, channels
-from torch import nn
+from small_models import VARIANTS, random_model
 
 from golden_models import assert_close, golden_model
 from spatialflow.models import inference
-from spatialflow.models.build import build_model
 from spatialflow.models.optimize import optimize_for_inference
-
-
-def random_model(name, **overrides):
-    """A narrow model whose every parameter and statistic matters."""
-    model = build_model(name, **(SMALL | channels(8, 16) | overrides)).eval()
-    for name, value in model.state_dict().items():
-        if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
-            nn.init.uniform_(value, 0.5, 1.5)
-        elif value.dim() == 4:
-            nn.init.normal_(value, std=(1.5 / value[0].numel()) ** 0.5)
-        elif value.is_floating_point():
-            nn.init.normal_(value, std=0.1)
-    return model
 
 
 def assert_same_outputs(model, images):
@@ -47,24 +32,7 @@ def assert_same_outputs(model, images):
     return fast
 
 
-@pytest.mark.parametrize(
-    "name, overrides",
-    [
-        ("tiny", {}),
-        ("tiny_dcn", {}),
-        ("retinanet_r50_coco", {}),
-        ("retinanet_r50_flows_coco", {}),
-        ("ablation_naive_coco", {}),
-        ("ablation_flows_coco", {}),
-        ("ablation_flow_source_cls_coco", {}),
-        ("ablation_flow_cls_stuff_coco", {}),
-        ("tiny", dict(thing_stages=3, stuff_stages=2)),
-        ("tiny", dict(backbone_groups=4, backbone_group_width=4)),
-        ("tiny", dict(deformable_reg_stages=[1], deformable_stuff_stages=[0], flow_to_stuff=False)),
-        ("tiny", dict(head_channels=24, flow_to_thing=False)),
-        ("tiny", dict(stuff_head=False, stuff_stages=0)),
-    ],
-)
+@pytest.mark.parametrize("name, overrides", VARIANTS)
 def test_outputs_equal_the_plain_modules(name, overrides):
     model = random_model(name, **overrides)
     deformable = any("offset" in name for name, _ in model.named_parameters()) or "dcn" in name

@@ -27,6 +27,7 @@ from spatialflow.files import atomic_write
 from spatialflow.models.build import build_model
 from spatialflow.models.config import Config, TrainingConfig
 from spatialflow.models.losses import Criterion, Losses
+from spatialflow.models.optimize_training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.targets import Truth
 
@@ -38,6 +39,9 @@ MAY_CHANGE = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
 
 READ_EVERY = 10
 """Steps between readings of the losses from the device."""
+
+KEEP_EVERY = 5.0
+"""Least seconds between two savings at ends of epochs; epochs of a few steps would otherwise do little else."""
 
 DRAW_EVERY = 60.0
 """Least seconds between two drawings of the curves; short epochs would otherwise do little else."""
@@ -84,7 +88,7 @@ class Trainer:
     """A training run in a folder.
 
     The folder gets `checkpoint.pt` (everything needed to go on; also loadable as weights), `model.safetensors` (the
-    weights after each epoch), `log.jsonl`, `curves.png`, `tensorboard/` and `evaluation/`.
+    weights, after each epoch that takes more than a few seconds), `log.jsonl`, `curves.png`, `tensorboard/` and `evaluation/`.
 
     Args:
         config: what to train and how.
@@ -156,7 +160,7 @@ class Trainer:
             self._restore()
         self.log = TrainingLog(self.folder, self.step) if world.is_first else None
         self.problems: set[str] = set()
-        self.drawn = -math.inf  # when the curves were drawn
+        self.kept = self.drawn = -math.inf  # when the checkpoint was written, the curves drawn
 
     @property
     def checkpoint_path(self) -> Path:
@@ -195,13 +199,14 @@ class Trainer:
                 self.step += 1
                 unread.append((self.step, rate, losses))
                 epoch_ends = self.step % per_epoch == 0
-                keep = epoch_ends or self.step % training.checkpoint_every_steps == 0
-                if keep or len(unread) == READ_EVERY:
+                due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0
+                if due or epoch_ends or len(unread) == READ_EVERY:
                     self._read(unread, bar)
+                keep = due or (epoch_ends and time.monotonic() - self.kept > KEEP_EVERY)
                 if keep:
                     self._keep()
                 if epoch_ends:
-                    self._end_epoch(self.step // per_epoch)
+                    self._end_epoch(self.step // per_epoch, keep)
         finally:
             if bar is not None:
                 bar.close()
@@ -216,7 +221,9 @@ class Trainer:
         """Freezes or frees parameters and wraps the network for this process group."""
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name in self.trained and (not class_layers_alone or name.startswith(CLASS_LAYERS)))
-        module = _Step(self.network, Criterion(self.config, self.world.average if self.world.size > 1 else None))
+        on_cpu = self.world.device.type == "cpu" and self.config.training.mixed_precision is None
+        network = optimize_for_training(self.network) if on_cpu else self.network
+        module = _Step(network, Criterion(self.config, self.world.average if self.world.size > 1 else None))
         if self.world.size == 1:
             return module
         devices = [self.world.device] if self.world.device.type == "cuda" else None
@@ -282,8 +289,8 @@ class Trainer:
                 if self.log is not None:
                     self.log.add("problem", self.step, message=message)
 
-    def _end_epoch(self, epoch: int) -> None:
-        """Weights, picture and, where it is due, an evaluation."""
+    def _end_epoch(self, epoch: int, keep: bool) -> None:
+        """Where they are due: an evaluation, weights, picture."""
         every = self.config.training.evaluate_every_epochs
         last = self.step == self.total_steps
         if self.validation is not None and (last or (every > 0 and epoch % every == 0)):
@@ -308,7 +315,8 @@ class Trainer:
                 )
         if self.log is not None:
             self.log.flush()
-            save_checkpoint(self.network, self.folder / "model.safetensors")
+            if keep:
+                save_checkpoint(self.network, self.folder / "model.safetensors")
             if last or time.monotonic() - self.drawn > DRAW_EVERY:
                 self.log.draw()
                 self.drawn = time.monotonic()
@@ -330,6 +338,7 @@ class Trainer:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        self.kept = time.monotonic()
 
     def _restore(self) -> None:
         path = self.checkpoint_path

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step of the R50 model, two images of 480x640: forward, losses, backward, SGD.
+
+The references are the same network from plain PyTorch modules, as one would write it and with channels-last memory. All
+share the criterion with its operators (targets, focal loss, RoIAlign), so that the ratio is that of the network alone.
+`python benchmarks/training_step.py --peak-memory` prints the peak memory of a process that does three steps, one per
+provider.
+"""
+
+import resource
+import subprocess
+import sys
+from functools import cache, partial
+
+import torch
+from harness import Benchmark, Problem, main
+
+from spatialflow import build_model
+from spatialflow.models.losses import Criterion
+from spatialflow.models.optimize_training import optimize_for_training
+from spatialflow.models.targets import Truth
+
+COMPARED = ("backbone.layer2.0.conv2.weight", "fpn.output.0.weight", "subnets.reg.0.weight", "thing_head.convs.0.weight")
+"""Parameters whose gradients are compared with those of the oracle."""
+
+
+@cache
+def training(kind: str):
+    """Model, the network that computes its step, and the optimizer."""
+    torch.manual_seed(0)
+    model = build_model("spatialflow_r50_coco").train()
+    for module in model.modules():  # an untrained residual network without statistics overflows
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(4.0)
+    if kind == "float64":
+        model.double()
+    if kind == "channels-last":
+        model.to(memory_format=torch.channels_last)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    network = optimize_for_training(model) if kind == "spatialflow" else model
+    return model, network, torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)  # so slow that steps stay alike
+
+
+def step(kind: str, images: torch.Tensor, truth: Truth) -> list[torch.Tensor]:
+    model, network, optimizer = training(kind)
+    if kind != "plain":
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        optimizer.zero_grad(set_to_none=True)
+        losses = Criterion(model.config)(network, images, truth)
+        losses.total().backward()
+        optimizer.step()
+    gradients = [model.get_parameter(name).grad for name in COMPARED]
+    return [torch.stack(losses).detach(), *gradients]
+
+
+def setup(height: int, width: int, batch: int = 2, things: int = 8) -> Problem:
+    boxes, masks = [], []
+    for _ in range(batch):
+        corners = torch.rand(things, 2) * torch.tensor([width * 0.6, height * 0.6])
+        boxes.append(torch.cat([corners, corners + torch.rand(things, 2) * 180 + 20], dim=1))
+        masks.append(torch.zeros(things, height, width, dtype=torch.bool))
+        for mask, (x1, y1, x2, y2) in zip(masks[-1], boxes[-1].int().tolist()):
+            mask[y1:y2, x1:x2] = True
+    size = torch.tensor([[height, width]] * batch)
+    labels = list(torch.randint(80, (batch, things)))
+    semantic = torch.randint(54, (batch, height, width), dtype=torch.uint8)
+    return Problem(inputs=(torch.randn(batch, 3, height, width), Truth(boxes, labels, masks, semantic, size, size)))
+
+
+BENCHMARK = Benchmark(
+    name="training_step",
+    title="R50 training step, 2 images of 480x640, float32",
+    setup=setup,
+    sweep={"2 x 480x640": {"height": 480, "width": 640}},
+    providers={
+        "spatialflow": partial(step, "spatialflow"),
+        "plain modules": partial(step, "plain"),
+        "plain modules, channels-last": partial(step, "channels-last"),
+    },
+    oracle=partial(step, "float64"),
+)
+
+
+def print_peak_memory(kind: str) -> None:
+    """Runs three steps and prints this process's largest resident set."""
+    torch.manual_seed(0)
+    problem = setup(480, 640)
+    for _ in range(3):
+        step(kind, *problem.inputs)
+    print(f"{kind}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--peak-memory"]:
+        for kind in ("spatialflow", "plain", "channels-last"):
+            subprocess.run([sys.executable, __file__, "--peak-memory", kind], check=True)
+    elif sys.argv[1:2] == ["--peak-memory"]:
+        print_peak_memory(sys.argv[2])
+    else:
+        main(BENCHMARK)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same network, arranged for training on the CPU: operators of the package between the parameters of the plain
+modules, BatchNorm of fixed statistics folded into the convolutions, channels-last.
+"""
+
+import copy
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatialflow.models.deform import DeformConv2d, split_offsets
+from spatialflow.models.heads import BoxHead, StuffHead, upsample
+from spatialflow.models.resnet import Bottleneck, ResNet
+from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
+from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower
+
+
+class TrainingConv(nn.Module):
+    """A convolution with the parameters of the plain module, and an optional BatchNorm and ReLU in the same pass.
+
+    Args:
+        conv: the convolution.
+        norm: the BatchNorm behind it; its running statistics are used, its affine parameters train.
+        relu: whether a ReLU follows.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None, relu: bool = False):
+        super().__init__()
+        self.conv, self.norm, self.relu = conv, norm, relu
+        self.offsets = TrainingConv(conv.conv_offset) if isinstance(conv, DeformConv2d) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, (weight, bias) = self.conv, self._folded()
+        if self.offsets is not None:
+            offset, mask = split_offsets(self.offsets(x))
+            y = deform_conv2d(x, offset, weight, bias, conv.stride, conv.padding, conv.dilation, mask)
+        elif is_3x3(conv):
+            return flow_conv2d(x, None, weight, bias, self.relu)
+        else:
+            y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return y.relu_() if self.relu else y
+
+    def _folded(self) -> tuple[Tensor, Optional[Tensor]]:
+        """Weight and bias of convolution and norm together; gradients reach the parameters of both."""
+        if self.norm is None:
+            return self.conv.weight, self.conv.bias
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
+
+
+def is_3x3(conv: nn.Conv2d) -> bool:
+    """Whether `flow_conv2d` computes this convolution."""
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and not isinstance(conv, DeformConv2d)
+
+
+class TrainingBottleneck(nn.Module):
+    """`Bottleneck` with fixed statistics."""
+
+    def __init__(self, block: Bottleneck):
+        super().__init__()
+        self.convs = nn.Sequential(
+            TrainingConv(block.conv1, block.bn1, relu=True),
+            TrainingConv(block.conv2, block.bn2, relu=True),
+            TrainingConv(block.conv3, block.bn3),
+        )
+        self.downsample = None if block.downsample is None else TrainingConv(*block.downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs(x).add_(x if self.downsample is None else self.downsample(x)).relu_()
+
+
+class TrainingTower(nn.Module):
+    """`Subnets` without deformable stages, all levels in one call."""
+
+    def __init__(self, subnets: Subnets):
+        super().__init__()
+        self.plain = subnets
+
+    def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
+        plain = self.plain
+        modules = {
+            "cls": plain.cls,
+            "reg": plain.reg,
+            "stuff": plain.stuff,
+            "thing": plain.thing,
+            "flow_cls": plain.flows(plain.follower),
+            "flow_stuff": plain.flows("stuff"),
+            "flow_thing": plain.flows("thing"),
+            "semantic_flow": plain.semantic_flow,
+        }
+        convs = {name: tuple((conv.weight, conv.bias) for conv in part) for name, part in modules.items()}
+        flows = any(convs[name] for name in ("flow_cls", "flow_stuff", "flow_thing"))
+        source = plain.source if flows else None
+        parameters = FlowTowerParameters(**convs, flow_source=source, segmentation_levels=SEGMENTATION_LEVELS)
+        return SubnetFeatures(*flow_tower(list(pyramid), parameters))
+
+
+class TrainingBoxHead(nn.Module):
+    """`BoxHead`, all levels in one call per predictor."""
+
+    def __init__(self, head: BoxHead):
+        super().__init__()
+        self.plain = head
+
+    def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return tuple(
+            flow_conv2d(list(features), None, conv.weight, conv.bias, relu=False)
+            for features, conv in ((cls, self.plain.class_logits), (reg, self.plain.box_deltas))
+        )
+
+
+class TrainingStuffHead(StuffHead):
+    """`StuffHead` that sums and classifies before the last upsampling, which all branches share: both are linear."""
+
+    def __init__(self, head: StuffHead):
+        nn.Module.__init__(self)
+        self.blocks, self.logits = arrange(head.blocks), head.logits
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        total = None
+        for branch, x in zip(self.blocks, features):
+            for i, block in enumerate(branch):
+                x = block.norm(block.conv(x if i == 0 else upsample(x, 2))).relu_()
+            total = x if total is None else total + x
+        return upsample(self.logits(total), 2)
+
+
+def arrange(module: nn.Module) -> nn.Module:
+    """`module` with every part replaced that has a faster form; other parts are new, their parameters the same."""
+    if isinstance(module, ResNet) and module.norm_trains or isinstance(module, Subnets) and any(module.deformable.values()):
+        return module
+    if isinstance(module, Bottleneck):
+        return TrainingBottleneck(module)
+    if isinstance(module, Subnets):
+        return TrainingTower(module)
+    if isinstance(module, BoxHead):
+        return TrainingBoxHead(module)
+    if isinstance(module, StuffHead):
+        return TrainingStuffHead(module)
+    if type(module) is nn.Conv2d and is_3x3(module):
+        return TrainingConv(module)
+    shallow = copy.copy(module)
+    shallow._modules = {name: None if part is None else arrange(part) for name, part in module._modules.items()}
+    return shallow
+
+
+def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
+    """Rearranges a network for training in float32 on the CPU.
+
+    Args:
+        model: in training mode. It keeps the parameters, and is what is saved and evaluated.
+
+    Returns:
+        A SpatialFlow that computes the same outputs to rounding; gradients arrive at the parameters of `model`. Its
+        input should be channels-last.
+    """
+    return arrange(model)

@@ -113,6 +113,20 @@ class TestLossTerms:
         total = stuff_loss_sum(logits[:, :, :h, :w], semantic[:, :h, :w])
         assert (0.25 * total / (h * w)).item() == pytest.approx(expected["value"], rel=1e-5)
 
+    @pytest.mark.parametrize("size, factor", [((12, 20), 4), ((1, 9), 4), ((5, 1), 8), ((7, 6), 1), ((30, 3), 2)])
+    def test_stuff_of_enlarged_logits(self, size, factor):
+        """Value and gradient are those of interpolate and cross_entropy, over bands and at the borders."""
+        logits = torch.randn(2, 5, *size, dtype=torch.float32, requires_grad=True)
+        semantic = torch.randint(6, (2, size[0] * factor, size[1] * factor), dtype=torch.uint8)
+        semantic[semantic == 5] = 255
+        enlarged = F.interpolate(logits.double(), scale_factor=factor, mode="bilinear", align_corners=True)
+        expected = F.cross_entropy(enlarged, semantic.long(), ignore_index=255, reduction="sum")
+        (wanted,) = torch.autograd.grad(3 * expected, logits)
+        value = stuff_loss_sum(logits, semantic)
+        (gradient,) = torch.autograd.grad(3 * value, logits)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+        np.testing.assert_allclose(gradient, wanted, atol=1e-5 * wanted.abs().max())
+
     def test_mask_targets(self, ops):
         z = ops("mask_target")
         arguments = [torch.from_numpy(z[name]) for name in ("gt_masks", "proposals", "assigned")]
@@ -149,10 +163,11 @@ class ReleasedStuffSum(Criterion):
     batch.
     """
 
-    def _stuff_sum(self, network, quarter_logits, truth):
+    def _stuff_sum(self, logits, truth):
         h, w = truth.valid_sizes[0].tolist()
-        total = stuff_loss_sum(network.stuff_head.enlarge(quarter_logits)[:, :, :h, :w], truth.semantic[:, :h, :w])
-        return total / (h * w) * (truth.semantic != 255).sum()
+        window = torch.full_like(truth.semantic, 255)
+        window[:, :h, :w] = truth.semantic[:, :h, :w]
+        return stuff_loss_sum(logits, window) / (h * w) * (truth.semantic != 255).sum()
 
 
 class TestReleasedStep:

@@ -7,7 +7,6 @@ from typing import Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from spatialflow.models.anchors import STRIDES, valid_flags
 from spatialflow.models.config import Config
@@ -18,6 +17,9 @@ from spatialflow.ops import sigmoid_focal_loss
 
 IGNORED_PIXEL = 255
 """Value of pixels without a label in semantic maps."""
+
+ROWS_AT_ONCE = 16
+"""Rows of the stuff loss that are worked on together on the CPU; their logits stay in cache."""
 
 
 class Losses(NamedTuple):
@@ -60,16 +62,57 @@ def mask_loss_sum(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
-    """Sum of the cross entropy of all labelled pixels.
+    """Sum of the cross entropy of all labelled pixels, with the logits enlarged to the size of the labels.
 
     Args:
-        logits: (N, C, H, W).
+        logits: (N, C, H / f, W / f), enlarged bilinearly with aligned corners.
         semantic: (N, H, W) integer, 255 where a pixel does not count.
 
     Returns:
-        () float32.
+        () float32. Differentiable once, by `logits`.
     """
-    return F.cross_entropy(logits.float(), semantic.long(), ignore_index=IGNORED_PIXEL, reduction="sum")
+    return torch.stack([_EnlargedCrossEntropy.apply(*image) for image in zip(logits.float(), semantic)]).sum()
+
+
+class _EnlargedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient of one image in one pass, band by band, so that no map of image size but the labels exists.
+
+    Enlarging is a matrix product along either axis, and so is its adjoint.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, semantic: Tensor) -> Tensor:
+        (height, width), (classes, h, w) = semantic.shape, logits.shape
+        along_x, along_y = (_enlargement(small, large, logits) for small, large in ((w, width), (h, height)))
+        wide = along_x @ logits.permute(1, 2, 0)  # (h, W, C)
+        gradient, total = torch.zeros_like(wide), logits.new_zeros(())
+        rows = ROWS_AT_ONCE if logits.device.type == "cpu" else height
+        for start in range(0, height, rows):
+            labels = semantic[start : start + rows].flatten().long()  # (R * W,)
+            first, last = (max(start * (h - 1) // max(height - 1, 1) - 1, 0), (start + rows) * h // height + 2)
+            weights = along_y[start : start + rows, first:last]  # (R, rows of `wide` that the band touches)
+            band = (weights @ wide[first:last].flatten(1)).view(-1, classes)  # (R * W, C)
+            counted = labels != IGNORED_PIXEL
+            labels = torch.where(counted, labels, 0)[:, None]
+            log_shares = band.log_softmax(dim=1)
+            total -= (log_shares.gather(1, labels)[:, 0] * counted).sum()
+            shares = log_shares.exp_().scatter_add_(1, labels, log_shares.new_full(labels.shape, -1.0))
+            shares *= counted[:, None]
+            gradient[first:last] += (weights.t() @ shares.view(weights.shape[0], -1)).view(-1, width, classes)
+        ctx.save_for_backward((along_x.t() @ gradient).permute(2, 0, 1))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * grad_total, None
+
+
+def _enlargement(small: int, large: int, like: Tensor) -> Tensor:
+    """(large, small) weights of bilinear enlargement with aligned corners."""
+    source = torch.arange(large, dtype=torch.float64, device=like.device) * ((small - 1) / max(large - 1, 1))
+    nodes = torch.arange(small, dtype=torch.float64, device=like.device)
+    return (1 - (source[:, None] - nodes).abs()).clamp_(min=0).to(like.dtype)
 
 
 class Criterion:
@@ -118,7 +161,7 @@ class Criterion:
         if things is not None:
             thing = self._thing_sum(network, output, things) / count[1]
         if stuff_logits is not None:
-            stuff = self._stuff_sum(network, stuff_logits, truth) / count[2] * training.stuff_loss_weight
+            stuff = self._stuff_sum(stuff_logits, truth) / count[2] * training.stuff_loss_weight
         return Losses(cls / count[0], box / count[0], thing, stuff)
 
     @torch.no_grad()
@@ -185,17 +228,6 @@ class Criterion:
         rois = things.rois.new_tensor([[0, 0, 0, 1, 1]])
         return network.thing_logits(output.thing_features, rois, things.labels.new_zeros(1)).float().sum() * 0
 
-    def _stuff_sum(self, network: SpatialFlow, quarter_logits: Tensor, truth: Truth) -> Tensor:
-        """Semantic loss, one image at a time; the enlarged logits are made again in the backward pass instead of
-        kept.
-        """
-
-        def image_sum(logits: Tensor, semantic: Tensor) -> Tensor:
-            return stuff_loss_sum(network.stuff_head.enlarge(logits), semantic)
-
-        return torch.stack(
-            [
-                checkpoint(image_sum, quarter_logits[i : i + 1], truth.semantic[i : i + 1], use_reentrant=False)
-                for i in range(len(quarter_logits))
-            ]
-        ).sum()
+    def _stuff_sum(self, logits: Tensor, truth: Truth) -> Tensor:
+        """Semantic loss of the logits at stride 4."""
+        return stuff_loss_sum(logits, truth.semantic)

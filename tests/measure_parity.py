@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints how far losses and gradients of one training step are from the released ones: `python tests/measure_parity.py`.
+
+Both forms of the network, on the targets of the plain one, as in `test_training_targets.py`, which holds them to 1e-5
+and 1e-3.
+"""
+
+import torch
+from conftest import fixture_root
+from golden_models import golden_model, relative_error
+from test_training_targets import ReleasedStuffSum, golden_batch
+
+from spatialflow.engine.checkpoints import name_from_released
+from spatialflow.models.optimize_training import optimize_for_training
+
+
+def measure(arranged: bool) -> tuple[float, float, float]:
+    """Largest relative difference of a loss, of a gradient's norm, and of a whole gradient by its largest value."""
+    goldens = fixture_root() / "goldens"
+    arrays, about, images, truth = golden_batch(goldens)
+    model = golden_model(goldens, "tiny", "tiny").train()
+    criterion = ReleasedStuffSum(model.config)
+    with torch.no_grad():
+        things = criterion.thing_targets(model.dense(images)[0], truth)
+    criterion.thing_targets = lambda output, truth: things
+    losses = criterion(optimize_for_training(model) if arranged else model, images, truth)
+    losses.total().backward()
+    parameters = dict(model.named_parameters())
+    values = zip(("loss_cls", "loss_bbox", "loss_mask", "loss_stuff", "loss"), (*losses, losses.total()))
+    of_losses = [abs(value.item() / about["log_vars"][name] - 1) for name, value in values]
+    of_norms = [
+        abs(parameters[name_from_released(name)].grad.double().norm().item() / norm - 1)
+        for name, norm in about["grad_norms"].items()
+        if norm
+    ]
+    of_gradients = [
+        relative_error(parameters[name_from_released(key[6:])].grad, arrays[key])
+        for key in arrays
+        if key.startswith("grad__")
+    ]
+    return max(of_losses), max(of_norms), max(of_gradients)
+
+
+if __name__ == "__main__":
+    for arranged in (False, True):
+        loss, norm, gradient = measure(arranged)
+        name = "arranged for training" if arranged else "plain modules"
+        print(f"{name}: losses {loss:.1e}, gradient norms {norm:.1e}, whole gradients {gradient:.1e}")

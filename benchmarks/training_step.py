@@ -20,7 +20,10 @@ from spatialflow.models.losses import Criterion
 from spatialflow.models.optimize_training import optimize_for_training
 from spatialflow.models.targets import Truth
 
-COMPARED = ("backbone.layer2.0.conv2.weight", "fpn.output.0.weight", "subnets.reg.0.weight", "thing_head.convs.0.weight")
+COMPARED = tuple(
+    f"{module}.weight"
+    for module in ("backbone.layer2.0.conv2", "fpn.output.0", "subnets.reg.0", "thing_head.convs.0", "stuff_head.logits")
+)
 """Parameters whose gradients are compared with those of the oracle."""
 
 

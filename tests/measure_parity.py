@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints how far losses and gradients of one training step are from the released ones: `python tests/measure_parity.py`.
+"""Prints how far losses and gradients of one training step are from the released ones.
 
-Both forms of the network, on the targets of the plain one, as in `test_training_targets.py`, which holds them to 1e-5
-and 1e-3.
+`python tests/measure_parity.py` measures both forms of the network, on the targets of the plain one, as in
+`test_training_targets.py`, which holds them to 1e-5 and 1e-3.
 """
 
 import torch

@@ -88,7 +88,8 @@ class Trainer:
     """A training run in a folder.
 
     The folder gets `checkpoint.pt` (everything needed to go on; also loadable as weights), `model.safetensors` (the
-    weights, after each epoch that takes more than a few seconds), `log.jsonl`, `curves.png`, `tensorboard/` and `evaluation/`.
+    weights, after each epoch that takes more than a few seconds), `log.jsonl`, `curves.png`, `tensorboard/` and
+    `evaluation/`.
 
     Args:
         config: what to train and how.

@@ -131,7 +131,9 @@ class TrainingStuffHead(StuffHead):
 
 def arrange(module: nn.Module) -> nn.Module:
     """`module` with every part replaced that has a faster form; other parts are new, their parameters the same."""
-    if isinstance(module, ResNet) and module.norm_trains or isinstance(module, Subnets) and any(module.deformable.values()):
+    batch_statistics = isinstance(module, ResNet) and module.norm_trains
+    deformable = isinstance(module, Subnets) and any(module.deformable.values())
+    if batch_statistics or deformable:
         return module
     if isinstance(module, Bottleneck):
         return TrainingBottleneck(module)

@@ -36,7 +36,8 @@ add_library(torch_cuda_stub SHARED "${stub_dir}/torch_cuda_stub.cpp")
 set_target_properties(torch_cuda_stub PROPERTIES
   OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${stub_dir}" CXX_VISIBILITY_PRESET default)
 
-list(TRANSFORM cuda_ops PREPEND "csrc/cuda/" OUTPUT_VARIABLE cuda_sources)
+set(cuda_sources ${cuda_ops} ${cuda_shared})
+list(TRANSFORM cuda_sources PREPEND "csrc/cuda/")
 list(TRANSFORM cuda_sources APPEND ".cu")
 # Decisions at a threshold and resized pixels, made in the same roundings as on the CPU.
 set_source_files_properties(csrc/cuda/paste_masks.cu csrc/cuda/preprocess_images.cu PROPERTIES COMPILE_OPTIONS --fmad=false)

@@ -5,6 +5,8 @@ set(cuda_ops
     deform_conv2d
     deform_conv2d_backward
     flow_conv2d
+    flow_conv2d_backward
+    flow_tower
     multiclass_nms
     multilevel_roi_align
     nms
@@ -14,3 +16,6 @@ set(cuda_ops
     preprocess_images
     roi_align
     sigmoid_focal_loss)
+
+# CUDA sources that several operators share.
+set(cuda_shared conv3x3)

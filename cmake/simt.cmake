@@ -4,9 +4,9 @@
 # in for the CPU library: operators without a CUDA kernel come from their CPU source. With SPATIALFLOW_SANITIZE it is
 # another library, so that both can be built.
 find_package(Threads REQUIRED)
-set(simt_sources ${cpu_shared_sources})
-foreach(op IN LISTS ops)
-  if(op IN_LIST cuda_ops)
+set(simt_sources "")
+foreach(op IN LISTS ops cuda_shared)
+  if(op IN_LIST cuda_ops OR op IN_LIST cuda_shared)
     # A source has one language in a folder, and the CUDA library compiles the .cu file as CUDA.
     set(wrapper "${CMAKE_BINARY_DIR}/simt/${op}.cpp")
     file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"cuda/${op}.cu\"\n")

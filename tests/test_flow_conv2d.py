@@ -111,6 +111,19 @@ class TestKernels:
         for level, result in zip(x, together):
             assert_near(result, ops.flow_conv2d(level, None, weight, algorithm=algorithm), torch.float32)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_many_levels(self, dtype):
+        """More levels than one launch of a kernel takes: outputs and the weight gradient, which sums over all of them."""
+        x = [torch.randn(1, 3, 1 + i % 4, 2 + i % 3, dtype=dtype) for i in range(40)]
+        weight = torch.randn(5, 3, 3, 3, dtype=dtype, requires_grad=True)
+        wide = weight.detach().double().requires_grad_()
+        actual = ops.flow_conv2d(x, None, weight, relu=False)
+        expected = reference.flow_conv2d([level.double() for level in x], None, wide, relu=False)
+        assert_near(actual, expected, dtype)
+        gradients = [torch.randn_like(y) for y in actual]
+        wanted = torch.autograd.grad(expected, wide, [g.double() for g in gradients])
+        assert_near(list(torch.autograd.grad(actual, weight, gradients)), list(wanted), dtype)
+
     @pytest.mark.parametrize("threads", [1, 2, 5])
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_threads(self, algorithm, threads):

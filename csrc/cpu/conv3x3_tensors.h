@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Between tensors and conv3x3.h: layouts, packed weights, choice of algorithm.
+// Between tensors and conv3x3.h: layouts and biases.
 #pragma once
 
 #include "cpu/conv3x3.h"
@@ -8,25 +8,11 @@
 
 namespace spatialflow {
 
-// The algorithm that runs: float64 is always direct (it is there to check gradients); else "auto" takes Winograd where
-// both channel counts fill vectors.
-inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
-    if (is_double) {
-        return kConvDirect;
-    }
-    if (algorithm == kConvAuto) {
-        return in_channels >= 32 && out_channels >= 32 ? kConvWinograd : kConvDirect;
-    }
-    return algorithm;
-}
-
-inline int64_t packed_conv_size(int64_t resolved, int64_t in_channels, int64_t out_channels) {
-    return (resolved == kConvWinograd ? 36 : 9) * gemm_packed_size(in_channels, out_channels);
-}
+static_assert(kGemmColumnPadding == kPackedOutputs, "packed weights have one size on every back end");
 
 // The bias in the type sums are in, dense.
 inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
-    return bias ? std::optional<Tensor>(to_contiguous(as_dtype(*bias, dtype))) : std::nullopt;
+    return bias ? std::optional<Tensor>(contiguous_as(*bias, dtype)) : std::nullopt;
 }
 
 inline std::vector<Tensor> channels_last(const std::vector<Tensor>& levels) {

@@ -81,18 +81,7 @@ std::vector<Tensor> flow_conv2d_packed_cpu(
     if (x.empty()) {
         return {};
     }
-    check_dim("flow_conv2d", "x[0]", x[0], 4, "(N, C, H, W)");
-    check_floating("flow_conv2d", "x[0]", x[0]);
-    const int64_t in_channels = x[0].size(1);
-    check_conv_inputs("flow_conv2d", x, flow, in_channels, x[0], "x[0]");
-    check_conv_bias("flow_conv2d", bias, out_channels, x[0], "x[0]");
-    check_dtype("flow_conv2d", "packed weight", packed, accum_dtype(x[0].scalar_type()));
-    const int64_t resolved =
-        resolve_algorithm(algorithm, packed.scalar_type() == ScalarType::Double, in_channels, out_channels);
-    check(out_channels >= 0 && packed.is_contiguous() &&
-              packed.numel() == packed_conv_size(resolved, in_channels, out_channels),
-          "flow_conv2d: the packed weight was made for other channels or another algorithm than x with ", in_channels,
-          " channels and ", out_channels, " outputs");
+    const int64_t resolved = check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
     return convolve(x, flow, packed, bias, out_channels, relu, resolved);
 }
 

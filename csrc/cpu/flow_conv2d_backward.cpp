@@ -210,19 +210,8 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
 Tensor weight_gradient_cpu(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const std::vector<Tensor>& grad_output,
     int64_t algorithm) {
-    const char* op = "flow_conv2d_weight_gradient";
-    check(!x.empty(), op, ": x must have at least one level");
-    check_dim(op, "x[0]", x[0], 4, "(N, C_in, H, W)");
-    check_floating(op, "x[0]", x[0]);
-    const int64_t in_channels = x[0].size(1);
-    check_conv_inputs(op, x, flow, in_channels, x[0], "x[0]");
-    check(grad_output.size() == x.size(), op, ": grad_output must have as many levels as x, ", x.size(), ", got ",
-          grad_output.size());
-    check_dim(op, "grad_output[0]", grad_output[0], 4, "(N, C_out, H, W)");
-    const int64_t out_channels = grad_output[0].size(1);
-    check_levels(op, "grad_output", grad_output, out_channels, x[0], "x[0]");
-    check_matching_levels(op, "grad_output", grad_output, "x", x);
-    check_algorithm(op, algorithm);
+    check_conv_weight_gradient(x, flow, grad_output, algorithm);
+    const int64_t in_channels = x[0].size(1), out_channels = grad_output[0].size(1);
     Tensor out = empty_like_sized(x[0], {out_channels, in_channels, 3, 3});
     const std::vector<Tensor> dense_x = channels_last(x), dense_flow = channels_last(flow),
                               dense_grad = channels_last(grad_output);
@@ -235,7 +224,7 @@ Tensor weight_gradient_cpu(
     }
     const int64_t resolved =
         resolve_algorithm(algorithm, x[0].scalar_type() == ScalarType::Double, in_channels, out_channels);
-    dispatch_floating(op, x[0].scalar_type(), [&](auto zero) {
+    dispatch_floating("flow_conv2d_weight_gradient", x[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         WeightGradient<scalar_t> job = {
             in_channels, out_channels, conv_levels<scalar_t>(dense_x, dense_flow), {}, mutable_data<scalar_t>(out)};

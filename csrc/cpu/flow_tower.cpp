@@ -17,13 +17,6 @@
 namespace spatialflow {
 namespace {
 
-struct Conv {
-    Tensor packed, bias;  // bias in the type of sums
-    int64_t in_channels = 0, out_channels = 0;
-    int64_t algorithm = kConvDirect;
-    bool present = false;
-};
-
 // Maps of one sub-network. The input levels are shared and must not be overwritten; maps made here may be.
 struct Feature {
     std::vector<Tensor> maps;
@@ -38,7 +31,7 @@ public:
     explicit Tower(const std::vector<Tensor>& levels) : levels_(levels) {}
 
     // Adds to the pending work: target = relu(conv(source)).
-    void convolve(const Feature& source, const Conv& conv, Feature& target) {
+    void convolve(const Feature& source, const TowerConv& conv, Feature& target) {
         Feature result = take(target.maps.size(), conv.out_channels);
         ConvJob<scalar_t> job = {conv.in_channels, conv_levels<scalar_t>(first(source, result), {}), {}};
         job.branches.push_back(branch(conv, true, result, nullptr));
@@ -47,7 +40,7 @@ public:
     }
 
     struct Flow {
-        const Conv* conv;
+        const TowerConv* conv;
         Feature* target;
     };
 
@@ -95,7 +88,7 @@ private:
         return {source.maps.begin(), source.maps.begin() + static_cast<std::ptrdiff_t>(target.maps.size())};
     }
 
-    static ConvBranch<scalar_t> branch(const Conv& conv, bool relu, const Feature& out, const Feature* residual) {
+    static ConvBranch<scalar_t> branch(const TowerConv& conv, bool relu, const Feature& out, const Feature* residual) {
         ConvBranch<scalar_t> result = {
             data<accum_t<scalar_t>>(conv.packed), data<accum_t<scalar_t>>(conv.bias), conv.out_channels, relu,
             output_pointers<scalar_t>(out.maps), {}};
@@ -126,64 +119,9 @@ private:
     std::vector<Feature> spare_;
 };
 
-// The eight lists of convolutions; a convolution's input channels and algorithm follow from the length of its packed
-// weights, once the channels of what it reads are known.
-class Convolutions {
-public:
-    Convolutions(
-        const std::vector<Tensor>& packed, const std::vector<Tensor>& biases, const std::vector<int64_t>& counts,
-        ScalarType dtype)
-        : lists_(kTowerLists) {
-        size_t next = 0;
-        for (size_t list = 0; list < lists_.size(); ++list) {
-            for (int64_t i = 0; i < counts[list]; ++i, ++next) {
-                Conv conv;
-                conv.packed = packed[next];
-                conv.bias = *accum_bias(biases[next], dtype);
-                conv.out_channels = biases[next].size(0);
-                conv.present = packed[next].numel() > 0;
-                check(!conv.present || packed[next].scalar_type() == dtype, "flow_tower: packed[", next, "] must be ",
-                      dtype_name(dtype), " for these levels, got ", dtype_name(packed[next].scalar_type()));
-                lists_[list].push_back(conv);
-            }
-        }
-    }
-
-    size_t stages(TowerList list) const { return lists_[list].size(); }
-
-    // Convolution `index` of a list, reading `in_channels` and, if `out_channels` is given, to be added to so many;
-    // null where it is absent.
-    const Conv* at(TowerList list, size_t index, int64_t in_channels, int64_t out_channels = -1) {
-        if (index >= lists_[list].size() || !lists_[list][index].present) {
-            return nullptr;
-        }
-        Conv& conv = lists_[list][index];
-        const int64_t size = conv.packed.numel();
-        const bool winograd = size == packed_conv_size(kConvWinograd, in_channels, conv.out_channels);
-        check((winograd && conv.packed.scalar_type() == ScalarType::Float) ||
-                  size == packed_conv_size(kConvDirect, in_channels, conv.out_channels),
-              "flow_tower: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
-              " it reads");
-        check(out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,
-              "] must have the ", out_channels, " channels of the feature it is added to, got ", conv.out_channels);
-        conv.in_channels = in_channels;
-        conv.algorithm = winograd ? kConvWinograd : kConvDirect;
-        return &conv;
-    }
-
-private:
-    static const char* name(TowerList list) {
-        static const char* const names[kTowerLists] = {
-            "cls", "reg", "stuff", "thing", "flow_cls", "flow_stuff", "flow_thing", "semantic_flow"};
-        return names[list];
-    }
-
-    std::vector<std::vector<Conv>> lists_;
-};
-
 template <typename scalar_t>
 std::vector<Feature> run_tower(  // those of cls, reg, stuff, thing that are no input levels
-    const std::vector<Tensor>& levels, Convolutions& convs, bool source_is_cls, size_t segmentation_levels) {
+    const std::vector<Tensor>& levels, TowerConvolutions& convs, bool source_is_cls, size_t segmentation_levels) {
     Tower<scalar_t> tower(levels);
     const TowerList source_list = source_is_cls ? kTowerCls : kTowerReg;
     const Feature all = {levels, false};
@@ -202,7 +140,7 @@ std::vector<Feature> run_tower(  // those of cls, reg, stuff, thing that are no 
         for (Follower& follower : followers) {
             const Feature& f = follower.feature;
             if (has_stage(follower) && !f.maps.empty()) {
-                if (const Conv* flow = convs.at(follower.flows, s, source.channels(), f.channels())) {
+                if (const TowerConv* flow = convs.at(follower.flows, s, source.channels(), f.channels())) {
                     flows.push_back({flow, &follower.feature});
                 }
             }
@@ -212,14 +150,14 @@ std::vector<Feature> run_tower(  // those of cls, reg, stuff, thing that are no 
     };
     const size_t stages = std::max({convs.stages(kTowerCls), convs.stages(kTowerReg), convs.stages(kTowerStuff)});
     for (size_t s = 0; s < stages; ++s) {
-        if (const Conv* conv = convs.at(source_list, s, source.channels())) {
+        if (const TowerConv* conv = convs.at(source_list, s, source.channels())) {
             tower.convolve(source, *conv, source);
             tower.run();
         }
         flow_into(s, [&](const Follower& follower) { return s < convs.stages(follower.stages); });
         for (Follower& follower : followers) {
             if (!follower.feature.maps.empty()) {
-                if (const Conv* conv = convs.at(follower.stages, s, follower.feature.channels())) {
+                if (const TowerConv* conv = convs.at(follower.stages, s, follower.feature.channels())) {
                     tower.convolve(follower.feature, *conv, follower.feature);
                 }
             }
@@ -232,15 +170,15 @@ std::vector<Feature> run_tower(  // those of cls, reg, stuff, thing that are no 
 
     const size_t thing_stages = convs.stages(kTowerThing);
     for (size_t s = 0; s < std::max<size_t>(thing_stages, 1) && segmentation_levels > 0; ++s) {
-        if (const Conv* semantic = convs.at(kFlowSemantic, s, stuff.channels(), thing.channels())) {
+        if (const TowerConv* semantic = convs.at(kFlowSemantic, s, stuff.channels(), thing.channels())) {
             tower.add_flows(stuff, {{semantic, &thing}});
             tower.run();
         }
-        if (const Conv* flow = convs.at(kFlowThing, s, source.channels(), thing.channels())) {
+        if (const TowerConv* flow = convs.at(kFlowThing, s, source.channels(), thing.channels())) {
             tower.add_flows(source, {{flow, &thing}});
             tower.run();
         }
-        if (const Conv* conv = convs.at(kTowerThing, s, thing.channels())) {
+        if (const TowerConv* conv = convs.at(kTowerThing, s, thing.channels())) {
             tower.convolve(thing, *conv, thing);
             tower.run();
         }
@@ -262,7 +200,7 @@ std::vector<Tensor> flow_tower_cpu(
     check_flow_tower(levels, packed, biases, counts, segmentation_levels);
     const ScalarType dtype = levels[0].scalar_type();
     const std::vector<Tensor> dense = channels_last(levels);
-    Convolutions convs(packed, biases, counts, accum_dtype(dtype));
+    TowerConvolutions convs(packed, biases, counts, accum_dtype(dtype));
     std::vector<Tensor> results;
     dispatch_floating("flow_tower", dtype, [&](auto zero) {
         using scalar_t = decltype(zero);

@@ -10,6 +10,7 @@
 //   SPATIALFLOW_DYNAMIC_SHARED(float, tile)     the dynamic shared memory of the launch
 //   load_vector<8>(input + i), store_vector(output + i, v)     one access of up to 16 bytes, aligned to its size
 //   launch<my_kernel<float>>(grid, block, shared_bytes, stream, arguments...)
+//   resident_blocks<my_kernel<float>>(threads, shared_bytes)   grid of a kernel whose blocks loop over the work
 //
 // Everything else (threadIdx, __syncthreads, __shfl_sync, atomicAdd, ...) is CUDA's own name.
 #pragma once

@@ -109,18 +109,34 @@ inline std::remove_const_t<T> read_back(T* source, Stream stream) {
     return value;
 }
 
+// A kernel gets more than 48 KiB of dynamic shared memory only where it has been allowed to.
+template <auto kKernel>
+inline void allow_shared_bytes(size_t shared_bytes) {
+    if (shared_bytes > 48 * 1024) {
+        check_cuda(
+            cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+            "dynamic shared memory of a kernel");
+    }
+}
+
+// Blocks of kKernel that the current device runs at one time: the grid of a kernel whose blocks stay and loop.
+template <auto kKernel>
+inline int resident_blocks(int threads, size_t shared_bytes) {
+    int device = 0, multiprocessors = 0, blocks = 0;
+    check_cuda(cudaGetDevice(&device), "the current device");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    allow_shared_bytes<kKernel>(shared_bytes);
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes), "occupancy");
+    return multiprocessors * (blocks > 0 ? blocks : 1);
+}
+
 template <typename Kernel>
 struct KernelArguments;
 template <typename... Parameters>
 struct KernelArguments<void (*)(Parameters...)> {
     template <void (*kKernel)(Parameters...)>
     static void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Parameters... arguments) {
-        if (shared_bytes > 48 * 1024) {
-            check_cuda(
-                cudaFuncSetAttribute(
-                    kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                "dynamic shared memory of a kernel");
-        }
+        allow_shared_bytes<kKernel>(shared_bytes);
         kKernel<<<grid, block, shared_bytes, stream>>>(arguments...);
         check_cuda(cudaGetLastError(), "kernel launch");
     }

@@ -10,6 +10,27 @@ namespace spatialflow {
 // Values of the schemas' `algorithm`.
 constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2;
 
+// Packed weights are (9 or 36, C_in, C_out padded to this many).
+constexpr int64_t kPackedOutputs = 32;
+
+// The algorithm that runs: float64 is always direct (it is there to check gradients); else "auto" takes Winograd where
+// both channel counts fill vectors.
+inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
+    if (is_double) {
+        return kConvDirect;
+    }
+    if (algorithm == kConvAuto) {
+        return in_channels >= 32 && out_channels >= 32 ? kConvWinograd : kConvDirect;
+    }
+    return algorithm;
+}
+
+// The same on every back end, so that a size needs no word about the device.
+inline int64_t packed_conv_size(int64_t resolved, int64_t in_channels, int64_t out_channels) {
+    const int64_t padded = (out_channels + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs;
+    return (resolved == kConvWinograd ? 36 : 9) * in_channels * padded;
+}
+
 inline void check_algorithm(const char* op, int64_t algorithm) {
     check(algorithm == kConvAuto || algorithm == kConvWinograd || algorithm == kConvDirect, op,
           ": algorithm must be 0 (auto), 1 (winograd) or 2 (direct), got ", algorithm);
@@ -76,6 +97,42 @@ inline void check_flow_conv2d(
     check_conv_inputs("flow_conv2d", x, flow, weight.size(1), weight, "weight");
     check_conv_bias("flow_conv2d", bias, weight.size(0), weight, "weight");
     check_algorithm("flow_conv2d", algorithm);
+}
+
+// `x` has a level or more. Returns the algorithm that the weights were packed for.
+inline int64_t check_flow_conv2d_packed(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
+    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm) {
+    check_dim("flow_conv2d", "x[0]", x[0], 4, "(N, C, H, W)");
+    check_floating("flow_conv2d", "x[0]", x[0]);
+    const int64_t in_channels = x[0].size(1);
+    check_conv_inputs("flow_conv2d", x, flow, in_channels, x[0], "x[0]");
+    check_conv_bias("flow_conv2d", bias, out_channels, x[0], "x[0]");
+    check_dtype("flow_conv2d", "packed weight", packed, accum_dtype(x[0].scalar_type()));
+    check_same_device("flow_conv2d", "packed weight", packed, "x[0]", x[0]);
+    const int64_t resolved =
+        resolve_algorithm(algorithm, packed.scalar_type() == ScalarType::Double, in_channels, out_channels);
+    check(out_channels >= 0 && packed.is_contiguous() &&
+              packed.numel() == packed_conv_size(resolved, in_channels, out_channels),
+          "flow_conv2d: the packed weight was made for other channels or another algorithm than x with ", in_channels,
+          " channels and ", out_channels, " outputs");
+    return resolved;
+}
+
+inline void check_conv_weight_gradient(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const std::vector<Tensor>& grad_output,
+    int64_t algorithm) {
+    const char* op = "flow_conv2d_weight_gradient";
+    check(!x.empty(), op, ": x must have at least one level");
+    check_dim(op, "x[0]", x[0], 4, "(N, C_in, H, W)");
+    check_floating(op, "x[0]", x[0]);
+    check_conv_inputs(op, x, flow, x[0].size(1), x[0], "x[0]");
+    check(grad_output.size() == x.size(), op, ": grad_output must have as many levels as x, ", x.size(), ", got ",
+          grad_output.size());
+    check_dim(op, "grad_output[0]", grad_output[0], 4, "(N, C_out, H, W)");
+    check_levels(op, "grad_output", grad_output, grad_output[0].size(1), x[0], "x[0]");
+    check_matching_levels(op, "grad_output", grad_output, "x", x);
+    check_algorithm(op, algorithm);
 }
 
 }  // namespace spatialflow

@@ -39,4 +39,66 @@ inline void check_flow_tower(
     }
 }
 
+struct TowerConv {
+    Tensor packed, bias;  // bias in the type of sums
+    int64_t in_channels = 0, out_channels = 0;
+    int64_t algorithm = kConvDirect;
+    bool present = false;
+};
+
+// The eight lists of convolutions; a convolution's input channels and algorithm follow from the length of its packed
+// weights, once the channels of what it reads are known.
+class TowerConvolutions {
+public:
+    TowerConvolutions(
+        const std::vector<Tensor>& packed, const std::vector<Tensor>& biases, const std::vector<int64_t>& counts,
+        ScalarType dtype)
+        : lists_(kTowerLists) {
+        size_t next = 0;
+        for (size_t list = 0; list < lists_.size(); ++list) {
+            for (int64_t i = 0; i < counts[list]; ++i, ++next) {
+                TowerConv conv;
+                conv.packed = packed[next];
+                conv.bias = contiguous_as(biases[next], dtype);
+                conv.out_channels = biases[next].size(0);
+                conv.present = packed[next].numel() > 0;
+                check(!conv.present || packed[next].scalar_type() == dtype, "flow_tower: packed[", next, "] must be ",
+                      dtype_name(dtype), " for these levels, got ", dtype_name(packed[next].scalar_type()));
+                lists_[list].push_back(conv);
+            }
+        }
+    }
+
+    size_t stages(TowerList list) const { return lists_[list].size(); }
+
+    // Convolution `index` of a list, reading `in_channels` and, if `out_channels` is given, to be added to so many;
+    // null where it is absent.
+    const TowerConv* at(TowerList list, size_t index, int64_t in_channels, int64_t out_channels = -1) {
+        if (index >= lists_[list].size() || !lists_[list][index].present) {
+            return nullptr;
+        }
+        TowerConv& conv = lists_[list][index];
+        const int64_t size = conv.packed.numel();
+        const bool winograd = size == packed_conv_size(kConvWinograd, in_channels, conv.out_channels);
+        check((winograd && conv.packed.scalar_type() == ScalarType::Float) ||
+                  size == packed_conv_size(kConvDirect, in_channels, conv.out_channels),
+              "flow_tower: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
+              " it reads");
+        check(out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,
+              "] must have the ", out_channels, " channels of the feature it is added to, got ", conv.out_channels);
+        conv.in_channels = in_channels;
+        conv.algorithm = winograd ? kConvWinograd : kConvDirect;
+        return &conv;
+    }
+
+private:
+    static const char* name(TowerList list) {
+        static const char* const names[kTowerLists] = {
+            "cls", "reg", "stuff", "thing", "flow_cls", "flow_stuff", "flow_thing", "semantic_flow"};
+        return names[list];
+    }
+
+    std::vector<std::vector<TowerConv>> lists_;
+};
+
 }  // namespace spatialflow

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spatialflow.ops.differentiable import autocast
 from spatialflow.ops.flow_conv2d import PackedConv, algorithm_code, flow_conv2d, needs_gradient, pack_conv3x3
+from spatialflow.ops.layout import memory_format_of
 
 Conv = tuple[Tensor, Tensor | None] | PackedConv
 """(weight (C_out, C_in, 3, 3), bias (C_out,) or None), or the same packed."""
@@ -233,8 +234,8 @@ def _(levels, packed, biases, counts, source_is_cls, segmentation_levels):
         # The last stage gives the channels; without stages flows are added to the levels.
         last = biases[starts[index] + counts[index] - 1].shape[0] if counts[index] else None
         for level in own:
-            channels_last = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
             size = (level.shape[0], level.shape[1] if last is None else last, level.shape[2], level.shape[3])
-            memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            outputs.append(torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format))
+            outputs.append(
+                torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format_of(level))
+            )
     return outputs

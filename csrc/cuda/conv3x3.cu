@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Many 3x3 convolutions over all levels of their pyramids in one launch, on CUDA.
+//
+//   out[p, o] = relu?(sum over taps t, channels c of (x + flow)[p + t, c] * weights[t, c, o] + bias[o]
+//                     + residual[p, o])
+//
+// An implicit GEMM: rows are pixels, columns output channels, and the sum runs over 9 C. Sources (N, H, W, C) by
+// strides, channels adjacent; weights (9, C, O padded to 32); out and residual (N, H, W, O). A table in the kernel's
+// parameters holds one entry per convolution and level, largest maps first, so that small levels fill the tail. Blocks
+// stay: each takes every gridDim.x-th tile. No atomics, results depend on the inputs alone.
+//
+//   16-bit types   8 x 16 pixels by 128 outputs per block of 4 warps, each 64 x 64 by mma.sync with float32 sums
+//                  (conv3x3_tensor_core.h). A step over 32 channels brings the tile and its rim into shared memory
+//                  once, as x + flow, and serves all nine taps: ldmatrix takes the rows of a tap wherever they lie.
+//                  While it is multiplied, the next step's inputs come in through registers, a piece per tap, and the
+//                  weights of the next two taps by cp.async; both run on across tiles, so only a block's first step
+//                  waits. Rows are padded by 16 bytes: eight of them lie in different banks. Results turn within groups
+//                  of four lanes and leave as 16 bytes.
+//   float32, 64    8 x 8 pixels by 64 outputs per block of 256 threads, 16 channels of a tap a step, 4 x 4 sums a
+//                  thread by fused multiply-adds; the next step is fetched into registers meanwhile.
+//
+// x + flow and the weights are rounded to the 16-bit type, as tensor cores read it.
+//
+// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
+// out 34 MB: 11 us. Expected: mma.sync gives about 60 % of that rate, and rectangles cover 15 % more pixels than there
+// are: 65 us. Weights cross L2 once per tile: 0.24 GB, 45 us at 5.5 TB/s, beside it.
+#include <algorithm>
+
+#include "cuda/conv3x3_tensor_core.h"
+
+namespace spatialflow {
+namespace {
+
+constexpr int kMaxTiles = 1 << 30;  // a tile beyond the last one is still an int
+
+// ---- device ------------------------------------------------------------------------------------------------------
+
+// Sizes of the kernel for float32 and float64.
+struct Plain {
+    static constexpr int kThreads = 256;
+    static constexpr int kSide = 8, kPixels = kSide * kSide, kOutputs = 64;
+    static constexpr int kChannels = 16;  // of a step
+    static constexpr int kGroup = 4;      // of them multiplied in one go
+    static constexpr int kInputRow = kPixels + 4;
+};
+
+template <typename scalar_t, int kAccess>
+__global__ void __launch_bounds__(Plain::kThreads, 2)
+    conv3x3_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
+    constexpr int kPart = kWideElements<scalar_t>;
+    SPATIALFLOW_SHARED(scalar_t, input_tile, Plain::kChannels * Plain::kInputRow);  // [channel][pixel]
+    SPATIALFLOW_SHARED(scalar_t, weight_tile, Plain::kChannels * Plain::kOutputs);  // [channel][output]
+    const int thread = static_cast<int>(threadIdx.x);
+    const int own_row = thread / 16 * 4, own_column = thread % 16 * 4;
+    const int input_row = thread / 4, input_channel = thread % 4 * 4;
+    const int weight_channel = thread / 16, weight_output = thread % 16 * 4;
+    for (int tile = static_cast<int>(blockIdx.x); tile < table.num_tiles; tile += static_cast<int>(gridDim.x)) {
+        const ConvStep step = first_step<Plain::kOutputs>(table, tile);
+        const MapTile map = map_of<Plain::kSide, Plain::kSide>(table, step);
+        const ConvJob<scalar_t>& job = table.jobs[step.job];
+        const int channels = job.source.channels, row_size = padded_outputs(job.outputs);
+        Vec<scalar_t, 4> inputs;
+        scalar_t weights[4];
+        const auto fetch = [&](int tap, int c0) {
+            inputs = load_sum<4, kAccess>(
+                job.source, map.image, map.y + input_row / Plain::kSide + tap / 3 - 1,
+                map.x + input_row % Plain::kSide + tap % 3 - 1, c0 + input_channel);
+            const int c = c0 + weight_channel, output = step.output + weight_output;
+            const auto source = job.weights + ((static_cast<int64_t>(tap) * channels + c) * row_size + output);
+#pragma unroll
+            for (int i = 0; i < 4; i += kPart) {
+                Vec<scalar_t, kPart> some{};
+                if (c < channels && output < row_size) {
+                    some = load_vector<kPart>(source + i);
+                }
+#pragma unroll
+                for (int j = 0; j < kPart; ++j) {
+                    weights[i + j] = some[j];
+                }
+            }
+        };
+        // A thread without an output, or with all its pixels below the map, only helps to fetch.
+        const bool busy = step.output + own_column < job.outputs &&
+                          map.y + own_row / Plain::kSide < job.source.height;
+        scalar_t sums[4][4] = {};
+        int tap = 0, c0 = 0;
+        fetch(tap, c0);
+        while (tap < kTaps) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                input_tile[(input_channel + i) * Plain::kInputRow + input_row] = inputs[i];
+                weight_tile[weight_channel * Plain::kOutputs + weight_output + i] = weights[i];
+            }
+            __syncthreads();
+            const int present = channels - c0 < Plain::kChannels ? channels - c0 : Plain::kChannels;
+            c0 += Plain::kChannels;
+            if (c0 >= channels) {
+                c0 = 0;
+                ++tap;
+            }
+            if (tap < kTaps) {
+                fetch(tap, c0);
+            }
+            for (int group = 0; busy && group < present; group += Plain::kGroup) {
+#pragma unroll
+                for (int k = group; k < group + Plain::kGroup; ++k) {
+                    scalar_t a[4], b[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i += kPart) {
+                        const auto some_inputs = load_vector<kPart>(input_tile + (k * Plain::kInputRow + own_row + i));
+                        const auto some_weights =
+                            load_vector<kPart>(weight_tile + (k * Plain::kOutputs + own_column + i));
+#pragma unroll
+                        for (int j = 0; j < kPart; ++j) {
+                            a[i + j] = some_inputs[j];
+                            b[i + j] = some_weights[j];
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            sums[i][j] += a[i] * b[j];
+                        }
+                    }
+                }
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int pixel = own_row + i;
+            const int y = map.y + pixel / Plain::kSide, x = map.x + pixel % Plain::kSide;
+            const bool inside = y < job.source.height && x < job.source.width;
+            const int64_t at = output_at(job, map.image, y, x);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int output = step.output + own_column + j;
+                if (inside && output < job.outputs) {
+                    scalar_t value = sums[i][j];
+                    if (job.bias) {
+                        value += job.bias[output];
+                    }
+                    if (job.residual) {
+                        value += job.residual[at + output];
+                    }
+                    job.out[at + output] = rectified(value, job.relu);
+                }
+            }
+        }
+    }
+}
+
+// ---- host --------------------------------------------------------------------------------------------------------
+
+// The weights of a convolution in the type that its kernel reads. `converted` keeps what had to be made for that.
+template <typename scalar_t>
+Global<const scalar_t> kernel_weights(const Convolution& conv, std::vector<Tensor>& converted) {
+    const ScalarType dtype = conv.x[0].scalar_type();
+    if (conv.packed.scalar_type() == dtype) {
+        return data<scalar_t>(conv.packed);
+    }
+    if constexpr (sizeof(scalar_t) == 2) {
+        const PackedConvForms forms(conv.x[0].size(1), conv.out[0].size(1));
+        if (conv.packed.numel() >= forms.end()) {
+            return pointer_cast<const scalar_t>(data<float>(conv.packed) + forms.begin(dtype));
+        }
+    }
+    converted.push_back(torch::stable::to(conv.packed, dtype));
+    return data<scalar_t>(converted.back());
+}
+
+template <typename scalar_t>
+void launch_table(const ConvTable<scalar_t>& table, bool wide, Stream stream) {
+    const auto run = [&](auto access) {
+        constexpr int kAccess = decltype(access)::value;
+        if constexpr (sizeof(scalar_t) == 2) {
+            constexpr auto kKernel = conv3x3_tensor_core_kernel<scalar_t, kAccess>;
+            constexpr size_t kBytes = WideConv::kSharedBytes;
+            const int blocks = std::min(table.num_tiles, resident_blocks<kKernel>(WideConv::kThreads, kBytes));
+            launch<kKernel>(dim3(static_cast<unsigned>(blocks)), dim3(WideConv::kThreads), kBytes, stream, table);
+        } else {
+            constexpr auto kKernel = conv3x3_kernel<scalar_t, kAccess>;
+            const int blocks = std::min(table.num_tiles, resident_blocks<kKernel>(Plain::kThreads, 0));
+            launch<kKernel>(dim3(static_cast<unsigned>(blocks)), dim3(Plain::kThreads), 0, stream, table);
+        }
+    };
+    if (wide) {
+        run(std::integral_constant<int, kWideElements<scalar_t>>{});
+    } else {
+        run(std::integral_constant<int, 1>{});
+    }
+}
+
+template <typename scalar_t>
+void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
+    using real_t = accum_t<scalar_t>;
+    constexpr bool kIsWide = sizeof(scalar_t) == 2;
+    constexpr int64_t kTileHeight = kIsWide ? WideConv::kHeight : Plain::kSide;
+    constexpr int64_t kTileWidth = kIsWide ? WideConv::kWidth : Plain::kSide;
+    constexpr int64_t kTileOutputs = kIsWide ? WideConv::kOutputs : Plain::kOutputs;
+    struct Entry {
+        ConvJob<scalar_t> job;
+        int64_t pixels, tiles;
+    };
+    std::vector<Entry> entries;
+    std::vector<Tensor> converted;
+    bool wide = true;
+    for (const Convolution& conv : convolutions) {
+        wide = wide && has_wide_channels<scalar_t>(conv.x) && has_wide_channels<scalar_t>(conv.flow);
+        if (conv.out.empty()) {
+            continue;
+        }
+        const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv, converted);
+        for (size_t i = 0; i < conv.out.size(); ++i) {
+            const Tensor& out = conv.out[i];
+            const int64_t rows = ceil_div(out.size(2), kTileHeight), columns = ceil_div(out.size(3), kTileWidth);
+            const int64_t output_tiles = ceil_div(out.size(1), kTileOutputs);
+            const int64_t tiles = out.numel() == 0 ? 0 : out.size(0) * rows * columns * output_tiles;
+            check(tiles <= kMaxTiles, op, ": a level of shape ", shape_string(out),
+                  " holds too many tiles for a launch");
+            if (tiles > 0) {
+                entries.push_back(
+                    {{conv_source<scalar_t>(op, conv.x[i], conv.flow.empty() ? nullptr : &conv.flow[i]), weights,
+                      conv.bias ? data<real_t>(*conv.bias) : Global<const real_t>(nullptr),
+                      conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[i]),
+                      mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu, 0,
+                      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(output_tiles)},
+                     out.size(0) * out.size(2) * out.size(3), tiles});
+            }
+        }
+    }
+    std::stable_sort(entries.begin(), entries.end(),
+                     [](const Entry& one, const Entry& other) { return one.pixels > other.pixels; });
+    for (size_t next = 0; next < entries.size();) {
+        ConvTable<scalar_t> table{};
+        for (; next < entries.size() && table.num_jobs < kMaxJobs; ++next) {
+            if (entries[next].tiles > kMaxTiles - table.num_tiles) {
+                break;
+            }
+            table.jobs[table.num_jobs] = entries[next].job;
+            table.jobs[table.num_jobs++].tile_begin = table.num_tiles;
+            table.num_tiles += static_cast<int>(entries[next].tiles);
+        }
+        launch_table(table, wide, stream);
+    }
+}
+
+}  // namespace
+
+void convolve3x3(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
+    if (!convolutions.empty()) {
+        dispatch_floating(op, convolutions[0].x[0].scalar_type(),
+                          [&](auto zero) { convolve<decltype(zero)>(op, convolutions, stream); });
+    }
+}
+
+}  // namespace spatialflow

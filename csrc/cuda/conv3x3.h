@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// 3x3 convolutions over pyramids as host functions, shared by flow_conv2d, its gradient and flow_tower. The kernels are
+// in conv3x3.cu.
+#pragma once
+
+#include "cuda/conv3x3_tiles.h"
+#include "cuda/launch.h"
+#include "ops/flow_conv2d.h"
+
+namespace spatialflow {
+
+// Where packed weights have room, which is where they have the size of Winograd's, the 9 * C * O float32 weights (O
+// padded) are followed by the same in float16 and in bfloat16, then by zeros.
+struct PackedConvForms {
+    int64_t floats;
+
+    PackedConvForms(int64_t in_channels, int64_t out_channels)
+        : floats(packed_conv_size(kConvDirect, in_channels, out_channels)) {}
+    int64_t begin(ScalarType dtype) const {  // in floats
+        return dtype == ScalarType::Half ? floats : floats + floats / 2;
+    }
+    int64_t end() const { return 2 * floats; }
+};
+
+// out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more of them.
+struct Convolution {
+    std::vector<Tensor> x;         // (N, C, H, W), channels adjacent
+    std::vector<Tensor> flow;      // the same; or empty
+    std::vector<Tensor> residual;  // (N, O, H, W), dense channels-last; or empty
+    std::vector<Tensor> out;       // (N, O, H, W), dense channels-last
+    Tensor packed;                 // weights from _pack_conv3x3, or (9, C, O padded) in the type of x
+    std::optional<Tensor> bias;    // (O) in the type of sums, dense
+    bool relu;
+};
+
+// All of them in one launch (more only where their levels exceed a launch's table). None may read what another writes.
+void convolve3x3(const char* op, const std::vector<Convolution>& convolutions, Stream stream);
+
+inline std::vector<Tensor> channels_adjacent(const std::vector<Tensor>& levels) {
+    std::vector<Tensor> adjacent;
+    for (const Tensor& level : levels) {
+        adjacent.push_back(level.stride(1) == 1 ? level : to_contiguous(level, MemoryFormat::ChannelsLast));
+    }
+    return adjacent;
+}
+
+// Maps for `channels` outputs of the first `count` levels.
+inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, size_t count, int64_t channels) {
+    std::vector<Tensor> maps;
+    for (size_t i = 0; i < count; ++i) {
+        maps.push_back(empty_like_sized(like[i], {like[i].size(0), channels, like[i].size(2), like[i].size(3)},
+                                        std::nullopt, MemoryFormat::ChannelsLast));
+    }
+    return maps;
+}
+
+// Dense channels-last maps in the layout of the given levels.
+inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::vector<Tensor> maps) {
+    for (size_t i = 0; i < maps.size(); ++i) {
+        if (memory_format_of(like[i]) == MemoryFormat::Contiguous) {
+            maps[i] = to_contiguous(maps[i]);
+        }
+    }
+    return maps;
+}
+
+// Whether channels of all of `levels` can be read 16 bytes at a time.
+template <typename scalar_t>
+inline bool has_wide_channels(const std::vector<Tensor>& levels) {
+    constexpr int64_t kWidth = kWideElements<scalar_t>;
+    for (const Tensor& level : levels) {
+        if (level.size(1) % kWidth != 0 || level.stride(0) % kWidth != 0 || level.stride(2) % kWidth != 0 ||
+            level.stride(3) % kWidth != 0 || !is_aligned(level.const_data_ptr(), 16)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+template <typename scalar_t>
+inline ConvSource<scalar_t> conv_source(const char* op, const Tensor& x, const Tensor* flow) {
+    check(x.size(1) <= 0x7fffffff && x.size(2) <= 0x7fffffff && x.size(3) <= 0x7fffffff, op,
+          ": channels and sides must be below 2^31, got shape ", shape_string(x));
+    const Tensor& added = flow ? *flow : x;
+    return {data<scalar_t>(x), flow ? data<scalar_t>(added) : Global<const scalar_t>(nullptr),
+            x.stride(0), x.stride(2), x.stride(3), added.stride(0), added.stride(2), added.stride(3),
+            static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), static_cast<int>(x.size(1))};
+}
+
+}  // namespace spatialflow

@@ -36,6 +36,12 @@ def home(name: str) -> str:
     return getattr(ops, name).__module__.rsplit(".", 1)[1]
 
 
+def registered_for_cuda() -> set[str]:
+    """Raw operators that the sources of the CUDA library register."""
+    sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
+    return {name for source in sources for name in re.findall(r'library\.impl\("(\w+)"', source)}
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 def test_no_symbol_beyond_the_stable_abi(library):
@@ -61,10 +67,25 @@ def test_every_package_is_shipped():
     assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= listed
 
 
+@pytest.mark.skipif(not (ROOT / "cmake").is_dir(), reason="not in a source tree")
+def test_every_cuda_source_is_built():
+    listed = set(re.findall(r"\w+", (ROOT / "cmake" / "cuda_ops.cmake").read_text()))
+    assert {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} <= listed
+
+
 @pytest.mark.parametrize("name", namespace())
 class TestRawOperator:
     def test_cpu_kernel(self, name):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spatialflow::{name}", "CPU")
+
+    def test_cuda_kernel(self, name):
+        """Asked of torch where it has CUDA and loads the library (no GPU is needed), else of the sources."""
+        if torch.version.cuda is not None and "cuda" in _library.built_libraries():
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spatialflow::{name}", "CUDA")
+        elif (ROOT / "csrc").is_dir():
+            assert name in registered_for_cuda()
+        else:
+            pytest.skip("torch has no CUDA, and this is no source tree")
 
     def test_fake_kernel(self, name):
         """Without it torch.compile cannot trace the operator."""

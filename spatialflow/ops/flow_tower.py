@@ -83,7 +83,7 @@ def flow_tower(
     levels = [autocast(level) for level in levels]
     _check(levels, parameters)
     tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]
-    if levels[0].is_cuda or needs_gradient([*levels, *tensors]):  # one operator for it all is on the CPU alone
+    if needs_gradient([*levels, *tensors]):
         return _compose(levels, parameters, algorithm)
     packed, biases = [], []
     for name in _LISTS:

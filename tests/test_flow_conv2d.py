@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near
+from op_matrix import OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -80,10 +80,12 @@ class TestKernels:
     @pytest.mark.parametrize("sizes", list(sizes.values()), ids=list(sizes))
     @pytest.mark.parametrize("channels", channels, ids=str)
     def test_sizes(self, algorithm, sizes, channels):
-        x, flow, weight, bias = tensors_of(*channels, sizes, True, True, 2)()
-        single = [[t.float() for t in x], [t.float() for t in flow], weight.float(), bias.float()]
-        actual = ops.flow_conv2d(*single, algorithm=algorithm)
-        assert_near(actual, reference.flow_conv2d(x, flow, weight, bias), torch.float32)
+        """With a flow, which is added into a copy, and without one, when the map is read in place."""
+        x, added, weight, bias = tensors_of(*channels, sizes, True, True, 2)()
+        for flow in (added, None):
+            single = map_tensors(lambda t: t.float(), [x, flow, weight, bias])
+            actual = ops.flow_conv2d(*single, algorithm=algorithm)
+            assert_near(actual, reference.flow_conv2d(x, flow, weight, bias), torch.float32)
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,9 +2,10 @@
 //
 // 3x3 convolutions as an implicit matrix product, (pixels x 9 C_in) * (9 C_in x C_out), exact up to the order of sums.
 //
-// A strip of output rows is one task: x + flow with a border of zeros is copied once (and converted from 16 bits); then
-// the nine taps are nine views of the copy with one row stride, and a tile of outputs stays in registers over all of
-// them. Panels of weights run outermost: one panel (295 KB at 256 channels) stays in the second-level cache.
+// A strip of output rows is one task. The nine taps are nine views of the map with one pixel stride, and a tile of
+// outputs stays in registers over all of them; taps outside the map are left out. Only where there is a flow to add or
+// 16 bits to convert is a strip copied first. Panels of weights run outermost: one panel (295 KB at 256 channels) stays
+// in the second-level cache.
 #pragma once
 
 #include "cpu/conv3x3.h"
@@ -13,6 +14,11 @@ namespace spatialflow {
 
 constexpr int64_t kStripPixels = 336;
 constexpr int64_t kStripWidth = 84;
+constexpr int64_t kLastParts = 4;
+
+// Input channels of one row of taps at a time: 16 pixels of so many channels stay in the first-level cache while the
+// three taps of the row read them.
+constexpr int64_t kTapChannels = 64;
 
 // Packs weights for conv3x3_direct: gemm_pack of (9 C_in, C_out), rows tap by tap.
 template <typename scalar_t>
@@ -88,11 +94,44 @@ void copy_strip(
     }
 }
 
-// Outputs of `kRows` pixels of one image row for one panel of output channels.
+// Where the kernel reads x + flow; nothing is there, or zeros are, outside the map.
+template <typename real_t>
+struct ConvView {
+    const real_t* pixels;  // pixel (y, x)
+    int64_t y, x;
+    int64_t pixel_stride, row_stride;
+
+    const real_t* at(int64_t row, int64_t column) const {
+        return pixels + (row - y) * row_stride + (column - x) * pixel_stride;
+    }
+};
+
+// Does a level hold what the kernel multiplies?
+template <typename scalar_t>
+bool reads_in_place(const ConvLevel<scalar_t>& level) {
+    return std::is_same_v<scalar_t, accum_t<scalar_t>> && !level.flow;
+}
+
+// The map itself, or a copy of what the strip reads on memory for padded_pixels() * padded_row(channels) values.
+template <typename scalar_t>
+ConvView<accum_t<scalar_t>> view_strip(
+    const ConvLevel<scalar_t>& level, const ConvStrip& strip, int64_t channels, accum_t<scalar_t>* copy) {
+    if constexpr (std::is_same_v<scalar_t, accum_t<scalar_t>>) {
+        if (reads_in_place(level)) {
+            return {level.x + strip.image * level.height * level.width * channels, 0, 0, channels,
+                    level.width * channels};
+        }
+    }
+    copy_strip(level, strip, channels, copy);
+    return {copy, strip.y_begin - 1, strip.x_begin - 1, padded_row(channels),
+            strip.padded_width() * padded_row(channels)};
+}
+
+// Outputs of `kRows` pixels from (y, x) on for one panel of output channels.
 template <int kRows, typename scalar_t>
 void convolve_pixels(
-    const accum_t<scalar_t>* copy,  // tap (0, 0) of the first pixel
-    int64_t pixel_stride, int64_t row_stride, int64_t in_channels,
+    const ConvView<accum_t<scalar_t>>& view, const ConvLevel<scalar_t>& level, int64_t y, int64_t x,
+    int64_t in_channels,
     const accum_t<scalar_t>* panel,  // (9 C_in, kColumns)
     const ConvBranch<scalar_t>& branch, int64_t first_channel,
     const scalar_t* residual,  // first pixel, or null
@@ -100,10 +139,31 @@ void convolve_pixels(
     using real_t = accum_t<scalar_t>;
     constexpr int64_t lanes = kLanes<real_t>;
     GemmTile<kRows, real_t> tile = {};
-    for (int64_t tap = 0; tap < 9; ++tap) {
-        multiply_tile<kRows, false>(
-            copy + tap / 3 * row_stride + tap % 3 * pixel_stride, pixel_stride,
-            panel + tap * in_channels * kGemmColumns<real_t>, in_channels, tile);
+    for (int64_t dy = -1; dy <= 1; ++dy) {
+        if (y + dy < 0 || y + dy >= level.height) {
+            continue;
+        }
+        for (int64_t first = 0; first < in_channels; first += kTapChannels) {
+            const int64_t depth = std::min(kTapChannels, in_channels - first);
+            for (int64_t dx = -1; dx <= 1; ++dx) {
+                const real_t* weights =
+                    panel + ((3 * (dy + 1) + dx + 1) * in_channels + first) * kGemmColumns<real_t>;
+                if (dx < 0 && x == 0) {
+                    if constexpr (kRows > 1) {
+                        multiply_tile<kRows, false, 1>(
+                            view.at(y + dy, 0) + first, view.pixel_stride, weights, depth, tile);
+                    }
+                } else if (dx > 0 && x + kRows == level.width) {
+                    if constexpr (kRows > 1) {
+                        multiply_tile<kRows, false, 0, kRows - 1>(
+                            view.at(y + dy, x + 1) + first, view.pixel_stride, weights, depth, tile);
+                    }
+                } else {
+                    multiply_tile<kRows, false>(
+                        view.at(y + dy, x + dx) + first, view.pixel_stride, weights, depth, tile);
+                }
+            }
+        }
     }
     for (int v = 0; v < kGemmVectors; ++v) {
         const int64_t c = first_channel + v * lanes;
@@ -133,14 +193,14 @@ void convolve_pixels(
     }
 }
 
+// Share `part` of `parts` of the output channels of a strip.
 template <typename scalar_t>
 void convolve_strip(
     const ConvJob<scalar_t>& job, const ConvStrip& strip, int64_t part, int64_t parts, accum_t<scalar_t>* copy) {
     using real_t = accum_t<scalar_t>;
     constexpr int64_t kColumns = kGemmColumns<real_t>;
     const ConvLevel<scalar_t>& level = job.levels[strip.level];
-    copy_strip(level, strip, job.channels, copy);
-    const int64_t pixel_stride = padded_row(job.channels), row_stride = strip.padded_width() * pixel_stride;
+    const ConvView<real_t> view = view_strip(level, strip, job.channels, copy);
     for (const ConvBranch<scalar_t>& branch : job.branches) {
         if (strip.level >= branch.out.size()) {
             continue;
@@ -148,14 +208,14 @@ void convolve_strip(
         const int64_t panels = (branch.channels + kColumns - 1) / kColumns;
         for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
             for (int64_t y = strip.y_begin; y < strip.y_end; ++y) {
-                const int64_t row_at =
-                    ((strip.image * level.height + y) * level.width + strip.x_begin) * branch.channels;
-                for_row_blocks(strip.x_end - strip.x_begin, [&](int64_t x, int64_t count) {
+                const int64_t row_at = (strip.image * level.height + y) * level.width * branch.channels;
+                for_row_blocks(strip.x_end - strip.x_begin, [&](int64_t begin, int64_t count) {
+                    const int64_t x = strip.x_begin + begin;
                     with_rows(count, [&](auto rows) {
                         const int64_t at = row_at + x * branch.channels;
-                        convolve_pixels<decltype(rows)::value, scalar_t>(
-                            copy + (y - strip.y_begin) * row_stride + x * pixel_stride, pixel_stride, row_stride,
-                            job.channels, branch.packed + panel * kColumns * 9 * job.channels, branch, panel * kColumns,
+                        convolve_pixels<decltype(rows)::value>(
+                            view, level, y, x, job.channels, branch.packed + panel * kColumns * 9 * job.channels,
+                            branch, panel * kColumns,
                             branch.residual.empty() ? nullptr : branch.residual[strip.level] + at,
                             branch.out[strip.level] + at);
                     });
@@ -168,7 +228,7 @@ void convolve_strip(
 template <typename scalar_t>
 void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
     using real_t = accum_t<scalar_t>;
-    int64_t pixels = 0, work = 0;
+    int64_t pixels = 0, work = 0, panels = 1;
     for (const ConvJob<scalar_t>& job : jobs) {
         int64_t own = 0, columns = 0;
         for (const ConvLevel<scalar_t>& level : job.levels) {
@@ -176,12 +236,14 @@ void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
         }
         for (const ConvBranch<scalar_t>& branch : job.branches) {
             columns += gemm_padded_columns(branch.channels);
+            panels = std::max(panels, gemm_padded_columns(branch.channels) / kGemmColumns<real_t>);
         }
         pixels += own;
         work += own * 9 * job.channels * columns;
     }
     // Several strips per thread, to even out their differences.
-    const int64_t target = std::min(kStripPixels, std::max<int64_t>(1, pixels / (4 * num_threads())));
+    const int64_t threads = num_threads();
+    const int64_t target = std::min(kStripPixels, std::max<int64_t>(1, pixels / (4 * threads)));
     std::vector<ConvStrip> strips;
     int64_t largest = 0;
     for (size_t j = 0; j < jobs.size(); ++j) {
@@ -190,21 +252,26 @@ void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
             const size_t first = strips.size();
             append_strips(j, l, level.batch, level.height, level.width, target, strips);
             for (size_t s = first; s < strips.size(); ++s) {
-                largest = std::max(largest, strips[s].padded_pixels() * padded_row(jobs[j].channels));
+                if (!reads_in_place(level)) {
+                    largest = std::max(largest, strips[s].padded_pixels() * padded_row(jobs[j].channels));
+                }
             }
         }
     }
     if (strips.empty()) {
         return;
     }
-    // Where there are fewer strips than threads, each is cut by output channels.
+    // The last strips are cut by output channels, so that no thread waits long for another at the end.
     const int64_t count = static_cast<int64_t>(strips.size());
-    const int64_t parts = (num_threads() + count - 1) / count;
-    const int64_t tasks = count * parts;
+    const int64_t cut = std::min(count, 2 * threads), whole = count - cut;
+    const int64_t parts = std::min(panels, std::max(kLastParts, (threads + count - 1) / count));
+    const int64_t tasks = whole + cut * parts;
     Scratch<real_t> scratch(largest * num_workers(tasks, work));
     run_tasks(tasks, work, [&](int64_t task, int64_t worker) {
-        const ConvStrip& strip = strips[static_cast<size_t>(task / parts)];
-        convolve_strip(jobs[strip.job], strip, task % parts, parts, scratch.get() + worker * largest);
+        const bool is_whole = task < whole;
+        const ConvStrip& strip = strips[static_cast<size_t>(is_whole ? task : whole + (task - whole) / parts)];
+        convolve_strip(jobs[strip.job], strip, is_whole ? 0 : (task - whole) % parts, is_whole ? 1 : parts,
+                       scratch.get() + worker * largest);
     });
 }
 

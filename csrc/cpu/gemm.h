@@ -69,15 +69,16 @@ void gemm_pack(
 template <int kRows, typename real_t>
 using GemmTile = Vector<real_t>[kRows][kGemmVectors];
 
-// tile[r][:] += sum over i < k of A(r, i) * panel[i][:], with A(r, i) = a[r * stride + i], transposed a[i * stride + r].
-template <int kRows, bool kTransposed, typename real_t>
+// tile[kFirst + r][:] += sum over i < k of A(r, i) * panel[i][:] for r < kCount, with A(r, i) = a[r * stride + i],
+// transposed a[i * stride + r].
+template <int kRows, bool kTransposed, int kFirst = 0, int kCount = kRows - kFirst, typename real_t>
 __attribute__((always_inline)) inline void multiply_tile(
     const real_t* a, int64_t stride,
     const real_t* panel,  // (k, kColumns)
     int64_t k, GemmTile<kRows, real_t>& tile) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
     // Row addresses as base + {0, 1, 2} * stride: five bases and one stride fit the general registers, 14 rows do not.
-    constexpr int kGroups = (kRows + 2) / 3;
+    constexpr int kGroups = (kCount + 2) / 3;
     const real_t* base[kGroups];
     for (int g = 0; g < kGroups; ++g) {
         base[g] = a + (kTransposed ? 0 : 3 * g * stride);
@@ -89,11 +90,11 @@ __attribute__((always_inline)) inline void multiply_tile(
             b[v] = load_vector(panel + v * kLanes<real_t>);
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kCount; ++r) {
             const Vector<real_t> value = broadcast(kTransposed ? base[0][r] : base[r / 3][r % 3 * stride]);
 #pragma GCC unroll 4
             for (int v = 0; v < kGemmVectors; ++v) {
-                tile[r][v] += value * b[v];
+                tile[kFirst + r][v] += value * b[v];
             }
         }
         if (kTransposed) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/conv3x3.h"
+#include "cpu/huge_pages.h"
 #include "ops/flow_conv2d.h"
 
 namespace spatialflow {
@@ -28,6 +29,8 @@ inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, 
     for (const Tensor& level : like) {
         levels.push_back(empty_like_sized(level, {level.size(0), channels, level.size(2), level.size(3)}, std::nullopt,
                                           MemoryFormat::ChannelsLast));
+        const size_t bytes = static_cast<size_t>(levels.back().numel()) * levels.back().element_size();
+        advise_huge_pages(levels.back().mutable_data_ptr(), bytes);
     }
     return levels;
 }

@@ -35,7 +35,7 @@ help:  ## this list
 
 $(VENV)/complete: pyproject.toml setup.py
 	$(BASE_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q "$(TORCH)" torchvision "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13"
+	$(VENV)/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13"
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	@touch $@
 

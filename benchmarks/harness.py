@@ -143,10 +143,13 @@ class Benchmark:
 
 
 def optional(module: str) -> Any | None:
-    """The module, or None where it is not installed: `(tv := optional("torchvision.ops")) and tv.nms`."""
+    """The module, or None where it is not installed or cannot be used: `(tv := optional("torchvision.ops")) and tv.nms`.
+
+    A torchvision built for another torch raises RuntimeError when it registers what it has no kernels for.
+    """
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):
         return None
 
 

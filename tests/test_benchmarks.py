@@ -80,6 +80,13 @@ class TestHarness:
         with pytest.raises(SystemExit, match="no case contains none; cases: few; many"):
             harness.main(square(harness, torch.square), ["--cases", "none"])
 
+    @pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+    def test_a_peer_that_cannot_be_used_is_absent(self, tmp_path, monkeypatch, error):
+        """A torchvision that was built for another torch raises RuntimeError when it is imported."""
+        (tmp_path / "broken_peer.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert importlib.import_module("harness").optional("broken_peer") is None
+
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name, monkeypatch):

@@ -82,6 +82,9 @@ BENCHMARK = Benchmark(
         "plain modules, channels-last": partial(step, "channels-last"),
     },
     oracle=partial(step, "float64"),
+    # An untrained network has many units of ReLU near zero, and which side one falls on decides whole terms of a
+    # gradient: plain modules in float32 are off by 2e-4 to 4e-4.
+    tolerance=1e-2,
 )
 
 

@@ -2,7 +2,8 @@
 """Images per second from image file to panoptic PNG, and where the time goes: the form of the paper's table XI.
 
 Model x short edge x pipeline: `spatialflow.Predictor` against `reference_pipeline.py`, same weights, one image at a
-time. The pipelines take turns image by image. "agreement" is the panoptic quality of a pipeline's maps with the
+time. The map needs the masks of the confident detections alone; the reference computes the masks of all, as the released
+implementation does, and so does spatialflow in the row "every mask". The pipelines take turns image by image. "agreement" is the panoptic quality of a pipeline's maps with the
 reference's maps as ground truth; the maps are not equal bit by bit, because rounding decides ties of the stuff classes
 and which boxes reach a threshold. PQ is beside it where there is ground truth (`--annotations`).
 
@@ -37,7 +38,9 @@ from spatialflow.engine.checkpoints import packaged_weights
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.panoptic import PanopticWriter, evaluate, read_panoptic_json, write_id_map
 
-PROVIDERS = (OURS, "reference", "reference, channels-last")
+EVERY_MASK = f"{OURS}, every mask"
+REFERENCES = ("reference", "reference, channels-last")
+PROVIDERS = (OURS, EVERY_MASK, *REFERENCES)
 STAGE_OF = {"decode": "load", "preprocess": "load", "detect": "detections", "masks": "masks", "stuff": "stuff labels",
             "merge": "merge"}  # fmt: skip
 """Stage of `PanopticResult.times` -> stage here; "network" is told apart by hooks."""
@@ -57,8 +60,8 @@ class Pipeline(Protocol):
 class OurPipeline:
     """`Predictor` and the writer of PNGs, with the interface of `ReferencePipeline`."""
 
-    def __init__(self, model: SpatialFlow, device: torch.device, dtype: torch.dtype, cuda_graph: bool):
-        self.predictor = Predictor(model, device, dtype, cuda_graph)
+    def __init__(self, predictor: Predictor):
+        self.predictor = predictor
         self.categories = self.predictor.categories
         self._times: dict[str, float] = {}
         (network,) = self.predictor.pipeline.networks
@@ -135,8 +138,11 @@ def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) ->
     device = torch.device(options.device)
     pipelines: dict[str, Pipeline] = {}
     for name in options.providers:
-        if name == OURS:
-            pipelines[name] = OurPipeline(model, device, getattr(torch, options.dtype), options.cuda_graph)
+        if name in (OURS, EVERY_MASK):
+            dtype = getattr(torch, options.dtype)
+            pipelines[name] = OurPipeline(
+                Predictor(model, device, dtype, options.cuda_graph, detection_masks=name == EVERY_MASK)
+            )
         else:
             copy = build_model(options.config, **overrides)
             copy.load_state_dict(model.state_dict())
@@ -189,14 +195,14 @@ def quality(truth: Path | dict[str, Any], truth_folder: Path, prediction: Path) 
 def make_rows(
     measured: dict[str, dict[str, Any]], short_edge: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    reference = next((measured[name]["json"] for name in PROVIDERS[1:] if name in measured), None)
+    reference = next((measured[name]["json"] for name in REFERENCES if name in measured), None)
     base = statistics.median(measured[OURS]["times"]) if OURS in measured else None
     rows = []
     for name, entry in measured.items():
         median, total = statistics.median(entry["times"]), sum(entry["times"])
         row = {
             "model": Path(options.config).stem, "weights": "trained" if weights_of(options) else "untrained",
-            "short_edge": short_edge, "provider": name, "dtype": options.dtype if name == OURS else "float32",
+            "short_edge": short_edge, "provider": name, "dtype": "float32" if name in REFERENCES else options.dtype,
             "images_per_second": 1 / median, "median_ms": median * 1e3,
             "q10_ms": float(np.quantile(entry["times"], 0.1)) * 1e3,
             "q90_ms": float(np.quantile(entry["times"], 0.9)) * 1e3,
@@ -257,7 +263,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels = 2 if scored else 1
     figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.5), layout="constrained", squeeze=False)
     speed_axis, quality_axis = axes[0, 0], axes[0, -1]
-    styles = dict(zip(PROVIDERS, ("o-", "s--", "^:")))
+    styles = dict(zip(PROVIDERS, ("o-", "v-.", "s--", "^:")))
     for model, provider in dict.fromkeys((row["model"], row["provider"]) for row in rows):
         own = [row for row in rows if (row["model"], row["provider"]) == (model, provider)]
         colour = f"C{list(dict.fromkeys(row['model'] for row in rows)).index(model)}"

@@ -180,7 +180,8 @@ def _make_predictor(options: argparse.Namespace) -> Any:
         raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
     try:
         models = load_models(options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options))
-        return Predictor(models, device, getattr(torch, options.dtype), options.cuda_graph)
+        dtype = getattr(torch, options.dtype)
+        return Predictor(models, device, dtype, options.cuda_graph, detection_masks=False)  # maps are all that is written
     except ValueError as error:  # settings, categories, or networks that are no ensemble
         raise CommandError(str(error)) from None
 

@@ -53,7 +53,7 @@ def pictures():
 
 def run_on_meta(*networks, dtype=torch.bfloat16, **overrides):
     """Results of the pipeline for images that are nowhere; everything before it is at liberty to upload."""
-    pipeline = Pipeline(networks, load_config(networks[0].config, **overrides), (2,), DEVICE, dtype)
+    pipeline = Pipeline(networks, load_config(networks[0].config, **overrides), (2,), DEVICE, dtype, True)
     fitted = [pipeline.fit(one.original_size) for (one,) in FITTED] if overrides else FITTED
     plan, pixels = pipeline.plan(fitted), [picture.to(DEVICE) for picture in pictures()]
     with ForbidHostReads():
@@ -133,7 +133,7 @@ def test_planted_reads_are_found(monkeypatch, plant):
 def test_fixed_shapes_change_no_result():
     """Padding rows through the whole path give what the CPU's shorter way gives, and read nothing on real tensors."""
     network = optimize_for_inference(random_model("tiny", stuff_area_threshold=20, instance_score_threshold=0.0))
-    pipeline = Pipeline([network], network.config, (), torch.device("cpu"), torch.float32)
+    pipeline = Pipeline([network], network.config, (), torch.device("cpu"), torch.float32, True)
     plan, pixels = pipeline.plan(FITTED), pictures()
     short = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
     pipeline.reads_counts = False

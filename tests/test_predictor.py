@@ -84,6 +84,18 @@ def test_plain_and_optimized_network_agree(model, predictor):
     assert_same(plain(picture(90, 130)), predictor(picture(90, 130)), exact=False)
 
 
+@pytest.mark.parametrize("threshold, flip", [(0.0, False), (0.3, True), (1.0, False)])
+def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip):
+    """Leaving out the masks of detections that do not enter the map changes neither it nor the boxes."""
+    settings = dict(SHORT, stuff_area_threshold=40, instance_score_threshold=threshold, test_flip=flip, batch_size=2)
+    images = [picture(90, 130, 1), picture(90, 130, 2)]
+    every = spatialflow.Predictor(model, **settings)(images)
+    for result, expected in zip(spatialflow.Predictor(model, detection_masks=False, **settings)(images), every):
+        assert_same(result, expected)
+        np.testing.assert_array_equal(result.labels, expected.labels)
+        assert len(result.scores) and result.mask_logits is None and result.masks is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(model, predictor, dtype):
     """Weights and features in 16 bits, on the CPU too: nearly the same map, results in the same types."""

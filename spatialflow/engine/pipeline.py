@@ -40,7 +40,7 @@ class FixedResult(NamedTuple):
     scores: Tensor  # (D,) float32, descending
     labels: Tensor  # (D,) int64, -1 = padding
     count: Tensor  # () int64
-    mask_logits: Optional[Tensor]  # (D, 28, 28) float32; None without a thing head
+    mask_logits: Optional[Tensor]  # (D, 28, 28) float32; None without a thing head, or where they were not asked for
     merged: PanopticMergeOutput
 
 
@@ -57,6 +57,8 @@ class Pipeline:
         ignored_stuff: stuff labels that stay void.
         device: where the networks are.
         dtype: of their weights.
+        detection_masks: whether every detection gets its mask; otherwise only those that the map may need do, and the
+            results have none.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Pipeline:
         ignored_stuff: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
+        detection_masks: bool,
     ):
         self.networks, self.config, self.ignored_stuff = list(networks), config, ignored_stuff
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.detection_masks = device, dtype, detection_masks
         self.reads_counts = device.type == "cpu"
 
     def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
@@ -128,8 +131,9 @@ class Pipeline:
         logits = None
         if passes[0][1][0].thing_features is not None:
             with stopwatch(times, "masks"):
+                masked = rows if self.detection_masks else self._leading(self._enters(scores, labels))
                 parts = [
-                    self._mask_logits(view, network, output.thing_features, boxes, labels)
+                    self._mask_logits(view, network, output.thing_features, boxes[:, :masked], labels[:, :masked])
                     for view, outputs, _ in passes
                     for network, output in zip(self.networks, outputs)
                 ]
@@ -140,6 +144,7 @@ class Pipeline:
                 stuff = self._stuff_labels(i, passes)
             own = None if logits is None else logits[i]
             merged = self._merge(boxes[i], scores[i], labels[i], own, stuff, times)
+            own = own if self.detection_masks else None
             results.append(FixedResult(boxes[i], scores[i], labels[i], found.count[i], own, merged))
         return results
 
@@ -206,8 +211,7 @@ class Pipeline:
         """Masks and stuff labels of one image at original size, merged."""
         test, model, size = self.config.test, self.config.model, tuple(stuff.shape)
         with stopwatch(times, "masks"):
-            scores = torch.where(labels >= 0, scores, -1.0)  # padding enters at no threshold
-            entering = self._leading(scores >= test.instance_score_threshold)
+            entering = self._leading(self._enters(scores, labels))
             if mask_logits is None:
                 entering = 0
                 masks = torch.zeros((0, *size), dtype=torch.bool, device=self.device)
@@ -216,7 +220,7 @@ class Pipeline:
         with stopwatch(times, "merge"):
             return panoptic_merge(
                 masks,
-                scores[:entering],
+                torch.where(labels >= 0, scores, -1.0)[:entering],  # padding enters at no threshold
                 labels[:entering],
                 boxes[:entering] if test.box_fill else None,
                 stuff,
@@ -227,6 +231,10 @@ class Pipeline:
                 stuff_area_limit=test.stuff_area_threshold,
                 box_threshold=test.box_overlap_threshold,
             )
+
+    def _enters(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """(..., D) bool: detections that enter the merge; padding does not."""
+        return (labels >= 0) & (scores >= self.config.test.instance_score_threshold)
 
     def _leading(self, wanted: Tensor) -> int:
         """How many leading rows hold all that is wanted, (..., D) bool: where counts are not read, all D."""

@@ -43,7 +43,8 @@ class PanopticResult:
         boxes: (K, 4) float32, x1, y1, x2, y2 in pixels of the image, best score first.
         scores: (K,) float32.
         labels: (K,) int64, category ids.
-        mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head.
+        mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head, or the Predictor was told
+            `detection_masks=False`.
         mask_threshold: probability from which a pixel belongs to a mask.
         categories: the category table.
         image_name: file name of the image, or "image <position in the call>" for an array.
@@ -70,7 +71,7 @@ class PanopticResult:
 
     @property
     def masks(self) -> Optional[np.ndarray]:
-        """(K, H, W) bool, the detections' masks before merging, pasted on every access; None without a thing head."""
+        """(K, H, W) bool, the detections' masks before merging, pasted on every access; None without `mask_logits`."""
         if self.mask_logits is None:
             return None
         logits, boxes = torch.from_numpy(self.mask_logits), torch.from_numpy(self.boxes)
@@ -130,6 +131,8 @@ class Predictor:
         cuda_graph: replay a CUDA graph per size of image instead of queueing every kernel. The first image of a size pays
             for the capture; the 16 sizes used last are kept.
         optimize: fold BatchNorm and pre-arrange the weights once.
+        detection_masks: whether results carry the mask of every detection. False where only the map counts: the masks
+            of detections below `instance_score_threshold`, on the CPU often a quarter of all work, are left out.
         batch_size: images that go through the network together; only images of equal padded size share a batch, so that
             results do not depend on the company.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
@@ -153,6 +156,7 @@ class Predictor:
         cuda_graph: bool = False,
         optimize: bool = True,
         batch_size: int = 1,
+        detection_masks: bool = True,
         **overrides: Any,
     ):
         strangers = [section for section in place_overrides(overrides) if section != "test"]
@@ -183,7 +187,8 @@ class Predictor:
             for one in models
         ]
         other = self.categories.other_index
-        self.pipeline = Pipeline(networks, self.config, () if other is None else (other,), self.device, dtype)
+        ignored = () if other is None else (other,)
+        self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks)
         self.batch_size = batch_size
         self._graphs = GraphCache(self.device) if cuda_graph else None
 

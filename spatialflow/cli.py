@@ -181,7 +181,7 @@ def _make_predictor(options: argparse.Namespace) -> Any:
     try:
         models = load_models(options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options))
         dtype = getattr(torch, options.dtype)
-        return Predictor(models, device, dtype, options.cuda_graph, detection_masks=False)  # maps are all that is written
+        return Predictor(models, device, dtype, options.cuda_graph, detection_masks=options.detections)
     except ValueError as error:  # settings, categories, or networks that are no ensemble
         raise CommandError(str(error)) from None
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks ptxas for registers, shared memory and spills of every CUDA kernel and puts them into docs/kernels.md.
 
-    python tools/kernel_resources.py [--architecture 90a] [--torch FOLDER] [--check]
+    python tools/kernel_resources.py [--architectures 90a 80 ...] [--torch FOLDER] [--check]
 
-Needs nvcc (CUDACXX, or on PATH), no GPU. Kernels are summed up by name: the range over their instantiations. `--check`
-changes nothing and fails if a kernel spills or nvcc warns.
+Needs nvcc (CUDACXX, or on PATH), no GPU. Kernels are summed up by name: the range over their instantiations. The table
+is of the first architecture, a sentence above it of the others. `--check` changes nothing and fails if a kernel spills
+or nvcc warns.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- resources: made by tools/kernel_resources.py -->", "<!-- end of resources -->"
 
 
-def compile_output(source: Path, architecture: str, torch: Path) -> str:
+def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
     """What nvcc and ptxas say while they compile `source` with the flags of cmake/cuda.cmake."""
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall", "-Xptxas=-v"]
+    flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
     if source.name in ("paste_masks.cu", "preprocess_images.cu"):
         flags.append("--fmad=false")
     with tempfile.NamedTemporaryFile(suffix=".o") as target:
         done = subprocess.run(
             [
-                os.environ.get("CUDACXX", "nvcc"), *flags, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-                "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}",
-                f"-isystem={torch / 'include'}", "-c", str(source), "-o", target.name,
+                os.environ.get("CUDACXX", "nvcc"), *flags, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+                f"-I{ROOT / 'csrc'}", f"-isystem={torch / 'include'}", "-c", str(source), "-o", target.name,
             ],
             capture_output=True, text=True,
         )  # fmt: skip
@@ -56,18 +57,18 @@ def kernel_name(symbol: str) -> str:
     return symbol
 
 
-def resources(output: str) -> dict[str, list[tuple[int, int, int, int]]]:
-    """Kernel -> (registers, static shared bytes, stack bytes, spilled bytes) of each instantiation."""
-    found: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
-    kernel, stack, spilled = "", 0, 0
+def resources(output: str) -> dict[str, dict[str, list[tuple[int, int, int, int]]]]:
+    """Architecture -> kernel -> (registers, static shared bytes, stack bytes, spilled bytes) of each instantiation."""
+    found: dict[str, dict[str, list[tuple[int, int, int, int]]]] = defaultdict(lambda: defaultdict(list))
+    architecture, kernel, stack, spilled = "", "", 0, 0
     for line in output.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            kernel = kernel_name(match[1])
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            kernel, architecture = kernel_name(match[1]), match[2]
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             stack, spilled = int(match[1]), int(match[2]) + int(match[3])
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            found[kernel].append((int(match[1]), int(shared[1]) if shared else 0, stack, spilled))
+            found[architecture][kernel].append((int(match[1]), int(shared[1]) if shared else 0, stack, spilled))
     return found
 
 
@@ -77,26 +78,38 @@ def span(values: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", default="90a")
+    parser.add_argument("--architectures", nargs="+", default=["90a", "80", "86", "89", "100", "120"])
     parser.add_argument("--torch", type=Path, help="folder of the torch package (default: that of this Python)")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     torch = options.torch or Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    tabled, *others = options.architectures
     rows, complaints = [], []
+    totals: dict[str, list[tuple[int, int]]] = defaultdict(list)  # (registers, spilled bytes) of all instantiations
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        output = compile_output(source, options.architecture, torch)
+        output = compile_output(source, options.architectures, torch)
         complaints += [line for line in output.splitlines() if "warning" in line]
-        for kernel, uses in sorted(resources(output).items()):
-            registers, shared, stack, spilled = (list(column) for column in zip(*uses))
-            rows.append(
-                f"| `{source.name}` | `{kernel}` | {len(uses)} | {span(registers)} | {span(shared)} | {span(stack)} | {span(spilled)} |"
-            )
-            if any(spilled):
-                complaints.append(f"{source.name}: {kernel} spills {span(spilled)} bytes")
+        for architecture, kernels in resources(output).items():
+            for kernel, uses in sorted(kernels.items()):
+                registers, shared, stack, spilled = (list(column) for column in zip(*uses))
+                totals[architecture] += zip(registers, spilled)
+                if architecture == tabled:
+                    sizes = " | ".join(span(column) for column in (registers, shared, stack, spilled))
+                    rows.append(f"| `{source.name}` | `{kernel}` | {len(uses)} | {sizes} |")
+                if any(spilled):
+                    complaints.append(f"sm_{architecture}: {source.name}: {kernel} spills {span(spilled)} bytes")
+    summary = complaints or [f"{len(rows)} kernels on {len(options.architectures)} architectures: no spills, no warnings"]
     if options.check:
-        sys.exit("\n".join(complaints) if complaints else 0)
+        print("\n".join(summary))
+        sys.exit(1 if complaints else 0)
+    ranges = [
+        f"sm_{name} {span([registers for registers, _ in totals[name]])} registers,"
+        f" {sum(spilled for _, spilled in totals[name])} spilled bytes"
+        for name in others
+    ]
     table = [
-        f"sm_{options.architecture}; ranges over the instantiations (dtypes, access widths).",
+        f"sm_{tabled}; ranges over the instantiations (dtypes, access widths).",
+        *([f"The same kernels elsewhere: {'; '.join(ranges)}."] if others else []),
         "",
         "| file | kernel | instantiations | registers | static shared bytes | stack bytes | spilled bytes |",
         "|---|---|---|---|---|---|---|",
@@ -107,7 +120,7 @@ def main() -> None:
     temporary = PAGE.with_suffix(".tmp")
     temporary.write_text(f"{before}{BEGIN}\n{chr(10).join(table)}\n{END}{after}")
     temporary.replace(PAGE)
-    print("\n".join(complaints) or f"{len(rows)} kernels, none spills, no warnings")
+    print("\n".join(summary))
 
 
 if __name__ == "__main__":

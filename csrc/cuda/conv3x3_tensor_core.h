@@ -23,6 +23,7 @@ struct WideConv {
     static constexpr int kWeightStages = 3;
     static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kChannels * kWeightRow;  // elements
     static constexpr size_t kSharedBytes = 2 * (2 * kInputBuffer + kWeightStages * kWeightStage);
+    static_assert(kTaps % kWeightStages == 0, "every step begins with the first stage");
 };
 
 // Lane q of four has values[j] for column block j; afterwards values[r] is what lane r had for block q.
@@ -209,16 +210,17 @@ __global__ void __launch_bounds__(WideConv::kThreads, 2)
         copy_weights(step, tap, tap);
     }
     float sums[4][8][4] = {};
-    int buffer = 0, stage = 0;
+    int buffer = 0;
     while (step.tile < table.num_tiles) {
         const ConvJob<scalar_t>& job = table.jobs[step.job];
         const bool busy = step.output + warp_output < job.outputs;
-        const ConvStep next = step_after(step);
-        const MapTile next_map = map_of<WideConv::kHeight, WideConv::kWidth>(table, next);
         if (step.channel == 0) {
             start_sums(job, map_of<WideConv::kHeight, WideConv::kWidth>(table, step), warp_row,
                        step.output + warp_output, lane, sums);
         }
+        const ConvStep next = step_after(step);
+        const MapTile next_map = map_of<WideConv::kHeight, WideConv::kWidth>(table, next);
+        int stage = 0;
 #pragma unroll 1
         for (int tap = 0; tap < kTaps; ++tap) {
             cp_async_wait<WideConv::kWeightStages - 2>();

@@ -154,22 +154,20 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
     for (int piece = 0; piece < Wide::kInputPieces; ++piece) {
         keep_inputs(reader.buffer(), piece, fetch_inputs(reader, piece));
     }
-    // The rows of shared memory that this lane points ldmatrix at, in the first step.
-    const int own_input =
-        ((lane / 8 % 2 + tap / 3) * kRimSide + lane % 8 + tap % 3) * Wide::kRow + lane / 16 * 8;
-    const int own_gradient = (kRim + lane / 16 * 8 + lane % 8) * Wide::kRow + lane / 8 % 2 * 8;
+    // The rows of shared memory that this lane points ldmatrix at. A step is 16 pixels, two rows of the tile.
+    constexpr int kInputStep = 2 * kRimSide * Wide::kRow, kGradientStep = 2 * kSide * Wide::kRow;
+    auto inputs = shared + (reader.buffer() * Wide::kBuffer +
+                            ((lane / 8 % 2 + tap / 3) * kRimSide + lane % 8 + tap % 3) * Wide::kRow + lane / 16 * 8);
+    auto gradients = shared + (reader.buffer() * Wide::kBuffer +
+                               (kRim + lane / 16 * 8 + lane % 8) * Wide::kRow + lane / 8 % 2 * 8);
     float sums[4][8][4] = {};
     while (reader.valid()) {
-        const int buffer = reader.buffer();
         reader.advance();
         cp_async_wait<0>();
         __syncthreads();
         if (reader.valid()) {
             copy_gradients(reader, reader.buffer());
         }
-        // A step is 16 pixels, two rows of the tile.
-        auto inputs = shared + (buffer * Wide::kBuffer + own_input);
-        auto gradients = shared + (buffer * Wide::kBuffer + own_gradient);
 #pragma unroll 1
         for (int step = 0; step < Wide::kSteps; ++step) {
             const bool fetching = step < Wide::kInputPieces && reader.valid();
@@ -195,9 +193,13 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
             if (fetching) {
                 keep_inputs(reader.buffer(), step, values);
             }
-            inputs += 2 * kRimSide * Wide::kRow;
-            gradients += 2 * kSide * Wide::kRow;
+            inputs += kInputStep;
+            gradients += kGradientStep;
         }
+        // On to the other half: pointers that go back and forth take fewer registers than ones made anew.
+        const int turn = reader.buffer() == 0 ? -Wide::kBuffer : Wide::kBuffer;
+        inputs += turn - Wide::kSteps * kInputStep;
+        gradients += turn - Wide::kSteps * kGradientStep;
     }
     const Global<float> target = sums_out + (static_cast<int64_t>(blockIdx.z) * kTaps + tap) * outputs * channels;
 #pragma unroll

@@ -4,6 +4,7 @@ survived.
 """
 
 import json
+import os
 from dataclasses import replace
 
 import cv2
@@ -34,6 +35,9 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def coco(scenes):
     return CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
+
+
+IMAGE = {"id": 1, "file_name": "b", "height": 1, "width": 1}
 
 
 class TestCoco:
@@ -115,12 +119,33 @@ class TestCoco:
                 },
                 "not listed",
             ),
+            ({"annotations": [], "images": [IMAGE | {"height": None}]}, "height must be an integer, got None"),
+            ({"annotations": [], "images": [IMAGE | {"width": 0}]}, "must have pixels, got 0x1"),
+            ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a text"),
+            ({"annotations": [], "images": [IMAGE], "categories": 3}, "categories"),
+            ({"annotations": [], "images": [IMAGE], "categories": [{"id": 99, "isthing": 1}]}, "none of its 1 categories"),
+            (
+                {"annotations": [], "images": [IMAGE], "categories": [{"id": 1, "isthing": 0}]},
+                "category 1 is stuff here and a thing in the network's table",
+            ),
         ],
     )
     def test_bad_json_is_named(self, tmp_path, content, message):
         (tmp_path / "a.json").write_text(json.dumps(content))
         with pytest.raises(PanopticFormatError, match=message):
             CocoPanoptic(tmp_path / "a.json", tmp_path, None, scene_categories())
+
+    @pytest.mark.parametrize("bbox", [["a", 1, 2, 3], [float("nan"), 0, 5, 5], [1, 2, 3], 7])
+    def test_bad_boxes_are_named(self, bbox):
+        ids = np.ones((4, 4), np.int32)
+        segments = [{"id": 1, "category_id": 1, "bbox": bbox}]
+        with pytest.raises(SampleError, match="x: segment 1: bbox must be four finite numbers"):
+            make_sample("x", np.zeros((4, 4, 3), np.uint8), ids, segments, scene_categories())
+
+    def test_segments_listed_twice_are_named(self):
+        segments = [{"id": 1, "category_id": 1}] * 2
+        with pytest.raises(SampleError, match="x: segment 1 is listed twice"):
+            make_sample("x", np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), np.int32), segments, scene_categories())
 
 
 class TestCityscapes:
@@ -140,10 +165,21 @@ class TestCityscapes:
         assert groups > 0
 
     def test_truth_for_scoring(self, tmp_path):
-        """The panoptic ground truth made of the tree scores 1 against itself, and is made once."""
+        """The panoptic ground truth made of the tree scores 1 against itself. It is made once, and again when a label
+        file was repaired.
+        """
         data = Cityscapes(write_cityscapes(tmp_path), "train", load_categories("cityscapes", 8, 11))
+        label = next((tmp_path / "gtFine").rglob("*.png"))
+        whole = label.read_bytes()
+        label.write_bytes(b"")
         paths = data.panoptic_truth(tmp_path / "truth")
-        assert data.panoptic_truth(tmp_path / "truth") == paths
+        written = paths[0].stat().st_mtime_ns
+        assert data.panoptic_truth(tmp_path / "truth") == paths and paths[0].stat().st_mtime_ns == written
+        assert len(json.loads(paths[0].read_text())["annotations"]) == len(data) - 1
+        label.write_bytes(whole)
+        os.utime(label, (0, 0))  # as an archive does
+        data.panoptic_truth(tmp_path / "truth")
+        assert len(json.loads(paths[0].read_text())["annotations"]) == len(data)
         result = evaluate(*paths, *paths)
         assert result["All"]["pq"] == 1.0 and result["Things"]["n"] >= 3
 
@@ -159,8 +195,13 @@ class TestCityscapes:
         label.unlink()
         with pytest.raises(SampleError, match="instanceIds.png: cannot be read"):
             data[0]
-        next((tmp_path / "leftImg8bit").rglob("*.png")).write_bytes(b"")
+        image = next((tmp_path / "leftImg8bit").rglob("*.png"))
+        image.write_bytes(b"")
         assert Cityscapes(tmp_path, "train", data.categories).sizes == [(1, 1)]
+        image.unlink()
+        image.symlink_to("nowhere.png")
+        with pytest.raises(SampleError, match="leftImg8bit.png: cannot be read"):
+            Cityscapes(tmp_path, "train", data.categories)[0]
 
 
 class TestSynthetic:
@@ -299,8 +340,9 @@ class TestLoader:
         schedule = Schedule(data.sizes, 3, 0)
         (batch,) = make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1))
         assert batch.images.shape[0] == 3 and len(batch.problems) == 1 and "000002.jpg: is empty" in batch.problems[0]
-        with pytest.raises(SampleError, match="is empty"):
-            list(make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1), strict=True))
+        for workers in (0, 1):  # one sentence, without the traceback of the process that reads
+            with pytest.raises(SampleError, match=r"^\S*/images/000002.jpg: is empty$"):
+                list(make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1), workers, strict=True))
         for name in ("000001", "000003"):
             (tmp_path / f"images/{name}.jpg").unlink()
         with pytest.raises(SampleError, match="none of the 3 images"):

@@ -189,10 +189,22 @@ def test_writer(tmp_path):
         assert writer.add(3, "x/street.jpg", ids, segments) == tmp_path / "out" / "street.png"
         with pytest.raises(PanopticFormatError, match=r"image 4: segments must list every id of the map once"):
             writer.add(4, "b.jpg", ids, segments[:1])
+        with pytest.raises(PanopticFormatError, match="y/street.png: would get the PNG street.png, which x/street.jpg has"):
+            writer.add(4, "y/street.png", ids, segments)
+        with pytest.raises(PanopticFormatError, match="b.jpg: would get the id 3"):
+            writer.add(3, "b.jpg", ids, segments)
+        with pytest.raises(PanopticFormatError, match="would get the id 3"):
+            writer.extend(writer)
     content = read_panoptic_json(tmp_path / "out.json", with_categories=True)
     assert content["images"] == [{"id": 3, "file_name": "x/street.jpg", "height": 2, "width": 2}]
     assert content["annotations"][0]["segments_info"][0]["score"] == 0.5
     np.testing.assert_array_equal(read_id_map(tmp_path / "out" / content["annotations"][0]["file_name"]), ids)
+
+
+def annotated(image_id=1, file_name="a.png", **segment):
+    """A panoptic JSON of one segment with other fields than it should have."""
+    segments = [{"id": 1, "category_id": 1, **segment}]
+    return json.dumps({"annotations": [{"image_id": image_id, "file_name": file_name, "segments_info": segments}]})
 
 
 def test_json_errors_name_file_and_field(tmp_path):
@@ -202,6 +214,13 @@ def test_json_errors_name_file_and_field(tmp_path):
         ("[]", 'a panoptic JSON is a mapping with a list "annotations"'),
         ('{"annotations": [{"image_id": 1}]}', r'annotations\[0\] must be a mapping with "file_name"'),
         ('{"annotations": [], "categories": [{"id": 1}]}', r'categories\[0\] must be a mapping with "isthing"'),
+        ('{"annotations": [], "categories": [{"id": "1", "isthing": 0}]}', r"categories\[0\]: id must be an integer"),
+        ('{"annotations": [], "categories": [{"id": 1, "isthing": 2}]}', "isthing must be 0 or 1, got 2"),
+        (annotated(image_id=[3]), r"annotations\[0\]: image_id must be an integer or a text, got \[3\]"),
+        (annotated(file_name=3), r"annotations\[0\]: file_name must be a text, got 3"),
+        (annotated(id=1 << 24), r"segments_info\[0\]: id must lie in \[0, 16777215\], got 16777216"),
+        (annotated(area="9"), r"segments_info\[0\]: area must be a number, got '9'"),
+        (annotated(iscrowd="0"), r"segments_info\[0\]: iscrowd must be 0 or 1, got '0'"),
     ):
         path.write_text(content)
         with pytest.raises(PanopticFormatError, match=message):

@@ -13,7 +13,7 @@ import numpy as np
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.transforms import ImageError, read_image
-from spatialflow.panoptic.formats import PanopticWriter
+from spatialflow.panoptic.formats import PanopticWriter, read_panoptic_json
 
 IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
@@ -76,8 +76,25 @@ class Cityscapes:
         id_map = self._read_labels(index)
         return make_sample(str(self.paths[index]), image, id_map, self._segments(id_map), self.categories)
 
+    def _is_written(self, json_path: Path) -> bool:
+        """True if the file has these images and categories, and every label file was in its place before it."""
+        if not json_path.is_file():
+            return False
+        content = read_panoptic_json(json_path, with_categories=True)
+        if content["categories"] != self.categories.as_coco():
+            return False
+        if not {annotation["image_id"] for annotation in content["annotations"]} <= set(self.image_ids):
+            return False
+        # An archive unpacks files with their old times of modification; the time of the last change of status is new.
+        written = json_path.stat().st_mtime_ns
+        labels = filter(Path.is_file, map(self._label_path, range(len(self))))
+        return all(path.stat().st_ctime_ns <= written for path in labels)
+
+    def _label_path(self, index: int) -> Path:
+        return self.labels / self.paths[index].parent.name / f"{self.image_ids[index]}{LABEL_SUFFIX}"
+
     def _read_labels(self, index: int) -> np.ndarray:
-        path = self.labels / self.paths[index].parent.name / f"{self.image_ids[index]}{LABEL_SUFFIX}"
+        path = self._label_path(index)
         try:
             content = np.frombuffer(path.read_bytes(), np.uint8)
         except OSError as error:
@@ -104,7 +121,8 @@ class Cityscapes:
         return segments
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
-        """Writes the ground truth in the COCO panoptic format, for scoring, unless it is there already.
+        """Writes the ground truth in the COCO panoptic format, for scoring, unless it is there already and no label
+        file has changed since.
 
         Args:
             folder: where to write `cityscapes_<split>.json` and the folder of PNGs beside it.
@@ -114,7 +132,7 @@ class Cityscapes:
         """
         folder = Path(folder)
         json_path, png_folder = folder / f"cityscapes_{self.split}.json", folder / f"cityscapes_{self.split}"
-        if json_path.is_file():
+        if self._is_written(json_path):
             return json_path, png_folder
         writer = PanopticWriter(png_folder, json_path, self.categories.as_coco())
         for index, (image_id, name) in enumerate(zip(self.image_ids, self.names)):
@@ -140,9 +158,12 @@ class Cityscapes:
 
 
 def _png_size(path: Path) -> tuple[int, int]:
-    """(height, width) from a PNG's header; (1, 1) where it is damaged, which reading it will report."""
-    with open(path, "rb") as file:
-        head = file.read(24)
+    """(height, width) from a PNG's header; (1, 1) where it cannot be read or is damaged, which reading it will report."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(24)
+    except OSError:
+        return 1, 1
     if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n":
         return 1, 1
     return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")

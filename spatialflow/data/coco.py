@@ -1,13 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO panoptic data as downloaded: a JSON of segments, a folder of PNGs, a folder of photographs."""
 
+import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.transforms import ImageError, read_image
-from spatialflow.panoptic.formats import PanopticFormatError, read_id_map, read_panoptic_json
+from spatialflow.panoptic.formats import PanopticFormatError, check_categories, check_images, read_id_map, read_panoptic_json
+
+
+class _Packed(Sequence):
+    """Mappings kept as text, unpacked one at a time: every reading process has a copy, and objects take four times as much."""
+
+    def __init__(self, items: Iterable[Mapping[str, Any]]):
+        self._texts = [json.dumps(item).encode() for item in items]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [json.loads(text) for text in self._texts[index]]
+        return json.loads(self._texts[index])
 
 
 class CocoPanoptic:
@@ -25,7 +43,8 @@ class CocoPanoptic:
         sizes: their (height, width) as listed, for grouping by shape without reading them.
 
     Raises:
-        PanopticFormatError: the JSON is absent or breaks the format.
+        PanopticFormatError: the JSON is absent or breaks the format, or its `categories` are not those of the
+            network's table: no id in common, or a thing there that is stuff here.
     """
 
     def __init__(
@@ -40,22 +59,32 @@ class CocoPanoptic:
         self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else self.json_path.with_suffix("")
         self.categories = categories
         content = read_panoptic_json(self.json_path)
-        images = content.get("images")
-        if not isinstance(images, list) or not images:
-            raise PanopticFormatError(f'{self.json_path}: a data set needs a non-empty list "images"')
-        for i, image in enumerate(images):
-            if not isinstance(image, dict) or not {"id", "file_name", "height", "width"} <= image.keys():
-                raise PanopticFormatError(
-                    f'{self.json_path}: images[{i}] must be a mapping with "id", "file_name", "height", "width"'
-                )
-        by_id = {image["id"]: image for image in images}
-        self.annotations = content["annotations"]
-        strangers = [a["image_id"] for a in self.annotations if a["image_id"] not in by_id]
+        check_images(content, str(self.json_path))
+        if "categories" in content:
+            check_categories(content, str(self.json_path))
+            self._check_meaning(content["categories"])
+        by_id = {image["id"]: image for image in content["images"]}
+        self.image_ids = [annotation["image_id"] for annotation in content["annotations"]]
+        strangers = [image_id for image_id in self.image_ids if image_id not in by_id]
         if strangers:
             raise PanopticFormatError(f"{self.json_path}: annotations of images that are not listed: {strangers[:5]}")
-        self.image_ids = [annotation["image_id"] for annotation in self.annotations]
-        self.names = [str(by_id[i]["file_name"]) for i in self.image_ids]
-        self.sizes = [(int(by_id[i]["height"]), int(by_id[i]["width"])) for i in self.image_ids]
+        self.annotations: Sequence[dict[str, Any]] = _Packed(content["annotations"])
+        self.names = [by_id[i]["file_name"] for i in self.image_ids]
+        self.sizes = [(by_id[i]["height"], by_id[i]["width"]) for i in self.image_ids]
+
+    def _check_meaning(self, listed: Sequence[Mapping[str, Any]]) -> None:
+        """Raises PanopticFormatError unless the file's ids can be those of the network's table."""
+        isthing = {row.id: row.isthing for row in self.categories.rows}
+        rows = [row for row in listed if row["id"] in isthing]
+        if listed and not rows:
+            problem = f"none of its {len(listed)} categories is in the network's table"
+        else:
+            differing = [row for row in rows if bool(row["isthing"]) != isthing[row["id"]]]
+            if not differing:
+                return
+            kinds = ("stuff", "a thing") if isthing[differing[0]["id"]] else ("a thing", "stuff")
+            problem = f"category {differing[0]['id']} is {kinds[0]} here and {kinds[1]} in the network's table"
+        raise PanopticFormatError(f"{self.json_path}: {problem}; the configuration's `categories` may name this file")
 
     def __len__(self) -> int:
         return len(self.annotations)

@@ -42,13 +42,16 @@ def make_sample(
         table are void.
 
     Raises:
-        SampleError: sizes of image and map differ, or a listed segment has no pixels.
+        SampleError: sizes of image and map differ, a listed segment has no pixels or comes twice, or a box is not made
+            of four finite numbers.
     """
     if image.shape[:2] != id_map.shape:
         raise SampleError(f"{name}: image of {_size(image)} pixels, but annotation of {_size(id_map)}")
     height, width = id_map.shape
     segments = sorted(segments, key=lambda segment: segment["id"])
     ids = np.array([segment["id"] for segment in segments], dtype=np.int64)
+    if (ids[1:] == ids[:-1]).any():
+        raise SampleError(f"{name}: segment {ids[1:][ids[1:] == ids[:-1]][0]} is listed twice")
     place = np.searchsorted(ids, id_map)  # (H, W) candidate segment of each pixel
     place[place == len(ids)] = 0
     listed = ids[place] == id_map if len(ids) else np.zeros(id_map.shape, bool)
@@ -63,8 +66,9 @@ def make_sample(
         label = categories.thing_label.get(segment["category_id"])
         if label is None or segment.get("iscrowd"):
             continue
-        box = _box(segment.get("bbox"), width, height)
-        if box is None:
+        if segment.get("bbox") is not None:
+            box = _box(segment["bbox"], width, height, f"{name}: segment {segment['id']}")
+        else:
             rows, columns = (np.flatnonzero((place == i).any(axis=axis)) for axis in (1, 0))
             box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
         if box[2] - box[0] < 1 or box[3] - box[1] < 1:
@@ -82,11 +86,12 @@ def make_sample(
     )
 
 
-def _box(bbox: Any, width: int, height: int) -> np.ndarray | None:
-    """(x, y, w, h) as (x1, y1, x2, y2) clipped to the image; None where there is no such box."""
-    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
-        return None
-    x, y, w, h = (float(value) for value in bbox)
+def _box(bbox: Any, width: int, height: int, where: str) -> np.ndarray:
+    """(x, y, w, h) as (x1, y1, x2, y2) clipped to the image."""
+    numbers = isinstance(bbox, (list, tuple)) and all(isinstance(value, (int, float)) for value in bbox)
+    if not numbers or len(bbox) != 4 or not np.isfinite(bbox).all():
+        raise SampleError(f"{where}: bbox must be four finite numbers, got {bbox!r:.80}")
+    x, y, w, h = bbox
     return np.array([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)], np.float32)
 
 

@@ -86,11 +86,14 @@ def average_precision(
     Args:
         content: panoptic ground truth, as its JSON holds it; its things are the objects.
         panoptic_folder: its PNGs.
-        results: rows of `detection_rows`.
+        results: rows of `detection_rows`; those of images that the ground truth lacks are left out.
 
     Returns:
         {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (-1 where
         nothing of that kind is annotated); "mask" only where the results have masks. None where pycocotools is missing.
+
+    Raises:
+        PanopticFormatError: there are results, and none of an image of the ground truth.
     """
     try:
         from pycocotools.coco import COCO
@@ -98,6 +101,13 @@ def average_precision(
     except ImportError:
         return None
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    images = {annotation["image_id"] for annotation in content["annotations"]}
+    given, results = results, [row for row in results if row["image_id"] in images]
+    if given and not results:
+        raise PanopticFormatError(
+            f"detections: none of the {len(given)} rows has an image_id of the ground truth; the first has "
+            f"{given[0]['image_id']!r}"
+        )
     kinds = ["box"] + (["mask"] if results and all("segmentation" in row for row in results) else [])
     if not results:
         return {"box": dict.fromkeys(names, 0.0)}
@@ -126,7 +136,7 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
     """COCO results of a JSON file.
 
     Raises:
-        PanopticFormatError: the file is absent, no JSON, or a row lacks a field.
+        PanopticFormatError: the file is absent, no JSON, or a row lacks a field or has one of another kind.
     """
     try:
         rows = json.loads(Path(path).read_bytes())
@@ -139,4 +149,11 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
             raise PanopticFormatError(f'{path}: row {i} must have "image_id", "category_id", "bbox" and "score"')
+        if not isinstance(row["image_id"], int | str) or not isinstance(row["category_id"], int):
+            ids = f"{row['image_id']!r:.40} and {row['category_id']!r:.40}"
+            raise PanopticFormatError(f"{path}: row {i}: image_id and category_id must be ids, got {ids}")
+        numbers = [*row["bbox"], row["score"]] if isinstance(row["bbox"], list) else []
+        if len(numbers) != 5 or not all(isinstance(number, int | float) for number in numbers):
+            found = f"{row['bbox']!r:.80} and {row['score']!r:.40}"
+            raise PanopticFormatError(f"{path}: row {i}: bbox must be four numbers and score one, got {found}")
     return rows

@@ -129,31 +129,59 @@ def check_panoptic(content: Any, source: str, with_categories: bool = False) -> 
     if not isinstance(content, Mapping) or not isinstance(content.get("annotations"), list):
         raise PanopticFormatError(f'{source}: a panoptic JSON is a mapping with a list "annotations"')
     for index, annotation in enumerate(content["annotations"]):
-        _require(annotation, ("image_id", "file_name", "segments_info"), f"{source}: annotations[{index}]")
-        segments = annotation["segments_info"]
-        if not isinstance(segments, list):
-            raise PanopticFormatError(f"{source}: annotations[{index}]: segments_info must be a list")
-        for position, segment in enumerate(segments):
-            if not (
-                isinstance(segment, Mapping)
-                and isinstance(segment.get("id"), int)
-                and isinstance(segment.get("category_id"), int)
-            ):
-                raise PanopticFormatError(
-                    f"{source}: annotations[{index}]: segments_info[{position}] must be a mapping with integers "
-                    f'"id" and "category_id"'
-                )
+        where = f"{source}: annotations[{index}]"
+        _require(annotation, {"image_id": _INTEGER + _TEXT, "file_name": _TEXT, "segments_info": _LIST}, where)
+        for position, segment in enumerate(annotation["segments_info"]):
+            _check_segment(segment, f"{where}: segments_info[{position}]")
     if with_categories:
-        if not isinstance(content.get("categories"), list):
-            raise PanopticFormatError(f'{source}: a ground truth needs a list "categories"')
-        for index, category in enumerate(content["categories"]):
-            _require(category, ("id", "isthing"), f"{source}: categories[{index}]")
+        check_categories(content, source)
 
 
-def _require(item: Any, fields: Iterable[str], where: str) -> None:
-    for field in fields:
+def check_categories(content: Mapping[str, Any], source: str) -> None:
+    """Raise `PanopticFormatError`, naming `source`, unless `categories` lists mappings with id and isthing."""
+    if not isinstance(content.get("categories"), list):
+        raise PanopticFormatError(f'{source}: a ground truth needs a list "categories"')
+    for index, category in enumerate(content["categories"]):
+        _require(category, {"id": _INTEGER, "isthing": _FLAG}, f"{source}: categories[{index}]")
+
+
+def check_images(content: Mapping[str, Any], source: str) -> None:
+    """Raise `PanopticFormatError`, naming `source`, unless `images` lists photographs with name and size."""
+    if not isinstance(content.get("images"), list):
+        raise PanopticFormatError(f'{source}: a data set needs a list "images"')
+    for index, image in enumerate(content["images"]):
+        where = f"{source}: images[{index}]"
+        _require(image, {"id": _INTEGER + _TEXT, "file_name": _TEXT, "height": _INTEGER, "width": _INTEGER}, where)
+        if min(image["height"], image["width"]) < 1:
+            raise PanopticFormatError(f"{where}: must have pixels, got {image['width']}x{image['height']}")
+
+
+def _check_segment(segment: Any, where: str) -> None:
+    if not (
+        isinstance(segment, Mapping)
+        and isinstance(segment.get("id"), int)
+        and isinstance(segment.get("category_id"), int)
+    ):
+        raise PanopticFormatError(f'{where} must be a mapping with integers "id" and "category_id"')
+    if not 0 <= segment["id"] < 1 << 24:
+        raise PanopticFormatError(f'{where}: id must lie in [0, 16777215], got {segment["id"]}')
+    if not isinstance(segment.get("area", 0), _NUMBER):
+        raise PanopticFormatError(f'{where}: area must be a number, got {segment["area"]!r:.80}')
+    if segment.get("iscrowd", 0) not in (0, 1):
+        raise PanopticFormatError(f'{where}: iscrowd must be 0 or 1, got {segment["iscrowd"]!r:.80}')
+
+
+_INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
+_NUMBER = (int, float, np.integer)
+_KINDS = {_INTEGER: "an integer", _TEXT: "a text", _LIST: "a list", _INTEGER + _TEXT: "an integer or a text", _FLAG: "0 or 1"}
+
+
+def _require(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+    for field, kinds in fields.items():
         if not isinstance(item, Mapping) or field not in item:
-            raise PanopticFormatError(f'{where} must be a mapping with "{field}"')
+            raise PanopticFormatError(f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})')
+        if not isinstance(item[field], kinds) or (kinds is _FLAG and item[field] not in (0, 1)):
+            raise PanopticFormatError(f'{where}: {field} must be {_KINDS[kinds]}, got {item[field]!r:.80}')
 
 
 class PanopticWriter:
@@ -177,6 +205,7 @@ class PanopticWriter:
         self.folder = Path(folder)
         self.json_path = Path(json_path) if json_path is not None else self.folder.with_name(f"{self.folder.name}.json")
         self._content: dict[str, Any] = {"images": [], "annotations": []}
+        self._taken: dict[tuple[str, int | str], str] = {}  # ids and PNGs -> image they belong to
         if categories is not None:
             self._content["categories"] = [dict(category) for category in categories]
 
@@ -195,7 +224,7 @@ class PanopticWriter:
             Path of the PNG.
 
         Raises:
-            PanopticFormatError: segments and map disagree.
+            PanopticFormatError: segments and map disagree, or an image of that id, or whose PNG has that name, is there.
         """
         segments = [dict(segment) for segment in segments]
         listed = [segment["id"] for segment in segments]
@@ -205,7 +234,10 @@ class PanopticWriter:
                 f"image {image_id}: segments must list every id of the map once: map {sorted(present)}, listed {listed}"
             )
         path = self.folder / f"{Path(image_name).stem}.png"
+        taken = {("id", image_id): image_name, ("PNG", path.name): image_name}
+        self._check_free(taken)
         write_id_map(path, id_map)
+        self._taken |= taken
         height, width = np.shape(id_map)
         self._content["images"].append(
             {"id": image_id, "file_name": image_name, "height": int(height), "width": int(width)}
@@ -213,8 +245,21 @@ class PanopticWriter:
         self._content["annotations"].append({"image_id": image_id, "file_name": path.name, "segments_info": segments})
         return path
 
+    def _check_free(self, taken: Mapping[tuple[str, int | str], str]) -> None:
+        for (kind, name), image_name in taken.items():
+            if (kind, name) in self._taken:
+                raise PanopticFormatError(
+                    f"{image_name}: would get the {kind} {name}, which {self._taken[kind, name]} has already"
+                )
+
     def extend(self, other: "PanopticWriter") -> None:
-        """Take over the images that another writer, for instance another process's, has added to the same folder."""
+        """Take over the images that another writer, for instance another process's, has added to the same folder.
+
+        Raises:
+            PanopticFormatError: an image of the same id, or whose PNG has the same name, is there.
+        """
+        self._check_free(other._taken)
+        self._taken |= other._taken
         for key in ("images", "annotations"):
             self._content[key] += other._content[key]
 

@@ -180,7 +180,7 @@ def evaluate(
     predicted = {annotation["image_id"]: annotation for annotation in pred["annotations"]}
     for annotation in gt["annotations"]:
         if annotation["image_id"] not in predicted:
-            raise PanopticFormatError(f"no prediction for the image with id {annotation['image_id']}")
+            raise PanopticFormatError(f"no prediction for the image with id {annotation['image_id']!r}")
 
     quality = PanopticQuality(gt["categories"])
 

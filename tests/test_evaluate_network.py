@@ -143,7 +143,16 @@ def test_commands(tmp_path, capsys):
     )
     assert "box AP" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "scores.json").read_text())["detection"]) == {"box", "mask"}
-    for content, message in (("{}", "are a list"), ("[1]", "row 0"), ("[", "not a JSON")):
+    row = {key: value for key, value in rows[0].items() if key != "segmentation"}
+    for content, message in (
+        ("{}", "are a list"),
+        ("[1]", "row 0"),
+        ("[", "not a JSON"),
+        (json.dumps([row | {"image_id": 99}]), "none of the 1 rows has an image_id of the ground truth; the first has 99"),
+        (json.dumps([row | {"image_id": [1]}]), "row 0: image_id and category_id must be ids, got [1]"),
+        (json.dumps([row | {"bbox": [1, 2, 3]}]), "row 0: bbox must be four numbers"),
+        (json.dumps([row | {"score": "x"}]), "row 0: bbox must be four numbers and score one"),
+    ):
         (tmp_path / "bad.json").write_text(content)
         assert main(["evaluate", *paths, "--detections", str(tmp_path / "bad.json")]) == 2
         assert message in capsys.readouterr().err

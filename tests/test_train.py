@@ -149,6 +149,42 @@ class TestRun:
         with pytest.raises(CheckpointError, match="checkpoint.pt: cannot be resumed"):
             Trainer(small(), data, tmp_path, ALONE)
 
+    def test_interrupted_evaluation_is_made_up_for(self, data, tmp_path, monkeypatch):
+        """The run ends in its last evaluation: the same command evaluates and leaves the weights, once."""
+        import spatialflow.engine.train as train
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "evaluate_network", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                Trainer(small(), data, tmp_path, ALONE, validation=data).run()
+        for _ in range(2):
+            network = Trainer(small(), data, tmp_path, ALONE, validation=data).run()
+            kinds = [row["kind"] for row in read_log(tmp_path / "log.jsonl")]
+            assert kinds == ["step", "step", "evaluation"]
+        loaded = load_checkpoint(build_model(small()), tmp_path / "model.safetensors").state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items() if "num_b" not in key)
+
+    def test_a_run_started_anew_forgets_the_old_one(self, data, tmp_path, monkeypatch):
+        """Interrupted before its first checkpoint, it is not the old run that goes on."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        anew = Trainer(small(), data, tmp_path, ALONE, resume=False)
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(anew, "_advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            anew.run()
+        assert Trainer(small(), data, tmp_path, ALONE).step == 0
+
+    def test_processes_must_see_one_folder(self, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(World, "gather", lambda self, item: [item, 8])
+        with pytest.raises(TrainingError, match=r"resume at different steps \[0, 8\]"):
+            Trainer(small(), data, tmp_path, World(0, 2, torch.device("cpu")))
+
     def test_log_of_a_killed_run_is_cut_back(self, data, tmp_path):
         Trainer(small(), data, tmp_path, ALONE).run()
         with open(tmp_path / "log.jsonl", "a") as file:
@@ -260,6 +296,15 @@ class TestBrokenData:
         )
         with pytest.raises(SampleError, match="000003.jpg"):
             Trainer(small(), data, tmp_path / "strict", ALONE, strict=True).run()
+
+    def test_annotations_of_another_size_do_not_end_an_evaluation(self, tmp_path):
+        write_coco(tmp_path, 2, (64, 96))
+        image = tmp_path / "images/000002.jpg"
+        cv2.imwrite(str(image), cv2.imread(str(image))[:50])
+        data = CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())
+        Trainer(small(), data, tmp_path / "run", ALONE, validation=data).run()
+        (problem,) = json.loads((tmp_path / "run/evaluation/scores.json").read_text())["problems"]
+        assert "000002.jpg: image of 96x50 pixels, but annotation of 96x64" in problem
 
 
 def test_cityscapes_tree_trains_predicts_and_is_scored(tmp_path, capsys):

@@ -132,7 +132,10 @@ class Schedule:
 
 
 class _Samples(torch.utils.data.Dataset):
-    """Draws -> augmented samples; a broken one is replaced by the next image of the data set and reported."""
+    """Draws -> augmented samples; a broken one is replaced by the next image of the data set and reported.
+
+    The error that ends a run is returned, not raised: a worker would wrap the sentence into its traceback.
+    """
 
     def __init__(self, data: DataSet, config: DataConfig, strict: bool):
         self.data, self.config, self.strict = data, config, strict
@@ -140,22 +143,25 @@ class _Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, draw: Draw) -> tuple[TrainingSample, list[str]]:
+    def __getitem__(self, draw: Draw) -> tuple[TrainingSample, list[str]] | SampleError:
         problems: list[str] = []
         for offset in range(len(self.data)):
             try:
                 sample = self.data[(draw.index + offset) % len(self.data)]
             except SampleError as error:
                 if self.strict:
-                    raise
+                    return error
                 problems.append(str(error))
                 continue
             return augment(sample, self.config, np.random.default_rng(draw.seed)), problems
-        raise SampleError(f"none of the {len(self.data)} images of the data set can be used; the last: {problems[-1]}")
+        return SampleError(f"none of the {len(self.data)} images of the data set can be used; the last: {problems[-1]}")
 
 
-def collate(items: Sequence[tuple[TrainingSample, list[str]]]) -> Batch:
-    """Samples of different sizes -> one batch, padded at the right and bottom."""
+def collate(items: Sequence[tuple[TrainingSample, list[str]] | SampleError]) -> Batch | SampleError:
+    """Samples of different sizes -> one batch, padded at the right and bottom; or the first error among them."""
+    for item in items:
+        if isinstance(item, SampleError):
+            return item
     samples = [sample for sample, _ in items]
     height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
     images = torch.zeros((len(samples), 3, height, width))
@@ -185,7 +191,7 @@ def make_loader(
     workers: int = 0,
     strict: bool = False,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> Iterator[Batch]:
     """Reads, augments and batches in the background.
 
     Args:
@@ -197,11 +203,14 @@ def make_loader(
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
 
     Returns:
-        An iterable of Batch, in the order of `draws`.
+        Batches, in the order of `draws`.
+
+    Raises:
+        SampleError: from the iterator: a broken image in a strict run, or no image that can be used.
     """
     # Workers come from a server that never had threads: a plain fork of this process would inherit OpenCV's and
     # OpenMP's thread pools without their threads, and wait for them for ever.
-    return DataLoader(
+    loader = DataLoader(
         _Samples(data, config, strict),
         batch_sampler=_Once(draws),
         num_workers=workers,
@@ -210,6 +219,10 @@ def make_loader(
         worker_init_fn=_one_thread,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
+    for batch in loader:
+        if isinstance(batch, SampleError):
+            raise batch
+        yield batch
 
 
 class _Once:

@@ -44,7 +44,7 @@ def evaluate_network(
         "problems" messages about images and annotations that cannot be read, which are left out. The same on every
         process.
     """
-    truth, truth_folder, problems = _usable_truth(data, folder, world)
+    truth, truth_folder, problems = _read_truth(data, folder, world)
     by_id = {image_id: index for index, image_id in enumerate(data.image_ids)}
     wanted = truth["annotations"][world.rank :: world.size]
     if progress and world.is_first:
@@ -55,13 +55,18 @@ def evaluate_network(
     detections, lost = [], set()
     for annotation in wanted:
         image_id = annotation["image_id"]
+        path = data.image_path(by_id[image_id])
         try:
-            result = predictor(data.image_path(by_id[image_id]))
-        except ImageError as error:
+            annotated = read_id_map(truth_folder / annotation["file_name"])
+            result = predictor(path)
+            if annotated.shape != result.id_map.shape:
+                sizes = [f"{width}x{height}" for height, width in (result.id_map.shape, annotated.shape)]
+                raise ImageError(f"{path}: image of {sizes[0]} pixels, but annotation of {sizes[1]}")
+            writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments)
+        except (ImageError, PanopticFormatError) as error:
             problems.append(str(error))
             lost.add(image_id)
             continue
-        writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments)
         detections += detection_rows(result, image_id)
     parts = world.gather((writer, detections, problems, lost))
     if world.is_first:
@@ -82,10 +87,8 @@ def evaluate_network(
     return world.gather(scores if world.is_first else None)[0]
 
 
-def _usable_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str, Any], Path, list[str]]:
-    """The ground truth without the images whose annotation cannot be read, its folder, and (in the first process)
-    their messages.
-    """
+def _read_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str, Any], Path, list[str]]:
+    """The ground truth, the folder of its PNGs, and (in the first process) messages about images that it lacks."""
     if world.is_first:
         data.panoptic_truth(folder)  # data sets that must write it do so once, before the others look for it
     world.wait()
@@ -97,12 +100,4 @@ def _usable_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[st
         for name, image_id in zip(data.names, data.image_ids)
         if image_id not in listed
     ]
-    usable = []
-    for annotation in content["annotations"]:
-        try:
-            read_id_map(png_folder / annotation["file_name"])
-        except PanopticFormatError as error:
-            problems.append(str(error))
-        else:
-            usable.append(annotation)
-    return {**content, "annotations": usable}, png_folder, problems if world.is_first else []
+    return content, png_folder, problems if world.is_first else []

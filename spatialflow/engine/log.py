@@ -73,7 +73,7 @@ def _tensorboard(folder: Path, steps_done: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+    return SummaryWriter(str(folder), purge_step=steps_done + 1)
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> bool:

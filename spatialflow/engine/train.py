@@ -104,7 +104,8 @@ class Trainer:
         resume: go on from the folder's checkpoint, if there is one.
 
     Raises:
-        TrainingError: the processes cannot share the batch, or the folder's checkpoint belongs to another run.
+        TrainingError: the processes cannot share the batch, the folder's checkpoint belongs to another run, or not all
+            processes see it.
         CheckpointError: weights cannot be read or do not fit.
     """
 
@@ -159,6 +160,11 @@ class Trainer:
         self.identity = {"config": _plain_config(config), "data": _fingerprint(data)}
         if resume and self.checkpoint_path.is_file():
             self._restore()
+        steps = world.gather(self.step)
+        if len(set(steps)) > 1:
+            raise TrainingError(
+                f"{self.checkpoint_path}: the processes resume at different steps {steps}; all need to see one folder"
+            )
         self.log = TrainingLog(self.folder, self.step) if world.is_first else None
         self.problems: set[str] = set()
         self.kept = self.drawn = -math.inf  # when the checkpoint was written, the curves drawn
@@ -183,14 +189,17 @@ class Trainer:
         draws = self.schedule.draws(
             self.step, self.total_steps, self.world.rank, self.world.size, training.accumulation_steps
         )
-        loader = make_loader(
+        batches = make_loader(
             self.data, self.config.data, draws, self.workers, self.strict, self.world.device.type == "cuda"
         )
-        batches = iter(loader)
         bar = self._bar()
         unread: list[tuple[int, float, Tensor]] = []
         step_module, phase = None, None
         try:
+            if self.step == 0 and self.world.is_first:
+                self.checkpoint_path.unlink(missing_ok=True)  # of a run that this one replaces, and must not go on as
+            if self.step and self.step % per_epoch == 0:  # the end of an epoch may be what was interrupted
+                self._end_epoch(self.step // per_epoch, keep=True)
             while self.step < self.total_steps:
                 if phase != self._class_layers_alone():
                     phase = self._class_layers_alone()
@@ -294,7 +303,8 @@ class Trainer:
         """Where they are due: an evaluation, weights, picture."""
         every = self.config.training.evaluate_every_epochs
         last = self.step == self.total_steps
-        if self.validation is not None and (last or (every > 0 and epoch % every == 0)):
+        due = self.validation is not None and (last or (every > 0 and epoch % every == 0))
+        if due and not self._is_evaluated():
             self.network.eval()
             one_view = {"test_short_edges": self.config.test.test_short_edges[:1], "test_flip": False}
             predictor = Predictor(self.network, **one_view)  # augmentation would take several times as long
@@ -321,6 +331,11 @@ class Trainer:
             if last or time.monotonic() - self.drawn > DRAW_EVERY:
                 self.log.draw()
                 self.drawn = time.monotonic()
+
+    def _is_evaluated(self) -> bool:
+        """True, in every process, if the log has an evaluation of the present step."""
+        rows = () if self.log is None else self.log.rows
+        return any(self.world.gather(any(row["kind"] == "evaluation" and row["step"] == self.step for row in rows)))
 
     def _keep(self) -> None:
         """Writes the checkpoint: under a temporary name, to the disk, then renamed over the old one."""

@@ -126,13 +126,14 @@ def _predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from spatialflow.data.transforms import ImageError, read_image
+    from spatialflow.panoptic import PanopticFormatError
 
     paths, failed = list_images(options.images)
     predictor = _make_predictor(options)
     output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay,
                                detections=options.detections)  # fmt: skip
     times: dict[str, float] = {}
-    with tqdm(paths, desc="predict", unit="image", disable=None) as bar:
+    with output, tqdm(paths, desc="predict", unit="image", disable=None) as bar:
         for path in bar:
             try:
                 begin = time.perf_counter()
@@ -141,7 +142,7 @@ def _predict(options: argparse.Namespace) -> int:
                 result = predictor(pixels)
                 result.image_name, result.times["decode"] = path.name, decode
                 output.add(result, pixels)
-            except (ImageError, OSError) as error:
+            except (ImageError, PanopticFormatError, OSError) as error:
                 failed.append(sentence(error))
                 with bar.external_write_mode(file=sys.stderr):
                     complain(failed[-1])
@@ -150,10 +151,6 @@ def _predict(options: argparse.Namespace) -> int:
                 times[stage] = times.get(stage, 0.0) + seconds
     done = len(output.done)
     if done:
-        try:
-            output.finish()
-        except OSError as error:
-            raise CommandError(sentence(error)) from None
         stages = ", ".join(f"{stage} {seconds / done * 1e3:.1f} ms" for stage, seconds in times.items())
         print(f"mean time per image: {stages}, together {sum(times.values()) / done * 1e3:.1f} ms")
         print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
@@ -214,7 +211,10 @@ def _sizes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _PredictionFolder:
-    """`panoptic.json`, `panoptic/<stem>.png`, `overlays/<stem>.jpg`; an image's files are there all or not at all."""
+    """`panoptic.json`, `panoptic/<stem>.png`, `overlays/<stem>.jpg`; an image's files are there all or not at all.
+
+    The JSON files are written when the `with` block ends, however it ends, so that images already done stay usable.
+    """
 
     def __init__(self, root: Path, categories: list[dict[str, Any]], overlays: bool, detections: bool) -> None:
         from spatialflow.panoptic import PanopticWriter
@@ -230,6 +230,7 @@ class _PredictionFolder:
         import cv2
 
         from spatialflow.files import atomic_write
+        from spatialflow.panoptic import PanopticFormatError
 
         picture = self.overlay_folder / f"{Path(result.image_name).stem}.jpg"
         if self._overlays:
@@ -239,7 +240,7 @@ class _PredictionFolder:
         try:
             with named(self.folder / f"{picture.stem}.png"):
                 self._writer.add(result.image_id, result.image_name, result.id_map, result.segments)
-        except OSError:
+        except (OSError, PanopticFormatError):
             if self._overlays:
                 picture.unlink(missing_ok=True)
             raise
@@ -249,7 +250,17 @@ class _PredictionFolder:
             self._detections += detection_rows(result, result.image_id)
         self.done.append(result.image_name)
 
-    def finish(self) -> None:
+    def __enter__(self) -> _PredictionFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.done:
+            try:
+                self._finish()
+            except OSError as error:
+                raise CommandError(sentence(error)) from None
+
+    def _finish(self) -> None:
         with named(self._writer.json_path):
             self._writer.write_json()
         if self._detections is not None:

@@ -23,7 +23,8 @@ def list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
     A folder stands for the images in it, or if there are none for those in its folders (Cityscapes' cities).
     """
-    paths, failed, stems = [], [], {}
+    failed: list[str] = []
+    of_stem: dict[str, Path] = {}
     for path in given:
         found = [path]
         if path.is_dir():
@@ -31,13 +32,11 @@ def list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
             if not found:
                 failed.append(f"{path}: holds no image file")
         for file in found:
-            if stems.setdefault(file.stem, file) != file:
-                failed.append(f"{file}: is named like {stems[file.stem]}, and outputs take the name")
-            elif file not in paths:
-                paths.append(file)
+            if of_stem.setdefault(file.stem, file) != file:
+                failed.append(f"{file}: is named like {of_stem[file.stem]}, and outputs take the name")
     for text in failed:
         complain(text)
-    return paths, failed
+    return list(of_stem.values()), failed
 
 
 def _images_in(files: Iterable[Path]) -> list[Path]:

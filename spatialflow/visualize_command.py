@@ -50,6 +50,7 @@ def run_visualize(options: argparse.Namespace) -> int:
     """Carries the command out; returns the exit code."""
     from tqdm import tqdm
 
+    from spatialflow.data.categories import CategoryError
     from spatialflow.data.transforms import ImageError
     from spatialflow.panoptic import PanopticFormatError
 
@@ -74,6 +75,8 @@ def run_visualize(options: argparse.Namespace) -> int:
             except (ImageError, PanopticFormatError, OSError) as error:
                 failed.append(sentence(error))
                 complain(failed[-1])
+            except CategoryError as error:  # of the configuration, the same for every picture
+                raise CommandError(str(error)) from None
     if not rows:
         complain("no picture could be drawn")
         return 1
@@ -87,14 +90,16 @@ def run_visualize(options: argparse.Namespace) -> int:
 
 def _read_maps(path: Path) -> Maps:
     from spatialflow.panoptic import PanopticFormatError, read_panoptic_json
+    from spatialflow.panoptic.formats import check_images
 
     path = panoptic_json(path)
     try:
-        content = read_panoptic_json(path, with_categories=True)
+        content = {"images": []} | read_panoptic_json(path, with_categories=True)
+        check_images(content, str(path))
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     folder = path.with_suffix("")
-    names = {image["id"]: image["file_name"] for image in content.get("images", ())}
+    names = {image["id"]: image["file_name"] for image in content["images"]}
     annotations = {
         Path(names.get(annotation["image_id"], annotation["file_name"])).stem: annotation
         for annotation in content["annotations"]

@@ -114,6 +114,28 @@ class TestPredict:
         assert len(said) == 5
         assert_complete(output, ["plain.jpg", "dot.png"])
 
+    def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
+        """What is done when Ctrl-C comes is complete, JSON included."""
+        read = spatialflow.data.transforms.read_image
+
+        def interrupted(path):
+            if path.name == "grey.png":
+                raise KeyboardInterrupt
+            return read(path)
+
+        monkeypatch.setattr("spatialflow.data.transforms.read_image", interrupted)
+        arguments = [str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+        assert main(["predict", *arguments]) == 130
+        assert_complete(tmp_path, ["deep.png", "dot.png"])
+
+    def test_ids_that_coincide(self, photographs, weights, tmp_path, capsys):
+        for name in ("7.jpg", "007.jpg"):
+            (tmp_path / name).write_bytes((photographs / "plain.jpg").read_bytes())
+        output = tmp_path / "out"
+        assert main(["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 1
+        assert sentences(capsys) == ["7.jpg: would get the id 7, which 007.jpg has already"]
+        assert_complete(output, ["007.jpg"])
+
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
         assert sentences(capsys) == ["no --checkpoint: the weights are random, so the maps mean nothing"]

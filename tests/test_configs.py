@@ -8,7 +8,7 @@ import torch
 from small_models import SMALL
 
 from spatialflow.models.build import build_model, list_configs, load_config
-from spatialflow.models.config import SECTIONS, Config, ConfigError, place_overrides
+from spatialflow.models.config import SECTIONS, Config, ConfigError, parse_settings, place_overrides
 
 
 @pytest.mark.parametrize("name", list_configs())
@@ -61,6 +61,13 @@ def test_overrides_in_every_spelling():
         assert load_config("spatialflow_r50_coco", **overrides).model.fpn_channels == 64
     config = load_config("tiny")
     assert load_config(config, num_things=7).model == dataclasses.replace(config.model, num_things=7)
+
+
+def test_powers_of_ten_without_a_point_are_numbers():
+    """YAML takes 1e-3 for a text."""
+    assert load_config("tiny", **parse_settings(["learning_rate=1e-3"])).training.learning_rate == 0.001
+    with pytest.raises(ConfigError, match="learning_rate: must be a number, got '1e'"):
+        load_config("tiny", learning_rate="1e")
 
 
 def test_config_is_frozen():

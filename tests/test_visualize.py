@@ -91,6 +91,12 @@ class TestCommand:
         assert main(["visualize", str(truth / "images"), *arguments, "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
+    def test_categories_that_cannot_be_read_are_named(self, truth, tmp_path, capsys):
+        (tmp_path / "other.yaml").write_text("base: tiny\ndata:\n  categories: nowhere.json\n")
+        arguments = ["--config", str(tmp_path / "other.yaml"), "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(truth / "images"), *arguments]) == 2
+        assert "nowhere.json cannot be read" in capsys.readouterr().err
+
     def test_images_that_do_not_fit_are_named(self, truth, prediction, tmp_path, capsys):
         """One of another size, one that is not in the prediction, one that is no image; the others are drawn."""
         photographs = tmp_path / "photographs"
@@ -159,6 +165,12 @@ class TestPages:
         assert (row[-8, 16] == (0, 0, 255)).all() and (row[-8, -16] == (255, 0, 0)).all()
         sheet = contact_sheet([row, row[:, :10]])
         assert sheet.shape[1] == row.shape[1] and (sheet[: len(row)] == row).all()
+
+    def test_height_is_limited(self):
+        """A strip one pixel wide stays a small picture."""
+        strip = np.full((5000, 1, 3), 9, np.uint8)
+        row = side_by_side({"strip": strip}, panel_width=32)
+        assert row.shape[1] == 32 and row.shape[0] < 130 and (row[-1, 0] == 9).all()
 
     def test_captions_are_escaped(self):
         assert "<b>" not in html_page("t", [("<b>", 'a"b.jpg')]) and 'a"b' not in html_page("t", [("<b>", 'a"b.jpg')])

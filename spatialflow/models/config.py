@@ -8,6 +8,7 @@ fpn_channels=64)`.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -414,6 +415,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         _require(isinstance(value, (list, tuple)), name, f"must be a list of {item.__name__}", value)
         return tuple(_convert(name, item, v) for v in value)
     if kind is float:
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
+            value = float(value)  # YAML takes 1e-3 for a text, as it has no point
         _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, "must be a number", value)
         _require(value == value and abs(value) != float("inf"), name, "must be finite", value)
         return float(value)

@@ -15,7 +15,8 @@ def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_widt
     Args:
         panels: title -> (H, W, 3) uint8 BGR, all of one size.
         heading: a line above all of them.
-        panel_width: width that every panel is scaled to, in pixels.
+        panel_width: width that every panel is scaled to, in pixels; one that would be more than three times as high
+            is scaled to that height.
 
     Returns:
         (H', W', 3) uint8 BGR.
@@ -29,11 +30,13 @@ def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_widt
     if len(shapes) != 1:
         raise ValueError(f"panels must be one or more pictures of one size, got sizes {sorted(shapes)}")
     ((height, width, _),) = shapes
-    size = (panel_width, max(round(height * panel_width / width), 1))
-    shrinks = panel_width < width
+    scale = min(panel_width / width, 3 * panel_width / height)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    shrinks = scale < 1
     columns = []
     for title, panel in panels.items():
         picture = cv2.resize(panel, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        picture = np.hstack([picture, _blank(size[1], panel_width - size[0])])
         columns += [np.vstack([_line(title, panel_width), picture]), _blank(size[1] + _LINE_HEIGHT, _GAP)]
     row = np.hstack(columns[:-1])
     return np.vstack([_line(heading, row.shape[1]), row]) if heading else row

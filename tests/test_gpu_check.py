@@ -87,6 +87,11 @@ def test_time_of_all_steps_is_bounded(gpu_check):
     assert outcome.status == "timed out" and "no time left" in outcome.detail
 
 
+def test_a_dry_run_leaves_committed_results_alone(gpu_check):
+    assert gpu_check.parse_arguments([]).output == ROOT / "benchmarks" / "results"
+    assert gpu_check.parse_arguments(["--backend", "simt"]).output == ROOT / "build" / "gpu_check"
+
+
 def test_every_command_names_a_file_that_is_there(gpu_check):
     for backend in ("cuda", "simt"):
         for step in gpu_check.make_steps(backend, Path("results")):

@@ -227,10 +227,13 @@ def as_markdown(about: dict[str, Any], outcomes: list[Outcome], tables: str) -> 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Checks and times the CUDA kernels on this machine's GPU.")
     parser.add_argument("--backend", choices=("cuda", "simt"), default="cuda", help="simt: dry run on the interpreter")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER",
-                        help="receives <device>/gpu_check.* (default: benchmarks/results)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/gpu_check.* (default: "
+                        "benchmarks/results; build/gpu_check in the dry run, whose times mean nothing)")  # fmt: skip
     parser.add_argument("--steps", nargs="+", default=[], metavar="TEXT", help="only steps whose name contains one of these")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    folder = Path("benchmarks", "results") if options.backend == "cuda" else Path("build", "gpu_check")
+    options.output = (options.output or ROOT / folder).resolve()
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,12 +247,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu-check: the interpreted kernels are not built: make test-simt", file=sys.stderr)
         return 2
     about["backend"] = options.backend
-    steps = make_steps(options.backend, options.output.resolve())
+    steps = make_steps(options.backend, options.output)
     chosen = [step for step in steps if not options.steps or any(text in step.name for text in options.steps)]
     if not chosen:
         print(f"gpu-check: no step contains {' or '.join(options.steps)}; steps: {'; '.join(s.name for s in steps)}")
         return 2
-    path = results_path(options.output.resolve(), about["device"], "gpu_check")
+    path = results_path(options.output, about["device"], "gpu_check")
     logs = path.with_name("gpu_check_logs")
     logs.mkdir(exist_ok=True)
     outcomes: list[Outcome] = []

@@ -487,7 +487,13 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
         help="folder of <device>/<op>.json and .png (default: benchmarks/results; nothing is written for a selection "
         "of cases or providers unless this is given)",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("threads", "seconds"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+    if options.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {options.device}")
+    return options
 
 
 def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
     convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
-    convert.add_argument("destination", type=Path, metavar="DESTINATION", help="file ending in .safetensors or .pth")
+    convert.add_argument("destination", type=Path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
 
     benchmark = commands.add_parser("benchmark", help="time operators against their peers")
     benchmark.set_defaults(run=_benchmark)

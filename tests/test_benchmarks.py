@@ -41,6 +41,13 @@ def refuse(x):
 
 
 class TestHarness:
+    @pytest.mark.parametrize("option, value", [("threads", "0"), ("seconds", "-1"), ("device", "tpu")])
+    def test_bad_options_are_named(self, option, value, capsys):
+        harness = importlib.import_module("harness")
+        with pytest.raises(SystemExit):
+            harness.main(square(harness, torch.square), [f"--{option}", value])
+        assert f"error: --{option} must be" in capsys.readouterr().err
+
     def test_results(self, tmp_path, capsys):
         harness = importlib.import_module("harness")
         benchmark = square(harness, torch.square, refusing=refuse)

@@ -123,7 +123,10 @@ class TestCoco:
             ({"annotations": [], "images": [IMAGE | {"width": 0}]}, "must have pixels, got 0x1"),
             ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a text"),
             ({"annotations": [], "images": [IMAGE], "categories": 3}, "categories"),
-            ({"annotations": [], "images": [IMAGE], "categories": [{"id": 99, "isthing": 1}]}, "none of its 1 categories"),
+            (
+                {"annotations": [], "images": [IMAGE], "categories": [{"id": 99, "isthing": 1}]},
+                "none of its 1 categories",
+            ),
             (
                 {"annotations": [], "images": [IMAGE], "categories": [{"id": 1, "isthing": 0}]},
                 "category 1 is stuff here and a thing in the network's table",

@@ -189,7 +189,7 @@ def test_writer(tmp_path):
         assert writer.add(3, "x/street.jpg", ids, segments) == tmp_path / "out" / "street.png"
         with pytest.raises(PanopticFormatError, match=r"image 4: segments must list every id of the map once"):
             writer.add(4, "b.jpg", ids, segments[:1])
-        with pytest.raises(PanopticFormatError, match="y/street.png: would get the PNG street.png, which x/street.jpg has"):
+        with pytest.raises(PanopticFormatError, match="y/street.png: would get the PNG street.png, which x/street.jpg"):
             writer.add(4, "y/street.png", ids, segments)
         with pytest.raises(PanopticFormatError, match="b.jpg: would get the id 3"):
             writer.add(3, "b.jpg", ids, segments)

@@ -158,7 +158,7 @@ class Cityscapes:
 
 
 def _png_size(path: Path) -> tuple[int, int]:
-    """(height, width) from a PNG's header; (1, 1) where it cannot be read or is damaged, which reading it will report."""
+    """(height, width) from a PNG's header; (1, 1) where it is absent or damaged, which reading it will report."""
     try:
         with open(path, "rb") as file:
             head = file.read(24)

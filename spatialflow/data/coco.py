@@ -10,11 +10,20 @@ from typing import Any
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.transforms import ImageError, read_image
-from spatialflow.panoptic.formats import PanopticFormatError, check_categories, check_images, read_id_map, read_panoptic_json
+from spatialflow.panoptic.formats import (
+    PanopticFormatError,
+    check_categories,
+    check_images,
+    read_id_map,
+    read_panoptic_json,
+)
 
 
 class _Packed(Sequence):
-    """Mappings kept as text, unpacked one at a time: every reading process has a copy, and objects take four times as much."""
+    """Mappings kept as text, unpacked one at a time.
+
+    Every reading process has a copy of its data set, and as objects the annotations of COCO take four times the memory.
+    """
 
     def __init__(self, items: Iterable[Mapping[str, Any]]):
         self._texts = [json.dumps(item).encode() for item in items]

@@ -130,7 +130,7 @@ def check_panoptic(content: Any, source: str, with_categories: bool = False) -> 
         raise PanopticFormatError(f'{source}: a panoptic JSON is a mapping with a list "annotations"')
     for index, annotation in enumerate(content["annotations"]):
         where = f"{source}: annotations[{index}]"
-        _require(annotation, {"image_id": _INTEGER + _TEXT, "file_name": _TEXT, "segments_info": _LIST}, where)
+        _require(annotation, {"image_id": _ID, "file_name": _TEXT, "segments_info": _LIST}, where)
         for position, segment in enumerate(annotation["segments_info"]):
             _check_segment(segment, f"{where}: segments_info[{position}]")
     if with_categories:
@@ -151,7 +151,7 @@ def check_images(content: Mapping[str, Any], source: str) -> None:
         raise PanopticFormatError(f'{source}: a data set needs a list "images"')
     for index, image in enumerate(content["images"]):
         where = f"{source}: images[{index}]"
-        _require(image, {"id": _INTEGER + _TEXT, "file_name": _TEXT, "height": _INTEGER, "width": _INTEGER}, where)
+        _require(image, {"id": _ID, "file_name": _TEXT, "height": _INTEGER, "width": _INTEGER}, where)
         if min(image["height"], image["width"]) < 1:
             raise PanopticFormatError(f"{where}: must have pixels, got {image['width']}x{image['height']}")
 
@@ -173,7 +173,8 @@ def _check_segment(segment: Any, where: str) -> None:
 
 _INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
 _NUMBER = (int, float, np.integer)
-_KINDS = {_INTEGER: "an integer", _TEXT: "a text", _LIST: "a list", _INTEGER + _TEXT: "an integer or a text", _FLAG: "0 or 1"}
+_ID = _INTEGER + _TEXT
+_KINDS = {_INTEGER: "an integer", _TEXT: "a text", _LIST: "a list", _ID: "an integer or a text", _FLAG: "0 or 1"}
 
 
 def _require(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
@@ -224,7 +225,7 @@ class PanopticWriter:
             Path of the PNG.
 
         Raises:
-            PanopticFormatError: segments and map disagree, or an image of that id, or whose PNG has that name, is there.
+            PanopticFormatError: segments and map disagree, or another image has that id or that name of the PNG.
         """
         segments = [dict(segment) for segment in segments]
         listed = [segment["id"] for segment in segments]

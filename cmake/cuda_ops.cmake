@@ -15,7 +15,8 @@ set(cuda_ops
     paste_masks
     preprocess_images
     roi_align
-    sigmoid_focal_loss)
+    sigmoid_focal_loss
+    stuff_labels)
 
 # CUDA sources that several operators share.
 set(cuda_shared conv3x3)

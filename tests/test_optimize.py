@@ -7,8 +7,8 @@ import torch
 from small_models import VARIANTS, random_model
 
 from golden_models import assert_close, golden_model
-from spatialflow.models import inference
 from spatialflow.models.optimize import optimize_for_inference
+from spatialflow.ops import stuff_labels
 
 
 def assert_same_outputs(model, images):
@@ -51,7 +51,7 @@ def test_goldens(goldens):
         assert_close("box_deltas", output.box_deltas[i], arrays[f"bbox_pred_l{i}"])
     assert_close("stuff_logits", fast.stuff_head.enlarge(quarter)[:, :, ::4, ::4], arrays["stuff_logits_sub4"])
     for i in range(2):
-        labels = inference.stuff_labels(quarter[i], (224, 288), (224, 288))
+        labels = stuff_labels(quarter[i], (224, 288), (224, 288))
         assert np.array_equal(labels.numpy(), arrays["stuff_argmax"][i])
 
 

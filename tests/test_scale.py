@@ -98,6 +98,15 @@ class TestBeyond31Bits:
         result = ops.preprocess_images(image, size, (0, 0, 0), (1, 1, 1), dtype=torch.float16)[0, :, : size[0], : size[1]]
         assert torch.equal(result[:, -32:], image[-32:].flip(2).permute(2, 0, 1).half())
 
+    @pytest.mark.parametrize("classes_last", [False, True])
+    def test_stuff_labels(self, classes_last):
+        shape = (64, 64, rows_of(64 * 64)) if classes_last else (rows_of(64 * 64), 64, 64)
+        logits = torch.zeros(shape, dtype=torch.bfloat16)
+        logits = logits.permute(2, 0, 1) if classes_last else logits
+        logits[-1, 32:] = 1
+        labels = ops.stuff_labels(logits, (256, 256), (16, 16))
+        assert (labels[:8] == 0).all() and (labels[8:] == len(logits) - 1).all()
+
 
 def pyramid(channels: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [
@@ -123,6 +132,7 @@ def repeated_cases(dtype: torch.dtype) -> dict:
     boxes, scores = boxes_within(320, 448, 600), torch.rand(600, 8)
     logits, labels = torch.randn(500, 80, dtype=dtype), torch.randint(-1, 81, (500,))
     mask_logits, stuff = torch.randn(20, 28, 28, dtype=dtype), torch.randint(0, 9, (320, 448))
+    stuff_logits = torch.randn(9, 80, 112, dtype=dtype)
 
     def merge():
         masks = ops.paste_masks(mask_logits, boxes[:20], (320, 448))
@@ -137,6 +147,7 @@ def repeated_cases(dtype: torch.dtype) -> dict:
         "flow_conv2d": (lambda x, flow, *w: ops.flow_conv2d(x, flow, *w), [feature, feature * 0.5, weight, bias]),
         "sigmoid_focal_loss": (lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, reduction="sum"), [logits]),
         "paste_masks and panoptic_merge": (merge, []),
+        "stuff_labels": (lambda: ops.stuff_labels(stuff_logits, (313, 442), (320, 448)), []),
     }
 
 

@@ -29,7 +29,7 @@ def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
     """What nvcc and ptxas say while they compile `source` with the flags of cmake/cuda.cmake."""
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall", "-Xptxas=-v"]
     flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-    if source.name in ("paste_masks.cu", "preprocess_images.cu"):
+    if source.name in ("paste_masks.cu", "preprocess_images.cu", "stuff_labels.cu"):
         flags.append("--fmad=false")
     with tempfile.NamedTemporaryFile(suffix=".o") as target:
         done = subprocess.run(

@@ -81,6 +81,8 @@ def run_operators(device: str) -> int:
         pictures = [torch.randint(0, 256, (21, 30, 3), dtype=torch.uint8).to(device)]
         run(lambda: ops.preprocess_images(pictures, [(33, 47)], (1, 2, 3), (4, 5, 6), 32, dtype))
         masks = ops.paste_masks(draw(40, 14, 14, dtype=dtype), boxes, (60, 70))
+        run(lambda: ops.stuff_labels(draw(6, 13, 14, dtype=dtype), (50, 53), (60, 70)))
+        run(lambda: ops.stuff_labels(draw(13, 14, 6, dtype=dtype).permute(2, 0, 1), (50, 53), (60, 70)))
         stuff = torch.randint(0, 5, (60, 70), dtype=torch.int32).to(device)
         run(lambda: ops.panoptic_merge(masks, scores[:, 0], labels, boxes, stuff, 5, stuff_area_limit=10))
     run(lambda: ops.nms(boxes, scores[:, 0], 0.5))

@@ -19,7 +19,7 @@ from spatialflow.models import inference
 from spatialflow.models.anchors import STRIDES
 from spatialflow.models.config import Config
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
-from spatialflow.ops import PanopticMergeOutput, panoptic_merge, paste_masks, preprocess_images
+from spatialflow.ops import PanopticMergeOutput, panoptic_merge, paste_masks, preprocess_images, stuff_labels
 
 
 class View(NamedTuple):
@@ -190,7 +190,7 @@ class Pipeline:
         if quarter_logits is None:
             return torch.zeros(fitted.original_size, dtype=torch.uint8, device=self.device)
         if not others:
-            return inference.stuff_labels(quarter_logits[image], fitted.valid_size, fitted.original_size)
+            return stuff_labels(quarter_logits[image], fitted.valid_size, fitted.original_size)
         total = torch.zeros((quarter_logits.shape[1], *fitted.original_size), device=self.device)
         for view, _, quarter_logits in passes:
             valid_size = view.fitted[image].valid_size

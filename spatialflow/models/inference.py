@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the network's raw outputs to detections, masks and stuff labels; pure functions of tensors."""
+"""From the network's raw outputs to detections, masks and stuff logits; pure functions of tensors."""
 
 from typing import NamedTuple, Sequence
 
@@ -11,10 +11,6 @@ from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid
 from spatialflow.models.config import ModelConfig, TestConfig
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import multiclass_nms
-
-
-ROWS_AT_ONCE = 16
-"""Rows of a band of stuff labels on the CPU, so that its logits stay in cache."""
 
 
 class Candidates(NamedTuple):
@@ -109,53 +105,6 @@ def mask_logits(
     return torch.cat(parts).float() if parts else rois.new_zeros((0, side, side))
 
 
-def nearest_indices(source: int, target: int, device: torch.device) -> Tensor:
-    """Source index of each of `target` positions, floor(i * source / target) in float64: OpenCV's INTER_NEAREST."""
-    step = 1.0 / (target / source)
-    return (torch.arange(target, device=device, dtype=torch.float64) * step).floor().long().clamp_(max=source - 1)
-
-
-def stuff_labels(
-    quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]
-) -> Tensor:
-    """Stuff labels at original size: argmax of the 4x upsampled logits, cropped to the valid image, nearest-resized.
-
-    Only the pixels that survive the crop and the nearest resize are ever computed, a band of rows at a time, so that
-    the upsampled logits never exist as a whole.
-
-    Args:
-        quarter_logits: (C, H/4, W/4) of one image.
-        valid_size: (H, W) at network scale, without padding.
-        original_size: (H, W) of the result.
-
-    Returns:
-        original_size, uint8 (int64 where there are more than 256 classes); ties go to the lower class.
-    """
-    device = quarter_logits.device
-    y = nearest_indices(valid_size[0], original_size[0], device)
-    x = nearest_indices(valid_size[1], original_size[1], device)
-    y0, y1, wy = _aligned_taps(y, quarter_logits.shape[1])
-    x0, x1, wx = _aligned_taps(x, quarter_logits.shape[2])
-    logits = quarter_logits.float().permute(1, 2, 0).contiguous()  # (H/4, W/4, C)
-    wy, wx = wy[:, None, None], wx[None, :, None]
-    labels = torch.empty(original_size, dtype=torch.uint8 if logits.shape[2] <= 256 else torch.int64, device=device)
-    rows = ROWS_AT_ONCE if device.type == "cpu" else 16 * ROWS_AT_ONCE  # few launches matter more than caches
-    for start in range(0, original_size[0], rows):
-        band = slice(start, start + rows)
-        top, bottom = logits[y0[band]], logits[y1[band]]  # (R, W/4, C)
-        between = torch.lerp(top, bottom, wy[band])
-        labels[band] = torch.lerp(between[:, x0], between[:, x1], wx).argmax(dim=-1)  # (R, W, C) -> (R, W)
-    return labels
-
-
-def _aligned_taps(positions: Tensor, source: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower and upper source index and the upper weight of 4x upsampling with aligned corners."""
-    step = (source - 1) / max(4 * source - 1, 1)
-    exact = positions.float() * step
-    lower = exact.floor().long().clamp_(max=source - 1)
-    return lower, (lower + 1).clamp_(max=source - 1), exact - lower
-
-
 def resized_stuff_logits(
     quarter_logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int], mirrored: bool = False
 ) -> Tensor:
@@ -202,16 +151,3 @@ def mean_mask_logits(logits: Sequence[Tensor]) -> Tensor:
     """
     stacked = torch.stack(list(logits))
     return F.logsigmoid(stacked).logsumexp(dim=0) - F.logsigmoid(-stacked).logsumexp(dim=0)
-
-
-def full_stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-    """The plain form of `stuff_labels`, from logits (C, H, W) at the size of the padded image."""
-    labels = logits.argmax(dim=0)[: valid_size[0], : valid_size[1]]
-    return resize_labels(labels, original_size)
-
-
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest (floor) resize of a label map (H, W) to `size`."""
-    rows = nearest_indices(labels.shape[0], size[0], labels.device)
-    columns = nearest_indices(labels.shape[1], size[1], labels.device)
-    return labels[rows][:, columns]

@@ -23,6 +23,7 @@ from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
 from spatialflow.ops.preprocess_images import preprocess_images  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
 from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss  # noqa: E402
+from spatialflow.ops.stuff_labels import stuff_labels  # noqa: E402
 
 __all__ = [
     "FlowTowerOutput",
@@ -49,4 +50,5 @@ __all__ = [
     "preprocess_images",
     "roi_align",
     "sigmoid_focal_loss",
+    "stuff_labels",
 ]

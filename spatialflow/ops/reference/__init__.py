@@ -13,6 +13,7 @@ from spatialflow.ops.reference.paste_masks import paste_masks
 from spatialflow.ops.reference.preprocess_images import preprocess_images
 from spatialflow.ops.reference.roi_align import roi_align
 from spatialflow.ops.reference.sigmoid_focal_loss import sigmoid_focal_loss
+from spatialflow.ops.reference.stuff_labels import stuff_labels
 
 __all__ = [
     "batched_nms",
@@ -28,4 +29,5 @@ __all__ = [
     "preprocess_images",
     "roi_align",
     "sigmoid_focal_loss",
+    "stuff_labels",
 ]

@@ -2,7 +2,7 @@
 """stuff_labels at the end of the stuff head: 54 or 12 classes at stride 4, to the photograph's size."""
 
 import torch
-from harness import Benchmark, Problem, compiled, main
+from harness import Benchmark, Problem, Provider, compiled, main
 from torch.nn import functional as F
 
 from spatialflow import ops
@@ -44,6 +44,7 @@ BENCHMARK = Benchmark(
         "spatialflow": ops.stuff_labels,
         "reference": reference.stuff_labels,
         "torch": torch_steps,
+        "torch, contiguous": Provider(torch_steps, lambda logits, *sizes: (logits.contiguous(), *sizes)),
         "torch.compile": compiled(torch_steps),
     },
 )

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spatialflow.console import complain
 from spatialflow.errors import CommandError
 
 
@@ -84,6 +85,7 @@ def run_train(options: argparse.Namespace) -> int:
         if world.is_first:
             print(f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
                   f"{trainer.total_steps}: {options.output}", flush=True)  # fmt: skip
+            _warn_of_random_statistics(options, config.model)
         trainer.run()
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
@@ -96,6 +98,13 @@ def run_train(options: argparse.Namespace) -> int:
     if world.is_first:
         print(_summary(trainer))
     return 0
+
+
+def _warn_of_random_statistics(options: argparse.Namespace, model: Any) -> None:
+    fixed = model.backbone_frozen_stages >= 0 or not model.backbone_norm_trains
+    if fixed and options.checkpoint is None and options.backbone is None:
+        complain("no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random beginning; "
+                 "from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1")  # fmt: skip
 
 
 def _config(options: argparse.Namespace) -> Any:

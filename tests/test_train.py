@@ -26,6 +26,7 @@ from spatialflow.engine.distributed import World
 from spatialflow.engine.log import read_log
 from spatialflow.engine.train import Source, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
+from spatialflow.panoptic.formats import PanopticFormatError
 
 ALONE = World(0, 1, torch.device("cpu"))
 SMALL_RUN = SMALL | dict(
@@ -297,6 +298,12 @@ class TestBrokenData:
         with pytest.raises(SampleError, match="000003.jpg"):
             Trainer(small(), data, tmp_path / "strict", ALONE, strict=True).run()
 
+    def test_validation_without_a_usable_image_is_an_error(self, data, tmp_path):
+        absent = CocoPanoptic(data.json_path, tmp_path / "nowhere", data.panoptic_folder, scene_categories())
+        with pytest.raises(PanopticFormatError, match="none of 4 images to evaluate on can be used; the last: .*nowhere"):
+            Trainer(small(), data, tmp_path / "run", ALONE, validation=absent).run()
+        assert (tmp_path / "run/checkpoint.pt").is_file()
+
     def test_annotations_of_another_size_do_not_end_an_evaluation(self, tmp_path):
         write_coco(tmp_path, 2, (64, 96))
         image = tmp_path / "images/000002.jpg"
@@ -305,6 +312,15 @@ class TestBrokenData:
         Trainer(small(), data, tmp_path / "run", ALONE, validation=data).run()
         (problem,) = json.loads((tmp_path / "run/evaluation/scores.json").read_text())["problems"]
         assert "000002.jpg: image of 96x50 pixels, but annotation of 96x64" in problem
+
+    def test_problems_of_the_validation_data_are_shown(self, data, tmp_path, capsys):
+        write_coco(tmp_path, 2, (64, 96))
+        (tmp_path / "panoptic/000002.png").write_bytes(b"")
+        validation = CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())
+        Trainer(small(), data, tmp_path / "run", ALONE, validation=validation).run()
+        assert "skipped: " in capsys.readouterr().out
+        (row,) = [row for row in read_log(tmp_path / "run/log.jsonl") if row["kind"] == "problem"]
+        assert "000002.png: not a PNG" in row["message"]
 
 
 def test_cityscapes_tree_trains_predicts_and_is_scored(tmp_path, capsys):
@@ -359,6 +375,17 @@ class TestCommand:
     def test_bad_settings_are_named(self, setting, message, tmp_path, capsys):
         assert main(["train", "tiny", setting, "--output", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
+
+
+    @pytest.mark.parametrize(
+        "settings, warned", [((), True), (("backbone_norm_trains=true", "backbone_frozen_stages=-1"), False)]
+    )
+    def test_frozen_random_weights_are_said_plainly(self, settings, warned, scenes, tmp_path, capsys):
+        fields = {k: v for k, v in SMALL_RUN.items() if not k.startswith(("backbone_norm", "backbone_frozen"))}
+        arguments = ["train", "tiny", *(f"{k}={v}" for k, v in fields.items()), *settings, "--workers", "0"]
+        paths = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json")]
+        assert main([*arguments, *paths, "--output", str(tmp_path)]) == 0
+        assert ("no --backbone or --checkpoint" in capsys.readouterr().err) == warned
 
 
 class TestProcesses:

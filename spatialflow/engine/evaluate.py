@@ -43,6 +43,9 @@ def evaluate_network(
         As `panoptic.evaluate`, and under "detection" as `average_precision` (None where pycocotools is missing); under
         "problems" messages about images and annotations that cannot be read, which are left out. The same on every
         process.
+
+    Raises:
+        PanopticFormatError: the ground truth breaks the format, or not one image can be scored.
     """
     truth, truth_folder, problems = _read_truth(data, folder, world)
     by_id = {image_id: index for index, image_id in enumerate(data.image_ids)}
@@ -69,19 +72,23 @@ def evaluate_network(
             continue
         detections += detection_rows(result, image_id)
     parts = world.gather((writer, detections, problems, lost))
+    problems = [message for part in parts for message in part[2]]
+    lost = set().union(*(part[3] for part in parts))
+    if len(lost) == len(truth["annotations"]):
+        last = f"; the last: {problems[-1]}" if problems else ""
+        raise PanopticFormatError(f"none of {len(data)} images to evaluate on can be used{last}")
     if world.is_first:
         merged = parts[0][0]
         for part in parts[1:]:
             merged.extend(part[0])
         merged.write_json()
-        lost = set().union(*(part[3] for part in parts))
         truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] not in lost]
         rows = [row for part in parts for row in part[1]]
         with atomic_write(folder / "detections.json", "w") as file:
             json.dump(rows, file)
         scores = evaluate(truth, truth_folder, folder / "panoptic.json", folder / "panoptic")
         scores["detection"] = average_precision(truth, truth_folder, rows)
-        scores["problems"] = [message for part in parts for message in part[2]]
+        scores["problems"] = problems
         with atomic_write(folder / "scores.json", "w") as file:
             json.dump(scores, file, indent=1)
     return world.gather(scores if world.is_first else None)[0]

@@ -313,6 +313,7 @@ class Trainer:
             )
             self.network.train()
             if self.log is not None:
+                self._report(scores["problems"])
                 detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
                 self.log.add(
                     "evaluation",

@@ -119,6 +119,10 @@ class TestCoco:
                 },
                 "not listed",
             ),
+            (
+                {"annotations": [{"image_id": 1, "file_name": "a", "segments_info": []}] * 2, "images": [IMAGE]},
+                r"more than one annotation: \[1\]",
+            ),
             ({"annotations": [], "images": [IMAGE | {"height": None}]}, "height must be an integer, got None"),
             ({"annotations": [], "images": [IMAGE | {"width": 0}]}, "must have pixels, got 0x1"),
             ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a text"),

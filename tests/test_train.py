@@ -311,7 +311,7 @@ class TestBrokenData:
         data = CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())
         Trainer(small(), data, tmp_path / "run", ALONE, validation=data).run()
         (problem,) = json.loads((tmp_path / "run/evaluation/scores.json").read_text())["problems"]
-        assert "000002.jpg: image of 96x50 pixels, but annotation of 96x64" in problem
+        assert problem == "image 2: the ground truth is 96x64 pixels, the prediction 96x50"
 
     def test_problems_of_the_validation_data_are_shown(self, data, tmp_path, capsys):
         write_coco(tmp_path, 2, (64, 96))

@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ class CocoPanoptic:
         strangers = [image_id for image_id in self.image_ids if image_id not in by_id]
         if strangers:
             raise PanopticFormatError(f"{self.json_path}: annotations of images that are not listed: {strangers[:5]}")
+        if len(set(self.image_ids)) < len(self.image_ids):
+            twice = [image_id for image_id, count in Counter(self.image_ids).items() if count > 1]
+            raise PanopticFormatError(f"{self.json_path}: images with more than one annotation: {twice[:5]}")
         self.annotations: Sequence[dict[str, Any]] = _Packed(content["annotations"])
         self.names = [by_id[i]["file_name"] for i in self.image_ids]
         self.sizes = [(by_id[i]["height"], by_id[i]["width"]) for i in self.image_ids]

@@ -11,7 +11,7 @@ from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
 from spatialflow.panoptic.detection import average_precision, detection_rows
 from spatialflow.panoptic.formats import PanopticFormatError, PanopticWriter, read_id_map, read_panoptic_json
-from spatialflow.panoptic.quality import evaluate
+from spatialflow.panoptic.quality import PanopticQuality
 
 
 class ScoredData(Protocol):
@@ -55,26 +55,23 @@ def evaluate_network(
 
         wanted = tqdm(wanted, desc="evaluate", leave=False)
     writer = PanopticWriter(folder / "panoptic", folder / "panoptic.json", predictor.categories.as_coco())
-    detections, lost = [], set()
+    quality, counts, detections = PanopticQuality(truth["categories"]), {}, []
     for annotation in wanted:
-        image_id = annotation["image_id"]
-        path = data.image_path(by_id[image_id])
+        image_id, segments = annotation["image_id"], annotation["segments_info"]
         try:
             annotated = read_id_map(truth_folder / annotation["file_name"])
-            result = predictor(path)
-            if annotated.shape != result.id_map.shape:
-                sizes = [f"{width}x{height}" for height, width in (result.id_map.shape, annotated.shape)]
-                raise ImageError(f"{path}: image of {sizes[0]} pixels, but annotation of {sizes[1]}")
+            result = predictor(data.image_path(by_id[image_id]))
+            counted = quality.count(annotated, segments, result.id_map, result.segments, image_id)
             writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments)
         except (ImageError, PanopticFormatError) as error:
             problems.append(str(error))
-            lost.add(image_id)
             continue
+        counts[image_id] = counted
         detections += detection_rows(result, image_id)
-    parts = world.gather((writer, detections, problems, lost))
-    problems = [message for part in parts for message in part[2]]
-    lost = set().union(*(part[3] for part in parts))
-    if len(lost) == len(truth["annotations"]):
+    parts = world.gather((writer, counts, detections, problems))
+    counts = {image_id: counted for part in parts for image_id, counted in part[1].items()}
+    problems = [message for part in parts for message in part[3]]
+    if not counts:
         last = f"; the last: {problems[-1]}" if problems else ""
         raise PanopticFormatError(f"none of {len(data)} images to evaluate on can be used{last}")
     if world.is_first:
@@ -82,11 +79,13 @@ def evaluate_network(
         for part in parts[1:]:
             merged.extend(part[0])
         merged.write_json()
-        truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] not in lost]
-        rows = [row for part in parts for row in part[1]]
+        rows = [row for part in parts for row in part[2]]
         with atomic_write(folder / "detections.json", "w") as file:
             json.dump(rows, file)
-        scores = evaluate(truth, truth_folder, folder / "panoptic.json", folder / "panoptic")
+        truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in counts]
+        for annotation in truth["annotations"]:
+            quality.add(counts[annotation["image_id"]])
+        scores = quality.compute()
         scores["detection"] = average_precision(truth, truth_folder, rows)
         scores["problems"] = problems
         with atomic_write(folder / "scores.json", "w") as file:

@@ -276,7 +276,7 @@ def _match_image(
             continue
         gt_area = segment.get("area", gt_pixels[gt_id])
         union = pred_pixels[pred_id] + gt_area - intersection - shared.get((VOID, pred_id), 0)
-        if union <= 0:
+        if union < intersection:  # never with the area that the segment has: qualities would exceed 1
             raise PanopticFormatError(
                 f"image {image_id}: ground-truth segment {gt_id} has area {gt_area} in the JSON and "
                 f"{gt_pixels[gt_id]} pixels in the PNG"

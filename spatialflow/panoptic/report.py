@@ -65,10 +65,8 @@ def evaluate_and_report(
         if precision is None:
             raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
         for kind, row in precision.items():
-            print(
-                f"{kind} AP " + "  ".join(f"{name} {100 * value:.1f}" for name, value in row.items()),
-                file=stream or sys.stdout,
-            )
+            shown = (f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -" for name, value in row.items())
+            print(f"{kind} AP " + "  ".join(shown), file=stream or sys.stdout)
         result["detection"] = precision
     if output is not None:
         with atomic_write(output, "w") as file:

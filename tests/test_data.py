@@ -123,6 +123,14 @@ class TestCoco:
                 {"annotations": [{"image_id": 1, "file_name": "a", "segments_info": []}] * 2, "images": [IMAGE]},
                 r"more than one annotation: \[1\]",
             ),
+            (
+                {
+                    "annotations": [{"image_id": 1, "file_name": "a", "segments_info": [{"id": 1, "category_id": 9}]}],
+                    "images": [IMAGE],
+                    "categories": [{"id": 1, "isthing": 1}],
+                },
+                r"categories that are not listed: \[9\]",
+            ),
             ({"annotations": [], "images": [IMAGE | {"height": None}]}, "height must be an integer, got None"),
             ({"annotations": [], "images": [IMAGE | {"width": 0}]}, "must have pixels, got 0x1"),
             ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a text"),

@@ -104,7 +104,10 @@ def to_dtype(sample: OpSample, dtype: torch.dtype) -> list:
 
 
 GRADIENT_QUESTIONS = frozenset(
-    {"test_gradient_against_reference", "test_gradcheck", "test_gradgradcheck", "test_func_transforms"}
+    {
+        "test_gradient_against_reference", "test_gradcheck", "test_gradgradcheck", "test_func_transforms",
+        "test_compiled_func_transforms",
+    }  # fmt: skip
 )
 
 
@@ -259,6 +262,25 @@ class OpMatrix:
         halves = function(*(t * 0.5 for t in inputs))
         for batch, one, other in zip(leaves(mapped), outputs, leaves(halves)):
             assert_near([batch[0], batch[1]], [one, other], torch.float64)
+
+    def test_compiled_func_transforms(self, sample: Callable) -> None:
+        """torch.func grad and jvp inside torch.compile give what they give outside: forward mode not just zeros."""
+        sample = sample()
+        function, inputs = self._bound(sample, sample.tensors)
+        inputs = [t.detach().double() for t in inputs]
+        tangents = tuple(torch.randn_like(t) for t in inputs)
+        weights = [torch.randn_like(o) for o in leaves(function(*inputs))]
+
+        def scalar(*flat: Tensor) -> Tensor:
+            return sum((o * w).sum() for o, w in zip(leaves(function(*flat)), weights))
+
+        def derivatives(*flat: Tensor) -> list[Tensor]:
+            gradients = torch.func.grad(scalar, argnums=tuple(range(len(flat))))(*flat)
+            return [*gradients, torch.func.jvp(scalar, flat, tangents)[1]]
+
+        torch._dynamo.reset()
+        compiled = torch.compile(derivatives, backend="aot_eager", fullgraph=True)
+        assert_near(compiled(*inputs), derivatives(*inputs), torch.float64)
 
     def test_compile(self, sample: Callable) -> None:
         """torch.compile traces the op in one graph, once for all sizes, forward and backward."""

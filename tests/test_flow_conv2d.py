@@ -187,9 +187,13 @@ class TestPacked:
         (expected,) = torch.autograd.grad(ops.flow_conv2d(x, None, weight).sum(), x)
         assert torch.equal(actual, expected)
         plain, tangent = x.detach(), torch.randn(1, 33, 6, 6)
-        _, pushed = torch.func.jvp(lambda t: ops.flow_conv2d(t, None, packed), (plain,), (tangent,))
-        _, wanted = torch.func.jvp(lambda t: ops.flow_conv2d(t, None, weight), (plain,), (tangent,))
-        assert pushed.any() and torch.equal(pushed, wanted)
+
+        def pushed(weights: object) -> torch.Tensor:
+            return torch.func.jvp(lambda t: ops.flow_conv2d(t, None, weights), (plain,), (tangent,))[1]
+
+        assert pushed(packed).any() and torch.equal(pushed(packed), pushed(weight))
+        compiled = torch.compile(lambda: pushed(packed), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(), pushed(weight))
 
     @pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -217,6 +217,8 @@ class TestErrors:
             tower(levels, [[None], *convs[1:]])
         with pytest.raises(ValueError, match=r"flow_tower: reg\[0\] must have channels"):
             tower(levels, [convs[0], [conv(6, 0)], *convs[2:]])
+        with pytest.raises(ValueError, match=r"flow_tower: the bias of reg\[0\] must have shape \(6,\), got \(7,\)"):
+            tower(levels, [convs[0], [[conv(6, 6)[0], conv(6, 7)[1]]], *convs[2:]])
 
     def test_shapes(self):
         levels = pyramid(6)

@@ -92,6 +92,8 @@ class TestMulticlassNms(OpMatrix):
         for index, one in enumerate((scores, scores.flip(-1))):
             expected = sample.op(boxes, one, **sample.options)
             assert all(torch.equal(m[index], e) for m, e in zip(mapped, expected))
+        nothing = torch.func.vmap(lambda b: tuple(sample.op(b, scores, **sample.options)))(boxes.expand(0, *boxes.shape))
+        assert [t.shape for t in nothing] == [(0, *e.shape) for e in expected]
 
 
 class TestCases:

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients for raw operators, once for eager mode, `torch.func` and `torch.compile`.
 
-`torch.library.register_autograd` alone gives reverse mode, but forward-mode AD then returns zeros without a word and
-`torch.func` transforms fail. An `autograd.Function` with `setup_context`, `jvp` and `vmap` does all of them, but
-`torch.compile` does not trace one that defines `jvp`. So an operator gets both from one description, and calls choose.
+`torch.library.register_autograd` alone gives reverse mode; forward-mode AD then returns zeros without a word, compiled or
+not, and the derivatives of `torch.func` fail. An `autograd.Function` that has a `jvp` and is applied in Python does all of
+them, but `torch.compile` does not trace it. So the `Function` is applied below, in the operator's autograd kernel, where
+torch applies those of its own operators: every caller finds it there, and a graph holds the operator alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 Nested = Any  # a tensor, a list of tensors, or a plain value
+
+_kernels = torch.library.Library("spatialflow", "FRAGMENT")  # registrations last as long as it does
 
 
 def _flatten(args: Sequence[Nested]) -> tuple[tuple[int, ...], list]:
@@ -55,6 +61,37 @@ def _stack(outputs: list) -> tuple[Any, Any]:
     return (stacked, [0] * len(stacked)) if isinstance(first, list) else (tuple(stacked), (0,) * len(stacked))
 
 
+class _Call(NamedTuple):
+    """How an autograd kernel was called."""
+
+    keyset: Any
+    layout: tuple[int, ...]
+    reverse: bool  # modes of differentiation: whether they are enabled
+    forward: bool
+
+    @contextlib.contextmanager
+    def modes(self) -> Iterator[None]:
+        """A Function disables both modes; transforms around this one find them as the caller left them."""
+        with torch.set_grad_enabled(self.reverse), forward_ad._set_fwd_grad_enabled(self.forward):
+            yield
+
+
+class _Primals:
+    """A context for `jvp`: with forward mode enabled, what was saved must not bring along tangents of its own."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    @property
+    def saved_tensors(self) -> tuple:
+        return tuple(
+            None if tensor is None else torch._VF._unpack_dual(tensor, level=0)[0] for tensor in self._ctx.saved_tensors
+        )
+
+
 class DifferentiableOp:
     """A raw operator with reverse mode, forward mode, `vmap` and `torch.compile`; call it like the operator.
 
@@ -70,74 +107,62 @@ class DifferentiableOp:
     def __init__(
         self, name: str, *, setup_context: Callable[..., None], backward: Callable[..., Any], jvp: Callable[..., Any]
     ) -> None:
-        qualified = f"spatialflow::{name}"
         op = getattr(torch.ops.spatialflow, name).default
         self.op = op
         returns = op._schema.returns
-        self._returns_list = len(returns) == 1 and isinstance(returns[0].type, torch.ListType)
+        returns_list = len(returns) == 1 and isinstance(returns[0].type, torch.ListType)
 
-        def forward_flat(layout: tuple[int, ...], *flat: Any) -> Any:
-            outputs = op(*_nest(layout, flat))
-            return tuple(outputs) if isinstance(outputs, list) else outputs
-
-        def setup_flat(ctx: Any, inputs: tuple, output: Any) -> None:
-            ctx.layout = inputs[0]
-            setup_context(ctx, tuple(_nest(ctx.layout, inputs[1:])), output)
+        def forward_flat(ctx: Any, call: _Call, *flat: Any) -> Any:
+            ctx.call = call
+            args = _nest(call.layout, flat)
+            with torch._C._AutoDispatchBelowAutograd(), call.modes():
+                output = op.redispatch(call.keyset & torch._C._after_autograd_keyset, *args)
+            setup_context(ctx, tuple(args), output)
+            return tuple(output) if returns_list else output
 
         def backward_flat(ctx: Any, *grads: Any) -> tuple:
-            gradients = backward(ctx, _nest(ctx.layout, ctx.needs_input_grad[1:]), *grads)
+            gradients = backward(ctx, _nest(ctx.call.layout, ctx.needs_input_grad[1:]), *grads)
             flat: list = [None]
-            for length, gradient in zip(ctx.layout, gradients):
+            for length, gradient in zip(ctx.call.layout, gradients):
                 if length < 0:
                     flat.append(gradient)
                 else:
                     flat.extend([None] * length if gradient is None else gradient)
             return tuple(flat)
 
-        def jvp_flat(ctx: Any, _layout: Any, *tangents: Any) -> Any:
-            return jvp(ctx, *_nest(ctx.layout, tangents))
+        def jvp_flat(ctx: Any, _: Any, *tangents: Any) -> Any:
+            with ctx.call.modes():
+                return jvp(_Primals(ctx), *_nest(ctx.call.layout, tangents))
 
-        def vmap_flat(info: Any, in_dims: tuple, layout: tuple[int, ...], *flat: Any) -> tuple[Any, Any]:
-            outputs = [
-                self.function.apply(layout, *(_slice(arg, dim, i) for arg, dim in zip(flat, in_dims[1:])))
-                for i in range(info.batch_size)
-            ]
-            return _stack(outputs)
+        # What `torch.autograd.Function` is without its own treatment of `torch.func`: here the dispatcher has peeled off
+        # the transforms around this one.
+        function = type(
+            name,
+            (torch.autograd.function._SingleLevelFunction,),
+            {
+                "forward": staticmethod(forward_flat),
+                "backward": staticmethod(backward_flat),
+                "jvp": staticmethod(jvp_flat),
+            },
+        )
 
-        def vmap_raw(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        def autograd_kernel(keyset: Any, *args: Nested) -> Any:
+            layout, flat = _flatten(args)
+            call = _Call(keyset, layout, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
+            with enable_single_level_autograd_function():
+                result = function.apply(call, *flat)
+            return list(result) if returns_list else result
+
+        def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
             return _stack(
                 [op(*(_slice(arg, dim, i) for arg, dim in zip(args, in_dims))) for i in range(info.batch_size)]
             )
 
-        def backward_raw(ctx: Any, *grads: Any) -> Any:
-            needs = ctx.needs_input_grad
-            gradients = backward(ctx, needs, *grads)
-            # A list of tensors wants a list, also where none of them has a gradient.
-            return tuple(
-                [None] * len(need) if gradient is None and isinstance(need, (list, tuple)) else gradient
-                for need, gradient in zip(needs, gradients)
-            )
-
-        self.function = type(
-            name,
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(forward_flat),
-                "setup_context": staticmethod(setup_flat),
-                "backward": staticmethod(backward_flat),
-                "jvp": staticmethod(jvp_flat),
-                "vmap": staticmethod(vmap_flat),
-            },
-        )
-        torch.library.register_autograd(qualified, backward_raw, setup_context=setup_context)
-        torch.library.register_vmap(qualified, vmap_raw)
+        _kernels.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+        torch.library.register_vmap(f"spatialflow::{name}", vmap)
 
     def __call__(self, *args: Nested) -> Any:
-        if torch.compiler.is_compiling():
-            return self.op(*args)
-        layout, flat = _flatten(args)
-        result = self.function.apply(layout, *flat)
-        return list(result) if self._returns_list else result
+        return self.op(*args)
 
 
 def autocast(tensor: torch.Tensor) -> torch.Tensor:

@@ -118,11 +118,11 @@ def algorithm_code(op: str, algorithm: str) -> int:
 def needs_gradient(tensors: list[Tensor | None]) -> bool:
     """Whether reverse or forward mode may look at a result computed from `tensors`."""
     present = [t for t in tensors if t is not None]
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and any(t.requires_grad for t in present)
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in present):
+    if torch._C._are_functorch_transforms_active():
         return True
-    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in present):
+    if not torch.compiler.is_compiling() and any(
+        torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in present
+    ):
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in present)
 

@@ -162,8 +162,13 @@ def _check(levels: list[Tensor], parameters: FlowTowerParameters) -> None:
                 continue
             if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
                 raise ValueError(f"flow_tower: {name}[{index}] must be None, as flow_source is None")
-            if _pair(conv)[0].numel() == 0:
-                raise ValueError(f"flow_tower: {name}[{index}] must have channels, got {tuple(_pair(conv)[0].shape)}")
+            weight, bias = _pair(conv)
+            if weight.numel() == 0:
+                raise ValueError(f"flow_tower: {name}[{index}] must have channels, got {tuple(weight.shape)}")
+            if bias is not None and bias.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"flow_tower: the bias of {name}[{index}] must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+                )
 
 
 def _at(convs: Sequence[Any], index: int) -> Any:

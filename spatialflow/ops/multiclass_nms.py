@@ -99,8 +99,9 @@ def _vmap(info: Any, in_dims: tuple, boxes: Tensor, scores: Tensor, *settings: A
         tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip((boxes, scores), in_dims)
     )
+    folded = boxes.shape[:2]
     results = torch.ops.spatialflow.multiclass_nms(boxes.flatten(0, 1), scores.flatten(0, 1), *settings)
-    return tuple(result.unflatten(0, (size, -1)) for result in results), (0,) * len(results)
+    return tuple(result.unflatten(0, folded) for result in results), (0,) * len(results)
 
 
 torch.library.register_vmap("spatialflow::multiclass_nms", _vmap)

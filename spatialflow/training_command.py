@@ -159,7 +159,8 @@ def _summary(trainer: Any) -> str:
         parts.append(
             f"PQ {100 * last['pq']:.2f} (things {100 * last['pq_things']:.2f}, stuff {100 * last['pq_stuff']:.2f})"
         )
-        parts += [f"{kind} AP {100 * last[f'{kind}_ap']:.2f}" for kind in ("box", "mask") if last.get(f"{kind}_ap", -1) >= 0]
+        precision = ((kind, last.get(f"{kind}_ap", -1)) for kind in ("box", "mask"))
+        parts += [f"{kind} AP {100 * value:.2f}" for kind, value in precision if value >= 0]  # -1: nothing annotated
     if trainer.problems:
         parts.append(f"{len(trainer.problems)} images or annotations could not be used")
     return "; ".join(parts)

@@ -300,7 +300,7 @@ class TestBrokenData:
 
     def test_validation_without_a_usable_image_is_an_error(self, data, tmp_path):
         absent = CocoPanoptic(data.json_path, tmp_path / "nowhere", data.panoptic_folder, scene_categories())
-        with pytest.raises(PanopticFormatError, match="none of 4 images to evaluate on can be used; the last: .*nowhere"):
+        with pytest.raises(PanopticFormatError, match="none of 4 images to evaluate on can be used; .*nowhere"):
             Trainer(small(), data, tmp_path / "run", ALONE, validation=absent).run()
         assert (tmp_path / "run/checkpoint.pt").is_file()
 

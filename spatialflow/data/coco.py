@@ -76,7 +76,9 @@ class CocoPanoptic:
             used = {segment["category_id"] for a in content["annotations"] for segment in a["segments_info"]}
             unlisted = sorted(used - {row["id"] for row in content["categories"]})
             if unlisted:
-                raise PanopticFormatError(f"{self.json_path}: segments of categories that are not listed: {unlisted[:5]}")
+                raise PanopticFormatError(
+                    f"{self.json_path}: segments of categories that are not listed: {unlisted[:5]}"
+                )
         by_id = {image["id"]: image for image in content["images"]}
         self.image_ids = [annotation["image_id"] for annotation in content["annotations"]]
         strangers = [image_id for image_id in self.image_ids if image_id not in by_id]

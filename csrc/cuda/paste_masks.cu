@@ -64,10 +64,11 @@ __global__ void __launch_bounds__(kThreads) paste_masks_kernel(
     if (first >= total) {
         return;
     }
+    const int count = total - first < kPixels ? static_cast<int>(total - first) : kPixels;
     const int64_t stride = problem.mask_width + 2;
-    int64_t x = first % problem.width;
-    int64_t row = first / problem.width;  // of all masks
-    int64_t prepared = -1;
+    int64_t x = first % problem.width, y = first / problem.width % problem.height;
+    int64_t k = first / problem.width / problem.height;
+    bool row_is_new = true;
     PasteAxis x_axis{};
     Global<const real_t> upper = probabilities;
     real_t weight_y = 0;
@@ -76,12 +77,11 @@ __global__ void __launch_bounds__(kThreads) paste_masks_kernel(
 #pragma unroll 1
     for (int i = 0; i < kPixels; ++i) {
         bool inside = false;
-        if (first + i < total) {
-            if (row != prepared) {
-                const int64_t k = row / problem.height;
+        if (i < count) {
+            if (row_is_new) {
                 const PasteAxis y_axis = paste_axis(boxes[k * 4 + 1], boxes[k * 4 + 3], problem.mask_height);
                 x_axis = paste_axis(boxes[k * 4], boxes[k * 4 + 2], problem.mask_width);
-                const double position = y_axis.position(row - k * problem.height);
+                const double position = y_axis.position(y);
                 row_is_inside = touches_cell(y_axis, position);
                 if (row_is_inside) {
                     const double cell = floor(position);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) paste_masks_kernel(
                     upper = probabilities +
                             (k * (problem.mask_height + 2) + static_cast<int64_t>(cell) + 1) * stride;
                 }
-                prepared = row;
+                row_is_new = false;
             }
             const double position = x_axis.position(x);
             if (row_is_inside && touches_cell(x_axis, position)) {
@@ -103,15 +103,19 @@ __global__ void __launch_bounds__(kThreads) paste_masks_kernel(
             }
             if (++x == problem.width) {
                 x = 0;
-                ++row;
+                row_is_new = true;
+                if (++y == problem.height) {
+                    y = 0;
+                    ++k;
+                }
             }
         }
         (i < 8 ? pixels[0] : pixels[1]) |= static_cast<uint64_t>(inside) << (i % 8 * 8);
     }
-    if (first + kPixels <= total) {
+    if (count == kPixels) {
         store_vector(pointer_cast<uint64_t>(output + first), pixels);
     } else {
-        for (int i = 0; first + i < total; ++i) {
+        for (int i = 0; i < count; ++i) {
             output[first + i] = static_cast<uint8_t>((i < 8 ? pixels[0] : pixels[1]) >> (i % 8 * 8));
         }
     }

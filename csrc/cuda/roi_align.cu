@@ -104,6 +104,9 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_kernel(
     const int64_t height = level.height, width = level.width, stride_h = level.stride_h, stride_w = level.stride_w;
     const CellRange rows = roi.valid ? bin_cells(roi.y, ph, height) : CellRange{0, 0};
     const CellRange columns = roi.valid ? bin_cells(roi.x, pw, width) : CellRange{0, 0};
+    // Sides of maps are ints: 32 bits hold a cell and the step beyond it, and take half the registers.
+    const unsigned first_row = static_cast<unsigned>(rows.begin), end_row = static_cast<unsigned>(rows.end);
+    const unsigned first_column = static_cast<unsigned>(columns.begin), end_column = static_cast<unsigned>(columns.end);
     Global<const scalar_t> feature = level.data + roi.image * level.stride_n;
     Global<scalar_t> target = output + (static_cast<int64_t>(roi_index) * bins * options.channels +
                                         bin * options.output_stride_bin);
@@ -111,11 +114,11 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_kernel(
     constexpr int kLaneStep = kWarpSize * kWidth;
     for (int first = lane * kWidth; first - lane * kWidth < options.channels; first += kVectors * kLaneStep) {
         real_t sum[kVectors][kWidth] = {};
-        for (int64_t y0 = rows.begin; y0 < rows.end; y0 += kWarpSize) {
-            const int count_y = static_cast<int>(rows.end - y0 < kWarpSize ? rows.end - y0 : kWarpSize);
+        for (unsigned y0 = first_row; y0 < end_row; y0 += kWarpSize) {
+            const int count_y = static_cast<int>(end_row - y0 < kWarpSize ? end_row - y0 : kWarpSize);
             const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, height) : real_t(0);
-            for (int64_t x0 = columns.begin; x0 < columns.end; x0 += kWarpSize) {
-                const int count_x = static_cast<int>(columns.end - x0 < kWarpSize ? columns.end - x0 : kWarpSize);
+            for (unsigned x0 = first_column; x0 < end_column; x0 += kWarpSize) {
+                const int count_x = static_cast<int>(end_column - x0 < kWarpSize ? end_column - x0 : kWarpSize);
                 const real_t lane_x = lane < count_x ? cell_weight(roi.x, pw, x0 + lane, width) : real_t(0);
                 for (int y = 0; y < count_y; ++y) {
                     const real_t weight_y = __shfl_sync(kAllLanes, lane_y, y);

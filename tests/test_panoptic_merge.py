@@ -317,6 +317,7 @@ class TestShapes:
             ({4: torch.ones(3, 5).int()}, r"stuff must have the masks' size \(3, 4\), got \(3, 5\)"),
             ({4: torch.ones(3, 4)}, "stuff must hold integers, got float32"),
             ({5: -1}, "stuff_labels must not be negative, got -1"),
+            ({5: 2**63 - 1}, "masks and stuff labels must be fewer than 2.31, got . and 9223372036854775807"),
             ({5: 1 << 31}, "masks and stuff labels must be fewer than 2.31"),
         ],
     )

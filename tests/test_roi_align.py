@@ -92,6 +92,14 @@ class TestValues:
             expected = reference.roi_align(feature, torch.tensor([[0, -extent, -extent, extent, extent]]), 3)
             assert_near(pooled, expected, torch.float32, factor=100)
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_cells_between_samples_are_not_read(self, value):
+        """Two samples an axis of a bin 16 cells wide leave most cells out; what those hold does not matter."""
+        feature = torch.ones(1, 8, 16, 16)
+        feature[:, :, 8, 8] = value
+        boxes = torch.tensor([[0, 0.5, 0.5, 16.5, 16.5]])
+        assert torch.equal(ops.roi_align(feature, boxes, 1, sampling_ratio=2), torch.ones(1, 8, 1, 1))
+
     def test_reversed_box_is_empty_when_aligned(self):
         boxes = torch.tensor([[0, 5.0, 5.0, 1.0, 1.0]])
         assert not ops.roi_align(torch.ones(1, 1, 8, 8), boxes, 2, aligned=True).any()

@@ -26,7 +26,7 @@ Tensor multilevel_roi_align_cpu(
     for (const Tensor& feature : features) {
         sources.push_back(channels_adjacent(feature));
     }
-    const Tensor rois = boxes_as(boxes, first.scalar_type());
+    const Tensor rois = contiguous_as(boxes, accum_dtype(first.scalar_type()));
     dispatch_floating("multilevel_roi_align", first.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         std::vector<FeatureLevel<const scalar_t>> levels;
@@ -54,7 +54,7 @@ std::vector<Tensor> multilevel_roi_align_backward_cpu(
     }
     if (grad_output.numel() != 0 && batch != 0) {
         const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
-        const Tensor rois = boxes_as(boxes, dtype);
+        const Tensor rois = contiguous_as(boxes, accum_dtype(dtype));
         dispatch_floating("multilevel_roi_align_backward", dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;

@@ -337,10 +337,6 @@ std::vector<Segment> merge(
     return segments;
 }
 
-Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-    return to_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,

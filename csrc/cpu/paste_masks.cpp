@@ -142,9 +142,7 @@ Tensor paste_masks_cpu(
     if (output.numel() == 0) {
         return output;
     }
-    const Tensor logits = to_contiguous(mask_logits);
-    const Tensor corners = to_contiguous(
-        boxes.scalar_type() == ScalarType::Double ? boxes : torch::stable::to(boxes, ScalarType::Double));
+    const Tensor logits = to_contiguous(mask_logits), corners = contiguous_as(boxes, ScalarType::Double);
     dispatch_floating("paste_masks", mask_logits.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         using real_t = accum_t<scalar_t>;

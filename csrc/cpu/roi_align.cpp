@@ -23,7 +23,7 @@ Tensor roi_align_cpu(
         return torch::stable::zero_(output);
     }
     const Tensor feature = channels_adjacent(input);
-    const Tensor rois = boxes_as(boxes, input.scalar_type());
+    const Tensor rois = contiguous_as(boxes, accum_dtype(input.scalar_type()));
     dispatch_floating("roi_align", input.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         roi_align_forward<scalar_t>(
@@ -43,7 +43,7 @@ Tensor roi_align_backward_cpu(
     const Tensor grad_input = gradient_buffer(grad_output, dtype, batch, channels, height, width);
     if (grad_output.numel() != 0 && grad_input.numel() != 0) {
         const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
-        const Tensor rois = boxes_as(boxes, dtype);
+        const Tensor rois = contiguous_as(boxes, accum_dtype(dtype));
         dispatch_floating("roi_align_backward", dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             roi_align_scatter<scalar_t>(

@@ -254,12 +254,6 @@ void roi_align_scatter(
     });
 }
 
-// Boxes keep their own precision: double for double features, else float32, whatever the features are.
-inline Tensor boxes_as(const Tensor& boxes, ScalarType feature_dtype) {
-    const ScalarType wanted = feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    return to_contiguous(boxes.scalar_type() == wanted ? boxes : torch::stable::to(boxes, wanted));
-}
-
 // `tensor` with its channels adjacent in memory.
 inline Tensor channels_adjacent(const Tensor& tensor) {
     return tensor.stride(1) == 1 ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
@@ -273,16 +267,14 @@ inline FeatureLevel<element_t> feature_level(const Tensor& tensor, element_t* da
 // Channels-last zeros in the compute type of `dtype`, to scatter into.
 inline Tensor gradient_buffer(
     const Tensor& like, ScalarType dtype, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-    const ScalarType accum = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    Tensor buffer = empty_like_sized(like, {batch, channels, height, width}, accum, MemoryFormat::ChannelsLast);
+    Tensor buffer =
+        empty_like_sized(like, {batch, channels, height, width}, accum_dtype(dtype), MemoryFormat::ChannelsLast);
     return torch::stable::zero_(buffer);
 }
 
-inline Tensor finished_gradient(Tensor buffer, ScalarType dtype, bool channels_last) {
-    if (buffer.scalar_type() != dtype) {
-        buffer = torch::stable::to(buffer, dtype);
-    }
-    return channels_last ? buffer : to_contiguous(buffer);
+inline Tensor finished_gradient(const Tensor& buffer, ScalarType dtype, bool channels_last) {
+    const Tensor gradient = as_dtype(buffer, dtype);
+    return channels_last ? gradient : to_contiguous(gradient);
 }
 
 }  // namespace spatialflow

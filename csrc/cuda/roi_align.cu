@@ -132,6 +132,9 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_kernel(
                             if (first + v * kLaneStep < options.channels) {
                                 const auto values =
                                     load_vector<kWidth>(cell + (x * stride_w + v * kLaneStep));
+                                if (weight == real_t(0)) {
+                                    continue;  // lies between samples: not read, whatever it holds
+                                }
 #pragma unroll
                                 for (int i = 0; i < kWidth; ++i) {
                                     sum[v][i] += weight * load(values[i]);

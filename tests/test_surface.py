@@ -67,6 +67,14 @@ def test_every_package_is_shipped():
     assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= listed
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not in a git checkout")
+def test_every_folder_is_in_the_source_distribution():
+    """`make` and the tests of an unpacked source distribution use all of them."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders = {name.split("/")[0] for name in files if "/" in name}
+    assert folders <= set(re.findall(r"[\w.]+", (ROOT / "MANIFEST.in").read_text()))
+
+
 @pytest.mark.skipif(not (ROOT / "cmake").is_dir(), reason="not in a source tree")
 def test_every_cuda_source_is_built():
     listed = set(re.findall(r"\w+", (ROOT / "cmake" / "cuda_ops.cmake").read_text()))

@@ -208,12 +208,13 @@ class Predictor:
         """
         if isinstance(images, (str, Path, np.ndarray)):
             return self._predict([images])[0]
-        return self._predict(list(images))
+        return self._predict(images)
 
-    def _predict(self, images: Sequence[Image]) -> list[PanopticResult]:
-        results: list[Optional[PanopticResult]] = [None] * len(images)
+    def _predict(self, images: Iterable[Image]) -> list[PanopticResult]:
+        results: list[Optional[PanopticResult]] = []
         waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}
         for position, image in enumerate(images):
+            results.append(None)
             item = self._load(position, image)
             shape = tuple(fitted.padded_size for fitted in item.fitted)
             group = waiting.setdefault(shape, [])

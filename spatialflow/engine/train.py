@@ -16,6 +16,7 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
 from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_matching, save_checkpoint
@@ -295,7 +296,7 @@ class Trainer:
         for message in problems:
             if message not in self.problems:
                 self.problems.add(message)
-                print(f"skipped: {message} ({len(self.problems)} so far)", flush=True)
+                tqdm.write(f"skipped: {message} ({len(self.problems)} so far)")  # above the progress bar
                 if self.log is not None:
                     self.log.add("problem", self.step, message=message)
 
@@ -380,8 +381,6 @@ class Trainer:
     def _bar(self):
         if not self.progress:
             return None
-        from tqdm import tqdm
-
         return tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step")
 
 

@@ -383,6 +383,7 @@ class TestErrors:
             ({"stride": 0}, r"stride must be positive, got \(0, 0\)"),
             ({"padding": (1, -1)}, r"padding must not be negative, got \(1, -1\)"),
             ({"dilation": (0, 1)}, r"dilation must be positive, got \(0, 1\)"),
+            ({"dilation": 2**62}, r"stride, padding and dilation must be at most 2\^29, got 1, 1 and 4611686018427387904"),
             ({"stride": (1, 1, 1)}, r"stride must be one number or a pair, got \(1, 1, 1\)"),
         ],
     )

@@ -162,6 +162,7 @@ class TestShapes:
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5).int(), 2), "boxes must be float32.*got int32"),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 0), r"output_size must be positive, got \(0, 0\)"),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2, -1.0), "spatial_scale must be positive, got -1"),
+            ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2**22), r"out of memory.*shape \(1, 3, 4194304, 4194304\) and dtype"),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), (1, 2, 3)), r"output_size must be .* pair, got \(1, 2, 3\)"),
             ((torch.randn(1, 3, 8, 8), [torch.zeros(1, 4)] * 2, 2), "one tensor per image, got 2 for a batch of 1"),
             ((torch.randn(1, 3, 8, 8), [torch.zeros(1, 5)], 2), r"boxes\[0\] must have shape \(K, 4\), got \(1, 5\)"),

@@ -226,12 +226,6 @@ DeformOperands::DeformOperands(
     check((shape.channels + 1) * shape.taps() * (shape.group_outputs() + 8) <= kMost &&
               (shape.out_channels + 1) * shape.taps() * (shape.group_channels() + 1) <= kMost,
           op, ": weight must have fewer than 2^31 values on CUDA");
-    for (int axis = 0; axis < 2; ++axis) {
-        constexpr int64_t kMostStep = 1 << 29;
-        check(options.stride[axis] <= kMostStep && options.padding[axis] <= kMostStep &&
-                  options.dilation[axis] <= kMostStep,
-              op, ": stride, padding and dilation must be at most 2^29 on CUDA");
-    }
 }
 
 }  // namespace spatialflow

@@ -34,6 +34,12 @@ inline void check_deform_options(const char* op, const DeformConvOptions& option
           options.padding[0], ", ", options.padding[1], ")");
     check(options.dilation[0] > 0 && options.dilation[1] > 0, op, ": dilation must be positive, got (",
           options.dilation[0], ", ", options.dilation[1], ")");
+    constexpr int64_t kMost = 1 << 29;  // so that positions fit 32 bits
+    for (int axis = 0; axis < 2; ++axis) {
+        check(options.stride[axis] <= kMost && options.padding[axis] <= kMost && options.dilation[axis] <= kMost, op,
+              ": stride, padding and dilation must be at most 2^29, got ", options.stride[axis], ", ",
+              options.padding[axis], " and ", options.dilation[axis]);
+    }
 }
 
 inline int64_t deform_out_size(

@@ -116,8 +116,18 @@ inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
 inline Tensor empty_like_sized(
     const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt,
     MemoryFormat format = MemoryFormat::Contiguous) {
-    return torch::stable::empty(
-        sizes, dtype ? *dtype : like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+    const ScalarType type = dtype ? *dtype : like.scalar_type();
+    try {
+        return torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
+    } catch (const std::exception&) {  // the stable ABI does not hand on torch's reason
+        std::ostringstream shape;
+        for (const int64_t size : sizes) {
+            shape << (shape.tellp() > 0 ? ", " : "") << size;
+        }
+        check(false, "spatialflow: out of memory, or too large: a tensor of shape (", shape.str(), ") and dtype ",
+              dtype_name(type));
+        throw;
+    }
 }
 
 }  // namespace spatialflow

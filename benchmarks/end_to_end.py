@@ -3,9 +3,10 @@
 
 Model x short edge x pipeline: `spatialflow.Predictor` against `reference_pipeline.py`, same weights, one image at a
 time. The map needs the masks of the confident detections alone; the reference computes the masks of all, as the released
-implementation does, and so does spatialflow in the row "every mask". The pipelines take turns image by image. "agreement" is the panoptic quality of a pipeline's maps with the
-reference's maps as ground truth; the maps are not equal bit by bit, because rounding decides ties of the stuff classes
-and which boxes reach a threshold. PQ is beside it where there is ground truth (`--annotations`).
+implementation does, and so does spatialflow in the row "every mask". The pipelines take turns image by image.
+"agreement" is the panoptic quality of a pipeline's maps with the reference's maps as ground truth; the maps are not equal
+bit by bit, because rounding decides ties of the stuff classes and which boxes reach a threshold. PQ is beside it where
+there is ground truth (`--annotations`).
 
 Without weights (`--checkpoint`) an untrained network is adjusted so that the later stages have the work that a trained
 one gives them; the numbers of detections and segments are printed. On a GPU the stages of spatialflow, which waits for

@@ -5,10 +5,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from golden_models import golden_model
 from torch.nn import functional as F
 
 import spatialflow
-from golden_models import golden_model
 from spatialflow.cli import main
 from spatialflow.models import inference
 from spatialflow.panoptic import read_id_map

@@ -4,10 +4,10 @@
 import numpy as np
 import pytest
 import torch
-
-import spatialflow
 from op_matrix import DEVICE
 from test_optimize import random_model
+
+import spatialflow
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="asks for a GPU: SPATIALFLOW_BACKEND=cuda")
 

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-
 from golden_models import assert_close, assert_same_detections, golden_model
+
 from spatialflow.data.transforms import resize_labels
 from spatialflow.models import inference
 from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, encode_boxes, grid_anchors, valid_flags
-from spatialflow.models.config import ModelConfig, TestConfig as InferenceSettings
+from spatialflow.models.config import ModelConfig
+from spatialflow.models.config import TestConfig as InferenceSettings
 from spatialflow.ops import paste_masks, stuff_labels
 
 

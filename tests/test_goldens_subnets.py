@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from golden_models import assert_close, fill_function
 from torch import nn
 
-from golden_models import assert_close, fill_function
 from spatialflow.engine.checkpoints import name_from_released
 from spatialflow.models import subnets as subnets_module
 from spatialflow.models.heads import BoxHead

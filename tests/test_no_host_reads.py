@@ -8,6 +8,7 @@ a value gets an error. A dispatch mode beside it forbids what meta tensors would
 import numpy as np
 import pytest
 import torch
+from test_optimize import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow.data.transforms import fit_image
@@ -16,7 +17,6 @@ from spatialflow.engine.predict import STAGES
 from spatialflow.models import inference
 from spatialflow.models.build import load_config
 from spatialflow.models.optimize import optimize_for_inference
-from test_optimize import random_model
 
 DEVICE = torch.device("meta")
 FITTED = tuple((fit_image(size, 96, 128),) for size in ((193, 250), (200, 240)))

@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 import torch
+from golden_models import assert_close, golden_model
 from small_models import VARIANTS, random_model
 
-from golden_models import assert_close, golden_model
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.ops import stuff_labels
 

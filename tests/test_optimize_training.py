@@ -3,9 +3,9 @@
 
 import pytest
 import torch
+from golden_models import assert_close
 from small_models import VARIANTS, random_model
 
-from golden_models import assert_close
 from spatialflow.models.optimize_training import optimize_for_training
 
 FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from golden_models import golden_model
 
 import spatialflow
-from golden_models import golden_model
 from spatialflow.panoptic import read_id_map, read_panoptic_json
 
 SHORT = dict(test_short_edges=[96], test_long_edge=160)

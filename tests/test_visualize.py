@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scenes import write_coco
 from torch.nn import functional as F
 
 import spatialflow
-from scenes import write_coco
 from spatialflow.cli import main
 from spatialflow.engine.activations import class_activation_maps, heat_picture
 from spatialflow.panoptic import read_id_map, write_id_map

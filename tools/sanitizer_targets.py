@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
 PLANTED = {
     "memcheck": """extern "C" __global__ void planted(float* data) { data[1024 + threadIdx.x] = 1; }""",

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from spatialflow.models.deform import DeformConv2d, split_offsets
 from spatialflow.models.fpn import FPN
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
-from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower, pack_conv3x3, pack_flow_tower
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
+from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower, pack_conv3x3, pack_flow_tower
 
 Levels = TypeVar("Levels", Tensor, list[Tensor])
 

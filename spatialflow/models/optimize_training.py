@@ -6,7 +6,6 @@ modules, BatchNorm of fixed statistics folded into the convolutions, channels-la
 import copy
 from typing import Optional, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

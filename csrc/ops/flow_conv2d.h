@@ -50,7 +50,7 @@ inline void check_levels(
     }
 }
 
-// `others` is empty or has a tensor of the shape of each of `levels`, but for the channels if these are given.
+// `others` has a tensor of the batch and size of each of `levels`; the channels are left to the caller.
 inline void check_matching_levels(
     const char* op, const char* name, const std::vector<Tensor>& others, const char* levels_name,
     const std::vector<Tensor>& levels) {

@@ -48,10 +48,10 @@ def deform_conv2d(
     Remarks:
         Cells outside the map count as zero, so a sample fades over the last half cell and is zero beyond. A sample
         whose offset or mask is not finite is zero and has no gradient, also none to its mask. No images: an empty
-        result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` and to any order
-        through the others; at whole coordinates, where a bilinear sample has a kink, the offset's gradient is the one
-        from above, as in torchvision. Results are deterministic, but for
-        the gradient of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
+        result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` (unless forward
+        over forward) and to any order through the others; at whole coordinates, where a bilinear sample has a kink,
+        the offset's gradient is the one from above, as in torchvision. Results are deterministic, but for the gradient
+        of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
 
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 2-4; Zhu et al., Deformable ConvNets v2 (2019),
     eq. 1; signature and result of torchvision.ops.deform_conv2d.
@@ -187,7 +187,9 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
 
 def _no_third_derivative(ctx: Any, tangent: Tensor | None) -> None:
     if tangent is not None:
-        raise NotImplementedError("deform_conv2d: third derivatives through the offset are not available")
+        raise NotImplementedError(
+            "deform_conv2d: third derivatives through the offset, and forward mode over forward mode, are not available"
+        )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

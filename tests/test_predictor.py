@@ -11,6 +11,7 @@ import torch
 from golden_models import golden_model
 
 import spatialflow
+from spatialflow.models import inference
 from spatialflow.panoptic import read_id_map, read_panoptic_json
 
 SHORT = dict(test_short_edges=[96], test_long_edge=160)
@@ -101,8 +102,10 @@ def test_plain_and_optimized_network_agree(model, predictor):
 
 
 @pytest.mark.parametrize("threshold, flip", [(0.0, False), (0.3, True), (1.0, False)])
-def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip):
-    """Leaving out the masks of detections that do not enter the map changes neither it nor the boxes."""
+def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkeypatch):
+    """Leaving out the masks of detections that do not enter the map changes neither it nor the boxes; they are left out."""
+    computed, plain = [], inference.mask_logits
+    monkeypatch.setattr(inference, "mask_logits", lambda *args: (computed.append(len(args[2])), plain(*args))[1])
     settings = dict(SHORT, stuff_area_threshold=40, instance_score_threshold=threshold, test_flip=flip, batch_size=2)
     images = [picture(90, 130, 1), picture(90, 130, 2)]
     every = spatialflow.Predictor(model, **settings)(images)
@@ -110,6 +113,8 @@ def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip):
         assert_same(result, expected)
         np.testing.assert_array_equal(result.labels, expected.labels)
         assert len(result.scores) and result.mask_logits is None and result.masks is None
+    entering = max(int((result.scores >= threshold).sum()) for result in every)
+    assert set(computed[1 + flip :]) == {len(images) * entering}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -39,9 +39,9 @@ set_target_properties(torch_cuda_stub PROPERTIES
 set(cuda_sources ${cuda_ops} ${cuda_shared})
 list(TRANSFORM cuda_sources PREPEND "csrc/cuda/")
 list(TRANSFORM cuda_sources APPEND ".cu")
-# Decisions at a threshold, resized pixels and labels, made in the same roundings as on the CPU.
-set_source_files_properties(csrc/cuda/paste_masks.cu csrc/cuda/preprocess_images.cu csrc/cuda/stuff_labels.cu
-  PROPERTIES COMPILE_OPTIONS --fmad=false)
+list(TRANSFORM cuda_unfused PREPEND "csrc/cuda/")
+list(TRANSFORM cuda_unfused APPEND ".cu")
+set_source_files_properties(${cuda_unfused} PROPERTIES COMPILE_OPTIONS --fmad=false)
 spatialflow_library(spatialflow_cuda ${cuda_sources})
 target_link_libraries(spatialflow_cuda PRIVATE spatialflow_torch torch_cuda_stub)
 target_link_options(spatialflow_cuda PRIVATE -Wl,--no-as-needed)

@@ -20,3 +20,6 @@ set(cuda_ops
 
 # CUDA sources that several operators share.
 set(cuda_shared conv3x3)
+
+# Sources whose decisions at a threshold, resized pixels or labels need the CPU's roundings: no fused multiply-add.
+set(cuda_unfused paste_masks preprocess_images stuff_labels)

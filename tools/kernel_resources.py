@@ -29,7 +29,7 @@ def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
     """What nvcc and ptxas say while they compile `source` with the flags of cmake/cuda.cmake."""
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall", "-Xptxas=-v"]
     flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-    if source.name in ("paste_masks.cu", "preprocess_images.cu", "stuff_labels.cu"):
+    if source.stem in unfused_sources():
         flags.append("--fmad=false")
     with tempfile.NamedTemporaryFile(suffix=".o") as target:
         done = subprocess.run(
@@ -42,6 +42,11 @@ def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
     if done.returncode != 0:
         sys.exit(done.stdout + done.stderr)
     return done.stdout + done.stderr
+
+
+def unfused_sources() -> list[str]:
+    """Names of the sources that cmake/cuda_ops.cmake has compiled without fused multiply-adds."""
+    return re.search(r"set\(cuda_unfused ([\w ]+)\)", (ROOT / "cmake" / "cuda_ops.cmake").read_text())[1].split()
 
 
 def kernel_name(symbol: str) -> str:

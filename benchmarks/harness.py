@@ -464,8 +464,13 @@ def plot(benchmark: Benchmark, setting: Mapping[str, Any], rows: list[dict[str, 
     axes.set_xscale("log")
     axes.set_xlim(right=max(row["q90_ms"] for row in rows) * 6)
     axes.set_xlabel("median time in ms (whiskers: 10 % and 90 % quantiles)")
-    versions = ", ".join(f"{name} {setting['versions'][name]}" for name in ("torch", "torchvision") if name in setting["versions"])
-    axes.set_title(f"{benchmark.name}: {benchmark.title}\n{setting['device']}, {setting['threads']} threads, {versions}", fontsize=9)
+    versions = ", ".join(
+        f"{name} {setting['versions'][name]}" for name in ("torch", "torchvision") if name in setting["versions"]
+    )
+    axes.set_title(
+        f"{benchmark.name}: {benchmark.title}\n{setting['device']}, {setting['threads']} threads, {versions}",
+        fontsize=9,
+    )
     axes.legend(fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     write_figure(figure, path)
@@ -502,7 +507,9 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     setting = environment(options)
     print(f"{benchmark.name}: {benchmark.title}")
-    print(f"  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, CPU level {setting['cpu_level']}")
+    print(
+        f"  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, CPU level {setting['cpu_level']}"
+    )
     rows = run(benchmark, options)
     if not rows:
         sys.exit(f"no case contains {' or '.join(options.cases)}; cases: {'; '.join(benchmark.sweep)}")

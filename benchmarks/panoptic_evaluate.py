@@ -31,7 +31,9 @@ def setup(images: int) -> Problem:
                 for i, area in zip(listed, areas)
                 if i != 0
             ]
-            contents[name]["annotations"].append({"image_id": image_id, "file_name": file_name, "segments_info": segments})
+            contents[name]["annotations"].append(
+                {"image_id": image_id, "file_name": file_name, "segments_info": segments}
+            )
     for name, content in contents.items():
         (root / f"{name}.json").write_text(json.dumps(content))
     return Problem(inputs=(str(root / "gt.json"), str(root / "gt"), str(root / "pred.json"), str(root / "pred")))

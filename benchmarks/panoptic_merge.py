@@ -26,7 +26,9 @@ def setup(count: int, stuff_labels: int, fill: bool) -> Problem:
 def encode(masks, scores, labels, boxes, stuff, stuff_labels):
     """Run-length masks, as a network that is evaluated with pycocotools hands them over; not part of the timing."""
     rle = [coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8))) for mask in masks]
-    stuff_rle = [coco_mask.encode(np.asfortranarray((stuff == s).cpu().numpy().astype(np.uint8))) for s in range(stuff_labels)]
+    stuff_rle = [
+        coco_mask.encode(np.asfortranarray((stuff == s).cpu().numpy().astype(np.uint8))) for s in range(stuff_labels)
+    ]
     return rle, scores.cpu().numpy(), None if boxes is None else boxes.cpu().numpy(), stuff_rle
 
 

@@ -6,9 +6,7 @@ import torch
 HEIGHT, WIDTH = 480, 640  # the usual size of a COCO image
 
 
-def stuff_map(
-    labels: int, height: int = HEIGHT, width: int = WIDTH, grid: tuple[int, int] = (15, 20)
-) -> torch.Tensor:
+def stuff_map(labels: int, height: int = HEIGHT, width: int = WIDTH, grid: tuple[int, int] = (15, 20)) -> torch.Tensor:
     """(H, W) int64 labels in smooth regions, the smaller the finer the grid; all `labels` present as a rule."""
     coarse = torch.randn(1, labels, *grid)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].argmax(0)

@@ -35,7 +35,10 @@ BENCHMARK = Benchmark(
     setup=setup,
     sweep={
         "54 classes, 800x1067 to 480x640": {
-            "classes": 54, "cells": (200, 272), "valid": (800, 1067), "original": (480, 640)
+            "classes": 54,
+            "cells": (200, 272),
+            "valid": (800, 1067),
+            "original": (480, 640),
         },
         "54 classes, 800x1333": {"classes": 54, "cells": (200, 336), "valid": (800, 1333), "original": (800, 1333)},
         "12 classes, 1024x2048": {"classes": 12, "cells": (256, 512), "valid": (1024, 2048), "original": (1024, 2048)},

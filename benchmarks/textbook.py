@@ -28,7 +28,8 @@ __device__ float bilinear(const float* map, int height, int width, float y, floa
 """
 
 SOURCES = {
-    "roi_align": BILINEAR + r"""
+    "roi_align": BILINEAR
+    + r"""
 extern "C" __global__ void roi_align(const float* input, const float* boxes, float* output, long long total, int channels,
                                      int height, int width, int bins, float scale, int ratio, float shift) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -52,7 +53,8 @@ extern "C" __global__ void roi_align(const float* input, const float* boxes, flo
     output[i] = sum / max(ny * nx, 1);
 }
 """,
-    "deform_conv2d": BILINEAR + r"""
+    "deform_conv2d": BILINEAR
+    + r"""
 extern "C" __global__ void deform_conv2d(const float* input, const float* offset, const float* weight, const float* bias,
                                          const float* mask, float* output, long long total, int in_channels,
                                          int out_channels, int groups, int height, int width, int out_height, int out_width,
@@ -94,7 +96,8 @@ extern "C" __global__ void flow_conv2d(const float* input, const float* flow, co
     output[i] = relu ? fmaxf(sum, 0.0f) : sum;
 }
 """,
-    "paste_masks": BILINEAR + r"""
+    "paste_masks": BILINEAR
+    + r"""
 extern "C" __global__ void paste_masks(const float* logits, const float* boxes, unsigned char* output, long long total,
                                        int mask_height, int mask_width, int height, int width, float threshold) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -150,7 +153,18 @@ def deform_conv2d(input, offset, weight, bias, mask=None, stride=(1, 1), padding
     size = (input.shape[0], weight.shape[0], *offset.shape[2:])
     output, groups = input.new_empty(size), input.shape[1] // weight.shape[1]
     sizes = (input.shape[1], weight.shape[0], groups, *input.shape[2:], *size[2:], stride[0], padding[0])
-    run("deform_conv2d", output.numel(), input, offset, weight, bias, mask, output, output.numel(), *map(np.int32, sizes))
+    run(
+        "deform_conv2d",
+        output.numel(),
+        input,
+        offset,
+        weight,
+        bias,
+        mask,
+        output,
+        output.numel(),
+        *map(np.int32, sizes),
+    )
     return output
 
 
@@ -167,7 +181,16 @@ def flow_conv2d(x, flow, weight, bias, relu=True, run=launch):
 def paste_masks(probabilities, boxes, size, threshold=0.5, run=launch):
     output = torch.empty((len(boxes), *size), dtype=torch.uint8, device=boxes.device)
     sizes = (*probabilities.shape[1:], *size)
-    run("paste_masks", output.numel(), probabilities, boxes, output, output.numel(), *map(np.int32, sizes), float(threshold))
+    run(
+        "paste_masks",
+        output.numel(),
+        probabilities,
+        boxes,
+        output,
+        output.numel(),
+        *map(np.int32, sizes),
+        float(threshold),
+    )
     return output.bool()
 
 

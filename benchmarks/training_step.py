@@ -22,7 +22,13 @@ from spatialflow.models.targets import Truth
 
 COMPARED = tuple(
     f"{module}.weight"
-    for module in ("backbone.layer2.0.conv2", "fpn.output.0", "subnets.reg.0", "thing_head.convs.0", "stuff_head.logits")
+    for module in (
+        "backbone.layer2.0.conv2",
+        "fpn.output.0",
+        "subnets.reg.0",
+        "thing_head.convs.0",
+        "stuff_head.logits",
+    )
 )
 """Parameters whose gradients are compared with those of the oracle."""
 

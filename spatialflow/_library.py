@@ -94,7 +94,9 @@ def backend_library() -> str:
         return f"cpu_{cpu_level()}"
     if not library_path(backend).is_file():
         target = "test-simt" if backend == "simt" else "test-simt-sanitize"
-        raise ImportError(f"SPATIALFLOW_BACKEND={backend}: {library_path(backend)} is missing, `make {target}` builds it")
+        raise ImportError(
+            f"SPATIALFLOW_BACKEND={backend}: {library_path(backend)} is missing, `make {target}` builds it"
+        )
     return backend
 
 

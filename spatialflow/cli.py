@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="panoptic quality of a folder of predictions")
     evaluate.set_defaults(run=_evaluate)
-    for name, what in (("ground_truth", "ground truth: a Cityscapes tree (its split val), or"), ("prediction", "predictions:")):
+    for name, what in (
+        ("ground_truth", "ground truth: a Cityscapes tree (its split val), or"),
+        ("prediction", "predictions:"),
+    ):
         evaluate.add_argument(name, type=Path, metavar=name.upper(),
                               help=f"{what} the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
     evaluate.add_argument("--ground-truth-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")

@@ -104,7 +104,10 @@ def to_dtype(sample: OpSample, dtype: torch.dtype) -> list:
 
 GRADIENT_QUESTIONS = frozenset(
     {
-        "test_gradient_against_reference", "test_gradcheck", "test_gradgradcheck", "test_func_transforms",
+        "test_gradient_against_reference",
+        "test_gradcheck",
+        "test_gradgradcheck",
+        "test_func_transforms",
         "test_compiled_func_transforms",
     }  # fmt: skip
 )
@@ -194,7 +197,9 @@ class OpMatrix:
         function, inputs = self._bound(sample, sample.tensors)
         assert inputs, "an op with a gradient names its differentiable tensors"
         inputs = [t.detach().double().requires_grad_() for t in inputs]
-        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, nondet_tol=NONDETERMINISM, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            function, inputs, check_forward_ad=True, nondet_tol=NONDETERMINISM, fast_mode=True
+        )
 
     def test_gradgradcheck(self, sample: Callable) -> None:
         """Second derivatives exist where the op is linear in its differentiable tensors."""
@@ -364,9 +369,7 @@ class OpMatrix:
                     runs.append(leaves(sample.op(*sample.tensors, **sample.options)))
                     continue
                 outputs = leaves(function(*inputs))
-                runs.append(
-                    outputs + list(torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs]))
-                )
+                runs.append(outputs + list(torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])))
         finally:
             torch.use_deterministic_algorithms(False)
         assert all(torch.equal(one, other) for one, other in zip(*runs))

@@ -144,7 +144,10 @@ class TestPredict:
     @pytest.mark.parametrize(
         "change, reason",
         [
-            (["--config", "no_such_config"], "config: must be a path ending in .yaml or one of .*tiny.*'no_such_config'"),
+            (
+                ["--config", "no_such_config"],
+                "config: must be a path ending in .yaml or one of .*tiny.*'no_such_config'",
+            ),
             (["--config", "no_such_file.yaml"], "no such file: no_such_file.yaml"),
             (["--checkpoint", "no_such.pth"], "no_such.pth: cannot be read: No such file"),
             (["--checkpoint", __file__], "neither a safetensors nor a torch file"),

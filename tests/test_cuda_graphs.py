@@ -37,7 +37,11 @@ def cache(monkeypatch):
     class Cache(GraphCache):
         def _capture(self, function, inputs):
             captured = super()._capture(function, inputs)
-            captured.graph.function, captured.graph.inputs, captured.graph.output = function, captured.inputs, captured.output
+            captured.graph.function, captured.graph.inputs, captured.graph.output = (
+                function,
+                captured.inputs,
+                captured.output,
+            )
             return captured
 
     return Cache(torch.device("cpu"), limit=2)

@@ -203,7 +203,13 @@ class TestValues:
         half = [t.detach().bfloat16().requires_grad_() for t in (input, weight, bias)]
         out = convolve(half[0], offset, half[1], half[2], mask)
         grads = torch.autograd.grad(out.sum(), (half[0], offset, half[1], half[2], mask))
-        assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+        assert [g.dtype for g in grads] == [
+            torch.bfloat16,
+            torch.float32,
+            torch.bfloat16,
+            torch.bfloat16,
+            torch.float32,
+        ]
 
 
 def gradients(out, leaves, grad_output):
@@ -383,7 +389,10 @@ class TestErrors:
             ({"stride": 0}, r"stride must be positive, got \(0, 0\)"),
             ({"padding": (1, -1)}, r"padding must not be negative, got \(1, -1\)"),
             ({"dilation": (0, 1)}, r"dilation must be positive, got \(0, 1\)"),
-            ({"dilation": 2**62}, r"stride, padding and dilation must be at most 2\^29, got 1, 1 and 4611686018427387904"),
+            (
+                {"dilation": 2**62},
+                r"stride, padding and dilation must be at most 2\^29, got 1, 1 and 4611686018427387904",
+            ),
             ({"stride": (1, 1, 1)}, r"stride must be one number or a pair, got \(1, 1, 1\)"),
         ],
     )

@@ -113,7 +113,6 @@ class TestFlowTower(OpMatrix):
     linear_samples = ("flows alone",)
 
 
-
 class TestWirings:
     """Every ablation of the paper: the operator, its composition and the twin agree."""
 

@@ -124,9 +124,7 @@ def test_detections(tiny, kind, rescale):
     arrays, about, model, output, _ = tiny
     valid, scale = sizes_of(about["metas"])
     factors = scale if rescale else torch.ones_like(scale)
-    found = detected(
-        output.class_logits, output.box_deltas, valid, factors, model.config.model, model.config.test
-    )
+    found = detected(output.class_logits, output.box_deltas, valid, factors, model.config.model, model.config.test)
     assert_detections(found, arrays, f"dets{kind}_img{{}}", f"labels{kind}_img{{}}")
 
 
@@ -142,9 +140,7 @@ def test_detections_with_other_settings(tiny, variant):
     )
     valid, scale = sizes_of(about["metas"])
     ones, per_level = torch.ones_like(scale), max(wanted["nms_pre"], 0)
-    found = detected(
-        output.class_logits, output.box_deltas, valid, ones, model.config.model, settings, per_level
-    )
+    found = detected(output.class_logits, output.box_deltas, valid, ones, model.config.model, settings, per_level)
     assert_detections(found, arrays, f"variant_{variant}_dets_img{{}}", f"variant_{variant}_labels_img{{}}")
 
 
@@ -209,9 +205,7 @@ def test_get_boxes(goldens):
     for kind, factors in (("test", scale), ("train", torch.ones_like(scale))):
         found = detected(logits, deltas, valid, factors, model, InferenceSettings())
         assert_detections(found, arrays, kind + "_img{}_0", kind + "_img{}_1")
-    found = inference.select_candidates(
-        logits, deltas, anchors_of(model, logits), valid, torch.ones_like(scale), 1000
-    )
+    found = inference.select_candidates(logits, deltas, anchors_of(model, logits), valid, torch.ones_like(scale), 1000)
     for i in range(2):  # recorded at network scale, with a background column of zeros
         ours = torch.cat([found.boxes[i], found.scores[i]], dim=1).double().numpy()
         expected = np.concatenate([arrays[f"aug_img{i}_0"], arrays[f"aug_img{i}_1"][:, :-1]], axis=1)

@@ -92,7 +92,9 @@ class TestMulticlassNms(OpMatrix):
         for index, one in enumerate((scores, scores.flip(-1))):
             expected = sample.op(boxes, one, **sample.options)
             assert all(torch.equal(m[index], e) for m, e in zip(mapped, expected))
-        nothing = torch.func.vmap(lambda b: tuple(sample.op(b, scores, **sample.options)))(boxes.expand(0, *boxes.shape))
+        nothing = torch.func.vmap(lambda b: tuple(sample.op(b, scores, **sample.options)))(
+            boxes.expand(0, *boxes.shape)
+        )
         assert [t.shape for t in nothing] == [(0, *e.shape) for e in expected]
 
 
@@ -136,7 +138,12 @@ class TestCases:
         assert [tuple(leaf.shape) for leaf in found] == [
             (batch, most, 4), (batch, most), (batch, most), (batch,), (batch, most)
         ]  # fmt: skip
-        assert not found.count.any() and not found.boxes.any() and (found.labels == -1).all() and (found.indices == -1).all()
+        assert (
+            not found.count.any()
+            and not found.boxes.any()
+            and (found.labels == -1).all()
+            and (found.indices == -1).all()
+        )
 
     @pytest.mark.parametrize(
         "boxes, scores, options, message",

@@ -20,7 +20,9 @@ def pyramid(channels: int, size: int = 0, dtype: torch.dtype = torch.float64) ->
 
 def boxes_of_all_levels(count: int) -> torch.Tensor:
     """(count, 5) boxes whose sides run from 1 to 60 pixels; with finest_scale 6 they fill three levels."""
-    side = torch.logspace(0, 5.9, count, base=2, dtype=torch.float64)[:, None] * (0.8 + 0.4 * torch.rand(count, 2).double())
+    side = torch.logspace(0, 5.9, count, base=2, dtype=torch.float64)[:, None] * (
+        0.8 + 0.4 * torch.rand(count, 2).double()
+    )
     corner = torch.rand(count, 2, dtype=torch.float64) * 30 - 4
     index = torch.randint(2, (count, 1)).double()
     return torch.cat([index, corner, corner + side], dim=1)
@@ -157,9 +159,7 @@ class TestShapes:
         boxes = boxes_of_all_levels(9)
         features = [feature.requires_grad_() for feature in features]
         pooled = ops.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6)
-        assert_near(
-            pooled, reference.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6), torch.float64
-        )
+        assert_near(pooled, reference.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6), torch.float64)
         grads = torch.autograd.grad(pooled.sum(), features)
         assert [grad.shape for grad in grads] == [feature.shape for feature in features]
 

@@ -158,7 +158,9 @@ class TestCases:
     def test_bad_and_degenerate_values(self, boxes, scores, expected, repeat):
         """NaN is never kept; a box without a finite area takes no part. The same among many far boxes."""
         boxes, scores = torch.tensor(boxes), torch.tensor(scores)
-        far = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor([1e3, 1e3, 1e3 + 2, 1e3 + 2])
+        far = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor(
+            [1e3, 1e3, 1e3 + 2, 1e3 + 2]
+        )
         all_boxes, all_scores = torch.cat([boxes, far]), torch.cat([scores, torch.full((repeat - 1,), -1.0)])
         everything = expected + list(range(len(boxes), len(boxes) + repeat - 1))
         assert ops.nms(all_boxes, all_scores, 0.4).tolist() == everything
@@ -195,8 +197,20 @@ class TestCases:
             (torch.zeros(3, 4), torch.zeros(3).long(), None, 0.5, "scores must be float32.*got int64"),
             (torch.zeros(3, 4), torch.zeros(3), None, -0.5, "iou_threshold must be a number >= 0, got -0.5"),
             (torch.zeros(3, 4), torch.zeros(3), None, NAN, "iou_threshold must be a number >= 0, got nan"),
-            (torch.zeros(3, 4), torch.zeros(3), torch.zeros(2).long(), 0.5, r"idxs must have shape \(3\).*got shape \(2\)"),
-            (torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).int(), 0.5, "batched_nms: idxs must be int64, got int32"),
+            (
+                torch.zeros(3, 4),
+                torch.zeros(3),
+                torch.zeros(2).long(),
+                0.5,
+                r"idxs must have shape \(3\).*got shape \(2\)",
+            ),
+            (
+                torch.zeros(3, 4),
+                torch.zeros(3),
+                torch.zeros(3).int(),
+                0.5,
+                "batched_nms: idxs must be int64, got int32",
+            ),
         ],
     )
     def test_errors_name_argument_rule_and_value(self, boxes, scores, idxs, threshold, message):

@@ -41,7 +41,9 @@ class ForbidHostReads(TorchDispatchMode):
         else:
             forbidden = name in self.names or any(tag in func.tags for tag in self.tags)
         result = None if forbidden else func(*args, **(kwargs or {}))
-        places = {t.device for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor) and t.dim()}
+        places = {
+            t.device for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor) and t.dim()
+        }
         if forbidden or len(places) > 1:
             raise HostRead(f"{func} on {', '.join(map(str, places))}")
         return result

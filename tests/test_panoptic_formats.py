@@ -183,7 +183,10 @@ def test_id_map_round_trip(tmp_path):
 
 def test_writer(tmp_path):
     ids = np.array([[0, 5], [9, 9]], np.int32)
-    segments = [{"id": 5, "category_id": 1, "score": np.float32(0.5), "bbox": [1, 0, 1, 1]}, {"id": 9, "category_id": 7}]
+    segments = [
+        {"id": 5, "category_id": 1, "score": np.float32(0.5), "bbox": [1, 0, 1, 1]},
+        {"id": 9, "category_id": 7},
+    ]
     categories = [{"id": 1, "isthing": 1}, {"id": 7, "isthing": 0}]
     with PanopticWriter(tmp_path / "out", categories=categories) as writer:
         assert writer.add(3, "x/street.jpg", ids, segments) == tmp_path / "out" / "street.png"

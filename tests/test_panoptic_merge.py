@@ -154,7 +154,9 @@ class TestGoldens:
         folder = goldens / "panoptic"
         content = {name: json.loads((folder / "in" / f"{name}.json").read_text())
                    for name in ("inst", "bbox", "stuff", "categories", "images")}  # fmt: skip
-        maps = {fill: np.load(folder / f"config_{'bbox' if fill else 'nobbox'}_canonical.npz") for fill in (False, True)}
+        maps = {
+            fill: np.load(folder / f"config_{'bbox' if fill else 'nobbox'}_canonical.npz") for fill in (False, True)
+        }
         return content, maps
 
     @staticmethod
@@ -230,7 +232,9 @@ class TestThresholds:
         result = merge(one_row((8, 12)), [0.9], [1], None, stuff, stuff_area_limit=8)
         assert [(s["category_id"], s["area"]) for s in result.segments] == [(1, 4), (4, 8), (9, 8)]
         assert [s["score"] for s in result.segments] == [pytest.approx(0.9), None, None]
-        assert [s["category_id"] for s in merge(one_row((8, 12)), [0.9], [1], None, stuff, stuff_area_limit=9).segments] == [1]
+        assert [
+            s["category_id"] for s in merge(one_row((8, 12)), [0.9], [1], None, stuff, stuff_area_limit=9).segments
+        ] == [1]
 
     def test_no_empty_segment_even_if_every_overlap_is_allowed(self):
         result = merge(one_row((0, 10), (2, 8)), [0.9, 0.8], [1, 2], [[0, 0, 5, 1], [15, 0, 15, 1]], None,
@@ -275,11 +279,17 @@ class TestBadValues:
 
     def test_stuff_outside_the_labels_is_void(self):
         masks = torch.zeros(0, 2, 70, dtype=torch.bool)
-        for dtype, values in ((torch.int64, [-1, 2, 1 << 40, -(1 << 63)]), (torch.int32, [-1, 2]), (torch.uint8, [2, 255])):
+        for dtype, values in (
+            (torch.int64, [-1, 2, 1 << 40, -(1 << 63)]),
+            (torch.int32, [-1, 2]),
+            (torch.uint8, [2, 255]),
+        ):
             for value in values:
                 stuff = torch.full((2, 70), value, dtype=dtype)
                 stuff[0, 3] = 1
-                result = ops.panoptic_merge(masks, torch.zeros(0), torch.zeros(0).long(), None, stuff, 2, stuff_area_limit=1)
+                result = ops.panoptic_merge(
+                    masks, torch.zeros(0), torch.zeros(0).long(), None, stuff, 2, stuff_area_limit=1
+                )
                 assert int(result.id_map.sum()) == 1 and int(result.count) == 1
 
     def test_checked_names_the_value(self):

@@ -119,7 +119,10 @@ def test_empties():
         ),
         ((torch.zeros(3, 2).int(), torch.zeros(3, 2).int(), -1, 1), "gt_segments must be from 0 to 2.31 - 1, got -1"),
         ((torch.zeros(3, 2).int(), torch.zeros(3, 2).int(), 1, -4), "pred_segments must be from 0 to 2.31 - 1, got -4"),
-        ((torch.zeros(3, 2).int(), torch.zeros(3, 2).int(), 2**63 - 1, 1), "gt_segments must be from 0 .*, got 9223372036854775807"),
+        (
+            (torch.zeros(3, 2).int(), torch.zeros(3, 2).int(), 2**63 - 1, 1),
+            "gt_segments must be from 0 .*, got 9223372036854775807",
+        ),
     ],
 )
 def test_errors_name_argument_rule_and_value(arguments, message):

@@ -11,7 +11,9 @@ from spatialflow.ops import reference
 
 
 def instances(count: int, cells: tuple[int, int], extent: float) -> list[torch.Tensor]:
-    logits = torch.nn.functional.interpolate(torch.randn(count, 1, 4, 4, dtype=torch.float64) * 5, cells, mode="bilinear")
+    logits = torch.nn.functional.interpolate(
+        torch.randn(count, 1, 4, 4, dtype=torch.float64) * 5, cells, mode="bilinear"
+    )
     centre = torch.rand(count, 2, dtype=torch.float64) * extent
     radius = torch.rand(count, 2, dtype=torch.float64) * extent * 0.6 + 0.1
     return [logits[:, 0], torch.cat([centre - radius, centre + radius], dim=1)]
@@ -133,7 +135,9 @@ class TestBadValues:
         with ops.checked(), pytest.raises(ValueError, match=r"paste_masks: boxes must be finite.*\(0, "):
             ops.paste_masks(torch.full((2, 4, 4), 9.0), boxes, (10, 10))
 
-    @pytest.mark.parametrize("box", [[5, 0, 5, 9], [0, 5, 9, 5], [9, 9, 1, 1], [9, 0, 1, 9], [20, 20, 30, 30], [-9, -9, -1, -1]])
+    @pytest.mark.parametrize(
+        "box", [[5, 0, 5, 9], [0, 5, 9, 5], [9, 9, 1, 1], [9, 0, 1, 9], [20, 20, 30, 30], [-9, -9, -1, -1]]
+    )
     def test_box_without_pixels(self, box):
         assert not ops.paste_masks(torch.full((1, 4, 4), 9.0), torch.tensor([box]).float(), (10, 10)).any()
 

@@ -113,7 +113,6 @@ class TestValues:
         half = ops.roi_align(feature.half(), boxes, 1, 1 / 64, 2)
         assert_near(half, full, torch.float16)
 
-
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_sums_are_kept_in_float32(self, dtype):
         """The mean of 4096 ones, and the gradient of 4608 boxes: in 16 bits sums would stop on the way."""
@@ -162,7 +161,10 @@ class TestShapes:
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5).int(), 2), "boxes must be float32.*got int32"),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 0), r"output_size must be positive, got \(0, 0\)"),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2, -1.0), "spatial_scale must be positive, got -1"),
-            ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2**22), r"out of memory.*shape \(1, 3, 4194304, 4194304\) and dtype"),
+            (
+                (torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2**22),
+                r"out of memory.*shape \(1, 3, 4194304, 4194304\) and dtype",
+            ),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), (1, 2, 3)), r"output_size must be .* pair, got \(1, 2, 3\)"),
             ((torch.randn(1, 3, 8, 8), [torch.zeros(1, 4)] * 2, 2), "one tensor per image, got 2 for a batch of 1"),
             ((torch.randn(1, 3, 8, 8), [torch.zeros(1, 5)], 2), r"boxes\[0\] must have shape \(K, 4\), got \(1, 5\)"),

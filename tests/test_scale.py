@@ -67,7 +67,9 @@ class TestBeyond31Bits:
         logits = torch.randn(rows_of(80), 80, dtype=torch.bfloat16)
         labels = torch.randint(-1, 81, (len(logits),))
         result = ops.sigmoid_focal_loss(logits, labels, 2.0, 0.25, reduction="none")[-64:]
-        torch.testing.assert_close(result, ops.sigmoid_focal_loss(logits[-64:], labels[-64:], 2.0, 0.25, reduction="none"))
+        torch.testing.assert_close(
+            result, ops.sigmoid_focal_loss(logits[-64:], labels[-64:], 2.0, 0.25, reduction="none")
+        )
 
     def test_multiclass_nms(self):
         scores = torch.zeros(1, rows_of(80), 80, dtype=torch.bfloat16)
@@ -95,7 +97,9 @@ class TestBeyond31Bits:
         height = rows_of(3 * 4096) if ON_GPU else 64
         image = torch.randint(0, 256, (height, 4096 if ON_GPU else 48, 3), dtype=torch.uint8)
         size = image.shape[:2]
-        result = ops.preprocess_images(image, size, (0, 0, 0), (1, 1, 1), dtype=torch.float16)[0, :, : size[0], : size[1]]
+        result = ops.preprocess_images(image, size, (0, 0, 0), (1, 1, 1), dtype=torch.float16)[
+            0, :, : size[0], : size[1]
+        ]
         assert torch.equal(result[:, -32:], image[-32:].flip(2).permute(2, 0, 1).half())
 
     @pytest.mark.parametrize("classes_last", [False, True])

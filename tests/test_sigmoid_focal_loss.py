@@ -231,7 +231,12 @@ class TestErrors:
     @pytest.mark.parametrize(
         "logits, labels, options, message",
         [
-            (torch.zeros(3, 4), torch.zeros(4).long(), {}, r"labels must have the shape of logits without.*shape \(4\) for.*\(3, 4\)"),
+            (
+                torch.zeros(3, 4),
+                torch.zeros(4).long(),
+                {},
+                r"labels must have the shape of logits without.*shape \(4\) for.*\(3, 4\)",
+            ),
             (torch.zeros(3, 4), torch.zeros(3, 4).long(), {}, r"labels must have the shape.*got shape \(3, 4\)"),
             (torch.zeros(()), torch.zeros(()).long(), {}, r"logits must have shape \(..., C\), got shape \(\)"),
             (torch.zeros(3, 4).int(), torch.zeros(3).long(), {}, "logits must be float32.*got int32"),

@@ -221,7 +221,7 @@ class TestShapes:
             ((torch.zeros(1, 2, 3), (2, 13), (2, 2)), r"valid_size must lie between .* \(8, 12\), got \(2, 13\)"),
             ((torch.zeros(1, 2, 3), (0, 2), (2, 2)), r"valid_size must lie between \(1, 1\) .*, got \(0, 2\)"),
             ((torch.zeros(1, 0, 3), (1, 1), (2, 2)), r"valid_size must lie between .* \(0, 12\), got \(1, 1\)"),
-            ((torch.zeros(1, 2, 3), (2, -2**62), (2, 2)), "valid_size must lie between"),
+            ((torch.zeros(1, 2, 3), (2, -(2**62)), (2, 2)), "valid_size must lie between"),
             ((torch.zeros(1, 2, 3), (2, 2), (2, -1)), r"original_size must not be negative, got \(2, -1\)"),
         ],
     )

@@ -93,7 +93,9 @@ def test_deform_conv2d(textbook, run, masked, stride, groups):
 def test_flow_conv2d(textbook, run, with_flow):
     x = [torch.randn(1, 4, 9, 11), torch.randn(1, 4, 5, 6)]
     flow, weight, bias = [level * 0.3 for level in x] if with_flow else None, torch.randn(5, 4, 3, 3), torch.randn(5)
-    for one, other in zip(textbook.flow_conv2d(x, flow, weight, bias, run=run), reference.flow_conv2d(x, flow, weight, bias)):
+    for one, other in zip(
+        textbook.flow_conv2d(x, flow, weight, bias, run=run), reference.flow_conv2d(x, flow, weight, bias)
+    ):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 

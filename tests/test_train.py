@@ -376,7 +376,6 @@ class TestCommand:
         assert main(["train", "tiny", setting, "--output", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
 
-
     @pytest.mark.parametrize(
         "settings, warned", [((), True), (("backbone_norm_trains=true", "backbone_frozen_stages=-1"), False)]
     )

@@ -104,7 +104,11 @@ def device_of(backend: str) -> dict[str, Any] | None:
         "print(json.dumps(about))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", env=environment_of(backend), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT / "benchmarks",
+        env=environment_of(backend),
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         print(done.stderr.strip().rsplit("\n", 1)[-1], file=sys.stderr)
@@ -156,8 +160,19 @@ def make_steps(backend: str, output: Path) -> list[Step]:
     target = [sys.executable, "tools/sanitizer_targets.py"]
     steps.append(Step("sanitizer targets, bare", [*target, "operators"], 60 if on_gpu else 900))
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        watched = [sanitizer or "", "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only", *target]
-        steps.append(Step(f"{tool}: planted fault is found", [*watched, f"planted-{tool}"], 25, last_summary, missing, 9))
+        watched = [
+            sanitizer or "",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--target-processes",
+            "application-only",
+            *target,
+        ]
+        steps.append(
+            Step(f"{tool}: planted fault is found", [*watched, f"planted-{tool}"], 25, last_summary, missing, 9)
+        )
         steps.append(Step(f"{tool}: operators", [*watched, "operators"], 35, last_summary, missing))
     benchmark = ["--output", str(output), "--seconds", str(BENCHMARK_SECONDS if on_gpu else 0.001)]
     benchmark += ["--device", "cuda", "--dtype", "bfloat16"] if on_gpu else []
@@ -179,7 +194,9 @@ def missing_for_files() -> str:
     if importlib.util.find_spec("deflate") is None:
         return "the package deflate is not installed"
     built = any(Path(ROOT, "spatialflow", f"_evaluation{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
-    return "" if built else f"spatialflow._evaluation is not built for Python {sys.version_info[0]}.{sys.version_info[1]}"
+    return (
+        "" if built else f"spatialflow._evaluation is not built for Python {sys.version_info[0]}.{sys.version_info[1]}"
+    )
 
 
 def workers() -> list[str]:
@@ -229,7 +246,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("cuda", "simt"), default="cuda", help="simt: dry run on the interpreter")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/gpu_check.* (default: "
                         "benchmarks/results; build/gpu_check in the dry run, whose times mean nothing)")  # fmt: skip
-    parser.add_argument("--steps", nargs="+", default=[], metavar="TEXT", help="only steps whose name contains one of these")
+    parser.add_argument(
+        "--steps", nargs="+", default=[], metavar="TEXT", help="only steps whose name contains one of these"
+    )
     options = parser.parse_args(arguments)
     folder = Path("benchmarks", "results") if options.backend == "cuda" else Path("build", "gpu_check")
     options.output = (options.output or ROOT / folder).resolve()
@@ -259,7 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     environment, total = environment_of(options.backend), TOTAL_SECONDS if options.backend == "cuda" else 3600
     for step in chosen:
         outcomes.append(run_step(step, logs, environment, total - (time.monotonic() - begin)))
-        print(f"{outcomes[-1].status:>9}  {outcomes[-1].seconds:6.1f} s  {step.name}: {outcomes[-1].detail}", flush=True)
+        print(
+            f"{outcomes[-1].status:>9}  {outcomes[-1].seconds:6.1f} s  {step.name}: {outcomes[-1].detail}", flush=True
+        )
         about["seconds"] = round(time.monotonic() - begin, 1)
         write_text(path, json.dumps({**about, "steps": [asdict(o) for o in outcomes]}, indent=1) + "\n")
         write_text(path.with_suffix(".md"), as_markdown(about, outcomes, markdown(path.parent)))

@@ -103,7 +103,9 @@ def main() -> None:
                     rows.append(f"| `{source.name}` | `{kernel}` | {len(uses)} | {sizes} |")
                 if any(spilled):
                     complaints.append(f"sm_{architecture}: {source.name}: {kernel} spills {span(spilled)} bytes")
-    summary = complaints or [f"{len(rows)} kernels on {len(options.architectures)} architectures: no spills, no warnings"]
+    summary = complaints or [
+        f"{len(rows)} kernels on {len(options.architectures)} architectures: no spills, no warnings"
+    ]
     if options.check:
         print("\n".join(summary))
         sys.exit(1 if complaints else 0)

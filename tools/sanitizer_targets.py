@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What compute-sanitizer watches in `make gpu-check`: every operator once at small sizes, or one planted fault.
 
-    compute-sanitizer --tool racecheck python tools/sanitizer_targets.py operators
-    compute-sanitizer --tool racecheck python tools/sanitizer_targets.py planted-racecheck    # must be reported
+compute-sanitizer --tool racecheck python tools/sanitizer_targets.py operators
+compute-sanitizer --tool racecheck python tools/sanitizer_targets.py planted-racecheck    # must be reported
 """
 
 from __future__ import annotations

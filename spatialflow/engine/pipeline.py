@@ -180,7 +180,9 @@ class Pipeline:
         """(B, D, 28, 28) for boxes (B, D, 4) at original scale, not mirrored."""
         boxes = inference.mirror_boxes(boxes, view.widths) if view.mirrored else boxes
         rois = inference.make_rois(boxes, view.scales)
-        logits = inference.mask_logits(network, features, rois, labels.clamp(min=0).flatten()).unflatten(0, labels.shape)
+        logits = inference.mask_logits(network, features, rois, labels.clamp(min=0).flatten()).unflatten(
+            0, labels.shape
+        )
         return logits.flip(-1) if view.mirrored else logits
 
     def _stuff_labels(self, image: int, passes: list[tuple]) -> Tensor:

@@ -93,7 +93,9 @@ class PanopticResult:
             OSError: a file cannot be written; no part of it is left behind.
         """
         folder = Path(folder)
-        writer = panoptic.PanopticWriter(folder, folder / f"{Path(self.image_name).stem}.json", self.categories.as_coco())
+        writer = panoptic.PanopticWriter(
+            folder, folder / f"{Path(self.image_name).stem}.json", self.categories.as_coco()
+        )
         path = writer.add(self.image_id, self.image_name, self.id_map, self.segments)
         writer.write_json()
         return path
@@ -320,7 +322,9 @@ def usable_device(device: Union[str, torch.device]) -> torch.device:
     if usable.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {str(device)!r}")
     if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {usable}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(
+            f"device {usable}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
+        )
     return usable
 
 

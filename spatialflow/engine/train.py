@@ -309,9 +309,7 @@ class Trainer:
             self.network.eval()
             one_view = {"test_short_edges": self.config.test.test_short_edges[:1], "test_flip": False}
             predictor = Predictor(self.network, **one_view)  # augmentation would take several times as long
-            scores = evaluate_network(
-                predictor, self.validation, self.folder / "evaluation", self.world, self.progress
-            )
+            scores = evaluate_network(predictor, self.validation, self.folder / "evaluation", self.world, self.progress)
             self.network.train()
             if self.log is not None:
                 self._report(scores["problems"])

@@ -46,7 +46,9 @@ def require_batch_indices(op: str, name: str, indices: torch.Tensor, batch: int)
     bad = ~((indices >= 0) & (indices < batch))
     if bool(bad.any()):
         where = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: {name} must have batch indices in [0, {batch}), got {indices[where].item()} in row {where}")
+        raise ValueError(
+            f"{op}: {name} must have batch indices in [0, {batch}), got {indices[where].item()} in row {where}"
+        )
 
 
 def require_labels(op: str, name: str, labels: torch.Tensor, classes: int) -> None:

@@ -102,9 +102,7 @@ class DeformConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
-        )
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
         return (
@@ -130,7 +128,9 @@ def _empty(like: Tensor, wanted: bool) -> Tensor:
 @torch.library.register_fake("spatialflow::deform_conv2d")
 def _(input, offset, weight, bias, mask, offset_tangent, *settings):
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight)):
-        torch._check(tensor.dim() == 4, lambda: f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}")
+        torch._check(
+            tensor.dim() == 4, lambda: f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}"
+        )
     size = (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
@@ -215,7 +215,9 @@ def _backward(ctx: Any, needs: Any, grad_output: Tensor | None) -> tuple:
     return grad_input, grad_offset, grad_weight, grad_bias, grad_mask, grad_tangent, *rest
 
 
-def _jvp(ctx: Any, input_t: Any, offset_t: Any, weight_t: Any, bias_t: Any, mask_t: Any, tangent_t: Any, *_: Any) -> Any:
+def _jvp(
+    ctx: Any, input_t: Any, offset_t: Any, weight_t: Any, bias_t: Any, mask_t: Any, tangent_t: Any, *_: Any
+) -> Any:
     input, offset, weight, mask, tangent = ctx.saved_tensors
     if offset_t is not None:
         _no_third_derivative(ctx, tangent)

@@ -168,6 +168,10 @@ class DifferentiableOp:
 def autocast(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in the autocast dtype of its device where autocast is on; float64 and integers stay as they are."""
     kind = tensor.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if (
+        kind != "meta"
+        and torch.is_autocast_enabled(kind)
+        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ):
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor

@@ -140,9 +140,7 @@ def _empty_levels(x: list[Tensor], channels: Any) -> list[Tensor]:
     outputs = []
     for level in x:
         size = (level.shape[0], channels, level.shape[2], level.shape[3])
-        outputs.append(
-            torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format_of(level))
-        )
+        outputs.append(torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format_of(level)))
     return outputs
 
 

@@ -48,9 +48,7 @@ class FlowTowerOutput(NamedTuple):
 _LISTS = FlowTowerParameters._fields[:8]  # in the order of the raw operator
 
 
-def flow_tower(
-    levels: Sequence[Tensor], parameters: FlowTowerParameters, algorithm: str = "auto"
-) -> FlowTowerOutput:
+def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algorithm: str = "auto") -> FlowTowerOutput:
     """Runs the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
     Per stage s the source (reg) advances first: reg = relu(conv(reg)); then, with this reg,

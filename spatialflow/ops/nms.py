@@ -73,7 +73,8 @@ def _require_finite(op: str, boxes: Tensor, scores: Tensor) -> None:
 
 def _fake_rows(op: str, boxes: Tensor, scores: Tensor) -> Tensor:
     torch._check(
-        boxes.dim() == 2 and boxes.shape[1] == 4, lambda: f"{op}: boxes must have shape (N, 4), got {tuple(boxes.shape)}"
+        boxes.dim() == 2 and boxes.shape[1] == 4,
+        lambda: f"{op}: boxes must have shape (N, 4), got {tuple(boxes.shape)}",
     )
     torch._check(scores.dim() == 1, lambda: f"{op}: scores must have shape (N), got {tuple(scores.shape)}")
     torch._check(

@@ -93,7 +93,9 @@ def _pair(output_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _boxes_of_list(boxes: list[Tensor], input: Tensor) -> Tensor:
     if len(boxes) != input.shape[0]:
-        raise ValueError(f"boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}")
+        raise ValueError(
+            f"boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}"
+        )
     rows = []
     for index, of_image in enumerate(boxes):
         if of_image.dim() != 2 or of_image.shape[1] != 4:

@@ -164,11 +164,11 @@ def _check_segment(segment: Any, where: str) -> None:
     ):
         raise PanopticFormatError(f'{where} must be a mapping with integers "id" and "category_id"')
     if not 0 <= segment["id"] < 1 << 24:
-        raise PanopticFormatError(f'{where}: id must lie in [0, 16777215], got {segment["id"]}')
+        raise PanopticFormatError(f"{where}: id must lie in [0, 16777215], got {segment['id']}")
     if not isinstance(segment.get("area", 0), _NUMBER):
-        raise PanopticFormatError(f'{where}: area must be a number, got {segment["area"]!r:.80}')
+        raise PanopticFormatError(f"{where}: area must be a number, got {segment['area']!r:.80}")
     if segment.get("iscrowd", 0) not in (0, 1):
-        raise PanopticFormatError(f'{where}: iscrowd must be 0 or 1, got {segment["iscrowd"]!r:.80}')
+        raise PanopticFormatError(f"{where}: iscrowd must be 0 or 1, got {segment['iscrowd']!r:.80}")
 
 
 _INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
@@ -182,7 +182,7 @@ def _require(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> N
         if not isinstance(item, Mapping) or field not in item:
             raise PanopticFormatError(f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})')
         if not isinstance(item[field], kinds) or (kinds is _FLAG and item[field] not in (0, 1)):
-            raise PanopticFormatError(f'{where}: {field} must be {_KINDS[kinds]}, got {item[field]!r:.80}')
+            raise PanopticFormatError(f"{where}: {field} must be {_KINDS[kinds]}, got {item[field]!r:.80}")
 
 
 class PanopticWriter:

@@ -2,11 +2,11 @@
 """Images per second from image file to panoptic PNG, and where the time goes: the form of the paper's table XI.
 
 Model x short edge x pipeline: `spatialflow.Predictor` against `reference_pipeline.py`, same weights, one image at a
-time. The map needs the masks of the confident detections alone; the reference computes the masks of all, as the released
-implementation does, and so does spatialflow in the row "every mask". The pipelines take turns image by image.
-"agreement" is the panoptic quality of a pipeline's maps with the reference's maps as ground truth; the maps are not equal
-bit by bit, because rounding decides ties of the stuff classes and which boxes reach a threshold. PQ is beside it where
-there is ground truth (`--annotations`).
+time. The map needs the masks of the confident detections alone; the reference computes the masks of all, as the
+released implementation does, and so does spatialflow in the row "every mask". The pipelines take turns image by image.
+"agreement" is the panoptic quality of a pipeline's maps with the reference's maps as ground truth; the maps are not
+equal bit by bit, because rounding decides ties of the stuff classes and which boxes reach a threshold. PQ is beside it
+where there is ground truth (`--annotations`).
 
 Without weights (`--checkpoint`) an untrained network is adjusted so that the later stages have the work that a trained
 one gives them; the numbers of detections and segments are printed. On a GPU the stages of spatialflow, which waits for
@@ -308,7 +308,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                         help="of spatialflow; the reference is float32 always (default: float32)")  # fmt: skip
     parser.add_argument("--cuda-graph", action="store_true",
-                        help="spatialflow replays a graph per size of image; all of it then counts as backbone + FPN")  # fmt: skip
+                        help="replay a graph per size of image; all of it counts as backbone + FPN")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per pipeline and size (default: 5)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",

@@ -143,9 +143,10 @@ class Benchmark:
 
 
 def optional(module: str) -> Any | None:
-    """The module, or None where it is not installed or cannot be used: `(tv := optional("torchvision.ops")) and tv.nms`.
+    """The module, or None where it is not installed or cannot be used.
 
-    A torchvision built for another torch raises RuntimeError when it registers what it has no kernels for.
+    `(tv := optional("torchvision.ops")) and tv.nms` is a provider. A torchvision built for another torch raises
+    RuntimeError when it registers what it has no kernels for.
     """
     try:
         return importlib.import_module(module)
@@ -507,9 +508,8 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     setting = environment(options)
     print(f"{benchmark.name}: {benchmark.title}")
-    print(
-        f"  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, CPU level {setting['cpu_level']}"
-    )
+    about = f"{setting['device']}, {setting['threads']} threads, torch {torch.__version__}"
+    print(f"  {about}, CPU level {setting['cpu_level']}")
     rows = run(benchmark, options)
     if not rows:
         sys.exit(f"no case contains {' or '.join(options.cases)}; cases: {'; '.join(benchmark.sweep)}")

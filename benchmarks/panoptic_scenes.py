@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Made-up panoptic inputs with the statistics of real ones: smooth regions, ellipses for things, a few dozen segments."""
+"""Made-up panoptic inputs with statistics of real ones: smooth regions, ellipses for things, a few dozen segments."""
 
 import torch
 

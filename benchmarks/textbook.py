@@ -30,8 +30,9 @@ __device__ float bilinear(const float* map, int height, int width, float y, floa
 SOURCES = {
     "roi_align": BILINEAR
     + r"""
-extern "C" __global__ void roi_align(const float* input, const float* boxes, float* output, long long total, int channels,
-                                     int height, int width, int bins, float scale, int ratio, float shift) {
+extern "C" __global__ void roi_align(const float* input, const float* boxes, float* output, long long total,
+                                     int channels, int height, int width, int bins, float scale,
+                                     int ratio, float shift) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= total) return;
     int pw = i % bins, ph = i / bins % bins, c = i / bins / bins % channels;
@@ -55,10 +56,10 @@ extern "C" __global__ void roi_align(const float* input, const float* boxes, flo
 """,
     "deform_conv2d": BILINEAR
     + r"""
-extern "C" __global__ void deform_conv2d(const float* input, const float* offset, const float* weight, const float* bias,
-                                         const float* mask, float* output, long long total, int in_channels,
-                                         int out_channels, int groups, int height, int width, int out_height, int out_width,
-                                         int stride, int padding) {
+extern "C" __global__ void deform_conv2d(const float* input, const float* offset, const float* weight,
+                                         const float* bias, const float* mask, float* output, long long total,
+                                         int in_channels, int out_channels, int groups, int height, int width,
+                                         int out_height, int out_width, int stride, int padding) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= total) return;
     int ox = i % out_width, oy = i / out_width % out_height, oc = i / out_width / out_height % out_channels;
@@ -144,8 +145,9 @@ def _dense(value: Any) -> Any:
 def roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned, run=launch):
     channels, height, width = input.shape[1:]
     output = input.new_empty(len(boxes), channels, output_size, output_size)
-    run("roi_align", output.numel(), input, boxes, output, output.numel(), np.int32(channels), np.int32(height), np.int32(width),
-        np.int32(output_size), float(spatial_scale), np.int32(sampling_ratio), 0.5 if aligned else 0.0)  # fmt: skip
+    sizes = map(np.int32, (channels, height, width, output_size))
+    settings = (float(spatial_scale), np.int32(sampling_ratio), 0.5 if aligned else 0.0)
+    run("roi_align", output.numel(), input, boxes, output, output.numel(), *sizes, *settings)
     return output
 
 

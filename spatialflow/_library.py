@@ -73,9 +73,9 @@ def cpu_level() -> str:
 def backend_library() -> str:
     """Name of the library with the kernels for CPU tensors.
 
-    The environment variable SPATIALFLOW_BACKEND chooses the back end of tests: "simt", or "simt_sanitized" for the build
-    with sanitizers, replaces the CPU kernels by interpreted CUDA kernels (docs/simt.md); "cuda" changes nothing here, but
-    insists on the CUDA library, and the tests then make their tensors on the GPU.
+    The environment variable SPATIALFLOW_BACKEND chooses the back end of tests: "simt", or "simt_sanitized" for the
+    build with sanitizers, replaces the CPU kernels by interpreted CUDA kernels (docs/simt.md); "cuda" changes nothing
+    here, but insists on the CUDA library, and the tests then make their tensors on the GPU.
 
     Raises:
         ImportError: SPATIALFLOW_BACKEND names no back end, or one that is not there; or no CPU library fits.

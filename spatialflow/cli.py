@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     predict.add_argument("--output", required=True, type=Path, metavar="FOLDER",
-                         help="receives panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg")  # fmt: skip
+                         help="receives panoptic.json, panoptic/*.png (COCO format) and overlays/*.jpg")  # fmt: skip
     predict.add_argument("--config", action="append", metavar="NAME",
                          help=f"configuration of the package or YAML file (default: {DEFAULT_CONFIG})")  # fmt: skip
     predict.add_argument("--checkpoint", action="append", type=Path, metavar="FILE",
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
                          help="edges that the image is fitted to (default: the configuration's)")  # fmt: skip
     predict.add_argument("--short-edges", nargs="+", type=int, metavar="SHORT",
-                         help="test-time augmentation: every image in each of these sizes, boxes and scores joined")  # fmt: skip
+                         help="test-time augmentation: every image in each of these sizes, results joined")  # fmt: skip
     predict.add_argument("--flip", action=argparse.BooleanOptionalAction,
                          help="test-time augmentation: mirrored images too (default: the configuration's)")  # fmt: skip
     predict.add_argument("--score", type=float, metavar="S", help="least score of an instance in the panoptic map")
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prediction", "predictions:"),
     ):
         evaluate.add_argument(name, type=Path, metavar=name.upper(),
-                              help=f"{what} the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
+                              help=f"{what} the panoptic JSON, its PNG folder, or what `predict` wrote")  # fmt: skip
     evaluate.add_argument("--ground-truth-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--prediction-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
@@ -290,8 +290,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         with named(options.output):
             evaluate_and_report(
                 truth, options.ground_truth_folder, prediction, options.prediction_folder,
-                output=options.output, detections=options.detections, per_class=options.per_class, workers=options.workers,
-                progress=sys.stderr.isatty(),
+                output=options.output, detections=options.detections, per_class=options.per_class,
+                workers=options.workers, progress=sys.stderr.isatty(),
             )  # fmt: skip
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None

@@ -35,10 +35,10 @@ def add_visualize(commands: Any) -> None:
     visualize.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photographs, or folders of them")
     visualize.add_argument("--output", required=True, type=Path, metavar="FOLDER",
                            help="receives pictures/*.jpg and index.html; with ground truth and prediction the pictures "
-                                "are sorted by their panoptic quality, and there are worst.jpg and best.jpg")  # fmt: skip
+                                "are sorted by panoptic quality, and there are worst.jpg and best.jpg")  # fmt: skip
     for name, what in (("ground-truth", "ground truth"), ("prediction", "predictions")):
         visualize.add_argument(f"--{name}", type=Path, metavar="JSON",
-                               help=f"{what}: the panoptic JSON with its PNGs beside it, or what `predict` wrote")  # fmt: skip
+                               help=f"{what}: the panoptic JSON, PNGs beside it, or what `predict` wrote")  # fmt: skip
     visualize.add_argument("--sheet", type=int, default=5, metavar="N",
                            help="pictures in each of worst.jpg and best.jpg (default: %(default)s)")  # fmt: skip
     visualize.add_argument("--config", metavar="NAME", help="network whose class-activation maps are shown, of the cls "

@@ -9,7 +9,8 @@ A test file subclasses `OpMatrix` with its samples; pytest then runs each questi
         linear_samples = tuple(samples)
 
 Questions that an op cannot be asked are not generated: those of gradients where the class says `has_gradient = False`
-(it is asked instead whether that is so), second derivatives for samples not in `linear_samples`. Further classes in the same file hold what is particular to the op: bad values, ties, errors, peers' defects.
+(it is asked instead whether that is so), second derivatives for samples not in `linear_samples`. Further classes in the
+same file hold what is particular to the op: bad values, ties, errors, peers' defects.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which graphs are captured, replayed and dropped. Recorded on the CPU: a graph that runs its function again stands in for
-CUDA's, and like it writes into the outputs of the capture."""
+"""Which graphs are captured, replayed and dropped. Recorded on the CPU: a graph that runs its function again stands in
+for CUDA's, and like it writes into the outputs of the capture."""
 
 import contextlib
 

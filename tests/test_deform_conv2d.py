@@ -407,7 +407,10 @@ class TestErrors:
 
         def second(offset):
             direction = torch.ones_like(offset)
-            first = lambda o: torch.func.jvp(lambda q: convolve(input, q, weight, bias, mask), (o,), (direction,))[1]
+
+            def first(o):
+                return torch.func.jvp(lambda q: convolve(input, q, weight, bias, mask), (o,), (direction,))[1]
+
             return torch.func.jvp(first, (offset,), (direction,))[1]
 
         with pytest.raises(NotImplementedError, match="third derivatives through the offset"):

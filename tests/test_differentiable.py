@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derivatives of derivatives: torch.func's transforms inside one another, against the plain-PyTorch twins.
 
-torch's own autograd.Function gives wrong numbers for forward mode within forward mode, without a word: its `jvp` runs with
-forward mode off, so that tangents of the outer transform are lost in it.
+torch's own autograd.Function gives wrong numbers for forward mode within forward mode, without a word: its `jvp` runs
+with forward mode off, so that tangents of the outer transform are lost in it.
 """
 
 import pytest

@@ -115,7 +115,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_many_levels(self, dtype):
-        """More levels than one launch of a kernel takes: outputs and the weight gradient, which sums over all of them."""
+        """More levels than one launch of a kernel takes: outputs, and the weight gradient that sums over them."""
         x = [torch.randn(1, 3, 1 + i % 4, 2 + i % 3, dtype=dtype) for i in range(40)]
         weight = torch.randn(5, 3, 3, 3, dtype=dtype, requires_grad=True)
         wide = weight.detach().double().requires_grad_()

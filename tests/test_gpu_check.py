@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu-check` without a GPU: it says so, its steps run one after the other whatever becomes of them, and the dry run on
-the interpreted kernels goes through."""
+"""`make gpu-check` without a GPU: it says so, its steps run one after the other whatever becomes of them, and the dry
+run on the interpreted kernels goes through."""
 
 import importlib.util
 import json
@@ -111,7 +111,7 @@ def test_every_operator_is_watched_and_timed(gpu_check):
 
 @pytest.mark.skipif(not _library.library_path("simt").is_file(), reason="needs the interpreted kernels: make test-simt")
 def test_dry_run(tmp_path):
-    """A program, a sanitizer and a benchmark on the interpreted kernels; `make gpu-check BACKEND=simt` runs them all."""
+    """A program, a sanitizer and a benchmark on the interpreted kernels; `make gpu-check BACKEND=simt` runs all."""
     steps = ("sanitizer targets", "memcheck", "benchmark paste_masks")
     done = run_check("--backend", "simt", "--output", str(tmp_path), "--steps", *steps)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -199,7 +199,7 @@ class TestOracles:
 
 
 class TestGoldens:
-    """Detections of the released implementation, with its rule `inter > threshold * union` for ties at the threshold."""
+    """Detections of the released implementation and its rule `inter > threshold * union` for ties at the threshold."""
 
     cases = ["random", "none_above_thr", "score_equal_thr", "iou_exactly_thr_0p4_and_0p25", "iou_exactly_thr_0p25"]
 

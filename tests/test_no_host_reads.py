@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the uploaded images to the fixed-size result the host reads nothing back, shown on a machine without a GPU.
 
-The pipeline runs on meta tensors: they stand for a device that has shapes and dtypes but no values, so that whoever asks for
-a value gets an error. A dispatch mode beside it forbids what meta tensors would let pass: uploads, and mixed devices.
+The pipeline runs on meta tensors: they stand for a device that has shapes and dtypes but no values, so that whoever
+asks for a value gets an error. A dispatch mode beside it forbids what meta tensors would let pass: uploads, and mixed
+devices.
 """
 
 import numpy as np

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlays: every segment visible and distinguishable, the rest of the photograph untouched, same input same picture."""
+"""Overlays: every segment visible and distinguishable, the rest of the picture untouched, same input same picture."""
 
 import itertools
 

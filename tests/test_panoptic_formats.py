@@ -147,7 +147,7 @@ def test_damaged_png_is_refused(tmp_path, goldens):
 
 
 def test_no_damage_passes_unnoticed(goldens):
-    """Random bytes behind right chunk checksums: an error, never another picture, a crash or a read outside the data."""
+    """Random bytes behind right chunk checksums: an error, never another picture, a crash or a stray read."""
     rng = np.random.default_rng(0)
     data = next((goldens / "pq" / "gt").glob("*.png")).read_bytes()
     for trial in range(300):

@@ -103,7 +103,7 @@ def test_plain_and_optimized_network_agree(model, predictor):
 
 @pytest.mark.parametrize("threshold, flip", [(0.0, False), (0.3, True), (1.0, False)])
 def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkeypatch):
-    """Leaving out the masks of detections that do not enter the map changes neither it nor the boxes; they are left out."""
+    """Leaving out the masks of detections that do not enter the map changes neither it nor the boxes."""
     computed, plain = [], inference.mask_logits
     monkeypatch.setattr(inference, "mask_logits", lambda *args: (computed.append(len(args[2])), plain(*args))[1])
     settings = dict(SHORT, stuff_area_threshold=40, instance_score_threshold=threshold, test_flip=flip, batch_size=2)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of more than 2^31 elements, and a hundred runs that agree to the last bit.
 
-Both ask for a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code runs on tensors of a few thousand elements, and
-three times, so that it is itself tested.
+Both ask for a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code runs on tensors of a few thousand
+elements, and three times, so that it is itself tested.
 """
 
 import pytest

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that only a GPU can show, in one command: `make gpu-check`, or `python tools/gpu_check.py`.
 
-Steps run one after the other, each in processes of its own under a time limit; one that fails or runs out of time is recorded
-and the others go on. What a machine lacks (torchvision, CuPy, compute-sanitizer, goldens) takes its column or step with it,
-never the run. Compiled libraries that were built elsewhere are enough: nothing is compiled here.
+Steps run one after the other, each in processes of its own under a time limit; one that fails or runs out of time is
+recorded and the others go on. What a machine lacks (torchvision, CuPy, compute-sanitizer, goldens) takes its column or
+step with it, never the run. Compiled libraries that were built elsewhere are enough: nothing is compiled here.
 
-Results go to <output>/<device>/: `gpu_check.json`, `gpu_check.md`, the logs of the steps, and the JSON and plot of each benchmark.
+Results go to <output>/<device>/: `gpu_check.json`, `gpu_check.md`, the logs of the steps, and the JSON and plot of each
+benchmark.
 
 Exit codes: 0 all steps passed, 1 a step failed, 2 wrong arguments or nothing built, 77 no GPU.
 
@@ -183,14 +184,14 @@ def make_steps(backend: str, output: Path) -> list[Step]:
         steps.append(
             Step(f"benchmark {script}", command, seconds if on_gpu else 900, skipped="" if on_gpu else heavy(script))
         )
-    end_to_end = [sys.executable, "benchmarks/end_to_end.py", "--device", "cuda", "--seconds", "4", "--short-edges", "800",
-                  "--dtype", "bfloat16", "--cuda-graph", "--output", str(output)]  # fmt: skip
+    end_to_end = [sys.executable, "benchmarks/end_to_end.py", "--device", "cuda", "--seconds", "4",
+                  "--short-edges", "800", "--dtype", "bfloat16", "--cuda-graph", "--output", str(output)]  # fmt: skip
     steps.append(Step("benchmark end to end", end_to_end, 90, skipped=only_gpu or missing_for_files()))
     return steps
 
 
 def missing_for_files() -> str:
-    """Why panoptic PNGs cannot be written here: unlike the operators' libraries, that module is built per Python version."""
+    """Why panoptic PNGs cannot be written here: unlike the libraries, that module is built per Python version."""
     if importlib.util.find_spec("deflate") is None:
         return "the package deflate is not installed"
     built = any(Path(ROOT, "spatialflow", f"_evaluation{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
@@ -229,8 +230,8 @@ def as_markdown(about: dict[str, Any], outcomes: list[Outcome], tables: str) -> 
     lines = [
         f"# gpu-check on {about['device']}",
         "",
-        f"Driver {about['driver'] or 'unknown'}, torch {about['torch']} (CUDA {about['cuda']}), commit {about['commit']}, "
-        f"back end {about['backend']}, {about['seconds']:.0f} s in all.",
+        f"Driver {about['driver'] or 'unknown'}, torch {about['torch']} (CUDA {about['cuda']}), "
+        f"commit {about['commit']}, back end {about['backend']}, {about['seconds']:.0f} s in all.",
         "",
         "| step | result | seconds | |",
         "|---|---|---:|---|",

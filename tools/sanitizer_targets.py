@@ -74,8 +74,9 @@ def run_operators(device: str) -> int:
         run(lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]), levels[0], offset, weight, bias, mask)
         run(lambda *t: ops.flow_conv2d(*t), levels[0], levels[0] * 0.5, weight, bias)
         with torch.no_grad():
-            tower = ops.pack_flow_tower(ops.FlowTowerParameters(cls=((weight, bias),), reg=((weight, bias),),
-                                                                flow_cls=((weight, bias),), segmentation_levels=1))  # fmt: skip
+            stage = ((weight, bias),)
+            parameters = ops.FlowTowerParameters(cls=stage, reg=stage, flow_cls=stage, segmentation_levels=1)
+            tower = ops.pack_flow_tower(parameters)
             run(lambda: ops.flow_tower(levels, tower))
         run(lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, reduction="sum"), draw(40, 6, dtype=dtype))
         pictures = [torch.randint(0, 256, (21, 30, 3), dtype=torch.uint8).to(device)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading, resizing, normalising and padding of images, with the released arithmetic; numpy in, numpy out.
 
-Training uses the steps one by one, between its other transforms; at inference `spatialflow.ops.preprocess_images` does them
-in one pass, with equal results.
+Training uses the steps one by one, between its other transforms; at inference `spatialflow.ops.preprocess_images` does
+them in one pass, with equal results.
 """
 
 from pathlib import Path

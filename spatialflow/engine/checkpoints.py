@@ -153,7 +153,7 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
 
 
 def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence[str]) -> nn.Module:
-    """As `load_checkpoint`, for finetuning: layers whose shape depends on the classes keep their values where the file's do not fit.
+    """As `load_checkpoint`, for finetuning: layers that depend on the classes keep theirs where the file's do not fit.
 
     Args:
         model: from `build_model`.

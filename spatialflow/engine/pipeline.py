@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a batch of decoded images to panoptic maps on one device, in results of fixed shape.
 
-On a GPU nothing here reads a value back: every shape follows from the sizes of the images, so the host queues all work at
-once, and a CUDA graph can hold it. On the CPU, where reading costs nothing, rows that are only padding are left out early.
+On a GPU nothing here reads a value back: every shape follows from the sizes of the images, so the host queues all work
+at once, and a CUDA graph can hold it. On the CPU, where reading costs nothing, rows that are only padding are left out
+early.
 """
 
 from __future__ import annotations

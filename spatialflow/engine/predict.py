@@ -24,8 +24,8 @@ from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, paste_masks
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
-"""What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds the wait for
-its end. A CUDA graph is queued as a whole, under "network"."""
+"""What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds
+the wait for its end. A CUDA graph is queued as a whole, under "network"."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a Predictor computes in."""
@@ -43,8 +43,8 @@ class PanopticResult:
         boxes: (K, 4) float32, x1, y1, x2, y2 in pixels of the image, best score first.
         scores: (K,) float32.
         labels: (K,) int64, category ids.
-        mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head, or the Predictor was told
-            `detection_masks=False`.
+        mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head, or the Predictor
+            was told `detection_masks=False`.
         mask_threshold: probability from which a pixel belongs to a mask.
         categories: the category table.
         image_name: file name of the image, or "image <position in the call>" for an array.
@@ -128,10 +128,10 @@ class Predictor:
         model: from `build_model`, with weights loaded; several for an ensemble, whose first's configuration counts.
             They are not changed, and later changes of their weights have no effect here.
         device: where to run, "cpu", "cuda" or "cuda:<number>"; None: where the model is.
-        dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and boxes are
-            float32 always.
-        cuda_graph: replay a CUDA graph per size of image instead of queueing every kernel. The first image of a size pays
-            for the capture; the 16 sizes used last are kept.
+        dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and
+            boxes are float32 always.
+        cuda_graph: replay a CUDA graph per size of image instead of queueing every kernel. The first image
+            of a size pays for the capture; the 16 sizes used last are kept.
         optimize: fold BatchNorm and pre-arrange the weights once.
         detection_masks: whether results carry the mask of every detection. False where only the map counts: the masks
             of detections below `instance_score_threshold`, on the CPU often a quarter of all work, are left out.

@@ -362,7 +362,8 @@ def optimize_for_inference(
     Args:
         model: from `build_model`, with its weights loaded. It is not changed.
         device: where the result runs; None: where the model is.
-        dtype: of weights and features; None: that of the model. BatchNorm is folded before the weights are rounded to it.
+        dtype: of weights and features; None: that of the model. BatchNorm is folded before the weights are rounded to
+        it.
 
     Returns:
         A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no

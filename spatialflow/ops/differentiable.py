@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients for raw operators, once for eager mode, `torch.func` and `torch.compile`.
 
-`torch.library.register_autograd` alone gives reverse mode; forward-mode AD then returns zeros without a word, compiled or
-not, and the derivatives of `torch.func` fail. An `autograd.Function` that has a `jvp` and is applied in Python does all of
-them, but `torch.compile` does not trace it. So the `Function` is applied below, in the operator's autograd kernel, where
-torch applies those of its own operators: every caller finds it there, and a graph holds the operator alone.
+`torch.library.register_autograd` alone gives reverse mode; forward-mode AD then returns zeros without a word, compiled
+or not, and the derivatives of `torch.func` fail. An `autograd.Function` that has a `jvp` and is applied in Python does
+all of them, but `torch.compile` does not trace it. So the `Function` is applied below, in the operator's autograd
+kernel, where torch applies those of its own operators: every caller finds it there, and a graph holds the operator
+alone.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ class DifferentiableOp:
             with ctx.call.modes():
                 return jvp(_Primals(ctx), *_nest(ctx.call.layout, tangents))
 
-        # What `torch.autograd.Function` is without its own treatment of `torch.func`: here the dispatcher has peeled off
-        # the transforms around this one.
+        # What `torch.autograd.Function` is without its own treatment of `torch.func`: here the dispatcher has peeled
+        # off the transforms around this one.
         function = type(
             name,
             (torch.autograd.function._SingleLevelFunction,),

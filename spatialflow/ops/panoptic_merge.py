@@ -42,10 +42,12 @@ def panoptic_merge(
     """Merges instances and stuff into one map in which every pixel belongs to one segment or to none.
 
     1. Instances with `score >= score_threshold`, highest score first, ties in input order. One without pixels, or with
-       more than `overlap_threshold` of its pixels taken by those kept before, is dropped; a kept one takes its free pixels.
+       more than `overlap_threshold` of its pixels taken by those kept before, is dropped; a kept one takes its free
+       pixels.
     2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_limit`.
     3. Every box of step 1, its instance kept or not, in the same order: if at least `box_threshold` of its pixels are
-       still void, they go to the instance's segment, or to a new one. Boxes are truncated to integers and cut to the image.
+       still void, they go to the instance's segment, or to a new one. Boxes are truncated to integers and cut to the
+       image.
 
     Args:
         masks: (K, H, W) bool or uint8, not zero = inside.

@@ -28,7 +28,8 @@ def count_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.n
     if counted is not None:
         return counted
     ids = [_evaluation.decode_ids(image) if image.ndim == 3 else image for image in (first, second)]
-    # Keys that ascend by first, then second id, negative ones included. In place: fresh memory costs more than the sums.
+    # Keys that ascend by first, then second id, negative ones included. In place: fresh memory costs more than the
+    # sums.
     keys = ids[0].astype(np.int64)
     keys <<= 32
     keys += ids[1]

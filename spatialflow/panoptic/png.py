@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the PNGs of the COCO panoptic format, several times as fast as a decoder for any picture.
 
-libdeflate decompresses; un-filtering knows that neighbours mostly belong to one segment (`csrc/evaluation/png_filters.h`).
-What is left is the walk over the chunks.
+libdeflate decompresses; un-filtering knows that neighbours mostly belong to one segment
+(`csrc/evaluation/png_filters.h`). What is left is the walk over the chunks.
 """
 
 import zlib

@@ -20,7 +20,7 @@ def multilevel_roi_align(
     aligned: bool = True,
     finest_scale: float = 56,
 ) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.multilevel_roi_align`, with boxes as (K, 5) rows; level by level."""
+    """Same arguments and result as `spatialflow.ops.multilevel_roi_align`, with boxes (K, 5); level by level."""
     ph, pw = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     real = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     levels = roi_levels(boxes.to(real), len(features), finest_scale)  # (K,)
@@ -34,7 +34,7 @@ def multilevel_roi_align(
 
 
 def roi_levels(boxes: Tensor, levels: int, finest_scale: float) -> Tensor:
-    """(K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1); 0 where the area is no number."""
+    """(K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1); 0 where there is no area."""
     area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
     level = torch.floor(torch.log2(area.sqrt() / finest_scale + 1e-6))
     return level.nan_to_num(nan=0.0).clamp(0, levels - 1).long()

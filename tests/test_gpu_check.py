@@ -101,7 +101,7 @@ def test_every_command_names_a_file_that_is_there(gpu_check):
 
 
 def test_every_operator_is_watched_and_timed(gpu_check):
-    ops = gpu_check.cuda_ops()
+    ops = gpu_check.operators()
     targets = (ROOT / "tools" / "sanitizer_targets.py").read_text()
     assert len(ops) >= 8
     for op in ops:

@@ -76,9 +76,10 @@ def test_every_folder_is_in_the_source_distribution():
 
 
 @pytest.mark.skipif(not (ROOT / "cmake").is_dir(), reason="not in a source tree")
-def test_every_cuda_source_is_built():
-    lists = re.findall(r"set\((?:cuda_ops|cuda_shared)\s([^)]*)\)", (ROOT / "cmake" / "cuda_ops.cmake").read_text())
-    assert {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} == set(" ".join(lists).split())
+def test_every_kernel_source_is_built():
+    lists = re.findall(r"set\((?:ops|shared_sources)\s([^)]*)\)", (ROOT / "cmake" / "ops.cmake").read_text())
+    for folder, suffix in (("cuda", "cu"), ("cpu", "cpp")):
+        assert {path.stem for path in (ROOT / "csrc" / folder).glob(f"*.{suffix}")} == set(" ".join(lists).split())
 
 
 @pytest.mark.parametrize("name", namespace())

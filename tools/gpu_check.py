@@ -133,9 +133,9 @@ def environment_of(backend: str) -> dict[str, str]:
     return {**os.environ, "SPATIALFLOW_BACKEND": backend, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def cuda_ops() -> list[str]:
-    """Operators with a CUDA kernel that have a test file; sources of gradients belong to their operator."""
-    listed = re.findall(r"^    (\w+)", (ROOT / "cmake" / "cuda_ops.cmake").read_text(), re.MULTILINE)
+def operators() -> list[str]:
+    """Operators that have a test file; sources of gradients belong to their operator."""
+    listed = re.findall(r"^    (\w+)", (ROOT / "cmake" / "ops.cmake").read_text(), re.MULTILINE)
     return [op for op in listed if (ROOT / "tests" / f"test_{op}.py").is_file()]
 
 
@@ -144,7 +144,7 @@ def make_steps(backend: str, output: Path) -> list[Step]:
     on_gpu = backend == "cuda"
     only_gpu = "" if on_gpu else "needs a GPU"
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    files = [f"tests/test_{op}.py" for op in cuda_ops()]
+    files = [f"tests/test_{op}.py" for op in operators()]
     selection = [] if on_gpu else ["-k", "test_reference and float32"]
     steps = [
         # pytest-xdist's workers share the GPU, where it is installed: most of the time of a test is spent on the host.
@@ -210,11 +210,11 @@ def heavy(script: str) -> str:
 
 
 def benchmark_scripts() -> list[tuple[str, str]]:
-    """(name, label of the first case) of every benchmark of an operator with a CUDA kernel."""
+    """(name, label of the first case) of every benchmark of an operator."""
     found = []
-    for op in [*cuda_ops(), "flow_tower"]:
+    for op in operators():
         path = ROOT / "benchmarks" / f"{op}.py"
-        if path.is_file() and op not in [name for name, _ in found]:
+        if path.is_file():
             sweep = path.read_text().split("sweep={", 1)[1]
             found.append((op, re.search(r'"([^"]+)":', sweep).group(1)))
     return found

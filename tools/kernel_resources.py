@@ -45,8 +45,8 @@ def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
 
 
 def unfused_sources() -> list[str]:
-    """Names of the sources that cmake/cuda_ops.cmake has compiled without fused multiply-adds."""
-    return re.search(r"set\(cuda_unfused ([\w ]+)\)", (ROOT / "cmake" / "cuda_ops.cmake").read_text())[1].split()
+    """Names of the sources that cmake/ops.cmake has compiled without fused multiply-adds."""
+    return re.search(r"set\(cuda_unfused ([\w ]+)\)", (ROOT / "cmake" / "ops.cmake").read_text())[1].split()
 
 
 def kernel_name(symbol: str) -> str:

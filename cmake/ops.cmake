@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Operators: each has a schema in csrc/ops, a CPU kernel and a CUDA kernel. The Makefile and tools/ read these lists too.
+set(ops
+    deform_conv2d
+    deform_conv2d_backward
+    flow_conv2d
+    flow_conv2d_backward
+    flow_tower
+    multiclass_nms
+    multilevel_roi_align
+    nms
+    panoptic_merge
+    panoptic_quality_counts
+    paste_masks
+    preprocess_images
+    roi_align
+    sigmoid_focal_loss
+    stuff_labels)
+
+# Sources of both back ends that several operators share.
+set(shared_sources conv3x3)
+
+# Overlap decisions, resized pixels and labels are the same on every level and back end only if no product is fused with
+# an addition. In the CUDA kernels of NMS that is said at the products.
+set(cpu_unfused multiclass_nms nms preprocess_images stuff_labels)
+set(cuda_unfused paste_masks preprocess_images stuff_labels)

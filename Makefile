@@ -27,7 +27,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 environment := $(VENV)/complete
 endif
 
-.PHONY: help build test test-simt test-simt-sanitize bench gpu-check demo clean
+.PHONY: help build test test-simt test-simt-sanitize mutation-round bench gpu-check demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -64,6 +64,9 @@ test-simt-sanitize: $(environment)  ## the same with address and undefined-behav
 	SPATIALFLOW_BACKEND=simt_sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(call compiler_library,libasan.so) $(call compiler_library,libubsan.so) $(call compiler_library,libstdc++.so)" \
 	$(PYTHON) -m pytest $(filter-out tests/test_simt.py,$(SIMT_TESTS))
+
+mutation-round: build  ## break a line of a CUDA kernel at a time: do the interpreted tests notice? about 10 minutes
+	$(PYTHON) tools/mutation_round.py
 
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are the operator tests awake? Breaks one line of a CUDA kernel at a time and sees the interpreted tests fail.
+
+`make mutation-round`, or `python tools/mutation_round.py [TEXT ...]` for the mutations whose file or name contains a
+text. A copy of the tree is mutated, built and tested under build/mutations; the working tree is only read. Test files
+that fail on the copy as it is are an error. Exit codes: 0 all mutations caught, 1 one survived, 2 it could not be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = ROOT / "build" / "mutations" / "tree"
+
+
+class Mutation(NamedTuple):
+    """`before`, which stands once in csrc/cuda/`file`, becomes `after`; the tests of `operator` must notice."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    operator: str
+
+
+MUTATIONS = (
+    Mutation(
+        "barrier removed",
+        "nms.h",
+        "        __syncthreads();\n        const unsigned bits = kept_of_warp[turn];",
+        "        const unsigned bits = kept_of_warp[turn];",
+        "nms",
+    ),
+    Mutation(
+        "barrier removed",
+        "panoptic_merge.cu",
+        "__syncthreads();  // `used` is read by other threads for the next instance",
+        "",
+        "panoptic_merge",
+    ),
+    Mutation(
+        "barrier removed",
+        "multiclass_nms.cu",
+        "                }\n            }\n            __syncthreads();\n        }",
+        "                }\n            }\n        }",
+        "multiclass_nms",
+    ),
+    Mutation(
+        "< made <=",
+        "paste_masks.cu",
+        "position < static_cast<double>",
+        "position <= static_cast<double>",
+        "paste_masks",
+    ),
+    Mutation(
+        ">= made >",
+        "preprocess_images.cu",
+        "if (first_x + p >= resize.x.target) {",
+        "if (first_x + p > resize.x.target) {",
+        "preprocess_images",
+    ),
+    Mutation(
+        "bound too large",
+        "panoptic_quality_counts.cu",
+        "if (kWide && first + kWidth <= problem.pixels) {",
+        "if (kWide && first + kWidth <= problem.pixels + 1) {",
+        "panoptic_quality_counts",
+    ),
+    Mutation(
+        "strides swapped",
+        "deform_conv2d.h",
+        "y * stride[2] + x * stride[3]",
+        "y * stride[3] + x * stride[2]",
+        "deform_conv2d",
+    ),
+    Mutation(
+        "strides swapped",
+        "stuff_labels.cu",
+        "const int64_t at = i * outer_stride + j * inner_stride;",
+        "const int64_t at = i * inner_stride + j * outer_stride;",
+        "stuff_labels",
+    ),
+    Mutation(
+        "accumulator in half",
+        "tile_product.h",
+        "mma_16816(sums_[i][j / 8 + half], a[i], column, scalar_t{});",
+        "mma_16816(sums_[i][j / 8 + half], a[i], column, scalar_t{});\n"
+        "for (float& sum : sums_[i][j / 8 + half]) { scalar_t low; store(low, sum); sum = load(low); }",
+        "deform_conv2d",
+    ),
+    Mutation(
+        "lane mask wrong",
+        "panoptic_merge.cu",
+        "const unsigned all = __ballot_sync(kAllLanes, kept);",
+        "const unsigned all = __ballot_sync(kAllLanes >> 1, kept);",
+        "panoptic_merge",
+    ),
+    Mutation(
+        "lane mask wrong",
+        "multiclass_nms.cu",
+        "base + __popc(entering & ((1u << lane) - 1u));\n            keys",
+        "base + __popc(entering & ((2u << lane) - 1u));\n            keys",
+        "multiclass_nms",
+    ),
+    Mutation(
+        "lane mask wrong",
+        "sigmoid_focal_loss.cu",
+        "value += __shfl_down_sync(kAllLanes, value, static_cast<unsigned>(step));",
+        "value += __shfl_down_sync(kAllLanes >> 16, value, static_cast<unsigned>(step));",
+        "sigmoid_focal_loss",
+    ),
+)
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], cwd=COPY, capture_output=True, text=True, **options)
+
+
+def copy_tree() -> None:
+    """Tracked files and the module for scoring. Equal ones stay, so that a second round builds what differs."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    built = [path.relative_to(ROOT) for path in (ROOT / "spatialflow").glob("_evaluation*.so")]
+    for name in [*listed.stdout.strip("\0").split("\0"), *built]:
+        content, target = (ROOT / name).read_bytes(), COPY / name
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+
+
+def build() -> None:
+    build_folder = COPY.parent / "build"
+    if not (build_folder / "build.ninja").is_file():
+        configured = run(
+            "cmake", "-S", COPY, "-B", build_folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+            "-DSPATIALFLOW_SIMT=on", "-DSPATIALFLOW_CUDA=off",
+        )  # fmt: skip
+        if configured.returncode != 0:
+            raise RuntimeError(configured.stdout + configured.stderr)
+    built = run("cmake", "--build", build_folder, "--target", "spatialflow_schema", "spatialflow_simt")
+    if built.returncode != 0:
+        raise RuntimeError(built.stdout + built.stderr)
+
+
+def test(operator: str) -> tuple[int, str]:
+    """Exit code and last line of the operator's tests; they stop at the first failure."""
+    environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
+    if (goldens := ROOT.parent / "shared").is_dir():
+        environment.setdefault("SPATIALFLOW_FIXTURES", str(goldens))
+    done = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"tests/test_{operator}.py",
+        env=environment,
+    )
+    return done.returncode, (done.stdout.strip() or done.stderr.strip()).rsplit("\n", 1)[-1]
+
+
+def survives(mutation: Mutation) -> bool:
+    path = COPY / "csrc" / "cuda" / mutation.file
+    source = path.read_text()
+    if source.count(mutation.before) != 1:
+        raise RuntimeError(f"{mutation.file} holds {source.count(mutation.before)} times: {mutation.before}")
+    begin = time.monotonic()
+    try:
+        path.write_text(source.replace(mutation.before, mutation.after))
+        build()
+        code, verdict = test(mutation.operator)
+    finally:
+        path.write_text(source)
+    if code not in (0, 1):
+        raise RuntimeError(f"{mutation.file}, {mutation.name}: {verdict}")
+    line = source[: source.index(mutation.before)].count("\n") + 1
+    result = "caught" if code else "SURVIVED"
+    print(
+        f"{result:>8}  {mutation.file}:{line}, {mutation.name} ({time.monotonic() - begin:.0f} s): {verdict}",
+        flush=True,
+    )
+    return code == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="only mutations whose file or name contains one of these"
+    )
+    texts = parser.parse_args().texts
+    chosen = [m for m in MUTATIONS if not texts or any(text in f"{m.file} {m.name}" for text in texts)]
+    copy_tree()
+    try:
+        build()
+        for operator in sorted({mutation.operator for mutation in chosen}):
+            code, verdict = test(operator)
+            if code != 0:
+                raise RuntimeError(f"tests/test_{operator}.py fails without a mutation: {verdict}")
+            print(f"   clean  tests/test_{operator}.py: {verdict}", flush=True)
+        survivors = sum(survives(mutation) for mutation in chosen)
+    except RuntimeError as error:
+        print(f"mutation_round: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(chosen) - survivors} caught, {survivors} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

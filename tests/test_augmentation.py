@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test-time augmentation and ensembles: what must not change the result does not, and what must does."""
 
+import json
+
 import cv2
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from torch.nn import functional as F
 
 import spatialflow
 from spatialflow.cli import main
+from spatialflow.data.transforms import fit_size
 from spatialflow.models import inference
+from spatialflow.models.build import load_config
 from spatialflow.panoptic import read_id_map
 
 PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)
@@ -85,6 +89,17 @@ def test_batches_of_augmented_images(model, image):
     alone = spatialflow.Predictor(model, **settings)
     for one, result in zip(images, together):
         assert_same(result, alone(one), pixels=0.999)
+
+
+def test_sizes_of_the_released_augmentation(goldens, model):
+    """The long edge is limited in proportion to the short one: 1500, 1800 and 2100 pixels at 1000, 1200 and 1400."""
+    test = load_config("spatialflow_r101_dcn_coco").test
+    edges = dict(test_short_edges=test.test_short_edges, test_long_edge=test.test_long_edge)
+    pipeline = spatialflow.Predictor(model, **edges).pipeline
+    released = json.loads((goldens / "ops" / "resize.json").read_text())["rescale_size"]
+    for w, h in ((640, 480), (480, 640), (640, 427), (1000, 300), (612, 612)):
+        expected = [released[f"{w}x{h}->{limits}"]["new_wh"] for limits in ("1500x1000", "1800x1200", "2100x1400")]
+        assert [list(fitted.valid_size[::-1]) for fitted in pipeline.fit((h, w))] == expected
 
 
 def test_stuff_logits_at_original_size():

@@ -71,7 +71,7 @@ def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
     return image
 
 
-def fit_size(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:
+def fit_size(size: tuple[int, int], short_edge: int, long_edge: float) -> tuple[int, int]:
     """(H, W) scaled until it fits `short_edge` and `long_edge`; each side is int(x * factor + 0.5) and at least 1."""
     h, w = size
     factor = min(long_edge / max(h, w), short_edge / min(h, w))
@@ -106,7 +106,7 @@ def pad(image: np.ndarray, divisor: int) -> np.ndarray:
     return np.pad(image, ((0, 0), (0, -h % divisor), (0, -w % divisor)))
 
 
-def fit_image(size: tuple[int, int], short_edge: int, long_edge: int, divisor: int = 32) -> Fitted:
+def fit_image(size: tuple[int, int], short_edge: int, long_edge: float, divisor: int = 32) -> Fitted:
     """What `spatialflow.ops.preprocess_images` makes of an image of `size` (H, W) for the network."""
     valid = fit_size(size, short_edge, long_edge)
     padded = tuple(side + -side % divisor for side in valid)

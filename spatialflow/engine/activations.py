@@ -43,8 +43,8 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
     Source: Zhou et al., Learning Deep Features for Discriminative Localization (2016), equation 2.
     """
     config, device = model.config, next(model.parameters()).device
-    data, test = config.data, config.test
-    fitted = fit_image(image.shape[:2], test.test_short_edges[0], test.test_long_edge, data.size_divisor)
+    data = config.data
+    fitted = fit_image(image.shape[:2], *config.test.test_edges[0], data.size_divisor)
     pixels = torch.from_numpy(image).to(device)
     output = model(preprocess_images(pixels, fitted.valid_size, data.image_mean, data.image_std, data.size_divisor))
 

@@ -77,10 +77,8 @@ class Pipeline:
 
     def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
         """How an image of `size` (H, W) enters the networks, for every short edge of the configuration."""
-        test = self.config.test
-        return tuple(
-            fit_image(size, edge, test.test_long_edge, self.config.data.size_divisor) for edge in test.test_short_edges
-        )
+        divisor = self.config.data.size_divisor
+        return tuple(fit_image(size, short, long, divisor) for short, long in self.config.test.test_edges)
 
     def plan(self, fitted: Sequence[tuple[Fitted, ...]]) -> list[View]:
         """What to call the pipeline with for images of these sizes, see `fit`, of one padded size per short edge."""

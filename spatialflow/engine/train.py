@@ -307,7 +307,8 @@ class Trainer:
         due = self.validation is not None and (last or (every > 0 and epoch % every == 0))
         if due and not self._is_evaluated():
             self.network.eval()
-            one_view = {"test_short_edges": self.config.test.test_short_edges[:1], "test_flip": False}
+            short, long = self.config.test.test_edges[0]
+            one_view = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
             predictor = Predictor(self.network, **one_view)  # augmentation would take several times as long
             scores = evaluate_network(predictor, self.validation, self.folder / "evaluation", self.world, self.progress)
             self.network.train()

@@ -171,8 +171,14 @@ class TestConfig:
     box_overlap_threshold: float = 0.5  # a box fills its void pixels if at least this share of it is void
     box_fill: bool = True  # False: void pixels inside boxes stay void
     test_short_edges: tuple[int, ...] = (800,)  # short edges of the network's input; several: test-time augmentation
-    test_long_edge: int = 1333  # limit of the long edge
+    test_long_edge: int = 1333  # limit of the long edge at the largest short edge; at smaller ones in proportion
     test_flip: bool = False  # mirrored images too: test-time augmentation
+
+    @property
+    def test_edges(self) -> tuple[tuple[int, float], ...]:
+        """Short edge and limit of the long edge of every size that an image goes through the network in."""
+        largest = max(self.test_short_edges)
+        return tuple((short, self.test_long_edge * short / largest) for short in self.test_short_edges)
 
     def __post_init__(self):
         _check_share(

@@ -133,6 +133,11 @@ class TestLossTerms:
         for at_once in (1, 2, 16):
             np.testing.assert_array_equal(mask_targets(*arguments, 28, at_once), z["targets28"])
 
+    def test_mask_targets_of_boxes_that_leave_the_image(self):
+        """A box is clipped to the mask, as released: without, half of this target would be zeros."""
+        mask, index = torch.ones(1, 20, 30, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+        assert mask_targets(mask, torch.tensor([[20.0, -10, 40, 10]]), index, 28).all()
+
 
 def golden_batch(goldens):
     z, info = (

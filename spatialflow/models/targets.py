@@ -164,7 +164,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_o
 
     Args:
         masks: (K, H, W) bool or uint8.
-        boxes: (P, 4) float32 in pixels of the masks.
+        boxes: (P, 4) float32 in pixels of the masks, to which they are clipped.
         assigned: (P,) int64 mask of each box.
         size: side of the result.
         at_once: masks held as float32 at a time; bounds the memory.
@@ -173,6 +173,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_o
         (P, size, size) float32 of 0 and 1: RoIAlign (aligned, adaptive sampling) of the mask, `>= 0.5`.
     """
     targets = boxes.new_zeros((len(boxes), size, size), dtype=torch.float32)
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([masks.shape[2], masks.shape[1]] * 2))
     for start in range(0, len(masks), at_once):
         own = ((assigned >= start) & (assigned < start + at_once)).nonzero().squeeze(1)
         rois = torch.cat([(assigned[own] - start)[:, None].to(torch.float32), boxes[own].float()], dim=1)

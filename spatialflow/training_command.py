@@ -144,7 +144,11 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
         if options.validation_images is None:
             return data, None
         return data, CocoPanoptic(
-            options.validation_annotations, options.validation_images, options.validation_panoptic, categories
+            options.validation_annotations,
+            options.validation_images,
+            options.validation_panoptic,
+            categories,
+            scored=True,
         )
     except (CategoryError, CityscapesError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None

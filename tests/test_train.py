@@ -137,6 +137,14 @@ class TestRun:
         assert all(torch.equal(value, halves.state_dict()[key]) for key, value in whole.state_dict().items())
         assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "halves")
 
+    @pytest.mark.parametrize("field, value", [("score_threshold", 0.1), ("max_detections", 7)])
+    def test_resume_only_with_the_same_proposals(self, data, tmp_path, field, value):
+        """Settings of the test section matter where they choose the proposals of training."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        assert Trainer(small(stuff_area_threshold=77), data, tmp_path, ALONE).step == 2
+        with pytest.raises(TrainingError, match=f"{field} .* -> {value}"):
+            Trainer(small(**{field: value}), data, tmp_path, ALONE)
+
     def test_resume_only_of_the_same_run(self, data, tmp_path, scenes):
         Trainer(small(), data, tmp_path, ALONE).run()
         with pytest.raises(TrainingError, match="momentum 0.9 -> 0.5"):
@@ -303,6 +311,19 @@ class TestBrokenData:
         with pytest.raises(PanopticFormatError, match="none of 4 images to evaluate on can be used; .*nowhere"):
             Trainer(small(), data, tmp_path / "run", ALONE, validation=absent).run()
         assert (tmp_path / "run/checkpoint.pt").is_file()
+
+    def test_validation_that_cannot_be_scored_is_refused_before_training(self, scenes, data, tmp_path, capsys):
+        """No image, or no categories: said at the start, not at the first evaluation."""
+        content = json.loads((scenes / "panoptic.json").read_text())
+        settings = [f"{name}={value}" for name, value in SMALL_RUN.items()]
+        files = {"--images": scenes / "images", "--annotations": scenes / "panoptic.json", "--output": tmp_path / "run"}
+        files |= {"--validation-images": scenes / "images", "--validation-annotations": tmp_path / "val.json"}
+        arguments = [str(part) for pair in files.items() for part in pair]
+        unlisted = {key: value for key, value in content.items() if key != "categories"}
+        for broken, message in ((unlisted, 'needs a list "categories"'), (content | {"annotations": []}, "no images")):
+            (tmp_path / "val.json").write_text(json.dumps(broken))
+            assert main(["train", "tiny", *settings, "--workers", "0", *arguments]) == 2
+            assert message in capsys.readouterr().err and not (tmp_path / "run" / "log.jsonl").exists()
 
     def test_annotations_of_another_size_do_not_end_an_evaluation(self, tmp_path):
         write_coco(tmp_path, 2, (64, 96))

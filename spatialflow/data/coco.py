@@ -46,6 +46,7 @@ class CocoPanoptic:
         panoptic_folder: PNGs named by the annotations; None: the JSON's path without its suffix.
         image_folder: photographs named by `images`.
         categories: numbering of the classes.
+        scored: the file must have `categories`, without which nothing can be scored.
 
     Attributes:
         names: file name of every photograph, in the order of the annotations.
@@ -63,12 +64,13 @@ class CocoPanoptic:
         image_folder: str | os.PathLike,
         panoptic_folder: str | os.PathLike | None,
         categories: Categories,
+        scored: bool = False,
     ):
         self.json_path = Path(json_path)
         self.image_folder = Path(image_folder)
         self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else self.json_path.with_suffix("")
         self.categories = categories
-        content = read_panoptic_json(self.json_path)
+        content = read_panoptic_json(self.json_path, with_categories=scored)
         check_images(content, str(self.json_path))
         if "categories" in content:
             check_categories(content, str(self.json_path))

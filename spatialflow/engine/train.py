@@ -38,6 +38,9 @@ CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits
 MAY_CHANGE = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
 """Fields of the configuration in which a resumed run may differ from its beginning."""
 
+PROPOSAL_FIELDS = ("candidates_per_level", "score_threshold", "max_detections")
+"""Fields of the test section that training depends on: they choose its proposals too."""
+
 READ_EVERY = 10
 """Steps between readings of the losses from the device."""
 
@@ -130,8 +133,9 @@ class Trainer:
                 f"images_per_step ({training.images_per_step}) must be a multiple of processes x accumulation_steps "
                 f"({world.size} x {training.accumulation_steps})"
             )
-        if len(data) == 0:
-            raise TrainingError("the data set has no images")
+        for name, images in (("data", data), ("validation data", validation)):
+            if images is not None and len(images) == 0:
+                raise TrainingError(f"the {name} set has no images")
         self.config, self.data, self.folder, self.world = config, data, Path(folder), world
         self.validation, self.workers, self.strict, self.progress = (
             validation,
@@ -398,7 +402,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Fields that decide the course of training and differ, as "field old -> new"."""
     return [
         f"{field} {old[section].get(field)} -> {value}"
-        for section in ("model", "data", "training")
+        for section in new
         for field, value in new[section].items()
-        if field not in MAY_CHANGE and old[section].get(field) != value
+        if field not in MAY_CHANGE
+        and (section != "test" or field in PROPOSAL_FIELDS)
+        and old[section].get(field) != value
     ]

@@ -326,10 +326,11 @@ class TestLoader:
         assert (batches != self.schedule.epoch(1)).any() and (batches == self.schedule.epoch(0)).all()
 
     def test_processes_and_accumulation_share_a_step(self):
+        """Each part of a step is divided by its own counts, so that its images must not depend on the processes."""
         whole = list(self.schedule.draws(0, 7, 0, 1, 1))
         halves = [list(self.schedule.draws(0, 7, rank, 2, 2)) for rank in range(2)]
         for step, draws in enumerate(whole):
-            parts = [d for rank in range(2) for turn in range(2) for d in halves[rank][2 * step + turn]]
+            parts = [d for turn in range(2) for rank in range(2) for d in halves[rank][2 * step + turn]]
             assert parts == draws
         assert list(self.schedule.draws(4, 7, 0, 1, 1)) == whole[4:]
 

@@ -115,7 +115,7 @@ class Schedule:
     ) -> Iterator[list[Draw]]:
         """The batches of one process from `first_step` (0-based) to before `last_step`, `accumulation` per step.
 
-        A step's images are dealt out in order: process by process, and within a process accumulation step by step.
+        A step's images are dealt out in order: accumulation step by step, and within one process by process.
         """
         share = self.images_per_step // (world_size * accumulation)
         current, batches = -1, np.zeros((0, 0))
@@ -124,7 +124,7 @@ class Schedule:
             if epoch != current:
                 current, batches = epoch, self.epoch(epoch)
             for turn in range(accumulation):
-                start = (rank * accumulation + turn) * share
+                start = (turn * world_size + rank) * share
                 yield [
                     Draw(int(batches[position, slot]), (self.seed, epoch, position, slot))
                     for slot in range(start, start + share)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import spatialflow
 from spatialflow.cli import main
-from spatialflow.data.transforms import fit_size
 from spatialflow.models import inference
 from spatialflow.models.build import load_config
 from spatialflow.panoptic import read_id_map

@@ -111,6 +111,7 @@ def test_bad_settings_name_field_rule_and_value(override, words):
         ("model: {fpn_chanels: 3}", "did you mean fpn_channels"),
         ("- a", "must hold sections"),
         ("model: {a: [", "is not YAML"),
+        ("[" * 10_000, "is not YAML"),
         ("base: nowhere", "must be a path ending in .yaml or one of"),
         ("base: own.yaml", "leads back to itself"),
     ],

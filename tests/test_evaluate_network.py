@@ -153,6 +153,14 @@ def test_commands(tmp_path, capsys):
         (json.dumps([row | {"image_id": [1]}]), "row 0: image_id and category_id must be ids, got [1]"),
         (json.dumps([row | {"bbox": [1, 2, 3]}]), "row 0: bbox must be four numbers"),
         (json.dumps([row | {"score": "x"}]), "row 0: bbox must be four numbers and score one"),
+        (json.dumps([row | {"bbox": [1, 2, 3, float("nan")]}]), "row 0: bbox must be four numbers"),
+        (json.dumps([row | {"segmentation": 3}]), "row 0: segmentation must be a COCO RLE, got 3"),
+        (json.dumps([row | {"segmentation": [[1, 2, 3, 4, 5, 6]]}]), "row 0: segmentation must be a COCO RLE"),
+        (
+            json.dumps([rows[0] | {"segmentation": {"size": [9, 9], "counts": "a"}}]),
+            "mask of 9x9 pixels, image 1 has 96x64",
+        ),
+        ("[" * 100_000, "not a JSON"),
     ):
         (tmp_path / "bad.json").write_text(content)
         assert main(["evaluate", *paths, "--detections", str(tmp_path / "bad.json")]) == 2

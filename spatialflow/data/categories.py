@@ -149,7 +149,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         raise CategoryError(
             f"categories: must be coco, cityscapes or a JSON file; {path} cannot be read: {error.strerror}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CategoryError(f"{path}: not a JSON file: {error}") from None
     rows = content.get("categories") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows:
@@ -163,6 +163,8 @@ def _make_row(row: Any, where: str) -> Category:
     if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or row.get("isthing") not in (0, 1):
         raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     color = row.get("color") or _color_of(row["id"])
+    if not isinstance(color, (list, tuple)) or len(color) != 3 or not all(isinstance(c, (int, float)) for c in color):
+        raise CategoryError(f'{where}: "color" must be three numbers, got {color!r:.80}')
     return Category(
         row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color)
     )

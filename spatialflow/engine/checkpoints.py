@@ -111,9 +111,9 @@ def _read_torch(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: is damaged or holds Python objects beside tensors: {_first_line(error)}"
-        ) from None
+        stranger = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of torch's advice to trust the file
+        what = f"holds Python objects beside tensors: {stranger[1]}" if stranger else "is damaged"
+        raise CheckpointError(f"{path}: {what}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged: {_first_line(error)}") from None
 

@@ -4,6 +4,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,7 @@ def average_precision(
         nothing of that kind is annotated); "mask" only where the results have masks. None where pycocotools is missing.
 
     Raises:
-        PanopticFormatError: there are results, and none of an image of the ground truth.
+        PanopticFormatError: there are results, and none of an image of the ground truth, or a mask has another size.
     """
     try:
         from pycocotools.coco import COCO
@@ -116,6 +117,8 @@ def average_precision(
         truth = COCO()
         truth.dataset = detection_truth(content, panoptic_folder)
         truth.createIndex()
+        if "mask" in kinds:
+            _check_mask_sizes(truth.imgs, results)
         for kind in kinds:
             rows = [
                 {key: value for key, value in row.items() if kind == "mask" or key != "segmentation"} for row in results
@@ -132,6 +135,17 @@ def average_precision(
     return scores
 
 
+def _check_mask_sizes(images: Mapping[Any, Mapping[str, Any]], results: list[dict[str, Any]]) -> None:
+    """PanopticFormatError for a mask of another size than its image; pycocotools would let it overlap nothing."""
+    for row in results:
+        (height, width), image = row["segmentation"]["size"], images[row["image_id"]]
+        if (height, width) != (image["height"], image["width"]):
+            raise PanopticFormatError(
+                f"detections: mask of {width}x{height} pixels, "
+                f"image {row['image_id']} has {image['width']}x{image['height']}"
+            )
+
+
 def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
     """COCO results of a JSON file.
 
@@ -142,7 +156,7 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
         rows = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PanopticFormatError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(rows, list):
         raise PanopticFormatError(f"{path}: COCO results are a list, got {type(rows).__name__}")
@@ -153,7 +167,19 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
             ids = f"{row['image_id']!r:.40} and {row['category_id']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: image_id and category_id must be ids, got {ids}")
         numbers = [*row["bbox"], row["score"]] if isinstance(row["bbox"], list) else []
-        if len(numbers) != 5 or not all(isinstance(number, int | float) for number in numbers):
+        if len(numbers) != 5 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
             found = f"{row['bbox']!r:.80} and {row['score']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: bbox must be four numbers and score one, got {found}")
+        if "segmentation" in row and not _is_rle(row["segmentation"]):
+            raise PanopticFormatError(
+                f"{path}: row {i}: segmentation must be a COCO RLE, got {row['segmentation']!r:.80}"
+            )
     return rows
+
+
+def _is_rle(code: Any) -> bool:
+    """True for {"size": [height, width], "counts": a text}."""
+    if not isinstance(code, dict) or not isinstance(code.get("counts"), str):
+        return False
+    size = code.get("size")
+    return isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)

@@ -118,7 +118,7 @@ def read_panoptic_json(path: str | os.PathLike, with_categories: bool = False) -
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PanopticFormatError(f"{path}: not a JSON file: {error}") from None
     check_panoptic(content, str(path), with_categories)
     return content
@@ -183,6 +183,8 @@ def _require(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> N
             raise PanopticFormatError(f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})')
         if not isinstance(item[field], kinds) or (kinds is _FLAG and item[field] not in (0, 1)):
             raise PanopticFormatError(f"{where}: {field} must be {_KINDS[kinds]}, got {item[field]!r:.80}")
+        if kinds is _TEXT and "\0" in item[field]:  # no path holds one
+            raise PanopticFormatError(f"{where}: {field} must be a text without NUL, got {item[field]!r:.80}")
 
 
 class PanopticWriter:

@@ -86,6 +86,8 @@ def run_train(options: argparse.Namespace) -> int:
             print(f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
                   f"{trainer.total_steps}: {options.output}", flush=True)  # fmt: skip
             _warn_of_random_statistics(options, config.model)
+            if trainer.anew and trainer.step == 0:
+                complain(f"{options.checkpoint}: of other classes; {', '.join(trainer.anew)} start anew")
         trainer.run()
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None

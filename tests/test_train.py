@@ -274,6 +274,18 @@ class TestFinetuning:
         ]
         assert "backbone.layer4.0.conv1.weight" in moved and "subnets.reg.0.weight" in moved
 
+    def test_layers_that_start_anew_are_named(self, scenes, tmp_path, capsys):
+        """The file has as many stuff classes as the network, and other things."""
+        from spatialflow.engine.checkpoints import save_checkpoint
+
+        save_checkpoint(build_model(small(num_things=9, categories=None)), tmp_path / "donor.safetensors")
+        files = {"--images": scenes / "images", "--annotations": scenes / "panoptic.json", "--output": tmp_path / "run"}
+        files |= {"--checkpoint": tmp_path / "donor.safetensors", "--workers": 0}
+        settings = [f"{name}={value}" for name, value in SMALL_RUN.items()]
+        assert main(["train", "tiny", *settings, *(str(part) for pair in files.items() for part in pair)]) == 0
+        said = capsys.readouterr().err
+        assert "donor.safetensors: of other classes; box_head.class_logits, thing_head.logits start anew" in said
+
     def test_other_layers_must_fit(self, data, tmp_path):
         from spatialflow.engine.checkpoints import save_checkpoint
 
@@ -305,6 +317,15 @@ class TestBrokenData:
         )
         with pytest.raises(SampleError, match="000003.jpg"):
             Trainer(small(), data, tmp_path / "strict", ALONE, strict=True).run()
+
+    def test_problems_of_other_processes_are_counted(self, data, tmp_path, monkeypatch, capsys):
+        """The first process names and logs what any of them has met, once."""
+        elsewhere = ["b.jpg: is truncated"]
+        monkeypatch.setattr(World, "gather", lambda self, item: [item, elsewhere] if isinstance(item, list) else [item])
+        trainer = Trainer(small(epochs=2), data, tmp_path, ALONE)
+        trainer.run()
+        assert [row["message"] for row in read_log(tmp_path / "log.jsonl") if row["kind"] == "problem"] == elsewhere
+        assert capsys.readouterr().out.count("b.jpg") == 1 and len(trainer.problems) == 1
 
     def test_validation_without_a_usable_image_is_an_error(self, data, tmp_path):
         absent = CocoPanoptic(data.json_path, tmp_path / "nowhere", data.panoptic_folder, scene_categories())

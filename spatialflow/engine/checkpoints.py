@@ -152,16 +152,17 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     return model
 
 
-def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence[str]) -> nn.Module:
-    """As `load_checkpoint`, for finetuning: layers that depend on the classes keep theirs where the file's do not fit.
+def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence[str]) -> list[str]:
+    """As `load_checkpoint`, for finetuning: layers whose shape depends on the classes keep their values where the
+    file's do not fit.
 
     Args:
         model: from `build_model`.
         path: a whole network's weights.
-        may_differ: beginnings of the names of layers that may have another shape.
+        may_differ: names of layers that may have another shape.
 
     Returns:
-        `model`.
+        Those of `may_differ` that keep their values.
 
     Raises:
         CheckpointError: as `load_checkpoint`, for all other layers.
@@ -173,7 +174,8 @@ def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence
         if not (name.startswith(tuple(may_differ)) and name in own and own[name].shape != value.shape)
     }
     _fill(model, state, str(path), may_miss="^(" + "|".join(re.escape(name) for name in may_differ) + ")\\.")
-    return model
+    left = [name for name in own if name not in state]
+    return [layer for layer in may_differ if any(name.startswith(f"{layer}.") for name in left)]
 
 
 def packaged_weights(config: str) -> Optional[Path]:

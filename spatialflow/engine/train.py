@@ -148,8 +148,9 @@ class Trainer:
         self.step = 0  # steps done
         torch.manual_seed(training.seed)
         self.network = build_model(config)
+        self.anew: list[str] = []  # layers that the initial weights do not fill, as they are of other classes
         if source.checkpoint is not None:
-            load_matching(self.network, source.checkpoint, may_differ=CLASS_LAYERS)
+            self.anew = load_matching(self.network, source.checkpoint, may_differ=CLASS_LAYERS)
         elif source.backbone is not None:
             load_backbone(self.network, source.backbone)
         self.network.to(world.device).train()
@@ -172,6 +173,7 @@ class Trainer:
             )
         self.log = TrainingLog(self.folder, self.step) if world.is_first else None
         self.problems: set[str] = set()
+        self.met: list[str] = []  # problems of this process that the first one has not heard of
         self.kept = self.drawn = -math.inf  # when the checkpoint was written, the curves drawn
 
     @property
@@ -253,7 +255,7 @@ class Trainer:
         summed = torch.zeros(5, device=self.world.device)
         for part in range(parts):
             batch = next(batches)
-            self._report(batch.problems)
+            self.met += batch.problems
             batch = batch.to(self.world.device)
             last = part == parts - 1
             with contextlib.nullcontext() if last or self.world.size == 1 else module.no_sync():
@@ -277,7 +279,10 @@ class Trainer:
         return torch.autocast(self.world.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
     def _read(self, unread: list[tuple[int, float, Tensor]], bar: Any) -> None:
-        """Fetches the losses of the last steps, logs them and stops at one that is not finite."""
+        """Fetches the losses and problems of the last steps, logs them and stops at a loss that is not finite."""
+        for problems in self.world.gather(self.met):
+            self._report(problems)
+        self.met = []
         values = self.world.average(torch.stack([losses for _, _, losses in unread])).tolist()
         present = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
         for (step, rate, _), row in zip(unread, values):
@@ -296,13 +301,12 @@ class Trainer:
         unread.clear()
 
     def _report(self, problems: list[str]) -> None:
-        """Names each broken file once and keeps count."""
-        for message in problems:
+        """Names each broken file once, in the first process, and keeps count."""
+        for message in problems if self.log is not None else ():
             if message not in self.problems:
                 self.problems.add(message)
                 tqdm.write(f"skipped: {message} ({len(self.problems)} so far)")  # above the progress bar
-                if self.log is not None:
-                    self.log.add("problem", self.step, message=message)
+                self.log.add("problem", self.step, message=message)
 
     def _end_epoch(self, epoch: int, keep: bool) -> None:
         """Where they are due: an evaluation, weights, picture."""
@@ -316,8 +320,8 @@ class Trainer:
             predictor = Predictor(self.network, **one_view)  # augmentation would take several times as long
             scores = evaluate_network(predictor, self.validation, self.folder / "evaluation", self.world, self.progress)
             self.network.train()
+            self._report(scores["problems"])
             if self.log is not None:
-                self._report(scores["problems"])
                 detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
                 self.log.add(
                     "evaluation",

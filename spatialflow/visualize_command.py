@@ -89,6 +89,7 @@ def run_visualize(options: argparse.Namespace) -> int:
 
 
 def _read_maps(path: Path) -> Maps:
+    from spatialflow.data.categories import is_color
     from spatialflow.panoptic import PanopticFormatError, read_panoptic_json
     from spatialflow.panoptic.formats import check_images
 
@@ -98,6 +99,9 @@ def _read_maps(path: Path) -> Maps:
         check_images(content, str(path))
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
+    for index, row in enumerate(content["categories"]):
+        if row.get("color") is not None and not is_color(row["color"]):
+            raise CommandError(f"{path}: categories[{index}]: color must be three numbers, got {row['color']!r:.80}")
     folder = path.with_suffix("")
     names = {image["id"]: image["file_name"] for image in content["images"]}
     annotations = {

@@ -97,6 +97,15 @@ class TestCommand:
         assert main(["visualize", str(truth / "images"), *arguments]) == 2
         assert "nowhere.json cannot be read" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("color", ["red", [1, 2], 5])
+    def test_colours_that_are_none_are_named(self, truth, tmp_path, capsys, color):
+        content = json.loads((truth / "panoptic.json").read_text())
+        content["categories"][1]["color"] = color
+        (tmp_path / "bad.json").write_text(json.dumps(content))
+        arguments = ["--ground-truth", str(tmp_path / "bad.json"), "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(truth / "images"), *arguments]) == 2
+        assert "bad.json: categories[1]: color must be three numbers" in capsys.readouterr().err
+
     def test_images_that_do_not_fit_are_named(self, truth, prediction, tmp_path, capsys):
         """One of another size, one that is not in the prediction, one that is no image; the others are drawn."""
         photographs = tmp_path / "photographs"

@@ -163,11 +163,16 @@ def _make_row(row: Any, where: str) -> Category:
     if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or row.get("isthing") not in (0, 1):
         raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     color = row.get("color") or _color_of(row["id"])
-    if not isinstance(color, (list, tuple)) or len(color) != 3 or not all(isinstance(c, (int, float)) for c in color):
+    if not is_color(color):
         raise CategoryError(f'{where}: "color" must be three numbers, got {color!r:.80}')
     return Category(
         row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color)
     )
+
+
+def is_color(value: Any) -> bool:
+    """True for three numbers."""
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(c, (int, float)) for c in value)
 
 
 def _color_of(category_id: int) -> tuple[int, int, int]:

@@ -154,9 +154,11 @@ class TestRun:
         other.names = other.names[::-1]
         with pytest.raises(TrainingError, match="other images"):
             Trainer(small(), other, tmp_path, ALONE)
-        (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
-        with pytest.raises(CheckpointError, match="checkpoint.pt: cannot be resumed"):
-            Trainer(small(), data, tmp_path, ALONE)
+        for content, message in ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no checkpoint of a run")):
+            with open(tmp_path / "checkpoint.pt", "wb") as file:
+                file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):
+                Trainer(small(), data, tmp_path, ALONE)
 
     def test_interrupted_evaluation_is_made_up_for(self, data, tmp_path, monkeypatch):
         """The run ends in its last evaluation: the same command evaluates and leaves the weights, once."""
@@ -292,6 +294,11 @@ class TestFinetuning:
         save_checkpoint(build_model(small(fpn_channels=16)), tmp_path / "donor.pt")
         with pytest.raises(CheckpointError, match="fpn"):
             Trainer(small(), data, tmp_path / "run", ALONE, source=Source(checkpoint=tmp_path / "donor.pt"))
+        with pytest.raises(CheckpointError, match="donor.pt: holds a whole network"):
+            Trainer(small(), data, tmp_path / "run", ALONE, source=Source(backbone=tmp_path / "donor.pt"))
+        save_checkpoint(build_model(small()).backbone, tmp_path / "backbone.pt")
+        with pytest.raises(CheckpointError, match="backbone.pt: holds a backbone alone"):
+            Trainer(small(), data, tmp_path / "run", ALONE, source=Source(checkpoint=tmp_path / "backbone.pt"))
 
     def test_frozen_stages_do_not_move(self, data, tmp_path):
         trainer = Trainer(small(backbone_frozen_stages=1, backbone_norm_trains=False), data, tmp_path, ALONE)

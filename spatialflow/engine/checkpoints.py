@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Mapping, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def read_state(path: Union[str, Path]) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if head[:2] == b"PK" or head[:1] == b"\x80":
-        content = _read_torch(path)
+        content = read_torch(path)
     elif head[8:9] == b"{":
         content = _read_safetensors(path)
     else:
@@ -107,7 +107,8 @@ def read_state(path: Union[str, Path]) -> dict[str, Tensor]:
     return {name_from_released(name): value for name, value in state.items()} if is_released(state) else state
 
 
-def _read_torch(path: Path):
+def read_torch(path: Path) -> Any:
+    """Content of a torch file that holds nothing but tensors and plain values; CheckpointError otherwise."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -132,6 +133,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def _read_network(path: Union[str, Path]) -> dict[str, Tensor]:
+    state = read_state(path)
+    if "layer1.0.conv1.weight" in state:
+        raise CheckpointError(f"{path}: holds a backbone alone; load_backbone (train --backbone) takes it")
+    return state
+
+
 def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     """Fills a model with the weights of a file; nothing is changed unless everything fits.
 
@@ -145,10 +153,7 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     Raises:
         CheckpointError: the file cannot be read, or keys are missing, unexpected or of the wrong shape; all are listed.
     """
-    state = read_state(path)
-    if "layer1.0.conv1.weight" in state:
-        raise CheckpointError(f"{path}: holds a backbone alone; use load_backbone(model, path)")
-    _fill(model, state, str(path))
+    _fill(model, _read_network(path), str(path))
     return model
 
 
@@ -170,7 +175,7 @@ def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence
     own = model.state_dict()
     state = {
         name: value
-        for name, value in read_state(path).items()
+        for name, value in _read_network(path).items()
         if not (name.startswith(tuple(may_differ)) and name in own and own[name].shape != value.shape)
     }
     _fill(model, state, str(path), may_miss="^(" + "|".join(re.escape(name) for name in may_differ) + ")\\.")
@@ -214,6 +219,8 @@ def load_backbone(model: nn.Module, path: Union[str, Path]) -> nn.Module:
         CheckpointError: as `load_checkpoint`.
     """
     state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
+    if "backbone.layer1.0.conv1.weight" in state:
+        raise CheckpointError(f"{path}: holds a whole network; load_checkpoint (train --checkpoint) takes it")
     _fill(model.backbone, state, str(path), may_miss=r"\.conv_offset\.")
     return model
 

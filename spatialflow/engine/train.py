@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
-from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_matching, save_checkpoint
+from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_matching, read_torch, save_checkpoint
 from spatialflow.engine.distributed import World
 from spatialflow.engine.evaluate import evaluate_network
 from spatialflow.engine.log import TrainingLog
@@ -368,10 +368,10 @@ class Trainer:
     def _restore(self) -> None:
         path = self.checkpoint_path
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_torch(path)
             identity = json.loads(state["identity"])
-        except Exception as error:
-            raise CheckpointError(f"{path}: cannot be resumed from: {str(error).splitlines()[0][:200]}") from None
+        except (TypeError, KeyError, ValueError):
+            raise CheckpointError(f"{path}: is no checkpoint of a run, to be resumed from") from None
         changed = _differences(identity["config"], self.identity["config"])
         if changed:
             raise TrainingError(

@@ -123,7 +123,6 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
     """Training data, and validation data or None."""
     from spatialflow.data.categories import CategoryError, load_categories
     from spatialflow.data.cityscapes import Cityscapes, CityscapesError
-    from spatialflow.data.coco import CocoPanoptic
     from spatialflow.panoptic import PanopticFormatError
 
     for first, second in (("images", "annotations"), ("validation_images", "validation_annotations")):
@@ -142,18 +141,23 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
                 Cityscapes(options.cityscapes, "train", categories),
                 Cityscapes(options.cityscapes, "val", categories) if has_validation else None,
             )
-        data = CocoPanoptic(options.annotations, options.images, options.panoptic, categories)
+        data = _coco(options.annotations, options.images, options.panoptic, categories, False)
         if options.validation_images is None:
             return data, None
-        return data, CocoPanoptic(
-            options.validation_annotations,
-            options.validation_images,
-            options.validation_panoptic,
-            categories,
-            scored=True,
-        )
+        paths = (options.validation_annotations, options.validation_images, options.validation_panoptic)
+        return data, _coco(*paths, categories, True)
     except (CategoryError, CityscapesError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
+
+
+def _coco(annotations: Path, images: Path, panoptic: Path | None, categories: Any, scored: bool) -> Any:
+    from spatialflow.data.coco import CocoPanoptic
+
+    data = CocoPanoptic(annotations, images, panoptic, categories, scored)
+    for folder in (data.image_folder, data.panoptic_folder):
+        if not folder.is_dir():
+            raise CommandError(f"{folder}: no such folder")
+    return data
 
 
 def _summary(trainer: Any) -> str:

@@ -202,6 +202,9 @@ class TestRun:
             file.write('{"kind": "step", "step": 3, "total": 1}\n{"kind": "st')
         Trainer(small(epochs=2), data, tmp_path, ALONE).run()
         assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
+        (tmp_path / "log.jsonl").write_text('{"a": 1}\n[3]\n')  # of something else
+        Trainer(small(epochs=3), data, tmp_path, ALONE).run()
+        assert [row["step"] for row in steps_of(tmp_path)] == [5, 6]
 
     def test_accumulation(self, data, tmp_path):
         """A step in two parts is the mean of the two parts."""
@@ -341,15 +344,20 @@ class TestBrokenData:
         assert (tmp_path / "run/checkpoint.pt").is_file()
 
     def test_validation_that_cannot_be_scored_is_refused_before_training(self, scenes, data, tmp_path, capsys):
-        """No image, or no categories: said at the start, not at the first evaluation."""
+        """No image, no categories or no folder: said at the start, not at the first evaluation."""
         content = json.loads((scenes / "panoptic.json").read_text())
         settings = [f"{name}={value}" for name, value in SMALL_RUN.items()]
         files = {"--images": scenes / "images", "--annotations": scenes / "panoptic.json", "--output": tmp_path / "run"}
         files |= {"--validation-images": scenes / "images", "--validation-annotations": tmp_path / "val.json"}
-        arguments = [str(part) for pair in files.items() for part in pair]
         unlisted = {key: value for key, value in content.items() if key != "categories"}
-        for broken, message in ((unlisted, 'needs a list "categories"'), (content | {"annotations": []}, "no images")):
-            (tmp_path / "val.json").write_text(json.dumps(broken))
+        for given, folder, message in (
+            (unlisted, scenes / "panoptic", 'needs a list "categories"'),
+            (content | {"annotations": []}, scenes / "panoptic", "the validation data set has no images"),
+            (content, tmp_path / "nowhere", "nowhere: no such folder"),
+        ):
+            (tmp_path / "val.json").write_text(json.dumps(given))
+            files["--validation-panoptic"] = folder
+            arguments = [str(part) for pair in files.items() for part in pair]
             assert main(["train", "tiny", *settings, "--workers", "0", *arguments]) == 2
             assert message in capsys.readouterr().err and not (tmp_path / "run" / "log.jsonl").exists()
 

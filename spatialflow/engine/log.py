@@ -62,9 +62,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            row["kind"], row["step"]
+        except (ValueError, TypeError, KeyError):
             break
+        rows.append(row)
     return rows
 
 

@@ -296,6 +296,7 @@ class TrainingConfig:
             "evaluate_every_epochs",
         ):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
+        _require(self.seed < 1 << 63, "seed", "must be below 2 ** 63", self.seed)
         _require(
             self.negative_iou <= self.positive_iou,
             "negative_iou",

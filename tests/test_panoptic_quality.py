@@ -245,6 +245,8 @@ def test_other_bad_input(folder_pair):
     for area in (-4, 1):  # one that would give an IoU of 4 is no better than a negative one
         with pytest.raises(PanopticFormatError, match=f"area {area} in the JSON and 4 pixels in the PNG"):
             one_image([[1] * 4], [{"id": 1, "category_id": 1, "area": area}], [[1] * 4], [{"id": 1, "category_id": 1}])
+    with pytest.raises(PanopticFormatError, match="a ground-truth segment has the id 0, which stands for void"):
+        one_image([[0] * 4], [{"id": 0, "category_id": 1}], [[1] * 4], [{"id": 1, "category_id": 1}])
 
 
 @pytest.mark.parametrize("kinds", ["ii", "bb", "ib", "bi"])

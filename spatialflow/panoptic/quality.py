@@ -276,6 +276,8 @@ def _match_image(
             continue
         gt_area = segment.get("area", gt_pixels[gt_id])
         union = pred_pixels[pred_id] + gt_area - intersection - shared.get((VOID, pred_id), 0)
+        if union < intersection and gt_id == VOID:
+            raise PanopticFormatError(f"image {image_id}: a ground-truth segment has the id 0, which stands for void")
         if union < intersection:  # never with the area that the segment has: qualities would exceed 1
             raise PanopticFormatError(
                 f"image {image_id}: ground-truth segment {gt_id} has area {gt_area} in the JSON and "

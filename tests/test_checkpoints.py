@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights: released checkpoints fit by name and shape, files are told apart by content, nothing is done by half."""
 
+import contextlib
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from small_models import SMALL
@@ -178,6 +180,20 @@ def test_unreadable_files_are_named(tmp_path, content, words):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"weights.pth: {words}"):
         load_checkpoint(small_model(), path)
+
+
+def test_damaged_pickles_are_refused(tmp_path):
+    """Bytes changed anywhere in a torch file: weights or a CheckpointError, whatever unpickling stumbles over."""
+    path, rng = tmp_path / "weights.pth", np.random.default_rng(0)
+    torch.save({"model": {"a": torch.zeros(2, 3), "b": torch.ones(4)}}, path)
+    content = path.read_bytes()
+    for _ in range(400):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content) // 2, 2):  # the pickle is at the beginning
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            read_state(path)
 
 
 def test_files_without_weights_are_refused(tmp_path):

@@ -316,6 +316,15 @@ class OpMatrix:
                     torch.float64,
                 )
 
+    def test_device(self, sample: Callable) -> None:
+        """Op and twin make their tensors on the device of their inputs, whatever torch's default device is."""
+        sample = sample()
+        tensors = [map_tensors(torch.clone, value) for value in sample.tensors]
+        for function in (sample.op, sample.reference):
+            with torch.device("meta"):
+                result = function(*tensors, **sample.options)
+            assert all(leaf.device.type == DEVICE for leaf in leaves(result))
+
     def test_layouts(self, sample: Callable) -> None:
         """Any strides of inputs and incoming gradients give the same numbers; channels-last comes back as such."""
         sample = sample()

@@ -27,7 +27,7 @@ def _one_image(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> Detections:
     wide = scores.to(compute_type(boxes, scores))
-    index, label = (wide > torch.tensor(score_threshold, dtype=wide.dtype)).nonzero(as_tuple=True)  # (K) each
+    index, label = (wide > wide.new_tensor(score_threshold)).nonzero(as_tuple=True)  # (K) each
     kept = batched_nms(boxes.to(wide.dtype)[index], wide[index, label], label, iou_threshold)[:max_detections]
     index, label, count = index[kept], label[kept], len(kept)
 

@@ -28,7 +28,7 @@ def panoptic_merge(
     """Same arguments and result as `spatialflow.ops.panoptic_merge`, one segment at a time."""
     count, height, width = masks.shape
     masks = masks != 0
-    id_map = torch.zeros((height, width), dtype=torch.int32)
+    id_map = masks.new_zeros((height, width), dtype=torch.int32)
     segments: list[tuple[int, int, float]] = []  # label, instance or -1, score
     id_of: dict[int, int] = {}
 
@@ -63,16 +63,16 @@ def panoptic_merge(
         window[window == 0] = id_of[k]
 
     rows = count + stuff_labels
-    table = torch.zeros((rows, 8), dtype=torch.int64)
+    table = masks.new_zeros((rows, 8), dtype=torch.int64)
     table[:, [0, 2]] = -1
-    segment_scores = torch.zeros(rows)
+    segment_scores = masks.new_zeros(rows, dtype=torch.float32)
     for row, (label, instance, score) in enumerate(segments):
         ys, xs = torch.nonzero(id_map == row + 1, as_tuple=True)
         x, y = int(xs.min()), int(ys.min())
         size = [int(xs.max()) - x + 1, int(ys.max()) - y + 1]
-        table[row] = torch.tensor([label, instance >= 0, instance, len(xs), x, y, *size])
+        table[row] = table.new_tensor([label, instance >= 0, instance, len(xs), x, y, *size])
         segment_scores[row] = score
     return PanopticMergeOutput(
         id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores,
-        torch.tensor(len(segments)),
+        table.new_tensor(len(segments)),
     )  # fmt: skip

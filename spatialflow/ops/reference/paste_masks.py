@@ -12,16 +12,17 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     """Same arguments and result as `spatialflow.ops.paste_masks`, by `grid_sample` over the whole image."""
     height, width = size
     count = mask_logits.shape[0]
-    if count == 0 or height == 0 or width == 0 or mask_logits.numel() == 0:
-        return torch.zeros((count, height, width), dtype=torch.bool)
+    result = torch.zeros((count, height, width), dtype=torch.bool, device=boxes.device)
+    if result.numel() == 0 or mask_logits.numel() == 0:
+        return result
     real = torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
     proper = torch.isfinite(boxes).all(dim=1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    result = torch.zeros((count, height, width), dtype=torch.bool)
+    rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
     # One mask at a time: the grid of a mask is 8 or 16 times as large as the mask itself.
     for k in proper.nonzero()[:, 0].tolist():
         x1, y1, x2, y2 = boxes[k].double()
-        y = (torch.arange(height) + 0.5 - y1) / (y2 - y1) * 2 - 1
-        x = (torch.arange(width) + 0.5 - x1) / (x2 - x1) * 2 - 1
+        y = (rows - y1) / (y2 - y1) * 2 - 1
+        x = (columns - x1) / (x2 - x1) * 2 - 1
         grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).to(real)
         # grid_sample keeps a coordinate that is not finite out of bounds only by luck.
         grid = grid.nan_to_num(nan=-9.0, posinf=9.0, neginf=-9.0).clamp(-9, 9)

@@ -291,7 +291,7 @@ class TestSizes:
         with deterministic():
             (grad,) = torch.autograd.grad(out, input, grad_output)
         expected = torch.zeros_like(input)
-        expected[0, 0, 3, 4] = float(np.cumsum(grad_output.numpy().ravel())[-1])
+        expected[0, 0, 3, 4] = float(np.cumsum(grad_output.cpu().numpy().ravel())[-1])
         assert torch.equal(grad, expected)
 
     def test_threads_do_not_change_the_result(self):

@@ -24,6 +24,13 @@ FITTED = tuple((fit_image(size, 96, 128),) for size in ((193, 250), (200, 240)))
 """Two images of one padded size, in one view."""
 
 
+@pytest.fixture(autouse=True)
+def tensors_on_the_cpu():
+    """On a machine with a GPU too: what is not on `DEVICE` is on the host."""
+    with torch.device("cpu"):
+        yield
+
+
 class HostRead(AssertionError):
     """A tensor was read by the host, or crossed between host and device."""
 

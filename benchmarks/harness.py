@@ -4,7 +4,8 @@
 A script gives a `Benchmark`: a `setup` that makes the inputs of one case, the `providers` that compute the same thing
 from them, the `sweep` of cases, and the float64 oracle. The harness does the rest, the same way for every op:
 
-1. each provider's result (and gradient) is compared with the oracle in float64; a wrong `spatialflow` stops the run;
+1. each provider's result (and gradient) is compared with the oracle in float64; a wrong `spatialflow` stops the run, a
+   peer that cannot do a 16-bit dtype does the case in float32, under a name that says so;
 2. warm-up, then rounds in which the providers take turns in one process, so that a disturbance hits all alike;
 3. medians with the 10 % and 90 % quantiles; `ratio` is a provider's median over spatialflow's;
 4. a table on screen, `results/<device>/<op>.json` and a plot beside it.
@@ -25,8 +26,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,14 @@ def _widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
+def _in_float32(problem: Problem) -> Problem:
+    inputs = [
+        map_tensors(torch.Tensor.float, value) if index in problem.features else value
+        for index, value in enumerate(problem.inputs)
+    ]
+    return replace(problem, inputs=tuple(inputs))
+
+
 class _Call:
     """One provider on one case in one mode: `run()` is what is timed."""
 
@@ -276,8 +285,8 @@ def measure(calls: Mapping[str, _Call], seconds: float, device: str) -> dict[str
     return times
 
 
-def run(benchmark: Benchmark, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of all cases and modes asked for; raises SystemExit where spatialflow is wrong."""
+def run(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case and mode asked for; raises SystemExit where spatialflow is wrong."""
     providers = {
         name: provider
         for name, provider in benchmark.providers.items()
@@ -285,7 +294,6 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> list[dict[str, A
         and (not arguments.providers or name in arguments.providers or name == OURS)
         and (arguments.device.startswith("cuda") or not getattr(provider, "only_cuda", False))
     }
-    rows: list[dict[str, Any]] = []
     for label, case in benchmark.sweep.items():
         if arguments.cases and not any(wanted in label for wanted in arguments.cases):
             continue
@@ -298,8 +306,7 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> list[dict[str, A
         known = problem.bytes if arguments.dtype == "float32" else None  # counted for float32
         problem = Problem(**{**problem.__dict__, "inputs": tuple(inputs), "bytes": known})
         for mode in MODES if problem.differentiable else MODES[:1]:
-            rows += _run_case(benchmark, providers, label, problem, mode, arguments)
-    return rows
+            yield _run_case(benchmark, providers, label, problem, mode, arguments)
 
 
 def _run_case(
@@ -315,15 +322,20 @@ def _run_case(
     for name, provider in providers.items():
         if mode != "forward" and getattr(provider, "only_forward", False):
             continue
-        try:
-            call = _Call(provider, problem, mode)
-            errors[name] = compare(call.run(), expected)
-        except Exception as problem_of_peer:  # a peer that cannot do a case loses that row, not the run
-            if name == OURS:
-                raise
-            print(f"  {name} fails on {label}, {mode}: {str(problem_of_peer).splitlines()[0]}")
-            continue
-        calls[name] = call
+        attempts = {name: problem}
+        if name != OURS and problem.features and arguments.dtype != "float32":
+            attempts[f"{name}, float32"] = _in_float32(problem)
+        for own_name, own_problem in attempts.items():
+            try:
+                call = _Call(provider, own_problem, mode)
+                errors[own_name] = compare(call.run(), expected)
+            except Exception as problem_of_peer:  # a peer that cannot do a case loses that row, not the run
+                if name == OURS:
+                    raise
+                print(f"  {own_name} fails on {label}, {mode}: {(str(problem_of_peer).splitlines() or ['?'])[0]}")
+                continue
+            calls[own_name] = call
+            break
     if not errors[OURS] <= tolerance:
         sys.exit(
             f"{benchmark.name}, {label}, {mode}: spatialflow is off by {errors[OURS]:.2e} of the largest expected "
@@ -510,14 +522,18 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
     print(f"{benchmark.name}: {benchmark.title}")
     about = f"{setting['device']}, {setting['threads']} threads, torch {torch.__version__}"
     print(f"  {about}, CPU level {setting['cpu_level']}")
-    rows = run(benchmark, options)
+    kept = options.output is not None or not (options.cases or options.providers)
+    rows: list[dict[str, Any]] = []
+    content = {"op": benchmark.name, "title": benchmark.title, **setting, "dtype": options.dtype, "rows": rows}
+    for more in run(benchmark, options):
+        rows += more
+        if kept:  # after every case: what ends a run early leaves the cases before
+            path = results_path(options.output or Path(__file__).parent / "results", setting["device"], benchmark.name)
+            write_text(path, json.dumps(content, indent=1) + "\n")
     if not rows:
         sys.exit(f"no case contains {' or '.join(options.cases)}; cases: {'; '.join(benchmark.sweep)}")
-    if options.output is None and (options.cases or options.providers):
+    if not kept:
         return
-    path = results_path(options.output or Path(__file__).parent / "results", setting["device"], benchmark.name)
-    content = {"op": benchmark.name, "title": benchmark.title, **setting, "dtype": options.dtype, "rows": rows}
-    write_text(path, json.dumps(content, indent=1) + "\n")
     plot(benchmark, setting, rows, path.with_suffix(".png"))
     print(f"\n  written: {path}, {path.with_suffix('.png').name}")
 

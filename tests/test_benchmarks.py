@@ -30,7 +30,7 @@ def square(harness, ours, **providers):
     return harness.Benchmark(
         name="square",
         title="a test",
-        setup=lambda count: harness.Problem((torch.randn(count),), differentiable=(0,), bytes=8 * count),
+        setup=lambda count: harness.Problem((torch.randn(count),), features=(0,), differentiable=(0,), bytes=8 * count),
         sweep={"few": {"count": 10}, "many": {"count": 100}},
         providers={"spatialflow": ours, "reference": lambda x: x * x, "absent": None, **providers},
     )
@@ -71,13 +71,37 @@ class TestHarness:
         assert "refusing fails on few, forward: too hot" in printed and "GB/s" in printed
         assert "| `square` | few | forward |" in harness.markdown(path.parent)
 
-    @pytest.mark.parametrize("ours", [lambda x: x * x + 1e-2, lambda x: x * x.detach(), lambda x: (x * x)[1:]])
-    def test_wrong_results_are_not_timed(self, tmp_path, ours):
-        """An offset, a wrong gradient behind right values, a wrong shape."""
+    @pytest.mark.parametrize(
+        "ours, right",
+        [(lambda x: x * x + 1e-2, []), (lambda x: x * x.detach(), ["forward"]), (lambda x: (x * x)[1:], [])],
+        ids=["offset", "gradient", "shape"],
+    )
+    def test_wrong_results_are_not_timed(self, tmp_path, ours, right):
+        """Of a wrong gradient behind right values the values are."""
         harness = importlib.import_module("harness")
         with pytest.raises(SystemExit, match="square, few, .*spatialflow is off by .*nothing is timed"):
             harness.main(square(harness, ours), ["--seconds", "0.01", "--output", str(tmp_path)])
-        assert list(tmp_path.iterdir()) == []
+        kept = [json.loads(path.read_text()) for path in tmp_path.glob("*/square.json")]
+        assert [row["mode"] for content in kept for row in content["rows"] if row["provider"] == "spatialflow"] == right
+
+    def test_a_peer_without_the_dtype_is_timed_in_float32(self, tmp_path):
+        """torchvision has no kernels for bfloat16: its time in float32 is better than none."""
+        harness = importlib.import_module("harness")
+        wide_only = lambda x: x * x if x.dtype == torch.float32 else refuse(x)  # noqa: E731
+        benchmark = square(harness, torch.square, **{"wide only": wide_only})
+        harness.main(benchmark, ["--seconds", "0.01", "--dtype", "bfloat16", "--output", str(tmp_path)])
+        (path,) = tmp_path.glob("*/square.json")
+        providers = [row["provider"] for row in json.loads(path.read_text())["rows"][:3]]
+        assert providers == ["spatialflow", "reference", "wide only, float32"]
+
+    def test_cases_are_kept_as_they_come(self, tmp_path):
+        """A run that is ended early, here by a wrong result, leaves the cases before."""
+        harness = importlib.import_module("harness")
+        with pytest.raises(SystemExit, match="square, many, "):
+            benchmark = square(harness, lambda x: x * x + (len(x) > 10))
+            harness.main(benchmark, ["--seconds", "0.01", "--output", str(tmp_path)])
+        (path,) = tmp_path.glob("*/square.json")
+        assert {row["case"] for row in json.loads(path.read_text())["rows"]} == {"few"}
 
     def test_selection_is_not_kept(self, capsys):
         harness = importlib.import_module("harness")

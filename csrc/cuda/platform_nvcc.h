@@ -41,7 +41,8 @@ using Global = T* __restrict__;
 template <typename T>
 using Shared = T*;
 
-#define SPATIALFLOW_SHARED(type, name, count) __shared__ type name[count]
+// Aligned for the widest access, which the compiler does not see to: a float array is aligned to 4 bytes otherwise.
+#define SPATIALFLOW_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define SPATIALFLOW_DYNAMIC_SHARED(type, name)                                        \
     extern __shared__ __align__(128) unsigned char spatialflow_dynamic_shared_bytes[]; \
     type* name = reinterpret_cast<type*>(spatialflow_dynamic_shared_bytes)

@@ -52,6 +52,14 @@ def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, c
     Step = gpu_check.Step
     steps = [
         Step("good", python("print('first'); print('3 passed')")),
+        Step(
+            "many",
+            python("import sys; print(sys.argv[1] + ' passed, 1 skipped in 2.5s')"),
+            ["3", "4"],
+            30,
+            gpu_check.pytest_detail,
+        ),
+        Step("one of many", python("import sys; sys.exit(int(sys.argv[1]))"), ["0", "2"]),
         Step("bad", python("print('why it failed'); raise SystemExit(3)")),
         Step("slow", python("import time; print('begun', flush=True); time.sleep(60)"), limit=2),
         Step("planted", python("raise SystemExit(9)"), expected_code=9),
@@ -67,15 +75,21 @@ def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, c
     content = json.loads((tmp_path / "test-gpu" / "gpu_check.json").read_text())
     statuses = {step["name"]: step["status"] for step in content["steps"]}
     assert statuses == {
-        "good": "passed", "bad": "failed", "slow": "timed out", "planted": "passed", "planted, not found": "failed",
+        "good": "passed", "many": "passed", "one of many": "failed", "bad": "failed", "slow": "timed out", "planted": "passed", "planted, not found": "failed",
         "absent": "skipped",
     }  # fmt: skip
     assert content["device"] == "Test GPU" and content["commit"] == "abc" and content["backend"] == "cuda"
     text = (tmp_path / "test-gpu" / "gpu_check.md").read_text()
-    assert "| good | passed |" in text and "3 passed" in text and "why it failed" in text and "no such tool" in text
+    assert (
+        "| good | passed |" in text
+        and "3 passed" in text
+        and "7 passed, 2 skipped" in text
+        and "why it failed" in text
+        and "no such tool" in text
+    )
     logs = tmp_path / "test-gpu" / "gpu_check_logs"
     assert (logs / "bad.log").read_text() == "why it failed\n" and "begun" in (logs / "slow.log").read_text()
-    assert "not passed: bad, slow, planted, not found" in capsys.readouterr().out
+    assert "not passed: one of many, bad, slow, planted, not found" in capsys.readouterr().out
     assert gpu_check.main(["--output", str(tmp_path), "--steps", "good", "absent"]) == 0
 
 
@@ -95,7 +109,7 @@ def test_a_dry_run_leaves_committed_results_alone(gpu_check):
 def test_every_command_names_a_file_that_is_there(gpu_check):
     for backend in ("cuda", "simt"):
         for step in gpu_check.make_steps(backend, Path("results")):
-            for word in step.command[1:]:
+            for word in [*step.command[1:], *step.each]:
                 if word.endswith(".py"):
                     assert (ROOT / word).is_file(), f"{step.name}: {word}"
 

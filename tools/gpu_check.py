@@ -24,7 +24,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -40,6 +42,9 @@ TOTAL_SECONDS = 480
 BENCHMARK_SECONDS = 0.15
 """Time per provider, case and mode of a benchmark."""
 
+AT_ONCE = 6
+"""Test files that share the GPU: most of the time of a test is spent on the host."""
+
 
 @dataclass
 class Outcome:
@@ -54,10 +59,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """A command line, its limit in seconds, and how its output becomes one line; or the reason to skip it."""
+    """A command line, its limit in seconds, and how its output becomes one line; or the reason to skip it.
+
+    With `each` the command is run for every one of these further arguments, `AT_ONCE` at a time.
+    """
 
     name: str
     command: list[str] = field(default_factory=list)
+    each: list[str] = field(default_factory=list)
     limit: float = 60.0
     detail: Callable[[str], str] = lambda output: output.strip().rsplit("\n", 1)[-1][:200]
     skipped: str = ""
@@ -72,26 +81,44 @@ def run_step(step: Step, folder: Path, environment: dict[str, str], remaining: f
     if limit <= 1:
         return Outcome(step.name, "timed out", 0.0, f"no time left of {TOTAL_SECONDS} s")
     log = folder / f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower()).strip('-')}.log"
-    process = subprocess.Popen(
-        step.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=limit)
-        status = "passed" if process.returncode == step.expected_code else "failed"
-        detail = step.detail(output)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the step's own session: its children end with it
-        output, _ = process.communicate()
+    commands = [[*step.command, argument] for argument in step.each] or [step.command]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        ended = list(pool.map(lambda command: run_command(command, environment, begin + limit), commands))
+    output = "\n".join(text for _, text in ended)
+    codes = {code for code, _ in ended}
+    if None in codes:
         status, detail = "timed out", f"more than {limit:.0f} s"
+    else:
+        status, detail = "passed" if codes == {step.expected_code} else "failed", step.detail(output)
     log.write_text(output)
     return Outcome(step.name, status, round(time.monotonic() - begin, 1), detail, log.name)
 
 
+def run_command(command: list[str], environment: dict[str, str], deadline: float) -> tuple[int | None, str]:
+    """Exit code and output; no code where `deadline`, of the monotonic clock, ends the command or comes before it."""
+    if time.monotonic() >= deadline:
+        return None, ""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=deadline - time.monotonic())
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # the command's own session: its children end with it
+        return None, process.communicate()[0]
+
+
 def pytest_detail(output: str) -> str:
-    """The line of counts that pytest ends with."""
-    counts = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped|deselected|error).*?)\s*=*$", output, re.MULTILINE)
-    return counts[-1] if counts else output.strip().rsplit("\n", 1)[-1][:200]
+    """The counts that pytest ends with, summed up where it ran several times."""
+    counts: Counter[str] = Counter()
+    for line in re.findall(
+        r"^=*\s*(\d+ (?:passed|failed|skipped|deselected|error).*) in [\d.]+s", output, re.MULTILINE
+    ):
+        counts.update({kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z]+)", line)})
+    summary = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    return summary or output.strip().rsplit("\n", 1)[-1][:200]
 
 
 def device_of(backend: str) -> dict[str, Any] | None:
@@ -147,19 +174,19 @@ def make_steps(backend: str, output: Path) -> list[Step]:
     files = [f"tests/test_{op}.py" for op in operators()]
     selection = [] if on_gpu else ["-k", "test_reference and float32"]
     steps = [
-        # pytest-xdist's workers share the GPU, where it is installed: most of the time of a test is spent on the host.
-        Step("operator tests", [*pytest, *selection, *workers(), *files], 150 if on_gpu else 900, pytest_detail),
-        Step("large tensors and repeated runs", [*pytest, "tests/test_scale.py"], 60 if on_gpu else 900, pytest_detail),
+        Step("operator tests", [*pytest, *selection], files, 150 if on_gpu else 900, pytest_detail),
+        Step("large tensors and repeated runs", [*pytest, "tests/test_scale.py"], [], 60 if on_gpu else 900, pytest_detail),
         Step(
             "predictor: graphs and sync debug mode",
-            [*pytest, "tests/test_cuda_predictor.py", "tests/test_no_host_reads.py"],
+            pytest,
+            ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py"],
             60 if on_gpu else 900, pytest_detail,
         ),
     ]  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     missing = only_gpu or ("" if sanitizer else "compute-sanitizer is not installed")
     target = [sys.executable, "tools/sanitizer_targets.py"]
-    steps.append(Step("sanitizer targets, bare", [*target, "operators"], 60 if on_gpu else 900))
+    steps.append(Step("sanitizer targets, bare", [*target, "operators"], limit=60 if on_gpu else 900))
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         watched = [
             sanitizer or "",
@@ -172,9 +199,9 @@ def make_steps(backend: str, output: Path) -> list[Step]:
             *target,
         ]
         steps.append(
-            Step(f"{tool}: planted fault is found", [*watched, f"planted-{tool}"], 25, last_summary, missing, 9)
+            Step(f"{tool}: planted fault is found", [*watched, f"planted-{tool}"], [], 25, last_summary, missing, 9)
         )
-        steps.append(Step(f"{tool}: operators", [*watched, "operators"], 35, last_summary, missing))
+        steps.append(Step(f"{tool}: operators", [*watched, "operators"], [], 35, last_summary, missing))
     benchmark = ["--output", str(output), "--seconds", str(BENCHMARK_SECONDS if on_gpu else 0.001)]
     benchmark += ["--device", "cuda", "--dtype", "bfloat16"] if on_gpu else []
     for script, first_case in benchmark_scripts():
@@ -182,11 +209,13 @@ def make_steps(backend: str, output: Path) -> list[Step]:
         command = [sys.executable, f"benchmarks/{script}.py", *benchmark, *cases]
         seconds = 90 if script.startswith("flow") else 40  # torch.compile takes its time over those
         steps.append(
-            Step(f"benchmark {script}", command, seconds if on_gpu else 900, skipped="" if on_gpu else heavy(script))
+            Step(
+                f"benchmark {script}", command, [], seconds if on_gpu else 900, skipped="" if on_gpu else heavy(script)
+            )
         )
     end_to_end = [sys.executable, "benchmarks/end_to_end.py", "--device", "cuda", "--seconds", "4",
                   "--short-edges", "800", "--dtype", "bfloat16", "--cuda-graph", "--output", str(output)]  # fmt: skip
-    steps.append(Step("benchmark end to end", end_to_end, 90, skipped=only_gpu or missing_for_files()))
+    steps.append(Step("benchmark end to end", end_to_end, limit=90, skipped=only_gpu or missing_for_files()))
     return steps
 
 
@@ -198,10 +227,6 @@ def missing_for_files() -> str:
     return (
         "" if built else f"spatialflow._evaluation is not built for Python {sys.version_info[0]}.{sys.version_info[1]}"
     )
-
-
-def workers() -> list[str]:
-    return ["-n", "6"] if importlib.util.find_spec("xdist") else []
 
 
 def heavy(script: str) -> str:

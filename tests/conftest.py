@@ -15,6 +15,7 @@ def pytest_configure() -> None:
         import torch
 
         torch.set_default_device("cuda")
+        torch.backends.cudnn.allow_tf32 = False  # twins in float32 convolve in float32
 
 
 def fixture_root() -> Path:

@@ -21,6 +21,12 @@ def tensors_on_the_cpu():
         yield
 
 
+@pytest.fixture(autouse=True)
+def deterministic_convolutions(monkeypatch):
+    """cuDNN's algorithms that add by atomics would make two runs differ in their last bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.fixture(params=["tiny", "tiny_dcn"])
 def model(request):
     return random_model(request.param)
@@ -45,15 +51,6 @@ def test_maps_are_those_of_the_cpu(model):
         assert_same(one, other, share=0.98)
 
 
-@pytest.fixture
-def deterministic_convolutions():
-    """cuDNN's algorithms that add by atomics would make two runs differ in their last bits."""
-    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
-    yield
-    torch.backends.cudnn.deterministic = before
-
-
-@pytest.mark.usefixtures("deterministic_convolutions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_graphs_replay_what_runs_eagerly(model, dtype):
     """Also when sizes alternate, so that the graphs share their memory, and for new pixels of a captured size."""
@@ -64,7 +61,6 @@ def test_graphs_replay_what_runs_eagerly(model, dtype):
             assert_same(one, other)
 
 
-@pytest.mark.usefixtures("deterministic_convolutions")
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_nothing_waits(model, cuda_graph):
     """Under torch's sync debug mode, which raises where an operation would wait for the device."""

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -66,9 +67,18 @@ __device__ __forceinline__ Vec<std::remove_const_t<T>, kWidth> load_vector(T* so
     return *reinterpret_cast<const Vec<std::remove_const_t<T>, kWidth>*>(source);
 }
 
+// 16 bytes go out as one number: of a Vec, or a uint4, the compiler may make a store of each element.
 template <int kWidth, typename T>
 __device__ __forceinline__ void store_vector(T* target, const Vec<T, kWidth>& value) {
-    *reinterpret_cast<Vec<T, kWidth>*>(target) = value;
+    if constexpr (sizeof(value) == 16) {
+        uint4 words;
+        memcpy(&words, &value, sizeof(value));
+        const unsigned long long low = static_cast<unsigned long long>(words.y) << 32 | words.x;
+        const unsigned long long high = static_cast<unsigned long long>(words.w) << 32 | words.z;
+        *reinterpret_cast<unsigned __int128*>(target) = static_cast<unsigned __int128>(high) << 64 | low;
+    } else {
+        *reinterpret_cast<Vec<T, kWidth>*>(target) = value;
+    }
 }
 
 // target[i] += values[i] in global memory, atomically by element; one 16-byte reduction where the processor has it

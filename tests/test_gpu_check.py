@@ -75,7 +75,8 @@ def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, c
     content = json.loads((tmp_path / "test-gpu" / "gpu_check.json").read_text())
     statuses = {step["name"]: step["status"] for step in content["steps"]}
     assert statuses == {
-        "good": "passed", "many": "passed", "one of many": "failed", "bad": "failed", "slow": "timed out", "planted": "passed", "planted, not found": "failed",
+        "good": "passed", "many": "passed", "one of many": "failed", "bad": "failed", "slow": "timed out",
+        "planted": "passed", "planted, not found": "failed",
         "absent": "skipped",
     }  # fmt: skip
     assert content["device"] == "Test GPU" and content["commit"] == "abc" and content["backend"] == "cuda"

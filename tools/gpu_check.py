@@ -175,7 +175,7 @@ def make_steps(backend: str, output: Path) -> list[Step]:
     selection = [] if on_gpu else ["-k", "test_reference and float32"]
     steps = [
         Step("operator tests", [*pytest, *selection], files, 150 if on_gpu else 900, pytest_detail),
-        Step("large tensors and repeated runs", [*pytest, "tests/test_scale.py"], [], 60 if on_gpu else 900, pytest_detail),
+        Step("large tensors and repeated runs", pytest, ["tests/test_scale.py"], 60 if on_gpu else 900, pytest_detail),
         Step(
             "predictor: graphs and sync debug mode",
             pytest,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import spatialflow
-from spatialflow.console import complain, ground_truth_json, list_images, load_models, named, panoptic_json, sentence
+from spatialflow.console import (
+    complain,
+    ground_truth_json,
+    list_images,
+    load_models,
+    named,
+    package_configs,
+    panoptic_json,
+    sentence,
+    with_examples,
+)
 from spatialflow.errors import CommandError
 from spatialflow.training_command import add_train
 from spatialflow.visualize_command import add_visualize
@@ -28,11 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 everything done, 1 some inputs failed and are named on standard error, 2 the command could not be
-        carried out, 130 interrupted.
+        carried out, 130 interrupted, 141 nobody reads the output any more.
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (CommandError, ImportError) as error:
         complain(str(error))
         return 2
@@ -44,13 +60,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spatialflow", description="Panoptic segmentation and its operators.")
     parser.add_argument("--version", action="version", version=f"spatialflow {spatialflow.__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", description="`spatialflow COMMAND --help` says more"
+    )
 
-    predict = commands.add_parser("predict", help="images in, panoptic maps and overlay pictures out")
+    predict = commands.add_parser(
+        "predict", help="images in, panoptic maps and overlay pictures out",
+        description="Writes a panoptic map and an overlay picture for every image. A file that is no image is named "
+                    "and left out.\n\n" + package_configs(),
+        **with_examples(
+            "predict photos --config demo --output out",
+            "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
+            "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
+        ),
+    )  # fmt: skip
     predict.set_defaults(run=_predict)
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     predict.add_argument("--output", required=True, type=Path, metavar="FOLDER",
-                         help="receives panoptic.json, panoptic/*.png (COCO format) and overlays/*.jpg")  # fmt: skip
+                         help="receives panoptic.json, panoptic/*.png (COCO panoptic format) and "
+                              "overlays/*.jpg")  # fmt: skip
     predict.add_argument("--config", action="append", metavar="NAME",
                          help=f"configuration of the package or YAML file (default: {DEFAULT_CONFIG})")  # fmt: skip
     predict.add_argument("--checkpoint", action="append", type=Path, metavar="FILE",
@@ -63,26 +91,39 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--cuda-graph", action="store_true",
                          help="replay a CUDA graph per size of image; the first of a size takes longer")  # fmt: skip
     predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
-                         help="edges that the image is fitted to (default: the configuration's)")  # fmt: skip
+                         help="pixels that the short and the long edge are fitted to, whichever is reached first; the "
+                              "long one may be left out (default: the configuration's)")  # fmt: skip
     predict.add_argument("--short-edges", nargs="+", type=int, metavar="SHORT",
-                         help="test-time augmentation: every image in each of these sizes, results joined")  # fmt: skip
+                         help="test-time augmentation: every image with its short edge at each of these pixels, "
+                              "results joined (default: the configuration's)")  # fmt: skip
     predict.add_argument("--flip", action=argparse.BooleanOptionalAction,
                          help="test-time augmentation: mirrored images too (default: the configuration's)")  # fmt: skip
-    predict.add_argument("--score", type=float, metavar="S", help="least score of an instance in the panoptic map")
+    predict.add_argument("--score", type=float, metavar="S", help="least score of an instance in the "
+                         "panoptic map, 0 to 1 (default: the configuration's)")  # fmt: skip
     predict.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                          help="other fields of the configuration, e.g. stuff_area_threshold=2000")  # fmt: skip
     predict.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     predict.add_argument("--detections", action="store_true", help="write detections.json too (COCO results)")
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
 
-    evaluate = commands.add_parser("evaluate", help="panoptic quality of a folder of predictions")
+    evaluate = commands.add_parser(
+        "evaluate", help="panoptic quality of a folder of predictions",
+        description="Prints panoptic quality (PQ), segmentation quality (SQ) and recognition quality (RQ) in percent, "
+                    "and N, the classes\nthat count. Images are joined by id, which is a prediction's file name "
+                    "(docs/prediction.md).",
+        **with_examples(
+            "evaluate panoptic_val2017.json out",
+            "evaluate panoptic_val2017.json out --detections out/detections.json --per-class --output scores.json",
+        ),
+    )  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
     for name, what in (
         ("ground_truth", "ground truth: a Cityscapes tree (its split val), or"),
         ("prediction", "predictions:"),
     ):
         evaluate.add_argument(name, type=Path, metavar=name.upper(),
-                              help=f"{what} the panoptic JSON, its PNG folder, or what `predict` wrote")  # fmt: skip
+                              help=f"{what} the panoptic JSON, the folder of PNGs beside it, or what `predict` "
+                                   "wrote")  # fmt: skip
     evaluate.add_argument("--ground-truth-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--prediction-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
@@ -94,27 +135,44 @@ def _parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_visualize(commands)
 
-    synthesize = commands.add_parser("synthesize", help="draw landscapes with exact panoptic ground truth")
+    synthesize = commands.add_parser(
+        "synthesize",
+        help="draw landscapes with exact panoptic ground truth",
+        **with_examples("synthesize scenes --count 20 --size 256 384"),
+    )
     synthesize.set_defaults(run=_synthesize)
     synthesize.add_argument("output", type=Path, metavar="FOLDER", help="receives images/, panoptic/ and panoptic.json")
     synthesize.add_argument("--count", type=int, default=8, metavar="N", help="scenes (default: %(default)s)")
     synthesize.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"),
-                            help="of every scene (default: 480 640)")  # fmt: skip
-    synthesize.add_argument("--seed", type=int, default=0, metavar="S", help="other seeds draw other scenes")
+                            help="pixels of every scene (default: 480 640)")  # fmt: skip
+    synthesize.add_argument("--seed", type=int, default=0, metavar="S",
+                            help="other seeds draw other scenes (default: %(default)s)")  # fmt: skip
 
-    convert = commands.add_parser("convert", help="rewrite a released checkpoint with the names of this package")
+    convert = commands.add_parser(
+        "convert", help="rewrite a released checkpoint with the names of this package",
+        **with_examples("convert released.pth weights.safetensors --half"),
+    )  # fmt: skip
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
     convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
 
-    benchmark = commands.add_parser("benchmark", help="time operators against their peers")
+    benchmark = commands.add_parser(
+        "benchmark", help="time operators against their peers",
+        description="Checks every result in float64, then times it. Peers that are not installed are left out; "
+                    "`pip install torchvision`\nbrings most. Without it nms is checked by its plain twin, which takes "
+                    "minutes.",
+        **with_examples("benchmark --list", "benchmark roi_align nms --seconds 2 --output results"),
+    )  # fmt: skip
     benchmark.set_defaults(run=_benchmark)
     benchmark.add_argument("ops", nargs="*", metavar="OP", help="operators (default: all)")
     benchmark.add_argument("--list", action="store_true", help="name the operators and end")
-    for name, what in (("device", "cpu or cuda"), ("threads", "CPU threads"), ("seconds", "time per measurement"),
-                       ("output", "folder of the results")):  # fmt: skip
-        benchmark.add_argument(f"--{name}", help=what)
+    for name, metavar, what in (
+        ("device", "DEVICE", "cpu or cuda (default: cpu)"), ("threads", "N", "CPU threads (default: torch's)"),
+        ("seconds", "S", "time per provider, case and mode (default: 1)"),
+        ("output", "FOLDER", "receives <device>/<op>.json and .png (default: benchmarks/results)"),
+    ):  # fmt: skip
+        benchmark.add_argument(f"--{name}", metavar=metavar, help=what)
 
     info = commands.add_parser("info", help="versions, libraries, instruction set, CUDA architectures")
     info.set_defaults(run=_info)
@@ -132,6 +190,9 @@ def _predict(options: argparse.Namespace) -> int:
     from spatialflow.panoptic import PanopticFormatError
 
     paths, failed = list_images(options.images)
+    if not paths:
+        complain("no image to predict")
+        return 1
     predictor = _make_predictor(options)
     output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay,
                                detections=options.detections)  # fmt: skip
@@ -159,7 +220,7 @@ def _predict(options: argparse.Namespace) -> int:
         print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
               + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip
     else:
-        complain(f"none of {len(failed)} images could be predicted")
+        complain("no image could be predicted")
     return 1 if failed else 0
 
 
@@ -254,6 +315,13 @@ class _PredictionFolder:
         self.done.append(result.image_name)
 
     def __enter__(self) -> _PredictionFolder:
+        """The folders are made before the first image, so that a place which cannot be written costs no prediction."""
+        for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
+            try:
+                with named(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CommandError(sentence(error)) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -295,6 +363,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             )  # fmt: skip
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise CommandError(sentence(error)) from None
     return 1 if failed else 0
@@ -369,7 +439,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     failed = [
         op
         for op in options.ops or known
-        if subprocess.run([sys.executable, str(folder / f"{op}.py"), *passed_on]).returncode != 0
+        if subprocess.run([sys.executable, "-u", str(folder / f"{op}.py"), *passed_on]).returncode != 0
     ]
     if failed:
         complain(f"failed: {', '.join(failed)}")

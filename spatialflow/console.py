@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,21 @@ from typing import Any
 from spatialflow.errors import CommandError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def package_configs() -> str:
+    """A paragraph that names the configurations of the package, but for those of the paper's ablations and of tests."""
+    names = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.yaml"))
+    shown = [name for name in names if not name.startswith(("ablation_", "tiny"))]
+    return textwrap.fill(f"Configurations of the package: {', '.join(shown)}.", 116)
+
+
+def with_examples(*lines: str) -> dict[str, Any]:
+    """Arguments of `add_parser` by which the help of a command ends with examples."""
+    return {
+        "epilog": "\n".join(("examples:", *(f"  spatialflow {line}" for line in lines))),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def complain(text: str) -> None:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import complain
+from spatialflow.console import complain, package_configs, with_examples
 from spatialflow.errors import CommandError
 
 
@@ -15,8 +15,14 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     """Adds the command to the command line."""
     train = commands.add_parser(
         "train", help="train a network; with torchrun on several GPUs or machines",
-        description="Trains on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). A run that "
-                    "was interrupted goes on where it stood when the same command is given again.",
+        description="Trains on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
+                    "command, given again,\ngoes on after the last epoch of an interrupted run. docs/training.md tells "
+                    "of data, configurations and resuming.\n\n" + package_configs(),
+        **with_examples(
+            "synthesize scenes --count 20 --size 256 384",
+            "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
+            "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
+        ),
     )  # fmt: skip
     train.set_defaults(run=run_train)
     train.add_argument("config", metavar="CONFIG", help="configuration of the package or YAML file")

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spatialflow.console import complain, list_images, load_model, named, panoptic_json, sentence
+from spatialflow.console import complain, list_images, load_model, named, panoptic_json, sentence, with_examples
 from spatialflow.errors import CommandError
 
 
@@ -30,7 +30,10 @@ class Row(NamedTuple):
 
 def add_visualize(commands: Any) -> None:
     """Adds the command to the subparsers of `spatialflow`."""
-    visualize = commands.add_parser("visualize", help="pictures of ground truth, prediction, activations side by side")
+    visualize = commands.add_parser(
+        "visualize", help="pictures of ground truth, prediction, activations side by side",
+        **with_examples("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures"),
+    )  # fmt: skip
     visualize.set_defaults(run=run_visualize)
     visualize.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photographs, or folders of them")
     visualize.add_argument("--output", required=True, type=Path, metavar="FOLDER",

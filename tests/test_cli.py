@@ -2,6 +2,7 @@
 """The command line: what it writes, and one clear sentence for everything that can be wrong with its input."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -188,12 +189,18 @@ class TestPredict:
         assert_complete(output, ["dot.png"])
 
     def test_output_that_is_a_file(self, photographs, weights, tmp_path, capsys):
+        """Known before the first image, and said once."""
         output = tmp_path / "out"
         output.write_text("in the way")
-        image = str(photographs / "dot.png")
-        assert main(["predict", image, "--checkpoint", str(weights), "--output", str(output), *FAST]) == 1
-        assert "cannot be written: " in sentences(capsys)[0]
+        assert main(["predict", str(photographs), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 2
+        (said,) = sentences(capsys)
+        assert said == f"{output}/panoptic: cannot be written: Not a directory"
         assert output.read_text() == "in the way"
+
+    def test_no_image(self, tmp_path, capsys):
+        assert main(["predict", str(tmp_path), "--output", str(tmp_path / "out"), *FAST]) == 1
+        assert sentences(capsys) == [f"{tmp_path}: holds no image file", "no image to predict"]
+        assert not (tmp_path / "out").exists()
 
 
 class TestEvaluate:
@@ -270,6 +277,24 @@ class TestSynthesize:
     def test_errors(self, tmp_path, capsys, change):
         assert main(["synthesize", str(tmp_path / "a"), *change]) == 2
         assert len(sentences(capsys)) == 1 and not (tmp_path / "a" / "panoptic.json").exists()
+
+
+class TestOutput:
+    @pytest.mark.parametrize("command", ["info", "evaluate", "benchmark"])
+    def test_reader_that_has_left(self, command, tmp_path):
+        """As in `spatialflow info | head -1`: no traceback, no complaint."""
+        scenes = tmp_path / "scenes"
+        assert main(["synthesize", str(scenes), "--count", "1", "--size", "64", "96"]) == 0
+        arguments = {"evaluate": [scenes, scenes], "benchmark": ["--list"]}.get(command, [])
+        reading, writing = os.pipe()
+        os.close(reading)
+        result = subprocess.run(
+            [sys.executable, "-m", "spatialflow.cli", command, *map(str, arguments)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+        )
+        os.close(writing)
+        assert (result.returncode, result.stderr) == (141, b"")
 
 
 class TestInfoAndBenchmark:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator is whole, and the libraries keep to the stable ABI."""
 
+import doctest
 import inspect
+import io
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -40,6 +43,40 @@ def registered_for_cuda() -> set[str]:
     """Raw operators that the sources of the CUDA library register."""
     sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
     return {name for source in sources for name in re.findall(r'library\.impl\("(\w+)"', source)}
+
+
+@pytest.mark.parametrize("name", public())
+def test_docstring_example(name):
+    """Every operator shows one, and it gives what it says."""
+    function = getattr(ops, name)
+    example = doctest.DocTestParser().get_doctest(function.__doc__, {**vars(ops), "torch": torch}, name, None, None)
+    assert example.examples
+    printed = io.StringIO()
+    result = doctest.DocTestRunner(verbose=False).run(example, out=printed.write)
+    assert result.failed == 0, printed.getvalue()
+
+
+def tensor_arguments() -> list[tuple[str, str]]:
+    """(operator, argument) for all arguments that take a tensor, alone or in a list."""
+    signatures = {name: inspect.signature(getattr(ops, name)).parameters for name in public()}
+    return [(op, key) for op, found in signatures.items() for key in found if "Tensor" in found[key].annotation]
+
+
+@pytest.mark.parametrize("name, argument", tensor_arguments())
+def test_no_tensor(name, argument):
+    """What stands in a tensor's place is named, whatever the dispatcher would make of it."""
+    tensors = {key: torch.zeros(1) for op, key in tensor_arguments() if op == name}
+    rest = {"output_size": 1, "strides": [1], "iou_threshold": 0.5, "score_threshold": 0.5, "max_detections": 1,
+            "size": (1, 1), "sizes": (1, 1), "valid_size": (1, 1), "original_size": (1, 1), "mean": (0, 0, 0),
+            "std": (1, 1, 1), "stuff_labels": 1, "gt_segments": 1, "pred_segments": 1, "parameters": ops.FlowTowerParameters()}  # fmt: skip
+    accepted = inspect.signature(getattr(ops, name)).parameters
+    given = tensors | {key: value for key, value in rest.items() if key in accepted}
+    for key in ("features", "levels"):
+        if key in given:
+            given[key] = [torch.zeros(1, 1, 1, 1)]
+    wrong = [numpy.zeros(1)] if isinstance(given[argument], list) else numpy.zeros(1)
+    with pytest.raises(TypeError, match=rf"{argument}(\[0\])? must be a tensor, got ndarray"):
+        getattr(ops, name)(**given | {argument: wrong})
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")

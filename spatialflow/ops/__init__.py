@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators with hand-written CPU and CUDA kernels; `spatialflow.ops.reference` holds their plain-PyTorch twins."""
+"""Operators with hand-written CPU and CUDA kernels; `spatialflow.ops.reference` holds their plain-PyTorch twins.
+
+`help(spatialflow.ops.nms)` and so on say what each takes and gives, with an example. An argument that must be a tensor
+and is none (a list, an array of numpy) is a TypeError. Boxes are corners (x1, y1, x2, y2) everywhere; one whose corners
+are in the wrong order, as of (x, y, width, height), is no error, as it is in the data of real detectors.
+"""
 
 from spatialflow import _library
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`checked()`: turns bad values, which operators otherwise ignore safely, into exceptions."""
+"""What Python checks of arguments: their kind always, their values within `checked()` only.
+
+Bad values are otherwise ignored safely; shapes, dtypes and devices are checked in C++ (`csrc/ops`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -30,6 +33,25 @@ def checked() -> Iterator[None]:
 
 def is_checking() -> bool:
     return not torch.compiler.is_compiling() and _checking.get()
+
+
+def require_tensors(op: str, **arguments: object) -> None:
+    """Raises TypeError naming the first argument that is no tensor, such as a list or an array of numpy."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def present(**arguments: object) -> dict[str, object]:
+    """Those of optional arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:
+    """`value`, if it is a pair; ValueError otherwise."""
+    if isinstance(value, (int, float)) or len(value) != 2:
+        raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
+    return value
 
 
 def require_finite(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, present, require_finite, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.layout import memory_format_of
 
@@ -53,10 +53,18 @@ def deform_conv2d(
         the offset's gradient is the one from above, as in torchvision. Results are deterministic, but for the gradient
         of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
 
+    Example:
+        >>> features, weight = torch.rand(1, 8, 20, 30), torch.rand(16, 8, 3, 3)
+        >>> offset, mask = torch.zeros(1, 2 * 9, 20, 30), torch.ones(1, 9, 20, 30)
+        >>> result = deform_conv2d(features, offset, weight, padding=1, mask=mask)
+        >>> torch.allclose(result, torch.nn.functional.conv2d(features, weight, padding=1), rtol=1e-4)
+        True
+
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 2-4; Zhu et al., Deformable ConvNets v2 (2019),
     eq. 1; signature and result of torchvision.ops.deform_conv2d.
     """
     settings = (*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation))
+    require_tensors("deform_conv2d", input=input, offset=offset, weight=weight, **present(bias=bias, mask=mask))
     if is_checking():
         require_finite("deform_conv2d", "offset", offset)
         if mask is not None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spatialflow.ops.checking import present, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.layout import memory_format_of
 
@@ -62,17 +63,27 @@ def flow_conv2d(
         Empty maps and no levels give empty results.
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 
+    Example:
+        >>> pyramid = [torch.rand(1, 32, 40, 60), torch.rand(1, 32, 20, 30)]
+        >>> flow = [torch.rand(1, 32, 40, 60), torch.rand(1, 32, 20, 30)]
+        >>> [tuple(level.shape) for level in flow_conv2d(pyramid, flow, torch.rand(64, 32, 3, 3), torch.rand(64))]
+        [(1, 64, 40, 60), (1, 64, 20, 30)]
+
     Source: SpatialFlow (Chen et al.), equation 3; Lavin & Gray (2015) for the Winograd form.
     """
     code = algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
-    levels = [x] if single else list(x)
+    levels = list(x) if isinstance(x, (list, tuple)) else [x]
+    for level in levels:
+        require_tensors("flow_conv2d", x=level)
     if flow is None:
         flows = []
-    elif isinstance(flow, Tensor) != single:
+    elif isinstance(flow, (list, tuple)) == single:
         raise ValueError("flow_conv2d: flow must have the structure of x: both one tensor, or both a list of levels")
     else:
         flows = [flow] if single else list(flow)
+    for level in flows:
+        require_tensors("flow_conv2d", flow=level)
     levels, flows = [autocast(level) for level in levels], [autocast(level) for level in flows]
     if isinstance(weight, PackedConv):
         if bias is not None:
@@ -83,6 +94,7 @@ def flow_conv2d(
                 levels, flows, packed, bias, weight.shape[0], bool(relu), code
             )
             return outputs[0] if single else list(outputs)
+    require_tensors("flow_conv2d", weight=weight, **present(bias=bias))
     bias = None if bias is None else autocast(bias)
     outputs = _flow_conv2d(levels, flows, autocast(weight), bias, bool(relu), code) if levels else []
     return outputs[0] if single else list(outputs)
@@ -105,6 +117,7 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
         ValueError: an unknown `algorithm`.
     """
     code = algorithm_code("pack_conv3x3", algorithm)
+    require_tensors("pack_conv3x3", weight=weight, **present(bias=bias))
     return PackedConv(torch.ops.spatialflow._pack_conv3x3(weight.detach(), code), weight, bias, algorithm)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spatialflow.ops.checking import require_tensors
 from spatialflow.ops.differentiable import autocast
 from spatialflow.ops.flow_conv2d import PackedConv, algorithm_code, flow_conv2d, needs_gradient, pack_conv3x3
 from spatialflow.ops.layout import memory_format_of
@@ -75,9 +76,18 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
         mode and `torch.func` are those of `flow_conv2d`, from which the tower is composed whenever one of them may be
         asked for; otherwise one operator runs it all, keeping no map longer than it is needed.
 
+    Example:
+        >>> conv = (torch.rand(16, 16, 3, 3), torch.rand(16))
+        >>> parameters = pack_flow_tower(FlowTowerParameters(cls=(conv,), reg=(conv,), flow_cls=(conv,)))
+        >>> pyramid = [torch.rand(1, 16, 40, 60), torch.rand(1, 16, 20, 30), torch.rand(1, 16, 10, 15)]
+        >>> [tuple(level.shape) for level in flow_tower(pyramid, parameters).cls]
+        [(1, 16, 40, 60), (1, 16, 20, 30), (1, 16, 10, 15)]
+
     Source: SpatialFlow (Chen et al.), equations 1 to 3.
     """
     code = algorithm_code("flow_tower", algorithm)
+    for index, level in enumerate(levels):
+        require_tensors("flow_tower", **{f"levels[{index}]": level})
     levels = [autocast(level) for level in levels]
     _check(levels, parameters)
     tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, require_finite, require_tensors
 
 
 class Detections(NamedTuple):
@@ -50,9 +50,17 @@ def multiclass_nms(
         The results are detached: no gradient flows to boxes or scores. Where one is wanted, gather the kept rows with
         `indices` and `labels` from the tensors that were passed in.
 
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0]])
+        >>> scores = torch.tensor([[0.8, 0.1], [0.9, 0.6]])  # of two classes
+        >>> found = multiclass_nms(boxes, scores, score_threshold=0.05, iou_threshold=0.5, max_detections=4)
+        >>> found.count, found.labels, found.indices
+        (tensor(2), tensor([ 0,  1, -1, -1]), tensor([ 1,  1, -1, -1]))
+
     Source: the same detections as torchvision.ops.batched_nms per image followed by a top-D, or mmdetection's
     multiclass_nms.
     """
+    require_tensors("multiclass_nms", boxes=boxes, scores=scores)
     if boxes.dim() not in (2, 3) or scores.dim() != boxes.dim():
         raise ValueError(
             "multiclass_nms: boxes and scores must have shapes (B, N, 4) and (B, N, C), or (N, 4) and (N, C), "

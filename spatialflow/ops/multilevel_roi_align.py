@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
+from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.layout import is_channels_last, memory_format_of
 from spatialflow.ops.roi_align import _boxes_of_list, _pair
@@ -50,6 +50,12 @@ def multilevel_roi_align(
         does a RoI whose level has no cells. No RoIs, or no channels: an empty result. Gradients flow to every level
         (boxes get none), in reverse and forward mode and to any order; the CPU backward is deterministic.
 
+    Example:
+        >>> features = [torch.rand(1, 256, 100, 168), torch.rand(1, 256, 50, 84), torch.rand(1, 256, 25, 42)]
+        >>> boxes = [torch.tensor([[10.0, 20.0, 60.0, 90.0], [100.0, 50.0, 700.0, 600.0]])]  # of the only image
+        >>> multilevel_roi_align(features, boxes, output_size=14, strides=(8, 16, 32)).shape
+        torch.Size([2, 256, 14, 14])
+
     Source: Lin et al., Feature Pyramid Networks (2017), equation 1; level rule and pooling of mmdetection's
     SingleRoIExtractor. torchvision's MultiScaleRoIAlign adds its 1e-6 after the logarithm, and keeps the scales that it
     inferred from the first image it saw.
@@ -58,8 +64,11 @@ def multilevel_roi_align(
         got = f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "none"
         raise ValueError(f"features must be a sequence of at least one level, got {got}")
     height, width = _pair(output_size)
+    for level, feature in enumerate(features):
+        require_tensors("multilevel_roi_align", **{f"features[{level}]": feature})
     if isinstance(boxes, (list, tuple)):
         boxes = _boxes_of_list(boxes, features[0])
+    require_tensors("multilevel_roi_align", boxes=boxes)
     if is_checking():
         require_finite("multilevel_roi_align", "boxes", boxes)
         require_batch_indices("multilevel_roi_align", "boxes", boxes[:, 0], features[0].shape[0])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, require_finite, require_tensors
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -34,8 +34,14 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         The length of the result depends on the values: to trace it with `torch.compile(fullgraph=True)`, set
         `torch._dynamo.config.capture_dynamic_output_shape_ops`. `multiclass_nms` has results of fixed shape.
 
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
+        >>> nms(boxes, torch.tensor([0.6, 0.9, 0.3]), iou_threshold=0.5)
+        tensor([1, 2])
+
     Source: greedy NMS with the signature and result of torchvision.ops.nms.
     """
+    require_tensors("nms", boxes=boxes, scores=scores)
     if is_checking():
         _require_finite("nms", boxes, scores)
     return torch.ops.spatialflow.nms(boxes.detach(), scores.detach(), float(iou_threshold))
@@ -59,8 +65,14 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         All of those of `nms`. Each class is treated by itself with its boxes as given: they are not shifted apart by
         class, so neither negative coordinates nor many classes change the result.
 
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0]])
+        >>> batched_nms(boxes, torch.tensor([0.6, 0.9]), torch.tensor([7, 3]), iou_threshold=0.5)
+        tensor([1, 0])
+
     Source: signature and result of torchvision.ops.batched_nms.
     """
+    require_tensors("batched_nms", boxes=boxes, scores=scores, idxs=idxs)
     if is_checking():
         _require_finite("batched_nms", boxes, scores)
     return torch.ops.spatialflow.batched_nms(boxes.detach(), scores.detach(), idxs, float(iou_threshold))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, present, require_finite, require_tensors
 
 
 class PanopticMergeOutput(NamedTuple):
@@ -72,9 +72,20 @@ def panoptic_merge(
         A NaN score never enters; a box with a coordinate that is not finite fills nothing. No instances, or no pixels,
         are fine. No gradients. The result does not depend on the number of threads.
 
+    Example:
+        >>> masks = torch.zeros(1, 4, 6, dtype=torch.bool)
+        >>> masks[0, :2, :3] = True
+        >>> stuff = torch.ones(4, 6, dtype=torch.int64)
+        >>> merged = panoptic_merge(masks, torch.tensor([0.9]), torch.tensor([5]), None, stuff, 2, stuff_area_limit=4)
+        >>> merged.id_map[0]
+        tensor([1, 1, 1, 2, 2, 2], dtype=torch.int32)
+        >>> merged.labels, merged.areas  # rows: the instance, the stuff, one that is not used
+        (tensor([ 5,  1, -1]), tensor([ 6, 18,  0]))
+
     Source: Chen et al., SpatialFlow (2020), sections III-A3 and IV-B2; steps 1 and 2: Kirillov et al., Panoptic
     Segmentation (2019), section 7.
     """
+    require_tensors("panoptic_merge", masks=masks, scores=scores, labels=labels, stuff=stuff, **present(boxes=boxes))
     if is_checking():
         require_finite("panoptic_merge", "scores", scores)
         if boxes is not None:

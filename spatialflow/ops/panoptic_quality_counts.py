@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spatialflow.ops.checking import require_tensors
+
 
 def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, pred_segments: int) -> Tensor:
     """Counts the pixels that every segment of the ground truth shares with every predicted segment.
@@ -29,8 +31,16 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
     Remarks:
         A pixel with an id outside its range is not counted. No gradients.
 
+    Example:
+        >>> truth = torch.tensor([[1, 1, 0], [1, 1, 0]], dtype=torch.int32)
+        >>> prediction = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.int32)
+        >>> panoptic_quality_counts(truth, prediction, 1, 1)
+        tensor([[1, 1],
+                [1, 3]])
+
     Source: panopticapi, `pq_compute_single_core` (the confusion matrix).
     """
+    require_tensors("panoptic_quality_counts", gt_map=gt_map, pred_map=pred_map)
     return torch.ops.spatialflow.panoptic_quality_counts(gt_map, pred_map, gt_segments, pred_segments)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import height_and_width, is_checking, require_finite, require_tensors
 
 
 def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -34,10 +34,17 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
         reversed, or with a coordinate that is not finite has none; NaN logits are outside. A pixel between cells that
         all reach the threshold is inside whatever the rounding. No gradients: the result is bool.
 
+    Example:
+        >>> logits = torch.full((1, 28, 28), 5.0)
+        >>> masks = paste_masks(logits, torch.tensor([[10.0, 20.0, 30.0, 60.0]]), (100, 80))
+        >>> masks.shape, masks.sum()
+        (torch.Size([1, 100, 80]), tensor(800))
+
     Source: He et al., Mask R-CNN (2017), section 3; sampling rule of mmdetection and detectron2
     (`grid_sample(align_corners=False)`).
     """
-    height, width = size
+    height, width = height_and_width("paste_masks", "size", size)
+    require_tensors("paste_masks", mask_logits=mask_logits, boxes=boxes)
     if is_checking():
         require_finite("paste_masks", "boxes", boxes)
     return torch.ops.spatialflow.paste_masks(mask_logits.detach(), boxes.detach(), height, width, float(threshold))

@@ -9,6 +9,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from spatialflow.ops.checking import height_and_width, require_tensors
+
 
 def preprocess_images(
     images: Union[Tensor, Sequence[Tensor]],
@@ -38,12 +40,20 @@ def preprocess_images(
         Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR (no antialias; an image that halves
         exactly is averaged over 2 x 2 pixels, as OpenCV does), `subtract` and `multiply`. No gradients.
 
+    Example:
+        >>> photograph = torch.zeros(480, 640, 3, dtype=torch.uint8)  # as cv2.imread gives it, through torch.from_numpy
+        >>> preprocess_images(photograph, (800, 1067), mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4)).shape
+        torch.Size([1, 3, 800, 1088])
+
     Source: OpenCV, `imgproc/src/resize.cpp` (fixed-point arithmetic for 8-bit images).
     """
-    if isinstance(images, Tensor):
+    if not isinstance(images, (list, tuple)):
         images, sizes = [images], [sizes]
-    if not images:
+    if len(images) == 0:
         raise RuntimeError("preprocess_images: images must hold at least one image")
+    for index, image in enumerate(images):
+        require_tensors("preprocess_images", **{f"images[{index}]": image})
+    sizes = [height_and_width("preprocess_images", f"sizes[{index}]", size) for index, size in enumerate(sizes)]
     heights, widths = [height for height, _ in sizes], [width for _, width in sizes]
     return torch.ops.spatialflow.preprocess_images(
         list(images), heights, widths, [float(m) for m in mean], [float(s) for s in std], divisor, dtype

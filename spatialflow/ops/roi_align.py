@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
+from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.layout import is_channels_last, memory_format_of
 
@@ -46,11 +46,18 @@ def roi_align(
         Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order; the CPU backward
         is deterministic, the CUDA one in float64 and under `torch.use_deterministic_algorithms(True)`.
 
+    Example:
+        >>> features = torch.rand(2, 256, 50, 84)  # of two images, stride 8
+        >>> boxes = torch.tensor([[0, 10.0, 20.0, 200.0, 120.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x1, y1, x2, y2
+        >>> roi_align(features, boxes, output_size=7, spatial_scale=1 / 8, aligned=True).shape
+        torch.Size([2, 256, 7, 7])
+
     Source: He et al., Mask R-CNN (2017), section 3; signature and result of torchvision.ops.roi_align.
     """
     height, width = _pair(output_size)
     if isinstance(boxes, (list, tuple)):
         boxes = _boxes_of_list(boxes, input)
+    require_tensors("roi_align", input=input, boxes=boxes)
     if is_checking():
         require_finite("roi_align", "boxes", boxes)
         require_batch_indices("roi_align", "boxes", boxes[:, 0], input.shape[0])
@@ -98,6 +105,8 @@ def _boxes_of_list(boxes: list[Tensor], input: Tensor) -> Tensor:
         )
     rows = []
     for index, of_image in enumerate(boxes):
+        if not isinstance(of_image, Tensor):
+            raise TypeError(f"boxes[{index}] must be a tensor, got {type(of_image).__name__}")
         if of_image.dim() != 2 or of_image.shape[1] != 4:
             raise ValueError(f"boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
         rows.append(torch.cat((of_image.new_full((of_image.shape[0], 1), index), of_image), dim=1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite, require_labels
+from spatialflow.ops.checking import is_checking, require_finite, require_labels, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp
 
 
@@ -44,11 +44,19 @@ def sigmoid_focal_loss(
         Gradients flow to `logits`, in reverse and forward mode, to second order. Sums have a fixed order.
         No rows, or no classes: an empty result, the sum 0 and the mean NaN.
 
+    Example:
+        >>> logits = torch.zeros(3, 2)
+        >>> sigmoid_focal_loss(logits, torch.tensor([1, 2, -1]))  # class 1, background, ignored
+        tensor([[0.1300, 0.0433],
+                [0.1300, 0.1300],
+                [0.0000, 0.0000]])
+
     Source: Lin et al., Focal Loss for Dense Object Detection (2017), equation 5; torchvision.ops.sigmoid_focal_loss
     with one-hot targets.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"sigmoid_focal_loss: reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+    require_tensors("sigmoid_focal_loss", logits=logits, labels=labels)
     if is_checking():
         require_finite("sigmoid_focal_loss", "logits", logits)
         require_labels("sigmoid_focal_loss", "labels", labels, logits.shape[-1])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import height_and_width, is_checking, require_finite, require_tensors
 
 
 def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
@@ -34,8 +34,16 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
         float32 (float64 for float64), along y first, with the same roundings on every device. No gradients: the result
         is integer.
 
+    Example:
+        >>> logits = torch.rand(54, 50, 68)  # of a network's input of 200x272, of which the image covers 200x267
+        >>> stuff_labels(logits, (200, 267), (480, 640)).shape
+        torch.Size([480, 640])
+
     Source: SpatialFlow's released code (`interpolate(align_corners=True)`, argmax, OpenCV's INTER_NEAREST).
     """
+    valid_size = height_and_width("stuff_labels", "valid_size", valid_size)
+    original_size = height_and_width("stuff_labels", "original_size", original_size)
+    require_tensors("stuff_labels", logits=logits)
     if is_checking():
         require_finite("stuff_labels", "logits", logits)
     return torch.ops.spatialflow.stuff_labels(logits.detach(), *valid_size, *original_size)

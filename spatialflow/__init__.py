@@ -6,8 +6,28 @@ imports torch.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+    from spatialflow import data as data
+    from spatialflow import engine as engine
+    from spatialflow import models as models
+    from spatialflow import ops as ops
+    from spatialflow import panoptic as panoptic
+    from spatialflow.data.transforms import ImageError
+    from spatialflow.engine.checkpoints import (
+        CheckpointError,
+        load_backbone,
+        load_checkpoint,
+        pretrained_model,
+        save_checkpoint,
+    )
+    from spatialflow.engine.predict import PanopticResult, Predictor
+    from spatialflow.models.build import build_model, list_configs, load_config
+    from spatialflow.models.config import ConfigError
+    from spatialflow.models.optimize import optimize_for_inference
 
 _HOMES = {
     "CheckpointError": "spatialflow.engine.checkpoints",
@@ -26,10 +46,24 @@ _HOMES = {
 }
 _SUBPACKAGES = ("data", "engine", "models", "ops", "panoptic")
 
-__all__ = sorted(_HOMES)
+__all__ = [  # in words, as type checkers read it
+    "CheckpointError",
+    "ConfigError",
+    "ImageError",
+    "PanopticResult",
+    "Predictor",
+    "build_model",
+    "list_configs",
+    "load_backbone",
+    "load_checkpoint",
+    "load_config",
+    "optimize_for_inference",
+    "pretrained_model",
+    "save_checkpoint",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:

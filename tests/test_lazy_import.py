@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`import spatialflow` stays cheap, and its names are there."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,14 @@ def test_import_loads_neither_torch_nor_opencv():
 @pytest.mark.parametrize("name", spatialflow.__all__)
 def test_every_public_name_resolves(name):
     assert callable(getattr(spatialflow, name)) and name in dir(spatialflow)
+
+
+def test_type_checkers_see_the_same_names():
+    """`__all__`, the table of homes and the imports for type checkers are three lists of one thing."""
+    tree = ast.parse(Path(spatialflow.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names if node.module != "spatialflow"}
+    assert seen == spatialflow._HOMES and sorted(seen) == spatialflow.__all__
 
 
 def test_unknown_names_are_attribute_errors():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union, overload
 
 import numpy as np
 import torch
@@ -193,6 +193,12 @@ class Predictor:
         self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks)
         self.batch_size = batch_size
         self._graphs = GraphCache(self.device) if cuda_graph else None
+
+    @overload
+    def __call__(self, images: Image) -> PanopticResult: ...
+
+    @overload
+    def __call__(self, images: Iterable[Image]) -> list[PanopticResult]: ...
 
     def __call__(
         self, images: Union[Image, Sequence[Image], Iterable[Image]]

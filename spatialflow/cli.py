@@ -205,7 +205,9 @@ def _predict(options: argparse.Namespace) -> int:
                 decode = time.perf_counter() - begin
                 result = predictor(pixels)
                 result.image_name, result.times["decode"] = path.name, decode
+                begin = time.perf_counter()
                 output.add(result, pixels)
+                result.times["write"] = time.perf_counter() - begin
             except (ImageError, PanopticFormatError, OSError) as error:
                 failed.append(sentence(error))
                 with bar.external_write_mode(file=sys.stderr):

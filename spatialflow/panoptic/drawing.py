@@ -75,11 +75,10 @@ def overlay(
 
     described = {category["id"]: category for category in categories or ()}
     segments = list(segments)
-    ids, slots = np.unique(id_map, return_inverse=True)
-    slots = slots.reshape(id_map.shape).astype(np.int32)
+    ids, slots = _number(id_map)
     slot_of = {int(segment_id): slot for slot, segment_id in enumerate(ids)}
     palette = np.zeros((len(ids), 3), np.float32)
-    weight = np.zeros((len(ids), 1), np.float32)
+    listed = np.zeros(len(ids), bool)
     texts: list[tuple[int, str]] = []
     seen: dict[int, int] = {}
     for segment in segments:
@@ -92,17 +91,28 @@ def overlay(
         if segment.get("isthing", category.get("isthing")):
             index = seen[category_id] = seen.get(category_id, -1) + 1
         palette[slot] = colour_of(category_id, index, category.get("color"))[::-1]
-        weight[slot] = opacity
+        listed[slot] = True
         text = str(category.get("name", category_id))
         if segment.get("score") is not None:
             text += f" {float(segment['score']):.2f}"
         texts.append((slot, text))
 
-    share = weight[slots]
-    picture = image * (1 - share) + palette[slots] * share
-    _draw_outlines(picture, slots, palette, weight[:, 0] > 0)
-    picture = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    import cv2
+
+    picture = cv2.addWeighted(image, 1 - opacity, palette.astype(np.uint8)[slots], opacity, 0)
+    if not listed.all():
+        np.copyto(picture, image, where=~listed[slots][..., None])
+    _draw_outlines(picture, slots, palette, listed)
     return _draw_labels(picture, slots, texts, palette) if labels else picture
+
+
+def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of the map in ascending order, and a map of their positions therein; sorts runs of pixels, not pixels."""
+    flat = id_map.ravel()
+    starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+    ids, numbers = np.unique(flat[starts], return_inverse=True)
+    lengths = np.diff(np.append(starts, flat.size))
+    return ids, np.repeat(numbers.ravel().astype(np.int32), lengths).reshape(id_map.shape)
 
 
 def _line_width(shape: Sequence[int]) -> int:
@@ -115,15 +125,15 @@ def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, 
 
     def eroded(width: int) -> np.ndarray:
         kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
-        values = slots.astype(np.float32)
         return (cv2.erode(values, kernel) == values) & (cv2.dilate(values, kernel) == values)
 
+    values = slots.astype(np.uint16 if len(palette) < 2**16 else np.float32)  # types that OpenCV erodes
     width = _line_width(slots.shape)
     shown = listed[slots]
     tint = shown & ~eroded(2 * width)
-    picture[tint] = 0.25 * picture[tint] + 0.75 * (0.45 * palette[slots[tint]] + 0.55 * 255)
+    picture[tint] = np.rint(0.25 * picture[tint] + 0.75 * (0.45 * palette[slots[tint]] + 0.55 * 255))
     border = shown & ~eroded(width)
-    picture[border] = 0.3 * picture[border] + 0.7 * (0.35 * palette[slots[border]])
+    picture[border] = np.rint(0.3 * picture[border] + 0.7 * (0.35 * palette[slots[border]]))
 
 
 def _draw_labels(
@@ -142,9 +152,8 @@ def _draw_labels(
     for slot, text in sorted(texts, key=lambda item: -areas[item[0]]):
         if areas[slot] < size * size:
             continue
-        ys, xs = np.nonzero(slots == slot)
-        top, left = ys.min(), xs.min()
-        mask = np.pad((slots[top : ys.max() + 1, left : xs.max() + 1] == slot).astype(np.uint8), 1)
+        left, top, box_w, box_h = cv2.boundingRect((slots == slot).view(np.uint8))
+        mask = np.pad((slots[top : top + box_h, left : left + box_w] == slot).view(np.uint8), 1)
         # The place deepest inside the segment; the picture's own border counts as outside, so text stays in.
         depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3)[1:-1, 1:-1]
         y, x = np.unravel_index(depth.argmax(), depth.shape)

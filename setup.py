@@ -46,7 +46,8 @@ class CMakeBuild(build_ext):
             sys.exit("spatialflow: building needs torch: `pip install torch`, then build again")
         package = ROOT / "spatialflow" if self.inplace else Path(self.build_lib).resolve() / "spatialflow"
         folder = ROOT / "build" / "develop" if self.inplace else Path(self.build_temp).resolve()
-        options = [f"-D{name}={os.environ[name]}" for name in PASSED_THROUGH if name in os.environ]
+        # One that is not given takes its default again, whatever the last build in this folder was given.
+        options = [f"-D{name}={os.environ[name]}" if name in os.environ else f"-U{name}" for name in PASSED_THROUGH]
         self.cmake(
             "-S", ROOT, "-B", folder, "-G", "Ninja", "--log-level=WARNING",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

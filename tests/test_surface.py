@@ -4,9 +4,11 @@
 import doctest
 import inspect
 import io
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -167,3 +169,17 @@ class TestPublicOperator:
         if not (ROOT / "csrc").is_dir():
             pytest.skip("not in a source tree")
         assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not in a source tree")
+def test_build_options_do_not_stick(tmp_path):
+    """CMake remembers options; one that is not given again must not come from the build before."""
+    pytest.importorskip("pybind11")  # setup.py asks it for its folder
+    cmake, log = tmp_path / "cmake", tmp_path / "log"
+    cmake.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    cmake.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SPATIALFLOW_", "CMAKE_"))}
+    environment |= {"PATH": f"{tmp_path}:{environment['PATH']}", "SPATIALFLOW_CPU_LEVELS": "x86-64-v3"}
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
+    configure = log.read_text().split("\n")[0].split()
+    assert {"-DSPATIALFLOW_CPU_LEVELS=x86-64-v3", "-USPATIALFLOW_CUDA", "-UCMAKE_CUDA_ARCHITECTURES"} <= set(configure)

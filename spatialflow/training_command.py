@@ -16,7 +16,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train", help="train a network; with torchrun on several GPUs or machines",
         description="Trains on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
-                    "command, given again,\ngoes on after the last epoch of an interrupted run. docs/training.md tells "
+                    "command, given again,\ngoes on from an interrupted run's last checkpoint. docs/training.md tells "
                     "of data, configurations and resuming.\n\n" + package_configs(),
         **with_examples(
             "synthesize scenes --count 20 --size 256 384",

@@ -11,7 +11,7 @@ namespace {
 Tensor multilevel_roi_align_cpu(
     const std::vector<Tensor>& features, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
     const std::vector<double>& strides, int64_t sampling_ratio, bool aligned, double finest_scale) {
-    check_multilevel_roi_align(features, boxes, pooled_height, pooled_width, strides, finest_scale);
+    check_multilevel_roi_align(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, finest_scale);
     const Tensor& first = features[0];
     const int64_t num_rois = boxes.size(0), channels = first.size(1);
     const MemoryFormat format = memory_format_of(first);
@@ -46,7 +46,8 @@ std::vector<Tensor> multilevel_roi_align_backward_cpu(
     int64_t channels, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths, bool channels_last,
     bool /* deterministic: it always is */) {
     check_multilevel_roi_align_backward(
-        grad_output, boxes, pooled_height, pooled_width, strides, finest_scale, channels, heights, widths);
+        grad_output, boxes, pooled_height, pooled_width, strides, sampling_ratio, finest_scale, channels, heights,
+        widths);
     const ScalarType dtype = grad_output.scalar_type();
     std::vector<Tensor> gradients;
     for (size_t l = 0; l < heights.size(); ++l) {

@@ -26,7 +26,7 @@ RoiAlignSettings settings_of(
 Tensor multilevel_roi_align_cuda(
     const std::vector<Tensor>& features, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
     const std::vector<double>& strides, int64_t sampling_ratio, bool aligned, double finest_scale) {
-    check_multilevel_roi_align(features, boxes, pooled_height, pooled_width, strides, finest_scale);
+    check_multilevel_roi_align(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, finest_scale);
     return roi_align_forward(
         "multilevel_roi_align", features, boxes,
         settings_of(pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale));
@@ -38,7 +38,8 @@ std::vector<Tensor> multilevel_roi_align_backward_cuda(
     int64_t channels, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths, bool channels_last,
     bool deterministic) {
     check_multilevel_roi_align_backward(
-        grad_output, boxes, pooled_height, pooled_width, strides, finest_scale, channels, heights, widths);
+        grad_output, boxes, pooled_height, pooled_width, strides, sampling_ratio, finest_scale, channels, heights,
+        widths);
     return roi_align_backward(
         "multilevel_roi_align_backward", grad_output, boxes,
         settings_of(pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale), batch, channels,

@@ -527,7 +527,7 @@ namespace {
 Tensor roi_align_cuda(
     const Tensor& input, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
     int64_t sampling_ratio, bool aligned) {
-    check_roi_align(input, boxes, pooled_height, pooled_width, spatial_scale);
+    check_roi_align(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio);
     return roi_align_forward(
         "roi_align", {input}, boxes, {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0});
 }
@@ -536,7 +536,8 @@ Tensor roi_align_backward_cuda(
     const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
     int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
     bool channels_last, bool deterministic) {
-    check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, channels);
+    check_roi_align_backward(
+        grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
     return roi_align_backward(
         "roi_align_backward", grad_output, boxes,
         {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0}, batch, channels, {height},

@@ -27,6 +27,8 @@ struct DeformConvShape {
     int64_t offset_group_channels() const { return channels / offset_groups; }
 };
 
+constexpr int64_t kMaxDeformStep = 1 << 29;  // so that positions fit 32 bits
+
 inline void check_deform_options(const char* op, const DeformConvOptions& options) {
     check(options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0], ", ",
           options.stride[1], ")");
@@ -34,10 +36,10 @@ inline void check_deform_options(const char* op, const DeformConvOptions& option
           options.padding[0], ", ", options.padding[1], ")");
     check(options.dilation[0] > 0 && options.dilation[1] > 0, op, ": dilation must be positive, got (",
           options.dilation[0], ", ", options.dilation[1], ")");
-    constexpr int64_t kMost = 1 << 29;  // so that positions fit 32 bits
     for (int axis = 0; axis < 2; ++axis) {
-        check(options.stride[axis] <= kMost && options.padding[axis] <= kMost && options.dilation[axis] <= kMost, op,
-              ": stride, padding and dilation must be at most 2^29, got ", options.stride[axis], ", ",
+        check(options.stride[axis] <= kMaxDeformStep && options.padding[axis] <= kMaxDeformStep &&
+                  options.dilation[axis] <= kMaxDeformStep,
+              op, ": stride, padding and dilation must be at most 2^29, got ", options.stride[axis], ", ",
               options.padding[axis], " and ", options.dilation[axis]);
     }
 }
@@ -61,8 +63,10 @@ inline DeformConvShape check_deform_sampling(
     check_floating(op, "offset", offset);
     check_same_device(op, "offset", offset, "input", input);
     check_deform_options(op, options);
-    check(kernel_height > 0 && kernel_width > 0, op, ": weight must have a kernel of at least one tap, got (",
-          kernel_height, ", ", kernel_width, ")");
+    // Without channels a weight of any size costs no memory, and the product of its sides may overflow.
+    check(kernel_height > 0 && kernel_width > 0 && kernel_height <= kMaxDeformStep && kernel_width <= kMaxDeformStep,
+          op, ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", kernel_height, ", ",
+          kernel_width, ")");
     DeformConvShape shape{};
     shape.batch = input.size(0);
     shape.channels = input.size(1);

@@ -9,9 +9,8 @@ namespace spatialflow {
 
 inline void check_pyramid_options(
     const char* op, int64_t pooled_height, int64_t pooled_width, size_t levels, const std::vector<double>& strides,
-    double finest_scale) {
-    check(pooled_height > 0 && pooled_width > 0, op, ": output_size must be positive, got (", pooled_height, ", ",
-          pooled_width, ")");
+    int64_t sampling_ratio, double finest_scale) {
+    check_pooling_options(op, pooled_height, pooled_width, sampling_ratio);
     check(strides.size() == levels, op, ": strides must have one number per level, got ", strides.size(), " for ",
           levels, " levels");
     for (double stride : strides) {
@@ -23,7 +22,7 @@ inline void check_pyramid_options(
 
 inline void check_multilevel_roi_align(
     const std::vector<Tensor>& features, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
-    const std::vector<double>& strides, double finest_scale) {
+    const std::vector<double>& strides, int64_t sampling_ratio, double finest_scale) {
     const char* op = "multilevel_roi_align";
     check(!features.empty(), op, ": features must hold at least one level");
     for (size_t l = 0; l < features.size(); ++l) {
@@ -39,20 +38,20 @@ inline void check_multilevel_roi_align(
     }
     check_boxes(op, boxes);
     check_same_device(op, "boxes", boxes, "features[0]", features[0]);
-    check_pyramid_options(op, pooled_height, pooled_width, features.size(), strides, finest_scale);
+    check_pyramid_options(op, pooled_height, pooled_width, features.size(), strides, sampling_ratio, finest_scale);
 }
 
 inline void check_multilevel_roi_align_backward(
     const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
-    const std::vector<double>& strides, double finest_scale, int64_t channels, const std::vector<int64_t>& heights,
-    const std::vector<int64_t>& widths) {
+    const std::vector<double>& strides, int64_t sampling_ratio, double finest_scale, int64_t channels,
+    const std::vector<int64_t>& heights, const std::vector<int64_t>& widths) {
     const char* op = "multilevel_roi_align_backward";
     check_dim(op, "grad_output", grad_output, 4, "(K, C, PH, PW)");
     check_floating(op, "grad_output", grad_output);
     check_boxes(op, boxes);
     check(heights.size() == widths.size(), op, ": heights and widths must have one number per level, got ",
           heights.size(), " and ", widths.size());
-    check_pyramid_options(op, pooled_height, pooled_width, heights.size(), strides, finest_scale);
+    check_pyramid_options(op, pooled_height, pooled_width, heights.size(), strides, sampling_ratio, finest_scale);
     check(grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
               grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
           op, ": grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ", pooled_width,

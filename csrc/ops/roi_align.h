@@ -7,11 +7,20 @@
 
 namespace spatialflow {
 
-inline void check_roi_align_options(
-    const char* op, int64_t pooled_height, int64_t pooled_width, double spatial_scale) {
+// Samples of a reversed or an empty RoI may all lie on the map, so the work is proportional to the ratio.
+constexpr int64_t kMaxSamplingRatio = int64_t(1) << 16;
+
+inline void check_pooling_options(
+    const char* op, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio) {
     check(pooled_height > 0 && pooled_width > 0, op, ": output_size must be positive, got (", pooled_height, ", ",
           pooled_width, ")");
-    check(spatial_scale > 0, op, ": spatial_scale must be positive, got ", spatial_scale);
+    check(sampling_ratio <= kMaxSamplingRatio, op, ": sampling_ratio must be at most ", kMaxSamplingRatio, ", got ",
+          sampling_ratio);
+}
+
+inline void check_spatial_scale(const char* op, double spatial_scale) {
+    check(spatial_scale > 0 && spatial_scale - spatial_scale == 0, op,
+          ": spatial_scale must be positive and finite, got ", spatial_scale);
 }
 
 inline void check_boxes(const char* op, const Tensor& boxes) {
@@ -21,21 +30,24 @@ inline void check_boxes(const char* op, const Tensor& boxes) {
 }
 
 inline void check_roi_align(
-    const Tensor& input, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale) {
+    const Tensor& input, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
+    int64_t sampling_ratio) {
     check_dim("roi_align", "input", input, 4, "(N, C, H, W)");
     check_floating("roi_align", "input", input);
     check_boxes("roi_align", boxes);
     check_same_device("roi_align", "boxes", boxes, "input", input);
-    check_roi_align_options("roi_align", pooled_height, pooled_width, spatial_scale);
+    check_pooling_options("roi_align", pooled_height, pooled_width, sampling_ratio);
+    check_spatial_scale("roi_align", spatial_scale);
 }
 
 inline void check_roi_align_backward(
     const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
-    double spatial_scale, int64_t channels) {
+    double spatial_scale, int64_t sampling_ratio, int64_t channels) {
     check_dim("roi_align_backward", "grad_output", grad_output, 4, "(K, C, PH, PW)");
     check_floating("roi_align_backward", "grad_output", grad_output);
     check_boxes("roi_align_backward", boxes);
-    check_roi_align_options("roi_align_backward", pooled_height, pooled_width, spatial_scale);
+    check_pooling_options("roi_align_backward", pooled_height, pooled_width, sampling_ratio);
+    check_spatial_scale("roi_align_backward", spatial_scale);
     check(grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
               grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
           "roi_align_backward: grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",

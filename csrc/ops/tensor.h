@@ -55,7 +55,7 @@ inline const char* dtype_name(ScalarType dtype) {
         case ScalarType::Short: return "int16";
         case ScalarType::Int: return "int32";
         case ScalarType::Long: return "int64";
-        default: return "an unsupported dtype";
+        default: return torch::headeronly::toString(dtype);
     }
 }
 
@@ -95,13 +95,32 @@ inline MemoryFormat memory_format_of(const Tensor& tensor) {
     return prefers_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
+// What make() gives, a tensor of `sizes` and `dtype`. The stable ABI does not hand on why torch could not make it, and
+// with arguments that are checked there is one reason.
+template <typename Sizes, typename Make>
+inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) {
+    try {
+        return make();
+    } catch (const std::exception&) {
+        std::ostringstream shape;
+        for (const int64_t size : sizes) {
+            shape << (shape.tellp() > 0 ? ", " : "") << size;
+        }
+        check(false, "spatialflow: out of memory, or too large: a tensor of shape (", shape.str(), ") and dtype ",
+              dtype_name(dtype));
+        throw;
+    }
+}
+
 // Named apart from torch::stable::contiguous, which argument-dependent lookup would find as well.
 inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
-    return torch::stable::contiguous(tensor, format);
+    return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
 }
 
 inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
-    return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+    return tensor.scalar_type() == dtype
+        ? tensor
+        : allocated(tensor.sizes(), dtype, [&] { return torch::stable::to(tensor, dtype); });
 }
 
 // Of sums, and of what keeps its precision beside 16-bit features (boxes, offsets): double for double, else float32.
@@ -117,17 +136,9 @@ inline Tensor empty_like_sized(
     const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt,
     MemoryFormat format = MemoryFormat::Contiguous) {
     const ScalarType type = dtype ? *dtype : like.scalar_type();
-    try {
+    return allocated(sizes, type, [&] {
         return torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
-    } catch (const std::exception&) {  // the stable ABI does not hand on torch's reason
-        std::ostringstream shape;
-        for (const int64_t size : sizes) {
-            shape << (shape.tellp() > 0 ? ", " : "") << size;
-        }
-        check(false, "spatialflow: out of memory, or too large: a tensor of shape (", shape.str(), ") and dtype ",
-              dtype_name(type));
-        throw;
-    }
+    });
 }
 
 }  // namespace spatialflow

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -286,6 +287,20 @@ class OpMatrix:
         torch._dynamo.reset()
         compiled = torch.compile(derivatives, backend="aot_eager", fullgraph=True)
         assert_near(compiled(*inputs), derivatives(*inputs), torch.float64)
+
+    def test_one_device(self, sample: Callable) -> None:
+        """A meta tensor among real ones is an error, not a result that nobody wrote."""
+        sample = sample()
+        op, args = sample.raw(*sample.tensors, **sample.options)
+        places = [index for index, value in enumerate(args) if leaves(value)]
+        if sum(len(leaves(args[index])) for index in places) < 2:
+            return
+        for index in places:
+            moved = map_tensors(lambda t: t.to("meta"), args[index])
+            if isinstance(args[index], (list, tuple)):
+                moved = [*args[index][:-1], moved[-1]]
+            with pytest.raises(RuntimeError, match="must be on the device of"):
+                op(*args[:index], moved, *args[index + 1 :])
 
     def test_compile(self, sample: Callable) -> None:
         """torch.compile traces the op in one graph, once for all sizes, forward and backward."""

@@ -212,6 +212,8 @@ class TestErrors:
                 tower(levels, convs, **wired)
         with pytest.raises(ValueError, match="flow_tower: levels must not be empty"):
             tower([], convs)
+        with pytest.raises(TypeError, match=r"flow_tower: the weight of cls\[0\] must be a tensor, got ndarray"):
+            ops.flow_tower(levels, ops.FlowTowerParameters(cls=((np.zeros((6, 6, 3, 3)), None),)))
         with pytest.raises(ValueError, match=r"flow_tower: cls\[0\] must be a convolution"):
             tower(levels, [[None], *convs[1:]])
         with pytest.raises(ValueError, match=r"flow_tower: reg\[0\] must have channels"):

@@ -100,6 +100,21 @@ class TestValues:
         boxes = torch.tensor([[0, 0.5, 0.5, 16.5, 16.5]])
         assert torch.equal(ops.roi_align(feature, boxes, 1, sampling_ratio=2), torch.ones(1, 8, 1, 1))
 
+    def test_checked_leaves_shapes_to_the_operator(self):
+        with ops.checked(), pytest.raises(RuntimeError, match=r"boxes must have shape \(K, 5\).*got shape \(5\)"):
+            ops.roi_align(torch.randn(2, 3, 8, 8), torch.zeros(5), 2)
+
+    @pytest.mark.parametrize("aligned", [False, True])
+    def test_largest_sampling_ratio(self, aligned):
+        """The most samples an axis may have, on proper, empty and reversed RoIs: their mean is that of a few."""
+        feature = torch.full((1, 2, 6, 6), 3.0, dtype=torch.float64)
+        boxes = torch.tensor([[0, 1, 1, 4, 4], [0, 2, 2, 2, 2], [0, 4, 4, 1, 1]], dtype=torch.float64)
+        assert_near(
+            ops.roi_align(feature, boxes, 1, 1.0, 1 << 16, aligned),
+            ops.roi_align(feature, boxes, 1, 1.0, 2, aligned),
+            torch.float64,
+        )
+
     def test_reversed_box_is_empty_when_aligned(self):
         boxes = torch.tensor([[0, 5.0, 5.0, 1.0, 1.0]])
         assert not ops.roi_align(torch.ones(1, 1, 8, 8), boxes, 2, aligned=True).any()
@@ -152,6 +167,16 @@ class TestShapes:
         assert torch.equal(module(feature, boxes), expected)
         assert "sampling_ratio=2" in repr(module)
 
+    def test_box_list_of_many_images_in_16_bits(self):
+        """bfloat16 has no number 257: the image of a box is not kept in the dtype of its list."""
+        feature = torch.arange(300.0).view(300, 1, 1, 1).expand(300, 1, 4, 4)
+        boxes = [torch.tensor([[0.0, 0, 2, 2]], dtype=torch.bfloat16)] * 300
+        assert torch.equal(ops.roi_align(feature, boxes, 1).flatten(), torch.arange(300.0))
+
+    def test_vmap_over_nothing(self):
+        with pytest.raises(NotImplementedError, match="roi_align: vmap over a dimension of size 0"):
+            torch.func.vmap(lambda x: ops.roi_align(x, torch.zeros(1, 5), 2))(torch.zeros(0, 1, 3, 8, 8))
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
@@ -160,7 +185,13 @@ class TestShapes:
             ((torch.ones(1, 3, 8, 8).int(), torch.zeros(1, 5), 2), "input must be float32.*got int32"),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5).int(), 2), "boxes must be float32.*got int32"),
             ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 0), r"output_size must be positive, got \(0, 0\)"),
-            ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2, -1.0), "spatial_scale must be positive, got -1"),
+            ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2, -1.0), "spatial_scale must be positive.* got -1"),
+            ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2, float("inf")), "spatial_scale must be .*finite, got inf"),
+            (
+                (torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2, 1.0, 2**62),
+                "sampling_ratio must be at most 65536, got 4",
+            ),
+            ((torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2, 1.0, 2.5), "'int' for argument 'sampling_ratio'.*'float'"),
             (
                 (torch.randn(1, 3, 8, 8), torch.zeros(1, 5), 2**22),
                 r"out of memory.*shape \(1, 3, 4194304, 4194304\) and dtype",

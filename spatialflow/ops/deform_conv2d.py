@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spatialflow.ops.checking import is_checking, present, require_finite, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
 
 
@@ -88,6 +89,8 @@ class DeformConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        if groups < 1:
+            raise ValueError(f"groups must be positive, got {groups}")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise ValueError(f"{name} must be divisible by groups, got {channels} for {groups} groups")
@@ -133,7 +136,7 @@ def _empty(like: Tensor, wanted: bool) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like))
 
 
-@torch.library.register_fake("spatialflow::deform_conv2d")
+@register_fake("deform_conv2d")
 def _(input, offset, weight, bias, mask, offset_tangent, *settings):
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight)):
         torch._check(
@@ -143,7 +146,7 @@ def _(input, offset, weight, bias, mask, offset_tangent, *settings):
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
-@torch.library.register_fake("spatialflow::_deform_conv2d_backward_data")
+@register_fake("_deform_conv2d_backward_data")
 def _(grad_output, input, offset, weight, mask, offset_tangent, *settings):
     *_, need_input, need_sampling, _deterministic = settings
     return (
@@ -153,7 +156,7 @@ def _(grad_output, input, offset, weight, mask, offset_tangent, *settings):
     )
 
 
-@torch.library.register_fake("spatialflow::_deform_conv2d_backward_weight")
+@register_fake("_deform_conv2d_backward_weight")
 def _(grad_output, input, offset, mask, offset_tangent, *settings):
     *_, group_channels, kernel_h, kernel_w = settings
     return input.new_empty((grad_output.shape[1], group_channels, kernel_h, kernel_w))

@@ -155,6 +155,8 @@ class DifferentiableOp:
             return list(result) if returns_list else result
 
         def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+            if info.batch_size == 0:
+                raise NotImplementedError(f"{name}: vmap over a dimension of size 0 is not supported")
             return _stack(
                 [op(*(_slice(arg, dim, i) for arg, dim in zip(args, in_dims))) for i in range(info.batch_size)]
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spatialflow.ops.checking import present, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
 
 _ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
@@ -157,7 +158,7 @@ def _empty_levels(x: list[Tensor], channels: Any) -> list[Tensor]:
     return outputs
 
 
-@torch.library.register_fake("spatialflow::flow_conv2d")
+@register_fake("flow_conv2d")
 def _(x, flow, weight, bias, relu, algorithm):
     torch._check(weight.dim() == 4, lambda: f"flow_conv2d: weight must be (O, C, 3, 3), got {tuple(weight.shape)}")
     _check_levels("flow_conv2d", "x", x, weight.shape[1])
@@ -165,12 +166,12 @@ def _(x, flow, weight, bias, relu, algorithm):
     return _empty_levels(x, weight.shape[0])
 
 
-@torch.library.register_fake("spatialflow::_flow_conv2d_packed")
+@register_fake("_flow_conv2d_packed")
 def _(x, flow, packed, bias, out_channels, relu, algorithm):
     return _empty_levels(x, out_channels)
 
 
-@torch.library.register_fake("spatialflow::_pack_conv3x3")
+@register_fake("_pack_conv3x3")
 def _(weight, algorithm):
     out_channels, in_channels = weight.shape[0], weight.shape[1]
     is_double = weight.dtype == torch.float64
@@ -179,7 +180,7 @@ def _(weight, algorithm):
     return weight.new_empty((size,), dtype=torch.float64 if is_double else torch.float32)
 
 
-@torch.library.register_fake("spatialflow::_flow_conv2d_weight_gradient")
+@register_fake("_flow_conv2d_weight_gradient")
 def _(x, flow, grad_output, algorithm):
     return x[0].new_empty((grad_output[0].shape[1], x[0].shape[1], 3, 3))
 

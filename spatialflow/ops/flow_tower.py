@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import require_tensors
+from spatialflow.ops.checking import present, require_tensors
 from spatialflow.ops.differentiable import autocast
+from spatialflow.ops.fake import register_fake
 from spatialflow.ops.flow_conv2d import PackedConv, algorithm_code, flow_conv2d, needs_gradient, pack_conv3x3
 from spatialflow.ops.layout import memory_format_of
 
@@ -171,6 +172,10 @@ def _check(levels: list[Tensor], parameters: FlowTowerParameters) -> None:
             if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
                 raise ValueError(f"flow_tower: {name}[{index}] must be None, as flow_source is None")
             weight, bias = _pair(conv)
+            where = f"{name}[{index}]"
+            require_tensors(
+                "flow_tower", **{f"the weight of {where}": weight}, **present(**{f"the bias of {where}": bias})
+            )
             if weight.numel() == 0:
                 raise ValueError(f"flow_tower: {name}[{index}] must have channels, got {tuple(weight.shape)}")
             if bias is not None and bias.shape != weight.shape[:1]:
@@ -236,7 +241,7 @@ def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> t
     return cls, reg, stuff or first_present(5), thing or first_present(6) or first_present(7)
 
 
-@torch.library.register_fake("spatialflow::flow_tower")
+@register_fake("flow_tower")
 def _(levels, packed, biases, counts, source_is_cls, segmentation_levels):
     starts = [sum(counts[:index]) for index in range(8)]
     large = levels[:segmentation_levels]

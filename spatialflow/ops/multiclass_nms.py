@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.checking import is_checking, require_finite, require_tensors
+from spatialflow.ops.fake import register_fake
 
 
 class Detections(NamedTuple):
@@ -77,7 +78,7 @@ def multiclass_nms(
     return Detections(*(result[0] for result in batched))
 
 
-@torch.library.register_fake("spatialflow::multiclass_nms")
+@register_fake("multiclass_nms")
 def _(boxes, scores, score_threshold, iou_threshold, max_detections):
     torch._check(
         boxes.dim() == 3 and boxes.shape[2] == 4,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
 from spatialflow.ops.roi_align import _boxes_of_list, _pair
 
@@ -33,7 +34,7 @@ def multilevel_roi_align(
             per image. Pixels of the image; any floating dtype, used in float32 (float64 for float64 features).
         output_size: bins per axis (PH, PW), or one number for both.
         strides: pixels per cell of each level, e.g. (8, 16, 32); nothing is inferred from the sizes of the maps.
-        sampling_ratio: samples per bin and axis; 0 or less: ceil(RoI size / bins), by axis and RoI.
+        sampling_ratio: samples per bin and axis, at most 65536; 0 or less: ceil(RoI size / bins), by axis and RoI.
         aligned: shifts boxes by half a cell (see `roi_align`).
         finest_scale: a RoI of side `finest_scale` pixels, and up to twice that, belongs to the first level.
 
@@ -69,13 +70,14 @@ def multilevel_roi_align(
     if isinstance(boxes, (list, tuple)):
         boxes = _boxes_of_list(boxes, features[0])
     require_tensors("multilevel_roi_align", boxes=boxes)
-    if is_checking():
+    pooled = _multilevel_roi_align(
+        [autocast(feature) for feature in features], boxes, height, width, [float(stride) for stride in strides],
+        sampling_ratio, bool(aligned), float(finest_scale),
+    )  # fmt: skip
+    if is_checking():  # values; the operator has checked the shapes
         require_finite("multilevel_roi_align", "boxes", boxes)
         require_batch_indices("multilevel_roi_align", "boxes", boxes[:, 0], features[0].shape[0])
-    return _multilevel_roi_align(
-        [autocast(feature) for feature in features], boxes, height, width, [float(stride) for stride in strides],
-        int(sampling_ratio), bool(aligned), float(finest_scale),
-    )  # fmt: skip
+    return pooled
 
 
 class MultilevelRoIAlign(nn.Module):
@@ -108,7 +110,7 @@ class MultilevelRoIAlign(nn.Module):
         )
 
 
-@torch.library.register_fake("spatialflow::multilevel_roi_align")
+@register_fake("multilevel_roi_align")
 def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale):
     first = features[0]
     torch._check(
@@ -122,7 +124,7 @@ def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, ali
     return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("spatialflow::_multilevel_roi_align_backward")
+@register_fake("_multilevel_roi_align_backward")
 def _(
     grad_output, boxes, pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale,
     batch, channels, heights, widths, channels_last, deterministic,

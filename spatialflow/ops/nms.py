@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.checking import is_checking, require_finite, require_tensors
+from spatialflow.ops.fake import register_fake
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -96,11 +97,11 @@ def _fake_rows(op: str, boxes: Tensor, scores: Tensor) -> Tensor:
     return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
 
 
-@torch.library.register_fake("spatialflow::nms")
+@register_fake("nms")
 def _(boxes, scores, iou_threshold):
     return _fake_rows("nms", boxes, scores)
 
 
-@torch.library.register_fake("spatialflow::batched_nms")
+@register_fake("batched_nms")
 def _(boxes, scores, idxs, iou_threshold):
     return _fake_rows("batched_nms", boxes, scores)

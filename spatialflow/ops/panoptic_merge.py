@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.checking import is_checking, present, require_finite, require_tensors
+from spatialflow.ops.fake import register_fake
 
 
 class PanopticMergeOutput(NamedTuple):
@@ -100,7 +101,7 @@ def panoptic_merge(
         list(ignored_stuff),
         float(score_threshold),
         float(overlap_threshold),
-        int(stuff_area_limit),
+        stuff_area_limit,
         float(box_threshold),
     )
     return PanopticMergeOutput(
@@ -108,7 +109,7 @@ def panoptic_merge(
     )
 
 
-@torch.library.register_fake("spatialflow::panoptic_merge")
+@register_fake("panoptic_merge")
 def _(
     masks, scores, labels, boxes, stuff, stuff_labels, ignored_stuff, score_threshold, overlap_threshold,
     stuff_area_limit, box_threshold,

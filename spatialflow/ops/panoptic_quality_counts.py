@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.checking import require_tensors
+from spatialflow.ops.fake import register_fake
 
 
 def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, pred_segments: int) -> Tensor:
@@ -44,7 +45,7 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
     return torch.ops.spatialflow.panoptic_quality_counts(gt_map, pred_map, gt_segments, pred_segments)
 
 
-@torch.library.register_fake("spatialflow::panoptic_quality_counts")
+@register_fake("panoptic_quality_counts")
 def _(gt_map, pred_map, gt_segments, pred_segments):
     torch._check(
         gt_map.dim() == 2, lambda: f"panoptic_quality_counts: gt_map must be (H, W), got {tuple(gt_map.shape)}"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.checking import height_and_width, is_checking, require_finite, require_tensors
+from spatialflow.ops.fake import register_fake
 
 
 def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -50,7 +51,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     return torch.ops.spatialflow.paste_masks(mask_logits.detach(), boxes.detach(), height, width, float(threshold))
 
 
-@torch.library.register_fake("spatialflow::paste_masks")
+@register_fake("paste_masks")
 def _(mask_logits, boxes, height, width, threshold):
     torch._check(
         mask_logits.dim() == 3, lambda: f"paste_masks: mask_logits must be (K, M, M), got {tuple(mask_logits.shape)}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.checking import height_and_width, require_tensors
+from spatialflow.ops.fake import register_fake
 
 
 def preprocess_images(
@@ -60,7 +61,7 @@ def preprocess_images(
     )
 
 
-@torch.library.register_fake("spatialflow::preprocess_images")
+@register_fake("preprocess_images")
 def _(images, heights, widths, mean, std, divisor, dtype):
     height, width = ((max(sides) + divisor - 1) // divisor * divisor for sides in (heights, widths))
     return torch.empty(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
 
 
@@ -29,7 +30,7 @@ def roi_align(
             per image. Pixels of the image; any floating dtype, used in float32 (float64 for float64 features).
         output_size: bins per axis (PH, PW), or one number for both.
         spatial_scale: feature cells per pixel of the boxes, e.g. 1 / 8 for a stride of 8.
-        sampling_ratio: samples per bin and axis; 0 or less: ceil(RoI size / bins), by axis and RoI.
+        sampling_ratio: samples per bin and axis, at most 65536; 0 or less: ceil(RoI size / bins), by axis and RoI.
         aligned: shifts boxes by half a cell, so that cell centres lie at half-integer coordinates (detectron2's rule).
             False: the original rule, which also widens RoIs to at least one cell.
 
@@ -58,10 +59,11 @@ def roi_align(
     if isinstance(boxes, (list, tuple)):
         boxes = _boxes_of_list(boxes, input)
     require_tensors("roi_align", input=input, boxes=boxes)
-    if is_checking():
+    pooled = _roi_align(autocast(input), boxes, height, width, float(spatial_scale), sampling_ratio, bool(aligned))
+    if is_checking():  # values; the operator has checked the shapes
         require_finite("roi_align", "boxes", boxes)
         require_batch_indices("roi_align", "boxes", boxes[:, 0], input.shape[0])
-    return _roi_align(autocast(input), boxes, height, width, float(spatial_scale), int(sampling_ratio), bool(aligned))
+    return pooled
 
 
 class RoIAlign(nn.Module):
@@ -109,11 +111,13 @@ def _boxes_of_list(boxes: list[Tensor], input: Tensor) -> Tensor:
             raise TypeError(f"boxes[{index}] must be a tensor, got {type(of_image).__name__}")
         if of_image.dim() != 2 or of_image.shape[1] != 4:
             raise ValueError(f"boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
+        if of_image.dtype in (torch.float16, torch.bfloat16):
+            of_image = of_image.float()  # bfloat16 has no 257, the index of an image
         rows.append(torch.cat((of_image.new_full((of_image.shape[0], 1), index), of_image), dim=1))
     return torch.cat(rows) if rows else input.new_zeros((0, 5))
 
 
-@torch.library.register_fake("spatialflow::roi_align")
+@register_fake("roi_align")
 def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned):
     torch._check(input.dim() == 4, lambda: f"roi_align: input must be (N, C, H, W), got {tuple(input.shape)}")
     torch._check(boxes.dim() == 2, lambda: f"roi_align: boxes must have shape (K, 5), got {tuple(boxes.shape)}")
@@ -122,7 +126,7 @@ def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, 
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("spatialflow::_roi_align_backward")
+@register_fake("_roi_align_backward")
 def _(
     grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned,
     batch, channels, height, width, channels_last, deterministic,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spatialflow.ops.checking import is_checking, require_finite, require_labels, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp
+from spatialflow.ops.fake import register_fake
 
 
 def sigmoid_focal_loss(
@@ -57,14 +58,11 @@ def sigmoid_focal_loss(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"sigmoid_focal_loss: reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     require_tensors("sigmoid_focal_loss", logits=logits, labels=labels)
-    if is_checking():
+    loss = (_elementwise if reduction == "none" else _sum)(logits, labels, float(gamma), float(alpha))
+    if is_checking():  # values; the operator has checked the shapes
         require_finite("sigmoid_focal_loss", "logits", logits)
         require_labels("sigmoid_focal_loss", "labels", labels, logits.shape[-1])
-    settings = (float(gamma), float(alpha))
-    if reduction == "none":
-        return _elementwise(logits, labels, *settings)
-    total = _sum(logits, labels, *settings)
-    return total / logits.numel() if reduction == "mean" else total
+    return loss / logits.numel() if reduction == "mean" else loss
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -74,19 +72,19 @@ def _check(logits: Tensor, labels: Tensor) -> None:
     )
 
 
-@torch.library.register_fake("spatialflow::sigmoid_focal_loss")
+@register_fake("sigmoid_focal_loss")
 def _(logits, labels, gamma, alpha):
     _check(logits, labels)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("spatialflow::_sigmoid_focal_loss_sum")
+@register_fake("_sigmoid_focal_loss_sum")
 def _(logits, labels, gamma, alpha):
     _check(logits, labels)
     return logits.new_empty((), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.register_fake("spatialflow::_sigmoid_focal_loss_derivative")
+@register_fake("_sigmoid_focal_loss_derivative")
 def _(factor, logits, labels, gamma, alpha, order):
     _check(logits, labels)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)

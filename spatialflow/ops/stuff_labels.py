@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.checking import height_and_width, is_checking, require_finite, require_tensors
+from spatialflow.ops.fake import register_fake
 
 
 def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
@@ -49,7 +50,7 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
     return torch.ops.spatialflow.stuff_labels(logits.detach(), *valid_size, *original_size)
 
 
-@torch.library.register_fake("spatialflow::stuff_labels")
+@register_fake("stuff_labels")
 def _(logits, valid_height, valid_width, height, width):
     torch._check(logits.dim() == 3, lambda: f"stuff_labels: logits must be (C, h, w), got {tuple(logits.shape)}")
     return logits.new_empty((height, width), dtype=torch.uint8 if logits.shape[0] <= 256 else torch.int64)

@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define SPATIALFLOW_MERGE_FUNCTION __host__ __device__ __forceinline__
-#else
-#define SPATIALFLOW_MERGE_FUNCTION inline
-#endif
+#include "common/host_device.h"
 
 namespace spatialflow {
 
@@ -28,30 +24,30 @@ enum MergeColumn : int {
 };
 
 // A NaN score fails the comparison and takes no part.
-SPATIALFLOW_MERGE_FUNCTION bool merge_score_enters(double score, double score_threshold) {
+SPATIALFLOW_HOST_DEVICE bool merge_score_enters(double score, double score_threshold) {
     return score >= score_threshold;
 }
 
-SPATIALFLOW_MERGE_FUNCTION bool merge_instance_is_kept(int64_t overlap, int64_t area, double overlap_threshold) {
+SPATIALFLOW_HOST_DEVICE bool merge_instance_is_kept(int64_t overlap, int64_t area, double overlap_threshold) {
     return area > 0 && !(double(overlap) / double(area) > overlap_threshold);
 }
 
-SPATIALFLOW_MERGE_FUNCTION bool merge_box_is_filled(int64_t still_void, int64_t area, double box_threshold) {
+SPATIALFLOW_HOST_DEVICE bool merge_box_is_filled(int64_t still_void, int64_t area, double box_threshold) {
     return still_void > 0 && double(still_void) / double(area) >= box_threshold;
 }
 
 // Pixels [x1, x2) x [y1, y2) of the image under a box; empty (all zero) if a coordinate is not finite.
 struct PixelBox {
     int64_t x1, y1, x2, y2;
-    SPATIALFLOW_MERGE_FUNCTION int64_t area() const { return x1 < x2 && y1 < y2 ? (x2 - x1) * (y2 - y1) : 0; }
+    SPATIALFLOW_HOST_DEVICE int64_t area() const { return x1 < x2 && y1 < y2 ? (x2 - x1) * (y2 - y1) : 0; }
 };
 
 // Truncates towards zero and clamps to [0, size]; clamping first keeps the conversion defined for any value.
-SPATIALFLOW_MERGE_FUNCTION int64_t merge_pixel_edge(double value, int64_t size) {
+SPATIALFLOW_HOST_DEVICE int64_t merge_pixel_edge(double value, int64_t size) {
     return value <= 0.0 ? 0 : value >= double(size) ? size : static_cast<int64_t>(value);
 }
 
-SPATIALFLOW_MERGE_FUNCTION PixelBox merge_pixel_box(const double* box, int64_t height, int64_t width) {
+SPATIALFLOW_HOST_DEVICE PixelBox merge_pixel_box(const double* box, int64_t height, int64_t width) {
     for (int i = 0; i < 4; ++i) {
         if (!(box[i] - box[i] == 0.0)) {
             return {0, 0, 0, 0};

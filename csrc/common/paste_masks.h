@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define SPATIALFLOW_PASTE_FUNCTION __host__ __device__ __forceinline__
-#else
-#define SPATIALFLOW_PASTE_FUNCTION inline
-#endif
+#include "common/host_device.h"
 
 namespace spatialflow {
 
@@ -21,12 +17,12 @@ struct PasteAxis {
     int64_t cells;
 
     // Mask coordinate of pixel `pixel`: cell i is at i. Cells -1 and `cells` are the zeros around the mask.
-    SPATIALFLOW_PASTE_FUNCTION double position(int64_t pixel) const {
+    SPATIALFLOW_HOST_DEVICE double position(int64_t pixel) const {
         return (double(pixel) + 0.5 - low) * scale - 0.5;
     }
 };
 
-SPATIALFLOW_PASTE_FUNCTION PasteAxis paste_axis(double low, double high, int64_t cells) {
+SPATIALFLOW_HOST_DEVICE PasteAxis paste_axis(double low, double high, int64_t cells) {
     const double extent = high - low;
     return {low, extent > 0.0 && extent - extent == 0.0 ? double(cells) / extent : 0.0, cells};
 }
@@ -36,11 +32,11 @@ struct PixelRange {
     int64_t begin, end;
 };
 
-SPATIALFLOW_PASTE_FUNCTION int64_t paste_pixel_at(double coordinate, int64_t size) {
+SPATIALFLOW_HOST_DEVICE int64_t paste_pixel_at(double coordinate, int64_t size) {
     return !(coordinate > 0.0) ? 0 : coordinate >= double(size) ? size : static_cast<int64_t>(coordinate);
 }
 
-SPATIALFLOW_PASTE_FUNCTION PixelRange paste_range(const PasteAxis& axis, int64_t size) {
+SPATIALFLOW_HOST_DEVICE PixelRange paste_range(const PasteAxis& axis, int64_t size) {
     if (!(axis.scale > 0.0)) {
         return {0, 0};
     }
@@ -59,7 +55,7 @@ SPATIALFLOW_PASTE_FUNCTION PixelRange paste_range(const PasteAxis& axis, int64_t
 // Whether the value `weight` of the way from `low` to `high` reaches the threshold. Decided without arithmetic where
 // both ends agree, so that rounding cannot take a pixel out of a region that is inside altogether. NaN is outside.
 template <typename real_t>
-SPATIALFLOW_PASTE_FUNCTION bool paste_is_inside(real_t low, real_t high, real_t weight, real_t threshold) {
+SPATIALFLOW_HOST_DEVICE bool paste_is_inside(real_t low, real_t high, real_t weight, real_t threshold) {
     const bool low_inside = low >= threshold, high_inside = high >= threshold;
     return low_inside == high_inside ? low_inside : low + weight * (high - low) >= threshold;
 }

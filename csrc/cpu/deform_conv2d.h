@@ -15,11 +15,6 @@
 
 namespace spatialflow {
 
-// Channels adjacent in memory, other strides free.
-inline Tensor with_adjacent_channels(const Tensor& tensor) {
-    return tensor.stride(1) == 1 ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
-}
-
 template <typename value_t>
 struct View4 {
     const value_t* data = nullptr;
@@ -100,7 +95,7 @@ public:
         : shape_(shape),
           options_(options),
           zeros_(static_cast<size_t>(shape.channels) + kLanes<real_t>),
-          feature_(with_adjacent_channels(input)),
+          feature_(channels_adjacent(input)),
           offset_tensor_(as_dtype(offset, accum_dtype(input.scalar_type()))),
           input_(feature_),
           offset_(offset_tensor_) {

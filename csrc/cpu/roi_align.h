@@ -254,11 +254,6 @@ void roi_align_scatter(
     });
 }
 
-// `tensor` with its channels adjacent in memory.
-inline Tensor channels_adjacent(const Tensor& tensor) {
-    return tensor.stride(1) == 1 ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
-}
-
 template <typename element_t>
 inline FeatureLevel<element_t> feature_level(const Tensor& tensor, element_t* data, double scale) {
     return {data, tensor.size(2), tensor.size(3), tensor.stride(0), tensor.stride(2), tensor.stride(3), scale};

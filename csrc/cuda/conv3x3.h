@@ -40,7 +40,7 @@ void convolve3x3(const char* op, const std::vector<Convolution>& convolutions, S
 inline std::vector<Tensor> channels_adjacent(const std::vector<Tensor>& levels) {
     std::vector<Tensor> adjacent;
     for (const Tensor& level : levels) {
-        adjacent.push_back(level.stride(1) == 1 ? level : to_contiguous(level, MemoryFormat::ChannelsLast));
+        adjacent.push_back(channels_adjacent(level));
     }
     return adjacent;
 }

@@ -449,7 +449,7 @@ Tensor roi_align_forward(
     }
     std::vector<Tensor> sources;
     for (const Tensor& feature : features) {
-        sources.push_back(feature.stride(1) == 1 ? feature : to_contiguous(feature, MemoryFormat::ChannelsLast));
+        sources.push_back(channels_adjacent(feature));
     }
     const Tensor rois = contiguous_as(boxes, accum_dtype(first.scalar_type()));
     const RoiOptions options =

@@ -117,6 +117,11 @@ inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFo
     return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
 }
 
+// An (N, C, H, W) tensor with its channels adjacent in memory, other strides free.
+inline Tensor channels_adjacent(const Tensor& tensor) {
+    return tensor.stride(1) == 1 ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
+}
+
 inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
     return tensor.scalar_type() == dtype
         ? tensor

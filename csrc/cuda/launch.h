@@ -44,6 +44,12 @@ inline scalar_t* mutable_data(const Tensor& tensor) {
     return static_cast<scalar_t*>(tensor.mutable_data_ptr());
 }
 
+// `count` elements of a contiguous tensor from element `begin` on: a part that the interpreter watches like a tensor.
+template <typename scalar_t>
+inline scalar_t* mutable_data(const Tensor& tensor, int64_t begin, int64_t /*count*/) {
+    return mutable_data<scalar_t>(tensor) + begin;
+}
+
 #else
 
 class DeviceScope {
@@ -72,6 +78,13 @@ inline Global<const scalar_t> data(const Tensor& tensor) {
 template <typename scalar_t>
 inline Global<scalar_t> mutable_data(const Tensor& tensor) {
     return Global<scalar_t>(static_cast<scalar_t*>(tensor.mutable_data_ptr()), extent(tensor));
+}
+
+template <typename scalar_t>
+inline Global<scalar_t> mutable_data(const Tensor& tensor, int64_t begin, int64_t count) {
+    check(begin >= 0 && count >= 0 && begin + count <= extent(tensor), "elements ", begin, " to ", begin + count,
+          " of a tensor of ", extent(tensor));
+    return Global<scalar_t>(static_cast<scalar_t*>(tensor.mutable_data_ptr()) + begin, count);
 }
 
 #endif

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Panoptic merge on CUDA: instances, a stuff label map and boxes to one id map and a table of segments, without a word to
-// the host. The decisions are those of common/panoptic_merge.h, in an order that is sequential by nature: who is kept
-// depends on all that were kept before. Two kernels of one block take them; all else is spread over the device.
+// Panoptic merge on CUDA: instances, a stuff label map and boxes to one id map and a table of segments, without a word
+// to the host. The decisions are those of common/panoptic_merge.h, in an order that is sequential by nature: who is
+// kept depends on all that were kept before. Two kernels of one block take them; all else is spread over the device.
 //
 //   order    rank of every instance by score; those below the threshold stay out
 //   pack     masks to one bit per pixel, in score order, with their areas and the words they span
@@ -14,7 +14,9 @@
 //   measure  area and extent of every segment in the id map
 //   table    the rows of the result
 //
-// Rows of pixels are whole words of 32. Counts are integers, so neither the order of atomics nor of blocks shows.
+// Rows of pixels are whole words of 32. Counts are integers, so neither the order of atomics nor of blocks shows. All
+// scratch is one tensor, and what starts with a value starts with zero: one allocation, one fill. Extents are therefore
+// kept as maxima, a lower end by its distance from the far side.
 //
 // Floor (H100, 3.0 TB/s), 100 masks of 800 x 1333: 107 MB of masks read: 36 us; stuff map and id map 8 MB: 3 us. The
 // greedy block reads the bits of each instance's own rows twice, about 20 KB: about 1 us an instance.
@@ -35,21 +37,23 @@ constexpr int kIgnoredPerLaunch = 32;
 struct MergeScratch {
     int64_t instances, height, width, words;  // words per row
     int64_t stuff_labels;
+    // Zero on entry.
+    Global<int> entered;       // (1), how many take part
+    Global<int> segments;      // (1), ids given
+    Global<int> area;          // (K), pixels of the mask
+    Global<int> words_from;    // (K), words from the first that is not zero to the end of the image
+    Global<int> end_word;      // (K), one beyond the last word that is not zero
+    Global<int> id_of;         // (K), 0: dropped
+    Global<int> stuff_area;    // (S)
+    Global<int> stuff_id;      // (S), 0: none
+    Global<int> ignored;       // (S)
+    Global<int> measured;      // (5, K + S), by id - 1: area, W - x1, H - y1, x2, y2, ends not included
+    Global<unsigned> used;     // (H * words)
+    // Written before it is read.
     Global<int> order;           // (K), instance of rank c
-    Global<int> entered;         // (1), how many take part
-    Global<unsigned> bits;       // (K, H * words); after greedy: the pixels that became the instance's own
-    Global<int> area;            // (K), pixels of the mask
-    Global<int> first_word;      // (K), words [first, last] are not all zero
-    Global<int> last_word;       // (K)
-    Global<int> id_of;           // (K), 0: dropped
-    Global<unsigned> used;       // (H * words)
-    Global<unsigned> open;       // (H * words), void pixels
-    Global<int> stuff_area;      // (S)
-    Global<int> stuff_id;        // (S), 0: none
-    Global<int> ignored;         // (S)
-    Global<int> segments;        // (1), ids given
     Global<int> segment_source;  // (K + S), by id - 1: rank of an instance, or K + stuff label
-    Global<int> measured;        // (5, K + S), by id - 1: area, x1, y1, x2, y2, ends included
+    Global<unsigned> open;       // (H * words), void pixels
+    Global<unsigned> bits;       // (K, H * words); after greedy: the pixels that became the instance's own
 };
 
 struct MergeOptions {
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) merge_pack_kernel(
     }
     const int64_t image_words = scratch.height * scratch.words;
     const int64_t mask = scratch.order[c] * scratch.height * scratch.width;
-    int area = 0, first = 0x7fffffff, last = -1;
+    int area = 0, from = 0, end = 0;
     for (int64_t word = blockIdx.x * (kThreads / kWarpSize) + static_cast<int>(threadIdx.x) / kWarpSize;
          word < image_words; word += static_cast<int64_t>(gridDim.x) * (kThreads / kWarpSize)) {
         const int64_t y = word / scratch.words, x = word % scratch.words * kWarpSize + lane;
@@ -115,14 +119,14 @@ __global__ void __launch_bounds__(kThreads) merge_pack_kernel(
         }
         if (bits != 0) {
             area += __popc(bits);
-            first = first < word ? first : static_cast<int>(word);
-            last = static_cast<int>(word);
+            from = from != 0 ? from : static_cast<int>(image_words - word);
+            end = static_cast<int>(word) + 1;
         }
     }
     if (lane == 0 && area != 0) {
         atomicAdd(scratch.area + c, area);
-        atomicMin(scratch.first_word + c, first);
-        atomicMax(scratch.last_word + c, last);
+        atomicMax(scratch.words_from + c, from);
+        atomicMax(scratch.end_word + c, end);
     }
 }
 
@@ -143,8 +147,9 @@ __device__ __forceinline__ int block_sum(int value, Shared<int> sums) {
     return total;
 }
 
-// Keeps or drops the instances in order. Of a kept one only the bits no earlier one has stay.
-__global__ void __launch_bounds__(kGreedyThreads) merge_greedy_kernel(
+// Keeps or drops the instances in order. Of a kept one only the bits no earlier one has stay. One block in all: to
+// leave registers for a second one on its multiprocessor, the compiler would spill.
+__global__ void __launch_bounds__(kGreedyThreads, 1) merge_greedy_kernel(
     const MergeScratch scratch, const MergeOptions options) {
     SPATIALFLOW_SHARED(int, sums, kGreedyWarps);
     const int thread = static_cast<int>(threadIdx.x);
@@ -154,9 +159,9 @@ __global__ void __launch_bounds__(kGreedyThreads) merge_greedy_kernel(
     for (int c = 0; c < entered; ++c) {
         Global<unsigned> mask = scratch.bits + c * image_words;
         const int area = scratch.area[c];
-        const int64_t first = scratch.first_word[c], last = scratch.last_word[c];  // first > last: no pixels
+        const int64_t first = image_words - scratch.words_from[c], end = scratch.end_word[c];  // 0 without pixels
         int overlap = 0;
-        for (int64_t word = first + thread; word <= last; word += kGreedyThreads) {
+        for (int64_t word = first + thread; word < end; word += kGreedyThreads) {
             overlap += __popc(mask[word] & scratch.used[word]);
         }
         overlap = block_sum(overlap, sums);
@@ -164,7 +169,7 @@ __global__ void __launch_bounds__(kGreedyThreads) merge_greedy_kernel(
         if (!merge_instance_is_kept(overlap, area, options.overlap_threshold) || overlap == area) {
             continue;
         }
-        for (int64_t word = first + thread; word <= last; word += kGreedyThreads) {
+        for (int64_t word = first + thread; word < end; word += kGreedyThreads) {
             const unsigned before = scratch.used[word], own = mask[word];
             mask[word] = own & ~before;
             scratch.used[word] = before | own;
@@ -301,8 +306,8 @@ __global__ void __launch_bounds__(kGreedyThreads) merge_fill_kernel(
         int still_void = 0;
         for (int64_t i = thread; i < total; i += kGreedyThreads) {
             const int64_t word = first + i % count;
-            still_void +=
-                __popc(scratch.open[(box.y1 + i / count) * scratch.words + word] & columns_in_word(word, box.x1, box.x2));
+            const unsigned open = scratch.open[(box.y1 + i / count) * scratch.words + word];
+            still_void += __popc(open & columns_in_word(word, box.x1, box.x2));
         }
         still_void = block_sum(still_void, sums);
         if (!merge_box_is_filled(still_void, box.area(), options.box_threshold)) {
@@ -344,24 +349,24 @@ __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
         return;
     }
     const int64_t rows = scratch.instances + scratch.stuff_labels;
-    int id = 0, area = 0, x1 = 0, x2 = 0;
+    int id = 0, area = 0, from_x = 0, end_x = 0;
     for (int64_t x = lane; x < scratch.width + kWarpSize; x += kWarpSize) {
         const int next = x < scratch.width ? id_map[y * scratch.width + x] : 0;
         if (next != id) {
             if (id != 0) {
                 Global<int> entry = scratch.measured + (id - 1);
                 atomicAdd(entry + 0, area);
-                atomicMin(entry + rows, x1);
-                atomicMin(entry + 2 * rows, static_cast<int>(y));
-                atomicMax(entry + 3 * rows, x2);
-                atomicMax(entry + 4 * rows, static_cast<int>(y));
+                atomicMax(entry + rows, from_x);
+                atomicMax(entry + 2 * rows, static_cast<int>(scratch.height - y));
+                atomicMax(entry + 3 * rows, end_x);
+                atomicMax(entry + 4 * rows, static_cast<int>(y + 1));
             }
             id = next;
             area = 0;
-            x1 = static_cast<int>(x);
+            from_x = static_cast<int>(scratch.width - x);
         }
         ++area;
-        x2 = static_cast<int>(x);
+        end_x = static_cast<int>(x) + 1;
     }
 }
 
@@ -387,15 +392,16 @@ __global__ void __launch_bounds__(kThreads) merge_table_kernel(
         const int64_t source = scratch.segment_source[row];
         const bool is_thing = source < scratch.instances;
         const int64_t instance = is_thing ? scratch.order[source] : -1;
-        const int x1 = scratch.measured[rows + row], y1 = scratch.measured[2 * rows + row];
+        const int64_t x1 = scratch.width - scratch.measured[rows + row];
+        const int64_t y1 = scratch.height - scratch.measured[2 * rows + row];
         values[kMergeLabel] = is_thing ? labels[instance] : source - scratch.instances;
         values[kMergeIsThing] = is_thing;
         values[kMergeInstance] = instance;
         values[kMergeArea] = scratch.measured[row];
         values[kMergeX] = x1;
         values[kMergeY] = y1;
-        values[kMergeWidth] = scratch.measured[3 * rows + row] - x1 + 1;
-        values[kMergeHeight] = scratch.measured[4 * rows + row] - y1 + 1;
+        values[kMergeWidth] = scratch.measured[3 * rows + row] - x1;
+        values[kMergeHeight] = scratch.measured[4 * rows + row] - y1;
         score = is_thing ? static_cast<float>(scores[instance]) : 0.0f;
     }
 #pragma unroll
@@ -407,11 +413,22 @@ __global__ void __launch_bounds__(kThreads) merge_table_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Integer scratch, filled with one value.
-Tensor scratch_ints(const Tensor& like, int64_t count, double value) {
-    Tensor tensor = empty_like_sized(like, {count}, ScalarType::Int);
-    return torch::stable::fill_(tensor, value);
-}
+// Parts of one tensor of 32-bit integers, in the order they are added in; each begins a cache line.
+struct WorkspaceLayout {
+    static constexpr int64_t kAlignment = 32;  // elements
+
+    struct Part {
+        int64_t begin, count;
+    };
+
+    int64_t size = 0;
+
+    Part add(int64_t count) {
+        const Part part{size, count};
+        size += ceil_div(count, kAlignment) * kAlignment;
+        return part;
+    }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
@@ -435,25 +452,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor label_values = contiguous_as(labels, ScalarType::Long);
     const std::optional<Tensor> box_values =
         boxes ? std::optional<Tensor>(contiguous_as(*boxes, ScalarType::Double)) : std::nullopt;
-    const Tensor order = scratch_ints(masks, count, 0), entered = scratch_ints(masks, 1, 0);
-    const Tensor bits = empty_like_sized(masks, {count * image_words}, ScalarType::Int);
-    const Tensor area = scratch_ints(masks, count, 0), first_word = scratch_ints(masks, count, 0x7fffffff);
-    const Tensor last_word = scratch_ints(masks, count, -1), id_of = scratch_ints(masks, count, 0);
-    const Tensor used = scratch_ints(masks, image_words, 0), open = scratch_ints(masks, image_words, 0);
-    const Tensor stuff_area = scratch_ints(masks, stuff_labels, 0), stuff_id = scratch_ints(masks, stuff_labels, 0);
-    const Tensor ignored = scratch_ints(masks, stuff_labels, 0), segments = scratch_ints(masks, 1, 0);
-    const Tensor segment_source = scratch_ints(masks, rows, 0);
-    Tensor measured = scratch_ints(masks, 5 * rows, 0);
-    Tensor lowest = torch::stable::narrow(measured, 0, rows, 2 * rows);
-    torch::stable::fill_(lowest, 0x7fffffff);
 
+    WorkspaceLayout layout;
+    const auto entered = layout.add(1), segments = layout.add(1), area = layout.add(count);
+    const auto words_from = layout.add(count), end_word = layout.add(count), id_of = layout.add(count);
+    const auto stuff_area = layout.add(stuff_labels), stuff_id = layout.add(stuff_labels);
+    const auto ignored = layout.add(stuff_labels), measured = layout.add(5 * rows), used = layout.add(image_words);
+    const int64_t zeros = layout.size;
+    const auto order = layout.add(count), segment_source = layout.add(rows), open = layout.add(image_words);
+    const auto bits = layout.add(count * image_words);
+    Tensor workspace = empty_like_sized(masks, {layout.size}, ScalarType::Int);
+    Tensor zeroed = torch::stable::narrow(workspace, 0, 0, zeros);
+    torch::stable::zero_(zeroed);
+    const auto ints = [&](const WorkspaceLayout::Part& part) {
+        return mutable_data<int>(workspace, part.begin, part.count);
+    };
+    const auto words_of = [&](const WorkspaceLayout::Part& part) {
+        return mutable_data<unsigned>(workspace, part.begin, part.count);
+    };
     const MergeScratch scratch{
-        count, height, width, words, stuff_labels, mutable_data<int>(order), mutable_data<int>(entered),
-        mutable_data<unsigned>(bits), mutable_data<int>(area), mutable_data<int>(first_word),
-        mutable_data<int>(last_word), mutable_data<int>(id_of), mutable_data<unsigned>(used),
-        mutable_data<unsigned>(open), mutable_data<int>(stuff_area), mutable_data<int>(stuff_id),
-        mutable_data<int>(ignored), mutable_data<int>(segments), mutable_data<int>(segment_source),
-        mutable_data<int>(measured)};
+        count, height, width, words, stuff_labels, ints(entered), ints(segments), ints(area), ints(words_from),
+        ints(end_word), ints(id_of), ints(stuff_area), ints(stuff_id), ints(ignored), ints(measured), words_of(used),
+        ints(order), ints(segment_source), words_of(open), words_of(bits)};
     const MergeOptions options{score_threshold, overlap_threshold, box_threshold, stuff_area_limit};
     const Stream stream = device.stream();
     const dim3 threads(kThreads);
@@ -462,7 +482,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     };
     if (id_map.numel() != 0) {
         constexpr int64_t kWarps = kThreads / kWarpSize;
-        launch<merge_order_kernel>(blocks(count, kThreads), threads, 0, stream, data<double>(score_values), scratch, options);
+        launch<merge_order_kernel>(
+            blocks(count, kThreads), threads, 0, stream, data<double>(score_values), scratch, options);
         for (size_t first = 0; first < ignored_stuff.size(); first += kIgnoredPerLaunch) {
             IgnoredLabels some{};
             for (; some.count < kIgnoredPerLaunch && first + some.count < ignored_stuff.size(); ++some.count) {
@@ -480,7 +501,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
                 blocks(image_words, 16 * kWarps), threads, 0, stream, data<label_t>(values), scratch);
             launch<merge_label_kernel>(dim3(1), dim3(kWarpSize), 0, stream, scratch, options);
             launch<merge_paint_kernel<label_t>>(
-                blocks(image_words, kWarps), threads, 0, stream, data<label_t>(values), mutable_data<int>(id_map), scratch);
+                blocks(image_words, kWarps), threads, 0, stream, data<label_t>(values), mutable_data<int>(id_map),
+                scratch);
         };
         switch (stuff.scalar_type()) {
             case ScalarType::Byte: run_stuff(uint8_t{}, to_contiguous(stuff)); break;

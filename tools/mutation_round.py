@@ -55,8 +55,8 @@ MUTATIONS = (
     Mutation(
         "< made <=",
         "paste_masks.cu",
-        "position < static_cast<double>",
-        "position <= static_cast<double>",
+        "y < rows_end",
+        "y <= rows_end",
         "paste_masks",
     ),
     Mutation(

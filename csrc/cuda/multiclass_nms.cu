@@ -144,7 +144,7 @@ __device__ __forceinline__ bool select_chunk(
                 }
                 digit = high & ((1u << bits) - 1u);
             }
-            atomicAdd(histogram + digit, 1u);
+            atomicAdd(histogram + digit, 1u);  // one ATOMS.POPC.INC counts the lanes that meet in a bin
         }
         __syncthreads();
         const unsigned first = histogram[2 * thread], second = histogram[2 * thread + 1];

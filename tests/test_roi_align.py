@@ -157,6 +157,14 @@ class TestShapes:
         assert not ops.roi_align(torch.randn(0, 3, 8, 8), torch.zeros(4, 5), 2).any()
         assert not ops.roi_align(torch.randn(2, 3, 0, 8), torch.zeros(4, 5), 2).any()
 
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("channels", [129, 260])
+    def test_channels_in_several_passes(self, layout, channels):
+        """More channels than a warp of the CUDA kernels holds at a time, one and two of them to an access."""
+        feature = torch.randn(2, channels, 9, 11, dtype=torch.float64).contiguous(memory_format=layout)
+        boxes = random_boxes(5, 2, 10.0)
+        torch.testing.assert_close(ops.roi_align(feature, boxes, 3), reference.roi_align(feature, boxes, 3))
+
     def test_box_list_and_module(self):
         feature = torch.randn(2, 3, 8, 8)
         boxes = [torch.tensor([[1.0, 1, 5, 5], [0, 0, 3, 4]]), torch.tensor([[2.0, 2, 7, 6]])]

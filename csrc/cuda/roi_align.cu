@@ -11,14 +11,15 @@
 //
 // Layouts: features (N, H, W, C) by strides, channels adjacent (others are copied into it first: two passes over the
 // features, less than uncoalesced reads cost); output and its gradient (K, PH, PW, C); output also (K, C, PH, PW).
-// Forward: a warp per bin, 16 bytes per lane and access along channels (256 channels of bfloat16 are one access).
+// Forward: a warp per bin, 16 bytes per lane and access along channels (256 channels of bfloat16 are one access). Into
+// (K, C, PH, PW) the 8 bins of a block go through shared memory, so that 8 lanes store the adjacent bins of a channel.
 // Backward, two ways:
 //   scatter   a warp per bin adds to its cells in float32, 16 bytes a reduction; the order of sums is not fixed
 //   gather    a warp per cell adds up the bins that read it, RoIs in ascending order: deterministic, no float32 buffer
 //             and no atomics, but a cell under many RoIs is one warp's work. Always taken in float64.
 //
-// Floor (H100, 3.0 TB/s), bfloat16, 1000 RoIs x 256 x 7 x 7 from 256 x 100 x 168: output 25 MB + features read once 9 MB:
-// 11 us. Backward: gradient 25 MB + features' gradient 9 MB: 11 us (gather); the scatter moves 9 cells x 4 bytes for
+// Floor (H100, 3.0 TB/s), bfloat16, 1000 RoIs x 256 x 7 x 7 from 256 x 100 x 168: output 25 MB + features read once 9
+// MB: 11 us. Backward: gradient 25 MB + features' gradient 9 MB: 11 us (gather); the scatter moves 9 cells x 4 bytes for
 // every bin and channel, 450 MB of reductions in L2.
 #include "cuda/roi_align.h"
 
@@ -50,10 +51,10 @@ struct RoiPyramid {
 
 struct RoiOptions {
     int num_levels, num_rois, batch, channels, pooled_height, pooled_width;
-    int64_t output_stride_c, output_stride_bin;
     int64_t sampling_ratio;
     double finest_scale;
     bool aligned;
+    bool planar;  // output (K, C, PH, PW)
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
@@ -84,32 +85,39 @@ __device__ __forceinline__ RoiGeometry<real_t> roi_geometry(
     return roi;
 }
 
+// Channels from one bin to the next in shared memory: as many as a pass takes, and an access more, so that the bins of
+// a channel lie in different banks.
+template <int kWidth, int kVectors>
+constexpr int kTileStride = kVectors * kWarpSize * kWidth + kWidth;
+
 template <typename scalar_t, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kThreads, 2) roi_align_kernel(
     const __grid_constant__ RoiPyramid<const scalar_t> pyramid,
     Global<const accum_t<scalar_t>> boxes,  // (K, 5)
-    Global<scalar_t> output,                // (K, bins, C) by strides
+    Global<scalar_t> output,                // (K, bins, C), planar (K, C, bins)
     const RoiOptions options, const int blocks_per_roi) {
     using real_t = accum_t<scalar_t>;
-    const int lane = threadIdx.x % kWarpSize;
+    constexpr int kStride = kTileStride<kWidth, kVectors>;
+    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, tile);  // (kWarps, kStride), planar only
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int bins = options.pooled_height * options.pooled_width;
     const int roi_index = static_cast<int>(blockIdx.x) / blocks_per_roi;
-    const int bin = static_cast<int>(blockIdx.x) % blocks_per_roi * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
-    if (bin >= bins) {
+    const int first_bin = static_cast<int>(blockIdx.x) % blocks_per_roi * kWarps, bin = first_bin + warp;
+    if (bin >= bins && !options.planar) {  // planar, the whole block stores
         return;
     }
     const int ph = bin / options.pooled_width, pw = bin % options.pooled_width;
     const RoiGeometry<real_t> roi = roi_geometry(boxes + static_cast<int64_t>(roi_index) * 5, pyramid, options);
     const RoiLevel<const scalar_t>& level = pyramid.levels[roi.level];
     const int64_t height = level.height, width = level.width, stride_h = level.stride_h, stride_w = level.stride_w;
-    const CellRange rows = roi.valid ? bin_cells(roi.y, ph, height) : CellRange{0, 0};
-    const CellRange columns = roi.valid ? bin_cells(roi.x, pw, width) : CellRange{0, 0};
+    const bool reads = roi.valid && bin < bins;
+    const CellRange rows = reads ? bin_cells(roi.y, ph, height) : CellRange{0, 0};
+    const CellRange columns = reads ? bin_cells(roi.x, pw, width) : CellRange{0, 0};
     // Sides of maps are ints: 32 bits hold a cell and the step beyond it, and take half the registers.
     const unsigned first_row = static_cast<unsigned>(rows.begin), end_row = static_cast<unsigned>(rows.end);
     const unsigned first_column = static_cast<unsigned>(columns.begin), end_column = static_cast<unsigned>(columns.end);
     Global<const scalar_t> feature = level.data + roi.image * level.stride_n;
-    Global<scalar_t> target = output + (static_cast<int64_t>(roi_index) * bins * options.channels +
-                                        bin * options.output_stride_bin);
+    Global<scalar_t> target = output + static_cast<int64_t>(roi_index) * bins * options.channels;
 
     constexpr int kLaneStep = kWarpSize * kWidth;
     for (int first = lane * kWidth; first - lane * kWidth < options.channels; first += kVectors * kLaneStep) {
@@ -154,15 +162,23 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_kernel(
                 for (int i = 0; i < kWidth; ++i) {
                     store(values[i], sum[v][i]);
                 }
-                if (options.output_stride_c == 1) {
-                    store_vector(target + c, values);
+                if (options.planar) {
+                    store_vector(tile + (warp * kStride + lane * kWidth + v * kLaneStep), values);
                 } else {
-#pragma unroll
-                    for (int i = 0; i < kWidth; ++i) {
-                        target[(c + i) * options.output_stride_c] = values[i];
-                    }
+                    store_vector(target + (static_cast<int64_t>(bin) * options.channels + c), values);
                 }
             }
+        }
+        if (options.planar) {  // lanes along bins, then channels
+            __syncthreads();
+            const int first_channel = first - lane * kWidth, rest = options.channels - first_channel;
+            const int channels = rest < kVectors * kLaneStep ? rest : kVectors * kLaneStep;
+            const int tile_row = threadIdx.x % kWarps, stored_bin = first_bin + tile_row;
+            for (int c = threadIdx.x / kWarps; c < channels && stored_bin < bins; c += kThreads / kWarps) {
+                const scalar_t value = tile[tile_row * kStride + c];
+                target[static_cast<int64_t>(first_channel + c) * bins + stored_bin] = value;
+            }
+            __syncthreads();  // the tile is read before the next channels overwrite it
         }
     }
 }
@@ -270,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
             if (candidate < options.num_rois) {
                 const RoiGeometry<real_t> roi =
                     roi_geometry(boxes + static_cast<int64_t>(candidate) * 5, gradients, options);
-                hit = roi.valid && roi.level == level_index && roi.image == image && axis_touches(roi.y, options.pooled_height, y, y + 1) &&
+                hit = roi.valid && roi.level == level_index && roi.image == image &&
+                      axis_touches(roi.y, options.pooled_height, y, y + 1) &&
                       axis_touches(roi.x, options.pooled_width, tile_x, tile_x + kWarps);
             }
             const unsigned hits = __ballot_sync(kAllLanes, hit);
@@ -352,8 +369,8 @@ RoiOptions options_of(
     as_int(op, "the number of bins", bins);
     return {static_cast<int>(settings.scales.size()), as_int(op, "the number of boxes", boxes.size(0)),
             as_int(op, "the batch", batch), as_int(op, "the number of channels", channels),
-            static_cast<int>(settings.pooled_height), static_cast<int>(settings.pooled_width), planar ? bins : 1,
-            planar ? 1 : channels, settings.sampling_ratio, settings.finest_scale, settings.aligned};
+            static_cast<int>(settings.pooled_height), static_cast<int>(settings.pooled_width), settings.sampling_ratio,
+            settings.finest_scale, settings.aligned, planar};
 }
 
 template <typename element_t>
@@ -385,9 +402,11 @@ void launch_forward(
     int blocks_per_roi = 0;
     const dim3 grid(bins_grid(op, options, blocks_per_roi));
     const auto run = [&](auto vectors) {
-        launch<roi_align_kernel<scalar_t, kWidth, decltype(vectors)::value>>(
-            grid, dim3(kThreads), 0, stream, pyramid, data<accum_t<scalar_t>>(rois), mutable_data<scalar_t>(output),
-            options, blocks_per_roi);
+        constexpr int kVectors = decltype(vectors)::value;
+        const size_t tile_bytes = options.planar ? kWarps * kTileStride<kWidth, kVectors> * sizeof(scalar_t) : 0;
+        launch<roi_align_kernel<scalar_t, kWidth, kVectors>>(
+            grid, dim3(kThreads), tile_bytes, stream, pyramid, data<accum_t<scalar_t>>(rois),
+            mutable_data<scalar_t>(output), options, blocks_per_roi);
     };
     const int64_t accesses = ceil_div(options.channels, kWarpSize * kWidth);
     if (accesses == 1) {
@@ -501,7 +520,8 @@ std::vector<Tensor> roi_align_backward(
                 if (gather) {
                     launch_gather<scalar_t, kOwnWidth>(op, source, rois, gradients, settings, options, device.stream());
                 } else if constexpr (!std::is_same_v<scalar_t, double>) {
-                    launch_scatter<scalar_t, kOwnWidth>(op, source, rois, gradients, settings, options, device.stream());
+                    launch_scatter<scalar_t, kOwnWidth>(
+                        op, source, rois, gradients, settings, options, device.stream());
                 }
             };
             if (wide) {

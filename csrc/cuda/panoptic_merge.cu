@@ -450,8 +450,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
 
     const Tensor mask_values = to_contiguous(masks), score_values = contiguous_as(scores, ScalarType::Double);
     const Tensor label_values = contiguous_as(labels, ScalarType::Long);
-    const std::optional<Tensor> box_values =
-        boxes ? std::optional<Tensor>(contiguous_as(*boxes, ScalarType::Double)) : std::nullopt;
 
     WorkspaceLayout layout;
     const auto entered = layout.add(1), segments = layout.add(1), area = layout.add(count);
@@ -509,9 +507,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
             case ScalarType::Int: run_stuff(int32_t{}, to_contiguous(stuff)); break;
             default: run_stuff(int64_t{}, contiguous_as(stuff, ScalarType::Long));
         }
-        if (box_values && count != 0) {
+        if (boxes && count != 0) {
+            const Tensor box_values = contiguous_as(*boxes, ScalarType::Double);
             launch<merge_fill_kernel>(
-                dim3(1), dim3(kGreedyThreads), 0, stream, data<double>(*box_values), mutable_data<int>(id_map), scratch,
+                dim3(1), dim3(kGreedyThreads), 0, stream, data<double>(box_values), mutable_data<int>(id_map), scratch,
                 options);
         }
         launch<merge_measure_kernel>(blocks(height, kWarps), threads, 0, stream, data<int>(id_map), scratch);

@@ -18,9 +18,9 @@
 //   gather    a warp per cell adds up the bins that read it, RoIs in ascending order: deterministic, no float32 buffer
 //             and no atomics, but a cell under many RoIs is one warp's work. Always taken in float64.
 //
-// Floor (H100, 3.0 TB/s), bfloat16, 1000 RoIs x 256 x 7 x 7 from 256 x 100 x 168: output 25 MB + features read once 9
-// MB: 11 us. Backward: gradient 25 MB + features' gradient 9 MB: 11 us (gather); the scatter moves 9 cells x 4 bytes for
-// every bin and channel, 450 MB of reductions in L2.
+// Floor (H100, 3.0 TB/s), bfloat16, 1000 RoIs x 256 x 7 x 7 from 256 x 100 x 168: output 25 MB + features read once
+// 9 MB: 11 us. Backward: gradient 25 MB + features' gradient 9 MB: 11 us (gather); the scatter moves 9 cells x 4 bytes
+// for every bin and channel, 450 MB of reductions in L2.
 #include "cuda/roi_align.h"
 
 #include "common/roi_align.h"

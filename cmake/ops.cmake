@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Operators: each has a schema in csrc/ops, a CPU kernel and a CUDA kernel. The Makefile and tools/ read these lists too.
+# Operators: each has a schema in csrc/ops, a CPU kernel and a CUDA kernel. The Makefile and tools/ read these lists
+# too.
 set(ops
     deform_conv2d
     deform_conv2d_backward

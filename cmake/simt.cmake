@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# The CUDA kernels as plain C++ under the SIMT interpreter (docs/simt.md), registered for CPU tensors. The library stands
-# in for the CPU library. With SPATIALFLOW_SANITIZE it is another library, so that both can be built.
+# The CUDA kernels as plain C++ under the SIMT interpreter (docs/simt.md), registered for CPU tensors. The library
+# stands in for the CPU library. With SPATIALFLOW_SANITIZE it is another library, so that both can be built.
 find_package(Threads REQUIRED)
 set(simt_sources "")
 foreach(source IN LISTS ops shared_sources)

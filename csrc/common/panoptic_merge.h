@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decisions of the panoptic merge, written once for CPU and CUDA: who enters, who is dropped, which pixels a box covers.
-// All ratios are taken in double from exact counts, so that back ends cannot disagree at a threshold.
+// Decisions of the panoptic merge, written once for CPU and CUDA: who enters, who is dropped, which pixels a box
+// covers. All ratios are taken in double from exact counts, so that back ends cannot disagree at a threshold.
 #pragma once
 
 #include <cstdint>

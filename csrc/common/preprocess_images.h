@@ -8,8 +8,8 @@
 //   row      = (left * weight + right * weight) >> 4
 //   pixel    = ((upper * weight >> 16) + (lower * weight >> 16) + 2) >> 2
 //
-// An image whose sides both halve exactly is averaged over 2 x 2 pixels instead, which is the same with weights of 1 and no
-// shifts. Files that include this are compiled without fused multiply-adds.
+// An image whose sides both halve exactly is averaged over 2 x 2 pixels instead, which is the same with weights of 1
+// and no shifts. Files that include this are compiled without fused multiply-adds.
 #pragma once
 
 #include <cmath>

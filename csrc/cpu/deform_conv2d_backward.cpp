@@ -209,7 +209,8 @@ void deform_conv2d_backward_data(
     }
     parallel_for(0, shape.batch * shape.offset_groups * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t tap = i % taps, group = i / taps % shape.offset_groups, image = i / (taps * shape.offset_groups);
+            const int64_t tap = i % taps, group = i / taps % shape.offset_groups;
+            const int64_t image = i / (taps * shape.offset_groups);
             real_t* target_y = grad_offset + 2 * i * pixels;
             real_t* target_x = target_y + pixels;
             for (int64_t p = 0; p < pixels; ++p) {

@@ -30,8 +30,8 @@ inline scalar_t* mutable_data(const Tensor& tensor) {
     return static_cast<scalar_t*>(tensor.mutable_data_ptr());
 }
 
-// body(begin, end) on torch's own threads; runs in place when there is less than `grain` work. It may run out of memory,
-// but must not throw otherwise.
+// body(begin, end) on torch's own threads; runs in place when there is less than `grain` work. It may run out of
+// memory, but must not throw otherwise.
 template <typename Body>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     if (begin < end) {

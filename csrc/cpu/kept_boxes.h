@@ -50,7 +50,8 @@ public:
     // intersection need not be clamped, as a negative one makes inter <= 0, which is never above the threshold.
     bool suppress(int64_t bucket, const Box<real_t>& box, real_t area, real_t threshold) const {
         const Vector<real_t> x1 = broadcast(box.x1), y1 = broadcast(box.y1), x2 = broadcast(box.x2),
-                             y2 = broadcast(box.y2), own_area = broadcast(area), limit = broadcast(threshold), zero = {};
+                             y2 = broadcast(box.y2), own_area = broadcast(area);
+        const Vector<real_t> limit = broadcast(threshold), zero = {};
         for (int64_t index = chains_[static_cast<size_t>(bucket)].last; index >= 0;) {
             const Block& block = blocks_[static_cast<size_t>(index)];
             const Vector<real_t> width = lane_max(lane_min(x2, block.x2) - lane_max(x1, block.x1), zero);

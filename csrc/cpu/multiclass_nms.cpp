@@ -162,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
     const Tensor& boxes, const Tensor& scores, double score_threshold, double iou_threshold, int64_t max_detections) {
     check_multiclass_nms(boxes, scores, score_threshold, iou_threshold, max_detections);
     const int64_t batch = boxes.size(0), rows = boxes.size(1), classes = scores.size(2);
-    check(classes == 0 || rows < kMaxRows / classes, "multiclass_nms: scores must have fewer than 2^32 entries per image, "
-          "got shape ", shape_string(scores));
+    check(classes == 0 || rows < kMaxRows / classes,
+          "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     const ScalarType type = nms_compute_type(boxes, scores);
     const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
     const Tensor out_boxes = empty_like_sized(wide_boxes, {batch, max_detections, 4});
@@ -184,8 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
                 const int64_t offset = image * max_detections;
                 const Detections<real_t> result{all.boxes + offset, all.scores + offset, all.labels + offset,
                                                 all.indices + offset};
-                const int64_t kept = detect(all_boxes + image * rows, data<real_t>(wide_scores) + image * rows * classes,
-                                            options, result);
+                const int64_t kept = detect(
+                    all_boxes + image * rows, data<real_t>(wide_scores) + image * rows * classes, options, result);
                 mutable_data<int64_t>(count)[image] = kept;
                 std::fill(result.boxes + kept, result.boxes + max_detections, Box<real_t>{0, 0, 0, 0});
                 std::fill(result.scores + kept, result.scores + max_detections, real_t(0));
@@ -199,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
     } else {
         run(float{});
     }
-    return {contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, count, indices};
+    return {contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels,
+            count, indices};
 }
 
 }  // namespace

@@ -2,10 +2,10 @@
 //
 // Panoptic merge on the CPU: instances, a stuff label map and boxes to one id map and a table of segments.
 //
-// Masks are packed to one bit per pixel while they are read, which is the only pass over K x H x W bytes and the bulk of
-// the time; from then on a row of 640 pixels is ten words. The greedy choice among instances (who overlaps those kept
-// before) is popcounts of ANDs. The id map is written once, row by row: stuff first, then the new bits of every kept
-// instance. What is void after that is again a bitmap, in which boxes are counted and filled.
+// Masks are packed to one bit per pixel while they are read, which is the only pass over K x H x W bytes and the bulk
+// of the time; from then on a row of 640 pixels is ten words. The greedy choice among instances (who overlaps those
+// kept before) is popcounts of ANDs. The id map is written once, row by row: stuff first, then the new bits of every
+// kept instance. What is void after that is again a bitmap, in which boxes are counted and filled.
 //
 // Threads: packing over (mask, rows), stuff statistics and painting over rows. Counts are integers, so the result does
 // not depend on the number of threads.

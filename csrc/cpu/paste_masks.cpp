@@ -4,9 +4,9 @@
 //
 //   output[k, y, x] = bilinear(sigmoid(mask_logits[k]), y, x) >= threshold, zeros around the mask
 //
-// Only pixels under the box are computed. A row of pixels lies between two rows of cells, which are blended once for the
-// whole row; along the row all pixels between the same two cells form a run. A run whose cells lie on one side of the
-// threshold is filled or skipped as a whole, so only runs in which the outline crosses cost arithmetic per pixel.
+// Only pixels under the box are computed. A row of pixels lies between two rows of cells, which are blended once for
+// the whole row; along the row all pixels between the same two cells form a run. A run whose cells lie on one side of
+// the threshold is filled or skipped as a whole, so only runs in which the outline crosses cost arithmetic per pixel.
 //
 // Threads: over (mask, rows of the image).
 #include "common/paste_masks.h"
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kBandRows = 64;  // rows per task
 
-// Pixels of a row by the cells they lie between: run i (pixels begin[i] .. begin[i + 1]) lies between cells i - 1 and i.
+// Pixels of a row by the cells they lie between: run i (pixels begin[i] .. begin[i + 1]) between cells i - 1 and i.
 template <typename real_t>
 struct Runs {
     std::vector<int64_t> begin;   // (cells + 2)
@@ -124,7 +124,8 @@ void paste(
                 const double position = y_axis.position(y);
                 const double cell = std::floor(position);
                 const auto weight = static_cast<real_t>(position - cell);
-                const real_t* upper = probabilities.data() + (k * (mask_height + 2) + static_cast<int64_t>(cell) + 1) * stride;
+                const real_t* upper =
+                    probabilities.data() + (k * (mask_height + 2) + static_cast<int64_t>(cell) + 1) * stride;
                 const real_t* lower = upper + stride;
                 for (int64_t x = 0; x < stride; ++x) {
                     cells[static_cast<size_t>(x)] = upper[x] + weight * (lower[x] - upper[x]);

@@ -4,10 +4,10 @@
 //
 //   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
 //
-// A source row is resized along x once, for all elements (pixel, channel) of a result's row in their order: 4 bytes from
-// the left pixel's value hold that and, as the last one, the right pixel's, so one gather fetches both. Two such rows
-// stay in the cache; a row of the result blends them, is normalised and leaves in 3 vectors, whose lanes always hold
-// the same channels. Threads share the rows of all images.
+// A source row is resized along x once, for all elements (pixel, channel) of a result's row in their order: 4 bytes
+// from the left pixel's value hold that and, as the last one, the right pixel's, so one gather fetches both. Two such
+// rows stay in the cache; a row of the result blends them, is normalised and leaves in 3 vectors, whose lanes always
+// hold the same channels. Threads share the rows of all images.
 #include <array>
 #include <cstring>
 

@@ -226,7 +226,8 @@ void roi_align_scatter(
             for (int64_t roi = 0; roi < num_rois; ++roi) {
                 int64_t image = 0;
                 const FeatureLevel<real_t>* level = nullptr;
-                if (!roi_taps(boxes + roi * 5, options, levels, own_image, own_image + 1, image, level, rows, columns)) {
+                if (!roi_taps(
+                        boxes + roi * 5, options, levels, own_image, own_image + 1, image, level, rows, columns)) {
                     continue;
                 }
                 real_t* feature = level->data + image * level->image_stride;

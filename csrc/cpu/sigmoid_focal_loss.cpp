@@ -3,9 +3,9 @@
 // Sigmoid focal loss on the CPU, from class indices: no one-hot target is ever made.
 //
 // A block of rows is worked on in a buffer that stays in the first-level cache: the logits, with the sign of the
-// label's class turned, then f or a derivative of it for all elements alike (common/sigmoid_focal_loss.h). What sets the
-// label's class apart, its weight and the sign of odd derivatives, concerns one element per row and is put right after.
-// The sum is made of one double per block, added in order, so it does not depend on the number of threads.
+// label's class turned, then f or a derivative of it for all elements alike (common/sigmoid_focal_loss.h). What sets
+// the label's class apart, its weight and the sign of odd derivatives, concerns one element per row and is put right
+// after. The sum is made of one double per block, added in order, so it does not depend on the number of threads.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>

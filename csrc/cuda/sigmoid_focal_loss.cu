@@ -2,7 +2,7 @@
 //
 // Sigmoid focal loss on CUDA, from class indices: no one-hot target is ever made.
 //
-//   loss[r, c] = weight * f(z),  z = -logit for the label's class, +logit for the others      (common/sigmoid_focal_loss.h)
+//   loss[r, c] = weight * f(z),  z = -logit for the label's class, +logit for the others (common/sigmoid_focal_loss.h)
 //
 // Logits (rows, classes), labels (rows). A thread takes 16 bytes of logits, which may span rows; the row of the first
 // is a division, the others follow it. The sum is one double per block, then one block that adds them

@@ -93,7 +93,8 @@ py::array_t<int32_t> unfilter_png(const py::buffer& data, py::ssize_t height, py
     size_t done;
     {
         py::gil_scoped_release release;
-        done = evaluation::unfilter_png(source, static_cast<size_t>(height), static_cast<size_t>(width), channels, target);
+        done = evaluation::unfilter_png(
+            source, static_cast<size_t>(height), static_cast<size_t>(width), channels, target);
     }
     if (done < static_cast<size_t>(height)) {
         throw py::value_error("unknown filter " + std::to_string(source[done * static_cast<size_t>(line)]));
@@ -141,7 +142,8 @@ PYBIND11_MODULE(_evaluation, module) {
                "(H, W, 3) uint8 pixels to (H, W) int32 ids: red + 256 * green + 65536 * blue; bgr: OpenCV's order.");
     module.def("encode_ids", &encode_ids, py::arg("ids"), py::kw_only(), py::arg("bgr") = false,
                "(H, W) int32 ids in [0, 2^24) to (H, W, 3) uint8 pixels, the inverse of decode_ids.");
-    module.def("unfilter_png", &unfilter_png, py::arg("lines"), py::arg("height"), py::arg("width"), py::arg("channels"),
+    module.def("unfilter_png", &unfilter_png, py::arg("lines"), py::arg("height"), py::arg("width"),
+               py::arg("channels"),
                "The filtered lines of an 8-bit PNG with 3 or 4 channels, height * (1 + width * channels) bytes, to\n"
                "(H, W) int32 ids.");
     module.def("count_pairs", &count_pairs, py::arg("first"), py::arg("second"),

@@ -10,8 +10,10 @@
 namespace spatialflow::evaluation {
 namespace {
 
-constexpr size_t kNoiseRun = 8;          // pixels: maps whose runs are shorter on average are sorted faster than hashed,
-constexpr size_t kNoiseAllowance = 4096;  // but not on account of a few noisy lines at the top
+// Pixels: maps whose runs are shorter on average are sorted faster than hashed, but not on account of a few noisy lines
+// at the top.
+constexpr size_t kNoiseRun = 8;
+constexpr size_t kNoiseAllowance = 4096;
 constexpr size_t kChunk = 2048;  // pixels: two int32 buffers and the marks fill less than half of a 48 KB cache
 
 uint64_t pack(int32_t first, int32_t second) {
@@ -52,7 +54,8 @@ private:
 
     // Ids may differ in any byte; a product brings all of them to the high bits, which choose the slot.
     size_t position(uint64_t key) const {
-        const uint32_t mixed = static_cast<uint32_t>(key >> 32) * 0x9E3779B1u + static_cast<uint32_t>(key) * 0x85EBCA77u;
+        const uint32_t mixed =
+            static_cast<uint32_t>(key >> 32) * 0x9E3779B1u + static_cast<uint32_t>(key) * 0x85EBCA77u;
         return mixed >> shift_;
     }
 
@@ -77,7 +80,8 @@ private:
 
 // changed[i] = the pair of pixel i differs from that of pixel i - 1; index -1 is readable.
 SPATIALFLOW_CLONES void mark_changes(
-    const int32_t* __restrict__ first, const int32_t* __restrict__ second, size_t count, uint8_t* __restrict__ changed) {
+    const int32_t* __restrict__ first, const int32_t* __restrict__ second, size_t count,
+    uint8_t* __restrict__ changed) {
     for (size_t i = 0; i < count; ++i) {
         const int32_t difference = (first[i] ^ first[static_cast<ptrdiff_t>(i) - 1]) |
                                    (second[i] ^ second[static_cast<ptrdiff_t>(i) - 1]);

@@ -30,8 +30,8 @@ struct DeformConvShape {
 constexpr int64_t kMaxDeformStep = 1 << 29;  // so that positions fit 32 bits
 
 inline void check_deform_options(const char* op, const DeformConvOptions& options) {
-    check(options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0], ", ",
-          options.stride[1], ")");
+    check(options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0],
+          ", ", options.stride[1], ")");
     check(options.padding[0] >= 0 && options.padding[1] >= 0, op, ": padding must not be negative, got (",
           options.padding[0], ", ", options.padding[1], ")");
     check(options.dilation[0] > 0 && options.dilation[1] > 0, op, ": dilation must be positive, got (",
@@ -135,8 +135,8 @@ inline DeformConvShape check_deform_conv2d(
     if (bias) {
         check_dtype(op, "bias", *bias, input.scalar_type());
         check_same_device(op, "bias", *bias, "input", input);
-        check(bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (", shape.out_channels,
-              "), got ", shape_string(*bias));
+        check(bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (",
+              shape.out_channels, "), got ", shape_string(*bias));
     }
     return shape;
 }

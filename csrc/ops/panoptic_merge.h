@@ -39,8 +39,8 @@ inline void check_panoptic_merge(
     check_same_device(op, "labels", labels, "masks", masks);
     check_same_device(op, "stuff", stuff, "masks", masks);
     check(stuff_labels >= 0, op, ": stuff_labels must not be negative, got ", stuff_labels);
-    check(stuff_labels < (int64_t{1} << 31) - count, op, ": masks and stuff labels must be fewer than 2^31, got ", count,
-          " and ", stuff_labels);
+    check(stuff_labels < (int64_t{1} << 31) - count, op, ": masks and stuff labels must be fewer than 2^31, got ",
+          count, " and ", stuff_labels);
     check(score_threshold == score_threshold, op, ": score_threshold must be a number, got nan");
     check(overlap_threshold == overlap_threshold, op, ": overlap_threshold must be a number, got nan");
     check(box_threshold == box_threshold, op, ": box_threshold must be a number, got nan");

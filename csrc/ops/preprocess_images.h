@@ -17,8 +17,8 @@ inline void check_preprocess_images(
     const std::vector<Tensor>& images, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
     const std::vector<double>& mean, const std::vector<double>& std, int64_t divisor, ScalarType dtype) {
     const char* op = "preprocess_images";
-    check(heights.size() == images.size() && widths.size() == images.size(), op, ": sizes must hold one (H, W) for each of ",
-          images.size(), " images, got ", heights.size());
+    check(heights.size() == images.size() && widths.size() == images.size(), op,
+          ": sizes must hold one (H, W) for each of ", images.size(), " images, got ", heights.size());
     for (size_t n = 0; n < images.size(); ++n) {
         const Tensor& image = images[n];
         check(image.dim() == 3 && image.size(2) == 3 && image.numel() != 0, op, ": images[", n,
@@ -34,9 +34,11 @@ inline void check_preprocess_images(
     check(std.size() == 3, op, ": std must hold 3 numbers, got ", std.size());
     for (int channel = 0; channel < 3; ++channel) {
         check(std::isfinite(mean[channel]), op, ": mean must be finite, got ", mean[channel]);
-        check(std::isfinite(std[channel]) && std[channel] > 0.0, op, ": std must be positive and finite, got ", std[channel]);
+        check(std::isfinite(std[channel]) && std[channel] > 0.0, op, ": std must be positive and finite, got ",
+              std[channel]);
     }
-    check(divisor >= 1 && divisor <= kMaxImageSide, op, ": divisor must be from 1 to ", kMaxImageSide, ", got ", divisor);
+    check(divisor >= 1 && divisor <= kMaxImageSide, op, ": divisor must be from 1 to ", kMaxImageSide, ", got ",
+          divisor);
     check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
           ": dtype must be float32, float16 or bfloat16, got ", dtype_name(dtype));
 }

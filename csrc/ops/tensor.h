@@ -87,8 +87,8 @@ inline void check_same_device(
 // True where torch would call a (N, C, H, W) tensor channels-last: channels adjacent in memory, rows in order.
 // Sizes of one leave the question open; then plain contiguous wins, as in torch's suggest_memory_format.
 inline bool prefers_channels_last(const Tensor& tensor) {
-    return tensor.dim() == 4 && !tensor.is_contiguous() && tensor.stride(1) == 1 && tensor.stride(3) >= tensor.size(1) &&
-           tensor.stride(2) >= tensor.stride(3);
+    return tensor.dim() == 4 && !tensor.is_contiguous() && tensor.stride(1) == 1 &&
+           tensor.stride(3) >= tensor.size(1) && tensor.stride(2) >= tensor.stride(3);
 }
 
 inline MemoryFormat memory_format_of(const Tensor& tensor) {

@@ -119,7 +119,8 @@ private:
 
 template <typename T>
 class Shared {
-    static_assert(sizeof(T) % simt::kGranule == 0, "shared elements take two bytes or more: races are told by two bytes");
+    static_assert(
+        sizeof(T) % simt::kGranule == 0, "shared elements take two bytes or more: races are told by two bytes");
 
 public:
     using Element = std::remove_const_t<T>;

@@ -41,6 +41,7 @@ FAULTS = {
     "not in mask": "lane 0 is not in its own mask 0xfffffffe",
     "outside source": "reads from lane 20, which is not in the mask",
     "read-write race": "races: writes what another thread reads",
+    "reader forgotten": "races: writes what another thread reads",
     "shared bounds": "of shared array 'first' of 128 bytes",
     "shuffle is no fence": "races: reads what another thread writes",
     "skipped barrier": "thread (5, 0, 0) has exited",

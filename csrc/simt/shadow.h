@@ -121,7 +121,7 @@ private:
         Site write_site, read_site;
         uint32_t write_epoch = 0, write_moment = 0;
         uint32_t read_epoch = 0, read_moment = 0;  // moment: the latest of all readers'
-        uint32_t read_lanes = 0;                   // of read_warp, in this epoch
+        uint32_t read_lanes = 0;                   // of read_warp, in this epoch, since the last read after all others
         uint16_t write_warp = 0, read_warp = 0;
         uint8_t write_lane = 0, read_lane = 0;
         Kind write_kind = kPlain;
@@ -162,6 +162,10 @@ private:
         if (cell.read_warp != by.warp) {
             cell.read_by_warps = true;
             return;
+        }
+        if (!unordered_read(cell, by)) {  // whoever is ordered after this read is ordered after those before it
+            cell.read_lanes = 0;
+            cell.read_moment = 0;
         }
         cell.read_lanes |= 1u << by.lane;
         cell.read_moment = std::max(cell.read_moment, by.now());

@@ -91,12 +91,14 @@ void histogram() {
     }
 }
 
-// Lanes of one warp hand values on through shared memory with __syncwarp alone, in two halves with their own masks.
+// Lanes of one warp hand values on through shared memory with __syncwarp alone, in two halves with their own masks. The
+// lane that writes a place has read it itself since its neighbour did.
 __global__ void warp_exchange_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 64);
     const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+    tile[threadIdx.x] = static_cast<int>(threadIdx.x) - 1;
     for (int round = 0; round < 3; ++round) {
-        tile[threadIdx.x] = static_cast<int>(threadIdx.x) + round;
+        tile[threadIdx.x] += 1;
         __syncwarp(half);
         const int neighbour = tile[threadIdx.x ^ 1];
         __syncwarp(half);
@@ -334,6 +336,17 @@ __global__ void wrong_half_kernel(Global<int> out) {
     out[threadIdx.x] = tile[31 - threadIdx.x];  // line: wrong half
 }
 
+__global__ void reader_forgotten_kernel(Global<int> out) {
+    SPATIALFLOW_SHARED(int, tile, 32);
+    tile[threadIdx.x] = 0;
+    __syncwarp();
+    if (threadIdx.x % 2 == 0) {
+        out[threadIdx.x] = tile[threadIdx.x + 1];
+    } else {
+        tile[threadIdx.x] += 1;  // line: reader forgotten
+    }
+}
+
 __global__ void atomic_and_plain_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, counter, 1);
     if (threadIdx.x == 0) {
@@ -459,6 +472,7 @@ const std::map<std::string, void (*)()> kFaults = {
          launch<mixed_collectives_kernel>(dim3(1), dim3(32), 0, Stream{}, buffer(out));
      }},
     {"write-read race", one_buffer<write_read_race_kernel>},
+    {"reader forgotten", one_warp<reader_forgotten_kernel>},
     {"read-write race", one_buffer<read_write_race_kernel>},
     {"write-write race", no_buffer<write_write_race_kernel>},
     {"shuffle is no fence", one_warp<shuffle_is_no_fence_kernel>},

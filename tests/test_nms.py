@@ -319,3 +319,58 @@ class TestOracles:
             part = (boxes[:count], scores[:count])
             assert torch.equal(ops.nms(*part, 0.5), oracle(*part, torch.zeros(count).long(), 0.5))
             assert torch.equal(ops.batched_nms(*part, idxs[:count], 0.5), oracle(*part, idxs[:count], 0.5))
+
+
+class TestOrder:
+    """Boxes of a cell are the same and cells lie far apart: the best of every class in every cell is kept."""
+
+    def check(self, scores, idxs, cells):
+        cell = torch.randint(cells, scores.shape)
+        corner = torch.stack([cell % 64, cell // 64], dim=1).to(scores.dtype) * 4
+        boxes = torch.cat([corner, corner + 2], dim=1)
+        order = torch.sort(scores, descending=True, stable=True).indices
+        best = {}
+        for row, *place in zip(order.tolist(), idxs[order].tolist(), cell[order].tolist()):
+            best.setdefault(tuple(place), row)
+        assert ops.batched_nms(boxes, scores, idxs, 0.5).tolist() == list(best.values())
+        if len(idxs.unique()) == 1:
+            assert ops.nms(boxes, scores, 0.5).tolist() == list(best.values())
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            [1023, 1, 1024, 1, 1025, 2, 2047, 3],
+            [1] * 2100,
+            [3] * 500 + [3000] + [40] * 30,
+            [700, 700, 700, 700],
+            [8192],
+            [1, 8192],
+            [9500, 1, 600],
+        ],
+    )
+    def test_classes_of_very_different_sizes(self, sizes):
+        idxs = torch.repeat_interleave(torch.tensor(sizes))
+        low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+        names = torch.randint(low, high, (len(sizes),))
+        shuffled = torch.randperm(len(idxs))
+        self.check(torch.rand(len(idxs)), names[idxs][shuffled], cells=max(sizes) // 8 + 2)
+
+    @pytest.mark.parametrize("classes", [1, 7])
+    @pytest.mark.parametrize("count", [1023, 1024, 1025, 2047, 2048, 2049, 3073, 4095, 4097, 6145])
+    def test_counts(self, count, classes):
+        self.check(torch.rand(count), torch.randint(classes, (count,)), cells=300)
+
+    @pytest.mark.parametrize("classes", [1, 7])
+    @pytest.mark.parametrize(
+        "values",
+        [
+            torch.tensor([0.5]),
+            torch.tensor([0.0, -0.0]),
+            torch.tensor([-1.0, -0.0, 0.0, 1.0, INF, -INF, 1e-45, -1e-45]),
+            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-52,  # equal but for the low 12 bits
+            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-21,  # ... for high ones
+        ],
+        ids=["equal", "zeros", "signs", "low bits", "high bits"],
+    )
+    def test_scores(self, values, classes):
+        self.check(values[torch.randint(len(values), (5000,))], torch.randint(classes, (5000,)), cells=300)

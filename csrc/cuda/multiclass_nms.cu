@@ -12,8 +12,10 @@
 //
 // Memory: 8 bytes per score (12 for float64) for the lists; no N x N mask.
 //
-// Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: two launches, for every
-// 2048 candidates three passes over the list and 66 steps of the sort, about 20 us, and about 0.05 us per box kept.
+// Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: two launches, for
+// every 2048 candidates three passes over the list and 66 steps of the sort, about 20 us, and about 0.05 us for every
+// box
+// kept, or less: a warp's classes go side by side.
 #include "cuda/nms.h"
 
 #include "cuda/launch.h"
@@ -24,31 +26,15 @@ namespace {
 
 constexpr int kCollectThreads = 256;
 constexpr int kCollectItems = 8;  // scores per thread
-constexpr int kChunk = 2 * kGreedyThreads;
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == 2 * kGreedyThreads, "a thread sums two bins");
-
-template <typename real_t>
-using ScoreKey = decltype(descending_key(real_t{}));
 
 template <typename real_t>
 struct DetectionProblem {
     int64_t boxes, classes, max_detections;
     real_t score_threshold, iou_threshold;
 };
-
-// (score, row) of a pair; pairs in their order are detections in theirs.
-template <typename key_t>
-struct Entry {
-    key_t key;
-    unsigned row;  // box * classes + class
-};
-
-template <typename key_t>
-__device__ __forceinline__ bool operator<(const Entry<key_t>& a, const Entry<key_t>& b) {
-    return a.key != b.key ? a.key < b.key : a.row < b.row;
-}
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
@@ -177,30 +163,9 @@ __device__ __forceinline__ bool select_chunk(
     return true;
 }
 
-// Bitonic sort of `padded` entries, a power of two.
-template <typename key_t>
-__device__ __forceinline__ void sort_chunk(Shared<key_t> keys, Shared<unsigned> rows, int padded) {
-    for (int width = 2; width <= padded; width *= 2) {
-        for (int step = width / 2; step > 0; step /= 2) {
-            for (int pair = static_cast<int>(threadIdx.x); pair < padded / 2; pair += kGreedyThreads) {
-                const int low = 2 * pair - (pair & (step - 1)), high = low + step;
-                const Entry<key_t> a{keys[low], rows[low]}, b{keys[high], rows[high]};
-                const bool ascending = (low & width) == 0;
-                if (ascending ? b < a : a < b) {
-                    keys[low] = b.key;
-                    rows[low] = b.row;
-                    keys[high] = a.key;
-                    rows[high] = a.row;
-                }
-            }
-            __syncthreads();
-        }
-    }
-}
-
 template <typename real_t>
 constexpr size_t kDetectSharedBytes = kGreedyThreads * (sizeof(Box<real_t>) + sizeof(int)) +
-                                      kChunk * (sizeof(ScoreKey<real_t>) + sizeof(unsigned));
+                                      kChunk * sizeof(Entry<ScoreKey<real_t>>);
 
 template <typename real_t>
 __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
@@ -221,9 +186,8 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
     SPATIALFLOW_SHARED(unsigned, words, kGreedyWarps);
     SPATIALFLOW_SHARED(unsigned, cut, 2);
     SPATIALFLOW_SHARED(unsigned, gathered, 1);
-    const auto chunk_keys = pointer_cast<key_t>(batch_boxes + kGreedyThreads);
-    const auto chunk_rows = pointer_cast<unsigned>(chunk_keys + kChunk);
-    const auto batch_labels = pointer_cast<int>(chunk_rows + kChunk);
+    const auto chunk = pointer_cast<Entry<key_t>>(batch_boxes + kGreedyThreads);
+    const auto batch_labels = pointer_cast<int>(chunk + kChunk);
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t image = blockIdx.x, total = problem.boxes * problem.classes;
     const unsigned classes = static_cast<unsigned>(problem.classes);
@@ -249,8 +213,7 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             const Entry<key_t> entry{image_keys[i], image_rows[i]};
             if (!(entry < begin) && entry < end) {
                 const unsigned slot = atomicAdd(gathered + 0, 1u);
-                chunk_keys[slot] = entry.key;
-                chunk_rows[slot] = entry.row;
+                chunk[slot] = entry;
             }
         }
         __syncthreads();
@@ -260,16 +223,16 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             padded *= 2;
         }
         for (int i = taken + thread; i < padded; i += kGreedyThreads) {
-            chunk_keys[i] = ~key_t(0);
-            chunk_rows[i] = ~0u;
+            chunk[i] = Entry<key_t>{~key_t(0), ~0u};
         }
         __syncthreads();
-        sort_chunk<key_t>(chunk_keys, chunk_rows, padded);
+        sort_chunk<Entry<key_t>>(chunk, padded);
         for (int first = 0; first < taken && kept < limit; first += kGreedyThreads) {
             Candidate<real_t, int> candidate{};
             unsigned row = 0;
             if (first + thread < taken) {
-                row = chunk_rows[first + thread];
+                const Entry<key_t> entry = chunk[first + thread];
+                row = entry.row;  // box * classes + class
                 candidate.box = image_boxes[row / classes];
                 candidate.area = box_area(candidate.box);
                 candidate.label = static_cast<int>(row % classes);

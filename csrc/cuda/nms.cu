@@ -1,21 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// nms and batched_nms on CUDA: candidates by descending score, each kept unless a kept one of its class suppresses it
-// (common/nms.h, the same bits as on the CPU).
+// nms and batched_nms on CUDA: the candidates of a class by descending score, each kept unless a kept one of its class
+// suppresses it (common/nms.h, the same bits as on the CPU). nms is batched_nms of one class.
 //
-//   1. rank      a thread per row counts the rows that come before it (better score, or equal and lower row): a sort
-//                without passes, stable by construction, that also lays out boxes, classes and areas in score order
-//   2. in batches of 1024 candidates:
-//      greedy    one block keeps and drops within the batch, given who is dropped already
-//      suppress  a thread per later candidate tests it against the boxes that the batch kept
+//   1. order     entries (class, score, row), all different, are sorted: chunks of 2048 in shared memory, then merges
+//                of two runs into one, a block per 1024 entries of the outcome (merge path). By comparisons, not by
+//                digits: class numbers are any int64, double scores cost no more passes, 5000 boxes take 3 launches
+//   2. gather    boxes in that order; for every tile of 1024 candidates, where the class at its front begins
+//   3. rounds    a class may span tiles, a tile may hold classes. Round r takes the r-th tile of every class:
+//      greedy    a block per tile keeps and drops among those of its candidates whose turn it is: in round 0 of all
+//                classes that begin in the tile; r rounds later of a class that began r tiles before
+//      suppress  a thread per candidate of later tiles tests it against those that its class kept in this round
+//   4. collect   what is kept, appended in any order, is sorted by (score, row); one class was appended in order
 //
-// Memory is linear in N; there is no N x N bit mask. Nothing is read back before the end, where the number of rows of
-// the result must be known to the host.
+// Nothing is read back before the host must know the number of rows of the result. Only in batched_nms, and only if a
+// class spans more than kRoundsAhead tiles, its other rounds and a second read come after that. Memory is linear in N:
+// 56 bytes a candidate (float64: 88); there is no N x N bit mask.
 //
-// Floor (H100): 5000 boxes are 100 KB, so it is latency: 1 + 2 * 5 launches and, one after the
-// other, a vote and a test of about 0.05 us for every box kept.
-// The rank compares N^2 keys, 25 million for 5000 boxes: 2 us; 10^10 for 100,000: about 1 ms.
+// Floor (H100): 5000 boxes are 100 KB, so it is latency: 5 launches to order, 9 for the rounds, 1 to collect, and about
+// 0.05 us for every box that a class keeps in a tile. 80 classes x 5000 boxes: a merge reads and writes 13 MB in the L2
+// cache; 20 launches of about 5 us to order and collect; 6 rounds, in each 80 tiles side by side for up to 0.1 ms; at
+// most 6 * 10^8 tests of about 25 instructions to suppress, 0.5 ms: 1 ms in all.
 #include "cuda/nms.h"
+
+#include <utility>
 
 #include "cuda/launch.h"
 #include "ops/nms.h"
@@ -23,198 +31,363 @@
 namespace spatialflow {
 namespace {
 
-constexpr int kRankThreads = 256;
+constexpr int kRowThreads = 256;
+constexpr int kMergeThreads = 256;
+constexpr int kMergeTile = 1024;
+constexpr int kTile = kGreedyThreads;
 constexpr int kSuppressThreads = 256;
+constexpr int64_t kRoundsAhead = 8;  // of batched_nms, before the host knows how many there are
+static_assert(kChunk % kMergeTile == 0 && kTile % kSuppressThreads == 0, "a block works within one run, one tile");
 
-// Candidates in score order.
+// An entry of a class: candidates in their order are classes one after the other, each by descending score.
+template <typename key_t>
+struct alignas(sizeof(key_t) == 4 ? 16 : 8) ClassEntry {
+    int64_t label;
+    Entry<key_t> entry;
+};
+
+template <typename key_t>
+__host__ __device__ __forceinline__ bool operator<(const ClassEntry<key_t>& a, const ClassEntry<key_t>& b) {
+    return a.label != b.label ? a.label < b.label : a.entry < b.entry;
+}
+
 template <typename real_t>
-struct Sorted {
-    Global<Box<real_t>> boxes;    // (N)
-    Global<int64_t> labels;       // (N)
-    Global<int64_t> rows;         // (N), where they came from
-    Global<int> removed;          // (N), not 0: suppressed, or not a candidate
+using ClassEntryOf = ClassEntry<ScoreKey<real_t>>;
+
+// Rows that take no part have it, and come last in their class.
+template <typename real_t>
+constexpr ScoreKey<real_t> kNoKey = ~ScoreKey<real_t>(0);
+
+struct Progress {
+    unsigned kept, rounds;
+};
+
+// Candidates in class order, and what the rounds know of them.
+template <typename real_t>
+struct Candidates {
+    Global<const ClassEntryOf<real_t>> entries;  // (N)
+    Global<Box<real_t>> boxes;                   // (N)
+    Global<int> removed;                         // (N), not 0: suppressed, or not a candidate
+    Global<int64_t> begins;                      // (tiles), where the class of the tile's first candidate begins
+    Global<unsigned> listed;                     // (N), per tile: positions kept of the class of its last candidate
+    Global<int> listed_count;                    // (tiles)
+    Global<ClassEntryOf<real_t>> kept;           // (N), the result in any order, of class 0
+    Global<unsigned> progress;                   // (2), a Progress
+    int64_t count;
+    real_t threshold;
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
 template <typename real_t>
-using ScoreKey = decltype(descending_key(real_t{}));
-
-// Ascends as scores descend; rows that take no part come after all others.
-template <typename real_t>
-__device__ __forceinline__ ScoreKey<real_t> row_key(
-    Global<const Box<real_t>> boxes, Global<const real_t> scores, int64_t row) {
-    const real_t score = scores[row];
-    const Box<real_t> box = boxes[row];
-    return score == score && box_is_valid(box) ? descending_key(score) : ~ScoreKey<real_t>(0);
-}
-
-template <typename real_t>
-__global__ void __launch_bounds__(kRankThreads) nms_rank_kernel(
+__global__ void __launch_bounds__(kRowThreads) nms_enter_kernel(
     Global<const Box<real_t>> boxes,  // (N)
     Global<const real_t> scores,      // (N)
     Global<const int64_t> labels,     // (N) or null: all of one class
-    const Sorted<real_t> sorted, const int64_t count) {
-    SPATIALFLOW_SHARED(ScoreKey<real_t>, keys, kRankThreads);
-    const int thread = static_cast<int>(threadIdx.x);
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRankThreads + thread;
-    const ScoreKey<real_t> own = row < count ? row_key(boxes, scores, row) : ScoreKey<real_t>(0);
-    int64_t rank = 0;
-    for (int64_t base = 0; base < count; base += kRankThreads) {
-        if (base + thread < count) {
-            keys[thread] = row_key(boxes, scores, base + thread);
-        }
-        __syncthreads();
-        const int tile = static_cast<int>(count - base < kRankThreads ? count - base : kRankThreads);
-        // Rows below the own one win ties, the others lose them.
-        const int lower = static_cast<int>(row <= base ? 0 : row - base < tile ? row - base : tile);
-        int before = 0;
-        for (int i = 0; i < lower; ++i) {
-            const ScoreKey<real_t> other = keys[i];
-            before += other <= own;
-        }
-        for (int i = lower; i < tile; ++i) {
-            const ScoreKey<real_t> other = keys[i];
-            before += other < own;
-        }
-        rank += before;
-        __syncthreads();
-    }
+    Global<ClassEntryOf<real_t>> entries,  // (N)
+    Global<unsigned> progress,             // (2)
+    const int64_t count) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + static_cast<int64_t>(threadIdx.x);
     if (row < count) {
-        sorted.boxes[rank] = boxes[row];
-        sorted.labels[rank] = labels ? labels[row] : 0;
-        sorted.rows[rank] = row;
-        sorted.removed[rank] = own == ~ScoreKey<real_t>(0);
+        const real_t score = scores[row];
+        const bool takes_part = score == score && box_is_valid<real_t>(boxes[row]);
+        entries[row] = {labels ? labels[row] : 0,
+                        {takes_part ? descending_key(score) : kNoKey<real_t>, static_cast<unsigned>(row)}};
+    }
+    if (row < 2) {
+        progress[row] = 0;
     }
 }
 
-// Candidates [begin, begin + 1024). The kept ones follow those of earlier batches in `kept`.
+// Sorts the chunks of kChunk entries each.
 template <typename real_t>
-__global__ void __launch_bounds__(kGreedyThreads) nms_greedy_kernel(
-    const Sorted<real_t> sorted,
-    Global<int64_t> kept,       // (N), positions in score order
-    Global<int64_t> kept_rows,  // (N), the result
-    Global<int64_t> kept_count,  // (batches + 1), after every batch; [0] is 0
-    const int64_t count, const int64_t batch, const real_t threshold) {
-    SPATIALFLOW_SHARED(Box<real_t>, boxes, kGreedyThreads);
-    SPATIALFLOW_SHARED(int64_t, labels, kGreedyThreads);
+__global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
+    Global<ClassEntryOf<real_t>> entries,  // (N)
+    const int64_t count) {
+    using entry_t = ClassEntryOf<real_t>;
+    SPATIALFLOW_SHARED(entry_t, chunk, kChunk);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk;
+    const int size = static_cast<int>(count - first < kChunk ? count - first : kChunk);
+    int padded = 1;
+    while (padded < size) {
+        padded *= 2;
+    }
+    for (int i = thread; i < padded; i += kGreedyThreads) {
+        chunk[i] = i < size ? entries[first + i] : entry_t{INT64_MAX, {kNoKey<real_t>, ~0u}};  // no row is ~0
+    }
+    __syncthreads();
+    sort_chunk<entry_t>(chunk, padded);
+    for (int i = thread; i < size; i += kGreedyThreads) {
+        entries[first + i] = chunk[i];
+    }
+}
+
+// The first i in [low, high) that is not `before`, or high; those that are come first. All lanes of a warp call it.
+template <typename Before>
+__device__ __forceinline__ int64_t partition_point(int64_t low, int64_t high, Before before) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    while (low < high) {
+        const int64_t stride = (high - low + kWarpSize - 1) / kWarpSize, i = low + lane * stride;
+        const bool is_before = i < high && before(i);
+        const int64_t passed = __popc(__ballot_sync(kAllLanes, is_before));
+        const int64_t next = low + passed * stride;
+        high = next < high ? next : high;
+        low = passed > 0 ? next - stride + 1 : low;
+    }
+    return low;
+}
+
+// Merges runs of `run` sorted entries, kChunk times a power of two, in pairs.
+template <typename real_t>
+__global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
+    Global<const ClassEntryOf<real_t>> runs,  // (N)
+    Global<ClassEntryOf<real_t>> merged,      // (N)
+    const int64_t count, const int64_t run) {
+    using entry_t = ClassEntryOf<real_t>;
+    SPATIALFLOW_SHARED(entry_t, tile, kMergeTile);
+    SPATIALFLOW_SHARED(int64_t, cuts, 2);
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kMergeTile;
+    const int64_t left = first & ~(2 * run - 1);
+    const int64_t right = left + run < count ? left + run : count, end = right + run < count ? right + run : count;
+    const int size = static_cast<int>(end - first < kMergeTile ? end - first : kMergeTile);
+    if (warp < 2) {
+        // How many of the entries before the tile, or before its end, come from the left run?
+        const int64_t before = first - left + warp * size;
+        const int64_t least = before > end - right ? before - (end - right) : 0;
+        const int64_t most = before < right - left ? before : right - left;
+        const int64_t cut = partition_point(
+            least, most, [&](int64_t i) { return runs[left + i] < runs[right + (before - 1 - i)]; });
+        if (thread % kWarpSize == 0) {
+            cuts[warp] = cut;
+        }
+    }
+    __syncthreads();
+    const int64_t left_begin = cuts[0], left_end = cuts[1], right_begin = first - left - left_begin;
+    const int from_left = static_cast<int>(left_end - left_begin);
+    for (int i = thread; i < size; i += kMergeThreads) {
+        tile[i] = runs[i < from_left ? left + left_begin + i : right + right_begin + (i - from_left)];
+    }
+    __syncthreads();
+    for (int i = thread; i < size; i += kMergeThreads) {
+        const entry_t own = tile[i];
+        int low = i < from_left ? from_left : 0, high = i < from_left ? size : from_left;
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            const entry_t other = tile[middle];
+            if (other < own) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        merged[first + i + low - from_left] = own;  // the right part's places, i or low, count from from_left
+    }
+}
+
+// A block per tile.
+template <typename real_t>
+__global__ void __launch_bounds__(kTile) nms_gather_kernel(
+    Global<const Box<real_t>> boxes,  // (N)
+    const Candidates<real_t> candidates) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t tile = blockIdx.x, first = tile * kTile, index = first + thread;
+    if (index < candidates.count) {
+        const Entry<ScoreKey<real_t>> entry = candidates.entries[index].entry;
+        candidates.boxes[index] = boxes[entry.row];
+        candidates.removed[index] = entry.key == kNoKey<real_t>;
+    }
+    if (thread < kWarpSize) {
+        const int64_t label = candidates.entries[first].label;
+        const int64_t begin =
+            partition_point(0, first, [&](int64_t i) { return candidates.entries[i].label < label; });
+        if (thread == 0) {
+            candidates.begins[tile] = begin;
+            atomicMax(candidates.progress + 1, static_cast<unsigned>(tile - begin / kTile + 1));
+        }
+    }
+}
+
+template <typename real_t>
+__global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real_t> candidates, const int64_t round) {
+    SPATIALFLOW_SHARED(Box<real_t>, boxes, kTile);
+    SPATIALFLOW_SHARED(int64_t, labels, kTile);
     SPATIALFLOW_SHARED(unsigned, kept_of_warp, kGreedyWarps);
-    const int64_t index = batch * kGreedyThreads + static_cast<int64_t>(threadIdx.x);
+    SPATIALFLOW_SHARED(unsigned, kept_before, 1);
+    const int64_t tile = blockIdx.x, first = tile * kTile, index = first + static_cast<int64_t>(threadIdx.x);
+    const int64_t turn_of_front = tile - candidates.begins[tile] / kTile;
+    if (round > 0 && round != turn_of_front) {
+        return;
+    }
+    const int64_t last = first + kTile < candidates.count ? first + kTile - 1 : candidates.count - 1;
+    const int64_t last_label = candidates.entries[last].label;
     Candidate<real_t, int64_t> candidate{};
-    if (index < count) {
-        candidate.box = sorted.boxes[index];
+    ClassEntryOf<real_t> entry{};
+    if (index < candidates.count) {
+        entry = candidates.entries[index];
+        candidate.box = candidates.boxes[index];
         candidate.area = box_area(candidate.box);
-        candidate.label = sorted.labels[index];
-        candidate.alive = sorted.removed[index] == 0;
+        candidate.label = entry.label;
+        const int64_t turn = entry.label == candidates.entries[first].label ? turn_of_front : 0;
+        candidate.alive = turn == round && candidates.removed[index] == 0;
     }
     int position;
-    const int added = greedy_pass<real_t, int64_t>(candidate, kGreedyThreads, boxes, labels, kept_of_warp, threshold, position);
-    const int64_t before = kept_count[batch];
-    if (position >= 0) {
-        kept[before + position] = index;
-        kept_rows[before + position] = sorted.rows[index];
-    }
+    const int added =
+        greedy_pass<real_t, int64_t>(candidate, kTile, boxes, labels, kept_of_warp, candidates.threshold, position);
+    // Later tiles go on with the last class alone. Its candidates are the last ones, so the others kept rank before.
+    const int others = __syncthreads_count(position >= 0 && candidate.label != last_label);
     if (threadIdx.x == 0) {
-        kept_count[batch + 1] = before + added;
+        candidates.listed_count[tile] = added - others;
+        kept_before[0] = atomicAdd(candidates.progress + 0, static_cast<unsigned>(added));
+    }
+    __syncthreads();
+    if (position >= 0) {
+        const unsigned before = kept_before[0];
+        candidates.kept[static_cast<int64_t>(before) + position] = {0, entry.entry};
+        if (position >= others) {
+            candidates.listed[first + position - others] = static_cast<unsigned>(index);
+        }
     }
 }
 
 template <typename real_t>
 __global__ void __launch_bounds__(kSuppressThreads) nms_suppress_kernel(
-    const Sorted<real_t> sorted, Global<const int64_t> kept, Global<const int64_t> kept_count, const int64_t count,
-    const int64_t batch, const real_t threshold) {
+    const Candidates<real_t> candidates, const int64_t round) {
     SPATIALFLOW_SHARED(Box<real_t>, boxes, kSuppressThreads);
-    SPATIALFLOW_SHARED(int64_t, labels, kSuppressThreads);
     const int thread = static_cast<int>(threadIdx.x);
-    const int64_t index =
-        (batch + 1) * kGreedyThreads + static_cast<int64_t>(blockIdx.x) * kSuppressThreads + thread;
-    bool alive = index < count && sorted.removed[index] == 0;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kSuppressThreads + thread, tile = index / kTile;
+    const int64_t source = candidates.begins[tile] / kTile + round;  // has just had its turn
+    if (source >= tile) {
+        return;
+    }
+    Box<real_t> box{};
+    bool alive = false;
+    if (index < candidates.count) {
+        box = candidates.boxes[index];
+        alive = candidates.removed[index] == 0 &&
+                candidates.entries[index].label == candidates.entries[tile * kTile].label;
+    }
     const bool was_alive = alive;
-    const Box<real_t> box = index < count ? sorted.boxes[index] : Box<real_t>{};
-    const int64_t label = index < count ? sorted.labels[index] : 0;
     const real_t area = box_area(box);
-    const int64_t end = kept_count[batch + 1];
-    for (int64_t base = kept_count[batch]; base < end; base += kSuppressThreads) {
-        if (base + thread < end) {
-            const int64_t position = kept[base + thread];
-            boxes[thread] = sorted.boxes[position];
-            labels[thread] = sorted.labels[position];
+    const int kept = candidates.listed_count[source];
+    for (int base = 0; base < kept; base += kSuppressThreads) {
+        if (base + thread < kept) {
+            boxes[thread] = candidates.boxes[candidates.listed[source * kTile + base + thread]];
         }
         __syncthreads();
-        const int tile = static_cast<int>(end - base < kSuppressThreads ? end - base : kSuppressThreads);
-        for (int i = 0; i < tile && alive; ++i) {
-            const int64_t other_label = labels[i];
-            if (other_label == label) {
-                const Box<real_t> other = boxes[i];
-                alive = !suppresses(other, box_area(other), box, area, threshold);
-            }
+        const int size = kept - base < kSuppressThreads ? kept - base : kSuppressThreads;
+        for (int i = 0; i < size && alive; ++i) {
+            const Box<real_t> other = boxes[i];
+            alive = !suppresses(other, box_area(other), box, area, candidates.threshold);
         }
         __syncthreads();
     }
     if (was_alive && !alive) {
-        sorted.removed[index] = 1;
+        candidates.removed[index] = 1;
+    }
+}
+
+template <typename real_t>
+__global__ void __launch_bounds__(kRowThreads) nms_rows_kernel(
+    Global<const ClassEntryOf<real_t>> entries,  // (kept)
+    Global<int64_t> rows,                        // (kept)
+    const int64_t count) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + static_cast<int64_t>(threadIdx.x);
+    if (i < count) {
+        rows[i] = entries[i].entry.row;
     }
 }
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
+// Sorts `count` entries of `entries`; `scratch` is as large. They change places where the outcome lies in the other.
+template <typename real_t>
+void sort_entries(const char* op, Tensor& entries, Tensor& scratch, int64_t count, Stream stream) {
+    using entry_t = ClassEntryOf<real_t>;
+    const auto entries_of = [](const Tensor& tensor) { return pointer_cast<entry_t>(mutable_data<int64_t>(tensor)); };
+    launch<nms_sort_chunks_kernel<real_t>>(
+        dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, entries_of(entries), count);
+    for (int64_t run = kChunk; run < count; run *= 2) {
+        launch<nms_merge_kernel<real_t>>(
+            dim3(grid_size(op, ceil_div(count, kMergeTile))), dim3(kMergeThreads), 0, stream, entries_of(entries),
+            entries_of(scratch), count, run);
+        std::swap(entries, scratch);
+    }
+}
+
+template <typename real_t>
 Tensor kept_rows_of(
     const char* op, const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold) {
-    const int64_t count = boxes.size(0);
-    if (count == 0) {
+    using entry_t = ClassEntryOf<real_t>;
+    const int64_t count = boxes.size(0), tiles = ceil_div(count, kTile);
+    const DeviceScope device(boxes);
+    const auto buffer = [&](int64_t size, ScalarType dtype) { return empty_like_sized(boxes, {size}, dtype); };
+    const int64_t words = count * static_cast<int64_t>(sizeof(entry_t) / sizeof(int64_t));
+    Tensor entries = buffer(words, ScalarType::Long), scratch = buffer(words, ScalarType::Long);
+    const Tensor sorted_boxes = buffer(count * 4, boxes.scalar_type()), removed = buffer(count, ScalarType::Int);
+    const Tensor begins = buffer(tiles, ScalarType::Long), listed = buffer(count, ScalarType::Int);
+    const Tensor listed_count = buffer(tiles, ScalarType::Int), progress = buffer(2, ScalarType::Int);
+    const auto source_boxes = pointer_cast<const Box<real_t>>(data<real_t>(boxes));
+    const auto per_row = [&](int64_t rows) { return dim3(grid_size(op, ceil_div(rows, kRowThreads))); };
+    launch<nms_enter_kernel<real_t>>(
+        per_row(count), dim3(kRowThreads), 0, device.stream(), source_boxes, data<real_t>(scores),
+        idxs ? data<int64_t>(*idxs) : Global<const int64_t>(nullptr),
+        pointer_cast<entry_t>(mutable_data<int64_t>(entries)), mutable_data<unsigned>(progress), count);
+    sort_entries<real_t>(op, entries, scratch, count, device.stream());
+    const Candidates<real_t> candidates{
+        pointer_cast<const entry_t>(data<int64_t>(entries)),
+        pointer_cast<Box<real_t>>(mutable_data<real_t>(sorted_boxes)),
+        mutable_data<int>(removed), mutable_data<int64_t>(begins), mutable_data<unsigned>(listed),
+        mutable_data<int>(listed_count), pointer_cast<entry_t>(mutable_data<int64_t>(scratch)),
+        mutable_data<unsigned>(progress), count, static_cast<real_t>(iou_threshold)};
+    launch<nms_gather_kernel<real_t>>(
+        dim3(grid_size(op, tiles)), dim3(kTile), 0, device.stream(), source_boxes, candidates);
+    const auto run_rounds = [&](int64_t from, int64_t to) {
+        for (int64_t round = from; round < to; ++round) {
+            launch<nms_greedy_kernel<real_t>>(
+                dim3(grid_size(op, tiles)), dim3(kTile), 0, device.stream(), candidates, round);
+            const int64_t suppressing = round + 1 < tiles ? ceil_div(count, kSuppressThreads) : 0;
+            launch<nms_suppress_kernel<real_t>>(
+                dim3(grid_size(op, suppressing)), dim3(kSuppressThreads), 0, device.stream(), candidates, round);
+        }
+        return read_back(pointer_cast<const Progress>(data<unsigned>(progress)), device.stream());
+    };
+    const int64_t ahead = idxs && tiles > kRoundsAhead ? kRoundsAhead : tiles;
+    Progress done = run_rounds(0, ahead);
+    if (done.rounds > ahead) {
+        done = run_rounds(ahead, done.rounds);
+    }
+    const Tensor result = empty_like_sized(boxes, {done.kept}, ScalarType::Long);
+    if (idxs) {
+        sort_entries<real_t>(op, scratch, entries, done.kept, device.stream());
+    }
+    launch<nms_rows_kernel<real_t>>(
+        per_row(done.kept), dim3(kRowThreads), 0, device.stream(), pointer_cast<const entry_t>(data<int64_t>(scratch)),
+        mutable_data<int64_t>(result), static_cast<int64_t>(done.kept));
+    return result;
+}
+
+Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold) {
+    if (boxes.size(0) == 0) {
         return empty_like_sized(boxes, {0}, ScalarType::Long);
     }
-    const DeviceScope device(boxes);
+    check(boxes.size(0) < int64_t(1) << 32, op, ": boxes must be fewer than 2^32, got ", boxes.size(0));
     const ScalarType type = nms_compute_type(boxes, scores);
     const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
-    const int64_t batches = ceil_div(count, kGreedyThreads);
-    const auto buffer = [&](int64_t size, ScalarType dtype) { return empty_like_sized(boxes, {size}, dtype); };
-    const Tensor sorted_boxes = buffer(count * 4, type), labels = buffer(count, ScalarType::Long);
-    const Tensor rows = buffer(count, ScalarType::Long), removed = buffer(count, ScalarType::Int);
-    const Tensor kept = buffer(count, ScalarType::Long), kept_rows = buffer(count, ScalarType::Long);
-    Tensor kept_count = buffer(batches + 1, ScalarType::Long);
-    torch::stable::zero_(kept_count);
-    const auto run = [&](auto zero) {
-        using real_t = decltype(zero);
-        const Sorted<real_t> sorted{pointer_cast<Box<real_t>>(mutable_data<real_t>(sorted_boxes)),
-                                    mutable_data<int64_t>(labels), mutable_data<int64_t>(rows),
-                                    mutable_data<int>(removed)};
-        const real_t threshold = static_cast<real_t>(iou_threshold);
-        launch<nms_rank_kernel<real_t>>(
-            dim3(grid_size(op, ceil_div(count, kRankThreads))), dim3(kRankThreads), 0, device.stream(),
-            pointer_cast<const Box<real_t>>(data<real_t>(wide_boxes)), data<real_t>(wide_scores),
-            idxs ? data<int64_t>(*idxs) : Global<const int64_t>(nullptr), sorted, count);
-        for (int64_t batch = 0; batch < batches; ++batch) {
-            launch<nms_greedy_kernel<real_t>>(
-                dim3(1), dim3(kGreedyThreads), 0, device.stream(), sorted, mutable_data<int64_t>(kept),
-                mutable_data<int64_t>(kept_rows), mutable_data<int64_t>(kept_count), count, batch, threshold);
-            const int64_t later = count - (batch + 1) * kGreedyThreads;
-            launch<nms_suppress_kernel<real_t>>(
-                dim3(grid_size(op, later > 0 ? ceil_div(later, kSuppressThreads) : 0)), dim3(kSuppressThreads), 0,
-                device.stream(), sorted, data<int64_t>(kept), data<int64_t>(kept_count), count, batch, threshold);
-        }
-    };
-    if (type == ScalarType::Double) {
-        run(double{});
-    } else {
-        run(float{});
-    }
-    // Exactly sized, so that the scratch behind it is freed.
-    const int64_t found = read_back(data<int64_t>(kept_count) + batches, device.stream());
-    Tensor result = empty_like_sized(boxes, {found}, ScalarType::Long);
-    Tensor source = kept_rows;
-    return torch::stable::copy_(result, torch::stable::narrow(source, 0, 0, found));
+    return type == ScalarType::Double ? kept_rows_of<double>(op, wide_boxes, wide_scores, idxs, iou_threshold)
+                                      : kept_rows_of<float>(op, wide_boxes, wide_scores, idxs, iou_threshold);
 }
 
 Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
     check_nms("nms", boxes, scores, iou_threshold);
-    return kept_rows_of("nms", boxes, scores, nullptr, iou_threshold);
+    return kept_rows("nms", boxes, scores, nullptr, iou_threshold);
 }
 
 Tensor batched_nms_cuda(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold) {
     check_batched_nms(boxes, scores, idxs, iou_threshold);
     const Tensor classes = to_contiguous(idxs);
-    return kept_rows_of("batched_nms", boxes, scores, &classes, iou_threshold);
+    return kept_rows("batched_nms", boxes, scores, &classes, iou_threshold);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The greedy pass of one thread block, shared by nms and multiclass_nms.
+// What one thread block does for nms and multiclass_nms: the sort of a chunk of candidates and the greedy pass.
 #pragma once
 
 #include "common/nms.h"
@@ -10,8 +10,50 @@ namespace spatialflow {
 
 constexpr int kGreedyThreads = 1024;
 constexpr int kGreedyWarps = kGreedyThreads / kWarpSize;
+constexpr int kChunk = 2 * kGreedyThreads;
 
-// One candidate per thread, in score order by thread index.
+template <typename real_t>
+using ScoreKey = decltype(descending_key(real_t{}));
+
+// A candidate by its score; ties go to the lower row.
+template <typename key_t>
+struct Entry {
+    key_t key;
+    unsigned row;
+};
+
+template <typename key_t>
+__host__ __device__ __forceinline__ bool operator<(const Entry<key_t>& a, const Entry<key_t>& b) {
+    return a.key != b.key ? a.key < b.key : a.row < b.row;
+}
+
+// Bitonic sort of `padded` entries, a power of two up to kChunk, by the block's kGreedyThreads threads.
+template <typename entry_t>
+__device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) {
+    for (int width = 2; width <= padded; width *= 2) {
+        for (int step = width / 2; step > 0; step /= 2) {
+            for (int pair = static_cast<int>(threadIdx.x); pair < padded / 2; pair += kGreedyThreads) {
+                const int low = 2 * pair - (pair & (step - 1)), high = low + step;
+                const entry_t a = entries[low], b = entries[high];
+                const bool ascending = (low & width) == 0;
+                if (ascending ? b < a : a < b) {
+                    entries[low] = b;
+                    entries[high] = a;
+                }
+            }
+            // Up to a step of 32 the pairs of a warp are 64 neighbours that no other warp touches.
+            const int next = step > 1 ? step / 2 : width;
+            if (step <= kWarpSize && next <= kWarpSize) {
+                __syncwarp();
+            } else {
+                __syncthreads();
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// One candidate per thread, in score order by thread index within its label.
 template <typename real_t, typename label_t>
 struct Candidate {
     Box<real_t> box;
@@ -23,20 +65,15 @@ struct Candidate {
 // True if the candidate in shared memory at `other` suppresses `candidate`.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ bool is_suppressed_by(
-    int other, const Candidate<real_t, label_t>& candidate, Shared<Box<real_t>> boxes, Shared<label_t> labels,
-    real_t threshold) {
-    const label_t label = labels[other];
-    if (label != candidate.label) {
-        return false;
-    }
+    int other, const Candidate<real_t, label_t>& candidate, Shared<Box<real_t>> boxes, real_t threshold) {
     const Box<real_t> box = boxes[other];
     return suppresses(box, box_area(box), candidate.box, candidate.area, threshold);
 }
 
 // Keeps the first candidate alive, drops those of its label that it suppresses, and so on, until none is alive or
-// `limit` are kept. A warp decides among its own 32 by votes; then all later warps test theirs against those it kept:
-// one barrier a warp, however many are kept. Returns how many were; `position` is this thread's rank among them, or -1.
-// Called by all threads of the block.
+// `limit` are kept. A warp decides among its own 32 by votes, its labels side by side; then all later warps test theirs
+// against those it kept: one barrier a warp, however many are kept. Returns how many were; `position` is this thread's
+// rank among them in order of threads, or -1. Called by all threads of the block.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ int greedy_pass(
     Candidate<real_t, label_t> candidate, int limit, Shared<Box<real_t>> boxes, Shared<label_t> labels,
@@ -47,23 +84,23 @@ __device__ __forceinline__ int greedy_pass(
     labels[thread] = candidate.label;
     position = -1;
     int kept = 0;
+    const unsigned rivals = __match_any_sync(kAllLanes, candidate.label);
     __syncthreads();
     for (int turn = 0; turn < kGreedyWarps && kept < limit; ++turn) {
         if (warp == turn) {
-            unsigned own_kept = 0;
-            unsigned alive = __ballot_sync(kAllLanes, candidate.alive);
-            for (int rank = kept; alive != 0 && rank < limit; ++rank) {
-                const int best = __ffs(static_cast<int>(alive)) - 1;
-                own_kept |= 1u << best;
+            bool is_kept = false;
+            for (unsigned alive; (alive = __ballot_sync(kAllLanes, candidate.alive)) != 0;) {
+                const int best = __ffs(static_cast<int>(alive & rivals)) - 1;
                 if (lane == best) {
-                    position = rank;
+                    is_kept = true;
                     candidate.alive = false;
                 } else if (candidate.alive) {
-                    candidate.alive =
-                        !is_suppressed_by(turn * kWarpSize + best, candidate, boxes, labels, threshold);
+                    candidate.alive = !is_suppressed_by(turn * kWarpSize + best, candidate, boxes, threshold);
                 }
-                alive = __ballot_sync(kAllLanes, candidate.alive);
             }
+            const unsigned own_kept = __ballot_sync(kAllLanes, is_kept);
+            const int rank = kept + __popc(own_kept & ((1u << lane) - 1u));
+            position = is_kept && rank < limit ? rank : -1;
             if (lane == 0) {
                 kept_of_warp[turn] = own_kept;
             }
@@ -72,12 +109,13 @@ __device__ __forceinline__ int greedy_pass(
         const unsigned bits = kept_of_warp[turn];
         for (unsigned left = bits; warp > turn && candidate.alive && left != 0; left &= left - 1) {
             const int other = turn * kWarpSize + __ffs(static_cast<int>(left)) - 1;
-            candidate.alive = !is_suppressed_by(other, candidate, boxes, labels, threshold);
+            const label_t label = labels[other];
+            candidate.alive = label != candidate.label || !is_suppressed_by(other, candidate, boxes, threshold);
         }
         kept += __popc(bits);
     }
     __syncthreads();  // the arrays are free for the next call
-    return kept;
+    return kept < limit ? kept : limit;
 }
 
 }  // namespace spatialflow

@@ -14,8 +14,7 @@
 //
 // Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: two launches, for
 // every 2048 candidates three passes over the list and 66 steps of the sort, about 20 us, and about 0.05 us for every
-// box
-// kept, or less: a warp's classes go side by side.
+// box kept, or less: a warp's classes go side by side.
 #include "cuda/nms.h"
 
 #include "cuda/launch.h"
@@ -315,8 +314,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
     } else {
         run(float{});
     }
-    return {contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, kept,
-            indices};
+    return {contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels,
+            kept, indices};
 }
 
 }  // namespace

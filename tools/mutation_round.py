@@ -46,10 +46,10 @@ MUTATIONS = (
         "panoptic_merge",
     ),
     Mutation(
-        "barrier removed",
-        "multiclass_nms.cu",
-        "                }\n            }\n            __syncthreads();\n        }",
-        "                }\n            }\n        }",
+        "barrier for a warp alone",
+        "nms.h",
+        "if (step <= kWarpSize && next <= kWarpSize) {",
+        "if (step <= kWarpSize) {",
         "multiclass_nms",
     ),
     Mutation(
@@ -72,6 +72,13 @@ MUTATIONS = (
         "if (kWide && first + kWidth <= problem.pixels) {",
         "if (kWide && first + kWidth <= problem.pixels + 1) {",
         "panoptic_quality_counts",
+    ),
+    Mutation(
+        "bound too small",
+        "nms.cu",
+        "high = i < from_left ? size : from_left;",
+        "high = i < from_left ? size - 1 : from_left;",
+        "nms",
     ),
     Mutation(
         "strides swapped",

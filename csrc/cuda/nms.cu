@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kSuppressThreads) nms_suppress_kernel(
     if (index < candidates.count) {
         box = candidates.boxes[index];
         alive = candidates.removed[index] == 0 &&
-                candidates.entries[index].label == candidates.entries[tile * kTile].label;
+                candidates.entries[index].label == candidates.entries[tile * kTile].label;  // others had their turn
     }
     const bool was_alive = alive;
     const real_t area = box_area(box);

@@ -105,6 +105,7 @@ def run_train(options: argparse.Namespace) -> int:
         distributed.leave()
     if world.is_first:
         print(_summary(trainer))
+    distributed.end(world)
     return 0
 
 

@@ -61,7 +61,7 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 test-simt-sanitize: $(environment)  ## the same with address and undefined-behaviour sanitizers
 	$(call simt_build,simt,,spatialflow_schema)
 	$(call simt_build,simt-sanitize,$(sanitizers),spatialflow_simt)
-	SPATIALFLOW_BACKEND=simt_sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	SPATIALFLOW_BACKEND=simt_sanitized ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(call compiler_library,libasan.so) $(call compiler_library,libubsan.so) $(call compiler_library,libstdc++.so)" \
 	$(PYTHON) -m pytest $(filter-out tests/test_simt.py,$(SIMT_TESTS))
 

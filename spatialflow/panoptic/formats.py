@@ -72,7 +72,8 @@ def read_id_map(path: str | os.PathLike) -> np.ndarray:
         PanopticFormatError: the file is absent, damaged, or not an 8-bit RGB or RGBA PNG.
     """
     try:
-        return decode_png(Path(path).read_bytes())
+        with open(path, "rb", buffering=0) as stream:  # read whole: a buffer would only be copied
+            return decode_png(stream.read())
     except OSError as error:
         raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:

@@ -4,7 +4,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,9 +187,9 @@ def evaluate(
     def count_image(annotation: Mapping[str, Any]) -> dict[int, ClassCounts]:
         prediction = predicted[annotation["image_id"]]
         return quality.count(
-            read_id_map(gt_folder / annotation["file_name"]),
+            read_id_map(os.path.join(gt_folder, annotation["file_name"])),
             annotation["segments_info"],
-            read_id_map(pred_folder / prediction["file_name"]),
+            read_id_map(os.path.join(pred_folder, prediction["file_name"])),
             prediction["segments_info"],
             annotation["image_id"],
         )
@@ -197,6 +197,9 @@ def evaluate(
     with ThreadPoolExecutor(workers or _available_cores()) as pool:
         futures = [pool.submit(count_image, annotation) for annotation in gt["annotations"]]
         try:
+            if not progress:
+                # One wake-up at the end. One per image would take the interpreter's lock from the worker each time.
+                wait(futures, return_when=FIRST_EXCEPTION)
             for future in _with_progress(futures, progress):
                 quality.add(future.result())
         finally:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from op_matrix import DEVICE, OpMatrix, OpSample
-from pycocotools import mask as coco_mask
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -162,6 +161,7 @@ class TestGoldens:
     @staticmethod
     def decoded(annotation):
         rle = annotation["segmentation"]
+        coco_mask = pytest.importorskip("pycocotools.mask")
         return coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode()}).astype(bool)
 
     @pytest.mark.parametrize("image_id", range(1000, 1021))

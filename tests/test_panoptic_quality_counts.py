@@ -8,7 +8,6 @@ from op_matrix import OpMatrix, OpSample
 
 from spatialflow import ops
 from spatialflow.ops import reference
-from spatialflow.panoptic.pair_counts import count_pairs
 
 
 def id_maps(height: int, width: int, segments: int, cell: int) -> list[torch.Tensor]:
@@ -61,6 +60,9 @@ def test_equal_to_the_counting_without_torch(threads):
         counts = ops.panoptic_quality_counts(gt, pred, 12, 12)
     finally:
         torch.set_num_threads(before)
+    pytest.importorskip("spatialflow._evaluation", reason="spatialflow._evaluation is not built for this Python")
+    from spatialflow.panoptic.pair_counts import count_pairs
+
     gt_ids, pred_ids, pixels = count_pairs(gt.cpu().numpy(), pred.cpu().numpy())
     expected = np.zeros((13, 13), np.int64)
     expected[gt_ids, pred_ids] = pixels

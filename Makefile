@@ -27,7 +27,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 environment := $(VENV)/complete
 endif
 
-.PHONY: help build test test-simt test-simt-sanitize mutation-round bench gpu-check demo clean
+.PHONY: help build test test-simt test-simt-sanitize mutation-round bench gpu-check gpu-check-dry gpu-pack demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -73,8 +73,18 @@ bench: build  ## time every operator against its peers; OPS="roi_align nms" for 
 
 # Nothing is compiled: libraries that were built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
 BACKEND ?= cuda
-gpu-check:  ## all that only a GPU can show, under 8 minutes; exit code 77 without one (docs/gpu_check.md)
-	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND)
+ARGS ?=
+gpu-check:  ## all that only a GPU can show, under 8 minutes; ARGS="--second" goes on; exit code 77 without a GPU
+	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND) $(ARGS)
+
+gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on the interpreter and the CPU
+	$(call simt_build,simt,,spatialflow_schema spatialflow_simt)
+	$(PYTHON) tools/gpu_check.py --backend simt
+	$(PYTHON) tools/gpu_check.py --backend simt --second
+
+FILE ?= gpu.tgz
+gpu-pack: build  ## all that gpu-check needs on a machine without a network, in one archive; FILE=gpu.tgz
+	$(PYTHON) tools/gpu_pack.py $(FILE)
 
 # Without IMAGES, WEIGHTS and CONFIG: scenes that the packaged weights were not trained on, with their ground truth.
 demo_config := $(or $(CONFIG),$(if $(WEIGHTS),spatialflow_r50_coco,demo))

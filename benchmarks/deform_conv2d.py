@@ -3,7 +3,7 @@
 
 import textbook
 import torch
-from harness import Benchmark, Problem, main, optional
+from harness import Benchmark, Problem, deterministic, main, optional
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -27,7 +27,8 @@ def setup(
         options={"stride": (stride, stride), "padding": (1, 1), "dilation": (1, 1)},
         features=(0, 2, 3),
         differentiable=tuple(range(len(inputs))),
-        bytes=4 * (input.numel() + offset.numel() + weight.numel() + channels * height * width),
+        bytes=4 * (input.numel() + offset.numel() + (mask.numel() if masked else 0) + weight.numel() + channels * height * width),
+        fixed_bytes=4 * (offset.numel() + (mask.numel() if masked else 0)),
         operations=2 * 9 * channels * channels // groups * height * width,
     )
 
@@ -39,9 +40,10 @@ def by_position(function):
 
 BENCHMARK = Benchmark(
     name="deform_conv2d",
-    title="3x3, sub-networks on P4 (256 channels, 50x84) and backbone stages",
+    title="3x3, sub-networks on P3 to P5 (256 channels) and backbone stages",
     setup=setup,
     sweep={
+        "v2 on P3, channels-last": {"layout": torch.channels_last, "height": 100, "width": 168},
         "v2 on P4, channels-last": {"layout": torch.channels_last},
         "v2 on P4, contiguous": {"layout": torch.contiguous_format},
         "v1 on P4, channels-last": {"layout": torch.channels_last, "masked": False},
@@ -55,6 +57,7 @@ BENCHMARK = Benchmark(
     },
     providers={
         "spatialflow": by_position(ops.deform_conv2d),
+        "spatialflow deterministic": deterministic(by_position(ops.deform_conv2d)),
         "reference": by_position(reference.deform_conv2d),
         "torchvision": by_position(torchvision and torchvision.deform_conv2d),
         "CuPy textbook": textbook.provider(textbook.deform_conv2d),

@@ -5,7 +5,7 @@ from functools import partial
 
 import textbook
 import torch
-from harness import Benchmark, Problem, Provider, compiled, in_cuda_graph, main
+from harness import Benchmark, Problem, Provider, compiled, main
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -44,16 +44,16 @@ BENCHMARK = Benchmark(
         "P3..P7, 256 to 256, flow": {"out_channels": 256, "levels": slice(None), "flow": True},
         "P3..P7, 256 to 720, no flow": {"out_channels": 720, "levels": slice(None), "flow": False},
         "P3..P7, 256 to 36, no flow": {"out_channels": 36, "levels": slice(None), "flow": False},
+        "P3, 256 to 256, flow": {"out_channels": 256, "levels": slice(0, 1), "flow": True},
         "P4, 256 to 256, flow": {"out_channels": 256, "levels": slice(1, 2), "flow": True},
+        "P5, 256 to 256, flow": {"out_channels": 256, "levels": slice(2, 3), "flow": True},
     },
     providers={
         "spatialflow": ops.flow_conv2d,
         "spatialflow packed": Provider(ops.flow_conv2d, packed),
         "spatialflow direct": partial(ops.flow_conv2d, algorithm="direct"),
         "reference": reference.flow_conv2d,  # eager relu(conv2d(x + flow)): oneDNN, cuDNN
-        "reference, CUDA graph": in_cuda_graph(reference.flow_conv2d),
         "reference, torch.compile": compiled(reference.flow_conv2d),
-        "spatialflow, CUDA graph": in_cuda_graph(Provider(ops.flow_conv2d, packed)),
         "CuPy textbook": textbook.provider(textbook.flow_conv2d),
     },
 )

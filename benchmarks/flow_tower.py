@@ -7,7 +7,7 @@ Forward only: with gradients the tower is calls of flow_conv2d, timed there.
 from functools import partial
 
 import torch
-from harness import Benchmark, Problem, Provider, compiled, in_cuda_graph, main
+from harness import Benchmark, Problem, Provider, compiled, main
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -52,9 +52,7 @@ BENCHMARK = Benchmark(
         "spatialflow": Provider(ops.flow_tower, partial(packed, "auto")),
         "spatialflow direct": Provider(ops.flow_tower, partial(packed, "direct")),
         "reference": reference.flow_tower,  # the same convolutions in eager PyTorch: oneDNN, cuDNN
-        "reference, CUDA graph": in_cuda_graph(reference.flow_tower),
         "reference, torch.compile": compiled(reference.flow_tower),
-        "spatialflow, CUDA graph": in_cuda_graph(Provider(ops.flow_tower, partial(packed, "auto"))),
     },
 )
 

@@ -10,14 +10,20 @@ from them, the `sweep` of cases, and the float64 oracle. The harness does the re
 3. medians with the 10 % and 90 % quantiles; `ratio` is a provider's median over spatialflow's;
 4. a table on screen, `results/<device>/<op>.json` and a plot beside it.
 
+On CUDA there are two times, both with the L2 cache overwritten before. `median_ms` is the call: from the call to its
+completion, by the host's clock. `kernel_ms` is the work of the GPU alone: the replay of a CUDA graph, or for providers
+that wait for the device, which no graph can hold, the sum of their kernels by the profiler.
+
 `python benchmarks/harness.py` prints the kept results as Markdown tables, one per device.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -55,7 +61,8 @@ class Problem:
         options: keyword arguments.
         features: indices of the inputs that are in the dtype asked for; the others keep theirs.
         differentiable: indices of the inputs whose gradient "forward+backward" computes; none: forward only.
-        bytes: what the forward pass must at least read and write, for the GB/s line.
+        bytes: what the forward pass must at least read and write, with features in float32, for the GB/s line.
+        fixed_bytes: the part of `bytes` that is in the same dtype whatever the features are in.
         operations: floating-point operations of the forward pass (a multiply-add counts two), for the GFLOP/s line.
     """
 
@@ -64,6 +71,7 @@ class Problem:
     features: tuple[int, ...] = ()
     differentiable: tuple[int, ...] = ()
     bytes: float | None = None
+    fixed_bytes: float = 0.0
     operations: float | None = None
 
 
@@ -76,36 +84,16 @@ class Provider:
         prepare: `prepare(*inputs, **options)` gives the arguments of `call`, outside the timing.
         only_cuda: left out on other devices.
         only_forward: left out where gradients are asked for.
+        waits: reads values back from the device, so that no CUDA graph can hold it.
+        around: a context manager that calls, and gradients, run in.
     """
 
     call: Callable[..., Any]
     prepare: Callable[..., tuple] | None = None
     only_cuda: bool = False
     only_forward: bool = False
-
-
-def in_cuda_graph(provider: Callable[..., Any] | Provider) -> Provider:
-    """The same captured in a CUDA graph, which is replayed: what it takes without the time to queue its kernels."""
-    own = provider if isinstance(provider, Provider) else Provider(provider)
-
-    def prepare(*inputs: Any, **options: Any) -> tuple:
-        arguments, keywords = (inputs, options) if own.prepare is None else (own.prepare(*inputs, **options), {})
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(3):
-                own.call(*arguments, **keywords)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
-            outputs = own.call(*arguments, **keywords)
-        return graph, outputs, arguments  # the graph reads the arguments' memory: they live as long
-
-    def replay(graph: Any, outputs: Any, _: Any) -> Any:
-        graph.replay()
-        return outputs
-
-    return Provider(replay, prepare, only_cuda=True, only_forward=True)
+    waits: bool = False
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def compiled(function: Callable[..., Any]) -> Provider:
@@ -115,6 +103,28 @@ def compiled(function: Callable[..., Any]) -> Provider:
         return torch.compile(partial(function, **options), dynamic=False), *inputs
 
     return Provider(lambda call, *inputs: call(*inputs), prepare, only_cuda=True)
+
+
+def deterministic(function: Callable[..., Any] | Provider | None) -> Provider | None:
+    """The same under torch.use_deterministic_algorithms; on CUDA alone, where it chooses other kernels."""
+    if function is None:
+        return None
+    own = function if isinstance(function, Provider) else Provider(function)
+
+    return replace(own, only_cuda=True, around=deterministic_algorithms)
+
+
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Chooses torch's deterministic algorithms, without its filling of new tensors, which is for finding faults."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,7 @@ class Benchmark:
         providers: name -> function or `Provider`; "spatialflow" is one of them. None: not installed, left out.
         oracle: the twin, run on the inputs widened to float64. None: the provider "reference".
         tolerance: largest error of spatialflow, as a share of the largest expected value.
+        rounding: factor of TOLERANCES, for what rounds more than once.
         compare: `(result, expected) -> error`; default: largest difference over the largest expected value, and for
             integers the share of entries that differ.
         title: caption of table and plot; say which layer of the model the sizes come from.
@@ -139,6 +150,7 @@ class Benchmark:
     providers: Mapping[str, Callable[..., Any] | Provider | None]
     oracle: Callable[..., Any] | None = None
     tolerance: float = 1e-4
+    rounding: float = 1.0
     compare: Callable[[Any, Any], float] | None = None
     title: str = ""
 
@@ -226,11 +238,15 @@ class _Call:
             for index in problem.differentiable:
                 inputs[index] = map_tensors(lambda t: t.detach().requires_grad_(), inputs[index])
                 self._wanted += leaves(inputs[index])
-        self._inputs = tuple(inputs)
+        self._inputs, self._around, self.waits = tuple(inputs), provider.around, provider.waits
         if provider.prepare is not None:
             self._inputs, self._options = tuple(provider.prepare(*inputs, **self._options)), {}
 
     def run(self) -> Any:
+        with self._around():
+            return self._run()
+
+    def _run(self) -> Any:
         if not self._wanted:
             with torch.no_grad():
                 return self._function(*self._inputs, **self._options)
@@ -251,24 +267,26 @@ def _format_of(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
 
 
-def _clock(call: _Call, flush: torch.Tensor | None) -> float:
-    """Seconds of one run. On CUDA by events, with the L2 cache overwritten before."""
-    if flush is None:
-        begin = time.perf_counter()
-        call.run()
-        return time.perf_counter() - begin
-    flush.zero_()
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin_event.record()
+def _flush(cache: torch.Tensor | None) -> None:
+    """Overwrites the L2 cache of the GPU; nothing on the CPU."""
+    if cache is not None:
+        cache.zero_()
+        torch.cuda.synchronize()
+
+
+def _clock(call: _Call, cache: torch.Tensor | None) -> float:
+    """Seconds from the call to its completion."""
+    _flush(cache)
+    begin = time.perf_counter()
     call.run()
-    end_event.record()
-    end_event.synchronize()
-    return begin_event.elapsed_time(end_event) / 1e3
+    if cache is not None:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def measure(calls: Mapping[str, _Call], seconds: float, device: str) -> dict[str, list[float]]:
     """Times of each call in seconds. Calls take turns; each gets about `seconds`, but at least three runs."""
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.startswith("cuda") else None
+    cache = _l2_cache(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():  # warm-up: allocator, thread pool, caches
         begin = time.perf_counter()
@@ -279,10 +297,68 @@ def measure(calls: Mapping[str, _Call], seconds: float, device: str) -> dict[str
     open_calls = set(calls)
     while open_calls:
         for name in [name for name in calls if name in open_calls]:
-            times[name].append(_clock(calls[name], flush))
+            times[name].append(_clock(calls[name], cache))
             if len(times[name]) >= 3 and (sum(times[name]) > seconds or len(times[name]) >= 200):
                 open_calls.discard(name)
     return times
+
+
+def _l2_cache(device: str) -> torch.Tensor | None:
+    """A tensor larger than the L2 cache of any GPU; None on the CPU."""
+    return torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.startswith("cuda") else None
+
+
+def measure_kernels(calls: Mapping[str, _Call], seconds: float, device: str) -> dict[str, float]:
+    """Seconds of GPU work of each call, see the module's docstring; a provider that fails in a graph is left out."""
+    cache, replays, result = _l2_cache(device), {}, {}
+    for name, call in calls.items():
+        try:
+            if call.waits:
+                result[name] = _profiled_seconds(call)
+            else:
+                replays[name] = _captured(call)
+        except Exception as problem:
+            torch.cuda.synchronize()
+            print(f"  {name}: no kernel time: {(str(problem).splitlines() or ['?'])[0]}")
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    open_calls = set(replays)
+    while open_calls:
+        for name in [name for name in replays if name in open_calls]:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.zero_()  # while it runs, the graph's launch is queued
+            begin.record()
+            replays[name].replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / 1e3)
+            if len(times[name]) >= 5 and (sum(times[name]) > seconds / 2 or len(times[name]) >= 50):
+                open_calls.discard(name)
+    return {**result, **{name: statistics.median(own) for name, own in times.items()}}
+
+
+def _captured(call: _Call) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one run."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call.captured = call.run()  # what the graph writes lives as long as the call
+    return graph
+
+
+def _profiled_seconds(call: _Call, runs: int = 5) -> float:
+    """Summed duration of the kernels and copies of a run, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            call.run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / runs
 
 
 def run(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -294,23 +370,30 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[list[di
         and (not arguments.providers or name in arguments.providers or name == OURS)
         and (arguments.device.startswith("cuda") or not getattr(provider, "only_cuda", False))
     }
-    for label, case in benchmark.sweep.items():
-        if arguments.cases and not any(wanted in label for wanted in arguments.cases):
-            continue
+    cases = [
+        (label, case)
+        for label, case in benchmark.sweep.items()
+        if not arguments.cases or any(wanted in label for wanted in arguments.cases)
+    ]
+    for dtype, (label, case) in itertools.product(arguments.dtype, cases):
         torch.manual_seed(0)
         np.random.seed(0)
         problem = benchmark.setup(**case)
         move = lambda value: map_tensors(lambda t: t.to(arguments.device), value)  # noqa: E731
-        lower = lambda value: map_tensors(lambda t: t.to(getattr(torch, arguments.dtype)), value)  # noqa: E731
+        lower = lambda value: map_tensors(lambda t: t.to(getattr(torch, dtype)), value)  # noqa: E731
+        known = problem.bytes
+        if known is not None and problem.features:
+            itemsize = getattr(torch, dtype).itemsize
+            known = problem.fixed_bytes + (known - problem.fixed_bytes) * itemsize / 4
         inputs = (move(lower(v) if i in problem.features else v) for i, v in enumerate(problem.inputs))
-        known = problem.bytes if arguments.dtype == "float32" else None  # counted for float32
         problem = Problem(**{**problem.__dict__, "inputs": tuple(inputs), "bytes": known})
         for mode in MODES if problem.differentiable else MODES[:1]:
-            yield _run_case(benchmark, providers, label, problem, mode, arguments)
+            if not arguments.modes or mode in arguments.modes:
+                yield _run_case(benchmark, providers, label, problem, mode, dtype, arguments)
 
 
 def _run_case(
-    benchmark: Benchmark, providers: Mapping[str, Any], label: str, problem: Problem, mode: str,
+    benchmark: Benchmark, providers: Mapping[str, Any], label: str, problem: Problem, mode: str, dtype: str,
     arguments: argparse.Namespace,
 ) -> list[dict[str, Any]]:  # fmt: skip
     oracle = benchmark.oracle or benchmark.providers["reference"]
@@ -318,12 +401,12 @@ def _run_case(
     expected = _Call(oracle, wide, mode).run()
     compare = benchmark.compare if benchmark.compare is not None and mode == "forward" else largest_error
     calls, errors = {}, {}
-    tolerance = max(benchmark.tolerance, TOLERANCES[arguments.dtype] if problem.features else 0)
+    tolerance = max(benchmark.tolerance, benchmark.rounding * TOLERANCES[dtype] if problem.features else 0)
     for name, provider in providers.items():
         if mode != "forward" and getattr(provider, "only_forward", False):
             continue
         attempts = {name: problem}
-        if name != OURS and problem.features and arguments.dtype != "float32":
+        if name != OURS and problem.features and dtype != "float32":
             attempts[f"{name}, float32"] = _in_float32(problem)
         for own_name, own_problem in attempts.items():
             try:
@@ -342,32 +425,47 @@ def _run_case(
             f"value, more than {tolerance:.0e}; nothing is timed"
         )
     times = measure(calls, arguments.seconds, arguments.device)
+    on_cuda = arguments.device.startswith("cuda")
+    kernels = measure_kernels(calls, arguments.seconds, arguments.device) if on_cuda else {}
     ours = statistics.median(times[OURS])
     rows = []
     for name in calls:
         median = statistics.median(times[name])
         low, high = (float(np.quantile(times[name], q)) for q in (0.1, 0.9))
         row = {
-            "case": label, "mode": mode, "provider": name, "median_ms": median * 1e3, "q10_ms": low * 1e3,
+            "case": label, "mode": mode, "dtype": dtype, "provider": name, "median_ms": median * 1e3,
+            "q10_ms": low * 1e3,
             "q90_ms": high * 1e3, "runs": len(times[name]), "error": errors[name], "ratio": median / ours,
         }  # fmt: skip
+        if name in kernels:
+            row["kernel_ms"] = kernels[name] * 1e3
+            row["kernel_by"] = "profiler" if calls[name].waits else "graph"
+            if OURS in kernels:
+                row["kernel_ratio"] = kernels[name] / kernels[OURS]
         if mode == "forward":
+            row["bytes"], row["operations"] = problem.bytes, problem.operations
             if problem.bytes is not None:
                 row["gigabytes_per_second"] = problem.bytes / median / 1e9
             if problem.operations is not None:
                 row["gigaflops_per_second"] = problem.operations / median / 1e9
         rows.append(row)
-    _print_case(label, mode, problem, rows)
+    _print_case(f"{label}, {mode}" + (f", {dtype}" if problem.features else ""), problem, rows)
     return rows
 
 
-def _print_case(label: str, mode: str, problem: Problem, rows: list[dict[str, Any]]) -> None:
-    print(f"\n  {label}, {mode}")
-    print(f"    {'provider':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'runs':>6}{'error':>10}{'ratio':>8}")
+def _print_case(label: str, problem: Problem, rows: list[dict[str, Any]]) -> None:
+    with_kernels = any("kernel_ms" in row for row in rows)
+    print(f"\n  {label}")
+    print(
+        f"    {'provider':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'runs':>6}{'error':>10}{'ratio':>8}"
+        + (f"{'kernel ms':>11}{'ratio':>8}" if with_kernels else "")
+    )
     for row in rows:
         print(
             f"    {row['provider']:<24}{row['median_ms']:>11.3f}{row['q10_ms']:>10.3f}{row['q90_ms']:>10.3f}"
             f"{row['runs']:>6}{row['error']:>10.1e}{row['ratio']:>8.2f}"
+            + (f"{row['kernel_ms']:>11.4f}" if "kernel_ms" in row else "")
+            + (f"{row['kernel_ratio']:>8.2f}" if "kernel_ratio" in row else "")
         )
     parts = []
     for key, total, unit, rate in (
@@ -401,7 +499,8 @@ def commit() -> str | None:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         state = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        packed = _ROOT / "commit.txt"  # of an archive of tools/gpu_pack.py
+        return packed.read_text().strip() if packed.is_file() else None
     return commit.stdout.strip() + ("-modified" if state.stdout.strip() else "")
 
 
@@ -495,7 +594,9 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
         epilog=f"cases: {'; '.join(benchmark.sweep)}. providers: {', '.join(benchmark.providers)}.",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=tuple(TOLERANCES), help="of features (default: float32)")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=tuple(TOLERANCES),
+                        help="of features, one or several (default: float32)")  # fmt: skip
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="only these (default: both where there are gradients)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per provider, case and mode (default: 1)")
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose label contains one of these")
@@ -505,6 +606,8 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
         help="folder of <device>/<op>.json and .png (default: benchmarks/results; nothing is written for a selection "
         "of cases or providers unless this is given)",
     )  # fmt: skip
+    parser.add_argument("--add", action="store_true", help="keep the other rows that are in the file")
+    parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
     options = parser.parse_args(arguments)
     for name in ("threads", "seconds"):
         if getattr(options, name) <= 0:
@@ -524,18 +627,29 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
     print(f"  {about}, CPU level {setting['cpu_level']}")
     kept = options.output is not None or not (options.cases or options.providers)
     rows: list[dict[str, Any]] = []
-    content = {"op": benchmark.name, "title": benchmark.title, **setting, "dtype": options.dtype, "rows": rows}
+    content = {"op": benchmark.name, "title": benchmark.title, **setting, "rows": rows}
+    path = _target(options, setting["device"], benchmark.name) if kept else None
+    if options.add and path is not None and path.is_file():
+        rows += json.loads(path.read_text())["rows"]
     for more in run(benchmark, options):
-        rows += more
+        new = {_key(row) for row in more}
+        rows[:] = [row for row in rows if _key(row) not in new] + more
         if kept:  # after every case: what ends a run early leaves the cases before
-            path = results_path(options.output or Path(__file__).parent / "results", setting["device"], benchmark.name)
             write_text(path, json.dumps(content, indent=1) + "\n")
     if not rows:
         sys.exit(f"no case contains {' or '.join(options.cases)}; cases: {'; '.join(benchmark.sweep)}")
-    if not kept:
+    if not kept or options.no_plot:
         return
     plot(benchmark, setting, rows, path.with_suffix(".png"))
     print(f"\n  written: {path}, {path.with_suffix('.png').name}")
+
+
+def _target(options: argparse.Namespace, device: str, name: str) -> Path:
+    return results_path(options.output or Path(__file__).parent / "results", device, name)
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    return row["case"], row["mode"], row.get("dtype"), row["provider"]
 
 
 def markdown(device: Path) -> str:
@@ -546,19 +660,35 @@ def markdown(device: Path) -> str:
         return ""
     peers = list(dict.fromkeys(r["provider"] for content in contents for r in content["rows"]))
     peers.remove(OURS)
-    head = ["op", "case", "", OURS, *peers]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "---:|" * (len(head) - 3)]
-    for content in contents:
-        for case, mode in dict.fromkeys((r["case"], r["mode"]) for r in content["rows"]):
-            rows = {r["provider"]: r for r in content["rows"] if (r["case"], r["mode"]) == (case, mode)}
-            cells = [f"{rows[OURS]['median_ms']:.3g} ms"]
-            cells += [f"{rows[p]['median_ms']:.3g} ms ({rows[p]['ratio']:.1f}x)" if p in rows else "" for p in peers]
-            lines.append("| " + " | ".join([f"`{content['op']}`", case, mode, *cells]) + " |")
-    settings = {
-        (c["device"], f"{c['threads']} threads", f"torch {c['versions']['torch']}", c.get("dtype", "float32"))
-        for c in contents
-    }
-    return "\n".join(["; ".join(", ".join(setting) for setting in sorted(settings)), "", *lines])
+    timings = [("median_ms", "ratio")]
+    if any("kernel_ms" in row for content in contents for row in content["rows"]):
+        timings.append(("kernel_ms", "kernel_ratio"))
+    tables = []
+    for time_key, ratio_key in timings:
+        lines = ["| " + " | ".join(["op", "case", "", "", OURS, *peers]) + " |", "|" + "---|" * 4]
+        lines[1] += "---:|" * (1 + len(peers))
+        for content in contents:
+            groups: dict[tuple, dict[str, Any]] = {}
+            for row in content["rows"]:
+                key = (row["case"], row["mode"], row.get("dtype", content.get("dtype", "float32")))
+                groups.setdefault(key, {})[row["provider"]] = row
+            for key, rows in groups.items():
+                cells = [_cell(rows.get(name), time_key, None if name == OURS else ratio_key) for name in (OURS, *peers)]
+                lines.append("| " + " | ".join([f"`{content['op']}`", *key, *cells]) + " |")
+        tables.append("\n".join(lines))
+    settings = sorted({f"{c['device']}, {c['threads']} threads, torch {c['versions']['torch']}" for c in contents})
+    if len(tables) == 1:
+        return "\n\n".join(["; ".join(settings), *tables])
+    call, kernel = tables
+    return "\n\n".join(["; ".join(settings), "Calls, from the call to its completion:", call, "GPU work alone:", kernel])
+
+
+def _cell(row: Mapping[str, Any] | None, time_key: str, ratio_key: str | None) -> str:
+    """A time and, of a peer, its ratio to ours."""
+    if row is None or time_key not in row:
+        return ""
+    ratio = f" ({row[ratio_key]:.1f}x)" if ratio_key in row else ""
+    return f"{row[time_key]:.3g} ms{ratio}"
 
 
 if __name__ == "__main__":

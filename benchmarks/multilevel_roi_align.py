@@ -2,7 +2,7 @@
 """multilevel_roi_align at the size of the thing head: P3..P5 of an 800x1344 image, 256 channels."""
 
 import torch
-from harness import Benchmark, Problem, Provider, main, optional
+from harness import Benchmark, Problem, Provider, deterministic, main, optional
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -56,8 +56,9 @@ BENCHMARK = Benchmark(
     },
     providers={
         "spatialflow": ops.multilevel_roi_align,
+        "spatialflow deterministic": deterministic(ops.multilevel_roi_align),
         "reference": reference.multilevel_roi_align,
-        "torchvision": torchvision and Provider(run_pooler, make_pooler),
+        "torchvision": torchvision and Provider(run_pooler, make_pooler, waits=True),
     },
 )
 

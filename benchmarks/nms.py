@@ -5,7 +5,7 @@ The plain-PyTorch twin takes a step per kept box, seconds in all, and is not tim
 """
 
 import torch
-from harness import Benchmark, Problem, main, optional
+from harness import Benchmark, Problem, Provider, main, optional
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -36,8 +36,8 @@ BENCHMARK = Benchmark(
         "0-100 px in 100 px": {"count": 20000, "extent": 100.0, "smallest": 0.0, "largest": 100.0},
     },
     providers={
-        "spatialflow": ops.nms,
-        "torchvision": torchvision and torchvision.nms,
+        "spatialflow": Provider(ops.nms, waits=True),
+        "torchvision": torchvision and Provider(torchvision.nms, waits=True),
     },
     oracle=torchvision.nms if torchvision else reference.nms,  # in float64; the twin decides alike, but slowly
     tolerance=1e-3,

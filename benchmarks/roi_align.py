@@ -3,7 +3,7 @@
 
 import textbook
 import torch
-from harness import Benchmark, Problem, main, optional
+from harness import Benchmark, Problem, deterministic, main, optional
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -41,6 +41,7 @@ BENCHMARK = Benchmark(
     },
     providers={
         "spatialflow": ops.roi_align,
+        "spatialflow deterministic": deterministic(ops.roi_align),
         "reference": reference.roi_align,
         "torchvision": torchvision and torchvision.roi_align,
         "CuPy textbook": textbook.provider(textbook.roi_align),

@@ -209,4 +209,4 @@ def provider(function: Any, first: Any = None) -> Provider | None:
     def call(options: dict, *inputs: Any) -> Any:
         return function(*inputs, **options)
 
-    return Provider(call, prepare, only_cuda=True, only_forward=True)
+    return Provider(call, prepare, only_cuda=True, only_forward=True, waits=True)

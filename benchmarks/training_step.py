@@ -13,7 +13,7 @@ import sys
 from functools import cache, partial
 
 import torch
-from harness import Benchmark, Problem, main
+from harness import Benchmark, Problem, Provider, main
 
 from spatialflow import build_model
 from spatialflow.models.losses import Criterion
@@ -34,7 +34,7 @@ COMPARED = tuple(
 
 
 @cache
-def training(kind: str):
+def training(kind: str, device: torch.device):
     """Model, the network that computes its step, and the optimizer."""
     torch.manual_seed(0)
     model = build_model("spatialflow_r50_coco").train()
@@ -43,6 +43,7 @@ def training(kind: str):
             module.running_var.fill_(4.0)
     if kind == "float64":
         model.double()
+    model.to(device)
     if kind == "channels-last":
         model.to(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -51,7 +52,7 @@ def training(kind: str):
 
 
 def step(kind: str, images: torch.Tensor, truth: Truth) -> list[torch.Tensor]:
-    model, network, optimizer = training(kind)
+    model, network, optimizer = training(kind, images.device)
     if kind != "plain":
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.enable_grad():
@@ -83,9 +84,9 @@ BENCHMARK = Benchmark(
     setup=setup,
     sweep={"2 x 480x640": {"height": 480, "width": 640}},
     providers={
-        "spatialflow": partial(step, "spatialflow"),
-        "plain modules": partial(step, "plain"),
-        "plain modules, channels-last": partial(step, "channels-last"),
+        "spatialflow": Provider(partial(step, "spatialflow"), waits=True),
+        "plain modules": Provider(partial(step, "plain"), waits=True),
+        "plain modules, channels-last": Provider(partial(step, "channels-last"), waits=True),
     },
     oracle=partial(step, "float64"),
     # An untrained network has many units of ReLU near zero, and which side one falls on decides whole terms of a

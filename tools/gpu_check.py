@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that only a GPU can show, in one command: `make gpu-check`, or `python tools/gpu_check.py`.
+"""Everything that only a GPU can show, in one command: `make gpu-check`, or `python3 tools/gpu_check.py`.
 
-Steps run one after the other, each in processes of its own under a time limit; one that fails or runs out of time is
-recorded and the others go on. What a machine lacks (torchvision, CuPy, compute-sanitizer, goldens) takes its column or
-step with it, never the run. Compiled libraries that were built elsewhere are enough: nothing is compiled here.
+Made for a machine that is rented by the quarter of an hour. Three runs, each within its total:
 
-Results go to <output>/<device>/: `gpu_check.json`, `gpu_check.md`, the logs of the steps, and the JSON and plot of each
-benchmark.
+    gpu_check.py            480 s: ceilings, operators, their tests, kernel times, the pipeline, ncu, images per second
+    gpu_check.py --second   480 s: compute-sanitizer, large tensors, training, several processes, torch.compile
+    gpu_check.py --quick    120 s: ceilings, operators, the shortest tests, the first kernel times
+
+Steps come in the order of what only a GPU can tell. Each has a time that is kept for it and a limit, runs in processes
+of its own, and is recorded as it ends: a step that fails or runs out of time takes nothing from the others. What a
+machine lacks (torchvision, CuPy, ncu, compute-sanitizer) takes its column or step with it, never the run.
+
+The libraries are those of the tree, built elsewhere; `make gpu-pack` puts them, the tree and the wheels of missing
+packages in one archive. Here only `spatialflow._evaluation` is compiled, in the background, as it belongs to one Python.
+
+Results go to <output>/<device>/: `gpu_check.json` and `gpu_check.md` (`gpu_check_second.*`, `gpu_check_quick.*`), the
+logs of the steps, and the JSON of each benchmark. `--pack FILE.tgz` puts that folder in one file after every step.
 
 Exit codes: 0 all steps passed, 1 a step failed, 2 wrong arguments or nothing built, 77 no GPU.
 
-`--backend simt` is the dry run on a machine without one: the same steps on the interpreted kernels, at small sizes.
+`--backend simt` is the dry run on a machine without a GPU: every step is walked, operators on the interpreted kernels,
+all else on the CPU at small sizes.
 """
 
 from __future__ import annotations
@@ -23,11 +33,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -38,12 +49,18 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import markdown, results_path, write_text  # noqa: E402
 
 NO_GPU = 77
-TOTAL_SECONDS = 480
-BENCHMARK_SECONDS = 0.15
+TOTALS = {"first": 480.0, "second": 480.0, "quick": 120.0}
+"""Seconds of a run on a GPU."""
+
+DRY_TOTAL = 3600.0
+BENCHMARK_SECONDS = 0.1
 """Time per provider, case and mode of a benchmark."""
 
-AT_ONCE = 6
+AT_ONCE = 14
 """Test files that share the GPU: most of the time of a test is spent on the host."""
+
+SITE = ROOT / "build" / "gpu_check_site"
+"""Receives the packages that came as wheels."""
 
 
 @dataclass
@@ -59,39 +76,64 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """A command line, its limit in seconds, and how its output becomes one line; or the reason to skip it.
+    """A command line, its time, and how its output becomes one line; or the reason to skip it.
 
-    With `each` the command is run for every one of these further arguments, `AT_ONCE` at a time.
+    Args:
+        least: seconds that are kept for it, whatever the steps before it take.
+        limit: seconds after which it is ended.
+        each: the command is run for every one of these further arguments, `AT_ONCE` at a time.
+        together: steps in a row with the same word here run at the same time.
+        backend: kernels it runs on, where they are not those of the run.
     """
 
     name: str
     command: list[str] = field(default_factory=list)
     each: list[str] = field(default_factory=list)
+    least: float = 0.0
     limit: float = 60.0
     detail: Callable[[str], str] = lambda output: output.strip().rsplit("\n", 1)[-1][:200]
     skipped: str = ""
     expected_code: int = 0
+    together: str = ""
+    backend: str = ""
 
 
 def run_step(step: Step, folder: Path, environment: dict[str, str], remaining: float) -> Outcome:
-    """Runs a step within its limit and what remains of the whole; its output goes to `folder`."""
+    """Runs a step within its limit and what remains for it; its output goes to `folder`."""
     if step.skipped:
         return Outcome(step.name, "skipped", 0.0, step.skipped)
     limit, begin = min(step.limit, remaining), time.monotonic()
     if limit <= 1:
-        return Outcome(step.name, "timed out", 0.0, f"no time left of {TOTAL_SECONDS} s")
+        return Outcome(step.name, "timed out", 0.0, "no time was left")
     log = folder / f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower()).strip('-')}.log"
+    environment = {**environment, "SPATIALFLOW_BACKEND": step.backend} if step.backend else environment
     commands = [[*step.command, argument] for argument in step.each] or [step.command]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         ended = list(pool.map(lambda command: run_command(command, environment, begin + limit), commands))
     output = "\n".join(text for _, text in ended)
     codes = {code for code, _ in ended}
-    if None in codes:
-        status, detail = "timed out", f"more than {limit:.0f} s"
-    else:
-        status, detail = "passed" if codes == {step.expected_code} else "failed", step.detail(output)
+    status = "timed out" if None in codes else "passed" if codes == {step.expected_code} else "failed"
+    detail = step.detail(output)
+    if status == "timed out":
+        detail = f"more than {limit:.0f} s; {detail}"
     log.write_text(output)
     return Outcome(step.name, status, round(time.monotonic() - begin, 1), detail, log.name)
+
+
+def in_groups(steps: list[Step]) -> list[list[Step]]:
+    """Steps in a row that run together."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and step.together and groups[-1][0].together == step.together:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def kept(groups: list[list[Step]]) -> float:
+    """Seconds that are kept for these groups."""
+    return sum(max(0.0 if step.skipped else step.least for step in group) for group in groups)
 
 
 def run_command(command: list[str], environment: dict[str, str], deadline: float) -> tuple[int | None, str]:
@@ -143,7 +185,7 @@ def device_of(backend: str) -> dict[str, Any] | None:
         return None
     about = json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
     about["driver"] = driver_version()
-    about["packages"] = {name: importlib.util.find_spec(name) is not None for name in ("torchvision", "cupy", "triton")}
+    about["packages"] = {name: has_module(name) for name in ("torchvision", "cupy", "triton", "deflate", "pycocotools")}
     return about
 
 
@@ -156,8 +198,40 @@ def driver_version() -> str | None:
 
 
 def environment_of(backend: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(SITE), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "SPATIALFLOW_BACKEND": backend, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None or any(SITE.glob(f"{name}*"))
+
+
+def install_wheels() -> None:
+    """Unpacks the wheels of `wheels/` whose packages are missing here, for this Python, into `SITE`."""
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    for wheel in sorted((ROOT / "wheels").glob("*.whl")):
+        name, python = wheel.name.split("-")[0], wheel.name.split("-")[-3]
+        if python in (tag, "py3") or python.startswith("py2.py3"):
+            if not has_module(name):
+                shutil.unpack_archive(wheel, SITE, "zip")
+
+
+def compile_evaluation() -> subprocess.Popen | None:
+    """Starts the compilation of `spatialflow._evaluation`; None where it is there, or cannot be compiled."""
+    target = ROOT / "spatialflow" / f"_evaluation{EXTENSION_SUFFIXES[0]}"
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if any(path.with_name(f"_evaluation{suffix}").is_file() for suffix in EXTENSION_SUFFIXES for path in [target]):
+        return None
+    if compiler is None or not has_module("pybind11"):
+        return None
+    import sysconfig
+
+    import pybind11
+
+    sources = sorted(str(path) for path in (ROOT / "csrc" / "evaluation").glob("*.cpp"))
+    command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", f"-I{pybind11.get_include()}",
+               f"-I{sysconfig.get_path('include')}", *sources, "-o", str(target)]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def operators() -> list[str]:
@@ -166,83 +240,147 @@ def operators() -> list[str]:
     return [op for op in listed if (ROOT / "tests" / f"test_{op}.py").is_file()]
 
 
-def make_steps(backend: str, output: Path) -> list[Step]:
-    """All steps, in order; in the dry run at small sizes, and without what only a GPU has."""
-    on_gpu = backend == "cuda"
-    only_gpu = "" if on_gpu else "needs a GPU"
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+def find_tool(name: str) -> str | None:
+    """Path of a program of the CUDA toolkit."""
+    folders = ["/usr/local/cuda/bin", *sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def pytest_command(*options: str) -> list[str]:
+    """pytest that names every test as it ends, so that the log of one that is cut off tells what went wrong."""
+    quiet = ["-p", "no:cacheprovider", "--continue-on-collection-errors", "-v", "--tb=short", "--no-header"]
+    return [sys.executable, "-m", "pytest", *quiet, *options]
+
+
+def make_steps(backend: str, kind: str, output: Path) -> list[Step]:
+    """The steps of a run in order; in the dry run at small sizes, with the watching programs left out."""
+    steps = {"first": first_steps, "second": second_steps, "quick": quick_steps}[kind](backend == "cuda", output)
+    if backend == "cuda":
+        return steps
+    interpreted = ("operator", "sanitizer", "check")  # what runs benchmarks at their sizes takes the CPU's kernels
+    return [step if any(word in step.name for word in interpreted) else replace(step, backend="cpu") for step in steps]
+
+
+def device_arguments(on_gpu: bool) -> list[str]:
+    return ["--device", "cuda" if on_gpu else "cpu"]
+
+
+def card_step(on_gpu: bool, output: Path) -> Step:
+    command = [sys.executable, "benchmarks/card.py", *device_arguments(on_gpu), "--output", str(output)]
+    return Step("ceilings of the card", command, least=15, limit=45)
+
+
+def operators_step(on_gpu: bool) -> Step:
+    return Step("every operator once", [sys.executable, "tools/sanitizer_targets.py", "operators"], least=15,
+                limit=60 if on_gpu else 900)  # fmt: skip
+
+
+def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") -> Step:
+    chosen = ["-k", selection] if selection else []
+    if not on_gpu:
+        chosen, limit = ["-k", "test_reference and float32"], 900
     files = [f"tests/test_{op}.py" for op in operators()]
-    selection = [] if on_gpu else ["-k", "test_reference and float32"]
-    steps = [
-        Step("operator tests", [*pytest, *selection], files, 150 if on_gpu else 900, pytest_detail),
-        Step("large tensors and repeated runs", pytest, ["tests/test_scale.py"], 60 if on_gpu else 900, pytest_detail),
-        Step(
-            "predictor: graphs and sync debug mode",
-            pytest,
-            ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py"],
-            60 if on_gpu else 900, pytest_detail,
-        ),
+    return Step("operator tests", pytest_command(*chosen), files, least, limit, pytest_detail)
+
+
+def kernels_step(on_gpu: bool, output: Path, least: float, limit: float) -> Step:
+    command = [sys.executable, "benchmarks/gpu.py", *device_arguments(on_gpu), "--output", str(output)]
+    command += ["--seconds", str(BENCHMARK_SECONDS)] if on_gpu else ["--seconds", "0.001", "--dry"]
+    return Step("times of kernels", command, least=least, limit=limit if on_gpu else 900, detail=benchmark_detail)
+
+
+def quick_steps(on_gpu: bool, output: Path) -> list[Step]:
+    questions = "test_reference or test_gradient_against_reference or test_deterministic"
+    return [
+        card_step(on_gpu, output),
+        operators_step(on_gpu),
+        tests_step(on_gpu, 20, 40, questions),
+        kernels_step(on_gpu, output, 30, 60),
+    ]
+
+
+def first_steps(on_gpu: bool, output: Path) -> list[Step]:
+    stages = ["--output", str(output), *device_arguments(on_gpu)]
+    stages += [] if on_gpu else ["--config", "tiny", "--size", "96", "128", "--dtype", "float32", "--seconds", "0.01"]
+    files = ["--seconds", "4", "--short-edges", "800", "--dtype", "bfloat16", "--cuda-graph", "--threads", "8",
+             "--providers", "spatialflow", "reference, bfloat16"]  # fmt: skip
+    if not on_gpu:
+        files = ["--seconds", "0.01", "--short-edges", "64", "--config", "tiny"]
+    return [
+        card_step(on_gpu, output),
+        operators_step(on_gpu),
+        tests_step(on_gpu, 40, 110),
+        kernels_step(on_gpu, output, 90, 170),
+        Step("pipeline by stages", [sys.executable, "benchmarks/stages.py", *stages], least=35, limit=75, detail=rate),
+        ncu_step(on_gpu),
+        Step("predictor: graphs and sync debug mode", pytest_command(),
+             ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py"], 15, 60 if on_gpu else 900,
+             pytest_detail),
+        Step("images per second from files",
+             [sys.executable, "benchmarks/end_to_end.py", *device_arguments(on_gpu), *files, "--output", str(output)],
+             least=25, limit=60 if on_gpu else 900),
     ]  # fmt: skip
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    missing = only_gpu or ("" if sanitizer else "compute-sanitizer is not installed")
+
+
+NCU_KERNELS = "conv3x3_tensor_core|conv3x3_weight_gradient_tensor|roi_align_|deform_conv2d_|focal_sum"
+
+
+def ncu_step(on_gpu: bool) -> Step:
+    """The hardware counters of the kernels that matter most."""
+    target = [sys.executable, "tools/profile_targets.py", "flow_conv2d", "multilevel_roi_align", "deform_conv2d"]
+    ncu = find_tool("ncu")
+    sections = [word for name in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
+                for word in ("--section", name)]  # fmt: skip
+    watched = [ncu or "", "--clock-control", "none", "-k", f"regex:{NCU_KERNELS}", "-c", "10", *sections, *target]
+    return Step("hardware counters (ncu)", watched if on_gpu else target, least=25, limit=60 if on_gpu else 900,
+                detail=lambda output: f"{output.count('Duration')} kernels",
+                skipped="ncu is not installed" if on_gpu and ncu is None else "")  # fmt: skip
+
+
+def second_steps(on_gpu: bool, output: Path) -> list[Step]:
+    sanitizer = find_tool("compute-sanitizer")
+    missing = "compute-sanitizer is not installed" if on_gpu and sanitizer is None else ""
     target = [sys.executable, "tools/sanitizer_targets.py"]
-    steps.append(Step("sanitizer targets, bare", [*target, "operators"], limit=60 if on_gpu else 900))
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        watched = [
-            sanitizer or "",
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            "--target-processes",
-            "application-only",
-            *target,
-        ]
-        steps.append(
-            Step(f"{tool}: planted fault is found", [*watched, f"planted-{tool}"], [], 25, last_summary, missing, 9)
-        )
-        steps.append(Step(f"{tool}: operators", [*watched, "operators"], [], 35, last_summary, missing))
-    benchmark = ["--output", str(output), "--seconds", str(BENCHMARK_SECONDS if on_gpu else 0.001)]
-    benchmark += ["--device", "cuda", "--dtype", "bfloat16"] if on_gpu else []
-    for script, first_case in benchmark_scripts():
-        cases = [] if on_gpu else ["--cases", first_case, "--providers", "none"]
-        command = [sys.executable, f"benchmarks/{script}.py", *benchmark, *cases]
-        seconds = 90 if script.startswith("flow") else 40  # torch.compile takes its time over those
-        steps.append(
-            Step(
-                f"benchmark {script}", command, [], seconds if on_gpu else 900, skipped="" if on_gpu else heavy(script)
-            )
-        )
-    end_to_end = [sys.executable, "benchmarks/end_to_end.py", "--device", "cuda", "--seconds", "4",
-                  "--short-edges", "800", "--dtype", "bfloat16", "--cuda-graph", "--output", str(output)]  # fmt: skip
-    steps.append(Step("benchmark end to end", end_to_end, limit=90, skipped=only_gpu or missing_for_files()))
-    return steps
+    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    options = ["--error-exitcode", "9", "--target-processes", "application-only"]
+    steps = []
+    for tool in tools:
+        watched = [sanitizer or "", "--tool", tool, *options, *target] if on_gpu else target
+        what = f"planted-{tool}" if on_gpu else "operators"
+        steps.append(Step(f"{tool}: planted fault is found", [*watched, what], least=30, limit=90, detail=last_summary,
+                          skipped=missing, expected_code=9 if on_gpu else 0, together="planted"))  # fmt: skip
+    for tool in tools:
+        watched = [sanitizer or "", "--tool", tool, *options, *target] if on_gpu else target
+        steps.append(Step(f"{tool}: operators", [*watched, "operators"], least=90, limit=180 if on_gpu else 900,
+                          detail=last_summary, skipped=missing, together="operators"))  # fmt: skip
+    training = ["--device", "cuda", "--add"] if on_gpu else ["--providers", "none"]
+    network = [sys.executable, "benchmarks/network.py", *device_arguments(on_gpu), "--output", str(output), "--add"]
+    network += ["--dtype", "bfloat16", "--seconds", "0.5", "--providers", "plain modules, channels-last",
+                "torch.compile"] if on_gpu else ["--seconds", "0.001", "--providers", "none", "--no-plot"]  # fmt: skip
+    return [
+        *steps,
+        Step("large tensors and repeated runs", pytest_command(), ["tests/test_scale.py"], 30, 80 if on_gpu else 900,
+             pytest_detail),
+        Step("training step", [sys.executable, "benchmarks/training_step.py", *training, "--seconds",
+             "1" if on_gpu else "0.001", "--no-plot", "--output", str(output)], least=25, limit=60 if on_gpu else 900,
+             detail=benchmark_detail),
+        Step("training under torchrun", [sys.executable, "tools/gpu_training.py", *device_arguments(on_gpu)], least=20,
+             limit=60 if on_gpu else 900),
+        Step("network beside torch.compile", network, least=30, limit=150 if on_gpu else 900, detail=benchmark_detail),
+    ]  # fmt: skip
 
 
-def missing_for_files() -> str:
-    """Why panoptic PNGs cannot be written here: unlike the libraries, that module is built per Python version."""
-    if importlib.util.find_spec("deflate") is None:
-        return "the package deflate is not installed"
-    built = any(Path(ROOT, "spatialflow", f"_evaluation{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
-    return (
-        "" if built else f"spatialflow._evaluation is not built for Python {sys.version_info[0]}.{sys.version_info[1]}"
-    )
+def benchmark_detail(output: str) -> str:
+    """How many cases were timed, and what failed."""
+    cases = len(re.findall(r"^    spatialflow {2,}", output, re.MULTILINE))
+    failed = re.findall(r"FAILED:? ?(.*)", output)
+    last = output.strip().rsplit("\n", 1)[-1][:120]
+    return f"{cases} cases" + (f"; failed: {'; '.join(failed)[:300]}" if failed else "" if cases else f"; {last}")
 
 
-def heavy(script: str) -> str:
-    """Why the dry run leaves a benchmark out: the interpreter would take minutes for its smallest case."""
-    return "" if script == "paste_masks" else "the interpreter is too slow for its sizes"
-
-
-def benchmark_scripts() -> list[tuple[str, str]]:
-    """(name, label of the first case) of every benchmark of an operator."""
-    found = []
-    for op in operators():
-        path = ROOT / "benchmarks" / f"{op}.py"
-        if path.is_file():
-            sweep = path.read_text().split("sweep={", 1)[1]
-            found.append((op, re.search(r'"([^"]+)":', sweep).group(1)))
-    return found
+def rate(output: str) -> str:
+    """The lines of benchmarks/stages.py that say how fast each form is."""
+    return "; ".join(re.findall(r"^((?:eager|graph), .*)$", output, re.MULTILINE)) or output.strip()[-200:]
 
 
 def last_summary(output: str) -> str:
@@ -251,7 +389,8 @@ def last_summary(output: str) -> str:
     return lines[-1].strip("= ") if lines else output.strip().rsplit("\n", 1)[-1][:200]
 
 
-def as_markdown(about: dict[str, Any], outcomes: list[Outcome], tables: str) -> str:
+def as_markdown(about: dict[str, Any], outcomes: list[Outcome], folder: Path) -> str:
+    """The page: steps, then roofline shares, times and the pipeline's stages, as far as they were measured."""
     lines = [
         f"# gpu-check on {about['device']}",
         "",
@@ -264,26 +403,98 @@ def as_markdown(about: dict[str, Any], outcomes: list[Outcome], tables: str) -> 
     for outcome in outcomes:
         detail = outcome.detail.replace("|", "\\|")
         lines.append(f"| {outcome.name} | {outcome.status} | {outcome.seconds} | {detail} |")
-    return "\n".join(lines) + "\n" + (f"\n## Times\n\n{tables}\n" if tables else "")
+    text = "\n".join(lines) + "\n"
+    for title, part in (
+        ("Share of the roofline", roofline(folder)), ("Times", markdown(folder)), ("Pipeline by stage", stages(folder)),
+    ):  # fmt: skip
+        text += f"\n## {title}\n\n{part}\n" if part else ""
+    return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def roofline(folder: Path) -> str:
+    """Forward kernels beside the time that their bytes and operations take at this card's ceilings."""
+    rates = read_json(folder / "card.json").get("rates")
+    if not rates:
+        return ""
+    lines = [
+        ", ".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in rates.items()) + ".",
+        "",
+        "| op | case | dtype | floor us | kernel us | share |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        for row in read_json(path).get("rows", []):
+            if row.get("provider") not in ("spatialflow", "spatialflow packed") or "kernel_ms" not in row:
+                continue
+            if row["mode"] != "forward" or not (row.get("bytes") or row.get("operations")):
+                continue
+            kind = "float32" if row["dtype"] == "float32" else "bfloat16"
+            by_bytes = (row.get("bytes") or 0) / rates["copy_gigabytes_per_second"] / 1e3
+            by_operations = (row.get("operations") or 0) / rates[f"{kind}_teraflops_per_second"] / 1e6
+            floor, kernel = max(by_bytes, by_operations), row["kernel_ms"] * 1e3
+            name = read_json(path)["op"] + (" packed" if row["provider"].endswith("packed") else "")
+            lines.append(f"| `{name}` | {row['case']} | {row['dtype']} | {floor:.1f} | {kernel:.1f} | "
+                         f"{100 * floor / kernel:.0f} % |")  # fmt: skip
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def stages(folder: Path) -> str:
+    """The pipeline's table by stage."""
+    content = read_json(folder / "stages.json")
+    if "stages" not in content:
+        return ""
+    size = "x".join(map(str, content["size"]))
+    lines = [f"{content['config']}, {size}, {content['dtype']}, from array to map."]
+    for row in content["forms"]:
+        replay = f", replay {row['replay_ms']:.2f} ms on the GPU" if "replay_ms" in row else ""
+        lines.append(f"{row['form']}: {row['images_per_second']:.1f} images/s, {row['median_ms']:.2f} ms{replay}.")
+    lines += ["", "| stage | kernels | ms |", "|---|---:|---:|"]
+    lines += [f"| {row['stage']} | {row['kernels']} | {row['ms']:.3f} |" for row in content["stages"]]
+    total = [sum(row[key] for row in content["stages"]) for key in ("kernels", "ms")]
+    return "\n".join([*lines, f"| sum | {total[0]} | {total[1]:.3f} |"])
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Checks and times the CUDA kernels on this machine's GPU.")
+    kind = parser.add_mutually_exclusive_group()
+    for name, what in (("second", "compute-sanitizer, large tensors, training"), ("quick", "the shortest run")):
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, default="first",
+                          help=f"{what}: {TOTALS[name]:.0f} s")  # fmt: skip
     parser.add_argument("--backend", choices=("cuda", "simt"), default="cuda", help="simt: dry run on the interpreter")
+    parser.add_argument("--seconds", type=float, metavar="N", help="total of the run (default: 480; --quick: 120)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/gpu_check.* (default: "
                         "benchmarks/results; build/gpu_check in the dry run, whose times mean nothing)")  # fmt: skip
+    parser.add_argument("--pack", type=Path, metavar="FILE.tgz", help="receives the results in one file")
     parser.add_argument(
         "--steps", nargs="+", default=[], metavar="TEXT", help="only steps whose name contains one of these"
     )
     options = parser.parse_args(arguments)
+    if options.seconds is not None and options.seconds <= 0:
+        parser.error(f"--seconds must be positive, got {options.seconds}")
+    if options.seconds is None:
+        options.seconds = TOTALS[options.kind] if options.backend == "cuda" else DRY_TOTAL
     folder = Path("benchmarks", "results") if options.backend == "cuda" else Path("build", "gpu_check")
     options.output = (options.output or ROOT / folder).resolve()
     return options
 
 
+def pack(folder: Path, target: Path) -> None:
+    """The folder of results as a compressed archive."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with tarfile.open(temporary, "w:gz") as archive:
+        archive.add(folder, arcname=folder.name)
+    os.replace(temporary, target)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     begin = time.monotonic()
+    install_wheels()
+    compilation = compile_evaluation() if options.backend == "cuda" else None
     about = device_of(options.backend)
     if about is None:
         if options.backend == "cuda":
@@ -292,24 +503,38 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu-check: the interpreted kernels are not built: make test-simt", file=sys.stderr)
         return 2
     about["backend"] = options.backend
-    steps = make_steps(options.backend, options.output)
+    steps = make_steps(options.backend, options.kind, options.output)
     chosen = [step for step in steps if not options.steps or any(text in step.name for text in options.steps)]
     if not chosen:
         print(f"gpu-check: no step contains {' or '.join(options.steps)}; steps: {'; '.join(s.name for s in steps)}")
         return 2
-    path = results_path(options.output, about["device"], "gpu_check")
-    logs = path.with_name("gpu_check_logs")
+    suffix = "" if options.kind == "first" else f"_{options.kind}"
+    path = results_path(options.output, about["device"], f"gpu_check{suffix}")
+    logs = path.with_name(f"gpu_check{suffix}_logs")
     logs.mkdir(exist_ok=True)
     outcomes: list[Outcome] = []
-    environment, total = environment_of(options.backend), TOTAL_SECONDS if options.backend == "cuda" else 3600
-    for step in chosen:
-        outcomes.append(run_step(step, logs, environment, total - (time.monotonic() - begin)))
-        print(
-            f"{outcomes[-1].status:>9}  {outcomes[-1].seconds:6.1f} s  {step.name}: {outcomes[-1].detail}", flush=True
-        )
+    environment, groups = environment_of(options.backend), in_groups(chosen)
+
+    def record(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        print(f"{outcome.status:>9}  {outcome.seconds:6.1f} s  {outcome.name}: {outcome.detail}", flush=True)
         about["seconds"] = round(time.monotonic() - begin, 1)
         write_text(path, json.dumps({**about, "steps": [asdict(o) for o in outcomes]}, indent=1) + "\n")
-        write_text(path.with_suffix(".md"), as_markdown(about, outcomes, markdown(path.parent)))
+        write_text(path.with_suffix(".md"), as_markdown(about, outcomes, path.parent))
+        if options.pack is not None:
+            pack(path.parent, options.pack)
+
+    for index, group in enumerate(groups):
+        if compilation is not None and (compilation.poll() is not None or "pipeline" in group[0].name):
+            text, code = compilation.communicate()[0], compilation.returncode
+            (logs / "compile.log").write_text(text)
+            record(Outcome("spatialflow._evaluation compiled", "passed" if code == 0 else "failed",
+                           round(time.monotonic() - begin, 1), text.strip()[-200:], "compile.log"))  # fmt: skip
+            compilation = None
+        remaining = options.seconds - (time.monotonic() - begin) - kept(groups[index + 1 :])
+        with ThreadPoolExecutor(len(group)) as pool:
+            for outcome in pool.map(lambda step: run_step(step, logs, environment, remaining), group):
+                record(outcome)
     bad = [outcome.name for outcome in outcomes if outcome.status in ("failed", "timed out")]
     print(f"written: {path.with_suffix('.md')}" + (f"; not passed: {', '.join(bad)}" if bad else ""))
     return 1 if bad else 0

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator on the GPU beside its strongest peers, the most telling first, in as few processes as possible.
+
+A process does as much of `PLAN` as it can. One that dies, as after an illegal access, loses the entry it was at; the
+next process goes on behind it. Results are written case by case, as every benchmark's are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from harness import main as run_benchmark
+
+
+class Entry(NamedTuple):
+    """A benchmark, what of it is timed, and beside what. No cases, modes or providers: all."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    cases: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+
+
+EAGER = ("spatialflow packed", "spatialflow deterministic", "reference")
+TORCHVISION = ("torchvision", "spatialflow deterministic")
+HALF = ("float16", "float32")
+PLAN = (
+    Entry("flow_tower", ("bfloat16",), ("R50",), EAGER),
+    Entry("multilevel_roi_align", HALF, ("2x2",), TORCHVISION),
+    Entry("deform_conv2d", HALF, ("P3, channels-last", "P4, channels-last", "P5, channels-last"), TORCHVISION),
+    Entry("flow_conv2d", ("bfloat16",), (), EAGER),
+    Entry("multiclass_nms", ("float32",), (), ("torchvision, composed",)),
+    Entry("batched_nms", ("float32",), (), ("torchvision",)),
+    Entry("sigmoid_focal_loss", ("float32",), (), ("torchvision",)),
+    Entry("panoptic_merge", ("float32",), (), ("none",)),
+    Entry("paste_masks", ("float16",), (), ("torchvision",)),
+    Entry("stuff_labels", ("bfloat16",), (), ("torch",)),
+    Entry("preprocess_images", ("bfloat16",), (), ("none",)),
+    Entry("roi_align", HALF, (), TORCHVISION),
+    Entry("nms", ("float32",), ("10-100", "16-400"), ("torchvision",)),
+    Entry("multilevel_roi_align", ("float16",), ("adaptive",), TORCHVISION),
+    Entry("panoptic_quality_counts", ("float32",), (), ("none",)),
+    Entry("deform_conv2d", ("float16",), ("stage", "contiguous", "v1"), TORCHVISION),
+    Entry("network", ("bfloat16",), (), ("plain modules, channels-last",)),
+)
+"""In this order; a run that is cut off has the first."""
+
+
+SLOW_ON_CPU = ("flow_tower", "deform_conv2d", "network")
+"""Left out of a dry run: a case takes more than its minutes."""
+
+
+def plan(dry: bool) -> tuple[Entry, ...]:
+    """All entries, or for a dry run the first case of each operator, once, by ours alone."""
+    if not dry:
+        return PLAN
+    names = [name for name in dict.fromkeys(entry.name for entry in PLAN) if name not in SLOW_ON_CPU]
+    cases = {name: next(iter(importlib.import_module(name).BENCHMARK.sweep)) for name in names}
+    return tuple(Entry(name, ("float32",), (cases[name],), ("none",), ("forward",)) for name in names)
+
+
+def run_from(first: int, options: argparse.Namespace) -> None:
+    """Runs the entries from `first` on in this process; an error of one is printed and the others go on."""
+    for index, entry in enumerate(plan(options.dry)[first:], first):
+        print(f"entry {index}", flush=True)
+        arguments = ["--device", options.device, "--seconds", str(options.seconds), "--no-plot", "--add",
+                     "--output", str(options.output), "--dtype", *entry.dtypes]  # fmt: skip
+        for name in ("cases", "providers", "modes"):
+            if getattr(entry, name):
+                arguments += [f"--{name}", *getattr(entry, name)]
+        begin = time.perf_counter()
+        try:
+            run_benchmark(importlib.import_module(entry.name).BENCHMARK, arguments)
+        except SystemExit as ended:
+            print(f"  FAILED: {ended}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            print(f"  FAILED: {entry.name}", flush=True)
+            if options.device.startswith("cuda") and not usable():
+                sys.exit(3)
+        print(f"  {entry.name}: {time.perf_counter() - begin:.1f} s", flush=True)
+
+
+def usable() -> bool:
+    """Whether CUDA still works in this process: after an illegal access it does not."""
+    import torch
+
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+        return True
+    except Exception:
+        return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of this script. Exit code 1 where an entry failed."""
+    parser = argparse.ArgumentParser(description="Every operator on the GPU beside its strongest peers.")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run (default: cuda)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="time per provider, case and mode (default: 0.1)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="receives <device>/<op>.json")
+    parser.add_argument("--dry", action="store_true", help="the first case of each operator, by ours alone")
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.first is not None:
+        run_from(options.first, options)
+        return 0
+    for entry in PLAN:  # results of an earlier run
+        for path in options.output.glob(f"*/{entry.name}.json"):
+            path.unlink()
+    first, failed, dry = 0, False, ["--dry"] if options.dry else []
+    while first < len(plan(options.dry)):
+        command = [sys.executable, "-u", __file__, "--device", options.device, "--seconds", str(options.seconds),
+                   "--output", str(options.output), "--first", str(first), *dry]  # fmt: skip
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            failed |= "FAILED" in line
+            if line.startswith("entry "):
+                first = int(line.split()[1]) + 1
+        if process.wait() == 0:
+            break
+        failed = True
+        print(f"FAILED: the process ended with code {process.returncode}; going on with entry {first}", flush=True)
+        if process.returncode not in (3, -6, -11, 1, 134, 139):
+            break
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

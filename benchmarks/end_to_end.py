@@ -40,7 +40,8 @@ from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.panoptic import PanopticWriter, evaluate, read_panoptic_json, write_id_map
 
 EVERY_MASK = f"{OURS}, every mask"
-REFERENCES = ("reference", "reference, channels-last")
+SIXTEEN_BITS = "reference, 16 bits"
+REFERENCES = ("reference", "reference, channels-last", SIXTEEN_BITS)
 PROVIDERS = (OURS, EVERY_MASK, *REFERENCES)
 STAGE_OF = {"decode": "load", "preprocess": "load", "detect": "detections", "masks": "masks", "stuff": "stuff labels",
             "merge": "merge"}  # fmt: skip
@@ -147,7 +148,8 @@ def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) ->
         else:
             copy = build_model(options.config, **overrides)
             copy.load_state_dict(model.state_dict())
-            pipelines[name] = ReferencePipeline(copy, copy.config.test, device, channels_last=name.endswith("last"))
+            dtype = getattr(torch, options.dtype) if name == SIXTEEN_BITS else torch.float32
+            pipelines[name] = ReferencePipeline(copy, copy.config.test, device, name != REFERENCES[0], dtype)
     return pipelines
 
 
@@ -203,7 +205,7 @@ def make_rows(
         median, total = statistics.median(entry["times"]), sum(entry["times"])
         row = {
             "model": Path(options.config).stem, "weights": "trained" if weights_of(options) else "untrained",
-            "short_edge": short_edge, "provider": name, "dtype": "float32" if name in REFERENCES else options.dtype,
+            "short_edge": short_edge, "provider": name, "dtype": "float32" if name in REFERENCES[:2] else options.dtype,
             "images_per_second": 1 / median, "median_ms": median * 1e3,
             "q10_ms": float(np.quantile(entry["times"], 0.1)) * 1e3,
             "q90_ms": float(np.quantile(entry["times"], 0.9)) * 1e3,
@@ -264,7 +266,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels = 2 if scored else 1
     figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.5), layout="constrained", squeeze=False)
     speed_axis, quality_axis = axes[0, 0], axes[0, -1]
-    styles = dict(zip(PROVIDERS, ("o-", "v-.", "s--", "^:")))
+    styles = dict(zip(PROVIDERS, ("o-", "v-.", "s--", "^:", "d:")))
     for model, provider in dict.fromkeys((row["model"], row["provider"]) for row in rows):
         own = [row for row in rows if (row["model"], row["provider"]) == (model, provider)]
         colour = f"C{list(dict.fromkeys(row['model'] for row in rows)).index(model)}"
@@ -302,18 +304,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="their panoptic ground truth, PNGs beside it")
     parser.add_argument("--short-edges", type=int, nargs="+", default=[800, 600, 400], metavar="PIXELS",
                         help="sizes of the network's input (default: 800 600 400)")  # fmt: skip
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="NAME",
-                        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all)")  # fmt: skip
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME",
+                        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all; the last in 16 bits alone)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of spatialflow; the reference is float32 always (default: float32)")  # fmt: skip
+                        help="of spatialflow and of the reference in 16 bits (default: float32)")  # fmt: skip
     parser.add_argument("--cuda-graph", action="store_true",
                         help="replay a graph per size of image; all of it counts as backbone + FPN")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per pipeline and size (default: 5)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",
                         help="folder of <device>/end_to_end.json and .png (default: benchmarks/results)")  # fmt: skip
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.providers is None:
+        options.providers = [name for name in PROVIDERS if name != SIXTEEN_BITS or options.dtype != "float32"]
+    if SIXTEEN_BITS in options.providers and options.dtype == "float32":
+        parser.error(f"--providers {SIXTEEN_BITS}: needs --dtype bfloat16 or float16")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:

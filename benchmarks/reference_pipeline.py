@@ -40,11 +40,11 @@ STAGES = (
 
 
 class Clock:
-    """Seconds by stage; `with clock("masks"): ...` adds to one, waiting for the device at both ends."""
+    """Seconds by stage; `with clock("masks"): ...` adds to one. With `waits` it waits for the device at both ends."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, waits: bool):
         self.times = dict.fromkeys(STAGES, 0.0)
-        self._device = device
+        self._device, self._waits = device, waits
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -53,7 +53,7 @@ class Clock:
         self.times[stage] += self._now() - begin
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
+        if self._waits and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
@@ -66,28 +66,33 @@ class ReferencePipeline:
         test: sizes and thresholds.
         device: where the network runs.
         channels_last: memory format of the network's weights and inputs.
+        dtype: of the network. In 16 bits RoIAlign is in float32, as under autocast, since float16 boxes are off by
+            pixels; masks are pasted on the device, all at once; no stage waits for the one before.
 
     Raises:
         ValueError: the model has deformable convolutions, for which plain PyTorch has no module.
     """
 
-    def __init__(self, model: SpatialFlow, test: TestConfig, device: torch.device, channels_last: bool = False):
+    def __init__(self, model: SpatialFlow, test: TestConfig, device: torch.device, channels_last: bool = False,
+                 dtype: torch.dtype = torch.float32):  # fmt: skip
         if any("conv_offset" in name for name, _ in model.named_parameters()):
             raise ValueError(f"{model.config.name}: the reference pipeline has no deformable convolutions")
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = model.to(device, memory_format=self.format).eval()
+        self.model, self.dtype = model.to(device, dtype).to(memory_format=self.format).eval(), dtype
         self.test, self.device, self.shape = test, device, model.config.model
         self.categories = load_categories(model.config.data.categories, self.shape.num_things, self.shape.num_stuff)
 
     @torch.inference_mode()
     def __call__(self, path: Path, png: Path) -> tuple[np.ndarray, list[dict[str, Any]], int, dict[str, float]]:
         """(H, W) int32 ids, the segments, the number of detections, and seconds by stage."""
-        model, test, data, clock = self.model, self.test, self.model.config.data, Clock(self.device)
+        model, test, data, clock = self.model, self.test, self.model.config.data, Clock(
+            self.device, self.dtype == torch.float32
+        )
         with clock("load"):
             pixels = read_image(path)
             original = pixels.shape[:2]
             valid, images = network_input(pixels, test, data)
-            images = images.to(self.device).contiguous(memory_format=self.format)
+            images = images.to(self.device, self.dtype).contiguous(memory_format=self.format)
             scale = torch.tensor([valid[1] / original[1], valid[0] / original[0]] * 2, device=self.device)
         with clock("backbone + FPN"):
             pyramid = model.fpn(model.backbone(images))
@@ -101,10 +106,14 @@ class ReferencePipeline:
         with clock("masks"):
             probabilities = self.mask_probabilities(tasks.thing, boxes * scale, labels)
             entering = scores >= test.instance_score_threshold
-            boxes, scores, labels = boxes[entering].cpu(), scores[entering].cpu(), labels[entering].cpu()
-            masks = paste(probabilities[entering].cpu(), boxes, original, test.mask_threshold)
+            if self.dtype == torch.float32:
+                boxes, scores, labels = boxes[entering].cpu(), scores[entering].cpu(), labels[entering].cpu()
+                masks = paste(probabilities[entering].cpu(), boxes, original, test.mask_threshold)
+            else:
+                masks = paste_at_once(probabilities[entering], boxes[entering], original, test.mask_threshold)
+                boxes, scores, labels = boxes[entering].cpu(), scores[entering].cpu(), labels[entering].cpu()
         with clock("stuff labels"):
-            stuff = model.stuff_head.enlarge(quarter_logits)[0].argmax(dim=0)[: valid[0], : valid[1]]
+            stuff = model.stuff_head.enlarge(quarter_logits.float())[0].argmax(dim=0)[: valid[0], : valid[1]]
             stuff = resize_labels(stuff.cpu().numpy(), original)
         with clock("merge"):
             id_map, segments = self.merge(masks, scores.numpy(), labels.numpy(), boxes.numpy(), stuff)
@@ -122,8 +131,8 @@ class ReferencePipeline:
         """The best anchors of each level, decoded; one box for each class above the threshold; class-wise NMS."""
         all_boxes, all_scores = [], []
         for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
-            scores = logits[0].permute(1, 2, 0).reshape(-1, self.shape.num_things).sigmoid()
-            deltas = deltas[0].permute(1, 2, 0).reshape(-1, 4)
+            scores = logits[0].float().permute(1, 2, 0).reshape(-1, self.shape.num_things).sigmoid()
+            deltas = deltas[0].float().permute(1, 2, 0).reshape(-1, 4)
             base = base_anchors(
                 STRIDES[level], self.shape.anchor_octave_scale, self.shape.anchor_scales_per_octave,
                 self.shape.anchor_ratios,
@@ -153,9 +162,10 @@ class ReferencePipeline:
             own = (levels == level).nonzero()[:, 0]
             if len(own) > 0:
                 rows, scale = F.pad(rois[own], (1, 0)), 1 / STRIDES[level]
-                crops[own] = roi_align(feature, rows, shape.roi_size, scale, sampling_ratio=-1, aligned=True)
+                pooled = roi_align(feature.float(), rows, shape.roi_size, scale, sampling_ratio=-1, aligned=True)
+                crops[own] = pooled.to(self.dtype)
         logits = self.model.thing_head(crops.contiguous(memory_format=self.format))  # (K, classes, 2S, 2S)
-        return logits[torch.arange(len(rois)), labels].sigmoid()
+        return logits[torch.arange(len(rois)), labels].float().sigmoid()
 
     def merge(
         self, masks: np.ndarray, scores: np.ndarray, labels: np.ndarray, boxes: np.ndarray, stuff: np.ndarray
@@ -213,6 +223,15 @@ def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold
         values = F.grid_sample(probabilities[k][None, None], grid[None], align_corners=False)[0, 0]
         masks[k, top:bottom, left:right] = (values >= threshold).numpy()
     return masks
+
+
+def paste_at_once(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
+    """The same on the device, every mask sampled at all pixels of the image, as detectron2 does there."""
+    y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+    x, y = (x - x1) / (x2 - x1) * 2 - 1, (y - y1) / (y2 - y1) * 2 - 1
+    grid = torch.stack([x[:, None, :].expand(-1, *size), y[:, :, None].expand(-1, *size)], dim=-1)
+    return (F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0] >= threshold).cpu().numpy()
 
 
 def write_png(path: Path, id_map: np.ndarray) -> None:

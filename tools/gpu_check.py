@@ -26,11 +26,13 @@ all else on the CPU at small sizes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -144,12 +146,27 @@ def run_command(command: list[str], environment: dict[str, str], deadline: float
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
+    _running.add(process.pid)
     try:
         output, _ = process.communicate(timeout=deadline - time.monotonic())
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the command's own session: its children end with it
+        os.killpg(process.pid, signal.SIGKILL)  # the command's own session: its children end with it
         return None, process.communicate()[0]
+    finally:
+        _running.discard(process.pid)
+
+
+_running: set[int] = set()
+"""Commands at work, by process id."""
+
+
+def end_commands(*_: object) -> None:
+    """What SIGTERM and SIGINT do: the commands at work end with this process."""
+    for pid in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    os._exit(130)
 
 
 def pytest_detail(output: str) -> str:
@@ -303,7 +320,7 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
     stages = ["--output", str(output), *device_arguments(on_gpu)]
     stages += [] if on_gpu else ["--config", "tiny", "--size", "96", "128", "--dtype", "float32", "--seconds", "0.01"]
     files = ["--seconds", "4", "--short-edges", "800", "--dtype", "bfloat16", "--cuda-graph", "--threads", "8",
-             "--providers", "spatialflow", "reference, bfloat16"]  # fmt: skip
+             "--providers", "spatialflow", "reference, 16 bits"]  # fmt: skip
     if not on_gpu:
         files = ["--seconds", "0.01", "--short-edges", "64", "--config", "tiny"]
     return [
@@ -493,6 +510,8 @@ def pack(folder: Path, target: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     begin = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_commands)
     install_wheels()
     compilation = compile_evaluation() if options.backend == "cuda" else None
     about = device_of(options.backend)

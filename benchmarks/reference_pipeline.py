@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import optional
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatialflow.data.categories import load_categories
@@ -79,6 +79,9 @@ class ReferencePipeline:
             raise ValueError(f"{model.config.name}: the reference pipeline has no deformable convolutions")
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.model, self.dtype = model.to(device, dtype).to(memory_format=self.format).eval(), dtype
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.float()  # takes features in 16 bits, and keeps its statistics exact
         self.test, self.device, self.shape = test, device, model.config.model
         self.categories = load_categories(model.config.data.categories, self.shape.num_things, self.shape.num_stuff)
 

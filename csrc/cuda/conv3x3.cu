@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
     const int input_row = thread / 4, input_channel = thread % 4 * 4;
     const int weight_channel = thread / 16, weight_output = thread % 16 * 4;
     for (int tile = static_cast<int>(blockIdx.x); tile < table.num_tiles; tile += static_cast<int>(gridDim.x)) {
-        const ConvStep step = first_step<Plain::kOutputs>(table, tile);
-        const MapTile map = map_of<Plain::kSide, Plain::kSide>(table, step);
-        const ConvJob<scalar_t>& job = table.jobs[step.job];
+        const ConvTile place = conv_tile<Plain::kOutputs>(table, tile);
+        const MapTile map = map_of<Plain::kSide, Plain::kSide>(table, place);
+        const ConvJob<scalar_t>& job = table.jobs[place.job];
         const int channels = job.source.channels, row_size = padded_outputs(job.outputs);
         Vec<scalar_t, 4> inputs;
         scalar_t weights[4];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             inputs = load_sum<4, kAccess>(
                 job.source, map.image, map.y + input_row / Plain::kSide + tap / 3 - 1,
                 map.x + input_row % Plain::kSide + tap % 3 - 1, c0 + input_channel);
-            const int c = c0 + weight_channel, output = step.output + weight_output;
+            const int c = c0 + weight_channel, output = place.output + weight_output;
             const auto source = job.weights + ((static_cast<int64_t>(tap) * channels + c) * row_size + output);
 #pragma unroll
             for (int i = 0; i < 4; i += kPart) {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             }
         };
         // A thread without an output, or with all its pixels below the map, only helps to fetch.
-        const bool busy = step.output + own_column < job.outputs &&
+        const bool busy = place.output + own_column < job.outputs &&
                           map.y + own_row / Plain::kSide < job.source.height;
         scalar_t sums[4][4] = {};
         int tap = 0, c0 = 0;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             const int64_t at = output_at(job, map.image, y, x);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int output = step.output + own_column + j;
+                const int output = place.output + own_column + j;
                 if (inside && output < job.outputs) {
                     scalar_t value = sums[i][j];
                     if (job.bias) {
@@ -152,23 +152,41 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
     }
 }
 
+// float32 weights as tensor cores take them.
+template <typename scalar_t>
+__global__ void __launch_bounds__(256) conv3x3_convert_weights_kernel(
+    Global<const float> packed, Global<scalar_t> converted,  // (9, C, O padded)
+    const int64_t size, const int64_t row_size) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
+    if (index < size) {
+        const int64_t o = index % row_size;
+        scalar_t value;
+        store(value, packed[index]);
+        converted[index - o + packed_position(o)] = value;
+    }
+}
+
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The weights of a convolution in the type that its kernel reads. `converted` keeps what had to be made for that.
+// The weights of a convolution as its kernel reads them. `converted` keeps what had to be made for that.
 template <typename scalar_t>
-Global<const scalar_t> kernel_weights(const Convolution& conv, std::vector<Tensor>& converted) {
+Global<const scalar_t> kernel_weights(const Convolution& conv, std::vector<Tensor>& converted, Stream stream) {
     const ScalarType dtype = conv.x[0].scalar_type();
-    if (conv.packed.scalar_type() == dtype) {
-        return data<scalar_t>(conv.packed);
-    }
     if constexpr (sizeof(scalar_t) == 2) {
         const PackedConvForms forms(conv.x[0].size(1), conv.out[0].size(1));
-        if (conv.packed.numel() >= forms.end()) {
+        check(forms.floats / kTaps <= 0x7fffffff, "flow_conv2d: input times output channels must be below 2^31");
+        if (conv.packed.scalar_type() != dtype && conv.packed.numel() >= forms.end()) {
             return pointer_cast<const scalar_t>(data<float>(conv.packed) + forms.begin(dtype));
         }
+        if (conv.packed.scalar_type() != dtype) {
+            converted.push_back(empty_like_sized(conv.packed, {forms.floats}, dtype));
+            launch<conv3x3_convert_weights_kernel<scalar_t>>(
+                dim3(grid_size("flow_conv2d", ceil_div(forms.floats, 256))), dim3(256), 0, stream,
+                data<float>(conv.packed), mutable_data<scalar_t>(converted.back()), forms.floats, forms.row_size);
+            return data<scalar_t>(converted.back());
+        }
     }
-    converted.push_back(torch::stable::to(conv.packed, dtype));
-    return data<scalar_t>(converted.back());
+    return data<scalar_t>(conv.packed);
 }
 
 template <typename scalar_t>
@@ -212,7 +230,7 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
         if (conv.out.empty()) {
             continue;
         }
-        const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv, converted);
+        const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv, converted, stream);
         for (size_t i = 0; i < conv.out.size(); ++i) {
             const Tensor& out = conv.out[i];
             const int64_t rows = ceil_div(out.size(2), kTileHeight), columns = ceil_div(out.size(3), kTileWidth);
@@ -225,7 +243,9 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
                     {{conv_source<scalar_t>(op, conv.x[i], conv.flow.empty() ? nullptr : &conv.flow[i]), weights,
                       conv.bias ? data<real_t>(*conv.bias) : Global<const real_t>(nullptr),
                       conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[i]),
-                      mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu, 0,
+                      mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu,
+                      out.size(1) % kWideElements<scalar_t> == 0 &&
+                          (conv.residual.empty() || is_aligned(conv.residual[i].const_data_ptr(), 16)), 0,
                       static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(output_tiles)},
                      out.size(0) * out.size(2) * out.size(3), tiles});
             }

@@ -10,10 +10,13 @@ namespace spatialflow {
 
 // Sizes of the tensor-core kernel. A step is kChannels channels, and has a unit for each half of them and column of
 // taps: kWeightRows rows of weights, multiplied while a piece of the next step's inputs is on its way.
+template <int kTileOutputs>
 struct WideConv {
     static constexpr int kThreads = 128;
-    static constexpr int kHeight = 8, kWidth = 16, kOutputs = 128;
-    static constexpr int kWarpRows = 4, kWarpOutputs = 64;  // rows of the tile
+    static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
+    static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // rows of the tile
+    static constexpr int kBlocks = kWarpOutputs / 32;                 // of packed_position
+    static constexpr int kResident = kOutputs == 128 ? 2 : 3;         // on a multiprocessor
     static constexpr int kChannels = 32, kUnitChannels = 16;
     static constexpr int kUnits = kChannels / kUnitChannels * 3;
     static constexpr int kRimWidth = kWidth + 2;
@@ -21,13 +24,17 @@ struct WideConv {
     static constexpr int kInputs = kUnits * kPiece;            // pixels with rim, filled up to whole pieces
     static constexpr int kInputRow = kChannels + 8, kWeightRow = kOutputs + 8;
     static constexpr int kWeightRows = 3 * kUnitChannels, kWeightStages = 3;
+    static constexpr int kCopiedRows = kThreads / (kOutputs / 8);  // by all threads at one time
     static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kWeightRows * kWeightRow;  // elements
     static constexpr size_t kSharedBytes = 2 * (2 * kInputBuffer + kWeightStages * kWeightStage);
     static_assert((kHeight + 2) * kRimWidth <= kInputs, "a piece per unit");
 };
 
-// The pixels and outputs of which a lane holds 4 x 8 x 4 sums. A lane of four has eight outputs side by side in each
-// half of the warp's (see packed_position): sums[i][j][e] is row i, pixel e / 2 * 8, output j / 4 * 32 + j % 4 * 2 + e % 2.
+// The sums of a lane: sums[i][j][e] is row i, pixel e / 2 * 8, output j / 4 * 32 + j % 4 * 2 + e % 2 from its first on.
+template <int kBlocks>
+using Sums = float[4][kBlocks * 4][4];
+
+// Their pixels and outputs. A lane of four has eight outputs side by side in each block of 32 (see packed_position).
 template <typename scalar_t>
 struct SumPlaces {
     int64_t first;  // the first pixel's outputs
@@ -53,11 +60,11 @@ struct SumPlaces {
 };
 
 // What a tile's sums start from: bias and residual.
-template <typename scalar_t>
+template <int kBlocks, typename scalar_t>
 __device__ __forceinline__ void start_sums(
-    const ConvJob<scalar_t>& job, const SumPlaces<scalar_t>& places, float (&sums)[4][8][4]) {
+    const ConvJob<scalar_t>& job, const SumPlaces<scalar_t>& places, Sums<kBlocks>& sums) {
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
+    for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
             float bias = 0.0f;
@@ -76,7 +83,7 @@ __device__ __forceinline__ void start_sums(
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
+        for (int block = 0; block < kBlocks; ++block) {
             const int left = places.is_inside(i / 2, i % 2) ? places.left(block) : 0;
             const Global<const scalar_t> source = job.residual + places.at(i / 2, i % 2, block);
             Vec<scalar_t, 8> values{};
@@ -100,10 +107,10 @@ __device__ __forceinline__ void start_sums(
     }
 }
 
-// ReLU of a warp's 64 x 64 sums, and their way out.
-template <typename scalar_t>
+// ReLU of a warp's sums, and their way out.
+template <int kBlocks, typename scalar_t>
 __device__ __forceinline__ void store_sums(
-    const ConvJob<scalar_t>& job, const SumPlaces<scalar_t>& places, const float (&sums)[4][8][4]) {
+    const ConvJob<scalar_t>& job, const SumPlaces<scalar_t>& places, const Sums<kBlocks>& sums) {
     const bool relu = job.relu;
     const auto outputs_of = [&](int i, int block) {
         Vec<unsigned, 4> words;
@@ -118,7 +125,7 @@ __device__ __forceinline__ void store_sums(
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
+        for (int block = 0; block < kBlocks; ++block) {
             const int left = places.is_inside(i / 2, i % 2) ? places.left(block) : 0;
             const Global<scalar_t> target = job.out + places.at(i / 2, i % 2, block);
             const Vec<unsigned, 4> words = outputs_of(i, block);
@@ -140,17 +147,18 @@ __device__ __forceinline__ void store_sums(
     }
 }
 
-template <typename scalar_t, int kAccess>
-__global__ void __launch_bounds__(WideConv::kThreads, 2)
+template <typename scalar_t, int kAccess, int kTileOutputs>
+__global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTileOutputs>::kResident)
     conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
+    using Size = WideConv<kTileOutputs>;
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);                // 2 x [pixel with rim][channel]
-    SPATIALFLOW_SHARED(int64_t, places, 2 * WideConv::kInputs);  // where a pixel of x and flow lies; -1: outside
-    const auto weights = inputs + 2 * WideConv::kInputBuffer;    // stages x [tap of the column][channel][output]
+    SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // where a pixel of x and flow lies; -1: outside
+    const auto weights = inputs + 2 * Size::kInputBuffer;    // stages x [tap of the column][channel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
-    const int warp_row = warp / 2 * WideConv::kWarpRows, warp_output = warp % 2 * WideConv::kWarpOutputs;
+    const int warp_row = warp / 2 * Size::kWarpRows, warp_output = warp % 2 * Size::kWarpOutputs;
 
     // Inputs to be fetched: this thread's eight channels of a step.
-    const int input_channel = thread % (WideConv::kChannels / 8) * 8, input_pixel = thread / (WideConv::kChannels / 8);
+    const int input_channel = thread % (Size::kChannels / 8) * 8, input_pixel = thread / (Size::kChannels / 8);
     Global<const scalar_t> x(nullptr), flow(nullptr);
     int x_left = 0, flow_left = 0;  // channels from there on
     const auto begin_inputs = [&](const ConvTile& tile) {
@@ -159,12 +167,12 @@ __global__ void __launch_bounds__(WideConv::kThreads, 2)
             return;
         }
         const ConvSource<scalar_t>& source = table.jobs[tile.job].source;
-        const MapTile map = map_of<WideConv::kHeight, WideConv::kWidth>(table, tile);
+        const MapTile map = map_of<Size::kHeight, Size::kWidth>(table, tile);
 #pragma unroll 1
-        for (int pixel = thread; pixel < WideConv::kInputs; pixel += WideConv::kThreads) {
-            const int row = pixel / WideConv::kRimWidth, y = map.y + row - 1;
-            const int column = map.x + pixel % WideConv::kRimWidth - 1;
-            const bool inside = row < WideConv::kHeight + 2 && y >= 0 && y < source.height && column >= 0 &&
+        for (int pixel = thread; pixel < Size::kInputs; pixel += Size::kThreads) {
+            const int row = pixel / Size::kRimWidth, y = map.y + row - 1;
+            const int column = map.x + pixel % Size::kRimWidth - 1;
+            const bool inside = row < Size::kHeight + 2 && y >= 0 && y < source.height && column >= 0 &&
                                 column < source.width;
             const Vec<int64_t, 2> place = {{inside ? y * source.x_h + column * source.x_w : -1,
                                             inside ? y * source.f_h + column * source.f_w : -1}};
@@ -178,7 +186,7 @@ __global__ void __launch_bounds__(WideConv::kThreads, 2)
         }
     };
     const auto fetch_inputs = [&](int piece) {
-        const auto place = load_vector<2>(places + 2 * (piece * WideConv::kPiece + input_pixel));
+        const auto place = load_vector<2>(places + 2 * (piece * Size::kPiece + input_pixel));
         SumTerms terms{};
         if (place[0] >= 0) {
             terms.x = load_words<kAccess>(x + place[0], x_left);
@@ -188,14 +196,14 @@ __global__ void __launch_bounds__(WideConv::kThreads, 2)
         }
         return terms;
     };
-    auto input_target = pointer_cast<unsigned>(inputs + (input_pixel * WideConv::kInputRow + input_channel));
+    auto input_target = pointer_cast<unsigned>(inputs + (input_pixel * Size::kInputRow + input_channel));
     const auto keep_inputs = [&](int piece, const SumTerms& terms) {
-        store_vector(input_target + piece * (WideConv::kPiece * WideConv::kInputRow / 2), sum_of<scalar_t>(terms));
+        store_vector(input_target + piece * (Size::kPiece * Size::kInputRow / 2), sum_of<scalar_t>(terms));
     };
 
-    // Weights to be copied: this thread's eight outputs, in every eighth of a unit's channels.
-    const int weight_row = thread / (WideConv::kOutputs / 8), weight_column = thread % (WideConv::kOutputs / 8) * 8;
-    const auto weight_target = weights + (weight_row * WideConv::kWeightRow + weight_column);
+    // Weights to be copied: this thread's eight outputs, in some of a unit's rows.
+    const int weight_row = thread / (Size::kOutputs / 8), weight_column = thread % (Size::kOutputs / 8) * 8;
+    const auto weight_target = weights + (weight_row * Size::kWeightRow + weight_column);
     Global<const scalar_t> weight(nullptr);
     int weight_left = 0, row_size = 0, tap_size = 0;  // channels from there on; elements of a channel, and of a tap
     const auto begin_weights = [&](const ConvTile& tile) {
@@ -210,90 +218,90 @@ __global__ void __launch_bounds__(WideConv::kThreads, 2)
     };
     const auto copy_weights = [&](int column) {
 #pragma unroll
-        for (int i = 0; i < WideConv::kWeightRows / 8; ++i) {
-            const int row = i % 2 * 8;
+        for (int row = 0; row < Size::kWeightRows; row += Size::kCopiedRows) {
+            const int tap = row / Size::kUnitChannels * 3, channel = row % Size::kUnitChannels;
             cp_async_16(
-                weight_target + (column * WideConv::kWeightStage + i * 8 * WideConv::kWeightRow),
-                weight + (static_cast<int64_t>(i / 2 * 3) * tap_size + row * row_size), row < weight_left);
+                weight_target + (column * Size::kWeightStage + row * Size::kWeightRow),
+                weight + (static_cast<int64_t>(tap) * tap_size + channel * row_size), channel < weight_left);
         }
         cp_async_commit();
         weight += tap_size;
         if (column == 2) {
-            weight += WideConv::kUnitChannels * row_size - static_cast<int64_t>(3) * tap_size;
-            weight_left -= WideConv::kUnitChannels;
+            weight += Size::kUnitChannels * row_size - static_cast<int64_t>(3) * tap_size;
+            weight_left -= Size::kUnitChannels;
         }
     };
 
-    ConvTile tile = conv_tile<WideConv::kOutputs>(table, static_cast<int>(blockIdx.x));
+    ConvTile tile = conv_tile<Size::kOutputs>(table, static_cast<int>(blockIdx.x));
     begin_inputs(tile);
     begin_weights(tile);
     copy_weights(0);
     copy_weights(1);
     __syncthreads();
-    for (int piece = 0; piece < WideConv::kUnits; ++piece) {
+    for (int piece = 0; piece < Size::kUnits; ++piece) {
         keep_inputs(piece, fetch_inputs(piece));
     }
-    auto tap_inputs = inputs + ((warp_row * WideConv::kRimWidth + lane % 16) * WideConv::kInputRow + lane / 16 * 8);
-    const auto tap_weights = weights + (lane % 16 * WideConv::kWeightRow + warp_output + lane / 16 * 8);
-    int turn = WideConv::kInputBuffer;  // to the other buffer
+    auto tap_inputs = inputs + ((warp_row * Size::kRimWidth + lane % 16) * Size::kInputRow + lane / 16 * 8);
+    const auto tap_weights = weights + (lane % 16 * Size::kWeightRow + warp_output + lane / 16 * 8);
+    int turn = Size::kInputBuffer;  // to the other buffer
     input_target += turn / 2;
-    float sums[4][8][4];
+    Sums<Size::kBlocks> sums;
     while (tile.tile < table.num_tiles) {
         const bool busy = tile.output + warp_output < table.jobs[tile.job].outputs;
         if (busy) {
             const ConvJob<scalar_t>& job = table.jobs[tile.job];
-            start_sums(job, {job, map_of<WideConv::kHeight, WideConv::kWidth>(table, tile), warp_row,
+            start_sums<Size::kBlocks>(job, {job, map_of<Size::kHeight, Size::kWidth>(table, tile), warp_row,
                              tile.output + warp_output, lane}, sums);
         }
         ConvTile next = tile;
         int left = table.jobs[tile.job].source.channels;
 #pragma unroll 1
         do {
-            left -= WideConv::kChannels;
+            left -= Size::kChannels;
             if (left <= 0) {
-                next = conv_tile<WideConv::kOutputs>(table, tile.tile + static_cast<int>(gridDim.x));
+                next = conv_tile<Size::kOutputs>(table, tile.tile + static_cast<int>(gridDim.x));
                 __syncthreads();  // before `places` is written anew
                 begin_inputs(next);
             } else {
-                x += WideConv::kChannels;
-                x_left -= WideConv::kChannels;
-                flow += WideConv::kChannels;
-                flow_left -= WideConv::kChannels;
+                x += Size::kChannels;
+                x_left -= Size::kChannels;
+                flow += Size::kChannels;
+                flow_left -= Size::kChannels;
             }
 #pragma unroll 1
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int column = 0; column < 3; ++column) {
-                    cp_async_wait<WideConv::kWeightStages - 2>();
+                    cp_async_wait<Size::kWeightStages - 2>();
                     __syncthreads();
                     // The stage that the unit before has read is free.
                     if (column == 1 && half == 1 && left <= 0) {
                         begin_weights(next);
                     }
-                    copy_weights((column + 2) % WideConv::kWeightStages);
+                    copy_weights((column + 2) % Size::kWeightStages);
                     const SumTerms piece = fetch_inputs(half * 3 + column);
                     if (busy) {
-                        unsigned b[3][4][4];
+                        unsigned b[3][Size::kBlocks * 2][4];
 #pragma unroll
-                        for (int row = 0; row < WideConv::kWarpRows + 2; ++row) {
+                        for (int row = 0; row < Size::kWarpRows + 2; ++row) {
                             if (row < 3) {
 #pragma unroll
-                                for (int j = 0; j < 4; ++j) {
+                                for (int j = 0; j < Size::kBlocks * 2; ++j) {
                                     ldmatrix_x4_trans(
                                         b[row][j],
-                                        tap_weights + (column * WideConv::kWeightStage +
-                                                       row * WideConv::kUnitChannels * WideConv::kWeightRow + j * 16));
+                                        tap_weights + (column * Size::kWeightStage +
+                                                       row * Size::kUnitChannels * Size::kWeightRow + j * 16));
                                 }
                             }
                             unsigned a[4];
-                            ldmatrix_x4(a, tap_inputs + ((row * WideConv::kRimWidth + column) * WideConv::kInputRow));
+                            ldmatrix_x4(a, tap_inputs + ((row * Size::kRimWidth + column) * Size::kInputRow));
                             // This row of inputs under the tap of row t belongs to row i of the sums.
 #pragma unroll
                             for (int t = 0; t < 3; ++t) {
                                 const int i = row - t;
-                                if (i >= 0 && i < WideConv::kWarpRows) {
+                                if (i >= 0 && i < Size::kWarpRows) {
 #pragma unroll
-                                    for (int j = 0; j < 8; ++j) {
+                                    for (int j = 0; j < Size::kBlocks * 4; ++j) {
                                         const unsigned right[2] = {b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]};
                                         mma_16816(sums[i][j], a, right, scalar_t{});
                                     }
@@ -303,15 +311,15 @@ __global__ void __launch_bounds__(WideConv::kThreads, 2)
                     }
                     keep_inputs(half * 3 + column, piece);
                 }
-                tap_inputs += WideConv::kUnitChannels;
+                tap_inputs += Size::kUnitChannels;
             }
-            tap_inputs += turn - WideConv::kChannels;
+            tap_inputs += turn - Size::kChannels;
             turn = -turn;
             input_target += turn / 2;
         } while (left > 0);
         if (busy) {
             const ConvJob<scalar_t>& job = table.jobs[tile.job];
-            store_sums(job, {job, map_of<WideConv::kHeight, WideConv::kWidth>(table, tile), warp_row,
+            store_sums<Size::kBlocks>(job, {job, map_of<Size::kHeight, Size::kWidth>(table, tile), warp_row,
                              tile.output + warp_output, lane}, sums);
         }
         tile = next;

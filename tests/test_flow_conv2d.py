@@ -157,6 +157,16 @@ class TestKernels:
         (gradient,) = torch.autograd.grad(y, weight, torch.ones_like(y))
         assert (gradient[:, :, 1, 1] == 4608).all()
 
+    @pytest.mark.parametrize("outputs", [40, 100, 200])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_tiles(self, dtype, outputs):
+        """Few outputs and many: the tensor cores take tiles of 64 outputs or of 128, whole or in part."""
+        x, flow, weight, bias = tensors_of(40, outputs, [(17, 35), (9, 16), (2, 3)], True, True, 2)()
+        for added in (flow, None):
+            halves = map_tensors(lambda t: t.to(dtype), [x, added, weight, bias])
+            expected = reference.flow_conv2d(*map_tensors(torch.Tensor.double, halves))
+            assert_near(ops.flow_conv2d(*halves), expected, dtype)
+
     def test_winograd_error(self):
         """256 channels: the error against float64 is below 1e-5 of the largest output (measured: 3e-6)."""
         x = torch.randn(1, 256, 20, 20)

@@ -10,13 +10,11 @@
 // parameters holds one entry per convolution and level, largest maps first, so that small levels fill the tail. Blocks
 // stay: each takes every gridDim.x-th tile. No atomics, results depend on the inputs alone.
 //
-//   16-bit types   8 x 16 pixels by 128 outputs per block of 4 warps, each 64 x 64 by mma.sync with float32 sums
+//   16-bit types   8 x 16 pixels by 128 or 64 outputs per block of 4 warps, by mma.sync with float32 sums
 //                  (conv3x3_tensor_core.h). A step over 32 channels brings the tile and its rim into shared memory
-//                  once, as x + flow, and serves all nine taps: ldmatrix takes the rows of a tap wherever they lie.
-//                  While it is multiplied, the next step's inputs come in through registers, a piece per tap, and the
-//                  weights of the next two taps by cp.async; both run on across tiles, so only a block's first step
-//                  waits. Rows are padded by 16 bytes: eight of them lie in different banks. Results turn within groups
-//                  of four lanes and leave as 16 bytes.
+//                  once, as x + flow, for all nine taps: ldmatrix takes the rows of a tap wherever they lie, and a row
+//                  serves the three taps of a column from registers. Meanwhile the next step's inputs come in through
+//                  registers and the next weights by cp.async, on across tiles: only a block's first step waits.
 //   float32, 64    8 x 8 pixels by 64 outputs per block of 256 threads, 16 channels of a tap a step, 4 x 4 sums a
 //                  thread by fused multiply-adds; the next step is fetched into registers meanwhile.
 //
@@ -24,7 +22,7 @@
 //
 // Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
 // out 34 MB: 11 us. Expected: mma.sync gives about 60 % of that rate, and rectangles cover 15 % more pixels than there
-// are: 65 us. Weights cross L2 once per tile: 0.24 GB, 45 us at 5.5 TB/s, beside it.
+// are: 65 us. Beside it weights cross L2 once per tile: 0.24 GB, 45 us at 5.5 TB/s.
 #include <algorithm>
 
 #include "cuda/conv3x3_tensor_core.h"
@@ -40,6 +38,8 @@ constexpr int kMaxTiles = 1 << 30;  // a tile beyond the last one is still an in
 struct Plain {
     static constexpr int kThreads = 256;
     static constexpr int kSide = 8, kPixels = kSide * kSide, kOutputs = 64;
+    static constexpr int kHeight = kSide, kWidth = kSide;
+    static constexpr size_t kSharedBytes = 0;
     static constexpr int kChannels = 16;  // of a step
     static constexpr int kGroup = 4;      // of them multiplied in one go
     static constexpr int kInputRow = kPixels + 4;
@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
     const int input_row = thread / 4, input_channel = thread % 4 * 4;
     const int weight_channel = thread / 16, weight_output = thread % 16 * 4;
     for (int tile = static_cast<int>(blockIdx.x); tile < table.num_tiles; tile += static_cast<int>(gridDim.x)) {
-        const ConvStep step = first_step<Plain::kOutputs>(table, tile);
-        const MapTile map = map_of<Plain::kSide, Plain::kSide>(table, step);
-        const ConvJob<scalar_t>& job = table.jobs[step.job];
+        const ConvTile place = conv_tile<Plain::kOutputs>(table, tile);
+        const MapTile map = map_of<Plain::kSide, Plain::kSide>(table, place);
+        const ConvJob<scalar_t>& job = table.jobs[place.job];
         const int channels = job.source.channels, row_size = padded_outputs(job.outputs);
         Vec<scalar_t, 4> inputs;
         scalar_t weights[4];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             inputs = load_sum<4, kAccess>(
                 job.source, map.image, map.y + input_row / Plain::kSide + tap / 3 - 1,
                 map.x + input_row % Plain::kSide + tap % 3 - 1, c0 + input_channel);
-            const int c = c0 + weight_channel, output = step.output + weight_output;
+            const int c = c0 + weight_channel, output = place.output + weight_output;
             const auto source = job.weights + ((static_cast<int64_t>(tap) * channels + c) * row_size + output);
 #pragma unroll
             for (int i = 0; i < 4; i += kPart) {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             }
         };
         // A thread without an output, or with all its pixels below the map, only helps to fetch.
-        const bool busy = step.output + own_column < job.outputs &&
+        const bool busy = place.output + own_column < job.outputs &&
                           map.y + own_row / Plain::kSide < job.source.height;
         scalar_t sums[4][4] = {};
         int tap = 0, c0 = 0;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             const int64_t at = output_at(job, map.image, y, x);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int output = step.output + own_column + j;
+                const int output = place.output + own_column + j;
                 if (inside && output < job.outputs) {
                     scalar_t value = sums[i][j];
                     if (job.bias) {
@@ -152,54 +152,92 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
     }
 }
 
+// float32 weights as tensor cores take them.
+template <typename scalar_t>
+__global__ void __launch_bounds__(256) conv3x3_convert_weights_kernel(
+    Global<const float> packed, Global<scalar_t> converted,  // (9, C, O padded)
+    const int64_t size, const int64_t row_size) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
+    if (index < size) {
+        const int64_t o = index % row_size;
+        scalar_t value;
+        store(value, packed[index]);
+        converted[index - o + packed_position(o)] = value;
+    }
+}
+
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The weights of a convolution in the type that its kernel reads. `converted` keeps what had to be made for that.
+// The weights of a convolution as its kernel reads them. `converted` keeps what had to be made for that.
 template <typename scalar_t>
-Global<const scalar_t> kernel_weights(const Convolution& conv, std::vector<Tensor>& converted) {
+Global<const scalar_t> kernel_weights(const Convolution& conv, std::vector<Tensor>& converted, Stream stream) {
     const ScalarType dtype = conv.x[0].scalar_type();
-    if (conv.packed.scalar_type() == dtype) {
-        return data<scalar_t>(conv.packed);
-    }
     if constexpr (sizeof(scalar_t) == 2) {
         const PackedConvForms forms(conv.x[0].size(1), conv.out[0].size(1));
-        if (conv.packed.numel() >= forms.end()) {
+        check(forms.floats / kTaps <= 0x7fffffff, "flow_conv2d: input times output channels must be below 2^31");
+        if (conv.packed.scalar_type() != dtype && conv.packed.numel() >= forms.end()) {
             return pointer_cast<const scalar_t>(data<float>(conv.packed) + forms.begin(dtype));
         }
-    }
-    converted.push_back(torch::stable::to(conv.packed, dtype));
-    return data<scalar_t>(converted.back());
-}
-
-template <typename scalar_t>
-void launch_table(const ConvTable<scalar_t>& table, bool wide, Stream stream) {
-    const auto run = [&](auto access) {
-        constexpr int kAccess = decltype(access)::value;
-        if constexpr (sizeof(scalar_t) == 2) {
-            constexpr auto kKernel = conv3x3_tensor_core_kernel<scalar_t, kAccess>;
-            constexpr size_t kBytes = WideConv::kSharedBytes;
-            const int blocks = std::min(table.num_tiles, resident_blocks<kKernel>(WideConv::kThreads, kBytes));
-            launch<kKernel>(dim3(static_cast<unsigned>(blocks)), dim3(WideConv::kThreads), kBytes, stream, table);
-        } else {
-            constexpr auto kKernel = conv3x3_kernel<scalar_t, kAccess>;
-            const int blocks = std::min(table.num_tiles, resident_blocks<kKernel>(Plain::kThreads, 0));
-            launch<kKernel>(dim3(static_cast<unsigned>(blocks)), dim3(Plain::kThreads), 0, stream, table);
+        if (conv.packed.scalar_type() != dtype) {
+            converted.push_back(empty_like_sized(conv.packed, {forms.floats}, dtype));
+            launch<conv3x3_convert_weights_kernel<scalar_t>>(
+                dim3(grid_size("flow_conv2d", ceil_div(forms.floats, 256))), dim3(256), 0, stream,
+                data<float>(conv.packed), mutable_data<scalar_t>(converted.back()), forms.floats, forms.row_size);
+            return data<scalar_t>(converted.back());
         }
-    };
-    if (wide) {
-        run(std::integral_constant<int, kWideElements<scalar_t>>{});
-    } else {
-        run(std::integral_constant<int, 1>{});
     }
+    return data<scalar_t>(conv.packed);
 }
 
-template <typename scalar_t>
+// The kernel whose tiles have kOutputs outputs, and its sizes; for float32 and float64 there is one kernel.
+template <typename scalar_t, int kOutputs>
+struct Kernel {
+    using Size = std::conditional_t<sizeof(scalar_t) == 2, WideConv<kOutputs>, Plain>;
+
+    template <int kAccess>
+    static constexpr auto with_access() {
+        if constexpr (sizeof(scalar_t) == 2) {
+            return &conv3x3_tensor_core_kernel<scalar_t, kAccess, kOutputs>;
+        } else {
+            return &conv3x3_kernel<scalar_t, kAccess>;
+        }
+    }
+    // Whether channels are read 16 bytes at a time matters to the kernel, not to how many blocks run.
+    static int resident() {
+        return resident_blocks<with_access<kWideElements<scalar_t>>()>(Size::kThreads, Size::kSharedBytes);
+    }
+    static int64_t output_tiles(const Tensor& out) { return ceil_div(out.size(1), Size::kOutputs); }
+    static int64_t tiles(const Tensor& out) {
+        return out.numel() == 0 ? 0 : out.size(0) * ceil_div(out.size(2), Size::kHeight) *
+                                          ceil_div(out.size(3), Size::kWidth) * output_tiles(out);
+    }
+    static void launch_table(const ConvTable<scalar_t>& table, bool wide, Stream stream) {
+        const dim3 blocks(static_cast<unsigned>(std::min(table.num_tiles, resident()))), threads(Size::kThreads);
+        if (wide) {
+            launch<with_access<kWideElements<scalar_t>>()>(blocks, threads, Size::kSharedBytes, stream, table);
+        } else {
+            launch<with_access<1>()>(blocks, threads, Size::kSharedBytes, stream, table);
+        }
+    }
+    // Time of all tiles, roughly: a multiprocessor with n of them at work takes as long as for n and a quarter.
+    static int64_t cost(const std::vector<Convolution>& convolutions) {
+        int64_t all = 0;
+        for (const Convolution& conv : convolutions) {
+            for (const Tensor& out : conv.out) {
+                all += tiles(out);
+            }
+        }
+        const int64_t blocks = resident(), multiprocessors = std::max<int64_t>(1, blocks / Size::kResident);
+        const int64_t rest = all % blocks;
+        return all / blocks * (4 * Size::kResident + 1) + (rest > 0 ? 4 * ceil_div(rest, multiprocessors) + 1 : 0);
+    }
+};
+
+template <typename scalar_t, int kOutputs>
 void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
     using real_t = accum_t<scalar_t>;
-    constexpr bool kIsWide = sizeof(scalar_t) == 2;
-    constexpr int64_t kTileHeight = kIsWide ? WideConv::kHeight : Plain::kSide;
-    constexpr int64_t kTileWidth = kIsWide ? WideConv::kWidth : Plain::kSide;
-    constexpr int64_t kTileOutputs = kIsWide ? WideConv::kOutputs : Plain::kOutputs;
+    using Tiles = Kernel<scalar_t, kOutputs>;
+    using Size = typename Tiles::Size;
     struct Entry {
         ConvJob<scalar_t> job;
         int64_t pixels, tiles;
@@ -212,12 +250,10 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
         if (conv.out.empty()) {
             continue;
         }
-        const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv, converted);
+        const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv, converted, stream);
         for (size_t i = 0; i < conv.out.size(); ++i) {
             const Tensor& out = conv.out[i];
-            const int64_t rows = ceil_div(out.size(2), kTileHeight), columns = ceil_div(out.size(3), kTileWidth);
-            const int64_t output_tiles = ceil_div(out.size(1), kTileOutputs);
-            const int64_t tiles = out.numel() == 0 ? 0 : out.size(0) * rows * columns * output_tiles;
+            const int64_t tiles = Tiles::tiles(out);
             check(tiles <= kMaxTiles, op, ": a level of shape ", shape_string(out),
                   " holds too many tiles for a launch");
             if (tiles > 0) {
@@ -225,8 +261,12 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
                     {{conv_source<scalar_t>(op, conv.x[i], conv.flow.empty() ? nullptr : &conv.flow[i]), weights,
                       conv.bias ? data<real_t>(*conv.bias) : Global<const real_t>(nullptr),
                       conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[i]),
-                      mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu, 0,
-                      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(output_tiles)},
+                      mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu,
+                      out.size(1) % kWideElements<scalar_t> == 0 &&
+                          (conv.residual.empty() || is_aligned(conv.residual[i].const_data_ptr(), 16)), 0,
+                      static_cast<int>(ceil_div(out.size(2), Size::kHeight)),
+                      static_cast<int>(ceil_div(out.size(3), Size::kWidth)),
+                      static_cast<int>(Tiles::output_tiles(out))},
                      out.size(0) * out.size(2) * out.size(3), tiles});
             }
         }
@@ -243,8 +283,20 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
             table.jobs[table.num_jobs++].tile_begin = table.num_tiles;
             table.num_tiles += static_cast<int>(entries[next].tiles);
         }
-        launch_table(table, wide, stream);
+        Tiles::launch_table(table, wide, stream);
     }
+}
+
+// The same sums in the same order whichever tiles are taken: narrow ones waste less on few outputs and small maps, wide
+// ones bring a tenth more to the tensor cores.
+template <typename scalar_t>
+void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
+    if constexpr (sizeof(scalar_t) == 2) {
+        if (20 * Kernel<scalar_t, 128>::cost(convolutions) < 11 * Kernel<scalar_t, 64>::cost(convolutions)) {
+            return convolve<scalar_t, 128>(op, convolutions, stream);
+        }
+    }
+    convolve<scalar_t, 64>(op, convolutions, stream);
 }
 
 }  // namespace

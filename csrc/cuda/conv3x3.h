@@ -11,12 +11,13 @@
 namespace spatialflow {
 
 // Where packed weights have room, which is where they have the size of Winograd's, the 9 * C * O float32 weights (O
-// padded) are followed by the same in float16 and in bfloat16, then by zeros.
+// padded) are followed by the same in float16 and in bfloat16 (rows in the order of packed_position), then by zeros.
 struct PackedConvForms {
-    int64_t floats;
+    int64_t floats, row_size;
 
     PackedConvForms(int64_t in_channels, int64_t out_channels)
-        : floats(packed_conv_size(kConvDirect, in_channels, out_channels)) {}
+        : floats(packed_conv_size(kConvDirect, in_channels, out_channels)),
+          row_size(ceil_div(out_channels, kPackedOutputs) * kPackedOutputs) {}
     int64_t begin(ScalarType dtype) const {  // in floats
         return dtype == ScalarType::Half ? floats : floats + floats / 2;
     }

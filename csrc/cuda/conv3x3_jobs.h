@@ -19,6 +19,7 @@ struct ConvJob {
     Global<scalar_t> out;                  // (N, H, W, O)
     int outputs;
     bool relu;
+    bool wide;                                  // outputs and residual move 16 bytes at a time
     int tile_begin;                             // first tile in the launch
     int tile_rows, tile_columns, output_tiles;  // of an image
 };
@@ -32,22 +33,22 @@ struct ConvTable {
 static_assert(sizeof(ConvTable<double>) <= 4096, "kernel parameters fit on every toolkit and driver");
 #endif
 
-// A tile of pixels and outputs, and the step over channels that it is at.
-struct ConvStep {
-    int tile, job, output, channel;
+// A tile of pixels and outputs: its place in the launch, its entry of the table, its first output.
+struct ConvTile {
+    int tile, job, output;
 };
 
 template <int kOutputs, typename scalar_t>
-__device__ __forceinline__ ConvStep first_step(const ConvTable<scalar_t>& table, int tile) {
+__device__ __forceinline__ ConvTile conv_tile(const ConvTable<scalar_t>& table, int tile) {
     const int index = entry_of_tile(table.jobs, table.num_jobs, tile);
-    return {tile, index, (tile - table.jobs[index].tile_begin) % table.jobs[index].output_tiles * kOutputs, 0};
+    return {tile, index, (tile - table.jobs[index].tile_begin) % table.jobs[index].output_tiles * kOutputs};
 }
 
-// The pixels of a step.
+// Its pixels.
 template <int kHeight, int kWidth, typename scalar_t>
-__device__ __forceinline__ MapTile map_of(const ConvTable<scalar_t>& table, const ConvStep& step) {
-    const ConvJob<scalar_t>& job = table.jobs[step.job];
-    return map_tile<kHeight, kWidth>((step.tile - job.tile_begin) / job.output_tiles, job.tile_rows, job.tile_columns);
+__device__ __forceinline__ MapTile map_of(const ConvTable<scalar_t>& table, const ConvTile& tile) {
+    const ConvJob<scalar_t>& job = table.jobs[tile.job];
+    return map_tile<kHeight, kWidth>((tile.tile - job.tile_begin) / job.output_tiles, job.tile_rows, job.tile_columns);
 }
 
 __device__ __forceinline__ int padded_outputs(int outputs) {

@@ -3,45 +3,38 @@
 // The kernel of conv3x3.cu for 16-bit types, on the tensor cores.
 #pragma once
 
-#include <cstring>
-
 #include "cuda/conv3x3_jobs.h"
 #include "cuda/tensor_core.h"
 
 namespace spatialflow {
 
-// Sizes of the tensor-core kernel.
+// Sizes of the tensor-core kernel. A step is kChannels channels, and has a unit for each half of them and column of
+// taps: kWeightRows rows of weights, multiplied while a piece of the next step's inputs is on its way.
+template <int kTileOutputs>
 struct WideConv {
     static constexpr int kThreads = 128;
-    static constexpr int kHeight = 8, kWidth = 16, kOutputs = 128;
-    static constexpr int kWarpRows = 4, kWarpOutputs = 64;  // rows of the tile
-    static constexpr int kChannels = 32;  // of a step
-    static constexpr int kRimWidth = kWidth + 2, kInputs = (kHeight + 2) * kRimWidth;
+    static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
+    static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // rows of the tile
+    static constexpr int kBlocks = kWarpOutputs / 32;                 // of packed_position
+    static constexpr int kResident = kOutputs == 128 ? 2 : 3;         // on a multiprocessor
+    static constexpr int kChannels = 32, kUnitChannels = 16;
+    static constexpr int kUnits = kChannels / kUnitChannels * 3;
+    static constexpr int kRimWidth = kWidth + 2;
+    static constexpr int kPiece = kThreads / (kChannels / 8);  // pixels
+    static constexpr int kInputs = kUnits * kPiece;            // pixels with rim, filled up to whole pieces
     static constexpr int kInputRow = kChannels + 8, kWeightRow = kOutputs + 8;
-    static constexpr int kInputVectors = kInputs * kChannels / 8;
-    static constexpr int kPieces = (kInputVectors + kThreads - 1) / kThreads;
-    static constexpr int kWeightStages = 3;
-    static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kChannels * kWeightRow;  // elements
+    static constexpr int kWeightRows = 3 * kUnitChannels, kWeightStages = 3;
+    static constexpr int kCopiedRows = kThreads / (kOutputs / 8);  // by all threads at one time
+    static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kWeightRows * kWeightRow;  // elements
     static constexpr size_t kSharedBytes = 2 * (2 * kInputBuffer + kWeightStages * kWeightStage);
-    static_assert(kTaps % kWeightStages == 0, "every step begins with the first stage");
+    static_assert((kHeight + 2) * kRimWidth <= kInputs, "a piece per unit");
 };
 
-// Lane q of four has values[j] for column block j; afterwards values[r] is what lane r had for block q.
-__device__ __forceinline__ void turn_quads(unsigned (&values)[4], int lane) {
-#pragma unroll
-    for (int distance = 1; distance <= 2; distance *= 2) {
-        const bool upper = (lane & distance) != 0;
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            const int low = distance == 1 ? 2 * pair : pair, high = low + distance;
-            const unsigned received = __shfl_xor_sync(kAllLanes, upper ? values[low] : values[high], distance);
-            values[low] = upper ? received : values[low];
-            values[high] = upper ? values[high] : received;
-        }
-    }
-}
+// The sums of a lane: sums[i][j][e] is row i, pixel e / 2 * 8, output j / 4 * 32 + j % 4 * 2 + e % 2 from its first on.
+template <int kBlocks>
+using Sums = float[4][kBlocks * 4][4];
 
-// The pixels and outputs of which a lane holds 4 x 8 x 4 sums: of i and half the pixel, of j and e the output.
+// Their pixels and outputs. A lane of four has eight outputs side by side in each block of 32 (see packed_position).
 template <typename scalar_t>
 struct SumPlaces {
     int64_t first;  // the first pixel's outputs
@@ -52,227 +45,284 @@ struct SumPlaces {
         const ConvJob<scalar_t>& job, const MapTile& map, int warp_row, int warp_output, int lane)
         : y(map.y + warp_row),
           x(map.x + lane / 4),
-          output(warp_output + lane % 4 * 2),
+          output(warp_output + lane % 4 * 8),
           height(job.source.height),
           width(job.source.width),
           outputs(job.outputs) {
-        first = output_at(job, map.image, y, x);
+        first = output_at(job, map.image, y, x) + output;
     }
     __device__ __forceinline__ bool is_inside(int i, int half) const { return y + i < height && x + half * 8 < width; }
-    __device__ __forceinline__ int64_t pixel(int i, int half) const {
-        return first + (static_cast<int64_t>(i) * width + half * 8) * outputs;
+    // The first of eight outputs.
+    __device__ __forceinline__ int64_t at(int i, int half, int block) const {
+        return first + (static_cast<int64_t>(i) * width + half * 8) * outputs + block * 32;
     }
+    __device__ __forceinline__ int left(int block) const { return outputs - output - block * 32; }
 };
 
-// What a tile's sums start from: the residual, or zero.
-template <typename scalar_t>
+// What a tile's sums start from: bias and residual.
+template <int kBlocks, typename scalar_t>
 __device__ __forceinline__ void start_sums(
-    const ConvJob<scalar_t>& job, const MapTile& map, int warp_row, int warp_output, int lane,
-    float (&sums)[4][8][4]) {
-    const SumPlaces<scalar_t> places(job, map, warp_row, warp_output, lane);
+    const ConvJob<scalar_t>& job, const SumPlaces<scalar_t>& places, Sums<kBlocks>& sums) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int e = 0; e < 8; ++e) {
+            float bias = 0.0f;
+            if (job.bias && e < places.left(block)) {
+                bias = job.bias[places.output + block * 32 + e];
+            }
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int output = places.output + j * 8 + e % 2;
-                sums[i][j][e] = 0.0f;
-                if (job.residual && places.is_inside(i, e / 2) && output < places.outputs) {
-                    const scalar_t added = job.residual[places.pixel(i, e / 2) + output];
-                    sums[i][j][e] = load(added);
+            for (int i = 0; i < 8; ++i) {
+                sums[i / 2][block * 4 + e / 2][i % 2 * 2 + e % 2] = bias;
+            }
+        }
+    }
+    if (!job.residual) {
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+            const int left = places.is_inside(i / 2, i % 2) ? places.left(block) : 0;
+            const Global<const scalar_t> source = job.residual + places.at(i / 2, i % 2, block);
+            Vec<scalar_t, 8> values{};
+            if (job.wide) {
+                if (left > 0) {
+                    values = load_vector<8>(source);
+                }
+            } else {
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    if (e < left) {
+                        values[e] = source[e];
+                    }
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                sums[i / 2][block * 4 + e / 2][i % 2 * 2 + e % 2] += load(values[e]);
+            }
+        }
+    }
+}
+
+// ReLU of a warp's sums, and their way out.
+template <int kBlocks, typename scalar_t>
+__device__ __forceinline__ void store_sums(
+    const ConvJob<scalar_t>& job, const SumPlaces<scalar_t>& places, const Sums<kBlocks>& sums) {
+    const bool relu = job.relu;
+    const auto outputs_of = [&](int i, int block) {
+        Vec<unsigned, 4> words;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float(&pair)[4] = sums[i / 2][block * 4 + j];
+            words[j] = pack_pair(pair[i % 2 * 2], pair[i % 2 * 2 + 1], scalar_t{});
+            words[j] = relu ? rectify_pairs(words[j], scalar_t{}) : words[j];
+        }
+        return words;
+    };
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+            const int left = places.is_inside(i / 2, i % 2) ? places.left(block) : 0;
+            const Global<scalar_t> target = job.out + places.at(i / 2, i % 2, block);
+            const Vec<unsigned, 4> words = outputs_of(i, block);
+            if (job.wide) {
+                if (left > 0) {
+                    store_vector(pointer_cast<unsigned>(target), words);
+                }
+            } else {
+                Vec<scalar_t, 8> values;
+                memcpy(&values, &words, sizeof(words));
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    if (e < left) {
+                        target[e] = values[e];
+                    }
                 }
             }
         }
     }
 }
 
-// Bias and ReLU of a warp's 64 x 64 sums, and their way out.
-template <typename scalar_t>
-__device__ __forceinline__ void store_sums(
-    const ConvJob<scalar_t>& job, const MapTile& map, int warp_row, int warp_output, int lane,
-    float (&sums)[4][8][4]) {
-    const SumPlaces<scalar_t> places(job, map, warp_row, warp_output, lane);
-    const int outputs = places.outputs;
-    if (job.bias) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int output = places.output + j * 8 + e;
-                const float bias = output < outputs ? job.bias[output] : 0.0f;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    sums[i][j][e] += bias;
-                    sums[i][j][2 + e] += bias;
-                }
+template <typename scalar_t, int kAccess, int kTileOutputs>
+__global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTileOutputs>::kResident)
+    conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
+    using Size = WideConv<kTileOutputs>;
+    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);                // 2 x [pixel with rim][channel]
+    SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // where a pixel of x and flow lies; -1: outside
+    const auto weights = inputs + 2 * Size::kInputBuffer;    // stages x [tap of the column][channel][output]
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+    const int warp_row = warp / 2 * Size::kWarpRows, warp_output = warp % 2 * Size::kWarpOutputs;
+
+    // Inputs to be fetched: this thread's eight channels of a step.
+    const int input_channel = thread % (Size::kChannels / 8) * 8, input_pixel = thread / (Size::kChannels / 8);
+    Global<const scalar_t> x(nullptr), flow(nullptr);
+    int x_left = 0, flow_left = 0;  // channels from there on
+    const auto begin_inputs = [&](const ConvTile& tile) {
+        x_left = flow_left = 0;
+        if (tile.tile >= table.num_tiles) {
+            return;
+        }
+        const ConvSource<scalar_t>& source = table.jobs[tile.job].source;
+        const MapTile map = map_of<Size::kHeight, Size::kWidth>(table, tile);
+#pragma unroll 1
+        for (int pixel = thread; pixel < Size::kInputs; pixel += Size::kThreads) {
+            const int row = pixel / Size::kRimWidth, y = map.y + row - 1;
+            const int column = map.x + pixel % Size::kRimWidth - 1;
+            const bool inside = row < Size::kHeight + 2 && y >= 0 && y < source.height && column >= 0 &&
+                                column < source.width;
+            const Vec<int64_t, 2> place = {{inside ? y * source.x_h + column * source.x_w : -1,
+                                            inside ? y * source.f_h + column * source.f_w : -1}};
+            store_vector(places + 2 * pixel, place);
+        }
+        x = source.x + (map.image * source.x_n + input_channel);
+        x_left = source.channels - input_channel;
+        if (source.flow) {
+            flow = source.flow + (map.image * source.f_n + input_channel);
+            flow_left = x_left;
+        }
+    };
+    const auto fetch_inputs = [&](int piece) {
+        const auto place = load_vector<2>(places + 2 * (piece * Size::kPiece + input_pixel));
+        SumTerms terms{};
+        if (place[0] >= 0) {
+            terms.x = load_words<kAccess>(x + place[0], x_left);
+            if (flow_left > 0) {
+                terms.flow = load_words<kAccess>(flow + place[1], flow_left);
             }
         }
+        return terms;
+    };
+    auto input_target = pointer_cast<unsigned>(inputs + (input_pixel * Size::kInputRow + input_channel));
+    const auto keep_inputs = [&](int piece, const SumTerms& terms) {
+        store_vector(input_target + piece * (Size::kPiece * Size::kInputRow / 2), sum_of<scalar_t>(terms));
+    };
+
+    // Weights to be copied: this thread's eight outputs, in some of a unit's rows.
+    const int weight_row = thread / (Size::kOutputs / 8), weight_column = thread % (Size::kOutputs / 8) * 8;
+    const auto weight_target = weights + (weight_row * Size::kWeightRow + weight_column);
+    Global<const scalar_t> weight(nullptr);
+    int weight_left = 0, row_size = 0, tap_size = 0;  // channels from there on; elements of a channel, and of a tap
+    const auto begin_weights = [&](const ConvTile& tile) {
+        weight_left = 0;
+        if (tile.tile < table.num_tiles) {
+            const ConvJob<scalar_t>& job = table.jobs[tile.job];
+            row_size = padded_outputs(job.outputs);
+            tap_size = row_size * job.source.channels;
+            weight = job.weights + (weight_row * row_size + tile.output + weight_column);
+            weight_left = tile.output + weight_column < row_size ? job.source.channels - weight_row : 0;
+        }
+    };
+    const auto copy_weights = [&](int column) {
+#pragma unroll
+        for (int row = 0; row < Size::kWeightRows; row += Size::kCopiedRows) {
+            const int tap = row / Size::kUnitChannels * 3, channel = row % Size::kUnitChannels;
+            cp_async_16(
+                weight_target + (column * Size::kWeightStage + row * Size::kWeightRow),
+                weight + (static_cast<int64_t>(tap) * tap_size + channel * row_size), channel < weight_left);
+        }
+        cp_async_commit();
+        weight += tap_size;
+        if (column == 2) {
+            weight += Size::kUnitChannels * row_size - static_cast<int64_t>(3) * tap_size;
+            weight_left -= Size::kUnitChannels;
+        }
+    };
+
+    ConvTile tile = conv_tile<Size::kOutputs>(table, static_cast<int>(blockIdx.x));
+    begin_inputs(tile);
+    begin_weights(tile);
+    copy_weights(0);
+    copy_weights(1);
+    __syncthreads();
+    for (int piece = 0; piece < Size::kUnits; ++piece) {
+        keep_inputs(piece, fetch_inputs(piece));
     }
-    const bool relu = job.relu, wide = outputs % 8 == 0;
+    auto tap_inputs = inputs + ((warp_row * Size::kRimWidth + lane % 16) * Size::kInputRow + lane / 16 * 8);
+    const auto tap_weights = weights + (lane % 16 * Size::kWeightRow + warp_output + lane / 16 * 8);
+    int turn = Size::kInputBuffer;  // to the other buffer
+    input_target += turn / 2;
+    Sums<Size::kBlocks> sums;
+    while (tile.tile < table.num_tiles) {
+        const bool busy = tile.output + warp_output < table.jobs[tile.job].outputs;
+        if (busy) {
+            const ConvJob<scalar_t>& job = table.jobs[tile.job];
+            start_sums<Size::kBlocks>(job, {job, map_of<Size::kHeight, Size::kWidth>(table, tile), warp_row,
+                             tile.output + warp_output, lane}, sums);
+        }
+        ConvTile next = tile;
+        int left = table.jobs[tile.job].source.channels;
+#pragma unroll 1
+        do {
+            left -= Size::kChannels;
+            if (left <= 0) {
+                next = conv_tile<Size::kOutputs>(table, tile.tile + static_cast<int>(gridDim.x));
+                __syncthreads();  // before `places` is written anew
+                begin_inputs(next);
+            } else {
+                x += Size::kChannels;
+                x_left -= Size::kChannels;
+                flow += Size::kChannels;
+                flow_left -= Size::kChannels;
+            }
+#pragma unroll 1
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const bool inside = places.is_inside(i, half);
-            const Global<scalar_t> pixel = job.out + places.pixel(i, half);
-#pragma unroll
-            for (int block = 0; block < 2; ++block) {
-                unsigned packed[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    Vec<scalar_t, 2> pair;
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        store(pair[e], rectified(sums[i][block * 4 + j][half * 2 + e], relu));
+                for (int column = 0; column < 3; ++column) {
+                    cp_async_wait<Size::kWeightStages - 2>();
+                    __syncthreads();
+                    // The stage that the unit before has read is free.
+                    if (column == 1 && half == 1 && left <= 0) {
+                        begin_weights(next);
                     }
-                    memcpy(&packed[j], &pair, sizeof(pair));
-                    const int output = places.output + block * 32 + j * 8;
-                    if (!wide && inside) {
+                    copy_weights((column + 2) % Size::kWeightStages);
+                    const SumTerms piece = fetch_inputs(half * 3 + column);
+                    if (busy) {
+                        unsigned b[3][Size::kBlocks * 2][4];
 #pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            if (output + e < outputs) {
-                                pixel[output + e] = pair[e];
+                        for (int row = 0; row < Size::kWarpRows + 2; ++row) {
+                            if (row < 3) {
+#pragma unroll
+                                for (int j = 0; j < Size::kBlocks * 2; ++j) {
+                                    ldmatrix_x4_trans(
+                                        b[row][j],
+                                        tap_weights + (column * Size::kWeightStage +
+                                                       row * Size::kUnitChannels * Size::kWeightRow + j * 16));
+                                }
+                            }
+                            unsigned a[4];
+                            ldmatrix_x4(a, tap_inputs + ((row * Size::kRimWidth + column) * Size::kInputRow));
+                            // This row of inputs under the tap of row t belongs to row i of the sums.
+#pragma unroll
+                            for (int t = 0; t < 3; ++t) {
+                                const int i = row - t;
+                                if (i >= 0 && i < Size::kWarpRows) {
+#pragma unroll
+                                    for (int j = 0; j < Size::kBlocks * 4; ++j) {
+                                        const unsigned right[2] = {b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]};
+                                        mma_16816(sums[i][j], a, right, scalar_t{});
+                                    }
+                                }
                             }
                         }
                     }
+                    keep_inputs(half * 3 + column, piece);
                 }
-                if (wide) {
-                    turn_quads(packed, lane);
-                    const int output = warp_output + block * 32 + lane % 4 * 8;
-                    if (inside && output < outputs) {
-                        Vec<scalar_t, 8> values;
-                        memcpy(&values, packed, sizeof(values));
-                        store_vector(pixel + output, values);
-                    }
-                }
+                tap_inputs += Size::kUnitChannels;
             }
+            tap_inputs += turn - Size::kChannels;
+            turn = -turn;
+            input_target += turn / 2;
+        } while (left > 0);
+        if (busy) {
+            const ConvJob<scalar_t>& job = table.jobs[tile.job];
+            store_sums<Size::kBlocks>(job, {job, map_of<Size::kHeight, Size::kWidth>(table, tile), warp_row,
+                             tile.output + warp_output, lane}, sums);
         }
-    }
-}
-
-template <typename scalar_t, int kAccess>
-__global__ void __launch_bounds__(WideConv::kThreads, 2)
-    conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
-    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);  // 2 x [pixel with rim][channel]
-    const auto weights = inputs + 2 * WideConv::kInputBuffer;  // stages x [channel][output]
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
-    const int warp_row = warp / 2 * WideConv::kWarpRows, warp_output = warp % 2 * WideConv::kWarpOutputs;
-
-    const auto step_after = [&](ConvStep step) {
-        step.channel += WideConv::kChannels;
-        if (step.channel < table.jobs[step.job].source.channels) {
-            return step;
-        }
-        return first_step<WideConv::kOutputs>(table, step.tile + static_cast<int>(gridDim.x));
-    };
-    const auto fetch_inputs = [&](const ConvStep& step, const MapTile& map, int piece) {
-        const int index = piece * WideConv::kThreads + thread, pixel = index / (WideConv::kChannels / 8);
-        if (step.tile >= table.num_tiles || pixel >= WideConv::kInputs) {
-            return Vec<scalar_t, 8>{};
-        }
-        return load_sum<8, kAccess>(
-            table.jobs[step.job].source, map.image, map.y + pixel / WideConv::kRimWidth - 1,
-            map.x + pixel % WideConv::kRimWidth - 1, step.channel + index % (WideConv::kChannels / 8) * 8);
-    };
-    const auto keep_inputs = [&](int buffer, int piece, const Vec<scalar_t, 8>& values) {
-        const int index = piece * WideConv::kThreads + thread, pixel = index / (WideConv::kChannels / 8);
-        if (pixel < WideConv::kInputs) {
-            store_vector(inputs + (buffer * WideConv::kInputBuffer + pixel * WideConv::kInputRow +
-                                   index % (WideConv::kChannels / 8) * 8), values);
-        }
-    };
-    const auto copy_weights = [&](const ConvStep& step, int tap, int stage) {
-        if (step.tile < table.num_tiles) {
-            const ConvJob<scalar_t>& job = table.jobs[step.job];
-            const int row_size = padded_outputs(job.outputs);
-#pragma unroll
-            for (int i = 0; i < WideConv::kChannels * WideConv::kOutputs / 8 / WideConv::kThreads; ++i) {
-                const int index = i * WideConv::kThreads + thread;
-                const int row = index / (WideConv::kOutputs / 8), column = index % (WideConv::kOutputs / 8) * 8;
-                const int channel = step.channel + row, output = step.output + column;
-                const bool valid = channel < job.source.channels && output < row_size;
-                cp_async_16(
-                    weights + (stage * WideConv::kWeightStage + row * WideConv::kWeightRow + column),
-                    job.weights +
-                        (valid ? (static_cast<int64_t>(tap) * job.source.channels + channel) * row_size + output : 0),
-                    valid);
-            }
-        }
-        cp_async_commit();
-    };
-
-    ConvStep step = first_step<WideConv::kOutputs>(table, static_cast<int>(blockIdx.x));
-    for (int piece = 0; piece < WideConv::kPieces; ++piece) {
-        keep_inputs(0, piece, fetch_inputs(step, map_of<WideConv::kHeight, WideConv::kWidth>(table, step), piece));
-    }
-    for (int tap = 0; tap < WideConv::kWeightStages - 1; ++tap) {
-        copy_weights(step, tap, tap);
-    }
-    float sums[4][8][4] = {};
-    int buffer = 0;
-    while (step.tile < table.num_tiles) {
-        const ConvJob<scalar_t>& job = table.jobs[step.job];
-        const bool busy = step.output + warp_output < job.outputs;
-        if (step.channel == 0) {
-            start_sums(job, map_of<WideConv::kHeight, WideConv::kWidth>(table, step), warp_row,
-                       step.output + warp_output, lane, sums);
-        }
-        const ConvStep next = step_after(step);
-        const MapTile next_map = map_of<WideConv::kHeight, WideConv::kWidth>(table, next);
-        int stage = 0;
-#pragma unroll 1
-        for (int tap = 0; tap < kTaps; ++tap) {
-            cp_async_wait<WideConv::kWeightStages - 2>();
-            __syncthreads();
-            // The stage that the tap before has read is free.
-            const int ahead = tap + WideConv::kWeightStages - 1;
-            const int free = stage == 0 ? WideConv::kWeightStages - 1 : stage - 1;
-            if (ahead < kTaps) {
-                copy_weights(step, ahead, free);
-            } else {
-                copy_weights(next, ahead - kTaps, free);
-            }
-            Vec<scalar_t, 8> piece{};
-            if (tap < WideConv::kPieces) {
-                piece = fetch_inputs(next, next_map, tap);
-            }
-            if (busy) {
-                const int first_pixel = (warp_row + tap / 3) * WideConv::kRimWidth + tap % 3;
-                const auto tap_inputs = inputs + (buffer * WideConv::kInputBuffer +
-                                                  (first_pixel + lane % 16) * WideConv::kInputRow + lane / 16 * 8);
-                const auto tap_weights = weights + (stage * WideConv::kWeightStage + lane % 16 * WideConv::kWeightRow +
-                                                    warp_output + lane / 16 * 8);
-#pragma unroll
-                for (int k = 0; k < WideConv::kChannels; k += 16) {
-                    unsigned b[4][4];
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        ldmatrix_x4_trans(b[j], tap_weights + (k * WideConv::kWeightRow + j * 16));
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        unsigned a[4];
-                        ldmatrix_x4(a, tap_inputs + (i * WideConv::kRimWidth * WideConv::kInputRow + k));
-#pragma unroll
-                        for (int j = 0; j < 8; ++j) {
-                            const unsigned column[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-                            mma_16816(sums[i][j], a, column, scalar_t{});
-                        }
-                    }
-                }
-            }
-            if (tap < WideConv::kPieces) {
-                keep_inputs(1 - buffer, tap, piece);
-            }
-            stage = stage == WideConv::kWeightStages - 1 ? 0 : stage + 1;
-        }
-        if (busy && next.tile != step.tile) {
-            store_sums(job, map_of<WideConv::kHeight, WideConv::kWidth>(table, step), warp_row,
-                       step.output + warp_output, lane, sums);
-        }
-        step = next;
-        buffer = 1 - buffer;
+        tile = next;
     }
     cp_async_wait<0>();
 }

@@ -3,11 +3,19 @@
 // What the 3x3 convolution and its weight gradient share on the device: maps read as x + flow, and tiles of maps.
 #pragma once
 
-#include "cuda/platform.h"
+#include <cstring>
+
+#include "cuda/tensor_core.h"
 
 namespace spatialflow {
 
 constexpr int kTaps = 9;
+
+// Where output `o` lies in a row of weights for tensor cores. Within 32 outputs, eight side by side are two in each of
+// four blocks of eight, which is what a lane holds of a product: it stores its results as they are.
+__device__ __forceinline__ int64_t packed_position(int64_t o) {
+    return o / 32 * 32 + o % 8 / 2 * 8 + o % 32 / 8 * 2 + o % 2;
+}
 
 // x + flow of one level; channels adjacent, the rest by strides.
 template <typename scalar_t>
@@ -50,6 +58,58 @@ __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
                 }
             }
         }
+    }
+    return sum;
+}
+
+// Eight 16-bit channels as they lie in memory; zeros beyond the `left` ones. kWidth as in load_sum.
+template <int kWidth, typename scalar_t>
+__device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar_t>& source, int left) {
+    Vec<unsigned, 4> words{};
+    if constexpr (kWidth == 8) {
+        if (left > 0) {
+            words = load_vector<4>(pointer_cast<const unsigned>(source));
+        }
+    } else {
+        Vec<scalar_t, 8> values{};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i < left) {
+                values[i] = source[i];
+            }
+        }
+        memcpy(&words, &values, sizeof(words));
+    }
+    return words;
+}
+
+// load_sum<8> in two halves: loads on their way, to be added once they are needed.
+struct SumTerms {
+    Vec<unsigned, 4> x, flow;
+};
+
+template <int kWidth, typename scalar_t>
+__device__ __forceinline__ SumTerms load_terms(
+    const ConvSource<scalar_t>& source, int image, int y, int x, int c) {
+    SumTerms terms{};
+    if (y >= 0 && y < source.height && x >= 0 && x < source.width) {
+        terms.x = load_words<kWidth>(
+            source.x + (image * source.x_n + y * source.x_h + x * source.x_w + c), source.channels - c);
+        if (source.flow) {
+            terms.flow = load_words<kWidth>(
+                source.flow + (image * source.f_n + y * source.f_h + x * source.f_w + c), source.channels - c);
+        }
+    }
+    return terms;
+}
+
+// Without a flow its words are zeros, which change no value.
+template <typename scalar_t>
+__device__ __forceinline__ Vec<unsigned, 4> sum_of(const SumTerms& terms) {
+    Vec<unsigned, 4> sum;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[i] = add_pairs(terms.x[i], terms.flow[i], scalar_t{});
     }
     return sum;
 }

@@ -35,17 +35,19 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
         const scalar_t stored = weight[(o * channels + c) * kTaps + tap];
         value = load(stored);
     }
+    const int64_t position = sizeof(packed_t) == 2 ? packed_position(o) : o;
     packed_t result;
     store(result, value);
-    packed[index] = result;
+    packed[row * padded_channels + position] = result;
     if constexpr (std::is_same_v<packed_t, float>) {
         if (halves) {
             float16 half;
             bfloat16 bfloat;
             store(half, value);
             store(bfloat, value);
-            halves[index] = half;
-            bfloats[index] = bfloat;
+            const int64_t half_index = row * padded_channels + packed_position(o);
+            halves[half_index] = half;
+            bfloats[half_index] = bfloat;
             packed[2 * size + index] = 0.0f;
             packed[3 * size + index] = 0.0f;
         }

@@ -81,6 +81,12 @@ struct TileReader {
         return load_sum<kCount, kAccess>(table.levels[level].input, map.image, map.y + pixel / kRimSide - 1,
                                          map.x + pixel % kRimSide - 1, c);
     }
+    // Eight of them, not yet added.
+    template <int kAccess>
+    __device__ __forceinline__ SumTerms input_terms(int pixel, int c) const {
+        return load_terms<kAccess>(table.levels[level].input, map.image, map.y + pixel / kRimSide - 1,
+                                   map.x + pixel % kRimSide - 1, c);
+    }
     // Outputs from `o` on of the gradient at a pixel of the tile.
     template <int kCount, int kAccess>
     __device__ __forceinline__ Vec<scalar_t, kCount> gradient(int pixel, int o) const {
@@ -130,13 +136,15 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
     const auto fetch_inputs = [&](const TileReader<scalar_t>& reader, int piece) {
         const int index = piece * Wide::kThreads + thread;
         return index < Wide::kInputVectors
-                   ? reader.template input<8, kAccess>(index / 8, first_channel + index % 8 * 8)
-                   : Vec<scalar_t, 8>{};
+                   ? reader.template input_terms<kAccess>(index / 8, first_channel + index % 8 * 8)
+                   : SumTerms{};
     };
-    const auto keep_inputs = [&](int buffer, int piece, const Vec<scalar_t, 8>& values) {
+    const auto keep_inputs = [&](int buffer, int piece, const SumTerms& terms) {
         const int index = piece * Wide::kThreads + thread;
         if (index < Wide::kInputVectors) {
-            store_vector(shared + (buffer * Wide::kBuffer + index / 8 * Wide::kRow + index % 8 * 8), values);
+            store_vector(
+                pointer_cast<unsigned>(shared + (buffer * Wide::kBuffer + index / 8 * Wide::kRow + index % 8 * 8)),
+                sum_of<scalar_t>(terms));
         }
     };
     const auto copy_gradients = [&](const TileReader<scalar_t>& reader, int buffer) {
@@ -171,9 +179,9 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
 #pragma unroll 1
         for (int step = 0; step < Wide::kSteps; ++step) {
             const bool fetching = step < Wide::kInputPieces && reader.valid();
-            Vec<scalar_t, 8> values{};
+            SumTerms terms{};
             if (fetching) {
-                values = fetch_inputs(reader, step);
+                terms = fetch_inputs(reader, step);
             }
             unsigned b[4][4];
 #pragma unroll
@@ -191,7 +199,7 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
                 }
             }
             if (fetching) {
-                keep_inputs(reader.buffer(), step, values);
+                keep_inputs(reader.buffer(), step, terms);
             }
             inputs += kInputStep;
             gradients += kGradientStep;

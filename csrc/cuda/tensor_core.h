@@ -7,6 +7,8 @@
 //   cp_async_commit(), cp_async_wait<n>() closes a group of copies; waits until at most n groups are under way
 //   ldmatrix_x4 / _x4_trans / _x2         8x8 matrices of 16-bit values from shared memory to registers
 //   mma_16816(d, a, b)                    d += a (16x16) * b (16x8), float16 or bfloat16 in, float32 sums
+//   pack_pair(low, high), add_pairs(a, b), rectify_pairs(a)    two 16-bit values in a word: rounded from float32,
+//                                         added with one rounding each, max(value, 0) where NaN stays
 #pragma once
 
 #include "cuda/platform.h"
@@ -62,6 +64,40 @@ __device__ __forceinline__ void mma_16816(
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Words and not vectors of 16-bit values: those the compiler takes apart, and waits for a load in order to do so.
+template <typename scalar_t>
+struct PairOf {
+    using type = __nv_bfloat162;
+};
+template <>
+struct PairOf<float16> {
+    using type = __half2;
+};
+template <typename To, typename From>
+__device__ __forceinline__ To bits_as(const From& value) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To result;
+    memcpy(&result, &value, sizeof(result));
+    return result;
+}
+
+__device__ __forceinline__ unsigned pack_pair(float low, float high, bfloat16 /* type of the values */) {
+    return bits_as<unsigned>(__floats2bfloat162_rn(low, high));
+}
+__device__ __forceinline__ unsigned pack_pair(float low, float high, float16 /* type of the values */) {
+    return bits_as<unsigned>(__floats2half2_rn(low, high));
+}
+template <typename scalar_t>
+__device__ __forceinline__ unsigned add_pairs(unsigned a, unsigned b, scalar_t /* type of the values */) {
+    using pair_t = typename PairOf<scalar_t>::type;
+    return bits_as<unsigned>(__hadd2(bits_as<pair_t>(a), bits_as<pair_t>(b)));
+}
+template <typename scalar_t>
+__device__ __forceinline__ unsigned rectify_pairs(unsigned a, scalar_t /* type of the values */) {
+    using pair_t = typename PairOf<scalar_t>::type;
+    return bits_as<unsigned>(__hmax2_nan(bits_as<pair_t>(a), bits_as<pair_t>(0u)));
 }
 
 }  // namespace spatialflow

@@ -135,4 +135,39 @@ inline void mma_16816(
     simt::mma_16816<T>(d, a, b, site);
 }
 
+namespace simt {
+
+// change(value, value of `other`) of both 16-bit values of a word.
+template <typename T, typename Change>
+inline unsigned change_pair(unsigned word, unsigned other, Change change) {
+    T values[2], others[2];
+    std::memcpy(static_cast<void*>(values), &word, sizeof(word));
+    std::memcpy(static_cast<void*>(others), &other, sizeof(other));
+    for (int i = 0; i < 2; ++i) {
+        store(values[i], change(load(values[i]), load(others[i])));
+    }
+    std::memcpy(&word, values, sizeof(word));
+    return word;
+}
+
+}  // namespace simt
+
+template <typename T>
+inline unsigned pack_pair(float low, float high, T /* type of the values */) {
+    T values[2];
+    store(values[0], low);
+    store(values[1], high);
+    unsigned word;
+    std::memcpy(&word, values, sizeof(word));
+    return word;
+}
+template <typename T>
+inline unsigned add_pairs(unsigned a, unsigned b, T /* type of the values */) {
+    return simt::change_pair<T>(a, b, [](float one, float other) { return one + other; });
+}
+template <typename T>
+inline unsigned rectify_pairs(unsigned a, T /* type of the values */) {
+    return simt::change_pair<T>(a, a, [](float value, float) { return value <= 0.0f ? 0.0f : value; });
+}
+
 }  // namespace spatialflow

@@ -6,13 +6,13 @@
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
 // The samples of a bin form a grid and bilinear interpolation is a product, so each axis of a bin is a short run of
-// cells with one weight each: lane j of a warp computes the weight of the j-th cell, the warp passes them round by
-// shuffles. Samples that share cells are merged: two samples an axis read three cells, not four.
+// cells with one weight each (taps). Samples that share cells are merged: two samples an axis read three cells, not four.
 //
 // Layouts: features (N, H, W, C) by strides, channels adjacent (others are copied into it first: two passes over the
 // features, less than uncoalesced reads cost); output and its gradient (K, PH, PW, C); output also (K, C, PH, PW).
-// Forward: a warp per bin, 16 bytes per lane and access along channels (256 channels of bfloat16 are one access). Into
-// (K, C, PH, PW) the 8 bins of a block go through shared memory, so that 8 lanes store the adjacent bins of a channel.
+// Forward: a block computes the taps of its part of a RoI once, in shared memory. A warp walks along a bin row with 16
+// bytes of channels a lane, loads each column of cells once and sums it over its rows while the next one is on its way.
+// Into (K, C, PH, PW) bins go through shared memory, so that lanes store the adjacent bins of a channel.
 // Backward, two ways:
 //   scatter   a warp per bin adds to its cells in float32, 16 bytes a reduction; the order of sums is not fixed
 //   gather    a warp per cell adds up the bins that read it, RoIs in ascending order: deterministic, no float32 buffer
@@ -22,6 +22,8 @@
 // 9 MB: 11 us. Backward: gradient 25 MB + features' gradient 9 MB: 11 us (gather); the scatter moves 9 cells x 4 bytes
 // for every bin and channel, 450 MB of reductions in L2.
 #include "cuda/roi_align.h"
+
+#include <algorithm>
 
 #include "common/roi_align.h"
 #include "cuda/launch.h"
@@ -59,129 +61,509 @@ struct RoiOptions {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
+// Where a RoI reads. `valid` is false if the batch index is outside the batch or the level is empty.
+struct RoiPlace {
+    int level, image;
+    bool valid;
+};
+
+template <typename real_t, typename element_t>
+__device__ __forceinline__ RoiPlace roi_place(
+    Global<const real_t> box,  // (5,): batch index, x1, y1, x2, y2
+    const RoiPyramid<element_t>& pyramid, const RoiOptions& options) {
+    const real_t index = box[0];
+    const int level = static_cast<int>(roi_level<real_t>(
+        box[1], box[2], box[3], box[4], static_cast<real_t>(options.finest_scale), options.num_levels));
+    const bool inside = index >= real_t(0) && index < real_t(options.batch);  // false for NaN
+    return {level, inside ? static_cast<int>(index) : 0,
+            inside && pyramid.levels[level].height > 0 && pyramid.levels[level].width > 0};
+}
+
+// The y axis of a RoI, or its x axis.
+template <typename real_t, typename element_t>
+__device__ __forceinline__ RoiAxis<real_t> axis_of(
+    Global<const real_t> box, bool of_rows, const RoiLevel<element_t>& level, const RoiOptions& options) {
+    return roi_axis<real_t>(
+        box[of_rows ? 2 : 1], box[of_rows ? 4 : 3], static_cast<real_t>(level.scale),
+        of_rows ? options.pooled_height : options.pooled_width, options.sampling_ratio, options.aligned);
+}
+
 template <typename real_t>
 struct RoiGeometry {
     RoiAxis<real_t> y, x;
-    int64_t image;
-    int level;
+    RoiPlace place;
     bool valid;  // false: a coordinate is not finite, the batch index is outside the batch, or the level is empty
 };
 
 template <typename real_t, typename element_t>
 __device__ __forceinline__ RoiGeometry<real_t> roi_geometry(
-    Global<const real_t> row,  // (5,): batch index, x1, y1, x2, y2
-    const RoiPyramid<element_t>& pyramid, const RoiOptions& options) {
+    Global<const real_t> box, const RoiPyramid<element_t>& pyramid, const RoiOptions& options) {
     RoiGeometry<real_t> roi;
-    const real_t index = row[0], x1 = row[1], y1 = row[2], x2 = row[3], y2 = row[4];
-    roi.level = static_cast<int>(
-        roi_level<real_t>(x1, y1, x2, y2, static_cast<real_t>(options.finest_scale), options.num_levels));
-    const RoiLevel<element_t>& level = pyramid.levels[roi.level];
-    const real_t scale = static_cast<real_t>(level.scale);
-    roi.y = roi_axis<real_t>(y1, y2, scale, options.pooled_height, options.sampling_ratio, options.aligned);
-    roi.x = roi_axis<real_t>(x1, x2, scale, options.pooled_width, options.sampling_ratio, options.aligned);
-    const bool inside = index >= real_t(0) && index < real_t(options.batch);  // false for NaN
-    roi.image = inside ? static_cast<int64_t>(index) : 0;
-    roi.valid = inside && roi.y.valid && roi.x.valid && level.height > 0 && level.width > 0;
+    roi.place = roi_place(box, pyramid, options);
+    roi.y = axis_of(box, true, pyramid.levels[roi.place.level], options);
+    roi.x = axis_of(box, false, pyramid.levels[roi.place.level], options);
+    roi.valid = roi.place.valid && roi.y.valid && roi.x.valid;
     return roi;
 }
 
-// Channels from one bin to the next in shared memory: as many as a pass takes, and an access more, so that the bins of
-// a channel lie in different banks.
-template <int kWidth, int kVectors>
-constexpr int kTileStride = kVectors * kWarpSize * kWidth + kWidth;
+// ---- tables of a block -------------------------------------------------------------------------------------------
 
-template <typename scalar_t, int kWidth, int kVectors>
-__global__ void __launch_bounds__(kThreads, 2) roi_align_kernel(
-    const __grid_constant__ RoiPyramid<const scalar_t> pyramid,
-    Global<const accum_t<scalar_t>> boxes,  // (K, 5)
-    Global<scalar_t> output,                // (K, bins, C), planar (K, C, bins)
-    const RoiOptions options, const int blocks_per_roi) {
-    using real_t = accum_t<scalar_t>;
-    constexpr int kStride = kTileStride<kWidth, kVectors>;
-    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, tile);  // (kWarps, kStride), planar only
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int bins = options.pooled_height * options.pooled_width;
-    const int roi_index = static_cast<int>(blockIdx.x) / blocks_per_roi;
-    const int first_bin = static_cast<int>(blockIdx.x) % blocks_per_roi * kWarps, bin = first_bin + warp;
-    if (bin >= bins && !options.planar) {  // planar, the whole block stores
+constexpr int kMaxBinColumns = 16;  // of a block: half a warp; the other half takes its bin rows
+constexpr int kForwardWarps = 4;  // of a block, which takes as many bin rows
+constexpr int kMaxSamples = 32;  // of a bin on an axis; more go to `roi_align_bin`
+constexpr int kMaxTaps = 8;
+constexpr int kTooMany = kMaxTaps + 1;
+constexpr int kMaxRows = 4;  // taps of a bin row that registers hold
+
+// The bins of a RoI, cut into the tiles that blocks take.
+struct BinTiles {
+    int rows, columns;            // bins of a tile
+    int row_tiles, column_tiles;  // tiles of a RoI
+};
+
+// A cell of an axis and its weight in the mean over the samples of a bin; never zero.
+template <typename real_t>
+struct alignas(2 * sizeof(real_t)) Tap {
+    int cell;
+    real_t weight;
+};
+
+// One addition of a walk along a bin row, which holds the last two columns of cells that it has loaded.
+template <typename real_t>
+struct alignas(4 * sizeof(real_t)) Step {
+    real_t previous, current;  // weights of the two columns; zero: not read
+    int flags;
+};
+constexpr int kLoads = 1;  // before: the next column becomes the current one, the current one the previous
+constexpr int kEndsBin = 2;
+
+// Adds `weight` to the tap of `cell`. Samples ascend, so a cell seen before is one of the last two.
+template <typename real_t>
+__device__ __forceinline__ void add_tap(Shared<Tap<real_t>> taps, int& count, int cell, real_t weight) {
+    if (weight == real_t(0)) {
         return;
     }
-    const int ph = bin / options.pooled_width, pw = bin % options.pooled_width;
-    const RoiGeometry<real_t> roi = roi_geometry(boxes + static_cast<int64_t>(roi_index) * 5, pyramid, options);
-    const RoiLevel<const scalar_t>& level = pyramid.levels[roi.level];
-    const int64_t height = level.height, width = level.width, stride_h = level.stride_h, stride_w = level.stride_w;
-    const bool reads = roi.valid && bin < bins;
-    const CellRange rows = reads ? bin_cells(roi.y, ph, height) : CellRange{0, 0};
-    const CellRange columns = reads ? bin_cells(roi.x, pw, width) : CellRange{0, 0};
-    // Sides of maps are ints: 32 bits hold a cell and the step beyond it, and take half the registers.
-    const unsigned first_row = static_cast<unsigned>(rows.begin), end_row = static_cast<unsigned>(rows.end);
-    const unsigned first_column = static_cast<unsigned>(columns.begin), end_column = static_cast<unsigned>(columns.end);
-    Global<const scalar_t> feature = level.data + roi.image * level.stride_n;
-    Global<scalar_t> target = output + static_cast<int64_t>(roi_index) * bins * options.channels;
-
-    constexpr int kLaneStep = kWarpSize * kWidth;
-    for (int first = lane * kWidth; first - lane * kWidth < options.channels; first += kVectors * kLaneStep) {
-        real_t sum[kVectors][kWidth] = {};
-        for (unsigned y0 = first_row; y0 < end_row; y0 += kWarpSize) {
-            const int count_y = static_cast<int>(end_row - y0 < kWarpSize ? end_row - y0 : kWarpSize);
-            const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, height) : real_t(0);
-            for (unsigned x0 = first_column; x0 < end_column; x0 += kWarpSize) {
-                const int count_x = static_cast<int>(end_column - x0 < kWarpSize ? end_column - x0 : kWarpSize);
-                const real_t lane_x = lane < count_x ? cell_weight(roi.x, pw, x0 + lane, width) : real_t(0);
-                for (int y = 0; y < count_y; ++y) {
-                    const real_t weight_y = __shfl_sync(kAllLanes, lane_y, y);
-                    Global<const scalar_t> cell =
-                        feature + ((y0 + y) * stride_h + x0 * stride_w + first);
-#pragma unroll 4
-                    for (int x = 0; x < count_x; ++x) {
-                        const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, x);
 #pragma unroll
-                        for (int v = 0; v < kVectors; ++v) {
-                            if (first + v * kLaneStep < options.channels) {
-                                const auto values =
-                                    load_vector<kWidth>(cell + (x * stride_w + v * kLaneStep));
-                                if (weight == real_t(0)) {
-                                    continue;  // lies between samples: not read, whatever it holds
-                                }
-#pragma unroll
-                                for (int i = 0; i < kWidth; ++i) {
-                                    sum[v][i] += weight * load(values[i]);
-                                }
-                            }
-                        }
-                    }
-                }
+    for (int back = 1; back <= 2; ++back) {
+        if (count >= back && count <= kMaxTaps) {
+            Tap<real_t> tap = taps[count - back];
+            if (tap.cell == cell) {
+                tap.weight += weight;
+                taps[count - back] = tap;
+                return;
             }
         }
+    }
+    if (count < kMaxTaps) {
+        taps[count] = Tap<real_t>{cell, weight};
+    }
+    count = count < kTooMany ? count + 1 : kTooMany;
+}
+
+// Taps of a bin, up to kMaxTaps of them; returns their number, or kTooMany.
+template <typename real_t>
+__device__ __forceinline__ int collect_taps(
+    const RoiAxis<real_t>& axis, int bin, int64_t size, Shared<Tap<real_t>> taps) {
+    const SampleRange range = sample_range(axis, bin, size);
+    if (range.end - range.begin > kMaxSamples) {
+        return kTooMany;
+    }
+    int count = 0;
+#pragma unroll 1
+    for (int64_t i = range.begin; i < range.end; ++i) {
+        LinearSample<real_t> sample;
+        if (linear_sample(sample_position(axis, bin, i), size, sample)) {
+            add_tap(taps, count, static_cast<int>(sample.low), sample.low_weight);
+            add_tap(taps, count, static_cast<int>(sample.high), sample.high_weight);
+        }
+    }
+    const real_t grid = axis.grid > real_t(1) ? axis.grid : real_t(1);
+#pragma unroll 1
+    for (int j = 0; j < count && j < kMaxTaps; ++j) {
+        Tap<real_t> tap = taps[j];
+        tap.weight /= grid;
+        taps[j] = tap;
+    }
+    return count;
+}
+
+// Writes the walk over the bins of lanes [0, bins), `count` taps each, and the offsets in bytes of the columns that it
+// loads; called by a whole warp. Returns the numbers of steps and columns; -1 steps if a bin has too many taps. A column
+// is loaded once where bins follow each other upwards.
+struct WalkLength {
+    int steps, columns;
+};
+
+__device__ __forceinline__ int inclusive_sum(int value) {
+    const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-            const int c = first + v * kLaneStep;
-            if (c < options.channels) {
-                Vec<scalar_t, kWidth> values;
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, value, distance);
+        value += lane >= distance ? before : 0;
+    }
+    return value;
+}
+
+template <typename real_t>
+__device__ __forceinline__ WalkLength write_walk(
+    Shared<Tap<real_t>> taps, int count, int bins, int64_t column_bytes, Shared<Step<real_t>> steps,
+    Shared<int64_t> columns) {
+    const int lane = threadIdx.x % kWarpSize;
+    count = lane < bins ? count : 0;
+    if (__any_sync(kAllLanes, count == kTooMany)) {
+        return {-1, 0};
+    }
+    // Cells of the first and the last two taps; negative: none.
+    int first = -1, second = -1, last = -1, before_last = -2;
+    bool ascends = true;
+#pragma unroll 1
+    for (int j = 0; j < count; ++j) {
+        const Tap<real_t> tap = taps[j];
+        first = j == 0 ? tap.cell : first;
+        second = j == 1 ? tap.cell : second;
+        ascends = ascends && tap.cell > last;
+        before_last = j > 0 ? last : -2;
+        last = tap.cell;
+    }
+    // The walk holds these columns when it comes to this bin, if every bin goes on from the one before.
+    int held = __shfl_up_sync(kAllLanes, last, 1), held_before = __shfl_up_sync(kAllLanes, before_last, 1);
+    held = lane > 0 ? held : -1;
+    held_before = lane > 0 ? held_before : -2;
+    const bool follows = count == 0 || first >= held || (first == held_before && second == held);
+    const bool reuses = __all_sync(kAllLanes, ascends && follows) && (first == held || first == held_before);
+    const int taps_held = count == 0 || !reuses ? 0 : first == held_before ? 2 : 1;
+    const int first_taps = reuses && count > 1 ? 2 : 1;  // of the first step
+    const int own_steps = lane < bins ? (count > first_taps ? count - first_taps + 1 : 1) : 0;
+    const int own_columns = count - taps_held;
+    const int end = inclusive_sum(own_steps), columns_end = inclusive_sum(own_columns);
+#pragma unroll 1
+    for (int j = 0; j < own_steps; ++j) {
+        Step<real_t> step{real_t(0), real_t(0), j + 1 == own_steps ? kEndsBin : 0};
+        if (count > 0) {
+            const int at = j + first_taps - 1;
+            const Tap<real_t> tap = taps[at];
+            step.current = tap.weight;
+            if (at > j && j == 0) {
+                const Tap<real_t> before = taps[0];
+                step.previous = before.weight;
+            }
+            if (at >= taps_held) {
+                step.flags |= kLoads;
+                columns[columns_end - own_columns + at - taps_held] = tap.cell * column_bytes;
+            }
+        }
+        steps[end - own_steps + j] = step;
+    }
+    return {__shfl_sync(kAllLanes, end, kWarpSize - 1), __shfl_sync(kAllLanes, columns_end, kWarpSize - 1)};
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------------
+
+// kWidth channels of a cell as they are loaded: words, which the compiler does not take apart before they are used.
+template <typename scalar_t, int kWidth>
+struct RawChannels {
+    using Word = std::conditional_t<sizeof(scalar_t) * kWidth == 16, unsigned, scalar_t>;
+    static constexpr int kWords = static_cast<int>(sizeof(scalar_t) * kWidth / sizeof(Word));
+    Vec<Word, kWords> words;
+
+    // sums[i] += weight * channel i
+    template <typename real_t>
+    __device__ __forceinline__ void add_to(real_t (&sums)[kWidth], real_t weight) const {
+        if constexpr (std::is_same_v<scalar_t, bfloat16> && kWidth > 1) {  // the upper halves of float32
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) {
+                sums[2 * w] += weight * __uint_as_float(words[w] << 16);
+                sums[2 * w + 1] += weight * __uint_as_float(words[w] & 0xffff0000u);
+            }
+        } else {
+            Vec<scalar_t, kWidth> values;
+            memcpy(static_cast<void*>(&values), &words, sizeof(values));
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+                sums[i] += weight * load(values[i]);
+            }
+        }
+    }
+};
+
+template <typename scalar_t, int kWidth>
+__device__ __forceinline__ RawChannels<scalar_t, kWidth> load_raw(Global<const unsigned char> source) {
+    using Raw = RawChannels<scalar_t, kWidth>;
+    return {load_vector<Raw::kWords>(pointer_cast<const typename Raw::Word>(source))};
+}
+
+// A walk along a bin row that reads kRows rows of cells: each column of cells is loaded once and summed over its rows,
+// then added to the bins that read it. emit(sums) takes the bins one after the other.
+template <typename scalar_t, int kWidth, int kRows>
+class BinRowWalk {
+    using real_t = accum_t<scalar_t>;
+
+public:
+    __device__ __forceinline__ BinRowWalk(
+        Global<const scalar_t> feature, int64_t stride_h, Shared<Tap<real_t>> rows, Shared<Step<real_t>> steps,
+        Shared<int64_t> columns, WalkLength length)
+        : steps_(steps), columns_(columns), steps_left_(length.steps), columns_left_(length.columns) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const Tap<real_t> tap = rows[r];
+            row_[r] = pointer_cast<const unsigned char>(feature + tap.cell * stride_h);
+            weight_[r] = tap.weight;
+        }
+    }
+
+    template <typename Emit>
+    __device__ __forceinline__ void run(Emit&& emit) {
+        real_t one[kWidth] = {}, other[kWidth] = {}, sum[kWidth] = {};
+        fetch();
+        while (true) {  // the two columns take turns, so that none is copied
+            if (!go_on(one, other, sum, emit) || !go_on(other, one, sum, emit)) {
+                return;
+            }
+        }
+    }
+
+private:
+    __device__ __forceinline__ void fetch() {
+        if (columns_left_-- > 0) {
+            const int64_t offset = columns_[0];
+            columns_ += 1;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                raw_[r] = load_raw<scalar_t, kWidth>(row_[r] + offset);
+            }
+        }
+    }
+
+    // The steps up to the next one that loads a column; false after the last.
+    template <typename Emit>
+    __device__ __forceinline__ bool go_on(
+        const real_t (&previous)[kWidth], real_t (&current)[kWidth], real_t (&sum)[kWidth], Emit&& emit) {
+        Step<real_t> step = steps_[0];
+        if (step.flags & kLoads) {
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+                current[i] = real_t(0);
+            }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                raw_[r].add_to(current, weight_[r]);
+            }
+            fetch();  // on its way while this column is added and bins are stored
+        }
+#pragma unroll 1
+        while (true) {
+            if (step.previous != real_t(0)) {
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
-                    store(values[i], sum[v][i]);
+                    sum[i] += step.previous * previous[i];
                 }
-                if (options.planar) {
-                    store_vector(tile + (warp * kStride + lane * kWidth + v * kLaneStep), values);
-                } else {
-                    store_vector(target + (static_cast<int64_t>(bin) * options.channels + c), values);
+            }
+            if (step.current != real_t(0)) {
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i) {
+                    sum[i] += step.current * current[i];
                 }
+            }
+            if (step.flags & kEndsBin) {
+                emit(sum);
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i) {
+                    sum[i] = real_t(0);
+                }
+            }
+            if (--steps_left_ == 0) {
+                return false;
+            }
+            steps_ += 1;
+            step = steps_[0];
+            if (step.flags & kLoads) {
+                return true;
             }
         }
-        if (options.planar) {  // lanes along bins, then channels
-            __syncthreads();
-            const int first_channel = first - lane * kWidth, rest = options.channels - first_channel;
-            const int channels = rest < kVectors * kLaneStep ? rest : kVectors * kLaneStep;
-            const int tile_row = threadIdx.x % kWarps, stored_bin = first_bin + tile_row;
-            for (int c = threadIdx.x / kWarps; c < channels && stored_bin < bins; c += kThreads / kWarps) {
-                const scalar_t value = tile[tile_row * kStride + c];
-                target[static_cast<int64_t>(first_channel + c) * bins + stored_bin] = value;
+    }
+
+    Shared<Step<real_t>> steps_;
+    Shared<int64_t> columns_;
+    int steps_left_, columns_left_;
+    Global<const unsigned char> row_[kRows];
+    real_t weight_[kRows];
+    RawChannels<scalar_t, kWidth> raw_[kRows];
+};
+
+// A bin that the tables have no room for: lane j computes the weight of the j-th cell, shuffles pass them round.
+template <int kWidth, typename scalar_t, typename real_t>
+__device__ __forceinline__ void sum_bin(
+    Global<const scalar_t> feature, const RoiLevel<const scalar_t>& level, const RoiGeometry<real_t>& roi, int ph,
+    int pw, real_t (&sum)[kWidth]) {
+    const int lane = threadIdx.x % kWarpSize;
+    const CellRange rows = bin_cells(roi.y, ph, level.height), columns = bin_cells(roi.x, pw, level.width);
+    const int first_column = static_cast<int>(columns.begin), end_column = static_cast<int>(columns.end);
+    const int end_row = static_cast<int>(rows.end);
+#pragma unroll 1
+    for (int y0 = static_cast<int>(rows.begin); y0 < end_row; y0 += kWarpSize) {
+        const int count_y = end_row - y0 < kWarpSize ? end_row - y0 : kWarpSize;
+        const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, level.height) : real_t(0);
+#pragma unroll 1
+        for (int x0 = first_column; x0 < end_column; x0 += kWarpSize) {
+            const int count_x = end_column - x0 < kWarpSize ? end_column - x0 : kWarpSize;
+            const real_t lane_x = lane < count_x ? cell_weight(roi.x, pw, x0 + lane, level.width) : real_t(0);
+#pragma unroll 1
+            for (int y = 0; y < count_y; ++y) {
+                const real_t weight_y = __shfl_sync(kAllLanes, lane_y, y);
+                Global<const scalar_t> cell = feature + ((y0 + y) * level.stride_h + x0 * level.stride_w);
+#pragma unroll 4
+                for (int x = 0; x < count_x; ++x) {
+                    const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, x);
+                    const auto raw = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(cell));
+                    if (weight != real_t(0)) {  // a cell between samples is not read, whatever it holds
+                        raw.add_to(sum, weight);
+                    }
+                    cell += level.stride_w;
+                }
             }
-            __syncthreads();  // the tile is read before the next channels overwrite it
         }
     }
 }
+
+// Channels from one bin to the next in shared memory: those of a warp, and an access more, so that the bins of a channel
+// lie in different banks.
+template <int kWidth>
+constexpr int kTileStride = kWarpSize * kWidth + kWidth;
+
+template <typename scalar_t>
+constexpr int kForwardBlocks = std::is_same_v<scalar_t, double> ? 3 : 4;  // on a multiprocessor: 168 or 128 registers
+
+template <typename scalar_t, int kWidth>
+__global__ void __launch_bounds__(kForwardWarps * kWarpSize, kForwardBlocks<scalar_t>) roi_align_kernel(
+    const __grid_constant__ RoiPyramid<const scalar_t> pyramid,
+    Global<const accum_t<scalar_t>> boxes,  // (K, 5)
+    Global<scalar_t> output,                // (K, bins, C), planar (K, C, bins)
+    const RoiOptions options, const BinTiles tiles) {
+    using real_t = accum_t<scalar_t>;
+    constexpr int kLaneStep = kWarpSize * kWidth;
+    SPATIALFLOW_SHARED(Tap<real_t>, taps, kWarpSize * kMaxTaps);  // of the bin columns, then of the bin rows
+    SPATIALFLOW_SHARED(Step<real_t>, steps, kMaxBinColumns * kMaxTaps);
+    SPATIALFLOW_SHARED(int, row_taps, kForwardWarps);
+    SPATIALFLOW_SHARED(int64_t, columns, kMaxBinColumns * kMaxTaps);
+    SPATIALFLOW_SHARED(int, place, 4);               // level, image, numbers of steps and of columns
+    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, tile);  // (warps, tiles.columns, kTileStride), planar only
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int tiles_per_roi = tiles.row_tiles * tiles.column_tiles;
+    const int roi_index = static_cast<int>(blockIdx.x) / tiles_per_roi;
+    const int part = static_cast<int>(blockIdx.x) % tiles_per_roi;
+    const int first_row = part / tiles.column_tiles * tiles.rows;
+    const int first_column = part % tiles.column_tiles * tiles.columns;
+    const int bin_rows = std::min(tiles.rows, options.pooled_height - first_row);
+    const int bin_columns = std::min(tiles.columns, options.pooled_width - first_column);
+    Global<const real_t> box = boxes + static_cast<int64_t>(roi_index) * 5;
+
+    if (warp == 0) {
+        const RoiPlace roi = roi_place(box, pyramid, options);
+        const RoiLevel<const scalar_t>& level = pyramid.levels[roi.level];
+        const bool of_rows = lane >= kMaxBinColumns;
+        const RoiAxis<real_t> axis = axis_of(box, of_rows, level, options);
+        const bool valid = __all_sync(kAllLanes, roi.valid && axis.valid);
+        const int index = of_rows ? lane - kMaxBinColumns : lane;
+        Shared<Tap<real_t>> own_taps = taps + lane * kMaxTaps;
+        int count = 0;
+        if (valid && index < (of_rows ? bin_rows : bin_columns)) {
+            count = collect_taps(
+                axis, index + (of_rows ? first_row : first_column), of_rows ? level.height : level.width, own_taps);
+        }
+        if (of_rows && index < bin_rows) {
+            row_taps[index] = count;
+        }
+        const WalkLength length = write_walk(
+            own_taps, count, bin_columns, level.stride_w * static_cast<int64_t>(sizeof(scalar_t)), steps, columns);
+        if (lane == 0) {
+            place[0] = roi.level;
+            place[1] = roi.image;
+            place[2] = length.steps;
+            place[3] = length.columns;
+        }
+    }
+    __syncthreads();
+    const int level_index = place[0];
+    const WalkLength length{place[2], place[3]};
+    const int64_t image = place[1];
+    const RoiLevel<const scalar_t>& level = pyramid.levels[level_index];
+    const int bins = options.pooled_height * options.pooled_width;
+    Global<scalar_t> target = output + static_cast<int64_t>(roi_index) * bins * options.channels;
+    Shared<scalar_t> own_tile = tile + warp * tiles.columns * kTileStride<kWidth>;
+
+    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+    const int passes = (options.channels + kLaneStep - 1) / kLaneStep;
+#pragma unroll 1
+    for (int item = warp; item < bin_rows * passes; item += warps) {
+        const int row = item / passes, first_channel = item % passes * kLaneStep;
+        const int ph = first_row + row, first_bin = ph * options.pooled_width + first_column;
+        const int channel = first_channel + lane * kWidth;
+        const bool active = channel < options.channels;
+        // Lanes beyond the last channel repeat the first one and store nothing.
+        Global<const scalar_t> feature = level.data + (image * level.stride_n + (active ? channel : 0));
+        Global<scalar_t> bin_target = target + (static_cast<int64_t>(first_bin) * options.channels + channel);
+        Shared<scalar_t> bin_tile = own_tile + lane * kWidth;
+        const auto emit = [&](const real_t (&sum)[kWidth]) {
+            Vec<scalar_t, kWidth> values;
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+                store(values[i], sum[i]);
+            }
+            if (options.planar) {
+                store_vector(bin_tile, values);
+                bin_tile += kTileStride<kWidth>;
+            } else {
+                if (active) {
+                    store_vector(bin_target, values);
+                }
+                bin_target += options.channels;
+            }
+        };
+        const int rows = row_taps[row];
+        Shared<Tap<real_t>> own_rows = taps + (kMaxBinColumns + row) * kMaxTaps;
+        const auto walk = [&](auto taps_of_row) {
+            BinRowWalk<scalar_t, kWidth, decltype(taps_of_row)::value>(
+                feature, level.stride_h, own_rows, steps, columns, length)
+                .run(emit);
+        };
+        if (rows == 0) {
+            const real_t zeros[kWidth] = {};
+#pragma unroll 1
+            for (int bin = 0; bin < bin_columns; ++bin) {
+                emit(zeros);
+            }
+        } else if (rows > kMaxRows || length.steps < 0) {
+            const RoiGeometry<real_t> roi = roi_geometry(box, pyramid, options);
+#pragma unroll 1
+            for (int bin = 0; bin < bin_columns; ++bin) {
+                real_t sum[kWidth] = {};
+                sum_bin(feature, level, roi, ph, first_column + bin, sum);
+                emit(sum);
+            }
+        } else if (rows == 1) {
+            walk(std::integral_constant<int, 1>{});
+        } else if (rows == 2) {
+            walk(std::integral_constant<int, 2>{});
+        } else if (rows == 3) {
+            walk(std::integral_constant<int, 3>{});
+        } else {
+            walk(std::integral_constant<int, 4>{});
+        }
+        if (options.planar) {  // lanes along bins, then channels
+            __syncwarp();
+            const int bin_lanes = bin_columns > 8 ? 16 : bin_columns > 4 ? 8 : 4;
+            const int bin = lane % bin_lanes, channels = std::min(options.channels - first_channel, kLaneStep);
+#pragma unroll 1
+            for (int c = lane / bin_lanes; c < channels && bin < bin_columns; c += kWarpSize / bin_lanes) {
+                const scalar_t value = own_tile[bin * kTileStride<kWidth> + c];
+                target[static_cast<int64_t>(first_channel + c) * bins + first_bin + bin] = value;
+            }
+            __syncwarp();  // the tile is read before the next bin row overwrites it
+        }
+    }
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------
 
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) roi_align_scatter_kernel(
@@ -202,12 +584,12 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_scatter_kernel(
     if (!roi.valid) {
         return;
     }
-    const RoiLevel<real_t>& level = gradients.levels[roi.level];
+    const RoiLevel<real_t>& level = gradients.levels[roi.place.level];
     const int64_t height = level.height, width = level.width, stride_h = level.stride_h, stride_w = level.stride_w;
     const CellRange rows = bin_cells(roi.y, ph, height);
     const CellRange columns = bin_cells(roi.x, pw, width);
     Global<const scalar_t> source = grad_output + (static_cast<int64_t>(roi_index) * bins + bin) * options.channels;
-    Global<real_t> feature = level.data + roi.image * level.stride_n;
+    Global<real_t> feature = level.data + roi.place.image * level.stride_n;
     for (int64_t y0 = rows.begin; y0 < rows.end; y0 += kWarpSize) {
         const int count_y = static_cast<int>(rows.end - y0 < kWarpSize ? rows.end - y0 : kWarpSize);
         const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, height) : real_t(0);
@@ -286,7 +668,7 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
             if (candidate < options.num_rois) {
                 const RoiGeometry<real_t> roi =
                     roi_geometry(boxes + static_cast<int64_t>(candidate) * 5, gradients, options);
-                hit = roi.valid && roi.level == level_index && roi.image == image &&
+                hit = roi.valid && roi.place.level == level_index && roi.place.image == image &&
                       axis_touches(roi.y, options.pooled_height, y, y + 1) &&
                       axis_touches(roi.x, options.pooled_width, tile_x, tile_x + kWarps);
             }
@@ -395,27 +777,33 @@ unsigned bins_grid(const char* op, const RoiOptions& options, int& blocks_per_ro
     return grid_size(op, static_cast<int64_t>(options.num_rois) * blocks_per_roi);
 }
 
+// Tiles of the forward pass: tall and wide ones share the most geometry and columns of cells, but few RoIs need more of
+// them to fill the card.
+BinTiles tile_bins(const RoiOptions& options, int64_t passes) {
+    constexpr int64_t kFillingWarps = 2048;  // 16 on each of 128 multiprocessors
+    constexpr int64_t kMinColumns = 4;
+    const int64_t height = options.pooled_height, width = options.pooled_width;
+    const int64_t row_warps = options.num_rois * height * passes;
+    const int64_t wanted = std::min(ceil_div(kFillingWarps, row_warps), ceil_div(width, kMinColumns));
+    const int64_t columns = ceil_div(width, std::max(ceil_div(width, kMaxBinColumns), wanted));
+    const int64_t rows = ceil_div(height, ceil_div(height, kForwardWarps));
+    return {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(ceil_div(height, rows)),
+            static_cast<int>(ceil_div(width, columns))};
+}
+
 template <typename scalar_t, int kWidth>
 void launch_forward(
     const char* op, const RoiPyramid<const scalar_t>& pyramid, const Tensor& rois, const Tensor& output,
     const RoiOptions& options, Stream stream) {
-    int blocks_per_roi = 0;
-    const dim3 grid(bins_grid(op, options, blocks_per_roi));
-    const auto run = [&](auto vectors) {
-        constexpr int kVectors = decltype(vectors)::value;
-        const size_t tile_bytes = options.planar ? kWarps * kTileStride<kWidth, kVectors> * sizeof(scalar_t) : 0;
-        launch<roi_align_kernel<scalar_t, kWidth, kVectors>>(
-            grid, dim3(kThreads), tile_bytes, stream, pyramid, data<accum_t<scalar_t>>(rois),
-            mutable_data<scalar_t>(output), options, blocks_per_roi);
-    };
-    const int64_t accesses = ceil_div(options.channels, kWarpSize * kWidth);
-    if (accesses == 1) {
-        run(std::integral_constant<int, 1>{});
-    } else if (accesses == 2 || std::is_same_v<scalar_t, double>) {  // four of double would spill registers
-        run(std::integral_constant<int, 2>{});
-    } else if constexpr (!std::is_same_v<scalar_t, double>) {
-        run(std::integral_constant<int, 4>{});
-    }
+    const int64_t passes = ceil_div(options.channels, kWarpSize * kWidth);
+    const BinTiles tiles = tile_bins(options, passes);
+    const int64_t items = tiles.rows * passes, warps = ceil_div(items, ceil_div(items, kForwardWarps));
+    const int64_t blocks = static_cast<int64_t>(options.num_rois) * tiles.row_tiles * tiles.column_tiles;
+    const size_t tile_bytes =
+        options.planar ? static_cast<size_t>(warps * tiles.columns) * kTileStride<kWidth> * sizeof(scalar_t) : 0;
+    launch<roi_align_kernel<scalar_t, kWidth>>(
+        dim3(grid_size(op, blocks)), dim3(static_cast<unsigned>(warps * kWarpSize)), tile_bytes, stream, pyramid,
+        data<accum_t<scalar_t>>(rois), mutable_data<scalar_t>(output), options, tiles);
 }
 
 template <typename scalar_t, int kWidth>

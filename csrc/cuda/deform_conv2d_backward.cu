@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     const int own_column = lane * kPart;
     const auto own_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
 
-    table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
+    table.fill(
+        problem, offset_group, tap, 1, kProductRows, [&](int position) { return first_pixel + position; });
     __syncthreads();
     real_t dot = 0;  // of grad_columns and a cell: corner lane % 4 of pixel own_pixel(lane / 4)
     for (int first = 0; first < problem.offset_group_channels; first += problem.run) {
@@ -324,20 +325,27 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     const int begin = static_cast<int>(blockIdx.z) * part_pixels;
     const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
     const int own_pixel = static_cast<int>(threadIdx.x) / kRowItems;
-    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem, own_flat = first_flat + own_item;
+    const int own_tap = own_flat < limit ? own_flat / problem.run : first_tap, own_slot = own_tap - first_tap;
+    const int own_channel = first_channel + own_flat - own_tap * problem.run;
 
     Product product;
     for (int first_pixel = begin; first_pixel < end; first_pixel += batch) {
         const int rest = (end - first_pixel + kDepth - 1) / kDepth * kDepth, count = rest < batch ? rest : batch;
         table.fill(
-            problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
+            problem, first_channel / problem.offset_group_channels, first_tap, slots, count,
+            [&](int position) { return first_pixel + position; });
         __syncthreads();
         ColumnItem<scalar_t, kWidth> item;
         run_steps<kDepth>(
             count,
             [&](int k, int buffer) {
-                item.begin(
-                    problem, table, first_channel, first_flat + own_item, limit, first_tap, count, k + own_pixel);
+                if constexpr (kWidth == 1) {
+                    item.begin_elements(
+                        problem, table, first_channel, own_flat, limit, first_tap, count, k + own_pixel);
+                } else {
+                    item.begin(problem, table, own_channel, own_slot * count + k + own_pixel, own_flat < limit);
+                }
                 load_items<kDepth, kColumns / kItem>(
                     right + buffer * Product::kRightSize, Product::kRightRow,
                     [&](int row, int element, Shared<scalar_t> target) {
@@ -420,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
     } else {
         const DeformOperands operands(kOp, shape, options, input, offset, mask, offset_tangent);
         const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
-        const Tensor packed = pack_deform_weight(weight, shape, device.stream());
+        const Tensor packed = pack_deform_weight(weight, shape, deform_run(shape), device.stream());
         dispatch_floating(kOp, dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
@@ -432,7 +440,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
                 with_tile<scalar_t, kMostColumns>(wide, deform_run(shape), [&](auto columns, auto width) {
                     constexpr int kColumns = decltype(columns)::value;
                     launch<deform_conv2d_backward_data_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                        deform_grid(kOp, problem.pixels, shape.taps(), shape.offset_groups), dim3(kProductThreads),
+                        deform_grid(kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups), dim3(kProductThreads),
                         DataMemory<scalar_t, kColumns, decltype(width)::value>::kBytes, device.stream(), problem, data<scalar_t>(source),
                         data<scalar_t>(packed),
                         need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
@@ -488,13 +496,13 @@ Tensor deform_conv2d_backward_weight_cuda(
                 const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
                 const Tensor parts = empty_like_sized(input, {num_parts, size}, accum_dtype(input.scalar_type()));
                 launch<deform_conv2d_backward_weight_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                    deform_grid(kOp, tiles * kProductRows, column_tiles, num_parts), dim3(kProductThreads),
+                    deform_grid(kOp, tiles, column_tiles, num_parts), dim3(kProductThreads),
                     kWeightSharedBytes<scalar_t, kColumns>, device.stream(), problem, data<scalar_t>(source),
                     mutable_data<real_t>(parts), static_cast<int>(part_pixels));
                 launch<deform_conv2d_add_weight_parts_kernel<scalar_t>>(
                     dim3(grid_size(kOp, ceil_div(size, 256))), dim3(256), 0, device.stream(),
                     data<real_t>(parts), mutable_data<scalar_t>(grad_weight),
-                    deform_weight_order(shape, input.scalar_type()), static_cast<int>(num_parts),
+                    deform_weight_order(shape, input.scalar_type(), problem.run), static_cast<int>(num_parts),
                     static_cast<int>(size));
             });
     });

@@ -9,13 +9,14 @@
 //
 // An implicit GEMM: rows are output pixels of all images, columns the outputs of a group, and the sum runs over taps
 // and channels. input (N, H, W, C), others are copied into it; offset and mask by strides; output (N, H_out, W_out, O).
-// Columns are gathered into shared memory, 64 bytes of 64 pixels a step, and never leave it. Where a tap reads, and how
-// much, is worked out once for each pixel, tap and offset group, and kept for nine taps in shared memory.
+// Columns are gathered into shared memory, 64 bytes a step, and never leave it. Where a tap reads, and how much, is worked
+// out once for each pixel, tap and offset group, and kept for nine taps in shared memory.
 //
-//   16-bit types   64 pixels x 64, 128 or 256 outputs a block, by mma.sync with float32 sums: with 256, every column is
-//                  gathered once in all. The blended sample is rounded to the 16-bit type once.
+//   16-bit types   64 or 128 pixels x 64, 128 or 256 outputs a block, by mma.sync with float32 sums: with 256, every
+//                  column is gathered once in all. The blended sample is rounded to the 16-bit type once.
 //   float32, 64    64 pixels x 64 or 128 outputs, by fused multiply-adds
-// The cells of the next step are loaded to registers, and its weights by cp.async, while this one is computed.
+// The cells of the next step are loaded to registers, and its weights by cp.async, while this one is computed. Where
+// pixels are few, blocks share the steps of a tile: each writes a part in accum_t, another kernel adds them in order.
 //
 // Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 1 x 256 x 100 x 168, 3 x 3, 256 outputs: 19.8 GFLOP: 25 us; input, offset,
 // mask, output 19 MB: 6 us. The gather reads 4 cells a sample, 310 MB, from the caches.
@@ -28,56 +29,145 @@ namespace {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-template <typename scalar_t, int kColumns>
-using ForwardProduct = TileProduct<scalar_t, kColumns, false, true>;
-
-template <typename scalar_t, int kColumns>
-constexpr size_t kForwardSharedBytes =
-    TapTable<accum_t<scalar_t>, kTableEntries>::kSize * sizeof(accum_t<scalar_t>) +
-    2 * ForwardProduct<scalar_t, kColumns>::kTilesSize * sizeof(scalar_t);
-
-template <typename scalar_t, int kColumns, int kWidth>
-__global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_kernel(
-    const __grid_constant__ DeformProblem<scalar_t> problem,
-    Global<const scalar_t> packed,  // (C * taps, packed_outputs)
-    Global<const scalar_t> bias,    // (O) or null
-    Global<scalar_t> output) {      // (pixels, O)
+template <typename scalar_t, int kRows, int kColumns>
+struct ForwardMemory {
     using real_t = accum_t<scalar_t>;
-    using Product = ForwardProduct<scalar_t, kColumns>;
-    using Table = TapTable<real_t, kTableEntries>;
-    constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
-    SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
-    const Table table(shared);
-    const Shared<scalar_t> left = pointer_cast<scalar_t>(shared + Table::kSize);
-    const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
-    const int first_pixel = static_cast<int>(blockIdx.x) * kProductRows;
-    const int first_output = static_cast<int>(blockIdx.y) * kColumns, group = static_cast<int>(blockIdx.z);
-    const int own_row = static_cast<int>(threadIdx.x) / 4, own_item = static_cast<int>(threadIdx.x) % 4 * kItem;
+    using Product = TileProduct<scalar_t, kColumns, false, true, kRows>;
+    using Table = TapTable<real_t, kTableTaps * kRows>;
+    static constexpr int kThreads = 4 * kRows;
+    static constexpr int kPixelsBegin = Table::kSize;  // in values of accum_t
+    static constexpr int kLeftBegin = kPixelsBegin + kRows * static_cast<int>(sizeof(int)) / sizeof(real_t);
+    static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
+};
 
+// The pixel of the output, counted through all images, at a place in the order of tiles: strips of eight rows, column by
+// column, so that the taps of a tile read a compact part of the input.
+template <typename scalar_t>
+__device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
+    constexpr int kStripRows = 8;
+    const int image_pixels = problem.out_height * problem.out_width, rest = index % image_pixels;
+    const int top = rest / problem.out_width / kStripRows * kStripRows, place = rest - top * problem.out_width;
+    const int rows = problem.out_height - top < kStripRows ? problem.out_height - top : kStripRows;
+    const int x = place / rows;
+    return index - place + (place - x * rows) * problem.out_width + x;
+}
+
+// Where a thread's items of the columns are, step by step, with kWidth > 1: chunk by chunk, tap by tap.
+struct ColumnCursor {
+    int channel, chunk, entry;  // channel of the chunk, first channel of the chunk, entry of the table
+
+    // `flat` counts through the chunks of a run with `taps` taps each.
+    __device__ __forceinline__ ColumnCursor(
+        int first_channel, int chunk_channels, int taps, int flat, int count, int position) {
+        const int index = flat / (taps * chunk_channels), rest = flat - index * taps * chunk_channels;
+        const int tap = rest / chunk_channels;
+        channel = rest - tap * chunk_channels;
+        chunk = first_channel + index * chunk_channels;
+        entry = tap * count + position;
+    }
+
+    template <int kDepth>
+    __device__ __forceinline__ void advance(int chunk_channels, int taps, int count) {
+        channel += kDepth;
+        while (channel >= chunk_channels) {
+            channel -= chunk_channels;
+            entry += count;
+            if (entry >= taps * count) {
+                entry -= taps * count;
+                chunk += chunk_channels;
+            }
+        }
+    }
+};
+
+// Adjacent outputs of a pixel, of which `count` exist; `adjacent`: all or none of them.
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_outputs(
+    Global<T> target, const Vec<T, kWidth>& values, bool adjacent, int count) {
+    if (adjacent) {
+        store_vector(target, values);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+        if (i < count) {
+            target[i] = values[i];
+        }
+    }
+}
+
+template <typename scalar_t, int kRows, int kColumns, int kWidth>
+__global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
+    const __grid_constant__ DeformProblem<scalar_t> problem,
+    Global<const scalar_t> packed,     // (C * taps, packed_outputs), by chunks
+    Global<const scalar_t> bias,       // (O) or null
+    Global<scalar_t> output,           // (pixels, O); not written if there are parts
+    Global<accum_t<scalar_t>> parts,   // (parts, pixels, O) or null
+    const int part_steps) {
+    using real_t = accum_t<scalar_t>;
+    using Memory = ForwardMemory<scalar_t, kRows, kColumns>;
+    using Product = typename Memory::Product;
+    constexpr int kItem = Product::kItem, kDepth = Product::kDepth, kThreads = Memory::kThreads;
+    SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
+    const typename Memory::Table table(shared);
+    const Shared<int> pixels = pointer_cast<int>(shared + Memory::kPixelsBegin);
+    const Shared<scalar_t> left = pointer_cast<scalar_t>(shared + Memory::kLeftBegin);
+    const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
+    const int thread = static_cast<int>(threadIdx.x), first_output = static_cast<int>(blockIdx.y) * kColumns;
+    const int group = static_cast<int>(blockIdx.z) % problem.groups;
+    const int own_row = thread / 4, own_item = thread % 4 * kItem;
+    constexpr int kRowItems = kColumns / kItem;
+    const int own_weight_row = thread / kRowItems, own_weight = thread % kRowItems * kItem;
+    const bool own_weight_present = first_output + own_weight < problem.packed_outputs;
+
+    if (thread < kRows) {
+        const int index = static_cast<int>(blockIdx.x) * kRows + thread;
+        pixels[thread] = index < problem.pixels ? tiled_pixel(problem, index) : problem.pixels;
+    }
+    __syncthreads();
     Product product;
+    int begin = static_cast<int>(blockIdx.z) / problem.groups * part_steps;  // first step of this block, counted from the next one on
     for (int run = 0; run < problem.group_channels; run += problem.run) {
         const int first_channel = group * problem.group_channels + run;
         for (int first_tap = 0; first_tap < problem.taps; first_tap += kTableTaps) {
             const int taps = problem.taps - first_tap < kTableTaps ? problem.taps - first_tap : kTableTaps;
-            table.fill(
-                problem, first_channel / problem.offset_group_channels, first_tap, taps, first_pixel, kProductRows);
+            const int length = taps * problem.run, steps = (length + kDepth - 1) / kDepth;
+            const int end = begin + part_steps;
+            const int first = begin > 0 ? begin * kDepth : 0, last = (end < steps ? end : steps) * kDepth;
+            begin -= steps;
+            if (first >= last) {
+                continue;
+            }
+            table.template fill<kThreads>(
+                problem, first_channel / problem.offset_group_channels, first_tap, taps, kRows,
+                [&](int position) -> int { return pixels[position]; });
             __syncthreads();
-            const int flat = first_tap * problem.run, limit = (first_tap + taps) * problem.run;
-            const int weights = first_channel * problem.taps * problem.packed_outputs + first_output;
             ColumnItem<scalar_t, kWidth> item;
+            ColumnCursor cursor(first_channel, problem.chunk, taps, first + own_item, kRows, own_row);
+            // Chunks are of all taps, so the rows of the weight are adjacent.
+            int weights = (first_channel * problem.taps + first_tap * problem.run + first + own_weight_row) *
+                              problem.packed_outputs + first_output + own_weight;
             run_steps<kDepth>(
-                limit - flat,
+                last - first,
                 [&](int k, int buffer) {
-                    item.begin(
-                        problem, table, first_channel, flat + k + own_item, limit, first_tap, kProductRows, own_row);
-                    load_items<kDepth, kColumns / kItem>(
+                    load_items<kDepth, kColumns / kItem, kThreads>(
                         right + buffer * Product::kRightSize, Product::kRightRow,
-                        [&](int row, int element, Shared<scalar_t> target) {
-                            const bool present =
-                                flat + k + row < limit && first_output + element < problem.packed_outputs;
-                            const int at = weights + (flat + k + row) * problem.packed_outputs + element;
-                            cp_async_16(target, packed + at, present);
+                        [&](int row, int, Shared<scalar_t> target) {
+                            cp_async_16(
+                                target, packed + (weights + (row - own_weight_row) * problem.packed_outputs),
+                                own_weight_present && k + row < length - first);
                         });
+                    weights += kDepth * problem.packed_outputs;
+                    if constexpr (kWidth == 1) {
+                        const int flat = first_tap * problem.run;
+                        item.begin_elements(
+                            problem, table, first_channel, flat + first + k + own_item, flat + length, first_tap,
+                            kRows, own_row);
+                    } else {
+                        item.begin(
+                            problem, table, cursor.chunk + cursor.channel, cursor.entry,
+                            k + own_item < length - first);
+                    }
                 },
                 [&](int buffer) {
                     product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
@@ -86,15 +176,26 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_kernel(
                     store_vector(
                         left + (buffer * Product::kLeftSize + own_row * Product::kLeftRow + own_item),
                         item.finish(table));
+                    cursor.advance<kDepth>(problem.chunk, taps, kRows);
                 });
         }
     }
     const bool adjacent = problem.group_outputs % Product::kVisited == 0;
     product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
-        const int pixel = first_pixel + row;
-        Vec<scalar_t, Product::kVisited> results;
+        const int pixel = pixels[row];
         const int first = group * problem.group_outputs + first_output + column;
         const int count = problem.group_outputs - first_output - column;
+        if (pixel >= problem.pixels || count <= 0) {
+            return;
+        }
+        if (parts) {
+            const int part = static_cast<int>(blockIdx.z) / problem.groups;
+            Global<real_t> target =
+                parts + ((static_cast<int64_t>(part) * problem.pixels + pixel) * problem.out_channels + first);
+            store_outputs(target, sums, adjacent, count);
+            return;
+        }
+        Vec<scalar_t, Product::kVisited> results;
 #pragma unroll
         for (int i = 0; i < Product::kVisited; ++i) {
             real_t sum = sums[i];
@@ -104,41 +205,129 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_kernel(
             }
             store(results[i], sum);
         }
-        if (pixel >= problem.pixels || count <= 0) {
-            return;
-        }
-        Global<scalar_t> target = output + (static_cast<int64_t>(pixel) * problem.out_channels + first);
-        if (adjacent) {
-            store_vector(target, results);
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < Product::kVisited; ++i) {
-            if (i < count) {
-                target[i] = results[i];
-            }
-        }
+        store_outputs(
+            output + (static_cast<int64_t>(pixel) * problem.out_channels + first), results, adjacent, count);
     });
 }
 
+// Sums up the parts in order: kWidth outputs of a pixel a thread.
+template <typename scalar_t, int kWidth>
+__global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
+    Global<const accum_t<scalar_t>> parts,  // (num_parts, pixels, O)
+    Global<const scalar_t> bias,            // (O) or null
+    Global<scalar_t> output,                // (pixels, O)
+    const int num_parts, const int out_channels, const int64_t size) {  // size: pixels * O
+    using real_t = accum_t<scalar_t>;
+    const int64_t index = (static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x)) * kWidth;
+    if (index >= size) {
+        return;
+    }
+    real_t sums[kWidth] = {};
+#pragma unroll 4
+    for (int part = 0; part < num_parts; ++part) {
+        const auto values = load_vector<kWidth>(parts + (part * size + index));
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+            sums[i] += values[i];
+        }
+    }
+    const int first = static_cast<int>(index % out_channels);
+    Vec<scalar_t, kWidth> results;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+        if (bias) {
+            const scalar_t value = bias[first + i];
+            sums[i] += load(value);
+        }
+        store(results[i], sums[i]);
+    }
+    store_vector(output + index, results);
+}
+
+constexpr int kPackTile = 64;
+
+// Transposes a tile of the weight: 64 values of 64 outputs of a group.
 template <typename scalar_t>
 __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
     Global<const scalar_t> weight,  // (O, C / groups, taps)
     Global<scalar_t> packed,        // (C * taps, packed_outputs)
-    const WeightOrder order, const int size) {
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
-    if (index >= size) {
-        return;
+    const WeightOrder order) {
+    constexpr int kTileRow = kPackTile + 4 / static_cast<int>(sizeof(scalar_t) < 4 ? sizeof(scalar_t) : 4);
+    SPATIALFLOW_SHARED(scalar_t, tile, kPackTile * kTileRow);
+    const int length = order.group_channels * order.taps, group = static_cast<int>(blockIdx.z);
+    const int first_value = static_cast<int>(blockIdx.x) * kPackTile;
+    const int first_output = static_cast<int>(blockIdx.y) * kPackTile;
+    const int lane = static_cast<int>(threadIdx.x) % kPackTile, other = static_cast<int>(threadIdx.x) / kPackTile;
+#pragma unroll
+    for (int i = other; i < kPackTile; i += 256 / kPackTile) {
+        scalar_t value{};
+        if (first_output + i < order.group_outputs && first_value + lane < length) {
+            value = weight[(group * order.group_outputs + first_output + i) * length + first_value + lane];
+        }
+        tile[i * kTileRow + lane] = value;
     }
-    const int place = order.place(static_cast<int>(index));
-    scalar_t value{};
-    if (place >= 0) {
-        value = weight[place];
+    __syncthreads();
+#pragma unroll
+    for (int i = other; i < kPackTile; i += 256 / kPackTile) {
+        if (first_output + lane < order.packed_outputs && first_value + i < length) {
+            const int row = order.row(group, first_value + i);
+            packed[row * order.packed_outputs + first_output + lane] = tile[lane * kTileRow + i];
+        }
     }
-    packed[index] = value;
 }
 
 // ---- host --------------------------------------------------------------------------------------------------------
+
+template <typename scalar_t, int kColumns, int kWidth>
+void convolve(
+    const char* op, const DeformConvShape& shape, const DeformProblem<scalar_t>& problem, const Tensor& packed,
+    const std::optional<Tensor>& dense_bias, const Tensor& output, Stream stream) {
+    using real_t = accum_t<scalar_t>;
+    constexpr int kDepth = 4 * kWideElements<scalar_t>;
+    const Global<const scalar_t> bias =
+        dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
+    const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
+    const int64_t beside = column_tiles * shape.groups;  // blocks with the same pixels
+    // As many parts on every card, so that results are, and none so short that its sums cost more than its products.
+    constexpr int64_t kWantedBlocks = 264, kLeastSteps = 8;
+    const int64_t tiles = ceil_div(problem.pixels, kProductRows);
+    const int64_t whole_batches = (shape.taps() - 1) / kTableTaps, rest_taps = shape.taps() - whole_batches * kTableTaps;
+    const int64_t run_steps = whole_batches * ceil_div(kTableTaps * problem.run, kDepth) +
+                              ceil_div(rest_taps * problem.run, kDepth);
+    const int64_t steps = problem.run > 0 ? shape.group_channels() / problem.run * run_steps : 1;
+    const int64_t wanted = std::max<int64_t>(1, std::min(kWantedBlocks / (tiles * beside), steps / kLeastSteps));
+    const int64_t part_steps = ceil_div(steps, wanted), num_parts = ceil_div(steps, part_steps);
+    check(steps <= 0x3fffffff, op, ": weight has too many channels and taps for CUDA");
+    std::optional<Tensor> parts;
+    if (num_parts > 1) {
+        parts = empty_like_sized(output, {num_parts, output.numel()}, accum_dtype(output.scalar_type()));
+    }
+    const auto launch_tiles = [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        launch<deform_conv2d_kernel<scalar_t, kRows, kColumns, kWidth>>(
+            deform_grid(op, ceil_div(problem.pixels, kRows), column_tiles, shape.groups * num_parts),
+            dim3(ForwardMemory<scalar_t, kRows, kColumns>::kThreads),
+            ForwardMemory<scalar_t, kRows, kColumns>::kBytes, stream, problem, data<scalar_t>(packed), bias,
+            mutable_data<scalar_t>(output), parts ? mutable_data<real_t>(*parts) : Global<real_t>(nullptr),
+            static_cast<int>(part_steps));
+    };
+    launch_tiles(std::integral_constant<int, 64>{});
+    if (parts) {
+        const auto add_parts = [&](auto elements) {
+            constexpr int kElements = decltype(elements)::value;
+            launch<deform_conv2d_add_parts_kernel<scalar_t, kElements>>(
+                dim3(grid_size(op, ceil_div(output.numel(), 256 * kElements))), dim3(256), 0, stream,
+                data<real_t>(*parts), bias, mutable_data<scalar_t>(output), static_cast<int>(num_parts),
+                problem.out_channels, output.numel());
+        };
+        constexpr int kElements = kWideElements<real_t>;
+        if (problem.out_channels % kElements == 0) {
+            add_parts(std::integral_constant<int, kElements>{});
+        } else {
+            add_parts(std::integral_constant<int, 1>{});
+        }
+    }
+}
 
 Tensor deform_conv2d_cuda(
     const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -153,20 +342,15 @@ Tensor deform_conv2d_cuda(
         MemoryFormat::ChannelsLast);
     if (output.numel() != 0) {
         const DeformOperands operands(op, shape, options, input, offset, mask, offset_tangent);
-        const Tensor packed = pack_deform_weight(weight, shape, device.stream());
         const std::optional<Tensor> dense_bias = bias ? std::make_optional(to_contiguous(*bias)) : std::nullopt;
         dispatch_floating(op, input.scalar_type(), [&](auto zero) {
             using scalar_t = decltype(zero);
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
+            const Tensor packed = pack_deform_weight(weight, shape, problem.chunk, device.stream());
             with_tile<scalar_t, kMostTileColumns<scalar_t>>(
                 operands.is_wide<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
-                    constexpr int kColumns = decltype(columns)::value;
-                    launch<deform_conv2d_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                        deform_grid(op, problem.pixels, ceil_div(shape.group_outputs(), kColumns), shape.groups),
-                        dim3(kProductThreads), kForwardSharedBytes<scalar_t, kColumns>, device.stream(), problem,
-                        data<scalar_t>(packed),
-                        dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr),
-                        mutable_data<scalar_t>(output));
+                    convolve<scalar_t, decltype(columns)::value, decltype(width)::value>(
+                        op, shape, problem, packed, dense_bias, output, device.stream());
                 });
         });
     }
@@ -179,27 +363,28 @@ int64_t deform_run(const DeformConvShape& shape) {
     return std::gcd(shape.group_channels(), shape.offset_group_channels());
 }
 
-WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype) {
+WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run) {
     const int64_t item = dtype == ScalarType::Double ? 2 : dtype == ScalarType::Float ? 4 : 8;
-    return {static_cast<int>(shape.taps()), static_cast<int>(deform_run(shape)),
-            static_cast<int>(shape.group_channels()), static_cast<int>(shape.group_outputs()),
-            static_cast<int>(ceil_div(shape.group_outputs(), item) * item)};
+    return {static_cast<int>(shape.taps()), static_cast<int>(run), static_cast<int>(shape.group_channels()),
+            static_cast<int>(shape.group_outputs()), static_cast<int>(ceil_div(shape.group_outputs(), item) * item)};
 }
 
-dim3 deform_grid(const char* op, int64_t rows, int64_t y, int64_t z) {
+dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z) {
     check(y <= 65535 && z <= 65535, op, ": groups and taps make too many blocks for CUDA, ", y, " x ", z);
-    return dim3(grid_size(op, ceil_div(rows, kProductRows)), static_cast<unsigned>(y), static_cast<unsigned>(z));
+    return dim3(grid_size(op, tiles), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
 
-Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, Stream stream) {
-    const WeightOrder order = deform_weight_order(shape, weight.scalar_type());
+Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, int64_t run, Stream stream) {
+    const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
     const Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps(), order.packed_outputs});
     const Tensor dense = to_contiguous(weight);
+    const dim3 grid = deform_grid(
+        "deform_conv2d", ceil_div(shape.group_channels() * shape.taps(), kPackTile),
+        ceil_div(order.packed_outputs, kPackTile), shape.groups);
     dispatch_floating("deform_conv2d", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         launch<pack_deform_weight_kernel<scalar_t>>(
-            dim3(grid_size("deform_conv2d", ceil_div(packed.numel(), 256))), dim3(256), 0, stream,
-            data<scalar_t>(dense), mutable_data<scalar_t>(packed), order, static_cast<int>(packed.numel()));
+            grid, dim3(256), 0, stream, data<scalar_t>(dense), mutable_data<scalar_t>(packed), order);
     });
     return packed;
 }

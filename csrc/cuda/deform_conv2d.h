@@ -5,7 +5,8 @@
 // Channels come in runs: as many as are always in one weight group and one offset group together, gcd(C / groups,
 // C / offset_groups). Along the sum of the convolution, a run is taps * run long, channels of a tap adjacent: `flat`
 // below is a position there. Weights are packed in that order, (run of channels, tap, channel of the run), with the
-// outputs of the channels' group adjacent and padded with zeros to whole 16-byte items.
+// outputs of the channels' group adjacent and padded with zeros to whole 16-byte items. The forward pass takes runs in
+// chunks of 128 bytes, all taps of one before the next, so that what the taps share is still in the cache.
 #pragma once
 
 #include "common/deform_conv2d.h"
@@ -34,13 +35,20 @@ struct DeformProblem {
     int stride[2], padding[2], dilation[2];
     int pixels;  // of the output, N * H_out * W_out
     int height, width, out_height, out_width, kernel_width, taps;
-    int channels, groups, group_channels, offset_group_channels, run;
+    int channels, groups, group_channels, offset_group_channels, run, chunk;
+    unsigned cell_bytes;  // of all channels of a cell
     int out_channels, group_outputs, packed_outputs;
 };
 
 // The order of packed weights and of their gradient's parts, (C * taps, packed_outputs).
 struct WeightOrder {
     int taps, run, group_channels, group_outputs, packed_outputs;
+
+    // Row of a weight of a group, counted through (C / groups, taps).
+    __device__ __forceinline__ int row(int group, int value) const {
+        const int channel = value / taps, tap = value - channel * taps, first = channel / run * run;
+        return (group * group_channels + first) * taps + tap * run + channel - first;
+    }
 
     // Place in (O, C / groups, taps), or -1 for padding.
     __device__ __forceinline__ int place(int index) const {
@@ -111,8 +119,8 @@ __device__ __forceinline__ void sample_slopes(
     }
 }
 
-// Taps of a tile's pixels in shared memory: entry slot * count + position is tap first_tap + slot of pixel
-// first_pixel + position.
+// Taps of a tile's pixels in shared memory: entry slot * count + position is tap first_tap + slot of the pixel at that
+// position.
 template <typename real_t, int kEntries>
 class TapTable {
 public:
@@ -121,16 +129,17 @@ public:
     __device__ __forceinline__ explicit TapTable(Shared<real_t> memory)
         : weights_(memory), cells_(pointer_cast<int>(memory + kEntries * 4)) {}
 
-    template <typename scalar_t>
+    // pixel(position): of the output, counted through all images.
+    template <int kThreads = kProductThreads, typename scalar_t, typename Pixel>
     __device__ __forceinline__ void fill(
-        const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, int first_pixel,
-        int count) const {
-        for (int entry = static_cast<int>(threadIdx.x); entry < slots * count; entry += kProductThreads) {
+        const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, int count,
+        Pixel pixel) const {
+        for (int entry = static_cast<int>(threadIdx.x); entry < slots * count; entry += kThreads) {
             DeformSample<real_t> sample;
             real_t values[4] = {};
             Vec<int, 4> cells = {{-1, -1, -1, -1}};
             real_t mask = 0;
-            if (deform_sample(problem, first_pixel + entry % count, offset_group, first_tap + entry / count, sample)) {
+            if (deform_sample(problem, pixel(entry % count), offset_group, first_tap + entry / count, sample)) {
                 sample_values(problem, sample, values);
                 mask = sample.mask;
 #pragma unroll
@@ -204,46 +213,51 @@ class ColumnItem {
     static_assert(kWidth == kItem || kWidth == 1, "an item is one access or single elements");
 
 public:
-    // Positions flat to min(flat + kItem, limit) of the run that begins at first_channel. Slot 0 of the table holds
-    // first_tap.
+    // With kWidth > 1: the channels from `channel` on, of a tap's entry of the table.
     template <int kEntries>
     __device__ __forceinline__ void begin(
+        const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int channel, int entry,
+        bool present) {
+        entry_ = entry;
+        // In bytes and without a sign: an address is then one multiply-add.
+        const auto source = pointer_cast<const unsigned char>(problem.input + channel);
+        const Vec<int, 4> cells = table.cells(entry);
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            corners_[corner] = {};
+            if (present && cells[corner] >= 0) {
+                const uint64_t bytes = static_cast<uint64_t>(static_cast<unsigned>(cells[corner])) * problem.cell_bytes;
+                corners_[corner] =
+                    load_vector<4>(pointer_cast<const unsigned>(source + static_cast<int64_t>(bytes)));
+            }
+        }
+    }
+
+    // With kWidth 1: positions flat to min(flat + kItem, limit) of the run that begins at first_channel. Slot 0 of the
+    // table holds first_tap.
+    template <int kEntries>
+    __device__ __forceinline__ void begin_elements(
         const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int first_channel, int flat,
         int limit, int first_tap, int count, int position) {
-        if constexpr (kWidth == 1) {
 #pragma unroll
-            for (int i = 0; i < kItem; ++i) {
-                real_t sum = 0;
-                if (flat + i < limit) {
-                    const int tap = (flat + i) / problem.run, channel = first_channel + (flat + i) - tap * problem.run;
-                    const int entry = (tap - first_tap) * count + position;
-                    const Vec<int, 4> cells = table.cells(entry);
-                    real_t weights[4];
-                    table.weights(entry, weights);
+        for (int i = 0; i < kItem; ++i) {
+            real_t sum = 0;
+            if (flat + i < limit) {
+                const int tap = (flat + i) / problem.run, channel = first_channel + (flat + i) - tap * problem.run;
+                const int entry = (tap - first_tap) * count + position;
+                const Vec<int, 4> cells = table.cells(entry);
+                real_t weights[4];
+                table.weights(entry, weights);
 #pragma unroll
-                    for (int corner = 0; corner < 4; ++corner) {
-                        if (cells[corner] >= 0) {
-                            const scalar_t value =
-                                problem.input[static_cast<int64_t>(cells[corner]) * problem.channels + channel];
-                            sum += weights[corner] * load(value);
-                        }
+                for (int corner = 0; corner < 4; ++corner) {
+                    if (cells[corner] >= 0) {
+                        const scalar_t value =
+                            problem.input[static_cast<int64_t>(cells[corner]) * problem.channels + channel];
+                        sum += weights[corner] * load(value);
                     }
                 }
-                store(result_[i], sum);
             }
-        } else {
-            const int tap = flat / problem.run, channel = first_channel + flat - tap * problem.run;
-            const bool present = flat < limit;
-            entry_ = present ? (tap - first_tap) * count + position : 0;
-            const Vec<int, 4> cells = table.cells(entry_);
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-                corners_[corner] = {};
-                if (present && cells[corner] >= 0) {
-                    corners_[corner] = load_vector<4>(pointer_cast<const unsigned>(
-                        problem.input + (static_cast<int64_t>(cells[corner]) * problem.channels + channel)));
-                }
-            }
+            store(result_[i], sum);
         }
     }
 
@@ -280,16 +294,17 @@ private:
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The weight (O, C / groups, kernel) in the order of the file's head: (C * taps, packed_outputs).
-Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, Stream stream);
+// The order of the file's head for runs of `run` channels, or for chunks of them.
+WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run);
 
-WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype);
+// The weight (O, C / groups, kernel) in that order: (C * taps, packed_outputs).
+Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, int64_t run, Stream stream);
 
 // Channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);
 
-// Tiles of 64 rows in x, and what else tells blocks apart in y and z.
-dim3 deform_grid(const char* op, int64_t rows, int64_t y, int64_t z);
+// Tiles in x, and what else tells blocks apart in y and z.
+dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z);
 
 // The tensors of a call, laid out for the kernels; lives until they are launched.
 class DeformOperands {
@@ -331,16 +346,21 @@ public:
         problem.group_channels = static_cast<int>(shape_.group_channels());
         problem.offset_group_channels = static_cast<int>(shape_.offset_group_channels());
         problem.run = static_cast<int>(deform_run(shape_));
+        constexpr int kChunk = 8 * kWideElements<scalar_t>;
+        const bool chunked = is_wide<scalar_t>() && problem.run % kChunk == 0 && shape_.taps() <= kTableTaps;
+        problem.chunk = chunked ? kChunk : problem.run;
+        problem.cell_bytes = static_cast<unsigned>(shape_.channels * static_cast<int64_t>(sizeof(scalar_t)));
         problem.out_channels = static_cast<int>(shape_.out_channels);
         problem.group_outputs = static_cast<int>(shape_.group_outputs());
-        problem.packed_outputs = deform_weight_order(shape_, input_.scalar_type()).packed_outputs;
+        problem.packed_outputs = deform_weight_order(shape_, input_.scalar_type(), problem.run).packed_outputs;
         return problem;
     }
 
-    // True if items of 16 bytes never cross a run and are aligned.
+    // True if items of 16 bytes never cross a run and are aligned, and a cell's bytes are counted in 32 bits.
     template <typename scalar_t>
     bool is_wide() const {
-        return deform_run(shape_) % kWideElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
+        return deform_run(shape_) % kWideElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16) &&
+               shape_.channels <= 0xffffffff / static_cast<int64_t>(sizeof(scalar_t));
     }
 
 private:

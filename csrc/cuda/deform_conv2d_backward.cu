@@ -12,9 +12,10 @@
 // Layouts as in the forward pass; grad_output (N, H_out, W_out, O), others are copied into it.
 //
 // Data (input, offset, mask): a block owns 64 pixels at one tap and offset group. It computes grad_columns of 64 or 128
-// channels as a product into shared memory; from there eight lanes a pixel take the products with its four cells, which
-// are all that the gradients of offset and mask need, and add to grad_input by 16-byte reductions in float32, whose
-// order is not fixed. Deterministic, and in float64: grad_input by gather instead (deform_conv2d_input_gradient.h).
+// channels as a product into shared memory; from there a pixel's lanes, 16 bytes each, take the products with its four
+// cells, which are all that the gradients of offset and mask need, and add to grad_input by 16-byte reductions in
+// float32, whose order is not fixed. Cells are loaded a pair of pixels ahead, the first during the product.
+// Deterministic, and in float64: grad_input by gather instead (deform_conv2d_input_gradient.h).
 // Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs and sums over a part of the pixels, columns
 // gathered into shared memory as in the forward pass; another kernel adds the parts in order. Deterministic.
 //
@@ -31,12 +32,16 @@ namespace {
 template <typename scalar_t, int kColumns>
 using DataProduct = TileProduct<scalar_t, kColumns, false, false>;
 
-// Tiles of the data gradient in shared memory, in values of accum_t.
-template <typename scalar_t, int kColumns>
+// Tiles of the data gradient in shared memory, in values of accum_t, and who takes which of grad_columns from there.
+template <typename scalar_t, int kColumns, int kWidth>
 struct DataMemory {
     using real_t = accum_t<scalar_t>;
     using Product = DataProduct<scalar_t, kColumns>;
-    static constexpr int kLanesPerPixel = 8;
+    // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbours fill whole sectors.
+    static constexpr int kPart = kWidth == 1 ? kColumns / kWarpSize : kWideElements<real_t>;
+    static constexpr int kLanes = kColumns / kPart;                                // of a pixel
+    static constexpr int kPixels = kProductRows * kLanes / kProductThreads;        // of a thread
+    static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
     static constexpr int kColumnsRow = kColumns + kWideElements<real_t>;
     static constexpr int kColumnsBegin = TapTable<real_t, kProductRows>::kSize;
     static constexpr int kLeftBegin = kColumnsBegin + kProductRows * kColumnsRow;
@@ -44,46 +49,70 @@ struct DataMemory {
         kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// 16 bytes of channels of one pixel: their products with the four cells are added to `dots`, their parts of the
-// gradient of the input to the cells.
-template <int kWidth, typename scalar_t, typename real_t>
-__device__ __forceinline__ void scatter_item(
-    const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
-    const real_t (&weights)[4], int channel, int count, bool sampling, Global<real_t> grad_input, real_t (&dots)[4]) {
-    constexpr int kPart = kWidth == 1 ? 1 : kWideElements<real_t>;
-    Vec<real_t, kWidth> gradient;
+// kPart channels of the four cells that a pixel reads, on their way from the input.
+template <typename scalar_t, int kPart, bool kWide>
+class CornerItem {
+    static constexpr int kWords = static_cast<int>(kPart * sizeof(scalar_t) / sizeof(unsigned));
+
+public:
+    __device__ __forceinline__ void begin(
+        const DeformProblem<scalar_t>& problem, const Vec<int, 4>& cells, int channel, int count) {
 #pragma unroll
-    for (int i = 0; i < kWidth; i += kPart) {
-        const auto some = load_vector<kPart>(columns + i);
+        for (int corner = 0; corner < 4; ++corner) {
+            Global<const scalar_t> source =
+                problem.input + (static_cast<int64_t>(cells[corner]) * problem.channels + channel);
+            if constexpr (kWide) {
+                words_[corner] = {};
+                if (cells[corner] >= 0 && count > 0) {
+                    words_[corner] = load_vector<kWords>(pointer_cast<const unsigned>(source));
+                }
+            } else {
+                values_[corner] = {};
 #pragma unroll
-        for (int v = 0; v < kPart; ++v) {
-            gradient[i + v] = some[v];
-        }
-    }
-    if (count <= 0) {
-        return;
-    }
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-        if (cells[corner] < 0) {
-            continue;
-        }
-        const int64_t at = static_cast<int64_t>(cells[corner]) * problem.channels + channel;
-        if (sampling) {
-            const auto values = load_vector<kWidth>(problem.input + at);
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                dots[corner] += gradient[i] * static_cast<real_t>(load(values[i]));
+                for (int i = 0; i < kPart; ++i) {
+                    if (cells[corner] >= 0 && i < count) {
+                        values_[corner][i] = source[i];
+                    }
+                }
             }
         }
-        if (grad_input) {
-            Vec<real_t, kWidth> parts;
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                parts[i] = weights[corner] * gradient[i];
-            }
-            reduce_add(grad_input + at, parts);
+    }
+
+    __device__ __forceinline__ Vec<scalar_t, kPart> values(int corner) const {
+        if constexpr (kWide) {
+            Vec<scalar_t, kPart> values;
+            std::memcpy(static_cast<void*>(&values), &words_[corner], sizeof(values));
+            return values;
+        } else {
+            return values_[corner];
         }
+    }
+
+private:
+    Vec<unsigned, kWords> words_[4];  // as words: two 16-bit values do not take two registers
+    Vec<scalar_t, kPart> values_[4];  // without kWide, in place of these
+};
+
+// Sums over kLanes adjacent lanes, kCount of them at once: lane i gets that of values[i % kCount].
+template <int kLanes, int kCount, typename real_t>
+__device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount]) {
+    if constexpr (kCount == 1) {
+        return values[0];
+    } else {
+        constexpr int kHalf = kCount / 2;
+        const bool upper = (static_cast<int>(threadIdx.x) & kHalf) != 0;
+        real_t sums[kHalf];
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            const real_t given = upper ? values[i] : values[i + kHalf], kept = upper ? values[i + kHalf] : values[i];
+            sums[i] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
+        }
+        real_t sum = sum_over_lanes<kHalf>(sums);
+#pragma unroll
+        for (int other = kCount; other < kLanes; other *= 2) {
+            sum += __shfl_xor_sync(kAllLanes, sum, other);
+        }
+        return sum;
     }
 }
 
@@ -97,9 +126,13 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     Global<accum_t<scalar_t>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
     using real_t = accum_t<scalar_t>;
     using Product = DataProduct<scalar_t, kColumns>;
-    using Memory = DataMemory<scalar_t, kColumns>;
-    constexpr int kItem = Product::kItem, kDepth = Product::kDepth, kLanes = Memory::kLanesPerPixel;
-    constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // of a thread
+    using Memory = DataMemory<scalar_t, kColumns, kWidth>;
+    constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
+    constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
+    constexpr int kAccess = kWidth == 1 ? 1 : kPart;
+    // Registers decide: cells of two pixels are under way at once, and through a product on the tensor cores.
+    constexpr bool kEarly = sizeof(scalar_t) == 2;
+    constexpr int kPair = kEarly ? 2 : 1;
     SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
     const TapTable<real_t, kProductRows> table(shared);
     const Shared<real_t> columns = shared + Memory::kColumnsBegin;
@@ -108,14 +141,29 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
     const int first_pixel = static_cast<int>(blockIdx.x) * kProductRows;
     const int tap = static_cast<int>(blockIdx.y), offset_group = static_cast<int>(blockIdx.z);
+    const int own_column = lane * kPart;
+    const auto own_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
 
-    table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
-    real_t dots[kPixels][4] = {};
+    table.fill(
+        problem, offset_group, tap, 1, kProductRows, [&](int position) { return first_pixel + position; });
+    __syncthreads();
+    real_t dot = 0;  // of grad_columns and a cell: corner lane % 4 of pixel own_pixel(lane / 4)
     for (int first = 0; first < problem.offset_group_channels; first += problem.run) {
         const int first_channel = offset_group * problem.offset_group_channels + first;
         const int group = first_channel / problem.group_channels;
         const int first_row = first_channel * problem.taps + tap * problem.run;
         for (int begin = 0; begin < problem.run; begin += kColumns) {
+            const int channel = first_channel + begin + own_column, count = problem.run - begin - own_column;
+            CornerItem<scalar_t, kPart, kWidth != 1> next[kPair];
+            const auto fetch = [&](int first) {
+#pragma unroll
+                for (int i = 0; i < kPair; ++i) {
+                    next[i].begin(problem, table.cells(own_pixel(first + i)), channel, grad_offset ? count : 0);
+                }
+            };
+            if constexpr (kEarly) {
+                fetch(0);
+            }
             Product product;
             run_steps<kDepth>(
                 problem.packed_outputs,
@@ -142,19 +190,65 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                 store_vector(columns + (row * Memory::kColumnsRow + column), sums);
             });
             __syncthreads();
+            if constexpr (!kEarly) {
+                fetch(0);
+            }
             // The barriers of the next product keep it from writing what is still read here.
-#pragma unroll
-            for (int i = 0; i < kPixels; ++i) {
-                const int pixel = thread / kLanes + i * (kProductThreads / kLanes);
-                const Vec<int, 4> cells = table.cells(pixel);
-                real_t weights[4];
-                table.weights(pixel, weights);
 #pragma unroll 1
-                for (int column = lane * kWidth; column < kColumns; column += kLanes * kWidth) {
-                    scatter_item<kWidth>(
-                        problem, columns + (pixel * Memory::kColumnsRow + column), cells, weights,
-                        first_channel + begin + column, problem.run - begin - column, static_cast<bool>(grad_offset),
-                        grad_input, dots[i]);
+            for (int first = 0; first < kPixels; first += kPair) {
+                CornerItem<scalar_t, kPart, kWidth != 1> items[kPair];
+#pragma unroll
+                for (int i = 0; i < kPair; ++i) {
+                    items[i] = next[i];
+                }
+                if (first + kPair < kPixels) {
+                    fetch(first + kPair);
+                }
+                real_t dots[kPair * 4] = {};
+#pragma unroll
+                for (int i = 0; i < kPair; ++i) {
+                    const int pixel = own_pixel(first + i);
+                    const Vec<int, 4> cells = table.cells(pixel);
+                    real_t weights[4];
+                    table.weights(pixel, weights);
+                    Vec<real_t, kPart> gradient;
+#pragma unroll
+                    for (int part = 0; part < kPart; part += kAccess) {
+                        const auto some =
+                            load_vector<kAccess>(columns + (pixel * Memory::kColumnsRow + own_column + part));
+#pragma unroll
+                        for (int v = 0; v < kAccess; ++v) {
+                            gradient[part + v] = some[v];
+                        }
+                    }
+#pragma unroll
+                    for (int corner = 0; corner < 4; ++corner) {
+                        if (cells[corner] < 0) {
+                            continue;
+                        }
+                        const Vec<scalar_t, kPart> values = items[i].values(corner);
+                        const int64_t at = static_cast<int64_t>(cells[corner]) * problem.channels + channel;
+#pragma unroll
+                        for (int part = 0; part < kPart; part += kAccess) {
+                            if (part >= count) {
+                                continue;
+                            }
+                            Vec<real_t, kAccess> parts;
+#pragma unroll
+                            for (int v = 0; v < kAccess; ++v) {
+                                dots[i * 4 + corner] +=
+                                    gradient[part + v] * static_cast<real_t>(load(values[part + v]));
+                                parts[v] = weights[corner] * gradient[part + v];
+                            }
+                            if (grad_input) {
+                                reduce_add(grad_input + (at + part), parts);
+                            }
+                        }
+                    }
+                }
+                const real_t sum = sum_over_lanes<kLanes>(dots);
+                if (lane / (kPair * 4) == first / kPair) {
+                    dot += sum;
                 }
             }
         }
@@ -163,20 +257,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
         return;
     }
     __syncthreads();  // `columns` takes the sums over channels
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i) {
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-            real_t sum = dots[i][corner];
-#pragma unroll
-            for (int other = 1; other < kLanes; other *= 2) {
-                sum += __shfl_xor_sync(kAllLanes, sum, other);
-            }
-            if (lane == 0) {
-                columns[(thread / kLanes + i * (kProductThreads / kLanes)) * 4 + corner] = sum;
-            }
-        }
-    }
+    columns[own_pixel(lane / 4) * 4 + lane % 4] = dot;
     __syncthreads();
     const int pixel = first_pixel + thread;
     if (thread >= kProductRows || pixel >= problem.pixels) {
@@ -244,20 +325,27 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     const int begin = static_cast<int>(blockIdx.z) * part_pixels;
     const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
     const int own_pixel = static_cast<int>(threadIdx.x) / kRowItems;
-    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem, own_flat = first_flat + own_item;
+    const int own_tap = own_flat < limit ? own_flat / problem.run : first_tap, own_slot = own_tap - first_tap;
+    const int own_channel = first_channel + own_flat - own_tap * problem.run;
 
     Product product;
     for (int first_pixel = begin; first_pixel < end; first_pixel += batch) {
         const int rest = (end - first_pixel + kDepth - 1) / kDepth * kDepth, count = rest < batch ? rest : batch;
         table.fill(
-            problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
+            problem, first_channel / problem.offset_group_channels, first_tap, slots, count,
+            [&](int position) { return first_pixel + position; });
         __syncthreads();
         ColumnItem<scalar_t, kWidth> item;
         run_steps<kDepth>(
             count,
             [&](int k, int buffer) {
-                item.begin(
-                    problem, table, first_channel, first_flat + own_item, limit, first_tap, count, k + own_pixel);
+                if constexpr (kWidth == 1) {
+                    item.begin_elements(
+                        problem, table, first_channel, own_flat, limit, first_tap, count, k + own_pixel);
+                } else {
+                    item.begin(problem, table, own_channel, own_slot * count + k + own_pixel, own_flat < limit);
+                }
                 load_items<kDepth, kColumns / kItem>(
                     right + buffer * Product::kRightSize, Product::kRightRow,
                     [&](int row, int element, Shared<scalar_t> target) {
@@ -340,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
     } else {
         const DeformOperands operands(kOp, shape, options, input, offset, mask, offset_tangent);
         const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
-        const Tensor packed = pack_deform_weight(weight, shape, device.stream());
+        const Tensor packed = pack_deform_weight(weight, shape, deform_run(shape), device.stream());
         dispatch_floating(kOp, dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
@@ -352,8 +440,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
                 with_tile<scalar_t, kMostColumns>(wide, deform_run(shape), [&](auto columns, auto width) {
                     constexpr int kColumns = decltype(columns)::value;
                     launch<deform_conv2d_backward_data_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                        deform_grid(kOp, problem.pixels, shape.taps(), shape.offset_groups), dim3(kProductThreads),
-                        DataMemory<scalar_t, kColumns>::kBytes, device.stream(), problem, data<scalar_t>(source),
+                        deform_grid(kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups), dim3(kProductThreads),
+                        DataMemory<scalar_t, kColumns, decltype(width)::value>::kBytes, device.stream(), problem, data<scalar_t>(source),
                         data<scalar_t>(packed),
                         need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
                         need_sampling ? mutable_data<real_t>(gradients.offset) : none,
@@ -408,13 +496,13 @@ Tensor deform_conv2d_backward_weight_cuda(
                 const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
                 const Tensor parts = empty_like_sized(input, {num_parts, size}, accum_dtype(input.scalar_type()));
                 launch<deform_conv2d_backward_weight_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                    deform_grid(kOp, tiles * kProductRows, column_tiles, num_parts), dim3(kProductThreads),
+                    deform_grid(kOp, tiles, column_tiles, num_parts), dim3(kProductThreads),
                     kWeightSharedBytes<scalar_t, kColumns>, device.stream(), problem, data<scalar_t>(source),
                     mutable_data<real_t>(parts), static_cast<int>(part_pixels));
                 launch<deform_conv2d_add_weight_parts_kernel<scalar_t>>(
                     dim3(grid_size(kOp, ceil_div(size, 256))), dim3(256), 0, device.stream(),
                     data<real_t>(parts), mutable_data<scalar_t>(grad_weight),
-                    deform_weight_order(shape, input.scalar_type()), static_cast<int>(num_parts),
+                    deform_weight_order(shape, input.scalar_type(), problem.run), static_cast<int>(num_parts),
                     static_cast<int>(size));
             });
     });

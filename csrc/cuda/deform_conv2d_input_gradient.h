@@ -297,7 +297,8 @@ void gather_input_gradient(
         using Product = InputProduct<scalar_t, kColumns>;
         const int64_t cells = shape.batch * shape.height * shape.width;
         launch<deform_conv2d_input_gradient_kernel<scalar_t, kColumns, decltype(width)::value>>(
-            deform_grid(op, cells, ceil_div(problem.run, kColumns), shape.channels / problem.run),
+            deform_grid(
+                op, ceil_div(cells, kProductRows), ceil_div(problem.run, kColumns), shape.channels / problem.run),
             dim3(kProductThreads), 2 * Product::kTilesSize * sizeof(scalar_t), stream, problem, readers,
             data<real_t>(weights), data<scalar_t>(grad_output), data<scalar_t>(packed),
             mutable_data<scalar_t>(grad_input), static_cast<int>(cells));

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The product of two tiles in shared memory, by a block of 256 threads: what every implicit GEMM has inside.
+// The product of two tiles in shared memory, by a block of 4 * kRows threads: what every implicit GEMM has inside.
 //
-//   sums (64 x kColumns) += left (64 x kDepth) * right (kDepth x kColumns)
+//   sums (kRows x kColumns) += left (kRows x kDepth) * right (kDepth x kColumns)
 //
 // A tile lies in memory as its loader finds it: by rows, (row, depth) on the left and (column, depth) on the right, or
 // by depth, (depth, row) and (depth, column). Rows of memory are 16 bytes longer than their values, so that neighbours
-// lie in other banks. kDepth is 64 bytes: a thread loads one 16-byte item of the left tile and kColumns / 64 of the
+// lie in other banks. kDepth is 64 bytes: a thread loads one 16-byte item of the left tile and kColumns / kRows of the
 // right.
 //
-//   16-bit types   mma.sync with float32 sums; 2 x 4 warps own 32 rows x kColumns / 4 columns each
-//   float32, 64    fused multiply-adds; 16 x 16 threads own 4 rows x kColumns / 16 columns each
+//   16-bit types   mma.sync with float32 sums; kRows / 32 x 4 warps own 32 rows x kColumns / 4 columns each
+//   float32, 64    fused multiply-adds; kRows / 4 x 16 threads own 4 rows x kColumns / 16 columns each
 #pragma once
 
 #include "cuda/tensor_core.h"
@@ -20,12 +20,12 @@ namespace spatialflow {
 constexpr int kProductThreads = 256;
 constexpr int kProductRows = 64;
 
-template <typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth>
+template <typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
 struct TileLayout {
     static constexpr int kItem = kWideElements<scalar_t>;
     static constexpr int kDepth = 4 * kItem;
-    static constexpr int kLeftRow = (kLeftByDepth ? kProductRows : kDepth) + kItem;
-    static constexpr int kLeftSize = (kLeftByDepth ? kDepth : kProductRows) * kLeftRow;
+    static constexpr int kLeftRow = (kLeftByDepth ? kRows : kDepth) + kItem;
+    static constexpr int kLeftSize = (kLeftByDepth ? kDepth : kRows) * kLeftRow;
     static constexpr int kRightRow = (kRightByDepth ? kColumns : kDepth) + kItem;
     static constexpr int kRightSize = (kRightByDepth ? kDepth : kColumns) * kRightRow;
     static constexpr int kTilesSize = kLeftSize + kRightSize;
@@ -33,9 +33,10 @@ struct TileLayout {
 
 // By fused multiply-adds.
 template <
-    typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, bool kTensorCore = sizeof(scalar_t) == 2>
-class TileProduct : public TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth> {
-    using Layout = TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth>;
+    typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows = kProductRows,
+    bool kTensorCore = sizeof(scalar_t) == 2>
+class TileProduct : public TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows> {
+    using Layout = TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
     static constexpr int kOwnRows = 4, kOwnColumns = kColumns / 16;
     static constexpr int kPart = Layout::kItem < 4 ? Layout::kItem : 4;  // neighbours that a thread owns
 
@@ -118,10 +119,10 @@ private:
 };
 
 // On the tensor cores.
-template <typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth>
-class TileProduct<scalar_t, kColumns, kLeftByDepth, kRightByDepth, true>
-    : public TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth> {
-    using Layout = TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth>;
+template <typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
+class TileProduct<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows, true>
+    : public TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows> {
+    using Layout = TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
     static constexpr int kWarpColumns = kColumns / 4;
 
 public:
@@ -218,15 +219,15 @@ __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multi
 }
 
 // Calls load(row, item, target) for every 16-byte item of kRows rows of kRowItems items, spread over the block.
-template <int kRows, int kRowItems, typename scalar_t, typename Load>
+template <int kRows, int kRowItems, int kThreads = kProductThreads, typename scalar_t, typename Load>
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
-    constexpr int kItem = kWideElements<scalar_t>;
-    static_assert(kRows * kRowItems % kProductThreads == 0, "every thread loads as many items");
+    constexpr int kItem = kWideElements<scalar_t>, kStepRows = kThreads / kRowItems;
+    static_assert(kThreads % kRowItems == 0 && kRows % kStepRows == 0, "every thread loads as many items of a column");
+    const int row = static_cast<int>(threadIdx.x) / kRowItems, element = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+    const Shared<scalar_t> target = tile + (row * tile_row + element);
 #pragma unroll
-    for (int i = 0; i < kRows * kRowItems; i += kProductThreads) {
-        const int index = i + static_cast<int>(threadIdx.x);
-        const int row = index / kRowItems, element = index % kRowItems * kItem;
-        load(row, element, tile + (row * tile_row + element));
+    for (int i = 0; i < kRows; i += kStepRows) {
+        load(row + i, element, target + i * tile_row);
     }
 }
 

@@ -11,9 +11,24 @@
 // Everything follows from exp(-|z|) in [0, 1], so nothing overflows and nothing is lost in 1 - s for large logits.
 #pragma once
 
+#include <cmath>
+#include <type_traits>
+
 #include "common/host_device.h"
 
 namespace spatialflow {
+
+// 1 / value for 1 <= value <= 2, or NaN. A float on CUDA: one instruction, to the last bit but one.
+template <typename real_t, typename value_t>
+SPATIALFLOW_HOST_DEVICE value_t focal_reciprocal(value_t value) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(value_t) == sizeof(float)) {
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(value));
+        return value;
+    }
+#endif
+    return real_t(1) / value;
+}
 
 // The `order`-th derivative of f at z, order 0 to 2. NaN gives NaN.
 //
@@ -21,10 +36,16 @@ namespace spatialflow {
 template <int order, typename Math, typename value_t, typename real_t>
 SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
     const value_t zero = value_t{}, one = zero + real_t(1);
-    const value_t small = Math::exp(z > zero ? -z : z);  // exp(-|z|)
+    value_t exponent;  // -|z|
+    if constexpr (std::is_floating_point_v<value_t>) {
+        exponent = -std::fabs(z);
+    } else {
+        exponent = z > zero ? -z : z;
+    }
+    const value_t small = Math::exp(exponent);
     const value_t log_term = Math::log1p(small);
     const value_t cost = (z > zero ? z : zero) + log_term;  // softplus(z)
-    const value_t larger = one / (one + small);
+    const value_t larger = focal_reciprocal<real_t>(one + small);
     const value_t smaller = small * larger;
     const value_t mistake = z > zero ? larger : smaller;  // s
     const value_t certain = z > zero ? smaller : larger;  // 1 - s
@@ -50,7 +71,11 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
                      (gamma * slope - gamma * mistake * bounded + (gamma + real_t(1)) * mistake);
         }
     }
-    return z == z ? result : z;
+    if constexpr (std::is_floating_point_v<value_t>) {
+        return result;  // is NaN: only the exp of vectors may lose it
+    } else {
+        return z == z ? result : z;
+    }
 }
 
 }  // namespace spatialflow

@@ -17,7 +17,7 @@
 // box kept, or less: a warp's classes go side by side.
 #include "cuda/nms.h"
 
-#include "cuda/launch.h"
+#include "cuda/workspace.h"
 #include "ops/multiclass_nms.h"
 
 namespace spatialflow {
@@ -288,28 +288,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
     const Tensor labels = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
     const Tensor indices = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
     const Tensor kept = empty_like_sized(wide_boxes, {batch}, ScalarType::Long);
-    const bool wide = type == ScalarType::Double;
-    const Tensor keys = empty_like_sized(wide_boxes, {batch, total}, wide ? ScalarType::Long : ScalarType::Int);
-    const Tensor rows = empty_like_sized(wide_boxes, {batch, total}, ScalarType::Int);
-    Tensor found = empty_like_sized(wide_boxes, {batch}, ScalarType::Int);
-    torch::stable::zero_(found);
     const auto run = [&](auto zero) {
         using real_t = decltype(zero);
         using key_t = ScoreKey<real_t>;
+        WorkspaceLayout layout;
+        const auto found = layout.add<unsigned>(batch);
+        const int64_t zeros = layout.words;
+        const auto rows = layout.add<unsigned>(batch * total);
+        const auto keys = layout.add<key_t>(batch * total);
+        const Workspace workspace(layout, wide_boxes);
+        clear_words(workspace, zeros, device.stream());
         const DetectionProblem<real_t> problem{count, classes, max_detections, static_cast<real_t>(score_threshold),
                                                static_cast<real_t>(iou_threshold)};
         launch<multiclass_nms_collect_kernel<real_t>>(
             dim3(grid_size(op, ceil_div(total, kCollectThreads * kCollectItems)), static_cast<unsigned>(batch)),
-            dim3(kCollectThreads), 0, device.stream(), data<real_t>(wide_scores), mutable_data<key_t>(keys),
-            mutable_data<unsigned>(rows), mutable_data<unsigned>(found), total, problem.score_threshold);
+            dim3(kCollectThreads), 0, device.stream(), data<real_t>(wide_scores), workspace[keys],
+            workspace[rows], workspace[found], total, problem.score_threshold);
         launch<multiclass_nms_detect_kernel<real_t>>(
             dim3(static_cast<unsigned>(batch)), dim3(kGreedyThreads), kDetectSharedBytes<real_t>, device.stream(),
-            pointer_cast<const Box<real_t>>(data<real_t>(wide_boxes)), data<real_t>(wide_scores), data<key_t>(keys),
-            data<unsigned>(rows), data<unsigned>(found), pointer_cast<Box<real_t>>(mutable_data<real_t>(out_boxes)),
+            pointer_cast<const Box<real_t>>(data<real_t>(wide_boxes)), data<real_t>(wide_scores), workspace[keys],
+            workspace[rows], workspace[found], pointer_cast<Box<real_t>>(mutable_data<real_t>(out_boxes)),
             mutable_data<real_t>(out_scores), mutable_data<int64_t>(labels), mutable_data<int64_t>(indices),
             mutable_data<int64_t>(kept), problem);
     };
-    if (wide) {
+    if (type == ScalarType::Double) {
         run(double{});
     } else {
         run(float{});

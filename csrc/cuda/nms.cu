@@ -25,7 +25,7 @@
 
 #include <utility>
 
-#include "cuda/launch.h"
+#include "cuda/workspace.h"
 #include "ops/nms.h"
 
 namespace spatialflow {
@@ -79,42 +79,42 @@ struct Candidates {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
+// What the entries are made of.
 template <typename real_t>
-__global__ void __launch_bounds__(kRowThreads) nms_enter_kernel(
-    Global<const Box<real_t>> boxes,  // (N)
-    Global<const real_t> scores,      // (N)
-    Global<const int64_t> labels,     // (N) or null: all of one class
-    Global<ClassEntryOf<real_t>> entries,  // (N)
-    Global<unsigned> progress,             // (2)
-    const int64_t count) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + static_cast<int64_t>(threadIdx.x);
-    if (row < count) {
+struct Rows {
+    Global<const Box<real_t>> boxes;  // (N)
+    Global<const real_t> scores;      // (N)
+    Global<const int64_t> labels;     // (N) or null: all of one class
+
+    __device__ __forceinline__ ClassEntryOf<real_t> operator[](int64_t row) const {
         const real_t score = scores[row];
         const bool takes_part = score == score && box_is_valid<real_t>(boxes[row]);
-        entries[row] = {labels ? labels[row] : 0,
-                        {takes_part ? descending_key(score) : kNoKey<real_t>, static_cast<unsigned>(row)}};
+        return {labels ? labels[row] : 0,
+                {takes_part ? descending_key(score) : kNoKey<real_t>, static_cast<unsigned>(row)}};
     }
-    if (row < 2) {
-        progress[row] = 0;
-    }
-}
+};
 
-// Sorts the chunks of kChunk entries each.
-template <typename real_t>
+// Sorts chunks of kChunk entries each, of `source`: Rows, or a pointer to entries.
+template <typename real_t, typename source_t>
 __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
+    const source_t source,                 // (N)
     Global<ClassEntryOf<real_t>> entries,  // (N)
+    Global<unsigned> progress,             // (2), becomes zero; or null
     const int64_t count) {
     using entry_t = ClassEntryOf<real_t>;
     SPATIALFLOW_SHARED(entry_t, chunk, kChunk);
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk;
     const int size = static_cast<int>(count - first < kChunk ? count - first : kChunk);
+    if (progress && first == 0 && thread < 2) {
+        progress[thread] = 0;
+    }
     int padded = 1;
     while (padded < size) {
         padded *= 2;
     }
     for (int i = thread; i < padded; i += kGreedyThreads) {
-        chunk[i] = i < size ? entries[first + i] : entry_t{INT64_MAX, {kNoKey<real_t>, ~0u}};  // no row is ~0
+        chunk[i] = i < size ? source[first + i] : entry_t{INT64_MAX, {kNoKey<real_t>, ~0u}};  // no row is ~0
     }
     __syncthreads();
     sort_chunk<entry_t>(chunk, padded);
@@ -301,18 +301,19 @@ __global__ void __launch_bounds__(kRowThreads) nms_rows_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Sorts `count` entries of `entries`; `scratch` is as large. They change places where the outcome lies in the other.
-template <typename real_t>
-void sort_entries(const char* op, Tensor& entries, Tensor& scratch, int64_t count, Stream stream) {
-    using entry_t = ClassEntryOf<real_t>;
-    const auto entries_of = [](const Tensor& tensor) { return pointer_cast<entry_t>(mutable_data<int64_t>(tensor)); };
-    launch<nms_sort_chunks_kernel<real_t>>(
-        dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, entries_of(entries), count);
+// Sorts `count` entries of `source` into `target`; `scratch` is as large, and may be the source. They change places where
+// the outcome lies in the other.
+template <typename real_t, typename source_t>
+void sort_entries(
+    const char* op, const source_t& source, Global<ClassEntryOf<real_t>>& target,
+    Global<ClassEntryOf<real_t>>& scratch, Global<unsigned> progress, int64_t count, Stream stream) {
+    launch<nms_sort_chunks_kernel<real_t, source_t>>(
+        dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, source, target, progress, count);
     for (int64_t run = kChunk; run < count; run *= 2) {
         launch<nms_merge_kernel<real_t>>(
-            dim3(grid_size(op, ceil_div(count, kMergeTile))), dim3(kMergeThreads), 0, stream, entries_of(entries),
-            entries_of(scratch), count, run);
-        std::swap(entries, scratch);
+            dim3(grid_size(op, ceil_div(count, kMergeTile))), dim3(kMergeThreads), 0, stream, target, scratch, count,
+            run);
+        std::swap(target, scratch);
     }
 }
 
@@ -322,27 +323,23 @@ Tensor kept_rows_of(
     using entry_t = ClassEntryOf<real_t>;
     const int64_t count = boxes.size(0), tiles = ceil_div(count, kTile);
     const DeviceScope device(boxes);
-    const auto buffer = [&](int64_t size, ScalarType dtype) { return empty_like_sized(boxes, {size}, dtype); };
-    const int64_t words = count * static_cast<int64_t>(sizeof(entry_t) / sizeof(int64_t));
-    Tensor entries = buffer(words, ScalarType::Long), scratch = buffer(words, ScalarType::Long);
-    const Tensor sorted_boxes = buffer(count * 4, boxes.scalar_type()), removed = buffer(count, ScalarType::Int);
-    const Tensor begins = buffer(tiles, ScalarType::Long), listed = buffer(count, ScalarType::Int);
-    const Tensor listed_count = buffer(tiles, ScalarType::Int), progress = buffer(2, ScalarType::Int);
-    const auto source_boxes = pointer_cast<const Box<real_t>>(data<real_t>(boxes));
-    const auto per_row = [&](int64_t rows) { return dim3(grid_size(op, ceil_div(rows, kRowThreads))); };
-    launch<nms_enter_kernel<real_t>>(
-        per_row(count), dim3(kRowThreads), 0, device.stream(), source_boxes, data<real_t>(scores),
-        idxs ? data<int64_t>(*idxs) : Global<const int64_t>(nullptr),
-        pointer_cast<entry_t>(mutable_data<int64_t>(entries)), mutable_data<unsigned>(progress), count);
-    sort_entries<real_t>(op, entries, scratch, count, device.stream());
+    WorkspaceLayout layout;
+    const WorkspacePart<entry_t> halves[2] = {layout.add<entry_t>(count), layout.add<entry_t>(count)};
+    const auto sorted_boxes = layout.add<Box<real_t>>(count);
+    const auto removed = layout.add<int>(count), listed_count = layout.add<int>(tiles);
+    const auto begins = layout.add<int64_t>(tiles);
+    const auto listed = layout.add<unsigned>(count), progress = layout.add<unsigned>(2);
+    const Workspace workspace(layout, boxes);
+    const Rows<real_t> rows{
+        pointer_cast<const Box<real_t>>(data<real_t>(boxes)), data<real_t>(scores),
+        idxs ? data<int64_t>(*idxs) : Global<const int64_t>(nullptr)};
+    Global<entry_t> entries = workspace[halves[0]], kept = workspace[halves[1]];
+    sort_entries<real_t>(op, rows, entries, kept, workspace[progress], count, device.stream());
     const Candidates<real_t> candidates{
-        pointer_cast<const entry_t>(data<int64_t>(entries)),
-        pointer_cast<Box<real_t>>(mutable_data<real_t>(sorted_boxes)),
-        mutable_data<int>(removed), mutable_data<int64_t>(begins), mutable_data<unsigned>(listed),
-        mutable_data<int>(listed_count), pointer_cast<entry_t>(mutable_data<int64_t>(scratch)),
-        mutable_data<unsigned>(progress), count, static_cast<real_t>(iou_threshold)};
+        entries, workspace[sorted_boxes], workspace[removed], workspace[begins], workspace[listed],
+        workspace[listed_count], kept, workspace[progress], count, static_cast<real_t>(iou_threshold)};
     launch<nms_gather_kernel<real_t>>(
-        dim3(grid_size(op, tiles)), dim3(kTile), 0, device.stream(), source_boxes, candidates);
+        dim3(grid_size(op, tiles)), dim3(kTile), 0, device.stream(), rows.boxes, candidates);
     const auto run_rounds = [&](int64_t from, int64_t to) {
         for (int64_t round = from; round < to; ++round) {
             launch<nms_greedy_kernel<real_t>>(
@@ -351,7 +348,7 @@ Tensor kept_rows_of(
             launch<nms_suppress_kernel<real_t>>(
                 dim3(grid_size(op, suppressing)), dim3(kSuppressThreads), 0, device.stream(), candidates, round);
         }
-        return read_back(pointer_cast<const Progress>(data<unsigned>(progress)), device.stream());
+        return read_back(pointer_cast<const Progress>(workspace[progress]), device.stream());
     };
     const int64_t ahead = idxs && tiles > kRoundsAhead ? kRoundsAhead : tiles;
     Progress done = run_rounds(0, ahead);
@@ -360,10 +357,12 @@ Tensor kept_rows_of(
     }
     const Tensor result = empty_like_sized(boxes, {done.kept}, ScalarType::Long);
     if (idxs) {
-        sort_entries<real_t>(op, scratch, entries, done.kept, device.stream());
+        sort_entries<real_t>(
+            op, Global<const entry_t>(kept), entries, kept, Global<unsigned>(nullptr), done.kept, device.stream());
+        std::swap(entries, kept);
     }
     launch<nms_rows_kernel<real_t>>(
-        per_row(done.kept), dim3(kRowThreads), 0, device.stream(), pointer_cast<const entry_t>(data<int64_t>(scratch)),
+        dim3(grid_size(op, ceil_div(done.kept, kRowThreads))), dim3(kRowThreads), 0, device.stream(), kept,
         mutable_data<int64_t>(result), static_cast<int64_t>(done.kept));
     return result;
 }

@@ -22,7 +22,7 @@
 // greedy block reads the bits of each instance's own rows twice, about 20 KB: about 1 us an instance.
 #include "common/panoptic_merge.h"
 
-#include "cuda/launch.h"
+#include "cuda/workspace.h"
 #include "ops/panoptic_merge.h"
 
 namespace spatialflow {
@@ -413,23 +413,6 @@ __global__ void __launch_bounds__(kThreads) merge_table_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Parts of one tensor of 32-bit integers, in the order they are added in; each begins a cache line.
-struct WorkspaceLayout {
-    static constexpr int64_t kAlignment = 32;  // elements
-
-    struct Part {
-        int64_t begin, count;
-    };
-
-    int64_t size = 0;
-
-    Part add(int64_t count) {
-        const Part part{size, count};
-        size += ceil_div(count, kAlignment) * kAlignment;
-        return part;
-    }
-};
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
@@ -452,26 +435,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor label_values = contiguous_as(labels, ScalarType::Long);
 
     WorkspaceLayout layout;
-    const auto entered = layout.add(1), segments = layout.add(1), area = layout.add(count);
-    const auto words_from = layout.add(count), end_word = layout.add(count), id_of = layout.add(count);
-    const auto stuff_area = layout.add(stuff_labels), stuff_id = layout.add(stuff_labels);
-    const auto ignored = layout.add(stuff_labels), measured = layout.add(5 * rows), used = layout.add(image_words);
-    const int64_t zeros = layout.size;
-    const auto order = layout.add(count), segment_source = layout.add(rows), open = layout.add(image_words);
-    const auto bits = layout.add(count * image_words);
-    Tensor workspace = empty_like_sized(masks, {layout.size}, ScalarType::Int);
-    Tensor zeroed = torch::stable::narrow(workspace, 0, 0, zeros);
-    torch::stable::zero_(zeroed);
-    const auto ints = [&](const WorkspaceLayout::Part& part) {
-        return mutable_data<int>(workspace, part.begin, part.count);
-    };
-    const auto words_of = [&](const WorkspaceLayout::Part& part) {
-        return mutable_data<unsigned>(workspace, part.begin, part.count);
-    };
+    const auto entered = layout.add<int>(1), segments = layout.add<int>(1), area = layout.add<int>(count);
+    const auto words_from = layout.add<int>(count), end_word = layout.add<int>(count);
+    const auto id_of = layout.add<int>(count), stuff_area = layout.add<int>(stuff_labels);
+    const auto stuff_id = layout.add<int>(stuff_labels), ignored = layout.add<int>(stuff_labels);
+    const auto measured = layout.add<int>(5 * rows);
+    const auto used = layout.add<unsigned>(image_words);
+    const int64_t zeros = layout.words;
+    const auto order = layout.add<int>(count), segment_source = layout.add<int>(rows);
+    const auto open = layout.add<unsigned>(image_words), bits = layout.add<unsigned>(count * image_words);
+    const Workspace workspace(layout, masks);
+    clear_words(workspace, zeros, device.stream());
     const MergeScratch scratch{
-        count, height, width, words, stuff_labels, ints(entered), ints(segments), ints(area), ints(words_from),
-        ints(end_word), ints(id_of), ints(stuff_area), ints(stuff_id), ints(ignored), ints(measured), words_of(used),
-        ints(order), ints(segment_source), words_of(open), words_of(bits)};
+        count, height, width, words, stuff_labels, workspace[entered], workspace[segments], workspace[area],
+        workspace[words_from], workspace[end_word], workspace[id_of], workspace[stuff_area], workspace[stuff_id],
+        workspace[ignored], workspace[measured], workspace[used], workspace[order], workspace[segment_source],
+        workspace[open], workspace[bits]};
     const MergeOptions options{score_threshold, overlap_threshold, box_threshold, stuff_area_limit};
     const Stream stream = device.stream();
     const dim3 threads(kThreads);

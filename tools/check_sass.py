@@ -36,6 +36,7 @@ LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][\w.]*
 REGISTER = re.compile(r"(?<![A-Za-z])R(\d+)((?:\.\w+)*)")
 PREDICATE = re.compile(r"!?U?P(\d|T)")
 
+ALWAYS = ("", "PT", "UPT")
 MATRIX = {"HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA"}
 GLOBAL_LOADS = {"LD", "LDG", "LDGSTS", "UTMALDG"}
 GLOBAL_STORES = {"ST", "STG", "RED", "REDG", "UTMASTG", "UTMAREDG"}
@@ -72,9 +73,8 @@ class Instruction:
 
     def _registers(self) -> tuple[frozenset[int], frozenset[int]]:
         if self._accesses is None:
-            values = list(self.operands)
-            while values and PREDICATE.fullmatch(values[0]):  # SHFL.BFLY PT, R5, ...; ISETP P0, PT, R2, ...
-                values.pop(0)
+            # SHFL.BFLY PT, R5, ...; ISETP P0, PT, R2, ...; IMAD.WIDE R4, P0, R2, ...
+            values = [operand for operand in self.operands if not PREDICATE.fullmatch(operand)]
             written: frozenset[int] = frozenset()
             if self.base not in ONLY_READ and not re.search(r"SETP2?$", self.base) and values:
                 if re.fullmatch(r"U?R(\d+|Z)(\.\w+)*", values[0]):
@@ -124,8 +124,6 @@ def value_width(opcode: str, role: str) -> int:
         types = [part for part in parts if re.fullmatch(r"[FSU]\d+", part)]
         if len(types) == 1:  # the other one is 32 bits
             types = ["F32", types[0]] if (base == "I2F") == (types[0][0] in "SU") else [types[0], "F32"]
-            if base == "F2I" and types[0] == "F64":
-                types.reverse()
         return 2 if types and types[0 if role == "to" else 1].endswith("64") else 1
     if base in ("DADD", "DMUL", "DFMA", "DMNMX", "DSETP") or "64" in parts or "F64" in parts:
         return 2
@@ -166,7 +164,7 @@ class Kernel:
             last = self.code[end - 1]
             leaves = last.base in ("EXIT", "RET", "BRX", "JMX")
             never = last.guard in ("!PT", "!UPT")
-            always = last.guard in ("", "PT") and (leaves or len(last.operands) == 1)
+            always = last.guard in ALWAYS and (leaves or len(last.operands) == 1)
             follows = [end - 1] if end - 1 in jumps and not never else []
             targets = {jumps[position] for position in follows}
             if not (always and (leaves or follows)) and end < len(self.code):
@@ -269,16 +267,16 @@ class Kernel:
         last_matrix = max((at for at in body if self.code[at].is_matrix), default=-1)
         found: dict[int, int] = {}
         seen: set[tuple[int, frozenset[int]]] = set()
-        waiting = [(0, position, block_of, self.code[position].written)]
+        waiting = [(0, position + 1, block_of, self.code[position].written)]
         while waiting:
             steps, place, block, loaded = heapq.heappop(waiting)
-            for here in range(place + (steps == 0), self.blocks[block][1]):
+            for here in range(place, self.blocks[block][1]):
                 steps += 1
                 instruction = self.code[here]
                 if instruction.read & loaded:
                     found[here] = min(steps, found.get(here, steps))
                     break
-                if not instruction.guard:
+                if instruction.guard in ALWAYS:
                     loaded -= instruction.written
                     if not loaded:
                         break

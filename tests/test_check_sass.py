@@ -286,6 +286,23 @@ def test_the_way_of_idle_warps_does_not_count(tool):
     assert loads_of(tool, text) == [(4, 2)]
 
 
+def test_conditions_of_jumps(tool):
+    """A condition is a guard or an operand; a guard that is always false leaves nothing to jump."""
+    text = """
+        LDG.E R12, desc[UR4][R2.64]
+        {jump} near
+        FADD R1, R1, R1
+        FADD R18, R12, R12
+        EXIT
+    near:
+        FADD R18, R12, R12
+        EXIT
+    """
+    jumps = {"BRA": {5: 2}, "@PT BRA": {5: 2}, "@!PT BRA": {3: 3}, "@P0 BRA": {3: 3, 5: 2}, "BRA P0,": {3: 3, 5: 2}}
+    for jump, readers in jumps.items():
+        assert kernel(tool, text.format(jump=jump)).first_readers(0, []) == readers, jump
+
+
 def test_other_products_are_another_way(tool):
     text = """
     loop:
@@ -359,7 +376,7 @@ def test_clean_code(tool):
         ),
         ("LDG.E.128", "LDG.E", {}, ["widest global load 4 bytes, not 16", "2 loads below 16 bytes"]),
         ("STG.E.128", "STG.E.64", {}, ["widest global store 8 bytes, not 16"]),
-        ("HMMA.16816.F32.BF16", "FFMA", {}, ["no matrix instructions", "2 of 2 loads with less than 2 HMMA"]),
+        ("HMMA.16816.F32.BF16", "FFMA", {}, ["no loop with matrix instructions", "2 of 2 loads with less than 2 HMMA"]),
     ],
 )  # fmt: skip
 def test_planted_faults(tool, old, new, resources, said):

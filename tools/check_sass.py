@@ -36,14 +36,16 @@ LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][\w.]*
 REGISTER = re.compile(r"(?<![A-Za-z])R(\d+)((?:\.\w+)*)")
 PREDICATE = re.compile(r"!?U?P(\d|T)")
 
-ALWAYS = ("", "PT", "UPT")
+ALWAYS, NEVER = ("", "PT", "UPT"), ("!PT", "!UPT")
+INDIRECT = {"BRX", "BRXU", "JMX", "JMXU"}
+LEAVING = INDIRECT | {"EXIT", "RET"}
 MATRIX = {"HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA"}
 GLOBAL_LOADS = {"LD", "LDG", "LDGSTS", "UTMALDG"}
 GLOBAL_STORES = {"ST", "STG", "RED", "REDG", "UTMASTG", "UTMAREDG"}
 STORES = {"ST", "STG", "STS", "STL", "STSM", "RED", "REDG", "REDS"}
 # Instructions without a destination register: each register that they name is read.
-ONLY_READ = STORES | {
-    "BAR", "BRA", "BRX", "CALL", "CCTL", "EXIT", "FCHK", "JMX", "LDGSTS", "NANOSLEEP", "R2P", "RET", "WARPSYNC",
+ONLY_READ = STORES | LEAVING | {
+    "BAR", "BRA", "CALL", "CCTL", "FCHK", "LDGSTS", "NANOSLEEP", "R2P", "WARPSYNC",
 }  # fmt: skip
 
 
@@ -152,7 +154,7 @@ class Kernel:
             if instruction.base == "BRA" and ".DIV" not in instruction.opcode:
                 jumps[position] = at[int(instruction.operands[-1], 16)]
                 leaders |= {jumps[position], position + 1}
-            elif instruction.base in ("EXIT", "RET", "BRX", "JMX"):
+            elif instruction.base in LEAVING:
                 leaders.add(position + 1)
             elif instruction.base == "CALL" and re.fullmatch("0x[0-9a-f]+", instruction.operands[-1]):
                 called.add(at[int(instruction.operands[-1], 16)])
@@ -162,12 +164,10 @@ class Kernel:
         self.entries = [block_of[position] for position in sorted({0} | called)]
         for begin, end in self.blocks:
             last = self.code[end - 1]
-            leaves = last.base in ("EXIT", "RET", "BRX", "JMX")
-            never = last.guard in ("!PT", "!UPT")
-            always = last.guard in ALWAYS and (leaves or len(last.operands) == 1)
-            follows = [end - 1] if end - 1 in jumps and not never else []
-            targets = {jumps[position] for position in follows}
-            if not (always and (leaves or follows)) and end < len(self.code):
+            targets = {jumps[end - 1]} if end - 1 in jumps and last.guard not in NEVER else set()
+            # BRA P1, 0x40 has its condition among the operands.
+            leaves = last.base in LEAVING or (end - 1 in jumps and len(last.operands) == 1)
+            if end < len(self.code) and not (leaves and last.guard in ALWAYS):
                 targets.add(end)
             self.successors.append(sorted(block_of[target] for target in targets))
 
@@ -341,7 +341,7 @@ class Facts:
         self.instructions = sum(count for base, count in opcodes.items() if base != "NOP")
         self.matrix = sum(opcodes[base] for base in MATRIX)
         self.local = opcodes["LDL"] + opcodes["STL"]
-        self.indirect = opcodes["BRX"] + opcodes["JMX"]
+        self.indirect = sum(opcodes[base] for base in INDIRECT)
         self.widest_load = max((access_bytes(one.opcode) for one in code if one.base in GLOBAL_LOADS), default=0)
         self.widest_store = max((access_bytes(one.opcode) for one in code if one.base in GLOBAL_STORES), default=0)
         main_loops = self.kernel.main_loops()
@@ -404,7 +404,7 @@ class Facts:
                 f"{len(narrow)} loads below {limit.load} bytes in the main loop, not {limit.narrow}: {listed(narrow)}",
             )
         if limit.per_matrix is not None:
-            expect(bool(self.matrix), "no matrix instructions")
+            expect(self.per_matrix > 0, "no loop with matrix instructions")
             expect(
                 self.per_matrix <= limit.per_matrix,
                 f"{self.per_matrix:.1f} instructions for each matrix instruction, not {limit.per_matrix}",

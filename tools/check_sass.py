@@ -3,7 +3,7 @@
 
     python tools/check_sass.py [--library FILE] [--table | --loads PATTERN]
 
-No GPU is needed, only a disassembler: `cuobjdump` of the PyPI package nvidia-cuda-cuobjdump, or of a CUDA toolkit on
+No GPU is needed, only cuobjdump and nvdisasm: from PyPI (pyproject.toml, extra "sass"), or of a CUDA toolkit on
 PATH. FILE may be a shared library, an object file or a cubin.
 """
 
@@ -454,7 +454,9 @@ def disassembler() -> str:
     """Path of cuobjdump: that of the PyPI package, else that on PATH."""
     packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
     found = str(packaged[-1]) if packaged else shutil.which("cuobjdump")
-    return found or sys.exit("check_sass: no cuobjdump; python -m pip install nvidia-cuda-cuobjdump")
+    return found or sys.exit(
+        "check_sass: no cuobjdump; python -m pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    )
 
 
 def kernels_of(library: Path) -> list[Kernel]:

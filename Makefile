@@ -27,7 +27,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 environment := $(VENV)/complete
 endif
 
-.PHONY: help build test test-simt test-simt-sanitize mutation-round bench gpu-check gpu-check-dry gpu-pack demo clean
+.PHONY: help build test test-simt test-simt-sanitize test-sass nvcc mutation-round bench gpu-check gpu-check-dry gpu-pack demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -64,6 +64,23 @@ test-simt-sanitize: $(environment)  ## the same with address and undefined-behav
 	SPATIALFLOW_BACKEND=simt_sanitized ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(call compiler_library,libasan.so) $(call compiler_library,libubsan.so) $(call compiler_library,libstdc++.so)" \
 	$(PYTHON) -m pytest $(filter-out tests/test_simt.py,$(SIMT_TESTS))
+
+# Registers, loops and loads of the machine code, held to limits (docs/sass.md). Nothing is compiled that `build` has.
+sass_requirements := $(shell sed -n 's/^sass = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+ifdef environment
+disassembler := $(VENV)/disassembler
+endif
+
+$(VENV)/disassembler: $(environment)
+	$(PYTHON) -m pip install -q $(sass_requirements)
+	@touch $@
+
+nvcc:
+	@command -v $${CUDACXX:-nvcc} >/dev/null || { echo "no nvcc: put it on PATH or set CUDACXX" >&2; exit 1; }
+
+test-sass: export SPATIALFLOW_CUDA := on
+test-sass: nvcc build $(disassembler)  ## what the compiler made of the CUDA kernels, without a GPU; needs nvcc
+	$(PYTHON) tools/check_sass.py
 
 mutation-round: build  ## break a line of a CUDA kernel at a time: do the interpreted tests notice? about 10 minutes
 	$(PYTHON) tools/mutation_round.py

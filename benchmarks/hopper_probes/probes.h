@@ -13,3 +13,5 @@ void probe_l2();
 void probe_hbm();
 void probe_latency();
 void probe_launch();
+void probe_convolution_planes();
+void probe_convolution_rows();

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 # Probes of layouts measure no time and may run at once; the others run alone.
 TOGETHER = ["planes", "rows", "fragments"]
-ALONE = ["wgmma", "tma", "mma", "red", "l2", "hbm", "latency", "launch"]
+ALONE = ["wgmma", "tma", "mma", "red", "l2", "hbm", "latency", "launch", "convolution_planes", "convolution_rows"]
 LIMIT = 10  # seconds of one process
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -142,7 +142,8 @@ inline CUresult encode_map(CUtensorMap* map, const void* address, const std::vec
   static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
   if (!encode) {
     cudaDriverEntryPointQueryResult result;
-    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000, cudaEnableDefault, &result));
+    CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000, cudaEnableDefault, &result));
     if (!encode || result != cudaDriverEntryPointSuccess) {
       finding("\"error\": \"cuTensorMapEncodeTiled not found\"");
       exit(1);
@@ -242,8 +243,9 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 __device__ __forceinline__ void tma_load_3d(unsigned target, const CUtensorMap* map, int c0, int c1, int c2,
                                             unsigned barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
-      ::"r"(target), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(target),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
       : "memory");
 }
 

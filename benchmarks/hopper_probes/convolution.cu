@@ -32,9 +32,8 @@ struct Profile {
 __device__ __forceinline__ uint64_t clock_if(bool wanted) { return wanted ? uint64_t(clock64()) : 0; }
 
 template <Layout LAYOUT, bool PROFILE>
-__global__ void __launch_bounds__(384, 1)
-    convolution_kernel(const __grid_constant__ Maps maps, const Subtile* subtiles, int items, const float* bias, int skip,
-                       Profile* profile) {
+__global__ void __launch_bounds__(384, 1) convolution_kernel(const __grid_constant__ Maps maps, const Subtile* subtiles,
+                                                             int items, const float* bias, int skip, Profile* profile) {
   extern __shared__ unsigned char memory[];
   __shared__ alignas(8) uint64_t barriers[2 * (A_STAGES + B_STAGES)];
   __shared__ float bias_shared[C];
@@ -172,8 +171,8 @@ __global__ void __launch_bounds__(384, 1)
         for (int i = 0; i < 4; ++i) {
           const int column = (j + i / 2) * 8 + lane % 4 * 2, element = (j + i / 2) * 4 + i % 2 * 2;
           const float2 offset = *reinterpret_cast<const float2*>(bias_shared + first_output + column);
-          const __nv_bfloat162 pair = __floats2bfloat162_rn(fmaxf(d[t][element] + offset.x, 0.f),
-                                                            fmaxf(d[t][element + 1] + offset.y, 0.f));
+          const __nv_bfloat162 pair =
+              __floats2bfloat162_rn(fmaxf(d[t][element] + offset.x, 0.f), fmaxf(d[t][element + 1] + offset.y, 0.f));
           packed[i] = *reinterpret_cast<const unsigned*>(&pair);
         }
         const int group = j + lane / 16;
@@ -188,9 +187,10 @@ __global__ void __launch_bounds__(384, 1)
         const Subtile tile = subtiles[item / 2 * SUBTILES + consumer * 2 + t];
         const CUtensorMap* map = &maps.y[tile.level];
         for (int half = 0; half < 2; ++half)
-          asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map),
-                       "r"(first_output + half * 64), "r"(tile.x), "r"(tile.y), "r"(tile.n), "r"(staging + half * 8192)
-                       : "memory");
+          asm volatile(
+              "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map),
+              "r"(first_output + half * 64), "r"(tile.x), "r"(tile.y), "r"(tile.n), "r"(staging + half * 8192)
+              : "memory");
         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       }
     }
@@ -291,7 +291,7 @@ struct Problem {
     for (int level = 0; level < levels; ++level) {
       const int h = heights[level], w = widths[level];
       reference_kernel<<<dim3((w + 7) / 8, h, images), C>>>(x[level]->data, transposed_weights, bias,
-                                                             expected[level]->data, h, w);
+                                                            expected[level]->data, h, w);
       mismatches.zero();
       compare_kernel<<<1024, 256>>>(expected[level]->data, y[level]->data, y[level]->size, h, w, absolute, relative,
                                     mismatches.data);
@@ -300,9 +300,10 @@ struct Problem {
       wrong += result.count;
       for (int i = 0; i < std::min(result.shown, 8); ++i) {
         const auto& place = result.first[i];
-        finding("\"case\": \"%s\", \"level\": %d, \"n\": %d, \"y\": %d, \"x\": %d, \"channel\": %d, \"expected\": %.6g, "
-                "\"got\": \"%.6g\", \"wrong_of_level\": %d",
-                what, level, place.n, place.y, place.x, place.channel, place.expected, place.got, result.count);
+        finding(
+            "\"case\": \"%s\", \"level\": %d, \"n\": %d, \"y\": %d, \"x\": %d, \"channel\": %d, \"expected\": %.6g, "
+            "\"got\": \"%.6g\", \"wrong_of_level\": %d",
+            what, level, place.n, place.y, place.x, place.channel, place.expected, place.got, result.count);
       }
     }
     return wrong;
@@ -346,8 +347,8 @@ void run_convolution() {
     Buffer<Subtile> subtiles(problem.subtiles);
     const int items = int(problem.subtiles.size()) / SUBTILES * 2;
     const auto launch = [&](cudaStream_t stream, int skip) {
-      kernel<<<std::min(blocks, items), 384, MEMORY, stream>>>(problem.maps, subtiles.data, items, bias_device.data, skip,
-                                                             profile.data);
+      kernel<<<std::min(blocks, items), 384, MEMORY, stream>>>(problem.maps, subtiles.data, items, bias_device.data,
+                                                               skip, profile.data);
     };
     problem.spoil_outputs();
     launch(nullptr, LOAD_ALL);
@@ -365,7 +366,7 @@ void run_convolution() {
         CHECK(cudaMemcpy(weights_device.data, copying.data(), copying.size() * sizeof(bf16), cudaMemcpyHostToDevice));
         problem.spoil_outputs();
         kernel<<<std::min(blocks, items), 384, MEMORY>>>(problem.maps, subtiles.data, items, no_bias.data, LOAD_ALL,
-                                                      profile.data);
+                                                         profile.data);
         finish("convolution_kernel, one tap");
         char what[40];
         snprintf(what, sizeof(what), "identity at tap %d", tap);
@@ -408,20 +409,22 @@ void run_convolution() {
       CHECK(cudaStreamDestroy(stream));
     }
     profiled_kernel<<<std::min(blocks, items), 384, MEMORY>>>(problem.maps, subtiles.data, items, bias_device.data,
-                                                           LOAD_ALL, profile.data);
+                                                              LOAD_ALL, profile.data);
     finish("convolution_kernel, profiled");
     Profile sum{};
     for (const Profile& block : profile.host())
       sum.total += block.total, sum.wait_a += block.wait_a, sum.wait_b += block.wait_b, sum.epilogue += block.epilogue;
     const double cycles = double(sum.total) + 1;
-    finding("\"case\": \"%s\", \"right\": %s, \"wrong\": %d, \"us\": %.2f, \"tflops\": %.1f, \"items\": %d, \"rounds\": %d, "
-            "\"us_per_round\": %.2f, \"tflops_of_full_tiles_and_rounds\": %.1f, \"us_without_halo_loads\": %.2f, "
-            "\"us_without_weight_loads\": %.2f, \"us_without_loads\": %.2f, \"share_waiting_for_halos\": %.3f, "
-            "\"share_waiting_for_weights\": %.3f, \"share_epilogue\": %.3f",
-            item.name, wrong ? "false" : "true", wrong, times[0] * 1e3, flop / times[0] * 1e-9, items, rounds,
-            times[0] * 1e3 / rounds, 2.0 * 256 * OUTPUTS * C * TAPS * blocks * rounds / times[0] * 1e-9, times[1] * 1e3,
-            times[2] * 1e3, times[3] * 1e3, double(sum.wait_a) / cycles, double(sum.wait_b) / cycles,
-            double(sum.epilogue) / cycles);
+    finding(
+        "\"case\": \"%s\", \"right\": %s, \"wrong\": %d, \"us\": %.2f, \"tflops\": %.1f, \"items\": %d, \"rounds\": "
+        "%d, "
+        "\"us_per_round\": %.2f, \"tflops_of_full_tiles_and_rounds\": %.1f, \"us_without_halo_loads\": %.2f, "
+        "\"us_without_weight_loads\": %.2f, \"us_without_loads\": %.2f, \"share_waiting_for_halos\": %.3f, "
+        "\"share_waiting_for_weights\": %.3f, \"share_epilogue\": %.3f",
+        item.name, wrong ? "false" : "true", wrong, times[0] * 1e3, flop / times[0] * 1e-9, items, rounds,
+        times[0] * 1e3 / rounds, 2.0 * 256 * OUTPUTS * C * TAPS * blocks * rounds / times[0] * 1e-9, times[1] * 1e3,
+        times[2] * 1e3, times[3] * 1e3, double(sum.wait_a) / cycles, double(sum.wait_b) / cycles,
+        double(sum.epilogue) / cycles);
   }
 }
 

@@ -141,9 +141,11 @@ __global__ void dependent_kernel() {
 __global__ void chained_kernel(int* count, int step, int cycles, int* out_of_order) {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (threadIdx.x == 0 && blockIdx.x == 0 && *reinterpret_cast<volatile int*>(count) != step) atomicAdd(out_of_order, 1);
+  if (threadIdx.x == 0 && blockIdx.x == 0 && *reinterpret_cast<volatile int*>(count) != step)
+    atomicAdd(out_of_order, 1);
   const long long begin = clock64();
-  while (clock64() - begin < cycles) {}
+  while (clock64() - begin < cycles) {
+  }
   if (threadIdx.x == 0 && blockIdx.x == 0) *reinterpret_cast<volatile int*>(count) = step + 1;
 }
 
@@ -199,6 +201,21 @@ float chain_microseconds(bool graph, int count, const char* what, Launch launch)
 
 }  // namespace
 
+void probe_device() {
+  prepare_device();
+  cudaDeviceProp device;
+  CHECK(cudaGetDeviceProperties(&device, 0));
+  int driver = 0, megahertz = 0, memory_megahertz = 0;
+  CHECK(cudaDriverGetVersion(&driver));
+  CHECK(cudaDeviceGetAttribute(&megahertz, cudaDevAttrClockRate, 0));
+  CHECK(cudaDeviceGetAttribute(&memory_megahertz, cudaDevAttrMemoryClockRate, 0));
+  finding(
+      "\"name\": \"%s\", \"multiprocessors\": %d, \"driver\": %d, \"l2_bytes\": %d, \"persisting_l2_bytes\": %d, "
+      "\"shared_memory_per_block\": %zu, \"mhz\": %d, \"memory_mhz\": %d",
+      device.name, device.multiProcessorCount, driver, device.l2CacheSize, device.persistingL2CacheMaxSize,
+      device.sharedMemPerBlockOptin, megahertz / 1000, memory_megahertz / 1000);
+}
+
 void probe_latency() {
   prepare_device();
   for (const int threads : {32, 128, 256, 384, 512, 1024})
@@ -249,9 +266,10 @@ void probe_launch() {
       const float programmatic = chain_microseconds(graph, COUNT, "dependent kernels", [=](cudaStream_t stream, int) {
         return launch_chained(stream, true, sms, 384, memory, dependent_kernel);
       });
-      finding("\"launch\": \"%s\", \"blocks\": %d, \"threads\": 384, \"shared_memory\": %d, \"us_per_kernel\": %.3f, "
-              "\"us_per_kernel_with_programmatic_launch\": %.3f",
-              graph ? "graph" : "stream", sms, memory, plain, programmatic);
+      finding(
+          "\"launch\": \"%s\", \"blocks\": %d, \"threads\": 384, \"shared_memory\": %d, \"us_per_kernel\": %.3f, "
+          "\"us_per_kernel_with_programmatic_launch\": %.3f",
+          graph ? "graph" : "stream", sms, memory, plain, programmatic);
     }
   // The same with 10,000 cycles of work, and the order checked.
   Buffer<int> state(2);
@@ -268,8 +286,9 @@ void probe_launch() {
       wrong[programmatic] = state.host()[1];
     }
     // Every repeat but the first starts with the count of the one before: one kernel each is out of order by design.
-    finding("\"launch\": \"%s, 10,000 cycles of work each\", \"us_per_kernel\": %.3f, "
-            "\"us_per_kernel_with_programmatic_launch\": %.3f, \"out_of_order\": [%d, %d], \"expected_out_of_order\": 4",
-            graph ? "graph" : "stream", times[0], times[1], wrong[0], wrong[1]);
+    finding(
+        "\"launch\": \"%s, 10,000 cycles of work each\", \"us_per_kernel\": %.3f, "
+        "\"us_per_kernel_with_programmatic_launch\": %.3f, \"out_of_order\": [%d, %d], \"expected_out_of_order\": 4",
+        graph ? "graph" : "stream", times[0], times[1], wrong[0], wrong[1]);
   }
 }

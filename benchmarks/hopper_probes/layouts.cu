@@ -22,8 +22,7 @@ std::vector<bf16> halo_tile(const std::vector<bf16>& image, int y0, int x0) {
       const int row = y0 - 1 + y, column = x0 - 1 + x;
       if (row < 0 || row >= IMAGE_H || column < 0 || column >= IMAGE_W) continue;
       for (int c = 0; c < CHANNELS; ++c)
-        tile[(y * HALO + x) * CHANNELS + c] =
-            image[((size_t(IMAGE_H) + row) * IMAGE_W + column) * IMAGE_C + 64 + c];
+        tile[(y * HALO + x) * CHANNELS + c] = image[((size_t(IMAGE_H) + row) * IMAGE_W + column) * IMAGE_C + 64 + c];
     }
   return tile;
 }
@@ -76,8 +75,9 @@ __global__ void __launch_bounds__(128)
     for (int s = 0; s < CHANNELS / 16; ++s) {
       const unsigned a = base + 2 * s * HALO * HALO * 16 + (tap / 3 * HALO + tap % 3) * 16;
       const unsigned b = shared_address(shared.weights) + 2 * s * OUTPUTS * 16;
-      Wgmma<OUTPUTS>::ss(d, matrix_descriptor(a, swapped ? HALO * 16 : HALO * HALO * 16,
-                                              swapped ? HALO * HALO * 16 : HALO * 16, SWIZZLE_NONE),
+      Wgmma<OUTPUTS>::ss(d,
+                         matrix_descriptor(a, swapped ? HALO * 16 : HALO * HALO * 16,
+                                           swapped ? HALO * HALO * 16 : HALO * 16, SWIZZLE_NONE),
                          matrix_descriptor(b, swapped ? 128 : OUTPUTS * 16, swapped ? OUTPUTS * 16 : 128, SWIZZLE_NONE),
                          1);
     }
@@ -189,8 +189,9 @@ int misplaced(const std::vector<bf16>& a, const std::vector<bf16>& b) {
       for (int k = 0; k < 16; ++k) expected += value(a[row * 16 + k]) * value(b[column * 16 + k]);
       const float actual = result[thread * (N / 2) + i];
       if (!(actual == expected) && wrong++ == 0)
-        finding("\"n\": %d, \"a_in_registers\": %s, \"thread\": %d, \"register\": %d, \"expected\": %.0f, \"got\": %.9g", N,
-                REGISTERS ? "true" : "false", thread, i, expected, actual);
+        finding(
+            "\"n\": %d, \"a_in_registers\": %s, \"thread\": %d, \"register\": %d, \"expected\": %.0f, \"got\": %.9g", N,
+            REGISTERS ? "true" : "false", thread, i, expected, actual);
     }
   return wrong;
 }
@@ -232,7 +233,7 @@ void probe_planes() {
   for (const bool swapped : {false, true})
     for (const bool tma : {false, true})
       for (int index = 0; index < 3; ++index) {
-        const int(&corner)[2] = corners[index];
+        const int (&corner)[2] = corners[index];
         if (tma && (verdict != CUDA_SUCCESS || swapped)) continue;
         if (!tma && index > 0) continue;
         const std::vector<bf16> tile = halo_tile(image, corner[0], corner[1]);
@@ -254,16 +255,18 @@ void probe_planes() {
                 expected += value(pixel[c]) * value(weights[(tap * OUTPUTS + o) * CHANNELS + c]);
               const float actual = result[tap * PRODUCT + m * OUTPUTS + o];
               if (!(actual == expected) && wrong++ == 0 && wrong_elements == 0)
-                snprintf(first, sizeof(first), "{\"tap\": %d, \"row\": %d, \"column\": %d, \"expected\": %.0f, \"got\": %.9g}",
-                         tap, m, o, expected, actual);
+                snprintf(first, sizeof(first),
+                         "{\"tap\": %d, \"row\": %d, \"column\": %d, \"expected\": %.0f, \"got\": %.9g}", tap, m, o,
+                         expected, actual);
             }
           right += wrong == 0;
           wrong_elements += wrong;
         }
-        finding("\"question\": \"A from planes at shifted starts\", \"fill\": \"%s\", \"leading_offset_is\": \"%s\", "
-                "\"corner\": [%d, %d], \"taps_right\": %d, \"of\": %d, \"wrong_elements\": %d, \"first_wrong\": %s",
-                tma ? "tma" : "st.shared", swapped ? "next 8 rows" : "next 8 k", corner[0], corner[1], right, TAPS,
-                wrong_elements, first);
+        finding(
+            "\"question\": \"A from planes at shifted starts\", \"fill\": \"%s\", \"leading_offset_is\": \"%s\", "
+            "\"corner\": [%d, %d], \"taps_right\": %d, \"of\": %d, \"wrong_elements\": %d, \"first_wrong\": %s",
+            tma ? "tma" : "st.shared", swapped ? "next 8 rows" : "next 8 k", corner[0], corner[1], right, TAPS,
+            wrong_elements, first);
       }
 }
 
@@ -307,9 +310,10 @@ void probe_rows() {
         by_address += memcmp(wanted, shared + row * CHANNELS + address_chunk * 8, 16) == 0;
         by_row += memcmp(wanted, shared + row * CHANNELS + row_chunk * 8, 16) == 0;
       }
-    finding("\"question\": \"swizzle of TMA\", \"target_offset\": %u, \"pieces\": %d, \"fit_xor_by_address\": %d, "
-            "\"fit_xor_by_row_of_box\": %d",
-            offset, HALO * HALO * 8, by_address, by_row);
+    finding(
+        "\"question\": \"swizzle of TMA\", \"target_offset\": %u, \"pieces\": %d, \"fit_xor_by_address\": %d, "
+        "\"fit_xor_by_row_of_box\": %d",
+        offset, HALO * HALO * 8, by_address, by_row);
 
     // What wgmma reads: the pixels wanted, or what another rule of the xor would give from the same bytes?
     const std::vector<float> result = products.host();
@@ -343,10 +347,11 @@ void probe_rows() {
             snprintf(rows + used, sizeof(rows) - used, "%s%d", used ? ", " : "", start.row);
           }
         }
-        finding("\"question\": \"A with 128-byte swizzle at shifted starts\", \"target_offset\": %u, \"sbo\": %d, "
-                "\"base_offset_field\": \"%s\", \"starts\": %d, \"right\": %d, \"right_rows\": [%s], "
-                "\"fit_xor_by_address\": %d, \"fit_xor_by_row_of_matrix\": %d, \"fit_address_minus_base_offset\": %d",
-                offset, sbo, base_offset ? "(start >> 7) & 7" : "0", count, right, rows, address, relative, corrected);
+        finding(
+            "\"question\": \"A with 128-byte swizzle at shifted starts\", \"target_offset\": %u, \"sbo\": %d, "
+            "\"base_offset_field\": \"%s\", \"starts\": %d, \"right\": %d, \"right_rows\": [%s], "
+            "\"fit_xor_by_address\": %d, \"fit_xor_by_row_of_matrix\": %d, \"fit_address_minus_base_offset\": %d",
+            offset, sbo, base_offset ? "(start >> 7) & 7" : "0", count, right, rows, address, relative, corrected);
       }
   }
 }
@@ -356,7 +361,8 @@ void probe_fragments() {
   FragmentCounts counts;
   all_fragments(counts, std::make_integer_sequence<int, 32>());
   for (int form = 0; form < 2; ++form)
-    finding("\"question\": \"fragment maps of m64nNk16, N = 8..256\", \"a\": \"%s\", \"sizes_right\": %d, \"of\": %d, "
-            "\"first_wrong_n\": %d",
-            form ? "registers" : "shared memory", counts.right[form], counts.sizes, counts.first_wrong_n[form]);
+    finding(
+        "\"question\": \"fragment maps of m64nNk16, N = 8..256\", \"a\": \"%s\", \"sizes_right\": %d, \"of\": %d, "
+        "\"first_wrong_n\": %d",
+        form ? "registers" : "shared memory", counts.right[form], counts.sizes, counts.first_wrong_n[form]);
 }

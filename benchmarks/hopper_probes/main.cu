@@ -6,10 +6,20 @@ int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } probes[] = {{"planes", probe_planes}, {"rows", probe_rows},   {"fragments", probe_fragments}, {"tma", probe_tma},
-                {"red", probe_red},       {"mma", probe_mma},     {"wgmma", probe_wgmma},         {"l2", probe_l2},
-                {"hbm", probe_hbm},       {"latency", probe_latency}, {"launch", probe_launch},
-                {"convolution_planes", probe_convolution_planes}, {"convolution_rows", probe_convolution_rows}};
+  } probes[] = {{"device", probe_device},
+                {"planes", probe_planes},
+                {"rows", probe_rows},
+                {"fragments", probe_fragments},
+                {"tma", probe_tma},
+                {"red", probe_red},
+                {"mma", probe_mma},
+                {"wgmma", probe_wgmma},
+                {"l2", probe_l2},
+                {"hbm", probe_hbm},
+                {"latency", probe_latency},
+                {"launch", probe_launch},
+                {"convolution_planes", probe_convolution_planes},
+                {"convolution_rows", probe_convolution_rows}};
   for (const auto& probe : probes) {
     if (argc < 2) {
       puts(probe.name);

@@ -2,6 +2,7 @@
 #pragma once
 #include "common.cuh"
 
+void probe_device();
 void probe_planes();
 void probe_rows();
 void probe_fragments();

@@ -39,9 +39,8 @@ enum Kind { PLANES, ROWS, WEIGHTS, LINEAR };
 
 /// One thread keeps `stages` boxes in flight; nothing reads them.
 template <Kind KIND>
-__global__ void __launch_bounds__(32)
-    tma_rate_kernel(const __grid_constant__ CUtensorMap map, const char* linear, int linear_boxes, int loops, int stages,
-                    uint64_t* result) {
+__global__ void __launch_bounds__(32) tma_rate_kernel(const __grid_constant__ CUtensorMap map, const char* linear,
+                                                      int linear_boxes, int loops, int stages, uint64_t* result) {
   extern __shared__ unsigned char memory[];
   __shared__ alignas(8) uint64_t barriers[16];
   if (threadIdx.x) return;
@@ -88,13 +87,16 @@ void tma_rate(const char* name, const CUtensorMap& map, const char* linear, int 
       Buffer<uint64_t> result(2 * blocks);
       const int loops = 1000;
       const float ms = milliseconds(
-          1, [&] { tma_rate_kernel<KIND><<<blocks, 32, MEMORY>>>(map, linear, linear_boxes, loops, stages, result.data); },
+          1,
+          [&] { tma_rate_kernel<KIND><<<blocks, 32, MEMORY>>>(map, linear, linear_boxes, loops, stages, result.data); },
           name);
       const Cycles cycles = summarize(result);
-      finding("\"box\": \"%s\", \"box_bytes\": %d, \"blocks\": %d, \"boxes_in_flight\": %d, \"bytes_per_clk_per_sm\": %.2f, "
-              "\"cycles_per_box\": %.0f, \"gb_per_s\": %.0f, \"mhz\": %.0f",
-              name, BYTES, blocks, stages, double(BYTES) * loops / (double(cycles.sum) / blocks),
-              double(cycles.sum) / blocks / loops, double(BYTES) * loops * blocks / ms * 1e-6, megahertz(cycles));
+      finding(
+          "\"box\": \"%s\", \"box_bytes\": %d, \"blocks\": %d, \"boxes_in_flight\": %d, \"bytes_per_clk_per_sm\": "
+          "%.2f, "
+          "\"cycles_per_box\": %.0f, \"gb_per_s\": %.0f, \"mhz\": %.0f",
+          name, BYTES, blocks, stages, double(BYTES) * loops / (double(cycles.sum) / blocks),
+          double(cycles.sum) / blocks / loops, double(BYTES) * loops * blocks / ms * 1e-6, megahertz(cycles));
     }
 }
 
@@ -197,14 +199,15 @@ void mma_rate() {
   Buffer<uint64_t> result(2 * blocks);
   Buffer<float> sums(size_t(blocks) * WARPS * 32);
   for (const int loops : {40000 / WARPS, 1600000 / WARPS}) {
-    const float ms = milliseconds(1, [&] { mma_kernel<WARPS><<<blocks, WARPS * 32>>>(loops, sums.data, result.data); },
-                                  "mma_kernel");
+    const float ms = milliseconds(
+        1, [&] { mma_kernel<WARPS><<<blocks, WARPS * 32>>>(loops, sums.data, result.data); }, "mma_kernel");
     const Cycles cycles = summarize(result);
     const double flop = double(loops) * 16 * WARPS * 4096;
-    finding("\"mma\": \"mma.sync m16n8k16\", \"warps_per_sm\": %d, \"ms\": %.2f, \"tflops\": %.1f, "
-            "\"flop_per_clk_per_sm\": %.0f, \"mhz\": %.0f, \"finite\": %s",
-            WARPS, ms, flop * blocks / ms * 1e-9, flop / (double(cycles.sum) / blocks), megahertz(cycles),
-            all_finite(sums.host()) ? "true" : "false");
+    finding(
+        "\"mma\": \"mma.sync m16n8k16\", \"warps_per_sm\": %d, \"ms\": %.2f, \"tflops\": %.1f, "
+        "\"flop_per_clk_per_sm\": %.0f, \"mhz\": %.0f, \"finite\": %s",
+        WARPS, ms, flop * blocks / ms * 1e-9, flop / (double(cycles.sum) / blocks), megahertz(cycles),
+        all_finite(sums.host()) ? "true" : "false");
   }
 }
 
@@ -249,8 +252,10 @@ __global__ void __launch_bounds__(256, 1) wgmma_kernel(int loops, float* sums, u
           else if constexpr (A == SWIZZLED_SHIFTED)
             Wgmma<N>::ss(d[tile], matrix_descriptor(start + shift * 128 + s * 32, 16, 1280, SWIZZLE_128), b, 1);
           else
-            Wgmma<N>::ss(d[tile], matrix_descriptor(start + (A == FLAT_PLANES ? 0 : shift * 16) + s * 3200, 1600, 160,
-                                                    SWIZZLE_NONE), b, 1);
+            Wgmma<N>::ss(
+                d[tile],
+                matrix_descriptor(start + (A == FLAT_PLANES ? 0 : shift * 16) + s * 3200, 1600, 160, SWIZZLE_NONE), b,
+                1);
         }
       }
       wgmma_commit();
@@ -279,10 +284,11 @@ void wgmma_rate(const char* name) {
         1, [&] { wgmma_kernel<N, TILES, A><<<blocks, 256, WGMMA_MEMORY>>>(loops, sums.data, result.data); }, name);
     const Cycles cycles = summarize(result);
     const double instructions = double(loops) * 36 * TILES * 2, flop = instructions * 64 * N * 16 * 2;
-    finding("\"mma\": \"wgmma m64n%dk16\", \"a\": \"%s\", \"accumulators_per_warpgroup\": %d, \"ms\": %.2f, "
-            "\"tflops\": %.1f, \"flop_per_clk_per_sm\": %.0f, \"clk_per_wgmma\": %.1f, \"mhz\": %.0f, \"finite\": %s",
-            N, name, TILES, ms, flop * blocks / ms * 1e-9, flop / (double(cycles.sum) / blocks),
-            double(cycles.sum) / blocks / instructions, megahertz(cycles), all_finite(sums.host()) ? "true" : "false");
+    finding(
+        "\"mma\": \"wgmma m64n%dk16\", \"a\": \"%s\", \"accumulators_per_warpgroup\": %d, \"ms\": %.2f, "
+        "\"tflops\": %.1f, \"flop_per_clk_per_sm\": %.0f, \"clk_per_wgmma\": %.1f, \"mhz\": %.0f, \"finite\": %s",
+        N, name, TILES, ms, flop * blocks / ms * 1e-9, flop / (double(cycles.sum) / blocks),
+        double(cycles.sum) / blocks / instructions, megahertz(cycles), all_finite(sums.host()) ? "true" : "false");
   }
 }
 
@@ -385,7 +391,7 @@ void probe_wgmma() {
 
 void probe_l2() {
   prepare_device();
-  const int sms = multiprocessors(), loops = 40;
+  const int sms = multiprocessors(), loops = 100;
   for (const unsigned megabytes : {8u, 20u, 40u}) {
     const unsigned count = megabytes * 65536;
     Buffer<uint4> source(count);
@@ -395,8 +401,8 @@ void probe_l2() {
     for (const int per_sm : {2, 4}) {
       const float ms = milliseconds(
           1, [&] { load_kernel<<<sms * per_sm, 512>>>(source.data, count, loops, sums.data); }, "load_kernel");
-      finding("\"read\": \"ld.global.cg 16\", \"megabytes\": %u, \"blocks_of_512_per_sm\": %d, \"gb_per_s\": %.0f", megabytes,
-              per_sm, double(bytes_read) * loops / ms * 1e-6);
+      finding("\"read\": \"ld.global.cg 16\", \"megabytes\": %u, \"blocks_of_512_per_sm\": %d, \"gb_per_s\": %.0f",
+              megabytes, per_sm, double(bytes_read) * loops / ms * 1e-6);
     }
     allow_shared_memory(cp_async_kernel, 24 * 8192);
     const float ms = milliseconds(
@@ -408,10 +414,13 @@ void probe_l2() {
     allow_shared_memory(tma_rate_kernel<LINEAR>, MEMORY);
     const int boxes = int(count / 1024), tma_loops = boxes * loops / sms;
     const CUtensorMap unused{};
-    const float tma_ms = milliseconds(1, [&] {
-      tma_rate_kernel<LINEAR><<<sms, 32, MEMORY>>>(unused, reinterpret_cast<const char*>(source.data), boxes, tma_loops,
-                                                   12, result.data);
-    }, "tma_rate_kernel");
+    const float tma_ms = milliseconds(
+        1,
+        [&] {
+          tma_rate_kernel<LINEAR><<<sms, 32, MEMORY>>>(unused, reinterpret_cast<const char*>(source.data), boxes,
+                                                       tma_loops, 12, result.data);
+        },
+        "tma_rate_kernel");
     finding("\"read\": \"cp.async.bulk 16 KB\", \"megabytes\": %u, \"gb_per_s\": %.0f", megabytes,
             double(LINEAR_BYTES) * tma_loops * sms / tma_ms * 1e-6);
   }

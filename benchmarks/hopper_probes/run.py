@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the probes, each in a process of its own with a time limit, and collects their JSON lines.
 
-python run.py [--executable build/hopper_probes/hopper_probes] [--out FILE.jsonl] [--only NAME ...] [--seconds 45]
+python run.py [--executable build/hopper_probes/hopper_probes] [--out FILE.jsonl] [--only NAME ...] [--seconds 30]
 """
 
 import argparse
@@ -13,8 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 # Probes of layouts measure no time and may run at once; the others run alone.
-TOGETHER = ["planes", "rows", "fragments"]
-ALONE = ["wgmma", "tma", "mma", "red", "l2", "hbm", "latency", "launch", "convolution_planes", "convolution_rows"]
+TOGETHER = ["device", "planes", "rows", "fragments"]
+ALONE = ["wgmma", "convolution_planes", "convolution_rows", "tma", "mma", "red", "l2", "hbm", "latency", "launch"]
 LIMIT = 10  # seconds of one process
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--executable", default=str(ROOT / "build/hopper_probes/hopper_probes"))
     parser.add_argument("--out", help="file the JSON lines are appended to")
     parser.add_argument("--only", nargs="+", choices=TOGETHER + ALONE)
-    parser.add_argument("--seconds", type=float, default=45, help="no probe starts after this time")
+    parser.add_argument("--seconds", type=float, default=30, help="no probe runs longer than this from the start")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     chosen = arguments.only or TOGETHER + ALONE

@@ -19,7 +19,9 @@ int main(int argc, char** argv) {
                 {"latency", probe_latency},
                 {"launch", probe_launch},
                 {"convolution_planes", probe_convolution_planes},
-                {"convolution_rows", probe_convolution_rows}};
+                {"convolution_rows", probe_convolution_rows},
+                {"convolution_planes_cluster", probe_convolution_planes_cluster},
+                {"convolution_rows_cluster", probe_convolution_rows_cluster}};
   for (const auto& probe : probes) {
     if (argc < 2) {
       puts(probe.name);

@@ -16,3 +16,5 @@ void probe_latency();
 void probe_launch();
 void probe_convolution_planes();
 void probe_convolution_rows();
+void probe_convolution_planes_cluster();
+void probe_convolution_rows_cluster();

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 # Probes of layouts measure no time and may run at once; the others run alone.
 TOGETHER = ["device", "planes", "rows", "fragments"]
-ALONE = ["wgmma", "convolution_planes", "convolution_rows", "tma", "mma", "red", "l2", "hbm", "latency", "launch"]
+CONVOLUTIONS = [f"convolution_{layout}{cluster}" for cluster in ("", "_cluster") for layout in ("planes", "rows")]
+ALONE = ["wgmma", "tma", *CONVOLUTIONS, "mma", "red", "l2", "hbm", "latency", "launch"]
 LIMIT = 10  # seconds of one process
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

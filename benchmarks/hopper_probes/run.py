@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the probes, each in a process of its own with a time limit, and collects their JSON lines.
+
+python run.py [--executable build/hopper_probes/hopper_probes] [--out FILE.jsonl] [--only NAME ...] [--seconds 30]
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+# Probes of layouts measure no time and may run at once; the others run alone.
+TOGETHER = ["device", "planes", "rows", "fragments"]
+CONVOLUTIONS = [f"convolution_{layout}{cluster}" for cluster in ("", "_cluster") for layout in ("planes", "rows")]
+ALONE = ["wgmma", "tma", *CONVOLUTIONS, "mma", "red", "l2", "hbm", "latency", "launch"]
+LIMIT = 10  # seconds of one process
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(executable: str, name: str, limit: float) -> list[dict]:
+    """The findings of one probe. A crash or an expired limit is a finding too; lines printed before it are kept."""
+    begin = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([executable, name], stdout=output, stderr=errors)
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = "timed out"
+        output.seek(0)
+        errors.seek(0)
+        lines, message = output.read().splitlines(), errors.read()
+    findings = []
+    for line in lines:
+        try:
+            findings.append(json.loads(line))
+        except ValueError:
+            findings.append({"probe": name, "text": line})
+    end = {"probe": name, "status": status, "seconds": round(time.monotonic() - begin, 2)}
+    if message:
+        end["stderr"] = message[-1000:]
+    return findings + [end]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--executable", default=str(ROOT / "build/hopper_probes/hopper_probes"))
+    parser.add_argument("--out", help="file the JSON lines are appended to")
+    parser.add_argument("--only", nargs="+", choices=TOGETHER + ALONE)
+    parser.add_argument("--seconds", type=float, default=30, help="no probe runs longer than this from the start")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    chosen = arguments.only or TOGETHER + ALONE
+
+    def report(findings: list[dict]) -> None:
+        lines = "".join(json.dumps(finding) + "\n" for finding in findings)
+        print(lines, end="", flush=True)
+        if arguments.out:
+            with open(arguments.out, "a") as file:
+                file.write(lines)
+
+    def limited(name: str) -> list[dict]:
+        left = end - time.monotonic()
+        if left <= 0:
+            return [{"probe": name, "status": "left out: no time"}]
+        return run(arguments.executable, name, min(LIMIT, left))
+
+    with ThreadPoolExecutor(len(TOGETHER)) as pool:
+        for findings in pool.map(limited, [name for name in TOGETHER if name in chosen]):
+            report(findings)
+    for name in ALONE:
+        if name in chosen:
+            report(limited(name))
+
+
+if __name__ == "__main__":
+    main()

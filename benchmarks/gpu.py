@@ -58,17 +58,17 @@ FAST_ON_CPU = ("sigmoid_focal_loss", "paste_masks", "stuff_labels", "preprocess_
 """What a dry run walks through; the oracles of the others take minutes on a CPU."""
 
 
-def plan(dry: bool) -> tuple[Entry, ...]:
-    """All entries, or for a dry run the first case of some, once, by ours alone."""
-    if not dry:
-        return PLAN
+def plan(options: argparse.Namespace) -> tuple[Entry, ...]:
+    """The entries asked for, or for a dry run the first case of some, once, by ours alone."""
+    if not options.dry:
+        return tuple(entry for entry in PLAN if not options.names or entry.name in options.names)
     cases = {name: next(iter(importlib.import_module(name).BENCHMARK.sweep)) for name in FAST_ON_CPU}
     return tuple(Entry(name, ("float32",), (case,), ("none",), ("forward",)) for name, case in cases.items())
 
 
 def run_from(first: int, options: argparse.Namespace) -> None:
     """Runs the entries from `first` on in this process; an error of one is printed and the others go on."""
-    for index, entry in enumerate(plan(options.dry)[first:], first):
+    for index, entry in enumerate(plan(options)[first:], first):
         print(f"entry {index}", flush=True)
         arguments = ["--device", options.device, "--seconds", str(options.seconds), "--no-plot", "--add",
                      "--output", str(options.output), "--dtype", *entry.dtypes]  # fmt: skip
@@ -106,18 +106,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.1, help="time per provider, case and mode (default: 0.1)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="receives <device>/<op>.json")
     parser.add_argument("--dry", action="store_true", help="the first case of some operators, by ours alone")
+    parser.add_argument("--names", nargs="+", choices=sorted({entry.name for entry in PLAN}), metavar="OP",
+                        help="only these operators")  # fmt: skip
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.first is not None:
         run_from(options.first, options)
         return 0
-    for entry in PLAN:  # results of an earlier run
+    for entry in plan(options):  # results of an earlier run
         for path in options.output.glob(f"*/{entry.name}.json"):
             path.unlink()
-    first, failed, dry = 0, False, ["--dry"] if options.dry else []
-    while first < len(plan(options.dry)):
+    first, failed, passed_on = 0, False, ["--dry"] if options.dry else []
+    if options.names:
+        passed_on += ["--names", *options.names]
+    while first < len(plan(options)):
         command = [sys.executable, "-u", __file__, "--device", options.device, "--seconds", str(options.seconds),
-                   "--output", str(options.output), "--first", str(first), *dry]  # fmt: skip
+                   "--output", str(options.output), "--first", str(first), *passed_on]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for line in process.stdout:
             print(line, end="", flush=True)

@@ -224,13 +224,14 @@ def has_module(name: str) -> bool:
 
 
 def install_wheels() -> None:
-    """Unpacks the wheels of `wheels/` whose packages are missing here, for this Python, into `SITE`."""
-    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-    for wheel in sorted((ROOT / "wheels").glob("*.whl")):
-        name, python = wheel.name.split("-")[0], wheel.name.split("-")[-3]
-        if python in (tag, "py3") or python.startswith("py2.py3"):
-            if not has_module(name):
-                shutil.unpack_archive(wheel, SITE, "zip")
+    """Installs the packages that are missing here and came as wheels in `wheels/` into `SITE`, without a network."""
+    names = {wheel.name.split("-")[0] for wheel in (ROOT / "wheels").glob("*.whl")}
+    for name in sorted(name for name in names if not has_module(name)):
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--find-links",
+                   str(ROOT / "wheels"), "--target", str(SITE), name]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"gpu-check: {name} could not be installed: {done.stderr.strip()[-200:]}", file=sys.stderr)
 
 
 def compile_evaluation() -> subprocess.Popen | None:

@@ -24,8 +24,8 @@
 // A value that is not finite at the border of a map may reach all taps of its channel, also those that leave the map.
 //
 // Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 256 to 256 channels, P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
-// gradients 34 MB, parts 19 MB: 18 us. Expected: 75 us (mma.sync gives about 60 % of the rate, rectangles cover 15 % more
-// pixels than there are), and 10 us of the second kernel.
+// gradients 34 MB, parts 19 MB: 18 us. Expected: 65 us (mma.sync gives about 60 % of the rate, rectangles cover 15 %
+// more pixels than there are), and 7 us of the second kernel.
 #include <algorithm>
 
 #include "cuda/conv3x3.h"
@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
     // The rows of shared memory that this lane points ldmatrix at.
     constexpr int kInputStep = 2 * Wide::kRimWidth * Wide::kRow, kGradientStep = 2 * Wide::kWidth * Wide::kRow;
     auto inputs = shared + ((lane / 8 % 2 * Wide::kRimWidth + lane % 8) * Wide::kRow + warp_channel + lane / 16 * 8);
-    auto gradients = shared + ((Wide::kInputs + lane / 16 * 8 + lane % 8) * Wide::kRow + warp_output + lane / 8 % 2 * 8);
+    auto gradients =
+        shared + ((Wide::kInputs + lane / 16 * 8 + lane % 8) * Wide::kRow + warp_output + lane / 8 % 2 * 8);
     int turn = Wide::kBuffer;  // to the other half
     float sums[kTaps][2][2][4] = {};
     while (tiles.valid()) {

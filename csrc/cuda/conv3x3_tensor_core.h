@@ -159,42 +159,16 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
 
     // Inputs to be fetched: this thread's eight channels of a step.
     const int input_channel = thread % (Size::kChannels / 8) * 8, input_pixel = thread / (Size::kChannels / 8);
-    Global<const scalar_t> x(nullptr), flow(nullptr);
-    int x_left = 0, flow_left = 0;  // channels from there on
+    InputReader<Size::kHeight, Size::kWidth, Size::kInputs, scalar_t> reader;
     const auto begin_inputs = [&](const ConvTile& tile) {
-        x_left = flow_left = 0;
-        if (tile.tile >= table.num_tiles) {
-            return;
-        }
-        const ConvSource<scalar_t>& source = table.jobs[tile.job].source;
-        const MapTile map = map_of<Size::kHeight, Size::kWidth>(table, tile);
-#pragma unroll 1
-        for (int pixel = thread; pixel < Size::kInputs; pixel += Size::kThreads) {
-            const int row = pixel / Size::kRimWidth, y = map.y + row - 1;
-            const int column = map.x + pixel % Size::kRimWidth - 1;
-            const bool inside = row < Size::kHeight + 2 && y >= 0 && y < source.height && column >= 0 &&
-                                column < source.width;
-            const Vec<int64_t, 2> place = {{inside ? y * source.x_h + column * source.x_w : -1,
-                                            inside ? y * source.f_h + column * source.f_w : -1}};
-            store_vector(places + 2 * pixel, place);
-        }
-        x = source.x + (map.image * source.x_n + input_channel);
-        x_left = source.channels - input_channel;
-        if (source.flow) {
-            flow = source.flow + (map.image * source.f_n + input_channel);
-            flow_left = x_left;
+        reader.end();
+        if (tile.tile < table.num_tiles) {
+            reader.begin(table.jobs[tile.job].source, map_of<Size::kHeight, Size::kWidth>(table, tile), input_channel,
+                         places);
         }
     };
     const auto fetch_inputs = [&](int piece) {
-        const auto place = load_vector<2>(places + 2 * (piece * Size::kPiece + input_pixel));
-        SumTerms terms{};
-        if (place[0] >= 0) {
-            terms.x = load_words<kAccess>(x + place[0], x_left);
-            if (flow_left > 0) {
-                terms.flow = load_words<kAccess>(flow + place[1], flow_left);
-            }
-        }
-        return terms;
+        return reader.template fetch<kAccess>(places, piece * Size::kPiece + input_pixel);
     };
     auto input_target = pointer_cast<unsigned>(inputs + (input_pixel * Size::kInputRow + input_channel));
     const auto keep_inputs = [&](int piece, const SumTerms& terms) {
@@ -263,10 +237,7 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
                 __syncthreads();  // before `places` is written anew
                 begin_inputs(next);
             } else {
-                x += Size::kChannels;
-                x_left -= Size::kChannels;
-                flow += Size::kChannels;
-                flow_left -= Size::kChannels;
+                reader.advance(Size::kChannels);
             }
 #pragma unroll 1
             for (int half = 0; half < 2; ++half) {

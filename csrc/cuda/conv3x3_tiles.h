@@ -83,25 +83,10 @@ __device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar
     return words;
 }
 
-// load_sum<8> in two halves: loads on their way, to be added once they are needed.
+// x + flow in two halves: loads on their way, to be added once they are needed.
 struct SumTerms {
     Vec<unsigned, 4> x, flow;
 };
-
-template <int kWidth, typename scalar_t>
-__device__ __forceinline__ SumTerms load_terms(
-    const ConvSource<scalar_t>& source, int image, int y, int x, int c) {
-    SumTerms terms{};
-    if (y >= 0 && y < source.height && x >= 0 && x < source.width) {
-        terms.x = load_words<kWidth>(
-            source.x + (image * source.x_n + y * source.x_h + x * source.x_w + c), source.channels - c);
-        if (source.flow) {
-            terms.flow = load_words<kWidth>(
-                source.flow + (image * source.f_n + y * source.f_h + x * source.f_w + c), source.channels - c);
-        }
-    }
-    return terms;
-}
 
 // Without a flow its words are zeros, which change no value.
 template <typename scalar_t>
@@ -135,5 +120,55 @@ __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, in
     }
     return entry;
 }
+
+// A thread's way through the inputs of a kernel for tensor cores: eight channels of the pixels of a tile and its rim,
+// a piece after the other. Where the pixels lie is in a table in shared memory; their row and column is y, x of the
+// tile and one less.
+template <int kHeight, int kWidth, int kCount, typename scalar_t>
+struct InputReader {
+    Global<const scalar_t> x{nullptr}, flow{nullptr};
+    int x_left = 0, flow_left = 0;  // channels from there on
+
+    // By all threads of the block, with barriers before and after.
+    __device__ __forceinline__ void begin(
+        const ConvSource<scalar_t>& source, const MapTile& map, int channel, const Shared<int64_t>& places) {
+        constexpr int kRimWidth = kWidth + 2;
+#pragma unroll 1
+        for (int pixel = static_cast<int>(threadIdx.x); pixel < kCount; pixel += static_cast<int>(blockDim.x)) {
+            const int row = pixel / kRimWidth, map_y = map.y + row - 1, map_x = map.x + pixel % kRimWidth - 1;
+            const bool inside = row < kHeight + 2 && map_y >= 0 && map_y < source.height && map_x >= 0 &&
+                                map_x < source.width;
+            const Vec<int64_t, 2> place = {{inside ? map_y * source.x_h + map_x * source.x_w : -1,
+                                            inside ? map_y * source.f_h + map_x * source.f_w : -1}};
+            store_vector(places + 2 * pixel, place);
+        }
+        x = source.x + (map.image * source.x_n + channel);
+        x_left = source.channels - channel;
+        flow_left = 0;
+        if (source.flow) {
+            flow = source.flow + (map.image * source.f_n + channel);
+            flow_left = x_left;
+        }
+    }
+    __device__ __forceinline__ void end() { x_left = flow_left = 0; }
+    __device__ __forceinline__ void advance(int channels) {
+        x += channels;
+        flow += channels;
+        x_left -= channels;
+        flow_left -= channels;
+    }
+    template <int kAccess>
+    __device__ __forceinline__ SumTerms fetch(const Shared<int64_t>& places, int pixel) const {
+        const Vec<int64_t, 2> place = load_vector<2>(places + 2 * pixel);
+        SumTerms terms{};
+        if (place[0] >= 0) {
+            terms.x = load_words<kAccess>(x + place[0], x_left);
+            if (flow_left > 0) {
+                terms.flow = load_words<kAccess>(flow + place[1], flow_left);
+            }
+        }
+        return terms;
+    }
+};
 
 }  // namespace spatialflow

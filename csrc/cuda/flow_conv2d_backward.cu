@@ -8,14 +8,15 @@
 // Nine matrix products (outputs x pixels) by (pixels x channels), one per tap, that share their left side and, shifted,
 // their right side. Sources (N, H, W, C) and gradients (N, H, W, O) by strides, channels adjacent; result (O, C, 3, 3).
 //
-// A block owns a rectangle of outputs and channels for all nine taps and runs over a part of the tiles of 8 x 8 pixels:
+// A block owns a rectangle of outputs and channels for all nine taps and runs over a part of the tiles of pixels:
 // it brings the gradients of a tile and x + flow of the tile and its rim into shared memory once for nine products. The
 // parts' sums (part, 9, O, C) are added in their order by a second kernel. How many parts there are depends on the
 // sizes alone, so the result has the same bits in every run and on every device.
 //
-//   16-bit types   64 outputs x 64 channels per block of 9 warps, a tap each: 64 x 64 by mma.sync with float32 sums;
-//                  the transposed left side comes from ldmatrix.trans. The next tile comes into the other half of
-//                  shared memory: gradients by cp.async, inputs through registers, a piece per step.
+//   16-bit types   64 outputs x 64 channels per block of 8 warps, each 32 x 16 for all taps by mma.sync with float32
+//                  sums. A step is 2 rows of 8 pixels: rows of inputs, from ldmatrix.trans, serve all taps from
+//                  registers, and the last ones the next step too. The next tile (16 x 8 pixels) comes into the other
+//                  half of shared memory: gradients by cp.async, inputs through registers, a piece per step.
 //   float32, 64    32 outputs x 32 channels per block of 8 warps: a lane a channel, a warp four outputs, 36 sums a
 //                  thread; a window of 3 x 3 inputs slides along the row, so a pixel costs 3 inputs and a broadcast of
 //                  4 gradients for 36 multiply-adds.
@@ -23,8 +24,8 @@
 // A value that is not finite at the border of a map may reach all taps of its channel, also those that leave the map.
 //
 // Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 256 to 256 channels, P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
-// gradients 34 MB, parts 38 MB: 24 us. Expected: 70 us (mma.sync gives about 60 % of the rate, squares cover 9 % more
-// pixels than there are), and 10 us of the second kernel.
+// gradients 34 MB, parts 19 MB: 18 us. Expected: 65 us (mma.sync gives about 60 % of the rate, rectangles cover 15 %
+// more pixels than there are), and 7 us of the second kernel.
 #include <algorithm>
 
 #include "cuda/conv3x3.h"
@@ -34,7 +35,6 @@ namespace spatialflow {
 namespace {
 
 constexpr int kMaxLevels = 16;
-constexpr int kSide = 8, kPixels = kSide * kSide, kRimSide = kSide + 2, kRim = kRimSide * kRimSide;
 
 template <typename scalar_t>
 struct GradientLevel {
@@ -51,8 +51,8 @@ struct GradientTable {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The tiles of a part, and what a block reads of one.
-template <typename scalar_t>
+// The tiles of a part.
+template <int kHeight, int kWidth, typename scalar_t>
 struct TileReader {
     const GradientTable<scalar_t>& table;
     int tile, end, level;
@@ -65,7 +65,6 @@ struct TileReader {
         locate();
     }
     __device__ __forceinline__ bool valid() const { return tile < end; }
-    __device__ __forceinline__ int buffer() const { return tile % 2; }  // half of shared memory that the tile goes to
     __device__ __forceinline__ void advance() {
         ++tile;
         locate();
@@ -73,53 +72,23 @@ struct TileReader {
     __device__ __forceinline__ void locate() {
         level = entry_of_tile(table.levels, table.num_levels, tile);
         const GradientLevel<scalar_t>& own = table.levels[level];
-        map = map_tile<kSide, kSide>(tile - own.tile_begin, own.tile_rows, own.tile_columns);
-    }
-    // Channels from `c` on of x + flow at a pixel of the tile and its rim.
-    template <int kCount, int kAccess>
-    __device__ __forceinline__ Vec<scalar_t, kCount> input(int pixel, int c) const {
-        return load_sum<kCount, kAccess>(table.levels[level].input, map.image, map.y + pixel / kRimSide - 1,
-                                         map.x + pixel % kRimSide - 1, c);
-    }
-    // Eight of them, not yet added.
-    template <int kAccess>
-    __device__ __forceinline__ SumTerms input_terms(int pixel, int c) const {
-        return load_terms<kAccess>(table.levels[level].input, map.image, map.y + pixel / kRimSide - 1,
-                                   map.x + pixel % kRimSide - 1, c);
-    }
-    // Outputs from `o` on of the gradient at a pixel of the tile.
-    template <int kCount, int kAccess>
-    __device__ __forceinline__ Vec<scalar_t, kCount> gradient(int pixel, int o) const {
-        return load_sum<kCount, kAccess>(
-            table.levels[level].gradient, map.image, map.y + pixel / kSide, map.x + pixel % kSide, o);
-    }
-    // Eight of them to shared memory, on their way until cp_async_wait.
-    template <int kAccess>
-    __device__ __forceinline__ void copy_gradient(const Shared<scalar_t>& target, int pixel, int o) const {
-        if constexpr (kAccess == 8) {
-            const ConvSource<scalar_t>& source = table.levels[level].gradient;
-            const int y = map.y + pixel / kSide, x = map.x + pixel % kSide;
-            const bool valid = y < source.height && x < source.width && o < source.channels;
-            cp_async_16(
-                target,
-                source.x + (valid ? map.image * source.x_n + y * source.x_h + x * source.x_w + o : int64_t(0)), valid);
-        } else {
-            store_vector(target, gradient<8, kAccess>(pixel, o));
-        }
+        map = map_tile<kHeight, kWidth>(tile - own.tile_begin, own.tile_rows, own.tile_columns);
     }
 };
 
 // Sizes of the tensor-core kernel.
 struct Wide {
-    static constexpr int kThreads = kTaps * kWarpSize;
+    static constexpr int kThreads = 256;
     static constexpr int kOutputs = 64, kChannels = 64;
-    static constexpr int kRow = 64 + 8;  // of both shared arrays: eight rows lie in different banks
-    static constexpr int kInputVectors = kRim * kChannels / 8, kGradientVectors = kPixels * kOutputs / 8;
-    static constexpr int kInputPieces = (kInputVectors + kThreads - 1) / kThreads;
-    static constexpr int kSteps = kPixels / 16;
-    static constexpr int kBuffer = (kRim + kPixels) * kRow;  // elements
+    static constexpr int kHeight = 16, kWidth = 8, kPixels = kHeight * kWidth, kRimWidth = kWidth + 2;
+    static constexpr int kSteps = kHeight / 2;                 // of 16 pixels
+    static constexpr int kPiece = kThreads / (kChannels / 8);  // pixels
+    static constexpr int kPieces = ((kHeight + 2) * kRimWidth + kPiece - 1) / kPiece;
+    static constexpr int kInputs = kPieces * kPiece;  // pixels with rim, filled up to whole pieces
+    static constexpr int kRow = 64 + 8;               // of both shared arrays: eight rows lie in different banks
+    static constexpr int kBuffer = (kInputs + kPixels) * kRow;  // elements
     static constexpr size_t kSharedBytes = 2 * 2 * kBuffer;
-    static_assert(kInputPieces <= kSteps, "a tile comes in while one is multiplied");
+    static_assert(kPieces <= kSteps, "a tile comes in while one is multiplied");
 };
 
 // 16-bit types on the tensor cores.
@@ -129,97 +98,141 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
     Global<float> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, shared);  // 2 x (inputs [pixel with rim][channel], gradients [pixel][output])
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, tap = thread / kWarpSize;
+    SPATIALFLOW_SHARED(int64_t, places, 2 * Wide::kInputs);  // of InputReader
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int first_output = static_cast<int>(blockIdx.x) * Wide::kOutputs;
     const int first_channel = static_cast<int>(blockIdx.y) * Wide::kChannels;
+    const int warp_output = warp % 2 * 32, warp_channel = warp / 2 * 16;
 
-    const auto fetch_inputs = [&](const TileReader<scalar_t>& reader, int piece) {
-        const int index = piece * Wide::kThreads + thread;
-        return index < Wide::kInputVectors
-                   ? reader.template input_terms<kAccess>(index / 8, first_channel + index % 8 * 8)
-                   : SumTerms{};
+    // What this thread brings: eight channels, and eight outputs, of a pixel of each piece.
+    const int own_vector = thread % 8 * 8, own_pixel = thread / 8;
+    InputReader<Wide::kHeight, Wide::kWidth, Wide::kInputs, scalar_t> reader;
+    auto input_target = pointer_cast<unsigned>(shared + (own_pixel * Wide::kRow + own_vector));
+    auto gradient_target = shared + ((Wide::kInputs + own_pixel) * Wide::kRow + own_vector);
+    const auto begin_inputs = [&](const GradientLevel<scalar_t>& level, const MapTile& map) {
+        reader.begin(level.input, map, first_channel + own_vector, places);
     };
-    const auto keep_inputs = [&](int buffer, int piece, const SumTerms& terms) {
-        const int index = piece * Wide::kThreads + thread;
-        if (index < Wide::kInputVectors) {
-            store_vector(
-                pointer_cast<unsigned>(shared + (buffer * Wide::kBuffer + index / 8 * Wide::kRow + index % 8 * 8)),
-                sum_of<scalar_t>(terms));
-        }
+    const auto fetch_inputs = [&](int piece) {
+        return reader.template fetch<kAccess>(places, piece * Wide::kPiece + own_pixel);
     };
-    const auto copy_gradients = [&](const TileReader<scalar_t>& reader, int buffer) {
-#pragma unroll 1
-        for (int index = thread; index < Wide::kGradientVectors; index += Wide::kThreads) {
-            reader.template copy_gradient<kAccess>(
-                shared + (buffer * Wide::kBuffer + (kRim + index / 8) * Wide::kRow + index % 8 * 8), index / 8,
-                first_output + index % 8 * 8);
+    const auto keep_inputs = [&](int piece, const SumTerms& terms) {
+        store_vector(input_target + piece * (Wide::kPiece * Wide::kRow / 2), sum_of<scalar_t>(terms));
+    };
+    const auto copy_gradients = [&](const GradientLevel<scalar_t>& level, const MapTile& map) {
+        const ConvSource<scalar_t>& source = level.gradient;
+        const int y = map.y + own_pixel / Wide::kWidth, x = map.x + own_pixel % Wide::kWidth;
+        const int left = x < source.width ? source.channels - first_output - own_vector : 0;
+        Global<const scalar_t> pixel =
+            source.x + (map.image * source.x_n + y * source.x_h + x * source.x_w + first_output + own_vector);
+#pragma unroll
+        for (int i = 0; i < Wide::kPixels / Wide::kPiece; ++i) {
+            constexpr int kRows = Wide::kPiece / Wide::kWidth;
+            const auto target = gradient_target + i * Wide::kPiece * Wide::kRow;
+            const int present = y + i * kRows < source.height ? left : 0;
+            if constexpr (kAccess == 8) {
+                cp_async_16(target, pixel, present > 0);
+            } else {
+                store_vector(pointer_cast<unsigned>(target), load_words<kAccess>(pixel, present));
+            }
+            pixel += kRows * source.x_h;
         }
         cp_async_commit();
     };
 
-    TileReader<scalar_t> reader(table);
-    copy_gradients(reader, reader.buffer());
-    for (int piece = 0; piece < Wide::kInputPieces; ++piece) {
-        keep_inputs(reader.buffer(), piece, fetch_inputs(reader, piece));
+    TileReader<Wide::kHeight, Wide::kWidth, scalar_t> tiles(table);
+    begin_inputs(table.levels[tiles.level], tiles.map);
+    copy_gradients(table.levels[tiles.level], tiles.map);
+    __syncthreads();
+    for (int piece = 0; piece < Wide::kPieces; ++piece) {
+        keep_inputs(piece, fetch_inputs(piece));
     }
-    // The rows of shared memory that this lane points ldmatrix at. A step is 16 pixels, two rows of the tile.
-    constexpr int kInputStep = 2 * kRimSide * Wide::kRow, kGradientStep = 2 * kSide * Wide::kRow;
-    auto inputs = shared + (reader.buffer() * Wide::kBuffer +
-                            ((lane / 8 % 2 + tap / 3) * kRimSide + lane % 8 + tap % 3) * Wide::kRow + lane / 16 * 8);
-    auto gradients = shared + (reader.buffer() * Wide::kBuffer +
-                               (kRim + lane / 16 * 8 + lane % 8) * Wide::kRow + lane / 8 % 2 * 8);
-    float sums[4][8][4] = {};
-    while (reader.valid()) {
-        reader.advance();
+    // The rows of shared memory that this lane points ldmatrix at.
+    constexpr int kInputStep = 2 * Wide::kRimWidth * Wide::kRow, kGradientStep = 2 * Wide::kWidth * Wide::kRow;
+    auto inputs = shared + ((lane / 8 % 2 * Wide::kRimWidth + lane % 8) * Wide::kRow + warp_channel + lane / 16 * 8);
+    auto gradients =
+        shared + ((Wide::kInputs + lane / 16 * 8 + lane % 8) * Wide::kRow + warp_output + lane / 8 % 2 * 8);
+    int turn = Wide::kBuffer;  // to the other half
+    float sums[kTaps][2][2][4] = {};
+    while (tiles.valid()) {
+        const int steps = (table.levels[tiles.level].gradient.height - tiles.map.y + 1) / 2;
+        tiles.advance();
         cp_async_wait<0>();
         __syncthreads();
-        if (reader.valid()) {
-            copy_gradients(reader, reader.buffer());
+        input_target += turn / 2;
+        gradient_target += turn;
+        reader.end();
+        if (tiles.valid()) {
+            begin_inputs(table.levels[tiles.level], tiles.map);
+            copy_gradients(table.levels[tiles.level], tiles.map);
         }
+        __syncthreads();
+        // Right sides of a step, by row of taps: rows[t][x] is rows t and t + 1 of inputs, for column x of taps.
+        unsigned rows[3][3][4];
+        const auto load_rows = [&](int row) {
+#pragma unroll
+            for (int x = 0; x < 3; ++x) {
+                ldmatrix_x4_trans(rows[row][x], inputs + (row * Wide::kRimWidth + x) * Wide::kRow);
+            }
+        };
+        load_rows(0);
 #pragma unroll 1
         for (int step = 0; step < Wide::kSteps; ++step) {
-            const bool fetching = step < Wide::kInputPieces && reader.valid();
             SumTerms terms{};
-            if (fetching) {
-                terms = fetch_inputs(reader, step);
+            if (step < Wide::kPieces) {
+                terms = fetch_inputs(step);
             }
-            unsigned b[4][4];
+            if (step < steps) {
+                unsigned a[2][4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                ldmatrix_x4_trans(b[j], inputs + j * 16);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                unsigned a[4];
-                ldmatrix_x4_trans(a, gradients + i * 16);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const unsigned column[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-                    mma_16816(sums[i][j], a, column, scalar_t{});
+                for (int i = 0; i < 2; ++i) {
+                    ldmatrix_x4_trans(a[i], gradients + i * 16);
                 }
-            }
-            if (fetching) {
-                keep_inputs(reader.buffer(), step, terms);
+                load_rows(1);
+                load_rows(2);
+#pragma unroll
+                for (int tap = 0; tap < kTaps; ++tap) {
+                    const unsigned(&own)[4] = rows[tap / 3][tap % 3];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const unsigned column[2] = {own[i % 2 * 2], own[i % 2 * 2 + 1]};
+                        mma_16816(sums[tap][i / 2][i % 2], a[i / 2], column, scalar_t{});
+                    }
+                }
+                // The last row of taps has what the first one takes next.
+#pragma unroll
+                for (int i = 0; i < 12; ++i) {
+                    rows[0][i / 4][i % 4] = rows[2][i / 4][i % 4];
+                }
             }
             inputs += kInputStep;
             gradients += kGradientStep;
+            if (step < Wide::kPieces) {
+                keep_inputs(step, terms);
+            }
         }
-        // On to the other half: pointers that go back and forth take fewer registers than ones made anew.
-        const int turn = reader.buffer() == 0 ? -Wide::kBuffer : Wide::kBuffer;
         inputs += turn - Wide::kSteps * kInputStep;
         gradients += turn - Wide::kSteps * kGradientStep;
+        turn = -turn;
     }
-    const Global<float> target = sums_out + (static_cast<int64_t>(blockIdx.z) * kTaps + tap) * outputs * channels;
+    const bool paired = channels % 2 == 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int tap = 0; tap < kTaps; ++tap) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int o = first_output + i * 16 + lane / 4 + e / 2 * 8;
-                const int c = first_channel + j * 8 + lane % 4 * 2 + e % 2;
-                if (o < outputs && c < channels) {
-                    target[static_cast<int64_t>(o) * channels + c] = sums[i][j][e];
+        for (int i = 0; i < 8; ++i) {
+            const int o = first_output + warp_output + i / 4 * 16 + i % 2 * 8 + lane / 4;
+            const int c = first_channel + warp_channel + i / 2 % 2 * 8 + lane % 4 * 2;
+            const float(&sum)[4] = sums[tap][i / 4][i / 2 % 2];
+            const Vec<float, 2> pair = {{sum[i % 2 * 2], sum[i % 2 * 2 + 1]}};
+            const Global<float> target =
+                sums_out + (((static_cast<int64_t>(blockIdx.z) * kTaps + tap) * outputs + o) * channels + c);
+            if (o < outputs && c < channels) {
+                if (paired) {
+                    store_vector(target, pair);
+                } else {
+                    target[0] = pair[0];
+                    if (c + 1 < channels) {
+                        target[1] = pair[1];
+                    }
                 }
             }
         }
@@ -230,6 +243,8 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
 struct Plain {
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 32, kChannels = kWarpSize;
+    static constexpr int kSide = 8, kHeight = kSide, kWidth = kSide, kPixels = kSide * kSide;
+    static constexpr int kRimSide = kSide + 2, kRim = kRimSide * kRimSide;
     static constexpr int kOwnOutputs = kOutputs / (kThreads / kWarpSize);  // of a warp
 };
 
@@ -239,8 +254,8 @@ __global__ void __launch_bounds__(Plain::kThreads) conv3x3_weight_gradient_kerne
     Global<scalar_t> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
     constexpr int kPart = kWideElements<scalar_t>;
-    SPATIALFLOW_SHARED(scalar_t, inputs, kRim * Plain::kChannels);       // [pixel with rim][channel]
-    SPATIALFLOW_SHARED(scalar_t, gradients, kPixels * Plain::kOutputs);  // [pixel][output]
+    SPATIALFLOW_SHARED(scalar_t, inputs, Plain::kRim * Plain::kChannels);       // [pixel with rim][channel]
+    SPATIALFLOW_SHARED(scalar_t, gradients, Plain::kPixels * Plain::kOutputs);  // [pixel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
     const int own_output = thread / kWarpSize * Plain::kOwnOutputs;
     const int first_output = static_cast<int>(blockIdx.x) * Plain::kOutputs;
@@ -248,45 +263,51 @@ __global__ void __launch_bounds__(Plain::kThreads) conv3x3_weight_gradient_kerne
     // A thread whose sums belong to no weight only helps to fetch.
     const bool busy = first_output + own_output < outputs && first_channel + lane < channels;
     scalar_t sums[Plain::kOwnOutputs][kTaps] = {};
-    for (TileReader<scalar_t> reader(table); reader.valid(); reader.advance()) {
-        for (int i = thread; i < kRim * Plain::kChannels / 4; i += Plain::kThreads) {
+    for (TileReader<Plain::kSide, Plain::kSide, scalar_t> tiles(table); tiles.valid(); tiles.advance()) {
+        const GradientLevel<scalar_t>& level = table.levels[tiles.level];
+        const MapTile& map = tiles.map;
+        for (int i = thread; i < Plain::kRim * Plain::kChannels / 4; i += Plain::kThreads) {
             const int pixel = i / (Plain::kChannels / 4), c = i % (Plain::kChannels / 4) * 4;
-            const Vec<scalar_t, 4> values = reader.template input<4, kAccess>(pixel, first_channel + c);
+            const Vec<scalar_t, 4> values =
+                load_sum<4, kAccess>(level.input, map.image, map.y + pixel / Plain::kRimSide - 1,
+                                     map.x + pixel % Plain::kRimSide - 1, first_channel + c);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 inputs[pixel * Plain::kChannels + c + j] = values[j];
             }
         }
-        for (int i = thread; i < kPixels * Plain::kOutputs / 4; i += Plain::kThreads) {
+        for (int i = thread; i < Plain::kPixels * Plain::kOutputs / 4; i += Plain::kThreads) {
             const int pixel = i / (Plain::kOutputs / 4), o = i % (Plain::kOutputs / 4) * 4;
-            const Vec<scalar_t, 4> values = reader.template gradient<4, kAccess>(pixel, first_output + o);
+            const Vec<scalar_t, 4> values =
+                load_sum<4, kAccess>(level.gradient, map.image, map.y + pixel / Plain::kSide,
+                                     map.x + pixel % Plain::kSide, first_output + o);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 gradients[pixel * Plain::kOutputs + o + j] = values[j];
             }
         }
         __syncthreads();
-        for (int y = 0; busy && y < kSide; ++y) {
+        for (int y = 0; busy && y < Plain::kSide; ++y) {
             scalar_t window[3][3];  // [row][column] of inputs around the pixel
 #pragma unroll
             for (int row = 0; row < 3; ++row) {
 #pragma unroll
                 for (int column = 1; column < 3; ++column) {
-                    window[row][column] = inputs[((y + row) * kRimSide + column - 1) * Plain::kChannels + lane];
+                    window[row][column] = inputs[((y + row) * Plain::kRimSide + column - 1) * Plain::kChannels + lane];
                 }
             }
 #pragma unroll
-            for (int x = 0; x < kSide; ++x) {
+            for (int x = 0; x < Plain::kSide; ++x) {
 #pragma unroll
                 for (int row = 0; row < 3; ++row) {
                     window[row][0] = window[row][1];
                     window[row][1] = window[row][2];
-                    window[row][2] = inputs[((y + row) * kRimSide + x + 2) * Plain::kChannels + lane];
+                    window[row][2] = inputs[((y + row) * Plain::kRimSide + x + 2) * Plain::kChannels + lane];
                 }
 #pragma unroll
                 for (int part = 0; part < Plain::kOwnOutputs; part += kPart) {
                     const auto some =
-                        load_vector<kPart>(gradients + ((y * kSide + x) * Plain::kOutputs + own_output + part));
+                        load_vector<kPart>(gradients + ((y * Plain::kSide + x) * Plain::kOutputs + own_output + part));
 #pragma unroll
                     for (int i = 0; i < kPart; ++i) {
 #pragma unroll
@@ -340,18 +361,19 @@ __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Blocks in all that parts are made for: twice what fills the multiprocessors of a large card.
+// Blocks in all that parts are made for: on a large card one for each multiprocessor, or eight small ones.
 template <typename scalar_t>
-constexpr int64_t kWantedBlocks = sizeof(scalar_t) == 2 ? 264 : 1056;
+constexpr int64_t kWantedBlocks = sizeof(scalar_t) == 2 ? 132 : 1056;
 
 template <typename scalar_t>
 std::vector<GradientTable<scalar_t>> gradient_tables(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const std::vector<Tensor>& grad_output,
     int64_t blocks_of_a_part) {
+    using Size = std::conditional_t<sizeof(scalar_t) == 2, Wide, Plain>;
     const char* op = "flow_conv2d_weight_gradient";
     std::vector<GradientTable<scalar_t>> tables;
     for (size_t i = 0; i < x.size(); ++i) {
-        const int64_t rows = ceil_div(x[i].size(2), kSide), columns = ceil_div(x[i].size(3), kSide);
+        const int64_t rows = ceil_div(x[i].size(2), Size::kHeight), columns = ceil_div(x[i].size(3), Size::kWidth);
         const int64_t tiles = x[i].size(0) * rows * columns;
         if (tiles == 0) {
             continue;

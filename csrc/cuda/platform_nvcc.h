@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -120,25 +121,59 @@ inline std::remove_const_t<T> read_back(T* source, Stream stream) {
     return value;
 }
 
+inline int current_device() {
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "the current device");
+    return device;
+}
+
+// A number for each device, zero until it is set: what the runtime need not be asked twice.
+class DeviceNumbers {
+public:
+    int at(int device) const { return device < kDevices ? numbers_[device].load(std::memory_order_relaxed) : 0; }
+    void set(int device, int number) {
+        if (device < kDevices) {
+            numbers_[device].store(number, std::memory_order_relaxed);
+        }
+    }
+
+private:
+    static constexpr int kDevices = 64;
+    std::atomic<int> numbers_[kDevices] = {};
+};
+
 // A kernel gets more than 48 KiB of dynamic shared memory only where it has been allowed to.
 template <auto kKernel>
 inline void allow_shared_bytes(size_t shared_bytes) {
-    if (shared_bytes > 48 * 1024) {
-        check_cuda(
-            cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-            "dynamic shared memory of a kernel");
+    static DeviceNumbers allowed;
+    const int bytes = static_cast<int>(shared_bytes);
+    if (bytes <= 48 * 1024) {
+        return;
+    }
+    const int device = current_device();
+    if (bytes > allowed.at(device)) {
+        check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                   "dynamic shared memory of a kernel");
+        allowed.set(device, bytes);
     }
 }
 
-// Blocks of kKernel that the current device runs at one time: the grid of a kernel whose blocks stay and loop.
+// Blocks of kKernel that the current device runs at one time: the grid of a kernel whose blocks stay and loop. Asked
+// once for each device: a kernel comes with the same threads and shared bytes every time.
 template <auto kKernel>
 inline int resident_blocks(int threads, size_t shared_bytes) {
-    int device = 0, multiprocessors = 0, blocks = 0;
-    check_cuda(cudaGetDevice(&device), "the current device");
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-    allow_shared_bytes<kKernel>(shared_bytes);
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes), "occupancy");
-    return multiprocessors * (blocks > 0 ? blocks : 1);
+    static DeviceNumbers known;
+    const int device = current_device();
+    int resident = known.at(device);
+    if (resident == 0) {
+        int multiprocessors = 0, blocks = 0;
+        check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+        allow_shared_bytes<kKernel>(shared_bytes);
+        check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes), "occupancy");
+        resident = multiprocessors * (blocks > 0 ? blocks : 1);
+        known.set(device, resident);
+    }
+    return resident;
 }
 
 template <typename Kernel>

@@ -623,39 +623,141 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_scatter_kernel(
     }
 }
 
-// True if samples of the axis may read one of the cells [begin, end); errs on the side of true.
+// What a RoI reads, computed once for the gather.
+struct alignas(32) RoiCells {
+    int level, image;  // level -1: nothing
+    int first_row, end_row, first_column, end_column;  // no cell outside is read
+    int unused[2];
+};
+
+// Weights of the cells that a bin reads on an axis, from `first` on.
 template <typename real_t>
-__device__ __forceinline__ bool axis_touches(
-    const RoiAxis<real_t>& axis, int bins, int64_t begin, int64_t end) {
-    const real_t one = axis.start, other = axis.start + real_t(bins) * axis.bin;
-    const real_t low = one < other ? one : other, high = one < other ? other : one;
-    return high >= real_t(begin - 3) && low <= real_t(end + 2);
+struct alignas(8 * sizeof(real_t)) BinWeights {
+    static constexpr int kCells = 7;
+    int first;  // kTooWide: not here
+    real_t weights[kCells];
+};
+constexpr int kTooWide = -1;
+
+// Cells of an axis of `size` cells that no bin reads beyond, two and the rounding of coordinates more.
+template <typename real_t>
+__device__ __forceinline__ void touched_cells(const RoiAxis<real_t>& axis, int bins, int size, int& first, int& end) {
+    const real_t extent = real_t(bins) * axis.bin, other = axis.start + extent;
+    const real_t low = axis.start < other ? axis.start : other, high = axis.start < other ? other : axis.start;
+    const real_t margin = real_t(2) + real_t(1e-6) * (std::fabs(axis.start) + std::fabs(extent));
+    const real_t last = real_t(size);
+    const real_t from = low - margin, to = high + margin + real_t(1);
+    first = static_cast<int>(from > real_t(0) ? (from < last ? from : last) : real_t(0));
+    end = static_cast<int>(to > real_t(0) ? (to < last ? to : last) : real_t(0));
 }
 
-// A block owns kWarps cells side by side, a warp one of them. The block lists the RoIs that may read its cells, in
+constexpr int kTableThreads = 128;
+
+// A thread per bin of an axis of a RoI: first those of the y axis, then those of the x axis.
+template <typename real_t, typename element_t>
+__global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
+    Global<const real_t> boxes,  // (K, 5)
+    const __grid_constant__ RoiPyramid<element_t> pyramid, const RoiOptions options, Global<RoiCells> cells,  // (K,)
+    Global<BinWeights<real_t>> weights) {  // (K, PH + PW)
+    SPATIALFLOW_SHARED(Tap<real_t>, taps, kTableThreads * kMaxTaps);
+    const int bins = options.pooled_height + options.pooled_width;
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kTableThreads + threadIdx.x;
+    const int64_t roi_index = at / bins;
+    const int index = static_cast<int>(at % bins);
+    if (roi_index >= options.num_rois) {
+        return;
+    }
+    Global<const real_t> box = boxes + roi_index * 5;
+    const bool of_rows = index < options.pooled_height;
+    const RoiPlace place = roi_place(box, pyramid, options);
+    const RoiLevel<element_t>& level = pyramid.levels[place.level];
+    const RoiAxis<real_t> axis = axis_of(box, of_rows, level, options);
+    if (index == 0) {
+        const RoiAxis<real_t> x = axis_of(box, false, level, options);
+        RoiCells touched{};
+        touched.level = place.valid && axis.valid && x.valid ? place.level : -1;
+        touched.image = place.image;
+        touched_cells(axis, options.pooled_height, level.height, touched.first_row, touched.end_row);
+        touched_cells(x, options.pooled_width, level.width, touched.first_column, touched.end_column);
+        cells[roi_index] = touched;
+    }
+    BinWeights<real_t> own{};
+    if (place.valid && axis.valid) {
+        Shared<Tap<real_t>> own_taps = taps + threadIdx.x * kMaxTaps;
+        const int count = collect_taps(
+            axis, of_rows ? index : index - options.pooled_height, of_rows ? level.height : level.width, own_taps);
+        own.first = count == kTooMany ? kTooWide : 0x7fffffff;
+#pragma unroll 1
+        for (int j = 0; j < count && count != kTooMany; ++j) {
+            const Tap<real_t> tap = own_taps[j];
+            own.first = tap.cell < own.first ? tap.cell : own.first;
+        }
+#pragma unroll 1
+        for (int j = 0; j < count && own.first != kTooWide; ++j) {
+            const Tap<real_t> tap = own_taps[j];
+#pragma unroll
+            for (int i = 0; i < BinWeights<real_t>::kCells; ++i) {
+                own.weights[i] += tap.cell - own.first == i ? tap.weight : real_t(0);
+            }
+            own.first = tap.cell - own.first < BinWeights<real_t>::kCells ? own.first : kTooWide;
+        }
+    }
+    weights[at] = own;
+}
+
+constexpr int kCellRows = 2, kCellColumns = 4;  // of a block of the gather, a warp each
+constexpr int kHalfWarp = kWarpSize / 2;
+
+// The bin of this lane: bin rows from ph0 on in the lower half of a warp, bin columns from pw0 on in the upper half.
+struct LaneBin {
+    bool of_rows, exists;
+    int bin;
+
+    __device__ __forceinline__ LaneBin(const RoiOptions& options, int ph0, int pw0) {
+        const int lane = threadIdx.x % kWarpSize;
+        of_rows = lane < kHalfWarp;
+        bin = of_rows ? ph0 + lane : pw0 + lane - kHalfWarp;
+        exists = bin < (of_rows ? options.pooled_height : options.pooled_width);
+    }
+    template <typename real_t>
+    __device__ __forceinline__ BinWeights<real_t> load(
+        Global<const BinWeights<real_t>> weights, const RoiOptions& options) const {
+        BinWeights<real_t> own{};
+        if (exists) {
+            own = weights[of_rows ? bin : options.pooled_height + bin];
+        }
+        return own;
+    }
+};
+
+// A block owns kCellRows x kCellColumns cells, a warp one of them. The block lists the RoIs that may read its cells, in
 // order, kThreads candidates at a time; each warp then adds up the bins that do read its cell.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
     Global<const scalar_t> grad_output,     // (K, PH, PW, C)
     Global<const accum_t<scalar_t>> boxes,  // (K, 5)
+    Global<const RoiCells> cells,           // (K,)
+    Global<const BinWeights<accum_t<scalar_t>>> weights,  // (K, PH + PW)
     const __grid_constant__ RoiPyramid<scalar_t> gradients, const RoiOptions options) {
     using real_t = accum_t<scalar_t>;
+    constexpr int kGroup = 4;  // bins whose loads are on their way together
     SPATIALFLOW_SHARED(int, listed, kThreads);
     SPATIALFLOW_SHARED(int, listed_by_warp, kWarps);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    int level_index = 0;
-    while (level_index + 1 < options.num_levels &&
-           static_cast<int>(blockIdx.x) >= gradients.levels[level_index + 1].tile_begin) {
-        ++level_index;
+    int level_index = options.num_levels - 1;  // the coarsest comes first: its cells lie under the most RoIs
+    while (level_index > 0 && static_cast<int>(blockIdx.x) >= gradients.levels[level_index - 1].tile_begin) {
+        --level_index;
     }
     const RoiLevel<scalar_t>& level = gradients.levels[level_index];
-    const int64_t height = level.height, width = level.width;
+    const int tiles_per_row = (level.width + kCellColumns - 1) / kCellColumns;
+    const int tiles_per_image = (level.height + kCellRows - 1) / kCellRows * tiles_per_row;
     const int tile = static_cast<int>(blockIdx.x) - level.tile_begin;
-    const int tiles_per_row = (level.width + kWarps - 1) / kWarps;
-    const int row = tile / tiles_per_row;
-    const int64_t tile_x = static_cast<int64_t>(tile % tiles_per_row) * kWarps;
-    const int64_t image = row / level.height, y = row % level.height, x = tile_x + warp;
-    const int bins = options.pooled_height * options.pooled_width;
+    const int image = tile / tiles_per_image, tile_of_image = tile % tiles_per_image;
+    const int tile_y = tile_of_image / tiles_per_row * kCellRows, tile_x = tile_of_image % tiles_per_row * kCellColumns;
+    const int y = tile_y + warp / kCellColumns, x = tile_x + warp % kCellColumns;
+    const bool exists = y < level.height && x < level.width;
+    const int64_t bins = static_cast<int64_t>(options.pooled_height) * options.pooled_width;
+    const int64_t axis_bins = static_cast<int64_t>(options.pooled_height) + options.pooled_width;
     Global<scalar_t> target = level.data + (image * level.stride_n + y * level.stride_h + x * level.stride_w);
 
     for (int first = 0; first < options.channels; first += kWarpSize * kWidth) {
@@ -666,11 +768,9 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
             const int candidate = base + static_cast<int>(threadIdx.x);
             bool hit = false;
             if (candidate < options.num_rois) {
-                const RoiGeometry<real_t> roi =
-                    roi_geometry(boxes + static_cast<int64_t>(candidate) * 5, gradients, options);
-                hit = roi.valid && roi.place.level == level_index && roi.place.image == image &&
-                      axis_touches(roi.y, options.pooled_height, y, y + 1) &&
-                      axis_touches(roi.x, options.pooled_width, tile_x, tile_x + kWarps);
+                const RoiCells roi = cells[candidate];
+                hit = roi.level == level_index && roi.image == image && roi.first_row < tile_y + kCellRows &&
+                      roi.end_row > tile_y && roi.first_column < tile_x + kCellColumns && roi.end_column > tile_x;
             }
             const unsigned hits = __ballot_sync(kAllLanes, hit);
             if (lane == 0) {
@@ -687,34 +787,83 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
                 listed[before + __popc(hits & ((1u << lane) - 1u))] = candidate;
             }
             __syncthreads();
-            for (int entry = 0; entry < total && x < width; ++entry) {
-                const int roi_index = listed[entry];
-                const RoiGeometry<real_t> roi =
-                    roi_geometry(boxes + static_cast<int64_t>(roi_index) * 5, gradients, options);
-                Global<const scalar_t> source =
-                    grad_output + (static_cast<int64_t>(roi_index) * bins * options.channels + c);
-                for (int ph0 = 0; ph0 < options.pooled_height; ph0 += kWarpSize) {
-                    const real_t lane_y = ph0 + lane < options.pooled_height
-                                              ? cell_weight(roi.y, ph0 + lane, y, height)
-                                              : real_t(0);
-                    const unsigned used_y = __ballot_sync(kAllLanes, lane_y != real_t(0));
-                    for (int pw0 = 0; used_y != 0 && pw0 < options.pooled_width; pw0 += kWarpSize) {
-                        const real_t lane_x = pw0 + lane < options.pooled_width
-                                                  ? cell_weight(roi.x, pw0 + lane, x, width)
-                                                  : real_t(0);
-                        const unsigned used_x = __ballot_sync(kAllLanes, lane_x != real_t(0));
-                        for (unsigned left_y = used_y; left_y != 0; left_y &= left_y - 1) {
-                            const int py = __ffs(static_cast<int>(left_y)) - 1;
-                            const real_t weight_y = __shfl_sync(kAllLanes, lane_y, py);
-                            for (unsigned left_x = used_x; left_x != 0; left_x &= left_x - 1) {
-                                const int px = __ffs(static_cast<int>(left_x)) - 1;
-                                const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, px);
-                                if (active) {
-                                    const int64_t bin = (ph0 + py) * options.pooled_width + pw0 + px;
-                                    const auto values = load_vector<kWidth>(source + bin * options.channels);
+            const auto load_weights = [&](int entry, int ph0, int pw0) {
+                const int64_t roi_index = listed[entry];
+                return LaneBin(options, ph0, pw0).load(weights + roi_index * axis_bins, options);
+            };
+            BinWeights<real_t> next{};
+            if (exists && total > 0) {
+                next = load_weights(0, 0, 0);
+            }
+#pragma unroll 1
+            for (int entry = 0; entry < total && exists; ++entry) {
+                const int64_t roi_index = listed[entry];
+                // Lanes beyond the last channel repeat the first one and store nothing.
+                Global<const scalar_t> source = grad_output + (roi_index * bins * options.channels + (active ? c : 0));
+                BinWeights<real_t> own = next;
+                if (entry + 1 < total) {
+                    next = load_weights(entry + 1, 0, 0);
+                }
+#pragma unroll 1
+                for (int ph0 = 0; ph0 < options.pooled_height; ph0 += kHalfWarp) {
+#pragma unroll 1
+                    for (int pw0 = 0; pw0 < options.pooled_width; pw0 += kHalfWarp) {
+                        if (ph0 + pw0 > 0) {
+                            own = load_weights(entry, ph0, pw0);
+                        }
+                        const LaneBin lane_bin(options, ph0, pw0);
+                        const int cell = lane_bin.of_rows ? y : x;
+                        real_t weight = real_t(0);
 #pragma unroll
-                                    for (int i = 0; i < kWidth; ++i) {
-                                        sum[i] += weight * load(values[i]);
+                        for (int i = 0; i < BinWeights<real_t>::kCells; ++i) {
+                            weight = cell - own.first == i ? own.weights[i] : weight;
+                        }
+                        if (own.first == kTooWide && lane_bin.exists) {
+                            const RoiAxis<real_t> axis =
+                                axis_of(boxes + roi_index * 5, lane_bin.of_rows, level, options);
+                            weight = cell_weight(
+                                axis, lane_bin.bin, cell, lane_bin.of_rows ? level.height : level.width);
+                        }
+                        const unsigned used = __ballot_sync(kAllLanes, weight != real_t(0));
+                        const unsigned used_y = used & 0xffffu, used_x = used >> kHalfWarp;
+                        if (used_y == 0 || used_x == 0) {
+                            continue;
+                        }
+                        // A lane takes a pair of a bin row and a bin column, 4 x 8 of them at a time.
+                        const int end_y = kWarpSize - __clz(static_cast<int>(used_y));
+                        const int end_x = kWarpSize - __clz(static_cast<int>(used_x));
+#pragma unroll 1
+                        for (int y0 = __ffs(static_cast<int>(used_y)) - 1; y0 < end_y; y0 += 4) {
+#pragma unroll 1
+                            for (int x0 = __ffs(static_cast<int>(used_x)) - 1; x0 < end_x; x0 += 8) {
+                                const int py = y0 + lane / 8, px = x0 + lane % 8;
+                                const real_t weight_y = __shfl_sync(kAllLanes, weight, py % kHalfWarp);
+                                const real_t weight_x = __shfl_sync(kAllLanes, weight, kHalfWarp + px % kHalfWarp);
+                                const real_t pair = py < end_y && px < end_x ? weight_y * weight_x : real_t(0);
+                                const int bin = (ph0 + py) * options.pooled_width + pw0 + px;
+                                unsigned left = __ballot_sync(kAllLanes, pair != real_t(0));
+#pragma unroll 1
+                                while (left != 0) {
+                                    RawChannels<scalar_t, kWidth> raw[kGroup];
+                                    real_t bin_weight[kGroup];
+#pragma unroll
+                                    for (int g = 0; g < kGroup; ++g) {
+                                        const int from = left != 0 ? __ffs(static_cast<int>(left)) - 1 : 0;
+                                        const int64_t own_bin = __shfl_sync(kAllLanes, bin, from);
+                                        bin_weight[g] = __shfl_sync(kAllLanes, pair, from);
+                                        if (left != 0) {
+                                            raw[g] = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(
+                                                source + own_bin * options.channels));
+                                        } else {
+                                            bin_weight[g] = real_t(0);
+                                        }
+                                        left &= left - 1;
+                                    }
+#pragma unroll
+                                    for (int g = 0; g < kGroup; ++g) {
+                                        if (bin_weight[g] != real_t(0)) {
+                                            raw[g].add_to(sum, bin_weight[g]);
+                                        }
                                     }
                                 }
                             }
@@ -724,7 +873,7 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
             }
             __syncthreads();  // the list is read to its end before the next candidates overwrite it
         }
-        if (active && x < width) {
+        if (active && exists) {
             Vec<scalar_t, kWidth> values;
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {
@@ -826,16 +975,27 @@ template <typename scalar_t, int kWidth>
 void launch_gather(
     const char* op, const Tensor& grad_output, const Tensor& rois, const std::vector<Tensor>& gradients,
     const RoiAlignSettings& settings, const RoiOptions& options, Stream stream) {
+    using real_t = accum_t<scalar_t>;
     RoiPyramid<scalar_t> pyramid{};
     int64_t tiles = 0;
-    for (size_t l = 0; l < gradients.size(); ++l) {
+    for (size_t l = gradients.size(); l-- > 0;) {
         pyramid.levels[l] = level_of(op, gradients[l], mutable_data<scalar_t>(gradients[l]), settings.scales[l]);
         pyramid.levels[l].tile_begin = as_int(op, "the number of tiles", tiles);
-        tiles += ceil_div(gradients[l].size(3), kWarps) * gradients[l].size(2) * options.batch;
+        tiles += ceil_div(gradients[l].size(3), kCellColumns) * ceil_div(gradients[l].size(2), kCellRows) * options.batch;
     }
+    const int64_t axis_bins = settings.pooled_height + settings.pooled_width;
+    const Tensor cells = empty_like_sized(
+        rois, {options.num_rois, static_cast<int64_t>(sizeof(RoiCells) / sizeof(int))}, ScalarType::Int);
+    const Tensor weights = empty_like_sized(
+        rois, {options.num_rois, axis_bins, static_cast<int64_t>(sizeof(BinWeights<real_t>) / sizeof(real_t))});
+    const auto roi_cells = pointer_cast<RoiCells>(mutable_data<int>(cells));
+    const auto bin_weights = pointer_cast<BinWeights<real_t>>(mutable_data<real_t>(weights));
+    launch<roi_align_weights_kernel<real_t, scalar_t>>(
+        dim3(grid_size(op, ceil_div(options.num_rois * axis_bins, kTableThreads))), dim3(kTableThreads), 0, stream,
+        data<real_t>(rois), pyramid, options, roi_cells, bin_weights);
     launch<roi_align_gather_kernel<scalar_t, kWidth>>(
-        dim3(grid_size(op, tiles)), dim3(kThreads), 0, stream, data<scalar_t>(grad_output),
-        data<accum_t<scalar_t>>(rois), pyramid, options);
+        dim3(grid_size(op, tiles)), dim3(kThreads), 0, stream, data<scalar_t>(grad_output), data<real_t>(rois),
+        roi_cells, bin_weights, pyramid, options);
 }
 
 }  // namespace

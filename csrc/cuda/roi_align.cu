@@ -6,21 +6,21 @@
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
 // The samples of a bin form a grid and bilinear interpolation is a product, so each axis of a bin is a short run of
-// cells with one weight each (taps). Samples that share cells are merged: two samples an axis read three cells, not four.
+// cells with one weight each (taps). Samples that share cells are merged: two samples an axis read three cells, not
+// four.
 //
 // Layouts: features (N, H, W, C) by strides, channels adjacent (others are copied into it first: two passes over the
 // features, less than uncoalesced reads cost); output and its gradient (K, PH, PW, C); output also (K, C, PH, PW).
 // Forward: a block computes the taps of its part of a RoI once, in shared memory. A warp walks along a bin row with 16
-// bytes of channels a lane, loads each column of cells once and sums it over its rows while the next one is on its way.
-// Into (K, C, PH, PW) bins go through shared memory, so that lanes store the adjacent bins of a channel.
+// bytes of channels a lane, loads each column of cells once and sums it over its rows while the next is on its way.
 // Backward, two ways:
-//   scatter   a warp per bin adds to its cells in float32, 16 bytes a reduction; the order of sums is not fixed
+//   scatter   the same walk turned round: columns of cells are summed over bins, then added to the map in float32, 16
+//             bytes a reduction; the order of sums is not fixed
 //   gather    a warp per cell adds up the bins that read it, RoIs in ascending order: deterministic, no float32 buffer
 //             and no atomics, but a cell under many RoIs is one warp's work. Always taken in float64.
 //
 // Floor (H100, 3.0 TB/s), bfloat16, 1000 RoIs x 256 x 7 x 7 from 256 x 100 x 168: output 25 MB + features read once
-// 9 MB: 11 us. Backward: gradient 25 MB + features' gradient 9 MB: 11 us (gather); the scatter moves 9 cells x 4 bytes
-// for every bin and channel, 450 MB of reductions in L2.
+// 9 MB: 11 us. Backward: gradient 25 MB + features' gradient 9 MB: 11 us (gather); the scatter is bound by reductions.
 #include "cuda/roi_align.h"
 
 #include <algorithm>
@@ -109,8 +109,8 @@ __device__ __forceinline__ RoiGeometry<real_t> roi_geometry(
 // ---- tables of a block -------------------------------------------------------------------------------------------
 
 constexpr int kMaxBinColumns = 16;  // of a block: half a warp; the other half takes its bin rows
-constexpr int kForwardWarps = 4;  // of a block, which takes as many bin rows
-constexpr int kMaxSamples = 32;  // of a bin on an axis; more go to `roi_align_bin`
+constexpr int kWalkWarps = 4;  // of a block, which takes as many bin rows
+constexpr int kMaxSamples = 32;  // of a bin on an axis, for a bin that tables hold
 constexpr int kMaxTaps = 8;
 constexpr int kTooMany = kMaxTaps + 1;
 constexpr int kMaxRows = 4;  // taps of a bin row that registers hold
@@ -187,9 +187,6 @@ __device__ __forceinline__ int collect_taps(
     return count;
 }
 
-// Writes the walk over the bins of lanes [0, bins), `count` taps each, and the offsets in bytes of the columns that it
-// loads; called by a whole warp. Returns the numbers of steps and columns; -1 steps if a bin has too many taps. A column
-// is loaded once where bins follow each other upwards.
 struct WalkLength {
     int steps, columns;
 };
@@ -204,9 +201,12 @@ __device__ __forceinline__ int inclusive_sum(int value) {
     return value;
 }
 
+// Writes the walk over the bins of lanes [0, bins), `count` taps each, and the offsets of the columns that it loads;
+// called by a whole warp. -1 steps if a bin has too many taps. A column is loaded once where bins follow each other
+// upwards.
 template <typename real_t>
 __device__ __forceinline__ WalkLength write_walk(
-    Shared<Tap<real_t>> taps, int count, int bins, int64_t column_bytes, Shared<Step<real_t>> steps,
+    Shared<Tap<real_t>> taps, int count, int bins, int64_t column_stride, Shared<Step<real_t>> steps,
     Shared<int64_t> columns) {
     const int lane = threadIdx.x % kWarpSize;
     count = lane < bins ? count : 0;
@@ -249,7 +249,7 @@ __device__ __forceinline__ WalkLength write_walk(
             }
             if (at >= taps_held) {
                 step.flags |= kLoads;
-                columns[columns_end - own_columns + at - taps_held] = tap.cell * column_bytes;
+                columns[columns_end - own_columns + at - taps_held] = tap.cell * column_stride;
             }
         }
         steps[end - own_steps + j] = step;
@@ -257,12 +257,80 @@ __device__ __forceinline__ WalkLength write_walk(
     return {__shfl_sync(kAllLanes, end, kWarpSize - 1), __shfl_sync(kAllLanes, columns_end, kWarpSize - 1)};
 }
 
+// Tables in shared memory of a block's part of a RoI.
+template <typename real_t>
+struct WalkTables {
+    Shared<Tap<real_t>> taps;    // (kWarpSize, kMaxTaps): of the bin columns, from kMaxBinColumns on of the bin rows
+    Shared<Step<real_t>> steps;  // (kMaxBinColumns * kMaxTaps,)
+    Shared<int64_t> columns;     // the same
+    Shared<int> row_taps;        // (kWalkWarps,): taps of each bin row, or kTooMany
+    Shared<int> place;           // (4,): level, image, numbers of steps and of columns
+};
+#define SPATIALFLOW_WALK_TABLES(real_t, tables)                                 \
+    SPATIALFLOW_SHARED(Tap<real_t>, tables##_taps, kWarpSize * kMaxTaps);       \
+    SPATIALFLOW_SHARED(Step<real_t>, tables##_steps, kMaxBinColumns * kMaxTaps); \
+    SPATIALFLOW_SHARED(int64_t, tables##_columns, kMaxBinColumns * kMaxTaps);   \
+    SPATIALFLOW_SHARED(int, tables##_row_taps, kWalkWarps);                     \
+    SPATIALFLOW_SHARED(int, tables##_place, 4);                                 \
+    const WalkTables<real_t> tables{                                            \
+        tables##_taps, tables##_steps, tables##_columns, tables##_row_taps, tables##_place}
+
+// The bins that a block takes.
+struct RoiPart {
+    int roi, first_row, first_column, rows, columns;
+
+    __device__ __forceinline__ RoiPart(const RoiOptions& options, const BinTiles& tiles) {
+        const int parts = tiles.row_tiles * tiles.column_tiles;
+        const int part = static_cast<int>(blockIdx.x) % parts;
+        roi = static_cast<int>(blockIdx.x) / parts;
+        first_row = part / tiles.column_tiles * tiles.rows;
+        first_column = part % tiles.column_tiles * tiles.columns;
+        rows = std::min(tiles.rows, options.pooled_height - first_row);
+        columns = std::min(tiles.columns, options.pooled_width - first_column);
+    }
+};
+
+// Fills the tables; the whole block calls it. `column_unit` is what offsets of columns count: an element or its bytes.
+template <typename real_t, typename element_t>
+__device__ __forceinline__ void write_tables(
+    const WalkTables<real_t>& tables, Global<const real_t> box, const RoiPart& part,
+    const RoiPyramid<element_t>& pyramid, const RoiOptions& options, int64_t column_unit) {
+    if (threadIdx.x < kWarpSize) {
+        const int lane = threadIdx.x;
+        const RoiPlace place = roi_place(box, pyramid, options);
+        const RoiLevel<element_t>& level = pyramid.levels[place.level];
+        const bool of_rows = lane >= kMaxBinColumns;
+        const RoiAxis<real_t> axis = axis_of(box, of_rows, level, options);
+        const bool valid = __all_sync(kAllLanes, place.valid && axis.valid);
+        const int index = of_rows ? lane - kMaxBinColumns : lane;
+        Shared<Tap<real_t>> own_taps = tables.taps + lane * kMaxTaps;
+        int count = 0;
+        if (valid && index < (of_rows ? part.rows : part.columns)) {
+            count = collect_taps(
+                axis, index + (of_rows ? part.first_row : part.first_column), of_rows ? level.height : level.width,
+                own_taps);
+        }
+        if (of_rows && index < part.rows) {
+            tables.row_taps[index] = count;
+        }
+        const WalkLength length =
+            write_walk(own_taps, count, part.columns, level.stride_w * column_unit, tables.steps, tables.columns);
+        if (lane == 0) {
+            tables.place[0] = place.level;
+            tables.place[1] = place.image;
+            tables.place[2] = length.steps;
+            tables.place[3] = length.columns;
+        }
+    }
+    __syncthreads();
+}
+
 // ---- forward -----------------------------------------------------------------------------------------------------
 
 // kWidth channels of a cell as they are loaded: words, which the compiler does not take apart before they are used.
 template <typename scalar_t, int kWidth>
 struct RawChannels {
-    using Word = std::conditional_t<sizeof(scalar_t) * kWidth == 16, unsigned, scalar_t>;
+    using Word = std::conditional_t<sizeof(scalar_t) * kWidth % sizeof(unsigned) == 0, unsigned, scalar_t>;
     static constexpr int kWords = static_cast<int>(sizeof(scalar_t) * kWidth / sizeof(Word));
     Vec<Word, kWords> words;
 
@@ -425,8 +493,8 @@ __device__ __forceinline__ void sum_bin(
     }
 }
 
-// Channels from one bin to the next in shared memory: those of a warp, and an access more, so that the bins of a channel
-// lie in different banks.
+// Channels from one bin to the next in shared memory: those of a warp, and an access more, so that the bins of a
+// channel lie in different banks.
 template <int kWidth>
 constexpr int kTileStride = kWarpSize * kWidth + kWidth;
 
@@ -434,69 +502,33 @@ template <typename scalar_t>
 constexpr int kForwardBlocks = std::is_same_v<scalar_t, double> ? 3 : 4;  // on a multiprocessor: 168 or 128 registers
 
 template <typename scalar_t, int kWidth>
-__global__ void __launch_bounds__(kForwardWarps * kWarpSize, kForwardBlocks<scalar_t>) roi_align_kernel(
+__global__ void __launch_bounds__(kWalkWarps * kWarpSize, kForwardBlocks<scalar_t>) roi_align_kernel(
     const __grid_constant__ RoiPyramid<const scalar_t> pyramid,
     Global<const accum_t<scalar_t>> boxes,  // (K, 5)
     Global<scalar_t> output,                // (K, bins, C), planar (K, C, bins)
     const RoiOptions options, const BinTiles tiles) {
     using real_t = accum_t<scalar_t>;
     constexpr int kLaneStep = kWarpSize * kWidth;
-    SPATIALFLOW_SHARED(Tap<real_t>, taps, kWarpSize * kMaxTaps);  // of the bin columns, then of the bin rows
-    SPATIALFLOW_SHARED(Step<real_t>, steps, kMaxBinColumns * kMaxTaps);
-    SPATIALFLOW_SHARED(int, row_taps, kForwardWarps);
-    SPATIALFLOW_SHARED(int64_t, columns, kMaxBinColumns * kMaxTaps);
-    SPATIALFLOW_SHARED(int, place, 4);               // level, image, numbers of steps and of columns
+    SPATIALFLOW_WALK_TABLES(real_t, tables);
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, tile);  // (warps, tiles.columns, kTileStride), planar only
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int tiles_per_roi = tiles.row_tiles * tiles.column_tiles;
-    const int roi_index = static_cast<int>(blockIdx.x) / tiles_per_roi;
-    const int part = static_cast<int>(blockIdx.x) % tiles_per_roi;
-    const int first_row = part / tiles.column_tiles * tiles.rows;
-    const int first_column = part % tiles.column_tiles * tiles.columns;
-    const int bin_rows = std::min(tiles.rows, options.pooled_height - first_row);
-    const int bin_columns = std::min(tiles.columns, options.pooled_width - first_column);
-    Global<const real_t> box = boxes + static_cast<int64_t>(roi_index) * 5;
-
-    if (warp == 0) {
-        const RoiPlace roi = roi_place(box, pyramid, options);
-        const RoiLevel<const scalar_t>& level = pyramid.levels[roi.level];
-        const bool of_rows = lane >= kMaxBinColumns;
-        const RoiAxis<real_t> axis = axis_of(box, of_rows, level, options);
-        const bool valid = __all_sync(kAllLanes, roi.valid && axis.valid);
-        const int index = of_rows ? lane - kMaxBinColumns : lane;
-        Shared<Tap<real_t>> own_taps = taps + lane * kMaxTaps;
-        int count = 0;
-        if (valid && index < (of_rows ? bin_rows : bin_columns)) {
-            count = collect_taps(
-                axis, index + (of_rows ? first_row : first_column), of_rows ? level.height : level.width, own_taps);
-        }
-        if (of_rows && index < bin_rows) {
-            row_taps[index] = count;
-        }
-        const WalkLength length = write_walk(
-            own_taps, count, bin_columns, level.stride_w * static_cast<int64_t>(sizeof(scalar_t)), steps, columns);
-        if (lane == 0) {
-            place[0] = roi.level;
-            place[1] = roi.image;
-            place[2] = length.steps;
-            place[3] = length.columns;
-        }
-    }
-    __syncthreads();
-    const int level_index = place[0];
-    const WalkLength length{place[2], place[3]};
-    const int64_t image = place[1];
+    const RoiPart part(options, tiles);
+    Global<const real_t> box = boxes + static_cast<int64_t>(part.roi) * 5;
+    write_tables(tables, box, part, pyramid, options, sizeof(scalar_t));
+    const int level_index = tables.place[0];
+    const int64_t image = tables.place[1];
+    const WalkLength length{tables.place[2], tables.place[3]};
     const RoiLevel<const scalar_t>& level = pyramid.levels[level_index];
     const int bins = options.pooled_height * options.pooled_width;
-    Global<scalar_t> target = output + static_cast<int64_t>(roi_index) * bins * options.channels;
+    Global<scalar_t> target = output + static_cast<int64_t>(part.roi) * bins * options.channels;
     Shared<scalar_t> own_tile = tile + warp * tiles.columns * kTileStride<kWidth>;
 
     const int warps = static_cast<int>(blockDim.x) / kWarpSize;
     const int passes = (options.channels + kLaneStep - 1) / kLaneStep;
 #pragma unroll 1
-    for (int item = warp; item < bin_rows * passes; item += warps) {
+    for (int item = warp; item < part.rows * passes; item += warps) {
         const int row = item / passes, first_channel = item % passes * kLaneStep;
-        const int ph = first_row + row, first_bin = ph * options.pooled_width + first_column;
+        const int ph = part.first_row + row, first_bin = ph * options.pooled_width + part.first_column;
         const int channel = first_channel + lane * kWidth;
         const bool active = channel < options.channels;
         // Lanes beyond the last channel repeat the first one and store nothing.
@@ -519,25 +551,25 @@ __global__ void __launch_bounds__(kForwardWarps * kWarpSize, kForwardBlocks<scal
                 bin_target += options.channels;
             }
         };
-        const int rows = row_taps[row];
-        Shared<Tap<real_t>> own_rows = taps + (kMaxBinColumns + row) * kMaxTaps;
+        const int rows = tables.row_taps[row];
+        Shared<Tap<real_t>> own_rows = tables.taps + (kMaxBinColumns + row) * kMaxTaps;
         const auto walk = [&](auto taps_of_row) {
             BinRowWalk<scalar_t, kWidth, decltype(taps_of_row)::value>(
-                feature, level.stride_h, own_rows, steps, columns, length)
+                feature, level.stride_h, own_rows, tables.steps, tables.columns, length)
                 .run(emit);
         };
         if (rows == 0) {
             const real_t zeros[kWidth] = {};
 #pragma unroll 1
-            for (int bin = 0; bin < bin_columns; ++bin) {
+            for (int bin = 0; bin < part.columns; ++bin) {
                 emit(zeros);
             }
         } else if (rows > kMaxRows || length.steps < 0) {
             const RoiGeometry<real_t> roi = roi_geometry(box, pyramid, options);
 #pragma unroll 1
-            for (int bin = 0; bin < bin_columns; ++bin) {
+            for (int bin = 0; bin < part.columns; ++bin) {
                 real_t sum[kWidth] = {};
-                sum_bin(feature, level, roi, ph, first_column + bin, sum);
+                sum_bin(feature, level, roi, ph, part.first_column + bin, sum);
                 emit(sum);
             }
         } else if (rows == 1) {
@@ -551,10 +583,10 @@ __global__ void __launch_bounds__(kForwardWarps * kWarpSize, kForwardBlocks<scal
         }
         if (options.planar) {  // lanes along bins, then channels
             __syncwarp();
-            const int bin_lanes = bin_columns > 8 ? 16 : bin_columns > 4 ? 8 : 4;
+            const int bin_lanes = part.columns > 8 ? 16 : part.columns > 4 ? 8 : 4;
             const int bin = lane % bin_lanes, channels = std::min(options.channels - first_channel, kLaneStep);
 #pragma unroll 1
-            for (int c = lane / bin_lanes; c < channels && bin < bin_columns; c += kWarpSize / bin_lanes) {
+            for (int c = lane / bin_lanes; c < channels && bin < part.columns; c += kWarpSize / bin_lanes) {
                 const scalar_t value = own_tile[bin * kTileStride<kWidth> + c];
                 target[static_cast<int64_t>(first_channel + c) * bins + first_bin + bin] = value;
             }
@@ -565,57 +597,95 @@ __global__ void __launch_bounds__(kForwardWarps * kWarpSize, kForwardBlocks<scal
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
+// The walk of the forward pass turned round: gradients of bins are added to the two columns of cells that the walk
+// holds, and a column goes to its rows when the walk leaves it.
 template <typename scalar_t, int kWidth>
-__global__ void __launch_bounds__(kThreads, 2) roi_align_scatter_kernel(
-    Global<const scalar_t> grad_output,     // (K, PH, PW, C)
-    Global<const accum_t<scalar_t>> boxes,  // (K, 5)
-    const __grid_constant__ RoiPyramid<accum_t<scalar_t>> gradients,  // zero on entry
-    const RoiOptions options, const int blocks_per_roi) {
+__device__ __forceinline__ void scatter_bin_row(
+    Global<const scalar_t> source, int bins, int channels,  // bins one after the other, `channels` apart
+    Global<accum_t<scalar_t>> feature, bool active, int64_t stride_h, Shared<Tap<accum_t<scalar_t>>> rows, int row_count,
+    Shared<Step<accum_t<scalar_t>>> steps, Shared<int64_t> columns, WalkLength length) {
+    using real_t = accum_t<scalar_t>;
+    real_t previous[kWidth] = {}, current[kWidth] = {};
+    int64_t previous_column = -1, current_column = -1;
+    const auto leave = [&](const real_t (&sums)[kWidth], int64_t column) {
+        if (active && column >= 0) {
+#pragma unroll 1
+            for (int r = 0; r < row_count; ++r) {
+                const Tap<real_t> tap = rows[r];
+                Vec<real_t, kWidth> values;
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i) {
+                    values[i] = tap.weight * sums[i];
+                }
+                reduce_add(feature + (tap.cell * stride_h + column), values);
+            }
+        }
+    };
+    auto next = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(source));
+    int loaded = 0;
+#pragma unroll 1
+    for (int s = 0; s < length.steps;) {
+        const auto gradient = next;
+        if (--bins > 0) {  // on its way while this bin is added
+            source += channels;
+            next = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(source));
+        }
+        int flags = 0;
+#pragma unroll 1
+        while (!(flags & kEndsBin)) {
+            const Step<real_t> step = steps[s++];
+            flags = step.flags;
+            if (flags & kLoads) {
+                leave(previous, previous_column);
+                previous_column = current_column;
+                current_column = columns[loaded++];
+#pragma unroll
+                for (int i = 0; i < kWidth; ++i) {
+                    previous[i] = current[i];
+                    current[i] = real_t(0);
+                }
+            }
+            if (step.previous != real_t(0)) {
+                gradient.add_to(previous, step.previous);
+            }
+            if (step.current != real_t(0)) {
+                gradient.add_to(current, step.current);
+            }
+        }
+    }
+    leave(previous, previous_column);
+    leave(current, current_column);
+}
+
+// A bin that the tables have no room for.
+template <typename scalar_t, int kWidth>
+__device__ __forceinline__ void scatter_bin(
+    Global<const scalar_t> source, Global<accum_t<scalar_t>> feature, bool active,
+    const RoiLevel<accum_t<scalar_t>>& level, const RoiGeometry<accum_t<scalar_t>>& roi, int ph, int pw) {
     using real_t = accum_t<scalar_t>;
     const int lane = threadIdx.x % kWarpSize;
-    const int bins = options.pooled_height * options.pooled_width;
-    const int roi_index = static_cast<int>(blockIdx.x) / blocks_per_roi;
-    const int bin = static_cast<int>(blockIdx.x) % blocks_per_roi * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
-    if (bin >= bins) {
-        return;
-    }
-    const int ph = bin / options.pooled_width, pw = bin % options.pooled_width;
-    const RoiGeometry<real_t> roi = roi_geometry(boxes + static_cast<int64_t>(roi_index) * 5, gradients, options);
-    if (!roi.valid) {
-        return;
-    }
-    const RoiLevel<real_t>& level = gradients.levels[roi.place.level];
-    const int64_t height = level.height, width = level.width, stride_h = level.stride_h, stride_w = level.stride_w;
-    const CellRange rows = bin_cells(roi.y, ph, height);
-    const CellRange columns = bin_cells(roi.x, pw, width);
-    Global<const scalar_t> source = grad_output + (static_cast<int64_t>(roi_index) * bins + bin) * options.channels;
-    Global<real_t> feature = level.data + roi.place.image * level.stride_n;
+    const CellRange rows = bin_cells(roi.y, ph, level.height), columns = bin_cells(roi.x, pw, level.width);
+    const auto gradient = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(source));
     for (int64_t y0 = rows.begin; y0 < rows.end; y0 += kWarpSize) {
         const int count_y = static_cast<int>(rows.end - y0 < kWarpSize ? rows.end - y0 : kWarpSize);
-        const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, height) : real_t(0);
+        const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, level.height) : real_t(0);
         for (int64_t x0 = columns.begin; x0 < columns.end; x0 += kWarpSize) {
             const int count_x = static_cast<int>(columns.end - x0 < kWarpSize ? columns.end - x0 : kWarpSize);
-            const real_t lane_x = lane < count_x ? cell_weight(roi.x, pw, x0 + lane, width) : real_t(0);
-            for (int first = 0; first < options.channels; first += kWarpSize * kWidth) {
-                const int c = first + lane * kWidth;
-                const bool active = c < options.channels;
-                Vec<scalar_t, kWidth> gradient = {};
-                if (active) {
-                    gradient = load_vector<kWidth>(source + c);
-                }
-                for (int y = 0; y < count_y; ++y) {
-                    const real_t weight_y = __shfl_sync(kAllLanes, lane_y, y);
-                    Global<real_t> cell = feature + ((y0 + y) * stride_h + x0 * stride_w + c);
-                    for (int x = 0; x < count_x; ++x) {
-                        const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, x);
-                        if (active && weight != real_t(0)) {
-                            Vec<real_t, kWidth> values;
+            const real_t lane_x = lane < count_x ? cell_weight(roi.x, pw, x0 + lane, level.width) : real_t(0);
+            for (int y = 0; y < count_y; ++y) {
+                const real_t weight_y = __shfl_sync(kAllLanes, lane_y, y);
+                Global<real_t> cell = feature + ((y0 + y) * level.stride_h + x0 * level.stride_w);
+                for (int x = 0; x < count_x; ++x) {
+                    const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, x);
+                    if (active && weight != real_t(0)) {
+                        real_t values[kWidth] = {};
+                        gradient.add_to(values, weight);
+                        Vec<real_t, kWidth> sums;
 #pragma unroll
-                            for (int i = 0; i < kWidth; ++i) {
-                                values[i] = weight * load(gradient[i]);
-                            }
-                            reduce_add(cell + x * stride_w, values);
+                        for (int i = 0; i < kWidth; ++i) {
+                            sums[i] = values[i];
                         }
+                        reduce_add(cell + x * level.stride_w, sums);
                     }
                 }
             }
@@ -623,39 +693,229 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_scatter_kernel(
     }
 }
 
-// True if samples of the axis may read one of the cells [begin, end); errs on the side of true.
-template <typename real_t>
-__device__ __forceinline__ bool axis_touches(
-    const RoiAxis<real_t>& axis, int bins, int64_t begin, int64_t end) {
-    const real_t one = axis.start, other = axis.start + real_t(bins) * axis.bin;
-    const real_t low = one < other ? one : other, high = one < other ? other : one;
-    return high >= real_t(begin - 3) && low <= real_t(end + 2);
+// Four channels a lane: the 16 bytes of a lane's reduction and those of its neighbours fill whole sectors.
+constexpr int kScatterWidth = 4;
+
+template <typename scalar_t, int kWidth>
+__global__ void __launch_bounds__(kWalkWarps * kWarpSize, 6) roi_align_scatter_kernel(
+    Global<const scalar_t> grad_output,     // (K, PH, PW, C)
+    Global<const accum_t<scalar_t>> boxes,  // (K, 5)
+    const __grid_constant__ RoiPyramid<accum_t<scalar_t>> gradients,  // zero on entry
+    const RoiOptions options, const BinTiles tiles) {
+    using real_t = accum_t<scalar_t>;
+    constexpr int kLaneStep = kWarpSize * kWidth;
+    SPATIALFLOW_WALK_TABLES(real_t, tables);
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const RoiPart part(options, tiles);
+    Global<const real_t> box = boxes + static_cast<int64_t>(part.roi) * 5;
+    write_tables(tables, box, part, gradients, options, 1);
+    const int level_index = tables.place[0];
+    const int64_t image = tables.place[1];
+    const WalkLength length{tables.place[2], tables.place[3]};
+    const RoiLevel<real_t>& level = gradients.levels[level_index];
+    const int64_t bins = static_cast<int64_t>(options.pooled_height) * options.pooled_width;
+    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+    const int passes = (options.channels + kLaneStep - 1) / kLaneStep;
+#pragma unroll 1
+    for (int item = warp; item < part.rows * passes; item += warps) {
+        const int row = item / passes, ph = part.first_row + row;
+        const int row_count = tables.row_taps[row];
+        if (row_count == 0) {
+            continue;
+        }
+        const int channel = item % passes * kLaneStep + lane * kWidth;
+        const bool active = channel < options.channels;
+        // Lanes beyond the last channel repeat the first one and add nothing.
+        const int own_channel = active ? channel : 0;
+        const int64_t first_bin =
+            part.roi * bins + static_cast<int64_t>(ph) * options.pooled_width + part.first_column;
+        Global<const scalar_t> source = grad_output + (first_bin * options.channels + own_channel);
+        Global<real_t> feature = level.data + (image * level.stride_n + own_channel);
+        if (row_count == kTooMany || length.steps < 0) {
+            const RoiGeometry<real_t> roi = roi_geometry(box, gradients, options);
+#pragma unroll 1
+            for (int bin = 0; bin < part.columns; ++bin) {
+                scatter_bin<scalar_t, kWidth>(
+                    source + static_cast<int64_t>(bin) * options.channels, feature, active, level, roi, ph,
+                    part.first_column + bin);
+            }
+        } else {
+            scatter_bin_row<scalar_t, kWidth>(
+                source, part.columns, options.channels, feature, active, level.stride_h,
+                tables.taps + (kMaxBinColumns + row) * kMaxTaps, row_count, tables.steps, tables.columns, length);
+        }
+    }
 }
 
-// A block owns kWarps cells side by side, a warp one of them. The block lists the RoIs that may read its cells, in
+// What a RoI reads, computed once for the gather.
+struct alignas(32) RoiCells {
+    int level, image;  // level -1: nothing
+    int first_row, end_row, first_column, end_column;  // no cell outside is read
+    int unused[2];
+};
+
+// Weights of the cells that a bin reads on an axis, from `first` on.
+template <typename real_t>
+struct alignas(8 * sizeof(real_t)) BinWeights {
+    static constexpr int kCells = 7;
+    int first;  // kTooWide: not here
+    real_t weights[kCells];
+};
+constexpr int kTooWide = -1;
+
+// Cells of an axis of `size` cells that no bin reads beyond, two and the rounding of coordinates more.
+template <typename real_t>
+__device__ __forceinline__ void touched_cells(const RoiAxis<real_t>& axis, int bins, int size, int& first, int& end) {
+    const real_t extent = real_t(bins) * axis.bin, other = axis.start + extent;
+    const real_t low = axis.start < other ? axis.start : other, high = axis.start < other ? other : axis.start;
+    const real_t margin = real_t(2) + real_t(1e-6) * (std::fabs(axis.start) + std::fabs(extent));
+    const real_t last = real_t(size);
+    const real_t from = low - margin, to = high + margin + real_t(1);
+    first = static_cast<int>(from > real_t(0) ? (from < last ? from : last) : real_t(0));
+    end = static_cast<int>(to > real_t(0) ? (to < last ? to : last) : real_t(0));
+}
+
+constexpr int kTableThreads = 128;
+
+// A thread per bin of an axis of a RoI: first those of the y axis, then those of the x axis.
+template <typename real_t, typename element_t>
+__global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
+    Global<const real_t> boxes,  // (K, 5)
+    const __grid_constant__ RoiPyramid<element_t> pyramid, const RoiOptions options, Global<RoiCells> cells,  // (K,)
+    Global<BinWeights<real_t>> weights) {  // (K, PH + PW)
+    SPATIALFLOW_SHARED(Tap<real_t>, taps, kTableThreads * kMaxTaps);
+    const int bins = options.pooled_height + options.pooled_width;
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kTableThreads + threadIdx.x;
+    const int64_t roi_index = at / bins;
+    const int index = static_cast<int>(at % bins);
+    if (roi_index >= options.num_rois) {
+        return;
+    }
+    Global<const real_t> box = boxes + roi_index * 5;
+    const bool of_rows = index < options.pooled_height;
+    const RoiPlace place = roi_place(box, pyramid, options);
+    const RoiLevel<element_t>& level = pyramid.levels[place.level];
+    const RoiAxis<real_t> axis = axis_of(box, of_rows, level, options);
+    if (index == 0) {
+        const RoiAxis<real_t> x = axis_of(box, false, level, options);
+        RoiCells touched{};
+        touched.level = place.valid && axis.valid && x.valid ? place.level : -1;
+        touched.image = place.image;
+        touched_cells(axis, options.pooled_height, level.height, touched.first_row, touched.end_row);
+        touched_cells(x, options.pooled_width, level.width, touched.first_column, touched.end_column);
+        cells[roi_index] = touched;
+    }
+    BinWeights<real_t> own{};
+    if (place.valid && axis.valid) {
+        Shared<Tap<real_t>> own_taps = taps + threadIdx.x * kMaxTaps;
+        const int count = collect_taps(
+            axis, of_rows ? index : index - options.pooled_height, of_rows ? level.height : level.width, own_taps);
+        own.first = count == kTooMany ? kTooWide : 0x7fffffff;
+#pragma unroll 1
+        for (int j = 0; j < count && count != kTooMany; ++j) {
+            const Tap<real_t> tap = own_taps[j];
+            own.first = tap.cell < own.first ? tap.cell : own.first;
+        }
+#pragma unroll 1
+        for (int j = 0; j < count && own.first != kTooWide; ++j) {
+            const Tap<real_t> tap = own_taps[j];
+#pragma unroll
+            for (int i = 0; i < BinWeights<real_t>::kCells; ++i) {
+                own.weights[i] += tap.cell - own.first == i ? tap.weight : real_t(0);
+            }
+            own.first = tap.cell - own.first < BinWeights<real_t>::kCells ? own.first : kTooWide;
+        }
+    }
+    weights[at] = own;
+}
+
+constexpr int kCellRows = 2, kCellColumns = 4;  // of a block of the gather, a warp each
+constexpr int kHalfWarp = kWarpSize / 2;
+
+// The bin of this lane: bin rows from ph0 on in the lower half of a warp, bin columns from pw0 on in the upper half.
+struct LaneBin {
+    bool of_rows, exists;
+    int bin;
+
+    __device__ __forceinline__ LaneBin(const RoiOptions& options, int ph0, int pw0) {
+        const int lane = threadIdx.x % kWarpSize;
+        of_rows = lane < kHalfWarp;
+        bin = of_rows ? ph0 + lane : pw0 + lane - kHalfWarp;
+        exists = bin < (of_rows ? options.pooled_height : options.pooled_width);
+    }
+    template <typename real_t>
+    __device__ __forceinline__ BinWeights<real_t> load(
+        Global<const BinWeights<real_t>> weights, const RoiOptions& options) const {
+        BinWeights<real_t> own{};
+        if (exists) {
+            own = weights[of_rows ? bin : options.pooled_height + bin];
+        }
+        return own;
+    }
+};
+
+// Adds the first kCount pairs of bins in `left`, whose offsets and weights the lanes hold; their loads go out together.
+template <int kCount, int kWidth, typename scalar_t, typename real_t>
+__device__ __forceinline__ void add_group(
+    unsigned& left, int offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {
+    RawChannels<scalar_t, kWidth> raw[kCount];
+    real_t weights[kCount];
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) {
+        const int from = __ffs(static_cast<int>(left)) - 1;
+        left &= left - 1;
+        raw[g] = load_raw<scalar_t, kWidth>(
+            pointer_cast<const unsigned char>(source + __shfl_sync(kAllLanes, offset, from)));
+        weights[g] = __shfl_sync(kAllLanes, weight, from);
+    }
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) {
+        raw[g].add_to(sum, weights[g]);
+    }
+}
+
+template <int kWidth, typename scalar_t, typename real_t>
+__device__ __forceinline__ void add_pairs(
+    unsigned left, int offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {
+#pragma unroll 1
+    for (int count = __popc(left); count >= 4; count -= 4) {
+        add_group<4>(left, offset, weight, source, sum);
+    }
+    if (__popc(left) >= 2) {
+        add_group<2>(left, offset, weight, source, sum);
+    }
+    if (left != 0) {
+        add_group<1>(left, offset, weight, source, sum);
+    }
+}
+
+// A block owns kCellRows x kCellColumns cells, a warp one of them. The block lists the RoIs that may read its cells, in
 // order, kThreads candidates at a time; each warp then adds up the bins that do read its cell.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
     Global<const scalar_t> grad_output,     // (K, PH, PW, C)
     Global<const accum_t<scalar_t>> boxes,  // (K, 5)
+    Global<const RoiCells> cells,           // (K,)
+    Global<const BinWeights<accum_t<scalar_t>>> weights,  // (K, PH + PW)
     const __grid_constant__ RoiPyramid<scalar_t> gradients, const RoiOptions options) {
     using real_t = accum_t<scalar_t>;
     SPATIALFLOW_SHARED(int, listed, kThreads);
     SPATIALFLOW_SHARED(int, listed_by_warp, kWarps);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    int level_index = 0;
-    while (level_index + 1 < options.num_levels &&
-           static_cast<int>(blockIdx.x) >= gradients.levels[level_index + 1].tile_begin) {
-        ++level_index;
+    int level_index = options.num_levels - 1;  // the coarsest comes first: its cells lie under the most RoIs
+    while (level_index > 0 && static_cast<int>(blockIdx.x) >= gradients.levels[level_index - 1].tile_begin) {
+        --level_index;
     }
     const RoiLevel<scalar_t>& level = gradients.levels[level_index];
-    const int64_t height = level.height, width = level.width;
+    const int tiles_per_row = (level.width + kCellColumns - 1) / kCellColumns;
+    const int tiles_per_image = (level.height + kCellRows - 1) / kCellRows * tiles_per_row;
     const int tile = static_cast<int>(blockIdx.x) - level.tile_begin;
-    const int tiles_per_row = (level.width + kWarps - 1) / kWarps;
-    const int row = tile / tiles_per_row;
-    const int64_t tile_x = static_cast<int64_t>(tile % tiles_per_row) * kWarps;
-    const int64_t image = row / level.height, y = row % level.height, x = tile_x + warp;
-    const int bins = options.pooled_height * options.pooled_width;
+    const int image = tile / tiles_per_image, tile_of_image = tile % tiles_per_image;
+    const int tile_y = tile_of_image / tiles_per_row * kCellRows, tile_x = tile_of_image % tiles_per_row * kCellColumns;
+    const int y = tile_y + warp / kCellColumns, x = tile_x + warp % kCellColumns;
+    const bool exists = y < level.height && x < level.width;
+    const int64_t bins = static_cast<int64_t>(options.pooled_height) * options.pooled_width;
+    const int64_t axis_bins = static_cast<int64_t>(options.pooled_height) + options.pooled_width;
     Global<scalar_t> target = level.data + (image * level.stride_n + y * level.stride_h + x * level.stride_w);
 
     for (int first = 0; first < options.channels; first += kWarpSize * kWidth) {
@@ -666,11 +926,9 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
             const int candidate = base + static_cast<int>(threadIdx.x);
             bool hit = false;
             if (candidate < options.num_rois) {
-                const RoiGeometry<real_t> roi =
-                    roi_geometry(boxes + static_cast<int64_t>(candidate) * 5, gradients, options);
-                hit = roi.valid && roi.place.level == level_index && roi.place.image == image &&
-                      axis_touches(roi.y, options.pooled_height, y, y + 1) &&
-                      axis_touches(roi.x, options.pooled_width, tile_x, tile_x + kWarps);
+                const RoiCells roi = cells[candidate];
+                hit = roi.level == level_index && roi.image == image && roi.first_row < tile_y + kCellRows &&
+                      roi.end_row > tile_y && roi.first_column < tile_x + kCellColumns && roi.end_column > tile_x;
             }
             const unsigned hits = __ballot_sync(kAllLanes, hit);
             if (lane == 0) {
@@ -687,36 +945,63 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
                 listed[before + __popc(hits & ((1u << lane) - 1u))] = candidate;
             }
             __syncthreads();
-            for (int entry = 0; entry < total && x < width; ++entry) {
-                const int roi_index = listed[entry];
-                const RoiGeometry<real_t> roi =
-                    roi_geometry(boxes + static_cast<int64_t>(roi_index) * 5, gradients, options);
-                Global<const scalar_t> source =
-                    grad_output + (static_cast<int64_t>(roi_index) * bins * options.channels + c);
-                for (int ph0 = 0; ph0 < options.pooled_height; ph0 += kWarpSize) {
-                    const real_t lane_y = ph0 + lane < options.pooled_height
-                                              ? cell_weight(roi.y, ph0 + lane, y, height)
-                                              : real_t(0);
-                    const unsigned used_y = __ballot_sync(kAllLanes, lane_y != real_t(0));
-                    for (int pw0 = 0; used_y != 0 && pw0 < options.pooled_width; pw0 += kWarpSize) {
-                        const real_t lane_x = pw0 + lane < options.pooled_width
-                                                  ? cell_weight(roi.x, pw0 + lane, x, width)
-                                                  : real_t(0);
-                        const unsigned used_x = __ballot_sync(kAllLanes, lane_x != real_t(0));
-                        for (unsigned left_y = used_y; left_y != 0; left_y &= left_y - 1) {
-                            const int py = __ffs(static_cast<int>(left_y)) - 1;
-                            const real_t weight_y = __shfl_sync(kAllLanes, lane_y, py);
-                            for (unsigned left_x = used_x; left_x != 0; left_x &= left_x - 1) {
-                                const int px = __ffs(static_cast<int>(left_x)) - 1;
-                                const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, px);
-                                if (active) {
-                                    const int64_t bin = (ph0 + py) * options.pooled_width + pw0 + px;
-                                    const auto values = load_vector<kWidth>(source + bin * options.channels);
+            const auto load_weights = [&](int entry, int ph0, int pw0) {
+                const int64_t roi_index = listed[entry];
+                return LaneBin(options, ph0, pw0).load(weights + roi_index * axis_bins, options);
+            };
+            BinWeights<real_t> next{};
+            if (exists && total > 0) {
+                next = load_weights(0, 0, 0);
+            }
+#pragma unroll 1
+            for (int entry = 0; entry < total && exists; ++entry) {
+                const int64_t roi_index = listed[entry];
+                // Lanes beyond the last channel repeat the first one and store nothing.
+                Global<const scalar_t> source = grad_output + (roi_index * bins * options.channels + (active ? c : 0));
+                BinWeights<real_t> own = next;
+                if (entry + 1 < total) {
+                    next = load_weights(entry + 1, 0, 0);
+                }
+#pragma unroll 1
+                for (int ph0 = 0; ph0 < options.pooled_height; ph0 += kHalfWarp) {
+#pragma unroll 1
+                    for (int pw0 = 0; pw0 < options.pooled_width; pw0 += kHalfWarp) {
+                        if (ph0 + pw0 > 0) {
+                            own = load_weights(entry, ph0, pw0);
+                        }
+                        const LaneBin lane_bin(options, ph0, pw0);
+                        const int cell = lane_bin.of_rows ? y : x;
+                        real_t weight = real_t(0);
 #pragma unroll
-                                    for (int i = 0; i < kWidth; ++i) {
-                                        sum[i] += weight * load(values[i]);
-                                    }
-                                }
+                        for (int i = 0; i < BinWeights<real_t>::kCells; ++i) {
+                            weight = cell - own.first == i ? own.weights[i] : weight;
+                        }
+                        if (own.first == kTooWide && lane_bin.exists) {
+                            const RoiAxis<real_t> axis =
+                                axis_of(boxes + roi_index * 5, lane_bin.of_rows, level, options);
+                            weight = cell_weight(
+                                axis, lane_bin.bin, cell, lane_bin.of_rows ? level.height : level.width);
+                        }
+                        const unsigned used = __ballot_sync(kAllLanes, weight != real_t(0));
+                        const unsigned used_y = used & 0xffffu, used_x = used >> kHalfWarp;
+                        if (used_y == 0 || used_x == 0) {
+                            continue;
+                        }
+                        // A lane takes a pair of a bin row and a bin column, 4 x 8 of them at a time.
+                        const int end_y = kWarpSize - __clz(static_cast<int>(used_y));
+                        const int end_x = kWarpSize - __clz(static_cast<int>(used_x));
+#pragma unroll 1
+                        for (int y0 = __ffs(static_cast<int>(used_y)) - 1; y0 < end_y; y0 += 4) {
+#pragma unroll 1
+                            for (int x0 = __ffs(static_cast<int>(used_x)) - 1; x0 < end_x; x0 += 8) {
+                                const int py = y0 + lane / 8, px = x0 + lane % 8;
+                                const real_t weight_y = __shfl_sync(kAllLanes, weight, py & (kHalfWarp - 1));
+                                const real_t weight_x = __shfl_sync(kAllLanes, weight, kHalfWarp | px);
+                                const bool is_pair = py < end_y && px < end_x;
+                                const real_t pair = is_pair ? weight_y * weight_x : real_t(0);
+                                const int bin = is_pair ? (ph0 + py) * options.pooled_width + pw0 + px : 0;
+                                const int offset = bin * options.channels;
+                                add_pairs(__ballot_sync(kAllLanes, pair != real_t(0)), offset, pair, source, sum);
                             }
                         }
                     }
@@ -724,7 +1009,7 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
             }
             __syncthreads();  // the list is read to its end before the next candidates overwrite it
         }
-        if (active && x < width) {
+        if (active && exists) {
             Vec<scalar_t, kWidth> values;
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {
@@ -749,6 +1034,7 @@ RoiOptions options_of(
           settings.scales.size());
     const int64_t bins = settings.pooled_height * settings.pooled_width;
     as_int(op, "the number of bins", bins);
+    as_int(op, "the number of values of a box", bins * channels);
     return {static_cast<int>(settings.scales.size()), as_int(op, "the number of boxes", boxes.size(0)),
             as_int(op, "the batch", batch), as_int(op, "the number of channels", channels),
             static_cast<int>(settings.pooled_height), static_cast<int>(settings.pooled_width), settings.sampling_ratio,
@@ -772,38 +1058,38 @@ bool levels_are_wide(const std::vector<Tensor>& levels, int64_t width) {
     return true;
 }
 
-unsigned bins_grid(const char* op, const RoiOptions& options, int& blocks_per_roi) {
-    blocks_per_roi = static_cast<int>(ceil_div(options.pooled_height * options.pooled_width, kWarps));
-    return grid_size(op, static_cast<int64_t>(options.num_rois) * blocks_per_roi);
-}
+// Launch of a kernel whose blocks take tiles of bins, its warps kWarpSize * `width` channels of a bin row. Wide tiles
+// share the most columns of cells, but few RoIs need more of them to fill the card.
+struct WalkGrid {
+    BinTiles tiles;
+    dim3 grid, block;
 
-// Tiles of the forward pass: tall and wide ones share the most geometry and columns of cells, but few RoIs need more of
-// them to fill the card.
-BinTiles tile_bins(const RoiOptions& options, int64_t passes) {
-    constexpr int64_t kFillingWarps = 2048;  // 16 on each of 128 multiprocessors
-    constexpr int64_t kMinColumns = 4;
-    const int64_t height = options.pooled_height, width = options.pooled_width;
-    const int64_t row_warps = options.num_rois * height * passes;
-    const int64_t wanted = std::min(ceil_div(kFillingWarps, row_warps), ceil_div(width, kMinColumns));
-    const int64_t columns = ceil_div(width, std::max(ceil_div(width, kMaxBinColumns), wanted));
-    const int64_t rows = ceil_div(height, ceil_div(height, kForwardWarps));
-    return {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(ceil_div(height, rows)),
-            static_cast<int>(ceil_div(width, columns))};
-}
+    WalkGrid(const char* op, const RoiOptions& options, int width) {
+        constexpr int64_t kFillingWarps = 2048;  // 16 on each of 128 multiprocessors
+        constexpr int64_t kMinColumns = 4;
+        const int64_t bin_rows = options.pooled_height, bin_columns = options.pooled_width;
+        const int64_t passes = ceil_div(options.channels, kWarpSize * width);
+        const int64_t wanted =
+            std::min(ceil_div(kFillingWarps, options.num_rois * bin_rows * passes), ceil_div(bin_columns, kMinColumns));
+        const int64_t columns = ceil_div(bin_columns, std::max(ceil_div(bin_columns, kMaxBinColumns), wanted));
+        const int64_t rows = ceil_div(bin_rows, ceil_div(bin_rows, kWalkWarps));
+        tiles = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(ceil_div(bin_rows, rows)),
+                 static_cast<int>(ceil_div(bin_columns, columns))};
+        const int64_t items = rows * passes, warps = ceil_div(items, ceil_div(items, kWalkWarps));
+        grid = dim3(grid_size(op, static_cast<int64_t>(options.num_rois) * tiles.row_tiles * tiles.column_tiles));
+        block = dim3(static_cast<unsigned>(warps * kWarpSize));
+    }
+};
 
 template <typename scalar_t, int kWidth>
 void launch_forward(
     const char* op, const RoiPyramid<const scalar_t>& pyramid, const Tensor& rois, const Tensor& output,
     const RoiOptions& options, Stream stream) {
-    const int64_t passes = ceil_div(options.channels, kWarpSize * kWidth);
-    const BinTiles tiles = tile_bins(options, passes);
-    const int64_t items = tiles.rows * passes, warps = ceil_div(items, ceil_div(items, kForwardWarps));
-    const int64_t blocks = static_cast<int64_t>(options.num_rois) * tiles.row_tiles * tiles.column_tiles;
-    const size_t tile_bytes =
-        options.planar ? static_cast<size_t>(warps * tiles.columns) * kTileStride<kWidth> * sizeof(scalar_t) : 0;
+    const WalkGrid walk(op, options, kWidth);
+    const size_t bins = options.planar ? walk.block.x / kWarpSize * static_cast<size_t>(walk.tiles.columns) : 0;
     launch<roi_align_kernel<scalar_t, kWidth>>(
-        dim3(grid_size(op, blocks)), dim3(static_cast<unsigned>(warps * kWarpSize)), tile_bytes, stream, pyramid,
-        data<accum_t<scalar_t>>(rois), mutable_data<scalar_t>(output), options, tiles);
+        walk.grid, walk.block, bins * kTileStride<kWidth> * sizeof(scalar_t), stream, pyramid,
+        data<accum_t<scalar_t>>(rois), mutable_data<scalar_t>(output), options, walk.tiles);
 }
 
 template <typename scalar_t, int kWidth>
@@ -815,27 +1101,37 @@ void launch_scatter(
     for (size_t l = 0; l < gradients.size(); ++l) {
         pyramid.levels[l] = level_of(op, gradients[l], mutable_data<real_t>(gradients[l]), settings.scales[l]);
     }
-    int blocks_per_roi = 0;
-    const dim3 grid(bins_grid(op, options, blocks_per_roi));
+    const WalkGrid walk(op, options, kWidth);
     launch<roi_align_scatter_kernel<scalar_t, kWidth>>(
-        grid, dim3(kThreads), 0, stream, data<scalar_t>(grad_output), data<real_t>(rois), pyramid, options,
-        blocks_per_roi);
+        walk.grid, walk.block, 0, stream, data<scalar_t>(grad_output), data<real_t>(rois), pyramid, options,
+        walk.tiles);
 }
 
 template <typename scalar_t, int kWidth>
 void launch_gather(
     const char* op, const Tensor& grad_output, const Tensor& rois, const std::vector<Tensor>& gradients,
     const RoiAlignSettings& settings, const RoiOptions& options, Stream stream) {
+    using real_t = accum_t<scalar_t>;
     RoiPyramid<scalar_t> pyramid{};
     int64_t tiles = 0;
-    for (size_t l = 0; l < gradients.size(); ++l) {
+    for (size_t l = gradients.size(); l-- > 0;) {
         pyramid.levels[l] = level_of(op, gradients[l], mutable_data<scalar_t>(gradients[l]), settings.scales[l]);
         pyramid.levels[l].tile_begin = as_int(op, "the number of tiles", tiles);
-        tiles += ceil_div(gradients[l].size(3), kWarps) * gradients[l].size(2) * options.batch;
+        tiles += ceil_div(gradients[l].size(3), kCellColumns) * ceil_div(gradients[l].size(2), kCellRows) * options.batch;
     }
+    const int64_t axis_bins = settings.pooled_height + settings.pooled_width;
+    const Tensor cells = empty_like_sized(
+        rois, {options.num_rois, static_cast<int64_t>(sizeof(RoiCells) / sizeof(int))}, ScalarType::Int);
+    const Tensor weights = empty_like_sized(
+        rois, {options.num_rois, axis_bins, static_cast<int64_t>(sizeof(BinWeights<real_t>) / sizeof(real_t))});
+    const auto roi_cells = pointer_cast<RoiCells>(mutable_data<int>(cells));
+    const auto bin_weights = pointer_cast<BinWeights<real_t>>(mutable_data<real_t>(weights));
+    launch<roi_align_weights_kernel<real_t, scalar_t>>(
+        dim3(grid_size(op, ceil_div(options.num_rois * axis_bins, kTableThreads))), dim3(kTableThreads), 0, stream,
+        data<real_t>(rois), pyramid, options, roi_cells, bin_weights);
     launch<roi_align_gather_kernel<scalar_t, kWidth>>(
-        dim3(grid_size(op, tiles)), dim3(kThreads), 0, stream, data<scalar_t>(grad_output),
-        data<accum_t<scalar_t>>(rois), pyramid, options);
+        dim3(grid_size(op, tiles)), dim3(kThreads), 0, stream, data<scalar_t>(grad_output), data<real_t>(rois),
+        roi_cells, bin_weights, pyramid, options);
 }
 
 }  // namespace
@@ -900,22 +1196,18 @@ std::vector<Tensor> roi_align_backward(
         const RoiOptions options = options_of(op, settings, boxes, batch, channels, false);
         dispatch_floating(op, dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
-            constexpr int kWidth = kWideElements<scalar_t>;
-            const bool wide = channels % kWidth == 0 && levels_are_wide(gradients, kWidth) &&
-                              is_aligned(source.const_data_ptr(), 16);
-            const auto run = [&](auto width) {
-                constexpr int kOwnWidth = decltype(width)::value;
-                if (gather) {
-                    launch_gather<scalar_t, kOwnWidth>(op, source, rois, gradients, settings, options, device.stream());
-                } else if constexpr (!std::is_same_v<scalar_t, double>) {
-                    launch_scatter<scalar_t, kOwnWidth>(
-                        op, source, rois, gradients, settings, options, device.stream());
-                }
+            const auto is_wide = [&](int64_t width) {
+                return channels % width == 0 && levels_are_wide(gradients, width) &&
+                       is_aligned(source.const_data_ptr(), 16);
             };
-            if (wide) {
-                run(std::integral_constant<int, kWidth>{});
-            } else {
-                run(std::integral_constant<int, 1>{});
+            if (gather) {
+                constexpr int kWidth = kWideElements<scalar_t>;
+                const auto run = is_wide(kWidth) ? launch_gather<scalar_t, kWidth> : launch_gather<scalar_t, 1>;
+                run(op, source, rois, gradients, settings, options, device.stream());
+            } else if constexpr (!std::is_same_v<scalar_t, double>) {
+                const auto run =
+                    is_wide(kScatterWidth) ? launch_scatter<scalar_t, kScatterWidth> : launch_scatter<scalar_t, 1>;
+                run(op, source, rois, gradients, settings, options, device.stream());
             }
         });
     }

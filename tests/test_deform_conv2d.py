@@ -244,7 +244,8 @@ class TestSizes:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize(
-        "channels, outputs, groups, offset_groups", [(48, 40, 1, 1), (64, 96, 1, 4), (40, 264, 1, 1), (176, 160, 2, 1)]
+        "channels, outputs, groups, offset_groups",
+        [(48, 40, 1, 1), (64, 96, 1, 4), (40, 264, 1, 1), (176, 160, 2, 1), (128, 136, 1, 1)],
     )
     def test_many_half_channels(self, dtype, channels, outputs, groups, offset_groups):
         """Whole vectors of 16-bit types, and tiles of every width."""
@@ -262,6 +263,20 @@ class TestSizes:
             grads.append(gradients(outs[-1], leaves, convert(outs[0].detach())))
         assert_near(outs[0], outs[1], dtype)
         assert_near(grads[0], grads[1], dtype, factor=4)
+
+    def test_many_pixels(self):
+        """Enough of them for the largest tiles, in strips of rows of which the last is lower."""
+        tensors = [
+            torch.randn(2, 72, 78, 83, dtype=torch.float16),
+            off_grid(2 * torch.randn(2, 2, 78, 83)),
+            torch.randn(136, 72, 1, 1, dtype=torch.float16),
+            torch.randn(136, dtype=torch.float16),
+            torch.rand(2, 1, 78, 83),
+        ]
+        input, offset, weight, bias, mask = tensors
+        out = ops.deform_conv2d(input, offset, weight, bias, mask=mask)
+        expected = reference.deform_conv2d(*(t.double() for t in tensors[:4]), mask=mask.double())
+        assert_near(out, expected, torch.float16)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_sums_are_kept_in_float32(self, dtype):

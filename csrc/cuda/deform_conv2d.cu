@@ -289,7 +289,7 @@ void convolve(
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
     const int64_t beside = column_tiles * shape.groups;  // blocks with the same pixels
     // As many parts on every card, so that results are, and none so short that its sums cost more than its products.
-    constexpr int64_t kWantedBlocks = 264, kLeastSteps = 8;
+    constexpr int64_t kWantedBlocks = 264, kLeastSteps = 8, kLeastLargeTiles = 100;
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
     const int64_t whole_batches = (shape.taps() - 1) / kTableTaps, rest_taps = shape.taps() - whole_batches * kTableTaps;
     const int64_t run_steps = whole_batches * ceil_div(kTableTaps * problem.run, kDepth) +
@@ -311,7 +311,13 @@ void convolve(
             mutable_data<scalar_t>(output), parts ? mutable_data<real_t>(*parts) : Global<real_t>(nullptr),
             static_cast<int>(part_steps));
     };
-    launch_tiles(std::integral_constant<int, 64>{});
+    // Twice the pixels halve the weights that blocks read, if their tiles still fill a large card.
+    constexpr bool kLargeTiles = sizeof(scalar_t) == 2 && kColumns == 256;
+    if (kLargeTiles && num_parts == 1 && ceil_div(tiles, 2) * beside >= kLeastLargeTiles) {
+        launch_tiles(std::integral_constant<int, kLargeTiles ? 2 * kProductRows : kProductRows>{});
+    } else {
+        launch_tiles(std::integral_constant<int, kProductRows>{});
+    }
     if (parts) {
         const auto add_parts = [&](auto elements) {
             constexpr int kElements = decltype(elements)::value;

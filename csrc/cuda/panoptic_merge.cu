@@ -226,35 +226,37 @@ __device__ __forceinline__ int common_pixels(const Words& a, const Words& b) {
     return count;
 }
 
-// What the greedy block must know of an instance: its pixels, and its groups of words [first, end).
+// What the greedy block must know of an instance, as it was loaded, so that nothing waits for it before it is used.
 struct MergeSpan {
-    int area, first, end;
+    int area = 0, words_from = 0, end_word = 0;
 
     // Nothing for those beyond the last.
-    __device__ __forceinline__ MergeSpan(const MergeScratch& scratch, int c, int entered) : area(0), first(0), end(0) {
+    __device__ __forceinline__ MergeSpan(const MergeScratch& scratch, int c, int entered) {
         if (c < entered) {
             area = scratch.area[c];
-            first = (scratch.words - scratch.words_from[c]) / kGroup;
-            end = (scratch.end_word[c] + kGroup - 1) / kGroup;
+            words_from = scratch.words_from[c];
+            end_word = scratch.end_word[c];
         }
     }
     // A thread's own groups lie kGreedyThreads apart, and are the same for all instances.
-    __device__ __forceinline__ int first_own() const {
-        const int thread = static_cast<int>(threadIdx.x), start = first / kGreedyThreads * kGreedyThreads + thread;
+    __device__ __forceinline__ int first_own(const MergeScratch& scratch) const {
+        const int first = (scratch.words - words_from) / kGroup;
+        const int start = first / kGreedyThreads * kGreedyThreads + static_cast<int>(threadIdx.x);
         return start < first ? start + kGreedyThreads : start;
     }
+    __device__ __forceinline__ int end() const { return (end_word + kGroup - 1) / kGroup; }
 };
 
 struct HeldGroups {
     Words words[kHeldGroups];
 
     __device__ __forceinline__ HeldGroups(const MergeScratch& scratch, int c, const MergeSpan& span) {
-        const int first = span.first_own();
+        const int first = span.first_own(scratch), end = span.end();
 #pragma unroll
         for (int i = 0; i < kHeldGroups; ++i) {
             words[i] = {};
             const int group = first + i * kGreedyThreads;
-            if (group < span.end) {
+            if (group < end) {
                 words[i] = load_vector<kGroup>(scratch.bits_of(c) + kGroup * group);
             }
         }
@@ -275,16 +277,16 @@ __device__ __forceinline__ int merge_greedy(
         const HeldGroups next_held(scratch, c + 1, next_span);
         const MergeSpan after_next(scratch, c + 2, entered);
         Global<unsigned> mask = scratch.bits_of(c);
-        const int first = span.first_own(), beyond = first + kHeldGroups * kGreedyThreads;
+        const int first = span.first_own(scratch), end = span.end(), beyond = first + kHeldGroups * kGreedyThreads;
         int overlap = 0;
 #pragma unroll
         for (int i = 0; i < kHeldGroups; ++i) {
             const int group = first + i * kGreedyThreads;
-            if (group < span.end) {
+            if (group < end) {
                 overlap += common_pixels(held.words[i], load_vector<kGroup>(used + kGroup * group));
             }
         }
-        for (int group = beyond; group < span.end; group += kGreedyThreads) {
+        for (int group = beyond; group < end; group += kGreedyThreads) {
             overlap += common_pixels(
                 load_vector<kGroup>(mask + kGroup * group), load_vector<kGroup>(used + kGroup * group));
         }
@@ -305,11 +307,11 @@ __device__ __forceinline__ int merge_greedy(
 #pragma unroll
             for (int i = 0; i < kHeldGroups; ++i) {
                 const int group = first + i * kGreedyThreads;
-                if (group < span.end) {
+                if (group < end) {
                     use(group, held.words[i]);
                 }
             }
-            for (int group = beyond; group < span.end; group += kGreedyThreads) {
+            for (int group = beyond; group < end; group += kGreedyThreads) {
                 use(group, load_vector<kGroup>(mask + kGroup * group));
             }
             if (thread == 0) {

@@ -4,39 +4,48 @@
 // to the host. The decisions are those of common/panoptic_merge.h, in an order that is sequential by nature: who is
 // kept depends on all that were kept before. Two kernels of one block take them; all else is spread over the device.
 //
-//   order    rank of every instance by score; those below the threshold stay out
+//   order    rank of every instance by score, and its box in pixels; those below the threshold stay out
 //   pack     masks to one bit per pixel, in score order, with their areas and the words they span
 //   greedy   (one block) instance by instance: pixels already used, keep or drop, use them
 //   count    free pixels of every stuff label
 //   label    (one warp) ids of the stuff labels with enough of them
-//   paint    the id map, and one bit for every pixel that is void
-//   fill     (one block) box by box: void pixels in it, fill them or not
+//   open     (with boxes) one bit for every pixel that is void
+//   fill     (with boxes, one block) box by box: void pixels in it, fill them or not
+//   paint    the id map: stuff and filled boxes, then instances
 //   measure  area and extent of every segment in the id map
 //   table    the rows of the result
 //
-// Rows of pixels are whole words of 32. Counts are integers, so neither the order of atomics nor of blocks shows. All
-// scratch is one tensor, and what starts with a value starts with zero: one allocation, one fill. Extents are therefore
-// kept as maxima, a lower end by its distance from the far side.
+// An image is a row of pixels, bit i of word w is pixel 32 w + i. Both blocks of one keep their bits in shared memory
+// if it holds them. Counts are integers, so neither the order of atomics nor of blocks shows. What starts with a value
+// starts with zero; extents are therefore kept as maxima, a lower end by its distance from the far side.
 //
-// Floor (H100, 3.0 TB/s), 100 masks of 800 x 1333: 107 MB of masks read: 36 us; stuff map and id map 8 MB: 3 us. The
-// greedy block reads the bits of each instance's own rows twice, about 20 KB: about 1 us an instance.
-#include "common/panoptic_merge.h"
-
-#include "cuda/workspace.h"
+// Floor (H100, 3.0 TB/s), 100 masks of 800 x 1333: 107 MB of masks read: 36 us; stuff map and id map 8 MB: 3 us. For an
+// instance the greedy block reads the bits of its rows, about 30 KB, while it works on the one before: 0.5 us; a box is
+// one barrier or two and a few reads of shared memory per thread: 0.3 us.
 #include "ops/panoptic_merge.h"
+
+#include "common/panoptic_merge.h"
+#include "cuda/workspace.h"
 
 namespace spatialflow {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGreedyThreads = 1024;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kGreedyShift = 9;
+constexpr int kGreedyThreads = 1 << kGreedyShift;
 constexpr int kGreedyWarps = kGreedyThreads / kWarpSize;
+constexpr int kGroup = 4;        // words of a 16-byte access; images are whole groups
+constexpr int kHeldGroups = 6;   // of an instance, in the registers of a thread of the greedy block
+constexpr int kLoads = 4;        // that a lane has in flight where the device is busy with memory
 constexpr int kIgnoredPerLaunch = 32;
+
+using Words = Vec<unsigned, kGroup>;
 
 // Sizes, and scratch that all kernels share. Instances are numbered by rank: c-th best score.
 struct MergeScratch {
-    int64_t instances, height, width, words;  // words per row
-    int64_t stuff_labels;
+    int instances, stuff_labels, height, width, pixels;
+    int words;  // of the bits of an image
     // Zero on entry.
     Global<int> entered;       // (1), how many take part
     Global<int> segments;      // (1), ids given
@@ -44,16 +53,22 @@ struct MergeScratch {
     Global<int> words_from;    // (K), words from the first that is not zero to the end of the image
     Global<int> end_word;      // (K), one beyond the last word that is not zero
     Global<int> id_of;         // (K), 0: dropped
+    Global<int> fill_id;       // (K), what the box is filled with, 0: nothing
     Global<int> stuff_area;    // (S)
     Global<int> stuff_id;      // (S), 0: none
     Global<int> ignored;       // (S)
     Global<int> measured;      // (5, K + S), by id - 1: area, W - x1, H - y1, x2, y2, ends not included
-    Global<unsigned> used;     // (H * words)
+    Global<unsigned> used;     // (words), pixels of instances
     // Written before it is read.
     Global<int> order;           // (K), instance of rank c
+    Global<int> boxes;           // (K, 4), pixels
     Global<int> segment_source;  // (K + S), by id - 1: rank of an instance, or K + stuff label
-    Global<unsigned> open;       // (H * words), void pixels
-    Global<unsigned> bits;       // (K, H * words); after greedy: the pixels that became the instance's own
+    Global<unsigned> open;       // (words), void pixels; after fill: those that stay void
+    Global<unsigned> bits;       // (K, words); after greedy: the pixels that became the instance's own
+
+    __device__ __forceinline__ Global<unsigned> bits_of(int c) const {
+        return bits + static_cast<int64_t>(c) * words;
+    }
 };
 
 struct MergeOptions {
@@ -71,8 +86,9 @@ struct IgnoredLabels {
 
 __global__ void __launch_bounds__(kThreads) merge_order_kernel(
     Global<const double> scores,  // (K)
+    Global<const double> boxes,   // (K, 4) or null
     const MergeScratch scratch, const MergeOptions options) {
-    const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+    const int k = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (k >= scratch.instances) {
         return;
     }
@@ -81,13 +97,24 @@ __global__ void __launch_bounds__(kThreads) merge_order_kernel(
         return;
     }
     int rank = 0;
-    for (int64_t other = 0; other < scratch.instances; ++other) {
+    for (int other = 0; other < scratch.instances; ++other) {
         const double theirs = scores[other];
         rank += merge_score_enters(theirs, options.score_threshold) &&
                 (theirs > score || (theirs == score && other < k));
     }
-    scratch.order[rank] = static_cast<int>(k);
+    scratch.order[rank] = k;
     atomicAdd(scratch.entered + 0, 1);
+    if (boxes) {
+        const int64_t first = static_cast<int64_t>(k) * 4;
+        const double corners[4] = {boxes[first], boxes[first + 1], boxes[first + 2], boxes[first + 3]};
+        const PixelBox box = merge_pixel_box(corners, scratch.height, scratch.width);
+        Vec<int, 4> edges = {{static_cast<int>(box.x1), static_cast<int>(box.y1), static_cast<int>(box.x2),
+                              static_cast<int>(box.y2)}};
+        if (box.area() == 0) {
+            edges = {};
+        }
+        store_vector(scratch.boxes + 4 * rank, edges);
+    }
 }
 
 __global__ void merge_ignore_kernel(const MergeScratch scratch, const IgnoredLabels ignored) {
@@ -97,121 +124,300 @@ __global__ void merge_ignore_kernel(const MergeScratch scratch, const IgnoredLab
     }
 }
 
-// A warp per word: lane l reads pixel l.
+// kPixels adjacent pixels of a mask, a byte each, as they were loaded. (A vector of bytes would be taken apart at once.)
+template <int kPixels>
+struct PackedPixels {
+    Vec<unsigned, kPixels / 4> words{};
+
+    __device__ __forceinline__ void load(Global<const uint8_t> source) {
+        words = load_vector<kPixels / 4>(pointer_cast<const unsigned>(source));
+    }
+    // One bit for every byte that is not zero.
+    __device__ __forceinline__ unsigned bits() const {
+        unsigned result = 0;
+#pragma unroll
+        for (int i = 0; i < kPixels / 4; ++i) {
+            const unsigned tops = (words[i] | ((words[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu)) & 0x80808080u;
+            result |= ((tops >> 7) * 0x10204080u >> 28) << (4 * i);
+        }
+        return result;
+    }
+};
+
+template <>
+struct PackedPixels<1> {
+    uint8_t value = 0;
+
+    __device__ __forceinline__ void load(Global<const uint8_t> source) { value = source[0]; }
+    __device__ __forceinline__ unsigned bits() const { return value != 0; }
+};
+
+// A lane reads kPixels adjacent pixels at a time.
+template <int kPixels>
 __global__ void __launch_bounds__(kThreads) merge_pack_kernel(
     Global<const uint8_t> masks,  // (K, H, W)
     const MergeScratch scratch) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const int64_t c = blockIdx.y;
+    constexpr int kLanes = kWarpSize / kPixels > 0 ? kWarpSize / kPixels : 1;  // of a word
+    constexpr int kStep = kWarpSize * kPixels;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, c = static_cast<int>(blockIdx.y);
     if (c >= scratch.entered[0]) {
         return;
     }
-    const int64_t image_words = scratch.height * scratch.words;
-    const int64_t mask = scratch.order[c] * scratch.height * scratch.width;
-    int area = 0, from = 0, end = 0;
-    for (int64_t word = blockIdx.x * (kThreads / kWarpSize) + static_cast<int>(threadIdx.x) / kWarpSize;
-         word < image_words; word += static_cast<int64_t>(gridDim.x) * (kThreads / kWarpSize)) {
-        const int64_t y = word / scratch.words, x = word % scratch.words * kWarpSize + lane;
-        const unsigned bits = __ballot_sync(
-            kAllLanes, x < scratch.width && masks[mask + y * scratch.width + x] != 0);
-        if (lane == 0) {
-            scratch.bits[c * image_words + word] = bits;
-        }
-        if (bits != 0) {
-            area += __popc(bits);
-            from = from != 0 ? from : static_cast<int>(image_words - word);
-            end = static_cast<int>(word) + 1;
+    Global<const uint8_t> mask = masks + static_cast<int64_t>(scratch.order[c]) * scratch.pixels;
+    const int first =
+        (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize) * kLoads * kStep +
+        lane * kPixels;
+    PackedPixels<kPixels> values[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        if (first + i * kStep < scratch.pixels) {
+            values[i].load(mask + (first + i * kStep));
         }
     }
+    unsigned area = 0, from = 0, end = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        unsigned bits = values[i].bits() << (lane % kLanes * kPixels);
+#pragma unroll
+        for (int step = 1; step < kLanes; step *= 2) {
+            bits |= __shfl_xor_sync(kAllLanes, bits, step);
+        }
+        const int word = (first + i * kStep) / kWarpSize;
+        if (lane % kLanes == 0 && word < scratch.words) {
+            scratch.bits_of(c)[word] = bits;
+            if (bits != 0) {
+                area += static_cast<unsigned>(__popc(bits));
+                from = from != 0 ? from : static_cast<unsigned>(scratch.words - word);
+                end = static_cast<unsigned>(word) + 1;
+            }
+        }
+    }
+    area = __reduce_add_sync(kAllLanes, area);
+    from = __reduce_max_sync(kAllLanes, from);
+    end = __reduce_max_sync(kAllLanes, end);
     if (lane == 0 && area != 0) {
-        atomicAdd(scratch.area + c, area);
-        atomicMax(scratch.words_from + c, from);
-        atomicMax(scratch.end_word + c, end);
+        atomicAdd(scratch.area + c, static_cast<int>(area));
+        atomicMax(scratch.words_from + c, static_cast<int>(from));
+        atomicMax(scratch.end_word + c, static_cast<int>(end));
     }
 }
 
-// Sum over the block, the same in all threads. Two barriers, the second so that `sums` can be used again.
-__device__ __forceinline__ int block_sum(int value, Shared<int> sums) {
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-        value += __shfl_xor_sync(kAllLanes, value, step);
-    }
+// Sum over the block, the same in all threads, with one barrier: `sums` may be used again only after that of another
+// call with other sums.
+__device__ __forceinline__ int block_sum(int value, Shared<unsigned> sums) {
+    const unsigned of_warp = __reduce_add_sync(kAllLanes, static_cast<unsigned>(value));
     if (threadIdx.x % kWarpSize == 0) {
-        sums[threadIdx.x / kWarpSize] = value;
+        sums[threadIdx.x / kWarpSize] = of_warp;
     }
     __syncthreads();
-    int total = sums[threadIdx.x % kWarpSize];
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-        total += __shfl_xor_sync(kAllLanes, total, step);
+    unsigned other = 0;
+    if (threadIdx.x % kWarpSize < kGreedyWarps) {
+        other = sums[threadIdx.x % kWarpSize];
     }
-    __syncthreads();
-    return total;
+    return static_cast<int>(__reduce_add_sync(kAllLanes, other));
 }
 
-// Keeps or drops the instances in order. Of a kept one only the bits no earlier one has stay. One block in all: to
-// leave registers for a second one on its multiprocessor, the compiler would spill.
+__device__ __forceinline__ int common_pixels(const Words& a, const Words& b) {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+        count += __popc(a[i] & b[i]);
+    }
+    return count;
+}
+
+// What the greedy block must know of an instance, as it was loaded, so that nothing waits for it before it is used.
+struct MergeSpan {
+    int area = 0, words_from = 0, end_word = 0;
+
+    // Nothing for those beyond the last.
+    __device__ __forceinline__ MergeSpan(const MergeScratch& scratch, int c, int entered) {
+        if (c < entered) {
+            area = scratch.area[c];
+            words_from = scratch.words_from[c];
+            end_word = scratch.end_word[c];
+        }
+    }
+    // A thread's own groups lie kGreedyThreads apart, and are the same for all instances.
+    __device__ __forceinline__ int first_own(const MergeScratch& scratch) const {
+        const int first = (scratch.words - words_from) / kGroup;
+        const int start = first / kGreedyThreads * kGreedyThreads + static_cast<int>(threadIdx.x);
+        return start < first ? start + kGreedyThreads : start;
+    }
+    __device__ __forceinline__ int end() const { return (end_word + kGroup - 1) / kGroup; }
+};
+
+struct HeldGroups {
+    Words words[kHeldGroups];
+
+    __device__ __forceinline__ HeldGroups(const MergeScratch& scratch, int c, const MergeSpan& span) {
+        const int first = span.first_own(scratch), end = span.end();
+#pragma unroll
+        for (int i = 0; i < kHeldGroups; ++i) {
+            words[i] = {};
+            const int group = first + i * kGreedyThreads;
+            if (group < end) {
+                words[i] = load_vector<kGroup>(scratch.bits_of(c) + kGroup * group);
+            }
+        }
+    }
+};
+
+// Keeps or drops the instances in order. Of a kept one only the bits no earlier one has stay. `used` is read and
+// written by the threads that own its groups alone, so the only barrier of an instance is that of its sum. While it is
+// worked on, the next one is on its way.
+template <typename Used>
+__device__ __forceinline__ int merge_greedy(
+    const MergeScratch& scratch, const MergeOptions& options, Used used, Shared<unsigned> sums) {
+    const int thread = static_cast<int>(threadIdx.x), entered = scratch.entered[0];
+    int segments = 0;
+    MergeSpan span(scratch, 0, entered), next_span(scratch, 1, entered);
+    HeldGroups held(scratch, 0, span);
+    for (int c = 0; c < entered; ++c) {
+        const HeldGroups next_held(scratch, c + 1, next_span);
+        const MergeSpan after_next(scratch, c + 2, entered);
+        Global<unsigned> mask = scratch.bits_of(c);
+        const int first = span.first_own(scratch), end = span.end(), beyond = first + kHeldGroups * kGreedyThreads;
+        int overlap = 0;
+#pragma unroll
+        for (int i = 0; i < kHeldGroups; ++i) {
+            const int group = first + i * kGreedyThreads;
+            if (group < end) {
+                overlap += common_pixels(held.words[i], load_vector<kGroup>(used + kGroup * group));
+            }
+        }
+        for (int group = beyond; group < end; group += kGreedyThreads) {
+            overlap += common_pixels(
+                load_vector<kGroup>(mask + kGroup * group), load_vector<kGroup>(used + kGroup * group));
+        }
+        overlap = block_sum(overlap, sums + c % 2 * kGreedyWarps);
+        // With a threshold of 1 or more an instance may pass without a pixel of its own; no segment is empty.
+        if (merge_instance_is_kept(overlap, span.area, options.overlap_threshold) && overlap != span.area) {
+            const auto use = [&](int group, const Words& own) {
+                const Words before = load_vector<kGroup>(used + kGroup * group);
+                Words all, left;
+#pragma unroll
+                for (int i = 0; i < kGroup; ++i) {
+                    all[i] = before[i] | own[i];
+                    left[i] = own[i] & ~before[i];
+                }
+                store_vector(used + kGroup * group, all);
+                store_vector(mask + kGroup * group, left);
+            };
+#pragma unroll
+            for (int i = 0; i < kHeldGroups; ++i) {
+                const int group = first + i * kGreedyThreads;
+                if (group < end) {
+                    use(group, held.words[i]);
+                }
+            }
+            for (int group = beyond; group < end; group += kGreedyThreads) {
+                use(group, load_vector<kGroup>(mask + kGroup * group));
+            }
+            if (thread == 0) {
+                scratch.id_of[c] = segments + 1;
+                scratch.segment_source[segments] = c;
+            }
+            ++segments;
+        }
+        span = next_span;
+        next_span = after_next;
+        held = next_held;
+    }
+    return segments;
+}
+
+// One block in all: it may take all registers of a multiprocessor.
+template <bool kInShared>
 __global__ void __launch_bounds__(kGreedyThreads, 1) merge_greedy_kernel(
     const MergeScratch scratch, const MergeOptions options) {
-    SPATIALFLOW_SHARED(int, sums, kGreedyWarps);
-    const int thread = static_cast<int>(threadIdx.x);
-    const int64_t image_words = scratch.height * scratch.words;
-    const int entered = scratch.entered[0];
-    int segments = 0;
-    for (int c = 0; c < entered; ++c) {
-        Global<unsigned> mask = scratch.bits + c * image_words;
-        const int area = scratch.area[c];
-        const int64_t first = image_words - scratch.words_from[c], end = scratch.end_word[c];  // 0 without pixels
-        int overlap = 0;
-        for (int64_t word = first + thread; word < end; word += kGreedyThreads) {
-            overlap += __popc(mask[word] & scratch.used[word]);
+    SPATIALFLOW_SHARED(unsigned, sums, 2 * kGreedyWarps);
+    int segments;
+    if constexpr (kInShared) {
+        SPATIALFLOW_DYNAMIC_SHARED(unsigned, used);
+        for (int group = static_cast<int>(threadIdx.x); group < scratch.words / kGroup; group += kGreedyThreads) {
+            store_vector(used + kGroup * group, Words{});
         }
-        overlap = block_sum(overlap, sums);
-        // With a threshold of 1 or more an instance may pass without a pixel of its own; no segment is empty.
-        if (!merge_instance_is_kept(overlap, area, options.overlap_threshold) || overlap == area) {
-            continue;
+        segments = merge_greedy(scratch, options, used, sums);
+        for (int group = static_cast<int>(threadIdx.x); group < scratch.words / kGroup; group += kGreedyThreads) {
+            store_vector(scratch.used + kGroup * group, load_vector<kGroup>(used + kGroup * group));
         }
-        for (int64_t word = first + thread; word < end; word += kGreedyThreads) {
-            const unsigned before = scratch.used[word], own = mask[word];
-            mask[word] = own & ~before;
-            scratch.used[word] = before | own;
-        }
-        if (thread == 0) {
-            scratch.id_of[c] = segments + 1;
-            scratch.segment_source[segments] = c;
-        }
-        ++segments;
-        __syncthreads();  // `used` is read by other threads for the next instance
+    } else {
+        segments = merge_greedy(scratch, options, scratch.used, sums);
     }
-    if (thread == 0) {
+    if (threadIdx.x == 0) {
         scratch.segments[0] = segments;
     }
+}
+
+// Calls body(value, lanes) in one lane of those that have the same value, for every value that the warp has.
+template <typename Body>
+__device__ __forceinline__ void for_each_value(int value, const Body& body) {
+    const unsigned peers = __match_any_sync(kAllLanes, value);
+    if (static_cast<int>(threadIdx.x) % kWarpSize == __ffs(static_cast<int>(peers)) - 1) {
+        body(value, peers);
+    }
+}
+
+// The stuff label of every lane's pixel in kLoads words from `word` on, or -1: outside the image or the labels, or a
+// pixel of an instance.
+template <typename label_t>
+__device__ __forceinline__ void load_stuff(
+    Global<const label_t> stuff, const MergeScratch& scratch, int word, int (&labels)[kLoads]) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    label_t values[kLoads];
+    unsigned used[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int pixel = (word + i) * kWarpSize + lane;
+        used[i] = ~0u;
+        if (pixel < scratch.pixels) {
+            values[i] = stuff[pixel];
+            used[i] = scratch.used[word + i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        labels[i] = -1;
+        if ((used[i] >> lane & 1u) == 0) {
+            const int64_t value = static_cast<int64_t>(values[i]);
+            labels[i] = value >= 0 && value < scratch.stuff_labels ? static_cast<int>(value) : -1;
+        }
+    }
+}
+
+// First of the kLoads words that a warp works on.
+__device__ __forceinline__ int first_word_of_warp() {
+    return (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize) * kLoads;
 }
 
 template <typename label_t>
 __global__ void __launch_bounds__(kThreads) merge_count_kernel(
     Global<const label_t> stuff,  // (H, W)
     const MergeScratch scratch) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const int64_t image_words = scratch.height * scratch.words;
-    int64_t pending_label = -1;  // of this lane, with its pixels not yet added
-    int pending = 0;
-    for (int64_t word = blockIdx.x * (kThreads / kWarpSize) + static_cast<int>(threadIdx.x) / kWarpSize;
-         word < image_words; word += static_cast<int64_t>(gridDim.x) * (kThreads / kWarpSize)) {
-        const int64_t y = word / scratch.words, x = word % scratch.words * kWarpSize + lane;
-        if (x >= scratch.width || (scratch.used[word] >> lane & 1u) != 0) {
-            continue;
-        }
-        const int64_t label = static_cast<int64_t>(stuff[y * scratch.width + x]);
-        if (label != pending_label) {
-            if (pending != 0) {
-                atomicAdd(scratch.stuff_area + pending_label, pending);
-            }
-            pending_label = label;
-            pending = 0;
-        }
-        pending += label >= 0 && label < scratch.stuff_labels;
+    int labels[kLoads];
+    load_stuff(stuff, scratch, first_word_of_warp(), labels);
+    int same = labels[0];
+    bool all_same = true;
+#pragma unroll
+    for (int i = 1; i < kLoads; ++i) {
+        all_same &= labels[i] == same;
     }
-    if (pending != 0) {
-        atomicAdd(scratch.stuff_area + pending_label, pending);
+    if (__all_sync(kAllLanes, all_same)) {
+        for_each_value(same, [&](int label, unsigned lanes) {
+            if (label >= 0) {
+                atomicAdd(scratch.stuff_area + label, kLoads * __popc(lanes));
+            }
+        });
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        for_each_value(labels[i], [&](int label, unsigned lanes) {
+            if (label >= 0) {
+                atomicAdd(scratch.stuff_area + label, __popc(lanes));
+            }
+        });
     }
 }
 
@@ -241,133 +447,215 @@ __global__ void __launch_bounds__(kWarpSize) merge_label_kernel(
 }
 
 template <typename label_t>
-__global__ void __launch_bounds__(kThreads) merge_paint_kernel(
+__global__ void __launch_bounds__(kThreads) merge_open_kernel(
     Global<const label_t> stuff,  // (H, W)
-    Global<int> id_map,           // (H, W)
     const MergeScratch scratch) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const int64_t image_words = scratch.height * scratch.words;
-    const int64_t word = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) +
-                         static_cast<int>(threadIdx.x) / kWarpSize;
-    if (word >= image_words) {
-        return;
-    }
-    const int64_t y = word / scratch.words, x = word % scratch.words * kWarpSize + lane;
-    const bool inside = x < scratch.width;
-    int id = 0;
-    if ((scratch.used[word] >> lane & 1u) != 0) {
-        const int entered = scratch.entered[0];
-        for (int c = 0; c < entered && id == 0; ++c) {
-            const int of_instance = scratch.id_of[c];
-            if (of_instance != 0 && (scratch.bits[c * image_words + word] >> lane & 1u) != 0) {
-                id = of_instance;
-            }
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, first = first_word_of_warp();
+    int labels[kLoads];
+    load_stuff(stuff, scratch, first, labels);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int word = first + i, pixel = word * kWarpSize + lane;
+        const bool is_void = pixel < scratch.pixels && (labels[i] < 0 || scratch.stuff_id[labels[i]] == 0);
+        const unsigned open = __ballot_sync(kAllLanes, is_void);
+        if (lane == 0 && word < scratch.words) {
+            scratch.open[word] = open & ~static_cast<unsigned>(scratch.used[word]);
         }
-    } else if (inside) {
-        const int64_t label = static_cast<int64_t>(stuff[y * scratch.width + x]);
-        id = label >= 0 && label < scratch.stuff_labels ? scratch.stuff_id[label] : 0;
-    }
-    if (inside) {
-        id_map[y * scratch.width + x] = id;
-    }
-    const unsigned open = __ballot_sync(kAllLanes, inside && id == 0);
-    if (lane == 0) {
-        scratch.open[word] = open;
     }
 }
 
-// Bits of `word` of a row that lie in columns [x1, x2).
-__device__ __forceinline__ unsigned columns_in_word(int64_t word, int64_t x1, int64_t x2) {
-    const int64_t begin = x1 - word * kWarpSize, end = x2 - word * kWarpSize;
-    const unsigned from = begin <= 0 ? ~0u : begin >= kWarpSize ? 0u : ~0u << begin;
-    const unsigned to = end >= kWarpSize ? ~0u : end <= 0 ? 0u : ~(~0u << end);
-    return from & to;
+// Bits of `word` that are among the pixels [begin, end), which it has some of.
+__device__ __forceinline__ unsigned pixels_in_word(int word, int begin, int end) {
+    const int from = begin - word * kWarpSize, to = end - word * kWarpSize;
+    return (from <= 0 ? ~0u : ~0u << from) & (to >= kWarpSize ? ~0u : ~(~0u << to));
 }
 
 // Box by box in score order: a box that is void enough gives its void pixels to its own segment, or to a new one.
-__global__ void __launch_bounds__(kGreedyThreads) merge_fill_kernel(
-    Global<const double> boxes,  // (K, 4)
-    Global<int> id_map,          // (H, W)
-    const MergeScratch scratch, const MergeOptions options) {
-    SPATIALFLOW_SHARED(int, sums, kGreedyWarps);
-    const int thread = static_cast<int>(threadIdx.x);
-    const int entered = scratch.entered[0];
-    int segments = scratch.segments[0];
+template <typename Open>
+__device__ __forceinline__ int merge_fill(
+    const MergeScratch& scratch, const MergeOptions& options, Open open, Shared<unsigned> sums) {
+    const int thread = static_cast<int>(threadIdx.x), entered = scratch.entered[0];
+    const auto box_at = [&](int c) {
+        return c < entered ? load_vector<4>(scratch.boxes + 4 * c) : Vec<int, 4>{};
+    };
+    int segments = scratch.segments[0], turn = 0;
+    Vec<int, 4> next_box = box_at(0);
+    int next_id = entered > 0 ? scratch.id_of[0] : 0;
     for (int c = 0; c < entered; ++c) {
-        const int64_t instance = scratch.order[c];
-        const double corners[4] = {boxes[instance * 4], boxes[instance * 4 + 1], boxes[instance * 4 + 2],
-                                   boxes[instance * 4 + 3]};
-        const PixelBox box = merge_pixel_box(corners, scratch.height, scratch.width);
-        if (box.area() == 0) {
+        const Vec<int, 4> box = next_box;
+        int id = next_id;
+        next_box = box_at(c + 1);
+        next_id = c + 1 < entered ? scratch.id_of[c + 1] : 0;
+        const int x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3], area = (x2 - x1) * (y2 - y1);
+        if (area == 0) {
             continue;
         }
-        const int64_t first = box.x1 / kWarpSize, count = (box.x2 - 1) / kWarpSize + 1 - first;
-        const int64_t total = count * (box.y2 - box.y1);
+        // A power of two of threads for the words of a row.
+        const int most_words = (x2 - x1 + kWarpSize - 2) / kWarpSize + 1;
+        const int row_shift = kWarpSize - __clz(most_words - 1);
+        const int shift = row_shift < kGreedyShift ? row_shift : kGreedyShift, stride = 1 << shift;
+        const auto for_each_word = [&](const auto& body) {
+            for (int y = y1 + (thread >> shift); y < y2; y += kGreedyThreads >> shift) {
+                const int begin = y * scratch.width + x1, end = y * scratch.width + x2;
+                for (int word = begin / kWarpSize + (thread & (stride - 1)); word * kWarpSize < end; word += stride) {
+                    body(word, pixels_in_word(word, begin, end));
+                }
+            }
+        };
         int still_void = 0;
-        for (int64_t i = thread; i < total; i += kGreedyThreads) {
-            const int64_t word = first + i % count;
-            const unsigned open = scratch.open[(box.y1 + i / count) * scratch.words + word];
-            still_void += __popc(open & columns_in_word(word, box.x1, box.x2));
-        }
-        still_void = block_sum(still_void, sums);
-        if (!merge_box_is_filled(still_void, box.area(), options.box_threshold)) {
+        for_each_word([&](int word, unsigned pixels) {
+            const unsigned bits = open[word];
+            still_void += __popc(bits & pixels);
+        });
+        still_void = block_sum(still_void, sums + turn * kGreedyWarps);
+        turn ^= 1;
+        if (!merge_box_is_filled(still_void, area, options.box_threshold)) {
             continue;
         }
-        int id = scratch.id_of[c];
         if (id == 0) {
             id = ++segments;
             if (thread == 0) {
                 scratch.segment_source[segments - 1] = c;
             }
         }
-        for (int64_t i = thread; i < total; i += kGreedyThreads) {
-            const int64_t word = first + i % count, y = box.y1 + i / count;
-            const unsigned open = scratch.open[y * scratch.words + word];
-            const unsigned filled = open & columns_in_word(word, box.x1, box.x2);
-            for (unsigned left = filled; left != 0; left &= left - 1) {
-                id_map[y * scratch.width + word * kWarpSize + __ffs(static_cast<int>(left)) - 1] = id;
-            }
-            if (filled != 0) {
-                scratch.open[y * scratch.words + word] = open ^ filled;
-            }
+        if (thread == 0) {
+            scratch.fill_id[c] = id;
         }
-        __syncthreads();  // `open` is read by other threads for the next box
+        for_each_word([&](int word, unsigned pixels) { atomicAnd(open + word, ~pixels); });  // rows may share a word
+        __syncthreads();
     }
-    if (thread == 0) {
+    return segments;
+}
+
+template <bool kInShared>
+__global__ void __launch_bounds__(kGreedyThreads, 1) merge_fill_kernel(
+    const MergeScratch scratch, const MergeOptions options) {
+    SPATIALFLOW_SHARED(unsigned, sums, 2 * kGreedyWarps);
+    int segments;
+    if constexpr (kInShared) {
+        SPATIALFLOW_DYNAMIC_SHARED(unsigned, open);
+        for (int group = static_cast<int>(threadIdx.x); group < scratch.words / kGroup; group += kGreedyThreads) {
+            store_vector(open + kGroup * group, load_vector<kGroup>(scratch.open + kGroup * group));
+        }
+        __syncthreads();
+        segments = merge_fill(scratch, options, open, sums);
+        __syncthreads();
+        for (int group = static_cast<int>(threadIdx.x); group < scratch.words / kGroup; group += kGreedyThreads) {
+            store_vector(scratch.open + kGroup * group, load_vector<kGroup>(open + kGroup * group));
+        }
+    } else {
+        segments = merge_fill(scratch, options, scratch.open, sums);
+        __syncthreads();  // all threads have read the old number
+    }
+    if (threadIdx.x == 0) {
         scratch.segments[0] = segments;
     }
 }
 
-// A warp per row: a lane adds up the pixels of one id as long as it does not change.
+// All pixels but those of instances: their stuff, or the first box that was filled there.
+template <typename label_t>
+__global__ void __launch_bounds__(kThreads) merge_paint_stuff_kernel(
+    Global<const label_t> stuff,  // (H, W)
+    Global<int> id_map,           // (H, W)
+    const MergeScratch scratch, const bool has_boxes) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, first = first_word_of_warp();
+    int labels[kLoads];
+    load_stuff(stuff, scratch, first, labels);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int word = first + i, pixel = word * kWarpSize + lane;
+        if (pixel >= scratch.pixels || (scratch.used[word] >> lane & 1u) != 0) {
+            continue;
+        }
+        int id = labels[i] >= 0 ? scratch.stuff_id[labels[i]] : 0;
+        if (has_boxes && id == 0 && (scratch.open[word] >> lane & 1u) == 0) {
+            const int y = pixel / scratch.width, x = pixel - y * scratch.width;
+            const int entered = scratch.entered[0];
+            for (int c = 0; c < entered && id == 0; ++c) {
+                const Vec<int, 4> box = load_vector<4>(scratch.boxes + 4 * c);
+                const bool inside = x >= box[0] && x < box[2] && y >= box[1] && y < box[3];
+                id = inside ? scratch.fill_id[c] : 0;
+            }
+        }
+        id_map[pixel] = id;
+    }
+}
+
+// A warp takes 32 words of an instance, a lane each, then those that are not zero one after the other, a lane per pixel.
+__global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
+    Global<int> id_map,  // (H, W)
+    const MergeScratch scratch) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, c = static_cast<int>(blockIdx.y);
+    const int id = scratch.id_of[c];
+    if (id == 0) {
+        return;
+    }
+    const int first = scratch.words - scratch.words_from[c], end = scratch.end_word[c];
+    for (int base = first + (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize) * kWarpSize;
+         base < end; base += static_cast<int>(gridDim.x) * kThreads) {
+        const unsigned own = base + lane < end ? scratch.bits_of(c)[base + lane] : 0u;
+        for (unsigned left = __ballot_sync(kAllLanes, own != 0); left != 0; left &= left - 1) {
+            const int source = __ffs(static_cast<int>(left)) - 1;
+            if ((__shfl_sync(kAllLanes, own, source) >> lane & 1u) != 0) {
+                id_map[(base + source) * kWarpSize + lane] = id;
+            }
+        }
+    }
+}
+
+// A warp per row of the map, kLoads times 32 pixels at a time. What a warp has of one id alone is added up first.
 __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
     Global<const int> id_map,  // (H, W)
     const MergeScratch scratch) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const int64_t y = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) +
-                      static_cast<int>(threadIdx.x) / kWarpSize;
+    const int y = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
     if (y >= scratch.height) {
         return;
     }
-    const int64_t rows = scratch.instances + scratch.stuff_labels;
-    int id = 0, area = 0, from_x = 0, end_x = 0;
-    for (int64_t x = lane; x < scratch.width + kWarpSize; x += kWarpSize) {
-        const int next = x < scratch.width ? id_map[y * scratch.width + x] : 0;
-        if (next != id) {
-            if (id != 0) {
-                Global<int> entry = scratch.measured + (id - 1);
-                atomicAdd(entry + 0, area);
-                atomicMax(entry + rows, from_x);
-                atomicMax(entry + 2 * rows, static_cast<int>(scratch.height - y));
-                atomicMax(entry + 3 * rows, end_x);
-                atomicMax(entry + 4 * rows, static_cast<int>(y + 1));
-            }
-            id = next;
-            area = 0;
-            from_x = static_cast<int>(scratch.width - x);
+    const int64_t rows = static_cast<int64_t>(scratch.instances) + scratch.stuff_labels;
+    const int row = y * scratch.width;
+    const auto add = [&](int id, int area, int from_x, int end_x) {
+        Global<int> entry = scratch.measured + (id - 1);
+        atomicAdd(entry + 0, area);
+        atomicMax(entry + rows, scratch.width - from_x);
+        atomicMax(entry + 2 * rows, scratch.height - y);
+        atomicMax(entry + 3 * rows, end_x);
+        atomicMax(entry + 4 * rows, y + 1);
+    };
+    int run_id = 0, run_from = 0, run_end = 0;  // pixels [run_from, run_end) of one id
+    const auto end_run = [&] {
+        if (run_id != 0 && lane == 0) {
+            add(run_id, run_end - run_from, run_from, run_end);
         }
-        ++area;
-        end_x = static_cast<int>(x) + 1;
+    };
+    for (int base = 0; base < scratch.width; base += kLoads * kWarpSize) {
+        int ids[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const int x = base + i * kWarpSize + lane;
+            ids[i] = x < scratch.width ? id_map[row + x] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const int x = base + i * kWarpSize, front = __shfl_sync(kAllLanes, ids[i], 0);
+            const bool is_run = __all_sync(kAllLanes, ids[i] == front);
+            if (!is_run || front != run_id) {
+                end_run();
+                run_id = is_run ? front : 0;
+                run_from = x;
+            }
+            run_end = x + kWarpSize;
+            if (!is_run) {
+                for_each_value(ids[i], [&](int id, unsigned lanes) {
+                    if (id != 0) {
+                        add(id, __popc(lanes), x + __ffs(static_cast<int>(lanes)) - 1,
+                            x + kWarpSize - __clz(static_cast<int>(lanes)));
+                    }
+                });
+            }
+        }
     }
+    end_run();
 }
 
 __global__ void __launch_bounds__(kThreads) merge_table_kernel(
@@ -378,7 +666,7 @@ __global__ void __launch_bounds__(kThreads) merge_table_kernel(
     Global<int64_t> segment_count,  // (1)
     const MergeScratch scratch) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-    const int64_t rows = scratch.instances + scratch.stuff_labels;
+    const int64_t rows = static_cast<int64_t>(scratch.instances) + scratch.stuff_labels;
     const int segments = scratch.segments[0];
     if (row == 0) {
         segment_count[0] = segments;
@@ -413,6 +701,18 @@ __global__ void __launch_bounds__(kThreads) merge_table_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
+// Of dynamic shared memory, beside what the kernels of one block have for themselves.
+int64_t largest_shared_bytes() {
+#if defined(__CUDACC__)
+    int device = 0, bytes = 0;
+    check_cuda(cudaGetDevice(&device), "the current device");
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+    return bytes - 1024;
+#else
+    return 1024;  // little, so that tests come by both ways
+#endif
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
@@ -422,9 +722,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
                          box_threshold);
     const DeviceScope device(masks);
     const int64_t count = masks.size(0), height = masks.size(1), width = masks.size(2), rows = count + stuff_labels;
-    const int64_t words = ceil_div(width, kWarpSize), image_words = height * words;
-    check(image_words <= 0x7fffffff / kWarpSize, op, ": masks must have fewer than 2^31 pixels on CUDA, got ", height,
-          " x ", width);
+    const int64_t pixels = height * width, words = ceil_div(pixels, kGroup * kWarpSize) * kGroup;
+    check(pixels < 0x7fff0000, op, ": masks must have fewer than 2^31 - 2^16 pixels on CUDA, got ", height, " x ", width);
     check(count <= 65535, op, ": at most 65535 masks on CUDA, got ", count);
     Tensor id_map = empty_like_sized(masks, {height, width}, ScalarType::Int);
     Tensor table = empty_like_sized(masks, {rows, kMergeColumns}, ScalarType::Long);
@@ -437,30 +736,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     WorkspaceLayout layout;
     const auto entered = layout.add<int>(1), segments = layout.add<int>(1), area = layout.add<int>(count);
     const auto words_from = layout.add<int>(count), end_word = layout.add<int>(count);
-    const auto id_of = layout.add<int>(count), stuff_area = layout.add<int>(stuff_labels);
-    const auto stuff_id = layout.add<int>(stuff_labels), ignored = layout.add<int>(stuff_labels);
-    const auto measured = layout.add<int>(5 * rows);
-    const auto used = layout.add<unsigned>(image_words);
+    const auto id_of = layout.add<int>(count), fill_id = layout.add<int>(count);
+    const auto stuff_area = layout.add<int>(stuff_labels), stuff_id = layout.add<int>(stuff_labels);
+    const auto ignored = layout.add<int>(stuff_labels), measured = layout.add<int>(5 * rows);
+    const auto used = layout.add<unsigned>(words);
     const int64_t zeros = layout.words;
-    const auto order = layout.add<int>(count), segment_source = layout.add<int>(rows);
-    const auto open = layout.add<unsigned>(image_words), bits = layout.add<unsigned>(count * image_words);
+    const auto order = layout.add<int>(count), pixel_boxes = layout.add<int>(4 * count);
+    const auto segment_source = layout.add<int>(rows);
+    const auto open = layout.add<unsigned>(words), bits = layout.add<unsigned>(count * words);
     const Workspace workspace(layout, masks);
     clear_words(workspace, zeros, device.stream());
     const MergeScratch scratch{
-        count, height, width, words, stuff_labels, workspace[entered], workspace[segments], workspace[area],
-        workspace[words_from], workspace[end_word], workspace[id_of], workspace[stuff_area], workspace[stuff_id],
-        workspace[ignored], workspace[measured], workspace[used], workspace[order], workspace[segment_source],
-        workspace[open], workspace[bits]};
+        static_cast<int>(count), static_cast<int>(stuff_labels), static_cast<int>(height), static_cast<int>(width),
+        static_cast<int>(pixels), static_cast<int>(words), workspace[entered], workspace[segments], workspace[area],
+        workspace[words_from], workspace[end_word], workspace[id_of], workspace[fill_id], workspace[stuff_area],
+        workspace[stuff_id], workspace[ignored], workspace[measured], workspace[used], workspace[order],
+        workspace[pixel_boxes], workspace[segment_source], workspace[open], workspace[bits]};
     const MergeOptions options{score_threshold, overlap_threshold, box_threshold, stuff_area_limit};
     const Stream stream = device.stream();
     const dim3 threads(kThreads);
     const auto blocks = [&](int64_t items, int64_t per_block) {
         return dim3(grid_size(op, ceil_div(items, per_block)));
     };
-    if (id_map.numel() != 0) {
-        constexpr int64_t kWarps = kThreads / kWarpSize;
+    if (pixels != 0) {
+        const bool has_boxes = boxes && count != 0;
+        const Tensor box_values = has_boxes ? contiguous_as(*boxes, ScalarType::Double) : score_values;
+        const bool in_shared = words * 4 <= largest_shared_bytes();
+        const size_t shared_bytes = static_cast<size_t>(words) * 4;
+        const dim3 one(1), greedy_threads(kGreedyThreads);
         launch<merge_order_kernel>(
-            blocks(count, kThreads), threads, 0, stream, data<double>(score_values), scratch, options);
+            blocks(count, kThreads), threads, 0, stream, data<double>(score_values),
+            has_boxes ? data<double>(box_values) : Global<const double>(nullptr), scratch, options);
         for (size_t first = 0; first < ignored_stuff.size(); first += kIgnoredPerLaunch) {
             IgnoredLabels some{};
             for (; some.count < kIgnoredPerLaunch && first + some.count < ignored_stuff.size(); ++some.count) {
@@ -468,30 +774,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
             }
             launch<merge_ignore_kernel>(dim3(1), dim3(kIgnoredPerLaunch), 0, stream, scratch, some);
         }
-        // Sixteen words a warp: fewer atomics, and still enough warps.
-        const dim3 pack_grid(grid_size(op, ceil_div(image_words, 16 * kWarps)), static_cast<unsigned>(count));
-        launch<merge_pack_kernel>(pack_grid, threads, 0, stream, data<uint8_t>(mask_values), scratch);
-        launch<merge_greedy_kernel>(dim3(1), dim3(kGreedyThreads), 0, stream, scratch, options);
+        const auto pack = [&](auto width_constant) {
+            constexpr int kPixels = decltype(width_constant)::value;
+            const dim3 grid(grid_size(op, ceil_div(words, kPixels * kLoads * kWarps)), static_cast<unsigned>(count));
+            launch<merge_pack_kernel<kPixels>>(grid, threads, 0, stream, data<uint8_t>(mask_values), scratch);
+        };
+        const auto masks_aligned = [&](int64_t bytes) {
+            return pixels % bytes == 0 && is_aligned(mask_values.const_data_ptr(), static_cast<size_t>(bytes));
+        };
+        if (masks_aligned(16)) {
+            pack(std::integral_constant<int, 16>{});
+        } else if (masks_aligned(4)) {
+            pack(std::integral_constant<int, 4>{});
+        } else {
+            pack(std::integral_constant<int, 1>{});
+        }
+        if (in_shared) {
+            launch<merge_greedy_kernel<true>>(one, greedy_threads, shared_bytes, stream, scratch, options);
+        } else {
+            launch<merge_greedy_kernel<false>>(one, greedy_threads, 0, stream, scratch, options);
+        }
+        const dim3 word_grid = blocks(words, kLoads * kWarps);
         const auto run_stuff = [&](auto zero, const Tensor& values) {
             using label_t = decltype(zero);
-            launch<merge_count_kernel<label_t>>(
-                blocks(image_words, 16 * kWarps), threads, 0, stream, data<label_t>(values), scratch);
+            const Global<const label_t> stuff_values = data<label_t>(values);
+            launch<merge_count_kernel<label_t>>(word_grid, threads, 0, stream, stuff_values, scratch);
             launch<merge_label_kernel>(dim3(1), dim3(kWarpSize), 0, stream, scratch, options);
-            launch<merge_paint_kernel<label_t>>(
-                blocks(image_words, kWarps), threads, 0, stream, data<label_t>(values), mutable_data<int>(id_map),
-                scratch);
+            if (has_boxes) {
+                launch<merge_open_kernel<label_t>>(word_grid, threads, 0, stream, stuff_values, scratch);
+                if (in_shared) {
+                    launch<merge_fill_kernel<true>>(one, greedy_threads, shared_bytes, stream, scratch, options);
+                } else {
+                    launch<merge_fill_kernel<false>>(one, greedy_threads, 0, stream, scratch, options);
+                }
+            }
+            launch<merge_paint_stuff_kernel<label_t>>(
+                word_grid, threads, 0, stream, stuff_values, mutable_data<int>(id_map), scratch, has_boxes);
         };
         switch (stuff.scalar_type()) {
             case ScalarType::Byte: run_stuff(uint8_t{}, to_contiguous(stuff)); break;
             case ScalarType::Int: run_stuff(int32_t{}, to_contiguous(stuff)); break;
             default: run_stuff(int64_t{}, contiguous_as(stuff, ScalarType::Long));
         }
-        if (boxes && count != 0) {
-            const Tensor box_values = contiguous_as(*boxes, ScalarType::Double);
-            launch<merge_fill_kernel>(
-                dim3(1), dim3(kGreedyThreads), 0, stream, data<double>(box_values), mutable_data<int>(id_map), scratch,
-                options);
-        }
+        const dim3 instance_grid(grid_size(op, ceil_div(words, 4 * kThreads)), static_cast<unsigned>(count));
+        launch<merge_paint_instances_kernel>(
+            instance_grid, threads, 0, stream, mutable_data<int>(id_map), scratch);
         launch<merge_measure_kernel>(blocks(height, kWarps), threads, 0, stream, data<int>(id_map), scratch);
     }
     launch<merge_table_kernel>(

@@ -15,8 +15,9 @@ constexpr int64_t kWinogradPixels = 256;
 
 Tensor pack(const Tensor& weight, int64_t resolved) {
     const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
+    const bool is_double = weight.scalar_type() == ScalarType::Double;
     Tensor packed = empty_like_sized(
-        weight, {packed_conv_size(resolved, in_channels, out_channels)}, accum_dtype(weight.scalar_type()));
+        weight, {packed_conv_size(resolved, is_double, in_channels, out_channels)}, accum_dtype(weight.scalar_type()));
     const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
     dispatch_floating("pack_conv3x3", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);

@@ -152,41 +152,19 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
     }
 }
 
-// float32 weights as tensor cores take them.
-template <typename scalar_t>
-__global__ void __launch_bounds__(256) conv3x3_convert_weights_kernel(
-    Global<const float> packed, Global<scalar_t> converted,  // (9, C, O padded)
-    const int64_t size, const int64_t row_size) {
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
-    if (index < size) {
-        const int64_t o = index % row_size;
-        scalar_t value;
-        store(value, packed[index]);
-        converted[index - o + packed_position(o)] = value;
-    }
-}
-
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The weights of a convolution as its kernel reads them. `converted` keeps what had to be made for that.
+// The weights of a convolution in the type that its kernel reads.
 template <typename scalar_t>
-Global<const scalar_t> kernel_weights(const Convolution& conv, std::vector<Tensor>& converted, Stream stream) {
+Global<const scalar_t> kernel_weights(const Convolution& conv) {
     const ScalarType dtype = conv.x[0].scalar_type();
-    if constexpr (sizeof(scalar_t) == 2) {
-        const PackedConvForms forms(conv.x[0].size(1), conv.out[0].size(1));
-        check(forms.floats / kTaps <= 0x7fffffff, "flow_conv2d: input times output channels must be below 2^31");
-        if (conv.packed.scalar_type() != dtype && conv.packed.numel() >= forms.end()) {
-            return pointer_cast<const scalar_t>(data<float>(conv.packed) + forms.begin(dtype));
-        }
-        if (conv.packed.scalar_type() != dtype) {
-            converted.push_back(empty_like_sized(conv.packed, {forms.floats}, dtype));
-            launch<conv3x3_convert_weights_kernel<scalar_t>>(
-                dim3(grid_size("flow_conv2d", ceil_div(forms.floats, 256))), dim3(256), 0, stream,
-                data<float>(conv.packed), mutable_data<scalar_t>(converted.back()), forms.floats, forms.row_size);
-            return data<scalar_t>(converted.back());
-        }
+    const int64_t in_channels = conv.x[0].size(1), out_channels = conv.out[0].size(1);
+    check(packed_tap_size(in_channels, out_channels) <= 0x7fffffff,
+          "flow_conv2d: input times output channels must be below 2^31, got ", in_channels, " and ", out_channels);
+    if (conv.packed.scalar_type() == dtype) {
+        return data<scalar_t>(conv.packed);
     }
-    return data<scalar_t>(conv.packed);
+    return pointer_cast<const scalar_t>(data<float>(conv.packed) + packed_halves(dtype, in_channels, out_channels));
 }
 
 // The kernel whose tiles have kOutputs outputs, and its sizes; for float32 and float64 there is one kernel.
@@ -243,14 +221,13 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
         int64_t pixels, tiles;
     };
     std::vector<Entry> entries;
-    std::vector<Tensor> converted;
     bool wide = true;
     for (const Convolution& conv : convolutions) {
         wide = wide && has_wide_channels<scalar_t>(conv.x) && has_wide_channels<scalar_t>(conv.flow);
         if (conv.out.empty()) {
             continue;
         }
-        const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv, converted, stream);
+        const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv);
         for (size_t i = 0; i < conv.out.size(); ++i) {
             const Tensor& out = conv.out[i];
             const int64_t tiles = Tiles::tiles(out);
@@ -287,12 +264,12 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
     }
 }
 
-// The same sums in the same order whichever tiles are taken: narrow ones waste less on few outputs and small maps, wide
-// ones bring a tenth more to the tensor cores.
+// The same sums in the same order whichever tiles are taken: narrow ones waste less on few outputs and small maps, but
+// take more than half the time of wide ones.
 template <typename scalar_t>
 void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
     if constexpr (sizeof(scalar_t) == 2) {
-        if (20 * Kernel<scalar_t, 128>::cost(convolutions) < 11 * Kernel<scalar_t, 64>::cost(convolutions)) {
+        if (10 * Kernel<scalar_t, 128>::cost(convolutions) < 6 * Kernel<scalar_t, 64>::cost(convolutions)) {
             return convolve<scalar_t, 128>(op, convolutions, stream);
         }
     }

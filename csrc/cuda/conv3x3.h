@@ -10,19 +10,12 @@
 
 namespace spatialflow {
 
-// Where packed weights have room, which is where they have the size of Winograd's, the 9 * C * O float32 weights (O
-// padded) are followed by the same in float16 and in bfloat16 (rows in the order of packed_position), then by zeros.
-struct PackedConvForms {
-    int64_t floats, row_size;
-
-    PackedConvForms(int64_t in_channels, int64_t out_channels)
-        : floats(packed_conv_size(kConvDirect, in_channels, out_channels)),
-          row_size(ceil_div(out_channels, kPackedOutputs) * kPackedOutputs) {}
-    int64_t begin(ScalarType dtype) const {  // in floats
-        return dtype == ScalarType::Half ? floats : floats + floats / 2;
-    }
-    int64_t end() const { return 2 * floats; }
-};
+// Packed float32 weights are 9 * C * O floats (O padded), the same in float16 and in bfloat16 (rows in the order of
+// packed_position), then zeros. Where the 16-bit weights begin, in floats:
+inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
+    const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
+    return dtype == ScalarType::Half ? floats : floats + floats / 2;
+}
 
 // out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more of them.
 struct Convolution {

@@ -151,8 +151,8 @@ template <typename scalar_t, int kAccess, int kTileOutputs>
 __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTileOutputs>::kResident)
     conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
     using Size = WideConv<kTileOutputs>;
-    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);                // 2 x [pixel with rim][channel]
-    SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // where a pixel of x and flow lies; -1: outside
+    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);            // 2 x [pixel with rim][channel]
+    SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // of InputReader
     const auto weights = inputs + 2 * Size::kInputBuffer;    // stages x [tap of the column][channel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int warp_row = warp / 2 * Size::kWarpRows, warp_output = warp % 2 * Size::kWarpOutputs;
@@ -221,11 +221,15 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
     input_target += turn / 2;
     Sums<Size::kBlocks> sums;
     while (tile.tile < table.num_tiles) {
-        const bool busy = tile.output + warp_output < table.jobs[tile.job].outputs;
-        if (busy) {
+        // A warp without an output, or with all its rows below the map, only helps to fetch.
+        bool busy = false;
+        {
             const ConvJob<scalar_t>& job = table.jobs[tile.job];
-            start_sums<Size::kBlocks>(job, {job, map_of<Size::kHeight, Size::kWidth>(table, tile), warp_row,
-                             tile.output + warp_output, lane}, sums);
+            const MapTile map = map_of<Size::kHeight, Size::kWidth>(table, tile);
+            busy = tile.output + warp_output < job.outputs && map.y + warp_row < job.source.height;
+            if (busy) {
+                start_sums<Size::kBlocks>(job, {job, map, warp_row, tile.output + warp_output, lane}, sums);
+            }
         }
         ConvTile next = tile;
         int left = table.jobs[tile.job].source.channels;
@@ -290,8 +294,8 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
         } while (left > 0);
         if (busy) {
             const ConvJob<scalar_t>& job = table.jobs[tile.job];
-            store_sums<Size::kBlocks>(job, {job, map_of<Size::kHeight, Size::kWidth>(table, tile), warp_row,
-                             tile.output + warp_output, lane}, sums);
+            const MapTile map = map_of<Size::kHeight, Size::kWidth>(table, tile);
+            store_sums<Size::kBlocks>(job, {job, map, warp_row, tile.output + warp_output, lane}, sums);
         }
         tile = next;
     }

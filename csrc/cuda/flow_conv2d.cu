@@ -3,8 +3,8 @@
 // relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one launch, on CUDA: formula, mapping and floor are in
 // conv3x3.cu. Here are the packing of weights and the host side.
 //
-//   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32), in float32 (float64 for float64); behind them the
-//                                          16-bit forms where there is room (PackedConvForms)
+//   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32), in float64 for float64; else in float32, and behind
+//                                          that in both 16-bit types (packed_halves)
 //
 // Weights that come unpacked are packed for the call, in their own type. Every algorithm but "direct" names a way to
 // compute on the CPU; here all are direct.
@@ -20,10 +20,10 @@ namespace {
 template <typename scalar_t, typename packed_t>
 __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
     Global<const scalar_t> weight,  // (O, C, 3, 3)
-    Global<packed_t> packed,        // (9, C, O padded); with `halves` three times as much zeroed behind
-    Global<float16> halves,         // (9, C, O padded) or null, within what is zeroed; as `bfloats`
+    Global<packed_t> packed,        // (9, C, O padded); zeros at two and three times that size, if `has_zeros`
+    Global<float16> halves,         // (9, C, O padded) or null; as `bfloats`
     Global<bfloat16> bfloats, const int64_t channels, const int64_t out_channels, const int64_t padded_channels,
-    const int64_t size) {
+    const int64_t size, const bool has_zeros) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
     if (index >= size) {
         return;
@@ -48,6 +48,8 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
             const int64_t half_index = row * padded_channels + packed_position(o);
             halves[half_index] = half;
             bfloats[half_index] = bfloat;
+        }
+        if (has_zeros) {
             packed[2 * size + index] = 0.0f;
             packed[3 * size + index] = 0.0f;
         }
@@ -56,24 +58,24 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Weights in `algorithm`'s size and in packed_t.
+// Weights as packed_t, in `size` elements: nine taps, or packed_conv_size.
 template <typename scalar_t, typename packed_t>
-Tensor pack(const Tensor& weight, int64_t algorithm, ScalarType packed_type, Stream stream) {
+Tensor pack(const Tensor& weight, int64_t size, ScalarType packed_type, Stream stream) {
     const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
-    const PackedConvForms forms(in_channels, out_channels);
-    Tensor packed = empty_like_sized(weight, {packed_conv_size(algorithm, in_channels, out_channels)}, packed_type);
-    if (packed.numel() > 0) {
+    const int64_t tap_size = packed_tap_size(in_channels, out_channels), taps = kTaps * tap_size;
+    Tensor packed = empty_like_sized(weight, {size}, packed_type);
+    if (size > 0) {
         const Tensor dense = to_contiguous(weight);
         const Global<packed_t> target = mutable_data<packed_t>(packed);
         Global<float16> halves(nullptr);
         Global<bfloat16> bfloats(nullptr);
-        if (packed.numel() >= forms.end()) {
-            halves = pointer_cast<float16>(target + forms.begin(ScalarType::Half));
-            bfloats = pointer_cast<bfloat16>(target + forms.begin(ScalarType::BFloat16));
+        if (size > taps) {
+            halves = pointer_cast<float16>(target + packed_halves(ScalarType::Half, in_channels, out_channels));
+            bfloats = pointer_cast<bfloat16>(target + packed_halves(ScalarType::BFloat16, in_channels, out_channels));
         }
         launch<pack_conv3x3_kernel<scalar_t, packed_t>>(
-            dim3(grid_size("pack_conv3x3", ceil_div(forms.floats, 256))), dim3(256), 0, stream, data<scalar_t>(dense),
-            target, halves, bfloats, in_channels, out_channels, forms.floats / (kTaps * in_channels), forms.floats);
+            dim3(grid_size("pack_conv3x3", ceil_div(taps, 256))), dim3(256), 0, stream, data<scalar_t>(dense), target,
+            halves, bfloats, in_channels, out_channels, tap_size / in_channels, taps, size > 2 * taps);
     }
     return packed;
 }
@@ -83,12 +85,13 @@ Tensor pack_conv3x3_cuda(const Tensor& weight, int64_t algorithm) {
     check_algorithm("pack_conv3x3", algorithm);
     const DeviceScope device(weight);
     const ScalarType dtype = weight.scalar_type();
-    const int64_t resolved =
-        resolve_algorithm(algorithm, dtype == ScalarType::Double, weight.size(1), weight.size(0));
+    const bool is_double = dtype == ScalarType::Double;
+    const int64_t resolved = resolve_algorithm(algorithm, is_double, weight.size(1), weight.size(0));
+    const int64_t size = packed_conv_size(resolved, is_double, weight.size(1), weight.size(0));
     Tensor packed = weight;
     dispatch_floating("pack_conv3x3", dtype, [&](auto zero) {
         using scalar_t = decltype(zero);
-        packed = pack<scalar_t, accum_t<scalar_t>>(weight, resolved, accum_dtype(dtype), device.stream());
+        packed = pack<scalar_t, accum_t<scalar_t>>(weight, size, accum_dtype(dtype), device.stream());
     });
     return packed;
 }
@@ -117,7 +120,8 @@ std::vector<Tensor> flow_conv2d_cuda(
     dispatch_floating("flow_conv2d", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         const Tensor packed =
-            pack<scalar_t, scalar_t>(weight, kConvDirect, weight.scalar_type(), device.stream());
+            pack<scalar_t, scalar_t>(weight, kTaps * packed_tap_size(weight.size(1), weight.size(0)),
+                                     weight.scalar_type(), device.stream());
         out = convolve(x, flow, packed, bias, weight.size(0), relu, device.stream());
     });
     return out;

@@ -51,22 +51,20 @@ struct GradientTable {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The tiles of a part.
+// The tiles of a part: every so many of all, so that parts take about as long as each other.
 template <int kHeight, int kWidth, typename scalar_t>
 struct TileReader {
     const GradientTable<scalar_t>& table;
-    int tile, end, level;
+    int tile, level;
     MapTile map;
 
-    __device__ __forceinline__ explicit TileReader(const GradientTable<scalar_t>& table) : table(table) {
-        const int64_t part = blockIdx.z, tiles = table.num_tiles;
-        tile = static_cast<int>(tiles * part / table.parts);
-        end = static_cast<int>(tiles * (part + 1) / table.parts);
+    __device__ __forceinline__ explicit TileReader(const GradientTable<scalar_t>& table)
+        : table(table), tile(static_cast<int>(blockIdx.z)) {
         locate();
     }
-    __device__ __forceinline__ bool valid() const { return tile < end; }
+    __device__ __forceinline__ bool valid() const { return tile < table.num_tiles; }
     __device__ __forceinline__ void advance() {
-        ++tile;
+        tile += table.parts;
         locate();
     }
     __device__ __forceinline__ void locate() {
@@ -249,7 +247,7 @@ struct Plain {
 };
 
 template <typename scalar_t, int kAccess>
-__global__ void __launch_bounds__(Plain::kThreads) conv3x3_weight_gradient_kernel(
+__global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_kernel(
     const __grid_constant__ GradientTable<scalar_t> table,
     Global<scalar_t> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
@@ -382,7 +380,7 @@ std::vector<GradientTable<scalar_t>> gradient_tables(
             tables.emplace_back();
         }
         GradientTable<scalar_t>& table = tables.back();
-        check(table.num_tiles + tiles < 0x7fffffff, op, ": the levels hold too many pixels for one launch");
+        check(table.num_tiles + tiles <= 1 << 30, op, ": the levels hold too many pixels for one launch");
         table.levels[table.num_levels++] = {
             conv_source<scalar_t>(op, x[i], flow.empty() ? nullptr : &flow[i]),
             conv_source<scalar_t>(op, grad_output[i], nullptr), table.num_tiles, static_cast<int>(rows),

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -151,6 +152,11 @@ inline void allow_shared_bytes(size_t shared_bytes) {
         return;
     }
     const int device = current_device();
+    if (bytes <= allowed.at(device)) {
+        return;
+    }
+    static std::mutex raising;  // or a thread with a smaller number could have the last word
+    const std::lock_guard<std::mutex> lock(raising);
     if (bytes > allowed.at(device)) {
         check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                    "dynamic shared memory of a kernel");

@@ -10,7 +10,7 @@ namespace spatialflow {
 // Values of the schemas' `algorithm`.
 constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2;
 
-// Packed weights are (9 or 36, C_in, C_out padded to this many).
+// Packed weights are (9, 18 or 36, C_in, C_out padded to this many).
 constexpr int64_t kPackedOutputs = 32;
 
 // The algorithm that runs: float64 is always direct (it is there to check gradients); else "auto" takes Winograd where
@@ -25,10 +25,15 @@ inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_c
     return algorithm;
 }
 
-// The same on every back end, so that a size needs no word about the device.
-inline int64_t packed_conv_size(int64_t resolved, int64_t in_channels, int64_t out_channels) {
-    const int64_t padded = (out_channels + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs;
-    return (resolved == kConvWinograd ? 36 : 9) * in_channels * padded;
+// Elements of a tap.
+inline int64_t packed_tap_size(int64_t in_channels, int64_t out_channels) {
+    return (out_channels + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs * in_channels;
+}
+
+// The same on every back end, so that a size needs no word about the device. Except for float64 there is room for nine
+// taps in float32 and in both 16-bit types.
+inline int64_t packed_conv_size(int64_t resolved, bool is_double, int64_t in_channels, int64_t out_channels) {
+    return (resolved == kConvWinograd ? 36 : is_double ? 9 : 18) * packed_tap_size(in_channels, out_channels);
 }
 
 inline void check_algorithm(const char* op, int64_t algorithm) {
@@ -110,10 +115,10 @@ inline int64_t check_flow_conv2d_packed(
     check_conv_bias("flow_conv2d", bias, out_channels, x[0], "x[0]");
     check_dtype("flow_conv2d", "packed weight", packed, accum_dtype(x[0].scalar_type()));
     check_same_device("flow_conv2d", "packed weight", packed, "x[0]", x[0]);
-    const int64_t resolved =
-        resolve_algorithm(algorithm, packed.scalar_type() == ScalarType::Double, in_channels, out_channels);
+    const bool is_double = packed.scalar_type() == ScalarType::Double;
+    const int64_t resolved = resolve_algorithm(algorithm, is_double, in_channels, out_channels);
     check(out_channels >= 0 && packed.is_contiguous() &&
-              packed.numel() == packed_conv_size(resolved, in_channels, out_channels),
+              packed.numel() == packed_conv_size(resolved, is_double, in_channels, out_channels),
           "flow_conv2d: the packed weight was made for other channels or another algorithm than x with ", in_channels,
           " channels and ", out_channels, " outputs");
     return resolved;

@@ -79,9 +79,10 @@ public:
         }
         TowerConv& conv = lists_[list][index];
         const int64_t size = conv.packed.numel();
-        const bool winograd = size == packed_conv_size(kConvWinograd, in_channels, conv.out_channels);
-        check((winograd && conv.packed.scalar_type() == ScalarType::Float) ||
-                  size == packed_conv_size(kConvDirect, in_channels, conv.out_channels),
+        const bool is_double = conv.packed.scalar_type() == ScalarType::Double;
+        const bool winograd = size == packed_conv_size(kConvWinograd, is_double, in_channels, conv.out_channels);
+        check((winograd && !is_double) ||
+                  size == packed_conv_size(kConvDirect, is_double, in_channels, conv.out_channels),
               "flow_tower: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
               " it reads");
         check(out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,

@@ -176,7 +176,7 @@ def _(weight, algorithm):
     out_channels, in_channels = weight.shape[0], weight.shape[1]
     is_double = weight.dtype == torch.float64
     winograd = not is_double and (algorithm == 1 or (algorithm == 0 and in_channels >= 32 and out_channels >= 32))
-    size = (36 if winograd else 9) * in_channels * ((out_channels + 31) // 32 * 32)
+    size = (36 if winograd else 9 if is_double else 18) * in_channels * ((out_channels + 31) // 32 * 32)
     return weight.new_empty((size,), dtype=torch.float64 if is_double else torch.float32)
 
 

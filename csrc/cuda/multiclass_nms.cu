@@ -25,6 +25,8 @@ namespace {
 
 constexpr int kCollectThreads = 256;
 constexpr int kCollectItems = 8;  // scores per thread
+template <typename key_t>
+constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // that a thread loads before it looks at the first of them
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == 2 * kGreedyThreads, "a thread sums two bins");
@@ -46,21 +48,55 @@ __global__ void __launch_bounds__(kCollectThreads) multiclass_nms_collect_kernel
     const int64_t total, const real_t threshold) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int64_t image = blockIdx.y;
+    const int64_t first =
+        static_cast<int64_t>(blockIdx.x) * kCollectItems * kCollectThreads + static_cast<int>(threadIdx.x);
+    real_t own[kCollectItems];
+#pragma unroll
     for (int item = 0; item < kCollectItems; ++item) {
-        const int64_t row =
-            (static_cast<int64_t>(blockIdx.x) * kCollectItems + item) * kCollectThreads + static_cast<int>(threadIdx.x);
-        const real_t score = row < total ? scores[image * total + row] : real_t(0);
-        const bool enters = row < total && score > threshold;  // false for NaN
-        const unsigned entering = __ballot_sync(kAllLanes, enters);
-        unsigned base = 0;
-        if (lane == 0 && entering != 0) {
-            base = atomicAdd(found + image, static_cast<unsigned>(__popc(entering)));
+        const int64_t row = first + item * kCollectThreads;
+        own[item] = row < total ? scores[image * total + row] : threshold;
+    }
+    unsigned entering[kCollectItems], count = 0;  // of the warp
+#pragma unroll
+    for (int item = 0; item < kCollectItems; ++item) {
+        entering[item] = __ballot_sync(kAllLanes, own[item] > threshold);  // false for NaN
+        count += static_cast<unsigned>(__popc(entering[item]));
+    }
+    unsigned base = 0;
+    if (lane == 0 && count != 0) {
+        base = atomicAdd(found + image, count);
+    }
+    base = __shfl_sync(kAllLanes, base, 0);
+#pragma unroll
+    for (int item = 0; item < kCollectItems; ++item) {
+        if ((entering[item] >> lane & 1u) != 0) {
+            const int64_t at = image * total + base + __popc(entering[item] & ((1u << lane) - 1u));
+            keys[at] = descending_key(own[item]);
+            rows[at] = static_cast<unsigned>(first + item * kCollectThreads);
         }
-        base = __shfl_sync(kAllLanes, base, 0);
-        if (enters) {
-            const int64_t at = image * total + base + __popc(entering & ((1u << lane) - 1u));
-            keys[at] = descending_key(score);
-            rows[at] = static_cast<unsigned>(row);
+        base += static_cast<unsigned>(__popc(entering[item]));
+    }
+}
+
+// Calls body(entry) for all entries, in the threads of the block.
+template <typename key_t, typename Body>
+__device__ __forceinline__ void for_each_entry(
+    Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Body& body) {
+    constexpr unsigned kAhead = kEntriesAhead<key_t>;
+    for (unsigned first = threadIdx.x; first < count; first += kAhead * kGreedyThreads) {
+        Entry<key_t> entries[kAhead];
+#pragma unroll
+        for (unsigned i = 0; i < kAhead; ++i) {
+            const unsigned at = first + i * kGreedyThreads;
+            if (at < count) {
+                entries[i] = {keys[at], rows[at]};
+            }
+        }
+#pragma unroll
+        for (unsigned i = 0; i < kAhead; ++i) {
+            if (first + i * kGreedyThreads < count) {
+                body(entries[i]);
+            }
         }
     }
 }
@@ -110,27 +146,26 @@ __device__ __forceinline__ bool select_chunk(
             cut[0] = kBins;
         }
         __syncthreads();
-        for (unsigned i = static_cast<unsigned>(thread); i < count; i += kGreedyThreads) {
-            const Entry<key_t> entry{keys[i], rows[i]};
+        for_each_entry(keys, rows, count, [&](const Entry<key_t>& entry) {
             if (entry < begin) {
-                continue;
+                return;
             }
             unsigned digit;
             if (in_key) {
                 const key_t high = entry.key >> shift;
                 if (fixed > 0 && (high >> bits) != (end.key >> shift >> bits)) {
-                    continue;
+                    return;
                 }
                 digit = static_cast<unsigned>(high) & ((1u << bits) - 1u);
             } else {
                 const unsigned high = entry.row >> shift;
                 if (entry.key != end.key || (fixed > kKeyBits && (high >> bits) != (end.row >> shift >> bits))) {
-                    continue;
+                    return;
                 }
                 digit = high & ((1u << bits) - 1u);
             }
             atomicAdd(histogram + digit, 1u);  // one ATOMS.POPC.INC counts the lanes that meet in a bin
-        }
+        });
         __syncthreads();
         const unsigned first = histogram[2 * thread], second = histogram[2 * thread + 1];
         unsigned total;
@@ -208,16 +243,15 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             gathered[0] = 0;
         }
         __syncthreads();
-        for (unsigned i = static_cast<unsigned>(thread); i < count; i += kGreedyThreads) {
-            const Entry<key_t> entry{image_keys[i], image_rows[i]};
+        for_each_entry(image_keys, image_rows, count, [&](const Entry<key_t>& entry) {
             if (!(entry < begin) && entry < end) {
                 const unsigned slot = atomicAdd(gathered + 0, 1u);
                 chunk[slot] = entry;
             }
-        }
+        });
         __syncthreads();
         const int taken = static_cast<int>(static_cast<unsigned>(gathered[0]));
-        int padded = 1;
+        int padded = kLeastPadded;
         while (padded < taken) {
             padded *= 2;
         }

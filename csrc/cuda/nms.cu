@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     if (progress && first == 0 && thread < 2) {
         progress[thread] = 0;
     }
-    int padded = 1;
+    int padded = kLeastPadded;
     while (padded < size) {
         padded *= 2;
     }

@@ -3,6 +3,8 @@
 // What one thread block does for nms and multiclass_nms: the sort of a chunk of candidates and the greedy pass.
 #pragma once
 
+#include <cstring>
+
 #include "common/nms.h"
 #include "cuda/platform.h"
 
@@ -27,11 +29,59 @@ __host__ __device__ __forceinline__ bool operator<(const Entry<key_t>& a, const 
     return a.key != b.key ? a.key < b.key : a.row < b.row;
 }
 
-// Bitonic sort of `padded` entries, a power of two up to kChunk, by the block's kGreedyThreads threads.
+template <typename entry_t>
+__device__ __forceinline__ entry_t shuffle_xor(const entry_t& entry, int lanes) {
+    constexpr int kWords = sizeof(entry_t) / sizeof(unsigned);
+    unsigned words[kWords];
+    memcpy(words, &entry, sizeof(entry_t));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+        words[i] = __shfl_xor_sync(kAllLanes, words[i], lanes);
+    }
+    entry_t other;
+    memcpy(&other, words, sizeof(entry_t));
+    return other;
+}
+
+// The steps below 64 of one width of the bitonic sort, or of all widths up to 64: in the registers of a warp, which
+// takes 64 neighbours, lanes 0 to 31 and again.
+template <typename entry_t>
+__device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, int first_width, int last_width) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
+    for (int base = 2 * (thread - lane); base < padded; base += 2 * kGreedyThreads) {
+        entry_t low = entries[base + lane], high = entries[base + kWarpSize + lane];
+        for (int width = first_width; width <= last_width; width *= 2) {
+            if (width > kWarpSize && ((base & width) == 0 ? high < low : low < high)) {
+                const entry_t swapped = low;
+                low = high;
+                high = swapped;
+            }
+            for (int step = width < kWarpSize ? width / 2 : kWarpSize / 2; step > 0; step /= 2) {
+                const auto exchange = [&](entry_t& own, int index) {
+                    const entry_t other = shuffle_xor(own, step);
+                    const bool takes_less = ((index & width) == 0) == ((index & step) == 0);
+                    if (takes_less ? other < own : own < other) {
+                        own = other;
+                    }
+                };
+                exchange(low, base + lane);
+                exchange(high, base + kWarpSize + lane);
+            }
+        }
+        entries[base + lane] = low;
+        entries[base + kWarpSize + lane] = high;
+    }
+    __syncthreads();
+}
+
+constexpr int kLeastPadded = 2 * kWarpSize;
+
+// Bitonic sort of `padded` entries, a power of two from kLeastPadded to kChunk, by the block's kGreedyThreads threads.
 template <typename entry_t>
 __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) {
-    for (int width = 2; width <= padded; width *= 2) {
-        for (int step = width / 2; step > 0; step /= 2) {
+    sort_warps<entry_t>(entries, padded, 2, kLeastPadded);
+    for (int width = 2 * kLeastPadded; width <= padded; width *= 2) {
+        for (int step = width / 2; step >= kLeastPadded; step /= 2) {
             for (int pair = static_cast<int>(threadIdx.x); pair < padded / 2; pair += kGreedyThreads) {
                 const int low = 2 * pair - (pair & (step - 1)), high = low + step;
                 const entry_t a = entries[low], b = entries[high];
@@ -41,16 +91,10 @@ __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) 
                     entries[high] = a;
                 }
             }
-            // Up to a step of 32 the pairs of a warp are 64 neighbours that no other warp touches.
-            const int next = step > 1 ? step / 2 : width;
-            if (step <= kWarpSize && next <= kWarpSize) {
-                __syncwarp();
-            } else {
-                __syncthreads();
-            }
+            __syncthreads();
         }
+        sort_warps<entry_t>(entries, padded, width, width);
     }
-    __syncthreads();
 }
 
 // One candidate per thread, in score order by thread index within its label.

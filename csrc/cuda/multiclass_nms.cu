@@ -5,16 +5,16 @@
 // Class-wise NMS followed by the best D over all classes is one greedy pass over all (box, class) pairs in score order,
 // which may stop when D are kept. So only the best pairs are ever sorted:
 //
-//   collect   a thread per score appends those above the threshold to a list of its image, in any order
+//   collect   a thread per eight scores appends those above the threshold to a list of its image, in any order
 //   detect    a block per image: select the best 2048 or fewer not yet seen (radix select on (score, row), so that ties
 //             are settled and the order of the list does not matter), sort them in shared memory, run the greedy pass
 //             (nms.h) over them in batches of 1024; again until D are kept or none is left
 //
 // Memory: 8 bytes per score (12 for float64) for the lists; no N x N mask.
 //
-// Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: two launches, for
-// every 2048 candidates three passes over the list and 66 steps of the sort, about 20 us, and about 0.05 us for every
-// box kept, or less: a warp's classes go side by side.
+// Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: three launches, for
+// every 2048 candidates three passes over the list and 66 steps of the sort (51 of them by shuffles), about 12 us, and
+// about 0.05 us for every box kept, or less: a warp's classes go side by side.
 #include "cuda/nms.h"
 
 #include "cuda/workspace.h"

@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
     SPATIALFLOW_DYNAMIC_SHARED(Box<real_t>, batch_boxes);
     SPATIALFLOW_SHARED(unsigned, histogram, kBins);
     SPATIALFLOW_SHARED(unsigned, words, kGreedyWarps);
+    SPATIALFLOW_SHARED(unsigned, slots, kGreedySlots);
     SPATIALFLOW_SHARED(unsigned, cut, 2);
     SPATIALFLOW_SHARED(unsigned, gathered, 1);
     const auto chunk = pointer_cast<Entry<key_t>>(batch_boxes + kGreedyThreads);
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             }
             int position;
             const int added = greedy_pass<real_t, int>(
-                candidate, limit - kept, batch_boxes, batch_labels, words, problem.iou_threshold, position);
+                candidate, limit - kept, batch_boxes, batch_labels, words, slots, problem.iou_threshold, position);
             if (position >= 0) {
                 kept_boxes[kept + position] = candidate.box;
                 kept_scores[kept + position] = image_scores[row];

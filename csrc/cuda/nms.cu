@@ -3,9 +3,9 @@
 // nms and batched_nms on CUDA: the candidates of a class by descending score, each kept unless a kept one of its class
 // suppresses it (common/nms.h, the same bits as on the CPU). nms is batched_nms of one class.
 //
-//   1. order     entries (class, score, row), all different, are sorted: chunks of 2048 in shared memory; then an entry of
-//                up to 4 chunks is searched for in all of them, more are merged run by run, a block per 1024 entries of
-//                the outcome (merge path). By comparisons, not by digits: class numbers are any int64
+//   1. order     entries (class, score, row), all different, are sorted: chunks of 2048 in shared memory; then entries
+//                of up to 4 chunks are searched for in all of them, more are merged run by run, a block per 1024
+//                entries of the outcome (merge path). By comparisons, not by digits: class numbers are any int64
 //   2. gather    boxes in that order (placed with their entries, up to 4 chunks); for every tile of 1024 candidates,
 //                where the class at its front begins
 //   3. rounds    a class may span tiles, a tile may hold classes. Round r takes the r-th tile of every class:
@@ -282,6 +282,7 @@ __global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real
     SPATIALFLOW_SHARED(Box<real_t>, boxes, kTile);
     SPATIALFLOW_SHARED(int64_t, labels, kTile);
     SPATIALFLOW_SHARED(unsigned, kept_of_warp, kGreedyWarps);
+    SPATIALFLOW_SHARED(unsigned, slots, kGreedySlots);
     SPATIALFLOW_SHARED(unsigned, kept_before, 1);
     const int64_t tile = blockIdx.x, first = tile * kTile, index = first + static_cast<int64_t>(threadIdx.x);
     const int64_t turn_of_front = tile - candidates.begins[tile] / kTile;
@@ -301,8 +302,8 @@ __global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real
         candidate.alive = turn == round && candidates.removed[index] == 0;
     }
     int position;
-    const int added =
-        greedy_pass<real_t, int64_t>(candidate, kTile, boxes, labels, kept_of_warp, candidates.threshold, position);
+    const int added = greedy_pass<real_t, int64_t>(
+        candidate, kTile, boxes, labels, kept_of_warp, slots, candidates.threshold, position);
     // Later tiles go on with the last class alone. Its candidates are the last ones, so the others kept rank before.
     const int others = __syncthreads_count(position >= 0 && candidate.label != last_label);
     if (threadIdx.x == 0) {

@@ -114,25 +114,35 @@ __device__ __forceinline__ bool is_suppressed_by(
     return suppresses(box, box_area(box), candidate.box, candidate.area, threshold);
 }
 
+constexpr int kLabelSlots = 256;
+constexpr int kGreedySlots = 3 * kLabelSlots;
+
 // Keeps the first candidate alive, drops those of its label that it suppresses, and so on, until none is alive or
 // `limit` are kept. A warp decides among its own 32 by votes, its labels side by side; then all later warps test theirs
-// against those it kept: one barrier a warp, however many are kept. Returns how many were; `position` is this thread's
-// rank among them in order of threads, or -1. Called by all threads of the block.
+// against those it kept: one barrier a warp, however many are kept. A table by label says who may matter to whom.
+// Returns how many were kept; `position` is this thread's rank among them in order of threads, or -1. Called by all
+// threads of the block.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ int greedy_pass(
     Candidate<real_t, label_t> candidate, int limit, Shared<Box<real_t>> boxes, Shared<label_t> labels,
     Shared<unsigned> kept_of_warp,  // (kGreedyWarps)
+    Shared<unsigned> slots,         // (kGreedySlots), three tables: lanes kept, by label
     real_t threshold, int& position) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+    const int slot = static_cast<int>(static_cast<unsigned>(candidate.label) % kLabelSlots);
     boxes[thread] = candidate.box;
     labels[thread] = candidate.label;
+    for (int i = thread; i < kGreedySlots; i += kGreedyThreads) {
+        slots[i] = 0;
+    }
     position = -1;
     int kept = 0;
+    bool is_kept = false;
     const unsigned rivals = __match_any_sync(kAllLanes, candidate.label);
     __syncthreads();
     for (int turn = 0; turn < kGreedyWarps && kept < limit; ++turn) {
+        const auto table = slots + turn % 3 * kLabelSlots;
         if (warp == turn) {
-            bool is_kept = false;
             for (unsigned alive; (alive = __ballot_sync(kAllLanes, candidate.alive)) != 0;) {
                 const int best = __ffs(static_cast<int>(alive & rivals)) - 1;
                 if (lane == best) {
@@ -145,17 +155,25 @@ __device__ __forceinline__ int greedy_pass(
             const unsigned own_kept = __ballot_sync(kAllLanes, is_kept);
             const int rank = kept + __popc(own_kept & ((1u << lane) - 1u));
             position = is_kept && rank < limit ? rank : -1;
+            if (is_kept) {
+                atomicOr(table + slot, 1u << lane);
+            }
             if (lane == 0) {
                 kept_of_warp[turn] = own_kept;
             }
         }
         __syncthreads();
-        const unsigned bits = kept_of_warp[turn];
-        for (unsigned left = bits; warp > turn && candidate.alive && left != 0; left &= left - 1) {
-            const int other = turn * kWarpSize + __ffs(static_cast<int>(left)) - 1;
-            const label_t label = labels[other];
-            candidate.alive = label != candidate.label || !is_suppressed_by(other, candidate, boxes, threshold);
+        if (warp == turn - 1 && is_kept) {  // nobody reads the last table any more, nor writes it in the next turn
+            atomicExch(slots + (turn - 1) % 3 * kLabelSlots + slot, 0u);
         }
+        if (warp > turn && candidate.alive) {
+            for (unsigned left = table[slot]; candidate.alive && left != 0; left &= left - 1) {
+                const int other = turn * kWarpSize + __ffs(static_cast<int>(left)) - 1;
+                const label_t label = labels[other];
+                candidate.alive = label != candidate.label || !is_suppressed_by(other, candidate, boxes, threshold);
+            }
+        }
+        const unsigned bits = kept_of_warp[turn];
         kept += __popc(bits);
     }
     __syncthreads();  // the arrays are free for the next call

@@ -5,16 +5,16 @@
 // Class-wise NMS followed by the best D over all classes is one greedy pass over all (box, class) pairs in score order,
 // which may stop when D are kept. So only the best pairs are ever sorted:
 //
-//   collect   a thread per score appends those above the threshold to a list of its image, in any order
+//   collect   a thread per eight scores appends those above the threshold to a list of its image, in any order
 //   detect    a block per image: select the best 2048 or fewer not yet seen (radix select on (score, row), so that ties
 //             are settled and the order of the list does not matter), sort them in shared memory, run the greedy pass
 //             (nms.h) over them in batches of 1024; again until D are kept or none is left
 //
 // Memory: 8 bytes per score (12 for float64) for the lists; no N x N mask.
 //
-// Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: two launches, for
-// every 2048 candidates three passes over the list and 66 steps of the sort, about 20 us, and about 0.05 us for every
-// box kept, or less: a warp's classes go side by side.
+// Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: three launches, for
+// every 2048 candidates three passes over the list and 66 steps of the sort (51 of them by shuffles), about 12 us, and
+// about 0.05 us for every box kept, or less: a warp's classes go side by side.
 #include "cuda/nms.h"
 
 #include "cuda/workspace.h"
@@ -25,6 +25,8 @@ namespace {
 
 constexpr int kCollectThreads = 256;
 constexpr int kCollectItems = 8;  // scores per thread
+template <typename key_t>
+constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // that a thread loads before it looks at the first of them
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == 2 * kGreedyThreads, "a thread sums two bins");
@@ -46,21 +48,55 @@ __global__ void __launch_bounds__(kCollectThreads) multiclass_nms_collect_kernel
     const int64_t total, const real_t threshold) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int64_t image = blockIdx.y;
+    const int64_t first =
+        static_cast<int64_t>(blockIdx.x) * kCollectItems * kCollectThreads + static_cast<int>(threadIdx.x);
+    real_t own[kCollectItems];
+#pragma unroll
     for (int item = 0; item < kCollectItems; ++item) {
-        const int64_t row =
-            (static_cast<int64_t>(blockIdx.x) * kCollectItems + item) * kCollectThreads + static_cast<int>(threadIdx.x);
-        const real_t score = row < total ? scores[image * total + row] : real_t(0);
-        const bool enters = row < total && score > threshold;  // false for NaN
-        const unsigned entering = __ballot_sync(kAllLanes, enters);
-        unsigned base = 0;
-        if (lane == 0 && entering != 0) {
-            base = atomicAdd(found + image, static_cast<unsigned>(__popc(entering)));
+        const int64_t row = first + item * kCollectThreads;
+        own[item] = row < total ? scores[image * total + row] : threshold;
+    }
+    unsigned entering[kCollectItems], count = 0;  // of the warp
+#pragma unroll
+    for (int item = 0; item < kCollectItems; ++item) {
+        entering[item] = __ballot_sync(kAllLanes, own[item] > threshold);  // false for NaN
+        count += static_cast<unsigned>(__popc(entering[item]));
+    }
+    unsigned base = 0;
+    if (lane == 0 && count != 0) {
+        base = atomicAdd(found + image, count);
+    }
+    base = __shfl_sync(kAllLanes, base, 0);
+#pragma unroll
+    for (int item = 0; item < kCollectItems; ++item) {
+        if ((entering[item] >> lane & 1u) != 0) {
+            const int64_t at = image * total + base + __popc(entering[item] & ((1u << lane) - 1u));
+            keys[at] = descending_key(own[item]);
+            rows[at] = static_cast<unsigned>(first + item * kCollectThreads);
         }
-        base = __shfl_sync(kAllLanes, base, 0);
-        if (enters) {
-            const int64_t at = image * total + base + __popc(entering & ((1u << lane) - 1u));
-            keys[at] = descending_key(score);
-            rows[at] = static_cast<unsigned>(row);
+        base += static_cast<unsigned>(__popc(entering[item]));
+    }
+}
+
+// Calls body(entry) for all entries, in the threads of the block.
+template <typename key_t, typename Body>
+__device__ __forceinline__ void for_each_entry(
+    Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Body& body) {
+    constexpr unsigned kAhead = kEntriesAhead<key_t>;
+    for (unsigned first = threadIdx.x; first < count; first += kAhead * kGreedyThreads) {
+        Entry<key_t> entries[kAhead];
+#pragma unroll
+        for (unsigned i = 0; i < kAhead; ++i) {
+            const unsigned at = first + i * kGreedyThreads;
+            if (at < count) {
+                entries[i] = {keys[at], rows[at]};
+            }
+        }
+#pragma unroll
+        for (unsigned i = 0; i < kAhead; ++i) {
+            if (first + i * kGreedyThreads < count) {
+                body(entries[i]);
+            }
         }
     }
 }
@@ -110,27 +146,26 @@ __device__ __forceinline__ bool select_chunk(
             cut[0] = kBins;
         }
         __syncthreads();
-        for (unsigned i = static_cast<unsigned>(thread); i < count; i += kGreedyThreads) {
-            const Entry<key_t> entry{keys[i], rows[i]};
+        for_each_entry(keys, rows, count, [&](const Entry<key_t>& entry) {
             if (entry < begin) {
-                continue;
+                return;
             }
             unsigned digit;
             if (in_key) {
                 const key_t high = entry.key >> shift;
                 if (fixed > 0 && (high >> bits) != (end.key >> shift >> bits)) {
-                    continue;
+                    return;
                 }
                 digit = static_cast<unsigned>(high) & ((1u << bits) - 1u);
             } else {
                 const unsigned high = entry.row >> shift;
                 if (entry.key != end.key || (fixed > kKeyBits && (high >> bits) != (end.row >> shift >> bits))) {
-                    continue;
+                    return;
                 }
                 digit = high & ((1u << bits) - 1u);
             }
             atomicAdd(histogram + digit, 1u);  // one ATOMS.POPC.INC counts the lanes that meet in a bin
-        }
+        });
         __syncthreads();
         const unsigned first = histogram[2 * thread], second = histogram[2 * thread + 1];
         unsigned total;
@@ -183,6 +218,7 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
     SPATIALFLOW_DYNAMIC_SHARED(Box<real_t>, batch_boxes);
     SPATIALFLOW_SHARED(unsigned, histogram, kBins);
     SPATIALFLOW_SHARED(unsigned, words, kGreedyWarps);
+    SPATIALFLOW_SHARED(unsigned, slots, kGreedySlots);
     SPATIALFLOW_SHARED(unsigned, cut, 2);
     SPATIALFLOW_SHARED(unsigned, gathered, 1);
     const auto chunk = pointer_cast<Entry<key_t>>(batch_boxes + kGreedyThreads);
@@ -208,16 +244,15 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             gathered[0] = 0;
         }
         __syncthreads();
-        for (unsigned i = static_cast<unsigned>(thread); i < count; i += kGreedyThreads) {
-            const Entry<key_t> entry{image_keys[i], image_rows[i]};
+        for_each_entry(image_keys, image_rows, count, [&](const Entry<key_t>& entry) {
             if (!(entry < begin) && entry < end) {
                 const unsigned slot = atomicAdd(gathered + 0, 1u);
                 chunk[slot] = entry;
             }
-        }
+        });
         __syncthreads();
         const int taken = static_cast<int>(static_cast<unsigned>(gathered[0]));
-        int padded = 1;
+        int padded = kLeastPadded;
         while (padded < taken) {
             padded *= 2;
         }
@@ -246,7 +281,7 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             }
             int position;
             const int added = greedy_pass<real_t, int>(
-                candidate, limit - kept, batch_boxes, batch_labels, words, problem.iou_threshold, position);
+                candidate, limit - kept, batch_boxes, batch_labels, words, slots, problem.iou_threshold, position);
             if (position >= 0) {
                 kept_boxes[kept + position] = candidate.box;
                 kept_scores[kept + position] = image_scores[row];

@@ -3,24 +3,25 @@
 // nms and batched_nms on CUDA: the candidates of a class by descending score, each kept unless a kept one of its class
 // suppresses it (common/nms.h, the same bits as on the CPU). nms is batched_nms of one class.
 //
-//   1. order     entries (class, score, row), all different, are sorted: chunks of 2048 in shared memory, then merges
-//                of two runs into one, a block per 1024 entries of the outcome (merge path). By comparisons, not by
-//                digits: class numbers are any int64, double scores cost no more passes, 5000 boxes take 3 launches
-//   2. gather    boxes in that order; for every tile of 1024 candidates, where the class at its front begins
+//   1. order     entries (class, score, row), all different, are sorted: chunks of 2048 in shared memory; then entries
+//                of up to 4 chunks are searched for in all of them, more are merged run by run, a block per 1024
+//                entries of the outcome (merge path). By comparisons, not by digits: class numbers are any int64
+//   2. gather    boxes in that order (placed with their entries, up to 4 chunks); for every tile of 1024 candidates,
+//                where the class at its front begins
 //   3. rounds    a class may span tiles, a tile may hold classes. Round r takes the r-th tile of every class:
+//      suppress  a thread per candidate of later tiles tests it against those that its class kept in the last round
 //      greedy    a block per tile keeps and drops among those of its candidates whose turn it is: in round 0 of all
 //                classes that begin in the tile; r rounds later of a class that began r tiles before
-//      suppress  a thread per candidate of later tiles tests it against those that its class kept in this round
 //   4. collect   what is kept, appended in any order, is sorted by (score, row); one class was appended in order
 //
 // Nothing is read back before the host must know the number of rows of the result. Only in batched_nms, and only if a
 // class spans more than kRoundsAhead tiles, its other rounds and a second read come after that. Memory is linear in N:
-// 56 bytes a candidate (float64: 88); there is no N x N bit mask.
+// 56 bytes a candidate (float64: 88), one tensor; there is no N x N bit mask.
 //
-// Floor (H100): 5000 boxes are 100 KB, so it is latency: 5 launches to order, 9 for the rounds, 1 to collect, and about
-// 0.05 us for every box that a class keeps in a tile. 80 classes x 5000 boxes: a merge reads and writes 13 MB in the L2
-// cache; 20 launches of about 5 us to order and collect; 6 rounds, in each 80 tiles side by side for up to 0.1 ms; at
-// most 6 * 10^8 tests of about 25 instructions to suppress, 0.5 ms: 1 ms in all.
+// Floor (H100): 5000 boxes are 100 KB, so it is latency: 2 launches to order, 3 for two rounds (9 for the five of one
+// class), 2 to collect, and about 0.05 us for every box that a class keeps in a tile. 80 classes x 5000 boxes: a merge
+// reads and writes 13 MB in the L2 cache; 20 launches of about 5 us to order and collect; 6 rounds, in each 80 tiles
+// side by side for up to 0.1 ms; at most 6 * 10^8 tests of about 25 instructions to suppress, 0.5 ms: 1 ms in all.
 #include "cuda/nms.h"
 
 #include <utility>
@@ -36,7 +37,9 @@ constexpr int kMergeThreads = 256;
 constexpr int kMergeTile = 1024;
 constexpr int kTile = kGreedyThreads;
 constexpr int kSuppressThreads = 256;
-constexpr int64_t kRoundsAhead = 8;  // of batched_nms, before the host knows how many there are
+constexpr int kRankedChunks = 4;     // that are not merged: an entry is searched for in all of them
+constexpr int64_t kRankedCount = static_cast<int64_t>(kRankedChunks) * kChunk;
+constexpr int64_t kRoundsAhead = 2;  // of batched_nms, before the host knows how many there are
 static_assert(kChunk % kMergeTile == 0 && kTile % kSuppressThreads == 0, "a block works within one run, one tile");
 
 // An entry of a class: candidates in their order are classes one after the other, each by descending score.
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     if (progress && first == 0 && thread < 2) {
         progress[thread] = 0;
     }
-    int padded = 1;
+    int padded = kLeastPadded;
     while (padded < size) {
         padded *= 2;
     }
@@ -186,6 +189,71 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
     }
 }
 
+// How many of the entries of kRankedChunks sorted chunks come before `own`: the steps of all searches side by side.
+template <typename entry_t>
+__device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int count, const entry_t& own) {
+    int before[kRankedChunks] = {};
+    for (int step = kChunk; step > 0; step /= 2) {
+        entry_t others[kRankedChunks];
+        bool found[kRankedChunks];
+#pragma unroll
+        for (int c = 0; c < kRankedChunks; ++c) {
+            const int next = before[c] + step, at = c * kChunk + next - 1;
+            found[c] = next <= kChunk && at < count;
+            if (found[c]) {
+                others[c] = chunks[at];
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < kRankedChunks; ++c) {
+            before[c] += found[c] && others[c] < own ? step : 0;
+        }
+    }
+    int rank = 0;
+#pragma unroll
+    for (int c = 0; c < kRankedChunks; ++c) {
+        rank += before[c];
+    }
+    return rank;
+}
+
+// Merge and gather of up to kRankedCount candidates.
+template <typename real_t>
+__global__ void __launch_bounds__(kRowThreads) nms_place_kernel(
+    Global<const ClassEntryOf<real_t>> chunks,  // (N)
+    Global<const Box<real_t>> boxes,            // (N)
+    Global<ClassEntryOf<real_t>> entries,       // (N), those of `candidates`
+    const Candidates<real_t> candidates) {
+    const int index = static_cast<int>(blockIdx.x) * kRowThreads + static_cast<int>(threadIdx.x);
+    const int count = static_cast<int>(candidates.count);
+    if (index >= count) {
+        return;
+    }
+    const ClassEntryOf<real_t> own = chunks[index];
+    const int rank = rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, own);
+    entries[rank] = own;
+    candidates.boxes[rank] = boxes[own.entry.row];
+    candidates.removed[rank] = own.entry.key == kNoKey<real_t>;
+    if (rank % kTile == 0) {
+        const int begin = rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, {own.label, {0, 0}});
+        candidates.begins[rank / kTile] = begin;
+        atomicMax(candidates.progress + 1, static_cast<unsigned>(rank / kTile - begin / kTile + 1));
+    }
+}
+
+// The rows of up to kRankedCount sorted entries.
+template <typename real_t>
+__global__ void __launch_bounds__(kRowThreads) nms_place_rows_kernel(
+    Global<const ClassEntryOf<real_t>> chunks,  // (kept)
+    Global<int64_t> rows,                       // (kept)
+    const int count) {
+    const int index = static_cast<int>(blockIdx.x) * kRowThreads + static_cast<int>(threadIdx.x);
+    if (index < count) {
+        const ClassEntryOf<real_t> own = chunks[index];
+        rows[rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, own)] = own.entry.row;
+    }
+}
+
 // A block per tile.
 template <typename real_t>
 __global__ void __launch_bounds__(kTile) nms_gather_kernel(
@@ -214,6 +282,7 @@ __global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real
     SPATIALFLOW_SHARED(Box<real_t>, boxes, kTile);
     SPATIALFLOW_SHARED(int64_t, labels, kTile);
     SPATIALFLOW_SHARED(unsigned, kept_of_warp, kGreedyWarps);
+    SPATIALFLOW_SHARED(unsigned, slots, kGreedySlots);
     SPATIALFLOW_SHARED(unsigned, kept_before, 1);
     const int64_t tile = blockIdx.x, first = tile * kTile, index = first + static_cast<int64_t>(threadIdx.x);
     const int64_t turn_of_front = tile - candidates.begins[tile] / kTile;
@@ -233,8 +302,8 @@ __global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real
         candidate.alive = turn == round && candidates.removed[index] == 0;
     }
     int position;
-    const int added =
-        greedy_pass<real_t, int64_t>(candidate, kTile, boxes, labels, kept_of_warp, candidates.threshold, position);
+    const int added = greedy_pass<real_t, int64_t>(
+        candidate, kTile, boxes, labels, kept_of_warp, slots, candidates.threshold, position);
     // Later tiles go on with the last class alone. Its candidates are the last ones, so the others kept rank before.
     const int others = __syncthreads_count(position >= 0 && candidate.label != last_label);
     if (threadIdx.x == 0) {
@@ -301,19 +370,24 @@ __global__ void __launch_bounds__(kRowThreads) nms_rows_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Sorts `count` entries of `source` into `target`; `scratch` is as large, and may be the source. They change places where
-// the outcome lies in the other.
 template <typename real_t, typename source_t>
-void sort_entries(
-    const char* op, const source_t& source, Global<ClassEntryOf<real_t>>& target,
-    Global<ClassEntryOf<real_t>>& scratch, Global<unsigned> progress, int64_t count, Stream stream) {
+void sort_chunks(
+    const char* op, const source_t& source, Global<ClassEntryOf<real_t>> target, Global<unsigned> progress,
+    int64_t count, Stream stream) {
     launch<nms_sort_chunks_kernel<real_t, source_t>>(
         dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, source, target, progress, count);
+}
+
+// Merges sorted chunks of `entries`; `scratch` is as large. They change places where the outcome lies in the other.
+template <typename real_t>
+void merge_chunks(
+    const char* op, Global<ClassEntryOf<real_t>>& entries, Global<ClassEntryOf<real_t>>& scratch, int64_t count,
+    Stream stream) {
     for (int64_t run = kChunk; run < count; run *= 2) {
         launch<nms_merge_kernel<real_t>>(
-            dim3(grid_size(op, ceil_div(count, kMergeTile))), dim3(kMergeThreads), 0, stream, target, scratch, count,
+            dim3(grid_size(op, ceil_div(count, kMergeTile))), dim3(kMergeThreads), 0, stream, entries, scratch, count,
             run);
-        std::swap(target, scratch);
+        std::swap(entries, scratch);
     }
 }
 
@@ -323,6 +397,7 @@ Tensor kept_rows_of(
     using entry_t = ClassEntryOf<real_t>;
     const int64_t count = boxes.size(0), tiles = ceil_div(count, kTile);
     const DeviceScope device(boxes);
+    const Stream stream = device.stream();
     WorkspaceLayout layout;
     const WorkspacePart<entry_t> halves[2] = {layout.add<entry_t>(count), layout.add<entry_t>(count)};
     const auto sorted_boxes = layout.add<Box<real_t>>(count);
@@ -333,22 +408,33 @@ Tensor kept_rows_of(
     const Rows<real_t> rows{
         pointer_cast<const Box<real_t>>(data<real_t>(boxes)), data<real_t>(scores),
         idxs ? data<int64_t>(*idxs) : Global<const int64_t>(nullptr)};
+    const auto per_row = [&](int64_t items) { return dim3(grid_size(op, ceil_div(items, kRowThreads))); };
     Global<entry_t> entries = workspace[halves[0]], kept = workspace[halves[1]];
-    sort_entries<real_t>(op, rows, entries, kept, workspace[progress], count, device.stream());
+    const bool ranked = count <= kRankedCount;
+    sort_chunks<real_t>(op, rows, ranked ? kept : entries, workspace[progress], count, stream);
+    if (!ranked) {
+        merge_chunks<real_t>(op, entries, kept, count, stream);
+    }
     const Candidates<real_t> candidates{
         entries, workspace[sorted_boxes], workspace[removed], workspace[begins], workspace[listed],
         workspace[listed_count], kept, workspace[progress], count, static_cast<real_t>(iou_threshold)};
-    launch<nms_gather_kernel<real_t>>(
-        dim3(grid_size(op, tiles)), dim3(kTile), 0, device.stream(), rows.boxes, candidates);
+    if (ranked) {
+        launch<nms_place_kernel<real_t>>(
+            per_row(count), dim3(kRowThreads), 0, stream, kept, rows.boxes, entries, candidates);
+    } else {
+        launch<nms_gather_kernel<real_t>>(
+            dim3(grid_size(op, tiles)), dim3(kTile), 0, stream, rows.boxes, candidates);
+    }
     const auto run_rounds = [&](int64_t from, int64_t to) {
         for (int64_t round = from; round < to; ++round) {
-            launch<nms_greedy_kernel<real_t>>(
-                dim3(grid_size(op, tiles)), dim3(kTile), 0, device.stream(), candidates, round);
-            const int64_t suppressing = round + 1 < tiles ? ceil_div(count, kSuppressThreads) : 0;
-            launch<nms_suppress_kernel<real_t>>(
-                dim3(grid_size(op, suppressing)), dim3(kSuppressThreads), 0, device.stream(), candidates, round);
+            if (round > 0) {
+                launch<nms_suppress_kernel<real_t>>(
+                    dim3(grid_size(op, ceil_div(count, kSuppressThreads))), dim3(kSuppressThreads), 0, stream,
+                    candidates, round - 1);
+            }
+            launch<nms_greedy_kernel<real_t>>(dim3(grid_size(op, tiles)), dim3(kTile), 0, stream, candidates, round);
         }
-        return read_back(pointer_cast<const Progress>(workspace[progress]), device.stream());
+        return read_back(pointer_cast<const Progress>(workspace[progress]), stream);
     };
     const int64_t ahead = idxs && tiles > kRoundsAhead ? kRoundsAhead : tiles;
     Progress done = run_rounds(0, ahead);
@@ -356,14 +442,20 @@ Tensor kept_rows_of(
         done = run_rounds(ahead, done.rounds);
     }
     const Tensor result = empty_like_sized(boxes, {done.kept}, ScalarType::Long);
+    const auto result_rows = mutable_data<int64_t>(result);
     if (idxs) {
-        sort_entries<real_t>(
-            op, Global<const entry_t>(kept), entries, kept, Global<unsigned>(nullptr), done.kept, device.stream());
+        sort_chunks<real_t>(
+            op, Global<const entry_t>(kept), entries, Global<unsigned>(nullptr), done.kept, stream);
+        if (done.kept <= kRankedCount) {
+            launch<nms_place_rows_kernel<real_t>>(
+                per_row(done.kept), dim3(kRowThreads), 0, stream, entries, result_rows, static_cast<int>(done.kept));
+            return result;
+        }
+        merge_chunks<real_t>(op, entries, kept, done.kept, stream);
         std::swap(entries, kept);
     }
     launch<nms_rows_kernel<real_t>>(
-        dim3(grid_size(op, ceil_div(done.kept, kRowThreads))), dim3(kRowThreads), 0, device.stream(), kept,
-        mutable_data<int64_t>(result), static_cast<int64_t>(done.kept));
+        per_row(done.kept), dim3(kRowThreads), 0, stream, kept, result_rows, static_cast<int64_t>(done.kept));
     return result;
 }
 

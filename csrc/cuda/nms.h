@@ -3,6 +3,8 @@
 // What one thread block does for nms and multiclass_nms: the sort of a chunk of candidates and the greedy pass.
 #pragma once
 
+#include <cstring>
+
 #include "common/nms.h"
 #include "cuda/platform.h"
 
@@ -27,11 +29,59 @@ __host__ __device__ __forceinline__ bool operator<(const Entry<key_t>& a, const 
     return a.key != b.key ? a.key < b.key : a.row < b.row;
 }
 
-// Bitonic sort of `padded` entries, a power of two up to kChunk, by the block's kGreedyThreads threads.
+template <typename entry_t>
+__device__ __forceinline__ entry_t shuffle_xor(const entry_t& entry, int lanes) {
+    constexpr int kWords = sizeof(entry_t) / sizeof(unsigned);
+    unsigned words[kWords];
+    memcpy(words, &entry, sizeof(entry_t));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+        words[i] = __shfl_xor_sync(kAllLanes, words[i], lanes);
+    }
+    entry_t other;
+    memcpy(&other, words, sizeof(entry_t));
+    return other;
+}
+
+// The steps below 64 of one width of the bitonic sort, or of all widths up to 64: in the registers of a warp, which
+// takes 64 neighbours, lanes 0 to 31 and again.
+template <typename entry_t>
+__device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, int first_width, int last_width) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
+    for (int base = 2 * (thread - lane); base < padded; base += 2 * kGreedyThreads) {
+        entry_t low = entries[base + lane], high = entries[base + kWarpSize + lane];
+        for (int width = first_width; width <= last_width; width *= 2) {
+            if (width > kWarpSize && ((base & width) == 0 ? high < low : low < high)) {
+                const entry_t swapped = low;
+                low = high;
+                high = swapped;
+            }
+            for (int step = width < kWarpSize ? width / 2 : kWarpSize / 2; step > 0; step /= 2) {
+                const auto exchange = [&](entry_t& own, int index) {
+                    const entry_t other = shuffle_xor(own, step);
+                    const bool takes_less = ((index & width) == 0) == ((index & step) == 0);
+                    if (takes_less ? other < own : own < other) {
+                        own = other;
+                    }
+                };
+                exchange(low, base + lane);
+                exchange(high, base + kWarpSize + lane);
+            }
+        }
+        entries[base + lane] = low;
+        entries[base + kWarpSize + lane] = high;
+    }
+    __syncthreads();
+}
+
+constexpr int kLeastPadded = 2 * kWarpSize;
+
+// Bitonic sort of `padded` entries, a power of two from kLeastPadded to kChunk, by the block's kGreedyThreads threads.
 template <typename entry_t>
 __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) {
-    for (int width = 2; width <= padded; width *= 2) {
-        for (int step = width / 2; step > 0; step /= 2) {
+    sort_warps<entry_t>(entries, padded, 2, kLeastPadded);
+    for (int width = 2 * kLeastPadded; width <= padded; width *= 2) {
+        for (int step = width / 2; step >= kLeastPadded; step /= 2) {
             for (int pair = static_cast<int>(threadIdx.x); pair < padded / 2; pair += kGreedyThreads) {
                 const int low = 2 * pair - (pair & (step - 1)), high = low + step;
                 const entry_t a = entries[low], b = entries[high];
@@ -41,16 +91,10 @@ __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) 
                     entries[high] = a;
                 }
             }
-            // Up to a step of 32 the pairs of a warp are 64 neighbours that no other warp touches.
-            const int next = step > 1 ? step / 2 : width;
-            if (step <= kWarpSize && next <= kWarpSize) {
-                __syncwarp();
-            } else {
-                __syncthreads();
-            }
+            __syncthreads();
         }
+        sort_warps<entry_t>(entries, padded, width, width);
     }
-    __syncthreads();
 }
 
 // One candidate per thread, in score order by thread index within its label.
@@ -70,25 +114,35 @@ __device__ __forceinline__ bool is_suppressed_by(
     return suppresses(box, box_area(box), candidate.box, candidate.area, threshold);
 }
 
+constexpr int kLabelSlots = 256;
+constexpr int kGreedySlots = 3 * kLabelSlots;
+
 // Keeps the first candidate alive, drops those of its label that it suppresses, and so on, until none is alive or
 // `limit` are kept. A warp decides among its own 32 by votes, its labels side by side; then all later warps test theirs
-// against those it kept: one barrier a warp, however many are kept. Returns how many were; `position` is this thread's
-// rank among them in order of threads, or -1. Called by all threads of the block.
+// against those it kept: one barrier a warp, however many are kept. A table by label says who may matter to whom.
+// Returns how many were kept; `position` is this thread's rank among them in order of threads, or -1. Called by all
+// threads of the block.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ int greedy_pass(
     Candidate<real_t, label_t> candidate, int limit, Shared<Box<real_t>> boxes, Shared<label_t> labels,
     Shared<unsigned> kept_of_warp,  // (kGreedyWarps)
+    Shared<unsigned> slots,         // (kGreedySlots), three tables: lanes kept, by label
     real_t threshold, int& position) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+    const int slot = static_cast<int>(static_cast<unsigned>(candidate.label) % kLabelSlots);
     boxes[thread] = candidate.box;
     labels[thread] = candidate.label;
+    for (int i = thread; i < kGreedySlots; i += kGreedyThreads) {
+        slots[i] = 0;
+    }
     position = -1;
     int kept = 0;
+    bool is_kept = false;
     const unsigned rivals = __match_any_sync(kAllLanes, candidate.label);
     __syncthreads();
     for (int turn = 0; turn < kGreedyWarps && kept < limit; ++turn) {
+        const auto table = slots + turn % 3 * kLabelSlots;
         if (warp == turn) {
-            bool is_kept = false;
             for (unsigned alive; (alive = __ballot_sync(kAllLanes, candidate.alive)) != 0;) {
                 const int best = __ffs(static_cast<int>(alive & rivals)) - 1;
                 if (lane == best) {
@@ -101,17 +155,25 @@ __device__ __forceinline__ int greedy_pass(
             const unsigned own_kept = __ballot_sync(kAllLanes, is_kept);
             const int rank = kept + __popc(own_kept & ((1u << lane) - 1u));
             position = is_kept && rank < limit ? rank : -1;
+            if (is_kept) {
+                atomicOr(table + slot, 1u << lane);
+            }
             if (lane == 0) {
                 kept_of_warp[turn] = own_kept;
             }
         }
         __syncthreads();
-        const unsigned bits = kept_of_warp[turn];
-        for (unsigned left = bits; warp > turn && candidate.alive && left != 0; left &= left - 1) {
-            const int other = turn * kWarpSize + __ffs(static_cast<int>(left)) - 1;
-            const label_t label = labels[other];
-            candidate.alive = label != candidate.label || !is_suppressed_by(other, candidate, boxes, threshold);
+        if (warp == turn - 1 && is_kept) {  // nobody reads the last table any more, nor writes it in the next turn
+            atomicExch(slots + (turn - 1) % 3 * kLabelSlots + slot, 0u);
         }
+        if (warp > turn && candidate.alive) {
+            for (unsigned left = table[slot]; candidate.alive && left != 0; left &= left - 1) {
+                const int other = turn * kWarpSize + __ffs(static_cast<int>(left)) - 1;
+                const label_t label = labels[other];
+                candidate.alive = label != candidate.label || !is_suppressed_by(other, candidate, boxes, threshold);
+            }
+        }
+        const unsigned bits = kept_of_warp[turn];
         kept += __popc(bits);
     }
     __syncthreads();  // the arrays are free for the next call

@@ -124,7 +124,7 @@ __global__ void merge_ignore_kernel(const MergeScratch scratch, const IgnoredLab
     }
 }
 
-// kPixels adjacent pixels of a mask, a byte each, as they were loaded. (A vector of bytes would be taken apart at once.)
+// kPixels adjacent pixels of a mask, a byte each, as they were loaded: a vector of bytes would be taken apart at once.
 template <int kPixels>
 struct PackedPixels {
     Vec<unsigned, kPixels / 4> words{};
@@ -217,13 +217,16 @@ __device__ __forceinline__ int block_sum(int value, Shared<unsigned> sums) {
     return static_cast<int>(__reduce_add_sync(kAllLanes, other));
 }
 
+// Three counts for four words: popc is the slowest instruction here.
 __device__ __forceinline__ int common_pixels(const Words& a, const Words& b) {
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-        count += __popc(a[i] & b[i]);
-    }
-    return count;
+    static_assert(kGroup == 4, "three words are added, the fourth is left");
+    const unsigned x = a[0] & b[0], y = a[1] & b[1], z = a[2] & b[2], last = a[3] & b[3];
+    const unsigned carry = (x & y) | (x & z) | (y & z);
+    return __popc(x ^ y ^ z) + __popc(last) + 2 * __popc(carry);
+}
+
+__device__ __forceinline__ bool has_pixels(const Words& words) {
+    return (words[0] | words[1] | words[2] | words[3]) != 0;
 }
 
 // What the greedy block must know of an instance, as it was loaded, so that nothing waits for it before it is used.
@@ -279,21 +282,25 @@ __device__ __forceinline__ int merge_greedy(
         Global<unsigned> mask = scratch.bits_of(c);
         const int first = span.first_own(scratch), end = span.end(), beyond = first + kHeldGroups * kGreedyThreads;
         int overlap = 0;
+        const auto count = [&](int group, const Words& own) {
+            if (has_pixels(own)) {
+                overlap += common_pixels(own, load_vector<kGroup>(used + kGroup * group));
+            }
+        };
 #pragma unroll
         for (int i = 0; i < kHeldGroups; ++i) {
-            const int group = first + i * kGreedyThreads;
-            if (group < end) {
-                overlap += common_pixels(held.words[i], load_vector<kGroup>(used + kGroup * group));
-            }
+            count(first + i * kGreedyThreads, held.words[i]);
         }
         for (int group = beyond; group < end; group += kGreedyThreads) {
-            overlap += common_pixels(
-                load_vector<kGroup>(mask + kGroup * group), load_vector<kGroup>(used + kGroup * group));
+            count(group, load_vector<kGroup>(mask + kGroup * group));
         }
         overlap = block_sum(overlap, sums + c % 2 * kGreedyWarps);
         // With a threshold of 1 or more an instance may pass without a pixel of its own; no segment is empty.
         if (merge_instance_is_kept(overlap, span.area, options.overlap_threshold) && overlap != span.area) {
             const auto use = [&](int group, const Words& own) {
+                if (!has_pixels(own)) {
+                    return;
+                }
                 const Words before = load_vector<kGroup>(used + kGroup * group);
                 Words all, left;
 #pragma unroll
@@ -306,10 +313,7 @@ __device__ __forceinline__ int merge_greedy(
             };
 #pragma unroll
             for (int i = 0; i < kHeldGroups; ++i) {
-                const int group = first + i * kGreedyThreads;
-                if (group < end) {
-                    use(group, held.words[i]);
-                }
+                use(first + i * kGreedyThreads, held.words[i]);
             }
             for (int group = beyond; group < end; group += kGreedyThreads) {
                 use(group, load_vector<kGroup>(mask + kGroup * group));
@@ -581,7 +585,7 @@ __global__ void __launch_bounds__(kThreads) merge_paint_stuff_kernel(
     }
 }
 
-// A warp takes 32 words of an instance, a lane each, then those that are not zero one after the other, a lane per pixel.
+// A warp takes 32 words of an instance, a lane each, then those that are not zero in turn, a lane per pixel.
 __global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
     Global<int> id_map,  // (H, W)
     const MergeScratch scratch) {
@@ -591,8 +595,8 @@ __global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
         return;
     }
     const int first = scratch.words - scratch.words_from[c], end = scratch.end_word[c];
-    for (int base = first + (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize) * kWarpSize;
-         base < end; base += static_cast<int>(gridDim.x) * kThreads) {
+    const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
+    for (int base = first + warp * kWarpSize; base < end; base += static_cast<int>(gridDim.x) * kThreads) {
         const unsigned own = base + lane < end ? scratch.bits_of(c)[base + lane] : 0u;
         for (unsigned left = __ballot_sync(kAllLanes, own != 0); left != 0; left &= left - 1) {
             const int source = __ffs(static_cast<int>(left)) - 1;
@@ -603,17 +607,17 @@ __global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
     }
 }
 
-// A warp per row of the map, kLoads times 32 pixels at a time. What a warp has of one id alone is added up first.
+// A warp takes kLoads times 32 pixels of a row. Where they are of one id alone, they are counted at once.
 __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
     Global<const int> id_map,  // (H, W)
-    const MergeScratch scratch) {
+    const MergeScratch scratch, const int parts) {  // of a row
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const int y = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
+    const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
+    const int y = warp / parts, first_x = (warp - y * parts) * kLoads * kWarpSize;
     if (y >= scratch.height) {
         return;
     }
     const int64_t rows = static_cast<int64_t>(scratch.instances) + scratch.stuff_labels;
-    const int row = y * scratch.width;
     const auto add = [&](int id, int area, int from_x, int end_x) {
         Global<int> entry = scratch.measured + (id - 1);
         atomicAdd(entry + 0, area);
@@ -622,40 +626,34 @@ __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
         atomicMax(entry + 3 * rows, end_x);
         atomicMax(entry + 4 * rows, y + 1);
     };
-    int run_id = 0, run_from = 0, run_end = 0;  // pixels [run_from, run_end) of one id
-    const auto end_run = [&] {
-        if (run_id != 0 && lane == 0) {
-            add(run_id, run_end - run_from, run_from, run_end);
-        }
-    };
-    for (int base = 0; base < scratch.width; base += kLoads * kWarpSize) {
-        int ids[kLoads];
+    int ids[kLoads];
+    bool all_same = true;
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            const int x = base + i * kWarpSize + lane;
-            ids[i] = x < scratch.width ? id_map[row + x] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            const int x = base + i * kWarpSize, front = __shfl_sync(kAllLanes, ids[i], 0);
-            const bool is_run = __all_sync(kAllLanes, ids[i] == front);
-            if (!is_run || front != run_id) {
-                end_run();
-                run_id = is_run ? front : 0;
-                run_from = x;
-            }
-            run_end = x + kWarpSize;
-            if (!is_run) {
-                for_each_value(ids[i], [&](int id, unsigned lanes) {
-                    if (id != 0) {
-                        add(id, __popc(lanes), x + __ffs(static_cast<int>(lanes)) - 1,
-                            x + kWarpSize - __clz(static_cast<int>(lanes)));
-                    }
-                });
-            }
-        }
+    for (int i = 0; i < kLoads; ++i) {
+        const int x = first_x + i * kWarpSize + lane;
+        ids[i] = x < scratch.width ? id_map[y * scratch.width + x] : 0;
     }
-    end_run();
+    const int front = __shfl_sync(kAllLanes, ids[0], 0);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        all_same &= ids[i] == front;
+    }
+    if (__all_sync(kAllLanes, all_same)) {
+        if (front != 0 && lane == 0) {
+            add(front, kLoads * kWarpSize, first_x, first_x + kLoads * kWarpSize);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int x = first_x + i * kWarpSize;
+        for_each_value(ids[i], [&](int id, unsigned lanes) {
+            if (id != 0) {
+                add(id, __popc(lanes), x + __ffs(static_cast<int>(lanes)) - 1,
+                    x + kWarpSize - __clz(static_cast<int>(lanes)));
+            }
+        });
+    }
 }
 
 __global__ void __launch_bounds__(kThreads) merge_table_kernel(
@@ -723,7 +721,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const DeviceScope device(masks);
     const int64_t count = masks.size(0), height = masks.size(1), width = masks.size(2), rows = count + stuff_labels;
     const int64_t pixels = height * width, words = ceil_div(pixels, kGroup * kWarpSize) * kGroup;
-    check(pixels < 0x7fff0000, op, ": masks must have fewer than 2^31 - 2^16 pixels on CUDA, got ", height, " x ", width);
+    check(pixels < 0x7fff0000, op, ": masks must have fewer than 2^31 - 2^16 pixels on CUDA, got ", height, " x ",
+          width);
     check(count <= 65535, op, ": at most 65535 masks on CUDA, got ", count);
     Tensor id_map = empty_like_sized(masks, {height, width}, ScalarType::Int);
     Tensor table = empty_like_sized(masks, {rows, kMergeColumns}, ScalarType::Long);
@@ -819,7 +818,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
         const dim3 instance_grid(grid_size(op, ceil_div(words, 4 * kThreads)), static_cast<unsigned>(count));
         launch<merge_paint_instances_kernel>(
             instance_grid, threads, 0, stream, mutable_data<int>(id_map), scratch);
-        launch<merge_measure_kernel>(blocks(height, kWarps), threads, 0, stream, data<int>(id_map), scratch);
+        const int64_t parts = ceil_div(width, kLoads * kWarpSize);
+        launch<merge_measure_kernel>(
+            blocks(height * parts, kWarps), threads, 0, stream, data<int>(id_map), scratch, static_cast<int>(parts));
     }
     launch<merge_table_kernel>(
         blocks(rows > 0 ? rows : 1, kThreads), threads, 0, stream, data<double>(score_values),

@@ -97,7 +97,16 @@ struct Rows {
     }
 };
 
-// Sorts chunks of kChunk entries each, of `source`: Rows, or a pointer to entries.
+// Entries as a source. A struct, because a kernel must not have a restrict-qualified pointer as a template argument: nvcc
+// names it one way for the host and another for the device, and the launch fails ("invalid device function").
+template <typename real_t>
+struct Entries {
+    Global<const ClassEntryOf<real_t>> values;  // (N)
+
+    __device__ __forceinline__ ClassEntryOf<real_t> operator[](int64_t row) const { return values[row]; }
+};
+
+// Sorts chunks of kChunk entries each, of `source`: Rows or Entries.
 template <typename real_t, typename source_t>
 __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     const source_t source,                 // (N)
@@ -445,7 +454,7 @@ Tensor kept_rows_of(
     const auto result_rows = mutable_data<int64_t>(result);
     if (idxs) {
         sort_chunks<real_t>(
-            op, Global<const entry_t>(kept), entries, Global<unsigned>(nullptr), done.kept, stream);
+            op, Entries<real_t>{kept}, entries, Global<unsigned>(nullptr), done.kept, stream);
         if (done.kept <= kRankedCount) {
             launch<nms_place_rows_kernel<real_t>>(
                 per_row(done.kept), dim3(kRowThreads), 0, stream, entries, result_rows, static_cast<int>(done.kept));

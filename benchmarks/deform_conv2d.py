@@ -3,7 +3,7 @@
 
 import textbook
 import torch
-from harness import Benchmark, Problem, deterministic, main, optional
+from harness import Benchmark, Problem, Provider, deterministic, main, optional
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -59,7 +59,7 @@ BENCHMARK = Benchmark(
         "spatialflow": by_position(ops.deform_conv2d),
         "spatialflow deterministic": deterministic(by_position(ops.deform_conv2d)),
         "reference": by_position(reference.deform_conv2d),
-        "torchvision": by_position(torchvision and torchvision.deform_conv2d),
+        "torchvision": torchvision and Provider(by_position(torchvision.deform_conv2d), lowered=(1, 4)),
         "CuPy textbook": textbook.provider(textbook.deform_conv2d),
     },
 )  # fmt: skip

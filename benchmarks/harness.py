@@ -86,6 +86,8 @@ class Provider:
         only_forward: left out where gradients are asked for.
         waits: reads values back from the device, so that no CUDA graph can hold it.
         around: a context manager that calls, and gradients, run in.
+        lowered: indices of inputs, beside the features, that it takes in the features' dtype alone, as torchvision's
+            operators do; converted outside the timing.
     """
 
     call: Callable[..., Any]
@@ -94,6 +96,7 @@ class Provider:
     only_forward: bool = False
     waits: bool = False
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    lowered: tuple[int, ...] = ()
 
 
 def compiled(function: Callable[..., Any]) -> Provider:
@@ -234,6 +237,11 @@ class _Call:
         provider = provider if isinstance(provider, Provider) else Provider(provider)
         inputs = list(problem.inputs)
         self._function, self._options, self._wanted, self._grads = provider.call, dict(problem.options), [], None
+        if provider.lowered and problem.features:
+            dtype = leaves(inputs[problem.features[0]])[0].dtype
+            for index in provider.lowered:
+                if index < len(inputs):
+                    inputs[index] = map_tensors(lambda t: t.to(dtype), inputs[index])
         if mode == "forward+backward":
             for index in problem.differentiable:
                 inputs[index] = map_tensors(lambda t: t.detach().requires_grad_(), inputs[index])

@@ -92,11 +92,13 @@ class TestValues:
             expected = reference.roi_align(feature, torch.tensor([[0, -extent, -extent, extent, extent]]), 3)
             assert_near(pooled, expected, torch.float32, factor=100)
 
-    @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 5])
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    def test_bins_of_all_sizes(self, layout, sampling_ratio):
-        """From many bins in a cell to many cells in a bin; turned round, and more bins than a block of the GPU takes."""
-        feature = torch.randn(1, 4, 40, 50, dtype=torch.float64).contiguous(memory_format=layout)
+    @pytest.mark.parametrize("sampling_ratio", [0, 2, 5])
+    @pytest.mark.parametrize(
+        "layout, dtype", [(torch.contiguous_format, torch.float32), (torch.channels_last, torch.float64)]
+    )
+    def test_bins_of_all_sizes(self, layout, sampling_ratio, dtype):
+        """From many bins in a cell to many cells in a bin; reversed boxes; more bins than a block of the GPU takes."""
+        feature = torch.randn(1, 4, 40, 50, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         sides = 2.0 ** torch.arange(-6, 7, dtype=torch.float64)
         corner = torch.rand(26, 2, dtype=torch.float64) * 30 - 2
         size = torch.stack([sides, sides.roll(1)], dim=1).repeat(2, 1)
@@ -104,9 +106,18 @@ class TestValues:
         boxes = torch.cat([torch.zeros(26, 1), corner, corner + size], dim=1)
         boxes[13:20, 1:] = boxes[13:20, 1:].round()
         for output_size in ((3, 2), (5, 18)):
-            expected = reference.roi_align(feature, boxes, output_size, 1.0, sampling_ratio, True)
+            expected = reference.roi_align(feature, boxes.to(dtype), output_size, 1.0, sampling_ratio, True)
             actual = ops.roi_align(feature, boxes, output_size, 1.0, sampling_ratio, True)
-            assert_near(actual, expected, torch.float64, factor=10)
+            assert_near(actual, expected, dtype, factor=10)
+            grad = torch.randn_like(expected)
+            expected_grad = torch.autograd.grad(expected, feature, grad)
+            for deterministic in (False, True):
+                torch.use_deterministic_algorithms(deterministic)
+                try:
+                    actual_grad = torch.autograd.grad(actual, feature, grad, retain_graph=True)
+                finally:
+                    torch.use_deterministic_algorithms(False)
+                assert_near(actual_grad, expected_grad, dtype, factor=10, what="gradient")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_cells_between_samples_are_not_read(self, value):

@@ -88,22 +88,132 @@ __device__ __forceinline__ RoiAxis<real_t> axis_of(
         of_rows ? options.pooled_height : options.pooled_width, options.sampling_ratio, options.aligned);
 }
 
-template <typename real_t>
-struct RoiGeometry {
-    RoiAxis<real_t> y, x;
-    RoiPlace place;
-    bool valid;  // false: a coordinate is not finite, the batch index is outside the batch, or the level is empty
+// ---- weights in the lanes of a warp ------------------------------------------------------------------------------
+
+constexpr int kHalfWarp = kWarpSize / 2;
+
+// kWidth channels of a cell as they are loaded: words, which the compiler does not take apart before they are used.
+template <typename scalar_t, int kWidth>
+struct RawChannels {
+    using Word = std::conditional_t<sizeof(scalar_t) * kWidth % sizeof(unsigned) == 0, unsigned, scalar_t>;
+    static constexpr int kWords = static_cast<int>(sizeof(scalar_t) * kWidth / sizeof(Word));
+    Vec<Word, kWords> words;
+
+    // sums[i] += weight * channel i
+    template <typename real_t>
+    __device__ __forceinline__ void add_to(real_t (&sums)[kWidth], real_t weight) const {
+        if constexpr (std::is_same_v<scalar_t, bfloat16> && kWidth > 1) {  // the upper halves of float32
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) {
+                sums[2 * w] += weight * __uint_as_float(words[w] << 16);
+                sums[2 * w + 1] += weight * __uint_as_float(words[w] & 0xffff0000u);
+            }
+        } else {
+            Vec<scalar_t, kWidth> values;
+            memcpy(static_cast<void*>(&values), &words, sizeof(values));
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+                sums[i] += weight * load(values[i]);
+            }
+        }
+    }
 };
 
-template <typename real_t, typename element_t>
-__device__ __forceinline__ RoiGeometry<real_t> roi_geometry(
-    Global<const real_t> box, const RoiPyramid<element_t>& pyramid, const RoiOptions& options) {
-    RoiGeometry<real_t> roi;
-    roi.place = roi_place(box, pyramid, options);
-    roi.y = axis_of(box, true, pyramid.levels[roi.place.level], options);
-    roi.x = axis_of(box, false, pyramid.levels[roi.place.level], options);
-    roi.valid = roi.place.valid && roi.y.valid && roi.x.valid;
-    return roi;
+template <typename scalar_t, int kWidth>
+__device__ __forceinline__ RawChannels<scalar_t, kWidth> load_raw(Global<const unsigned char> source) {
+    using Raw = RawChannels<scalar_t, kWidth>;
+    return {load_vector<Raw::kWords>(pointer_cast<const typename Raw::Word>(source))};
+}
+
+// Adds the first kCount pairs in `left`, whose offsets and weights the lanes hold; their loads go out together.
+template <int kCount, int kWidth, typename scalar_t, typename real_t, typename offset_t>
+__device__ __forceinline__ void add_group(
+    unsigned& left, offset_t offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {
+    RawChannels<scalar_t, kWidth> raw[kCount];
+    real_t weights[kCount];
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) {
+        const int from = __ffs(static_cast<int>(left)) - 1;
+        left &= left - 1;
+        raw[g] = load_raw<scalar_t, kWidth>(
+            pointer_cast<const unsigned char>(source + __shfl_sync(kAllLanes, offset, from)));
+        weights[g] = __shfl_sync(kAllLanes, weight, from);
+    }
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) {
+        raw[g].add_to(sum, weights[g]);
+    }
+}
+
+// Lane l of the lower half of a warp holds the weight of row l, that of the upper half the weight of column l.
+// visit(pairs, offset, weight) takes the pairs of both that are not zero, 4 x 8 at a time: a lane each, `pairs` is the
+// mask of these lanes.
+template <typename real_t, typename offset_t, typename Visit>
+__device__ __forceinline__ void visit_pairs(
+    real_t weight, offset_t row_stride, offset_t column_stride, Visit&& visit) {
+    const int lane = threadIdx.x % kWarpSize;
+    const unsigned used = __ballot_sync(kAllLanes, weight != real_t(0));
+    const unsigned rows = used & 0xffffu, columns = used >> kHalfWarp;
+    if (rows == 0 || columns == 0) {
+        return;
+    }
+    const int end_row = kWarpSize - __clz(static_cast<int>(rows));
+    const int end_column = kWarpSize - __clz(static_cast<int>(columns));
+#pragma unroll 1
+    for (int row0 = __ffs(static_cast<int>(rows)) - 1; row0 < end_row; row0 += 4) {
+#pragma unroll 1
+        for (int column0 = __ffs(static_cast<int>(columns)) - 1; column0 < end_column; column0 += 8) {
+            const int row = row0 + lane / 8, column = column0 + lane % 8;
+            const real_t row_weight = __shfl_sync(kAllLanes, weight, row & (kHalfWarp - 1));
+            const real_t column_weight = __shfl_sync(kAllLanes, weight, kHalfWarp | column);
+            const bool is_pair = row < end_row && column < end_column;
+            const real_t pair = is_pair ? row_weight * column_weight : real_t(0);
+            const offset_t offset = is_pair ? row * row_stride + column * column_stride : offset_t(0);
+            visit(__ballot_sync(kAllLanes, pair != real_t(0)), offset, pair);
+        }
+    }
+}
+
+// sum += weight of row * weight of column * source at row * row_stride + column * column_stride, over all pairs.
+template <int kWidth, typename scalar_t, typename real_t, typename offset_t>
+__device__ __forceinline__ void add_pairs(
+    real_t weight, Global<const scalar_t> source, offset_t row_stride, offset_t column_stride, real_t (&sum)[kWidth]) {
+    visit_pairs(weight, row_stride, column_stride, [&](unsigned left, offset_t offset, real_t pair) {
+#pragma unroll 1
+        for (int count = __popc(left); count >= 4; count -= 4) {
+            add_group<4>(left, offset, pair, source, sum);
+        }
+        if (__popc(left) >= 2) {
+            add_group<2>(left, offset, pair, source, sum);
+        }
+        if (left != 0) {
+            add_group<1>(left, offset, pair, source, sum);
+        }
+    });
+}
+
+// A bin that tables have no room for: visit(weight, row, column) takes its cells, 16 x 16 from (row, column) on, whose
+// weights the lanes hold as `visit_pairs` wants them.
+template <typename real_t, typename element_t, typename Visit>
+__device__ __forceinline__ void visit_cells(
+    Global<const real_t> box, const RoiLevel<element_t>& level, const RoiOptions& options, int ph, int pw,
+    Visit&& visit) {
+    const int lane = threadIdx.x % kWarpSize;
+    const bool of_rows = lane < kHalfWarp;
+    const RoiAxis<real_t> axis = axis_of(box, of_rows, level, options);
+    const int bin = of_rows ? ph : pw, size = of_rows ? level.height : level.width;
+    const CellRange range = bin_cells(axis, bin, size);
+    const int begin = static_cast<int>(range.begin), end = static_cast<int>(range.end);
+    const int first_column = __shfl_sync(kAllLanes, begin, kHalfWarp);
+    const int end_row = __shfl_sync(kAllLanes, end, 0), end_column = __shfl_sync(kAllLanes, end, kHalfWarp);
+#pragma unroll 1
+    for (int row = __shfl_sync(kAllLanes, begin, 0); row < end_row; row += kHalfWarp) {
+#pragma unroll 1
+        for (int column = first_column; column < end_column; column += kHalfWarp) {
+            const int cell = (of_rows ? row : column) + lane % kHalfWarp;
+            visit(cell < end ? cell_weight(axis, bin, cell, size) : real_t(0), row, column);
+        }
+    }
 }
 
 // ---- tables of a block -------------------------------------------------------------------------------------------
@@ -327,39 +437,6 @@ __device__ __forceinline__ void write_tables(
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// kWidth channels of a cell as they are loaded: words, which the compiler does not take apart before they are used.
-template <typename scalar_t, int kWidth>
-struct RawChannels {
-    using Word = std::conditional_t<sizeof(scalar_t) * kWidth % sizeof(unsigned) == 0, unsigned, scalar_t>;
-    static constexpr int kWords = static_cast<int>(sizeof(scalar_t) * kWidth / sizeof(Word));
-    Vec<Word, kWords> words;
-
-    // sums[i] += weight * channel i
-    template <typename real_t>
-    __device__ __forceinline__ void add_to(real_t (&sums)[kWidth], real_t weight) const {
-        if constexpr (std::is_same_v<scalar_t, bfloat16> && kWidth > 1) {  // the upper halves of float32
-#pragma unroll
-            for (int w = 0; w < kWords; ++w) {
-                sums[2 * w] += weight * __uint_as_float(words[w] << 16);
-                sums[2 * w + 1] += weight * __uint_as_float(words[w] & 0xffff0000u);
-            }
-        } else {
-            Vec<scalar_t, kWidth> values;
-            memcpy(static_cast<void*>(&values), &words, sizeof(values));
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                sums[i] += weight * load(values[i]);
-            }
-        }
-    }
-};
-
-template <typename scalar_t, int kWidth>
-__device__ __forceinline__ RawChannels<scalar_t, kWidth> load_raw(Global<const unsigned char> source) {
-    using Raw = RawChannels<scalar_t, kWidth>;
-    return {load_vector<Raw::kWords>(pointer_cast<const typename Raw::Word>(source))};
-}
-
 // A walk along a bin row that reads kRows rows of cells: each column of cells is loaded once and summed over its rows,
 // then added to the bins that read it. emit(sums) takes the bins one after the other.
 template <typename scalar_t, int kWidth, int kRows>
@@ -458,41 +535,6 @@ private:
     RawChannels<scalar_t, kWidth> raw_[kRows];
 };
 
-// A bin that the tables have no room for: lane j computes the weight of the j-th cell, shuffles pass them round.
-template <int kWidth, typename scalar_t, typename real_t>
-__device__ __forceinline__ void sum_bin(
-    Global<const scalar_t> feature, const RoiLevel<const scalar_t>& level, const RoiGeometry<real_t>& roi, int ph,
-    int pw, real_t (&sum)[kWidth]) {
-    const int lane = threadIdx.x % kWarpSize;
-    const CellRange rows = bin_cells(roi.y, ph, level.height), columns = bin_cells(roi.x, pw, level.width);
-    const int first_column = static_cast<int>(columns.begin), end_column = static_cast<int>(columns.end);
-    const int end_row = static_cast<int>(rows.end);
-#pragma unroll 1
-    for (int y0 = static_cast<int>(rows.begin); y0 < end_row; y0 += kWarpSize) {
-        const int count_y = end_row - y0 < kWarpSize ? end_row - y0 : kWarpSize;
-        const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, level.height) : real_t(0);
-#pragma unroll 1
-        for (int x0 = first_column; x0 < end_column; x0 += kWarpSize) {
-            const int count_x = end_column - x0 < kWarpSize ? end_column - x0 : kWarpSize;
-            const real_t lane_x = lane < count_x ? cell_weight(roi.x, pw, x0 + lane, level.width) : real_t(0);
-#pragma unroll 1
-            for (int y = 0; y < count_y; ++y) {
-                const real_t weight_y = __shfl_sync(kAllLanes, lane_y, y);
-                Global<const scalar_t> cell = feature + ((y0 + y) * level.stride_h + x0 * level.stride_w);
-#pragma unroll 4
-                for (int x = 0; x < count_x; ++x) {
-                    const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, x);
-                    const auto raw = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(cell));
-                    if (weight != real_t(0)) {  // a cell between samples is not read, whatever it holds
-                        raw.add_to(sum, weight);
-                    }
-                    cell += level.stride_w;
-                }
-            }
-        }
-    }
-}
-
 // Channels from one bin to the next in shared memory: those of a warp, and an access more, so that the bins of a
 // channel lie in different banks.
 template <int kWidth>
@@ -519,90 +561,114 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, kForwardBlocks<scalar_
     const int64_t image = tables.place[1];
     const WalkLength length{tables.place[2], tables.place[3]};
     const RoiLevel<const scalar_t>& level = pyramid.levels[level_index];
-    const int bins = options.pooled_height * options.pooled_width;
-    Global<scalar_t> target = output + static_cast<int64_t>(part.roi) * bins * options.channels;
-    Shared<scalar_t> own_tile = tile + warp * tiles.columns * kTileStride<kWidth>;
-
     const int warps = static_cast<int>(blockDim.x) / kWarpSize;
     const int passes = (options.channels + kLaneStep - 1) / kLaneStep;
+    // Bin rows that tables hold, or the others: take(ph, its taps, their number, channels of cell (0, 0), emit).
+    const auto for_bin_rows = [&](bool of_tables, auto&& take) {
 #pragma unroll 1
-    for (int item = warp; item < part.rows * passes; item += warps) {
-        const int row = item / passes, first_channel = item % passes * kLaneStep;
-        const int ph = part.first_row + row, first_bin = ph * options.pooled_width + part.first_column;
-        const int channel = first_channel + lane * kWidth;
-        const bool active = channel < options.channels;
-        // Lanes beyond the last channel repeat the first one and store nothing.
-        Global<const scalar_t> feature = level.data + (image * level.stride_n + (active ? channel : 0));
-        Global<scalar_t> bin_target = target + (static_cast<int64_t>(first_bin) * options.channels + channel);
-        Shared<scalar_t> bin_tile = own_tile + lane * kWidth;
-        const auto emit = [&](const real_t (&sum)[kWidth]) {
-            Vec<scalar_t, kWidth> values;
+        for (int item = warp; item < part.rows * passes; item += warps) {
+            const int row = item / passes, first_channel = item % passes * kLaneStep;
+            const int count = tables.row_taps[row];
+            if ((count == 0 || (count <= kMaxRows && length.steps >= 0)) != of_tables) {
+                continue;
+            }
+            const int ph = part.first_row + row, bins = options.pooled_height * options.pooled_width;
+            const int first_bin = ph * options.pooled_width + part.first_column;
+            const int channel = first_channel + lane * kWidth;
+            const bool active = channel < options.channels;
+            Global<scalar_t> bin_target =
+                output + ((static_cast<int64_t>(part.roi) * bins + first_bin) * options.channels + channel);
+            const Shared<scalar_t> own_tile = tile + warp * tiles.columns * kTileStride<kWidth>;
+            Shared<scalar_t> bin_tile = own_tile + lane * kWidth;
+            const auto emit = [&](const real_t (&sum)[kWidth]) {
+                Vec<scalar_t, kWidth> values;
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                store(values[i], sum[i]);
-            }
-            if (options.planar) {
-                store_vector(bin_tile, values);
-                bin_tile += kTileStride<kWidth>;
-            } else {
-                if (active) {
-                    store_vector(bin_target, values);
+                for (int i = 0; i < kWidth; ++i) {
+                    store(values[i], sum[i]);
                 }
-                bin_target += options.channels;
+                if (options.planar) {
+                    store_vector(bin_tile, values);
+                    bin_tile += kTileStride<kWidth>;
+                } else {
+                    if (active) {
+                        store_vector(bin_target, values);
+                    }
+                    bin_target += options.channels;
+                }
+            };
+            // Lanes beyond the last channel repeat the first one and store nothing.
+            Global<const scalar_t> feature = level.data + (image * level.stride_n + (active ? channel : 0));
+            take(ph, row, count, feature, emit);
+            if (options.planar) {  // lanes along bins, then channels
+                __syncwarp();
+                const int bin_lanes = part.columns > 8 ? 16 : part.columns > 4 ? 8 : 4;
+                const int bin = lane % bin_lanes, channels = std::min(options.channels - first_channel, kLaneStep);
+#pragma unroll 1
+                for (int c = lane / bin_lanes; c < channels && bin < part.columns; c += kWarpSize / bin_lanes) {
+                    const scalar_t value = own_tile[bin * kTileStride<kWidth> + c];
+                    const int64_t plane = static_cast<int64_t>(part.roi) * options.channels + first_channel + c;
+                    output[plane * bins + first_bin + bin] = value;
+                }
+                __syncwarp();  // the tile is read before the next bin row overwrites it
             }
-        };
-        const int rows = tables.row_taps[row];
-        Shared<Tap<real_t>> own_rows = tables.taps + (kMaxBinColumns + row) * kMaxTaps;
-        const auto walk = [&](auto taps_of_row) {
-            BinRowWalk<scalar_t, kWidth, decltype(taps_of_row)::value>(
-                feature, level.stride_h, own_rows, tables.steps, tables.columns, length)
+        }
+    };
+    for_bin_rows(true, [&](int, int row, int count, Global<const scalar_t> feature, auto&& emit) {
+        const auto walk = [&](auto rows) {
+            BinRowWalk<scalar_t, kWidth, decltype(rows)::value>(
+                feature, level.stride_h, tables.taps + (kMaxBinColumns + row) * kMaxTaps, tables.steps, tables.columns,
+                length)
                 .run(emit);
         };
-        if (rows == 0) {
+        if (count == 0) {
             const real_t zeros[kWidth] = {};
 #pragma unroll 1
             for (int bin = 0; bin < part.columns; ++bin) {
                 emit(zeros);
             }
-        } else if (rows > kMaxRows || length.steps < 0) {
-            const RoiGeometry<real_t> roi = roi_geometry(box, pyramid, options);
-#pragma unroll 1
-            for (int bin = 0; bin < part.columns; ++bin) {
-                real_t sum[kWidth] = {};
-                sum_bin(feature, level, roi, ph, part.first_column + bin, sum);
-                emit(sum);
-            }
-        } else if (rows == 1) {
+        } else if (count == 1) {
             walk(std::integral_constant<int, 1>{});
-        } else if (rows == 2) {
+        } else if (count == 2) {
             walk(std::integral_constant<int, 2>{});
-        } else if (rows == 3) {
+        } else if (count == 3) {
             walk(std::integral_constant<int, 3>{});
         } else {
             walk(std::integral_constant<int, 4>{});
         }
-        if (options.planar) {  // lanes along bins, then channels
-            __syncwarp();
-            const int bin_lanes = part.columns > 8 ? 16 : part.columns > 4 ? 8 : 4;
-            const int bin = lane % bin_lanes, channels = std::min(options.channels - first_channel, kLaneStep);
+    });
+    for_bin_rows(false, [&](int ph, int, int, Global<const scalar_t> feature, auto&& emit) {
 #pragma unroll 1
-            for (int c = lane / bin_lanes; c < channels && bin < part.columns; c += kWarpSize / bin_lanes) {
-                const scalar_t value = own_tile[bin * kTileStride<kWidth> + c];
-                target[static_cast<int64_t>(first_channel + c) * bins + first_bin + bin] = value;
-            }
-            __syncwarp();  // the tile is read before the next bin row overwrites it
+        for (int bin = 0; bin < part.columns; ++bin) {
+            real_t sum[kWidth] = {};
+            visit_cells(box, level, options, ph, part.first_column + bin, [&](real_t weight, int row, int column) {
+                add_pairs(
+                    weight, feature + (row * level.stride_h + column * level.stride_w), level.stride_h, level.stride_w,
+                    sum);
+            });
+            emit(sum);
         }
-    }
+    });
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------
+
+template <typename real_t, int kWidth>
+__device__ __forceinline__ void add_to_cell(Global<real_t> cell, const real_t (&sums)[kWidth], real_t weight) {
+    Vec<real_t, kWidth> values;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+        values[i] = weight * sums[i];
+    }
+    reduce_add(cell, values);
+}
 
 // The walk of the forward pass turned round: gradients of bins are added to the two columns of cells that the walk
 // holds, and a column goes to its rows when the walk leaves it.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin_row(
     Global<const scalar_t> source, int bins, int channels,  // bins one after the other, `channels` apart
-    Global<accum_t<scalar_t>> feature, bool active, int64_t stride_h, Shared<Tap<accum_t<scalar_t>>> rows, int row_count,
+    Global<accum_t<scalar_t>> feature, bool active, int64_t stride_h, Shared<Tap<accum_t<scalar_t>>> rows,
+    int row_count,
     Shared<Step<accum_t<scalar_t>>> steps, Shared<int64_t> columns, WalkLength length) {
     using real_t = accum_t<scalar_t>;
     real_t previous[kWidth] = {}, current[kWidth] = {};
@@ -612,12 +678,7 @@ __device__ __forceinline__ void scatter_bin_row(
 #pragma unroll 1
             for (int r = 0; r < row_count; ++r) {
                 const Tap<real_t> tap = rows[r];
-                Vec<real_t, kWidth> values;
-#pragma unroll
-                for (int i = 0; i < kWidth; ++i) {
-                    values[i] = tap.weight * sums[i];
-                }
-                reduce_add(feature + (tap.cell * stride_h + column), values);
+                add_to_cell(feature + (tap.cell * stride_h + column), sums, tap.weight);
             }
         }
     };
@@ -660,44 +721,32 @@ __device__ __forceinline__ void scatter_bin_row(
 // A bin that the tables have no room for.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin(
-    Global<const scalar_t> source, Global<accum_t<scalar_t>> feature, bool active,
-    const RoiLevel<accum_t<scalar_t>>& level, const RoiGeometry<accum_t<scalar_t>>& roi, int ph, int pw) {
+    Global<const scalar_t> source, Global<accum_t<scalar_t>> feature, bool active, Global<const accum_t<scalar_t>> box,
+    const RoiLevel<accum_t<scalar_t>>& level, const RoiOptions& options, int ph, int pw) {
     using real_t = accum_t<scalar_t>;
-    const int lane = threadIdx.x % kWarpSize;
-    const CellRange rows = bin_cells(roi.y, ph, level.height), columns = bin_cells(roi.x, pw, level.width);
     const auto gradient = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(source));
-    for (int64_t y0 = rows.begin; y0 < rows.end; y0 += kWarpSize) {
-        const int count_y = static_cast<int>(rows.end - y0 < kWarpSize ? rows.end - y0 : kWarpSize);
-        const real_t lane_y = lane < count_y ? cell_weight(roi.y, ph, y0 + lane, level.height) : real_t(0);
-        for (int64_t x0 = columns.begin; x0 < columns.end; x0 += kWarpSize) {
-            const int count_x = static_cast<int>(columns.end - x0 < kWarpSize ? columns.end - x0 : kWarpSize);
-            const real_t lane_x = lane < count_x ? cell_weight(roi.x, pw, x0 + lane, level.width) : real_t(0);
-            for (int y = 0; y < count_y; ++y) {
-                const real_t weight_y = __shfl_sync(kAllLanes, lane_y, y);
-                Global<real_t> cell = feature + ((y0 + y) * level.stride_h + x0 * level.stride_w);
-                for (int x = 0; x < count_x; ++x) {
-                    const real_t weight = weight_y * __shfl_sync(kAllLanes, lane_x, x);
-                    if (active && weight != real_t(0)) {
-                        real_t values[kWidth] = {};
-                        gradient.add_to(values, weight);
-                        Vec<real_t, kWidth> sums;
-#pragma unroll
-                        for (int i = 0; i < kWidth; ++i) {
-                            sums[i] = values[i];
-                        }
-                        reduce_add(cell + x * level.stride_w, sums);
-                    }
+    visit_cells(box, level, options, ph, pw, [&](real_t weight, int row, int column) {
+        Global<real_t> corner = feature + (row * level.stride_h + column * level.stride_w);
+        visit_pairs(weight, level.stride_h, level.stride_w, [&](unsigned left, int64_t offset, real_t pair) {
+#pragma unroll 1
+            for (; left != 0; left &= left - 1) {
+                const int from = __ffs(static_cast<int>(left)) - 1;
+                const int64_t cell = __shfl_sync(kAllLanes, offset, from);
+                real_t values[kWidth] = {};
+                gradient.add_to(values, __shfl_sync(kAllLanes, pair, from));
+                if (active) {
+                    add_to_cell(corner + cell, values, real_t(1));
                 }
             }
-        }
-    }
+        });
+    });
 }
 
 // Four channels a lane: the 16 bytes of a lane's reduction and those of its neighbours fill whole sectors.
 constexpr int kScatterWidth = 4;
 
 template <typename scalar_t, int kWidth>
-__global__ void __launch_bounds__(kWalkWarps * kWarpSize, 6) roi_align_scatter_kernel(
+__global__ void __launch_bounds__(kWalkWarps * kWarpSize, 5) roi_align_scatter_kernel(
     Global<const scalar_t> grad_output,     // (K, PH, PW, C)
     Global<const accum_t<scalar_t>> boxes,  // (K, 5)
     const __grid_constant__ RoiPyramid<accum_t<scalar_t>> gradients,  // zero on entry
@@ -732,11 +781,10 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, 6) roi_align_scatter_k
         Global<const scalar_t> source = grad_output + (first_bin * options.channels + own_channel);
         Global<real_t> feature = level.data + (image * level.stride_n + own_channel);
         if (row_count == kTooMany || length.steps < 0) {
-            const RoiGeometry<real_t> roi = roi_geometry(box, gradients, options);
 #pragma unroll 1
             for (int bin = 0; bin < part.columns; ++bin) {
                 scatter_bin<scalar_t, kWidth>(
-                    source + static_cast<int64_t>(bin) * options.channels, feature, active, level, roi, ph,
+                    source + static_cast<int64_t>(bin) * options.channels, feature, active, box, level, options, ph,
                     part.first_column + bin);
             }
         } else {
@@ -756,8 +804,8 @@ struct alignas(32) RoiCells {
 
 // Weights of the cells that a bin reads on an axis, from `first` on.
 template <typename real_t>
-struct alignas(8 * sizeof(real_t)) BinWeights {
-    static constexpr int kCells = 7;
+struct alignas(32) BinWeights {
+    static constexpr int kCells = sizeof(real_t) == 8 ? 3 : 7;
     int first;  // kTooWide: not here
     real_t weights[kCells];
 };
@@ -830,8 +878,6 @@ __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
 }
 
 constexpr int kCellRows = 2, kCellColumns = 4;  // of a block of the gather, a warp each
-constexpr int kHalfWarp = kWarpSize / 2;
-
 // The bin of this lane: bin rows from ph0 on in the lower half of a warp, bin columns from pw0 on in the upper half.
 struct LaneBin {
     bool of_rows, exists;
@@ -843,51 +889,13 @@ struct LaneBin {
         bin = of_rows ? ph0 + lane : pw0 + lane - kHalfWarp;
         exists = bin < (of_rows ? options.pooled_height : options.pooled_width);
     }
+    // Those of another bin if it does not exist.
     template <typename real_t>
     __device__ __forceinline__ BinWeights<real_t> load(
         Global<const BinWeights<real_t>> weights, const RoiOptions& options) const {
-        BinWeights<real_t> own{};
-        if (exists) {
-            own = weights[of_rows ? bin : options.pooled_height + bin];
-        }
-        return own;
+        return weights[exists ? (of_rows ? bin : options.pooled_height + bin) : 0];
     }
 };
-
-// Adds the first kCount pairs of bins in `left`, whose offsets and weights the lanes hold; their loads go out together.
-template <int kCount, int kWidth, typename scalar_t, typename real_t>
-__device__ __forceinline__ void add_group(
-    unsigned& left, int offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {
-    RawChannels<scalar_t, kWidth> raw[kCount];
-    real_t weights[kCount];
-#pragma unroll
-    for (int g = 0; g < kCount; ++g) {
-        const int from = __ffs(static_cast<int>(left)) - 1;
-        left &= left - 1;
-        raw[g] = load_raw<scalar_t, kWidth>(
-            pointer_cast<const unsigned char>(source + __shfl_sync(kAllLanes, offset, from)));
-        weights[g] = __shfl_sync(kAllLanes, weight, from);
-    }
-#pragma unroll
-    for (int g = 0; g < kCount; ++g) {
-        raw[g].add_to(sum, weights[g]);
-    }
-}
-
-template <int kWidth, typename scalar_t, typename real_t>
-__device__ __forceinline__ void add_pairs(
-    unsigned left, int offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {
-#pragma unroll 1
-    for (int count = __popc(left); count >= 4; count -= 4) {
-        add_group<4>(left, offset, weight, source, sum);
-    }
-    if (__popc(left) >= 2) {
-        add_group<2>(left, offset, weight, source, sum);
-    }
-    if (left != 0) {
-        add_group<1>(left, offset, weight, source, sum);
-    }
-}
 
 // A block owns kCellRows x kCellColumns cells, a warp one of them. The block lists the RoIs that may read its cells, in
 // order, kThreads candidates at a time; each warp then adds up the bins that do read its cell.
@@ -945,65 +953,48 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
                 listed[before + __popc(hits & ((1u << lane) - 1u))] = candidate;
             }
             __syncthreads();
-            const auto load_weights = [&](int entry, int ph0, int pw0) {
-                const int64_t roi_index = listed[entry];
-                return LaneBin(options, ph0, pw0).load(weights + roi_index * axis_bins, options);
+            const auto load_weights = [&](int roi, int ph0, int pw0) {
+                return LaneBin(options, ph0, pw0).load(weights + roi * axis_bins, options);
             };
-            BinWeights<real_t> next{};
-            if (exists && total > 0) {
-                next = load_weights(0, 0, 0);
+            int next_roi = 0;
+            if (total > 0) {
+                next_roi = listed[0];
             }
+            BinWeights<real_t> next = load_weights(next_roi, 0, 0);
 #pragma unroll 1
             for (int entry = 0; entry < total && exists; ++entry) {
-                const int64_t roi_index = listed[entry];
-                // Lanes beyond the last channel repeat the first one and store nothing.
-                Global<const scalar_t> source = grad_output + (roi_index * bins * options.channels + (active ? c : 0));
+                const int roi = next_roi;
                 BinWeights<real_t> own = next;
                 if (entry + 1 < total) {
-                    next = load_weights(entry + 1, 0, 0);
+                    next_roi = listed[entry + 1];
                 }
+                next = load_weights(next_roi, 0, 0);
+                // Lanes beyond the last channel repeat the first one and store nothing.
+                Global<const scalar_t> source = grad_output + (roi * bins * options.channels + (active ? c : 0));
 #pragma unroll 1
                 for (int ph0 = 0; ph0 < options.pooled_height; ph0 += kHalfWarp) {
 #pragma unroll 1
                     for (int pw0 = 0; pw0 < options.pooled_width; pw0 += kHalfWarp) {
                         if (ph0 + pw0 > 0) {
-                            own = load_weights(entry, ph0, pw0);
+                            own = load_weights(roi, ph0, pw0);
                         }
                         const LaneBin lane_bin(options, ph0, pw0);
                         const int cell = lane_bin.of_rows ? y : x;
                         real_t weight = real_t(0);
 #pragma unroll
                         for (int i = 0; i < BinWeights<real_t>::kCells; ++i) {
-                            weight = cell - own.first == i ? own.weights[i] : weight;
+                            weight = lane_bin.exists && cell - own.first == i ? own.weights[i] : weight;
                         }
-                        if (own.first == kTooWide && lane_bin.exists) {
+                        if (lane_bin.exists && own.first == kTooWide) {
                             const RoiAxis<real_t> axis =
-                                axis_of(boxes + roi_index * 5, lane_bin.of_rows, level, options);
+                                axis_of(boxes + static_cast<int64_t>(roi) * 5, lane_bin.of_rows, level, options);
                             weight = cell_weight(
                                 axis, lane_bin.bin, cell, lane_bin.of_rows ? level.height : level.width);
                         }
-                        const unsigned used = __ballot_sync(kAllLanes, weight != real_t(0));
-                        const unsigned used_y = used & 0xffffu, used_x = used >> kHalfWarp;
-                        if (used_y == 0 || used_x == 0) {
-                            continue;
-                        }
-                        // A lane takes a pair of a bin row and a bin column, 4 x 8 of them at a time.
-                        const int end_y = kWarpSize - __clz(static_cast<int>(used_y));
-                        const int end_x = kWarpSize - __clz(static_cast<int>(used_x));
-#pragma unroll 1
-                        for (int y0 = __ffs(static_cast<int>(used_y)) - 1; y0 < end_y; y0 += 4) {
-#pragma unroll 1
-                            for (int x0 = __ffs(static_cast<int>(used_x)) - 1; x0 < end_x; x0 += 8) {
-                                const int py = y0 + lane / 8, px = x0 + lane % 8;
-                                const real_t weight_y = __shfl_sync(kAllLanes, weight, py & (kHalfWarp - 1));
-                                const real_t weight_x = __shfl_sync(kAllLanes, weight, kHalfWarp | px);
-                                const bool is_pair = py < end_y && px < end_x;
-                                const real_t pair = is_pair ? weight_y * weight_x : real_t(0);
-                                const int bin = is_pair ? (ph0 + py) * options.pooled_width + pw0 + px : 0;
-                                const int offset = bin * options.channels;
-                                add_pairs(__ballot_sync(kAllLanes, pair != real_t(0)), offset, pair, source, sum);
-                            }
-                        }
+                        const int bin = ph0 * options.pooled_width + pw0;
+                        add_pairs(
+                            weight, source + bin * options.channels, options.pooled_width * options.channels,
+                            options.channels, sum);
                     }
                 }
             }
@@ -1117,7 +1108,8 @@ void launch_gather(
     for (size_t l = gradients.size(); l-- > 0;) {
         pyramid.levels[l] = level_of(op, gradients[l], mutable_data<scalar_t>(gradients[l]), settings.scales[l]);
         pyramid.levels[l].tile_begin = as_int(op, "the number of tiles", tiles);
-        tiles += ceil_div(gradients[l].size(3), kCellColumns) * ceil_div(gradients[l].size(2), kCellRows) * options.batch;
+        tiles +=
+            ceil_div(gradients[l].size(2), kCellRows) * ceil_div(gradients[l].size(3), kCellColumns) * options.batch;
     }
     const int64_t axis_bins = settings.pooled_height + settings.pooled_width;
     const Tensor cells = empty_like_sized(

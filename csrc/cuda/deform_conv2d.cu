@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             if (first >= last) {
                 continue;
             }
-            table.template fill<kThreads>(
-                problem, first_channel / problem.offset_group_channels, first_tap, taps, kRows,
+            table.template fill_tile<kRows, kThreads>(
+                problem, first_channel / problem.offset_group_channels, first_tap, taps,
                 [&](int position) -> int { return pixels[position]; });
             __syncthreads();
             ColumnItem<scalar_t, kWidth> item;

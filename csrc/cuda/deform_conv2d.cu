@@ -80,12 +80,14 @@ struct ColumnCursor {
     }
 };
 
-// Adjacent outputs of a pixel, of which `count` exist; `adjacent`: all or none of them.
+// Adjacent outputs of a pixel, of which `count` are there; with `adjacent` all or none of them.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_outputs(
     Global<T> target, const Vec<T, kWidth>& values, bool adjacent, int count) {
     if (adjacent) {
-        store_vector(target, values);
+        if (count > 0) {
+            store_vector(target, values);
+        }
         return;
     }
 #pragma unroll
@@ -138,8 +140,8 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             if (first >= last) {
                 continue;
             }
-            table.template fill<kThreads>(
-                problem, first_channel / problem.offset_group_channels, first_tap, taps, kRows,
+            table.template fill_tile<kRows, kThreads>(
+                problem, first_channel / problem.offset_group_channels, first_tap, taps,
                 [&](int position) -> int { return pixels[position]; });
             __syncthreads();
             ColumnItem<scalar_t, kWidth> item;
@@ -180,34 +182,55 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
                 });
         }
     }
+    using Sums = Vec<real_t, Product::kVisited>;
     const bool adjacent = problem.group_outputs % Product::kVisited == 0;
-    product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
-        const int pixel = pixels[row];
-        const int first = group * problem.group_outputs + first_output + column;
-        const int count = problem.group_outputs - first_output - column;
-        if (pixel >= problem.pixels || count <= 0) {
-            return;
-        }
-        if (parts) {
-            const int part = static_cast<int>(blockIdx.z) / problem.groups;
-            Global<real_t> target =
-                parts + ((static_cast<int64_t>(part) * problem.pixels + pixel) * problem.out_channels + first);
-            store_outputs(target, sums, adjacent, count);
-            return;
-        }
-        Vec<scalar_t, Product::kVisited> results;
+    const int first_channel = group * problem.group_outputs + first_output;
+    const int outputs = problem.group_outputs - first_output;
+    if (parts) {
+        const int64_t first_pixel =
+            static_cast<int64_t>(static_cast<int>(blockIdx.z) / problem.groups) * problem.pixels;
+        product.for_each(
+            [&](int row) {
+                const int pixel = pixels[row];
+                return pixel < problem.pixels ? parts + ((first_pixel + pixel) * problem.out_channels + first_channel)
+                                              : Global<real_t>(nullptr);
+            },
+            [](int) { return 0; },
+            [&](const Global<real_t>& target, int, int column, const Sums& sums) {
+                if (target) {
+                    store_outputs(target + column, sums, adjacent, outputs - column);
+                }
+            });
+        return;
+    }
+    product.for_each(
+        [&](int row) {
+            const int pixel = pixels[row];
+            return pixel < problem.pixels
+                ? output + (static_cast<int64_t>(pixel) * problem.out_channels + first_channel)
+                : Global<scalar_t>(nullptr);
+        },
+        [&](int column) {
+            Sums biases{};
 #pragma unroll
-        for (int i = 0; i < Product::kVisited; ++i) {
-            real_t sum = sums[i];
-            if (bias && i < count) {
-                const scalar_t value = bias[first + i];
-                sum += load(value);
+            for (int i = 0; i < Product::kVisited; ++i) {
+                if (bias && column + i < outputs) {
+                    const scalar_t value = bias[first_channel + column + i];
+                    biases[i] = load(value);
+                }
             }
-            store(results[i], sum);
-        }
-        store_outputs(
-            output + (static_cast<int64_t>(pixel) * problem.out_channels + first), results, adjacent, count);
-    });
+            return biases;
+        },
+        [&](const Global<scalar_t>& target, const Sums& biases, int column, const Sums& sums) {
+            Vec<scalar_t, Product::kVisited> results;
+#pragma unroll
+            for (int i = 0; i < Product::kVisited; ++i) {
+                store(results[i], sums[i] + biases[i]);
+            }
+            if (target) {
+                store_outputs(target + column, results, adjacent, outputs - column);
+            }
+        });
 }
 
 // Sums up the parts in order: kWidth outputs of a pixel a thread.

@@ -24,7 +24,7 @@ struct StridedImages {  // (N, C, H, W)
     int64_t stride[4];
 
     __device__ __forceinline__ value_t at(int n, int c, int y, int x) const {
-        return data[n * stride[0] + c * stride[1] + y * stride[2] + x * stride[3]];
+        return data[n * stride[0] + y * stride[2] + x * stride[3] + c * stride[1]];
     }
 };
 
@@ -61,6 +61,35 @@ struct WeightOrder {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
+// Where a pixel of the output is; of one that is not present, where the last one is.
+struct OutputCell {
+    int image, y, x;
+    bool present;
+};
+
+template <typename scalar_t>
+__device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>& problem, int pixel) {
+    const bool present = pixel < problem.pixels;
+    pixel = present ? pixel : problem.pixels - 1;
+    const int row = pixel / problem.out_width, image = row / problem.out_height;
+    return {image, row - image * problem.out_height, pixel - row * problem.out_width, present};
+}
+
+// What offset and mask say of a tap of an output pixel.
+template <typename real_t>
+struct TapOperands {
+    real_t offset_y, offset_x, mask;
+
+    template <typename scalar_t>
+    __device__ __forceinline__ void read(
+        const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap) {
+        const int index = offset_group * problem.taps + tap;
+        offset_y = problem.offset.at(cell.image, 2 * index, cell.y, cell.x);
+        offset_x = problem.offset.at(cell.image, 2 * index + 1, cell.y, cell.x);
+        mask = problem.mask.data ? problem.mask.at(cell.image, index, cell.y, cell.x) : real_t(1);
+    }
+};
+
 // A tap of an output pixel that reads something.
 template <typename real_t>
 struct DeformSample {
@@ -72,26 +101,25 @@ struct DeformSample {
 // False if the tap reads nothing: it lies outside the map, its offset or mask is not finite, or there is no such pixel.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ bool deform_sample(
-    const DeformProblem<scalar_t>& problem, int pixel, int offset_group, int tap, DeformSample<real_t>& sample) {
-    if (pixel >= problem.pixels) {
+    const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap,
+    const TapOperands<real_t>& operands, DeformSample<real_t>& sample) {
+    if (!cell.present) {
         return false;
     }
-    const int row = pixel / problem.out_width, image = row / problem.out_height;
-    const int out_y = row % problem.out_height, out_x = pixel - row * problem.out_width;
-    const int index = offset_group * problem.taps + tap;
-    const int kernel_y = tap / problem.kernel_width, kernel_x = tap % problem.kernel_width;
-    const real_t y = real_t(out_y * problem.stride[0] - problem.padding[0] + kernel_y * problem.dilation[0]) +
-                     problem.offset.at(image, 2 * index, out_y, out_x);
-    const real_t x = real_t(out_x * problem.stride[1] - problem.padding[1] + kernel_x * problem.dilation[1]) +
-                     problem.offset.at(image, 2 * index + 1, out_y, out_x);
-    sample.mask = problem.mask.data ? problem.mask.at(image, index, out_y, out_x) : real_t(1);
+    const int kernel_y = tap / problem.kernel_width, kernel_x = tap - kernel_y * problem.kernel_width;
+    const real_t y =
+        real_t(cell.y * problem.stride[0] - problem.padding[0] + kernel_y * problem.dilation[0]) + operands.offset_y;
+    const real_t x =
+        real_t(cell.x * problem.stride[1] - problem.padding[1] + kernel_x * problem.dilation[1]) + operands.offset_x;
+    sample.mask = operands.mask;
     if (!deform_tap(y, x, problem.height, problem.width, sample.place) || !(sample.mask - sample.mask == real_t(0))) {
         return false;
     }
-    sample.first_cell = image * problem.height * problem.width;
+    sample.first_cell = cell.image * problem.height * problem.width;
     if (problem.offset_tangent.data) {
-        sample.tangent_y = problem.offset_tangent.at(image, 2 * index, out_y, out_x);
-        sample.tangent_x = problem.offset_tangent.at(image, 2 * index + 1, out_y, out_x);
+        const int index = offset_group * problem.taps + tap;
+        sample.tangent_y = problem.offset_tangent.at(cell.image, 2 * index, cell.y, cell.x);
+        sample.tangent_x = problem.offset_tangent.at(cell.image, 2 * index + 1, cell.y, cell.x);
     }
     return true;
 }
@@ -129,30 +157,55 @@ public:
     __device__ __forceinline__ explicit TapTable(Shared<real_t> memory)
         : weights_(memory), cells_(pointer_cast<int>(memory + kEntries * 4)) {}
 
-    // pixel(position): of the output, counted through all images.
-    template <int kThreads = kProductThreads, typename scalar_t, typename Pixel>
-    __device__ __forceinline__ void fill(
-        const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, int count,
-        Pixel pixel) const {
-        for (int entry = static_cast<int>(threadIdx.x); entry < slots * count; entry += kThreads) {
-            DeformSample<real_t> sample;
-            real_t values[4] = {};
-            Vec<int, 4> cells = {{-1, -1, -1, -1}};
-            real_t mask = 0;
-            if (deform_sample(problem, pixel(entry % count), offset_group, first_tap + entry / count, sample)) {
-                sample_values(problem, sample, values);
-                mask = sample.mask;
+    // For kCount positions, at which are the pixels `pixel(position)` of the output, counted through all images.
+    template <int kCount, int kThreads = kProductThreads, typename scalar_t, typename Pixel>
+    __device__ __forceinline__ void fill_tile(
+        const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, Pixel pixel) const {
+        // A thread keeps its position. Its operands go into the places of the weights first, so that those of three
+        // taps are under way at once.
+        constexpr int kStep = kThreads / kCount, kAtOnce = 3;
+        static_assert(kThreads % kCount == 0, "as many taps at once of every position");
+        const int position = static_cast<int>(threadIdx.x) % kCount;
+        const int first_slot = static_cast<int>(threadIdx.x) / kCount;
+        const OutputCell cell = output_cell(problem, pixel(position));
+        for (int first = first_slot; first < slots; first += kStep * kAtOnce) {
+            TapOperands<real_t> operands[kAtOnce];
 #pragma unroll
-                for (int corner = 0; corner < 4; ++corner) {
-                    const int64_t cell = deform_corner<real_t>(sample.place, corner, problem.height, problem.width);
-                    cells[corner] = cell < 0 ? -1 : sample.first_cell + static_cast<int>(cell);
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int slot = first + i * kStep;
+                operands[i].read(problem, cell, offset_group, first_tap + (slot < slots ? slot : first));
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int slot = first + i * kStep, entry = slot * kCount + position;
+                if (slot < slots) {
+                    weights_[entry * 4] = operands[i].offset_y;
+                    weights_[entry * 4 + 1] = operands[i].offset_x;
+                    weights_[entry * 4 + 2] = operands[i].mask;
                 }
             }
-            store_vector(cells_ + entry * 4, cells);
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-                weights_[entry * 4 + corner] = mask * values[corner];
-            }
+        }
+#pragma unroll 1
+        for (int slot = first_slot; slot < slots; slot += kStep) {
+            const int entry = slot * kCount + position;
+            const TapOperands<real_t> operands = {
+                weights_[entry * 4], weights_[entry * 4 + 1], weights_[entry * 4 + 2]};
+            fill_entry(problem, cell, offset_group, first_tap + slot, operands, entry);
+        }
+    }
+
+    // For `count` positions, with the pixels from first_pixel on.
+    template <typename scalar_t>
+    __device__ __forceinline__ void fill(
+        const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, int first_pixel,
+        int count) const {
+#pragma unroll 1
+        for (int entry = static_cast<int>(threadIdx.x); entry < slots * count; entry += kProductThreads) {
+            const int slot = entry / count, tap = first_tap + slot;
+            const OutputCell cell = output_cell(problem, first_pixel + entry - slot * count);
+            TapOperands<real_t> operands;
+            operands.read(problem, cell, offset_group, tap);
+            fill_entry(problem, cell, offset_group, tap, operands, entry);
         }
     }
 
@@ -173,6 +226,30 @@ public:
     }
 
 private:
+    template <typename scalar_t>
+    __device__ __forceinline__ void fill_entry(
+        const DeformProblem<scalar_t>& problem, const OutputCell& output, int offset_group, int tap,
+        const TapOperands<real_t>& operands, int entry) const {
+        DeformSample<real_t> sample;
+        real_t values[4] = {};
+        Vec<int, 4> cells = {{-1, -1, -1, -1}};
+        real_t mask = 0;
+        if (deform_sample(problem, output, offset_group, tap, operands, sample)) {
+            sample_values(problem, sample, values);
+            mask = sample.mask;
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+                const int64_t cell = deform_corner<real_t>(sample.place, corner, problem.height, problem.width);
+                cells[corner] = cell < 0 ? -1 : sample.first_cell + static_cast<int>(cell);
+            }
+        }
+        store_vector(cells_ + entry * 4, cells);
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            weights_[entry * 4 + corner] = mask * values[corner];
+        }
+    }
+
     Shared<real_t> weights_;  // (entry, corner)
     Shared<int> cells_;       // (entry, corner)
 };

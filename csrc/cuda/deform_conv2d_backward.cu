@@ -144,8 +144,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     const int own_column = lane * kPart;
     const auto own_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
 
-    table.fill(
-        problem, offset_group, tap, 1, kProductRows, [&](int position) { return first_pixel + position; });
+    table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
     __syncthreads();
     real_t dot = 0;  // of grad_columns and a cell: corner lane % 4 of pixel own_pixel(lane / 4)
     for (int first = 0; first < problem.offset_group_channels; first += problem.run) {
@@ -264,8 +263,11 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
         return;
     }
     real_t result_y = 0, result_x = 0, result_mask = 0;
+    const OutputCell cell = output_cell(problem, pixel);
+    TapOperands<real_t> operands;
+    operands.read(problem, cell, offset_group, tap);
     DeformSample<real_t> sample;
-    if (deform_sample(problem, pixel, offset_group, tap, sample)) {
+    if (deform_sample(problem, cell, offset_group, tap, operands, sample)) {
         real_t values[4], slope_y[4], slope_x[4];
         sample_values(problem, sample, values);
         sample_slopes(problem, sample, slope_y, slope_x);
@@ -303,7 +305,7 @@ template <typename scalar_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_weight_kernel(
     const __grid_constant__ DeformProblem<scalar_t> problem,
     Global<const scalar_t> grad_output,  // (pixels, O)
-    Global<accum_t<scalar_t>> parts,     // (gridDim.z, C * taps, packed_outputs)
+    Global<accum_t<scalar_t>> parts,     // (parts, C * taps, packed_outputs); blockIdx.z: part, run of channels
     const int part_pixels) {
     using real_t = accum_t<scalar_t>;
     using Product = WeightProduct<scalar_t, kColumns>;
@@ -314,37 +316,39 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     const Shared<scalar_t> left = pointer_cast<scalar_t>(shared + Table::kSize);
     const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
     const int tile_rows = weight_tile_rows(problem.run), length = problem.taps * problem.run;
-    const int tiles = (length + tile_rows - 1) / tile_rows;
-    const int first_channel = static_cast<int>(blockIdx.x) / tiles * problem.run;
-    const int first_flat = static_cast<int>(blockIdx.x) % tiles * tile_rows;
+    const int runs = problem.channels / problem.run, part = static_cast<int>(blockIdx.z) / runs;
+    const int first_channel = (static_cast<int>(blockIdx.z) - part * runs) * problem.run;
+    const int first_flat = static_cast<int>(blockIdx.x) * tile_rows;
     const int limit = first_flat + tile_rows < length ? first_flat + tile_rows : length;
     const int first_tap = first_flat / problem.run, slots = (limit - 1) / problem.run - first_tap + 1;
     const int batch = kTableEntries / slots / kDepth * kDepth;
     const int group = first_channel / problem.group_channels;
     const int first_output = static_cast<int>(blockIdx.y) * kColumns;
-    const int begin = static_cast<int>(blockIdx.z) * part_pixels;
+    const int begin = part * part_pixels;
     const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
     const int own_pixel = static_cast<int>(threadIdx.x) / kRowItems;
-    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem, own_flat = first_flat + own_item;
-    const int own_tap = own_flat < limit ? own_flat / problem.run : first_tap, own_slot = own_tap - first_tap;
-    const int own_channel = first_channel + own_flat - own_tap * problem.run;
+    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+    // Past the block's positions a thread gathers its first ones once more: those sums are not used.
+    const int own_flat = first_flat + own_item < limit ? first_flat + own_item : first_flat;
+    const int own_tap = own_flat / problem.run, own_channel = first_channel + own_flat - own_tap * problem.run;
 
     Product product;
     for (int first_pixel = begin; first_pixel < end; first_pixel += batch) {
         const int rest = (end - first_pixel + kDepth - 1) / kDepth * kDepth, count = rest < batch ? rest : batch;
         table.fill(
-            problem, first_channel / problem.offset_group_channels, first_tap, slots, count,
-            [&](int position) { return first_pixel + position; });
+            problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
         __syncthreads();
+        const int own_entry = (own_tap - first_tap) * count + own_pixel;
         ColumnItem<scalar_t, kWidth> item;
         run_steps<kDepth>(
             count,
             [&](int k, int buffer) {
                 if constexpr (kWidth == 1) {
                     item.begin_elements(
-                        problem, table, first_channel, own_flat, limit, first_tap, count, k + own_pixel);
+                        problem, table, first_channel, first_flat + own_item, limit, first_tap, count,
+                        k + own_pixel);
                 } else {
-                    item.begin(problem, table, own_channel, own_slot * count + k + own_pixel, own_flat < limit);
+                    item.begin(problem, table, own_channel, own_entry + k, true);
                 }
                 load_items<kDepth, kColumns / kItem>(
                     right + buffer * Product::kRightSize, Product::kRightRow,
@@ -362,8 +366,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
                     item.finish(table));
             });
     }
-    const int64_t first_row = static_cast<int64_t>(blockIdx.z) * problem.channels * problem.taps +
-                              first_channel * problem.taps + first_flat;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.z) * length + first_flat;
     product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
         const int output = first_output + column;
         if (first_flat + row < limit && output < problem.packed_outputs) {
@@ -484,19 +487,19 @@ Tensor deform_conv2d_backward_weight_cuda(
             is_wide<scalar_t>(operands, shape, source), shape.group_outputs(), [&](auto columns, auto width) {
                 constexpr int kColumns = decltype(columns)::value;
                 const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
-                const int64_t tiles = shape.channels / problem.run * run_tiles;
+                const int64_t runs = shape.channels / problem.run;
                 const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
                 // Pixels in parts, so that a large card is busy; as many on every card, and none so short that its sums
                 // cost more than its products.
                 constexpr int64_t kWantedBlocks = 264, kLeastPixels = 512;
                 const int64_t wanted = std::min(
-                    ceil_div(kWantedBlocks, tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
+                    ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
                 const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kLeastPixels) * kLeastPixels;
                 const int64_t num_parts = ceil_div(problem.pixels, part_pixels);
                 const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
                 const Tensor parts = empty_like_sized(input, {num_parts, size}, accum_dtype(input.scalar_type()));
                 launch<deform_conv2d_backward_weight_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                    deform_grid(kOp, tiles, column_tiles, num_parts), dim3(kProductThreads),
+                    deform_grid(kOp, run_tiles, column_tiles, num_parts * runs), dim3(kProductThreads),
                     kWeightSharedBytes<scalar_t, kColumns>, device.stream(), problem, data<scalar_t>(source),
                     mutable_data<real_t>(parts), static_cast<int>(part_pixels));
                 launch<deform_conv2d_add_weight_parts_kernel<scalar_t>>(

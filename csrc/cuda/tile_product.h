@@ -62,11 +62,18 @@ public:
         }
     }
 
-    // visit(row, column, sums) for all that this thread owns: kVisited columns from `column` on.
-    template <typename Visit>
-    __device__ __forceinline__ void for_each(Visit visit) const {
+    // visit(of_row, of_column, column, sums) for all that this thread owns, kVisited columns from `column` on, with what
+    // begin_row(row) and begin_column(column) gave.
+    template <typename BeginRow, typename BeginColumn, typename Visit>
+    __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
+        decltype(begin_column(0)) of_columns[kOwnColumns / kVisited];
+#pragma unroll
+        for (int j = 0; j < kOwnColumns; j += kVisited) {
+            of_columns[j / kVisited] = begin_column(column(j));
+        }
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
+            const auto of_row = begin_row(row(i));
 #pragma unroll
             for (int j = 0; j < kOwnColumns; j += kVisited) {
                 Vec<scalar_t, kVisited> values;
@@ -74,9 +81,16 @@ public:
                 for (int v = 0; v < kVisited; ++v) {
                     values[v] = sums_[i][j + v];
                 }
-                visit(row(i), column(j), values);
+                visit(of_row, of_columns[j / kVisited], column(j), values);
             }
         }
+    }
+
+    template <typename Visit>
+    __device__ __forceinline__ void for_each(Visit visit) const {
+        for_each(
+            [](int row) { return row; }, [](int) { return 0; },
+            [&](int row, int, int column, const Vec<scalar_t, kVisited>& sums) { visit(row, column, sums); });
     }
 
 private:
@@ -166,20 +180,31 @@ public:
         }
     }
 
-    template <typename Visit>
-    __device__ __forceinline__ void for_each(Visit visit) const {
+    template <typename BeginRow, typename BeginColumn, typename Visit>
+    __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
         const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+        const int first_row = warp_row() + lane / 4, first_column = warp_column() + lane % 4 * 2;
+        decltype(begin_column(0)) of_columns[kWarpColumns / 8];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < kWarpColumns / 8; ++j) {
+            of_columns[j] = begin_column(first_column + j * 8);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const auto of_row = begin_row(first_row + i * 8);
 #pragma unroll
             for (int j = 0; j < kWarpColumns / 8; ++j) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const Vec<float, 2> values = {{sums_[i][j][half * 2], sums_[i][j][half * 2 + 1]}};
-                    visit(warp_row() + i * 16 + half * 8 + lane / 4, warp_column() + j * 8 + lane % 4 * 2, values);
-                }
+                const Vec<float, 2> values = {{sums_[i / 2][j][i % 2 * 2], sums_[i / 2][j][i % 2 * 2 + 1]}};
+                visit(of_row, of_columns[j], first_column + j * 8, values);
             }
         }
+    }
+
+    template <typename Visit>
+    __device__ __forceinline__ void for_each(Visit visit) const {
+        for_each(
+            [](int row) { return row; }, [](int) { return 0; },
+            [&](int row, int, int column, const Vec<float, 2>& sums) { visit(row, column, sums); });
     }
 
 private:

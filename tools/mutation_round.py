@@ -34,22 +34,22 @@ MUTATIONS = (
     Mutation(
         "barrier removed",
         "nms.h",
-        "        __syncthreads();\n        const unsigned bits = kept_of_warp[turn];",
-        "        const unsigned bits = kept_of_warp[turn];",
+        "        __syncthreads();\n        if (warp == turn - 1 && is_kept) {",
+        "        if (warp == turn - 1 && is_kept) {",
         "nms",
     ),
     Mutation(
         "barrier removed",
         "panoptic_merge.cu",
-        "__syncthreads();  // `used` is read by other threads for the next instance",
+        "// rows may share a word\n        __syncthreads();",
         "",
         "panoptic_merge",
     ),
     Mutation(
         "barrier for a warp alone",
         "nms.h",
-        "if (step <= kWarpSize && next <= kWarpSize) {",
-        "if (step <= kWarpSize) {",
+        "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncthreads();",
+        "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncwarp();",
         "multiclass_nms",
     ),
     Mutation(
@@ -112,8 +112,8 @@ MUTATIONS = (
     Mutation(
         "lane mask wrong",
         "multiclass_nms.cu",
-        "base + __popc(entering & ((1u << lane) - 1u));\n            keys",
-        "base + __popc(entering & ((2u << lane) - 1u));\n            keys",
+        "base + __popc(entering[item] & ((1u << lane) - 1u));",
+        "base + __popc(entering[item] & ((2u << lane) - 1u));",
         "multiclass_nms",
     ),
     Mutation(

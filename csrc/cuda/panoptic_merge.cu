@@ -498,19 +498,38 @@ __device__ __forceinline__ int merge_fill(
         const int most_words = (x2 - x1 + kWarpSize - 2) / kWarpSize + 1;
         const int row_shift = kWarpSize - __clz(most_words - 1);
         const int shift = row_shift < kGreedyShift ? row_shift : kGreedyShift, stride = 1 << shift;
-        const auto for_each_word = [&](const auto& body) {
-            for (int y = y1 + (thread >> shift); y < y2; y += kGreedyThreads >> shift) {
-                const int begin = y * scratch.width + x1, end = y * scratch.width + x2;
-                for (int word = begin / kWarpSize + (thread & (stride - 1)); word * kWarpSize < end; word += stride) {
-                    body(word, pixels_in_word(word, begin, end));
+        const int row_step = kGreedyThreads >> shift;
+        // Calls body(word, read(word), its pixels in the box); kLoads words are read before the first call.
+        const auto for_each_word = [&](const auto& read, const auto& body) {
+            for (int column = thread & (stride - 1); column < most_words; column += stride) {
+                for (int first_y = y1 + (thread >> shift); first_y < y2; first_y += kLoads * row_step) {
+                    int begin[kLoads], word[kLoads];
+                    unsigned value[kLoads];
+                    bool inside[kLoads];
+#pragma unroll
+                    for (int i = 0; i < kLoads; ++i) {
+                        const int y = first_y + i * row_step;
+                        begin[i] = (y < y2 ? y : y1) * scratch.width + x1;
+                        word[i] = begin[i] / kWarpSize + column;
+                        inside[i] = y < y2 && word[i] * kWarpSize < begin[i] + (x2 - x1);
+                        value[i] = 0;
+                        if (inside[i]) {
+                            value[i] = read(word[i]);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < kLoads; ++i) {
+                        if (inside[i]) {
+                            body(word[i], value[i], pixels_in_word(word[i], begin[i], begin[i] + (x2 - x1)));
+                        }
+                    }
                 }
             }
         };
         int still_void = 0;
-        for_each_word([&](int word, unsigned pixels) {
-            const unsigned bits = open[word];
-            still_void += __popc(bits & pixels);
-        });
+        for_each_word(
+            [&](int word) -> unsigned { return open[word]; },
+            [&](int, unsigned bits, unsigned pixels) { still_void += __popc(bits & pixels); });
         still_void = block_sum(still_void, sums + turn * kGreedyWarps);
         turn ^= 1;
         if (!merge_box_is_filled(still_void, area, options.box_threshold)) {
@@ -525,7 +544,9 @@ __device__ __forceinline__ int merge_fill(
         if (thread == 0) {
             scratch.fill_id[c] = id;
         }
-        for_each_word([&](int word, unsigned pixels) { atomicAnd(open + word, ~pixels); });  // rows may share a word
+        for_each_word(
+            [](int) { return 0u; },
+            [&](int word, unsigned, unsigned pixels) { atomicAnd(open + word, ~pixels); });  // rows may share a word
         __syncthreads();
     }
     return segments;

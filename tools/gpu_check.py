@@ -298,7 +298,7 @@ def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") ->
     if not on_gpu:
         chosen, limit = ["-k", "test_reference and float32"], 900
     files = [f"tests/test_{op}.py" for op in operators()]
-    return Step("operator tests", pytest_command(*chosen), files, least, limit, pytest_detail)
+    return Step("operator tests", pytest_command(*chosen), files, least, limit, pytest_detail, together="tests")
 
 
 def kernels_step(on_gpu: bool, output: Path, least: float, limit: float) -> Step:
@@ -327,16 +327,16 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
     return [
         card_step(on_gpu, output),
         operators_step(on_gpu),
-        tests_step(on_gpu, 40, 110),
-        kernels_step(on_gpu, output, 90, 170),
-        Step("pipeline by stages", [sys.executable, "benchmarks/stages.py", *stages], least=35, limit=75, detail=rate),
-        ncu_step(on_gpu),
+        tests_step(on_gpu, 60, 110),
         Step("predictor: graphs and sync debug mode", pytest_command(),
-             ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py"], 15, 60 if on_gpu else 900,
-             pytest_detail),
+             ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py"], 60, 110 if on_gpu else 900,
+             pytest_detail, together="tests"),
+        kernels_step(on_gpu, output, 90, 170),
+        Step("pipeline by stages", [sys.executable, "benchmarks/stages.py", *stages], least=30, limit=75, detail=rate),
+        ncu_step(on_gpu),
         Step("images per second from files",
              [sys.executable, "benchmarks/end_to_end.py", *device_arguments(on_gpu), *files, "--output", str(output)],
-             least=25, limit=60 if on_gpu else 900),
+             least=45, limit=75 if on_gpu else 900, detail=images_per_second),
     ]  # fmt: skip
 
 
@@ -365,25 +365,25 @@ def second_steps(on_gpu: bool, output: Path) -> list[Step]:
     for tool in tools:
         watched = [sanitizer or "", "--tool", tool, *options, *target] if on_gpu else target
         what = f"planted-{tool}" if on_gpu else "operators"
-        steps.append(Step(f"{tool}: planted fault is found", [*watched, what], least=30, limit=90, detail=last_summary,
-                          skipped=missing, expected_code=9 if on_gpu else 0, together="planted"))  # fmt: skip
+        steps.append(Step(f"{tool}: planted fault is found", [*watched, what], least=60, limit=90, detail=last_summary,
+                          skipped=missing, expected_code=9 if on_gpu else 0, together="checks"))  # fmt: skip
     for tool in tools:
         watched = [sanitizer or "", "--tool", tool, *options, *target] if on_gpu else target
-        steps.append(Step(f"{tool}: operators", [*watched, "operators"], least=90, limit=180 if on_gpu else 900,
-                          detail=last_summary, skipped=missing, together="operators"))  # fmt: skip
+        steps.append(Step(f"{tool}: operators", [*watched, "operators"], least=100, limit=180 if on_gpu else 900,
+                          detail=last_summary, skipped=missing, together="checks"))  # fmt: skip
     training = ["--device", "cuda", "--add"] if on_gpu else ["--providers", "none"]
     network = [sys.executable, "benchmarks/network.py", *device_arguments(on_gpu), "--output", str(output), "--add"]
     network += ["--dtype", "bfloat16", "--seconds", "0.5", "--providers", "plain modules, channels-last",
                 "torch.compile"] if on_gpu else ["--seconds", "0.001", "--providers", "none", "--no-plot"]  # fmt: skip
     return [
         *steps,
-        Step("large tensors and repeated runs", pytest_command(), ["tests/test_scale.py"], 30, 80 if on_gpu else 900,
-             pytest_detail),
+        Step("large tensors and repeated runs", pytest_command(), ["tests/test_scale.py"], 60, 180 if on_gpu else 900,
+             pytest_detail, together="checks"),
+        Step("training under torchrun", [sys.executable, "tools/gpu_training.py", *device_arguments(on_gpu)], least=60,
+             limit=120 if on_gpu else 900, together="checks"),
         Step("training step", [sys.executable, "benchmarks/training_step.py", *training, "--seconds",
              "1" if on_gpu else "0.001", "--no-plot", "--output", str(output)], least=25, limit=60 if on_gpu else 900,
              detail=benchmark_detail),
-        Step("training under torchrun", [sys.executable, "tools/gpu_training.py", *device_arguments(on_gpu)], least=20,
-             limit=60 if on_gpu else 900),
         Step("network beside torch.compile", network, least=30, limit=150 if on_gpu else 900, detail=benchmark_detail),
     ]  # fmt: skip
 
@@ -394,6 +394,12 @@ def benchmark_detail(output: str) -> str:
     failed = re.findall(r"FAILED:? ?(.*)", output)
     last = output.strip().rsplit("\n", 1)[-1][:120]
     return f"{cases} cases" + (f"; failed: {'; '.join(failed)[:300]}" if failed else "" if cases else f"; {last}")
+
+
+def images_per_second(output: str) -> str:
+    """The lines of benchmarks/end_to_end.py that say how fast each pipeline is."""
+    rows = re.findall(r"^    (spatialflow|reference\S*(?: \S+)*) +([\d.]+) +[\d.]+ ", output, re.MULTILINE)
+    return "; ".join(f"{name.strip()} {value} images/s" for name, value in rows) or output.strip()[-200:]
 
 
 def rate(output: str) -> str:

@@ -414,3 +414,11 @@ def test_table(tool, monkeypatch):
 def test_rows_say_why(tool):
     assert all(limit.why for limit in tool.LIMITS)
     assert len({limit.kernel for limit in tool.LIMITS}) == len(tool.LIMITS)
+
+
+def test_a_kernel_that_the_device_does_not_know(tool):
+    """The host's name has an L before the kernel's own; with a restrict-qualified argument also an r, and no twin."""
+    known = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIfEEvPT_ _ZN3lib12_GLOBAL__N_111sort_kernelIfEEvPT_"
+    fault = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIrPKfEEvT_ _ZN3lib12_GLOBAL__N_111sort_kernelIPKfEEvT_"
+    assert tool.unlaunchable(known) == []
+    assert tool.unlaunchable(known + b" " + fault) == ["_ZN3lib12_GLOBAL__N_1L11sort_kernelIrPKfEEvT_"]

@@ -492,6 +492,21 @@ def check(kernels: list[Kernel], whole: bool = True) -> list[str]:
     return complaints + [f"{limit.kernel}: no such kernel" for limit in LIMITS if whole and limit not in used]
 
 
+def unlaunchable(library: bytes) -> list[str]:
+    """Kernels that the host launches by a name that the device does not know.
+
+    nvcc names a kernel with a restrict-qualified pointer among its template arguments one way for the host and another
+    for the device; a launch then fails with "invalid device function". The host's name of a kernel in an unnamed
+    namespace has an L, for internal linkage, before the kernel's own name.
+    """
+    names = {name.decode() for name in re.findall(rb"(?<!\w)_ZN\w+_kernel\w*", library)}
+    return sorted(
+        name
+        for name in names
+        if re.search(r"L\d+\w*?_kernel", name) and re.sub(r"L(\d+\w*?_kernel)", r"\1", name) not in names
+    )
+
+
 def span(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -550,6 +565,8 @@ def main() -> None:
                 print("\n  ".join([kernel.name, *map(str, Facts(kernel).loads)]))
         return
     complaints = check(kernels, whole=options.library is None)
+    unknown = unlaunchable(library.read_bytes())
+    complaints += [f"{name}: launched by a name that the device does not know" for name in unknown]
     print("\n".join(complaints or [f"{len(kernels)} kernels within the limits of tools/sass_limits.py"]))
     sys.exit(1 if complaints else 0)
 

@@ -28,12 +28,11 @@ constexpr int kRimBytes = kRimSide * kRimSide * kRowBytes;
 constexpr int kRimStride = (kRimBytes + 1023) / 1024 * 1024;     // the swizzle repeats every 1024 bytes
 constexpr int kWeightBytes = kStepChannels * kRowBytes;          // of 64 outputs
 constexpr int kSharedLimit = 227 * 1024;                         // of a block, static memory included
-constexpr int kLoadWarps = 4, kAddWarps = 2, kThreads = 3 * 128;
+constexpr int kAddWarps = 2, kThreads = 3 * 128;
 
 template <int kTileOutputs, int kTileParts>
 struct Sm90Conv {
     static constexpr int kOutputs = kTileOutputs, kParts = kTileParts;  // sub-tiles
-    static constexpr int kOwnParts = kParts / 2;                        // of a warpgroup
     static constexpr int kInputStages = 8 / kParts, kWeightStages = 5 * 128 / kOutputs;
     static constexpr int kInputStage = kParts * kRimStride, kWeightStage = kOutputs / 64 * kWeightBytes;
     static constexpr int kBytes = kInputStages * kInputStage + kAddWarps * kRimStride + kWeightStages * kWeightStage;
@@ -79,6 +78,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Size = Sm90Conv<kTileOutputs, kTileParts>;
     constexpr int kInputStages = Size::kInputStages, kWeightStages = Size::kWeightStages;
+    constexpr int kOwnParts = Size::kParts / 2, kBlocks = Size::kOutputs / 32;  // of a warpgroup; of packed_position
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
     __shared__ __align__(8) uint64_t barriers[3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps];
     const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
@@ -203,9 +203,9 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                     }
                 }
             }
-        } else if (warp >= kLoadWarps - kAddWarps) {
+        } else if (warp >= 2) {
             // Inputs and flows lie alike in shared memory, swizzle and zeros outside the map included.
-            const int own = warp - (kLoadWarps - kAddWarps);
+            const int own = warp - 2;
             unsigned char* inputs = memory + (begin - shared_address(memory)) + lane * 16;
             unsigned char* flow = inputs + kInputStages * Size::kInputStage + own * kRimStride;
             int stage = 0;
@@ -259,14 +259,13 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
     }
 
     take_registers<216>();
-    constexpr int kBlocks = Size::kOutputs / 32;  // of packed_position
-    const int own_part = (warpgroup - 1) * Size::kOwnParts;
+    const int own_part = (warpgroup - 1) * kOwnParts;
     int input_stage = 0, weight_stage = 0;
     unsigned input_parity = 0, weight_parity = 0;
-    float sums[Size::kOwnParts][Size::kOutputs / 2] = {};
+    float sums[kOwnParts][Size::kOutputs / 2] = {};
     const auto pin_sums = [&]() {
 #pragma unroll
-        for (int part = 0; part < Size::kOwnParts; ++part) {
+        for (int part = 0; part < kOwnParts; ++part) {
             pin(sums[part]);
         }
     };
@@ -301,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 #pragma unroll
                 for (int k = 0; k < kStepChannels / 16; ++k) {
 #pragma unroll
-                    for (int part = 0; part < Size::kOwnParts; ++part) {
+                    for (int part = 0; part < kOwnParts; ++part) {
                         Wgmma<Size::kOutputs>::multiply(
                             sums[part], a + (part * kRimStride + k * 32) / 16, b + k * 16 * kRowBytes / 16,
                             (step | tap | k) != 0, scalar_t{});
@@ -337,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         // Row `warp * 16 + half * 8 + lane / 4` of a sub-tile's sums is pixel (warp * 2 + half, lane / 4).
         const bool relu = convolution.relu, wide = convolution.wide;
 #pragma unroll
-        for (int part = 0; part < Size::kOwnParts; ++part) {
+        for (int part = 0; part < kOwnParts; ++part) {
             const Part place = part_at(convolution, tile.part + own_part + part);
             const Sm90Level<scalar_t>& level = table.levels[place.level];
             const int x = place.map.x + lane / 4;

@@ -28,12 +28,11 @@ constexpr int kRimBytes = kRimSide * kRimSide * kRowBytes;
 constexpr int kRimStride = (kRimBytes + 1023) / 1024 * 1024;     // the swizzle repeats every 1024 bytes
 constexpr int kWeightBytes = kStepChannels * kRowBytes;          // of 64 outputs
 constexpr int kSharedLimit = 227 * 1024;                         // of a block, static memory included
-constexpr int kLoadWarps = 4, kAddWarps = 2, kThreads = 3 * 128;
+constexpr int kAddWarps = 2, kThreads = 3 * 128;
 
 template <int kTileOutputs, int kTileParts>
 struct Sm90Conv {
     static constexpr int kOutputs = kTileOutputs, kParts = kTileParts;  // sub-tiles
-    static constexpr int kOwnParts = kParts / 2;                        // of a warpgroup
     static constexpr int kInputStages = 8 / kParts, kWeightStages = 5 * 128 / kOutputs;
     static constexpr int kInputStage = kParts * kRimStride, kWeightStage = kOutputs / 64 * kWeightBytes;
     static constexpr int kBytes = kInputStages * kInputStage + kAddWarps * kRimStride + kWeightStages * kWeightStage;
@@ -79,6 +78,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Size = Sm90Conv<kTileOutputs, kTileParts>;
     constexpr int kInputStages = Size::kInputStages, kWeightStages = Size::kWeightStages;
+    constexpr int kOwnParts = Size::kParts / 2, kBlocks = Size::kOutputs / 32;  // of a warpgroup; of packed_position
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
     __shared__ __align__(8) uint64_t barriers[3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps];
     const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
@@ -108,27 +108,26 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
     __syncthreads();
 
     struct Tile {
-        const Sm90Convolution* convolution;
-        int part, output;  // the first ones
+        int convolution, part, output;  // the first ones
     };
     const auto tile_at = [&](int index) {
-        const Sm90Convolution& convolution =
-            table.convolutions[entry_of_tile(table.convolutions, table.num_convolutions, index)];
-        const int local = index - convolution.tile_begin, group = local / convolution.output_tiles;
-        return Tile{&convolution, group * Size::kParts, (local - group * convolution.output_tiles) * Size::kOutputs};
+        const int entry = entry_of_tile(table.convolutions, table.num_convolutions, index);
+        const int local = index - table.convolutions[entry].tile_begin, beside = table.convolutions[entry].output_tiles;
+        return Tile{entry, local / beside * Size::kParts, local % beside * Size::kOutputs};
     };
     struct Part {
-        const Sm90Level<scalar_t>* level;
+        int level;
         MapTile map;
     };
     // Beyond the last sub-tile: one below the map, which loads zeros and stores nothing.
     const auto part_at = [&](const Sm90Convolution& convolution, int part) {
-        const Sm90Level<scalar_t>* levels = table.levels + convolution.first_level;
+        const int first = convolution.first_level;
         if (part >= convolution.parts) {
-            return Part{levels, {0, levels->height + 1, 0}};
+            return Part{first, {0, table.levels[first].height + 1, 0}};
         }
-        const Sm90Level<scalar_t>* level = levels + entry_of_tile(levels, convolution.levels, part);
-        return Part{level, map_tile<kSide, kSide>(part - level->tile_begin, level->tile_rows, level->tile_columns)};
+        const int entry = first + entry_of_tile(table.levels + first, convolution.levels, part);
+        const Sm90Level<scalar_t>& level = table.levels[entry];
+        return Part{entry, map_tile<kSide, kSide>(part - level.tile_begin, level.tile_rows, level.tile_columns)};
     };
     const int first = static_cast<int>(blockIdx.x), step_tiles = static_cast<int>(gridDim.x);
 
@@ -143,13 +142,14 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
             unsigned parity = 1, flow_parity = 1;
             for (int index = first; index < table.num_tiles; index += step_tiles) {
                 const Tile tile = tile_at(index);
-                const bool has_flow = tile.convolution->has_flow;
+                const Sm90Convolution& convolution = table.convolutions[tile.convolution];
+                const bool has_flow = convolution.has_flow;
                 Part parts[Size::kParts];
 #pragma unroll
                 for (int i = 0; i < Size::kParts; ++i) {
-                    parts[i] = part_at(*tile.convolution, tile.part + i);
+                    parts[i] = part_at(convolution, tile.part + i);
                 }
-                for (int step = 0; step < tile.convolution->steps; ++step) {
+                for (int step = 0; step < convolution.steps; ++step) {
                     mbarrier_wait(input_empty + 8 * stage, parity);
                     const unsigned full = (has_flow ? term_full : input_full) + 8 * stage;
                     mbarrier_expect(full, Size::kParts * kRimBytes);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                     }
 #pragma unroll
                     for (int i = 0; i < Size::kParts; ++i) {
-                        tma_load_4d(begin + stage * Size::kInputStage + i * kRimStride, &parts[i].level->x,
+                        tma_load_4d(begin + stage * Size::kInputStage + i * kRimStride, &table.levels[parts[i].level].x,
                                     step * kStepChannels, parts[i].map.x - 1, parts[i].map.y - 1, parts[i].map.image,
                                     full);
                     }
@@ -168,9 +168,9 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                             const int buffer = i % kAddWarps;
                             mbarrier_wait(flow_empty + 8 * buffer, flow_parity);
                             mbarrier_expect(flow_full + 8 * buffer, kRimBytes);
-                            tma_load_4d(flow_memory + buffer * kRimStride, &parts[i].level->flow, step * kStepChannels,
-                                        parts[i].map.x - 1, parts[i].map.y - 1, parts[i].map.image,
-                                        flow_full + 8 * buffer);
+                            tma_load_4d(flow_memory + buffer * kRimStride, &table.levels[parts[i].level].flow,
+                                        step * kStepChannels, parts[i].map.x - 1, parts[i].map.y - 1,
+                                        parts[i].map.image, flow_full + 8 * buffer);
                             flow_parity ^= buffer == kAddWarps - 1;
                         }
                     }
@@ -185,14 +185,15 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
             unsigned parity = 1;
             for (int index = first; index < table.num_tiles; index += step_tiles) {
                 const Tile tile = tile_at(index);
-                for (int step = 0; step < tile.convolution->steps; ++step) {
+                const Sm90Convolution& convolution = table.convolutions[tile.convolution];
+                for (int step = 0; step < convolution.steps; ++step) {
                     for (int tap = 0; tap < kTaps; ++tap) {
                         mbarrier_wait(weight_empty + 8 * stage, parity);
                         mbarrier_expect(weight_full + 8 * stage, Size::kWeightStage);
 #pragma unroll
                         for (int i = 0; i < Size::kOutputs / 64; ++i) {
                             tma_load_3d(weight_memory + stage * Size::kWeightStage + i * kWeightBytes,
-                                        &tile.convolution->weights, tile.output + i * 64, step * kStepChannels, tap,
+                                        &convolution.weights, tile.output + i * 64, step * kStepChannels, tap,
                                         weight_full + 8 * stage);
                         }
                         if (++stage == kWeightStages) {
@@ -202,17 +203,17 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                     }
                 }
             }
-        } else if (warp >= kLoadWarps - kAddWarps) {
+        } else if (warp >= 2) {
             // Inputs and flows lie alike in shared memory, swizzle and zeros outside the map included.
-            const int own = warp - (kLoadWarps - kAddWarps);
+            const int own = warp - 2;
             unsigned char* inputs = memory + (begin - shared_address(memory)) + lane * 16;
             unsigned char* flow = inputs + kInputStages * Size::kInputStage + own * kRimStride;
             int stage = 0;
             unsigned parity = 0, flow_parity = 0;  // a bit for each stage
             for (int index = first; index < table.num_tiles; index += step_tiles) {
-                const Tile tile = tile_at(index);
-                for (int step = 0; step < tile.convolution->steps; ++step) {
-                    if (tile.convolution->has_flow) {
+                const Sm90Convolution& convolution = table.convolutions[tile_at(index).convolution];
+                for (int step = 0; step < convolution.steps; ++step) {
+                    if (convolution.has_flow) {
                         mbarrier_wait(term_full + 8 * stage, parity >> stage & 1);
                         parity ^= 1u << stage;
 #pragma unroll 1
@@ -258,25 +259,32 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
     }
 
     take_registers<216>();
-    const int own_part = (warpgroup - 1) * Size::kOwnParts;
+    const int own_part = (warpgroup - 1) * kOwnParts;
     int input_stage = 0, weight_stage = 0;
     unsigned input_parity = 0, weight_parity = 0;
-    float sums[Size::kOwnParts][Size::kOutputs / 2] = {};
+    float sums[kOwnParts][Size::kOutputs / 2] = {};
     const auto pin_sums = [&]() {
 #pragma unroll
-        for (int part = 0; part < Size::kOwnParts; ++part) {
+        for (int part = 0; part < kOwnParts; ++part) {
             pin(sums[part]);
         }
     };
     for (int index = first; index < table.num_tiles; index += step_tiles) {
         const Tile tile = tile_at(index);
-        const int steps = tile.convolution->steps;
+        const Sm90Convolution& convolution = table.convolutions[tile.convolution];
+        const int first_output = tile.output + lane % 4 * 8;  // of this lane
+        float bias[kBlocks][8];
+#pragma unroll
+        for (int i = 0; i < kBlocks * 8; ++i) {
+            const int output = first_output + i / 8 * 32 + i % 8;
+            bias[i / 8][i % 8] = convolution.bias && output < convolution.outputs ? convolution.bias[output] : 0.0f;
+        }
         int read_stage = -1;  // of weights that the group of products before the running one has read
         const auto release_inputs = [&]() {
             mbarrier_arrive(input_empty + 8 * (input_stage == 0 ? kInputStages - 1 : input_stage - 1));
         };
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
+        for (int step = 0; step < convolution.steps; ++step) {
             mbarrier_wait(input_full + 8 * input_stage, input_parity);
             const unsigned inputs = begin + input_stage * Size::kInputStage + own_part * kRimStride;
 #pragma unroll 1
@@ -292,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 #pragma unroll
                 for (int k = 0; k < kStepChannels / 16; ++k) {
 #pragma unroll
-                    for (int part = 0; part < Size::kOwnParts; ++part) {
+                    for (int part = 0; part < kOwnParts; ++part) {
                         Wgmma<Size::kOutputs>::multiply(
                             sums[part], a + (part * kRimStride + k * 32) / 16, b + k * 16 * kRowBytes / 16,
                             (step | tap | k) != 0, scalar_t{});
@@ -326,37 +334,33 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         }
 
         // Row `warp * 16 + half * 8 + lane / 4` of a sub-tile's sums is pixel (warp * 2 + half, lane / 4).
-        const Sm90Convolution& convolution = *tile.convolution;
-        const int first_output = tile.output + lane % 4 * 8;
+        const bool relu = convolution.relu, wide = convolution.wide;
 #pragma unroll
-        for (int block = 0; block < Size::kOutputs / 32; ++block) {
-            const int output = first_output + block * 32, left = convolution.outputs - output;
-            float bias[8];
+        for (int part = 0; part < kOwnParts; ++part) {
+            const Part place = part_at(convolution, tile.part + own_part + part);
+            const Sm90Level<scalar_t>& level = table.levels[place.level];
+            const int x = place.map.x + lane / 4;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                bias[e] = convolution.bias && e < left ? convolution.bias[output + e] : 0.0f;
-            }
+            for (int half = 0; half < 2; ++half) {
+                const int y = place.map.y + warp * 2 + half;
+                const bool inside = y < level.height && x < level.width;
+                const int64_t pixel = (static_cast<int64_t>(place.map.image) * level.height + y) * level.width + x;
+                const int64_t at = pixel * convolution.outputs + first_output;
 #pragma unroll
-            for (int part = 0; part < Size::kOwnParts; ++part) {
-                const Part place = part_at(convolution, tile.part + own_part + part);
-                const int x = place.map.x + lane / 4;
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int y = place.map.y + warp * 2 + half;
-                    const bool inside = y < place.level->height && x < place.level->width;
-                    const int64_t at =
-                        ((static_cast<int64_t>(place.map.image) * place.level->height + y) * place.level->width + x) *
-                            convolution.outputs + output;
-                    const int count = inside ? left : 0;
-                    Vec<scalar_t, 8> residual{};
-                    if (place.level->residual && count > 0) {
-                        if (convolution.wide) {
-                            residual = load_vector<8>(place.level->residual + at);
+                for (int block = 0; block < kBlocks; ++block) {
+                    const int left = inside ? convolution.outputs - first_output - block * 32 : 0;
+                    Vec<scalar_t, 8> added{};
+                    if (level.residual) {
+                        const Global<const scalar_t> source = level.residual + (at + block * 32);
+                        if (wide) {
+                            if (left > 0) {
+                                added = load_vector<8>(source);
+                            }
                         } else {
 #pragma unroll
                             for (int e = 0; e < 8; ++e) {
-                                if (e < count) {
-                                    residual[e] = place.level->residual[at + e];
+                                if (e < left) {
+                                    added[e] = source[e];
                                 }
                             }
                         }
@@ -364,22 +368,25 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                     Vec<unsigned, 4> words;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        const float* pair = sums[part] + (block * 4 + i) * 4 + half * 2;
-                        words[i] = pack_pair(pair[0] + bias[2 * i] + load(residual[2 * i]),
-                                             pair[1] + bias[2 * i + 1] + load(residual[2 * i + 1]), scalar_t{});
-                        words[i] = convolution.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
+                        const float(&own)[Size::kOutputs / 2] = sums[part];
+                        const int element = (block * 4 + i) * 4 + half * 2;
+                        words[i] = pack_pair(own[element] + bias[block][2 * i] + load(added[2 * i]),
+                                             own[element + 1] + bias[block][2 * i + 1] + load(added[2 * i + 1]),
+                                             scalar_t{});
+                        words[i] = relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
                     }
-                    if (convolution.wide) {
-                        if (count > 0) {
-                            store_vector(pointer_cast<unsigned>(place.level->out + at), words);
+                    const Global<scalar_t> target = level.out + (at + block * 32);
+                    if (wide) {
+                        if (left > 0) {
+                            store_vector(pointer_cast<unsigned>(target), words);
                         }
                     } else {
                         Vec<scalar_t, 8> values;
                         memcpy(&values, &words, sizeof(words));
 #pragma unroll
                         for (int e = 0; e < 8; ++e) {
-                            if (e < count) {
-                                place.level->out[at + e] = values[e];
+                            if (e < left) {
+                                target[e] = values[e];
                             }
                         }
                     }

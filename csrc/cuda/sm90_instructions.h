@@ -111,9 +111,10 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
     "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Operands: sums, descriptors of a and b, whether to add; the last two numbers say that b alone is transposed.
-#define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add)                                                        \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                              \
-    "wgmma.mma_async.sync.aligned.m64n" outputs "k16.f32." type "." type " {" names "}, " a ", " b ", p, 1, 1, 0, 1;\n}\n"
+#define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add)                                                    \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                          \
+    "wgmma.mma_async.sync.aligned.m64n" outputs "k16.f32." type "." type " {" names "}, " a ", " b ", p, 1, 1, " \
+    "0, 1;\n}\n"
 
 template <int kOutputs>
 struct Wgmma;

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
                     channel += kStepChannels;
                 }
                 mbarrier_wait(empty + 8 * stage, parity);
-                if (warp == 0 && lane == 0) {
+                if (thread == 0) {
                     mbarrier_expect(full + 8 * stage, kWeightStage);
 #pragma unroll
                     for (int i = 0; i < kOutputs / 64; ++i) {
@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
                     items[i].begin(
                         problem, table, more ? channel : own_channel,
                         (more ? slot : 0) * kPixels + own_row + i * kItemRows, more);
+                    __syncwarp();  // or ptxas has the loads wait for the other items
                 }
                 fence_async_proxy();
                 __syncwarp();
@@ -268,9 +269,9 @@ template <typename scalar_t>
 bool deform_conv2d_sm90(
     const char* op, const DeformProblem<scalar_t>& problem, const Tensor& packed, const std::optional<Tensor>& bias,
     const Tensor& output, std::optional<Tensor>& parts, Stream stream) {
-    if (problem.groups != 1 || problem.chunk != kStepChannels || problem.taps > kTableTaps ||
-        problem.out_channels <= 128 || problem.out_channels % 8 != 0 || !is_aligned(problem.input, 16) ||
-        !has_sm90_kernel<scalar_t>()) {
+    if (problem.groups != 1 || problem.chunk != kStepChannels || problem.channels == 0 ||
+        problem.taps > kTableTaps || problem.out_channels <= 128 || problem.out_channels % 8 != 0 ||
+        !is_aligned(problem.input, 16) || !has_sm90_kernel<scalar_t>()) {
         return false;
     }
     const int64_t steps = static_cast<int64_t>(problem.channels) / kStepChannels * problem.taps;

@@ -46,7 +46,7 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
 }
 
 // What this thread has written to shared memory becomes visible to TMA and wgmma.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void tma_load_3d(
     unsigned target, const CUtensorMap* map, int c0, int c1, int c2, unsigned barrier) {

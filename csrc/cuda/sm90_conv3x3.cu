@@ -501,9 +501,10 @@ struct Sm90Kernel {
 // Multiprocessors of the current device if it can run the kernel, else zero.
 template <typename scalar_t>
 int sm90_multiprocessors() {
-    static DeviceNumbers known;  // and one
+    static DeviceNumbers known;  // one more than the result
     const int device = current_device();
-    if (known.at(device) == 0) {
+    int number = known.at(device);
+    if (number == 0) {
         cudaFuncAttributes attributes{};
         int multiprocessors = 0;
         check_cuda(cudaFuncGetAttributes(&attributes, Sm90Kernel<scalar_t, 128, 4>::kKernel), "conv3x3_sm90_kernel");
@@ -511,9 +512,10 @@ int sm90_multiprocessors() {
             check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                        "multiprocessors");
         }
-        known.set(device, multiprocessors + 1);
+        number = multiprocessors + 1;
+        known.set(device, number);
     }
-    return known.at(device) - 1;
+    return number - 1;
 }
 
 // Adds a convolution with at least one level that is not empty, if the kernel can run it.

@@ -18,7 +18,8 @@
 //   float32, 64    8 x 8 pixels by 64 outputs per block of 256 threads, 16 channels of a tap a step, 4 x 4 sums a
 //                  thread by fused multiply-adds; the next step is fetched into registers meanwhile.
 //
-// x + flow and the weights are rounded to the 16-bit type, as tensor cores read it.
+// x + flow and the weights are rounded to the 16-bit type, as tensor cores read it. On compute capability 9.0a, 16-bit
+// convolutions of whole steps of 64 channels run in sm90_conv3x3.cu.
 //
 // Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
 // out 34 MB: 11 us. Expected: mma.sync gives about 60 % of that rate, and rectangles cover 15 % more pixels than there

@@ -501,9 +501,10 @@ struct Sm90Kernel {
 // Multiprocessors of the current device if it can run the kernel, else zero.
 template <typename scalar_t>
 int sm90_multiprocessors() {
-    static DeviceNumbers known;  // and one
+    static DeviceNumbers known;  // one more than the result
     const int device = current_device();
-    if (known.at(device) == 0) {
+    int number = known.at(device);
+    if (number == 0) {
         cudaFuncAttributes attributes{};
         int multiprocessors = 0;
         check_cuda(cudaFuncGetAttributes(&attributes, Sm90Kernel<scalar_t, 128, 4>::kKernel), "conv3x3_sm90_kernel");
@@ -511,19 +512,20 @@ int sm90_multiprocessors() {
             check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                        "multiprocessors");
         }
-        known.set(device, multiprocessors + 1);
+        number = multiprocessors + 1;
+        known.set(device, number);
     }
-    return known.at(device) - 1;
+    return number - 1;
 }
 
-// Adds a convolution to the table if TMA can read all of it.
+// Adds a convolution with at least one level that is not empty, if the kernel can run it.
 template <typename scalar_t>
 bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
     const int64_t channels = conv.x[0].size(1), outputs = conv.out[0].size(1);
-    constexpr int64_t kMostTiles = 1 << 24;  // sub-tiles; a launch holds fewer than 2^31 tiles
-    if (channels == 0 || channels % kStepChannels != 0 || outputs > 1 << 16 || table.num_convolutions == kMaxJobs) {
+    if (channels == 0 || channels % kStepChannels != 0) {
         return false;
     }
+    const int64_t most_parts = (int64_t(1) << 26) / ceil_div(outputs, 64);  // tiles are ints
     const scalar_t* weights = kernel_weights<scalar_t>(conv);
     const int64_t row = packed_tap_size(1, outputs);
     Sm90Convolution added{};
@@ -544,7 +546,7 @@ bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
             continue;
         }
         const int64_t rows = ceil_div(out.size(2), kSide), columns = ceil_div(out.size(3), kSide);
-        if (added.first_level + added.levels == kMaxJobs || out.size(0) * rows * columns > kMostTiles - added.parts) {
+        if (added.first_level + added.levels == kMaxJobs || out.size(0) * rows * columns > most_parts - added.parts) {
             return false;
         }
         Sm90Level<scalar_t>& level = table.levels[added.first_level + added.levels];
@@ -563,10 +565,8 @@ bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
         added.parts += static_cast<int>(out.size(0) * rows * columns);
         ++added.levels;
     }
-    if (added.levels > 0) {
-        table.num_levels += added.levels;
-        table.convolutions[table.num_convolutions++] = added;
-    }
+    table.num_levels += added.levels;
+    table.convolutions[table.num_convolutions++] = added;
     return true;
 }
 
@@ -602,10 +602,14 @@ std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convol
     std::vector<Convolution> others;
     Sm90Table<scalar_t> table{};
     for (const Convolution& conv : convolutions) {
-        if (conv.out.empty() || append(table, conv)) {
+        const auto levels =
+            std::count_if(conv.out.begin(), conv.out.end(), [](const Tensor& out) { return out.numel() > 0; });
+        if (levels == 0) {
             continue;
         }
-        run(table, multiprocessors, stream);  // the table may be full
+        if (table.num_levels + levels > kMaxJobs) {
+            run(table, multiprocessors, stream);
+        }
         if (!append(table, conv)) {
             others.push_back(conv);
         }

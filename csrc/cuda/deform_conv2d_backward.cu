@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
     __syncthreads();
     real_t dot = 0;  // of grad_columns and a cell: corner lane % 4 of pixel own_pixel(lane / 4)
-    for (int first = 0; first < problem.offset_group_channels; first += problem.run) {
-        const int first_channel = offset_group * problem.offset_group_channels + first;
+    for (int first_channel = offset_group * problem.offset_group_channels;
+         first_channel < (offset_group + 1) * problem.offset_group_channels; first_channel += problem.run) {
         const int group = first_channel / problem.group_channels;
         for (int begin = 0; begin < problem.run; begin += kColumns) {
             CornerItem<scalar_t, kPart, kWidth != 1> next[kPair];

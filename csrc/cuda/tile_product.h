@@ -62,8 +62,8 @@ public:
         }
     }
 
-    // visit(of_row, of_column, column, sums) for all that this thread owns, kVisited columns from `column` on, with what
-    // begin_row(row) and begin_column(column) gave.
+    // visit(of_row, of_column, column, sums) for all that this thread owns, kVisited columns from `column` on, with the
+    // results of begin_row(row) and begin_column(column).
     template <typename BeginRow, typename BeginColumn, typename Visit>
     __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
         decltype(begin_column(0)) of_columns[kOwnColumns / kVisited];
@@ -91,6 +91,17 @@ public:
         for_each(
             [](int row) { return row; }, [](int) { return 0; },
             [&](int row, int, int column, const Vec<scalar_t, kVisited>& sums) { visit(row, column, sums); });
+    }
+
+    // As on the tensor cores, for one part.
+    template <int kPart, int kParts, typename Visit>
+    __device__ __forceinline__ void for_each_of_part(Visit visit) const {
+        static_assert(kParts == 1, "a product in one part");
+        for_each(visit);
+    }
+    template <int kPart, int kParts>
+    __device__ static __forceinline__ int column_of_part(int column) {
+        return column;
     }
 
 private:
@@ -207,6 +218,29 @@ public:
             [&](int row, int, int column, const Vec<float, 2>& sums) { visit(row, column, sums); });
     }
 
+    // The columns in kParts parts: visit(row, column, sums) for a part, its columns counted without those of others.
+    template <int kPart, int kParts, typename Visit>
+    __device__ __forceinline__ void for_each_of_part(Visit visit) const {
+        const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+        constexpr int kVisits = kWarpColumns / 8 / kParts;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < kVisits; ++j) {
+                const float(&sums)[4] = sums_[i / 2][kPart * kVisits + j];
+                const Vec<float, 2> values = {{sums[i % 2 * 2], sums[i % 2 * 2 + 1]}};
+                visit(warp_row() + i * 8 + lane / 4, warp_column() / kParts + j * 8 + lane % 4 * 2, values);
+            }
+        }
+    }
+
+    // Where a column of a part is among all.
+    template <int kPart, int kParts>
+    __device__ static __forceinline__ int column_of_part(int column) {
+        constexpr int kAdjacent = kWarpColumns / kParts;
+        return column / kAdjacent * kWarpColumns + kPart * kAdjacent + column % kAdjacent;
+    }
+
 private:
     __device__ static __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / kWarpSize / 4 * 32; }
     __device__ static __forceinline__ int warp_column() {
@@ -248,7 +282,7 @@ template <int kRows, int kRowItems, int kThreads = kProductThreads, typename sca
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
     constexpr int kItem = kWideElements<scalar_t>, kStepRows = kThreads / kRowItems;
     static_assert(kThreads % kRowItems == 0 && kRows % kStepRows == 0, "every thread loads as many items of a column");
-    const int row = static_cast<int>(threadIdx.x) / kRowItems, element = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+    const int thread = static_cast<int>(threadIdx.x), row = thread / kRowItems, element = thread % kRowItems * kItem;
     const Shared<scalar_t> target = tile + (row * tile_row + element);
 #pragma unroll
     for (int i = 0; i < kRows; i += kStepRows) {

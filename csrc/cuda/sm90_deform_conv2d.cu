@@ -20,7 +20,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr int kStepChannels = 64, kItemChannels = 8;
+constexpr int kStepChannels = 64;
 constexpr int kRowBytes = kStepChannels * 2;  // of a pixel, and of 64 outputs of a channel
 constexpr int kOutputs = 256;
 constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
     const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0), warp = __shfl_sync(kAllLanes, thread / kWarpSize, 0);
     if (warpgroup < kProducers / 128) {
         give_registers<96>();
-        constexpr int kRowItems = kStepChannels / kItemChannels, kItemRows = kProducers / kRowItems;
-        constexpr int kItems = kPixels / kItemRows;  // of a thread and step
+        constexpr int kItemChannels = kWideElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
+        constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;  // of a thread and step
         const int own_row = thread / kRowItems, own_channel = thread % kRowItems * kItemChannels;
         // A row of columns is 128 bytes, and rows are eight further apart: the swizzle is the same for all of them.
         unsigned char* const own_target = stages + own_row * kRowBytes + (thread % kRowItems ^ own_row % 8) * 16;

@@ -10,10 +10,11 @@
 // A lane has eight adjacent outputs of each 32 (packed_position): sums go from registers to memory, 16 bytes a store.
 //
 // Floor (H100, 790 TFLOP/s bf16) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us. Four sub-tiles by 128
-// outputs take 26 us (H200), and 192 of them two rounds on 132 multiprocessors: 51 us. With two sub-tiles: 40 us.
+// outputs take 26 us (H200), and 192 of them two rounds on 132 multiprocessors: 51 us. Expected with two: 45 us.
 #include "cuda/sm90_conv3x3.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/conv3x3_jobs.h"
 #include "cuda/sm90_instructions.h"
@@ -25,9 +26,9 @@ constexpr int kSide = 8, kRimSide = kSide + 2;  // of a sub-tile
 constexpr int kStepChannels = 64;               // 128 bytes
 constexpr int kRowBytes = kStepChannels * 2;    // of a pixel, and of 64 outputs of a channel
 constexpr int kRimBytes = kRimSide * kRimSide * kRowBytes;
-constexpr int kRimStride = (kRimBytes + 1023) / 1024 * 1024;     // the swizzle repeats every 1024 bytes
-constexpr int kWeightBytes = kStepChannels * kRowBytes;          // of 64 outputs
-constexpr int kSharedLimit = 227 * 1024;                         // of a block, static memory included
+constexpr int kRimStride = (kRimBytes + 1023) / 1024 * 1024;  // the swizzle repeats every 1024 bytes
+constexpr int kWeightBytes = kStepChannels * kRowBytes;       // of 64 outputs
+constexpr int kSharedLimit = 227 * 1024;                      // of a block, static memory included
 constexpr int kAddWarps = 2, kThreads = 3 * 128;
 
 template <int kTileOutputs, int kTileParts>
@@ -43,20 +44,20 @@ struct Sm90Conv {
 // One convolution on one level.
 template <typename scalar_t>
 struct Sm90Level {
-    CUtensorMap x, flow;                // boxes of 10 x 10 pixels and 64 channels
-    Global<const scalar_t> residual;    // (N, H, W, O) or null
-    Global<scalar_t> out;               // (N, H, W, O)
+    CUtensorMap x, flow;              // boxes of 10 x 10 pixels and 64 channels
+    Global<const scalar_t> residual;  // (N, H, W, O) or null
+    Global<scalar_t> out;             // (N, H, W, O)
     int height, width;
-    int tile_begin;                     // first sub-tile in the convolution
-    int tile_rows, tile_columns;        // of an image
+    int tile_begin;               // first sub-tile in the convolution
+    int tile_rows, tile_columns;  // of an image
 };
 
 struct Sm90Convolution {
     CUtensorMap weights;       // boxes of 64 channels by 64 outputs
     Global<const float> bias;  // (O) or null
-    int first_level, levels, parts;
-    int tile_begin;    // first tile in the launch
-    int output_tiles;  // beside each other
+    int first_level, levels, parts;  // sub-tiles
+    int tile_begin;                  // first tile in the launch
+    int output_tiles;                // beside each other
     int steps, outputs;
     bool has_flow, relu;
     bool wide;  // outputs and residual move 16 bytes at a time
@@ -469,7 +470,8 @@ struct Sm90Kernel {
     static int64_t tiles(const Sm90Convolution& convolution) {
         return ceil_div(convolution.parts, kParts) * ceil_div(convolution.outputs, kOutputs);
     }
-    // Cycles, roughly. Of a step: what products take, or the traffic of shared memory, or that of L2.
+    // Cycles, roughly. Of a step: what products take, or the traffic of shared memory (128 bytes a cycle), or that of
+    // L2 (32). Beside the steps, what a tile's beginning and its stores take.
     static double cost(const Sm90Table<scalar_t>& table, int multiprocessors) {
         constexpr double kProducts = 36.0 * kParts * kOutputs / 2, kRims = kParts * kRimBytes;
         constexpr double kWeights = kTaps * Size::kWeightStage, kOperands = 36.0 * kParts * (2048 + 32 * kOutputs);
@@ -478,7 +480,7 @@ struct Sm90Kernel {
             const Sm90Convolution& convolution = table.convolutions[i];
             const double flow = convolution.has_flow;
             const double step = std::max({kProducts, (kOperands + kWeights + (1 + 4 * flow) * kRims) / 128,
-                                          (kWeights + (1 + flow) * kRims) / 40});
+                                          (kWeights + (1 + flow) * kRims) / 32});
             const double count = static_cast<double>(tiles(convolution));
             steps += count * (convolution.steps * step + 1000 + 4.0 * kParts * kOutputs);
             all += count;

@@ -42,6 +42,9 @@ LIMITS = (
     Limit("conv3x3_kernel<float, 4>", "16-byte loads", registers=88, load=16, narrow=0),
     Limit("conv3x3_weight_gradient_kernel<float, 4>", "16-byte loads", registers=80, load=16, narrow=0),
 
+    # A matrix instruction is 64 pixels by 128 outputs by 16 channels of a warpgroup: 64 cycles. Other warps gather.
+    Limit("deform_conv2d_sm90_kernel<*>", "the corners of a step on the way during the blends of the last; 384 or 512 "
+          "threads share the registers", registers=168, load=16, store=8, in_flight=8, per_matrix=14.0),
     Limit("deform_conv2d_kernel<*, 256, 8>", "four corners on the way during the products; two blocks: 128 registers",
           registers=128, load=16, narrow=0, distance=60, matrix=32, in_flight=4, per_matrix=8.9),
     Limit("deform_conv2d_kernel<*, 128, 8>", "four corners on the way during the products; two blocks: 128 registers",

@@ -2,14 +2,14 @@
 //
 // The forward pass of deform_conv2d.cu in 16-bit types on compute capability 9.0a, by TMA and wgmma.
 //
-// A block computes 64 or 128 pixels by 256 outputs; a step of the sum is 64 channels of a tap, in the order of the
-// packed weight. Eight warps gather columns, (pixels, 64 channels) with 128-byte swizzle, and one of their threads
-// loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. The items of the next
-// step are under way in registers while those of this one are blended, in float32, and rounded once.
+// A block computes 64 or 128 pixels by 128 or 256 outputs; a step of the sum is 64 channels of a tap, in the order of
+// the packed weight. Eight warps gather columns, (pixels, 64 channels) with 128-byte swizzle, and one of their threads
+// loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. The cells of the next
+// step are on their way to registers while those of this one are blended in float32 and rounded once.
 // Few pixels: blocks share the steps of a tile, each writes a part in float32, and deform_conv2d.cu adds them.
 //
 // Floor (H100, 790 TFLOP/s bf16), 256 to 256 channels on 100 x 168: 19.8 GFLOP: 25 us. Shared memory and L1, 128 bytes
-// a cycle, bound a step of 128 pixels to 1600 cycles: operands 80 KB, cells 64 KB, weights 32 KB, columns 16 KB: 33 us.
+// a cycle, bound a step of 128 pixels to 1700 cycles: operands 96 KB, cells 64 KB, weights 32 KB, columns 16 KB: 35 us.
 #include "cuda/sm90_deform_conv2d.h"
 
 #include <algorithm>
@@ -21,19 +21,18 @@ namespace spatialflow {
 namespace {
 
 constexpr int kStepChannels = 64;
-constexpr int kRowBytes = kStepChannels * 2;  // of a pixel, and of 64 outputs of a channel
-constexpr int kOutputs = 256;
+constexpr int kRowBytes = kStepChannels * 2;             // of a pixel, and of 64 outputs of a channel
 constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
-constexpr int kWeightStage = kOutputs / 64 * kWeightBytes;
 constexpr int kProducers = 256;
 constexpr int kSharedLimit = 227 * 1024;  // of a block, static memory included
 
 // Consumers are warpgroups of 64 pixels each.
-template <int kConsumers>
+template <int kOutputs, int kConsumers>
 struct Sm90Deform {
     static constexpr int kPixels = 64 * kConsumers, kThreads = kProducers + 128 * kConsumers;
     static constexpr int kStages = 5 - kConsumers;  // more would take L1 from the cells
-    static constexpr int kColumnStage = kPixels * kRowBytes, kStage = kColumnStage + kWeightStage;
+    static constexpr int kColumnStage = kPixels * kRowBytes, kWeightStage = kOutputs / 64 * kWeightBytes;
+    static constexpr int kStage = kColumnStage + kWeightStage;
     using Table = TapTable<float, kTableTaps * kPixels>;
     static constexpr size_t kTableBytes = Table::kSize * sizeof(float);
     static constexpr size_t kSharedBytes = kStages * kStage + kTableBytes + 1024;  // to begin at a multiple of 1024
@@ -44,13 +43,15 @@ struct Sm90Deform {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ void synchronize_producers() { asm volatile("bar.sync 1, %0;" ::"n"(kProducers) : "memory"); }
+__device__ __forceinline__ void synchronize_producers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kProducers) : "memory");
+}
 
 #endif
 
 // Empty but for 9.0a. The host asks for the static shared memory to learn whether there is a kernel.
-template <typename scalar_t, int kConsumers>
-__global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_conv2d_sm90_kernel(
+template <typename scalar_t, int kOutputs, int kConsumers>
+__global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1) deform_conv2d_sm90_kernel(
     const __grid_constant__ DeformProblem<scalar_t> problem,
     const __grid_constant__ CUtensorMap weights,  // boxes of 64 channels by 64 outputs
     Global<const scalar_t> bias,                  // (O) or null
@@ -58,8 +59,9 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
     Global<float> parts,                          // (parts, pixels, O) or null
     const int steps, const int part_steps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    using Size = Sm90Deform<kConsumers>;
-    constexpr int kStages = Size::kStages, kPixels = Size::kPixels;
+    using Size = Sm90Deform<kOutputs, kConsumers>;
+    constexpr int kStages = Size::kStages, kPixels = Size::kPixels, kHalves = kOutputs / 128;
+    constexpr bool kTight = kOutputs == 256 && kConsumers == 2;  // in registers: sums take 128 of a consumer's
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
     __shared__ __align__(8) uint64_t barriers[2 * kStages];
     __shared__ __align__(16) float biases[kOutputs];
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
     // The compiler must see that all lanes of a warp agree on these.
     const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0), warp = __shfl_sync(kAllLanes, thread / kWarpSize, 0);
     if (warpgroup < kProducers / 128) {
-        give_registers<96>();
+        give_registers<kTight ? 96 : 120>();
         constexpr int kItemChannels = kWideElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
         constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;  // of a thread and step
         const int own_row = thread / kRowItems, own_channel = thread % kRowItems * kItemChannels;
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
                 }
                 mbarrier_wait(empty + 8 * stage, parity);
                 if (thread == 0) {
-                    mbarrier_expect(full + 8 * stage, kWeightStage);
+                    mbarrier_expect(full + 8 * stage, Size::kWeightStage);
 #pragma unroll
                     for (int i = 0; i < kOutputs / 64; ++i) {
                         tma_load_3d(begin + stage * Size::kStage + Size::kColumnStage + i * kWeightBytes, &weights,
@@ -161,9 +163,15 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
         return;
     }
 
-    take_registers<kConsumers == 2 ? 160 : 232>();  // no more than the launch gave, and producers left
+    take_registers<kTight ? 160 : kConsumers == 2 ? 136 : 232>();  // what producers leave
     const int consumer = warpgroup - kProducers / 128;
-    float sums[2][kOutputs / 4] = {};
+    float sums[kHalves][64] = {};
+    const auto pin_sums = [&]() {
+#pragma unroll
+        for (int i = 0; i < kHalves; ++i) {
+            pin(sums[i]);
+        }
+    };
     int stage = 0, read_stage = -1;  // a stage that the products before the running ones have read
     unsigned parity = 0;
 #pragma unroll 1
@@ -172,23 +180,21 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
         const unsigned columns = begin + stage * Size::kStage;
         const uint64_t a = matrix_descriptor(columns + consumer * 64 * kRowBytes, 16, 8 * kRowBytes);
         const uint64_t b = matrix_descriptor(columns + Size::kColumnStage, kWeightBytes, 8 * kRowBytes);
-        pin(sums[0]);
-    pin(sums[1]);
+        pin_sums();
         wgmma_fence();
         // Sixteen channels are 32 bytes of a pixel, and 16 rows of weights.
 #pragma unroll
         for (int k = 0; k < kStepChannels / 16; ++k) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                Wgmma<kOutputs / 2>::multiply(
+            for (int i = 0; i < kHalves; ++i) {
+                Wgmma<128>::multiply(
                     sums[i], a + k * 32 / 16, b + (k * 16 * kRowBytes + i * 2 * kWeightBytes) / 16,
                     step != first || k != 0, scalar_t{});
             }
         }
         wgmma_commit();
         wgmma_wait<1>();
-        pin(sums[0]);
-    pin(sums[1]);
+        pin_sums();
         if (lane == 0 && read_stage >= 0) {
             mbarrier_arrive(empty + 8 * read_stage);
         }
@@ -199,8 +205,7 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
         }
     }
     wgmma_wait<0>();
-    pin(sums[0]);
-    pin(sums[1]);
+    pin_sums();
 
     // Of eight outputs, a lane has two: lane % 4 says which.
     const int pair = lane % 4, first_row = consumer * 64 + warp % 4 * 16 + lane / 4;
@@ -215,8 +220,8 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
 #pragma unroll
             for (int j = 0; j < kOutputs / 8; ++j) {
                 if (present && first_output + j * 8 < problem.out_channels) {
-                    const Vec<float, 2> values = {{sums[j / 16][j % 16 * 4 + half * 2], sums[j / 16][j % 16 * 4 + half * 2 + 1]}};
-                    store_vector(target + j * 8, values);
+                    const float* values = sums[j / 16] + j % 16 * 4 + half * 2;
+                    store_vector(target + j * 8, Vec<float, 2>{{values[0], values[1]}});
                 }
             }
             continue;
@@ -254,7 +259,7 @@ bool has_sm90_kernel() {
     const int device = current_device();
     if (known.at(device) == 0) {
         cudaFuncAttributes attributes{};
-        check_cuda(cudaFuncGetAttributes(&attributes, &deform_conv2d_sm90_kernel<scalar_t, 1>),
+        check_cuda(cudaFuncGetAttributes(&attributes, &deform_conv2d_sm90_kernel<scalar_t, 128, 1>),
                    "deform_conv2d_sm90_kernel");
         known.set(device, attributes.sharedSizeBytes > 0 && encode_tiled() ? 2 : 1);
     }
@@ -268,7 +273,7 @@ bool deform_conv2d_sm90(
     const char* op, const DeformProblem<scalar_t>& problem, const Tensor& packed, const std::optional<Tensor>& bias,
     const Tensor& output, std::optional<Tensor>& parts, Stream stream) {
     if (problem.groups != 1 || problem.chunk != kStepChannels || problem.channels == 0 ||
-        problem.taps > kTableTaps || problem.out_channels <= 128 || problem.out_channels % 8 != 0 ||
+        problem.taps > kTableTaps || problem.out_channels <= 64 || problem.out_channels % 8 != 0 ||
         !is_aligned(problem.input, 16) || !has_sm90_kernel<scalar_t>()) {
         return false;
     }
@@ -281,7 +286,8 @@ bool deform_conv2d_sm90(
     }
     // The number of parts depends on shapes alone, so results do not depend on the card.
     constexpr int64_t kWantedBlocks = 132, kLeastSteps = 4;
-    const int64_t tiles = ceil_div(problem.pixels, 64), beside = ceil_div(problem.out_channels, kOutputs);
+    const bool wide = problem.out_channels > 128;
+    const int64_t tiles = ceil_div(problem.pixels, 64), beside = ceil_div(problem.out_channels, wide ? 256 : 128);
     const bool small = tiles * beside <= kWantedBlocks;
     const int64_t wanted =
         small ? std::max<int64_t>(1, std::min(kWantedBlocks / (tiles * beside), steps / kLeastSteps)) : 1;
@@ -289,20 +295,27 @@ bool deform_conv2d_sm90(
     if (num_parts > 1) {
         parts = empty_like_sized(output, {num_parts, output.numel()}, ScalarType::Float);
     }
-    const auto launch_tiles = [&](auto consumers) {
-        constexpr int kConsumers = decltype(consumers)::value;
-        using Size = Sm90Deform<kConsumers>;
-        launch<deform_conv2d_sm90_kernel<scalar_t, kConsumers>>(
+    const auto launch_tiles = [&](auto outputs, auto consumers) {
+        constexpr int kOutputs = decltype(outputs)::value, kConsumers = decltype(consumers)::value;
+        using Size = Sm90Deform<kOutputs, kConsumers>;
+        launch<deform_conv2d_sm90_kernel<scalar_t, kOutputs, kConsumers>>(
             deform_grid(op, ceil_div(problem.pixels, Size::kPixels), beside, num_parts), dim3(Size::kThreads),
             Size::kSharedBytes, stream, problem, weights,
             bias ? data<scalar_t>(*bias) : Global<const scalar_t>(nullptr), mutable_data<scalar_t>(output),
             parts ? mutable_data<float>(*parts) : Global<float>(nullptr), static_cast<int>(steps),
             static_cast<int>(part_steps));
     };
-    if (small) {
-        launch_tiles(std::integral_constant<int, 1>{});
+    const auto launch_outputs = [&](auto outputs) {
+        if (small) {
+            launch_tiles(outputs, std::integral_constant<int, 1>{});
+        } else {
+            launch_tiles(outputs, std::integral_constant<int, 2>{});
+        }
+    };
+    if (wide) {
+        launch_outputs(std::integral_constant<int, 256>{});
     } else {
-        launch_tiles(std::integral_constant<int, 2>{});
+        launch_outputs(std::integral_constant<int, 128>{});
     }
     return true;
 }

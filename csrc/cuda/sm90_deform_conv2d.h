@@ -8,7 +8,7 @@
 namespace spatialflow {
 
 // False where the kernel is not made for the problem: one weight group, channels of an offset group a multiple of 64,
-// more than 128 outputs, a multiple of 8; on other devices always. Else writes the output, or parts of it in float32,
+// more than 64 outputs, a multiple of 8; on other devices always. Else writes the output, or parts of it in float32,
 // (parts, pixels, O) without the bias, that are still to be added.
 #if defined(__CUDACC__)
 template <typename scalar_t>

@@ -111,12 +111,6 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
     SPATIALFLOW_NAMES_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
     "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SPATIALFLOW_NAMES_128 \
-    SPATIALFLOW_NAMES_64 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
-    "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
-    "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
-    "%125, %126, %127"
 // Operands: sums, descriptors of a and b, whether to add; the last two numbers say that b alone is transposed.
 #define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add)                                                    \
     "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                          \
@@ -151,25 +145,11 @@ struct Wgmma<128> {
                      : "l"(a), "l"(b), "r"(add));
     }
 };
-template <>
-struct Wgmma<256> {
-    static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int add, bfloat16) {
-        asm volatile(SPATIALFLOW_WGMMA("256", "bf16", SPATIALFLOW_NAMES_128, "%128", "%129", "%130")
-                     : SPATIALFLOW_SUMS_32(0), SPATIALFLOW_SUMS_32(32), SPATIALFLOW_SUMS_32(64), SPATIALFLOW_SUMS_32(96)
-                     : "l"(a), "l"(b), "r"(add));
-    }
-    static __device__ __forceinline__ void multiply(float (&d)[128], uint64_t a, uint64_t b, int add, float16) {
-        asm volatile(SPATIALFLOW_WGMMA("256", "f16", SPATIALFLOW_NAMES_128, "%128", "%129", "%130")
-                     : SPATIALFLOW_SUMS_32(0), SPATIALFLOW_SUMS_32(32), SPATIALFLOW_SUMS_32(64), SPATIALFLOW_SUMS_32(96)
-                     : "l"(a), "l"(b), "r"(add));
-    }
-};
 
 #undef SPATIALFLOW_SUMS_8
 #undef SPATIALFLOW_SUMS_32
 #undef SPATIALFLOW_NAMES_32
 #undef SPATIALFLOW_NAMES_64
-#undef SPATIALFLOW_NAMES_128
 #undef SPATIALFLOW_WGMMA
 
 }  // namespace spatialflow

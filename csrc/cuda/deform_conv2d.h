@@ -36,7 +36,7 @@ struct DeformProblem {
     int pixels;  // of the output, N * H_out * W_out
     int height, width, out_height, out_width, kernel_width, taps;
     int channels, groups, group_channels, offset_group_channels, run, chunk;
-    unsigned cell_bytes;  // of all channels of a cell
+    unsigned cell_bytes, sums_cell_bytes;  // of all channels of a cell, in scalar_t and in accum_t
     int out_channels, group_outputs, packed_outputs;
 };
 
@@ -60,6 +60,15 @@ struct WeightOrder {
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
+
+// The value in a cell of the channel that `base` points to in cell 0. Bytes have no sign here: an address is then
+// one multiply-add.
+template <typename T>
+__device__ __forceinline__ Global<T> in_cell(Global<T> base, int cell, unsigned cell_bytes) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
+    const uint64_t bytes = static_cast<uint64_t>(static_cast<unsigned>(cell)) * cell_bytes;
+    return pointer_cast<T>(pointer_cast<Byte>(base) + static_cast<int64_t>(bytes));
+}
 
 // Where a pixel of the output is; of one that is not present, where the last one is.
 struct OutputCell {
@@ -296,16 +305,13 @@ public:
         const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int channel, int entry,
         bool present) {
         entry_ = entry;
-        // In bytes and without a sign: an address is then one multiply-add.
-        const auto source = pointer_cast<const unsigned char>(problem.input + channel);
         const Vec<int, 4> cells = table.cells(entry);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
             corners_[corner] = {};
             if (present && cells[corner] >= 0) {
-                const uint64_t bytes = static_cast<uint64_t>(static_cast<unsigned>(cells[corner])) * problem.cell_bytes;
-                corners_[corner] =
-                    load_vector<4>(pointer_cast<const unsigned>(source + static_cast<int64_t>(bytes)));
+                corners_[corner] = load_vector<4>(pointer_cast<const unsigned>(
+                    in_cell<const scalar_t>(problem.input + channel, cells[corner], problem.cell_bytes)));
             }
         }
     }
@@ -426,18 +432,18 @@ public:
         constexpr int kChunk = 8 * kWideElements<scalar_t>;
         const bool chunked = is_wide<scalar_t>() && problem.run % kChunk == 0 && shape_.taps() <= kTableTaps;
         problem.chunk = chunked ? kChunk : problem.run;
-        problem.cell_bytes = static_cast<unsigned>(shape_.channels * static_cast<int64_t>(sizeof(scalar_t)));
+        problem.cell_bytes = static_cast<unsigned>(shape_.channels * sizeof(scalar_t));
+        problem.sums_cell_bytes = static_cast<unsigned>(shape_.channels * sizeof(real_t));
         problem.out_channels = static_cast<int>(shape_.out_channels);
         problem.group_outputs = static_cast<int>(shape_.group_outputs());
         problem.packed_outputs = deform_weight_order(shape_, input_.scalar_type(), problem.run).packed_outputs;
         return problem;
     }
 
-    // True if items of 16 bytes never cross a run and are aligned, and a cell's bytes are counted in 32 bits.
+    // True if items of 16 bytes never cross a run and are aligned.
     template <typename scalar_t>
     bool is_wide() const {
-        return deform_run(shape_) % kWideElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16) &&
-               shape_.channels <= 0xffffffff / static_cast<int64_t>(sizeof(scalar_t));
+        return deform_run(shape_) % kWideElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
     }
 
 private:

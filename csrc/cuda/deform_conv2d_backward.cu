@@ -32,21 +32,25 @@ namespace {
 template <typename scalar_t, int kColumns>
 using DataProduct = TileProduct<scalar_t, kColumns, false, false>;
 
-// Tiles of the data gradient in shared memory, in values of accum_t, and who takes which of grad_columns from there.
+// Tiles of the data gradient in shared memory, and who takes which of grad_columns from there.
 template <typename scalar_t, int kColumns, int kWidth>
 struct DataMemory {
     using real_t = accum_t<scalar_t>;
     using Product = DataProduct<scalar_t, kColumns>;
+    // Of 256 columns half go through shared memory at once.
+    static constexpr int kPasses = kColumns > 128 ? 2 : 1, kPassColumns = kColumns / kPasses;
     // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbours fill whole sectors.
-    static constexpr int kPart = kWidth == 1 ? kColumns / kWarpSize : kWideElements<real_t>;
-    static constexpr int kLanes = kColumns / kPart;                                // of a pixel
-    static constexpr int kPixels = kProductRows * kLanes / kProductThreads;        // of a thread
+    static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kWideElements<real_t>;
+    static constexpr int kLanes = kPassColumns / kPart;                        // of a pixel
+    static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // of a thread
     static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
-    static constexpr int kColumnsRow = kColumns + kWideElements<real_t>;
-    static constexpr int kColumnsBegin = TapTable<real_t, kProductRows>::kSize;
-    static constexpr int kLeftBegin = kColumnsBegin + kProductRows * kColumnsRow;
+    // A product's tiles and its result take the same place, one after the other.
+    static constexpr int kColumnsRow = kPassColumns + kWideElements<real_t>;
+    static constexpr int kTilesBegin = TapTable<real_t, kProductRows>::kSize;
+    static constexpr size_t kColumnsBytes = kProductRows * kColumnsRow * sizeof(real_t);
+    static constexpr size_t kTilesBytes = 2 * Product::kTilesSize * sizeof(scalar_t);
     static constexpr size_t kBytes =
-        kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
+        kTilesBegin * sizeof(real_t) + (kColumnsBytes > kTilesBytes ? kColumnsBytes : kTilesBytes);
 };
 
 // kPart channels of the four cells that a pixel reads, on their way from the input.
@@ -59,8 +63,7 @@ public:
         const DeformProblem<scalar_t>& problem, const Vec<int, 4>& cells, int channel, int count) {
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-            Global<const scalar_t> source =
-                problem.input + (static_cast<int64_t>(cells[corner]) * problem.channels + channel);
+            const auto source = in_cell<const scalar_t>(problem.input + channel, cells[corner], problem.cell_bytes);
             if constexpr (kWide) {
                 words_[corner] = {};
                 if (cells[corner] >= 0 && count > 0) {
@@ -92,6 +95,47 @@ private:
     Vec<unsigned, kWords> words_[4];  // as words: two 16-bit values do not take two registers
     Vec<scalar_t, kPart> values_[4];  // without kWide, in place of these
 };
+
+// kPart channels of a pixel: their products with the four cells are added to `dots`, their parts of the gradient of the
+// input to the cells.
+template <int kAccess, typename scalar_t, typename real_t, int kPart, bool kWide>
+__device__ __forceinline__ void scatter_item(
+    const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
+    const real_t (&weights)[4], const CornerItem<scalar_t, kPart, kWide>& item, int channel, int count,
+    Global<real_t> grad_input, real_t* dots) {
+    Vec<real_t, kPart> gradient;
+#pragma unroll
+    for (int part = 0; part < kPart; part += kAccess) {
+        const auto some = load_vector<kAccess>(columns + part);
+#pragma unroll
+        for (int v = 0; v < kAccess; ++v) {
+            gradient[part + v] = some[v];
+        }
+    }
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+        if (cells[corner] < 0) {
+            continue;
+        }
+        const Vec<scalar_t, kPart> values = item.values(corner);
+        const auto target = in_cell<real_t>(grad_input + channel, cells[corner], problem.sums_cell_bytes);
+#pragma unroll
+        for (int part = 0; part < kPart; part += kAccess) {
+            if (part >= count) {
+                continue;
+            }
+            Vec<real_t, kAccess> parts;
+#pragma unroll
+            for (int v = 0; v < kAccess; ++v) {
+                dots[corner] += gradient[part + v] * static_cast<real_t>(load(values[part + v]));
+                parts[v] = weights[corner] * gradient[part + v];
+            }
+            if (grad_input) {
+                reduce_add(target + part, parts);
+            }
+        }
+    }
+}
 
 // Sums over kLanes adjacent lanes, kCount of them at once: lane i gets that of values[i % kCount].
 template <int kLanes, int kCount, typename real_t>
@@ -130,18 +174,18 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
     constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
     constexpr int kAccess = kWidth == 1 ? 1 : kPart;
-    // Registers decide: cells of two pixels are under way at once, and through a product on the tensor cores.
-    constexpr bool kEarly = sizeof(scalar_t) == 2;
-    constexpr int kPair = kEarly ? 2 : 1;
+    // Registers decide: cells of two pixels are under way at once, and through a product, only with few sums.
+    constexpr bool kEarly = sizeof(scalar_t) == 2 && Memory::kPasses == 1;
+    constexpr int kPair = sizeof(scalar_t) == 2 ? 2 : 1;
     SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
     const TapTable<real_t, kProductRows> table(shared);
-    const Shared<real_t> columns = shared + Memory::kColumnsBegin;
-    const Shared<scalar_t> left = pointer_cast<scalar_t>(shared + Memory::kLeftBegin);
+    const Shared<real_t> columns = shared + Memory::kTilesBegin;
+    const Shared<scalar_t> left = pointer_cast<scalar_t>(columns);
     const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
     const int first_pixel = static_cast<int>(blockIdx.x) * kProductRows;
     const int tap = static_cast<int>(blockIdx.y), offset_group = static_cast<int>(blockIdx.z);
-    const int own_column = lane * kPart;
+    const int own_column = lane * kPart, own_row = thread / (kDepth / kItem), own_item = thread % (kDepth / kItem) * kItem;
     const auto own_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
 
     table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
@@ -150,19 +194,20 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     for (int first = 0; first < problem.offset_group_channels; first += problem.run) {
         const int first_channel = offset_group * problem.offset_group_channels + first;
         const int group = first_channel / problem.group_channels;
-        const int first_row = first_channel * problem.taps + tap * problem.run;
         for (int begin = 0; begin < problem.run; begin += kColumns) {
-            const int channel = first_channel + begin + own_column, count = problem.run - begin - own_column;
             CornerItem<scalar_t, kPart, kWidth != 1> next[kPair];
-            const auto fetch = [&](int first) {
+            const auto fetch = [&](int first, int channel, int count) {
 #pragma unroll
                 for (int i = 0; i < kPair; ++i) {
-                    next[i].begin(problem, table.cells(own_pixel(first + i)), channel, grad_offset ? count : 0);
+                    next[i].begin(
+                        problem, table.cells(own_pixel(first + i)), first_channel + channel, grad_offset ? count : 0);
                 }
             };
             if constexpr (kEarly) {
-                fetch(0);
+                fetch(0, begin + own_column, problem.run - begin - own_column);
             }
+            const int weights =
+                (first_channel * problem.taps + tap * problem.run + begin + own_row) * problem.packed_outputs + own_item;
             Product product;
             run_steps<kDepth>(
                 problem.packed_outputs,
@@ -176,8 +221,8 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                     load_items<kColumns, kDepth / kItem>(
                         right + buffer * Product::kRightSize, Product::kRightRow,
                         [&](int row, int element, Shared<scalar_t> target) {
-                            const bool present = begin + row < problem.run && k + element < problem.packed_outputs;
-                            const int at = (first_row + begin + row) * problem.packed_outputs + k + element;
+                            const bool present = row < problem.run - begin && k + element < problem.packed_outputs;
+                            const int at = weights + (row - own_row) * problem.packed_outputs + k;
                             cp_async_16(target, packed + at, present);
                         });
                 },
@@ -185,77 +230,55 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                     product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
                 },
                 [](int) {});
-            product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
-                store_vector(columns + (row * Memory::kColumnsRow + column), sums);
-            });
-            __syncthreads();
-            if constexpr (!kEarly) {
-                fetch(0);
-            }
-            // The barriers of the next product keep it from writing what is still read here.
+            const auto scatter = [&](auto pass) {
+                constexpr int kPass = decltype(pass)::value, kPasses = Memory::kPasses;
+                const int own_channel = begin + Product::template column_of_part<kPass, kPasses>(own_column);
+                const int count = problem.run - own_channel;
+                product.template for_each_of_part<kPass, kPasses>(
+                    [&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
+                        store_vector(columns + (row * Memory::kColumnsRow + column), sums);
+                    });
+                if constexpr (!kEarly) {
+                    fetch(0, own_channel, count);
+                }
+                __syncthreads();
 #pragma unroll 1
-            for (int first = 0; first < kPixels; first += kPair) {
-                CornerItem<scalar_t, kPart, kWidth != 1> items[kPair];
+                for (int first = 0; first < kPixels; first += kPair) {
+                    CornerItem<scalar_t, kPart, kWidth != 1> items[kPair];
 #pragma unroll
-                for (int i = 0; i < kPair; ++i) {
-                    items[i] = next[i];
-                }
-                if (first + kPair < kPixels) {
-                    fetch(first + kPair);
-                }
-                real_t dots[kPair * 4] = {};
-#pragma unroll
-                for (int i = 0; i < kPair; ++i) {
-                    const int pixel = own_pixel(first + i);
-                    const Vec<int, 4> cells = table.cells(pixel);
-                    real_t weights[4];
-                    table.weights(pixel, weights);
-                    Vec<real_t, kPart> gradient;
-#pragma unroll
-                    for (int part = 0; part < kPart; part += kAccess) {
-                        const auto some =
-                            load_vector<kAccess>(columns + (pixel * Memory::kColumnsRow + own_column + part));
-#pragma unroll
-                        for (int v = 0; v < kAccess; ++v) {
-                            gradient[part + v] = some[v];
-                        }
+                    for (int i = 0; i < kPair; ++i) {
+                        items[i] = next[i];
                     }
+                    if (first + kPair < kPixels) {
+                        fetch(first + kPair, own_channel, count);
+                    }
+                    real_t dots[kPair * 4] = {};
 #pragma unroll
-                    for (int corner = 0; corner < 4; ++corner) {
-                        if (cells[corner] < 0) {
-                            continue;
-                        }
-                        const Vec<scalar_t, kPart> values = items[i].values(corner);
-                        const int64_t at = static_cast<int64_t>(cells[corner]) * problem.channels + channel;
-#pragma unroll
-                        for (int part = 0; part < kPart; part += kAccess) {
-                            if (part >= count) {
-                                continue;
-                            }
-                            Vec<real_t, kAccess> parts;
-#pragma unroll
-                            for (int v = 0; v < kAccess; ++v) {
-                                dots[i * 4 + corner] +=
-                                    gradient[part + v] * static_cast<real_t>(load(values[part + v]));
-                                parts[v] = weights[corner] * gradient[part + v];
-                            }
-                            if (grad_input) {
-                                reduce_add(grad_input + (at + part), parts);
-                            }
-                        }
+                    for (int i = 0; i < kPair; ++i) {
+                        const int pixel = own_pixel(first + i);
+                        const Vec<int, 4> cells = table.cells(pixel);
+                        real_t weights[4];
+                        table.weights(pixel, weights);
+                        scatter_item<kAccess>(
+                            problem, columns + (pixel * Memory::kColumnsRow + own_column), cells, weights, items[i],
+                            first_channel + own_channel, count, grad_input, dots + i * 4);
+                    }
+                    const real_t sum = sum_over_lanes<kLanes>(dots);
+                    if (lane / (kPair * 4) == first / kPair) {
+                        dot += sum;
                     }
                 }
-                const real_t sum = sum_over_lanes<kLanes>(dots);
-                if (lane / (kPair * 4) == first / kPair) {
-                    dot += sum;
-                }
+                __syncthreads();
+            };
+            scatter(std::integral_constant<int, 0>{});
+            if constexpr (Memory::kPasses == 2) {
+                scatter(std::integral_constant<int, 1>{});
             }
         }
     }
     if (!grad_offset) {
         return;
     }
-    __syncthreads();  // `columns` takes the sums over channels
     columns[own_pixel(lane / 4) * 4 + lane % 4] = dot;
     __syncthreads();
     const int pixel = first_pixel + thread;
@@ -437,10 +460,9 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
             using real_t = accum_t<scalar_t>;
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
             const bool wide = is_wide<scalar_t>(operands, shape, source);
-            constexpr int kMostColumns = std::is_same_v<scalar_t, double> ? 64 : 128;
             const Global<real_t> none(nullptr);
             if (need_sampling || (need_input && !gather)) {
-                with_tile<scalar_t, kMostColumns>(wide, deform_run(shape), [&](auto columns, auto width) {
+                with_tile<scalar_t, kMostTileColumns<scalar_t>>(wide, deform_run(shape), [&](auto columns, auto width) {
                     constexpr int kColumns = decltype(columns)::value;
                     launch<deform_conv2d_backward_data_kernel<scalar_t, kColumns, decltype(width)::value>>(
                         deform_grid(kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups), dim3(kProductThreads),

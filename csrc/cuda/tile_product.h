@@ -93,6 +93,17 @@ public:
             [&](int row, int, int column, const Vec<scalar_t, kVisited>& sums) { visit(row, column, sums); });
     }
 
+    // As on the tensor cores, for one part.
+    template <int kPart, int kParts, typename Visit>
+    __device__ __forceinline__ void for_each_of_part(Visit visit) const {
+        static_assert(kParts == 1, "a product in one part");
+        for_each(visit);
+    }
+    template <int kPart, int kParts>
+    __device__ static __forceinline__ int column_of_part(int column) {
+        return column;
+    }
+
 private:
     __device__ static __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / 16 * kOwnRows + i; }
     // Neighbours where a row of memory is a run of columns, else a stride that leaves the banks to all threads.
@@ -205,6 +216,29 @@ public:
         for_each(
             [](int row) { return row; }, [](int) { return 0; },
             [&](int row, int, int column, const Vec<float, 2>& sums) { visit(row, column, sums); });
+    }
+
+    // The columns in kParts parts: visit(row, column, sums) for a part, its columns counted without those of others.
+    template <int kPart, int kParts, typename Visit>
+    __device__ __forceinline__ void for_each_of_part(Visit visit) const {
+        const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+        constexpr int kVisits = kWarpColumns / 8 / kParts;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < kVisits; ++j) {
+                const float(&sums)[4] = sums_[i / 2][kPart * kVisits + j];
+                const Vec<float, 2> values = {{sums[i % 2 * 2], sums[i % 2 * 2 + 1]}};
+                visit(warp_row() + i * 8 + lane / 4, warp_column() / kParts + j * 8 + lane % 4 * 2, values);
+            }
+        }
+    }
+
+    // Where a column of a part is among all.
+    template <int kPart, int kParts>
+    __device__ static __forceinline__ int column_of_part(int column) {
+        constexpr int kAdjacent = kWarpColumns / kParts;
+        return column / kAdjacent * kWarpColumns + kPart * kAdjacent + column % kAdjacent;
     }
 
 private:

@@ -83,8 +83,9 @@ __device__ __forceinline__ RoiPlace roi_place(
 template <typename real_t, typename element_t>
 __device__ __forceinline__ RoiAxis<real_t> axis_of(
     Global<const real_t> box, bool of_rows, const RoiLevel<element_t>& level, const RoiOptions& options) {
+    const real_t x1 = box[1], y1 = box[2], x2 = box[3], y2 = box[4];
     return roi_axis<real_t>(
-        box[of_rows ? 2 : 1], box[of_rows ? 4 : 3], static_cast<real_t>(level.scale),
+        of_rows ? y1 : x1, of_rows ? y2 : x2, static_cast<real_t>(level.scale),
         of_rows ? options.pooled_height : options.pooled_width, options.sampling_ratio, options.aligned);
 }
 

@@ -1,27 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Deformable convolution (v1, and v2 with a mask) on CUDA.
+// Deformable convolution (v1, and v2 with a mask) on CUDA, as an implicit GEMM.
 //
 //   output[n, p, o] = bias[o] + sum over taps k and channels c of
 //                     weight[k, c, o] * mask[n, k, p] * bilinear(input[n, :, :, c], position(p, k) + offset[n, k, p])
 //
-// With an offset tangent, the sample's derivative along it takes the sample's place: four other factors.
+// input (N, H, W, C), others are copied into it; offset and mask by strides; output (N, H_out, W_out, O). A block owns
+// 64 or 128 pixels by 64 to 256 outputs of a group (16-bit types: mma.sync, float32 sums; float32, 64: 64 pixels, at
+// most 128 outputs, FMA). Columns are gathered into shared memory, 64 bytes a step, while the last step is multiplied,
+// and rounded to the 16-bit type once. Few pixels: blocks share the steps of a tile, another kernel adds their parts.
 //
-// An implicit GEMM: rows are output pixels of all images, columns the outputs of a group, and the sum runs over taps
-// and channels. input (N, H, W, C), others are copied into it; offset and mask by strides; output (N, H_out, W_out, O).
-// Columns are gathered into shared memory, 64 bytes a step, and never leave it. Where a tap reads, and how much, is worked
-// out once for each pixel, tap and offset group, and kept for nine taps in shared memory.
-//
-//   16-bit types   64 or 128 pixels x 64, 128 or 256 outputs a block, by mma.sync with float32 sums: with 256, every
-//                  column is gathered once in all. The blended sample is rounded to the 16-bit type once.
-//   float32, 64    64 pixels x 64 or 128 outputs, by fused multiply-adds
-// The cells of the next step are loaded to registers, and its weights by cp.async, while this one is computed. Where
-// pixels are few, blocks share the steps of a tile: each writes a part in accum_t, another kernel adds them in order.
-//
-// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 1 x 256 x 100 x 168, 3 x 3, 256 outputs: 19.8 GFLOP: 25 us; input, offset,
-// mask, output 19 MB: 6 us. The gather reads 4 cells a sample, 310 MB, from the caches.
+// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 19.8 GFLOP: 25 us; 19 MB: 6 us. The gather reads 310 MB
+// from the caches, the blocks 155 MB of weights.
 #include "cuda/deform_conv2d.h"
 
+#include <algorithm>
 #include <numeric>
 
 namespace spatialflow {
@@ -40,8 +33,8 @@ struct ForwardMemory {
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// The pixel of the output, counted through all images, at a place in the order of tiles: strips of eight rows, column by
-// column, so that the taps of a tile read a compact part of the input.
+// The pixel of the output, counted through all images, at a place in the order of tiles: strips of eight rows, column
+// by column. The taps of a tile then share cells of the input.
 template <typename scalar_t>
 __device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
     constexpr int kStripRows = 8;
@@ -128,7 +121,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     }
     __syncthreads();
     Product product;
-    int begin = static_cast<int>(blockIdx.z) / problem.groups * part_steps;  // first step of this block, counted from the next one on
+    int begin = static_cast<int>(blockIdx.z) / problem.groups * part_steps;  // first own step; then less those passed
     for (int run = 0; run < problem.group_channels; run += problem.run) {
         const int first_channel = group * problem.group_channels + run;
         for (int first_tap = 0; first_tap < problem.taps; first_tap += kTableTaps) {
@@ -311,10 +304,12 @@ void convolve(
         dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
     const int64_t beside = column_tiles * shape.groups;  // blocks with the same pixels
-    // As many parts on every card, so that results are, and none so short that its sums cost more than its products.
+    // The number of parts depends on shapes alone, so results do not depend on the card. No part is so short that its
+    // sums cost more than its products.
     constexpr int64_t kWantedBlocks = 264, kLeastSteps = 8, kLeastLargeTiles = 100;
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
-    const int64_t whole_batches = (shape.taps() - 1) / kTableTaps, rest_taps = shape.taps() - whole_batches * kTableTaps;
+    const int64_t whole_batches = (shape.taps() - 1) / kTableTaps;
+    const int64_t rest_taps = shape.taps() - whole_batches * kTableTaps;
     const int64_t run_steps = whole_batches * ceil_div(kTableTaps * problem.run, kDepth) +
                               ceil_div(rest_taps * problem.run, kDepth);
     const int64_t steps = problem.run > 0 ? shape.group_channels() / problem.run * run_steps : 1;
@@ -334,7 +329,7 @@ void convolve(
             mutable_data<scalar_t>(output), parts ? mutable_data<real_t>(*parts) : Global<real_t>(nullptr),
             static_cast<int>(part_steps));
     };
-    // Twice the pixels halve the weights that blocks read, if their tiles still fill a large card.
+    // Tiles of 128 pixels halve the weights that blocks read; they are used where they still fill a large card.
     constexpr bool kLargeTiles = sizeof(scalar_t) == 2 && kColumns == 256;
     if (kLargeTiles && num_parts == 1 && ceil_div(tiles, 2) * beside >= kLeastLargeTiles) {
         launch_tiles(std::integral_constant<int, kLargeTiles ? 2 * kProductRows : kProductRows>{});

@@ -9,18 +9,13 @@
 //   grad_input[cell, c]   = sum over the (p, k, i) that read the cell of mask * value_i * grad_columns
 //   grad_weight[k, c, o]  = sum over p of columns * grad_output[p, o]
 //
-// Layouts as in the forward pass; grad_output (N, H_out, W_out, O), others are copied into it.
+// Data (input, offset, mask): a block owns 64 pixels at one tap and offset group. It computes grad_columns into shared
+// memory; a pixel's lanes, 16 bytes each, take the products with its four cells for offset and mask, and add to
+// grad_input by float32 reductions in any order. Deterministic, and in float64: by deform_conv2d_input_gradient.h.
+// Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs over a part of the pixels; parts are added in
+// order. Layouts as in the forward pass; grad_output (N, H_out, W_out, O).
 //
-// Data (input, offset, mask): a block owns 64 pixels at one tap and offset group. It computes grad_columns of 64 or 128
-// channels as a product into shared memory; from there a pixel's lanes, 16 bytes each, take the products with its four
-// cells, which are all that the gradients of offset and mask need, and add to grad_input by 16-byte reductions in
-// float32, whose order is not fixed. Cells are loaded a pair of pixels ahead, the first during the product.
-// Deterministic, and in float64: grad_input by gather instead (deform_conv2d_input_gradient.h).
-// Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs and sums over a part of the pixels, columns
-// gathered into shared memory as in the forward pass; another kernel adds the parts in order. Deterministic.
-//
-// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 1 x 256 x 100 x 168, 3 x 3, 256 outputs: data 19.8 GFLOP: 25 us, and 620 MB
-// of reductions in L2; weight 19.8 GFLOP: 25 us. Bytes, each once: input, both gradients, offsets 37 MB: 12 us.
+// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 25 us each; data also adds 620 MB in L2.
 #include "cuda/deform_conv2d.h"
 #include "cuda/deform_conv2d_input_gradient.h"
 
@@ -39,9 +34,9 @@ struct DataMemory {
     using Product = DataProduct<scalar_t, kColumns>;
     // Of 256 columns half go through shared memory at once.
     static constexpr int kPasses = kColumns > 128 ? 2 : 1, kPassColumns = kColumns / kPasses;
-    // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbours fill whole sectors.
+    // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbors fill whole sectors.
     static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kWideElements<real_t>;
-    static constexpr int kLanes = kPassColumns / kPart;                        // of a pixel
+    static constexpr int kLanes = kPassColumns / kPart;                      // of a pixel
     static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // of a thread
     static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
     // A product's tiles and its result take the same place, one after the other.
@@ -185,14 +180,15 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
     const int first_pixel = static_cast<int>(blockIdx.x) * kProductRows;
     const int tap = static_cast<int>(blockIdx.y), offset_group = static_cast<int>(blockIdx.z);
-    const int own_column = lane * kPart, own_row = thread / (kDepth / kItem), own_item = thread % (kDepth / kItem) * kItem;
+    constexpr int kRowItems = kDepth / kItem;
+    const int own_column = lane * kPart, own_row = thread / kRowItems, own_item = thread % kRowItems * kItem;
     const auto own_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
 
     table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
     __syncthreads();
     real_t dot = 0;  // of grad_columns and a cell: corner lane % 4 of pixel own_pixel(lane / 4)
-    for (int first = 0; first < problem.offset_group_channels; first += problem.run) {
-        const int first_channel = offset_group * problem.offset_group_channels + first;
+    for (int first_channel = offset_group * problem.offset_group_channels;
+         first_channel < (offset_group + 1) * problem.offset_group_channels; first_channel += problem.run) {
         const int group = first_channel / problem.group_channels;
         for (int begin = 0; begin < problem.run; begin += kColumns) {
             CornerItem<scalar_t, kPart, kWidth != 1> next[kPair];
@@ -206,8 +202,8 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
             if constexpr (kEarly) {
                 fetch(0, begin + own_column, problem.run - begin - own_column);
             }
-            const int weights =
-                (first_channel * problem.taps + tap * problem.run + begin + own_row) * problem.packed_outputs + own_item;
+            const int weight_row = first_channel * problem.taps + tap * problem.run + begin + own_row;
+            const int weights = weight_row * problem.packed_outputs + own_item;
             Product product;
             run_steps<kDepth>(
                 problem.packed_outputs,
@@ -465,9 +461,9 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
                 with_tile<scalar_t, kMostTileColumns<scalar_t>>(wide, deform_run(shape), [&](auto columns, auto width) {
                     constexpr int kColumns = decltype(columns)::value;
                     launch<deform_conv2d_backward_data_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                        deform_grid(kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups), dim3(kProductThreads),
-                        DataMemory<scalar_t, kColumns, decltype(width)::value>::kBytes, device.stream(), problem, data<scalar_t>(source),
-                        data<scalar_t>(packed),
+                        deform_grid(kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups),
+                        dim3(kProductThreads), DataMemory<scalar_t, kColumns, decltype(width)::value>::kBytes,
+                        device.stream(), problem, data<scalar_t>(source), data<scalar_t>(packed),
                         need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
                         need_sampling ? mutable_data<real_t>(gradients.offset) : none,
                         need_sampling && mask ? mutable_data<real_t>(gradients.mask) : none);

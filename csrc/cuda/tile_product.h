@@ -62,8 +62,8 @@ public:
         }
     }
 
-    // visit(of_row, of_column, column, sums) for all that this thread owns, kVisited columns from `column` on, with what
-    // begin_row(row) and begin_column(column) gave.
+    // visit(of_row, of_column, column, sums) for all that this thread owns, kVisited columns from `column` on, with the
+    // results of begin_row(row) and begin_column(column).
     template <typename BeginRow, typename BeginColumn, typename Visit>
     __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
         decltype(begin_column(0)) of_columns[kOwnColumns / kVisited];
@@ -282,7 +282,7 @@ template <int kRows, int kRowItems, int kThreads = kProductThreads, typename sca
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
     constexpr int kItem = kWideElements<scalar_t>, kStepRows = kThreads / kRowItems;
     static_assert(kThreads % kRowItems == 0 && kRows % kStepRows == 0, "every thread loads as many items of a column");
-    const int row = static_cast<int>(threadIdx.x) / kRowItems, element = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+    const int thread = static_cast<int>(threadIdx.x), row = thread / kRowItems, element = thread % kRowItems * kItem;
     const Shared<scalar_t> target = tile + (row * tile_row + element);
 #pragma unroll
     for (int i = 0; i < kRows; i += kStepRows) {

@@ -207,13 +207,21 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
     };
 
     ConvTile tile = conv_tile<Size::kOutputs>(table, static_cast<int>(blockIdx.x));
-    begin_inputs(tile);
     begin_weights(tile);
     copy_weights(0);
     copy_weights(1);
+    begin_inputs(tile);
     __syncthreads();
-    for (int piece = 0; piece < Size::kUnits; ++piece) {
-        keep_inputs(piece, fetch_inputs(piece));
+    {
+        SumTerms pieces[Size::kUnits];
+#pragma unroll
+        for (int piece = 0; piece < Size::kUnits; ++piece) {
+            pieces[piece] = fetch_inputs(piece);
+        }
+#pragma unroll
+        for (int piece = 0; piece < Size::kUnits; ++piece) {
+            keep_inputs(piece, pieces[piece]);
+        }
     }
     auto tap_inputs = inputs + ((warp_row * Size::kRimWidth + lane % 16) * Size::kInputRow + lane / 16 * 8);
     const auto tap_weights = weights + (lane % 16 * Size::kWeightRow + warp_output + lane / 16 * 8);

@@ -121,9 +121,9 @@ __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, in
     return entry;
 }
 
-// A thread's way through the inputs of a kernel for tensor cores: eight channels of the pixels of a tile and its rim,
-// a piece after the other. Where the pixels lie is in a table in shared memory; their row and column is y, x of the
-// tile and one less.
+// How a thread of a kernel for tensor cores reads its eight channels of the pixels of a tile and its rim (kCount with
+// those that fill up the last piece). `places` in shared memory holds the offset of each pixel in x and in flow, -1
+// outside the map, so that a load costs a few instructions.
 template <int kHeight, int kWidth, int kCount, typename scalar_t>
 struct InputReader {
     Global<const scalar_t> x{nullptr}, flow{nullptr};

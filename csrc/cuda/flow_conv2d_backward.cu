@@ -138,11 +138,19 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
     };
 
     TileReader<Wide::kHeight, Wide::kWidth, scalar_t> tiles(table);
-    begin_inputs(table.levels[tiles.level], tiles.map);
     copy_gradients(table.levels[tiles.level], tiles.map);
+    begin_inputs(table.levels[tiles.level], tiles.map);
     __syncthreads();
-    for (int piece = 0; piece < Wide::kPieces; ++piece) {
-        keep_inputs(piece, fetch_inputs(piece));
+    {
+        SumTerms pieces[Wide::kPieces];
+#pragma unroll
+        for (int piece = 0; piece < Wide::kPieces; ++piece) {
+            pieces[piece] = fetch_inputs(piece);
+        }
+#pragma unroll
+        for (int piece = 0; piece < Wide::kPieces; ++piece) {
+            keep_inputs(piece, pieces[piece]);
+        }
     }
     // The rows of shared memory that this lane points ldmatrix at.
     constexpr int kInputStep = 2 * Wide::kRimWidth * Wide::kRow, kGradientStep = 2 * Wide::kWidth * Wide::kRow;

@@ -83,8 +83,9 @@ __device__ __forceinline__ RoiPlace roi_place(
 template <typename real_t, typename element_t>
 __device__ __forceinline__ RoiAxis<real_t> axis_of(
     Global<const real_t> box, bool of_rows, const RoiLevel<element_t>& level, const RoiOptions& options) {
+    const real_t x1 = box[1], y1 = box[2], x2 = box[3], y2 = box[4];
     return roi_axis<real_t>(
-        box[of_rows ? 2 : 1], box[of_rows ? 4 : 3], static_cast<real_t>(level.scale),
+        of_rows ? y1 : x1, of_rows ? y2 : x2, static_cast<real_t>(level.scale),
         of_rows ? options.pooled_height : options.pooled_width, options.sampling_ratio, options.aligned);
 }
 
@@ -223,6 +224,7 @@ constexpr int kWalkWarps = 4;  // of a block, which takes as many bin rows
 constexpr int kMaxSamples = 32;  // of a bin on an axis, for a bin that tables hold
 constexpr int kMaxTaps = 8;
 constexpr int kTooMany = kMaxTaps + 1;
+constexpr int kTapStride = kWarpSize;  // from a lane's tap to its next one: lanes side by side, in different banks
 constexpr int kMaxRows = 4;  // taps of a bin row that registers hold
 
 // The bins of a RoI, cut into the tiles that blocks take.
@@ -256,16 +258,16 @@ __device__ __forceinline__ void add_tap(Shared<Tap<real_t>> taps, int& count, in
 #pragma unroll
     for (int back = 1; back <= 2; ++back) {
         if (count >= back && count <= kMaxTaps) {
-            Tap<real_t> tap = taps[count - back];
+            Tap<real_t> tap = taps[(count - back) * kTapStride];
             if (tap.cell == cell) {
                 tap.weight += weight;
-                taps[count - back] = tap;
+                taps[(count - back) * kTapStride] = tap;
                 return;
             }
         }
     }
     if (count < kMaxTaps) {
-        taps[count] = Tap<real_t>{cell, weight};
+        taps[count * kTapStride] = Tap<real_t>{cell, weight};
     }
     count = count < kTooMany ? count + 1 : kTooMany;
 }
@@ -290,9 +292,9 @@ __device__ __forceinline__ int collect_taps(
     const real_t grid = axis.grid > real_t(1) ? axis.grid : real_t(1);
 #pragma unroll 1
     for (int j = 0; j < count && j < kMaxTaps; ++j) {
-        Tap<real_t> tap = taps[j];
+        Tap<real_t> tap = taps[j * kTapStride];
         tap.weight /= grid;
-        taps[j] = tap;
+        taps[j * kTapStride] = tap;
     }
     return count;
 }
@@ -300,16 +302,6 @@ __device__ __forceinline__ int collect_taps(
 struct WalkLength {
     int steps, columns;
 };
-
-__device__ __forceinline__ int inclusive_sum(int value) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-        const int before = __shfl_up_sync(kAllLanes, value, distance);
-        value += lane >= distance ? before : 0;
-    }
-    return value;
-}
 
 // Writes the walk over the bins of lanes [0, bins), `count` taps each, and the offsets of the columns that it loads;
 // called by a whole warp. -1 steps if a bin has too many taps. A column is loaded once where bins follow each other
@@ -328,7 +320,7 @@ __device__ __forceinline__ WalkLength write_walk(
     bool ascends = true;
 #pragma unroll 1
     for (int j = 0; j < count; ++j) {
-        const Tap<real_t> tap = taps[j];
+        const Tap<real_t> tap = taps[j * kTapStride];
         first = j == 0 ? tap.cell : first;
         second = j == 1 ? tap.cell : second;
         ascends = ascends && tap.cell > last;
@@ -345,13 +337,19 @@ __device__ __forceinline__ WalkLength write_walk(
     const int first_taps = reuses && count > 1 ? 2 : 1;  // of the first step
     const int own_steps = lane < bins ? (count > first_taps ? count - first_taps + 1 : 1) : 0;
     const int own_columns = count - taps_held;
-    const int end = inclusive_sum(own_steps), columns_end = inclusive_sum(own_columns);
+    int ends = own_steps << 16 | own_columns;  // of this lane's steps and columns, once summed over the lanes before
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, ends, distance);
+        ends += lane >= distance ? before : 0;
+    }
+    const int first_step = (ends >> 16) - own_steps, first_column = (ends & 0xffff) - own_columns;
 #pragma unroll 1
     for (int j = 0; j < own_steps; ++j) {
         Step<real_t> step{real_t(0), real_t(0), j + 1 == own_steps ? kEndsBin : 0};
         if (count > 0) {
             const int at = j + first_taps - 1;
-            const Tap<real_t> tap = taps[at];
+            const Tap<real_t> tap = taps[at * kTapStride];
             step.current = tap.weight;
             if (at > j && j == 0) {
                 const Tap<real_t> before = taps[0];
@@ -359,18 +357,19 @@ __device__ __forceinline__ WalkLength write_walk(
             }
             if (at >= taps_held) {
                 step.flags |= kLoads;
-                columns[columns_end - own_columns + at - taps_held] = tap.cell * column_stride;
+                columns[first_column + at - taps_held] = tap.cell * column_stride;
             }
         }
-        steps[end - own_steps + j] = step;
+        steps[first_step + j] = step;
     }
-    return {__shfl_sync(kAllLanes, end, kWarpSize - 1), __shfl_sync(kAllLanes, columns_end, kWarpSize - 1)};
+    ends = __shfl_sync(kAllLanes, ends, kWarpSize - 1);
+    return {ends >> 16, ends & 0xffff};
 }
 
 // Tables in shared memory of a block's part of a RoI.
 template <typename real_t>
 struct WalkTables {
-    Shared<Tap<real_t>> taps;    // (kWarpSize, kMaxTaps): of the bin columns, from kMaxBinColumns on of the bin rows
+    Shared<Tap<real_t>> taps;    // (kMaxTaps, kTapStride): of the bin columns, from kMaxBinColumns on of the bin rows
     Shared<Step<real_t>> steps;  // (kMaxBinColumns * kMaxTaps,)
     Shared<int64_t> columns;     // the same
     Shared<int> row_taps;        // (kWalkWarps,): taps of each bin row, or kTooMany
@@ -413,7 +412,7 @@ __device__ __forceinline__ void write_tables(
         const RoiAxis<real_t> axis = axis_of(box, of_rows, level, options);
         const bool valid = __all_sync(kAllLanes, place.valid && axis.valid);
         const int index = of_rows ? lane - kMaxBinColumns : lane;
-        Shared<Tap<real_t>> own_taps = tables.taps + lane * kMaxTaps;
+        Shared<Tap<real_t>> own_taps = tables.taps + lane;
         int count = 0;
         if (valid && index < (of_rows ? part.rows : part.columns)) {
             count = collect_taps(
@@ -450,7 +449,7 @@ public:
         : steps_(steps), columns_(columns), steps_left_(length.steps), columns_left_(length.columns) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const Tap<real_t> tap = rows[r];
+            const Tap<real_t> tap = rows[r * kTapStride];
             row_[r] = pointer_cast<const unsigned char>(feature + tap.cell * stride_h);
             weight_[r] = tap.weight;
         }
@@ -616,7 +615,7 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, kForwardBlocks<scalar_
     for_bin_rows(true, [&](int, int row, int count, Global<const scalar_t> feature, auto&& emit) {
         const auto walk = [&](auto rows) {
             BinRowWalk<scalar_t, kWidth, decltype(rows)::value>(
-                feature, level.stride_h, tables.taps + (kMaxBinColumns + row) * kMaxTaps, tables.steps, tables.columns,
+                feature, level.stride_h, tables.taps + (kMaxBinColumns + row), tables.steps, tables.columns,
                 length)
                 .run(emit);
         };
@@ -677,7 +676,7 @@ __device__ __forceinline__ void scatter_bin_row(
         if (active && column >= 0) {
 #pragma unroll 1
             for (int r = 0; r < row_count; ++r) {
-                const Tap<real_t> tap = rows[r];
+                const Tap<real_t> tap = rows[r * kTapStride];
                 add_to_cell(feature + (tap.cell * stride_h + column), sums, tap.weight);
             }
         }
@@ -790,7 +789,7 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, 5) roi_align_scatter_k
         } else {
             scatter_bin_row<scalar_t, kWidth>(
                 source, part.columns, options.channels, feature, active, level.stride_h,
-                tables.taps + (kMaxBinColumns + row) * kMaxTaps, row_count, tables.steps, tables.columns, length);
+                tables.taps + (kMaxBinColumns + row), row_count, tables.steps, tables.columns, length);
         }
     }
 }
@@ -855,18 +854,19 @@ __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
     }
     BinWeights<real_t> own{};
     if (place.valid && axis.valid) {
-        Shared<Tap<real_t>> own_taps = taps + threadIdx.x * kMaxTaps;
+        Shared<Tap<real_t>> own_taps =
+            taps + (threadIdx.x / kTapStride * (kMaxTaps * kTapStride) + threadIdx.x % kTapStride);
         const int count = collect_taps(
             axis, of_rows ? index : index - options.pooled_height, of_rows ? level.height : level.width, own_taps);
         own.first = count == kTooMany ? kTooWide : 0x7fffffff;
 #pragma unroll 1
         for (int j = 0; j < count && count != kTooMany; ++j) {
-            const Tap<real_t> tap = own_taps[j];
+            const Tap<real_t> tap = own_taps[j * kTapStride];
             own.first = tap.cell < own.first ? tap.cell : own.first;
         }
 #pragma unroll 1
         for (int j = 0; j < count && own.first != kTooWide; ++j) {
-            const Tap<real_t> tap = own_taps[j];
+            const Tap<real_t> tap = own_taps[j * kTapStride];
 #pragma unroll
             for (int i = 0; i < BinWeights<real_t>::kCells; ++i) {
                 own.weights[i] += tap.cell - own.first == i ? tap.weight : real_t(0);

@@ -36,7 +36,7 @@ add_library(torch_cuda_stub SHARED "${stub_dir}/torch_cuda_stub.cpp")
 set_target_properties(torch_cuda_stub PROPERTIES
   OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${stub_dir}" CXX_VISIBILITY_PRESET default)
 
-set(cuda_sources ${ops} ${shared_sources})
+set(cuda_sources ${ops} ${shared_sources} ${cuda_only_sources})
 foreach(list IN ITEMS cuda_sources cuda_unfused)
   list(TRANSFORM ${list} PREPEND "csrc/cuda/")
   list(TRANSFORM ${list} APPEND ".cu")

@@ -22,6 +22,9 @@ set(ops
 # Sources of both back ends that several operators share.
 set(shared_sources conv3x3)
 
+# Sources of the CUDA library alone: made of instructions that the SIMT interpreter does not know.
+set(cuda_only_sources sm90_conv3x3 sm90_deform_conv2d)
+
 # Overlap decisions, resized pixels and labels are the same on every level and back end only if no product is fused with
 # an addition. In the CUDA kernels of NMS that is said at the products.
 set(cpu_unfused multiclass_nms nms preprocess_images stuff_labels)

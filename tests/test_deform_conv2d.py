@@ -264,14 +264,16 @@ class TestSizes:
         assert_near(outs[0], outs[1], dtype)
         assert_near(grads[0], grads[1], dtype, factor=4)
 
-    def test_many_pixels(self):
+    @pytest.mark.parametrize("channels, kernel", [(72, 1), (128, 2)])
+    def test_many_pixels(self, channels, kernel):
         """Enough of them for the largest tiles, in strips of rows of which the last is lower."""
+        taps = kernel * kernel
         tensors = [
-            torch.randn(2, 72, 78, 83, dtype=torch.float16),
-            off_grid(2 * torch.randn(2, 2, 78, 83)),
-            torch.randn(136, 72, 1, 1, dtype=torch.float16),
+            torch.randn(2, channels, 77 + kernel, 82 + kernel, dtype=torch.float16),
+            off_grid(2 * torch.randn(2, 2 * taps, 78, 83)),
+            torch.randn(136, channels, kernel, kernel, dtype=torch.float16),
             torch.randn(136, dtype=torch.float16),
-            torch.rand(2, 1, 78, 83),
+            torch.rand(2, taps, 78, 83),
         ]
         input, offset, weight, bias, mask = tensors
         out = ops.deform_conv2d(input, offset, weight, bias, mask=mask)

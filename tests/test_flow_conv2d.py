@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near, map_tensors
+from op_matrix import LAYOUTS, OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -166,6 +166,36 @@ class TestKernels:
             halves = map_tensors(lambda t: t.to(dtype), [x, added, weight, bias])
             expected = reference.flow_conv2d(*map_tensors(torch.Tensor.double, halves))
             assert_near(ops.flow_conv2d(*halves), expected, dtype)
+
+    @pytest.mark.parametrize("channels", [(64, 64), (128, 136), (192, 36), (64, 33)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_steps_of_64_channels(self, dtype, channels):
+        """Inputs in whole steps of 64 channels; outputs in whole tiles, and in rows that 16 bytes fill or do not."""
+        x, flow, weight, bias = tensors_of(*channels, [(9, 19), (8, 8), (1, 3), (17, 2)], True, True, 2)()
+        for added, offset, relu in ((flow, bias, True), (None, None, False)):
+            halves = map_tensors(lambda t: t.to(dtype), [x, added, weight, offset])
+            expected = reference.flow_conv2d(*map_tensors(torch.Tensor.double, halves), relu=relu)
+            assert_near(ops.flow_conv2d(*halves, relu=relu), expected, dtype)
+            packed = ops.pack_conv3x3(halves[2], halves[3])
+            assert_near(ops.flow_conv2d(halves[0], halves[1], packed, relu=relu), expected, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_layouts_and_gradients(self, dtype):
+        """Maps that are slices of others; the gradient of x is a convolution of the outputs' gradient."""
+        x, flow, weight, bias = map_tensors(
+            lambda t: t.to(dtype), tensors_of(64, 64, [(7, 10), (3, 1)], True, True, 2)()
+        )
+        expected = reference.flow_conv2d(*map_tensors(torch.Tensor.double, [x, flow, weight, bias]))
+        for name, layout in LAYOUTS.items():
+            actual = ops.flow_conv2d(map_tensors(layout, x), map_tensors(layout, flow), weight, bias)
+            assert_near(actual, expected, dtype, what=name)
+        gradients = [torch.randn_like(level) for level in x]
+        results = []
+        for op, cast in ((ops.flow_conv2d, torch.clone), (reference.flow_conv2d, torch.Tensor.double)):
+            leaves = [cast(level).requires_grad_() for level in x]
+            y = op(leaves, map_tensors(cast, flow), cast(weight), None, relu=False)
+            results.append(list(torch.autograd.grad(y, leaves, [cast(gradient) for gradient in gradients])))
+        assert_near(*results, dtype)
 
     def test_winograd_error(self):
         """256 channels: the error against float64 is below 1e-5 of the largest output (measured: 3e-6)."""

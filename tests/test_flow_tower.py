@@ -155,6 +155,14 @@ class TestWirings:
         expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
         assert_near(tower(levels, convs, algorithm=algorithm), expected, dtype, factor=4)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_steps_of_64_channels(self, dtype):
+        """Convolutions of 64 and of 128 channels share launches, with and without flows and residuals."""
+        convs = wiring(channels=64, inner=128, stages=(2, 2, 1, 1))
+        levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, SIZES[1:], batch=2), convs])
+        expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
+        assert_near(tower(levels, convs), expected, dtype, factor=4)
+
     def test_mixed_algorithms(self):
         """Packed convolutions of either algorithm may meet in one stage."""
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])

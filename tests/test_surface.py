@@ -117,9 +117,11 @@ def test_every_folder_is_in_the_source_distribution():
 
 @pytest.mark.skipif(not (ROOT / "cmake").is_dir(), reason="not in a source tree")
 def test_every_kernel_source_is_built():
-    lists = re.findall(r"set\((?:ops|shared_sources)\s([^)]*)\)", (ROOT / "cmake" / "ops.cmake").read_text())
-    for folder, suffix in (("cuda", "cu"), ("cpu", "cpp")):
-        assert {path.stem for path in (ROOT / "csrc" / folder).glob(f"*.{suffix}")} == set(" ".join(lists).split())
+    lists = dict(re.findall(r"set\((\w+)\s([^)]*)\)", (ROOT / "cmake" / "ops.cmake").read_text()))
+    both = {*lists["ops"].split(), *lists["shared_sources"].split()}
+    listed = {"cuda/*.cu": both | set(lists["cuda_only_sources"].split()), "cpu/*.cpp": both}
+    for pattern, names in listed.items():
+        assert {path.stem for path in (ROOT / "csrc").glob(pattern)} == names
 
 
 @pytest.mark.parametrize("name", namespace())

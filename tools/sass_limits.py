@@ -30,6 +30,9 @@ LIMITS = (
           registers=252, load=16, narrow=0, store=16, per_matrix=8.5),
     Limit("conv3x3_tensor_core_kernel<*, 1>", "channels not a multiple of 8: element loads",
           registers=252, distance=8, in_flight=8, per_matrix=9.0),
+    # A matrix instruction is 64 pixels by 128 or 64 outputs by 16 channels of a warpgroup: 64 or 32 cycles.
+    Limit("conv3x3_sm90_kernel<*>", "inputs and weights by TMA; 384 threads share the registers: 168 before they trade",
+          registers=168, load=16, store=16, per_matrix=18.0),
     # Goal: matrix=32 and per_matrix=6.
     Limit("conv3x3_weight_gradient_tensor_core_kernel<*, 8>", "9 warps in one block: up to 224 registers",
           registers=168, load=16, narrow=0, per_matrix=7.5),

@@ -18,7 +18,8 @@
 //   float32, 64    8 x 8 pixels by 64 outputs per block of 256 threads, 16 channels of a tap a step, 4 x 4 sums a
 //                  thread by fused multiply-adds; the next step is fetched into registers meanwhile.
 //
-// x + flow and the weights are rounded to the 16-bit type, as tensor cores read it.
+// x + flow and the weights are rounded to the 16-bit type, as tensor cores read it. On compute capability 9.0a, 16-bit
+// convolutions of whole steps of 64 channels run in sm90_conv3x3.cu.
 //
 // Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
 // out 34 MB: 11 us. Expected: mma.sync gives about 60 % of that rate, and rectangles cover 15 % more pixels than there
@@ -26,6 +27,7 @@
 #include <algorithm>
 
 #include "cuda/conv3x3_tensor_core.h"
+#include "cuda/sm90_conv3x3.h"
 
 namespace spatialflow {
 namespace {
@@ -154,19 +156,6 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The weights of a convolution in the type that its kernel reads.
-template <typename scalar_t>
-Global<const scalar_t> kernel_weights(const Convolution& conv) {
-    const ScalarType dtype = conv.x[0].scalar_type();
-    const int64_t in_channels = conv.x[0].size(1), out_channels = conv.out[0].size(1);
-    check(packed_tap_size(in_channels, out_channels) <= 0x7fffffff,
-          "flow_conv2d: input times output channels must be below 2^31, got ", in_channels, " and ", out_channels);
-    if (conv.packed.scalar_type() == dtype) {
-        return data<scalar_t>(conv.packed);
-    }
-    return pointer_cast<const scalar_t>(data<float>(conv.packed) + packed_halves(dtype, in_channels, out_channels));
-}
-
 // The kernel whose tiles have kOutputs outputs, and its sizes; for float32 and float64 there is one kernel.
 template <typename scalar_t, int kOutputs>
 struct Kernel {
@@ -269,11 +258,18 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
 template <typename scalar_t>
 void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
     if constexpr (sizeof(scalar_t) == 2) {
-        if (10 * Kernel<scalar_t, 128>::cost(convolutions) < 6 * Kernel<scalar_t, 64>::cost(convolutions)) {
-            return convolve<scalar_t, 128>(op, convolutions, stream);
+        const std::vector<Convolution> others = convolve3x3_sm90<scalar_t>(convolutions, stream);
+        if (others.empty()) {
+            return;
         }
+        if (10 * Kernel<scalar_t, 128>::cost(others) < 6 * Kernel<scalar_t, 64>::cost(others)) {
+            convolve<scalar_t, 128>(op, others, stream);
+        } else {
+            convolve<scalar_t, 64>(op, others, stream);
+        }
+    } else {
+        convolve<scalar_t, 64>(op, convolutions, stream);
     }
-    convolve<scalar_t, 64>(op, convolutions, stream);
 }
 
 }  // namespace

@@ -28,6 +28,19 @@ struct Convolution {
     bool relu;
 };
 
+// The weights of a convolution in the type that its kernel reads.
+template <typename scalar_t>
+inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
+    const ScalarType dtype = conv.x[0].scalar_type();
+    const int64_t in_channels = conv.x[0].size(1), out_channels = conv.out[0].size(1);
+    check(packed_tap_size(in_channels, out_channels) <= 0x7fffffff,
+          "flow_conv2d: input times output channels must be below 2^31, got ", in_channels, " and ", out_channels);
+    if (conv.packed.scalar_type() == dtype) {
+        return data<scalar_t>(conv.packed);
+    }
+    return pointer_cast<const scalar_t>(data<float>(conv.packed) + packed_halves(dtype, in_channels, out_channels));
+}
+
 // All of them in one launch (more only where their levels exceed a launch's table). None may read what another writes.
 void convolve3x3(const char* op, const std::vector<Convolution>& convolutions, Stream stream);
 

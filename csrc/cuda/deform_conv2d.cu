@@ -17,6 +17,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cuda/sm90_deform_conv2d.h"
+
 namespace spatialflow {
 namespace {
 
@@ -32,18 +34,6 @@ struct ForwardMemory {
     static constexpr int kLeftBegin = kPixelsBegin + kRows * static_cast<int>(sizeof(int)) / sizeof(real_t);
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
-
-// The pixel of the output, counted through all images, at a place in the order of tiles: strips of eight rows, column
-// by column. The taps of a tile then share cells of the input.
-template <typename scalar_t>
-__device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
-    constexpr int kStripRows = 8;
-    const int image_pixels = problem.out_height * problem.out_width, rest = index % image_pixels;
-    const int top = rest / problem.out_width / kStripRows * kStripRows, place = rest - top * problem.out_width;
-    const int rows = problem.out_height - top < kStripRows ? problem.out_height - top : kStripRows;
-    const int x = place / rows;
-    return index - place + (place - x * rows) * problem.out_width + x;
-}
 
 // Where a thread's items of the columns are, step by step, with kWidth > 1: chunk by chunk, tap by tap.
 struct ColumnCursor {
@@ -294,6 +284,27 @@ __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
+// The output from its parts, (parts, pixels * O).
+template <typename scalar_t>
+void add_parts(
+    const char* op, const Tensor& parts, Global<const scalar_t> bias, const Tensor& output, Stream stream) {
+    using real_t = accum_t<scalar_t>;
+    const int64_t out_channels = output.size(1);
+    const auto add = [&](auto elements) {
+        constexpr int kElements = decltype(elements)::value;
+        launch<deform_conv2d_add_parts_kernel<scalar_t, kElements>>(
+            dim3(grid_size(op, ceil_div(output.numel(), 256 * kElements))), dim3(256), 0, stream,
+            data<real_t>(parts), bias, mutable_data<scalar_t>(output), static_cast<int>(parts.size(0)),
+            static_cast<int>(out_channels), output.numel());
+    };
+    constexpr int kElements = kWideElements<real_t>;
+    if (out_channels % kElements == 0) {
+        add(std::integral_constant<int, kElements>{});
+    } else {
+        add(std::integral_constant<int, 1>{});
+    }
+}
+
 template <typename scalar_t, int kColumns, int kWidth>
 void convolve(
     const char* op, const DeformConvShape& shape, const DeformProblem<scalar_t>& problem, const Tensor& packed,
@@ -337,19 +348,7 @@ void convolve(
         launch_tiles(std::integral_constant<int, kProductRows>{});
     }
     if (parts) {
-        const auto add_parts = [&](auto elements) {
-            constexpr int kElements = decltype(elements)::value;
-            launch<deform_conv2d_add_parts_kernel<scalar_t, kElements>>(
-                dim3(grid_size(op, ceil_div(output.numel(), 256 * kElements))), dim3(256), 0, stream,
-                data<real_t>(*parts), bias, mutable_data<scalar_t>(output), static_cast<int>(num_parts),
-                problem.out_channels, output.numel());
-        };
-        constexpr int kElements = kWideElements<real_t>;
-        if (problem.out_channels % kElements == 0) {
-            add_parts(std::integral_constant<int, kElements>{});
-        } else {
-            add_parts(std::integral_constant<int, 1>{});
-        }
+        add_parts<scalar_t>(op, *parts, bias, output, stream);
     }
 }
 
@@ -371,6 +370,17 @@ Tensor deform_conv2d_cuda(
             using scalar_t = decltype(zero);
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
             const Tensor packed = pack_deform_weight(weight, shape, problem.chunk, device.stream());
+            if constexpr (sizeof(scalar_t) == 2) {
+                std::optional<Tensor> parts;
+                if (deform_conv2d_sm90(op, problem, packed, dense_bias, output, parts, device.stream())) {
+                    if (parts) {
+                        add_parts<scalar_t>(
+                            op, *parts, dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr),
+                            output, device.stream());
+                    }
+                    return;
+                }
+            }
             with_tile<scalar_t, kMostTileColumns<scalar_t>>(
                 operands.is_wide<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
                     convolve<scalar_t, decltype(columns)::value, decltype(width)::value>(

@@ -84,6 +84,18 @@ __device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>&
     return {image, row - image * problem.out_height, pixel - row * problem.out_width, present};
 }
 
+// The pixel of the output, counted through all images, at a place in the order of tiles: strips of eight rows, column
+// by column. The taps of a tile then share cells of the input.
+template <typename scalar_t>
+__device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
+    constexpr int kStripRows = 8;
+    const int image_pixels = problem.out_height * problem.out_width, rest = index % image_pixels;
+    const int top = rest / problem.out_width / kStripRows * kStripRows, place = rest - top * problem.out_width;
+    const int rows = problem.out_height - top < kStripRows ? problem.out_height - top : kStripRows;
+    const int x = place / rows;
+    return index - place + (place - x * rows) * problem.out_width + x;
+}
+
 // What offset and mask say of a tap of an output pixel.
 template <typename real_t>
 struct TapOperands {

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// 3x3 convolutions by wgmma, where compute capability 9.0a has it; the kernel is in sm90_conv3x3.cu.
+#pragma once
+
+#include "cuda/conv3x3.h"
+
+namespace spatialflow {
+
+// Runs those of the convolutions that the kernel is made for (16-bit types, channels a multiple of 64, maps that TMA
+// can read) and returns the others: all of them on other devices. The interpreter knows nothing of wgmma.
+#if defined(__CUDACC__)
+template <typename scalar_t>
+std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convolutions, Stream stream);
+#else
+template <typename scalar_t>
+std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convolutions, Stream) {
+    return convolutions;
+}
+#endif
+
+}  // namespace spatialflow

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Tensor maps of TMA, made on the host (compute capability 9.0).
+#pragma once
+
+#include <cuda.h>
+
+#include <type_traits>
+
+#include "cuda/platform.h"
+
+namespace spatialflow {
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// From the driver, which the library is not linked with; null where it is too old.
+inline EncodeTiled encode_tiled() {
+    static const EncodeTiled encode = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const cudaError_t error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
+                                                                            : nullptr;
+    }();
+    return encode;
+}
+
+// Sizes, strides and box from the innermost dimension on, in elements; false if TMA cannot read such a tensor.
+template <typename scalar_t, int kDimensions>
+inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&sizes)[kDimensions],
+                       const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
+    cuuint64_t all_sizes[kDimensions], byte_strides[kDimensions - 1];
+    cuuint32_t box_sizes[kDimensions], steps[kDimensions];
+    for (int d = 0; d < kDimensions; ++d) {
+        all_sizes[d] = static_cast<cuuint64_t>(sizes[d]);
+        box_sizes[d] = static_cast<cuuint32_t>(box[d]);
+        steps[d] = 1;
+    }
+    for (int d = 0; d < kDimensions - 1; ++d) {
+        byte_strides[d] = static_cast<cuuint64_t>(strides[d]) * sizeof(scalar_t);
+    }
+    return encode_tiled()(&map,
+                          std::is_same_v<scalar_t, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                          kDimensions, const_cast<void*>(address), all_sizes, byte_strides, box_sizes, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace spatialflow

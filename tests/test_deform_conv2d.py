@@ -245,7 +245,8 @@ class TestSizes:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize(
         "channels, outputs, groups, offset_groups",
-        [(48, 40, 1, 1), (64, 96, 1, 4), (40, 264, 1, 1), (176, 160, 2, 1), (128, 136, 1, 1), (328, 24, 1, 1)],
+        [(48, 40, 1, 1), (64, 96, 1, 4), (40, 264, 1, 1), (176, 160, 2, 1), (128, 136, 1, 1), (328, 24, 1, 1),
+         (128, 264, 1, 2)],
     )
     def test_many_half_channels(self, dtype, channels, outputs, groups, offset_groups):
         """Whole vectors of 16-bit types, and tiles of every width."""

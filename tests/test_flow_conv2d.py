@@ -113,11 +113,12 @@ class TestKernels:
         for level, result in zip(x, together):
             assert_near(result, ops.flow_conv2d(level, None, weight, algorithm=algorithm), torch.float32)
 
+    @pytest.mark.parametrize("channels", [3, 64])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_many_levels(self, dtype):
+    def test_many_levels(self, dtype, channels):
         """More levels than one launch of a kernel takes: outputs, and the weight gradient that sums over them."""
-        x = [torch.randn(1, 3, 1 + i % 4, 2 + i % 3, dtype=dtype) for i in range(40)]
-        weight = torch.randn(5, 3, 3, 3, dtype=dtype, requires_grad=True)
+        x = [torch.randn(1, channels, 1 + i % 4, 2 + i % 3, dtype=dtype) for i in range(40)]
+        weight = torch.randn(5, channels, 3, 3, dtype=dtype, requires_grad=True)
         wide = weight.detach().double().requires_grad_()
         actual = ops.flow_conv2d(x, None, weight, relu=False)
         expected = reference.flow_conv2d([level.double() for level in x], None, wide, relu=False)

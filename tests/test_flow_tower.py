@@ -155,11 +155,12 @@ class TestWirings:
         expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
         assert_near(tower(levels, convs, algorithm=algorithm), expected, dtype, factor=4)
 
+    @pytest.mark.parametrize("sizes", [SIZES[1:], [(3, 2)] * 9], ids=["pyramid", "many levels"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_half_steps_of_64_channels(self, dtype):
+    def test_half_steps_of_64_channels(self, dtype, sizes):
         """Convolutions of 64 and of 128 channels share launches, with and without flows and residuals."""
         convs = wiring(channels=64, inner=128, stages=(2, 2, 1, 1))
-        levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, SIZES[1:], batch=2), convs])
+        levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, sizes, batch=2), convs])
         expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
         assert_near(tower(levels, convs), expected, dtype, factor=4)
 

@@ -10,13 +10,15 @@
 // A lane has eight adjacent outputs of each 32 (packed_position): sums go from registers to memory, 16 bytes a store.
 //
 // Floor (H100, 790 TFLOP/s bf16) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us. Four sub-tiles by 128
-// outputs take 26 us (H200), and 192 of them two rounds on 132 multiprocessors: 51 us. With two sub-tiles: 40 us.
+// outputs take 26 us (H200), and 192 of them two rounds on 132 multiprocessors: 51 us. Expected with two: 45 us.
 #include "cuda/sm90_conv3x3.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/conv3x3_jobs.h"
 #include "cuda/sm90_instructions.h"
+#include "cuda/sm90_tensor_map.h"
 
 namespace spatialflow {
 namespace {
@@ -25,9 +27,9 @@ constexpr int kSide = 8, kRimSide = kSide + 2;  // of a sub-tile
 constexpr int kStepChannels = 64;               // 128 bytes
 constexpr int kRowBytes = kStepChannels * 2;    // of a pixel, and of 64 outputs of a channel
 constexpr int kRimBytes = kRimSide * kRimSide * kRowBytes;
-constexpr int kRimStride = (kRimBytes + 1023) / 1024 * 1024;     // the swizzle repeats every 1024 bytes
-constexpr int kWeightBytes = kStepChannels * kRowBytes;          // of 64 outputs
-constexpr int kSharedLimit = 227 * 1024;                         // of a block, static memory included
+constexpr int kRimStride = (kRimBytes + 1023) / 1024 * 1024;  // the swizzle repeats every 1024 bytes
+constexpr int kWeightBytes = kStepChannels * kRowBytes;       // of 64 outputs
+constexpr int kSharedLimit = 227 * 1024;                      // of a block, static memory included
 constexpr int kAddWarps = 2, kThreads = 3 * 128;
 
 template <int kTileOutputs, int kTileParts>
@@ -43,20 +45,20 @@ struct Sm90Conv {
 // One convolution on one level.
 template <typename scalar_t>
 struct Sm90Level {
-    CUtensorMap x, flow;                // boxes of 10 x 10 pixels and 64 channels
-    Global<const scalar_t> residual;    // (N, H, W, O) or null
-    Global<scalar_t> out;               // (N, H, W, O)
+    CUtensorMap x, flow;              // boxes of 10 x 10 pixels and 64 channels
+    Global<const scalar_t> residual;  // (N, H, W, O) or null
+    Global<scalar_t> out;             // (N, H, W, O)
     int height, width;
-    int tile_begin;                     // first sub-tile in the convolution
-    int tile_rows, tile_columns;        // of an image
+    int tile_begin;               // first sub-tile in the convolution
+    int tile_rows, tile_columns;  // of an image
 };
 
 struct Sm90Convolution {
     CUtensorMap weights;       // boxes of 64 channels by 64 outputs
     Global<const float> bias;  // (O) or null
-    int first_level, levels, parts;
-    int tile_begin;    // first tile in the launch
-    int output_tiles;  // beside each other
+    int first_level, levels, parts;  // sub-tiles
+    int tile_begin;                  // first tile in the launch
+    int output_tiles;                // beside each other
     int steps, outputs;
     bool has_flow, relu;
     bool wide;  // outputs and residual move 16 bytes at a time
@@ -399,43 +401,6 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver, which the library is not linked with; null where it is too old.
-EncodeTiled encode_tiled() {
-    static const EncodeTiled encode = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        const cudaError_t error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
-                                                                            : nullptr;
-    }();
-    return encode;
-}
-
-// Sizes, strides and box from the innermost dimension on, in elements; false if TMA cannot read such a tensor.
-template <typename scalar_t, int kDimensions>
-bool encode_map(CUtensorMap& map, const void* address, const int64_t (&sizes)[kDimensions],
-                const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
-    cuuint64_t all_sizes[kDimensions], byte_strides[kDimensions - 1];
-    cuuint32_t box_sizes[kDimensions], steps[kDimensions];
-    for (int d = 0; d < kDimensions; ++d) {
-        all_sizes[d] = static_cast<cuuint64_t>(sizes[d]);
-        box_sizes[d] = static_cast<cuuint32_t>(box[d]);
-        steps[d] = 1;
-    }
-    for (int d = 0; d < kDimensions - 1; ++d) {
-        byte_strides[d] = static_cast<cuuint64_t>(strides[d]) * sizeof(scalar_t);
-    }
-    return encode_tiled()(&map,
-                          std::is_same_v<scalar_t, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                          kDimensions, const_cast<void*>(address), all_sizes, byte_strides, box_sizes, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 // Whether the strides are nested, as a tensor map wants them; if so, what they are. A side of one pixel has none.
 bool nested_strides(const Tensor& level, int64_t (&strides)[3]) {
     int64_t stride = 8, span = level.size(1);  // 8: 16 bytes
@@ -469,7 +434,8 @@ struct Sm90Kernel {
     static int64_t tiles(const Sm90Convolution& convolution) {
         return ceil_div(convolution.parts, kParts) * ceil_div(convolution.outputs, kOutputs);
     }
-    // Cycles, roughly. Of a step: what products take, or the traffic of shared memory, or that of L2.
+    // Cycles, roughly. Of a step: what products take, or the traffic of shared memory (128 bytes a cycle), or that of
+    // L2 (32). Beside the steps, what a tile's beginning and its stores take.
     static double cost(const Sm90Table<scalar_t>& table, int multiprocessors) {
         constexpr double kProducts = 36.0 * kParts * kOutputs / 2, kRims = kParts * kRimBytes;
         constexpr double kWeights = kTaps * Size::kWeightStage, kOperands = 36.0 * kParts * (2048 + 32 * kOutputs);
@@ -478,7 +444,7 @@ struct Sm90Kernel {
             const Sm90Convolution& convolution = table.convolutions[i];
             const double flow = convolution.has_flow;
             const double step = std::max({kProducts, (kOperands + kWeights + (1 + 4 * flow) * kRims) / 128,
-                                          (kWeights + (1 + flow) * kRims) / 40});
+                                          (kWeights + (1 + flow) * kRims) / 32});
             const double count = static_cast<double>(tiles(convolution));
             steps += count * (convolution.steps * step + 1000 + 4.0 * kParts * kOutputs);
             all += count;

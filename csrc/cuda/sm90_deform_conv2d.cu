@@ -20,7 +20,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr int kStepChannels = 64, kItemChannels = 8;
+constexpr int kStepChannels = 64;
 constexpr int kRowBytes = kStepChannels * 2;  // of a pixel, and of 64 outputs of a channel
 constexpr int kOutputs = 256;
 constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
@@ -32,9 +32,6 @@ constexpr int kSharedLimit = 227 * 1024;  // of a block, static memory included
 template <int kConsumers>
 struct Sm90Deform {
     static constexpr int kPixels = 64 * kConsumers, kThreads = kProducers + 128 * kConsumers;
-    static constexpr int kItems = kPixels * (kStepChannels / kItemChannels) / kProducers;  // of a thread and step
-    // Of a thread, once roles are known; together no more than the launch gives.
-    static constexpr int kProducerRegisters = 96, kConsumerRegisters = kConsumers == 2 ? 160 : 232;
     static constexpr int kStages = 5 - kConsumers;  // more would take L1 from the cells
     static constexpr int kColumnStage = kPixels * kRowBytes, kStage = kColumnStage + kWeightStage;
     using Table = TapTable<float, kTableTaps * kPixels>;
@@ -99,8 +96,9 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
     // The compiler must see that all lanes of a warp agree on these.
     const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0), warp = __shfl_sync(kAllLanes, thread / kWarpSize, 0);
     if (warpgroup < kProducers / 128) {
-        give_registers<Size::kProducerRegisters>();
-        constexpr int kRowItems = kStepChannels / kItemChannels, kItemRows = kProducers / kRowItems;
+        give_registers<96>();
+        constexpr int kItemChannels = kWideElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
+        constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;  // of a thread and step
         const int own_row = thread / kRowItems, own_channel = thread % kRowItems * kItemChannels;
         // A row of columns is 128 bytes, and rows are eight further apart: the swizzle is the same for all of them.
         unsigned char* const own_target = stages + own_row * kRowBytes + (thread % kRowItems ^ own_row % 8) * 16;
@@ -118,9 +116,9 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
                 problem, group, first_tap, slots, [&](int position) -> int { return pixels[position]; });
             synchronize_producers();
             int channel = step / problem.taps * kStepChannels + own_channel, slot = tap - first_tap;
-            ColumnItem<scalar_t, kItemChannels> items[Size::kItems];
+            ColumnItem<scalar_t, kItemChannels> items[kItems];
 #pragma unroll
-            for (int i = 0; i < Size::kItems; ++i) {
+            for (int i = 0; i < kItems; ++i) {
                 items[i].begin(problem, table, channel, slot * kPixels + own_row + i * kItemRows, true);
             }
 #pragma unroll 1
@@ -140,7 +138,7 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
                 }
                 const bool more = step + 1 < last;
 #pragma unroll
-                for (int i = 0; i < Size::kItems; ++i) {
+                for (int i = 0; i < kItems; ++i) {
                     store_vector(
                         pointer_cast<scalar_t>(own_target + stage * Size::kStage + i * kItemRows * kRowBytes),
                         items[i].finish(table));
@@ -163,7 +161,7 @@ __global__ void __launch_bounds__(Sm90Deform<kConsumers>::kThreads, 1) deform_co
         return;
     }
 
-    take_registers<Size::kConsumerRegisters>();
+    take_registers<kConsumers == 2 ? 160 : 232>();  // no more than the launch gave, and producers left
     const int consumer = warpgroup - kProducers / 128;
     float sums[2][kOutputs / 4] = {};
     int stage = 0, read_stage = -1;  // a stage that the products before the running ones have read

@@ -8,7 +8,8 @@
 //   matrix_descriptor          a matrix in shared memory with 128-byte swizzle
 //   Wgmma<outputs>::multiply   d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent), both in shared memory
 //
-// Host code may include this header for every architecture; only 9.0a can run what is in it.
+// Host code may include this header for every architecture; only 9.0a can run what is in it. The SIMT interpreter does
+// not know it: sources with it are built for CUDA alone (cmake/ops.cmake).
 #pragma once
 
 #include <cuda.h>

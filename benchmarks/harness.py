@@ -84,7 +84,7 @@ class Provider:
         prepare: `prepare(*inputs, **options)` gives the arguments of `call`, outside the timing.
         only_cuda: left out on other devices.
         only_forward: left out where gradients are asked for.
-        waits: reads values back from the device, so that no CUDA graph can hold it.
+        waits: no CUDA graph can hold it: it reads values back from the device, or leaves the current stream.
         around: a context manager that calls, and gradients, run in.
         lowered: indices of inputs, beside the features, that it takes in the features' dtype alone, as torchvision's
             operators do; converted outside the timing.

@@ -22,7 +22,15 @@ def iou_matrix(boxes: Tensor) -> Tensor:
 
 
 def oracle(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy NMS class by class over a matrix of IoUs in float64; another program than kernel and twin."""
+    """Greedy NMS class by class over a matrix of IoUs in float64; another program than kernel and twin.
+
+    It runs on the CPU, wherever the boxes are: its loop would wait for a GPU at every box.
+    """
+    with torch.device("cpu"):
+        return greedy(boxes.cpu(), scores.cpu(), idxs.cpu(), iou_threshold).to(boxes.device)
+
+
+def greedy(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     kept = []
     for one in idxs.unique():
         rows = (idxs == one).nonzero()[:, 0]

@@ -12,13 +12,19 @@ ALGORITHMS = ["winograd", "direct"]
 CODES = {"auto": 0, "winograd": 1, "direct": 2}
 
 
+def eighths(*size: int) -> torch.Tensor:
+    """Normal float64 numbers between -3 and 3, rounded to whole eighths."""
+    return (torch.randn(size, dtype=torch.float64).clamp(-3, 3) * 8).round() / 8
+
+
 def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, batch: int):
     def build(grow: int = 0) -> list:
-        x = [torch.randn(batch, channels, h + grow, w + grow, dtype=torch.float64) for h, w in sizes]
+        """x and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
+        x = [eighths(batch, channels, h + grow, w + grow) for h, w in sizes]
         weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / channels) ** 0.5 / 3
         return [
             x,
-            [torch.randn_like(level) for level in x] if flow else None,
+            [eighths(*level.shape) for level in x] if flow else None,
             weight,
             torch.randn(out_channels, dtype=torch.float64) if bias else None,
         ]

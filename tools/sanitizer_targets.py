@@ -75,7 +75,20 @@ def run_operators(device: str) -> int:
         run(lambda *f: ops.multilevel_roi_align(f, rois, 7, (8, 16)), *levels)
         run(lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]), levels[0], offset, weight, bias, mask)
         run(lambda *t: ops.flow_conv2d(*t), levels[0], levels[0] * 0.5, weight, bias)
+        # On compute capability 9.0 another kernel takes 16-bit convolutions of 64 channels and more.
+        wide = [draw(1, 64, *size, dtype=dtype).to(memory_format=torch.channels_last) for size in ((19, 23), (7, 7))]
+        wide_weight, wide_bias = draw(64, 64, 3, 3, dtype=dtype), draw(64, dtype=dtype)
+        run(lambda *t: ops.flow_conv2d(*t), wide[0], wide[0] * 0.5, wide_weight, wide_bias)
+        wide_offset, wide_mask = draw(1, 18, 19, 23), torch.rand(1, 9, 19, 23).to(device)
+        run(
+            lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]),
+            wide[0], wide_offset, wide_weight, wide_bias, wide_mask,
+        )  # fmt: skip
         with torch.no_grad():
+            stage = ((wide_weight, wide_bias),)
+            parameters = ops.FlowTowerParameters(cls=stage, reg=stage, flow_cls=stage, segmentation_levels=1)
+            tower = ops.pack_flow_tower(parameters)
+            run(lambda: ops.flow_tower(wide, tower))
             stage = ((weight, bias),)
             parameters = ops.FlowTowerParameters(cls=stage, reg=stage, flow_cls=stage, segmentation_levels=1)
             tower = ops.pack_flow_tower(parameters)

@@ -540,6 +540,7 @@ def main(arguments: list[str] | None = None) -> int:
     logs.mkdir(exist_ok=True)
     outcomes: list[Outcome] = []
     environment, groups = environment_of(options.backend), in_groups(chosen)
+    share = min(1.0, options.seconds / max(kept(groups), 1.0))  # of a total too short for what is kept
 
     def record(outcome: Outcome) -> None:
         outcomes.append(outcome)
@@ -557,7 +558,7 @@ def main(arguments: list[str] | None = None) -> int:
             record(Outcome("spatialflow._evaluation compiled", "passed" if code == 0 else "failed",
                            round(time.monotonic() - begin, 1), text.strip()[-200:], "compile.log"))  # fmt: skip
             compilation = None
-        remaining = options.seconds - (time.monotonic() - begin) - kept(groups[index + 1 :])
+        remaining = options.seconds - (time.monotonic() - begin) - share * kept(groups[index + 1 :])
         with ThreadPoolExecutor(len(group)) as pool:
             for outcome in pool.map(lambda step: run_step(step, logs, environment, remaining), group):
                 record(outcome)

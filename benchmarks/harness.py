@@ -11,8 +11,8 @@ from them, the `sweep` of cases, and the float64 oracle. The harness does the re
 4. a table on screen, `results/<device>/<op>.json` and a plot beside it.
 
 On CUDA there are two times, both with the L2 cache overwritten before. `median_ms` is the call: from the call to its
-completion, by the host's clock. `kernel_ms` is the work of the GPU alone: the replay of a CUDA graph, or for providers
-that wait for the device, which no graph can hold, the sum of their kernels by the profiler.
+completion, by the host's clock. `kernel_ms` is the work of the GPU alone: the replay of a CUDA graph. A provider that no
+graph can hold has the sum of its kernels by the profiler, without the gaps between them.
 
 `python benchmarks/harness.py` prints the kept results as Markdown tables, one per device.
 """
@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -327,7 +327,8 @@ def measure_kernels(calls: Mapping[str, _Call], seconds: float, device: str) -> 
                 replays[name] = _captured(call)
         except Exception as problem:
             torch.cuda.synchronize()
-            print(f"  {name}: no kernel time: {(str(problem).splitlines() or ['?'])[0]}")
+            failed = "FAILED: " if name == OURS else ""
+            print(f"  {failed}{name}: no kernel time: {(str(problem).splitlines() or ['?'])[0]}")
     times: dict[str, list[float]] = {name: [] for name in replays}
     open_calls = set(replays)
     while open_calls:
@@ -358,15 +359,19 @@ def _captured(call: _Call) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _profiled_seconds(call: _Call, runs: int = 5) -> float:
+def _profiled_seconds(call: _Call, runs: int = 3) -> float:
     """Summed duration of the kernels and copies of a run, by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(runs):
+    cache = _l2_cache("cuda")
+    total = 0.0
+    for _ in range(runs):
+        _flush(cache)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             call.run()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / runs
+            torch.cuda.synchronize()
+        total += sum(event.self_device_time_total for event in profiler.key_averages())
+    return total / 1e6 / runs
 
 
 def run(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -441,7 +446,7 @@ def _run_case(
         median = statistics.median(times[name])
         low, high = (float(np.quantile(times[name], q)) for q in (0.1, 0.9))
         row = {
-            "case": label, "mode": mode, "dtype": dtype, "provider": name, "median_ms": median * 1e3,
+            "case": label, "mode": mode, "dtype": dtype if problem.features else "float32", "provider": name, "median_ms": median * 1e3,
             "q10_ms": low * 1e3,
             "q90_ms": high * 1e3, "runs": len(times[name]), "error": errors[name], "ratio": median / ours,
         }  # fmt: skip
@@ -614,7 +619,7 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
         help="folder of <device>/<op>.json and .png (default: benchmarks/results; nothing is written for a selection "
         "of cases or providers unless this is given)",
     )  # fmt: skip
-    parser.add_argument("--add", action="store_true", help="keep the other rows that are in the file")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of this commit in the file")
     parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
     options = parser.parse_args(arguments)
     for name in ("threads", "seconds"):
@@ -633,19 +638,21 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
     print(f"{benchmark.name}: {benchmark.title}")
     about = f"{setting['device']}, {setting['threads']} threads, torch {torch.__version__}"
     print(f"  {about}, CPU level {setting['cpu_level']}")
-    kept = options.output is not None or not (options.cases or options.providers)
+    kept = options.output is not None or not (options.cases or options.providers or options.modes)
     rows: list[dict[str, Any]] = []
     content = {"op": benchmark.name, "title": benchmark.title, **setting, "rows": rows}
     path = _target(options, setting["device"], benchmark.name) if kept else None
     if options.add and path is not None and path.is_file():
-        rows += json.loads(path.read_text())["rows"]
+        before = json.loads(path.read_text())
+        rows += before["rows"] if before.get("commit") == setting["commit"] else []
     for more in run(benchmark, options):
         new = {_key(row) for row in more}
         rows[:] = [row for row in rows if _key(row) not in new] + more
         if kept:  # after every case: what ends a run early leaves the cases before
             write_text(path, json.dumps(content, indent=1) + "\n")
     if not rows:
-        sys.exit(f"no case contains {' or '.join(options.cases)}; cases: {'; '.join(benchmark.sweep)}")
+        wanted = [*(options.cases or []), *(options.modes or [])]
+        sys.exit(f"no case contains {' or '.join(wanted)}; cases: {'; '.join(benchmark.sweep)}")
     if not kept or options.no_plot:
         return
     plot(benchmark, setting, rows, path.with_suffix(".png"))
@@ -660,9 +667,9 @@ def _key(row: Mapping[str, Any]) -> tuple:
     return row["case"], row["mode"], row.get("dtype"), row["provider"]
 
 
-def markdown(device: Path) -> str:
-    """Kept results of a device's operators as Markdown: a row per case and mode with each peer's time; "" for none."""
-    contents = [json.loads(path.read_text()) for path in sorted(device.glob("*.json"))]
+def markdown(paths: Sequence[Path]) -> str:
+    """Results of a device's operators as Markdown: a row per case and mode with each peer's time; "" for none."""
+    contents = [json.loads(path.read_text()) for path in paths]
     contents = [c for c in contents if c.get("rows") and "mode" in c["rows"][0]]
     if not contents:
         return ""
@@ -701,4 +708,4 @@ def _cell(row: Mapping[str, Any] | None, time_key: str, ratio_key: str | None) -
 
 if __name__ == "__main__":
     devices = sorted(path for path in (Path(__file__).parent / "results").iterdir() if path.is_dir())
-    print("\n\n".join(filter(None, map(markdown, devices))))
+    print("\n\n".join(filter(None, (markdown(sorted(device.glob("*.json"))) for device in devices))))

@@ -139,13 +139,21 @@ def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
     (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
     row = {"case": "one", "mode": "forward", "dtype": "float16", "provider": "spatialflow", "kernel_ms": 0.01,
            "bytes": 8e6, "operations": 1e6}  # fmt: skip
-    (tmp_path / "square.json").write_text(json.dumps({"op": "square", "rows": [row, {**row, "provider": "peer"}]}))
-    assert gpu_check.roofline(tmp_path).endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
+    (tmp_path / "square.json").write_text(json.dumps({"op": "square", "commit": "abc", "rows": [row, {**row, "provider": "peer"}]}))
+    assert gpu_check.roofline(tmp_path, "abc").endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
     forms = [{"form": "graph", "images_per_second": 100.0, "median_ms": 10.0, "replay_ms": 9.0}]
-    content = {"config": "tiny", "size": [8, 9], "dtype": "bfloat16", "forms": forms,
+    content = {"config": "tiny", "commit": "abc", "size": [8, 9], "dtype": "bfloat16", "forms": forms,
                "stages": [{"stage": "fpn", "kernels": 3, "ms": 0.5}]}  # fmt: skip
     (tmp_path / "stages.json").write_text(json.dumps(content))
-    assert "graph: 100.0 images/s" in gpu_check.stages(tmp_path) and "| sum | 3 | 0.500 |" in gpu_check.stages(tmp_path)
+    page = gpu_check.stages(tmp_path, "abc")
+    assert "graph: 100.0 images/s" in page and "| sum | 3 | 0.500 |" in page
+    assert gpu_check.stages(tmp_path, "another") == "" and gpu_check.results_of(tmp_path, "another") == []
+
+
+def test_shares_of_time_are_no_speeds(gpu_check):
+    """The table of images per second comes before the one of shares, whose lines begin alike."""
+    text = "    spatialflow    50.487  19.8 \n    share of the time in %: load\n    spatialflow    11.7  0.6 \n"
+    assert gpu_check.images_per_second(text) == "spatialflow 50.487 images/s"
 
 
 def test_pack(tmp_path, monkeypatch):

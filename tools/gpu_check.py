@@ -86,6 +86,7 @@ class Step:
         each: the command is run for every one of these further arguments, `AT_ONCE` at a time.
         together: steps in a row with the same word here run at the same time.
         backend: kernels it runs on, where they are not those of the run.
+        needed: what its output must hold, or it has failed.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Step:
     expected_code: int = 0
     together: str = ""
     backend: str = ""
+    needed: str = ""
 
 
 def run_step(step: Step, folder: Path, environment: dict[str, str], remaining: float) -> Outcome:
@@ -115,6 +117,8 @@ def run_step(step: Step, folder: Path, environment: dict[str, str], remaining: f
     output = "\n".join(text for _, text in ended)
     codes = {code for code, _ in ended}
     status = "timed out" if None in codes else "passed" if codes == {step.expected_code} else "failed"
+    if status == "passed" and step.needed not in output:
+        status = "failed"
     detail = step.detail(output)
     if status == "timed out":
         detail = f"more than {limit:.0f} s; {detail}"
@@ -151,10 +155,26 @@ def run_command(command: list[str], environment: dict[str, str], deadline: float
         output, _ = process.communicate(timeout=deadline - time.monotonic())
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the command's own session: its children end with it
-        return None, process.communicate()[0]
+        return None, end_group(process)
     finally:
         _running.discard(process.pid)
+
+
+def end_group(process: subprocess.Popen) -> str:
+    """Ends a command and its children; returns what it printed.
+
+    First by SIGTERM: torchrun's workers have sessions of their own, and it ends them itself. A child that still holds
+    the output open is not waited for.
+    """
+    output = ""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            return process.communicate(timeout=3)[0]
+        except subprocess.TimeoutExpired as still_open:
+            output = still_open.output or output
+    return output.decode(errors="replace") if isinstance(output, bytes) else output
 
 
 _running: set[int] = set()
@@ -176,7 +196,10 @@ def pytest_detail(output: str) -> str:
         r"^=*\s*(\d+ (?:passed|failed|skipped|deselected|error).*) in [\d.]+s", output, re.MULTILINE
     ):
         counts.update({kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z]+)", line)})
+    unfinished = [part.split("::")[0] for part in re.findall(r"^(\S+\.py::\S+) *$", output, re.MULTILINE)]
     summary = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    if unfinished:
+        summary += f"; not ended: {', '.join(sorted(set(unfinished)))}"
     return summary or output.strip().rsplit("\n", 1)[-1][:200]
 
 
@@ -249,7 +272,11 @@ def compile_evaluation() -> subprocess.Popen | None:
     sources = sorted(str(path) for path in (ROOT / "csrc" / "evaluation").glob("*.cpp"))
     command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", f"-I{pybind11.get_include()}",
                f"-I{sysconfig.get_path('include')}", *sources, "-o", str(target)]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    _running.add(process.pid)
+    return process
 
 
 def operators() -> list[str]:
@@ -340,18 +367,19 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
     ]  # fmt: skip
 
 
-NCU_KERNELS = "conv3x3_tensor_core|conv3x3_weight_gradient_tensor|roi_align_|deform_conv2d_|focal_sum"
+NCU_KERNELS = "conv3x3_sm90|conv3x3_tensor_core|conv3x3_weight_gradient_tensor|roi_align_|deform_conv2d_|focal_sum"
 
 
 def ncu_step(on_gpu: bool) -> Step:
     """The hardware counters of the kernels that matter most."""
-    target = [sys.executable, "tools/profile_targets.py", "flow_conv2d", "multilevel_roi_align", "deform_conv2d"]
+    target = [sys.executable, "tools/profile_targets.py", "flow_conv2d", "deform_conv2d", "multilevel_roi_align",
+              "flow_conv2d_backward", "sigmoid_focal_loss"]  # fmt: skip
     ncu = find_tool("ncu")
     sections = [word for name in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
                 for word in ("--section", name)]  # fmt: skip
-    watched = [ncu or "", "--clock-control", "none", "-k", f"regex:{NCU_KERNELS}", "-c", "10", *sections, *target]
+    watched = [ncu or "", "--clock-control", "none", "-k", f"regex:{NCU_KERNELS}", "-c", "16", *sections, *target]
     return Step("hardware counters (ncu)", watched if on_gpu else target, least=25, limit=60 if on_gpu else 900,
-                detail=lambda output: f"{output.count('Duration')} kernels",
+                detail=lambda output: f"{output.count('Duration')} kernels", needed="Duration" if on_gpu else "",
                 skipped="ncu is not installed" if on_gpu and ncu is None else "")  # fmt: skip
 
 
@@ -398,7 +426,8 @@ def benchmark_detail(output: str) -> str:
 
 def images_per_second(output: str) -> str:
     """The lines of benchmarks/end_to_end.py that say how fast each pipeline is."""
-    rows = re.findall(r"^    (spatialflow|reference\S*(?: \S+)*) +([\d.]+) +[\d.]+ ", output, re.MULTILINE)
+    table = output.split("share of the time")[0]
+    rows = re.findall(r"^    (spatialflow|reference\S*(?: \S+)*) +([\d.]+) +[\d.]+ ", table, re.MULTILINE)
     return "; ".join(f"{name.strip()} {value} images/s" for name, value in rows) or output.strip()[-200:]
 
 
@@ -429,7 +458,9 @@ def as_markdown(about: dict[str, Any], outcomes: list[Outcome], folder: Path) ->
         lines.append(f"| {outcome.name} | {outcome.status} | {outcome.seconds} | {detail} |")
     text = "\n".join(lines) + "\n"
     for title, part in (
-        ("Share of the roofline", roofline(folder)), ("Times", markdown(folder)), ("Pipeline by stage", stages(folder)),
+        ("Share of the roofline", roofline(folder, about["commit"])),
+        ("Times", markdown(results_of(folder, about["commit"]))),
+        ("Pipeline by stage", stages(folder, about["commit"])),
     ):  # fmt: skip
         text += f"\n## {title}\n\n{part}\n" if part else ""
     return text
@@ -439,19 +470,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def roofline(folder: Path) -> str:
+def results_of(folder: Path, commit: str | None) -> list[Path]:
+    """The JSON files of benchmarks that this commit wrote."""
+    return [path for path in sorted(folder.glob("*.json")) if read_json(path).get("commit") == commit]
+
+
+def roofline(folder: Path, commit: str | None) -> str:
     """Forward kernels beside the time that their bytes and operations take at this card's ceilings."""
     rates = read_json(folder / "card.json").get("rates")
     if not rates:
         return ""
+    contents = [read_json(path) for path in results_of(folder, commit)]
     lines = [
         ", ".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in rates.items()) + ".",
         "",
         "| op | case | dtype | floor us | kernel us | share |",
         "|---|---|---|---:|---:|---:|",
     ]
-    for path in sorted(folder.glob("*.json")):
-        for row in read_json(path).get("rows", []):
+    for content in contents:
+        for row in content.get("rows", []):
             if row.get("provider") not in ("spatialflow", "spatialflow packed") or "kernel_ms" not in row:
                 continue
             if row["mode"] != "forward" or not (row.get("bytes") or row.get("operations")):
@@ -460,22 +497,24 @@ def roofline(folder: Path) -> str:
             by_bytes = (row.get("bytes") or 0) / rates["copy_gigabytes_per_second"] / 1e3
             by_operations = (row.get("operations") or 0) / rates[f"{kind}_teraflops_per_second"] / 1e6
             floor, kernel = max(by_bytes, by_operations), row["kernel_ms"] * 1e3
-            name = read_json(path)["op"] + (" packed" if row["provider"].endswith("packed") else "")
+            name = content["op"] + (" packed" if row["provider"].endswith("packed") else "")
             lines.append(f"| `{name}` | {row['case']} | {row['dtype']} | {floor:.1f} | {kernel:.1f} | "
                          f"{100 * floor / kernel:.0f} % |")  # fmt: skip
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
-def stages(folder: Path) -> str:
-    """The pipeline's table by stage."""
+def stages(folder: Path, commit: str | None) -> str:
+    """The pipeline's forms, and its table by stage."""
     content = read_json(folder / "stages.json")
-    if "stages" not in content:
+    if not content or content.get("commit") != commit:
         return ""
     size = "x".join(map(str, content["size"]))
     lines = [f"{content['config']}, {size}, {content['dtype']}, from array to map."]
     for row in content["forms"]:
         replay = f", replay {row['replay_ms']:.2f} ms on the GPU" if "replay_ms" in row else ""
         lines.append(f"{row['form']}: {row['images_per_second']:.1f} images/s, {row['median_ms']:.2f} ms{replay}.")
+    if "stages" not in content:
+        return "\n".join(lines)
     lines += ["", "| stage | kernels | ms |", "|---|---:|---:|"]
     lines += [f"| {row['stage']} | {row['kernels']} | {row['ms']:.3f} |" for row in content["stages"]]
     total = [sum(row[key] for row in content["stages"]) for key in ("kernels", "ms")]
@@ -489,7 +528,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, default="first",
                           help=f"{what}: {TOTALS[name]:.0f} s")  # fmt: skip
     parser.add_argument("--backend", choices=("cuda", "simt"), default="cuda", help="simt: dry run on the interpreter")
-    parser.add_argument("--seconds", type=float, metavar="N", help="total of the run (default: 480; --quick: 120)")
+    parser.add_argument("--seconds", type=float, metavar="N", help=f"total of the run (default: 480; --quick: 120; dry run: {DRY_TOTAL:.0f})")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/gpu_check.* (default: "
                         "benchmarks/results; build/gpu_check in the dry run, whose times mean nothing)")  # fmt: skip
     parser.add_argument("--pack", type=Path, metavar="FILE.tgz", help="receives the results in one file")
@@ -538,7 +577,11 @@ def main(arguments: list[str] | None = None) -> int:
     path = results_path(options.output, about["device"], f"gpu_check{suffix}")
     logs = path.with_name(f"gpu_check{suffix}_logs")
     logs.mkdir(exist_ok=True)
-    outcomes: list[Outcome] = []
+    before = read_json(path)
+    chosen_names = {step.name for step in chosen}
+    earlier = before.get("steps", []) if options.steps and before.get("commit") == about["commit"] else []
+    outcomes = [Outcome(**outcome) for outcome in earlier if outcome["name"] not in chosen_names]
+    others = len(outcomes)  # of earlier runs, which the exit code is not about
     environment, groups = environment_of(options.backend), in_groups(chosen)
     share = min(1.0, options.seconds / max(kept(groups), 1.0))  # of a total too short for what is kept
 
@@ -553,7 +596,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     for index, group in enumerate(groups):
         if compilation is not None and (compilation.poll() is not None or "pipeline" in group[0].name):
-            text, code = compilation.communicate()[0], compilation.returncode
+            try:
+                text, code = compilation.communicate(timeout=60)[0], compilation.returncode
+            except subprocess.TimeoutExpired:
+                text, code = end_group(compilation), -1
             (logs / "compile.log").write_text(text)
             record(Outcome("spatialflow._evaluation compiled", "passed" if code == 0 else "failed",
                            round(time.monotonic() - begin, 1), text.strip()[-200:], "compile.log"))  # fmt: skip
@@ -562,7 +608,7 @@ def main(arguments: list[str] | None = None) -> int:
         with ThreadPoolExecutor(len(group)) as pool:
             for outcome in pool.map(lambda step: run_step(step, logs, environment, remaining), group):
                 record(outcome)
-    bad = [outcome.name for outcome in outcomes if outcome.status in ("failed", "timed out")]
+    bad = [outcome.name for outcome in outcomes[others:] if outcome.status in ("failed", "timed out")]
     print(f"written: {path.with_suffix('.md')}" + (f"; not passed: {', '.join(bad)}" if bad else ""))
     return 1 if bad else 0
 

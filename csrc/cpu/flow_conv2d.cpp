@@ -2,6 +2,8 @@
 //
 // flow_conv2d on the CPU: relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one pass over the threads.
 // The work is in conv3x3_winograd.h and conv3x3_direct.h, compiled in conv3x3.cpp for all types.
+#include <algorithm>
+
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
 #include "cpu/conv3x3_winograd.h"
@@ -25,8 +27,10 @@ Tensor pack(const Tensor& weight, int64_t resolved) {
             pack_conv3x3_winograd(
                 data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<float>(packed));
         } else {
-            pack_conv3x3_direct(
-                data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<accum_t<scalar_t>>(packed));
+            accum_t<scalar_t>* target = mutable_data<accum_t<scalar_t>>(packed);
+            pack_conv3x3_direct(data<scalar_t>(weight), strides, out_channels, in_channels, target);
+            // The rest has room for copies in 16 bits, which CUDA alone makes.
+            std::fill(target + 9 * packed_tap_size(in_channels, out_channels), target + packed.numel(), 0);
         }
     });
     return packed;

@@ -468,7 +468,7 @@ struct Sm90Kernel {
 template <typename scalar_t>
 int sm90_multiprocessors() {
     static DeviceNumbers known;  // one more than the result
-    const int device = current_device();
+    const int device = bound_device();
     int number = known.at(device);
     if (number == 0) {
         cudaFuncAttributes attributes{};

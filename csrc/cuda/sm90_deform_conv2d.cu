@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
 template <typename scalar_t>
 bool has_sm90_kernel() {
     static DeviceNumbers known;  // 1: no, 2: yes
-    const int device = current_device();
+    const int device = bound_device();
     if (known.at(device) == 0) {
         cudaFuncAttributes attributes{};
         check_cuda(cudaFuncGetAttributes(&attributes, &deform_conv2d_sm90_kernel<scalar_t, 128, 1>),

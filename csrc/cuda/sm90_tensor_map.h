@@ -5,6 +5,8 @@
 
 #include <cuda.h>
 
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "cuda/platform.h"
@@ -20,13 +22,24 @@ inline EncodeTiled encode_tiled() {
         cudaDriverEntryPointQueryResult result;
         const cudaError_t error =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
-                                                                            : nullptr;
+        if (error != cudaSuccess) {
+            cudaGetLastError();  // or the next launch reports it
+            return EncodeTiled(nullptr);
+        }
+        return result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
     }();
     return encode;
 }
 
-// Sizes, strides and box from the innermost dimension on, in elements; false if TMA cannot read such a tensor.
+// The current device, with its context bound to this thread: the driver's own calls need one, and a thread that has not
+// used CUDA yet has none.
+inline int bound_device() {
+    const int device = current_device();
+    check_cuda(cudaSetDevice(device), "the current device");
+    return device;
+}
+
+// Call `bound_device` before. Sizes, strides and box from the innermost dimension on, in elements; false if TMA cannot read such a tensor.
 template <typename scalar_t, int kDimensions>
 inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&sizes)[kDimensions],
                        const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
@@ -40,12 +53,16 @@ inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&si
     for (int d = 0; d < kDimensions - 1; ++d) {
         byte_strides[d] = static_cast<cuuint64_t>(strides[d]) * sizeof(scalar_t);
     }
-    return encode_tiled()(&map,
-                          std::is_same_v<scalar_t, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                          kDimensions, const_cast<void*>(address), all_sizes, byte_strides, box_sizes, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    const auto type =
+        std::is_same_v<scalar_t, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    const CUresult result = encode_tiled()(
+        &map, type, kDimensions, const_cast<void*>(address), all_sizes, byte_strides, box_sizes, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS && result != CUDA_ERROR_INVALID_VALUE && result != CUDA_ERROR_NOT_SUPPORTED) {
+        throw std::runtime_error("cuTensorMapEncodeTiled: CUDA driver error " + std::to_string(static_cast<int>(result)));
+    }
+    return result == CUDA_SUCCESS;
 }
 
 }  // namespace spatialflow

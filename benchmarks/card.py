@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/card.json (default: printed)")
     options = parser.parse_args(arguments)
-    options.threads = 1
+    torch.set_num_threads(1)
     rates = measure(options.device)
     print(", ".join(f"{name.replace('_', ' ')} {rate:.4g}" for name, rate in rates.items()))
     if options.output is not None:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from harness import OURS, environment, results_path, write_figure, write_text
+from harness import OURS, environment, optional, results_path, write_figure, write_text
 from reference_pipeline import STAGES, ReferencePipeline, network_input, torchvision
 from torch import nn
 
@@ -254,8 +254,9 @@ def save(rows: list[dict[str, Any]], setting: dict[str, Any], folder: Path) -> N
     merged = {key_of(row): row for row in kept + [{**row, "setting": setting} for row in rows]}
     rows = [merged[key] for key in sorted(merged)]
     write_text(path, json.dumps({"op": "end_to_end", "title": TITLE, "rows": rows}, indent=1) + "\n")
-    plot(rows, path.with_suffix(".png"))
-    print(f"\n  written: {path}, {path.with_suffix('.png').name}")
+    if optional("matplotlib") is not None:
+        plot(rows, path.with_suffix(".png"))
+    print(f"\n  written: {path}")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

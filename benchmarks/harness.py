@@ -568,13 +568,15 @@ def plot(benchmark: Benchmark, setting: Mapping[str, Any], rows: list[dict[str, 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
+    dtypes = {row["dtype"] for row in rows}
+    group_of = lambda row: (row["case"], row["mode"] + (f", {row['dtype']}" if len(dtypes) > 1 else ""))  # noqa: E731
+    groups = list(dict.fromkeys(map(group_of, rows)))
     names = list(dict.fromkeys(row["provider"] for row in rows))
     height = 0.8 / len(names)
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.28 * len(groups) * (len(names) + 1)), layout="constrained")
     for position, name in enumerate(names):
         own = [row for row in rows if row["provider"] == name]
-        at = [groups.index((row["case"], row["mode"])) + (position - (len(names) - 1) / 2) * height for row in own]
+        at = [groups.index(group_of(row)) + (position - (len(names) - 1) / 2) * height for row in own]
         median = [row["median_ms"] for row in own]
         whiskers = [
             [row["median_ms"] - row["q10_ms"] for row in own],

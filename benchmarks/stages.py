@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="time per form (default: 3)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/stages.json")
     options = parser.parse_args(arguments)
-    options.threads = 1
+    torch.set_num_threads(8)
     on_gpu, rows = options.device.startswith("cuda"), []
     with tempfile.TemporaryDirectory(prefix="spatialflow-stages-") as folder:
         list(synthesize(Path(folder), 1, tuple(options.size), seed=0))

@@ -21,14 +21,15 @@ def setup(
     offset = ((2 * torch.randn(1, 18, height, width)) * 16).floor() / 16 + 1 / 32
     weight = torch.randn(channels, channels // groups, 3, 3) / (9 * channels // groups) ** 0.5
     mask = torch.rand(1, 9, height, width) if masked else None
+    positions = offset.numel() + (mask.numel() if masked else 0)
     inputs = (input, offset, weight, torch.randn(channels)) + ((mask,) if masked else ())
     return Problem(
         inputs=inputs,
         options={"stride": (stride, stride), "padding": (1, 1), "dilation": (1, 1)},
         features=(0, 2, 3),
         differentiable=tuple(range(len(inputs))),
-        bytes=4 * (input.numel() + offset.numel() + (mask.numel() if masked else 0) + weight.numel() + channels * height * width),
-        fixed_bytes=4 * (offset.numel() + (mask.numel() if masked else 0)),
+        bytes=4 * (input.numel() + positions + weight.numel() + channels * height * width),
+        fixed_bytes=4 * positions,
         operations=2 * 9 * channels * channels // groups * height * width,
     )
 

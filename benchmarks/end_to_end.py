@@ -306,7 +306,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--short-edges", type=int, nargs="+", default=[800, 600, 400], metavar="PIXELS",
                         help="sizes of the network's input (default: 800 600 400)")  # fmt: skip
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME",
-                        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all; the last in 16 bits alone)")  # fmt: skip
+                        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all; the last one needs a 16-bit dtype)",
+                        )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                         help="of spatialflow and of the reference in 16 bits (default: float32)")  # fmt: skip

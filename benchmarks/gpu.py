@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator on the GPU beside its strongest peers, the most telling first, in as few processes as possible.
 
-A process does as much of `PLAN` as it can. One that dies, as after an illegal access, loses the entry it was at; the
-next process goes on behind it, as after one that takes too long. Results are written case by case. A row of the same case,
-dtype and provider is replaced; those of another commit are removed.
+A process runs as many entries of `PLAN` as it can. If it dies, as after an illegal access, or takes too long, its
+present entry is lost, and a new process starts with the next. Results are written after each case. A row of the same
+case, dtype and provider is replaced; those of another commit are removed.
 """
 
 from __future__ import annotations

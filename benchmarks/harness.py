@@ -11,8 +11,8 @@ from them, the `sweep` of cases, and the float64 oracle. The harness does the re
 4. a table on screen, `results/<device>/<op>.json` and a plot beside it.
 
 On CUDA there are two times, both with the L2 cache overwritten before. `median_ms` is the call: from the call to its
-completion, by the host's clock. `kernel_ms` is the work of the GPU alone: the replay of a CUDA graph. A provider that no
-graph can hold has the sum of its kernels by the profiler, without the gaps between them.
+completion, by the host's clock. `kernel_ms` is the work of the GPU alone: the replay of a CUDA graph. A provider that
+no graph can hold has the sum of its kernels by the profiler, without the gaps between them.
 
 `python benchmarks/harness.py` prints the kept results as Markdown tables, one per device.
 """
@@ -446,8 +446,8 @@ def _run_case(
         median = statistics.median(times[name])
         low, high = (float(np.quantile(times[name], q)) for q in (0.1, 0.9))
         row = {
-            "case": label, "mode": mode, "dtype": dtype if problem.features else "float32", "provider": name, "median_ms": median * 1e3,
-            "q10_ms": low * 1e3,
+            "case": label, "mode": mode, "dtype": dtype if problem.features else "float32", "provider": name,
+            "median_ms": median * 1e3, "q10_ms": low * 1e3,
             "q90_ms": high * 1e3, "runs": len(times[name]), "error": errors[name], "ratio": median / ours,
         }  # fmt: skip
         if name in kernels:
@@ -611,7 +611,8 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=tuple(TOLERANCES),
                         help="of features, one or several (default: float32)")  # fmt: skip
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="only these (default: both where there are gradients)")
+    parser.add_argument("--modes", nargs="+", choices=MODES,
+                        help="only these (default: both where there are gradients)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per provider, case and mode (default: 1)")
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose label contains one of these")
@@ -690,14 +691,16 @@ def markdown(paths: Sequence[Path]) -> str:
                 key = (row["case"], row["mode"], row.get("dtype", content.get("dtype", "float32")))
                 groups.setdefault(key, {})[row["provider"]] = row
             for key, rows in groups.items():
-                cells = [_cell(rows.get(name), time_key, None if name == OURS else ratio_key) for name in (OURS, *peers)]
+                cells = [_cell(rows.get(OURS), time_key, None)]
+                cells += [_cell(rows.get(name), time_key, ratio_key) for name in peers]
                 lines.append("| " + " | ".join([f"`{content['op']}`", *key, *cells]) + " |")
         tables.append("\n".join(lines))
     settings = sorted({f"{c['device']}, {c['threads']} threads, torch {c['versions']['torch']}" for c in contents})
     if len(tables) == 1:
         return "\n\n".join(["; ".join(settings), *tables])
     call, kernel = tables
-    return "\n\n".join(["; ".join(settings), "Calls, from the call to its completion:", call, "GPU work alone:", kernel])
+    headings = "Calls, from the call to its completion:", "GPU work alone:"
+    return "\n\n".join(["; ".join(settings), headings[0], call, headings[1], kernel])
 
 
 def _cell(row: Mapping[str, Any] | None, time_key: str, ratio_key: str | None) -> str:

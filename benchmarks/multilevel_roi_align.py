@@ -60,7 +60,7 @@ BENCHMARK = Benchmark(
         "reference": reference.multilevel_roi_align,
         "torchvision": torchvision and Provider(run_pooler, make_pooler, waits=True, lowered=(1,)),
     },
-    # In float64; the twin takes RoI by RoI, which is slow on a GPU.
+    # In float64; the reference loops over RoIs, which is slow on a GPU.
     oracle=(lambda *inputs, **options: run_pooler(*make_pooler(*inputs, **options))) if torchvision
     else reference.multilevel_roi_align,
 )  # fmt: skip

@@ -46,7 +46,7 @@ BENCHMARK = Benchmark(
         "torchvision": torchvision and Provider(torchvision.roi_align, lowered=(1,)),
         "CuPy textbook": textbook.provider(textbook.roi_align),
     },
-    oracle=torchvision.roi_align if torchvision else reference.roi_align,  # in float64; the twin takes RoI by RoI
+    oracle=torchvision.roi_align if torchvision else reference.roi_align,  # in float64; the reference loops over RoIs
 )
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def profile_stages(predictor: Predictor, image: Any, on_gpu: bool) -> tuple[list
             visit(event, "other")
     by_stage = [{"stage": name, "kernels": count, "ms": ms} for name, (count, ms) in stages.items()]
     by_kernel = [
-        {"stage": stage, "kernel": name[:160], "count": count, "ms": ms} for (stage, name), (count, ms) in kernels.items()
+        {"stage": stage, "kernel": name[:160], "count": count, "ms": ms}
+        for (stage, name), (count, ms) in kernels.items()
     ]
     return by_stage, sorted(by_kernel, key=lambda row: -row["ms"])
 

@@ -12,7 +12,8 @@ of its own, and is recorded as it ends: a step that fails or runs out of time ta
 machine lacks (torchvision, CuPy, ncu, compute-sanitizer) takes its column or step with it, never the run.
 
 The libraries are those of the tree, built elsewhere; `make gpu-pack` puts them, the tree and the wheels of missing
-packages in one archive. Here only `spatialflow._evaluation` is compiled, in the background, as it belongs to one Python.
+packages in one archive. Only `spatialflow._evaluation`, which belongs to one Python version, is compiled here, in the
+background.
 
 Results go to <output>/<device>/: `gpu_check.json` and `gpu_check.md` (`gpu_check_second.*`, `gpu_check_quick.*`), the
 logs of the steps, and the JSON of each benchmark. `--pack FILE.tgz` puts that folder in one file after every step.
@@ -528,7 +529,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, default="first",
                           help=f"{what}: {TOTALS[name]:.0f} s")  # fmt: skip
     parser.add_argument("--backend", choices=("cuda", "simt"), default="cuda", help="simt: dry run on the interpreter")
-    parser.add_argument("--seconds", type=float, metavar="N", help=f"total of the run (default: 480; --quick: 120; dry run: {DRY_TOTAL:.0f})")
+    parser.add_argument("--seconds", type=float, metavar="N",
+                        help=f"total of the run (default: 480; --quick: 120; dry run: {DRY_TOTAL:.0f})")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/gpu_check.* (default: "
                         "benchmarks/results; build/gpu_check in the dry run, whose times mean nothing)")  # fmt: skip
     parser.add_argument("--pack", type=Path, metavar="FILE.tgz", help="receives the results in one file")

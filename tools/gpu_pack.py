@@ -57,7 +57,8 @@ def download_wheels(folder: Path) -> None:
 
 
 def write_archive(target: Path, wheels: Path) -> None:
-    libraries = sorted((ROOT / "spatialflow" / "lib").glob("*")) + sorted((ROOT / "spatialflow").glob("_evaluation*.so"))
+    package = ROOT / "spatialflow"
+    libraries = [*sorted((package / "lib").glob("*")), *sorted(package.glob("_evaluation*.so"))]
     with tarfile.open(target, "w:gz", compresslevel=6) as archive:
         for name in tracked_files():
             archive.add(ROOT / name, f"spatialflow/{name}")

@@ -11,7 +11,7 @@
 // stay: each takes every gridDim.x-th tile. No atomics, results depend on the inputs alone.
 //
 //   16-bit types   8 x 16 pixels by 128 or 64 outputs per block of 4 warps, by mma.sync with float32 sums
-//                  (conv3x3_tensor_core.h). A step over 32 channels brings the tile and its rim into shared memory
+//                  (conv3x3_tensor_core.h). A step over 32 channels brings the tile and its halo into shared memory
 //                  once, as x + flow, for all nine taps: ldmatrix takes the rows of a tap wherever they lie, and a row
 //                  serves the three taps of a column from registers. Meanwhile the next step's inputs come in through
 //                  registers and the next weights by cp.async, on across tiles: only a block's first step waits.

@@ -21,7 +21,7 @@ struct WideConv {
     static constexpr int kUnits = kChannels / kUnitChannels * 3;
     static constexpr int kRimWidth = kWidth + 2;
     static constexpr int kPiece = kThreads / (kChannels / 8);  // pixels
-    static constexpr int kInputs = kUnits * kPiece;            // pixels with rim, filled up to whole pieces
+    static constexpr int kInputs = kUnits * kPiece;            // pixels with halo, filled up to whole pieces
     static constexpr int kInputRow = kChannels + 8, kWeightRow = kOutputs + 8;
     static constexpr int kWeightRows = 3 * kUnitChannels, kWeightStages = 3;
     static constexpr int kCopiedRows = kThreads / (kOutputs / 8);  // by all threads at one time
@@ -151,7 +151,7 @@ template <typename scalar_t, int kAccess, int kTileOutputs>
 __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTileOutputs>::kResident)
     conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
     using Size = WideConv<kTileOutputs>;
-    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);            // 2 x [pixel with rim][channel]
+    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);            // 2 x [pixel with halo][channel]
     SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // of InputReader
     const auto weights = inputs + 2 * Size::kInputBuffer;    // stages x [tap of the column][channel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
             left -= Size::kChannels;
             if (left <= 0) {
                 next = conv_tile<Size::kOutputs>(table, tile.tile + static_cast<int>(gridDim.x));
-                __syncthreads();  // before `places` is written anew
+                __syncthreads();  // before `places` is written again
                 begin_inputs(next);
             } else {
                 reader.advance(Size::kChannels);

@@ -121,7 +121,7 @@ __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, in
     return entry;
 }
 
-// How a thread of a kernel for tensor cores reads its eight channels of the pixels of a tile and its rim (kCount with
+// How a thread of a kernel for tensor cores reads its eight channels of the pixels of a tile and its halo (kCount with
 // those that fill up the last piece). `places` in shared memory holds the offset of each pixel in x and in flow, -1
 // outside the map, so that a load costs a few instructions.
 template <int kHeight, int kWidth, int kCount, typename scalar_t>

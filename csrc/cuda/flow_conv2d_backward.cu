@@ -8,10 +8,10 @@
 // Nine matrix products (outputs x pixels) by (pixels x channels), one per tap, that share their left side and, shifted,
 // their right side. Sources (N, H, W, C) and gradients (N, H, W, O) by strides, channels adjacent; result (O, C, 3, 3).
 //
-// A block owns a rectangle of outputs and channels for all nine taps and runs over a part of the tiles of pixels:
-// it brings the gradients of a tile and x + flow of the tile and its rim into shared memory once for nine products. The
-// parts' sums (part, 9, O, C) are added in their order by a second kernel. How many parts there are depends on the
-// sizes alone, so the result has the same bits in every run and on every device.
+// A block owns a rectangle of outputs and channels for all nine taps and runs over a part of the tiles of pixels. It
+// loads the gradients of a tile, and x + flow of the tile and its halo, into shared memory once for nine products.
+// A second kernel adds the parts' sums (part, 9, O, C) in their order. The number of parts depends on the sizes alone,
+// so the result has the same bits in every run and on every device.
 //
 //   16-bit types   64 outputs x 64 channels per block of 8 warps, each 32 x 16 for all taps by mma.sync with float32
 //                  sums. A step is 2 rows of 8 pixels: rows of inputs, from ldmatrix.trans, serve all taps from
@@ -82,7 +82,7 @@ struct Wide {
     static constexpr int kSteps = kHeight / 2;                 // of 16 pixels
     static constexpr int kPiece = kThreads / (kChannels / 8);  // pixels
     static constexpr int kPieces = ((kHeight + 2) * kRimWidth + kPiece - 1) / kPiece;
-    static constexpr int kInputs = kPieces * kPiece;  // pixels with rim, filled up to whole pieces
+    static constexpr int kInputs = kPieces * kPiece;  // pixels with halo, filled up to whole pieces
     static constexpr int kRow = 64 + 8;               // of both shared arrays: eight rows lie in different banks
     static constexpr int kBuffer = (kInputs + kPixels) * kRow;  // elements
     static constexpr size_t kSharedBytes = 2 * 2 * kBuffer;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
     const __grid_constant__ GradientTable<scalar_t> table,
     Global<float> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
-    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, shared);  // 2 x (inputs [pixel with rim][channel], gradients [pixel][output])
+    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, shared);  // 2 x (inputs [pixel with halo][channel], gradients [pixel][output])
     SPATIALFLOW_SHARED(int64_t, places, 2 * Wide::kInputs);  // of InputReader
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int first_output = static_cast<int>(blockIdx.x) * Wide::kOutputs;
@@ -250,7 +250,7 @@ struct Plain {
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 32, kChannels = kWarpSize;
     static constexpr int kSide = 8, kHeight = kSide, kWidth = kSide, kPixels = kSide * kSide;
-    static constexpr int kRimSide = kSide + 2, kRim = kRimSide * kRimSide;
+    static constexpr int kHaloSide = kSide + 2, kHalo = kHaloSide * kHaloSide;
     static constexpr int kOwnOutputs = kOutputs / (kThreads / kWarpSize);  // of a warp
 };
 
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
     Global<scalar_t> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
     constexpr int kPart = kWideElements<scalar_t>;
-    SPATIALFLOW_SHARED(scalar_t, inputs, Plain::kRim * Plain::kChannels);       // [pixel with rim][channel]
+    SPATIALFLOW_SHARED(scalar_t, inputs, Plain::kHalo * Plain::kChannels);       // [pixel with halo][channel]
     SPATIALFLOW_SHARED(scalar_t, gradients, Plain::kPixels * Plain::kOutputs);  // [pixel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
     const int own_output = thread / kWarpSize * Plain::kOwnOutputs;
@@ -272,11 +272,11 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
     for (TileReader<Plain::kSide, Plain::kSide, scalar_t> tiles(table); tiles.valid(); tiles.advance()) {
         const GradientLevel<scalar_t>& level = table.levels[tiles.level];
         const MapTile& map = tiles.map;
-        for (int i = thread; i < Plain::kRim * Plain::kChannels / 4; i += Plain::kThreads) {
+        for (int i = thread; i < Plain::kHalo * Plain::kChannels / 4; i += Plain::kThreads) {
             const int pixel = i / (Plain::kChannels / 4), c = i % (Plain::kChannels / 4) * 4;
             const Vec<scalar_t, 4> values =
-                load_sum<4, kAccess>(level.input, map.image, map.y + pixel / Plain::kRimSide - 1,
-                                     map.x + pixel % Plain::kRimSide - 1, first_channel + c);
+                load_sum<4, kAccess>(level.input, map.image, map.y + pixel / Plain::kHaloSide - 1,
+                                     map.x + pixel % Plain::kHaloSide - 1, first_channel + c);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 inputs[pixel * Plain::kChannels + c + j] = values[j];
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
             for (int row = 0; row < 3; ++row) {
 #pragma unroll
                 for (int column = 1; column < 3; ++column) {
-                    window[row][column] = inputs[((y + row) * Plain::kRimSide + column - 1) * Plain::kChannels + lane];
+                    window[row][column] = inputs[((y + row) * Plain::kHaloSide + column - 1) * Plain::kChannels + lane];
                 }
             }
 #pragma unroll
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
                 for (int row = 0; row < 3; ++row) {
                     window[row][0] = window[row][1];
                     window[row][1] = window[row][2];
-                    window[row][2] = inputs[((y + row) * Plain::kRimSide + x + 2) * Plain::kChannels + lane];
+                    window[row][2] = inputs[((y + row) * Plain::kHaloSide + x + 2) * Plain::kChannels + lane];
                 }
 #pragma unroll
                 for (int part = 0; part < Plain::kOwnOutputs; part += kPart) {

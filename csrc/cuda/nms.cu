@@ -97,8 +97,8 @@ struct Rows {
     }
 };
 
-// Entries as a source. A struct, because a kernel must not have a restrict-qualified pointer as a template argument: nvcc
-// names it one way for the host and another for the device, and the launch fails ("invalid device function").
+// Entries as a source. It is a struct because a kernel must not have a restrict-qualified pointer as a template
+// argument: nvcc names such a kernel differently for host and device, and the launch fails ("invalid device function").
 template <typename real_t>
 struct Entries {
     Global<const ClassEntryOf<real_t>> values;  // (N)

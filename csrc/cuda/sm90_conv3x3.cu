@@ -3,7 +3,7 @@
 // The convolutions of conv3x3.cu in 16-bit types on compute capability 9.0a, by TMA and wgmma.
 //
 // A block computes four or two sub-tiles of 8 x 8 pixels by 128 or 64 outputs; sub-tiles are numbered over all levels
-// of a convolution, and blocks stay. For every 64 channels, sub-tiles with their rim (10 x 10 pixels, 128 bytes each,
+// of a convolution, and blocks stay. For every 64 channels, sub-tiles with their halo (10 x 10 pixels, 128 bytes each,
 // 128-byte swizzle) are loaded once and serve nine taps: the matrix of tap (dy, dx) begins dy rows and dx pixels later.
 // Weights are (64 channels, outputs) of a tap, outputs adjacent as packed. Warp 0 loads inputs, warp 1 weights; warps 2
 // and 3 add a flow to inputs in shared memory, one rounding each; two warpgroups multiply, half of the pixels each.
@@ -23,11 +23,11 @@
 namespace spatialflow {
 namespace {
 
-constexpr int kSide = 8, kRimSide = kSide + 2;  // of a sub-tile
+constexpr int kSide = 8, kHaloSide = kSide + 2;  // of a sub-tile
 constexpr int kStepChannels = 64;               // 128 bytes
 constexpr int kRowBytes = kStepChannels * 2;    // of a pixel, and of 64 outputs of a channel
-constexpr int kRimBytes = kRimSide * kRimSide * kRowBytes;
-constexpr int kRimStride = (kRimBytes + 1023) / 1024 * 1024;  // the swizzle repeats every 1024 bytes
+constexpr int kHaloBytes = kHaloSide * kHaloSide * kRowBytes;
+constexpr int kRimStride = (kHaloBytes + 1023) / 1024 * 1024;  // the swizzle repeats every 1024 bytes
 constexpr int kWeightBytes = kStepChannels * kRowBytes;       // of 64 outputs
 constexpr int kSharedLimit = 227 * 1024;                      // of a block, static memory included
 constexpr int kAddWarps = 2, kThreads = 3 * 128;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                 for (int step = 0; step < convolution.steps; ++step) {
                     mbarrier_wait(input_empty + 8 * stage, parity);
                     const unsigned full = (has_flow ? term_full : input_full) + 8 * stage;
-                    mbarrier_expect(full, Size::kParts * kRimBytes);
+                    mbarrier_expect(full, Size::kParts * kHaloBytes);
                     if (!has_flow) {
                         mbarrier_arrive(full);  // for the second warp that adds
                     }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                         for (int i = 0; i < Size::kParts; ++i) {
                             const int buffer = i % kAddWarps;
                             mbarrier_wait(flow_empty + 8 * buffer, flow_parity);
-                            mbarrier_expect(flow_full + 8 * buffer, kRimBytes);
+                            mbarrier_expect(flow_full + 8 * buffer, kHaloBytes);
                             tma_load_4d(flow_memory + buffer * kRimStride, &table.levels[parts[i].level].flow,
                                         step * kStepChannels, parts[i].map.x - 1, parts[i].map.y - 1,
                                         parts[i].map.image, flow_full + 8 * buffer);
@@ -224,9 +224,9 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                             flow_parity ^= 1;
                             unsigned char* input = inputs + stage * Size::kInputStage + part * kRimStride;
                             constexpr int kLine = kWarpSize * 16, kAtOnce = 5;
-                            static_assert(kRimBytes % (kLine * kAtOnce) == 0, "whole lines");
+                            static_assert(kHaloBytes % (kLine * kAtOnce) == 0, "whole lines");
 #pragma unroll 1
-                            for (int line = 0; line < kRimBytes; line += kLine * kAtOnce) {
+                            for (int line = 0; line < kHaloBytes; line += kLine * kAtOnce) {
                                 SumTerms terms[kAtOnce];
 #pragma unroll
                                 for (int i = 0; i < kAtOnce; ++i) {
@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 #pragma unroll 1
             for (int tap = 0; tap < kTaps; ++tap) {
                 mbarrier_wait(weight_full + 8 * weight_stage, weight_parity);
-                const int shift = tap / 3 * kRimSide + tap % 3;
-                const uint64_t a = matrix_descriptor(inputs + shift * kRowBytes, 16, kRimSide * kRowBytes);
+                const int shift = tap / 3 * kHaloSide + tap % 3;
+                const uint64_t a = matrix_descriptor(inputs + shift * kRowBytes, 16, kHaloSide * kRowBytes);
                 const uint64_t b = matrix_descriptor(
                     weight_memory + weight_stage * Size::kWeightStage, kWeightBytes, 8 * kRowBytes);
                 pin_sums();
@@ -422,7 +422,7 @@ bool encode_level(CUtensorMap& map, const Tensor& level) {
     return nested_strides(level, strides) &&
            encode_map<scalar_t, 4>(map, level.const_data_ptr(),
                                    {level.size(1), level.size(3), level.size(2), level.size(0)}, strides,
-                                   {kStepChannels, kRimSide, kRimSide, 1});
+                                   {kStepChannels, kHaloSide, kHaloSide, 1});
 }
 
 // The kernel for tiles of kOutputs outputs and kParts sub-tiles.
@@ -437,7 +437,7 @@ struct Sm90Kernel {
     // Cycles, roughly. Of a step: what products take, or the traffic of shared memory (128 bytes a cycle), or that of
     // L2 (32). Beside the steps, what a tile's beginning and its stores take.
     static double cost(const Sm90Table<scalar_t>& table, int multiprocessors) {
-        constexpr double kProducts = 36.0 * kParts * kOutputs / 2, kRims = kParts * kRimBytes;
+        constexpr double kProducts = 36.0 * kParts * kOutputs / 2, kRims = kParts * kHaloBytes;
         constexpr double kWeights = kTaps * Size::kWeightStage, kOperands = 36.0 * kParts * (2048 + 32 * kOutputs);
         double steps = 0, all = 0;
         for (int i = 0; i < table.num_convolutions; ++i) {

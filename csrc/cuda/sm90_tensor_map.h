@@ -39,7 +39,8 @@ inline int bound_device() {
     return device;
 }
 
-// Call `bound_device` before. Sizes, strides and box from the innermost dimension on, in elements; false if TMA cannot read such a tensor.
+// Encodes a tensor map; false if TMA cannot read such a tensor. Call `bound_device` before. Sizes, strides and box are
+// in elements, from the innermost dimension on.
 template <typename scalar_t, int kDimensions>
 inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&sizes)[kDimensions],
                        const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
@@ -60,7 +61,8 @@ inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&si
         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS && result != CUDA_ERROR_INVALID_VALUE && result != CUDA_ERROR_NOT_SUPPORTED) {
-        throw std::runtime_error("cuTensorMapEncodeTiled: CUDA driver error " + std::to_string(static_cast<int>(result)));
+        throw std::runtime_error(
+            "cuTensorMapEncodeTiled: CUDA driver error " + std::to_string(static_cast<int>(result)));
     }
     return result == CUDA_SUCCESS;
 }

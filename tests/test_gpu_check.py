@@ -122,7 +122,8 @@ def test_time_is_kept_for_later_steps(gpu_check, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "device_of", lambda backend: dict(DEVICE))
     assert gpu_check.main(["--output", str(tmp_path), "--seconds", "23"]) == 1
     content = json.loads((tmp_path / "test-gpu" / "gpu_check.json").read_text())
-    assert [(step["name"], step["status"]) for step in content["steps"]] == [("greedy", "timed out"), ("kept", "passed")]
+    statuses = [(step["name"], step["status"]) for step in content["steps"]]
+    assert statuses == [("greedy", "timed out"), ("kept", "passed")]
 
 
 def test_steps_together(gpu_check, tmp_path, monkeypatch):
@@ -139,7 +140,8 @@ def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
     (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
     row = {"case": "one", "mode": "forward", "dtype": "float16", "provider": "spatialflow", "kernel_ms": 0.01,
            "bytes": 8e6, "operations": 1e6}  # fmt: skip
-    (tmp_path / "square.json").write_text(json.dumps({"op": "square", "commit": "abc", "rows": [row, {**row, "provider": "peer"}]}))
+    content = {"op": "square", "commit": "abc", "rows": [row, {**row, "provider": "peer"}]}
+    (tmp_path / "square.json").write_text(json.dumps(content))
     assert gpu_check.roofline(tmp_path, "abc").endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
     forms = [{"form": "graph", "images_per_second": 100.0, "median_ms": 10.0, "replay_ms": 9.0}]
     content = {"config": "tiny", "commit": "abc", "size": [8, 9], "dtype": "bfloat16", "forms": forms,

@@ -60,7 +60,7 @@ LIMITS = (
           registers=128, load=16, narrow=0, distance=16, matrix=8, in_flight=4, per_matrix=22.0),
     Limit("deform_conv2d_backward_weight_kernel<float, *, 4>", "as deform_conv2d_kernel",
           registers=128, load=16, narrow=5, store=16, distance=60, in_flight=4),
-    Limit("deform_conv2d_backward_data_kernel<*, 8>", "cells loaded two pixels ahead; operands of the products by LDGSTS",
+    Limit("deform_conv2d_backward_data_kernel<*, 8>", "cells loaded two pixels ahead; product operands by LDGSTS",
           registers=128, load=16, store=16, in_flight=16, per_matrix=5.0),
     Limit("deform_conv2d_backward_data_kernel<float, *, 4>", "four corners on the way at once",
           registers=128, load=16, store=16, distance=30, in_flight=4),

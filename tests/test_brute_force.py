@@ -301,6 +301,15 @@ class TestFlowConv2d:
         x[0, 1, 2, 3] = bad
         compare("flow_conv2d", x, None, random(3, 2, 3, 3), None, True, "direct", dtype=torch.float64)
 
+    @pytest.mark.parametrize("bad", [NAN, INF])
+    def test_pixel_that_is_not_finite_in_winograd(self, bad: float) -> None:
+        """It reaches its neighborhood, and no further than the 4x4 tiles that read it."""
+        x, weight = random(1, 2, 12, 12).float(), random(3, 2, 3, 3).float()
+        x[0, 1, 4, 6] = bad
+        reached = ~torch.isfinite(ops.flow_conv2d(x, None, weight, None, False, "winograd"))[0].cpu()
+        assert reached[:, 3:6, 5:8].all()
+        assert not reached[:, 8:].any() and not reached[:, :, :4].any() and not reached[:, :, 8:].any()
+
     def test_no_levels(self) -> None:
         assert compare("flow_conv2d", [], None, random(1, 1, 3, 3)) == []
 
@@ -427,6 +436,8 @@ class TestPreprocessImages:
             settings = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 4, dtype)
             compare("preprocess_images", [image, halved], [size, size], *settings, dtype=dtype)
             compare("preprocess_images", image, size, *settings, dtype=dtype)
+        exact = ops.preprocess_images([image, halved], [size, size], *settings[:3]).cpu().numpy()
+        assert np.array_equal(exact, brute_force.preprocess_images([image, halved], [size, size], *settings[:3]))
 
 
 class TestSigmoidFocalLoss:

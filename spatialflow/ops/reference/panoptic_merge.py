@@ -71,7 +71,7 @@ def panoptic_merge(
         x, y = int(xs.min()), int(ys.min())
         size = [int(xs.max()) - x + 1, int(ys.max()) - y + 1]
         table[row] = table.new_tensor([label, instance >= 0, instance, len(xs), x, y, *size])
-        segment_scores[row] = score
+        segment_scores[row] = scores.new_tensor(score)  # a tensor, as a number beyond float32 would raise
     return PanopticMergeOutput(
         id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores,
         table.new_tensor(len(segments)),

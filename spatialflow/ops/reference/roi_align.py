@@ -29,9 +29,14 @@ def roi_align(
             rows = _axis_weights(row[2], row[4], ph, height, spatial_scale, sampling_ratio, aligned)  # (PH, H)
             columns = _axis_weights(row[1], row[3], pw, width, spatial_scale, sampling_ratio, aligned)  # (PW, W)
             if rows is not None and columns is not None:
-                own = torch.einsum("ph,chw,qw->cpq", rows, feature[int(row[0])], columns)
+                own = _weighted(_weighted(feature[int(row[0])], columns).transpose(1, 2), rows).transpose(1, 2)
                 pooled = pooled.index_put((torch.tensor([k], device=boxes.device),), own[None])
     return pooled.to(input.dtype)
+
+
+def _weighted(planes: Tensor, weights: Tensor) -> Tensor:
+    """(C, H, W) and (PW, W) to (C, H, PW): sums over W, of cells with a weight alone, as 0 * NaN would be NaN."""
+    return torch.stack([planes[..., of_bin != 0] @ of_bin[of_bin != 0] for of_bin in weights], dim=2)
 
 
 def zeros(size: tuple[int, ...], features: Sequence[Tensor]) -> Tensor:

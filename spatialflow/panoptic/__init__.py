@@ -8,7 +8,7 @@ import importlib
 
 _HOMES = {
     "MergeResult": "merging",
-    "PanopticFormatError": "formats",
+    "PanopticFormatError": "rules",
     "PanopticQuality": "quality",
     "PanopticWriter": "formats",
     "colour_of": "drawing",

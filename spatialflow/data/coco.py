@@ -10,9 +10,9 @@ from typing import Any
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.transforms import ImageError, read_image
-from spatialflow.panoptic.formats import read_id_map, read_panoptic_json
+from spatialflow.panoptic.formats import check_panoptic, read_id_map, read_panoptic_json
 from spatialflow.panoptic.photographs import find_photograph
-from spatialflow.panoptic.rules import TRAINING, PanopticFormatError
+from spatialflow.panoptic.rules import TRAINING, TRUTH, PanopticFormatError
 
 
 class _Packed(Sequence):
@@ -41,7 +41,7 @@ class CocoPanoptic:
         panoptic_folder: PNGs named by the annotations; None: the JSON's path without its suffix.
         image_folder: photographs named by `images`.
         categories: numbering of the classes.
-        scored: the file must have `categories`, without which nothing can be scored.
+        scored: the file is a ground truth too: it must have `categories`, and keep the rules of scoring.
 
     Attributes:
         names: file name of every photograph, in the order of the annotations.
@@ -66,6 +66,8 @@ class CocoPanoptic:
         self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else self.json_path.with_suffix("")
         self.categories = categories
         content = read_panoptic_json(self.json_path, with_categories=scored, use=TRAINING)
+        if scored:
+            check_panoptic(content, str(self.json_path), with_categories=True, use=TRUTH)
         if "categories" in content:
             self._check_meaning(content["categories"])
         by_id = {image["id"]: image for image in content["images"]}

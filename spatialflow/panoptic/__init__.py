@@ -20,6 +20,7 @@ _HOMES = {
     "overlay": "drawing",
     "read_id_map": "formats",
     "read_panoptic_json": "formats",
+    "validate": "validation",
     "write_id_map": "formats",
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from spatialflow import _evaluation
 from spatialflow.files import atomic_write
 from spatialflow.panoptic import rules
-from spatialflow.panoptic.png import decode_png
+from spatialflow.panoptic.png import PngKindError, decode_png
 from spatialflow.panoptic.rules import VOID, PanopticFormatError
 
 
@@ -71,9 +71,11 @@ def read_id_map(path: str | os.PathLike) -> np.ndarray:
         with open(path, "rb", buffering=0) as stream:  # read whole: a buffer would only be copied
             return decode_png(stream.read())
     except OSError as error:
-        raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}", "png") from None
+    except PngKindError as error:
+        raise PanopticFormatError(f"{path}: {error}", "png-kind") from None
     except ValueError as error:
-        raise PanopticFormatError(f"{path}: {error}") from None
+        raise PanopticFormatError(f"{path}: {error}", "png") from None
 
 
 def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:

@@ -123,6 +123,19 @@ class PanopticQuality:
 
         Arguments and errors as for `update`.
         """
+        raise_first(segment_problems(gt_segments, image_id, self._things), TRUTH)
+        raise_first(segment_problems(pred_segments, image_id, self._things), PREDICTION)
+        return self._count(gt_map, gt_segments, pred_map, pred_segments, image_id)
+
+    def _count(
+        self,
+        gt_map: np.ndarray,
+        gt_segments: Sequence[Mapping[str, Any]],
+        pred_map: np.ndarray,
+        pred_segments: Sequence[Mapping[str, Any]],
+        image_id: int | str,
+    ) -> tuple[dict[int, ClassCounts], list[Problem]]:
+        """`count` without the checks that look at the lists alone, which reading a JSON has done."""
         gt_map, pred_map = _pixels(gt_map, "gt_map"), _pixels(pred_map, "pred_map")
         if gt_map.shape[:2] != pred_map.shape[:2]:
             raise PanopticFormatError(
@@ -131,7 +144,7 @@ class PanopticQuality:
             )
         gt_ids, pred_ids, pixels = count_pairs(gt_map, pred_map)
         shared = dict(zip(zip(gt_ids.tolist(), pred_ids.tolist(), strict=True), pixels.tolist(), strict=True))
-        return _match_image(shared, gt_segments, pred_segments, self._things, image_id)
+        return _match_image(shared, gt_segments, pred_segments, image_id)
 
     def add(self, counts: Mapping[int, ClassCounts]) -> None:
         """Add the counts of one image, as `count` gives them."""
@@ -231,7 +244,7 @@ def score_files(
 
     def count_image(annotation: Mapping[str, Any]) -> tuple[dict[int, ClassCounts], list[Problem]]:
         prediction = predicted[prediction_of[annotation["image_id"]]]
-        return quality.count(
+        return quality._count(
             read_id_map(os.path.join(gt_folder, annotation["file_name"])),
             annotation["segments_info"],
             read_id_map(os.path.join(pred_folder, prediction["file_name"])),
@@ -299,12 +312,11 @@ def _match_image(
     shared: Mapping[tuple[int, int], int],
     gt_segments: Sequence[Mapping[str, Any]],
     pred_segments: Sequence[Mapping[str, Any]],
-    categories: Mapping[int, bool],
     image_id: int | str,
 ) -> tuple[dict[int, ClassCounts], list[Problem]]:
     """Match the segments of one image; `shared` maps (ground-truth id, predicted id) to pixels.
 
-    The problems are those of the pixels; those of the lists themselves are reported when files are read.
+    Raises where lists and pixels contradict each other so that scoring stops; other contradictions are returned.
     """
     # A dict keeps the first position and the last content of an id that is listed twice, like panopticapi's.
     gt_info = {segment["id"]: segment for segment in gt_segments}
@@ -314,8 +326,6 @@ def _match_image(
     for (gt_id, pred_id), count in shared.items():
         gt_pixels[gt_id] = gt_pixels.get(gt_id, 0) + count
         pred_pixels[pred_id] = pred_pixels.get(pred_id, 0) + count
-    raise_first(segment_problems(gt_segments, image_id, categories), TRUTH)
-    raise_first(segment_problems(pred_segments, image_id, categories), PREDICTION)
     problems = raise_first(pixel_problems(gt_segments, image_id, gt_pixels), TRUTH)
     raise_first(pixel_problems(pred_segments, image_id, pred_pixels), PREDICTION)
 
@@ -332,13 +342,9 @@ def _match_image(
         category = segment["category_id"]
         if category != pred_category[pred_id]:
             continue
-        gt_area, own = segment.get("area", gt_pixels[gt_id]), gt_pixels[gt_id]
-        outside = pred_pixels[pred_id] - intersection - shared.get((VOID, pred_id), 0)
-        if outside + gt_area < intersection:  # panopticapi's IoU would exceed 1
-            raise PanopticFormatError(
-                f"image {image_id}: segment {gt_id} has area {gt_area} in the JSON and {own} pixels in the PNG"
-            )
-        union = outside + max(gt_area, own)  # an area below the pixels would raise the IoU
+        # An area below the pixels would raise the IoU, in panopticapi beyond 1 even.
+        gt_area = max(segment.get("area", 0), gt_pixels[gt_id])
+        union = pred_pixels[pred_id] + gt_area - intersection - shared.get((VOID, pred_id), 0)
         iou = intersection / union
         if iou > 0.5:
             counts(category).tp += 1

@@ -21,10 +21,19 @@ _BOX_TOLERANCE = 1  # pixels: boxes of polygons, and conventions that count the 
 
 
 class Rule(NamedTuple):
-    """Which uses of annotations stop at a breach, and which go on and report it."""
+    """Which uses of annotations stop at a breach, which go on and report it, and whether training skips the image."""
 
     stops: tuple[str, ...]
     reported: tuple[str, ...] = ()
+    skipped: bool = False
+
+    def effect(self, use: str) -> str:
+        """What a breach does to one use: "stops", "reported", "skipped" or "-" (it does not matter there)."""
+        if use in self.stops:
+            return "stops"
+        if use in self.reported:
+            return "reported"
+        return "skipped" if self.skipped and use == TRAINING else "-"
 
 
 RULES: dict[str, Rule] = {
@@ -51,10 +60,10 @@ RULES: dict[str, Rule] = {
     "image-twice": Rule((TRAINING,), (TRUTH, PREDICTION)),
     "image-unlisted": Rule((TRAINING,)),
     "image-size": Rule(()),
-    "png": Rule((TRUTH, PREDICTION)),
-    "png-kind": Rule((TRUTH, PREDICTION)),
-    "photograph": Rule(()),
-    "photograph-size": Rule(()),
+    "png": Rule((TRUTH, PREDICTION), skipped=True),
+    "png-kind": Rule((TRUTH, PREDICTION), skipped=True),
+    "photograph": Rule((), skipped=True),
+    "photograph-size": Rule((), skipped=True),
 }
 """Every rule by name, in the order of reports."""
 
@@ -69,10 +78,19 @@ class Problem(NamedTuple):
     image: int | str | None = None  # id of the image, where it is known
     segment: int | None = None
     value: Any = None  # what was found
+    entry: str | None = None  # place in the JSON of an entry that cannot be used at all
 
 
 class PanopticFormatError(ValueError):
-    """A panoptic JSON, PNG or id map breaks the format; the message says which file and which rule."""
+    """A panoptic JSON, PNG or id map breaks the format; the message says which file and which rule.
+
+    Attributes:
+        rule: its name in `RULES`, where it has one.
+    """
+
+    def __init__(self, message: str, rule: str | None = None):
+        super().__init__(message)
+        self.rule = rule
 
 
 def summary(problems: Sequence[Problem], source: str) -> str:
@@ -101,7 +119,7 @@ def raise_first(problems: Iterable[Problem], use: str, source: str = "", also: C
     for problem in problems:
         rule = RULES[problem.rule]
         if use in rule.stops or problem.rule in also:
-            raise PanopticFormatError(f"{source}: {problem.text}" if source else problem.text)
+            raise PanopticFormatError(f"{source}: {problem.text}" if source else problem.text, problem.rule)
         if use in rule.reported:
             reported.append(problem)
     return reported
@@ -126,17 +144,20 @@ def json_problems(content: Any, categories: Collection[int] | None = None) -> It
     for index, annotation in enumerate(content["annotations"]):
         where = f"annotations[{index}]"
         if misfit := _misfit(annotation, {"image_id": _ID, "file_name": _TEXT, "segments_info": _LIST}, where):
-            yield Problem("annotation", misfit[0], _id_of(annotation, "image_id"), value=misfit[1])
+            image = _id_of(annotation, "image_id")
+            text = misfit[0] if image is None else f"{misfit[0]} (image {_label(image)})"
+            yield Problem("annotation", text, image, None, misfit[1], where)
             continue
         image = annotation["image_id"]
         if image in seen:
             yield Problem("annotation-twice", f"image {image!r:.80} has more than one annotation", image, value=image)
         seen.add(image)
         if isinstance(content.get("images"), list) and image not in listed:
-            yield Problem("image-unlisted", f"image {image!r:.80} has an annotation and is not listed in images", image)
+            text = f"image {image!r:.80} has an annotation and is not listed in images"
+            yield Problem("image-unlisted", text, image, value=image)
         segments = []
         for position, segment in enumerate(annotation["segments_info"]):
-            malformed = _segment_misfit(segment, f"{where}: segments_info[{position}]", image)
+            malformed = _segment_misfit(segment, image, index, position)
             if malformed is None:
                 segments.append(segment)
             else:
@@ -159,21 +180,25 @@ def segment_problems(
     seen: set[int] = set()
     for segment in segments:
         number, category = segment["id"], segment["category_id"]
-        where = f"image {image}: segment {number}"
+        area, box = segment.get("area", 0), segment.get("bbox")
         if number == VOID:
-            yield Problem("id-zero", f"{where}: the id 0 stands for void; ids start at 1", image, number, number)
+            yield _of_segment("id-zero", image, number, number, ": the id 0 stands for void; ids start at 1")
         if number in seen:
-            yield Problem("id-twice", f"{where} is listed twice", image, number, number)
+            yield _of_segment("id-twice", image, number, number, " is listed twice")
         seen.add(number)
         if categories is not None and category not in categories:
-            yield Problem("category-unknown", f"{where} has the unknown category {category}", image, number, category)
-        area, box = segment.get("area", 0), segment.get("bbox")
+            says = f" has the unknown category {_label(category)}"
+            yield _of_segment("category-unknown", image, number, category, says)
         if not _is_finite(area):
-            text = f"{where} has area {area!r:.40}; it must be a finite number of pixels"
-            yield Problem("area", text, image, number, area)
+            says = f" has area {area!r:.40}; it must be a finite number of pixels"
+            yield _of_segment("area", image, number, _short(area), says)
         if box is not None and not is_box(box):
-            text = f"{where}: bbox must be four finite numbers, got {box!r:.80}"
-            yield Problem("bbox", text, image, number, box)
+            says = f": bbox must be four finite numbers, got {box!r:.80}"
+            yield _of_segment("bbox", image, number, _short(box), says)
+
+
+def _of_segment(rule: str, image: int | str, segment: int, value: Any, says: str) -> Problem:
+    return Problem(rule, f"image {_label(image)}: segment {segment}{says}", image, segment, value)
 
 
 def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int]]:
@@ -194,9 +219,9 @@ def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[i
             continue
         number = category["id"]
         if misfit := _misfit(category, {"isthing": _FLAG}, where):
-            problems.append(Problem("isthing", f"{misfit[0]} (category {number})", value=misfit[1]))
+            problems.append(Problem("isthing", f"{misfit[0]} (category {_label(number)})", value=misfit[1]))
         if number in listed:
-            problems.append(Problem("category-twice", f"{where}: category {number} is listed twice", value=number))
+            problems.append(Problem("category-twice", f"{where}: category {_label(number)} is listed twice", value=number))
         listed.add(number)
     return problems, listed
 
@@ -211,7 +236,7 @@ def _image_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int 
     for index, image in enumerate(rows):
         where, number = f"images[{index}]", _id_of(image, "id")
         if misfit := _image_misfit(image, where):
-            problems.append(Problem("image", misfit[0], number, value=misfit[1]))
+            problems.append(Problem("image", misfit[0], number, None, misfit[1], where))
         if number in listed:
             text = f"{where}: image {number!r:.80} is listed twice"
             problems.append(Problem("image-twice", text, number, value=number))
@@ -230,26 +255,30 @@ def _image_misfit(image: Any, where: str) -> tuple[str, Any] | None:
     return None
 
 
-def _segment_misfit(segment: Any, where: str, image: int | str) -> Problem | None:
-    if not (
+def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -> Problem | None:
+    if (
         isinstance(segment, Mapping)
         and isinstance(segment.get("id"), int)
         and isinstance(segment.get("category_id"), int)
+        and 0 <= segment["id"] <= LARGEST_ID
+        and isinstance(segment.get("area", 0), _NUMBER)
+        and segment.get("iscrowd", 0) in (0, 1)
     ):
-        text = f'{where} must be a mapping with integers "id" and "category_id" (image {image})'
-        return Problem("segment", text, image, value=_short(segment))
-    rule, number = "segment", segment["id"]
+        return None
+    where, of = f"annotations[{index}]: segments_info[{position}]", f"(image {_label(image)}"
+    if not isinstance(segment, Mapping) or not all(isinstance(segment.get(f), int) for f in ("id", "category_id")):
+        text = f'{where} must be a mapping with integers "id" and "category_id" {of})'
+        return Problem("segment", text, image, None, _short(segment), where)
+    number, rule = segment["id"], "segment"
     if not 0 <= number <= LARGEST_ID:
-        rule, value, text = "id-range", number, f"id must lie in [0, {LARGEST_ID}], got {_short(number)}"
+        rule, value, text = "id-range", number, f"id must lie in [0, {LARGEST_ID}], got {_label(number)}"
     elif not isinstance(segment.get("area", 0), _NUMBER):
         value = segment["area"]
         text = f"area must be a number, got {value!r:.80}"
-    elif segment.get("iscrowd", 0) not in (0, 1):
+    else:
         value = segment["iscrowd"]
         text = f"iscrowd must be 0 or 1, got {value!r:.80}"
-    else:
-        return None
-    return Problem(rule, f"{where}: {text} (image {image}, segment {_short(number)})", image, number, _short(value))
+    return Problem(rule, f"{where}: {text} {of}, segment {_label(number)})", image, number, _short(value), where)
 
 
 _INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
@@ -277,6 +306,12 @@ def _id_of(item: Any, field: str) -> int | str | None:
     return value if isinstance(value, _ID) else None
 
 
+def _label(name: Any) -> str:
+    """An id or a file name, without its middle where it is very long."""
+    text = str(name)
+    return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
+
+
 def _short(value: Any) -> Any:
     """A value as it is, or the beginning of its text where it is no number."""
     return value if isinstance(value, _NUMBER) and abs(value) <= _LARGEST_NUMBER else f"{value!r:.80}"
@@ -298,22 +333,20 @@ def pixel_problems(
     listed = {VOID}
     for segment in segments:
         number, extent = segment["id"], found.get(segment["id"])
-        where = f"image {image}: segment {number}"
         listed.add(number)
         if extent is None:
-            yield Problem("no-pixels", f"{where} is in the JSON and not in the PNG", image, number, 0)
+            yield _of_segment("no-pixels", image, number, 0, " is in the JSON and not in the PNG")
             continue
         pixels = extent.pixels if isinstance(extent, Extent) else extent
-        area = segment.get("area", pixels)
-        if _is_finite(area) and area != pixels:
-            text = f"{where} has area {area} in the JSON and {pixels} pixels in the PNG"
-            yield Problem("area" if area < 0 else "area-pixels", text, image, number, area)
-        if isinstance(extent, Extent) and contradicts(segment.get("bbox"), extent):
-            yield Problem("bbox-pixels", f"{where} {_box_text(segment['bbox'], extent)}", image, number, segment["bbox"])
+        area, box = segment.get("area", pixels), segment.get("bbox")
+        if area != pixels and _is_finite(area):
+            says = f" has area {area} in the JSON and {pixels} pixels in the PNG"
+            yield _of_segment("area" if area < 0 else "area-pixels", image, number, area, says)
+        if isinstance(extent, Extent) and contradicts(box, extent):
+            yield _of_segment("bbox-pixels", image, number, box, _box_text(box, extent))
     for number in found:
         if number not in listed:
-            text = f"image {image}: segment {number} is in the PNG and not in the JSON"
-            yield Problem("no-segment", text, image, number, number)
+            yield _of_segment("no-segment", image, number, number, " is in the PNG and not in the JSON")
 
 
 def is_box(box: Any) -> bool:
@@ -333,7 +366,7 @@ def box_of(segment: Mapping[str, Any], extent: Extent) -> list[float]:
 
 
 def _box_text(box: Sequence[float], extent: Extent) -> str:
-    text = f"has bbox {list(box)} in the JSON and {extent.box} in the PNG"
+    text = f" has bbox {list(box)} in the JSON and {extent.box} in the PNG"
     if _is_near(box, _corners(*extent.box)):
         text += "; the JSON gives x1 y1 x2 y2 where the format has x y width height"
     return text

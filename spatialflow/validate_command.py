@@ -19,8 +19,8 @@ def add_validate(commands: Any) -> None:
     """Adds the command to the subparsers of `spatialflow`."""
     validate = commands.add_parser(
         "validate", help="find what is wrong with panoptic annotations",
-        description="Checks a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, files that "
-                    "are missing.\nFor every rule (docs/annotations.md) it says what a breach does to a ground truth "
+        description="Checks a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, "
+                    "files that are missing.\nFor every rule (docs/annotations.md) it says what a breach does to a ground truth "
                     "and a prediction in `evaluate`,\nand in `train`: it stops, is reported, the image is skipped, or "
                     "it does not matter (-). Exit codes: 0 clean,\n1 problems found, 2 not readable at all.",
         **with_examples(
@@ -58,7 +58,8 @@ def run_validate(options: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(sentence(error)) from None
     print(_table(found), end="")
-    verdict = f"{len(found.problems)} problems" if found.problems else "clean"
+    count = len(found.problems)
+    verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
     print(f"{path}: {found.images} images, {found.segments} segments: {verdict}")
     return 1 if found.problems else 0
 

@@ -3,6 +3,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -372,12 +374,27 @@ class TestCommand:
         main(["validate", str(broken.save())])
         assert "the JSON gives x1 y1 x2 y2 where the format has x y width height" in capsys.readouterr().out
 
-    def test_a_name_that_no_file_can_have(self, folder, capsys):
+    def test_names_that_no_file_can_have(self, folder, capsys):
+        """A half of a surrogate pair, which JSON can hold and neither a path nor a terminal."""
         broken = Broken(folder)
         broken.annotation["image_id"] = broken.annotation["file_name"] = "\ud800"
-        broken.content["images"][1] |= {"id": "\ud800", "file_name": "\ud800.jpg"}
-        assert main(["validate", str(broken.save()), "--images", str(folder / "images")]) == 1
-        assert "\\ud800" in capsys.readouterr().out
+        broken.row |= {"id": "\ud800", "file_name": "\ud800.jpg"}
+        broken.content["annotations"][2]["image_id"] = "\ud801"
+        path = broken.save()
+        assert main(["validate", str(path), "--images", str(folder / "images")]) == 1
+        printed = capsys.readouterr().out
+        assert "file_name must be a text without NUL or half characters, got '\\ud800" in printed
+        assert "image '\\ud801' has an annotation and is not listed" in printed
+        with pytest.raises(PanopticFormatError, match="without NUL or half characters"):
+            CocoPanoptic(path, folder / "images", None, scene_categories())
+
+    def test_neither_torch_nor_opencv_is_imported(self, scenes):
+        arguments = ["validate", str(scenes / "panoptic.json"), "--images", str(scenes / "images")]
+        code = (
+            f"import sys; from spatialflow.cli import main; code = main({arguments!r});"
+            "sys.exit(code or any(name in sys.modules for name in ('torch', 'cv2')))"
+        )
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
     def test_problems_do_not_depend_on_workers(self, folder):
         broken = Broken(folder)
@@ -553,7 +570,10 @@ class TestJoin:
         [
             ([(123, None, "x.png"), ("street", None, "y.png")], {123: 123, "street": "street"}),
             ([(1, "street.png", "1.png"), (2, "000123.png", "2.png")], {1: "street", 2: 123}),
-            ([("000123", "000123.jpg", "a.png"), ("street", "street.jpg", "b.png")], {"000123": 123, "street": "street"}),
+            (
+                [("000123", "000123.jpg", "a.png"), ("street", "street.jpg", "b.png")],
+                {"000123": 123, "street": "street"},
+            ),
             ([("000123", None, "a.png")], {"000123": 123}),
             ([(7, None, "000123.png")], {7: 123}),
             ([(7, "val/street.jpg", "7.png")], {7: "street"}),
@@ -566,6 +586,8 @@ class TestJoin:
         truth = [(1, "b.jpg", "b.png"), (2, "a.jpg", "a.png")]
         prediction = [(1, "a.jpg", "a.png"), (2, "b.jpg", "b.png")]
         assert join_images(listed(truth), listed(prediction)) == {1: 2, 2: 1}
+        prediction = [(1, None, "a.png"), (2, None, "b.png")]  # names of PNGs alone: ids count, as in panopticapi
+        assert join_images(listed(truth), listed(prediction)) == {1: 1, 2: 2}
 
     def test_names_in_folders(self):
         truth = [(1, "x/1.jpg", "p1.png"), (2, "y/1.jpg", "p2.png")]

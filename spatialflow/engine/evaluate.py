@@ -101,7 +101,9 @@ def evaluate_network(
 
 
 def _read_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str, Any], Path, Path, list[str]]:
-    """The ground truth, its JSON, the folder of its PNGs, and (in the first process) messages about images that it lacks."""
+    """The ground truth, its JSON, the folder of its PNGs, and (in the first process) messages about images that it
+    lacks.
+    """
     if world.is_first:
         data.panoptic_truth(folder)  # data sets that must write it do so once, before the others look for it
     world.wait()

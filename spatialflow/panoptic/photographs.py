@@ -26,12 +26,18 @@ def photograph_key(file_name: str) -> str:
 
 def photograph_names(content: Mapping[str, Any]) -> list[str]:
     """The photograph's file name for every annotation of a panoptic JSON; the PNG's where `images` does not list it."""
+    listed = _listed_names(content)
+    return [listed.get(annotation["image_id"], annotation["file_name"]) for annotation in content["annotations"]]
+
+
+def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
+    """image_id -> file name, as `images` has them; the first entry of an id counts."""
     rows = content.get("images")
-    listed: dict[Any, str] = {}
+    listed: dict[int | str, str] = {}
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, Mapping) and isinstance(row.get("file_name"), str) and isinstance(row.get("id"), int | str):
             listed.setdefault(row["id"], row["file_name"])
-    return [listed.get(annotation["image_id"], annotation["file_name"]) for annotation in content["annotations"]]
+    return listed
 
 
 def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
@@ -54,8 +60,8 @@ def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
 def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
     """Which prediction belongs to which image of the ground truth.
 
-    Ids are compared first. Where they do not match, or match images of other names, the photographs' names decide:
-    those of `images`, else those of the PNGs, without their endings.
+    Ids are compared first. Where they do not match, or `images` of the prediction gives them the names of other images,
+    the photographs' names decide: those of `images`, else those of the PNGs, without their endings.
 
     Args:
         truth: content of the ground truth's JSON.
@@ -70,9 +76,9 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
     """
     wanted = {a["image_id"]: name for a, name in zip(truth["annotations"], photograph_names(truth))}
     offered = {a["image_id"]: name for a, name in zip(prediction["annotations"], photograph_names(prediction))}
-    image_of = _unique(_keys(wanted)[1])
+    image_of, listed = _unique(_keys(wanted)[1]), _listed_names(prediction)
     # Running ids of two files can be equal and mean different images; a name then says so.
-    ids_hold = all(image_of.get(photograph_key(offered[i]), i) == i for i in wanted if i in offered)
+    ids_hold = all(image_of.get(photograph_key(listed[i]), i) == i for i in wanted if i in offered and i in listed)
     joined = {image: image for image in wanted if ids_hold and image in offered}
     if len(joined) == len(wanted):
         return joined

@@ -4,6 +4,7 @@
 `docs/annotations.md` is the table for users. Scoring, training, pictures and `spatialflow validate` share these checks.
 """
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -221,7 +222,8 @@ def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[i
         if misfit := _misfit(category, {"isthing": _FLAG}, where):
             problems.append(Problem("isthing", f"{misfit[0]} (category {_label(number)})", value=misfit[1]))
         if number in listed:
-            problems.append(Problem("category-twice", f"{where}: category {_label(number)} is listed twice", value=number))
+            text = f"{where}: category {_label(number)} is listed twice"
+            problems.append(Problem("category-twice", text, value=number))
         listed.add(number)
     return problems, listed
 
@@ -295,9 +297,17 @@ def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tu
         value = item[field]
         if not isinstance(value, kinds) or (kinds is _FLAG and value not in (0, 1)):
             return f"{where}: {field} must be {_KINDS[kinds]}, got {value!r:.80}", _short(value)
-        if kinds is _TEXT and "\0" in value:  # no path holds one
-            return f"{where}: {field} must be a text without NUL, got {value!r:.80}", _short(value)
+        if kinds is _TEXT and not _names_a_file(value):
+            return f"{where}: {field} must be a text without NUL or half characters, got {value!r:.80}", _short(value)
     return None
+
+
+def _names_a_file(text: str) -> bool:
+    """False for a text that no path can hold: with NUL, or with a half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _id_of(item: Any, field: str) -> int | str | None:

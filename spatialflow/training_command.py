@@ -181,6 +181,6 @@ def _summary(trainer: Any) -> str:
     if trainer.problems:
         parts.append(f"{len(trainer.problems)} images or annotations could not be used")
     if trainer.notes:
-        counts = ", ".join(f"{len(texts)} x {rule}" for rule, texts in trainer.notes.items())
+        counts = ", ".join(f"{len(seen)} x {rule}" for rule, seen in trainer.notes.items())
         parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

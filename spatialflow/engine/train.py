@@ -174,9 +174,8 @@ class Trainer:
             )
         self.log = TrainingLog(self.folder, self.step) if world.is_first else None
         self.problems: set[str] = set()
-        self.met: list[str] = []  # problems of this process that the first one has not heard of
-        self.notes: dict[str, set[str]] = {}  # rule -> what annotations contradict in it, the pixels being believed
-        self.noted: list[Problem] = []  # of this process, as `met`
+        self.notes: dict[str, set[int]] = {}  # rule -> hashes of contradictions in annotations that were used
+        self.met: list[str | Problem] = []  # problems and notes of this process that the first one has not heard of
         self.kept = self.drawn = -math.inf  # when the checkpoint was written, the curves drawn
 
     @property
@@ -258,8 +257,7 @@ class Trainer:
         summed = torch.zeros(5, device=self.world.device)
         for part in range(parts):
             batch = next(batches)
-            self.met += batch.problems
-            self.noted += batch.notes
+            self.met += batch.problems + batch.notes
             batch = batch.to(self.world.device)
             last = part == parts - 1
             with contextlib.nullcontext() if last or self.world.size == 1 else module.no_sync():
@@ -286,9 +284,7 @@ class Trainer:
         """Fetches the losses and problems of the last steps, logs them and stops at a loss that is not finite."""
         for problems in self.world.gather(self.met):
             self._report(problems)
-        for notes in self.world.gather(self.noted):
-            self._note(notes)
-        self.met, self.noted = [], []
+        self.met = []
         values = self.world.average(torch.stack([losses for _, _, losses in unread])).tolist()
         present = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
         for (step, rate, _), row in zip(unread, values):
@@ -306,22 +302,24 @@ class Trainer:
             bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
         unread.clear()
 
-    def _report(self, problems: list[str]) -> None:
-        """Names each broken file once, in the first process, and keeps count."""
-        for message in problems if self.log is not None else ():
-            if message not in self.problems:
-                self.problems.add(message)
-                tqdm.write(f"skipped: {message} ({len(self.problems)} so far)")  # above the progress bar
-                self.log.add("problem", self.step, message=message)
+    def _report(self, problems: list[str | Problem]) -> None:
+        """Names each broken file once and the first annotation that breaks a rule, in the first process, and keeps
+        count.
+        """
+        for problem in problems if self.log is not None else ():
+            if isinstance(problem, Problem):
+                self._note(problem)
+            elif problem not in self.problems:
+                self.problems.add(problem)
+                tqdm.write(f"skipped: {problem} ({len(self.problems)} so far)")  # above the progress bar
+                self.log.add("problem", self.step, message=problem)
 
-    def _note(self, notes: list[Problem]) -> None:
-        """Names the first annotation that breaks a rule, in the first process, and counts the others."""
-        for problem in notes if self.log is not None else ():
-            texts = self.notes.setdefault(problem.rule, set())
-            if not texts:
-                tqdm.write(f"{problem.text}; the pixels count, and others of the kind are counted at the end")
-                self.log.add("note", self.step, rule=problem.rule, message=problem.text)
-            texts.add(problem.text)
+    def _note(self, problem: Problem) -> None:
+        seen = self.notes.setdefault(problem.rule, set())
+        if not seen:
+            tqdm.write(f"{problem.text}; training follows the PNG, and counts further breaches of {problem.rule}")
+            self.log.add("note", self.step, rule=problem.rule, message=problem.text)
+        seen.add(hash(problem.text))  # every epoch meets it again; a text each would be much memory
 
     def _end_epoch(self, epoch: int, keep: bool) -> None:
         """Where they are due: an evaluation, weights, picture."""

@@ -31,6 +31,7 @@ from spatialflow.models.losses import Criterion, Losses
 from spatialflow.models.optimize_training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.targets import Truth
+from spatialflow.panoptic.rules import Problem
 
 CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
 """Layers whose shape depends on the classes; finetuning starts with them."""
@@ -173,7 +174,8 @@ class Trainer:
             )
         self.log = TrainingLog(self.folder, self.step) if world.is_first else None
         self.problems: set[str] = set()
-        self.met: list[str] = []  # problems of this process that the first one has not heard of
+        self.notes: dict[str, set[int]] = {}  # rule -> hashes of contradictions in annotations that were used
+        self.met: list[str | Problem] = []  # problems and notes of this process that the first one has not heard of
         self.kept = self.drawn = -math.inf  # when the checkpoint was written, the curves drawn
 
     @property
@@ -255,7 +257,7 @@ class Trainer:
         summed = torch.zeros(5, device=self.world.device)
         for part in range(parts):
             batch = next(batches)
-            self.met += batch.problems
+            self.met += batch.problems + batch.notes
             batch = batch.to(self.world.device)
             last = part == parts - 1
             with contextlib.nullcontext() if last or self.world.size == 1 else module.no_sync():
@@ -300,13 +302,24 @@ class Trainer:
             bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
         unread.clear()
 
-    def _report(self, problems: list[str]) -> None:
-        """Names each broken file once, in the first process, and keeps count."""
-        for message in problems if self.log is not None else ():
-            if message not in self.problems:
-                self.problems.add(message)
-                tqdm.write(f"skipped: {message} ({len(self.problems)} so far)")  # above the progress bar
-                self.log.add("problem", self.step, message=message)
+    def _report(self, problems: list[str | Problem]) -> None:
+        """Names each broken file once and the first annotation that breaks a rule, in the first process, and keeps
+        count.
+        """
+        for problem in problems if self.log is not None else ():
+            if isinstance(problem, Problem):
+                self._note(problem)
+            elif problem not in self.problems:
+                self.problems.add(problem)
+                tqdm.write(f"skipped: {problem} ({len(self.problems)} so far)")  # above the progress bar
+                self.log.add("problem", self.step, message=problem)
+
+    def _note(self, problem: Problem) -> None:
+        seen = self.notes.setdefault(problem.rule, set())
+        if not seen:
+            tqdm.write(f"{problem.text}; training follows the PNG, and counts further breaches of {problem.rule}")
+            self.log.add("note", self.step, rule=problem.rule, message=problem.text)
+        seen.add(hash(problem.text))  # every epoch meets it again; a text each would be much memory
 
     def _end_epoch(self, epoch: int, keep: bool) -> None:
         """Where they are due: an evaluation, weights, picture."""

@@ -13,7 +13,8 @@ import numpy as np
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.transforms import ImageError, read_image
-from spatialflow.panoptic.formats import PanopticWriter, read_panoptic_json
+from spatialflow.panoptic.formats import read_panoptic_json
+from spatialflow.panoptic.writer import PanopticWriter
 
 IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 

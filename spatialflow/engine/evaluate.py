@@ -10,8 +10,9 @@ from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
 from spatialflow.panoptic.detection import average_precision, detection_rows
-from spatialflow.panoptic.formats import PanopticFormatError, PanopticWriter, read_id_map, read_panoptic_json
+from spatialflow.panoptic.formats import PanopticFormatError, read_id_map, read_panoptic_json
 from spatialflow.panoptic.quality import PanopticQuality
+from spatialflow.panoptic.writer import PanopticWriter
 
 
 class ScoredData(Protocol):

@@ -10,7 +10,7 @@ _HOMES = {
     "MergeResult": "merging",
     "PanopticFormatError": "formats",
     "PanopticQuality": "quality",
-    "PanopticWriter": "formats",
+    "PanopticWriter": "writer",
     "colour_of": "drawing",
     "decode_ids": "formats",
     "encode_ids": "formats",

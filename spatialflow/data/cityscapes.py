@@ -155,6 +155,7 @@ class Cityscapes:
                 ]
             writer.add(image_id, name, id_map, segments)
         writer.write_json()
+        writer.close()
         return json_path, png_folder
 
 

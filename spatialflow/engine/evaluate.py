@@ -55,42 +55,47 @@ def evaluate_network(
         from tqdm import tqdm
 
         wanted = tqdm(wanted, desc="evaluate", leave=False)
-    writer = PanopticWriter(folder / "panoptic", folder / "panoptic.json", predictor.categories.as_coco())
-    quality, counts, detections = PanopticQuality(truth["categories"]), {}, []
+    writer = PanopticWriter(
+        folder / "panoptic",
+        folder / f"panoptic{world.rank or ''}.json",  # the first process's name is that of the result
+        predictor.categories.as_coco(),
+        detections_path=folder / "detections.json",
+    )
+    quality, counts = PanopticQuality(truth["categories"]), {}
     for annotation in wanted:
         image_id, segments = annotation["image_id"], annotation["segments_info"]
         try:
             annotated = read_id_map(truth_folder / annotation["file_name"])
             result = predictor(data.image_path(by_id[image_id]))
             counted = quality.count(annotated, segments, result.id_map, result.segments, image_id)
-            writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments)
+            detections = detection_rows(result, image_id)
+            writer.add(
+                image_id, data.names[by_id[image_id]], result.id_map, result.segments, detections=detections
+            )
         except (ImageError, PanopticFormatError) as error:
             problems.append(str(error))
             continue
         counts[image_id] = counted
-        detections += detection_rows(result, image_id)
-    parts = world.gather((writer, counts, detections, problems))
+    parts = world.gather((list(writer.rows()), counts, problems))
     counts = {image_id: counted for part in parts for image_id, counted in part[1].items()}
-    problems = [message for part in parts for message in part[3]]
+    problems = [message for part in parts for message in part[2]]
     if not counts:
         last = f"; the last: {problems[-1]}" if problems else ""
         raise PanopticFormatError(f"none of {len(data)} images to evaluate on can be used{last}")
     if world.is_first:
-        merged = parts[0][0]
-        for part in parts[1:]:
-            merged.extend(part[0])
-        merged.write_json()
-        rows = [row for part in parts for row in part[2]]
-        with atomic_write(folder / "detections.json", "w") as file:
-            json.dump(rows, file)
+        for rows, _, _ in parts[1:]:
+            writer.extend(rows)
+        writer.write_json()
+        results = [result for rows, _, _ in parts for row in rows for result in row["detections"]]
         truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in counts]
         for annotation in truth["annotations"]:
             quality.add(counts[annotation["image_id"]])
         scores = quality.compute()
-        scores["detection"] = average_precision(truth, truth_folder, rows)
+        scores["detection"] = average_precision(truth, truth_folder, results)
         scores["problems"] = problems
         with atomic_write(folder / "scores.json", "w") as file:
             json.dump(scores, file, indent=1)
+    writer.close()
     return world.gather(scores if world.is_first else None)[0]
 
 

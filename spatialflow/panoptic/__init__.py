@@ -11,6 +11,7 @@ _HOMES = {
     "PanopticFormatError": "formats",
     "PanopticQuality": "quality",
     "PanopticWriter": "writer",
+    "ResumeError": "writer",
     "colour_of": "drawing",
     "decode_ids": "formats",
     "encode_ids": "formats",

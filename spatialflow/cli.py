@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(), _warnings_as_sentences():
             code = options.run(options)
         sys.stdout.flush()
         return code
@@ -78,6 +79,21 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """In the block the package's own warnings are shown as complaints are, without a line of source."""
+
+    def show(message: Warning, category: type[Warning], *place: Any) -> None:
+        if category.__module__.startswith("spatialflow."):
+            complain(str(message))
+        else:
+            shown(message, category, *place)
+
+    with warnings.catch_warnings():
+        shown, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

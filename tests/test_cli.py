@@ -114,6 +114,12 @@ class TestPredict:
         assert len(said) == 4
         assert_complete(output, ["plain.jpg", "dot.png"])
 
+    def test_defects_are_sentences(self, photographs, weights, tmp_path, capsys):
+        (tmp_path / "a.jpg").write_bytes((photographs / "plain.jpg").read_bytes()[:-2])
+        command = ["predict", str(tmp_path / "a.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+        assert main(command) == 0
+        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
+
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
         """What is done when Ctrl-C comes is complete, JSON included."""
         read = spatialflow.data.transforms.read_image

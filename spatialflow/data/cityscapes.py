@@ -100,11 +100,7 @@ class Cityscapes:
             content = np.frombuffer(path.read_bytes(), np.uint8)
         except OSError as error:
             raise SampleError(f"{path}: cannot be read: {error.strerror}") from None
-        labels = (
-            cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-            if len(content) and content[-8:].tobytes()[:4] == b"IEND"
-            else None
-        )
+        labels = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) else None
         if labels is None or labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
             raise SampleError(f"{path}: is damaged, or no greyscale PNG of 8 or 16 bits")
         return labels.astype(np.int32)

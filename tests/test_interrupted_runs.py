@@ -317,6 +317,9 @@ class TestWriter:
         path = tmp_path / "maps.journal.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join(lines[:3]) + damage + b"".join(lines[3:]))
+        kill(tmp_path, "before the PNG", 2)
+        assert path.read_bytes() == b"".join(lines[:4])  # the damage is gone, what followed it too
+        path.write_bytes(b"".join(lines[:3]) + damage + b"".join(lines[3:]))
         assert write_five(tmp_path) == [2, 3, 4]
         assert contents(tmp_path) == whole
 
@@ -375,8 +378,10 @@ class TestWriter:
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         with PanopticWriter(tmp_path / "maps") as writer:
             writer.add(0, "0.jpg", ids, segments)
+            before = (tmp_path / "maps.journal.jsonl").read_bytes()
             with pytest.raises(OSError, match="No space"):
                 writer.add(1, "1.jpg", ids, segments)
+            assert (tmp_path / "maps.journal.jsonl").read_bytes() == before
             writer.add(2, "2.jpg", ids, segments)
         assert sorted(contents(tmp_path)) == ["maps.json", "maps/0.png", "maps/2.png"]
         assert len(json.loads((tmp_path / "maps.json").read_text())["images"]) == 2

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing weights: this package's files, released mmdetection checkpoints, ImageNet backbones."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -317,3 +318,12 @@ def convert(source: Union[str, Path], destination: Union[str, Path], dtype: Opti
         state = {name: value.to(dtype) for name, value in state.items() if value.is_floating_point()}
     save_checkpoint(state, destination)
     return len(state)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that differ, in all likelihood, for other weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

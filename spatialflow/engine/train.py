@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
 from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_matching, read_torch, save_checkpoint
-from spatialflow.engine.distributed import World
+from spatialflow.engine.distributed import World, synchronize_norms
 from spatialflow.engine.evaluate import evaluate_network
 from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
@@ -153,6 +153,8 @@ class Trainer:
             self.anew = load_matching(self.network, source.checkpoint, may_differ=CLASS_LAYERS)
         elif source.backbone is not None:
             load_backbone(self.network, source.backbone)
+        if world.size > 1 and config.model.backbone_norm_trains:
+            synchronize_norms(self.network.backbone)
         self.network.to(world.device).train()
         self.trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         parameters = dict(self.network.named_parameters())

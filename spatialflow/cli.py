@@ -188,11 +188,14 @@ def _predict(options: argparse.Namespace) -> int:
 
     from spatialflow.data.transforms import ImageError, read_image
     from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.detection import has_pycocotools
 
     paths, failed = list_images(options.images)
     if not paths:
         complain("no image to predict")
         return 1
+    if options.detections and not has_pycocotools():
+        complain("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
     predictor = _make_predictor(options)
     output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay,
                                detections=options.detections)  # fmt: skip

@@ -421,6 +421,8 @@ class TestCommand:
             (["--device", "tpu"], "--device"),
             (["--workers", "-1"], "--workers"),
             (["--checkpoint", "a", "--backbone", "b"], "exclude each other"),
+            (["--cityscapes", "absent", "--panoptic", "x"], "--panoptic needs --images"),
+            (["--cityscapes", "absent", "--validation-panoptic", "x"], "--validation-panoptic needs --validation-im"),
         ],
     )
     def test_bad_arguments_are_named(self, arguments, message, tmp_path, capsys):
@@ -444,6 +446,18 @@ class TestCommand:
         paths = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json")]
         assert main([*arguments, *paths, "--output", str(tmp_path)]) == 0
         assert ("no --backbone or --checkpoint" in capsys.readouterr().err) == warned
+
+
+    def test_what_will_not_happen_is_said_before_the_first_step(self, scenes, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pycocotools", None)
+        arguments = ["train", "tiny", *(f"{k}={v}" for k, v in SMALL_RUN.items()), "--workers", "0"]
+        for kind in ("", "validation-"):
+            arguments += [f"--{kind}images", str(scenes / "images"), f"--{kind}annotations", scenes / "panoptic.json"]
+        assert main([*map(str, arguments), "--output", str(tmp_path)]) == 0
+        said = capsys.readouterr().err
+        assert "learning_rate_epochs [16, 19]: the run ends with epoch 1" in said
+        assert "warmup_iterations 3: the run ends after 2 steps" in said
+        assert "pycocotools is missing, so that evaluations have no average precision" in said
 
 
 class TestProcesses:

@@ -77,6 +77,23 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
     return rate
 
 
+def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
+    """Sentences about settings of the schedule that a run of `total_steps` ends too early for."""
+    found = []
+    late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
+    if late:
+        found.append(
+            f"learning_rate_epochs {list(training.learning_rate_epochs)}: the run ends with epoch {training.epochs}, "
+            f"so the learning rate does not fall after epoch {' and '.join(map(str, late))}"
+        )
+    if training.warmup_iterations >= total_steps:
+        found.append(
+            f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the "
+            f"warm-up"
+        )
+    return found
+
+
 class _Step(nn.Module):
     """Network and criterion as one module, so that DistributedDataParallel sees every use of a parameter."""
 

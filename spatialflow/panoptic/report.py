@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.detection import average_precision, read_detections
+from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections
 from spatialflow.panoptic.formats import PanopticFormatError, read_panoptic_json
 from spatialflow.panoptic.quality import default_folder, evaluate
 
@@ -43,9 +43,11 @@ def evaluate_and_report(
         What `spatialflow.panoptic.evaluate` returns, and the average precision where detections are given.
 
     Raises:
-        PanopticFormatError: as for `evaluate`.
+        PanopticFormatError: as for `evaluate`; or detections are given, and the package pycocotools is missing.
         OSError: output cannot be written.
     """
+    if detections is not None and not has_pycocotools():
+        raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
     gt = read_panoptic_json(gt_json, with_categories=True)
     pred = read_panoptic_json(pred_json)
     with warnings.catch_warnings():
@@ -62,8 +64,6 @@ def evaluate_and_report(
     print(quality_table(result, names if per_class else None), file=stream or sys.stdout)
     if detections is not None:
         precision = average_precision(gt, gt_folder or default_folder(gt_json), read_detections(detections))
-        if precision is None:
-            raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
         for kind, row in precision.items():
             shown = (f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -" for name, value in row.items())
             print(f"{kind} AP " + "  ".join(shown), file=stream or sys.stdout)

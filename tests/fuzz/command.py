@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzzes the operators for some time; or replays a case.
+"""Fuzzes the operators, or the readers of files, for some time; or replays a case.
 
     python tests/fuzz --seconds 120 [--seed 0] [--ops nms roi_align] [--backend simt]
+    python tests/fuzz --seconds 120 --ops files
     python tests/fuzz --replay '{"op": "nms", ...}'
 
 The operators take turns, a round of cases each; the seed, the operator and the number of the round decide the cases, so
@@ -23,6 +24,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from fuzz.cases import CPU, OPERATORS, SIMT, Limits, cases
+from fuzz.files import FILES, file_cases
 from fuzz.supervisor import Outcome, Supervisor
 
 EXECUTE = "fuzz.execute:execute"
@@ -77,7 +79,8 @@ class Fuzzer:
             report_multiple_bugs=False,
         )
         try:
-            configured(seed(start)(given(cases(operator, self.limits))(test)))()
+            strategy = file_cases(operator) if operator in FILES else cases(operator, self.limits)
+            configured(seed(start)(given(strategy)(test)))()
         except (OutOfTime, Failed):
             pass
         return smallest
@@ -184,7 +187,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="how long (default: 120)")
     parser.add_argument("--seed", type=int, default=0, help="decides the cases (default: 0)")
-    parser.add_argument("--ops", nargs="*", metavar="NAME", default=[], help="operators to try (default: all)")
+    parser.add_argument(
+        "--ops",
+        nargs="*",
+        metavar="NAME",
+        default=[],
+        help='operators, kinds of files, or "operators" and "files" for all of them (default: operators)',
+    )
     parser.add_argument("--backend", choices=("cpu", "simt", "simt_sanitized"), default="cpu")
     parser.add_argument("--replay", metavar="CASE", help="executes this case, as a report prints it; - reads it from stdin")
     options = parser.parse_args(arguments)
@@ -195,6 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
         description = describe_outcome(outcome)
         print(f"{describe_case(case)}\n{description or outcome.value}")
         return 1 if description else 0
-    if unknown := [name for name in options.ops if name not in OPERATORS]:
-        parser.error(f"no operator {unknown[0]!r}; there are {', '.join(OPERATORS)}")
-    return 1 if fuzz(options.ops or list(OPERATORS), options.backend, options.seconds, options.seed) else 0
+    groups = {"operators": list(OPERATORS), "files": list(FILES)}
+    targets = [name for given in options.ops or ["operators"] for name in groups.get(given, [given])]
+    if unknown := [name for name in targets if name not in OPERATORS and name not in FILES]:
+        parser.error(f"no target {unknown[0]!r}; there are {', '.join([*groups, *OPERATORS, *FILES])}")
+    return 1 if fuzz(targets, options.backend, options.seconds, options.seed) else 0

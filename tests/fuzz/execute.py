@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuzz import judge
+from fuzz.files import FILES
 from fuzz.operators import EPSILON, OPERATORS, Operator, leaves
 from fuzz.tensors import Memory, build_tensor
 
@@ -32,6 +33,10 @@ def execute(case: dict) -> dict:
         status: "right", "refused" or "wrong"; differences: sentences; compared, excluded: numbers of elements; skipped:
         judges that were not asked.
     """
+    if case["op"] in FILES:
+        from fuzz import read_files
+
+        return read_files.execute(case)
     return _Trial(case).run()
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from spatialflow.console import (
 )
 from spatialflow.errors import CommandError
 from spatialflow.training_command import add_train
+from spatialflow.validate_command import add_validate
 from spatialflow.visualize_command import add_visualize
 
 DEFAULT_CONFIG = "spatialflow_r50_coco"
@@ -109,8 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate", help="panoptic quality of a folder of predictions",
         description="Prints panoptic quality (PQ), segmentation quality (SQ) and recognition quality (RQ) in percent, "
-                    "and N, the classes\nthat count. Images are joined by id, which is a prediction's file name "
-                    "(docs/prediction.md).",
+                    "and N, the classes\nthat count. Images are joined by id, or by the photograph's name "
+                    "(docs/prediction.md). Annotations that\ncontradict themselves stop it or are reported "
+                    "(docs/annotations.md).",
         **with_examples(
             "evaluate panoptic_val2017.json out",
             "evaluate panoptic_val2017.json out --detections out/detections.json --per-class --output scores.json",
@@ -132,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--per-class", action="store_true", help="a line for every class in the table")
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
 
+    add_validate(commands)
     add_train(commands)
     add_visualize(commands)
 
@@ -360,12 +364,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     prediction = panoptic_json(options.prediction)
     try:
         truth, failed = ground_truth_json(options.ground_truth, prediction.parent)
-        with named(options.output):
+        with named(options.output), warnings.catch_warnings(record=True) as reports:
+            warnings.simplefilter("always")
             evaluate_and_report(
                 truth, options.ground_truth_folder, prediction, options.prediction_folder,
                 output=options.output, detections=options.detections, per_class=options.per_class,
                 workers=options.workers, progress=sys.stderr.isatty(),
             )  # fmt: skip
+        for report in reports:
+            if report.category is UserWarning:
+                complain(str(report.message))
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     except BrokenPipeError:

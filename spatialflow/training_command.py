@@ -193,4 +193,7 @@ def _summary(trainer: Any) -> str:
         parts += [f"{kind} AP {100 * value:.2f}" for kind, value in precision if value >= 0]  # -1: nothing annotated
     if trainer.problems:
         parts.append(f"{len(trainer.problems)} images or annotations could not be used")
+    if trainer.notes:
+        counts = ", ".join(f"{len(texts)} x {rule}" for rule, texts in trainer.notes.items())
+        parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

@@ -16,7 +16,7 @@ class Maps(NamedTuple):
     """A panoptic data set or a folder of predictions."""
 
     folder: Path
-    annotations: dict[str, dict[str, Any]]  # stem of the photograph's name -> annotation
+    annotations: dict[str, dict[str, Any]]  # `photograph_key` of the photograph's name -> annotation
     categories: list[dict[str, Any]]
 
 
@@ -65,8 +65,11 @@ def run_visualize(options: argparse.Namespace) -> int:
         raise CommandError(f"--sheet must be at least 1, got {options.sheet}")
     paths, failed = list_images(options.images)
     maps = {
-        title: _read_maps(path)
-        for title, path in (("ground truth", options.ground_truth), ("prediction", options.prediction))
+        title: _read_maps(path, use)
+        for title, path, use in (
+            ("ground truth", options.ground_truth, "truth"),
+            ("prediction", options.prediction, "prediction"),
+        )
         if path is not None
     }
     model = None if options.config is None else load_model(options.config, options.checkpoint, {})
@@ -91,26 +94,22 @@ def run_visualize(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _read_maps(path: Path) -> Maps:
+def _read_maps(path: Path, use: str) -> Maps:
     from spatialflow.data.categories import is_color
     from spatialflow.panoptic import PanopticFormatError, read_panoptic_json
-    from spatialflow.panoptic.formats import check_images
+    from spatialflow.panoptic.photographs import photograph_key, photograph_names
 
     path = panoptic_json(path)
     try:
-        content = {"images": []} | read_panoptic_json(path, with_categories=True)
-        check_images(content, str(path))
+        content = read_panoptic_json(path, with_categories=True, use=use)
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     for index, row in enumerate(content["categories"]):
         if row.get("color") is not None and not is_color(row["color"]):
             raise CommandError(f"{path}: categories[{index}]: color must be three numbers, got {row['color']!r:.80}")
     folder = path.with_suffix("")
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    annotations = {
-        Path(names.get(annotation["image_id"], annotation["file_name"])).stem: annotation
-        for annotation in content["annotations"]
-    }
+    keys = map(photograph_key, photograph_names(content))
+    annotations = dict(zip(keys, content["annotations"]))
     return Maps(folder, annotations, content["categories"])
 
 
@@ -119,11 +118,12 @@ def _draw(path: Path, maps: dict[str, Maps], model: Any, output: Path) -> Row:
     from spatialflow.data.transforms import read_image
     from spatialflow.panoptic import PanopticFormatError, overlay, read_id_map
     from spatialflow.panoptic.pages import side_by_side
+    from spatialflow.panoptic.photographs import photograph_key
 
     pixels = read_image(path)
     panels, found = {"photograph": pixels}, []
     for title, shown in maps.items():
-        annotation = shown.annotations.get(path.stem)
+        annotation = shown.annotations.get(photograph_key(path.name))
         if annotation is None:
             raise PanopticFormatError(f"{path}: the {title} in {shown.folder} has no image of that name")
         ids = read_id_map(shown.folder / annotation["file_name"])

@@ -13,7 +13,9 @@ import numpy as np
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.transforms import ImageError, read_image
+from spatialflow.panoptic.extents import extents
 from spatialflow.panoptic.formats import PanopticWriter, read_panoptic_json
+from spatialflow.panoptic.rules import TRUTH, VOID
 
 IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
@@ -73,14 +75,13 @@ class Cityscapes:
             image = read_image(self.paths[index])
         except ImageError as error:
             raise SampleError(str(error)) from None
-        id_map = self._read_labels(index)
-        return make_sample(str(self.paths[index]), image, id_map, self._segments(id_map), self.categories)
+        return make_sample(str(self.paths[index]), image, *self._annotation(index), self.categories)
 
     def _is_written(self, json_path: Path) -> bool:
         """True if the file has these images and categories, and every label file was in its place before it."""
         if not json_path.is_file():
             return False
-        content = read_panoptic_json(json_path, with_categories=True)
+        content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)
         if content["categories"] != self.categories.as_coco():
             return False
         if not {annotation["image_id"] for annotation in content["annotations"]} <= set(self.image_ids):
@@ -108,17 +109,19 @@ class Cityscapes:
             raise SampleError(f"{path}: is damaged, or no greyscale PNG of 8 or 16 bits")
         return labels.astype(np.int32)
 
-    def _segments(self, id_map: np.ndarray) -> list[dict[str, Any]]:
-        """Segments of the categories in the table; the ids are the pixel values."""
-        segments = []
+    def _annotation(self, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """(H, W) int32 segment ids, which are the pixel values, and the segments; labels outside the table are 0."""
+        id_map = self._read_labels(index)
         known = {row.id: row for row in self.categories.rows}
-        for value in np.unique(id_map).tolist():
+        segments = []
+        for value, extent in extents(id_map).items():
             category = known.get(value // 1000 if value >= 1000 else value)
             if value > 0 and category is not None:
-                segments.append(
-                    {"id": value, "category_id": category.id, "iscrowd": int(category.isthing and value < 1000)}
-                )
-        return segments
+                crowd = int(category.isthing and value < 1000)
+                segment = {"id": value, "category_id": category.id, "iscrowd": crowd}
+                segments.append(segment | {"area": extent.pixels, "bbox": extent.box})
+        id_map[~np.isin(id_map, [segment["id"] for segment in segments])] = VOID
+        return id_map, segments
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
         """Writes the ground truth in the COCO panoptic format, for scoring, unless it is there already and no label
@@ -137,21 +140,9 @@ class Cityscapes:
         writer = PanopticWriter(png_folder, json_path, self.categories.as_coco())
         for index, (image_id, name) in enumerate(zip(self.image_ids, self.names)):
             try:
-                id_map = self._read_labels(index)
+                id_map, segments = self._annotation(index)
             except SampleError:
                 continue
-            segments = self._segments(id_map)
-            id_map[~np.isin(id_map, [segment["id"] for segment in segments])] = 0
-            for segment in segments:
-                mask = id_map == segment["id"]
-                rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-                segment["area"] = int(mask.sum())
-                segment["bbox"] = [
-                    int(columns[0]),
-                    int(rows[0]),
-                    int(columns[-1] - columns[0] + 1),
-                    int(rows[-1] - rows[0] + 1),
-                ]
             writer.add(image_id, name, id_map, segments)
         writer.write_json()
         return json_path, png_folder

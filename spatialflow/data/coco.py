@@ -3,7 +3,6 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,9 @@ from typing import Any
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.transforms import ImageError, read_image
-from spatialflow.panoptic.formats import (
-    PanopticFormatError,
-    check_categories,
-    check_images,
-    read_id_map,
-    read_panoptic_json,
-)
+from spatialflow.panoptic.formats import check_panoptic, read_id_map, read_panoptic_json
+from spatialflow.panoptic.photographs import find_photograph
+from spatialflow.panoptic.rules import TRAINING, TRUTH, PanopticFormatError
 
 
 class _Packed(Sequence):
@@ -46,7 +41,7 @@ class CocoPanoptic:
         panoptic_folder: PNGs named by the annotations; None: the JSON's path without its suffix.
         image_folder: photographs named by `images`.
         categories: numbering of the classes.
-        scored: the file must have `categories`, without which nothing can be scored.
+        scored: the file is a ground truth too: it must have `categories`, and keep the rules of scoring.
 
     Attributes:
         names: file name of every photograph, in the order of the annotations.
@@ -54,8 +49,8 @@ class CocoPanoptic:
         sizes: their (height, width) as listed, for grouping by shape without reading them.
 
     Raises:
-        PanopticFormatError: the JSON is absent or breaks the format, or its `categories` are not those of the
-            network's table: no id in common, or a thing there that is stuff here.
+        PanopticFormatError: the JSON is absent or breaks a rule at which training stops (docs/annotations.md), or its
+            `categories` are not those of the network's table: no id in common, or a thing there that is stuff here.
     """
 
     def __init__(
@@ -70,25 +65,13 @@ class CocoPanoptic:
         self.image_folder = Path(image_folder)
         self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else self.json_path.with_suffix("")
         self.categories = categories
-        content = read_panoptic_json(self.json_path, with_categories=scored)
-        check_images(content, str(self.json_path))
+        content = read_panoptic_json(self.json_path, with_categories=scored, use=TRAINING)
+        if scored:
+            check_panoptic(content, str(self.json_path), with_categories=True, use=TRUTH)
         if "categories" in content:
-            check_categories(content, str(self.json_path))
             self._check_meaning(content["categories"])
-            used = {segment["category_id"] for a in content["annotations"] for segment in a["segments_info"]}
-            unlisted = sorted(used - {row["id"] for row in content["categories"]})
-            if unlisted:
-                raise PanopticFormatError(
-                    f"{self.json_path}: segments of categories that are not listed: {unlisted[:5]}"
-                )
         by_id = {image["id"]: image for image in content["images"]}
         self.image_ids = [annotation["image_id"] for annotation in content["annotations"]]
-        strangers = [image_id for image_id in self.image_ids if image_id not in by_id]
-        if strangers:
-            raise PanopticFormatError(f"{self.json_path}: annotations of images that are not listed: {strangers[:5]}")
-        if len(set(self.image_ids)) < len(self.image_ids):
-            twice = [image_id for image_id, count in Counter(self.image_ids).items() if count > 1]
-            raise PanopticFormatError(f"{self.json_path}: images with more than one annotation: {twice[:5]}")
         self.annotations: Sequence[dict[str, Any]] = _Packed(content["annotations"])
         self.names = [by_id[i]["file_name"] for i in self.image_ids]
         self.sizes = [(by_id[i]["height"], by_id[i]["width"]) for i in self.image_ids]
@@ -112,7 +95,7 @@ class CocoPanoptic:
 
     def image_path(self, index: int) -> Path:
         """Path of the photograph."""
-        return self.image_folder / self.names[index]
+        return find_photograph(self.image_folder, self.names[index])
 
     def __getitem__(self, index: int) -> Sample:
         """Reads one image with its ground truth.
@@ -120,13 +103,13 @@ class CocoPanoptic:
         Raises:
             SampleError: a file is absent or damaged, or image and annotation do not fit; the file is named.
         """
-        annotation = self.annotations[index]
+        annotation, path = self.annotations[index], self.image_path(index)
         try:
-            image = read_image(self.image_path(index))
+            image = read_image(path)
             id_map = read_id_map(self.panoptic_folder / annotation["file_name"])
         except (ImageError, PanopticFormatError) as error:
             raise SampleError(str(error)) from None
-        return make_sample(str(self.image_path(index)), image, id_map, annotation["segments_info"], self.categories)
+        return make_sample(str(path), image, id_map, annotation["segments_info"], self.categories)
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
         """JSON and PNG folder of the ground truth for scoring; `folder` (for data sets that must make them) stays

@@ -15,6 +15,7 @@ from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample, SampleError
 from spatialflow.models.config import DataConfig
 from spatialflow.models.targets import Truth
+from spatialflow.panoptic.rules import Problem
 
 
 class DataSet(Protocol):
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     valid_sizes: Tensor  # (N, 2) int64
     padded_sizes: Tensor  # (N, 2) int64
     problems: list[str]  # messages about images that could not be used and were replaced
+    notes: list[Problem]  # contradictions of annotations that were used, the pixels being believed
 
     def pin_memory(self) -> "Batch":
         """Called by the loader where batches go to a GPU."""
@@ -131,6 +133,14 @@ class Schedule:
                 ]
 
 
+class _Item(NamedTuple):
+    """What a draw gives."""
+
+    sample: TrainingSample
+    problems: list[str]
+    notes: tuple[Problem, ...]
+
+
 class _Samples(torch.utils.data.Dataset):
     """Draws -> augmented samples; a broken one is replaced by the next image of the data set and reported.
 
@@ -143,7 +153,7 @@ class _Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, draw: Draw) -> tuple[TrainingSample, list[str]] | SampleError:
+    def __getitem__(self, draw: Draw) -> _Item | SampleError:
         problems: list[str] = []
         for offset in range(len(self.data)):
             try:
@@ -153,16 +163,16 @@ class _Samples(torch.utils.data.Dataset):
                     return error
                 problems.append(str(error))
                 continue
-            return augment(sample, self.config, np.random.default_rng(draw.seed)), problems
+            return _Item(augment(sample, self.config, np.random.default_rng(draw.seed)), problems, sample.notes)
         return SampleError(f"none of the {len(self.data)} images of the data set can be used; the last: {problems[-1]}")
 
 
-def collate(items: Sequence[tuple[TrainingSample, list[str]] | SampleError]) -> Batch | SampleError:
+def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
     """Samples of different sizes -> one batch, padded at the right and bottom; or the first error among them."""
     for item in items:
         if isinstance(item, SampleError):
             return item
-    samples = [sample for sample, _ in items]
+    samples = [item.sample for item in items]
     height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
     images = torch.zeros((len(samples), 3, height, width))
     instances = torch.zeros((len(samples), height, width), dtype=torch.int32)
@@ -180,7 +190,8 @@ def collate(items: Sequence[tuple[TrainingSample, list[str]] | SampleError]) -> 
         semantic,
         torch.tensor([sample.valid_size for sample in samples]),
         torch.tensor([sample.image.shape[1:] for sample in samples]),
-        [message for _, found in items for message in found],
+        [message for item in items for message in item.problems],
+        [note for item in items for note in item.notes],
     )
 
 

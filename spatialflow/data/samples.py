@@ -7,6 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spatialflow.data.categories import IGNORED, Categories
+from spatialflow.panoptic.extents import extents
+from spatialflow.panoptic.rules import (
+    TRAINING,
+    PanopticFormatError,
+    Problem,
+    box_of,
+    pixel_problems,
+    raise_first,
+    segment_problems,
+)
 
 
 class SampleError(ValueError):
@@ -22,6 +32,7 @@ class Sample(NamedTuple):
     labels: np.ndarray  # (K,) int64 thing labels
     instances: np.ndarray  # (H, W) int32: k + 1 on the pixels of box k, 0 elsewhere
     semantic: np.ndarray  # (H, W) uint8 semantic indices, 255 where there is none
+    notes: tuple[Problem, ...] = ()  # contradictions of the annotation, in which the pixels were believed
 
 
 def make_sample(
@@ -39,38 +50,39 @@ def make_sample(
     Returns:
         Sample. Crowds have neither box nor mask, but count in the semantic map ("other"), as do things whose box,
         clipped to the image, is less than a pixel wide or high. Ids without a segment and categories not in the
-        table are void.
+        table are void. Segments without pixels are left out, and a box that contradicts its mask is replaced by the
+        mask's; `notes` has both.
 
     Raises:
-        SampleError: sizes of image and map differ, a listed segment has no pixels or comes twice, or a box is not made
-            of four finite numbers.
+        SampleError: sizes of image and map differ, no listed segment has pixels, an id is 0 or comes twice, or a box is
+            not made of four finite numbers.
     """
     if image.shape[:2] != id_map.shape:
         raise SampleError(f"{name}: image of {_size(image)} pixels, but annotation of {_size(id_map)}")
     height, width = id_map.shape
-    segments = sorted(segments, key=lambda segment: segment["id"])
+    listed_segments, found = sorted(segments, key=lambda segment: segment["id"]), extents(id_map)
+    try:
+        raise_first(segment_problems(listed_segments, name, None), TRAINING)
+        notes = raise_first(pixel_problems(listed_segments, name, found), TRAINING)
+    except PanopticFormatError as error:
+        raise SampleError(str(error)) from None
+    segments = [segment for segment in listed_segments if segment["id"] in found]
+    if listed_segments and not segments:
+        raise SampleError(f"{name}: none of its {len(listed_segments)} segments has pixels")
     ids = np.array([segment["id"] for segment in segments], dtype=np.int64)
-    if (ids[1:] == ids[:-1]).any():
-        raise SampleError(f"{name}: segment {ids[1:][ids[1:] == ids[:-1]][0]} is listed twice")
     place = np.searchsorted(ids, id_map)  # (H, W) candidate segment of each pixel
     place[place == len(ids)] = 0
     listed = ids[place] == id_map if len(ids) else np.zeros(id_map.shape, bool)
     place = np.where(listed, place, len(ids))
-    areas = np.bincount(place.ravel(), minlength=len(ids) + 1)
     semantic_of, instance_of = np.full(len(ids) + 1, IGNORED, np.uint8), np.zeros(len(ids) + 1, np.int32)
     boxes, labels = [], []
     for i, segment in enumerate(segments):
-        if areas[i] == 0:
-            raise SampleError(f"{name}: segment {segment['id']} is listed but has no pixels")
         semantic_of[i] = categories.semantic_index(segment["category_id"])
         label = categories.thing_label.get(segment["category_id"])
         if label is None or segment.get("iscrowd"):
             continue
-        if segment.get("bbox") is not None:
-            box = _box(segment["bbox"], width, height, f"{name}: segment {segment['id']}")
-        else:
-            rows, columns = (np.flatnonzero((place == i).any(axis=axis)) for axis in (1, 0))
-            box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+        x, y, w, h = box_of(segment, found[segment["id"]])
+        box = np.array([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)], np.float32)
         if box[2] - box[0] < 1 or box[3] - box[1] < 1:
             continue
         boxes.append(box)
@@ -83,16 +95,8 @@ def make_sample(
         np.array(labels, np.int64),
         instance_of[place],
         semantic_of[place],
+        tuple(notes),
     )
-
-
-def _box(bbox: Any, width: int, height: int, where: str) -> np.ndarray:
-    """(x, y, w, h) as (x1, y1, x2, y2) clipped to the image."""
-    numbers = isinstance(bbox, (list, tuple)) and all(isinstance(value, (int, float)) for value in bbox)
-    if not numbers or len(bbox) != 4 or not np.isfinite(bbox).all():
-        raise SampleError(f"{where}: bbox must be four finite numbers, got {bbox!r:.80}")
-    x, y, w, h = bbox
-    return np.array([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)], np.float32)
 
 
 def _size(array: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 """Scoring a network on a data set: panoptic quality, and average precision of boxes and masks."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +11,9 @@ from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
 from spatialflow.panoptic.detection import average_precision, detection_rows
-from spatialflow.panoptic.formats import PanopticFormatError, PanopticWriter, read_id_map, read_panoptic_json
+from spatialflow.panoptic.formats import PanopticWriter, read_id_map, read_panoptic_json
 from spatialflow.panoptic.quality import PanopticQuality
+from spatialflow.panoptic.rules import TRUTH, PanopticFormatError, Problem, summary
 
 
 class ScoredData(Protocol):
@@ -47,7 +49,7 @@ def evaluate_network(
     Raises:
         PanopticFormatError: the ground truth breaks the format, or not one image can be scored.
     """
-    truth, truth_folder, problems = _read_truth(data, folder, world)
+    truth, truth_path, truth_folder, problems = _read_truth(data, folder, world)
     by_id = {image_id: index for index, image_id in enumerate(data.image_ids)}
     wanted = truth["annotations"][world.rank :: world.size]
     if progress and world.is_first:
@@ -56,24 +58,29 @@ def evaluate_network(
         wanted = tqdm(wanted, desc="evaluate", leave=False)
     writer = PanopticWriter(folder / "panoptic", folder / "panoptic.json", predictor.categories.as_coco())
     quality, counts, detections = PanopticQuality(truth["categories"]), {}, []
+    reported: list[Problem] = []
     for annotation in wanted:
         image_id, segments = annotation["image_id"], annotation["segments_info"]
         try:
             annotated = read_id_map(truth_folder / annotation["file_name"])
             result = predictor(data.image_path(by_id[image_id]))
-            counted = quality.count(annotated, segments, result.id_map, result.segments, image_id)
+            counted, met = quality.count(annotated, segments, result.id_map, result.segments, image_id)
             writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments)
         except (ImageError, PanopticFormatError) as error:
             problems.append(str(error))
             continue
         counts[image_id] = counted
+        reported += met
         detections += detection_rows(result, image_id)
-    parts = world.gather((writer, counts, detections, problems))
+    parts = world.gather((writer, counts, detections, problems, reported))
     counts = {image_id: counted for part in parts for image_id, counted in part[1].items()}
     problems = [message for part in parts for message in part[3]]
     if not counts:
         last = f"; the last: {problems[-1]}" if problems else ""
         raise PanopticFormatError(f"none of {len(data)} images to evaluate on can be used{last}")
+    reported = [problem for part in parts for problem in part[4]]
+    if world.is_first and reported:
+        warnings.warn(summary(reported, str(truth_path)), stacklevel=2)
     if world.is_first:
         merged = parts[0][0]
         for part in parts[1:]:
@@ -93,17 +100,19 @@ def evaluate_network(
     return world.gather(scores if world.is_first else None)[0]
 
 
-def _read_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str, Any], Path, list[str]]:
-    """The ground truth, the folder of its PNGs, and (in the first process) messages about images that it lacks."""
+def _read_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str, Any], Path, Path, list[str]]:
+    """The ground truth, its JSON, the folder of its PNGs, and (in the first process) messages about images that it
+    lacks.
+    """
     if world.is_first:
         data.panoptic_truth(folder)  # data sets that must write it do so once, before the others look for it
     world.wait()
     json_path, png_folder = data.panoptic_truth(folder)
-    content = read_panoptic_json(json_path, with_categories=True)
+    content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)
     listed = {annotation["image_id"] for annotation in content["annotations"]}
     problems = [
         f"{name}: has no ground truth that can be read"
         for name, image_id in zip(data.names, data.image_ids)
         if image_id not in listed
     ]
-    return content, png_folder, problems if world.is_first else []
+    return content, json_path, png_folder, problems if world.is_first else []

@@ -9,7 +9,7 @@ from spatialflow.files import atomic_write
 
 
 class TrainingLog:
-    """Appends rows to `log.jsonl`; every row has a "kind" ("step", "evaluation" or "problem") and the number of
+    """Appends rows to `log.jsonl`; every row has a "kind" ("step", "evaluation", "problem" or "note") and the number of
     steps done.
 
     Args:

@@ -31,6 +31,7 @@ from spatialflow.models.losses import Criterion, Losses
 from spatialflow.models.optimize_training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.targets import Truth
+from spatialflow.panoptic.rules import Problem
 
 CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
 """Layers whose shape depends on the classes; finetuning starts with them."""
@@ -193,6 +194,8 @@ class Trainer:
         self.log = TrainingLog(self.folder, self.step) if world.is_first else None
         self.problems: set[str] = set()
         self.met: list[str] = []  # problems of this process that the first one has not heard of
+        self.notes: dict[str, set[str]] = {}  # rule -> what annotations contradict in it, the pixels being believed
+        self.noted: list[Problem] = []  # of this process, as `met`
         self.kept = self.drawn = -math.inf  # when the checkpoint was written, the curves drawn
 
     @property
@@ -275,6 +278,7 @@ class Trainer:
         for part in range(parts):
             batch = next(batches)
             self.met += batch.problems
+            self.noted += batch.notes
             batch = batch.to(self.world.device)
             last = part == parts - 1
             with contextlib.nullcontext() if last or self.world.size == 1 else module.no_sync():
@@ -301,7 +305,9 @@ class Trainer:
         """Fetches the losses and problems of the last steps, logs them and stops at a loss that is not finite."""
         for problems in self.world.gather(self.met):
             self._report(problems)
-        self.met = []
+        for notes in self.world.gather(self.noted):
+            self._note(notes)
+        self.met, self.noted = [], []
         values = self.world.average(torch.stack([losses for _, _, losses in unread])).tolist()
         present = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
         for (step, rate, _), row in zip(unread, values):
@@ -326,6 +332,15 @@ class Trainer:
                 self.problems.add(message)
                 tqdm.write(f"skipped: {message} ({len(self.problems)} so far)")  # above the progress bar
                 self.log.add("problem", self.step, message=message)
+
+    def _note(self, notes: list[Problem]) -> None:
+        """Names the first annotation that breaks a rule, in the first process, and counts the others."""
+        for problem in notes if self.log is not None else ():
+            texts = self.notes.setdefault(problem.rule, set())
+            if not texts:
+                tqdm.write(f"{problem.text}; the pixels count, and others of the kind are counted at the end")
+                self.log.add("note", self.step, rule=problem.rule, message=problem.text)
+            texts.add(problem.text)
 
     def _end_epoch(self, epoch: int, keep: bool) -> None:
         """Where they are due: an evaluation, weights, picture."""

@@ -8,7 +8,7 @@ import importlib
 
 _HOMES = {
     "MergeResult": "merging",
-    "PanopticFormatError": "formats",
+    "PanopticFormatError": "rules",
     "PanopticQuality": "quality",
     "PanopticWriter": "formats",
     "colour_of": "drawing",
@@ -20,6 +20,7 @@ _HOMES = {
     "overlay": "drawing",
     "read_id_map": "formats",
     "read_panoptic_json": "formats",
+    "validate": "validation",
     "write_id_map": "formats",
 }
 

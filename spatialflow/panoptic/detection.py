@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from spatialflow.panoptic.formats import PanopticFormatError, read_id_map
+from spatialflow.panoptic.extents import Extent, extents
+from spatialflow.panoptic.formats import read_id_map
+from spatialflow.panoptic.rules import PanopticFormatError, box_of
 
 
 def has_pycocotools() -> bool:
@@ -50,31 +52,26 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLike) -> dict[str, Any]:
     """The things of a panoptic ground truth (content of its JSON) in COCO's detection format, masks as RLE, crowds
-    marked.
+    marked. A box that contradicts the mask is replaced by the mask's.
     """
     things = {row["id"] for row in content["categories"] if row["isthing"]}
     images, annotations = [], []
     for annotation in content["annotations"]:
         id_map = read_id_map(Path(panoptic_folder) / annotation["file_name"])
+        found = extents(id_map)
         images.append({"id": annotation["image_id"], "height": id_map.shape[0], "width": id_map.shape[1]})
         for segment in annotation["segments_info"]:
             if segment["category_id"] in things:
-                mask = id_map == segment["id"]
-                rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-                box = (
-                    [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
-                    if len(rows)
-                    else [0] * 4
-                )
+                extent = found.get(segment["id"], Extent(0, 0, 0, 0, 0))
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": annotation["image_id"],
-                        "area": int(mask.sum()),
+                        "area": extent.pixels,
                         "category_id": segment["category_id"],
                         "iscrowd": int(segment.get("iscrowd", 0)),
-                        "bbox": segment.get("bbox", box),
-                        "segmentation": encode_mask(mask),
+                        "bbox": box_of(segment, extent),
+                        "segmentation": encode_mask(id_map == segment["id"]),
                     }
                 )
     return {
@@ -138,6 +135,24 @@ def average_precision(
             scorer.summarize()
             scores[kind] = dict(zip(names, (float(value) for value in scorer.stats[:6])))
     return scores
+
+
+def rename_images(
+    results: list[dict[str, Any]], prediction_of: Mapping[int | str, int | str]
+) -> list[dict[str, Any]]:
+    """Detections with the image ids of the ground truth in place of the predictions'.
+
+    Args:
+        results: rows of COCO results.
+        prediction_of: image_id of the ground truth -> image_id of the prediction, from `join_images`.
+
+    Returns:
+        The rows of images that the ground truth has. All rows as they are where none has an id of the predictions:
+        they may have been written with the ground truth's ids.
+    """
+    image_of = {predicted: image for image, predicted in prediction_of.items()}
+    renamed = [row | {"image_id": image_of[row["image_id"]]} for row in results if row["image_id"] in image_of]
+    return renamed or results
 
 
 def _check_mask_sizes(images: Mapping[Any, Mapping[str, Any]], results: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,9 @@ import numpy as np
 
 from spatialflow import _evaluation
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.png import decode_png
-
-VOID = 0  # the id of pixels that belong to no segment
-
-
-class PanopticFormatError(ValueError):
-    """A panoptic JSON, PNG or id map breaks the format; the message says which file and which rule."""
+from spatialflow.panoptic import rules
+from spatialflow.panoptic.png import PngKindError, decode_png
+from spatialflow.panoptic.rules import VOID, PanopticFormatError
 
 
 def decode_ids(image: np.ndarray, bgr: bool = False) -> np.ndarray:
@@ -75,9 +71,11 @@ def read_id_map(path: str | os.PathLike) -> np.ndarray:
         with open(path, "rb", buffering=0) as stream:  # read whole: a buffer would only be copied
             return decode_png(stream.read())
     except OSError as error:
-        raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}", "png") from None
+    except PngKindError as error:
+        raise PanopticFormatError(f"{path}: {error}", "png-kind") from None
     except ValueError as error:
-        raise PanopticFormatError(f"{path}: {error}") from None
+        raise PanopticFormatError(f"{path}: {error}", "png") from None
 
 
 def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
@@ -102,90 +100,62 @@ def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
         stream.write(data.tobytes())
 
 
-def read_panoptic_json(path: str | os.PathLike, with_categories: bool = False) -> dict[str, Any]:
+def read_panoptic_json(
+    path: str | os.PathLike, with_categories: bool = False, use: str = rules.PREDICTION
+) -> dict[str, Any]:
     """Read a COCO panoptic JSON and check what everything else relies on.
 
     Args:
         path: the JSON file.
         with_categories: also require `categories` with `id` and `isthing`, as a ground truth has.
+        use: what for, "truth", "prediction" or "training"; decides which rules must hold (`rules.RULES`).
 
     Returns:
         The file's content: a mapping with `annotations`, a list of {image_id, file_name, segments_info}.
 
     Raises:
-        PanopticFormatError: the file is absent, is no JSON, or a field is missing; the message says which.
+        PanopticFormatError: the file is absent, is no JSON, or breaks a rule that this use needs; the message says
+            which.
+    """
+    content = load_json(path)
+    check_panoptic(content, str(path), with_categories, use)
+    return content
+
+
+def load_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file, not checked.
+
+    Raises:
+        PanopticFormatError: the file is absent or is no JSON.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise PanopticFormatError(f"{path}: not a JSON file: {error}") from None
-    check_panoptic(content, str(path), with_categories)
-    return content
 
 
-def check_panoptic(content: Any, source: str, with_categories: bool = False) -> None:
-    """Raise `PanopticFormatError`, naming `source`, unless `content` is a COCO panoptic mapping."""
-    if not isinstance(content, Mapping) or not isinstance(content.get("annotations"), list):
-        raise PanopticFormatError(f'{source}: a panoptic JSON is a mapping with a list "annotations"')
-    for index, annotation in enumerate(content["annotations"]):
-        where = f"{source}: annotations[{index}]"
-        _require(annotation, {"image_id": _ID, "file_name": _TEXT, "segments_info": _LIST}, where)
-        for position, segment in enumerate(annotation["segments_info"]):
-            _check_segment(segment, f"{where}: segments_info[{position}]")
-    if with_categories:
-        check_categories(content, source)
+def check_panoptic(
+    content: Any,
+    source: str,
+    with_categories: bool = False,
+    use: str = rules.PREDICTION,
+    categories: Collection[int] | None = None,
+) -> list[rules.Problem]:
+    """Raise `PanopticFormatError`, naming `source`, unless `content` is a COCO panoptic mapping fit for `use`.
 
+    Args:
+        content: of the file.
+        source: named in the error.
+        with_categories, use: as for `read_panoptic_json`.
+        categories: ids that segments may have; None: those that the content lists, if it lists any.
 
-def check_categories(content: Mapping[str, Any], source: str) -> None:
-    """Raise `PanopticFormatError`, naming `source`, unless `categories` lists mappings with id and isthing."""
-    if not isinstance(content.get("categories"), list):
-        raise PanopticFormatError(f'{source}: a ground truth needs a list "categories"')
-    for index, category in enumerate(content["categories"]):
-        _require(category, {"id": _INTEGER, "isthing": _FLAG}, f"{source}: categories[{index}]")
-
-
-def check_images(content: Mapping[str, Any], source: str) -> None:
-    """Raise `PanopticFormatError`, naming `source`, unless `images` lists photographs with name and size."""
-    if not isinstance(content.get("images"), list):
-        raise PanopticFormatError(f'{source}: a data set needs a list "images"')
-    for index, image in enumerate(content["images"]):
-        where = f"{source}: images[{index}]"
-        _require(image, {"id": _ID, "file_name": _TEXT, "height": _INTEGER, "width": _INTEGER}, where)
-        if min(image["height"], image["width"]) < 1:
-            raise PanopticFormatError(f"{where}: must have pixels, got {image['width']}x{image['height']}")
-
-
-def _check_segment(segment: Any, where: str) -> None:
-    if not (
-        isinstance(segment, Mapping)
-        and isinstance(segment.get("id"), int)
-        and isinstance(segment.get("category_id"), int)
-    ):
-        raise PanopticFormatError(f'{where} must be a mapping with integers "id" and "category_id"')
-    if not 0 <= segment["id"] < 1 << 24:
-        raise PanopticFormatError(f"{where}: id must lie in [0, 16777215], got {segment['id']}")
-    if not isinstance(segment.get("area", 0), _NUMBER):
-        raise PanopticFormatError(f"{where}: area must be a number, got {segment['area']!r:.80}")
-    if segment.get("iscrowd", 0) not in (0, 1):
-        raise PanopticFormatError(f"{where}: iscrowd must be 0 or 1, got {segment['iscrowd']!r:.80}")
-
-
-_INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
-_NUMBER = (int, float, np.integer)
-_ID = _INTEGER + _TEXT
-_KINDS = {_INTEGER: "an integer", _TEXT: "a text", _LIST: "a list", _ID: "an integer or a text", _FLAG: "0 or 1"}
-
-
-def _require(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
-    for field, kinds in fields.items():
-        if not isinstance(item, Mapping) or field not in item:
-            raise PanopticFormatError(f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})')
-        if not isinstance(item[field], kinds) or (kinds is _FLAG and item[field] not in (0, 1)):
-            raise PanopticFormatError(f"{where}: {field} must be {_KINDS[kinds]}, got {item[field]!r:.80}")
-        if kinds is _TEXT and "\0" in item[field]:  # no path holds one
-            raise PanopticFormatError(f"{where}: {field} must be a text without NUL, got {item[field]!r:.80}")
+    Returns:
+        Problems that do not stop this use and are to be reported.
+    """
+    also = rules.CATEGORY_RULES if with_categories else ()
+    return rules.raise_first(rules.json_problems(content, categories), use, source, also)
 
 
 class PanopticWriter:

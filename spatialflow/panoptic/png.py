@@ -18,6 +18,10 @@ _RGB, _RGBA = 2, 6
 _COLOURS = {0: "grey", _RGB: "RGB", 3: "palette", 4: "grey with alpha", _RGBA: "RGB with alpha"}
 
 
+class PngKindError(ValueError):
+    """A whole PNG of another kind than panoptic ones have."""
+
+
 def decode_png(data: bytes) -> np.ndarray:
     """Segment ids of a panoptic PNG: red + 256 * green + 65536 * blue.
 
@@ -28,6 +32,7 @@ def decode_png(data: bytes) -> np.ndarray:
         (H, W) int32.
 
     Raises:
+        PngKindError: data is a PNG of another kind.
         ValueError: data is something else, truncated or damaged. All checksums are verified.
     """
     width, height, channels = _read_header(data)
@@ -57,9 +62,9 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
     depth, colour, interlaced = data[24], data[25], data[28]
     if depth != 8 or colour not in (_RGB, _RGBA):
         kind = _COLOURS.get(colour, f"of colour type {colour}")
-        raise ValueError(f"a panoptic PNG is 8-bit RGB, this one is {depth}-bit {kind}")
+        raise PngKindError(f"a panoptic PNG is 8-bit RGB, this one is {depth}-bit {kind}")
     if interlaced:
-        raise ValueError("interlaced PNG; a panoptic PNG must not be interlaced")
+        raise PngKindError("interlaced PNG; a panoptic PNG must not be interlaced")
     if width == 0 or height == 0:
         raise ValueError("damaged PNG: the image has no pixels")
     return width, height, 3 if colour == _RGB else 4

@@ -3,23 +3,28 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.panoptic.formats import (
+from spatialflow.panoptic.formats import as_id_map, check_panoptic, load_json, read_id_map
+from spatialflow.panoptic.pair_counts import count_pairs
+from spatialflow.panoptic.photographs import join_images
+from spatialflow.panoptic.rules import (
+    PREDICTION,
+    TRUTH,
     VOID,
     PanopticFormatError,
-    as_id_map,
-    check_panoptic,
-    read_id_map,
-    read_panoptic_json,
+    Problem,
+    pixel_problems,
+    raise_first,
+    segment_problems,
+    summary,
 )
-from spatialflow.panoptic.pair_counts import count_pairs
 
 
 @dataclass(slots=True)
@@ -62,7 +67,7 @@ class PanopticQuality:
     Matching: a predicted and a ground-truth segment of one class match if their IoU exceeds 0.5, where the union leaves
     out the prediction's pixels on void. A prediction without match is not counted if more than half of it lies on void
     or on the crowd of its class; if a class has several crowd segments in an image, the last one listed counts.
-    A ground-truth segment's area is the one in its `area` field, where it has one.
+    A ground-truth segment's area is the one in its `area` field, where it has one, but never less than its pixels.
     """
 
     def __init__(self, categories: Iterable[Mapping[str, Any]] | Mapping[int, Any]):
@@ -71,6 +76,11 @@ class PanopticQuality:
         else:
             self._things = {category["id"]: category["isthing"] == 1 for category in categories}
         self._counts: dict[int, ClassCounts] = {}
+
+    @property
+    def categories(self) -> Set[int]:
+        """The ids of the categories."""
+        return self._things.keys()
 
     def update(
         self,
@@ -91,9 +101,15 @@ class PanopticQuality:
 
         Raises:
             PanopticFormatError: sizes differ, a predicted segment is in the map and not in the list or the other way
-                round, or its category is unknown.
+                round, a ground-truth segment has the id 0 or comes twice, an area is not finite, or a category is
+                unknown.
+
+        Other contradictions between a list and its map (`docs/annotations.md`) are warnings.
         """
-        self.add(self.count(gt_map, gt_segments, pred_map, pred_segments, image_id))
+        counts, problems = self.count(gt_map, gt_segments, pred_map, pred_segments, image_id)
+        for problem in problems:
+            warnings.warn(problem.text, stacklevel=2)
+        self.add(counts)
 
     def count(
         self,
@@ -102,8 +118,24 @@ class PanopticQuality:
         pred_map: np.ndarray,
         pred_segments: Sequence[Mapping[str, Any]],
         image_id: int | str = "",
-    ) -> dict[int, ClassCounts]:
-        """The counts of one image by category id, nothing accumulated; arguments and errors as for `update`."""
+    ) -> tuple[dict[int, ClassCounts], list[Problem]]:
+        """The counts of one image by category id, and what is to be reported; nothing is accumulated.
+
+        Arguments and errors as for `update`.
+        """
+        raise_first(segment_problems(gt_segments, image_id, self._things), TRUTH)
+        raise_first(segment_problems(pred_segments, image_id, self._things), PREDICTION)
+        return self._count(gt_map, gt_segments, pred_map, pred_segments, image_id)
+
+    def _count(
+        self,
+        gt_map: np.ndarray,
+        gt_segments: Sequence[Mapping[str, Any]],
+        pred_map: np.ndarray,
+        pred_segments: Sequence[Mapping[str, Any]],
+        image_id: int | str,
+    ) -> tuple[dict[int, ClassCounts], list[Problem]]:
+        """`count` without the checks that look at the lists alone, which reading a JSON has done."""
         gt_map, pred_map = _pixels(gt_map, "gt_map"), _pixels(pred_map, "pred_map")
         if gt_map.shape[:2] != pred_map.shape[:2]:
             raise PanopticFormatError(
@@ -112,7 +144,7 @@ class PanopticQuality:
             )
         gt_ids, pred_ids, pixels = count_pairs(gt_map, pred_map)
         shared = dict(zip(zip(gt_ids.tolist(), pred_ids.tolist(), strict=True), pixels.tolist(), strict=True))
-        return _match_image(shared, gt_segments, pred_segments, self._things, image_id)
+        return _match_image(shared, gt_segments, pred_segments, image_id)
 
     def add(self, counts: Mapping[int, ClassCounts]) -> None:
         """Add the counts of one image, as `count` gives them."""
@@ -154,7 +186,8 @@ def evaluate(
     Args:
         gt_json: COCO panoptic JSON with `annotations` and `categories`, a path or its content.
         gt_folder: folder of the PNGs it names; None for the JSON's path without ".json".
-        pred_json: COCO panoptic JSON with `annotations`. Every image of the ground truth must be in it.
+        pred_json: COCO panoptic JSON with `annotations`. Every image of the ground truth must be in it, by its id or
+            by the name of its photograph (`join_images`).
         pred_folder: like gt_folder, for the predictions.
         workers: threads that read, decode and count; default: one per core. The result does not depend on it.
         progress: show a progress bar on standard error.
@@ -168,25 +201,50 @@ def evaluate(
         PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or segments
             and pixels disagree. The message names the file or the image and the segment.
 
-    Without a single annotated or predicted segment the qualities are 0 with n = 0, and a warning says so.
+    Without a single annotated or predicted segment the qualities are 0 with n = 0, and a warning says so. Other
+    warnings name annotations that contradict themselves; `docs/annotations.md` says which, and how the number is made.
     Neither torch nor OpenCV is imported. Source: panopticapi, `pq_compute`.
     """
+    scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
+    for text in scored.reports:
+        warnings.warn(text, stacklevel=2)
+    return scored.result
+
+
+class Scored(NamedTuple):
+    """What `score_files` found."""
+
+    result: dict[str, Any]  # as `evaluate` returns it
+    truth: Mapping[str, Any]  # content of the ground truth's JSON
+    prediction_of: dict[int | str, int | str]  # image_id of the ground truth -> image_id of its prediction
+    reports: list[str]  # sentences about annotations that contradict themselves and were scored
+
+
+def score_files(
+    gt_json: str | os.PathLike | Mapping[str, Any],
+    gt_folder: str | os.PathLike | None,
+    pred_json: str | os.PathLike | Mapping[str, Any],
+    pred_folder: str | os.PathLike | None,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Scored:
+    """The body of `evaluate`, for callers that show reports their own way; arguments and errors are the same."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     gt_folder = _folder(gt_folder, gt_json, "gt")
     pred_folder = _folder(pred_folder, pred_json, "pred")
-    gt = _annotations(gt_json, "gt_json", with_categories=True)
-    pred = _annotations(pred_json, "pred_json", with_categories=False)
-    predicted = {annotation["image_id"]: annotation for annotation in pred["annotations"]}
-    for annotation in gt["annotations"]:
-        if annotation["image_id"] not in predicted:
-            raise PanopticFormatError(f"no prediction for the image with id {annotation['image_id']!r}")
-
+    gt, gt_name = _content(gt_json, "gt_json")
+    gt_problems = check_panoptic(gt, gt_name, with_categories=True, use=TRUTH)
     quality = PanopticQuality(gt["categories"])
+    pred, pred_name = _content(pred_json, "pred_json")
+    pred_problems = check_panoptic(pred, pred_name, use=PREDICTION, categories=quality.categories)
+    prediction_of = join_images(gt, pred)
+    predicted = {annotation["image_id"]: annotation for annotation in pred["annotations"]}
 
-    def count_image(annotation: Mapping[str, Any]) -> dict[int, ClassCounts]:
-        prediction = predicted[annotation["image_id"]]
-        return quality.count(
+    def count_image(annotation: Mapping[str, Any]) -> tuple[dict[int, ClassCounts], list[Problem]]:
+        prediction = predicted[prediction_of[annotation["image_id"]]]
+        return quality._count(
             read_id_map(os.path.join(gt_folder, annotation["file_name"])),
             annotation["segments_info"],
             read_id_map(os.path.join(pred_folder, prediction["file_name"])),
@@ -194,17 +252,22 @@ def evaluate(
             annotation["image_id"],
         )
 
-    with ThreadPoolExecutor(workers or _available_cores()) as pool:
+    with ThreadPoolExecutor(workers or available_cores()) as pool:
         futures = [pool.submit(count_image, annotation) for annotation in gt["annotations"]]
         try:
             if not progress:
                 # One wake-up at the end. One per image would take the interpreter's lock from the worker each time.
                 wait(futures, return_when=FIRST_EXCEPTION)
             for future in _with_progress(futures, progress):
-                quality.add(future.result())
+                counts, problems = future.result()
+                quality.add(counts)
+                gt_problems += problems
         finally:
             pool.shutdown(cancel_futures=True)
-    return quality.compute()
+    reports = [
+        summary(problems, name) for problems, name in ((gt_problems, gt_name), (pred_problems, pred_name)) if problems
+    ]
+    return Scored(quality.compute(), gt, prediction_of, reports)
 
 
 def _pixels(array: np.ndarray, name: str) -> np.ndarray:
@@ -227,14 +290,13 @@ def _folder(folder: str | os.PathLike | None, content: Any, which: str) -> Path:
     return Path(folder)
 
 
-def _annotations(source: Any, name: str, with_categories: bool) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        check_panoptic(source, name, with_categories)
-        return source
-    return read_panoptic_json(source, with_categories)
+def _content(source: Any, name: str) -> tuple[Any, str]:
+    """The content of a JSON, and what errors call it."""
+    return (source, name) if isinstance(source, Mapping) else (load_json(source), str(source))
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -250,10 +312,12 @@ def _match_image(
     shared: Mapping[tuple[int, int], int],
     gt_segments: Sequence[Mapping[str, Any]],
     pred_segments: Sequence[Mapping[str, Any]],
-    categories: Mapping[int, bool],
     image_id: int | str,
-) -> dict[int, ClassCounts]:
-    """Match the segments of one image; `shared` maps (ground-truth id, predicted id) to pixels."""
+) -> tuple[dict[int, ClassCounts], list[Problem]]:
+    """Match the segments of one image; `shared` maps (ground-truth id, predicted id) to pixels.
+
+    Raises where lists and pixels contradict each other so that scoring stops; other contradictions are returned.
+    """
     # A dict keeps the first position and the last content of an id that is listed twice, like panopticapi's.
     gt_info = {segment["id"]: segment for segment in gt_segments}
     pred_category = {segment["id"]: segment["category_id"] for segment in pred_segments}
@@ -262,7 +326,8 @@ def _match_image(
     for (gt_id, pred_id), count in shared.items():
         gt_pixels[gt_id] = gt_pixels.get(gt_id, 0) + count
         pred_pixels[pred_id] = pred_pixels.get(pred_id, 0) + count
-    _check_prediction(pred_pixels, pred_category, categories, image_id)
+    problems = raise_first(pixel_problems(gt_segments, image_id, gt_pixels), TRUTH)
+    raise_first(pixel_problems(pred_segments, image_id, pred_pixels), PREDICTION)
 
     result: dict[int, ClassCounts] = {}
 
@@ -277,15 +342,9 @@ def _match_image(
         category = segment["category_id"]
         if category != pred_category[pred_id]:
             continue
-        gt_area = segment.get("area", gt_pixels[gt_id])
+        # An area below the pixels would raise the IoU, in panopticapi beyond 1 even.
+        gt_area = max(segment.get("area", 0), gt_pixels[gt_id])
         union = pred_pixels[pred_id] + gt_area - intersection - shared.get((VOID, pred_id), 0)
-        if union < intersection and gt_id == VOID:
-            raise PanopticFormatError(f"image {image_id}: a ground-truth segment has the id 0, which stands for void")
-        if union < intersection:  # never with the area that the segment has: qualities would exceed 1
-            raise PanopticFormatError(
-                f"image {image_id}: ground-truth segment {gt_id} has area {gt_area} in the JSON and "
-                f"{gt_pixels[gt_id]} pixels in the PNG"
-            )
         iou = intersection / union
         if iou > 0.5:
             counts(category).tp += 1
@@ -310,20 +369,4 @@ def _match_image(
             ignored += shared.get((crowd_of_category[category], pred_id), 0)
         if ignored / pred_pixels[pred_id] <= 0.5:
             counts(category).fp += 1
-    return result
-
-
-def _check_prediction(
-    pixels: Mapping[int, int], category_of: Mapping[int, int], categories: Mapping[int, bool], image_id: int | str
-) -> None:
-    for pred_id in pixels:
-        if pred_id not in category_of:
-            if pred_id != VOID:
-                raise PanopticFormatError(f"image {image_id}: segment {pred_id} is in the PNG and not in the JSON")
-        elif category_of[pred_id] not in categories:
-            raise PanopticFormatError(
-                f"image {image_id}: segment {pred_id} has the unknown category {category_of[pred_id]}"
-            )
-    absent = sorted(set(category_of) - set(pixels))
-    if absent:
-        raise PanopticFormatError(f"image {image_id}: segments {absent} are in the JSON and not in the PNG")
+    return result, problems

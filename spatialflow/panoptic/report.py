@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections
-from spatialflow.panoptic.formats import PanopticFormatError, read_panoptic_json
-from spatialflow.panoptic.quality import default_folder, evaluate
+from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections, rename_images
+from spatialflow.panoptic.quality import default_folder, score_files
+from spatialflow.panoptic.rules import PanopticFormatError
 
 GROUPS = ("All", "Things", "Stuff")
 
@@ -43,27 +43,23 @@ def evaluate_and_report(
         What `spatialflow.panoptic.evaluate` returns, and the average precision where detections are given.
 
     Raises:
-        PanopticFormatError: as for `evaluate`; or detections are given, and the package pycocotools is missing.
+        PanopticFormatError: as for `evaluate`, and for detections of which none belongs to the ground truth; or
+            detections are given, and the package pycocotools is missing.
         OSError: output cannot be written.
     """
     if detections is not None and not has_pycocotools():
         raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
-    gt = read_panoptic_json(gt_json, with_categories=True)
-    pred = read_panoptic_json(pred_json)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no segment of any category")  # the table says it
-        result = evaluate(
-            gt,
-            default_folder(gt_json) if gt_folder is None else gt_folder,
-            pred,
-            default_folder(pred_json) if pred_folder is None else pred_folder,
-            workers=workers,
-            progress=progress,
-        )
-    names = {category["id"]: str(category.get("name", category["id"])) for category in gt["categories"]}
+        scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
+    for text in scored.reports:
+        warnings.warn(text, stacklevel=2)
+    result, truth = scored.result, scored.truth
+    names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
     print(quality_table(result, names if per_class else None), file=stream or sys.stdout)
     if detections is not None:
-        precision = average_precision(gt, gt_folder or default_folder(gt_json), read_detections(detections))
+        rows = rename_images(read_detections(detections), scored.prediction_of)
+        precision = average_precision(truth, gt_folder or default_folder(gt_json), rows)
         for kind, row in precision.items():
             shown = (f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -" for name, value in row.items())
             print(f"{kind} AP " + "  ".join(shown), file=stream or sys.stdout)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number of pixels and bounding box of every segment of an id map, in one pass."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Extent(NamedTuple):
+    """What a segment covers, in pixels; the box is COCO's (x, y, width, height)."""
+
+    pixels: int
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def box(self) -> list[int]:
+        """[x, y, width, height]."""
+        return [self.x, self.y, self.width, self.height]
+
+
+def extents(id_map: np.ndarray) -> dict[int, Extent]:
+    """The extent of every id of a map, id 0 included, ascending by id.
+
+    Args:
+        id_map: (H, W) integer segment ids.
+
+    Returns:
+        A mapping from id to `Extent`; empty where the map has no pixels.
+
+    Works on runs of pixels of one row and one id, so that sorting costs little.
+    """
+    if id_map.size == 0:
+        return {}
+    width = id_map.shape[1]
+    flat = np.ascontiguousarray(id_map).ravel()
+    begins = np.empty(flat.size, bool)
+    begins[0] = True
+    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins[::width] = True
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=flat.size)
+    order = np.argsort(flat[starts], kind="stable")  # stable: the rows of one id stay ascending
+    starts, lengths = starts[order], lengths[order]
+    ids = flat[starts]
+    first = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))
+    last = np.append(first[1:], len(ids)) - 1
+    rows, columns = np.divmod(starts, width)
+    left, top = np.minimum.reduceat(columns, first), rows[first]
+    right, bottom = np.maximum.reduceat(columns + lengths, first), rows[last] + 1
+    pixels = np.add.reduceat(lengths, first)
+    table = np.stack([ids[first], pixels, left, top, right - left, bottom - top], axis=1)
+    return {row[0]: Extent(*row[1:]) for row in table.tolist()}

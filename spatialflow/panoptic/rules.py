@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of panoptic annotations: what each one says, which commands stop at it, and checks that read no file.
+
+`docs/annotations.md` is the table for users. Scoring, training, pictures and `spatialflow validate` share these checks.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spatialflow.panoptic.extents import Extent
+
+VOID = 0  # the id of pixels that belong to no segment
+LARGEST_ID = (1 << 24) - 1
+TRUTH, PREDICTION, TRAINING = "truth", "prediction", "training"  # what annotations are read for
+_ALL = (TRUTH, PREDICTION, TRAINING)
+_LARGEST_NUMBER = 2.0**53  # areas and boxes beyond are no pixels; NaN and infinity fail the comparison too
+_BOX_TOLERANCE = 1  # pixels: boxes of polygons, and conventions that count the last pixel or not
+
+
+class Rule(NamedTuple):
+    """Which uses of annotations stop at a breach, which go on and report it, and whether training skips the image."""
+
+    stops: tuple[str, ...]
+    reported: tuple[str, ...] = ()
+    skipped: bool = False
+
+    def effect(self, use: str) -> str:
+        """What a breach does to one use: "stops", "reported", "skipped" or "-" (it does not matter there)."""
+        if use in self.stops:
+            return "stops"
+        if use in self.reported:
+            return "reported"
+        return "skipped" if self.skipped and use == TRAINING else "-"
+
+
+RULES: dict[str, Rule] = {
+    "json": Rule(_ALL),
+    "annotation": Rule(_ALL),
+    "annotation-twice": Rule(_ALL),
+    "segment": Rule(_ALL),
+    "id-range": Rule(_ALL),
+    "id-zero": Rule((TRUTH, TRAINING), (PREDICTION,)),
+    "id-twice": Rule((TRUTH, TRAINING), (PREDICTION,)),
+    "categories": Rule((TRUTH,)),
+    "category": Rule((TRUTH, TRAINING)),
+    "isthing": Rule((TRUTH, TRAINING)),
+    "category-twice": Rule((TRUTH, TRAINING)),
+    "category-unknown": Rule(_ALL),
+    "area": Rule((TRUTH,)),
+    "area-pixels": Rule((), (TRUTH,)),
+    "bbox": Rule((TRAINING,)),
+    "bbox-pixels": Rule((), (TRAINING,)),
+    "no-pixels": Rule((PREDICTION,), (TRUTH, TRAINING)),
+    "no-segment": Rule((PREDICTION,), (TRUTH, TRAINING)),
+    "images": Rule((TRAINING,)),
+    "image": Rule((TRAINING,)),
+    "image-twice": Rule((TRAINING,), (TRUTH, PREDICTION)),
+    "image-unlisted": Rule((TRAINING,)),
+    "image-size": Rule(()),
+    "png": Rule((TRUTH, PREDICTION), skipped=True),
+    "png-kind": Rule((TRUTH, PREDICTION), skipped=True),
+    "photograph": Rule((), skipped=True),
+    "photograph-size": Rule((), skipped=True),
+}
+"""Every rule by name, in the order of reports."""
+
+CATEGORY_RULES = ("categories", "category", "isthing", "category-twice")
+
+
+class Problem(NamedTuple):
+    """A breach of a rule."""
+
+    rule: str
+    text: str  # a sentence that names the image or the entry, the segment, the rule and the value
+    image: int | str | None = None  # id of the image, where it is known
+    segment: int | None = None
+    value: Any = None  # what was found
+    entry: str | None = None  # place in the JSON of an entry that cannot be used at all
+
+
+class PanopticFormatError(ValueError):
+    """A panoptic JSON, PNG or id map breaks the format; the message says which file and which rule.
+
+    Attributes:
+        rule: its name in `RULES`, where it has one.
+    """
+
+    def __init__(self, message: str, rule: str | None = None):
+        super().__init__(message)
+        self.rule = rule
+
+
+def summary(problems: Sequence[Problem], source: str) -> str:
+    """One sentence about problems that were met and did not stop the work: a count for each rule and one example."""
+    counts = Counter(problem.rule for problem in problems)
+    examples = {problem.rule: problem.text for problem in reversed(problems)}
+    found = "; ".join(f"{count} x {rule}, e.g. {examples[rule]}" for rule, count in counts.items())
+    return f"{source}: {found}; `spatialflow validate` lists all (docs/annotations.md)"
+
+
+def raise_first(problems: Iterable[Problem], use: str, source: str = "", also: Collection[str] = ()) -> list[Problem]:
+    """Goes through problems for one use of the annotations.
+
+    Args:
+        use: `TRUTH`, `PREDICTION` or `TRAINING`.
+        source: named before the sentence.
+        also: rules that stop this time too.
+
+    Returns:
+        The problems that this use reports.
+
+    Raises:
+        PanopticFormatError: the first problem that stops this use.
+    """
+    reported = []
+    for problem in problems:
+        rule = RULES[problem.rule]
+        if use in rule.stops or problem.rule in also:
+            raise PanopticFormatError(f"{source}: {problem.text}" if source else problem.text, problem.rule)
+        if use in rule.reported:
+            reported.append(problem)
+    return reported
+
+
+# ---------------------------------------------------------------------------------------------------------- the JSON
+
+
+def json_problems(content: Any, categories: Collection[int] | None = None) -> Iterator[Problem]:
+    """What is wrong with the content of a panoptic JSON by itself; entries that cannot be read are passed over.
+
+    Args:
+        content: of the file.
+        categories: ids that segments may have; None: those that the content lists, if it lists any.
+    """
+    if not isinstance(content, Mapping) or not isinstance(content.get("annotations"), list):
+        yield Problem("json", 'a panoptic JSON is a mapping with a list "annotations"', value=_short(content))
+        return
+    of_categories, own = _category_problems(content)
+    of_images, listed = _image_problems(content)
+    seen: set[int | str] = set()
+    for index, annotation in enumerate(content["annotations"]):
+        where = f"annotations[{index}]"
+        if misfit := _misfit(annotation, {"image_id": _ID, "file_name": _TEXT, "segments_info": _LIST}, where):
+            image = _id_of(annotation, "image_id")
+            text = misfit[0] if image is None else f"{misfit[0]} (image {_label(image)})"
+            yield Problem("annotation", text, image, None, misfit[1], where)
+            continue
+        image = annotation["image_id"]
+        if image in seen:
+            yield Problem("annotation-twice", f"image {image!r:.80} has more than one annotation", image, value=image)
+        seen.add(image)
+        if isinstance(content.get("images"), list) and image not in listed:
+            text = f"image {image!r:.80} has an annotation and is not listed in images"
+            yield Problem("image-unlisted", text, image, value=image)
+        segments = []
+        for position, segment in enumerate(annotation["segments_info"]):
+            malformed = _segment_misfit(segment, image, index, position)
+            if malformed is None:
+                segments.append(segment)
+            else:
+                yield malformed
+        yield from segment_problems(segments, image, own or None if categories is None else categories)
+    yield from of_images
+    yield from of_categories
+
+
+def segment_problems(
+    segments: Sequence[Mapping[str, Any]], image: int | str, categories: Collection[int] | None
+) -> Iterator[Problem]:
+    """What is wrong with the segments of one image by themselves.
+
+    Args:
+        segments: mappings with integers `id` and `category_id`.
+        image: the image's id.
+        categories: ids that segments may have; None: any.
+    """
+    seen: set[int] = set()
+    for segment in segments:
+        number, category = segment["id"], segment["category_id"]
+        area, box = segment.get("area", 0), segment.get("bbox")
+        if number == VOID:
+            yield _of_segment("id-zero", image, number, number, ": the id 0 stands for void; ids start at 1")
+        if number in seen:
+            yield _of_segment("id-twice", image, number, number, " is listed twice")
+        seen.add(number)
+        if categories is not None and category not in categories:
+            says = f" has the unknown category {_label(category)}"
+            yield _of_segment("category-unknown", image, number, category, says)
+        if not _is_finite(area):
+            says = f" has area {area!r:.40}; it must be a finite number of pixels"
+            yield _of_segment("area", image, number, _short(area), says)
+        if box is not None and not is_box(box):
+            says = f": bbox must be four finite numbers, got {box!r:.80}"
+            yield _of_segment("bbox", image, number, _short(box), says)
+
+
+def _of_segment(rule: str, image: int | str, segment: int, value: Any, says: str) -> Problem:
+    return Problem(rule, f"image {_label(image)}: segment {segment}{says}", image, segment, value)
+
+
+def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int]]:
+    """Problems, and the ids that are listed."""
+    problems: list[Problem] = []
+    listed: set[int] = set()
+    rows = content.get("categories", [])
+    if "categories" not in content:
+        problems.append(Problem("categories", 'a ground truth needs a list "categories"'))
+    elif not isinstance(rows, list):
+        text = f'a ground truth needs a list "categories", got {rows!r:.80}'
+        problems.append(Problem("category", text, value=_short(rows)))
+        rows = []
+    for index, category in enumerate(rows):
+        where = f"categories[{index}]"
+        if misfit := _misfit(category, {"id": _INTEGER}, where):
+            problems.append(Problem("category", misfit[0], value=misfit[1]))
+            continue
+        number = category["id"]
+        if misfit := _misfit(category, {"isthing": _FLAG}, where):
+            problems.append(Problem("isthing", f"{misfit[0]} (category {_label(number)})", value=misfit[1]))
+        if number in listed:
+            text = f"{where}: category {_label(number)} is listed twice"
+            problems.append(Problem("category-twice", text, value=number))
+        listed.add(number)
+    return problems, listed
+
+
+def _image_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int | str]]:
+    """Problems, and the ids that are listed."""
+    rows = content.get("images")
+    if not isinstance(rows, list):
+        return [Problem("images", 'a data set needs a list "images"', value=_short(rows))], set()
+    problems: list[Problem] = []
+    listed: set[int | str] = set()
+    for index, image in enumerate(rows):
+        where, number = f"images[{index}]", _id_of(image, "id")
+        if misfit := _image_misfit(image, where):
+            problems.append(Problem("image", misfit[0], number, None, misfit[1], where))
+        if number in listed:
+            text = f"{where}: image {number!r:.80} is listed twice"
+            problems.append(Problem("image-twice", text, number, value=number))
+        if number is not None:
+            listed.add(number)
+    return problems, listed
+
+
+def _image_misfit(image: Any, where: str) -> tuple[str, Any] | None:
+    fields = {"id": _ID, "file_name": _TEXT, "height": _INTEGER, "width": _INTEGER}
+    if misfit := _misfit(image, fields, where):
+        return misfit
+    if min(image["height"], image["width"]) < 1:
+        size = f"{image['width']}x{image['height']}"
+        return f"{where}: must have pixels, got {size}", size
+    return None
+
+
+def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -> Problem | None:
+    if (
+        isinstance(segment, Mapping)
+        and isinstance(segment.get("id"), int)
+        and isinstance(segment.get("category_id"), int)
+        and 0 <= segment["id"] <= LARGEST_ID
+        and isinstance(segment.get("area", 0), _NUMBER)
+        and segment.get("iscrowd", 0) in (0, 1)
+    ):
+        return None
+    where, of = f"annotations[{index}]: segments_info[{position}]", f"(image {_label(image)}"
+    if not isinstance(segment, Mapping) or not all(isinstance(segment.get(f), int) for f in ("id", "category_id")):
+        text = f'{where} must be a mapping with integers "id" and "category_id" {of})'
+        return Problem("segment", text, image, None, _short(segment), where)
+    number, rule = segment["id"], "segment"
+    if not 0 <= number <= LARGEST_ID:
+        rule, value, text = "id-range", number, f"id must lie in [0, {LARGEST_ID}], got {_label(number)}"
+    elif not isinstance(segment.get("area", 0), _NUMBER):
+        value = segment["area"]
+        text = f"area must be a number, got {value!r:.80}"
+    else:
+        value = segment["iscrowd"]
+        text = f"iscrowd must be 0 or 1, got {value!r:.80}"
+    return Problem(rule, f"{where}: {text} {of}, segment {_label(number)})", image, number, _short(value), where)
+
+
+_INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
+_NUMBER = (int, float, np.integer)
+_ID = _INTEGER + _TEXT
+_KINDS = {_INTEGER: "an integer", _TEXT: "a text", _LIST: "a list", _ID: "an integer or a text", _FLAG: "0 or 1"}
+
+
+def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tuple[str, Any] | None:
+    """A sentence about the first field that is absent or of another kind, and what is there instead."""
+    for field, kinds in fields.items():
+        if not isinstance(item, Mapping) or field not in item:
+            return f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})', _short(item)
+        value = item[field]
+        if not isinstance(value, kinds) or (kinds is _FLAG and value not in (0, 1)):
+            return f"{where}: {field} must be {_KINDS[kinds]}, got {value!r:.80}", _short(value)
+        if kinds is _TEXT and not _names_a_file(value):
+            return f"{where}: {field} must be a text without NUL or half characters, got {value!r:.80}", _short(value)
+    return None
+
+
+def _names_a_file(text: str) -> bool:
+    """False for a text that no path can hold: with NUL, or with a half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _id_of(item: Any, field: str) -> int | str | None:
+    """The id under `field`, None where there is none."""
+    value = item.get(field) if isinstance(item, Mapping) else None
+    return value if isinstance(value, _ID) else None
+
+
+def _label(name: Any) -> str:
+    """An id or a file name, without its middle where it is very long."""
+    text = str(name)
+    return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
+
+
+def _short(value: Any) -> Any:
+    """A value as it is, or the beginning of its text where it is no number."""
+    return value if isinstance(value, _NUMBER) and abs(value) <= _LARGEST_NUMBER else f"{value!r:.80}"
+
+
+# ------------------------------------------------------------------------------------------------ the JSON and the PNG
+
+
+def pixel_problems(
+    segments: Sequence[Mapping[str, Any]], image: int | str, found: Mapping[int, int | Extent]
+) -> Iterator[Problem]:
+    """What contradicts the pixels of one image's map.
+
+    Args:
+        segments: mappings with integers `id` and `category_id`.
+        image: the image's id.
+        found: pixels of every id of the map, or their `Extent`; without those boxes are not looked at.
+    """
+    listed = {VOID}
+    for segment in segments:
+        number, extent = segment["id"], found.get(segment["id"])
+        listed.add(number)
+        if extent is None:
+            yield _of_segment("no-pixels", image, number, 0, " is in the JSON and not in the PNG")
+            continue
+        pixels = extent.pixels if isinstance(extent, Extent) else extent
+        area, box = segment.get("area", pixels), segment.get("bbox")
+        if area != pixels and _is_finite(area):
+            says = f" has area {area} in the JSON and {pixels} pixels in the PNG"
+            yield _of_segment("area" if area < 0 else "area-pixels", image, number, area, says)
+        if isinstance(extent, Extent) and contradicts(box, extent):
+            yield _of_segment("bbox-pixels", image, number, box, _box_text(box, extent))
+    for number in found:
+        if number not in listed:
+            yield _of_segment("no-segment", image, number, number, " is in the PNG and not in the JSON")
+
+
+def is_box(box: Any) -> bool:
+    """True for four finite numbers."""
+    return isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_finite, box))
+
+
+def contradicts(box: Any, extent: Extent) -> bool:
+    """True for a box (x, y, width, height) with a side more than a pixel away from that of the pixels."""
+    return is_box(box) and not _is_near(_corners(*box), _corners(*extent.box))
+
+
+def box_of(segment: Mapping[str, Any], extent: Extent) -> list[float]:
+    """The segment's `bbox`, or the box of its pixels where it has none or one that contradicts them."""
+    box = segment.get("bbox")
+    return list(box) if is_box(box) and not contradicts(box, extent) else extent.box
+
+
+def _box_text(box: Sequence[float], extent: Extent) -> str:
+    text = f" has bbox {list(box)} in the JSON and {extent.box} in the PNG"
+    if _is_near(box, _corners(*extent.box)):
+        text += "; the JSON gives x1 y1 x2 y2 where the format has x y width height"
+    return text
+
+
+def _corners(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return x, y, x + width, y + height
+
+
+def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
+    return all(abs(a - b) <= _BOX_TOLERANCE for a, b in zip(first, second, strict=True))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, _NUMBER) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a whole set of annotations, the JSON with its PNGs and photographs, by the rules of `rules`; no torch."""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spatialflow.panoptic.extents import extents
+from spatialflow.panoptic.formats import load_json, read_id_map
+from spatialflow.panoptic.photographs import find_photograph
+from spatialflow.panoptic.quality import available_cores, default_folder
+from spatialflow.panoptic.rules import PanopticFormatError, Problem, json_problems, pixel_problems
+
+_EXIF_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+
+
+class Validation(NamedTuple):
+    """What `validate` found."""
+
+    images: int  # annotations that were checked
+    segments: int
+    problems: list[Problem]  # of the JSON in its order, then of the images in theirs
+
+
+def validate(
+    json_path: str | os.PathLike,
+    folder: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Validation:
+    """Find everything in a panoptic data set that breaks a rule of `docs/annotations.md`.
+
+    Args:
+        json_path: COCO panoptic JSON.
+        folder: of the PNGs that it names; None for the JSON's path without ".json".
+        images: folder of the photographs; None: those are not looked for.
+        workers: threads; default: one per core. The result does not depend on it.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        PanopticFormatError: the JSON is absent or no panoptic JSON at all, or a folder is absent.
+        ValueError: workers is less than 1.
+
+    Example:
+        >>> from spatialflow import panoptic
+        >>> found = panoptic.validate("panoptic_val2017.json", images="val2017")    # doctest: +SKIP
+        >>> [(p.image, p.segment, p.rule, p.value) for p in found.problems]         # doctest: +SKIP
+        [(139, 3226956, 'area-pixels', 2000)]
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    content = load_json(json_path)
+    problems = list(json_problems(content))
+    if any(problem.rule == "json" for problem in problems):
+        raise PanopticFormatError(f"{json_path}: {problems[0].text}", "json")
+    folder = Path(default_folder(json_path) if folder is None else folder)
+    for given in (folder, images):
+        if given is not None and not Path(given).is_dir():
+            raise PanopticFormatError(f"{given}: no such folder")
+    # Entries that are malformed have their problem already, and are left out from here on.
+    malformed = {problem.entry for problem in problems if problem.entry}
+    rows = {row["id"]: row for i, row in enumerate(_list(content, "images")) if f"images[{i}]" not in malformed}
+    checked = []
+    for i, annotation in enumerate(content["annotations"]):
+        if f"annotations[{i}]" not in malformed:
+            segments = enumerate(annotation["segments_info"])
+            usable = [s for j, s in segments if f"annotations[{i}]: segments_info[{j}]" not in malformed]
+            checked.append(annotation | {"segments_info": usable})
+
+    def check(annotation: Mapping[str, Any]) -> list[Problem]:
+        return _image_problems(annotation, rows.get(annotation["image_id"]), folder, images)
+
+    with ThreadPoolExecutor(workers or available_cores()) as pool:
+        futures = [pool.submit(check, annotation) for annotation in checked]
+        try:
+            for future in _bar(futures, progress):
+                problems += future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return Validation(len(checked), sum(len(annotation["segments_info"]) for annotation in checked), problems)
+
+
+def _list(content: Mapping[str, Any], field: str) -> list:
+    return content[field] if isinstance(content.get(field), list) else []
+
+
+def _bar(items: list, progress: bool) -> Any:
+    if not progress:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="validate", unit="image", leave=False)
+
+
+def _image_problems(
+    annotation: Mapping[str, Any], row: Mapping[str, Any] | None, folder: Path, images: str | os.PathLike | None
+) -> list[Problem]:
+    """Problems of one image's PNG and, where there is a folder of them, photograph; `row` is its entry in `images`."""
+    image = annotation["image_id"]
+    problems: list[Problem] = []
+    size = None
+    try:
+        id_map = read_id_map(folder / annotation["file_name"])
+    except PanopticFormatError as error:
+        problems.append(Problem(error.rule, f"image {image}: {error}", image, value=annotation["file_name"]))
+    else:
+        size = (id_map.shape[1], id_map.shape[0])
+        problems += pixel_problems(annotation["segments_info"], image, extents(id_map))
+    if row is not None and size not in (None, (row["width"], row["height"])):
+        text = f"image {image}: the PNG has {size[0]}x{size[1]} pixels, images says {row['width']}x{row['height']}"
+        problems.append(Problem("image-size", text, image, value=f"{size[0]}x{size[1]}"))
+    if images is not None and row is not None:
+        problems += _photograph_problems(image, row["file_name"], Path(images), size)
+    return problems
+
+
+def _photograph_problems(image: int | str, name: str, folder: Path, size: tuple[int, int] | None) -> list[Problem]:
+    from PIL import Image
+
+    path = find_photograph(folder, name)
+    if not path.is_file():
+        return [Problem("photograph", f"image {image}: {path}: no such file", image, value=name)]
+    try:
+        with Image.open(path) as picture:
+            found = picture.size
+            if picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
+                found = found[::-1]
+    except Exception as error:  # decoders of many formats raise many kinds
+        return [Problem("photograph", f"image {image}: {path}: cannot be read: {error}", image, value=name)]
+    if size in (None, found):
+        return []
+    text = f"image {image}: {path} has {found[0]}x{found[1]} pixels, the PNG {size[0]}x{size[1]}"
+    return [Problem("photograph-size", text, image, value=f"{found[0]}x{found[1]}")]

@@ -1,0 +1,720 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Annotations that contradict themselves: each is named, by the command and where scoring and training stop at it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from scenes import scene_categories, write_cityscapes, write_coco
+
+from spatialflow.cli import main
+from spatialflow.data.categories import load_categories
+from spatialflow.data.cityscapes import Cityscapes
+from spatialflow.data.coco import CocoPanoptic
+from spatialflow.data.loader import Schedule, make_loader
+from spatialflow.data.samples import SampleError
+from spatialflow.models.config import DataConfig
+from spatialflow.panoptic import PanopticFormatError, PanopticQuality, evaluate, read_id_map, validate, write_id_map
+from spatialflow.panoptic.extents import Extent, extents
+from spatialflow.panoptic.photographs import find_photograph, join_images, photograph_key
+from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH, json_problems
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("scenes"), 3)
+
+
+@pytest.fixture
+def folder(scenes, tmp_path):
+    """A copy to be damaged."""
+    return Path(shutil.copytree(scenes, tmp_path / "scenes"))
+
+
+class Broken:
+    """The second image of a data set, and its first thing that lies apart from the corner, for a test to damage."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.content = json.loads((folder / "panoptic.json").read_text())
+        self.annotation = self.content["annotations"][1]
+        self.image = self.annotation["image_id"]
+        self.row = self.content["images"][1]
+        things = {row["id"] for row in self.content["categories"] if row["isthing"]}
+        self.segment = next(
+            s for s in self.annotation["segments_info"]
+            if s["category_id"] in things and min(s["bbox"]) > 2 and s["area"] > 20
+        )  # fmt: skip
+        self.png = folder / "panoptic" / self.annotation["file_name"]
+        self.ids = read_id_map(self.png)
+
+    def recolour(self, new: int) -> None:
+        """The segment's pixels get another id."""
+        self.ids[self.ids == self.segment["id"]] = new
+        write_id_map(self.png, self.ids)
+
+    def save(self) -> Path:
+        path = self.folder / "panoptic.json"
+        path.write_text(json.dumps(self.content))
+        return path
+
+
+def id_zero(b):
+    b.recolour(0)
+    b.segment["id"] = 0
+    return "id-zero", b.image, 0, 0
+
+
+def id_beyond_three_bytes(b):
+    b.segment["id"] = 1 << 24
+    return "id-range", b.image, 1 << 24, 1 << 24
+
+
+def id_negative(b):
+    b.segment["id"] = -5
+    return "id-range", b.image, -5, -5
+
+
+def id_listed_twice(b):
+    b.annotation["segments_info"].append(dict(b.segment))
+    return "id-twice", b.image, b.segment["id"], b.segment["id"]
+
+
+def area_below_the_pixels(b):
+    b.segment["area"] -= 3
+    return "area-pixels", b.image, b.segment["id"], b.segment["area"]
+
+
+def area_above_the_pixels(b):
+    b.segment["area"] += 0.5
+    return "area-pixels", b.image, b.segment["id"], b.segment["area"]
+
+
+def area_negative(b):
+    b.segment["area"] = -1
+    return "area", b.image, b.segment["id"], -1
+
+
+def area_not_a_number(b):
+    b.segment["area"] = float("nan")
+    return "area", b.image, b.segment["id"], "nan"
+
+
+def area_infinite(b):
+    b.segment["area"] = float("inf")
+    return "area", b.image, b.segment["id"], "inf"
+
+
+def area_as_text(b):
+    b.segment["area"] = "12"
+    return "segment", b.image, b.segment["id"], "'12'"
+
+
+def box_moved(b):
+    b.segment["bbox"][0] += 2
+    return "bbox-pixels", b.image, b.segment["id"], b.segment["bbox"]
+
+
+def box_of_corners(b):
+    x, y, width, height = b.segment["bbox"]
+    b.segment["bbox"] = [x, y, x + width, y + height]
+    return "bbox-pixels", b.image, b.segment["id"], b.segment["bbox"]
+
+
+def box_of_three_numbers(b):
+    b.segment["bbox"] = [1, 2, 3]
+    return "bbox", b.image, b.segment["id"], "[1, 2, 3]"
+
+
+def box_of_a_huge_integer(b):
+    b.segment["bbox"][2] = 10**400
+    return "bbox", b.image, b.segment["id"], f"{b.segment['bbox']!r:.80}"
+
+
+def segment_without_pixels(b):
+    b.annotation["segments_info"].append({"id": 424242, "category_id": 1, "area": 5, "bbox": [1, 1, 2, 2]})
+    return "no-pixels", b.image, 424242, 0
+
+
+def pixels_without_segment(b):
+    b.annotation["segments_info"].remove(b.segment)
+    return "no-segment", b.image, b.segment["id"], b.segment["id"]
+
+
+def segment_no_mapping(b):
+    b.annotation["segments_info"].append(7)
+    return "segment", b.image, None, 7
+
+
+def crowd_of_two(b):
+    b.segment["iscrowd"] = 2
+    return "segment", b.image, b.segment["id"], 2
+
+
+def two_annotations_of_an_image(b):
+    b.content["annotations"].append(b.annotation)
+    return "annotation-twice", b.image, None, b.image
+
+
+def two_entries_of_an_image(b):
+    b.content["images"].append(dict(b.row))
+    return "image-twice", b.image, None, b.image
+
+
+def image_not_listed(b):
+    b.content["images"].remove(b.row)
+    return "image-unlisted", b.image, None, b.image
+
+
+def image_without_pixels(b):
+    b.row["height"] = 0
+    return "image", b.image, None, "128x0"
+
+
+def image_of_another_size(b):
+    b.row["height"] += 1
+    return "image-size", b.image, None, "128x96"
+
+
+def no_images(b):
+    del b.content["images"]
+    return "images", None, None, "None"
+
+
+def category_unknown(b):
+    b.segment["category_id"] = 999
+    return "category-unknown", b.image, b.segment["id"], 999
+
+
+def category_listed_twice(b):
+    b.content["categories"].append(b.content["categories"][0] | {"isthing": 0})
+    return "category-twice", None, None, b.content["categories"][0]["id"]
+
+
+def category_without_isthing(b):
+    del b.content["categories"][2]["isthing"]
+    return "isthing", None, None, f"{b.content['categories'][2]!r:.80}"
+
+
+def category_without_id(b):
+    b.content["categories"].append({"isthing": 1})
+    return "category", None, None, "{'isthing': 1}"
+
+
+def annotation_without_segments(b):
+    del b.annotation["segments_info"]
+    return "annotation", b.image, None, f"{b.annotation!r:.80}"
+
+
+def png_absent(b):
+    b.png.unlink()
+    return "png", b.image, None, b.png.name
+
+
+def png_name_of_a_folder(b):
+    b.annotation["file_name"] = ""
+    return "png", b.image, None, ""
+
+
+def png_truncated(b):
+    b.png.write_bytes(b.png.read_bytes()[:-30])
+    return "png", b.image, None, b.png.name
+
+
+def png_with_palette(b):
+    Image.fromarray((b.ids % 251).astype(np.uint8)).convert("P").save(b.png)
+    return "png-kind", b.image, None, b.png.name
+
+
+def png_greyscale(b):
+    Image.fromarray((b.ids % 251).astype(np.uint8)).save(b.png)
+    return "png-kind", b.image, None, b.png.name
+
+
+def png_of_16_bits(b):
+    cv2.imwrite(str(b.png), (b.ids % 65521).astype(np.uint16))
+    return "png-kind", b.image, None, b.png.name
+
+
+def photograph_absent(b):
+    (b.folder / "images" / b.row["file_name"]).unlink()
+    return "photograph", b.image, None, b.row["file_name"]
+
+
+def photograph_no_picture(b):
+    (b.folder / "images" / b.row["file_name"]).write_bytes(b"no picture")
+    return "photograph", b.image, None, b.row["file_name"]
+
+
+def photograph_of_another_size(b):
+    path = str(b.folder / "images" / b.row["file_name"])
+    cv2.imwrite(path, cv2.imread(path)[:-1])
+    return "photograph-size", b.image, None, "128x95"
+
+
+BREAKS = [
+    id_zero, id_beyond_three_bytes, id_negative, id_listed_twice, area_below_the_pixels, area_above_the_pixels,
+    area_negative, area_not_a_number, area_infinite, area_as_text, box_moved, box_of_corners, box_of_three_numbers,
+    box_of_a_huge_integer, segment_without_pixels, pixels_without_segment, segment_no_mapping, crowd_of_two,
+    two_annotations_of_an_image, two_entries_of_an_image, image_not_listed, image_without_pixels,
+    image_of_another_size, no_images, category_unknown, category_listed_twice, category_without_isthing,
+    category_without_id, annotation_without_segments, png_absent, png_name_of_a_folder, png_truncated,
+    png_with_palette, png_greyscale, png_of_16_bits, photograph_absent, photograph_no_picture,
+    photograph_of_another_size,
+]  # fmt: skip
+ALONGSIDE = {"id-range": {"no-segment"}, "segment": {"no-segment"}}  # the segment is left out, its pixels are not
+
+
+@pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__)
+class TestEveryBreak:
+    def test_is_named_by_the_command(self, folder, tmp_path, capsys, damage):
+        broken = Broken(folder)
+        expected = damage(broken)
+        path = broken.save()
+        output = tmp_path / "problems.json"
+        arguments = ["validate", str(path), "--images", str(folder / "images"), "--output", str(output)]
+        assert main(arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.err == "" and f"\n{expected[0]} " in printed.out
+        rows = json.loads(output.read_text())["problems"]
+        (row,) = [r for r in rows if (r["rule"], r["image"], r["segment"], r["value"]) == expected]
+        assert f"    {row['text']}\n" in printed.out
+        assert {r["rule"] for r in rows} <= {expected[0]} | ALONGSIDE.get(expected[0], set())
+        if expected[1] is not None:
+            assert str(expected[1]) in row["text"]
+        if expected[2] is not None:
+            assert str(expected[2]) in row["text"]
+
+    def test_stops_scoring_or_is_reported(self, scenes, folder, damage):
+        """As ground truth and as prediction; where it does not stop, the quality is not above that of the whole set."""
+        broken = Broken(folder)
+        rule = RULES[damage(broken)[0]]
+        path, clean = broken.save(), scenes / "panoptic.json"
+        for use, arguments in ((TRUTH, (path, None, clean, None)), (PREDICTION, (clean, None, path, None))):
+            with warnings.catch_warnings(record=True) as reports:
+                warnings.simplefilter("always")
+                if use in rule.stops:
+                    with pytest.raises(PanopticFormatError):
+                        evaluate(*arguments)
+                    continue
+                result = evaluate(*arguments)
+            texts = [str(report.message) for report in reports]
+            assert result["All"]["pq"] <= 1 and len(texts) == (use in rule.reported), texts
+            assert all("1 x " in text and "spatialflow validate" in text for text in texts)
+
+    def test_stops_training_or_is_survived(self, folder, damage):
+        broken = Broken(folder)
+        rule = RULES[damage(broken)[0]]
+        path = broken.save()
+        if TRAINING in rule.stops:
+            with pytest.raises(PanopticFormatError, match="panoptic.json: "):
+                CocoPanoptic(path, folder / "images", None, scene_categories())
+            return
+        data = CocoPanoptic(path, folder / "images", None, scene_categories())
+        if rule.skipped:
+            with pytest.raises(SampleError):
+                data[1]
+        else:
+            notes = data[1].notes
+            assert [note.rule for note in notes] == [rule_name(rule)] * (TRAINING in rule.reported)
+
+
+def rule_name(rule):
+    return next(name for name, other in RULES.items() if other is rule)
+
+
+class TestCommand:
+    def test_clean(self, scenes, capsys):
+        arguments = ["validate", str(scenes / "panoptic.json"), "--images", str(scenes / "images"), "--workers", "2"]
+        assert main(arguments) == 0
+        printed = capsys.readouterr()
+        assert printed.out.endswith(" segments: clean\n") and printed.out.count("\n") == 1 and printed.err == ""
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"annotations": 3}', "[" * 100_000])
+    def test_not_readable(self, tmp_path, capsys, content):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a.json").write_text(content)
+        assert main(["validate", str(tmp_path / "a.json")]) == 2
+        assert "a.json" in capsys.readouterr().err
+
+    def test_wrong_arguments(self, scenes, tmp_path, capsys):
+        path = str(scenes / "panoptic.json")
+        for arguments, message in (
+            (["nowhere.json"], "nowhere.json: no such file"),
+            ([path, "--folder", "nowhere"], "nowhere: no such folder"),
+            ([path, "--images", "nowhere"], "nowhere: no such folder"),
+            ([path, "--workers", "0"], "--workers must be at least 1, got 0"),
+        ):
+            assert main(["validate", *arguments]) == 2
+            assert message in capsys.readouterr().err
+
+    def test_many_problems_are_counted(self, folder, capsys):
+        broken = Broken(folder)
+        for annotation in broken.content["annotations"]:
+            for segment in annotation["segments_info"]:
+                segment["area"] += 1
+        segments = sum(len(a["segments_info"]) for a in broken.content["annotations"])
+        assert main(["validate", str(broken.save())]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].split() == ["area-pixels", str(segments), "reported", "-", "-"]
+        assert len(lines) == 7 and lines[5] == f"    and {segments - 3} more"
+
+    def test_corners_are_recognized(self, folder, capsys):
+        broken = Broken(folder)
+        box_of_corners(broken)
+        main(["validate", str(broken.save())])
+        assert "the JSON gives x1 y1 x2 y2 where the format has x y width height" in capsys.readouterr().out
+
+    def test_names_that_no_file_can_have(self, folder, capsys):
+        """A half of a surrogate pair, which JSON can hold and neither a path nor a terminal."""
+        broken = Broken(folder)
+        broken.annotation["image_id"] = broken.annotation["file_name"] = "\ud800"
+        broken.row |= {"id": "\ud800", "file_name": "\ud800.jpg"}
+        broken.content["annotations"][2]["image_id"] = "\ud801"
+        path = broken.save()
+        assert main(["validate", str(path), "--images", str(folder / "images")]) == 1
+        printed = capsys.readouterr().out
+        assert "file_name must be a text without NUL or half characters, got '\\ud800" in printed
+        assert "image '\\ud801' has an annotation and is not listed" in printed
+        with pytest.raises(PanopticFormatError, match="without NUL or half characters"):
+            CocoPanoptic(path, folder / "images", None, scene_categories())
+
+    def test_neither_torch_nor_opencv_is_imported(self, scenes):
+        arguments = ["validate", str(scenes / "panoptic.json"), "--images", str(scenes / "images")]
+        code = (
+            f"import sys; from spatialflow.cli import main; code = main({arguments!r});"
+            "sys.exit(code or any(name in sys.modules for name in ('torch', 'cv2')))"
+        )
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+    def test_problems_do_not_depend_on_workers(self, folder):
+        broken = Broken(folder)
+        segment_without_pixels(broken)
+        path = broken.save()
+        assert validate(path, workers=1) == validate(path, workers=5)
+
+
+def test_no_entry_of_a_json_ends_in_another_exception(scenes):
+    """Every value of a small JSON is replaced by every kind of another one; problems are named, nothing raises."""
+    content = json.loads((scenes / "panoptic.json").read_text())
+    content["annotations"] = content["annotations"][:1]
+    content["annotations"][0]["segments_info"] = content["annotations"][0]["segments_info"][:1]
+    content |= {"images": content["images"][:1], "categories": content["categories"][:1]}
+    strange = [None, True, -1, 10**400, float("nan"), float("-inf"), 1.5, "", "\ud800", "\0", [], [[]], {}, {"id": {}}]
+
+    def places(node, path=()):
+        yield path
+        if isinstance(node, dict | list):
+            for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+                yield from places(child, (*path, key))
+
+    tried = 0
+    for path in list(places(content)):
+        for value in strange:
+            changed = json.loads(json.dumps(content))
+            if path:
+                parent = changed
+                for key in path[:-1]:
+                    parent = parent[key]
+                parent[path[-1]] = value
+            else:
+                changed = value
+            for problem in json_problems(changed):
+                assert problem.rule in RULES and isinstance(problem.text, str) and len(problem.text) < 500
+                json.dumps(problem.value)
+            tried += 1
+    assert tried > 300
+
+
+class TestScores:
+    """The number is panopticapi's wherever areas are right or too large, and that of the pixels where they are not."""
+
+    CATEGORIES = [{"id": 1, "isthing": 1}]
+
+    def iou(self, area):
+        quality = PanopticQuality(self.CATEGORIES)
+        segment = {"id": 1, "category_id": 1} | ({} if area is None else {"area": area})
+        prediction = np.array([[1] * 7 + [0] * 3])
+        quality.update(np.ones((1, 10), int), [segment], prediction, [{"id": 1, "category_id": 1}])
+        return quality.compute()["per_class"][1]["iou"]
+
+    def test_an_area_below_the_pixels_does_not_raise_the_quality(self):
+        assert self.iou(None) == self.iou(10) == 0.7
+        for area in (0, 1, 7, 9.5):
+            with pytest.warns(UserWarning, match="segment 1 has area .* in the JSON and 10 pixels in the PNG"):
+                assert self.iou(area) == 0.7
+
+    def test_an_area_above_the_pixels_counts_as_in_panopticapi(self):
+        with pytest.warns(UserWarning, match="area 12"):
+            assert self.iou(12) == 7 / 12
+
+    @pytest.mark.parametrize("area", [float("nan"), float("inf"), -1, 10**400])
+    def test_an_area_that_cannot_be_is_refused(self, area):
+        with pytest.raises(PanopticFormatError, match="image : segment 1 has area"):
+            self.iou(area)
+
+    def test_id_zero_in_a_ground_truth_is_refused(self):
+        """Void pixels would count as matched: 60 of 140 pixels scored 0.75."""
+        truth = np.zeros((10, 20), int)
+        truth[:, 10:] = 1
+        segments = [{"id": 0, "category_id": 1}, {"id": 1, "category_id": 1}]
+        with pytest.raises(PanopticFormatError, match="segment 0: the id 0 stands for void"):
+            PanopticQuality(self.CATEGORIES).update(truth, segments, truth + 1, [{"id": 1, "category_id": 1}])
+
+    def test_reports_of_many_images_are_one_sentence(self, scenes, folder, capsys):
+        broken = Broken(folder)
+        for annotation in broken.content["annotations"]:
+            annotation["segments_info"][0]["area"] += 1
+        assert main(["evaluate", str(broken.save()), str(scenes / "panoptic.json")]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "scenes/panoptic.json: 3 x area-pixels, e.g. image 1: segment" in line
+
+
+class TestTraining:
+    def test_a_segment_without_pixels_is_left_out(self, scenes, folder):
+        broken = Broken(folder)
+        segment_without_pixels(broken)
+        whole = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())[1]
+        sample = CocoPanoptic(broken.save(), folder / "images", None, scene_categories())[1]
+        for mine, theirs in zip(sample[1:6], whole[1:6]):
+            np.testing.assert_array_equal(mine, theirs)
+        assert [note.segment for note in sample.notes] == [424242]
+
+    def test_boxes_of_corners_do_not_reach_the_network(self, scenes, folder):
+        broken = Broken(folder)
+        for segment in broken.annotation["segments_info"]:
+            x, y, width, height = segment["bbox"]
+            segment["bbox"] = [x, y, x + width, y + height]
+        whole = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())[1]
+        sample = CocoPanoptic(broken.save(), folder / "images", None, scene_categories())[1]
+        np.testing.assert_array_equal(sample.boxes, whole.boxes)
+        assert {note.rule for note in sample.notes} == {"bbox-pixels"}
+
+    def test_an_annotation_without_any_pixel_is_not_used(self, folder):
+        broken = Broken(folder)
+        write_id_map(broken.png, np.zeros_like(broken.ids))
+        with pytest.raises(SampleError, match="none of its .* segments has pixels"):
+            CocoPanoptic(broken.save(), folder / "images", None, scene_categories())[1]
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_batches_carry_notes(self, folder, workers):
+        broken = Broken(folder)
+        segment_without_pixels(broken)
+        data = CocoPanoptic(broken.save(), folder / "images", None, scene_categories())
+        config = DataConfig(train_short_edges=(96,), train_long_edge=160)
+        (batch,) = make_loader(data, config, Schedule(data.sizes, 3, 0).draws(0, 1, 0, 1, 1), workers)
+        assert [note.rule for note in batch.notes] == ["no-pixels"] and batch.problems == []
+
+    def test_the_command_reports_each_kind_once_and_counts(self, folder, tmp_path, capsys):
+        broken = Broken(folder)
+        for annotation in broken.content["annotations"]:
+            annotation["segments_info"].append({"id": 424242, "category_id": 1})
+        settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "epochs=2", "train_short_edges=[64]",
+                    "train_long_edge=96", "images_per_step=1"]  # fmt: skip
+        data = ["--images", str(folder / "images"), "--annotations", str(broken.save()), "--workers", "0"]
+        assert main(["train", "tiny", *settings, *data, "--output", str(tmp_path / "run")]) == 0
+        out = capsys.readouterr().out
+        assert out.count("segment 424242 is in the JSON and not in the PNG") == 1
+        assert "3 x no-pixels" in out.splitlines()[-1]
+        rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        assert [row["rule"] for row in rows if row["kind"] == "note"] == ["no-pixels"]
+
+    def test_validation_data_that_cannot_be_scored_are_refused_at_the_start(self, folder):
+        broken = Broken(folder)
+        area_infinite(broken)
+        path = broken.save()
+        CocoPanoptic(path, folder / "images", None, scene_categories())  # training looks at no area
+        with pytest.raises(PanopticFormatError, match="has area inf"):
+            CocoPanoptic(path, folder / "images", None, scene_categories(), scored=True)
+
+    def test_the_command_refuses_id_zero_at_the_start(self, folder, tmp_path, capsys):
+        broken = Broken(folder)
+        id_zero(broken)
+        data = ["--images", str(folder / "images"), "--annotations", str(broken.save())]
+        settings = ["num_things=6", "num_stuff=7", "categories=synthetic"]
+        assert main(["train", "tiny", *settings, *data, "--output", str(tmp_path / "run")]) == 2
+        assert "segment 0: the id 0 stands for void" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+class TestVisualize:
+    def test_id_zero_is_refused(self, folder, tmp_path, capsys):
+        broken = Broken(folder)
+        id_zero(broken)
+        arguments = ["--ground-truth", str(broken.save()), "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(folder / "images"), *arguments]) == 2
+        assert "segment 0: the id 0 stands for void" in capsys.readouterr().err
+
+
+def listed(images):
+    """A panoptic JSON of (id, name of the photograph or None, name of the PNG)."""
+    return {
+        "images": [{"id": i, "file_name": name, "height": 1, "width": 1} for i, name, _ in images if name is not None],
+        "annotations": [{"image_id": i, "file_name": png, "segments_info": []} for i, _, png in images],
+    }
+
+
+class TestJoin:
+    PREDICTED = [(123, "000123.jpg", "000123.png"), ("street", "street.jpg", "street.png")]
+
+    @pytest.mark.parametrize(
+        "truth, joined",
+        [
+            ([(123, None, "x.png"), ("street", None, "y.png")], {123: 123, "street": "street"}),
+            ([(1, "street.png", "1.png"), (2, "000123.png", "2.png")], {1: "street", 2: 123}),
+            (
+                [("000123", "000123.jpg", "a.png"), ("street", "street.jpg", "b.png")],
+                {"000123": 123, "street": "street"},
+            ),
+            ([("000123", None, "a.png")], {"000123": 123}),
+            ([(7, None, "000123.png")], {7: 123}),
+            ([(7, "val/street.jpg", "7.png")], {7: "street"}),
+        ],
+    )  # fmt: skip
+    def test_by_id_else_by_name(self, truth, joined):
+        assert join_images(listed(truth), listed(self.PREDICTED)) == joined
+
+    def test_equal_running_ids_of_other_images_are_not_joined(self):
+        truth = [(1, "b.jpg", "b.png"), (2, "a.jpg", "a.png")]
+        prediction = [(1, "a.jpg", "a.png"), (2, "b.jpg", "b.png")]
+        assert join_images(listed(truth), listed(prediction)) == {1: 2, 2: 1}
+        prediction = [(1, None, "a.png"), (2, None, "b.png")]  # names of PNGs alone: ids count, as in panopticapi
+        assert join_images(listed(truth), listed(prediction)) == {1: 1, 2: 2}
+
+    def test_names_in_folders(self):
+        truth = [(1, "x/1.jpg", "p1.png"), (2, "y/1.jpg", "p2.png")]
+        prediction = [("a", "y/1.jpg", "q1.png"), ("b", "x/1.jpg", "q2.png")]
+        assert join_images(listed(truth), listed(prediction)) == {1: "b", 2: "a"}
+        with pytest.raises(PanopticFormatError, match="no prediction for the image with id 1"):
+            join_images(listed(truth), listed([("a", "1.jpg", "q1.png")]))
+
+    def test_neither_is_said_with_examples(self):
+        with pytest.raises(PanopticFormatError) as error:
+            join_images(listed([(1, "c.jpg", "1.png"), (2, "d.jpg", "2.png")]), listed(self.PREDICTED))
+        for part in ("id 1,", "'c.jpg'", "id 2 ('d.jpg')", "id 123 ('000123.jpg')", "id 'street' ('street.jpg')"):
+            assert part in str(error.value)
+
+    def test_evaluate_with_running_ids(self, folder, tmp_path, capsys):
+        """A ground truth with running ids in another order and text ids, against what `predict` would write."""
+        content = json.loads((folder / "panoptic.json").read_text())
+        prediction = tmp_path / "prediction"
+        shutil.copytree(folder / "panoptic", prediction)
+        (tmp_path / "prediction.json").write_text(json.dumps(content))
+        clean = evaluate(folder / "panoptic.json", None, tmp_path / "prediction.json", None)
+        things = {row["id"] for row in content["categories"] if row["isthing"]}
+        rows = [
+            {"image_id": a["image_id"], "category_id": s["category_id"], "bbox": s["bbox"], "score": 0.9}
+            for a in content["annotations"] for s in a["segments_info"] if s["category_id"] in things
+        ]  # fmt: skip
+        (tmp_path / "detections.json").write_text(json.dumps(rows))
+        for new_id in ({1: 3, 2: 1, 3: 2}, {1: "000001", 2: "000002", 3: "000003"}):
+            changed = json.loads(json.dumps(content))
+            for row in changed["images"]:
+                row["id"] = new_id[row["id"]]
+            for annotation in changed["annotations"]:
+                annotation["image_id"] = new_id[annotation["image_id"]]
+            (folder / "panoptic.json").write_text(json.dumps(changed))
+            files = ["--detections", str(tmp_path / "detections.json"), "--output", str(tmp_path / "scores.json")]
+            assert main(["evaluate", str(folder / "panoptic.json"), str(tmp_path / "prediction.json"), *files]) == 0
+            scores = json.loads((tmp_path / "scores.json").read_text())
+            assert scores["All"] == clean["All"] and clean["All"]["pq"] == 1
+            assert scores["detection"]["box"]["ap"] == pytest.approx(1)
+            output = ["--output", str(tmp_path / "pictures"), "--prediction", str(tmp_path / "prediction.json")]
+            truth = ["--ground-truth", str(folder / "panoptic.json")]
+            assert main(["visualize", str(folder / "images"), *truth, *output]) == 0
+            assert "PQ 100.0" in (tmp_path / "pictures" / "index.html").read_text()
+
+
+def official_cityscapes(tree: Path, split: str = "val") -> Path:
+    """What cityscapesscripts' createPanopticImgs.py writes for a tree: its names, ids and fields."""
+    data = Cityscapes(tree, split, load_categories("cityscapes", 8, 11))
+    folder = tree / "gtFine" / f"cityscapes_panoptic_{split}"
+    content = {"images": [], "annotations": [], "categories": data.categories.as_coco()}
+    for index, (image_id, (height, width)) in enumerate(zip(data.image_ids, data.sizes)):
+        id_map, segments = data._annotation(index)
+        write_id_map(folder / f"{image_id}_gtFine_panoptic.png", id_map)
+        content["images"].append(
+            {"id": image_id, "width": width, "height": height, "file_name": f"{image_id}_gtFine_leftImg8bit.png"}
+        )
+        content["annotations"].append(
+            {"image_id": image_id, "file_name": f"{image_id}_gtFine_panoptic.png", "segments_info": segments}
+        )
+    folder.with_suffix(".json").write_text(json.dumps(content))
+    return folder.with_suffix(".json")
+
+
+class TestOfficialCityscapes:
+    @pytest.fixture
+    def tree(self, tmp_path):
+        return write_cityscapes(tmp_path / "tree", 3, split="val")
+
+    def test_photographs_are_found(self, tree, capsys):
+        """In the split's folder of cities, in the root, and in a folder without cities; training reads the same."""
+        path = official_cityscapes(tree)
+        categories = load_categories("cityscapes", 8, 11)
+        as_downloaded = Cityscapes(tree, "val", categories)
+        flat = tree / "flat"
+        flat.mkdir()
+        for photograph in as_downloaded.paths:
+            shutil.copy(photograph, flat)
+        for images in (tree / "leftImg8bit" / "val", tree / "leftImg8bit", flat):
+            assert main(["validate", str(path), "--images", str(images)]) == 0, capsys.readouterr().out
+            data = CocoPanoptic(path, images, None, categories)
+            for index in range(3):
+                for mine, theirs in zip(data[index][1:6], as_downloaded[index][1:6]):
+                    np.testing.assert_array_equal(mine, theirs)
+        assert find_photograph(flat, "a_b_c_gtFine_leftImg8bit.png") == flat / "a_b_c_gtFine_leftImg8bit.png"
+
+    def test_scores_and_pictures(self, tree, tmp_path):
+        """Predictions named like the photographs."""
+        path = official_cityscapes(tree)
+        content = json.loads(path.read_text())
+        folder = tmp_path / "out" / "panoptic"
+        for row, annotation in zip(content["images"], content["annotations"]):
+            name = f"{annotation['image_id']}_leftImg8bit"
+            write_id_map(folder / f"{name}.png", read_id_map(path.with_suffix("") / annotation["file_name"]))
+            row["file_name"], annotation["file_name"] = f"{name}.png", f"{name}.png"
+            row["id"] = annotation["image_id"] = f"{annotation['image_id']}_0"  # so that names must join them
+        (tmp_path / "out" / "panoptic.json").write_text(json.dumps(content))
+        assert evaluate(path, None, tmp_path / "out" / "panoptic.json", folder)["All"]["pq"] == 1
+        files = ["--ground-truth", str(path), "--prediction", str(tmp_path / "out")]
+        assert main(["visualize", str(tree / "leftImg8bit/val"), *files, "--output", str(tmp_path / "pictures")]) == 0
+
+    def test_keys(self):
+        names = ["x/a_1_2_leftImg8bit.png", "a_1_2_gtFine_leftImg8bit.png", "a_1_2_gtFine_panoptic.png", "a_1_2.png"]
+        assert {photograph_key(name) for name in names} == {"a_1_2"}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (37, 53)])
+@pytest.mark.parametrize("cell", [1, 5])
+def test_extents_equal_a_plain_count(shape, cell):
+    rng = np.random.default_rng(cell)
+    cells = rng.integers(0, 9, (shape[0] // cell + 1, shape[1] // cell + 1)) * 70000
+    id_map = np.kron(cells, np.ones((cell, cell), int))[: shape[0], : shape[1]].astype(np.int32)
+    expected = {}
+    for number in np.unique(id_map).tolist():
+        rows, columns = np.nonzero(id_map == number)
+        left, top = columns.min(), rows.min()
+        expected[number] = Extent(len(rows), left, top, columns.max() + 1 - left, rows.max() + 1 - top)
+    assert extents(id_map) == expected
+    assert extents(np.zeros((0, 3), np.int32)) == {}
+
+
+def test_every_rule_is_documented():
+    """The table of docs/annotations.md says what `RULES` says."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DOCS / "annotations.md").read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    documented = {row[0].strip("`"): tuple(row[2:5]) for row in rows}
+    assert documented == {name: tuple(rule.effect(use) for use in (TRUTH, PREDICTION, TRAINING))
+                          for name, rule in RULES.items()}  # fmt: skip

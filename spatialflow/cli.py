@@ -235,12 +235,15 @@ def _predict(options: argparse.Namespace) -> int:
 
     from spatialflow.data.transforms import ImageError, read_image
     from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.detection import has_pycocotools
 
     results = [options.output / name for name in RESULTS]
     images, failed = list_images(options.images, options.recursive, results)
     if not images:
         complain("no image to predict")
         return 1
+    if options.detections and not has_pycocotools():
+        complain("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
     predictor, settings = _make_predictor(options)
     output = PredictionFolder(options.output, images, predictor.categories.as_coco(), settings,
                               overlays=not options.no_overlay, detections=options.detections,

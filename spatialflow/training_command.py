@@ -62,7 +62,7 @@ def run_train(options: argparse.Namespace) -> int:
     from spatialflow.data.samples import SampleError
     from spatialflow.engine import distributed
     from spatialflow.engine.checkpoints import CheckpointError
-    from spatialflow.engine.train import Source, Trainer, TrainingError
+    from spatialflow.engine.train import Source, Trainer, TrainingError, idle_settings
     from spatialflow.panoptic import PanopticFormatError
 
     if options.workers < 0:
@@ -92,6 +92,8 @@ def run_train(options: argparse.Namespace) -> int:
             print(f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
                   f"{trainer.total_steps}: {options.output}", flush=True)  # fmt: skip
             _warn_of_random_statistics(options, config.model)
+            for text in [*idle_settings(config.training, trainer.total_steps), *_without_pycocotools(validation)]:
+                complain(text)
             if trainer.anew and trainer.step == 0:
                 complain(f"{options.checkpoint}: of other classes; {', '.join(trainer.anew)} start anew")
         trainer.run()
@@ -114,6 +116,14 @@ def _warn_of_random_statistics(options: argparse.Namespace, model: Any) -> None:
     if fixed and options.checkpoint is None and options.backbone is None:
         complain("no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random beginning; "
                  "from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1")  # fmt: skip
+
+
+def _without_pycocotools(validation: Any) -> list[str]:
+    from spatialflow.panoptic.detection import has_pycocotools
+
+    if validation is None or has_pycocotools():
+        return []
+    return ["the package pycocotools is missing, so that evaluations have no average precision"]
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -139,6 +149,9 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
         raise CommandError("the data: give either --images and --annotations, or --cityscapes")
     if options.cityscapes is not None and options.validation_images is not None:
         raise CommandError("--cityscapes brings its own validation images; --validation-images cannot be added")
+    for folder, images in (("panoptic", "images"), ("validation_panoptic", "validation_images")):
+        if getattr(options, folder) is not None and getattr(options, images) is None:
+            raise CommandError(f"--{folder} needs --{images}".replace("_", "-"))
     model = config.model
     try:
         categories = load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)

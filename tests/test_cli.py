@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what it writes, and one clear sentence for everything that can be wrong with its input."""
 
+import argparse
+import ast
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 import torch
 
 import spatialflow
+from spatialflow import cli
 from spatialflow.cli import main
 from spatialflow.panoptic import read_id_map, read_panoptic_json
 
@@ -375,3 +379,42 @@ class TestInfoAndBenchmark:
         assert ended.value.code == 0
         printed = capsys.readouterr().out
         assert all(command in printed for command in ("predict", "evaluate", "convert", "benchmark", "info"))
+
+
+def test_detections_without_pycocotools(photographs, weights, tmp_path, capsys, monkeypatch):
+    """Said before the work: predict writes boxes alone, evaluate has nothing to score with."""
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    arguments = ["predict", str(photographs / "plain.jpg"), *FAST, "--checkpoint", str(weights), "--detections"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert sentences(capsys) == [
+        "--detections: the package pycocotools is missing, so detections.json has boxes without masks"
+    ]
+    assert not any("segmentation" in row for row in json.loads((tmp_path / "detections.json").read_text()))
+    assert main(["evaluate", str(tmp_path), str(tmp_path), "--detections", str(tmp_path / "detections.json")]) == 2
+    captured = capsys.readouterr()
+    assert "needs the package pycocotools" in captured.err and captured.out == ""
+
+
+def _options() -> list[tuple[str, str]]:
+    """Every command with the destination of each of its options."""
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return [
+        (name, action.dest)
+        for name, command in commands.choices.items()
+        for action in command._actions
+        if action.dest != "help"
+    ]
+
+
+def test_every_option_is_read():
+    """`options.<name>`, or the name as a text for getattr, in the sources of the commands."""
+    root = Path(cli.__file__).parent
+    trees = [ast.parse((root / name).read_text()) for name in ("cli.py", *(p.name for p in root.glob("*_command.py")))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "options"}
+    defining = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
+    own = {id(part) for call in defining for part in ast.walk(call)}
+    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in own}
+    options = _options()
+    assert len(options) > 50
+    assert [(command, name) for command, name in options if name not in read] == []

@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from kill_and_resume import command, digest, environment, kill_and_resume
+from safetensors.torch import load_file
 from scenes import scene_categories, write_cityscapes, write_coco
 from small_models import SMALL, channels
 
@@ -22,7 +24,7 @@ from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.samples import SampleError
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
-from spatialflow.engine.distributed import World
+from spatialflow.engine.distributed import World, synchronize_norms
 from spatialflow.engine.log import read_log
 from spatialflow.engine.train import Source, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
@@ -419,6 +421,8 @@ class TestCommand:
             (["--device", "tpu"], "--device"),
             (["--workers", "-1"], "--workers"),
             (["--checkpoint", "a", "--backbone", "b"], "exclude each other"),
+            (["--cityscapes", "absent", "--panoptic", "x"], "--panoptic needs --images"),
+            (["--cityscapes", "absent", "--validation-panoptic", "x"], "--validation-panoptic needs --validation-im"),
         ],
     )
     def test_bad_arguments_are_named(self, arguments, message, tmp_path, capsys):
@@ -444,14 +448,27 @@ class TestCommand:
         assert ("no --backbone or --checkpoint" in capsys.readouterr().err) == warned
 
 
-class TestProcesses:
-    def test_two_processes_equal_one(self, tmp_path):
-        """Twenty steps over Gloo with half the batch each: losses within 1e-5 of one process with the whole batch.
+    def test_what_will_not_happen_is_said_before_the_first_step(self, scenes, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pycocotools", None)
+        arguments = ["train", "tiny", *(f"{k}={v}" for k, v in SMALL_RUN.items()), "--workers", "0"]
+        for kind in ("", "validation-"):
+            arguments += [f"--{kind}images", str(scenes / "images"), f"--{kind}annotations", scenes / "panoptic.json"]
+        assert main([*map(str, arguments), "--output", str(tmp_path)]) == 0
+        said = capsys.readouterr().err
+        assert "learning_rate_epochs [16, 19]: the run ends with epoch 1" in said
+        assert "warmup_iterations 3: the run ends after 2 steps" in said
+        assert "pycocotools is missing, so that evaluations have no average precision" in said
 
-        BatchNorm is frozen here: its batch statistics are those of each process.
+
+class TestProcesses:
+    @pytest.mark.parametrize("norm_trains, epochs", [(False, 4), (True, 1)])
+    def test_two_processes_equal_one(self, tmp_path, norm_trains, epochs):
+        """Half the batch each over Gloo: losses, weights and BatchNorm's statistics of one process with the whole.
+
+        With BatchNorm the first steps alone: from the seventh on, another rounding in one process shows as much.
         """
         write_coco(tmp_path, 8, (64, 96))
-        settings = ("epochs=5", "images_per_step=2", "learning_rate=0.002", "backbone_norm_trains=false")
+        settings = (f"epochs={epochs}", "images_per_step=2", "learning_rate=0.002", f"backbone_norm_trains={norm_trains}")
         whole = command(tmp_path, tmp_path / "one", *settings)
         subprocess.run(whole, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
         launcher = [
@@ -466,10 +483,13 @@ class TestProcesses:
         pair = command(tmp_path, tmp_path / "two", *settings)
         subprocess.run(launcher + pair[3:], env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
         one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-        assert len(one) == len(two) == 20
+        assert len(one) == len(two) == 4 * epochs
         for a, b in zip(one, two):
             for name in ("total", "cls", "box", "thing", "stuff"):
                 assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
+        one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
     def test_killed_and_resumed(self, tmp_path):
         """SIGKILL at a random moment, then the same command: bit-equal weights. The script kill_and_resume.py
@@ -486,3 +506,43 @@ class TestProcesses:
         assert kill_and_resume(
             tmp_path / "data", digest(tmp_path / "whole"), tmp_path / "killed", settings, random.Random(1), kills=1
         )
+
+
+def _normalise_a_part(rank, folder):
+    """One of two processes: its part of the batch through synchronized BatchNorm, forward and backward."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    batch, norm = torch.load(folder / "batch.pt"), torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double()
+    torch.nn.init.normal_(norm[0].weight, generator=torch.Generator().manual_seed(1))
+    synchronize_norms(norm)
+    part = batch[:1] if rank == 0 else batch[1:, ..., :4, :]
+    part.requires_grad_()
+    out = norm(part)
+    out.sin().sum().backward()
+    results = (out.detach(), part.grad, norm[0].weight.grad, norm[0].running_mean, norm[0].running_var)
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def test_synchronized_norm_equals_one_over_the_whole_batch(tmp_path):
+    """Float64, processes with batches of different shape: outputs, all gradients, running statistics."""
+    batch = torch.randn(3, 3, 6, 5, dtype=torch.float64) * 2 + 100
+    torch.save(batch, tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(_normalise_a_part, (tmp_path,), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    norm = torch.nn.BatchNorm2d(3).double()
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    values = torch.cat([batch[:1].movedim(1, 0).flatten(1), batch[1:, ..., :4, :].movedim(1, 0).flatten(1)], dim=1)
+    values = values.t()[..., None, None].requires_grad_()  # (pixels of both, 3, 1, 1)
+    out = norm(values)
+    out.sin().sum().backward()
+
+    def joined(index):
+        return torch.cat([part[index].movedim(1, 0).flatten(1) for part in parts], dim=1).t()[..., None, None]
+
+    torch.testing.assert_close(joined(0), out.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(joined(1), values.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts[0][2] + parts[1][2], norm.weight.grad, rtol=1e-9, atol=1e-9)
+    for part in parts:
+        torch.testing.assert_close(part[3], norm.running_mean)
+        torch.testing.assert_close(part[4], norm.running_var)

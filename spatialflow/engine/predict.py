@@ -141,8 +141,10 @@ class Predictor:
         cuda_graph: replay a CUDA graph per size of image instead of queueing every kernel. The first image
             of a size pays for the capture; the 16 sizes used last are kept.
         optimize: fold BatchNorm and pre-arrange the weights once.
-        detection_masks: whether results carry the mask of every detection. False where only the map counts: the masks
-            of detections below `instance_score_threshold`, on the CPU often a quarter of all work, are left out.
+        detection_masks: whether results carry the mask of every detection. False where only the map counts: on the
+            CPU the masks of detections below `instance_score_threshold`, often a quarter of all work, are left out. On
+            a GPU their number is not known to the host, so that all masks are computed, and only their download is
+            saved.
         batch_size: images that go through the network together; only images of equal padded size share a batch, so that
             results do not depend on the company.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,

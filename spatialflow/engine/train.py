@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
 from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_matching, read_torch, save_checkpoint
-from spatialflow.engine.distributed import World
+from spatialflow.engine.distributed import World, synchronize_norms
 from spatialflow.engine.evaluate import evaluate_network
 from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
@@ -76,6 +76,23 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
     if step < training.warmup_iterations:
         rate *= training.warmup_factor + (1 - training.warmup_factor) * step / training.warmup_iterations
     return rate
+
+
+def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
+    """Sentences about settings of the schedule that a run of `total_steps` ends too early for."""
+    found = []
+    late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
+    if late:
+        found.append(
+            f"learning_rate_epochs {list(training.learning_rate_epochs)}: the run ends with epoch {training.epochs}, "
+            f"so the learning rate does not fall after epoch {' and '.join(map(str, late))}"
+        )
+    if training.warmup_iterations >= total_steps:
+        found.append(
+            f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the "
+            f"warm-up"
+        )
+    return found
 
 
 class _Step(nn.Module):
@@ -154,6 +171,8 @@ class Trainer:
             self.anew = load_matching(self.network, source.checkpoint, may_differ=CLASS_LAYERS)
         elif source.backbone is not None:
             load_backbone(self.network, source.backbone)
+        if world.size > 1 and config.model.backbone_norm_trains:
+            synchronize_norms(self.network.backbone)
         self.network.to(world.device).train()
         self.trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         parameters = dict(self.network.named_parameters())

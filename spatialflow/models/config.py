@@ -24,7 +24,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is built: widths, stages, flows. The defaults are SpatialFlow R50 on COCO."""
+    """What is built: widths, stages, flows. The defaults are SpatialFlow R50 on COCO.
+
+    The numbers of a head that is absent are not read.
+    """
 
     backbone_depth: int = 50  # 50 or 101 layers
     backbone_base_channels: int = 64  # channels after the stem; the four stages end with 4, 8, 16, 32 times as many
@@ -52,12 +55,12 @@ class ModelConfig:
     stuff_stages: int = 4  # stages of the stuff sub-network; 0 = the stuff head sees the FPN
     thing_stages: int = 1  # stages of the thing sub-network; 0 = the thing head sees the FPN
     flow_source: Optional[str] = (
-        "reg"  # sub-network whose features flow to the others: "reg", "cls", or null for no flows
+        "reg"  # sub-network whose features flow to the others: "reg" or "cls"; null where none of flow_to_* is true
     )
     flow_to_detection: bool = True  # source -> the other detection sub-network (reg -> cls in the paper)
     flow_to_stuff: bool = True  # source -> stuff
     flow_to_thing: bool = True  # source -> thing
-    flow_stuff_to_thing: bool = True  # the semantic flow, stuff -> thing
+    flow_stuff_to_thing: bool = True  # the semantic flow, stuff -> thing; independent of flow_source
     deformable_cls_stages: tuple[int, ...] = ()  # stages (from 0) with deformable convolutions, paper equation 4
     deformable_reg_stages: tuple[int, ...] = ()  # likewise; offsets come from the feature itself
     deformable_stuff_stages: tuple[int, ...] = ()  # likewise
@@ -147,6 +150,29 @@ class ModelConfig:
                 f"must be 0 without a {name} head ({name}_head: false)",
                 getattr(self, f"{name}_stages"),
             )
+        for head, flags in (
+            ("stuff", ("flow_to_stuff", "flow_stuff_to_thing")),
+            ("thing", ("flow_to_thing", "flow_stuff_to_thing")),
+        ):
+            for name in flags:
+                _require(
+                    getattr(self, f"{head}_head") or not getattr(self, name),
+                    name,
+                    f"must be false without a {head} head ({head}_head: false)",
+                    getattr(self, name),
+                )
+        flows = [name for name in ("flow_to_detection", "flow_to_stuff", "flow_to_thing") if getattr(self, name)]
+        if flows:
+            rule = f"must be 'reg' or 'cls', as {' and '.join(flows)} {'is' if len(flows) == 1 else 'are'} true"
+        else:
+            rule = "must be null, as none of flow_to_detection, flow_to_stuff and flow_to_thing is true"
+        _require((self.flow_source is not None) == bool(flows), "flow_source", rule, self.flow_source)
+        _require(
+            self.backbone_frozen_stages < 4 or not self.backbone_norm_trains,
+            "backbone_norm_trains",
+            "must be false where no stage trains (backbone_frozen_stages: 4)",
+            self.backbone_norm_trains,
+        )
         deformable = any(getattr(self, f"deformable_{n}_stages") for n in ("cls", "reg", "stuff", "thing"))
         _require(
             not deformable or self.fpn_channels == self.head_channels,
@@ -214,7 +240,7 @@ class DataConfig:
     train_short_edges: tuple[int, ...] = (800,)  # one value, or two: range of the short edge in multi-scale training
     train_long_edge: int = 1333  # limit of the long edge in training
     train_crop: Optional[tuple[int, ...]] = None  # (height, width) of random crops; null = whole images
-    train_scale_range: tuple[float, ...] = (1.0, 1.0)  # random factor before the crop; read where train_crop is given
+    train_scale_range: tuple[float, ...] = (1.0, 1.0)  # random factor before the crop; [1, 1] without train_crop
     flip_probability: float = 0.5  # horizontal flip in training
 
     def __post_init__(self):
@@ -242,6 +268,12 @@ class DataConfig:
             "must be two positive factors in order",
             self.train_scale_range,
         )
+        _require(
+            self.train_crop is not None or self.train_scale_range == (1.0, 1.0),
+            "train_scale_range",
+            "must be [1, 1] without train_crop",
+            self.train_scale_range,
+        )
 
 
 @dataclass(frozen=True)
@@ -253,7 +285,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # parts of a step that run one after the other, each with its own loss counts
     seed: int = 0  # of the initial weights, the order of the images and their augmentation
     learning_rate: float = 0.005  # for images_per_step images
-    learning_rate_epochs: tuple[int, ...] = (16, 19)  # after each of these epochs the rate falls to a tenth
+    learning_rate_epochs: tuple[int, ...] = (16, 19)  # after each of these epochs, if not the last, the rate falls to a tenth
     warmup_iterations: int = 500  # linear warm-up
     warmup_factor: float = 0.001  # share of the rate at the first iteration
     momentum: float = 0.9  # of SGD
@@ -282,6 +314,12 @@ class TrainingConfig:
             "learning_rate",
             "finetune_learning_rate",
             "checkpoint_every_steps",
+        )
+        _require(
+            all(epoch > 0 for epoch in self.learning_rate_epochs),
+            "learning_rate_epochs",
+            "must be positive",
+            self.learning_rate_epochs,
         )
         _check_share(
             self, "warmup_factor", "momentum", "positive_iou", "negative_iou", "focal_alpha", "proposal_nms_threshold"

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from op_matrix import LAYOUTS, OpMatrix, OpSample, assert_near, map_tensors
+from op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -21,7 +21,7 @@ def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], f
     def build(grow: int = 0) -> list:
         """x and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
         x = [eighths(batch, channels, h + grow, w + grow) for h, w in sizes]
-        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / channels) ** 0.5 / 3
+        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
         return [
             x,
             [eighths(*level.shape) for level in x] if flow else None,
@@ -65,6 +65,14 @@ class TestFlowConv2d(OpMatrix):
         "auto, no bias": sample(32, 32, [(6, 5)], bias=False),
     }
     linear_samples = ("winograd, linear", "direct, no flow")
+    thin_samples = {
+        name: sample(channels, 8, [(height, width), (3, 4)], batch=batch, relu=False)
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+    } | {
+        "one output channel": sample(8, 1, [(3, 4)], batch=2, relu=False),
+        "no output channels": sample(8, 0, [(3, 4)], batch=2, relu=False),
+        "winograd, one column": sample(8, 8, [(5, 1)], batch=2, relu=False, algorithm="winograd"),
+    }
 
 
 class TestKernels:

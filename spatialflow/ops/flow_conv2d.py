@@ -47,8 +47,8 @@ def flow_conv2d(
         bias: (C_out,) or None.
         relu: rectify the result; NaN stays NaN.
         algorithm: "winograd": F(4x4, 3x3) in float32, a quarter of the multiplications, error about 3e-6 of the largest
-            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 channels on. float64 is
-            always direct.
+            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 input and 32 output
+            channels on, unless all maps together are small and the weight is not packed. float64 is always direct.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
@@ -60,7 +60,8 @@ def flow_conv2d(
     Remarks:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
         is, as tensor cores read it, and every algorithm is computed as "direct". A NaN in one pixel reaches its 3x3
-        neighbourhood with "direct"; with "winograd" all outputs of the 4x4 tiles whose 6x6 input tiles hold the pixel.
+        neighbourhood with "direct"; with "winograd" up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the
+        pixel, and an infinity may become NaN there.
         Empty maps and no levels give empty results.
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 

@@ -523,7 +523,7 @@ def preprocess_images(
     divisor: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """In float32 as documented, whatever `dtype` is."""
+    """Rounded to float32, to the last bit as documented, whatever `dtype` is."""
     if isinstance(images, Tensor):
         images, sizes = [images], [sizes]
     height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes))
@@ -531,9 +531,8 @@ def preprocess_images(
     for n, (image, size) in enumerate(zip(images, sizes)):
         resized = _resize(_array(image), size)
         for channel in range(3):
-            plane = resized[:, :, 2 - channel].astype(np.float32)
-            normalized = (plane - np.float32(mean[channel])) * np.float32(1 / std[channel])
-            result[n, channel, : size[0], : size[1]] = normalized
+            centred = resized[:, :, 2 - channel].astype(np.float32) - np.float32(mean[channel])
+            result[n, channel, : size[0], : size[1]] = (centred * (1 / np.float64(std[channel]))).astype(np.float32)
     return result
 
 

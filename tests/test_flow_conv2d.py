@@ -287,6 +287,21 @@ class TestValues:
             winograd = ops.flow_conv2d(x, None, weight, relu=relu, algorithm="winograd").isnan()
             assert winograd[:, :, 5:8, 7:10].all() and winograd.sum() == winograd[:, :, 4:8, 4:12].sum()
 
+    def test_no_derivative_touches_nan_elsewhere(self):
+        """A level with NaN that has no tangent, or whose result gets no gradient, gives zeros, not 0 * NaN."""
+        good, bad = torch.randn(1, 2, 3, 3), torch.full((1, 2, 3, 3), float("nan"))
+        weight = torch.randn(2, 2, 3, 3, requires_grad=True)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(good, torch.ones_like(good))
+            results = ops.flow_conv2d([dual, bad], None, weight.detach(), None, False, "direct")
+            tangents = [torch.autograd.forward_ad.unpack_dual(result).tangent for result in results]
+        assert_near(tangents[0], ops.flow_conv2d(torch.ones_like(good), None, weight.detach(), None, False), torch.float32)
+        assert not tangents[1].any()
+        leaf = good.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(ops.flow_conv2d([leaf, bad], None, weight, None, False)[0].sum(), leaf)
+        (alone,) = torch.autograd.grad(ops.flow_conv2d(leaf, None, weight, None, False).sum(), leaf)
+        assert torch.equal(gradient, alone)
+
     def test_infinite_and_subnormal(self):
         x = torch.zeros(1, 2, 5, 5)
         x[0, 0, 2, 2] = float("inf")

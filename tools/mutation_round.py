@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-COPY = ROOT / "build" / "mutations" / "tree"
+from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
 
 
 class Mutation(NamedTuple):
@@ -126,35 +123,6 @@ MUTATIONS = (
 )
 
 
-def run(*command: object, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run([str(word) for word in command], cwd=COPY, capture_output=True, text=True, **options)
-
-
-def copy_tree() -> None:
-    """Tracked files and the module for scoring. Equal ones stay, so that a second round builds what differs."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    built = [path.relative_to(ROOT) for path in (ROOT / "spatialflow").glob("_evaluation*.so")]
-    for name in [*listed.stdout.strip("\0").split("\0"), *built]:
-        content, target = (ROOT / name).read_bytes(), COPY / name
-        if not target.is_file() or target.read_bytes() != content:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-
-
-def build() -> None:
-    build_folder = COPY.parent / "build"
-    if not (build_folder / "build.ninja").is_file():
-        configured = run(
-            "cmake", "-S", COPY, "-B", build_folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-            "-DSPATIALFLOW_SIMT=on", "-DSPATIALFLOW_CUDA=off",
-        )  # fmt: skip
-        if configured.returncode != 0:
-            raise RuntimeError(configured.stdout + configured.stderr)
-    built = run("cmake", "--build", build_folder, "--target", "spatialflow_schema", "spatialflow_simt")
-    if built.returncode != 0:
-        raise RuntimeError(built.stdout + built.stderr)
-
-
 def test(operator: str) -> tuple[int, str]:
     """Exit code and last line of the operator's tests; they stop at the first failure."""
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
@@ -175,20 +143,12 @@ def test(operator: str) -> tuple[int, str]:
 
 
 def survives(mutation: Mutation) -> bool:
-    path = COPY / "csrc" / "cuda" / mutation.file
-    source = path.read_text()
-    if source.count(mutation.before) != 1:
-        raise RuntimeError(f"{mutation.file} holds {source.count(mutation.before)} times: {mutation.before}")
     begin = time.monotonic()
-    try:
-        path.write_text(source.replace(mutation.before, mutation.after))
-        build()
+    with mutated(f"csrc/cuda/{mutation.file}", mutation.before, mutation.after) as line:
+        build("simt")
         code, verdict = test(mutation.operator)
-    finally:
-        path.write_text(source)
     if code not in (0, 1):
         raise RuntimeError(f"{mutation.file}, {mutation.name}: {verdict}")
-    line = source[: source.index(mutation.before)].count("\n") + 1
     result = "caught" if code else "SURVIVED"
     print(
         f"{result:>8}  {mutation.file}:{line}, {mutation.name} ({time.monotonic() - begin:.0f} s): {verdict}",
@@ -206,7 +166,7 @@ def main() -> int:
     chosen = [m for m in MUTATIONS if not texts or any(text in f"{m.file} {m.name}" for text in texts)]
     copy_tree()
     try:
-        build()
+        build("simt")
         for operator in sorted({mutation.operator for mutation in chosen}):
             code, verdict = test(operator)
             if code != 0:

@@ -261,7 +261,7 @@ def deform_conv2d(
     batch, channels, height, width = features.shape
     out_channels, group_channels, kernel_h, kernel_w = kernel.shape
     taps = kernel_h * kernel_w
-    groups, offset_groups = channels // group_channels, moves.shape[1] // (2 * taps)
+    groups, offset_groups = channels // max(group_channels, 1) or 1, moves.shape[1] // (2 * taps)
     part, out_part = channels // offset_groups, out_channels // groups
     out_height = (height + 2 * pad_y - step_y * (kernel_h - 1) - 1) // stride_y + 1
     out_width = (width + 2 * pad_x - step_x * (kernel_w - 1) - 1) // stride_x + 1

@@ -383,6 +383,25 @@ class TestRawOperators:
             arguments = (grad_output, input, offset, mask, tangent, *settings, 4, 3, 3)
             torch.library.opcheck(raw._deform_conv2d_backward_weight.default, arguments, test_utils=self.checks)
 
+    @pytest.mark.parametrize("stride", [0, 1, 5, 2**40])
+    @pytest.mark.parametrize("size", [(6, 1), (1, 7), (1, 1)])
+    def test_stride_of_a_single_row_or_column_says_nothing(self, size, stride):
+        """torch allows any stride of a size-1 dimension: the gradient of a sequence arrives so. The weight gradient on
+        the CPU took it as the distance between pixels."""
+        input, offset = torch.randn(2, 4, *size), torch.randn(2, 18, *size)
+        weight = torch.randn(3, 4, 3, 3, requires_grad=True)
+        output = ops.deform_conv2d(input, offset, weight, padding=1)
+        tokens = torch.randn(2, size[0] * size[1], 3)  # pixels in order, channels adjacent
+        gradient = tokens.transpose(1, 2).reshape(output.shape).contiguous()
+        (expected,) = torch.autograd.grad(output, weight, gradient, retain_graph=True)
+        strides = [stride if side == 1 else 3 for side in size]
+        channels_last = tokens.as_strided(output.shape, (tokens.stride(0), 1, *strides))
+        strides = [stride if side == 1 else 1 for side in size]
+        plain = gradient.as_strided(output.shape, (*gradient.stride()[:2], *strides))
+        for arbitrary in (channels_last, plain):
+            assert torch.equal(arbitrary, gradient)
+            assert_near(torch.autograd.grad(output, weight, arbitrary, retain_graph=True), [expected], torch.float32)
+
 
 class TestErrors:
     @pytest.mark.parametrize(

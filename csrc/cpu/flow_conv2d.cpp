@@ -20,7 +20,7 @@ Tensor pack(const Tensor& weight, int64_t resolved) {
     const bool is_double = weight.scalar_type() == ScalarType::Double;
     Tensor packed = empty_like_sized(
         weight, {packed_conv_size(resolved, is_double, in_channels, out_channels)}, accum_dtype(weight.scalar_type()));
-    const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+    const int64_t strides[4] = {stride_of(weight, 0), stride_of(weight, 1), stride_of(weight, 2), stride_of(weight, 3)};
     dispatch_floating("pack_conv3x3", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         if (resolved == kConvWinograd) {

@@ -77,8 +77,8 @@ template <typename scalar_t>
 inline bool has_wide_channels(const std::vector<Tensor>& levels) {
     constexpr int64_t kWidth = kWideElements<scalar_t>;
     for (const Tensor& level : levels) {
-        if (level.size(1) % kWidth != 0 || level.stride(0) % kWidth != 0 || level.stride(2) % kWidth != 0 ||
-            level.stride(3) % kWidth != 0 || !is_aligned(level.const_data_ptr(), 16)) {
+        if (level.size(1) % kWidth != 0 || stride_of(level, 0) % kWidth != 0 || stride_of(level, 2) % kWidth != 0 ||
+            stride_of(level, 3) % kWidth != 0 || !is_aligned(level.const_data_ptr(), 16)) {
             return false;
         }
     }
@@ -91,7 +91,7 @@ inline ConvSource<scalar_t> conv_source(const char* op, const Tensor& x, const T
           ": channels and sides must be below 2^31, got shape ", shape_string(x));
     const Tensor& added = flow ? *flow : x;
     return {data<scalar_t>(x), flow ? data<scalar_t>(added) : Global<const scalar_t>(nullptr),
-            x.stride(0), x.stride(2), x.stride(3), added.stride(0), added.stride(2), added.stride(3),
+            stride_of(x, 0), stride_of(x, 2), stride_of(x, 3), stride_of(added, 0), stride_of(added, 2), stride_of(added, 3),
             static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), static_cast<int>(x.size(1))};
 }
 

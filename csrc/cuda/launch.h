@@ -65,7 +65,7 @@ inline int64_t extent(const Tensor& tensor) {
         if (tensor.size(d) == 0) {
             return 0;
         }
-        last += (tensor.size(d) - 1) * tensor.stride(d);
+        last += (tensor.size(d) - 1) * stride_of(tensor, d);
     }
     return last + 1;
 }

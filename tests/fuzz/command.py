@@ -145,7 +145,7 @@ def supervisor_for(backend: str) -> Supervisor:
 
 def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list[tuple[dict, str]]:
     """Fuzzes until the time is over or a case failed; prints a table; the failing cases with their descriptions."""
-    limits = CPU if backend == "cpu" else SIMT
+    limits = CPU if backend.startswith("cpu") else SIMT
     begin = time.monotonic()
     found = []
     with supervisor_for(backend) as supervisor:
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="how long (default: 120)")
     parser.add_argument("--seed", type=int, default=0, help="decides the cases (default: 0)")
     parser.add_argument("--ops", nargs="*", metavar="NAME", default=[], help="operators to try (default: all)")
-    parser.add_argument("--backend", choices=("cpu", "simt", "simt_sanitized"), default="cpu")
+    parser.add_argument("--backend", choices=("cpu", "cpu_sanitized", "simt", "simt_sanitized"), default="cpu")
     parser.add_argument("--replay", metavar="CASE", help="executes this case, as a report prints it; - reads it from stdin")
     options = parser.parse_args(arguments)
     if options.replay:

@@ -47,7 +47,7 @@ test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 	$(PYTHON) -m pytest $(TESTS)
 
 # The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
-SIMT_TESTS ?= tests/test_simt.py \
+SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py \
 	$(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py,p' cmake/ops.cmake))
 configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
@@ -62,12 +62,13 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
 SANITIZE_TESTS ?= $(filter-out tests/test_simt.py,$(SIMT_TESTS)) \
 	$(addprefix tests/test_,panoptic_formats.py panoptic_quality.py panoptic_drawing.py threads.py)
+SANITIZE_FUZZ ?= 300
 sanitized_build = $(call configure,$(1)) -DSPATIALFLOW_SANITIZE=$(2) \
 	"-DSPATIALFLOW_PACKAGE_DIR=$(CURDIR)/build/$(1)/package" && \
 	cmake --build build/$(1) --target spatialflow_schema _evaluation $(3)
 runtime = $(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))
 address := address,undefined
-with_address = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+with_address = PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(call runtime,asan ubsan stdc++)"
 with_thread = OMP_NUM_THREADS=4 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 	setarch -R env LD_PRELOAD="$(call runtime,tsan stdc++)"
@@ -76,6 +77,7 @@ sanitized_tests = $(PYTHON) -m pytest --capture=sys
 sanitize: $(environment)  ## operators and scoring with address and undefined-behavior sanitizers: tests, then the fuzzer
 	$(call sanitized_build,sanitized,$(address),spatialflow_cpu_$(SANITIZE_LEVEL))
 	SPATIALFLOW_BACKEND=cpu_sanitized $(with_address) $(sanitized_tests) $(SANITIZE_TESTS)
+	$(with_address) $(PYTHON) tests/fuzz --backend cpu_sanitized --seconds $(SANITIZE_FUZZ)
 
 sanitize-threads: $(environment)  ## eight Python threads calling operators and scoring, with ThreadSanitizer
 	$(call sanitized_build,thread_sanitized,thread,spatialflow_cpu_$(SANITIZE_LEVEL))
@@ -103,7 +105,7 @@ test-sass: export SPATIALFLOW_CUDA := on
 test-sass: nvcc build $(disassembler)  ## what the compiler made of the CUDA kernels, without a GPU; needs nvcc
 	$(PYTHON) tools/check_sass.py
 
-mutation-round: build  ## break a line of a kernel at a time: do tests and sanitizers notice? about 20 minutes
+mutation-round: build  ## break a line of a kernel at a time: do tests and sanitizers notice? about 15 minutes
 	$(PYTHON) tools/mutation_round.py
 
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some

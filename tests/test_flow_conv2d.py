@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from op_matrix import LAYOUTS, OpMatrix, OpSample, assert_near, map_tensors
+from op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -21,7 +21,7 @@ def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], f
     def build(grow: int = 0) -> list:
         """x and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
         x = [eighths(batch, channels, h + grow, w + grow) for h, w in sizes]
-        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / channels) ** 0.5 / 3
+        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
         return [
             x,
             [eighths(*level.shape) for level in x] if flow else None,
@@ -65,6 +65,14 @@ class TestFlowConv2d(OpMatrix):
         "auto, no bias": sample(32, 32, [(6, 5)], bias=False),
     }
     linear_samples = ("winograd, linear", "direct, no flow")
+    thin_samples = {
+        name: sample(channels, 8, [(height, width), (3, 4)], batch=batch, relu=False)
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+    } | {
+        "one output channel": sample(8, 1, [(3, 4)], batch=2, relu=False),
+        "no output channels": sample(8, 0, [(3, 4)], batch=2, relu=False),
+        "winograd, one column": sample(8, 8, [(5, 1)], batch=2, relu=False, algorithm="winograd"),
+    }
 
 
 class TestKernels:
@@ -278,6 +286,21 @@ class TestValues:
             # Row 6 is read by the tile of rows 4..7 alone (it reads 3..8); column 8 by those of columns 4..7 and 8..11.
             winograd = ops.flow_conv2d(x, None, weight, relu=relu, algorithm="winograd").isnan()
             assert winograd[:, :, 5:8, 7:10].all() and winograd.sum() == winograd[:, :, 4:8, 4:12].sum()
+
+    def test_no_derivative_touches_nan_elsewhere(self):
+        """A level with NaN that has no tangent, or whose result gets no gradient, gives zeros, not 0 * NaN."""
+        good, bad = torch.randn(1, 2, 3, 3), torch.full((1, 2, 3, 3), float("nan"))
+        weight = torch.randn(2, 2, 3, 3, requires_grad=True)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(good, torch.ones_like(good))
+            results = ops.flow_conv2d([dual, bad], None, weight.detach(), None, False, "direct")
+            tangents = [torch.autograd.forward_ad.unpack_dual(result).tangent for result in results]
+        assert_near(tangents[0], ops.flow_conv2d(torch.ones_like(good), None, weight.detach(), None, False), torch.float32)
+        assert not tangents[1].any()
+        leaf = good.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(ops.flow_conv2d([leaf, bad], None, weight, None, False)[0].sum(), leaf)
+        (alone,) = torch.autograd.grad(ops.flow_conv2d(leaf, None, weight, None, False).sum(), leaf)
+        assert torch.equal(gradient, alone)
 
     def test_infinite_and_subnormal(self):
         x = torch.zeros(1, 2, 5, 5)

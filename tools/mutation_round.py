@@ -13,17 +13,12 @@ told.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-COPY = ROOT / "build" / "mutations" / "tree"
+from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
 
 
 class Mutation(NamedTuple):
@@ -131,6 +126,7 @@ MUTATIONS = (
     ),
 )
 
+
 class Fault(NamedTuple):
     """`before`, which stands once in csrc/`file`, becomes `after`; `target` of the Makefile must print `report`."""
 
@@ -196,35 +192,6 @@ FAULTS = (
 )
 
 
-def run(*command: object, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run([str(word) for word in command], cwd=COPY, capture_output=True, text=True, **options)
-
-
-def copy_tree() -> None:
-    """Tracked files and the module for scoring. Equal ones stay, so that a second round builds what differs."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    built = [path.relative_to(ROOT) for path in (ROOT / "spatialflow").glob("_evaluation*.so")]
-    for name in [*listed.stdout.strip("\0").split("\0"), *built]:
-        content, target = (ROOT / name).read_bytes(), COPY / name
-        if not target.is_file() or target.read_bytes() != content:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-
-
-def build() -> None:
-    build_folder = COPY.parent / "build"
-    if not (build_folder / "build.ninja").is_file():
-        configured = run(
-            "cmake", "-S", COPY, "-B", build_folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-            "-DSPATIALFLOW_SIMT=on", "-DSPATIALFLOW_CUDA=off",
-        )  # fmt: skip
-        if configured.returncode != 0:
-            raise RuntimeError(configured.stdout + configured.stderr)
-    built = run("cmake", "--build", build_folder, "--target", "spatialflow_schema", "spatialflow_simt")
-    if built.returncode != 0:
-        raise RuntimeError(built.stdout + built.stderr)
-
-
 def test(operator: str) -> tuple[int, str]:
     """Exit code and last line of the operator's tests; they stop at the first failure."""
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
@@ -244,19 +211,6 @@ def test(operator: str) -> tuple[int, str]:
     return done.returncode, (done.stdout.strip() or done.stderr.strip()).rsplit("\n", 1)[-1]
 
 
-@contextlib.contextmanager
-def broken(path: Path, before: str, after: str) -> Iterator[int]:
-    """The file with `after` in place of `before`, as it was when left; gives the line."""
-    source = path.read_text()
-    if source.count(before) != 1:
-        raise RuntimeError(f"{path.name} holds {source.count(before)} times: {before}")
-    try:
-        path.write_text(source.replace(before, after))
-        yield source[: source.index(before)].count("\n") + 1
-    finally:
-        path.write_text(source)
-
-
 def report(one: Mutation | Fault, line: int, survived: bool, begin: float, verdict: str) -> bool:
     result = "SURVIVED" if survived else "caught"
     print(f"{result:>8}  {one.file}:{line}, {one.name} ({time.monotonic() - begin:.0f} s): {verdict}", flush=True)
@@ -265,8 +219,8 @@ def report(one: Mutation | Fault, line: int, survived: bool, begin: float, verdi
 
 def survives(mutation: Mutation) -> bool:
     begin = time.monotonic()
-    with broken(COPY / "csrc" / "cuda" / mutation.file, mutation.before, mutation.after) as line:
-        build()
+    with mutated(f"csrc/cuda/{mutation.file}", mutation.before, mutation.after) as line:
+        build("simt")
         code, verdict = test(mutation.operator)
     if code not in (0, 1):
         raise RuntimeError(f"{mutation.file}, {mutation.name}: {verdict}")
@@ -286,7 +240,7 @@ def sanitize(fault: Fault) -> tuple[int, str]:
 def escapes(fault: Fault) -> bool:
     """Whether the sanitizer does not report the fault."""
     begin = time.monotonic()
-    with broken(COPY / "csrc" / fault.file, fault.before, fault.after) as line:
+    with mutated(f"csrc/{fault.file}", fault.before, fault.after) as line:
         code, output = sanitize(fault)
     found = fault.report in output
     if code == 0 or not found:
@@ -307,7 +261,7 @@ def main() -> int:
     copy_tree()
     try:
         if mutations:
-            build()
+            build("simt")
         for operator in sorted({mutation.operator for mutation in mutations}):
             code, verdict = test(operator)
             if code != 0:

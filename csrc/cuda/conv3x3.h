@@ -23,7 +23,7 @@ struct Convolution {
     std::vector<Tensor> flow;      // the same; or empty
     std::vector<Tensor> residual;  // (N, O, H, W), dense channels-last; or empty
     std::vector<Tensor> out;       // (N, O, H, W), dense channels-last
-    Tensor packed;                 // weights from _pack_conv3x3, or (9, C, O padded) in the type of x
+    Tensor packed;                 // weights from _pack_conv3x3, or (9, C, O padded) in the type of x; any alignment
     std::optional<Tensor> bias;    // (O) in the type of sums, dense
     bool relu;
 };
@@ -42,7 +42,7 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
 }
 
 // All of them in one launch (more only where their levels exceed a launch's table). None may read what another writes.
-void convolve3x3(const char* op, const std::vector<Convolution>& convolutions, Stream stream);
+void convolve3x3(const char* op, std::vector<Convolution> convolutions, Stream stream);
 
 inline std::vector<Tensor> channels_adjacent(const std::vector<Tensor>& levels) {
     std::vector<Tensor> adjacent;

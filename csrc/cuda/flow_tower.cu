@@ -69,7 +69,7 @@ public:
                     {node.source->tensors, maps_of(node.flow), maps_of(node.residual), node.target->tensors,
                      node.conv->packed, node.conv->bias, node.relu});
             }
-            convolve3x3("flow_tower", convolutions, stream);
+            convolve3x3("flow_tower", std::move(convolutions), stream);
             wave.clear();
         }
     }

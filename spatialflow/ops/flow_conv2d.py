@@ -47,8 +47,8 @@ def flow_conv2d(
         bias: (C_out,) or None.
         relu: rectify the result; NaN stays NaN.
         algorithm: "winograd": F(4x4, 3x3) in float32, a quarter of the multiplications, error about 3e-6 of the largest
-            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 channels on. float64 is
-            always direct.
+            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 input and 32 output
+            channels on, unless all maps together are small and the weight is not packed. float64 is always direct.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
@@ -60,7 +60,8 @@ def flow_conv2d(
     Remarks:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
         is, as tensor cores read it, and every algorithm is computed as "direct". A NaN in one pixel reaches its 3x3
-        neighbourhood with "direct"; with "winograd" all outputs of the 4x4 tiles whose 6x6 input tiles hold the pixel.
+        neighbourhood with "direct"; with "winograd" up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the
+        pixel, and an infinity may become NaN there.
         Empty maps and no levels give empty results.
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 
@@ -206,6 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     saved = [weight, *x, *flow, *(output if ctx.relu else ())]
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
+    ctx.set_materialize_grads(False)  # a tangent of zeros would be multiplied by NaN
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -221,6 +223,12 @@ def _any(needs: Any) -> bool:
 def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
     weight, x, flow, outputs = _saved(ctx)
     gradients = list(grad_outputs[0]) if isinstance(grad_outputs[0], (list, tuple)) else list(grad_outputs)
+    if all(gradient is None for gradient in gradients):
+        return (None,) * 6
+    gradients = [
+        level.new_zeros((level.shape[0], weight.shape[0], *level.shape[2:])) if gradient is None else gradient
+        for gradient, level in zip(gradients, x)
+    ]
     gradients = _masked(gradients, outputs) if ctx.relu else gradients
     grad_x = grad_weight = grad_bias = None
     if _any(needs[0]) or _any(needs[1]):
@@ -264,6 +272,7 @@ def _gradient_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.levels, ctx.flows = len(x), len(flow)
     ctx.save_for_backward(*x, *flow, *grad_output)
     ctx.save_for_forward(*x, *flow, *grad_output)
+    ctx.set_materialize_grads(False)
 
 
 def _gradient_saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -274,6 +283,8 @@ def _gradient_saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]
 def _gradient_backward(ctx: Any, needs: Any, grad_weight: Tensor) -> tuple:
     x, flow, gradients = _gradient_saved(ctx)
     grad_x = grad_gradients = None
+    if grad_weight is None:
+        return None, None, None, None
     if _any(needs[0]) or _any(needs[1]):
         grad_x = list(_flow_conv2d(gradients, [], _turned(grad_weight), None, False, ctx.algorithm))
     if _any(needs[2]):

@@ -47,6 +47,7 @@ def add_visualize(commands: Any) -> None:
     visualize.add_argument("--config", metavar="NAME", help="network whose class-activation maps are shown, of the cls "
                            "sub-network and the stuff head")  # fmt: skip
     visualize.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights, as for predict")
+    visualize.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
 
 
 def run_visualize(options: argparse.Namespace) -> int:
@@ -69,7 +70,9 @@ def run_visualize(options: argparse.Namespace) -> int:
         for title, path in (("ground truth", options.ground_truth), ("prediction", options.prediction))
         if path is not None
     }
-    model = None if options.config is None else load_model(options.config, options.checkpoint, {})
+    if options.ema and options.checkpoint is None:
+        raise CommandError("--ema needs --checkpoint")
+    model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
     rows = []
     with tqdm(paths, desc="visualize", unit="image", disable=None) as bar:
         for path in bar:

@@ -26,6 +26,7 @@ from spatialflow.console import (
     package_configs,
     panoptic_json,
     sentence,
+    show_log,
     with_examples,
 )
 from spatialflow.errors import CommandError, Terminated
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         carried out, 130 interrupted (SIGINT), 141 nobody reads the output any more, 143 terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
+    show_log()
     try:
         with _sigterm_raises(), _warnings_as_sentences():
             code = options.run(options)
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
                               "the package, as for demo; else random ones). Given several times: an ensemble, with one "
                               "--config for all or one for each")  # fmt: skip
+    predict.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
@@ -202,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
     convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
+    convert.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in SOURCE")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
 
     benchmark = commands.add_parser(
@@ -307,7 +311,9 @@ def _make_predictor(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if options.cuda_graph and device.type != "cuda":
         raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
     try:
-        models = load_models(options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options))
+        models = load_models(
+            options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options), options.ema
+        )
         dtype = getattr(torch, options.dtype)
         predictor = Predictor(models, device, dtype, options.cuda_graph, detection_masks=options.detections)
     except ValueError as error:  # settings, categories, or networks that are no ensemble
@@ -423,7 +429,8 @@ def _convert(options: argparse.Namespace) -> int:
 
     try:
         with named(options.destination):
-            count = convert(options.source, options.destination, torch.float16 if options.half else None)
+            dtype = torch.float16 if options.half else None
+            count = convert(options.source, options.destination, dtype, options.ema)
     except (CheckpointError, ValueError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -33,6 +34,19 @@ def with_examples(*lines: str) -> dict[str, Any]:
 def complain(text: str) -> None:
     """A sentence on standard error, with the program's name before it."""
     print(f"spatialflow: {text}", file=sys.stderr)
+
+
+class _Complaints(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
+
+
+def show_log() -> None:
+    """Shows what the package logs, for instance what it took off the weights of a trainer, as complaints."""
+    logger = logging.getLogger("spatialflow")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_Complaints())
 
 
 class InputImage(NamedTuple):
@@ -160,7 +174,7 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
-def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any]) -> Any:
+def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any], ema: bool = False) -> Any:
     """The network of `--config` with the weights of `--checkpoint`, else those of the package, else random ones."""
     import torch
 
@@ -175,13 +189,17 @@ def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any
         if checkpoint is None:
             complain("no --checkpoint: the weights are random, so the maps mean nothing")
             return model
-        return load_checkpoint(model, checkpoint)
+        return load_checkpoint(model, checkpoint, ema)
     except (ConfigError, CheckpointError) as error:
         raise CommandError(str(error)) from None
 
 
-def load_models(configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any]) -> list[Any]:
+def load_models(
+    configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any], ema: bool = False
+) -> list[Any]:
     """The networks of an ensemble: one configuration for all checkpoints, or one for each."""
+    if ema and not checkpoints:
+        raise CommandError("--ema needs --checkpoint")
     count = max(len(configs), len(checkpoints))
     of_each = list(configs) * count if len(configs) == 1 else configs
     files = checkpoints or [None] * count
@@ -189,4 +207,4 @@ def load_models(configs: Sequence[str], checkpoints: Sequence[Path], overrides: 
         raise CommandError(
             f"give one --config for all of the {len(files)} --checkpoint, or one for each, got {len(configs)}"
         )
-    return [load_model(config, file, overrides) for config, file in zip(of_each, files)]
+    return [load_model(config, file, overrides, ema) for config, file in zip(of_each, files)]

@@ -70,6 +70,7 @@ def add_visualize(commands: Any) -> None:
     visualize.add_argument("--config", metavar="NAME", help="network whose class-activation maps are shown, of the cls "
                            "sub-network and the stuff head")  # fmt: skip
     visualize.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights, as for predict")
+    visualize.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
 
 
 def run_visualize(options: argparse.Namespace) -> int:
@@ -96,7 +97,9 @@ def run_visualize(options: argparse.Namespace) -> int:
         )
         if path is not None
     }
-    model = None if options.config is None else load_model(options.config, options.checkpoint, {})
+    if options.ema and options.checkpoint is None:
+        raise CommandError("--ema needs --checkpoint")
+    model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
     rows: list[Row] = []
     try:
         with tqdm(images, desc="visualize", unit="image", disable=None) as bar:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """flow_conv2d: the op matrix, both algorithms, edges of tiles and strips, bad values, errors."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
@@ -272,6 +275,32 @@ class TestPacked:
             ops.flow_conv2d(torch.randn(1, 5, 6, 6), None, packed)
         with pytest.raises(RuntimeError, match="flow_conv2d: packed weight must be float64"):
             ops.flow_conv2d(torch.randn(1, 4, 6, 6).double(), None, packed)
+
+    def test_another_order_is_refused(self):
+        """The length says which order packed weights have; see test_cpu_levels.py for true ones."""
+        packed = ops.pack_conv3x3(torch.randn(8, 4, 3, 3))
+        tag = packed.packed.numel() % 288
+        assert packed.packed[-tag:].count_nonzero() == 0
+        x = torch.randn(1, 4, 6, 6)
+        for other in (0, 1, tag - 2, tag + 1, 128):  # no tag: a version before there were tags
+            bare = packed.packed[:-tag]
+            held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other)]))
+            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the weight anew"
+            with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
+                ops.flow_conv2d(x, None, held)
+            with pytest.raises(RuntimeError, match="flow_tower: " + message):
+                ops.flow_tower([x], ops.FlowTowerParameters(cls=(held,), segmentation_levels=0))
+        wide = packed._replace(packed=packed.packed.double())
+        with pytest.raises(RuntimeError, match="flow_conv2d: the packed weight has the layout of another"):
+            ops.flow_conv2d(x.double(), None, wide)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+    def test_copies_are_packed_from_the_weight(self, copied):
+        weight = torch.randn(33, 32, 3, 3, requires_grad=True)
+        packed = ops.pack_conv3x3(weight, torch.randn(33), "winograd")
+        again = copied(packed._replace(packed=torch.zeros(1)))  # what another process packed does not matter
+        assert torch.equal(again.packed, packed.packed) and torch.equal(again.weight, weight)
+        assert again.weight.requires_grad and again.algorithm == "winograd" and torch.equal(again.bias, packed.bias)
 
 
 class TestValues:

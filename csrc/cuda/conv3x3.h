@@ -11,11 +11,14 @@
 namespace spatialflow {
 
 // Packed float32 weights are 9 * C * O floats (O padded), the same in float16 and in bfloat16 (rows in the order of
-// packed_position), then zeros. Where the 16-bit weights begin, in floats:
+// packed_position), then zeros, then the tag. Where the 16-bit weights begin, in floats:
 inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
     const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
     return dtype == ScalarType::Half ? floats : floats + floats / 2;
 }
+
+// See packed_tag; nothing here depends on the card.
+constexpr int64_t kPackedColumns = 1;
 
 // out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more of them.
 struct Convolution {

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spatialflow import _library
 from spatialflow.ops.checking import present, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
@@ -15,18 +16,32 @@ from spatialflow.ops.layout import memory_format_of
 
 _ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
 
+# Float32 outputs that lie side by side in weights packed on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
+_COLUMNS = {
+    "cpu_x86-64-v4": 32,
+    "cpu_x86-64-v3": 16,
+    "cpu_x86-64-v2": 8,
+    "cpu_native": 8,
+    "simt": 1,
+    "simt_sanitized": 1,
+}[_library.backend_library()]
+
 
 class PackedConv(NamedTuple):
     """A 3x3 convolution with its weights in the order the kernels read, made by `pack_conv3x3`.
 
-    Valid within the process that made it: the order depends on the processor. `weight` is kept for calls that need
-    gradients and for autocast.
+    The order depends on the instruction set, the device and the version of the package. A pickle or a deep copy
+    therefore holds `weight` alone, which is packed again where it is loaded. `packed` is refused by every operator that
+    would read it in another order. `weight` also serves calls that need gradients and autocast.
     """
 
-    packed: Tensor
+    packed: Tensor  # a vector; its length says which order it has
     weight: Tensor  # (C_out, C_in, 3, 3)
     bias: Tensor | None  # (C_out,)
     algorithm: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pack_conv3x3, (self.weight, self.bias, self.algorithm)
 
 
 def flow_conv2d(
@@ -54,7 +69,8 @@ def flow_conv2d(
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, naming the argument.
+        RuntimeError: a shape, dtype or device that does not fit, naming the argument; packed weights in the order of
+            another instruction set, device, dtype or version.
         ValueError: an unknown `algorithm`, or `x` and `flow` of different structure, or bias beside a `PackedConv`.
 
     Remarks:
@@ -178,7 +194,8 @@ def _(weight, algorithm):
     is_double = weight.dtype == torch.float64
     winograd = not is_double and (algorithm == 1 or (algorithm == 0 and in_channels >= 32 and out_channels >= 32))
     size = (36 if winograd else 9 if is_double else 18) * in_channels * ((out_channels + 31) // 32 * 32)
-    return weight.new_empty((size,), dtype=torch.float64 if is_double else torch.float32)
+    columns = 1 if weight.device.type == "cuda" else _COLUMNS
+    return weight.new_empty((size + 2 * columns + is_double,), dtype=torch.float64 if is_double else torch.float32)
 
 
 @register_fake("_flow_conv2d_weight_gradient")

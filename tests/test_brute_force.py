@@ -263,7 +263,7 @@ class TestDeformConv2d:
         )  # fmt: skip
 
     def test_border(self) -> None:
-        """A sample fades to zero within one cell beyond the centres of the outermost cells."""
+        """A sample fades to zero within one cell beyond the centers of the outermost cells."""
         places = rows(-1.25, -1, -0.75, 0, 0.25, 1, 1.25, 1.75, 2, 2.25)
         offset = torch.zeros(1, 2, 10, 1, dtype=torch.float64)
         offset[0, 0, :, 0] = places - torch.arange(-4, 6)

@@ -408,6 +408,20 @@ class TestWriter:
         tracemalloc.stop()
         assert (tmp_path / "maps.json").stat().st_size > 10_000_000 > 4 * peak
 
+    def test_writers_of_several_processes(self, tmp_path):
+        """Each has a journal of its own; the first takes over the others' rows."""
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        writers = [PanopticWriter(tmp_path / "maps", tmp_path / f"{name}.json") for name in ("maps", "other")]
+        for index in range(4):
+            results = [{"image_id": index}]
+            writers[index % 2].add(index, f"{index}.jpg", ids, segments, detections=results)
+        writers[0].extend(list(writers[1].rows()))
+        writers[0].write_json()
+        for writer in writers:
+            writer.close()
+        assert sorted(contents(tmp_path)) == ["maps.json", *(f"maps/{index}.png" for index in range(4))]
+        assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [0, 2, 1, 3]
+
     def test_read_back(self, tmp_path):
         ids = np.array([[0, 5], [9, 9]])
         with PanopticWriter(tmp_path / "maps") as writer:

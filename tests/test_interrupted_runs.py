@@ -422,6 +422,20 @@ class TestWriter:
         assert sorted(contents(tmp_path)) == ["maps.json", *(f"maps/{index}.png" for index in range(4))]
         assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [0, 2, 1, 3]
 
+    def test_two_processes_never_share_a_journal(self, tmp_path):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        first, second = (PanopticWriter(tmp_path / "maps", resume=True) for _ in range(2))
+        first.add(0, "0.jpg", ids, segments)
+        before = (tmp_path / "maps.journal.jsonl").read_bytes()
+        with pytest.raises(ResumeError, match="maps.journal.jsonl: is being written by another process"):
+            second.add(1, "1.jpg", ids, segments)
+        with pytest.raises(ResumeError, match="is being written by another process"):
+            PanopticWriter(tmp_path / "maps", resume=True)
+        assert (tmp_path / "maps.journal.jsonl").read_bytes() == before
+        assert sorted(contents(tmp_path)) == ["maps.journal.jsonl", "maps/0.png"]
+        first.close(keep_journal=True)
+        assert PanopticWriter(tmp_path / "maps", resume=True).is_done(0, "0.jpg")
+
     def test_read_back(self, tmp_path):
         ids = np.array([[0, 5], [9, 9]])
         with PanopticWriter(tmp_path / "maps") as writer:

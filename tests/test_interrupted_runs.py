@@ -210,6 +210,31 @@ def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys
     assert sentences(capsys)[-1] == "terminated: 3 of 6 pictures are done"
 
 
+def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    from scenes import write_coco
+
+    from spatialflow.engine.train import Trainer
+
+    keep = Trainer._keep
+
+    def stopping(trainer):
+        keep(trainer)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_keep", stopping)
+    data, run = write_coco(tmp_path / "data", 2, (64, 96)), tmp_path / "run"
+    settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "images_per_step=2", "checkpoint_every_steps=1",
+                "epochs=4", "train_short_edges=[64]", "train_long_edge=96"]  # fmt: skip
+    command = ["train", "tiny", *settings, "--images", str(data / "images"), "--annotations",
+               str(data / "panoptic.json"), "--output", str(run), "--workers", "0"]  # fmt: skip
+    assert main(command) == 143
+    assert sentences(capsys)[-1] == f"terminated: the same command goes on from {run / 'checkpoint.pt'}"
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert "step 2 of 4" in capsys.readouterr().out
+
+
 def test_synthesize_leaves_the_ground_truth_of_what_is_done(tmp_path, monkeypatch):
     from spatialflow.data import synthetic
 

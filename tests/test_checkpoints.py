@@ -115,7 +115,10 @@ class TestWrappers:
     WRAPPED = {
         "compiled": (lambda s: named("_orig_mod.", s), "took '_orig_mod.' off the names"),
         "parallel and compiled": (lambda s: named("module._orig_mod.", s), "took '_orig_mod.', 'module.' off"),
-        "twice parallel": (lambda s: {"model_state_dict": named("module.module.", s)}, "weights under 'model_state_dict'"),
+        "twice parallel": (
+            lambda s: {"model_state_dict": named("module.module.", s)},
+            "took the weights under 'model_state_dict'; took 'module.' off the names",
+        ),
         "a part compiled": (
             lambda s: {name.replace("backbone.", "backbone._orig_mod."): value for name, value in s.items()},
             "took '_orig_mod.' off the names",
@@ -136,6 +139,11 @@ class TestWrappers:
             "left out 416 averages beside the weights (ema_*)",
         ),
         "one object": (lambda s: dict.fromkeys(("model", "state_dict"), s), "took the weights under 'state_dict'"),
+        "equal": (
+            lambda s: {"model": s, "net": {name: value.clone() for name, value in s.items()}},
+            "took the weights under 'model'",
+        ),
+        "configuration": (lambda s: {"model": {"type": "x"}, "net": s, "params": {}}, "took the weights under 'net'"),
         "numpy": (
             lambda s: {"model": s, "best": np.float64(0.4), "seen": np.arange(3), "flag": np.bool_(True)},
             "took the weights under 'model'",
@@ -249,7 +257,8 @@ class TestFinite:
         state = small_model().state_dict()
         state["backbone.bn1.running_var"][0] = 7e4
         path = save_checkpoint(state, tmp_path / "wide.pth")
-        with pytest.raises(CheckpointError, match="wide.pth: holds values too large for torch.float16: backbone.bn1.runn"):
+        message = "wide.pth: holds values too large for torch.float16: backbone.bn1.running_var"
+        with pytest.raises(CheckpointError, match=message):
             convert(path, tmp_path / "half.safetensors", torch.float16)
         assert convert(path, tmp_path / "bfloat.safetensors", torch.bfloat16) > 0
 

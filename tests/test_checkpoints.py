@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_models import SMALL
 
+from spatialflow.cli import main
 from spatialflow.engine.checkpoints import (
     CheckpointError,
     convert,
@@ -99,6 +100,12 @@ def test_released_file_loads_wrapped_bare_and_parallel(tmp_path):
     ):
         torch.save(content, path)
         assert_equal_states(load_checkpoint(small_model(), path), source)
+
+
+def small_model_of(state):
+    model = small_model()
+    model.load_state_dict(state)
+    return model
 
 
 def named(before, state, after=""):
@@ -202,6 +209,24 @@ class TestWrappers:
         torch.save(named("module.", state) | plus_one(state), path)
         with pytest.raises(CheckpointError, match="is there twice, under names of several wrappers"):
             load_checkpoint(small_model(), path)
+
+    def test_commands_say_it(self, tmp_path, capsys):
+        """`convert` prints what it took off, once; `--ema` without a file to take it from is refused."""
+        state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
+        torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
+        assert main(["convert", *files]) == 0
+        said = "weights.pth: took the weights under 'state_dict'; left out the moving average under 'ema'; took '_orig_"
+        assert capsys.readouterr().err.count(said) == 1
+        assert main(["convert", "--ema", *files]) == 0
+        assert_equal_states(load_checkpoint(small_model(), files[1]), small_model_of(state))
+        nothing = str(tmp_path / "out")
+        for command in (
+            ["predict", "a.jpg", "--ema", "--output", nothing],
+            ["train", "tiny", "--ema", "--output", nothing],
+            ["visualize", "photos", "--config", "demo", "--ema", "--output", nothing],
+        ):
+            assert main(command) == 2
+            assert "spatialflow: --ema needs --checkpoint" in capsys.readouterr().err
 
     def test_a_file_that_holds_itself(self, tmp_path):
         loop = {}

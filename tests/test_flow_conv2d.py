@@ -285,7 +285,7 @@ class TestPacked:
         for other in (0, 1, tag - 2, tag + 1, 128):  # no tag: a version before there were tags
             bare = packed.packed[:-tag]
             held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other)]))
-            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the weight anew"
+            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the"
             with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
                 ops.flow_conv2d(x, None, held)
             with pytest.raises(RuntimeError, match="flow_tower: " + message):

@@ -124,6 +124,33 @@ def test_bad_files(tmp_path, content, words):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("epochs=" + "9" * 5000, "epochs: '9999.*' is no YAML value"),
+        ("epochs=!!int ''", "is no YAML value"),
+        ("epochs=2020-13-45", "is no YAML value"),
+        ("epochs=" + "[" * 3000, "is no YAML value"),
+        ("learning_rate=" + "9" * 400, "learning_rate: must be finite"),
+        ("a" * 5000, "form FIELD=VALUE"),
+    ],
+)
+def test_hostile_settings_end_in_a_sentence(setting, words):
+    """Digits beyond what Python converts, dates that are none, nesting beyond the stack."""
+    with pytest.raises(ConfigError, match=words) as error:
+        load_config("tiny", **parse_settings([setting]))
+    assert len(str(error.value)) < 500
+
+
+def test_aliases_that_unfold_to_gigabytes_end_in_a_sentence(tmp_path):
+    """Nine lists of nine aliases each: 400 million items where they are written out."""
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]
+    (tmp_path / "own.yaml").write_text("model:\n  " + "\n  ".join([*lines, "num_things: *a9"]))
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "own.yaml")
+    assert len(str(error.value)) < 1000
+
+
 def test_file_with_base_and_missing_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: tiny\nmodel: {num_things: 5}\n")

@@ -162,6 +162,29 @@ class TestRun:
             with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):
                 Trainer(small(), data, tmp_path, ALONE)
 
+    @pytest.mark.parametrize("where, value", [
+        ((), torch.zeros(3)), (("identity",), "[]"), (("step",), -1), (("step",), "a"), (("model",), {}),
+        (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(2)), (("random",), torch.zeros(3)),
+    ])  # fmt: skip
+    def test_resume_from_a_damaged_checkpoint_is_an_error(self, data, tmp_path, where, value):
+        Trainer(small(), data, tmp_path, ALONE).run()
+        content = {"": torch.load(tmp_path / "checkpoint.pt")}
+        holder = content
+        for key in ("", *where)[:-1]:
+            holder = holder[key]
+        holder[("", *where)[-1]] = value
+        torch.save(content[""], tmp_path / "checkpoint.pt")
+        with pytest.raises(CheckpointError, match="checkpoint.pt: is no checkpoint of a run"):
+            Trainer(small(), data, tmp_path, ALONE)
+
+    def test_settings_of_the_optimizer_are_those_of_the_configuration(self, data, tmp_path):
+        """Those in the checkpoint are not read: the identity of the run has made sure that they are the same."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        content = torch.load(tmp_path / "checkpoint.pt")
+        content["optimizer"]["param_groups"][0]["momentum"] = "a"
+        torch.save(content, tmp_path / "checkpoint.pt")
+        assert Trainer(small(), data, tmp_path, ALONE).optimizer.param_groups[0]["momentum"] == 0.9
+
     def test_interrupted_evaluation_is_made_up_for(self, data, tmp_path, monkeypatch):
         """The run ends in its last evaluation: the same command evaluates and leaves the weights, once."""
         import spatialflow.engine.train as train

@@ -401,11 +401,17 @@ class Trainer:
 
     def _restore(self) -> None:
         path = self.checkpoint_path
+        content = read_torch(path)
         try:
-            state = read_torch(path)
-            identity = json.loads(state["identity"])
-        except (TypeError, KeyError, ValueError):
+            self._take(content, path)
+        except (CheckpointError, TrainingError):
+            raise
+        except Exception:  # content of any form
             raise CheckpointError(f"{path}: is no checkpoint of a run, to be resumed from") from None
+
+    def _take(self, state: Any, path: Path) -> None:
+        """Goes on from the content of a checkpoint; any exception if it is something else."""
+        identity = json.loads(state["identity"])
         changed = _differences(identity["config"], self.identity["config"])
         if changed:
             raise TrainingError(
@@ -414,9 +420,15 @@ class Trainer:
         if identity["data"] != self.identity["data"]:
             raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start anew")
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.optimizer.state_dict()["param_groups"]  # of the same settings, as `identity` says
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        for parameter, kept in self.optimizer.state.items():
+            if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("momentum of another shape")
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError("no number of steps")
         self.step = state["step"]
 
     def _bar(self):

@@ -43,6 +43,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
                        "its split train, evaluate on val where there is one")  # fmt: skip
     train.add_argument("--checkpoint", type=Path, metavar="FILE", help="finetune these weights; layers that depend on "
                        "the classes start anew where they do not fit")  # fmt: skip
+    train.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
     train.add_argument("--backbone", type=Path, metavar="FILE", help="ImageNet weights with torchvision's names")
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     train.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -73,6 +74,8 @@ def run_train(options: argparse.Namespace) -> int:
         raise CommandError(
             "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
         )
+    if options.ema and options.checkpoint is None:
+        raise CommandError("--ema needs --checkpoint")
     if options.device not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -85,7 +88,7 @@ def run_train(options: argparse.Namespace) -> int:
     try:
         trainer = Trainer(
             config, data, options.output, world, validation=validation,
-            source=Source(options.checkpoint, options.backbone),
+            source=Source(options.checkpoint, options.backbone, options.ema),
             workers=options.workers, strict=options.strict, progress=sys.stderr.isatty(), resume=not options.restart,
         )  # fmt: skip
         if world.is_first:
@@ -94,6 +97,8 @@ def run_train(options: argparse.Namespace) -> int:
             _warn_of_random_statistics(options, config.model)
             for text in [*idle_settings(config.training, trainer.total_steps), *_without_pycocotools(validation)]:
                 complain(text)
+            if trainer.tamed:
+                complain(f"{options.output}: goes on with other settings: {', '.join(trainer.tamed)}")
             if trainer.anew and trainer.step == 0:
                 complain(f"{options.checkpoint}: of other classes; {', '.join(trainer.anew)} start anew")
         trainer.run()
@@ -194,6 +199,6 @@ def _summary(trainer: Any) -> str:
     if trainer.problems:
         parts.append(f"{len(trainer.problems)} images or annotations could not be used")
     if trainer.notes:
-        counts = ", ".join(f"{len(texts)} x {rule}" for rule, texts in trainer.notes.items())
+        counts = ", ".join(f"{len(seen)} x {rule}" for rule, seen in trainer.notes.items())
         parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

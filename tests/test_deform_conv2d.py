@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near
+from op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
 from torch.nn import functional as F
 
 from spatialflow import ops
@@ -42,24 +42,24 @@ def off_grid(tensor: torch.Tensor) -> torch.Tensor:
 
 def sample(
     channels: int, outputs: int, kernel=3, groups: int = 1, offset_groups: int = 1, masked: bool = True,
-    bias: bool = True, **options,
+    bias: bool = True, batch: int = 2, size=(6, 7), **options,
 ):  # fmt: skip
     kernel = pair(kernel)
     stride = pair(options.get("stride", 1))
     padding = pair(options.get("padding", 0))
     dilation = pair(options.get("dilation", 1))
 
-    def tensors(height: int = 6, width: int = 7) -> list:
+    def tensors(height: int = size[0], width: int = size[1]) -> list:
         size = (height, width)
         out = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
         samples = offset_groups * kernel[0] * kernel[1]
         double = torch.float64
         return [
-            torch.randn(2, channels, *size, dtype=double),
-            off_grid(1.5 * torch.randn(2, 2 * samples, *out, dtype=double)),
+            torch.randn(batch, channels, *size, dtype=double),
+            off_grid(1.5 * torch.randn(batch, 2 * samples, *out, dtype=double)),
             torch.randn(outputs, channels // groups, *kernel, dtype=double),
             torch.randn(outputs, dtype=double) if bias else None,
-            torch.rand(2, samples, *out, dtype=double) if masked else None,
+            torch.rand(batch, samples, *out, dtype=double) if masked else None,
         ]
 
     def raw(input, offset, weight, bias, mask, **_):
@@ -94,6 +94,16 @@ class TestDeformConv2d(OpMatrix):
         "dilated 1 x 3": sample(4, 4, kernel=(1, 3), groups=4, offset_groups=2, padding=(0, 2), dilation=(1, 2)),
     }
     linear_samples = tuple(samples)
+    # Without rows or columns, padding makes an output; the last two have outputs of one row and of one column.
+    thin_samples = {
+        name: sample(channels, 5, batch=batch, size=(height, width), padding=1 if height and width else 2)
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+    } | {
+        "one output channel": sample(8, 1, kernel=1),
+        "no output channels": sample(8, 0, kernel=1),
+        "one output row": sample(8, 8, kernel=(5, 1), size=(5, 6)),
+        "one output column": sample(16, 16, kernel=(1, 5), size=(6, 5), groups=2, offset_groups=2),
+    }
 
 
 def inputs(dtype=torch.float32, masked=True, requires_grad=False):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network arranged for inference equals the plain modules, for every kind of configuration."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +73,25 @@ def test_source_is_neither_changed_nor_shared():
     assert all(
         torch.equal(value, before[name]) for name, value in model.state_dict().items() if name.endswith("running_mean")
     )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.parametrize("name", ["tiny", "tiny_dcn"])
+def test_copies_compute_the_same(name, copied):
+    fast, images = optimize_for_inference(random_model(name)), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected, actual = fast(images), copied(fast)(images)
+    for one, other in zip(actual.class_logits, expected.class_logits):
+        assert torch.equal(one, other)
+    assert torch.equal(actual.stuff_logits, expected.stuff_logits)
+
+
+def test_another_dtype_is_right_or_refused():
+    """Packed float32 weights serve 16-bit features, not float64 ones."""
+    fast, images = optimize_for_inference(random_model("tiny")), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = fast(images).stuff_logits
+        actual = copy.deepcopy(fast).bfloat16()(images.bfloat16()).stuff_logits
+        assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+        with pytest.raises(RuntimeError, match="packed weight must be float64"):
+            copy.deepcopy(fast).double()(images.double())

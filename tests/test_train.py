@@ -25,7 +25,7 @@ from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.samples import SampleError
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
 from spatialflow.engine.distributed import World, synchronize_norms
-from spatialflow.engine.log import read_log
+from spatialflow.engine.log import TrainingLog, read_log
 from spatialflow.engine.train import Source, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
 from spatialflow.panoptic.formats import PanopticFormatError
@@ -110,7 +110,7 @@ class TestRun:
         assert Trainer(config, data, tmp_path, ALONE).step == 4
 
     def test_learns(self, data, tmp_path):
-        """Sixty steps on two scenes: each loss falls."""
+        """Sixty steps on two scenes: each loss falls, and nothing is reported."""
         for name in ("annotations", "names", "sizes", "image_ids"):
             setattr(data, name, getattr(data, name)[:2] * 60)
         config = small(
@@ -128,6 +128,7 @@ class TestRun:
         )
         for name, share in (("cls", 0.95), ("box", 0.9), ("thing", 0.98), ("stuff", 0.6)):
             assert last[name] < share * first[name], (name, first, last)
+        assert not any(row["kind"] == "warning" for row in read_log(tmp_path / "log.jsonl"))
 
     def test_resume_is_exact(self, data, tmp_path):
         """A run in two halves has the weights, the optimizer state and the log of one in a single piece."""
@@ -264,6 +265,143 @@ class TestRun:
     def test_batch_must_be_shared(self, data, tmp_path):
         with pytest.raises(TrainingError, match="multiple of processes"):
             Trainer(small(images_per_step=3), data, tmp_path, World(0, 2, torch.device("cpu")))
+
+
+def poison(trainer, what):
+    """Makes one value infinite, as an update that overflows would."""
+    model = trainer.network
+    tensor = {
+        "fpn.p6.weight": model.fpn.p6.weight.data,
+        "backbone.bn1.running_var": model.backbone.bn1.running_var,
+        "momentum of fpn.p6.weight": trainer.optimizer.state[model.fpn.p6.weight]["momentum_buffer"],
+    }[what]
+    tensor.view(-1)[-1] = float("inf")
+
+
+def after_steps(trainer, monkeypatch, change, first=1):
+    """Calls `change(losses)`, which may return others, after every step from `first` on."""
+    advance = trainer._advance
+
+    def changed(*arguments):
+        losses = advance(*arguments)
+        other = change(losses) if trainer.step + 1 >= first else None
+        return losses if other is None else other
+
+    monkeypatch.setattr(trainer, "_advance", changed)
+
+
+class TestDivergence:
+    @pytest.mark.parametrize("what", ["fpn.p6.weight", "backbone.bn1.running_var", "momentum of fpn.p6.weight"])
+    def test_last_good_files_stay(self, data, tmp_path, monkeypatch, what):
+        """The loss is finite, what comes after it is not: nothing is written, and a lower rate goes on."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        files = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "model.safetensors")}
+        trainer = Trainer(small(epochs=2), data, tmp_path, ALONE)
+        after_steps(trainer, monkeypatch, lambda losses: poison(trainer, what), first=4)
+        with pytest.raises(TrainingError) as error:
+            trainer.run()
+        for words in (
+            f"step 4: not finite after step 4: {what}",
+            "; a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm may help; ",
+            "checkpoint.pt is of an earlier step, and the same command with such settings goes on from it",
+        ):
+            assert words in str(error.value)
+        assert files == {name: (tmp_path / name).read_bytes() for name in files}
+        tamer = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, ALONE)
+        assert tamer.step == 2
+        assert tamer.tamed == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
+        tamer.run()
+        assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
+
+    def test_loss_and_weights_are_named_together(self, data, tmp_path, monkeypatch):
+        """The loss of the step after shows it first; the message has the weights too."""
+        trainer = Trainer(small(epochs=2), data, tmp_path, ALONE)
+        after_steps(trainer, monkeypatch, lambda losses: poison(trainer, "fpn.p6.weight"))
+        with pytest.raises(TrainingError, match=r"step 2: the loss is not finite \(total .*\); not finite after step 2: "):
+            trainer.run()
+        assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "model.safetensors").exists()
+
+    def test_one_process_stops_all(self, data, tmp_path, monkeypatch):
+        """Statistics that are not finite in another process alone."""
+        trainer = Trainer(small(), data, tmp_path, ALONE)
+        monkeypatch.setattr(World, "gather", lambda self, item: [item, ([], ["backbone.bn1.running_mean"])])
+        with pytest.raises(TrainingError, match="step 2: not finite after step 2: backbone.bn1.running_mean; "):
+            trainer.run()
+        assert not (tmp_path / "checkpoint.pt").exists()
+
+    def test_poisoned_checkpoint_is_refused(self, data, tmp_path):
+        """As versions wrote them that did not look."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        state["model"]["fpn.p6.bias"][0] = float("nan")
+        torch.save(state, tmp_path / "checkpoint.pt")
+        with pytest.raises(CheckpointError, match="checkpoint.pt: holds values that are not finite: fpn.p6.bias; start"):
+            Trainer(small(), data, tmp_path, ALONE)
+
+    def test_fp16_skips_steps(self, data, tmp_path):
+        """Gradients that overflow float16 are no divergence, until no loss scale helps."""
+        config = small(mixed_precision="fp16")
+        for scale, ends in ((2.0**100, True), (2.0**-30, False)):
+            trainer = Trainer(config, data, tmp_path / f"{ends}", ALONE)
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            before = trainer.network.fpn.p6.weight.clone()
+            if ends:
+                trainer.run()
+                assert torch.equal(trainer.network.fpn.p6.weight, before) and trainer.scaler.get_scale() == 2.0**98
+            else:
+                with pytest.raises(TrainingError, match="step 2: gradients overflow float16 at a loss scale of 9.3"):
+                    trainer.run()
+
+    @pytest.mark.parametrize("what", ["the loss", "the largest weight"])
+    def test_explosion_is_reported_once(self, data, tmp_path, monkeypatch, capsys, what):
+        """Finite and useless: the run goes on, and says so in the log and on standard error. What was good is kept."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        good = (tmp_path / "checkpoint.pt").read_bytes()
+        trainer = Trainer(small(epochs=4), data, tmp_path, ALONE)
+
+        def explode(losses):
+            if what == "the loss":
+                return losses * 1e3
+            trainer.network.stuff_head.logits.weight.data[0, 0] = 1e4
+            return torch.ones(5)
+
+        after_steps(trainer, monkeypatch, explode, first=3)
+        trainer.run()
+        (warning,) = [row for row in read_log(tmp_path / "log.jsonl") if row["kind"] == "warning"]
+        assert warning["step"] == 4 and warning["message"].startswith(f"the run explodes: {what} is ")
+        assert capsys.readouterr().err.count("warning: step 4: the run explodes") == 1
+        assert (tmp_path / "checkpoint_before_explosion.pt").read_bytes() == good
+        Trainer(small(epochs=4), data, tmp_path, ALONE)._watch([1e9])
+        assert "explodes" not in capsys.readouterr().err
+
+    def test_log_stays_json(self, tmp_path):
+        log = TrainingLog(tmp_path)
+        log.add("step", 1, total=1.0)
+        with pytest.raises(ValueError, match="JSON"):
+            log.add("step", 2, total=float("nan"))
+        log.close()
+        assert (tmp_path / "log.jsonl").read_text().count("\n") == 1 and len(log.rows) == 1
+
+    def test_command(self, scenes, tmp_path, capsys):
+        """A rate whose first update overflows: code 2, one sentence, no weights."""
+        settings = [f"{name}={value}" for name, value in (SMALL_RUN | {"learning_rate": 3e36}).items()]
+        paths = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json"), "--workers", "0"]
+        command = ["train", "tiny", *settings, "warmup_iterations=0", "checkpoint_every_steps=1", *paths]
+        assert main([*command, "--output", str(tmp_path / "run")]) == 2
+        said = capsys.readouterr().err
+        assert "spatialflow: step 1: not finite after step 1: " in said and "a lower learning_rate" in said
+        assert {path.name for path in (tmp_path / "run").iterdir()} <= {"log.jsonl", "tensorboard"}
+
+    def test_all_processes_end(self, tmp_path):
+        """Two processes: the update overflows, both end with an error, none waits for the other."""
+        write_coco(tmp_path, 4, (64, 96))
+        settings = ("learning_rate=3e36", "warmup_iterations=0", "images_per_step=2", "checkpoint_every_steps=1")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618"]
+        rest = command(tmp_path, tmp_path / "run", *settings)[3:]
+        done = subprocess.run([*launcher, "-m", "spatialflow.cli", *rest], env=environment(), timeout=240,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode != 0 and "not finite after step" in done.stderr
+        assert "the run explodes" in done.stderr
 
 
 def build_like(trainer):

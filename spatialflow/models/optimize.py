@@ -367,7 +367,9 @@ def optimize_for_inference(
 
     Returns:
         A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no
-        weights with `model`; it cannot be trained or saved, and stays on its device.
+        weights with `model`, and cannot be trained. It can be pickled and copied: packed weights are packed again
+        where it is loaded, for the instruction set there. It stays on its device and in its dtype: moved by `.to`, it
+        raises a RuntimeError where packed weights do not fit.
     """
     with torch.no_grad():
         source = copy.deepcopy(model).to(device)

@@ -47,12 +47,14 @@ def deform_conv2d(
             or mask that is not finite.
 
     Remarks:
-        Cells outside the map count as zero, so a sample fades over the last half cell and is zero beyond. A sample
-        whose offset or mask is not finite is zero and has no gradient, also none to its mask. No images: an empty
-        result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` (unless forward
-        over forward) and to any order through the others; at whole coordinates, where a bilinear sample has a kink,
-        the offset's gradient is the one from above, as in torchvision. Results are deterministic, but for the gradient
-        of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
+        Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
+        sample whose offset or mask is not finite, in the type it is used in, is zero and has no gradient, also none to
+        its mask. A feature that is not finite counts also where its weight, its mask or the kernel is 0, which makes
+        NaN. No images: an empty result. Gradients flow to all five tensors in reverse and forward mode, twice through
+        `offset` (unless forward over forward) and to any order through the others; at whole coordinates, where a
+        bilinear sample has a kink, the offset's gradient is the one from above, as in torchvision. Results are
+        deterministic, but for the gradient of `input` on CUDA, which is in float64 and under
+        `torch.use_deterministic_algorithms(True)`.
 
     Example:
         >>> features, weight = torch.rand(1, 8, 20, 30), torch.rand(16, 8, 3, 3)

@@ -261,7 +261,7 @@ def deform_conv2d(
     batch, channels, height, width = features.shape
     out_channels, group_channels, kernel_h, kernel_w = kernel.shape
     taps = kernel_h * kernel_w
-    groups, offset_groups = channels // group_channels, moves.shape[1] // (2 * taps)
+    groups, offset_groups = channels // max(group_channels, 1) or 1, moves.shape[1] // (2 * taps)
     part, out_part = channels // offset_groups, out_channels // groups
     out_height = (height + 2 * pad_y - step_y * (kernel_h - 1) - 1) // stride_y + 1
     out_width = (width + 2 * pad_x - step_x * (kernel_w - 1) - 1) // stride_x + 1
@@ -523,7 +523,7 @@ def preprocess_images(
     divisor: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """In float32 as documented, whatever `dtype` is."""
+    """Rounded to float32, to the last bit as documented, whatever `dtype` is."""
     if isinstance(images, Tensor):
         images, sizes = [images], [sizes]
     height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes))
@@ -531,9 +531,8 @@ def preprocess_images(
     for n, (image, size) in enumerate(zip(images, sizes)):
         resized = _resize(_array(image), size)
         for channel in range(3):
-            plane = resized[:, :, 2 - channel].astype(np.float32)
-            normalized = (plane - np.float32(mean[channel])) * np.float32(1 / std[channel])
-            result[n, channel, : size[0], : size[1]] = normalized
+            centred = resized[:, :, 2 - channel].astype(np.float32) - np.float32(mean[channel])
+            result[n, channel, : size[0], : size[1]] = (centred * (1 / np.float64(std[channel]))).astype(np.float32)
     return result
 
 

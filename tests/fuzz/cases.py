@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 SPECIAL = ("-0", "nan", "inf", "-inf", "max", "-max", "huge", "tiny", "denormal")
 HUGE_STRIDE = 1 << 40  # of a dimension of size 1, where torch allows any
 
@@ -198,7 +199,7 @@ def pyramid(draw: Draw, limits: Limits, levels: int, channels: int, dtype: str) 
     return [tensor(draw, shape, dtype, features(), grad=True) for shape in shapes]
 
 
-def _flow_conv(draw: Draw, limits: Limits) -> dict:
+def _flow_conv2d(draw: Draw, limits: Limits) -> dict:
     dtype = draw(one_of(*FLOATS))
     channels, outputs = draw(sizes(limits.channels)), draw(sizes(limits.channels))
     levels = draw(one_of(1, 1, 2, 3, 0))
@@ -217,11 +218,188 @@ def _flow_conv(draw: Draw, limits: Limits) -> dict:
     }
 
 
+def _flow_tower(draw: Draw, limits: Limits) -> dict:
+    dtype = draw(one_of(*FLOATS))
+    channels = draw(sizes(min(limits.channels, 33)))
+    levels = pyramid(draw, limits._replace(side=min(limits.side, 9)), draw(one_of(1, 2, 3)), channels, dtype)
+    counts = {name: draw(one_of(1, 0, 2)) for name in ("cls", "reg", "stuff", "thing")}
+    source = draw(one_of("reg", "cls", None))
+
+    def conv(inputs: int, outputs: int) -> list:
+        weight = tensor(draw, [outputs, inputs, 3, 3], dtype, features(0.3), grad=True)
+        return [weight, tensor(draw, [outputs], dtype, features(), grad=True) if draw(st.booleans()) else None]
+
+    def flows(inputs: int, count: int) -> list:
+        return [conv(inputs, channels) if draw(st.booleans()) else None for _ in range(draw(one_of(0, max(count, 1))))]
+
+    parameters = {name: [conv(channels, channels) for _ in range(count)] for name, count in counts.items()}
+    if source is not None:
+        follower = "cls" if source == "reg" else "reg"
+        for name, receiver in (("flow_cls", follower), ("flow_stuff", "stuff"), ("flow_thing", "thing")):
+            parameters[name] = flows(channels, counts[receiver])
+    parameters["semantic_flow"] = flows(channels, counts["thing"])
+    parameters["flow_source"] = source
+    parameters["segmentation_levels"] = draw(st.integers(0, len(levels)))
+    return {"levels": levels, "parameters": parameters, "algorithm": draw(one_of("auto", "direct", "winograd"))}
+
+
+def multilevel_roi_align(draw: Draw, limits: Limits) -> dict:
+    dtype = draw(one_of(*FLOATS))
+    batch, channels = draw(one_of(1, 2)), draw(sizes(limits.channels))
+    strides = [4, 8, 16][: draw(one_of(1, 2, 3))]
+    height, width = draw(sizes(limits.side)), draw(sizes(limits.side))
+    sides = [[-(-side * 4 // stride) for side in (height, width)] for stride in strides]
+    if draw(very_rarely):
+        sides[draw(st.integers(0, len(sides) - 1))][0] = 0
+    count = draw(st.integers(0, limits.rows // 3))
+    return {
+        "features": [tensor(draw, [batch, channels, *side], dtype, features(), grad=True) for side in sides],
+        "boxes": boxes(draw, [count], 5, draw(one_of(*FLOATS)), (4 * width, 4 * height), batch),
+        "output_size": pair_or_number(draw, sizes(5)),
+        "strides": strides,
+        "sampling_ratio": draw(one_of(0, 1, 2, -1)),
+        "aligned": draw(st.booleans()),
+        "finest_scale": draw(one_of(8, 4, 16, 56, 10.5)),
+    }
+
+
+THRESHOLDS = (0.5, 0.0, 1.0, 0.3, 0.7, 0.25)
+
+
+def _scores(draw: Draw, shape: list[int]) -> dict:
+    return tensor(draw, shape, draw(one_of(*FLOATS)), features(0.5))
+
+
+def nms(draw: Draw, limits: Limits) -> dict:
+    count = draw(st.integers(0, limits.rows)) if draw(st.booleans()) else draw(sizes(5 * limits.rows))
+    return {
+        "boxes": boxes(draw, [count], 4, draw(one_of(*FLOATS)), (12, 8), far=True),
+        "scores": _scores(draw, [count]),
+        "iou_threshold": draw(one_of(*THRESHOLDS, 2.0, 1e-9)),
+    }
+
+
+def batched_nms(draw: Draw, limits: Limits) -> dict:
+    arguments = nms(draw, limits)
+    idxs = tensor(draw, arguments["scores"]["tensor"], "int64", integers(-1, draw(one_of(0, 1, 3)), outliers=True))
+    return {"boxes": arguments["boxes"], "scores": arguments["scores"], "idxs": idxs,
+            "iou_threshold": arguments["iou_threshold"]}  # fmt: skip
+
+
+def multiclass_nms(draw: Draw, limits: Limits) -> dict:
+    lead = draw(st.sampled_from([[], [1], [2], [0]]))
+    count, classes = draw(st.integers(0, limits.rows)), draw(st.sampled_from([1, 2, 3, 5, 0, 17]))
+    return {
+        "boxes": boxes(draw, [*lead, count], 4, draw(one_of(*FLOATS)), (12, 8), far=True),
+        "scores": _scores(draw, [*lead, count, classes]),
+        "score_threshold": draw(one_of(0.0, 0.5, 0.05, -1.0, 1.0, float("-inf"), float("inf"))),
+        "iou_threshold": draw(one_of(*THRESHOLDS)),
+        "max_detections": draw(one_of(1, 0, 3, 10, 100)),
+    }
+
+
+def panoptic_merge(draw: Draw, limits: Limits) -> dict:
+    count = draw(one_of(0, 1, 2, 3, 5, 9))
+    size = [draw(sizes(3 * limits.side)), draw(sizes(3 * limits.side))] if not draw(very_rarely) else [0, 3]
+    stuff = draw(one_of(0, 1, 2, 5))
+    return {
+        "masks": tensor(draw, [count, *size], draw(one_of("bool", "uint8")), integers(0, 1, "blocks")),
+        "scores": _scores(draw, [count]),
+        "labels": tensor(draw, [count], draw(one_of(*INTEGERS)), integers(0, 5, outliers=True)),
+        "boxes": boxes(draw, [count], 4, draw(one_of(*FLOATS)), (size[1] + 1, size[0] + 1), far=True)
+        if draw(st.booleans())
+        else None,
+        "stuff": tensor(draw, size, draw(one_of(*INTEGERS)), integers(-1, stuff, "blocks", outliers=True)),
+        "stuff_labels": stuff,
+        "ignored_stuff": draw(st.lists(st.integers(-1, 5), max_size=2)),
+        "score_threshold": draw(one_of(0.0, 0.37, 0.5, 1.0, float("-inf"))),
+        "overlap_threshold": draw(one_of(*THRESHOLDS)),
+        "stuff_area_limit": draw(one_of(0, 1, 5, 30, 4900)),
+        "box_threshold": draw(one_of(*THRESHOLDS)),
+    }
+
+
+def panoptic_quality_counts(draw: Draw, limits: Limits) -> dict:
+    size = [draw(sizes(3 * limits.side)), draw(sizes(8 * limits.side))] if not draw(very_rarely) else [0, 3]
+    counts = [draw(one_of(0, 1, 2, 7, 300)) for _ in range(2)]
+    kind = draw(one_of("blocks", "integers"))
+    maps = [tensor(draw, size, "int32", integers(-1, count + 1, kind, outliers=True)) for count in counts]
+    return {"gt_map": maps[0], "pred_map": maps[1], "gt_segments": counts[0], "pred_segments": counts[1]}
+
+
+def paste_masks(draw: Draw, limits: Limits) -> dict:
+    count = draw(one_of(1, 0, 2, 3))
+    size = [draw(sizes(3 * limits.side)), draw(sizes(3 * limits.side))] if not draw(very_rarely) else [0, 3]
+    mask = [draw(sizes(14)), draw(sizes(14))] if not draw(very_rarely) else [0, 2]
+    return {
+        "mask_logits": tensor(draw, [count, *mask], draw(one_of(*FLOATS)), features(2.0)),
+        "boxes": boxes(draw, [count], 4, draw(one_of(*FLOATS)), (size[1] + 1, size[0] + 1), far=True),
+        "size": size,
+        "threshold": draw(one_of(0.5, 1.0, 0.3, 0.75, 1e-6)),
+    }
+
+
+def preprocess_images(draw: Draw, limits: Limits) -> dict:
+    count = draw(one_of(1, 2, 3))
+    images, targets = [], []
+    for _ in range(count):
+        size = [draw(sizes(limits.side)), draw(sizes(2 * limits.side))]
+        images.append(tensor(draw, [*size, 3], "uint8", integers(0, 255)))
+        halved = [side // 2 for side in size]
+        half = all(halved) and draw(rarely)
+        targets.append(halved if half else [draw(sizes(2 * limits.side)), draw(sizes(2 * limits.side))])
+    single = count == 1 and draw(st.booleans())
+    return {
+        "images": images[0] if single else images,
+        "sizes": targets[0] if single else targets,
+        "mean": draw(st.sampled_from([[0.0, 0.0, 0.0], [123.675, 116.28, 103.53], [-1e6, 1.5, 1e30]])),
+        "std": draw(st.sampled_from([[1.0, 1.0, 1.0], [58.395, 57.12, 57.375], [1e-30, 255.0, 1e30]])),
+        "divisor": draw(one_of(1, 2, 32, 7)),
+        "dtype": {"dtype": draw(one_of("float32", "float16", "bfloat16"))},
+    }
+
+
+def sigmoid_focal_loss(draw: Draw, limits: Limits) -> dict:
+    lead = draw(st.sampled_from([[5], [], [1], [0], [2, 3], [17], [130]]))
+    classes = draw(st.sampled_from([1, 2, 3, 8, 0, 17, 80]))
+    labels = tensor(draw, lead, draw(one_of("int64", "int32")), integers(-1, classes + 1, outliers=True))
+    return {
+        "logits": tensor(draw, [*lead, classes], draw(one_of(*FLOATS)), features(draw(one_of(1.0, 20.0))), grad=True),
+        "labels": labels,
+        "gamma": draw(one_of(2.0, 0.0, 1.0, 0.5, 1.5, 5.0)),
+        "alpha": draw(one_of(0.25, -1.0, 0.0, 1.0)),
+        "reduction": draw(one_of("none", "sum", "mean")),
+    }
+
+
+def stuff_labels(draw: Draw, limits: Limits) -> dict:
+    classes = draw(st.sampled_from([1, 2, 3, 5, 17, 54, 256, 257]))
+    cells = [draw(sizes(limits.side)), draw(sizes(limits.side))]
+    return {
+        "logits": tensor(draw, [classes, *cells], draw(one_of(*FLOATS)), features()),
+        "valid_size": [draw(st.integers(1, 4 * side)) for side in cells],
+        "original_size": [draw(sizes(3 * limits.side)), draw(sizes(3 * limits.side))],
+    }
+
+
+# Of every public operator; packed weights are operators of their own here.
 OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
-    "roi_align": roi_align,
+    "batched_nms": batched_nms,
     "deform_conv2d": deform_conv2d,
-    "flow_conv2d": _flow_conv,
-    "pack_conv3x3": _flow_conv,
+    "flow_conv2d": _flow_conv2d,
+    "flow_tower": _flow_tower,
+    "multiclass_nms": multiclass_nms,
+    "multilevel_roi_align": multilevel_roi_align,
+    "nms": nms,
+    "pack_conv3x3": _flow_conv2d,
+    "pack_flow_tower": _flow_tower,
+    "panoptic_merge": panoptic_merge,
+    "panoptic_quality_counts": panoptic_quality_counts,
+    "paste_masks": paste_masks,
+    "preprocess_images": preprocess_images,
+    "roi_align": roi_align,
+    "sigmoid_focal_loss": sigmoid_focal_loss,
+    "stuff_labels": stuff_labels,
 }
 
 

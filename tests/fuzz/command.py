@@ -148,7 +148,7 @@ def supervisor_for(backend: str) -> Supervisor:
 
 def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list[tuple[dict, str]]:
     """Fuzzes until the time is over or a case failed; prints a table; the failing cases with their descriptions."""
-    limits = CPU if backend == "cpu" else SIMT
+    limits = CPU if backend.startswith("cpu") else SIMT
     begin = time.monotonic()
     found = []
     with supervisor_for(backend) as supervisor:
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=[],
         help='operators, kinds of files, or "operators" and "files" for all of them (default: operators)',
     )
-    parser.add_argument("--backend", choices=("cpu", "simt", "simt_sanitized"), default="cpu")
+    parser.add_argument("--backend", choices=("cpu", "cpu_sanitized", "simt", "simt_sanitized"), default="cpu")
     parser.add_argument("--replay", metavar="CASE", help="executes this case, as a report prints it; - reads it from stdin")
     options = parser.parse_args(arguments)
     if options.replay:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,11 +16,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuzz import judge
 from fuzz.files import FILES
-from fuzz.operators import EPSILON, OPERATORS, Operator, leaves
+from fuzz.operators import EPSILON, OPERATORS, Operator, leaves, map_tensors
 from fuzz.tensors import Memory, build_tensor
 
 # What an operator may refuse a call with; anything else, such as an IndexError, was not meant.
 REFUSALS = (RuntimeError, ValueError, TypeError)
+BRUTE_FORCE_ELEMENTS = 250  # of all tensors together; its loops are slow
 MODE_CALLS = 200  # calls of one FakeTensorMode; it remembers every size that depends on values
 
 _memory = Memory()
@@ -50,6 +52,7 @@ class _Trial:
         _memory.begin()
         self.arguments = _map(case["arguments"], self._build)
         self.tensors = leaves(self.arguments)
+        self.incoming: list[Tensor] = []  # gradients and tangents
         floats = [t.dtype for t in self.tensors if t.dtype.is_floating_point]
         self.tolerance = judge.tolerance_of(floats)
         # Features decide the type of the sums, or any tensor of float64 among boxes and scores.
@@ -76,13 +79,12 @@ class _Trial:
         self._result(outputs)
         needs = [t.requires_grad for t in self.tensors]
         tracked = [i for i, o in enumerate(outputs) if o.requires_grad]
-        self.incoming: list[Tensor] = []
         gradients = None
         if any(needs) and self.operator.differentiable:
             if tracked:
                 self.incoming = [self._incoming(outputs[i], i) for i in tracked]
                 gradients = self._gradient(outputs, tracked)
-            else:
+            elif self._reference_tracks():
                 self.differs("no result requires a gradient")
             if self.case.get("jvp"):
                 self._tangents()
@@ -106,13 +108,39 @@ class _Trial:
         elif "out of memory" not in str(error):
             try:
                 with _fake_mode():
-                    self.operator.call(**_map_tensors(self.arguments, _fake_of))
+                    self.operator.call(**map_tensors(_fake_of, self.arguments))
             except Exception:
                 return
             self.differs(f"the fake kernel accepts what the operator refuses with: {text}")
 
     def _result(self, outputs: list[Tensor]) -> None:
-        self._ask("result", outputs, lambda function, arguments, _: leaves(function(**arguments)), nearby="result")
+        def ask(function: Callable, arguments: dict, _: bool) -> list[Tensor]:
+            return leaves(function(**arguments))
+
+        self._ask("result", outputs, ask, nearby="result")
+        if sum(t.numel() for t in (*self.tensors, *outputs)) <= BRUTE_FORCE_ELEMENTS:
+            self._ask_brute_force(outputs)
+
+    def _ask_brute_force(self, outputs: list[Tensor]) -> None:
+        operator, plain = self.operator, map_tensors(Tensor.detach, self.arguments)
+        if not operator.affordable(plain) or operator.unstable(plain, self.tensors):
+            return
+
+        def answers(arguments: dict) -> list[Tensor]:
+            return [torch.from_numpy(np.asarray(array)) for array in _arrays(operator.brute(**arguments))]
+
+        variants = functools.cache(
+            lambda: [answers(variant) for variant in operator.nearby(plain, EPSILON[self.accumulator])]
+        )
+        expected = answers(plain)
+        if len(expected) != len(outputs):
+            self.differs(f"result: {len(outputs)} tensors, {len(expected)} of the brute force")
+            return
+        sizes = functools.cache(lambda: self._sizes(lambda f, a, _: leaves(f(**a)), map_tensors(_wide, plain)))
+        for index, (one, other) in enumerate(zip(outputs, expected)):
+            if operator.excused and one.shape == other.shape:
+                other = torch.where(operator.excused(plain, one), one.to(other.dtype), other)
+            self._judge(f"result[{index}]", "brute force", one, other, sizes, variants, index)
 
     def _gradient(self, outputs: list[Tensor], tracked: list[int]) -> list[Tensor | None]:
         """Gradients of all tensors that require one, through the outputs at `tracked`."""
@@ -146,6 +174,11 @@ class _Trial:
             self._ask("gradient", compared, ask, nearby="gradient", names=[self._all_names()[p] for p in positions])
         return list(actual)
 
+    def _reference_tracks(self) -> bool:
+        positions = [i for i, t in enumerate(self.tensors) if t.requires_grad]
+        given, _ = _tracked(map_tensors(_wide, self.arguments), positions)
+        return any(o.requires_grad for o in leaves(self.operator.reference(**given)))
+
     def _tangents(self) -> None:
         positions = [
             i
@@ -155,8 +188,9 @@ class _Trial:
         if not positions:
             return
         tangents = [self._incoming(self.tensors[p], 100 + p) for p in positions]
+        self.incoming += tangents
         _memory.remember()
-        plain = _map_tensors(self.arguments, Tensor.detach)
+        plain = map_tensors(Tensor.detach, self.arguments)
         pushed = _pushed(self.operator.call, plain, positions, tangents)
 
         def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
@@ -168,16 +202,17 @@ class _Trial:
     def _fake(self, outputs: list[Tensor], gradients: list[Tensor | None] | None) -> None:
         try:
             with _fake_mode():
-                arguments = _map_tensors(self.arguments, _fake_of)
+                arguments = map_tensors(_fake_of, self.arguments)
                 results = leaves(self.operator.call(**arguments))
-                difference = judge.metadata_difference(outputs, results)
+                strides = not (self.operator.composed and gradients is not None)
+                difference = judge.metadata_difference(outputs, results, strides)
                 if difference is None and gradients is not None:
                     tracked = [o for o, real in zip(results, outputs) if real.requires_grad]
                     inputs = [t for t in leaves(arguments) if t.requires_grad]
-                    cotangents = [_fake_of(c) for c in self.incoming]
+                    cotangents = [_fake_of(c) for c in self.incoming[: len(tracked)]]
                     found = torch.autograd.grad(tracked, inputs, cotangents, allow_unused=True)
                     pairs = [(r, f) for r, f in zip(gradients, found) if r is not None and f is not None]
-                    difference = judge.metadata_difference([r for r, _ in pairs], [f for _, f in pairs])
+                    difference = judge.metadata_difference([r for r, _ in pairs], [f for _, f in pairs], strides)
                     difference = difference and f"gradient {difference}"
         except Exception as error:
             difference = f"refuses a call that the operator accepts: {type(error).__name__}: {error}".split("\n")[0]
@@ -191,11 +226,11 @@ class _Trial:
     ) -> None:
         """Compares `actual` with what the reference answers to `question(function, arguments, absolute)`."""
         operator = self.operator
-        plain = _map_tensors(self.arguments, Tensor.detach)
-        if not operator.affordable(plain):
+        plain = map_tensors(Tensor.detach, self.arguments)
+        if not operator.affordable(plain) or operator.unstable(plain, [*self.tensors, *self.incoming]):
             self.report["skipped"].append(what)
             return
-        given = plain if operator.exact else _map_tensors(plain, _wide)
+        given = plain if operator.exact else map_tensors(_wide, plain)
         try:
             expected = question(operator.reference, given, False)
         except Exception as error:
@@ -208,20 +243,28 @@ class _Trial:
         variants = functools.cache(lambda: list(self._variants(question, given, nearby)))
         sizes = functools.cache(lambda: self._sizes(question, given))
         for index, (one, other) in enumerate(zip(actual, expected)):
-            verdict = judge.compare(
-                one,
-                other,
-                self.tolerance,
-                self.accumulator,
-                lambda index=index: sizes()[index] if sizes() else None,
-                lambda index=index: (variant[index] for variant in variants()),
-                operator.poisons(plain),
-            )
-            self.report["compared"] += verdict.compared
-            self.report["excluded"] += verdict.excluded
-            if verdict.difference:
-                name = f"{what} of {names[index]}" if names else f"{what}[{index}]"
-                self.differs(f"{name} ({one.dtype}, reference): {verdict.difference}")
+            name = f"{what} of {names[index]}" if names else f"{what}[{index}]"
+            self._judge(name, "reference", one, other, sizes, variants, index)
+
+    def _judge(
+        self, what: str, judged_by: str, actual: Tensor, expected: Tensor, sizes: Callable, variants: Callable, index: int
+    ) -> None:
+        # An exact operator has no tolerance against its reference; the brute force rounds nothing.
+        exact = self.operator.exact and judged_by == "reference"
+        tolerance = 0.0 if exact else max(self.tolerance, judge.tolerance_of([actual.dtype]))
+        verdict = judge.compare(
+            actual,
+            expected,
+            tolerance,
+            self.accumulator,
+            lambda: sizes()[index] if sizes() else None,
+            lambda: (variant[index] for variant in variants()),
+            self.operator.poisons,
+        )
+        self.report["compared"] += verdict.compared
+        self.report["excluded"] += verdict.excluded
+        if verdict.difference:
+            self.differs(f"{what} ({actual.dtype}, {judged_by}): {verdict.difference}")
 
     def _variants(self, question: Callable, given: dict, nearby: str) -> Iterator[list[Tensor]]:
         if nearby in self.operator.nearby_for:
@@ -258,12 +301,9 @@ def _map(value: Any, build: Callable[[dict], Any]) -> Any:
     return [_map(item, build) for item in value] if isinstance(value, list) else value
 
 
-def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: _map_tensors(item, function) for name, item in value.items()}
-    return [_map_tensors(item, function) for item in value] if isinstance(value, list) else value
+def _arrays(value: Any) -> list:
+    """The arrays in a nest of lists and tuples, in order."""
+    return [array for item in value for array in _arrays(item)] if isinstance(value, (list, tuple)) else [value]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -281,7 +321,7 @@ def _tracked(arguments: dict, positions: list[int]) -> tuple[dict, list[Tensor]]
         chosen.append(tensor.detach().clone().requires_grad_())
         return chosen[-1]
 
-    return _map_tensors(arguments, track), chosen
+    return map_tensors(track, arguments), chosen
 
 
 def _pushed(function: Callable, arguments: dict, positions: list[int], tangents: list[Tensor]) -> list[Tensor]:
@@ -296,7 +336,7 @@ def _pushed(function: Callable, arguments: dict, positions: list[int], tangents:
                 tensor = tensor.contiguous()  # torch makes no dual of an expanded tensor
             return forward_ad.make_dual(tensor, rest.pop(0))
 
-        results = leaves(function(**_map_tensors(arguments, dual)))
+        results = leaves(function(**map_tensors(dual, arguments)))
         unpacked = [forward_ad.unpack_dual(result) for result in results]
         return [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
 

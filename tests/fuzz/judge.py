@@ -126,8 +126,8 @@ def _verdict(wrong: Tensor, actual: Tensor, expected: Tensor, excluded: int, all
     return Verdict(text, count - excluded, excluded)
 
 
-def metadata_difference(real: Any, fake: Any) -> str | None:
-    """How a fake result differs from a real one in shape, dtype or strides; None if it does not."""
+def metadata_difference(real: Any, fake: Any, strides: bool = True) -> str | None:
+    """How fake results differ from real ones in shape, dtype or, if asked for, strides; None if they do not."""
     if len(real) != len(fake):
         return f"{len(fake)} tensors, really {len(real)}"
     for index, (one, other) in enumerate(zip(real, fake)):
@@ -139,7 +139,7 @@ def metadata_difference(real: Any, fake: Any) -> str | None:
             continue  # depends on the values
         if one.shape != other.shape:
             return f"[{index}] has shape {tuple(other.shape)}, really {tuple(one.shape)}"
-        strides = [(a, b) for a, b, size in zip(one.stride(), other.stride(), one.shape) if size > 1]
-        if one.numel() and any(a != b for a, b in strides):
+        pairs = [(a, b) for a, b, size in zip(one.stride(), other.stride(), one.shape) if size > 1]
+        if strides and one.numel() and any(a != b for a, b in pairs):
             return f"[{index}] has strides {tuple(other.stride())}, really {tuple(one.stride())}, of {tuple(one.shape)}"
     return None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from op_matrix import map_tensors
+from fuzz import brute_force
 from spatialflow import ops
 from spatialflow.ops import reference
 
@@ -29,24 +29,34 @@ class Operator:
     Attributes:
         call: the operator.
         reference: its plain-PyTorch twin.
+        brute: its brute force in NumPy.
         differentiable: arguments with a gradient.
         exact: results are integers that must be equal, and the reference gets the tensors as they are.
         nearby: arguments a rounding away from the given ones, in float64.
         nearby_for: the questions where that makes a difference: "result", "gradient".
         linear: arguments that enter linearly; their absolute values tell the size of the terms of the sums.
-        poisons: the reference spreads NaN and infinities of the inputs further than the operator does; results that it
-            makes not finite are not compared.
+        poisons: the reference spreads what is not finite further than the operator does, as it multiplies it by zero;
+            results that it makes not finite are not compared.
+        composed: of operators of torch where a gradient may be asked for; those give expanded tensors other strides than
+            their own fake kernels do.
+        unstable: whether results can be told to be neither right nor wrong: (arguments, all tensors, gradients that come
+            in included) -> bool. The call must do no harm then, and that is all.
+        excused: for integer results and the brute force, where both answers are right: (arguments, result) -> bools.
         affordable: whether the reference can be computed in little time.
     """
 
     call: Callable[..., Any]
     reference: Callable[..., Any]
+    brute: Callable[..., Any]
     differentiable: tuple[str, ...] = ()
     exact: bool = False
     nearby: Callable[[dict, float], Iterator[dict]] = lambda arguments, epsilon: iter(())
     nearby_for: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
-    poisons: Callable[[dict], bool] = lambda arguments: False
+    poisons: bool = False
+    composed: bool = False
+    unstable: Callable[[dict, list[Tensor]], bool] = lambda arguments, tensors: False
+    excused: Callable[[dict, Tensor], Tensor] | None = None
     affordable: Callable[[dict], bool] = lambda arguments: True
 
     def absolute(self, arguments: dict) -> dict:
@@ -98,6 +108,15 @@ def _nearby_bias(arguments: dict, epsilon: float) -> Iterator[dict]:
         yield arguments | {"bias": bias + sign * step}
 
 
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A nest of lists and dictionaries with its tensors replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    return [map_tensors(function, item) for item in value] if isinstance(value, list) else value
+
+
 def leaves(value: Any) -> list[Tensor]:
     """The tensors in a nest of lists, tuples and dictionaries, in order."""
     if isinstance(value, Tensor):
@@ -107,56 +126,151 @@ def leaves(value: Any) -> list[Tensor]:
     return [leaf for item in value for leaf in leaves(item)] if isinstance(value, (list, tuple, type({}.values()))) else []
 
 
-def _has_specials(arguments: dict) -> bool:
-    return any(not bool(t.detach().isfinite().all()) for t in leaves(arguments) if t.is_floating_point())
+def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
+    """Winograd adds what it multiplies: an infinite or very large number spoils the tile of 4 x 4 pixels around it. And
+    whether a weight that is not finite is multiplied by padding is left open."""
+    if arguments["algorithm"] != "direct" and tensors[0].dtype != torch.float64:
+        return any(not bool((t.detach().abs() < 1e3).all()) for t in tensors)
+    weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
+    return any(not bool(t.detach().isfinite().all()) for t in weights)
 
 
 def _flow_conv2d_packed(*, x: Any, flow: Any, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Any:
     return ops.flow_conv2d(x, flow, ops.pack_conv3x3(weight, bias, algorithm), None, relu)
 
 
-def _is_winograd(arguments: dict) -> bool:
-    """Winograd spreads what is not finite over tiles, and adds before it multiplies."""
-    weight = arguments["weight"]
-    return arguments["algorithm"] != "direct" and weight.dtype != torch.float64 and _has_specials(arguments)
+def _tower(parameters: dict) -> ops.FlowTowerParameters:
+    lists = {name: tuple(conv and tuple(conv) for conv in value) for name, value in parameters.items()
+             if isinstance(value, list)}  # fmt: skip
+    return ops.FlowTowerParameters(**parameters | lists)
+
+
+def _flow_tower(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return ops.flow_tower(levels, _tower(parameters), algorithm)
+
+
+def _flow_tower_packed(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return ops.flow_tower(levels, ops.pack_flow_tower(_tower(parameters), algorithm))
+
+
+def _flow_tower_reference(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return reference.flow_tower(levels, _tower(parameters), algorithm)
+
+
+def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return brute_force.flow_tower(levels, _tower(parameters), algorithm)
+
+
+def _nearby_tower(arguments: dict, epsilon: float) -> Iterator[dict]:
+    """Every weight and bias of the tower, moved one way or the other: sums at the kink of some ReLU change sides."""
+    for sign in (1, -1, 2, -2):
+        yield arguments | {"parameters": map_tensors(lambda t: t + sign * 4 * epsilon * (t.abs() + 1), arguments["parameters"])}
+
+
+def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*, dtype: dict, **arguments: Any) -> Any:
+        return function(**arguments, dtype=getattr(torch, dtype["dtype"]))
+
+    return call
+
+
+def _tied(arguments: dict, result: Tensor) -> Tensor:
+    """Pixels whose class is, within a rounding, as good as the best."""
+    enlarged = torch.from_numpy(brute_force.enlarged_logits(**arguments))  # (H, W, C)
+    enlarged = torch.where(enlarged.isnan(), -torch.inf, enlarged)
+    own = enlarged.gather(2, result.long()[..., None])[..., 0]
+    finite = torch.where(enlarged.isfinite(), enlarged, 0)
+    scale = finite.abs().amax(dim=2)
+    largest = torch.finfo(torch.float32).max / 4  # beyond, float32 overflows
+    return (own >= enlarged.amax(dim=2) - 1e-5 * scale) | (scale > largest)
+
+
+def _nearby_threshold(arguments: dict, epsilon: float) -> Iterator[dict]:
+    """Pixels whose probability is the threshold, and boxes without a whole rounding between their sides."""
+    for factor in (1 + 64 * epsilon, 1 - 64 * epsilon):
+        yield arguments | {"threshold": arguments["threshold"] * factor}
 
 
 OPERATORS: dict[str, Operator] = {
     "roi_align": Operator(
         ops.roi_align,
-        reference.roi_align,
+        reference.roi_align, brute_force.roi_align,
         differentiable=("input",),
         nearby=_nearby_boxes,
         nearby_for=("result", "gradient"),
         linear=("input",),
-        poisons=_has_specials,
+        poisons=True,
         affordable=lambda a: _moderate(a, a["spatial_scale"]),
     ),
     "deform_conv2d": Operator(
         ops.deform_conv2d,
-        reference.deform_conv2d,
+        reference.deform_conv2d, brute_force.deform_conv2d,
         differentiable=("input", "offset", "weight", "bias", "mask"),
         nearby=_nearby_offsets,
         nearby_for=("gradient",),
         linear=("input", "weight", "bias", "mask"),
-        poisons=_has_specials,
+        poisons=True,
     ),
     "flow_conv2d": Operator(
         ops.flow_conv2d,
-        reference.flow_conv2d,
+        reference.flow_conv2d, brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
         nearby=_nearby_bias,
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
-        poisons=_is_winograd,
+        unstable=_upsets_convolution,
     ),
     "pack_conv3x3": Operator(
         _flow_conv2d_packed,
-        reference.flow_conv2d,
+        reference.flow_conv2d, brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
         nearby=_nearby_bias,
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
-        poisons=_is_winograd,
+        unstable=_upsets_convolution,
     ),
+    "multilevel_roi_align": Operator(
+        ops.multilevel_roi_align,
+        reference.multilevel_roi_align, brute_force.multilevel_roi_align,
+        differentiable=("features",),
+        nearby=_nearby_boxes,
+        nearby_for=("result", "gradient"),
+        linear=("features",),
+        poisons=True,
+        affordable=lambda a: _moderate(a, 1 / min(a["strides"])),
+    ),
+    "nms": Operator(ops.nms, reference.nms, brute_force.nms, exact=True),
+    "batched_nms": Operator(ops.batched_nms, reference.batched_nms, brute_force.batched_nms, exact=True),
+    "multiclass_nms": Operator(ops.multiclass_nms, reference.multiclass_nms, brute_force.multiclass_nms, exact=True),
+    "panoptic_merge": Operator(ops.panoptic_merge, reference.panoptic_merge, brute_force.panoptic_merge, exact=True),
+    "panoptic_quality_counts": Operator(ops.panoptic_quality_counts, reference.panoptic_quality_counts, brute_force.panoptic_quality_counts, exact=True),
+    "paste_masks": Operator(
+        ops.paste_masks,
+        reference.paste_masks, brute_force.paste_masks,
+        exact=True,
+        nearby=_nearby_threshold,
+        nearby_for=("result",),
+    ),
+    "preprocess_images": Operator(
+        _named_dtype(ops.preprocess_images),
+        _named_dtype(reference.preprocess_images),
+        _named_dtype(brute_force.preprocess_images),
+        exact=True,
+    ),
+    "sigmoid_focal_loss": Operator(
+        ops.sigmoid_focal_loss, reference.sigmoid_focal_loss, brute_force.sigmoid_focal_loss, differentiable=("logits",)
+    ),
+    "stuff_labels": Operator(ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied),
 }
+for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_tower_packed)):
+    OPERATORS[_name] = Operator(
+        _call,
+        _flow_tower_reference,
+        _flow_tower_brute,
+        composed=True,
+        differentiable=("levels", "parameters"),
+        nearby=_nearby_tower,
+        nearby_for=("gradient",),
+        linear=("levels", "parameters"),
+        unstable=_upsets_convolution,
+    )

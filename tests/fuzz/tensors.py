@@ -122,13 +122,14 @@ def make_values(values: dict, shape: list[int], dtype: torch.dtype) -> Tensor:
     """(shape) in `dtype`. The kinds are those below; "special" puts the listed numbers at random places of another."""
     rng = np.random.default_rng(values["seed"])
     numbers = KINDS[values["kind"]](rng, shape, values, dtype)
+    numbers = np.asarray(numbers, dtype=np.float64 if dtype.is_floating_point else None)
     special = values.get("special", ())
     if special and numbers.size:
         flat = numbers.reshape(-1)
         places = rng.integers(0, flat.size, size=len(special))
         flat[places] = [special_number(name, dtype) for name in special]
         numbers = flat.reshape(shape)
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype)
+    return torch.from_numpy(np.ascontiguousarray(numbers)).reshape(shape).to(dtype)
 
 
 SPECIAL = ("nan", "inf", "-inf", "-0", "max", "-max", "tiny", "denormal", "huge")

@@ -27,8 +27,8 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 environment := $(VENV)/complete
 endif
 
-.PHONY: help build test test-simt test-simt-sanitize sanitize sanitize-threads test-sass nvcc mutation-round bench \
-	gpu-check gpu-check-dry gpu-pack demo clean
+.PHONY: help build test test-simt test-simt-sanitize sanitize sanitize-threads test-sass nvcc mutation-round fuzz \
+	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -107,6 +107,16 @@ test-sass: nvcc build $(disassembler)  ## what the compiler made of the CUDA ker
 
 mutation-round: build  ## break a line of a kernel at a time: do tests and sanitizers notice? about 15 minutes
 	$(PYTHON) tools/mutation_round.py
+
+SECONDS ?= 120
+SEED ?= 0
+fuzz: BACKEND := $(if $(filter command line environment,$(origin BACKEND)),$(BACKEND),cpu)
+fuzz: build  ## try hostile cases of the operators (docs/fuzzing.md); SECONDS=1200 SEED=1 OPS="nms roi_align" BACKEND=simt
+	$(if $(filter simt,$(BACKEND)),$(simt_build))
+	$(PYTHON) tests/fuzz --seconds $(SECONDS) --seed $(SEED) --backend $(BACKEND) $(if $(OPS),--ops $(OPS))
+
+fuzz-planted: build  ## plant faults, one at a time: does the fuzzer find them? TEXT="stride" for some
+	$(PYTHON) tools/fuzz_planted.py $(TEXT)
 
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)

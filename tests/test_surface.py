@@ -159,6 +159,14 @@ class TestPublicOperator:
         own, other = (set(inspect.signature(f).parameters) - {"algorithm"} for f in (getattr(ops, name), twin))
         assert own == other
 
+    def test_fuzzed(self, name):
+        """The fuzzer has a strategy, a reference and a brute force for it."""
+        pytest.importorskip("hypothesis")
+        from fuzz import brute_force, cases, operators
+
+        assert set(cases.OPERATORS) == set(operators.OPERATORS)
+        assert name in cases.OPERATORS and callable(getattr(brute_force, name))
+
     def test_docstring(self, name):
         """One sentence, every argument, what comes back, what is raised, and where the arithmetic comes from."""
         function = getattr(ops, name)

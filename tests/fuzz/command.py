@@ -45,10 +45,13 @@ class Failed(Exception):
 class Fuzzer:
     """Tries cases in a worker until the time is over; counts what became of them."""
 
-    def __init__(self, supervisor: Supervisor, limits: Limits, deadline: float) -> None:
+    def __init__(self, supervisor: Supervisor, limits: Limits, seconds: float) -> None:
         self.supervisor = supervisor
         self.limits = limits
-        self.deadline = deadline
+        self.begin = time.monotonic()
+        self.deadline = self.begin + seconds
+        self.tried = 0  # cases of the operator at work
+        self.found = ""
         self.counts: Counter = Counter()
         self.seconds: Counter = Counter()
 
@@ -65,6 +68,7 @@ class Fuzzer:
             if description is None:
                 return
             if smallest is None:
+                self.found = f"found after {time.monotonic() - self.begin:.0f} s, in case {self.tried}"
                 end = time.monotonic() + SHRINK_SECONDS
             if smallest is None or len(json.dumps(case)) <= len(json.dumps(smallest[0])):
                 smallest = case, description
@@ -90,6 +94,7 @@ class Fuzzer:
         outcome = self.supervisor.run(case)
         operator = case["op"]
         self.counts[operator, "cases"] += 1
+        self.tried = self.counts[operator, "cases"]
         self.seconds[operator] += time.monotonic() - begin
         if outcome.kind == "done":
             self.counts[operator, "refused"] += outcome.value["status"] == "refused"
@@ -149,10 +154,9 @@ def supervisor_for(backend: str) -> Supervisor:
 def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list[tuple[dict, str]]:
     """Fuzzes until the time is over or a case failed; prints a table; the failing cases with their descriptions."""
     limits = CPU if backend.startswith("cpu") else SIMT
-    begin = time.monotonic()
     found = []
     with supervisor_for(backend) as supervisor:
-        fuzzer = Fuzzer(supervisor, limits, begin + seconds)
+        fuzzer = Fuzzer(supervisor, limits, seconds)
         for operator, start in _rounds(operators, first):
             if time.monotonic() > fuzzer.deadline:
                 break
@@ -160,13 +164,13 @@ def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list
             if failure:
                 found.append(failure)
                 operators.remove(operator)  # one failure is enough to read
-                report(*failure, backend)
-    _print_table(fuzzer, time.monotonic() - begin)
+                report(*failure, fuzzer.found, backend)
+    _print_table(fuzzer, time.monotonic() - fuzzer.begin)
     return found
 
 
-def report(case: dict, description: str, backend: str) -> None:
-    print(f"FAILED: {describe_case(case)}\n{description}\nReplay:\n  {replay_command(case, backend)}\n", flush=True)
+def report(case: dict, description: str, found: str, backend: str) -> None:
+    print(f"FAILED: {describe_case(case)}\n{found}\n{description}\nReplay:\n  {replay_command(case, backend)}\n", flush=True)
 
 
 def _print_table(fuzzer: Fuzzer, seconds: float) -> None:

@@ -94,6 +94,7 @@ def build_tensor(description: dict, memory: Memory) -> Tensor:
     values = make_values(description["values"], shape, dtype)
     for d in expanded:
         values = values.narrow(d, 0, own[d])
+    start += flat.storage_offset()
     flat.as_strided(own, strides, start).copy_(values)
     ones = layout.get("ones", ())
     final = []

@@ -403,8 +403,8 @@ def _read_safetensors(folder: Path, base: int, changes: list) -> int:
 
 
 @functools.cache
-def _run_of() -> tuple[Any, Any, Any]:
-    """Configuration, data and checkpoint of a run of one step."""
+def _run_of() -> tuple[Any, Any]:
+    """A run of one step, and the content of its checkpoint."""
     from scenes import scene_categories
 
     from spatialflow.data.coco import CocoPanoptic
@@ -421,21 +421,19 @@ def _run_of() -> tuple[Any, Any, Any]:
     trainer.step = 1
     trainer._keep()
     trainer.log.close()
-    return config, data, torch.load(trainer.checkpoint_path, weights_only=True)
+    return trainer, torch.load(trainer.checkpoint_path, weights_only=True)
 
 
 def _read_run(folder: Path, base: int, changes: list) -> int:
-    from spatialflow.engine.distributed import World
-    from spatialflow.engine.train import Trainer, TrainingError
+    from spatialflow.engine.train import TrainingError
 
-    config, data, content = _run_of()
-    path = folder / "checkpoint.pt"
-    path.write_bytes(_edited_torch_file(content, base == 1, changes))
+    trainer, content = _run_of()
+    trainer.folder = folder
+    trainer.checkpoint_path.write_bytes(_edited_torch_file(content, base == 1, changes))
     try:
-        trainer = Trainer(config, data, folder, World(0, 1, torch.device("cpu")))
+        trainer._restore()  # all that a run in that folder does with the file; making one takes ten times as long
     except TrainingError as error:
         raise CheckpointError(str(error)) from None
-    trainer.log.close()
     for parameter in trainer.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()

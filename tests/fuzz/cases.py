@@ -8,6 +8,7 @@ A case is a dictionary:
                "grad": true requires a gradient.
     gradient   values and layout of the gradients that come in, and of tangents
     jvp        whether forward mode is tried as well
+    fake       whether the fake kernel is asked to describe the results; of refused calls it always is
     valid      False: something was spoiled; the operator may refuse the call
 
 Nothing here imports torch: strategies run in the supervisor, what they describe is made in the worker. The smaller a
@@ -447,7 +448,7 @@ def cases(draw: Draw, operator: str, limits: Limits = CPU) -> dict:
     spoiled = draw(very_rarely)
     if spoiled:
         _spoil(draw, arguments)
-    case = {"op": operator, "arguments": arguments, "valid": not spoiled}
+    case = {"op": operator, "arguments": arguments, "valid": not spoiled, "fake": draw(rarely)}
     if any(found.get("grad") for found in _tensors(arguments)):
         case["gradient"] = {"values": draw(features()), "layout": draw(layouts(4))}
         case["jvp"] = draw(rarely)

@@ -35,6 +35,7 @@ class Operator:
         nearby: arguments a rounding away from the given ones, in float64.
         nearby_for: the questions where that makes a difference: "result", "gradient".
         linear: arguments that enter linearly; their absolute values tell the size of the terms of the sums.
+        places: whether there is a gradient by the places of samples.
         poisons: the reference spreads what is not finite further than the operator does, as it multiplies it by zero;
             results that it makes not finite are not compared.
         composed: of operators of torch where a gradient may be asked for; those give expanded tensors other strides than
@@ -53,6 +54,7 @@ class Operator:
     nearby: Callable[[dict, float], Iterator[dict]] = lambda arguments, epsilon: iter(())
     nearby_for: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
+    places: bool = False
     poisons: bool = False
     composed: bool = False
     unstable: Callable[[dict, list[Tensor]], bool] = lambda arguments, tensors: False
@@ -135,6 +137,12 @@ def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     return any(not bool(t.detach().isfinite().all()) for t in weights)
 
 
+def _overflows(arguments: dict, tensors: list[Tensor]) -> bool:
+    """Whether a product of three numbers (a gradient, a weight, a feature) can be too large for the sums."""
+    limit = 1e100 if tensors[0].dtype == torch.float64 else 1e12
+    return any(bool((t.isfinite() & (t.abs() > limit)).any()) for t in map(Tensor.detach, tensors))
+
+
 def _flow_conv2d_packed(*, x: Any, flow: Any, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Any:
     return ops.flow_conv2d(x, flow, ops.pack_conv3x3(weight, bias, algorithm), None, relu)
 
@@ -207,6 +215,8 @@ OPERATORS: dict[str, Operator] = {
         reference.deform_conv2d, brute_force.deform_conv2d,
         differentiable=("input", "offset", "weight", "bias", "mask"),
         nearby=_nearby_offsets,
+        places=True,
+        unstable=_overflows,
         nearby_for=("gradient",),
         linear=("input", "weight", "bias", "mask"),
         poisons=True,

@@ -341,7 +341,6 @@ class TrainingConfig:
             "evaluate_every_epochs",
         ):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
-        _require(self.seed < 1 << 63, "seed", "must be below 2 ** 63", self.seed)
         _require(
             self.negative_iou <= self.positive_iou,
             "negative_iou",
@@ -493,6 +492,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         return float(value)
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     _require(right, name, f"must be of type {kind.__name__}", value)
+    if kind is int:
+        _require(-(1 << 63) < value < 1 << 63, name, "must be below 2 ** 63", value)
     return value
 
 

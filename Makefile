@@ -111,7 +111,7 @@ mutation-round: build  ## break a line of a kernel at a time: do tests and sanit
 SECONDS ?= 120
 SEED ?= 0
 fuzz: BACKEND := $(if $(filter command line environment,$(origin BACKEND)),$(BACKEND),cpu)
-fuzz: build  ## try hostile cases of the operators (docs/fuzzing.md); SECONDS=1200 SEED=1 OPS="nms roi_align" BACKEND=simt
+fuzz: build  ## try hostile calls and files (docs/fuzzing.md); SECONDS=1200 SEED=1 OPS="nms roi_align" OPS=files BACKEND=simt
 	$(if $(filter simt,$(BACKEND)),$(simt_build))
 	$(PYTHON) tests/fuzz --seconds $(SECONDS) --seed $(SEED) --backend $(BACKEND) $(if $(OPS),--ops $(OPS))
 

@@ -61,10 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CommandError, ImportError) as error:
         complain(str(error))
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        complain(f"out of memory: {str(error).strip().splitlines()[0] if str(error).strip() else 'Python has no more'}")
+        return 2
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
         complain(": ".join(("terminated" if terminated else "interrupted", *map(str, error.args))))
         return 143 if terminated else 130
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was asked for that is not there; torch has a type of its own for that on GPUs alone."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
 @contextlib.contextmanager

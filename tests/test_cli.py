@@ -418,3 +418,19 @@ def test_every_option_is_read():
     options = _options()
     assert len(options) > 50
     assert [(command, name) for command, name in options if name not in read] == []
+
+
+@pytest.mark.parametrize("setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=3200000000000"])
+def test_settings_that_ask_for_more_memory_than_there_is(photographs, tmp_path, capsys, setting):
+    arguments = ["predict", str(photographs / "plain.jpg"), "--config", "tiny", "--set", setting, "--no-overlay"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 2
+    assert "out of memory: " in sentences(capsys)[-1]
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch):
+    def fails(_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(cli, "_info", fails)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["info"])

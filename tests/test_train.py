@@ -163,6 +163,29 @@ class TestRun:
             with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):
                 Trainer(small(), data, tmp_path, ALONE)
 
+    @pytest.mark.parametrize("where, value", [
+        ((), torch.zeros(3)), (("identity",), "[]"), (("step",), -1), (("step",), "a"), (("model",), {}),
+        (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(2)), (("random",), torch.zeros(3)),
+    ])  # fmt: skip
+    def test_resume_from_a_damaged_checkpoint_is_an_error(self, data, tmp_path, where, value):
+        Trainer(small(), data, tmp_path, ALONE).run()
+        content = {"": torch.load(tmp_path / "checkpoint.pt")}
+        holder = content
+        for key in ("", *where)[:-1]:
+            holder = holder[key]
+        holder[("", *where)[-1]] = value
+        torch.save(content[""], tmp_path / "checkpoint.pt")
+        with pytest.raises(CheckpointError, match="checkpoint.pt: is no whole checkpoint of a run"):
+            Trainer(small(), data, tmp_path, ALONE)
+
+    def test_settings_of_the_optimizer_are_those_of_the_configuration(self, data, tmp_path):
+        """Those in the checkpoint are not read: the identity of the run has made sure that they are the same."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        content = torch.load(tmp_path / "checkpoint.pt")
+        content["optimizer"]["param_groups"][0]["momentum"] = "a"
+        torch.save(content, tmp_path / "checkpoint.pt")
+        assert Trainer(small(), data, tmp_path, ALONE).optimizer.param_groups[0]["momentum"] == 0.9
+
     def test_interrupted_evaluation_is_made_up_for(self, data, tmp_path, monkeypatch):
         """The run ends in its last evaluation: the same command evaluates and leaves the weights, once."""
         import spatialflow.engine.train as train
@@ -322,10 +345,10 @@ class TestDivergence:
         for change, message in (
             (break_weight, "holds values that are not finite: fpn.p6.bias; start"),
             (break_momentum, "holds values that are not finite: momentum of backbone.conv1.weight; start"),
-            (lambda state: state.pop("scaler"), "lacks parts of a run's state"),
-            (lambda state: state["model"].pop("fpn.p6.bias"), "lacks parts of a run's state"),
-            (lambda state: state.update(identity="[]"), "is no checkpoint of a run"),
-            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is no checkpoint of a run"),
+            (lambda state: state.pop("scaler"), "is no whole checkpoint of a run"),
+            (lambda state: state["model"].pop("fpn.p6.bias"), "is no whole checkpoint of a run"),
+            (lambda state: state.update(identity="[]"), "is no whole checkpoint of a run"),
+            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is no whole checkpoint of a run"),
         ):
             (tmp_path / "checkpoint.pt").write_bytes(good)
             state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -4,6 +4,7 @@
 import io
 import json
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -218,6 +219,37 @@ def test_other_formats_are_whole_or_refused(tmp_path, no_warning, kind):
             assert "a.image: is " in str(error)
         else:
             assert kind == "APNG" and np.array_equal(image, decoded(content))  # the first picture is whole
+
+
+def png_with(header: bytes, chunk_length: int) -> bytes:
+    """A PNG of 8-bit RGB with another width and height, and another length of its pixels' chunk."""
+    ihdr = b"IHDR" + header + bytes([8, 2, 0, 0, 0])
+    begin = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big")
+    return begin + chunk_length.to_bytes(4, "big") + b"IDAT" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png_with(bytes([0, 0, 0, 9, 0, 0, 0, 9]), 1 << 31),
+        png_with(bytes([0, 0, 0x40, 0, 0, 0, 0x40, 0]), 50),
+        b"\xff\xd8\xff\xff\xc0\0\x11\x08" + bytes([0x40, 0, 0x40, 0]) + jpeg(smooth_picture())[20:],
+    ],
+    ids=["chunk", "PNG", "JPEG"],
+)
+def test_files_too_short_for_their_headers_never_reach_a_decoder(tmp_path, content, monkeypatch):
+    """It would take gigabytes before it notices."""
+    monkeypatch.setattr(cv2, "imdecode", None)
+    (tmp_path / "a.image").write_bytes(content)
+    with pytest.raises(ImageError, match="a.image: is truncated or damaged: too short for the image"):
+        read_image(tmp_path / "a.image")
+
+
+def test_a_large_blank_picture_is_read(tmp_path):
+    """The densest that encoders make of one color."""
+    for suffix in (".png", ".jpg"):
+        cv2.imwrite(str(tmp_path / f"a{suffix}"), np.full((2000, 3000), 255, np.uint8))
+        assert read_image(tmp_path / f"a{suffix}").shape == (2000, 3000, 3)
 
 
 def test_files_that_are_no_images_are_refused(tmp_path):

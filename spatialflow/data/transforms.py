@@ -47,10 +47,10 @@ def read_image(path: Union[str, Path]) -> np.ndarray:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
     if not content:
         raise ImageError(f"{path}: is empty")
-    image = _decode(path, content)
+    image = decode_image(path, content)
     if image is None and _lacks_only_the_end_marker(content):
         warnings.warn(f"{path}: has no end marker; all its pixels are there", ImageWarning, stacklevel=2)
-        image = _decode(path, content.rstrip(b"\xff") + _JPEG_END)
+        image = decode_image(path, content.rstrip(b"\xff") + _JPEG_END)
     if image is None and _has_known_header(content):
         raise ImageError(f"{path}: is truncated or damaged")
     if image is None:
@@ -58,15 +58,46 @@ def read_image(path: Union[str, Path]) -> np.ndarray:
     return image
 
 
-def _decode(path: Union[str, Path], content: bytes) -> Union[np.ndarray, None]:
-    """OpenCV's result, which is None for a truncated file (from OpenCV 4.12 on; before, a grey rest)."""
+def _promises_more_than_it_holds(content: bytes) -> bool:
+    """True for a PNG or JPEG that is much too short for its pixels; decoders take the memory before they notice."""
+    if content.startswith(_PNG_BEGIN):
+        at = len(_PNG_BEGIN)
+        while at + 8 <= len(content) and content[at + 4 : at + 8] != b"IEND":
+            length = int.from_bytes(content[at : at + 4], "big")
+            if length > len(content):
+                return True
+            at += 12 + length
+        width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+        depth, color = (int.from_bytes(content[at : at + 1], "big") for at in (24, 25))
+        line = width * {2: 3, 4: 2, 6: 4}.get(color, 1) * depth // 8
+        return height * line > 1032 * len(content)  # the most that DEFLATE gains
+    if content.startswith(_JPEG_BEGIN):
+        at = len(_JPEG_BEGIN)
+        while at + 9 <= len(content) and content[at] == 0xFF:
+            if content[at + 1] in (0xC0, 0xC1, 0xC2):  # frames in Huffman code: at least a bit for each 8x8 block
+                height, width = (int.from_bytes(content[start : start + 2], "big") for start in (at + 5, at + 7))
+                return height * width > 8 * 64 * len(content)
+            at += 1 if content[at + 1] == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return False
+
+
+def decode_image(
+    path: Union[str, Path], content: bytes, flags: int = cv2.IMREAD_COLOR
+) -> Union[np.ndarray, None]:
+    """OpenCV's result, which is None for a truncated file (from OpenCV 4.12 on; before, a grey rest).
+
+    Raises:
+        ImageError: the file, named `path`, would take much more memory than it has pixels for, or has too many.
+    """
+    if _promises_more_than_it_holds(content):
+        raise ImageError(f"{path}: is truncated or damaged: too short for the image that its header describes")
     try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error as error:
         raise ImageError(f"{path}: cannot be decoded: {error.err}") from None
 
 
-_JPEG_BEGIN, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG_BEGIN, _JPEG_BEGIN, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 
 
 def _lacks_only_the_end_marker(content: bytes) -> bool:

@@ -474,29 +474,37 @@ class Trainer:
 
     def _restore(self) -> None:
         path = self.checkpoint_path
+        content = read_torch(path)
         try:
-            state = read_torch(path)
-            identity = json.loads(state["identity"])
-            differences = _differences(identity["config"], self.identity["config"])
-            same_data = identity["data"] == self.identity["data"]
-        except (TypeError, KeyError, ValueError, AttributeError):
-            raise CheckpointError(f"{path}: is no checkpoint of a run, to be resumed from") from None
+            self._take(content, path)
+        except (CheckpointError, TrainingError):
+            raise
+        except Exception:  # content of any form
+            raise CheckpointError(f"{path}: is no whole checkpoint of a run, to be resumed from") from None
+
+    def _take(self, state: Any, path: Path) -> None:
+        """Goes on from the content of a checkpoint; any exception if it is something else."""
+        identity = json.loads(state["identity"])
+        differences = _differences(identity["config"], self.identity["config"])
         changed = [text for field, text in differences.items() if field not in MAY_BE_TAMED]
         self.tamed = [text for field, text in differences.items() if field in MAY_BE_TAMED]
         if changed:
             raise TrainingError(
                 f"{path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or start anew"
             )
-        if not same_data:
+        if identity["data"] != self.identity["data"]:
             raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start anew")
-        try:
-            self.network.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["random"])
-            self.step = int(state["step"])
-        except (TypeError, KeyError, ValueError, AttributeError, RuntimeError):
-            raise CheckpointError(f"{path}: lacks parts of a run's state, or has another's; start anew") from None
+        self.network.load_state_dict(state["model"])
+        own = self.optimizer.state_dict()["param_groups"]  # the settings of this run
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        for parameter, kept in self.optimizer.state.items():
+            if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("momentum of another shape")
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError("no number of steps")
+        self.step = state["step"]
         broken = not_finite(self._floats())
         if broken:
             raise CheckpointError(f"{path}: holds values that are not finite: {shorten(broken, 3)}; start anew")

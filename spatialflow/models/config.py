@@ -9,6 +9,8 @@ fpn_channels=64)`.
 import dataclasses
 import difflib
 import re
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,6 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import yaml
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+_brief.maxlevel = 3
 
 
 class ConfigError(ValueError):
@@ -334,7 +341,6 @@ class TrainingConfig:
             "evaluate_every_epochs",
         ):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
-        _require(self.seed < 1 << 63, "seed", "must be below 2 ** 63", self.seed)
         _require(
             self.negative_iou <= self.positive_iou,
             "negative_iou",
@@ -384,9 +390,9 @@ def make_config(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Config:
     sections = {}
     for section, values in settings.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{name}: unknown section '{section}'; sections are {', '.join(SECTIONS)}")
+            raise ConfigError(f"{name}: unknown section {shown(section)}; sections are {', '.join(SECTIONS)}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{name}: section '{section}' must hold 'field: value' lines, got {values!r}")
+            raise ConfigError(f"{name}: section '{section}' must hold 'field: value' lines, got {shown(values)}")
         try:
             sections[section] = _make_section(SECTIONS[section], values)
         except ConfigError as error:
@@ -404,12 +410,30 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError(f"settings have the form FIELD=VALUE, got '{setting}'")
+            raise ConfigError(f"settings have the form FIELD=VALUE, got {shown(setting)}")
         try:
-            overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{name}: '{text}' is no YAML value") from None
+            overrides[name] = read_yaml(text)
+        except ConfigError:
+            raise ConfigError(f"{name:.80}: {shown(text)} is no YAML value") from None
     return overrides
+
+
+def read_yaml(text: str) -> Any:
+    """Content of a YAML text; ConfigError, "is not YAML: ...", otherwise."""
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets anything out of values that it takes for numbers, dates and so on
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"is not YAML: {reason:.200}") from None
+
+
+def shown(value: Any) -> str:
+    """`repr`, shortened; aliases in YAML make values whose whole text would fill the memory."""
+    try:
+        text = _brief.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -430,7 +454,7 @@ def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if owners.get(name) != section:
             near = difflib.get_close_matches(name, owners, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"override '{key}' names no setting{hint}")
+            raise ConfigError(f"override {shown(key)} names no setting{hint}")
         placed.setdefault(section, {})[name] = value
     return placed
 
@@ -442,7 +466,8 @@ def _make_section(cls: type, values: Mapping[str, Any]):
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            raise ConfigError(f"{name}: no such field{f'; did you mean {near[0]}?' if near else ''} (value {value!r})")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{shown(name)}: no such field{hint} (value {shown(value)})")
         converted[name] = _convert(name, types_of[name], value)
     return cls(**converted)
 
@@ -463,16 +488,18 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
             value = float(value)  # YAML takes 1e-3 for a text, as it has no point
         _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, "must be a number", value)
-        _require(value == value and abs(value) != float("inf"), name, "must be finite", value)
+        _require(abs(value) <= sys.float_info.max, name, "must be finite", value)  # false for NaN
         return float(value)
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     _require(right, name, f"must be of type {kind.__name__}", value)
+    if kind is int:
+        _require(-(1 << 63) < value < 1 << 63, name, "must be below 2 ** 63", value)
     return value
 
 
 def _require(holds: bool, name: str, rule: str, value: Any):
     if not holds:
-        raise ConfigError(f"{name}: {rule}, got {value!r}")
+        raise ConfigError(f"{name}: {rule}, got {shown(value)}")
 
 
 def _check_positive(section: Any, *names: str):

@@ -29,6 +29,7 @@ from fuzz.supervisor import Outcome, Supervisor
 
 EXECUTE = "fuzz.execute:execute"
 ROUND = 100  # cases of an operator before it is another's turn
+FILE_ROUND = 20  # of a kind of file: they take longer
 SHRINK_SECONDS = 60.0
 # Threads would make the order of sums depend on the machine, and cases this small do not use them well.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SPATIALFLOW_SIMT_THREADS": "1"}
@@ -75,7 +76,7 @@ class Fuzzer:
             raise Failed
 
         configured = settings(
-            max_examples=ROUND,
+            max_examples=FILE_ROUND if operator in FILES else ROUND,
             deadline=None,
             database=None,
             phases=(Phase.generate, Phase.shrink),
@@ -198,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="*",
         metavar="NAME",
         default=[],
-        help='operators, kinds of files, or "operators" and "files" for all of them (default: operators)',
+        help='operators, kinds of files, or "operators" and "files" for all of them (default: both; on other back ends than cpu operators)',
     )
     parser.add_argument("--backend", choices=("cpu", "cpu_sanitized", "simt", "simt_sanitized"), default="cpu")
     parser.add_argument("--replay", metavar="CASE", help="a case of a report to execute; - reads it from stdin")
@@ -211,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{describe_case(case)}\n{description or outcome.value}")
         return 1 if description else 0
     groups = {"operators": list(OPERATORS), "files": list(FILES)}
-    targets = [name for given in options.ops or ["operators"] for name in groups.get(given, [given])]
+    usual = groups if options.backend == "cpu" else ["operators"]
+    targets = [name for given in options.ops or usual for name in groups.get(given, [given])]
     if unknown := [name for name in targets if name not in OPERATORS and name not in FILES]:
         parser.error(f"no target {unknown[0]!r}; there are {', '.join([*groups, *OPERATORS, *FILES])}")
     return 1 if fuzz(targets, options.backend, options.seconds, options.seed) else 0

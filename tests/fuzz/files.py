@@ -36,7 +36,7 @@ TREE_OR_BYTES = st.one_of(edits(TREES), edits(TREES), edits(TREES), ANY_BYTES)
 FILES: dict[str, tuple[int, st.SearchStrategy]] = {
     "png_id_map": (4, st.one_of(edits(CHUNKS), edits(CHUNKS), ANY_BYTES)),
     "photograph": (8, st.one_of(edits(CHUNKS), ANY_BYTES)),
-    "panoptic_json": (4, TREE_OR_BYTES),
+    "panoptic_json": (5, TREE_OR_BYTES),
     "detections_json": (2, TREE_OR_BYTES),
     "categories_json": (2, TREE_OR_BYTES),
     "cityscapes": (3, st.one_of(edits(CHUNKS), edits(TREES), ANY_BYTES)),

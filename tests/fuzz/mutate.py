@@ -93,7 +93,8 @@ def _edit_parts(parts: list[list], kind: str, place: int, value: int) -> None:
     if kind == "field" and content:  # a byte or a number of the header or of a table, checksums kept right
         offset = value % min(len(content), 40)
         size = (1, 2, 4)[value // 64 % 3]
-        parts[at] = [name, content[:offset] + _number(value & ~1)[-size:] + content[offset + size :], wrong]
+        edited = content[:offset] + _number(value & ~1)[-size:] + content[offset + size :]
+        parts[at] = [name, edited[: len(content)], wrong]
     elif kind == "content":
         parts[at] = [name, mutate_bytes(content, [[BYTE_EDITS[value % len(BYTE_EDITS)], value, place]]), wrong]
     elif kind == "pixels":  # other pixels behind right compression and checksums

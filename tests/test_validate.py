@@ -396,6 +396,17 @@ class TestCommand:
         )
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
+    def test_photographs_that_a_camera_has_turned(self, folder, capsys):
+        """A size is that of the picture as it is shown, which is how training reads it."""
+        broken = Broken(folder)
+        path = folder / "images" / broken.row["file_name"]
+        turned = Image.open(path).transpose(Image.Transpose.ROTATE_90)
+        orientation = Image.Exif()
+        orientation[0x0112] = 6
+        turned.save(path, exif=orientation)
+        assert main(["validate", str(broken.save()), "--images", str(folder / "images")]) == 0, capsys.readouterr().out
+        CocoPanoptic(broken.save(), folder / "images", None, scene_categories())[1]
+
     def test_problems_do_not_depend_on_workers(self, folder):
         broken = Broken(folder)
         segment_without_pixels(broken)
@@ -540,7 +551,7 @@ class TestTraining:
         broken = Broken(folder)
         id_zero(broken)
         data = ["--images", str(folder / "images"), "--annotations", str(broken.save())]
-        settings = ["num_things=6", "num_stuff=7", "categories=synthetic"]
+        settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "epochs=1"]
         assert main(["train", "tiny", *settings, *data, "--output", str(tmp_path / "run")]) == 2
         assert "segment 0: the id 0 stands for void" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -595,6 +606,8 @@ class TestJoin:
         assert join_images(listed(truth), listed(prediction)) == {1: "b", 2: "a"}
         with pytest.raises(PanopticFormatError, match="no prediction for the image with id 1"):
             join_images(listed(truth), listed([("a", "1.jpg", "q1.png")]))
+        with pytest.raises(PanopticFormatError, match="no prediction for the image with id 7"):
+            join_images(listed([(7, "1.jpg", "p.png")]), listed(prediction))
 
     def test_neither_is_said_with_examples(self):
         with pytest.raises(PanopticFormatError) as error:

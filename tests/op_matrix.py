@@ -153,8 +153,8 @@ def spoilt(value: Any) -> list:
     """Arguments next to `value`, many of which no operator takes."""
     if isinstance(value, Tensor):
         other = torch.int16 if value.is_floating_point() else torch.float32
-        shorter = [value.narrow(d, 0, size - 1) for d, size in enumerate(value.shape) if size > 0]
-        return [value[None], value.flatten(), value[:0], value.to(other), *shorter]
+        shorter = [value.narrow(d, 0, n) for d, size in enumerate(value.shape) for n in {0, size - 1} if n >= 0]
+        return [value[None], value.flatten(), value.to(other), *shorter]
     if isinstance(value, (list, tuple)) and value:
         return [[], value[:-1], *([*value[:-1], last] for last in spoilt(value[-1]))]
     if isinstance(value, int) and not isinstance(value, bool):

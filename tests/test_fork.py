@@ -12,6 +12,9 @@ import pytest
 if not hasattr(os, "fork"):
     pytest.skip("there is no fork on this system", allow_module_level=True)
 
+if os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("simt"):
+    pytest.skip("interpreted kernels use no threads of torch", allow_module_level=True)
+
 PARENT = """
     import os
     import signal

@@ -131,9 +131,11 @@ def leaves(value: Any) -> list[Tensor]:
 def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     """Winograd adds what it multiplies: an infinite or very large number spoils the tile of 4 x 4 pixels around it. And
     whether a weight that is not finite is multiplied by padding is left open."""
-    if arguments["algorithm"] != "direct" and tensors[0].dtype != torch.float64:
-        return any(not bool((t.detach().abs() < 1e3).all()) for t in tensors)
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
+    many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)  # channels: "auto" takes Winograd
+    winograd = arguments["algorithm"] == "winograd" or (arguments["algorithm"] == "auto" and many)
+    if winograd and tensors[0].dtype != torch.float64:
+        return any(not bool((t.detach().abs() < 1e3).all()) for t in tensors)
     return any(not bool(t.detach().isfinite().all()) for t in weights)
 
 

@@ -106,7 +106,8 @@ def _read_maps(path: Path, use: str) -> Maps:
         raise CommandError(str(error)) from None
     for index, row in enumerate(content["categories"]):
         if row.get("color") is not None and not is_color(row["color"]):
-            raise CommandError(f"{path}: categories[{index}]: color must be three numbers, got {row['color']!r:.80}")
+            rule = f"color must be three numbers from 0 to 255, got {row['color']!r:.80}"
+            raise CommandError(f"{path}: categories[{index}]: {rule}")
     folder = path.with_suffix("")
     keys = map(photograph_key, photograph_names(content))
     annotations = dict(zip(keys, content["annotations"]))

@@ -154,10 +154,15 @@ def test_commands(tmp_path, capsys):
         (json.dumps([row | {"bbox": [1, 2, 3]}]), "row 0: bbox must be four numbers"),
         (json.dumps([row | {"score": "x"}]), "row 0: bbox must be four numbers and score one"),
         (json.dumps([row | {"bbox": [1, 2, 3, float("nan")]}]), "row 0: bbox must be four numbers"),
+        (json.dumps([row | {"bbox": [1, 2, 3, 10**400]}]), "row 0: bbox must be four numbers"),
+        *(  # runs that do not fill the mask, at which pycocotools hangs or reads elsewhere
+            (json.dumps([row | {"segmentation": {"size": size, "counts": counts}}]), "must be a COCO RLE")
+            for size, counts in (([8, 8], "zzzz"), ([8, 8], ""), ([8, 8], "0000"), ([0, 8], "0"), ([8, 8], "\u00e9"))
+        ),
         (json.dumps([row | {"segmentation": 3}]), "row 0: segmentation must be a COCO RLE, got 3"),
         (json.dumps([row | {"segmentation": [[1, 2, 3, 4, 5, 6]]}]), "row 0: segmentation must be a COCO RLE"),
         (
-            json.dumps([rows[0] | {"segmentation": {"size": [9, 9], "counts": "a"}}]),
+            json.dumps([rows[0] | {"segmentation": {"size": [9, 9], "counts": "a2"}}]),
             "mask of 9x9 pixels, image 1 has 96x64",
         ),
         ("[" * 100_000, "not a JSON"),

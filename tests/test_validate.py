@@ -473,6 +473,27 @@ class TestScores:
         with pytest.raises(PanopticFormatError, match="image : segment 1 has area"):
             self.iou(area)
 
+    def test_a_predicted_segment_of_id_zero_counts_as_any_other(self):
+        truth, segments = np.array([[0, 0, 1, 1, 1, 1, 1, 1]]), [{"id": 1, "category_id": 1}]
+        scores = []
+        for number in (0, 5):
+            quality = PanopticQuality(self.CATEGORIES)
+            prediction = np.array([[number] * 6 + [6, 6]])
+            found = [{"id": number, "category_id": 1}, {"id": 6, "category_id": 1}]
+            quality.update(truth, segments, prediction, found)
+            scores.append(quality.compute())
+        assert scores[0] == scores[1] and scores[0]["per_class"][1]["iou"] == 4 / 6
+
+    def test_segments_without_pixels_and_pixels_without_segment_count_as_in_panopticapi(self):
+        """The one is missed; the others are not void, so they stay in the union."""
+        truth = np.array([[1, 1, 1, 9]])
+        segments = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}]
+        quality = PanopticQuality(self.CATEGORIES)
+        with pytest.warns(UserWarning) as reports:
+            quality.update(truth, segments, np.full((1, 4), 3), [{"id": 3, "category_id": 1}])
+        row = quality.compute()["per_class"][1]
+        assert (row["iou"], row["tp"], row["fn"], row["fp"]) == (3 / 4, 1, 1, 0) and len(reports) == 2
+
     def test_id_zero_in_a_ground_truth_is_refused(self):
         """Void pixels would count as matched: 60 of 140 pixels scored 0.75."""
         truth = np.zeros((10, 20), int)

@@ -88,8 +88,8 @@ std::vector<Tensor> flow_conv2d_packed_cpu(
     if (x.empty()) {
         return {};
     }
-    const int64_t resolved = check_flow_conv2d_packed(
-        x, flow, packed, bias, out_channels, algorithm, kPackedColumns);
+    const int64_t resolved = check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
+    check_packed_layout("flow_conv2d", packed, kPackedColumns);
     return convolve(x, flow, packed, bias, out_channels, relu, resolved);
 }
 

@@ -140,7 +140,8 @@ std::vector<Tensor> flow_conv2d_packed_cuda(
     if (x.empty()) {
         return {};
     }
-    check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm, kPackedColumns);
+    check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
+    check_packed_layout("flow_conv2d", packed, kPackedColumns);
     const DeviceScope device(x[0]);
     return convolve(x, flow, packed, bias, out_channels, relu, device.stream());
 }

@@ -42,14 +42,17 @@ inline int64_t packed_conv_size(int64_t resolved, bool is_double, int64_t in_cha
 // to read it. A layout that changes takes a tag that was never used; weights without one are of earlier versions.
 inline int64_t packed_tag(int64_t columns, bool is_double) { return 2 * columns + (is_double ? 1 : 0); }
 
-// The length of packed weights without their tag, which must be that of this back end.
-inline int64_t checked_packed_size(const char* op, const Tensor& packed, int64_t columns) {
-    constexpr int64_t kUnit = 9 * kPackedOutputs;  // divides packed_conv_size, and is above every tag
-    const int64_t tag = packed.numel() % kUnit;
+constexpr int64_t kPackedUnit = 9 * kPackedOutputs;  // divides packed_conv_size, and is above every tag
+
+// The length of packed weights without their tag.
+inline int64_t packed_size(const Tensor& packed) { return packed.numel() - packed.numel() % kPackedUnit; }
+
+// The tag must be that of this back end; `columns` as for packed_tag.
+inline void check_packed_layout(const char* op, const Tensor& packed, int64_t columns) {
+    const int64_t tag = packed.numel() % kPackedUnit;
     const int64_t wanted = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
     check(tag == wanted, op, ": the packed weight has the layout of another instruction set, device, dtype or version "
-          "(tag ", tag, ", here ", wanted, "); pack the weight anew, by pack_conv3x3 or pack_flow_tower");
-    return packed.numel() - tag;
+          "(tag ", tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_flow_tower");
 }
 
 inline void check_algorithm(const char* op, int64_t algorithm) {
@@ -120,10 +123,10 @@ inline void check_flow_conv2d(
     check_algorithm("flow_conv2d", algorithm);
 }
 
-// `x` has a level or more; `columns` as for packed_tag. Returns the algorithm that the weights were packed for.
+// `x` has a level or more. Returns the algorithm that the weights were packed for.
 inline int64_t check_flow_conv2d_packed(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm, int64_t columns) {
+    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm) {
     check_dim("flow_conv2d", "x[0]", x[0], 4, "(N, C, H, W)");
     check_floating("flow_conv2d", "x[0]", x[0]);
     const int64_t in_channels = x[0].size(1);
@@ -134,8 +137,7 @@ inline int64_t check_flow_conv2d_packed(
     const bool is_double = packed.scalar_type() == ScalarType::Double;
     const int64_t resolved = resolve_algorithm(algorithm, is_double, in_channels, out_channels);
     check(out_channels >= 0 && packed.is_contiguous() &&
-              checked_packed_size("flow_conv2d", packed, columns) ==
-                  packed_conv_size(resolved, is_double, in_channels, out_channels),
+              packed_size(packed) == packed_conv_size(resolved, is_double, in_channels, out_channels),
           "flow_conv2d: the packed weight was made for other channels or another algorithm than x with ", in_channels,
           " channels and ", out_channels, " outputs");
     return resolved;

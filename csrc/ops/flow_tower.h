@@ -66,7 +66,10 @@ public:
                 conv.bias = contiguous_as(biases[next], dtype);
                 conv.out_channels = biases[next].size(0);
                 conv.present = packed[next].numel() > 0;
-                conv.size = conv.present ? checked_packed_size("flow_tower", packed[next], columns) : 0;
+                if (conv.present) {
+                    check_packed_layout("flow_tower", packed[next], columns);
+                    conv.size = packed_size(packed[next]);
+                }
                 lists_[list].push_back(conv);
             }
         }

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow import _library
 from spatialflow.ops.checking import present, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
@@ -16,15 +15,10 @@ from spatialflow.ops.layout import memory_format_of
 
 _ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
 
-# Float32 outputs that lie side by side in weights packed on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
-_COLUMNS = {
-    "cpu_x86-64-v4": 32,
-    "cpu_x86-64-v3": 16,
-    "cpu_x86-64-v2": 8,
-    "cpu_native": 8,
-    "simt": 1,
-    "simt_sanitized": 1,
-}[_library.backend_library()]
+# Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
+_CPU_TAG = torch.ops.spatialflow._pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
+_CUDA_TAG = 2
+_PACKED_UNIT = 288  # divides the length of packed weights without their tag
 
 
 class PackedConv(NamedTuple):
@@ -185,6 +179,8 @@ def _(x, flow, weight, bias, relu, algorithm):
 
 @register_fake("_flow_conv2d_packed")
 def _(x, flow, packed, bias, out_channels, relu, algorithm):
+    if x:
+        check_packed_layout("flow_conv2d", packed)
     return _empty_levels(x, out_channels)
 
 
@@ -194,8 +190,22 @@ def _(weight, algorithm):
     is_double = weight.dtype == torch.float64
     winograd = not is_double and (algorithm == 1 or (algorithm == 0 and in_channels >= 32 and out_channels >= 32))
     size = (36 if winograd else 9 if is_double else 18) * in_channels * ((out_channels + 31) // 32 * 32)
-    columns = 1 if weight.device.type == "cuda" else _COLUMNS
-    return weight.new_empty((size + 2 * columns + is_double,), dtype=torch.float64 if is_double else torch.float32)
+    dtype = torch.float64 if is_double else torch.float32
+    return weight.new_empty((size + _packed_tag(weight.device, dtype),), dtype=dtype)
+
+
+def _packed_tag(device: torch.device, dtype: torch.dtype) -> int:
+    return (_CUDA_TAG if device.type == "cuda" else _CPU_TAG) + (dtype == torch.float64)
+
+
+def check_packed_layout(op: str, packed: Tensor) -> None:
+    """For fake kernels: refuses weights packed for another back end, as the operators do."""
+    tag, wanted = packed.shape[0] % _PACKED_UNIT, _packed_tag(packed.device, packed.dtype)
+    torch._check(
+        tag == wanted,
+        lambda: f"{op}: the packed weight has the layout of another instruction set, device, dtype or version "
+        f"(tag {tag}, here {wanted}); pack the weight again, by pack_conv3x3 or pack_flow_tower",
+    )
 
 
 @register_fake("_flow_conv2d_weight_gradient")

@@ -246,6 +246,9 @@ def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> t
 
 @register_fake("flow_tower")
 def _(levels, packed, biases, counts, source_is_cls, segmentation_levels):
+    for weight in packed:
+        if weight.shape[0]:  # an absent flow has none
+            check_packed_layout("flow_tower", weight)
     starts = [sum(counts[:index]) for index in range(8)]
     large = levels[:segmentation_levels]
     computed = _computed(counts, packed, source_is_cls)

@@ -27,7 +27,8 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 environment := $(VENV)/complete
 endif
 
-.PHONY: help build test test-simt test-simt-sanitize test-sass nvcc mutation-round bench gpu-check gpu-check-dry gpu-pack demo clean
+.PHONY: help build test test-simt test-simt-sanitize sanitize sanitize-threads test-sass nvcc mutation-round fuzz \
+	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,24 +47,46 @@ test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 	$(PYTHON) -m pytest $(TESTS)
 
 # The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
-SIMT_TESTS ?= tests/test_simt.py \
+SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py \
 	$(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py,p' cmake/ops.cmake))
-simt_build = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
-	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off "-DSPATIALFLOW_SANITIZE=$(2)" && cmake --build build/$(1) --target $(3)
-comma := ,
-sanitizers := address$(comma)undefined
-compiler_library = $(shell $(CXX) -print-file-name=$(1))
+configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
+	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
+simt_build = $(call configure,simt) && cmake --build build/simt --target spatialflow_schema spatialflow_simt
 
 test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; SIMT_TESTS=tests/test_nms.py for a part
-	$(call simt_build,simt,,spatialflow_schema spatialflow_simt)
+	$(simt_build)
 	SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest $(SIMT_TESTS)
 
-test-simt-sanitize: $(environment)  ## the same with address and undefined-behaviour sanitizers
-	$(call simt_build,simt,,spatialflow_schema)
-	$(call simt_build,simt-sanitize,$(sanitizers),spatialflow_simt)
-	SPATIALFLOW_BACKEND=simt_sanitized ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$(call compiler_library,libasan.so) $(call compiler_library,libubsan.so) $(call compiler_library,libstdc++.so)" \
-	$(PYTHON) -m pytest $(filter-out tests/test_simt.py,$(SIMT_TESTS))
+# Sanitizers (docs/sanitizers.md): what is compiled with them lies in build/<folder>/package and leaves the rest alone.
+# Their reports go to file descriptor 2, which pytest would keep for itself.
+SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
+SANITIZE_TESTS ?= $(filter-out tests/test_simt.py,$(SIMT_TESTS)) \
+	$(addprefix tests/test_,panoptic_formats.py panoptic_quality.py panoptic_drawing.py threads.py)
+SANITIZE_FUZZ ?= 300
+sanitized_build = $(call configure,$(1)) -DSPATIALFLOW_SANITIZE=$(2) \
+	"-DSPATIALFLOW_PACKAGE_DIR=$(CURDIR)/build/$(1)/package" && \
+	cmake --build build/$(1) --target spatialflow_schema _evaluation $(3)
+runtime = $(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))
+address := address,undefined
+with_address = PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(call runtime,asan ubsan stdc++)"
+with_thread = OMP_NUM_THREADS=4 OMP_WAIT_POLICY=passive TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+	setarch -R env LD_PRELOAD="$(call runtime,tsan stdc++)"
+sanitized_tests = $(PYTHON) -m pytest --capture=sys
+
+sanitize: $(environment)  ## operators and scoring with address and undefined-behavior sanitizers: tests, then the fuzzer
+	$(call sanitized_build,sanitized,$(address),spatialflow_cpu_$(SANITIZE_LEVEL))
+	SPATIALFLOW_BACKEND=cpu_sanitized $(with_address) $(sanitized_tests) $(SANITIZE_TESTS)
+	$(with_address) $(PYTHON) tests/fuzz --backend cpu_sanitized --seconds $(SANITIZE_FUZZ)
+
+sanitize-threads: $(environment)  ## eight Python threads calling operators and scoring, with ThreadSanitizer
+	$(call sanitized_build,thread_sanitized,thread,spatialflow_cpu_$(SANITIZE_LEVEL))
+	SPATIALFLOW_BACKEND=cpu_thread_sanitized $(with_thread) $(sanitized_tests) tests/test_threads.py
+
+test-simt-sanitize: $(environment)  ## the operator tests on the interpreted CUDA kernels with address and undefined
+	$(call sanitized_build,sanitized,$(address),spatialflow_simt)
+	SPATIALFLOW_BACKEND=simt_sanitized $(with_address) $(sanitized_tests) \
+	  $(filter-out tests/test_simt.py,$(SIMT_TESTS))
 
 # Registers, loops and loads of the machine code, held to limits (docs/sass.md). Nothing is compiled that `build` has.
 sass_requirements := $(shell sed -n 's/^sass = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
@@ -82,8 +105,18 @@ test-sass: export SPATIALFLOW_CUDA := on
 test-sass: nvcc build $(disassembler)  ## what the compiler made of the CUDA kernels, without a GPU; needs nvcc
 	$(PYTHON) tools/check_sass.py
 
-mutation-round: build  ## break a line of a CUDA kernel at a time: do the interpreted tests notice? about 10 minutes
+mutation-round: build  ## break a line of a kernel at a time: do tests and sanitizers notice? about 15 minutes
 	$(PYTHON) tools/mutation_round.py
+
+SECONDS ?= 120
+SEED ?= 0
+fuzz: BACKEND := $(if $(filter command line environment,$(origin BACKEND)),$(BACKEND),cpu)
+fuzz: build  ## try hostile calls and files (docs/fuzzing.md); SECONDS=1200 SEED=1 OPS="nms roi_align" OPS=files BACKEND=simt
+	$(if $(filter simt,$(BACKEND)),$(simt_build))
+	$(PYTHON) tests/fuzz --seconds $(SECONDS) --seed $(SEED) --backend $(BACKEND) $(if $(OPS),--ops $(OPS))
+
+fuzz-planted: build  ## plant faults, one at a time: does the fuzzer find them? TEXT="stride" for some
+	$(PYTHON) tools/fuzz_planted.py $(TEXT)
 
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
@@ -95,7 +128,7 @@ gpu-check:  ## all that only a GPU can show, under 8 minutes; ARGS="--second" go
 	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND) $(ARGS)
 
 gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on the interpreter and the CPU
-	$(call simt_build,simt,,spatialflow_schema spatialflow_simt)
+	$(simt_build)
 	$(PYTHON) tools/gpu_check.py --backend simt
 	$(PYTHON) tools/gpu_check.py --backend simt --second
 

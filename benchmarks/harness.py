@@ -626,7 +626,7 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
     parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
     options = parser.parse_args(arguments)
     for name in ("threads", "seconds"):
-        if getattr(options, name) <= 0:
+        if not 0 < getattr(options, name) < float("inf"):  # false for NaN too
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
     if options.device.split(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {options.device}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # The CUDA kernels as plain C++ under the SIMT interpreter (docs/simt.md), registered for CPU tensors. The library
-# stands in for the CPU library. With SPATIALFLOW_SANITIZE it is another library, so that both can be built.
+# stands in for the CPU library.
 find_package(Threads REQUIRED)
 set(simt_sources "")
 foreach(source IN LISTS ops shared_sources)
@@ -15,7 +15,3 @@ set_source_files_properties(${simt_sources} PROPERTIES COMPILE_OPTIONS "-Wno-unk
 spatialflow_library(spatialflow_simt ${simt_sources})
 target_link_libraries(spatialflow_simt PRIVATE spatialflow_torch Threads::Threads)
 target_compile_options(spatialflow_simt PRIVATE -march=native -g1)
-if(SPATIALFLOW_SANITIZE)
-  set_target_properties(spatialflow_simt PROPERTIES OUTPUT_NAME spatialflow_simt_sanitized)
-  target_compile_options(spatialflow_simt PRIVATE -O1 -fno-sanitize-recover=all)
-endif()

@@ -7,8 +7,33 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import NamedTuple
 
-FOLDER = Path(__file__).resolve().parent / "lib"
+
+class _Backend(NamedTuple):
+    kernels: str
+    target: str
+    """What `make` builds it with."""
+    build: str = ""
+    """Folder of build/ with a package folder of its own; empty: what is compiled lies in this package."""
+
+
+_BACKENDS = {
+    "cpu": _Backend("cpu", "build"),
+    "cuda": _Backend("cpu", "build"),
+    "simt": _Backend("simt", "test-simt"),
+    "cpu_sanitized": _Backend("cpu", "sanitize", "sanitized"),
+    "simt_sanitized": _Backend("simt", "test-simt-sanitize", "sanitized"),
+    "cpu_thread_sanitized": _Backend("cpu", "sanitize-threads", "thread_sanitized"),
+}
+_NAME = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
+_BACKEND = _BACKENDS.get(_NAME, _BACKENDS["cpu"])
+_PACKAGE = Path(__file__).resolve().parent
+
+BUILD = _PACKAGE.parent / "build" / _BACKEND.build / "package" if _BACKEND.build else _PACKAGE
+"""The folder with all that is compiled: this package, or the one that a build with sanitizers filled."""
+
+FOLDER = BUILD / "lib"
 
 # torch's name for what the processor offers (and ATEN_CPU_CAPABILITY may lower) -> our libraries, best first.
 _LEVELS = {
@@ -65,7 +90,8 @@ def cpu_level() -> str:
         return wanted
     if not candidates:
         raise ImportError(
-            f"spatialflow's compiled libraries are missing in {FOLDER}: build them with `pip install .` or `make build`"
+            f"spatialflow's compiled libraries are missing in {FOLDER}: build them with `pip install .` or "
+            f"`make {_BACKEND.target}`"
         )
     return candidates[0]
 
@@ -73,31 +99,30 @@ def cpu_level() -> str:
 def backend_library() -> str:
     """Name of the library with the kernels for CPU tensors.
 
-    The environment variable SPATIALFLOW_BACKEND chooses the back end of tests: "simt", or "simt_sanitized" for the
-    build with sanitizers, replaces the CPU kernels by interpreted CUDA kernels (docs/simt.md); "cuda" changes nothing
-    here, but insists on the CUDA library, and the tests then make their tensors on the GPU.
+    The environment variable SPATIALFLOW_BACKEND chooses the back end of tests: "simt" replaces the CPU kernels by
+    interpreted CUDA kernels (docs/simt.md); "cpu_sanitized", "simt_sanitized" and "cpu_thread_sanitized" are builds
+    with sanitizers (docs/sanitizers.md); "cuda" changes nothing here, but insists on the CUDA library, and the tests
+    then make their tensors on the GPU.
 
     Raises:
         ImportError: SPATIALFLOW_BACKEND names no back end, or one that is not there; or no CPU library fits.
     """
     import torch
 
-    backend = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
-    if backend not in ("cpu", "cuda", "simt", "simt_sanitized"):
-        raise ImportError(f"SPATIALFLOW_BACKEND must be cpu, cuda, simt or simt_sanitized, got {backend!r}")
-    if backend == "cuda" and not (library_path("cuda").is_file() and torch.cuda.is_available()):
+    if _NAME not in _BACKENDS:
+        raise ImportError(f"SPATIALFLOW_BACKEND must be one of {', '.join(_BACKENDS)}, got {_NAME!r}")
+    if _NAME == "cuda" and not (library_path("cuda").is_file() and torch.cuda.is_available()):
         raise ImportError(
             f"SPATIALFLOW_BACKEND=cuda: needs {library_path('cuda')} and a CUDA device; torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} devices"
         )
-    if backend in ("cpu", "cuda"):
+    if _BACKEND.kernels == "cpu":
         return f"cpu_{cpu_level()}"
-    if not library_path(backend).is_file():
-        target = "test-simt" if backend == "simt" else "test-simt-sanitize"
+    if not library_path("simt").is_file():
         raise ImportError(
-            f"SPATIALFLOW_BACKEND={backend}: {library_path(backend)} is missing, `make {target}` builds it"
+            f"SPATIALFLOW_BACKEND={_NAME}: {library_path('simt')} is missing, `make {_BACKEND.target}` builds it"
         )
-    return backend
+    return "simt"
 
 
 def load() -> None:

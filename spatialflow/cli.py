@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from spatialflow.console import (
     package_configs,
     panoptic_json,
     sentence,
+    show_log,
     with_examples,
 )
-from spatialflow.errors import CommandError
+from spatialflow.errors import CommandError, Terminated
+from spatialflow.prediction_folder import RESULTS, PredictionFolder
 from spatialflow.training_command import add_train
 from spatialflow.validate_command import add_validate
 from spatialflow.visualize_command import add_visualize
@@ -41,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 everything done, 1 some inputs failed and are named on standard error, 2 the command could not be
-        carried out, 130 interrupted, 141 nobody reads the output any more.
+        carried out, 130 interrupted (SIGINT), 141 nobody reads the output any more, 143 terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
+    show_log()
     try:
-        code = options.run(options)
+        with _sigterm_raises(), _warnings_as_sentences():
+            code = options.run(options)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered goes nowhere
@@ -54,9 +61,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CommandError, ImportError) as error:
         complain(str(error))
         return 2
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        complain(f"out of memory: {str(error).strip().splitlines()[0] if str(error).strip() else 'Python has no more'}")
+        return 2
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        complain(": ".join(("terminated" if terminated else "interrupted", *map(str, error.args))))
+        return 143 if terminated else 130
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was asked for that is not there; torch has a type of its own for that on GPUs alone."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """In the block SIGTERM ends a command as Ctrl-C does, through its `with` and `finally` blocks."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """In the block the package's own warnings are shown as complaints are, without a line of source."""
+
+    def show(message: Warning, category: type[Warning], *place: Any) -> None:
+        if category.__module__.startswith("spatialflow."):
+            complain(str(message))
+        else:
+            shown(message, category, *place)
+
+    with warnings.catch_warnings():
+        shown, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,10 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict", help="images in, panoptic maps and overlay pictures out",
         description="Writes a panoptic map and an overlay picture for every image. A file that is no image is named "
-                    "and left out.\n\n" + package_configs(),
+                    "and left out. The same\ncommand, given again, goes on from a run that was interrupted.\n\n"
+                    + package_configs(),
         **with_examples(
             "predict photos --config demo --output out",
             "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
+            "predict photos --recursive --config demo --output out",
             "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
         ),
     )  # fmt: skip
@@ -87,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
                               "the package, as for demo; else random ones). Given several times: an ensemble, with one "
                               "--config for all or one for each")  # fmt: skip
+    predict.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
@@ -107,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     predict.add_argument("--detections", action="store_true", help="write detections.json too (COCO results)")
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
+    predict.add_argument("--recursive", action="store_true", help="images in sub-folders too; outputs keep the folders")
+    predict.add_argument("--restart", action="store_true", help="start anew where a run was interrupted, instead of "
+                         "going on")  # fmt: skip
 
     evaluate = commands.add_parser(
         "evaluate", help="panoptic quality of a folder of predictions",
@@ -159,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
     convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
+    convert.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in SOURCE")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
 
     benchmark = commands.add_parser(
@@ -192,37 +250,54 @@ def _predict(options: argparse.Namespace) -> int:
 
     from spatialflow.data.transforms import ImageError, read_image
     from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.detection import has_pycocotools
 
-    paths, failed = list_images(options.images)
-    if not paths:
+    results = [options.output / name for name in RESULTS]
+    images, failed = list_images(options.images, options.recursive, results)
+    if not images:
         complain("no image to predict")
         return 1
-    predictor = _make_predictor(options)
-    output = _PredictionFolder(options.output, predictor.categories.as_coco(), overlays=not options.no_overlay,
-                               detections=options.detections)  # fmt: skip
+    if options.detections and not has_pycocotools():
+        complain("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
+    predictor, settings = _make_predictor(options)
+    output = PredictionFolder(options.output, images, predictor.categories.as_coco(), settings,
+                              overlays=not options.no_overlay, detections=options.detections,
+                              resume=not options.restart)  # fmt: skip
+    before = set(output.done)
+    if before:
+        complain(f"{options.output}: {len(before)} of {len(images)} images were done by a run that was interrupted; "
+                 f"this one goes on")  # fmt: skip
     times: dict[str, float] = {}
-    with output, tqdm(paths, desc="predict", unit="image", disable=None) as bar:
-        for path in bar:
-            try:
-                begin = time.perf_counter()
-                pixels = read_image(path)
-                decode = time.perf_counter() - begin
-                result = predictor(pixels)
-                result.image_name, result.times["decode"] = path.name, decode
-                begin = time.perf_counter()
-                output.add(result, pixels)
-                result.times["write"] = time.perf_counter() - begin
-            except (ImageError, PanopticFormatError, OSError) as error:
-                failed.append(sentence(error))
-                with bar.external_write_mode(file=sys.stderr):
-                    complain(failed[-1])
-                continue
-            for stage, seconds in result.times.items():
-                times[stage] = times.get(stage, 0.0) + seconds
+    try:
+        with output, tqdm(images, desc="predict", unit="image", disable=None) as bar:
+            for image in bar:
+                if image.name in before:
+                    continue
+                try:
+                    begin = time.perf_counter()
+                    pixels = read_image(image.path)
+                    decode = time.perf_counter() - begin
+                    result = predictor(pixels)
+                    result.times["decode"] = decode
+                    begin = time.perf_counter()
+                    output.add(image, result, pixels)
+                    result.times["write"] = time.perf_counter() - begin
+                except (ImageError, PanopticFormatError, OSError) as error:
+                    failed.append(sentence(error))
+                    with bar.external_write_mode(file=sys.stderr):
+                        complain(failed[-1])
+                    continue
+                for stage, seconds in result.times.items():
+                    times[stage] = times.get(stage, 0.0) + seconds
+    except KeyboardInterrupt as stop:
+        stop.args = (f"{len(output.done)} of {len(images)} images are done; the same command goes on with the others",)
+        raise
     done = len(output.done)
+    new = done - len(before)
+    if new:
+        stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
+        print(f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms")
     if done:
-        stages = ", ".join(f"{stage} {seconds / done * 1e3:.1f} ms" for stage, seconds in times.items())
-        print(f"mean time per image: {stages}, together {sum(times.values()) / done * 1e3:.1f} ms")
         print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
               + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip
     else:
@@ -230,7 +305,8 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _make_predictor(options: argparse.Namespace) -> Any:
+def _make_predictor(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The predictor, and the settings that decide its results."""
     import torch
 
     from spatialflow.engine.predict import Predictor, usable_device
@@ -246,11 +322,33 @@ def _make_predictor(options: argparse.Namespace) -> Any:
     if options.cuda_graph and device.type != "cuda":
         raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
     try:
-        models = load_models(options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options))
+        models = load_models(
+            options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options), options.ema
+        )
         dtype = getattr(torch, options.dtype)
-        return Predictor(models, device, dtype, options.cuda_graph, detection_masks=options.detections)
+        predictor = Predictor(models, device, dtype, options.cuda_graph, detection_masks=options.detections)
     except ValueError as error:  # settings, categories, or networks that are no ensemble
         raise CommandError(str(error)) from None
+    return predictor, _settings(options, models)
+
+
+def _settings(options: argparse.Namespace, models: list[Any]) -> dict[str, Any]:
+    """What decides the results of `predict`. Devices differ in roundings alone, so that a run may go on elsewhere."""
+    from spatialflow.engine.checkpoints import weights_digest
+
+    settings = {
+        "version": spatialflow.__version__,
+        "dtype": options.dtype,
+        "detections": options.detections,
+        "overlays": not options.no_overlay,
+        "models": len(models),
+    }
+    for number, model in enumerate(models, 1):
+        prefix = f"model {number}: " if len(models) > 1 else ""
+        for section in (model.config.model, model.config.test, model.config.data):
+            settings |= {f"{prefix}{field}": value for field, value in vars(section).items()}
+        settings[f"{prefix}weights"] = weights_digest(model)
+    return settings
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -278,75 +376,6 @@ def _sizes(options: argparse.Namespace) -> dict[str, Any]:
     if name == "--size" and len(edges) == 2:
         return {"test_short_edges": edges[:1], "test_long_edge": edges[1]}
     return {"test_short_edges": edges, "test_long_edge": max(round(max(edges) * 1333 / 800), max(edges))}
-
-
-class _PredictionFolder:
-    """`panoptic.json`, `panoptic/<stem>.png`, `overlays/<stem>.jpg`; an image's files are there all or not at all.
-
-    The JSON files are written when the `with` block ends, however it ends, so that images already done stay usable.
-    """
-
-    def __init__(self, root: Path, categories: list[dict[str, Any]], overlays: bool, detections: bool) -> None:
-        from spatialflow.panoptic import PanopticWriter
-
-        self.folder, self.overlay_folder = root / "panoptic", root / "overlays"
-        self.done: list[str] = []
-        self._overlays = overlays
-        self._detections: list[dict[str, Any]] | None = [] if detections else None
-        self._detection_path = root / "detections.json"
-        self._writer = PanopticWriter(self.folder, root / "panoptic.json", categories)
-
-    def add(self, result: Any, pixels: Any) -> None:
-        import cv2
-
-        from spatialflow.files import atomic_write
-        from spatialflow.panoptic import PanopticFormatError
-
-        picture = self.overlay_folder / f"{Path(result.image_name).stem}.jpg"
-        if self._overlays:
-            _, data = cv2.imencode(".jpg", result.overlay(pixels))
-            with named(picture), atomic_write(picture) as file:
-                file.write(data.tobytes())
-        try:
-            with named(self.folder / f"{picture.stem}.png"):
-                self._writer.add(result.image_id, result.image_name, result.id_map, result.segments)
-        except (OSError, PanopticFormatError):
-            if self._overlays:
-                picture.unlink(missing_ok=True)
-            raise
-        if self._detections is not None:
-            from spatialflow.panoptic.detection import detection_rows
-
-            self._detections += detection_rows(result, result.image_id)
-        self.done.append(result.image_name)
-
-    def __enter__(self) -> _PredictionFolder:
-        """The folders are made before the first image, so that a place which cannot be written costs no prediction."""
-        for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
-            try:
-                with named(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CommandError(sentence(error)) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.done:
-            try:
-                self._finish()
-            except OSError as error:
-                raise CommandError(sentence(error)) from None
-
-    def _finish(self) -> None:
-        with named(self._writer.json_path):
-            self._writer.write_json()
-        if self._detections is not None:
-            import json
-
-            from spatialflow.files import atomic_write
-
-            with named(self._detection_path), atomic_write(self._detection_path, "w") as file:
-                json.dump(self._detections, file)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate
@@ -411,7 +440,8 @@ def _convert(options: argparse.Namespace) -> int:
 
     try:
         with named(options.destination):
-            count = convert(options.source, options.destination, torch.float16 if options.half else None)
+            dtype = torch.float16 if options.half else None
+            count = convert(options.source, options.destination, dtype, options.ema)
     except (CheckpointError, ValueError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:

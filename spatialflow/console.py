@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from spatialflow.errors import CommandError
 
@@ -35,29 +36,86 @@ def complain(text: str) -> None:
     print(f"spatialflow: {text}", file=sys.stderr)
 
 
-def list_images(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Files to read, and complaints about what is no file; names must differ, as outputs are named after them.
+class _Complaints(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
 
-    A folder stands for the images in it, or if there are none for those in its folders (Cityscapes' cities).
+
+def show_log() -> None:
+    """Shows what the package logs, for instance what it took off the weights of a trainer, as complaints."""
+    logger = logging.getLogger("spatialflow")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_Complaints())
+
+
+class InputImage(NamedTuple):
+    """One image that a command is given."""
+
+    path: Path
+    name: str  # path as seen from the folder that was given, with "/"; outputs take it
+
+
+def list_images(
+    given: Sequence[Path], recursive: bool = False, results: Collection[Path] = ()
+) -> tuple[list[InputImage], list[str]]:
+    """The images that files and folders stand for.
+
+    A folder stands for the images in it; for those in its sub-folders too with `recursive`, or where it holds no image
+    itself (as Cityscapes' split of cities).
+
+    Args:
+        given: files and folders.
+        recursive: look into sub-folders.
+        results: files and folders that the command writes, which are no input.
+
+    Returns:
+        Images, and complaints about folders without any.
+
+    Raises:
+        CommandError: two images would get the same outputs, as their names differ at most in the suffix.
     """
     failed: list[str] = []
-    of_stem: dict[str, Path] = {}
+    images: dict[str, InputImage] = {}
     for path in given:
-        found = [path]
+        found = [InputImage(path, path.name)]
         if path.is_dir():
-            found = _images_in(path.iterdir()) or _images_in(path.rglob("*"))
+            found = _images_below(path, results)
+            top = [image for image in found if "/" not in image.name]
+            if top and not recursive and len(top) < len(found):
+                complain(f"{path}: {len(found) - len(top)} images in its sub-folders are left out; --recursive takes "
+                         f"them too")  # fmt: skip
+                found = top
             if not found:
                 failed.append(f"{path}: holds no image file")
-        for file in found:
-            if of_stem.setdefault(file.stem, file) != file:
-                failed.append(f"{file}: is named like {of_stem[file.stem]}, and outputs take the name")
+        for image in found:
+            other = images.setdefault(without_suffix(image.name), image)
+            if other != image and other.path.resolve() != image.path.resolve():
+                raise CommandError(
+                    f"{image.path}: is named like {other.path}, and outputs take the name; use two output folders, or "
+                    f"give the folder above both with --recursive"
+                )
     for text in failed:
         complain(text)
-    return list(of_stem.values()), failed
+    return list(images.values()), failed
 
 
-def _images_in(files: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+def without_suffix(name: str) -> str:
+    """A path of an image, with "/", without its suffix."""
+    return PurePosixPath(name).with_suffix("").as_posix()
+
+
+def _images_below(folder: Path, results: Collection[Path]) -> list[InputImage]:
+    """Images in a folder and its sub-folders, but for `results`."""
+    root = folder.resolve()
+    left_out = {path.resolve() for path in results}
+    left_out = {path.relative_to(root) for path in left_out if root in path.parents}
+    found = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*")))
+    return [
+        InputImage(path, name.as_posix())
+        for path, name in found
+        if name.suffix.lower() in IMAGE_SUFFIXES and left_out.isdisjoint((name, *name.parents))
+    ]
 
 
 def panoptic_json(path: Path) -> Path:
@@ -116,7 +174,7 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
-def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any]) -> Any:
+def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any], ema: bool = False) -> Any:
     """The network of `--config` with the weights of `--checkpoint`, else those of the package, else random ones."""
     import torch
 
@@ -131,13 +189,17 @@ def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any
         if checkpoint is None:
             complain("no --checkpoint: the weights are random, so the maps mean nothing")
             return model
-        return load_checkpoint(model, checkpoint)
+        return load_checkpoint(model, checkpoint, ema)
     except (ConfigError, CheckpointError) as error:
         raise CommandError(str(error)) from None
 
 
-def load_models(configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any]) -> list[Any]:
+def load_models(
+    configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any], ema: bool = False
+) -> list[Any]:
     """The networks of an ensemble: one configuration for all checkpoints, or one for each."""
+    if ema and not checkpoints:
+        raise CommandError("--ema needs --checkpoint")
     count = max(len(configs), len(checkpoints))
     of_each = list(configs) * count if len(configs) == 1 else configs
     files = checkpoints or [None] * count
@@ -145,4 +207,4 @@ def load_models(configs: Sequence[str], checkpoints: Sequence[Path], overrides: 
         raise CommandError(
             f"give one --config for all of the {len(files)} --checkpoint, or one for each, got {len(configs)}"
         )
-    return [load_model(config, file, overrides) for config, file in zip(of_each, files)]
+    return [load_model(config, file, overrides, ema) for config, file in zip(of_each, files)]

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exception by which a command ends."""
+"""The exceptions by which a command ends."""
 
 
 class CommandError(Exception):
     """Ends a command with one sentence for the user and exit code 2."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; ends a command as Ctrl-C does, with exit code 143."""

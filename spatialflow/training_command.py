@@ -43,6 +43,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
                        "its split train, evaluate on val where there is one")  # fmt: skip
     train.add_argument("--checkpoint", type=Path, metavar="FILE", help="finetune these weights; layers that depend on "
                        "the classes start anew where they do not fit")  # fmt: skip
+    train.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
     train.add_argument("--backbone", type=Path, metavar="FILE", help="ImageNet weights with torchvision's names")
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     train.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -62,7 +63,7 @@ def run_train(options: argparse.Namespace) -> int:
     from spatialflow.data.samples import SampleError
     from spatialflow.engine import distributed
     from spatialflow.engine.checkpoints import CheckpointError
-    from spatialflow.engine.train import Source, Trainer, TrainingError
+    from spatialflow.engine.train import Source, Trainer, TrainingError, idle_settings
     from spatialflow.panoptic import PanopticFormatError
 
     if options.workers < 0:
@@ -73,6 +74,8 @@ def run_train(options: argparse.Namespace) -> int:
         raise CommandError(
             "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
         )
+    if options.ema and options.checkpoint is None:
+        raise CommandError("--ema needs --checkpoint")
     if options.device not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -85,16 +88,25 @@ def run_train(options: argparse.Namespace) -> int:
     try:
         trainer = Trainer(
             config, data, options.output, world, validation=validation,
-            source=Source(options.checkpoint, options.backbone),
+            source=Source(options.checkpoint, options.backbone, options.ema),
             workers=options.workers, strict=options.strict, progress=sys.stderr.isatty(), resume=not options.restart,
         )  # fmt: skip
         if world.is_first:
             print(f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
                   f"{trainer.total_steps}: {options.output}", flush=True)  # fmt: skip
             _warn_of_random_statistics(options, config.model)
+            for text in [*idle_settings(config.training, trainer.total_steps), *_without_pycocotools(validation)]:
+                complain(text)
+            if trainer.tamed:
+                complain(f"{options.output}: goes on with other settings: {', '.join(trainer.tamed)}")
             if trainer.anew and trainer.step == 0:
                 complain(f"{options.checkpoint}: of other classes; {', '.join(trainer.anew)} start anew")
-        trainer.run()
+        try:
+            trainer.run()
+        except KeyboardInterrupt as stop:
+            if trainer.checkpoint_path.is_file():
+                stop.args = (f"the same command goes on from {trainer.checkpoint_path}",)
+            raise
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
@@ -114,6 +126,14 @@ def _warn_of_random_statistics(options: argparse.Namespace, model: Any) -> None:
     if fixed and options.checkpoint is None and options.backbone is None:
         complain("no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random beginning; "
                  "from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1")  # fmt: skip
+
+
+def _without_pycocotools(validation: Any) -> list[str]:
+    from spatialflow.panoptic.detection import has_pycocotools
+
+    if validation is None or has_pycocotools():
+        return []
+    return ["the package pycocotools is missing, so that evaluations have no average precision"]
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -139,6 +159,9 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
         raise CommandError("the data: give either --images and --annotations, or --cityscapes")
     if options.cityscapes is not None and options.validation_images is not None:
         raise CommandError("--cityscapes brings its own validation images; --validation-images cannot be added")
+    for folder, images in (("panoptic", "images"), ("validation_panoptic", "validation_images")):
+        if getattr(options, folder) is not None and getattr(options, images) is None:
+            raise CommandError(f"--{folder} needs --{images}".replace("_", "-"))
     model = config.model
     try:
         categories = load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)

@@ -8,16 +8,38 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spatialflow.console import complain, list_images, load_model, named, panoptic_json, sentence, with_examples
+from spatialflow.console import (
+    InputImage,
+    complain,
+    list_images,
+    load_model,
+    named,
+    panoptic_json,
+    sentence,
+    with_examples,
+    without_suffix,
+)
 from spatialflow.errors import CommandError
+
+PICTURES, SHEETS = "pictures", ("worst", "best")
+"""Names in the output folder: the pictures' folder, and the sheets, which are JPEG files."""
 
 
 class Maps(NamedTuple):
     """A panoptic data set or a folder of predictions."""
 
     folder: Path
-    annotations: dict[str, dict[str, Any]]  # `photograph_key` of the photograph's name -> annotation
+    annotations: dict[str, dict[str, Any]]  # name of the photograph without suffix -> annotation
+    of_key: dict[str, list[dict[str, Any]]]  # `photograph_key` of that name -> annotations
     categories: list[dict[str, Any]]
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """The annotation of the photograph of that name; of its `photograph_key`, where only one has it."""
+        from spatialflow.panoptic.photographs import photograph_key
+
+        found = self.annotations.get(without_suffix(name))
+        with_key = self.of_key.get(photograph_key(name), [])
+        return with_key[0] if found is None and len(with_key) == 1 else found
 
 
 class Row(NamedTuple):
@@ -44,9 +66,11 @@ def add_visualize(commands: Any) -> None:
                                help=f"{what}: the panoptic JSON, PNGs beside it, or what `predict` wrote")  # fmt: skip
     visualize.add_argument("--sheet", type=int, default=5, metavar="N",
                            help="pictures in each of worst.jpg and best.jpg (default: %(default)s)")  # fmt: skip
+    visualize.add_argument("--recursive", action="store_true", help="photographs in sub-folders too")
     visualize.add_argument("--config", metavar="NAME", help="network whose class-activation maps are shown, of the cls "
                            "sub-network and the stuff head")  # fmt: skip
     visualize.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights, as for predict")
+    visualize.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
 
 
 def run_visualize(options: argparse.Namespace) -> int:
@@ -63,7 +87,8 @@ def run_visualize(options: argparse.Namespace) -> int:
         raise CommandError("nothing to show: give --ground-truth, --prediction or --config")
     if options.sheet < 1:
         raise CommandError(f"--sheet must be at least 1, got {options.sheet}")
-    paths, failed = list_images(options.images)
+    results = [options.output / name for name in (PICTURES, *(f"{sheet}.jpg" for sheet in SHEETS))]
+    images, failed = list_images(options.images, options.recursive, results)
     maps = {
         title: _read_maps(path, use)
         for title, path, use in (
@@ -72,24 +97,32 @@ def run_visualize(options: argparse.Namespace) -> int:
         )
         if path is not None
     }
-    model = None if options.config is None else load_model(options.config, options.checkpoint, {})
-    rows = []
-    with tqdm(paths, desc="visualize", unit="image", disable=None) as bar:
-        for path in bar:
+    if options.ema and options.checkpoint is None:
+        raise CommandError("--ema needs --checkpoint")
+    model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
+    rows: list[Row] = []
+    try:
+        with tqdm(images, desc="visualize", unit="image", disable=None) as bar:
+            for image in bar:
+                try:
+                    rows.append(_draw(image, maps, model, options.output))
+                except (ImageError, PanopticFormatError, OSError) as error:
+                    failed.append(sentence(error))
+                    complain(failed[-1])
+                except CategoryError as error:  # of the configuration, the same for every picture
+                    raise CommandError(str(error)) from None
+    except KeyboardInterrupt as stop:
+        stop.args = (f"{len(rows)} of {len(images)} pictures are done",)
+        raise
+    finally:
+        if rows:  # an interrupt leaves the page of the pictures before it
             try:
-                rows.append(_draw(path, maps, model, options.output))
-            except (ImageError, PanopticFormatError, OSError) as error:
-                failed.append(sentence(error))
-                complain(failed[-1])
-            except CategoryError as error:  # of the configuration, the same for every picture
-                raise CommandError(str(error)) from None
+                _write_pages(rows, options.output, options.sheet)
+            except OSError as error:
+                raise CommandError(sentence(error)) from None
     if not rows:
         complain("no picture could be drawn")
         return 1
-    try:
-        _write_pages(rows, options.output, options.sheet)
-    except OSError as error:
-        raise CommandError(sentence(error)) from None
     print(f"{len(rows)} of {len(rows) + len(failed)} pictures done: {options.output / 'index.html'}")
     return 1 if failed else 0
 
@@ -106,25 +139,28 @@ def _read_maps(path: Path, use: str) -> Maps:
         raise CommandError(str(error)) from None
     for index, row in enumerate(content["categories"]):
         if row.get("color") is not None and not is_color(row["color"]):
-            rule = f"color must be three numbers from 0 to 255, got {row['color']!r:.80}"
+            rule = f"color must be three numbers in 0..255, got {row['color']!r:.80}"
             raise CommandError(f"{path}: categories[{index}]: {rule}")
     folder = path.with_suffix("")
-    keys = map(photograph_key, photograph_names(content))
-    annotations = dict(zip(keys, content["annotations"]))
-    return Maps(folder, annotations, content["categories"])
+    annotations: dict[str, dict[str, Any]] = {}
+    of_key: dict[str, list[dict[str, Any]]] = {}
+    for name, annotation in zip(photograph_names(content), content["annotations"]):
+        annotations[without_suffix(name)] = annotation
+        of_key.setdefault(photograph_key(name), []).append(annotation)
+    return Maps(folder, annotations, of_key, content["categories"])
 
 
-def _draw(path: Path, maps: dict[str, Maps], model: Any, output: Path) -> Row:
+def _draw(image: InputImage, maps: dict[str, Maps], model: Any, output: Path) -> Row:
     """Writes the picture of one photograph."""
     from spatialflow.data.transforms import read_image
     from spatialflow.panoptic import PanopticFormatError, overlay, read_id_map
     from spatialflow.panoptic.pages import side_by_side
-    from spatialflow.panoptic.photographs import photograph_key
 
+    path = image.path
     pixels = read_image(path)
     panels, found = {"photograph": pixels}, []
     for title, shown in maps.items():
-        annotation = shown.annotations.get(photograph_key(path.name))
+        annotation = shown.find(image.name)
         if annotation is None:
             raise PanopticFormatError(f"{path}: the {title} in {shown.folder} has no image of that name")
         ids = read_id_map(shown.folder / annotation["file_name"])
@@ -144,8 +180,8 @@ def _draw(path: Path, maps: dict[str, Maps], model: Any, output: Path) -> Row:
             name = "other (all things)" if activations.stuff_class is None else activations.stuff_class.name
             panels[f"stuff head: {name}"] = heat_picture(pixels, activations.stuff)
     quality = _quality(path, maps["ground truth"].categories, *found) if len(found) == 2 else None
-    heading = path.name if quality is None else f"{path.name}: PQ {100 * quality:.1f}"
-    picture = output / "pictures" / f"{path.stem}.jpg"
+    heading = image.name if quality is None else f"{image.name}: PQ {100 * quality:.1f}"
+    picture = output / PICTURES / f"{without_suffix(image.name)}.jpg"
     _write_jpeg(picture, side_by_side(panels, heading))
     return Row(heading, picture, quality)
 
@@ -170,7 +206,7 @@ def _write_pages(rows: list[Row], output: Path, sheet: int) -> None:
     scored = [row for row in rows if row.quality is not None]
     if scored:
         rows = sorted(scored, key=lambda row: row.quality)
-        for name, chosen in (("worst", rows[:sheet]), ("best", rows[::-1][:sheet])):
+        for name, chosen in zip(SHEETS, (rows[:sheet], rows[::-1][:sheet])):
             _write_jpeg(output / f"{name}.jpg", contact_sheet([cv2.imread(str(row.path)) for row in chosen]))
     title = f"{len(rows)} pictures, worst first" if scored else f"{len(rows)} pictures"
     with atomic_write(output / "index.html", "w") as file:

@@ -7,6 +7,7 @@ A test file subclasses `OpMatrix` with its samples; pytest then runs each questi
         has_gradient = True
         samples = {"adaptive": lambda: OpSample(...), ...}
         linear_samples = tuple(samples)
+        thin_samples = {"one row": lambda: OpSample(...), ...}
 
 Questions that an op cannot be asked are not generated: those of gradients where the class says `has_gradient = False`
 (it is asked instead whether that is so), second derivatives for samples not in `linear_samples`. Further classes in the
@@ -15,6 +16,7 @@ same file hold what is particular to the op: bad values, ties, errors, peers' de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 DEVICE = torch.get_default_device().type  # where the tests' tensors are: see conftest.py
 
@@ -65,6 +69,69 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Shapes (N, C, H, W) for thin samples: each size one, or none. Eight channels make 16 bytes of float16.
+THIN_SHAPES = {
+    "one image": (1, 8, 5, 6),
+    "one channel": (2, 1, 5, 6),
+    "one row": (2, 8, 1, 6),
+    "one column": (2, 8, 5, 1),
+    "one pixel": (2, 8, 1, 1),
+    "one value": (1, 1, 1, 1),
+    "no images": (0, 8, 5, 6),
+    "no channels": (2, 0, 5, 6),
+    "no rows": (2, 8, 0, 6),
+    "no columns": (2, 8, 5, 0),
+}
+
+
+def with_stride(tensor: Tensor, stride: int) -> Tensor:
+    """The same values; `stride` along dimensions of size 1 or 0, where torch allows any."""
+    strides = [own if size > 1 else stride for size, own in zip(tensor.shape, tensor.stride())]
+    return tensor.as_strided(tensor.shape, strides)
+
+
+def amid_nans(tensor: Tensor) -> Tensor:
+    """The same values in a window of a larger tensor that begins at an odd element; NaN (or 99) is around it."""
+    sizes = [size + 2 for size in tensor.shape]
+    filling = float("nan") if tensor.is_floating_point() else 99
+    storage = torch.full((math.prod(sizes) + 1,), filling, dtype=tensor.dtype)
+    window = storage[1:].view(sizes)[tuple(slice(1, -1) for _ in sizes)]
+    return window.copy_(tensor)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+# Same values at strides that torch allows and a kernel has no use for.
+THIN_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "stride 0": lambda t: with_stride(t, 0),
+    "stride 5": lambda t: with_stride(t, 5),
+    "channels last, stride 1": lambda t: with_stride(channels_last(t), 1),
+    "channels last, stride 2^40": lambda t: with_stride(channels_last(t), 2**40),
+    "amid NaNs": amid_nans,
+    "amid NaNs, stride 3": lambda t: with_stride(amid_nans(t), 3),
+}
+
+# Others hold less than their size: one number, or one row again and again.
+EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "one number": lambda t: t.flatten()[:1].sum().to(t.dtype).expand(t.shape),
+    "one row": lambda t: t[:1].expand(t.shape) if t.dim() > 1 else t,
+}
+
+
+def metadata(value: Any) -> list[tuple]:
+    """Shape, dtype and the strides that matter of every tensor; of a shape that depends on values its length alone."""
+    found = []
+    for t in leaves(value):
+        if all(isinstance(size, int) for size in t.shape):
+            strides = [stride for size, stride in zip(t.shape, t.stride()) if size > 1 and t.numel()]
+            found.append((t.dtype, tuple(t.shape), strides))
+        else:
+            found.append((t.dtype, t.dim()))
+    return found
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
@@ -92,7 +159,7 @@ def assert_near(actual: Any, expected: Any, dtype: torch.dtype, factor: float = 
             assert torch.equal(one, other), f"{what}[{index}] differs"
             continue
         one, other = one.detach().double(), other.detach().double()
-        scale = max(float(other.abs().max()), 1e-30)
+        scale = max(float(other.abs().max()), 1e-30, torch.finfo(dtype).smallest_normal)
         error = float((one - other).abs().max()) / scale
         assert error <= TOLERANCE[dtype] * factor, f"{what}[{index}]: error {error:.2e} of the maximum {scale:.3g}"
 
@@ -119,10 +186,12 @@ class OpMatrix:
     """Subclasses set `samples`: name -> function of no arguments giving an `OpSample` in float64.
 
     Every subclass says itself whether the op has a gradient, and if so which samples (by name) are linear in their
-    differentiable tensors, so that second derivatives exist.
+    differentiable tensors, so that second derivatives exist. `thin_samples` have sizes of one and zero; they are asked
+    about layouts alone.
     """
 
     samples: dict[str, Callable[[], OpSample]] = {}
+    thin_samples: dict[str, Callable[[], OpSample]]
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     has_gradient: bool
     linear_samples: tuple[str, ...]
@@ -132,6 +201,8 @@ class OpMatrix:
             raise TypeError(f"{cls.__name__} must set has_gradient, and linear_samples exactly if that is True")
         if cls.has_gradient and not set(cls.linear_samples) <= set(cls.samples):
             raise TypeError(f"{cls.__name__}.linear_samples names samples that it does not have")
+        if not vars(cls).get("thin_samples"):
+            raise TypeError(f"{cls.__name__} must set thin_samples")
         unasked = {"test_no_gradient"} if cls.has_gradient else GRADIENT_QUESTIONS
         if cls.has_gradient and not cls.linear_samples:
             unasked = unasked | {"test_gradgradcheck"}
@@ -142,6 +213,12 @@ class OpMatrix:
         if "sample" in metafunc.fixturenames:
             asked = self.linear_samples if metafunc.function.__name__ == "test_gradgradcheck" else list(self.samples)
             metafunc.parametrize("sample", [self.samples[name] for name in asked], ids=list(asked))
+        if "thin" in metafunc.fixturenames:
+            names = list(self.thin_samples)
+            metafunc.parametrize("thin", [self.thin_samples[name] for name in names], ids=names)
+            # The widest and the narrowest: kernels of 16 bits are others.
+            dtypes = [dtype for dtype in self.dtypes if dtype in (torch.float64, torch.float16)] or self.dtypes[:1]
+            metafunc.parametrize("thin_dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -369,6 +446,50 @@ class OpMatrix:
             outputs, inputs, [torch.ones_like(o.transpose(-1, -2).contiguous()).transpose(-1, -2) for o in outputs]
         )
         assert_near(list(turned), list(dense), torch.float64, what="transposed gradient")
+
+    def test_thin_layouts(self, thin: Callable, thin_dtype: torch.dtype) -> None:
+        """Sizes of one and zero give the numbers of the twin, at any strides of inputs and incoming gradients; the fake
+        kernels know the layout of what comes out."""
+        sample = thin()
+        tensors = map_tensors(lambda t: t.contiguous(), to_dtype(sample, thin_dtype))
+        plain, gradients = self._differentiated(sample, tensors)
+        wide = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
+        twin = OpSample(**{**sample.__dict__, "op": sample.reference})
+        self._assert_equal_up_to_rounding((plain, gradients), self._differentiated(twin, wide), thin_dtype, "twin")
+        for name, layout in THIN_LAYOUTS.items():
+            arranged = map_tensors(layout, tensors)
+            assert all(torch.equal(a, b) for a, b in zip(leaves(arranged), leaves(tensors)))
+            result = self._differentiated(sample, arranged, layout)
+            self._assert_equal_up_to_rounding(result, (plain, gradients), thin_dtype, name)
+            mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+            fake = map_tensors(mode.from_tensor, arranged)
+            with mode:
+                described = metadata(self._differentiated(sample, fake, layout))
+            for one, other in zip(described, metadata(result), strict=True):
+                known = other if len(one) == 3 else (other[0], len(other[1]))
+                assert one == known, f"fake kernel, {name}"
+        for name, layout in EXPANDED.items():
+            arranged = map_tensors(layout, tensors)
+            result = self._differentiated(sample, arranged, layout)
+            expected = self._differentiated(sample, map_tensors(torch.Tensor.contiguous, arranged), layout)
+            self._assert_equal_up_to_rounding(result, expected, thin_dtype, name)
+
+    def _differentiated(self, sample: OpSample, tensors: list, layout: Callable = lambda t: t) -> tuple[list, list]:
+        """Results, and the gradients by all differentiable tensors for an incoming gradient of that layout."""
+        function, inputs = self._bound(sample, tensors)
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        outputs = leaves(function(*inputs))
+        tracked = [output for output in outputs if output.requires_grad]
+        if not tracked:
+            return outputs, [torch.zeros_like(i) for i in inputs]
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        incoming = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in tracked]
+        gradients = torch.autograd.grad(tracked, inputs, [layout(g) for g in incoming], allow_unused=True)
+        return outputs, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients)]
+
+    def _assert_equal_up_to_rounding(self, actual: tuple, expected: tuple, dtype: torch.dtype, what: str) -> None:
+        assert_near(actual[0], expected[0], dtype, what=f"{what}: result")
+        assert_near(actual[1], expected[1], dtype, factor=4, what=f"{what}: gradient")
 
     def test_autocast(self, sample: Callable) -> None:
         """Under autocast float32 features are computed in the low precision; boxes and scores keep theirs."""

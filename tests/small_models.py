@@ -32,7 +32,8 @@ VARIANTS = [
     ("tiny", dict(backbone_groups=4, backbone_group_width=4)),
     ("tiny", dict(deformable_reg_stages=[1], deformable_stuff_stages=[0], flow_to_stuff=False)),
     ("tiny", dict(head_channels=24, flow_to_thing=False)),
-    ("tiny", dict(stuff_head=False, stuff_stages=0)),
+    ("ablation_naive_coco", dict(flow_stuff_to_thing=True, stuff_stages=2, thing_stages=2)),
+    ("tiny", dict(stuff_head=False, stuff_stages=0, flow_to_stuff=False, flow_stuff_to_thing=False)),
 ]
 """Configuration and overrides: every kind of network."""
 

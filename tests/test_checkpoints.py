@@ -3,13 +3,16 @@
 
 import contextlib
 import json
+import logging
 import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from small_models import SMALL
 
+from spatialflow.cli import main
 from spatialflow.engine.checkpoints import (
     CheckpointError,
     convert,
@@ -97,6 +100,192 @@ def test_released_file_loads_wrapped_bare_and_parallel(tmp_path):
     ):
         torch.save(content, path)
         assert_equal_states(load_checkpoint(small_model(), path), source)
+
+
+def small_model_of(state):
+    model = small_model()
+    model.load_state_dict(state)
+    return model
+
+
+def named(before, state, after=""):
+    return {f"{before}{name}{after}": value for name, value in state.items()}
+
+
+def plus_one(state):
+    return {name: value + 1 for name, value in state.items()}
+
+
+class TestWrappers:
+    """What trainers put around the weights is taken off by rule and named."""
+
+    WRAPPED = {
+        "compiled": (lambda s: named("_orig_mod.", s), "took '_orig_mod.' off the names"),
+        "parallel and compiled": (lambda s: named("module._orig_mod.", s), "took '_orig_mod.', 'module.' off"),
+        "twice parallel": (
+            lambda s: {"model_state_dict": named("module.module.", s)},
+            "took the weights under 'model_state_dict'; took 'module.' off the names",
+        ),
+        "a part compiled": (
+            lambda s: {name.replace("backbone.", "backbone._orig_mod."): value for name, value in s.items()},
+            "took '_orig_mod.' off the names",
+        ),
+        "Lightning": (lambda s: {"state_dict": named("model.", s), "epoch": 3}, "took 'model.' off the names"),
+        "nested": (lambda s: {"net": {"state_dict": named("net.model.", s)}}, "took 'net.', 'model.' off the names"),
+        "averaged": (
+            lambda s: named("module.", s) | {"n_averaged": torch.tensor(9)},
+            "took 'module.' off the names; left out n_averaged",
+        ),
+        "timm": (lambda s: {"state_dict_ema": named("module.", s)}, "took the moving average under 'state_dict_ema'"),
+        "both": (
+            lambda s: {"ema": plus_one(s), "model": s, "optimizer": {}},
+            "took the weights under 'model'; left out the moving average under 'ema'",
+        ),
+        "EMAHook": (
+            lambda s: {"state_dict": s | {f"ema_{n.replace('.', '_')}": v + 1 for n, v in s.items()}},
+            "left out 416 averages beside the weights (ema_*)",
+        ),
+        "one object": (lambda s: dict.fromkeys(("model", "state_dict"), s), "took the weights under 'state_dict'"),
+        "equal": (
+            lambda s: {"model": s, "net": {name: value.clone() for name, value in s.items()}},
+            "took the weights under 'model'",
+        ),
+        "configuration": (lambda s: {"model": {"type": "x"}, "net": s, "params": {}}, "took the weights under 'net'"),
+        "numpy": (
+            lambda s: {"model": s, "best": np.float64(0.4), "seen": np.arange(3), "flag": np.bool_(True)},
+            "took the weights under 'model'",
+        ),
+    }
+
+    @pytest.mark.parametrize("case", WRAPPED)
+    @pytest.mark.parametrize("released", [False, True])
+    def test_taken_off_and_named(self, tmp_path, caplog, case, released):
+        source, path = small_model(), tmp_path / "weights.pth"
+        wrap, words = self.WRAPPED[case]
+        state = source.state_dict()
+        torch.save(wrap({released_name(n): v for n, v in state.items()} if released else state), path)
+        caplog.set_level(logging.INFO)
+        assert_equal_states(load_checkpoint(small_model(), path), source)
+        assert words in caplog.text and "weights.pth" in caplog.text
+
+    AVERAGES = {
+        "timm": lambda s: {"state_dict": plus_one(s), "state_dict_ema": s},
+        "wrapped": lambda s: {"model": plus_one(s), "ema": {"module": s, "updates": 7}},
+        "alone": lambda s: {"ema_state_dict": named("module.", s) | {"steps": torch.tensor(9)}},
+        "EMAHook": lambda s: plus_one(s) | {f"ema_{n.replace('.', '_')}": v for n, v in s.items()},
+        "parallel EMAHook": lambda s: named("module.", plus_one(s) | {f"ema_{n.replace('.', '_')}": s[n] for n in s}),
+    }
+
+    @pytest.mark.parametrize("case", AVERAGES)
+    def test_average_by_choice(self, tmp_path, case):
+        source, path = small_model(), tmp_path / "weights.pth"
+        torch.save(self.AVERAGES[case](source.state_dict()), path)
+        assert_equal_states(load_checkpoint(small_model(), path, ema=True), source)
+        assert convert(path, tmp_path / "average.safetensors", ema=True) == len(source.state_dict())
+        assert_equal_states(load_checkpoint(small_model(), tmp_path / "average.safetensors"), source)
+        with pytest.raises(CheckpointError, match=r"average.safetensors: holds no moving average \(EMA\)"):
+            load_checkpoint(small_model(), tmp_path / "average.safetensors", ema=True)
+
+    def test_average_of_parameters_alone(self, tmp_path):
+        """A hook that averages no statistics: those of the weights are taken."""
+        model = small_model()
+        averages = {f"ema_{name.replace('.', '_')}": value + 1 for name, value in model.named_parameters()}
+        torch.save(model.state_dict() | averages, tmp_path / "weights.pth")
+        loaded = load_checkpoint(small_model(), tmp_path / "weights.pth", ema=True).state_dict()
+        trained = dict(model.named_parameters())
+        for name, value in model.state_dict().items():
+            if not name.endswith("num_batches_tracked"):
+                assert torch.equal(loaded[name], value + 1 if name in trained else value), name
+
+    def test_ambiguity_is_refused(self, tmp_path):
+        state, path = small_model().state_dict(), tmp_path / "weights.pth"
+        for content, ema, choices in (
+            ({"model": state, "net": plus_one(state)}, False, "'model', 'net'"),
+            ({"ema": state, "model_ema": plus_one(state), "model": state}, True, "'model_ema', 'ema'"),
+        ):
+            torch.save(content, path)
+            with pytest.raises(CheckpointError, match=f"weights.pth: holds several sets of weights: {choices}; store"):
+                load_checkpoint(small_model(), path, ema)
+        torch.save(named("module.", state) | plus_one(state), path)
+        with pytest.raises(CheckpointError, match="is there twice, under names of several wrappers"):
+            load_checkpoint(small_model(), path)
+
+    def test_commands_say_it(self, tmp_path, capsys):
+        """`convert` prints what it took off, once; `--ema` without a file to take it from is refused."""
+        state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
+        torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
+        assert main(["convert", *files]) == 0
+        said = "weights.pth: took the weights under 'state_dict'; left out the moving average under 'ema'; took '_orig_"
+        assert capsys.readouterr().err.count(said) == 1
+        assert main(["convert", "--ema", *files]) == 0
+        assert_equal_states(load_checkpoint(small_model(), files[1]), small_model_of(state))
+        nothing = str(tmp_path / "out")
+        for command in (
+            ["predict", "a.jpg", "--ema", "--output", nothing],
+            ["train", "tiny", "--ema", "--output", nothing],
+            ["visualize", "photos", "--config", "demo", "--ema", "--output", nothing],
+        ):
+            assert main(command) == 2
+            assert "spatialflow: --ema needs --checkpoint" in capsys.readouterr().err
+
+    def test_a_file_that_holds_itself(self, tmp_path):
+        loop = {}
+        loop["model"] = {"net": loop}
+        torch.save(loop, tmp_path / "weights.pth")
+        with pytest.raises(CheckpointError, match="holds no state dict"):
+            load_checkpoint(small_model(), tmp_path / "weights.pth")
+
+    def test_numpy_runs_nothing(self, tmp_path):
+        """A pickle that has numpy build arrays of objects: numpy is never called, and other functions are refused."""
+        path = tmp_path / "weights.pth"
+        torch.save({"model": {"a": torch.ones(2)}, "seen": np.array([print, {}], dtype=object)}, path)
+        with pytest.raises(CheckpointError, match=r"holds Python objects beside tensors: print$"):
+            read_state(path)
+        torch.save({"model": {"a": torch.ones(2)}, "seen": np.array([{}, 3], dtype=object)}, path)
+        assert list(read_state(path)) == ["a"]
+        with pytest.raises(pickle.UnpicklingError):  # what is allowed here is allowed nowhere else
+            torch.load(path, weights_only=True)
+
+
+class TestFinite:
+    """No file of weights gets values that are not finite, and none is taken with them."""
+
+    def test_not_written(self, tmp_path):
+        path = save_checkpoint(small_model(), tmp_path / "model.safetensors")
+        before = path.read_bytes()
+        for value in (float("nan"), float("inf"), -float("inf")):
+            model = small_model()
+            model.backbone.bn1.running_var[1] = value
+            with pytest.raises(CheckpointError, match="model.safetensors: not written, .* backbone.bn1.running_var$"):
+                save_checkpoint(model, path)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.safetensors"]
+
+    def test_large_is_finite(self, tmp_path):
+        state = {"fpn.a": torch.full((9,), 3e38), "fpn.b": torch.zeros(0), "fpn.n": torch.tensor(3)}
+        state |= {"fpn.h": torch.full((9,), 6e4).half(), "fpn.d": torch.full((2,), 1e300, dtype=torch.float64)}
+        assert len(read_state(save_checkpoint(state, tmp_path / "model.pt"))) == 5
+
+    def test_not_read_nor_converted(self, tmp_path):
+        state = small_model().state_dict()
+        state["fpn.p6.bias"][0] = float("nan")
+        torch.save(state, tmp_path / "bad.pth")
+        model = small_model()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match="bad.pth: holds values that are not finite: fpn.p6.bias$"):
+            load_checkpoint(model, tmp_path / "bad.pth")
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        with pytest.raises(CheckpointError, match="bad.pth: holds values that are not finite: fpn.p6.bias$"):
+            convert(tmp_path / "bad.pth", tmp_path / "out.safetensors")
+        assert not (tmp_path / "out.safetensors").exists()
+
+    def test_half_must_hold_them(self, tmp_path):
+        state = small_model().state_dict()
+        state["backbone.bn1.running_var"][0] = 7e4
+        path = save_checkpoint(state, tmp_path / "wide.pth")
+        message = "wide.pth: holds values too large for torch.float16: backbone.bn1.running_var"
+        with pytest.raises(CheckpointError, match=message):
+            convert(path, tmp_path / "half.safetensors", torch.float16)
+        assert convert(path, tmp_path / "bfloat.safetensors", torch.bfloat16) > 0
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what it writes, and one clear sentence for everything that can be wrong with its input."""
 
+import argparse
+import ast
 import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +18,7 @@ import pytest
 import torch
 
 import spatialflow
+from spatialflow import cli
 from spatialflow.cli import main
 from spatialflow.panoptic import read_id_map, read_panoptic_json
 
@@ -98,7 +103,6 @@ class TestPredict:
         (bad / "cut.jpg").write_bytes(whole[: len(whole) // 2])
         (bad / "text.jpg").write_text("not a picture")
         (bad / "empty.png").touch()
-        (bad / "plain.png").write_bytes((photographs / "grey.png").read_bytes())
         given = [bad / "missing.jpg", photographs / "plain.jpg", bad, photographs / "dot.png"]
         output = tmp_path / "out"
         code = main(["predict", *map(str, given), "--checkpoint", str(weights), "--output", str(output), *FAST])
@@ -109,11 +113,16 @@ class TestPredict:
             "cut.jpg": "truncated",
             "text.jpg": "not an image",
             "empty.png": "empty",
-            "plain.png": "named like",
         }.items():
             assert len([line for line in said if f"/{name}: " in line and reason in line]) == 1, (name, said)
-        assert len(said) == 5
+        assert len(said) == 4
         assert_complete(output, ["plain.jpg", "dot.png"])
+
+    def test_defects_are_sentences(self, photographs, weights, tmp_path, capsys):
+        (tmp_path / "a.jpg").write_bytes((photographs / "plain.jpg").read_bytes()[:-2])
+        command = ["predict", str(tmp_path / "a.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+        assert main(command) == 0
+        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
         """What is done when Ctrl-C comes is complete, JSON included."""
@@ -129,13 +138,68 @@ class TestPredict:
         assert main(["predict", *arguments]) == 130
         assert_complete(tmp_path, ["deep.png", "dot.png"])
 
-    def test_ids_that_coincide(self, photographs, weights, tmp_path, capsys):
-        for name in ("7.jpg", "007.jpg"):
+    def test_ids_that_coincide(self, photographs, weights, tmp_path):
+        """Two numbers that are one become the texts that they are."""
+        for name in ("7.jpg", "007.jpg", "8.jpg"):
             (tmp_path / name).write_bytes((photographs / "plain.jpg").read_bytes())
         output = tmp_path / "out"
-        assert main(["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 1
-        assert sentences(capsys) == ["7.jpg: would get the id 7, which 007.jpg has already"]
-        assert_complete(output, ["007.jpg"])
+        assert main(["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 0
+        assert_complete(output, ["007.jpg", "7.jpg", "8.jpg"])
+        images = read_panoptic_json(output / "panoptic.json")["images"]
+        assert [(image["file_name"], image["id"]) for image in images] == [
+            ("007.jpg", "007"), ("7.jpg", "7"), ("8.jpg", 8)
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("names", [("a/x.jpg", "b/x.jpg"), ("a/x.jpg", "a/x.png")])
+    def test_names_that_coincide(self, photographs, tmp_path, capsys, names):
+        """Refused before any work: one would overwrite the other's results."""
+        paths = [tmp_path / name for name in names]
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes((photographs / "plain.jpg").read_bytes())
+        assert main(["predict", *map(str, paths), "--output", str(tmp_path / "out"), *FAST]) == 2
+        (said,) = sentences(capsys)
+        assert said.startswith(f"{paths[1]}: is named like {paths[0]}, and outputs take the name")
+        assert not (tmp_path / "out").exists()
+
+    def test_one_file_given_twice(self, photographs, weights, tmp_path):
+        given = [str(photographs / "dot.png"), str(photographs), os.path.relpath(photographs / "dot.png")]
+        assert main(["predict", *given, "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
+        assert_complete(tmp_path, [path.name for path in photographs.iterdir()])
+
+    @pytest.mark.parametrize("output", ["out", "."])
+    def test_images_in_sub_folders(self, photographs, weights, tmp_path, capsys, output):
+        """Left out with a sentence that counts them; earlier results in the same folder are no images."""
+        for name in ("plain.jpg", "one/plain.jpg", "one/two/dot.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())
+        output = tmp_path / output
+        command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]
+        for _ in range(2):
+            assert main([*command, "--recursive"]) == 0 and sentences(capsys) == []
+        content = read_panoptic_json(output / "panoptic.json")
+        names = ["one/plain.jpg", "one/two/dot.png", "plain.jpg"]
+        assert [image["file_name"] for image in content["images"]] == names
+        assert [image["id"] for image in content["images"]] == ["one/plain", "dot", "plain"]
+        for annotation, name in zip(content["annotations"], names):
+            assert annotation["file_name"] == name.split(".")[0] + ".png"
+            assert read_id_map(output / "panoptic" / annotation["file_name"]).shape
+            assert (output / "overlays" / name).with_suffix(".jpg").is_file()
+        assert main(command) == 0
+        left_out = "2 images in its sub-folders are left out; --recursive takes them too"
+        assert sentences(capsys) == [f"{tmp_path}: {left_out}"]
+        assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
+
+    def test_a_folder_of_folders_alone(self, photographs, weights, tmp_path, capsys):
+        """As Cityscapes' cities: read without being asked, the id without the folder."""
+        path = tmp_path / "val" / "ulm" / "ulm_1_leftImg8bit.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes((photographs / "dot.png").read_bytes())
+        output = tmp_path / "out"
+        command = ["predict", str(tmp_path / "val"), "--checkpoint", str(weights), "--output", str(output), *FAST]
+        assert main(command) == 0 and sentences(capsys) == []
+        (image,) = read_panoptic_json(output / "panoptic.json")["images"]
+        assert (image["file_name"], image["id"]) == ("ulm/ulm_1_leftImg8bit.png", "ulm_1")
 
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
@@ -315,3 +379,58 @@ class TestInfoAndBenchmark:
         assert ended.value.code == 0
         printed = capsys.readouterr().out
         assert all(command in printed for command in ("predict", "evaluate", "convert", "benchmark", "info"))
+
+
+def test_detections_without_pycocotools(photographs, weights, tmp_path, capsys, monkeypatch):
+    """Said before the work: predict writes boxes alone, evaluate has nothing to score with."""
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    arguments = ["predict", str(photographs / "plain.jpg"), *FAST, "--checkpoint", str(weights), "--detections"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert sentences(capsys) == [
+        "--detections: the package pycocotools is missing, so detections.json has boxes without masks"
+    ]
+    assert not any("segmentation" in row for row in json.loads((tmp_path / "detections.json").read_text()))
+    assert main(["evaluate", str(tmp_path), str(tmp_path), "--detections", str(tmp_path / "detections.json")]) == 2
+    captured = capsys.readouterr()
+    assert "needs the package pycocotools" in captured.err and captured.out == ""
+
+
+def _options() -> list[tuple[str, str]]:
+    """Every command with the destination of each of its options."""
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return [
+        (name, action.dest)
+        for name, command in commands.choices.items()
+        for action in command._actions
+        if action.dest != "help"
+    ]
+
+
+def test_every_option_is_read():
+    """`options.<name>`, or the name as a text for getattr, in the sources of the commands."""
+    root = Path(cli.__file__).parent
+    trees = [ast.parse((root / name).read_text()) for name in ("cli.py", *(p.name for p in root.glob("*_command.py")))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "options"}
+    defining = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
+    own = {id(part) for call in defining for part in ast.walk(call)}
+    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in own}
+    options = _options()
+    assert len(options) > 50
+    assert [(command, name) for command, name in options if name not in read] == []
+
+
+@pytest.mark.parametrize("setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=3200000000000"])
+def test_settings_that_ask_for_more_memory_than_there_is(photographs, tmp_path, capsys, setting):
+    arguments = ["predict", str(photographs / "plain.jpg"), "--config", "tiny", "--set", setting, "--no-overlay"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 2
+    assert "out of memory: " in sentences(capsys)[-1]
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch):
+    def fails(_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(cli, "_info", fails)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["info"])

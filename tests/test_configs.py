@@ -95,6 +95,7 @@ def test_config_is_frozen():
         (dict(size_divisor=48), "data.size_divisor: must be a multiple of 32, got 48"),
         (dict(mixed_precision="fp8"), "training.mixed_precision: must be 'fp16', 'bf16' or null, got 'fp8'"),
         ({"data.fpn_channels": 3}, "override 'data.fpn_channels' names no setting"),
+        (dict(stuff_area_threshold=10**30), "test.stuff_area_threshold: must be below 2 ** 63, got 1000"),
         ({"seed": 1 << 64}, "seed: must be below 2 ** 63, got 18446744073709551616"),
     ],
 )
@@ -122,6 +123,33 @@ def test_bad_files(tmp_path, content, words):
     path.write_text(content)
     with pytest.raises(ConfigError, match=words):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("epochs=" + "9" * 5000, "epochs: '9999.*' is no YAML value"),
+        ("epochs=!!int ''", "is no YAML value"),
+        ("epochs=2020-13-45", "is no YAML value"),
+        ("epochs=" + "[" * 3000, "is no YAML value"),
+        ("learning_rate=" + "9" * 400, "learning_rate: must be finite"),
+        ("a" * 5000, "form FIELD=VALUE"),
+    ],
+)
+def test_hostile_settings_end_in_a_sentence(setting, words):
+    """Digits beyond what Python converts, dates that are none, nesting beyond the stack."""
+    with pytest.raises(ConfigError, match=words) as error:
+        load_config("tiny", **parse_settings([setting]))
+    assert len(str(error.value)) < 500
+
+
+def test_aliases_that_unfold_to_gigabytes_end_in_a_sentence(tmp_path):
+    """Nine lists of nine aliases each: 400 million items where they are written out."""
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]
+    (tmp_path / "own.yaml").write_text("model:\n  " + "\n  ".join([*lines, "num_things: *a9"]))
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "own.yaml")
+    assert len(str(error.value)) < 1000
 
 
 def test_file_with_base_and_missing_file(tmp_path):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU libraries that this processor runs and would not choose: the other tests reach only the best one."""
+"""The CPU libraries that this processor runs and would not choose: the other tests reach only the best one. What one
+of them packed, another repacks or refuses.
+"""
 
 import os
 import re
@@ -31,3 +33,62 @@ def test_operators_equal_their_twins(level):
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4 * len(OPERATORS)
+
+
+# Both run with the tests' folder as first argument and a file as second.
+WRITE = """
+import pickle, sys, torch
+sys.path.insert(0, sys.argv[1])
+from small_models import random_model
+import spatialflow
+from spatialflow import ops
+torch.manual_seed(0)
+model, images, content = random_model("tiny", stuff_head_channels=32, head_channels=32), torch.randn(1, 3, 64, 96), {}
+with torch.inference_mode():
+    plain = model(images)
+network = spatialflow.optimize_for_inference(model)
+predictor = spatialflow.Predictor(model)
+conv = ops.pack_conv3x3(torch.randn(40, 33, 3, 3), torch.randn(40))
+with open(sys.argv[2], "wb") as file:
+    pickle.dump([images, plain.stuff_logits, plain.class_logits, network, predictor, conv, conv.packed], file)
+"""
+READ = """
+import pickle, sys, torch
+sys.path.insert(0, sys.argv[1])
+from spatialflow import ops
+with open(sys.argv[2], "rb") as file:
+    images, stuff, classes, network, predictor, conv, foreign = pickle.load(file)
+for loaded in (network, predictor.pipeline.networks[0]):
+    with torch.inference_mode():
+        output = loaded(images)
+    for actual, expected in zip([output.stuff_logits, *output.class_logits], [stuff, *classes]):
+        assert (actual - expected).abs().max() < 1e-3 * expected.abs().max()
+x = torch.randn(1, 33, 7, 9)
+expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+torch.testing.assert_close(ops.flow_conv2d(x, None, conv), expected, rtol=1e-4, atol=1e-4)
+held = conv._replace(packed=foreign)  # as one who stored the packed tensor itself would make it
+for call in (
+    lambda: ops.flow_conv2d(x, None, held),
+    lambda: ops.flow_tower([x], ops.FlowTowerParameters(cls=(held,), segmentation_levels=0)),
+):
+    try:
+        call()
+        print("computed with foreign weights")
+    except RuntimeError as error:
+        print("refused" if "layout of another instruction set" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize("level", _library.cpu_levels()[1:])
+def test_packed_weights_move_between_levels(level, tmp_path):
+    """A pickle of the best level gives this one's numbers; a bare packed tensor is refused."""
+
+    def run(script, level):
+        environment = os.environ | {"SPATIALFLOW_CPU_LEVEL": level, "SPATIALFLOW_BACKEND": "cpu"}
+        command = [sys.executable, "-c", script, str(TESTS), str(tmp_path / "packed.pickle")]
+        done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split("\n")[:-1]
+
+    run(WRITE, _library.cpu_levels()[0])
+    assert run(READ, level) == ["refused", "refused"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near
+from op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
 from torch.nn import functional as F
 
 from spatialflow import ops
@@ -42,24 +42,24 @@ def off_grid(tensor: torch.Tensor) -> torch.Tensor:
 
 def sample(
     channels: int, outputs: int, kernel=3, groups: int = 1, offset_groups: int = 1, masked: bool = True,
-    bias: bool = True, **options,
+    bias: bool = True, batch: int = 2, size=(6, 7), **options,
 ):  # fmt: skip
     kernel = pair(kernel)
     stride = pair(options.get("stride", 1))
     padding = pair(options.get("padding", 0))
     dilation = pair(options.get("dilation", 1))
 
-    def tensors(height: int = 6, width: int = 7) -> list:
+    def tensors(height: int = size[0], width: int = size[1]) -> list:
         size = (height, width)
         out = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
         samples = offset_groups * kernel[0] * kernel[1]
         double = torch.float64
         return [
-            torch.randn(2, channels, *size, dtype=double),
-            off_grid(1.5 * torch.randn(2, 2 * samples, *out, dtype=double)),
+            torch.randn(batch, channels, *size, dtype=double),
+            off_grid(1.5 * torch.randn(batch, 2 * samples, *out, dtype=double)),
             torch.randn(outputs, channels // groups, *kernel, dtype=double),
             torch.randn(outputs, dtype=double) if bias else None,
-            torch.rand(2, samples, *out, dtype=double) if masked else None,
+            torch.rand(batch, samples, *out, dtype=double) if masked else None,
         ]
 
     def raw(input, offset, weight, bias, mask, **_):
@@ -94,6 +94,16 @@ class TestDeformConv2d(OpMatrix):
         "dilated 1 x 3": sample(4, 4, kernel=(1, 3), groups=4, offset_groups=2, padding=(0, 2), dilation=(1, 2)),
     }
     linear_samples = tuple(samples)
+    # Without rows or columns, padding makes an output; the last two have outputs of one row and of one column.
+    thin_samples = {
+        name: sample(channels, 5, batch=batch, size=(height, width), padding=1 if height and width else 2)
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+    } | {
+        "one output channel": sample(8, 1, kernel=1),
+        "no output channels": sample(8, 0, kernel=1),
+        "one output row": sample(8, 8, kernel=(5, 1), size=(5, 6)),
+        "one output column": sample(16, 16, kernel=(1, 5), size=(6, 5), groups=2, offset_groups=2),
+    }
 
 
 def inputs(dtype=torch.float32, masked=True, requires_grad=False):
@@ -144,6 +154,31 @@ class TestValues:
         if masked:
             assert results[0][-1][0, 4, 2, 3] == 0
         assert not torch.equal(out, convolve(*tensors)), "the spoilt tap took part before"
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # the last is infinite for float32 features
+    def test_tangent_of_a_mask_that_is_not_finite(self, value):
+        """Forward mode and second derivatives know no such mask either."""
+        tensors = [t.float() for t in inputs()]
+        mask = tensors[4].double()
+        mask[0, 4, 2, 3] = value
+
+        def loss(input, weight, mask):
+            return convolve(input, tensors[1], weight, tensors[3], mask).square().sum()
+
+        functions = {
+            "result": lambda mask: convolve(*tensors[:4], mask),
+            "gradient of the input": lambda mask: torch.func.grad(loss)(tensors[0], tensors[2], mask),
+            "gradient of the weight": lambda mask: torch.func.grad(loss, 1)(tensors[0], tensors[2], mask),
+        }
+        whole = torch.randn_like(mask)
+        without = whole.clone()
+        without[0, 4, 2, 3] = 0
+        for name, function in functions.items():
+            one, other = (torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (whole, without))
+            assert torch.equal(one, other) and torch.isfinite(one).all(), name
+        _, pullback = torch.func.vjp(lambda weight: torch.func.grad(loss, 2)(tensors[0], weight, mask), tensors[2])
+        (one,), (other,) = pullback(whole), pullback(without)
+        assert torch.equal(one, other) and torch.isfinite(one).all()
 
     @pytest.mark.parametrize("value", [1e3, 1e9, 3e38, -3e38])
     def test_huge_offset_reads_nothing(self, value):
@@ -382,6 +417,25 @@ class TestRawOperators:
                 torch.library.opcheck(raw._deform_conv2d_backward_data.default, arguments, test_utils=self.checks)
             arguments = (grad_output, input, offset, mask, tangent, *settings, 4, 3, 3)
             torch.library.opcheck(raw._deform_conv2d_backward_weight.default, arguments, test_utils=self.checks)
+
+    @pytest.mark.parametrize("stride", [0, 1, 5, 2**40])
+    @pytest.mark.parametrize("size", [(6, 1), (1, 7), (1, 1)])
+    def test_stride_of_a_single_row_or_column_says_nothing(self, size, stride):
+        """torch allows any stride of a size-1 dimension: the gradient of a sequence arrives so. The weight gradient on
+        the CPU took it as the distance between pixels."""
+        input, offset = torch.randn(2, 4, *size), torch.randn(2, 18, *size)
+        weight = torch.randn(3, 4, 3, 3, requires_grad=True)
+        output = ops.deform_conv2d(input, offset, weight, padding=1)
+        tokens = torch.randn(2, size[0] * size[1], 3)  # pixels in order, channels adjacent
+        gradient = tokens.transpose(1, 2).reshape(output.shape).contiguous()
+        (expected,) = torch.autograd.grad(output, weight, gradient, retain_graph=True)
+        strides = [stride if side == 1 else 3 for side in size]
+        channels_last = tokens.as_strided(output.shape, (tokens.stride(0), 1, *strides))
+        strides = [stride if side == 1 else 1 for side in size]
+        plain = gradient.as_strided(output.shape, (*gradient.stride()[:2], *strides))
+        for arbitrary in (channels_last, plain):
+            assert torch.equal(arbitrary, gradient)
+            assert_near(torch.autograd.grad(output, weight, arbitrary, retain_graph=True), [expected], torch.float32)
 
 
 class TestErrors:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """flow_conv2d: the op matrix, both algorithms, edges of tiles and strips, bad values, errors."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from op_matrix import LAYOUTS, OpMatrix, OpSample, assert_near, map_tensors
+from op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -21,7 +24,7 @@ def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], f
     def build(grow: int = 0) -> list:
         """x and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
         x = [eighths(batch, channels, h + grow, w + grow) for h, w in sizes]
-        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / channels) ** 0.5 / 3
+        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
         return [
             x,
             [eighths(*level.shape) for level in x] if flow else None,
@@ -65,6 +68,14 @@ class TestFlowConv2d(OpMatrix):
         "auto, no bias": sample(32, 32, [(6, 5)], bias=False),
     }
     linear_samples = ("winograd, linear", "direct, no flow")
+    thin_samples = {
+        name: sample(channels, 8, [(height, width), (3, 4)], batch=batch, relu=False)
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+    } | {
+        "one output channel": sample(8, 1, [(3, 4)], batch=2, relu=False),
+        "no output channels": sample(8, 0, [(3, 4)], batch=2, relu=False),
+        "winograd, one column": sample(8, 8, [(5, 1)], batch=2, relu=False, algorithm="winograd"),
+    }
 
 
 class TestKernels:
@@ -265,6 +276,32 @@ class TestPacked:
         with pytest.raises(RuntimeError, match="flow_conv2d: packed weight must be float64"):
             ops.flow_conv2d(torch.randn(1, 4, 6, 6).double(), None, packed)
 
+    def test_another_order_is_refused(self):
+        """The length says which order packed weights have; see test_cpu_levels.py for true ones."""
+        packed = ops.pack_conv3x3(torch.randn(8, 4, 3, 3))
+        tag = packed.packed.numel() % 288
+        assert packed.packed[-tag:].count_nonzero() == 0
+        x = torch.randn(1, 4, 6, 6)
+        for other in (0, 1, tag - 2, tag + 1, 128):  # no tag: a version before there were tags
+            bare = packed.packed[:-tag]
+            held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other)]))
+            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the"
+            with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
+                ops.flow_conv2d(x, None, held)
+            with pytest.raises(RuntimeError, match="flow_tower: " + message):
+                ops.flow_tower([x], ops.FlowTowerParameters(cls=(held,), segmentation_levels=0))
+        wide = packed._replace(packed=packed.packed.double())
+        with pytest.raises(RuntimeError, match="flow_conv2d: the packed weight has the layout of another"):
+            ops.flow_conv2d(x.double(), None, wide)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+    def test_copies_are_packed_from_the_weight(self, copied):
+        weight = torch.randn(33, 32, 3, 3, requires_grad=True)
+        packed = ops.pack_conv3x3(weight, torch.randn(33), "winograd")
+        again = copied(packed._replace(packed=torch.zeros(1)))  # what another process packed does not matter
+        assert torch.equal(again.packed, packed.packed) and torch.equal(again.weight, weight)
+        assert again.weight.requires_grad and again.algorithm == "winograd" and torch.equal(again.bias, packed.bias)
+
 
 class TestValues:
     def test_nan_reaches_its_neighbourhood_only(self):
@@ -278,6 +315,21 @@ class TestValues:
             # Row 6 is read by the tile of rows 4..7 alone (it reads 3..8); column 8 by those of columns 4..7 and 8..11.
             winograd = ops.flow_conv2d(x, None, weight, relu=relu, algorithm="winograd").isnan()
             assert winograd[:, :, 5:8, 7:10].all() and winograd.sum() == winograd[:, :, 4:8, 4:12].sum()
+
+    def test_no_derivative_touches_nan_elsewhere(self):
+        """A level with NaN that has no tangent, or whose result gets no gradient, gives zeros, not 0 * NaN."""
+        good, bad = torch.randn(1, 2, 3, 3), torch.full((1, 2, 3, 3), float("nan"))
+        weight = torch.randn(2, 2, 3, 3, requires_grad=True)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(good, torch.ones_like(good))
+            results = ops.flow_conv2d([dual, bad], None, weight.detach(), None, False, "direct")
+            tangents = [torch.autograd.forward_ad.unpack_dual(result).tangent for result in results]
+        assert_near(tangents[0], ops.flow_conv2d(torch.ones_like(good), None, weight.detach(), None, False), torch.float32)
+        assert not tangents[1].any()
+        leaf = good.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(ops.flow_conv2d([leaf, bad], None, weight, None, False)[0].sum(), leaf)
+        (alone,) = torch.autograd.grad(ops.flow_conv2d(leaf, None, weight, None, False).sum(), leaf)
+        assert torch.equal(gradient, alone)
 
     def test_infinite_and_subnormal(self):
         x = torch.zeros(1, 2, 5, 5)

@@ -6,7 +6,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near, map_tensors
+from op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -17,7 +17,7 @@ SIZES = [(13, 18), (7, 9), (5, 6), (2, 4), (1, 1)]
 
 def conv(channels: int, out_channels: int, bias: bool = True, clear: bool = False) -> list:
     """(weight, bias); `clear`: a bias that puts every output well on one side of zero."""
-    weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / channels) ** 0.5 / 3
+    weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
     if clear:
         return [weight * 0.2, torch.tensor([5.0, -5.0, 5.0] * out_channels, dtype=torch.float64)[:out_channels]]
     return [weight, torch.randn(out_channels, dtype=torch.float64) * 0.1 if bias else None]
@@ -81,9 +81,9 @@ def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto
 
 
 # ReLU units are well on or well off: at a kink finite differences, and masks in 16 bits, say nothing about a kernel.
-def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), (4, 6)), **options):
+def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), (4, 6)), batch=2, **options):
     def tensors(grow: int = 0) -> list:
-        levels = pyramid(channels, [(h + grow, w + grow) for h, w in sizes], batch=2)
+        levels = pyramid(channels, [(h + grow, w + grow) for h, w in sizes], batch=batch)
         return [levels, wiring(channels=channels, source=flow_source, clear=True, **options)]
 
     def build() -> OpSample:
@@ -111,6 +111,11 @@ class TestFlowTower(OpMatrix):
         "flows alone": sample(stages=(0, 0, 0, 0), segmentation_levels=2),
     }
     linear_samples = ("flows alone",)
+    thin_samples = {
+        name: sample(channels, sizes=((height, width), (3, 4)), batch=batch, stages=(1, 1, 1, 1))
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+        if channels  # which the tower must have
+    }
 
 
 class TestWirings:

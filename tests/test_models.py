@@ -109,7 +109,9 @@ def test_semantic_flow_and_absent_flows():
     net = Subnets(4, 4, flow_to_detection=False, flow_to_stuff=False, flow_to_thing=False)
     net(levels).thing[0].sum().backward()
     assert net.stuff[3].weight.grad is not None and net.reg[0].weight.grad is None
-    none = Subnets(4, 4, flow_source=None)
+    alone = Subnets(4, 4, flow_source=None)
+    assert {name.split(".")[0] for name, _ in alone.named_parameters() if "flow" in name} == {"semantic_flow"}
+    none = Subnets(4, 4, flow_source=None, flow_stuff_to_thing=False)
     assert not any("flow" in name for name, _ in none.named_parameters())
     detection = Subnets(4, 4, stuff_stages=0, thing_stages=0, segmentation=())
     assert {name.split(".")[0] for name, _ in detection.named_parameters()} == {"cls", "reg", "flow_cls"}

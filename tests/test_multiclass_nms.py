@@ -51,6 +51,12 @@ class TestMulticlassNms(OpMatrix):
         "padded": sample(2, 40, 3, score_threshold=0.6, iou_threshold=0.4, max_detections=200),
         "one image": sample(0, 50, 7, score_threshold=0.3, iou_threshold=0.4, max_detections=30),
     }
+    thin_samples = {
+        f"{batch} images, {count} boxes, {classes} classes": sample(
+            batch, count, classes, score_threshold=0.05, iou_threshold=0.5, max_detections=20
+        )
+        for batch, count, classes in ((1, 9, 4), (2, 1, 4), (2, 9, 1), (1, 1, 1), (2, 0, 4), (2, 9, 0))
+    }
 
     def test_layouts(self, sample):
         sample = sample()

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near
+from op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -13,9 +13,11 @@ from spatialflow.ops.reference.multilevel_roi_align import roi_levels
 STRIDES = (2, 4, 8)
 
 
-def pyramid(channels: int, size: int = 0, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    shapes = [(16 + 4 * size, 24 + 4 * size), (8 + 2 * size, 12 + 2 * size), (4 + size, 6 + size)]
-    return [torch.randn(2, channels, height, width, dtype=dtype) for height, width in shapes]
+def pyramid(
+    channels: int, size: int = 0, dtype: torch.dtype = torch.float64, batch: int = 2, coarsest=None
+) -> list[torch.Tensor]:
+    shapes = [(16 + 4 * size, 24 + 4 * size), (8 + 2 * size, 12 + 2 * size), coarsest or (4 + size, 6 + size)]
+    return [torch.randn(batch, channels, height, width, dtype=dtype) for height, width in shapes]
 
 
 def boxes_of_all_levels(count: int) -> torch.Tensor:
@@ -28,9 +30,9 @@ def boxes_of_all_levels(count: int) -> torch.Tensor:
     return torch.cat([index, corner, corner + side], dim=1)
 
 
-def sample(channels: int, count: int, output_size=(2, 3), **options):
+def sample(channels: int, count: int, output_size=(2, 3), batch: int = 2, coarsest=None, **options):
     def tensors(size: int = 0) -> list:
-        return [pyramid(channels, size), boxes_of_all_levels(count + size)]
+        return [pyramid(channels, size, batch=batch, coarsest=coarsest), boxes_of_all_levels(count + size)]
 
     def build() -> OpSample:
         return OpSample(
@@ -60,6 +62,10 @@ class TestMultilevelRoiAlign(OpMatrix):
         "one level used": sample(3, 4, finest_scale=1000.0),
     }
     linear_samples = tuple(samples)
+    thin_samples = {
+        name: sample(channels, 7, output_size=(2, 1), batch=batch, coarsest=(height, width))
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+    } | {"one box": sample(8, 1, output_size=(1, 1)), "no boxes": sample(8, 0)}
 
 
 class TestLevels:

@@ -46,6 +46,12 @@ class TestNms(OpMatrix):
         "one class, low threshold": sample(120, 0, 0.1),
         "classes": sample(120, 5, 0.4),
     }
+    thin_samples = {
+        "one box": sample(1, 0, 0.5),
+        "no boxes": sample(0, 0, 0.5),
+        "one box of a class": sample(1, 5, 0.5),
+        "no boxes of classes": sample(0, 5, 0.5),
+    }
 
     @pytest.fixture(autouse=True)
     def dynamic_outputs(self):

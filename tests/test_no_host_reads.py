@@ -77,7 +77,7 @@ def run_on_meta(*networks, dtype=torch.bfloat16, **overrides):
         ("tiny", {}),
         ("tiny_dcn", {}),
         ("retinanet_r50_coco", {}),
-        ("tiny", dict(stuff_head=False, stuff_stages=0)),
+        ("tiny", dict(stuff_head=False, stuff_stages=0, flow_to_stuff=False, flow_stuff_to_thing=False)),
         ("tiny", dict(box_fill=False, candidates_per_level=0)),
     ],
 )

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network arranged for inference equals the plain modules, for every kind of configuration."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from golden_models import assert_close, golden_model
 from small_models import VARIANTS, random_model
 
+from spatialflow.models import optimize
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.ops import stuff_labels
 
@@ -70,3 +74,33 @@ def test_source_is_neither_changed_nor_shared():
     assert all(
         torch.equal(value, before[name]) for name, value in model.state_dict().items() if name.endswith("running_mean")
     )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.parametrize("name", ["tiny", "tiny_dcn"])
+def test_copies_compute_the_same(name, copied):
+    fast, images = optimize_for_inference(random_model(name)), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected, actual = fast(images), copied(fast)(images)
+    for one, other in zip(actual.class_logits, expected.class_logits):
+        assert torch.equal(one, other)
+    assert torch.equal(actual.stuff_logits, expected.stuff_logits)
+
+
+def test_another_dtype_is_right_or_refused():
+    """Packed float32 weights serve 16-bit features, not float64 ones."""
+    fast, images = optimize_for_inference(random_model("tiny")), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = fast(images).stuff_logits
+        actual = copy.deepcopy(fast).bfloat16()(images.bfloat16()).stuff_logits
+        assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+        with pytest.raises(RuntimeError, match="packed weight must be float64"):
+            copy.deepcopy(fast).double()(images.double())
+
+
+def test_another_version_is_refused(monkeypatch):
+    """Other versions may arrange weights in other ways."""
+    content = pickle.dumps(optimize_for_inference(random_model("tiny")))
+    monkeypatch.setattr(optimize, "__version__", "9.9")
+    with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: make it anew"):
+        pickle.loads(content)

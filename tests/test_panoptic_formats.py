@@ -197,7 +197,7 @@ def test_writer(tmp_path):
         with pytest.raises(PanopticFormatError, match="b.jpg: would get the id 3"):
             writer.add(3, "b.jpg", ids, segments)
         with pytest.raises(PanopticFormatError, match="would get the id 3"):
-            writer.extend(writer)
+            writer.extend(writer.rows())
     content = read_panoptic_json(tmp_path / "out.json", with_categories=True)
     assert content["images"] == [{"id": 3, "file_name": "x/street.jpg", "height": 2, "width": 2}]
     assert content["annotations"][0]["segments_info"][0]["score"] == 0.5

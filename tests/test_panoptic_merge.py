@@ -77,6 +77,10 @@ class TestPanopticMerge(OpMatrix):
         "int32 stuff": sample(9, 33, 65, stuff_dtype=torch.int32, overlap_threshold=0.8, box_threshold=0.1),
         "uint8 stuff": sample(9, 40, 63, stuff_dtype=torch.uint8, overlap_threshold=0.0, box_threshold=0.0),
     }
+    thin_samples = {
+        f"{count} masks of {height} x {width}": sample(count, height, width, stuff_area_limit=2)
+        for count, height, width in ((1, 9, 11), (5, 1, 64), (5, 64, 1), (1, 1, 1), (0, 9, 11), (5, 0, 11), (5, 9, 0))
+    }
 
     # Scores and boxes are thresholds' inputs, not features: they are used in double precision whatever their dtype is,
     # so the segments' scores are float32 and there is nothing for autocast to lower.

@@ -41,6 +41,10 @@ def sample(height: int, width: int, segments: int, cell: int):
 class TestPanopticQualityCounts(OpMatrix):
     has_gradient = False
     samples = {"large segments": sample(90, 121, 7, 11), "single pixels": sample(33, 70, 30, 1)}
+    thin_samples = {
+        f"{height} x {width}": sample(height, width, 7, 3)
+        for height, width in ((1, 70), (70, 1), (1, 1), (0, 70), (70, 0))
+    }
 
     def test_layouts(self, sample):
         sample = sample()

@@ -49,6 +49,16 @@ class TestPasteMasks(OpMatrix):
         "low threshold": sample(5, (3, 5), (64, 64), threshold=0.2),
         "two cells": sample(6, (2, 2), (33, 70)),
     }
+    thin_samples = {
+        "one mask": sample(1, (5, 6), (64, 64)),
+        "no masks": sample(0, (5, 6), (64, 64)),
+        "masks of one row": sample(3, (1, 6), (64, 64)),
+        "masks of one column": sample(3, (5, 1), (64, 64)),
+        "masks of one cell": sample(3, (1, 1), (64, 64)),
+        "one row": sample(3, (5, 6), (1, 64)),
+        "one column": sample(3, (5, 6), (64, 1)),
+        "no rows": sample(3, (5, 6), (0, 64)),
+    }
 
     def test_autocast(self, sample):
         """Masks are decided at a threshold: nothing is gained by lowering the logits, so autocast changes nothing."""

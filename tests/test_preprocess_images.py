@@ -47,6 +47,11 @@ class TestPreprocessImages(OpMatrix):
         "larger": sample([(13, 17)], [(29, 33)]),
         "smaller, two images": sample([(40, 31), (20, 50)], [(17, 24), (9, 23)]),
     }
+    thin_samples = {
+        "one row": sample([(1, 17)], [(3, 33)]),
+        "one column": sample([(13, 1)], [(20, 2)]),
+        "one pixel": sample([(1, 1)], [(1, 1)]),
+    }
     dtypes = (torch.float32,)  # of the result, which the images do not decide: see test_dtypes
 
     def test_layouts(self, sample):

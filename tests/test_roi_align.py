@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, assert_near
+from op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -17,10 +17,10 @@ def random_boxes(count: int, batch: int, extent: float) -> torch.Tensor:
     return torch.cat([index, corner, corner + size], dim=1)
 
 
-def sample(channels: int, count: int, **options):
+def sample(channels: int, count: int, *, batch: int = 2, height: int = 9, width: int = 11, **options):
     def tensors(size: int = 0) -> list:
-        feature = torch.randn(2, channels, 9 + size, 11 + size, dtype=torch.float64)
-        return [feature, random_boxes(count + size, 2, 40.0)]
+        feature = torch.randn(batch, channels, height + size, width + size, dtype=torch.float64)
+        return [feature, random_boxes(count + size, max(batch, 1), 40.0)]
 
     def build() -> OpSample:
         return OpSample(
@@ -49,6 +49,10 @@ class TestRoiAlign(OpMatrix):
         "seven samples": sample(3, 4, output_size=(1, 2), spatial_scale=1.0, sampling_ratio=7),
     }
     linear_samples = tuple(samples)
+    thin_samples = {
+        name: sample(channels, 5, batch=batch, height=height, width=width, output_size=(2, 1), spatial_scale=0.2)
+        for name, (batch, channels, height, width) in THIN_SHAPES.items()
+    } | {"one box": sample(8, 1, output_size=1, spatial_scale=0.2), "no boxes": sample(8, 0, output_size=(1, 2))}
 
 
 class TestValues:

@@ -54,6 +54,11 @@ class TestSigmoidFocalLoss(OpMatrix):
         "mean": sample((3, 5, 6), gamma=0.5, reduction="mean"),
     }
     linear_samples = ()
+    thin_samples = {
+        f"{rows} rows, {classes} classes, {reduction}": sample((rows, classes), reduction=reduction)
+        for rows, classes in ((1, 8), (8, 1), (1, 1), (0, 8), (8, 0))
+        for reduction in ("none", "sum")
+    } | {"one row of each image": sample((3, 1, 8)), "one image": sample((1, 3, 8)), "no images": sample((0, 3, 8))}
 
     def test_second_derivative(self, sample):
         """The op is not linear, and has second derivatives all the same: reverse over reverse, forward over reverse."""

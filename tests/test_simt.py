@@ -95,7 +95,7 @@ def test_planted_fault_is_reported(kernels, name):
 @pytest.mark.parametrize(
     "backend, reason",
     [
-        ("cuda13", "SPATIALFLOW_BACKEND must be cpu, cuda, simt or simt_sanitized, got 'cuda13'"),
+        ("cuda13", "SPATIALFLOW_BACKEND must be one of cpu, cuda, simt, .*cpu_thread_sanitized, got 'cuda13'"),
         ("cuda", "SPATIALFLOW_BACKEND=cuda: needs .*libspatialflow_cuda.so and a CUDA device; torch .* sees 0 devices"),
     ],
 )

@@ -55,6 +55,10 @@ class TestStuffLabels(OpMatrix):
         "much smaller": sample((12, 20, 90), (77, 360), (9, 11)),
         "labels of more than a byte": sample((300, 4, 5), (15, 18), (16, 20)),
     }
+    thin_samples = {
+        f"{classes} x {height} x {width}": sample((classes, height, width), (4 * height, 4 * width), (20, 30))
+        for classes, height, width in ((1, 5, 6), (8, 1, 6), (8, 5, 1), (8, 1, 1), (1, 1, 1))
+    } | {"one row": sample((8, 5, 6), (20, 24), (1, 30)), "one column": sample((8, 5, 6), (20, 24), (30, 1))}
 
     def test_reference(self, sample, dtype):
         """Labels of the twin in float64; where they differ both classes are as good, up to rounding."""

@@ -47,6 +47,14 @@ def registered_for_cuda() -> set[str]:
     return {name for source in sources for name in re.findall(r'library\.impl\("(\w+)"', source)}
 
 
+def test_strides_are_read_in_one_place():
+    """torch allows any stride of a size-1 dimension; `stride_of` gives 0, and every kernel asks it."""
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu")]
+    readers = {path.relative_to(ROOT / "csrc").as_posix() for path in sources if ".stride(" in path.read_text()}
+    assert readers == {"ops/tensor.h"}
+    assert ".strides()" not in "".join(path.read_text() for path in sources)
+
+
 @pytest.mark.parametrize("name", public())
 def test_docstring_example(name):
     """Every operator shows one, and it gives what it says."""
@@ -150,6 +158,14 @@ class TestPublicOperator:
         twin = getattr(reference, name)
         own, other = (set(inspect.signature(f).parameters) - {"algorithm"} for f in (getattr(ops, name), twin))
         assert own == other
+
+    def test_fuzzed(self, name):
+        """The fuzzer has a strategy, a reference and a brute force for it."""
+        pytest.importorskip("hypothesis")
+        from fuzz import brute_force, cases, operators
+
+        assert set(cases.OPERATORS) == set(operators.OPERATORS)
+        assert name in cases.OPERATORS and callable(getattr(brute_force, name))
 
     def test_docstring(self, name):
         """One sentence, every argument, what comes back, what is raised, and where the arithmetic comes from."""

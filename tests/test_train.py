@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from kill_and_resume import command, digest, environment, kill_and_resume
+from safetensors.torch import load_file
 from scenes import scene_categories, write_cityscapes, write_coco
 from small_models import SMALL, channels
 
@@ -22,8 +24,8 @@ from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.samples import SampleError
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
-from spatialflow.engine.distributed import World
-from spatialflow.engine.log import read_log
+from spatialflow.engine.distributed import World, synchronize_norms
+from spatialflow.engine.log import TrainingLog, read_log
 from spatialflow.engine.train import Source, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
 from spatialflow.panoptic.formats import PanopticFormatError
@@ -108,7 +110,7 @@ class TestRun:
         assert Trainer(config, data, tmp_path, ALONE).step == 4
 
     def test_learns(self, data, tmp_path):
-        """Sixty steps on two scenes: each loss falls."""
+        """Sixty steps on two scenes: each loss falls, and nothing is reported."""
         for name in ("annotations", "names", "sizes", "image_ids"):
             setattr(data, name, getattr(data, name)[:2] * 60)
         config = small(
@@ -126,6 +128,7 @@ class TestRun:
         )
         for name, share in (("cls", 0.95), ("box", 0.9), ("thing", 0.98), ("stuff", 0.6)):
             assert last[name] < share * first[name], (name, first, last)
+        assert not any(row["kind"] == "warning" for row in read_log(tmp_path / "log.jsonl"))
 
     def test_resume_is_exact(self, data, tmp_path):
         """A run in two halves has the weights, the optimizer state and the log of one in a single piece."""
@@ -159,6 +162,29 @@ class TestRun:
                 file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):
                 Trainer(small(), data, tmp_path, ALONE)
+
+    @pytest.mark.parametrize("where, value", [
+        ((), torch.zeros(3)), (("identity",), "[]"), (("step",), -1), (("step",), "a"), (("model",), {}),
+        (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(2)), (("random",), torch.zeros(3)),
+    ])  # fmt: skip
+    def test_resume_from_a_damaged_checkpoint_is_an_error(self, data, tmp_path, where, value):
+        Trainer(small(), data, tmp_path, ALONE).run()
+        content = {"": torch.load(tmp_path / "checkpoint.pt")}
+        holder = content
+        for key in ("", *where)[:-1]:
+            holder = holder[key]
+        holder[("", *where)[-1]] = value
+        torch.save(content[""], tmp_path / "checkpoint.pt")
+        with pytest.raises(CheckpointError, match="checkpoint.pt: is no whole checkpoint of a run"):
+            Trainer(small(), data, tmp_path, ALONE)
+
+    def test_settings_of_the_optimizer_are_those_of_the_configuration(self, data, tmp_path):
+        """Those in the checkpoint are not read: the identity of the run has made sure that they are the same."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        content = torch.load(tmp_path / "checkpoint.pt")
+        content["optimizer"]["param_groups"][0]["momentum"] = "a"
+        torch.save(content, tmp_path / "checkpoint.pt")
+        assert Trainer(small(), data, tmp_path, ALONE).optimizer.param_groups[0]["momentum"] == 0.9
 
     def test_interrupted_evaluation_is_made_up_for(self, data, tmp_path, monkeypatch):
         """The run ends in its last evaluation: the same command evaluates and leaves the weights, once."""
@@ -239,6 +265,162 @@ class TestRun:
     def test_batch_must_be_shared(self, data, tmp_path):
         with pytest.raises(TrainingError, match="multiple of processes"):
             Trainer(small(images_per_step=3), data, tmp_path, World(0, 2, torch.device("cpu")))
+
+
+def poison(trainer, what):
+    """Makes one value infinite, as an update that overflows would."""
+    model = trainer.network
+    tensor = {
+        "fpn.p6.weight": model.fpn.p6.weight.data,
+        "backbone.bn1.running_var": model.backbone.bn1.running_var,
+        "momentum of fpn.p6.weight": trainer.optimizer.state[model.fpn.p6.weight]["momentum_buffer"],
+    }[what]
+    tensor.view(-1)[-1] = float("inf")
+
+
+def after_steps(trainer, monkeypatch, change, first=1):
+    """Calls `change(losses)`, which may return others, after every step from `first` on."""
+    advance = trainer._advance
+
+    def changed(*arguments):
+        losses = advance(*arguments)
+        other = change(losses) if trainer.step + 1 >= first else None
+        return losses if other is None else other
+
+    monkeypatch.setattr(trainer, "_advance", changed)
+
+
+class TestDivergence:
+    @pytest.mark.parametrize("what", ["fpn.p6.weight", "backbone.bn1.running_var", "momentum of fpn.p6.weight"])
+    def test_last_good_files_stay(self, data, tmp_path, monkeypatch, what):
+        """The loss is finite, what comes after it is not: nothing is written, and a lower rate goes on."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        files = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "model.safetensors")}
+        trainer = Trainer(small(epochs=2), data, tmp_path, ALONE)
+        after_steps(trainer, monkeypatch, lambda losses: poison(trainer, what), first=4)
+        with pytest.raises(TrainingError) as error:
+            trainer.run()
+        for words in (
+            f"step 4: not finite after step 4: {what}",
+            "; a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm may help; ",
+            "checkpoint.pt is of an earlier step, and the same command with such settings goes on from it",
+        ):
+            assert words in str(error.value)
+        assert files == {name: (tmp_path / name).read_bytes() for name in files}
+        tamer = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, ALONE)
+        assert tamer.step == 2
+        assert tamer.tamed == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
+        tamer.run()
+        assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
+
+    def test_loss_and_weights_are_named_together(self, data, tmp_path, monkeypatch):
+        """The loss of the step after shows it first; the message has the weights too."""
+        trainer = Trainer(small(epochs=2), data, tmp_path, ALONE)
+        after_steps(trainer, monkeypatch, lambda losses: poison(trainer, "fpn.p6.weight"))
+        message = r"step 2: the loss is not finite \(total .*\); not finite after step 2: "
+        with pytest.raises(TrainingError, match=message):
+            trainer.run()
+        assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "model.safetensors").exists()
+
+    def test_one_process_stops_all(self, data, tmp_path, monkeypatch):
+        """Statistics that are not finite in another process alone."""
+        trainer = Trainer(small(), data, tmp_path, ALONE)
+        broken = ("backbone.bn1.running_mean",)
+        monkeypatch.setattr(World, "gather", lambda self, item: [item, broken if isinstance(item, tuple) else item])
+        with pytest.raises(TrainingError, match="step 2: not finite after step 2: backbone.bn1.running_mean; "):
+            trainer.run()
+        assert not (tmp_path / "checkpoint.pt").exists()
+
+    def test_poisoned_checkpoint_is_refused(self, data, tmp_path):
+        """As versions wrote them that did not look."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        good = (tmp_path / "checkpoint.pt").read_bytes()
+
+        def break_weight(state):
+            state["model"]["fpn.p6.bias"][0] = float("nan")
+
+        def break_momentum(state):
+            state["optimizer"]["state"][0]["momentum_buffer"].view(-1)[0] = float("inf")
+
+        for change, message in (
+            (break_weight, "holds values that are not finite: fpn.p6.bias; start"),
+            (break_momentum, "holds values that are not finite: momentum of backbone.conv1.weight; start"),
+            (lambda state: state.pop("scaler"), "is no whole checkpoint of a run"),
+            (lambda state: state["model"].pop("fpn.p6.bias"), "is no whole checkpoint of a run"),
+            (lambda state: state.update(identity="[]"), "is no whole checkpoint of a run"),
+            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is no whole checkpoint of a run"),
+        ):
+            (tmp_path / "checkpoint.pt").write_bytes(good)
+            state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+            change(state)
+            torch.save(state, tmp_path / "checkpoint.pt")
+            with pytest.raises(CheckpointError, match=f"checkpoint.pt: {message}"):
+                Trainer(small(), data, tmp_path, ALONE)
+
+    def test_fp16_skips_steps(self, data, tmp_path):
+        """Gradients that overflow float16 are no divergence, until no loss scale helps."""
+        config = small(mixed_precision="fp16")
+        for scale, ends in ((2.0**100, True), (2.0**-30, False)):
+            trainer = Trainer(config, data, tmp_path / f"{ends}", ALONE)
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            before = trainer.network.fpn.p6.weight.clone()
+            if ends:
+                trainer.run()
+                assert torch.equal(trainer.network.fpn.p6.weight, before) and trainer.scaler.get_scale() == 2.0**98
+            else:
+                with pytest.raises(TrainingError, match="step 2: gradients overflow float16 at a loss scale of 9.3"):
+                    trainer.run()
+
+    @pytest.mark.parametrize("what", ["the loss", "the largest weight"])
+    def test_explosion_is_reported_once(self, data, tmp_path, monkeypatch, capsys, what):
+        """Finite and useless: the run goes on, and says so in the log and on standard error. What was good is kept."""
+        Trainer(small(), data, tmp_path, ALONE).run()
+        good = (tmp_path / "checkpoint.pt").read_bytes()
+        trainer = Trainer(small(epochs=4), data, tmp_path, ALONE)
+
+        def explode(losses):
+            if what == "the loss":
+                return losses * 1e3
+            trainer.network.stuff_head.logits.weight.data[0, 0] = 1e4
+            return torch.ones(5)
+
+        after_steps(trainer, monkeypatch, explode, first=3)
+        trainer.run()
+        (warning,) = [row for row in read_log(tmp_path / "log.jsonl") if row["kind"] == "warning"]
+        assert warning["step"] == 4 and warning["message"].startswith(f"the run explodes: {what} is ")
+        assert capsys.readouterr().err.count("warning: step 4: the run explodes") == 1
+        assert (tmp_path / "checkpoint_before_explosion.pt").read_bytes() == good
+        Trainer(small(epochs=4), data, tmp_path, ALONE)._watch([1e9])
+        assert "explodes" not in capsys.readouterr().err
+
+    def test_log_stays_json(self, tmp_path):
+        log = TrainingLog(tmp_path)
+        log.add("step", 1, total=1.0)
+        with pytest.raises(ValueError, match="JSON"):
+            log.add("step", 2, total=float("nan"))
+        log.close()
+        assert (tmp_path / "log.jsonl").read_text().count("\n") == 1 and len(log.rows) == 1
+
+    def test_command(self, scenes, tmp_path, capsys):
+        """A rate whose first update overflows: code 2, one sentence, no weights."""
+        settings = [f"{name}={value}" for name, value in (SMALL_RUN | {"learning_rate": 3e36}).items()]
+        paths = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json"), "--workers", "0"]
+        command = ["train", "tiny", *settings, "warmup_iterations=0", "checkpoint_every_steps=1", *paths]
+        assert main([*command, "--output", str(tmp_path / "run")]) == 2
+        said = capsys.readouterr().err
+        assert "spatialflow: step 1: not finite after step 1: " in said and "a lower learning_rate" in said
+        assert {path.name for path in (tmp_path / "run").iterdir()} <= {"log.jsonl", "tensorboard"}
+
+    def test_all_processes_end(self, tmp_path):
+        """Two processes: the update overflows, both end with an error, none waits for the other."""
+        write_coco(tmp_path, 4, (64, 96))
+        settings = ("learning_rate=3e36", "warmup_iterations=0", "images_per_step=2", "checkpoint_every_steps=1")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618"]
+        rest = command(tmp_path, tmp_path / "run", *settings)[3:]
+        done = subprocess.run([*launcher, "-m", "spatialflow.cli", *rest], env=environment(), timeout=240,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode != 0 and "not finite after step" in done.stderr
+        assert "the run explodes" in done.stderr
 
 
 def build_like(trainer):
@@ -419,6 +601,8 @@ class TestCommand:
             (["--device", "tpu"], "--device"),
             (["--workers", "-1"], "--workers"),
             (["--checkpoint", "a", "--backbone", "b"], "exclude each other"),
+            (["--cityscapes", "absent", "--panoptic", "x"], "--panoptic needs --images"),
+            (["--cityscapes", "absent", "--validation-panoptic", "x"], "--validation-panoptic needs --validation-im"),
         ],
     )
     def test_bad_arguments_are_named(self, arguments, message, tmp_path, capsys):
@@ -444,14 +628,27 @@ class TestCommand:
         assert ("no --backbone or --checkpoint" in capsys.readouterr().err) == warned
 
 
-class TestProcesses:
-    def test_two_processes_equal_one(self, tmp_path):
-        """Twenty steps over Gloo with half the batch each: losses within 1e-5 of one process with the whole batch.
+    def test_what_will_not_happen_is_said_before_the_first_step(self, scenes, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pycocotools", None)
+        arguments = ["train", "tiny", *(f"{k}={v}" for k, v in SMALL_RUN.items()), "--workers", "0"]
+        for kind in ("", "validation-"):
+            arguments += [f"--{kind}images", str(scenes / "images"), f"--{kind}annotations", scenes / "panoptic.json"]
+        assert main([*map(str, arguments), "--output", str(tmp_path)]) == 0
+        said = capsys.readouterr().err
+        assert "learning_rate_epochs [16, 19]: the run ends with epoch 1" in said
+        assert "warmup_iterations 3: the run ends after 2 steps" in said
+        assert "pycocotools is missing, so that evaluations have no average precision" in said
 
-        BatchNorm is frozen here: its batch statistics are those of each process.
+
+class TestProcesses:
+    @pytest.mark.parametrize("norm_trains, epochs", [(False, 4), (True, 1)])
+    def test_two_processes_equal_one(self, tmp_path, norm_trains, epochs):
+        """Half the batch each over Gloo: losses, weights and BatchNorm's statistics of one process with the whole.
+
+        With BatchNorm the first steps alone: from the seventh on, another rounding in one process shows as much.
         """
         write_coco(tmp_path, 8, (64, 96))
-        settings = ("epochs=5", "images_per_step=2", "learning_rate=0.002", "backbone_norm_trains=false")
+        settings = (f"epochs={epochs}", "images_per_step=2", "learning_rate=0.002", f"backbone_norm_trains={norm_trains}")
         whole = command(tmp_path, tmp_path / "one", *settings)
         subprocess.run(whole, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
         launcher = [
@@ -466,10 +663,13 @@ class TestProcesses:
         pair = command(tmp_path, tmp_path / "two", *settings)
         subprocess.run(launcher + pair[3:], env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
         one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-        assert len(one) == len(two) == 20
+        assert len(one) == len(two) == 4 * epochs
         for a, b in zip(one, two):
             for name in ("total", "cls", "box", "thing", "stuff"):
                 assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
+        one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
     def test_killed_and_resumed(self, tmp_path):
         """SIGKILL at a random moment, then the same command: bit-equal weights. The script kill_and_resume.py
@@ -486,3 +686,43 @@ class TestProcesses:
         assert kill_and_resume(
             tmp_path / "data", digest(tmp_path / "whole"), tmp_path / "killed", settings, random.Random(1), kills=1
         )
+
+
+def _normalise_a_part(rank, folder):
+    """One of two processes: its part of the batch through synchronized BatchNorm, forward and backward."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    batch, norm = torch.load(folder / "batch.pt"), torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double()
+    torch.nn.init.normal_(norm[0].weight, generator=torch.Generator().manual_seed(1))
+    synchronize_norms(norm)
+    part = batch[:1] if rank == 0 else batch[1:, ..., :4, :]
+    part.requires_grad_()
+    out = norm(part)
+    out.sin().sum().backward()
+    results = (out.detach(), part.grad, norm[0].weight.grad, norm[0].running_mean, norm[0].running_var)
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def test_synchronized_norm_equals_one_over_the_whole_batch(tmp_path):
+    """Float64, processes with batches of different shape: outputs, all gradients, running statistics."""
+    batch = torch.randn(3, 3, 6, 5, dtype=torch.float64) * 2 + 100
+    torch.save(batch, tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(_normalise_a_part, (tmp_path,), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    norm = torch.nn.BatchNorm2d(3).double()
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    values = torch.cat([batch[:1].movedim(1, 0).flatten(1), batch[1:, ..., :4, :].movedim(1, 0).flatten(1)], dim=1)
+    values = values.t()[..., None, None].requires_grad_()  # (pixels of both, 3, 1, 1)
+    out = norm(values)
+    out.sin().sum().backward()
+
+    def joined(index):
+        return torch.cat([part[index].movedim(1, 0).flatten(1) for part in parts], dim=1).t()[..., None, None]
+
+    torch.testing.assert_close(joined(0), out.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(joined(1), values.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts[0][2] + parts[1][2], norm.weight.grad, rtol=1e-9, atol=1e-9)
+    for part in parts:
+        torch.testing.assert_close(part[3], norm.running_mean)
+        torch.testing.assert_close(part[4], norm.running_var)

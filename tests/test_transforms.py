@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading, resizing and normalising images; what cannot be read is named with its reason."""
 
+import io
 import json
+import warnings
+import zlib
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from spatialflow.data.transforms import (
     ImageError,
+    ImageWarning,
     check_image,
     fit_image,
     fit_size,
@@ -101,6 +106,150 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
     assert read_image(write(tmp_path / f"whole{suffix}", image)).shape == (60, 80, 3)
     with pytest.raises(ImageError, match=f"cut{suffix}: is truncated"):
         read_image(write(tmp_path / f"cut{suffix}", image, keep))
+
+
+def jpeg(image, **options):
+    """(H, W, 3) BGR -> content of a JPEG; options are Pillow's."""
+    stream = io.BytesIO()
+    mode = options.pop("mode", "RGB")
+    Image.fromarray(image[..., ::-1]).convert(mode).save(stream, options.pop("format", "JPEG"), **options)
+    return stream.getvalue()
+
+
+def smooth_picture(height=60, width=83):
+    coarse = np.random.default_rng(4).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+SECOND = Image.fromarray(np.full((40, 50, 3), 90, np.uint8))
+THUMBNAIL = b"Exif\0\0" + jpeg(smooth_picture(16, 16))  # holds a start, a scan and an end marker
+JPEGS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 3},
+    "grey": {"mode": "L"},
+    "CMYK": {"mode": "CMYK"},
+    "comment with an end marker": {"comment": b"\xff\xd9 \xff\xda"},
+    "several pictures": {"format": "MPO", "save_all": True, "append_images": [SECOND]},
+}
+
+
+@pytest.fixture(params=JPEGS)
+def whole_jpeg(request):
+    return jpeg(smooth_picture(), quality=90, **JPEGS[request.param])
+
+
+@pytest.fixture
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def decoded(content):
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+
+
+def test_data_behind_a_jpeg_are_passed_over(whole_jpeg, tmp_path, no_warning):
+    """As in the Motion Photos of phones: noise holds start, scan and end markers at random."""
+    for seed in range(20):
+        noise = np.random.default_rng(seed).integers(0, 256, 200_000, dtype=np.uint8).tobytes()
+        (tmp_path / "a.jpg").write_bytes(whole_jpeg + noise)
+        assert np.array_equal(read_image(tmp_path / "a.jpg"), decoded(whole_jpeg))
+    for trailer in (b"\0" * 1000, b"\xff\xd8", b"\xff\xda", whole_jpeg[: len(whole_jpeg) // 2]):
+        (tmp_path / "a.jpg").write_bytes(whole_jpeg + trailer)
+        assert np.array_equal(read_image(tmp_path / "a.jpg"), decoded(whole_jpeg))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind != "several pictures"])
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_jpeg_without_its_end_marker_is_read_with_a_warning(tmp_path, kind, missing):
+    content = jpeg(smooth_picture(), quality=90, **JPEGS[kind])
+    (tmp_path / "a.jpg").write_bytes(content[:-missing])
+    with pytest.warns(ImageWarning, match="a.jpg: has no end marker; all its pixels are there"):
+        assert np.array_equal(read_image(tmp_path / "a.jpg"), decoded(content))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind not in ("several pictures", "progressive")])
+@pytest.mark.parametrize("quality", [30, 95])
+def test_a_cut_jpeg_is_refused(tmp_path, no_warning, kind, quality):
+    """Wherever it is cut, unless what is missing is filling: then the pixels are those of the whole picture."""
+    content = jpeg(smooth_picture(35, 43), quality=quality, **JPEGS[kind])
+    for length in [*range(len(content) - 40, len(content) - 2), *range(2, len(content), len(content) // 40)]:
+        (tmp_path / "a.jpg").write_bytes(content[:length])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ImageWarning)
+                image = read_image(tmp_path / "a.jpg")
+        except ImageError as error:
+            assert "a.jpg: is " in str(error)
+        else:
+            assert len(content) - length < 8 and np.array_equal(image, decoded(content))
+
+
+def test_markers_before_the_picture_do_not_count(tmp_path, no_warning):
+    """A thumbnail in an APP1 segment is a JPEG itself; the picture behind it is cut."""
+    content = jpeg(smooth_picture())
+    segment = b"\xff\xe1" + (len(THUMBNAIL) + 2).to_bytes(2, "big") + THUMBNAIL
+    content = content[:2] + segment + content[2:]
+    (tmp_path / "whole.jpg").write_bytes(content)
+    assert np.array_equal(read_image(tmp_path / "whole.jpg"), decoded(content))
+    (tmp_path / "cut.jpg").write_bytes(content[: len(segment) + len(content) // 2])
+    with pytest.raises(ImageError, match="cut.jpg: is truncated"):
+        read_image(tmp_path / "cut.jpg")
+
+
+FORMATS = {
+    "PNG": {}, "BMP": {}, "TIFF": {}, "WEBP": {"lossless": True}, "PPM": {}, "palette": {"format": "PNG", "mode": "P"},
+    "APNG": {"format": "PNG", "save_all": True, "append_images": [SECOND.resize((83, 60))]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_other_formats_are_whole_or_refused(tmp_path, no_warning, kind):
+    content = jpeg(smooth_picture(), **{"format": kind, **FORMATS[kind]})
+    for trailer in (b"", b"\0" * 1000, np.random.default_rng(5).integers(0, 256, 5000, dtype=np.uint8).tobytes()):
+        (tmp_path / "a.image").write_bytes(content + trailer)
+        assert np.array_equal(read_image(tmp_path / "a.image"), decoded(content))
+    for length in (len(content) // 2, len(content) - 20, len(content) - 5):
+        (tmp_path / "a.image").write_bytes(content[:length])
+        try:
+            image = read_image(tmp_path / "a.image")
+        except ImageError as error:
+            assert "a.image: is " in str(error)
+        else:
+            assert kind == "APNG" and np.array_equal(image, decoded(content))  # the first picture is whole
+
+
+def png_with(header: bytes, chunk_length: int) -> bytes:
+    """A PNG of 8-bit RGB with another width and height, and another length of its pixels' chunk."""
+    ihdr = b"IHDR" + header + bytes([8, 2, 0, 0, 0])
+    begin = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big")
+    return begin + chunk_length.to_bytes(4, "big") + b"IDAT" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png_with(bytes([0, 0, 0, 9, 0, 0, 0, 9]), 1 << 31),
+        png_with(bytes([0, 0, 0x40, 0, 0, 0, 0x40, 0]), 50),
+        b"\xff\xd8\xff\xff\xc0\0\x11\x08" + bytes([0x40, 0, 0x40, 0]) + jpeg(smooth_picture())[20:],
+    ],
+    ids=["chunk", "PNG", "JPEG"],
+)
+def test_files_too_short_for_their_headers_never_reach_a_decoder(tmp_path, content, monkeypatch):
+    """It would take gigabytes before it notices."""
+    monkeypatch.setattr(cv2, "imdecode", None)
+    (tmp_path / "a.image").write_bytes(content)
+    with pytest.raises(ImageError, match="a.image: is truncated or damaged: too short for the image"):
+        read_image(tmp_path / "a.image")
+
+
+def test_a_large_blank_picture_is_read(tmp_path):
+    """The densest that encoders make of one color."""
+    for suffix in (".png", ".jpg"):
+        cv2.imwrite(str(tmp_path / f"a{suffix}"), np.full((2000, 3000), 255, np.uint8))
+        assert read_image(tmp_path / f"a{suffix}").shape == (2000, 3000, 3)
 
 
 def test_files_that_are_no_images_are_refused(tmp_path):

@@ -122,6 +122,29 @@ class TestCommand:
         assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
 
 
+    def test_photographs_in_folders(self, truth, tmp_path, capsys):
+        """Found by the name with its folders, by the stem where only one has it; else named."""
+        content = json.loads((truth / "panoptic.json").read_text())
+        for image, name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/y.jpg")):
+            (tmp_path / "photographs" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(truth / "images" / image["file_name"], tmp_path / "photographs" / name)
+            image["file_name"] = name
+        shutil.copytree(truth / "panoptic", tmp_path / "truth")
+        (tmp_path / "truth.json").write_text(json.dumps(content))
+        command = ["visualize", "--ground-truth", str(tmp_path / "truth.json"), "--output", str(tmp_path / "out")]
+        assert main([*command, str(tmp_path / "photographs"), "--recursive"]) == 0
+        pictures = tmp_path / "out" / "pictures"
+        assert sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.jpg")) == [
+            "a/x.jpg", "b/x.jpg", "b/y.jpg"
+        ]  # fmt: skip
+        assert not np.array_equal(cv2.imread(str(pictures / "a/x.jpg")), cv2.imread(str(pictures / "b/x.jpg")))
+        capsys.readouterr()
+        assert main([*command, str(tmp_path / "photographs" / "b")]) == 1
+        said = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert len(said) == 1 and "b/x.jpg: the ground truth in" in said[0] and "no image of that name" in said[0]
+        assert (pictures / "y.jpg").is_file()
+
+
 class TestActivations:
     def test_features_weighted_by_the_classifier(self):
         """The definition, from the sub-network's features: convolved without bias, strongest class and anchor."""

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the operator tests awake? Breaks one line of a CUDA kernel at a time and sees the interpreted tests fail.
+"""Are the operator tests and the sanitizers awake? Breaks one line at a time and sees them notice.
 
-`make mutation-round`, or `python tools/mutation_round.py [TEXT ...]` for the mutations whose file or name contains a
-text. A copy of the tree is mutated, built and tested under build/mutations; the working tree is only read. Test files
-that fail on the copy as it is are an error. Exit codes: 0 all mutations caught, 1 one survived, 2 it could not be told.
+A mutation breaks a CUDA kernel, and the interpreted tests must fail. A fault breaks a CPU kernel or the scoring module,
+and a sanitizer must report it (docs/sanitizers.md).
+
+`make mutation-round`, or `python tools/mutation_round.py [TEXT ...]` for the mutations and faults whose file or name
+contains a text. A copy of the tree is mutated, built and tested under build/mutations; the working tree is only read.
+Test files that fail on the copy as it is are an error. Exit codes: 0 all caught, 1 one survived, 2 it could not be
+told.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-COPY = ROOT / "build" / "mutations" / "tree"
+from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
 
 
 class Mutation(NamedTuple):
@@ -126,33 +127,69 @@ MUTATIONS = (
 )
 
 
-def run(*command: object, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run([str(word) for word in command], cwd=COPY, capture_output=True, text=True, **options)
+class Fault(NamedTuple):
+    """`before`, which stands once in csrc/`file`, becomes `after`; `target` of the Makefile must print `report`."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    target: str
+    tests: str
+    report: str
 
 
-def copy_tree() -> None:
-    """Tracked files and the module for scoring. Equal ones stay, so that a second round builds what differs."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    built = [path.relative_to(ROOT) for path in (ROOT / "spatialflow").glob("_evaluation*.so")]
-    for name in [*listed.stdout.strip("\0").split("\0"), *built]:
-        content, target = (ROOT / name).read_bytes(), COPY / name
-        if not target.is_file() or target.read_bytes() != content:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-
-
-def build() -> None:
-    build_folder = COPY.parent / "build"
-    if not (build_folder / "build.ninja").is_file():
-        configured = run(
-            "cmake", "-S", COPY, "-B", build_folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-            "-DSPATIALFLOW_SIMT=on", "-DSPATIALFLOW_CUDA=off",
-        )  # fmt: skip
-        if configured.returncode != 0:
-            raise RuntimeError(configured.stdout + configured.stderr)
-    built = run("cmake", "--build", build_folder, "--target", "spatialflow_schema", "spatialflow_simt")
-    if built.returncode != 0:
-        raise RuntimeError(built.stdout + built.stderr)
+FAULTS = (
+    Fault(
+        "vector read past a tensor",
+        "cpu/sigmoid_focal_loss.cpp",
+        "            for (; i + kLanes<real_t> <= total; i += kLanes<real_t>) {\n"
+        "                store_vector(values + i, load_vector(source + i));",
+        "            for (; i < total; i += kLanes<real_t>) {\n"
+        "                store_vector(values + i, load_vector(source + i));",
+        "sanitize",
+        "tests/test_sigmoid_focal_loss.py",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    Fault(
+        "shift by the width",
+        "cpu/bits.h",
+        "(kWordPixels - end)",
+        "(kWordPixels - begin)",
+        "sanitize",
+        "tests/test_panoptic_merge.py",
+        "runtime error: shift exponent 64 is too large",
+    ),
+    Fault(
+        "use after free",
+        "evaluation/pair_counts.cpp",
+        "        slots_[i].count += count;\n        if (4 * used_ > slots_.size()) grow();",
+        "        int64_t& sum = slots_[i].count;\n"
+        "        if (4 * used_ > slots_.size()) grow();\n"
+        "        sum += count;",
+        "sanitize",
+        "tests/test_panoptic_quality.py",
+        "AddressSanitizer: heap-use-after-free",
+    ),
+    Fault(
+        "race in a loop",
+        "cpu/conv3x3.h",
+        "std::atomic<int64_t> next{0};",
+        "int64_t next{0};",
+        "sanitize-threads",
+        "tests/test_threads.py",
+        "ThreadSanitizer: data race",
+    ),
+    Fault(
+        "race of callers",
+        "evaluation/png_filters.cpp",
+        "    std::vector<uint8_t> buffer(2 * (bytes + kBytes));",
+        "    static std::vector<uint8_t> buffer;\n    buffer.assign(2 * (bytes + kBytes), 0);",
+        "sanitize-threads",
+        "tests/test_threads.py",
+        "ThreadSanitizer: data race",
+    ),
+)
 
 
 def test(operator: str) -> tuple[int, str]:
@@ -174,27 +211,41 @@ def test(operator: str) -> tuple[int, str]:
     return done.returncode, (done.stdout.strip() or done.stderr.strip()).rsplit("\n", 1)[-1]
 
 
+def report(one: Mutation | Fault, line: int, survived: bool, begin: float, verdict: str) -> bool:
+    result = "SURVIVED" if survived else "caught"
+    print(f"{result:>8}  {one.file}:{line}, {one.name} ({time.monotonic() - begin:.0f} s): {verdict}", flush=True)
+    return survived
+
+
 def survives(mutation: Mutation) -> bool:
-    path = COPY / "csrc" / "cuda" / mutation.file
-    source = path.read_text()
-    if source.count(mutation.before) != 1:
-        raise RuntimeError(f"{mutation.file} holds {source.count(mutation.before)} times: {mutation.before}")
     begin = time.monotonic()
-    try:
-        path.write_text(source.replace(mutation.before, mutation.after))
-        build()
+    with mutated(f"csrc/cuda/{mutation.file}", mutation.before, mutation.after) as line:
+        build("simt")
         code, verdict = test(mutation.operator)
-    finally:
-        path.write_text(source)
     if code not in (0, 1):
         raise RuntimeError(f"{mutation.file}, {mutation.name}: {verdict}")
-    line = source[: source.index(mutation.before)].count("\n") + 1
-    result = "caught" if code else "SURVIVED"
-    print(
-        f"{result:>8}  {mutation.file}:{line}, {mutation.name} ({time.monotonic() - begin:.0f} s): {verdict}",
-        flush=True,
-    )
-    return code == 0
+    return report(mutation, line, code == 0, begin, verdict)
+
+
+def sanitize(fault: Fault) -> tuple[int, str]:
+    """Exit code and output of the sanitizer's target of the Makefile, with the tests of the fault alone."""
+    environment = {**os.environ, "PYTHONPATH": str(COPY)}
+    done = run(
+        "make", fault.target, f"PYTHON={sys.executable}", f"SANITIZE_TESTS={fault.tests}", "SANITIZE_FUZZ=0",
+        env=environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def escapes(fault: Fault) -> bool:
+    """Whether the sanitizer does not report the fault."""
+    begin = time.monotonic()
+    with mutated(f"csrc/{fault.file}", fault.before, fault.after) as line:
+        code, output = sanitize(fault)
+    found = fault.report in output
+    if code == 0 or not found:
+        print(output[-2000:], file=sys.stderr)
+    return report(fault, line, code == 0 or not found, begin, fault.report if found else "no report")
 
 
 def main() -> int:
@@ -203,20 +254,30 @@ def main() -> int:
         "texts", nargs="*", metavar="TEXT", help="only mutations whose file or name contains one of these"
     )
     texts = parser.parse_args().texts
-    chosen = [m for m in MUTATIONS if not texts or any(text in f"{m.file} {m.name}" for text in texts)]
+    mutations, faults = (
+        [one for one in kind if not texts or any(text in f"{one.file} {one.name}" for text in texts)]
+        for kind in (MUTATIONS, FAULTS)
+    )
     copy_tree()
     try:
-        build()
-        for operator in sorted({mutation.operator for mutation in chosen}):
+        if mutations:
+            build("simt")
+        for operator in sorted({mutation.operator for mutation in mutations}):
             code, verdict = test(operator)
             if code != 0:
                 raise RuntimeError(f"tests/test_{operator}.py fails without a mutation: {verdict}")
             print(f"   clean  tests/test_{operator}.py: {verdict}", flush=True)
-        survivors = sum(survives(mutation) for mutation in chosen)
+        survivors = sum(survives(mutation) for mutation in mutations)
+        for fault in {(fault.target, fault.tests): fault for fault in faults}.values():
+            code, output = sanitize(fault)
+            if code != 0:
+                raise RuntimeError(f"make {fault.target} fails on {fault.tests} without a fault: {output[-2000:]}")
+            print(f"   clean  make {fault.target}, {fault.tests}", flush=True)
+        survivors += sum(escapes(fault) for fault in faults)
     except RuntimeError as error:
         print(f"mutation_round: {error}", file=sys.stderr)
         return 2
-    print(f"{len(chosen) - survivors} caught, {survivors} survived")
+    print(f"{len(mutations) + len(faults) - survivors} caught, {survivors} survived")
     return 1 if survivors else 0
 
 

@@ -11,6 +11,9 @@ namespace spatialflow {
 
 static_assert(kGemmColumnPadding == kPackedOutputs, "packed weights have one size on every back end");
 
+// Columns of a panel of float32, see packed_tag: all that the layout of packed weights depends on.
+constexpr int64_t kPackedColumns = kGemmColumns<float>;
+
 // The bias in the type sums are in, dense.
 inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
     return bias ? std::optional<Tensor>(contiguous_as(*bias, dtype)) : std::nullopt;

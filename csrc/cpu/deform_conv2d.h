@@ -23,7 +23,7 @@ struct View4 {
     View4() = default;
     explicit View4(const Tensor& tensor) : data(spatialflow::data<value_t>(tensor)) {
         for (int d = 0; d < 4; ++d) {
-            stride[d] = tensor.stride(d);
+            stride[d] = stride_of(tensor, d);
         }
     }
     const value_t& at(int64_t n, int64_t c, int64_t y, int64_t x) const {

@@ -239,6 +239,7 @@ template <typename scalar_t>
 void deform_conv2d_backward_weight(
     const Sampler<scalar_t>& sampler,
     const View4<scalar_t>& grad_output,  // (N, O, H_out, W_out)
+    int64_t pixel_stride,                // of all pixels of an image of grad_output
     scalar_t* grad_weight) {             // (O, C / groups, taps)
     using real_t = accum_t<scalar_t>;
     const DeformConvShape& shape = sampler.shape();
@@ -256,9 +257,9 @@ void deform_conv2d_backward_weight(
         for (int64_t i = begin; i < end; ++i) {
             const int64_t block = i / shape.groups, group = i % shape.groups;
             const int64_t image = block / image_blocks, first = block % image_blocks * kWeightBlock;
-            gemm_pack(grad_output.data + image * grad_output.stride[0] + first * grad_output.stride[3] +
+            gemm_pack(grad_output.data + image * grad_output.stride[0] + first * pixel_stride +
                           group * outputs * grad_output.stride[1],
-                      grad_output.stride[3], grad_output.stride[1], pixels_of(block), outputs,
+                      pixel_stride, grad_output.stride[1], pixels_of(block), outputs,
                       packed.get() + i * packed_size);
         }
     });
@@ -360,14 +361,17 @@ Tensor deform_conv2d_backward_weight_cpu(
     if (grad_weight.numel() == 0) {
         return grad_weight;
     }
-    // Pixels of a row follow those of the row before: then one stride walks all pixels of an image.
-    const bool dense = grad_output.stride(2) == grad_output.size(3) * grad_output.stride(3);
+    // One stride walks all pixels of an image where rows follow each other; a row or column of pixels has but one.
+    const int64_t row_stride = stride_of(grad_output, 2), column_stride = stride_of(grad_output, 3);
+    const bool dense =
+        shape.out_height == 1 || shape.out_width == 1 || row_stride == shape.out_width * column_stride;
     const Tensor source = dense ? grad_output : to_contiguous(grad_output, MemoryFormat::ChannelsLast);
+    const int64_t pixel_stride = !dense ? shape.out_channels : shape.out_width > 1 ? column_stride : row_stride;
     dispatch_floating(op, input.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         const Sampler<scalar_t> sampler(shape, options, input, offset, mask, offset_tangent);
         deform_conv2d_backward_weight<scalar_t>(
-            sampler, View4<scalar_t>(source), mutable_data<scalar_t>(grad_weight));
+            sampler, View4<scalar_t>(source), pixel_stride, mutable_data<scalar_t>(grad_weight));
     });
     return grad_weight;
 }

@@ -6,6 +6,10 @@
 #include "common/scalar.h"
 #include "ops/tensor.h"
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
 namespace spatialflow {
 
 // Calls body(scalar_t{}) with the C++ type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
@@ -30,13 +34,40 @@ inline scalar_t* mutable_data(const Tensor& tensor) {
     return static_cast<scalar_t*>(tensor.mutable_data_ptr());
 }
 
+// Tells ThreadSanitizer that a loop starts after what precedes it and ends before what follows. It cannot see that:
+// torch and its OpenMP are compiled without it. The parts of one loop stay unordered, so a race between them is found.
+#if defined(__SANITIZE_THREAD__)
+template <typename Body>
+class Ordered {
+public:
+    explicit Ordered(const Body& body) : body_(body) { __tsan_release(&start_); }
+    ~Ordered() { __tsan_acquire(&end_); }
+    void operator()(int64_t begin, int64_t end) const {
+        __tsan_acquire(&start_);
+        const Part part{&end_};
+        body_(begin, end);
+    }
+
+private:
+    struct Part {
+        void* end;
+        ~Part() { __tsan_release(end); }  // where the body throws, too
+    };
+    const Body& body_;
+    mutable char start_ = 0, end_ = 0;
+};
+#else
+template <typename Body>
+using Ordered = const Body&;
+#endif
+
 // body(begin, end) on torch's own threads; runs in place when there is less than `grain` work. It may run out of
 // memory, but must not throw otherwise.
 template <typename Body>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     if (begin < end) {
         try {
-            torch::stable::parallel_for(begin, end, grain, body);
+            torch::stable::parallel_for(begin, end, grain, Ordered<Body>(body));
         } catch (const std::exception&) {  // the stable ABI does not hand on the exception itself
             check(false, "spatialflow: out of memory for what the threads of a kernel need");
         }

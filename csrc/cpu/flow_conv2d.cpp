@@ -18,20 +18,22 @@ constexpr int64_t kWinogradPixels = 256;
 Tensor pack(const Tensor& weight, int64_t resolved) {
     const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
     const bool is_double = weight.scalar_type() == ScalarType::Double;
-    Tensor packed = empty_like_sized(
-        weight, {packed_conv_size(resolved, is_double, in_channels, out_channels)}, accum_dtype(weight.scalar_type()));
-    const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+    const int64_t size = packed_conv_size(resolved, is_double, in_channels, out_channels);
+    const int64_t tag = packed_tag(kPackedColumns, is_double);
+    Tensor packed = empty_like_sized(weight, {size + tag}, accum_dtype(weight.scalar_type()));
+    const int64_t strides[4] = {stride_of(weight, 0), stride_of(weight, 1), stride_of(weight, 2), stride_of(weight, 3)};
     dispatch_floating("pack_conv3x3", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
+        accum_t<scalar_t>* target = mutable_data<accum_t<scalar_t>>(packed);
+        int64_t filled = size;
         if (resolved == kConvWinograd) {
             pack_conv3x3_winograd(
                 data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<float>(packed));
         } else {
-            accum_t<scalar_t>* target = mutable_data<accum_t<scalar_t>>(packed);
             pack_conv3x3_direct(data<scalar_t>(weight), strides, out_channels, in_channels, target);
-            // The rest has room for copies in 16 bits, which CUDA alone makes.
-            std::fill(target + 9 * packed_tap_size(in_channels, out_channels), target + packed.numel(), 0);
+            filled = 9 * packed_tap_size(in_channels, out_channels);  // then room for 16-bit copies, which CUDA makes
         }
+        std::fill(target + filled, target + size + tag, 0);
     });
     return packed;
 }
@@ -86,7 +88,8 @@ std::vector<Tensor> flow_conv2d_packed_cpu(
     if (x.empty()) {
         return {};
     }
-    const int64_t resolved = check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
+    const int64_t resolved = check_flow_conv2d_packed(
+        x, flow, packed, bias, out_channels, algorithm, kPackedColumns);
     return convolve(x, flow, packed, bias, out_channels, relu, resolved);
 }
 

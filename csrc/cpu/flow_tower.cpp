@@ -200,7 +200,7 @@ std::vector<Tensor> flow_tower_cpu(
     check_flow_tower(levels, packed, biases, counts, segmentation_levels);
     const ScalarType dtype = levels[0].scalar_type();
     const std::vector<Tensor> dense = channels_last(levels);
-    TowerConvolutions convs(packed, biases, counts, accum_dtype(dtype));
+    TowerConvolutions convs(packed, biases, counts, accum_dtype(dtype), kPackedColumns);
     std::vector<Tensor> results;
     dispatch_floating("flow_tower", dtype, [&](auto zero) {
         using scalar_t = decltype(zero);

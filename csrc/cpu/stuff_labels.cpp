@@ -114,9 +114,9 @@ public:
           cells(columns.tap(columns.pixels - 1).first + 1),
           stride((cells + kLanes<real_t> + kLanes<real_t>) / kLanes<real_t> * kLanes<real_t>),
           data_(data<scalar_t>(logits)),
-          class_stride_(logits.stride(0)),
-          row_stride_(logits.stride(1)),
-          column_stride_(logits.stride(2)),
+          class_stride_(stride_of(logits, 0)),
+          row_stride_(stride_of(logits, 1)),
+          column_stride_(stride_of(logits, 2)),
           has_next_(cells < columns.cells) {}
 
     // Row `y` as rows of one class each, (classes, stride). The cell after the last one is there, as is anything that

@@ -274,7 +274,10 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
 
 }  // namespace
 
-void convolve3x3(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
+void convolve3x3(const char* op, std::vector<Convolution> convolutions, Stream stream) {
+    for (Convolution& convolution : convolutions) {
+        convolution.packed = aligned(convolution.packed);
+    }
     if (!convolutions.empty()) {
         dispatch_floating(op, convolutions[0].x[0].scalar_type(),
                           [&](auto zero) { convolve<decltype(zero)>(op, convolutions, stream); });

@@ -11,11 +11,14 @@
 namespace spatialflow {
 
 // Packed float32 weights are 9 * C * O floats (O padded), the same in float16 and in bfloat16 (rows in the order of
-// packed_position), then zeros. Where the 16-bit weights begin, in floats:
+// packed_position), then zeros, then the tag. Where the 16-bit weights begin, in floats:
 inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
     const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
     return dtype == ScalarType::Half ? floats : floats + floats / 2;
 }
+
+// See packed_tag; nothing here depends on the card.
+constexpr int64_t kPackedColumns = 1;
 
 // out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more of them.
 struct Convolution {
@@ -23,7 +26,7 @@ struct Convolution {
     std::vector<Tensor> flow;      // the same; or empty
     std::vector<Tensor> residual;  // (N, O, H, W), dense channels-last; or empty
     std::vector<Tensor> out;       // (N, O, H, W), dense channels-last
-    Tensor packed;                 // weights from _pack_conv3x3, or (9, C, O padded) in the type of x
+    Tensor packed;                 // weights from _pack_conv3x3, or (9, C, O padded) in the type of x; any alignment
     std::optional<Tensor> bias;    // (O) in the type of sums, dense
     bool relu;
 };
@@ -42,7 +45,7 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
 }
 
 // All of them in one launch (more only where their levels exceed a launch's table). None may read what another writes.
-void convolve3x3(const char* op, const std::vector<Convolution>& convolutions, Stream stream);
+void convolve3x3(const char* op, std::vector<Convolution> convolutions, Stream stream);
 
 inline std::vector<Tensor> channels_adjacent(const std::vector<Tensor>& levels) {
     std::vector<Tensor> adjacent;
@@ -77,8 +80,8 @@ template <typename scalar_t>
 inline bool has_wide_channels(const std::vector<Tensor>& levels) {
     constexpr int64_t kWidth = kWideElements<scalar_t>;
     for (const Tensor& level : levels) {
-        if (level.size(1) % kWidth != 0 || level.stride(0) % kWidth != 0 || level.stride(2) % kWidth != 0 ||
-            level.stride(3) % kWidth != 0 || !is_aligned(level.const_data_ptr(), 16)) {
+        if (level.size(1) % kWidth != 0 || stride_of(level, 0) % kWidth != 0 || stride_of(level, 2) % kWidth != 0 ||
+            stride_of(level, 3) % kWidth != 0 || !is_aligned(level.const_data_ptr(), 16)) {
             return false;
         }
     }
@@ -91,7 +94,7 @@ inline ConvSource<scalar_t> conv_source(const char* op, const Tensor& x, const T
           ": channels and sides must be below 2^31, got shape ", shape_string(x));
     const Tensor& added = flow ? *flow : x;
     return {data<scalar_t>(x), flow ? data<scalar_t>(added) : Global<const scalar_t>(nullptr),
-            x.stride(0), x.stride(2), x.stride(3), added.stride(0), added.stride(2), added.stride(3),
+            stride_of(x, 0), stride_of(x, 2), stride_of(x, 3), stride_of(added, 0), stride_of(added, 2), stride_of(added, 3),
             static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), static_cast<int>(x.size(1))};
 }
 

@@ -4,7 +4,7 @@
 // conv3x3.cu. Here are the packing of weights and the host side.
 //
 //   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32), in float64 for float64; else in float32, and behind
-//                                          that in both 16-bit types (packed_halves)
+//                                          that in both 16-bit types (packed_halves); a tag (packed_tag) at the end
 //
 // Weights that come unpacked are packed for the call, in their own type. Every algorithm but "direct" names a way to
 // compute on the CPU; here all are direct.
@@ -21,9 +21,10 @@ template <typename scalar_t, typename packed_t>
 __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
     Global<const scalar_t> weight,  // (O, C, 3, 3)
     Global<packed_t> packed,        // (9, C, O padded); zeros at two and three times that size, if `has_zeros`
+    Global<packed_t> tag,           // `tag_size` zeros
     Global<float16> halves,         // (9, C, O padded) or null; as `bfloats`
     Global<bfloat16> bfloats, const int64_t channels, const int64_t out_channels, const int64_t padded_channels,
-    const int64_t size, const bool has_zeros) {
+    const int64_t size, const bool has_zeros, const int64_t tag_size) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
     if (index >= size) {
         return;
@@ -39,6 +40,9 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
     packed_t result;
     store(result, value);
     packed[row * padded_channels + position] = result;
+    if (index < tag_size) {
+        store(tag[index], accum_t<scalar_t>(0));
+    }
     if constexpr (std::is_same_v<packed_t, float>) {
         if (halves) {
             float16 half;
@@ -58,12 +62,12 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Weights as packed_t, in `size` elements: nine taps, or packed_conv_size.
+// Weights as packed_t, in `size` elements (nine taps, or packed_conv_size) and a tag, which is not filled without them.
 template <typename scalar_t, typename packed_t>
-Tensor pack(const Tensor& weight, int64_t size, ScalarType packed_type, Stream stream) {
+Tensor pack(const Tensor& weight, int64_t size, int64_t tag, ScalarType packed_type, Stream stream) {
     const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
     const int64_t tap_size = packed_tap_size(in_channels, out_channels), taps = kTaps * tap_size;
-    Tensor packed = empty_like_sized(weight, {size}, packed_type);
+    Tensor packed = empty_like_sized(weight, {size + tag}, packed_type);
     if (size > 0) {
         const Tensor dense = to_contiguous(weight);
         const Global<packed_t> target = mutable_data<packed_t>(packed);
@@ -75,7 +79,8 @@ Tensor pack(const Tensor& weight, int64_t size, ScalarType packed_type, Stream s
         }
         launch<pack_conv3x3_kernel<scalar_t, packed_t>>(
             dim3(grid_size("pack_conv3x3", ceil_div(taps, 256))), dim3(256), 0, stream, data<scalar_t>(dense), target,
-            halves, bfloats, in_channels, out_channels, tap_size / in_channels, taps, size > 2 * taps);
+            target + size, halves, bfloats, in_channels, out_channels, tap_size / in_channels, taps, size > 2 * taps,
+            tag);
     }
     return packed;
 }
@@ -91,7 +96,8 @@ Tensor pack_conv3x3_cuda(const Tensor& weight, int64_t algorithm) {
     Tensor packed = weight;
     dispatch_floating("pack_conv3x3", dtype, [&](auto zero) {
         using scalar_t = decltype(zero);
-        packed = pack<scalar_t, accum_t<scalar_t>>(weight, size, accum_dtype(dtype), device.stream());
+        packed = pack<scalar_t, accum_t<scalar_t>>(
+            weight, size, packed_tag(kPackedColumns, is_double), accum_dtype(dtype), device.stream());
     });
     return packed;
 }
@@ -120,7 +126,7 @@ std::vector<Tensor> flow_conv2d_cuda(
     dispatch_floating("flow_conv2d", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         const Tensor packed =
-            pack<scalar_t, scalar_t>(weight, kTaps * packed_tap_size(weight.size(1), weight.size(0)),
+            pack<scalar_t, scalar_t>(weight, kTaps * packed_tap_size(weight.size(1), weight.size(0)), 0,
                                      weight.scalar_type(), device.stream());
         out = convolve(x, flow, packed, bias, weight.size(0), relu, device.stream());
     });
@@ -134,7 +140,7 @@ std::vector<Tensor> flow_conv2d_packed_cuda(
     if (x.empty()) {
         return {};
     }
-    check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
+    check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm, kPackedColumns);
     const DeviceScope device(x[0]);
     return convolve(x, flow, packed, bias, out_channels, relu, device.stream());
 }

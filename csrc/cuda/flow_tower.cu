@@ -69,7 +69,7 @@ public:
                     {node.source->tensors, maps_of(node.flow), maps_of(node.residual), node.target->tensors,
                      node.conv->packed, node.conv->bias, node.relu});
             }
-            convolve3x3("flow_tower", convolutions, stream);
+            convolve3x3("flow_tower", std::move(convolutions), stream);
             wave.clear();
         }
     }
@@ -168,7 +168,7 @@ std::vector<Tensor> flow_tower_cuda(
     for (const Tensor& level : levels) {
         dense.push_back(to_contiguous(level, MemoryFormat::ChannelsLast));
     }
-    TowerConvolutions convs(packed, biases, counts, accum_dtype(levels[0].scalar_type()));
+    TowerConvolutions convs(packed, biases, counts, accum_dtype(levels[0].scalar_type()), kPackedColumns);
     Schedule schedule(dense);
     const std::vector<Feature> features =
         schedule_tower(schedule, convs, schedule.input(levels.size()),

@@ -65,7 +65,7 @@ inline int64_t extent(const Tensor& tensor) {
         if (tensor.size(d) == 0) {
             return 0;
         }
-        last += (tensor.size(d) - 1) * tensor.stride(d);
+        last += (tensor.size(d) - 1) * stride_of(tensor, d);
     }
     return last + 1;
 }
@@ -111,5 +111,12 @@ inline unsigned grid_size(const char* op, int64_t blocks) {
 }
 
 inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// A contiguous tensor that begins at a multiple of 16 bytes, the widest access: a slice of a larger one may not.
+inline Tensor aligned(const Tensor& tensor) {
+    return is_aligned(tensor.const_data_ptr(), 16)
+        ? tensor
+        : allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::clone(tensor); });
+}
 
 }  // namespace spatialflow

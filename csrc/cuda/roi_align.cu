@@ -1035,13 +1035,13 @@ RoiOptions options_of(
 template <typename element_t>
 RoiLevel<element_t> level_of(const char* op, const Tensor& tensor, Global<element_t> data, double scale) {
     return {data, as_int(op, "a level's height", tensor.size(2)), as_int(op, "a level's width", tensor.size(3)),
-            tensor.stride(0), tensor.stride(2), tensor.stride(3), scale, 0};
+            stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3), scale, 0};
 }
 
 // True if 16-byte accesses along channels are aligned in all levels.
 bool levels_are_wide(const std::vector<Tensor>& levels, int64_t width) {
     for (const Tensor& level : levels) {
-        if (level.stride(0) % width != 0 || level.stride(2) % width != 0 || level.stride(3) % width != 0 ||
+        if (stride_of(level, 0) % width != 0 || stride_of(level, 2) % width != 0 || stride_of(level, 3) % width != 0 ||
             !is_aligned(level.const_data_ptr(), 16)) {
             return false;
         }

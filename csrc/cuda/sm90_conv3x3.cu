@@ -401,17 +401,23 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Whether the strides are nested, as a tensor map wants them; if so, what they are. A side of one pixel has none.
+// Whether the strides are nested, as a tensor map wants them; if so, what they are. A side of one pixel has none and
+// takes that of the next one that has.
 bool nested_strides(const Tensor& level, int64_t (&strides)[3]) {
     int64_t stride = 8, span = level.size(1);  // 8: 16 bytes
     constexpr int kDimensions[] = {3, 2, 0};
     for (int i = 0; i < 3; ++i) {
-        const int64_t size = level.size(kDimensions[i]), next = size > 1 ? level.stride(kDimensions[i]) : span;
+        int longer = i;
+        while (longer < 3 && level.size(kDimensions[longer]) <= 1) {
+            ++longer;
+        }
+        const int64_t next =
+            longer < 3 ? stride_of(level, kDimensions[longer]) : ceil_div(span, stride) * stride;
         if (next < span || next % stride != 0) {
             return false;
         }
         strides[i] = stride = next;
-        span = stride * size;
+        span = stride * level.size(kDimensions[i]);
     }
     return span < int64_t(1) << 39;
 }

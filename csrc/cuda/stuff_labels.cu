@@ -159,8 +159,8 @@ Tensor stuff_labels_cuda(
     }
     const LabelProblem problem{
         LabelAxis(logits.size(1), valid_height, height), LabelAxis(logits.size(2), valid_width, width),
-        logits.stride(0), logits.stride(1), logits.stride(2), static_cast<int>(logits.size(0)),
-        logits.stride(0) < logits.stride(2)};
+        stride_of(logits, 0), stride_of(logits, 1), stride_of(logits, 2), static_cast<int>(logits.size(0)),
+        stride_of(logits, 0) < stride_of(logits, 2)};
     dispatch_floating("stuff_labels", logits.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         if (output.scalar_type() == ScalarType::Byte) {

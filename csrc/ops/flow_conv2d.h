@@ -10,7 +10,7 @@ namespace spatialflow {
 // Values of the schemas' `algorithm`.
 constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2;
 
-// Packed weights are (9, 18 or 36, C_in, C_out padded to this many).
+// Packed weights are (9, 18 or 36, C_in, C_out padded to this many) and a tag, see packed_tag.
 constexpr int64_t kPackedOutputs = 32;
 
 // The algorithm that runs: float64 is always direct (it is there to check gradients); else "auto" takes Winograd where
@@ -30,10 +30,26 @@ inline int64_t packed_tap_size(int64_t in_channels, int64_t out_channels) {
     return (out_channels + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs * in_channels;
 }
 
-// The same on every back end, so that a size needs no word about the device. Except for float64 there is room for nine
-// taps in float32 and in both 16-bit types.
+// Without the tag; the same on every back end. Except for float64 there is room for nine taps in float32 and in both
+// 16-bit types.
 inline int64_t packed_conv_size(int64_t resolved, bool is_double, int64_t in_channels, int64_t out_channels) {
     return (resolved == kConvWinograd ? 36 : is_double ? 9 : 18) * packed_tap_size(in_channels, out_channels);
+}
+
+// Elements behind packed weights that no kernel reads. Their number is the tag of the layout, which differs between
+// instruction sets, CPU and CUDA, and float32 and float64 while the sizes agree. `columns` is how many float32 outputs
+// lie side by side; CUDA counts as 1. A length survives files, copies and captured graphs, and no device is waited for
+// to read it. A layout that changes takes a tag that was never used; weights without one are of earlier versions.
+inline int64_t packed_tag(int64_t columns, bool is_double) { return 2 * columns + (is_double ? 1 : 0); }
+
+// The length of packed weights without their tag, which must be that of this back end.
+inline int64_t checked_packed_size(const char* op, const Tensor& packed, int64_t columns) {
+    constexpr int64_t kUnit = 9 * kPackedOutputs;  // divides packed_conv_size, and is above every tag
+    const int64_t tag = packed.numel() % kUnit;
+    const int64_t wanted = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
+    check(tag == wanted, op, ": the packed weight has the layout of another instruction set, device, dtype or version "
+          "(tag ", tag, ", here ", wanted, "); pack the weight anew, by pack_conv3x3 or pack_flow_tower");
+    return packed.numel() - tag;
 }
 
 inline void check_algorithm(const char* op, int64_t algorithm) {
@@ -104,10 +120,10 @@ inline void check_flow_conv2d(
     check_algorithm("flow_conv2d", algorithm);
 }
 
-// `x` has a level or more. Returns the algorithm that the weights were packed for.
+// `x` has a level or more; `columns` as for packed_tag. Returns the algorithm that the weights were packed for.
 inline int64_t check_flow_conv2d_packed(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm) {
+    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm, int64_t columns) {
     check_dim("flow_conv2d", "x[0]", x[0], 4, "(N, C, H, W)");
     check_floating("flow_conv2d", "x[0]", x[0]);
     const int64_t in_channels = x[0].size(1);
@@ -118,7 +134,8 @@ inline int64_t check_flow_conv2d_packed(
     const bool is_double = packed.scalar_type() == ScalarType::Double;
     const int64_t resolved = resolve_algorithm(algorithm, is_double, in_channels, out_channels);
     check(out_channels >= 0 && packed.is_contiguous() &&
-              packed.numel() == packed_conv_size(resolved, is_double, in_channels, out_channels),
+              checked_packed_size("flow_conv2d", packed, columns) ==
+                  packed_conv_size(resolved, is_double, in_channels, out_channels),
           "flow_conv2d: the packed weight was made for other channels or another algorithm than x with ", in_channels,
           " channels and ", out_channels, " outputs");
     return resolved;

@@ -42,17 +42,18 @@ inline void check_flow_tower(
 struct TowerConv {
     Tensor packed, bias;  // bias in the type of sums
     int64_t in_channels = 0, out_channels = 0;
+    int64_t size = 0;  // of `packed`, without its tag
     int64_t algorithm = kConvDirect;
     bool present = false;
 };
 
 // The eight lists of convolutions; a convolution's input channels and algorithm follow from the length of its packed
-// weights, once the channels of what it reads are known.
+// weights, once the channels of what it reads are known. `columns` as for packed_tag.
 class TowerConvolutions {
 public:
     TowerConvolutions(
         const std::vector<Tensor>& packed, const std::vector<Tensor>& biases, const std::vector<int64_t>& counts,
-        ScalarType dtype)
+        ScalarType dtype, int64_t columns)
         : lists_(kTowerLists) {
         size_t next = 0;
         for (size_t list = 0; list < lists_.size(); ++list) {
@@ -64,6 +65,7 @@ public:
                 conv.present = packed[next].numel() > 0;
                 check(!conv.present || packed[next].scalar_type() == dtype, "flow_tower: packed[", next, "] must be ",
                       dtype_name(dtype), " for these levels, got ", dtype_name(packed[next].scalar_type()));
+                conv.size = conv.present ? checked_packed_size("flow_tower", packed[next], columns) : 0;
                 lists_[list].push_back(conv);
             }
         }
@@ -78,11 +80,10 @@ public:
             return nullptr;
         }
         TowerConv& conv = lists_[list][index];
-        const int64_t size = conv.packed.numel();
         const bool is_double = conv.packed.scalar_type() == ScalarType::Double;
-        const bool winograd = size == packed_conv_size(kConvWinograd, is_double, in_channels, conv.out_channels);
+        const bool winograd = conv.size == packed_conv_size(kConvWinograd, is_double, in_channels, conv.out_channels);
         check((winograd && !is_double) ||
-                  size == packed_conv_size(kConvDirect, is_double, in_channels, conv.out_channels),
+                  conv.size == packed_conv_size(kConvDirect, is_double, in_channels, conv.out_channels),
               "flow_tower: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
               " it reads");
         check(out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,

@@ -84,11 +84,23 @@ inline void check_same_device(
           " must be on the device of ", other_name);
 }
 
-// True where torch would call a (N, C, H, W) tensor channels-last: channels adjacent in memory, rows in order.
-// Sizes of one leave the question open; then plain contiguous wins, as in torch's suggest_memory_format.
+// Elements from one index of a dimension to the next. Where there is no next one (size 0 or 1), torch allows any stride
+// and calls any of them contiguous; it is 0 here, so that no address, alignment or layout depends on it. The one reader
+// of strides in this project.
+inline int64_t stride_of(const Tensor& tensor, int64_t dimension) {
+    return tensor.size(dimension) > 1 ? tensor.stride(dimension) : 0;
+}
+
+inline bool has_adjacent_channels(const Tensor& tensor) { return tensor.size(1) <= 1 || tensor.stride(1) == 1; }
+
+// True for an (N, C, H, W) tensor with its channels adjacent in memory, pixels and rows in order, slices of such
+// included. Plain contiguous wins where sizes of one allow both. `spatialflow/ops/layout.py` says the same.
 inline bool prefers_channels_last(const Tensor& tensor) {
-    return tensor.dim() == 4 && !tensor.is_contiguous() && tensor.stride(1) == 1 &&
-           tensor.stride(3) >= tensor.size(1) && tensor.stride(2) >= tensor.stride(3);
+    if (tensor.dim() != 4 || tensor.is_contiguous() || stride_of(tensor, 1) != 1) {
+        return false;
+    }
+    const int64_t pixel = tensor.size(3) > 1 ? tensor.stride(3) : tensor.size(1);
+    return pixel >= tensor.size(1) && (tensor.size(2) <= 1 || tensor.stride(2) >= pixel);
 }
 
 inline MemoryFormat memory_format_of(const Tensor& tensor) {
@@ -112,14 +124,15 @@ inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) 
     }
 }
 
-// Named apart from torch::stable::contiguous, which argument-dependent lookup would find as well.
+// The tensor itself where it is contiguous in `format`. Kernels then compute strides from sizes: those of the result
+// are no rule, see stride_of. Named apart from torch::stable::contiguous, which argument-dependent lookup would find.
 inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
     return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
 }
 
 // An (N, C, H, W) tensor with its channels adjacent in memory, other strides free.
 inline Tensor channels_adjacent(const Tensor& tensor) {
-    return tensor.stride(1) == 1 ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
+    return has_adjacent_channels(tensor) ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
 inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {

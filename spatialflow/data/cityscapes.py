@@ -12,10 +12,11 @@ import numpy as np
 
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
-from spatialflow.data.transforms import ImageError, read_image
+from spatialflow.data.transforms import ImageError, decode_image, read_image
 from spatialflow.panoptic.extents import extents
-from spatialflow.panoptic.formats import PanopticWriter, read_panoptic_json
+from spatialflow.panoptic.formats import read_panoptic_json
 from spatialflow.panoptic.rules import TRUTH, VOID
+from spatialflow.panoptic.writer import PanopticWriter
 
 IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
@@ -97,14 +98,12 @@ class Cityscapes:
     def _read_labels(self, index: int) -> np.ndarray:
         path = self._label_path(index)
         try:
-            content = np.frombuffer(path.read_bytes(), np.uint8)
+            content = path.read_bytes()
+            labels = decode_image(path, content, cv2.IMREAD_UNCHANGED) if content else None
         except OSError as error:
             raise SampleError(f"{path}: cannot be read: {error.strerror}") from None
-        labels = (
-            cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-            if len(content) and content[-8:].tobytes()[:4] == b"IEND"
-            else None
-        )
+        except ImageError as error:
+            raise SampleError(str(error)) from None
         if labels is None or labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
             raise SampleError(f"{path}: is damaged, or no greyscale PNG of 8 or 16 bits")
         return labels.astype(np.int32)
@@ -145,6 +144,7 @@ class Cityscapes:
                 continue
             writer.add(image_id, name, id_map, segments)
         writer.write_json()
+        writer.close()
         return json_path, png_folder
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from spatialflow.data.categories import TABLES, read_rows
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.formats import PanopticWriter
+from spatialflow.panoptic.writer import PanopticWriter
 
 CATEGORIES: tuple[dict[str, Any], ...] = tuple(read_rows(TABLES / "synthetic.json"))
 """The category table of synthetic scenes."""

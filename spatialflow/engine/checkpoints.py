@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing weights: this package's files, released mmdetection checkpoints, ImageNet backbones."""
 
+import hashlib
+import logging
+import math
 import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from spatialflow.files import atomic_write
 from spatialflow.models.build import build_model
 from spatialflow.models.spatialflow import SpatialFlow
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
@@ -34,6 +39,27 @@ RELEASED_NAMES = (
     (r"stuff_head\.conv\.", r"stuff_head.logits."),
 )
 """Released name -> name here, by prefix; the backbone's names stay. `name_from_released` adds the stuff head."""
+
+
+CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights", "params")
+"""Keys under which trainers store the weights."""
+
+EMA_CONTAINERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "ema")
+"""Keys under which trainers store the exponential moving average (EMA) of the weights."""
+
+SWAPPED = (
+    "note that mmdetection and mmengine exchange average and weights at the end of an epoch, before they save: the "
+    "average is then under the plain names"
+)
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that come from torch.compile, DistributedDataParallel, FSDP and activation checkpoints; never ours."""
+
+OUTER_NAMES = ("model", "network", "net", "ema_model", "ema")
+"""Attributes by which a trainer holds the network: first part of every name, if they are there."""
+
+COUNTERS = ("n_averaged", "steps")
+"""Counters that averaging wrappers put beside the weights."""
 
 
 class CheckpointError(RuntimeError):
@@ -74,17 +100,23 @@ def is_released(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(("neck.", "bbox_head.", "mask_head.")) for name in state)
 
 
-def read_state(path: Union[str, Path]) -> dict[str, Tensor]:
+def read_state(path: Union[str, Path], ema: bool = False) -> dict[str, Tensor]:
     """Tensors of a safetensors or torch file (told apart by content), under the names of this package.
 
+    What trainers and wrappers put around the weights is taken off, and the logger `spatialflow.engine.checkpoints` says
+    so: keys that hold them (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), averages
+    `ema_*` beside the weights.
+
     Args:
-        path: a safetensors file, or a torch file with a state dict, bare or under the key "state_dict" or "model".
+        path: a safetensors file, or a torch file with a state dict, bare or under such keys.
+        ema: take the moving average of the weights. Otherwise it is taken only where there is nothing else.
 
     Returns:
         name -> tensor, on the CPU.
 
     Raises:
-        CheckpointError: the file is absent, damaged, holds anything but tensors and plain values, or no weights.
+        CheckpointError: the file is absent, damaged, holds anything but tensors and plain values, or no weights;
+            several sets of weights; no average where `ema` asks for it.
     """
     path = Path(path)
     try:
@@ -98,19 +130,140 @@ def read_state(path: Union[str, Path]) -> dict[str, Tensor]:
         content = _read_safetensors(path)
     else:
         raise CheckpointError(f"{path}: is neither a safetensors nor a torch file")
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    notes: list[str] = []
+    content, is_average = _opened(path, content, ema, notes)
+    if not _is_state(content):
         raise CheckpointError(f"{path}: holds no state dict (names with tensors)")
-    state = {(name[len("module.") :] if name.startswith("module.") else name): value for name, value in content.items()}
+    state = _unwrapped(path, content, notes)
+    state, has_average = _one_of_both(state, ema and not is_average, notes)
+    if ema and not (is_average or has_average):
+        raise CheckpointError(f"{path}: holds no moving average (EMA) of the weights")
+    if notes:
+        logger.info("%s: %s", path, "; ".join(notes))
     return {name_from_released(name): value for name, value in state.items()} if is_released(state) else state
 
 
+def _is_state(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) for name in content)
+        and all(isinstance(v, Tensor) and v.layout == torch.strided and not v.is_meta for v in content.values())
+    )
+
+
+def _may_hold_weights(value: Any) -> bool:
+    """True for a dict with tensors or with a key of trainers; a configuration under such a key is none."""
+    return isinstance(value, dict) and any(
+        isinstance(inner, Tensor) or name in CONTAINERS or name in EMA_CONTAINERS for name, inner in value.items()
+    )
+
+
+def _are_equal(one: dict, other: dict) -> bool:
+    """Whether two dicts are one, or state dicts with the same tensors."""
+    if one is other:
+        return True
+    return (
+        _is_state(one)
+        and _is_state(other)
+        and one.keys() == other.keys()
+        and all(torch.equal(value, other[name]) for name, value in one.items())
+    )
+
+
+def _opened(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any, bool]:
+    """What the keys of trainers hold, however deep, and whether it is an average."""
+    is_average = False
+    for _ in range(8):  # a pickle can hold itself
+        if not isinstance(content, dict):
+            break
+        found = [
+            [key for key in keys if _may_hold_weights(content.get(key))] for keys in (CONTAINERS, EMA_CONTAINERS)
+        ]
+        plain, averages = found if not is_average else (found[0] + found[1], [])
+        keys = averages if averages and (ema or not plain) else plain
+        if not keys:
+            break
+        if not all(_are_equal(content[keys[0]], content[key]) for key in keys[1:]):
+            raise CheckpointError(
+                f"{path}: holds several sets of weights: {', '.join(map(repr, keys))}; store the one that is meant "
+                f"in a file of its own, by torch.save"
+            )
+        is_average = is_average or keys is averages
+        notes.append(f"took the {'moving average' if is_average else 'weights'} under {keys[0]!r}")
+        if averages and keys is not averages:
+            notes.append(f"left out the moving average under {averages[0]!r}")
+        if ema and keys[0] == "ema_state_dict":
+            notes.append(SWAPPED)
+        content = content[keys[0]]
+    return content, is_average
+
+
+def _unwrapped(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The same tensors without the parts of names, and the counters, that wrappers add."""
+    names = {name: name.split(".") for name in state}
+    removed = []
+    for part in WRAPPERS:
+        if any(part in parts[:-1] for parts in names.values()):
+            names = {name: [one for one in parts[:-1] if one != part] + parts[-1:] for name, parts in names.items()}
+            removed.append(part)
+    counters = [name for name, parts in names.items() if parts[-1] in COUNTERS and len(parts) == 1]
+    names = {name: parts for name, parts in names.items() if name not in counters}
+    while names and len({parts[0] for parts in names.values()}) == 1:
+        first = next(iter(names.values()))[0]
+        if first not in OUTER_NAMES or any(len(parts) == 1 for parts in names.values()):
+            break
+        names = {name: parts[1:] for name, parts in names.items()}
+        removed.append(first)
+    if removed:
+        notes.append(f"took {', '.join(repr(part + '.') for part in removed)} off the names")
+    if counters:
+        notes.append(f"left out {', '.join(counters)}")
+    result: dict[str, Tensor] = {}
+    for name, parts in names.items():
+        short = ".".join(parts)
+        if short in result:
+            raise CheckpointError(f"{path}: {short} is there twice, under names of several wrappers")
+        result[short] = state[name]
+    return result
+
+
+def _one_of_both(state: dict[str, Tensor], ema: bool, notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """Weights, or the averages that mmdetection's EMAHook puts beside them; and whether there are such."""
+    average_of = {name: f"ema_{name.replace('.', '_')}" for name in state}
+    beside = [average for average in average_of.values() if average in state]
+    if not beside:
+        return state, False
+    notes.append(f"{'took' if ema else 'left out'} {len(beside)} averages beside the weights (ema_*)")
+    if ema:
+        notes.append(SWAPPED)
+    kept = {name: value for name, value in state.items() if name not in set(beside)}
+    return ({name: state.get(average_of[name], value) for name, value in kept.items()} if ema else kept), True
+
+
+class _Ignored:
+    """Stands for a numpy value in a torch file: beside weights they are of no use, and numpy need not build them."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+_IGNORED = [
+    (_Ignored, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+] + [(_Ignored, "numpy.dtype"), (_Ignored, "numpy.ndarray")]
+
+
 def read_torch(path: Path) -> Any:
-    """Content of a torch file that holds nothing but tensors and plain values; CheckpointError otherwise."""
+    """Content of a torch file that holds nothing but tensors and plain values; CheckpointError otherwise.
+
+    numpy scalars and arrays become objects without content. Nothing in the file is run.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_IGNORED):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         stranger = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of torch's advice to trust the file
         what = f"holds Python objects beside tensors: {stranger[1]}" if stranger else "is damaged"
@@ -133,31 +286,36 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _read_network(path: Union[str, Path]) -> dict[str, Tensor]:
-    state = read_state(path)
+def _read_network(path: Union[str, Path], ema: bool) -> dict[str, Tensor]:
+    state = read_state(path, ema)
     if "layer1.0.conv1.weight" in state:
         raise CheckpointError(f"{path}: holds a backbone alone; load_backbone (train --backbone) takes it")
     return state
 
 
-def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
+def load_checkpoint(model: nn.Module, path: Union[str, Path], ema: bool = False) -> nn.Module:
     """Fills a model with the weights of a file; nothing is changed unless everything fits.
 
     Args:
         model: from `build_model`.
         path: a file of this package (safetensors or torch) or a released mmdetection checkpoint, told apart by content.
+            What trainers and wrappers put around the weights is taken off, see `read_state`.
+        ema: take the moving average of the weights.
 
     Returns:
         `model`.
 
     Raises:
-        CheckpointError: the file cannot be read, or keys are missing, unexpected or of the wrong shape; all are listed.
+        CheckpointError: the file cannot be read, its weights are ambiguous or not finite, or keys are missing,
+            unexpected or of the wrong shape; all are listed.
     """
-    _fill(model, _read_network(path), str(path))
+    _fill(model, _read_network(path, ema), str(path))
     return model
 
 
-def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence[str]) -> list[str]:
+def load_matching(
+    model: nn.Module, path: Union[str, Path], may_differ: Sequence[str], ema: bool = False
+) -> list[str]:
     """As `load_checkpoint`, for finetuning: layers whose shape depends on the classes keep their values where the
     file's do not fit.
 
@@ -165,6 +323,7 @@ def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence
         model: from `build_model`.
         path: a whole network's weights.
         may_differ: names of layers that may have another shape.
+        ema: take the moving average of the weights.
 
     Returns:
         Those of `may_differ` that keep their values.
@@ -175,7 +334,7 @@ def load_matching(model: nn.Module, path: Union[str, Path], may_differ: Sequence
     own = model.state_dict()
     state = {
         name: value
-        for name, value in _read_network(path).items()
+        for name, value in _read_network(path, ema).items()
         if not (name.startswith(tuple(may_differ)) and name in own and own[name].shape != value.shape)
     }
     _fill(model, state, str(path), may_miss="^(" + "|".join(re.escape(name) for name in may_differ) + ")\\.")
@@ -243,15 +402,33 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss:
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes))
             if names
         ]
-        report = "; ".join(f"{title}: {_shorten(names)}" for title, names in lists)
+        report = "; ".join(f"{title}: {shorten(names)}" for title, names in lists)
         raise CheckpointError(f"{source}: does not fit the model: {report}", missing, unexpected, wrong_shape)
+    broken = not_finite({name: given[name] for name in own if name in given})
+    if broken:
+        raise CheckpointError(f"{source}: holds values that are not finite: {shorten(broken)}")
     with torch.no_grad():
         for name, tensor in own.items():
             if name in given:
                 tensor.copy_(given[name])
 
 
-def _shorten(names: Sequence[str], limit: int = 12) -> str:
+def largest_value(tensors: Iterable[Tensor]) -> float:
+    """The largest magnitude in floating point tensors, in one pass over all of them; NaN where there is one."""
+    filled = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    filled = [tensor.float() if tensor.element_size() == 1 else tensor for tensor in filled]  # float8 has no norm
+    return float(nn.utils.get_total_norm(filled, math.inf))
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    if math.isfinite(largest_value(state.values())):
+        return []
+    return [name for name, value in state.items() if not torch.isfinite(value).all()]
+
+
+def shorten(names: Sequence[str], limit: int = 12) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -268,11 +445,15 @@ def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[s
     Raises:
         ValueError: another suffix.
         OSError: the file cannot be written (no such folder, disk full, ...).
+        CheckpointError: a value is not finite; a file at `path` stays as it was.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"path: must end in .safetensors, .pt or .pth, got '{path}'")
     state = model.state_dict() if isinstance(model, nn.Module) else model
+    broken = not_finite(state)
+    if broken:
+        raise CheckpointError(f"{path}: not written, as values are not finite: {shorten(broken)}")
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_write(path) as file:
         if path.suffix == ".safetensors":
@@ -286,7 +467,9 @@ def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[s
     return path
 
 
-def convert(source: Union[str, Path], destination: Union[str, Path], dtype: Optional[torch.dtype] = None) -> int:
+def convert(
+    source: Union[str, Path], destination: Union[str, Path], dtype: Optional[torch.dtype] = None, ema: bool = False
+) -> int:
     """Rewrites a checkpoint (released or ours) with the names of this package.
 
     Args:
@@ -294,15 +477,17 @@ def convert(source: Union[str, Path], destination: Union[str, Path], dtype: Opti
         destination: path of the new file, .safetensors or .pt / .pth.
         dtype: floating point type of the stored tensors, without BatchNorm's counters, which have no influence; None
             keeps everything as it is.
+        ema: take the moving average of the weights.
 
     Returns:
         Number of tensors written.
 
     Raises:
-        CheckpointError: `source` cannot be read, or is no detector of the released kind or ours.
+        CheckpointError: `source` cannot be read, is no detector of the released kind or ours, or holds values that are
+            not finite, or would not be in `dtype`.
         OSError: `destination` cannot be written.
     """
-    state = read_state(source)
+    state = read_state(source, ema)
     strangers = [
         name
         for name in state
@@ -310,10 +495,25 @@ def convert(source: Union[str, Path], destination: Union[str, Path], dtype: Opti
     ]
     if strangers:
         raise CheckpointError(
-            f"{source}: {len(strangers)} entries belong to no part of the model: {_shorten(strangers)}",
+            f"{source}: {len(strangers)} entries belong to no part of the model: {shorten(strangers)}",
             unexpected=strangers,
         )
+    broken = not_finite(state)
+    if broken:
+        raise CheckpointError(f"{source}: holds values that are not finite: {shorten(broken)}")
     if dtype is not None:
         state = {name: value.to(dtype) for name, value in state.items() if value.is_floating_point()}
+        broken = not_finite(state)
+        if broken:
+            raise CheckpointError(f"{source}: holds values too large for {dtype}: {shorten(broken)}")
     save_checkpoint(state, destination)
     return len(state)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that differ, in all likelihood, for other weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -37,6 +37,10 @@ class GraphCache:
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._pool: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which belong to this process: a copy captures its own."""
+        return vars(self) | {"_captured": OrderedDict(), "_pool": None}
+
     def __len__(self) -> int:
         return len(self._captured)
 

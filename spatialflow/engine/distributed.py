@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of one training run, as torchrun starts them."""
+"""The processes of one training run, as torchrun starts them, and BatchNorm over the batch of all of them."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,58 @@ def end(world: World) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+class SynchronizedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that in training mode takes its statistics from the batches of all processes together.
+
+    Every process must call it, forward and backward, in the same order. Unlike torch's SyncBatchNorm it works on every
+    device.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape; N, H and W may differ from process to process."""
+        if not self.training:
+            return super().forward(x)
+        wide = x.to(self.weight.dtype)  # of mixed precision
+        variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)  # (C,) of this process
+        variance, mean = variance.double(), mean.double()  # the square of a mean is subtracted again below
+        count = torch.full_like(mean, x.numel() / x.shape[1])
+        moments = torch.stack([count, count * mean, count * (variance + mean.square())])
+        count, total, squares = _SumOverProcesses.apply(moments)
+        mean = total / count
+        variance = squares / count - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        normalised = torch.addcmul(shift.to(wide)[:, None, None], wide, scale.to(wide)[:, None, None])
+        return normalised.to(x.dtype)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, and the sum of its gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.apply(gradient)
+
+
+def synchronize_norms(module: nn.Module) -> None:
+    """Replaces every BatchNorm inside a module by one over all processes, with the same parameters and statistics."""
+    for name, part in module.named_children():
+        if type(part) is nn.BatchNorm2d:
+            norm = SynchronizedBatchNorm2d(part.num_features, part.eps, part.momentum)
+            norm._parameters, norm._buffers = part._parameters, part._buffers
+            setattr(module, name, norm.train(part.training))
+        else:
+            synchronize_norms(part)

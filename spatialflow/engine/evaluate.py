@@ -11,9 +11,10 @@ from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
 from spatialflow.panoptic.detection import average_precision, detection_rows
-from spatialflow.panoptic.formats import PanopticWriter, read_id_map, read_panoptic_json
+from spatialflow.panoptic.formats import read_id_map, read_panoptic_json
 from spatialflow.panoptic.quality import PanopticQuality
 from spatialflow.panoptic.rules import TRUTH, PanopticFormatError, Problem, summary
+from spatialflow.panoptic.writer import PanopticWriter
 
 
 class ScoredData(Protocol):
@@ -56,8 +57,13 @@ def evaluate_network(
         from tqdm import tqdm
 
         wanted = tqdm(wanted, desc="evaluate", leave=False)
-    writer = PanopticWriter(folder / "panoptic", folder / "panoptic.json", predictor.categories.as_coco())
-    quality, counts, detections = PanopticQuality(truth["categories"]), {}, []
+    writer = PanopticWriter(
+        folder / "panoptic",
+        folder / f"panoptic{world.rank or ''}.json",  # the first process's name is that of the result
+        predictor.categories.as_coco(),
+        detections_path=folder / "detections.json",
+    )
+    quality, counts = PanopticQuality(truth["categories"]), {}
     reported: list[Problem] = []
     for annotation in wanted:
         image_id, segments = annotation["image_id"], annotation["segments_info"]
@@ -65,38 +71,38 @@ def evaluate_network(
             annotated = read_id_map(truth_folder / annotation["file_name"])
             result = predictor(data.image_path(by_id[image_id]))
             counted, met = quality.count(annotated, segments, result.id_map, result.segments, image_id)
-            writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments)
+            detections = detection_rows(result, image_id)
+            writer.add(
+                image_id, data.names[by_id[image_id]], result.id_map, result.segments, detections=detections
+            )
         except (ImageError, PanopticFormatError) as error:
             problems.append(str(error))
             continue
         counts[image_id] = counted
         reported += met
-        detections += detection_rows(result, image_id)
-    parts = world.gather((writer, counts, detections, problems, reported))
+    parts = world.gather((list(writer.rows()), counts, problems, reported))
     counts = {image_id: counted for part in parts for image_id, counted in part[1].items()}
-    problems = [message for part in parts for message in part[3]]
+    problems = [message for part in parts for message in part[2]]
     if not counts:
         last = f"; the last: {problems[-1]}" if problems else ""
         raise PanopticFormatError(f"none of {len(data)} images to evaluate on can be used{last}")
-    reported = [problem for part in parts for problem in part[4]]
+    reported = [problem for part in parts for problem in part[3]]
     if world.is_first and reported:
         warnings.warn(summary(reported, str(truth_path)), stacklevel=2)
     if world.is_first:
-        merged = parts[0][0]
-        for part in parts[1:]:
-            merged.extend(part[0])
-        merged.write_json()
-        rows = [row for part in parts for row in part[2]]
-        with atomic_write(folder / "detections.json", "w") as file:
-            json.dump(rows, file)
+        for rows, *_ in parts[1:]:
+            writer.extend(rows)
+        writer.write_json()
+        results = [result for rows, *_ in parts for row in rows for result in row["detections"]]
         truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in counts]
         for annotation in truth["annotations"]:
             quality.add(counts[annotation["image_id"]])
         scores = quality.compute()
-        scores["detection"] = average_precision(truth, truth_folder, rows)
+        scores["detection"] = average_precision(truth, truth_folder, results)
         scores["problems"] = problems
         with atomic_write(folder / "scores.json", "w") as file:
             json.dump(scores, file, indent=1)
+    writer.close()
     return world.gather(scores if world.is_first else None)[0]
 
 

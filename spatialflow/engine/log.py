@@ -9,8 +9,8 @@ from spatialflow.files import atomic_write
 
 
 class TrainingLog:
-    """Appends rows to `log.jsonl`; every row has a "kind" ("step", "evaluation", "problem" or "note") and the number of
-    steps done.
+    """Appends rows to `log.jsonl`; every row has a "kind" ("step", "evaluation", "problem", "note" or "warning") and the
+    number of steps done. Numbers are finite: JSON knows no others.
 
     Args:
         folder: of the run.
@@ -26,10 +26,11 @@ class TrainingLog:
         self._board = _tensorboard(folder / "tensorboard", steps_done)
 
     def add(self, kind: str, step: int, **values: Any) -> None:
-        """Adds a row; numbers go to TensorBoard too."""
+        """Adds a row; numbers go to TensorBoard too. ValueError for one that is not finite."""
         row = {"kind": kind, "step": step, **values}
+        line = json.dumps(row, allow_nan=False)
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(line + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):

@@ -58,8 +58,8 @@ class Pipeline:
         ignored_stuff: stuff labels that stay void.
         device: where the networks are.
         dtype: of their weights.
-        detection_masks: whether every detection gets its mask; otherwise only those that the map may need do, and the
-            results have none.
+        detection_masks: whether the results have the mask of every detection. Without, the CPU computes only those
+            that the map may need; a GPU computes all, as it reads no count.
     """
 
     def __init__(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union, overload
@@ -17,11 +18,13 @@ from spatialflow.data.categories import Categories, load_categories
 from spatialflow.data.transforms import Fitted, check_image, read_image
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.pipeline import FixedResult, Pipeline, stopwatch
+from spatialflow.files import atomic_write
 from spatialflow.models.build import load_config
 from spatialflow.models.config import Config, ConfigError, place_overrides
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, paste_masks
+from spatialflow.panoptic.writer import panoptic_row
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
 """What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds
@@ -79,9 +82,8 @@ class PanopticResult:
 
     @property
     def image_id(self) -> Union[int, str]:
-        """The stem of the image's name: COCO's as the number it is, Cityscapes' without "_leftImg8bit"."""
-        stem = Path(self.image_name).stem.removesuffix("_leftImg8bit")
-        return int(stem) if stem.isascii() and stem.isdigit() else stem
+        """See `image_id_of`."""
+        return image_id_of(self.image_name)
 
     def save(self, folder: Union[str, Path]) -> Path:
         """Writes `<stem>.png`, the map in COCO panoptic colours, and `<stem>.json`, a panoptic JSON of this image.
@@ -92,12 +94,12 @@ class PanopticResult:
         Raises:
             OSError: a file cannot be written; no part of it is left behind.
         """
-        folder = Path(folder)
-        writer = panoptic.PanopticWriter(
-            folder, folder / f"{Path(self.image_name).stem}.json", self.categories.as_coco()
-        )
-        path = writer.add(self.image_id, self.image_name, self.id_map, self.segments)
-        writer.write_json()
+        path = Path(folder) / f"{Path(self.image_name).stem}.png"
+        row = panoptic_row(self.image_id, self.image_name, path.name, self.id_map, self.segments)
+        panoptic.write_id_map(path, self.id_map)
+        with atomic_write(path.with_suffix(".json"), "w") as file:
+            content = {"images": [row["image"]], "annotations": [row["annotation"]]}
+            json.dump({**content, "categories": self.categories.as_coco()}, file)
         return path
 
     def overlay(self, image: np.ndarray) -> np.ndarray:
@@ -108,6 +110,12 @@ class PanopticResult:
         h, w = self.id_map.shape
         found = f"{len(self.segments)} segments, {len(self.scores)} detections"
         return f"PanopticResult({self.image_name}: {h} x {w}, {found})"
+
+
+def image_id_of(image_name: str) -> Union[int, str]:
+    """The stem of an image's name: COCO's as the number it is, Cityscapes' without "_leftImg8bit"."""
+    stem = Path(image_name).stem.removesuffix("_leftImg8bit")
+    return int(stem) if stem.isascii() and stem.isdigit() else stem
 
 
 class _Item(NamedTuple):
@@ -133,8 +141,10 @@ class Predictor:
         cuda_graph: replay a CUDA graph per size of image instead of queueing every kernel. The first image
             of a size pays for the capture; the 16 sizes used last are kept.
         optimize: fold BatchNorm and pre-arrange the weights once.
-        detection_masks: whether results carry the mask of every detection. False where only the map counts: the masks
-            of detections below `instance_score_threshold`, on the CPU often a quarter of all work, are left out.
+        detection_masks: whether results carry the mask of every detection. False where only the map counts: on the
+            CPU the masks of detections below `instance_score_threshold`, often a quarter of all work, are left out. On
+            a GPU their number is not known to the host, so that all masks are computed, and only their download is
+            saved.
         batch_size: images that go through the network together; only images of equal padded size share a batch, so that
             results do not depend on the company.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,

@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, Iterator, Optional
@@ -19,8 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
-from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_matching, read_torch, save_checkpoint
-from spatialflow.engine.distributed import World
+from spatialflow.engine.checkpoints import (
+    CheckpointError,
+    largest_value,
+    load_backbone,
+    load_matching,
+    not_finite,
+    read_torch,
+    save_checkpoint,
+    shorten,
+)
+from spatialflow.engine.distributed import World, synchronize_norms
 from spatialflow.engine.evaluate import evaluate_network
 from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
@@ -39,17 +50,30 @@ CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits
 MAY_CHANGE = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
 """Fields of the configuration in which a resumed run may differ from its beginning."""
 
+MAY_BE_TAMED = ("learning_rate", "learning_rate_epochs", "warmup_iterations", "warmup_factor", "gradient_clip_norm",
+                "finetune_learning_rate")  # fmt: skip
+"""More such fields: what helps a run that diverged. The changes are reported."""
+
 PROPOSAL_FIELDS = ("candidates_per_level", "score_threshold", "max_detections")
 """Fields of the test section that training depends on: they choose its proposals too."""
 
 READ_EVERY = 10
-"""Steps between readings of the losses from the device."""
+"""Steps between readings of the losses from the device, and checks of weights and optimizer state."""
+
+EXPLODED = 100.0
+"""A run is reported as exploding from so many times the loss of its first steps, or the largest initial weight, on."""
+
+LEAST_SCALE = 2.0**-24
+"""fp16: below this loss scale the gradients of some forty steps in a row have overflowed."""
 
 KEEP_EVERY = 5.0
 """Least seconds between two savings at ends of epochs; epochs of a few steps would otherwise do little else."""
 
 DRAW_EVERY = 60.0
 """Least seconds between two drawings of the curves; short epochs would otherwise do little else."""
+
+
+REMEDIES = "a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm"
 
 
 class TrainingError(RuntimeError):
@@ -64,6 +88,7 @@ class Source:
         None  # a whole network; layers whose shape depends on the classes may differ and start anew
     )
     backbone: Optional[Path] = None  # ImageNet weights of the backbone
+    ema: bool = False  # of `checkpoint`: the averaged weights
 
 
 def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> float:
@@ -76,6 +101,23 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
     if step < training.warmup_iterations:
         rate *= training.warmup_factor + (1 - training.warmup_factor) * step / training.warmup_iterations
     return rate
+
+
+def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
+    """Sentences about settings of the schedule that a run of `total_steps` ends too early for."""
+    found = []
+    late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
+    if late:
+        found.append(
+            f"learning_rate_epochs {list(training.learning_rate_epochs)}: the run ends with epoch {training.epochs}, "
+            f"so the learning rate does not fall after epoch {' and '.join(map(str, late))}"
+        )
+    if training.warmup_iterations >= total_steps:
+        found.append(
+            f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the "
+            f"warm-up"
+        )
+    return found
 
 
 class _Step(nn.Module):
@@ -151,10 +193,13 @@ class Trainer:
         self.network = build_model(config)
         self.anew: list[str] = []  # layers that the initial weights do not fill, as they are of other classes
         if source.checkpoint is not None:
-            self.anew = load_matching(self.network, source.checkpoint, may_differ=CLASS_LAYERS)
+            self.anew = load_matching(self.network, source.checkpoint, CLASS_LAYERS, source.ema)
         elif source.backbone is not None:
             load_backbone(self.network, source.backbone)
+        if world.size > 1 and config.model.backbone_norm_trains:
+            synchronize_norms(self.network.backbone)
         self.network.to(world.device).train()
+        self.largest_at_start = largest_value(self.network.parameters())
         self.trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         parameters = dict(self.network.named_parameters())
         self.optimizer = torch.optim.SGD(
@@ -164,6 +209,7 @@ class Trainer:
             weight_decay=training.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=training.mixed_precision == "fp16")
+        self.tamed: list[str] = []  # settings, of `MAY_BE_TAMED`, in which a resumed run differs from its beginning
         self.identity = {"config": _plain_config(config), "data": _fingerprint(data)}
         if resume and self.checkpoint_path.is_file():
             self._restore()
@@ -173,6 +219,7 @@ class Trainer:
                 f"{self.checkpoint_path}: the processes resume at different steps {steps}; all need to see one folder"
             )
         self.log = TrainingLog(self.folder, self.step) if world.is_first else None
+        self.warned = self.log is not None and any(row["kind"] == "warning" for row in self.log.rows)
         self.problems: set[str] = set()
         self.notes: dict[str, set[int]] = {}  # rule -> hashes of contradictions in annotations that were used
         self.met: list[str | Problem] = []  # problems and notes of this process that the first one has not heard of
@@ -190,7 +237,8 @@ class Trainer:
             The trained network.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: a loss, a weight, a statistic of BatchNorm or the optimizer's state is not finite. Files keep
+                the last finite state. All processes raise it after the same step.
             SampleError: a broken image in a strict run, or no image that can be used.
             OSError: a file cannot be written; the last complete checkpoint stays.
         """
@@ -281,26 +329,72 @@ class Trainer:
         return torch.autocast(self.world.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
     def _read(self, unread: list[tuple[int, float, Tensor]], bar: Any) -> None:
-        """Fetches the losses and problems of the last steps, logs them and stops at a loss that is not finite."""
+        """Fetches the losses and problems of the last steps, logs them and stops where a loss or what a checkpoint
+        would hold is not finite.
+        """
         for problems in self.world.gather(self.met):
             self._report(problems)
         self.met = []
+        told = self.world.gather(tuple(not_finite(self._floats())))
+        broken = list(dict.fromkeys(name for names in told for name in names))
+        values_after = f"not finite after step {self.step}: {shorten(broken, 3)}" if broken else ""
         values = self.world.average(torch.stack([losses for _, _, losses in unread])).tolist()
         present = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
         for (step, rate, _), row in zip(unread, values):
             named = {name: value for name, value, there in zip(("total", *Losses._fields), row, present) if there}
             if not all(math.isfinite(value) for value in row):
                 found = ", ".join(f"{name} {value:g}" for name, value in named.items())
-                raise TrainingError(
-                    f"step {step}: the loss is not finite ({found}); a lower learning_rate, a longer warm-up or "
-                    f"gradient_clip_norm may help"
-                )
+                raise self._diverged(step, "; ".join(filter(None, (f"the loss is not finite ({found})", values_after))))
             if self.log is not None:
                 self.log.add("step", step, learning_rate=rate, **named)
+        if broken:
+            raise self._diverged(self.step, values_after)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            scale = self.scaler.get_scale()
+            raise self._diverged(self.step, f"gradients overflow float16 at a loss scale of {scale:g}")
+        self._watch([row[0] for row in values])
         if bar is not None:
             bar.update(unread[-1][0] - bar.n)
             bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
         unread.clear()
+
+    def _floats(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of weights, statistics and optimizer state, by name."""
+        momenta = {
+            f"momentum of {name}": self.optimizer.state[parameter].get("momentum_buffer")
+            for name, parameter in zip(self.trained, self.optimizer.param_groups[0]["params"])
+            if parameter in self.optimizer.state
+        }
+        return self.network.state_dict() | {name: value for name, value in momenta.items() if value is not None}
+
+    def _diverged(self, step: int, what: str) -> TrainingError:
+        path = self.checkpoint_path
+        goes_on = f"; {path} is of an earlier step, and the same command with such settings goes on from it"
+        return TrainingError(f"step {step}: {what}; {REMEDIES} may help{goes_on if path.is_file() else ''}")
+
+    def _watch(self, losses: list[float]) -> None:
+        """Reports, once in a run, that it explodes: a loss or a weight has grown by orders of magnitude. The checkpoint
+        from before is kept under another name, as all numbers are finite and the run goes on.
+        """
+        if self.log is None or self.warned:
+            return
+        first = [row["total"] for row in self.log.rows[: 2 * READ_EVERY] if row["kind"] == "step"][:READ_EVERY]
+        grown = {
+            "the loss": (max(losses), min(first)),
+            "the largest weight": (largest_value(self.network.parameters()), self.largest_at_start),
+        }
+        for name, (value, usual) in grown.items():
+            if value > EXPLODED * usual > 0:
+                message = f"the run explodes: {name} is {value:g}, at the beginning {usual:g}; {REMEDIES} may help"
+                if self.checkpoint_path.is_file():
+                    kept = self.checkpoint_path.with_name("checkpoint_before_explosion.pt")
+                    with open(self.checkpoint_path, "rb") as good, atomic_write(kept) as file:
+                        shutil.copyfileobj(good, file)
+                    message += f"; {kept} is from before, to go on from in place of {self.checkpoint_path.name}"
+                tqdm.write(f"warning: step {self.step}: {message}", file=sys.stderr)
+                self.log.add("warning", self.step, message=message)
+                self.warned = True
+                return
 
     def _report(self, problems: list[str | Problem]) -> None:
         """Names each broken file once and the first annotation that breaks a rule, in the first process, and keeps
@@ -380,12 +474,20 @@ class Trainer:
 
     def _restore(self) -> None:
         path = self.checkpoint_path
+        content = read_torch(path)
         try:
-            state = read_torch(path)
-            identity = json.loads(state["identity"])
-        except (TypeError, KeyError, ValueError):
-            raise CheckpointError(f"{path}: is no checkpoint of a run, to be resumed from") from None
-        changed = _differences(identity["config"], self.identity["config"])
+            self._take(content, path)
+        except (CheckpointError, TrainingError):
+            raise
+        except Exception:  # content of any form
+            raise CheckpointError(f"{path}: is no whole checkpoint of a run, to be resumed from") from None
+
+    def _take(self, state: Any, path: Path) -> None:
+        """Goes on from the content of a checkpoint; any exception if it is something else."""
+        identity = json.loads(state["identity"])
+        differences = _differences(identity["config"], self.identity["config"])
+        changed = [text for field, text in differences.items() if field not in MAY_BE_TAMED]
+        self.tamed = [text for field, text in differences.items() if field in MAY_BE_TAMED]
         if changed:
             raise TrainingError(
                 f"{path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or start anew"
@@ -393,10 +495,19 @@ class Trainer:
         if identity["data"] != self.identity["data"]:
             raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start anew")
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.optimizer.state_dict()["param_groups"]  # the settings of this run
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        for parameter, kept in self.optimizer.state.items():
+            if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("momentum of another shape")
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError("no number of steps")
         self.step = state["step"]
+        broken = not_finite(self._floats())
+        if broken:
+            raise CheckpointError(f"{path}: holds values that are not finite: {shorten(broken, 3)}; start anew")
 
     def _bar(self):
         if not self.progress:
@@ -415,13 +526,13 @@ def _fingerprint(data: DataSet) -> str:
     return hashlib.sha256(json.dumps([list(data.names), list(data.sizes)]).encode()).hexdigest()
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields that decide the course of training and differ, as "field old -> new"."""
-    return [
-        f"{field} {old[section].get(field)} -> {value}"
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Fields that decide the course of training and differ, with "field old -> new"."""
+    return {
+        field: f"{field} {old[section].get(field)} -> {value}"
         for section in new
         for field, value in new[section].items()
         if field not in MAY_CHANGE
         and (section != "test" or field in PROPOSAL_FIELDS)
         and old[section].get(field) != value
-    ]
+    }

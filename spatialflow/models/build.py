@@ -4,9 +4,15 @@
 from pathlib import Path
 from typing import Any, Union
 
-import yaml
-
-from spatialflow.models.config import Config, ConfigError, ModelConfig, make_config, place_overrides
+from spatialflow.models.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    make_config,
+    place_overrides,
+    read_yaml,
+    shown,
+)
 from spatialflow.models.fpn import FPN
 from spatialflow.models.heads import BoxHead, StuffHead, ThingHead
 from spatialflow.models.resnet import ResNet
@@ -51,11 +57,13 @@ def _read(config: Union[str, Path], chain: tuple[Path, ...]) -> dict[str, dict[s
     if path in chain:
         raise ConfigError(f"{path}: base: leads back to itself ({' -> '.join(p.name for p in chain + (path,))})")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold sections (model, test, data, training), got {type(content).__name__}")
@@ -63,7 +71,7 @@ def _read(config: Union[str, Path], chain: tuple[Path, ...]) -> dict[str, dict[s
     settings = {} if base is None else _read(base, chain + (path,))
     for section, values in content.items():
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: section '{section}' must hold 'field: value' lines, got {values!r}")
+            raise ConfigError(f"{path}: section {shown(section)} must hold 'field: value' lines, got {shown(values)}")
         settings.setdefault(section, {}).update(values)
     return settings
 
@@ -76,10 +84,13 @@ def _locate(config: Union[str, Path], folder: Union[Path, None]) -> Path:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate.resolve()
-        raise ConfigError(f"config: no such file: {text}")
+        raise ConfigError(f"config: no such file: {text:.200}")
     path = CONFIG_FOLDER / f"{text}.yaml"
     if "/" in text or not path.is_file():
-        raise ConfigError(f"config: must be a path ending in .yaml or one of {', '.join(list_configs())}; got '{text}'")
+        names = [name for name in list_configs() if not name.startswith("ablation_")]
+        raise ConfigError(
+            f"config: must be a path ending in .yaml or one of {', '.join(names)}, ablation_...; got {shown(text)}"
+        )
     return path
 
 

@@ -9,6 +9,8 @@ fpn_channels=64)`.
 import dataclasses
 import difflib
 import re
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,13 +20,21 @@ from typing import Any, Optional
 import yaml
 
 
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+_brief.maxlevel = 3
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be built; the message names the field, the rule and the value."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is built: widths, stages, flows. The defaults are SpatialFlow R50 on COCO."""
+    """What is built: widths, stages, flows. The defaults are SpatialFlow R50 on COCO.
+
+    The numbers of a head that is absent are not read.
+    """
 
     backbone_depth: int = 50  # 50 or 101 layers
     backbone_base_channels: int = 64  # channels after the stem; the four stages end with 4, 8, 16, 32 times as many
@@ -52,12 +62,12 @@ class ModelConfig:
     stuff_stages: int = 4  # stages of the stuff sub-network; 0 = the stuff head sees the FPN
     thing_stages: int = 1  # stages of the thing sub-network; 0 = the thing head sees the FPN
     flow_source: Optional[str] = (
-        "reg"  # sub-network whose features flow to the others: "reg", "cls", or null for no flows
+        "reg"  # sub-network whose features flow to the others: "reg" or "cls"; null where none of flow_to_* is true
     )
     flow_to_detection: bool = True  # source -> the other detection sub-network (reg -> cls in the paper)
     flow_to_stuff: bool = True  # source -> stuff
     flow_to_thing: bool = True  # source -> thing
-    flow_stuff_to_thing: bool = True  # the semantic flow, stuff -> thing
+    flow_stuff_to_thing: bool = True  # the semantic flow, stuff -> thing; independent of flow_source
     deformable_cls_stages: tuple[int, ...] = ()  # stages (from 0) with deformable convolutions, paper equation 4
     deformable_reg_stages: tuple[int, ...] = ()  # likewise; offsets come from the feature itself
     deformable_stuff_stages: tuple[int, ...] = ()  # likewise
@@ -147,6 +157,29 @@ class ModelConfig:
                 f"must be 0 without a {name} head ({name}_head: false)",
                 getattr(self, f"{name}_stages"),
             )
+        for head, flags in (
+            ("stuff", ("flow_to_stuff", "flow_stuff_to_thing")),
+            ("thing", ("flow_to_thing", "flow_stuff_to_thing")),
+        ):
+            for name in flags:
+                _require(
+                    getattr(self, f"{head}_head") or not getattr(self, name),
+                    name,
+                    f"must be false without a {head} head ({head}_head: false)",
+                    getattr(self, name),
+                )
+        flows = [name for name in ("flow_to_detection", "flow_to_stuff", "flow_to_thing") if getattr(self, name)]
+        if flows:
+            rule = f"must be 'reg' or 'cls', as {' and '.join(flows)} {'is' if len(flows) == 1 else 'are'} true"
+        else:
+            rule = "must be null, as none of flow_to_detection, flow_to_stuff and flow_to_thing is true"
+        _require((self.flow_source is not None) == bool(flows), "flow_source", rule, self.flow_source)
+        _require(
+            self.backbone_frozen_stages < 4 or not self.backbone_norm_trains,
+            "backbone_norm_trains",
+            "must be false where no stage trains (backbone_frozen_stages: 4)",
+            self.backbone_norm_trains,
+        )
         deformable = any(getattr(self, f"deformable_{n}_stages") for n in ("cls", "reg", "stuff", "thing"))
         _require(
             not deformable or self.fpn_channels == self.head_channels,
@@ -214,7 +247,7 @@ class DataConfig:
     train_short_edges: tuple[int, ...] = (800,)  # one value, or two: range of the short edge in multi-scale training
     train_long_edge: int = 1333  # limit of the long edge in training
     train_crop: Optional[tuple[int, ...]] = None  # (height, width) of random crops; null = whole images
-    train_scale_range: tuple[float, ...] = (1.0, 1.0)  # random factor before the crop; read where train_crop is given
+    train_scale_range: tuple[float, ...] = (1.0, 1.0)  # random factor before the crop; [1, 1] without train_crop
     flip_probability: float = 0.5  # horizontal flip in training
 
     def __post_init__(self):
@@ -242,6 +275,12 @@ class DataConfig:
             "must be two positive factors in order",
             self.train_scale_range,
         )
+        _require(
+            self.train_crop is not None or self.train_scale_range == (1.0, 1.0),
+            "train_scale_range",
+            "must be [1, 1] without train_crop",
+            self.train_scale_range,
+        )
 
 
 @dataclass(frozen=True)
@@ -253,7 +292,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # parts of a step that run one after the other, each with its own loss counts
     seed: int = 0  # of the initial weights, the order of the images and their augmentation
     learning_rate: float = 0.005  # for images_per_step images
-    learning_rate_epochs: tuple[int, ...] = (16, 19)  # after each of these epochs the rate falls to a tenth
+    learning_rate_epochs: tuple[int, ...] = (16, 19)  # after each of these epochs, if not the last, the rate falls to a tenth
     warmup_iterations: int = 500  # linear warm-up
     warmup_factor: float = 0.001  # share of the rate at the first iteration
     momentum: float = 0.9  # of SGD
@@ -283,6 +322,12 @@ class TrainingConfig:
             "finetune_learning_rate",
             "checkpoint_every_steps",
         )
+        _require(
+            all(epoch > 0 for epoch in self.learning_rate_epochs),
+            "learning_rate_epochs",
+            "must be positive",
+            self.learning_rate_epochs,
+        )
         _check_share(
             self, "warmup_factor", "momentum", "positive_iou", "negative_iou", "focal_alpha", "proposal_nms_threshold"
         )
@@ -296,7 +341,6 @@ class TrainingConfig:
             "evaluate_every_epochs",
         ):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
-        _require(self.seed < 1 << 63, "seed", "must be below 2 ** 63", self.seed)
         _require(
             self.negative_iou <= self.positive_iou,
             "negative_iou",
@@ -346,9 +390,9 @@ def make_config(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Config:
     sections = {}
     for section, values in settings.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{name}: unknown section '{section}'; sections are {', '.join(SECTIONS)}")
+            raise ConfigError(f"{name}: unknown section {shown(section)}; sections are {', '.join(SECTIONS)}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{name}: section '{section}' must hold 'field: value' lines, got {values!r}")
+            raise ConfigError(f"{name}: section '{section}' must hold 'field: value' lines, got {shown(values)}")
         try:
             sections[section] = _make_section(SECTIONS[section], values)
         except ConfigError as error:
@@ -366,12 +410,30 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError(f"settings have the form FIELD=VALUE, got '{setting}'")
+            raise ConfigError(f"settings have the form FIELD=VALUE, got {shown(setting)}")
         try:
-            overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{name}: '{text}' is no YAML value") from None
+            overrides[name] = read_yaml(text)
+        except ConfigError:
+            raise ConfigError(f"{name:.80}: {shown(text)} is no YAML value") from None
     return overrides
+
+
+def read_yaml(text: str) -> Any:
+    """Content of a YAML text; ConfigError, "is not YAML: ...", otherwise."""
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets anything out of values that it takes for numbers, dates and so on
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"is not YAML: {reason:.200}") from None
+
+
+def shown(value: Any) -> str:
+    """`repr`, shortened; aliases in YAML make values whose whole text would fill the memory."""
+    try:
+        text = _brief.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -392,7 +454,7 @@ def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if owners.get(name) != section:
             near = difflib.get_close_matches(name, owners, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"override '{key}' names no setting{hint}")
+            raise ConfigError(f"override {shown(key)} names no setting{hint}")
         placed.setdefault(section, {})[name] = value
     return placed
 
@@ -404,7 +466,8 @@ def _make_section(cls: type, values: Mapping[str, Any]):
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            raise ConfigError(f"{name}: no such field{f'; did you mean {near[0]}?' if near else ''} (value {value!r})")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{shown(name)}: no such field{hint} (value {shown(value)})")
         converted[name] = _convert(name, types_of[name], value)
     return cls(**converted)
 
@@ -425,16 +488,18 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
             value = float(value)  # YAML takes 1e-3 for a text, as it has no point
         _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, "must be a number", value)
-        _require(value == value and abs(value) != float("inf"), name, "must be finite", value)
+        _require(abs(value) <= sys.float_info.max, name, "must be finite", value)  # false for NaN
         return float(value)
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     _require(right, name, f"must be of type {kind.__name__}", value)
+    if kind is int:
+        _require(-(1 << 63) < value < 1 << 63, name, "must be below 2 ** 63", value)
     return value
 
 
 def _require(holds: bool, name: str, rule: str, value: Any):
     if not holds:
-        raise ConfigError(f"{name}: {rule}, got {value!r}")
+        raise ConfigError(f"{name}: {rule}, got {shown(value)}")
 
 
 def _check_positive(section: Any, *names: str):

@@ -84,6 +84,7 @@ class ResNet(nn.Module):
         self.out_channels = tuple(base_channels * 4 * 2**i for i in (1, 2, 3))
         self._initialise()
         self._freeze()
+        self.train()  # a module starts in training mode without a call of it
 
     def _initialise(self):
         for module in self.modules():

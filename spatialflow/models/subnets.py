@@ -39,9 +39,9 @@ class Subnets(nn.Module):
         detection_stages: stages of cls and reg.
         stuff_stages: stages of stuff, at most detection_stages.
         thing_stages: stages of thing.
-        flow_source: "reg", "cls" or None.
+        flow_source: "reg", "cls" or None for none of the flows into detection, stuff and thing.
         flow_to_detection, flow_to_stuff, flow_to_thing: where the source flows to.
-        flow_stuff_to_thing: the semantic flow.
+        flow_stuff_to_thing: the semantic flow; it needs no source.
         segmentation: the tasks beside detection, of "stuff" and "thing".
         deformable: stage indices by sub-network name.
         init_std: standard deviation of the initial weights; narrow networks trained from scratch need more than 0.01.
@@ -89,7 +89,7 @@ class Subnets(nn.Module):
             self.add_module(name, nn.ModuleList(convs))
             if name != self.source:
                 self.add_module(f"flow_{name}", nn.ModuleList(flow_convs))
-        semantic = flow_source is not None and flow_stuff_to_thing and set(segmentation) == {"stuff", "thing"}
+        semantic = flow_stuff_to_thing and set(segmentation) == {"stuff", "thing"}
         stuff_width = channels if stuff_stages > 0 else in_channels
         self.semantic_flow = nn.ModuleList(
             nn.Conv2d(stuff_width, in_channels if s == 0 else channels, 3, padding=1)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spatialflow import _library
 from spatialflow.ops.checking import present, require_tensors
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
@@ -15,18 +16,32 @@ from spatialflow.ops.layout import memory_format_of
 
 _ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
 
+# Float32 outputs that lie side by side in weights packed on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
+_COLUMNS = {
+    "cpu_x86-64-v4": 32,
+    "cpu_x86-64-v3": 16,
+    "cpu_x86-64-v2": 8,
+    "cpu_native": 8,
+    "simt": 1,
+    "simt_sanitized": 1,
+}[_library.backend_library()]
+
 
 class PackedConv(NamedTuple):
     """A 3x3 convolution with its weights in the order the kernels read, made by `pack_conv3x3`.
 
-    Valid within the process that made it: the order depends on the processor. `weight` is kept for calls that need
-    gradients and for autocast.
+    The order depends on the instruction set, the device and the version of the package. A pickle or a deep copy
+    therefore holds `weight` alone, which is packed again where it is loaded. `packed` is refused by every operator that
+    would read it in another order. `weight` also serves calls that need gradients and autocast.
     """
 
-    packed: Tensor
+    packed: Tensor  # a vector; its length says which order it has
     weight: Tensor  # (C_out, C_in, 3, 3)
     bias: Tensor | None  # (C_out,)
     algorithm: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pack_conv3x3, (self.weight, self.bias, self.algorithm)
 
 
 def flow_conv2d(
@@ -47,20 +62,22 @@ def flow_conv2d(
         bias: (C_out,) or None.
         relu: rectify the result; NaN stays NaN.
         algorithm: "winograd": F(4x4, 3x3) in float32, a quarter of the multiplications, error about 3e-6 of the largest
-            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 channels on. float64 is
-            always direct.
+            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 input and 32 output
+            channels on, unless all maps together are small and the weight is not packed. float64 is always direct.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, naming the argument.
+        RuntimeError: a shape, dtype or device that does not fit, naming the argument; packed weights in the order of
+            another instruction set, device, dtype or version.
         ValueError: an unknown `algorithm`, or `x` and `flow` of different structure, or bias beside a `PackedConv`.
 
     Remarks:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
         is, as tensor cores read it, and every algorithm is computed as "direct". A NaN in one pixel reaches its 3x3
-        neighbourhood with "direct"; with "winograd" all outputs of the 4x4 tiles whose 6x6 input tiles hold the pixel.
+        neighbourhood with "direct"; with "winograd" up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the
+        pixel, and an infinity may become NaN there.
         Empty maps and no levels give empty results.
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 
@@ -177,7 +194,8 @@ def _(weight, algorithm):
     is_double = weight.dtype == torch.float64
     winograd = not is_double and (algorithm == 1 or (algorithm == 0 and in_channels >= 32 and out_channels >= 32))
     size = (36 if winograd else 9 if is_double else 18) * in_channels * ((out_channels + 31) // 32 * 32)
-    return weight.new_empty((size,), dtype=torch.float64 if is_double else torch.float32)
+    columns = 1 if weight.device.type == "cuda" else _COLUMNS
+    return weight.new_empty((size + 2 * columns + is_double,), dtype=torch.float64 if is_double else torch.float32)
 
 
 @register_fake("_flow_conv2d_weight_gradient")
@@ -206,6 +224,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     saved = [weight, *x, *flow, *(output if ctx.relu else ())]
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
+    ctx.set_materialize_grads(False)  # a tangent of zeros would be multiplied by NaN
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -221,6 +240,12 @@ def _any(needs: Any) -> bool:
 def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
     weight, x, flow, outputs = _saved(ctx)
     gradients = list(grad_outputs[0]) if isinstance(grad_outputs[0], (list, tuple)) else list(grad_outputs)
+    if all(gradient is None for gradient in gradients):
+        return (None,) * 6
+    gradients = [
+        level.new_zeros((level.shape[0], weight.shape[0], *level.shape[2:])) if gradient is None else gradient
+        for gradient, level in zip(gradients, x)
+    ]
     gradients = _masked(gradients, outputs) if ctx.relu else gradients
     grad_x = grad_weight = grad_bias = None
     if _any(needs[0]) or _any(needs[1]):
@@ -264,6 +289,7 @@ def _gradient_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.levels, ctx.flows = len(x), len(flow)
     ctx.save_for_backward(*x, *flow, *grad_output)
     ctx.save_for_forward(*x, *flow, *grad_output)
+    ctx.set_materialize_grads(False)
 
 
 def _gradient_saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -274,6 +300,8 @@ def _gradient_saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]
 def _gradient_backward(ctx: Any, needs: Any, grad_weight: Tensor) -> tuple:
     x, flow, gradients = _gradient_saved(ctx)
     grad_x = grad_gradients = None
+    if grad_weight is None:
+        return None, None, None, None
     if _any(needs[0]) or _any(needs[1]):
         grad_x = list(_flow_conv2d(gradients, [], _turned(grad_weight), None, False, ctx.algorithm))
     if _any(needs[2]):

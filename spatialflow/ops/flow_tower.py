@@ -57,6 +57,9 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
     cls = relu(conv(cls + flow(reg))), and stuff likewise. After the last stage, for each stage of thing:
     thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))), starting from the levels.
 
+    A source with fewer stages than its followers gives them its final feature. A flow beyond the last stage of its
+    sub-network is not used.
+
     Args:
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
         parameters: the convolutions, 3x3 with stride 1 and padding 1, and how they are wired. As (weight, bias) they

@@ -46,10 +46,11 @@ def multilevel_roi_align(
         ValueError: `features`, `output_size` or `boxes` of a wrong kind; within `checked()` also bad values.
 
     Remarks:
-        Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), the area in square pixels. A
-        RoI with a coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient, as
-        does a RoI whose level has no cells. No RoIs, or no channels: an empty result. Gradients flow to every level
-        (boxes get none), in reverse and forward mode and to any order; the CPU backward is deterministic.
+        Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), the area in square pixels; 0
+        where the area is negative, as of a RoI reversed along one axis. Everything else is as in `roi_align`: a RoI
+        with a coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient, as does
+        one whose level has no cells. No RoIs, or no channels: an empty result. Gradients flow to every level (boxes get
+        none), in reverse and forward mode and to any order; the CPU backward is deterministic.
 
     Example:
         >>> features = [torch.rand(1, 256, 100, 168), torch.rand(1, 256, 50, 84), torch.rand(1, 256, 25, 42)]

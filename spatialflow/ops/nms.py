@@ -27,10 +27,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Remarks:
         Equal scores rank by row, the lower row first, on every device. A pair is decided by
-        `intersection > iou_threshold * union` in float32 (float64 if either tensor is), each operation rounded: boxes
-        whose IoU is the threshold itself both stay, as far as that arithmetic can tell.
+        `intersection > iou_threshold * union` in float32 (float64 if either tensor is), the threshold and each
+        operation rounded: boxes whose IoU is the threshold itself both stay, as far as that arithmetic can tell.
         A box with a NaN corner and a box with a NaN score are never kept. A box without area (reversed or empty), and
-        one whose area is infinite, suppresses nothing and is never suppressed. Infinite scores rank first or last.
+        one whose area is infinite, suppresses nothing and is never suppressed; overflow and underflow count as such.
+        Infinite scores rank first or last.
         No gradient: row numbers have none. No boxes: an empty result. Memory is linear in N.
         The length of the result depends on the values: to trace it with `torch.compile(fullgraph=True)`, set
         `torch._dynamo.config.capture_dynamic_output_shape_ops`. `multiclass_nms` has results of fixed shape.

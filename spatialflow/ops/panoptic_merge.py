@@ -70,6 +70,9 @@ def panoptic_merge(
         ValueError: within `spatialflow.ops.checked()`, a score or box that is not finite.
 
     Remarks:
+        Scores, shares and thresholds are compared in float64, where 0.7 of a float32 tensor is below a threshold of
+        0.7. Boxes are truncated towards zero from the dtype given; x2 and y2 are outside. A kept instance without free
+        pixels (overlap_threshold of 1) is no segment, but step 3 may make it one. Rows hold scores in float32.
         A NaN score never enters; a box with a coordinate that is not finite fills nothing. No instances, or no pixels,
         are fine. No gradients. The result does not depend on the number of threads.
 

@@ -32,8 +32,9 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
 
     Remarks:
         With a threshold of 0.5 or more, only pixels with their centre in the box can be inside. A box without extent,
-        reversed, or with a coordinate that is not finite has none; NaN logits are outside. A pixel between cells that
-        all reach the threshold is inside whatever the rounding. No gradients: the result is bool.
+        reversed, or with a coordinate that is not finite has none. NaN logits are outside, with every pixel that
+        interpolates one, if only with a weight of 0. A pixel between cells that all reach the threshold is inside
+        whatever the rounding. No gradients: the result is bool.
 
     Example:
         >>> logits = torch.full((1, 28, 28), 5.0)

@@ -39,7 +39,8 @@ def preprocess_images(
 
     Remarks:
         Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR (no antialias; an image that halves
-        exactly is averaged over 2 x 2 pixels, as OpenCV does), `subtract` and `multiply`. No gradients.
+        exactly is averaged over 2 x 2 pixels, as OpenCV does), `subtract` in float32 and `multiply` by 1 / std in
+        float64. No gradients.
 
     Example:
         >>> photograph = torch.zeros(480, 640, 3, dtype=torch.uint8)  # as cv2.imread gives it, through torch.from_numpy

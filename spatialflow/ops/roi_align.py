@@ -42,8 +42,12 @@ def roi_align(
         ValueError: `output_size` or `boxes` of a wrong kind; within `spatialflow.ops.checked()` also bad values.
 
     Remarks:
-        Samples further than one cell outside the map count as zero. A RoI with a coordinate that is not finite, or
-        with a batch index outside [0, N), gives zeros and no gradient. No RoIs, or no channels: an empty result.
+        Samples further than one cell outside the map count as zero. A RoI with a coordinate that is not finite in the
+        type it is used in, or with a batch index outside [0, N), gives zeros and no gradient; a fraction of a batch
+        index is dropped. A RoI without extent or reversed (x2 < x1) becomes one cell wide without `aligned`. With it,
+        a positive `sampling_ratio` makes its samples coincide or run backwards; otherwise it has none and gives zeros.
+        A feature that is not finite reaches only the bins that give it a weight other than 0. A map without cells
+        gives zeros. No RoIs, or no channels: an empty result.
         Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order; the CPU backward
         is deterministic, the CUDA one in float64 and under `torch.use_deterministic_algorithms(True)`.
 

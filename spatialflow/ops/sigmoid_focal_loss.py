@@ -40,8 +40,9 @@ def sigmoid_focal_loss(
 
     Remarks:
         Computed in float32 (float64 for float64), from exp(-|logit|): exact and smooth for logits of any size. A NaN
-        logit gives NaN, in loss and gradient, so that training notices; an infinite one an infinite loss, or none if
-        it is right. Nothing the size of a one-hot target is made, and "sum" and "mean" store no loss per element.
+        logit gives NaN, in loss and gradient, so that training notices; an infinite one none if it is right, else an
+        infinite loss, or NaN where its weight is 0. Nothing the size of a one-hot target is made, and "sum" and "mean"
+        store no loss per element.
         Gradients flow to `logits`, in reverse and forward mode, to second order. Sums have a fixed order.
         No rows, or no classes: an empty result, the sum 0 and the mean NaN.
 

@@ -31,7 +31,8 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
 
     Remarks:
         Ties go to the lower class. A class whose interpolated value is NaN is never the best; where that leaves none,
-        the label is 0. NaN and minus infinity reach the pixels between their cell and the next ones. Arithmetic is in
+        the label is 0. A logit that is not finite, plus infinity included, makes NaN of every value that interpolates
+        it, if only with a weight of 0: at coordinates in [c - 1, c + 1) for cell c, along either axis. Arithmetic is in
         float32 (float64 for float64), along y first, with the same roundings on every device. No gradients: the result
         is integer.
 

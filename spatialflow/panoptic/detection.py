@@ -2,6 +2,7 @@
 """COCO's average precision of boxes and masks, against a panoptic ground truth; no torch."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -14,6 +15,11 @@ import numpy as np
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.formats import read_id_map
 from spatialflow.panoptic.rules import PanopticFormatError, box_of, is_box, is_finite
+
+
+def has_pycocotools() -> bool:
+    """Whether masks can be written as COCO RLE, and average precision be computed."""
+    return importlib.util.find_spec("pycocotools") is not None
 
 
 def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
@@ -29,10 +35,9 @@ def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
         }
         for (x1, y1, x2, y2), score, label in zip(result.boxes.astype(float), result.scores, result.labels)
     ]
-    with contextlib.suppress(ImportError):
-        masks = result.masks
-        for row, mask in zip(rows, () if masks is None else masks):
-            row["segmentation"] = encode_mask(mask)
+    masks = result.masks if has_pycocotools() else None
+    for row, mask in zip(rows, () if masks is None else masks):
+        row["segmentation"] = encode_mask(mask)
     return rows
 
 
@@ -92,11 +97,11 @@ def average_precision(
     Raises:
         PanopticFormatError: there are results, and none of an image of the ground truth, or a mask has another size.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
+    if not has_pycocotools():
         return None
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     images = {annotation["image_id"] for annotation in content["annotations"]}
     given, results = results, [row for row in results if row["image_id"] in images]

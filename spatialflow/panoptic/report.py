@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.detection import average_precision, read_detections, rename_images
+from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections, rename_images
 from spatialflow.panoptic.quality import default_folder, score_files
 from spatialflow.panoptic.rules import PanopticFormatError
 
@@ -43,9 +43,12 @@ def evaluate_and_report(
         What `spatialflow.panoptic.evaluate` returns, and the average precision where detections are given.
 
     Raises:
-        PanopticFormatError: as for `evaluate`, and for detections of which none belongs to the ground truth.
+        PanopticFormatError: as for `evaluate`, and for detections of which none belongs to the ground truth; or
+            detections are given, and the package pycocotools is missing.
         OSError: output cannot be written.
     """
+    if detections is not None and not has_pycocotools():
+        raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no segment of any category")  # the table says it
         scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
@@ -57,8 +60,6 @@ def evaluate_and_report(
     if detections is not None:
         rows = rename_images(read_detections(detections), scored.prediction_of)
         precision = average_precision(truth, gt_folder or default_folder(gt_json), rows)
-        if precision is None:
-            raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
         for kind, row in precision.items():
             shown = (f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -" for name, value in row.items())
             print(f"{kind} AP " + "  ".join(shown), file=stream or sys.stdout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def deform_conv2d(
@@ -24,10 +25,10 @@ def deform_conv2d(
     taps = kernel_h * kernel_w
     offset_groups = offset.shape[1] // (2 * taps)
     out_h, out_w = offset.shape[2:]
-    groups = channels // group_channels
+    groups = channels // group_channels if group_channels else 1
     real = torch.float64 if input.dtype == torch.float64 else torch.float32
 
-    offset = offset.to(real).view(n, offset_groups, taps, 2, out_h, out_w)
+    offset = offset.to(real).reshape(n, offset_groups, taps, 2, out_h, out_w)
     tap = torch.arange(taps, device=input.device)
     oy = torch.arange(out_h, device=input.device) * stride[0] - padding[0]
     ox = torch.arange(out_w, device=input.device) * stride[1] - padding[1]
@@ -36,27 +37,27 @@ def deform_conv2d(
 
     sampled = (y >= -1) & (y < height) & (x >= -1) & (x < width)  # False for NaN
     if mask is not None:
-        mask = mask.to(real).view(n, offset_groups, taps, out_h, out_w)
+        mask = mask.to(real).reshape(n, offset_groups, taps, out_h, out_w)
         sampled = sampled & torch.isfinite(mask)
         mask = mask.masked_fill(~sampled, 0)
     y, x = y.masked_fill(~sampled, -1), x.masked_fill(~sampled, -1)  # reads corners outside the map only: no gradient
     low_y, low_x = y.detach().floor(), x.detach().floor()
 
-    planes = input.to(real).view(n, offset_groups, channels // offset_groups, height * width)
+    planes = input.to(real).reshape(n, offset_groups, channels // offset_groups, height * width)
+    planes = F.pad(planes, (0, 1))  # one more cell, which holds what is outside
     columns = 0
     for corner_y, weight_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
         for corner_x, weight_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):
             inside = sampled & (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
-            cell = (corner_y * width + corner_x).masked_fill(~inside, 0).long().view(n, offset_groups, 1, -1)
-            value = planes.gather(3, cell.expand(-1, -1, planes.shape[2], -1))
-            value = value.view(n, offset_groups, planes.shape[2], taps, out_h, out_w)
-            share = (weight_y * weight_x).unsqueeze(2)
-            columns = columns + torch.where(inside.unsqueeze(2), value * share, value.new_zeros(()))
+            cell = (corner_y * width + corner_x).masked_fill(~inside, height * width).long()
+            cell = cell.reshape(n, offset_groups, 1, taps * out_h * out_w).expand(-1, -1, planes.shape[2], -1)
+            value = planes.gather(3, cell).view(n, offset_groups, planes.shape[2], taps, out_h, out_w)
+            columns = columns + value * (weight_y * weight_x).unsqueeze(2)
     if mask is not None:
         columns = columns * mask.unsqueeze(2)
 
     columns = columns.reshape(n, groups, group_channels * taps, out_h * out_w)
-    kernel = weight.to(real).view(groups, out_channels // groups, group_channels * taps)
+    kernel = weight.to(real).reshape(groups, out_channels // groups, group_channels * taps)
     output = torch.einsum("gok,ngkp->ngop", kernel, columns).reshape(n, out_channels, out_h, out_w)
     if bias is not None:
         output = output + bias.to(real)[:, None, None]

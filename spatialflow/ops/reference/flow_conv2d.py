@@ -19,5 +19,15 @@ def flow_conv2d(
     if not isinstance(x, Tensor):
         flows = [None] * len(x) if flow is None else flow
         return [flow_conv2d(level, of_level, weight, bias, relu) for level, of_level in zip(x, flows)]
-    result = F.conv2d(x if flow is None else x + flow, weight, bias, padding=1)
+    result = conv3x3(x if flow is None else x + flow, weight, bias)
     return result.relu() if relu else result
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(N, C_in, H, W) -> (N, C_out, H, W); sizes of zero included, which `conv2d` refuses."""
+    size = (x.shape[0], weight.shape[0], *x.shape[2:])
+    if 0 in (*size, x.shape[1]):
+        nothing = x.flatten()[:0].sum() + weight.flatten()[:0].sum()  # zero, with zero gradients
+        result = nothing + x.new_zeros(size)
+        return result if bias is None else result + bias.to(x.dtype)[:, None, None]
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=1)

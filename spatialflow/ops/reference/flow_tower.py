@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
+
+from spatialflow.ops.reference.flow_conv2d import conv3x3
 
 
 def flow_tower(levels: Sequence[Tensor], parameters: Any, algorithm: str = "auto") -> tuple[list[Tensor], ...]:
@@ -44,8 +45,8 @@ def _one_level(p: Tensor, parameters: Any, segmentation: bool) -> tuple[Tensor, 
 
 
 def _stage(x: Tensor, convs: Sequence, s: int) -> Tensor:
-    return F.conv2d(x, *convs[s], padding=1).relu() if s < len(convs) else x
+    return conv3x3(x, *convs[s]).relu() if s < len(convs) else x
 
 
 def _plus(x: Tensor, convs: Sequence, s: int, source: Tensor) -> Tensor:
-    return x + F.conv2d(source, *convs[s], padding=1) if s < len(convs) and convs[s] is not None else x
+    return x + conv3x3(source, *convs[s]) if s < len(convs) and convs[s] is not None else x

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spatialflow.ops.reference.roi_align import roi_align
+from spatialflow.ops.reference.roi_align import roi_align, zeros
 
 
 def multilevel_roi_align(
@@ -24,7 +24,7 @@ def multilevel_roi_align(
     ph, pw = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     real = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     levels = roi_levels(boxes.to(real), len(features), finest_scale)  # (K,)
-    pooled = features[0].new_zeros((boxes.shape[0], features[0].shape[1], ph, pw))
+    pooled = zeros((boxes.shape[0], features[0].shape[1], ph, pw), features)
     for level, (feature, stride) in enumerate(zip(features, strides)):
         rows = (levels == level).nonzero().squeeze(1)
         if feature.numel() > 0 and rows.numel() > 0:
@@ -34,7 +34,9 @@ def multilevel_roi_align(
 
 
 def roi_levels(boxes: Tensor, levels: int, finest_scale: float) -> Tensor:
-    """(K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1); 0 where there is no area."""
+    """(K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1), without rounding a logarithm; 0
+    where there is no area."""
     area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
-    level = torch.floor(torch.log2(area.sqrt() / finest_scale + 1e-6))
-    return level.nan_to_num(nan=0.0).clamp(0, levels - 1).long()
+    ratio = area.sqrt() / finest_scale + 1e-6
+    bounds = 2.0 ** torch.arange(1, levels, dtype=boxes.dtype, device=boxes.device)
+    return (ratio[:, None] >= bounds).sum(1)

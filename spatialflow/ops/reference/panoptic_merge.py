@@ -27,7 +27,7 @@ def panoptic_merge(
 ) -> PanopticMergeOutput:
     """Same arguments and result as `spatialflow.ops.panoptic_merge`, one segment at a time."""
     count, height, width = masks.shape
-    masks = masks != 0
+    masks, stuff = masks != 0, stuff.long()
     id_map = masks.new_zeros((height, width), dtype=torch.int32)
     segments: list[tuple[int, int, float]] = []  # label, instance or -1, score
     id_of: dict[int, int] = {}
@@ -52,8 +52,8 @@ def panoptic_merge(
     for k in entering if boxes is not None else ():
         if not bool(torch.isfinite(boxes[k]).all()):
             continue
-        x1, y1, x2, y2 = (int(v) for v in boxes[k].tolist())
-        window = id_map[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)]
+        x1, y1, x2, y2 = (min(max(int(v), 0), side) for v, side in zip(boxes[k].tolist(), (width, height) * 2))
+        window = id_map[y1:y2, x1:x2]
         void = int((window == 0).sum())
         if void == 0 or void / window.numel() < box_threshold:
             continue
@@ -71,7 +71,7 @@ def panoptic_merge(
         x, y = int(xs.min()), int(ys.min())
         size = [int(xs.max()) - x + 1, int(ys.max()) - y + 1]
         table[row] = table.new_tensor([label, instance >= 0, instance, len(xs), x, y, *size])
-        segment_scores[row] = score
+        segment_scores[row] = scores.new_tensor(score)  # a tensor, as a number beyond float32 would raise
     return PanopticMergeOutput(
         id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores,
         table.new_tensor(len(segments)),

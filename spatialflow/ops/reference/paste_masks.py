@@ -16,11 +16,13 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     if result.numel() == 0 or mask_logits.numel() == 0:
         return result
     real = torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
-    proper = torch.isfinite(boxes).all(dim=1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    boxes = boxes.double()
+    extents = boxes[:, 2:] - boxes[:, :2]
+    proper = (torch.isfinite(boxes[:, :2]) & torch.isfinite(extents) & (extents > 0)).all(dim=1)
+    rows, columns = (torch.arange(side, dtype=torch.float64, device=boxes.device) + 0.5 for side in size)
     # One mask at a time: the grid of a mask is 8 or 16 times as large as the mask itself.
     for k in proper.nonzero()[:, 0].tolist():
-        x1, y1, x2, y2 = boxes[k].double()
+        x1, y1, x2, y2 = boxes[k]
         y = (rows - y1) / (y2 - y1) * 2 - 1
         x = (columns - x1) / (x2 - x1) * 2 - 1
         grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).to(real)

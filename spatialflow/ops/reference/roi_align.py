@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,40 +23,55 @@ def roi_align(
     batch, channels, height, width = input.shape
     real = torch.float64 if input.dtype == torch.float64 else torch.float32
     feature = input.to(real)
-    pooled = [_one_roi(feature, row, ph, pw, spatial_scale, sampling_ratio, aligned) for row in boxes.to(real)]
-    if not pooled:
-        return input.new_zeros((0, channels, ph, pw))
-    return torch.stack(pooled).to(input.dtype)
+    pooled = zeros((boxes.shape[0], channels, ph, pw), [feature])
+    for k, row in enumerate(boxes.to(real)):
+        if bool(torch.isfinite(row).all()) and 0 <= float(row[0]) < batch:
+            rows = _axis_weights(row[2], row[4], ph, height, spatial_scale, sampling_ratio, aligned)  # (PH, H)
+            columns = _axis_weights(row[1], row[3], pw, width, spatial_scale, sampling_ratio, aligned)  # (PW, W)
+            if rows is not None and columns is not None:
+                own = _weighted(_weighted(feature[int(row[0])], columns).transpose(1, 2), rows).transpose(1, 2)
+                pooled = pooled.index_put((torch.tensor([k], device=boxes.device),), own[None])
+    return pooled.to(input.dtype)
 
 
-def _one_roi(
-    feature: Tensor, row: Tensor, ph: int, pw: int, spatial_scale: float, sampling_ratio: int, aligned: bool
-) -> Tensor:
-    batch, channels, height, width = feature.shape
-    if not bool(torch.isfinite(row).all()) or not 0 <= float(row[0]) < batch:
-        return feature.new_zeros((channels, ph, pw)) + 0 * feature.sum()  # keeps a zero gradient
-    x1, y1, x2, y2 = (row[1:] * spatial_scale - (0.5 if aligned else 0.0)).unbind()
-    rows = _axis_weights(y1, y2, ph, height, sampling_ratio, aligned)  # (PH, H)
-    columns = _axis_weights(x1, x2, pw, width, sampling_ratio, aligned)  # (PW, W)
-    return torch.einsum("ph,chw,qw->cpq", rows, feature[int(row[0])], columns)
+def _weighted(planes: Tensor, weights: Tensor) -> Tensor:
+    """(C, H, W) and (PW, W) to (C, H, PW): sums over W, of cells with a weight alone, as 0 * NaN would be NaN."""
+    return torch.stack([planes[..., of_bin != 0] @ of_bin[of_bin != 0] for of_bin in weights], dim=2)
 
 
-def _axis_weights(low: Tensor, high: Tensor, bins: int, size: int, sampling_ratio: int, aligned: bool) -> Tensor:
-    """(bins, size): weight of every cell in the mean over the samples of each bin."""
+def zeros(size: tuple[int, ...], features: Sequence[Tensor]) -> Tensor:
+    """Zeros like `features`, and with zero gradients by them, whatever these hold."""
+    return features[0].new_zeros(size) + sum(feature.flatten()[:0].sum() for feature in features)
+
+
+def _axis_weights(
+    low: Tensor, high: Tensor, bins: int, size: int, spatial_scale: float, sampling_ratio: int, aligned: bool
+) -> Tensor | None:
+    """(bins, size): weight of every cell in the mean over the samples of each bin. None for a RoI that is not finite in
+    cells of the feature."""
+    low, high = (edge * spatial_scale - (0.5 if aligned else 0.0) for edge in (low, high))
     extent = high - low if aligned else (high - low).clamp(min=1)
-    grid = sampling_ratio if sampling_ratio > 0 else max(math.ceil(extent / bins), 0)
+    if not bool(torch.isfinite(low) & torch.isfinite(extent)):
+        return None
     weights = low.new_zeros((bins, size))
-    if grid == 0:
+    grid = float(sampling_ratio) if sampling_ratio > 0 else float((extent / bins).ceil())
+    if grid <= 0 or size == 0:
         return weights
-    index = torch.arange(bins * grid, device=low.device)
-    bin, sample = index // grid, index % grid
-    real = low.dtype  # integer tensors times 0-d ones would fall back to float32
-    at = low + bin.to(real) * (extent / bins) + (sample.to(real) + 0.5) * (extent / bins / grid)  # (bins * grid,)
-    inside = (at >= -1) & (at <= size)
-    at = at.clamp(0, size - 1)
-    cell = at.floor().long().clamp(max=max(size - 2, 0))
-    fraction = at - cell
-    share = inside.to(at.dtype) / grid
-    weights.index_put_((bin, cell), share * (1 - fraction), accumulate=True)
-    weights.index_put_((bin, (cell + 1).clamp(max=size - 1)), share * fraction, accumulate=True)
+    step = extent / bins / grid
+    for bin in range(bins):
+        first = low + bin * (extent / bins)
+        begin, end = 0.0, grid
+        if step > 0 and grid > 4:  # only samples that can lie on the map, however many there are
+            begin = max(math.floor((-1 - float(first)) / float(step)) - 2, 0)
+            end = min(math.ceil((size - float(first)) / float(step)) + 2, grid)
+        if not begin < min(end, 1e15):
+            continue
+        index = torch.arange(int(begin), int(min(end, 1e15)), device=low.device)
+        at = first + (index.to(low.dtype) + 0.5) * step
+        inside = (at >= -1) & (at <= size)
+        at = at[inside].clamp(0, size - 1)
+        cell = at.floor().long().clamp(max=max(size - 2, 0))
+        fraction = at - cell
+        weights[bin].index_put_((cell,), (1 - fraction) / grid, accumulate=True)
+        weights[bin].index_put_(((cell + 1).clamp(max=size - 1),), fraction / grid, accumulate=True)
     return weights

@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing results of many images in the COCO panoptic format, so that a run that is killed can be resumed."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from spatialflow.files import atomic_write
+from spatialflow.panoptic.formats import write_id_map
+from spatialflow.panoptic.rules import VOID, PanopticFormatError
+
+
+class ResumeError(ValueError):
+    """A journal cannot be used: its run had other settings, which the message names, or is still running."""
+
+
+class _Entry(NamedTuple):
+    """One image of the journal."""
+
+    offset: int  # of its row, in bytes
+    image_id: int | str
+    png_name: str
+    png_bytes: int
+    photograph: list[int] | None  # size and time of modification
+    restored: bool  # from an earlier run
+
+
+def panoptic_row(
+    image_id: int | str, image_name: str, png_name: str, id_map: np.ndarray, segments: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One image as a panoptic JSON lists it: `image` for its "images", `annotation` for its "annotations".
+
+    Args:
+        image_id, image_name, id_map, segments: as for `PanopticWriter.add`.
+        png_name: path of the PNG as seen from the folder of PNGs.
+
+    Raises:
+        PanopticFormatError: segments and map disagree.
+    """
+    segments = [dict(segment) for segment in segments]
+    listed = [segment["id"] for segment in segments]
+    present = set(np.unique(id_map).tolist()) - {VOID}
+    if len(set(listed)) != len(listed) or set(listed) != present:
+        raise PanopticFormatError(
+            f"image {image_id}: segments must list every id of the map once: map {sorted(present)}, listed {listed}"
+        )
+    height, width = np.shape(id_map)
+    return {
+        "image": {"id": image_id, "file_name": image_name, "height": int(height), "width": int(width)},
+        "annotation": {"image_id": image_id, "file_name": png_name, "segments_info": segments},
+    }
+
+
+class PanopticWriter:
+    """Collect results of many images into a folder of PNGs and one panoptic JSON.
+
+    Use it as a context manager: the JSON is written when the block ends, also when it ends by an exception, so that
+    the images already done stay usable. Segments may carry any JSON-able field beside id and category_id.
+
+    Each image's segments are appended to a journal beside the JSON (`panoptic.journal.jsonl` for `panoptic.json`)
+    right after its PNG. A process that is killed loses the image in work at most; after a power failure, the images
+    that the disk had not received yet are done again. The journal is removed when the block ends without an exception.
+
+    Args:
+        folder: where the PNGs go; created on the first result.
+        json_path: the JSON file; by default the folder's name with ".json" appended, as panopticapi expects.
+        categories: copied into the JSON, if given.
+        detections_path: where to write the COCO results that `add` is given; None writes none.
+        settings: JSON-able values that decide what the results are, for instance thresholds and a hash of the weights.
+        resume: take over the images in the journal of an earlier run, see `is_done`; False replaces that journal.
+
+    Raises:
+        ResumeError: the journal to resume was written with other settings or categories, or another process is
+            writing it.
+        OSError: the journal to resume cannot be read.
+
+    Example:
+        >>> with PanopticWriter("out/panoptic", settings={"score": 0.5}, resume=True) as writer:  # doctest: +SKIP
+        ...     for image_id, path in enumerate(paths):
+        ...         if not writer.is_done(image_id, path.name, path):
+        ...             writer.add(image_id, path.name, *predict(path), photograph=path)
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        json_path: str | os.PathLike | None = None,
+        categories: Iterable[Mapping[str, Any]] | None = None,
+        *,
+        detections_path: str | os.PathLike | None = None,
+        settings: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ):
+        self.folder = Path(folder)
+        self.json_path = Path(json_path) if json_path is not None else self.folder.with_name(f"{self.folder.name}.json")
+        self.detections_path = None if detections_path is None else Path(detections_path)
+        self._categories = None if categories is None else [dict(category) for category in categories]
+        self._entries: dict[str, _Entry] = {}  # image name -> where its row is
+        self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
+        of_categories = hashlib.sha256(_dumps(self._categories).encode()).hexdigest()[:16]
+        self._journal = _Journal(
+            self.json_path.with_name(f"{self.json_path.stem}.journal.jsonl"),
+            {**(settings or {}), "categories": of_categories},
+        )
+        if resume:
+            for offset, row in self._journal.restore():
+                try:
+                    self._register(offset, row, restored=True)
+                except (KeyError, TypeError):  # no row of this class: it and what follows is done again
+                    break
+
+    def __len__(self) -> int:
+        """Images added, those of an earlier run included."""
+        return len(self._entries)
+
+    def is_done(self, image_id: int | str, image_name: str, photograph: str | os.PathLike | None = None) -> bool:
+        """True if the image was added, its PNG is whole, and the photograph is the file it was then.
+
+        Args:
+            image_id, image_name, photograph: as for `add`. Photographs are compared by size and time of modification.
+        """
+        entry = self._entries.get(image_name)
+        if entry is None or entry.image_id != image_id:
+            return False
+        png = _stamp(self.folder / entry.png_name)
+        return png is not None and png[0] == entry.png_bytes and entry.photograph == _stamp(photograph)
+
+    def add(
+        self,
+        image_id: int | str,
+        image_name: str,
+        id_map: np.ndarray,
+        segments: Iterable[Mapping[str, Any]],
+        *,
+        png_name: str | None = None,
+        detections: Iterable[Mapping[str, Any]] = (),
+        photograph: str | os.PathLike | None = None,
+    ) -> Path:
+        """Write one image's PNG and its segments.
+
+        Args:
+            image_id: the image's id in the data set.
+            image_name: file name of the photograph.
+            id_map: (H, W) integer segment ids, 0 for void.
+            segments: mappings with at least `id` and `category_id`; every id of the map once, and no other.
+            png_name: path of the PNG inside the folder; by default the stem of `image_name` with ".png".
+            detections: COCO results of the image.
+            photograph: the file, by which `is_done` tells whether it has changed since.
+
+        Returns:
+            Path of the PNG.
+
+        Raises:
+            PanopticFormatError: segments and map disagree, or another image has that name, that id or that PNG. An
+                image of an earlier run is replaced.
+            ResumeError: another process has begun to write the journal.
+            OSError: a file cannot be written; nothing of the image is left behind.
+        """
+        png_name = png_name or f"{Path(image_name).stem}.png"
+        row = {
+            **panoptic_row(image_id, image_name, png_name, id_map, segments),
+            "detections": list(detections),
+            "photograph": _stamp(photograph),
+        }
+        path = self.folder / png_name
+        self._check_free(row)
+        write_id_map(path, id_map)
+        try:
+            self._append({**row, "png_bytes": path.stat().st_size})
+        except BaseException:  # an interrupt too: the PNG would belong to no row
+            path.unlink(missing_ok=True)
+            raise
+        self._journal.sync_later(path)
+        return path
+
+    def rows(self, image_names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
+
+        Args:
+            image_names: which images, in which order; those that were not added are passed over. None: all in the
+                order of `add`, those of an earlier run first.
+        """
+        wanted = self._entries if image_names is None else (name for name in image_names if name in self._entries)
+        return self._journal.rows([self._entries[name].offset for name in wanted])
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take over images that another writer, for instance another process's, has added to the same folder.
+
+        Args:
+            rows: of the other writer's `rows`.
+
+        Raises:
+            PanopticFormatError: an image of the same name or id, or whose PNG has the same name, is there.
+        """
+        for row in rows:
+            self._check_free(row)
+            self._append(row)
+
+    def write_json(self, image_names: Iterable[str] | None = None) -> Path:
+        """Write the JSON, and the detections, of all images added so far; the journal stays.
+
+        Args:
+            image_names: which images, in which order, as for `rows`.
+
+        Returns:
+            Path of the JSON.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        names = None if image_names is None else list(image_names)
+        with atomic_write(self.json_path, "w") as stream:
+            stream.write('{"images": ')
+            _write_list(stream, (row["image"] for row in self.rows(names)))
+            stream.write(', "annotations": ')
+            _write_list(stream, (row["annotation"] for row in self.rows(names)))
+            if self._categories is not None:
+                stream.write(f', "categories": {_dumps(self._categories)}')
+            stream.write("}")
+            _bring_to_disk(stream)
+        if self.detections_path is not None:
+            with atomic_write(self.detections_path, "w") as stream:
+                _write_list(stream, (result for row in self.rows(names) for result in row["detections"]))
+                _bring_to_disk(stream)
+        return self.json_path
+
+    def close(self, keep_journal: bool = False) -> None:
+        """End the use of the writer.
+
+        Args:
+            keep_journal: leave the journal for a run that goes on from it; False: the results are in the JSON, or are
+                not needed.
+        """
+        self._journal.close()
+        if not keep_journal:
+            self._journal.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "PanopticWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.write_json()
+        finally:
+            self.close(keep_journal=kind is not None)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        self._register(self._journal.append(row), row, restored=False)
+
+    def _register(self, offset: int, row: Mapping[str, Any], restored: bool) -> None:
+        for key in _keys(row):
+            self._forget(self._taken.get(key))
+        name, annotation = row["image"]["file_name"], row["annotation"]
+        self._taken |= dict.fromkeys(_keys(row), name)
+        self._entries[name] = _Entry(
+            offset, annotation["image_id"], annotation["file_name"], row["png_bytes"], row["photograph"], restored
+        )
+
+    def _forget(self, name: str | None) -> None:
+        """Drops an image that another one replaces."""
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            for key in (("id", entry.image_id), ("PNG", entry.png_name), ("name", name)):
+                del self._taken[key]
+
+    def _check_free(self, row: Mapping[str, Any]) -> None:
+        for kind, value in _keys(row):
+            owner = self._taken.get((kind, value))
+            if owner is not None and not self._entries[owner].restored:
+                name = row["image"]["file_name"]
+                raise PanopticFormatError(f"{name}: would get the {kind} {value}, which {owner} has already")
+
+
+class _Journal:
+    """JSON lines on disk, appended one by one; the first says what run they belong to.
+
+    Args:
+        path: the file; created by the first `append`, which replaces an older one unless it was restored.
+        about: JSON-able, equal for runs that may go on from each other.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]):
+        self.path = path
+        self._about = json.loads(_dumps(about))
+        self._restored = 0  # bytes of complete lines that are kept
+        self._stream: IO[bytes] | None = None
+        self._syncing: Future | None = None
+        self._unsynced: list[Path] = []
+        self._thread = ThreadPoolExecutor(1)  # starts no thread before its first task
+
+    def restore(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Offset and content of the lines an earlier run left, up to the first one that is not complete.
+
+        Raises:
+            ResumeError: that run was another, or has not ended.
+        """
+        if not self.path.is_file():
+            return
+        with open(self.path, "rb") as stream:
+            self._lock(stream)
+            about = _loads(stream.readline())
+            if about is None:  # not even the first line was written
+                return
+            if about != self._about:
+                changed = sorted(key for key in {*about, *self._about} if about.get(key) != self._about.get(key))
+                raise ResumeError(
+                    f"{self.path}: belongs to a run with other settings that did not end: "
+                    + ", ".join(f"{key} {about.get(key)!r:.60} -> {self._about.get(key)!r:.60}" for key in changed)
+                )
+            self._restored = stream.tell()
+            for line in stream:
+                row = _loads(line)
+                if row is None:
+                    return
+                yield self._restored, row
+                self._restored += len(line)
+
+    def append(self, row: Mapping[str, Any]) -> int:
+        """Writes a line and returns its offset. Where that fails, the file ends as it did before."""
+        if self._stream is None:
+            self._stream = self._open()
+        offset = self._stream.seek(0, os.SEEK_END)
+        try:
+            _write(self._stream, row)
+        except BaseException:
+            self._stream.truncate(offset)
+            raise
+        return offset
+
+    def _open(self) -> IO[bytes]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(self.path, "ab", buffering=0)  # creates the file where there is none, and changes nothing yet
+        try:
+            self._lock(stream)
+            stream.truncate(self._restored)
+            if not self._restored:
+                _write(stream, self._about)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _lock(self, stream: IO[bytes]) -> None:
+        """ResumeError if another process, or writer, has the file; as long as `stream` is open no other gets it."""
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResumeError(f"{self.path}: is being written by another process") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def rows(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The lines at some offsets."""
+        offsets = list(offsets)
+        if offsets:
+            with open(self.path, "rb") as stream:
+                for offset in offsets:
+                    stream.seek(offset)
+                    yield json.loads(stream.readline())
+
+    def sync_later(self, path: Path) -> None:
+        """Brings a file and the journal to the disk in the background: the next image need not wait for the disk."""
+        self._unsynced.append(path)
+        if self._syncing is None or self._syncing.done():
+            paths, self._unsynced = [*self._unsynced, self.path], []
+            self._syncing = self._thread.submit(_bring_files_to_disk, paths)
+
+    def close(self) -> None:
+        """Closes the file, which stays."""
+        self._thread.shutdown()
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
+    """What no two images may share."""
+    annotation = row["annotation"]
+    return [("id", annotation["image_id"]), ("PNG", annotation["file_name"]), ("name", row["image"]["file_name"])]
+
+
+def _stamp(path: str | os.PathLike | None) -> list[int] | None:
+    """Size in bytes and time of modification in ns; None where there is no such file."""
+    try:
+        status = os.stat(path) if path is not None else None
+    except OSError:
+        return None
+    return None if status is None else [status.st_size, status.st_mtime_ns]
+
+
+def _write(stream: IO[bytes], content: Any) -> None:
+    line = memoryview(_dumps(content).encode() + b"\n")
+    while line:  # an unbuffered stream may take a part
+        line = line[stream.write(line) :]
+
+
+def _loads(line: bytes) -> dict[str, Any] | None:
+    """A complete line's content, else None."""
+    try:
+        content = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _dumps(content: Any) -> str:
+    return json.dumps(content, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """numpy numbers and arrays as JSON has them."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _write_list(stream: IO[str], items: Iterable[Any]) -> None:
+    """A JSON list, item by item: it need not fit in memory."""
+    stream.write("[")
+    for index, item in enumerate(items):
+        stream.write(f"{', ' if index else ''}{_dumps(item)}")
+    stream.write("]")
+
+
+def _bring_to_disk(stream: IO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _bring_files_to_disk(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        except OSError:  # a file that is gone, or a file system without fsync; the row's size tells a resumed run
+            continue

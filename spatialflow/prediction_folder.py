@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `spatialflow predict` leaves in its output folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spatialflow.console import InputImage, named, sentence, without_suffix
+from spatialflow.errors import CommandError
+
+RESULTS = ("panoptic", "overlays")
+"""Folders of pictures in the output folder."""
+
+
+class PredictionFolder:
+    """`panoptic.json`, `panoptic/<name>.png`, `overlays/<name>.jpg`; an image's files are there all or not at all.
+
+    The JSON files are written when the `with` block ends, however it ends, so that images already done stay usable.
+    The journal of `PanopticWriter` stays where it ends by an exception, and the next run goes on from it.
+
+    Args:
+        root: the output folder.
+        images: all inputs; the JSON files list those that are done in this order.
+        categories: copied into `panoptic.json`.
+        settings: what decides the results; a run that was interrupted is resumed by one of equal settings only.
+        overlays: write overlay pictures.
+        detections: write `detections.json`.
+        resume: go on from an interrupted run.
+
+    Raises:
+        CommandError: the interrupted run had other settings.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        images: Sequence[InputImage],
+        categories: list[dict[str, Any]],
+        settings: Mapping[str, Any],
+        *,
+        overlays: bool,
+        detections: bool,
+        resume: bool,
+    ) -> None:
+        from spatialflow.panoptic import PanopticWriter, ResumeError
+
+        self.folder, self.overlay_folder = (root / name for name in RESULTS)
+        self._root, self._overlays, self._detections = root, overlays, detections
+        self._ids = _image_ids(images)
+        try:
+            self._writer = PanopticWriter(
+                self.folder, root / "panoptic.json", categories, settings=settings, resume=resume,
+                detections_path=root / "detections.json" if detections else None,
+            )  # fmt: skip
+        except ResumeError as error:
+            raise CommandError(f"{error}; use another --output, or start anew with --restart") from None
+        except OSError as error:
+            raise CommandError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        self.done = [image.name for image in images if self._is_done(image)]
+        self._images = images
+
+    def _is_done(self, image: InputImage) -> bool:
+        if self._overlays and not self._overlay_path(image).is_file():
+            return False
+        return self._writer.is_done(self._ids[image.name], image.name, image.path)
+
+    def _overlay_path(self, image: InputImage) -> Path:
+        return self.overlay_folder / f"{without_suffix(image.name)}.jpg"
+
+    def add(self, image: InputImage, result: Any, pixels: Any) -> None:
+        """Writes the files of one image."""
+        import cv2
+
+        from spatialflow.files import atomic_write
+        from spatialflow.panoptic import ResumeError
+        from spatialflow.panoptic.detection import detection_rows
+
+        image_id, picture = self._ids[image.name], self._overlay_path(image)
+        if self._overlays:
+            _, data = cv2.imencode(".jpg", result.overlay(pixels))
+            with named(picture), atomic_write(picture) as file:
+                file.write(data.tobytes())
+        png_name = f"{without_suffix(image.name)}.png"
+        try:
+            with named(self.folder / png_name):
+                self._writer.add(
+                    image_id, image.name, result.id_map, result.segments, png_name=png_name, photograph=image.path,
+                    detections=detection_rows(result, image_id) if self._detections else (),
+                )  # fmt: skip
+        except BaseException as error:
+            if self._overlays:
+                picture.unlink(missing_ok=True)
+            if isinstance(error, ResumeError):
+                raise CommandError(str(error)) from None
+            raise
+        self.done.append(image.name)
+
+    def __enter__(self) -> PredictionFolder:
+        """The folders are made before the first image, so that a place which cannot be written costs no prediction."""
+        for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
+            try:
+                with named(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CommandError(sentence(error)) from None
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        done = set(self.done)
+        try:
+            with named(self._root):
+                if done:
+                    self._writer.write_json(image.name for image in self._images if image.name in done)
+                self._writer.close(keep_journal=kind is not None)
+        except OSError as error:
+            raise CommandError(sentence(error)) from None
+
+
+def _image_ids(images: Sequence[InputImage]) -> dict[str, int | str]:
+    """The id of each image by its name: see `image_id_of`; where several would share one, the name without suffix."""
+    from spatialflow.engine.predict import image_id_of
+
+    ids = {image.name: image_id_of(image.name) for image in images}
+    count = Counter(ids.values())
+    return {name: image_id if count[image_id] == 1 else without_suffix(name) for name, image_id in ids.items()}

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executes one case in the worker: calls the operator and asks all judges. `execute` is what the supervisor names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fuzz import judge
+from fuzz.files import FILES
+from fuzz.operators import EPSILON, OPERATORS, Operator, leaves, map_tensors
+from fuzz.tensors import Memory, build_tensor
+
+# What an operator may refuse a call with; anything else, such as an IndexError, was not meant.
+REFUSALS = (RuntimeError, ValueError, TypeError)
+BRUTE_FORCE_ELEMENTS = 250  # of all tensors together; its loops are slow
+MODE_CALLS = 200  # calls of one FakeTensorMode; it remembers every size that depends on values
+
+_memory = Memory()
+_fake_modes: list = []
+
+
+def execute(case: dict) -> dict:
+    """The report of a case.
+
+    Returns:
+        status: "right", "refused" or "wrong"; differences: sentences; compared, excluded: numbers of elements; skipped:
+        judges that were not asked.
+    """
+    if case["op"] in FILES:
+        from fuzz import read_files
+
+        return read_files.execute(case)
+    return _Trial(case).run()
+
+
+class _Trial:
+    """A case at work; every question adds to the report."""
+
+    def __init__(self, case: dict) -> None:
+        self.case = case
+        self.operator: Operator = OPERATORS[case["op"]]
+        self.report = {"status": "right", "differences": [], "compared": 0, "excluded": 0, "skipped": []}
+        _memory.begin()
+        self.arguments = _map(case["arguments"], self._build)
+        self.tensors = leaves(self.arguments)
+        self.incoming: list[Tensor] = []  # gradients and tangents
+        floats = [t.dtype for t in self.tensors if t.dtype.is_floating_point]
+        self.tolerance = judge.tolerance_of(floats)
+        # Features decide the type of the sums, or any tensor of float64 among boxes and scores.
+        self.accumulator = torch.float64 if floats and floats[0] == torch.float64 else torch.float32
+
+    @staticmethod
+    def _build(description: dict) -> Tensor:
+        tensor = build_tensor(description, _memory)
+        return tensor.requires_grad_() if description.get("grad") else tensor
+
+    def differs(self, what: str) -> None:
+        self.report["status"] = "wrong"
+        self.report["differences"].append(what)
+
+    def run(self) -> dict:
+        _memory.remember()
+        try:
+            result = self.operator.call(**self.arguments)
+        except Exception as error:
+            self._refused(error)
+            return self.report
+        outputs = leaves(result)
+        self.real = outputs
+        self._result(outputs)
+        needs = [t.requires_grad for t in self.tensors]
+        tracked = [i for i, o in enumerate(outputs) if o.requires_grad]
+        gradients = None
+        if any(needs) and self.operator.differentiable:
+            if tracked:
+                self.incoming = [self._incoming(outputs[i], i) for i in tracked]
+                gradients = self._gradient(outputs, tracked)
+            elif self._reference_tracks():
+                self.differs("no result requires a gradient")
+            if self.case.get("jvp"):
+                self._tangents()
+        elif tracked:
+            self.differs("a result requires a gradient")
+        if self.case.get("fake"):
+            self._fake(outputs, gradients)
+        if _memory.changed():
+            self.differs("the operator wrote into its arguments, or beside them")
+        return self.report
+
+    # --- judges ---
+
+    def _refused(self, error: Exception) -> None:
+        self.report["status"] = "refused"
+        text = f"{type(error).__name__}: {error}".split("\n")[0]
+        self.report["refusal"] = text
+        if self.case["valid"]:
+            self.differs(f"a valid call was refused: {text}")
+        elif not isinstance(error, REFUSALS) or "INTERNAL ASSERT" in str(error):
+            self.differs(f"refused without a clear reason: {text}")
+        elif "out of memory" not in str(error):
+            try:
+                with _fake_mode():
+                    self.operator.call(**map_tensors(_fake_of, self.arguments))
+            except Exception:
+                return
+            self.differs(f"the fake kernel accepts what the operator refuses with: {text}")
+
+    def _result(self, outputs: list[Tensor]) -> None:
+        def ask(function: Callable, arguments: dict, _: bool) -> list[Tensor]:
+            return leaves(function(**arguments))
+
+        self._ask("result", outputs, ask, nearby="result")
+        if sum(t.numel() for t in (*self.tensors, *outputs)) <= BRUTE_FORCE_ELEMENTS:
+            self._ask_brute_force(outputs)
+
+    def _ask_brute_force(self, outputs: list[Tensor]) -> None:
+        operator, plain = self.operator, map_tensors(Tensor.detach, self.arguments)
+        if not operator.affordable(plain) or operator.unstable(plain, self.tensors):
+            return
+
+        def answers(arguments: dict) -> list[Tensor]:
+            return [torch.from_numpy(np.asarray(array)) for array in _arrays(operator.brute(**arguments))]
+
+        nearby = operator.nearby if "result" in operator.nearby_for else lambda *_: ()
+        variants = functools.cache(lambda: [answers(variant) for variant in nearby(plain, EPSILON[self.accumulator])])
+        expected = answers(plain)
+        if len(expected) != len(outputs):
+            self.differs(f"result: {len(outputs)} tensors, {len(expected)} of the brute force")
+            return
+        sizes = functools.cache(lambda: self._sizes(lambda f, a, _: leaves(f(**a)), map_tensors(_wide, plain)))
+        for index, (one, other) in enumerate(zip(outputs, expected)):
+            if operator.excused and one.shape == other.shape:
+                other = torch.where(operator.excused(plain, one), one.to(other.dtype), other)
+            self._judge(f"result[{index}]", "brute force", one, other, sizes, variants, index)
+
+    def _gradient(self, outputs: list[Tensor], tracked: list[int]) -> list[Tensor | None]:
+        """Gradients of all tensors that require one, through the outputs at `tracked`."""
+        inputs = [t for t in self.tensors if t.requires_grad]
+        _memory.remember()
+        actual = torch.autograd.grad([outputs[i] for i in tracked], inputs, self.incoming, allow_unused=True)
+        wanted = [name in self.operator.differentiable for name in self._names()]
+        places = [i for i, t in enumerate(self.tensors) if t.requires_grad]
+        compared, positions = [], []
+        for tensor, gradient, want, place in zip(inputs, actual, wanted, places):
+            if not want:
+                if gradient is not None and bool((gradient != 0).any()):
+                    self.differs(f"argument {place} has no gradient, but one came")
+                continue
+            compared.append(torch.zeros_like(tensor) if gradient is None else gradient)
+            positions.append(place)
+            if gradient is not None and gradient.dtype != tensor.dtype:
+                self.differs(f"gradient of argument {place} has dtype {gradient.dtype}, the argument {tensor.dtype}")
+        wide = [c.double() for c in self.incoming]
+
+        def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
+            given, chosen = _tracked(arguments, positions)
+            results = leaves(function(**given))
+            own = [c.abs() if absolute else c for c in wide]
+            pairs = [(results[i], c) for i, c in zip(tracked, own) if results[i].requires_grad]
+            if not pairs:  # nothing was computed from them
+                return [torch.zeros_like(c) for c in chosen]
+            found = torch.autograd.grad([r for r, _ in pairs], chosen, [c for _, c in pairs], allow_unused=True)
+            return [torch.zeros_like(c) if g is None else g for c, g in zip(chosen, found)]
+
+        if compared:
+            self._ask("gradient", compared, ask, nearby="gradient", names=[self._all_names()[p] for p in positions])
+        return list(actual)
+
+    def _reference_tracks(self) -> bool:
+        positions = [i for i, t in enumerate(self.tensors) if t.requires_grad]
+        given, _ = _tracked(map_tensors(_wide, self.arguments), positions)
+        return any(o.requires_grad for o in leaves(self.operator.reference(**given)))
+
+    def _tangents(self) -> None:
+        positions = [
+            i
+            for i, (t, name) in enumerate(zip(self.tensors, self._all_names()))
+            if t.requires_grad and name in self.operator.differentiable
+        ]
+        if not positions:
+            return
+        tangents = [self._incoming(self.tensors[p], 100 + p) for p in positions]
+        self.incoming += tangents
+        _memory.remember()
+        plain = map_tensors(Tensor.detach, self.arguments)
+        pushed = _pushed(self.operator.call, plain, positions, tangents)
+
+        def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
+            own = [t.double().abs() if absolute else t.double() for t in tangents]
+            return _pushed(function, arguments, positions, own)
+
+        self._ask("tangent", pushed, ask, nearby="gradient")
+
+    def _fake(self, outputs: list[Tensor], gradients: list[Tensor | None] | None) -> None:
+        try:
+            with _fake_mode():
+                arguments = map_tensors(_fake_of, self.arguments)
+                results = leaves(self.operator.call(**arguments))
+                strides = not (self.operator.composed and gradients is not None)
+                difference = judge.metadata_difference(outputs, results, strides)
+                if difference is None and gradients is not None:
+                    tracked = [o for o, real in zip(results, outputs) if real.requires_grad]
+                    inputs = [t for t in leaves(arguments) if t.requires_grad]
+                    cotangents = [_fake_of(c) for c in self.incoming[: len(tracked)]]
+                    found = torch.autograd.grad(tracked, inputs, cotangents, allow_unused=True)
+                    pairs = [(r, f) for r, f in zip(gradients, found) if r is not None and f is not None]
+                    difference = judge.metadata_difference([r for r, _ in pairs], [f for _, f in pairs], strides)
+                    difference = difference and f"gradient {difference}"
+        except Exception as error:
+            difference = f"refuses a call that the operator accepts: {type(error).__name__}: {error}".split("\n")[0]
+        if difference:
+            self.differs(f"fake kernel: {difference}")
+
+    # --- the reference ---
+
+    def _ask(
+        self, what: str, actual: list[Tensor], question: Callable, nearby: str, names: list[str] | None = None
+    ) -> None:
+        """Compares `actual` with what the reference answers to `question(function, arguments, absolute)`."""
+        operator = self.operator
+        plain = map_tensors(Tensor.detach, self.arguments)
+        if not operator.affordable(plain) or operator.unstable(plain, [*self.tensors, *self.incoming]):
+            self.report["skipped"].append(what)
+            return
+        given = plain if operator.exact else map_tensors(_wide, plain)
+        try:
+            expected = question(operator.reference, given, False)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".split("\n")[0]
+            self.differs(f"{what}: the reference raises where the operator works: {text}")
+            return
+        if len(actual) != len(expected):
+            self.differs(f"{what}: {len(actual)} tensors, expected {len(expected)}")
+            return
+        variants = functools.cache(lambda: list(self._variants(question, given, nearby)))
+        sizes = functools.cache(lambda: self._sizes(question, given))
+        for index, (one, other) in enumerate(zip(actual, expected)):
+            name = f"{what} of {names[index]}" if names else f"{what}[{index}]"
+            self._judge(name, "reference", one, other, sizes, variants, index)
+
+    def _judge(
+        self,
+        what: str,
+        judged_by: str,
+        actual: Tensor,
+        expected: Tensor,
+        sizes: Callable,
+        variants: Callable,
+        index: int,
+    ) -> None:
+        # An exact operator has no tolerance against its reference; the brute force rounds nothing.
+        exact = self.operator.exact and judged_by == "reference"
+        tolerance = 0.0 if exact else max(self.tolerance, judge.tolerance_of([actual.dtype]))
+        verdict = judge.compare(
+            actual,
+            expected,
+            tolerance,
+            self.accumulator,
+            lambda: sizes()[index] if sizes() else None,
+            lambda: (variant[index] for variant in variants()),
+            self.operator.poisons,
+        )
+        self.report["compared"] += verdict.compared
+        self.report["excluded"] += verdict.excluded
+        if verdict.difference:
+            self.differs(f"{what} ({actual.dtype}, {judged_by}): {verdict.difference}")
+
+    def _variants(self, question: Callable, given: dict, nearby: str) -> Iterator[list[Tensor]]:
+        if nearby in self.operator.nearby_for:
+            for variant in self.operator.nearby(given, EPSILON[self.accumulator]):
+                yield question(self.operator.reference, variant, False)
+
+    def _sizes(self, question: Callable, given: dict) -> list[Tensor] | None:
+        """The results for absolute values of what enters linearly."""
+        operator = self.operator
+        if not operator.linear:
+            return None
+        absolute = operator.absolute(given)
+        sizes = question(operator.reference, absolute, True)
+        if operator.places and self.incoming:
+            # Derivatives by places are differences of neighbors: no larger than those, times the outputs summed over.
+            results = leaves(operator.reference(**absolute))
+            largest = max(float(t.detach().abs().nan_to_num().max()) for t in self.incoming if t.numel())
+            bound = max(float(r.abs().max()) * r.shape[1] * largest for r in results if r.numel())
+            sizes = [size + 4 * bound for size in sizes]
+        return sizes
+
+    def _all_names(self) -> list[str]:
+        """For every tensor the argument it belongs to."""
+        return [name for name, value in self.arguments.items() for _ in leaves(value)]
+
+    def _names(self) -> list[str]:
+        return [name for name, tensor in zip(self._all_names(), self.tensors) if tensor.requires_grad]
+
+    def _incoming(self, like: Tensor, index: int) -> Tensor:
+        """An incoming gradient, or a tangent, for a tensor like this."""
+        wanted = self.case["gradient"]
+        values = wanted["values"] | {"seed": wanted["values"]["seed"] + index + 1}
+        dtype = str(like.dtype).removeprefix("torch.")
+        described = {"tensor": list(like.shape), "dtype": dtype, "values": values, "layout": wanted["layout"]}
+        return build_tensor(described, _memory)
+
+
+def _map(value: Any, build: Callable[[dict], Any]) -> Any:
+    """The nest with described tensors built."""
+    if isinstance(value, dict):
+        return build(value) if "tensor" in value else {name: _map(item, build) for name, item in value.items()}
+    return [_map(item, build) for item in value] if isinstance(value, list) else value
+
+
+def _arrays(value: Any) -> list:
+    """The arrays in a nest of lists and tuples, in order."""
+    return [array for item in value for array in _arrays(item)] if isinstance(value, (list, tuple)) else [value]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double().contiguous().clone() if tensor.is_floating_point() else tensor
+
+
+def _tracked(arguments: dict, positions: list[int]) -> tuple[dict, list[Tensor]]:
+    """The arguments with the tensors at `positions` requiring gradients, and those tensors."""
+    chosen: list[Tensor] = []
+    counter = iter(range(1 << 30))
+
+    def track(tensor: Tensor) -> Tensor:
+        if next(counter) not in positions:
+            return tensor.detach()
+        chosen.append(tensor.detach().clone().requires_grad_())
+        return chosen[-1]
+
+    return map_tensors(track, arguments), chosen
+
+
+def _pushed(function: Callable, arguments: dict, positions: list[int], tangents: list[Tensor]) -> list[Tensor]:
+    """Tangents of the results; zeros where there is none."""
+    counter, rest = iter(range(1 << 30)), list(tangents)
+    with forward_ad.dual_level():
+
+        def dual(tensor: Tensor) -> Tensor:
+            if next(counter) not in positions:
+                return tensor
+            if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+                tensor = tensor.contiguous()  # torch makes no dual of an expanded tensor
+            return forward_ad.make_dual(tensor, rest.pop(0))
+
+        results = leaves(function(**map_tensors(dual, arguments)))
+        unpacked = [forward_ad.unpack_dual(result) for result in results]
+        return [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
+
+
+def _fake_mode() -> FakeTensorMode:
+    if not _fake_modes or _fake_modes[0][1] > MODE_CALLS:
+        _fake_modes[:] = [[FakeTensorMode(shape_env=ShapeEnv()), 0]]
+    _fake_modes[0][1] += 1
+    return _fake_modes[0][0]
+
+
+def _fake_of(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return fake.requires_grad_() if tensor.requires_grad else fake

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares results with those of a judge, and says what differs.
+
+An element is right if it is within a tolerance relative to the largest expected one. Where it is not, three more
+questions are asked, in this order, before it counts as wrong:
+
+1. How large were the terms of the sum? The judge is asked again with the absolute values of what enters linearly: sums
+   that cancel are held to the size of their terms, and what overflows the type of the sums is excluded.
+2. Is the result discontinuous there? The judge is asked again with arguments a rounding away; elements that jump are
+   excluded.
+3. Does the judge spread what is not finite further than the operator does? Then only its finite elements count.
+
+Excluded elements are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from op_matrix import TOLERANCE
+from torch import Tensor
+
+FACTOR = 8.0  # of the tolerances of the op matrix: hostile layouts and sizes are not its benign ones
+LARGEST_SUM = {torch.float64: torch.finfo(torch.float64).max, torch.float32: torch.finfo(torch.float32).max}
+
+
+class Verdict(NamedTuple):
+    difference: str | None  # what is wrong, or None
+    compared: int = 0
+    excluded: int = 0
+
+
+def compare(
+    actual: Tensor,
+    expected: Tensor,
+    tolerance: float,
+    accumulator: torch.dtype,
+    magnitude: Callable[[], Tensor | None],
+    nearby: Callable[[], Iterable[Tensor]],
+    poisons: bool,
+) -> Verdict:
+    """`actual` in its own dtype against `expected` in float64 (or integers, which must be equal).
+
+    Args:
+        tolerance: relative to the largest expected element.
+        accumulator: dtype of the operator's sums.
+        magnitude: the result for absolute values; a tensor of the shape of `expected`, or a number.
+        nearby: results for arguments a rounding away.
+        poisons: elements where `expected` is not finite are not compared.
+    """
+    if actual.shape != expected.shape:
+        return Verdict(f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    if actual.numel() == 0:
+        return Verdict(None)
+    if not actual.dtype.is_floating_point:
+        wrong = actual != expected
+        for other in nearby() if bool(wrong.any()) else ():
+            wrong = wrong & (other == expected) if other.shape == expected.shape else torch.zeros_like(wrong)
+        return _verdict(wrong, actual, expected, 0, 0.0)
+    dtype, actual, expected = actual.dtype, actual.detach().double(), expected.detach().double()
+    finite = expected.isfinite()
+    scale = _largest(expected)
+    floor = _floor(dtype, accumulator)
+    wrong = _wrong(actual, expected, finite, tolerance * scale + floor, dtype)
+    if not bool(wrong.any()):
+        return Verdict(None, int(finite.sum()))
+    excluded = torch.zeros_like(wrong)
+    if poisons:
+        excluded |= ~finite
+    sizes = magnitude()
+    if sizes is not None:
+        excluded |= sizes.nan_to_num(nan=float("inf")) > LARGEST_SUM[accumulator] / 1000
+        scale = max(scale, _largest(sizes))
+        wrong = _wrong(actual, expected, finite, tolerance * scale + floor, dtype)
+    wrong &= ~excluded
+    if bool(wrong.any()):
+        for other in nearby():
+            jumps = ~((other - expected).abs() <= tolerance * scale / 2)
+            excluded |= jumps & (finite | other.isfinite())
+        wrong &= ~excluded
+    return _verdict(wrong, actual, expected, int(excluded.sum()), tolerance * scale + floor)
+
+
+def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
+    return FACTOR * max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=0.0)
+
+
+def _largest(values: Tensor) -> float:
+    return float(torch.where(values.isfinite(), values, 0).abs().max())
+
+
+def _floor(dtype: torch.dtype, accumulator: torch.dtype) -> float:
+    """What underflow may take away."""
+    tiny = 8 * torch.finfo(accumulator).tiny
+    return max(tiny, 2.0**-24) if dtype == torch.float16 else tiny
+
+
+def _wrong(actual: Tensor, expected: Tensor, finite: Tensor, allowed: float, dtype: torch.dtype) -> Tensor:
+    near = (actual - expected).abs() <= allowed
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    # A finite number too large for the dtype is infinite there.
+    overflows = finite & (expected.abs() + allowed >= torch.finfo(dtype).max)
+    overflows &= (actual.isinf() & ((actual > 0) == (expected > 0))) | near
+    return ~(near | same | overflows)
+
+
+def _verdict(wrong: Tensor, actual: Tensor, expected: Tensor, excluded: int, allowed: float) -> Verdict:
+    count = actual.numel()
+    if not bool(wrong.any()):
+        return Verdict(None, count - excluded, excluded)
+    where = wrong.nonzero()
+    if actual.dtype.is_floating_point:
+        errors = (actual - expected).abs().nan_to_num(nan=float("inf"))[wrong]
+        where = where[int(errors.argmax())]
+    else:
+        where = where[0]
+    place = tuple(where.tolist())
+    text = (
+        f"{int(wrong.sum())} of {count} elements differ; at {list(place)} "
+        f"{actual[place].item()!r}, expected {expected[place].item()!r}"
+    )
+    if actual.dtype.is_floating_point:
+        text += f" within {allowed:.3g}"
+    return Verdict(text, count - excluded, excluded)
+
+
+def metadata_difference(real: Any, fake: Any, strides: bool = True) -> str | None:
+    """How fake results differ from real ones in shape, dtype or, if asked for, strides; None if they do not."""
+    if len(real) != len(fake):
+        return f"{len(fake)} tensors, really {len(real)}"
+    for index, (one, other) in enumerate(zip(real, fake)):
+        if one.dtype != other.dtype:
+            return f"[{index}] has dtype {other.dtype}, really {one.dtype}"
+        if one.dim() != other.dim():
+            return f"[{index}] has {other.dim()} dimensions, really {one.dim()}"
+        if any(isinstance(side, torch.SymInt) for side in other.shape):
+            continue  # depends on the values
+        if one.shape != other.shape:
+            return f"[{index}] has shape {tuple(other.shape)}, really {tuple(one.shape)}"
+        pairs = [(a, b) for a, b, size in zip(one.stride(), other.stride(), one.shape) if size > 1]
+        if strides and one.numel() and any(a != b for a, b in pairs):
+            return f"[{index}] has strides {tuple(other.stride())}, really {tuple(one.stride())}, of {tuple(one.shape)}"
+    return None

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the worker knows of each operator: how to call it, and what its judges are.
+
+The reference is computed in float64 from the same rounded inputs. Where a result hangs on a comparison (a sample on the
+border of the map, a sum at the kink of ReLU) the operator in float32 may decide otherwise than the reference; `nearby`
+gives arguments a rounding away, and results that the reference itself changes there are excluded and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuzz import brute_force
+from spatialflow import ops
+from spatialflow.ops import reference
+
+EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-23, torch.bfloat16: 2.0**-23}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator and its judges; all functions take the arguments by name.
+
+    Attributes:
+        call: the operator.
+        reference: its plain-PyTorch twin.
+        brute: its brute force in NumPy.
+        differentiable: arguments with a gradient.
+        exact: results are integers that must be equal, and the reference gets the tensors as they are.
+        nearby: arguments a rounding away from the given ones, in float64.
+        nearby_for: the questions where that makes a difference: "result", "gradient".
+        linear: arguments that enter linearly; their absolute values tell the size of the terms of the sums.
+        places: whether there is a gradient by the places of samples.
+        poisons: the reference spreads what is not finite further than the operator does, as it multiplies it by zero;
+            results that it makes not finite are not compared.
+        composed: of operators of torch where a gradient may be asked for; their fake kernels give expanded tensors
+            other strides than they do themselves.
+        unstable: whether results can be told to be neither right nor wrong: (arguments, all tensors with incoming
+            gradients) -> bool. The call must do no harm then, and that is all.
+        excused: for integer results and the brute force, where both answers are right: (arguments, result) -> bools.
+        affordable: whether the reference can be computed in little time.
+    """
+
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    brute: Callable[..., Any]
+    differentiable: tuple[str, ...] = ()
+    exact: bool = False
+    nearby: Callable[[dict, float], Iterator[dict]] = lambda arguments, epsilon: iter(())
+    nearby_for: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    places: bool = False
+    poisons: bool = False
+    composed: bool = False
+    unstable: Callable[[dict, list[Tensor]], bool] = lambda arguments, tensors: False
+    excused: Callable[[dict, Tensor], Tensor] | None = None
+    affordable: Callable[[dict], bool] = lambda arguments: True
+
+    def absolute(self, arguments: dict) -> dict:
+        """The arguments with absolute values of those that enter linearly."""
+        return {name: map_tensors(Tensor.abs, v) if name in self.linear else v for name, v in arguments.items()}
+
+
+def _shifted(boxes: Tensor, by: float, first: int, signs: tuple[int, int]) -> Tensor:
+    """Boxes with both corners moved by a few roundings of their largest coordinate."""
+    finite = torch.where(boxes.isfinite(), boxes, 0)[:, first:].abs()
+    step = (finite.amax(dim=1, keepdim=True) + 64) * by
+    moved = boxes.clone()
+    moved[:, first : first + 2] += signs[0] * step
+    moved[:, first + 2 :] += signs[1] * step
+    return moved
+
+
+def _nearby_boxes(arguments: dict, epsilon: float) -> Iterator[dict]:
+    for signs in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
+        yield arguments | {"boxes": _shifted(arguments["boxes"], 16 * epsilon, arguments["boxes"].shape[1] - 4, signs)}
+
+
+def _moderate(arguments: dict, scale: float) -> bool:
+    """Whether the grids of adaptive sampling, whose points the reference lists, are small."""
+    boxes = arguments["boxes"]
+    extent = torch.where(boxes.isfinite(), boxes, 0)[:, -4:].double().abs()
+    return arguments["sampling_ratio"] > 0 or boxes.numel() == 0 or float(extent.max()) * scale < 1e4
+
+
+def _nearby_offsets(arguments: dict, epsilon: float) -> Iterator[dict]:
+    offset = arguments["offset"]
+    step = (offset.abs() + 64) * 16 * epsilon
+    for sign in (1, -1):
+        yield arguments | {"offset": offset + sign * step}
+
+
+def _nearby_bias(arguments: dict, epsilon: float) -> Iterator[dict]:
+    weight, bias = arguments["weight"], arguments.get("bias")
+    if not arguments["relu"] or weight.numel() == 0:
+        return
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    x = arguments["x"]
+    largest = max((float(torch.where(t.isfinite(), t, 0).abs().max()) for t in leaves(x) if t.numel()), default=1.0)
+    flow = leaves(arguments["flow"])
+    largest += max((float(torch.where(t.isfinite(), t, 0).abs().max()) for t in flow if t.numel()), default=0.0)
+    row = torch.where(weight.isfinite(), weight, 0).abs().sum(dim=(1, 2, 3))
+    step = (row * largest + bias.abs().nan_to_num()) * 64 * epsilon
+    for sign in (1, -1):
+        yield arguments | {"bias": bias + sign * step}
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A nest of lists and dictionaries with its tensors replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    return [map_tensors(function, item) for item in value] if isinstance(value, list) else value
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors in a nest of lists, tuples and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
+    """Winograd adds what it multiplies: an infinite or very large number spoils the tile of 4 x 4 pixels around it. And
+    whether a weight that is not finite is multiplied by padding is left open."""
+    if arguments["algorithm"] != "direct" and tensors[0].dtype != torch.float64:
+        return any(not bool((t.detach().abs() < 1e3).all()) for t in tensors)
+    weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
+    return any(not bool(t.detach().isfinite().all()) for t in weights)
+
+
+def _overflows(arguments: dict, tensors: list[Tensor]) -> bool:
+    """Whether a product of three numbers (a gradient, a weight, a feature) can be too large for the sums."""
+    limit = 1e100 if tensors[0].dtype == torch.float64 else 1e12
+    return any(bool((t.isfinite() & (t.abs() > limit)).any()) for t in map(Tensor.detach, tensors))
+
+
+def _flow_conv2d_packed(*, x: Any, flow: Any, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Any:
+    return ops.flow_conv2d(x, flow, ops.pack_conv3x3(weight, bias, algorithm), None, relu)
+
+
+def _tower(parameters: dict) -> ops.FlowTowerParameters:
+    lists = {name: tuple(conv and tuple(conv) for conv in value) for name, value in parameters.items()
+             if isinstance(value, list)}  # fmt: skip
+    return ops.FlowTowerParameters(**parameters | lists)
+
+
+def _flow_tower(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return ops.flow_tower(levels, _tower(parameters), algorithm)
+
+
+def _flow_tower_packed(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return ops.flow_tower(levels, ops.pack_flow_tower(_tower(parameters), algorithm))
+
+
+def _flow_tower_reference(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return reference.flow_tower(levels, _tower(parameters), algorithm)
+
+
+def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return brute_force.flow_tower(levels, _tower(parameters), algorithm)
+
+
+def _nearby_tower(arguments: dict, epsilon: float) -> Iterator[dict]:
+    """Every weight and bias of the tower, moved one way or the other: sums at the kink of some ReLU change sides."""
+    for sign in (1, -1, 2, -2):
+        moved = map_tensors(lambda t: t + sign * 4 * epsilon * (t.abs() + 1), arguments["parameters"])
+        yield arguments | {"parameters": moved}
+
+
+def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*, dtype: dict, **arguments: Any) -> Any:
+        return function(**arguments, dtype=getattr(torch, dtype["dtype"]))
+
+    return call
+
+
+def _tied(arguments: dict, result: Tensor) -> Tensor:
+    """Pixels whose class is, within a rounding, as good as the best."""
+    enlarged = torch.from_numpy(brute_force.enlarged_logits(**arguments))  # (H, W, C)
+    enlarged = torch.where(enlarged.isnan(), -torch.inf, enlarged)
+    own = enlarged.gather(2, result.long()[..., None])[..., 0]
+    finite = torch.where(enlarged.isfinite(), enlarged, 0)
+    scale = finite.abs().amax(dim=2)
+    largest = torch.finfo(torch.float32).max / 4  # beyond, float32 overflows
+    return (own >= enlarged.amax(dim=2) - 1e-5 * scale) | (scale > largest)
+
+
+def _nearby_threshold(arguments: dict, epsilon: float) -> Iterator[dict]:
+    """Pixels whose probability is the threshold, and boxes without a whole rounding between their sides."""
+    for factor in (1 + 64 * epsilon, 1 - 64 * epsilon):
+        yield arguments | {"threshold": arguments["threshold"] * factor}
+
+
+OPERATORS: dict[str, Operator] = {
+    "roi_align": Operator(
+        ops.roi_align,
+        reference.roi_align, brute_force.roi_align,
+        differentiable=("input",),
+        nearby=_nearby_boxes,
+        nearby_for=("result", "gradient"),
+        linear=("input",),
+        poisons=True,
+        affordable=lambda a: _moderate(a, a["spatial_scale"]),
+    ),
+    "deform_conv2d": Operator(
+        ops.deform_conv2d,
+        reference.deform_conv2d, brute_force.deform_conv2d,
+        differentiable=("input", "offset", "weight", "bias", "mask"),
+        nearby=_nearby_offsets,
+        places=True,
+        unstable=_overflows,
+        nearby_for=("gradient",),
+        linear=("input", "weight", "bias", "mask"),
+        poisons=True,
+    ),
+    "flow_conv2d": Operator(
+        ops.flow_conv2d,
+        reference.flow_conv2d, brute_force.flow_conv2d,
+        differentiable=("x", "flow", "weight", "bias"),
+        nearby=_nearby_bias,
+        nearby_for=("gradient",),
+        linear=("x", "flow", "weight", "bias"),
+        unstable=_upsets_convolution,
+    ),
+    "pack_conv3x3": Operator(
+        _flow_conv2d_packed,
+        reference.flow_conv2d, brute_force.flow_conv2d,
+        differentiable=("x", "flow", "weight", "bias"),
+        nearby=_nearby_bias,
+        nearby_for=("gradient",),
+        linear=("x", "flow", "weight", "bias"),
+        unstable=_upsets_convolution,
+    ),
+    "multilevel_roi_align": Operator(
+        ops.multilevel_roi_align,
+        reference.multilevel_roi_align, brute_force.multilevel_roi_align,
+        differentiable=("features",),
+        nearby=_nearby_boxes,
+        nearby_for=("result", "gradient"),
+        linear=("features",),
+        poisons=True,
+        affordable=lambda a: _moderate(a, 1 / min(a["strides"])),
+    ),
+    "nms": Operator(ops.nms, reference.nms, brute_force.nms, exact=True),
+    "batched_nms": Operator(ops.batched_nms, reference.batched_nms, brute_force.batched_nms, exact=True),
+    "multiclass_nms": Operator(ops.multiclass_nms, reference.multiclass_nms, brute_force.multiclass_nms, exact=True),
+    "panoptic_merge": Operator(ops.panoptic_merge, reference.panoptic_merge, brute_force.panoptic_merge, exact=True),
+    "panoptic_quality_counts": Operator(
+        ops.panoptic_quality_counts,
+        reference.panoptic_quality_counts,
+        brute_force.panoptic_quality_counts,
+        exact=True,
+    ),
+    "paste_masks": Operator(
+        ops.paste_masks,
+        reference.paste_masks, brute_force.paste_masks,
+        exact=True,
+        nearby=_nearby_threshold,
+        nearby_for=("result",),
+    ),
+    "preprocess_images": Operator(
+        _named_dtype(ops.preprocess_images),
+        _named_dtype(reference.preprocess_images),
+        _named_dtype(brute_force.preprocess_images),
+        exact=True,
+    ),
+    "sigmoid_focal_loss": Operator(
+        ops.sigmoid_focal_loss, reference.sigmoid_focal_loss, brute_force.sigmoid_focal_loss, differentiable=("logits",)
+    ),
+    "stuff_labels": Operator(
+        ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied
+    ),
+}
+for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_tower_packed)):
+    OPERATORS[_name] = Operator(
+        _call,
+        _flow_tower_reference,
+        _flow_tower_brute,
+        composed=True,
+        differentiable=("levels", "parameters"),
+        nearby=_nearby_tower,
+        nearby_for=("gradient",),
+        linear=("levels", "parameters"),
+        unstable=_upsets_convolution,
+    )

@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are ended from outside: what is done stays, and the next run ends as one without interruption would."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import spatialflow
+from spatialflow.cli import main
+from spatialflow.panoptic import writer as module
+from spatialflow.panoptic import PanopticFormatError, PanopticWriter, ResumeError, read_id_map, read_panoptic_json
+
+FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20", "score_threshold=0.001",
+        "max_detections=5"]  # fmt: skip
+NAMES = ["a.jpg", "b.png", "c/a.jpg", "c/d/3.jpg", "e.jpg", "f.jpg"]
+
+SLOW = """
+import sys, time
+import spatialflow.data.transforms as transforms
+from spatialflow.cli import main
+
+read = transforms.read_image
+
+def read_slowly(path):
+    time.sleep(0.25)
+    return read(path)
+
+transforms.read_image = read_slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for index, name in enumerate(NAMES):
+        coarse = np.random.default_rng(index).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(folder / name), cv2.resize(coarse, (80, 60), interpolation=cv2.INTER_CUBIC))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
+
+
+@pytest.fixture(scope="module")
+def arguments(photographs, weights):
+    return ["predict", str(photographs), "--recursive", "--detections", "--checkpoint", str(weights), *FAST]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert main([*arguments, "--output", str(folder)]) == 0
+    return contents(folder)
+
+
+def contents(folder):
+    """Every file below a folder: path as seen from it -> bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def journal(output):
+    return output / "panoptic.journal.jsonl"
+
+
+def rows_of(output) -> int:
+    return len(journal(output).read_bytes().splitlines()) - 1 if journal(output).is_file() else 0
+
+
+def sentences(capsys) -> list[str]:
+    return [line.removeprefix("spatialflow: ") for line in capsys.readouterr().err.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def stopped(arguments, tmp_path):
+    """The output of a run that Ctrl-C ends before its fourth image."""
+    output = tmp_path / "out"
+    assert stop_before("3.jpg", [*arguments, "--output", str(output)], signal.SIGINT) == 130
+    return output
+
+
+def stop_before(name, arguments, number) -> int:
+    """The exit code of a command that gets a signal when it is about to read an image."""
+    read = spatialflow.data.transforms.read_image
+
+    def stopping(path):
+        if path.name == name:
+            os.kill(os.getpid(), number)
+        return read(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spatialflow.data.transforms.read_image", stopping)
+        return main(arguments)
+
+
+class TestPredict:
+    @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+    def test_a_process_that_gets_a_signal(self, arguments, uninterrupted, tmp_path, capsys, number, code):
+        command = [*arguments, "--output", str(tmp_path)]
+        process = subprocess.Popen([sys.executable, "-c", SLOW, *command], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while rows_of(tmp_path) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == code, said
+        done = rows_of(tmp_path)
+        assert 2 <= done < len(NAMES)
+        if number == signal.SIGKILL:
+            assert not (tmp_path / "panoptic.json").exists()
+        else:
+            word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+            assert f"{word}: {done} of 6 images are done; the same command goes on with the others" in said
+            content = read_panoptic_json(tmp_path / "panoptic.json", with_categories=True)
+            assert [image["file_name"] for image in content["images"]] == NAMES[:done]
+            assert len(json.loads((tmp_path / "detections.json").read_text())) > 0
+        first = (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns
+        assert main(command) == 0
+        assert sentences(capsys) == [
+            f"{tmp_path}: {done} of 6 images were done by a run that was interrupted; this one goes on"
+        ]
+        assert (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns == first
+        assert contents(tmp_path) == uninterrupted
+
+    def test_the_ids_of_equal_names_differ(self, uninterrupted):
+        """And the files of all images keep the folders of the photographs."""
+        content = json.loads(uninterrupted["panoptic.json"])
+        assert [image["file_name"] for image in content["images"]] == NAMES
+        assert [image["id"] for image in content["images"]] == ["a", "b", "c/a", 3, "e", "f"]
+        files = [f"panoptic/{name.rsplit('.')[0]}.png" for name in NAMES]
+        files += [f"overlays/{name.rsplit('.')[0]}.jpg" for name in NAMES]
+        assert sorted(uninterrupted) == sorted([*files, "panoptic.json", "detections.json"])
+
+    @pytest.mark.parametrize(
+        "change, said",
+        [
+            (["--score", "0.9"], "instance_score_threshold 0.[0-9]+ -> 0.9"),
+            (["--no-overlay"], "overlays True -> False"),
+            (["--dtype", "bfloat16"], "dtype 'float32' -> 'bfloat16'"),
+        ],
+    )
+    def test_other_settings_are_refused(self, arguments, stopped, capsys, change, said):
+        before = contents(stopped)
+        capsys.readouterr()
+        assert main([*arguments, "--output", str(stopped), *change]) == 2
+        (sentence,) = sentences(capsys)
+        assert "belongs to a run with other settings that did not end: " + said.split(" ")[0] in sentence
+        assert sentence.endswith("use another --output, or start anew with --restart")
+        assert contents(stopped) == before
+
+    def test_other_weights_are_refused(self, arguments, stopped, tmp_path, capsys):
+        torch.manual_seed(2)
+        other = spatialflow.save_checkpoint(spatialflow.build_model("tiny"), tmp_path / "other.safetensors")
+        assert main([*arguments, "--output", str(stopped), "--checkpoint", str(other)]) == 2
+
+    def test_restart(self, arguments, uninterrupted, stopped):
+        assert main([*arguments, "--output", str(stopped), "--score", "0.9", "--restart"]) == 0
+        assert not journal(stopped).exists()
+        assert main([*arguments, "--output", str(stopped)]) == 0  # a run that ended leaves nothing to go on from
+        assert contents(stopped) == uninterrupted
+
+    def test_files_that_are_gone_or_damaged_are_done_again(self, arguments, uninterrupted, stopped, capsys):
+        (stopped / "panoptic" / "a.png").unlink()
+        (stopped / "panoptic" / "b.png").write_bytes(b"")
+        (stopped / "overlays" / "c" / "a.jpg").unlink()
+        assert main([*arguments, "--output", str(stopped)]) == 0
+        assert contents(stopped) == uninterrupted
+        assert not [line for line in sentences(capsys) if "goes on" in line and "of a run" in line]
+
+    def test_photographs_that_changed_are_done_again(self, photographs, weights, tmp_path):
+        folder, output = tmp_path / "photographs", tmp_path / "out"
+        folder.mkdir()
+        for name, source in (("a.jpg", "a.jpg"), ("b.jpg", "e.jpg"), ("c.jpg", "f.jpg")):
+            (folder / name).write_bytes((photographs / source).read_bytes())
+        command = ["predict", str(folder), "--checkpoint", str(weights), *FAST]
+        assert stop_before("c.jpg", [*command, "--output", str(output)], signal.SIGTERM) == 143
+        (folder / "a.jpg").write_bytes((photographs / "f.jpg").read_bytes())
+        (folder / "b.jpg").unlink()
+        (folder / "0.jpg").write_bytes((photographs / "b.png").read_bytes())
+        assert main([*command, "--output", str(output)]) == 0
+        assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+        whole, resumed = contents(tmp_path / "whole"), contents(output)
+        assert resumed.keys() - whole.keys() == {"panoptic/b.png", "overlays/b.jpg"}  # as every run, it deletes nothing
+        assert whole == {name: resumed[name] for name in whole}
+
+    def test_the_handler_is_put_back(self, arguments, stopped):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys):
+    command = ["visualize", str(photographs), "--recursive", "--config", "tiny", "--output", str(tmp_path)]
+    assert stop_before("3.jpg", command, signal.SIGTERM) == 143
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<img ") == 3 and "pictures/c/a.jpg" in page
+    assert sentences(capsys)[-1] == "terminated: 3 of 6 pictures are done"
+
+
+def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    from scenes import write_coco
+
+    from spatialflow.engine.train import Trainer
+
+    keep = Trainer._keep
+
+    def stopping(trainer):
+        keep(trainer)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_keep", stopping)
+    data, run = write_coco(tmp_path / "data", 2, (64, 96)), tmp_path / "run"
+    settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "images_per_step=2", "checkpoint_every_steps=1",
+                "epochs=4", "train_short_edges=[64]", "train_long_edge=96"]  # fmt: skip
+    command = ["train", "tiny", *settings, "--images", str(data / "images"), "--annotations",
+               str(data / "panoptic.json"), "--output", str(run), "--workers", "0"]  # fmt: skip
+    assert main(command) == 143
+    assert sentences(capsys)[-1] == f"terminated: the same command goes on from {run / 'checkpoint.pt'}"
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert "step 2 of 4" in capsys.readouterr().out
+
+
+def test_synthesize_leaves_the_ground_truth_of_what_is_done(tmp_path, monkeypatch):
+    from spatialflow.data import synthetic
+
+    make = synthetic.make_scene
+
+    def stopping(size, seed, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(size, seed, index)
+
+    monkeypatch.setattr(synthetic, "make_scene", stopping)
+    assert main(["synthesize", str(tmp_path), "--count", "4", "--size", "48", "64"]) == 143
+    content = read_panoptic_json(tmp_path / "panoptic.json", with_categories=True)
+    assert [image["file_name"] for image in content["images"]] == ["000001.jpg", "000002.jpg"]
+
+
+def write_five(folder, moment="never", number=0):
+    """Five images through a writer that resumes; the process kills itself when it is `number` times at `moment`.
+
+    Returns:
+        The images that were not done already.
+    """
+    calls, added = Counter(), []
+
+    def killing(name, function, before=lambda *_: None):
+        def call(*arguments):
+            calls[name] += 1
+            if moment == name and calls[name] == number:
+                before(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return call
+
+    def half(stream, content):
+        line = json.dumps(content, default=str).encode()
+        stream.write(line[: len(line) // 2])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_id_map", killing("before the PNG", module.write_id_map))
+        patch.setattr(module, "_write", killing("half a row", killing("before the row", module._write), half))
+        patch.setattr(module, "_write_list", killing("while the JSON is written", module._write_list))
+        with PanopticWriter(
+            folder / "maps", categories=[{"id": 1, "isthing": 1}], settings={"score": 0.5}, resume=True,
+            detections_path=folder / "detections.json",
+        ) as writer:  # fmt: skip
+            for index in range(5):
+                if not writer.is_done(index, f"{index}.jpg"):
+                    added.append(index)
+                    segments = [{"id": index + 1, "category_id": 1, "score": np.float32(index / 3), "name": "ä"}]
+                    results = [{"image_id": index, "category_id": 1, "bbox": [0, 0, 1, 2], "score": index / 7}]
+                    writer.add(index, f"{index}.jpg", np.full((2, 3), index + 1), segments, detections=results)
+    return added
+
+
+def kill(folder, moment, number):
+    """`write_five` in a process of its own, which is killed."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            write_five(folder, moment, number)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert write_five(folder) == list(range(5))
+    return contents(folder)
+
+
+class TestWriter:
+    @pytest.mark.parametrize(
+        "moment, number, kept",
+        [
+            ("before the PNG", 1, 0),
+            ("before the PNG", 4, 3),
+            ("before the row", 1, 0),  # the first row says what run it is
+            ("before the row", 2, 0),
+            ("before the row", 4, 2),
+            ("half a row", 1, 0),
+            ("half a row", 2, 0),
+            ("half a row", 6, 4),
+            ("while the JSON is written", 1, 5),
+            ("while the JSON is written", 3, 5),
+        ],
+    )
+    def test_killed_at_any_moment(self, whole, tmp_path, moment, number, kept):
+        kill(tmp_path, moment, number)
+        assert write_five(tmp_path) == list(range(kept, 5))
+        assert {name: value for name, value in contents(tmp_path).items() if not name.endswith(".tmp")} == whole
+        content = read_panoptic_json(tmp_path / "maps.json", with_categories=True)
+        assert len(content["annotations"]) == 5 and len(json.loads((tmp_path / "detections.json").read_text())) == 5
+
+    def test_killed_again_and_again(self, whole, tmp_path):
+        for moment, number in (("half a row", 3), ("before the row", 2), ("half a row", 1), ("before the PNG", 2)):
+            kill(tmp_path, moment, number)
+        assert write_five(tmp_path) == [3, 4]
+        assert contents(tmp_path) == whole
+
+    @pytest.mark.parametrize("damage", [b"{", b"\0" * 100, b"[]\n", b'{"image": 1}\n', b"\xff\n", b'{"image": {}}\n'])
+    def test_damaged_rows_are_done_again(self, whole, tmp_path, damage):
+        kill(tmp_path, "before the PNG", 5)
+        path = tmp_path / "maps.journal.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:3]) + damage + b"".join(lines[3:]))
+        kill(tmp_path, "before the PNG", 2)
+        assert path.read_bytes() == b"".join(lines[:4])  # the damage is gone, what followed it too
+        path.write_bytes(b"".join(lines[:3]) + damage + b"".join(lines[3:]))
+        assert write_five(tmp_path) == [2, 3, 4]
+        assert contents(tmp_path) == whole
+
+    @pytest.mark.parametrize("damage", [b"", b"{", b"\0\n", b"[1]\n"])
+    def test_a_damaged_first_line_starts_anew(self, whole, tmp_path, damage):
+        (tmp_path / "maps.journal.jsonl").write_bytes(damage)
+        assert write_five(tmp_path) == list(range(5))
+        assert contents(tmp_path) == whole
+
+    def test_without_resume_a_journal_is_replaced(self, tmp_path):
+        kill(tmp_path, "before the PNG", 4)
+        with PanopticWriter(tmp_path / "maps") as writer:
+            assert not writer.is_done(0, "0.jpg") and len(writer) == 0
+            writer.add(7, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+        assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [7]
+
+    def test_other_settings_and_categories(self, tmp_path):
+        def writer(settings, categories):
+            return PanopticWriter(tmp_path / "maps", categories=categories, settings=settings, resume=True)
+
+        row = [{"id": 1, "isthing": 1}]
+        with pytest.raises(KeyError), writer({"score": 0.5, "sizes": (1, 2)}, row) as first:
+            first.add(1, "a.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+            raise KeyError
+        assert writer({"score": 0.5, "sizes": [1, 2]}, row).is_done(1, "a.jpg")
+        with pytest.raises(ResumeError, match=r"maps.journal.jsonl: .* score 0.5 -> 0.25, sizes \[1, 2\] -> None"):
+            writer({"score": 0.25}, row)
+        with pytest.raises(ResumeError, match="did not end: categories '"):
+            writer({"score": 0.5, "sizes": [1, 2]}, [])
+
+    def test_images_of_an_earlier_run_are_replaced_and_others_are_not(self, tmp_path):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        with pytest.raises(KeyError), PanopticWriter(tmp_path / "maps") as writer:
+            for index in range(3):
+                writer.add(index, f"{index}.jpg", ids, segments)
+            raise KeyError
+        with PanopticWriter(tmp_path / "maps", resume=True) as writer:
+            assert len(writer) == 3
+            writer.add(1, "new.jpg", 2 * ids, [{"id": 2, "category_id": 1}])  # takes the id of 1.jpg
+            with pytest.raises(PanopticFormatError, match="other.jpg: would get the id 1, which new.jpg has already"):
+                writer.add(1, "other.jpg", ids, segments)
+        names = [image["file_name"] for image in json.loads((tmp_path / "maps.json").read_text())["images"]]
+        assert names == ["0.jpg", "2.jpg", "new.jpg"]
+
+    def test_a_row_that_cannot_be_written_leaves_nothing(self, tmp_path, monkeypatch):
+        """As where the disk is full: the image's PNG goes, the rows before and after it are whole."""
+        write = module._write
+
+        def failing(stream, content):
+            if content.get("image", {}).get("file_name") == "1.jpg":
+                stream.write(b'{"image": {"id')
+                raise OSError(28, "No space left on device")
+            write(stream, content)
+
+        monkeypatch.setattr(module, "_write", failing)
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        with PanopticWriter(tmp_path / "maps") as writer:
+            writer.add(0, "0.jpg", ids, segments)
+            before = (tmp_path / "maps.journal.jsonl").read_bytes()
+            with pytest.raises(OSError, match="No space"):
+                writer.add(1, "1.jpg", ids, segments)
+            assert (tmp_path / "maps.journal.jsonl").read_bytes() == before
+            writer.add(2, "2.jpg", ids, segments)
+        assert sorted(contents(tmp_path)) == ["maps.json", "maps/0.png", "maps/2.png"]
+        assert len(json.loads((tmp_path / "maps.json").read_text())["images"]) == 2
+
+    def test_an_interrupt_between_png_and_row_leaves_nothing(self, tmp_path, monkeypatch):
+        def interrupted(stream, content):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt), PanopticWriter(tmp_path / "maps") as writer:
+            writer.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+        assert not list((tmp_path / "maps").iterdir())
+
+    def test_memory_does_not_grow_with_the_segments(self, tmp_path):
+        """Segments stay on disk: a writer of large rows holds a small part of them."""
+        import tracemalloc
+
+        segments = [{"id": 1, "category_id": 1, "text": "x" * 100_000}]
+        tracemalloc.start()
+        with PanopticWriter(tmp_path / "maps") as writer:
+            for index in range(100):
+                writer.add(index, f"{index}.jpg", np.ones((1, 1), int), segments)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (tmp_path / "maps.json").stat().st_size > 10_000_000 > 4 * peak
+
+    def test_writers_of_several_processes(self, tmp_path):
+        """Each has a journal of its own; the first takes over the others' rows."""
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        writers = [PanopticWriter(tmp_path / "maps", tmp_path / f"{name}.json") for name in ("maps", "other")]
+        for index in range(4):
+            results = [{"image_id": index}]
+            writers[index % 2].add(index, f"{index}.jpg", ids, segments, detections=results)
+        writers[0].extend(list(writers[1].rows()))
+        writers[0].write_json()
+        for writer in writers:
+            writer.close()
+        assert sorted(contents(tmp_path)) == ["maps.json", *(f"maps/{index}.png" for index in range(4))]
+        assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [0, 2, 1, 3]
+
+    def test_two_processes_never_share_a_journal(self, tmp_path):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        first, second = (PanopticWriter(tmp_path / "maps", resume=True) for _ in range(2))
+        first.add(0, "0.jpg", ids, segments)
+        before = (tmp_path / "maps.journal.jsonl").read_bytes()
+        with pytest.raises(ResumeError, match="maps.journal.jsonl: is being written by another process"):
+            second.add(1, "1.jpg", ids, segments)
+        with pytest.raises(ResumeError, match="is being written by another process"):
+            PanopticWriter(tmp_path / "maps", resume=True)
+        assert (tmp_path / "maps.journal.jsonl").read_bytes() == before
+        assert sorted(contents(tmp_path)) == ["maps.journal.jsonl", "maps/0.png"]
+        first.close(keep_journal=True)
+        assert PanopticWriter(tmp_path / "maps", resume=True).is_done(0, "0.jpg")
+
+    def test_read_back(self, tmp_path):
+        ids = np.array([[0, 5], [9, 9]])
+        with PanopticWriter(tmp_path / "maps") as writer:
+            path = writer.add(3, "x/a.jpg", ids, [{"id": 5, "category_id": 1}, {"id": 9, "category_id": 2}],
+                              png_name="x/a.png")  # fmt: skip
+        assert path == tmp_path / "maps" / "x" / "a.png" and np.array_equal(read_id_map(path), ids)
+        assert read_panoptic_json(tmp_path / "maps.json")["annotations"][0]["file_name"] == "x/a.png"

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight Python threads at once give what one gives: operators, their gradients, scoring.
+
+`make sanitize-threads` runs this file on libraries compiled with ThreadSanitizer, which ends the process where two
+threads touch one place unordered (docs/sanitizers.md).
+"""
+
+import importlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from op_matrix import OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from scenes import write_coco
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spatialflow import ops
+from spatialflow.panoptic import evaluate, read_id_map, write_id_map
+
+THREADS = 8
+TESTS = Path(__file__).resolve().parent
+
+
+class Call:
+    """An operator's sample in one dtype: `call(call.tensors)` gives results and gradients."""
+
+    def __init__(self, name: str, sample: OpSample, dtype: torch.dtype) -> None:
+        self.name = name
+        self._sample = sample
+        self.tensors = to_dtype(sample, dtype)
+
+    def __call__(self, tensors: list) -> list[Tensor]:
+        tracked = [
+            map_tensors(lambda t: t.detach().requires_grad_(), value) if index in self._sample.differentiable else value
+            for index, value in enumerate(tensors)
+        ]
+        outputs = leaves(self._sample.op(*tracked, **self._sample.options))
+        inputs = [leaf for index in self._sample.differentiable for leaf in leaves(tracked[index])]
+        if not inputs:
+            return outputs
+        return outputs + list(torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs]))
+
+
+def packed_tower() -> OpSample:
+    """A tower with weights that were packed once, as in a `Predictor`: no gradients."""
+    conv = (torch.randn(32, 32, 3, 3) * 0.1, torch.randn(32))
+    parameters = ops.FlowTowerParameters(cls=(conv, conv), reg=(conv,), flow_cls=(conv,), segmentation_levels=1)
+    parameters = ops.pack_flow_tower(parameters)
+
+    def run(*levels: Tensor) -> list[Tensor]:
+        return leaves(ops.flow_tower(levels, parameters)) + leaves(ops.flow_conv2d(levels, None, parameters.cls[0]))
+
+    return OpSample(run, run, [torch.randn(2, 32, size, size + 3) for size in (33, 17)], differentiable=())
+
+
+def large_batched_nms() -> OpSample:
+    corner = torch.rand(33000, 2) * 2000
+    tensors = [torch.cat([corner, corner + 9], 1), torch.rand(33000), torch.randint(9, (33000,))]
+    return OpSample(ops.batched_nms, ops.batched_nms, tensors, {"iou_threshold": 0.5}, (), ())
+
+
+def large_multiclass_nms() -> OpSample:
+    corner = torch.rand(6600, 2) * 500
+    tensors = [torch.cat([corner, corner + 9], 1), torch.rand(6600, 80)]
+    options = {"score_threshold": 0.999, "iou_threshold": 0.5, "max_detections": 50}
+    return OpSample(ops.multiclass_nms, ops.multiclass_nms, tensors, options, (), ())
+
+
+def large_focal_loss() -> OpSample:
+    def run(logits: Tensor, labels: Tensor) -> list[Tensor]:
+        return [ops.sigmoid_focal_loss(logits, labels, 2.0, 0.25, reduction=how) for how in ("none", "sum")]
+
+    return OpSample(run, run, [torch.randn(1300, 40), torch.randint(41, (1300,))])
+
+
+def large_images() -> OpSample:
+    def run(*images: Tensor) -> Tensor:
+        return ops.preprocess_images(images, [(301, 402)] * 2, (1, 2, 3), (4, 5, 6), 32)
+
+    return OpSample(run, run, list(torch.randint(256, (2, 200, 267, 3), dtype=torch.uint8)), {}, (), ())
+
+
+def large_convolution(channels: int) -> Callable[[], OpSample]:
+    def make() -> OpSample:
+        tensors = [torch.randn(2, channels, 41, 42), torch.randn(2, channels, 41, 42)]
+        tensors += [torch.randn(channels, channels, 3, 3), torch.randn(channels)]
+        return OpSample(ops.flow_conv2d, ops.flow_conv2d, tensors, {}, (0, 1, 2, 3), (0, 1, 2, 3))
+
+    return make
+
+
+LARGE = {  # what the samples of the tests are too small for: one call is shared by several threads
+    "packed tower": packed_tower,
+    "batched_nms": large_batched_nms,
+    "multiclass_nms": large_multiclass_nms,
+    "sigmoid_focal_loss": large_focal_loss,
+    "preprocess_images": large_images,
+    "direct convolution": large_convolution(16),
+    "Winograd convolution": large_convolution(32),
+}
+
+
+def calls() -> Iterator[Call]:
+    """Every sample of every operator's tests, in two dtypes, and the large ones."""
+    for path in sorted(TESTS.glob("test_*.py")):
+        if re.search(r"^class \w+\(OpMatrix\)", path.read_text(), re.MULTILINE):
+            for matrix in vars(importlib.import_module(path.stem)).values():
+                if isinstance(matrix, type) and issubclass(matrix, OpMatrix) and matrix is not OpMatrix:
+                    for name, sample in matrix.samples.items():
+                        for dtype in (torch.float32, torch.bfloat16):
+                            yield Call(f"{path.stem}, {name}, {dtype}", sample(), dtype)
+    for name, sample in LARGE.items():
+        yield Call(f"large, {name}", sample(), torch.float32)
+
+
+class Called(TorchDispatchMode):
+    """The names of our operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "spatialflow":
+            self.names.add(function._schema.name.removeprefix("spatialflow::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[Call, list[Tensor]]]:
+    """All calls and what each gives alone."""
+    torch.manual_seed(0)
+    with Called() as called:
+        found = [(call, call(call.tensors)) for call in calls()]
+    registered = torch._C._dispatch_get_all_op_names()
+    ours = {name.removeprefix("spatialflow::").split(".")[0] for name in registered if name.startswith("spatialflow::")}
+    assert called.names == ours
+    return found
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    """work(0) ... work(7) at once; raises what one of them raised."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done in [pool.submit(work, thread) for thread in range(THREADS)]:
+            done.result()
+
+
+def assert_same(call: Call, actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True), f"{call.name}: result {index} differs"
+
+
+def test_one_operator_on_shared_tensors(expected):
+    """All threads call the same operator on the same tensors at the same time."""
+    together = threading.Barrier(THREADS, timeout=600)
+
+    def work(_: int) -> None:
+        try:
+            for call, alone in expected:
+                together.wait()
+                assert_same(call, call(call.tensors), alone)
+        except BaseException:
+            together.abort()  # the others would wait for this thread
+            raise
+
+    in_threads(work)
+
+
+def test_different_operators_on_their_own_tensors(expected):
+    """Every thread starts at another operator and works on copies."""
+    together = threading.Barrier(THREADS, timeout=600)
+    copies = [[map_tensors(torch.clone, call.tensors) for call, _ in expected] for _ in range(THREADS)]
+
+    def work(thread: int) -> None:
+        together.wait()
+        for index in range(len(expected)):
+            index = (index + thread * len(expected) // THREADS) % len(expected)
+            call, alone = expected[index]
+            assert_same(call, call(copies[thread][index]), alone)
+
+    in_threads(work)
+
+
+def test_scoring_with_eight_workers(tmp_path):
+    """Two evaluations at once, eight workers each, equal one worker."""
+    folder = write_coco(tmp_path, count=12)
+    truth = json.loads((folder / "panoptic.json").read_text())
+    prediction = {"annotations": []}
+    (tmp_path / "prediction").mkdir()
+    for annotation in truth["annotations"]:
+        ids = read_id_map(folder / "panoptic" / annotation["file_name"])
+        ids[: len(ids) // 3] = ids[0, 0]  # something is wrong
+        write_id_map(tmp_path / "prediction" / annotation["file_name"], ids)
+        left = [s for s in annotation["segments_info"] if (ids == s["id"]).any()]
+        segments = [{"id": s["id"], "category_id": s["category_id"]} for s in left]
+        prediction["annotations"].append(annotation | {"segments_info": segments})
+
+    def score(workers: int) -> dict:
+        return evaluate(truth, folder / "panoptic", prediction, tmp_path / "prediction", workers=workers)
+
+    alone = score(1)
+    assert 0 < alone["All"]["pq"] < 1
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(score, (THREADS, THREADS))) == [alone, alone]

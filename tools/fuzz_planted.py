@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the fuzzer awake? Plants a fault at a time in a copy of the tree and sees the fuzzer find it.
+
+`make fuzz-planted`, or `python tools/fuzz_planted.py [TEXT ...]` for the faults whose file or name contains a text. The
+working tree is only read. An operator that fails on the copy as it is is an error. Exit codes: 0 all faults found, 1
+one was not found within --seconds, 2 it could not be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
+
+CLEAN_SECONDS = 20.0  # how long the fuzzer looks at an operator without a fault
+
+
+class Fault(NamedTuple):
+    """`before`, which stands once in `file`, becomes `after`; fuzzing `operator` on `backend` must find it."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    operator: str
+    backend: str = "cpu"
+
+
+FAULTS = (
+    Fault(
+        "stride of a dimension of size 1",
+        "csrc/cpu/deform_conv2d_backward.cpp",
+        "!dense ? shape.out_channels : shape.out_width > 1 ? column_stride : row_stride;",
+        "!dense ? shape.out_channels : grad_output.stride(3);",
+        "deform_conv2d",
+    ),
+    Fault(
+        "gradient wrong for one layout",
+        "spatialflow/ops/roi_align.py",
+        "grad = _roi_align_backward(grad_output, boxes,",
+        "dense = torch.empty(grad_output.shape, device='meta').stride()\n"
+        "    grad_output = torch.as_strided(grad_output, grad_output.shape, dense) if 0 not in grad_output.stride() "
+        "else grad_output\n"
+        "    grad = _roi_align_backward(grad_output, boxes,",
+        "roi_align",
+    ),
+    Fault(
+        "gradient wrong for one dtype",
+        "spatialflow/ops/flow_conv2d.py",
+        "grad_bias = _sum_pixels(gradients)",
+        "grad_bias = _sum_pixels(gradients) * (0.5 if weight.dtype == torch.bfloat16 else 1)",
+        "flow_conv2d",
+    ),
+    Fault(
+        "read beyond a tensor",
+        "csrc/cpu/panoptic_quality_counts.cpp",
+        "while (end < pixels && gt[end] == g",
+        "while (end <= pixels && gt[end] == g",
+        "panoptic_quality_counts",
+    ),
+    Fault(
+        "strides swapped in a CUDA kernel",
+        "csrc/cuda/deform_conv2d.h",
+        "y * stride[2] + x * stride[3]",
+        "y * stride[3] + x * stride[2]",
+        "deform_conv2d",
+        "simt",
+    ),
+)
+
+
+def library(backend: str) -> str:
+    if backend != "cpu":
+        return backend
+    sys.path.insert(0, str(ROOT))
+    from spatialflow import _library
+
+    return f"cpu_{_library.cpu_level()}"
+
+
+def fuzz(operator: str, backend: str, seconds: float) -> tuple[int, str]:
+    """Exit code of the fuzzer, and after how long it found something, or its words."""
+    environment = {**os.environ, "PYTHONPATH": str(COPY)}
+    environment.pop("SPATIALFLOW_CPU_LEVEL", None)
+    done = run(
+        sys.executable, "tests/fuzz", "--ops", operator, "--backend", backend, "--seconds", seconds, env=environment
+    )
+    if found := re.search(r"^found after .*", done.stdout, re.M):
+        difference = re.search(r"^found after [^\n]*\n([^\n]*)", done.stdout, re.M)[1]
+        return done.returncode, f"{found[0]}: {difference}"
+    return done.returncode, (done.stdout + done.stderr).strip().rsplit("\n", 1)[-1]
+
+
+def is_found(fault: Fault, seconds: float) -> bool:
+    with mutated(fault.file, fault.before, fault.after) as line:
+        if fault.file.startswith("csrc/"):
+            build(library(fault.backend))
+        code, words = fuzz(fault.operator, fault.backend, seconds)
+    if code not in (0, 1):
+        raise RuntimeError(f"{fault.file}, {fault.name}: {words}")
+    print(f"{'found' if code else 'NOT FOUND':>9}  {fault.file}:{line}, {fault.name}: {words}", flush=True)
+    return code == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="only faults whose file or name contains one of these")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for each fault (default: 120)")
+    options = parser.parse_args()
+    chosen = [f for f in FAULTS if not options.texts or any(text in f"{f.file} {f.name}" for text in options.texts)]
+    copy_tree()
+    try:
+        build(*sorted({library(fault.backend) for fault in chosen}))
+        for operator, backend in sorted({(fault.operator, fault.backend) for fault in chosen}):
+            code, words = fuzz(operator, backend, CLEAN_SECONDS)
+            if code != 0:
+                raise RuntimeError(f"{operator} on {backend} fails without a fault: {words}")
+            print(f"    clean  {operator} on {backend}: {words}", flush=True)
+        missed = sum(not is_found(fault, options.seconds) for fault in chosen)
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        print(f"fuzz_planted: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(chosen) - missed} found, {missed} not found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

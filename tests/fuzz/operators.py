@@ -174,7 +174,7 @@ def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
 def _nearby_tower(arguments: dict, epsilon: float) -> Iterator[dict]:
     """Every weight and bias of the tower, moved one way or the other: sums at the kink of some ReLU change sides."""
     for sign in (1, -1, 2, -2):
-        moved = map_tensors(lambda t: t + sign * 4 * epsilon * (t.abs() + 1), arguments["parameters"])
+        moved = map_tensors(lambda t: t + sign * 32 * epsilon * (t.abs() + 1), arguments["parameters"])
         yield arguments | {"parameters": moved}
 
 

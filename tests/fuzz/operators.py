@@ -174,7 +174,7 @@ def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
 def _nearby_tower(arguments: dict, epsilon: float) -> Iterator[dict]:
     """Every weight and bias of the tower, moved one way or the other: sums at the kink of some ReLU change sides."""
     for sign in (1, -1, 2, -2):
-        moved = map_tensors(lambda t: t + sign * 4 * epsilon * (t.abs() + 1), arguments["parameters"])
+        moved = map_tensors(lambda t: t + sign * 32 * epsilon * (t.abs() + 1), arguments["parameters"])
         yield arguments | {"parameters": moved}
 
 
@@ -189,11 +189,12 @@ def _tied(arguments: dict, result: Tensor) -> Tensor:
     """Pixels whose class is, within a rounding, as good as the best."""
     enlarged = torch.from_numpy(brute_force.enlarged_logits(**arguments))  # (H, W, C)
     enlarged = torch.where(enlarged.isnan(), -torch.inf, enlarged)
-    own = enlarged.gather(2, result.long()[..., None])[..., 0]
+    known = result.long() < enlarged.shape[2]
+    own = enlarged.gather(2, torch.where(known, result.long(), 0)[..., None])[..., 0]
     finite = torch.where(enlarged.isfinite(), enlarged, 0)
     scale = finite.abs().amax(dim=2)
     largest = torch.finfo(torch.float32).max / 4  # beyond, float32 overflows
-    return (own >= enlarged.amax(dim=2) - 1e-5 * scale) | (scale > largest)
+    return known & ((own >= enlarged.amax(dim=2) - 1e-5 * scale) | (scale > largest))
 
 
 def _nearby_threshold(arguments: dict, epsilon: float) -> Iterator[dict]:

@@ -198,8 +198,32 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _is_rle(code: Any) -> bool:
-    """True for {"size": [height, width], "counts": a text}."""
+    """True for {"size": [height, width], "counts": a text} whose runs fill the mask; pycocotools trusts them blindly."""
     if not isinstance(code, dict) or not isinstance(code.get("counts"), str):
         return False
     size = code.get("size")
-    return isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        return False
+    runs = _run_lengths(code["counts"])
+    return runs is not None and min(runs, default=-1) >= 0 and sum(runs) == size[0] * size[1]
+
+
+def _run_lengths(counts: str) -> list[int] | None:
+    """The runs of a COCO RLE: 5 bits a letter, least first, with sign; from the fourth on differences to the run before
+    the last. None for a text that is something else.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # more letters follow
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    return None if shift else runs

@@ -159,6 +159,8 @@ def test_commands(tmp_path, capsys):
         (json.dumps([row | {"image_id": 99}]), "none of the 1 rows has an image_id of the ground truth"),
         (json.dumps([row | {"image_id": [1]}]), "row 0: image_id and category_id must be ids, got [1]"),
         (json.dumps([row | {"bbox": [1, 2, 3]}]), "row 0: bbox must be four numbers"),
+        (json.dumps([row | {"score": True}]), "row 0: bbox must be four numbers and score one"),
+        (json.dumps([row | {"score": 10**400}]), "row 0: bbox must be four numbers and score one"),
         (json.dumps([row | {"score": "x"}]), "row 0: bbox must be four numbers and score one"),
         (json.dumps([row | {"bbox": [1, 2, 3, float("nan")]}]), "row 0: bbox must be four numbers"),
         (json.dumps([row | {"segmentation": 3}]), "row 0: segmentation must be a COCO RLE, got 3"),

@@ -5,8 +5,8 @@ import contextlib
 import importlib.util
 import io
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
             ids = f"{row['image_id']!r:.40} and {row['category_id']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: image_id and category_id must be ids, got {ids}")
         numbers = [*row["bbox"], row["score"]] if isinstance(row["bbox"], list) else []
-        if len(numbers) != 5 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        if len(numbers) != 5 or not all(map(_is_number, numbers)):
             found = f"{row['bbox']!r:.80} and {row['score']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: bbox must be four numbers and score one, got {found}")
         if "segmentation" in row and not _is_rle(row["segmentation"]):
@@ -195,6 +195,11 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
                 f"{path}: row {i}: segmentation must be a COCO RLE, got {row['segmentation']!r:.80}"
             )
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    """True for a number that a float holds; JSON's true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_rle(code: Any) -> bool:

@@ -243,6 +243,11 @@ def _detections() -> list[dict]:
 
 def _read_detections(folder: Path, base: int, changes: list) -> int:
     rows = [dict(row) for row in _detections()]
+    for _, place, value in (change for change in changes if change[0] == "counts"):  # letters of a mask's run lengths
+        code = dict(rows[0]["segmentation"])
+        at = place % len(code["counts"])
+        code["counts"] = code["counts"][:at] + chr(33 + value % 94) + code["counts"][at + 1 :]
+        rows[0]["segmentation"] = code
     if base == 1:
         for row in rows:
             row.pop("segmentation")

@@ -70,7 +70,7 @@ runtime = $(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))
 address := address,undefined
 with_address = PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(call runtime,asan ubsan stdc++)"
-with_thread = OMP_NUM_THREADS=4 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+with_thread = OMP_NUM_THREADS=4 OMP_WAIT_POLICY=passive TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 	setarch -R env LD_PRELOAD="$(call runtime,tsan stdc++)"
 sanitized_tests = $(PYTHON) -m pytest --capture=sys
 

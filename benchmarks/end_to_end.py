@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
             measured = run(pipelines, paths, options.seconds, folder / str(short_edge))
             rows += make_rows(measured, short_edge, options)
             print_rows(rows[-len(measured) :])
-    save(rows, setting, options.output)
+            save(rows, setting, options.output)  # after every size: what ends a run early leaves the sizes before
 
 
 if __name__ == "__main__":

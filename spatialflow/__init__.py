@@ -2,7 +2,7 @@
 """SpatialFlow: exact, fast vision operators and panoptic segmentation built on them.
 
 Names are resolved on first use, so that `import spatialflow` costs nothing and scoring a folder of results never
-imports torch.
+imports torch. The raw operators, `torch.ops.spatialflow.*`, therefore need `import spatialflow.ops`.
 """
 
 import importlib

@@ -75,6 +75,7 @@ class PredictionFolder:
         import cv2
 
         from spatialflow.files import atomic_write
+        from spatialflow.panoptic import ResumeError
         from spatialflow.panoptic.detection import detection_rows
 
         image_id, picture = self._ids[image.name], self._overlay_path(image)
@@ -89,9 +90,11 @@ class PredictionFolder:
                     image_id, image.name, result.id_map, result.segments, png_name=png_name, photograph=image.path,
                     detections=detection_rows(result, image_id) if self._detections else (),
                 )  # fmt: skip
-        except BaseException:
+        except BaseException as error:
             if self._overlays:
                 picture.unlink(missing_ok=True)
+            if isinstance(error, ResumeError):
+                raise CommandError(str(error)) from None
             raise
         self.done.append(image.name)
 
@@ -106,14 +109,12 @@ class PredictionFolder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if not self.done:
-            return
+        done = set(self.done)
         try:
             with named(self._root):
-                done = set(self.done)
-                self._writer.write_json(image.name for image in self._images if image.name in done)
-                if kind is None:
-                    self._writer.close()
+                if done:
+                    self._writer.write_json(image.name for image in self._images if image.name in done)
+                self._writer.close(keep_journal=kind is not None)
         except OSError as error:
             raise CommandError(sentence(error)) from None
 

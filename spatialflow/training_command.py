@@ -101,7 +101,12 @@ def run_train(options: argparse.Namespace) -> int:
                 complain(f"{options.output}: goes on with other settings: {', '.join(trainer.tamed)}")
             if trainer.anew and trainer.step == 0:
                 complain(f"{options.checkpoint}: of other classes; {', '.join(trainer.anew)} start anew")
-        trainer.run()
+        try:
+            trainer.run()
+        except KeyboardInterrupt as stop:
+            if trainer.checkpoint_path.is_file():
+                stop.args = (f"the same command goes on from {trainer.checkpoint_path}",)
+            raise
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:

@@ -20,9 +20,10 @@ def add_validate(commands: Any) -> None:
     validate = commands.add_parser(
         "validate", help="find what is wrong with panoptic annotations",
         description="Checks a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, "
-                    "files that are missing.\nFor every rule (docs/annotations.md) it says what a breach does to a ground truth "
-                    "and a prediction in `evaluate`,\nand in `train`: it stops, is reported, the image is skipped, or "
-                    "it does not matter (-). Exit codes: 0 clean,\n1 problems found, 2 not readable at all.",
+                    "files that are missing.\nFor every rule (docs/annotations.md) it says what a breach does to a "
+                    "ground truth and a prediction in\n`evaluate`, and in `train`: it stops, is reported, the image "
+                    "is skipped, or it does not matter (-).\nExit codes: 0 clean, 1 problems found, 2 not readable "
+                    "at all.",
         **with_examples(
             "validate annotations/panoptic_val2017.json --images val2017",
             "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",

@@ -139,7 +139,8 @@ def _read_maps(path: Path, use: str) -> Maps:
         raise CommandError(str(error)) from None
     for index, row in enumerate(content["categories"]):
         if row.get("color") is not None and not is_color(row["color"]):
-            raise CommandError(f"{path}: categories[{index}]: color must be three numbers in 0..255, got {row['color']!r:.80}")
+            rule = f"color must be three numbers from 0 to 255, got {row['color']!r:.80}"
+            raise CommandError(f"{path}: categories[{index}]: {rule}")
     folder = path.with_suffix("")
     annotations: dict[str, dict[str, Any]] = {}
     of_key: dict[str, list[dict[str, Any]]] = {}

@@ -263,7 +263,7 @@ class TestDeformConv2d:
         )  # fmt: skip
 
     def test_border(self) -> None:
-        """A sample fades to zero within one cell beyond the centres of the outermost cells."""
+        """A sample fades to zero within one cell beyond the centers of the outermost cells."""
         places = rows(-1.25, -1, -0.75, 0, 0.25, 1, 1.25, 1.75, 2, 2.25)
         offset = torch.zeros(1, 2, 10, 1, dtype=torch.float64)
         offset[0, 0, :, 0] = places - torch.arange(-4, 6)
@@ -405,6 +405,17 @@ class TestPanopticMerge:
         for dtype in TOLERANCE:
             scores = torch.full((6,), 0.7, dtype=dtype)
             compare("panoptic_merge", self.masks, scores, self.labels, None, self.stuff, 2, score_threshold=0.7)
+
+    def test_shares_at_the_threshold(self) -> None:
+        """Half of a mask taken is not too much, half of a box void is enough, an area at its limit too."""
+        masks = squares(2, 6, (0, 0, 2, 2), (1, 0, 3, 2), (0, 0, 0, 0))
+        boxes = rows([0, 0, 1, 1], [0, 0, 1, 1], [2, 0, 4, 2])
+        stuff = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
+        merged = compare(
+            "panoptic_merge", masks, rows(0.9, 0.8, 0.7), torch.tensor([7, 8, 9]), boxes, stuff, 1,
+            overlap_threshold=0.5, box_threshold=0.5, stuff_area_limit=4,
+        )  # fmt: skip
+        assert merged[0][0].tolist() == [1, 1, 2, 4, 3, 3]
 
     def test_nothing(self) -> None:
         none = (torch.zeros(0, 3, 4, dtype=torch.uint8), rows(), torch.zeros(0, dtype=torch.int64))

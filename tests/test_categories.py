@@ -63,10 +63,10 @@ def test_numbered_classes():
         ("{}", "no list of categories"),
         ("[", "not a JSON"),
         ("[" * 100_000, "not a JSON"),
-        ('[{"id": 1, "isthing": 1, "color": "red"}]', 'categories.0.: "color" must be three numbers in 0..255, got .red'),
-        ('[{"id": 1, "isthing": 1, "color": [1, 2, 1e999]}]', "must be three numbers in 0..255"),
-        ('[{"id": 1, "isthing": 1, "color": [1, 2, -3]}]', "must be three numbers in 0..255"),
-        ('[{"id": 1000000000000000000000, "isthing": 1}]', 'with an integer "id"'),
+        ('[{"id": 1, "isthing": 1, "color": "red"}]', 'categories.0.: "color" must be three numbers from 0 to 255'),
+        ('[{"id": 1, "isthing": 1, "color": [1, 2, 1e999]}]', "must be three numbers from 0 to 255"),
+        ('[{"id": 1, "isthing": 1, "color": [1, 2, -3]}]', "must be three numbers from 0 to 255"),
+        ('[{"id": 1000000000000000000000, "isthing": 1}]', "id must fit 64 bits"),
         ('[{"id": 1, "isthing": 1, "color": [1, 2]}]', "must be three numbers"),
         (None, "cannot be read"),
         ('[{"id": 1, "isthing": 1}, {"id": 1, "isthing": 0}]', "unique"),
@@ -79,3 +79,17 @@ def test_bad_tables_are_named(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(CategoryError, match=message):
         load_categories(path, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"id": 10**30}, "id must fit 64 bits, got 10"),
+        ({"color": [0, 0, 10**400]}, '"color" must be three numbers from 0 to 255'),
+        ({"color": [float("nan")] * 3}, '"color" must be three numbers from 0 to 255'),
+        ({"color": [-1, 0, 0]}, '"color" must be three numbers from 0 to 255'),
+    ],
+)
+def test_numbers_out_of_range_are_named(row, message):
+    with pytest.raises(CategoryError, match=message):
+        Categories([{"id": 1, "isthing": 1} | row], has_other=False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_models import SMALL
 
+from spatialflow.cli import main
 from spatialflow.engine.checkpoints import (
     CheckpointError,
     convert,
@@ -101,6 +102,12 @@ def test_released_file_loads_wrapped_bare_and_parallel(tmp_path):
         assert_equal_states(load_checkpoint(small_model(), path), source)
 
 
+def small_model_of(state):
+    model = small_model()
+    model.load_state_dict(state)
+    return model
+
+
 def named(before, state, after=""):
     return {f"{before}{name}{after}": value for name, value in state.items()}
 
@@ -115,7 +122,10 @@ class TestWrappers:
     WRAPPED = {
         "compiled": (lambda s: named("_orig_mod.", s), "took '_orig_mod.' off the names"),
         "parallel and compiled": (lambda s: named("module._orig_mod.", s), "took '_orig_mod.', 'module.' off"),
-        "twice parallel": (lambda s: {"model_state_dict": named("module.module.", s)}, "weights under 'model_state_dict'"),
+        "twice parallel": (
+            lambda s: {"model_state_dict": named("module.module.", s)},
+            "took the weights under 'model_state_dict'; took 'module.' off the names",
+        ),
         "a part compiled": (
             lambda s: {name.replace("backbone.", "backbone._orig_mod."): value for name, value in s.items()},
             "took '_orig_mod.' off the names",
@@ -136,6 +146,11 @@ class TestWrappers:
             "left out 416 averages beside the weights (ema_*)",
         ),
         "one object": (lambda s: dict.fromkeys(("model", "state_dict"), s), "took the weights under 'state_dict'"),
+        "equal": (
+            lambda s: {"model": s, "net": {name: value.clone() for name, value in s.items()}},
+            "took the weights under 'model'",
+        ),
+        "configuration": (lambda s: {"model": {"type": "x"}, "net": s, "params": {}}, "took the weights under 'net'"),
         "numpy": (
             lambda s: {"model": s, "best": np.float64(0.4), "seen": np.arange(3), "flag": np.bool_(True)},
             "took the weights under 'model'",
@@ -195,6 +210,24 @@ class TestWrappers:
         with pytest.raises(CheckpointError, match="is there twice, under names of several wrappers"):
             load_checkpoint(small_model(), path)
 
+    def test_commands_say_it(self, tmp_path, capsys):
+        """`convert` prints what it took off, once; `--ema` without a file to take it from is refused."""
+        state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
+        torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
+        assert main(["convert", *files]) == 0
+        said = "weights.pth: took the weights under 'state_dict'; left out the moving average under 'ema'; took '_orig_"
+        assert capsys.readouterr().err.count(said) == 1
+        assert main(["convert", "--ema", *files]) == 0
+        assert_equal_states(load_checkpoint(small_model(), files[1]), small_model_of(state))
+        nothing = str(tmp_path / "out")
+        for command in (
+            ["predict", "a.jpg", "--ema", "--output", nothing],
+            ["train", "tiny", "--ema", "--output", nothing],
+            ["visualize", "photos", "--config", "demo", "--ema", "--output", nothing],
+        ):
+            assert main(command) == 2
+            assert "spatialflow: --ema needs --checkpoint" in capsys.readouterr().err
+
     def test_a_file_that_holds_itself(self, tmp_path):
         loop = {}
         loop["model"] = {"net": loop}
@@ -249,7 +282,8 @@ class TestFinite:
         state = small_model().state_dict()
         state["backbone.bn1.running_var"][0] = 7e4
         path = save_checkpoint(state, tmp_path / "wide.pth")
-        with pytest.raises(CheckpointError, match="wide.pth: holds values too large for torch.float16: backbone.bn1.runn"):
+        message = "wide.pth: holds values too large for torch.float16: backbone.bn1.running_var"
+        with pytest.raises(CheckpointError, match=message):
             convert(path, tmp_path / "half.safetensors", torch.float16)
         assert convert(path, tmp_path / "bfloat.safetensors", torch.bfloat16) > 0
 

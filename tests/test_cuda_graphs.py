@@ -3,6 +3,7 @@
 for CUDA's, and like it writes into the outputs of the capture."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -79,3 +80,12 @@ def test_the_oldest_is_dropped(cache):
         cache(key, lambda: made.append(key) or (lambda inputs: -inputs[0]), [torch.zeros(1)])
         assert len(cache) <= 2
     assert "".join(made) == "abca"
+
+
+def test_copies_capture_their_own(cache):
+    """Graphs belong to a process: a copy or a pickle of a Predictor leaves them out."""
+    cache("a", lambda: lambda inputs: -inputs[0], [torch.ones(1)])
+    other = copy.deepcopy(cache)
+    assert len(cache) == 1 and len(other) == 0 and other._pool is None
+    assert other("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
+    assert cache("a", None, [torch.ones(1)]).item() == -1

@@ -155,6 +155,31 @@ class TestValues:
             assert results[0][-1][0, 4, 2, 3] == 0
         assert not torch.equal(out, convolve(*tensors)), "the spoilt tap took part before"
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # the last is infinite for float32 features
+    def test_tangent_of_a_mask_that_is_not_finite(self, value):
+        """Forward mode and second derivatives know no such mask either."""
+        tensors = [t.float() for t in inputs()]
+        mask = tensors[4].double()
+        mask[0, 4, 2, 3] = value
+
+        def loss(input, weight, mask):
+            return convolve(input, tensors[1], weight, tensors[3], mask).square().sum()
+
+        functions = {
+            "result": lambda mask: convolve(*tensors[:4], mask),
+            "gradient of the input": lambda mask: torch.func.grad(loss)(tensors[0], tensors[2], mask),
+            "gradient of the weight": lambda mask: torch.func.grad(loss, 1)(tensors[0], tensors[2], mask),
+        }
+        whole = torch.randn_like(mask)
+        without = whole.clone()
+        without[0, 4, 2, 3] = 0
+        for name, function in functions.items():
+            one, other = (torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (whole, without))
+            assert torch.equal(one, other) and torch.isfinite(one).all(), name
+        _, pullback = torch.func.vjp(lambda weight: torch.func.grad(loss, 2)(tensors[0], weight, mask), tensors[2])
+        (one,), (other,) = pullback(whole), pullback(without)
+        assert torch.equal(one, other) and torch.isfinite(one).all()
+
     @pytest.mark.parametrize("value", [1e3, 1e9, 3e38, -3e38])
     def test_huge_offset_reads_nothing(self, value):
         input, offset, weight, bias, mask = inputs(requires_grad=True)

@@ -269,6 +269,17 @@ class TestPacked:
         call = torch.compile(lambda t: ops.flow_conv2d(t, None, packed), backend="aot_eager", fullgraph=True)
         assert_near(call(x), ops.flow_conv2d(x, None, packed), torch.float32)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("begin", [1, 2])
+    def test_slice_of_a_larger_tensor(self, begin, dtype):
+        """Packed weights that begin at no multiple of 16 bytes, the unit in which CUDA kernels read them."""
+        x = torch.randn(1, 16, 6, 7, dtype=dtype)
+        packed = ops.pack_conv3x3(torch.randn(8, 16, 3, 3, dtype=dtype), algorithm="direct")
+        larger = torch.full((begin + packed.packed.numel(),), float("nan"), dtype=packed.packed.dtype)
+        larger[begin:] = packed.packed
+        sliced = packed._replace(packed=larger[begin:])
+        assert torch.equal(ops.flow_conv2d(x, None, sliced), ops.flow_conv2d(x, None, packed))
+
     def test_foreign_packing_is_refused(self):
         packed = ops.pack_conv3x3(torch.randn(8, 4, 3, 3))
         with pytest.raises(RuntimeError, match="flow_conv2d: the packed weight was made for other channels"):
@@ -285,7 +296,7 @@ class TestPacked:
         for other in (0, 1, tag - 2, tag + 1, 128):  # no tag: a version before there were tags
             bare = packed.packed[:-tag]
             held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other)]))
-            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the weight anew"
+            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the"
             with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
                 ops.flow_conv2d(x, None, held)
             with pytest.raises(RuntimeError, match="flow_tower: " + message):

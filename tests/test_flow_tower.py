@@ -96,6 +96,8 @@ def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), 
             converted=(0, 1),
             raw=raw,
             resized=tensors,
+            # Which convolution reads what follows from the schedule, which kernels alone make.
+            unforeseen="was packed for other channels|channels of the feature it is added to",
         )
 
     return build

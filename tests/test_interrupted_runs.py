@@ -210,6 +210,31 @@ def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys
     assert sentences(capsys)[-1] == "terminated: 3 of 6 pictures are done"
 
 
+def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    from scenes import write_coco
+
+    from spatialflow.engine.train import Trainer
+
+    keep = Trainer._keep
+
+    def stopping(trainer):
+        keep(trainer)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_keep", stopping)
+    data, run = write_coco(tmp_path / "data", 2, (64, 96)), tmp_path / "run"
+    settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "images_per_step=2", "checkpoint_every_steps=1",
+                "epochs=4", "train_short_edges=[64]", "train_long_edge=96"]  # fmt: skip
+    command = ["train", "tiny", *settings, "--images", str(data / "images"), "--annotations",
+               str(data / "panoptic.json"), "--output", str(run), "--workers", "0"]  # fmt: skip
+    assert main(command) == 143
+    assert sentences(capsys)[-1] == f"terminated: the same command goes on from {run / 'checkpoint.pt'}"
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert "step 2 of 4" in capsys.readouterr().out
+
+
 def test_synthesize_leaves_the_ground_truth_of_what_is_done(tmp_path, monkeypatch):
     from spatialflow.data import synthetic
 
@@ -407,6 +432,34 @@ class TestWriter:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (tmp_path / "maps.json").stat().st_size > 10_000_000 > 4 * peak
+
+    def test_writers_of_several_processes(self, tmp_path):
+        """Each has a journal of its own; the first takes over the others' rows."""
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        writers = [PanopticWriter(tmp_path / "maps", tmp_path / f"{name}.json") for name in ("maps", "other")]
+        for index in range(4):
+            results = [{"image_id": index}]
+            writers[index % 2].add(index, f"{index}.jpg", ids, segments, detections=results)
+        writers[0].extend(list(writers[1].rows()))
+        writers[0].write_json()
+        for writer in writers:
+            writer.close()
+        assert sorted(contents(tmp_path)) == ["maps.json", *(f"maps/{index}.png" for index in range(4))]
+        assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [0, 2, 1, 3]
+
+    def test_two_processes_never_share_a_journal(self, tmp_path):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        first, second = (PanopticWriter(tmp_path / "maps", resume=True) for _ in range(2))
+        first.add(0, "0.jpg", ids, segments)
+        before = (tmp_path / "maps.journal.jsonl").read_bytes()
+        with pytest.raises(ResumeError, match="maps.journal.jsonl: is being written by another process"):
+            second.add(1, "1.jpg", ids, segments)
+        with pytest.raises(ResumeError, match="is being written by another process"):
+            PanopticWriter(tmp_path / "maps", resume=True)
+        assert (tmp_path / "maps.journal.jsonl").read_bytes() == before
+        assert sorted(contents(tmp_path)) == ["maps.journal.jsonl", "maps/0.png"]
+        first.close(keep_journal=True)
+        assert PanopticWriter(tmp_path / "maps", resume=True).is_done(0, "0.jpg")
 
     def test_read_back(self, tmp_path):
         ids = np.array([[0, 5], [9, 9]])

@@ -10,6 +10,7 @@ import torch
 from golden_models import assert_close, golden_model
 from small_models import VARIANTS, random_model
 
+from spatialflow.models import optimize
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.ops import stuff_labels
 
@@ -95,3 +96,11 @@ def test_another_dtype_is_right_or_refused():
         assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
         with pytest.raises(RuntimeError, match="packed weight must be float64"):
             copy.deepcopy(fast).double()(images.double())
+
+
+def test_another_version_is_refused(monkeypatch):
+    """Other versions may arrange weights in other ways."""
+    content = pickle.dumps(optimize_for_inference(random_model("tiny")))
+    monkeypatch.setattr(optimize, "__version__", "9.9")
+    with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: make it anew"):
+        pickle.loads(content)

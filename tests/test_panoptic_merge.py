@@ -281,6 +281,12 @@ class TestBadValues:
     def test_box_without_pixels(self, box):
         assert merge(one_row((0, 4)), [0.9], [1], [box], None).segments[0]["area"] == 4
 
+    def test_score_beyond_float32_is_infinite(self):
+        masks, stuff = torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int64)
+        for merge in (ops.panoptic_merge, reference.panoptic_merge):
+            scores = merge(masks, torch.tensor([1e300], dtype=torch.float64), torch.tensor([0]), None, stuff, 0).scores
+            assert scores.tolist() == [float("inf")]
+
     def test_stuff_outside_the_labels_is_void(self):
         masks = torch.zeros(0, 2, 70, dtype=torch.bool)
         for dtype, values in (

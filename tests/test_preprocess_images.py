@@ -36,6 +36,7 @@ def sample(shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]):
                 (images, [h for h, _ in sizes], [w for _, w in sizes], mean, std, divisor, torch.float32),
             ),
             resized=tensors,
+            unforeseen="no tensor arguments",  # torch's own word to an empty list
         )
 
     return build

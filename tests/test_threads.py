@@ -159,7 +159,7 @@ def assert_same(call: Call, actual: list[Tensor], expected: list[Tensor]) -> Non
 
 def test_one_operator_on_shared_tensors(expected):
     """All threads call the same operator on the same tensors at the same time."""
-    together = threading.Barrier(THREADS, timeout=120)
+    together = threading.Barrier(THREADS, timeout=600)
 
     def work(_: int) -> None:
         try:
@@ -175,7 +175,7 @@ def test_one_operator_on_shared_tensors(expected):
 
 def test_different_operators_on_their_own_tensors(expected):
     """Every thread starts at another operator and works on copies."""
-    together = threading.Barrier(THREADS, timeout=120)
+    together = threading.Barrier(THREADS, timeout=600)
     copies = [[map_tensors(torch.clone, call.tensors) for call, _ in expected] for _ in range(THREADS)]
 
     def work(thread: int) -> None:

@@ -175,7 +175,7 @@ class TestRun:
             holder = holder[key]
         holder[("", *where)[-1]] = value
         torch.save(content[""], tmp_path / "checkpoint.pt")
-        with pytest.raises(CheckpointError, match="checkpoint.pt: is no checkpoint of a run"):
+        with pytest.raises(CheckpointError, match="checkpoint.pt: is no whole checkpoint of a run"):
             Trainer(small(), data, tmp_path, ALONE)
 
     def test_settings_of_the_optimizer_are_those_of_the_configuration(self, data, tmp_path):
@@ -317,14 +317,16 @@ class TestDivergence:
         """The loss of the step after shows it first; the message has the weights too."""
         trainer = Trainer(small(epochs=2), data, tmp_path, ALONE)
         after_steps(trainer, monkeypatch, lambda losses: poison(trainer, "fpn.p6.weight"))
-        with pytest.raises(TrainingError, match=r"step 2: the loss is not finite \(total .*\); not finite after step 2: "):
+        message = r"step 2: the loss is not finite \(total .*\); not finite after step 2: "
+        with pytest.raises(TrainingError, match=message):
             trainer.run()
         assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "model.safetensors").exists()
 
     def test_one_process_stops_all(self, data, tmp_path, monkeypatch):
         """Statistics that are not finite in another process alone."""
         trainer = Trainer(small(), data, tmp_path, ALONE)
-        monkeypatch.setattr(World, "gather", lambda self, item: [item, ([], ["backbone.bn1.running_mean"])])
+        broken = ("backbone.bn1.running_mean",)
+        monkeypatch.setattr(World, "gather", lambda self, item: [item, broken if isinstance(item, tuple) else item])
         with pytest.raises(TrainingError, match="step 2: not finite after step 2: backbone.bn1.running_mean; "):
             trainer.run()
         assert not (tmp_path / "checkpoint.pt").exists()
@@ -332,11 +334,28 @@ class TestDivergence:
     def test_poisoned_checkpoint_is_refused(self, data, tmp_path):
         """As versions wrote them that did not look."""
         Trainer(small(), data, tmp_path, ALONE).run()
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        state["model"]["fpn.p6.bias"][0] = float("nan")
-        torch.save(state, tmp_path / "checkpoint.pt")
-        with pytest.raises(CheckpointError, match="checkpoint.pt: holds values that are not finite: fpn.p6.bias; start"):
-            Trainer(small(), data, tmp_path, ALONE)
+        good = (tmp_path / "checkpoint.pt").read_bytes()
+
+        def break_weight(state):
+            state["model"]["fpn.p6.bias"][0] = float("nan")
+
+        def break_momentum(state):
+            state["optimizer"]["state"][0]["momentum_buffer"].view(-1)[0] = float("inf")
+
+        for change, message in (
+            (break_weight, "holds values that are not finite: fpn.p6.bias; start"),
+            (break_momentum, "holds values that are not finite: momentum of backbone.conv1.weight; start"),
+            (lambda state: state.pop("scaler"), "is no whole checkpoint of a run"),
+            (lambda state: state["model"].pop("fpn.p6.bias"), "is no whole checkpoint of a run"),
+            (lambda state: state.update(identity="[]"), "is no whole checkpoint of a run"),
+            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is no whole checkpoint of a run"),
+        ):
+            (tmp_path / "checkpoint.pt").write_bytes(good)
+            state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+            change(state)
+            torch.save(state, tmp_path / "checkpoint.pt")
+            with pytest.raises(CheckpointError, match=f"checkpoint.pt: {message}"):
+                Trainer(small(), data, tmp_path, ALONE)
 
     def test_fp16_skips_steps(self, data, tmp_path):
         """Gradients that overflow float16 are no divergence, until no loss scale helps."""

@@ -396,6 +396,17 @@ class TestCommand:
         )
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
+    def test_photographs_that_a_camera_has_turned(self, folder, capsys):
+        """A size is that of the picture as it is shown, which is how training reads it."""
+        broken = Broken(folder)
+        path = folder / "images" / broken.row["file_name"]
+        turned = Image.open(path).transpose(Image.Transpose.ROTATE_90)
+        orientation = Image.Exif()
+        orientation[0x0112] = 6
+        turned.save(path, exif=orientation)
+        assert main(["validate", str(broken.save()), "--images", str(folder / "images")]) == 0, capsys.readouterr().out
+        CocoPanoptic(broken.save(), folder / "images", None, scene_categories())[1]
+
     def test_problems_do_not_depend_on_workers(self, folder):
         broken = Broken(folder)
         segment_without_pixels(broken)
@@ -461,6 +472,27 @@ class TestScores:
     def test_an_area_that_cannot_be_is_refused(self, area):
         with pytest.raises(PanopticFormatError, match="image : segment 1 has area"):
             self.iou(area)
+
+    def test_a_predicted_segment_of_id_zero_counts_as_any_other(self):
+        truth, segments = np.array([[0, 0, 1, 1, 1, 1, 1, 1]]), [{"id": 1, "category_id": 1}]
+        scores = []
+        for number in (0, 5):
+            quality = PanopticQuality(self.CATEGORIES)
+            prediction = np.array([[number] * 6 + [6, 6]])
+            found = [{"id": number, "category_id": 1}, {"id": 6, "category_id": 1}]
+            quality.update(truth, segments, prediction, found)
+            scores.append(quality.compute())
+        assert scores[0] == scores[1] and scores[0]["per_class"][1]["iou"] == 4 / 6
+
+    def test_segments_without_pixels_and_pixels_without_segment_count_as_in_panopticapi(self):
+        """The one is missed; the others are not void, so they stay in the union."""
+        truth = np.array([[1, 1, 1, 9]])
+        segments = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}]
+        quality = PanopticQuality(self.CATEGORIES)
+        with pytest.warns(UserWarning) as reports:
+            quality.update(truth, segments, np.full((1, 4), 3), [{"id": 3, "category_id": 1}])
+        row = quality.compute()["per_class"][1]
+        assert (row["iou"], row["tp"], row["fn"], row["fp"]) == (3 / 4, 1, 1, 0) and len(reports) == 2
 
     def test_id_zero_in_a_ground_truth_is_refused(self):
         """Void pixels would count as matched: 60 of 140 pixels scored 0.75."""
@@ -540,7 +572,7 @@ class TestTraining:
         broken = Broken(folder)
         id_zero(broken)
         data = ["--images", str(folder / "images"), "--annotations", str(broken.save())]
-        settings = ["num_things=6", "num_stuff=7", "categories=synthetic"]
+        settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "epochs=1"]
         assert main(["train", "tiny", *settings, *data, "--output", str(tmp_path / "run")]) == 2
         assert "segment 0: the id 0 stands for void" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -595,6 +627,8 @@ class TestJoin:
         assert join_images(listed(truth), listed(prediction)) == {1: "b", 2: "a"}
         with pytest.raises(PanopticFormatError, match="no prediction for the image with id 1"):
             join_images(listed(truth), listed([("a", "1.jpg", "q1.png")]))
+        with pytest.raises(PanopticFormatError, match="no prediction for the image with id 7"):
+            join_images(listed([(7, "1.jpg", "p.png")]), listed(prediction))
 
     def test_neither_is_said_with_examples(self):
         with pytest.raises(PanopticFormatError) as error:

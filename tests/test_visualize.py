@@ -97,7 +97,7 @@ class TestCommand:
         assert main(["visualize", str(truth / "images"), *arguments]) == 2
         assert "nowhere.json cannot be read" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("color", ["red", [1, 2], 5])
+    @pytest.mark.parametrize("color", ["red", [1, 2], 5, [0, 0, 256], [float("nan")] * 3])
     def test_colours_that_are_none_are_named(self, truth, tmp_path, capsys, color):
         content = json.loads((truth / "panoptic.json").read_text())
         content["categories"][1]["color"] = color

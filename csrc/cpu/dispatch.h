@@ -3,6 +3,8 @@
 // From a run-time dtype to a typed kernel, and loops over threads.
 #pragma once
 
+#include <atomic>
+
 #include "common/scalar.h"
 #include "ops/tensor.h"
 
@@ -61,11 +63,22 @@ template <typename Body>
 using Ordered = const Body&;
 #endif
 
+inline int64_t num_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Whether this process, or one that it was forked from, has run a kernel on several threads: spatialflow/_library.py
+// asks after a fork.
+extern "C" {
+__attribute__((visibility("default"))) inline std::atomic<bool> spatialflow_threads_were_used{false};
+}
+
 // body(begin, end) on torch's own threads; runs in place when there is less than `grain` work. It may run out of
 // memory, but must not throw otherwise.
 template <typename Body>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     if (begin < end) {
+        if (end - begin > grain && num_threads() > 1) {
+            spatialflow_threads_were_used = true;
+        }
         try {
             torch::stable::parallel_for(begin, end, grain, Ordered<Body>(body));
         } catch (const std::exception&) {  // the stable ABI does not hand on the exception itself
@@ -73,7 +86,5 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& 
         }
     }
 }
-
-inline int64_t num_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
 }  // namespace spatialflow

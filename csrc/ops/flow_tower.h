@@ -31,9 +31,12 @@ inline void check_flow_tower(
     }
     check(packed.size() == total && biases.size() == total, op, ": packed and biases must have ", total,
           " entries, the sum of counts, got ", packed.size(), " and ", biases.size());
+    const ScalarType dtype = accum_dtype(levels[0].scalar_type());
     for (size_t i = 0; i < total; ++i) {
         check(packed[i].dim() == 1 && packed[i].is_contiguous() && biases[i].dim() == 1, op, ": packed[", i,
               "] and biases[", i, "] must be vectors");
+        check(packed[i].numel() == 0 || packed[i].scalar_type() == dtype, op, ": packed[", i, "] must be ",
+              dtype_name(dtype), " for these levels, got ", dtype_name(packed[i].scalar_type()));
         check_same_device(op, "packed", packed[i], "levels", levels[0]);
         check_same_device(op, "biases", biases[i], "levels", levels[0]);
     }
@@ -63,8 +66,6 @@ public:
                 conv.bias = contiguous_as(biases[next], dtype);
                 conv.out_channels = biases[next].size(0);
                 conv.present = packed[next].numel() > 0;
-                check(!conv.present || packed[next].scalar_type() == dtype, "flow_tower: packed[", next, "] must be ",
-                      dtype_name(dtype), " for these levels, got ", dtype_name(packed[next].scalar_type()));
                 conv.size = conv.present ? checked_packed_size("flow_tower", packed[next], columns) : 0;
                 lists_[list].push_back(conv);
             }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "ops/tensor.h"
+#include "ops/panoptic_merge.h"
 
 // Returns the id map (H, W) int32; the segment table (K + stuff_labels, 8) int64, columns as in
 // common/panoptic_merge.h; the segments' scores (K + stuff_labels) float32; and their number, an int64 scalar tensor.
@@ -9,4 +9,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
         "panoptic_merge(Tensor masks, Tensor scores, Tensor labels, Tensor? boxes, Tensor stuff, SymInt stuff_labels, "
         "int[] ignored_stuff, float score_threshold, float overlap_threshold, int stuff_area_limit, "
         "float box_threshold) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow_checks, library) {
+    library.def(
+        "panoptic_merge(Tensor masks, Tensor scores, Tensor labels, Tensor? boxes, Tensor stuff, "
+        "int stuff_labels, float score_threshold, float overlap_threshold, float box_threshold) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow_checks, CompositeExplicitAutograd, library) {
+    library.impl("panoptic_merge", TORCH_BOX(&spatialflow::check_panoptic_merge));
 }

@@ -17,6 +17,7 @@ inline void check_preprocess_images(
     const std::vector<Tensor>& images, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
     const std::vector<double>& mean, const std::vector<double>& std, int64_t divisor, ScalarType dtype) {
     const char* op = "preprocess_images";
+    check(!images.empty(), op, ": images must hold at least one image");
     check(heights.size() == images.size() && widths.size() == images.size(), op,
           ": sizes must hold one (H, W) for each of ", images.size(), " images, got ", heights.size());
     for (size_t n = 0; n < images.size(); ++n) {

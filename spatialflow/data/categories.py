@@ -160,21 +160,22 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _make_row(row: Any, where: str) -> Category:
-    id_is_right = isinstance(row, Mapping) and isinstance(row.get("id"), int) and abs(row["id"]) < 1 << 31
-    if not id_is_right or row.get("isthing") not in (0, 1):
+    if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or row.get("isthing") not in (0, 1):
         raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
+    if not -(2**63) <= row["id"] < 2**63:
+        raise CategoryError(f"{where}: id must fit 64 bits, got {row['id']!r:.80}")
     color = row.get("color") or _color_of(row["id"])
     if not is_color(color):
-        raise CategoryError(f'{where}: "color" must be three numbers in 0..255, got {color!r:.80}')
+        raise CategoryError(f'{where}: "color" must be three numbers from 0 to 255, got {color!r:.80}')
     return Category(
         row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color)
     )
 
 
 def is_color(value: Any) -> bool:
-    """True for three numbers in 0..255."""
-    listed = isinstance(value, (list, tuple)) and len(value) == 3
-    return listed and all(isinstance(c, (int, float)) and 0 <= c <= 255 for c in value)
+    """True for three numbers from 0 to 255."""
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(c, (int, float)) for c in value)
+    return numbers and len(value) == 3 and all(0 <= c <= 255 for c in value)
 
 
 def _color_of(category_id: int) -> tuple[int, int, int]:

@@ -104,8 +104,8 @@ def read_state(path: Union[str, Path], ema: bool = False) -> dict[str, Tensor]:
     """Tensors of a safetensors or torch file (told apart by content), under the names of this package.
 
     What trainers and wrappers put around the weights is taken off, and the logger `spatialflow.engine.checkpoints` says
-    so: keys that hold them (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), `ema_*` entries
-    beside the weights.
+    so: keys that hold them (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), averages
+    `ema_*` beside the weights.
 
     Args:
         path: a safetensors file, or a torch file with a state dict, bare or under such keys.
@@ -115,8 +115,8 @@ def read_state(path: Union[str, Path], ema: bool = False) -> dict[str, Tensor]:
         name -> tensor, on the CPU.
 
     Raises:
-        CheckpointError: the file is absent, damaged, holds anything but tensors and plain values, or no weights; several
-            sets of weights; no average where `ema` asks for it.
+        CheckpointError: the file is absent, damaged, holds anything but tensors and plain values, or no weights;
+            several sets of weights; no average where `ema` asks for it.
     """
     path = Path(path)
     try:
@@ -152,6 +152,25 @@ def _is_state(content: Any) -> bool:
     )
 
 
+def _may_hold_weights(value: Any) -> bool:
+    """True for a dict with tensors or with a key of trainers; a configuration under such a key is none."""
+    return isinstance(value, dict) and any(
+        isinstance(inner, Tensor) or name in CONTAINERS or name in EMA_CONTAINERS for name, inner in value.items()
+    )
+
+
+def _are_equal(one: dict, other: dict) -> bool:
+    """Whether two dicts are one, or state dicts with the same tensors."""
+    if one is other:
+        return True
+    return (
+        _is_state(one)
+        and _is_state(other)
+        and one.keys() == other.keys()
+        and all(torch.equal(value, other[name]) for name, value in one.items())
+    )
+
+
 def _opened(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any, bool]:
     """What the keys of trainers hold, however deep, and whether it is an average."""
     is_average = False
@@ -159,17 +178,16 @@ def _opened(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any,
         if not isinstance(content, dict):
             break
         found = [
-            [key for key in keys if isinstance(content.get(key), dict) and content[key]]
-            for keys in (CONTAINERS, EMA_CONTAINERS)
+            [key for key in keys if _may_hold_weights(content.get(key))] for keys in (CONTAINERS, EMA_CONTAINERS)
         ]
         plain, averages = found if not is_average else (found[0] + found[1], [])
         keys = averages if averages and (ema or not plain) else plain
         if not keys:
             break
-        if any(content[key] is not content[keys[0]] for key in keys):
+        if not all(_are_equal(content[keys[0]], content[key]) for key in keys[1:]):
             raise CheckpointError(
-                f"{path}: holds several sets of weights: {', '.join(map(repr, keys))}; store the one that is meant in a "
-                f"file of its own, by torch.save"
+                f"{path}: holds several sets of weights: {', '.join(map(repr, keys))}; store the one that is meant "
+                f"in a file of its own, by torch.save"
             )
         is_average = is_average or keys is averages
         notes.append(f"took the {'moving average' if is_average else 'weights'} under {keys[0]!r}")
@@ -288,8 +306,8 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path], ema: bool = False)
         `model`.
 
     Raises:
-        CheckpointError: the file cannot be read, its weights are ambiguous or not finite, or keys are missing, unexpected
-            or of the wrong shape; all are listed.
+        CheckpointError: the file cannot be read, its weights are ambiguous or not finite, or keys are missing,
+            unexpected or of the wrong shape; all are listed.
     """
     _fill(model, _read_network(path, ema), str(path))
     return model
@@ -398,6 +416,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss:
 def largest_value(tensors: Iterable[Tensor]) -> float:
     """The largest magnitude in floating point tensors, in one pass over all of them; NaN where there is one."""
     filled = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    filled = [tensor.float() if tensor.element_size() == 1 else tensor for tensor in filled]  # float8 has no norm
     return float(nn.utils.get_total_norm(filled, math.inf))
 
 

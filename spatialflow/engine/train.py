@@ -332,11 +332,11 @@ class Trainer:
         """Fetches the losses and problems of the last steps, logs them and stops where a loss or what a checkpoint
         would hold is not finite.
         """
-        told = self.world.gather((self.met, not_finite(self._floats())))
-        for problems, _ in told:
+        for problems in self.world.gather(self.met):
             self._report(problems)
         self.met = []
-        broken = list(dict.fromkeys(name for _, names in told for name in names))
+        told = self.world.gather(tuple(not_finite(self._floats())))
+        broken = list(dict.fromkeys(name for names in told for name in names))
         values_after = f"not finite after step {self.step}: {shorten(broken, 3)}" if broken else ""
         values = self.world.average(torch.stack([losses for _, _, losses in unread])).tolist()
         present = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
@@ -350,7 +350,8 @@ class Trainer:
         if broken:
             raise self._diverged(self.step, values_after)
         if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
-            raise self._diverged(self.step, f"gradients overflow float16 at a loss scale of {self.scaler.get_scale():g}")
+            scale = self.scaler.get_scale()
+            raise self._diverged(self.step, f"gradients overflow float16 at a loss scale of {scale:g}")
         self._watch([row[0] for row in values])
         if bar is not None:
             bar.update(unread[-1][0] - bar.n)
@@ -367,10 +368,9 @@ class Trainer:
         return self.network.state_dict() | {name: value for name, value in momenta.items() if value is not None}
 
     def _diverged(self, step: int, what: str) -> TrainingError:
-        goes_on = f"; {self.checkpoint_path} is of an earlier step, and the same command with such settings goes on from it"
-        return TrainingError(
-            f"step {step}: {what}; {REMEDIES} may help{goes_on if self.checkpoint_path.is_file() else ''}"
-        )
+        path = self.checkpoint_path
+        goes_on = f"; {path} is of an earlier step, and the same command with such settings goes on from it"
+        return TrainingError(f"step {step}: {what}; {REMEDIES} may help{goes_on if path.is_file() else ''}")
 
     def _watch(self, losses: list[float]) -> None:
         """Reports, once in a run, that it explodes: a loss or a weight has grown by orders of magnitude. The checkpoint
@@ -385,10 +385,11 @@ class Trainer:
         }
         for name, (value, usual) in grown.items():
             if value > EXPLODED * usual > 0:
-                message = f"the run explodes: {name} is {value:g} and was {usual:g} at the beginning; {REMEDIES} may help"
+                message = f"the run explodes: {name} is {value:g}, at the beginning {usual:g}; {REMEDIES} may help"
                 if self.checkpoint_path.is_file():
                     kept = self.checkpoint_path.with_name("checkpoint_before_explosion.pt")
-                    shutil.copyfile(self.checkpoint_path, kept)
+                    with open(self.checkpoint_path, "rb") as good, atomic_write(kept) as file:
+                        shutil.copyfileobj(good, file)
                     message += f"; {kept} is from before, to go on from in place of {self.checkpoint_path.name}"
                 tqdm.write(f"warning: step {self.step}: {message}", file=sys.stderr)
                 self.log.add("warning", self.step, message=message)
@@ -479,7 +480,7 @@ class Trainer:
         except (CheckpointError, TrainingError):
             raise
         except Exception:  # content of any form
-            raise CheckpointError(f"{path}: is no checkpoint of a run, to be resumed from") from None
+            raise CheckpointError(f"{path}: is no whole checkpoint of a run, to be resumed from") from None
 
     def _take(self, state: Any, path: Path) -> None:
         """Goes on from the content of a checkpoint; any exception if it is something else."""
@@ -493,11 +494,8 @@ class Trainer:
             )
         if identity["data"] != self.identity["data"]:
             raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start anew")
-        broken = not_finite(state["model"])
-        if broken:
-            raise CheckpointError(f"{path}: holds values that are not finite: {shorten(broken, 3)}; start anew")
         self.network.load_state_dict(state["model"])
-        own = self.optimizer.state_dict()["param_groups"]  # of the same settings, as `identity` says
+        own = self.optimizer.state_dict()["param_groups"]  # the settings of this run
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
         for parameter, kept in self.optimizer.state.items():
             if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
@@ -507,6 +505,9 @@ class Trainer:
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError("no number of steps")
         self.step = state["step"]
+        broken = not_finite(self._floats())
+        if broken:
+            raise CheckpointError(f"{path}: holds values that are not finite: {shorten(broken, 3)}; start anew")
 
     def _bar(self):
         if not self.progress:

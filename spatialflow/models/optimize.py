@@ -6,12 +6,13 @@ instead of parameters. The plain modules are the reference.
 """
 
 import copy
-from typing import Optional, Sequence, TypeVar
+from typing import Any, Optional, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatialflow import __version__
 from spatialflow.models.deform import DeformConv2d, split_offsets
 from spatialflow.models.fpn import FPN
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
@@ -107,7 +108,11 @@ class FusedBottleneck(nn.Module):
 
 
 class FusedResNet(nn.Module):
-    """`ResNet` with folded norms, channels-last."""
+    """`ResNet` with folded norms, channels-last.
+
+    Every optimized network has one, so it also carries the version of the package through pickles: how weights are
+    arranged here may change between versions.
+    """
 
     def __init__(self, backbone: ResNet):
         super().__init__()
@@ -124,6 +129,19 @@ class FusedResNet(nn.Module):
             x = layer(x)
             features.append(x)
         return features[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"version": __version__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        version = state.pop("version", "an earlier version")
+        if version != __version__:
+            raise RuntimeError(
+                f"an optimized network was pickled by spatialflow {version}, and this is {__version__}: make it anew "
+                f"from its checkpoint, by optimize_for_inference or Predictor"
+            )
+        super().__setstate__(state)
 
 
 class PackedConv3x3(nn.Module):

@@ -4,6 +4,12 @@
 `help(spatialflow.ops.nms)` and so on say what each takes and gives, with an example. An argument that must be a tensor
 and is none (a list, an array of numpy) is a TypeError. Boxes are corners (x1, y1, x2, y2) everywhere; one whose corners
 are in the wrong order, as of (x, y, width, height), is no error, as it is in the data of real detectors.
+
+Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses those by name, a loaded
+`torch.export` archive for example, must import it first; `import spatialflow` alone does not.
+
+Where a process has run operators on several threads, a child that it forks is set to one (`torch.set_num_threads(1)`,
+as in the workers of a `DataLoader`): torch hangs there otherwise. Use `spawn` for children with more.
 """
 
 from spatialflow import _library

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: registers the fake kernel of an operator in the namespace `spatialflow`, for tensors of one device.
+
+    Arguments that the operator refuses are refused here, by the same code: the operator of the same name in the
+    namespace `spatialflow_checks`. It is asked where all sizes are known; where they are symbols, the operator itself
+    refuses when it runs.
 
     torch sends a call with one meta tensor here whatever the others are; what the fake kernel makes for real tensors is
     memory that nobody writes.
@@ -19,6 +24,9 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         arguments = getattr(torch.ops.spatialflow, name).default._schema.arguments
+        check = getattr(torch.ops.spatialflow_checks, name).default
+        names = [argument.name for argument in arguments]
+        checked = [names.index(argument.name) for argument in check._schema.arguments]
 
         def on_one_device(*args: Any) -> Any:
             first = None
@@ -34,9 +42,29 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
                             f"got {tensor.device}"
                         ),
                     )
+            values = [args[index] for index in checked]
+            if _is_concrete(values):
+                with _disable_current_modes():
+                    check(*(_without_data(value) for value in values))
             return kernel(*args)
 
         torch.library.register_fake(f"spatialflow::{name}", on_one_device)
         return kernel
 
     return register
+
+
+def _is_concrete(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_concrete, value))
+    if isinstance(value, Tensor):
+        return _is_concrete(value.shape) and _is_concrete(value.stride())
+    return not isinstance(value, (torch.SymInt, torch.SymFloat))
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_without_data(item) for item in value]
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.formats import read_id_map
-from spatialflow.panoptic.rules import PanopticFormatError, box_of
+from spatialflow.panoptic.rules import PanopticFormatError, box_of, is_box, is_finite
 
 
 def has_pycocotools() -> bool:
@@ -186,8 +185,7 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
         if not isinstance(row["image_id"], int | str) or not isinstance(row["category_id"], int):
             ids = f"{row['image_id']!r:.40} and {row['category_id']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: image_id and category_id must be ids, got {ids}")
-        numbers = [*row["bbox"], row["score"]] if isinstance(row["bbox"], list) else []
-        if len(numbers) != 5 or not all(map(_is_number, numbers)):
+        if not is_box(row["bbox"]) or not is_finite(row["score"]):
             found = f"{row['bbox']!r:.80} and {row['score']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: bbox must be four numbers and score one, got {found}")
         if "segmentation" in row and not _is_rle(row["segmentation"]):
@@ -197,38 +195,23 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_number(value: Any) -> bool:
-    """True for a number that a float holds; JSON's true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
 def _is_rle(code: Any) -> bool:
-    """True for {"size": [height, width], "counts": a text} whose runs fill the mask; pycocotools trusts them blindly."""
+    """True for {"size": [height, width], "counts": a text} whose runs fill the mask; pycocotools hangs at others."""
     if not isinstance(code, dict) or not isinstance(code.get("counts"), str):
         return False
     size = code.get("size")
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         return False
-    runs = _run_lengths(code["counts"])
-    return runs is not None and min(runs, default=-1) >= 0 and sum(runs) == size[0] * size[1]
-
-
-def _run_lengths(counts: str) -> list[int] | None:
-    """The runs of a COCO RLE: 5 bits a letter, least first, with sign; from the fourth on differences to the run before
-    the last. None for a text that is something else.
-    """
     runs: list[int] = []
     value = shift = 0
-    for letter in counts:
-        bits = ord(letter) - 48
+    for character in code["counts"]:
+        bits = ord(character) - 48
         if not 0 <= bits < 64 or shift > 30:
-            return None
+            return False
         value |= (bits & 31) << shift
         shift += 5
-        if bits & 32:  # more letters follow
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    return None if shift else runs
+        if not bits & 32:  # the last character of a number, which is signed and relative to the last but one run
+            value -= (bits & 16) << (shift - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return shift == 0 and min(runs, default=-1) >= 0 and sum(runs) == size[0] * size[1]

@@ -190,7 +190,7 @@ def segment_problems(
         if categories is not None and category not in categories:
             says = f" has the unknown category {_label(category)}"
             yield _of_segment("category-unknown", image, number, category, says)
-        if not _is_finite(area):
+        if not is_finite(area):
             says = f" has area {area!r:.40}; it must be a finite number of pixels"
             yield _of_segment("area", image, number, _short(area), says)
         if box is not None and not is_box(box):
@@ -349,7 +349,7 @@ def pixel_problems(
             continue
         pixels = extent.pixels if isinstance(extent, Extent) else extent
         area, box = segment.get("area", pixels), segment.get("bbox")
-        if area != pixels and _is_finite(area):
+        if area != pixels and is_finite(area):
             says = f" has area {area} in the JSON and {pixels} pixels in the PNG"
             yield _of_segment("area" if area < 0 else "area-pixels", image, number, area, says)
         if isinstance(extent, Extent) and contradicts(box, extent):
@@ -361,7 +361,7 @@ def pixel_problems(
 
 def is_box(box: Any) -> bool:
     """True for four finite numbers."""
-    return isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_finite, box))
+    return isinstance(box, list | tuple) and len(box) == 4 and all(map(is_finite, box))
 
 
 def contradicts(box: Any, extent: Extent) -> bool:
@@ -390,5 +390,6 @@ def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
     return all(abs(a - b) <= _BOX_TOLERANCE for a, b in zip(first, second, strict=True))
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, _NUMBER) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
+def is_finite(value: Any) -> bool:
+    """True for a number that is finite, and not too large to be one of pixels; JSON's true and false are none."""
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER

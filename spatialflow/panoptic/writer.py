@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing results of many images in the COCO panoptic format, so that a run that is killed can be resumed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from spatialflow.panoptic.rules import VOID, PanopticFormatError
 
 
 class ResumeError(ValueError):
-    """A journal cannot be resumed, because its run had other settings; the message names them."""
+    """A journal cannot be used: its run had other settings, which the message names, or is still running."""
 
 
 class _Entry(NamedTuple):
@@ -76,7 +77,8 @@ class PanopticWriter:
         resume: take over the images in the journal of an earlier run, see `is_done`; False replaces that journal.
 
     Raises:
-        ResumeError: the journal to resume was written with other settings or categories.
+        ResumeError: the journal to resume was written with other settings or categories, or another process is
+            writing it.
         OSError: the journal to resume cannot be read.
 
     Example:
@@ -158,6 +160,7 @@ class PanopticWriter:
         Raises:
             PanopticFormatError: segments and map disagree, or another image has that name, that id or that PNG. An
                 image of an earlier run is replaced.
+            ResumeError: another process has begun to write the journal.
             OSError: a file cannot be written; nothing of the image is left behind.
         """
         png_name = png_name or f"{Path(image_name).stem}.png"
@@ -228,17 +231,25 @@ class PanopticWriter:
                 _bring_to_disk(stream)
         return self.json_path
 
-    def close(self) -> None:
-        """Remove the journal: the results are in the JSON, or are not needed. The writer cannot be used afterwards."""
-        self._journal.remove()
+    def close(self, keep_journal: bool = False) -> None:
+        """End the use of the writer.
+
+        Args:
+            keep_journal: leave the journal for a run that goes on from it; False: the results are in the JSON, or are
+                not needed.
+        """
+        self._journal.close()
+        if not keep_journal:
+            self._journal.path.unlink(missing_ok=True)
 
     def __enter__(self) -> "PanopticWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.write_json()
-        if kind is None:
-            self.close()
+        try:
+            self.write_json()
+        finally:
+            self.close(keep_journal=kind is not None)
 
     def _append(self, row: Mapping[str, Any]) -> None:
         self._register(self._journal.append(row), row, restored=False)
@@ -288,11 +299,12 @@ class _Journal:
         """Offset and content of the lines an earlier run left, up to the first one that is not complete.
 
         Raises:
-            ResumeError: that run was another.
+            ResumeError: that run was another, or has not ended.
         """
         if not self.path.is_file():
             return
         with open(self.path, "rb") as stream:
+            self._lock(stream)
             about = _loads(stream.readline())
             if about is None:  # not even the first line was written
                 return
@@ -314,25 +326,35 @@ class _Journal:
         """Writes a line and returns its offset. Where that fails, the file ends as it did before."""
         if self._stream is None:
             self._stream = self._open()
-        offset = self._stream.tell()
+        offset = self._stream.seek(0, os.SEEK_END)
         try:
             _write(self._stream, row)
         except BaseException:
             self._stream.truncate(offset)
-            self._stream.seek(offset)
             raise
         return offset
 
     def _open(self) -> IO[bytes]:
-        if self._restored:
-            stream = open(self.path, "r+b", buffering=0)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(self.path, "ab", buffering=0)  # creates the file where there is none, and changes nothing yet
+        try:
+            self._lock(stream)
             stream.truncate(self._restored)
-            stream.seek(self._restored)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            stream = open(self.path, "wb", buffering=0)
-            _write(stream, self._about)
+            if not self._restored:
+                _write(stream, self._about)
+        except BaseException:
+            stream.close()
+            raise
         return stream
+
+    def _lock(self, stream: IO[bytes]) -> None:
+        """ResumeError if another process, or writer, has the file; as long as `stream` is open no other gets it."""
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResumeError(f"{self.path}: is being written by another process") from None
+        except OSError:  # a file system without locks
+            pass
 
     def rows(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
         """The lines at some offsets."""
@@ -350,12 +372,11 @@ class _Journal:
             paths, self._unsynced = [*self._unsynced, self.path], []
             self._syncing = self._thread.submit(_bring_files_to_disk, paths)
 
-    def remove(self) -> None:
-        """Closes and deletes the file."""
+    def close(self) -> None:
+        """Closes the file, which stays."""
         self._thread.shutdown()
         if self._stream is not None:
             self._stream.close()
-        self.path.unlink(missing_ok=True)
 
 
 def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:

@@ -531,8 +531,8 @@ def preprocess_images(
     for n, (image, size) in enumerate(zip(images, sizes)):
         resized = _resize(_array(image), size)
         for channel in range(3):
-            centred = resized[:, :, 2 - channel].astype(np.float32) - np.float32(mean[channel])
-            result[n, channel, : size[0], : size[1]] = (centred * (1 / np.float64(std[channel]))).astype(np.float32)
+            centered = resized[:, :, 2 - channel].astype(np.float32) - np.float32(mean[channel])
+            result[n, channel, : size[0], : size[1]] = (centered * (1 / np.float64(std[channel]))).astype(np.float32)
     return result
 
 

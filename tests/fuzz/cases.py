@@ -91,7 +91,8 @@ def layouts(dims: int) -> st.SearchStrategy:
 def features(scale: float = 1.0) -> st.SearchStrategy:
     """Values of floating-point tensors, special ones among them now and then."""
     kinds = st.sampled_from(["normal", "grid", "normal", "few"])
-    special = st.one_of(st.just([]), st.just([]), st.just([]), st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3))
+    nothing, some = st.just([]), st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3)
+    special = st.one_of(nothing, nothing, nothing, some)
     return st.fixed_dictionaries({"kind": kinds, "seed": seeds, "scale": st.just(scale), "special": special})
 
 
@@ -116,8 +117,15 @@ def tensor(
 
 
 def boxes(
-    draw: Draw, lead: list[int], columns: int, dtype: str, extent: tuple[float, float], batch: int = 1, far: bool = False
+    draw: Draw,
+    lead: list[int],
+    columns: int,
+    dtype: str,
+    extent: tuple[float, float],
+    batch: int = 1,
+    far: bool = False,
 ) -> dict:
+    """Boxes of images of this width and height; `far`: with coordinates that overflow now and then."""
     values = st.fixed_dictionaries(
         {
             "kind": st.just("boxes"),
@@ -177,7 +185,9 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
         out.append((size[axis] + 2 * padding[axis] - reach) // stride[axis] + 1)
     samples = offset_groups * kernel[0] * kernel[1]
     sampling_dtype = draw(one_of(dtype, dtype, *FLOATS))
-    floats = features()
+    floats, mask = features(), None
+    if draw(st.booleans()):
+        mask = tensor(draw, [batch, samples, *out], sampling_dtype, floats, grad=True)
     return {
         "input": tensor(draw, [batch, channels, *size], dtype, floats, grad=True),
         "offset": tensor(draw, [batch, 2 * samples, *out], sampling_dtype, features(draw(one_of(1.0, 3.0))), grad=True),
@@ -186,7 +196,7 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
         "stride": stride,
         "padding": padding,
         "dilation": dilation,
-        "mask": tensor(draw, [batch, samples, *out], sampling_dtype, floats, grad=True) if draw(st.booleans()) else None,
+        "mask": mask,
     }
 
 

@@ -118,7 +118,8 @@ def describe_case(case: dict) -> str:
     lines = [f"operator {case['op']}" + ("" if case["valid"] else ", spoiled")]
     lines += [f"  {name} = {_describe(value)}" for name, value in case["arguments"].items()]
     if "gradient" in case:
-        lines.append(f"  incoming gradients {json.dumps(case['gradient'])}" + (", with tangents" if case["jvp"] else ""))
+        tangents = ", with tangents" if case["jvp"] else ""
+        lines.append(f"  incoming gradients {json.dumps(case['gradient'])}{tangents}")
     return "\n".join(lines)
 
 
@@ -171,7 +172,8 @@ def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list
 
 
 def report(case: dict, description: str, found: str, backend: str) -> None:
-    print(f"FAILED: {describe_case(case)}\n{found}\n{description}\nReplay:\n  {replay_command(case, backend)}\n", flush=True)
+    print(f"FAILED: {describe_case(case)}\n{found}\n{description}")
+    print(f"Replay:\n  {replay_command(case, backend)}\n", flush=True)
 
 
 def _print_table(fuzzer: Fuzzer, seconds: float) -> None:
@@ -200,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         help='operators, kinds of files, or "operators" and "files" for all of them (default: both; on other back ends than cpu operators)',
     )
     parser.add_argument("--backend", choices=("cpu", "cpu_sanitized", "simt", "simt_sanitized"), default="cpu")
-    parser.add_argument("--replay", metavar="CASE", help="executes this case, as a report prints it; - reads it from stdin")
+    parser.add_argument("--replay", metavar="CASE", help="a case of a report to execute; - reads it from stdin")
     options = parser.parse_args(arguments)
     if options.replay:
         case = json.loads(sys.stdin.read() if options.replay == "-" else options.replay)

@@ -38,10 +38,10 @@ class Operator:
         places: whether there is a gradient by the places of samples.
         poisons: the reference spreads what is not finite further than the operator does, as it multiplies it by zero;
             results that it makes not finite are not compared.
-        composed: of operators of torch where a gradient may be asked for; those give expanded tensors other strides than
-            their own fake kernels do.
-        unstable: whether results can be told to be neither right nor wrong: (arguments, all tensors, gradients that come
-            in included) -> bool. The call must do no harm then, and that is all.
+        composed: of operators of torch where a gradient may be asked for; their fake kernels give expanded tensors
+            other strides than they do themselves.
+        unstable: whether results can be told to be neither right nor wrong: (arguments, all tensors with incoming
+            gradients) -> bool. The call must do no harm then, and that is all.
         excused: for integer results and the brute force, where both answers are right: (arguments, result) -> bools.
         affordable: whether the reference can be computed in little time.
     """
@@ -124,16 +124,18 @@ def leaves(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
-        value = value.values()
-    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, (list, tuple, type({}.values()))) else []
+        value = list(value.values())
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, (list, tuple)) else []
 
 
 def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     """Winograd adds what it multiplies: an infinite or very large number spoils the tile of 4 x 4 pixels around it. And
     whether a weight that is not finite is multiplied by padding is left open."""
-    if arguments["algorithm"] != "direct" and tensors[0].dtype != torch.float64:
-        return any(not bool((t.detach().abs() < 1e3).all()) for t in tensors)
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
+    many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)  # channels: "auto" takes Winograd
+    winograd = arguments["algorithm"] == "winograd" or (arguments["algorithm"] == "auto" and many)
+    if winograd and tensors[0].dtype != torch.float64:
+        return any(not bool((t.detach().abs() < 1e3).all()) for t in tensors)
     return any(not bool(t.detach().isfinite().all()) for t in weights)
 
 
@@ -172,7 +174,8 @@ def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
 def _nearby_tower(arguments: dict, epsilon: float) -> Iterator[dict]:
     """Every weight and bias of the tower, moved one way or the other: sums at the kink of some ReLU change sides."""
     for sign in (1, -1, 2, -2):
-        yield arguments | {"parameters": map_tensors(lambda t: t + sign * 4 * epsilon * (t.abs() + 1), arguments["parameters"])}
+        moved = map_tensors(lambda t: t + sign * 4 * epsilon * (t.abs() + 1), arguments["parameters"])
+        yield arguments | {"parameters": moved}
 
 
 def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,7 +256,12 @@ OPERATORS: dict[str, Operator] = {
     "batched_nms": Operator(ops.batched_nms, reference.batched_nms, brute_force.batched_nms, exact=True),
     "multiclass_nms": Operator(ops.multiclass_nms, reference.multiclass_nms, brute_force.multiclass_nms, exact=True),
     "panoptic_merge": Operator(ops.panoptic_merge, reference.panoptic_merge, brute_force.panoptic_merge, exact=True),
-    "panoptic_quality_counts": Operator(ops.panoptic_quality_counts, reference.panoptic_quality_counts, brute_force.panoptic_quality_counts, exact=True),
+    "panoptic_quality_counts": Operator(
+        ops.panoptic_quality_counts,
+        reference.panoptic_quality_counts,
+        brute_force.panoptic_quality_counts,
+        exact=True,
+    ),
     "paste_masks": Operator(
         ops.paste_masks,
         reference.paste_masks, brute_force.paste_masks,
@@ -270,7 +278,9 @@ OPERATORS: dict[str, Operator] = {
     "sigmoid_focal_loss": Operator(
         ops.sigmoid_focal_loss, reference.sigmoid_focal_loss, brute_force.sigmoid_focal_loss, differentiable=("logits",)
     ),
-    "stuff_labels": Operator(ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied),
+    "stuff_labels": Operator(
+        ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied
+    ),
 }
 for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_tower_packed)):
     OPERATORS[_name] = Operator(

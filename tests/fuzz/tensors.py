@@ -19,12 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FLOATS = ("float32", "float64", "float16", "bfloat16")
-INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
-
 SLOTS = 64
 SLOT_BYTES = 1 << 18
-HUGE_STRIDE = 1 << 40  # of a dimension of size 1, where torch allows any
 
 
 class Memory:
@@ -43,7 +39,8 @@ class Memory:
             if libc.mprotect(base + index * step, page, 0) != 0:
                 raise OSError(ctypes.get_errno(), "mprotect")
         starts = [base + page + index * step for index in range(SLOTS)]
-        self._slots = [torch.frombuffer((ctypes.c_char * SLOT_BYTES).from_address(a), dtype=torch.uint8) for a in starts]
+        buffers = [(ctypes.c_char * SLOT_BYTES).from_address(start) for start in starts]
+        self._slots = [torch.frombuffer(buffer, dtype=torch.uint8) for buffer in buffers]
         self._used = 0
         self._given: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -133,9 +130,6 @@ def make_values(values: dict, shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(numbers)).reshape(shape).to(dtype)
 
 
-SPECIAL = ("nan", "inf", "-inf", "-0", "max", "-max", "tiny", "denormal", "huge")
-
-
 def special_number(name: str, dtype: torch.dtype) -> float:
     if not dtype.is_floating_point:
         limits = torch.iinfo(dtype)
@@ -194,8 +188,9 @@ def _boxes(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
     size = np.array([width, height])
     corner = (rng.random((rows, 2)) * 1.3 - 0.15) * size
     other = corner + rng.random((rows, 2)) ** 2 * size
-    if rng.random() < 0.5:  # clusters overlap
-        corner, other = corner[rng.integers(0, max(rows, 1), rows) // 2], other[rng.integers(0, max(rows, 1), rows) // 2]
+    if rng.random() < 0.5:  # some boxes several times
+        chosen = rng.integers(0, max(rows, 1), rows) // 2
+        corner, other = corner[chosen], other[chosen]
     boxes = np.concatenate([corner, other], axis=1)
     step = values.get("step", 0)
     if step:

@@ -65,7 +65,7 @@ def panoptic_merge(
     rows = count + stuff_labels
     table = masks.new_zeros((rows, 8), dtype=torch.int64)
     table[:, [0, 2]] = -1
-    segment_scores = masks.new_zeros(rows, dtype=torch.float32)
+    segment_scores = masks.new_zeros(rows, dtype=torch.float64)
     for row, (label, instance, score) in enumerate(segments):
         ys, xs = torch.nonzero(id_map == row + 1, as_tuple=True)
         x, y = int(xs.min()), int(ys.min())
@@ -73,6 +73,6 @@ def panoptic_merge(
         table[row] = table.new_tensor([label, instance >= 0, instance, len(xs), x, y, *size])
         segment_scores[row] = scores.new_tensor(score)  # a tensor, as a number beyond float32 would raise
     return PanopticMergeOutput(
-        id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores,
+        id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores.float(),
         table.new_tensor(len(segments)),
     )  # fmt: skip

@@ -15,7 +15,13 @@ from spatialflow.engine.distributed import World
 from spatialflow.engine.evaluate import evaluate_network
 from spatialflow.engine.predict import PanopticResult
 from spatialflow.models.build import build_model
-from spatialflow.panoptic.detection import average_precision, detection_truth, encode_mask, read_detections
+from spatialflow.panoptic.detection import (
+    _is_rle,
+    average_precision,
+    detection_truth,
+    encode_mask,
+    read_detections,
+)
 from spatialflow.panoptic.formats import read_id_map
 from spatialflow.panoptic.quality import evaluate
 
@@ -152,6 +158,8 @@ def test_commands(tmp_path, capsys):
         (json.dumps([row | {"image_id": 99}]), "none of the 1 rows has an image_id of the ground truth"),
         (json.dumps([row | {"image_id": [1]}]), "row 0: image_id and category_id must be ids, got [1]"),
         (json.dumps([row | {"bbox": [1, 2, 3]}]), "row 0: bbox must be four numbers"),
+        (json.dumps([row | {"score": True}]), "row 0: bbox must be four numbers and score one"),
+        (json.dumps([row | {"score": 10**400}]), "row 0: bbox must be four numbers and score one"),
         (json.dumps([row | {"score": "x"}]), "row 0: bbox must be four numbers and score one"),
         (json.dumps([row | {"bbox": [1, 2, 3, float("nan")]}]), "row 0: bbox must be four numbers"),
         (json.dumps([row | {"bbox": [1, 2, 3, 10**400]}]), "row 0: bbox must be four numbers"),
@@ -162,9 +170,12 @@ def test_commands(tmp_path, capsys):
         (json.dumps([row | {"segmentation": 3}]), "row 0: segmentation must be a COCO RLE, got 3"),
         (json.dumps([row | {"segmentation": [[1, 2, 3, 4, 5, 6]]}]), "row 0: segmentation must be a COCO RLE"),
         (
-            json.dumps([rows[0] | {"segmentation": {"size": [9, 9], "counts": "a2"}}]),
+            json.dumps([rows[0] | {"segmentation": encode_mask(np.ones((9, 9), bool))}]),
             "mask of 9x9 pixels, image 1 has 96x64",
         ),
+        (json.dumps([row | {"segmentation": {"size": [64, 96], "counts": "nnnnnn0"}}]), "row 0: segmentation must be"),
+        (json.dumps([row | {"segmentation": {"size": [64, 96], "counts": "!"}}]), "row 0: segmentation must be"),
+        (json.dumps([row | {"segmentation": {"size": [64, 96], "counts": "0a"}}]), "row 0: segmentation must be"),
         ("[" * 100_000, "not a JSON"),
     ):
         (tmp_path / "bad.json").write_text(content)
@@ -182,3 +193,10 @@ def test_half_precision_file(tmp_path):
         torch.equal(value.half().float(), halved[name]) for name, value in model.state_dict().items() if value.dim()
     )
     assert (tmp_path / "half.safetensors").stat().st_size < 0.65 * (tmp_path / "whole.safetensors").stat().st_size
+
+
+def test_masks_that_are_filled():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.01, 0.5, 1.0):
+        code = encode_mask(rng.random((37, 53)) < share)
+        assert _is_rle(code) and not _is_rle(code | {"size": [37, 54]}) and not _is_rle(code | {"counts": ""})

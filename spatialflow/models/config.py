@@ -292,7 +292,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # parts of a step that run one after the other, each with its own loss counts
     seed: int = 0  # of the initial weights, the order of the images and their augmentation
     learning_rate: float = 0.005  # for images_per_step images
-    learning_rate_epochs: tuple[int, ...] = (16, 19)  # after each of these epochs, if not the last, the rate falls to a tenth
+    learning_rate_epochs: tuple[int, ...] = (16, 19)  # after each of these, if not the last, the rate falls to a tenth
     warmup_iterations: int = 500  # linear warm-up
     warmup_factor: float = 0.001  # share of the rate at the first iteration
     momentum: float = 0.9  # of SGD

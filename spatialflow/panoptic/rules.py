@@ -391,5 +391,5 @@ def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a number that is finite, and not too large to be one of pixels."""
-    return isinstance(value, _NUMBER) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
+    """True for a number that is finite, and not too large to be one of pixels; JSON's true and false are none."""
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER

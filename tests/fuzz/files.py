@@ -37,7 +37,7 @@ FILES: dict[str, tuple[int, st.SearchStrategy]] = {
     "png_id_map": (4, st.one_of(edits(CHUNKS), edits(CHUNKS), ANY_BYTES)),
     "photograph": (8, st.one_of(edits(CHUNKS), ANY_BYTES)),
     "panoptic_json": (5, TREE_OR_BYTES),
-    "detections_json": (2, TREE_OR_BYTES),
+    "detections_json": (2, st.one_of(TREE_OR_BYTES, edits(("counts",)))),
     "categories_json": (2, TREE_OR_BYTES),
     "cityscapes": (3, st.one_of(edits(CHUNKS), edits(TREES), ANY_BYTES)),
     "checkpoint": (10, st.one_of(edits(TREES), edits(TREES), ANY_BYTES, edits(("inner",)))),

@@ -15,7 +15,7 @@ from typing import Any
 
 BYTE_EDITS = ("set", "flip", "cut", "drop", "repeat", "insert", "number")
 CHUNK_EDITS = ("field", "field", "delete", "double", "swap", "length", "checksum", "content", "pixels", "tail")
-TREE_EDITS = ("replace", "replace", "replace", "delete", "double", "rename", "move")
+TREE_EDITS = ("replace", "replace", "replace", "delete", "double", "rename", "move", "letter")
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 LARGE_NUMBERS = (1 << 53, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
@@ -188,6 +188,9 @@ def mutate_tree(tree: Any, changes: list, special: tuple = SPECIAL) -> Any:
                 holder.insert(key, copy.deepcopy(holder[key]))
             elif kind == "rename" and isinstance(holder, dict):
                 holder[chosen if isinstance(chosen, str) else str(value % 7)] = holder.pop(key)
+            elif kind == "letter" and isinstance(holder[key], str) and holder[key]:
+                at = value % len(holder[key])
+                holder[key] = holder[key][:at] + chr(33 + value // 7 % 94) + holder[key][at + 1 :]
             elif kind == "move":
                 holder[key] = copy.deepcopy(other[name])
         except RecursionError:  # what an earlier edit made deep is not copied

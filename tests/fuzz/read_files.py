@@ -37,6 +37,7 @@ from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
 from spatialflow.models.build import build_model, load_config
 from spatialflow.models.config import SECTIONS, Config, ConfigError, parse_settings
 from spatialflow.panoptic import PanopticFormatError, read_id_map
+from spatialflow.panoptic.detection import detection_truth
 
 SIZE = (48, 64)
 MEGABYTES = 1000
@@ -230,19 +231,21 @@ def _read_panoptic(folder: Path, base: int, changes: list) -> int:
 
 @functools.cache
 def _detections() -> list[dict]:
-    from pycocotools import mask as coco_mask
-
-    mask = np.zeros(SIZE, np.uint8, order="F")
-    mask[5:20, 5:30] = 1
-    code = coco_mask.encode(mask)
-    code["counts"] = code["counts"].decode()
-    image = json.loads((_scenes() / "panoptic.json").read_text())["images"][0]["id"]
-    row = {"image_id": image, "category_id": 1, "bbox": [5.0, 5.0, 25.0, 15.0], "score": 0.5, "segmentation": code}
-    return [row, row | {"score": 0.25, "category_id": 2}]
+    """The things of the ground truth, found exactly; scoring compares every mask with one that it meets."""
+    path = _scenes() / "panoptic.json"
+    truth = detection_truth(json.loads(path.read_text()), path.with_suffix(""))["annotations"]
+    fields = ("image_id", "category_id", "bbox", "segmentation")
+    return [{name: row[name] for name in fields} | {"score": 0.5} for row in truth[:4]]
 
 
 def _read_detections(folder: Path, base: int, changes: list) -> int:
     rows = [dict(row) for row in _detections()]
+    for _, place, value in (change for change in changes if change[0] == "counts"):  # letters of a mask's run lengths
+        row = rows[value % len(rows)]
+        code = dict(row["segmentation"])
+        at = place % len(code["counts"])
+        code["counts"] = code["counts"][:at] + chr(33 + value % 94) + code["counts"][at + 1 :]
+        row["segmentation"] = code
     if base == 1:
         for row in rows:
             row.pop("segmentation")

@@ -277,7 +277,11 @@ OPERATORS: dict[str, Operator] = {
         exact=True,
     ),
     "sigmoid_focal_loss": Operator(
-        ops.sigmoid_focal_loss, reference.sigmoid_focal_loss, brute_force.sigmoid_focal_loss, differentiable=("logits",), poisons=True
+        ops.sigmoid_focal_loss,
+        reference.sigmoid_focal_loss,
+        brute_force.sigmoid_focal_loss,
+        differentiable=("logits",),
+        poisons=True,
     ),
     "stuff_labels": Operator(
         ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied

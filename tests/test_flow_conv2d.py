@@ -302,7 +302,7 @@ class TestPacked:
             with pytest.raises(RuntimeError, match="flow_tower: " + message):
                 ops.flow_tower([x], ops.FlowTowerParameters(cls=(held,), segmentation_levels=0))
         wide = packed._replace(packed=packed.packed.double())
-        with pytest.raises(RuntimeError, match="flow_conv2d: the packed weight has the layout of another"):
+        with pytest.raises(RuntimeError, match="flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype"):
             ops.flow_conv2d(x.double(), None, wide)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])

@@ -165,4 +165,4 @@ def test_command():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "panoptic_quality_counts" in done.stdout and "per second" in done.stdout
     wrong = subprocess.run([*command, "none"], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert wrong.returncode == 2 and "no operator 'none'" in wrong.stderr
+    assert wrong.returncode == 2 and "no target 'none'" in wrong.stderr

@@ -157,7 +157,7 @@ class TestRun:
         other.names = other.names[::-1]
         with pytest.raises(TrainingError, match="other images"):
             Trainer(small(), other, tmp_path, ALONE)
-        for content, message in ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no checkpoint of a run")):
+        for content, message in ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no whole checkpoint of a run")):
             with open(tmp_path / "checkpoint.pt", "wb") as file:
                 file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):

@@ -138,8 +138,8 @@ inline int64_t check_flow_conv2d_packed(
     const int64_t resolved = resolve_algorithm(algorithm, is_double, in_channels, out_channels);
     check(out_channels >= 0 && packed.is_contiguous() &&
               packed_size(packed) == packed_conv_size(resolved, is_double, in_channels, out_channels),
-          "flow_conv2d: the packed weight was made for other channels or another algorithm than x with ", in_channels,
-          " channels and ", out_channels, " outputs");
+          "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype than x with ",
+          in_channels, " channels and ", out_channels, " outputs");
     return resolved;
 }
 

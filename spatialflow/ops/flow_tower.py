@@ -12,7 +12,14 @@ from torch import Tensor
 from spatialflow.ops.checking import present, require_tensors
 from spatialflow.ops.differentiable import autocast
 from spatialflow.ops.fake import register_fake
-from spatialflow.ops.flow_conv2d import PackedConv, algorithm_code, flow_conv2d, needs_gradient, pack_conv3x3
+from spatialflow.ops.flow_conv2d import (
+    PackedConv,
+    algorithm_code,
+    check_packed_layout,
+    flow_conv2d,
+    needs_gradient,
+    pack_conv3x3,
+)
 from spatialflow.ops.layout import memory_format_of
 
 Conv = tuple[Tensor, Tensor | None] | PackedConv

@@ -18,8 +18,8 @@ import torch
 import spatialflow
 from spatialflow.cli import main
 from spatialflow.data import transforms
-from spatialflow.panoptic import writer as module
 from spatialflow.panoptic import PanopticFormatError, PanopticWriter, ResumeError, read_id_map, read_panoptic_json
+from spatialflow.panoptic import writer as module
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20", "score_threshold=0.001",
         "max_detections=5"]  # fmt: skip

@@ -159,7 +159,7 @@ class TestCases:
             ((2, 5, 4), (5, 3), {}, r"or \(N, 4\) and \(N, C\), got \(2, 5, 4\) and \(5, 3\)"),
             ((2, 5, 4), (2, 5, 3), {"score_threshold": NAN}, "score_threshold must be a number, got nan"),
             ((2, 5, 4), (2, 5, 3), {"iou_threshold": -1.0}, "iou_threshold must be a number >= 0, got -1"),
-            ((2, 5, 4), (2, 5, 3), {"max_detections": -1}, "max_detections must be at least 0, got -1"),
+            ((2, 5, 4), (2, 5, 3), {"max_detections": -1}, "max_detections must be from 0 to 2147483647, got -1"),
         ],
     )
     def test_errors_name_argument_rule_and_value(self, boxes, scores, options, message):

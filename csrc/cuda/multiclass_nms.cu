@@ -314,7 +314,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
     const int64_t batch = boxes.size(0), count = boxes.size(1), classes = scores.size(2), total = count * classes;
     check(classes == 0 || count < (int64_t(1) << 32) / classes, op,
           ": scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
-    check(max_detections <= 0x7fffffff, op, ": max_detections must be below 2^31 on CUDA, got ", max_detections);
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
     const ScalarType type = nms_compute_type(boxes, scores);
     const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);

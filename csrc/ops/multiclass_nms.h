@@ -19,7 +19,8 @@ inline void check_multiclass_nms(
     check_same_device(kOp, "scores", scores, "boxes", boxes);
     check(score_threshold == score_threshold, kOp, ": score_threshold must be a number, got ", score_threshold);
     check_iou_threshold(kOp, iou_threshold);
-    check(max_detections >= 0, kOp, ": max_detections must be at least 0, got ", max_detections);
+    check(max_detections >= 0 && max_detections <= 0x7fffffff, kOp,
+          ": max_detections must be from 0 to 2147483647, got ", max_detections);
 }
 
 }  // namespace spatialflow

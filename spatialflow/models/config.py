@@ -19,7 +19,6 @@ from typing import Any, Optional
 
 import yaml
 
-
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 80
 _brief.maxlevel = 3

@@ -33,7 +33,7 @@ def multiclass_nms(
         scores: (B, N, C), or (N, C); of those dtypes too.
         score_threshold: a (box, class) pair takes part if its score is above this, strictly.
         iou_threshold: intersection over union above which the worse box of a pair of the same class is dropped.
-        max_detections: D; the search stops when that many are kept.
+        max_detections: D, below 2^31; the search stops when that many are kept.
 
     Returns:
         `Detections`: boxes (B, D, 4) and scores (B, D) in the dtypes given, labels (B, D), count (B), indices (B, D).
@@ -89,7 +89,8 @@ def _(boxes, scores, score_threshold, iou_threshold, max_detections):
         lambda: f"multiclass_nms: scores must have shape (B, N, C), got {tuple(scores.shape)}",
     )
     torch._check(
-        max_detections >= 0, lambda: f"multiclass_nms: max_detections must be at least 0, got {max_detections}"
+        0 <= max_detections < 1 << 31,
+        lambda: f"multiclass_nms: max_detections must be from 0 to 2147483647, got {max_detections}",
     )
     rows = (boxes.shape[0], max_detections)
     return (

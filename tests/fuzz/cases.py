@@ -89,12 +89,17 @@ def layouts(dims: int) -> st.SearchStrategy:
 
 
 @functools.lru_cache(None)
-def features(scale: float = 1.0) -> st.SearchStrategy:
+def features(scale: float = 1.0, specials: tuple[str, ...] = SPECIAL) -> st.SearchStrategy:
     """Values of floating-point tensors, special ones among them now and then."""
     kinds = st.sampled_from(["normal", "grid", "normal", "few"])
-    nothing, some = st.just([]), st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=3)
+    nothing, some = st.just([]), st.lists(st.sampled_from(specials), min_size=1, max_size=3)
     special = st.one_of(nothing, nothing, nothing, some)
     return st.fixed_dictionaries({"kind": kinds, "seed": seeds, "scale": st.just(scale), "special": special})
+
+
+def weights(draw: Draw, scale: float = 1.0) -> st.SearchStrategy:
+    """Values of weights and biases. One that is huge or not finite leaves little to compare, so it is rare."""
+    return features(scale, SPECIAL if draw(very_rarely) else ("-0", "tiny", "denormal"))
 
 
 @functools.lru_cache(None)
@@ -192,8 +197,8 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
     return {
         "input": tensor(draw, [batch, channels, *size], dtype, floats, grad=True),
         "offset": tensor(draw, [batch, 2 * samples, *out], sampling_dtype, features(draw(one_of(1.0, 3.0))), grad=True),
-        "weight": tensor(draw, [outputs, channels // groups, *kernel], dtype, floats, grad=True),
-        "bias": tensor(draw, [outputs], dtype, floats, grad=True) if draw(st.booleans()) else None,
+        "weight": tensor(draw, [outputs, channels // groups, *kernel], dtype, weights(draw), grad=True),
+        "bias": tensor(draw, [outputs], dtype, weights(draw), grad=True) if draw(st.booleans()) else None,
         "stride": stride,
         "padding": padding,
         "dilation": dilation,
@@ -223,8 +228,8 @@ def _flow_conv2d(draw: Draw, limits: Limits) -> dict:
     return {
         "x": x[0] if single else x,
         "flow": flow[0] if single and flow else flow,
-        "weight": tensor(draw, [outputs, channels, 3, 3], dtype, features(), grad=True),
-        "bias": tensor(draw, [outputs], dtype, features(), grad=True) if draw(st.booleans()) else None,
+        "weight": tensor(draw, [outputs, channels, 3, 3], dtype, weights(draw), grad=True),
+        "bias": tensor(draw, [outputs], dtype, weights(draw), grad=True) if draw(st.booleans()) else None,
         "relu": draw(st.booleans()),
         "algorithm": draw(one_of("auto", "direct", "winograd")),
     }
@@ -238,8 +243,8 @@ def _flow_tower(draw: Draw, limits: Limits) -> dict:
     source = draw(one_of("reg", "cls", None))
 
     def conv(inputs: int, outputs: int) -> list:
-        weight = tensor(draw, [outputs, inputs, 3, 3], dtype, features(0.3), grad=True)
-        return [weight, tensor(draw, [outputs], dtype, features(), grad=True) if draw(st.booleans()) else None]
+        weight = tensor(draw, [outputs, inputs, 3, 3], dtype, weights(draw, 0.3), grad=True)
+        return [weight, tensor(draw, [outputs], dtype, weights(draw), grad=True) if draw(st.booleans()) else None]
 
     def flows(inputs: int, count: int) -> list:
         return [conv(inputs, channels) if draw(st.booleans()) else None for _ in range(draw(one_of(0, max(count, 1))))]

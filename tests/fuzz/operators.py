@@ -135,15 +135,16 @@ def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)  # channels: "auto" takes Winograd
     winograd = arguments["algorithm"] == "winograd" or (arguments["algorithm"] == "auto" and many)
     if winograd and tensors[0].dtype != torch.float64:
-        return any(not bool((t.detach().abs() < 1e3).all()) for t in tensors)
-    # Two layers of a tower may overflow in between, where float64 does not.
-    return any(not bool((t.detach().abs() < 1e12).all()) for t in weights)
+        return any(not bool((t.detach().double().abs() < 1e3).all()) for t in tensors)
+    # Layers multiply: what those before made, or a gradient, may overflow in between, where float64 does not.
+    return not all(bool(t.detach().isfinite().all()) for t in weights) or _overflows(arguments, tensors)
 
 
 def _overflows(arguments: dict, tensors: list[Tensor]) -> bool:
-    """Whether a product of three numbers (a gradient, a weight, a feature) can be too large for the sums."""
-    limit = 1e100 if tensors[0].dtype == torch.float64 else 1e12
-    return any(bool((t.isfinite() & (t.abs() > limit)).any()) for t in map(Tensor.detach, tensors))
+    """Whether a product of some numbers (gradients, weights, features) can be too large for what holds it."""
+    float16 = 1e2 if "parameters" in arguments else 1e12  # layers keep their results in it, others sum in float32
+    limit = {torch.float64: 1e100, torch.float16: float16}.get(tensors[0].dtype, 1e12)
+    return any(bool((t.isfinite() & (t.abs() > limit)).any()) for t in (t.detach().double() for t in tensors))
 
 
 def _flow_conv2d_packed(*, x: Any, flow: Any, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Any:
@@ -173,10 +174,15 @@ def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
 
 
 def _nearby_tower(arguments: dict, epsilon: float) -> Iterator[dict]:
-    """Every weight and bias of the tower, moved one way or the other: sums at the kink of some ReLU change sides."""
-    for sign in (1, -1, 2, -2):
-        moved = map_tensors(lambda t: t + sign * 32 * epsilon * (t.abs() + 1), arguments["parameters"])
-        yield arguments | {"parameters": moved}
+    """Every weight and bias moved at random, some roundings up or down: sums at the kink of a ReLU change sides. The
+    sums of Winograd round more often."""
+    generator = torch.Generator().manual_seed(0)
+    for roundings in (4, 32, 256) * 8:
+
+        def moved(t: Tensor, step: float = roundings * epsilon) -> Tensor:
+            return t + step * (t.abs() + 1) * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+        yield arguments | {"parameters": map_tensors(moved, arguments["parameters"])}
 
 
 def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:

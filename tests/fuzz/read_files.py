@@ -12,7 +12,6 @@ import contextlib
 import functools
 import io
 import json
-import pickle
 import shutil
 import tempfile
 import warnings

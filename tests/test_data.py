@@ -98,7 +98,10 @@ class TestCoco:
             (lambda f: (f / "panoptic/000001.png").unlink(), "000001.png: cannot be read"),
             (lambda f: (f / "panoptic/000001.png").write_bytes(b"no"), "000001.png"),
             (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((9, 9, 3), np.uint8)), "annotation of 9x9"),
-            (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((96, 128, 3), np.uint8)), "segments has pixels"),
+            (
+                lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((96, 128, 3), np.uint8)),
+                "segments has pixels",
+            ),
         ],
     )
     def test_damage_is_named(self, tmp_path, damage, message):

@@ -215,7 +215,10 @@ def test_json_errors_name_file_and_field(tmp_path):
     for content, message in (
         ("{", "a.json: not a JSON file"),
         ("[" * 100_000, "a.json: not a JSON file"),
-        (annotated(file_name="a\0b"), r"annotations\[0\]: file_name must be a text without NUL or half characters, got 'a\\x00b'"),
+        (
+            annotated(file_name="a\0b"),
+            r"annotations\[0\]: file_name must be a text without NUL or half characters, got 'a\\x00b'",
+        ),
         ("[]", 'a panoptic JSON is a mapping with a list "annotations"'),
         ('{"annotations": [{"image_id": 1}]}', r'annotations\[0\] must be a mapping with "file_name"'),
         ('{"annotations": [], "categories": [{"id": 1}]}', r'categories\[0\] must be a mapping with "isthing"'),

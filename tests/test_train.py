@@ -157,7 +157,8 @@ class TestRun:
         other.names = other.names[::-1]
         with pytest.raises(TrainingError, match="other images"):
             Trainer(small(), other, tmp_path, ALONE)
-        for content, message in ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no whole checkpoint of a run")):
+        damaged = ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no whole checkpoint of a run"))
+        for content, message in damaged:
             with open(tmp_path / "checkpoint.pt", "wb") as file:
                 file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):
@@ -648,7 +649,9 @@ class TestProcesses:
         With BatchNorm the first steps alone: from the seventh on, another rounding in one process shows as much.
         """
         write_coco(tmp_path, 8, (64, 96))
-        settings = (f"epochs={epochs}", "images_per_step=2", "learning_rate=0.002", f"backbone_norm_trains={norm_trains}")
+        settings = (
+            f"epochs={epochs}", "images_per_step=2", "learning_rate=0.002", f"backbone_norm_trains={norm_trains}",
+        )  # fmt: skip
         whole = command(tmp_path, tmp_path / "one", *settings)
         subprocess.run(whole, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
         launcher = [

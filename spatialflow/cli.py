@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser(
         "benchmark", help="time operators against their peers",
         description="Checks every result in float64, then times it. Peers that are not installed are left out; "
-                    "`pip install torchvision`\nbrings most. Without it nms is checked by its plain twin, which takes "
+                    "`pip install torchvision`\nbrings most. Without it nms is checked by its reference, which takes "
                     "minutes.",
         **with_examples("benchmark --list", "benchmark roi_align nms --seconds 2 --output results"),
     )  # fmt: skip

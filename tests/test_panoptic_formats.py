@@ -123,7 +123,7 @@ def test_every_png_filter(filter_type, channels):
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "I;16", "1"])
 def test_png_of_another_kind_says_so(tmp_path, mode):
     Image.new("RGB", (4, 3)).convert("L" if mode == "I;16" else mode).convert(mode).save(tmp_path / "a.png")
-    with pytest.raises(PanopticFormatError, match=r"a\.png: a panoptic PNG is 8-bit RGB, this one is .*(grey|palette)"):
+    with pytest.raises(PanopticFormatError, match=r"a\.png: a panoptic PNG is 8-bit RGB, this one is .*(gray|palette)"):
         read_id_map(tmp_path / "a.png")
 
 

@@ -207,7 +207,7 @@ def make_loader(
 
     Args:
         data: images with ground truth.
-        config: augmentation and normalisation.
+        config: augmentation and normalization.
         draws: batches, from `Schedule.draws`.
         workers: processes that read; 0 = this one. The batches do not depend on it.
         strict: a broken image or annotation stops the run (SampleError) instead of being replaced and reported.

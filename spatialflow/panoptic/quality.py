@@ -93,7 +93,7 @@ class PanopticQuality:
         """Add one image.
 
         Args:
-            gt_map: (H, W) integer ids or (H, W, 3) uint8 colours (red first) of the ground truth.
+            gt_map: (H, W) integer ids or (H, W, 3) uint8 colors (red first) of the ground truth.
             gt_segments: mappings with id, category_id and, if they have them, area and iscrowd.
             pred_map: like gt_map, for the prediction.
             pred_segments: mappings with id and category_id.

@@ -28,7 +28,7 @@ class Operator:
 
     Attributes:
         call: the operator.
-        reference: its plain-PyTorch twin.
+        reference: its plain-PyTorch reference.
         brute: its brute force in NumPy.
         differentiable: arguments with a gradient.
         exact: results are integers that must be equal, and the reference gets the tensors as they are.

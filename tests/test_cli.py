@@ -158,7 +158,7 @@ class TestPredict:
             path.write_bytes((photographs / "plain.jpg").read_bytes())
         assert main(["predict", *map(str, paths), "--output", str(tmp_path / "out"), *FAST]) == 2
         (said,) = sentences(capsys)
-        assert said.startswith(f"{paths[1]}: is named like {paths[0]}, and outputs take the name")
+        assert said.startswith(f"{paths[1]}: has the same name as {paths[0]}, and output files are named by it")
         assert not (tmp_path / "out").exists()
 
     def test_one_file_given_twice(self, photographs, weights, tmp_path):

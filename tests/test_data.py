@@ -136,7 +136,7 @@ class TestCoco:
             ),
             ({"annotations": [], "images": [IMAGE | {"height": None}]}, "height must be an integer, got None"),
             ({"annotations": [], "images": [IMAGE | {"width": 0}]}, "must have pixels, got 0x1"),
-            ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a text"),
+            ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a string"),
             ({"annotations": [], "images": [IMAGE], "categories": 3}, "categories"),
             (
                 {"annotations": [], "images": [IMAGE], "categories": [{"id": 99, "isthing": 1}]},

@@ -220,7 +220,7 @@ def make_loader(
         SampleError: from the iterator: a broken image in a strict run, or no image that can be used.
     """
     # Workers come from a server that never had threads: a plain fork of this process would inherit OpenCV's and
-    # OpenMP's thread pools without their threads, and wait for them for ever.
+    # OpenMP's thread pools without their threads, and wait for them forever.
     loader = DataLoader(
         _Samples(data, config, strict),
         batch_sampler=_Once(draws),

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 everything done, 1 some inputs failed and are named on standard error, 2 the command could not be
-        carried out, 130 interrupted (SIGINT), 141 nobody reads the output any more, 143 terminated (SIGTERM).
+        carried out, 130 interrupted (SIGINT), 141 the output pipe was closed, 143 terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
     show_log()

@@ -38,6 +38,18 @@ def goldens(fixtures: Path) -> Path:
     return fixtures / "goldens"
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights for the configuration `tiny`."""
+    import torch
+
+    import spatialflow
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state, whichever tests ran before it."""

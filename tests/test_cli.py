@@ -47,13 +47,6 @@ def photographs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
-
-
 def sentences(capsys) -> list[str]:
     """Complaints on standard error, one line each; the progress bar is off where there is no terminal."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]

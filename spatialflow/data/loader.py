@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     valid_sizes: Tensor  # (N, 2) int64
     padded_sizes: Tensor  # (N, 2) int64
     problems: list[str]  # messages about images that could not be used and were replaced
-    notes: list[Problem]  # contradictions of annotations that were used, the pixels being believed
+    notes: list[Problem]  # where annotations contradict their pixels; the pixels were used
 
     def pin_memory(self) -> "Batch":
         """Called by the loader where batches go to a GPU."""

@@ -100,9 +100,8 @@ class PanopticQuality:
             image_id: named in errors.
 
         Raises:
-            PanopticFormatError: sizes differ, a predicted segment is in the map and not in the list or the other way
-                round, a ground-truth segment has the id 0 or comes twice, an area is not finite, or a category is
-                unknown.
+            PanopticFormatError: sizes differ; the predicted map and list have different segments; a ground-truth
+                segment has the id 0 or comes twice; an area is not finite; or a category is unknown.
 
         Other contradictions between a list and its map (`docs/annotations.md`) are warnings.
         """

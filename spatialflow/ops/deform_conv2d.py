@@ -199,12 +199,13 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def _for_samples_of(mask: Tensor, tensor: Tensor | None, input: Tensor) -> Tensor | None:
-    """`tensor`, a tangent or cotangent of `mask`, as a factor of samples: 0 where `mask` is not finite in the type it
-    is used in, as such samples are zero and have no gradient."""
+    """`tensor`, a tangent or cotangent of `mask`, to be used as a mask: NaN where `mask` is not finite in the type it is
+    used in. Such samples are zero whatever the features are; a factor of 0 would turn those that are infinite to NaN.
+    """
     if tensor is None:
         return None
     used = mask if input.dtype == torch.float64 else mask.float()
-    return torch.where(torch.isfinite(used), tensor, 0)
+    return torch.where(torch.isfinite(used), tensor, torch.nan)
 
 
 def _no_third_derivative(ctx: Any, tangent: Tensor | None) -> None:

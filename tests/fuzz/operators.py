@@ -98,21 +98,6 @@ def _nearby_offsets(arguments: dict, epsilon: float) -> Iterator[dict]:
         yield arguments | {"offset": offset + sign * step}
 
 
-def _nearby_bias(arguments: dict, epsilon: float) -> Iterator[dict]:
-    weight, bias = arguments["weight"], arguments.get("bias")
-    if not arguments["relu"] or weight.numel() == 0:
-        return
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    x = arguments["x"]
-    largest = max((float(torch.where(t.isfinite(), t, 0).abs().max()) for t in leaves(x) if t.numel()), default=1.0)
-    flow = leaves(arguments["flow"])
-    largest += max((float(torch.where(t.isfinite(), t, 0).abs().max()) for t in flow if t.numel()), default=0.0)
-    row = torch.where(weight.isfinite(), weight, 0).abs().sum(dim=(1, 2, 3))
-    step = (row * largest + bias.abs().nan_to_num()) * 64 * epsilon
-    for sign in (1, -1):
-        yield arguments | {"bias": bias + sign * step}
-
-
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """A nest of lists and dictionaries with its tensors replaced."""
     if isinstance(value, Tensor):
@@ -185,16 +170,20 @@ def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
     return brute_force.flow_tower(levels, _tower(parameters), algorithm)
 
 
-def _nearby_tower(arguments: dict, epsilon: float) -> Iterator[dict]:
-    """Every weight and bias moved at random, some roundings up or down: sums at the kink of a ReLU change sides. The
-    sums of Winograd round more often."""
-    generator = torch.Generator().manual_seed(0)
-    for roundings in (4, 32, 256) * 8:
+def _nearby_weights(*names: str) -> Callable[[dict, float], Iterator[dict]]:
+    """Weights moved at random, some roundings up or down: sums at the kink of a ReLU change sides. The sums of Winograd
+    round more often."""
 
-        def moved(t: Tensor, step: float = roundings * epsilon) -> Tensor:
-            return t + step * (t.abs() + 1) * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+    def nearby(arguments: dict, epsilon: float) -> Iterator[dict]:
+        generator = torch.Generator().manual_seed(0)
+        for roundings in (4, 32, 256) * 8:
 
-        yield arguments | {"parameters": map_tensors(moved, arguments["parameters"])}
+            def moved(t: Tensor, step: float = roundings * epsilon) -> Tensor:
+                return t + step * (t.abs() + 1) * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+            yield arguments | {name: map_tensors(moved, arguments[name]) for name in names}
+
+    return nearby
 
 
 def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +206,8 @@ def _tied(arguments: dict, result: Tensor) -> Tensor:
 
 
 def _nearby_threshold(arguments: dict, epsilon: float) -> Iterator[dict]:
-    """Pixels whose probability is the threshold, and boxes without a whole rounding between their sides."""
+    """Pixels whose probability is the threshold, and pixels at the edge of a cell whose logit is NaN."""
+    yield from _nearby_boxes(arguments, epsilon)
     for factor in (1 + 64 * epsilon, 1 - 64 * epsilon):
         yield arguments | {"threshold": arguments["threshold"] * factor}
 
@@ -248,7 +238,7 @@ OPERATORS: dict[str, Operator] = {
         ops.flow_conv2d,
         reference.flow_conv2d, brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
-        nearby=_nearby_bias,
+        nearby=_nearby_weights("weight"),
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
         unstable=_upsets_convolution,
@@ -257,7 +247,7 @@ OPERATORS: dict[str, Operator] = {
         _flow_conv2d_packed,
         reference.flow_conv2d, brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
-        nearby=_nearby_bias,
+        nearby=_nearby_weights("weight"),
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
         unstable=_upsets_convolution,
@@ -314,7 +304,7 @@ for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_towe
         _flow_tower_brute,
         composed=True,
         differentiable=("levels", "parameters"),
-        nearby=_nearby_tower,
+        nearby=_nearby_weights("parameters"),
         nearby_for=("gradient",),
         linear=("levels", "parameters"),
         unstable=_upsets_convolution,

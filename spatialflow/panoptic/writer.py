@@ -66,9 +66,9 @@ class PanopticWriter:
     the images already done stay usable. Segments may carry any JSON-able field beside id and category_id.
 
     In a `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
-    (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the image in work at most; after a power failure, the images
-    that the disk had not received yet are done again. The journal is removed when the block ends without an exception.
-    Without either, call `write_json` at the end; segments are then in a file without a name until the process ends.
+    (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the image in work
+    at most; after a power failure, the images that the disk had not received yet are done again. The journal is removed
+    when the block ends without an exception. Otherwise there is no journal, and `write_json` saves the results.
 
     Args:
         folder: where the PNGs go; created on the first result.

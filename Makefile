@@ -68,13 +68,13 @@ sanitized_build = $(call configure,$(1)) -DSPATIALFLOW_SANITIZE=$(2) \
 	cmake --build build/$(1) --target spatialflow_schema _evaluation $(3)
 runtime = $(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))
 address := address,undefined
-with_address = PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$(call runtime,asan ubsan stdc++)"
+with_address = PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(call runtime,asan ubsan stdc++)"
 with_thread = OMP_NUM_THREADS=4 OMP_WAIT_POLICY=passive TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 	setarch -R env LD_PRELOAD="$(call runtime,tsan stdc++)"
 sanitized_tests = $(PYTHON) -m pytest --capture=sys
 
-sanitize: $(environment)  ## operators and scoring with address and undefined-behavior sanitizers: tests, then the fuzzer
+sanitize: $(environment)  ## tests of operators and scoring, then the fuzzer, with AddressSanitizer and UBSan
 	$(call sanitized_build,sanitized,$(address),spatialflow_cpu_$(SANITIZE_LEVEL))
 	SPATIALFLOW_BACKEND=cpu_sanitized $(with_address) $(sanitized_tests) $(SANITIZE_TESTS)
 	$(with_address) $(PYTHON) tests/fuzz --backend cpu_sanitized --seconds $(SANITIZE_FUZZ)
@@ -83,7 +83,7 @@ sanitize-threads: $(environment)  ## eight Python threads calling operators and 
 	$(call sanitized_build,thread_sanitized,thread,spatialflow_cpu_$(SANITIZE_LEVEL))
 	SPATIALFLOW_BACKEND=cpu_thread_sanitized $(with_thread) $(sanitized_tests) tests/test_threads.py
 
-test-simt-sanitize: $(environment)  ## the operator tests on the interpreted CUDA kernels with address and undefined
+test-simt-sanitize: $(environment)  ## test-simt with AddressSanitizer and UBSan
 	$(call sanitized_build,sanitized,$(address),spatialflow_simt)
 	SPATIALFLOW_BACKEND=simt_sanitized $(with_address) $(sanitized_tests) \
 	  $(filter-out tests/test_simt.py,$(SIMT_TESTS))
@@ -105,17 +105,17 @@ test-sass: export SPATIALFLOW_CUDA := on
 test-sass: nvcc build $(disassembler)  ## what the compiler made of the CUDA kernels, without a GPU; needs nvcc
 	$(PYTHON) tools/check_sass.py
 
-mutation-round: build  ## break a line of a kernel at a time: do tests and sanitizers notice? about 15 minutes
+mutation-round: build  ## break one line at a time and check that tests or sanitizers notice; about 15 minutes
 	$(PYTHON) tools/mutation_round.py
 
 SECONDS ?= 120
 SEED ?= 0
 fuzz: BACKEND := $(if $(filter command line environment,$(origin BACKEND)),$(BACKEND),cpu)
-fuzz: build  ## try hostile calls and files (docs/fuzzing.md); SECONDS=1200 SEED=1 OPS="nms roi_align" OPS=files BACKEND=simt
+fuzz: build  ## fuzz operators and file readers (docs/fuzzing.md); SECONDS=1200 SEED=1 OPS="nms roi_align" BACKEND=simt
 	$(if $(filter simt,$(BACKEND)),$(simt_build))
 	$(PYTHON) tests/fuzz --seconds $(SECONDS) --seed $(SEED) --backend $(BACKEND) $(if $(OPS),--ops $(OPS))
 
-fuzz-planted: build  ## plant faults, one at a time: does the fuzzer find them? TEXT="stride" for some
+fuzz-planted: build  ## plant known faults one at a time and check that the fuzzer finds each; TEXT=stride for some
 	$(PYTHON) tools/fuzz_planted.py $(TEXT)
 
 bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
@@ -142,10 +142,11 @@ demo_scored := $(if $(IMAGES),,$(filter demo,$(demo_config)))
 demo_weights := $(if $(WEIGHTS),--checkpoint $(WEIGHTS))
 command = $(PYTHON) -m spatialflow.cli
 
-demo:  ## environment, build, 50 scenes: maps, PQ, overlays, speed in demo/; IMAGES="a.jpg folder" WEIGHTS=file CONFIG=name
+demo:  ## environment, build, 50 scenes: maps, PQ, overlays and speed in demo/; IMAGES="a.jpg folder" WEIGHTS=f CONFIG=c
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory build && built=$$(date +%s) && rm -rf demo && \
 	$(if $(IMAGES),,$(command) synthesize demo/scenes --count 50 --size 256 384 --seed 2 &&) \
-	$(command) predict $(or $(IMAGES),demo/scenes/images) --output demo/prediction --config $(demo_config) $(demo_weights) && \
+	$(command) predict $(or $(IMAGES),demo/scenes/images) --output demo/prediction --config $(demo_config) \
+	  $(demo_weights) && \
 	$(if $(demo_scored),$(MAKE) --no-print-directory demo-score &&) \
 	echo "seconds: environment and build $$((built - begin)), demo $$(($$(date +%s) - built))" && \
 	echo "Look at demo/prediction/overlays$(if $(demo_scored), and demo/pictures/index.html)."

@@ -20,7 +20,7 @@ def setup(count: int) -> Problem:
 
 
 def class_by_class(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """The oracle: a plain nms per class; torchvision's where installed, as the twin is slow."""
+    """The oracle: a plain nms per class; torchvision's where installed, as the reference is slow."""
     nms = torchvision.nms if torchvision else reference.nms
     rows = [(idxs == one).nonzero()[:, 0] for one in range(CLASSES)]
     kept = torch.cat([own[nms(boxes[own], scores[own], iou_threshold)] for own in rows])

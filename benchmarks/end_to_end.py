@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     setting = environment(options)
-    operators = "torchvision's" if torchvision else "the twins' (no torchvision here)"
+    operators = "torchvision's" if torchvision else "the references' (no torchvision here)"
     print(f"end_to_end: {TITLE}\n  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, "
           f"CPU level {setting['cpu_level']}; the reference's NMS and RoIAlign are {operators}")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:

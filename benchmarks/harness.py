@@ -139,7 +139,7 @@ class Benchmark:
         setup: `setup(**case) -> Problem`.
         sweep: label of a case -> keyword arguments of `setup`.
         providers: name -> function or `Provider`; "spatialflow" is one of them. None: not installed, left out.
-        oracle: the twin, run on the inputs widened to float64. None: the provider "reference".
+        oracle: the reference, run on the inputs widened to float64. None: the provider "reference".
         tolerance: largest error of spatialflow, as a share of the largest expected value.
         rounding: factor of TOLERANCES, for what rounds more than once.
         compare: `(result, expected) -> error`; default: largest difference over the largest expected value, and for

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """nms of one class: 20,000 boxes, spread over an image, small in a large one, and crowded.
 
-The plain-PyTorch twin takes a step per kept box, seconds in all, and is not timed.
+The plain-PyTorch reference takes a step per kept box, seconds in all, and is not timed.
 """
 
 import torch
@@ -39,7 +39,7 @@ BENCHMARK = Benchmark(
         "spatialflow": Provider(ops.nms, waits=True),
         "torchvision": torchvision and Provider(torchvision.nms, waits=True),
     },
-    oracle=torchvision.nms if torchvision else reference.nms,  # in float64; the twin decides alike, but slowly
+    oracle=torchvision.nms if torchvision else reference.nms,  # in float64; the reference decides alike, but slowly
     tolerance=1e-3,
     compare=share_of_other_rows,
 )

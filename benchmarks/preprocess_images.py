@@ -21,7 +21,7 @@ def setup(size: tuple[int, int]) -> Problem:
 
 
 def opencv_steps(image, size, mean, std):
-    """The steps one by one, as training does them: resize, normalise, to planes, pad."""
+    """The steps one by one, as training does them: resize, normalize, to planes, pad."""
     return torch.from_numpy(pad(normalise(resize_image(image.cpu().numpy(), size), mean, std), 32))[None]
 
 

@@ -205,7 +205,7 @@ class ReferencePipeline:
 
 
 def network_input(pixels: np.ndarray, test: TestConfig, data: DataConfig) -> tuple[tuple[int, int], Tensor]:
-    """The size of the resized image, and the image as the network takes it, (1, 3, H, W), normalised and padded."""
+    """The size of the resized image, and the image as the network takes it, (1, 3, H, W), normalized and padded."""
     valid = fit_size(pixels.shape[:2], test.test_short_edges[0], test.test_long_edge)
     image = normalise(resize_image(pixels, valid), data.image_mean, data.image_std)
     return valid, torch.from_numpy(pad(image, data.size_divisor))[None]
@@ -238,7 +238,7 @@ def paste_at_once(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], t
 
 
 def write_png(path: Path, id_map: np.ndarray) -> None:
-    """The ids as colours, by Pillow where it is installed, else by OpenCV."""
+    """The ids as colors, by Pillow where it is installed, else by OpenCV."""
     if pillow is not None:
         pillow.fromarray(encode_ids(id_map)).save(path)
         return

@@ -138,8 +138,7 @@ def load() -> None:
     if backend.startswith("cpu_") and hasattr(os, "register_at_fork"):
         library = ctypes.CDLL(str(library_path(backend)))
         threads_were_used = ctypes.c_bool.in_dll(library, "spatialflow_threads_were_used")
-        # Threads are not forked, and whoever wants several would wait for those of the parent for ever: kernels, and
-        # torch's own copies within operators.
+        # Threads are not forked. Kernels, and torch's own copies within operators, would wait forever for the parent's.
         os.register_at_fork(after_in_child=lambda: threads_were_used.value and torch.set_num_threads(1))
     if torch.version.cuda is not None and library_path("cuda").is_file():
         torch.ops.load_library(str(library_path("cuda")))

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 everything done, 1 some inputs failed and are named on standard error, 2 the command could not be
-        carried out, 130 interrupted (SIGINT), 141 nobody reads the output any more, 143 terminated (SIGTERM).
+        carried out, 130 interrupted (SIGINT), 141 the output pipe was closed, 143 terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
                               "the package, as for demo; else random ones). Given several times: an ensemble, with one "
                               "--config for all or one for each")  # fmt: skip
-    predict.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
+    predict.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
@@ -165,8 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--detections", action="store_true", help="write detections.json too (COCO results)")
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
     predict.add_argument("--recursive", action="store_true", help="images in sub-folders too; outputs keep the folders")
-    predict.add_argument("--restart", action="store_true", help="start anew where a run was interrupted, instead of "
-                         "going on")  # fmt: skip
+    predict.add_argument(
+        "--restart", action="store_true", help="start anew instead of going on with an interrupted run"
+    )
 
     evaluate = commands.add_parser(
         "evaluate", help="panoptic quality of a folder of predictions",
@@ -219,13 +220,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
     convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
-    convert.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in SOURCE")
+    convert.add_argument("--ema", action="store_true", help="take the moving average (EMA) of the weights in SOURCE")
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
 
     benchmark = commands.add_parser(
         "benchmark", help="time operators against their peers",
         description="Checks every result in float64, then times it. Peers that are not installed are left out; "
-                    "`pip install torchvision`\nbrings most. Without it nms is checked by its plain twin, which takes "
+                    "`pip install torchvision`\nbrings most. Without it nms is checked by its reference, which takes "
                     "minutes.",
         **with_examples("benchmark --list", "benchmark roi_align nms --seconds 2 --output results"),
     )  # fmt: skip

@@ -42,7 +42,7 @@ class _Complaints(logging.Handler):
 
 
 def show_log() -> None:
-    """Shows what the package logs, for instance what it took off the weights of a trainer, as complaints."""
+    """Prints what the package logs, for instance what it removed around the weights of a trainer."""
     logger = logging.getLogger("spatialflow")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
@@ -62,7 +62,7 @@ def list_images(
     """The images that files and folders stand for.
 
     A folder stands for the images in it; for those in its sub-folders too with `recursive`, or where it holds no image
-    itself (as Cityscapes' split of cities).
+    itself, such as Cityscapes' folder of cities.
 
     Args:
         given: files and folders.
@@ -92,8 +92,8 @@ def list_images(
             other = images.setdefault(without_suffix(image.name), image)
             if other != image and other.path.resolve() != image.path.resolve():
                 raise CommandError(
-                    f"{image.path}: is named like {other.path}, and outputs take the name; use two output folders, or "
-                    f"give the folder above both with --recursive"
+                    f"{image.path}: has the same name as {other.path}, and output files are named by it; use two "
+                    f"output folders, or give the folder above both with --recursive"
                 )
     for text in failed:
         complain(text)

@@ -7,4 +7,4 @@ class CommandError(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came; ends a command as Ctrl-C does, with exit code 143."""
+    """Ends a command at SIGTERM, as Ctrl-C does, with exit code 143."""

@@ -43,7 +43,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
                        "its split train, evaluate on val where there is one")  # fmt: skip
     train.add_argument("--checkpoint", type=Path, metavar="FILE", help="finetune these weights; layers that depend on "
                        "the classes start anew where they do not fit")  # fmt: skip
-    train.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
+    train.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
     train.add_argument("--backbone", type=Path, metavar="FILE", help="ImageNet weights with torchvision's names")
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     train.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -97,8 +97,8 @@ def run_train(options: argparse.Namespace) -> int:
             _warn_of_random_statistics(options, config.model)
             for text in [*idle_settings(config.training, trainer.total_steps), *_without_pycocotools(validation)]:
                 complain(text)
-            if trainer.tamed:
-                complain(f"{options.output}: goes on with other settings: {', '.join(trainer.tamed)}")
+            if trainer.changed_settings:
+                complain(f"{options.output}: goes on with other settings: {', '.join(trainer.changed_settings)}")
             if trainer.anew and trainer.step == 0:
                 complain(f"{options.checkpoint}: of other classes; {', '.join(trainer.anew)} start anew")
         try:

@@ -20,10 +20,10 @@ def add_validate(commands: Any) -> None:
     validate = commands.add_parser(
         "validate", help="find what is wrong with panoptic annotations",
         description="Checks a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, "
-                    "files that are missing.\nFor every rule (docs/annotations.md) it says what a breach does to a "
-                    "ground truth and a prediction in\n`evaluate`, and in `train`: it stops, is reported, the image "
-                    "is skipped, or it does not matter (-).\nExit codes: 0 clean, 1 problems found, 2 not readable "
-                    "at all.",
+                    "missing files.\nFor every broken rule (docs/annotations.md) it says what a breach does in a "
+                    "ground truth and in a\nprediction for `evaluate`, and in `train`: the command stops, it is "
+                    "reported, the image is\nskipped, or it does not matter (-). Exit codes: 0 clean, 1 problems "
+                    "found, 2 not readable at all.",
         **with_examples(
             "validate annotations/panoptic_val2017.json --images val2017",
             "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
@@ -34,7 +34,8 @@ def add_validate(commands: Any) -> None:
     validate.add_argument("annotations", type=Path, metavar="ANNOTATIONS",
                           help="the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
     validate.add_argument("--folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
-    validate.add_argument("--images", type=Path, metavar="FOLDER", help="photographs, to be looked for and compared")
+    validate.add_argument("--images", type=Path, metavar="FOLDER",
+                          help="photographs: check that each is there and has its PNG's size")  # fmt: skip
     validate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     validate.add_argument("--output", type=Path, metavar="FILE", help="write all problems as JSON")
 
@@ -79,7 +80,7 @@ def _table(found: Any) -> str:
             lines.append(f"{name:18}{len(texts):8d}  {effects}".rstrip())
             lines += [f"    {text}" for text in texts[:EXAMPLES]]
             lines += [f"    and {len(texts) - EXAMPLES} more"] * (len(texts) > EXAMPLES)
-    # Names in a JSON may hold halves of surrogate pairs, which no terminal takes.
+    # Names in a JSON may hold unpaired surrogates, which no terminal can print.
     return "\n".join((*lines, "")).encode("utf-8", "backslashreplace").decode()
 
 

@@ -70,7 +70,7 @@ def add_visualize(commands: Any) -> None:
     visualize.add_argument("--config", metavar="NAME", help="network whose class-activation maps are shown, of the cls "
                            "sub-network and the stuff head")  # fmt: skip
     visualize.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights, as for predict")
-    visualize.add_argument("--ema", action="store_true", help="the moving average (EMA) of the weights in --checkpoint")
+    visualize.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
 
 
 def run_visualize(options: argparse.Namespace) -> int:

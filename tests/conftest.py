@@ -10,12 +10,12 @@ import pytest
 def pytest_configure() -> None:
     """With SPATIALFLOW_BACKEND=cuda every tensor that a test makes is on the GPU; no test file knows of it."""
     if os.environ.get("SPATIALFLOW_BACKEND") == "cuda":
-        # Twins multiply matrices by cuBLAS, which torch holds to be deterministic with this setting alone.
+        # References multiply matrices by cuBLAS, which torch holds to be deterministic with this setting alone.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         import torch
 
         torch.set_default_device("cuda")
-        torch.backends.cudnn.allow_tf32 = False  # twins in float32 convolve in float32
+        torch.backends.cudnn.allow_tf32 = False  # references in float32 convolve in float32
 
 
 def fixture_root() -> Path:
@@ -36,6 +36,18 @@ def fixtures() -> Path:
 @pytest.fixture(scope="session")
 def goldens(fixtures: Path) -> Path:
     return fixtures / "goldens"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights for the configuration `tiny`."""
+    import torch
+
+    import spatialflow
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
 
 
 @pytest.fixture(autouse=True)

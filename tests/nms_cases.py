@@ -22,7 +22,7 @@ def iou_matrix(boxes: np.ndarray) -> np.ndarray:
 
 
 def oracle(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy NMS class by class over a matrix of IoUs in float64; another program than kernel and twin.
+    """Greedy NMS class by class over a matrix of IoUs in float64; another program than kernel and reference.
 
     In NumPy, wherever the boxes are: its loop would wait for a GPU at every box.
     """

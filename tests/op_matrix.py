@@ -33,14 +33,14 @@ DEVICE = torch.get_default_device().type  # where the tests' tensors are: see co
 # Gradients that add up by atomics differ between runs on a GPU in the last bits, unless determinism is asked for.
 NONDETERMINISM = 0.0 if DEVICE == "cpu" else 1e-9
 
-# Symmetric tolerances against the twin in float64: relative to the largest value of the result. float16 has 11 bits,
-# bfloat16 8; both round inputs and outputs once, sums are in float32.
+# Symmetric tolerances against the reference in float64, relative to the largest value of the result. float16 has 11
+# bits, bfloat16 8; both round inputs and outputs once, sums are in float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass
 class OpSample:
-    """One call: `op(*tensors, **options)` and the twin with the same arguments.
+    """One call: `op(*tensors, **options)` and the reference with the same arguments.
 
     `tensors` may hold lists of tensors. `differentiable` are indices of tensors with a gradient. `converted` are the
     tensors that follow the tested dtype; the others (boxes, scores) keep theirs. `raw` gives the raw operator and its
@@ -149,14 +149,14 @@ def outcome(op: Callable, args: Sequence) -> Any:
         return str(error).splitlines()[0]
 
 
-def spoilt(value: Any) -> list:
+def spoiled(value: Any) -> list:
     """Arguments next to `value`, many of which no operator takes."""
     if isinstance(value, Tensor):
         other = torch.int16 if value.is_floating_point() else torch.float32
         shorter = [value.narrow(d, 0, n) for d, size in enumerate(value.shape) for n in {0, size - 1} if n >= 0]
         return [value[None], value.flatten(), value.to(other), *shorter]
     if isinstance(value, (list, tuple)) and value:
-        return [[], value[:-1], *([*value[:-1], last] for last in spoilt(value[-1]))]
+        return [[], value[:-1], *([*value[:-1], last] for last in spoiled(value[-1]))]
     if isinstance(value, int) and not isinstance(value, bool):
         return [-1, 0, value + 1]
     return [float("nan"), float("inf"), -1.0] if isinstance(value, float) else []
@@ -267,7 +267,7 @@ class OpMatrix:
         return function, inputs
 
     def test_reference(self, sample: Callable, dtype: torch.dtype) -> None:
-        """The kernel gives the numbers of the plain-PyTorch twin, computed in float64 from the same rounded inputs."""
+        """The kernel gives the numbers of the reference, computed in float64 from the same rounded inputs."""
         sample = sample()
         tensors = to_dtype(sample, dtype)
         actual = sample.op(*tensors, **sample.options)
@@ -279,7 +279,7 @@ class OpMatrix:
         assert all(leaf.dtype == dtype for leaf in leaves(actual) if leaf.is_floating_point())
 
     def test_gradient_against_reference(self, sample: Callable, dtype: torch.dtype) -> None:
-        """Reverse-mode gradients equal autograd through the twin, in every dtype."""
+        """Reverse-mode gradients equal autograd through the reference, in every dtype."""
         sample = sample()
         tensors = to_dtype(sample, dtype)
         function, inputs = self._bound(sample, tensors)
@@ -439,7 +439,7 @@ class OpMatrix:
                 )
 
     def test_device(self, sample: Callable) -> None:
-        """Op and twin make their tensors on the device of their inputs, whatever torch's default device is."""
+        """Op and reference make their tensors on the device of their inputs, whatever torch's default device is."""
         sample = sample()
         tensors = [map_tensors(torch.clone, value) for value in sample.tensors]
         for function in (sample.op, sample.reference):
@@ -478,14 +478,14 @@ class OpMatrix:
         assert_near(list(turned), list(dense), torch.float64, what="transposed gradient")
 
     def test_thin_layouts(self, thin: Callable, thin_dtype: torch.dtype) -> None:
-        """Sizes of one and zero give the numbers of the twin, at any strides of inputs and incoming gradients; the fake
-        kernels know the layout of what comes out."""
+        """Sizes of one and zero give the numbers of the reference, at any strides of inputs and incoming gradients; the
+        fake kernels know the layout of what comes out."""
         sample = thin()
         tensors = map_tensors(lambda t: t.contiguous(), to_dtype(sample, thin_dtype))
         plain, gradients = self._differentiated(sample, tensors)
         wide = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
         twin = OpSample(**{**sample.__dict__, "op": sample.reference})
-        self._assert_equal_up_to_rounding((plain, gradients), self._differentiated(twin, wide), thin_dtype, "twin")
+        self._assert_equal_up_to_rounding((plain, gradients), self._differentiated(twin, wide), thin_dtype, "reference")
         for name, layout in THIN_LAYOUTS.items():
             arranged = map_tensors(layout, tensors)
             assert all(torch.equal(a, b) for a, b in zip(leaves(arranged), leaves(tensors)))
@@ -507,7 +507,7 @@ class OpMatrix:
         sample = sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
         for index, argument in enumerate(args):
-            for value in spoilt(argument):
+            for value in spoiled(argument):
                 changed = [*args[:index], value, *args[index + 1 :]]
                 found = outcome(op, changed)
                 if isinstance(found, str) and re.search(sample.unforeseen, found):

@@ -41,7 +41,9 @@ def refuse(x):
 
 
 class TestHarness:
-    @pytest.mark.parametrize("option, value", [("threads", "0"), ("seconds", "-1"), ("seconds", "nan"), ("device", "tpu")])
+    @pytest.mark.parametrize(
+        "option, value", [("threads", "0"), ("seconds", "-1"), ("seconds", "nan"), ("device", "tpu")]
+    )
     def test_bad_options_are_named(self, option, value, capsys):
         harness = importlib.import_module("harness")
         with pytest.raises(SystemExit):

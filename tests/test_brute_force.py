@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators and references against the brute force of `tests/fuzz/brute_force.py`: fixed small cases, bad values and ties included."""
+"""Operators and references against `tests/fuzz/brute_force.py`: fixed small cases, bad values and ties included."""
 
 import math
 from collections.abc import Callable

@@ -418,7 +418,7 @@ def test_rows_say_why(tool):
 
 
 def test_a_kernel_that_the_device_does_not_know(tool):
-    """The host's name has an L before the kernel's own; with a restrict-qualified argument also an r, and no twin."""
+    """The host's name has an L before the kernel's own; with a restrict-qualified argument also an r, and no pair."""
     known = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIfEEvPT_ _ZN3lib12_GLOBAL__N_111sort_kernelIfEEvPT_"
     fault = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIrPKfEEvT_ _ZN3lib12_GLOBAL__N_111sort_kernelIPKfEEvT_"
     assert tool.unlaunchable(known) == []

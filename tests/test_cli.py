@@ -47,13 +47,6 @@ def photographs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
-
-
 def sentences(capsys) -> list[str]:
     """Complaints on standard error, one line each; the progress bar is off where there is no terminal."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
@@ -158,7 +151,7 @@ class TestPredict:
             path.write_bytes((photographs / "plain.jpg").read_bytes())
         assert main(["predict", *map(str, paths), "--output", str(tmp_path / "out"), *FAST]) == 2
         (said,) = sentences(capsys)
-        assert said.startswith(f"{paths[1]}: is named like {paths[0]}, and outputs take the name")
+        assert said.startswith(f"{paths[1]}: has the same name as {paths[0]}, and output files are named by it")
         assert not (tmp_path / "out").exists()
 
     def test_one_file_given_twice(self, photographs, weights, tmp_path):
@@ -429,7 +422,9 @@ def test_every_option_is_read():
     assert [(command, name) for command, name in options if name not in read] == []
 
 
-@pytest.mark.parametrize("setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=3200000000000"])
+@pytest.mark.parametrize(
+    "setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=3200000000000"]
+)
 def test_settings_that_ask_for_more_memory_than_there_is(photographs, tmp_path, capsys, setting):
     arguments = ["predict", str(photographs / "plain.jpg"), "--config", "tiny", "--set", setting, "--no-overlay"]
     assert main([*arguments, "--output", str(tmp_path)]) == 2

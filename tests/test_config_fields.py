@@ -318,7 +318,7 @@ def test_no_two_accepted_networks_with_other_flags_are_the_same():
         (dict(flow_source=None), "flow_source: must be 'reg' or 'cls', as flow_to_detection and flow_to_stuff and"),
         (NO_FLOWS | dict(flow_source="cls"), "flow_source: must be null, as none of flow_to_detection"),
         (dict(thing_head=False, thing_stages=0), "flow_to_thing: must be false without a thing head"),
-        (dict(stuff_head=False, stuff_stages=0, flow_to_stuff=False), "flow_stuff_to_thing: must be false without a st"),
+        (dict(stuff_head=False, stuff_stages=0, flow_to_stuff=False), "flow_stuff_to_thing: must be false without a"),
         (FROM_SCRATCH | dict(backbone_frozen_stages=4), "backbone_norm_trains: must be false where no stage trains"),
         (dict(train_scale_range=[0.5, 2.0]), "train_scale_range: must be [1, 1] without train_crop"),
         (dict(learning_rate_epochs=[0]), "learning_rate_epochs: must be positive"),

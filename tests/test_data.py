@@ -98,7 +98,10 @@ class TestCoco:
             (lambda f: (f / "panoptic/000001.png").unlink(), "000001.png: cannot be read"),
             (lambda f: (f / "panoptic/000001.png").write_bytes(b"no"), "000001.png"),
             (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((9, 9, 3), np.uint8)), "annotation of 9x9"),
-            (lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((96, 128, 3), np.uint8)), "segments has pixels"),
+            (
+                lambda f: cv2.imwrite(str(f / "panoptic/000001.png"), np.zeros((96, 128, 3), np.uint8)),
+                "segments has pixels",
+            ),
         ],
     )
     def test_damage_is_named(self, tmp_path, damage, message):
@@ -133,7 +136,7 @@ class TestCoco:
             ),
             ({"annotations": [], "images": [IMAGE | {"height": None}]}, "height must be an integer, got None"),
             ({"annotations": [], "images": [IMAGE | {"width": 0}]}, "must have pixels, got 0x1"),
-            ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a text"),
+            ({"annotations": [], "images": [IMAGE | {"id": [1]}]}, r"images\[0\]: id must be an integer or a string"),
             ({"annotations": [], "images": [IMAGE], "categories": 3}, "categories"),
             (
                 {"annotations": [], "images": [IMAGE], "categories": [{"id": 99, "isthing": 1}]},

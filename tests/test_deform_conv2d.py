@@ -133,14 +133,14 @@ class TestValues:
     @pytest.mark.parametrize("which, masked", [("offset", True), ("offset", False), ("mask", True)])
     def test_not_finite_samples_nothing(self, which, value, masked):
         tensors = inputs(masked=masked)
-        spoilt = [None if t is None else t.clone() for t in tensors]
+        spoiled = [None if t is None else t.clone() for t in tensors]
         # Tap 4 of output cell (2, 3), by either coordinate of the offset or by the mask.
-        spoilt[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
+        spoiled[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
         # What it must equal: the tap moved far outside. Its mask then has no gradient either.
         far = [None if t is None else t.clone() for t in tensors]
         far[1][0, 8, 2, 3] = 1e6
         results = []
-        for case in (spoilt, far):
+        for case in (spoiled, far):
             leaves = [None if t is None else t.requires_grad_() for t in case]
             out = convolve(*leaves)
             present = [t for t in leaves if t is not None]
@@ -153,7 +153,7 @@ class TestValues:
         assert not grad_offset[0, 8:10, 2, 3].any()
         if masked:
             assert results[0][-1][0, 4, 2, 3] == 0
-        assert not torch.equal(out, convolve(*tensors)), "the spoilt tap took part before"
+        assert not torch.equal(out, convolve(*tensors)), "the spoiled tap took part before"
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # the last is infinite for float32 features
     def test_tangent_of_a_mask_that_is_not_finite(self, value):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivatives of derivatives: torch.func's transforms inside one another, against the plain-PyTorch twins.
+"""Derivatives of derivatives: torch.func's transforms inside one another, against the plain-PyTorch references.
 
 torch's own autograd.Function gives wrong numbers for forward mode within forward mode, without a word: its `jvp` runs
 with forward mode off, so that tangents of the outer transform are lost in it.

@@ -302,7 +302,8 @@ class TestPacked:
             with pytest.raises(RuntimeError, match="flow_tower: " + message):
                 ops.flow_tower([x], ops.FlowTowerParameters(cls=(held,), segmentation_levels=0))
         wide = packed._replace(packed=packed.packed.double())
-        with pytest.raises(RuntimeError, match="flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype"):
+        message = "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype"
+        with pytest.raises(RuntimeError, match=message):
             ops.flow_conv2d(x.double(), None, wide)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
@@ -335,7 +336,8 @@ class TestValues:
             dual = torch.autograd.forward_ad.make_dual(good, torch.ones_like(good))
             results = ops.flow_conv2d([dual, bad], None, weight.detach(), None, False, "direct")
             tangents = [torch.autograd.forward_ad.unpack_dual(result).tangent for result in results]
-        assert_near(tangents[0], ops.flow_conv2d(torch.ones_like(good), None, weight.detach(), None, False), torch.float32)
+        expected = ops.flow_conv2d(torch.ones_like(good), None, weight.detach(), None, False)
+        assert_near(tangents[0], expected, torch.float32)
         assert not tangents[1].any()
         leaf = good.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(ops.flow_conv2d([leaf, bad], None, weight, None, False)[0].sum(), leaf)

@@ -121,7 +121,7 @@ class TestFlowTower(OpMatrix):
 
 
 class TestWirings:
-    """Every ablation of the paper: the operator, its composition and the twin agree."""
+    """Every ablation of the paper: the operator, its composition and the reference agree."""
 
     cases = {
         "paper": {"stages": (4, 4, 4, 1)},

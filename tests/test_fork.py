@@ -25,7 +25,7 @@ PARENT = """
 
     from spatialflow import ops
 
-    signal.alarm(100)  # a process that waits for ever is killed; a fork clears the alarm
+    signal.alarm(100)  # a process that waits forever is killed; a fork clears the alarm
     torch.set_num_threads(4)
     feature, weight = torch.randn(2, 64, 48, 48), torch.randn(64, 64, 3, 3)
     corner = torch.rand(300, 2) * 90

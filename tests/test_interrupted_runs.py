@@ -52,13 +52,6 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
-
-
-@pytest.fixture(scope="module")
 def arguments(photographs, weights):
     return ["predict", str(photographs), "--recursive", "--detections", "--checkpoint", str(weights), *FAST]
 

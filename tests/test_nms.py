@@ -305,7 +305,7 @@ class TestOracles:
     @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
     @pytest.mark.parametrize("scene", ["mixed", "tiny far from the origin", "one cluster", "long and flat", "outliers"])
     def test_large_classes_equal_the_plain_greedy_pass(self, scene, threshold):
-        """The grid over box centres only saves work; the twin tests every pair, in the same float32 steps."""
+        """The grid over box centers only saves work; the reference tests every pair, in the same float32 steps."""
         boxes = random_boxes(450, extent=150.0)
         if scene == "tiny far from the origin":
             boxes = random_boxes(450, extent=1.0, size=0.3) + 1e5  # a handful of float32 steps wide

@@ -123,7 +123,7 @@ def test_every_png_filter(filter_type, channels):
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "I;16", "1"])
 def test_png_of_another_kind_says_so(tmp_path, mode):
     Image.new("RGB", (4, 3)).convert("L" if mode == "I;16" else mode).convert(mode).save(tmp_path / "a.png")
-    with pytest.raises(PanopticFormatError, match=r"a\.png: a panoptic PNG is 8-bit RGB, this one is .*(grey|palette)"):
+    with pytest.raises(PanopticFormatError, match=r"a\.png: a panoptic PNG is 8-bit RGB, this one is .*(gray|palette)"):
         read_id_map(tmp_path / "a.png")
 
 
@@ -215,14 +215,17 @@ def test_json_errors_name_file_and_field(tmp_path):
     for content, message in (
         ("{", "a.json: not a JSON file"),
         ("[" * 100_000, "a.json: not a JSON file"),
-        (annotated(file_name="a\0b"), r"annotations\[0\]: file_name must be a text without NUL or half characters, got 'a\\x00b'"),
+        (
+            annotated(file_name="a\0b"),
+            r"annotations\[0\]: file_name must be a string without NUL or unpaired surrogates, got 'a\\x00b'",
+        ),
         ("[]", 'a panoptic JSON is a mapping with a list "annotations"'),
         ('{"annotations": [{"image_id": 1}]}', r'annotations\[0\] must be a mapping with "file_name"'),
         ('{"annotations": [], "categories": [{"id": 1}]}', r'categories\[0\] must be a mapping with "isthing"'),
         ('{"annotations": [], "categories": [{"id": "1", "isthing": 0}]}', r"categories\[0\]: id must be an integer"),
         ('{"annotations": [], "categories": [{"id": 1, "isthing": 2}]}', "isthing must be 0 or 1, got 2"),
-        (annotated(image_id=[3]), r"annotations\[0\]: image_id must be an integer or a text, got \[3\]"),
-        (annotated(file_name=3), r"annotations\[0\]: file_name must be a text, got 3"),
+        (annotated(image_id=[3]), r"annotations\[0\]: image_id must be an integer or a string, got \[3\]"),
+        (annotated(file_name=3), r"annotations\[0\]: file_name must be a string, got 3"),
         (annotated(id=1 << 24), r"segments_info\[0\]: id must lie in \[0, 16777215\], got 16777216"),
         (annotated(area="9"), r"segments_info\[0\]: area must be a number, got '9'"),
         (annotated(iscrowd="0"), r"segments_info\[0\]: iscrowd must be 0 or 1, got '0'"),

@@ -283,8 +283,9 @@ class TestBadValues:
 
     def test_score_beyond_float32_is_infinite(self):
         masks, stuff = torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int64)
-        for merge in (ops.panoptic_merge, reference.panoptic_merge):
-            scores = merge(masks, torch.tensor([1e300], dtype=torch.float64), torch.tensor([0]), None, stuff, 0).scores
+        score = torch.tensor([1e300], dtype=torch.float64)
+        for function in (ops.panoptic_merge, reference.panoptic_merge):
+            scores = function(masks, score, torch.tensor([0]), None, stuff, 0).scores
             assert scores.tolist() == [float("inf")]
 
     def test_stuff_outside_the_labels_is_void(self):

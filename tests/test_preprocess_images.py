@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""preprocess_images: the op matrix, and OpenCV's chain of resize, normalise and pad to the last bit."""
+"""preprocess_images: the op matrix, and OpenCV's chain of resize, normalize and pad to the last bit."""
 
 import cv2
 import numpy as np

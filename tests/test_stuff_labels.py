@@ -61,7 +61,7 @@ class TestStuffLabels(OpMatrix):
     } | {"one row": sample((8, 5, 6), (20, 24), (1, 30)), "one column": sample((8, 5, 6), (20, 24), (30, 1))}
 
     def test_reference(self, sample, dtype):
-        """Labels of the twin in float64; where they differ both classes are as good, up to rounding."""
+        """Labels of the reference in float64; where they differ both classes are as good, up to rounding."""
         sample = sample()
         (logits,) = to_dtype(sample, dtype)
         labels, wide = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)

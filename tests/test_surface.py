@@ -178,7 +178,7 @@ class TestPublicOperator:
             assert re.search(rf"\b{argument}\b", text.split("Args:")[1]), f"{name}: {argument} is not described"
 
     def test_every_file_is_there(self, name):
-        """One name in every folder: schema, CPU kernel, Python, twin, tests, benchmark."""
+        """One name in every folder: schema, CPU kernel, Python, reference, tests, benchmark."""
         stem = home(name)
         files = [
             f"csrc/ops/{stem}.cpp", f"csrc/cpu/{stem}.cpp", f"spatialflow/ops/{stem}.py",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CuPy textbook kernels of the benchmarks compute what the twins do; run as C++ on the CPU, thread by thread."""
+"""The CuPy textbook kernels of the benchmarks agree with the references; run as C++ on the CPU, thread by thread."""
 
 import ctypes
 import importlib

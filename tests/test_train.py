@@ -157,7 +157,8 @@ class TestRun:
         other.names = other.names[::-1]
         with pytest.raises(TrainingError, match="other images"):
             Trainer(small(), other, tmp_path, ALONE)
-        for content, message in ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no whole checkpoint of a run")):
+        damaged = ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no complete checkpoint of a training run"))
+        for content, message in damaged:
             with open(tmp_path / "checkpoint.pt", "wb") as file:
                 file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):
@@ -175,7 +176,7 @@ class TestRun:
             holder = holder[key]
         holder[("", *where)[-1]] = value
         torch.save(content[""], tmp_path / "checkpoint.pt")
-        with pytest.raises(CheckpointError, match="checkpoint.pt: is no whole checkpoint of a run"):
+        with pytest.raises(CheckpointError, match="checkpoint.pt: is no complete checkpoint of a training run"):
             Trainer(small(), data, tmp_path, ALONE)
 
     def test_settings_of_the_optimizer_are_those_of_the_configuration(self, data, tmp_path):
@@ -307,10 +308,10 @@ class TestDivergence:
         ):
             assert words in str(error.value)
         assert files == {name: (tmp_path / name).read_bytes() for name in files}
-        tamer = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, ALONE)
-        assert tamer.step == 2
-        assert tamer.tamed == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
-        tamer.run()
+        calmer = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, ALONE)
+        assert calmer.step == 2
+        assert calmer.changed_settings == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
+        calmer.run()
         assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
 
     def test_loss_and_weights_are_named_together(self, data, tmp_path, monkeypatch):
@@ -345,10 +346,10 @@ class TestDivergence:
         for change, message in (
             (break_weight, "holds values that are not finite: fpn.p6.bias; start"),
             (break_momentum, "holds values that are not finite: momentum of backbone.conv1.weight; start"),
-            (lambda state: state.pop("scaler"), "is no whole checkpoint of a run"),
-            (lambda state: state["model"].pop("fpn.p6.bias"), "is no whole checkpoint of a run"),
-            (lambda state: state.update(identity="[]"), "is no whole checkpoint of a run"),
-            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is no whole checkpoint of a run"),
+            (lambda state: state.pop("scaler"), "is no complete checkpoint of a training run"),
+            (lambda state: state["model"].pop("fpn.p6.bias"), "is no complete checkpoint of a training run"),
+            (lambda state: state.update(identity="[]"), "is no complete checkpoint of a training run"),
+            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is no complete checkpoint"),
         ):
             (tmp_path / "checkpoint.pt").write_bytes(good)
             state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -648,7 +649,9 @@ class TestProcesses:
         With BatchNorm the first steps alone: from the seventh on, another rounding in one process shows as much.
         """
         write_coco(tmp_path, 8, (64, 96))
-        settings = (f"epochs={epochs}", "images_per_step=2", "learning_rate=0.002", f"backbone_norm_trains={norm_trains}")
+        settings = (
+            f"epochs={epochs}", "images_per_step=2", "learning_rate=0.002", f"backbone_norm_trains={norm_trains}",
+        )  # fmt: skip
         whole = command(tmp_path, tmp_path / "one", *settings)
         subprocess.run(whole, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
         launcher = [

@@ -102,7 +102,7 @@ class TestLossTerms:
 
     @pytest.mark.parametrize("images", [1, 2, 3])
     def test_stuff(self, ops, goldens, images):
-        """The sum over pixels is the released one; the divisor differs on purpose (labelled pixels of every image)."""
+        """The sum over pixels is the released one; the divisor differs on purpose (labeled pixels of every image)."""
         z = ops("losses")
         expected = json.loads((goldens / "ops" / "losses.json").read_text())[f"stuff_N{images}"]
         logits, semantic = (
@@ -283,7 +283,7 @@ class TestEmptyBatches:
 
     @pytest.mark.parametrize("name", ["tiny", "retinanet_r50_coco"])
     def test_nothing_to_learn_from_trains(self, name):
-        """No box, no labelled pixel: finite losses, and every trained parameter has a gradient (DDP needs that)."""
+        """No box, no labeled pixel: finite losses, and every trained parameter has a gradient (DDP needs that)."""
         model = build_model(name, **SMALL).train()
         losses = Criterion(model.config)(model, torch.randn(1, 3, 64, 96), self.truth([]))
         losses.total().backward()

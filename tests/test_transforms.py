@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading, resizing and normalising images; what cannot be read is named with its reason."""
+"""Reading, resizing and normalizing images; what cannot be read is named with its reason."""
 
 import io
 import json

@@ -375,7 +375,7 @@ class TestCommand:
         assert "the JSON gives x1 y1 x2 y2 where the format has x y width height" in capsys.readouterr().out
 
     def test_names_that_no_file_can_have(self, folder, capsys):
-        """A half of a surrogate pair, which JSON can hold and neither a path nor a terminal."""
+        """An unpaired surrogate, which JSON can hold and neither a path nor a terminal."""
         broken = Broken(folder)
         broken.annotation["image_id"] = broken.annotation["file_name"] = "\ud800"
         broken.row |= {"id": "\ud800", "file_name": "\ud800.jpg"}
@@ -383,9 +383,9 @@ class TestCommand:
         path = broken.save()
         assert main(["validate", str(path), "--images", str(folder / "images")]) == 1
         printed = capsys.readouterr().out
-        assert "file_name must be a text without NUL or half characters, got '\\ud800" in printed
+        assert "file_name must be a string without NUL or unpaired surrogates, got '\\ud800" in printed
         assert "image '\\ud801' has an annotation and is not listed" in printed
-        with pytest.raises(PanopticFormatError, match="without NUL or half characters"):
+        with pytest.raises(PanopticFormatError, match="without NUL or unpaired surrogates"):
             CocoPanoptic(path, folder / "images", None, scene_categories())
 
     def test_neither_torch_nor_opencv_is_imported(self, scenes):

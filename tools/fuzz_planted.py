@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the fuzzer awake? Plants a fault at a time in a copy of the tree and sees the fuzzer find it.
+"""Checks the fuzzer: plants one known fault at a time in a copy of the tree, and the fuzzer must find it.
 
 `make fuzz-planted`, or `python tools/fuzz_planted.py [TEXT ...]` for the faults whose file or name contains a text. The
 working tree is only read. An operator that fails on the copy as it is is an error. Exit codes: 0 all faults found, 1
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
 
-CLEAN_SECONDS = 20.0  # how long the fuzzer looks at an operator without a fault
+CLEAN_SECONDS = 20.0  # how long the fuzzer tries an operator without a fault
 
 
 class Fault(NamedTuple):
@@ -91,7 +91,7 @@ def library(backend: str) -> str:
 
 
 def fuzz(operator: str, backend: str, seconds: float) -> tuple[int, str]:
-    """Exit code of the fuzzer, and after how long it found something, or its words."""
+    """Exit code of the fuzzer, and after how long it found something, or the end of its output."""
     environment = {**os.environ, "PYTHONPATH": str(COPY)}
     environment.pop("SPATIALFLOW_CPU_LEVEL", None)
     done = run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of the tree under build/mutations, for tools that break a line and see whether somebody notices.
+"""A copy of the tree under build/mutations, for tools that break a line and check that a test notices.
 
 The working tree is only read.
 """

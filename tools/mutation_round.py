@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the operator tests and the sanitizers awake? Breaks one line at a time and sees them notice.
+"""Checks the operator tests and the sanitizers: breaks one line at a time, and one of them must notice.
 
 A mutation breaks a CUDA kernel, and the interpreted tests must fail. A fault breaks a CPU kernel or the scoring module,
 and a sanitizer must report it (docs/sanitizers.md).

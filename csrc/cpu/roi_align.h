@@ -257,7 +257,8 @@ void roi_align_scatter(
 
 template <typename element_t>
 inline FeatureLevel<element_t> feature_level(const Tensor& tensor, element_t* data, double scale) {
-    return {data, tensor.size(2), tensor.size(3), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3), scale};
+    return {data, tensor.size(2), tensor.size(3), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3),
+            scale};
 }
 
 // Channels-last zeros in the compute type of `dtype`, to scatter into.

@@ -94,7 +94,8 @@ inline ConvSource<scalar_t> conv_source(const char* op, const Tensor& x, const T
           ": channels and sides must be below 2^31, got shape ", shape_string(x));
     const Tensor& added = flow ? *flow : x;
     return {data<scalar_t>(x), flow ? data<scalar_t>(added) : Global<const scalar_t>(nullptr),
-            stride_of(x, 0), stride_of(x, 2), stride_of(x, 3), stride_of(added, 0), stride_of(added, 2), stride_of(added, 3),
+            stride_of(x, 0), stride_of(x, 2), stride_of(x, 3),
+            stride_of(added, 0), stride_of(added, 2), stride_of(added, 3),
             static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), static_cast<int>(x.size(1))};
 }
 

@@ -413,7 +413,8 @@ public:
         using real_t = accum_t<scalar_t>;
         const auto images = [](const Tensor& tensor) {
             return StridedImages<real_t>{
-                data<real_t>(tensor), {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
+                data<real_t>(tensor),
+                {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
         };
         DeformProblem<scalar_t> problem{};
         problem.input = data<scalar_t>(input_);

@@ -14,7 +14,7 @@ from spatialflow.models.config import DataConfig
 class TrainingSample(NamedTuple):
     """A network input with ground truth at its scale; (H, W) is the padded size."""
 
-    image: np.ndarray  # (3, H, W) float32, normalised RGB, zero where padded
+    image: np.ndarray  # (3, H, W) float32, normalized RGB, zero where padded
     boxes: np.ndarray  # (K, 4) float32
     labels: np.ndarray  # (K,) int64
     instances: np.ndarray  # (H, W) int32: k + 1 on the pixels of box k
@@ -23,12 +23,12 @@ class TrainingSample(NamedTuple):
 
 
 def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> TrainingSample:
-    """Scales, crops, flips, normalises and pads.
+    """Scales, crops, flips, normalizes and pads.
 
     Args:
         sample: at original size.
         config: `train_short_edges` (one value, or a range to draw from), `train_long_edge`, `train_crop` with
-            `train_scale_range`, `flip_probability`, normalisation and padding.
+            `train_scale_range`, `flip_probability`, normalization and padding.
         rng: decides everything random; the same state gives the same result.
 
     Returns:

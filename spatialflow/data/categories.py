@@ -179,5 +179,5 @@ def is_color(value: Any) -> bool:
 
 
 def _color_of(category_id: int) -> tuple[int, int, int]:
-    """A colour that depends on the id alone, for tables without colours."""
+    """A color that depends on the id alone, for tables without colors."""
     return tuple(int(c) for c in np.random.RandomState(category_id % 2**32).randint(40, 220, 3))

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     valid_sizes: Tensor  # (N, 2) int64
     padded_sizes: Tensor  # (N, 2) int64
     problems: list[str]  # messages about images that could not be used and were replaced
-    notes: list[Problem]  # contradictions of annotations that were used, the pixels being believed
+    notes: list[Problem]  # where annotations contradict their pixels; the pixels were used
 
     def pin_memory(self) -> "Batch":
         """Called by the loader where batches go to a GPU."""
@@ -207,7 +207,7 @@ def make_loader(
 
     Args:
         data: images with ground truth.
-        config: augmentation and normalisation.
+        config: augmentation and normalization.
         draws: batches, from `Schedule.draws`.
         workers: processes that read; 0 = this one. The batches do not depend on it.
         strict: a broken image or annotation stops the run (SampleError) instead of being replaced and reported.
@@ -220,7 +220,7 @@ def make_loader(
         SampleError: from the iterator: a broken image in a strict run, or no image that can be used.
     """
     # Workers come from a server that never had threads: a plain fork of this process would inherit OpenCV's and
-    # OpenMP's thread pools without their threads, and wait for them for ever.
+    # OpenMP's thread pools without their threads, and wait for them forever.
     loader = DataLoader(
         _Samples(data, config, strict),
         batch_sampler=_Once(draws),

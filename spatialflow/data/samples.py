@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     labels: np.ndarray  # (K,) int64 thing labels
     instances: np.ndarray  # (H, W) int32: k + 1 on the pixels of box k, 0 elsewhere
     semantic: np.ndarray  # (H, W) uint8 semantic indices, 255 where there is none
-    notes: tuple[Problem, ...] = ()  # contradictions of the annotation, in which the pixels were believed
+    notes: tuple[Problem, ...] = ()  # where the annotation contradicts its pixels; the pixels were used
 
 
 def make_sample(

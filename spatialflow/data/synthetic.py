@@ -149,7 +149,7 @@ class _Canvas:
 
 
 def _shade(base: tuple[float, float, float], noise: np.ndarray, amount: float) -> np.ndarray:
-    """A BGR colour modulated by noise, (H, W, 3)."""
+    """A BGR color modulated by noise, (H, W, 3)."""
     return np.float32(base) * (1 + amount * noise[..., None])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading, resizing, normalising and padding of images, with the released arithmetic; numpy in, numpy out.
+"""Reading, resizing, normalizing and padding of images, with the released arithmetic; numpy in, numpy out.
 
 Training uses the steps one by one, between its other transforms; at inference `spatialflow.ops.preprocess_images` does
 them in one pass, with equal results.
@@ -34,7 +34,7 @@ class Fitted(NamedTuple):
 def read_image(path: Union[str, Path]) -> np.ndarray:
     """Decodes an image file to (H, W, 3) uint8 BGR.
 
-    Greyscale is spread over the channels, transparency is dropped, 16-bit values lose their low byte, EXIF orientation
+    Grayscale is spread over the channels, transparency is dropped, 16-bit values lose their low byte, EXIF orientation
     is applied. Of several pictures in one file the first is read. Data behind the end of a picture are passed over. A
     JPEG that lacks nothing but its end marker is read, with an `ImageWarning`.
 
@@ -84,7 +84,7 @@ def _promises_more_than_it_holds(content: bytes) -> bool:
 def decode_image(
     path: Union[str, Path], content: bytes, flags: int = cv2.IMREAD_COLOR
 ) -> Union[np.ndarray, None]:
-    """OpenCV's result, which is None for a truncated file (from OpenCV 4.12 on; before, a grey rest).
+    """OpenCV's result, which is None for a truncated file (from OpenCV 4.12 on; before, a gray rest).
 
     Raises:
         ImageError: the file, named `path`, would take much more memory than it has pixels for, or has too many.
@@ -161,7 +161,7 @@ def fit_size(size: tuple[int, int], short_edge: int, long_edge: float) -> tuple[
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resize to (H, W), half-pixel centres, no antialias: OpenCV's."""
+    """Bilinear resize to (H, W), half-pixel centers, no antialias: OpenCV's."""
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 

@@ -37,7 +37,7 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
     Remarks:
         The map of class c is sum_k w[c, k] f[k], features weighted by the classifier's weights: a convolutional
         classifier's logits without their bias. Levels are brought to the size of the image by bilinear interpolation
-        before the maximum is taken. The paper does not say how its maps are normalised; these go from minimum to
+        before the maximum is taken. The paper does not say how its maps are normalized; these go from minimum to
         maximum.
 
     Source: Zhou et al., Learning Deep Features for Discriminative Localization (2016), equation 2.
@@ -78,7 +78,7 @@ def heat_picture(image: np.ndarray, activation: np.ndarray, opacity: float = 0.5
     Args:
         image: (H, W, 3) uint8 BGR.
         activation: (H, W), 0 to 1.
-        opacity: of the colours, 0 to 1.
+        opacity: of the colors, 0 to 1.
 
     Returns:
         (H, W, 3) uint8 BGR.

@@ -48,7 +48,7 @@ EMA_CONTAINERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", 
 """Keys under which trainers store the exponential moving average (EMA) of the weights."""
 
 SWAPPED = (
-    "note that mmdetection and mmengine exchange average and weights at the end of an epoch, before they save: the "
+    "note that mmdetection and mmengine swap average and weights at the end of an epoch, before they save: the "
     "average is then under the plain names"
 )
 
@@ -103,7 +103,7 @@ def is_released(state: Mapping[str, Tensor]) -> bool:
 def read_state(path: Union[str, Path], ema: bool = False) -> dict[str, Tensor]:
     """Tensors of a safetensors or torch file (told apart by content), under the names of this package.
 
-    What trainers and wrappers put around the weights is taken off, and the logger `spatialflow.engine.checkpoints` says
+    What trainers and wrappers add around the weights is removed, and the logger `spatialflow.engine.checkpoints` says
     so: keys that hold them (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), averages
     `ema_*` beside the weights.
 
@@ -299,7 +299,7 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path], ema: bool = False)
     Args:
         model: from `build_model`.
         path: a file of this package (safetensors or torch) or a released mmdetection checkpoint, told apart by content.
-            What trainers and wrappers put around the weights is taken off, see `read_state`.
+            What trainers and wrappers add around the weights is removed, see `read_state`.
         ema: take the moving average of the weights.
 
     Returns:

@@ -9,8 +9,10 @@ from spatialflow.files import atomic_write
 
 
 class TrainingLog:
-    """Appends rows to `log.jsonl`; every row has a "kind" ("step", "evaluation", "problem", "note" or "warning") and the
-    number of steps done. Numbers are finite: JSON knows no others.
+    """Appends rows to `log.jsonl`. Every row has the number of steps done and a "kind".
+
+    Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", an annotation that contradicts
+    itself and was used; "warning", about divergence. Numbers are finite: JSON has no others.
 
     Args:
         folder: of the run.

@@ -86,7 +86,7 @@ class PanopticResult:
         return image_id_of(self.image_name)
 
     def save(self, folder: Union[str, Path]) -> Path:
-        """Writes `<stem>.png`, the map in COCO panoptic colours, and `<stem>.json`, a panoptic JSON of this image.
+        """Writes `<stem>.png`, the map in COCO panoptic colors, and `<stem>.json`, a panoptic JSON of this image.
 
         Returns:
             Path of the PNG.

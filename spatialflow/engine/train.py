@@ -50,7 +50,7 @@ CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits
 MAY_CHANGE = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
 """Fields of the configuration in which a resumed run may differ from its beginning."""
 
-MAY_BE_TAMED = ("learning_rate", "learning_rate_epochs", "warmup_iterations", "warmup_factor", "gradient_clip_norm",
+REMEDY_FIELDS = ("learning_rate", "learning_rate_epochs", "warmup_iterations", "warmup_factor", "gradient_clip_norm",
                 "finetune_learning_rate")  # fmt: skip
 """More such fields: what helps a run that diverged. The changes are reported."""
 
@@ -61,7 +61,7 @@ READ_EVERY = 10
 """Steps between readings of the losses from the device, and checks of weights and optimizer state."""
 
 EXPLODED = 100.0
-"""A run is reported as exploding from so many times the loss of its first steps, or the largest initial weight, on."""
+"""A run is reported above this many times the least loss of its first steps, or the largest initial weight."""
 
 LEAST_SCALE = 2.0**-24
 """fp16: below this loss scale the gradients of some forty steps in a row have overflowed."""
@@ -209,7 +209,7 @@ class Trainer:
             weight_decay=training.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=training.mixed_precision == "fp16")
-        self.tamed: list[str] = []  # settings, of `MAY_BE_TAMED`, in which a resumed run differs from its beginning
+        self.changed_settings: list[str] = []  # `REMEDY_FIELDS` in which a resumed run differs from its beginning
         self.identity = {"config": _plain_config(config), "data": _fingerprint(data)}
         if resume and self.checkpoint_path.is_file():
             self._restore()
@@ -411,9 +411,9 @@ class Trainer:
     def _note(self, problem: Problem) -> None:
         seen = self.notes.setdefault(problem.rule, set())
         if not seen:
-            tqdm.write(f"{problem.text}; training follows the PNG, and counts further breaches of {problem.rule}")
+            tqdm.write(f"{problem.text}; training uses the PNG, and only counts further breaches of {problem.rule}")
             self.log.add("note", self.step, rule=problem.rule, message=problem.text)
-        seen.add(hash(problem.text))  # every epoch meets it again; a text each would be much memory
+        seen.add(hash(problem.text))  # every epoch meets it again; keeping the texts would take much memory
 
     def _end_epoch(self, epoch: int, keep: bool) -> None:
         """Where they are due: an evaluation, weights, picture."""
@@ -480,14 +480,14 @@ class Trainer:
         except (CheckpointError, TrainingError):
             raise
         except Exception:  # content of any form
-            raise CheckpointError(f"{path}: is no whole checkpoint of a run, to be resumed from") from None
+            raise CheckpointError(f"{path}: is no complete checkpoint of a training run") from None
 
     def _take(self, state: Any, path: Path) -> None:
         """Goes on from the content of a checkpoint; any exception if it is something else."""
         identity = json.loads(state["identity"])
         differences = _differences(identity["config"], self.identity["config"])
-        changed = [text for field, text in differences.items() if field not in MAY_BE_TAMED]
-        self.tamed = [text for field, text in differences.items() if field in MAY_BE_TAMED]
+        changed = [text for field, text in differences.items() if field not in REMEDY_FIELDS]
+        self.changed_settings = [text for field, text in differences.items() if field in REMEDY_FIELDS]
         if changed:
             raise TrainingError(
                 f"{path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or start anew"

@@ -26,7 +26,7 @@ def base_anchors(
         ratios: height / width.
 
     Returns:
-        (len(ratios) * scales_per_octave, 4) float32, (x1, y1, x2, y2) in pixels, centred at 0; ratio-major, then scale.
+        (len(ratios) * scales_per_octave, 4) float32, (x1, y1, x2, y2) in pixels around 0; ratio-major, then scale.
     """
     scales = (
         torch.tensor([2.0 ** (i / scales_per_octave) for i in range(scales_per_octave)], dtype=torch.float64)
@@ -40,7 +40,7 @@ def base_anchors(
 
 
 def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
-    """Anchors of a whole level: cell (y, x) is centred at (x * stride, y * stride), no half-cell offset, no rounding.
+    """Anchors of a whole level: cell (y, x) is centered at (x * stride, y * stride), no half-cell offset, no rounding.
 
     Args:
         size: (H, W) of the level.

@@ -492,7 +492,7 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     _require(right, name, f"must be of type {kind.__name__}", value)
     if kind is int:
-        _require(-(1 << 63) < value < 1 << 63, name, "must be below 2 ** 63", value)
+        _require(-(1 << 63) < value < 1 << 63, name, "must lie between -2 ** 63 and 2 ** 63", value)
     return value
 
 

@@ -62,7 +62,7 @@ def mask_loss_sum(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
-    """Sum of the cross entropy of all labelled pixels, with the logits enlarged to the size of the labels.
+    """Sum of the cross entropy of all labeled pixels, with the logits enlarged to the size of the labels.
 
     Args:
         logits: (N, C, H / f, W / f), enlarged bilinearly with aligned corners.
@@ -119,7 +119,7 @@ class Criterion:
     """The losses of a batch.
 
     Every term is a sum over the batch divided by a count over the batch: anchors by the sum over images of their
-    positives (at least 1 each), masks by the number of RoIs, pixels by the number of labelled ones. With several
+    positives (at least 1 each), masks by the number of RoIs, pixels by the number of labeled ones. With several
     processes the counts are those of all processes, so that the averaged gradients are those of one process with the
     whole batch.
 
@@ -138,7 +138,7 @@ class Criterion:
 
         Args:
             network: in training mode.
-            images: (N, 3, H, W) floating point, normalised.
+            images: (N, 3, H, W) floating point, normalized.
             truth: at the same scale.
 
         Returns:

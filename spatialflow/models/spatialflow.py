@@ -58,7 +58,7 @@ class SpatialFlow(nn.Module):
         """Raw outputs of all dense heads.
 
         Args:
-            images: (N, 3, H, W) floating point, normalised RGB; H and W multiples of 32.
+            images: (N, 3, H, W) floating point, normalized RGB; H and W multiples of 32.
 
         Returns:
             NetworkOutput. Masks need boxes first: see `thing_logits`.
@@ -119,7 +119,7 @@ def _check_images(images: Tensor):
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images: must have shape (N, 3, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
-        raise ValueError(f"images: must be floating point (normalised), got {images.dtype}")
+        raise ValueError(f"images: must be floating point (normalized), got {images.dtype}")
     if (
         images.shape[0] == 0
         or images.shape[2] == 0

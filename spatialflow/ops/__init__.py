@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators with hand-written CPU and CUDA kernels; `spatialflow.ops.reference` holds their plain-PyTorch twins.
+"""Operators with hand-written CPU and CUDA kernels; `spatialflow.ops.reference` holds their plain-PyTorch references.
 
 `help(spatialflow.ops.nms)` and so on say what each takes and gives, with an example. An argument that must be a tensor
-and is none (a list, an array of numpy) is a TypeError. Boxes are corners (x1, y1, x2, y2) everywhere; one whose corners
-are in the wrong order, as of (x, y, width, height), is no error, as it is in the data of real detectors.
+and is none (a list, an array of numpy) is a TypeError. Boxes are corners (x1, y1, x2, y2) everywhere. A box with
+corners in the wrong order, such as (x, y, width, height), is no error: detectors' data have such boxes.
 
 Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses those by name, a loaded
 `torch.export` archive for example, must import it first; `import spatialflow` alone does not.
 
-Where a process has run operators on several threads, a child that it forks is set to one (`torch.set_num_threads(1)`,
-as in the workers of a `DataLoader`): torch hangs there otherwise. Use `spawn` for children with more.
+If a process has run operators on several threads, each child that it forks is set to one thread, by
+`torch.set_num_threads(1)`, as the workers of a `DataLoader` are. Torch would hang there otherwise. Use `spawn` for
+children that need more threads.
 """
 
 from spatialflow import _library

@@ -198,7 +198,7 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _in_place_of(mask: Tensor, tensor: Tensor | None, input: Tensor) -> Tensor | None:
+def _for_samples_of(mask: Tensor, tensor: Tensor | None, input: Tensor) -> Tensor | None:
     """`tensor`, a tangent or cotangent of `mask`, as a factor of samples: 0 where `mask` is not finite in the type it
     is used in, as such samples are zero and have no gradient."""
     if tensor is None:
@@ -243,7 +243,7 @@ def _jvp(
     input, offset, weight, mask, tangent = ctx.saved_tensors
     if offset_t is not None:
         _no_third_derivative(ctx, tangent)
-    mask_t = _in_place_of(mask, mask_t, input)
+    mask_t = _for_samples_of(mask, mask_t, input)
     terms = [
         None if input_t is None else (input_t, weight, mask, tangent),
         None if weight_t is None else (input, weight_t, mask, tangent),
@@ -272,7 +272,7 @@ def _data_backward(ctx: Any, needs: Any, *cotangents: Tensor | None) -> tuple:
     need_input, need_sampling = ctx.wanted
     to_input = cotangents[0] if need_input else None
     to_offset = cotangents[1] if need_sampling else None
-    to_mask = _in_place_of(mask, cotangents[2], input) if need_sampling and mask is not None else None
+    to_mask = _for_samples_of(mask, cotangents[2], input) if need_sampling and mask is not None else None
     if to_offset is not None:
         _no_third_derivative(ctx, tangent)
     exchanged = []  # (input, mask, tangent, which of input, mask was exchanged)
@@ -308,7 +308,7 @@ def _data_jvp(
     grad_output, input, offset, weight, mask, tangent = ctx.saved_tensors
     if offset_t is not None or tangent_t is not None:
         _no_third_derivative(ctx, tangent)
-    mask_t = _in_place_of(mask, mask_t, input)
+    mask_t = _for_samples_of(mask, mask_t, input)
     # (arguments, whether grad_input, grad_offset, grad_mask depend on the exchanged one)
     terms = [
         None if grad_output_t is None else ((grad_output_t, input, offset, weight, mask, tangent), True, True),
@@ -364,7 +364,7 @@ def _weight_jvp(
     grad_output, input, offset, mask, tangent = ctx.saved_tensors
     if offset_t is not None:
         _no_third_derivative(ctx, tangent)
-    mask_t = _in_place_of(mask, mask_t, input)
+    mask_t = _for_samples_of(mask, mask_t, input)
     terms = [
         None if grad_output_t is None else (grad_output_t, input, mask, tangent),
         None if input_t is None else (grad_output, input_t, mask, tangent),

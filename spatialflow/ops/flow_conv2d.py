@@ -70,8 +70,9 @@ def flow_conv2d(
     Remarks:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
         is, as tensor cores read it, and every algorithm is computed as "direct". A NaN in one pixel reaches its 3x3
-        neighbourhood with "direct"; with "winograd" up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the
-        pixel, and an infinity may become NaN there.
+        neighborhood with "direct"; with "winograd" up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the
+        pixel, and an infinity may become NaN there. On CUDA the weight gradient of a channel with such a value at the
+        border of its map may be NaN in all taps.
         Empty maps and no levels give empty results.
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 

@@ -13,7 +13,7 @@ from spatialflow.ops.fake import register_fake
 def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Stretches each instance's mask over its box and tells which pixels of the image are inside.
 
-    Probabilities (sigmoid of the logits) are interpolated bilinearly, with zeros around the mask, at the centres of the
+    Probabilities (sigmoid of the logits) are interpolated bilinearly, with zeros around the mask, at the centers of the
     pixels; a pixel is inside where they reach the threshold.
 
     Args:
@@ -31,7 +31,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
         ValueError: within `spatialflow.ops.checked()`, a box that is not finite.
 
     Remarks:
-        With a threshold of 0.5 or more, only pixels with their centre in the box can be inside. A box without extent,
+        With a threshold of 0.5 or more, only pixels with their center in the box can be inside. A box without extent,
         reversed, or with a coordinate that is not finite has none. NaN logits are outside, with every pixel that
         interpolates one, if only with a weight of 0. A pixel between cells that all reach the threshold is inside
         whatever the rounding. No gradients: the result is bool.

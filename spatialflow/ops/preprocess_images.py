@@ -21,7 +21,7 @@ def preprocess_images(
     divisor: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Resizes, normalises and pads images in one pass: BGR bytes in, a channels-last batch of RGB numbers out.
+    """Resizes, normalizes and pads images in one pass: BGR bytes in, a channels-last batch of RGB numbers out.
 
     Args:
         images: (H, W, 3) uint8 in BGR order, or a list of such images of any sizes; any strides.

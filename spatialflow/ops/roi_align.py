@@ -31,7 +31,7 @@ def roi_align(
         output_size: bins per axis (PH, PW), or one number for both.
         spatial_scale: feature cells per pixel of the boxes, e.g. 1 / 8 for a stride of 8.
         sampling_ratio: samples per bin and axis, at most 65536; 0 or less: ceil(RoI size / bins), by axis and RoI.
-        aligned: shifts boxes by half a cell, so that cell centres lie at half-integer coordinates (detectron2's rule).
+        aligned: shifts boxes by half a cell, so that cell centers lie at half-integer coordinates (detectron2's rule).
             False: the original rule, which also widens RoIs to at least one cell.
 
     Returns:

@@ -14,7 +14,7 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
     """The best class of every pixel of the photograph: argmax of logits that are enlarged four times, cropped, resized.
 
     The logits are enlarged bilinearly with aligned corners, cut to the part that is no padding, and their labels are
-    resized to the photograph's size by nearest neighbour. Only the pixels of the result are ever computed.
+    resized to the photograph's size by nearest neighbor. Only the pixels of the result are ever computed.
 
     Args:
         logits: (C, h, w) of one image, at a quarter of the network's input; float32, float64, float16 or bfloat16, any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of panoptic results: coloured segments with outlines, labels and scores over the photograph."""
+"""Pictures of panoptic results: colored segments with outlines, labels and scores over the photograph."""
 
 import colorsys
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +9,11 @@ import numpy as np
 
 from spatialflow.panoptic.formats import as_id_map
 
-_GOLDEN_ANGLE = 0.618033988749895  # steps of this fraction of the colour wheel never come close to each other soon
+_GOLDEN_ANGLE = 0.618033988749895  # steps of this fraction of the color wheel never come close to each other soon
 
 
 def colour_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
-    """The colour of a segment: it depends on nothing but its category and its number within the category.
+    """The color of a segment: it depends on nothing but its category and its number within the category.
 
     Args:
         category_id: the category's id.
@@ -29,7 +29,7 @@ def colour_of(category_id: int, index: int = 0, base: Sequence[int] | None = Non
         hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in base))
     if index:
         # Lightness follows a low-discrepancy sequence over a visible range, hue swings to both sides a little more
-        # with every instance, and greys gain some saturation so that the hue shows.
+        # with every instance, and grays gain some saturation so that the hue shows.
         lightness = 0.3 + 0.48 * ((lightness + index * _GOLDEN_ANGLE) % 1.0)
         hue = (hue + (-1) ** index * 0.02 * (1 + index % 5)) % 1.0
         saturation = max(saturation, 0.45)
@@ -52,8 +52,8 @@ def overlay(
         image: (H, W, 3) uint8, BGR as OpenCV reads it.
         id_map: (H, W) integer segment ids; pixels of an unlisted id, void among them, keep the photograph.
         segments: mappings with `id` and `category_id`; `isthing` and `score` are used where they are given.
-        categories: mappings with `id` and, where given, `name` and `color` (red, green, blue); for labels and colours.
-        opacity: of the colours, 0 to 1.
+        categories: mappings with `id` and, where given, `name` and `color` (red, green, blue); for labels and colors.
+        opacity: of the colors, 0 to 1.
         labels: write category names, and scores of instances, where they fit without covering each other.
 
     Returns:
@@ -120,7 +120,7 @@ def _line_width(shape: Sequence[int]) -> int:
 
 
 def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, listed: np.ndarray) -> None:
-    """A line in a light tint of each segment's colour just inside its border, and a dark one at the border itself."""
+    """A line in a light tint of each segment's color just inside its border, and a dark one at the border itself."""
     import cv2
 
     def eroded(width: int) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The COCO panoptic format: a JSON of segments, and for every image a PNG whose colours are segment ids."""
+"""The COCO panoptic format: a JSON of segments, and for every image a PNG whose colors are segment ids."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from spatialflow.panoptic.rules import PanopticFormatError
 
 
 def decode_ids(image: np.ndarray, bgr: bool = False) -> np.ndarray:
-    """Turn the colours of a panoptic PNG into segment ids: red + 256 * green + 65536 * blue.
+    """Turn the colors of a panoptic PNG into segment ids: red + 256 * green + 65536 * blue.
 
     Args:
         image: (H, W, 3) uint8.
@@ -33,7 +33,7 @@ def decode_ids(image: np.ndarray, bgr: bool = False) -> np.ndarray:
 
 
 def encode_ids(ids: np.ndarray, bgr: bool = False) -> np.ndarray:
-    """Turn segment ids into the colours of a panoptic PNG, the inverse of `decode_ids`.
+    """Turn segment ids into the colors of a panoptic PNG, the inverse of `decode_ids`.
 
     Args:
         ids: (H, W) of any integer dtype, values in [0, 2^24).

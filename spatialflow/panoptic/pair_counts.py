@@ -12,7 +12,7 @@ def count_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.n
     """How many pixels carry each pair of ids in two images of one size.
 
     Args:
-        first: (H, W) int32 ids or (H, W, 3) uint8 colours, red first.
+        first: (H, W) int32 ids or (H, W, 3) uint8 colors, red first.
         second: the same; the two may differ in kind.
 
     Returns:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the PNGs of the COCO panoptic format, several times as fast as a decoder for any picture.
 
-libdeflate decompresses; un-filtering knows that neighbours mostly belong to one segment
+libdeflate decompresses; un-filtering knows that neighbors mostly belong to one segment
 (`csrc/evaluation/png_filters.h`). What is left is the walk over the chunks.
 """
 
@@ -15,7 +15,7 @@ from spatialflow import _evaluation
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = 33  # signature, and IHDR with its length, type and checksum
 _RGB, _RGBA = 2, 6
-_COLOURS = {0: "grey", _RGB: "RGB", 3: "palette", 4: "grey with alpha", _RGBA: "RGB with alpha"}
+_COLOURS = {0: "gray", _RGB: "RGB", 3: "palette", 4: "gray with alpha", _RGBA: "RGB with alpha"}
 
 
 class PngKindError(ValueError):
@@ -61,7 +61,7 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     depth, colour, interlaced = data[24], data[25], data[28]
     if depth != 8 or colour not in (_RGB, _RGBA):
-        kind = _COLOURS.get(colour, f"of colour type {colour}")
+        kind = _COLOURS.get(colour, f"of color type {colour}")
         raise PngKindError(f"a panoptic PNG is 8-bit RGB, this one is {depth}-bit {kind}")
     if interlaced:
         raise PngKindError("interlaced PNG; a panoptic PNG must not be interlaced")

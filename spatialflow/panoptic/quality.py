@@ -93,16 +93,15 @@ class PanopticQuality:
         """Add one image.
 
         Args:
-            gt_map: (H, W) integer ids or (H, W, 3) uint8 colours (red first) of the ground truth.
+            gt_map: (H, W) integer ids or (H, W, 3) uint8 colors (red first) of the ground truth.
             gt_segments: mappings with id, category_id and, if they have them, area and iscrowd.
             pred_map: like gt_map, for the prediction.
             pred_segments: mappings with id and category_id.
             image_id: named in errors.
 
         Raises:
-            PanopticFormatError: sizes differ, a predicted segment is in the map and not in the list or the other way
-                round, a ground-truth segment has the id 0 or comes twice, an area is not finite, or a category is
-                unknown.
+            PanopticFormatError: sizes differ; the predicted map and list have different segments; a ground-truth
+                segment has the id 0 or comes twice; an area is not finite; or a category is unknown.
 
         Other contradictions between a list and its map (`docs/annotations.md`) are warnings.
         """

@@ -286,7 +286,7 @@ def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -
 _INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
 _NUMBER = (int, float, np.integer)
 _ID = _INTEGER + _TEXT
-_KINDS = {_INTEGER: "an integer", _TEXT: "a text", _LIST: "a list", _ID: "an integer or a text", _FLAG: "0 or 1"}
+_KINDS = {_INTEGER: "an integer", _TEXT: "a string", _LIST: "a list", _ID: "an integer or a string", _FLAG: "0 or 1"}
 
 
 def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tuple[str, Any] | None:
@@ -298,12 +298,13 @@ def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tu
         if not isinstance(value, kinds) or (kinds is _FLAG and value not in (0, 1)):
             return f"{where}: {field} must be {_KINDS[kinds]}, got {value!r:.80}", _short(value)
         if kinds is _TEXT and not _names_a_file(value):
-            return f"{where}: {field} must be a text without NUL or half characters, got {value!r:.80}", _short(value)
+            rule = "must be a string without NUL or unpaired surrogates"
+            return f"{where}: {field} {rule}, got {value!r:.80}", _short(value)
     return None
 
 
 def _names_a_file(text: str) -> bool:
-    """False for a text that no path can hold: with NUL, or with a half of a surrogate pair."""
+    """False for a string that no path can hold: with NUL, or with an unpaired surrogate."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

@@ -66,7 +66,7 @@ class PanopticWriter:
     the images already done stay usable. Segments may carry any JSON-able field beside id and category_id.
 
     In a `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
-    (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the image in work
+    (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the current image
     at most; after a power failure, the images that the disk had not received yet are done again. The journal is removed
     when the block ends without an exception. Otherwise there is no journal, and `write_json` saves the results.
 

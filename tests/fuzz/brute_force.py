@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 def _silent(function: Callable) -> Callable:
-    """Overflow, NaN and division by zero are part of the arithmetic here, not news."""
+    """Overflow, NaN and division by zero are part of the arithmetic here, and give no warning."""
 
     @wraps(function)
     def run(*args: Any, **options: Any) -> Any:

@@ -199,7 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="*",
         metavar="NAME",
         default=[],
-        help='operators, kinds of files, or "operators" and "files" for all of them (default: both; on other back ends than cpu operators)',
+        help='operators, kinds of files, or "operators" and "files" for all of them (default: both on the back end '
+        "cpu, operators on the others)",
     )
     parser.add_argument("--backend", choices=("cpu", "cpu_sanitized", "simt", "simt_sanitized"), default="cpu")
     parser.add_argument("--replay", metavar="CASE", help="a case of a report to execute; - reads it from stdin")

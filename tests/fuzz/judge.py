@@ -71,7 +71,7 @@ def compare(
         excluded |= ~finite
     sizes = magnitude()
     if sizes is not None:
-        sizes = sizes.nan_to_num(nan=float("inf"))
+        sizes = torch.where(sizes.isnan(), torch.inf, sizes)
         excluded |= sizes > LARGEST_SUM[accumulator] / 1000
         excluded |= ~actual.isfinite() & (sizes > torch.finfo(dtype).max / 4)  # terms are rounded to the dtype
         scale = max(scale, _largest(sizes))

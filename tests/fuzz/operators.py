@@ -8,6 +8,7 @@ gives arguments a rounding away, and results that the reference itself changes t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class Operator:
 
     Attributes:
         call: the operator.
-        reference: its plain-PyTorch twin.
+        reference: its plain-PyTorch reference.
         brute: its brute force in NumPy.
         differentiable: arguments with a gradient.
         exact: results are integers that must be equal, and the reference gets the tensors as they are.
@@ -44,6 +45,7 @@ class Operator:
             gradients) -> bool. The call must do no harm then, and that is all.
         excused: for integer results and the brute force, where both answers are right: (arguments, result) -> bools.
         affordable: whether the reference can be computed in little time.
+        unforeseen: pattern of the refusals that the fake kernel leaves to the operator.
     """
 
     call: Callable[..., Any]
@@ -60,6 +62,7 @@ class Operator:
     unstable: Callable[[dict, list[Tensor]], bool] = lambda arguments, tensors: False
     excused: Callable[[dict, Tensor], Tensor] | None = None
     affordable: Callable[[dict], bool] = lambda arguments: True
+    unforeseen: str = "$^"
 
     def absolute(self, arguments: dict) -> dict:
         """The arguments with absolute values of those that enter linearly."""
@@ -136,13 +139,22 @@ def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     winograd = arguments["algorithm"] == "winograd" or (arguments["algorithm"] == "auto" and many)
     if winograd and tensors[0].dtype != torch.float64:
         return any(not bool((t.detach().double().abs() < 1e3).all()) for t in tensors)
+    # On CUDA a value at the border that is not finite reaches the gradients of weights that see padding there.
+    asks_gradient = len(tensors) > len(leaves(arguments))
+    if asks_gradient and _is_cuda() and not all(bool(t.detach().isfinite().all()) for t in tensors):
+        return True
     # Layers multiply: what those before made, or a gradient, may overflow in between, where float64 does not.
     return not all(bool(t.detach().isfinite().all()) for t in weights) or _overflows(arguments, tensors)
 
 
+def _is_cuda() -> bool:
+    return os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("simt")
+
+
 def _overflows(arguments: dict, tensors: list[Tensor]) -> bool:
     """Whether a product of some numbers (gradients, weights, features) can be too large for what holds it."""
-    float16 = 1e2 if "parameters" in arguments else 1e12  # layers keep their results in it, others sum in float32
+    # Layers keep their results in float16, and CUDA the samples of a deformable convolution; others sum in float32.
+    float16 = 1e2 if "parameters" in arguments or ("offset" in arguments and _is_cuda()) else 1e12
     limit = {torch.float64: 1e100, torch.float16: float16}.get(tensors[0].dtype, 1e12)
     return any(bool((t.isfinite() & (t.abs() > limit)).any()) for t in (t.detach().double() for t in tensors))
 
@@ -289,6 +301,7 @@ OPERATORS: dict[str, Operator] = {
         brute_force.sigmoid_focal_loss,
         differentiable=("logits",),
         poisons=True,
+        unstable=lambda arguments, tensors: arguments["reduction"] != "none" and _overflows(arguments, tensors),
     ),
     "stuff_labels": Operator(
         ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied
@@ -305,4 +318,5 @@ for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_towe
         nearby_for=("gradient",),
         linear=("levels", "parameters"),
         unstable=_upsets_convolution,
+        unforeseen="was packed for other channels|channels of the feature it is added to",
     )

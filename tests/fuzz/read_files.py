@@ -327,7 +327,8 @@ class _Evil:
 def _checkpoint(base: int) -> Any:
     """A tree with tensors, and whether it is saved in the old format."""
     state = dict(list(_model().state_dict().items()))
-    evil = {"w": torch.zeros(2), "x": _Evil(open, str(_canary()), "w"), "y": _Evil(exec, f"open({str(_canary())!r}, 'w')")}
+    writes = f"open({str(_canary())!r}, 'w')"
+    evil = {"w": torch.zeros(2), "x": _Evil(open, str(_canary()), "w"), "y": _Evil(exec, writes)}
     return (
         (state, False), (state, True), ({"state_dict": state, "meta": {"epoch": 3, "lr": 0.1}}, False),
         ({"module." + name: value for name, value in state.items()}, False), (evil, False), (evil, True),
@@ -341,8 +342,9 @@ REFUSED_AS_THEY_ARE = {"checkpoint": (4, 5, 6, 7, 9), "setting": range(1 << 16)}
 
 TENSORS = (
     lambda: torch.zeros(0), lambda: torch.full((3,), float("nan")), lambda: torch.zeros(4, 4, dtype=torch.int64),
-    lambda: torch.zeros(2, 2).to_sparse(), lambda: torch.zeros(1).expand(1 << 20, 1 << 20), lambda: torch.zeros(3, 3).t(),
-    lambda: torch.zeros(2, dtype=torch.complex64), lambda: torch.empty(2, 3, device="meta"), lambda: torch.zeros(()),
+    lambda: torch.zeros(2, 2).to_sparse(), lambda: torch.zeros(1).expand(1 << 20, 1 << 20),
+    lambda: torch.zeros(3, 3).t(), lambda: torch.zeros(2, dtype=torch.complex64),
+    lambda: torch.empty(2, 3, device="meta"), lambda: torch.zeros(()),
     lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), lambda: np.float64(3), lambda: b"abc",
 )  # fmt: skip
 
@@ -473,16 +475,19 @@ def _check_config(config: Config) -> int:
 
 
 TEXTS = (
-    "", "=", "epochs", "epochs=", "epochs=5", "epochs=0x10", "epochs=1_000", "epochs=[", "epochs={", "epochs=1e3", "epochs=5.0",
-    "seed=99999999999999999999999", "learning_rate=.inf", "learning_rate=1e400", "learning_rate=-0", "learning_rate=1e-400",
-    "anchor_ratios=[1e-300]", "anchor_ratios=[]", "anchor_ratios=!!python/object/apply:os.system [x]", "categories=!!binary aGk=",
+    "", "=", "epochs", "epochs=", "epochs=5", "epochs=0x10", "epochs=1_000", "epochs=[", "epochs={", "epochs=1e3",
+    "epochs=5.0", "seed=99999999999999999999999", "learning_rate=.inf", "learning_rate=1e400", "learning_rate=-0",
+    "learning_rate=1e-400", "anchor_ratios=[1e-300]", "anchor_ratios=[]",
+    "anchor_ratios=!!python/object/apply:os.system [x]", "categories=!!binary aGk=",
     "categories=2020-01-01", "categories=[a]", "model={}", "model=5", "model={fpn_channels: 8}", "model.fpn_channels=8",
-    "model.=8", ".=8", "model={1: 2}", "model={null: 2}", "test_short_edges=[[[[1]]]]", "test_short_edges=[1,true]", "a" * 5000,
-    "epochs=" + "9" * 5000, "epochs=" + "[" * 3000, "epochs=&a [*a]", "epochs=&a {b: *a}", "name=x", "\0=\0", "epochs=\0",
-    "\ud800=1", "epochs=\ud800", "test_short_edges=" + "&a [1,1,1,1,1,1,1,1,1]", "base=tiny", "training={epochs: 3}",
-    "learning_rate_epochs=" + json.dumps([5] * 3000), "flow_source=null", "flow_source=", "flow_source=reg", "image_std=[1,1,0]",
+    "model.=8", ".=8", "model={1: 2}", "model={null: 2}", "test_short_edges=[[[[1]]]]", "test_short_edges=[1,true]",
+    "a" * 5000, "epochs=" + "9" * 5000, "epochs=" + "[" * 3000, "epochs=&a [*a]", "epochs=&a {b: *a}", "name=x",
+    "\0=\0", "epochs=\0", "\ud800=1", "epochs=\ud800", "test_short_edges=" + "&a [1,1,1,1,1,1,1,1,1]", "base=tiny",
+    "training={epochs: 3}", "learning_rate_epochs=" + json.dumps([5] * 3000), "flow_source=null", "flow_source=",
+    "flow_source=reg", "image_std=[1,1,0]",
     "epochs=" + ", ".join(["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]).join("[]"),
-    "? [a, b]: c", "epochs=? {a: b}\n: c", "epochs=- 1", "epochs=<<: 1", "epochs=!!set {a}", "epochs=!!omap [a: 1]", "epochs=%YAML 1.1",
+    "? [a, b]: c", "epochs=? {a: b}\n: c", "epochs=- 1", "epochs=<<: 1", "epochs=!!set {a}", "epochs=!!omap [a: 1]",
+    "epochs=%YAML 1.1",
 )  # fmt: skip
 
 

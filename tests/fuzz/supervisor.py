@@ -94,7 +94,7 @@ class Supervisor:
             message = f"no answer within {limit:g} s\n{self._kill()}"
             return Outcome("hung", message=message)
         if not line:
-            return Outcome("died", message=self._burial())
+            return Outcome("died", message=self._how_it_ended())
         kind, value = json.loads(line)
         return Outcome("done", value) if kind == "done" else Outcome("raised", message=value)
 
@@ -135,8 +135,8 @@ class Supervisor:
         line, self._answers = self._answers.split(b"\n", 1)
         return line
 
-    def _burial(self) -> str:
-        """How the worker that closed its pipe ended, and its last words."""
+    def _how_it_ended(self) -> str:
+        """How the worker that closed its pipe ended, and the end of its output."""
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:  # it closed its pipe and lives

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch twins of every operator: the specification that kernels are tested and timed against."""
+"""Plain-PyTorch references of every operator: the specification that kernels are tested and timed against."""
 
 from spatialflow.ops.reference.deform_conv2d import deform_conv2d
 from spatialflow.ops.reference.flow_conv2d import flow_conv2d

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         carried out, 130 interrupted (SIGINT), 141 the output pipe was closed, 143 terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     show_log()
     try:
         with _sigterm_raises(), _warnings_as_sentences():

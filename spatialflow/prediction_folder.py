@@ -106,6 +106,7 @@ class PredictionFolder:
                     folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CommandError(sentence(error)) from None
+        self._writer.__enter__()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

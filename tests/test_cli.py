@@ -352,6 +352,16 @@ class TestOutput:
         os.close(writing)
         assert (result.returncode, result.stderr) == (141, b"")
 
+    def test_a_name_that_is_no_utf8(self, tmp_path):
+        """The work is done; the sentence about it must not fail."""
+        result = subprocess.run(
+            [sys.executable, "-m", "spatialflow.cli", "synthesize", tmp_path / "caf\udce9", "--count", "1", "--size",
+             "64", "64"],
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            capture_output=True,
+        )  # fmt: skip
+        assert result.returncode == 0 and b"caf\\udce9/panoptic.json" in result.stdout, result.stderr
+
 
 class TestInfoAndBenchmark:
     def test_info(self, capsys):

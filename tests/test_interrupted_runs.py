@@ -455,6 +455,45 @@ class TestWriter:
         first.close(keep_journal=True)
         assert PanopticWriter(tmp_path / "maps", resume=True).is_done(0, "0.jpg")
 
+    def test_by_hand_no_journal_appears(self, tmp_path):
+        """Nobody goes on from a writer that is used without `with` and `resume`; a second one is not in its way."""
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        writers = [PanopticWriter(tmp_path / "maps") for _ in range(2)]
+        for index, writer in enumerate(writers):
+            writer.add(index, f"{index}.jpg", ids, segments)
+            assert not list(tmp_path.glob("*journal*"))
+            writer.write_json()
+            writer.add(7, "7.jpg", ids, segments)
+            writer.write_json()
+            assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [index, 7]
+        assert sorted(contents(tmp_path)) == ["maps.json", "maps/0.png", "maps/1.png", "maps/7.png"]
+
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_after_its_block_a_writer_can_still_be_used(self, tmp_path, resume):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        if resume:
+            kill(tmp_path, "before the PNG", 3)
+        settings, categories = {"score": 0.5}, [{"id": 1, "isthing": 1}]
+        with PanopticWriter(tmp_path / "maps", None, categories, settings=settings, resume=resume) as writer:
+            if not resume:
+                writer.add(0, "0.jpg", ids, segments)
+        assert not list(tmp_path.glob("*journal*"))
+        before = [row["image"]["id"] for row in writer.rows()]
+        writer.add(7, "7.jpg", ids, segments)
+        writer.write_json()
+        assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [*before, 7]
+        assert len(before) == (2 if resume else 1) and not list(tmp_path.glob("*journal*"))
+
+    def test_a_writer_without_images_leaves_the_journal_of_another_process(self, tmp_path):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        with PanopticWriter(tmp_path / "maps") as first:
+            first.add(0, "0.jpg", ids, segments)
+            with PanopticWriter(tmp_path / "maps"):
+                pass
+            assert (tmp_path / "maps.journal.jsonl").is_file()
+        assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [0]
+        assert not list(tmp_path.glob("*journal*"))
+
     def test_read_back(self, tmp_path):
         ids = np.array([[0, 5], [9, 9]])
         with PanopticWriter(tmp_path / "maps") as writer:

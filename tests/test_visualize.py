@@ -206,3 +206,8 @@ class TestPages:
 
     def test_captions_are_escaped(self):
         assert "<b>" not in html_page("t", [("<b>", 'a"b.jpg')]) and 'a"b' not in html_page("t", [("<b>", 'a"b.jpg')])
+
+    def test_names_that_no_address_or_text_takes(self):
+        """Signs with a meaning in addresses, and a byte that is no UTF-8."""
+        page = html_page("t", [("caf\udce9", "pictures/50%#1?/caf\udce9 ü.jpg")]).encode()
+        assert b'src="pictures/50%25%231%3F/caf%E9%20%C3%BC.jpg"' in page and b"caf\\udce9</figcaption>" in page

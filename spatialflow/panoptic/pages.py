@@ -2,7 +2,9 @@
 """Pictures to be looked at: panels side by side with titles, sheets of many, and an HTML page of all."""
 
 import html
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import quote
 
 import numpy as np
 
@@ -54,8 +56,8 @@ def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
 def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:
     """An HTML page: (caption, path of the picture as seen from the page) under each other."""
     figures = "\n".join(
-        f'<figure><img src="{html.escape(path)}" alt="{html.escape(caption)}" loading="lazy">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<figure><img src="{quote(os.fsencode(path))}" alt="{_text(caption)}" loading="lazy">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
         for caption, path in pictures
     )
     return (
@@ -63,6 +65,11 @@ def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:
         "body{font-family:sans-serif;margin:2em;background:#fafafa;color:#1e1e1e}figure{margin:0 0 2em}"
         f"img{{max-width:100%}}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{figures}\n</body></html>\n"
     )
+
+
+def _text(text: str) -> str:
+    """As HTML; names of files may hold bytes that are no text."""
+    return html.escape(text).encode("utf-8", "backslashreplace").decode()
 
 
 _LINE_HEIGHT = 26

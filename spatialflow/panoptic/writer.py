@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -64,9 +65,10 @@ class PanopticWriter:
     Use it as a context manager: the JSON is written when the block ends, also when it ends by an exception, so that
     the images already done stay usable. Segments may carry any JSON-able field beside id and category_id.
 
-    Each image's segments are appended to a journal beside the JSON (`panoptic.journal.jsonl` for `panoptic.json`)
-    right after its PNG. A process that is killed loses the current image at most; after a power failure, the images
-    that the disk had not received yet are done again. The journal is removed when the block ends without an exception.
+    In a `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
+    (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the current image
+    at most; after a power failure, the images that the disk had not received yet are done again. The journal is removed
+    when the block ends without an exception. Otherwise there is no journal, and `write_json` saves the results.
 
     Args:
         folder: where the PNGs go; created on the first result.
@@ -108,6 +110,7 @@ class PanopticWriter:
         self._journal = _Journal(
             self.json_path.with_name(f"{self.json_path.stem}.journal.jsonl"),
             {**(settings or {}), "categories": of_categories},
+            named=resume,
         )
         if resume:
             for offset, row in self._journal.restore():
@@ -204,7 +207,7 @@ class PanopticWriter:
             self._append(row)
 
     def write_json(self, image_names: Iterable[str] | None = None) -> Path:
-        """Write the JSON, and the detections, of all images added so far; the journal stays.
+        """Write the JSON, and the detections, of all images added so far; a journal stays.
 
         Args:
             image_names: which images, in which order, as for `rows`.
@@ -238,11 +241,13 @@ class PanopticWriter:
             keep_journal: leave the journal for a run that goes on from it; False: the results are in the JSON, or are
                 not needed.
         """
-        self._journal.close()
-        if not keep_journal:
-            self._journal.path.unlink(missing_ok=True)
+        if keep_journal:
+            self._journal.close()
+        else:
+            self._journal.remove()
 
     def __enter__(self) -> "PanopticWriter":
+        self._journal.give_name()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -284,10 +289,12 @@ class _Journal:
     Args:
         path: the file; created by the first `append`, which replaces an older one unless it was restored.
         about: JSON-able, equal for runs that may go on from each other.
+        named: False for a file without a name, which ends with the process: no run goes on from it.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]):
+    def __init__(self, path: Path, about: Mapping[str, Any], named: bool):
         self.path = path
+        self._named = named
         self._about = json.loads(_dumps(about))
         self._restored = 0  # bytes of complete lines that are kept
         self._stream: IO[bytes] | None = None
@@ -334,8 +341,14 @@ class _Journal:
             raise
         return offset
 
+    def give_name(self) -> None:
+        """Makes it a file with a name, unless something was appended already."""
+        self._named = self._named or self._stream is None
+
     def _open(self) -> IO[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._named:
+            return tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
         stream = open(self.path, "ab", buffering=0)  # creates the file where there is none, and changes nothing yet
         try:
             self._lock(stream)
@@ -360,13 +373,15 @@ class _Journal:
         """The lines at some offsets."""
         offsets = list(offsets)
         if offsets:
-            with open(self.path, "rb") as stream:
+            with open(self.path if self._named else f"/proc/self/fd/{self._stream.fileno()}", "rb") as stream:
                 for offset in offsets:
                     stream.seek(offset)
                     yield json.loads(stream.readline())
 
     def sync_later(self, path: Path) -> None:
         """Brings a file and the journal to the disk in the background: the next image need not wait for the disk."""
+        if not self._named:
+            return
         self._unsynced.append(path)
         if self._syncing is None or self._syncing.done():
             paths, self._unsynced = [*self._unsynced, self.path], []
@@ -375,6 +390,21 @@ class _Journal:
     def close(self) -> None:
         """Closes the file, which stays."""
         self._thread.shutdown()
+        if self._stream is not None:
+            self._stream.close()
+
+    def remove(self) -> None:
+        """Takes the file's name away, unless another process is writing it; its lines stay readable."""
+        self._thread.shutdown()
+        if self._named and self.path.exists():
+            try:
+                self._stream = self._stream or self._open()
+            except ResumeError:
+                return
+            self.path.unlink(missing_ok=True)
+        self._named = False
+
+    def __del__(self) -> None:
         if self._stream is not None:
             self._stream.close()
 

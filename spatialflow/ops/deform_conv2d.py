@@ -199,8 +199,9 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def _for_samples_of(mask: Tensor, tensor: Tensor | None, input: Tensor) -> Tensor | None:
-    """`tensor`, a tangent or cotangent of `mask`, to be used as a mask: NaN where `mask` is not finite in the type it is
-    used in. Such samples are zero whatever the features are; a factor of 0 would turn those that are infinite to NaN.
+    """`tensor`, a tangent or cotangent of `mask`, to be used as a mask: NaN where `mask` is not finite in its type.
+
+    Such samples are zero whatever the features are. A factor of 0 would turn features that are not finite to NaN.
     """
     if tensor is None:
         return None

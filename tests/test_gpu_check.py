@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -32,6 +33,16 @@ def gpu_check():
         spec.loader.exec_module(module)
         yield module
     del sys.modules["gpu_check"]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The script's handlers of signals end with each test."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 def run_check(*arguments):

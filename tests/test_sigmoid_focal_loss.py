@@ -148,6 +148,12 @@ class TestValues:
             twin = reference.sigmoid_focal_loss(wide, labels, gamma)
             torch.testing.assert_close(expected, twin, rtol=1e-12, atol=0)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_sum_that_overflows_is_infinite(self, dtype):
+        logits = torch.full((2, 1), torch.finfo(dtype).max, dtype=dtype)
+        background = torch.full((2,), 1)
+        assert ops.sigmoid_focal_loss(logits, background, alpha=-1.0, reduction="sum") == float("inf")
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_infinite_logits(self, dtype):
         logits = torch.tensor([[INF, -INF], [-INF, INF], [1e4, -1e4], [-1e4, 1e4]], dtype=dtype, requires_grad=True)

@@ -204,7 +204,12 @@ Tensor sigmoid_focal_loss_sum_cpu(const Tensor& logits, const Tensor& labels, do
     }
     const bool wide = logits.scalar_type() == ScalarType::Double;
     Tensor result = empty_like_sized(logits, {}, wide ? ScalarType::Double : ScalarType::Float);
-    return torch::stable::fill_(result, total);
+    if (wide) {
+        *mutable_data<double>(result) = total;
+    } else {  // torch's fill_ would refuse a sum beyond float32
+        *mutable_data<float>(result) = static_cast<float>(total);
+    }
+    return result;
 }
 
 Tensor sigmoid_focal_loss_derivative_cpu(

@@ -135,7 +135,7 @@ class _Trial:
 
         nearby = operator.nearby if "result" in operator.nearby_for else lambda *_: ()
         wide = map_tensors(_wide, plain)  # float32 does not hold places nearby in float64
-        variants = functools.cache(lambda: [answers(variant) for variant in nearby(wide, EPSILON[self.accumulator])])
+        variants = functools.cache(lambda: [answers(variant) for variant in nearby(wide, self._epsilon())])
         expected = answers(plain)
         if len(expected) != len(outputs):
             self.differs(f"result: {len(outputs)} tensors, {len(expected)} of the brute force")
@@ -297,9 +297,14 @@ class _Trial:
         if verdict.difference:
             self.differs(f"{what} ({actual.dtype}, {judged_by}): {verdict.difference}")
 
+    def _epsilon(self) -> float:
+        """The rounding of what is summed; where there are layers, of what they hand on."""
+        first = next((t.dtype for t in self.tensors if t.dtype.is_floating_point), torch.float32)
+        return torch.finfo(first).eps if self.operator.layered else EPSILON[self.accumulator]
+
     def _variants(self, question: Callable, given: dict, nearby: str) -> Iterator[list[Tensor]]:
         if nearby in self.operator.nearby_for:
-            for variant in self.operator.nearby(given, EPSILON[self.accumulator]):
+            for variant in self.operator.nearby(given, self._epsilon()):
                 yield question(self.operator.reference, variant, False)
 
     def _sizes(self, question: Callable, given: dict) -> list[Tensor] | None:

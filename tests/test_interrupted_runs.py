@@ -80,6 +80,14 @@ def sentences(capsys) -> list[str]:
     return [line.removeprefix("spatialflow: ") for line in capsys.readouterr().err.splitlines() if line.strip()]
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """What runs in the background of a shell ignores SIGINT, and so would these tests and their processes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def stopped(arguments, tmp_path):
     """The output of a run that Ctrl-C ends before its fourth image."""

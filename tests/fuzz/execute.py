@@ -203,10 +203,11 @@ class _Trial:
             return _pushed(function, arguments, positions, own)
 
         def sizes_of_sum(arguments: dict) -> list[Tensor]:
-            """The size of the terms where the result is one sum over all elements."""
+            """The size of the terms where the result is one sum over all elements. Terms in float16 underflow."""
             given, chosen = _tracked(arguments, positions)
             gradients = torch.autograd.grad(leaves(self.operator.reference(**given)), chosen)
-            return [sum((g.abs() * t.double().abs()).sum() for g, t in zip(gradients, tangents))]
+            least = [torch.finfo(t.dtype).tiny for t in tangents]
+            return [sum(((g.abs() + s) * t.double().abs() + s).sum() for g, s, t in zip(gradients, least, tangents))]
 
         is_sum = len(pushed) == 1 and pushed[0].dim() == 0
         self._ask("tangent", pushed, ask, nearby="gradient", sizes_of=sizes_of_sum if is_sum else None)

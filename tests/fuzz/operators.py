@@ -172,9 +172,9 @@ def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
     return brute_force.flow_tower(levels, _tower(parameters), algorithm)
 
 
-def _nearby_weights(*names: str) -> Callable[[dict, float], Iterator[dict]]:
-    """Weights moved at random, some roundings up or down: sums at the kink of a ReLU change sides. The sums of Winograd
-    round more often."""
+def _nearby(*names: str) -> Callable[[dict, float], Iterator[dict]]:
+    """Weights and features moved at random, some roundings up or down: sums at the kink of a ReLU change sides. The
+    sums of Winograd round more often."""
 
     def nearby(arguments: dict, epsilon: float) -> Iterator[dict]:
         generator = torch.Generator().manual_seed(0)
@@ -242,7 +242,7 @@ OPERATORS: dict[str, Operator] = {
         ops.flow_conv2d,
         reference.flow_conv2d, brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
-        nearby=_nearby_weights("weight"),
+        nearby=_nearby("weight", "x", "flow"),
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
         unstable=_upsets_convolution,
@@ -251,7 +251,7 @@ OPERATORS: dict[str, Operator] = {
         _flow_conv2d_packed,
         reference.flow_conv2d, brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
-        nearby=_nearby_weights("weight"),
+        nearby=_nearby("weight", "x", "flow"),
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
         unstable=_upsets_convolution,
@@ -308,7 +308,7 @@ for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_towe
         _flow_tower_brute,
         composed=True,
         differentiable=("levels", "parameters"),
-        nearby=_nearby_weights("parameters"),
+        nearby=_nearby("parameters", "levels"),
         nearby_for=("gradient",),
         linear=("levels", "parameters"),
         unstable=_upsets_convolution,

@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
     predict.add_argument("--recursive", action="store_true", help="images in sub-folders too; outputs keep the folders")
     predict.add_argument(
-        "--restart", action="store_true", help="start anew instead of going on with an interrupted run"
+        "--restart", action="store_true", help="start over instead of going on with an interrupted run"
     )
 
     evaluate = commands.add_parser(

@@ -56,7 +56,7 @@ class PredictionFolder:
                 detections_path=root / "detections.json" if detections else None,
             )  # fmt: skip
         except ResumeError as error:
-            raise CommandError(f"{error}; use another --output, or start anew with --restart") from None
+            raise CommandError(f"{error}; use another --output, or start over with --restart") from None
         except OSError as error:
             raise CommandError(f"{error.filename}: cannot be read: {error.strerror}") from None
         self.done = [image.name for image in images if self._is_done(image)]

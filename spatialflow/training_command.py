@@ -42,7 +42,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--cityscapes", type=Path, metavar="FOLDER", help="tree with leftImg8bit and gtFine: train on "
                        "its split train, evaluate on val where there is one")  # fmt: skip
     train.add_argument("--checkpoint", type=Path, metavar="FILE", help="finetune these weights; layers that depend on "
-                       "the classes start anew where they do not fit")  # fmt: skip
+                       "the classes start from random weights where they do not fit")  # fmt: skip
     train.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
     train.add_argument("--backbone", type=Path, metavar="FILE", help="ImageNet weights with torchvision's names")
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -51,7 +51,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument(
         "--strict", action="store_true", help="stop at a broken image or annotation instead of skipping it"
     )
-    train.add_argument("--restart", action="store_true", help="start anew, over what the folder holds")
+    train.add_argument("--restart", action="store_true", help="start over, over what the folder holds")
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -99,8 +99,9 @@ def run_train(options: argparse.Namespace) -> int:
                 complain(text)
             if trainer.changed_settings:
                 complain(f"{options.output}: goes on with other settings: {', '.join(trainer.changed_settings)}")
-            if trainer.anew and trainer.step == 0:
-                complain(f"{options.checkpoint}: of other classes; {', '.join(trainer.anew)} start anew")
+            if trainer.random_layers and trainer.step == 0:
+                layers = ", ".join(trainer.random_layers)
+                complain(f"{options.checkpoint}: of other classes; {layers} start from random weights")
         try:
             trainer.run()
         except KeyboardInterrupt as stop:

@@ -162,7 +162,7 @@ class TestPredict:
         assert main([*arguments, "--output", str(stopped), *change]) == 2
         (sentence,) = sentences(capsys)
         assert "belongs to a run with other settings that did not end: " + said.split(" ")[0] in sentence
-        assert sentence.endswith("use another --output, or start anew with --restart")
+        assert sentence.endswith("use another --output, or start over with --restart")
         assert contents(stopped) == before
 
     def test_other_weights_are_refused(self, arguments, stopped, tmp_path, capsys):
@@ -351,7 +351,7 @@ class TestWriter:
         assert contents(tmp_path) == whole
 
     @pytest.mark.parametrize("damage", [b"", b"{", b"\0\n", b"[1]\n"])
-    def test_a_damaged_first_line_starts_anew(self, whole, tmp_path, damage):
+    def test_a_damaged_first_line_starts_over(self, whole, tmp_path, damage):
         (tmp_path / "maps.journal.jsonl").write_bytes(damage)
         assert write_five(tmp_path) == list(range(5))
         assert contents(tmp_path) == whole

@@ -102,5 +102,5 @@ def test_another_version_is_refused(monkeypatch):
     """Other versions may arrange weights in other ways."""
     content = pickle.dumps(optimize_for_inference(random_model("tiny")))
     monkeypatch.setattr(optimize, "__version__", "9.9")
-    with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: make it anew"):
+    with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: make it again"):
         pickle.loads(content)

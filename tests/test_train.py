@@ -205,17 +205,17 @@ class TestRun:
         loaded = load_checkpoint(build_model(small()), tmp_path / "model.safetensors").state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items() if "num_b" not in key)
 
-    def test_a_run_started_anew_forgets_the_old_one(self, data, tmp_path, monkeypatch):
+    def test_a_restarted_run_forgets_the_old_one(self, data, tmp_path, monkeypatch):
         """Interrupted before its first checkpoint, it is not the old run that goes on."""
         Trainer(small(), data, tmp_path, ALONE).run()
-        anew = Trainer(small(), data, tmp_path, ALONE, resume=False)
+        restarted = Trainer(small(), data, tmp_path, ALONE, resume=False)
 
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(anew, "_advance", interrupted)
+        monkeypatch.setattr(restarted, "_advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            anew.run()
+            restarted.run()
         assert Trainer(small(), data, tmp_path, ALONE).step == 0
 
     def test_processes_must_see_one_folder(self, data, tmp_path, monkeypatch):
@@ -462,7 +462,7 @@ class TestFinetuning:
         ]
         assert "backbone.layer4.0.conv1.weight" in moved and "subnets.reg.0.weight" in moved
 
-    def test_layers_that_start_anew_are_named(self, scenes, tmp_path, capsys):
+    def test_layers_that_start_from_random_weights_are_named(self, scenes, tmp_path, capsys):
         """The file has as many stuff classes as the network, and other things."""
         from spatialflow.engine.checkpoints import save_checkpoint
 
@@ -472,7 +472,8 @@ class TestFinetuning:
         settings = [f"{name}={value}" for name, value in SMALL_RUN.items()]
         assert main(["train", "tiny", *settings, *(str(part) for pair in files.items() for part in pair)]) == 0
         said = capsys.readouterr().err
-        assert "donor.safetensors: of other classes; box_head.class_logits, thing_head.logits start anew" in said
+        layers = "box_head.class_logits, thing_head.logits"
+        assert f"donor.safetensors: of other classes; {layers} start from random weights" in said
 
     def test_other_layers_must_fit(self, data, tmp_path):
         from spatialflow.engine.checkpoints import save_checkpoint

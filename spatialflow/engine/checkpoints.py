@@ -265,8 +265,8 @@ def read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals(_IGNORED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        stranger = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of torch's advice to trust the file
-        what = f"holds Python objects beside tensors: {stranger[1]}" if stranger else "is damaged"
+        found = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of torch's advice to trust the file
+        what = f"holds Python objects beside tensors: {found[1]}" if found else "is damaged"
         raise CheckpointError(f"{path}: {what}") from None
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise CheckpointError(f"{path}: is damaged: {_first_line(error)}") from None
@@ -488,15 +488,15 @@ def convert(
         OSError: `destination` cannot be written.
     """
     state = read_state(source, ema)
-    strangers = [
+    unknown = [
         name
         for name in state
         if name.split(".")[0] not in ("backbone", "fpn", "subnets", "box_head", "thing_head", "stuff_head")
     ]
-    if strangers:
+    if unknown:
         raise CheckpointError(
-            f"{source}: {len(strangers)} entries belong to no part of the model: {shorten(strangers)}",
-            unexpected=strangers,
+            f"{source}: {len(unknown)} entries belong to no part of the model: {shorten(unknown)}",
+            unexpected=unknown,
         )
     broken = not_finite(state)
     if broken:

@@ -171,8 +171,8 @@ class Predictor:
         detection_masks: bool = True,
         **overrides: Any,
     ):
-        strangers = [section for section in place_overrides(overrides) if section != "test"]
-        if strangers:
+        unknown = [section for section in place_overrides(overrides) if section != "test"]
+        if unknown:
             raise ConfigError(
                 f"Predictor: only fields of the test section can be overridden, got {', '.join(overrides)}"
             )

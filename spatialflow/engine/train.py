@@ -85,7 +85,7 @@ class Source:
     """Where the initial weights come from; at most one of the two."""
 
     checkpoint: Optional[Path] = (
-        None  # a whole network; layers whose shape depends on the classes may differ and start anew
+        None  # a whole network; layers whose shape depends on the classes may differ and start from random weights
     )
     backbone: Optional[Path] = None  # ImageNet weights of the backbone
     ema: bool = False  # of `checkpoint`: the averaged weights
@@ -191,9 +191,9 @@ class Trainer:
         self.step = 0  # steps done
         torch.manual_seed(training.seed)
         self.network = build_model(config)
-        self.anew: list[str] = []  # layers that the initial weights do not fill, as they are of other classes
+        self.random_layers: list[str] = []  # layers that the initial weights do not fill, as they are of other classes
         if source.checkpoint is not None:
-            self.anew = load_matching(self.network, source.checkpoint, CLASS_LAYERS, source.ema)
+            self.random_layers = load_matching(self.network, source.checkpoint, CLASS_LAYERS, source.ema)
         elif source.backbone is not None:
             load_backbone(self.network, source.backbone)
         if world.size > 1 and config.model.backbone_norm_trains:
@@ -490,10 +490,10 @@ class Trainer:
         self.changed_settings = [text for field, text in differences.items() if field in REMEDY_FIELDS]
         if changed:
             raise TrainingError(
-                f"{path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or start anew"
+                f"{path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or start over"
             )
         if identity["data"] != self.identity["data"]:
-            raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start anew")
+            raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start over")
         self.network.load_state_dict(state["model"])
         own = self.optimizer.state_dict()["param_groups"]  # the settings of this run
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
@@ -507,7 +507,7 @@ class Trainer:
         self.step = state["step"]
         broken = not_finite(self._floats())
         if broken:
-            raise CheckpointError(f"{path}: holds values that are not finite: {shorten(broken, 3)}; start anew")
+            raise CheckpointError(f"{path}: holds values that are not finite: {shorten(broken, 3)}; start over")
 
     def _bar(self):
         if not self.progress:

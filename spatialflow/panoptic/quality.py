@@ -257,7 +257,7 @@ def score_files(
             if not progress:
                 # One wake-up at the end. One per image would take the interpreter's lock from the worker each time.
                 wait(futures, return_when=FIRST_EXCEPTION)
-            for future in _with_progress(futures, progress):
+            for future in with_progress(futures, "evaluate", progress):
                 counts, problems = future.result()
                 quality.add(counts)
                 gt_problems += problems
@@ -299,12 +299,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _with_progress(items: Sequence, progress: bool) -> Iterable:
+def with_progress(items: Sequence, what: str, progress: bool) -> Iterable:
+    """The items, with a progress bar titled `what` on standard error if `progress` is true."""
     if not progress:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, desc="evaluate", unit="image")
+    return tqdm(items, desc=what, unit="image")
 
 
 def _match_image(

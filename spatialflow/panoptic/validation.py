@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from spatialflow.panoptic.extents import extents
 from spatialflow.panoptic.formats import load_json, read_id_map
 from spatialflow.panoptic.photographs import find_photograph
-from spatialflow.panoptic.quality import available_cores, default_folder
+from spatialflow.panoptic.quality import available_cores, default_folder, with_progress
 from spatialflow.panoptic.rules import PanopticFormatError, Problem, json_problems, pixel_problems
 
 _EXIF_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
@@ -77,7 +77,7 @@ def validate(
     with ThreadPoolExecutor(workers or available_cores()) as pool:
         futures = [pool.submit(check, annotation) for annotation in checked]
         try:
-            for future in _bar(futures, progress):
+            for future in with_progress(futures, "validate", progress):
                 problems += future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -86,14 +86,6 @@ def validate(
 
 def _list(content: Mapping[str, Any], field: str) -> list:
     return content[field] if isinstance(content.get(field), list) else []
-
-
-def _bar(items: list, progress: bool) -> Any:
-    if not progress:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc="validate", unit="image", leave=False)
 
 
 def _image_problems(

@@ -458,7 +458,7 @@ def _benchmark_folder() -> Path:
     """`benchmarks` of the source tree, else the copy that is installed with the package."""
     package = Path(__file__).resolve().parent
     for folder in (package.parent / "benchmarks", package / "benchmarks"):
-        if (folder / "harness.py").is_file():
+        if os.path.isfile(folder / "harness.py"):
             return folder
     raise CommandError(f"the benchmark scripts are missing in {package / 'benchmarks'}")
 

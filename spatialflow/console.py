@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -79,7 +80,7 @@ def list_images(
     images: dict[str, InputImage] = {}
     for path in given:
         found = [InputImage(path, path.name)]
-        if path.is_dir():
+        if os.path.isdir(path):
             found = _images_below(path, results)
             top = [image for image in found if "/" not in image.name]
             if top and not recursive and len(top) < len(found):
@@ -120,9 +121,9 @@ def _images_below(folder: Path, results: Collection[Path]) -> list[InputImage]:
 
 def panoptic_json(path: Path) -> Path:
     """The JSON that `path` stands for: itself, that inside the output of `predict`, or that beside a folder of PNGs."""
-    candidates = [path / "panoptic.json", path.with_name(f"{path.name}.json")] if path.is_dir() else [path]
+    candidates = [path / "panoptic.json", path.with_name(f"{path.name}.json")] if os.path.isdir(path) else [path]
     for candidate in candidates:
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
 
@@ -131,7 +132,7 @@ def ground_truth_json(path: Path, folder: Path) -> tuple[Path, list[str]]:
     """As `panoptic_json`; of a Cityscapes tree the split val, whose JSON and PNGs are written into `folder`, without
     the images whose labels cannot be read. Complaints about those come second.
     """
-    if not (path / "gtFine").is_dir():
+    if not os.path.isdir(path / "gtFine"):
         return panoptic_json(path), []
     from spatialflow.data.categories import load_categories
     from spatialflow.data.cityscapes import Cityscapes, CityscapesError

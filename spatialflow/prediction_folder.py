@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class PredictionFolder:
         self._images = images
 
     def _is_done(self, image: InputImage) -> bool:
-        if self._overlays and not self._overlay_path(image).is_file():
+        if self._overlays and not os.path.isfile(self._overlay_path(image)):
             return False
         return self._writer.is_done(self._ids[image.name], image.name, image.path)
 

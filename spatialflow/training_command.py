@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def run_train(options: argparse.Namespace) -> int:
         try:
             trainer.run()
         except KeyboardInterrupt as stop:
-            if trainer.checkpoint_path.is_file():
+            if os.path.isfile(trainer.checkpoint_path):
                 stop.args = (f"the same command goes on from {trainer.checkpoint_path}",)
             raise
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
@@ -167,7 +168,7 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
     try:
         categories = load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
         if options.cityscapes is not None:
-            has_validation = (options.cityscapes / "leftImg8bit" / "val").is_dir()
+            has_validation = os.path.isdir(options.cityscapes / "leftImg8bit" / "val")
             return (
                 Cityscapes(options.cityscapes, "train", categories),
                 Cityscapes(options.cityscapes, "val", categories) if has_validation else None,
@@ -186,7 +187,7 @@ def _coco(annotations: Path, images: Path, panoptic: Path | None, categories: An
 
     data = CocoPanoptic(annotations, images, panoptic, categories, scored)
     for folder in (data.image_folder, data.panoptic_folder):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CommandError(f"{folder}: no such folder")
     return data
 

@@ -334,6 +334,12 @@ def test_misfit_lists_every_kind_and_changes_nothing(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_long_names_are_cut_in_messages(tmp_path):
+    path = save_checkpoint(small_model().state_dict() | {"a" * 3000: torch.zeros(1)}, tmp_path / "long.safetensors")
+    with pytest.raises(CheckpointError, match="1 unexpected: a{120}[.]{3}$"):
+        load_checkpoint(small_model(), path)
+
+
 def test_torchvision_backbone_loads_as_it_is(tmp_path):
     """ImageNet weights: backbone names without prefix, a classifier, and in old files no batch counters."""
     source = small_model()

@@ -438,3 +438,26 @@ def test_other_runtime_errors_are_not_hidden(monkeypatch):
     monkeypatch.setattr(cli, "_info", fails)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["info"])
+
+
+LONG = "a" * 300  # longer than a file name may be, which pathlib's is_file() raises for
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"predict {LONG} --config tiny --output OUT",
+        f"predict PHOTOGRAPHS --config {LONG} --output OUT",
+        f"predict PHOTOGRAPHS --config tiny --checkpoint {LONG} --output OUT",
+        f"predict PHOTOGRAPHS --config tiny --set categories={LONG} --output OUT",
+        f"validate {LONG}",
+        f"evaluate {LONG} {LONG}",
+        f"visualize {LONG} --config tiny --output OUT",
+        f"train tiny --cityscapes {LONG} --output OUT",
+        f"train tiny --images PHOTOGRAPHS --annotations {LONG} --output OUT",
+    ],
+)
+def test_names_that_are_too_long(photographs, tmp_path, capsys, command):
+    words = command.replace("PHOTOGRAPHS", str(photographs)).replace("OUT", str(tmp_path / "out")).split()
+    assert main(words) in (1, 2)
+    assert LONG[:30] in "".join(sentences(capsys))

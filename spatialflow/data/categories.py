@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def load_categories(
         rows = [{"id": i + 1, "name": f"thing {i + 1}", "isthing": 1} for i in range(num_things)]
         rows += [{"id": num_things + i + 1, "name": f"stuff {i + 1}", "isthing": 0} for i in range(num_stuff)]
         return Categories(rows, has_other=False)
-    path = TABLES / f"{table}.json" if (TABLES / f"{table}.json").is_file() else Path(table)
+    path = TABLES / f"{table}.json" if os.path.isfile(TABLES / f"{table}.json") else Path(table)
     rows = read_rows(path)
     things, stuff = sum(bool(row["isthing"]) for row in rows), sum(not row["isthing"] for row in rows)
     if things != num_things or (has_stuff_head and num_stuff not in (stuff, stuff + 1)):

@@ -48,7 +48,7 @@ class Cityscapes:
         self.images = self.root / "leftImg8bit" / split
         self.labels = self.root / "gtFine" / split
         for folder in (self.images, self.labels):
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 raise CityscapesError(
                     f"{folder}: no such folder; a Cityscapes tree has leftImg8bit/{split} and gtFine/{split}"
                 )
@@ -80,7 +80,7 @@ class Cityscapes:
 
     def _is_written(self, json_path: Path) -> bool:
         """True if the file has these images and categories, and every label file was in its place before it."""
-        if not json_path.is_file():
+        if not os.path.isfile(json_path):
             return False
         content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)
         if content["categories"] != self.categories.as_coco():

@@ -345,7 +345,7 @@ def load_matching(
 def packaged_weights(config: str) -> Optional[Path]:
     """The weights that come with the package for one of its configurations; None where there are none."""
     path = WEIGHTS_FOLDER / f"{config}.safetensors"
-    return path if path.is_file() else None
+    return path if os.path.isfile(path) else None
 
 
 def pretrained_model(config: str = "demo") -> SpatialFlow:
@@ -428,8 +428,9 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def shorten(names: Sequence[str], limit: int = 12) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    """The first names, long ones cut, and how many more there are."""
+    cut = [name if len(name) <= 120 else f"{name[:120]}..." for name in names[:limit]]
+    return ", ".join(cut) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[str, Path]) -> Path:

@@ -2,6 +2,7 @@
 """The record of a training run: JSON lines, TensorBoard where it is installed, a picture of the curves."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class TrainingLog:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a log; an unfinished last line (the process was killed while writing it) is left out."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():

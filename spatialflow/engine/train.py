@@ -211,7 +211,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=training.mixed_precision == "fp16")
         self.changed_settings: list[str] = []  # `REMEDY_FIELDS` in which a resumed run differs from its beginning
         self.identity = {"config": _plain_config(config), "data": _fingerprint(data)}
-        if resume and self.checkpoint_path.is_file():
+        if resume and os.path.isfile(self.checkpoint_path):
             self._restore()
         steps = world.gather(self.step)
         if len(set(steps)) > 1:
@@ -370,7 +370,7 @@ class Trainer:
     def _diverged(self, step: int, what: str) -> TrainingError:
         path = self.checkpoint_path
         goes_on = f"; {path} is of an earlier step, and the same command with such settings goes on from it"
-        return TrainingError(f"step {step}: {what}; {REMEDIES} may help{goes_on if path.is_file() else ''}")
+        return TrainingError(f"step {step}: {what}; {REMEDIES} may help{goes_on if os.path.isfile(path) else ''}")
 
     def _watch(self, losses: list[float]) -> None:
         """Reports, once in a run, that it explodes: a loss or a weight has grown by orders of magnitude. The checkpoint
@@ -386,7 +386,7 @@ class Trainer:
         for name, (value, usual) in grown.items():
             if value > EXPLODED * usual > 0:
                 message = f"the run explodes: {name} is {value:g}, at the beginning {usual:g}; {REMEDIES} may help"
-                if self.checkpoint_path.is_file():
+                if os.path.isfile(self.checkpoint_path):
                     kept = self.checkpoint_path.with_name("checkpoint_before_explosion.pt")
                     with open(self.checkpoint_path, "rb") as good, atomic_write(kept) as file:
                         shutil.copyfileobj(good, file)

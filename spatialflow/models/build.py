@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The composition root: configuration files in, networks out."""
 
+import os
 from pathlib import Path
 from typing import Any, Union
 
@@ -82,11 +83,11 @@ def _locate(config: Union[str, Path], folder: Union[Path, None]) -> Path:
         path = Path(text)
         candidates = [path] if folder is None else [folder / path, path]
         for candidate in candidates:
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate.resolve()
         raise ConfigError(f"config: no such file: {text:.200}")
     path = CONFIG_FOLDER / f"{text}.yaml"
-    if "/" in text or not path.is_file():
+    if "/" in text or not os.path.isfile(path):
         names = [name for name in list_configs() if not name.startswith("ablation_")]
         raise ConfigError(
             f"config: must be a path ending in .yaml or one of {', '.join(names)}, ablation_...; got {shown(text)}"

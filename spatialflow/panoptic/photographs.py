@@ -48,11 +48,11 @@ def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
     """
     folder = Path(folder)
     path = folder / file_name
-    if PurePosixPath(file_name).stem.endswith(_CITYSCAPES) and not path.is_file():
+    if PurePosixPath(file_name).stem.endswith(_CITYSCAPES) and not os.path.isfile(path):
         key = photograph_key(file_name)
         name, city = f"{key}{_CITYSCAPES}{path.suffix}", key.split("_")[0]
         for candidate in (folder / name, folder / city / name, *folder.glob(f"*/{city}/{name}")):
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate
     return path
 

@@ -284,7 +284,7 @@ def _folder(folder: str | os.PathLike | None, content: Any, which: str) -> Path:
         if isinstance(content, Mapping):
             raise ValueError(f"{which}_folder must be given where {which}_json is not a path")
         folder = default_folder(content)
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise PanopticFormatError(f"{which}_folder {folder} is not a folder")
     return Path(folder)
 

@@ -59,7 +59,7 @@ def validate(
         raise PanopticFormatError(f"{json_path}: {problems[0].text}", "json")
     folder = Path(default_folder(json_path) if folder is None else folder)
     for given in (folder, images):
-        if given is not None and not Path(given).is_dir():
+        if given is not None and not os.path.isdir(given):
             raise PanopticFormatError(f"{given}: no such folder")
     # Entries that are malformed have their problem already, and are left out from here on.
     malformed = {problem.entry for problem in problems if problem.entry}
@@ -114,7 +114,7 @@ def _photograph_problems(image: int | str, name: str, folder: Path, size: tuple[
     from PIL import Image
 
     path = find_photograph(folder, name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return [Problem("photograph", f"image {image}: {path}: no such file", image, value=name)]
     try:
         with Image.open(path) as picture:

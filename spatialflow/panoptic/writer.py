@@ -308,7 +308,7 @@ class _Journal:
         Raises:
             ResumeError: that run was another, or has not ended.
         """
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             return
         with open(self.path, "rb") as stream:
             self._lock(stream)
@@ -396,7 +396,7 @@ class _Journal:
     def remove(self) -> None:
         """Takes the file's name away, unless another process is writing it; its lines stay readable."""
         self._thread.shutdown()
-        if self._named and self.path.exists():
+        if self._named and os.path.exists(self.path):
             try:
                 self._stream = self._stream or self._open()
             except ResumeError:

@@ -67,8 +67,17 @@ class Operator:
     unforeseen: str = "$^"
 
     def absolute(self, arguments: dict) -> dict:
-        """The arguments with absolute values of those that enter linearly."""
-        return {name: map_tensors(Tensor.abs, v) if name in self.linear else v for name, v in arguments.items()}
+        """The arguments with absolute values of those that enter linearly.
+
+        Winograd mixes the nine taps of a kernel, so each counts as the largest of them.
+        """
+
+        def size(t: Tensor) -> Tensor:
+            is_kernel = t.dim() == 4 and t.shape[2:] == (3, 3) and t.numel() > 0
+            mixed = is_kernel and arguments.get("algorithm", "direct") != "direct"
+            return t.abs().amax(dim=(2, 3), keepdim=True).expand_as(t) if mixed else t.abs()
+
+        return {name: map_tensors(size, v) if name in self.linear else v for name, v in arguments.items()}
 
 
 def _shifted(boxes: Tensor, by: float, first: int, signs: tuple[int, int]) -> Tensor:

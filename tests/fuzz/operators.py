@@ -82,9 +82,9 @@ class Operator:
 
 def _shifted(boxes: Tensor, by: float, first: int, signs: tuple[int, int]) -> Tensor:
     """Boxes with both corners moved by a few roundings of their largest coordinate."""
-    finite = torch.where(boxes.isfinite(), boxes, 0)[:, first:].abs()
+    moved = boxes.to(torch.float64, copy=True)  # 16 bits do not hold places nearby
+    finite = torch.where(moved.isfinite(), moved, 0)[:, first:].abs()
     step = (finite.amax(dim=1, keepdim=True) + 64) * by
-    moved = boxes.clone()
     moved[:, first : first + 2] += signs[0] * step
     moved[:, first + 2 :] += signs[1] * step
     return moved

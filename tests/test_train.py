@@ -24,7 +24,7 @@ from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.samples import SampleError
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
-from spatialflow.engine.distributed import World, synchronize_norms
+from spatialflow.engine.distributed import World, end, leave, synchronize_norms
 from spatialflow.engine.log import TrainingLog, read_log
 from spatialflow.engine.train import Source, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
@@ -692,7 +692,7 @@ class TestProcesses:
         )
 
 
-def _normalise_a_part(rank, folder):
+def _normalize_a_part(rank, folder):
     """One of two processes: its part of the batch through synchronized BatchNorm, forward and backward."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -705,13 +705,15 @@ def _normalise_a_part(rank, folder):
     out.sin().sum().backward()
     results = (out.detach(), part.grad, norm[0].weight.grad, norm[0].running_mean, norm[0].running_var)
     torch.save(results, folder / f"{rank}.pt")
+    leave()
+    end(World(rank, 2, torch.device("cpu")))  # as training ends: the interpreter's own ending can abort with Gloo
 
 
 def test_synchronized_norm_equals_one_over_the_whole_batch(tmp_path):
     """Float64, processes with batches of different shape: outputs, all gradients, running statistics."""
     batch = torch.randn(3, 3, 6, 5, dtype=torch.float64) * 2 + 100
     torch.save(batch, tmp_path / "batch.pt")
-    torch.multiprocessing.spawn(_normalise_a_part, (tmp_path,), nprocs=2)
+    torch.multiprocessing.spawn(_normalize_a_part, (tmp_path,), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     norm = torch.nn.BatchNorm2d(3).double()

@@ -2,6 +2,7 @@
 """sigmoid_focal_loss: the op matrix, known answers, large logits, labels of every kind, the released numbers."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -131,6 +132,14 @@ class TestValues:
         target = (labels[:, None] == torch.arange(7)).float()
         expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         torch.testing.assert_close(ops.sigmoid_focal_loss(logits, labels, 0.0, -1.0), expected)
+
+    def test_large_gamma(self):
+        """(1 - p) ** gamma keeps its digits where p is too small for 1 - p to differ from 1."""
+        logits, gamma = torch.tensor([[30.0], [46.0]], dtype=torch.float64), 1e12
+        expected = [math.exp(-gamma * math.log1p(math.exp(-x))) * x for x in (30.0, 46.0)]
+        for implementation in (ops, reference):
+            loss = implementation.sigmoid_focal_loss(logits, torch.ones(2).long(), gamma, alpha=-1.0)
+            torch.testing.assert_close(loss.view(-1).tolist(), expected, rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.7])
     def test_every_magnitude(self, gamma):

@@ -221,21 +221,22 @@ def test_other_formats_are_whole_or_refused(tmp_path, no_warning, kind):
             assert kind == "APNG" and np.array_equal(image, decoded(content))  # the first picture is whole
 
 
-def png_with(header: bytes, chunk_length: int) -> bytes:
-    """A PNG of 8-bit RGB with another width and height, and another length of its pixels' chunk."""
+def png_with(header: bytes, chunk_length: int, chunk: bytes = b"IDAT") -> bytes:
+    """A PNG of 8-bit RGB with another width and height, and a chunk that tells another length than it has."""
     ihdr = b"IHDR" + header + bytes([8, 2, 0, 0, 0])
     begin = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big")
-    return begin + chunk_length.to_bytes(4, "big") + b"IDAT" + bytes(100)
+    return begin + chunk_length.to_bytes(4, "big") + chunk + bytes(100)
 
 
 @pytest.mark.parametrize(
     "content",
     [
         png_with(bytes([0, 0, 0, 9, 0, 0, 0, 9]), 1 << 31),
+        png_with(bytes([0, 0, 0, 9, 0, 0, 0, 9]), 1 << 31, b"IEND"),
         png_with(bytes([0, 0, 0x40, 0, 0, 0, 0x40, 0]), 50),
         b"\xff\xd8\xff\xff\xc0\0\x11\x08" + bytes([0x40, 0, 0x40, 0]) + jpeg(smooth_picture())[20:],
     ],
-    ids=["chunk", "PNG", "JPEG"],
+    ids=["chunk", "last chunk", "PNG", "JPEG"],
 )
 def test_files_too_short_for_their_headers_never_reach_a_decoder(tmp_path, content, monkeypatch):
     """It would take gigabytes before it notices."""

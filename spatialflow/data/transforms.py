@@ -62,10 +62,12 @@ def _promises_more_than_it_holds(content: bytes) -> bool:
     """True for a PNG or JPEG that is much too short for its pixels; decoders take the memory before they notice."""
     if content.startswith(_PNG_BEGIN):
         at = len(_PNG_BEGIN)
-        while at + 8 <= len(content) and content[at + 4 : at + 8] != b"IEND":
+        while at + 8 <= len(content):
             length = int.from_bytes(content[at : at + 4], "big")
             if length > len(content):
                 return True
+            if content[at + 4 : at + 8] == b"IEND":  # what follows is not read
+                break
             at += 12 + length
         width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
         depth, color = (int.from_bytes(content[at : at + 1], "big") for at in (24, 25))

@@ -595,9 +595,9 @@ def sigmoid_focal_loss(
         for label in range(classes):
             right = rows[row, label] if label == target else -rows[row, label]  # the larger, the better
             weight = 1.0 if alpha < 0 else alpha if label == target else 1 - alpha
-            negative_log = np.log1p(np.exp(-abs(right))) + max(-right, 0.0)
-            wrong = 1 / (1 + np.exp(right))
-            loss[row, label] = weight * wrong**gamma * negative_log
+            rest = np.log1p(np.exp(-abs(right)))
+            modulation = np.exp(-gamma * (rest + max(right, 0.0))) if gamma > 0 else 1.0  # (1 - p) ** gamma
+            loss[row, label] = weight * modulation * (rest + max(-right, 0.0))
     if reduction == "sum":
         return loss.sum()
     return np.float64(loss.sum() / loss.size) if reduction == "mean" else loss.reshape(values.shape)

@@ -149,8 +149,11 @@ def _is_cuda() -> bool:
 
 def _overflows(arguments: dict, tensors: list[Tensor]) -> bool:
     """Whether a product of some numbers (gradients, weights, features) can be too large for what holds it."""
-    # Layers keep their results in float16, and CUDA the samples of a deformable convolution; others sum in float32.
+    # Layers keep their results in float16; CUDA the samples of a deformable convolution, and x + flow. Others sum in
+    # float32.
     float16 = 1e2 if "parameters" in arguments or ("offset" in arguments and _is_cuda()) else 1e12
+    if arguments.get("flow") is not None and _is_cuda():
+        float16 = 3e4
     limit = {torch.float64: 1e100, torch.float16: float16}.get(tensors[0].dtype, 1e12)
     return any(bool((t.isfinite() & (t.abs() > limit)).any()) for t in (t.detach().double() for t in tensors))
 

@@ -19,7 +19,9 @@ def sigmoid_focal_loss(
     x = logits.to(real).masked_fill(ignored, 0)
     wrong = torch.where(target, -x, x)  # its sigmoid is the probability of the mistake
     weight = x.new_full(x.shape, 1 - alpha).masked_fill(target, alpha) if alpha >= 0 else 1.0
-    loss = weight * torch.sigmoid(wrong) ** gamma * -F.logsigmoid(-wrong)
+    # sigmoid(wrong) ** gamma, from its logarithm: a sigmoid near 1 has too few digits for a large gamma.
+    modulation = torch.exp(gamma * F.logsigmoid(wrong)) if gamma > 0 else 1.0
+    loss = weight * modulation * -F.logsigmoid(-wrong)
     loss = loss.masked_fill(ignored, 0)
     if reduction == "none":
         return loss.to(logits.dtype)

@@ -21,6 +21,7 @@ import spatialflow
 from spatialflow.console import (
     complain,
     ground_truth_json,
+    keep_inputs,
     list_images,
     load_models,
     named,
@@ -268,6 +269,8 @@ def _predict(options: argparse.Namespace) -> int:
                               overlays=not options.no_overlay, detections=options.detections,
                               resume=not options.restart)  # fmt: skip
     before = set(output.done)
+    if output.replaces:
+        complain(f"{options.output}: holds the results of an earlier run, which this one replaces")
     if before:
         complain(f"{options.output}: {len(before)} of {len(images)} images were done by a run that was interrupted; "
                  f"this one goes on")  # fmt: skip
@@ -306,6 +309,9 @@ def _predict(options: argparse.Namespace) -> int:
               + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip
     else:
         complain("no image could be predicted")
+    if output.left_out:
+        complain(f"{options.output}: {output.left_out} more images were done by the run that was interrupted; "
+                 f"panoptic.json does not list them, and the journal keeps them")  # fmt: skip
     return 1 if failed else 0
 
 
@@ -394,6 +400,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     prediction = panoptic_json(options.prediction)
     try:
         truth, failed = ground_truth_json(options.ground_truth, prediction.parent)
+        keep_inputs(options.output, truth, prediction, options.detections)
         with named(options.output), warnings.catch_warnings(record=True) as reports:
             warnings.simplefilter("always")
             evaluate_and_report(
@@ -442,6 +449,7 @@ def _convert(options: argparse.Namespace) -> int:
 
     from spatialflow.engine.checkpoints import CheckpointError, convert
 
+    keep_inputs(options.destination, options.source)
     try:
         with named(options.destination):
             dtype = torch.float16 if options.half else None

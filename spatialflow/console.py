@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def list_images(
     """The images that files and folders stand for.
 
     A folder stands for the images in it; for those in its sub-folders too with `recursive`, or where it holds no image
-    itself, such as Cityscapes' folder of cities.
+    itself, such as Cityscapes' folder of cities. Links to folders are followed.
 
     Args:
         given: files and folders.
@@ -71,7 +72,7 @@ def list_images(
         results: files and folders that the command writes, which are no input.
 
     Returns:
-        Images, and complaints about folders without any.
+        Images, and complaints about folders that hold none or cannot be read.
 
     Raises:
         CommandError: two images would get the same outputs, as their names differ at most in the suffix.
@@ -81,12 +82,17 @@ def list_images(
     for path in given:
         found = [InputImage(path, path.name)]
         if os.path.isdir(path):
-            found = _images_below(path, results)
+            found = list(_images_below(path, "", {result.resolve() for result in results}, (), failed))
             top = [image for image in found if "/" not in image.name]
             if top and not recursive and len(top) < len(found):
                 complain(f"{path}: {len(found) - len(top)} images in its sub-folders are left out; --recursive takes "
                          f"them too")  # fmt: skip
                 found = top
+            elif found and not top and not recursive:
+                folders = Counter(image.name.split("/")[0] for image in found)
+                most = ", ".join(f"{name}: {count}" for name, count in folders.most_common(3))
+                complain(f"{path}: holds no image itself; its sub-folders hold {len(found)} ({most}"
+                         f"{', ...' * (len(folders) > 3)})")  # fmt: skip
             if not found:
                 failed.append(f"{path}: holds no image file")
         for image in found:
@@ -106,17 +112,31 @@ def without_suffix(name: str) -> str:
     return PurePosixPath(name).with_suffix("").as_posix()
 
 
-def _images_below(folder: Path, results: Collection[Path]) -> list[InputImage]:
-    """Images in a folder and its sub-folders, but for `results`."""
-    root = folder.resolve()
-    left_out = {path.resolve() for path in results}
-    left_out = {path.relative_to(root) for path in left_out if root in path.parents}
-    found = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*")))
-    return [
-        InputImage(path, name.as_posix())
-        for path, name in found
-        if name.suffix.lower() in IMAGE_SUFFIXES and left_out.isdisjoint((name, *name.parents))
-    ]
+def _images_below(
+    folder: Path, prefix: str, left_out: set[Path], above: tuple[Path, ...], failed: list[str]
+) -> Iterator[InputImage]:
+    """Images in a folder and its sub-folders in the order of their paths, without what is in `left_out`.
+
+    Args:
+        prefix: what the names of the images begin with.
+        left_out: resolved paths of files and folders.
+        above: resolved paths of the folders above, to which a link may lead back.
+        failed: gets a complaint about each folder that cannot be read.
+    """
+    place = folder.resolve()
+    if place in left_out or place in above:
+        return
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        failed.append(f"{folder}: cannot be read: {error.strerror}")
+        return
+    for path in paths:
+        name = f"{prefix}{path.name}"
+        if os.path.isdir(path):
+            yield from _images_below(path, f"{name}/", left_out, (*above, place), failed)
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.resolve() not in left_out:
+            yield InputImage(path, name)
 
 
 def panoptic_json(path: Path) -> Path:
@@ -152,6 +172,17 @@ def ground_truth_json(path: Path, folder: Path) -> tuple[Path, list[str]]:
     for text in failed:
         complain(text)
     return truth, failed
+
+
+def keep_inputs(output: Path | None, *inputs: Path | None) -> None:
+    """Refuses an output file that is one of the command's input files; None stands for no file.
+
+    Raises:
+        CommandError: it is.
+    """
+    for path in inputs:
+        if output is not None and path is not None and os.path.exists(output) and os.path.samefile(output, path):
+            raise CommandError(f"{output}: is an input of this command, which does not replace it")
 
 
 class named:

@@ -15,12 +15,15 @@ from spatialflow.errors import CommandError
 RESULTS = ("panoptic", "overlays")
 """Folders of pictures in the output folder."""
 
+_INFO = {"description": "written by spatialflow predict"}  # no version: files of another one may be replaced
+
 
 class PredictionFolder:
     """`panoptic.json`, `panoptic/<name>.png`, `overlays/<name>.jpg`; an image's files are there all or not at all.
 
     The JSON files are written when the `with` block ends, however it ends, so that images already done stay usable.
-    The journal of `PanopticWriter` stays where it ends by an exception, and the next run goes on from it.
+    The journal of `PanopticWriter` stays where it ends by an exception, and the next run goes on from it. It stays too
+    where an interrupted run did images that are not among the inputs of this one: `left_out` counts them.
 
     Args:
         root: the output folder.
@@ -32,7 +35,8 @@ class PredictionFolder:
         resume: go on from an interrupted run.
 
     Raises:
-        CommandError: the interrupted run had other settings.
+        CommandError: the interrupted run had other settings, another process writes to the folder, or a file that
+            would be replaced is no result of `predict`.
     """
 
     def __init__(
@@ -46,27 +50,49 @@ class PredictionFolder:
         detections: bool,
         resume: bool,
     ) -> None:
-        from spatialflow.panoptic import PanopticWriter, ResumeError
+        from spatialflow.panoptic import InUseError, PanopticWriter, ResumeError
 
         self.folder, self.overlay_folder = (root / name for name in RESULTS)
         self._root, self._overlays, self._detections = root, overlays, detections
-        self._ids = _image_ids(images)
+        self._images, self._ids = images, _image_ids(images)
+        self.replaces = self._replaces()
+        self.left_out = 0
         try:
             self._writer = PanopticWriter(
-                self.folder, root / "panoptic.json", categories, settings=settings, resume=resume,
+                self.folder, root / "panoptic.json", categories, info=_INFO, settings=settings, resume=resume,
                 detections_path=root / "detections.json" if detections else None,
             )  # fmt: skip
+        except InUseError as error:
+            raise CommandError(f"{error}; use another --output") from None
         except ResumeError as error:
             raise CommandError(f"{error}; use another --output, or start over with --restart") from None
         except OSError as error:
             raise CommandError(f"{error.filename}: cannot be read: {error.strerror}") from None
         self.done = [image.name for image in images if self._is_done(image)]
-        self._images = images
+
+    def _replaces(self) -> bool:
+        """True if the folder holds the results of an earlier run that has ended; CommandError for other files."""
+        from spatialflow.panoptic.writer import has_info
+
+        if os.path.exists(self._root / "panoptic.journal.jsonl"):
+            return False
+        results = self._root / "panoptic.json"
+        if has_info(results, _INFO):
+            return True
+        files = [results, *[self._root / "detections.json"] * self._detections, *map(self._map_path, self._images)]
+        files += map(self._overlay_path, self._images) if self._overlays else ()
+        for path in files:
+            if os.path.exists(path):
+                raise CommandError(f"{path}: would be replaced, and is no result of `predict`; use another --output")
+        return False
 
     def _is_done(self, image: InputImage) -> bool:
         if self._overlays and not os.path.isfile(self._overlay_path(image)):
             return False
         return self._writer.is_done(self._ids[image.name], image.name, image.path)
+
+    def _map_path(self, image: InputImage) -> Path:
+        return self.folder / f"{without_suffix(image.name)}.png"
 
     def _overlay_path(self, image: InputImage) -> Path:
         return self.overlay_folder / f"{without_suffix(image.name)}.jpg"
@@ -76,7 +102,6 @@ class PredictionFolder:
         import cv2
 
         from spatialflow.files import atomic_write
-        from spatialflow.panoptic import ResumeError
         from spatialflow.panoptic.detection import detection_rows
 
         image_id, picture = self._ids[image.name], self._overlay_path(image)
@@ -84,30 +109,37 @@ class PredictionFolder:
             _, data = cv2.imencode(".jpg", result.overlay(pixels))
             with named(picture), atomic_write(picture) as file:
                 file.write(data.tobytes())
-        png_name = f"{without_suffix(image.name)}.png"
+        path = self._map_path(image)
         try:
-            with named(self.folder / png_name):
+            with named(path):
                 self._writer.add(
-                    image_id, image.name, result.id_map, result.segments, png_name=png_name, photograph=image.path,
+                    image_id, image.name, result.id_map, result.segments, photograph=image.path,
+                    png_name=path.relative_to(self.folder).as_posix(),
                     detections=detection_rows(result, image_id) if self._detections else (),
                 )  # fmt: skip
-        except BaseException as error:
+        except BaseException:
             if self._overlays:
                 picture.unlink(missing_ok=True)
-            if isinstance(error, ResumeError):
-                raise CommandError(str(error)) from None
             raise
         self.done.append(image.name)
 
     def __enter__(self) -> PredictionFolder:
         """The folders are made before the first image, so that a place which cannot be written costs no prediction."""
+        from spatialflow.panoptic import InUseError
+
         for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
             try:
                 with named(folder):
                     folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CommandError(sentence(error)) from None
-        self._writer.__enter__()
+        try:
+            with named(self._root):
+                self._writer.__enter__()
+        except InUseError as error:
+            raise CommandError(f"{error}; use another --output") from None
+        except OSError as error:
+            raise CommandError(sentence(error)) from None
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -116,7 +148,8 @@ class PredictionFolder:
             with named(self._root):
                 if done:
                     self._writer.write_json(image.name for image in self._images if image.name in done)
-                self._writer.close(keep_journal=kind is not None)
+                self.left_out = len(self._writer.left_out(image.name for image in self._images))
+                self._writer.close(keep_journal=kind is not None or self.left_out > 0)
         except OSError as error:
             raise CommandError(sentence(error)) from None
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import named, panoptic_json, sentence, with_examples
+from spatialflow.console import keep_inputs, named, panoptic_json, sentence, with_examples
 from spatialflow.errors import CommandError
 
 EXAMPLES = 3
@@ -48,6 +48,7 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.workers is not None and options.workers < 1:
         raise CommandError(f"--workers must be at least 1, got {options.workers}")
     path = panoptic_json(options.annotations)
+    keep_inputs(options.output, path)
     try:
         found = validate(
             path, options.folder, options.images, workers=options.workers, progress=sys.stderr.isatty()

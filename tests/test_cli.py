@@ -19,6 +19,7 @@ import torch
 import spatialflow
 from spatialflow import cli
 from spatialflow.cli import main
+from spatialflow.console import list_images
 from spatialflow.panoptic import read_id_map, read_panoptic_json
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
@@ -167,8 +168,9 @@ class TestPredict:
             (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())
         output = tmp_path / output
         command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]
-        for _ in range(2):
-            assert main([*command, "--recursive"]) == 0 and sentences(capsys) == []
+        replaces = f"{output}: holds the results of an earlier run, which this one replaces"
+        for said in ([], [replaces]):
+            assert main([*command, "--recursive"]) == 0 and sentences(capsys) == said
         content = read_panoptic_json(output / "panoptic.json")
         names = ["one/plain.jpg", "one/two/dot.png", "plain.jpg"]
         assert [image["file_name"] for image in content["images"]] == names
@@ -179,7 +181,7 @@ class TestPredict:
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
         assert main(command) == 0
         left_out = "2 images in its sub-folders are left out; --recursive takes them too"
-        assert sentences(capsys) == [f"{tmp_path}: {left_out}"]
+        assert sentences(capsys) == [f"{tmp_path}: {left_out}", replaces]
         assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
 
     def test_a_folder_of_folders_alone(self, photographs, weights, tmp_path, capsys):
@@ -189,9 +191,48 @@ class TestPredict:
         path.write_bytes((photographs / "dot.png").read_bytes())
         output = tmp_path / "out"
         command = ["predict", str(tmp_path / "val"), "--checkpoint", str(weights), "--output", str(output), *FAST]
-        assert main(command) == 0 and sentences(capsys) == []
+        assert main(command) == 0
+        assert sentences(capsys) == [f"{tmp_path / 'val'}: holds no image itself; its sub-folders hold 1 (ulm: 1)"]
         (image,) = read_panoptic_json(output / "panoptic.json")["images"]
         assert (image["file_name"], image["id"]) == ("ulm/ulm_1_leftImg8bit.png", "ulm_1")
+
+    def test_linked_folders(self, photographs, tmp_path):
+        """Links are followed, but for one that leads back; a folder with the name of an image is a folder."""
+        for name in ("a.jpg", "other/b.png", "folder.jpg/c.png"):
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(b"")
+        (tmp_path / "in" / "linked").symlink_to(tmp_path / "in" / "other")
+        (tmp_path / "in" / "other" / "back").symlink_to(tmp_path / "in")
+        (tmp_path / "in" / "gone.jpg").symlink_to(tmp_path / "absent.jpg")
+        images, failed = list_images([tmp_path / "in"], recursive=True)
+        names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "other/b.png"]
+        assert [image.name for image in images] == names and not failed
+
+    def test_a_folder_that_cannot_be_read(self, tmp_path, monkeypatch, capsys):
+        (tmp_path / "a.jpg").touch()
+        (tmp_path / "closed").mkdir()
+        iterdir = Path.iterdir
+
+        def refusing(path):
+            if path.name == "closed":
+                raise PermissionError(13, "Permission denied", str(path))
+            return iterdir(path)
+
+        monkeypatch.setattr(Path, "iterdir", refusing)
+        images, failed = list_images([tmp_path])
+        assert [image.name for image in images] == ["a.jpg"]
+        assert failed == sentences(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
+
+    @pytest.mark.parametrize("name", ["panoptic.json", "panoptic/plain.png", "overlays/plain.jpg", "detections.json"])
+    def test_files_of_others_are_not_replaced(self, photographs, weights, tmp_path, capsys, name):
+        """As the ground truth in the folder above the photographs."""
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+        command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]
+        assert main([*command, "--output", str(tmp_path)]) == 2
+        said = f"{tmp_path / name}: would be replaced, and is no result of `predict`; use another --output"
+        assert sentences(capsys) == [said]
+        assert (tmp_path / name).read_bytes() == b"mine"
 
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
@@ -298,6 +339,21 @@ class TestEvaluate:
         command = [sys.executable, "-c", code, "evaluate", str(prediction), str(prediction)]
         assert subprocess.run(command, capture_output=True).returncode == 0
 
+    def test_inputs_are_not_replaced(self, prediction, weights, capsys):
+        """Also not where another path leads to the file."""
+        link = prediction / "link.json"
+        link.symlink_to(prediction / "panoptic.json")
+        paths = list(map(str, (prediction, prediction, prediction)))
+        before = (prediction / "panoptic.json").read_bytes(), weights.read_bytes()
+        capsys.readouterr()
+        for output in (prediction / "panoptic.json", link):
+            assert main(["evaluate", *paths[:2], "--output", str(output)]) == 2
+            assert main(["validate", paths[0], "--output", str(output)]) == 2
+        assert main(["convert", str(weights), str(weights), "--half"]) == 2
+        said = sentences(capsys)
+        assert len(said) == 5 and all("is an input of this command, which does not replace it" in line for line in said)
+        assert before == ((prediction / "panoptic.json").read_bytes(), weights.read_bytes())
+
 
 class TestConvert:
     def test_converted_weights_load(self, weights, tmp_path, capsys):
@@ -361,6 +417,13 @@ class TestOutput:
             capture_output=True,
         )  # fmt: skip
         assert result.returncode == 0 and b"caf\\udce9/panoptic.json" in result.stdout, result.stderr
+
+
+    def test_a_ground_truth_of_others_is_not_replaced(self, tmp_path, capsys):
+        (tmp_path / "panoptic.json").write_text('{"images": []}')
+        assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 2
+        said = f"{tmp_path / 'panoptic.json'}: would be replaced, and is not of synthetic scenes"
+        assert sentences(capsys) == [said] and [path.name for path in tmp_path.iterdir()] == ["panoptic.json"]
 
 
 class TestInfoAndBenchmark:

@@ -18,7 +18,14 @@ import torch
 import spatialflow
 from spatialflow.cli import main
 from spatialflow.data import transforms
-from spatialflow.panoptic import PanopticFormatError, PanopticWriter, ResumeError, read_id_map, read_panoptic_json
+from spatialflow.panoptic import (
+    InUseError,
+    PanopticFormatError,
+    PanopticWriter,
+    ResumeError,
+    read_id_map,
+    read_panoptic_json,
+)
 from spatialflow.panoptic import writer as module
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20", "score_threshold=0.001",
@@ -199,6 +206,37 @@ class TestPredict:
         whole, resumed = contents(tmp_path / "whole"), contents(output)
         assert resumed.keys() - whole.keys() == {"panoptic/b.png", "overlays/b.jpg"}  # as every run, it deletes nothing
         assert whole == {name: resumed[name] for name in whole}
+
+    @pytest.mark.parametrize("restart", [[], ["--restart"]])
+    def test_a_second_run_is_refused_while_one_writes(self, arguments, uninterrupted, tmp_path, capsys, restart):
+        command = [*arguments, "--output", str(tmp_path)]
+        codes = []
+        read = transforms.read_image
+
+        def beginning_another(path):
+            codes.append(main([*command, *restart]))
+            return read(path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transforms, "read_image", beginning_another)
+            assert main(command) == 0
+        assert codes == [2] * len(NAMES)
+        said = f"{journal(tmp_path)}: is being written by another process; use another --output"
+        assert sentences(capsys) == [said] * len(NAMES)
+        assert contents(tmp_path) == uninterrupted
+
+    def test_images_that_a_later_command_does_not_name_stay_in_the_journal(
+        self, arguments, photographs, uninterrupted, stopped, capsys
+    ):
+        capsys.readouterr()
+        few = [argument for argument in arguments if argument != str(photographs)]
+        few.insert(1, str(photographs / "f.jpg"))
+        assert main([*few, "--output", str(stopped)]) == 0
+        said = "3 more images were done by the run that was interrupted; panoptic.json does not list them, and the"
+        assert sentences(capsys) == [f"{stopped}: {said} journal keeps them"]
+        assert main([*arguments, "--output", str(stopped)]) == 0
+        assert sentences(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by a run that was interrupted")
+        assert contents(stopped) == uninterrupted
 
     def test_the_handler_is_put_back(self, arguments, stopped):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -454,9 +492,12 @@ class TestWriter:
         first, second = (PanopticWriter(tmp_path / "maps", resume=True) for _ in range(2))
         first.add(0, "0.jpg", ids, segments)
         before = (tmp_path / "maps.journal.jsonl").read_bytes()
-        with pytest.raises(ResumeError, match="maps.journal.jsonl: is being written by another process"):
+        (tmp_path / "maps" / "1.png").write_bytes(b"of the first")
+        with pytest.raises(InUseError, match="maps.journal.jsonl: is being written by another process"):
             second.add(1, "1.jpg", ids, segments)
-        with pytest.raises(ResumeError, match="is being written by another process"):
+        assert (tmp_path / "maps" / "1.png").read_bytes() == b"of the first"
+        (tmp_path / "maps" / "1.png").unlink()
+        with pytest.raises(InUseError, match="is being written by another process"):
             PanopticWriter(tmp_path / "maps", resume=True)
         assert (tmp_path / "maps.journal.jsonl").read_bytes() == before
         assert sorted(contents(tmp_path)) == ["maps.journal.jsonl", "maps/0.png"]
@@ -492,15 +533,37 @@ class TestWriter:
         assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [*before, 7]
         assert len(before) == (2 if resume else 1) and not list(tmp_path.glob("*journal*"))
 
-    def test_a_writer_without_images_leaves_the_journal_of_another_process(self, tmp_path):
+    def test_a_block_has_the_journal_from_its_beginning(self, tmp_path):
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         with PanopticWriter(tmp_path / "maps") as first:
+            for resume in (False, True):
+                with pytest.raises(InUseError), PanopticWriter(tmp_path / "maps", resume=resume):
+                    pass
             first.add(0, "0.jpg", ids, segments)
-            with PanopticWriter(tmp_path / "maps"):
-                pass
             assert (tmp_path / "maps.journal.jsonl").is_file()
         assert [row["id"] for row in json.loads((tmp_path / "maps.json").read_text())["images"]] == [0]
         assert not list(tmp_path.glob("*journal*"))
+
+    def test_a_run_that_ends_while_another_begins(self, tmp_path, monkeypatch):
+        """The other opens the journal just before it is removed: it gets a new one, not the nameless file."""
+        first = PanopticWriter(tmp_path / "maps", resume=True)
+        first.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+        flock = module.fcntl.flock
+
+        def late(stream, kind):
+            monkeypatch.setattr(module.fcntl, "flock", flock)
+            first.close()
+            flock(stream, kind)
+
+        monkeypatch.setattr(module.fcntl, "flock", late)
+        with PanopticWriter(tmp_path / "maps") as second:
+            second.add(1, "1.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+            assert len((tmp_path / "maps.journal.jsonl").read_bytes().splitlines()) == 2
+
+    def test_a_block_without_images_leaves_no_journal(self, tmp_path):
+        with pytest.raises(KeyError), PanopticWriter(tmp_path / "maps"):
+            raise KeyError
+        assert sorted(contents(tmp_path)) == ["maps.json"]
 
     def test_read_back(self, tmp_path):
         ids = np.array([[0, 5], [9, 9]])

@@ -12,11 +12,12 @@ import numpy as np
 
 from spatialflow.data.categories import TABLES, read_rows
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.writer import PanopticWriter
+from spatialflow.panoptic.writer import PanopticWriter, has_info
 
 CATEGORIES: tuple[dict[str, Any], ...] = tuple(read_rows(TABLES / "synthetic.json"))
 """The category table of synthetic scenes."""
 
+_INFO = {"description": "written by spatialflow synthesize"}
 _ID = {row["name"]: row["id"] for row in CATEGORIES}
 _STUFF = [row["name"] for row in CATEGORIES if not row["isthing"]]
 SMALLEST_SHARE = 0.001
@@ -68,13 +69,16 @@ def synthesize(folder: str | os.PathLike, count: int, size: tuple[int, int], see
         An iterator over the paths of the images as they are written; the JSON is complete when it ends.
 
     Raises:
-        ValueError: count is not positive, or a side is below 32.
+        ValueError: count is not positive, a side is below 32, or `panoptic.json` exists and is of no synthetic scenes.
         OSError: a file cannot be written.
     """
     if count < 1:
         raise ValueError(f"count: must be positive, got {count}")
     folder = Path(folder)
-    with PanopticWriter(folder / "panoptic", folder / "panoptic.json", CATEGORIES) as writer:
+    json_path = folder / "panoptic.json"
+    if os.path.exists(json_path) and not has_info(json_path, _INFO):
+        raise ValueError(f"{json_path}: would be replaced, and is not of synthetic scenes")
+    with PanopticWriter(folder / "panoptic", json_path, CATEGORIES, info=_INFO) as writer:
         for index in range(count):
             scene = make_scene(size, seed, index)
             path = folder / "images" / f"{index + 1:06d}.jpg"

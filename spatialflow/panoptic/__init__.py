@@ -7,6 +7,7 @@ Names are resolved on first use, so that scoring a folder of results imports nei
 import importlib
 
 _HOMES = {
+    "InUseError": "writer",
     "MergeResult": "merging",
     "PanopticFormatError": "rules",
     "PanopticQuality": "quality",

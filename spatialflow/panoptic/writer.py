@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing results of many images in the COCO panoptic format, so that a run that is killed can be resumed."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,10 @@ class ResumeError(ValueError):
     """A journal cannot be used: its run had other settings, which the message names, or is still running."""
 
 
+class InUseError(ResumeError):
+    """Another process is writing the journal."""
+
+
 class _Entry(NamedTuple):
     """One image of the journal."""
 
@@ -30,6 +35,7 @@ class _Entry(NamedTuple):
     png_name: str
     png_bytes: int
     photograph: list[int] | None  # size and time of modification
+    path: str | None  # of the photograph
     restored: bool  # from an earlier run
 
 
@@ -59,6 +65,20 @@ def panoptic_row(
     }
 
 
+def has_info(json_path: str | os.PathLike, info: Mapping[str, Any]) -> bool:
+    """True for a file that `PanopticWriter` wrote with this `info`."""
+    beginning = _beginning(info).encode()
+    try:
+        with open(json_path, "rb") as stream:
+            return stream.read(len(beginning)) == beginning
+    except OSError:
+        return False
+
+
+def _beginning(info: Mapping[str, Any]) -> str:
+    return f'{{"info": {_dumps(info)}, '
+
+
 class PanopticWriter:
     """Collect results of many images into a folder of PNGs and one panoptic JSON.
 
@@ -68,19 +88,21 @@ class PanopticWriter:
     In a `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
     (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the current image
     at most; after a power failure, the images that the disk had not received yet are done again. The journal is removed
-    when the block ends without an exception. Otherwise there is no journal, and `write_json` saves the results.
+    when the block ends without an exception. While one process writes a journal, no other can begin to. Otherwise there
+    is no journal, and `write_json` saves the results.
 
     Args:
         folder: where the PNGs go; created on the first result.
         json_path: the JSON file; by default the folder's name with ".json" appended, as panopticapi expects.
         categories: copied into the JSON, if given.
+        info: what the JSON says about itself, as its first field.
         detections_path: where to write the COCO results that `add` is given; None writes none.
         settings: JSON-able values that decide what the results are, for instance thresholds and a hash of the weights.
         resume: take over the images in the journal of an earlier run, see `is_done`; False replaces that journal.
 
     Raises:
-        ResumeError: the journal to resume was written with other settings or categories, or another process is
-            writing it.
+        ResumeError: the journal to resume was written with other settings or categories.
+        InUseError: another process is writing the journal; raised too by `with` and by the first `add`.
         OSError: the journal to resume cannot be read.
 
     Example:
@@ -96,6 +118,7 @@ class PanopticWriter:
         json_path: str | os.PathLike | None = None,
         categories: Iterable[Mapping[str, Any]] | None = None,
         *,
+        info: Mapping[str, Any] | None = None,
         detections_path: str | os.PathLike | None = None,
         settings: Mapping[str, Any] | None = None,
         resume: bool = False,
@@ -103,6 +126,7 @@ class PanopticWriter:
         self.folder = Path(folder)
         self.json_path = Path(json_path) if json_path is not None else self.folder.with_name(f"{self.folder.name}.json")
         self.detections_path = None if detections_path is None else Path(detections_path)
+        self._info = info
         self._categories = None if categories is None else [dict(category) for category in categories]
         self._entries: dict[str, _Entry] = {}  # image name -> where its row is
         self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
@@ -163,7 +187,7 @@ class PanopticWriter:
         Raises:
             PanopticFormatError: segments and map disagree, or another image has that name, that id or that PNG. An
                 image of an earlier run is replaced.
-            ResumeError: another process has begun to write the journal.
+            InUseError: another process is writing the journal; no file has changed.
             OSError: a file cannot be written; nothing of the image is left behind.
         """
         png_name = png_name or f"{Path(image_name).stem}.png"
@@ -171,9 +195,11 @@ class PanopticWriter:
             **panoptic_row(image_id, image_name, png_name, id_map, segments),
             "detections": list(detections),
             "photograph": _stamp(photograph),
+            "path": None if photograph is None else os.path.abspath(photograph),
         }
         path = self.folder / png_name
         self._check_free(row)
+        self._journal.claim()
         write_id_map(path, id_map)
         try:
             self._append({**row, "png_bytes": path.stat().st_size})
@@ -182,6 +208,12 @@ class PanopticWriter:
             raise
         self._journal.sync_later(path)
         return path
+
+    def left_out(self, image_names: Iterable[str]) -> list[str]:
+        """Images added, in an earlier run too, that are not among `image_names` and whose photographs still exist."""
+        names = set(image_names)
+        others = ((name, entry.path) for name, entry in self._entries.items() if name not in names)
+        return [name for name, path in others if path is not None and os.path.isfile(path)]
 
     def rows(self, image_names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
         """Rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
@@ -220,7 +252,8 @@ class PanopticWriter:
         """
         names = None if image_names is None else list(image_names)
         with atomic_write(self.json_path, "w") as stream:
-            stream.write('{"images": ')
+            stream.write("{" if self._info is None else _beginning(self._info))
+            stream.write('"images": ')
             _write_list(stream, (row["image"] for row in self.rows(names)))
             stream.write(', "annotations": ')
             _write_list(stream, (row["annotation"] for row in self.rows(names)))
@@ -265,7 +298,13 @@ class PanopticWriter:
         name, annotation = row["image"]["file_name"], row["annotation"]
         self._taken |= dict.fromkeys(_keys(row), name)
         self._entries[name] = _Entry(
-            offset, annotation["image_id"], annotation["file_name"], row["png_bytes"], row["photograph"], restored
+            offset,
+            annotation["image_id"],
+            annotation["file_name"],
+            row["png_bytes"],
+            row["photograph"],
+            row["path"],
+            restored,
         )
 
     def _forget(self, name: str | None) -> None:
@@ -287,7 +326,8 @@ class _Journal:
     """JSON lines on disk, appended one by one; the first says what run they belong to.
 
     Args:
-        path: the file; created by the first `append`, which replaces an older one unless it was restored.
+        path: the file; created by `claim`. The first `append` replaces what an older one holds, unless that was
+            restored.
         about: JSON-able, equal for runs that may go on from each other.
         named: False for a file without a name, which ends with the process: no run goes on from it.
     """
@@ -297,7 +337,8 @@ class _Journal:
         self._named = named
         self._about = json.loads(_dumps(about))
         self._restored = 0  # bytes of complete lines that are kept
-        self._stream: IO[bytes] | None = None
+        self._stream: IO[bytes] | None = None  # as long as it is open, no other process gets the file
+        self._begun = False
         self._syncing: Future | None = None
         self._unsynced: list[Path] = []
         self._thread = ThreadPoolExecutor(1)  # starts no thread before its first task
@@ -310,12 +351,13 @@ class _Journal:
         """
         if not os.path.isfile(self.path):
             return
+        self.claim()
         with open(self.path, "rb") as stream:
-            self._lock(stream)
             about = _loads(stream.readline())
             if about is None:  # not even the first line was written
                 return
             if about != self._about:
+                self.close()
                 changed = sorted(key for key in {*about, *self._about} if about.get(key) != self._about.get(key))
                 raise ResumeError(
                     f"{self.path}: belongs to a run with other settings that did not end: "
@@ -331,8 +373,12 @@ class _Journal:
 
     def append(self, row: Mapping[str, Any]) -> int:
         """Writes a line and returns its offset. Where that fails, the file ends as it did before."""
-        if self._stream is None:
-            self._stream = self._open()
+        self.claim()
+        if not self._begun:
+            self._stream.truncate(self._restored)
+            if self._named and not self._restored:
+                _write(self._stream, self._about)
+            self._begun = True
         offset = self._stream.seek(0, os.SEEK_END)
         try:
             _write(self._stream, row)
@@ -342,32 +388,33 @@ class _Journal:
         return offset
 
     def give_name(self) -> None:
-        """Makes it a file with a name, unless something was appended already."""
+        """Makes it a file with a name, for this process alone, unless something was appended already."""
         self._named = self._named or self._stream is None
+        self.claim()
 
-    def _open(self) -> IO[bytes]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._named:
-            return tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
-        stream = open(self.path, "ab", buffering=0)  # creates the file where there is none, and changes nothing yet
-        try:
-            self._lock(stream)
-            stream.truncate(self._restored)
-            if not self._restored:
-                _write(stream, self._about)
-        except BaseException:
-            stream.close()
-            raise
-        return stream
+    def claim(self) -> None:
+        """Opens the file, and creates it where there is none. Its content stays as it is.
 
-    def _lock(self, stream: IO[bytes]) -> None:
-        """ResumeError if another process, or writer, has the file; as long as `stream` is open no other gets it."""
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResumeError(f"{self.path}: is being written by another process") from None
-        except OSError:  # a file system without locks
-            pass
+        Raises:
+            InUseError: another process, or another writer of this one, has it open.
+        """
+        if self._stream is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._locked() if self._named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
+
+    def _locked(self) -> IO[bytes]:
+        while True:
+            stream = open(self.path, "ab", buffering=0)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.close()
+                raise InUseError(f"{self.path}: is being written by another process") from None
+            except OSError:  # a file system without locks
+                return stream
+            if _is_file_of(stream, self.path):
+                return stream
+            stream.close()  # its run has just ended and removed it
 
     def rows(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
         """The lines at some offsets."""
@@ -388,9 +435,11 @@ class _Journal:
             self._syncing = self._thread.submit(_bring_files_to_disk, paths)
 
     def close(self) -> None:
-        """Closes the file, which stays."""
+        """Closes the file, which stays unless it is empty."""
         self._thread.shutdown()
         if self._stream is not None:
+            if self._named and not self._stream.closed and os.fstat(self._stream.fileno()).st_size == 0:
+                self.path.unlink(missing_ok=True)
             self._stream.close()
 
     def remove(self) -> None:
@@ -398,10 +447,12 @@ class _Journal:
         self._thread.shutdown()
         if self._named and os.path.exists(self.path):
             try:
-                self._stream = self._stream or self._open()
-            except ResumeError:
+                self.claim()
+            except InUseError:
                 return
             self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._stream, fcntl.LOCK_UN)  # a process that has opened it already sees that it is gone
         self._named = False
 
     def __del__(self) -> None:
@@ -422,6 +473,13 @@ def _stamp(path: str | os.PathLike | None) -> list[int] | None:
     except OSError:
         return None
     return None if status is None else [status.st_size, status.st_mtime_ns]
+
+
+def _is_file_of(stream: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _write(stream: IO[bytes], content: Any) -> None:

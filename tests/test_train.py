@@ -373,26 +373,41 @@ class TestDivergence:
                     trainer.run()
 
     @pytest.mark.parametrize("what", ["the loss", "the largest weight"])
-    def test_explosion_is_reported_once(self, data, tmp_path, monkeypatch, capsys, what):
+    def test_finite_divergence_is_reported_once(self, data, tmp_path, monkeypatch, capsys, what):
         """Finite and useless: the run goes on, and says so in the log and on standard error. What was good is kept."""
         Trainer(small(), data, tmp_path, ALONE).run()
         good = (tmp_path / "checkpoint.pt").read_bytes()
         trainer = Trainer(small(epochs=4), data, tmp_path, ALONE)
 
-        def explode(losses):
+        def diverge(losses):
             if what == "the loss":
                 return losses * 1e3
             trainer.network.stuff_head.logits.weight.data[0, 0] = 1e4
             return torch.ones(5)
 
-        after_steps(trainer, monkeypatch, explode, first=3)
+        after_steps(trainer, monkeypatch, diverge, first=3)
         trainer.run()
         (warning,) = [row for row in read_log(tmp_path / "log.jsonl") if row["kind"] == "warning"]
-        assert warning["step"] == 4 and warning["message"].startswith(f"the run explodes: {what} is ")
-        assert capsys.readouterr().err.count("warning: step 4: the run explodes") == 1
-        assert (tmp_path / "checkpoint_before_explosion.pt").read_bytes() == good
+        assert warning["step"] == 4 and warning["message"].startswith(f"the run diverges: {what} is ")
+        assert capsys.readouterr().err.count("warning: step 4: the run diverges") == 1
+        assert (tmp_path / "checkpoint_before_divergence.pt").read_bytes() == good
         Trainer(small(epochs=4), data, tmp_path, ALONE)._watch([1e9])
-        assert "explodes" not in capsys.readouterr().err
+        assert "diverges" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("broken", [15, 30])
+    def test_losses_at_the_beginning_are_those_of_ten_steps(self, data, tmp_path, monkeypatch, capsys, broken):
+        """Also where the log begins with more broken images than that."""
+        for name in ("annotations", "names", "sizes", "image_ids"):
+            setattr(data, name, getattr(data, name)[:] * 10)
+        trainer = Trainer(small(warmup_iterations=20), data, tmp_path, ALONE)
+        trainer.met = [f"{i}.jpg: is truncated" for i in range(broken)]
+        losses_of = {10: 0.5, 20: 60.0}  # of single steps; 1 for the others
+        after_steps(trainer, monkeypatch, lambda _: torch.full((5,), losses_of.get(trainer.step + 1, 1.0)))
+        trainer.run()
+        rows = read_log(tmp_path / "log.jsonl")
+        assert [row["kind"] for row in rows[: broken + 1]] == ["problem"] * broken + ["step"]
+        (warning,) = [row["message"] for row in rows if row["kind"] == "warning"]
+        assert warning.startswith("the run diverges: the loss is 60, at the beginning 0.5; ")
 
     def test_log_stays_json(self, tmp_path):
         log = TrainingLog(tmp_path)
@@ -421,7 +436,7 @@ class TestDivergence:
         done = subprocess.run([*launcher, "-m", "spatialflow.cli", *rest], env=environment(), timeout=240,
                               capture_output=True, text=True)  # fmt: skip
         assert done.returncode != 0 and "not finite after step" in done.stderr
-        assert "the run explodes" in done.stderr
+        assert "the run diverges" in done.stderr
 
 
 def build_like(trainer):

@@ -205,6 +205,27 @@ class TestRun:
         loaded = load_checkpoint(build_model(small()), tmp_path / "model.safetensors").state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items() if "num_b" not in key)
 
+    @pytest.mark.parametrize("epochs", [1, 2])
+    def test_an_evaluation_that_fails_leaves_the_weights(self, data, tmp_path, monkeypatch, epochs):
+        """Of the epoch before it, also where the run was to go on."""
+        import spatialflow.engine.train as train
+
+        def failing(*_):
+            raise RuntimeError("cannot be scored")
+
+        monkeypatch.setattr(train, "evaluate_network", failing)
+        trainer = Trainer(small(epochs=epochs), data, tmp_path, ALONE, validation=data)
+        with pytest.raises(RuntimeError, match="cannot be scored"):
+            trainer.run()
+        assert trainer.step == 2 and len(steps_of(tmp_path)) == 2
+        for name in ("model.safetensors", "checkpoint.pt"):
+            loaded = load_checkpoint(build_model(small()), tmp_path / name).state_dict()
+            assert all(
+                torch.equal(value, loaded[key])
+                for key, value in trainer.network.state_dict().items()
+                if "num_batches" not in key
+            ), name
+
     def test_a_restarted_run_forgets_the_old_one(self, data, tmp_path, monkeypatch):
         """Interrupted before its first checkpoint, it is not the old run that goes on."""
         Trainer(small(), data, tmp_path, ALONE).run()
@@ -540,7 +561,7 @@ class TestBrokenData:
         absent = CocoPanoptic(data.json_path, tmp_path / "nowhere", data.panoptic_folder, scene_categories())
         with pytest.raises(PanopticFormatError, match="none of 4 images to evaluate on can be used; .*nowhere"):
             Trainer(small(), data, tmp_path / "run", ALONE, validation=absent).run()
-        assert (tmp_path / "run/checkpoint.pt").is_file()
+        assert (tmp_path / "run/checkpoint.pt").is_file() and (tmp_path / "run/model.safetensors").is_file()
 
     def test_validation_that_cannot_be_scored_is_refused_before_training(self, scenes, data, tmp_path, capsys):
         """No image, no categories or no folder: said at the start, not at the first evaluation."""

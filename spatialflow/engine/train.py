@@ -417,7 +417,9 @@ class Trainer:
         seen.add(hash(problem.text))  # every epoch meets it again; keeping the texts would take much memory
 
     def _end_epoch(self, epoch: int, keep: bool) -> None:
-        """Where they are due: an evaluation, weights, picture."""
+        """Where they are due: weights, an evaluation, picture. Weights come first, as an evaluation may fail."""
+        if self.log is not None and keep:
+            save_checkpoint(self.network, self.folder / "model.safetensors")
         every = self.config.training.evaluate_every_epochs
         last = self.step == self.total_steps
         due = self.validation is not None and (last or (every > 0 and epoch % every == 0))
@@ -443,8 +445,6 @@ class Trainer:
                 )
         if self.log is not None:
             self.log.flush()
-            if keep:
-                save_checkpoint(self.network, self.folder / "model.safetensors")
             if last or time.monotonic() - self.drawn > DRAW_EVERY:
                 self.log.draw()
                 self.drawn = time.monotonic()

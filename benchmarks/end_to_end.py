@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from harness import OURS, environment, optional, results_path, write_figure, write_text
+from harness import OURS, environment, optional, require_positive, results_path, write_figure, write_text
 from reference_pipeline import STAGES, ReferencePipeline, network_input, torchvision
 from torch import nn
 
@@ -318,6 +318,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",
                         help="folder of <device>/end_to_end.json and .png (default: benchmarks/results)")  # fmt: skip
     options = parser.parse_args(arguments)
+    require_positive(parser, options, "threads", "seconds")
     if options.providers is None:
         options.providers = [name for name in PROVIDERS if name != SIXTEEN_BITS or options.dtype != "float32"]
     if SIXTEEN_BITS in options.providers and options.dtype == "float32":

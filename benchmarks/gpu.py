@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import main as run_benchmark
+from harness import require_positive
 
 
 class Entry(NamedTuple):
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="only these operators")  # fmt: skip
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    require_positive(parser, options, "seconds")
     if options.first is not None:
         run_from(options.first, options)
         return 0

@@ -625,12 +625,17 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
     parser.add_argument("--add", action="store_true", help="keep the other rows of this commit in the file")
     parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
     options = parser.parse_args(arguments)
-    for name in ("threads", "seconds"):
-        if not 0 < getattr(options, name) < float("inf"):  # false for NaN too
-            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+    require_positive(parser, options, "threads", "seconds")
     if options.device.split(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {options.device}")
     return options
+
+
+def require_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """Ends the program with exit code 2 where one of these options is not positive, or not finite."""
+    for name in names:
+        if not 0 < getattr(options, name) < float("inf"):  # false for NaN too
+            parser.error(f"--{name} must be positive and finite, got {getattr(options, name)}")
 
 
 def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from end_to_end import untrained_model
-from harness import environment, results_path, write_text
+from harness import environment, require_positive, results_path, write_text
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from spatialflow import Predictor
@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="time per form (default: 3)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/stages.json")
     options = parser.parse_args(arguments)
+    require_positive(parser, options, "seconds")
     torch.set_num_threads(8)
     on_gpu, rows = options.device.startswith("cuda"), []
     with tempfile.TemporaryDirectory(prefix="spatialflow-stages-") as folder:

@@ -2,7 +2,7 @@
 """Textbook CUDA kernels through CuPy: one thread per output, the formula written down, nothing else.
 
 They are what a first version looks like, and a reference that shares no code with the package. float32, contiguous.
-`SOURCES` is plain C++ but for the CUDA words, so that tests run it on a CPU.
+`SOURCES` is plain C++ except for the CUDA words, so that tests run it on a CPU.
 """
 
 from __future__ import annotations

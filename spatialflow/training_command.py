@@ -126,8 +126,8 @@ def run_train(options: argparse.Namespace) -> int:
 def _warn_of_random_statistics(options: argparse.Namespace, model: Any) -> None:
     fixed = model.backbone_frozen_stages >= 0 or not model.backbone_norm_trains
     if fixed and options.checkpoint is None and options.backbone is None:
-        complain("no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random beginning; "
-                 "from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1")  # fmt: skip
+        complain("no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random initial "
+                 "values; from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1")  # fmt: skip
 
 
 def _without_pycocotools(validation: Any) -> list[str]:

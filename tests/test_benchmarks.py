@@ -131,6 +131,15 @@ def test_script(name, monkeypatch):
     assert benchmark.oracle is not None or "reference" in benchmark.providers
 
 
+@pytest.mark.parametrize("name", ["end_to_end", "stages", "gpu"])
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+def test_times_must_be_positive(name, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main(["--output", str(tmp_path), "--seconds", value])
+    assert ended.value.code == 2 and "--seconds must be positive and finite, got" in capsys.readouterr().err
+
+
 PROVIDERS = ("spatialflow", "spatialflow, every mask", "reference", "reference, channels-last")
 
 

@@ -183,7 +183,7 @@ class TestMultilevelRoiAlign:
         compare_gradients("multilevel_roi_align", levels, ROIS, 2, (2, 4), 0, True, 4, differentiable=(0,))
 
 
-# Boxes that are all alike for NMS but for one thing.
+# Boxes that are all alike for NMS except for one thing.
 NMS_BOXES = rows(
     [0, 0, 10, 10],
     [0, 0, 10, 5],  # intersection over union 0.5 with the first

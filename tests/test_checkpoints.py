@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import SMALL
+from torch.optim.swa_utils import AveragedModel
 
 from spatialflow.cli import main
 from spatialflow.engine.checkpoints import (
@@ -136,6 +137,10 @@ class TestWrappers:
             lambda s: named("module.", s) | {"n_averaged": torch.tensor(9)},
             "took 'module.' off the names; left out n_averaged",
         ),
+        "attribute averaged": (
+            lambda s: named("ema_model.", named("module.", s) | {"n_averaged": torch.tensor(9)}),
+            "took 'module.', 'ema_model.' off the names; left out ema_model.n_averaged",
+        ),
         "timm": (lambda s: {"state_dict_ema": named("module.", s)}, "took the moving average under 'state_dict_ema'"),
         "both": (
             lambda s: {"ema": plus_one(s), "model": s, "optimizer": {}},
@@ -174,6 +179,14 @@ class TestWrappers:
         "alone": lambda s: {"ema_state_dict": named("module.", s) | {"steps": torch.tensor(9)}},
         "EMAHook": lambda s: plus_one(s) | {f"ema_{n.replace('.', '_')}": v for n, v in s.items()},
         "parallel EMAHook": lambda s: named("module.", plus_one(s) | {f"ema_{n.replace('.', '_')}": s[n] for n in s}),
+        "AveragedModel": lambda s: named("module.", s) | {"n_averaged": torch.tensor(9)},
+        "AveragedModel of torch": lambda s: AveragedModel(small_model_of(s)).state_dict(),
+        "AveragedModel, under a key": lambda s: {"model": named("module.", s) | {"n_averaged": torch.tensor(9)}},
+        "AveragedModel, compiled": lambda s: named("_orig_mod.", named("module.", s) | {"n_averaged": torch.tensor(9)}),
+        "AveragedModel of a parallel network": lambda s: named("module.module.", s) | {"n_averaged": torch.tensor(9)},
+        "AveragedModel of mmengine": lambda s: named("module.", s) | {"steps": torch.tensor(9)},
+        "attribute": lambda s: named("ema_model.", named("module.", s) | {"n_averaged": torch.tensor(9)}),
+        "attribute without a counter": lambda s: named("ema.", s),
     }
 
     @pytest.mark.parametrize("case", AVERAGES)
@@ -185,6 +198,15 @@ class TestWrappers:
         assert_equal_states(load_checkpoint(small_model(), tmp_path / "average.safetensors"), source)
         with pytest.raises(CheckpointError, match=r"average.safetensors: holds no moving average \(EMA\)"):
             load_checkpoint(small_model(), tmp_path / "average.safetensors", ema=True)
+
+    def test_weights_beside_a_counter_are_no_average(self, tmp_path):
+        """The counter is that of an averaging wrapper only where it is beside the wrapped network."""
+        state, path = small_model().state_dict(), tmp_path / "weights.pth"
+        for content in (state | {"steps": torch.tensor(9)}, named("module.", state | {"steps": torch.tensor(9)})):
+            torch.save(content, path)
+            assert_equal_states(load_checkpoint(small_model(), path), small_model_of(state))
+            with pytest.raises(CheckpointError, match=r"weights.pth: holds no moving average \(EMA\)"):
+                load_checkpoint(small_model(), path, ema=True)
 
     def test_average_of_parameters_alone(self, tmp_path):
         """A hook that averages no statistics: those of the weights are taken."""
@@ -399,6 +421,9 @@ def test_files_without_weights_are_refused(tmp_path):
         read_state(tmp_path)
     torch.save({"state_dict": {"a": 3}}, path)
     with pytest.raises(CheckpointError, match="holds no state dict"):
+        read_state(path)
+    torch.save({"n_averaged": torch.tensor(3)}, path)
+    with pytest.raises(CheckpointError, match="holds no weights"):
         read_state(path)
     torch.save({"a": Surprise()}, path)
     with pytest.raises(CheckpointError, match=r"holds Python objects beside tensors: \S+\.Surprise$"):

@@ -76,6 +76,44 @@ def test_average_precision_is_that_of_pycocotools(data, tmp_path, shift, keep):
     assert (ours["box"]["ap"] == 1.0) == (shift == 0)
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ("cat", 2, 3, 4),  # as `predict` writes them for a folder with cat.jpg and 2.jpg
+        (-1, 2**63, 2**63 + 1, 2**63 + 2),  # floats, and equal, in an array
+        ("a", "a\0", "b", 10**30),  # an array cuts text at its end
+    ],
+)
+def test_average_precision_takes_ids_of_every_kind(data, ids):
+    content = json.loads(data.json_path.read_text())
+    _, rows = rows_of(data, 2, 0.6, np.random.default_rng(0))
+    expected = average_precision(content, data.panoptic_folder, rows)
+    other = dict(zip((annotation["image_id"] for annotation in content["annotations"]), ids))
+    for row in (*content["annotations"], *rows):
+        row["image_id"] = other[row["image_id"]]
+    found = average_precision(content, data.panoptic_folder, rows)
+    assert all(found[kind] == pytest.approx(expected[kind], abs=1e-12) for kind in ("box", "mask"))
+
+
+def test_evaluation_of_images_with_numbers_and_names(tmp_path, capsys):
+    """`predict --detections` on 1.jpg and cat.jpg, then `evaluate --detections`."""
+    write_coco(tmp_path / "data", 2, (64, 96))
+    (tmp_path / "photos").mkdir()
+    for old, new in (("000001", "1"), ("000002", "cat")):
+        (tmp_path / f"data/images/{old}.jpg").rename(tmp_path / f"photos/{new}.jpg")
+    text = (tmp_path / "data/panoptic.json").read_text()
+    (tmp_path / "data/panoptic.json").write_text(text.replace("000001.jpg", "1.jpg").replace("000002.jpg", "cat.jpg"))
+    settings = ["num_things=6", "num_stuff=6", "categories=synthetic", "test_short_edges=[64]", "test_long_edge=96"]
+    predict = ["predict", str(tmp_path / "photos"), "--config", "tiny", "--detections", "--no-overlay"]
+    assert main([*predict, "--output", str(tmp_path / "out"), "--set", *settings, "score_threshold=0.005"]) == 0
+    rows = read_detections(tmp_path / "out/detections.json")
+    assert {row["image_id"] for row in rows} == {1, "cat"}
+    for truth in ("data/panoptic.json", "out"):  # the prediction as ground truth has both kinds of ids too
+        paths = [str(tmp_path / truth), str(tmp_path / "out")]
+        assert main(["evaluate", *paths, "--detections", str(tmp_path / "out/detections.json")]) == 0
+        assert "box AP ap " in capsys.readouterr().out
+
+
 def test_no_results_score_zero(data):
     assert average_precision(json.loads(data.json_path.read_text()), data.panoptic_folder, [])["box"]["ap"] == 0
 

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("hypothesis")
 
 from fuzz.cases import CPU, OPERATORS, SIMT  # noqa: E402
-from fuzz.command import Fuzzer, describe_case, describe_outcome  # noqa: E402
+from fuzz.command import Fuzzer, describe_case, describe_outcome, main  # noqa: E402
 from fuzz.supervisor import Outcome, Supervisor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,3 +166,35 @@ def test_command():
     assert "panoptic_quality_counts" in done.stdout and "per second" in done.stdout
     wrong = subprocess.run([*command, "none"], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert wrong.returncode == 2 and "no target 'none'" in wrong.stderr
+
+
+NMS = {"op": "nms", "arguments": {}, "valid": True}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--seconds", "nan"], "--seconds must be positive and finite, got nan"),
+        (["--seconds", "inf"], "--seconds must be positive and finite, got inf"),
+        (["--seconds", "-1"], "--seconds must be positive and finite, got -1"),
+        (["--seconds", "0"], "--seconds must be positive and finite, got 0"),
+        (["--replay", "notjson"], "--replay: not JSON: "),
+        (["--replay", ""], "--replay: not JSON: "),
+        (["--replay", "[" * 100_000], "--replay: not JSON: "),
+        (["--replay", "{}"], "--replay: no case of a report: 'op' is missing"),
+        (["--replay", "3"], "--replay: no case of a report: must be an object, got int"),
+        (["--replay", '{"op": ["nms"]}'], "--replay: no target ['nms']; there are "),
+        (["--replay", '{"op": "none"}'], "--replay: no target 'none'; there are "),
+        (["--replay", '{"op": "nms"}'], "--replay: no case of a report: 'valid' is missing"),
+        (["--replay", json.dumps(NMS | {"arguments": 3})], "no case of a report: a value has another type"),
+        (["--replay", json.dumps(NMS | {"gradient": {}})], "--replay: no case of a report: 'jvp' is missing"),
+        (["--replay", json.dumps(NMS | {"arguments": {"boxes": {"tensor": [1]}}})], "'dtype' is missing"),
+        (["--replay", json.dumps(NMS | {"op": "setting"})], "--replay: no case of a report: 'base' is missing"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr("fuzz.command.Supervisor", lambda *_, **__: pytest.fail("a worker was started"))
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

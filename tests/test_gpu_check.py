@@ -132,6 +132,9 @@ def test_time_is_kept_for_later_steps(gpu_check, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "make_steps", lambda backend, kind, output: steps)
     monkeypatch.setattr(gpu_check, "device_of", lambda backend: dict(DEVICE))
     assert gpu_check.main(["--output", str(tmp_path), "--seconds", "23"]) == 1
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(["--output", str(tmp_path), "--seconds", "nan"])
+    assert ended.value.code == 2
     content = json.loads((tmp_path / "test-gpu" / "gpu_check.json").read_text())
     statuses = [(step["name"], step["status"]) for step in content["steps"]]
     assert statuses == [("greedy", "timed out"), ("kept", "passed")]

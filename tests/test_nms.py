@@ -373,7 +373,7 @@ class TestOrder:
             torch.tensor([0.5]),
             torch.tensor([0.0, -0.0]),
             torch.tensor([-1.0, -0.0, 0.0, 1.0, INF, -INF, 1e-45, -1e-45]),
-            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-52,  # equal but for the low 12 bits
+            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-52,  # equal except for the low 12 bits
             1 + torch.arange(4000, dtype=torch.float64) * 2.0**-21,  # ... for high ones
         ],
         ids=["equal", "zeros", "signs", "low bits", "high bits"],

@@ -205,6 +205,27 @@ class TestRun:
         loaded = load_checkpoint(build_model(small()), tmp_path / "model.safetensors").state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items() if "num_b" not in key)
 
+    @pytest.mark.parametrize("epochs", [1, 2])
+    def test_an_evaluation_that_fails_leaves_the_weights(self, data, tmp_path, monkeypatch, epochs):
+        """Of the epoch before it, also where the run was to go on."""
+        import spatialflow.engine.train as train
+
+        def failing(*_):
+            raise RuntimeError("cannot be scored")
+
+        monkeypatch.setattr(train, "evaluate_network", failing)
+        trainer = Trainer(small(epochs=epochs), data, tmp_path, ALONE, validation=data)
+        with pytest.raises(RuntimeError, match="cannot be scored"):
+            trainer.run()
+        assert trainer.step == 2 and len(steps_of(tmp_path)) == 2
+        for name in ("model.safetensors", "checkpoint.pt"):
+            loaded = load_checkpoint(build_model(small()), tmp_path / name).state_dict()
+            assert all(
+                torch.equal(value, loaded[key])
+                for key, value in trainer.network.state_dict().items()
+                if "num_batches" not in key
+            ), name
+
     def test_a_restarted_run_forgets_the_old_one(self, data, tmp_path, monkeypatch):
         """Interrupted before its first checkpoint, it is not the old run that goes on."""
         Trainer(small(), data, tmp_path, ALONE).run()
@@ -373,26 +394,41 @@ class TestDivergence:
                     trainer.run()
 
     @pytest.mark.parametrize("what", ["the loss", "the largest weight"])
-    def test_explosion_is_reported_once(self, data, tmp_path, monkeypatch, capsys, what):
+    def test_finite_divergence_is_reported_once(self, data, tmp_path, monkeypatch, capsys, what):
         """Finite and useless: the run goes on, and says so in the log and on standard error. What was good is kept."""
         Trainer(small(), data, tmp_path, ALONE).run()
         good = (tmp_path / "checkpoint.pt").read_bytes()
         trainer = Trainer(small(epochs=4), data, tmp_path, ALONE)
 
-        def explode(losses):
+        def diverge(losses):
             if what == "the loss":
                 return losses * 1e3
             trainer.network.stuff_head.logits.weight.data[0, 0] = 1e4
             return torch.ones(5)
 
-        after_steps(trainer, monkeypatch, explode, first=3)
+        after_steps(trainer, monkeypatch, diverge, first=3)
         trainer.run()
         (warning,) = [row for row in read_log(tmp_path / "log.jsonl") if row["kind"] == "warning"]
-        assert warning["step"] == 4 and warning["message"].startswith(f"the run explodes: {what} is ")
-        assert capsys.readouterr().err.count("warning: step 4: the run explodes") == 1
-        assert (tmp_path / "checkpoint_before_explosion.pt").read_bytes() == good
+        assert warning["step"] == 4 and warning["message"].startswith(f"the run diverges: {what} is ")
+        assert capsys.readouterr().err.count("warning: step 4: the run diverges") == 1
+        assert (tmp_path / "checkpoint_before_divergence.pt").read_bytes() == good
         Trainer(small(epochs=4), data, tmp_path, ALONE)._watch([1e9])
-        assert "explodes" not in capsys.readouterr().err
+        assert "diverges" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("broken", [15, 30])
+    def test_losses_at_the_beginning_are_those_of_ten_steps(self, data, tmp_path, monkeypatch, capsys, broken):
+        """Also where the log begins with more broken images than that."""
+        for name in ("annotations", "names", "sizes", "image_ids"):
+            setattr(data, name, getattr(data, name)[:] * 10)
+        trainer = Trainer(small(warmup_iterations=20), data, tmp_path, ALONE)
+        trainer.met = [f"{i}.jpg: is truncated" for i in range(broken)]
+        losses_of = {10: 0.5, 20: 60.0}  # of single steps; 1 for the others
+        after_steps(trainer, monkeypatch, lambda _: torch.full((5,), losses_of.get(trainer.step + 1, 1.0)))
+        trainer.run()
+        rows = read_log(tmp_path / "log.jsonl")
+        assert [row["kind"] for row in rows[: broken + 1]] == ["problem"] * broken + ["step"]
+        (warning,) = [row["message"] for row in rows if row["kind"] == "warning"]
+        assert warning.startswith("the run diverges: the loss is 60, at the beginning 0.5; ")
 
     def test_log_stays_json(self, tmp_path):
         log = TrainingLog(tmp_path)
@@ -421,7 +457,7 @@ class TestDivergence:
         done = subprocess.run([*launcher, "-m", "spatialflow.cli", *rest], env=environment(), timeout=240,
                               capture_output=True, text=True)  # fmt: skip
         assert done.returncode != 0 and "not finite after step" in done.stderr
-        assert "the run explodes" in done.stderr
+        assert "the run diverges" in done.stderr
 
 
 def build_like(trainer):
@@ -525,7 +561,7 @@ class TestBrokenData:
         absent = CocoPanoptic(data.json_path, tmp_path / "nowhere", data.panoptic_folder, scene_categories())
         with pytest.raises(PanopticFormatError, match="none of 4 images to evaluate on can be used; .*nowhere"):
             Trainer(small(), data, tmp_path / "run", ALONE, validation=absent).run()
-        assert (tmp_path / "run/checkpoint.pt").is_file()
+        assert (tmp_path / "run/checkpoint.pt").is_file() and (tmp_path / "run/model.safetensors").is_file()
 
     def test_validation_that_cannot_be_scored_is_refused_before_training(self, scenes, data, tmp_path, capsys):
         """No image, no categories or no folder: said at the start, not at the first evaluation."""

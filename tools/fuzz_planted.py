@@ -118,6 +118,8 @@ def main() -> int:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="only faults whose file or name contains one of these")
     parser.add_argument("--seconds", type=float, default=120.0, help="for each fault (default: 120)")
     options = parser.parse_args()
+    if not 0 < options.seconds < float("inf"):  # false for NaN too
+        parser.error(f"--seconds must be positive and finite, got {options.seconds:g}")
     chosen = [f for f in FAULTS if not options.texts or any(text in f"{f.file} {f.name}" for text in options.texts)]
     copy_tree()
     try:

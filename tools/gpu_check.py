@@ -538,8 +538,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--steps", nargs="+", default=[], metavar="TEXT", help="only steps whose name contains one of these"
     )
     options = parser.parse_args(arguments)
-    if options.seconds is not None and options.seconds <= 0:
-        parser.error(f"--seconds must be positive, got {options.seconds}")
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):  # false for NaN too
+        parser.error(f"--seconds must be positive and finite, got {options.seconds:g}")
     if options.seconds is None:
         options.seconds = TOTALS[options.kind] if options.backend == "cuda" else DRY_TOTAL
     folder = Path("benchmarks", "results") if options.backend == "cuda" else Path("build", "gpu_check")

@@ -55,11 +55,14 @@ SWAPPED = (
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that come from torch.compile, DistributedDataParallel, FSDP and activation checkpoints; never ours."""
 
-OUTER_NAMES = ("model", "network", "net", "ema_model", "ema")
-"""Attributes by which a trainer holds the network: first part of every name, if they are there."""
+EMA_NAMES = ("ema_model", "ema")
+"""Attributes by which a trainer holds the average: first part of every name, if they are there."""
+
+OUTER_NAMES = ("model", "network", "net", *EMA_NAMES)
+"""The same with those by which it holds the network."""
 
 COUNTERS = ("n_averaged", "steps")
-"""Counters that averaging wrappers put beside the weights."""
+"""Counters that averaging wrappers (torch's and mmengine's `AveragedModel`) put beside the network, their `module`."""
 
 
 class CheckpointError(RuntimeError):
@@ -109,7 +112,8 @@ def read_state(path: Union[str, Path], ema: bool = False) -> dict[str, Tensor]:
 
     Args:
         path: a safetensors file, or a torch file with a state dict, bare or under such keys.
-        ema: take the moving average of the weights. Otherwise it is taken only where there is nothing else.
+        ema: take the moving average of the weights; the file may hold nothing else. Otherwise it is taken only where
+            there is nothing else.
 
     Returns:
         name -> tensor, on the CPU.
@@ -134,8 +138,11 @@ def read_state(path: Union[str, Path], ema: bool = False) -> dict[str, Tensor]:
     content, is_average = _opened(path, content, ema, notes)
     if not _is_state(content):
         raise CheckpointError(f"{path}: holds no state dict (names with tensors)")
-    state = _unwrapped(path, content, notes)
+    state, named_average = _unwrapped(path, content, notes)
+    is_average = is_average or named_average
     state, has_average = _one_of_both(state, ema and not is_average, notes)
+    if not state:
+        raise CheckpointError(f"{path}: holds no weights")
     if ema and not (is_average or has_average):
         raise CheckpointError(f"{path}: holds no moving average (EMA) of the weights")
     if notes:
@@ -199,15 +206,17 @@ def _opened(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any,
     return content, is_average
 
 
-def _unwrapped(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The same tensors without the parts of names, and the counters, that wrappers add."""
+def _unwrapped(path: Path, state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """The same tensors without the parts of names, and the counters, that wrappers add; and whether those wrappers say
+    that they are an average.
+    """
     names = {name: name.split(".") for name in state}
     removed = []
     for part in WRAPPERS:
         if any(part in parts[:-1] for parts in names.values()):
             names = {name: [one for one in parts[:-1] if one != part] + parts[-1:] for name, parts in names.items()}
             removed.append(part)
-    counters = [name for name, parts in names.items() if parts[-1] in COUNTERS and len(parts) == 1]
+    counters = [name for name, parts in names.items() if parts[-1] in COUNTERS and set(parts[:-1]) <= {*OUTER_NAMES}]
     names = {name: parts for name, parts in names.items() if name not in counters}
     while names and len({parts[0] for parts in names.values()}) == 1:
         first = next(iter(names.values()))[0]
@@ -225,7 +234,14 @@ def _unwrapped(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[s
         if short in result:
             raise CheckpointError(f"{path}: {short} is there twice, under names of several wrappers")
         result[short] = state[name]
-    return result
+    is_average = any(part in EMA_NAMES for part in removed) or any(_counts(name, state) for name in counters)
+    return result, is_average
+
+
+def _counts(counter: str, names: Iterable[str]) -> bool:
+    """Whether the counter is that of an averaging wrapper around all the others: they are beside it, in `module`."""
+    module = counter[: counter.rfind(".") + 1] + "module."
+    return all(name.startswith(module) for name in names if name != counter)
 
 
 def _one_of_both(state: dict[str, Tensor], ema: bool, notes: list[str]) -> tuple[dict[str, Tensor], bool]:

@@ -6,6 +6,7 @@ by bit.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -60,7 +61,7 @@ PROPOSAL_FIELDS = ("candidates_per_level", "score_threshold", "max_detections")
 READ_EVERY = 10
 """Steps between readings of the losses from the device, and checks of weights and optimizer state."""
 
-EXPLODED = 100.0
+DIVERGED = 100.0
 """A run is reported above this many times the least loss of its first steps, or the largest initial weight."""
 
 LEAST_SCALE = 2.0**-24
@@ -373,21 +374,21 @@ class Trainer:
         return TrainingError(f"step {step}: {what}; {REMEDIES} may help{goes_on if os.path.isfile(path) else ''}")
 
     def _watch(self, losses: list[float]) -> None:
-        """Reports, once in a run, that it explodes: a loss or a weight has grown by orders of magnitude. The checkpoint
+        """Reports, once in a run, that it diverges: a loss or a weight has grown by orders of magnitude. A checkpoint
         from before is kept under another name, as all numbers are finite and the run goes on.
         """
         if self.log is None or self.warned:
             return
-        first = [row["total"] for row in self.log.rows[: 2 * READ_EVERY] if row["kind"] == "step"][:READ_EVERY]
+        totals = (row["total"] for row in self.log.rows if row["kind"] == "step")
         grown = {
-            "the loss": (max(losses), min(first)),
+            "the loss": (max(losses), min(itertools.islice(totals, READ_EVERY))),
             "the largest weight": (largest_value(self.network.parameters()), self.largest_at_start),
         }
         for name, (value, usual) in grown.items():
-            if value > EXPLODED * usual > 0:
-                message = f"the run explodes: {name} is {value:g}, at the beginning {usual:g}; {REMEDIES} may help"
+            if value > DIVERGED * usual > 0:
+                message = f"the run diverges: {name} is {value:g}, at the beginning {usual:g}; {REMEDIES} may help"
                 if os.path.isfile(self.checkpoint_path):
-                    kept = self.checkpoint_path.with_name("checkpoint_before_explosion.pt")
+                    kept = self.checkpoint_path.with_name("checkpoint_before_divergence.pt")
                     with open(self.checkpoint_path, "rb") as good, atomic_write(kept) as file:
                         shutil.copyfileobj(good, file)
                     message += f"; {kept} is from before, to go on from in place of {self.checkpoint_path.name}"
@@ -416,7 +417,9 @@ class Trainer:
         seen.add(hash(problem.text))  # every epoch meets it again; keeping the texts would take much memory
 
     def _end_epoch(self, epoch: int, keep: bool) -> None:
-        """Where they are due: an evaluation, weights, picture."""
+        """Where they are due: weights, an evaluation, picture. Weights come first, as an evaluation may fail."""
+        if self.log is not None and keep:
+            save_checkpoint(self.network, self.folder / "model.safetensors")
         every = self.config.training.evaluate_every_epochs
         last = self.step == self.total_steps
         due = self.validation is not None and (last or (every > 0 and epoch % every == 0))
@@ -442,8 +445,6 @@ class Trainer:
                 )
         if self.log is not None:
             self.log.flush()
-            if keep:
-                save_checkpoint(self.network, self.folder / "model.safetensors")
             if last or time.monotonic() - self.drawn > DRAW_EVERY:
                 self.log.draw()
                 self.drawn = time.monotonic()

@@ -53,7 +53,7 @@ def deform_conv2d(
         NaN. No images: an empty result. Gradients flow to all five tensors in reverse and forward mode, twice through
         `offset` (unless forward over forward) and to any order through the others; at whole coordinates, where a
         bilinear sample has a kink, the offset's gradient is the one from above, as in torchvision. Results are
-        deterministic, but for the gradient of `input` on CUDA, which is in float64 and under
+        deterministic, except for the gradient of `input` on CUDA, which is in float64 and under
         `torch.use_deterministic_algorithms(True)`.
 
     Example:

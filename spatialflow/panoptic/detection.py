@@ -6,7 +6,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,19 @@ def average_precision(
     kinds = ["box"] + (["mask"] if results and all("segmentation" in row for row in results) else [])
     if not results:
         return {"box": dict.fromkeys(names, 0.0)}
+    dataset = detection_truth(content, panoptic_folder)
+    if "mask" in kinds:
+        _check_mask_sizes({image["id"]: image for image in dataset["images"]}, results)
+    numbers = _numbers(images)
+    dataset["images"] = [image | {"id": numbers[image["id"]]} for image in dataset["images"]]
+    dataset["annotations"], results = (
+        [row | {"image_id": numbers[row["image_id"]]} for row in rows] for rows in (dataset["annotations"], results)
+    )
     scores = {}
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = detection_truth(content, panoptic_folder)
+        truth.dataset = dataset
         truth.createIndex()
-        if "mask" in kinds:
-            _check_mask_sizes(truth.imgs, results)
         for kind in kinds:
             rows = [
                 {key: value for key, value in row.items() if kind == "mask" or key != "segmentation"} for row in results
@@ -134,6 +140,15 @@ def average_precision(
             scorer.summarize()
             scores[kind] = dict(zip(names, (float(value) for value in scorer.stats[:6])))
     return scores
+
+
+def _numbers(image_ids: Iterable[int | str]) -> dict[int | str, int]:
+    """image_id -> number. pycocotools keeps ids in an array, which holds no mixture of integers and text.
+
+    The numbers are in the order of the ids, by which pycocotools ranks detections of equal scores.
+    """
+    ordered = sorted(image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
+    return {image_id: number for number, image_id in enumerate(ordered)}
 
 
 def rename_images(

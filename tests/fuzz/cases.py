@@ -9,7 +9,7 @@ A case is a dictionary:
     gradient   values and layout of the gradients that come in, and of tangents
     jvp        whether forward mode is tried as well
     fake       whether the fake kernel is asked to describe the results; of refused calls it always is
-    valid      False: something was spoiled; the operator may refuse the call
+    valid      False: an argument was made wrong; the operator may refuse the call
 
 Nothing here imports torch: strategies run in the supervisor, what they describe is made in the worker. The smaller a
 drawn number, and the earlier an element of `sampled_from`, the simpler: Hypothesis shrinks towards them.
@@ -59,7 +59,7 @@ def sizes(most: int, least: int = 1) -> st.SearchStrategy:
 seeds = st.integers(0, 1 << 20)
 # True once in four times; False is simpler.
 rarely = st.sampled_from([False, False, False, True])
-spoils = st.sampled_from([False] * 9 + [True])
+wrong_calls = st.sampled_from([False] * 9 + [True])
 very_rarely = st.sampled_from([False] * 15 + [True])
 
 
@@ -420,7 +420,7 @@ OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
 }
 
 
-# --- spoiled calls -----------------------------------------------------------------------------------------------
+# --- wrong calls -------------------------------------------------------------------------------------------------
 
 
 def _tensors(value: Any) -> list[dict]:
@@ -431,7 +431,7 @@ def _tensors(value: Any) -> list[dict]:
     return [found for item in value for found in _tensors(item)] if isinstance(value, list) else []
 
 
-def _spoil(draw: Draw, arguments: dict) -> None:
+def _make_wrong(draw: Draw, arguments: dict) -> None:
     """Changes one thing, such as the size or the dtype of a tensor, so that the call may be wrong."""
     found = _tensors(arguments)
     how = draw(one_of("dtype", "size", "dimension", "number"))
@@ -461,10 +461,10 @@ def _spoil(draw: Draw, arguments: dict) -> None:
 @st.composite
 def cases(draw: Draw, operator: str, limits: Limits = CPU) -> dict:
     arguments = OPERATORS[operator](draw, limits)
-    spoiled = draw(spoils)
-    if spoiled:
-        _spoil(draw, arguments)
-    case = {"op": operator, "arguments": arguments, "valid": not spoiled, "fake": draw(rarely)}
+    is_wrong = draw(wrong_calls)
+    if is_wrong:
+        _make_wrong(draw, arguments)
+    case = {"op": operator, "arguments": arguments, "valid": not is_wrong, "fake": draw(rarely)}
     if any(found.get("grad") for found in _tensors(arguments)):
         case["gradient"] = {"values": draw(features()), "layout": draw(layouts(4))}
         case["jvp"] = draw(rarely)

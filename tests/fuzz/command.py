@@ -115,7 +115,7 @@ def describe_outcome(outcome: Outcome) -> str | None:
 
 def describe_case(case: dict) -> str:
     """The call in a few lines."""
-    lines = [f"operator {case['op']}" + ("" if case["valid"] else ", spoiled")]
+    lines = [f"operator {case['op']}" + ("" if case["valid"] else ", may be refused")]
     lines += [f"  {name} = {_describe(value)}" for name, value in case["arguments"].items()]
     if "gradient" in case:
         tangents = ", with tangents" if case["jvp"] else ""
@@ -137,6 +137,27 @@ def _describe(value: Any) -> str:
 
 def replay_command(case: dict, backend: str) -> str:
     return f"python tests/fuzz --backend {backend} --replay {shlex.quote(json.dumps(case))}"
+
+
+def _read_case(text: str) -> dict:
+    """The case of a report; ValueError for anything else, as far as it can be told without a worker."""
+    try:
+        case = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(case, dict):
+        raise ValueError(f"no case of a report: must be an object, got {type(case).__name__}")
+    try:
+        if case["op"] not in [*OPERATORS, *FILES]:
+            raise ValueError(f"no target {case['op']!r}; there are {', '.join([*OPERATORS, *FILES])}")
+        describe_case(case)
+        if case["op"] in FILES:
+            case["arguments"]["base"], case["arguments"]["edits"]
+    except KeyError as error:
+        raise ValueError(f"no case of a report: {error} is missing") from None
+    except (TypeError, AttributeError):
+        raise ValueError("no case of a report: a value has another type") from None
+    return case
 
 
 def _rounds(operators: list[str], first: int) -> Iterator[tuple[str, int]]:
@@ -205,8 +226,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("cpu", "cpu_sanitized", "simt", "simt_sanitized"), default="cpu")
     parser.add_argument("--replay", metavar="CASE", help="a case of a report to execute; - reads it from stdin")
     options = parser.parse_args(arguments)
-    if options.replay:
-        case = json.loads(sys.stdin.read() if options.replay == "-" else options.replay)
+    if not 0 < options.seconds < float("inf"):  # false for NaN too
+        parser.error(f"--seconds must be positive and finite, got {options.seconds:g}")
+    if options.replay is not None:
+        try:
+            case = _read_case(sys.stdin.read() if options.replay == "-" else options.replay)
+        except ValueError as error:
+            parser.error(f"--replay: {error}")
         with supervisor_for(options.backend) as supervisor:
             outcome = supervisor.run(case)
         description = describe_outcome(outcome)
@@ -216,5 +242,5 @@ def main(arguments: list[str] | None = None) -> int:
     usual = groups if options.backend == "cpu" else ["operators"]
     targets = [name for given in options.ops or usual for name in groups.get(given, [given])]
     if unknown := [name for name in targets if name not in OPERATORS and name not in FILES]:
-        parser.error(f"no target {unknown[0]!r}; there are {', '.join([*groups, *OPERATORS, *FILES])}")
+        parser.error(f"--ops: no target {unknown[0]!r}; there are {', '.join([*groups, *OPERATORS, *FILES])}")
     return 1 if fuzz(targets, options.backend, options.seconds, options.seed) else 0

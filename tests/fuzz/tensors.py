@@ -198,12 +198,12 @@ def _boxes(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
     index = rng.integers(0, max(values.get("batch", 1), 1), size=(rows, 1)).astype(float)
     if values.get("hostile"):
         for row in range(rows):
-            _spoil(rng, boxes, index, row, width, height, values)
+            _alter(rng, boxes, index, row, width, height, values)
     boxes = np.concatenate([index, boxes], axis=1) if columns == 5 else boxes
     return boxes.reshape(shape)
 
 
-def _spoil(rng: Any, boxes: np.ndarray, index: np.ndarray, row: int, width: float, height: float, values: dict) -> None:
+def _alter(rng: Any, boxes: np.ndarray, index: np.ndarray, row: int, width: float, height: float, values: dict) -> None:
     kind = rng.integers(0, 14)
     if kind == 0:
         boxes[row] = boxes[row, [2, 3, 0, 1]]

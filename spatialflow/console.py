@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".p
 
 
 def package_configs() -> str:
-    """A paragraph that names the configurations of the package, but for those of the paper's ablations and of tests."""
+    """A paragraph that names the configurations of the package, except those of the paper's ablations and of tests."""
     names = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.yaml"))
     shown = [name for name in names if not name.startswith(("ablation_", "tiny"))]
     return textwrap.fill(f"Configurations of the package: {', '.join(shown)}.", 116)

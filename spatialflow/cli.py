@@ -252,7 +252,7 @@ def _predict(options: argparse.Namespace) -> int:
     """One image at a time, each written before the next is read; a bad one is reported and skipped."""
     from tqdm import tqdm
 
-    from spatialflow.data.transforms import ImageError, read_image
+    from spatialflow.images import ImageError, read_image
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.detection import has_pycocotools
 

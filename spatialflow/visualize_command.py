@@ -78,7 +78,7 @@ def run_visualize(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from spatialflow.data.categories import CategoryError
-    from spatialflow.data.transforms import ImageError
+    from spatialflow.images import ImageError
     from spatialflow.panoptic import PanopticFormatError
 
     if options.checkpoint is not None and options.config is None:
@@ -152,7 +152,7 @@ def _read_maps(path: Path, use: str) -> Maps:
 
 def _draw(image: InputImage, maps: dict[str, Maps], model: Any, output: Path) -> Row:
     """Writes the picture of one photograph."""
-    from spatialflow.data.transforms import read_image
+    from spatialflow.images import read_image
     from spatialflow.panoptic import PanopticFormatError, overlay, read_id_map
     from spatialflow.panoptic.pages import side_by_side
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import spatialflow
+from spatialflow import images
 from spatialflow.cli import main
-from spatialflow.data import transforms
 from spatialflow.panoptic import PanopticFormatError, PanopticWriter, ResumeError, read_id_map, read_panoptic_json
 from spatialflow.panoptic import writer as module
 
@@ -27,16 +27,16 @@ NAMES = ["a.jpg", "b.png", "c/a.jpg", "c/d/3.jpg", "e.jpg", "f.jpg"]
 
 SLOW = """
 import sys, time
-import spatialflow.data.transforms as transforms
+import spatialflow.images as images
 from spatialflow.cli import main
 
-read = transforms.read_image
+read = images.read_image
 
 def read_slowly(path):
     time.sleep(0.25)
     return read(path)
 
-transforms.read_image = read_slowly
+images.read_image = read_slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -98,7 +98,7 @@ def stopped(arguments, tmp_path):
 
 def stop_before(name, arguments, number) -> int:
     """The exit code of a command that gets a signal when it is about to read an image."""
-    read = transforms.read_image
+    read = images.read_image
 
     def stopping(path):
         if path.name == name:
@@ -106,7 +106,7 @@ def stop_before(name, arguments, number) -> int:
         return read(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transforms, "read_image", stopping)
+        patch.setattr(images, "read_image", stopping)
         return main(arguments)
 
 

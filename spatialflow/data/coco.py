@@ -9,7 +9,7 @@ from typing import Any
 
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
-from spatialflow.data.transforms import ImageError, read_image
+from spatialflow.images import ImageError, read_image
 from spatialflow.panoptic.formats import check_panoptic, read_id_map, read_panoptic_json
 from spatialflow.panoptic.photographs import find_photograph
 from spatialflow.panoptic.rules import TRAINING, TRUTH, PanopticFormatError

@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-from spatialflow.data.transforms import ImageError
 from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
+from spatialflow.images import ImageError
 from spatialflow.panoptic.detection import average_precision, detection_rows
 from spatialflow.panoptic.formats import read_id_map, read_panoptic_json
 from spatialflow.panoptic.quality import PanopticQuality

@@ -31,8 +31,8 @@ from spatialflow.data.categories import CategoryError, load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
 from spatialflow.data.samples import SampleError
 from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
-from spatialflow.data.transforms import ImageError, read_image
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
+from spatialflow.images import ImageError, read_image
 from spatialflow.models.build import build_model, load_config
 from spatialflow.models.config import SECTIONS, Config, ConfigError, parse_settings
 from spatialflow.panoptic import PanopticFormatError, read_id_map

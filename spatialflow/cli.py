@@ -26,6 +26,7 @@ from spatialflow.console import (
     named,
     package_configs,
     panoptic_json,
+    png_folder,
     sentence,
     show_log,
     with_examples,
@@ -100,7 +101,9 @@ def _sigterm_raises() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_as_sentences() -> Iterator[None]:
-    """In the block the package's own warnings are shown as complaints are, without a line of source."""
+    """In the block the package's own warnings are shown as complaints are, without a line of source; Pillow's about
+    large pictures, which are read like others, are not shown.
+    """
 
     def show(message: Warning, category: type[Warning], *place: Any) -> None:
         if category.__module__.startswith("spatialflow."):
@@ -110,6 +113,7 @@ def _warnings_as_sentences() -> Iterator[None]:
 
     with warnings.catch_warnings():
         shown, warnings.showwarning = warnings.showwarning, show
+        warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
         yield
 
 
@@ -394,16 +398,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     prediction = panoptic_json(options.prediction)
     try:
         truth, failed = ground_truth_json(options.ground_truth, prediction.parent)
-        with named(options.output), warnings.catch_warnings(record=True) as reports:
-            warnings.simplefilter("always")
+        truth_folder = png_folder(truth, options.ground_truth_folder, "--ground-truth-folder")
+        prediction_folder = png_folder(prediction, options.prediction_folder, "--prediction-folder")
+        with named(options.output):
             evaluate_and_report(
-                truth, options.ground_truth_folder, prediction, options.prediction_folder,
+                truth, truth_folder, prediction, prediction_folder,
                 output=options.output, detections=options.detections, per_class=options.per_class,
                 workers=options.workers, progress=sys.stderr.isatty(),
             )  # fmt: skip
-        for report in reports:
-            if report.category is UserWarning:
-                complain(str(report.message))
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     except BrokenPipeError:

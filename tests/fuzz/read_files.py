@@ -153,10 +153,17 @@ def _command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
     """
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # what a name holds may not be writable
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+            warnings.catch_warnings(record=True) as shown,
+        ):  # fmt: skip
+            warnings.simplefilter("default")
             code = cli.main(list(map(str, arguments)))
     except SystemExit as error:
         code = error.code
+    for warning in shown:  # those that the command makes sentences of are not here
+        if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | ImportWarning):
+            raise Wrong(f"a warning with a line of source: {warning.category.__name__}: {warning.message}")
     lines = [line for line in err.getvalue().splitlines() if line.strip()]
     for line in lines:
         if not line.startswith(("spatialflow: ", "usage: ", "skipped: ")) or len(line) > LINE:

@@ -104,7 +104,7 @@ class PanopticQuality:
             PanopticFormatError: sizes differ; the predicted map and list have different segments; a ground-truth
                 segment has the id 0 or comes twice; an area is not finite; or a category is unknown.
 
-        Other contradictions between a list and its map (`docs/annotations.md`) are warnings.
+        Other contradictions between a list and its map (`docs/annotations.md`) are an `AnnotationWarning` each.
         """
         counts, problems = self.count(gt_map, gt_segments, pred_map, pred_segments, image_id)
         for problem in problems:
@@ -203,8 +203,8 @@ def evaluate(
         PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or segments
             and pixels disagree. The message names the file or the image and the segment.
 
-    Without a single annotated or predicted segment the qualities are 0 with n = 0, and a warning says so. Other
-    warnings name annotations that contradict themselves; `docs/annotations.md` says which, and how the number is made.
+    Without a single annotated or predicted segment the qualities are 0 with n = 0, and an `AnnotationWarning` says so.
+    Others name annotations that contradict themselves; `docs/annotations.md` says which, and how the number is made.
     Neither torch nor OpenCV is imported. Source: panopticapi, `pq_compute`.
     """
     scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)

@@ -220,7 +220,8 @@ def _read_panoptic(folder: Path, base: int, changes: list) -> int:
     elif base == 1:
         code, _ = _command("evaluate", truth, edited, "--per-class")
     elif base == 2:
-        code, _ = _command("visualize", _scenes() / "images", "--ground-truth", edited, "--output", folder / "out")
+        maps = ("--ground-truth", edited, "--prediction", truth)
+        code, _ = _command("visualize", _scenes() / "images", *maps, "--output", folder / "out")
     elif base == 3:
         code, _ = _command("validate", edited, "--images", _scenes() / "images", silent=True)
     else:

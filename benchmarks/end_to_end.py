@@ -34,8 +34,8 @@ from torch import nn
 from spatialflow import Predictor, build_model, load_checkpoint
 from spatialflow.data.categories import Categories
 from spatialflow.data.synthetic import synthesize
-from spatialflow.data.transforms import read_image
 from spatialflow.engine.checkpoints import packaged_weights
+from spatialflow.images import read_image
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.panoptic import PanopticWriter, evaluate, read_panoptic_json, write_id_map
 

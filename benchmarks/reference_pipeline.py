@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatialflow.data.categories import load_categories
-from spatialflow.data.transforms import fit_size, normalise, pad, read_image, resize_image, resize_labels
+from spatialflow.data.transforms import fit_size, normalise, pad, resize_image, resize_labels
+from spatialflow.images import read_image
 from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid_anchors
 from spatialflow.models.config import DataConfig, TestConfig
 from spatialflow.models.spatialflow import SpatialFlow

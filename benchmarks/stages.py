@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from spatialflow import Predictor
 from spatialflow.data.synthetic import synthesize
-from spatialflow.data.transforms import read_image
 from spatialflow.engine import pipeline as pipeline_module
+from spatialflow.images import read_image
 
 PREFIX = "stage: "
 

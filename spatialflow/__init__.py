@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from spatialflow import models as models
     from spatialflow import ops as ops
     from spatialflow import panoptic as panoptic
-    from spatialflow.data.transforms import ImageError
     from spatialflow.engine.checkpoints import (
         CheckpointError,
         load_backbone,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
         save_checkpoint,
     )
     from spatialflow.engine.predict import PanopticResult, Predictor
+    from spatialflow.images import ImageError
     from spatialflow.models.build import build_model, list_configs, load_config
     from spatialflow.models.config import ConfigError
     from spatialflow.models.optimize import optimize_for_inference
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
 _HOMES = {
     "CheckpointError": "spatialflow.engine.checkpoints",
     "ConfigError": "spatialflow.models.config",
-    "ImageError": "spatialflow.data.transforms",
+    "ImageError": "spatialflow.images",
     "PanopticResult": "spatialflow.engine.predict",
     "Predictor": "spatialflow.engine.predict",
     "build_model": "spatialflow.models.build",

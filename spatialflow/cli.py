@@ -27,6 +27,7 @@ from spatialflow.console import (
     named,
     package_configs,
     panoptic_json,
+    png_folder,
     sentence,
     show_log,
     with_examples,
@@ -101,7 +102,9 @@ def _sigterm_raises() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_as_sentences() -> Iterator[None]:
-    """In the block the package's own warnings are shown as complaints are, without a line of source."""
+    """In the block the package's own warnings are shown as complaints are, without a line of source; Pillow's about
+    large pictures, which are read like others, are not shown.
+    """
 
     def show(message: Warning, category: type[Warning], *place: Any) -> None:
         if category.__module__.startswith("spatialflow."):
@@ -111,6 +114,7 @@ def _warnings_as_sentences() -> Iterator[None]:
 
     with warnings.catch_warnings():
         shown, warnings.showwarning = warnings.showwarning, show
+        warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
         yield
 
 
@@ -253,7 +257,7 @@ def _predict(options: argparse.Namespace) -> int:
     """One image at a time, each written before the next is read; a bad one is reported and skipped."""
     from tqdm import tqdm
 
-    from spatialflow.data.transforms import ImageError, read_image
+    from spatialflow.images import ImageError, read_image
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.detection import has_pycocotools
 
@@ -401,16 +405,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     try:
         truth, failed = ground_truth_json(options.ground_truth, prediction.parent)
         keep_inputs(options.output, truth, prediction, options.detections)
-        with named(options.output), warnings.catch_warnings(record=True) as reports:
-            warnings.simplefilter("always")
+        truth_folder = png_folder(truth, options.ground_truth_folder, "--ground-truth-folder")
+        prediction_folder = png_folder(prediction, options.prediction_folder, "--prediction-folder")
+        with named(options.output):
             evaluate_and_report(
-                truth, options.ground_truth_folder, prediction, options.prediction_folder,
+                truth, truth_folder, prediction, prediction_folder,
                 output=options.output, detections=options.detections, per_class=options.per_class,
                 workers=options.workers, progress=sys.stderr.isatty(),
             )  # fmt: skip
-        for report in reports:
-            if report.category is UserWarning:
-                complain(str(report.message))
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     except BrokenPipeError:

@@ -109,7 +109,8 @@ def list_images(
 
 def without_suffix(name: str) -> str:
     """A path of an image, with "/", without its suffix."""
-    return PurePosixPath(name).with_suffix("").as_posix()
+    path = PurePosixPath(name)
+    return path.as_posix().removesuffix(path.suffix)
 
 
 def _images_below(
@@ -141,11 +142,27 @@ def _images_below(
 
 def panoptic_json(path: Path) -> Path:
     """The JSON that `path` stands for: itself, that inside the output of `predict`, or that beside a folder of PNGs."""
-    candidates = [path / "panoptic.json", path.with_name(f"{path.name}.json")] if os.path.isdir(path) else [path]
+    candidates = [path]
+    if os.path.isdir(path):
+        folder = path.resolve() if path.name in ("", "..") else path  # "." and ".." have no name of their own
+        candidates = [path / "panoptic.json", folder.parent / f"{folder.name}.json"]
     for candidate in candidates:
-        if os.path.isfile(candidate):
+        if os.path.exists(candidate) and not os.path.isdir(candidate):  # a pipe is no regular file
             return candidate
     raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
+
+
+def png_folder(path: Path, given: Path | None = None, option: str | None = None) -> Path:
+    """The folder with the PNGs of a panoptic JSON: the one that `option` gives, else that beside the JSON."""
+    from spatialflow.panoptic.quality import default_folder
+
+    folder = default_folder(path) if given is None else given
+    if os.path.isdir(folder):
+        return folder
+    if given is not None:
+        raise CommandError(f"{given}: no such folder")
+    hint = "" if option is None else f"; {option} names another"
+    raise CommandError(f"{path}: there is no folder {folder} with its PNGs{hint}")
 
 
 def ground_truth_json(path: Path, folder: Path) -> tuple[Path, list[str]]:

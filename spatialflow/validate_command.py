@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import keep_inputs, named, panoptic_json, sentence, with_examples
+from spatialflow.console import keep_inputs, named, panoptic_json, png_folder, sentence, with_examples
 from spatialflow.errors import CommandError
 
 EXAMPLES = 3
@@ -35,7 +35,7 @@ def add_validate(commands: Any) -> None:
                           help="the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
     validate.add_argument("--folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     validate.add_argument("--images", type=Path, metavar="FOLDER",
-                          help="photographs: check that each is there and has its PNG's size")  # fmt: skip
+                          help="photographs: check that each can be read and has its PNG's size")  # fmt: skip
     validate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     validate.add_argument("--output", type=Path, metavar="FILE", help="write all problems as JSON")
 
@@ -49,10 +49,9 @@ def run_validate(options: argparse.Namespace) -> int:
         raise CommandError(f"--workers must be at least 1, got {options.workers}")
     path = panoptic_json(options.annotations)
     keep_inputs(options.output, path)
+    folder = png_folder(path, options.folder, "--folder")
     try:
-        found = validate(
-            path, options.folder, options.images, workers=options.workers, progress=sys.stderr.isatty()
-        )
+        found = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
         if options.output is not None:
             with named(options.output):
                 _write(options.output, path, found)

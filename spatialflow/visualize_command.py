@@ -15,6 +15,7 @@ from spatialflow.console import (
     load_model,
     named,
     panoptic_json,
+    png_folder,
     sentence,
     with_examples,
     without_suffix,
@@ -28,10 +29,13 @@ PICTURES, SHEETS = "pictures", ("worst", "best")
 class Maps(NamedTuple):
     """A panoptic data set or a folder of predictions."""
 
-    folder: Path
+    path: Path  # the JSON
+    folder: Path  # its PNGs
+    use: str  # `rules.TRUTH` or `rules.PREDICTION`
     annotations: dict[str, dict[str, Any]]  # name of the photograph without suffix -> annotation
     of_key: dict[str, list[dict[str, Any]]]  # `photograph_key` of that name -> annotations
     categories: list[dict[str, Any]]
+    problems: list[Any]  # `rules.Problem`s met so far that are reported
 
     def find(self, name: str) -> dict[str, Any] | None:
         """The annotation of the photograph of that name; of its `photograph_key`, where only one has it."""
@@ -78,8 +82,9 @@ def run_visualize(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from spatialflow.data.categories import CategoryError
-    from spatialflow.data.transforms import ImageError
+    from spatialflow.images import ImageError
     from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.rules import PREDICTION, TRUTH, summary
 
     if options.checkpoint is not None and options.config is None:
         raise CommandError("--checkpoint needs --config, the network that it fills")
@@ -89,14 +94,11 @@ def run_visualize(options: argparse.Namespace) -> int:
         raise CommandError(f"--sheet must be at least 1, got {options.sheet}")
     results = [options.output / name for name in (PICTURES, *(f"{sheet}.jpg" for sheet in SHEETS))]
     images, failed = list_images(options.images, options.recursive, results)
-    maps = {
-        title: _read_maps(path, use)
-        for title, path, use in (
-            ("ground truth", options.ground_truth, "truth"),
-            ("prediction", options.prediction, "prediction"),
-        )
-        if path is not None
-    }
+    maps: dict[str, Maps] = {}
+    if options.ground_truth is not None:
+        maps["ground truth"] = _read_maps(options.ground_truth, TRUTH, None)
+    if options.prediction is not None:
+        maps["prediction"] = _read_maps(options.prediction, PREDICTION, maps.get("ground truth"))
     if options.ema and options.checkpoint is None:
         raise CommandError("--ema needs --checkpoint")
     model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
@@ -120,6 +122,9 @@ def run_visualize(options: argparse.Namespace) -> int:
                 _write_pages(rows, options.output, options.sheet)
             except OSError as error:
                 raise CommandError(sentence(error)) from None
+    for shown in maps.values():
+        if shown.problems:
+            complain(summary(shown.problems, str(shown.path)))
     if not rows:
         complain("no picture could be drawn")
         return 1
@@ -127,34 +132,43 @@ def run_visualize(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _read_maps(path: Path, use: str) -> Maps:
+def _read_maps(path: Path, use: str, truth: Maps | None) -> Maps:
+    """Reads a JSON for `use`. Categories are those of `truth`, else its own; a prediction may have none."""
     from spatialflow.data.categories import is_color
-    from spatialflow.panoptic import PanopticFormatError, read_panoptic_json
+    from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.formats import check_panoptic, load_json
     from spatialflow.panoptic.photographs import photograph_key, photograph_names
+    from spatialflow.panoptic.rules import TRUTH
 
     path = panoptic_json(path)
     try:
-        content = read_panoptic_json(path, with_categories=True, use=use)
+        content = load_json(path)
+        own = use == TRUTH or (truth is None and isinstance(content, dict) and "categories" in content)
+        known = None if truth is None else {row["id"] for row in truth.categories}
+        problems = check_panoptic(content, str(path), with_categories=own, use=use, categories=known)
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
-    for index, row in enumerate(content["categories"]):
+    categories = content.get("categories", []) if truth is None else truth.categories
+    for index, row in enumerate(categories):
         if row.get("color") is not None and not is_color(row["color"]):
             rule = f"color must be three numbers from 0 to 255, got {row['color']!r:.80}"
             raise CommandError(f"{path}: categories[{index}]: {rule}")
-    folder = path.with_suffix("")
+    folder = png_folder(path)
     annotations: dict[str, dict[str, Any]] = {}
     of_key: dict[str, list[dict[str, Any]]] = {}
     for name, annotation in zip(photograph_names(content), content["annotations"]):
         annotations[without_suffix(name)] = annotation
         of_key.setdefault(photograph_key(name), []).append(annotation)
-    return Maps(folder, annotations, of_key, content["categories"])
+    return Maps(path, folder, use, annotations, of_key, categories, problems)
 
 
 def _draw(image: InputImage, maps: dict[str, Maps], model: Any, output: Path) -> Row:
     """Writes the picture of one photograph."""
-    from spatialflow.data.transforms import read_image
+    from spatialflow.images import read_image
     from spatialflow.panoptic import PanopticFormatError, overlay, read_id_map
+    from spatialflow.panoptic.extents import extents
     from spatialflow.panoptic.pages import side_by_side
+    from spatialflow.panoptic.rules import pixel_problems, raise_first
 
     path = image.path
     pixels = read_image(path)
@@ -169,8 +183,12 @@ def _draw(image: InputImage, maps: dict[str, Maps], model: Any, output: Path) ->
                 f"{shown.folder / annotation['file_name']}: is {ids.shape[1]}x{ids.shape[0]} pixels, "
                 f"{path.name} is {pixels.shape[1]}x{pixels.shape[0]}"
             )
-        found.append((ids, annotation["segments_info"]))
-        panels[title] = overlay(pixels, ids, annotation["segments_info"], shown.categories)
+        segments = annotation["segments_info"]
+        shown.problems.extend(
+            raise_first(pixel_problems(segments, annotation["image_id"], extents(ids)), shown.use, str(shown.path))
+        )
+        found.append((ids, segments))
+        panels[title] = overlay(pixels, ids, segments, shown.categories)
     if model is not None:
         from spatialflow.engine.activations import class_activation_maps, heat_picture
 
@@ -187,11 +205,12 @@ def _draw(image: InputImage, maps: dict[str, Maps], model: Any, output: Path) ->
 
 
 def _quality(path: Path, categories: list[dict[str, Any]], truth: tuple, prediction: tuple) -> float:
-    """PQ over the classes that occur in one image."""
+    """PQ over the classes that occur in one image, whose contradictions `_draw` has noted."""
     from spatialflow.panoptic import PanopticQuality
 
     quality = PanopticQuality(categories)
-    quality.update(*truth, *prediction, image_id=path.name)
+    counts, _ = quality.count(*truth, *prediction, image_id=path.name)
+    quality.add(counts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no segment of any category")
         return quality.compute()["All"]["pq"]

@@ -68,6 +68,8 @@ def test_numbered_classes():
         ('[{"id": 1, "isthing": 1, "color": [1, 2, -3]}]', "must be three numbers from 0 to 255"),
         ('[{"id": 1000000000000000000000, "isthing": 1}]', "id must fit 64 bits"),
         ('[{"id": 1, "isthing": 1, "color": [1, 2]}]', "must be three numbers"),
+        ('[{"id": 1, "isthing": 1, "color": [1, 2, true]}]', "must be three numbers"),
+        ('[{"id": true, "isthing": 1}]', 'must be a mapping with an integer "id"'),
         (None, "cannot be read"),
         ('[{"id": 1, "isthing": 1}, {"id": 1, "isthing": 0}]', "unique"),
         ('[{"id": 1, "isthing": 0}]', "num_things = 1"),

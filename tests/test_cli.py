@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import spatialflow
-from spatialflow import cli
+from spatialflow import cli, images
 from spatialflow.cli import main
 from spatialflow.console import list_images
 from spatialflow.panoptic import read_id_map, read_panoptic_json
@@ -119,14 +119,14 @@ class TestPredict:
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
         """What is done when Ctrl-C comes is complete, JSON included."""
-        read = spatialflow.data.transforms.read_image
+        read = images.read_image
 
         def interrupted(path):
             if path.name == "grey.png":
                 raise KeyboardInterrupt
             return read(path)
 
-        monkeypatch.setattr("spatialflow.data.transforms.read_image", interrupted)
+        monkeypatch.setattr(images, "read_image", interrupted)
         arguments = [str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
         assert main(["predict", *arguments]) == 130
         assert_complete(tmp_path, ["deep.png", "dot.png"])

@@ -86,6 +86,12 @@ def _ends_without_a_word(*_):
         return read_files._command("info")[0]
 
 
+def _warns_with_a_line_of_source(*_):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_files.cli, "main", lambda _: warnings.warn("area 1 and 2 pixels", stacklevel=1) or 0)
+        return read_files._command("info")[0]
+
+
 def _warns(*_):
     warnings.warn("overflow encountered", RuntimeWarning, stacklevel=1)
     return 1
@@ -100,6 +106,7 @@ def _warns(*_):
         (_prints_a_traceback, "a line that is no sentence"),
         (_ends_without_a_word, "exit code 1 with 0 sentences"),
         (_warns, "RuntimeWarning: overflow encountered"),
+        (_warns_with_a_line_of_source, "a warning with a line of source: UserWarning: area 1 and 2 pixels"),
     ],
 )
 def test_the_judge_notices(reader, words, monkeypatch):

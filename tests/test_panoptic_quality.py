@@ -242,7 +242,7 @@ def test_other_bad_input(folder_pair):
         score(tmp_path, pred, pred)
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         evaluate(gt, tmp_path / "gt", pred, tmp_path / "pred", workers=0)
-    with pytest.raises(PanopticFormatError, match="area -4 in the JSON and 4 pixels in the PNG"):
+    with pytest.raises(PanopticFormatError, match="segment 1 has area -4; it must be"):
         one_image([[1] * 4], [{"id": 1, "category_id": 1, "area": -4}], [[1] * 4], [{"id": 1, "category_id": 1}])
     with pytest.raises(PanopticFormatError, match="image 5: segment 0: the id 0 stands for void"):
         one_image([[0] * 4], [{"id": 0, "category_id": 1}], [[1] * 4], [{"id": 1, "category_id": 1}])

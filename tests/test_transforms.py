@@ -12,17 +12,15 @@ import pytest
 from PIL import Image
 
 from spatialflow.data.transforms import (
-    ImageError,
-    ImageWarning,
     check_image,
     fit_image,
     fit_size,
     normalise,
     pad,
-    read_image,
     resize_image,
     resize_labels,
 )
+from spatialflow.images import ImageError, ImageWarning, read_image
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 

@@ -2,6 +2,7 @@
 """Annotations that contradict themselves: each is named, by the command and where scoring and training stop at it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from spatialflow.models.config import DataConfig
 from spatialflow.panoptic import PanopticFormatError, PanopticQuality, evaluate, read_id_map, validate, write_id_map
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.photographs import find_photograph, join_images, photograph_key
-from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH, json_problems
+from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH, AnnotationWarning, json_problems
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -112,6 +113,47 @@ def area_not_a_number(b):
 def area_infinite(b):
     b.segment["area"] = float("inf")
     return "area", b.image, b.segment["id"], "inf"
+
+
+def area_null(b):
+    b.segment["area"] = None
+    return "segment", b.image, b.segment["id"], "None"
+
+
+def area_true(b):
+    b.segment["area"] = True
+    return "segment", b.image, b.segment["id"], True
+
+
+def crowd_null(b):
+    b.segment["iscrowd"] = None
+    return "segment", b.image, b.segment["id"], "None"
+
+
+def id_true(b):
+    b.recolour(1 << 23)
+    b.segment["id"] = True
+    return "segment", b.image, None, f"{b.segment!r:.80}"
+
+
+def category_true(b):
+    b.segment["category_id"] = True
+    return "segment", b.image, b.segment["id"], f"{b.segment!r:.80}"
+
+
+def height_true(b):
+    b.row["height"] = True
+    return "image", b.image, None, True
+
+
+def image_id_true(b):
+    b.annotation["image_id"] = True
+    return "annotation", None, None, True
+
+
+def category_id_true(b):
+    b.content["categories"][-1]["id"] = True
+    return "category", None, None, True
 
 
 def area_as_text(b):
@@ -255,6 +297,13 @@ def photograph_no_picture(b):
     return "photograph", b.image, None, b.row["file_name"]
 
 
+def photograph_truncated(b):
+    """Whose header is whole, so that its size can be read."""
+    path = b.folder / "images" / b.row["file_name"]
+    path.write_bytes(path.read_bytes()[:-400])
+    return "photograph", b.image, None, b.row["file_name"]
+
+
 def photograph_of_another_size(b):
     path = str(b.folder / "images" / b.row["file_name"])
     cv2.imwrite(path, cv2.imread(path)[:-1])
@@ -269,9 +318,13 @@ BREAKS = [
     image_of_another_size, no_images, category_unknown, category_listed_twice, category_without_isthing,
     category_without_id, annotation_without_segments, png_absent, png_name_of_a_folder, png_truncated,
     png_with_palette, png_greyscale, png_of_16_bits, photograph_absent, photograph_no_picture,
-    photograph_of_another_size,
+    photograph_of_another_size, area_null, area_true, crowd_null, id_true,
+    category_true, height_true, image_id_true, category_id_true, photograph_truncated,
 ]  # fmt: skip
-ALONGSIDE = {"id-range": {"no-segment"}, "segment": {"no-segment"}}  # the segment is left out, its pixels are not
+ALONGSIDE = {  # what follows from a breach by itself
+    "id_beyond_three_bytes": {"no-segment"}, "id_negative": {"no-segment"}, "id_true": {"no-segment"},
+    "category_id_true": {"category-unknown"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__)
@@ -288,7 +341,7 @@ class TestEveryBreak:
         rows = json.loads(output.read_text())["problems"]
         (row,) = [r for r in rows if (r["rule"], r["image"], r["segment"], r["value"]) == expected]
         assert f"    {row['text']}\n" in printed.out
-        assert {r["rule"] for r in rows} <= {expected[0]} | ALONGSIDE.get(expected[0], set())
+        assert {r["rule"] for r in rows} <= {expected[0]} | ALONGSIDE.get(damage.__name__, set())
         if expected[1] is not None:
             assert str(expected[1]) in row["text"]
         if expected[2] is not None:
@@ -310,6 +363,7 @@ class TestEveryBreak:
             texts = [str(report.message) for report in reports]
             assert result["All"]["pq"] <= 1 and len(texts) == (use in rule.reported), texts
             assert all("1 x " in text and "spatialflow validate" in text for text in texts)
+            assert all(report.category is AnnotationWarning for report in reports)
 
     def test_stops_training_or_is_survived(self, folder, damage):
         broken = Broken(folder)
@@ -388,13 +442,81 @@ class TestCommand:
         with pytest.raises(PanopticFormatError, match="without NUL or unpaired surrogates"):
             CocoPanoptic(path, folder / "images", None, scene_categories())
 
-    def test_neither_torch_nor_opencv_is_imported(self, scenes):
-        arguments = ["validate", str(scenes / "panoptic.json"), "--images", str(scenes / "images")]
-        code = (
-            f"import sys; from spatialflow.cli import main; code = main({arguments!r});"
-            "sys.exit(code or any(name in sys.modules for name in ('torch', 'cv2')))"
-        )
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    def test_torch_is_not_imported_and_opencv_for_photographs_alone(self, scenes):
+        for images, absent in (([], ("torch", "cv2")), (["--images", str(scenes / "images")], ("torch",))):
+            arguments = ["validate", str(scenes / "panoptic.json"), *images]
+            code = (
+                f"import sys; from spatialflow.cli import main; code = main({arguments!r});"
+                f"sys.exit(code or any(name in sys.modules for name in {absent!r}))"
+            )
+            assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+    def test_folders_without_a_name_of_their_own(self, scenes, tmp_path, monkeypatch, capsys):
+        for place, given in ((scenes, "."), (scenes / "panoptic", "."), (scenes / "panoptic", ".."),
+                             (scenes / "images", "../panoptic"), (scenes / "panoptic", "../images/..")):  # fmt: skip
+            monkeypatch.chdir(place)
+            assert main(["validate", given]) == 0, (place, given)
+            assert main(["evaluate", given, given]) == 0
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        for command in (["validate", "."], ["evaluate", ".", "."], ["validate", "/"],
+                        ["visualize", str(scenes / "images"), "--ground-truth", ".", "--output", "out"]):  # fmt: skip
+            assert main(command) == 2
+            assert ".json: no such file" in capsys.readouterr().err
+        data = ["--annotations", ".", "--images", str(scenes / "images"), "--output", "run"]
+        assert main(["train", "demo", *data]) == 2
+        assert ".: cannot be read" in capsys.readouterr().err
+        with pytest.raises(PanopticFormatError, match="cannot be read"):
+            evaluate(".", None, ".", None)
+
+    def test_a_pipe_and_a_name_without_ending(self, scenes, tmp_path, capsys):
+        content, folder = (scenes / "panoptic.json").read_bytes(), str(scenes / "panoptic")
+        for command in (
+            ["validate", "{}", "--folder", folder],
+            ["evaluate", "{}", str(scenes), "--ground-truth-folder", folder],
+            ["evaluate", str(scenes), "{}", "--prediction-folder", folder],
+        ):
+            for option, hint in (([], ""), (command[-2:], f"; {command[-2]} names another")):
+                ends = os.pipe()
+                os.write(ends[1], content)
+                os.close(ends[1])
+                path = f"/dev/fd/{ends[0]}"
+                arguments = [path if part == "{}" else part for part in command]
+                if option:
+                    assert main(arguments[:-2]) == 2
+                    said = capsys.readouterr().err
+                    assert f"{path}: there is no folder {path} with its PNGs{hint}" in said
+                else:
+                    assert main(arguments) == 0
+                os.close(ends[0])
+        (tmp_path / "annotations").write_bytes(content)
+        assert main(["validate", str(tmp_path / "annotations")]) == 2
+        assert "with its PNGs; --folder names another" in capsys.readouterr().err
+
+    def test_a_negative_area_of_a_segment_without_pixels(self, scenes, folder, capsys):
+        broken = Broken(folder)
+        broken.annotation["segments_info"].append({"id": 424242, "category_id": 1, "area": -5})
+        path = broken.save()
+        assert main(["validate", str(path)]) == 1
+        assert "segment 424242 has area -5" in capsys.readouterr().out
+        with pytest.raises(PanopticFormatError, match="segment 424242 has area -5"):
+            evaluate(path, None, scenes / "panoptic.json", None)
+
+    def test_the_first_of_two_entries_of_an_image_counts(self, folder, capsys):
+        broken = Broken(folder)
+        broken.content["images"].append(broken.row | {"file_name": "absent.jpg", "height": 7})
+        assert main(["validate", str(broken.save()), "--images", str(folder / "images")]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4 and lines[1].startswith("image-twice "), lines
+
+    def test_a_large_photograph_gives_no_warning(self, folder, capsys, monkeypatch):
+        """Pillow warns about pictures beyond a number of pixels, and tells where in its source."""
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 96 - 1)
+        broken = Broken(folder)
+        photograph_truncated(broken)
+        assert main(["validate", str(broken.save()), "--images", str(folder / "images")]) == 1
+        printed = capsys.readouterr()
+        assert printed.err == "" and ": is truncated or damaged" in printed.out
 
     def test_photographs_that_a_camera_has_turned(self, folder, capsys):
         """A size is that of the picture as it is shown, which is how training reads it."""
@@ -568,6 +690,18 @@ class TestTraining:
         with pytest.raises(PanopticFormatError, match="has area inf"):
             CocoPanoptic(path, folder / "images", None, scene_categories(), scored=True)
 
+    def test_evaluations_report_areas_in_a_sentence(self, folder, tmp_path, capsys):
+        broken = Broken(folder)
+        for annotation in broken.content["annotations"]:
+            annotation["segments_info"][0]["area"] += 1
+        settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "epochs=1", "train_short_edges=[64]",
+                    "train_long_edge=96", "images_per_step=3"]  # fmt: skip
+        data = ["--images", str(folder / "images"), "--annotations", str(broken.save()), "--workers", "0"]
+        validation = [option.replace("--", "--validation-") for option in data[:4]]
+        assert main(["train", "tiny", *settings, *data, *validation, "--output", str(tmp_path / "run")]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "area-pixels" in line]
+        assert len(lines) == 1 and lines[0].startswith(f"spatialflow: {folder}/panoptic.json: 3 x area-pixels, e.g. ")
+
     def test_the_command_refuses_id_zero_at_the_start(self, folder, tmp_path, capsys):
         broken = Broken(folder)
         id_zero(broken)
@@ -584,6 +718,50 @@ class TestVisualize:
         arguments = ["--ground-truth", str(broken.save()), "--output", str(tmp_path / "out")]
         assert main(["visualize", str(folder / "images"), *arguments]) == 2
         assert "segment 0: the id 0 stands for void" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("title", ["ground-truth", "prediction"])
+    @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
+    @pytest.mark.parametrize("damage", [*BREAKS[:10], two_entries_of_an_image, segment_without_pixels,
+                                        pixels_without_segment],
+                             ids=lambda damage: damage.__name__)  # fmt: skip
+    def test_breaches_stop_or_are_reported_once(self, scenes, folder, tmp_path, capsys, title, others, damage):
+        """As docs/annotations.md says; those of pixels leave out the image alone."""
+        broken = Broken(folder)
+        name = damage(broken)[0]
+        use, path = TRUTH if title == "ground-truth" else PREDICTION, broken.save()
+        arguments = [f"--{title}", str(path), "--output", str(tmp_path / "out")]
+        if others:
+            arguments += [f"--{'prediction' if use == TRUTH else 'ground-truth'}", str(scenes)]
+        code = main(["visualize", str(folder / "images"), *arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spatialflow: ")]
+        if use in RULES[name].stops:
+            (line,) = lines
+            assert code == (1 if name in ("no-pixels", "no-segment") else 2) and f"{path}: " in line
+            return
+        reported = [line for line in lines if line.startswith(f"spatialflow: {path}: 1 x {name}, e.g. ")]
+        assert code == 0 and len(reported) == len(lines) == (use in RULES[name].reported)
+
+    def test_a_prediction_without_categories(self, scenes, folder, tmp_path, capsys):
+        """Those of the ground truth give names and colors; alone it is drawn with colors of its ids."""
+        broken = Broken(folder)
+        del broken.content["categories"]
+        arguments = ["--prediction", str(broken.save()), "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(folder / "images"), *arguments]) == 0
+        alone = cv2.imread(str(tmp_path / "out/pictures/000002.jpg"))
+        for prediction in (str(broken.folder), str(scenes)):
+            files = ["--prediction", prediction, "--ground-truth", str(scenes), "--output", str(tmp_path / prediction)]
+            assert main(["visualize", str(folder / "images"), *files]) == 0
+        pictures = [tmp_path / p / "pictures/000002.jpg" for p in (str(broken.folder), str(scenes))]
+        assert alone is not None and pictures[0].read_bytes() == pictures[1].read_bytes()
+        assert capsys.readouterr().err.count("spatialflow: ") == 0
+
+    def test_names_without_a_name(self, folder, tmp_path, capsys):
+        for name in ("", ".", "/", ".."):
+            broken = Broken(folder)
+            broken.row["file_name"] = name
+            arguments = ["--ground-truth", str(broken.save()), "--output", str(tmp_path / "out")]
+            assert main(["visualize", str(folder / "images"), *arguments]) == 1
+            assert "has no image of that name" in capsys.readouterr().err
 
 
 def listed(images):
@@ -620,6 +798,41 @@ class TestJoin:
         assert join_images(listed(truth), listed(prediction)) == {1: 2, 2: 1}
         prediction = [(1, None, "a.png"), (2, None, "b.png")]  # names of PNGs alone: ids count, as in panopticapi
         assert join_images(listed(truth), listed(prediction)) == {1: 1, 2: 2}
+
+    def test_equal_ids_of_images_whose_names_differ_are_refused(self):
+        truth = [(1, "a.jpg", "a.png"), (2, "b.jpg", "b.png")]
+        with pytest.raises(PanopticFormatError) as error:
+            join_images(listed(truth), listed([(1, "other_1.jpg", "1.png"), (2, "other_2.jpg", "2.png")]))
+        assert "ids do not count, because id 1 is 'a.jpg' in the ground truth and 'other_1.jpg'" in str(error.value)
+        with pytest.raises(PanopticFormatError, match="because id 2 is 'b.jpg'"):
+            join_images(listed(truth), listed([(1, "a.jpg", "1.png"), (2, "c.jpg", "2.png")]))
+        for names in (("val/a.jpg", "b.png"), (None, None), ("a_leftImg8bit.png", None)):
+            prediction = listed([(i, name, f"{i}.png") for i, name in enumerate(names, 1)])
+            assert join_images(listed(truth), prediction) == {1: 1, 2: 2}
+        unnamed = listed([(1, None, "x.png"), (2, None, "y.png")])
+        assert join_images(unnamed, listed(truth)) == {1: 1, 2: 2}
+
+    def test_equal_names_in_different_folders(self):
+        """Names of cameras or cities: the folder decides, whichever file has the longer path."""
+        truth = [(1, "a/x.jpg", "1.png"), (2, "b/x.jpg", "2.png")]
+        for names, joined in (
+            (("a/x.jpg", "b/x.jpg"), {1: 1, 2: 2}), (("b/x.jpg", "a/x.jpg"), {1: 2, 2: 1}),
+            (("x.jpg", "x.jpg"), {1: 1, 2: 2}), (("all/a/x.jpg", "all/b/x.jpg"), {1: 1, 2: 2}),
+        ):  # fmt: skip
+            prediction = listed([(i, name, f"{i}.png") for i, name in enumerate(names, 1)])
+            assert join_images(listed(truth), prediction) == joined
+            assert join_images(prediction, listed(truth)) == joined
+        with pytest.raises(PanopticFormatError, match="ids do not count"):
+            join_images(listed(truth), listed([(1, "all/b/x.jpg", "1.png"), (2, "all/a/x.jpg", "2.png")]))
+        with pytest.raises(PanopticFormatError, match="ids do not count"):  # a/x.jpg is there under another id
+            join_images(listed(truth), listed([(1, "c/x.jpg", "1.png"), (7, "a/x.jpg", "7.png")]))
+
+    def test_a_prediction_serves_one_image(self):
+        truth = [(1, "p.jpg", "1.png"), (7, "000001.jpg", "7.png")]
+        with pytest.raises(PanopticFormatError, match="no prediction for the image with id 7, neither of that id nor"):
+            join_images(listed(truth), listed([(1, None, "000001.png")]))
+        with pytest.raises(PanopticFormatError, match="no prediction for the image with id 's'"):
+            join_images(listed([(1, "s.jpg", "1.png"), ("s", "t.jpg", "2.png")]), listed([(9, "s.jpg", "s.png")]))
 
     def test_names_in_folders(self):
         truth = [(1, "x/1.jpg", "p1.png"), (2, "y/1.jpg", "p2.png")]

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spatialflow.panoptic.rules import is_finite
+
 TABLES = Path(__file__).resolve().parent / "tables"
 COCO_OTHER_ID = 183
 """COCO's category "other": all thing pixels in semantic maps; no segment bears it."""
@@ -161,7 +163,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _make_row(row: Any, where: str) -> Category:
-    if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or row.get("isthing") not in (0, 1):
+    if not isinstance(row, Mapping) or type(row.get("id")) is not int or row.get("isthing") not in (0, 1):
         raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     if not -(2**63) <= row["id"] < 2**63:
         raise CategoryError(f"{where}: id must fit 64 bits, got {row['id']!r:.80}")
@@ -175,7 +177,7 @@ def _make_row(row: Any, where: str) -> Category:
 
 def is_color(value: Any) -> bool:
     """True for three numbers from 0 to 255."""
-    numbers = isinstance(value, (list, tuple)) and all(isinstance(c, (int, float)) for c in value)
+    numbers = isinstance(value, (list, tuple)) and all(is_finite(c) for c in value)
     return numbers and len(value) == 3 and all(0 <= c <= 255 for c in value)
 
 

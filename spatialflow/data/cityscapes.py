@@ -12,7 +12,7 @@ import numpy as np
 
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
-from spatialflow.data.transforms import ImageError, decode_image, read_image
+from spatialflow.images import ImageError, decode_image, read_image
 from spatialflow.panoptic.extents import extents
 from spatialflow.panoptic.formats import read_panoptic_json
 from spatialflow.panoptic.rules import TRUTH, VOID

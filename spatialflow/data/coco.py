@@ -9,9 +9,10 @@ from typing import Any
 
 from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError, make_sample
-from spatialflow.data.transforms import ImageError, read_image
+from spatialflow.images import ImageError, read_image
 from spatialflow.panoptic.formats import check_panoptic, read_id_map, read_panoptic_json
 from spatialflow.panoptic.photographs import find_photograph
+from spatialflow.panoptic.quality import default_folder
 from spatialflow.panoptic.rules import TRAINING, TRUTH, PanopticFormatError
 
 
@@ -63,7 +64,7 @@ class CocoPanoptic:
     ):
         self.json_path = Path(json_path)
         self.image_folder = Path(image_folder)
-        self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else self.json_path.with_suffix("")
+        self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else default_folder(json_path)
         self.categories = categories
         content = read_panoptic_json(self.json_path, with_categories=scored, use=TRAINING)
         if scored:

@@ -6,14 +6,14 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-from spatialflow.data.transforms import ImageError
 from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
+from spatialflow.images import ImageError
 from spatialflow.panoptic.detection import average_precision, detection_rows
 from spatialflow.panoptic.formats import read_id_map, read_panoptic_json
 from spatialflow.panoptic.quality import PanopticQuality
-from spatialflow.panoptic.rules import TRUTH, PanopticFormatError, Problem, summary
+from spatialflow.panoptic.rules import TRUTH, AnnotationWarning, PanopticFormatError, Problem, summary
 from spatialflow.panoptic.writer import PanopticWriter
 
 
@@ -88,7 +88,7 @@ def evaluate_network(
         raise PanopticFormatError(f"none of {len(data)} images to evaluate on can be used{last}")
     reported = [problem for part in parts for problem in part[3]]
     if world.is_first and reported:
-        warnings.warn(summary(reported, str(truth_path)), stacklevel=2)
+        warnings.warn(summary(reported, str(truth_path)), AnnotationWarning, stacklevel=2)
     if world.is_first:
         for rows, *_ in parts[1:]:
             writer.extend(rows)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from spatialflow import panoptic
 from spatialflow.data.categories import Categories, load_categories
-from spatialflow.data.transforms import Fitted, check_image, read_image
+from spatialflow.data.transforms import Fitted, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.pipeline import FixedResult, Pipeline, stopwatch
 from spatialflow.files import atomic_write
+from spatialflow.images import read_image
 from spatialflow.models.build import load_config
 from spatialflow.models.config import Config, ConfigError, place_overrides
 from spatialflow.models.optimize import optimize_for_inference

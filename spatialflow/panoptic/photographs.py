@@ -3,11 +3,11 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from spatialflow.panoptic.rules import PanopticFormatError
+from spatialflow.panoptic.rules import PanopticFormatError, id_of
 
 _CITYSCAPES = "_leftImg8bit"
 # Cityscapes names the files of one image <city>_<sequence>_<frame>_<kind>. The official script for panoptic JSON,
@@ -35,7 +35,7 @@ def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
     rows = content.get("images")
     listed: dict[int | str, str] = {}
     for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, Mapping) and isinstance(row.get("file_name"), str) and isinstance(row.get("id"), int | str):
+        if id_of(row, "id") is not None and isinstance(row.get("file_name"), str):
             listed.setdefault(row["id"], row["file_name"])
     return listed
 
@@ -60,8 +60,10 @@ def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
 def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
     """Which prediction belongs to which image of the ground truth.
 
-    Ids are compared first. Where they do not match, or `images` of the prediction gives them the names of other images,
-    the photographs' names decide: those of `images`, else those of the PNGs, without their endings.
+    Ids are compared first. They count unless the photographs' names contradict them: `images` of the prediction gives
+    an id to another image of the ground truth, or both files list names for it that differ. Where ids do not count or
+    do not match, the names decide: those of `images`, else those of the PNGs, without their endings. Names are compared
+    with their folders, then without. A prediction serves one image.
 
     Args:
         truth: content of the ground truth's JSON.
@@ -76,24 +78,65 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
     """
     wanted = {a["image_id"]: name for a, name in zip(truth["annotations"], photograph_names(truth))}
     offered = {a["image_id"]: name for a, name in zip(prediction["annotations"], photograph_names(prediction))}
-    image_of, listed = _unique(_keys(wanted)[1]), _listed_names(prediction)
-    # Running ids of two files can be equal and mean different images; a name then says so.
-    ids_hold = all(image_of.get(photograph_key(listed[i]), i) == i for i in wanted if i in offered and i in listed)
-    joined = {image: image for image in wanted if ids_hold and image in offered}
+    other = _contradicted_id(wanted, offered, _listed_names(truth), _listed_names(prediction))
+    joined = {image: image for image in wanted if other is None and image in offered}
     if len(joined) == len(wanted):
         return joined
     for mine, theirs in zip(_keys(wanted), _keys(offered), strict=True):
         mine, theirs = _unique(mine), _unique(theirs)
+        taken = set(joined.values())
         for key in mine.keys() & theirs.keys():
-            joined.setdefault(mine[key], theirs[key])
+            if theirs[key] not in taken:
+                joined.setdefault(mine[key], theirs[key])
     for image in wanted:
         if image not in joined:
+            reason = f", neither of that id nor of the name {wanted[image]!r:.80}"
+            if other is not None:
+                reason = (
+                    f": none has its name {wanted[image]!r:.80}, and ids do not count, because id {other!r:.60} is "
+                    f"{wanted[other]!r:.80} in the ground truth and {offered[other]!r:.80} in the predictions"
+                )
             raise PanopticFormatError(
-                f"no prediction for the image with id {image!r:.60}, neither of that id nor of the name "
-                f"{wanted[image]!r:.80}; the ground truth has {_examples(wanted)}; the predictions have "
-                f"{_examples(offered)}"
+                f"no prediction for the image with id {image!r:.60}{reason}; the ground truth has "
+                f"{_examples(wanted)}; the predictions have {_examples(offered)}"
             )
     return {image: joined[image] for image in wanted}
+
+
+def _contradicted_id(
+    wanted: Mapping[Any, str], offered: Mapping[Any, str], mine: Mapping[Any, str], theirs: Mapping[Any, str]
+) -> int | str | None:
+    """An id that both files have and that names say is of different images; None where there is none.
+
+    Args:
+        wanted, offered: image id -> name, in the ground truth and in the prediction.
+        mine, theirs: image id -> name, as `images` of the two files lists it.
+    """
+    # Running ids of two files can be equal and mean different images; a name then says so.
+    doubtful = [i for i in wanted if i in offered and i in theirs and wanted[i] != theirs[i]]
+    if not doubtful:
+        return None
+    of_truth, of_prediction = ([_unique(keys) for keys in _keys(names)[:2]] for names in (wanted, offered))
+    for image in doubtful:
+        meant = {_image_of(theirs[image], of_truth), _image_of(mine.get(image), of_prediction)} - {None}
+        if meant - {image} or (not meant and image in mine and not _is_tail(mine[image], theirs[image])):
+            return image
+    return None
+
+
+def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str | None:
+    """The image of that name with its folder, else without; None where no image or several have it."""
+    if name is None:
+        return None
+    ((_, path),), ((_, stem),) = _keys({0: name})[:2]
+    return keys[0].get(path, keys[1].get(stem))
+
+
+def _is_tail(first: str, second: str) -> bool:
+    """True where one name with its folders is the end of the other."""
+    parts = [(*PurePosixPath(name).parent.parts, photograph_key(name)) for name in (first, second)]
+    count = min(map(len, parts))
+    return parts[0][-count:] == parts[1][-count:]
 
 
 def _keys(names: Mapping[Any, str]) -> list[list[tuple[Any, str]]]:

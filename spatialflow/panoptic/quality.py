@@ -18,6 +18,7 @@ from spatialflow.panoptic.rules import (
     PREDICTION,
     TRUTH,
     VOID,
+    AnnotationWarning,
     PanopticFormatError,
     Problem,
     pixel_problems,
@@ -103,11 +104,11 @@ class PanopticQuality:
             PanopticFormatError: sizes differ; the predicted map and list have different segments; a ground-truth
                 segment has the id 0 or comes twice; an area is not finite; or a category is unknown.
 
-        Other contradictions between a list and its map (`docs/annotations.md`) are warnings.
+        Other contradictions between a list and its map (`docs/annotations.md`) are an `AnnotationWarning` each.
         """
         counts, problems = self.count(gt_map, gt_segments, pred_map, pred_segments, image_id)
         for problem in problems:
-            warnings.warn(problem.text, stacklevel=2)
+            warnings.warn(problem.text, AnnotationWarning, stacklevel=2)
         self.add(counts)
 
     def count(
@@ -165,7 +166,9 @@ class PanopticQuality:
             result[group]["n"] = len(rows)
         if result["All"]["n"] == 0:
             warnings.warn(
-                "no segment of any category was annotated or predicted: all qualities are 0 with n = 0", stacklevel=2
+                "no segment of any category was annotated or predicted: all qualities are 0 with n = 0",
+                AnnotationWarning,
+                stacklevel=2,
             )
         result["per_class"] = per_class
         return result
@@ -200,13 +203,13 @@ def evaluate(
         PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or segments
             and pixels disagree. The message names the file or the image and the segment.
 
-    Without a single annotated or predicted segment the qualities are 0 with n = 0, and a warning says so. Other
-    warnings name annotations that contradict themselves; `docs/annotations.md` says which, and how the number is made.
+    Without a single annotated or predicted segment the qualities are 0 with n = 0, and an `AnnotationWarning` says so.
+    Others name annotations that contradict themselves; `docs/annotations.md` says which, and how the number is made.
     Neither torch nor OpenCV is imported. Source: panopticapi, `pq_compute`.
     """
     scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
     for text in scored.reports:
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, AnnotationWarning, stacklevel=2)
     return scored.result
 
 
@@ -276,7 +279,8 @@ def _pixels(array: np.ndarray, name: str) -> np.ndarray:
 
 def default_folder(json_path: str | os.PathLike) -> Path:
     """Where the PNGs of a panoptic JSON are if nothing else is said: its path without the ending."""
-    return Path(json_path).with_suffix("")
+    path = Path(json_path)
+    return path.with_suffix("") if path.name else path
 
 
 def _folder(folder: str | os.PathLike | None, content: Any, which: str) -> Path:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from spatialflow.files import atomic_write
 from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections, rename_images
 from spatialflow.panoptic.quality import default_folder, score_files
-from spatialflow.panoptic.rules import PanopticFormatError
+from spatialflow.panoptic.rules import AnnotationWarning, PanopticFormatError
 
 GROUPS = ("All", "Things", "Stuff")
 
@@ -53,7 +53,7 @@ def evaluate_and_report(
         warnings.filterwarnings("ignore", message="no segment of any category")  # the table says it
         scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
     for text in scored.reports:
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, AnnotationWarning, stacklevel=2)
     result, truth = scored.result, scored.truth
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
     print(quality_table(result, names if per_class else None), file=stream or sys.stdout)

@@ -94,6 +94,10 @@ class PanopticFormatError(ValueError):
         self.rule = rule
 
 
+class AnnotationWarning(UserWarning):
+    """Annotations that contradict themselves or hold nothing to score, and were scored."""
+
+
 def summary(problems: Sequence[Problem], source: str) -> str:
     """One sentence about problems that were met and did not stop the work: a count for each rule and one example."""
     counts = Counter(problem.rule for problem in problems)
@@ -145,9 +149,8 @@ def json_problems(content: Any, categories: Collection[int] | None = None) -> It
     for index, annotation in enumerate(content["annotations"]):
         where = f"annotations[{index}]"
         if misfit := _misfit(annotation, {"image_id": _ID, "file_name": _TEXT, "segments_info": _LIST}, where):
-            image = _id_of(annotation, "image_id")
-            text = misfit[0] if image is None else f"{misfit[0]} (image {_label(image)})"
-            yield Problem("annotation", text, image, None, misfit[1], where)
+            image = id_of(annotation, "image_id")
+            yield Problem("annotation", misfit[0] + _of_image(image), image, None, misfit[1], where)
             continue
         image = annotation["image_id"]
         if image in seen:
@@ -190,8 +193,8 @@ def segment_problems(
         if categories is not None and category not in categories:
             says = f" has the unknown category {_label(category)}"
             yield _of_segment("category-unknown", image, number, category, says)
-        if not is_finite(area):
-            says = f" has area {area!r:.40}; it must be a finite number of pixels"
+        if not is_finite(area) or area < 0:
+            says = f" has area {area!r:.40}; it must be a finite number of pixels, 0 or more"
             yield _of_segment("area", image, number, _short(area), says)
         if box is not None and not is_box(box):
             says = f": bbox must be four finite numbers, got {box!r:.80}"
@@ -210,7 +213,7 @@ def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[i
     if "categories" not in content:
         problems.append(Problem("categories", 'a ground truth needs a list "categories"'))
     elif not isinstance(rows, list):
-        text = f'a ground truth needs a list "categories", got {rows!r:.80}'
+        text = f'"categories" must be a list, got {rows!r:.80}'
         problems.append(Problem("category", text, value=_short(rows)))
         rows = []
     for index, category in enumerate(rows):
@@ -236,9 +239,10 @@ def _image_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int 
     problems: list[Problem] = []
     listed: set[int | str] = set()
     for index, image in enumerate(rows):
-        where, number = f"images[{index}]", _id_of(image, "id")
+        where, number = f"images[{index}]", id_of(image, "id")
         if misfit := _image_misfit(image, where):
-            problems.append(Problem("image", misfit[0], number, None, misfit[1], where))
+            text = misfit[0] + _of_image(number)
+            problems.append(Problem("image", text, number, None, misfit[1], where))
         if number in listed:
             text = f"{where}: image {number!r:.80} is listed twice"
             problems.append(Problem("image-twice", text, number, value=number))
@@ -257,24 +261,30 @@ def _image_misfit(image: Any, where: str) -> tuple[str, Any] | None:
     return None
 
 
+def segment_id(segment: Any) -> int | None:
+    """The id of an entry of `segments_info`, None where it has none."""
+    number = segment.get("id") if isinstance(segment, Mapping) else None
+    return number if type(number) is int else None  # true and false are integers to isinstance
+
+
 def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -> Problem | None:
+    number = segment_id(segment)
     if (
-        isinstance(segment, Mapping)
-        and isinstance(segment.get("id"), int)
-        and isinstance(segment.get("category_id"), int)
-        and 0 <= segment["id"] <= LARGEST_ID
-        and isinstance(segment.get("area", 0), _NUMBER)
+        number is not None
+        and type(segment.get("category_id")) is int
+        and 0 <= number <= LARGEST_ID
+        and _is_number(segment.get("area", 0))
         and segment.get("iscrowd", 0) in (0, 1)
     ):
         return None
     where, of = f"annotations[{index}]: segments_info[{position}]", f"(image {_label(image)}"
-    if not isinstance(segment, Mapping) or not all(isinstance(segment.get(f), int) for f in ("id", "category_id")):
-        text = f'{where} must be a mapping with integers "id" and "category_id" {of})'
-        return Problem("segment", text, image, None, _short(segment), where)
-    number, rule = segment["id"], "segment"
+    if number is None or type(segment.get("category_id")) is not int:
+        text = f'{where} must be a mapping with integers "id" and "category_id", got {segment!r:.80} {of})'
+        return Problem("segment", text, image, number, _short(segment), where)
+    rule = "segment"
     if not 0 <= number <= LARGEST_ID:
         rule, value, text = "id-range", number, f"id must lie in [0, {LARGEST_ID}], got {_label(number)}"
-    elif not isinstance(segment.get("area", 0), _NUMBER):
+    elif not _is_number(segment.get("area", 0)):
         value = segment["area"]
         text = f"area must be a number, got {value!r:.80}"
     else:
@@ -295,12 +305,21 @@ def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tu
         if not isinstance(item, Mapping) or field not in item:
             return f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})', _short(item)
         value = item[field]
-        if not isinstance(value, kinds) or (kinds is _FLAG and value not in (0, 1)):
+        if not _is_of(value, kinds) or (kinds is _FLAG and value not in (0, 1)):
             return f"{where}: {field} must be {_KINDS[kinds]}, got {value!r:.80}", _short(value)
         if kinds is _TEXT and not _names_a_file(value):
             rule = "must be a string without NUL or unpaired surrogates"
             return f"{where}: {field} {rule}, got {value!r:.80}", _short(value)
     return None
+
+
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """`isinstance`, for which JSON's true and false are flags and no numbers."""
+    return isinstance(value, kinds) and (kinds is _FLAG or not isinstance(value, bool))
+
+
+def _is_number(value: Any) -> bool:
+    return _is_of(value, _NUMBER)
 
 
 def _names_a_file(text: str) -> bool:
@@ -311,10 +330,14 @@ def _names_a_file(text: str) -> bool:
         return False
 
 
-def _id_of(item: Any, field: str) -> int | str | None:
+def id_of(item: Any, field: str) -> int | str | None:
     """The id under `field`, None where there is none."""
     value = item.get(field) if isinstance(item, Mapping) else None
-    return value if isinstance(value, _ID) else None
+    return value if _is_of(value, _ID) else None
+
+
+def _of_image(image: int | str | None) -> str:
+    return "" if image is None else f" (image {_label(image)})"
 
 
 def _label(name: Any) -> str:
@@ -332,7 +355,10 @@ def _short(value: Any) -> Any:
 
 
 def pixel_problems(
-    segments: Sequence[Mapping[str, Any]], image: int | str, found: Mapping[int, int | Extent]
+    segments: Sequence[Mapping[str, Any]],
+    image: int | str,
+    found: Mapping[int, int | Extent],
+    unusable: Collection[int] = (),
 ) -> Iterator[Problem]:
     """What contradicts the pixels of one image's map.
 
@@ -340,8 +366,9 @@ def pixel_problems(
         segments: mappings with integers `id` and `category_id`.
         image: the image's id.
         found: pixels of every id of the map, or their `Extent`; without those boxes are not looked at.
+        unusable: ids of segments that are listed too, with other fields that cannot be used.
     """
-    listed = {VOID}
+    listed = {VOID, *unusable}
     for segment in segments:
         number, extent = segment["id"], found.get(segment["id"])
         listed.add(number)
@@ -350,9 +377,9 @@ def pixel_problems(
             continue
         pixels = extent.pixels if isinstance(extent, Extent) else extent
         area, box = segment.get("area", pixels), segment.get("bbox")
-        if area != pixels and is_finite(area):
+        if area != pixels and is_finite(area) and area >= 0:
             says = f" has area {area} in the JSON and {pixels} pixels in the PNG"
-            yield _of_segment("area" if area < 0 else "area-pixels", image, number, area, says)
+            yield _of_segment("area-pixels", image, number, area, says)
         if isinstance(extent, Extent) and contradicts(box, extent):
             yield _of_segment("bbox-pixels", image, number, box, _box_text(box, extent))
     for number in found:
@@ -393,4 +420,4 @@ def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
 
 def is_finite(value: Any) -> bool:
     """True for a number that is finite, and not too large to be one of pixels; JSON's true and false are none."""
-    return isinstance(value, _NUMBER) and not isinstance(value, bool) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
+    return _is_number(value) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER

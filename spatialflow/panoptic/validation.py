@@ -2,7 +2,7 @@
 """Checks a whole set of annotations, the JSON with its PNGs and photographs, by the rules of `rules`; no torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +11,7 @@ from spatialflow.panoptic.extents import extents
 from spatialflow.panoptic.formats import load_json, read_id_map
 from spatialflow.panoptic.photographs import find_photograph
 from spatialflow.panoptic.quality import available_cores, default_folder, with_progress
-from spatialflow.panoptic.rules import PanopticFormatError, Problem, json_problems, pixel_problems
-
-_EXIF_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+from spatialflow.panoptic.rules import PanopticFormatError, Problem, json_problems, pixel_problems, segment_id
 
 
 class Validation(NamedTuple):
@@ -37,7 +35,7 @@ def validate(
     Args:
         json_path: COCO panoptic JSON.
         folder: of the PNGs that it names; None for the JSON's path without ".json".
-        images: folder of the photographs; None: those are not looked for.
+        images: folder of the photographs, which are decoded as training does it; None: those are not looked for.
         workers: threads; default: one per core. The result does not depend on it.
         progress: show a progress bar on standard error.
 
@@ -63,25 +61,32 @@ def validate(
             raise PanopticFormatError(f"{given}: no such folder")
     # Entries that are malformed have their problem already, and are left out from here on.
     malformed = {problem.entry for problem in problems if problem.entry}
-    rows = {row["id"]: row for i, row in enumerate(_list(content, "images")) if f"images[{i}]" not in malformed}
+    rows: dict[int | str, Mapping[str, Any]] = {}
+    for i, row in enumerate(_list(content, "images")):
+        if f"images[{i}]" not in malformed:
+            rows.setdefault(row["id"], row)
     checked = []
     for i, annotation in enumerate(content["annotations"]):
         if f"annotations[{i}]" not in malformed:
-            segments = enumerate(annotation["segments_info"])
-            usable = [s for j, s in segments if f"annotations[{i}]: segments_info[{j}]" not in malformed]
-            checked.append(annotation | {"segments_info": usable})
+            usable, unusable = [], []
+            for j, segment in enumerate(annotation["segments_info"]):
+                if f"annotations[{i}]: segments_info[{j}]" not in malformed:
+                    usable.append(segment)
+                elif (number := segment_id(segment)) is not None:
+                    unusable.append(number)
+            checked.append((annotation | {"segments_info": usable}, unusable))
 
-    def check(annotation: Mapping[str, Any]) -> list[Problem]:
-        return _image_problems(annotation, rows.get(annotation["image_id"]), folder, images)
+    def check(annotation: Mapping[str, Any], unusable: Sequence[int]) -> list[Problem]:
+        return _image_problems(annotation, unusable, rows.get(annotation["image_id"]), folder, images)
 
     with ThreadPoolExecutor(workers or available_cores()) as pool:
-        futures = [pool.submit(check, annotation) for annotation in checked]
+        futures = [pool.submit(check, *item) for item in checked]
         try:
             for future in with_progress(futures, "validate", progress):
                 problems += future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return Validation(len(checked), sum(len(annotation["segments_info"]) for annotation in checked), problems)
+    return Validation(len(checked), sum(len(annotation["segments_info"]) for annotation, _ in checked), problems)
 
 
 def _list(content: Mapping[str, Any], field: str) -> list:
@@ -89,9 +94,20 @@ def _list(content: Mapping[str, Any], field: str) -> list:
 
 
 def _image_problems(
-    annotation: Mapping[str, Any], row: Mapping[str, Any] | None, folder: Path, images: str | os.PathLike | None
+    annotation: Mapping[str, Any],
+    unusable: Sequence[int],
+    row: Mapping[str, Any] | None,
+    folder: Path,
+    images: str | os.PathLike | None,
 ) -> list[Problem]:
-    """Problems of one image's PNG and, where there is a folder of them, photograph; `row` is its entry in `images`."""
+    """Problems of one image's PNG and, where there is a folder of them, photograph.
+
+    Args:
+        annotation: with the segments that can be used.
+        unusable: ids of its other segments.
+        row: the image's entry in `images`, None where it has none.
+        folder, images: as for `validate`.
+    """
     image = annotation["image_id"]
     problems: list[Problem] = []
     size = None
@@ -101,7 +117,7 @@ def _image_problems(
         problems.append(Problem(error.rule, f"image {image}: {error}", image, value=annotation["file_name"]))
     else:
         size = (id_map.shape[1], id_map.shape[0])
-        problems += pixel_problems(annotation["segments_info"], image, extents(id_map))
+        problems += pixel_problems(annotation["segments_info"], image, extents(id_map), unusable)
     if row is not None and size not in (None, (row["width"], row["height"])):
         text = f"image {image}: the PNG has {size[0]}x{size[1]} pixels, images says {row['width']}x{row['height']}"
         problems.append(Problem("image-size", text, image, value=f"{size[0]}x{size[1]}"))
@@ -111,18 +127,16 @@ def _image_problems(
 
 
 def _photograph_problems(image: int | str, name: str, folder: Path, size: tuple[int, int] | None) -> list[Problem]:
-    from PIL import Image
+    from spatialflow.images import ImageError, read_image
 
     path = find_photograph(folder, name)
     if not os.path.isfile(path):
         return [Problem("photograph", f"image {image}: {path}: no such file", image, value=name)]
     try:
-        with Image.open(path) as picture:
-            found = picture.size
-            if picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
-                found = found[::-1]
-    except Exception as error:  # decoders of many formats raise many kinds
-        return [Problem("photograph", f"image {image}: {path}: cannot be read: {error}", image, value=name)]
+        height, width, _ = read_image(path).shape
+    except ImageError as error:
+        return [Problem("photograph", f"image {image}: {error}", image, value=name)]
+    found = (width, height)
     if size in (None, found):
         return []
     text = f"image {image}: {path} has {found[0]}x{found[1]} pixels, the PNG {size[0]}x{size[1]}"

@@ -31,8 +31,8 @@ from spatialflow.data.categories import CategoryError, load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
 from spatialflow.data.samples import SampleError
 from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
-from spatialflow.data.transforms import ImageError, read_image
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
+from spatialflow.images import ImageError, read_image
 from spatialflow.models.build import build_model, load_config
 from spatialflow.models.config import SECTIONS, Config, ConfigError, parse_settings
 from spatialflow.panoptic import PanopticFormatError, read_id_map
@@ -153,10 +153,17 @@ def _command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
     """
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # what a name holds may not be writable
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+            warnings.catch_warnings(record=True) as shown,
+        ):  # fmt: skip
+            warnings.simplefilter("default")
             code = cli.main(list(map(str, arguments)))
     except SystemExit as error:
         code = error.code
+    for warning in shown:  # those that the command makes sentences of are not here
+        if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | ImportWarning):
+            raise Wrong(f"a warning with a line of source: {warning.category.__name__}: {warning.message}")
     lines = [line for line in err.getvalue().splitlines() if line.strip()]
     for line in lines:
         if not line.startswith(("spatialflow: ", "usage: ", "skipped: ")) or len(line) > LINE:
@@ -213,7 +220,8 @@ def _read_panoptic(folder: Path, base: int, changes: list) -> int:
     elif base == 1:
         code, _ = _command("evaluate", truth, edited, "--per-class")
     elif base == 2:
-        code, _ = _command("visualize", _scenes() / "images", "--ground-truth", edited, "--output", folder / "out")
+        maps = ("--ground-truth", edited, "--prediction", truth)
+        code, _ = _command("visualize", _scenes() / "images", *maps, "--output", folder / "out")
     elif base == 3:
         code, _ = _command("validate", edited, "--images", _scenes() / "images", silent=True)
     else:

@@ -30,6 +30,7 @@ from spatialflow.console import (
     png_folder,
     sentence,
     show_log,
+    to_path,
     with_examples,
 )
 from spatialflow.errors import CommandError, Terminated
@@ -56,8 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     show_log()
     try:
-        with _sigterm_raises(), _warnings_as_sentences():
-            code = options.run(options)
+        with _signals_raise() as received, _warnings_as_sentences():
+            try:
+                code = options.run(options)
+            except Exception:
+                if received:  # a library has turned the exception of the signal into one of its own
+                    raise _EXCEPTION_OF[received[0]] from None
+                raise
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered goes nowhere
@@ -83,21 +89,41 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """In the block SIGTERM ends a command as Ctrl-C does, through its `with` and `finally` blocks."""
+_EXCEPTION_OF = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
-    def terminate(*_: object) -> None:
-        raise Terminated
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[list[int]]:
+    """In the block SIGTERM ends a command as Ctrl-C does, through its `with` and `finally` blocks.
+
+    Yields:
+        The signals that have come so far.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        if _is_being_imported("torch"):  # its C++ aborts at an exception, and nothing is to be saved yet
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        raise _EXCEPTION_OF[number]
 
     if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
-        yield
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.getsignal(number) for number in _EXCEPTION_OF}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as SIGINT in a background job of a shell
+            signal.signal(number, stop)
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_being_imported(name: str) -> bool:
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
 
 
 @contextlib.contextmanager
@@ -138,13 +164,13 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )  # fmt: skip
     predict.set_defaults(run=_predict)
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    predict.add_argument("--output", required=True, type=Path, metavar="FOLDER",
+    predict.add_argument("images", nargs="+", type=to_path, metavar="IMAGE", help="image files, or folders of them")
+    predict.add_argument("--output", required=True, type=to_path, metavar="FOLDER",
                          help="receives panoptic.json, panoptic/*.png (COCO panoptic format) and "
                               "overlays/*.jpg")  # fmt: skip
     predict.add_argument("--config", action="append", metavar="NAME",
                          help=f"configuration of the package or YAML file (default: {DEFAULT_CONFIG})")  # fmt: skip
-    predict.add_argument("--checkpoint", action="append", type=Path, metavar="FILE",
+    predict.add_argument("--checkpoint", action="append", type=to_path, metavar="FILE",
                          help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
                               "the package, as for demo; else random ones). Given several times: an ensemble, with one "
                               "--config for all or one for each")  # fmt: skip
@@ -190,13 +216,13 @@ def _parser() -> argparse.ArgumentParser:
         ("ground_truth", "ground truth: a Cityscapes tree (its split val), or"),
         ("prediction", "predictions:"),
     ):
-        evaluate.add_argument(name, type=Path, metavar=name.upper(),
+        evaluate.add_argument(name, type=to_path, metavar=name.upper(),
                               help=f"{what} the panoptic JSON, the folder of PNGs beside it, or what `predict` "
                                    "wrote")  # fmt: skip
-    evaluate.add_argument("--ground-truth-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
-    evaluate.add_argument("--prediction-folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
-    evaluate.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
-    evaluate.add_argument("--detections", type=Path, metavar="FILE",
+    evaluate.add_argument("--ground-truth-folder", type=to_path, metavar="FOLDER", help="PNGs, if not beside the JSON")
+    evaluate.add_argument("--prediction-folder", type=to_path, metavar="FOLDER", help="PNGs, if not beside the JSON")
+    evaluate.add_argument("--output", type=to_path, metavar="FILE", help="write all numbers as JSON")
+    evaluate.add_argument("--detections", type=to_path, metavar="FILE",
                           help="COCO results, as `predict --detections` writes them: box and mask AP too")  # fmt: skip
     evaluate.add_argument("--per-class", action="store_true", help="a line for every class in the table")
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
@@ -211,7 +237,8 @@ def _parser() -> argparse.ArgumentParser:
         **with_examples("synthesize scenes --count 20 --size 256 384"),
     )
     synthesize.set_defaults(run=_synthesize)
-    synthesize.add_argument("output", type=Path, metavar="FOLDER", help="receives images/, panoptic/ and panoptic.json")
+    synthesize.add_argument("output", type=to_path, metavar="FOLDER",
+                            help="receives images/, panoptic/ and panoptic.json")  # fmt: skip
     synthesize.add_argument("--count", type=int, default=8, metavar="N", help="scenes (default: %(default)s)")
     synthesize.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"),
                             help="pixels of every scene (default: 480 640)")  # fmt: skip
@@ -223,10 +250,10 @@ def _parser() -> argparse.ArgumentParser:
         **with_examples("convert released.pth weights.safetensors --half"),
     )  # fmt: skip
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", type=Path, metavar="SOURCE", help="released checkpoint, or one of this package")
+    convert.add_argument("source", type=to_path, metavar="SOURCE", help="released checkpoint, or one of this package")
     convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
     convert.add_argument("--ema", action="store_true", help="take the moving average (EMA) of the weights in SOURCE")
-    convert.add_argument("destination", type=Path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
+    convert.add_argument("destination", type=to_path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
 
     benchmark = commands.add_parser(
         "benchmark", help="time operators against their peers",
@@ -404,9 +431,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     prediction = panoptic_json(options.prediction)
     try:
         truth, failed = ground_truth_json(options.ground_truth, prediction.parent)
-        keep_inputs(options.output, truth, prediction, options.detections)
         truth_folder = png_folder(truth, options.ground_truth_folder, "--ground-truth-folder")
         prediction_folder = png_folder(prediction, options.prediction_folder, "--prediction-folder")
+        keep_inputs(options.output, truth, truth_folder, prediction, prediction_folder, options.detections)
         with named(options.output):
             evaluate_and_report(
                 truth, truth_folder, prediction, prediction_folder,

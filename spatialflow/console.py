@@ -33,6 +33,13 @@ def with_examples(*lines: str) -> dict[str, Any]:
     }
 
 
+def to_path(text: str) -> Path:
+    """A path of the command line; an empty one, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def complain(text: str) -> None:
     """A sentence on standard error, with the program's name before it."""
     print(f"spatialflow: {text}", file=sys.stderr)
@@ -192,13 +199,22 @@ def ground_truth_json(path: Path, folder: Path) -> tuple[Path, list[str]]:
 
 
 def keep_inputs(output: Path | None, *inputs: Path | None) -> None:
-    """Refuses an output file that is one of the command's input files; None stands for no file.
+    """Refuses an output file that is one of the command's input files, or a picture in one of its input folders.
+
+    Args:
+        output: the file; None for no file.
+        inputs: files and folders; None for no input.
 
     Raises:
         CommandError: it is.
     """
+    if output is None or not os.path.exists(output):
+        return
     for path in inputs:
-        if output is not None and path is not None and os.path.exists(output) and os.path.samefile(output, path):
+        is_picture = output.suffix.lower() in IMAGE_SUFFIXES
+        if path is not None and (
+            os.path.samefile(output, path) or (is_picture and path.resolve() in output.resolve().parents)
+        ):
             raise CommandError(f"{output}: is an input of this command, which does not replace it")
 
 

@@ -71,20 +71,22 @@ class PredictionFolder:
         self.done = [image.name for image in images if self._is_done(image)]
 
     def _replaces(self) -> bool:
-        """True if the folder holds the results of an earlier run that has ended; CommandError for other files."""
-        from spatialflow.panoptic.writer import has_info
+        """True if the folder holds the results of an earlier run that has ended.
 
-        if os.path.exists(self._root / "panoptic.journal.jsonl"):
-            return False
-        results = self._root / "panoptic.json"
-        if has_info(results, _INFO):
-            return True
-        files = [results, *[self._root / "detections.json"] * self._detections, *map(self._map_path, self._images)]
-        files += map(self._overlay_path, self._images) if self._overlays else ()
-        for path in files:
-            if os.path.exists(path):
+        Raises:
+            CommandError: the JSON or the journal is not of `predict`, or neither is there and another file is in the
+                way.
+        """
+        from spatialflow.panoptic.writer import earlier_files
+
+        own, others = earlier_files(self._root / "panoptic.json", _INFO)
+        if not own and not others:
+            others = [self._root / "detections.json"] * self._detections + [*map(self._map_path, self._images)]
+            others += map(self._overlay_path, self._images) if self._overlays else ()
+        for path in others:
+            if os.path.lexists(path):
                 raise CommandError(f"{path}: would be replaced, and is no result of `predict`; use another --output")
-        return False
+        return [path.name for path in own] == ["panoptic.json"]
 
     def _is_done(self, image: InputImage) -> bool:
         if self._overlays and not os.path.isfile(self._overlay_path(image)):
@@ -127,15 +129,11 @@ class PredictionFolder:
         """The folders are made before the first image, so that a place which cannot be written costs no prediction."""
         from spatialflow.panoptic import InUseError
 
-        for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
-            try:
+        try:
+            for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
                 with named(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CommandError(sentence(error)) from None
-        try:
-            with named(self._root):
-                self._writer.__enter__()
+            self._writer.__enter__()
         except InUseError as error:
             raise CommandError(f"{error}; use another --output") from None
         except OSError as error:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import complain, package_configs, with_examples
+from spatialflow.console import complain, package_configs, to_path, with_examples
 from spatialflow.errors import CommandError
 
 
@@ -30,22 +30,22 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument(
         "settings", nargs="*", metavar="FIELD=VALUE", help="other values for the configuration, e.g. epochs=5"
     )
-    train.add_argument("--output", required=True, type=Path, metavar="FOLDER",
+    train.add_argument("--output", required=True, type=to_path, metavar="FOLDER",
                        help="receives checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...")  # fmt: skip
-    train.add_argument("--images", type=Path, metavar="FOLDER", help="photographs")
-    train.add_argument("--annotations", type=Path, metavar="JSON", help="COCO panoptic JSON")
+    train.add_argument("--images", type=to_path, metavar="FOLDER", help="photographs")
+    train.add_argument("--annotations", type=to_path, metavar="JSON", help="COCO panoptic JSON")
     train.add_argument(
-        "--panoptic", type=Path, metavar="FOLDER", help="its PNGs (default: beside the JSON, named like it)"
+        "--panoptic", type=to_path, metavar="FOLDER", help="its PNGs (default: beside the JSON, named like it)"
     )
-    train.add_argument("--validation-images", type=Path, metavar="FOLDER", help="as --images, to evaluate on")
-    train.add_argument("--validation-annotations", type=Path, metavar="JSON", help="as --annotations")
-    train.add_argument("--validation-panoptic", type=Path, metavar="FOLDER", help="as --panoptic")
-    train.add_argument("--cityscapes", type=Path, metavar="FOLDER", help="tree with leftImg8bit and gtFine: train on "
-                       "its split train, evaluate on val where there is one")  # fmt: skip
-    train.add_argument("--checkpoint", type=Path, metavar="FILE", help="finetune these weights; layers that depend on "
-                       "the classes start from random weights where they do not fit")  # fmt: skip
+    train.add_argument("--validation-images", type=to_path, metavar="FOLDER", help="as --images, to evaluate on")
+    train.add_argument("--validation-annotations", type=to_path, metavar="JSON", help="as --annotations")
+    train.add_argument("--validation-panoptic", type=to_path, metavar="FOLDER", help="as --panoptic")
+    train.add_argument("--cityscapes", type=to_path, metavar="FOLDER", help="tree with leftImg8bit and gtFine: train "
+                       "on its split train, evaluate on val where there is one")  # fmt: skip
+    train.add_argument("--checkpoint", type=to_path, metavar="FILE", help="finetune these weights; layers that depend "
+                       "on the classes start from random weights where they do not fit")  # fmt: skip
     train.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
-    train.add_argument("--backbone", type=Path, metavar="FILE", help="ImageNet weights with torchvision's names")
+    train.add_argument("--backbone", type=to_path, metavar="FILE", help="ImageNet weights with torchvision's names")
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     train.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     train.add_argument("--workers", type=int, default=2, metavar="N", help="reading processes (default: %(default)s)")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import keep_inputs, named, panoptic_json, png_folder, sentence, with_examples
+from spatialflow.console import keep_inputs, named, panoptic_json, png_folder, sentence, to_path, with_examples
 from spatialflow.errors import CommandError
 
 EXAMPLES = 3
@@ -31,13 +31,13 @@ def add_validate(commands: Any) -> None:
         ),
     )  # fmt: skip
     validate.set_defaults(run=run_validate)
-    validate.add_argument("annotations", type=Path, metavar="ANNOTATIONS",
+    validate.add_argument("annotations", type=to_path, metavar="ANNOTATIONS",
                           help="the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
-    validate.add_argument("--folder", type=Path, metavar="FOLDER", help="PNGs, if not beside the JSON")
-    validate.add_argument("--images", type=Path, metavar="FOLDER",
+    validate.add_argument("--folder", type=to_path, metavar="FOLDER", help="PNGs, if not beside the JSON")
+    validate.add_argument("--images", type=to_path, metavar="FOLDER",
                           help="photographs: check that each can be read and has its PNG's size")  # fmt: skip
     validate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
-    validate.add_argument("--output", type=Path, metavar="FILE", help="write all problems as JSON")
+    validate.add_argument("--output", type=to_path, metavar="FILE", help="write all problems as JSON")
 
 
 def run_validate(options: argparse.Namespace) -> int:
@@ -48,8 +48,8 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.workers is not None and options.workers < 1:
         raise CommandError(f"--workers must be at least 1, got {options.workers}")
     path = panoptic_json(options.annotations)
-    keep_inputs(options.output, path)
     folder = png_folder(path, options.folder, "--folder")
+    keep_inputs(options.output, path, folder, options.images)
     try:
         found = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
         if options.output is not None:

@@ -234,6 +234,26 @@ class TestPredict:
         assert sentences(capsys) == [said]
         assert (tmp_path / name).read_bytes() == b"mine"
 
+    def test_a_folder_with_a_journal_of_others(self, photographs, weights, tmp_path, capsys):
+        """An empty one too: a ground truth beside it is none of `predict`."""
+        command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
+        assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 0
+        truth = (tmp_path / "panoptic.json").read_bytes()
+        for content in (b"", b"my notes\n", b'{"info": {"description": "written by spatialflow synthesize"}, '):
+            (tmp_path / "panoptic.journal.jsonl").write_bytes(content)
+            assert main([*command, "--output", str(tmp_path)]) == 2
+            assert "panoptic.json: would be replaced" in sentences(capsys)[-1]
+        (tmp_path / "panoptic.json").unlink()
+        assert main([*command, "--output", str(tmp_path)]) == 2
+        assert "panoptic.journal.jsonl: would be replaced" in sentences(capsys)[-1]
+        assert (tmp_path / "panoptic.journal.jsonl").read_bytes() == content and truth
+
+    def test_empty_paths(self, capsys):
+        for arguments in (["", "--output", "out"], ["a.jpg", "--output", ""], ["a.jpg", "--checkpoint", ""]):
+            with pytest.raises(SystemExit):
+                main(["predict", *arguments])
+            assert "must not be empty" in capsys.readouterr().err
+
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
         assert sentences(capsys) == ["no --checkpoint: the weights are random, so the maps mean nothing"]
@@ -350,8 +370,10 @@ class TestEvaluate:
             assert main(["evaluate", *paths[:2], "--output", str(output)]) == 2
             assert main(["validate", paths[0], "--output", str(output)]) == 2
         assert main(["convert", str(weights), str(weights), "--half"]) == 2
+        for picture in (prediction / "panoptic").iterdir():
+            assert main(["validate", paths[0], "--output", str(picture)]) == 2
         said = sentences(capsys)
-        assert len(said) == 5 and all("is an input of this command, which does not replace it" in line for line in said)
+        assert len(said) == 7 and all("is an input of this command, which does not replace it" in line for line in said)
         assert before == ((prediction / "panoptic.json").read_bytes(), weights.read_bytes())
 
 

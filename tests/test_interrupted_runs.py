@@ -242,8 +242,33 @@ class TestPredict:
         assert sentences(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by a run that was interrupted")
         assert contents(stopped) == uninterrupted
 
-    def test_the_handler_is_put_back(self, arguments, stopped):
+    def test_the_handlers_are_put_back(self, arguments, stopped):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+    @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_a_library_that_turns_the_exception_into_its_own(self, arguments, tmp_path, monkeypatch, number, code):
+        """As safetensors does; the weights are not damaged."""
+        import safetensors.torch
+
+        def load(path):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+            except BaseException:
+                raise safetensors.SafetensorError("could not determine the shape") from None
+
+        monkeypatch.setattr(safetensors.torch, "load_file", load)
+        assert main([*arguments, "--output", str(tmp_path)]) == code
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_while_torch_is_imported(self, number):
+        """An exception there would abort the process: it ends by the signal, which a shell shows as 128 + number."""
+        code = (
+            "import os, torch; from spatialflow import cli; torch.__spec__._initializing = True; "
+            f"cli._info = lambda options: os.kill(os.getpid(), {int(number)}) or 0; cli.main(['info'])"
+        )
+        assert subprocess.run([sys.executable, "-c", code]).returncode == -number
 
 
 def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys):
@@ -416,7 +441,7 @@ class TestWriter:
         assert writer({"score": 0.5, "sizes": [1, 2]}, row).is_done(1, "a.jpg")
         with pytest.raises(ResumeError, match=r"maps.journal.jsonl: .* score 0.5 -> 0.25, sizes \[1, 2\] -> None"):
             writer({"score": 0.25}, row)
-        with pytest.raises(ResumeError, match="did not end: categories '"):
+        with pytest.raises(ResumeError, match="did not end: category table '"):
             writer({"score": 0.5, "sizes": [1, 2]}, [])
 
     def test_images_of_an_earlier_run_are_replaced_and_others_are_not(self, tmp_path):
@@ -456,8 +481,12 @@ class TestWriter:
         assert len(json.loads((tmp_path / "maps.json").read_text())["images"]) == 2
 
     def test_an_interrupt_between_png_and_row_leaves_nothing(self, tmp_path, monkeypatch):
+        write = module._write
+
         def interrupted(stream, content):
-            raise KeyboardInterrupt
+            if "image" in content:
+                raise KeyboardInterrupt
+            write(stream, content)
 
         monkeypatch.setattr(module, "_write", interrupted)
         with pytest.raises(KeyboardInterrupt), PanopticWriter(tmp_path / "maps") as writer:
@@ -563,6 +592,64 @@ class TestWriter:
         with PanopticWriter(tmp_path / "maps") as second:
             second.add(1, "1.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
             assert len((tmp_path / "maps.journal.jsonl").read_bytes().splitlines()) == 2
+
+    def test_closed_and_used_again(self, tmp_path):
+        """As after a `with` block that failed: nothing that was there is lost."""
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        writer = PanopticWriter(tmp_path / "maps", resume=True)
+        writer.add(0, "0.jpg", ids, segments)
+        writer.close(keep_journal=True)
+        writer.add(1, "1.jpg", ids, segments)
+        writer.close(keep_journal=True)
+        with PanopticWriter(tmp_path / "maps", resume=True) as second:
+            assert second.is_done(0, "0.jpg") and second.is_done(1, "1.jpg")
+
+    def test_rows_that_are_none_are_refused(self, tmp_path):
+        writer = PanopticWriter(tmp_path / "maps", resume=True)
+        annotation = {"image_id": 1, "file_name": "a.png", "segments_info": []}
+        for row in ({}, {"image": {"file_name": "a"}, "annotation": annotation}, None):
+            with pytest.raises(PanopticFormatError, match="a row must be one of another writer's `rows`, got"):
+                writer.extend([row])
+        writer.add(2, "b.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+        writer.close(keep_journal=True)
+        assert len(PanopticWriter(tmp_path / "maps", resume=True)) == 1
+
+    @pytest.mark.parametrize(
+        "change, said",
+        [
+            ({"image_id": 1.5}, "image_id must be an integer or a string, got 1.5"),
+            ({"image_id": None}, "image_id must be an integer or a string, got None"),
+            ({"image_id": True}, "image_id must be an integer or a string, got True"),
+            ({"id_map": np.ones((2, 2, 3), int)}, r"id_map must have shape \(H, W\), got \(2, 2, 3\)"),
+            ({"segments": [{"id": 1}]}, "a segment's category_id must be an integer, got None"),
+            ({"segments": [{"category_id": 1}]}, "a segment's id must be an integer, got None"),
+            ({"png_name": "../a.png"}, "png_name must be a path inside the folder, got '../a.png'"),
+            ({"png_name": "/a.png"}, "png_name must be a path inside the folder, got '/a.png'"),
+            ({"segments": [{"id": 1, "category_id": 1, "score": float("nan")}]}, "cannot be written as JSON"),
+            ({"detections": [{"score": np.float32("inf")}]}, "cannot be written as JSON"),
+        ],
+    )
+    def test_what_no_reader_takes_is_refused(self, tmp_path, change, said):
+        image = {"image_id": 1, "image_name": "a.jpg", "id_map": np.ones((2, 2), int)}
+        image |= {"segments": [{"id": 1, "category_id": 1}]} | change
+        with PanopticWriter(tmp_path / "maps") as writer:
+            with pytest.raises(PanopticFormatError, match=said):
+                writer.add(**image)
+        assert sorted(contents(tmp_path)) == ["maps.json"]
+
+    def test_a_folder_without_a_name(self, tmp_path, monkeypatch):
+        (tmp_path / "maps").mkdir()
+        monkeypatch.chdir(tmp_path / "maps")
+        assert PanopticWriter(".").json_path == tmp_path / "maps.json"
+
+    def test_settings_under_any_name(self, tmp_path):
+        """Also those of the journal's own fields."""
+        for name in ("categories", "category table", "info", "settings"):
+            first = PanopticWriter(tmp_path / name, settings={name: "A"}, resume=True)
+            first.add(1, "a.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+            first.close(keep_journal=True)
+            with pytest.raises(ResumeError):
+                PanopticWriter(tmp_path / name, settings={name: "B"}, resume=True)
 
     def test_a_block_without_images_leaves_no_journal(self, tmp_path):
         with pytest.raises(KeyError), PanopticWriter(tmp_path / "maps"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from spatialflow.data.categories import TABLES, read_rows
 from spatialflow.files import atomic_write
-from spatialflow.panoptic.writer import PanopticWriter, has_info
+from spatialflow.panoptic.writer import PanopticWriter, earlier_files
 
 CATEGORIES: tuple[dict[str, Any], ...] = tuple(read_rows(TABLES / "synthetic.json"))
 """The category table of synthetic scenes."""
@@ -76,8 +76,8 @@ def synthesize(folder: str | os.PathLike, count: int, size: tuple[int, int], see
         raise ValueError(f"count: must be positive, got {count}")
     folder = Path(folder)
     json_path = folder / "panoptic.json"
-    if os.path.exists(json_path) and not has_info(json_path, _INFO):
-        raise ValueError(f"{json_path}: would be replaced, and is not of synthetic scenes")
+    if others := earlier_files(json_path, _INFO)[1]:
+        raise ValueError(f"{others[0]}: would be replaced, and is not of synthetic scenes")
     with PanopticWriter(folder / "panoptic", json_path, CATEGORIES, info=_INFO) as writer:
         for index in range(count):
             scene = make_scene(size, seed, index)

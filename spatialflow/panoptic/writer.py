@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -49,9 +49,22 @@ def panoptic_row(
         png_name: path of the PNG as seen from the folder of PNGs.
 
     Raises:
-        PanopticFormatError: segments and map disagree.
+        PanopticFormatError: an argument is none that the format has, or segments and map disagree.
     """
+    if isinstance(image_id, bool) or not isinstance(image_id, int | np.integer | str):
+        raise PanopticFormatError(f"{image_name}: image_id must be an integer or a string, got {image_id!r:.60}")
+    if np.ndim(id_map) != 2:
+        raise PanopticFormatError(f"image {image_id}: id_map must have shape (H, W), got {np.shape(id_map)}")
+    path = PurePosixPath(png_name)
+    if path.is_absolute() or ".." in path.parts:
+        raise PanopticFormatError(f"image {image_id}: png_name must be a path inside the folder, got {png_name!r:.80}")
     segments = [dict(segment) for segment in segments]
+    for segment in segments:
+        for field in ("id", "category_id"):
+            value = segment.get(field)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                rule = f"a segment's {field} must be an integer, got {value!r:.60}"
+                raise PanopticFormatError(f"image {image_id}: {rule}")
     listed = [segment["id"] for segment in segments]
     present = set(np.unique(id_map).tolist()) - {VOID}
     if len(set(listed)) != len(listed) or set(listed) != present:
@@ -65,14 +78,26 @@ def panoptic_row(
     }
 
 
-def has_info(json_path: str | os.PathLike, info: Mapping[str, Any]) -> bool:
-    """True for a file that `PanopticWriter` wrote with this `info`."""
+def earlier_files(json_path: Path, info: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
+    """The JSON and the journal that a writer would replace: those of writers with this `info`, and those of others."""
     beginning = _beginning(info).encode()
-    try:
-        with open(json_path, "rb") as stream:
-            return stream.read(len(beginning)) == beginning
-    except OSError:
-        return False
+    own, others = [], []
+    for path in (json_path, _journal_path(json_path)):
+        if os.path.lexists(path):
+            content = b"" if not os.path.isfile(path) else _first_bytes(path, len(beginning))
+            # A power failure may leave a part of a journal's first line.
+            is_own = content == beginning or (path != json_path and beginning.startswith(content) and content)
+            (own if is_own else others).append(path)
+    return own, others
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(count)
+
+
+def _journal_path(json_path: Path) -> Path:
+    return json_path.with_name(f"{json_path.stem}.journal.jsonl")
 
 
 def _beginning(info: Mapping[str, Any]) -> str:
@@ -95,7 +120,7 @@ class PanopticWriter:
         folder: where the PNGs go; created on the first result.
         json_path: the JSON file; by default the folder's name with ".json" appended, as panopticapi expects.
         categories: copied into the JSON, if given.
-        info: what the JSON says about itself, as its first field.
+        info: what the JSON and the journal say about themselves, as their first field.
         detections_path: where to write the COCO results that `add` is given; None writes none.
         settings: JSON-able values that decide what the results are, for instance thresholds and a hash of the weights.
         resume: take over the images in the journal of an earlier run, see `is_done`; False replaces that journal.
@@ -124,24 +149,26 @@ class PanopticWriter:
         resume: bool = False,
     ):
         self.folder = Path(folder)
-        self.json_path = Path(json_path) if json_path is not None else self.folder.with_name(f"{self.folder.name}.json")
+        if json_path is None:
+            named = self.folder.resolve() if self.folder.name in ("", "..") else self.folder  # "." has no name
+            json_path = named.parent / f"{named.name}.json"
+        self.json_path = Path(json_path)
         self.detections_path = None if detections_path is None else Path(detections_path)
         self._info = info
         self._categories = None if categories is None else [dict(category) for category in categories]
         self._entries: dict[str, _Entry] = {}  # image name -> where its row is
         self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
         of_categories = hashlib.sha256(_dumps(self._categories).encode()).hexdigest()[:16]
-        self._journal = _Journal(
-            self.json_path.with_name(f"{self.json_path.stem}.journal.jsonl"),
-            {**(settings or {}), "categories": of_categories},
-            named=resume,
-        )
+        about = {} if info is None else {"info": info}
+        about |= {"category table": of_categories, "settings": {**(settings or {})}}
+        self._journal = _Journal(_journal_path(self.json_path), about, named=resume)
         if resume:
             for offset, row in self._journal.restore():
                 try:
-                    self._register(offset, row, restored=True)
+                    entry = _entry(offset, row, restored=True)
                 except (KeyError, TypeError):  # no row of this class: it and what follows is done again
                     break
+                self._register(entry, row)
 
     def __len__(self) -> int:
         """Images added, those of an earlier run included."""
@@ -185,8 +212,8 @@ class PanopticWriter:
             Path of the PNG.
 
         Raises:
-            PanopticFormatError: segments and map disagree, or another image has that name, that id or that PNG. An
-                image of an earlier run is replaced.
+            PanopticFormatError: an argument is none that the format has, segments and map disagree, a number is not
+                finite, or another image has that name, that id or that PNG. An image of an earlier run is replaced.
             InUseError: another process is writing the journal; no file has changed.
             OSError: a file cannot be written; nothing of the image is left behind.
         """
@@ -203,8 +230,10 @@ class PanopticWriter:
         write_id_map(path, id_map)
         try:
             self._append({**row, "png_bytes": path.stat().st_size})
-        except BaseException:  # an interrupt too: the PNG would belong to no row
+        except BaseException as error:  # an interrupt too: the PNG would belong to no row
             path.unlink(missing_ok=True)
+            if isinstance(error, ValueError):  # of `json`
+                raise PanopticFormatError(f"image {image_id}: cannot be written as JSON: {error}") from None
             raise
         self._journal.sync_later(path)
         return path
@@ -232,9 +261,14 @@ class PanopticWriter:
             rows: of the other writer's `rows`.
 
         Raises:
-            PanopticFormatError: an image of the same name or id, or whose PNG has the same name, is there.
+            PanopticFormatError: an image of the same name or id, or whose PNG has the same name, is there; or a row is
+                none of `rows`.
         """
         for row in rows:
+            try:
+                _entry(0, row, restored=False)
+            except (KeyError, TypeError):
+                raise PanopticFormatError(f"a row must be one of another writer's `rows`, got {row!r:.80}") from None
             self._check_free(row)
             self._append(row)
 
@@ -290,22 +324,14 @@ class PanopticWriter:
             self.close(keep_journal=kind is not None)
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        self._register(self._journal.append(row), row, restored=False)
+        self._register(_entry(self._journal.append(row), row, restored=False), row)
 
-    def _register(self, offset: int, row: Mapping[str, Any], restored: bool) -> None:
+    def _register(self, entry: _Entry, row: Mapping[str, Any]) -> None:
         for key in _keys(row):
             self._forget(self._taken.get(key))
-        name, annotation = row["image"]["file_name"], row["annotation"]
+        name = row["image"]["file_name"]
         self._taken |= dict.fromkeys(_keys(row), name)
-        self._entries[name] = _Entry(
-            offset,
-            annotation["image_id"],
-            annotation["file_name"],
-            row["png_bytes"],
-            row["photograph"],
-            row["path"],
-            restored,
-        )
+        self._entries[name] = entry
 
     def _forget(self, name: str | None) -> None:
         """Drops an image that another one replaces."""
@@ -326,8 +352,8 @@ class _Journal:
     """JSON lines on disk, appended one by one; the first says what run they belong to.
 
     Args:
-        path: the file; created by `claim`. The first `append` replaces what an older one holds, unless that was
-            restored.
+        path: the file; created by `claim`, with its first line. The first `append` replaces what an older one holds,
+            unless that was restored.
         about: JSON-able, equal for runs that may go on from each other.
         named: False for a file without a name, which ends with the process: no run goes on from it.
     """
@@ -338,7 +364,8 @@ class _Journal:
         self._about = json.loads(_dumps(about))
         self._restored = 0  # bytes of complete lines that are kept
         self._stream: IO[bytes] | None = None  # as long as it is open, no other process gets the file
-        self._begun = False
+        self._begun = False  # it holds the first line, and after it nothing but what is kept
+        self._has_lines = False
         self._syncing: Future | None = None
         self._unsynced: list[Path] = []
         self._thread = ThreadPoolExecutor(1)  # starts no thread before its first task
@@ -358,10 +385,11 @@ class _Journal:
                 return
             if about != self._about:
                 self.close()
-                changed = sorted(key for key in {*about, *self._about} if about.get(key) != self._about.get(key))
+                before, now = _flat(about), _flat(self._about)
+                changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise ResumeError(
                     f"{self.path}: belongs to a run with other settings that did not end: "
-                    + ", ".join(f"{key} {about.get(key)!r:.60} -> {self._about.get(key)!r:.60}" for key in changed)
+                    + ", ".join(f"{key} {before.get(key)!r:.60} -> {now.get(key)!r:.60}" for key in changed)
                 )
             self._restored = stream.tell()
             for line in stream:
@@ -370,22 +398,27 @@ class _Journal:
                     return
                 yield self._restored, row
                 self._restored += len(line)
+                self._has_lines = True
 
     def append(self, row: Mapping[str, Any]) -> int:
         """Writes a line and returns its offset. Where that fails, the file ends as it did before."""
         self.claim()
         if not self._begun:
-            self._stream.truncate(self._restored)
-            if self._named and not self._restored:
-                _write(self._stream, self._about)
-            self._begun = True
+            self._begin()
         offset = self._stream.seek(0, os.SEEK_END)
         try:
             _write(self._stream, row)
         except BaseException:
             self._stream.truncate(offset)
             raise
+        self._has_lines = True
         return offset
+
+    def _begin(self) -> None:
+        self._stream.truncate(self._restored)
+        if self._named and not self._restored:
+            _write(self._stream, self._about)
+        self._begun = True
 
     def give_name(self) -> None:
         """Makes it a file with a name, for this process alone, unless something was appended already."""
@@ -393,14 +426,21 @@ class _Journal:
         self.claim()
 
     def claim(self) -> None:
-        """Opens the file, and creates it where there is none. Its content stays as it is.
+        """Opens the file, and creates it where there is none. Otherwise its content stays as it is.
 
         Raises:
             InUseError: another process, or another writer of this one, has it open.
         """
-        if self._stream is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._locked() if self._named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
+        if self._stream is not None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self._locked() if self._named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
+        if os.fstat(self._stream.fileno()).st_size == 0:
+            try:
+                self._begin()
+            except BaseException:
+                self.close()
+                raise
 
     def _locked(self) -> IO[bytes]:
         while True:
@@ -435,16 +475,17 @@ class _Journal:
             self._syncing = self._thread.submit(_bring_files_to_disk, paths)
 
     def close(self) -> None:
-        """Closes the file, which stays unless it is empty."""
-        self._thread.shutdown()
-        if self._stream is not None:
-            if self._named and not self._stream.closed and os.fstat(self._stream.fileno()).st_size == 0:
+        """Closes the file. It stays unless this run has begun it and appended nothing."""
+        self._wait()
+        if self._stream is not None and self._named:
+            if not self._has_lines and (self._begun or os.fstat(self._stream.fileno()).st_size == 0):
                 self.path.unlink(missing_ok=True)
             self._stream.close()
+            self._stream = None
 
     def remove(self) -> None:
         """Takes the file's name away, unless another process is writing it; its lines stay readable."""
-        self._thread.shutdown()
+        self._wait()
         if self._named and os.path.exists(self.path):
             try:
                 self.claim()
@@ -455,9 +496,29 @@ class _Journal:
                 fcntl.flock(self._stream, fcntl.LOCK_UN)  # a process that has opened it already sees that it is gone
         self._named = False
 
+    def _wait(self) -> None:
+        """Returns when the files are on the disk."""
+        if self._syncing is not None:
+            self._syncing.result()
+
     def __del__(self) -> None:
         if self._stream is not None:
             self._stream.close()
+
+
+def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
+    """KeyError or TypeError for something that is no row of `PanopticWriter.rows`."""
+    annotation = row["annotation"]
+    _keys(row), row["detections"]
+    return _Entry(
+        offset,
+        annotation["image_id"],
+        annotation["file_name"],
+        row["png_bytes"],
+        row["photograph"],
+        row["path"],
+        restored,
+    )
 
 
 def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
@@ -497,8 +558,14 @@ def _loads(line: bytes) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A journal's first line with its settings beside the rest."""
+    settings = about.get("settings")
+    return {**about, **(settings if isinstance(settings, dict) else {}), "settings": None}
+
+
 def _dumps(content: Any) -> str:
-    return json.dumps(content, default=_plain)
+    return json.dumps(content, default=_plain, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

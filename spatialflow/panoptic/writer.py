@@ -79,21 +79,21 @@ def panoptic_row(
 
 
 def earlier_files(json_path: Path, info: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
-    """The JSON and the journal that a writer would replace: those of writers with this `info`, and those of others."""
+    """The JSON and the journal that a writer would replace: those of writers with this `info`, and those of others.
+
+    An empty file counts as neither. A power failure may leave a part of a journal's beginning.
+    """
     beginning = _beginning(info).encode()
     own, others = [], []
     for path in (json_path, _journal_path(json_path)):
-        if os.path.lexists(path):
-            content = b"" if not os.path.isfile(path) else _first_bytes(path, len(beginning))
-            # A power failure may leave a part of a journal's first line.
-            is_own = content == beginning or (path != json_path and beginning.startswith(content) and content)
-            (own if is_own else others).append(path)
+        if os.path.isfile(path):
+            with open(path, "rb") as stream:
+                content = stream.read(len(beginning))
+            if content:
+                (own if beginning.startswith(content) else others).append(path)
+        elif os.path.lexists(path):  # a folder, or a link that leads nowhere
+            others.append(path)
     return own, others
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read(count)
 
 
 def _journal_path(json_path: Path) -> Path:

@@ -444,6 +444,18 @@ class TestWriter:
         with pytest.raises(ResumeError, match="did not end: category table '"):
             writer({"score": 0.5, "sizes": [1, 2]}, [])
 
+    def test_a_journal_without_images_binds_no_later_run(self, tmp_path):
+        """As of a run that was killed before its first image."""
+        first = PanopticWriter(tmp_path / "maps", settings={"score": 0.5})
+        first.__enter__()
+        line = (tmp_path / "maps.journal.jsonl").read_bytes()
+        first.close(keep_journal=True)
+        (tmp_path / "maps.journal.jsonl").write_bytes(line)
+        with PanopticWriter(tmp_path / "maps", settings={"score": 0.25}, resume=True) as second:
+            second.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+            lines = (tmp_path / "maps.journal.jsonl").read_bytes().splitlines()
+        assert len(lines) == 2 and b"0.25" in lines[0]
+
     def test_images_of_an_earlier_run_are_replaced_and_others_are_not(self, tmp_path):
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         with pytest.raises(KeyError), PanopticWriter(tmp_path / "maps") as writer:

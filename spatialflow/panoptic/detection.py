@@ -197,7 +197,8 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
             raise PanopticFormatError(f'{path}: row {i} must have "image_id", "category_id", "bbox" and "score"')
-        if not isinstance(row["image_id"], int | str) or not isinstance(row["category_id"], int):
+        # JSON's true and false are integers to isinstance.
+        if type(row["image_id"]) not in (int, str) or type(row["category_id"]) is not int:
             ids = f"{row['image_id']!r:.40} and {row['category_id']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: image_id and category_id must be ids, got {ids}")
         if not is_box(row["bbox"]) or not is_finite(row["score"]):
@@ -215,7 +216,7 @@ def _is_rle(code: Any) -> bool:
     if not isinstance(code, dict) or not isinstance(code.get("counts"), str):
         return False
     size = code.get("size")
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         return False
     runs: list[int] = []
     value = shift = 0

@@ -383,7 +383,10 @@ class _Journal:
             about = _loads(stream.readline())
             if about is None:  # not even the first line was written
                 return
+            first = stream.tell()
             if about != self._about:
+                if _loads(stream.readline()) is None:  # no image was done
+                    return
                 self.close()
                 before, now = _flat(about), _flat(self._about)
                 changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
@@ -391,7 +394,7 @@ class _Journal:
                     f"{self.path}: belongs to a run with other settings that did not end: "
                     + ", ".join(f"{key} {before.get(key)!r:.60} -> {now.get(key)!r:.60}" for key in changed)
                 )
-            self._restored = stream.tell()
+            self._restored = first
             for line in stream:
                 row = _loads(line)
                 if row is None:

@@ -33,7 +33,7 @@ from spatialflow.console import (
     to_path,
     with_examples,
 )
-from spatialflow.errors import CommandError, Terminated
+from spatialflow.errors import CommandError, DataWarning, Terminated
 from spatialflow.prediction_folder import RESULTS, PredictionFolder
 from spatialflow.training_command import add_train
 from spatialflow.validate_command import add_validate
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _signals_raise() as received, _warnings_as_sentences():
             try:
                 code = options.run(options)
-            except Exception:
-                if received:  # a library has turned the exception of the signal into one of its own
+            except Exception as error:
+                if received and not _follows_interrupt(error):  # a library has turned the exception into its own
                     raise _EXCEPTION_OF[received[0]] from None
                 raise
         sys.stdout.flush()
@@ -81,6 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminated = isinstance(error, Terminated)
         complain(": ".join(("terminated" if terminated else "interrupted", *map(str, error.args))))
         return 143 if terminated else 130
+
+
+def _follows_interrupt(error: BaseException | None) -> bool:
+    """True for an error of what was done because of an interrupt, such as saving results on a full disk."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -128,18 +135,19 @@ def _is_being_imported(name: str) -> bool:
 
 @contextlib.contextmanager
 def _warnings_as_sentences() -> Iterator[None]:
-    """In the block the package's own warnings are shown as complaints are, without a line of source; Pillow's about
-    large pictures, which are read like others, are not shown.
+    """In the block a `DataWarning` is printed as a sentence, whatever Python's settings for warnings are. Pillow's
+    warning about large pictures, which are read like others, is not shown.
     """
 
     def show(message: Warning, category: type[Warning], *place: Any) -> None:
-        if category.__module__.startswith("spatialflow."):
+        if issubclass(category, DataWarning):
             complain(str(message))
         else:
             shown(message, category, *place)
 
     with warnings.catch_warnings():
         shown, warnings.showwarning = warnings.showwarning, show
+        warnings.simplefilter("always", DataWarning)
         warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
         yield
 

@@ -71,7 +71,7 @@ def list_images(
     """The images that files and folders stand for.
 
     A folder stands for the images in it; for those in its sub-folders too with `recursive`, or where it holds no image
-    itself, such as Cityscapes' folder of cities. Links to folders are followed.
+    itself, such as Cityscapes' folder of cities. Links to folders are then followed.
 
     Args:
         given: files and folders.
@@ -79,7 +79,7 @@ def list_images(
         results: files and folders that the command writes, which are no input.
 
     Returns:
-        Images, and complaints about folders that hold none or cannot be read.
+        Images, and complaints about folders that hold none, or should be read and cannot.
 
     Raises:
         CommandError: two images would get the same outputs, as their names differ at most in the suffix.
@@ -89,13 +89,14 @@ def list_images(
     for path in given:
         found = [InputImage(path, path.name)]
         if os.path.isdir(path):
-            found = list(_images_below(path, "", {result.resolve() for result in results}, (), failed))
+            left_out = {os.path.realpath(result) for result in results}
+            found = [] if recursive else list(_images_below(path, left_out))
             top = [image for image in found if "/" not in image.name]
-            if top and not recursive and len(top) < len(found):
+            if len(top) < len(found) and top:
                 complain(f"{path}: {len(found) - len(top)} images in its sub-folders are left out; --recursive takes "
                          f"them too")  # fmt: skip
-                found = top
-            elif found and not top and not recursive:
+            found = top or list(_images_below(path, left_out, failed))
+            if found and not top and not recursive:
                 folders = Counter(image.name.split("/")[0] for image in found)
                 most = ", ".join(f"{name}: {count}" for name, count in folders.most_common(3))
                 complain(f"{path}: holds no image itself; its sub-folders hold {len(found)} ({most}"
@@ -121,30 +122,34 @@ def without_suffix(name: str) -> str:
 
 
 def _images_below(
-    folder: Path, prefix: str, left_out: set[Path], above: tuple[Path, ...], failed: list[str]
+    folder: Path, left_out: set[str], failed: list[str] | None = None, prefix: str = "", above: tuple[str, ...] = ()
 ) -> Iterator[InputImage]:
-    """Images in a folder and its sub-folders in the order of their paths, without what is in `left_out`.
+    """Images in a folder and its sub-folders in the order of their paths.
 
     Args:
+        left_out: real paths of files and folders that are no input.
+        failed: gets a complaint about each folder that cannot be read. None: the images are only counted; such folders
+            and links to folders are passed over.
         prefix: what the names of the images begin with.
-        left_out: resolved paths of files and folders.
-        above: resolved paths of the folders above, to which a link may lead back.
-        failed: gets a complaint about each folder that cannot be read.
+        above: real paths of the folders above, to which a link may lead back.
     """
-    place = folder.resolve()
+    place = os.path.realpath(folder)
     if place in left_out or place in above:
         return
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
-        failed.append(f"{folder}: cannot be read: {error.strerror}")
+        if failed is not None:
+            failed.append(f"{folder}: cannot be read: {error.strerror}")
         return
     for path in paths:
-        name = f"{prefix}{path.name}"
+        name, is_link = f"{prefix}{path.name}", os.path.islink(path)
         if os.path.isdir(path):
-            yield from _images_below(path, f"{name}/", left_out, (*above, place), failed)
-        elif path.suffix.lower() in IMAGE_SUFFIXES and path.resolve() not in left_out:
-            yield InputImage(path, name)
+            if failed is not None or not is_link:
+                yield from _images_below(path, left_out, failed, f"{name}/", (*above, place))
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            if (os.path.realpath(path) if is_link else f"{place}/{path.name}") not in left_out:
+                yield InputImage(path, name)
 
 
 def panoptic_json(path: Path) -> Path:
@@ -210,11 +215,12 @@ def keep_inputs(output: Path | None, *inputs: Path | None) -> None:
     """
     if output is None or not os.path.exists(output):
         return
+    is_picture, place = output.suffix.lower() in IMAGE_SUFFIXES, os.path.realpath(output)
     for path in inputs:
-        is_picture = output.suffix.lower() in IMAGE_SUFFIXES
-        if path is not None and (
-            os.path.samefile(output, path) or (is_picture and path.resolve() in output.resolve().parents)
-        ):
+        if path is None or not os.path.exists(path):  # who reads it says so
+            continue
+        is_inside = is_picture and place.startswith(os.path.join(os.path.realpath(path), ""))
+        if is_inside or os.path.samefile(output, path):
             raise CommandError(f"{output}: is an input of this command, which does not replace it")
 
 

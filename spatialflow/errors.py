@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions by which a command ends."""
+"""The exceptions by which a command ends, and the warnings that it prints as sentences."""
 
 
 class CommandError(Exception):
@@ -8,3 +8,7 @@ class CommandError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """Ends a command at SIGTERM, as Ctrl-C does, with exit code 143."""
+
+
+class DataWarning(UserWarning):
+    """Tells the user about one of the files that were given."""

@@ -9,12 +9,14 @@ from typing import Iterator, Union
 import cv2
 import numpy as np
 
+from spatialflow.errors import DataWarning
+
 
 class ImageError(ValueError):
     """An image that cannot be used; the message names the file (or argument) and the reason."""
 
 
-class ImageWarning(UserWarning):
+class ImageWarning(DataWarning):
     """An image that was read although its file has a defect; the message names both."""
 
 

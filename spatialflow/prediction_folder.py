@@ -55,9 +55,9 @@ class PredictionFolder:
         self.folder, self.overlay_folder = (root / name for name in RESULTS)
         self._root, self._overlays, self._detections = root, overlays, detections
         self._images, self._ids = images, _image_ids(images)
-        self.replaces = self._replaces()
         self.left_out = 0
         try:
+            self.replaces = self._replaces()
             self._writer = PanopticWriter(
                 self.folder, root / "panoptic.json", categories, info=_INFO, settings=settings, resume=resume,
                 detections_path=root / "detections.json" if detections else None,

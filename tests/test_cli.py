@@ -20,7 +20,7 @@ import spatialflow
 from spatialflow import cli, images
 from spatialflow.cli import main
 from spatialflow.console import list_images
-from spatialflow.panoptic import read_id_map, read_panoptic_json
+from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
 
@@ -196,7 +196,7 @@ class TestPredict:
         (image,) = read_panoptic_json(output / "panoptic.json")["images"]
         assert (image["file_name"], image["id"]) == ("ulm/ulm_1_leftImg8bit.png", "ulm_1")
 
-    def test_linked_folders(self, photographs, tmp_path):
+    def test_linked_folders(self, photographs, tmp_path, capsys):
         """Links are followed, but for one that leads back; a folder with the name of an image is a folder."""
         for name in ("a.jpg", "other/b.png", "folder.jpg/c.png"):
             (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -204,9 +204,13 @@ class TestPredict:
         (tmp_path / "in" / "linked").symlink_to(tmp_path / "in" / "other")
         (tmp_path / "in" / "other" / "back").symlink_to(tmp_path / "in")
         (tmp_path / "in" / "gone.jpg").symlink_to(tmp_path / "absent.jpg")
+        (tmp_path / "in" / "loop.jpg").symlink_to(tmp_path / "in" / "loop.jpg")
         images, failed = list_images([tmp_path / "in"], recursive=True)
-        names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "other/b.png"]
+        names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
         assert [image.name for image in images] == names and not failed
+        list_images([tmp_path / "in"])
+        left_out = "2 images in its sub-folders are left out; --recursive takes them too"  # links are not followed
+        assert sentences(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
     def test_a_folder_that_cannot_be_read(self, tmp_path, monkeypatch, capsys):
         (tmp_path / "a.jpg").touch()
@@ -220,6 +224,9 @@ class TestPredict:
 
         monkeypatch.setattr(Path, "iterdir", refusing)
         images, failed = list_images([tmp_path])
+        assert [image.name for image in images] == ["a.jpg"]
+        assert failed == sentences(capsys) == []  # it would be passed over anyway
+        images, failed = list_images([tmp_path], recursive=True)
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == sentences(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
 
@@ -243,10 +250,20 @@ class TestPredict:
             (tmp_path / "panoptic.journal.jsonl").write_bytes(content)
             assert main([*command, "--output", str(tmp_path)]) == 2
             assert "panoptic.json: would be replaced" in sentences(capsys)[-1]
+            assert (tmp_path / "panoptic.json").read_bytes() == truth
         (tmp_path / "panoptic.json").unlink()
         assert main([*command, "--output", str(tmp_path)]) == 2
         assert "panoptic.journal.jsonl: would be replaced" in sentences(capsys)[-1]
-        assert (tmp_path / "panoptic.journal.jsonl").read_bytes() == content and truth
+        assert (tmp_path / "panoptic.journal.jsonl").read_bytes() == content
+
+    def test_a_result_that_cannot_be_read(self, photographs, weights, tmp_path, monkeypatch, capsys):
+        def refusing(path, info):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(writer, "earlier_files", refusing)
+        command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
+        assert main([*command, "--output", str(tmp_path)]) == 2
+        assert sentences(capsys) == [f"{tmp_path / 'panoptic.json'}: cannot be read: Permission denied"]
 
     def test_empty_paths(self, capsys):
         for arguments in (["", "--output", "out"], ["a.jpg", "--output", ""], ["a.jpg", "--checkpoint", ""]):
@@ -375,6 +392,14 @@ class TestEvaluate:
         said = sentences(capsys)
         assert len(said) == 7 and all("is an input of this command, which does not replace it" in line for line in said)
         assert before == ((prediction / "panoptic.json").read_bytes(), weights.read_bytes())
+        report = prediction / "report.json"
+        report.touch()
+        assert main(["validate", paths[0], "--images", str(prediction / "absent"), "--output", str(report)]) == 2
+        assert main(["convert", str(prediction / "absent.pth"), str(weights)]) == 2
+        assert [line.split(": ")[0] for line in sentences(capsys)] == [
+            str(prediction / "absent"),
+            str(prediction / "absent.pth"),
+        ]
 
 
 class TestConvert:

@@ -252,14 +252,23 @@ class TestPredict:
         import safetensors.torch
 
         def load(path):
-            try:
+            with contextlib.suppress(BaseException):
                 os.kill(os.getpid(), number)
                 time.sleep(1)
-            except BaseException:
-                raise safetensors.SafetensorError("could not determine the shape") from None
+            raise safetensors.SafetensorError("could not determine the shape")
 
         monkeypatch.setattr(safetensors.torch, "load_file", load)
         assert main([*arguments, "--output", str(tmp_path)]) == code
+
+    def test_results_that_an_interrupted_run_cannot_save(self, arguments, tmp_path, monkeypatch, capsys):
+        """As on a full disk: the sentence about that comes, not that of the interrupt."""
+
+        def failing(stream, items):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(module, "_write_list", failing)
+        assert stop_before("3.jpg", [*arguments, "--output", str(tmp_path)], signal.SIGTERM) == 2
+        assert "No space left on device" in sentences(capsys)[-1]
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_while_torch_is_imported(self, number):
@@ -616,10 +625,59 @@ class TestWriter:
         with PanopticWriter(tmp_path / "maps", resume=True) as second:
             assert second.is_done(0, "0.jpg") and second.is_done(1, "1.jpg")
 
+    def test_closed_and_removed_by_another(self, tmp_path):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        first = PanopticWriter(tmp_path / "maps", resume=True)
+        first.add(0, "0.jpg", ids, segments)
+        first.close(keep_journal=True)
+        with PanopticWriter(tmp_path / "maps", resume=True):
+            pass
+        with pytest.raises(ResumeError, match="was removed by another run, with the images in it"):
+            first.add(1, "1.jpg", ids, segments)
+
+    def test_closed_before_the_first_image(self, tmp_path):
+        """A failed image, and a journal that is begun again."""
+        kill(tmp_path, "before the PNG", 1)
+        writer = PanopticWriter(tmp_path / "maps", resume=True)
+        for index in range(2):
+            with pytest.raises(PanopticFormatError):
+                writer.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1, "score": float("nan")}])
+            writer.close(keep_journal=True)
+            assert not (tmp_path / "maps.journal.jsonl").exists()
+        writer.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+        writer.close(keep_journal=True)
+        assert len(PanopticWriter(tmp_path / "maps", resume=True)) == 1
+
+    def test_closed_while_a_forked_process_lives(self, tmp_path):
+        writer = PanopticWriter(tmp_path / "maps", resume=True)
+        writer.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        writer.close(keep_journal=True)
+        try:
+            assert len(PanopticWriter(tmp_path / "maps", resume=True)) == 1
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    def test_a_block_after_an_image_that_failed(self, tmp_path):
+        ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
+        writer = PanopticWriter(tmp_path / "maps")
+        with pytest.raises(PanopticFormatError):
+            writer.add(0, "0.jpg", ids, [segments[0] | {"score": float("nan")}])
+        with writer:
+            writer.add(0, "0.jpg", ids, segments)
+            assert len((tmp_path / "maps.journal.jsonl").read_bytes().splitlines()) == 2
+
     def test_rows_that_are_none_are_refused(self, tmp_path):
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         annotation = {"image_id": 1, "file_name": "a.png", "segments_info": []}
-        for row in ({}, {"image": {"file_name": "a"}, "annotation": annotation}, None):
+        whole = {"image": {"file_name": "a"}, "annotation": annotation, "detections": [], "png_bytes": 1,
+                 "photograph": None, "path": None}  # fmt: skip
+        unhashable = whole | {"annotation": annotation | {"image_id": [1]}}
+        for row in ({}, {"image": {"file_name": "a"}, "annotation": annotation}, None, unhashable):
             with pytest.raises(PanopticFormatError, match="a row must be one of another writer's `rows`, got"):
                 writer.extend([row])
         writer.add(2, "b.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
@@ -639,6 +697,7 @@ class TestWriter:
             ({"png_name": "/a.png"}, "png_name must be a path inside the folder, got '/a.png'"),
             ({"segments": [{"id": 1, "category_id": 1, "score": float("nan")}]}, "cannot be written as JSON"),
             ({"detections": [{"score": np.float32("inf")}]}, "cannot be written as JSON"),
+            ({"detections": [{"score": {1}}]}, "cannot be written as JSON: set cannot be"),
         ],
     )
     def test_what_no_reader_takes_is_refused(self, tmp_path, change, said):

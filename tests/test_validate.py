@@ -58,7 +58,7 @@ class Broken:
         self.png = folder / "panoptic" / self.annotation["file_name"]
         self.ids = read_id_map(self.png)
 
-    def recolour(self, new: int) -> None:
+    def recolor(self, new: int) -> None:
         """The segment's pixels get another id."""
         self.ids[self.ids == self.segment["id"]] = new
         write_id_map(self.png, self.ids)
@@ -70,7 +70,7 @@ class Broken:
 
 
 def id_zero(b):
-    b.recolour(0)
+    b.recolor(0)
     b.segment["id"] = 0
     return "id-zero", b.image, 0, 0
 
@@ -131,7 +131,7 @@ def crowd_null(b):
 
 
 def id_true(b):
-    b.recolour(1 << 23)
+    b.recolor(1 << 23)
     b.segment["id"] = True
     return "segment", b.image, None, f"{b.segment!r:.80}"
 
@@ -624,6 +624,15 @@ class TestScores:
         with pytest.raises(PanopticFormatError, match="segment 0: the id 0 stands for void"):
             PanopticQuality(self.CATEGORIES).update(truth, segments, truth + 1, [{"id": 1, "category_id": 1}])
 
+    @pytest.mark.parametrize("setting", ["ignore", "error"])
+    def test_reports_whatever_the_settings_of_warnings(self, scenes, folder, capsys, setting):
+        broken = Broken(folder)
+        broken.segment["area"] += 4
+        with warnings.catch_warnings():
+            warnings.simplefilter(setting)
+            assert main(["evaluate", str(broken.save()), str(scenes / "panoptic.json")]) == 0
+        assert "1 x area-pixels" in capsys.readouterr().err
+
     def test_reports_of_many_images_are_one_sentence(self, scenes, folder, capsys):
         broken = Broken(folder)
         for annotation in broken.content["annotations"]:
@@ -748,10 +757,10 @@ class TestVisualize:
         arguments = ["--prediction", str(broken.save()), "--output", str(tmp_path / "out")]
         assert main(["visualize", str(folder / "images"), *arguments]) == 0
         alone = cv2.imread(str(tmp_path / "out/pictures/000002.jpg"))
-        for prediction in (str(broken.folder), str(scenes)):
-            files = ["--prediction", prediction, "--ground-truth", str(scenes), "--output", str(tmp_path / prediction)]
+        for prediction, name in ((broken.folder, "broken"), (scenes, "scenes")):
+            files = ["--prediction", str(prediction), "--ground-truth", str(scenes), "--output", str(tmp_path / name)]
             assert main(["visualize", str(folder / "images"), *files]) == 0
-        pictures = [tmp_path / p / "pictures/000002.jpg" for p in (str(broken.folder), str(scenes))]
+        pictures = [tmp_path / name / "pictures/000002.jpg" for name in ("broken", "scenes")]
         assert alone is not None and pictures[0].read_bytes() == pictures[1].read_bytes()
         assert capsys.readouterr().err.count("spatialflow: ") == 0
 

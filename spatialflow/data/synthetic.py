@@ -70,6 +70,7 @@ def synthesize(folder: str | os.PathLike, count: int, size: tuple[int, int], see
 
     Raises:
         ValueError: count is not positive, a side is below 32, or `panoptic.json` exists and is of no synthetic scenes.
+        InUseError: another process writes to the folder.
         OSError: a file cannot be written.
     """
     if count < 1:

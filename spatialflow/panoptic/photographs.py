@@ -60,10 +60,10 @@ def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
 def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
     """Which prediction belongs to which image of the ground truth.
 
-    Ids are compared first. They count unless the photographs' names contradict them: `images` of the prediction gives
-    an id to another image of the ground truth, or both files list names for it that differ. Where ids do not count or
-    do not match, the names decide: those of `images`, else those of the PNGs, without their endings. Names are compared
-    with their folders, then without. A prediction serves one image.
+    Ids are compared first. They do not count where `images` of the prediction gives one to another image of the ground
+    truth, or where both files list names for one that differ. Where ids do not count or do not match, the names decide:
+    those of `images`, else those of the PNGs, without their endings. Names are compared with their folders, then
+    without. A prediction serves one image.
 
     Args:
         truth: content of the ground truth's JSON.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spatialflow.errors import DataWarning
 from spatialflow.panoptic.extents import Extent
 
 VOID = 0  # the id of pixels that belong to no segment
@@ -94,7 +95,7 @@ class PanopticFormatError(ValueError):
         self.rule = rule
 
 
-class AnnotationWarning(UserWarning):
+class AnnotationWarning(DataWarning):
     """Annotations that contradict themselves or hold nothing to score, and were scored."""
 
 

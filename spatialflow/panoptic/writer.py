@@ -49,7 +49,7 @@ def panoptic_row(
         png_name: path of the PNG as seen from the folder of PNGs.
 
     Raises:
-        PanopticFormatError: an argument is none that the format has, or segments and map disagree.
+        PanopticFormatError: an argument is of a kind that the format does not have, or segments and map disagree.
     """
     if isinstance(image_id, bool) or not isinstance(image_id, int | np.integer | str):
         raise PanopticFormatError(f"{image_name}: image_id must be an integer or a string, got {image_id!r:.60}")
@@ -110,7 +110,7 @@ class PanopticWriter:
     Use it as a context manager: the JSON is written when the block ends, also when it ends by an exception, so that
     the images already done stay usable. Segments may carry any JSON-able field beside id and category_id.
 
-    In a `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
+    In its first `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
     (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the current image
     at most; after a power failure, the images that the disk had not received yet are done again. The journal is removed
     when the block ends without an exception. While one process writes a journal, no other can begin to. Otherwise there
@@ -128,6 +128,7 @@ class PanopticWriter:
     Raises:
         ResumeError: the journal to resume was written with other settings or categories.
         InUseError: another process is writing the journal; raised too by `with` and by the first `add`.
+        ValueError: settings, info or categories cannot be written as JSON.
         OSError: the journal to resume cannot be read.
 
     Example:
@@ -212,8 +213,9 @@ class PanopticWriter:
             Path of the PNG.
 
         Raises:
-            PanopticFormatError: an argument is none that the format has, segments and map disagree, a number is not
-                finite, or another image has that name, that id or that PNG. An image of an earlier run is replaced.
+            PanopticFormatError: an argument is of a kind that the format does not have, segments and map disagree, a
+                value cannot be written as JSON, or another image has that name, that id or that PNG. An image of an
+                earlier run is replaced.
             InUseError: another process is writing the journal; no file has changed.
             OSError: a file cannot be written; nothing of the image is left behind.
         """
@@ -232,7 +234,7 @@ class PanopticWriter:
             self._append({**row, "png_bytes": path.stat().st_size})
         except BaseException as error:  # an interrupt too: the PNG would belong to no row
             path.unlink(missing_ok=True)
-            if isinstance(error, ValueError):  # of `json`
+            if isinstance(error, ValueError | TypeError):  # of `json`
                 raise PanopticFormatError(f"image {image_id}: cannot be written as JSON: {error}") from None
             raise
         self._journal.sync_later(path)
@@ -360,10 +362,10 @@ class _Journal:
 
     def __init__(self, path: Path, about: Mapping[str, Any], named: bool):
         self.path = path
+        self._stream: IO[bytes] | None = None  # as long as it is open, no other process gets the file
         self._named = named
         self._about = json.loads(_dumps(about))
         self._restored = 0  # bytes of complete lines that are kept
-        self._stream: IO[bytes] | None = None  # as long as it is open, no other process gets the file
         self._begun = False  # it holds the first line, and after it nothing but what is kept
         self._has_lines = False
         self._syncing: Future | None = None
@@ -421,11 +423,15 @@ class _Journal:
         self._stream.truncate(self._restored)
         if self._named and not self._restored:
             _write(self._stream, self._about)
+            _bring_files_to_disk([self.path, self.path.parent])  # a PNG must not be there without it
         self._begun = True
 
     def give_name(self) -> None:
         """Makes it a file with a name, for this process alone, unless something was appended already."""
-        self._named = self._named or self._stream is None
+        if not self._named and not self._has_lines:
+            if self._stream is not None:
+                self._stream.close()
+            self._stream, self._named, self._begun = None, True, False
         self.claim()
 
     def claim(self) -> None:
@@ -433,6 +439,7 @@ class _Journal:
 
         Raises:
             InUseError: another process, or another writer of this one, has it open.
+            ResumeError: it was closed, and another run has removed it since.
         """
         if self._stream is not None:
             return
@@ -440,6 +447,9 @@ class _Journal:
         self._stream = self._locked() if self._named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
         if os.fstat(self._stream.fileno()).st_size == 0:
             try:
+                if self._has_lines:
+                    raise ResumeError(f"{self.path}: was removed by another run, with the images in it")
+                self._restored = 0
                 self._begin()
             except BaseException:
                 self.close()
@@ -478,11 +488,14 @@ class _Journal:
             self._syncing = self._thread.submit(_bring_files_to_disk, paths)
 
     def close(self) -> None:
-        """Closes the file. It stays unless this run has begun it and appended nothing."""
+        """Closes the file. It stays unless it is empty, or this run has begun it and appended nothing."""
         self._wait()
         if self._stream is not None and self._named:
-            if not self._has_lines and (self._begun or os.fstat(self._stream.fileno()).st_size == 0):
+            is_empty = os.fstat(self._stream.fileno()).st_size == 0
+            if is_empty or (self._begun and not self._has_lines):
                 self.path.unlink(missing_ok=True)
+                self._begun = False
+            self._unlock()
             self._stream.close()
             self._stream = None
 
@@ -492,15 +505,19 @@ class _Journal:
         if self._named and os.path.exists(self.path):
             try:
                 self.claim()
-            except InUseError:
+            except ResumeError:
                 return
             self.path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._stream, fcntl.LOCK_UN)  # a process that has opened it already sees that it is gone
+            self._unlock()  # a process that has opened it already sees that it is gone
         self._named = False
 
+    def _unlock(self) -> None:
+        """Lets others open it, also while a forked process still has the stream."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._stream, fcntl.LOCK_UN)
+
     def _wait(self) -> None:
-        """Returns when the files are on the disk."""
+        """Returns when no file is being brought to the disk."""
         if self._syncing is not None:
             self._syncing.result()
 
@@ -512,7 +529,7 @@ class _Journal:
 def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
     """KeyError or TypeError for something that is no row of `PanopticWriter.rows`."""
     annotation = row["annotation"]
-    _keys(row), row["detections"]
+    set(_keys(row)), row["detections"]
     return _Entry(
         offset,
         annotation["image_id"],

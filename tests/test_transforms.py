@@ -219,6 +219,13 @@ def test_other_formats_are_whole_or_refused(tmp_path, no_warning, kind):
             assert kind == "APNG" and np.array_equal(image, decoded(content))  # the first picture is whole
 
 
+def test_earlier_place_of_reading():
+    from spatialflow.data import transforms
+
+    assert (transforms.read_image, transforms.ImageError) == (read_image, ImageError)
+    assert transforms.ImageWarning is ImageWarning
+
+
 def png_with(header: bytes, chunk_length: int, chunk: bytes = b"IDAT") -> bytes:
     """A PNG of 8-bit RGB with another width and height, and a chunk that tells another length than it has."""
     ihdr = b"IHDR" + header + bytes([8, 2, 0, 0, 0])

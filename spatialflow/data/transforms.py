@@ -10,7 +10,9 @@ from typing import NamedTuple, Sequence
 import cv2
 import numpy as np
 
-from spatialflow.images import ImageError
+from spatialflow.images import ImageError as ImageError  # these names can be imported from here too
+from spatialflow.images import ImageWarning as ImageWarning
+from spatialflow.images import read_image as read_image
 
 
 class Fitted(NamedTuple):

@@ -149,14 +149,14 @@ def outcome(op: Callable, args: Sequence) -> Any:
         return str(error).splitlines()[0]
 
 
-def spoiled(value: Any) -> list:
+def wrong_versions(value: Any) -> list:
     """Arguments next to `value`, many of which no operator takes."""
     if isinstance(value, Tensor):
         other = torch.int16 if value.is_floating_point() else torch.float32
         shorter = [value.narrow(d, 0, n) for d, size in enumerate(value.shape) for n in {0, size - 1} if n >= 0]
         return [value[None], value.flatten(), value.to(other), *shorter]
     if isinstance(value, (list, tuple)) and value:
-        return [[], value[:-1], *([*value[:-1], last] for last in spoiled(value[-1]))]
+        return [[], value[:-1], *([*value[:-1], last] for last in wrong_versions(value[-1]))]
     if isinstance(value, int) and not isinstance(value, bool):
         return [-1, 0, value + 1]
     return [float("nan"), float("inf"), -1.0] if isinstance(value, float) else []
@@ -291,8 +291,8 @@ class OpMatrix:
             map_tensors(lambda t: t.double(), value) if index in sample.converted else value
             for index, value in enumerate(tensors)
         ]
-        twin = OpSample(**{**sample.__dict__, "op": sample.reference})
-        function, wide_inputs = self._bound(twin, wide)
+        as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
+        function, wide_inputs = self._bound(as_reference, wide)
         wide_inputs = [t.detach().requires_grad_() for t in wide_inputs]
         expected = torch.autograd.grad(
             leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
@@ -484,8 +484,9 @@ class OpMatrix:
         tensors = map_tensors(lambda t: t.contiguous(), to_dtype(sample, thin_dtype))
         plain, gradients = self._differentiated(sample, tensors)
         wide = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
-        twin = OpSample(**{**sample.__dict__, "op": sample.reference})
-        self._assert_equal_up_to_rounding((plain, gradients), self._differentiated(twin, wide), thin_dtype, "reference")
+        as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
+        expected = self._differentiated(as_reference, wide)
+        self._assert_equal_up_to_rounding((plain, gradients), expected, thin_dtype, "reference")
         for name, layout in THIN_LAYOUTS.items():
             arranged = map_tensors(layout, tensors)
             assert all(torch.equal(a, b) for a, b in zip(leaves(arranged), leaves(tensors)))
@@ -507,7 +508,7 @@ class OpMatrix:
         sample = sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
         for index, argument in enumerate(args):
-            for value in spoiled(argument):
+            for value in wrong_versions(argument):
                 changed = [*args[:index], value, *args[index + 1 :]]
                 found = outcome(op, changed)
                 if isinstance(found, str) and re.search(sample.unforeseen, found):

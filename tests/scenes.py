@@ -45,3 +45,8 @@ def write_cityscapes(
         cv2.imwrite(str(images / f"{stem}_leftImg8bit.png"), scene.image)
         cv2.imwrite(str(labels / f"{stem}_gtFine_instanceIds.png"), values)
     return root
+
+
+def contents(folder):
+    """Every file below a folder: path as seen from it -> bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -133,14 +133,14 @@ class TestValues:
     @pytest.mark.parametrize("which, masked", [("offset", True), ("offset", False), ("mask", True)])
     def test_not_finite_samples_nothing(self, which, value, masked):
         tensors = inputs(masked=masked)
-        spoiled = [None if t is None else t.clone() for t in tensors]
+        altered = [None if t is None else t.clone() for t in tensors]
         # Tap 4 of output cell (2, 3), by either coordinate of the offset or by the mask.
-        spoiled[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
+        altered[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
         # What it must equal: the tap moved far outside. Its mask then has no gradient either.
         far = [None if t is None else t.clone() for t in tensors]
         far[1][0, 8, 2, 3] = 1e6
         results = []
-        for case in (spoiled, far):
+        for case in (altered, far):
             leaves = [None if t is None else t.requires_grad_() for t in case]
             out = convolve(*leaves)
             present = [t for t in leaves if t is not None]
@@ -153,7 +153,7 @@ class TestValues:
         assert not grad_offset[0, 8:10, 2, 3].any()
         if masked:
             assert results[0][-1][0, 4, 2, 3] == 0
-        assert not torch.equal(out, convolve(*tensors)), "the spoiled tap took part before"
+        assert not torch.equal(out, convolve(*tensors)), "the altered tap took part before"
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # the last is infinite for float32 features
     def test_tangent_of_a_mask_that_is_not_finite(self, value):
@@ -181,9 +181,9 @@ class TestValues:
 
     def test_tangent_where_mask_and_feature_are_not_finite(self):
         """Such a sample is zero, so its tangent is zero as well, not 0 * NaN."""
-        spoiled, ones = torch.full((1, 1, 2, 2), float("nan")), torch.ones(1, 1, 2, 2)
+        altered, ones = torch.full((1, 1, 2, 2), float("nan")), torch.ones(1, 1, 2, 2)
         offset, weight = torch.zeros(1, 2, 2, 2), torch.ones(1, 1, 1, 1)
-        out, tangent = torch.func.jvp(lambda m: ops.deform_conv2d(spoiled, offset, weight, mask=m), (spoiled,), (ones,))
+        out, tangent = torch.func.jvp(lambda m: ops.deform_conv2d(altered, offset, weight, mask=m), (altered,), (ones,))
         assert not out.any() and not tangent.any()
 
     @pytest.mark.parametrize("value", [1e3, 1e9, 3e38, -3e38])

@@ -62,7 +62,7 @@ def tower(levels, convs, algorithm="auto", **wired):
     return list(ops.flow_tower(levels, parameters_of(convs, **wired), algorithm))
 
 
-def twin(levels, convs, algorithm="auto", **wired):
+def by_reference(levels, convs, algorithm="auto", **wired):
     return list(reference.flow_tower(levels, parameters_of(convs, **wired)))
 
 
@@ -89,7 +89,7 @@ def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), 
     def build() -> OpSample:
         return OpSample(
             op=tower,
-            reference=twin,
+            reference=by_reference,
             tensors=tensors(),
             options={"flow_source": flow_source, "segmentation_levels": segmentation_levels},
             differentiable=(0, 1),
@@ -142,7 +142,7 @@ class TestWirings:
     def test_against_twin(self, case, channels):
         levels, convs = pyramid(channels, batch=2), wiring(channels=channels, **case)
         source = {"flow_source": case.get("source", "reg")}
-        expected = twin(levels, convs, **source)
+        expected = by_reference(levels, convs, **source)
         single = map_tensors(torch.Tensor.float, [levels, convs])
         actual = tower(*single, **source)
         assert_near(actual, expected, torch.float32, factor=4)
@@ -159,7 +159,7 @@ class TestWirings:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_algorithms(self, algorithm, dtype):
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(16), wiring(channels=16, stages=(2, 2, 2, 1))])
-        expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
+        expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]))
         assert_near(tower(levels, convs, algorithm=algorithm), expected, dtype, factor=4)
 
     @pytest.mark.parametrize("sizes", [SIZES[1:], [(3, 2)] * 9], ids=["pyramid", "many levels"])
@@ -168,7 +168,7 @@ class TestWirings:
         """Convolutions of 64 and of 128 channels share launches, with and without flows and residuals."""
         convs = wiring(channels=64, inner=128, stages=(2, 2, 1, 1))
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, sizes, batch=2), convs])
-        expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
+        expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]))
         assert_near(tower(levels, convs), expected, dtype, factor=4)
 
     def test_mixed_algorithms(self):
@@ -179,7 +179,7 @@ class TestWirings:
             flow_stuff=ops.pack_flow_tower(parameters, "winograd").flow_stuff,
             cls=ops.pack_flow_tower(parameters, "winograd").cls,
         )
-        expected = twin(*map_tensors(torch.Tensor.double, [levels, convs]))
+        expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]))
         assert_near(list(ops.flow_tower(levels, mixed)), expected, torch.float32, factor=4)
 
     def test_inputs_are_kept(self):
@@ -198,7 +198,7 @@ class TestWirings:
         wired = {"segmentation_levels": segmentation_levels}
         actual = tower(levels, convs, **wired)
         assert [len(maps) for maps in actual] == [5, 5, segmentation_levels, segmentation_levels]
-        assert_near(actual, twin(levels, convs, **wired), torch.float64)
+        assert_near(actual, by_reference(levels, convs, **wired), torch.float64)
 
     def test_compiled_inference(self):
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
@@ -212,7 +212,7 @@ class TestWirings:
         levels = [torch.randn(1, 6, 4, 4), torch.randn(1, 6, 0, 2), torch.randn(0, 6, 3, 3)]
         results = tower(levels, convs)
         assert [[tuple(m.shape) for m in maps] for maps in results] == [[tuple(x.shape) for x in levels]] * 4
-        assert_near(results[3][0], twin(levels[:1], convs)[3][0], torch.float32)
+        assert_near(results[3][0], by_reference(levels[:1], convs)[3][0], torch.float32)
 
 
 class TestErrors:

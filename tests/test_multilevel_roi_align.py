@@ -175,8 +175,8 @@ class TestShapes:
         features[1].requires_grad_()
         pooled = ops.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6)
         (grad,) = torch.autograd.grad(pooled.sum(), features[1])
-        twin = reference.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6)
-        assert_near(grad, torch.autograd.grad(twin.sum(), features[1])[0], torch.float64)
+        expected = reference.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6)
+        assert_near(grad, torch.autograd.grad(expected.sum(), features[1])[0], torch.float64)
         tangent = torch.randn_like(features[1])
         zeros = [torch.zeros_like(features[0]), tangent, torch.zeros_like(features[2])]
         _, pushed = torch.func.jvp(

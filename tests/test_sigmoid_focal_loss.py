@@ -154,8 +154,8 @@ class TestValues:
             (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
             torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-37)
             torch.testing.assert_close(grad.double(), expected_grad, rtol=3e-5, atol=1e-37)
-            twin = reference.sigmoid_focal_loss(wide, labels, gamma)
-            torch.testing.assert_close(expected, twin, rtol=1e-12, atol=0)
+            by_reference = reference.sigmoid_focal_loss(wide, labels, gamma)
+            torch.testing.assert_close(expected, by_reference, rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_sum_that_overflows_is_infinite(self, dtype):

@@ -162,9 +162,9 @@ class TestRawOperator:
 
 @pytest.mark.parametrize("name", public())
 class TestPublicOperator:
-    def test_twin_with_the_same_arguments(self, name):
-        twin = getattr(reference, name)
-        own, other = (set(inspect.signature(f).parameters) - {"algorithm"} for f in (getattr(ops, name), twin))
+    def test_reference_has_the_same_arguments(self, name):
+        by_reference = getattr(reference, name)
+        own, other = (set(inspect.signature(f).parameters) - {"algorithm"} for f in (getattr(ops, name), by_reference))
         assert own == other
 
     def test_fuzzed(self, name):

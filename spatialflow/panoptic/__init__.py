@@ -7,12 +7,12 @@ Names are resolved on first use, so that scoring a folder of results imports nei
 import importlib
 
 _HOMES = {
-    "InUseError": "writer",
+    "InUseError": "journal",
     "MergeResult": "merging",
     "PanopticFormatError": "rules",
     "PanopticQuality": "quality",
     "PanopticWriter": "writer",
-    "ResumeError": "writer",
+    "ResumeError": "journal",
     "colour_of": "drawing",
     "decode_ids": "formats",
     "encode_ids": "formats",

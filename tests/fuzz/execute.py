@@ -299,7 +299,7 @@ class _Trial:
             self.differs(f"{what} ({actual.dtype}, {judged_by}): {verdict.difference}")
 
     def _epsilon(self) -> float:
-        """The rounding of what is summed; where there are layers, of what they hand on."""
+        """The relative rounding error of the sums; of several layers, that of their outputs."""
         first = next((t.dtype for t in self.tensors if t.dtype.is_floating_point), torch.float32)
         return torch.finfo(first).eps if self.operator.layered else EPSILON[self.accumulator]
 

@@ -45,21 +45,52 @@ Tensor pack_conv3x3_cpu(const Tensor& weight, int64_t algorithm) {
                                           weight.size(0)));
 }
 
-std::vector<Tensor> convolve(
-    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t resolved) {
-    std::vector<Tensor> out = empty_channels_last(x, out_channels);
-    const std::vector<Tensor> dense_x = channels_last(x), dense_flow = channels_last(flow);
-    const std::optional<Tensor> dense_bias = accum_bias(bias, packed.scalar_type());
-    dispatch_floating("flow_conv2d", x[0].scalar_type(), [&](auto zero) {
-        using scalar_t = decltype(zero);
+// A convolution, and the tensors that its job points into.
+struct Convolution {
+    int64_t resolved;
+    std::vector<Tensor> x, flow, out;
+    Tensor packed;
+    std::optional<Tensor> bias;
+    bool relu;
+
+    Convolution(
+        const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
+        const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t resolved)
+        : resolved(resolved), x(channels_last(x)), flow(channels_last(flow)),
+          out(empty_channels_last(x, out_channels)), packed(packed), bias(accum_bias(bias, packed.scalar_type())),
+          relu(relu) {}
+
+    template <typename scalar_t>
+    ConvJob<scalar_t> job() const {
         using real_t = accum_t<scalar_t>;
         const ConvBranch<scalar_t> branch = {
-            data<real_t>(packed), dense_bias ? data<real_t>(*dense_bias) : nullptr, out_channels, relu,
+            data<real_t>(packed), bias ? data<real_t>(*bias) : nullptr, out[0].size(1), relu,
             output_pointers<scalar_t>(out), {}};
-        run_conv3x3<scalar_t>(resolved, {{x[0].size(1), conv_levels<scalar_t>(dense_x, dense_flow), {branch}}});
+        return {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
+    }
+};
+
+// Results of all convolutions, one after the other, each level in the layout of that of `like`.
+std::vector<Tensor> run(const std::vector<Tensor>& like, const std::vector<Convolution>& convolutions) {
+    std::vector<Tensor> results;
+    dispatch_floating("flow_conv2d", like[0].scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        for (const int64_t algorithm : {kConvWinograd, kConvDirect}) {
+            std::vector<ConvJob<scalar_t>> jobs;
+            for (const Convolution& convolution : convolutions) {
+                if (convolution.resolved == algorithm) {
+                    jobs.push_back(convolution.job<scalar_t>());
+                }
+            }
+            if (!jobs.empty()) {
+                run_conv3x3<scalar_t>(algorithm, jobs);
+            }
+        }
     });
-    return in_format_of(x, std::move(out));
+    for (const Convolution& convolution : convolutions) {
+        results.insert(results.end(), convolution.out.begin(), convolution.out.end());
+    }
+    return in_format_of(like, std::move(results));
 }
 
 std::vector<Tensor> flow_conv2d_cpu(
@@ -78,7 +109,7 @@ std::vector<Tensor> flow_conv2d_cpu(
     const int64_t resolved = algorithm == kConvAuto && pixels < kWinogradPixels
                                  ? kConvDirect
                                  : resolve_algorithm(algorithm, is_double, in_channels, out_channels);
-    return convolve(x, flow, pack(weight, resolved), bias, out_channels, relu, resolved);
+    return run(x, {{x, flow, pack(weight, resolved), bias, out_channels, relu, resolved}});
 }
 
 std::vector<Tensor> flow_conv2d_packed_cpu(
@@ -90,7 +121,22 @@ std::vector<Tensor> flow_conv2d_packed_cpu(
     }
     const int64_t resolved = check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
     check_packed_layout("flow_conv2d", packed, kPackedColumns);
-    return convolve(x, flow, packed, bias, out_channels, relu, resolved);
+    return run(x, {{x, flow, packed, bias, out_channels, relu, resolved}});
+}
+
+std::vector<Tensor> flow_conv2d_group_cpu(
+    const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,
+    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_channels, bool relu,
+    const std::vector<int64_t>& algorithms) {
+    std::vector<Convolution> convolutions;
+    for_each_in_group(
+        x, counts, packed, biases, out_channels, algorithms,
+        [&](size_t i, const std::vector<Tensor>& maps, const std::optional<Tensor>& bias, int64_t resolved) {
+            check_packed_layout("flow_conv2d", packed[i], kPackedColumns);
+            convolutions.emplace_back(
+                maps, std::vector<Tensor>{}, packed[i], bias, out_channels[i], relu, resolved);
+        });
+    return convolutions.empty() ? std::vector<Tensor>{} : run(x, convolutions);
 }
 
 }  // namespace
@@ -100,4 +146,5 @@ STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
     library.impl("flow_conv2d", TORCH_BOX(&spatialflow::flow_conv2d_cpu));
     library.impl("_pack_conv3x3", TORCH_BOX(&spatialflow::pack_conv3x3_cpu));
     library.impl("_flow_conv2d_packed", TORCH_BOX(&spatialflow::flow_conv2d_packed_cpu));
+    library.impl("_flow_conv2d_group", TORCH_BOX(&spatialflow::flow_conv2d_group_cpu));
 }

@@ -102,16 +102,24 @@ Tensor pack_conv3x3_cuda(const Tensor& weight, int64_t algorithm) {
     return packed;
 }
 
-std::vector<Tensor> convolve(
+// The convolution of `x`, with maps for its results.
+Convolution convolution(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, Stream stream) {
-    std::vector<Tensor> out = empty_channels_last(x, x.size(), out_channels);
-    Convolution conv{channels_adjacent(x), channels_adjacent(flow), {}, out, packed, std::nullopt, relu};
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu) {
+    Convolution conv{channels_adjacent(x), channels_adjacent(flow), {}, empty_channels_last(x, x.size(), out_channels),
+                     packed, std::nullopt, relu};
     if (bias) {
         conv.bias = contiguous_as(*bias, accum_dtype(x[0].scalar_type()));
     }
+    return conv;
+}
+
+std::vector<Tensor> convolve(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, Stream stream) {
+    const Convolution conv = convolution(x, flow, packed, bias, out_channels, relu);
     convolve3x3("flow_conv2d", {conv}, stream);
-    return in_format_of(x, std::move(out));
+    return in_format_of(x, conv.out);
 }
 
 std::vector<Tensor> flow_conv2d_cuda(
@@ -146,6 +154,28 @@ std::vector<Tensor> flow_conv2d_packed_cuda(
     return convolve(x, flow, packed, bias, out_channels, relu, device.stream());
 }
 
+std::vector<Tensor> flow_conv2d_group_cuda(
+    const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,
+    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_channels, bool relu,
+    const std::vector<int64_t>& algorithms) {
+    std::vector<Convolution> convolutions;
+    std::vector<Tensor> results;
+    for_each_in_group(
+        x, counts, packed, biases, out_channels, algorithms,
+        [&](size_t i, const std::vector<Tensor>& maps, const std::optional<Tensor>& bias, int64_t) {
+            check_packed_layout("flow_conv2d", packed[i], kPackedColumns);
+            const DeviceScope device(x[0]);
+            convolutions.push_back(convolution(maps, {}, packed[i], bias, out_channels[i], relu));
+            results.insert(results.end(), convolutions[i].out.begin(), convolutions[i].out.end());
+        });
+    if (!convolutions.empty()) {
+        const DeviceScope device(x[0]);
+        convolve3x3("flow_conv2d", convolutions, device.stream());
+        results = in_format_of(x, std::move(results));
+    }
+    return results;
+}
+
 }  // namespace
 }  // namespace spatialflow
 
@@ -153,4 +183,5 @@ SPATIALFLOW_DEVICE_IMPL(library) {
     library.impl("flow_conv2d", TORCH_BOX(&spatialflow::flow_conv2d_cuda));
     library.impl("_pack_conv3x3", TORCH_BOX(&spatialflow::pack_conv3x3_cuda));
     library.impl("_flow_conv2d_packed", TORCH_BOX(&spatialflow::flow_conv2d_packed_cuda));
+    library.impl("_flow_conv2d_group", TORCH_BOX(&spatialflow::flow_conv2d_group_cuda));
 }

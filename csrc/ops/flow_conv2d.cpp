@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
         "_flow_conv2d_packed(Tensor[] x, Tensor[] flow, Tensor packed, Tensor? bias, SymInt out_channels, bool relu, "
         "int algorithm) -> Tensor[]");
+    library.def(
+        "_flow_conv2d_group(Tensor[] x, int[] counts, Tensor[] packed, Tensor[] biases, SymInt[] out_channels, "
+        "bool relu, int[] algorithms) -> Tensor[]");
 }
 
 namespace spatialflow {
@@ -28,6 +31,13 @@ void check_packed_call(
     }
 }
 
+void check_group_call(
+    const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,
+    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_channels,
+    const std::vector<int64_t>& algorithms) {
+    for_each_in_group(x, counts, packed, biases, out_channels, algorithms, [](auto&&...) {});
+}
+
 }  // namespace
 }  // namespace spatialflow
 
@@ -37,10 +47,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow_checks, library) {
     library.def(
         "_flow_conv2d_packed(Tensor[] x, Tensor[] flow, Tensor packed, Tensor? bias, int out_channels, "
         "int algorithm) -> ()");
+    library.def(
+        "_flow_conv2d_group(Tensor[] x, int[] counts, Tensor[] packed, Tensor[] biases, int[] out_channels, "
+        "int[] algorithms) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spatialflow_checks, CompositeExplicitAutograd, library) {
     library.impl("flow_conv2d", TORCH_BOX(&spatialflow::check_flow_conv2d));
     library.impl("_pack_conv3x3", TORCH_BOX(&spatialflow::check_pack_call));
     library.impl("_flow_conv2d_packed", TORCH_BOX(&spatialflow::check_packed_call));
+    library.impl("_flow_conv2d_group", TORCH_BOX(&spatialflow::check_group_call));
 }

@@ -143,6 +143,32 @@ inline int64_t check_flow_conv2d_packed(
     return resolved;
 }
 
+// Several convolutions: the first reads the first counts[0] tensors of `x`, the second the next counts[1], and so on.
+// An empty bias stands for none. Calls body(index, maps, bias, algorithm that the weights were packed for) for each.
+template <typename Body>
+inline void for_each_in_group(
+    const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,
+    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_channels,
+    const std::vector<int64_t>& algorithms, const Body& body) {
+    const char* op = "flow_conv2d";
+    const size_t size = packed.size();
+    check(counts.size() == size && biases.size() == size && out_channels.size() == size && algorithms.size() == size,
+          op, ": counts, packed, biases, out_channels and algorithms must have one length");
+    auto next = x.begin();
+    for (size_t i = 0; i < size; ++i) {
+        check(counts[i] >= 1 && counts[i] <= x.end() - next, op, ": counts must be at least 1 and add up to the ",
+              x.size(), " tensors of x, got ", counts[i], " at ", i);
+        check_algorithm(op, algorithms[i]);
+        const std::vector<Tensor> maps(next, next + counts[i]);
+        next += counts[i];
+        check_dtype(op, "x", maps[0], x[0].scalar_type());
+        check_same_device(op, "x", maps[0], "x[0]", x[0]);
+        const std::optional<Tensor> bias = biases[i].numel() == 0 ? std::nullopt : std::make_optional(biases[i]);
+        body(i, maps, bias, check_flow_conv2d_packed(maps, {}, packed[i], bias, out_channels[i], algorithms[i]));
+    }
+    check(next == x.end(), op, ": counts must add up to the ", x.size(), " tensors of x");
+}
+
 inline void check_conv_weight_gradient(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const std::vector<Tensor>& grad_output,
     int64_t algorithm) {

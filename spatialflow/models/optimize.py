@@ -15,11 +15,20 @@ from torch.nn import functional as F
 from spatialflow import __version__
 from spatialflow.models.deform import DeformConv2d, split_offsets
 from spatialflow.models.fpn import FPN
+from spatialflow.models.fused_conv import Shape, fused_conv2d, linear_relu
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
-from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower, pack_conv3x3, pack_flow_tower
+from spatialflow.ops import (
+    FlowTowerParameters,
+    PackedConv,
+    deform_conv2d,
+    flow_conv2d,
+    flow_tower,
+    pack_conv3x3,
+    pack_flow_tower,
+)
 
 Levels = TypeVar("Levels", Tensor, list[Tensor])
 
@@ -53,39 +62,18 @@ class FusedConv(nn.Module):
         super().__init__()
         weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach(), persistent=False)
-        self.stride, self.padding, self.groups, self.relu = list(conv.stride), list(conv.padding), conv.groups, relu
+        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+        self.register_buffer("bias", bias, persistent=False)
+        self.shape, self.relu = Shape(conv.stride, conv.padding, conv.groups), relu
         self.offsets = FusedConv(conv.conv_offset) if isinstance(conv, DeformConv2d) else None
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """(N, C, H, W) -> (N, O, H', W'). `residual`, of the output's shape, is overwritten with the result."""
-        if self.offsets is not None:
-            offset, mask = split_offsets(self.offsets(x))
-            y = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, 1, mask)
-            return y.relu_() if self.relu else y
-        if _has_fused_convolution(x):
-            shape = (self.padding, self.stride, [1, 1], self.groups)
-            if residual is None:
-                activation = "relu" if self.relu else "none"
-                return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *shape, activation, [], "")
-            activation = "relu" if self.relu else None
-            return torch.ops.mkldnn._convolution_pointwise_.binary(
-                residual, x, self.weight, self.bias, *shape, "add", 1.0, activation, [], ""
-            )
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-        y = y if residual is None else residual.add_(y)
+        """(N, C, H, W) -> (N, O, H', W'). `residual`, of the output's shape, may be overwritten."""
+        if self.offsets is None:
+            return fused_conv2d(x, self.weight, self.bias, self.shape, self.relu, residual)
+        offset, mask = split_offsets(self.offsets(x))
+        y = deform_conv2d(x, offset, self.weight, self.bias, self.shape.stride, self.shape.padding, 1, mask)
         return y.relu_() if self.relu else y
-
-
-def _has_fused_convolution(x: Tensor) -> bool:
-    """oneDNN's convolution with sum and ReLU in its epilogue, which torch's own compiler uses on the CPU."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # private to torch: may be gone in a later one
-    )
 
 
 class FusedBottleneck(nn.Module):
@@ -99,10 +87,14 @@ class FusedBottleneck(nn.Module):
         )
         self.conv2 = (PackedConv3x3 if packable else FusedConv)(block.conv2, relu=True)
         self.conv3 = FusedConv(block.conv3, relu=True)
-        self.downsample = None if block.downsample is None else FusedConv(block.downsample[0])
+        self.downsample = None
+        if block.downsample is not None:
+            self.downsample = FusedConv(block.downsample[0])
+            self.conv3.bias = self.conv3.bias + self.downsample.bias  # one pass less: both biases enter the sum
+            self.downsample.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Overwrites `x` where there is no downsampling."""
+        """May overwrite `x` where there is no downsampling."""
         out = self.conv2(self.conv1(x))
         return self.conv3(out, residual=x if self.downsample is None else self.downsample(x))
 
@@ -144,6 +136,11 @@ class FusedResNet(nn.Module):
         super().__setstate__(state)
 
 
+def pack(conv: nn.Conv2d) -> PackedConv:
+    """A 3x3 convolution of stride 1, its weights arranged once."""
+    return pack_conv3x3(conv.weight.detach(), None if conv.bias is None else conv.bias.detach())
+
+
 class PackedConv3x3(nn.Module):
     """A 3x3 convolution of stride 1 over a tensor or a list of levels, its weights arranged once.
 
@@ -154,8 +151,7 @@ class PackedConv3x3(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, relu: bool = False):
         super().__init__()
-        self.packed = pack_conv3x3(conv.weight.detach(), None if conv.bias is None else conv.bias.detach())
-        self.relu = relu
+        self.packed, self.relu = pack(conv), relu
 
     def forward(self, x: Levels, flow: Optional[Levels] = None) -> Levels:
         """relu(conv(x + flow)), of the structure of `x`."""
@@ -168,7 +164,7 @@ class PackedFPN(nn.Module):
     def __init__(self, fpn: FPN):
         super().__init__()
         self.lateral = nn.ModuleList(map(FusedConv, fpn.lateral))
-        self.output = nn.ModuleList(PackedConv3x3(conv) for conv in fpn.output)
+        self.output = [pack(conv) for conv in fpn.output]
         self.p6, self.p7 = FusedConv(fpn.p6), FusedConv(fpn.p7)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -177,7 +173,7 @@ class PackedFPN(nn.Module):
             above = F.interpolate(merged[0], size=feature.shape[-2:], mode="nearest")
             merged.insert(0, lateral(feature, residual=above))  # the upsampled map is fresh: the sum goes on top of it
         p6 = self.p6(features[-1])
-        return [conv(m) for conv, m in zip(self.output, merged)] + [p6, self.p7(p6)]
+        return [*flow_conv2d(merged, None, self.output, relu=False), p6, self.p7(p6)]
 
 
 class PackedTower(nn.Module):
@@ -283,15 +279,14 @@ def _add(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
 
 
 class PackedBoxHead(nn.Module):
-    """`BoxHead`, all levels in one call per predictor."""
+    """`BoxHead`, both predictors on all levels in one call."""
 
     def __init__(self, head: BoxHead):
         super().__init__()
-        self.class_logits = PackedConv3x3(head.class_logits)
-        self.box_deltas = PackedConv3x3(head.box_deltas)
+        self.predictors = [pack(head.class_logits), pack(head.box_deltas)]
 
     def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return self.class_logits(list(cls)), self.box_deltas(list(reg))
+        return tuple(flow_conv2d([list(cls), list(reg)], None, self.predictors, relu=False))
 
 
 class PackedThingHead(ThingHead):
@@ -301,7 +296,8 @@ class PackedThingHead(ThingHead):
     Where only one class per RoI is wanted, its dot product follows before the pixels are rearranged.
     """
 
-    rois_at_once = 32  # keeps the widest intermediate, 4 pixels x channels per input pixel, near the cache
+    rois_at_once = 32
+    """On the CPU: keeps the widest intermediate, 4 pixels x channels per input pixel, near the cache."""
 
     def __init__(self, head: ThingHead):
         nn.Module.__init__(self)
@@ -323,16 +319,16 @@ class PackedThingHead(ThingHead):
             weight, bias = self.logits.weight.flatten(1).t(), self.logits.bias
         else:
             weight, bias = self.logits.weight[labels].flatten(1)[..., None], self.logits.bias[labels][:, None, None]
+        step = self.rois_at_once if x.device.type == "cpu" else max(k, 1)
         parts = []
-        for i in range(0, k, self.rois_at_once):
-            part = slice(i, i + self.rois_at_once)
-            up = (
-                F.linear(pixels[part], self.weight, self.bias).relu_().unflatten(-1, (4, -1)).flatten(1, 2)
-            )  # (k, S*S*4, O)
+        for i in range(0, k, step):
+            part = slice(i, i + step)
+            up = linear_relu(pixels[part].flatten(0, 1), self.weight, self.bias)
+            up = up.view(-1, h * w * 4, up.shape[1] // 4)  # (k, S*S*4, O)
             parts.append(up @ weight + bias if labels is None else torch.baddbmm(bias[part], up, weight[part]))
-        logits = (
-            torch.cat(parts) if parts else pixels.new_zeros((0, h * w * 4, weight.shape[-1]))
-        )  # (K, S*S*4, classes or 1)
+        if not parts:
+            parts = [pixels.new_zeros((0, h * w * 4, weight.shape[-1]))]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)  # (K, S*S*4, classes or 1)
         logits = logits.view(k, h, w, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).reshape(k, -1, 2 * h, 2 * w)
         return logits if labels is None else logits[:, 0]
 

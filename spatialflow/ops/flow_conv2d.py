@@ -33,26 +33,28 @@ class PackedConv(NamedTuple):
     weight: Tensor  # (C_out, C_in, 3, 3)
     bias: Tensor | None  # (C_out,)
     algorithm: str
+    packed_bias: Tensor | None  # (C_out,) in the dtype of sums, as the kernels read it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pack_conv3x3, (self.weight, self.bias, self.algorithm)
 
 
 def flow_conv2d(
-    x: Tensor | list[Tensor],
+    x: Tensor | list[Tensor] | list[Tensor | list[Tensor]],
     flow: Tensor | list[Tensor] | None,
-    weight: Tensor | PackedConv,
+    weight: Tensor | PackedConv | list[PackedConv],
     bias: Tensor | None = None,
     relu: bool = True,
     algorithm: str = "auto",
-) -> Tensor | list[Tensor]:
+) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
     """Computes relu(conv3x3(x + flow) + bias), stride 1 and padding 1, for one map or all levels of a pyramid at once.
 
     Args:
         x: features (N, C_in, H, W), or a list of them, one per level (sizes and batches may differ); float32, float64,
-            float16 or bfloat16, any strides.
+            float16 or bfloat16, any strides. With a list of weights, one such entry for each.
         flow: what is added to `x`, in the same structure and shapes, or None.
-        weight: (C_out, C_in, 3, 3), or a `PackedConv`, whose bias and algorithm are then used.
+        weight: (C_out, C_in, 3, 3), or a `PackedConv`, whose bias and algorithm are then used. A list of `PackedConv`
+            stands for independent convolutions, which on CUDA share one launch; `flow` must then be None.
         bias: (C_out,) or None.
         relu: rectify the result; NaN stays NaN.
         algorithm: "winograd": F(4x4, 3x3) in float32, a quarter of the multiplications, error about 3e-6 of the largest
@@ -65,7 +67,8 @@ def flow_conv2d(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, naming the argument; packed weights in the order of
             another instruction set, device, dtype or version.
-        ValueError: an unknown `algorithm`, or `x` and `flow` of different structure, or bias beside a `PackedConv`.
+        ValueError: an unknown `algorithm`, or `x` and `flow` of different structure, or bias beside a `PackedConv`, or
+            a list of weights with another number of entries in `x`, with a `flow`, or of unpacked weights.
 
     Remarks:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
@@ -84,6 +87,8 @@ def flow_conv2d(
 
     Source: SpatialFlow (Chen et al.), equation 3; Lavin & Gray (2015) for the Winograd form.
     """
+    if isinstance(weight, list):
+        return _convolve_group(x, flow, weight, bias, relu)
     code = algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
     levels = list(x) if isinstance(x, (list, tuple)) else [x]
@@ -101,10 +106,10 @@ def flow_conv2d(
     if isinstance(weight, PackedConv):
         if bias is not None:
             raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
-        weight, bias, code, packed = weight.weight, weight.bias, _ALGORITHMS[weight.algorithm], weight.packed
+        conv, weight, bias, code = weight, weight.weight, weight.bias, _ALGORITHMS[weight.algorithm]
         if not needs_gradient([*levels, *flows, weight, bias]):
             outputs = torch.ops.spatialflow._flow_conv2d_packed(
-                levels, flows, packed, bias, weight.shape[0], bool(relu), code
+                levels, flows, conv.packed, conv.packed_bias, weight.shape[0], bool(relu), code
             )
             return outputs[0] if single else list(outputs)
     require_tensors("flow_conv2d", weight=weight, **present(bias=bias))
@@ -131,7 +136,43 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
     """
     code = algorithm_code("pack_conv3x3", algorithm)
     require_tensors("pack_conv3x3", weight=weight, **present(bias=bias))
-    return PackedConv(torch.ops.spatialflow._pack_conv3x3(weight.detach(), code), weight, bias, algorithm)
+    packed = torch.ops.spatialflow._pack_conv3x3(weight.detach(), code)
+    packed_bias = None if bias is None else bias.detach().to(packed.dtype).contiguous()
+    return PackedConv(packed, weight, bias, algorithm, packed_bias)
+
+
+def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, relu: bool) -> list[Any]:
+    """`flow_conv2d` for a list of weights."""
+    if flow is not None or bias is not None:
+        raise ValueError("flow_conv2d: flow and bias must be None when weight is a list")
+    if not isinstance(x, (list, tuple)) or len(x) != len(weights):
+        found = f"{len(x)} entries" if isinstance(x, (list, tuple)) else type(x).__name__
+        raise ValueError(f"flow_conv2d: x must be a list with an entry for each of {len(weights)} weights, got {found}")
+    for index, conv in enumerate(weights):
+        if not isinstance(conv, PackedConv):
+            raise ValueError(f"flow_conv2d: weight[{index}] must be a PackedConv, got {type(conv).__name__}")
+    entries = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in x]
+    for index, entry in enumerate(entries):
+        for level in entry:
+            require_tensors("flow_conv2d", **{f"x[{index}]": level})
+    maps = [autocast(level) for entry in entries for level in entry]
+    parameters = [t for conv in weights for t in (conv.weight, conv.bias)]
+    if needs_gradient([*maps, *parameters]) or not all(entries):
+        return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights)]
+    biases = [conv.packed.new_empty(0) if conv.packed_bias is None else conv.packed_bias for conv in weights]
+    outputs = iter(
+        torch.ops.spatialflow._flow_conv2d_group(
+            maps,
+            [len(entry) for entry in entries],
+            [conv.packed for conv in weights],
+            biases,
+            [conv.weight.shape[0] for conv in weights],
+            bool(relu),
+            [_ALGORITHMS[conv.algorithm] for conv in weights],
+        )
+    )
+    results = [[next(outputs) for _ in entry] for entry in entries]
+    return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results)]
 
 
 def algorithm_code(op: str, algorithm: str) -> int:
@@ -183,6 +224,17 @@ def _(x, flow, packed, bias, out_channels, relu, algorithm):
     if x:
         check_packed_layout("flow_conv2d", packed)
     return _empty_levels(x, out_channels)
+
+
+@register_fake("_flow_conv2d_group")
+def _(x, counts, packed, biases, out_channels, relu, algorithms):
+    for weight in packed:
+        check_packed_layout("flow_conv2d", weight)
+    rest, results = list(x), []
+    for count, channels in zip(counts, out_channels):
+        results += _empty_levels(rest[:count], channels)
+        del rest[:count]
+    return results
 
 
 @register_fake("_pack_conv3x3")

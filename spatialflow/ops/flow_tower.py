@@ -156,7 +156,7 @@ def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]
         return like.new_empty(0), like.new_empty(0)
     weight, bias = _pair(conv)
     if isinstance(conv, PackedConv):
-        packed = conv.packed
+        packed, bias = conv.packed, conv.packed_bias
     else:
         packed = torch.ops.spatialflow._pack_conv3x3(autocast(weight), code)
     return packed, weight.new_zeros(weight.shape[0]) if bias is None else bias

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A convolution with bias, sum and ReLU in its epilogue, by whichever library the device has for it.
+
+oneDNN has it on the CPU in float32, cuDNN on a GPU; torch exposes both as operators that only its compiler uses. A 1x1
+convolution without ReLU is a matrix product with a bias. Everything else is `F.conv2d` and the passes after it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Shape(NamedTuple):
+    """How a convolution moves over its input; the dilation is 1."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+
+
+def fused_conv2d(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], shape: Shape, relu: bool, residual: Optional[Tensor] = None
+) -> Tensor:
+    """relu(conv2d(x) + bias + residual), without gradients.
+
+    Args:
+        x: (N, C, H, W), channels-last.
+        weight: (O, C / groups, kernel height, kernel width), channels-last.
+        bias: (O,) or None.
+        shape: stride, padding, groups.
+        relu: whether the sum is rectified.
+        residual: (N, O, H', W') channels-last, which may be overwritten; or None.
+
+    Returns:
+        (N, O, H', W'), channels-last.
+    """
+    if _has_onednn_epilogue(x):
+        return _by_onednn(x, weight, bias, shape, relu, residual)
+    if _has_cudnn_epilogue(x, weight, shape, relu):
+        try:
+            return _by_cudnn(x, weight, bias, shape, residual)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not _says_unsupported(error):
+                raise
+            _refused.add((x.dtype, weight.shape, shape))
+    if not relu and weight.shape[2:] == (1, 1) and shape == Shape((1, 1), (0, 0), 1) and x.device.type != "cpu":
+        y = _by_matrix_product(x, weight, bias)
+    else:
+        y = F.conv2d(x, weight, bias, shape.stride, shape.padding, 1, shape.groups)
+    y = y if residual is None else residual.add_(y)
+    return y.relu_() if relu else y
+
+
+def _has_onednn_epilogue(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # private to torch: may be gone in a later one
+    )
+
+
+def _by_onednn(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], shape: Shape, relu: bool, residual: Optional[Tensor]
+) -> Tensor:
+    arguments = (shape.padding, shape.stride, (1, 1), shape.groups)
+    if residual is None:
+        activation = "relu" if relu else "none"
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, activation, [], "")
+    activation = "relu" if relu else None
+    return torch.ops.mkldnn._convolution_pointwise_.binary(
+        residual, x, weight, bias, *arguments, "add", 1.0, activation, [], ""
+    )
+
+
+_refused: set[tuple[torch.dtype, torch.Size, Shape]] = set()
+"""Convolutions that cuDNN turned out to have no fused kernel for, by features' dtype, weight's shape and shape."""
+
+
+def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape, relu: bool) -> bool:
+    """Whether to ask cuDNN, whose epilogues end with a ReLU and whose fused kernels read 16 bytes of channels."""
+    whole = 16 // x.element_size()
+    return (
+        relu
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and weight.shape[0] % whole == 0
+        and weight.shape[1] % whole == 0
+        and (x.dtype, weight.shape, shape) not in _refused
+        and _is_registered(x.device.type)
+    )
+
+
+def _is_registered(device: str) -> bool:
+    """Whether cuDNN's operators exist: in builds of torch with CUDA; for meta tensors their fake kernels stand in."""
+    key = {"cuda": "CUDA", "meta": "Meta"}.get(device)
+    if key is None or (key == "CUDA" and not torch.backends.cudnn.enabled):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::cudnn_convolution_add_relu", key)
+
+
+def _by_cudnn(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], shape: Shape, residual: Optional[Tensor]
+) -> Tensor:
+    arguments = (shape.stride, shape.padding, (1, 1), shape.groups)
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *arguments)
+    return torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, 1.0, bias, *arguments)
+
+
+def _says_unsupported(error: RuntimeError) -> bool:
+    """Whether cuDNN has no kernel for a convolution; torch then says that no engine was found, or not supported."""
+    text = str(error).lower()
+    return "engine" in text or "cudnn" in text or "not supported" in text
+
+
+def _by_matrix_product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    n, c, h, w = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, c)  # a view of channels-last maps
+    return F.linear(pixels, weight.flatten(1), bias).view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """relu(x @ weight.T + bias) for x (N, I) and weight (O, I), on a GPU in one kernel."""
+    if x.device.type == "cpu":
+        return F.linear(x, weight, bias).relu_()
+    return torch._addmm_activation(bias, x, weight.t())
+
+
+def _describe_cudnn() -> None:
+    """Fake kernels for cuDNN's fused convolutions, for meta tensors and for tracing; torch has none."""
+
+    def convolution_relu(x, weight, bias, stride, padding, dilation, groups):
+        plain = torch.ops.aten.convolution.default(
+            x, weight, None, stride, padding, dilation, False, [0] * len(padding), groups
+        )
+        is_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        return plain.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+    def convolution_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        return convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+
+    for fake in (convolution_relu, convolution_add_relu):
+        name = f"aten::cudnn_{fake.__name__}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+            torch.library.register_fake(name, fake)
+
+
+_describe_cudnn()

@@ -47,7 +47,7 @@ test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 	$(PYTHON) -m pytest $(TESTS)
 
 # The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
-SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py \
+SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py tests/test_kernel_count.py \
 	$(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py,p' cmake/ops.cmake))
 configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
@@ -60,7 +60,7 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 # Sanitizers (docs/sanitizers.md): what is compiled with them lies in build/<folder>/package and leaves the rest alone.
 # Their reports go to file descriptor 2, which pytest would keep for itself.
 SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
-SANITIZE_TESTS ?= $(filter-out tests/test_simt.py,$(SIMT_TESTS)) \
+SANITIZE_TESTS ?= $(filter-out tests/test_simt.py tests/test_kernel_count.py,$(SIMT_TESTS)) \
 	$(addprefix tests/test_,panoptic_formats.py panoptic_quality.py panoptic_drawing.py threads.py)
 SANITIZE_FUZZ ?= 300
 sanitized_build = $(call configure,$(1)) -DSPATIALFLOW_SANITIZE=$(2) \

@@ -21,47 +21,14 @@ from typing import Any
 import torch
 from end_to_end import untrained_model
 from harness import environment, require_positive, results_path, write_text
+from kernel_count import name_stages
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from spatialflow import Predictor
 from spatialflow.data.synthetic import synthesize
-from spatialflow.engine import pipeline as pipeline_module
 from spatialflow.images import read_image
 
 PREFIX = "stage: "
-
-
-def name_stages(predictor: Predictor) -> None:
-    """Makes modules and the stages of the pipeline visible to the profiler."""
-    (network,) = predictor.pipeline.networks
-    for name in ("backbone", "fpn", "subnets", "box_head", "stuff_head", "thing_head"):
-        module = getattr(network, name, None)
-        if isinstance(module, torch.nn.Module):
-            forward = module.forward
-            module.forward = lambda *args, _forward=forward, _name=name, **options: _inside(
-                _name, _forward, *args, **options
-            )
-    stopwatch = pipeline_module.stopwatch
-
-    def named(times: dict[str, float], stage: str) -> Any:
-        class Both:
-            def __enter__(self) -> None:
-                self.parts = (record_function(PREFIX + stage), stopwatch(times, stage))
-                for part in self.parts:
-                    part.__enter__()
-
-            def __exit__(self, *error: Any) -> None:
-                for part in reversed(self.parts):
-                    part.__exit__(*error)
-
-        return Both()
-
-    pipeline_module.stopwatch = named
-
-
-def _inside(name: str, function: Any, *args: Any, **options: Any) -> Any:
-    with record_function(PREFIX + name):
-        return function(*args, **options)
 
 
 def profile_stages(predictor: Predictor, image: Any, on_gpu: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -163,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
         save()
     predictor = Predictor(model, options.device, dtype, detection_masks=False)
-    name_stages(predictor)
+    name_stages(predictor.pipeline, lambda stage: record_function(PREFIX + stage))
     for _ in range(3):
         predictor(image)
     content["stages"], content["kernels"] = profile_stages(predictor, image, on_gpu)

@@ -3,6 +3,7 @@
 // Runs a grid: blocks spread over OS threads, in order of their index.
 #pragma once
 
+#include <cstdio>
 #include <cstdlib>
 #include <thread>
 
@@ -88,6 +89,9 @@ inline void run_grid(Launch& launch) {
             "simt: kernel ", launch.kernel, " cannot be launched with grid (", launch.grid.x, ", ", launch.grid.y, ", ",
             launch.grid.z, "), block (", launch.block.x, ", ", launch.block.y, ", ", launch.block.z, "), ",
             launch.dynamic_shared_bytes, " bytes of dynamic shared memory"));
+    }
+    if (std::getenv("SPATIALFLOW_SIMT_TRACE")) {
+        std::fprintf(stderr, "launch: %s\n", launch.kernel.c_str());
     }
     // Starting OS threads pays from a few hundred fibers on.
     const uint64_t useful = std::min<uint64_t>({os_threads(), blocks, blocks * block_threads / 512 + 1});

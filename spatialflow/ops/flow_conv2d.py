@@ -157,7 +157,7 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
             require_tensors("flow_conv2d", **{f"x[{index}]": level})
     maps = [autocast(level) for entry in entries for level in entry]
     parameters = [t for conv in weights for t in (conv.weight, conv.bias)]
-    if needs_gradient([*maps, *parameters]) or not all(entries):
+    if not entries or not all(entries) or needs_gradient([*maps, *parameters]):
         return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights)]
     biases = [conv.packed.new_empty(0) if conv.packed_bias is None else conv.packed_bias for conv in weights]
     outputs = iter(

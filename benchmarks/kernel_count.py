@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many kernels a GPU is given for one image, by stage, and how many of them only convert a layout or a dtype.
+
+Needs no GPU: the pipeline runs on meta tensors, which have shapes and strides alone, and every operator is counted with
+the kernels that it launches on CUDA. `LAUNCHES` says how many those are for this package's operators; a test compares
+it with the CUDA kernels on the interpreter. Operators of torch count as one kernel, but views and allocations as none,
+a convolution with a bias as two, and a few as torch's sources have them. Uploads and downloads are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import environment, results_path, write_text
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spatialflow.engine import pipeline as pipeline_module
+from spatialflow.engine.pipeline import Pipeline
+from spatialflow.engine.predict import STAGES
+from spatialflow.models.build import build_model
+from spatialflow.models.optimize import optimize_for_inference
+from spatialflow.ops.layout import is_channels_last
+
+MODULES = ("backbone", "fpn", "subnets", "box_head", "stuff_head", "thing_head")
+"""Parts of the network that are stages of their own."""
+
+META = torch.device("meta")
+
+
+def tower_waves(levels: Any, packed: Any, biases: Any, counts: list[int], source_is_cls: bool, *_: Any) -> int:
+    """Launches of `flow_tower`: stages of the source, a flow and a convolution behind the last one, then the things."""
+    cls, reg, stuff, thing, flow_cls, flow_stuff, flow_thing, semantic = counts
+    source, follower = (cls, reg) if source_is_cls else (reg, cls)
+    last_follower = max((source + 2 if flow_cls else follower), (source + 2 if flow_stuff else stuff))
+    return max(source, last_follower) + (1 if semantic else 0) + thing
+
+
+LAUNCHES: dict[str, Callable[..., int]] = {
+    "_flow_conv2d_packed": lambda *_: 1,
+    "_flow_conv2d_group": lambda *_: 1,
+    "flow_tower": tower_waves,
+    "preprocess_images": lambda *_: 1,
+    "multilevel_roi_align": lambda *_: 1,
+    "group_norm_relu": lambda *_: 2,
+    "select_candidates": lambda *_: 4,
+    "multiclass_nms": lambda *_: 3,
+    "deform_conv2d": lambda *_: 2,
+    "paste_masks": lambda *_: 2,
+    "stuff_labels": lambda *_: 1,
+    "panoptic_merge": lambda *arguments: 12 + bool(arguments[6]),  # ignored stuff labels
+}
+"""Kernels of this package's operators on CUDA, by their arguments."""
+
+FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "detach", "_unsafe_view"}
+SEVERAL = {"topk": 8, "group_norm": 3, "baddbmm": 2}
+"""Kernels of torch's operators that launch several: of an H200's profile, `benchmarks/results/nvidia-h200`."""
+
+COPIES = {"clone", "contiguous", "reshape", "to", "_to_copy", "group_norm"}
+"""Operators of torch whose result may have another layout; GroupNorm copies channels-last maps on CUDA."""
+
+
+class CountKernels(TorchDispatchMode):
+    """Counts kernels while it is entered; `stage` names what they are counted for.
+
+    Args:
+        parameters: tensors that a call should use as they are; an operator of torch that copies one is a conversion.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.parameters = list(parameters)
+        self.stage = "other"
+        self.kernels: Counter[str] = Counter()
+        self.layouts: Counter[str] = Counter()
+        self.casts: Counter[str] = Counter()
+        self.operators: Counter[tuple[str, str]] = Counter()
+
+    @contextlib.contextmanager
+    def within(self, stage: str) -> Iterator[None]:
+        """Counts for `stage` inside the block."""
+        before, self.stage = self.stage, stage
+        try:
+            yield
+        finally:
+            self.stage = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        namespace, name = func.name().split(".")[0].split("::")
+        if namespace == "spatialflow":
+            layouts, casts = self._hidden_layouts(args, result), _hidden_casts(name, args)
+            self._add(name, LAUNCHES[name](*args), layouts, casts)
+        elif not (name in FREE or _is_view(func, args, result)):
+            if name in ("conv2d", "convolution"):
+                has_bias = len(args) > 2 and args[2] is not None
+                self._add(name, 2 if has_bias else 1)
+                return _as_cudnn(args, result)
+            source = args[0] if args and isinstance(args[0], Tensor) else None
+            self._add(
+                name,
+                SEVERAL.get(name, 1),
+                layouts=int(name in COPIES and _changes_layout(source, result)),
+                casts=int(name in COPIES and any(source is parameter for parameter in self.parameters)),
+            )
+        return result
+
+    def _hidden_layouts(self, args: tuple, result: Any) -> int:
+        """Feature maps that an operator of the package copies because their channels are not adjacent."""
+        maps = [t for t in (*tree_leaves(args), *tree_leaves(result)) if isinstance(t, Tensor) and _is_map(t)]
+        return sum(not is_channels_last(t) for t in maps if all(t is not weight for weight in self.parameters))
+
+    def _add(self, name: str, kernels: int, layouts: int = 0, casts: int = 0) -> None:
+        self.kernels[self.stage] += kernels
+        self.layouts[self.stage] += layouts
+        self.casts[self.stage] += casts
+        self.operators[self.stage, name] += kernels
+
+
+def _is_view(func: Any, args: tuple, result: Any) -> bool:
+    """Whether nothing is computed: operators such as `reshape` give a view where they can, and a copy elsewhere."""
+    returns = func._schema.returns
+    if not returns or not all(one.alias_info is not None and not one.alias_info.is_write for one in returns):
+        return False
+    own = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+    return all(t.untyped_storage()._cdata in own for t in tree_leaves(result))
+
+
+def _as_cudnn(args: tuple, result: Tensor) -> Tensor:
+    """cuDNN answers channels-last features in their layout; the meta kernel of torch does not."""
+    return result.contiguous(memory_format=torch.channels_last) if is_channels_last(args[0]) else result
+
+
+def _changes_layout(source: Tensor | None, result: Any) -> bool:
+    result = result[0] if isinstance(result, tuple) else result
+    is_map = source is not None and source.shape == result.shape and _is_map(source)
+    return is_map and is_channels_last(source) != is_channels_last(result)
+
+
+def _is_map(tensor: Tensor) -> bool:
+    """Whether it has channels and pixels, so that its layout matters."""
+    return tensor.dim() == 4 and tensor.is_floating_point() and min(tensor.shape[1], tensor.shape[2:].numel()) > 1
+
+
+def _hidden_casts(name: str, args: tuple) -> int:
+    """Biases that a convolution converts to the dtype of its sums before it starts."""
+    if name not in ("_flow_conv2d_packed", "_flow_conv2d_group", "flow_tower"):
+        return 0
+    biases = args[2] if name == "flow_tower" else args[3]
+    tensors = [bias for bias in tree_leaves(biases) if isinstance(bias, Tensor)]
+    return sum(t.numel() > 0 and t.dtype not in (torch.float32, torch.float64) for t in tensors)
+
+
+def name_stages(pipeline: Pipeline, within: Callable[[str], Any]) -> None:
+    """Enters `within(name)` around each stage of the pipeline and each part of its network."""
+    (network,) = pipeline.networks
+    for name in MODULES:
+        module = getattr(network, name, None)
+        if isinstance(module, torch.nn.Module):
+            module.forward = _inside(within, name, module.forward)
+    stopwatch = pipeline_module.stopwatch
+
+    @contextlib.contextmanager
+    def named(times: dict[str, float], stage: str) -> Iterator[None]:
+        with within(stage), stopwatch(times, stage):
+            yield
+
+    pipeline_module.stopwatch = named
+
+
+def _inside(within: Callable[[str], Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        with within(name):
+            return function(*args, **options)
+
+    return call
+
+
+def count(config: str, size: tuple[int, int], dtype: torch.dtype) -> CountKernels:
+    """The kernels of one image of `size`, (H, W), that enters the network in its own size."""
+    overrides = {"test_short_edges": [min(size)], "test_long_edge": max(size), "test_flip": False}
+    model = build_model(config, **overrides).eval()
+    network = optimize_for_inference(model, META, dtype)
+    pipeline = Pipeline([network], model.config, (), META, dtype, detection_masks=False)
+    counter, stopwatch = CountKernels([*network.parameters(), *network.buffers()]), pipeline_module.stopwatch
+    name_stages(pipeline, counter.within)
+    pixels = [torch.empty((*size, 3), dtype=torch.uint8, device=META)]
+    try:
+        with counter, counter.within("plan"):
+            plan = pipeline.plan([pipeline.fit(size)])
+        with counter:
+            pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+    finally:
+        pipeline_module.stopwatch = stopwatch
+    return counter
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description="Kernels of one image by stage on a GPU, counted without one.")
+    parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="of the image")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--operators", action="store_true", help="also list the operators of each stage")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives meta/kernel_count.json")
+    options = parser.parse_args(arguments)
+    options.device = "cpu"
+    found = count(options.config, tuple(options.size), getattr(torch, options.dtype))
+    rows = [
+        {
+            "stage": stage,
+            "kernels": found.kernels[stage] + found.layouts[stage] + found.casts[stage],
+            "layout_conversions": found.layouts[stage],
+            "casts": found.casts[stage],
+        }
+        for stage in found.kernels
+    ]
+    total = {key: sum(row[key] for row in rows) for key in ("kernels", "layout_conversions", "casts")}
+    print(f"{'stage':<14}{'kernels':>9}{'layout conversions':>20}{'casts':>7}")
+    for row in [*rows, {"stage": "sum", **total}]:
+        print(f"{row['stage']:<14}{row['kernels']:>9}{row['layout_conversions']:>20}{row['casts']:>7}")
+    if options.operators:
+        for (stage, name), kernels in found.operators.items():
+            print(f"  {stage:<14}{name:<30}{kernels:>5}")
+    if options.output is not None:
+        content = {
+            "op": "kernel_count", **environment(options), "config": options.config, "size": list(options.size),
+            "dtype": options.dtype, "stages": rows, "sum": total,
+        }  # fmt: skip
+        write_text(results_path(options.output, "meta", "kernel_count"), json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions with an epilogue equal the plain ones, whichever library is asked; cuDNN's are stood in for here."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spatialflow.models import fused_conv
+from spatialflow.models.fused_conv import Shape, fused_conv2d, linear_relu
+
+SHAPES = {
+    "1x1": (1, Shape((1, 1), (0, 0), 1)),
+    "3x3, stride 2": (3, Shape((2, 2), (1, 1), 1)),
+    "3x3, groups": (3, Shape((1, 1), (1, 1), 2)),
+}
+
+
+def tensors(kernel, shape, channels=16, outputs=24):
+    """x, weight, bias and residual, channels-last, on any device."""
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, 9, 7)
+    weight = torch.randn(outputs, channels // shape.groups, kernel, kernel)
+    bias = torch.randn(outputs)
+    residual = torch.randn_like(F.conv2d(x, weight, None, shape.stride, shape.padding, 1, shape.groups))
+    x, weight, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, residual))
+    return x, weight, bias, residual
+
+
+def expected(x, weight, bias, shape, relu, residual):
+    y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), *shape[:2], 1, shape.groups)
+    y = y if residual is None else y + residual.double()
+    return y.relu() if relu else y
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Stands in for cuDNN's two operators on the CPU, and records what they are called with."""
+    calls = []
+
+    def convolution(x, weight, bias, stride, padding, dilation, groups):
+        calls.append(groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    class Operator:
+        def __init__(self, function):
+            self.default = function
+
+    monkeypatch.setattr(fused_conv, "_refused", set())
+    monkeypatch.setattr(fused_conv, "_has_onednn_epilogue", lambda x: False)
+    monkeypatch.setattr(fused_conv, "_is_registered", lambda device: True)
+    relu = Operator(lambda *args: convolution(*args).relu())
+    add_relu = Operator(lambda x, w, z, alpha, *rest: (convolution(x, w, *rest) + alpha * z).relu())
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", add_relu)
+    return calls
+
+
+def questions():
+    return itertools.product(SHAPES.values(), (True, False), (True, False), (True, False))
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("library", ["onednn", "plain", "cudnn"])
+    def test_equals_separate_passes(self, library, request, monkeypatch):
+        if library == "cudnn":
+            calls = request.getfixturevalue("cudnn")
+        if library == "plain":
+            monkeypatch.setattr(fused_conv, "_has_onednn_epilogue", lambda x: False)
+        for (kernel, shape), relu, with_bias, with_residual in questions():
+            x, weight, bias, residual = tensors(kernel, shape)
+            bias, residual = bias if with_bias else None, residual if with_residual else None
+            right = expected(x, weight, bias, shape, relu, residual)
+            y = fused_conv2d(x, weight, bias, shape, relu, residual)
+            torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-4)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+        if library == "cudnn":
+            assert len(calls) == len(SHAPES) * 4  # with ReLU: no other epilogue is there
+
+    @pytest.mark.parametrize("with_bias", [True, False])
+    def test_matrix_product(self, with_bias):
+        kernel, shape = SHAPES["1x1"]
+        x, weight, bias, _ = tensors(kernel, shape)
+        bias = bias if with_bias else None
+        y = fused_conv._by_matrix_product(x, weight, bias)
+        torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, False, None), rtol=1e-5, atol=1e-4)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+    def test_linear_relu(self):
+        x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
+        right = F.linear(x, weight, bias).relu()
+        torch.testing.assert_close(linear_relu(x, weight, bias), right)
+        torch.testing.assert_close(torch._addmm_activation(bias, x, weight.t()), right)  # what a GPU calls
+
+
+class TestRefusals:
+    def failing(self, monkeypatch, error):
+        calls = []
+
+        class Failing:
+            @staticmethod
+            def default(*args):
+                calls.append(args)
+                raise error
+
+        monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", Failing)
+        return calls
+
+    @pytest.mark.parametrize(
+        "message", ["Unable to find an engine to execute this computation", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"]
+    )
+    def test_a_convolution_without_a_kernel_is_asked_for_once(self, cudnn, monkeypatch, message):
+        calls = self.failing(monkeypatch, RuntimeError(message))
+        kernel, shape = SHAPES["1x1"]
+        x, weight, bias, _ = tensors(kernel, shape)
+        for _ in range(3):
+            y = fused_conv2d(x, weight, bias, shape, True)
+            torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, True, None), rtol=1e-5, atol=1e-4)
+        assert len(calls) == 1
+        fused_conv2d(*tensors(*SHAPES["3x3, stride 2"])[:3], SHAPES["3x3, stride 2"][1], True)
+        assert len(calls) == 2  # another one is asked for
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("shapes do not fit")])
+    def test_other_errors_are_raised(self, cudnn, monkeypatch, error):
+        self.failing(monkeypatch, error)
+        kernel, shape = SHAPES["1x1"]
+        with pytest.raises(type(error), match=str(error)):
+            fused_conv2d(*tensors(kernel, shape)[:3], shape, True)
+
+    @pytest.mark.parametrize("channels, outputs", [(3, 24), (16, 27)])
+    def test_channels_that_do_not_fill_16_bytes(self, cudnn, channels, outputs):
+        kernel, shape = SHAPES["1x1"]
+        x, weight, bias, _ = tensors(kernel, shape, channels, outputs)
+        y = fused_conv2d(x, weight, bias, shape, True)
+        torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, True, None), rtol=1e-5, atol=1e-4)
+        assert cudnn == []
+
+    def test_needs_a_device_and_cudnn(self, monkeypatch):
+        assert not fused_conv._is_registered("cpu")
+        assert fused_conv._is_registered("meta")
+        monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+        assert not fused_conv._is_registered("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fake_kernels_describe_the_result(dtype):
+    """On meta tensors: shape, dtype and layout of both operators of cuDNN."""
+    for kernel, shape in SHAPES.values():
+        x, weight, bias, residual = (t.to("meta", dtype) for t in tensors(kernel, shape))
+        for added in (None, residual):
+            y = fused_conv2d(x, weight, bias, shape, True, added)
+            assert y.shape == residual.shape and y.dtype == dtype
+            assert y.is_contiguous(memory_format=torch.channels_last)
+        assert fused_conv._refused == set()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_cudnn(dtype):
+    """The real operators of cuDNN; says which convolutions they have no kernel for."""
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-3}[dtype]
+    fused_conv._refused.clear()
+    for (kernel, shape), relu, with_bias, with_residual in questions():
+        x, weight, bias, residual = (t.to("cuda", dtype) for t in tensors(kernel, shape, 64, 64))
+        bias, residual = bias if with_bias else None, residual if with_residual else None
+        right = expected(x, weight, bias, shape, relu, residual)
+        y = fused_conv2d(x, weight, bias, shape, relu, residual)
+        assert float((y.double() - right).abs().max() / right.abs().max()) < tolerance
+    print("without a fused kernel:", fused_conv._refused)

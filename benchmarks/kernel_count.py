@@ -60,7 +60,9 @@ LAUNCHES: dict[str, Callable[..., int]] = {
 }
 """Kernels of this package's operators on CUDA, by their arguments."""
 
-FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "detach", "_unsafe_view"}
+FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
+"""Operators of torch without a kernel; views are recognized by what they return."""
+
 SEVERAL = {"topk": 8, "group_norm": 3, "baddbmm": 2}
 """Kernels of torch's operators that launch several: of an H200's profile, `benchmarks/results/nvidia-h200`."""
 

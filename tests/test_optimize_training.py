@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network arranged for training has the outputs of the plain modules, and gradients arrive at their parameters."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from golden_models import assert_close
 from small_models import VARIANTS, random_model
 
-from spatialflow.models.optimize_training import optimize_for_training
+from spatialflow.models.heads import BoxHead
+from spatialflow.models.optimize_training import TrainingBoxHead, is_faster_on_cuda, optimize_for_training
 
 FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
@@ -49,3 +53,46 @@ def test_leaves_the_model_as_it_is():
     assert before == {name: id(value) for name, value in model.named_parameters()} and modules == list(model.modules())
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
     assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_box_head_on_a_gpu():
+    """The predictors run in the form that was measured to be faster; the numbers are those of the plain module."""
+    head = BoxHead(256, 80, 9).double()
+    assert head.class_logits.out_channels == 720 and head.box_deltas.out_channels == 36
+    levels = [torch.randn(1, 256, side, side, dtype=torch.float64, requires_grad=True) for side in (4, 2)]
+    arranged = TrainingBoxHead(head, on_cuda=True)
+    assert arranged.at_once == [False, True]
+    for one, other in zip(arranged(levels, levels), head(levels, levels)):
+        inputs = [*levels, *head.parameters()]
+        wanted = torch.autograd.grad(sum(level.sum() for level in other), inputs, allow_unused=True)
+        found = torch.autograd.grad(sum(level.sum() for level in one), inputs, allow_unused=True)
+        for a, b in zip((*one, *found), (*other, *wanted)):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+
+
+def test_only_the_box_head_changes_on_another_device():
+    model = random_model("tiny").train().to("meta")
+    network = optimize_for_training(model)
+    changed = [name for name, part in network.named_children() if part is not model.get_submodule(name)]
+    assert changed == ["box_head"] and isinstance(network.box_head, TrainingBoxHead)
+    assert {id(p) for p in network.parameters()} == {id(p) for p in model.parameters()}
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="not in a source tree")
+def test_choice_on_a_gpu_is_the_measured_one():
+    """GPU time of forward and backward over P3 to P7 in bfloat16, ours and cuDNN's, by the stored measurements."""
+    measured = {}
+    for path in RESULTS.glob("nvidia-*/flow_conv2d.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["mode"] == "forward+backward" and row["dtype"] == "bfloat16" and row["case"].startswith("P3..P7"):
+                outputs = int(row["case"].split(" to ")[1].split(",")[0])
+                measured.setdefault(outputs, {}).setdefault(row["provider"], row["kernel_ms"])
+    assert set(measured) >= {36, 256, 720}
+    for outputs, times in measured.items():
+        ratio = times["reference"] / times["spatialflow"]
+        assert is_faster_on_cuda(outputs) == (ratio > 1.1), (outputs, times)  # a tie is left to cuDNN

@@ -289,8 +289,8 @@ class Trainer:
         """Freezes or frees parameters and wraps the network for this process group."""
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name in self.trained and (not class_layers_alone or name.startswith(CLASS_LAYERS)))
-        on_cpu = self.world.device.type == "cpu" and self.config.training.mixed_precision is None
-        network = optimize_for_training(self.network) if on_cpu else self.network
+        on_cpu, mixed = self.world.device.type == "cpu", self.config.training.mixed_precision is not None
+        network = self.network if on_cpu and mixed else optimize_for_training(self.network)
         module = _Step(network, Criterion(self.config, self.world.average if self.world.size > 1 else None))
         if self.world.size == 1:
             return module

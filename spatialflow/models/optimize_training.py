@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same network, arranged for training on the CPU: operators of the package between the parameters of the plain
-modules, BatchNorm of fixed statistics folded into the convolutions, channels-last.
+"""The same network, arranged for training: operators of the package between the parameters of the plain modules where
+they are faster, on the CPU with BatchNorm of fixed statistics folded into the convolutions; channels-last.
 """
 
 import copy
@@ -99,17 +99,41 @@ class TrainingTower(nn.Module):
 
 
 class TrainingBoxHead(nn.Module):
-    """`BoxHead`, all levels in one call per predictor."""
+    """`BoxHead`, all levels in one call per predictor.
 
-    def __init__(self, head: BoxHead):
+    Args:
+        head: whose parameters train.
+        on_cuda: run only the predictors that `is_faster_on_cuda`; the others convolve level by level.
+    """
+
+    def __init__(self, head: BoxHead, on_cuda: bool = False):
         super().__init__()
         self.plain = head
+        self.at_once = [
+            not on_cuda or is_faster_on_cuda(conv.out_channels) for conv in (head.class_logits, head.box_deltas)
+        ]
 
     def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        convs = (self.plain.class_logits, self.plain.box_deltas)
         return tuple(
             flow_conv2d(list(features), None, conv.weight, conv.bias, relu=False)
-            for features, conv in ((cls, self.plain.class_logits), (reg, self.plain.box_deltas))
+            if at_once
+            else [conv(feature) for feature in features]
+            for features, conv, at_once in zip((cls, reg), convs, self.at_once)
         )
+
+
+def is_faster_on_cuda(out_channels: int) -> bool:
+    """Whether `flow_conv2d` over P3 to P7, with its gradients, takes less time of a GPU than cuDNN level by level.
+
+    By measurement (docs/training.md): with few outputs. Single levels, wide predictors and the sub-networks, whose
+    convolutions have 256 outputs, are not faster.
+    """
+    return out_channels <= MOST_OUTPUTS_ON_CUDA
+
+
+MOST_OUTPUTS_ON_CUDA = 64
+"""A tile of `flow_conv2d`; 36 outputs were measured to be faster than cuDNN's, 256 not."""
 
 
 class TrainingStuffHead(StuffHead):
@@ -150,7 +174,10 @@ def arrange(module: nn.Module) -> nn.Module:
 
 
 def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
-    """Rearranges a network for training in float32 on the CPU.
+    """Rearranges a network for training, by what is faster on the device of its parameters.
+
+    On the CPU (float32) every part takes its fused form. On CUDA only the predictors of the box head do for which
+    `is_faster_on_cuda`; RoIAlign, deformable convolutions and the focal loss are operators of the package anyway.
 
     Args:
         model: in training mode. It keeps the parameters, and is what is saved and evaluated.
@@ -159,4 +186,8 @@ def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
         A SpatialFlow that computes the same outputs to rounding; gradients arrive at the parameters of `model`. Its
         input should be channels-last.
     """
-    return arrange(model)
+    if next(model.parameters()).device.type == "cpu":
+        return arrange(model)
+    shallow = copy.copy(model)
+    shallow._modules = {**model._modules, "box_head": TrainingBoxHead(model.box_head, on_cuda=True)}
+    return shallow

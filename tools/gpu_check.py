@@ -357,7 +357,7 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
         operators_step(on_gpu),
         tests_step(on_gpu, 60, 110),
         Step("predictor: graphs and sync debug mode", pytest_command(),
-             ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py"], 60, 110 if on_gpu else 900,
+             ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py", "tests/test_fused_conv.py"], 60, 110 if on_gpu else 900,
              pytest_detail, together="tests"),
         kernels_step(on_gpu, output, 90, 170),
         Step("pipeline by stages", [sys.executable, "benchmarks/stages.py", *stages], least=30, limit=75, detail=rate),

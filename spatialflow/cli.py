@@ -15,10 +15,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import spatialflow
 from spatialflow.console import (
+    InputImage,
     complain,
     ground_truth_json,
     keep_inputs,
@@ -35,11 +36,18 @@ from spatialflow.console import (
 )
 from spatialflow.errors import CommandError, DataWarning, Terminated
 from spatialflow.prediction_folder import RESULTS, PredictionFolder
+from spatialflow.threads import map_ahead
 from spatialflow.training_command import add_train
 from spatialflow.validate_command import add_validate
 from spatialflow.visualize_command import add_visualize
 
+if TYPE_CHECKING:
+    from spatialflow.engine.predict import Outcome
+
 DEFAULT_CONFIG = "spatialflow_r50_coco"
+
+WRITES_AHEAD = 4
+"""Results that `predict` holds while their files are not written: where writing is slower, the network waits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -289,10 +297,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    """One image at a time, each written before the next is read; a bad one is reported and skipped."""
+    """Decodes, predicts and writes several images at once, each step in their order; a bad one is named and skipped."""
     from tqdm import tqdm
 
-    from spatialflow.images import ImageError, read_image
+    from spatialflow.images import ImageError
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.detection import has_pycocotools
 
@@ -313,36 +321,44 @@ def _predict(options: argparse.Namespace) -> int:
     if before:
         complain(f"{options.output}: {len(before)} of {len(images)} images were done by a run that was interrupted; "
                  f"this one goes on")  # fmt: skip
+    todo = [image for image in images if image.name not in before]
     times: dict[str, float] = {}
+
+    def write(found: tuple[InputImage, Outcome]) -> dict[str, float]:
+        image, (result, pixels, error) = found
+        if error is not None:
+            raise error
+        begin = time.perf_counter()
+        output.add(image, result, pixels)
+        return result.times | {"write": time.perf_counter() - begin}
+
+    begin = time.perf_counter()
+    outcomes = predictor.outcomes([image.path for image in todo])
     try:
-        with output, tqdm(images, desc="predict", unit="image", disable=None) as bar:
-            for image in bar:
-                if image.name in before:
-                    continue
+        with (
+            output,
+            tqdm(desc="predict", unit="image", total=len(images), initial=len(before), disable=None) as bar,
+            contextlib.closing(map_ahead(write, zip(todo, outcomes), threads=1, ahead=WRITES_AHEAD)) as writes,
+        ):
+            for written in writes:
                 try:
-                    begin = time.perf_counter()
-                    pixels = read_image(image.path)
-                    decode = time.perf_counter() - begin
-                    result = predictor(pixels)
-                    result.times["decode"] = decode
-                    begin = time.perf_counter()
-                    output.add(image, result, pixels)
-                    result.times["write"] = time.perf_counter() - begin
+                    for stage, seconds in written.result().items():
+                        times[stage] = times.get(stage, 0.0) + seconds
                 except (ImageError, PanopticFormatError, OSError) as error:
                     failed.append(sentence(error))
                     with bar.external_write_mode(file=sys.stderr):
                         complain(failed[-1])
-                    continue
-                for stage, seconds in result.times.items():
-                    times[stage] = times.get(stage, 0.0) + seconds
+                bar.update()
     except KeyboardInterrupt as stop:
         stop.args = (f"{len(output.done)} of {len(images)} images are done; the same command goes on with the others",)
         raise
+    seconds_of_all = time.perf_counter() - begin
     done = len(output.done)
     new = done - len(before)
     if new:
         stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
-        print(f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms")
+        print(f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms; "
+              f"overlapped {seconds_of_all / new * 1e3:.1f} ms")  # fmt: skip
     if done:
         print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
               + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip

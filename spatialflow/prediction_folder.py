@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ _INFO = {"description": "written by spatialflow predict"}  # no version: files o
 
 class PredictionFolder:
     """`panoptic.json`, `panoptic/<name>.png`, `overlays/<name>.jpg`; an image's files are there all or not at all.
+
+    One thread at a time writes to it; the end of the block waits for a thread that does.
 
     The JSON files are written when the `with` block ends, however it ends, so that images already done stay usable.
     The journal of `PanopticWriter` stays where it ends by an exception, and the next run goes on from it. It stays too
@@ -56,6 +59,7 @@ class PredictionFolder:
         self._root, self._overlays, self._detections = root, overlays, detections
         self._images, self._ids = images, _image_ids(images)
         self.left_out = 0
+        self._lock = threading.Lock()
         try:
             self.replaces = self._replaces()
             self._writer = PanopticWriter(
@@ -101,6 +105,10 @@ class PredictionFolder:
 
     def add(self, image: InputImage, result: Any, pixels: Any) -> None:
         """Writes the files of one image."""
+        with self._lock:
+            self._add(image, result, pixels)
+
+    def _add(self, image: InputImage, result: Any, pixels: Any) -> None:
         import cv2
 
         from spatialflow.files import atomic_write
@@ -141,9 +149,9 @@ class PredictionFolder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        done = set(self.done)
         try:
-            with named(self._root):
+            with self._lock, named(self._root):
+                done = set(self.done)
                 if done:
                     self._writer.write_json(image.name for image in self._images if image.name in done)
                 self.left_out = len(self._writer.left_out(image.name for image in self._images))

@@ -20,6 +20,7 @@ import spatialflow
 from spatialflow import cli, images
 from spatialflow.cli import main
 from spatialflow.console import list_images
+from spatialflow.engine import predict
 from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
@@ -126,7 +127,7 @@ class TestPredict:
                 raise KeyboardInterrupt
             return read(path)
 
-        monkeypatch.setattr(images, "read_image", interrupted)
+        monkeypatch.setattr(predict, "read_image", interrupted)
         arguments = [str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
         assert main(["predict", *arguments]) == 130
         assert_complete(tmp_path, ["deep.png", "dot.png"])

@@ -112,7 +112,7 @@ def time_images(predictor: Predictor, image: Any, seconds: float) -> dict[str, A
 
 def graph_milliseconds(predictor: Predictor) -> float:
     """Median replay of the captured graph of the image before, on the GPU alone."""
-    captured = next(reversed(predictor._graphs._captured.values()))
+    captured = next(reversed(predictor.pipeline.graphs._captured.values()))
     times = []
     for _ in range(30):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

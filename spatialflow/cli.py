@@ -15,11 +15,10 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import spatialflow
 from spatialflow.console import (
-    InputImage,
     complain,
     ground_truth_json,
     keep_inputs,
@@ -36,18 +35,11 @@ from spatialflow.console import (
 )
 from spatialflow.errors import CommandError, DataWarning, Terminated
 from spatialflow.prediction_folder import RESULTS, PredictionFolder
-from spatialflow.threads import map_ahead
 from spatialflow.training_command import add_train
 from spatialflow.validate_command import add_validate
 from spatialflow.visualize_command import add_visualize
 
-if TYPE_CHECKING:
-    from spatialflow.engine.predict import Outcome
-
 DEFAULT_CONFIG = "spatialflow_r50_coco"
-
-WRITES_AHEAD = 4
-"""Results that `predict` holds while their files are not written: where writing is slower, the network waits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -323,24 +315,15 @@ def _predict(options: argparse.Namespace) -> int:
                  f"this one goes on")  # fmt: skip
     todo = [image for image in images if image.name not in before]
     times: dict[str, float] = {}
-
-    def write(found: tuple[InputImage, Outcome]) -> dict[str, float]:
-        image, (result, pixels, error) = found
-        if error is not None:
-            raise error
-        begin = time.perf_counter()
-        output.add(image, result, pixels)
-        return result.times | {"write": time.perf_counter() - begin}
-
     begin = time.perf_counter()
-    outcomes = predictor.outcomes([image.path for image in todo])
     try:
         with (
             output,
+            contextlib.closing(predictor.outcomes([image.path for image in todo])) as outcomes,
             tqdm(desc="predict", unit="image", total=len(images), initial=len(before), disable=None) as bar,
-            contextlib.closing(map_ahead(write, zip(todo, outcomes), threads=1, ahead=WRITES_AHEAD)) as writes,
+            contextlib.closing(output.add_all(todo, outcomes)) as files,
         ):
-            for written in writes:
+            for written in files:
                 try:
                     for stage, seconds in written.result().items():
                         times[stage] = times.get(stage, 0.0) + seconds

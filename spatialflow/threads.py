@@ -31,7 +31,7 @@ def map_ahead(function: Callable[[Item], Any], items: Iterable[Item], threads: i
         `contextlib.closing` does so at a known place.
     """
     source, waiting, error = iter(items), deque[Future](), None
-    executor = ThreadPoolExecutor(threads)
+    executor = ThreadPoolExecutor(threads, "map_ahead")
     try:
         while True:
             while error is None and len(waiting) < ahead:

@@ -80,8 +80,11 @@ def evaluate_network(
         writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments, detections=detections)
         return image_id, counted, met
 
-    outcomes = predictor.outcomes([data.image_path(by_id[annotation["image_id"]]) for annotation in wanted])
-    with closing(map_ahead(score, zip(wanted, outcomes), threads=1, ahead=SCORED_AHEAD)) as scored:
+    paths = [data.image_path(by_id[annotation["image_id"]]) for annotation in wanted]
+    with (
+        closing(predictor.outcomes(paths)) as outcomes,
+        closing(map_ahead(score, zip(wanted, outcomes), threads=1, ahead=SCORED_AHEAD)) as scored,
+    ):
         for row in _with_progress(scored, len(wanted)) if progress and world.is_first else scored:
             try:
                 image_id, counted, met = row.result()

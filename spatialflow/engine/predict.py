@@ -324,16 +324,14 @@ class Predictor:
                         yield []
                     if load.exception() is not None:
                         failed[position] = Outcome(None, None, load.exception())
-                        continue
-                    item = load.result()
-                    shape = tuple(fitted.padded_size for fitted in item.fitted)
-                    group = waiting.setdefault(shape, [])
-                    group.append(item)
-                    if len(group) == self.batch_size:
-                        yield waiting.pop(shape)
-                    shape = next(iter(waiting), None)
-                    if waiting and position - waiting[shape][0].position >= PATIENCE * self.batch_size:
-                        yield waiting.pop(shape)
+                    else:
+                        item = load.result()
+                        shape = tuple(fitted.padded_size for fitted in item.fitted)
+                        waiting.setdefault(shape, []).append(item)
+                        if len(waiting[shape]) == self.batch_size:
+                            yield waiting.pop(shape)
+                    while waiting and position - next(iter(waiting.values()))[0].position >= PATIENCE * self.batch_size:
+                        yield waiting.pop(next(iter(waiting)))
             except Exception as caught:  # of the iterable: it comes after the results before it
                 error = caught
         yield from waiting.values()

@@ -162,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict", help="images in, panoptic maps and overlay pictures out",
         description="Writes a panoptic map and an overlay picture for every image. A file that is no image is named "
-                    "and left out. The same\ncommand, given again, goes on from a run that was interrupted.\n\n"
+                    "and left out. The same\ncommand, given again, goes on from a run that was interrupted. Threads "
+                    "decode the next images and write the previous\nones while the network works.\n\n"
                     + package_configs(),
         **with_examples(
             "predict photos --config demo --output out",
@@ -187,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
     predict.add_argument("--cuda-graph", action="store_true",
-                         help="replay a CUDA graph per size of image; the first of a size takes longer")  # fmt: skip
+                         help="replay a CUDA graph per padded size of the network's input; the first image of a size "
+                              "takes longer")  # fmt: skip
     predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
                          help="pixels that the short and the long edge are fitted to, whichever is reached first; the "
                               "long one may be left out (default: the configuration's)")  # fmt: skip
@@ -200,7 +202,9 @@ def _parser() -> argparse.ArgumentParser:
                          "panoptic map, 0 to 1 (default: the configuration's)")  # fmt: skip
     predict.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                          help="other fields of the configuration, e.g. stuff_area_threshold=2000")  # fmt: skip
-    predict.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    predict.add_argument("--threads", type=int, metavar="N",
+                         help="CPU threads of the network, beside those that decode and write "
+                              "(default: torch's)")  # fmt: skip
     predict.add_argument("--detections", action="store_true", help="write detections.json too (COCO results)")
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
     predict.add_argument("--recursive", action="store_true", help="images in sub-folders too; outputs keep the folders")

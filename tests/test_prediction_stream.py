@@ -212,6 +212,13 @@ def test_a_result_does_not_wait_for_the_next_image(predictor, files, monkeypatch
         given.set()
 
 
+def test_one_path_is_no_iterable_of_paths(predictor, files):
+    for path in (files[0], str(files[0])):
+        with pytest.raises(TypeError, match="images: must be an iterable of images, got one path, .*0.png"):
+            next(predictor.stream(path))
+    assert list(predictor.stream([])) == list(predictor.outcomes(())) == []
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_unreadable_images(model, files, batch_size):
     """A stream raises in the image's turn; outcomes go on."""

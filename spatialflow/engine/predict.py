@@ -270,6 +270,7 @@ class Predictor:
 
         Raises:
             ImageError: see `__call__`; raised in the image's turn, after the results before it.
+            TypeError: `images` is one path.
 
         Remarks:
             Where the loop is left early, the threads end when the iterator is closed or has no more references.
@@ -292,6 +293,8 @@ class Predictor:
         Yields:
             An Outcome per image, in the order given.
         """
+        if isinstance(images, (str, Path)):
+            raise TypeError(f"images: must be an iterable of images, got one path, {str(images)!r}; call the Predictor")
         done: dict[int, Outcome] = {}  # by position; an image before them is not done
         running: deque[_Running] = deque()
         given = 0

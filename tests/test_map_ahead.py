@@ -4,9 +4,12 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
+import weakref
 from contextlib import closing
 
 import pytest
@@ -177,8 +180,6 @@ def test_a_thread_keeps_no_item():
     class Item:
         pass
 
-    import weakref
-
     items = [Item() for _ in range(3)]
     references = [weakref.ref(item) for item in items]
     futures = map_ahead(lambda item: None, items, 1, 2)
@@ -190,6 +191,12 @@ def test_a_thread_keeps_no_item():
         time.sleep(0.001)
     assert references[0]() is None
     futures.close()
+
+
+def test_an_iterator_that_is_open_at_the_end_of_the_process():
+    """As a global variable is: the process ends, with the exit code of what came before."""
+    code = "import time; from spatialflow.threads import map_ahead; it = map_ahead(time.sleep, [0.01] * 9, 2, 4); next(it)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).stderr == b""
 
 
 def test_an_interrupt_while_the_caller_waits():

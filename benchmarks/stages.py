@@ -3,8 +3,9 @@
 
 The model is untrained, its logits adjusted so that later stages have the work a trained one gives them
 (`end_to_end.untrained_model`). Two forms are timed: every kernel queued by the host ("eager"), and one CUDA graph from
-the network's input to the mask logits ("graph"). The table by stage is of one eager image, from torch's profiler: numbers of kernels, and the
-sum of their durations. `--device cpu --config tiny` is a dry run, which counts operators instead of kernels.
+the network's input to the mask logits ("graph"). The table by stage is of one eager image, from torch's profiler:
+numbers of kernels, and the sum of their durations. `--device cpu --config tiny` is a dry run, which counts operators
+instead of kernels.
 """
 
 from __future__ import annotations

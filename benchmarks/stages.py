@@ -2,9 +2,10 @@
 """The pipeline from array to panoptic map on a GPU: images per second, and kernels and their time by stage.
 
 The model is untrained, its logits adjusted so that later stages have the work a trained one gives them
-(`end_to_end.untrained_model`). Two forms are timed: every kernel queued by the host ("eager"), and one CUDA graph per
-size of image ("graph"). The table by stage is of one eager image, from torch's profiler: numbers of kernels, and the
-sum of their durations. `--device cpu --config tiny` is a dry run, which counts operators instead of kernels.
+(`end_to_end.untrained_model`). Two forms are timed: every kernel queued by the host ("eager"), and one CUDA graph from
+the network's input to the mask logits ("graph"). The table by stage is of one eager image, from torch's profiler:
+numbers of kernels, and the sum of their durations. `--device cpu --config tiny` is a dry run, which counts operators
+instead of kernels.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def time_images(predictor: Predictor, image: Any, seconds: float) -> dict[str, A
 
 def graph_milliseconds(predictor: Predictor) -> float:
     """Median replay of the captured graph of the image before, on the GPU alone."""
-    captured = next(reversed(predictor._graphs._captured.values()))
+    captured = next(reversed(predictor.pipeline.graphs._captured.values()))
     times = []
     for _ in range(30):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

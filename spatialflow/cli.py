@@ -162,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict", help="images in, panoptic maps and overlay pictures out",
         description="Writes a panoptic map and an overlay picture for every image. A file that is no image is named "
-                    "and left out. The same\ncommand, given again, goes on from a run that was interrupted.\n\n"
+                    "and left out. The same\ncommand, given again, goes on from a run that was interrupted. Threads "
+                    "decode the next images and write the previous\nones while the network works.\n\n"
                     + package_configs(),
         **with_examples(
             "predict photos --config demo --output out",
@@ -187,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
     predict.add_argument("--cuda-graph", action="store_true",
-                         help="replay a CUDA graph per size of image; the first of a size takes longer")  # fmt: skip
+                         help="replay a CUDA graph per padded size of the network's input; the first image of a size "
+                              "takes longer")  # fmt: skip
     predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
                          help="pixels that the short and the long edge are fitted to, whichever is reached first; the "
                               "long one may be left out (default: the configuration's)")  # fmt: skip
@@ -200,7 +202,9 @@ def _parser() -> argparse.ArgumentParser:
                          "panoptic map, 0 to 1 (default: the configuration's)")  # fmt: skip
     predict.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                          help="other fields of the configuration, e.g. stuff_area_threshold=2000")  # fmt: skip
-    predict.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    predict.add_argument("--threads", type=int, metavar="N",
+                         help="CPU threads of the network, beside those that decode and write "
+                              "(default: torch's)")  # fmt: skip
     predict.add_argument("--detections", action="store_true", help="write detections.json too (COCO results)")
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
     predict.add_argument("--recursive", action="store_true", help="images in sub-folders too; outputs keep the folders")
@@ -289,10 +293,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    """One image at a time, each written before the next is read; a bad one is reported and skipped."""
+    """Decodes, predicts and writes several images at once, each step in their order; a bad one is named and skipped."""
     from tqdm import tqdm
 
-    from spatialflow.images import ImageError, read_image
+    from spatialflow.images import ImageError
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.detection import has_pycocotools
 
@@ -313,36 +317,35 @@ def _predict(options: argparse.Namespace) -> int:
     if before:
         complain(f"{options.output}: {len(before)} of {len(images)} images were done by a run that was interrupted; "
                  f"this one goes on")  # fmt: skip
+    todo = [image for image in images if image.name not in before]
     times: dict[str, float] = {}
+    begin = time.perf_counter()
     try:
-        with output, tqdm(images, desc="predict", unit="image", disable=None) as bar:
-            for image in bar:
-                if image.name in before:
-                    continue
+        with (
+            output,
+            contextlib.closing(predictor.outcomes([image.path for image in todo])) as outcomes,
+            tqdm(desc="predict", unit="image", total=len(images), initial=len(before), disable=None) as bar,
+            contextlib.closing(output.add_all(todo, outcomes)) as files,
+        ):
+            for written in files:
                 try:
-                    begin = time.perf_counter()
-                    pixels = read_image(image.path)
-                    decode = time.perf_counter() - begin
-                    result = predictor(pixels)
-                    result.times["decode"] = decode
-                    begin = time.perf_counter()
-                    output.add(image, result, pixels)
-                    result.times["write"] = time.perf_counter() - begin
+                    for stage, seconds in written.result().items():
+                        times[stage] = times.get(stage, 0.0) + seconds
                 except (ImageError, PanopticFormatError, OSError) as error:
                     failed.append(sentence(error))
                     with bar.external_write_mode(file=sys.stderr):
                         complain(failed[-1])
-                    continue
-                for stage, seconds in result.times.items():
-                    times[stage] = times.get(stage, 0.0) + seconds
+                bar.update()
     except KeyboardInterrupt as stop:
         stop.args = (f"{len(output.done)} of {len(images)} images are done; the same command goes on with the others",)
         raise
+    seconds_of_all = time.perf_counter() - begin
     done = len(output.done)
     new = done - len(before)
     if new:
         stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
-        print(f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms")
+        print(f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms; "
+              f"overlapped {seconds_of_all / new * 1e3:.1f} ms")  # fmt: skip
     if done:
         print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
               + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip

@@ -4,13 +4,23 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spatialflow.console import InputImage, named, sentence, without_suffix
 from spatialflow.errors import CommandError
+from spatialflow.threads import map_ahead
+
+if TYPE_CHECKING:
+    from spatialflow.engine.predict import Outcome, PanopticResult
+
+HELD = 4
+"""Images that `PredictionFolder.add_all` holds in memory until their files are written."""
 
 RESULTS = ("panoptic", "overlays")
 """Folders of pictures in the output folder."""
@@ -20,6 +30,8 @@ _INFO = {"description": "written by spatialflow predict"}  # no version: files o
 
 class PredictionFolder:
     """`panoptic.json`, `panoptic/<name>.png`, `overlays/<name>.jpg`; an image's files are there all or not at all.
+
+    One thread at a time writes to it; the end of the block waits for a thread that does.
 
     The JSON files are written when the `with` block ends, however it ends, so that images already done stay usable.
     The journal of `PanopticWriter` stays where it ends by an exception, and the next run goes on from it. It stays too
@@ -56,6 +68,7 @@ class PredictionFolder:
         self._root, self._overlays, self._detections = root, overlays, detections
         self._images, self._ids = images, _image_ids(images)
         self.left_out = 0
+        self._lock = threading.Lock()
         try:
             self.replaces = self._replaces()
             self._writer = PanopticWriter(
@@ -99,8 +112,34 @@ class PredictionFolder:
     def _overlay_path(self, image: InputImage) -> Path:
         return self.overlay_folder / f"{without_suffix(image.name)}.jpg"
 
-    def add(self, image: InputImage, result: Any, pixels: Any) -> None:
-        """Writes the files of one image."""
+    def add_all(self, images: Iterable[InputImage], outcomes: Iterable[Outcome]) -> Iterator[Future]:
+        """Writes the files of many images, one after the other, in a thread beside the caller's.
+
+        Args:
+            images: as many as outcomes.
+            outcomes: of `Predictor.outcomes`, asked for in the caller's thread. They wait while more than `HELD` images
+                are not written.
+
+        Yields:
+            A future per image, in their order: the seconds by stage, "write" among them. It raises ImageError for an
+            image that could not be read, and OSError or PanopticFormatError for one that cannot be written.
+        """
+        return map_ahead(self._add_outcome, zip(images, outcomes), threads=1, ahead=HELD)
+
+    def _add_outcome(self, found: tuple[InputImage, Outcome]) -> dict[str, float]:
+        image, (result, pixels, error) = found
+        if error is not None:
+            raise error
+        begin = time.perf_counter()
+        self.add(image, result, pixels)
+        return result.times | {"write": time.perf_counter() - begin}
+
+    def add(self, image: InputImage, result: PanopticResult, pixels: Any) -> None:
+        """Writes the files of one image; `pixels` are those of the photograph."""
+        with self._lock:
+            self._add(image, result, pixels)
+
+    def _add(self, image: InputImage, result: PanopticResult, pixels: Any) -> None:
         import cv2
 
         from spatialflow.files import atomic_write
@@ -141,9 +180,9 @@ class PredictionFolder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        done = set(self.done)
         try:
-            with named(self._root):
+            with self._lock, named(self._root):
+                done = set(self.done)
                 if done:
                     self._writer.write_json(image.name for image in self._images if image.name in done)
                 self.left_out = len(self._writer.left_out(image.name for image in self._images))

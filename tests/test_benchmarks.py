@@ -181,3 +181,21 @@ class TestEndToEnd:
         changed = [new for old, new in zip(before, after) if old != new]
         assert len(after) == len(before) and [(r["short_edge"], r["provider"]) for r in changed] == [(96, "reference")]
         assert changed[0]["ratio"] is None
+
+
+def test_throughput(tmp_path, monkeypatch, capsys):
+    """Rates of every stage alone and overlapped, from the same images; runs of all images at least three times."""
+    write_coco(tmp_path / "data", 3, (64, 96))
+    (tmp_path / "little.yaml").write_text("base: tiny\ntest: {test_short_edges: [64], test_long_edge: 96}\n")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("throughput")
+    module.main(["--images", str(tmp_path / "data/images"), "--config", str(tmp_path / "little.yaml"), "--count", "2",
+                 "--threads", "1", "--output", str(tmp_path / "results")])  # fmt: skip
+    (path,) = (tmp_path / "results").glob("*/throughput.json")
+    content = json.loads(path.read_text())
+    assert content["images"] == 2 and [row["row"] for row in content["rows"]] == list(module.ROWS)
+    for row in content["rows"]:
+        assert 0 < row["least"] <= row["seconds"] <= row["most"] and row["rounds"] >= 3
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+    assert min(row["of_slowest_stage"] for row in content["rows"][:3]) == 1
+    assert "overlapped" in capsys.readouterr().out

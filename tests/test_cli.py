@@ -9,6 +9,9 @@ import re
 import resource
 import subprocess
 import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 
 import cv2
@@ -20,7 +23,10 @@ import spatialflow
 from spatialflow import cli, images
 from spatialflow.cli import main
 from spatialflow.console import list_images
+from spatialflow.engine import predict
+from spatialflow.engine.pipeline import Pipeline
 from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
+from spatialflow.prediction_folder import HELD, PredictionFolder
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
 
@@ -126,10 +132,89 @@ class TestPredict:
                 raise KeyboardInterrupt
             return read(path)
 
-        monkeypatch.setattr(images, "read_image", interrupted)
+        monkeypatch.setattr(predict, "read_image", interrupted)
         arguments = [str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
         assert main(["predict", *arguments]) == 130
         assert_complete(tmp_path, ["deep.png", "dot.png"])
+
+    def test_errors_are_in_the_order_of_the_images(self, photographs, weights, tmp_path, monkeypatch, capsys):
+        """Whether reading or writing fails, and although reading is ahead of writing."""
+        names = [f"{number}.jpg" for number in range(8)]
+        for number, name in enumerate(names):
+            (tmp_path / name).write_bytes(b"no image" if number in (1, 4) else (photographs / "plain.jpg").read_bytes())
+        write = writer.write_id_map
+
+        def full(path, ids):
+            time.sleep(0.05)
+            if path.stem in ("2", "5"):
+                raise OSError(28, "No space left on device")
+            write(path, ids)
+
+        monkeypatch.setattr(writer, "write_id_map", full)
+        command = ["predict", *(str(tmp_path / name) for name in names), "--checkpoint", str(weights), *FAST]
+        assert main([*command, "--output", str(tmp_path / "out")]) == 1
+        said = [": ".join(sentence.split("/")[-1].split(": ")[:2]) for sentence in sentences(capsys)]
+        damaged = "is not an image of a known format, or is damaged"
+        refused = "cannot be written"
+        assert said == [f"1.jpg: {damaged}", f"2.png: {refused}", f"4.jpg: {damaged}", f"5.png: {refused}"]
+        assert_complete(tmp_path / "out", ["0.jpg", "3.jpg", "6.jpg", "7.jpg"])
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("map_ahead")]
+
+    def test_slow_writing_holds_few_results(self, photographs, weights, tmp_path, monkeypatch):
+        for number in range(20):
+            (tmp_path / f"{number}.jpg").write_bytes((photographs / "plain.jpg").read_bytes())
+        write, predicted, most = writer.write_id_map, [], []
+        run = Pipeline.__call__
+
+        def slow(path, ids):
+            time.sleep(0.05)
+            most.append(len(predicted) - len(most))
+            write(path, ids)
+
+        monkeypatch.setattr(writer, "write_id_map", slow)
+        monkeypatch.setattr(Pipeline, "__call__", lambda *args: (predicted.append(0), run(*args))[1])
+        command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(tmp_path / "out"), *FAST]
+        assert main(command) == 0
+        assert 1 < max(most) <= HELD + 2  # one more is given to the network, and one is being written
+
+    @pytest.mark.parametrize("place", ["network", "writing"])
+    def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
+        """It reaches the caller from any thread, and the images before it are complete."""
+        target, name = {"network": (Pipeline, "__call__"), "writing": (PredictionFolder, "_add")}[place]
+        plain, left = getattr(target, name), [3]
+
+        def failing(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("a mistake in the program")
+            return plain(*args)
+
+        monkeypatch.setattr(target, name, failing)
+        command = ["predict", str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+        with pytest.raises(RuntimeError, match="a mistake in the program") as caught:
+            main(command)
+        assert "in failing" in "".join(traceback.format_exception(caught.value))
+        assert_complete(tmp_path, ["deep.png", "dot.png", "grey.png"])
+
+    def test_the_end_waits_for_the_image_that_is_being_written(self, photographs, weights, tmp_path, monkeypatch):
+        """Although a second interrupt may have ended the wait for the thread."""
+        images, _ = list_images([photographs / "dot.png"])
+        folder = PredictionFolder(tmp_path, images, [], {}, overlays=False, detections=False, resume=False)
+        write, begun = writer.write_id_map, threading.Event()
+
+        def slow(path, ids):
+            begun.set()
+            time.sleep(0.2)
+            write(path, ids)
+
+        monkeypatch.setattr(writer, "write_id_map", slow)
+        result = argparse.Namespace(id_map=np.zeros((1, 1), np.int32), segments=[])
+        with folder:
+            thread = threading.Thread(target=folder.add, args=(images[0], result, None))
+            thread.start()
+            assert begun.wait(30)
+        assert [image["file_name"] for image in read_panoptic_json(tmp_path / "panoptic.json")["images"]] == ["dot.png"]
+        thread.join()
 
     def test_ids_that_coincide(self, photographs, weights, tmp_path):
         """Two numbers that are one become the texts that they are."""

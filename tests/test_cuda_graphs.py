@@ -5,11 +5,24 @@ for CUDA's, and like it writes into the outputs of the capture."""
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
+from test_optimize import random_model
 
+import spatialflow
 from spatialflow.engine import cuda_graphs
 from spatialflow.engine.cuda_graphs import WARM_UPS, GraphCache
+from spatialflow.engine.transfers import Download, Transfers, _map
+
+
+def overwrite(target, source):
+    """Copies tensors in nested lists and tuples."""
+    if isinstance(target, torch.Tensor):
+        target.copy_(source)
+    elif target is not None:
+        for one, other in zip(target, source, strict=True):
+            overwrite(one, other)
 
 
 class Recorder:
@@ -17,14 +30,23 @@ class Recorder:
 
     class CUDAGraph:
         def replay(self):
-            self.output.copy_(self.function(self.inputs))
+            overwrite(self.output, self.function(self.inputs))
 
     class Stream:
         def wait_stream(self, other):
             pass
 
+    class Event:
+        def synchronize(self):
+            pass
+
     device = stream = staticmethod(lambda _: contextlib.nullcontext())
-    graph = staticmethod(lambda graph, pool, stream: contextlib.nullcontext())
+
+    @staticmethod
+    def graph(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local", "other threads use the device too"
+        return contextlib.nullcontext()
+
     graph_pool_handle = staticmethod(object)
 
     def current_stream(self):
@@ -32,7 +54,8 @@ class Recorder:
 
 
 @pytest.fixture
-def cache(monkeypatch):
+def stand_in(monkeypatch):
+    """A class of caches whose graphs the recorder makes."""
     monkeypatch.setattr(cuda_graphs.torch, "cuda", Recorder())
 
     class Cache(GraphCache):
@@ -45,7 +68,12 @@ def cache(monkeypatch):
             )
             return captured
 
-    return Cache(torch.device("cpu"), limit=2)
+    return Cache
+
+
+@pytest.fixture
+def cache(stand_in):
+    return stand_in(torch.device("cpu"), limit=2)
 
 
 def test_replays_read_new_values(cache):
@@ -89,3 +117,80 @@ def test_copies_capture_their_own(cache):
     assert len(cache) == 1 and len(other) == 0 and other._pool is None
     assert other("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
     assert cache("a", None, [torch.ones(1)]).item() == -1
+
+
+SIZES = [(40 + i, 60 + i) for i in range(34)] + [(60 + i, 40 + i) for i in range(33)] + [(50 + i, 50 + i) for i in range(33)]
+SETTINGS = dict(test_short_edges=[64], test_long_edge=96, stuff_area_threshold=20, instance_score_threshold=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("tiny")
+
+
+class CopyingTransfers(Transfers):
+    """Stands in for those of a GPU: results are copied in the order of the work, and the host waits for them later."""
+
+    queued = 1
+
+    def download(self, value):
+        return Download(_map(torch.clone, value), Recorder.Event())
+
+
+def predictors(model, stand_in, **options):
+    """One that queues every kernel and one that replays graphs, both with the fixed shapes of a GPU."""
+    pair = [spatialflow.Predictor(model, **SETTINGS | options) for _ in range(2)]
+    for predictor in pair:
+        predictor.pipeline.reads_counts = False
+        predictor._transfers = CopyingTransfers(predictor.device)
+    pair[1].pipeline.graphs = stand_in(torch.device("cpu"))
+    return pair
+
+
+def pictures(sizes):
+    return [np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def assert_same(one, other):
+    np.testing.assert_array_equal(one.id_map, other.id_map)
+    assert one.segments == other.segments and len(one.segments) > 0
+    for name in ("boxes", "scores", "labels", "mask_logits"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
+    """A hundred original sizes, three padded ones; each result is that of queued kernels, although replays overwrite
+    the results of those before.
+    """
+    eager, graphed = predictors(model, stand_in)
+    padded = {tuple(fitted.padded_size for fitted in eager.pipeline.fit(size)) for size in SIZES}
+    assert len(set(SIZES)) == 100 and len(padded) == 3
+    images = pictures(SIZES)
+    for one, other in zip(graphed.stream(images), eager.stream(images), strict=True):
+        assert_same(one, other)
+    assert len(graphed.pipeline.graphs) == 3
+
+
+@pytest.mark.parametrize(
+    "options, graphs",
+    [
+        (dict(test_flip=True, test_short_edges=[64, 32]), 2),
+        (dict(batch_size=3), 3),
+        (dict(batch_size=2, test_flip=True), 2),
+    ],
+    ids=str,
+)
+def test_graphs_of_views_and_batches(model, stand_in, options, graphs):
+    """Four images of one padded size, six of another. Batches that are not full have graphs of their own."""
+    eager, graphed = predictors(model, stand_in, **options)
+    images = pictures(SIZES[30:40])
+    for one, other in zip(graphed(images), eager(images), strict=True):
+        assert_same(one, other)
+    assert len(graphed.pipeline.graphs) == graphs
+
+
+def test_graphs_of_ensembles(model, stand_in):
+    eager, graphed = predictors([model, random_model("tiny_dcn")], stand_in)
+    for image in pictures(SIZES[:3]):
+        assert_same(graphed(image), eager(image))
+    assert len(graphed.pipeline.graphs) == 1

@@ -75,3 +75,44 @@ def test_nothing_waits(model, cuda_graph):
         torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(results, expected):
         assert_same(one, other)
+
+
+def many_pictures(count):
+    """Of three padded sizes."""
+    rng, shapes = np.random.default_rng(1), ((90, 130), (130, 90), (80, 80))
+    sizes = [(shapes[i % 3][0] + i // 3, shapes[i % 3][1] + i // 3) for i in range(count)]
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_streams_give_what_single_images_give(model, cuda_graph, batch_size):
+    """Batches overlap, uploads have a stream of their own, pinned memory is used again, and graphs are captured while
+    threads ask for more of it.
+    """
+    eager = spatialflow.Predictor(model, "cuda", batch_size=batch_size, **OPTIONS)
+    predictor = spatialflow.Predictor(model, "cuda", cuda_graph=cuda_graph, batch_size=batch_size, **OPTIONS)
+    images = many_pictures(30)
+    results = list(predictor.stream(image for image in images))
+    for one, other in zip(results, eager(images), strict=True):
+        assert_same(one, other)
+    for result, image in zip(results, images):
+        assert_same(result, eager(image), share=1.0 if batch_size == 1 else 0.98)
+    if cuda_graph:
+        assert len(predictor.pipeline.graphs) == 3 + (batch_size == 3 and 30 // 3 % 3 > 0) * 3
+
+
+def test_results_are_in_memory_that_is_not_pinned(model):
+    """A caller may keep thousands of them."""
+    for result in spatialflow.Predictor(model, "cuda", **OPTIONS).stream(pictures()):
+        for array in (result.id_map, result.boxes, result.scores, result.mask_logits):
+            assert not torch.from_numpy(array).is_pinned()
+
+
+def test_streams_in_a_stream_of_the_caller(model):
+    predictor = spatialflow.Predictor(model, "cuda", **OPTIONS)
+    expected = predictor(pictures())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        results = list(predictor.stream(pictures()))
+    for one, other in zip(results, expected, strict=True):
+        assert_same(one, other)

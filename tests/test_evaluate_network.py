@@ -13,7 +13,7 @@ from spatialflow.data.coco import CocoPanoptic
 from spatialflow.engine.checkpoints import load_checkpoint, save_checkpoint
 from spatialflow.engine.distributed import World
 from spatialflow.engine.evaluate import evaluate_network
-from spatialflow.engine.predict import PanopticResult
+from spatialflow.engine.predict import Outcome, PanopticResult
 from spatialflow.models.build import build_model
 from spatialflow.panoptic.detection import (
     _is_rle,
@@ -130,7 +130,11 @@ class Oracle:
     def __init__(self, data, missed=()):
         self.data, self.missed, self.categories = data, missed, data.categories
 
-    def __call__(self, path):
+    def outcomes(self, paths):
+        for path in paths:
+            yield Outcome(self.predict(path), None, None)
+
+    def predict(self, path):
         index = [self.data.image_path(i) for i in range(len(self.data))].index(path)
         annotation = self.data.annotations[index]
         id_map = read_id_map(self.data.panoptic_folder / annotation["file_name"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from scenes import contents
 import spatialflow
 from spatialflow import images
 from spatialflow.cli import main
+from spatialflow.engine import predict
 from spatialflow.panoptic import read_panoptic_json
 from spatialflow.panoptic import writer as module
 
@@ -87,21 +89,33 @@ def interrupts():
 def stopped(arguments, tmp_path):
     """The output of a run that Ctrl-C ends before its fourth image."""
     output = tmp_path / "out"
-    assert stop_before("3.jpg", [*arguments, "--output", str(output)], signal.SIGINT) == 130
+    assert stop_before("3.jpg", [*arguments, "--output", str(output)], signal.SIGINT, 3) == 130
     return output
 
 
-def stop_before(name, arguments, number) -> int:
-    """The exit code of a command that gets a signal when it is about to read an image."""
-    read = images.read_image
+def patch_reading(patch, read_image):
+    """In the commands that read in their own thread, and in the predictor, which reads in others."""
+    patch.setattr(images, "read_image", read_image)
+    patch.setattr(predict, "read_image", read_image)
+
+
+def stop_before(name, arguments, number, written=0) -> int:
+    """The exit code of a command that gets a signal when it is about to read an image.
+
+    `predict` reads ahead: the signal comes as soon as it has written the files of `written` images.
+    """
+    read, output = images.read_image, Path(arguments[arguments.index("--output") + 1])
 
     def stopping(path):
         if path.name == name:
+            deadline = time.monotonic() + 60
+            while written and rows_of(output) < written and time.monotonic() < deadline:
+                time.sleep(0.005)
             os.kill(os.getpid(), number)
         return read(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "read_image", stopping)
+        patch_reading(patch, stopping)
         return main(arguments)
 
 
@@ -189,7 +203,7 @@ class TestPredict:
         for name, source in (("a.jpg", "a.jpg"), ("b.jpg", "e.jpg"), ("c.jpg", "f.jpg")):
             (folder / name).write_bytes((photographs / source).read_bytes())
         command = ["predict", str(folder), "--checkpoint", str(weights), *FAST]
-        assert stop_before("c.jpg", [*command, "--output", str(output)], signal.SIGTERM) == 143
+        assert stop_before("c.jpg", [*command, "--output", str(output)], signal.SIGTERM, 2) == 143
         (folder / "a.jpg").write_bytes((photographs / "f.jpg").read_bytes())
         (folder / "b.jpg").unlink()
         (folder / "0.jpg").write_bytes((photographs / "b.png").read_bytes())
@@ -210,7 +224,7 @@ class TestPredict:
             return read(path)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(images, "read_image", beginning_another)
+            patch_reading(patch, beginning_another)
             assert main(command) == 0
         assert codes == [2] * len(NAMES)
         said = f"{journal(tmp_path)}: is being written by another process; use another --output"

@@ -3,7 +3,9 @@
 
 import io
 import json
+import os
 import resource
+import stat
 import zlib
 
 import numpy as np
@@ -238,6 +240,18 @@ def test_json_errors_name_file_and_field(tmp_path):
         read_panoptic_json(path)
     with pytest.raises(PanopticFormatError, match="nowhere.json: cannot be read"):
         read_panoptic_json(tmp_path / "nowhere.json")
+
+
+def test_atomic_write_obeys_the_file_mode_mask(tmp_path, monkeypatch):
+    """Without setting it: it belongs to the whole process, whose other threads write files too."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch, atomic_write(tmp_path / "file") as stream:
+            patch.setattr(os, "umask", None)
+            stream.write(b"new")
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):

@@ -80,22 +80,6 @@ def test_order_and_company_do_not_matter(model, predictor):
         assert_same(result, predictor(image), exact=False)
 
 
-def test_images_are_taken_one_at_a_time(predictor):
-    """An iterable's next image is not asked for while the one before waits to be predicted."""
-    waiting = []
-
-    def images():
-        for seed in range(3):
-            assert not waiting, "an image was held back"
-            waiting.append(seed)
-            yield picture(40, 60, seed)
-
-    forward = predictor.pipeline.__call__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(predictor.pipeline), "__call__", lambda _, *args: (waiting.clear(), forward(*args))[1])
-        assert len(predictor(images())) == 3
-
-
 def test_plain_and_optimized_network_agree(model, predictor):
     plain = spatialflow.Predictor(model, optimize=False, stuff_area_threshold=40, **SHORT)
     assert_same(plain(picture(90, 130)), predictor(picture(90, 130)), exact=False)

@@ -77,6 +77,7 @@ class GraphCache:
             torch.cuda.current_stream().wait_stream(stream)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # Threads that decode the next images may allocate pinned memory, which the default mode forbids them.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 output = function(static)
         return _Captured(graph, static, output, function)

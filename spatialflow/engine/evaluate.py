@@ -3,11 +3,13 @@
 
 import json
 import warnings
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
 from spatialflow.engine.distributed import World
-from spatialflow.engine.predict import Predictor
+from spatialflow.engine.predict import Outcome, Predictor
 from spatialflow.files import atomic_write
 from spatialflow.images import ImageError
 from spatialflow.panoptic.detection import average_precision, detection_rows
@@ -15,6 +17,10 @@ from spatialflow.panoptic.formats import read_id_map, read_panoptic_json
 from spatialflow.panoptic.quality import PanopticQuality
 from spatialflow.panoptic.rules import TRUTH, AnnotationWarning, PanopticFormatError, Problem, summary
 from spatialflow.panoptic.writer import PanopticWriter
+from spatialflow.threads import map_ahead
+
+SCORED_AHEAD = 4
+"""Results that are held while the one before is compared with its ground truth and written."""
 
 
 class ScoredData(Protocol):
@@ -53,10 +59,6 @@ def evaluate_network(
     truth, truth_path, truth_folder, problems = _read_truth(data, folder, world)
     by_id = {image_id: index for index, image_id in enumerate(data.image_ids)}
     wanted = truth["annotations"][world.rank :: world.size]
-    if progress and world.is_first:
-        from tqdm import tqdm
-
-        wanted = tqdm(wanted, desc="evaluate", leave=False)
     writer = PanopticWriter(
         folder / "panoptic",
         folder / f"panoptic{world.rank or ''}.json",  # the first process's name is that of the result
@@ -65,21 +67,32 @@ def evaluate_network(
     )
     quality, counts = PanopticQuality(truth["categories"]), {}
     reported: list[Problem] = []
-    for annotation in wanted:
+
+    def score(found: tuple[dict[str, Any], Outcome]) -> tuple[Any, Any, list[Problem]]:
+        """Compares one prediction with its ground truth, and writes it."""
+        annotation, (result, _, error) = found
         image_id, segments = annotation["image_id"], annotation["segments_info"]
-        try:
-            annotated = read_id_map(truth_folder / annotation["file_name"])
-            result = predictor(data.image_path(by_id[image_id]))
-            counted, met = quality.count(annotated, segments, result.id_map, result.segments, image_id)
-            detections = detection_rows(result, image_id)
-            writer.add(
-                image_id, data.names[by_id[image_id]], result.id_map, result.segments, detections=detections
-            )
-        except (ImageError, PanopticFormatError) as error:
-            problems.append(str(error))
-            continue
-        counts[image_id] = counted
-        reported += met
+        annotated = read_id_map(truth_folder / annotation["file_name"])
+        if error is not None:
+            raise error
+        counted, met = quality.count(annotated, segments, result.id_map, result.segments, image_id)
+        detections = detection_rows(result, image_id)
+        writer.add(image_id, data.names[by_id[image_id]], result.id_map, result.segments, detections=detections)
+        return image_id, counted, met
+
+    paths = [data.image_path(by_id[annotation["image_id"]]) for annotation in wanted]
+    with (
+        closing(predictor.outcomes(paths)) as outcomes,
+        closing(map_ahead(score, zip(wanted, outcomes), threads=1, ahead=SCORED_AHEAD)) as scored,
+    ):
+        for row in _with_progress(scored, len(wanted)) if progress and world.is_first else scored:
+            try:
+                image_id, counted, met = row.result()
+            except (ImageError, PanopticFormatError) as error:
+                problems.append(str(error))
+                continue
+            counts[image_id] = counted
+            reported += met
     parts = world.gather((list(writer.rows()), counts, problems, reported))
     counts = {image_id: counted for part in parts for image_id, counted in part[1].items()}
     problems = [message for part in parts for message in part[2]]
@@ -104,6 +117,12 @@ def evaluate_network(
             json.dump(scores, file, indent=1)
     writer.close()
     return world.gather(scores if world.is_first else None)[0]
+
+
+def _with_progress(rows: Iterable[Any], count: int) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(rows, desc="evaluate", total=count, leave=False)
 
 
 def _read_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str, Any], Path, Path, list[str]]:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a batch of decoded images to panoptic maps on one device, in results of fixed shape.
 
-On a GPU nothing here reads a value back: every shape follows from the sizes of the images, so the host queues all work
-at once, and a CUDA graph can hold it. On the CPU, where reading costs nothing, rows that are only padding are left out
-early.
+The way has three parts. Preprocessing and the last one, stuff labels and merging, have shapes that follow from the
+original sizes of the images. Recognition, in between, has shapes that follow from the padded size alone and takes the
+rest as tensors, so that one CUDA graph of it serves all images of a padded size.
+
+On a GPU nothing here reads a value back, so the host queues all work at once. On the CPU, where reading costs nothing,
+rows that are only padding are left out early.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple, Optional, Sequence
 
@@ -16,11 +20,17 @@ import torch
 from torch import Tensor
 
 from spatialflow.data.transforms import Fitted, fit_image
+from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.models import inference
 from spatialflow.models.anchors import STRIDES
 from spatialflow.models.config import Config
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, panoptic_merge, paste_masks, preprocess_images, stuff_labels
+
+
+STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
+"""What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds
+the wait for its end. A CUDA graph is queued as a whole, under "network"."""
 
 
 class View(NamedTuple):
@@ -32,6 +42,26 @@ class View(NamedTuple):
     scales: Tensor  # (B, 2) float32, x and y
     widths: Tensor  # (B,) float32, of the original images
     anchors: list[list[Tensor]]  # per network and level (H * W * A, 4) float32
+
+    @property
+    def geometry(self) -> tuple[Tensor, ...]:
+        """The tensors by which images of one padded size differ."""
+        return tuple(getattr(self, name) for name in GEOMETRY)
+
+
+GEOMETRY = ("valid_sizes", "scales", "widths")
+"""Fields of `View.geometry`."""
+
+
+class Recognized(NamedTuple):
+    """What was found in a batch at network scale; rows of detections that are only padding have label -1."""
+
+    boxes: Tensor  # (B, D, 4) float32, original scale
+    scores: Tensor  # (B, D) float32, descending
+    labels: Tensor  # (B, D) int64
+    counts: Tensor  # (B,) int64
+    mask_logits: Optional[Tensor]  # (B, D, 28, 28) float32; None without a thing head
+    stuff_logits: list[Optional[Tensor]]  # per view (B, num_stuff, H/4, W/4); None without a stuff head
 
 
 class FixedResult(NamedTuple):
@@ -60,6 +90,7 @@ class Pipeline:
         dtype: of their weights.
         detection_masks: whether the results have the mask of every detection. Without, the CPU computes only those
             that the map may need; a GPU computes all, as it reads no count.
+        graphs: where CUDA graphs of the recognition are kept; None to queue its kernels one by one.
     """
 
     def __init__(
@@ -70,10 +101,12 @@ class Pipeline:
         device: torch.device,
         dtype: torch.dtype,
         detection_masks: bool,
+        graphs: Optional[GraphCache] = None,
     ):
         self.networks, self.config, self.ignored_stuff = list(networks), config, ignored_stuff
         self.device, self.dtype, self.detection_masks = device, dtype, detection_masks
         self.reads_counts = device.type == "cpu"
+        self.graphs = graphs
 
     def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
         """How an image of `size` (H, W) enters the networks, for every short edge of the configuration."""
@@ -116,11 +149,58 @@ class Pipeline:
             One result per image, on the device. On the CPU D is the largest count of the batch, elsewhere
             `max_detections`.
         """
-        passes = [(view, *self._dense(pixels, view, times)) for view in plan]
+        with stopwatch(times, "preprocess"):
+            images = [self._network_input(pixels, view) for view in plan]
+        if self.graphs is None:
+            found = self._recognize(images, plan, times)
+        else:
+            with stopwatch(times, "network"):
+                found = self._replay(self.graphs, images, plan)
+        results = []
+        for i in range(len(pixels)):
+            with stopwatch(times, "stuff"):
+                stuff = self._stuff_labels(i, plan, found.stuff_logits)
+            own = None if found.mask_logits is None else found.mask_logits[i]
+            boxes, scores, labels = found.boxes[i], found.scores[i], found.labels[i]
+            merged = self._merge(boxes, scores, labels, own, stuff, times)
+            own = own if self.detection_masks else None
+            results.append(FixedResult(boxes, scores, labels, found.counts[i], own, merged))
+        return results
+
+    def _network_input(self, pixels: list[Tensor], view: View) -> Tensor:
+        """(B, 3, H, W), of the padded size."""
+        data, valid = self.config.data, [one.valid_size for one in view.fitted]
+        pixels = [image.flip(1) for image in pixels] if view.mirrored else pixels
+        return preprocess_images(pixels, valid, data.image_mean, data.image_std, data.size_divisor, self.dtype)
+
+    def _replay(self, graphs: GraphCache, images: list[Tensor], plan: list[View]) -> Recognized:
+        """`_recognize` from the CUDA graph of these padded sizes. The result is valid until the next replay."""
+        tensors = [tensor for image, view in zip(images, plan) for tensor in (image, *view.geometry)]
+
+        def make() -> Callable[[list[Tensor]], Recognized]:
+            def function(inputs: list[Tensor]) -> Recognized:
+                parts = [inputs[i : i + 4] for i in range(0, len(inputs), 4)]
+                views = [view._replace(**dict(zip(GEOMETRY, part[1:]))) for view, part in zip(plan, parts)]
+                return self._recognize([part[0] for part in parts], views, dict.fromkeys(STAGES, 0.0))
+
+            return function
+
+        return graphs(tuple((view.mirrored, image.shape) for image, view in zip(images, plan)), make, tensors)
+
+    def _recognize(self, images: list[Tensor], plan: list[View], times: dict[str, float]) -> Recognized:
+        """Detections, masks and stuff logits of a batch. Reads of a view neither sizes nor anything else on the host.
+
+        Args:
+            images: the network's input (B, 3, H, W) of each view.
+            plan: the views.
+            times: as for a call.
+        """
+        with stopwatch(times, "network"):
+            passes = [self._dense(view_images) for view_images in images]
         with stopwatch(times, "detect"):
             candidates = [
                 self._candidates(view, network, output)
-                for view, outputs, _ in passes
+                for view, (outputs, _) in zip(plan, passes)
                 for network, output in enumerate(outputs)
             ]
             joined = candidates[0] if len(candidates) == 1 else inference.Candidates(*map(_join, zip(*candidates)))
@@ -128,39 +208,23 @@ class Pipeline:
             rows = self._leading(found.labels >= 0)
             boxes, scores, labels = found.boxes[:, :rows], found.scores[:, :rows], found.labels[:, :rows]
         logits = None
-        if passes[0][1][0].thing_features is not None:
+        if passes[0][0][0].thing_features is not None:
             with stopwatch(times, "masks"):
                 masked = rows if self.detection_masks else self._leading(self._enters(scores, labels))
                 parts = [
                     self._mask_logits(view, network, output.thing_features, boxes[:, :masked], labels[:, :masked])
-                    for view, outputs, _ in passes
+                    for view, (outputs, _) in zip(plan, passes)
                     for network, output in zip(self.networks, outputs)
                 ]
                 logits = parts[0] if len(parts) == 1 else inference.mean_mask_logits(parts)
-        results = []
-        for i in range(len(pixels)):
-            with stopwatch(times, "stuff"):
-                stuff = self._stuff_labels(i, passes)
-            own = None if logits is None else logits[i]
-            merged = self._merge(boxes[i], scores[i], labels[i], own, stuff, times)
-            own = own if self.detection_masks else None
-            results.append(FixedResult(boxes[i], scores[i], labels[i], found.count[i], own, merged))
-        return results
+        return Recognized(boxes, scores, labels, found.count, logits, [stuff for _, stuff in passes])
 
-    def _dense(
-        self, pixels: list[Tensor], view: View, times: dict[str, float]
-    ) -> tuple[list[NetworkOutput], Optional[Tensor]]:
+    def _dense(self, images: Tensor) -> tuple[list[NetworkOutput], Optional[Tensor]]:
         """What each network says of a view, and the mean of their stuff logits at stride 4."""
-        data = self.config.data
-        with stopwatch(times, "preprocess"):
-            valid = [one.valid_size for one in view.fitted]
-            pixels = [image.flip(1) for image in pixels] if view.mirrored else pixels
-            images = preprocess_images(pixels, valid, data.image_mean, data.image_std, data.size_divisor, self.dtype)
-        with stopwatch(times, "network"):
-            outputs, quarter_logits = zip(*(network.dense(images) for network in self.networks))
-            if quarter_logits[0] is None or len(quarter_logits) == 1:
-                return list(outputs), quarter_logits[0]
-            return list(outputs), torch.stack(quarter_logits).float().mean(dim=0)
+        outputs, quarter_logits = zip(*(network.dense(images) for network in self.networks))
+        if quarter_logits[0] is None or len(quarter_logits) == 1:
+            return list(outputs), quarter_logits[0]
+        return list(outputs), torch.stack(quarter_logits).float().mean(dim=0)
 
     def _candidates(self, view: View, network: int, output: NetworkOutput) -> inference.Candidates:
         found = inference.select_candidates(
@@ -184,20 +248,17 @@ class Pipeline:
         )
         return logits.flip(-1) if view.mirrored else logits
 
-    def _stuff_labels(self, image: int, passes: list[tuple]) -> Tensor:
+    def _stuff_labels(self, image: int, plan: list[View], quarter_logits: list[Optional[Tensor]]) -> Tensor:
         """(H, W) labels of one image; without a stuff head zeros, which with no label to be counted are void."""
-        (view, _, quarter_logits), *others = passes
-        fitted = view.fitted[image]
-        if quarter_logits is None:
+        fitted = plan[0].fitted[image]
+        if quarter_logits[0] is None:
             return torch.zeros(fitted.original_size, dtype=torch.uint8, device=self.device)
-        if not others:
-            return stuff_labels(quarter_logits[image], fitted.valid_size, fitted.original_size)
-        total = torch.zeros((quarter_logits.shape[1], *fitted.original_size), device=self.device)
-        for view, _, quarter_logits in passes:
+        if len(plan) == 1:
+            return stuff_labels(quarter_logits[0][image], fitted.valid_size, fitted.original_size)
+        total = torch.zeros((quarter_logits[0].shape[1], *fitted.original_size), device=self.device)
+        for view, logits in zip(plan, quarter_logits):
             valid_size = view.fitted[image].valid_size
-            total += inference.resized_stuff_logits(
-                quarter_logits[image], valid_size, fitted.original_size, view.mirrored
-            )
+            total += inference.resized_stuff_logits(logits[image], valid_size, fitted.original_size, view.mirrored)
         return total.argmax(dim=0)
 
     def _merge(

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A photograph in, a panoptic map out."""
+"""A photograph in, a panoptic map out; of many photographs, the steps of several at once."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union, overload
 
@@ -17,22 +19,26 @@ from spatialflow import panoptic
 from spatialflow.data.categories import Categories, load_categories
 from spatialflow.data.transforms import Fitted, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
-from spatialflow.engine.pipeline import FixedResult, Pipeline, stopwatch
+from spatialflow.engine.pipeline import STAGES, FixedResult, Pipeline, stopwatch
+from spatialflow.engine.transfers import Download, Transfers
 from spatialflow.files import atomic_write
-from spatialflow.images import read_image
+from spatialflow.images import ImageError, read_image
 from spatialflow.models.build import load_config
 from spatialflow.models.config import Config, ConfigError, place_overrides
 from spatialflow.models.optimize import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, paste_masks
 from spatialflow.panoptic.writer import panoptic_row
-
-STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
-"""What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds
-the wait for its end. A CUDA graph is queued as a whole, under "network"."""
+from spatialflow.threads import map_ahead
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a Predictor computes in."""
+
+DECODERS = {"cpu": 1, "cuda": 4}
+"""Threads that decode images, by the kind of device. On the CPU the network needs the cores itself."""
+
+PATIENCE = 4
+"""An image runs in a batch that is not full if this many times `batch_size` images came since."""
 
 Image = Union[str, Path, np.ndarray]
 
@@ -119,12 +125,30 @@ def image_id_of(image_name: str) -> Union[int, str]:
     return int(stem) if stem.isascii() and stem.isdigit() else stem
 
 
+class Outcome(NamedTuple):
+    """What became of one image of several."""
+
+    result: Optional[PanopticResult]  # None where the image could not be read
+    pixels: Optional[np.ndarray]  # (H, W, 3) uint8 BGR, the image as it was decoded; None where it could not be read
+    error: Optional[BaseException]  # an ImageError where it could not be read
+
+
 class _Item(NamedTuple):
     position: int
     name: str
     pixels: np.ndarray
+    staged: Tensor  # where the upload reads the pixels
     fitted: tuple[Fitted, ...]  # for each short edge
     times: dict[str, float]
+
+
+class _Running(NamedTuple):
+    """A batch that is queued on the device, or done on the CPU."""
+
+    items: list[_Item]
+    pixels: list[Tensor]  # on the device: to be kept until the work is done
+    download: Download
+    times: dict[str, float]  # of the batch
 
 
 class Predictor:
@@ -139,15 +163,15 @@ class Predictor:
         device: where to run, "cpu", "cuda" or "cuda:<number>"; None: where the model is.
         dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and
             boxes are float32 always.
-        cuda_graph: replay a CUDA graph per size of image instead of queueing every kernel. The first image
-            of a size pays for the capture; the 16 sizes used last are kept.
+        cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel. The
+            first image of a size pays for the capture; the 16 sizes used last are kept.
         optimize: fold BatchNorm and pre-arrange the weights once.
         detection_masks: whether results carry the mask of every detection. False where only the map counts: on the
             CPU the masks of detections below `instance_score_threshold`, often a quarter of all work, are left out. On
             a GPU their number is not known to the host, so that all masks are computed, and only their download is
             saved.
         batch_size: images that go through the network together; only images of equal padded size share a batch, so that
-            results do not depend on the company.
+            results do not depend on the company. See `stream` for how long an image waits for others.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
             `test_flip=True`, `score_threshold=0.3`.
 
@@ -201,9 +225,10 @@ class Predictor:
         ]
         other = self.categories.other_index
         ignored = () if other is None else (other,)
-        self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks)
+        graphs = GraphCache(self.device) if cuda_graph else None
+        self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks, graphs)
         self.batch_size = batch_size
-        self._graphs = GraphCache(self.device) if cuda_graph else None
+        self._transfers = Transfers(self.device)
 
     @overload
     def __call__(self, images: Image) -> PanopticResult: ...
@@ -220,70 +245,136 @@ class Predictor:
             images: a path or an (H, W, 3) uint8 BGR array, or an iterable of them.
 
         Returns:
-            A PanopticResult for one image, a list in the order given for many.
+            A PanopticResult for one image, a list in the order given for many, see `stream`.
 
         Raises:
             ImageError: an image cannot be read or has another shape or type; the file and the reason are named.
         """
-        if isinstance(images, (str, Path, np.ndarray)):
-            return self._predict([images])[0]
-        return self._predict(images)
+        if not isinstance(images, (str, Path, np.ndarray)):
+            return list(self.stream(images))
+        ((_, outcome),) = self._finish(self._queue([self._load((0, images))])).items()
+        return outcome.result
 
-    def _predict(self, images: Iterable[Image]) -> list[PanopticResult]:
-        results: list[Optional[PanopticResult]] = []
-        waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}
-        for position, image in enumerate(images):
-            results.append(None)
-            item = self._load(position, image)
-            shape = tuple(fitted.padded_size for fitted in item.fitted)
-            group = waiting.setdefault(shape, [])
-            group.append(item)
-            if len(group) == self.batch_size:
-                self._run(waiting.pop(shape), results)
-        for group in waiting.values():
-            self._run(group, results)
-        return results
+    def stream(self, images: Iterable[Image]) -> Iterator[PanopticResult]:
+        """Predicts many images, and yields each result as soon as those before it are there.
 
-    def _load(self, position: int, image: Image) -> _Item:
+        Worker threads decode the next images while the network works. A GPU gets the next batch before the host waits
+        for the one before. Images are taken from the iterable in the caller's thread, a few ahead: no more than
+        `2 * DECODERS[device] + (PATIENCE + 3) * batch_size`. So the memory is bounded, and the iterable may be endless.
+
+        Args:
+            images: paths or (H, W, 3) uint8 BGR arrays. An array that an iterator yields may be changed after that.
+
+        Yields:
+            A PanopticResult per image, in the order given.
+
+        Raises:
+            ImageError: see `__call__`; raised in the image's turn, after the results before it.
+            TypeError: `images` is one path.
+
+        Remarks:
+            Where the loop is left early, the threads end when the iterator is closed or has no more references.
+            Images of other padded sizes may come between those of a batch. An image waits until its batch is full, the
+            images end, or `PATIENCE * batch_size` images came since.
+
+        Example:
+            >>> for result in predictor.stream(sorted(folder.glob("*.jpg"))):  # doctest: +SKIP
+            ...     result.save("out")
+        """
+        with closing(self.outcomes(images)) as outcomes:
+            for outcome in outcomes:
+                if outcome.error is not None:
+                    raise outcome.error
+                yield outcome.result
+
+    def outcomes(self, images: Iterable[Image]) -> Iterator[Outcome]:
+        """As `stream`, for a caller that goes on after an image that cannot be read, or needs the decoded pixels.
+
+        Yields:
+            An Outcome per image, in the order given.
+        """
+        if isinstance(images, (str, Path)):
+            raise TypeError(f"images: must be an iterable of images, got one path, {str(images)!r}; call the Predictor")
+        done: dict[int, Outcome] = {}  # by position; an image before them is not done
+        running: deque[_Running] = deque()
+        given = 0
+        with closing(self._batches(images, done)) as batches:
+            for batch in batches:
+                if batch:
+                    running.append(self._queue(batch))
+                while len(running) > (self._transfers.queued if batch else 0):
+                    done |= self._finish(running.popleft())
+                while given in done:
+                    outcome = done.pop(given)
+                    given += 1
+                    if not isinstance(outcome.error, (ImageError, type(None))):
+                        raise outcome.error
+                    yield outcome
+
+    def _batches(self, images: Iterable[Image], failed: dict[int, Outcome]) -> Iterator[list[_Item]]:
+        """Images of equal padded size that go through the network together.
+
+        Yields:
+            A batch; or no images, where all that runs should be finished now, as the next image is not decoded yet, or
+            none follows. Before that, the outcomes of images that cannot be read are added to `failed`.
+        """
+        waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}  # the group of the first image comes first
+        threads, error = DECODERS[self.device.type], None
+        with closing(map_ahead(self._load, _taken(images), threads, 2 * threads + self.batch_size)) as loads:
+            try:
+                for position, load in enumerate(loads):
+                    if not load.done():
+                        yield []
+                    if load.exception() is not None:
+                        failed[position] = Outcome(None, None, load.exception())
+                    else:
+                        item = load.result()
+                        shape = tuple(fitted.padded_size for fitted in item.fitted)
+                        waiting.setdefault(shape, []).append(item)
+                        if len(waiting[shape]) == self.batch_size:
+                            yield waiting.pop(shape)
+                    while waiting and position - next(iter(waiting.values()))[0].position >= PATIENCE * self.batch_size:
+                        yield waiting.pop(next(iter(waiting)))
+            except Exception as caught:  # of the iterable: it comes after the results before it
+                error = caught
+        yield from waiting.values()
+        yield []
+        if error is not None:
+            raise error
+
+    def _load(self, place: tuple[int, Image]) -> _Item:
+        """Reads an image; in a worker thread, if it is one of many."""
+        position, image = place
         times = dict.fromkeys(STAGES, 0.0)
         is_path = isinstance(image, (str, Path))
         name = Path(image).name if is_path else f"image {position}"
         with stopwatch(times, "decode"):
             pixels = read_image(image) if is_path else check_image(image, name)
-        return _Item(position, name, pixels, self.pipeline.fit(pixels.shape[:2]), times)
+            staged = self._transfers.stage(pixels)
+        return _Item(position, name, pixels, staged, self.pipeline.fit(pixels.shape[:2]), times)
 
-    def _run(self, items: list[_Item], results: list[Optional[PanopticResult]]):
-        """One batch of equal padded size; fills `results` at the items' positions."""
-        shared = dict.fromkeys(STAGES, 0.0)
-        fitted = tuple(item.fitted for item in items)
-        pixels = [torch.from_numpy(np.require(item.pixels, requirements="CW")) for item in items]
-        if self.device.type == "cuda":
-            with stopwatch(shared, "preprocess"):
-                pixels = [image.pin_memory() for image in pixels]  # their upload needs no wait
-        if self._graphs is None:
-            with stopwatch(shared, "preprocess"):
-                pixels = [image.to(self.device, non_blocking=True) for image in pixels]
-                plan = self.pipeline.plan(fitted)
-            found = self.pipeline(pixels, plan, shared)
-        else:
-            with stopwatch(shared, "network"):
-                found = self._graphs(fitted, lambda: self._planned(fitted), pixels)
-        with stopwatch(shared, "merge"):
-            found = [_to_host(result) for result in found]
-            if self.device.type == "cuda":
-                done = torch.cuda.Event()
-                done.record(torch.cuda.current_stream(self.device))
-                done.synchronize()  # the one wait that torch's sync debug mode lets pass: a stream's is an error there
-        for item, result in zip(items, found):
+    def _queue(self, items: list[_Item]) -> _Running:
+        """Starts one batch of equal padded size."""
+        times = dict.fromkeys(STAGES, 0.0)
+        with stopwatch(times, "preprocess"):
+            pixels = self._transfers.upload([item.staged for item in items])
+            plan = self.pipeline.plan([item.fitted for item in items])
+        found = self.pipeline(pixels, plan, times)
+        with stopwatch(times, "merge"):
+            return _Running(items, pixels, self._transfers.download(found), times)
+
+    def _finish(self, batch: _Running) -> dict[int, Outcome]:
+        """Waits for a batch; the outcomes by position."""
+        with stopwatch(batch.times, "merge"):
+            found = batch.download.wait()
+        outcomes = {}
+        for item, result in zip(batch.items, found):
             for stage in STAGES:
-                item.times[stage] += shared[stage] / len(items)
-            results[item.position] = self._finish(item, result)
+                item.times[stage] += batch.times[stage] / len(batch.items)
+            outcomes[item.position] = Outcome(self._result(item, result), item.pixels, None)
+        return outcomes
 
-    def _planned(self, fitted: tuple[tuple[Fitted, ...], ...]) -> Callable[[list[Tensor]], list[FixedResult]]:
-        plan = self.pipeline.plan(fitted)
-        return lambda pixels: self.pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
-
-    def _finish(self, item: _Item, found: FixedResult) -> PanopticResult:
+    def _result(self, item: _Item, found: FixedResult) -> PanopticResult:
         count = int(found.count)
         return PanopticResult(
             found.merged.id_map.numpy(),
@@ -347,8 +438,8 @@ def usable_device(device: Union[str, torch.device]) -> torch.device:
     return usable
 
 
-def _to_host(value: Any) -> Any:
-    """The same structure on the host; from a GPU into pinned memory, queued, so that one wait serves all tensors."""
-    if isinstance(value, torch.Tensor):
-        return value.to("cpu", non_blocking=True)
-    return None if value is None else type(value)(*map(_to_host, value))
+def _taken(images: Iterable[Image]) -> Iterator[tuple[int, Image]]:
+    """Images with their positions. What an iterator yields is copied, as its next step may overwrite an array."""
+    for position, image in enumerate(images):
+        lasting = isinstance(images, Sequence) or not isinstance(image, np.ndarray)
+        yield position, image if lasting else image.copy()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images per second from image files to the files of `spatialflow predict`: each stage alone, and all at once.
+
+The stages are decoding (with the threads of `Predictor.stream`), the network (arrays to maps on the host), and writing
+(PNG, overlay, journal). "one after the other" takes each image through all stages before the next. "overlapped" is what
+`spatialflow predict` does; it cannot be faster than the slowest stage, and on a CPU the stages share the cores. The rows
+take turns, and medians over the rounds are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import environment, require_positive, results_path, write_text
+
+from spatialflow import Predictor, build_model, load_checkpoint
+from spatialflow.console import InputImage
+from spatialflow.data.synthetic import synthesize
+from spatialflow.engine.checkpoints import packaged_weights
+from spatialflow.engine.predict import DECODERS
+from spatialflow.images import read_image
+from spatialflow.prediction_folder import PredictionFolder
+from spatialflow.threads import map_ahead
+
+STAGES = ("decode", "network", "write")
+ROWS = (*STAGES, "one after the other", "overlapped")
+TITLE = "image files to the files of `spatialflow predict`"
+
+
+class Runs:
+    """What is timed, on one set of images; each run does all of them."""
+
+    def __init__(self, predictor: Predictor, paths: Sequence[Path], folder: Path) -> None:
+        self.predictor, self.folder, self.count = predictor, folder, 0
+        self.images = [InputImage(path, path.name) for path in paths]
+        self.pixels = [read_image(path) for path in paths]
+        self.results = list(predictor.stream(self.pixels))  # warms up, too
+
+    def output(self) -> PredictionFolder:
+        """A new folder, with overlay pictures."""
+        self.count += 1
+        categories = self.predictor.categories.as_coco()
+        return PredictionFolder(self.folder / str(self.count), self.images, categories, {}, overlays=True,
+                                detections=False, resume=False)  # fmt: skip
+
+    def decode(self) -> None:
+        threads = DECODERS[self.predictor.device.type]
+        for future in map_ahead(read_image, [image.path for image in self.images], threads, 2 * threads):
+            future.result()
+
+    def network(self) -> None:
+        for _ in self.predictor.stream(self.pixels):
+            pass
+
+    def write(self) -> None:
+        with self.output() as output:
+            for found in zip(self.images, self.results, self.pixels):
+                output.add(*found)
+
+    def one_after_the_other(self) -> None:
+        with self.output() as output:
+            for image in self.images:
+                pixels = read_image(image.path)
+                output.add(image, self.predictor(pixels), pixels)
+
+    def overlapped(self) -> None:
+        paths = [image.path for image in self.images]
+        with (
+            self.output() as output,
+            closing(self.predictor.outcomes(paths)) as outcomes,
+            closing(output.add_all(self.images, outcomes)) as files,
+        ):
+            for written in files:
+                written.result()
+
+
+def measure(runs: Runs, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each run by row: at least three rounds, and as many as fit into `seconds`."""
+    functions: dict[str, Callable[[], None]] = {row: getattr(runs, row.replace(" ", "_")) for row in ROWS}
+    times: dict[str, list[float]] = {row: [] for row in ROWS}
+    while len(times[ROWS[0]]) < 3 or sum(map(sum, times.values())) < seconds:
+        for row, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            times[row].append(time.perf_counter() - begin)
+    return times
+
+
+def make_rows(times: dict[str, list[float]], count: int) -> list[dict[str, Any]]:
+    medians = {row: statistics.median(values) for row, values in times.items()}
+    slowest = max(medians[stage] for stage in STAGES)
+    return [
+        {
+            "row": row, "images_per_second": count / median, "seconds": median, "least": min(times[row]),
+            "most": max(times[row]), "rounds": len(times[row]), "of_slowest_stage": slowest / median,
+        }
+        for row, median in medians.items()
+    ]  # fmt: skip
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    print(f"    {'':<22}{'images/s':>9}{'seconds':>9}{'least':>8}{'most':>8}{'of the slowest stage':>22}")
+    for row in rows:
+        print(f"    {row['row']:<22}{row['images_per_second']:>9.2f}{row['seconds']:>9.2f}{row['least']:>8.2f}"
+              f"{row['most']:>8.2f}{100 * row['of_slowest_stage']:>20.0f} %")  # fmt: skip
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Images per second, {TITLE}: each stage alone, and overlapped.")
+    parser.add_argument("--config", default="demo", metavar="NAME", help="model (default: %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with "
+                        "the package, else random ones, whose maps have less to write)")  # fmt: skip
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: scenes of 480x640)")
+    parser.add_argument("--count", type=int, default=100, metavar="N", help="the first pictures (default: 100)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="arithmetic of the network (default: float32)")  # fmt: skip
+    parser.add_argument("--cuda-graph", action="store_true", help="replay CUDA graphs")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per batch (default: 1)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time of all rounds; there are at least three")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",
+                        help="folder of <device>/throughput.json (default: benchmarks/results)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    require_positive(parser, options, "count", "batch_size", "threads", "seconds")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of this script."""
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    setting = environment(options)
+    print(f"throughput: {TITLE}\n  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, "
+          f"{options.config} in {options.dtype}, batches of {options.batch_size}, {options.count} images")  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:
+        folder, images = Path(name), options.images
+        if images is None:
+            list(synthesize(folder / "scenes", options.count, (480, 640), seed=0))
+            images = folder / "scenes" / "images"
+        paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        paths = paths[: options.count]
+        if not paths:
+            sys.exit(f"{images}: holds no .jpg or .png")
+        model, weights = build_model(options.config).eval(), options.checkpoint or packaged_weights(options.config)
+        if weights is not None:
+            load_checkpoint(model, weights)
+        predictor = Predictor(model, options.device, getattr(torch, options.dtype), options.cuda_graph,
+                              batch_size=options.batch_size, detection_masks=False)  # fmt: skip
+        rows = make_rows(measure(Runs(predictor, paths, folder), options.seconds), len(paths))
+    print_rows(rows)
+    chosen = {name: getattr(options, name) for name in ("config", "dtype", "cuda_graph", "batch_size")}
+    path = results_path(options.output, setting["device"], "throughput")
+    content = {"op": "throughput", "title": TITLE, **setting, **chosen, "images": len(paths), "rows": rows}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    print(f"\n  written: {path}")
+
+
+if __name__ == "__main__":
+    main()

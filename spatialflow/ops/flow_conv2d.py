@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import present, require_tensors
-from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.differentiable import DifferentiableOp, autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
 
 _ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
 
 # Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
-_CPU_TAG = torch.ops.spatialflow._pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
+_pack_conv3x3 = without_gradient("_pack_conv3x3")
+_flow_conv2d_packed = without_gradient("_flow_conv2d_packed")
+_CPU_TAG = _pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
 _CUDA_TAG = 2
 _PACKED_UNIT = 288  # divides the length of packed weights without their tag
 
@@ -84,30 +86,23 @@ def flow_conv2d(
 
     Source: SpatialFlow (Chen et al.), equation 3; Lavin & Gray (2015) for the Winograd form.
     """
+    levels, flows = _as_levels(x), [] if flow is None else _as_levels(flow)
+    is_packed = isinstance(weight, PackedConv)
+    weights, own_bias = (weight[:2], weight.bias) if is_packed else ([weight], bias)
+    if not are_tensors(*levels, *flows, *weights, optional=(own_bias,)):
+        return with_arrays(flow_conv2d, locals())
     code = algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
-    levels = list(x) if isinstance(x, (list, tuple)) else [x]
-    for level in levels:
-        require_tensors("flow_conv2d", x=level)
-    if flow is None:
-        flows = []
-    elif isinstance(flow, (list, tuple)) == single:
+    if flow is not None and isinstance(flow, Tensor) != single:
         raise ValueError("flow_conv2d: flow must have the structure of x: both one tensor, or both a list of levels")
-    else:
-        flows = [flow] if single else list(flow)
-    for level in flows:
-        require_tensors("flow_conv2d", flow=level)
     levels, flows = [autocast(level) for level in levels], [autocast(level) for level in flows]
-    if isinstance(weight, PackedConv):
+    if is_packed:
         if bias is not None:
             raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
         weight, bias, code, packed = weight.weight, weight.bias, _ALGORITHMS[weight.algorithm], weight.packed
         if not needs_gradient([*levels, *flows, weight, bias]):
-            outputs = torch.ops.spatialflow._flow_conv2d_packed(
-                levels, flows, packed, bias, weight.shape[0], bool(relu), code
-            )
+            outputs = _flow_conv2d_packed(levels, flows, packed, bias, weight.shape[0], bool(relu), code)
             return outputs[0] if single else list(outputs)
-    require_tensors("flow_conv2d", weight=weight, **present(bias=bias))
     bias = None if bias is None else autocast(bias)
     outputs = _flow_conv2d(levels, flows, autocast(weight), bias, bool(relu), code) if levels else []
     return outputs[0] if single else list(outputs)
@@ -129,9 +124,10 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
         RuntimeError: a shape or dtype that does not fit.
         ValueError: an unknown `algorithm`.
     """
+    if not are_tensors(weight, optional=(bias,)):
+        return with_arrays(pack_conv3x3, locals())
     code = algorithm_code("pack_conv3x3", algorithm)
-    require_tensors("pack_conv3x3", weight=weight, **present(bias=bias))
-    return PackedConv(torch.ops.spatialflow._pack_conv3x3(weight.detach(), code), weight, bias, algorithm)
+    return PackedConv(_pack_conv3x3(weight, code), weight, bias, algorithm)
 
 
 def algorithm_code(op: str, algorithm: str) -> int:
@@ -141,16 +137,8 @@ def algorithm_code(op: str, algorithm: str) -> int:
     return _ALGORITHMS[algorithm]
 
 
-def needs_gradient(tensors: list[Tensor | None]) -> bool:
-    """Whether reverse or forward mode may look at a result computed from `tensors`."""
-    present = [t for t in tensors if t is not None]
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if not torch.compiler.is_compiling() and any(
-        torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in present
-    ):
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in present)
+def _as_levels(x: Tensor | list[Tensor]) -> list[Tensor]:
+    return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:

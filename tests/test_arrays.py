@@ -15,6 +15,8 @@ from spatialflow.ops.arrays import with_arrays
 cupy = None
 if DEVICE == "cuda":
     cupy = pytest.importorskip("cupy", reason="on a GPU arrays are CuPy's, and CuPy is not installed")
+elif np.lib.NumpyVersion(np.__version__) < "2.1.0":
+    pytest.skip("asks for NumPy from 2.1 on, which knows read-only memory in DLPack", allow_module_level=True)
 
 
 def box_rows(count, batch=None):
@@ -39,7 +41,8 @@ def cases():
     logits = torch.randn(4, 3)
     return {
         "roi_align": (ops.roi_align, {"input": pyramid[0], "boxes": box_rows(5, 2), "output_size": 3}),
-        "roi_align, list": (ops.roi_align, {"input": pyramid[0], "boxes": [box_rows(2), box_rows(3)], "output_size": 3}),
+        "roi_align, list": (ops.roi_align, {
+            "input": pyramid[0], "boxes": [box_rows(2), box_rows(3)], "output_size": 3}),
         "RoIAlign": (ops.RoIAlign(2, 0.5, 2), {"input": pyramid[0], "boxes": box_rows(5, 2)}),
         "multilevel_roi_align": (ops.multilevel_roi_align, {
             "features": pyramid, "boxes": [box_rows(2), box_rows(3)], "output_size": 3, "strides": (1, 2)}),
@@ -61,7 +64,8 @@ def cases():
         "flow_tower, packed": (ops.flow_tower, {"levels": pyramid, "parameters": ops.pack_flow_tower(convs)}),
         "pack_flow_tower": (ops.pack_flow_tower, {"parameters": convs}),
         "paste_masks": (ops.paste_masks, {"mask_logits": torch.randn(3, 5, 5), "boxes": box_rows(3), "size": (8, 9)}),
-        "stuff_labels": (ops.stuff_labels, {"logits": logits.T[:, None], "valid_size": (4, 9), "original_size": (6, 7)}),
+        "stuff_labels": (ops.stuff_labels, {
+            "logits": logits.T[:, None], "valid_size": (4, 9), "original_size": (6, 7)}),
         "panoptic_merge": (ops.panoptic_merge, {
             **dict(zip(("masks", "scores", "labels"), instances)), "boxes": box_rows(3), "stuff": stuff,
             "stuff_labels": 2, "stuff_area_limit": 4}),
@@ -194,7 +198,7 @@ def test_any_library_with_dlpack():
 def test_two_libraries():
     function, arguments = cases()["nms"]
     arrays = arrays_in(arguments)
-    with pytest.raises(TypeError, match=r"nms: scores must be an array of (numpy|cupy) as boxes is, got Foreign of for"):
+    with pytest.raises(TypeError, match=r"nms: scores must be an array of (numpy|cupy) as boxes is, got Foreign"):
         function(**arrays | {"scores": Foreign(arrays["scores"])})
 
 
@@ -273,7 +277,7 @@ class TestNumpy:
         ids=["rows reversed", "columns reversed", "other byte order", "objects", "misaligned"],
     )  # fmt: skip
     def test_an_array_that_needs_a_copy(self, change, reason):
-        """torch 2.13 ends the process on negative strides."""
+        """torch 2.13 would end the process on negative strides."""
         with pytest.raises(BufferError, match=f"nms: boxes {reason}"):
             ops.nms(change(box_rows(9).numpy()), torch.rand(9).numpy(), 0.5)
 
@@ -285,7 +289,7 @@ class TestNumpy:
 
     def test_bfloat16_has_no_dtype(self):
         _, arguments = cases()["preprocess_images"]
-        with pytest.raises(BufferError, match="preprocess_images: a result of dtype bfloat16 cannot be an array of num"):
+        with pytest.raises(BufferError, match="preprocess_images: a result of dtype bfloat16 cannot be an array of"):
             ops.preprocess_images(**arrays_in(arguments), dtype=torch.bfloat16)
 
     def test_numbers_of_numpy_are_numbers(self):

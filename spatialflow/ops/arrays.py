@@ -118,14 +118,16 @@ def _library_of(array: Any) -> Any:
 
 def _tensor_of(op: str, name: str, array: Any) -> Tensor:
     strides = zip(getattr(array, "shape", ()), getattr(array, "strides", None) or ())
-    if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 ends the process
+    if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would end the process
         raise BufferError(f"{op}: {name} must not have negative strides, got {array.strides}; copy it first")
     try:
         tensor = torch.from_dlpack(array)
     except Exception as problem:
         raise BufferError(f"{op}: {name} must be shared without a copy, and cannot be: {problem}") from problem
     if tensor.numel() and tensor.data_ptr() % tensor.element_size():
-        raise BufferError(f"{op}: {name} must be aligned to its {tensor.element_size()} bytes per element; copy it first")
+        raise BufferError(
+            f"{op}: {name} must be aligned to its {tensor.element_size()} bytes per element; copy it first"
+        )
     return tensor
 
 

@@ -187,8 +187,7 @@ def _check(levels: list[Tensor], parameters: FlowTowerParameters) -> None:
                 raise ValueError(f"flow_tower: {where} must have channels, got {tuple(weight.shape)}")
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(
-                    f"flow_tower: the bias of {where} must have shape ({weight.shape[0]},), "
-                    f"got {tuple(bias.shape)}"
+                    f"flow_tower: the bias of {where} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
                 )
 
 

@@ -234,6 +234,11 @@ def test_no_tensor_at_all():
         ops.roi_align(to_array(torch.rand(2, 1, 4, 4)), [to_array(box_rows(2)), [0.0, 0.0, 1.0, 1.0]], 2)
     with pytest.raises(TypeError, match="nms: scores must be a tensor, got NoneType"):
         ops.nms(torch.rand(3, 4), None, 0.5)
+    with pytest.raises(TypeError, match="nms: boxes must be a tensor, got list"):
+        ops.nms([to_array(box_rows(3))], to_array(torch.rand(3)), 0.5)
+    conv = ops.pack_conv3x3(torch.rand(2, 2, 3, 3))
+    with pytest.raises(TypeError, match=r"flow_conv2d: weight\.packed must be a tensor, got NoneType"):
+        ops.flow_conv2d(torch.rand(1, 2, 4, 4), None, conv._replace(packed=None))
 
 
 def test_a_module_with_parameters_takes_tensors():

@@ -3,8 +3,9 @@
 
 `help(spatialflow.ops.nms)` and so on say what each takes and gives, with an example. Where they say tensor, all tensors
 of a call may be arrays of one other library (CuPy, NumPy, JAX), and the results then are such arrays, on the same
-memory (docs/arrays.md). Anything else in the place of a tensor, and arrays beside tensors, are a TypeError. Boxes are corners (x1, y1, x2, y2) everywhere. A box with
-corners in the wrong order, such as (x, y, width, height), is no error: detectors' data have such boxes.
+memory (docs/arrays.md). Anything else in the place of a tensor, and arrays beside tensors, are a TypeError. Boxes are
+corners (x1, y1, x2, y2) everywhere. A box with corners in the wrong order, such as (x, y, width, height), is no error:
+detectors' data have such boxes.
 
 Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses those by name, a loaded
 `torch.export` archive for example, must import it first; `import spatialflow` alone does not.

@@ -61,7 +61,7 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     for name, value in arguments.items():
         _map(sort, name, value)
     if not arrays:
-        raise TypeError(f"{op}: {_no_tensor(function, arguments)}")
+        raise TypeError(f"{op}: {_no_tensor(_annotations(function), arguments)}")
     first, library = next((name, _library_of(array)) for name, array in arrays.items())
     for name, array in arrays.items():
         if tensors:
@@ -142,16 +142,20 @@ def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
         ) from problem
 
 
-def _no_tensor(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
-    """What is wrong with the first argument that should hold tensors and does not."""
-    for name, kind in _annotations(function).items():
-        value = arguments[name]
-        if "Tensor" not in kind or (value is None and "None" in kind) or hasattr(value, "_fields"):
+def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
+    """What is wrong with the first of `values` that should hold tensors, by its annotation, and does not."""
+    for name, annotation in kinds.items():
+        value, kind = values[name], str(annotation)  # a named tuple has them in ForwardRef
+        if hasattr(value, "_fields"):
+            if found := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
+                return found
+            continue
+        if "Tensor" not in kind or (value is None and "None" in kind):
             continue
         parts = {name: value}
         if isinstance(value, (list, tuple)) and ("list[" in kind or "Sequence[" in kind):
             parts = {f"{name}[{index}]": item for index, item in enumerate(value)}
         for part, item in parts.items():
             if not isinstance(item, Tensor):
-                return f"{part} must be a tensor, got {type(item).__name__}"
-    raise AssertionError(f"{function.__name__} says that an argument is no tensor, and all are")
+                return f"{prefix}{part} must be a tensor, got {type(item).__name__}"
+    return None

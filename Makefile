@@ -47,7 +47,7 @@ test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 	$(PYTHON) -m pytest $(TESTS)
 
 # The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
-SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py tests/test_kernel_count.py \
+SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py tests/test_textbook.py tests/test_kernel_count.py \
 	$(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py,p' cmake/ops.cmake))
 configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off

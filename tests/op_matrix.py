@@ -16,6 +16,7 @@ same file hold what is particular to the op: bad values, ties, errors, peers' de
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.get_default_device().type  # where the tests' tensors are: see conftest.py
 
@@ -120,6 +124,44 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
     "one number": lambda t: t.flatten()[:1].sum().to(t.dtype).expand(t.shape),
     "one row": lambda t: t[:1].expand(t.shape) if t.dim() > 1 else t,
 }
+
+
+GRAD_MODES = {"default": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+class FunctionWatch(TorchFunctionMode):
+    """Notes the functions that are called on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Callable] = []
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class DispatchWatch(TorchDispatchMode):
+    """Notes the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Callable] = []
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Watched(Tensor):
+    """Notes the functions that are called on it, and makes results of its class."""
+
+    seen: list[Callable] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def metadata(value: Any) -> list[tuple]:
@@ -326,6 +368,36 @@ class OpMatrix:
             for value in sample.tensors
         ]
         assert not any(leaf.requires_grad for leaf in leaves(sample.op(*tensors, **sample.options)))
+
+    @pytest.mark.parametrize("grad_mode", GRAD_MODES)
+    def test_watched(self, sample: Callable, grad_mode: str) -> None:
+        """A call without gradients is seen by all who may watch it, and gives the same."""
+        sample = sample()
+        raw = sample.raw(*sample.tensors, **sample.options)[0].default
+        expected = leaves(sample.op(*sample.tensors, **sample.options))
+
+        def called(tensors: list) -> list[Tensor]:
+            with GRAD_MODES[grad_mode]():
+                return leaves(sample.op(*tensors, **sample.options))
+
+        def assert_same(results: list[Tensor]) -> None:
+            assert_near(results, expected, torch.float64, what=grad_mode)
+
+        for watch in (FunctionWatch(), DispatchWatch()):
+            with watch:
+                assert_same(called(sample.tensors))
+            assert raw in watch.seen, type(watch).__name__
+        Watched.seen.clear()
+        results = called([map_tensors(lambda t: t.as_subclass(Watched), value) for value in sample.tensors])
+        assert raw in Watched.seen and all(type(leaf) is Watched for leaf in results)
+        assert_same([leaf.as_subclass(Tensor) for leaf in results])
+        if grad_mode != "inference_mode":  # where views of such tensors fail within torch
+            results = called([map_tensors(lambda t: TwoTensor(t, t), value) for value in sample.tensors])
+            assert all(type(leaf) is TwoTensor for leaf in results)
+            assert_same([leaf.a for leaf in results])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            assert_same(called(sample.tensors))
+        assert raw.name().split(".")[0] in [event.name for event in profile.events()]
 
     def test_opcheck(self, sample: Callable) -> None:
         """Schema, autograd registration, fake kernel and AOT dispatch hold together for the raw operator."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from scenes import write_coco
+from test_surface import public
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "= Benchmark(" in path.read_text())
@@ -131,13 +132,43 @@ def test_script(name, monkeypatch):
     assert benchmark.oracle is not None or "reference" in benchmark.providers
 
 
-@pytest.mark.parametrize("name", ["end_to_end", "stages", "gpu"])
+@pytest.mark.parametrize("name", ["end_to_end", "stages", "gpu", "host_overhead"])
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
 def test_times_must_be_positive(name, value, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(name).main(["--output", str(tmp_path), "--seconds", value])
     assert ended.value.code == 2 and "--seconds must be positive and finite, got" in capsys.readouterr().err
+
+
+class TestHostOverhead:
+    def test_rows(self, tmp_path, capsys):
+        """Every operator in every mode, by tensors and arrays, and by torchvision where that is installed."""
+        module = importlib.import_module("host_overhead")
+        module.main(["--seconds", "0.001", "--output", str(tmp_path)])
+        (path,) = tmp_path.glob("*/host_overhead.json")
+        content = json.loads(path.read_text())
+        assert content["threads"] == 1 and {row["op"].split(",")[0] for row in content["rows"]} == set(public())
+        keys = {(row["op"], row["mode"], row["provider"]) for row in content["rows"]}
+        ours = {(op, mode, f"spatialflow{kind}") for op in module.cases() for mode in module.MODES
+                for kind in ("", ", arrays")}  # fmt: skip
+        assert ours <= keys and {key[2] for key in keys - ours} <= {"torchvision"}
+        for row in content["rows"]:
+            assert 0 < row["least_us"] <= row["median_us"] and row["rounds"] >= 3
+            assert (row["ratio"] is not None) == (row["provider"] == "torchvision")
+        assert len(capsys.readouterr().out.splitlines()) == 2 + len(module.cases()) * len(module.MODES)
+
+    def test_a_wrong_peer_is_not_timed(self, monkeypatch):
+        module = importlib.import_module("host_overhead")
+        calls = {module.OURS: lambda: torch.ones(2), module.PEER: lambda: torch.zeros(2)}
+        monkeypatch.setattr(module, "cases", lambda device: {"nms": calls})
+        with pytest.raises(AssertionError, match="not close"):
+            module.main(["--seconds", "0.001"])
+
+    def test_unknown_call(self, capsys):
+        with pytest.raises(SystemExit):
+            importlib.import_module("host_overhead").main(["--ops", "convolve"])
+        assert "--ops: no call contains convolve; calls: roi_align; deform_conv2d" in capsys.readouterr().err
 
 
 PROVIDERS = ("spatialflow", "spatialflow, every mask", "reference", "reference, channels-last")

@@ -5,9 +5,14 @@ torch's own autograd.Function gives wrong numbers for forward mode within forwar
 with forward mode off, so that tangents of the outer transform are lost in it.
 """
 
+import contextlib
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import grad, jvp
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -63,3 +68,111 @@ def test_no_grad_within_a_transform():
 
     assert not grad(lambda x: x.sum() * 0 + constant(x))(x).any()
     assert not torch.autograd.grad(x.requires_grad_().sum() * 0 + constant(x), x)[0].any()
+
+
+# Calls that need no gradient, which go past autograd; `test_watched` of the op matrix asks who sees them.
+CALLS = {
+    "roi_align": lambda x: ops.roi_align(x, BOXES, 2),
+    "flow_conv2d": lambda x: ops.flow_conv2d([x], None, WEIGHT)[0],
+    "deform_conv2d": lambda x: ops.deform_conv2d(x, OFFSET, WEIGHT, padding=1),
+    "sigmoid_focal_loss": lambda x: ops.sigmoid_focal_loss(x, LABELS),
+    "stuff_labels": lambda x: ops.stuff_labels(x[0], (16, 16), (16, 16)),
+}
+
+
+@pytest.mark.parametrize("by", ["mode", "subclass"])
+def test_who_replaces_a_function_may_compute_with_gradients(by):
+    """What is computed around an operator that needs no gradient is recorded all the same."""
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def scaled(func, args, kwargs):
+        result = func(*args, **(kwargs or {}))
+        return result * factor if func is torch.ops.spatialflow.roi_align.default else result
+
+    class Scaling(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return scaled(func, args, kwargs)
+
+    class Scaled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                return scaled(func, args, kwargs)
+
+    x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
+    with Scaling() if by == "mode" else contextlib.nullcontext():
+        result = ops.roi_align(x if by == "mode" else x.as_subclass(Scaled), BOXES, 2)
+    (gradient,) = torch.autograd.grad(result.sum(), factor)
+    torch.testing.assert_close(gradient, ops.roi_align(x, BOXES, 2).sum())
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_a_constant_of_the_inner_transform(op):
+    """It requires no gradient there, and one in the transform around."""
+    x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
+
+    def value(kernel, x):
+        inner = lambda y: FUNCTIONS[op](kernel, x * y.detach()).square().sum() + y  # noqa: E731
+        return torch.func.grad_and_value(inner)(torch.tensor(2.0, dtype=torch.float64))[1]
+
+    expected = grad(lambda x: value(getattr(reference, op), x))(x)
+    assert expected.any()
+    torch.testing.assert_close(grad(lambda x: value(getattr(ops, op), x))(x), expected)
+
+
+def test_dual_numbers_of_forward_mode():
+    """Their tangents are no inputs that require a gradient, and still not lost."""
+    x, tangent = torch.rand(2, 1, 2, 4, 4, dtype=torch.float64)
+    packed = ops.pack_conv3x3(WEIGHT)
+    for call in (CALLS["roi_align"], CALLS["flow_conv2d"], lambda x: ops.flow_conv2d(x, None, packed)):
+        with torch.no_grad(), forward_ad.dual_level():
+            found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, tangent))).tangent
+        torch.testing.assert_close(found, jvp(call, (x,), (tangent,))[1])
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "functionalize"])
+def test_operators_without_gradient_in_transforms(transform):
+    """Their results are constants to derivatives, and `vmap` maps them, whatever the inputs are."""
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [4.0, 4.0, 5.0, 5.0]])
+    scores = torch.tensor([0.5, 0.9, 0.1])
+
+    def areas(boxes):
+        found = ops.multiclass_nms(boxes, scores[:, None], 0.05, 0.5, 3)
+        return found.boxes.sum() + 0 * boxes.sum() + ops.paste_masks(torch.ones(3, 2, 2), boxes, (5, 5)).sum()
+
+    expected = areas(boxes)
+    if transform == "grad":
+        assert not torch.func.grad(areas)(boxes).any()
+        assert not torch.autograd.grad(areas(boxes.requires_grad_()), boxes)[0].any()
+    elif transform == "jvp":
+        value, tangent = jvp(areas, (boxes,), (torch.ones_like(boxes),))
+        assert value == expected and not tangent.any()
+    elif transform == "vmap":
+        torch.testing.assert_close(torch.func.vmap(areas)(boxes[None]), expected[None])
+    else:
+        assert torch.func.functionalize(areas)(boxes) == expected
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_export(op):
+    """torch.export holds the operator alone, once."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return CALLS[op](x)
+
+    x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
+    for strict in (False, True):
+        program = torch.export.export(Module(), (x,), strict=strict)
+        calls = [node.target for node in program.graph.nodes if "spatialflow" in str(node.target)]
+        assert calls == [getattr(torch.ops.spatialflow, op).default]
+        assert torch.equal(program.module()(x), CALLS[op](x))
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_traced_by_make_fx(op):
+    x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
+    for options in ({}, {"tracing_mode": "fake"}, {"tracing_mode": "symbolic"}, {"pre_dispatch": True}):
+        graph = make_fx(CALLS[op], _allow_non_fake_inputs=True, **options)(x).graph
+        calls = [node.target for node in graph.nodes if "spatialflow" in str(node.target)]
+        assert calls == [getattr(torch.ops.spatialflow, op).default], options

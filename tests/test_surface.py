@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
@@ -93,9 +92,12 @@ def test_no_tensor(name, argument):
     for key in ("features", "levels"):
         if key in given:
             given[key] = [torch.zeros(1, 1, 1, 1)]
-    wrong = [numpy.zeros(1)] if isinstance(given[argument], list) else numpy.zeros(1)
-    with pytest.raises(TypeError, match=rf"{argument}(\[0\])? must be a tensor, got ndarray"):
-        getattr(ops, name)(**given | {argument: wrong})
+    for wrong, kind in (([0.5], "(list|float)"), (None, "NoneType"), ({}, "dict")):
+        wrong = [wrong] if isinstance(given[argument], list) else wrong
+        if wrong is None and "None" in accepted[argument].annotation:
+            continue
+        with pytest.raises(TypeError, match=rf"^{name}: {argument}(\[0\])? must be a tensor, got {kind}$"):
+            getattr(ops, name)(**given | {argument: wrong})
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")

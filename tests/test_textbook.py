@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CuPy textbook kernels of the benchmarks agree with the references; run as C++ on the CPU, thread by thread."""
+"""The CuPy textbook kernels of the benchmarks agree with operators and references: on a GPU by CuPy, elsewhere compiled
+as C++ and run thread by thread, beside the CPU kernels or, with SPATIALFLOW_BACKEND=simt, the interpreted CUDA kernels.
+"""
 
 import ctypes
 import importlib
@@ -10,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from op_matrix import DEVICE
 
+from spatialflow import ops
 from spatialflow.ops import reference
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -40,7 +44,11 @@ def textbook():
 
 @pytest.fixture(scope="module")
 def run(textbook, tmp_path_factory):
-    """Stands in for `textbook.launch`."""
+    """`textbook.launch` on a GPU; elsewhere what stands in for it."""
+    if DEVICE == "cuda":
+        if textbook.cupy is None:
+            pytest.skip("asks for CuPy, which is not installed")
+        return textbook.launch
     libraries = {}
 
     def build(name):
@@ -66,40 +74,49 @@ def run(textbook, tmp_path_factory):
     return launch
 
 
+@pytest.fixture(params=[ops, reference], ids=["operator", "reference"])
+def peer(request):
+    return request.param
+
+
+def test_every_kernel_is_compared(textbook):
+    assert {f"test_{name}" for name in textbook.SOURCES} <= set(globals())
+
+
 def boxes(count, height, width):
     corner = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6
     return torch.cat([corner, corner + 1 + torch.rand(count, 2) * torch.tensor([width, height]) * 0.6], dim=1)
 
 
 @pytest.mark.parametrize("ratio, aligned", [(2, True), (0, False)])
-def test_roi_align(textbook, run, ratio, aligned):
+def test_roi_align(textbook, run, peer, ratio, aligned):
     image, rois = torch.randn(2, 3, 20, 30), boxes(9, 40, 60)
     rois = torch.cat([torch.arange(9)[:, None] % 2, rois], dim=1)
     result = textbook.roi_align(image, rois, 5, 0.5, ratio, aligned, run=run)
-    torch.testing.assert_close(result, reference.roi_align(image, rois, 5, 0.5, ratio, aligned), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result, peer.roi_align(image, rois, 5, 0.5, ratio, aligned), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("masked, stride, groups", [(True, 1, 1), (False, 2, 2)])
-def test_deform_conv2d(textbook, run, masked, stride, groups):
+def test_deform_conv2d(textbook, run, peer, masked, stride, groups):
     image, weight, bias = torch.randn(2, 4, 12, 14), torch.randn(6, 4 // groups, 3, 3), torch.randn(6)
     size = (12 // stride, 14 // stride)
     offset, mask = torch.randn(2, 18, *size), torch.rand(2, 9, *size) if masked else None
     result = textbook.deform_conv2d(image, offset, weight, bias, mask, (stride, stride), run=run)
-    expected = reference.deform_conv2d(image, offset, weight, bias, stride, 1, 1, mask)
+    expected = peer.deform_conv2d(image, offset, weight, bias, stride, 1, 1, mask)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_flow", [True, False])
-def test_flow_conv2d(textbook, run, with_flow):
+def test_flow_conv2d(textbook, run, peer, with_flow):
     x = [torch.randn(1, 4, 9, 11), torch.randn(1, 4, 5, 6)]
     flow, weight, bias = [level * 0.3 for level in x] if with_flow else None, torch.randn(5, 4, 3, 3), torch.randn(5)
     for one, other in zip(
-        textbook.flow_conv2d(x, flow, weight, bias, run=run), reference.flow_conv2d(x, flow, weight, bias)
+        textbook.flow_conv2d(x, flow, weight, bias, run=run), peer.flow_conv2d(x, flow, weight, bias)
     ):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_paste_masks(textbook, run):
+def test_paste_masks(textbook, run, peer):
     logits, places = torch.randn(7, 14, 14), boxes(7, 40, 50)
     result = textbook.paste_masks(logits.sigmoid(), places, (40, 50), run=run)
-    assert (result != reference.paste_masks(logits, places, (40, 50))).float().mean() < 1e-3 and result.any()
+    assert (result != peer.paste_masks(logits, places, (40, 50))).float().mean() < 1e-3 and result.any()

@@ -329,6 +329,13 @@ def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") ->
     return Step("operator tests", pytest_command(*chosen), files, least, limit, pytest_detail, together="tests")
 
 
+def cupy_step(on_gpu: bool) -> Step:
+    """Operators on CuPy's arrays, and beside the textbook kernels; in the dry run on NumPy's, and those as C++."""
+    missing = "CuPy is not installed" if on_gpu and not has_module("cupy") else ""
+    return Step("operators and CuPy", pytest_command(), ["tests/test_arrays.py", "tests/test_textbook.py"], 20,
+                60 if on_gpu else 900, pytest_detail, together="tests", skipped=missing)  # fmt: skip
+
+
 def kernels_step(on_gpu: bool, output: Path, least: float, limit: float) -> Step:
     command = [sys.executable, "benchmarks/gpu.py", *device_arguments(on_gpu), "--output", str(output)]
     command += ["--seconds", str(BENCHMARK_SECONDS)] if on_gpu else ["--seconds", "0.001", "--dry"]
@@ -356,6 +363,7 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
         card_step(on_gpu, output),
         operators_step(on_gpu),
         tests_step(on_gpu, 60, 110),
+        cupy_step(on_gpu),
         Step("predictor: graphs and sync debug mode", pytest_command(),
              ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py", "tests/test_fused_conv.py"], 60, 110 if on_gpu else 900,
              pytest_detail, together="tests"),

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators with hand-written CPU and CUDA kernels; `spatialflow.ops.reference` holds their plain-PyTorch references.
 
-`help(spatialflow.ops.nms)` and so on say what each takes and gives, with an example. An argument that must be a tensor
-and is none (a list, an array of numpy) is a TypeError. Boxes are corners (x1, y1, x2, y2) everywhere. A box with
-corners in the wrong order, such as (x, y, width, height), is no error: detectors' data have such boxes.
+`help(spatialflow.ops.nms)` and so on say what each takes and gives, with an example. Where they say tensor, all tensors
+of a call may be arrays of one other library (CuPy, NumPy, JAX), and the results then are such arrays, on the same
+memory (docs/arrays.md). Anything else in the place of a tensor, and arrays beside tensors, are a TypeError. Boxes are
+corners (x1, y1, x2, y2) everywhere. A box with corners in the wrong order, such as (x, y, width, height), is no error:
+detectors' data have such boxes.
 
 Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses those by name, a loaded
 `torch.export` archive for example, must import it first; `import spatialflow` alone does not.

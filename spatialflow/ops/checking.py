@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Python checks of arguments: their kind always, their values within `checked()` only.
+"""What Python checks of arguments: pairs of sizes always, values within `checked()` only.
 
 Bad values are otherwise ignored safely; shapes, dtypes and devices are checked in C++ (`csrc/ops`).
 """
@@ -33,18 +33,6 @@ def checked() -> Iterator[None]:
 
 def is_checking() -> bool:
     return not torch.compiler.is_compiling() and _checking.get()
-
-
-def require_tensors(op: str, **arguments: object) -> None:
-    """Raises TypeError naming the first argument that is no tensor, such as a list or an array of numpy."""
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-
-
-def present(**arguments: object) -> dict[str, object]:
-    """Those of optional arguments that are not None."""
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.checking import is_checking, present, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
@@ -66,8 +67,9 @@ def deform_conv2d(
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 2-4; Zhu et al., Deformable ConvNets v2 (2019),
     eq. 1; signature and result of torchvision.ops.deform_conv2d.
     """
+    if not are_tensors(input, offset, weight, optional=(bias, mask)):
+        return with_arrays(deform_conv2d, locals())
     settings = (*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation))
-    require_tensors("deform_conv2d", input=input, offset=offset, weight=weight, **present(bias=bias, mask=mask))
     if is_checking():
         require_finite("deform_conv2d", "offset", offset)
         if mask is not None:

@@ -21,6 +21,8 @@ from torch.autograd import forward_ad
 Nested = Any  # a tensor, a list of tensors, or a plain value
 
 _kernels = torch.library.Library("spatialflow", "FRAGMENT")  # registrations last as long as it does
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_VALUES = frozenset({int, float, bool, type(None)})
 
 
 def _flatten(args: Sequence[Nested]) -> tuple[tuple[int, ...], list]:
@@ -36,14 +38,32 @@ def _flatten(args: Sequence[Nested]) -> tuple[tuple[int, ...], list]:
     return tuple(layout), flat
 
 
-def _is_tracked(flat: Sequence) -> bool:
-    """Whether a derivative can be asked for: an input that requires it, forward mode, a transform, or a trace."""
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+def _concerns_the_kernel_alone(args: Sequence[Nested]) -> bool:
+    """Whether no derivative can be asked for: no input requires it, no forward mode, no transform, no trace."""
+    if _transforms_are_active() or forward_ad._current_level >= 0:
+        return False
+    return _are_plain(args, torch.is_grad_enabled())
+
+
+def _are_plain(args: Sequence[Nested], gradients: bool) -> bool:
+    for arg in args:
+        kind = type(arg)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if gradients and arg.requires_grad:
+                return False
+        elif kind is list or kind is tuple:
+            if not _are_plain(arg, gradients):
+                return False
+        elif kind not in _VALUES:  # a subclass, a tensor or a number of a trace
+            return False
+    return True
+
+
+def needs_gradient(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether reverse or forward mode may look at a result computed from `tensors`; asked while tracing, too."""
+    if _transforms_are_active() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
         return True
-    tensors = [arg for arg in flat if isinstance(arg, torch.Tensor)]
-    if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):  # those of a trace are others
-        return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _nest(layout: tuple[int, ...], flat: Sequence) -> list[Nested]:
@@ -158,10 +178,10 @@ class DifferentiableOp:
         )
 
         def autograd_kernel(keyset: Any, *args: Nested) -> Any:
-            layout, flat = _flatten(args)
-            if not _is_tracked(flat):  # a Function would cost 20 to 50 us of the host's time
+            if _concerns_the_kernel_alone(args):  # a Function would cost 20 to 50 us of the host's time
                 with torch._C._AutoDispatchBelowAutograd():
                     return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            layout, flat = _flatten(args)
             call = _Call(keyset, layout, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
             with enable_single_level_autograd_function():
                 result = function.apply(call, *flat)
@@ -178,11 +198,27 @@ class DifferentiableOp:
         torch.library.register_vmap(f"spatialflow::{name}", vmap)
 
     def __call__(self, *args: Nested) -> Any:
-        return self.op(*args)
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_inference_mode_enabled()  # the dispatcher leaves autograd out itself
+            or torch._C._is_torch_function_mode_enabled()  # what such a mode computes may need autograd
+            or not _concerns_the_kernel_alone(args)
+        ):
+            return self.op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # as the autograd kernel would, without its 5 us
+            return self.op(*args)
+
+
+def without_gradient(name: str) -> torch._ops.OpOverload:
+    """The raw operator `name`, whose results have no derivative: the dispatcher goes past autograd to the kernel."""
+    _kernels.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return getattr(torch.ops.spatialflow, name).default
 
 
 def autocast(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in the autocast dtype of its device where autocast is on; float64 and integers stay as they are."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensor
     kind = tensor.device.type
     if (
         kind != "meta"

@@ -8,15 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import present, require_tensors
-from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.differentiable import DifferentiableOp, autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
 
 _ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
 
 # Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
-_CPU_TAG = torch.ops.spatialflow._pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
+_pack_conv3x3 = without_gradient("_pack_conv3x3")
+_flow_conv2d_packed = without_gradient("_flow_conv2d_packed")
+_flow_conv2d_group = without_gradient("_flow_conv2d_group")
+_CPU_TAG = _pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
 _CUDA_TAG = 2
 _PACKED_UNIT = 288  # divides the length of packed weights without their tag
 
@@ -88,31 +91,31 @@ def flow_conv2d(
     Source: SpatialFlow (Chen et al.), equation 3; Lavin & Gray (2015) for the Winograd form.
     """
     if isinstance(weight, list):
+        levels = [level for entry in _as_levels(x) for level in _as_levels(entry)]
+        convs = [conv for conv in weight if isinstance(conv, PackedConv)]
+        biases = [bias for conv in convs for bias in (conv.bias, conv.packed_bias)]
+        if not are_tensors(*levels, *(part for conv in convs for part in conv[:2]), optional=biases):
+            return with_arrays(flow_conv2d, locals())
         return _convolve_group(x, flow, weight, bias, relu)
+    levels, flows = _as_levels(x), [] if flow is None else _as_levels(flow)
+    is_packed = isinstance(weight, PackedConv)
+    weights, biases = (weight[:2], (weight.bias, weight.packed_bias)) if is_packed else ([weight], (bias,))
+    if not are_tensors(*levels, *flows, *weights, optional=biases):
+        return with_arrays(flow_conv2d, locals())
     code = algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
-    levels = list(x) if isinstance(x, (list, tuple)) else [x]
-    for level in levels:
-        require_tensors("flow_conv2d", x=level)
-    if flow is None:
-        flows = []
-    elif isinstance(flow, (list, tuple)) == single:
+    if flow is not None and isinstance(flow, Tensor) != single:
         raise ValueError("flow_conv2d: flow must have the structure of x: both one tensor, or both a list of levels")
-    else:
-        flows = [flow] if single else list(flow)
-    for level in flows:
-        require_tensors("flow_conv2d", flow=level)
     levels, flows = [autocast(level) for level in levels], [autocast(level) for level in flows]
-    if isinstance(weight, PackedConv):
+    if is_packed:
         if bias is not None:
             raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
         conv, weight, bias, code = weight, weight.weight, weight.bias, _ALGORITHMS[weight.algorithm]
         if not needs_gradient([*levels, *flows, weight, bias]):
-            outputs = torch.ops.spatialflow._flow_conv2d_packed(
+            outputs = _flow_conv2d_packed(
                 levels, flows, conv.packed, conv.packed_bias, weight.shape[0], bool(relu), code
             )
             return outputs[0] if single else list(outputs)
-    require_tensors("flow_conv2d", weight=weight, **present(bias=bias))
     bias = None if bias is None else autocast(bias)
     outputs = _flow_conv2d(levels, flows, autocast(weight), bias, bool(relu), code) if levels else []
     return outputs[0] if single else list(outputs)
@@ -134,9 +137,10 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
         RuntimeError: a shape or dtype that does not fit.
         ValueError: an unknown `algorithm`.
     """
+    if not are_tensors(weight, optional=(bias,)):
+        return with_arrays(pack_conv3x3, locals())
     code = algorithm_code("pack_conv3x3", algorithm)
-    require_tensors("pack_conv3x3", weight=weight, **present(bias=bias))
-    packed = torch.ops.spatialflow._pack_conv3x3(weight.detach(), code)
+    packed = _pack_conv3x3(weight, code)
     packed_bias = None if bias is None else bias.detach().to(packed.dtype).contiguous()
     return PackedConv(packed, weight, bias, algorithm, packed_bias)
 
@@ -151,17 +155,14 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
     for index, conv in enumerate(weights):
         if not isinstance(conv, PackedConv):
             raise ValueError(f"flow_conv2d: weight[{index}] must be a PackedConv, got {type(conv).__name__}")
-    entries = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in x]
-    for index, entry in enumerate(entries):
-        for level in entry:
-            require_tensors("flow_conv2d", **{f"x[{index}]": level})
+    entries = [_as_levels(entry) for entry in x]
     maps = [autocast(level) for entry in entries for level in entry]
     parameters = [t for conv in weights for t in (conv.weight, conv.bias)]
     if not entries or not all(entries) or needs_gradient([*maps, *parameters]):
         return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights)]
     biases = [conv.packed.new_empty(0) if conv.packed_bias is None else conv.packed_bias for conv in weights]
     outputs = iter(
-        torch.ops.spatialflow._flow_conv2d_group(
+        _flow_conv2d_group(
             maps,
             [len(entry) for entry in entries],
             [conv.packed for conv in weights],
@@ -182,16 +183,8 @@ def algorithm_code(op: str, algorithm: str) -> int:
     return _ALGORITHMS[algorithm]
 
 
-def needs_gradient(tensors: list[Tensor | None]) -> bool:
-    """Whether reverse or forward mode may look at a result computed from `tensors`."""
-    present = [t for t in tensors if t is not None]
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if not torch.compiler.is_compiling() and any(
-        torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in present
-    ):
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in present)
+def _as_levels(x: Tensor | list[Tensor]) -> list[Tensor]:
+    return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:

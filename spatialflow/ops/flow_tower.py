@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import present, require_tensors
-from spatialflow.ops.differentiable import autocast
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.flow_conv2d import (
     PackedConv,
+    _pack_conv3x3,
     algorithm_code,
     check_packed_layout,
     flow_conv2d,
-    needs_gradient,
     pack_conv3x3,
 )
 from spatialflow.ops.layout import memory_format_of
@@ -96,9 +96,9 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
 
     Source: SpatialFlow (Chen et al.), equations 1 to 3.
     """
+    if not are_tensors(*levels):
+        return with_arrays(flow_tower, locals())
     code = algorithm_code("flow_tower", algorithm)
-    for index, level in enumerate(levels):
-        require_tensors("flow_tower", **{f"levels[{index}]": level})
     levels = [autocast(level) for level in levels]
     _check(levels, parameters)
     tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]
@@ -111,14 +111,11 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
             packed.append(one)
             biases.append(bias)
     counts = [len(getattr(parameters, name)) for name in _LISTS]
-    maps = list(
-        torch.ops.spatialflow.flow_tower(
-            levels, packed, biases, counts, parameters.flow_source == "cls", parameters.segmentation_levels
-        )
-    )
+    source_is_cls = parameters.flow_source == "cls"
+    maps = list(_flow_tower(levels, packed, biases, counts, source_is_cls, parameters.segmentation_levels))
     large = levels[: parameters.segmentation_levels]
     results = []
-    computed_tasks = _computed(counts, packed, parameters.flow_source == "cls")
+    computed_tasks = _computed(counts, packed, source_is_cls)
     for own, computed in zip((levels, levels, large, large), computed_tasks):
         results.append([maps.pop(0) for _ in own] if computed else list(own))
     return FlowTowerOutput(*results)
@@ -158,7 +155,7 @@ def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]
     if isinstance(conv, PackedConv):
         packed, bias = conv.packed, conv.packed_bias
     else:
-        packed = torch.ops.spatialflow._pack_conv3x3(autocast(weight), code)
+        packed = _pack_conv3x3(autocast(weight), code)
     return packed, weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
@@ -179,19 +176,18 @@ def _check(levels: list[Tensor], parameters: FlowTowerParameters) -> None:
                 if name in ("cls", "reg", "stuff", "thing"):
                     raise ValueError(f"flow_tower: {name}[{index}] must be a convolution; only flows may be None")
                 continue
-            if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
-                raise ValueError(f"flow_tower: {name}[{index}] must be None, as flow_source is None")
-            weight, bias = _pair(conv)
             where = f"{name}[{index}]"
-            require_tensors(
-                "flow_tower", **{f"the weight of {where}": weight}, **present(**{f"the bias of {where}": bias})
-            )
+            if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
+                raise ValueError(f"flow_tower: {where} must be None, as flow_source is None")
+            weight, bias = _pair(conv)
+            for what, tensor in (("weight", weight), ("bias", bias)):
+                if not are_tensors(tensor) and not (tensor is None and what == "bias"):
+                    raise TypeError(f"flow_tower: the {what} of {where} must be a tensor, got {type(tensor).__name__}")
             if weight.numel() == 0:
-                raise ValueError(f"flow_tower: {name}[{index}] must have channels, got {tuple(weight.shape)}")
+                raise ValueError(f"flow_tower: {where} must have channels, got {tuple(weight.shape)}")
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(
-                    f"flow_tower: the bias of {name}[{index}] must have shape ({weight.shape[0]},), "
-                    f"got {tuple(bias.shape)}"
+                    f"flow_tower: the bias of {where} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
                 )
 
 
@@ -249,6 +245,9 @@ def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> t
     cls = cls or (not source_is_cls and follower_flow)
     reg = reg or (source_is_cls and follower_flow)
     return cls, reg, stuff or first_present(5), thing or first_present(6) or first_present(7)
+
+
+_flow_tower = without_gradient("flow_tower")
 
 
 @register_fake("flow_tower")

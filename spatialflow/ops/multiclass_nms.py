@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -61,7 +63,8 @@ def multiclass_nms(
     Source: the same detections as torchvision.ops.batched_nms per image followed by a top-D, or mmdetection's
     multiclass_nms.
     """
-    require_tensors("multiclass_nms", boxes=boxes, scores=scores)
+    if not are_tensors(boxes, scores):
+        return with_arrays(multiclass_nms, locals())
     if boxes.dim() not in (2, 3) or scores.dim() != boxes.dim():
         raise ValueError(
             "multiclass_nms: boxes and scores must have shapes (B, N, 4) and (B, N, C), or (N, 4) and (N, C), "
@@ -70,12 +73,14 @@ def multiclass_nms(
     if is_checking():
         require_finite("multiclass_nms", "boxes", boxes)
         require_finite("multiclass_nms", "scores", scores)
-    boxes, scores = boxes.detach(), scores.detach()
     settings = (float(score_threshold), float(iou_threshold), max_detections)
     if boxes.dim() == 3:
-        return Detections(*torch.ops.spatialflow.multiclass_nms(boxes, scores, *settings))
-    batched = torch.ops.spatialflow.multiclass_nms(boxes[None], scores[None], *settings)
-    return Detections(*(result[0] for result in batched))
+        return Detections(*_multiclass_nms(boxes, scores, *settings))
+    batched = _multiclass_nms(boxes.unsqueeze(0), scores.unsqueeze(0), *settings)
+    return Detections(*(result.squeeze(0) for result in batched))
+
+
+_multiclass_nms = without_gradient("multiclass_nms")
 
 
 @register_fake("multiclass_nms")
@@ -110,7 +115,7 @@ def _vmap(info: Any, in_dims: tuple, boxes: Tensor, scores: Tensor, *settings: A
         for tensor, dim in zip((boxes, scores), in_dims)
     )
     folded = boxes.shape[:2]
-    results = torch.ops.spatialflow.multiclass_nms(boxes.flatten(0, 1), scores.flatten(0, 1), *settings)
+    results = _multiclass_nms(boxes.flatten(0, 1), scores.flatten(0, 1), *settings)
     return tuple(result.unflatten(0, folded) for result in results), (0,) * len(results)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
-from spatialflow.ops.roi_align import _boxes_of_list, _pair
+from spatialflow.ops.roi_align import _as_list, _as_rows, _pair
 
 
 def multilevel_roi_align(
@@ -62,15 +63,13 @@ def multilevel_roi_align(
     SingleRoIExtractor. torchvision's MultiScaleRoIAlign adds its 1e-6 after the logarithm, and keeps the scales that it
     inferred from the first image it saw.
     """
+    if not are_tensors(*_as_list(features), *_as_list(boxes)):
+        return with_arrays(multilevel_roi_align, locals())
     if isinstance(features, Tensor) or len(features) == 0:
         got = f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "none"
         raise ValueError(f"features must be a sequence of at least one level, got {got}")
     height, width = _pair(output_size)
-    for level, feature in enumerate(features):
-        require_tensors("multilevel_roi_align", **{f"features[{level}]": feature})
-    if isinstance(boxes, (list, tuple)):
-        boxes = _boxes_of_list(boxes, features[0])
-    require_tensors("multilevel_roi_align", boxes=boxes)
+    boxes = _as_rows(boxes, features[0])
     pooled = _multilevel_roi_align(
         [autocast(feature) for feature in features], boxes, height, width, [float(stride) for stride in strides],
         sampling_ratio, bool(aligned), float(finest_scale),

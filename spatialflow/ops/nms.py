@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -43,10 +45,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Source: greedy NMS with the signature and result of torchvision.ops.nms.
     """
-    require_tensors("nms", boxes=boxes, scores=scores)
+    if not are_tensors(boxes, scores):
+        return with_arrays(nms, locals())
     if is_checking():
         _require_finite("nms", boxes, scores)
-    return torch.ops.spatialflow.nms(boxes.detach(), scores.detach(), float(iou_threshold))
+    return _nms(boxes, scores, float(iou_threshold))
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -74,10 +77,14 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Source: signature and result of torchvision.ops.batched_nms.
     """
-    require_tensors("batched_nms", boxes=boxes, scores=scores, idxs=idxs)
+    if not are_tensors(boxes, scores, idxs):
+        return with_arrays(batched_nms, locals())
     if is_checking():
         _require_finite("batched_nms", boxes, scores)
-    return torch.ops.spatialflow.batched_nms(boxes.detach(), scores.detach(), idxs, float(iou_threshold))
+    return _batched_nms(boxes, scores, idxs, float(iou_threshold))
+
+
+_nms, _batched_nms = without_gradient("nms"), without_gradient("batched_nms")
 
 
 def _require_finite(op: str, boxes: Tensor, scores: Tensor) -> None:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, present, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -89,27 +91,22 @@ def panoptic_merge(
     Source: Chen et al., SpatialFlow (2020), sections III-A3 and IV-B2; steps 1 and 2: Kirillov et al., Panoptic
     Segmentation (2019), section 7.
     """
-    require_tensors("panoptic_merge", masks=masks, scores=scores, labels=labels, stuff=stuff, **present(boxes=boxes))
+    if not are_tensors(masks, scores, labels, stuff, optional=(boxes,)):
+        return with_arrays(panoptic_merge, locals())
     if is_checking():
         require_finite("panoptic_merge", "scores", scores)
         if boxes is not None:
             require_finite("panoptic_merge", "boxes", boxes)
-    id_map, table, segment_scores, count = torch.ops.spatialflow.panoptic_merge(
-        masks,
-        scores.detach(),
-        labels,
-        None if boxes is None else boxes.detach(),
-        stuff,
-        stuff_labels,
-        list(ignored_stuff),
-        float(score_threshold),
-        float(overlap_threshold),
-        stuff_area_limit,
-        float(box_threshold),
-    )
+    id_map, table, segment_scores, count = _panoptic_merge(
+        masks, scores, labels, boxes, stuff, stuff_labels, list(ignored_stuff), float(score_threshold),
+        float(overlap_threshold), stuff_area_limit, float(box_threshold),
+    )  # fmt: skip
     return PanopticMergeOutput(
         id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores, count
     )
+
+
+_panoptic_merge = without_gradient("panoptic_merge")
 
 
 @register_fake("panoptic_merge")

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -41,8 +42,12 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
 
     Source: panopticapi, `pq_compute_single_core` (the confusion matrix).
     """
-    require_tensors("panoptic_quality_counts", gt_map=gt_map, pred_map=pred_map)
-    return torch.ops.spatialflow.panoptic_quality_counts(gt_map, pred_map, gt_segments, pred_segments)
+    if not are_tensors(gt_map, pred_map):
+        return with_arrays(panoptic_quality_counts, locals())
+    return _panoptic_quality_counts(gt_map, pred_map, gt_segments, pred_segments)
+
+
+_panoptic_quality_counts = without_gradient("panoptic_quality_counts")
 
 
 @register_fake("panoptic_quality_counts")

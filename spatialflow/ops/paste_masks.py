@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import height_and_width, is_checking, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import height_and_width, is_checking, require_finite
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -45,11 +47,15 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     Source: He et al., Mask R-CNN (2017), section 3; sampling rule of mmdetection and detectron2
     (`grid_sample(align_corners=False)`).
     """
+    if not are_tensors(mask_logits, boxes):
+        return with_arrays(paste_masks, locals())
     height, width = height_and_width("paste_masks", "size", size)
-    require_tensors("paste_masks", mask_logits=mask_logits, boxes=boxes)
     if is_checking():
         require_finite("paste_masks", "boxes", boxes)
-    return torch.ops.spatialflow.paste_masks(mask_logits.detach(), boxes.detach(), height, width, float(threshold))
+    return _paste_masks(mask_logits, boxes, height, width, float(threshold))
+
+
+_paste_masks = without_gradient("paste_masks")
 
 
 @register_fake("paste_masks")

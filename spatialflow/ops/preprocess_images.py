@@ -9,7 +9,9 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import height_and_width, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import height_and_width
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -49,17 +51,20 @@ def preprocess_images(
 
     Source: OpenCV, `imgproc/src/resize.cpp` (fixed-point arithmetic for 8-bit images).
     """
+    if not are_tensors(*(images if isinstance(images, (list, tuple)) else [images])):
+        return with_arrays(preprocess_images, locals())
     if not isinstance(images, (list, tuple)):
         images, sizes = [images], [sizes]
     if len(images) == 0:
         raise RuntimeError("preprocess_images: images must hold at least one image")
-    for index, image in enumerate(images):
-        require_tensors("preprocess_images", **{f"images[{index}]": image})
     sizes = [height_and_width("preprocess_images", f"sizes[{index}]", size) for index, size in enumerate(sizes)]
     heights, widths = [height for height, _ in sizes], [width for _, width in sizes]
-    return torch.ops.spatialflow.preprocess_images(
+    return _preprocess_images(
         list(images), heights, widths, [float(m) for m in mean], [float(s) for s in std], divisor, dtype
     )
+
+
+_preprocess_images = without_gradient("preprocess_images")
 
 
 @register_fake("preprocess_images")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
@@ -59,10 +60,10 @@ def roi_align(
 
     Source: He et al., Mask R-CNN (2017), section 3; signature and result of torchvision.ops.roi_align.
     """
+    if not are_tensors(input, *_as_list(boxes)):
+        return with_arrays(roi_align, locals())
     height, width = _pair(output_size)
-    if isinstance(boxes, (list, tuple)):
-        boxes = _boxes_of_list(boxes, input)
-    require_tensors("roi_align", input=input, boxes=boxes)
+    boxes = _as_rows(boxes, input)
     pooled = _roi_align(autocast(input), boxes, height, width, float(spatial_scale), sampling_ratio, bool(aligned))
     if is_checking():  # values; the operator has checked the shapes
         require_finite("roi_align", "boxes", boxes)
@@ -104,15 +105,20 @@ def _pair(output_size: int | tuple[int, int]) -> tuple[int, int]:
     return output_size, output_size
 
 
-def _boxes_of_list(boxes: list[Tensor], input: Tensor) -> Tensor:
+def _as_list(boxes: Tensor | list[Tensor]) -> list[Tensor]:
+    return boxes if isinstance(boxes, (list, tuple)) else [boxes]
+
+
+def _as_rows(boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
+    """(K, 5) rows of (batch index, x1, y1, x2, y2)."""
+    if isinstance(boxes, Tensor):
+        return boxes
     if len(boxes) != input.shape[0]:
         raise ValueError(
             f"boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}"
         )
     rows = []
     for index, of_image in enumerate(boxes):
-        if not isinstance(of_image, Tensor):
-            raise TypeError(f"boxes[{index}] must be a tensor, got {type(of_image).__name__}")
         if of_image.dim() != 2 or of_image.shape[1] != 4:
             raise ValueError(f"boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
         if of_image.dtype in (torch.float16, torch.bfloat16):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite, require_labels, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_finite, require_labels
 from spatialflow.ops.differentiable import DifferentiableOp
 from spatialflow.ops.fake import register_fake
 
@@ -56,9 +57,10 @@ def sigmoid_focal_loss(
     Source: Lin et al., Focal Loss for Dense Object Detection (2017), equation 5; torchvision.ops.sigmoid_focal_loss
     with one-hot targets.
     """
+    if not are_tensors(logits, labels):
+        return with_arrays(sigmoid_focal_loss, locals())
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"sigmoid_focal_loss: reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
-    require_tensors("sigmoid_focal_loss", logits=logits, labels=labels)
     loss = (_elementwise if reduction == "none" else _sum)(logits, labels, float(gamma), float(alpha))
     if is_checking():  # values; the operator has checked the shapes
         require_finite("sigmoid_focal_loss", "logits", logits)

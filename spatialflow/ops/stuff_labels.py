@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import height_and_width, is_checking, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import height_and_width, is_checking, require_finite
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -43,12 +45,16 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
 
     Source: SpatialFlow's released code (`interpolate(align_corners=True)`, argmax, OpenCV's INTER_NEAREST).
     """
+    if not are_tensors(logits):
+        return with_arrays(stuff_labels, locals())
     valid_size = height_and_width("stuff_labels", "valid_size", valid_size)
     original_size = height_and_width("stuff_labels", "original_size", original_size)
-    require_tensors("stuff_labels", logits=logits)
     if is_checking():
         require_finite("stuff_labels", "logits", logits)
-    return torch.ops.spatialflow.stuff_labels(logits.detach(), *valid_size, *original_size)
+    return _stuff_labels(logits, *valid_size, *original_size)
+
+
+_stuff_labels = without_gradient("stuff_labels")
 
 
 @register_fake("stuff_labels")

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs the host: every operator on a few elements, where the kernel itself takes next to nothing.
+
+Three modes of autograd: "default" (gradients enabled, no input requires one), "no_grad" and "inference_mode". Providers
+take turns in one process. A time is that of a call, by the least of many rounds; the median is beside it in the file.
+`ratio` is ours over torchvision's, whose results must be ours. "arrays" are calls with arrays of NumPy, on CUDA of CuPy
+(docs/arrays.md). On CUDA a call ends when its work is queued, unless it reads values back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import OURS, environment, map_tensors, optional, require_positive, results_path, write_text
+
+from spatialflow import ops
+
+PEER, ARRAYS = "torchvision", f"{OURS}, arrays"
+MODES = {
+    "default": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+CALLS = 20
+"""Calls in a row that are timed together: the clock costs little beside them."""
+
+torchvision, cupy = optional("torchvision.ops"), optional("cupy")
+
+
+def cases(device: str = "cpu") -> dict[str, dict[str, Callable[[], Any]]]:
+    """Name of a call -> provider -> the call, without arguments."""
+    to_array = torch.Tensor.numpy if device == "cpu" else cupy and cupy.from_dlpack
+    with torch.device(device):
+        ours, peers = calls_of_ours(), calls_of_torchvision() if torchvision else {}
+    found = {}
+    for name, (function, inputs, options) in ours.items():
+        found[name] = {OURS: partial(function, *inputs, **options)}
+        if to_array:
+            arrays, values = map_tensors(to_array, (inputs, tuple(options.values())))
+            found[name][ARRAYS] = partial(function, *arrays, **dict(zip(options, values)))
+        if name in peers:
+            found[name][PEER] = peers[name]
+    return found
+
+
+def few_elements() -> tuple[torch.Tensor, ...]:
+    """What both libraries are called with: a map, a RoI, weight, bias, offset and mask, boxes, scores and classes."""
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0], [5.0, 5.0, 6.0, 6.0]])
+    return (
+        torch.ones(1, 1, 2, 2), torch.tensor([[0, 0.0, 0.0, 1.0, 1.0]]), torch.ones(1, 1, 3, 3), torch.ones(1),
+        torch.zeros(1, 18, 2, 2), torch.ones(1, 9, 2, 2), boxes, torch.tensor([0.4, 0.1, 0.3, 0.2]),
+        torch.tensor([0, 0, 1, 1]),
+    )  # fmt: skip
+
+
+def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]]]:
+    """Name -> function, arguments, options."""
+    feature, roi, weight, bias, offset, mask, boxes, scores, classes = few_elements()
+    logits, labels, conv = torch.zeros(2, 2), torch.tensor([0, 1]), ops.pack_conv3x3(weight, bias)
+    tower = ops.FlowTowerParameters(cls=((weight, bias),), reg=((weight, bias),), segmentation_levels=1)
+    instance, stuff = torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int64)
+    id_map, photograph = torch.ones(2, 2, dtype=torch.int32), torch.zeros(2, 2, 3, dtype=torch.uint8)
+    return {
+        "roi_align": (ops.roi_align, (feature, roi, 1, 1.0, 1), {}),
+        "deform_conv2d": (ops.deform_conv2d, (feature, offset, weight, bias), {"padding": 1, "mask": mask}),
+        "nms": (ops.nms, (boxes, scores, 0.5), {}),
+        "batched_nms": (ops.batched_nms, (boxes, scores, classes, 0.5), {}),
+        "sigmoid_focal_loss": (ops.sigmoid_focal_loss, (logits, labels), {}),
+        "sigmoid_focal_loss, sum": (ops.sigmoid_focal_loss, (logits, labels), {"reduction": "sum"}),
+        "multilevel_roi_align": (ops.multilevel_roi_align, ([feature, feature], roi, 1, (1, 2)), {}),
+        "multiclass_nms": (ops.multiclass_nms, (boxes, scores[:, None], 0.05, 0.5, 4), {}),
+        "flow_conv2d": (ops.flow_conv2d, (feature, feature, weight, bias), {}),
+        "flow_conv2d, packed": (ops.flow_conv2d, (feature, feature, conv), {}),
+        "flow_tower, packed": (ops.flow_tower, ([feature], ops.pack_flow_tower(tower)), {}),
+        "paste_masks": (ops.paste_masks, (torch.zeros(1, 2, 2), boxes[:1], (2, 2)), {}),
+        "stuff_labels": (ops.stuff_labels, (feature[0], (4, 4), (2, 2)), {}),
+        "panoptic_merge": (ops.panoptic_merge, (instance, scores[:1], classes[:1], boxes[:1], stuff, 1), {}),
+        "panoptic_quality_counts": (ops.panoptic_quality_counts, (id_map, id_map, 1, 1), {}),
+        "preprocess_images": (ops.preprocess_images, (photograph, (2, 2), (0, 0, 0), (1, 1, 1), 1), {}),
+    }
+
+
+def calls_of_torchvision() -> dict[str, Callable[[], Any]]:
+    """Name -> the call, without arguments."""
+    feature, roi, weight, bias, offset, mask, boxes, scores, classes = few_elements()
+    logits, one_hot = torch.zeros(2, 2), torch.eye(2)
+    return {
+        "roi_align": partial(torchvision.roi_align, feature, roi, 1, 1.0, 1),
+        "deform_conv2d": partial(torchvision.deform_conv2d, feature, offset, weight, bias, padding=1, mask=mask),
+        "nms": partial(torchvision.nms, boxes, scores, 0.5),
+        "batched_nms": partial(torchvision.batched_nms, boxes, scores, classes, 0.5),
+        "sigmoid_focal_loss": partial(torchvision.sigmoid_focal_loss, logits, one_hot),
+        "sigmoid_focal_loss, sum": partial(torchvision.sigmoid_focal_loss, logits, one_hot, reduction="sum"),
+    }
+
+
+def measure(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Microseconds of a call, by round; the calls take turns for about `seconds` each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(CALLS):  # warm-up
+            call()
+    until = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < until or len(times[OURS]) < 3:
+        for name, call in calls.items():
+            begin = time.perf_counter_ns()
+            for _ in range(CALLS):
+                call()
+            times[name].append((time.perf_counter_ns() - begin) / CALLS / 1e3)
+            if torch.cuda.is_initialized():  # the queue of launches is never full
+                torch.cuda.synchronize()
+    return times
+
+
+def rows_of(name: str, mode: str, times: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """A row per provider; `ratio` is ours over the peer's."""
+    own = min(times[OURS])
+    return [
+        {
+            "op": name, "mode": mode, "provider": provider, "least_us": round(min(found), 3),
+            "median_us": round(statistics.median(found), 3), "rounds": len(found),
+            "ratio": round(own / min(found), 3) if provider == PEER else None,
+        }
+        for provider, found in times.items()
+    ]  # fmt: skip
+
+
+def line_of(rows: list[dict[str, Any]]) -> str:
+    cells = {row["provider"]: f"{row['least_us']:8.1f} us" for row in rows}
+    (ratio,) = [f"{row['ratio']:7.2f}" for row in rows if row["ratio"] is not None] or [""]
+    call = f"{rows[0]['op']:25}{rows[0]['mode']:16}"
+    return f"{call}{cells[OURS]}{cells.get(PEER, ''):>11}{ratio:>7}{cells.get(ARRAYS, ''):>11}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description="What a call costs the host: every operator on a few elements.")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time per provider, call and mode (default: 0.5)")
+    parser.add_argument("--ops", nargs="+", metavar="TEXT", help="only calls whose name contains one of these")
+    parser.add_argument("--output", type=Path, metavar="FOLDER",
+                        help="folder of <device>/host_overhead.json (default: printed alone)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    require_positive(parser, options, "threads", "seconds")
+    torch.set_num_threads(options.threads)
+    known, wanted = cases(options.device), options.ops or [""]
+    chosen = {name: calls for name, calls in known.items() if any(text in name for text in wanted)}
+    if not chosen:
+        parser.error(f"--ops: no call contains {' or '.join(wanted)}; calls: {'; '.join(known)}")
+    setting = environment(options)
+    print(f"{setting['device']}, {setting['threads']} threads, torch {torch.__version__}; least time of a call")
+    print(f"{'':41}{OURS:>11}{PEER:>11}{'ratio':>7}{'arrays':>11}")
+    rows: list[dict[str, Any]] = []
+    for name, calls in chosen.items():
+        if PEER in calls:
+            torch.testing.assert_close(calls[OURS](), calls[PEER]())
+        for mode, context in MODES.items():
+            with context():
+                rows += rows_of(name, mode, measure(calls, options.seconds))
+            print(line_of(rows[-len(calls) :]), flush=True)
+    if options.output is not None:
+        path = results_path(options.output, setting["device"], "host_overhead")
+        write_text(path, json.dumps({"op": "host_overhead", **setting, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

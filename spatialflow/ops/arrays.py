@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls with arrays of another library, such as CuPy, NumPy or JAX, in the place of tensors: through DLPack, no copies.
+
+An operator begins with
+
+    if not are_tensors(boxes, scores):
+        return with_arrays(nms, locals())
+
+so that a call with tensors pays for nothing else. docs/arrays.md tells what users may rely on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def are_tensors(*values: object, optional: Sequence[object] = ()) -> bool:
+    """Whether all `values` are tensors, and all of `optional` tensors or None."""
+    for value in values:
+        if not isinstance(value, Tensor):
+            return False
+    for value in optional:
+        if value is not None and not isinstance(value, Tensor):
+            return False
+    return True
+
+
+def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """Calls an operator with tensors on the memory of the arrays given, and gives arrays on the memory of its results.
+
+    Args:
+        function: the operator. Its annotations say which arguments take tensors.
+        values: its arguments by name, and any other names. Lists and named tuples may hold arrays.
+
+    Returns:
+        What the operator gives, with arrays of the library of the arguments for tensors. A result that is an argument
+        itself comes back as the same array.
+
+    Raises:
+        TypeError: no arrays at all, arrays beside tensors, or arrays of two libraries, naming the argument.
+        BufferError: an array, or a result, that cannot be handed over without a copy, naming the argument.
+    """
+    op = function.__name__
+    arguments = {name: values[name] for name in _annotations(function)}
+    arrays: dict[str, Any] = {}
+    tensors: list[str] = []
+
+    def sort(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors.append(name)
+        elif _is_array(value):
+            arrays[name] = value
+
+    for name, value in arguments.items():
+        _map(sort, name, value)
+    if not arrays:
+        raise TypeError(f"{op}: {_no_tensor(_annotations(function), arguments)}")
+    first, library = next((name, _library_of(array)) for name, array in arrays.items())
+    for name, array in arrays.items():
+        if tensors:
+            kind = type(array).__name__
+            raise TypeError(f"{op}: {name} must be a tensor, got {kind}, as {tensors[0]} is a tensor and no array")
+        if _library_of(array) is not library:
+            raise TypeError(
+                f"{op}: {name} must be an array of {library.__name__} as {first} is, got {type(array).__name__} of "
+                f"{_library_of(array).__name__}"
+            )
+    given: dict[int, tuple[Tensor, Any]] = {}  # by the tensor's id, which is its own as long as the tensor is kept
+
+    def take(name: str, value: Any) -> Any:
+        if name not in arrays:
+            return value
+        tensor = _tensor_of(op, name, value)
+        given[id(tensor)] = tensor, value
+        return tensor
+
+    def give(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return given[id(value)][1] if id(value) in given else _array_of(op, value, library)
+
+    result = function(**{name: _map(take, name, value) for name, value in arguments.items()})
+    return _map(give, "result", result)
+
+
+@functools.cache
+def _annotations(function: Callable[..., Any]) -> dict[str, str]:
+    """Of its arguments, as written."""
+    return {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def _map(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+    """`value` with function(name, part) for every part of it that is no list or tuple."""
+    if not isinstance(value, (list, tuple)):
+        return function(name, value)
+    if hasattr(value, "_fields"):
+        return type(value)(*(_map(function, f"{name}.{field}", getattr(value, field)) for field in value._fields))
+    return type(value)(_map(function, f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(type(value), "__dlpack__") and not isinstance(value, Tensor)
+
+
+def _library_of(array: Any) -> Any:
+    """The module that has `from_dlpack` for such an array."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
+def _tensor_of(op: str, name: str, array: Any) -> Tensor:
+    strides = zip(getattr(array, "shape", ()), getattr(array, "strides", None) or ())
+    if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would end the process
+        raise BufferError(f"{op}: {name} must not have negative strides, got {array.strides}; copy it first")
+    try:
+        tensor = torch.from_dlpack(array)
+    except Exception as problem:
+        raise BufferError(f"{op}: {name} must be shared without a copy, and cannot be: {problem}") from problem
+    if tensor.numel() and tensor.data_ptr() % tensor.element_size():
+        raise BufferError(
+            f"{op}: {name} must be aligned to its {tensor.element_size()} bytes per element; copy it first"
+        )
+    return tensor
+
+
+def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
+    try:
+        with torch.cuda.device_of(tensor):  # torch hands over tensors of its current device alone
+            return library.from_dlpack(tensor)
+    except Exception as problem:
+        raise BufferError(
+            f"{op}: a result of dtype {str(tensor.dtype).removeprefix('torch.')} cannot be an array of "
+            f"{library.__name__}: {problem}"
+        ) from problem
+
+
+def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
+    """What is wrong with the first of `values` that should hold tensors, by its annotation, and does not."""
+    for name, annotation in kinds.items():
+        value, kind = values[name], str(annotation)  # a named tuple has them in ForwardRef
+        if hasattr(value, "_fields"):
+            if found := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
+                return found
+            continue
+        if "Tensor" not in kind or (value is None and "None" in kind):
+            continue
+        depth = 2 if "list[Tensor | list[" in kind else 1 if "list[" in kind or "Sequence[" in kind else 0
+        for part, item in _parts(name, value, depth):
+            if not isinstance(item, Tensor) and not hasattr(item, "_fields"):
+                return f"{prefix}{part} must be a tensor, got {type(item).__name__}"
+    return None
+
+
+def _parts(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """The items of lists in lists, so many deep, each with its place; named tuples count as items."""
+    if depth > 0 and isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        for index, item in enumerate(value):
+            yield from _parts(f"{name}[{index}]", item, depth - 1)
+    else:
+        yield name, value

@@ -103,10 +103,9 @@ class Pipeline:
         detection_masks: bool,
         graphs: Optional[GraphCache] = None,
     ):
-        self.networks, self.config, self.ignored_stuff = list(networks), config, ignored_stuff
+        self.networks, self.config, self.ignored_stuff, self.graphs = list(networks), config, ignored_stuff, graphs
         self.device, self.dtype, self.detection_masks = device, dtype, detection_masks
         self.reads_counts = device.type == "cpu"
-        self.graphs = graphs
 
     def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
         """How an image of `size` (H, W) enters the networks, for every short edge of the configuration."""

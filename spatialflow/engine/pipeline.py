@@ -124,7 +124,7 @@ class Pipeline:
         levels = [tuple(-(-side // stride) for side in fitted[0].padded_size) for stride in STRIDES]
 
         def upload(values: list) -> Tensor:
-            return torch.tensor(values).to(self.device, non_blocking=True)
+            return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
         return View(
             mirrored,

@@ -126,7 +126,7 @@ def rows_of(name: str, mode: str, times: Mapping[str, list[float]]) -> list[dict
     own = min(times[OURS])
     return [
         {
-            "op": name, "mode": mode, "provider": provider, "least_us": round(min(found), 3),
+            "op": name, "grad_mode": mode, "provider": provider, "least_us": round(min(found), 3),
             "median_us": round(statistics.median(found), 3), "rounds": len(found),
             "ratio": round(own / min(found), 3) if provider == PEER else None,
         }
@@ -137,7 +137,7 @@ def rows_of(name: str, mode: str, times: Mapping[str, list[float]]) -> list[dict
 def line_of(rows: list[dict[str, Any]]) -> str:
     cells = {row["provider"]: f"{row['least_us']:8.1f} us" for row in rows}
     (ratio,) = [f"{row['ratio']:7.2f}" for row in rows if row["ratio"] is not None] or [""]
-    call = f"{rows[0]['op']:25}{rows[0]['mode']:16}"
+    call = f"{rows[0]['op']:25}{rows[0]['grad_mode']:16}"
     return f"{call}{cells[OURS]}{cells.get(PEER, ''):>11}{ratio:>7}{cells.get(ARRAYS, ''):>11}"
 
 

@@ -103,10 +103,9 @@ class Pipeline:
         detection_masks: bool,
         graphs: Optional[GraphCache] = None,
     ):
-        self.networks, self.config, self.ignored_stuff = list(networks), config, ignored_stuff
+        self.networks, self.config, self.ignored_stuff, self.graphs = list(networks), config, ignored_stuff, graphs
         self.device, self.dtype, self.detection_masks = device, dtype, detection_masks
         self.reads_counts = device.type == "cpu"
-        self.graphs = graphs
 
     def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
         """How an image of `size` (H, W) enters the networks, for every short edge of the configuration."""
@@ -125,7 +124,7 @@ class Pipeline:
         levels = [tuple(-(-side // stride) for side in fitted[0].padded_size) for stride in STRIDES]
 
         def upload(values: list) -> Tensor:
-            return torch.tensor(values).to(self.device, non_blocking=True)
+            return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
         return View(
             mirrored,

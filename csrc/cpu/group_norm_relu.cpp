@@ -23,8 +23,8 @@
 namespace spatialflow {
 namespace {
 
-constexpr int64_t kBlockPixels = 512;  // of 128 channels: 256 KiB of float32, in the second-level cache
-constexpr int kWide = 4;               // vectors of channels at a time
+constexpr int64_t kBlockPixels = 256;
+constexpr int kWide = 4;  // vectors of channels at a time
 
 struct Shape {
     int64_t batch, channels, height, width, groups;
@@ -32,8 +32,6 @@ struct Shape {
     int64_t pixels() const { return height * width; }
     int64_t group_channels() const { return channels / groups; }
     int64_t group_size() const { return group_channels() * pixels(); }
-    int64_t block_rows() const { return std::max<int64_t>(1, kBlockPixels / width); }
-    int64_t blocks() const { return (height + block_rows() - 1) / block_rows(); }  // of an image
 };
 
 // (N, H, W, C) by strides, C adjacent.
@@ -43,11 +41,15 @@ struct Map {
     int64_t image_stride, row_stride, pixel_stride;
 
     scalar_t* row(int64_t image, int64_t y) const { return data + image * image_stride + y * row_stride; }
+    bool has_adjacent_rows(const Shape& shape) const {
+        return shape.height == 1 || row_stride == shape.width * pixel_stride;
+    }
 };
 
 template <typename scalar_t>
 Map<const scalar_t> map_of(const Tensor& tensor) {
-    return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3)};
+    const int64_t pixel_dimension = tensor.size(3) > 1 ? 3 : 2;  // of one column: from row to row
+    return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, pixel_dimension)};
 }
 
 template <typename scalar_t>
@@ -55,16 +57,34 @@ Map<scalar_t> dense_map(scalar_t* data, int64_t channels, int64_t height, int64_
     return {data, height * width * channels, width * channels, channels};
 }
 
-// body(image, first row, last row, row of sums) on all threads.
-template <typename Body>
-void for_each_block(const Shape& shape, const Body& body) {
-    const int64_t blocks = shape.blocks(), rows = shape.block_rows();
-    parallel_for(0, shape.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t first = task % blocks * rows;
-            body(task / blocks, first, std::min(shape.height, first + rows), task);
-        }
-    });
+// The pixels, or rows, of every image in blocks, whose sums are added in order.
+struct Blocks {
+    int64_t count, extent;  // of an image; of a block
+
+    Blocks(int64_t size, int64_t extent) : count((size + extent - 1) / extent), extent(extent) {}
+
+    // body(image, begin, end, number of the block) on all threads.
+    template <typename Body>
+    void for_each(const Shape& shape, int64_t size, const Body& body) const {
+        parallel_for(0, shape.batch * count, 1, [&](int64_t first, int64_t last) {
+            for (int64_t block = first; block < last; ++block) {
+                const int64_t begin = block % count * extent;
+                body(block / count, begin, std::min(size, begin + extent), block);
+            }
+        });
+    }
+};
+
+// Pixels [begin, end) of an image as runs along rows, at most kGroupNormRun long: run(y, x, count). Where all maps have
+// adjacent rows the image is one row.
+template <typename Run>
+inline void for_runs(const Shape& shape, bool adjacent_rows, int64_t begin, int64_t end, const Run& run) {
+    const int64_t width = adjacent_rows ? shape.pixels() : shape.width;
+    while (begin < end) {
+        const int64_t x = begin % width, count = std::min({kGroupNormRun, width - x, end - begin});
+        run(begin / width, x, count);
+        begin += count;
+    }
 }
 
 // kVectors whole vectors of channels, or where kRest one vector of which `count` lanes are channels.
@@ -151,98 +171,94 @@ struct AffineVectors {
     Vector<real_t> apply(int v, Vector<real_t> x) const { return (x - shift[v]) * scale[v] + offset[v]; }
 };
 
-// Runs of a row's pixels that the compute type may add up: run(first pixel, count).
-template <typename Run>
-inline void for_runs(int64_t width, const Run& run) {
-    for (int64_t x = 0; x < width; x += kGroupNormRun) {
-        run(x, std::min(kGroupNormRun, width - x));
-    }
-}
-
 // ---- statistics --------------------------------------------------------------------------------------------------
 
-// Adds kVectors vectors to numbers in float64.
+// Lanes of kVectors vectors, which loops over numbers in float64 read one by one.
 template <int kVectors, typename real_t>
-inline void add_vectors(const Vector<real_t> (&vectors)[kVectors], double* numbers) {
-    real_t lanes[kVectors * kLanes<real_t>];
-    std::memcpy(lanes, vectors, sizeof(lanes));
-    for (int i = 0; i < kVectors * kLanes<real_t>; ++i) {
-        numbers[i] += lanes[i];
-    }
-}
+struct LanesOf {
+    static constexpr int count = kVectors * kLanes<real_t>;
+    real_t values[count];
 
-// Two sums by channel of one block, in float64.
-struct BlockSums {
-    double *first, *second;
-
-    BlockSums(std::vector<double>& sums, int64_t block, int64_t channels)
-        : first(&sums[block * 2 * padded(channels)]), second(first + padded(channels)) {}
+    explicit LanesOf(const Vector<real_t> (&vectors)[kVectors]) { std::memcpy(values, vectors, sizeof(values)); }
 };
 
-// Sums of some rows by channel, around the pivot of each channel's group.
+// Two sums by channel for every block, in float64.
+class SumsOfBlocks {
+public:
+    SumsOfBlocks(const Shape& shape, const Blocks& blocks)
+        : stride_(padded(shape.channels)), sums_(static_cast<size_t>(shape.batch * blocks.count * 2 * stride_)) {}
+
+    double* first(int64_t block) { return &sums_[block * 2 * stride_]; }
+    double* second(int64_t block) { return first(block) + stride_; }
+
+private:
+    int64_t stride_;
+    std::vector<double> sums_;
+};
+
+// Adds the sums of a run of pixels, around the pivot of each channel's group.
 template <typename scalar_t>
-void sum_rows(
-    Map<const scalar_t> input, const Shape& shape, int64_t image, int64_t first, int64_t last, const double* pivots,
-    const BlockSums& sums) {
+void add_pixels(
+    const scalar_t* run, int64_t pixel_stride, int64_t count, int64_t channels, const double* pivots, double* sums,
+    double* squares) {
     using real_t = accum_t<scalar_t>;
-    for (int64_t y = first; y < last; ++y) {
-        const scalar_t* row = input.row(image, y);
-        for_runs(shape.width, [&](int64_t x, int64_t count) {
-            const scalar_t* run = row + x * input.pixel_stride;
-            for_channels<real_t>(shape.channels, [&](auto lanes, int64_t c) {
-                constexpr int kVectors = decltype(lanes)::vectors;
-                Vector<real_t> pivot[kVectors], sum[kVectors] = {}, square[kVectors] = {};
-                for (int v = 0; v < kVectors; ++v) {
-                    pivot[v] = lanes.load(run + c + v * kLanes<real_t>);
-                }
-                const scalar_t* pixel = run + c;
-                for (int64_t p = 0; p < count; ++p, pixel += input.pixel_stride) {
-                    for (int v = 0; v < kVectors; ++v) {
-                        const Vector<real_t> from = lanes.load(pixel + v * kLanes<real_t>) - pivot[v];
-                        sum[v] += from;
-                        square[v] += from * from;
-                    }
-                }
-                real_t own_pivot[kVectors * kLanes<real_t>], own_sum[kVectors * kLanes<real_t>];
-                std::memcpy(own_pivot, pivot, sizeof(own_pivot));
-                std::memcpy(own_sum, sum, sizeof(own_sum));
-                add_vectors(square, sums.second + c);
-                for (int i = 0; i < kVectors * kLanes<real_t>; ++i) {
-                    GroupSums total{sums.first[c + i], sums.second[c + i]};
-                    add_run(total, pivots[c + i], own_pivot[i], static_cast<double>(count), own_sum[i], 0.0);
-                    sums.first[c + i] = total.sum;
-                    sums.second[c + i] = total.square;
-                }
-            });
-        });
-    }
+    for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
+        constexpr int kVectors = decltype(lanes)::vectors;
+        Vector<real_t> pivot[kVectors], sum[kVectors] = {}, square[kVectors] = {};
+        for (int v = 0; v < kVectors; ++v) {
+            pivot[v] = lanes.load(run + c + v * kLanes<real_t>);
+        }
+        const scalar_t* pixel = run + c;
+        for (int64_t p = 0; p < count; ++p, pixel += pixel_stride) {
+            for (int v = 0; v < kVectors; ++v) {
+                const Vector<real_t> from = lanes.load(pixel + v * kLanes<real_t>) - pivot[v];
+                sum[v] += from;
+                square[v] += from * from;
+            }
+        }
+        const LanesOf<kVectors, real_t> own_pivots(pivot), own_sums(sum), own_squares(square);
+        for (int i = 0; i < own_sums.count; ++i) {
+            GroupSums total{sums[c + i], squares[c + i]};
+            add_run(total, pivots[c + i], own_pivots.values[i], static_cast<double>(count), own_sums.values[i],
+                    own_squares.values[i]);
+            sums[c + i] = total.sum;
+            squares[c + i] = total.square;
+        }
+    });
 }
 
 template <typename scalar_t>
 void compute_statistics(
     Map<const scalar_t> input, const Shape& shape, double eps,
     double* statistics) {  // (N, groups, 2)
-    const int64_t channels = shape.channels, blocks = shape.blocks();
-    std::vector<double> pivots(static_cast<size_t>(shape.batch * channels));
-    for (int64_t i = 0; i < shape.batch * channels; ++i) {
-        const int64_t group = i % channels / shape.group_channels();
-        pivots[i] = load(input.row(i / channels, 0)[group * shape.group_channels()]);
+    const int64_t stride = padded(shape.channels);
+    std::vector<double> pivots(static_cast<size_t>(shape.batch * stride));
+    for (int64_t image = 0; image < shape.batch; ++image) {
+        for (int64_t c = 0; c < shape.channels; ++c) {
+            const int64_t first = c / shape.group_channels() * shape.group_channels();
+            pivots[image * stride + c] = load(input.row(image, 0)[first]);
+        }
     }
-    std::vector<GroupSums> sums(static_cast<size_t>(shape.batch * blocks * channels));
-    for_each_block(shape, [&](int64_t image, int64_t first, int64_t last, int64_t task) {
-        sum_rows(input, shape, image, first, last, &pivots[image * channels], &sums[task * channels]);
+    const Blocks blocks(shape.pixels(), kBlockPixels);
+    SumsOfBlocks sums(shape, blocks);
+    const bool adjacent_rows = input.has_adjacent_rows(shape);
+    blocks.for_each(shape, shape.pixels(), [&](int64_t image, int64_t begin, int64_t end, int64_t block) {
+        for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
+            add_pixels(input.row(image, y) + x * input.pixel_stride, input.pixel_stride, count, shape.channels,
+                       &pivots[image * stride], sums.first(block), sums.second(block));
+        });
     });
     for (int64_t g = 0; g < shape.batch * shape.groups; ++g) {
         const int64_t image = g / shape.groups, begin = g % shape.groups * shape.group_channels();
         GroupSums total{};
-        for (int64_t block = image * blocks; block < (image + 1) * blocks; ++block) {
+        for (int64_t block = image * blocks.count; block < (image + 1) * blocks.count; ++block) {
             for (int64_t c = begin; c < begin + shape.group_channels(); ++c) {
-                total.sum += sums[block * channels + c].sum;
-                total.square += sums[block * channels + c].square;
+                total.sum += sums.first(block)[c];
+                total.square += sums.second(block)[c];
             }
         }
         const GroupStatistics found = group_statistics(
-            total, pivots[image * channels + begin], static_cast<double>(shape.group_size()), eps);
+            total, pivots[image * stride + begin], static_cast<double>(shape.group_size()), eps);
         statistics[2 * g] = found.mean;
         statistics[2 * g + 1] = found.rstd;
     }
@@ -250,19 +266,19 @@ void compute_statistics(
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// Normalizes and clamps a row of pixels.
+// Normalizes and clamps pixels at equal distances.
 template <typename scalar_t, typename target_t>
-inline void normalize_row(
-    const scalar_t* row, int64_t pixel_stride, const Affine<accum_t<scalar_t>>& affine, target_t* target,
-    int64_t target_stride, int64_t channels, int64_t width) {
+inline void normalize(
+    const scalar_t* pixels, int64_t pixel_stride, const Affine<accum_t<scalar_t>>& affine, target_t* target,
+    int64_t target_stride, int64_t channels, int64_t count) {
     using real_t = accum_t<scalar_t>;
     for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
         constexpr int kVectors = decltype(lanes)::vectors;
         const AffineVectors<kVectors, real_t> own(affine, c);
-        for (int64_t x = 0; x < width; ++x) {
+        for (int64_t x = 0; x < count; ++x) {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t at = c + v * kLanes<real_t>;
-                const Vector<real_t> value = own.apply(v, lanes.load(row + x * pixel_stride + at));
+                const Vector<real_t> value = own.apply(v, lanes.load(pixels + x * pixel_stride + at));
                 lanes.store(target + x * target_stride + at, lane_max(Vector<real_t>{}, value));  // NaN stays
             }
         }
@@ -326,8 +342,7 @@ void upsample_rows(
     const auto row_of = [&](int64_t y) {
         real_t* row = rows + y % 2 * row_size;
         if (held[y % 2] != y) {
-            normalize_row(
-                input.row(image, y), input.pixel_stride, affine, row, stride, shape.channels, shape.width);
+            normalize(input.row(image, y), input.pixel_stride, affine, row, stride, shape.channels, shape.width);
             held[y % 2] = y;
         }
         return row;
@@ -339,6 +354,16 @@ void upsample_rows(
     }
 }
 
+template <typename real_t>
+std::vector<Affine<real_t>> affine_of_images(
+    const Shape& shape, const double* statistics, const double* weight, const double* bias) {
+    std::vector<Affine<real_t>> affine;
+    for (int64_t image = 0; image < shape.batch; ++image) {
+        affine.emplace_back(shape, statistics + image * shape.groups * 2, weight, bias);
+    }
+    return affine;
+}
+
 template <typename scalar_t>
 void forward(
     Map<const scalar_t> input, const Shape& shape, const double* statistics, const double* weight, const double* bias,
@@ -347,24 +372,28 @@ void forward(
     const int64_t factor = upsample ? 2 : 1;
     const Map<scalar_t> target = dense_map(output, shape.channels, factor * shape.height, factor * shape.width);
     advise_huge_pages(output, sizeof(scalar_t) * static_cast<size_t>(shape.batch * target.image_stride));
-    std::vector<Affine<real_t>> affine;
-    for (int64_t image = 0; image < shape.batch; ++image) {
-        affine.emplace_back(shape, statistics + image * shape.groups * 2, weight, bias);
-    }
+    const std::vector<Affine<real_t>> affine = affine_of_images<real_t>(shape, statistics, weight, bias);
     if (!upsample) {
-        for_each_block(shape, [&](int64_t image, int64_t first, int64_t last, int64_t) {
-            for (int64_t y = first; y < last; ++y) {
-                normalize_row(
-                    input.row(image, y), input.pixel_stride, affine[image], target.row(image, y), shape.channels,
-                    shape.channels, shape.width);
-            }
-        });
+        const bool adjacent_rows = input.has_adjacent_rows(shape);
+        Blocks(shape.pixels(), kBlockPixels)
+            .for_each(shape, shape.pixels(), [&](int64_t image, int64_t begin, int64_t end, int64_t) {
+                for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
+                    normalize(input.row(image, y) + x * input.pixel_stride, input.pixel_stride, affine[image],
+                              target.row(image, y) + x * shape.channels, shape.channels, shape.channels, count);
+                });
+            });
         return;
     }
     const std::vector<DoubledCell<real_t>> columns = doubled_axis<real_t>(shape.width);
-    for_each_block(shape, [&](int64_t image, int64_t first, int64_t last, int64_t) {
-        const Scratch<real_t> rows(2 * padded(shape.channels) * shape.width);
-        upsample_rows(input, shape, affine[image], columns, target, image, first, last, rows.get());
+    const int64_t rows = shape.batch * shape.height, grain = std::max<int64_t>(1, kBlockPixels / shape.width);
+    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+        const Scratch<real_t> kept(2 * padded(shape.channels) * shape.width);
+        while (begin < end) {  // a part of one image
+            const int64_t image = begin / shape.height, y = begin % shape.height;
+            const int64_t count = std::min(shape.height - y, end - begin);
+            upsample_rows(input, shape, affine[image], columns, target, image, y, y + count, kept.get());
+            begin += count;
+        }
     });
 }
 
@@ -415,43 +444,36 @@ inline vector_t where_active(vector_t before_relu, vector_t gradient) {
     return before_relu <= vector_t{} ? vector_t{} : gradient;  // NaN passes
 }
 
-// What gradients of a channel are made of: sums of g and of g * (x - shift), g the gradient by what ReLU takes.
-struct GradientSums {
-    double gradient, product;
-};
-
-// Adds the sums of one row; `masked`, where it is wanted, gets g.
+// Adds the sums of g and of g * (x - shift) over a run of pixels, g the gradient by what ReLU takes; `masked`, where it
+// is wanted, gets g.
 template <typename scalar_t, typename gradient_t>
-void sum_gradients(
-    const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride,
-    const Affine<accum_t<scalar_t>>& affine, const Shape& shape, accum_t<scalar_t>* masked, GradientSums* sums) {
+void add_gradients(
+    const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, int64_t count,
+    const Affine<accum_t<scalar_t>>& affine, int64_t channels, accum_t<scalar_t>* masked, double* gradients,
+    double* products) {
     using real_t = accum_t<scalar_t>;
-    for_runs(shape.width, [&](int64_t begin, int64_t count) {
-        for_channels<real_t>(shape.channels, [&](auto lanes, int64_t c) {
-            constexpr int kVectors = decltype(lanes)::vectors;
-            const AffineVectors<kVectors, real_t> own(affine, c);
-            Vector<real_t> sum[kVectors] = {}, product[kVectors] = {};
-            for (int64_t x = begin; x < begin + count; ++x) {
-                for (int v = 0; v < kVectors; ++v) {
-                    const int64_t at = c + v * kLanes<real_t>;
-                    const Vector<real_t> value = lanes.load(input + x * input_stride + at);
-                    const Vector<real_t> g = where_active(
-                        own.apply(v, value), lanes.load(gradient + x * gradient_stride + at));
-                    sum[v] += g;
-                    product[v] += g * (value - own.shift[v]);
-                    if (masked) {
-                        lanes.store(masked + x * shape.channels + at, g);
-                    }
-                }
-            }
+    for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
+        constexpr int kVectors = decltype(lanes)::vectors;
+        const AffineVectors<kVectors, real_t> own(affine, c);
+        Vector<real_t> sum[kVectors] = {}, product[kVectors] = {};
+        for (int64_t x = 0; x < count; ++x) {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t at = c + v * kLanes<real_t>;
-                for (int lane = 0; lane < std::min<int64_t>(kLanes<real_t>, shape.channels - at); ++lane) {
-                    sums[at + lane].gradient += sum[v][lane];
-                    sums[at + lane].product += product[v][lane];
+                const Vector<real_t> value = lanes.load(input + x * input_stride + at);
+                const Vector<real_t> g =
+                    where_active(own.apply(v, value), lanes.load(gradient + x * gradient_stride + at));
+                sum[v] += g;
+                product[v] += g * (value - own.shift[v]);
+                if (masked) {
+                    lanes.store(masked + x * channels + at, g);
                 }
             }
-        });
+        }
+        const LanesOf<kVectors, real_t> own_gradients(sum), own_products(product);
+        for (int i = 0; i < own_gradients.count; ++i) {
+            gradients[c + i] += own_gradients.values[i];
+            products[c + i] += own_products.values[i];
+        }
     });
 }
 
@@ -460,20 +482,22 @@ template <typename real_t>
 struct ByInput {
     PerChannel<real_t> by_gradient, by_input, constant;
 
-    // `sums`: of the image, `product` with the normalized input.
-    ByInput(const Shape& shape, const double* statistics, const double* weight, const GradientSums* sums)
+    // `gradients` and `products`: sums over the image of g, and of g times the normalized input.
+    ByInput(
+        const Shape& shape, const double* statistics, const double* weight, const double* gradients,
+        const double* products)
         : by_gradient(padded(shape.channels)), by_input(by_gradient.size()), constant(by_gradient.size()) {
         const double count = static_cast<double>(shape.group_size());
         for (int64_t g = 0; g < shape.groups; ++g) {
-            GradientSums mean{};
+            double mean_gradient = 0, mean_product = 0;
             const int64_t begin = g * shape.group_channels(), end = begin + shape.group_channels();
             for (int64_t c = begin; c < end; ++c) {
-                mean.gradient += sums[c].gradient * (weight ? weight[c] : 1.0) / count;
-                mean.product += sums[c].product * (weight ? weight[c] : 1.0) / count;
+                mean_gradient += gradients[c] * (weight ? weight[c] : 1.0) / count;
+                mean_product += products[c] * (weight ? weight[c] : 1.0) / count;
             }
             for (int64_t c = begin; c < end; ++c) {
                 const GroupGradient<real_t> found = group_gradient<real_t>(
-                    {statistics[2 * g], statistics[2 * g + 1]}, weight ? weight[c] : 1.0, mean.gradient, mean.product);
+                    {statistics[2 * g], statistics[2 * g + 1]}, weight ? weight[c] : 1.0, mean_gradient, mean_product);
                 by_gradient[c] = found.by_gradient;
                 by_input[c] = found.by_input;
                 constant[c] = found.constant;
@@ -482,29 +506,30 @@ struct ByInput {
     }
 };
 
-// The gradient by one row of the input. `is_masked`: the gradient is that by what ReLU takes already.
-template <typename scalar_t, typename gradient_t>
-void input_gradient_row(
-    const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, bool is_masked,
-    const Affine<accum_t<scalar_t>>& affine, const ByInput<accum_t<scalar_t>>& factors, const Shape& shape,
+// The gradient by a run of pixels of the input. kMasked: the gradient is that by what ReLU takes already.
+template <bool kMasked, typename scalar_t, typename gradient_t>
+void input_gradient(
+    const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, int64_t count,
+    const Affine<accum_t<scalar_t>>& affine, const ByInput<accum_t<scalar_t>>& factors, int64_t channels,
     scalar_t* target) {
     using real_t = accum_t<scalar_t>;
-    for_channels<real_t>(shape.channels, [&](auto lanes, int64_t c) {
+    for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
         constexpr int kVectors = decltype(lanes)::vectors;
         const AffineVectors<kVectors, real_t> own(affine, c);
         Vector<real_t> by_gradient[kVectors], by_input[kVectors], constant[kVectors];
         load_channels(factors.by_gradient, c, by_gradient);
         load_channels(factors.by_input, c, by_input);
         load_channels(factors.constant, c, constant);
-        for (int64_t x = 0; x < shape.width; ++x) {
+        for (int64_t x = 0; x < count; ++x) {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t at = c + v * kLanes<real_t>;
                 const Vector<real_t> value = lanes.load(input + x * input_stride + at);
                 Vector<real_t> g = lanes.load(gradient + x * gradient_stride + at);
-                g = is_masked ? g : where_active(own.apply(v, value), g);
-                const Vector<real_t> result =
-                    (value - own.shift[v]) * by_input[v] + (g * by_gradient[v] + constant[v]);
-                lanes.store(target + x * shape.channels + at, result);
+                if constexpr (!kMasked) {
+                    g = where_active(own.apply(v, value), g);
+                }
+                lanes.store(target + x * channels + at,
+                            (value - own.shift[v]) * by_input[v] + (g * by_gradient[v] + constant[v]));
             }
         }
     });
@@ -517,62 +542,71 @@ void backward(
     accum_t<scalar_t>* masked,  // (N, H, W, C), where upsampled; it may be grad_input
     scalar_t* grad_input, double* grad_weight, double* grad_bias) {
     using real_t = accum_t<scalar_t>;
-    const int64_t channels = shape.channels, stride = padded(channels), blocks = shape.blocks();
-    std::vector<Affine<real_t>> affine;
-    for (int64_t image = 0; image < shape.batch; ++image) {
-        affine.emplace_back(shape, statistics + image * shape.groups * 2, weight, bias);
-    }
+    const int64_t channels = shape.channels, stride = padded(channels);
+    const std::vector<Affine<real_t>> affine = affine_of_images<real_t>(shape, statistics, weight, bias);
+    const bool adjacent_rows =
+        input.has_adjacent_rows(shape) && (upsample || grad_output.has_adjacent_rows(shape));
+    const Map<real_t> masked_map = dense_map(masked, channels, shape.height, shape.width);
+    const int64_t size = upsample ? shape.height : shape.pixels();
+    const Blocks blocks(size, upsample ? std::max<int64_t>(1, kBlockPixels / shape.width) : kBlockPixels);
+    SumsOfBlocks sums(shape, blocks);
     const auto rows = doubled_axis<real_t>(upsample ? shape.height : 0);
     const auto columns = doubled_axis<real_t>(upsample ? shape.width : 0);
-    const Map<real_t> masked_map = dense_map(masked, channels, shape.height, shape.width);
-    std::vector<GradientSums> of_blocks(static_cast<size_t>(shape.batch * blocks * channels));
-    for_each_block(shape, [&](int64_t image, int64_t first, int64_t last, int64_t task) {
-        const Scratch<real_t> summed(upsample ? 2 * shape.width * stride : 0), row(upsample ? shape.width * stride : 0);
-        for (int64_t y = first; y < last; ++y) {
-            const scalar_t* source = input.row(image, y);
-            GradientSums* sums = &of_blocks[task * channels];
-            if (upsample) {
-                gather_row(grad_output, shape, rows, columns, image, y, summed.get(), row.get());
-                sum_gradients(source, input.pixel_stride, row.get(), stride, affine[image], shape,
-                              masked_map.row(image, y), sums);
-            } else {
-                sum_gradients(source, input.pixel_stride, grad_output.row(image, y), grad_output.pixel_stride,
-                              affine[image], shape, static_cast<real_t*>(nullptr), sums);
-            }
+    blocks.for_each(shape, size, [&](int64_t image, int64_t begin, int64_t end, int64_t block) {
+        const auto add = [&](int64_t y, int64_t x, int64_t count, const auto* gradient, int64_t gradient_stride,
+                             real_t* kept) {
+            add_gradients(input.row(image, y) + x * input.pixel_stride, input.pixel_stride, gradient, gradient_stride,
+                          count, affine[image], channels, kept, sums.first(block), sums.second(block));
+        };
+        if (!upsample) {
+            for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
+                add(y, x, count, grad_output.row(image, y) + x * grad_output.pixel_stride, grad_output.pixel_stride,
+                    static_cast<real_t*>(nullptr));
+            });
+            return;
+        }
+        const Scratch<real_t> summed(2 * shape.width * stride), gathered(shape.width * stride);
+        for (int64_t y = begin; y < end; ++y) {
+            gather_row(grad_output, shape, rows, columns, image, y, summed.get(), gathered.get());
+            for_runs(shape, false, 0, shape.width, [&](int64_t, int64_t x, int64_t count) {
+                add(y, x, count, gathered.get() + x * stride, stride, masked_map.row(image, y) + x * channels);
+            });
         }
     });
     std::vector<ByInput<real_t>> factors;
-    std::vector<GradientSums> of_image(static_cast<size_t>(channels));
+    std::vector<double> gradients(static_cast<size_t>(channels)), products(gradients.size());
     for (int64_t image = 0; image < shape.batch; ++image) {
         const double* own = statistics + image * shape.groups * 2;
-        for (int64_t c = 0; c < channels; ++c) {
-            GradientSums total{};
-            for (int64_t block = image * blocks; block < (image + 1) * blocks; ++block) {
-                total.gradient += of_blocks[block * channels + c].gradient;
-                total.product += of_blocks[block * channels + c].product;
+        std::fill(gradients.begin(), gradients.end(), 0.0);
+        std::fill(products.begin(), products.end(), 0.0);
+        for (int64_t block = image * blocks.count; block < (image + 1) * blocks.count; ++block) {
+            for (int64_t c = 0; c < channels; ++c) {
+                gradients[c] += sums.first(block)[c];
+                products[c] += sums.second(block)[c];
             }
-            const double* of_group = own + c / shape.group_channels() * 2;
-            total.product = normalized_product(
-                total.gradient, total.product, static_cast<double>(affine[image].shift[c]), {of_group[0], of_group[1]});
-            of_image[c] = total;
-            grad_weight[c] += total.product;
-            grad_bias[c] += total.gradient;
         }
-        factors.emplace_back(shape, own, weight, of_image.data());
+        for (int64_t c = 0; c < channels; ++c) {
+            const double* of_group = own + c / shape.group_channels() * 2;
+            products[c] = normalized_product(
+                gradients[c], products[c], static_cast<double>(affine[image].shift[c]), {of_group[0], of_group[1]});
+            grad_weight[c] += products[c];
+            grad_bias[c] += gradients[c];
+        }
+        factors.emplace_back(shape, own, weight, gradients.data(), products.data());
     }
     const Map<scalar_t> target = dense_map(grad_input, channels, shape.height, shape.width);
-    for_each_block(shape, [&](int64_t image, int64_t first, int64_t last, int64_t) {
-        for (int64_t y = first; y < last; ++y) {
-            const scalar_t* source = input.row(image, y);
-            if (upsample) {
-                input_gradient_row(source, input.pixel_stride, masked_map.row(image, y), channels, true, affine[image],
-                                   factors[image], shape, target.row(image, y));
-            } else {
-                input_gradient_row(source, input.pixel_stride, grad_output.row(image, y), grad_output.pixel_stride,
-                                   false, affine[image], factors[image], shape, target.row(image, y));
-            }
-        }
-    });
+    Blocks(shape.pixels(), kBlockPixels)
+        .for_each(shape, shape.pixels(), [&](int64_t image, int64_t begin, int64_t end, int64_t) {
+            for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
+                const auto apply = [&](auto is_masked, const auto& gradient) {
+                    input_gradient<decltype(is_masked)::value>(
+                        input.row(image, y) + x * input.pixel_stride, input.pixel_stride,
+                        gradient.row(image, y) + x * gradient.pixel_stride, gradient.pixel_stride, count,
+                        affine[image], factors[image], channels, target.row(image, y) + x * channels);
+                };
+                upsample ? apply(std::true_type{}, masked_map) : apply(std::false_type{}, grad_output);
+            });
+        });
 }
 
 // ---- operators ---------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ struct Affine {
         for (int64_t c = 0; c < shape.channels; ++c) {
             const double* own = statistics + c / shape.group_channels() * 2;
             const GroupAffine<real_t> affine =
-                group_affine<real_t>({own[0], own[1]}, weight ? weight[c] : 1.0, bias ? bias[c] : 0.0);
+                group_affine<real_t>({own[0], own[1]}, weight[c], bias[c]);
             shift[c] = affine.shift;
             scale[c] = affine.scale;
             offset[c] = affine.offset;
@@ -492,12 +492,12 @@ struct ByInput {
             double mean_gradient = 0, mean_product = 0;
             const int64_t begin = g * shape.group_channels(), end = begin + shape.group_channels();
             for (int64_t c = begin; c < end; ++c) {
-                mean_gradient += gradients[c] * (weight ? weight[c] : 1.0) / count;
-                mean_product += products[c] * (weight ? weight[c] : 1.0) / count;
+                mean_gradient += gradients[c] * weight[c] / count;
+                mean_product += products[c] * weight[c] / count;
             }
             for (int64_t c = begin; c < end; ++c) {
                 const GroupGradient<real_t> found = group_gradient<real_t>(
-                    {statistics[2 * g], statistics[2 * g + 1]}, weight ? weight[c] : 1.0, mean_gradient, mean_product);
+                    {statistics[2 * g], statistics[2 * g + 1]}, weight[c], mean_gradient, mean_product);
                 by_gradient[c] = found.by_gradient;
                 by_input[c] = found.by_input;
                 constant[c] = found.constant;
@@ -620,11 +620,20 @@ Tensor zeros(const Tensor& like, const std::vector<int64_t>& size) {
     return torch::stable::zero_(result);
 }
 
-std::optional<Tensor> as_double(const std::optional<Tensor>& tensor) {
-    return tensor ? std::optional<Tensor>(contiguous_as(*tensor, ScalarType::Double)) : std::nullopt;
+// The numbers of weight or bias; `fill` for each channel where there is none.
+std::vector<double> numbers_of(const std::optional<Tensor>& tensor, int64_t channels, double fill) {
+    std::vector<double> numbers(static_cast<size_t>(channels), fill);
+    if (tensor) {
+        dispatch_floating("group_norm_relu", tensor->scalar_type(), [&](auto zero) {
+            using scalar_t = decltype(zero);
+            const scalar_t* source = data<scalar_t>(*tensor);
+            for (int64_t c = 0; c < channels; ++c) {
+                numbers[c] = load(source[c * stride_of(*tensor, 0)]);
+            }
+        });
+    }
+    return numbers;
 }
-
-const double* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? data<double>(*tensor) : nullptr; }
 
 std::tuple<Tensor, Tensor> group_norm_relu_cpu(
     const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t num_groups,
@@ -632,21 +641,21 @@ std::tuple<Tensor, Tensor> group_norm_relu_cpu(
     check_group_norm_relu(input, weight, bias, num_groups, eps);
     const Shape shape = shape_of(input, num_groups);
     const int64_t factor = upsample ? 2 : 1;
-    const Tensor statistics = zeros(input, {shape.batch, num_groups, 2});
+    Tensor statistics = empty_like_sized(input, {shape.batch, num_groups, 2}, ScalarType::Double);
     const MemoryFormat format = memory_format_of(input);
     const Tensor output = empty_like_sized(
         input, {shape.batch, shape.channels, factor * shape.height, factor * shape.width}, std::nullopt,
         input.numel() ? MemoryFormat::ChannelsLast : format);
     if (input.numel() == 0) {
-        return {output, statistics};
+        return {output, torch::stable::zero_(statistics)};
     }
     const Tensor source = channels_adjacent(input);
-    const std::optional<Tensor> scale = as_double(weight), shift = as_double(bias);
+    const auto scale = numbers_of(weight, shape.channels, 1.0), shift = numbers_of(bias, shape.channels, 0.0);
     dispatch_floating("group_norm_relu", input.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         const Map<const scalar_t> map = map_of<scalar_t>(source);
         compute_statistics(map, shape, eps, mutable_data<double>(statistics));
-        forward(map, shape, data<double>(statistics), data_or_null(scale), data_or_null(shift), upsample,
+        forward(map, shape, data<double>(statistics), scale.data(), shift.data(), upsample,
                 mutable_data<scalar_t>(output));
     });
     return {to_contiguous(output, format), statistics};
@@ -665,7 +674,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cpu(
     const Tensor grad_weight = zeros(input, {shape.channels}), grad_bias = zeros(input, {shape.channels});
     if (input.numel() != 0) {
         const Tensor source = channels_adjacent(input), gradient = channels_adjacent(as_dtype(grad_output, dtype));
-        const std::optional<Tensor> scale = as_double(weight), shift = as_double(bias);
+        const auto scale = numbers_of(weight, shape.channels, 1.0), shift = numbers_of(bias, shape.channels, 0.0);
         const Tensor own_statistics = to_contiguous(statistics);
         const bool in_place = accum_dtype(dtype) == dtype;
         const Tensor masked = in_place || !upsample
@@ -675,7 +684,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cpu(
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
             backward(map_of<scalar_t>(gradient), map_of<scalar_t>(source), shape, data<double>(own_statistics),
-                     data_or_null(scale), data_or_null(shift), upsample,
+                     scale.data(), shift.data(), upsample,
                      upsample ? mutable_data<real_t>(masked) : nullptr, mutable_data<scalar_t>(grad_input),
                      mutable_data<double>(grad_weight), mutable_data<double>(grad_bias));
         });

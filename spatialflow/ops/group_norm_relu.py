@@ -47,8 +47,10 @@ def group_norm_relu(
         Statistics and results are computed in float32 (float64 for float64 features) around the mean, so a mean that
         is large beside the deviations costs no digits. Sums have a fixed order: results and gradients do not
         depend on the number of threads, and are deterministic on CUDA too.
-        A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch; so do deviations whose
-        square overflows the type of the statistics. What an infinite weight or bias makes of its channel is left open. A group of one value gives max(bias, 0), as does a constant one.
+        A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch. So do deviations
+        whose square overflows the type of the statistics. Whether an infinite weight or bias makes infinity or NaN of
+        its channel is left open, as is what an infinite incoming gradient makes of its group. A group of one value
+        gives max(bias, 0), as does a constant one.
         No images, channels, rows or columns: an empty result, and zero gradients of weight and bias.
         Channels-last features are read where they are. Others are copied into that layout, and the result back.
         Gradients flow to `input`, `weight` and `bias`, in reverse and forward mode and to any order; those of higher

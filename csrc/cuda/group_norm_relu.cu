@@ -521,8 +521,8 @@ __device__ __forceinline__ void gather_column(
     finish(low + 1, below);
 }
 
-template <typename scalar_t, int kWidth>
-__global__ void __launch_bounds__(kThreads, 2) group_norm_relu_gradient_sums_kernel(
+template <typename scalar_t, bool kUpsample, int kWidth>
+__global__ void __launch_bounds__(kThreads, kUpsample ? 1 : 2) group_norm_relu_gradient_sums_kernel(
     const NormMap<const scalar_t> grad_output, const NormMap<const scalar_t> input,
     Global<const double> statistics, const ByChannel<accum_t<scalar_t>> by_channel,
     Global<accum_t<scalar_t>> masked,  // (N, H, W, C), where upsampled
@@ -536,7 +536,7 @@ __global__ void __launch_bounds__(kThreads, 2) group_norm_relu_gradient_sums_ker
     GradientSums<real_t, kWidth> sums;
     if (place.has_channels(shape)) {
         const AffineVector<real_t, kWidth> affine = affine_of(statistics, by_channel, shape, place);
-        if (parts.column_blocks > 0) {
+        if constexpr (kUpsample) {
             gather_column(grad_output, input, masked, affine, shape, parts, place, sums);
         } else {
             const int begin = place.block * parts.extent + place.pixel_lane;
@@ -856,26 +856,34 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cuda(
                 const Tensor table =
                     empty_like_sized(input, {shape.batch, parts.blocks, shape.channels, 2}, ScalarType::Double);
                 const Tensor sums = empty_like_sized(input, {shape.batch, shape.channels, 2}, ScalarType::Double);
-                launch<group_norm_relu_gradient_sums_kernel<scalar_t, kWidth>>(
-                    grid_of(shape, parts), dim3(kThreads), 0, device.stream(), map_of<scalar_t>(gradient),
-                    map_of<scalar_t>(source), data<double>(own_statistics), by_channel,
-                    masked ? mutable_data<real_t>(*masked) : Global<real_t>(nullptr), mutable_data<double>(table),
-                    shape, parts);
+                const auto run_sums = [&](auto upsampled, Global<real_t> kept) {
+                    launch<group_norm_relu_gradient_sums_kernel<scalar_t, decltype(upsampled)::value, kWidth>>(
+                        grid_of(shape, parts), dim3(kThreads), 0, device.stream(), map_of<scalar_t>(gradient),
+                        map_of<scalar_t>(source), data<double>(own_statistics), by_channel, kept,
+                        mutable_data<double>(table), shape, parts);
+                };
+                if (masked) {
+                    run_sums(std::true_type{}, mutable_data<real_t>(*masked));
+                } else {
+                    run_sums(std::false_type{}, Global<real_t>(nullptr));
+                }
                 launch<group_norm_relu_channel_sums_kernel<real_t>>(
                     dim3(grid_size("group_norm_relu", ceil_div(shape.channels, kWarps))), dim3(kThreads), 0,
                     device.stream(), data<double>(table), data<double>(own_statistics), mutable_data<double>(sums),
                     mutable_data<real_t>(grad_weight), mutable_data<real_t>(grad_bias), shape, parts.blocks);
                 const Parts pixels = pixel_parts(shape, kGroupNormRun);
+                const auto run_gradient = [&](auto is_masked, const auto& map) {
+                    using gradient_t = std::conditional_t<decltype(is_masked)::value, real_t, scalar_t>;
+                    launch<
+                        group_norm_relu_input_gradient_kernel<scalar_t, gradient_t, decltype(is_masked)::value, kWidth>>(
+                        grid_of(shape, pixels), dim3(kThreads), 0, device.stream(), map, map_of<scalar_t>(source),
+                        data<double>(own_statistics), by_channel, data<double>(sums),
+                        mutable_data<scalar_t>(grad_input), shape, pixels);
+                };
                 if (masked) {
-                    launch<group_norm_relu_input_gradient_kernel<scalar_t, real_t, true, kWidth>>(
-                        grid_of(shape, pixels), dim3(kThreads), 0, device.stream(), map_of<real_t>(*masked),
-                        map_of<scalar_t>(source), data<double>(own_statistics), by_channel, data<double>(sums),
-                        mutable_data<scalar_t>(grad_input), shape, pixels);
+                    run_gradient(std::true_type{}, map_of<real_t>(*masked));
                 } else {
-                    launch<group_norm_relu_input_gradient_kernel<scalar_t, scalar_t, false, kWidth>>(
-                        grid_of(shape, pixels), dim3(kThreads), 0, device.stream(), map_of<scalar_t>(gradient),
-                        map_of<scalar_t>(source), data<double>(own_statistics), by_channel, data<double>(sums),
-                        mutable_data<scalar_t>(grad_input), shape, pixels);
+                    run_gradient(std::false_type{}, map_of<scalar_t>(gradient));
                 }
             });
         });

@@ -31,8 +31,8 @@ def group_norm_relu(
     Args:
         input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
         num_groups: groups of adjacent channels; it divides C.
-        weight: factor of each channel (C,), any floating dtype; None: 1.
-        bias: summand of each channel (C,), any floating dtype; None: 0.
+        weight: factor of each channel (C,); any floating dtype, used in that of the statistics; None: 1.
+        bias: summand of each channel (C,), as `weight`; None: 0.
         eps: added to the variance; finite, 0 or more.
         upsample: whether the result is enlarged to (2H, 2W) by bilinear interpolation with aligned corners: the corner
             pixels keep their values.

@@ -267,8 +267,11 @@ def group_norm_relu(draw: Draw, limits: Limits) -> dict:
     groups = draw(one_of(1, 2, 3, 5, 8))
     channels = groups * draw(sizes(max(limits.channels // groups, 1))) if not empty else draw(one_of(0, groups))
     height = draw(one_of(0, 1)) if empty else draw(sizes(limits.side))
+    parameters = FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")  # the type of sums holds them
     by_channel = [
-        tensor(draw, [channels], draw(one_of(dtype, *FLOATS)), weights(draw), grad=True) if draw(st.booleans()) else None
+        tensor(draw, [channels], draw(one_of(dtype, *parameters)), weights(draw), grad=True)
+        if draw(st.booleans())
+        else None
         for _ in range(2)
     ]
     return {

@@ -8,6 +8,7 @@ set(ops
     flow_conv2d
     flow_conv2d_backward
     flow_tower
+    group_norm_relu
     multiclass_nms
     multilevel_roi_align
     nms

@@ -460,6 +460,35 @@ class TestPreprocessImages:
         assert np.array_equal(exact, brute_force.preprocess_images([image, halved], [size, size], *settings[:3]))
 
 
+class TestGroupNormRelu:
+    @DTYPES
+    @pytest.mark.parametrize("upsample", [False, True])
+    @pytest.mark.parametrize("shape", [(2, 6, 4, 5), (1, 6, 1, 3), (1, 6, 3, 1), (1, 6, 1, 1)], ids=str)
+    def test_shapes(self, dtype: torch.dtype, upsample: bool, shape: tuple[int, ...]) -> None:
+        input, weight, bias = (random(*size).to(dtype) * 3 for size in (shape, (6,), (6,)))
+        for groups in (1, 2, 6):
+            compare("group_norm_relu", input, groups, weight, bias, 1e-3, upsample, dtype=dtype)
+        compare("group_norm_relu", input, 3, upsample=upsample, dtype=dtype)
+
+    @pytest.mark.parametrize("bad", [NAN, INF, -INF])
+    def test_values_that_are_not_finite(self, bad: float) -> None:
+        input = random(1, 4, 3, 3)
+        input[0, 2, 1, 2] = bad
+        for upsample in (False, True):
+            result = compare("group_norm_relu", input, 2, upsample=upsample, dtype=torch.float64)
+            assert np.isnan(result[0]).any(axis=(0, 2, 3)).tolist() == [False, False, True, True]
+
+    @pytest.mark.parametrize("shape", [(0, 4, 2, 3), (2, 0, 2, 3), (2, 4, 0, 3), (2, 4, 3, 0)])
+    def test_empty(self, shape: tuple[int, ...]) -> None:
+        for upsample in (False, True):
+            compare("group_norm_relu", random(*shape), 2, upsample=upsample, dtype=torch.float64)
+
+    @pytest.mark.parametrize("upsample", [False, True])
+    def test_gradients(self, upsample: bool) -> None:
+        args = (random(2, 4, 3, 2), 2, random(4), random(4), 0.1, upsample)
+        compare_gradients("group_norm_relu", *args, differentiable=(0, 2, 3))
+
+
 class TestSigmoidFocalLoss:
     logits = rows([0, 3, -4], [NAN, INF, -INF], [40, -40, 200], [0.5, 1e4, -1e4], [NAN, NAN, NAN])
     labels = torch.tensor([2, 3, 0, 1, -1])

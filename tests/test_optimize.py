@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden_models import assert_close, golden_model
 from small_models import VARIANTS, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow.models import optimize
 from spatialflow.models.optimize import optimize_for_inference
@@ -57,6 +58,31 @@ def test_goldens(goldens):
     for i in range(2):
         labels = stuff_labels(quarter[i], (224, 288), (224, 288))
         assert np.array_equal(labels.numpy(), arrays["stuff_argmax"][i])
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operators that were called, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_stuff_head_stays_channels_last():
+    """Six blocks, each a convolution and one operator after it: no pass for ReLU or upsampling, no copy of a layout."""
+    head = optimize_for_inference(random_model("tiny")).stuff_head
+    channels, sizes = head.blocks[0][0].conv.packed.weight.shape[1], ((8, 12), (4, 6), (2, 3))
+    features = [torch.randn(1, channels, *size).to(memory_format=torch.channels_last) for size in sizes]
+    with torch.inference_mode(), Recorded() as recorded:
+        logits = head(features)
+    assert logits.is_contiguous(memory_format=torch.channels_last)
+    assert recorded.names.count("group_norm_relu") == 6 and recorded.names.count("upsample_bilinear2d") == 1
+    unwanted = {"native_group_norm", "relu", "relu_", "clone", "_to_copy", "copy_", "contiguous"}
+    assert not unwanted & set(recorded.names), recorded.names
 
 
 def test_source_is_neither_changed_nor_shared():

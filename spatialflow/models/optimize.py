@@ -26,6 +26,7 @@ from spatialflow.ops import (
     deform_conv2d,
     flow_conv2d,
     flow_tower,
+    group_norm_relu,
     pack_conv3x3,
     pack_flow_tower,
 )
@@ -344,28 +345,36 @@ class PackedStuffHead(StuffHead):
 
     def __init__(self, head: StuffHead):
         nn.Module.__init__(self)
-        self.blocks = nn.ModuleList(nn.ModuleList(map(PackedConvNorm, block)) for block in head.blocks)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(PackedConvNorm(block, upsample=block is not branch[-1]) for block in branch))
+            for branch in head.blocks
+        )
         self.logits = FusedConv(head.logits)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         total = None
         for branch, x in zip(self.blocks, features):
-            for i, block in enumerate(branch):
-                x = block(x if i == 0 else upsample(x, 2))
+            x = branch(x)
             total = x if total is None else total.add_(x)
         return upsample(self.logits(total), 2)
 
 
 class PackedConvNorm(nn.Module):
-    """`ConvNormUp` with its convolution packed, without the upsampling."""
+    """`ConvNormUp` with its convolution packed, and norm, ReLU and upsampling in one pass.
 
-    def __init__(self, block: ConvNormUp):
+    Args:
+        block: the plain block.
+        upsample: whether it keeps its upsampling.
+    """
+
+    def __init__(self, block: ConvNormUp, upsample: bool):
         super().__init__()
         self.conv = PackedConv3x3(block.conv)
-        self.norm = block.norm
+        self.norm, self.upsample = block.norm, upsample
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)).relu_()
+        norm = self.norm
+        return group_norm_relu(self.conv(x), norm.num_groups, norm.weight, norm.bias, norm.eps, self.upsample)
 
 
 def optimize_for_inference(

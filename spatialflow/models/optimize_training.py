@@ -14,7 +14,7 @@ from spatialflow.models.heads import BoxHead, StuffHead, upsample
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
-from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower
+from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower, group_norm_relu
 
 
 class TrainingConv(nn.Module):
@@ -137,7 +137,8 @@ MOST_OUTPUTS_ON_CUDA = 64
 
 
 class TrainingStuffHead(StuffHead):
-    """`StuffHead` that sums and classifies before the last upsampling, which all branches share: both are linear."""
+    """`StuffHead` with norm, ReLU and upsampling in one pass, without the last upsampling: summed and classified before
+    it, which all branches share, as both are linear."""
 
     def __init__(self, head: StuffHead):
         nn.Module.__init__(self)
@@ -147,7 +148,10 @@ class TrainingStuffHead(StuffHead):
         total = None
         for branch, x in zip(self.blocks, features):
             for i, block in enumerate(branch):
-                x = block.norm(block.conv(x if i == 0 else upsample(x, 2))).relu_()
+                norm = block.norm
+                x = group_norm_relu(
+                    block.conv(x), norm.num_groups, norm.weight, norm.bias, norm.eps, upsample=i + 1 < len(branch)
+                )
             total = x if total is None else total + x
         return upsample(self.logits(total), 2)
 

@@ -28,6 +28,7 @@ from spatialflow.ops.flow_tower import (  # noqa: E402
     flow_tower,
     pack_flow_tower,
 )
+from spatialflow.ops.group_norm_relu import group_norm_relu  # noqa: E402
 from spatialflow.ops.multiclass_nms import Detections, multiclass_nms  # noqa: E402
 from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
 from spatialflow.ops.nms import batched_nms, nms  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "deform_conv2d",
     "flow_conv2d",
     "flow_tower",
+    "group_norm_relu",
     "multiclass_nms",
     "multilevel_roi_align",
     "nms",

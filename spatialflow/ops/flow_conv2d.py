@@ -92,9 +92,12 @@ def flow_conv2d(
     """
     if isinstance(weight, list):
         levels = [level for entry in _as_levels(x) for level in _as_levels(entry)]
-        convs = [conv for conv in weight if isinstance(conv, PackedConv)]
-        biases = [bias for conv in convs for bias in (conv.bias, conv.packed_bias)]
-        if not are_tensors(*levels, *(part for conv in convs for part in conv[:2]), optional=biases):
+        weights, biases = [], []
+        for conv in weight:
+            is_packed = isinstance(conv, PackedConv)
+            weights += conv[:2] if is_packed else [conv]
+            biases += (conv.bias, conv.packed_bias) if is_packed else ()
+        if not are_tensors(*levels, *weights, optional=biases):
             return with_arrays(flow_conv2d, locals())
         return _convolve_group(x, flow, weight, bias, relu)
     levels, flows = _as_levels(x), [] if flow is None else _as_levels(flow)

@@ -577,6 +577,54 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
     return result
 
 
+# Normalization
+
+
+def _doubled(values: np.ndarray) -> np.ndarray:
+    """(S, ...) -> (2 S, ...): linear interpolation along the first axis, the first and the last value kept."""
+    size = len(values)
+    result = []
+    for index in range(2 * size):
+        place = index * (size - 1) / (2 * size - 1)
+        low = min(int(place), size - 1)
+        high = min(low + 1, size - 1)
+        result.append(values[low] * (1 - (place - low)) + values[high] * (place - low))
+    return np.array(result).reshape(2 * size, *values.shape[1:])
+
+
+@_silent
+def group_norm_relu(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    upsample: bool = False,
+) -> np.ndarray:
+    values = _array(input)
+    batch, channels, height, width = values.shape
+    by_group = channels // num_groups
+    result = np.zeros(values.shape)
+    if values.size == 0:
+        return np.zeros((batch, channels, 2 * height, 2 * width)) if upsample else result
+    for n in range(batch):
+        for c in range(channels):
+            first = c // by_group * by_group
+            group = values[n, first : first + by_group]
+            mean = group.sum() / group.size
+            variance = ((group - mean) ** 2).sum() / group.size
+            result[n, c] = (values[n, c] - mean) / np.sqrt(variance + eps)
+            if weight is not None:
+                result[n, c] *= _array(weight)[c]
+            if bias is not None:
+                result[n, c] += _array(bias)[c]
+    result = np.where(result < 0, 0, result)
+    if upsample:
+        result = np.moveaxis(_doubled(np.moveaxis(result, 2, 0)), 0, 2)
+        result = np.moveaxis(_doubled(np.moveaxis(result, 3, 0)), 0, 3)
+    return result
+
+
 # Loss
 
 

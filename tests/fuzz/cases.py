@@ -260,6 +260,32 @@ def _flow_tower(draw: Draw, limits: Limits) -> dict:
     return {"levels": levels, "parameters": parameters, "algorithm": draw(one_of("auto", "direct", "winograd"))}
 
 
+def group_norm_relu(draw: Draw, limits: Limits) -> dict:
+    dtype = draw(one_of(*FLOATS))
+    empty = draw(very_rarely)
+    batch = draw(one_of(1, 2, 3, 0)) if empty else draw(one_of(1, 2))
+    groups = draw(one_of(1, 2, 3, 5, 8))
+    channels = groups * draw(sizes(max(limits.channels // groups, 1))) if not empty else draw(one_of(0, groups))
+    height = draw(one_of(0, 1)) if empty else draw(sizes(limits.side))
+    parameters = FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")  # the type of sums holds them
+    by_channel = [
+        tensor(draw, [channels], draw(one_of(dtype, *parameters)), weights(draw), grad=True)
+        if draw(st.booleans())
+        else None
+        for _ in range(2)
+    ]
+    return {
+        "input": tensor(
+            draw, [batch, channels, height, draw(sizes(limits.side))], dtype, features(draw(one_of(1.0, 30.0))), grad=True
+        ),
+        "num_groups": groups,
+        "weight": by_channel[0],
+        "bias": by_channel[1],
+        "eps": draw(one_of(1e-5, 1e-3, 0.5)),
+        "upsample": draw(st.booleans()),
+    }
+
+
 def multilevel_roi_align(draw: Draw, limits: Limits) -> dict:
     dtype = draw(one_of(*FLOATS))
     batch, channels = draw(one_of(1, 2)), draw(sizes(limits.channels))
@@ -405,6 +431,7 @@ OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
     "deform_conv2d": deform_conv2d,
     "flow_conv2d": _flow_conv2d,
     "flow_tower": _flow_tower,
+    "group_norm_relu": group_norm_relu,
     "multiclass_nms": multiclass_nms,
     "multilevel_roi_align": multilevel_roi_align,
     "nms": nms,

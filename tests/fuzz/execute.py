@@ -314,7 +314,7 @@ class _Trial:
         if not operator.linear:
             return None
         absolute = operator.absolute(given)
-        sizes = question(operator.reference, absolute, True)
+        sizes = question(operator.sizes or operator.reference, absolute, True)
         if operator.places and self.incoming:
             # Derivatives by places are differences of neighbors: no larger than those, times the outputs summed over.
             results = leaves(operator.reference(**absolute))

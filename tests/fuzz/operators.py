@@ -36,6 +36,8 @@ class Operator:
         nearby: arguments a rounding away from the given ones, in float64.
         nearby_for: the questions where that makes a difference: "result", "gradient".
         linear: arguments that enter linearly; their absolute values tell the size of the terms of the sums.
+        sizes: like the reference, but its results and derivatives for such absolute values are the sizes of the terms,
+            where those of the reference are not: an argument enters both linearly and otherwise. None: the reference.
         places: whether there is a gradient by the places of samples.
         poisons: the reference spreads what is not finite further than the operator does, as it multiplies it by zero;
             results that it makes not finite are not compared.
@@ -57,6 +59,7 @@ class Operator:
     nearby: Callable[[dict, float], Iterator[dict]] = lambda arguments, epsilon: iter(())
     nearby_for: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
+    sizes: Callable[..., Any] | None = None
     places: bool = False
     poisons: bool = False
     composed: bool = False
@@ -141,6 +144,31 @@ def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
         return True
     # Layers multiply: what those before made, or a gradient, may overflow in between, where float64 does not.
     return not all(bool(t.detach().isfinite().all()) for t in weights) or _overflows(arguments, tensors)
+
+
+def _upsets_norm(arguments: dict, tensors: list[Tensor]) -> bool:
+    """Squares of deviations overflow. Whether infinite parameters make infinity or NaN of their channel, and infinite
+    gradients of their group, is left open."""
+    gradients = tensors[len(leaves(arguments)) :]
+    open_ones = leaves([arguments["weight"], arguments["bias"], gradients])
+    return any(bool(t.detach().isinf().any()) for t in open_ones) or _overflows(arguments, tensors)
+
+
+def _sizes_of_norm(
+    *, input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, upsample: bool
+) -> Tensor:
+    """The norm without what derivatives of mean and deviation take away again, and without ReLU."""
+    groups = input.reshape(len(input), num_groups, input[0].numel() // num_groups if len(input) else 0)
+    deviation = (groups.var(dim=2, keepdim=True, correction=0) + eps).sqrt().detach()
+    normalized = (groups - groups.mean(dim=2, keepdim=True)).detach().abs()
+    result = ((normalized + (groups - groups.detach())) / deviation).reshape(input.shape)
+    result = result if weight is None else result * weight[:, None, None]
+    result = result if bias is None else result + bias[:, None, None]
+    if not upsample:
+        return result
+    if result.numel() == 0:
+        return result.reshape(*input.shape[:2], 2 * input.shape[2], 2 * input.shape[3])
+    return torch.nn.functional.interpolate(result, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 def _is_cuda() -> bool:
@@ -267,6 +295,16 @@ OPERATORS: dict[str, Operator] = {
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
         unstable=_upsets_convolution,
+    ),
+    "group_norm_relu": Operator(
+        ops.group_norm_relu,
+        reference.group_norm_relu, brute_force.group_norm_relu,
+        differentiable=("input", "weight", "bias"),
+        nearby=_nearby("input", "bias"),
+        nearby_for=("gradient",),
+        linear=("weight", "bias"),
+        sizes=_sizes_of_norm,
+        unstable=_upsets_norm,
     ),
     "multilevel_roi_align": Operator(
         ops.multilevel_roi_align,

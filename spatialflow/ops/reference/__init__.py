@@ -4,6 +4,7 @@
 from spatialflow.ops.reference.deform_conv2d import deform_conv2d
 from spatialflow.ops.reference.flow_conv2d import flow_conv2d
 from spatialflow.ops.reference.flow_tower import flow_tower
+from spatialflow.ops.reference.group_norm_relu import group_norm_relu
 from spatialflow.ops.reference.multiclass_nms import multiclass_nms
 from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
 from spatialflow.ops.reference.nms import batched_nms, nms
@@ -20,6 +21,7 @@ __all__ = [
     "deform_conv2d",
     "flow_conv2d",
     "flow_tower",
+    "group_norm_relu",
     "multiclass_nms",
     "multilevel_roi_align",
     "nms",

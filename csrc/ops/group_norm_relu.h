@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// group_norm_relu: argument checks shared by all back ends. Schemas in group_norm_relu.cpp.
+#pragma once
+
+#include "ops/tensor.h"
+
+namespace spatialflow {
+
+inline void check_group_norm_relu(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t num_groups,
+    double eps) {
+    constexpr const char* kOp = "group_norm_relu";
+    check_dim(kOp, "input", input, 4, "(N, C, H, W)");
+    check_floating(kOp, "input", input);
+    check(num_groups >= 1 && input.size(1) % num_groups == 0, kOp, ": num_groups must be positive and divide the ",
+          input.size(1), " channels of input, got ", num_groups);
+    check(eps >= 0 && eps - eps == 0, kOp, ": eps must be a finite number >= 0, got ", eps);
+    const std::pair<const char*, const std::optional<Tensor>&> affine[] = {{"weight", weight}, {"bias", bias}};
+    for (const auto& [name, tensor] : affine) {
+        if (tensor) {
+            check(tensor->dim() == 1 && tensor->size(0) == input.size(1), kOp, ": ", name, " must have shape (",
+                  input.size(1), "), one number per channel of input, got shape ", shape_string(*tensor));
+            check_floating(kOp, name, *tensor);
+            check_same_device(kOp, name, *tensor, "input", input);
+        }
+    }
+}
+
+inline void check_group_norm_relu_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& statistics, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, int64_t num_groups, bool upsample) {
+    constexpr const char* kOp = "group_norm_relu_backward";
+    check_group_norm_relu(input, weight, bias, num_groups, 0.0);
+    const int64_t factor = upsample ? 2 : 1;
+    check(grad_output.dim() == 4 && grad_output.size(0) == input.size(0) && grad_output.size(1) == input.size(1) &&
+              grad_output.size(2) == factor * input.size(2) && grad_output.size(3) == factor * input.size(3),
+          kOp, ": grad_output must have shape (", input.size(0), ", ", input.size(1), ", ", factor * input.size(2),
+          ", ", factor * input.size(3), "), got ", shape_string(grad_output));
+    check_floating(kOp, "grad_output", grad_output);
+    check_same_device(kOp, "grad_output", grad_output, "input", input);
+    check(statistics.dim() == 3 && statistics.size(0) == input.size(0) && statistics.size(1) == num_groups &&
+              statistics.size(2) == 2,
+          kOp, ": statistics must have shape (", input.size(0), ", ", num_groups, ", 2), got ",
+          shape_string(statistics));
+    check_dtype(kOp, "statistics", statistics, ScalarType::Double);
+    check_same_device(kOp, "statistics", statistics, "input", input);
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GroupNorm and ReLU in one operator, with bilinear upsampling by two in the same pass where it follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spatialflow.ops.checking import present, require_tensors
+from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.fake import register_fake
+from spatialflow.ops.layout import memory_format_of
+
+
+def group_norm_relu(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    upsample: bool = False,
+) -> Tensor:
+    """Normalizes groups of channels, scales and shifts each channel, clamps at zero, and doubles the map if asked to.
+
+    With x a value of a group, y = max((x - mean) / sqrt(variance + eps) * weight + bias, 0). Mean and variance
+    (divided by the number of values) are those of the C / num_groups * H * W values of the group in its image.
+
+    Args:
+        input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
+        num_groups: groups of adjacent channels; it divides C.
+        weight: factor of each channel (C,); any floating dtype, used in that of the statistics; None: 1.
+        bias: summand of each channel (C,), as `weight`; None: 0.
+        eps: added to the variance; finite, 0 or more.
+        upsample: whether the result is enlarged to (2H, 2W) by bilinear interpolation with aligned corners: the corner
+            pixels keep their values.
+
+    Returns:
+        (N, C, H, W), or (N, C, 2H, 2W) with `upsample`, in the dtype of `input`; channels-last if `input` is.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or number that does not fit, naming the argument.
+
+    Remarks:
+        Statistics and results are computed in float32 (float64 for float64 features) around the mean, so a mean that
+        is large beside the deviations costs no digits. Sums have a fixed order: results and gradients do not
+        depend on the number of threads, and are deterministic on CUDA too.
+        A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch. So do deviations
+        whose square overflows the type of the statistics. Whether an infinite weight or bias makes infinity or NaN of
+        its channel is left open, as is what an infinite incoming gradient makes of its group. A group of one value
+        gives max(bias, 0), as does a constant one.
+        No images, channels, rows or columns: an empty result, and zero gradients of weight and bias.
+        Channels-last features are read where they are. Others are copied into that layout, and the result back.
+        Gradients flow to `input`, `weight` and `bias`, in reverse and forward mode and to any order; those of higher
+        order are made of torch's own operators. ReLU has no gradient at zero.
+
+    Example:
+        >>> features = torch.randn(2, 128, 25, 42).to(memory_format=torch.channels_last)
+        >>> group_norm_relu(features, 32, torch.ones(128), torch.zeros(128), upsample=True).shape
+        torch.Size([2, 128, 50, 84])
+
+    Source: Wu and He, Group Normalization (2018), equations 1, 2 and 6; result of torch.nn.functional.group_norm, relu
+    and interpolate(scale_factor=2, mode="bilinear", align_corners=True).
+    """
+    require_tensors("group_norm_relu", input=input, **present(weight=weight, bias=bias))
+    return _group_norm_relu(autocast(input), weight, bias, num_groups, float(eps), bool(upsample))[0]
+
+
+@register_fake("group_norm_relu")
+def _(input, weight, bias, num_groups, eps, upsample):
+    torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
+    factor = 2 if upsample else 1
+    batch, channels, height, width = input.shape
+    size, memory_format = (batch, channels, factor * height, factor * width), memory_format_of(input)
+    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format)
+    return output, input.new_empty((batch, num_groups, 2), dtype=torch.float64)
+
+
+@register_fake("_group_norm_relu_backward")
+def _(grad_output, input, statistics, weight, bias, num_groups, upsample):
+    torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
+    grad_input = torch.empty(
+        input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
+    )
+    size = (input.shape[1],)
+    by_channel = [input.new_empty(size, dtype=(input if t is None else t).dtype) for t in (weight, bias)]
+    return grad_input, *by_channel
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, weight, bias, ctx.num_groups, ctx.eps, ctx.upsample = inputs
+    ctx.save_for_backward(input, weight, bias, output[1])
+    ctx.save_for_forward(input, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, needs: Any, grad_output: Tensor | None, _: None) -> tuple:
+    if grad_output is None:
+        return (None,) * 6
+    input, weight, bias, statistics = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a derivative of these gradients may follow
+        grads = _Composed(input, weight, bias, ctx.num_groups, ctx.eps, ctx.upsample).gradients(grad_output)
+    else:
+        grads = torch.ops.spatialflow._group_norm_relu_backward(
+            grad_output, input, statistics, weight, bias, ctx.num_groups, ctx.upsample
+        )
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs)) + (None,) * 3
+
+
+def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
+    input, weight, bias, _statistics = ctx.saved_tensors
+    composed = _Composed(input, weight, bias, ctx.num_groups, ctx.eps, ctx.upsample)
+    return composed.tangent(input_t, weight_t, bias_t), None
+
+
+class _Composed:
+    """Derivatives made of torch's operators, which can be differentiated again, to first order in a direction.
+
+    Features are (N, G, C / G, H, W) here, numbers by channel (G, C / G, 1, 1), in the type of the statistics.
+    """
+
+    def __init__(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, upsample: bool
+    ) -> None:
+        self.input, self.weight, self.bias, self.upsample = input, weight, bias, upsample
+        self.groups = (num_groups, input.shape[1] // num_groups)
+        self.dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        grouped = self._grouped(input)
+        centered = grouped - self._mean(grouped)
+        self.rstd = (self._mean(centered.square()) + eps).rsqrt()
+        self.normalized = centered * self.rstd
+        self.factor = 1 if weight is None else self._by_channel(weight)
+        self.before_relu = self.normalized * self.factor + (0 if bias is None else self._by_channel(bias))
+
+    def tangent(self, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor | None:
+        """The output's tangent."""
+        terms = []
+        if input_t is not None:
+            terms.append(self._through_norm(self._grouped(input_t)) * self.factor)
+        if weight_t is not None:
+            terms.append(self.normalized * self._by_channel(weight_t))
+        if bias_t is not None:
+            terms.append(self._by_channel(bias_t).expand_as(self.normalized))
+        if not terms:
+            return None
+        tangent = self._where_active(sum(terms[1:], terms[0])).reshape(self.input.shape)
+        if self.upsample:
+            size = [2 * side for side in tangent.shape[2:]]
+            tangent = (
+                F.interpolate(tangent, size, mode="bilinear", align_corners=True)
+                if tangent.numel() > 0
+                else tangent.new_zeros((*tangent.shape[:2], *size))
+            )
+        return tangent.to(self.input.dtype, memory_format=memory_format_of(self.input))
+
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those by input, weight and bias."""
+        gradient = grad_output.to(self.dtype)
+        if self.upsample and gradient.numel() > 0:
+            gradient = torch.ops.aten.upsample_bilinear2d_backward(
+                gradient, list(gradient.shape[2:]), list(self.input.shape), True, None, None
+            )
+        gradient = self._where_active(self._grouped(gradient.reshape(self.input.shape)))
+        by_input = self._through_norm(gradient * self.factor).reshape(self.input.shape)
+        sums = [t.sum(dim=(0, 3, 4)).flatten() for t in (gradient * self.normalized, gradient)]
+        by_weight, by_bias = (
+            total.to((self.input if tensor is None else tensor).dtype)
+            for total, tensor in zip(sums, (self.weight, self.bias))
+        )
+        return by_input.to(self.input.dtype, memory_format=memory_format_of(self.input)), by_weight, by_bias
+
+    def _grouped(self, features: Tensor) -> Tensor:
+        batch, _, height, width = features.shape
+        return features.to(self.dtype).reshape(batch, *self.groups, height, width)
+
+    def _by_channel(self, numbers: Tensor) -> Tensor:
+        return numbers.to(self.dtype).reshape(*self.groups, 1, 1)
+
+    def _mean(self, grouped: Tensor) -> Tensor:
+        return grouped.mean(dim=(2, 3, 4), keepdim=True)
+
+    def _through_norm(self, grouped: Tensor) -> Tensor:
+        """The product with the normalization's Jacobian, which is symmetric."""
+        projected = grouped - self._mean(grouped) - self.normalized * self._mean(grouped * self.normalized)
+        return projected * self.rstd
+
+    def _where_active(self, grouped: Tensor) -> Tensor:
+        return torch.where(self.before_relu <= 0, 0, grouped)  # NaN passes
+
+
+_group_norm_relu = DifferentiableOp("group_norm_relu", setup_context=_setup_context, backward=_backward, jvp=_jvp)

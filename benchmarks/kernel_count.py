@@ -99,8 +99,8 @@ class CountKernels(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         namespace, name = func.name().split(".")[0].split("::")
         if namespace == "spatialflow":
-            layouts, casts = self._hidden_layouts(args, result), _hidden_casts(name, args)
-            self._add(name, LAUNCHES[name](*args), layouts, casts)
+            self._add(name, LAUNCHES[name](*args), self._hidden_layouts(args, result), _weight_casts(name, args))
+            self.kernels[self.stage] += _other_casts(name, args)
         elif not (name in FREE or _is_view(func, args, result)):
             if name in ("conv2d", "convolution"):
                 has_bias = len(args) > 2 and args[2] is not None
@@ -152,13 +152,22 @@ def _is_map(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_floating_point() and min(tensor.shape[1], tensor.shape[2:].numel()) > 1
 
 
-def _hidden_casts(name: str, args: tuple) -> int:
-    """Biases that a convolution converts to the dtype of its sums before it starts."""
-    if name not in ("_flow_conv2d_packed", "_flow_conv2d_group", "flow_tower"):
-        return 0
-    biases = args[2] if name == "flow_tower" else args[3]
-    tensors = [bias for bias in tree_leaves(biases) if isinstance(bias, Tensor)]
-    return sum(t.numel() > 0 and t.dtype not in (torch.float32, torch.float64) for t in tensors)
+def _casts(tensors: Any, *taken: torch.dtype) -> int:
+    """Tensors that an operator of the package converts, as it reads other dtypes."""
+    given = [t for t in tree_leaves(tensors) if isinstance(t, Tensor)]
+    return sum(t.numel() > 0 and t.dtype not in taken for t in given)
+
+
+def _weight_casts(name: str, args: tuple) -> int:
+    """Conversions of weights and biases to the dtype of sums; packed weights have none."""
+    place = {"_flow_conv2d_packed": 3, "_flow_conv2d_group": 3, "flow_tower": 2, "group_norm_relu": slice(1, 3)}
+    return _casts(args[place[name]], torch.float32, torch.float64) if name in place else 0
+
+
+def _other_casts(name: str, args: tuple) -> int:
+    """Conversions of boxes and scores, which are few numbers, to float64."""
+    place = {"paste_masks": [1], "panoptic_merge": [1, 3]}.get(name, [])
+    return _casts([args[index] for index in place], torch.float64)
 
 
 def name_stages(pipeline: Pipeline, within: Callable[[str], Any]) -> None:

@@ -38,7 +38,7 @@ def cases():
     instances = (torch.rand(3, 8, 9) > 0.6, torch.rand(3), torch.tensor([5, 6, 7]))
     stuff = torch.randint(2, (8, 9))
     offset, mask = torch.randn(2, 18, 10, 12), torch.rand(2, 9, 10, 12)
-    logits = torch.randn(4, 3)
+    logits, norm = torch.randn(4, 3), torch.randn(2, pyramid[0].shape[1])
     return {
         "roi_align": (ops.roi_align, {"input": pyramid[0], "boxes": box_rows(5, 2), "output_size": 3}),
         "roi_align, list": (ops.roi_align, {
@@ -56,8 +56,13 @@ def cases():
         "deform_conv2d, optional": (ops.deform_conv2d, {
             "input": pyramid[0], "offset": offset, "weight": weight, "bias": bias, "padding": 1, "mask": mask}),
         "sigmoid_focal_loss": (ops.sigmoid_focal_loss, {"logits": logits, "labels": torch.tensor([0, 1, 3, -1])}),
+        "group_norm_relu": (ops.group_norm_relu, {"input": pyramid[0], "num_groups": 2, "upsample": True}),
+        "group_norm_relu, optional": (ops.group_norm_relu, {
+            "input": pyramid[0], "num_groups": 1, "weight": norm[0], "bias": norm[1]}),
         "flow_conv2d": (ops.flow_conv2d, {"x": pyramid[0], "flow": None, "weight": weight}),
         "flow_conv2d, list": (ops.flow_conv2d, {"x": pyramid, "flow": pyramid, "weight": weight, "bias": bias}),
+        "flow_conv2d, several": (ops.flow_conv2d, {
+            "x": [pyramid, pyramid[0]], "flow": None, "weight": [packed, packed]}),
         "flow_conv2d, packed": (ops.flow_conv2d, {"x": pyramid, "flow": pyramid, "weight": packed}),
         "pack_conv3x3": (ops.pack_conv3x3, {"weight": weight, "bias": bias}),
         "flow_tower": (ops.flow_tower, {"levels": pyramid, "parameters": convs}),

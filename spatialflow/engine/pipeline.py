@@ -60,6 +60,7 @@ class Recognized(NamedTuple):
     scores: Tensor  # (B, D) float32, descending
     labels: Tensor  # (B, D) int64
     counts: Tensor  # (B,) int64
+    entering: Tensor  # (B, D, 4), the boxes; NaN for those that cannot enter the map: nothing is pasted there
     mask_logits: Optional[Tensor]  # (B, D, 28, 28) float32; None without a thing head
     stuff_logits: list[Optional[Tensor]]  # per view (B, num_stuff, H/4, W/4); None without a stuff head
 
@@ -161,7 +162,7 @@ class Pipeline:
                 stuff = self._stuff_labels(i, plan, found.stuff_logits)
             own = None if found.mask_logits is None else found.mask_logits[i]
             boxes, scores, labels = found.boxes[i], found.scores[i], found.labels[i]
-            merged = self._merge(boxes, scores, labels, own, stuff, times)
+            merged = self._merge(found.entering[i], scores, labels, own, stuff, times)
             own = own if self.detection_masks else None
             results.append(FixedResult(boxes, scores, labels, found.counts[i], own, merged))
         return results
@@ -206,17 +207,18 @@ class Pipeline:
             found = inference.detect(joined, self.config.test)
             rows = self._leading(found.labels >= 0)
             boxes, scores, labels = found.boxes[:, :rows], found.scores[:, :rows], found.labels[:, :rows]
+            entering = torch.where(self._enters(scores, labels).unsqueeze(-1), boxes, float("nan"))
         logits = None
         if passes[0][0][0].thing_features is not None:
             with stopwatch(times, "masks"):
-                masked = rows if self.detection_masks else self._leading(self._enters(scores, labels))
+                masked = boxes if self.detection_masks else self._that_enter(entering)
                 parts = [
-                    self._mask_logits(view, network, output.thing_features, boxes[:, :masked], labels[:, :masked])
+                    self._mask_logits(view, network, output.thing_features, masked, labels[:, : masked.shape[1]])
                     for view, (outputs, _) in zip(plan, passes)
                     for network, output in zip(self.networks, outputs)
                 ]
                 logits = parts[0] if len(parts) == 1 else inference.mean_mask_logits(parts)
-        return Recognized(boxes, scores, labels, found.count, logits, [stuff for _, stuff in passes])
+        return Recognized(boxes, scores, labels, found.count, entering, logits, [stuff for _, stuff in passes])
 
     def _dense(self, images: Tensor) -> tuple[list[NetworkOutput], Optional[Tensor]]:
         """What each network says of a view, and the mean of their stuff logits at stride 4."""
@@ -262,7 +264,7 @@ class Pipeline:
 
     def _merge(
         self,
-        boxes: Tensor,
+        entering: Tensor,
         scores: Tensor,
         labels: Tensor,
         mask_logits: Optional[Tensor],
@@ -272,18 +274,18 @@ class Pipeline:
         """Masks and stuff labels of one image at original size, merged."""
         test, model, size = self.config.test, self.config.model, tuple(stuff.shape)
         with stopwatch(times, "masks"):
-            entering = self._leading(self._enters(scores, labels))
+            boxes = self._that_enter(entering) if mask_logits is not None else entering[:0]
+            count = len(boxes)
             if mask_logits is None:
-                entering = 0
                 masks = torch.zeros((0, *size), dtype=torch.bool, device=self.device)
             else:
-                masks = paste_masks(mask_logits[:entering], boxes[:entering], size, test.mask_threshold)
+                masks = paste_masks(mask_logits[:count], boxes, size, test.mask_threshold)
         with stopwatch(times, "merge"):
             return panoptic_merge(
                 masks,
-                torch.where(labels >= 0, scores, -1.0)[:entering],  # padding enters at no threshold
-                labels[:entering],
-                boxes[:entering] if test.box_fill else None,
+                torch.where(labels >= 0, scores, -1.0)[:count],  # padding enters at no threshold
+                labels[:count],
+                boxes if test.box_fill else None,
                 stuff,
                 model.num_stuff if model.stuff_head else 0,
                 ignored_stuff=self.ignored_stuff,
@@ -296,6 +298,10 @@ class Pipeline:
     def _enters(self, scores: Tensor, labels: Tensor) -> Tensor:
         """(..., D) bool: detections that enter the merge; padding does not."""
         return (labels >= 0) & (scores >= self.config.test.instance_score_threshold)
+
+    def _that_enter(self, entering: Tensor) -> Tensor:
+        """Of boxes (..., D, 4), best first, the leading rows without NaN; where counts are not read, all D."""
+        return entering[..., : self._leading(~entering[..., 0].isnan()), :] if self.reads_counts else entering
 
     def _leading(self, wanted: Tensor) -> int:
         """How many leading rows hold all that is wanted, (..., D) bool: where counts are not read, all D."""

@@ -370,11 +370,13 @@ class PackedConvNorm(nn.Module):
     def __init__(self, block: ConvNormUp, upsample: bool):
         super().__init__()
         self.conv = PackedConv3x3(block.conv)
-        self.norm, self.upsample = block.norm, upsample
+        self.groups, self.eps, self.upsample = block.norm.num_groups, block.norm.eps, upsample
+        dtype = torch.promote_types(block.norm.weight.dtype, torch.float32)  # that of the statistics
+        self.register_buffer("weight", block.norm.weight.detach().to(dtype), persistent=False)
+        self.register_buffer("bias", block.norm.bias.detach().to(dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        return group_norm_relu(self.conv(x), norm.num_groups, norm.weight, norm.bias, norm.eps, self.upsample)
+        return group_norm_relu(self.conv(x), self.groups, self.weight, self.bias, self.eps, self.upsample)
 
 
 def optimize_for_inference(

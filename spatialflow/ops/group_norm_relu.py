@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spatialflow.ops.checking import present, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
@@ -64,7 +64,8 @@ def group_norm_relu(
     Source: Wu and He, Group Normalization (2018), equations 1, 2 and 6; result of torch.nn.functional.group_norm, relu
     and interpolate(scale_factor=2, mode="bilinear", align_corners=True).
     """
-    require_tensors("group_norm_relu", input=input, **present(weight=weight, bias=bias))
+    if not are_tensors(input, optional=(weight, bias)):
+        return with_arrays(group_norm_relu, locals())
     return _group_norm_relu(autocast(input), weight, bias, num_groups, float(eps), bool(upsample))[0]
 
 

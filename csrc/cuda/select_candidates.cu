@@ -35,6 +35,7 @@ namespace {
 constexpr int kMaxLevels = 8;
 constexpr int kThreads = 256;
 constexpr int kVectorsAhead = 5;  // that a lane loads before it uses the first; two lanes or four do 80 classes
+constexpr int kBestBlocks = 4;    // on a multiprocessor: leaves registers for the vectors ahead
 constexpr int kKeysAhead = 4;     // vectors of keys
 
 template <typename key_t>
@@ -103,7 +104,7 @@ __device__ __forceinline__ AnchorPlace place_of(unsigned index, unsigned anchors
 }
 
 template <typename scalar_t, int kWidth>
-__global__ void __launch_bounds__(kThreads) candidate_best_kernel(
+__global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
     Global<ScoreKey<accum_t<scalar_t>>> keys,  // (B, keys of an image)
     Global<unsigned> histograms,               // (B, levels selected, kBins), zero on entry
     const CandidateProblem<scalar_t> problem, const SelectedLevels selected) {
@@ -132,21 +133,18 @@ __global__ void __launch_bounds__(kThreads) candidate_best_kernel(
             level.logits.at(image, place.y, place.x) + static_cast<int64_t>(place.anchor) * problem.classes;
         real_t best = -std::numeric_limits<real_t>::infinity();
 #pragma unroll 1
-        for (int begin = member; begin < vectors; begin += kVectorsAhead * group) {
+        for (int begin = 0; begin < vectors; begin += kVectorsAhead * group) {
             Vec<scalar_t, kWidth> values[kVectorsAhead];
 #pragma unroll
             for (int i = 0; i < kVectorsAhead; ++i) {
-                if (begin + i * group < vectors) {
-                    values[i] = load_vector<kWidth>(logits + (begin + i * group) * kWidth);
-                }
+                const int at = begin + i * group + member;
+                values[i] = load_vector<kWidth>(logits + (at < vectors ? at : vectors - 1) * kWidth);
             }
 #pragma unroll
             for (int i = 0; i < kVectorsAhead; ++i) {
-                if (begin + i * group < vectors) {
 #pragma unroll
-                    for (int k = 0; k < kWidth; ++k) {
-                        best = std::fmax(best, static_cast<real_t>(load(values[i][k])));  // NaN is never the larger
-                    }
+                for (int k = 0; k < kWidth; ++k) {
+                    best = std::fmax(best, static_cast<real_t>(load(values[i][k])));  // NaN is never the larger
                 }
             }
         }

@@ -41,6 +41,7 @@ PLAN = (
     Entry("deform_conv2d", HALF, ("P3, channels-last", "P4, channels-last", "P5, channels-last"), TORCHVISION),
     Entry("flow_conv2d", ("bfloat16",), (), EAGER),
     Entry("multiclass_nms", ("float32",), (), ("torchvision, composed",)),
+    Entry("select_candidates", ("bfloat16",), (), ("torch",)),
     Entry("batched_nms", ("float32",), (), ("torchvision",)),
     Entry("sigmoid_focal_loss", ("float32",), (), ("torchvision",)),
     Entry("panoptic_merge", ("float32",), (), ("none",)),

@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from spatialflow.data.categories import load_categories
 from spatialflow.data.transforms import fit_size, normalise, pad, resize_image, resize_labels
 from spatialflow.images import read_image
-from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid_anchors
+from spatialflow.models.anchors import STRIDES, base_anchors
 from spatialflow.models.config import DataConfig, TestConfig
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import reference
+from spatialflow.ops.reference.select_candidates import decode_boxes, grid_anchors
 from spatialflow.panoptic.formats import encode_ids
 
 pillow = optional("PIL.Image")

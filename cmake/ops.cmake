@@ -17,6 +17,7 @@ set(ops
     paste_masks
     preprocess_images
     roi_align
+    select_candidates
     sigmoid_focal_loss
     stuff_labels)
 
@@ -27,6 +28,6 @@ set(shared_sources conv3x3)
 set(cuda_only_sources sm90_conv3x3 sm90_deform_conv2d)
 
 # Overlap decisions, resized pixels and labels are the same on every level and back end only if no product is fused with
-# an addition. In the CUDA kernels of NMS that is said at the products.
-set(cpu_unfused multiclass_nms nms preprocess_images stuff_labels)
+# an addition; boxes of candidates are the same on every level. In the CUDA kernels of NMS that is said at the products.
+set(cpu_unfused multiclass_nms nms preprocess_images select_candidates stuff_labels)
 set(cuda_unfused paste_masks preprocess_images stuff_labels)

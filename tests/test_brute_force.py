@@ -250,6 +250,33 @@ class TestMulticlassNms:
         compare("multiclass_nms", rows().reshape(0, 4), rows().reshape(0, 2), 0.6, 0.5, 4)
 
 
+class TestSelectCandidates:
+    @DTYPES
+    @pytest.mark.parametrize("per_level", [0, 7, 100])
+    def test_bad_values(self, dtype: torch.dtype, per_level: int) -> None:
+        """Logits that tie or are not finite; deltas not finite or huge; anchors reversed, empty or not finite."""
+        logits = [(random(2, 6, 4, 5) * 2).round() / 2, random(2, 6, 2, 3)]
+        deltas = [random(2, 8, 4, 5), random(2, 8, 2, 3)]
+        logits[0][0, :, 1, 2], logits[0][1, :3, 0, 0] = rows(NAN, INF, -INF, NAN, NAN, NAN), -INF
+        logits[1][1, 4] = NAN
+        deltas[0][0, :, :2] = rows(NAN, INF, -INF, 3e38, 0, 0, NAN, -INF)[:, None, None]
+        deltas[1][1, :4, 1, 1] = rows(-1e30, 1e30, 100, -100)
+        base = rows(
+            [[-4, -6, 4, 6], [5, 5, -5, -5]], [[3, 3, 3, 3], [NAN, -4, INF, 4]]
+        ).float()  # fmt: skip
+        levels = [[level.to(dtype) for level in some] for some in (logits, deltas)]
+        valid, scale = torch.tensor([[30, 37], [-3, 1 << 62]]), rows([1, 1.5], [0.25, 2]).float()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        compare("select_candidates", *levels, base, (8, 16), valid, scale, per_level, dtype=wide)
+
+    def test_nothing(self) -> None:
+        scale = torch.ones(0, 2)
+        compare(
+            "select_candidates", [random(0, 6, 2, 3)], [random(0, 8, 2, 3)], rows([[0, 0, 1, 1]] * 2).float(),
+            (8,), torch.zeros(0, 2, dtype=torch.int64), scale, 5,
+        )  # fmt: skip
+
+
 class TestDeformConv2d:
     @DTYPES
     def test_bad_offsets_and_masks(self, dtype: torch.dtype) -> None:

@@ -11,10 +11,11 @@ from golden_models import assert_close, assert_same_detections, golden_model
 
 from spatialflow.data.transforms import resize_labels
 from spatialflow.models import inference
-from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, encode_boxes, grid_anchors, valid_flags
+from spatialflow.models.anchors import STRIDES, base_anchors, encode_boxes, valid_flags
 from spatialflow.models.config import ModelConfig
 from spatialflow.models.config import TestConfig as InferenceSettings
-from spatialflow.ops import paste_masks, stuff_labels
+from spatialflow.ops import paste_masks, select_candidates, stuff_labels
+from spatialflow.ops.reference.select_candidates import decode_boxes, grid_anchors
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,11 @@ def sizes_of(metas):
 
 def anchors_of(model, levels):
     return inference.pyramid_anchors(model, [level.shape[-2:] for level in levels], levels[0].device)
+
+
+def candidates_of(model, logits, deltas, valid, factors, per_level=1000):
+    base = inference.pyramid_base_anchors(model, logits[0].device)
+    return select_candidates(logits, deltas, base, STRIDES, valid, factors, per_level)
 
 
 def test_backbone(tiny):
@@ -79,16 +85,11 @@ def test_anchors_of_every_level(tiny):
 def test_candidates_before_nms(tiny):
     arrays, about, model, output, _ = tiny
     valid, _ = sizes_of(about["metas"])
-    found = inference.select_candidates(
-        output.class_logits,
-        output.box_deltas,
-        anchors_of(model.config.model, output.features),
-        valid,
-        torch.ones(2, 2),
-        1000,
+    found = candidates_of(
+        model.config.model, output.class_logits, output.box_deltas, valid, torch.ones_like(valid, dtype=torch.float32)
     )
     assert found.boxes.shape[1] == sum(about["levels_before_nms"])
-    for i in range(2):  # the order of equally good anchors is free: compare as sorted rows
+    for i in range(2):  # the released order of equally good anchors is free: compare as sorted rows
         ours, expected = found.boxes[i].numpy(), arrays[f"prenms_all_boxes_img{i}"]
         assert np.abs(np.sort(ours, axis=0) - np.sort(expected, axis=0)).max() < 0.03
         index = torch.from_numpy(arrays[f"prenms_index_img{i}"]).long()
@@ -105,8 +106,7 @@ def test_candidates_before_nms(tiny):
 
 def detected(logits, deltas, valid, factors, model, settings, per_level=1000):
     """Head outputs to detections; `factors` (B, 2) divide the boxes."""
-    candidates = inference.select_candidates(logits, deltas, anchors_of(model, logits), valid, factors, per_level)
-    return inference.detect(candidates, settings)
+    return inference.detect(candidates_of(model, logits, deltas, valid, factors, per_level), settings)
 
 
 def assert_detections(found, arrays, boxes_key, labels_key):
@@ -205,7 +205,7 @@ def test_get_boxes(goldens):
     for kind, factors in (("test", scale), ("train", torch.ones_like(scale))):
         found = detected(logits, deltas, valid, factors, model, InferenceSettings())
         assert_detections(found, arrays, kind + "_img{}_0", kind + "_img{}_1")
-    found = inference.select_candidates(logits, deltas, anchors_of(model, logits), valid, torch.ones_like(scale), 1000)
+    found = candidates_of(model, logits, deltas, valid, torch.ones_like(scale))
     for i in range(2):  # recorded at network scale, with a background column of zeros
         ours = torch.cat([found.boxes[i], found.scores[i]], dim=1).double().numpy()
         expected = np.concatenate([arrays[f"aug_img{i}_0"], arrays[f"aug_img{i}_1"][:, :-1]], axis=1)

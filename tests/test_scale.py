@@ -80,6 +80,16 @@ class TestBeyond31Bits:
         last = scores.shape[1]
         assert found.indices[0].tolist() == [last - 3, last - 5, -1, -1] and found.labels[0].tolist() == [79, 7, -1, -1]
 
+    def test_select_candidates(self):
+        logits = features(16)
+        height = logits.shape[2]
+        deltas = torch.zeros(1, 4, height, 64, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        logits[0, 7, -2, 5], logits[0, 15, -1, 63] = 30, 40
+        base, valid = torch.tensor([[[0.0, 0, 1, 1]]]), torch.tensor([[height, 64]])
+        found = ops.select_candidates([logits], [deltas], base, [1], valid, torch.ones(1, 2), 2)
+        rows = torch.tensor([[63.0, height - 1, 64, height], [5, height - 2, 6, height - 1]])
+        assert torch.equal(found.boxes[0], rows) and found.scores[0].argmax(1).tolist() == [15, 7]
+
     def test_paste_masks_and_panoptic_merge(self):
         side = 4096 if ON_GPU else 32
         count = rows_of(side * side)
@@ -138,6 +148,12 @@ def repeated_cases(dtype: torch.dtype) -> dict:
     logits, labels = torch.randn(500, 80, dtype=dtype), torch.randint(-1, 81, (500,))
     mask_logits, stuff = torch.randn(20, 28, 28, dtype=dtype), torch.randint(0, 9, (320, 448))
     stuff_logits = torch.randn(9, 80, 112, dtype=dtype)
+    base = torch.tensor([-16.0, -16, 16, 16]).expand(3, 4, 4)
+    valid, scale = torch.tensor([[313, 442]]), torch.ones(1, 2)
+    class_logits, deltas = [level[:, :20] for level in levels], [level[:, :16] for level in levels]
+
+    def candidates():
+        return list(ops.select_candidates(class_logits, deltas, base, (8, 16, 32), valid, scale, 300))
 
     def merge():
         masks = ops.paste_masks(mask_logits, boxes[:20], (320, 448))
@@ -148,6 +164,7 @@ def repeated_cases(dtype: torch.dtype) -> dict:
         "multilevel_roi_align": (lambda *f: ops.multilevel_roi_align(f, rois, 7, (8, 16, 32)), levels),
         "nms": (lambda: ops.nms(boxes, scores[:, 0], 0.5), []),
         "multiclass_nms": (lambda: list(ops.multiclass_nms(boxes, scores, 0.05, 0.5, 100)), []),
+        "select_candidates": (candidates, []),
         "deform_conv2d": (lambda *t: ops.deform_conv2d(*t, padding=1), [feature, offset, weight, bias]),
         "flow_conv2d": (lambda x, flow, *w: ops.flow_conv2d(x, flow, *w), [feature, feature * 0.5, weight, bias]),
         "sigmoid_focal_loss": (lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, reduction="sum"), [logits]),

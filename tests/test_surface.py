@@ -85,11 +85,11 @@ def test_no_tensor(name, argument):
     tensors = {key: torch.zeros(1) for op, key in tensor_arguments() if op == name}
     rest = {"output_size": 1, "strides": [1], "iou_threshold": 0.5, "score_threshold": 0.5, "max_detections": 1,
             "size": (1, 1), "sizes": (1, 1), "valid_size": (1, 1), "original_size": (1, 1), "mean": (0, 0, 0),
-            "std": (1, 1, 1), "stuff_labels": 1, "gt_segments": 1, "pred_segments": 1, "num_groups": 1,
+            "std": (1, 1, 1), "stuff_labels": 1, "gt_segments": 1, "pred_segments": 1, "num_groups": 1, "per_level": 1,
             "parameters": ops.FlowTowerParameters()}  # fmt: skip
     accepted = inspect.signature(getattr(ops, name)).parameters
     given = tensors | {key: value for key, value in rest.items() if key in accepted}
-    for key in ("features", "levels"):
+    for key in ("features", "levels", "class_logits", "box_deltas"):
         if key in given:
             given[key] = [torch.zeros(1, 1, 1, 1)]
     for wrong, kind in (([0.5], "(list|float)"), (None, "NoneType"), ({}, "dict")):

@@ -72,6 +72,15 @@ def large_multiclass_nms() -> OpSample:
     return OpSample(ops.multiclass_nms, ops.multiclass_nms, tensors, options, (), ())
 
 
+def large_candidates() -> OpSample:
+    def run(logits: Tensor, deltas: Tensor) -> list[Tensor]:
+        base, valid = torch.tensor([-4.0, -4, 4, 4]).expand(1, 3, 4), torch.tensor([[300, 400]])
+        return list(ops.select_candidates([logits], [deltas], base, [8], valid, torch.ones(1, 2), 1000))
+
+    channels_last = [torch.randn(1, 40, 50, c).permute(0, 3, 1, 2) for c in (3 * 80, 3 * 4)]
+    return OpSample(run, run, channels_last, {}, (), (0, 1))
+
+
 def large_focal_loss() -> OpSample:
     def run(logits: Tensor, labels: Tensor) -> list[Tensor]:
         return [ops.sigmoid_focal_loss(logits, labels, 2.0, 0.25, reduction=how) for how in ("none", "sum")]
@@ -99,6 +108,7 @@ LARGE = {  # what the samples of the tests are too small for: one call is shared
     "packed tower": packed_tower,
     "batched_nms": large_batched_nms,
     "multiclass_nms": large_multiclass_nms,
+    "select_candidates": large_candidates,
     "sigmoid_focal_loss": large_focal_loss,
     "preprocess_images": large_images,
     "direct convolution": large_convolution(16),

@@ -93,6 +93,10 @@ def run_operators(device: str) -> int:
             parameters = ops.FlowTowerParameters(cls=stage, reg=stage, flow_cls=stage, segmentation_levels=1)
             tower = ops.pack_flow_tower(parameters)
             run(lambda: ops.flow_tower(levels, tower))
+        logits, deltas = ([level[:, :channels] for level in levels] for channels in (16, 8))
+        base, valid = torch.ones(2, 2, 4, device=device), torch.tensor([[100, 112]], device=device)
+        factors = torch.ones(1, 2, device=device)
+        run(lambda: ops.select_candidates(logits, deltas, base, (8, 16), valid, factors, 90))
         run(lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, reduction="sum"), draw(40, 6, dtype=dtype))
         pictures = [torch.randint(0, 256, (21, 30, 3), dtype=torch.uint8).to(device)]
         run(lambda: ops.preprocess_images(pictures, [(33, 47)], (1, 2, 3), (4, 5, 6), 32, dtype))

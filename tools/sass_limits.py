@@ -91,6 +91,10 @@ LIMITS = (
     Limit("panoptic_quality_counts_kernel<true>", "streams two maps", registers=32, load=16, in_flight=2),
     Limit("paste_masks_kernel<*>", "streams out masks of bytes", registers=62, store=16, in_flight=4),
     Limit("preprocess_images_kernel<*>", "reads bytes of pixels, writes 16 bytes", registers=56, store=16, in_flight=8),
+    Limit("candidate_best_kernel<*, 8>", "five vectors of an anchor's logits on the way at once; four blocks: 64",
+          registers=64, load=16, narrow=0, distance=30, in_flight=5),
+    Limit("candidate_best_kernel<float, 4>", "five vectors of an anchor's logits on the way at once; four blocks: 64",
+          registers=64, load=16, narrow=0, distance=16, in_flight=5),
     Limit("stuff_labels_kernel<*>", "a class of four corners at a time", registers=48, in_flight=2),
 
     Limit("*", "bound by launches and latency, or for shapes that no vector fits"),

@@ -81,44 +81,6 @@ std::vector<ScoreEntry<real_t>> candidates_of(const real_t* scores, const Option
     return std::move(found[0]);
 }
 
-// Moves about `wanted` best entries of pending (at least one, and all of a key or none) to chunk; both stay in order of
-// their rows.
-template <typename Key>
-void take_best(std::vector<KeyedRow<Key>>& pending, size_t wanted, std::vector<KeyedRow<Key>>& chunk) {
-    chunk.clear();
-    if (pending.size() <= 2 * wanted) {
-        chunk.swap(pending);
-        return;
-    }
-    Key lowest = pending[0].key, highest = pending[0].key;
-    for (const auto& entry : pending) {
-        lowest = std::min(lowest, entry.key);
-        highest = std::max(highest, entry.key);
-    }
-    constexpr size_t kBins = 4096;
-    int shift = 0;
-    while (((highest - lowest) >> shift) >= kBins) {
-        ++shift;
-    }
-    std::vector<size_t> histogram(kBins, 0);
-    for (const auto& entry : pending) {
-        ++histogram[(entry.key - lowest) >> shift];
-    }
-    size_t bins = 0;
-    for (size_t taken = 0; taken < wanted; ++bins) {
-        taken += histogram[bins];
-    }
-    size_t left = 0;
-    for (const auto& entry : pending) {
-        if (((entry.key - lowest) >> shift) < bins) {
-            chunk.push_back(entry);
-        } else {
-            pending[left++] = entry;
-        }
-    }
-    pending.resize(left);
-}
-
 template <typename real_t>
 int64_t detect(
     const Box<real_t>* boxes, const real_t* scores, const Options<real_t>& options, const Detections<real_t>& result) {

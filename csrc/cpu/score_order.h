@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Stable descending order of scores: a least-significant-digit radix sort of (key, row) entries.
+// Stable descending order of scores: a least-significant-digit radix sort of (key, row) entries, and the best of many.
 #pragma once
 
 #include <algorithm>
@@ -68,6 +68,44 @@ void radix_sort(KeyedRow<Key>* entries, int64_t count, Key largest, std::vector<
     if (source != entries) {
         std::copy(source, source + count, entries);
     }
+}
+
+// Moves the best entries of pending to chunk: `wanted` of them or more (or all), and all of a key or none. Both stay in
+// order of their rows.
+template <typename Key>
+void take_best(std::vector<KeyedRow<Key>>& pending, size_t wanted, std::vector<KeyedRow<Key>>& chunk) {
+    chunk.clear();
+    if (pending.size() <= 2 * wanted) {
+        chunk.swap(pending);
+        return;
+    }
+    Key lowest = pending[0].key, highest = pending[0].key;
+    for (const auto& entry : pending) {
+        lowest = std::min(lowest, entry.key);
+        highest = std::max(highest, entry.key);
+    }
+    constexpr size_t kBins = 4096;
+    int shift = 0;
+    while (((highest - lowest) >> shift) >= kBins) {
+        ++shift;
+    }
+    std::vector<size_t> histogram(kBins, 0);
+    for (const auto& entry : pending) {
+        ++histogram[(entry.key - lowest) >> shift];
+    }
+    size_t bins = 0;
+    for (size_t taken = 0; taken < wanted; ++bins) {
+        taken += histogram[bins];
+    }
+    size_t left = 0;
+    for (const auto& entry : pending) {
+        if (((entry.key - lowest) >> shift) < bins) {
+            chunk.push_back(entry);
+        } else {
+            pending[left++] = entry;
+        }
+    }
+    pending.resize(left);
 }
 
 }  // namespace spatialflow

@@ -48,6 +48,26 @@ inline vector_t lane_min(vector_t a, vector_t b) {
     return a < b ? a : b;
 }
 
+// No lane is NaN.
+inline float largest_lane(Vector<float> value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(bit_cast<__m512>(value));
+#else
+    float best = value[0];
+    for (int lane = 1; lane < kLanes<float>; ++lane) {
+        best = value[lane] > best ? value[lane] : best;
+    }
+    return best;
+#endif
+}
+inline double largest_lane(Vector<double> value) {
+    double best = value[0];
+    for (int lane = 1; lane < kLanes<double>; ++lane) {
+        best = value[lane] > best ? value[lane] : best;
+    }
+    return best;
+}
+
 // Is any lane of a comparison's result (all bits or none per lane) set?
 template <typename mask_t>
 inline bool any_lane(mask_t mask) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What one thread block does for nms and multiclass_nms: the sort of a chunk of candidates and the greedy pass.
+// What one thread block does for nms, multiclass_nms and select_candidates: the sort of a chunk of entries, and the
+// greedy pass of the first two.
 #pragma once
 
 #include <cstring>

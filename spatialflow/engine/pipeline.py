@@ -25,7 +25,15 @@ from spatialflow.models import inference
 from spatialflow.models.anchors import STRIDES
 from spatialflow.models.config import Config
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
-from spatialflow.ops import PanopticMergeOutput, panoptic_merge, paste_masks, preprocess_images, stuff_labels
+from spatialflow.ops import (
+    Candidates,
+    PanopticMergeOutput,
+    panoptic_merge,
+    paste_masks,
+    preprocess_images,
+    select_candidates,
+    stuff_labels,
+)
 
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
@@ -41,7 +49,6 @@ class View(NamedTuple):
     valid_sizes: Tensor  # (B, 2) int64, H and W
     scales: Tensor  # (B, 2) float32, x and y
     widths: Tensor  # (B,) float32, of the original images
-    anchors: list[list[Tensor]]  # per network and level (H * W * A, 4) float32
 
     @property
     def geometry(self) -> tuple[Tensor, ...]:
@@ -107,6 +114,7 @@ class Pipeline:
         self.networks, self.config, self.ignored_stuff, self.graphs = list(networks), config, ignored_stuff, graphs
         self.device, self.dtype, self.detection_masks = device, dtype, detection_masks
         self.reads_counts = device.type == "cpu"
+        self._base_anchors = [inference.pyramid_base_anchors(network.config.model, device) for network in networks]
 
     def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
         """How an image of `size` (H, W) enters the networks, for every short edge of the configuration."""
@@ -122,8 +130,6 @@ class Pipeline:
         ]
 
     def _view(self, fitted: tuple[Fitted, ...], mirrored: bool) -> View:
-        levels = [tuple(-(-side // stride) for side in fitted[0].padded_size) for stride in STRIDES]
-
         def upload(values: list) -> Tensor:
             return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
@@ -133,7 +139,6 @@ class Pipeline:
             upload([one.valid_size for one in fitted]),
             upload([one.scale for one in fitted]),
             upload([float(one.original_size[1]) for one in fitted]),
-            [inference.pyramid_anchors(network.config.model, levels, self.device) for network in self.networks],
         )
 
     @torch.inference_mode()
@@ -203,7 +208,7 @@ class Pipeline:
                 for view, (outputs, _) in zip(plan, passes)
                 for network, output in enumerate(outputs)
             ]
-            joined = candidates[0] if len(candidates) == 1 else inference.Candidates(*map(_join, zip(*candidates)))
+            joined = candidates[0] if len(candidates) == 1 else Candidates(*map(_join, zip(*candidates)))
             found = inference.detect(joined, self.config.test)
             rows = self._leading(found.labels >= 0)
             boxes, scores, labels = found.boxes[:, :rows], found.scores[:, :rows], found.labels[:, :rows]
@@ -227,11 +232,12 @@ class Pipeline:
             return list(outputs), quarter_logits[0]
         return list(outputs), torch.stack(quarter_logits).float().mean(dim=0)
 
-    def _candidates(self, view: View, network: int, output: NetworkOutput) -> inference.Candidates:
-        found = inference.select_candidates(
+    def _candidates(self, view: View, network: int, output: NetworkOutput) -> Candidates:
+        found = select_candidates(
             output.class_logits,
             output.box_deltas,
-            view.anchors[network],
+            self._base_anchors[network],
+            STRIDES,
             view.valid_sizes,
             view.scales,
             self.config.test.candidates_per_level,

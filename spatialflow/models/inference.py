@@ -7,17 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spatialflow.models.anchors import STRIDES, base_anchors, decode_boxes, grid_anchors
+from spatialflow.models.anchors import STRIDES, base_anchors
 from spatialflow.models.config import ModelConfig, TestConfig
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.ops import multiclass_nms
-
-
-class Candidates(NamedTuple):
-    """Decoded boxes that compete in NMS; N is the same for all images of a batch."""
-
-    boxes: Tensor  # (B, N, 4) float32
-    scores: Tensor  # (B, N, num_things) float32, sigmoid
+from spatialflow.ops import Candidates, multiclass_nms
+from spatialflow.ops.reference.select_candidates import grid_anchors
 
 
 class Detections(NamedTuple):
@@ -29,51 +23,18 @@ class Detections(NamedTuple):
     count: Tensor  # (B,) int64
 
 
+def pyramid_base_anchors(model: ModelConfig, device: torch.device) -> Tensor:
+    """(L, A, 4) float32: the anchors of the cell at the origin of each pyramid level."""
+    shape = (model.anchor_octave_scale, model.anchor_scales_per_octave, model.anchor_ratios)
+    return torch.stack([base_anchors(stride, *shape) for stride in STRIDES]).to(device, non_blocking=True)
+
+
 def pyramid_anchors(model: ModelConfig, sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
     """(H * W * A, 4) float32 anchors of each pyramid level, whose numbers of cells, (H, W), are `sizes`."""
-    shape = (model.anchor_octave_scale, model.anchor_scales_per_octave, model.anchor_ratios)
     return [
-        grid_anchors(size, stride, base_anchors(stride, *shape).to(device, non_blocking=True))
-        for size, stride in zip(sizes, STRIDES)
+        grid_anchors(size, stride, base)
+        for size, stride, base in zip(sizes, STRIDES, pyramid_base_anchors(model, device))
     ]
-
-
-def select_candidates(
-    class_logits: Sequence[Tensor],
-    box_deltas: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    valid_sizes: Tensor,
-    scale_factors: Tensor,
-    per_level: int,
-) -> Candidates:
-    """The best anchors of every level, decoded, clipped to the valid image and brought to the original scale.
-
-    Args:
-        class_logits: per level (B, A * num_things, H, W).
-        box_deltas: per level (B, A * 4, H, W).
-        anchors: per level (H * W * A, 4), see `pyramid_anchors`.
-        valid_sizes: (B, 2), height and width of each image at network scale, without padding.
-        scale_factors: (B, 2), x and y factor original -> network scale; ones keep boxes at network scale.
-        per_level: anchors kept per level, by their best class score; 0 = all. Ties are resolved arbitrarily.
-
-    Returns:
-        Candidates, levels concatenated in order.
-    """
-    boxes, scores = [], []
-    for logits, deltas, own in zip(class_logits, box_deltas, anchors):
-        batch = len(logits)
-        logits = logits.permute(0, 2, 3, 1).reshape(batch, len(own), -1)  # (B, H*W*A, classes)
-        deltas = deltas.permute(0, 2, 3, 1).reshape(batch, len(own), 4)
-        if 0 < per_level < logits.shape[1]:
-            best = logits.amax(dim=-1).topk(per_level).indices  # (B, per_level); the sigmoid does not change the order
-            logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[2]))
-            deltas = deltas.gather(1, best[..., None].expand(-1, -1, 4))
-            own = own[best]
-        boxes.append(decode_boxes(own, deltas.float()))
-        scores.append(logits.float().sigmoid())
-    limits = valid_sizes.flip(-1).repeat(1, 2)[:, None].to(boxes[0])  # (B, 1, 4): W, H, W, H
-    clipped = torch.cat(boxes, dim=1).clamp(min=0).minimum(limits)
-    return Candidates(clipped / scale_factors.repeat(1, 2)[:, None].to(clipped), torch.cat(scores, dim=1))
 
 
 def detect(candidates: Candidates, test: TestConfig) -> Detections:

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from spatialflow.models.anchors import STRIDES, valid_flags
 from spatialflow.models.config import Config
-from spatialflow.models.inference import detect, pyramid_anchors, select_candidates
+from spatialflow.models.inference import detect, pyramid_anchors, pyramid_base_anchors
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.models.targets import AnchorTargets, ThingTargets, Truth, anchor_targets, thing_targets
-from spatialflow.ops import sigmoid_focal_loss
+from spatialflow.ops import select_candidates, sigmoid_focal_loss
 
 IGNORED_PIXEL = 255
 """Value of pixels without a label in semantic maps."""
@@ -187,11 +187,11 @@ class Criterion:
     def thing_targets(self, output: NetworkOutput, truth: Truth) -> ThingTargets:
         """RoIs and masks: all ground truth, and the head's present detections at network scale that fit one."""
         model = self.config.model
-        sizes = [logits.shape[-2:] for logits in output.class_logits]
         candidates = select_candidates(
             output.class_logits,
             output.box_deltas,
-            pyramid_anchors(model, sizes, output.class_logits[0].device),
+            pyramid_base_anchors(model, output.class_logits[0].device),
+            STRIDES,
             truth.valid_sizes,
             torch.ones_like(truth.valid_sizes, dtype=torch.float32),
             self.config.test.candidates_per_level,

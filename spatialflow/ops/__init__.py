@@ -37,12 +37,14 @@ from spatialflow.ops.panoptic_quality_counts import panoptic_quality_counts  # n
 from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
 from spatialflow.ops.preprocess_images import preprocess_images  # noqa: E402
 from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
+from spatialflow.ops.select_candidates import Candidates, select_candidates  # noqa: E402
 from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss  # noqa: E402
 from spatialflow.ops.stuff_labels import stuff_labels  # noqa: E402
 
 __all__ = [
     "FlowTowerOutput",
     "FlowTowerParameters",
+    "Candidates",
     "DeformConv2d",
     "Detections",
     "MultilevelRoIAlign",
@@ -65,6 +67,7 @@ __all__ = [
     "paste_masks",
     "preprocess_images",
     "roi_align",
+    "select_candidates",
     "sigmoid_focal_loss",
     "stuff_labels",
 ]

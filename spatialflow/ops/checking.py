@@ -19,10 +19,10 @@ _checking: contextvars.ContextVar[bool] = contextvars.ContextVar("spatialflow_ch
 def checked() -> Iterator[None]:
     """Within this context a bad value raises ValueError instead of being ignored.
 
-    Bad values are: a box, offset, mask or score that is not finite, and a batch index outside the batch. Outside this
-    context they mean the same on every back end (zeros, no gradient, never kept) and cost nothing to handle; inside
-    it each call reads a verdict back from the device, so it is for finding a mistake, not for production. Calls being
-    traced by `torch.compile` are not checked.
+    Bad values are: a box, delta, offset, mask, score, or logit of a candidate that is not finite, and a batch index
+    outside the batch. Outside this context they mean the same on every back end (zeros, no gradient, never kept) and
+    cost nothing to handle; inside it each call reads a verdict back from the device, so it is for finding a mistake,
+    not for production. Calls being traced by `torch.compile` are not checked.
     """
     token = _checking.set(True)
     try:

@@ -225,6 +225,57 @@ def multiclass_nms(
     return found_boxes, found_scores, labels, counts, indices
 
 
+# Candidates
+
+
+def _interval(low: float, high: float, offset: float, log_ratio: float, limit: float, scale: float) -> list[float]:
+    """An anchor's interval on one axis, moved and stretched by its deltas, within the image, at the original scale."""
+    most = abs(math.log(16 / 1000))
+    center = (low + high) / 2 + (high - low) * offset
+    half = (high - low) * np.exp(np.clip(log_ratio, -most, most)) / 2
+    return [np.minimum(np.maximum(end, 0.0), limit) / scale for end in (center - half, center + half)]
+
+
+@_silent
+def select_candidates(
+    class_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
+    base_anchors: Tensor,
+    strides: Sequence[int],
+    valid_sizes: Tensor,
+    scale_factors: Tensor,
+    per_level: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    base, sizes, factors = _array(base_anchors), _array(valid_sizes).astype(np.float64), _array(scale_factors)
+    batch, channels = class_logits[0].shape[:2]
+    anchors = base.shape[1]
+    classes = channels // anchors
+    found: list[list[tuple]] = [[] for _ in range(batch)]
+    for logits, deltas, own_base, stride in zip(map(_array, class_logits), map(_array, box_deltas), base, strides):
+        height, width = logits.shape[2:]
+        for image in range(batch):
+            rows = []
+            for y in range(height):
+                for x in range(width):
+                    for anchor in range(anchors):
+                        own = logits[image, anchor * classes : (anchor + 1) * classes, y, x]
+                        dx, dy, dw, dh = deltas[image, 4 * anchor : 4 * anchor + 4, y, x]
+                        corners = own_base[anchor] + np.array([x, y, x, y]) * float(stride)
+                        limit, scale = sizes[image], factors[image]
+                        left, right = _interval(corners[0], corners[2], dx, dw, limit[1], scale[0])
+                        top, bottom = _interval(corners[1], corners[3], dy, dh, limit[0], scale[1])
+                        best = max((value for value in own if not np.isnan(value)), default=-math.inf)
+                        rows.append((best, [left, top, right, bottom], 1 / (1 + np.exp(-own))))
+            if 0 < per_level < len(rows):
+                rows = sorted(rows, key=lambda row: -row[0])[:per_level]  # stable
+            found[image] += rows
+    numbers = [level.shape[2] * level.shape[3] * anchors for level in class_logits]
+    count = sum(min(number, per_level or number) for number in numbers)
+    boxes = np.array([[row[1] for row in rows] for rows in found], dtype=np.float64).reshape(batch, count, 4)
+    scores = np.array([[row[2] for row in rows] for rows in found], dtype=np.float64).reshape(batch, count, classes)
+    return boxes, scores
+
+
 # Convolutions
 
 

@@ -425,6 +425,29 @@ def stuff_labels(draw: Draw, limits: Limits) -> dict:
     }
 
 
+def select_candidates(draw: Draw, limits: Limits) -> dict:
+    dtype = draw(one_of(*FLOATS))
+    batch = draw(one_of(1, 2, 0)) if draw(very_rarely) else draw(one_of(1, 2))
+    anchors, classes = draw(one_of(1, 2, 3)), draw(st.sampled_from([1, 2, 3, 8, 0, 17]))
+    cells = [[draw(sizes(min(limits.side, 9))), draw(sizes(min(limits.side, 9)))] for _ in range(draw(one_of(1, 2, 3)))]
+    if draw(very_rarely):
+        cells[-1][0] = 0
+    strides = [draw(one_of(1, 2, 4, 8, 1000)) for _ in cells]
+
+    def levels(channels: int) -> list[dict]:
+        return [tensor(draw, [batch, channels, *size], dtype, features()) for size in cells]
+
+    return {
+        "class_logits": levels(anchors * classes),
+        "box_deltas": levels(anchors * 4),
+        "base_anchors": boxes(draw, [len(cells), anchors], 4, "float32", (12, 8)),
+        "strides": strides,
+        "valid_sizes": tensor(draw, [batch, 2], "int64", integers(0, 40, outliers=True)),
+        "scale_factors": tensor(draw, [batch, 2], "float32", integers(1, 4)),
+        "per_level": draw(one_of(2, 0, 1, 5, 30, 1000, (1 << 31) - 1)),
+    }
+
+
 # Of every public operator; packed weights are operators of their own here.
 OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
     "batched_nms": batched_nms,
@@ -442,6 +465,7 @@ OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
     "paste_masks": paste_masks,
     "preprocess_images": preprocess_images,
     "roi_align": roi_align,
+    "select_candidates": select_candidates,
     "sigmoid_focal_loss": sigmoid_focal_loss,
     "stuff_labels": stuff_labels,
 }

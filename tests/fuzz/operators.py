@@ -339,6 +339,9 @@ OPERATORS: dict[str, Operator] = {
         _named_dtype(brute_force.preprocess_images),
         exact=True,
     ),
+    "select_candidates": Operator(
+        ops.select_candidates, reference.select_candidates, brute_force.select_candidates
+    ),
     "sigmoid_focal_loss": Operator(
         ops.sigmoid_focal_loss,
         reference.sigmoid_focal_loss,

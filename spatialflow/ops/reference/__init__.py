@@ -13,6 +13,7 @@ from spatialflow.ops.reference.panoptic_quality_counts import panoptic_quality_c
 from spatialflow.ops.reference.paste_masks import paste_masks
 from spatialflow.ops.reference.preprocess_images import preprocess_images
 from spatialflow.ops.reference.roi_align import roi_align
+from spatialflow.ops.reference.select_candidates import select_candidates
 from spatialflow.ops.reference.sigmoid_focal_loss import sigmoid_focal_loss
 from spatialflow.ops.reference.stuff_labels import stuff_labels
 
@@ -30,6 +31,7 @@ __all__ = [
     "paste_masks",
     "preprocess_images",
     "roi_align",
+    "select_candidates",
     "sigmoid_focal_loss",
     "stuff_labels",
 ]

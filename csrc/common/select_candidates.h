@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From an anchor and its deltas to a box of the photograph, and from a logit to a score; written once for scalars, CPU
+// vectors and CUDA.
+//
+//   anchor = base + (x * stride, y * stride) of cell (y, x), center c and size s
+//   center = c + s * (dx, dy)     size = s * exp(clamp(dw, dh))
+//   box    = clip(center -+ size / 2) / scale
+//
+// NaN goes through every step: such a box is never kept by NMS.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/host_device.h"
+#include "common/nms.h"
+
+namespace spatialflow {
+
+constexpr double kMaxLogRatio = 4.135166556742356;  // log(1000 / 16)
+
+// The interval of one axis: of a cell whose base anchor is from `low` to `high`, moved by `shift`. `limit` is the end
+// of the valid image.
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE void decode_axis(
+    float low, float high, int64_t shift, real_t offset, real_t log_ratio, real_t limit, real_t scale,
+    real_t& begin, real_t& end) {
+    const real_t most = static_cast<real_t>(kMaxLogRatio);
+    const real_t first = static_cast<real_t>(shift) + static_cast<real_t>(low);
+    const real_t last = static_cast<real_t>(shift) + static_cast<real_t>(high);
+    const real_t size = last - first;
+    const real_t clamped = log_ratio < -most ? -most : log_ratio > most ? most : log_ratio;
+    const real_t center = (first + last) * real_t(0.5) + size * offset;
+    const real_t half = size * std::exp(clamped) * real_t(0.5);
+    const auto clipped = [&](real_t at) {
+        const real_t positive = at < real_t(0) ? real_t(0) : at;
+        return positive > limit ? limit : positive;
+    };
+    begin = clipped(center - half) / scale;
+    end = clipped(center + half) / scale;
+}
+
+template <typename real_t>
+struct CandidateImage {
+    real_t height, width;      // of the valid image
+    real_t scale_x, scale_y;
+};
+
+// `x` and `y` in pixels, of the cell's origin; `dx` to `dh` are the deltas.
+template <typename real_t>
+SPATIALFLOW_HOST_DEVICE Box<real_t> decode_candidate(
+    const Box<float>& base, int64_t x, int64_t y, real_t dx, real_t dy, real_t dw, real_t dh,
+    const CandidateImage<real_t>& image) {
+    Box<real_t> box;
+    decode_axis(base.x1, base.x2, x, dx, dw, image.width, image.scale_x, box.x1, box.x2);
+    decode_axis(base.y1, base.y2, y, dy, dh, image.height, image.scale_y, box.y1, box.y2);
+    return box;
+}
+
+// 1 / (1 + exp(-logit)); NaN gives NaN. value_t is a scalar or a vector of lanes; Math::exp(x) is called for x <= 0.
+template <typename real_t, typename Math, typename value_t>
+SPATIALFLOW_HOST_DEVICE value_t candidate_score(value_t logit) {
+    const value_t zero = value_t{}, one = zero + real_t(1);
+    const value_t small = Math::exp(logit > zero ? -logit : logit);
+    const value_t score = (logit > zero ? one : small) / (one + small);
+    return logit == logit ? score : logit;  // the exp of vectors may lose NaN
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The best anchors of every level, decoded, on the CPU: one pass over the logits for the best of each anchor, then a
+// radix sort of the few anchors that may be kept, then boxes and scores of those kept.
+#include "ops/select_candidates.h"
+
+#include <limits>
+
+#include "common/select_candidates.h"
+#include "cpu/dispatch.h"
+#include "cpu/score_order.h"
+#include "cpu/simd.h"
+#include "cpu/vector_math.h"
+
+namespace spatialflow {
+namespace {
+
+// Less is done before another thread has woken up.
+constexpr int64_t kLogitsPerThread = 1 << 17, kScoresPerThread = 1 << 14;
+
+// Values of a level, (B, channels, H, W) with adjacent channels.
+template <typename scalar_t>
+struct LevelValues {
+    const scalar_t* values;
+    int64_t image_stride, row_stride, pixel_stride;
+
+    explicit LevelValues(const Tensor& tensor)
+        : values(data<scalar_t>(tensor)),
+          image_stride(stride_of(tensor, 0)),
+          row_stride(stride_of(tensor, 2)),
+          pixel_stride(stride_of(tensor, 3)) {}
+
+    const scalar_t* at(int64_t image, int64_t y, int64_t x) const {
+        return values + image * image_stride + y * row_stride + x * pixel_stride;
+    }
+};
+
+template <typename scalar_t>
+struct CandidateLevel {
+    LevelValues<scalar_t> logits, deltas;
+    int64_t height, width, stride;
+    const Box<float>* base;  // (A)
+    CandidateRange range;
+};
+
+template <typename scalar_t>
+struct CandidateProblem {
+    std::vector<CandidateLevel<scalar_t>> levels;
+    int64_t batch, anchors, classes;
+    int64_t rows;  // candidates of an image
+};
+
+// The largest logit that is not NaN, or minus infinity.
+template <typename scalar_t>
+accum_t<scalar_t> best_logit(const scalar_t* logits, int64_t classes) {
+    using real_t = accum_t<scalar_t>;
+    constexpr int64_t lanes = kLanes<real_t>;
+    real_t best = -std::numeric_limits<real_t>::infinity();
+    if (classes < lanes) {
+        for (int64_t c = 0; c < classes; ++c) {
+            const real_t value = load(logits[c]);
+            best = value > best ? value : best;
+        }
+        return best;
+    }
+    Vector<real_t> bests = broadcast(best);
+    for (int64_t c = 0; c + lanes <= classes; c += lanes) {
+        bests = lane_max(load_vector(logits + c), bests);
+    }
+    bests = lane_max(load_vector(logits + classes - lanes), bests);
+    return largest_lane(bests);
+}
+
+// Rows of the anchors kept by every level that has too many: kept[image * rows + candidate].
+template <typename scalar_t>
+std::vector<uint32_t> selected_rows(const CandidateProblem<scalar_t>& problem) {
+    using real_t = accum_t<scalar_t>;
+    struct Job {
+        const CandidateLevel<scalar_t>* level;
+        int64_t image;
+        std::vector<ScoreEntry<real_t>> entries;
+    };
+    std::vector<Job> jobs;
+    for (const auto& level : problem.levels) {
+        for (int64_t image = 0; image < problem.batch && level.range.is_selected; ++image) {
+            jobs.push_back({&level, image, {}});
+        }
+    }
+    for (Job& job : jobs) {
+        const CandidateLevel<scalar_t>& level = *job.level;
+        const int64_t row_anchors = level.width * problem.anchors;
+        job.entries.resize(static_cast<size_t>(level.height * row_anchors));
+        const int64_t grain = kLogitsPerThread / std::max<int64_t>(1, row_anchors * problem.classes) + 1;
+        parallel_for(0, level.height, grain, [&](int64_t begin, int64_t end) {
+            int64_t row = begin * row_anchors;
+            for (int64_t y = begin; y < end; ++y) {
+                for (int64_t x = 0; x < level.width; ++x) {
+                    const scalar_t* logits = level.logits.at(job.image, y, x);
+                    for (int64_t anchor = 0; anchor < problem.anchors; ++anchor, ++row) {
+                        const real_t best = best_logit(logits + anchor * problem.classes, problem.classes);
+                        job.entries[row] = {descending_key(best), static_cast<uint32_t>(row)};
+                    }
+                }
+            }
+        });
+    }
+    std::vector<uint32_t> kept(jobs.empty() ? 0 : static_cast<size_t>(problem.batch * problem.rows));
+    parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
+        std::vector<ScoreEntry<real_t>> best, scratch;
+        for (int64_t i = begin; i < end; ++i) {
+            Job& job = jobs[i];
+            const CandidateRange& range = job.level->range;
+            take_best(job.entries, static_cast<size_t>(range.count), best);
+            radix_sort(best.data(), static_cast<int64_t>(best.size()), static_cast<decltype(best[0].key)>(-1), scratch);
+            uint32_t* rows = kept.data() + job.image * problem.rows + range.begin;
+            for (int64_t row = 0; row < range.count; ++row) {
+                rows[row] = best[row].row;
+            }
+        }
+    });
+    return kept;
+}
+
+template <typename scalar_t>
+void write_scores(const scalar_t* logits, accum_t<scalar_t>* scores, int64_t classes) {
+    int64_t c = 0;
+    if constexpr (sizeof(accum_t<scalar_t>) == sizeof(float)) {
+        for (; c + kLanes<float> <= classes; c += kLanes<float>) {
+            store_vector(scores + c, candidate_score<float, VectorMath>(load_vector(logits + c)));
+        }
+        if (c < classes) {
+            const int rest = static_cast<int>(classes - c);
+            store_partial(scores + c, candidate_score<float, VectorMath>(load_partial(logits + c, rest)), rest);
+        }
+    } else {
+        for (; c < classes; ++c) {
+            scores[c] = candidate_score<double, ScalarMath>(logits[c]);
+        }
+    }
+}
+
+template <typename scalar_t>
+void write_candidates(
+    const CandidateProblem<scalar_t>& problem, const std::vector<uint32_t>& kept, const int64_t* valid_sizes,
+    const float* scale_factors, Box<accum_t<scalar_t>>* boxes, accum_t<scalar_t>* scores) {
+    using real_t = accum_t<scalar_t>;
+    const int64_t grain = kScoresPerThread / (problem.classes + 4) + 1;
+    parallel_for(0, problem.batch * problem.rows, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t image = i / problem.rows, candidate = i % problem.rows;
+            const CandidateLevel<scalar_t>* level = &problem.levels[0];
+            while (candidate >= level->range.begin + level->range.count) {
+                ++level;
+            }
+            const int64_t row = level->range.is_selected ? kept[i] : candidate - level->range.begin;
+            const int64_t cell = row / problem.anchors, anchor = row % problem.anchors;
+            const int64_t y = cell / level->width, x = cell % level->width;
+            const scalar_t* deltas = level->deltas.at(image, y, x) + 4 * anchor;
+            const CandidateImage<real_t> own{
+                static_cast<real_t>(valid_sizes[2 * image]), static_cast<real_t>(valid_sizes[2 * image + 1]),
+                static_cast<real_t>(scale_factors[2 * image]), static_cast<real_t>(scale_factors[2 * image + 1])};
+            boxes[i] = decode_candidate<real_t>(
+                level->base[anchor], x * level->stride, y * level->stride, load(deltas[0]), load(deltas[1]),
+                load(deltas[2]), load(deltas[3]), own);
+            write_scores(level->logits.at(image, y, x) + anchor * problem.classes, scores + i * problem.classes,
+                         problem.classes);
+        }
+    });
+}
+
+std::tuple<Tensor, Tensor> select_candidates_cpu(
+    const std::vector<Tensor>& class_logits, const std::vector<Tensor>& box_deltas, const Tensor& base_anchors,
+    const std::vector<int64_t>& strides, const Tensor& valid_sizes, const Tensor& scale_factors, int64_t per_level) {
+    check_select_candidates(
+        class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
+    const Tensor& first = class_logits[0];
+    const int64_t batch = first.size(0), anchors = base_anchors.size(1), classes = first.size(1) / anchors;
+    const std::vector<CandidateRange> ranges = candidate_ranges(class_logits, anchors, per_level);
+    const int64_t rows = ranges.back().begin + ranges.back().count;
+    const ScalarType type = accum_dtype(first.scalar_type());
+    const Tensor boxes = empty_like_sized(first, {batch, rows, 4}, type);
+    const Tensor scores = empty_like_sized(first, {batch, rows, classes}, type);
+    if (boxes.numel() == 0) {
+        return {boxes, scores};
+    }
+    std::vector<Tensor> logits, deltas;
+    for (size_t l = 0; l < ranges.size(); ++l) {
+        logits.push_back(channels_adjacent(class_logits[l]));
+        deltas.push_back(channels_adjacent(box_deltas[l]));
+    }
+    const Tensor base = to_contiguous(base_anchors), sizes = to_contiguous(valid_sizes);
+    const Tensor factors = to_contiguous(scale_factors);
+    dispatch_floating("select_candidates", first.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using real_t = accum_t<scalar_t>;
+        CandidateProblem<scalar_t> problem{{}, batch, anchors, classes, rows};
+        const auto* all_base = reinterpret_cast<const Box<float>*>(data<float>(base));
+        for (size_t l = 0; l < ranges.size(); ++l) {
+            problem.levels.push_back(
+                {LevelValues<scalar_t>(logits[l]), LevelValues<scalar_t>(deltas[l]), logits[l].size(2),
+                 logits[l].size(3), strides[l], all_base + static_cast<int64_t>(l) * anchors, ranges[l]});
+        }
+        write_candidates(
+            problem, selected_rows(problem), data<int64_t>(sizes), data<float>(factors),
+            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(boxes)), mutable_data<real_t>(scores));
+    });
+    return {boxes, scores};
+}
+
+}  // namespace
+}  // namespace spatialflow
+
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
+    library.impl("select_candidates", TORCH_BOX(&spatialflow::select_candidates_cpu));
+}

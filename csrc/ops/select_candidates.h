@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// select_candidates: argument checks and sizes shared by all back ends. Schema in select_candidates.cpp.
+#pragma once
+
+#include <algorithm>
+
+#include "ops/tensor.h"
+
+namespace spatialflow {
+
+inline void check_select_candidates(
+    const std::vector<Tensor>& class_logits, const std::vector<Tensor>& box_deltas, const Tensor& base_anchors,
+    const std::vector<int64_t>& strides, const Tensor& valid_sizes, const Tensor& scale_factors, int64_t per_level) {
+    constexpr const char* kOp = "select_candidates";
+    const size_t levels = class_logits.size();
+    check(levels > 0, kOp, ": class_logits must hold at least one level");
+    check(box_deltas.size() == levels, kOp, ": box_deltas must have one tensor per level of class_logits, got ",
+          box_deltas.size(), " for ", levels, " levels");
+    check(strides.size() == levels, kOp, ": strides must have one number per level of class_logits, got ",
+          strides.size(), " for ", levels, " levels");
+    check(base_anchors.dim() == 3 && base_anchors.size(0) == static_cast<int64_t>(levels) &&
+              base_anchors.size(1) > 0 && base_anchors.size(2) == 4,
+          kOp, ": base_anchors must have shape (", levels, ", A, 4) with A > 0, got shape ",
+          shape_string(base_anchors));
+    check_dtype(kOp, "base_anchors", base_anchors, ScalarType::Float);
+    const Tensor& first = class_logits[0];
+    const int64_t anchors = base_anchors.size(1);
+    for (size_t l = 0; l < levels; ++l) {
+        const std::string logits_name = "class_logits[" + std::to_string(l) + "]";
+        const std::string deltas_name = "box_deltas[" + std::to_string(l) + "]";
+        const Tensor& logits = class_logits[l];
+        const Tensor& deltas = box_deltas[l];
+        check_dim(kOp, logits_name.c_str(), logits, 4, "(B, A * classes, H, W)");
+        check_floating(kOp, logits_name.c_str(), logits);
+        check_dtype(kOp, logits_name.c_str(), logits, first.scalar_type());
+        check_same_device(kOp, logits_name.c_str(), logits, "class_logits[0]", first);
+        check(logits.size(0) == first.size(0) && logits.size(1) == first.size(1), kOp, ": ", logits_name,
+              " must have the batch size and the channels of class_logits[0], (", first.size(0), ", ", first.size(1),
+              "), got shape ", shape_string(logits));
+        check(deltas.dim() == 4 && deltas.size(0) == logits.size(0) && deltas.size(1) == 4 * anchors &&
+                  deltas.size(2) == logits.size(2) && deltas.size(3) == logits.size(3),
+              kOp, ": ", deltas_name, " must have shape (", logits.size(0), ", ", 4 * anchors, ", ", logits.size(2),
+              ", ", logits.size(3), "), got shape ", shape_string(deltas));
+        check_dtype(kOp, deltas_name.c_str(), deltas, first.scalar_type());
+        check_same_device(kOp, deltas_name.c_str(), deltas, "class_logits[0]", first);
+        const int64_t cells = logits.size(2) * logits.size(3);  // the tensor has as many elements, so no overflow
+        check(cells < (int64_t(1) << 32) / anchors, kOp, ": ", logits_name,
+              " must have fewer than 2^32 anchors, got ", cells, " cells of ", anchors);
+        check(strides[l] > 0 && strides[l] <= 0x7fffffff, kOp, ": strides must be from 1 to 2147483647, got ",
+              strides[l]);
+    }
+    check(first.size(1) % anchors == 0, kOp, ": class_logits[0] must have a multiple of ", anchors,
+          " channels, the number of anchors of base_anchors, got shape ", shape_string(first));
+    check(valid_sizes.dim() == 2 && valid_sizes.size(0) == first.size(0) && valid_sizes.size(1) == 2, kOp,
+          ": valid_sizes must have shape (", first.size(0), ", 2), got shape ", shape_string(valid_sizes));
+    check_dtype(kOp, "valid_sizes", valid_sizes, ScalarType::Long);
+    check(scale_factors.dim() == 2 && scale_factors.size(0) == first.size(0) && scale_factors.size(1) == 2, kOp,
+          ": scale_factors must have shape (", first.size(0), ", 2), got shape ", shape_string(scale_factors));
+    check_dtype(kOp, "scale_factors", scale_factors, ScalarType::Float);
+    for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("base_anchors", base_anchors),
+                                       {"valid_sizes", valid_sizes},
+                                       {"scale_factors", scale_factors}}) {
+        check_same_device(kOp, name, tensor, "class_logits[0]", first);
+    }
+    check(per_level >= 0 && per_level <= 0x7fffffff, kOp, ": per_level must be from 0 to 2147483647, got ", per_level);
+}
+
+// Where the candidates of a level are among those of an image.
+struct CandidateRange {
+    int64_t begin, count;
+    bool is_selected;  // the level has more anchors than that
+};
+
+inline std::vector<CandidateRange> candidate_ranges(
+    const std::vector<Tensor>& class_logits, int64_t anchors, int64_t per_level) {
+    std::vector<CandidateRange> ranges;
+    int64_t begin = 0;
+    for (const Tensor& logits : class_logits) {
+        const int64_t all = logits.size(2) * logits.size(3) * anchors;
+        const bool is_selected = per_level > 0 && per_level < all;
+        ranges.push_back({begin, is_selected ? per_level : all, is_selected});
+        begin += ranges.back().count;
+    }
+    return ranges;
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidate selection in plain PyTorch: the specification of `spatialflow.ops.select_candidates`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spatialflow.ops.select_candidates import Candidates
+
+MAX_LOG_RATIO = abs(math.log(16 / 1000))
+"""Limit of the decoded log width and height ratios."""
+
+
+def select_candidates(
+    class_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
+    base_anchors: Tensor,
+    strides: Sequence[int],
+    valid_sizes: Tensor,
+    scale_factors: Tensor,
+    per_level: int,
+) -> Candidates:
+    """Same arguments and result as `spatialflow.ops.select_candidates`; level by level."""
+    real = torch.float64 if class_logits[0].dtype == torch.float64 else torch.float32
+    boxes, scores = [], []
+    for logits, deltas, base, stride in zip(class_logits, box_deltas, base_anchors.to(real), strides):
+        batch, channels, *size = logits.shape
+        anchors = grid_anchors(size, stride, base)  # (M, 4)
+        logits = logits.permute(0, 2, 3, 1).reshape(batch, len(anchors), channels // len(base)).to(real)
+        deltas = deltas.permute(0, 2, 3, 1).reshape(batch, len(anchors), 4).to(real)
+        if 0 < per_level < len(anchors):
+            lowest = -torch.inf
+            best = F.pad(logits.masked_fill(logits.isnan(), lowest), (0, 1), value=lowest).amax(dim=-1)  # (B, M)
+            kept = best.sort(dim=1, descending=True, stable=True).indices[:, :per_level]
+            logits = logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[2]))
+            deltas = deltas.gather(1, kept[..., None].expand(-1, -1, 4))
+            anchors = anchors[kept]
+        boxes.append(decode_boxes(anchors, deltas))
+        scores.append(logits.sigmoid())
+    limits = valid_sizes.flip(-1).repeat(1, 2)[:, None].to(real)  # (B, 1, 4): W, H, W, H
+    clipped = torch.cat(boxes, dim=1).clamp(min=0).minimum(limits)
+    return Candidates(clipped / scale_factors.repeat(1, 2)[:, None].to(real), torch.cat(scores, dim=1))
+
+
+def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
+    """Anchors of a whole level: cell (y, x) is centered at (x * stride, y * stride), no half-cell offset, no rounding.
+
+    Args:
+        size: (H, W) of the level.
+        stride: stride of the level in pixels.
+        base: (A, 4) from `base_anchors`.
+
+    Returns:
+        (H * W * A, 4), cells row-major, then anchors; type and device of `base`.
+    """
+    h, w = size
+    x = torch.arange(w, device=base.device, dtype=base.dtype) * stride
+    y = torch.arange(h, device=base.device, dtype=base.dtype) * stride
+    shift = torch.stack([x.repeat(h), y.repeat_interleave(w)] * 2, dim=-1)  # (H*W, 4)
+    return (shift[:, None, :] + base[None]).reshape(-1, 4)
+
+
+def decode_boxes(anchors: Tensor, deltas: Tensor, size: Optional[tuple[int, int]] = None) -> Tensor:
+    """Boxes from anchors and predicted deltas.
+
+    Args:
+        anchors: (..., 4), (x1, y1, x2, y2).
+        deltas: (..., 4), (dx, dy, dw, dh); dw and dh are clamped to +-|log(16 / 1000)|, dx and dy are free.
+        size: (H, W) of the valid image: coordinates are clipped to [0, W] and [0, H]; None: no clipping.
+
+    Returns:
+        (..., 4) of the type of `deltas`.
+    """
+    dw = deltas[..., 2].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    dh = deltas[..., 3].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    cx = (anchors[..., 0] + anchors[..., 2]) * 0.5
+    cy = (anchors[..., 1] + anchors[..., 3]) * 0.5
+    w = anchors[..., 2] - anchors[..., 0]
+    h = anchors[..., 3] - anchors[..., 1]
+    gw, gh = w * dw.exp(), h * dh.exp()
+    gx = torch.addcmul(cx, w, deltas[..., 0])
+    gy = torch.addcmul(cy, h, deltas[..., 1])
+    x1, y1, x2, y2 = gx - gw * 0.5, gy - gh * 0.5, gx + gw * 0.5, gy + gh * 0.5
+    if size is not None:
+        x1, x2 = x1.clamp(0, size[1]), x2.clamp(0, size[1])
+        y1, y2 = y1.clamp(0, size[0]), y2.clamp(0, size[0])
+    return torch.stack([x1, y1, x2, y2], dim=-1)

@@ -52,6 +52,10 @@ def cases():
         "multiclass_nms": (ops.multiclass_nms, {
             "boxes": box_rows(9), "scores": torch.rand(9, 2), "score_threshold": 0.1, "iou_threshold": 0.3,
             "max_detections": 6}),
+        "select_candidates": (ops.select_candidates, {
+            "class_logits": [torch.randn(1, 4, 2, 3)], "box_deltas": [torch.randn(1, 8, 2, 3)],
+            "base_anchors": box_rows(2)[None], "strides": (8,), "valid_sizes": torch.tensor([[16, 24]]),
+            "scale_factors": torch.ones(1, 2), "per_level": 5}),
         "deform_conv2d": (ops.deform_conv2d, {"input": pyramid[0], "offset": offset, "weight": weight, "padding": 1}),
         "deform_conv2d, optional": (ops.deform_conv2d, {
             "input": pyramid[0], "offset": offset, "weight": weight, "bias": bias, "padding": 1, "mask": mask}),

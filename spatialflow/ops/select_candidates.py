@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.checking import is_checking, require_finite, require_tensors
+from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
 
@@ -70,11 +72,15 @@ def select_candidates(
     Source: Lin et al., Focal Loss for Dense Object Detection (2017); arithmetic of mmdetection's RetinaHead with
     means 0 and standard deviations 1, whose clamp of dw and dh is |log(16 / 1000)|.
     """
-    class_logits, box_deltas = _levels("class_logits", class_logits), _levels("box_deltas", box_deltas)
-    fixed = {"base_anchors": base_anchors, "valid_sizes": valid_sizes, "scale_factors": scale_factors}
-    require_tensors("select_candidates", **fixed)
-    selected = torch.ops.spatialflow.select_candidates(
-        class_logits, box_deltas, base_anchors.detach(), list(strides), valid_sizes, scale_factors.detach(), per_level
+    lists = [x if isinstance(x, (list, tuple)) else [x] for x in (class_logits, box_deltas)]
+    if not are_tensors(*lists[0], *lists[1], base_anchors, valid_sizes, scale_factors):
+        return with_arrays(select_candidates, locals())
+    for name, levels in (("class_logits", class_logits), ("box_deltas", box_deltas)):
+        if isinstance(levels, Tensor) or not levels:
+            got = f"a tensor of shape {tuple(levels.shape)}" if isinstance(levels, Tensor) else "none"
+            raise ValueError(f"select_candidates: {name} must be a sequence of at least one level, got {got}")
+    selected = _select_candidates(
+        list(class_logits), list(box_deltas), base_anchors, list(strides), valid_sizes, scale_factors, per_level
     )
     if is_checking():  # values; the operator has checked the shapes
         for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
@@ -85,14 +91,7 @@ def select_candidates(
     return Candidates(*selected)
 
 
-def _levels(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors without their gradients, if they are a sequence of at least one tensor."""
-    if isinstance(tensors, Tensor) or len(tensors) == 0:
-        got = f"a tensor of shape {tuple(tensors.shape)}" if isinstance(tensors, Tensor) else "none"
-        raise ValueError(f"select_candidates: {name} must be a sequence of at least one level, got {got}")
-    for level, tensor in enumerate(tensors):
-        require_tensors("select_candidates", **{f"{name}[{level}]": tensor})
-    return [tensor.detach() for tensor in tensors]
+_select_candidates = without_gradient("select_candidates")
 
 
 @register_fake("select_candidates")
@@ -129,7 +128,7 @@ def _vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         return [unfolded(level, dim).flatten(0, 1) for level, dim in zip(levels, dims)]
 
     sizes, factors = unfolded(valid_sizes, in_dims[4]), unfolded(scale_factors, in_dims[5])
-    results = torch.ops.spatialflow.select_candidates(
+    results = _select_candidates(
         folded(class_logits, in_dims[0]), folded(box_deltas, in_dims[1]), base_anchors, strides,
         sizes.flatten(0, 1), factors.flatten(0, 1), per_level,
     )  # fmt: skip

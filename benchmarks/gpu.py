@@ -44,6 +44,7 @@ PLAN = (
     Entry("select_candidates", ("bfloat16",), (), ("torch",)),
     Entry("batched_nms", ("float32",), (), ("torchvision",)),
     Entry("sigmoid_focal_loss", ("float32",), (), ("torchvision",)),
+    Entry("group_norm_relu", ("bfloat16",), (), ("torch",)),
     Entry("panoptic_merge", ("float32",), (), ("none",)),
     Entry("paste_masks", ("float16",), (), ("torchvision",)),
     Entry("stuff_labels", ("bfloat16",), (), ("torch",)),

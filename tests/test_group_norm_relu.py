@@ -240,11 +240,12 @@ class TestStatistics:
             result = ops.group_norm_relu(torch.full(shape, 1e6), 8, None, bias, upsample=upsample)
             torch.testing.assert_close(result, bias.relu()[None, :, None, None].expand_as(result))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("upsample", [False, True])
-    def test_threads(self, upsample):
+    def test_threads(self, upsample, dtype):
         """Results and gradients do not depend on the number of threads, to the last bit."""
-        input = torch.randn(2, 40, 61, 50).to(memory_format=torch.channels_last).requires_grad_()
-        weight, bias = torch.randn(40, requires_grad=True), torch.randn(40, requires_grad=True)
+        input = torch.randn(2, 40, 61, 50, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        weight, bias = (torch.randn(40, dtype=dtype, requires_grad=True) for _ in range(2))
         threads, runs = torch.get_num_threads(), []
         try:
             for count in (1, 2, 3):
@@ -256,14 +257,22 @@ class TestStatistics:
         for run in runs[1:]:
             assert all(torch.equal(one, other) for one, other in zip(run, runs[0]))
 
-    def test_channels_last_is_read_in_place(self):
-        """Channels-last features, and slices of such, are not copied."""
+    @pytest.mark.parametrize("upsample", [False, True])
+    def test_channels_last_is_read_in_place(self, upsample):
+        """Channels-last features, slices of such, and such incoming gradients are not copied."""
         whole = torch.randn(1, 32, 12, 20).to(memory_format=torch.channels_last)
-        with Called() as called:
-            for input in (whole, whole[:, :, 2:9, 3:15], whole[:, 8:24]):
-                result = ops.group_norm_relu(input, 4, upsample=True)
-                assert_near(result, reference.group_norm_relu(input.double(), 4, upsample=True), torch.float32)
-        assert called.names == {"group_norm_relu"}
+        for input in (whole, whole[:, :, 2:9, 3:15], whole[:, 8:24]):
+            tracked = input.detach().requires_grad_()
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+                result = ops.group_norm_relu(tracked, 4, upsample=upsample)
+                (grad,) = torch.autograd.grad(result, tracked, result)
+            copies = [event for event in profile.events() if event.name in ("aten::copy_", "aten::clone")]
+            assert not [event for event in copies if len(event.input_shapes[0]) == 4]  # gradients by weight are
+            wide = input.double().requires_grad_()
+            expected = reference.group_norm_relu(wide, 4, upsample=upsample)
+            assert_near(result, expected, torch.float32)
+            assert_near(grad, torch.autograd.grad(expected, wide, expected)[0], torch.float32, factor=4)
 
 
 class TestErrors:

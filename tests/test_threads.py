@@ -88,6 +88,17 @@ def large_focal_loss() -> OpSample:
     return OpSample(run, run, [torch.randn(1300, 40), torch.randint(41, (1300,))])
 
 
+def large_norm(upsample: bool) -> Callable[[], OpSample]:
+    def make() -> OpSample:
+        def run(input: Tensor, *by_channel: Tensor) -> Tensor:
+            return ops.group_norm_relu(input, 4, *by_channel, upsample=upsample)
+
+        input = torch.randn(2, 32, 41, 42).to(memory_format=torch.channels_last)
+        return OpSample(run, run, [input, torch.randn(32), torch.randn(32)], {}, (0, 1, 2), (0, 1, 2))
+
+    return make
+
+
 def large_images() -> OpSample:
     def run(*images: Tensor) -> Tensor:
         return ops.preprocess_images(images, [(301, 402)] * 2, (1, 2, 3), (4, 5, 6), 32)
@@ -109,6 +120,8 @@ LARGE = {  # what the samples of the tests are too small for: one call is shared
     "batched_nms": large_batched_nms,
     "multiclass_nms": large_multiclass_nms,
     "select_candidates": large_candidates,
+    "group_norm_relu": large_norm(False),
+    "group_norm_relu, upsampled": large_norm(True),
     "sigmoid_focal_loss": large_focal_loss,
     "preprocess_images": large_images,
     "direct convolution": large_convolution(16),

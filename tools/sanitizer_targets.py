@@ -97,6 +97,8 @@ def run_operators(device: str) -> int:
         base, valid = torch.ones(2, 2, 4, device=device), torch.tensor([[100, 112]], device=device)
         factors = torch.ones(1, 2, device=device)
         run(lambda: ops.select_candidates(logits, deltas, base, (8, 16), valid, factors, 90))
+        for upsample in (False, True):
+            run(lambda *t: ops.group_norm_relu(t[0], 4, *t[1:], upsample=upsample), levels[0], bias, bias * 0.5)
         run(lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, reduction="sum"), draw(40, 6, dtype=dtype))
         pictures = [torch.randint(0, 256, (21, 30, 3), dtype=torch.uint8).to(device)]
         run(lambda: ops.preprocess_images(pictures, [(33, 47)], (1, 2, 3), (4, 5, 6), 32, dtype))

@@ -88,6 +88,16 @@ LIMITS = (
     Limit("focal_sum_kernel<*, 8>", "streams logits", registers=64, load=16, narrow=2, distance=8, in_flight=2),
     Limit("focal_sum_kernel<float, 4>", "streams logits", registers=56, load=16, narrow=4, distance=20, in_flight=4),
 
+    Limit("group_norm_sums_kernel<*, 8>", "four pixels on the way at once", registers=80, load=16, in_flight=4),
+    Limit("group_norm_relu_kernel<*, 8>", "four pixels on the way at once",
+          registers=80, load=16, store=16, in_flight=4),
+    Limit("group_norm_relu_upsample_kernel<*, 8>", "two cells of the next row at once",
+          registers=72, load=16, store=16, in_flight=2),
+    Limit("group_norm_relu_gradient_sums_kernel<*, true, 8>", "five pixels of a row at once; sums of eight channels",
+          registers=168, load=16, store=16, in_flight=5),
+    Limit("group_norm_relu_gradient_sums_kernel<*, false, 8>", "four pixels of two maps at once; two blocks",
+          registers=128, load=16, store=16, in_flight=8),
+
     Limit("panoptic_quality_counts_kernel<true>", "streams two maps", registers=32, load=16, in_flight=2),
     Limit("paste_masks_kernel<*>", "streams out masks of bytes", registers=62, store=16, in_flight=4),
     Limit("preprocess_images_kernel<*>", "reads bytes of pixels, writes 16 bytes", registers=56, store=16, in_flight=8),

@@ -25,6 +25,7 @@
 #include <initializer_list>
 
 #include "cuda/launch.h"
+#include "cuda/raw_channels.h"
 #include "ops/group_norm_relu.h"
 
 namespace spatialflow {
@@ -152,11 +153,11 @@ __global__ void __launch_bounds__(kThreads) group_norm_sums_kernel(
     if (place.has_channels(shape) && begin < end) {
         real_t pivot[kWidth], sum[kWidth] = {}, square[kWidth] = {};
         for (int first = begin; first < end; first += kTurns * kPixelLanes) {
-            Vec<scalar_t, kWidth> values[kTurns];
+            RawChannels<scalar_t, kWidth> values[kTurns];
 #pragma unroll
             for (int t = 0; t < kTurns; ++t) {
                 if (first + t * kPixelLanes < end) {
-                    values[t] = load_vector<kWidth>(
+                    values[t] = load_channels<kWidth>(
                         pixel_of(input, shape, place.image, first + t * kPixelLanes) + place.channel);
                 }
             }
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_sums_kernel(
                 if (first + t * kPixelLanes < end) {
 #pragma unroll
                     for (int i = 0; i < kWidth; ++i) {
-                        const real_t value = load(values[t][i]);
+                        const real_t value = values[t].value(i);
                         pivot[i] = t == 0 && first == begin ? value : pivot[i];
                         const real_t from = value - pivot[i];
                         sum[i] += from;
@@ -278,23 +279,23 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_kernel(
     const Global<scalar_t> target =
         output + (static_cast<int64_t>(place.image) * shape.pixels() * shape.channels + place.channel);
     for (int first = begin; first < end; first += kTurns * kPixelLanes) {
-        Vec<scalar_t, kWidth> values[kTurns];
+        RawChannels<scalar_t, kWidth> values[kTurns];
 #pragma unroll
         for (int t = 0; t < kTurns; ++t) {
             if (first + t * kPixelLanes < end) {
-                values[t] = load_vector<kWidth>(
+                values[t] = load_channels<kWidth>(
                     pixel_of(input, shape, place.image, first + t * kPixelLanes) + place.channel);
             }
         }
 #pragma unroll
         for (int t = 0; t < kTurns; ++t) {
             if (first + t * kPixelLanes < end) {
+                Vec<scalar_t, kWidth> result;
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
-                    const real_t value = load(values[t][i]);
-                    store(values[t][i], relu(affine.before_relu(i, value)));
+                    store(result[i], relu<real_t>(affine.before_relu(i, values[t].value(i))));
                 }
-                store_vector(target + static_cast<int64_t>(first + t * kPixelLanes) * shape.channels, values[t]);
+                store_vector(target + static_cast<int64_t>(first + t * kPixelLanes) * shape.channels, result);
             }
         }
     }
@@ -349,12 +350,12 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_upsample_kernel(
     // A row of the input, normalized, at the place of the column.
     const auto at_row = [&](int y, real_t(&result)[kWidth]) {
         const Global<const scalar_t> row = source + y * input.stride_h;
-        const Vec<scalar_t, kWidth> low = load_vector<kWidth>(row + cell.low * input.stride_w);
-        const Vec<scalar_t, kWidth> high = load_vector<kWidth>(row + cell.high * input.stride_w);
+        const auto low = load_channels<kWidth>(row + cell.low * input.stride_w);
+        const auto high = load_channels<kWidth>(row + cell.high * input.stride_w);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-            result[i] = relu(affine.before_relu(i, load(low[i]))) * cell.low_weight +
-                        relu(affine.before_relu(i, load(high[i]))) * cell.high_weight;
+            result[i] = relu<real_t>(affine.before_relu(i, low.value(i))) * cell.low_weight +
+                        relu<real_t>(affine.before_relu(i, high.value(i))) * cell.high_weight;
         }
     };
     const int begin = place.block / parts.column_blocks * parts.extent;
@@ -398,10 +399,10 @@ struct GradientSums {
     // Clears what ReLU stops, and adds the rest.
     template <typename scalar_t>
     __device__ __forceinline__ void add(
-        const AffineVector<real_t, kWidth>& affine, const Vec<scalar_t, kWidth>& input, real_t (&g)[kWidth]) {
+        const AffineVector<real_t, kWidth>& affine, const RawChannels<scalar_t, kWidth>& input, real_t (&g)[kWidth]) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-            const real_t x = load(input[i]);
+            const real_t x = input.value(i);
             g[i] = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g[i];  // NaN passes
             gradient[i] += g[i];
             product[i] += g[i] * (x - affine.of[i].shift);
@@ -458,7 +459,7 @@ __device__ __forceinline__ void gather_column(
         if (y < begin || y >= end) {
             return;
         }
-        sums.add(affine, load_vector<kWidth>(source + y * input.stride_h), g);
+        sums.add(affine, load_channels<kWidth>(source + y * input.stride_h), g);
         const Global<real_t> pixel = target + static_cast<int64_t>(y) * shape.width * shape.channels;
         constexpr int kStore = kWidth < kWideElements<real_t> ? kWidth : kWideElements<real_t>;
 #pragma unroll
@@ -485,21 +486,18 @@ __device__ __forceinline__ void gather_column(
                 below[i] = 0;
             }
         }
-        Vec<scalar_t, kWidth> values[kReaders];
+        RawChannels<scalar_t, kWidth> values[kReaders];
 #pragma unroll
         for (int r = 0; r < kReaders; ++r) {
             if (r < columns) {
-                values[r] = load_vector<kWidth>(incoming + (y * grad_output.stride_h + r * grad_output.stride_w));
+                values[r] = load_channels<kWidth>(incoming + (y * grad_output.stride_h + r * grad_output.stride_w));
             }
         }
         real_t row[kWidth] = {};
 #pragma unroll
         for (int r = 0; r < kReaders; ++r) {
             if (r < columns) {
-#pragma unroll
-                for (int i = 0; i < kWidth; ++i) {
-                    row[i] += weights[r] * load(values[r][i]);
-                }
+                values[r].add_to(row, weights[r]);
             }
         }
         const real_t weight = walk.high_weight();
@@ -542,14 +540,14 @@ __global__ void __launch_bounds__(kThreads, kUpsample ? 1 : 2) group_norm_relu_g
             const int begin = place.block * parts.extent + place.pixel_lane;
             const int end = place.block + 1 < parts.blocks ? (place.block + 1) * parts.extent : shape.pixels();
             for (int first = begin; first < end; first += kTurns * kPixelLanes) {
-                Vec<scalar_t, kWidth> values[kTurns], gradients[kTurns];
+                RawChannels<scalar_t, kWidth> values[kTurns], gradients[kTurns];
 #pragma unroll
                 for (int t = 0; t < kTurns; ++t) {
                     const int pixel = first + t * kPixelLanes;
                     if (pixel < end) {
-                        values[t] = load_vector<kWidth>(pixel_of(input, shape, place.image, pixel) + place.channel);
+                        values[t] = load_channels<kWidth>(pixel_of(input, shape, place.image, pixel) + place.channel);
                         gradients[t] =
-                            load_vector<kWidth>(pixel_of(grad_output, shape, place.image, pixel) + place.channel);
+                            load_channels<kWidth>(pixel_of(grad_output, shape, place.image, pixel) + place.channel);
                     }
                 }
 #pragma unroll
@@ -558,7 +556,7 @@ __global__ void __launch_bounds__(kThreads, kUpsample ? 1 : 2) group_norm_relu_g
                         real_t g[kWidth];
 #pragma unroll
                         for (int i = 0; i < kWidth; ++i) {
-                            g[i] = load(gradients[t][i]);
+                            g[i] = gradients[t].value(i);
                         }
                         sums.add(affine, values[t], g);
                     }
@@ -717,12 +715,11 @@ Parts column_parts(const NormShape& shape, int64_t height, int64_t width) {
 template <int kWidth>
 NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     constexpr int kChannels = kSlice<kWidth>;
-    for (int64_t d = 0; d < 4; ++d) {
-        check(input.size(d) < (int64_t(1) << 29), "group_norm_relu: sizes of input must be below 2^29 on CUDA, got ",
-              shape_string(input));
-    }
-    check(input.size(2) <= 0x7fffffff / input.size(3),
-          "group_norm_relu: images of input must have at most 2147483647 pixels on CUDA, got ", shape_string(input));
+    constexpr int64_t kMost = int64_t(1) << 29;
+    const bool fits = input.size(0) < kMost && input.size(1) < kMost && input.size(2) < kMost && input.size(3) < kMost;
+    check(fits && input.size(2) * input.size(3) < kMost,
+          "group_norm_relu: sizes of input and pixels of an image must be below 2^29 on CUDA, got ",
+          shape_string(input));
     const int channels = static_cast<int>(input.size(1)), groups = static_cast<int>(num_groups);
     NormShape shape{};
     shape.batch = static_cast<int>(input.size(0));
@@ -873,9 +870,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cuda(
                     mutable_data<real_t>(grad_weight), mutable_data<real_t>(grad_bias), shape, parts.blocks);
                 const Parts pixels = pixel_parts(shape, kGroupNormRun);
                 const auto run_gradient = [&](auto is_masked, const auto& map) {
-                    using gradient_t = std::conditional_t<decltype(is_masked)::value, real_t, scalar_t>;
-                    launch<
-                        group_norm_relu_input_gradient_kernel<scalar_t, gradient_t, decltype(is_masked)::value, kWidth>>(
+                    constexpr bool kMasked = decltype(is_masked)::value;
+                    using gradient_t = std::conditional_t<kMasked, real_t, scalar_t>;
+                    launch<group_norm_relu_input_gradient_kernel<scalar_t, gradient_t, kMasked, kWidth>>(
                         grid_of(shape, pixels), dim3(kThreads), 0, device.stream(), map, map_of<scalar_t>(source),
                         data<double>(own_statistics), by_channel, data<double>(sums),
                         mutable_data<scalar_t>(grad_input), shape, pixels);

@@ -27,6 +27,7 @@
 
 #include "common/roi_align.h"
 #include "cuda/launch.h"
+#include "cuda/raw_channels.h"
 #include "ops/roi_align.h"
 
 namespace spatialflow {
@@ -92,39 +93,6 @@ __device__ __forceinline__ RoiAxis<real_t> axis_of(
 // ---- weights in the lanes of a warp ------------------------------------------------------------------------------
 
 constexpr int kHalfWarp = kWarpSize / 2;
-
-// kWidth channels of a cell as they are loaded: words, which the compiler does not take apart before they are used.
-template <typename scalar_t, int kWidth>
-struct RawChannels {
-    using Word = std::conditional_t<sizeof(scalar_t) * kWidth % sizeof(unsigned) == 0, unsigned, scalar_t>;
-    static constexpr int kWords = static_cast<int>(sizeof(scalar_t) * kWidth / sizeof(Word));
-    Vec<Word, kWords> words;
-
-    // sums[i] += weight * channel i
-    template <typename real_t>
-    __device__ __forceinline__ void add_to(real_t (&sums)[kWidth], real_t weight) const {
-        if constexpr (std::is_same_v<scalar_t, bfloat16> && kWidth > 1) {  // the upper halves of float32
-#pragma unroll
-            for (int w = 0; w < kWords; ++w) {
-                sums[2 * w] += weight * __uint_as_float(words[w] << 16);
-                sums[2 * w + 1] += weight * __uint_as_float(words[w] & 0xffff0000u);
-            }
-        } else {
-            Vec<scalar_t, kWidth> values;
-            memcpy(static_cast<void*>(&values), &words, sizeof(values));
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                sums[i] += weight * load(values[i]);
-            }
-        }
-    }
-};
-
-template <typename scalar_t, int kWidth>
-__device__ __forceinline__ RawChannels<scalar_t, kWidth> load_raw(Global<const unsigned char> source) {
-    using Raw = RawChannels<scalar_t, kWidth>;
-    return {load_vector<Raw::kWords>(pointer_cast<const typename Raw::Word>(source))};
-}
 
 // Adds the first kCount pairs in `left`, whose offsets and weights the lanes hold; their loads go out together.
 template <int kCount, int kWidth, typename scalar_t, typename real_t, typename offset_t>

@@ -157,11 +157,11 @@ def _upsets_norm(arguments: dict, tensors: list[Tensor]) -> bool:
 def _sizes_of_norm(
     *, input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, upsample: bool
 ) -> Tensor:
-    """The norm without what derivatives of mean and deviation take away again, and without ReLU."""
+    """The norm without what the mean, and derivatives of mean and deviation, take away again, and without ReLU."""
     groups = input.reshape(len(input), num_groups, input[0].numel() // num_groups if len(input) else 0)
     deviation = (groups.var(dim=2, keepdim=True, correction=0) + eps).sqrt().detach()
-    normalized = (groups - groups.mean(dim=2, keepdim=True)).detach().abs()
-    result = ((normalized + (groups - groups.detach())) / deviation).reshape(input.shape)
+    values = (groups.abs() + groups.mean(dim=2, keepdim=True).abs()).detach()
+    result = ((values + (groups - groups.detach())) / deviation).reshape(input.shape)
     result = result if weight is None else result * weight[:, None, None]
     result = result if bias is None else result + bias[:, None, None]
     if not upsample:

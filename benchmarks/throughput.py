@@ -2,9 +2,9 @@
 """Images per second from image files to the files of `spatialflow predict`: each stage alone, and all at once.
 
 The stages are decoding (with the threads of `Predictor.stream`), the network (arrays to maps on the host), and writing
-(PNG, overlay, journal). "one after the other" takes each image through all stages before the next. "overlapped" is what
-`spatialflow predict` does; it cannot be faster than the slowest stage, and on a CPU the stages share the cores. The rows
-take turns, and medians over the rounds are printed.
+(PNG, overlay, journal). "one after the other" takes each image through all stages before the next. "overlapped" is
+what `spatialflow predict` does; it cannot be faster than the slowest stage, and on a CPU the stages share the cores.
+The rows take turns, and medians over the rounds are printed.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ class PredictionFolder:
 
         Args:
             images: as many as outcomes.
-            outcomes: of `Predictor.outcomes`, asked for in the caller's thread. They wait while more than `HELD` images
-                are not written.
+            outcomes: of `Predictor.outcomes`, asked for in the caller's thread. They wait while `HELD` images are
+                not written.
 
         Yields:
             A future per image, in their order: the seconds by stage, "write" among them. It raises ImageError for an

@@ -119,7 +119,11 @@ def test_copies_capture_their_own(cache):
     assert cache("a", None, [torch.ones(1)]).item() == -1
 
 
-SIZES = [(40 + i, 60 + i) for i in range(34)] + [(60 + i, 40 + i) for i in range(33)] + [(50 + i, 50 + i) for i in range(33)]
+SIZES = [
+    *((40 + i, 60 + i) for i in range(34)),
+    *((60 + i, 40 + i) for i in range(33)),
+    *((50 + i, 50 + i) for i in range(33)),
+]
 SETTINGS = dict(test_short_edges=[64], test_long_edge=96, stuff_area_threshold=20, instance_score_threshold=0.0)
 
 

@@ -35,7 +35,6 @@ from spatialflow.ops import (
     stuff_labels,
 )
 
-
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
 """What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds
 the wait for its end. A CUDA graph is queued as a whole, under "network"."""
@@ -61,7 +60,7 @@ GEOMETRY = ("valid_sizes", "scales", "widths")
 
 
 class Recognized(NamedTuple):
-    """What was found in a batch at network scale; rows of detections that are only padding have label -1."""
+    """What was found in a batch, in shapes that no original size decides. Rows that are only padding have label -1."""
 
     boxes: Tensor  # (B, D, 4) float32, original scale
     scores: Tensor  # (B, D) float32, descending
@@ -184,7 +183,8 @@ class Pipeline:
 
         def make() -> Callable[[list[Tensor]], Recognized]:
             def function(inputs: list[Tensor]) -> Recognized:
-                parts = [inputs[i : i + 4] for i in range(0, len(inputs), 4)]
+                step = 1 + len(GEOMETRY)
+                parts = [inputs[i : i + step] for i in range(0, len(inputs), step)]
                 views = [view._replace(**dict(zip(GEOMETRY, part[1:]))) for view, part in zip(plan, parts)]
                 return self._recognize([part[0] for part in parts], views, dict.fromkeys(STAGES, 0.0))
 
@@ -193,7 +193,7 @@ class Pipeline:
         return graphs(tuple((view.mirrored, image.shape) for image, view in zip(images, plan)), make, tensors)
 
     def _recognize(self, images: list[Tensor], plan: list[View], times: dict[str, float]) -> Recognized:
-        """Detections, masks and stuff logits of a batch. Reads of a view neither sizes nor anything else on the host.
+        """Detections, masks and stuff logits of a batch. Of a view it reads `mirrored` and the tensors alone.
 
         Args:
             images: the network's input (B, 3, H, W) of each view.

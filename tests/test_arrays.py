@@ -303,6 +303,17 @@ class TestNumpy:
         assert torch.equal(ops.nms(boxes, scores, np.float32(0.5)), ops.nms(boxes, scores, 0.5))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="asks for arrays on the CPU")
+def test_jax():
+    """Whose arrays say themselves where `from_dlpack` is, and have bfloat16."""
+    jax = pytest.importorskip("jax")
+    features, boxes = torch.rand(2, 3, 8, 9), box_rows(4, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = ops.roi_align(features.to(dtype), boxes, 2)
+        result = ops.roi_align(jax.numpy.from_dlpack(features.to(dtype)), jax.numpy.from_dlpack(boxes), 2)
+        assert isinstance(result, jax.Array) and torch.equal(torch.from_dlpack(result), expected)
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="asks for a GPU with CuPy: SPATIALFLOW_BACKEND=cuda")
 class TestCupy:
     @pytest.mark.parametrize("own", ["cupy", "torch", "both"])

@@ -297,6 +297,18 @@ class TestNumpy:
         with pytest.raises(BufferError, match="preprocess_images: a result of dtype bfloat16 cannot be an array of"):
             ops.preprocess_images(**arrays_in(arguments), dtype=torch.bfloat16)
 
+    @pytest.mark.skipif(
+        torch.__version__ < "2.13", reason="torch before 2.13 takes compiled code of arrays for tensors"
+    )
+    def test_compiled(self):
+        """torch.compile leaves such a call to Python; where it must not, it says why."""
+        function, arguments = cases()["nms"]
+        torch._dynamo.reset()
+        expected, arrays = function(**arguments), arrays_in(arguments)
+        assert_equal(torch.compile(lambda: function(**arrays), backend="eager")(), expected)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="arrays of other libraries cannot be part of a compi"):
+            torch.compile(lambda: function(**arrays), backend="eager", fullgraph=True)()
+
     def test_numbers_of_numpy_are_numbers(self):
         """They have no `__dlpack__`, and stand beside tensors."""
         boxes, scores = box_rows(9), torch.rand(9)

@@ -306,10 +306,33 @@ class TestNumpy:
         with pytest.raises(BufferError, match="preprocess_images: a result of dtype bfloat16 cannot be an array of"):
             ops.preprocess_images(**arrays_in(arguments), dtype=torch.bfloat16)
 
+    @pytest.mark.skipif(
+        torch.__version__ < "2.13", reason="torch before 2.13 takes compiled code of arrays for tensors"
+    )
+    def test_compiled(self):
+        """torch.compile leaves such a call to Python; where it must not, it says why."""
+        function, arguments = cases()["nms"]
+        torch._dynamo.reset()
+        expected, arrays = function(**arguments), arrays_in(arguments)
+        assert_equal(torch.compile(lambda: function(**arrays), backend="eager")(), expected)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="arrays of other libraries cannot be part of a compi"):
+            torch.compile(lambda: function(**arrays), backend="eager", fullgraph=True)()
+
     def test_numbers_of_numpy_are_numbers(self):
         """They have no `__dlpack__`, and stand beside tensors."""
         boxes, scores = box_rows(9), torch.rand(9)
         assert torch.equal(ops.nms(boxes, scores, np.float32(0.5)), ops.nms(boxes, scores, 0.5))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="asks for arrays on the CPU")
+def test_jax():
+    """Whose arrays say themselves where `from_dlpack` is, and have bfloat16."""
+    jax = pytest.importorskip("jax")
+    features, boxes = torch.rand(2, 3, 8, 9), box_rows(4, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = ops.roi_align(features.to(dtype), boxes, 2)
+        result = ops.roi_align(jax.numpy.from_dlpack(features.to(dtype)), jax.numpy.from_dlpack(boxes), 2)
+        assert isinstance(result, jax.Array) and torch.equal(torch.from_dlpack(result), expected)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="asks for a GPU with CuPy: SPATIALFLOW_BACKEND=cuda")

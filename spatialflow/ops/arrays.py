@@ -48,6 +48,8 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         BufferError: an array, or a result, that cannot be handed over without a copy, naming the argument.
     """
     op = function.__name__
+    if torch.compiler.is_compiling():  # the compiler then leaves this call to Python, or says so with fullgraph=True
+        raise TypeError(f"{op}: arrays of other libraries cannot be part of a compiled graph")
     arguments = {name: values[name] for name in _annotations(function)}
     arrays: dict[str, Any] = {}
     tensors: list[str] = []

@@ -5,8 +5,11 @@
 //
 //   cp_async_16(target, source, valid)    16 bytes from global to shared memory, zeros where not `valid`
 //   cp_async_commit(), cp_async_wait<n>() closes a group of copies; waits until at most n groups are under way
-//   ldmatrix_x4 / _x4_trans / _x2         8x8 matrices of 16-bit values from shared memory to registers
+//   ldmatrix_x4 / _x4_trans               8x8 matrices of 16-bit values from shared memory to registers; without the
+//                                         transposition also 8x4 matrices of 32-bit values
 //   mma_16816(d, a, b)                    d += a (16x16) * b (16x8), float16 or bfloat16 in, float32 sums
+//   mma_1688(d, a, b)                     d += a (16x8) * b (8x8), TF32 in, float32 sums; tensor cores cut sums off
+//   to_tf32(value)                        the bits of the nearest TF32 number: float32 with 11 instead of 24 digits
 //   pack_pair(low, high), add_pairs(a, b), rectify_pairs(a)    two 16-bit values in a word: rounded from float32,
 //                                         added with one rounding each, max(value, 0) where NaN stays
 #pragma once
@@ -64,6 +67,19 @@ __device__ __forceinline__ void mma_16816(
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ unsigned to_tf32(float value) {
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+    return bits;
 }
 
 // Words and not vectors of 16-bit values: those the compiler takes apart, and waits for a load in order to do so.

@@ -55,7 +55,7 @@ inline void cp_async_wait(simt::Site site = simt::Site::here()) {
 namespace simt {
 
 // Row addresses come from the lanes, eight for each matrix; lane l receives elements (l / 4, 2 * (l % 4)) and the next
-// of each matrix, or of its transpose. A row of 16 bytes may as well hold four 32-bit elements: lane l has (l / 4, l % 4).
+// of each matrix, or of its transpose. A row of 16 bytes may as well hold four 32-bit elements: (l / 4, l % 4).
 template <typename T>
 inline void ldmatrix(
     const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, Site site) {
@@ -182,6 +182,11 @@ inline void mma_16816(
 
 inline void mma_1688(
     float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
+    simt::mma_1688(d, a, b, site);
+}
+inline void mma_1688_first(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
+    d[0] = d[1] = d[2] = d[3] = 0.0f;
     simt::mma_1688(d, a, b, site);
 }
 

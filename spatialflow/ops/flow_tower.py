@@ -96,7 +96,7 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
 
     Source: SpatialFlow (Chen et al.), equations 1 to 3.
     """
-    code = algorithm_code("flow_tower", algorithm)
+    algorithm_code("flow_tower", algorithm)
     for index, level in enumerate(levels):
         require_tensors("flow_tower", **{f"levels[{index}]": level})
     levels = [autocast(level) for level in levels]
@@ -104,16 +104,18 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
     tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]
     if needs_gradient([*levels, *tensors]):
         return _compose(levels, parameters, algorithm)
-    packed, biases = [], []
+    packed, biases, codes = [], [], []
     for name in _LISTS:
         for conv in getattr(parameters, name):
-            one, bias = _packed(conv, code, levels[0])
+            own = conv.algorithm if isinstance(conv, PackedConv) else algorithm
+            codes.append(algorithm_code("flow_tower", own, levels[0]))
+            one, bias = _packed(conv, codes[-1], levels[0])
             packed.append(one)
             biases.append(bias)
     counts = [len(getattr(parameters, name)) for name in _LISTS]
     maps = list(
         torch.ops.spatialflow.flow_tower(
-            levels, packed, biases, counts, parameters.flow_source == "cls", parameters.segmentation_levels
+            levels, packed, biases, codes, counts, parameters.flow_source == "cls", parameters.segmentation_levels
         )
     )
     large = levels[: parameters.segmentation_levels]
@@ -252,7 +254,7 @@ def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> t
 
 
 @register_fake("flow_tower")
-def _(levels, packed, biases, counts, source_is_cls, segmentation_levels):
+def _(levels, packed, biases, algorithms, counts, source_is_cls, segmentation_levels):
     for weight in packed:
         if weight.shape[0]:  # an absent flow has none
             check_packed_layout("flow_tower", weight)

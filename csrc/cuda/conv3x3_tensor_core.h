@@ -184,40 +184,62 @@ __device__ __forceinline__ void store_sums(
     const ConvJob<float>& job, const FloatPlaces& places, const Sums<kBlocks>& sums) {
     constexpr int kProducts = kBlocks * 2;  // for all outputs
 #pragma unroll
-    for (int product = 0; product < kProducts; ++product) {
-        const int left = places.outputs - places.output - product * 16;
-        Vec<float, 2> bias{};
+    for (int part = 0; part < kProducts * 2; ++part) {  // of two rows
+        const int product = part / 2, first_row = part % 2 * 2, output = places.output + product * 16;
+        const int left = places.outputs - output;
+        const auto column_of = [](int pixel) { return pixel / 2 % 2 * 8 + pixel % 2; };
+        const auto present = [&](int pixel) {
+            const int y = places.y + first_row + pixel / 4, x = places.x + column_of(pixel);
+            return y < places.height && x < places.width ? left : 0;
+        };
+        const auto at = [&](int pixel) {
+            const int64_t offset = static_cast<int64_t>(first_row + pixel / 4) * places.width + column_of(pixel);
+            return places.first + offset * places.outputs + product * 16;
+        };
+        Vec<float, 2> bias{}, residuals[8] = {};
+        if (job.bias) {
 #pragma unroll
-        for (int o = 0; o < 2; ++o) {
-            if (job.bias && o < left) {
-                bias[o] = job.bias[places.output + product * 16 + o];
+            for (int o = 0; o < 2; ++o) {
+                if (o < left) {
+                    bias[o] = job.bias[output + o];
+                }
+            }
+        }
+        if (job.residual) {
+#pragma unroll
+            for (int pixel = 0; pixel < 8; ++pixel) {
+                if (job.wide) {
+                    if (present(pixel) > 0) {
+                        residuals[pixel] = load_vector<2>(job.residual + at(pixel));
+                    }
+                } else {
+#pragma unroll
+                    for (int o = 0; o < 2; ++o) {
+                        if (o < present(pixel)) {
+                            residuals[pixel][o] = job.residual[at(pixel) + o];
+                        }
+                    }
+                }
             }
         }
 #pragma unroll
-        for (int pixel = 0; pixel < 16; ++pixel) {
-            const int row = pixel / 4, half = pixel / 2 % 2, column = half * 8 + pixel % 2;
-            const bool inside = places.y + row < places.height && places.x + column < places.width;
-            const int64_t at =
-                places.first + (static_cast<int64_t>(row) * places.width + column) * places.outputs + product * 16;
-            const float(&own)[4] = sums[row][half * kProducts + product];
-            Vec<float, 2> values = {{own[pixel % 2] + bias[0], own[2 + pixel % 2] + bias[1]}};
+        for (int pixel = 0; pixel < 8; ++pixel) {
+            const float(&own)[4] = sums[first_row + pixel / 4][pixel / 2 % 2 * kProducts + product];
+            Vec<float, 2> values;
+#pragma unroll
+            for (int o = 0; o < 2; ++o) {
+                values[o] = rectified(own[o * 2 + pixel % 2] + bias[o] + residuals[pixel][o], job.relu);
+            }
+            const Global<float> target = job.out + at(pixel);
             if (job.wide) {
-                if (inside && left > 0) {
-                    if (job.residual) {
-                        const Vec<float, 2> residual = load_vector<2>(job.residual + at);
-                        values[0] += residual[0];
-                        values[1] += residual[1];
-                    }
-                    values[0] = rectified(values[0], job.relu);
-                    values[1] = rectified(values[1], job.relu);
-                    store_vector(job.out + at, values);
+                if (present(pixel) > 0) {
+                    store_vector(target, values);
                 }
             } else {
 #pragma unroll
                 for (int o = 0; o < 2; ++o) {
-                    if (inside && o < left) {
-                        const float sum = job.residual ? values[o] + job.residual[at + o] : values[o];
-                        job.out[at + o] = rectified(sum, job.relu);
+                    if (o < present(pixel)) {
+                        target[o] = values[o];
                     }
                 }
             }

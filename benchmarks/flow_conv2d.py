@@ -5,7 +5,7 @@ from functools import partial
 
 import textbook
 import torch
-from harness import Benchmark, Problem, Provider, compiled, main
+from harness import Benchmark, Problem, Provider, compiled, convolving, main
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -49,11 +49,13 @@ BENCHMARK = Benchmark(
         "P5, 256 to 256, flow": {"out_channels": 256, "levels": slice(2, 3), "flow": True},
     },
     providers={
-        "spatialflow": ops.flow_conv2d,
-        "spatialflow packed": Provider(ops.flow_conv2d, packed),
+        "spatialflow": convolving("ieee", ops.flow_conv2d),
+        "spatialflow packed": convolving("ieee", Provider(ops.flow_conv2d, packed)),
         "spatialflow direct": partial(ops.flow_conv2d, algorithm="direct"),
-        "reference": reference.flow_conv2d,  # eager relu(conv2d(x + flow)): oneDNN, cuDNN
-        "reference, torch.compile": compiled(reference.flow_conv2d),
+        "reference": convolving("ieee", reference.flow_conv2d),  # eager relu(conv2d(x + flow)): oneDNN, cuDNN
+        "reference, torch.compile": convolving("ieee", compiled(reference.flow_conv2d)),
+        "spatialflow packed TF32": convolving("tf32", Provider(ops.flow_conv2d, packed)),  # other dtypes: as above
+        "reference TF32": convolving("tf32", reference.flow_conv2d),
         "CuPy textbook": textbook.provider(textbook.flow_conv2d),
     },
 )

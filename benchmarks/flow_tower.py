@@ -7,7 +7,7 @@ Forward only: with gradients the tower is calls of flow_conv2d, timed there.
 from functools import partial
 
 import torch
-from harness import Benchmark, Problem, Provider, compiled, main
+from harness import Benchmark, Problem, Provider, compiled, convolving, main
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -49,10 +49,12 @@ BENCHMARK = Benchmark(
         "RetinaNet, no flows": {"stages": {"cls": 4, "reg": 4}},
     },
     providers={
-        "spatialflow": Provider(ops.flow_tower, partial(packed, "auto")),
+        "spatialflow": convolving("ieee", Provider(ops.flow_tower, partial(packed, "auto"))),
         "spatialflow direct": Provider(ops.flow_tower, partial(packed, "direct")),
-        "reference": reference.flow_tower,  # the same convolutions in eager PyTorch: oneDNN, cuDNN
-        "reference, torch.compile": compiled(reference.flow_tower),
+        "reference": convolving("ieee", reference.flow_tower),  # the same convolutions in eager PyTorch: oneDNN, cuDNN
+        "reference, torch.compile": convolving("ieee", compiled(reference.flow_tower)),
+        "spatialflow TF32": convolving("tf32", Provider(ops.flow_tower, partial(packed, "auto"))),  # others: as above
+        "reference TF32": convolving("tf32", reference.flow_tower),
     },
 )
 

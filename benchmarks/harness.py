@@ -130,6 +130,22 @@ def deterministic_algorithms() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def convolving(precision: str, function: Callable[..., Any] | Provider) -> Provider:
+    """The same with float32 convolutions in "ieee" or in "tf32", which is torch's default; "tf32" on CUDA alone."""
+    own = function if isinstance(function, Provider) else Provider(function)
+    return replace(own, only_cuda=own.only_cuda or precision == "tf32", around=partial(_convolutions_in, precision))
+
+
+@contextlib.contextmanager
+def _convolutions_in(precision: str) -> Iterator[None]:
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """What a script declares.

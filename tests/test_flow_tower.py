@@ -76,7 +76,7 @@ def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto
     counts = [len(convolutions) for convolutions in convs]
     detached = [level.detach().clone() for level in levels]  # the raw operator is for calls without gradients
     return torch.ops.spatialflow.flow_tower, (
-        detached, packed, biases, counts, flow_source == "cls", segmentation_levels,
+        detached, packed, biases, [0] * len(packed), counts, flow_source == "cls", segmentation_levels,
     )  # fmt: skip
 
 

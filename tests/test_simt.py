@@ -19,9 +19,12 @@ CLEAN = (
     "indices",
     "product_bfloat16",
     "product_float16",
+    "product_tf32",
     "reverse",
+    "round_tf32",
     "sum",
     "transpose",
+    "truncation",
     "warp_exchange",
 )
 FAULTS = {
@@ -39,6 +42,7 @@ FAULTS = {
     "missing lanes": "names lane 16, which the block does not have",
     "mixed collectives": "waits in __ballot_sync",
     "not in mask": "lane 0 is not in its own mask 0xfffffffe",
+    "not rounded": "register 1 of b in lane 6, 0.333333, is no TF32 number",
     "outside source": "reads from lane 20, which is not in the mask",
     "read-write race": "races: writes what another thread reads",
     "reader forgotten": "races: writes what another thread reads",

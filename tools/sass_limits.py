@@ -25,6 +25,15 @@ class Limit:
 
 
 LIMITS = (
+    Limit("conv3x3_tensor_core_kernel<Tf32, 4, 128>", "as in 16 bits; two instructions round a weight",
+          registers=252, load=16, narrow=0, store=8, distance=220, matrix=96, in_flight=2, per_matrix=3.3),
+    Limit("conv3x3_tensor_core_kernel<Tf32, 4, 64>", "three blocks of 128 threads: 168; half the products",
+          registers=168, load=16, narrow=0, store=8, distance=115, matrix=48, in_flight=2, per_matrix=4.0),
+    # The main loop is a tap, without loads: those of the next inputs are around it, with the residuals.
+    Limit("conv3x3_tensor_core_kernel<Tf32x3, 4, 64>", "two blocks: 255; for three products two instructions take a "
+          "number apart, four add", registers=216, load=16, store=8, distance=8, in_flight=2, per_matrix=3.9),
+    Limit("conv3x3_tensor_core_kernel<Tf32*, 1, *>", "channels not a multiple of 4: element loads",
+          registers=252, store=8, distance=12, in_flight=8, per_matrix=4.4),
     Limit("conv3x3_tensor_core_kernel<*, 8, 128>", "two blocks of 128 threads: 255; loads fly during a column of taps",
           registers=240, load=16, narrow=0, store=16, distance=110, matrix=96, in_flight=2, per_matrix=2.0),
     Limit("conv3x3_tensor_core_kernel<*, 8, 64>", "three blocks of 128 threads: 168; half the products",
@@ -33,6 +42,13 @@ LIMITS = (
           registers=244, distance=4, in_flight=7, per_matrix=3.7),
     Limit("conv3x3_sm90_kernel<*>", "inputs and weights by TMA; 384 threads share the registers: 168 before they trade",
           registers=168, load=16, store=16, per_matrix=18.0),
+    Limit("conv3x3_weight_gradient_tensor_core_kernel<Tf32, 4>", "one block of 8 warps: 255; operands by 4 and 8 bytes, "
+          "rows of inputs moved on", registers=255, load=16, narrow=0, store=8, distance=90, matrix=36, in_flight=2,
+          per_matrix=4.2),
+    Limit("conv3x3_weight_gradient_tensor_core_kernel<Tf32x3, 4>", "half the channels, by registers",
+          registers=216, load=16, narrow=0, store=8, distance=190, matrix=54, in_flight=2, per_matrix=4.5),
+    Limit("conv3x3_weight_gradient_tensor_core_kernel<Tf32*, 1>", "channels not a multiple of 4: element loads",
+          registers=255, distance=90, matrix=36, in_flight=8, per_matrix=5.0),
     Limit("conv3x3_weight_gradient_tensor_core_kernel<*, 8>", "one block of 8 warps: 255; loads fly during a step",
           registers=255, load=16, narrow=0, distance=55, matrix=36, in_flight=2, per_matrix=2.7),
     Limit("conv3x3_weight_gradient_tensor_core_kernel<*, 1>", "channels not a multiple of 8: element loads",

@@ -106,7 +106,7 @@ std::vector<Tensor> flow_conv2d_cpu(
         pixels += level.size(0) * level.size(2) * level.size(3);
     }
     const bool is_double = weight.scalar_type() == ScalarType::Double;
-    const int64_t resolved = algorithm == kConvAuto && pixels < kWinogradPixels
+    const int64_t resolved = is_open(algorithm) && pixels < kWinogradPixels
                                  ? kConvDirect
                                  : resolve_algorithm(algorithm, is_double, in_channels, out_channels);
     return run(x, {{x, flow, pack(weight, resolved), bias, out_channels, relu, resolved}});

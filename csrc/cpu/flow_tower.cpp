@@ -35,7 +35,7 @@ public:
         Feature result = take(target.maps.size(), conv.out_channels);
         ConvJob<scalar_t> job = {conv.in_channels, conv_levels<scalar_t>(first(source, result), {}), {}};
         job.branches.push_back(branch(conv, true, result, nullptr));
-        jobs_[conv.algorithm == kConvWinograd].push_back(std::move(job));
+        jobs_[conv.resolved == kConvWinograd].push_back(std::move(job));
         finished_.push_back({&target, std::move(result)});
     }
 
@@ -49,7 +49,7 @@ public:
         for (const int64_t algorithm : {kConvWinograd, kConvDirect}) {
             ConvJob<scalar_t> job = {source.channels(), {}, {}};
             for (const Flow& flow : flows) {
-                if (flow.conv->algorithm == algorithm) {
+                if (flow.conv->resolved == algorithm) {
                     Feature& f = *flow.target;
                     Feature sum = f.owned ? f : take(f.maps.size(), flow.conv->out_channels);
                     job.branches.push_back(branch(*flow.conv, false, sum, flow.target));
@@ -196,11 +196,12 @@ std::vector<Feature> run_tower(  // those of cls, reg, stuff, thing that are no 
 
 std::vector<Tensor> flow_tower_cpu(
     const std::vector<Tensor>& levels, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
-    const std::vector<int64_t>& counts, bool source_is_cls, int64_t segmentation_levels) {
-    check_flow_tower(levels, packed, biases, counts, segmentation_levels);
+    const std::vector<int64_t>& algorithms, const std::vector<int64_t>& counts, bool source_is_cls,
+    int64_t segmentation_levels) {
+    check_flow_tower(levels, packed, biases, algorithms, counts, segmentation_levels);
     const ScalarType dtype = levels[0].scalar_type();
     const std::vector<Tensor> dense = channels_last(levels);
-    TowerConvolutions convs(packed, biases, counts, accum_dtype(dtype), kPackedColumns);
+    TowerConvolutions convs(packed, biases, algorithms, counts, accum_dtype(dtype), kPackedColumns);
     std::vector<Tensor> results;
     dispatch_floating("flow_tower", dtype, [&](auto zero) {
         using scalar_t = decltype(zero);

@@ -15,7 +15,9 @@
 //                  once, as x + flow, for all nine taps: ldmatrix takes the rows of a tap wherever they lie, and a row
 //                  serves the three taps of a column from registers. Meanwhile the next step's inputs come in through
 //                  registers and the next weights by cp.async, on across tiles: only a block's first step waits.
-//   float32, 64    8 x 8 pixels by 64 outputs per block of 256 threads, 16 channels of a tap a step, 4 x 4 sums a
+//   float32        the same kernel by m16n8k8 of TF32, a step of 16 channels, weights on the left side; or three such
+//                  products (Tf32x3 in tensor_core.h), tiles of 64 outputs. For "direct", as float64:
+//   float64        8 x 8 pixels by 64 outputs per block of 256 threads, 16 channels of a tap a step, 4 x 4 sums a
 //                  thread by fused multiply-adds; the next step is fetched into registers meanwhile.
 //
 // x + flow and the weights are rounded to the 16-bit type, as tensor cores read it. On compute capability 9.0a, 16-bit
@@ -23,7 +25,8 @@
 //
 // Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
 // out 34 MB: 11 us. Expected: mma.sync gives about 60 % of that rate, and rectangles cover 15 % more pixels than there
-// are: 65 us. Beside it weights cross L2 once per tile: 0.24 GB, 45 us at 5.5 TB/s.
+// are: 65 us. Beside it weights cross L2 once per tile: 0.24 GB, 45 us at 5.5 TB/s. In TF32, at half that rate: 66 us;
+// by three products 200 us; by multiply-adds at 50 TFLOP/s 520 us.
 #include <algorithm>
 
 #include "cuda/conv3x3_tensor_core.h"
@@ -156,15 +159,19 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The kernel whose tiles have kOutputs outputs, and its sizes; for float32 and float64 there is one kernel.
-template <typename scalar_t, int kOutputs>
+template <typename operand_t>
+constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
+
+// The kernel whose tiles have kOutputs outputs, and its sizes; without tensor cores there is one kernel.
+template <typename operand_t, int kOutputs>
 struct Kernel {
-    using Size = std::conditional_t<sizeof(scalar_t) == 2, WideConv<kOutputs>, Plain>;
+    using scalar_t = element_t<operand_t>;
+    using Size = std::conditional_t<kIsPlain<operand_t>, Plain, WideConv<operand_t, kOutputs>>;
 
     template <int kAccess>
     static constexpr auto with_access() {
-        if constexpr (sizeof(scalar_t) == 2) {
-            return &conv3x3_tensor_core_kernel<scalar_t, kAccess, kOutputs>;
+        if constexpr (!kIsPlain<operand_t>) {
+            return &conv3x3_tensor_core_kernel<operand_t, kAccess, kOutputs>;
         } else {
             return &conv3x3_kernel<scalar_t, kAccess>;
         }
@@ -200,10 +207,11 @@ struct Kernel {
     }
 };
 
-template <typename scalar_t, int kOutputs>
+template <typename operand_t, int kOutputs>
 void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Tiles = Kernel<scalar_t, kOutputs>;
+    using Tiles = Kernel<operand_t, kOutputs>;
     using Size = typename Tiles::Size;
     struct Entry {
         ConvJob<scalar_t> job;
@@ -255,20 +263,20 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
 
 // The same sums in the same order whichever tiles are taken: narrow ones waste less on few outputs and small maps, but
 // take more than half the time of wide ones.
-template <typename scalar_t>
-void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
-    if constexpr (sizeof(scalar_t) == 2) {
-        const std::vector<Convolution> others = convolve3x3_sm90<scalar_t>(convolutions, stream);
-        if (others.empty()) {
-            return;
-        }
-        if (10 * Kernel<scalar_t, 128>::cost(others) < 6 * Kernel<scalar_t, 64>::cost(others)) {
-            convolve<scalar_t, 128>(op, others, stream);
-        } else {
-            convolve<scalar_t, 64>(op, others, stream);
-        }
+template <typename operand_t>
+void convolve(const char* op, std::vector<Convolution> convolutions, Stream stream) {
+    if constexpr (sizeof(element_t<operand_t>) == 2) {
+        convolutions = convolve3x3_sm90<operand_t>(convolutions, stream);
+    }
+    if (convolutions.empty()) {
+        return;
+    }
+    if constexpr (kIsPlain<operand_t> || std::is_same_v<operand_t, Tf32x3>) {
+        convolve<operand_t, 64>(op, convolutions, stream);
+    } else if (10 * Kernel<operand_t, 128>::cost(convolutions) < 6 * Kernel<operand_t, 64>::cost(convolutions)) {
+        convolve<operand_t, 128>(op, convolutions, stream);
     } else {
-        convolve<scalar_t, 64>(op, convolutions, stream);
+        convolve<operand_t, 64>(op, convolutions, stream);
     }
 }
 
@@ -277,10 +285,19 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
 void convolve3x3(const char* op, std::vector<Convolution> convolutions, Stream stream) {
     for (Convolution& convolution : convolutions) {
         convolution.packed = aligned(convolution.packed);
+        convolution.algorithm = cuda_algorithm(convolution.algorithm, convolution.x[0].scalar_type());
     }
-    if (!convolutions.empty()) {
-        dispatch_floating(op, convolutions[0].x[0].scalar_type(),
-                          [&](auto zero) { convolve<decltype(zero)>(op, convolutions, stream); });
+    while (!convolutions.empty()) {
+        const int64_t algorithm = convolutions[0].algorithm;
+        const auto others = std::stable_partition(
+            convolutions.begin(), convolutions.end(),
+            [&](const Convolution& convolution) { return convolution.algorithm == algorithm; });
+        std::vector<Convolution> own(convolutions.begin(), others);
+        convolutions.erase(convolutions.begin(), others);
+        dispatch_floating(op, own[0].x[0].scalar_type(), [&](auto zero) {
+            dispatch_operand<decltype(zero)>(
+                algorithm, [&](auto operand) { convolve<decltype(operand)>(op, std::move(own), stream); });
+        });
     }
 }
 

@@ -29,7 +29,28 @@ struct Convolution {
     Tensor packed;                 // weights from _pack_conv3x3, or (9, C, O padded) in the type of x; any alignment
     std::optional<Tensor> bias;    // (O) in the type of sums, dense
     bool relu;
+    int64_t algorithm;  // of the schemas
 };
+
+// What float32 is multiplied by: fused multiply-adds for "direct"; for all others tensor cores, by three products of
+// TF32 unless it is "tf32". Other dtypes have one way each.
+inline int64_t cuda_algorithm(int64_t algorithm, ScalarType dtype) {
+    return dtype == ScalarType::Float && (algorithm == kConvDirect || algorithm == kConvTf32) ? algorithm : kConvTf32x3;
+}
+
+// Calls body(operand_t{}) with the operand type for a result of cuda_algorithm; float and double: no tensor cores.
+template <typename scalar_t, typename Body>
+inline void dispatch_operand(int64_t algorithm, Body&& body) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+        if (algorithm == kConvTf32) {
+            return body(Tf32{});
+        }
+        if (algorithm == kConvTf32x3) {
+            return body(Tf32x3{});
+        }
+    }
+    body(scalar_t{});
+}
 
 // The weights of a convolution in the type that its kernel reads.
 template <typename scalar_t>

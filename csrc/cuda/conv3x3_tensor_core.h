@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The kernel of conv3x3.cu for 16-bit types, on the tensor cores.
+// The kernel of conv3x3.cu on the tensor cores: for 16-bit types, and for float32 by TF32.
 #pragma once
 
 #include "cuda/conv3x3_jobs.h"
@@ -9,28 +9,32 @@
 namespace spatialflow {
 
 // Sizes of the tensor-core kernel. A step is kChannels channels, and has a unit for each half of them and column of
-// taps: kWeightRows rows of weights, multiplied while a piece of the next step's inputs is on its way.
-template <int kTileOutputs>
+// taps: kWeightRows rows of weights, multiplied while a piece of the next step's inputs is on its way. In bytes, all
+// operands have the same sizes.
+template <typename operand_t, int kTileOutputs>
 struct WideConv {
+    static constexpr int kVector = kWideElements<element_t<operand_t>>;
     static constexpr int kThreads = 128;
     static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
     static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // rows of the tile
     static constexpr int kBlocks = kWarpOutputs / 32;                 // of packed_position
-    static constexpr int kResident = kOutputs == 128 ? 2 : 3;         // on a multiprocessor
-    static constexpr int kChannels = 32, kUnitChannels = 16;
+    static constexpr int kResident = kOutputs == 128 || std::is_same_v<operand_t, Tf32x3> ? 2 : 3;  // by registers
+    static constexpr int kChannels = 4 * kVector, kUnitChannels = 2 * kVector;
     static constexpr int kUnits = kChannels / kUnitChannels * 3;
     static constexpr int kRimWidth = kWidth + 2;
-    static constexpr int kPiece = kThreads / (kChannels / 8);  // pixels
+    static constexpr int kPiece = kThreads / (kChannels / kVector);  // pixels
     static constexpr int kInputs = kUnits * kPiece;            // pixels with halo, filled up to whole pieces
-    static constexpr int kInputRow = kChannels + 8, kWeightRow = kOutputs + 8;
+    static constexpr int kInputRow = kChannels + kVector, kWeightRow = kOutputs + 8;
     static constexpr int kWeightRows = 3 * kUnitChannels, kWeightStages = 3;
-    static constexpr int kCopiedRows = kThreads / (kOutputs / 8);  // by all threads at one time
+    static constexpr int kCopiedRows = kThreads / (kOutputs / kVector);  // by all threads at one time
     static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kWeightRows * kWeightRow;  // elements
-    static constexpr size_t kSharedBytes = 2 * (2 * kInputBuffer + kWeightStages * kWeightStage);
+    static constexpr size_t kSharedBytes =
+        sizeof(element_t<operand_t>) * (2 * kInputBuffer + kWeightStages * kWeightStage);
     static_assert((kHeight + 2) * kRimWidth <= kInputs, "a piece per unit");
 };
 
-// The sums of a lane: sums[i][j][e] is row i, pixel e / 2 * 8, output j / 4 * 32 + j % 4 * 2 + e % 2 from its first on.
+// The sums of a lane, of four rows. In 16 bits outputs are the columns of a product: sums[i][j][e] is pixel e / 2 * 8,
+// output j / 4 * 32 + j % 4 * 2 + e % 2 from its first on. In float32 they are the rows: see FloatPlaces.
 template <int kBlocks>
 using Sums = float[4][kBlocks * 4][4];
 
@@ -147,18 +151,200 @@ __device__ __forceinline__ void store_sums(
     }
 }
 
-template <typename scalar_t, int kAccess, int kTileOutputs>
-__global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTileOutputs>::kResident)
-    conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
-    using Size = WideConv<kTileOutputs>;
+// In float32 sums[i][j][e] of a lane is column j / kProducts * 8 + e % 2, output j % kProducts * 16 + e / 2 from its first
+// on: two of eight columns, two of 16 outputs.
+struct FloatPlaces {
+    int64_t first;  // the first pixel's outputs
+    int y, x, output;
+    int height, width, outputs;
+
+    __device__ __forceinline__ FloatPlaces(
+        const ConvJob<float>& job, const MapTile& map, int warp_row, int warp_output, int lane)
+        : y(map.y + warp_row),
+          x(map.x + lane % 4 * 2),
+          output(warp_output + lane / 4 * 2),
+          height(job.source.height),
+          width(job.source.width),
+          outputs(job.outputs) {
+        first = output_at(job, map.image, y, x) + output;
+    }
+};
+
+// Bias and residual are added at the end, so that a residual gives the same number as an addition of maps.
+template <int kBlocks>
+__device__ __forceinline__ void start_sums(const ConvJob<float>&, const FloatPlaces&, Sums<kBlocks>& sums) {
+#pragma unroll
+    for (int i = 0; i < kBlocks * 64; ++i) {
+        sums[i / (kBlocks * 16)][i / 4 % (kBlocks * 4)][i % 4] = 0.0f;
+    }
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void store_sums(
+    const ConvJob<float>& job, const FloatPlaces& places, const Sums<kBlocks>& sums) {
+    constexpr int kProducts = kBlocks * 2;  // for all outputs
+#pragma unroll
+    for (int part = 0; part < kProducts * 2; ++part) {  // of two rows
+        const int product = part / 2, first_row = part % 2 * 2, output = places.output + product * 16;
+        const int left = places.outputs - output;
+        const auto column_of = [](int pixel) { return pixel / 2 % 2 * 8 + pixel % 2; };
+        const auto present = [&](int pixel) {
+            const int y = places.y + first_row + pixel / 4, x = places.x + column_of(pixel);
+            return y < places.height && x < places.width ? left : 0;
+        };
+        const auto at = [&](int pixel) {
+            const int64_t offset = static_cast<int64_t>(first_row + pixel / 4) * places.width + column_of(pixel);
+            return places.first + offset * places.outputs + product * 16;
+        };
+        Vec<float, 2> bias{}, residuals[8] = {};
+        if (job.bias) {
+#pragma unroll
+            for (int o = 0; o < 2; ++o) {
+                if (o < left) {
+                    bias[o] = job.bias[output + o];
+                }
+            }
+        }
+        if (job.residual) {
+#pragma unroll
+            for (int pixel = 0; pixel < 8; ++pixel) {
+                if (job.wide) {
+                    if (present(pixel) > 0) {
+                        residuals[pixel] = load_vector<2>(job.residual + at(pixel));
+                    }
+                } else {
+#pragma unroll
+                    for (int o = 0; o < 2; ++o) {
+                        if (o < present(pixel)) {
+                            residuals[pixel][o] = job.residual[at(pixel) + o];
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int pixel = 0; pixel < 8; ++pixel) {
+            const float(&own)[4] = sums[first_row + pixel / 4][pixel / 2 % 2 * kProducts + product];
+            Vec<float, 2> values;
+#pragma unroll
+            for (int o = 0; o < 2; ++o) {
+                values[o] = rectified(own[o * 2 + pixel % 2] + bias[o] + residuals[pixel][o], job.relu);
+            }
+            const Global<float> target = job.out + at(pixel);
+            if (job.wide) {
+                if (present(pixel) > 0) {
+                    store_vector(target, values);
+                }
+            } else {
+#pragma unroll
+                for (int o = 0; o < 2; ++o) {
+                    if (o < present(pixel)) {
+                        target[o] = values[o];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// The products of a unit: a column of taps, and channels that are the depth of a product. `inputs` and `weights` are
+// where this lane reads for the first row of inputs and the first tap. In 16 bits a row of inputs serves its three taps
+// before the next one is read, which keeps the weights of a column in registers.
+template <typename Size, typename scalar_t>
+__device__ __forceinline__ void multiply_unit(
+    const Shared<scalar_t>& inputs, const Shared<scalar_t>& weights, Sums<Size::kBlocks>& sums,
+    scalar_t /* operand type */) {
+    unsigned b[3][Size::kBlocks * 2][4];
+#pragma unroll
+    for (int row = 0; row < Size::kWarpRows + 2; ++row) {
+        if (row < 3) {
+#pragma unroll
+            for (int j = 0; j < Size::kBlocks * 2; ++j) {
+                ldmatrix_x4_trans(b[row][j], weights + (row * Size::kUnitChannels * Size::kWeightRow + j * 16));
+            }
+        }
+        unsigned a[4];
+        ldmatrix_x4(a, inputs + row * Size::kRimWidth * Size::kInputRow);
+        // This row of inputs under the tap of row t belongs to row i of the sums.
+#pragma unroll
+        for (int t = 0; t < 3; ++t) {
+            const int i = row - t;
+            if (i >= 0 && i < Size::kWarpRows) {
+#pragma unroll
+                for (int j = 0; j < Size::kBlocks * 4; ++j) {
+                    const unsigned right[2] = {b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]};
+                    mma_16816(sums[i][j], a, right, scalar_t{});
+                }
+            }
+        }
+    }
+}
+
+// In float32 weights, which lie in order, are the left side, and rows of inputs serve one tap after the other. Where all
+// numbers are taken apart, registers are left for one tap at a time.
+template <typename Size, typename operand_t>
+__device__ __forceinline__ void multiply_unit(
+    const Shared<float>& inputs, const Shared<float>& weights, Sums<Size::kBlocks>& sums, operand_t) {
+    constexpr int kProducts = Size::kBlocks * 2;
+    Fragment<operand_t, 2> b[Size::kWarpRows][2];
+    const auto load_row = [&](int place, int row) {
+        unsigned words[4];
+        ldmatrix_x4(words, inputs + row * Size::kRimWidth * Size::kInputRow);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            b[place][e / 2].set(e % 2, words[e]);
+        }
+    };
+#pragma unroll
+    for (int row = 0; row < Size::kWarpRows - 1; ++row) {
+        load_row(row, row);
+    }
+    const auto words = pointer_cast<const unsigned>(weights);
+#pragma unroll(std::is_same_v<operand_t, Tf32> ? 3 : 1)
+    for (int tap = 0; tap < 3; ++tap) {
+        load_row(Size::kWarpRows - 1, Size::kWarpRows - 1 + tap);
+#pragma unroll
+        for (int product = 0; product < kProducts; ++product) {
+            Fragment<operand_t, 4> a;
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const Vec<unsigned, 2> pair =
+                    load_vector<2>(words + ((tap * Size::kUnitChannels + e * 2) * Size::kWeightRow + product * 16));
+                a.set(e, prepared(pair[0], operand_t{}));
+                a.set(e + 1, prepared(pair[1], operand_t{}));
+            }
+#pragma unroll
+            for (int row = 0; row < Size::kWarpRows; ++row) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    multiply_add(sums[row][half * kProducts + product], a, b[row][half]);
+                }
+            }
+        }
+#pragma unroll
+        for (int row = 0; row < Size::kWarpRows - 1; ++row) {
+            b[row][0] = b[row + 1][0];
+            b[row][1] = b[row + 1][1];
+        }
+    }
+}
+
+template <typename operand_t, int kAccess, int kTileOutputs>
+__global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
+                                  WideConv<operand_t, kTileOutputs>::kResident)
+    conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<element_t<operand_t>> table) {
+    using scalar_t = element_t<operand_t>;
+    using Size = WideConv<operand_t, kTileOutputs>;
+    using Places = std::conditional_t<sizeof(scalar_t) == 4, FloatPlaces, SumPlaces<scalar_t>>;
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);            // 2 x [pixel with halo][channel]
     SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // of InputReader
     const auto weights = inputs + 2 * Size::kInputBuffer;    // stages x [tap of the column][channel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int warp_row = warp / 2 * Size::kWarpRows, warp_output = warp % 2 * Size::kWarpOutputs;
 
-    // Inputs to be fetched: this thread's eight channels of a step.
-    const int input_channel = thread % (Size::kChannels / 8) * 8, input_pixel = thread / (Size::kChannels / 8);
+    // Inputs to be fetched: this thread's 16 bytes of a step.
+    constexpr int kInputThreads = Size::kChannels / Size::kVector;
+    const int input_channel = thread % kInputThreads * Size::kVector, input_pixel = thread / kInputThreads;
     InputReader<Size::kHeight, Size::kWidth, Size::kInputs, scalar_t> reader;
     const auto begin_inputs = [&](const ConvTile& tile) {
         reader.end();
@@ -170,13 +356,20 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
     const auto fetch_inputs = [&](int piece) {
         return reader.template fetch<kAccess>(places, piece * Size::kPiece + input_pixel);
     };
+    constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements
     auto input_target = pointer_cast<unsigned>(inputs + (input_pixel * Size::kInputRow + input_channel));
     const auto keep_inputs = [&](int piece, const SumTerms& terms) {
-        store_vector(input_target + piece * (Size::kPiece * Size::kInputRow / 2), sum_of<scalar_t>(terms));
+        Vec<unsigned, 4> words = sum_of<scalar_t>(terms);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            words[i] = prepared(words[i], operand_t{});
+        }
+        store_vector(input_target + piece * (Size::kPiece * Size::kInputRow / kWord), words);
     };
 
-    // Weights to be copied: this thread's eight outputs, in some of a unit's rows.
-    const int weight_row = thread / (Size::kOutputs / 8), weight_column = thread % (Size::kOutputs / 8) * 8;
+    // Weights to be copied: this thread's 16 bytes of outputs, in some of a unit's rows.
+    constexpr int kRowThreads = Size::kOutputs / Size::kVector;
+    const int weight_row = thread / kRowThreads, weight_column = thread % kRowThreads * Size::kVector;
     const auto weight_target = weights + (weight_row * Size::kWeightRow + weight_column);
     Global<const scalar_t> weight(nullptr);
     int weight_left = 0, row_size = 0, tap_size = 0;  // channels from there on; elements of a channel, and of a tap
@@ -223,10 +416,18 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
             keep_inputs(piece, pieces[piece]);
         }
     }
-    auto tap_inputs = inputs + ((warp_row * Size::kRimWidth + lane % 16) * Size::kInputRow + lane / 16 * 8);
-    const auto tap_weights = weights + (lane % 16 * Size::kWeightRow + warp_output + lane / 16 * 8);
+    // Where this lane points ldmatrix, or loads its weights.
+    int own_pixel = lane % 16, own_channel = lane / 16 * 8, own_row = lane % 16, own_output = lane / 16 * 8;
+    if constexpr (sizeof(scalar_t) == 4) {
+        own_pixel = lane / 16 * 8 + lane % 8;
+        own_channel = lane / 8 % 2 * 4;
+        own_row = lane % 4;
+        own_output = lane / 4 * 2;
+    }
+    auto tap_inputs = inputs + ((warp_row * Size::kRimWidth + own_pixel) * Size::kInputRow + own_channel);
+    const auto tap_weights = weights + (own_row * Size::kWeightRow + warp_output + own_output);
     int turn = Size::kInputBuffer;  // to the other buffer
-    input_target += turn / 2;
+    input_target += turn / kWord;
     Sums<Size::kBlocks> sums;
     while (tile.tile < table.num_tiles) {
         // A warp without an output, or with all its rows below the map, only helps to fetch.
@@ -236,7 +437,7 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
             const MapTile map = map_of<Size::kHeight, Size::kWidth>(table, tile);
             busy = tile.output + warp_output < job.outputs && map.y + warp_row < job.source.height;
             if (busy) {
-                start_sums<Size::kBlocks>(job, {job, map, warp_row, tile.output + warp_output, lane}, sums);
+                start_sums<Size::kBlocks>(job, Places(job, map, warp_row, tile.output + warp_output, lane), sums);
             }
         }
         ConvTile next = tile;
@@ -264,33 +465,8 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
                     copy_weights((column + 2) % Size::kWeightStages);
                     const SumTerms piece = fetch_inputs(half * 3 + column);
                     if (busy) {
-                        unsigned b[3][Size::kBlocks * 2][4];
-#pragma unroll
-                        for (int row = 0; row < Size::kWarpRows + 2; ++row) {
-                            if (row < 3) {
-#pragma unroll
-                                for (int j = 0; j < Size::kBlocks * 2; ++j) {
-                                    ldmatrix_x4_trans(
-                                        b[row][j],
-                                        tap_weights + (column * Size::kWeightStage +
-                                                       row * Size::kUnitChannels * Size::kWeightRow + j * 16));
-                                }
-                            }
-                            unsigned a[4];
-                            ldmatrix_x4(a, tap_inputs + ((row * Size::kRimWidth + column) * Size::kInputRow));
-                            // This row of inputs under the tap of row t belongs to row i of the sums.
-#pragma unroll
-                            for (int t = 0; t < 3; ++t) {
-                                const int i = row - t;
-                                if (i >= 0 && i < Size::kWarpRows) {
-#pragma unroll
-                                    for (int j = 0; j < Size::kBlocks * 4; ++j) {
-                                        const unsigned right[2] = {b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]};
-                                        mma_16816(sums[i][j], a, right, scalar_t{});
-                                    }
-                                }
-                            }
-                        }
+                        multiply_unit<Size>(tap_inputs + column * Size::kInputRow,
+                                            tap_weights + column * Size::kWeightStage, sums, operand_t{});
                     }
                     keep_inputs(half * 3 + column, piece);
                 }
@@ -298,12 +474,12 @@ __global__ void __launch_bounds__(WideConv<kTileOutputs>::kThreads, WideConv<kTi
             }
             tap_inputs += turn - Size::kChannels;
             turn = -turn;
-            input_target += turn / 2;
+            input_target += turn / kWord;
         } while (left > 0);
         if (busy) {
             const ConvJob<scalar_t>& job = table.jobs[tile.job];
             const MapTile map = map_of<Size::kHeight, Size::kWidth>(table, tile);
-            store_sums<Size::kBlocks>(job, {job, map, warp_row, tile.output + warp_output, lane}, sums);
+            store_sums<Size::kBlocks>(job, Places(job, map, warp_row, tile.output + warp_output, lane), sums);
         }
         tile = next;
     }

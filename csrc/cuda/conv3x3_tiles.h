@@ -11,7 +11,7 @@ namespace spatialflow {
 
 constexpr int kTaps = 9;
 
-// Where output `o` lies in a row of weights for tensor cores. Within 32 outputs, eight side by side are two in each of
+// Where output `o` lies in a row of 16-bit weights for tensor cores. Within 32 outputs, eight side by side are two in each of
 // four blocks of eight, which is what a lane holds of a product: it stores its results as they are.
 __device__ __forceinline__ int64_t packed_position(int64_t o) {
     return o / 32 * 32 + o % 8 / 2 * 8 + o % 32 / 8 * 2 + o % 2;
@@ -62,18 +62,19 @@ __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
     return sum;
 }
 
-// Eight 16-bit channels as they lie in memory; zeros beyond the `left` ones. kWidth as in load_sum.
+// The channels of 16 bytes as they lie in memory; zeros beyond the `left` ones. kWidth as in load_sum.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar_t>& source, int left) {
     Vec<unsigned, 4> words{};
-    if constexpr (kWidth == 8) {
+    constexpr int kCount = kWideElements<scalar_t>;
+    if constexpr (kWidth == kCount) {
         if (left > 0) {
             words = load_vector<4>(pointer_cast<const unsigned>(source));
         }
     } else {
-        Vec<scalar_t, 8> values{};
+        Vec<scalar_t, kCount> values{};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < kCount; ++i) {
             if (i < left) {
                 values[i] = source[i];
             }
@@ -94,7 +95,11 @@ __device__ __forceinline__ Vec<unsigned, 4> sum_of(const SumTerms& terms) {
     Vec<unsigned, 4> sum;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        sum[i] = add_pairs(terms.x[i], terms.flow[i], scalar_t{});
+        if constexpr (sizeof(scalar_t) == 2) {
+            sum[i] = add_pairs(terms.x[i], terms.flow[i], scalar_t{});
+        } else {
+            sum[i] = __float_as_uint(__uint_as_float(terms.x[i]) + __uint_as_float(terms.flow[i]));
+        }
     }
     return sum;
 }
@@ -121,7 +126,7 @@ __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, in
     return entry;
 }
 
-// How a thread of a kernel for tensor cores reads its eight channels of the pixels of a tile and its halo (kCount with
+// How a thread of a kernel for tensor cores reads 16 bytes of each pixel of a tile and its halo (kCount of them, with
 // those that fill up the last piece). `places` in shared memory holds the offset of each pixel in x and in flow, -1
 // outside the map, so that a load costs a few instructions.
 template <int kHeight, int kWidth, int kCount, typename scalar_t>

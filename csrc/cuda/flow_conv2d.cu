@@ -6,8 +6,7 @@
 //   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32), in float64 for float64; else in float32, and behind
 //                                          that in both 16-bit types (packed_halves); a tag (packed_tag) at the end
 //
-// Weights that come unpacked are packed for the call, in their own type. Every algorithm but "direct" names a way to
-// compute on the CPU; here all are direct.
+// Weights that come unpacked are packed for the call, in their own type. All algorithms read the same float32 weights.
 //
 // Floor (H100, 3.0 TB/s) of packing 256 -> 256 channels in bf16: 2.4 MB in and out: below a microsecond; latency.
 #include "cuda/conv3x3.h"
@@ -105,9 +104,9 @@ Tensor pack_conv3x3_cuda(const Tensor& weight, int64_t algorithm) {
 // The convolution of `x`, with maps for its results.
 Convolution convolution(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, bool relu) {
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm) {
     Convolution conv{channels_adjacent(x), channels_adjacent(flow), {}, empty_channels_last(x, x.size(), out_channels),
-                     packed, std::nullopt, relu};
+                     packed, std::nullopt, relu, algorithm};
     if (bias) {
         conv.bias = contiguous_as(*bias, accum_dtype(x[0].scalar_type()));
     }
@@ -136,7 +135,7 @@ std::vector<Tensor> flow_conv2d_cuda(
         const Tensor packed =
             pack<scalar_t, scalar_t>(weight, kTaps * packed_tap_size(weight.size(1), weight.size(0)), 0,
                                      weight.scalar_type(), device.stream());
-        out = convolve(x, flow, packed, bias, weight.size(0), relu, device.stream());
+        out = convolve(x, flow, packed, bias, weight.size(0), relu, algorithm, device.stream());
     });
     return out;
 }
@@ -151,7 +150,7 @@ std::vector<Tensor> flow_conv2d_packed_cuda(
     check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
     check_packed_layout("flow_conv2d", packed, kPackedColumns);
     const DeviceScope device(x[0]);
-    return convolve(x, flow, packed, bias, out_channels, relu, device.stream());
+    return convolve(x, flow, packed, bias, out_channels, relu, algorithm, device.stream());
 }
 
 std::vector<Tensor> flow_conv2d_group_cuda(
@@ -165,7 +164,7 @@ std::vector<Tensor> flow_conv2d_group_cuda(
         [&](size_t i, const std::vector<Tensor>& maps, const std::optional<Tensor>& bias, int64_t) {
             check_packed_layout("flow_conv2d", packed[i], kPackedColumns);
             const DeviceScope device(x[0]);
-            convolutions.push_back(convolution(maps, {}, packed[i], bias, out_channels[i], relu));
+            convolutions.push_back(convolution(maps, {}, packed[i], bias, out_channels[i], relu, algorithms[i]));
             results.insert(results.end(), convolutions[i].out.begin(), convolutions[i].out.end());
         });
     if (!convolutions.empty()) {

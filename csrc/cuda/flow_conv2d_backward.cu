@@ -17,7 +17,9 @@
 //                  sums. A step is 2 rows of 8 pixels: rows of inputs, from ldmatrix.trans, serve all taps from
 //                  registers, and the last ones the next step too. The next tile (16 x 8 pixels) comes into the other
 //                  half of shared memory: gradients by cp.async, inputs through registers, a piece per step.
-//   float32, 64    32 outputs x 32 channels per block of 8 warps: a lane a channel, a warp four outputs, 36 sums a
+//   float32        the same kernel by m16n8k8 of TF32, or three such products (Tf32x3 in tensor_core.h): a step is one
+//                  row of 8 pixels, a tile 8 x 8. For "direct", as float64:
+//   float64        32 outputs x 32 channels per block of 8 warps: a lane a channel, a warp four outputs, 36 sums a
 //                  thread; a window of 3 x 3 inputs slides along the row, so a pixel costs 3 inputs and a broadcast of
 //                  4 gradients for 36 multiply-adds.
 //
@@ -74,60 +76,178 @@ struct TileReader {
     }
 };
 
-// Sizes of the tensor-core kernel.
+// Sizes of the tensor-core kernel. A step has as many pixels as a product is deep.
+template <typename operand_t>
 struct Wide {
+    static constexpr int kVector = kWideElements<element_t<operand_t>>;
     static constexpr int kThreads = 256;
-    static constexpr int kOutputs = 64, kChannels = 64;
-    static constexpr int kHeight = 16, kWidth = 8, kPixels = kHeight * kWidth, kRimWidth = kWidth + 2;
-    static constexpr int kSteps = kHeight / 2;                 // of 16 pixels
-    static constexpr int kPiece = kThreads / (kChannels / 8);  // pixels
-    static constexpr int kPieces = ((kHeight + 2) * kRimWidth + kPiece - 1) / kPiece;
-    static constexpr int kInputs = kPieces * kPiece;  // pixels with halo, filled up to whole pieces
-    static constexpr int kRow = 64 + 8;               // of both shared arrays: eight rows lie in different banks
-    static constexpr int kBuffer = (kInputs + kPixels) * kRow;  // elements
-    static constexpr size_t kSharedBytes = 2 * 2 * kBuffer;
+    static constexpr int kOutputs = 64;
+    static constexpr int kBlocks = std::is_same_v<operand_t, Tf32x3> ? 1 : 2;  // of 8 channels of a warp, by registers
+    static constexpr int kWarpChannels = kBlocks * 8, kChannels = 4 * kWarpChannels;
+    static constexpr int kSteps = 8, kStepRows = kVector / 4;
+    static constexpr int kHeight = kSteps * kStepRows, kWidth = 8, kPixels = kHeight * kWidth;
+    static constexpr int kRimWidth = kWidth + 2, kRim = (kHeight + 2) * kRimWidth;
+    static constexpr int kPiece = kThreads / (kChannels / kVector);  // pixels
+    static constexpr int kPieces = (kRim + kPiece - 1) / kPiece;
+    static constexpr int kFetched = kPieces * kPiece;               // pixels with halo, filled up to whole pieces
+    static constexpr int kInputs = kVector == 8 ? kFetched : kRim;  // of them kept: all, where there is room
+    static constexpr int kCopied = kThreads / (kOutputs / kVector);  // pixels of gradients by all threads at one time
+    // Of the shared arrays: what lanes read at one time lies in different banks.
+    static constexpr int kInputRow = kChannels + 8, kGradientRow = kOutputs + 8;
+    static constexpr int kGradients = kInputs * kInputRow;                   // where they begin
+    static constexpr int kBuffer = kGradients + kPixels * kGradientRow;  // elements
+    static constexpr size_t kSharedBytes = 2 * sizeof(element_t<operand_t>) * kBuffer;
     static_assert(kPieces <= kSteps, "a tile comes in while one is multiplied");
 };
 
-// 16-bit types on the tensor cores.
-template <typename scalar_t, int kAccess>
-__global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_tensor_core_kernel(
-    const __grid_constant__ GradientTable<scalar_t> table,
+// The products of a step: the sums of a warp by tap, 16 outputs, 8 channels. Inputs are kept in registers by row and
+// column of taps for as long as rows serve. `inputs` and `gradients` are where this lane reads for the first row.
+template <int kBlocks>
+using GradientSums = float[kTaps][2][kBlocks][4];
+
+template <typename operand_t>
+struct StepProducts {
+    using Size = Wide<operand_t>;
+
+    // rows[t][x] is rows t and t + 1 of inputs, for column x of taps.
+    unsigned rows[3][3][4];
+
+    __device__ __forceinline__ void load_row(const Shared<operand_t>& inputs, int row) {
+#pragma unroll
+        for (int x = 0; x < 3; ++x) {
+            ldmatrix_x4_trans(rows[row][x], inputs + (row * Size::kRimWidth + x) * Size::kInputRow);
+        }
+    }
+    __device__ __forceinline__ void begin(const Shared<operand_t>& inputs) {
+        load_row(inputs, 0);
+    }
+    __device__ __forceinline__ void multiply(
+        const Shared<operand_t>& inputs, const Shared<operand_t>& gradients, GradientSums<2>& sums) {
+        unsigned a[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            ldmatrix_x4_trans(a[i], gradients + i * 16);
+        }
+        load_row(inputs, 1);
+        load_row(inputs, 2);
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) {
+            const unsigned(&own)[4] = rows[tap / 3][tap % 3];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const unsigned column[2] = {own[i % 2 * 2], own[i % 2 * 2 + 1]};
+                mma_16816(sums[tap][i / 2][i % 2], a[i / 2], column, operand_t{});
+            }
+        }
+        // The last row of taps has what the first one takes next.
+#pragma unroll
+        for (int i = 0; i < 12; ++i) {
+            rows[0][i / 4][i % 4] = rows[2][i / 4][i % 4];
+        }
+    }
+};
+
+// In float32, one row of eight pixels; outputs 2 i and 2 i + 1 are rows i and i + 8 of a product.
+template <typename operand_t>
+struct FloatStepProducts {
+    using Size = Wide<operand_t>;
+
+    unsigned rows[3][3][Size::kBlocks][2];  // by row and column of taps, 8 channels, and half of the pixels
+
+    __device__ __forceinline__ void load_row(const Shared<float>& inputs, int row) {
+        const auto words = pointer_cast<const unsigned>(inputs);
+#pragma unroll
+        for (int i = 0; i < 6 * Size::kBlocks; ++i) {
+            const int x = i / 2 % 3, block = i / 6, half = i % 2;
+            rows[row][x][block][half] = words[(row * Size::kRimWidth + x + half * 4) * Size::kInputRow + block * 8];
+        }
+    }
+    __device__ __forceinline__ void begin(const Shared<float>& inputs) {
+        load_row(inputs, 0);
+        load_row(inputs, 1);
+    }
+    __device__ __forceinline__ void multiply(
+        const Shared<float>& inputs, const Shared<float>& gradients, GradientSums<Size::kBlocks>& sums) {
+        const auto words = pointer_cast<const unsigned>(gradients);
+        Fragment<operand_t, 4> a[2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const Vec<unsigned, 2> pair = load_vector<2>(words + (i % 2 * 4 * Size::kGradientRow + i / 2 * 16));
+            a[i / 2].set(i % 2 * 2, prepared(pair[0], operand_t{}));
+            a[i / 2].set(i % 2 * 2 + 1, prepared(pair[1], operand_t{}));
+        }
+        load_row(inputs, 2);
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) {
+#pragma unroll
+            for (int block = 0; block < Size::kBlocks; ++block) {
+                Fragment<operand_t, 2> b;
+                b.set(0, rows[tap / 3][tap % 3][block][0]);
+                b.set(1, rows[tap / 3][tap % 3][block][1]);
+                multiply_add(sums[tap][0][block], a[0], b);
+                multiply_add(sums[tap][1][block], a[1], b);
+            }
+        }
+        // Two rows of taps have what those before take next.
+#pragma unroll
+        for (int i = 0; i < 12 * Size::kBlocks; ++i) {
+            const int row = i % 2, x = i / 2 % 3, block = i / 6 % Size::kBlocks, half = i / (6 * Size::kBlocks);
+            rows[row][x][block][half] = rows[row + 1][x][block][half];
+        }
+    }
+};
+
+// 16-bit types on the tensor cores, and float32 by TF32.
+template <typename operand_t, int kAccess>
+__global__ void __launch_bounds__(Wide<operand_t>::kThreads, 1) conv3x3_weight_gradient_tensor_core_kernel(
+    const __grid_constant__ GradientTable<element_t<operand_t>> table,
     Global<float> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
+    using scalar_t = element_t<operand_t>;
+    using Size = Wide<operand_t>;
+    constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, shared);  // 2 x (inputs [pixel with halo][channel], gradients [pixel][output])
-    SPATIALFLOW_SHARED(int64_t, places, 2 * Wide::kInputs);  // of InputReader
+    SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kFetched);  // of InputReader
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
-    const int first_output = static_cast<int>(blockIdx.x) * Wide::kOutputs;
-    const int first_channel = static_cast<int>(blockIdx.y) * Wide::kChannels;
-    const int warp_output = warp % 2 * 32, warp_channel = warp / 2 * 16;
+    const int first_output = static_cast<int>(blockIdx.x) * Size::kOutputs;
+    const int first_channel = static_cast<int>(blockIdx.y) * Size::kChannels;
+    const int warp_output = warp % 2 * 32, warp_channel = warp / 2 * Size::kWarpChannels;
 
-    // What this thread brings: eight channels, and eight outputs, of a pixel of each piece.
-    const int own_vector = thread % 8 * 8, own_pixel = thread / 8;
-    InputReader<Wide::kHeight, Wide::kWidth, Wide::kInputs, scalar_t> reader;
-    auto input_target = pointer_cast<unsigned>(shared + (own_pixel * Wide::kRow + own_vector));
-    auto gradient_target = shared + ((Wide::kInputs + own_pixel) * Wide::kRow + own_vector);
+    // What this thread brings: 16 bytes of channels, and of outputs, of a pixel of each piece.
+    constexpr int kInputThreads = Size::kChannels / Size::kVector, kGradientThreads = Size::kOutputs / Size::kVector;
+    const int own_channel = thread % kInputThreads * Size::kVector, own_input = thread / kInputThreads;
+    const int own_output = thread % kGradientThreads * Size::kVector, own_pixel = thread / kGradientThreads;
+    InputReader<Size::kHeight, Size::kWidth, Size::kFetched, scalar_t> reader;
+    auto input_target = pointer_cast<unsigned>(shared + (own_input * Size::kInputRow + own_channel));
+    auto gradient_target = shared + (Size::kGradients + own_pixel * Size::kGradientRow + own_output);
     const auto begin_inputs = [&](const GradientLevel<scalar_t>& level, const MapTile& map) {
-        reader.begin(level.input, map, first_channel + own_vector, places);
+        reader.begin(level.input, map, first_channel + own_channel, places);
     };
     const auto fetch_inputs = [&](int piece) {
-        return reader.template fetch<kAccess>(places, piece * Wide::kPiece + own_pixel);
+        return reader.template fetch<kAccess>(places, piece * Size::kPiece + own_input);
     };
     const auto keep_inputs = [&](int piece, const SumTerms& terms) {
-        store_vector(input_target + piece * (Wide::kPiece * Wide::kRow / 2), sum_of<scalar_t>(terms));
+        Vec<unsigned, 4> words = sum_of<scalar_t>(terms);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            words[i] = prepared(words[i], operand_t{});
+        }
+        if (Size::kInputs == Size::kFetched || piece * Size::kPiece + own_input < Size::kInputs) {
+            store_vector(input_target + piece * (Size::kPiece * Size::kInputRow / kWord), words);
+        }
     };
     const auto copy_gradients = [&](const GradientLevel<scalar_t>& level, const MapTile& map) {
         const ConvSource<scalar_t>& source = level.gradient;
-        const int y = map.y + own_pixel / Wide::kWidth, x = map.x + own_pixel % Wide::kWidth;
-        const int left = x < source.width ? source.channels - first_output - own_vector : 0;
+        const int y = map.y + own_pixel / Size::kWidth, x = map.x + own_pixel % Size::kWidth;
+        const int left = x < source.width ? source.channels - first_output - own_output : 0;
         Global<const scalar_t> pixel =
-            source.x + (map.image * source.x_n + y * source.x_h + x * source.x_w + first_output + own_vector);
+            source.x + (map.image * source.x_n + y * source.x_h + x * source.x_w + first_output + own_output);
 #pragma unroll
-        for (int i = 0; i < Wide::kPixels / Wide::kPiece; ++i) {
-            constexpr int kRows = Wide::kPiece / Wide::kWidth;
-            const auto target = gradient_target + i * Wide::kPiece * Wide::kRow;
+        for (int i = 0; i < Size::kPixels / Size::kCopied; ++i) {
+            constexpr int kRows = Size::kCopied / Size::kWidth;
+            const auto target = gradient_target + i * Size::kCopied * Size::kGradientRow;
             const int present = y + i * kRows < source.height ? left : 0;
-            if constexpr (kAccess == 8) {
+            if constexpr (kAccess == Size::kVector) {
                 cp_async_16(target, pixel, present > 0);
             } else {
                 store_vector(pointer_cast<unsigned>(target), load_words<kAccess>(pixel, present));
@@ -137,34 +257,41 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
         cp_async_commit();
     };
 
-    TileReader<Wide::kHeight, Wide::kWidth, scalar_t> tiles(table);
+    TileReader<Size::kHeight, Size::kWidth, scalar_t> tiles(table);
     copy_gradients(table.levels[tiles.level], tiles.map);
     begin_inputs(table.levels[tiles.level], tiles.map);
     __syncthreads();
     {
-        SumTerms pieces[Wide::kPieces];
+        SumTerms pieces[Size::kPieces];
 #pragma unroll
-        for (int piece = 0; piece < Wide::kPieces; ++piece) {
+        for (int piece = 0; piece < Size::kPieces; ++piece) {
             pieces[piece] = fetch_inputs(piece);
         }
 #pragma unroll
-        for (int piece = 0; piece < Wide::kPieces; ++piece) {
+        for (int piece = 0; piece < Size::kPieces; ++piece) {
             keep_inputs(piece, pieces[piece]);
         }
     }
-    // The rows of shared memory that this lane points ldmatrix at.
-    constexpr int kInputStep = 2 * Wide::kRimWidth * Wide::kRow, kGradientStep = 2 * Wide::kWidth * Wide::kRow;
-    auto inputs = shared + ((lane / 8 % 2 * Wide::kRimWidth + lane % 8) * Wide::kRow + warp_channel + lane / 16 * 8);
-    auto gradients =
-        shared + ((Wide::kInputs + lane / 16 * 8 + lane % 8) * Wide::kRow + warp_output + lane / 8 % 2 * 8);
-    int turn = Wide::kBuffer;  // to the other half
-    float sums[kTaps][2][2][4] = {};
+    // Where this lane points ldmatrix, or reads: a pixel of a step in float32.
+    constexpr int kInputStep = Size::kStepRows * Size::kRimWidth * Size::kInputRow;
+    constexpr int kGradientStep = Size::kStepRows * Size::kWidth * Size::kGradientRow;
+    int input_at = (lane / 8 % 2 * Size::kRimWidth + lane % 8) * Size::kInputRow + lane / 16 * 8;
+    int gradient_at = (lane / 16 * 8 + lane % 8) * Size::kGradientRow + lane / 8 % 2 * 8;
+    if constexpr (sizeof(scalar_t) == 4) {
+        input_at = lane % 4 * Size::kInputRow + lane / 4;
+        gradient_at = lane % 4 * Size::kGradientRow + lane / 4 * 2;
+    }
+    auto inputs = shared + (input_at + warp_channel);
+    auto gradients = shared + (Size::kGradients + gradient_at + warp_output);
+    int turn = Size::kBuffer;  // to the other half
+    GradientSums<Size::kBlocks> sums = {};
     while (tiles.valid()) {
-        const int steps = (table.levels[tiles.level].gradient.height - tiles.map.y + 1) / 2;
+        const int rows_left = table.levels[tiles.level].gradient.height - tiles.map.y;
+        const int steps = (rows_left + Size::kStepRows - 1) / Size::kStepRows;
         tiles.advance();
         cp_async_wait<0>();
         __syncthreads();
-        input_target += turn / 2;
+        input_target += turn / kWord;
         gradient_target += turn;
         reader.end();
         if (tiles.valid()) {
@@ -172,63 +299,38 @@ __global__ void __launch_bounds__(Wide::kThreads, 1) conv3x3_weight_gradient_ten
             copy_gradients(table.levels[tiles.level], tiles.map);
         }
         __syncthreads();
-        // Right sides of a step, by row of taps: rows[t][x] is rows t and t + 1 of inputs, for column x of taps.
-        unsigned rows[3][3][4];
-        const auto load_rows = [&](int row) {
-#pragma unroll
-            for (int x = 0; x < 3; ++x) {
-                ldmatrix_x4_trans(rows[row][x], inputs + (row * Wide::kRimWidth + x) * Wide::kRow);
-            }
-        };
-        load_rows(0);
+        std::conditional_t<sizeof(scalar_t) == 2, StepProducts<operand_t>, FloatStepProducts<operand_t>> products;
+        products.begin(inputs);
 #pragma unroll 1
-        for (int step = 0; step < Wide::kSteps; ++step) {
+        for (int step = 0; step < Size::kSteps; ++step) {
             SumTerms terms{};
-            if (step < Wide::kPieces) {
+            if (step < Size::kPieces) {
                 terms = fetch_inputs(step);
             }
             if (step < steps) {
-                unsigned a[2][4];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    ldmatrix_x4_trans(a[i], gradients + i * 16);
-                }
-                load_rows(1);
-                load_rows(2);
-#pragma unroll
-                for (int tap = 0; tap < kTaps; ++tap) {
-                    const unsigned(&own)[4] = rows[tap / 3][tap % 3];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const unsigned column[2] = {own[i % 2 * 2], own[i % 2 * 2 + 1]};
-                        mma_16816(sums[tap][i / 2][i % 2], a[i / 2], column, scalar_t{});
-                    }
-                }
-                // The last row of taps has what the first one takes next.
-#pragma unroll
-                for (int i = 0; i < 12; ++i) {
-                    rows[0][i / 4][i % 4] = rows[2][i / 4][i % 4];
-                }
+                products.multiply(inputs, gradients, sums);
             }
             inputs += kInputStep;
             gradients += kGradientStep;
-            if (step < Wide::kPieces) {
+            if (step < Size::kPieces) {
                 keep_inputs(step, terms);
             }
         }
-        inputs += turn - Wide::kSteps * kInputStep;
-        gradients += turn - Wide::kSteps * kGradientStep;
+        inputs += turn - Size::kSteps * kInputStep;
+        gradients += turn - Size::kSteps * kGradientStep;
         turn = -turn;
     }
     const bool paired = channels % 2 == 0;
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int o = first_output + warp_output + i / 4 * 16 + i % 2 * 8 + lane / 4;
-            const int c = first_channel + warp_channel + i / 2 % 2 * 8 + lane % 4 * 2;
-            const float(&sum)[4] = sums[tap][i / 4][i / 2 % 2];
-            const Vec<float, 2> pair = {{sum[i % 2 * 2], sum[i % 2 * 2 + 1]}};
+        for (int i = 0; i < 4 * Size::kBlocks; ++i) {
+            const int half = i % 2, block = i / 2 % Size::kBlocks, rows = i / (2 * Size::kBlocks);
+            const int row = sizeof(scalar_t) == 2 ? half * 8 + lane / 4 : lane / 4 * 2 + half;  // of a product
+            const int o = first_output + warp_output + rows * 16 + row;
+            const int c = first_channel + warp_channel + block * 8 + lane % 4 * 2;
+            const float(&sum)[4] = sums[tap][rows][block];
+            const Vec<float, 2> pair = {{sum[half * 2], sum[half * 2 + 1]}};
             const Global<float> target =
                 sums_out + (((static_cast<int64_t>(blockIdx.z) * kTaps + tap) * outputs + o) * channels + c);
             if (o < outputs && c < channels) {
@@ -367,15 +469,19 @@ __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Blocks in all that parts are made for: on a large card one for each multiprocessor, or eight small ones.
-template <typename scalar_t>
-constexpr int64_t kWantedBlocks = sizeof(scalar_t) == 2 ? 132 : 1056;
+template <typename operand_t>
+constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
 
-template <typename scalar_t>
-std::vector<GradientTable<scalar_t>> gradient_tables(
+// Blocks in all that parts are made for: on a large card one for each multiprocessor, or eight small ones.
+template <typename operand_t>
+constexpr int64_t kWantedBlocks = kIsPlain<operand_t> ? 1056 : 132;
+
+template <typename operand_t>
+std::vector<GradientTable<element_t<operand_t>>> gradient_tables(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const std::vector<Tensor>& grad_output,
     int64_t blocks_of_a_part) {
-    using Size = std::conditional_t<sizeof(scalar_t) == 2, Wide, Plain>;
+    using scalar_t = element_t<operand_t>;
+    using Size = std::conditional_t<kIsPlain<operand_t>, Plain, Wide<operand_t>>;
     const char* op = "flow_conv2d_weight_gradient";
     std::vector<GradientTable<scalar_t>> tables;
     for (size_t i = 0; i < x.size(); ++i) {
@@ -396,24 +502,25 @@ std::vector<GradientTable<scalar_t>> gradient_tables(
         table.num_tiles += static_cast<int>(tiles);
     }
     for (GradientTable<scalar_t>& table : tables) {
-        const int64_t wanted = std::max<int64_t>(1, kWantedBlocks<scalar_t> / blocks_of_a_part);
+        const int64_t wanted = std::max<int64_t>(1, kWantedBlocks<operand_t> / blocks_of_a_part);
         table.parts = static_cast<int>(std::min<int64_t>(wanted, table.num_tiles));
     }
     return tables;
 }
 
-template <typename scalar_t>
+template <typename operand_t>
 void launch_gradient(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const std::vector<Tensor>& grad_output,
     const Tensor& grad_weight, Stream stream) {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    constexpr bool kIsWide = sizeof(scalar_t) == 2;
+    using Size = std::conditional_t<kIsPlain<operand_t>, Plain, Wide<operand_t>>;
     const int64_t outputs = grad_weight.size(0), channels = grad_weight.size(1);
-    const int64_t output_blocks = ceil_div(outputs, kIsWide ? Wide::kOutputs : Plain::kOutputs);
-    const int64_t channel_blocks = ceil_div(channels, kIsWide ? Wide::kChannels : Plain::kChannels);
+    const int64_t output_blocks = ceil_div(outputs, Size::kOutputs);
+    const int64_t channel_blocks = ceil_div(channels, Size::kChannels);
     check(channel_blocks <= 65535, "flow_conv2d_weight_gradient: too many channels for CUDA, got ", channels);
     const std::vector<GradientTable<scalar_t>> tables =
-        gradient_tables<scalar_t>(x, flow, grad_output, output_blocks * channel_blocks);
+        gradient_tables<operand_t>(x, flow, grad_output, output_blocks * channel_blocks);
     int parts = 0;
     for (const GradientTable<scalar_t>& table : tables) {
         parts += table.parts;
@@ -428,13 +535,13 @@ void launch_gradient(
                           static_cast<unsigned>(channel_blocks), static_cast<unsigned>(table.parts));
         const auto run = [&](auto access) {
             constexpr int kAccess = decltype(access)::value;
-            if constexpr (kIsWide) {
-                launch<conv3x3_weight_gradient_tensor_core_kernel<scalar_t, kAccess>>(
-                    blocks, dim3(Wide::kThreads), Wide::kSharedBytes, stream, table, target, static_cast<int>(outputs),
+            if constexpr (kIsPlain<operand_t>) {
+                launch<conv3x3_weight_gradient_kernel<scalar_t, kAccess>>(
+                    blocks, dim3(Size::kThreads), 0, stream, table, target, static_cast<int>(outputs),
                     static_cast<int>(channels));
             } else {
-                launch<conv3x3_weight_gradient_kernel<scalar_t, kAccess>>(
-                    blocks, dim3(Plain::kThreads), 0, stream, table, target, static_cast<int>(outputs),
+                launch<conv3x3_weight_gradient_tensor_core_kernel<operand_t, kAccess>>(
+                    blocks, dim3(Size::kThreads), Size::kSharedBytes, stream, table, target, static_cast<int>(outputs),
                     static_cast<int>(channels));
             }
         };
@@ -458,9 +565,11 @@ Tensor weight_gradient_cuda(
     const Tensor grad_weight = empty_like_sized(x[0], {grad_output[0].size(1), x[0].size(1), 3, 3});
     if (grad_weight.numel() != 0) {
         dispatch_floating("flow_conv2d_weight_gradient", x[0].scalar_type(), [&](auto zero) {
-            launch_gradient<decltype(zero)>(
-                channels_adjacent(x), channels_adjacent(flow), channels_adjacent(grad_output), grad_weight,
-                device.stream());
+            dispatch_operand<decltype(zero)>(cuda_algorithm(algorithm, x[0].scalar_type()), [&](auto operand) {
+                launch_gradient<decltype(operand)>(
+                    channels_adjacent(x), channels_adjacent(flow), channels_adjacent(grad_output), grad_weight,
+                    device.stream());
+            });
         });
     }
     return grad_weight;

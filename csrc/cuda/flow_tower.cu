@@ -67,7 +67,7 @@ public:
                 node.target->tensors = empty_channels_last(levels_, node.target->levels, node.target->channels);
                 convolutions.push_back(
                     {node.source->tensors, maps_of(node.flow), maps_of(node.residual), node.target->tensors,
-                     node.conv->packed, node.conv->bias, node.relu});
+                     node.conv->packed, node.conv->bias, node.relu, node.conv->algorithm});
             }
             convolve3x3("flow_tower", std::move(convolutions), stream);
             wave.clear();
@@ -161,14 +161,15 @@ std::vector<Feature> schedule_tower(
 
 std::vector<Tensor> flow_tower_cuda(
     const std::vector<Tensor>& levels, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
-    const std::vector<int64_t>& counts, bool source_is_cls, int64_t segmentation_levels) {
-    check_flow_tower(levels, packed, biases, counts, segmentation_levels);
+    const std::vector<int64_t>& algorithms, const std::vector<int64_t>& counts, bool source_is_cls,
+    int64_t segmentation_levels) {
+    check_flow_tower(levels, packed, biases, algorithms, counts, segmentation_levels);
     const DeviceScope device(levels[0]);
     std::vector<Tensor> dense;
     for (const Tensor& level : levels) {
         dense.push_back(to_contiguous(level, MemoryFormat::ChannelsLast));
     }
-    TowerConvolutions convs(packed, biases, counts, accum_dtype(levels[0].scalar_type()), kPackedColumns);
+    TowerConvolutions convs(packed, biases, algorithms, counts, accum_dtype(levels[0].scalar_type()), kPackedColumns);
     Schedule schedule(dense);
     const std::vector<Feature> features =
         schedule_tower(schedule, convs, schedule.input(levels.size()),

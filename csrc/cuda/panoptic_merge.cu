@@ -723,9 +723,13 @@ __global__ void __launch_bounds__(kThreads) merge_table_kernel(
 // Of dynamic shared memory, beside what the kernels of one block have for themselves.
 int64_t largest_shared_bytes() {
 #if defined(__CUDACC__)
-    int device = 0, bytes = 0;
-    check_cuda(cudaGetDevice(&device), "the current device");
-    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+    static DeviceNumbers known;
+    const int device = current_device();
+    int bytes = known.at(device);
+    if (bytes == 0) {
+        check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+        known.set(device, bytes);
+    }
     return bytes - 1024;
 #else
     return 1024;  // little, so that tests come by both ways

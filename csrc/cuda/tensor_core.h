@@ -5,8 +5,13 @@
 //
 //   cp_async_16(target, source, valid)    16 bytes from global to shared memory, zeros where not `valid`
 //   cp_async_commit(), cp_async_wait<n>() closes a group of copies; waits until at most n groups are under way
-//   ldmatrix_x4 / _x4_trans / _x2         8x8 matrices of 16-bit values from shared memory to registers
+//   ldmatrix_x4 / _x4_trans               8x8 matrices of 16-bit values from shared memory to registers; without the
+//                                         transposition also 8x4 matrices of 32-bit values
 //   mma_16816(d, a, b)                    d += a (16x16) * b (16x8), float16 or bfloat16 in, float32 sums
+//   mma_1688(d, a, b), mma_1688_first     d += a (16x8) * b (8x8), TF32 in, float32 sums, which tensor cores cut off;
+//                                         the first of a sum: d = a * b
+//   to_tf32(value)                        the bits of the nearest TF32 number: float32 with 11 instead of 24 digits
+//   Tf32, Tf32x3                          operand types: the two ways to multiply float32; see Fragment
 //   pack_pair(low, high), add_pairs(a, b), rectify_pairs(a)    two 16-bit values in a word: rounded from float32,
 //                                         added with one rounding each, max(value, 0) where NaN stays
 #pragma once
@@ -66,6 +71,26 @@ __device__ __forceinline__ void mma_16816(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+__device__ __forceinline__ void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_1688_first(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+__device__ __forceinline__ unsigned to_tf32(float value) {
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+    return bits;
+}
+
 // Words and not vectors of 16-bit values: those the compiler takes apart, and waits for a load in order to do so.
 template <typename scalar_t>
 struct PairOf {
@@ -105,3 +130,77 @@ __device__ __forceinline__ unsigned rectify_pairs(unsigned a, scalar_t /* type o
 #else
 #include "simt/tensor_core.h"
 #endif
+
+namespace spatialflow {
+
+// What kernels for the tensor cores are templates of: float16, bfloat16, or one of these two for float32.
+struct Tf32 {};    // rounded to TF32
+struct Tf32x3 {};  // as a TF32 number and a second one for the rest, by three products: almost all digits of float32
+
+constexpr unsigned kTf32Bits = 0xffffe000u;  // of a float32
+
+template <typename operand_t>
+struct ElementType {
+    using type = operand_t;
+};
+template <>
+struct ElementType<Tf32> {
+    using type = float;
+};
+template <>
+struct ElementType<Tf32x3> {
+    using type = float;
+};
+// The type in memory.
+template <typename operand_t>
+using element_t = typename ElementType<operand_t>::type;
+
+// Numbers as a kernel keeps them for many products: for Tf32 they are rounded once.
+template <typename operand_t>
+__device__ __forceinline__ unsigned prepared(unsigned word, operand_t) {
+    return word;
+}
+__device__ __forceinline__ unsigned prepared(unsigned word, Tf32) { return to_tf32(__uint_as_float(word)); }
+
+// A lane's part of an operand of mma_1688.
+template <typename operand_t, int kCount>
+struct Fragment;
+
+template <int kCount>
+struct Fragment<Tf32, kCount> {
+    unsigned numbers[kCount];
+
+    __device__ __forceinline__ void set(int i, unsigned prepared) { numbers[i] = prepared; }
+};
+
+// Cut off instead of rounded: the rest is exact, and no finite number becomes infinity.
+template <int kCount>
+struct Fragment<Tf32x3, kCount> {
+    unsigned high[kCount], low[kCount];
+
+    __device__ __forceinline__ void set(int i, unsigned word) {
+        high[i] = word & kTf32Bits;
+        low[i] = __float_as_uint(__uint_as_float(word) - __uint_as_float(high[i])) & kTf32Bits;
+    }
+};
+
+// d += a (16x8) * b (8x8).
+__device__ __forceinline__ void multiply_add(
+    float (&d)[4], const Fragment<Tf32, 4>& a, const Fragment<Tf32, 2>& b) {
+    mma_1688(d, a.numbers, b.numbers);
+}
+// The small product low * low is left out. Tensor cores cut sums off, which in a long sum costs more digits than the
+// operands do: so they sum up three products, and these are added to `d` as float32 is, rounded to nearest.
+__device__ __forceinline__ void multiply_add(
+    float (&d)[4], const Fragment<Tf32x3, 4>& a, const Fragment<Tf32x3, 2>& b) {
+    float sum[4];
+    mma_1688_first(sum, a.low, b.high);
+    mma_1688(sum, a.high, b.low);
+    mma_1688(sum, a.high, b.high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        d[i] += sum[i];
+    }
+}
+
+}  // namespace spatialflow

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/flow_conv2d.h"
 
-// An empty `flow` is none. `algorithm`: 0 auto, 1 winograd, 2 direct.
+// An empty `flow` is none. `algorithm`: 0 auto, 1 winograd, 2 direct, 3 tf32, 4 tf32x3.
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
         "flow_conv2d(Tensor[] x, Tensor[] flow, Tensor weight, Tensor? bias, bool relu, int algorithm) -> Tensor[]");

@@ -8,18 +8,21 @@
 namespace spatialflow {
 
 // Values of the schemas' `algorithm`.
-constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2;
+constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2, kConvTf32 = 3, kConvTf32x3 = 4;
 
 // Packed weights are (9, 18 or 36, C_in, C_out padded to this many) and a tag, see packed_tag.
 constexpr int64_t kPackedOutputs = 32;
 
-// The algorithm that runs: float64 is always direct (it is there to check gradients); else "auto" takes Winograd where
-// both channel counts fill vectors.
+// Whether the CPU is free to choose: "auto", and those that name what tensor cores do.
+inline bool is_open(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
+
+// The algorithm that runs on the CPU, for which weights are packed: float64 is always direct (it is there to check
+// gradients); else a free choice takes Winograd where both channel counts fill vectors.
 inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
     if (is_double) {
         return kConvDirect;
     }
-    if (algorithm == kConvAuto) {
+    if (is_open(algorithm)) {
         return in_channels >= 32 && out_channels >= 32 ? kConvWinograd : kConvDirect;
     }
     return algorithm;
@@ -56,8 +59,8 @@ inline void check_packed_layout(const char* op, const Tensor& packed, int64_t co
 }
 
 inline void check_algorithm(const char* op, int64_t algorithm) {
-    check(algorithm == kConvAuto || algorithm == kConvWinograd || algorithm == kConvDirect, op,
-          ": algorithm must be 0 (auto), 1 (winograd) or 2 (direct), got ", algorithm);
+    check(algorithm >= kConvAuto && algorithm <= kConvTf32x3, op,
+          ": algorithm must be 0 (auto), 1 (winograd), 2 (direct), 3 (tf32) or 4 (tf32x3), got ", algorithm);
 }
 
 // Every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.

@@ -3,17 +3,18 @@
 
 // `packed` and `biases` hold the convolutions of eight lists one after the other: cls, reg, stuff, thing, flow_cls,
 // flow_stuff, flow_thing, semantic_flow; `counts` their lengths; a vector without elements stands for an absent flow.
+// `algorithms` holds one for each, as for flow_conv2d.
 // Returns the maps of cls, reg (all levels), stuff, thing (segmentation levels), without those of sub-networks that do
 // nothing.
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
-        "flow_tower(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] counts, bool source_is_cls, "
-        "int segmentation_levels) -> Tensor[]");
+        "flow_tower(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] algorithms, int[] counts, "
+        "bool source_is_cls, int segmentation_levels) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow_checks, library) {
     library.def(
-        "flow_tower(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] counts, "
+        "flow_tower(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] algorithms, int[] counts, "
         "int segmentation_levels) -> ()");
 }
 

@@ -14,7 +14,7 @@ enum TowerList {
 
 inline void check_flow_tower(
     const std::vector<Tensor>& levels, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
-    const std::vector<int64_t>& counts, int64_t segmentation_levels) {
+    const std::vector<int64_t>& algorithms, const std::vector<int64_t>& counts, int64_t segmentation_levels) {
     const char* op = "flow_tower";
     check(!levels.empty(), op, ": levels must not be empty");
     check_dim(op, "levels[0]", levels[0], 4, "(N, C, H, W)");
@@ -29,8 +29,12 @@ inline void check_flow_tower(
         check(count >= 0, op, ": counts must not be negative, got ", count);
         total += static_cast<size_t>(count);
     }
-    check(packed.size() == total && biases.size() == total, op, ": packed and biases must have ", total,
-          " entries, the sum of counts, got ", packed.size(), " and ", biases.size());
+    check(packed.size() == total && biases.size() == total && algorithms.size() == total, op,
+          ": packed, biases and algorithms must have ", total, " entries, the sum of counts, got ", packed.size(), ", ",
+          biases.size(), " and ", algorithms.size());
+    for (const int64_t algorithm : algorithms) {
+        check_algorithm(op, algorithm);
+    }
     const ScalarType dtype = accum_dtype(levels[0].scalar_type());
     for (size_t i = 0; i < total; ++i) {
         check(packed[i].dim() == 1 && packed[i].is_contiguous() && biases[i].dim() == 1, op, ": packed[", i,
@@ -46,17 +50,17 @@ struct TowerConv {
     Tensor packed, bias;  // bias in the type of sums
     int64_t in_channels = 0, out_channels = 0;
     int64_t size = 0;  // of `packed`, without its tag
-    int64_t algorithm = kConvDirect;
+    int64_t algorithm = kConvAuto, resolved = kConvDirect;  // see resolve_algorithm
     bool present = false;
 };
 
-// The eight lists of convolutions; a convolution's input channels and algorithm follow from the length of its packed
-// weights, once the channels of what it reads are known. `columns` as for packed_tag.
+// The eight lists of convolutions. The length of packed weights is checked once it is known how many channels a
+// convolution reads. `columns` as for packed_tag.
 class TowerConvolutions {
 public:
     TowerConvolutions(
-        const std::vector<Tensor>& packed, const std::vector<Tensor>& biases, const std::vector<int64_t>& counts,
-        ScalarType dtype, int64_t columns)
+        const std::vector<Tensor>& packed, const std::vector<Tensor>& biases, const std::vector<int64_t>& algorithms,
+        const std::vector<int64_t>& counts, ScalarType dtype, int64_t columns)
         : lists_(kTowerLists) {
         size_t next = 0;
         for (size_t list = 0; list < lists_.size(); ++list) {
@@ -65,6 +69,7 @@ public:
                 conv.packed = packed[next];
                 conv.bias = contiguous_as(biases[next], dtype);
                 conv.out_channels = biases[next].size(0);
+                conv.algorithm = algorithms[next];
                 conv.present = packed[next].numel() > 0;
                 if (conv.present) {
                     check_packed_layout("flow_tower", packed[next], columns);
@@ -85,15 +90,13 @@ public:
         }
         TowerConv& conv = lists_[list][index];
         const bool is_double = conv.packed.scalar_type() == ScalarType::Double;
-        const bool winograd = conv.size == packed_conv_size(kConvWinograd, is_double, in_channels, conv.out_channels);
-        check((winograd && !is_double) ||
-                  conv.size == packed_conv_size(kConvDirect, is_double, in_channels, conv.out_channels),
-              "flow_tower: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
-              " it reads");
+        conv.resolved = resolve_algorithm(conv.algorithm, is_double, in_channels, conv.out_channels);
+        check(conv.size == packed_conv_size(conv.resolved, is_double, in_channels, conv.out_channels), "flow_tower: ",
+              name(list), "[", index, "] was packed for other channels than the ", in_channels,
+              " it reads, or for another algorithm");
         check(out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,
               "] must have the ", out_channels, " channels of the feature it is added to, got ", conv.out_channels);
         conv.in_channels = in_channels;
-        conv.algorithm = winograd ? kConvWinograd : kConvDirect;
         return &conv;
     }
 

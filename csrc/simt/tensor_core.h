@@ -55,11 +55,10 @@ inline void cp_async_wait(simt::Site site = simt::Site::here()) {
 namespace simt {
 
 // Row addresses come from the lanes, eight for each matrix; lane l receives elements (l / 4, 2 * (l % 4)) and the next
-// of each matrix, or of its transpose.
+// of each matrix, or of its transpose. A row of 16 bytes may as well hold four 32-bit elements: (l / 4, l % 4).
 template <typename T>
 inline void ldmatrix(
     const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, Site site) {
-    static_assert(sizeof(T) == 2, "ldmatrix moves 16-bit elements");
     struct Slot {
         size_t at;
         unsigned registers[4];
@@ -83,13 +82,16 @@ inline void ldmatrix(
     std::memcpy(registers, slot.registers, sizeof(registers));
 }
 
+// Registers of a lane in a matrix product.
+struct Fragments {
+    float* d;
+    const unsigned *a, *b;
+};
+
 template <typename T>
 inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Site site) {
-    struct Slot {
-        float* d;
-        const unsigned *a, *b;
-    } slot{d, a, b};
-    current_block().collective("mma.sync", 0xffffffffu, slot, site, [](Slot** slots) {
+    Fragments slot{d, a, b};
+    current_block().collective("mma.sync", 0xffffffffu, slot, site, [](Fragments** slots) {
         const auto half_of = [](unsigned packed, int which) {
             return load(T{static_cast<uint16_t>(packed >> (16 * which))});
         };
@@ -117,6 +119,48 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)
     });
 }
 
+// Sums are exact, then rounded toward zero: the manual leaves their rounding open, and tensor cores cut bits off.
+inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Site site) {
+    Fragments slot{d, a, b};
+    Block& block = current_block();
+    block.collective("mma.sync", 0xffffffffu, slot, site, [&](Fragments** slots) {
+        const auto number = [&](unsigned bits, const char* name, int lane, int i) {
+            float value;
+            std::memcpy(&value, &bits, sizeof(value));
+            if ((bits & 0x1fffu) != 0 && value == value) {
+                block.fault(site, concatenate("mma.sync: register ", i, " of ", name, " in lane ", lane, ", ", value,
+                                              ", is no TF32 number: the hardware cuts off its low 13 bits"));
+            }
+            return static_cast<double>(value);
+        };
+        double left[16][8], right[8][8];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int group = lane / 4, k = lane % 4;
+            for (int i = 0; i < 4; ++i) {  // a_i: row group (+ 8 for odd i), column k (+ 4 for i >= 2)
+                left[group + i % 2 * 8][k + i / 2 * 4] = number(slots[lane]->a[i], "a", lane, i);
+            }
+            for (int i = 0; i < 2; ++i) {  // b_i: row (k) k (+ 4 for i = 1), column group
+                right[group][k + i * 4] = number(slots[lane]->b[i], "b", lane, i);
+            }
+        }
+        for (int lane = 0; lane < kLanes; ++lane) {
+            for (int i = 0; i < 4; ++i) {  // d_i: as for mma_16816
+                const double* row = left[lane / 4 + i / 2 * 8];
+                const double* column = right[lane % 4 * 2 + i % 2];
+                double sum = slots[lane]->d[i];
+                for (int k = 0; k < 8; ++k) {
+                    sum += row[k] * column[k];
+                }
+                float rounded = static_cast<float>(sum);
+                if (std::fabs(static_cast<double>(rounded)) > std::fabs(sum)) {
+                    rounded = std::nextafter(rounded, 0.0f);
+                }
+                slots[lane]->d[i] = rounded;
+            }
+        }
+    });
+}
+
 }  // namespace simt
 
 template <typename T>
@@ -125,6 +169,7 @@ inline void ldmatrix_x4(unsigned (&registers)[4], const Shared<T>& row, simt::Si
 }
 template <typename T>
 inline void ldmatrix_x4_trans(unsigned (&registers)[4], const Shared<T>& row, simt::Site site = simt::Site::here()) {
+    static_assert(sizeof(T) == 2, "ldmatrix transposes 16-bit elements");
     simt::ldmatrix("ldmatrix.trans", registers, row, true, site);
 }
 
@@ -133,6 +178,21 @@ inline void mma_16816(
     float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], T /* type of a and b */,
     simt::Site site = simt::Site::here()) {
     simt::mma_16816<T>(d, a, b, site);
+}
+
+inline void mma_1688(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
+    simt::mma_1688(d, a, b, site);
+}
+inline void mma_1688_first(
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
+    d[0] = d[1] = d[2] = d[3] = 0.0f;
+    simt::mma_1688(d, a, b, site);
+}
+
+// Nearest, ties away from zero; any NaN becomes 0x7fffffff.
+inline unsigned to_tf32(float value) {
+    return value == value ? (__float_as_uint(value) + 0x1000u) & 0xffffe000u : 0x7fffffffu;
 }
 
 namespace simt {

@@ -13,12 +13,13 @@ from spatialflow.ops.differentiable import DifferentiableOp, autocast, needs_gra
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
 
-_ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2}
+_ALGORITHMS = {"auto": 0, "winograd": 1, "direct": 2, "tf32": 3, "tf32x3": 4}
 
-# Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
 _pack_conv3x3 = without_gradient("_pack_conv3x3")
 _flow_conv2d_packed = without_gradient("_flow_conv2d_packed")
 _flow_conv2d_group = without_gradient("_flow_conv2d_group")
+
+# Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
 _CPU_TAG = _pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
 _CUDA_TAG = 2
 _PACKED_UNIT = 288  # divides the length of packed weights without their tag
@@ -60,9 +61,17 @@ def flow_conv2d(
             stands for independent convolutions, which on CUDA share one launch; `flow` must then be None.
         bias: (C_out,) or None.
         relu: rectify the result; NaN stays NaN.
-        algorithm: "winograd": F(4x4, 3x3) in float32, a quarter of the multiplications, error about 3e-6 of the largest
-            output; "direct": exact up to the order of float32 sums; "auto": Winograd from 32 input and 32 output
-            channels on, unless all maps together are small and the weight is not packed. float64 is always direct.
+        algorithm: how float32 is computed (and 16-bit types on the CPU); float64 is always direct. Errors are relative
+            to the largest output.
+            "auto": on the CPU "winograd" from 32 input and 32 output channels on, unless all maps together are small
+            and the weight is not packed, else "direct". On CUDA "tf32" where torch allows it for its own convolutions
+            (`torch.backends.cudnn.conv.fp32_precision`, or `torch.backends.cudnn.allow_tf32`; the default), else
+            "tf32x3". A compiled function keeps what torch allowed when it was traced.
+            "winograd": F(4x4, 3x3), a quarter of the multiplications, error about 3e-6; on CUDA as "tf32x3".
+            "direct": multiply-adds in float32, error below 1e-6.
+            "tf32": tensor cores; inputs and weights are rounded to TF32, 11 bits: error about 3e-4.
+            "tf32x3": tensor cores, three products of TF32: error about 1e-6.
+            The CPU computes the last two as "auto", so that one model serves both devices.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
@@ -75,10 +84,10 @@ def flow_conv2d(
 
     Remarks:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
-        is, as tensor cores read it, and every algorithm is computed as "direct". A NaN in one pixel reaches its 3x3
-        neighborhood with "direct"; with "winograd" up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the
-        pixel, and an infinity may become NaN there. On CUDA the weight gradient of a channel with such a value at the
-        border of its map may be NaN in all taps.
+        is, as tensor cores read it. A NaN in one pixel reaches its 3x3 neighborhood with "direct" and on CUDA; with
+        "winograd" on the CPU up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the pixel, and an infinity
+        may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. On
+        CUDA the weight gradient of a channel with such a value at the border of its map may be NaN in all taps.
         Empty maps and no levels give empty results.
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 
@@ -105,7 +114,7 @@ def flow_conv2d(
     weights, biases = (weight[:2], (weight.bias, weight.packed_bias)) if is_packed else ([weight], (bias,))
     if not are_tensors(*levels, *flows, *weights, optional=biases):
         return with_arrays(flow_conv2d, locals())
-    code = algorithm_code("flow_conv2d", algorithm)
+    algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
     if flow is not None and isinstance(flow, Tensor) != single:
         raise ValueError("flow_conv2d: flow must have the structure of x: both one tensor, or both a list of levels")
@@ -113,13 +122,15 @@ def flow_conv2d(
     if is_packed:
         if bias is not None:
             raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
-        conv, weight, bias, code = weight, weight.weight, weight.bias, _ALGORITHMS[weight.algorithm]
+        conv, weight, bias, algorithm = weight, weight.weight, weight.bias, weight.algorithm
+        code = algorithm_code("flow_conv2d", algorithm, *levels[:1])
         if not needs_gradient([*levels, *flows, weight, bias]):
             outputs = _flow_conv2d_packed(
                 levels, flows, conv.packed, conv.packed_bias, weight.shape[0], bool(relu), code
             )
             return outputs[0] if single else list(outputs)
     bias = None if bias is None else autocast(bias)
+    code = algorithm_code("flow_conv2d", algorithm, *levels[:1])
     outputs = _flow_conv2d(levels, flows, autocast(weight), bias, bool(relu), code) if levels else []
     return outputs[0] if single else list(outputs)
 
@@ -172,22 +183,34 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
             biases,
             [conv.weight.shape[0] for conv in weights],
             bool(relu),
-            [_ALGORITHMS[conv.algorithm] for conv in weights],
+            [algorithm_code("flow_conv2d", conv.algorithm, maps[0]) for conv in weights],
         )
     )
     results = [[next(outputs) for _ in entry] for entry in entries]
     return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results)]
 
 
-def algorithm_code(op: str, algorithm: str) -> int:
-    """The number that stands for `algorithm` in the schemas."""
+def algorithm_code(op: str, algorithm: str, x: Tensor | None = None) -> int:
+    """The number that stands for `algorithm` in the schemas; for `x` on CUDA "auto" is TF32 where torch allows it."""
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"{op}: algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
+    if algorithm == "auto" and x is not None and _may_use_tf32(x):
+        algorithm = "tf32"
     return _ALGORITHMS[algorithm]
 
 
 def _as_levels(x: Tensor | list[Tensor]) -> list[Tensor]:
     return list(x) if isinstance(x, (list, tuple)) else [x]
+
+
+def _may_use_tf32(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype == torch.float32 and _allows_tf32()
+
+
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    """Whether torch lets cuDNN round float32 convolutions to TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:
@@ -237,7 +260,10 @@ def _(x, counts, packed, biases, out_channels, relu, algorithms):
 def _(weight, algorithm):
     out_channels, in_channels = weight.shape[0], weight.shape[1]
     is_double = weight.dtype == torch.float64
-    winograd = not is_double and (algorithm == 1 or (algorithm == 0 and in_channels >= 32 and out_channels >= 32))
+    winograd = not is_double and (
+        algorithm == _ALGORITHMS["winograd"]
+        or (algorithm != _ALGORITHMS["direct"] and in_channels >= 32 and out_channels >= 32)
+    )
     size = (36 if winograd else 9 if is_double else 18) * in_channels * ((out_channels + 31) // 32 * 32)
     dtype = torch.float64 if is_double else torch.float32
     return weight.new_empty((size + _packed_tag(weight.device, dtype),), dtype=dtype)

@@ -98,21 +98,23 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
     """
     if not are_tensors(*levels):
         return with_arrays(flow_tower, locals())
-    code = algorithm_code("flow_tower", algorithm)
+    algorithm_code("flow_tower", algorithm)
     levels = [autocast(level) for level in levels]
     _check(levels, parameters)
     tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]
     if needs_gradient([*levels, *tensors]):
         return _compose(levels, parameters, algorithm)
-    packed, biases = [], []
+    packed, biases, codes = [], [], []
     for name in _LISTS:
         for conv in getattr(parameters, name):
-            one, bias = _packed(conv, code, levels[0])
+            own = conv.algorithm if isinstance(conv, PackedConv) else algorithm
+            codes.append(algorithm_code("flow_tower", own, levels[0]))
+            one, bias = _packed(conv, codes[-1], levels[0])
             packed.append(one)
             biases.append(bias)
     counts = [len(getattr(parameters, name)) for name in _LISTS]
     source_is_cls = parameters.flow_source == "cls"
-    maps = list(_flow_tower(levels, packed, biases, counts, source_is_cls, parameters.segmentation_levels))
+    maps = list(_flow_tower(levels, packed, biases, codes, counts, source_is_cls, parameters.segmentation_levels))
     large = levels[: parameters.segmentation_levels]
     results = []
     computed_tasks = _computed(counts, packed, source_is_cls)
@@ -251,7 +253,7 @@ _flow_tower = without_gradient("flow_tower")
 
 
 @register_fake("flow_tower")
-def _(levels, packed, biases, counts, source_is_cls, segmentation_levels):
+def _(levels, packed, biases, algorithms, counts, source_is_cls, segmentation_levels):
     for weight in packed:
         if weight.shape[0]:  # an absent flow has none
             check_packed_layout("flow_tower", weight)

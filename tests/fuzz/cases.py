@@ -231,7 +231,7 @@ def _flow_conv2d(draw: Draw, limits: Limits) -> dict:
         "weight": tensor(draw, [outputs, channels, 3, 3], dtype, weights(draw), grad=True),
         "bias": tensor(draw, [outputs], dtype, weights(draw), grad=True) if draw(st.booleans()) else None,
         "relu": draw(st.booleans()),
-        "algorithm": draw(one_of("auto", "direct", "winograd")),
+        "algorithm": draw(one_of("auto", "direct", "winograd", "tf32x3")),
     }
 
 
@@ -257,7 +257,7 @@ def _flow_tower(draw: Draw, limits: Limits) -> dict:
     parameters["semantic_flow"] = flows(channels, counts["thing"])
     parameters["flow_source"] = source
     parameters["segmentation_levels"] = draw(st.integers(0, len(levels)))
-    return {"levels": levels, "parameters": parameters, "algorithm": draw(one_of("auto", "direct", "winograd"))}
+    return {"levels": levels, "parameters": parameters, "algorithm": draw(one_of("auto", "direct", "winograd", "tf32x3"))}
 
 
 def group_norm_relu(draw: Draw, limits: Limits) -> dict:

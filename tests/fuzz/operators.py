@@ -135,9 +135,14 @@ def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     whether a weight that is not finite is multiplied by padding is left open."""
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
     many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)  # channels: "auto" takes Winograd
-    winograd = arguments["algorithm"] == "winograd" or (arguments["algorithm"] == "auto" and many)
+    algorithm = arguments["algorithm"]
+    winograd = algorithm == "winograd" or (algorithm != "direct" and many)
     if winograd and tensors[0].dtype != torch.float64:
         return any(not bool((t.detach().double().abs() < 1e3).all()) for t in tensors)
+    # On CUDA the rest of an infinity, which tensor cores multiply as well, is NaN.
+    if _is_cuda() and algorithm != "direct" and tensors[0].dtype == torch.float32:
+        if any(bool(t.detach().isinf().any()) for t in tensors):
+            return True
     # On CUDA a value at the border that is not finite reaches the gradients of weights that see padding there.
     asks_gradient = len(tensors) > len(leaves(arguments))
     if asks_gradient and _is_cuda() and not all(bool(t.detach().isfinite().all()) for t in tensors):

@@ -3,8 +3,10 @@
 // Small kernels for the interpreter's own tests (tests/test_simt.py): clean ones whose results are checked here, and
 // ones with a planted fault each. `kernels list-clean`, `kernels list-faults`, `kernels <name>`: exits with 0 and "ok",
 // or with 1 and the report, which names the line that carries the comment "line: <name>".
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <numeric>
 
@@ -186,6 +188,88 @@ void product() {
             expect(d[row * 8 + column] == sum, "matrix product");
         }
     }
+}
+
+// d = a (16x8) * b (8x8) in TF32: a row-major, through ldmatrix; b row-major, element by element. `swapped` gives the
+// registers of a in the order of a 16-bit product.
+__global__ void product_tf32_kernel(Global<const float> a, Global<const float> b, Global<float> d, bool swapped) {
+    SPATIALFLOW_SHARED(float, left, 16 * 8);
+    const int lane = static_cast<int>(threadIdx.x);
+    store_vector(left + lane * 4, load_vector<4>(a + lane * 4));
+    __syncwarp();
+    unsigned own[4];
+    ldmatrix_x4(own, left + (lane % 16 * 8 + lane / 16 * 4));
+    for (unsigned& number : own) {
+        number = to_tf32(__uint_as_float(number));
+    }
+    const unsigned fragment_a[4] = {own[0], own[swapped ? 2 : 1], own[swapped ? 1 : 2], own[3]};
+    const unsigned fragment_b[2] = {to_tf32(b[lane % 4 * 8 + lane / 4]), to_tf32(b[(lane % 4 + 4) * 8 + lane / 4])};
+    float sums[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    mma_1688(sums, fragment_a, fragment_b);
+    for (int i = 0; i < 4; ++i) {
+        d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+    }
+}
+
+void product_tf32() {
+    std::vector<float> a(128), b(64);
+    for (size_t i = 0; i < 128; ++i) {
+        a[i] = static_cast<float>(i * i % 37) - 18.0f + 0x1p-20f;  // rounds to an integer
+    }
+    for (size_t i = 0; i < 64; ++i) {
+        b[i] = static_cast<float>(i * i % 23) * 0.5f;
+    }
+    const auto wrong = [&](bool swapped) {
+        std::vector<float> d(128, -1.0f);
+        launch<product_tf32_kernel>(dim3(1), dim3(32), 0, Stream{}, Global<const float>(buffer(a)),
+                                    Global<const float>(buffer(b)), buffer(d), swapped);
+        int count = 0;
+        for (size_t row = 0; row < 16; ++row) {
+            for (size_t column = 0; column < 8; ++column) {
+                float sum = 1.0f;
+                for (size_t k = 0; k < 8; ++k) {
+                    sum += std::nearbyint(a[row * 8 + k]) * b[k * 8 + column];
+                }
+                count += d[row * 8 + column] != sum;
+            }
+        }
+        return count;
+    };
+    expect(wrong(false) == 0, "matrix product in TF32");
+    expect(wrong(true) > 64, "a wrong layout that no result shows");
+}
+
+// Halfway cases, both signs, the ends of the range.
+void round_tf32() {
+    const auto rounded = [](float value) { return __uint_as_float(to_tf32(value)); };
+    expect(rounded(1.0f + 0x1p-11f) == 1.0f + 0x1p-10f && rounded(-1.0f - 0x1p-11f) == -1.0f - 0x1p-10f, "ties");
+    expect(rounded(1.0f + 0x1p-11f - 0x1p-23f) == 1.0f && rounded(1.0f + 0x1p-10f) == 1.0f + 0x1p-10f, "nearest");
+    const float infinity = std::numeric_limits<float>::infinity();
+    expect(rounded(std::numeric_limits<float>::max()) == infinity && rounded(-infinity) == -infinity, "infinity");
+    expect(to_tf32(__uint_as_float(0xffffffffu)) == 0x7fffffffu, "NaN");
+}
+
+// Sums of tensor cores lose what lies below the last digit: 1 + 2^-24 + 2^-24 is 1, and 1 - 2^-30 is below 1.
+__global__ void truncation_kernel(Global<float> out) {
+    const float first = threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
+    const unsigned ones[4] = {to_tf32(first), to_tf32(first), 0, 0};
+    const auto add = [&](float& sum, float term) {
+        float sums[4] = {sum, sum, sum, sum};
+        const unsigned terms[2] = {to_tf32(term), 0};
+        mma_1688(sums, ones, terms);
+        sum = sums[0];
+    };
+    float up = 1.0f, down = 1.0f;
+    add(up, 0x1.8p-24f);
+    add(down, -0x1p-30f);
+    out[2 * threadIdx.x] = up;
+    out[2 * threadIdx.x + 1] = down;
+}
+
+void truncation() {
+    std::vector<float> out(64);
+    launch<truncation_kernel>(dim3(1), dim3(32), 0, Stream{}, buffer(out));
+    expect(out[0] == 1.0f && out[1] == 1.0f - 0x1p-24f, "sums are rounded toward zero");
 }
 
 __global__ void transpose_kernel(Global<const bfloat16> in, Global<unsigned> out) {
@@ -437,6 +521,14 @@ void copies() {
     std::vector<float> in(128), out(32);
     launch<kKernel>(dim3(1), dim3(32), 0, Stream{}, Global<const float>(buffer(in)), buffer(out));
 }
+__global__ void not_rounded_kernel() {
+    const float third = 1.0f / 3.0f;
+    const unsigned a[4] = {to_tf32(third), to_tf32(third), to_tf32(third), to_tf32(third)};
+    const unsigned b[2] = {to_tf32(third), threadIdx.x == 6 ? __float_as_uint(third) : 0u};
+    float sums[4] = {};
+    mma_1688(sums, a, b);  // line: not rounded
+}
+
 template <auto kKernel>
 void floats() {
     std::vector<float> out(65);  // 128 bytes would fit the last vector, 65 floats do not
@@ -451,6 +543,9 @@ const std::map<std::string, void (*)()> kClean = {
     {"collectives", collectives},
     {"product_float16", product<float16>},
     {"product_bfloat16", product<bfloat16>},
+    {"product_tf32", product_tf32},
+    {"round_tf32", round_tf32},
+    {"truncation", truncation},
     {"transpose", transpose},
     {"dynamic_shared", dynamic_shared},
     {"indices", indices},
@@ -492,6 +587,7 @@ const std::map<std::string, void (*)()> kFaults = {
     {"global write", floats<global_write_kernel>},
     {"global vector", floats<global_vector_kernel>},
     {"misaligned", floats<misaligned_kernel>},
+    {"not rounded", no_buffer<not_rounded_kernel, 32>},
     {"early copy", copies<early_copy_kernel>},
     {"copy over readers", copies<copy_over_readers_kernel>},
 };

@@ -78,6 +78,11 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
         "sigmoid_focal_loss, sum": (ops.sigmoid_focal_loss, (logits, labels), {"reduction": "sum"}),
         "multilevel_roi_align": (ops.multilevel_roi_align, ([feature, feature], roi, 1, (1, 2)), {}),
         "multiclass_nms": (ops.multiclass_nms, (boxes, scores[:, None], 0.05, 0.5, 4), {}),
+        "select_candidates": (
+            ops.select_candidates,
+            ([feature], [feature.expand(1, 4, 2, 2)], boxes[:1, None].reshape(1, 1, 4), (8,), classes[2:].reshape(1, 2),
+             scores[:2].reshape(1, 2), 2), {}),
+        "group_norm_relu": (ops.group_norm_relu, (feature, 1, bias, bias), {}),
         "flow_conv2d": (ops.flow_conv2d, (feature, feature, weight, bias), {}),
         "flow_conv2d, packed": (ops.flow_conv2d, (feature, feature, conv), {}),
         "flow_tower, packed": (ops.flow_tower, ([feature], ops.pack_flow_tower(tower)), {}),

@@ -36,10 +36,10 @@ MODULES = ("backbone", "fpn", "subnets", "box_head", "stuff_head", "thing_head")
 META = torch.device("meta")
 
 
-def tower_waves(levels: Any, packed: Any, biases: Any, counts: list[int], source_is_cls: bool, *_: Any) -> int:
+def tower_waves(levels: Any, packed: Any, biases: Any, algorithms: Any, counts: list[int], *rest: Any) -> int:
     """Launches of `flow_tower`: stages of the source, a flow and a convolution behind the last one, then the things."""
     cls, reg, stuff, thing, flow_cls, flow_stuff, flow_thing, semantic = counts
-    source, follower = (cls, reg) if source_is_cls else (reg, cls)
+    source, follower = (cls, reg) if rest[0] else (reg, cls)
     last_follower = max((source + 2 if flow_cls else follower), (source + 2 if flow_stuff else stuff))
     return max(source, last_follower) + (1 if semantic else 0) + thing
 

@@ -115,8 +115,8 @@ Convolution convolution(
 
 std::vector<Tensor> convolve(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, Stream stream) {
-    const Convolution conv = convolution(x, flow, packed, bias, out_channels, relu);
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm, Stream stream) {
+    const Convolution conv = convolution(x, flow, packed, bias, out_channels, relu, algorithm);
     convolve3x3("flow_conv2d", {conv}, stream);
     return in_format_of(x, conv.out);
 }

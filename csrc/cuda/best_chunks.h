@@ -20,18 +20,18 @@ constexpr int kCutWords = 3;
 template <typename key_t, typename Body>
 __device__ __forceinline__ void for_each_entry(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Body& body) {
-    constexpr unsigned kAhead = kEntriesAhead<key_t>;
-    for (unsigned first = threadIdx.x; first < count; first += kAhead * kGreedyThreads) {
+    constexpr int kAhead = kEntriesAhead<key_t>;
+    for (int64_t first = threadIdx.x; first < count; first += kAhead * kGreedyThreads) {  // 32 bits could wrap around
         Entry<key_t> entries[kAhead];
 #pragma unroll
-        for (unsigned i = 0; i < kAhead; ++i) {
-            const unsigned at = first + i * kGreedyThreads;
+        for (int i = 0; i < kAhead; ++i) {
+            const int64_t at = first + i * kGreedyThreads;
             if (at < count) {
                 entries[i] = {keys[at], rows[at]};
             }
         }
 #pragma unroll
-        for (unsigned i = 0; i < kAhead; ++i) {
+        for (int i = 0; i < kAhead; ++i) {
             if (first + i * kGreedyThreads < count) {
                 body(entries[i]);
             }

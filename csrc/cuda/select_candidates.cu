@@ -208,11 +208,11 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     __syncthreads();
     const unsigned last_bin = listed[0];
 #pragma unroll 1
-    for (unsigned first = kWidth * threadIdx.x; first < level.anchors; first += kKeysAhead * kWidth * kGreedyThreads) {
+    for (int64_t first = kWidth * thread; first < level.anchors; first += kKeysAhead * kWidth * kGreedyThreads) {
         Vec<key_t, kWidth> some[kKeysAhead];
 #pragma unroll
         for (int i = 0; i < kKeysAhead; ++i) {
-            const unsigned at = first + static_cast<unsigned>(i * kWidth * kGreedyThreads);
+            const int64_t at = first + i * kWidth * kGreedyThreads;
             if (at < level.anchors) {
                 some[i] = load_vector<kWidth>(own_keys + at);  // what is beyond the level's keys is not used
             }
@@ -221,11 +221,11 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
         for (int i = 0; i < kKeysAhead; ++i) {
 #pragma unroll
             for (int k = 0; k < kWidth; ++k) {
-                const unsigned row = first + static_cast<unsigned>(i * kWidth * kGreedyThreads + k);
+                const int64_t row = first + i * kWidth * kGreedyThreads + k;
                 if (row < level.anchors && static_cast<unsigned>(some[i][k] >> kFirstShift<key_t>) <= last_bin) {
                     const unsigned slot = atomicAdd(listed + 1, 1u);
                     own_list_keys[slot] = some[i][k];
-                    own_list_rows[slot] = row;
+                    own_list_rows[slot] = static_cast<unsigned>(row);
                 }
             }
         }
@@ -233,14 +233,13 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     __syncthreads();
     const unsigned count = listed[1];
     Entry<key_t> begin{0, 0};
-    for (unsigned done = 0; done < wanted;) {
-        const auto taken = static_cast<unsigned>(
-            next_chunk<key_t>(own_list_keys, own_list_rows, count, begin, chunk, histogram, sums, cut));
-        for (unsigned i = threadIdx.x; i < taken && done + i < wanted; i += kGreedyThreads) {
+    for (unsigned done = 0; done < wanted;) {  // the list has as many
+        const int taken = next_chunk<key_t>(own_list_keys, own_list_rows, count, begin, chunk, histogram, sums, cut);
+        for (int i = thread; i < taken && done + static_cast<unsigned>(i) < wanted; i += kGreedyThreads) {
             const Entry<key_t> entry = chunk[i];
-            own_kept[done + i] = entry.row;
+            own_kept[done + static_cast<unsigned>(i)] = entry.row;
         }
-        done += taken;
+        done += static_cast<unsigned>(taken);
     }
 }
 

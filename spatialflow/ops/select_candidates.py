@@ -59,7 +59,7 @@ def select_candidates(
         A NaN logit gives a NaN score, and a NaN delta a box with a NaN corner: `multiclass_nms` keeps neither. Infinite
         deltas are clipped like large ones.
         The selection is the same on CPU and CUDA; boxes and scores are, up to rounding. The results are detached: no
-        gradient flows to logits or deltas. Autocast changes nothing.
+        gradient flows to logits or deltas. Autocast changes nothing. CUDA takes up to 8 levels and 65,535 images.
 
     Example:
         >>> logits, deltas = torch.zeros(1, 2, 1, 2), torch.zeros(1, 4, 1, 2)  # one level of 1 x 2 cells, 2 classes

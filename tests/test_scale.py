@@ -167,7 +167,7 @@ def repeated_cases(dtype: torch.dtype) -> dict:
         "select_candidates": (candidates, []),
         "deform_conv2d": (lambda *t: ops.deform_conv2d(*t, padding=1), [feature, offset, weight, bias]),
         "flow_conv2d": (lambda x, flow, *w: ops.flow_conv2d(x, flow, *w), [feature, feature * 0.5, weight, bias]),
-        "group_norm_relu": (lambda x, *w: ops.group_norm_relu(x, 8, *w, upsample=True), [feature, weight[:, 0, 0, 0], bias]),
+        "group_norm_relu": (lambda x, *b: ops.group_norm_relu(x, 8, None, *b, upsample=True), [feature, bias]),
         "sigmoid_focal_loss": (lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, reduction="sum"), [logits]),
         "paste_masks and panoptic_merge": (merge, []),
         "stuff_labels": (lambda: ops.stuff_labels(stuff_logits, (313, 442), (320, 448)), []),

@@ -38,7 +38,8 @@ struct GroupStatistics {
     double mean, rstd;
 };
 
-SPATIALFLOW_HOST_DEVICE GroupStatistics group_statistics(const GroupSums& sums, double pivot, double count, double eps) {
+SPATIALFLOW_HOST_DEVICE GroupStatistics group_statistics(
+    const GroupSums& sums, double pivot, double count, double eps) {
     const double offset = sums.sum / count, variance = sums.square / count - offset * offset;
     return {pivot + offset, 1 / std::sqrt((variance < 0 ? 0 : variance) + eps)};  // NaN stays NaN
 }
@@ -50,7 +51,8 @@ struct GroupAffine {
 };
 
 template <typename real_t>
-SPATIALFLOW_HOST_DEVICE GroupAffine<real_t> group_affine(const GroupStatistics& statistics, double weight, double bias) {
+SPATIALFLOW_HOST_DEVICE GroupAffine<real_t> group_affine(
+    const GroupStatistics& statistics, double weight, double bias) {
     const real_t shift = static_cast<real_t>(statistics.mean);
     const double scale = statistics.rstd * weight;
     return {shift, static_cast<real_t>(scale),

@@ -267,6 +267,7 @@ def group_norm_relu(draw: Draw, limits: Limits) -> dict:
     groups = draw(one_of(1, 2, 3, 5, 8))
     channels = groups * draw(sizes(max(limits.channels // groups, 1))) if not empty else draw(one_of(0, groups))
     height = draw(one_of(0, 1)) if empty else draw(sizes(limits.side))
+    shape = [batch, channels, height, draw(sizes(limits.side))]
     parameters = FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")  # the type of sums holds them
     by_channel = [
         tensor(draw, [channels], draw(one_of(dtype, *parameters)), weights(draw), grad=True)
@@ -275,9 +276,7 @@ def group_norm_relu(draw: Draw, limits: Limits) -> dict:
         for _ in range(2)
     ]
     return {
-        "input": tensor(
-            draw, [batch, channels, height, draw(sizes(limits.side))], dtype, features(draw(one_of(1.0, 30.0))), grad=True
-        ),
+        "input": tensor(draw, shape, dtype, features(draw(one_of(1.0, 30.0))), grad=True),
         "num_groups": groups,
         "weight": by_channel[0],
         "bias": by_channel[1],

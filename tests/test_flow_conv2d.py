@@ -304,9 +304,8 @@ class TestTensorCores:
         for algorithm in ("direct", *self.factors):
             y = ops.flow_conv2d(x, None, leaf, algorithm=algorithm)
             (gradient,) = torch.autograd.grad(y.sum(), leaf)
-            errors[algorithm] = [
-                float(((one - other).abs().max() / other.max()).detach()) for one, other in ((y, expected), (gradient, wanted))
-            ]
+            pairs = ((y.detach(), expected.detach()), (gradient, wanted))
+            errors[algorithm] = [float((one - other).abs().max() / other.max()) for one, other in pairs]
         assert max(errors["tf32x3"]) < (3e-6 if HAS_TENSOR_CORES else 1e-5)
         assert max(errors["tf32"]) < 1e-3
         if HAS_TENSOR_CORES:

@@ -4,6 +4,7 @@
 import copy
 import os
 import pickle
+import sys
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow import ops
 from spatialflow.ops import reference
-from spatialflow.ops.flow_conv2d import _allows_tf32
+from spatialflow.ops.flow_conv2d import algorithm_code
 
 HAS_TENSOR_CORES = not os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("cpu")
 ALGORITHMS = ["winograd", "direct"]
@@ -312,9 +313,8 @@ class TestTensorCores:
         for algorithm in ("direct", *self.factors):
             y = ops.flow_conv2d(x, None, leaf, algorithm=algorithm)
             (gradient,) = torch.autograd.grad(y.sum(), leaf)
-            errors[algorithm] = [
-                float(((one - other).abs().max() / other.max()).detach()) for one, other in ((y, expected), (gradient, wanted))
-            ]
+            pairs = ((y.detach(), expected.detach()), (gradient, wanted))
+            errors[algorithm] = [float((one - other).abs().max() / other.max()) for one, other in pairs]
         assert max(errors["tf32x3"]) < (3e-6 if HAS_TENSOR_CORES else 1e-5)
         assert max(errors["tf32"]) < 1e-3
         if HAS_TENSOR_CORES:
@@ -420,12 +420,30 @@ class TestAuto:
             if name != "auto":
                 assert self.codes(algorithm=name) == [code, code, [code, code]]
 
-    def test_compile(self):
-        """The setting is a constant of a compiled function."""
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-        torch._dynamo.reset()
-        call = torch.compile(lambda t: t + _allows_tf32(), backend="aot_eager", fullgraph=True)
-        assert call(torch.zeros(1)) == 1
+    def test_compile(self, monkeypatch):
+        """The setting is read while a function is traced, without a break of the graph, and is a constant of it."""
+        module = sys.modules[algorithm_code.__module__]
+        monkeypatch.setattr(module, "_may_use_tf32", lambda x: module._allows_tf32())  # as if `x` were on CUDA
+        x, weight = torch.randn(1, 33, 6, 6), torch.randn(33, 33, 3, 3)
+        packed = ops.pack_conv3x3(weight)
+        for setting, code in (("tf32", CODES["tf32"]), ("ieee", CODES["auto"])):
+            torch.backends.cudnn.conv.fp32_precision = setting
+            seen = []
+
+            def backend(graph, inputs):
+                for node in graph.graph.nodes:
+                    if "spatialflow" in str(node.target):
+                        seen.append(node.args[-1])
+                return graph.forward
+
+            torch._dynamo.reset()
+            call = torch.compile(
+                lambda t: (ops.flow_conv2d(t, None, weight), ops.flow_conv2d(t, None, packed)),
+                backend=backend,
+                fullgraph=True,
+            )
+            assert_near(list(call(x)), [ops.flow_conv2d(x, None, weight)] * 2, torch.float32)
+            assert seen == [code, code]
 
 
 class TestPacked:

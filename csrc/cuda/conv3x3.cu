@@ -159,9 +159,6 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-template <typename operand_t>
-constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
-
 // The kernel whose tiles have kOutputs outputs, and its sizes; without tensor cores there is one kernel.
 template <typename operand_t, int kOutputs>
 struct Kernel {

@@ -38,7 +38,11 @@ inline int64_t cuda_algorithm(int64_t algorithm, ScalarType dtype) {
     return dtype == ScalarType::Float && (algorithm == kConvDirect || algorithm == kConvTf32) ? algorithm : kConvTf32x3;
 }
 
-// Calls body(operand_t{}) with the operand type for a result of cuda_algorithm; float and double: no tensor cores.
+// Operand types that are multiplied without tensor cores.
+template <typename operand_t>
+constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
+
+// Calls body(operand_t{}) with the operand type for a result of cuda_algorithm.
 template <typename scalar_t, typename Body>
 inline void dispatch_operand(int64_t algorithm, Body&& body) {
     if constexpr (std::is_same_v<scalar_t, float>) {

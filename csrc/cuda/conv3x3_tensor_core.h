@@ -18,7 +18,8 @@ struct WideConv {
     static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
     static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // rows of the tile
     static constexpr int kBlocks = kWarpOutputs / 32;                 // of packed_position
-    static constexpr int kResident = kOutputs == 128 || std::is_same_v<operand_t, Tf32x3> ? 2 : 3;  // by registers
+    // On a multiprocessor, by registers and shared memory.
+    static constexpr int kResident = kOutputs == 128 || std::is_same_v<operand_t, Tf32x3> ? 2 : 3;
     static constexpr int kChannels = 4 * kVector, kUnitChannels = 2 * kVector;
     static constexpr int kUnits = kChannels / kUnitChannels * 3;
     static constexpr int kRimWidth = kWidth + 2;
@@ -38,7 +39,7 @@ struct WideConv {
 template <int kBlocks>
 using Sums = float[4][kBlocks * 4][4];
 
-// Their pixels and outputs. A lane of four has eight outputs side by side in each block of 32 (see packed_position).
+// Pixels and outputs in 16 bits. A lane of four has eight outputs side by side in each block of 32 (packed_position).
 template <typename scalar_t>
 struct SumPlaces {
     int64_t first;  // the first pixel's outputs
@@ -151,7 +152,7 @@ __device__ __forceinline__ void store_sums(
     }
 }
 
-// In float32 sums[i][j][e] of a lane is column j / kProducts * 8 + e % 2, output j % kProducts * 16 + e / 2 from its first
+// In float32 sums[i][j][e] is column j / kProducts * 8 + e % 2, output j % kProducts * 16 + e / 2 from the lane's first
 // on: two of eight columns, two of 16 outputs.
 struct FloatPlaces {
     int64_t first;  // the first pixel's outputs
@@ -280,8 +281,8 @@ __device__ __forceinline__ void multiply_unit(
     }
 }
 
-// In float32 weights, which lie in order, are the left side, and rows of inputs serve one tap after the other. Where all
-// numbers are taken apart, registers are left for one tap at a time.
+// In float32 weights, which lie in order, are the left side; rows of inputs serve one tap after the other. For Tf32x3,
+// which needs more registers, the compiler sees one tap at a time.
 template <typename Size, typename operand_t>
 __device__ __forceinline__ void multiply_unit(
     const Shared<float>& inputs, const Shared<float>& weights, Sums<Size::kBlocks>& sums, operand_t) {

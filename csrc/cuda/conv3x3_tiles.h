@@ -11,8 +11,8 @@ namespace spatialflow {
 
 constexpr int kTaps = 9;
 
-// Where output `o` lies in a row of 16-bit weights for tensor cores. Within 32 outputs, eight side by side are two in each of
-// four blocks of eight, which is what a lane holds of a product: it stores its results as they are.
+// Where output `o` lies in a row of 16-bit weights for tensor cores. Within 32 outputs, eight side by side are two in
+// each of four blocks of eight, which is what a lane holds of a product: it stores its results as they are.
 __device__ __forceinline__ int64_t packed_position(int64_t o) {
     return o / 32 * 32 + o % 8 / 2 * 8 + o % 32 / 8 * 2 + o % 2;
 }

@@ -469,9 +469,6 @@ __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-template <typename operand_t>
-constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
-
 // Blocks in all that parts are made for: on a large card one for each multiprocessor, or eight small ones.
 template <typename operand_t>
 constexpr int64_t kWantedBlocks = kIsPlain<operand_t> ? 1056 : 132;

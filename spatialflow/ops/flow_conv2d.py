@@ -68,7 +68,7 @@ def flow_conv2d(
             (`torch.backends.cudnn.conv.fp32_precision`, or `torch.backends.cudnn.allow_tf32`; the default), else
             "tf32x3". A compiled function keeps what torch allowed when it was traced.
             "winograd": F(4x4, 3x3), a quarter of the multiplications, error about 3e-6; on CUDA as "tf32x3".
-            "direct": multiply-adds in float32, error below 1e-6.
+            "direct": multiply-adds in float32, exact up to the order of sums: error about 1e-6.
             "tf32": tensor cores; inputs and weights are rounded to TF32, 11 bits: error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             The CPU computes the last two as "auto", so that one model serves both devices.

@@ -71,7 +71,8 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
         parameters: the convolutions, 3x3 with stride 1 and padding 1, and how they are wired. As (weight, bias) they
             are packed in every call; `pack_flow_tower` does it once.
-        algorithm: of the convolutions that are not packed, as in `flow_conv2d`.
+        algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. What "auto" is
+            on CUDA is decided in every call.
 
     Returns:
         `FlowTowerOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and

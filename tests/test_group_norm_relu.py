@@ -114,6 +114,22 @@ class TestGroupNormRelu(OpMatrix):
             assert ("_group_norm_relu_backward" in called.names) != create_graph
 
 
+    def test_batched_gradients(self, sample):
+        """Jacobians row by row, all at once and by forward mode are the same."""
+        sample = sample()
+        function, inputs = self._bound(sample, sample.tensors)
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        result = function(*inputs)
+        rows = torch.randn(3, *result.shape, dtype=torch.float64)
+        together = torch.autograd.grad(result, inputs, rows, is_grads_batched=True, retain_graph=True)
+        alone = zip(*(torch.autograd.grad(result, inputs, row, retain_graph=True) for row in rows))
+        assert_near(list(together), [torch.stack(grads) for grads in alone], torch.float64)
+        by_reverse, by_forward = (
+            transform(function)(*(t.detach() for t in inputs)) for transform in (torch.func.jacrev, torch.func.jacfwd)
+        )
+        assert_near(by_reverse, by_forward, torch.float64, factor=10)
+
+
 class TestAgainstTorch:
     @pytest.mark.parametrize("upsample", [False, True])
     @pytest.mark.parametrize(

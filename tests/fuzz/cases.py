@@ -257,7 +257,8 @@ def _flow_tower(draw: Draw, limits: Limits) -> dict:
     parameters["semantic_flow"] = flows(channels, counts["thing"])
     parameters["flow_source"] = source
     parameters["segmentation_levels"] = draw(st.integers(0, len(levels)))
-    return {"levels": levels, "parameters": parameters, "algorithm": draw(one_of("auto", "direct", "winograd", "tf32x3"))}
+    algorithm = draw(one_of("auto", "direct", "winograd", "tf32x3"))
+    return {"levels": levels, "parameters": parameters, "algorithm": algorithm}
 
 
 def group_norm_relu(draw: Draw, limits: Limits) -> dict:

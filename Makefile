@@ -60,7 +60,8 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 # Sanitizers (docs/sanitizers.md): what is compiled with them lies in build/<folder>/package and leaves the rest alone.
 # Their reports go to file descriptor 2, which pytest would keep for itself.
 SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
-SANITIZE_TESTS ?= $(filter-out tests/test_simt.py tests/test_kernel_count.py,$(SIMT_TESTS)) \
+not_sanitized := $(addprefix tests/test_,simt.py textbook.py kernel_count.py)
+SANITIZE_TESTS ?= $(filter-out $(not_sanitized),$(SIMT_TESTS)) \
 	$(addprefix tests/test_,panoptic_formats.py panoptic_quality.py panoptic_drawing.py threads.py)
 SANITIZE_FUZZ ?= 300
 sanitized_build = $(call configure,$(1)) -DSPATIALFLOW_SANITIZE=$(2) \
@@ -86,7 +87,7 @@ sanitize-threads: $(environment)  ## eight Python threads calling operators and 
 test-simt-sanitize: $(environment)  ## test-simt with AddressSanitizer and UBSan
 	$(call sanitized_build,sanitized,$(address),spatialflow_simt)
 	SPATIALFLOW_BACKEND=simt_sanitized $(with_address) $(sanitized_tests) \
-	  $(filter-out tests/test_simt.py,$(SIMT_TESTS))
+	  $(filter-out $(not_sanitized),$(SIMT_TESTS))
 
 # Registers, loops and loads of the machine code, held to limits (docs/sass.md). Nothing is compiled that `build` has.
 sass_requirements := $(shell sed -n 's/^sass = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')

@@ -20,17 +20,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-from harness import environment, require_positive, results_path, write_text
+from spatialflow.threads import leave_cores_to_others, map_ahead
 
-from spatialflow import Predictor, build_model, load_checkpoint
-from spatialflow.console import InputImage
-from spatialflow.data.synthetic import synthesize
-from spatialflow.engine.checkpoints import packaged_weights
-from spatialflow.engine.predict import DECODERS
-from spatialflow.images import read_image
-from spatialflow.prediction_folder import PredictionFolder
-from spatialflow.threads import map_ahead
+leave_cores_to_others()
+
+import torch  # noqa: E402
+from harness import environment, require_positive, results_path, write_text  # noqa: E402
+
+from spatialflow import Predictor, build_model, load_checkpoint  # noqa: E402
+from spatialflow.console import InputImage  # noqa: E402
+from spatialflow.data.synthetic import synthesize  # noqa: E402
+from spatialflow.engine.checkpoints import packaged_weights  # noqa: E402
+from spatialflow.engine.predict import DECODERS  # noqa: E402
+from spatialflow.images import read_image  # noqa: E402
+from spatialflow.prediction_folder import PredictionFolder  # noqa: E402
 
 STAGES = ("decode", "network", "write")
 ROWS = (*STAGES, "one after the other", "overlapped")

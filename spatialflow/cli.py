@@ -35,6 +35,7 @@ from spatialflow.console import (
 )
 from spatialflow.errors import CommandError, DataWarning, Terminated
 from spatialflow.prediction_folder import RESULTS, PredictionFolder
+from spatialflow.threads import leave_cores_to_others
 from spatialflow.training_command import add_train
 from spatialflow.validate_command import add_validate
 from spatialflow.visualize_command import add_visualize
@@ -294,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _predict(options: argparse.Namespace) -> int:
     """Decodes, predicts and writes several images at once, each step in their order; a bad one is named and skipped."""
+    leave_cores_to_others()
     from tqdm import tqdm
 
     from spatialflow.images import ImageError

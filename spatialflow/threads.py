@@ -2,12 +2,25 @@
 """Work in the background of other work: calls in worker threads, results in order, bounded memory."""
 
 import contextlib
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+
+
+def leave_cores_to_others() -> None:
+    """Lets torch's threads sleep while they wait for each other, where the user has not decided that they spin.
+
+    On a CPU they are as many as there are cores. While threads beside them decode and write, one of torch's waits for
+    a core, and the others would spin on theirs until it gets one: everything then takes several times as long. The
+    setting has an effect only before torch is loaded, so it is left alone after that.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def map_ahead(function: Callable[[Item], Any], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Future]:

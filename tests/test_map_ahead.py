@@ -200,6 +200,29 @@ def test_an_iterator_that_is_open_at_the_end_of_the_process():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("given, loaded, expected", [(None, "", "passive"), ("active", "", "active"),
+                                                     (None, "import torch", None)])  # fmt: skip
+def test_waiting_threads_sleep(given, loaded, expected):
+    """Before torch is loaded, which reads the setting then; the user's own setting stays."""
+    code = f"import os; {loaded or 'pass'}; from spatialflow.threads import leave_cores_to_others as f; f(); "
+    code += "print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+    assert printed.strip() == str(expected)
+
+
+def test_predict_decides_before_torch_is_loaded():
+    code = (
+        "import sys, os; from spatialflow import cli; "
+        "cli.list_images = lambda *_: sys.exit(os.environ['OMP_WAIT_POLICY'] + str('torch' in sys.modules)); "
+        "cli.main(['predict', 'a.jpg', '--output', 'out'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == "passiveFalse"
+
+
 def test_an_interrupt_while_the_caller_waits():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

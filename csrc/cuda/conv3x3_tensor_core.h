@@ -169,6 +169,24 @@ struct FloatPlaces {
           outputs(job.outputs) {
         first = output_at(job, map.image, y, x) + output;
     }
+    // Calls body(sums of two outputs, where they lie, how many outputs there are from there on) for the pixels inside.
+    // With a branch for each pixel, its loads are all that is on the way at one time: for more there are no registers.
+    template <int kBlocks, typename AnySums, typename Body>
+    __device__ __forceinline__ void visit(AnySums& sums, Body body) const {
+        constexpr int kProducts = kBlocks * 2;  // for all outputs
+#pragma unroll
+        for (int pixel = 0; pixel < 16; ++pixel) {
+            const int row = pixel / 4, half = pixel / 2 % 2, column = half * 8 + pixel % 2;
+            if (y + row < height && x + column < width) {
+                const int64_t at = first + (static_cast<int64_t>(row) * width + column) * outputs;
+#pragma unroll
+                for (int product = 0; product < kProducts; ++product) {
+                    auto& own = sums[row][half * kProducts + product];
+                    body(own[pixel % 2], own[2 + pixel % 2], at + product * 16, outputs - output - product * 16);
+                }
+            }
+        }
+    }
 };
 
 // Bias and residual are added at the end, so that a residual gives the same number as an addition of maps.
@@ -182,70 +200,50 @@ __device__ __forceinline__ void start_sums(const ConvJob<float>&, const FloatPla
 
 template <int kBlocks>
 __device__ __forceinline__ void store_sums(
-    const ConvJob<float>& job, const FloatPlaces& places, const Sums<kBlocks>& sums) {
-    constexpr int kProducts = kBlocks * 2;  // for all outputs
+    const ConvJob<float>& job, const FloatPlaces& places, Sums<kBlocks>& sums) {
+    constexpr int kProducts = kBlocks * 2;
+    // Read from the table once: the compiler may keep a register for each place that asks.
+    const Global<const float> biases = job.bias, residuals = job.residual;
+    const Global<float> out = job.out;
+    const bool relu = job.relu, wide = job.wide;
+    if (biases) {
 #pragma unroll
-    for (int part = 0; part < kProducts * 2; ++part) {  // of two rows
-        const int product = part / 2, first_row = part % 2 * 2, output = places.output + product * 16;
-        const int left = places.outputs - output;
-        const auto column_of = [](int pixel) { return pixel / 2 % 2 * 8 + pixel % 2; };
-        const auto present = [&](int pixel) {
-            const int y = places.y + first_row + pixel / 4, x = places.x + column_of(pixel);
-            return y < places.height && x < places.width ? left : 0;
-        };
-        const auto at = [&](int pixel) {
-            const int64_t offset = static_cast<int64_t>(first_row + pixel / 4) * places.width + column_of(pixel);
-            return places.first + offset * places.outputs + product * 16;
-        };
-        Vec<float, 2> bias{}, residuals[8] = {};
-        if (job.bias) {
+        for (int i = 0; i < kProducts * 2; ++i) {
+            const int product = i / 2, output = places.output + product * 16 + i % 2;
+            const float bias = output < places.outputs ? biases[output] : 0.0f;
 #pragma unroll
-            for (int o = 0; o < 2; ++o) {
-                if (o < left) {
-                    bias[o] = job.bias[output + o];
-                }
-            }
-        }
-        if (job.residual) {
-#pragma unroll
-            for (int pixel = 0; pixel < 8; ++pixel) {
-                if (job.wide) {
-                    if (present(pixel) > 0) {
-                        residuals[pixel] = load_vector<2>(job.residual + at(pixel));
-                    }
-                } else {
-#pragma unroll
-                    for (int o = 0; o < 2; ++o) {
-                        if (o < present(pixel)) {
-                            residuals[pixel][o] = job.residual[at(pixel) + o];
-                        }
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (int pixel = 0; pixel < 8; ++pixel) {
-            const float(&own)[4] = sums[first_row + pixel / 4][pixel / 2 % 2 * kProducts + product];
-            Vec<float, 2> values;
-#pragma unroll
-            for (int o = 0; o < 2; ++o) {
-                values[o] = rectified(own[o * 2 + pixel % 2] + bias[o] + residuals[pixel][o], job.relu);
-            }
-            const Global<float> target = job.out + at(pixel);
-            if (job.wide) {
-                if (present(pixel) > 0) {
-                    store_vector(target, values);
-                }
-            } else {
-#pragma unroll
-                for (int o = 0; o < 2; ++o) {
-                    if (o < present(pixel)) {
-                        target[o] = values[o];
-                    }
-                }
+            for (int j = 0; j < 16; ++j) {
+                sums[j / 4][j / 2 % 2 * kProducts + product][i % 2 * 2 + j % 2] += bias;
             }
         }
     }
+    if (residuals && wide) {
+        places.visit<kBlocks>(sums, [&](float& one, float& other, int64_t at, int left) {
+            const Vec<float, 2> residual = left > 0 ? load_vector<2>(residuals + at) : Vec<float, 2>{};
+            one += residual[0];
+            other += residual[1];
+        });
+    } else if (residuals) {
+        places.visit<kBlocks>(sums, [&](float& one, float& other, int64_t at, int left) {
+            one += left > 0 ? residuals[at] : 0.0f;
+            other += left > 1 ? residuals[at + 1] : 0.0f;
+        });
+    }
+    places.visit<kBlocks>(sums, [&](float one, float other, int64_t at, int left) {
+        const Vec<float, 2> values = {{rectified(one, relu), rectified(other, relu)}};
+        if (wide) {
+            if (left > 0) {
+                store_vector(out + at, values);
+            }
+        } else {
+            if (left > 0) {
+                out[at] = values[0];
+            }
+            if (left > 1) {
+                out[at + 1] = values[1];
+            }
+        }
+    });
 }
 
 // The products of a unit: a column of taps, and channels that are the depth of a product. `inputs` and `weights` are

@@ -621,7 +621,7 @@ def test_every_option_is_read():
 
 
 @pytest.mark.parametrize(
-    "setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=3200000000000"]
+    "setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=16000000"]
 )
 def test_settings_that_ask_for_more_memory_than_there_is(photographs, tmp_path, capsys, setting):
     arguments = ["predict", str(photographs / "plain.jpg"), "--config", "tiny", "--set", setting, "--no-overlay"]

@@ -233,6 +233,10 @@ class TestConfig:
         )
 
 
+MAX_SIZE_DIVISOR = 2**24
+"""What `preprocess_images` takes at most."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Images and categories."""
@@ -252,7 +256,8 @@ class DataConfig:
     def __post_init__(self):
         _check_share(self, "flip_probability")
         _check_positive(self, "size_divisor", "train_long_edge")
-        _require(self.size_divisor % 32 == 0, "size_divisor", "must be a multiple of 32", self.size_divisor)
+        in_range = self.size_divisor % 32 == 0 and self.size_divisor <= MAX_SIZE_DIVISOR
+        _require(in_range, "size_divisor", f"must be a multiple of 32 up to {MAX_SIZE_DIVISOR}", self.size_divisor)
         for name in ("image_mean", "image_std"):
             _require(len(getattr(self, name)) == 3, name, "must be three numbers (RGB)", getattr(self, name))
         _require(all(s > 0 for s in self.image_std), "image_std", "must be positive", self.image_std)

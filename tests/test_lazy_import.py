@@ -16,6 +16,12 @@ def test_import_loads_neither_torch_nor_opencv():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_predicting_does_not_load_the_compiler():
+    """torch.compile's front end takes as long to import as all the rest."""
+    code = "import sys, spatialflow.engine.predict; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @pytest.mark.parametrize("name", spatialflow.__all__)
 def test_every_public_name_resolves(name):
     assert callable(getattr(spatialflow, name)) and name in dir(spatialflow)

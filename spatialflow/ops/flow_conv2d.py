@@ -207,10 +207,13 @@ def _may_use_tf32(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype == torch.float32 and _allows_tf32()
 
 
-@torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
     """Whether torch lets cuDNN round float32 convolutions to TF32."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result sets, which would import torch's compiler, for a second, with this module.
+_allows_tf32._dynamo_marked_constant = True
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:

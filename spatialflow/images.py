@@ -34,6 +34,8 @@ def read_image(path: Union[str, Path]) -> np.ndarray:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a zero byte
+        raise ImageError(f"{str(path)!r}: is no file name: {error}") from None
     if not content:
         raise ImageError(f"{path}: is empty")
     image = decode_image(path, content)

@@ -258,6 +258,12 @@ def test_a_module_with_parameters_takes_tensors():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="asks for NumPy's arrays")
 class TestNumpy:
+    def test_masked(self):
+        """A mask cannot be handed over; without it the hidden values would count."""
+        boxes = np.ma.masked_array(to_array(box_rows(3)), mask=np.eye(3, 4) > 0)
+        with pytest.raises(BufferError, match="nms: boxes must have no mask, which would be lost, got MaskedArray"):
+            ops.nms(boxes, to_array(torch.rand(3)), 0.5)
+
     def test_read_only(self):
         """Operators write to none of their arguments, so that these are no worse than others."""
         function, arguments = cases()["preprocess_images"]

@@ -597,15 +597,20 @@ class TestGroup:
             ((x[:2], None, weights), "x must be a list with an entry for each of 3 weights, got 2 entries"),
             ((x[1], None, weights), "x must be a list with an entry for each of 3 weights, got Tensor"),
             ((x, x, weights), "flow and bias must be None when weight is a list"),
+            ((x, x, tuple(weights)), "flow and bias must be None when weight is a list"),
+            ((x, None, weights, None, True, "fast"), "algorithm must be one of .*, got 'fast'"),
+            ((x, None, weights, None, True, ["tf32"]), r"algorithm must be one of .*, got \['tf32'\]"),
             ((x, None, [weights[0], weights[1].weight, weights[2]]), r"weight\[1\] must be a PackedConv, got Tensor"),
         ):
             with pytest.raises(ValueError, match="flow_conv2d: " + message):
                 ops.flow_conv2d(*arguments)
         with pytest.raises(TypeError, match=r"flow_conv2d: x\[1\] must be a tensor, got float"):
             ops.flow_conv2d([x[0], 1.0, x[2]], None, weights)
+        with pytest.raises(TypeError, match="flow_conv2d: lists must hold tensors, and be nested no deeper"):
+            ops.flow_conv2d([[x[1]]], None, weights[1])
         with pytest.raises(RuntimeError, match="the packed weight was made for other channels"):
             ops.flow_conv2d([x[0], x[0], x[2]], None, weights)
-        with pytest.raises(RuntimeError, match="x must be float32, got float64"):
+        with pytest.raises(RuntimeError, match=r"x\[1\] must be float32, got float64"):
             ops.flow_conv2d([x[0], x[1].double(), x[2]], None, weights)
         call = torch.ops.spatialflow._flow_conv2d_group
         rest = ([w.packed for w in weights], [t.packed.new_empty(0) for t in weights], [45, 34, 7], True, [0, 0, 2])

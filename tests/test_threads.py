@@ -115,6 +115,14 @@ def large_convolution(channels: int) -> Callable[[], OpSample]:
     return make
 
 
+def large_group() -> OpSample:
+    def run(*maps: Tensor) -> list[Tensor]:
+        weights = [ops.pack_conv3x3(torch.ones(outputs, 32, 3, 3), torch.ones(outputs)) for outputs in (32, 9)]
+        return ops.flow_conv2d(list(maps), None, weights)
+
+    return OpSample(run, run, [torch.randn(2, 32, 41, 42), torch.randn(1, 32, 20, 21)], {}, (), (0, 1))
+
+
 LARGE = {  # what the samples of the tests are too small for: one call is shared by several threads
     "packed tower": packed_tower,
     "batched_nms": large_batched_nms,
@@ -126,6 +134,7 @@ LARGE = {  # what the samples of the tests are too small for: one call is shared
     "preprocess_images": large_images,
     "direct convolution": large_convolution(16),
     "Winograd convolution": large_convolution(32),
+    "several convolutions": large_group,
 }
 
 

@@ -164,8 +164,9 @@ inline void for_each_in_group(
         check_algorithm(op, algorithms[i]);
         const std::vector<Tensor> maps(next, next + counts[i]);
         next += counts[i];
-        check_dtype(op, "x", maps[0], x[0].scalar_type());
-        check_same_device(op, "x", maps[0], "x[0]", x[0]);
+        const std::string name = "x[" + std::to_string(i) + "]";
+        check_dtype(op, name.c_str(), maps[0], x[0].scalar_type());
+        check_same_device(op, name.c_str(), maps[0], "x[0]", x[0]);
         const std::optional<Tensor> bias = biases[i].numel() == 0 ? std::nullopt : std::make_optional(biases[i]);
         body(i, maps, bias, check_flow_conv2d_packed(maps, {}, packed[i], bias, out_channels[i], algorithms[i]));
     }

@@ -338,9 +338,8 @@ class PackedStuffHead(StuffHead):
     """`StuffHead` with its 3x3 convolutions packed; classifies before the last 2x upsampling.
 
     All three branches end with the same upsampling from stride 8, and the 1x1 convolution acts on each pixel alone.
-    Both are linear
-    and the interpolation weights sum to one, so they may change places: sum and classify at stride 8, then upsample the
-        logits.
+    Both are linear and the interpolation weights sum to one, so they may change places: sum and classify at stride 8,
+    then upsample the logits.
     """
 
     def __init__(self, head: StuffHead):

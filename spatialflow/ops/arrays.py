@@ -63,7 +63,8 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     for name, value in arguments.items():
         _map(sort, name, value)
     if not arrays:
-        raise TypeError(f"{op}: {_no_tensor(_annotations(function), arguments)}")
+        wrong = _no_tensor(_annotations(function), arguments)
+        raise TypeError(f"{op}: {wrong or 'lists must hold tensors, and be nested no deeper than the arguments say'}")
     first, library = next((name, _library_of(array)) for name, array in arrays.items())
     for name, array in arrays.items():
         if tensors:
@@ -119,6 +120,8 @@ def _library_of(array: Any) -> Any:
 
 
 def _tensor_of(op: str, name: str, array: Any) -> Tensor:
+    if getattr(array, "mask", None) is not None:
+        raise BufferError(f"{op}: {name} must have no mask, which would be lost, got {type(array).__name__}")
     strides = zip(getattr(array, "shape", ()), getattr(array, "strides", None) or ())
     if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would end the process
         raise BufferError(f"{op}: {name} must not have negative strides, got {array.strides}; copy it first")

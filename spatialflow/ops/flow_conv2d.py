@@ -99,7 +99,8 @@ def flow_conv2d(
 
     Source: SpatialFlow (Chen et al.), equation 3; Lavin & Gray (2015) for the Winograd form.
     """
-    if isinstance(weight, list):
+    if isinstance(weight, (list, tuple)) and not isinstance(weight, PackedConv):
+        algorithm_code("flow_conv2d", algorithm)
         levels = [level for entry in _as_levels(x) for level in _as_levels(entry)]
         weights, biases = [], []
         for conv in weight:
@@ -108,7 +109,7 @@ def flow_conv2d(
             biases += (conv.bias, conv.packed_bias) if is_packed else ()
         if not are_tensors(*levels, *weights, optional=biases):
             return with_arrays(flow_conv2d, locals())
-        return _convolve_group(x, flow, weight, bias, relu)
+        return _convolve_group(x, flow, list(weight), bias, relu)
     levels, flows = _as_levels(x), [] if flow is None else _as_levels(flow)
     is_packed = isinstance(weight, PackedConv)
     weights, biases = (weight[:2], (weight.bias, weight.packed_bias)) if is_packed else ([weight], (bias,))
@@ -192,7 +193,7 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
 
 def algorithm_code(op: str, algorithm: str, x: Tensor | None = None) -> int:
     """The number that stands for `algorithm` in the schemas; for `x` on CUDA "auto" is TF32 where torch allows it."""
-    if algorithm not in _ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
         raise ValueError(f"{op}: algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
     if algorithm == "auto" and x is not None and _may_use_tf32(x):
         algorithm = "tf32"

@@ -49,8 +49,8 @@ def select_candidates(
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list; within
-            `spatialflow.ops.checked()` a value that is not finite.
+        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list, or one number as `strides`;
+            within `spatialflow.ops.checked()` a value that is not finite.
 
     Remarks:
         A level with more than `per_level` anchors gives those with the highest best logit, best first. Equal ones rank
@@ -79,6 +79,8 @@ def select_candidates(
         if isinstance(levels, Tensor) or not levels:
             got = f"a tensor of shape {tuple(levels.shape)}" if isinstance(levels, Tensor) else "none"
             raise ValueError(f"select_candidates: {name} must be a sequence of at least one level, got {got}")
+    if isinstance(strides, int):
+        raise ValueError(f"select_candidates: strides must be a sequence with one for each level, got {strides}")
     selected = _select_candidates(
         list(class_logits), list(box_deltas), base_anchors, list(strides), valid_sizes, scale_factors, per_level
     )

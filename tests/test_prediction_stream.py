@@ -304,8 +304,8 @@ def test_times_are_those_of_the_image(predictor, files, monkeypatch):
 def test_copies_and_forked_processes(predictor, files):
     """Neither has the threads of its origin, and each starts its own."""
     expected = predictor(files)
-    twin = copy.deepcopy(predictor)
-    for one, other in zip(twin(files), expected):
+    copied = copy.deepcopy(predictor)
+    for one, other in zip(copied(files), expected):
         assert_same(one, other)
     child = os.fork()
     if child == 0:

@@ -171,7 +171,7 @@ class Predictor:
             a GPU their number is not known to the host, so that all masks are computed, and only their download is
             saved.
         batch_size: images that go through the network together; only images of equal padded size share a batch, so that
-            results do not depend on the company. See `stream` for how long an image waits for others.
+            results do not depend on the other images. See `stream` for how long an image waits for others.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
             `test_flip=True`, `score_threshold=0.3`.
 

@@ -288,7 +288,7 @@ class TestTensorCores:
     def test_short_numbers_are_exact(self, algorithm, channels):
         """Where 11 bits hold every number and 24 every sum, nothing is rounded: each value lies where it belongs."""
         if not HAS_TENSOR_CORES:
-            pytest.skip("Winograd, which the CPU takes, rounds")
+            pytest.skip("the CPU computes these by Winograd, which rounds; the CUDA kernels are exact")
         x, flow, weight, bias = tensors_of(*channels, [(9, 18), (2, 9)], True, True, 2)()
         weight, bias = (weight * 64).round() / 8, (bias * 8).round() / 8
         tensors = [*x, *flow, weight, bias]
@@ -323,7 +323,7 @@ class TestTensorCores:
     @of_each
     def test_names_on_the_cpu(self, algorithm):
         if HAS_TENSOR_CORES:
-            pytest.skip("for the CPU")
+            pytest.skip("asks what the CPU makes of names that mean CUDA kernels")
         x, weight = torch.randn(1, 40, 30, 31), torch.randn(40, 40, 3, 3)
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             leaf, map_ = weight.to(dtype).requires_grad_(), x.to(dtype)

@@ -47,6 +47,28 @@ def test_same_arguments_same_picture_and_labels_appear():
     np.testing.assert_array_equal(overlay(image, id_map, [{"id": 77, "category_id": 1}]), image)
 
 
+def test_a_label_is_white_text_on_a_dark_box_that_lets_the_picture_through():
+    image, id_map, segments = scene()
+    picture = overlay(image, id_map, segments, CATEGORIES).astype(int)
+    plain = overlay(image, id_map, segments, CATEGORIES, labels=False).astype(int)
+    colour = np.array(colour_of(7))[::-1]
+    rows, columns = np.nonzero((picture != plain)[60:, :80].any(axis=-1))
+    middle = rows.min() + 60 + 1, columns.min() + 3  # in the box, left of the letters
+    np.testing.assert_allclose(picture[middle], plain[middle] * 50 / 255 + colour / 4 * 205 / 255, atol=1.5)
+    assert (picture[60:, :80].min(axis=-1) > 240).sum() > 5  # strokes of letters
+    assert abs((rows.min() + rows.max()) / 2 - 30) < 3  # half way between the segment's upper and lower border
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "x" * 100_000, "\u9053\u8def"])
+def test_any_name(name):
+    """A label that is larger than the picture is left out."""
+    image, id_map, segments = scene()
+    categories = [{**category, "name": name} for category in CATEGORIES]
+    picture = overlay(image, id_map, segments, categories)
+    plain = overlay(image, id_map, segments, categories, labels=False)
+    assert (picture != plain).any() == (len(name) < 1000)
+
+
 @pytest.mark.parametrize("base", [None, (220, 20, 60), (128, 128, 128)])
 def test_instances_of_a_category_differ(base):
     colours = [np.array(colour_of(1, index, base)) for index in range(8)]

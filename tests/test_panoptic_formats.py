@@ -23,7 +23,7 @@ from spatialflow.panoptic import (
     read_panoptic_json,
     write_id_map,
 )
-from spatialflow.panoptic.png import decode_png
+from spatialflow.panoptic.png import decode_png, encode_png
 
 
 def png(pixels, **options):
@@ -170,6 +170,21 @@ def test_unfiltering_checks_its_arguments():
     lines[16] = 5
     with pytest.raises(ValueError, match="unknown filter 5"):
         _evaluation.unfilter_png(lines, 2, 5, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (31, 45)])
+def test_any_decoder_reads_an_encoded_png(shape):
+    import cv2
+
+    colours = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    colours[::2, 1:] = 7
+    data = encode_png(colours)
+    image = Image.open(io.BytesIO(data))
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), colours)
+    np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1], colours)
+    np.testing.assert_array_equal(decode_png(data), decode_ids(colours))
+    np.testing.assert_array_equal(decode_png(encode_png(colours[::-1, ::-1])), decode_ids(colours[::-1, ::-1]))
 
 
 def test_id_map_round_trip(tmp_path):

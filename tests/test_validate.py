@@ -23,7 +23,7 @@ from spatialflow.data.loader import Schedule, make_loader
 from spatialflow.data.samples import SampleError
 from spatialflow.models.config import DataConfig
 from spatialflow.panoptic import PanopticFormatError, PanopticQuality, evaluate, read_id_map, validate, write_id_map
-from spatialflow.panoptic.extents import Extent, extents
+from spatialflow.panoptic.extents import Extent, extents, ids_of
 from spatialflow.panoptic.photographs import find_photograph, join_images, photograph_key
 from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH, AnnotationWarning, json_problems
 
@@ -961,7 +961,9 @@ def test_extents_equal_a_plain_count(shape, cell):
         left, top = columns.min(), rows.min()
         expected[number] = Extent(len(rows), left, top, columns.max() + 1 - left, rows.max() + 1 - top)
     assert extents(id_map) == expected
+    assert ids_of(id_map[::-1, ::-1]).tolist() == list(expected)
     assert extents(np.zeros((0, 3), np.int32)) == {}
+    assert ids_of(np.zeros((0, 3), np.int32)).size == 0
 
 
 def test_every_rule_is_documented():

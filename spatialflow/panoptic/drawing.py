@@ -2,11 +2,13 @@
 """Pictures of panoptic results: colored segments with outlines, labels and scores over the photograph."""
 
 import colorsys
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from spatialflow.panoptic.extents import extents, run_begins
 from spatialflow.panoptic.formats import as_id_map
 
 _GOLDEN_ANGLE = 0.618033988749895  # steps of this fraction of the color wheel never come close to each other soon
@@ -99,20 +101,29 @@ def overlay(
 
     import cv2
 
-    picture = cv2.addWeighted(image, 1 - opacity, palette.astype(np.uint8)[slots], opacity, 0)
+    colours = cv2.cvtColor(_spread(palette.astype(np.uint8), slots), cv2.COLOR_BGRA2BGR)
+    picture = cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
     if not listed.all():
-        np.copyto(picture, image, where=~listed[slots][..., None])
+        cv2.copyTo(image, (~listed).view(np.uint8).take(slots), picture)
     _draw_outlines(picture, slots, palette, listed)
-    return _draw_labels(picture, slots, texts, palette) if labels else picture
+    if labels:
+        _draw_labels(picture, slots, texts, palette)
+    return picture
 
 
 def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ids of the map in ascending order, and a map of their positions therein; sorts runs of pixels, not pixels."""
     flat = id_map.ravel()
-    starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+    starts = np.flatnonzero(run_begins(flat))
     ids, numbers = np.unique(flat[starts], return_inverse=True)
     lengths = np.diff(np.append(starts, flat.size))
     return ids, np.repeat(numbers.ravel().astype(np.int32), lengths).reshape(id_map.shape)
+
+
+def _spread(palette: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """(N, 3) uint8 colors and (H, W) numbers -> (H, W, 4) uint8: a color of four bytes is moved as one number."""
+    words = np.pad(palette, ((0, 0), (0, 1))).view(np.uint32)[:, 0]
+    return words.take(slots)[..., None].view(np.uint8)
 
 
 def _line_width(shape: Sequence[int]) -> int:
@@ -129,52 +140,67 @@ def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, 
 
     values = slots.astype(np.uint16 if len(palette) < 2**16 else np.float32)  # types that OpenCV erodes
     width = _line_width(slots.shape)
-    shown = listed[slots]
-    tint = shown & ~eroded(2 * width)
-    picture[tint] = np.rint(0.25 * picture[tint] + 0.75 * (0.45 * palette[slots[tint]] + 0.55 * 255))
-    border = shown & ~eroded(width)
-    picture[border] = np.rint(0.3 * picture[border] + 0.7 * (0.35 * palette[slots[border]]))
+    shown = listed.take(slots)
+    pixels, numbers = picture.reshape(-1, 3), slots.ravel()
+    for inside, own, tint in ((2 * width, 0.25, 0.45 * palette + 0.55 * 255), (width, 0.3, 0.35 * palette)):
+        line = np.flatnonzero(shown & ~eroded(inside))
+        pixels[line] = np.rint(own * pixels[line] + (1 - own) * tint[numbers[line]])
 
 
-def _draw_labels(
-    picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[int, str]], palette: np.ndarray
-) -> np.ndarray:
-    import cv2
+class _Label(NamedTuple):
+    """White text on a dark box, each (h, w, 1): a pixel becomes `keep * pixel + shade * color of the box + light`."""
+
+    keep: np.ndarray
+    shade: np.ndarray
+    light: np.ndarray
+
+
+@functools.lru_cache(maxsize=4096)  # names and scores recur from image to image
+def _label(text: str, size: int, width: int, height: int) -> _Label | None:
+    """A label in letters of `size` pixels; None if it is larger than a picture of `width` x `height`."""
     from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size)
+    x0, y0, x1, y1 = map(round, ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((0, 0), text, font=font))
+    padding = max(2, size // 5)
+    shape = (x1 - x0 + 2 * padding, y1 - y0 + 2 * padding)
+    if shape[0] > width or shape[1] > height:
+        return None
+    box, letters = Image.new("L", shape), Image.new("L", shape)
+    ImageDraw.Draw(box).rounded_rectangle((0, 0, shape[0] - 1, shape[1] - 1), radius=padding, fill=205)
+    ImageDraw.Draw(letters).text((padding - x0, padding - y0), text, font=font, fill=255)
+    opaque, white = (np.asarray(image, np.float32)[..., None] / 255 for image in (box, letters))
+    return _Label((1 - opaque) * (1 - white), opaque * (1 - white), 255 * white)
+
+
+def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[int, str]], palette: np.ndarray) -> None:
+    import cv2
 
     height, width = slots.shape
     size = max(10, round(min(height, width) / 34))
-    font = ImageFont.load_default(size)
-    canvas = Image.fromarray(picture[..., ::-1])
-    draw = ImageDraw.Draw(canvas, "RGBA")
-    areas = np.bincount(slots.ravel(), minlength=len(palette))
-    taken = np.zeros((0, 4))
-    for slot, text in sorted(texts, key=lambda item: -areas[item[0]]):
-        if areas[slot] < size * size:
+    found = extents(slots)
+    taken: list[tuple[int, int, int, int]] = []
+    for slot, text in sorted(texts, key=lambda item: -found[item[0]].pixels):
+        if found[slot].pixels < size * size:
             continue
-        left, top, box_w, box_h = cv2.boundingRect((slots == slot).view(np.uint8))
-        mask = np.pad((slots[top : top + box_h, left : left + box_w] == slot).view(np.uint8), 1)
+        label = _label(text, size, width, height)
+        if label is None:
+            continue
+        label_h, label_w = label.light.shape[:2]
+        left, top, box_w, box_h = found[slot].box
         # The place deepest inside the segment; the picture's own border counts as outside, so text stays in.
-        depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3)[1:-1, 1:-1]
-        y, x = np.unravel_index(depth.argmax(), depth.shape)
-        x0, y0, x1, y1 = draw.textbbox((0, 0), text, font=font)
-        pad = max(2, size // 5)
-        box_w, box_h = x1 - x0 + 2 * pad, y1 - y0 + 2 * pad
-        if box_w > width or box_h > height:
-            continue
-        box_x = int(np.clip(left + x - box_w / 2, 0, width - box_w))
-        box_y = int(np.clip(top + y - box_h / 2, 0, height - box_h))
+        mask = np.zeros((box_h + 2, box_w + 2), np.uint8)
+        np.equal(slots[top : top + box_h, left : left + box_w], slot, out=mask[1:-1, 1:-1].view(bool))
+        _, _, _, (x, y) = cv2.minMaxLoc(cv2.distanceTransform(mask, cv2.DIST_L2, 3))
+        x1 = min(max(left + x - 1 - label_w // 2, 0), width - label_w)
+        first = min(max(top + y - 1 - label_h // 2, 0), height - label_h)
         for shift in (0, -1, 1, -2, 2):  # beside its place where another label is already
-            moved = int(np.clip(box_y + shift * (box_h + 1), 0, height - box_h))
-            box = np.array([box_x, moved, box_x + box_w, moved + box_h])
-            if not ((taken[:, :2] < box[2:]) & (taken[:, 2:] > box[:2])).all(axis=1).any():
+            y1 = min(max(first + shift * (label_h + 1), 0), height - label_h)
+            x2, y2 = x1 + label_w, y1 + label_h
+            if not any(x1 < right and left < x2 and y1 < bottom and top < y2 for left, top, right, bottom in taken):
                 break
         else:
             continue
-        taken = np.vstack([taken, box])
-        red, green, blue = (int(channel) for channel in palette[slot][::-1])
-        draw.rounded_rectangle(
-            [int(v) for v in box - [0, 0, 1, 1]], radius=pad, fill=(red // 4, green // 4, blue // 4, 205)
-        )
-        draw.text((box_x + pad - x0, moved + pad - y0), text, font=font, fill=(255, 255, 255, 255))
-    return np.ascontiguousarray(np.asarray(canvas)[..., ::-1])
+        taken.append((x1, y1, x2, y2))
+        pixels = picture[y1:y2, x1:x2]
+        pixels[...] = np.rint(label.keep * pixels + label.shade * (palette[slot] // 4) + label.light)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number of pixels and bounding box of every segment of an id map, in one pass."""
+"""What an id map holds: its ids, the number of pixels and the bounding box of every segment, each in one pass."""
 
 from typing import NamedTuple
 
@@ -36,9 +36,7 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
         return {}
     width = id_map.shape[1]
     flat = np.ascontiguousarray(id_map).ravel()
-    begins = np.empty(flat.size, bool)
-    begins[0] = True
-    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins = run_begins(flat)
     begins[::width] = True
     starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=flat.size)
@@ -53,3 +51,16 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
     pixels = np.add.reduceat(lengths, first)
     table = np.stack([ids[first], pixels, left, top, right - left, bottom - top], axis=1)
     return {row[0]: Extent(*row[1:]) for row in table.tolist()}
+
+
+def run_begins(flat: np.ndarray) -> np.ndarray:
+    """(N,) bool: where an element differs from the one before; the first one does. Maps have few such places."""
+    begins = np.ones(flat.size, bool)
+    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    return begins
+
+
+def ids_of(id_map: np.ndarray) -> np.ndarray:
+    """(N,) the ids of an integer map of any shape, ascending."""
+    flat = np.ascontiguousarray(id_map).ravel()
+    return np.unique(flat[run_begins(flat)])

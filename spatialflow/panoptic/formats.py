@@ -12,7 +12,7 @@ import numpy as np
 from spatialflow import _evaluation
 from spatialflow.files import atomic_write
 from spatialflow.panoptic import rules
-from spatialflow.panoptic.png import PngKindError, decode_png
+from spatialflow.panoptic.png import PngKindError, decode_png, encode_png
 from spatialflow.panoptic.rules import PanopticFormatError
 
 
@@ -89,15 +89,12 @@ def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
         ValueError: ids has another shape or kind, is empty, or an id does not fit three bytes.
         OSError: the file cannot be written; nothing is left behind.
     """
-    import cv2
-
-    colours = encode_ids(ids, bgr=True)
+    colours = encode_ids(ids)
     if colours.size == 0:
         raise ValueError(f"ids must have at least one pixel to be written as a PNG, got shape {colours.shape[:2]}")
-    # OpenCV's own choice is made for photographs and triples the size of an id map.
-    _, data = cv2.imencode(".png", colours, [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    content = encode_png(colours)
     with atomic_write(path) as stream:
-        stream.write(data.tobytes())
+        stream.write(content)
 
 
 def read_panoptic_json(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the PNGs of the COCO panoptic format, several times as fast as a decoder for any picture.
+"""Reads and writes the PNGs of the COCO panoptic format, several times as fast as a library for any picture.
 
-libdeflate decompresses; un-filtering knows that neighbors mostly belong to one segment
+libdeflate compresses and decompresses. Un-filtering knows that neighbors mostly belong to one segment
 (`csrc/evaluation/png_filters.h`). What is left is the walk over the chunks.
 """
 
+import struct
 import zlib
 
 import deflate
@@ -15,6 +16,8 @@ from spatialflow import _evaluation
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = 33  # signature, and IHDR with its length, type and checksum
 _RGB, _RGBA = 2, 6
+_UP = 2  # the filter that subtracts the line above
+_LEVEL = 6  # of compression; higher ones take a multiple of the time for two percent of the size
 _COLOURS = {0: "gray", _RGB: "RGB", 3: "palette", 4: "gray with alpha", _RGBA: "RGB with alpha"}
 
 
@@ -50,6 +53,31 @@ def decode_png(data: bytes) -> np.ndarray:
         return _evaluation.unfilter_png(lines, height, width, channels)
     except ValueError as error:
         raise ValueError(f"damaged PNG: {error}") from None
+
+
+def encode_png(colours: np.ndarray) -> bytes:
+    """An 8-bit RGB PNG.
+
+    Args:
+        colours: (H, W, 3) uint8 in the order red, green, blue; H and W are at least 1.
+
+    Returns:
+        The content of the file. Every line is filtered by the one above, which suits maps of segments.
+    """
+    height, width, channels = colours.shape
+    rows = colours.reshape(height, -1)
+    lines = np.empty((height, 1 + width * channels), np.uint8)
+    lines[:, 0] = _UP
+    lines[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=lines[1:, 1:])
+    header = struct.pack(">IIBBBBB", width, height, 8, _RGB, 0, 0, 0)  # not interlaced
+    parts = ((b"IHDR", header), (b"IDAT", deflate.zlib_compress(lines, _LEVEL)), (b"IEND", b""))
+    return _SIGNATURE + b"".join(_chunk(kind, content) for kind, content in parts)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(content, zlib.crc32(kind))
+    return b"".join((struct.pack(">I", len(content)), kind, content, struct.pack(">I", checksum)))
 
 
 def _read_header(data: bytes) -> tuple[int, int, int]:

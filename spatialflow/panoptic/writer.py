@@ -10,6 +10,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from spatialflow.files import atomic_write
+from spatialflow.panoptic.extents import ids_of
 from spatialflow.panoptic.formats import write_id_map
 from spatialflow.panoptic.journal import Journal, dumps
 from spatialflow.panoptic.rules import VOID, PanopticFormatError
@@ -54,7 +55,7 @@ def panoptic_row(
                 rule = f"a segment's {field} must be an integer, got {value!r:.60}"
                 raise PanopticFormatError(f"image {image_id}: {rule}")
     listed = [segment["id"] for segment in segments]
-    present = set(np.unique(id_map).tolist()) - {VOID}
+    present = set(ids_of(id_map).tolist()) - {VOID}
     if len(set(listed)) != len(listed) or set(listed) != present:
         raise PanopticFormatError(
             f"image {image_id}: segments must list every id of the map once: map {sorted(present)}, listed {listed}"

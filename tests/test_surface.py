@@ -54,6 +54,14 @@ def test_strides_are_read_in_one_place():
     assert ".strides()" not in "".join(path.read_text() for path in sources)
 
 
+def test_no_launch_asks_for_the_current_device():
+    """An operator opens one DeviceScope; its stream says which device the launches are for."""
+    sources = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cu")}
+    assert [path.name for path, source in sources.items() if re.search(r"\bcudaGetDevice\(", source)] == []
+    scopes = [body.count("DeviceScope device(") for source in sources.values() for body in source.split("\n}")]
+    assert set(scopes) == {0, 1}
+
+
 def test_files_are_looked_for_without_exceptions():
     """os.path.isfile is False for a name that no file can have; Path.is_file raises where it is too long."""
     package = ROOT / "spatialflow"

@@ -174,8 +174,8 @@ struct Kernel {
         }
     }
     // Whether channels are read 16 bytes at a time matters to the kernel, not to how many blocks run.
-    static int resident() {
-        return resident_blocks<with_access<kWideElements<scalar_t>>()>(Size::kThreads, Size::kSharedBytes);
+    static int resident(Stream stream) {
+        return resident_blocks<with_access<kWideElements<scalar_t>>()>(Size::kThreads, Size::kSharedBytes, stream);
     }
     static int64_t output_tiles(const Tensor& out) { return ceil_div(out.size(1), Size::kOutputs); }
     static int64_t tiles(const Tensor& out) {
@@ -183,7 +183,7 @@ struct Kernel {
                                           ceil_div(out.size(3), Size::kWidth) * output_tiles(out);
     }
     static void launch_table(const ConvTable<scalar_t>& table, bool wide, Stream stream) {
-        const dim3 blocks(static_cast<unsigned>(std::min(table.num_tiles, resident()))), threads(Size::kThreads);
+        const dim3 blocks(static_cast<unsigned>(std::min(table.num_tiles, resident(stream)))), threads(Size::kThreads);
         if (wide) {
             launch<with_access<kWideElements<scalar_t>>()>(blocks, threads, Size::kSharedBytes, stream, table);
         } else {
@@ -191,14 +191,14 @@ struct Kernel {
         }
     }
     // Time of all tiles, roughly: a multiprocessor with n of them at work takes as long as for n and a quarter.
-    static int64_t cost(const std::vector<Convolution>& convolutions) {
+    static int64_t cost(const std::vector<Convolution>& convolutions, Stream stream) {
         int64_t all = 0;
         for (const Convolution& conv : convolutions) {
             for (const Tensor& out : conv.out) {
                 all += tiles(out);
             }
         }
-        const int64_t blocks = resident(), multiprocessors = std::max<int64_t>(1, blocks / Size::kResident);
+        const int64_t blocks = resident(stream), multiprocessors = std::max<int64_t>(1, blocks / Size::kResident);
         const int64_t rest = all % blocks;
         return all / blocks * (4 * Size::kResident + 1) + (rest > 0 ? 4 * ceil_div(rest, multiprocessors) + 1 : 0);
     }
@@ -270,7 +270,8 @@ void convolve(const char* op, std::vector<Convolution> convolutions, Stream stre
     }
     if constexpr (kIsPlain<operand_t> || std::is_same_v<operand_t, Tf32x3>) {
         convolve<operand_t, 64>(op, convolutions, stream);
-    } else if (10 * Kernel<operand_t, 128>::cost(convolutions) < 6 * Kernel<operand_t, 64>::cost(convolutions)) {
+    } else if (10 * Kernel<operand_t, 128>::cost(convolutions, stream) <
+               6 * Kernel<operand_t, 64>::cost(convolutions, stream)) {
         convolve<operand_t, 128>(op, convolutions, stream);
     } else {
         convolve<operand_t, 64>(op, convolutions, stream);

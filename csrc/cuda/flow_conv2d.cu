@@ -163,7 +163,6 @@ std::vector<Tensor> flow_conv2d_group_cuda(
         x, counts, packed, biases, out_channels, algorithms,
         [&](size_t i, const std::vector<Tensor>& maps, const std::optional<Tensor>& bias, int64_t) {
             check_packed_layout("flow_conv2d", packed[i], kPackedColumns);
-            const DeviceScope device(x[0]);
             convolutions.push_back(convolution(maps, {}, packed[i], bias, out_channels[i], relu, algorithms[i]));
             results.insert(results.end(), convolutions[i].out.begin(), convolutions[i].out.end());
         });

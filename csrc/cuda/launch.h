@@ -18,18 +18,18 @@ namespace spatialflow {
 
 #if defined(__CUDACC__)
 
-// Makes the device of a tensor current for the life of this object, and gives its stream.
+// Makes the device of a tensor current for the life of this object, and gives its stream. An operator opens one.
 class DeviceScope {
 public:
-    explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device()) {
+    explicit DeviceScope(const Tensor& tensor) : device_(tensor.get_device()), guard_(device_) {
         void* stream = nullptr;
-        check(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream) == 0, "no CUDA stream on device ",
-              tensor.get_device());
-        stream_ = static_cast<cudaStream_t>(stream);
+        check(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "no CUDA stream on device ", device_);
+        stream_ = {static_cast<cudaStream_t>(stream), device_};
     }
     Stream stream() const { return stream_; }
 
 private:
+    int device_;
     torch::stable::accelerator::DeviceGuard guard_;
     Stream stream_;
 };

@@ -720,21 +720,7 @@ __global__ void __launch_bounds__(kThreads) merge_table_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Of dynamic shared memory, beside what the kernels of one block have for themselves.
-int64_t largest_shared_bytes() {
-#if defined(__CUDACC__)
-    static DeviceNumbers known;
-    const int device = current_device();
-    int bytes = known.at(device);
-    if (bytes == 0) {
-        check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-        known.set(device, bytes);
-    }
-    return bytes - 1024;
-#else
-    return 1024;  // little, so that tests come by both ways
-#endif
-}
+constexpr int64_t kOwnSharedBytes = 1024;  // at most, of the kernels of one block, beside their dynamic shared memory
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
@@ -785,7 +771,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     if (pixels != 0) {
         const bool has_boxes = boxes && count != 0;
         const Tensor box_values = has_boxes ? contiguous_as(*boxes, ScalarType::Double) : score_values;
-        const bool in_shared = words * 4 <= largest_shared_bytes();
+        const bool in_shared = words * 4 <= largest_shared_bytes(stream) - kOwnSharedBytes;
         const size_t shared_bytes = static_cast<size_t>(words) * 4;
         const dim3 one(1), greedy_threads(kGreedyThreads);
         launch<merge_order_kernel>(

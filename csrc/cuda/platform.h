@@ -10,7 +10,9 @@
 //   SPATIALFLOW_DYNAMIC_SHARED(float, tile)     the dynamic shared memory of the launch
 //   load_vector<8>(input + i), store_vector(output + i, v)     one access of up to 16 bytes, aligned to its size
 //   launch<my_kernel<float>>(grid, block, shared_bytes, stream, arguments...)
-//   resident_blocks<my_kernel<float>>(threads, shared_bytes)   grid of a kernel whose blocks loop over the work
+//   resident_blocks<my_kernel<float>>(threads, shared_bytes, stream)   grid of a kernel whose blocks loop over the work
+//
+// A Stream comes from DeviceScope (launch.h) and says on which device a kernel runs.
 //
 // Everything else (threadIdx, __syncthreads, __shfl_sync, atomicAdd, ...) is CUDA's own name.
 #pragma once

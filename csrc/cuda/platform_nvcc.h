@@ -105,7 +105,11 @@ __device__ __forceinline__ void reduce_add(real_t* target, const Vec<real_t, kWi
     }
 }
 
-using Stream = cudaStream_t;
+// A stream, and the index of its device: whoever holds one need not ask the runtime which device is current.
+struct Stream {
+    cudaStream_t handle;
+    int device;
+};
 
 inline void check_cuda(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
@@ -117,67 +121,72 @@ inline void check_cuda(cudaError_t error, const char* what) {
 template <typename T>
 inline std::remove_const_t<T> read_back(T* source, Stream stream) {
     std::remove_const_t<T> value;
-    check_cuda(cudaMemcpyAsync(&value, source, sizeof(value), cudaMemcpyDeviceToHost, stream), "reading a result back");
-    check_cuda(cudaStreamSynchronize(stream), "reading a result back");
+    check_cuda(cudaMemcpyAsync(&value, source, sizeof(value), cudaMemcpyDeviceToHost, stream.handle),
+               "reading a result back");
+    check_cuda(cudaStreamSynchronize(stream.handle), "reading a result back");
     return value;
-}
-
-inline int current_device() {
-    int device = 0;
-    check_cuda(cudaGetDevice(&device), "the current device");
-    return device;
 }
 
 // A number for each device, zero until it is set: what the runtime need not be asked twice.
 class DeviceNumbers {
 public:
-    int at(int device) const { return device < kDevices ? numbers_[device].load(std::memory_order_relaxed) : 0; }
-    void set(int device, int number) {
-        if (device < kDevices) {
-            numbers_[device].store(number, std::memory_order_relaxed);
-        }
-    }
+    int at(Stream stream) const { return numbers_[stream.device].load(std::memory_order_relaxed); }
+    void set(Stream stream, int number) { numbers_[stream.device].store(number, std::memory_order_relaxed); }
 
 private:
-    static constexpr int kDevices = 64;
-    std::atomic<int> numbers_[kDevices] = {};
+    std::atomic<int> numbers_[128] = {};  // torch's index of a device has 8 bits and a sign
 };
+
+// An attribute of the stream's device; one that is never zero.
+template <cudaDeviceAttr kAttribute>
+inline int device_attribute(Stream stream, const char* what) {
+    static DeviceNumbers known;
+    int value = known.at(stream);
+    if (value == 0) {
+        check_cuda(cudaDeviceGetAttribute(&value, kAttribute, stream.device), what);
+        known.set(stream, value);
+    }
+    return value;
+}
+
+inline int multiprocessors(Stream stream) {
+    return device_attribute<cudaDevAttrMultiProcessorCount>(stream, "multiprocessors");
+}
+
+// Bytes of shared memory that a block may have, those that the runtime reserves included.
+inline int largest_shared_bytes(Stream stream) {
+    return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(stream, "shared memory");
+}
 
 // A kernel gets more than 48 KiB of dynamic shared memory only where it has been allowed to.
 template <auto kKernel>
-inline void allow_shared_bytes(size_t shared_bytes) {
+inline void allow_shared_bytes(size_t shared_bytes, Stream stream) {
     static DeviceNumbers allowed;
     const int bytes = static_cast<int>(shared_bytes);
-    if (bytes <= 48 * 1024) {
-        return;
-    }
-    const int device = current_device();
-    if (bytes <= allowed.at(device)) {
+    if (bytes <= 48 * 1024 || bytes <= allowed.at(stream)) {
         return;
     }
     static std::mutex raising;  // or a thread with a smaller number could have the last word
     const std::lock_guard<std::mutex> lock(raising);
-    if (bytes > allowed.at(device)) {
+    if (bytes > allowed.at(stream)) {
         check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                    "dynamic shared memory of a kernel");
-        allowed.set(device, bytes);
+        allowed.set(stream, bytes);
     }
 }
 
-// Blocks of kKernel that the current device runs at one time: the grid of a kernel whose blocks stay and loop. Asked
+// Blocks of kKernel that the stream's device runs at one time: the grid of a kernel whose blocks stay and loop. Asked
 // once for each device: a kernel comes with the same threads and shared bytes every time.
 template <auto kKernel>
-inline int resident_blocks(int threads, size_t shared_bytes) {
+inline int resident_blocks(int threads, size_t shared_bytes, Stream stream) {
     static DeviceNumbers known;
-    const int device = current_device();
-    int resident = known.at(device);
+    int resident = known.at(stream);
     if (resident == 0) {
-        int multiprocessors = 0, blocks = 0;
-        check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-        allow_shared_bytes<kKernel>(shared_bytes);
+        int blocks = 0;
+        allow_shared_bytes<kKernel>(shared_bytes, stream);
         check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, shared_bytes), "occupancy");
-        resident = multiprocessors * (blocks > 0 ? blocks : 1);
-        known.set(device, resident);
+        resident = multiprocessors(stream) * (blocks > 0 ? blocks : 1);
+        known.set(stream, resident);
     }
     return resident;
 }
@@ -188,8 +197,8 @@ template <typename... Parameters>
 struct KernelArguments<void (*)(Parameters...)> {
     template <void (*kKernel)(Parameters...)>
     static void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Parameters... arguments) {
-        allow_shared_bytes<kKernel>(shared_bytes);
-        kKernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+        allow_shared_bytes<kKernel>(shared_bytes, stream);
+        kKernel<<<grid, block, shared_bytes, stream.handle>>>(arguments...);
         check_cuda(cudaGetLastError(), "kernel launch");
     }
 };

@@ -442,7 +442,7 @@ struct Sm90Kernel {
     }
     // Cycles, roughly. Of a step: what products take, or the traffic of shared memory (128 bytes a cycle), or that of
     // L2 (32). Beside the steps, what a tile's beginning and its stores take.
-    static double cost(const Sm90Table<scalar_t>& table, int multiprocessors) {
+    static double cost(const Sm90Table<scalar_t>& table, Stream stream) {
         constexpr double kProducts = 36.0 * kParts * kOutputs / 2, kRims = kParts * kHaloBytes;
         constexpr double kWeights = kTaps * Size::kWeightStage, kOperands = 36.0 * kParts * (2048 + 32 * kOutputs);
         double steps = 0, all = 0;
@@ -455,7 +455,7 @@ struct Sm90Kernel {
             steps += count * (convolution.steps * step + 1000 + 4.0 * kParts * kOutputs);
             all += count;
         }
-        return std::ceil(all / multiprocessors) * steps / all;
+        return std::ceil(all / multiprocessors(stream)) * steps / all;
     }
     static void run(Sm90Table<scalar_t>& table, Stream stream) {
         table.num_tiles = 0;
@@ -465,30 +465,10 @@ struct Sm90Kernel {
             convolution.output_tiles = static_cast<int>(ceil_div(convolution.outputs, kOutputs));
             table.num_tiles += static_cast<int>(tiles(convolution));
         }
-        const int blocks = std::min(table.num_tiles, resident_blocks<kKernel>(kThreads, Size::kSharedBytes));
+        const int blocks = std::min(table.num_tiles, resident_blocks<kKernel>(kThreads, Size::kSharedBytes, stream));
         launch<kKernel>(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Size::kSharedBytes, stream, table);
     }
 };
-
-// Multiprocessors of the current device if it can run the kernel, else zero.
-template <typename scalar_t>
-int sm90_multiprocessors() {
-    static DeviceNumbers known;  // one more than the result
-    const int device = bound_device();
-    int number = known.at(device);
-    if (number == 0) {
-        cudaFuncAttributes attributes{};
-        int multiprocessors = 0;
-        check_cuda(cudaFuncGetAttributes(&attributes, Sm90Kernel<scalar_t, 128, 4>::kKernel), "conv3x3_sm90_kernel");
-        if (attributes.sharedSizeBytes > 0 && encode_tiled()) {
-            check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-                       "multiprocessors");
-        }
-        number = multiprocessors + 1;
-        known.set(device, number);
-    }
-    return number - 1;
-}
 
 // Adds a convolution with at least one level that is not empty, if the kernel can run it.
 template <typename scalar_t>
@@ -544,7 +524,7 @@ bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
 
 // The same sums in the same order whichever tiles are taken.
 template <typename scalar_t>
-void run(Sm90Table<scalar_t>& table, int multiprocessors, Stream stream) {
+void run(Sm90Table<scalar_t>& table, Stream stream) {
     if (table.num_convolutions == 0) {
         return;
     }
@@ -553,7 +533,7 @@ void run(Sm90Table<scalar_t>& table, int multiprocessors, Stream stream) {
         void (*run)(Sm90Table<scalar_t>&, Stream);
     };
     const auto choice = [&](auto kernel) {
-        return Choice{kernel.cost(table, multiprocessors), &decltype(kernel)::run};
+        return Choice{kernel.cost(table, stream), &decltype(kernel)::run};
     };
     const Choice choices[] = {choice(Sm90Kernel<scalar_t, 128, 4>{}), choice(Sm90Kernel<scalar_t, 128, 2>{}),
                               choice(Sm90Kernel<scalar_t, 64, 4>{}), choice(Sm90Kernel<scalar_t, 64, 2>{})};
@@ -567,10 +547,10 @@ void run(Sm90Table<scalar_t>& table, int multiprocessors, Stream stream) {
 
 template <typename scalar_t>
 std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convolutions, Stream stream) {
-    const int multiprocessors = sm90_multiprocessors<scalar_t>();
-    if (multiprocessors == 0) {
+    if (!runs_sm90<Sm90Kernel<scalar_t, 128, 4>::kKernel>(stream)) {
         return convolutions;
     }
+    bind_context(stream);
     std::vector<Convolution> others;
     Sm90Table<scalar_t> table{};
     for (const Convolution& conv : convolutions) {
@@ -580,13 +560,13 @@ std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convol
             continue;
         }
         if (table.num_levels + levels > kMaxJobs) {
-            run(table, multiprocessors, stream);
+            run(table, stream);
         }
         if (!append(table, conv)) {
             others.push_back(conv);
         }
     }
-    run(table, multiprocessors, stream);
+    run(table, stream);
     return others;
 }
 

@@ -250,23 +250,9 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
 #endif
 }
 
-// ---- host --------------------------------------------------------------------------------------------------------
-
-// Whether the current device can run the kernel.
-template <typename scalar_t>
-bool has_sm90_kernel() {
-    static DeviceNumbers known;  // 1: no, 2: yes
-    const int device = bound_device();
-    if (known.at(device) == 0) {
-        cudaFuncAttributes attributes{};
-        check_cuda(cudaFuncGetAttributes(&attributes, &deform_conv2d_sm90_kernel<scalar_t, 128, 1>),
-                   "deform_conv2d_sm90_kernel");
-        known.set(device, attributes.sharedSizeBytes > 0 && encode_tiled() ? 2 : 1);
-    }
-    return known.at(device) == 2;
-}
-
 }  // namespace
+
+// ---- host --------------------------------------------------------------------------------------------------------
 
 template <typename scalar_t>
 bool deform_conv2d_sm90(
@@ -274,9 +260,10 @@ bool deform_conv2d_sm90(
     const Tensor& output, std::optional<Tensor>& parts, Stream stream) {
     if (problem.groups != 1 || problem.chunk != kStepChannels || problem.channels == 0 ||
         problem.taps > kTableTaps || problem.out_channels <= 64 || problem.out_channels % 8 != 0 ||
-        !is_aligned(problem.input, 16) || !has_sm90_kernel<scalar_t>()) {
+        !is_aligned(problem.input, 16) || !runs_sm90<&deform_conv2d_sm90_kernel<scalar_t, 128, 1>>(stream)) {
         return false;
     }
+    bind_context(stream);
     const int64_t steps = static_cast<int64_t>(problem.channels) / kStepChannels * problem.taps;
     const int64_t row = problem.packed_outputs;
     CUtensorMap weights;

@@ -31,15 +31,23 @@ inline EncodeTiled encode_tiled() {
     return encode;
 }
 
-// The current device, with its context bound to this thread: the driver's own calls need one, and a thread that has not
-// used CUDA yet has none.
-inline int bound_device() {
-    const int device = current_device();
-    check_cuda(cudaSetDevice(device), "the current device");
-    return device;
+// Whether the device of `stream` runs kKernel, which is empty but for 9.0a and then has no static shared memory.
+template <auto kKernel>
+inline bool runs_sm90(Stream stream) {
+    static DeviceNumbers known;  // 1: no, 2: yes
+    if (known.at(stream) == 0) {
+        cudaFuncAttributes attributes{};
+        check_cuda(cudaFuncGetAttributes(&attributes, kKernel), "attributes of a kernel for 9.0a");
+        known.set(stream, attributes.sharedSizeBytes > 0 && encode_tiled() ? 2 : 1);
+    }
+    return known.at(stream) == 2;
 }
 
-// Encodes a tensor map; false if TMA cannot read such a tensor. Call `bound_device` before. Sizes, strides and box are
+// Binds the device's context to this thread: the driver's own calls need one, and a thread that has not used CUDA yet
+// has none, even where the device is its current one.
+inline void bind_context(Stream stream) { check_cuda(cudaSetDevice(stream.device), "binding a device to a thread"); }
+
+// Encodes a tensor map; false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and box are
 // in elements, from the innermost dimension on.
 template <typename scalar_t, int kDimensions>
 inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&sizes)[kDimensions],

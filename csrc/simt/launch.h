@@ -127,9 +127,12 @@ inline std::remove_const_t<T> read_back(const Global<T>& source, Stream) {
 
 // Few, so that blocks that stay and loop do so on small problems too.
 template <auto kKernel>
-inline int resident_blocks(int, size_t) {
+inline int resident_blocks(int, size_t, Stream) {
     return 3;
 }
+
+// Little, so that small problems come by both ways: in shared memory and, where they do not fit, without it.
+inline int largest_shared_bytes(Stream) { return 2048; }
 
 template <auto kKernel, typename... Arguments>
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream, const Arguments&... arguments) {

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,22 @@ def test_every_operator_is_watched_and_timed(gpu_check):
     assert len(ops) >= 8
     for op in ops:
         assert f"ops.{op}(" in targets and f'Entry("{op}"' in plan
+
+
+def test_every_test_file_of_an_operator_runs(gpu_check):
+    """On the GPU, and on the interpreter; questions of the op matrix are asked by the first file alone."""
+    names = ["flow_conv2d", "flow_conv2d_group", "flow_conv2d_tensor_cores", "flow_tower", "nms", "panoptic_merge"]
+    wanted = {f"tests/test_{name}.py" for name in names}
+    (step,) = [step for step in gpu_check.first_steps(True, Path("results")) if step.name == "operator tests"]
+    assert wanted <= set(step.each) and len(step.each) == len(set(step.each))
+    assert "tests/test_panoptic_quality.py" not in step.each
+    (quick,) = [step for step in gpu_check.quick_steps(True, Path("results")) if step.name == "operator tests"]
+    assert quick.each == [f"tests/test_{op}.py" for op in gpu_check.operators()]
+    if shutil.which("make"):
+        rule = "print-simt-tests: ; @echo $(SIMT_TESTS)"
+        command = ["make", "-s", f"PYTHON={sys.executable}", "--eval", rule, "print-simt-tests"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        assert set(step.each) <= set(listed) and len(listed) == len(set(listed))
 
 
 @pytest.mark.skipif(not _library.library_path("simt").is_file(), reason="needs the interpreted kernels: make test-simt")

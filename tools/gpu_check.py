@@ -286,6 +286,12 @@ def operators() -> list[str]:
     return [op for op in listed if (ROOT / "tests" / f"test_{op}.py").is_file()]
 
 
+def operator_tests() -> list[str]:
+    """Test files of all operators: test_<operator>.py, then test_<operator>_<subject>.py."""
+    patterns = [f"tests/test_{op}{ending}.py" for op in operators() for ending in ("", "_*")]
+    return list(dict.fromkeys(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)))
+
+
 def find_tool(name: str) -> str | None:
     """Path of a program of the CUDA toolkit."""
     folders = ["/usr/local/cuda/bin", *sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)]
@@ -325,7 +331,8 @@ def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") ->
     chosen = ["-k", selection] if selection else []
     if not on_gpu:
         chosen, limit = ["-k", "test_reference and float32"], 900
-    files = [f"tests/test_{op}.py" for op in operators()]
+    # What is selected are questions of the matrix: each operator's first file asks them.
+    files = [f"tests/test_{op}.py" for op in operators()] if chosen else operator_tests()
     return Step("operator tests", pytest_command(*chosen), files, least, limit, pytest_detail, together="tests")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Download(NamedTuple):
-    """Tensors on their way to the host."""
+    """Copies of tensors to the host, which may not have ended."""
 
     value: Any
     done: Optional[torch.cuda.Event]  # None on the CPU

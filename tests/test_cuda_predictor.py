@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from op_matrix import DEVICE
-from test_optimize import random_model
+from small_models import random_model
 
 import spatialflow
 

@@ -74,7 +74,7 @@ class Transfers:
         return uploaded
 
     def download(self, value: Any) -> Download:
-        """Queues copies of all tensors of nested tuples and lists behind the current stream's work."""
+        """Queues copies of all tensors in nested lists and named tuples behind the current stream's work."""
         if not self._is_gpu:
             return Download(value, None)
         value = _map(lambda tensor: tensor.to("cpu", non_blocking=True), value)

@@ -151,20 +151,21 @@ def test_steps_together(gpu_check, tmp_path, monkeypatch):
 
 
 def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
+    gpu_page = sys.modules[gpu_check.as_markdown.__module__]
     rates = {"copy_gigabytes_per_second": 4000.0, "bfloat16_teraflops_per_second": 800.0}
     (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
     row = {"case": "one", "mode": "forward", "dtype": "float16", "provider": "spatialflow", "kernel_ms": 0.01,
            "bytes": 8e6, "operations": 1e6}  # fmt: skip
     content = {"op": "square", "commit": "abc", "rows": [row, {**row, "provider": "peer"}]}
     (tmp_path / "square.json").write_text(json.dumps(content))
-    assert gpu_check.roofline(tmp_path, "abc").endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
+    assert gpu_page.roofline(tmp_path, "abc").endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
     forms = [{"form": "graph", "images_per_second": 100.0, "median_ms": 10.0, "replay_ms": 9.0}]
     content = {"config": "tiny", "commit": "abc", "size": [8, 9], "dtype": "bfloat16", "forms": forms,
                "stages": [{"stage": "fpn", "kernels": 3, "ms": 0.5}]}  # fmt: skip
     (tmp_path / "stages.json").write_text(json.dumps(content))
-    page = gpu_check.stages(tmp_path, "abc")
+    page = gpu_page.stages(tmp_path, "abc")
     assert "graph: 100.0 images/s" in page and "| sum | 3 | 0.500 |" in page
-    assert gpu_check.stages(tmp_path, "another") == "" and gpu_check.results_of(tmp_path, "another") == []
+    assert gpu_page.stages(tmp_path, "another") == "" and gpu_page.results_of(tmp_path, "another") == []
 
 
 def test_shares_of_time_are_no_speeds(gpu_check):

@@ -188,6 +188,16 @@ def test_autocast(dtype, given):
     assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("name, dtype", [("tiny", torch.float32), ("tiny_dcn", torch.float64)])
+def test_compiled(name, dtype):
+    """One graph, with the outputs of the eager network."""
+    fast, images = optimize_for_inference(random_model(name), dtype=dtype), torch.randn(1, 3, 64, 64, dtype=dtype)
+    with torch.no_grad():
+        compiled = torch.compile(fast.forward, backend="aot_eager", fullgraph=True)(images)
+        for one, other in zip(compiled.class_logits, fast(images).class_logits, strict=True):
+            assert (one - other).abs().max() < DTYPES[dtype] * other.abs().max()
+
+
 def test_another_version_is_refused(monkeypatch):
     """Other versions may arrange weights in other ways."""
     content = pickle.dumps(optimize_for_inference(random_model("tiny")))

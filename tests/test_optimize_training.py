@@ -58,6 +58,17 @@ def test_leaves_the_model_as_it_is():
     assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_dcn"])
+def test_moved_to_another_dtype(name):
+    """The model moves with the network that trains it, statistics of BatchNorm included."""
+    model = random_model(name).train()
+    network = optimize_for_training(model).double()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for one, other in zip(network.dense(images)[0].class_logits, model.dense(images)[0].class_logits, strict=True):
+        assert one.dtype == torch.float64
+        torch.testing.assert_close(one, other)
+
+
 def test_box_head_on_a_gpu():
     """The predictors run in the form that was measured to be faster; the numbers are those of the plain module."""
     head = BoxHead(256, 80, 9).double()

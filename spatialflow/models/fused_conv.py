@@ -76,12 +76,16 @@ def _cast(name: str, x: Tensor, weight: Tensor, *others: Optional[Tensor]) -> li
 
 def _has_onednn_epilogue(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        _ONEDNN_IS_THERE
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # private to torch: may be gone in a later one
+        and not torch.compiler.is_compiling()  # the operators have no fake kernels; the compiler fuses by itself
     )
+
+
+# The operators are private to torch, and may be gone in a later one.
+_ONEDNN_IS_THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def _by_onednn(

@@ -48,7 +48,7 @@ test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 
 # The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
 SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py tests/test_textbook.py tests/test_kernel_count.py \
-	$(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py,p' cmake/ops.cmake))
+	$(sort $(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py tests/test_\1_*.py,p' cmake/ops.cmake)))
 configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
 simt_build = $(call configure,simt) && cmake --build build/simt --target spatialflow_schema spatialflow_simt

@@ -21,8 +21,8 @@ PASSED_THROUGH = ("SPATIALFLOW_CUDA", "SPATIALFLOW_CPU_LEVELS", "CMAKE_CUDA_ARCH
 def torch_folder() -> str | None:
     """Folder of the torch to build against: that of the environment installed into, else of the build environment.
 
-    A build frontend that isolates the build hides the first one behind PYTHONPATH. Looking there means that nobody
-    downloads a second torch, and that the wheel is built with the one it will meet.
+    A build frontend that isolates the build hides the first one behind PYTHONPATH. Looking there means that no
+    second torch is downloaded, and that the wheel is built with the one it will meet.
     """
     find = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

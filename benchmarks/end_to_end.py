@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from harness import OURS, environment, optional, require_positive, results_path, write_figure, write_text
+from harness import OURS, environment, optional, pictures, require_positive, results_path, write_figure, write_text
 from reference_pipeline import STAGES, ReferencePipeline, network_input, torchvision
 from torch import nn
 
@@ -339,10 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
         if images is None:
             list(synthesize(folder / "scenes", 2, (480, 640), seed=0))
             images = folder / "scenes" / "images"
-        paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        paths = paths[: options.count]
-        if not paths:
-            sys.exit(f"{images}: holds no .jpg or .png")
+        paths = pictures(images, options.count)
         rows = []
         for short_edge in options.short_edges:
             pipelines = make_pipelines(options, paths[0], short_edge)

@@ -567,6 +567,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def pictures(folder: Path, count: int) -> list[Path]:
+    """The first image files of a folder by name; ends the program with a sentence where there is none."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    paths = sorted(path for path in found if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not paths:
+        sys.exit(f"{folder}: holds no .jpg or .png")
+    return paths[:count]
+
+
 def write_figure(figure: Any, path: Path) -> None:
     """Saves a figure of matplotlib and closes it."""
     from matplotlib import pyplot

@@ -71,7 +71,7 @@ COPIES = {"clone", "contiguous", "reshape", "to", "_to_copy", "group_norm"}
 
 
 class CountKernels(TorchDispatchMode):
-    """Counts kernels while it is entered; `stage` names what they are counted for.
+    """Counts kernels while it is entered, conversions among them; `stage` names what they are counted for.
 
     Args:
         parameters: tensors that a call should use as they are; an operator of torch that copies one is a conversion.
@@ -99,20 +99,17 @@ class CountKernels(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         namespace, name = func.name().split(".")[0].split("::")
         if namespace == "spatialflow":
-            self._add(name, LAUNCHES[name](*args), self._hidden_layouts(args, result), _weight_casts(name, args))
-            self.kernels[self.stage] += _other_casts(name, args)
+            layouts, casts = self._hidden_layouts(args, result), _weight_casts(name, args)
+            self._add(name, LAUNCHES[name](*args), layouts, casts, layouts + casts + _other_casts(name, args))
         elif not (name in FREE or _is_view(func, args, result)):
             if name in ("conv2d", "convolution"):
                 has_bias = len(args) > 2 and args[2] is not None
                 self._add(name, 2 if has_bias else 1)
                 return _as_cudnn(args, result)
             source = args[0] if args and isinstance(args[0], Tensor) else None
-            self._add(
-                name,
-                SEVERAL.get(name, 1),
-                layouts=int(name in COPIES and _changes_layout(source, result)),
-                casts=int(name in COPIES and any(source is parameter for parameter in self.parameters)),
-            )
+            layouts = int(name in COPIES and _changes_layout(source, result))
+            casts = int(name in COPIES and any(source is parameter for parameter in self.parameters))
+            self._add(name, SEVERAL.get(name, 1), layouts, casts, layouts if name == "group_norm" else 0)
         return result
 
     def _hidden_layouts(self, args: tuple, result: Any) -> int:
@@ -120,8 +117,9 @@ class CountKernels(TorchDispatchMode):
         maps = [t for t in (*tree_leaves(args), *tree_leaves(result)) if isinstance(t, Tensor) and _is_map(t)]
         return sum(not is_channels_last(t) for t in maps if all(t is not weight for weight in self.parameters))
 
-    def _add(self, name: str, kernels: int, layouts: int = 0, casts: int = 0) -> None:
-        self.kernels[self.stage] += kernels
+    def _add(self, name: str, kernels: int, layouts: int = 0, casts: int = 0, copies: int = 0) -> None:
+        """Counts an operator; `copies` are kernels of conversions beside its own `kernels`."""
+        self.kernels[self.stage] += kernels + copies
         self.layouts[self.stage] += layouts
         self.casts[self.stage] += casts
         self.operators[self.stage, name] += kernels
@@ -228,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [
         {
             "stage": stage,
-            "kernels": found.kernels[stage] + found.layouts[stage] + found.casts[stage],
+            "kernels": found.kernels[stage],
             "layout_conversions": found.layouts[stage],
             "casts": found.casts[stage],
         }

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from spatialflow.threads import leave_cores_to_others, map_ahead
 leave_cores_to_others()
 
 import torch  # noqa: E402
-from harness import environment, require_positive, results_path, write_text  # noqa: E402
+from harness import environment, pictures, require_positive, results_path, write_text  # noqa: E402
 
 from spatialflow import Predictor, build_model, load_checkpoint  # noqa: E402
 from spatialflow.console import InputImage  # noqa: E402
@@ -152,10 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         if images is None:
             list(synthesize(folder / "scenes", options.count, (480, 640), seed=0))
             images = folder / "scenes" / "images"
-        paths = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        paths = paths[: options.count]
-        if not paths:
-            sys.exit(f"{images}: holds no .jpg or .png")
+        paths = pictures(images, options.count)
         model, weights = build_model(options.config).eval(), options.checkpoint or packaged_weights(options.config)
         if weights is not None:
             load_checkpoint(model, weights)

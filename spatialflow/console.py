@@ -239,7 +239,7 @@ class named:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says to somebody who has given the file it is about."""
+    """An error in one sentence, for a user who chose the file it is about."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written: {error.strerror}"
     return str(error)

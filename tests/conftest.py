@@ -50,6 +50,31 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return spatialflow.save_checkpoint(spatialflow.build_model("tiny"), path)
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Readable pictures of every kind, by name."""
+    import cv2
+    import numpy as np
+
+    def picture(height: int, width: int, channels: int = 3, dtype: type = np.uint8) -> np.ndarray:
+        coarse = np.random.default_rng(height * width).integers(0, 256, (9, 11, channels), dtype=np.uint8)
+        smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
+        return smooth.astype(dtype) * (257 if dtype == np.uint16 else 1)
+
+    folder = tmp_path_factory.mktemp("photographs")
+    pictures = {
+        "plain.jpg": picture(60, 80),
+        "grey.png": picture(50, 70, 1),
+        "transparent.png": picture(50, 70, 4),
+        "deep.png": picture(50, 70, 3, np.uint16),
+        "dot.png": picture(1, 1),
+        "line.png": picture(1, 5000),
+    }
+    for name, pixels in pictures.items():
+        assert cv2.imwrite(str(folder / name), pixels)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state, whichever tests ran before it."""

@@ -468,7 +468,7 @@ class OpMatrix:
         assert_near(compiled(*inputs), derivatives(*inputs), torch.float64)
 
     def test_one_device(self, sample: Callable) -> None:
-        """A meta tensor among real ones is an error, not a result that nobody wrote."""
+        """A meta tensor among real ones is an error, not a result that was never written."""
         sample = sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
         places = [index for index, value in enumerate(args) if leaves(value)]

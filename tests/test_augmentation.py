@@ -81,7 +81,7 @@ def test_views_are_joined(model, image):
 
 
 def test_batches_of_augmented_images(model, image):
-    """Company does not matter, for views of different padded sizes either."""
+    """A batch gives what its images give alone, for views of different padded sizes too."""
     images = [image, image[:, :120], np.ascontiguousarray(image.transpose(1, 0, 2)), image[::-1].copy()]
     settings = {**PLAIN, "test_short_edges": [64, 96], "test_flip": True}
     together = spatialflow.Predictor(model, batch_size=2, **settings)(images)

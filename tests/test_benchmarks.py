@@ -215,6 +215,15 @@ class TestEndToEnd:
         assert changed[0]["ratio"] is None
 
 
+@pytest.mark.parametrize("name", ["end_to_end", "throughput"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_no_pictures(name, is_there, tmp_path, monkeypatch):
+    folder = tmp_path if is_there else tmp_path / "absent"
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with pytest.raises(SystemExit, match=f"{folder}: holds no .jpg or .png"):
+        importlib.import_module(name).main(["--images", str(folder), "--config", "tiny", "--output", str(tmp_path)])
+
+
 def test_throughput(tmp_path, monkeypatch, capsys):
     """Rates of every stage alone and overlapped, from the same images; runs of all images at least three times."""
     write_coco(tmp_path / "data", 3, (64, 96))

@@ -22,7 +22,7 @@ QUESTIONS = "(test_reference and (float32 or bfloat16)) or (test_gradient_agains
 
 
 @pytest.mark.parametrize("level", _library.cpu_levels()[1:])
-def test_operators_equal_their_twins(level):
+def test_operators_equal_their_references(level):
     environment = os.environ | {"SPATIALFLOW_CPU_LEVEL": level, "SPATIALFLOW_BACKEND": "cpu"}
     used = "from spatialflow import _library; print(_library.backend_library())"
     loaded = subprocess.run(

@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_optimize import random_model
+from small_models import random_model
 
 import spatialflow
 from spatialflow.engine import cuda_graphs

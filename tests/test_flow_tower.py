@@ -139,7 +139,7 @@ class TestWirings:
 
     @pytest.mark.parametrize("channels", [6, 33])
     @pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
-    def test_against_twin(self, case, channels):
+    def test_against_reference_in_float32(self, case, channels):
         levels, convs = pyramid(channels, batch=2), wiring(channels=channels, **case)
         source = {"flow_source": case.get("source", "reg")}
         expected = by_reference(levels, convs, **source)

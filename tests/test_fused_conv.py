@@ -143,6 +143,50 @@ class TestRefusals:
         assert not fused_conv._is_registered("cuda")
 
 
+class TestDtypes:
+    """Features and weight of different dtypes: refused, or under autocast computed in its dtype."""
+
+    @pytest.mark.parametrize("given", [torch.float64, torch.bfloat16], ids=str)
+    def test_another_dtype_than_the_weight(self, cudnn, given):
+        kernel, shape = SHAPES["1x1"]
+        x, weight, bias, _ = tensors(kernel, shape)
+        rule = f"x must be torch.float32 on cpu, as the weight is, got {given} on cpu"
+        with pytest.raises(RuntimeError, match=f"fused_conv2d: {rule}"):
+            fused_conv2d(x.to(given), weight, bias, shape, True)
+        with pytest.raises(RuntimeError, match=f"linear_relu: {rule}"):
+            linear_relu(x[:, :, 0, 0].to(given), weight[:, :, 0, 0], bias)
+        assert cudnn == [] and fused_conv._refused == set()
+
+    def test_another_device_than_the_weight(self):
+        kernel, shape = SHAPES["1x1"]
+        x, weight, bias, _ = tensors(kernel, shape)
+        with pytest.raises(RuntimeError, match="x must be torch.float32 on cpu, as .*, got torch.float32 on meta"):
+            fused_conv2d(x.to("meta"), weight, bias, shape, True)
+
+    @pytest.mark.parametrize("dtypes", itertools.permutations([torch.float32, torch.bfloat16]), ids=str)
+    @pytest.mark.parametrize("library", ["onednn", "cudnn"])
+    def test_autocast(self, library, dtypes, request):
+        if library == "cudnn":
+            request.getfixturevalue("cudnn")
+        for (kernel, shape), relu, with_bias, with_residual in questions():
+            x, weight, bias, residual = tensors(kernel, shape)
+            x, weight, bias = x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1]) if with_bias else None
+            residual = residual if with_residual else None
+            right = expected(x, weight, bias, shape, relu, residual)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = fused_conv2d(x, weight, bias, shape, relu, residual)
+            assert y.dtype == torch.bfloat16
+            assert (y - right).abs().max() < 0.02 * right.abs().max()
+
+    @pytest.mark.parametrize("dtypes", itertools.permutations([torch.float32, torch.bfloat16]), ids=str)
+    def test_autocast_of_linear_relu(self, dtypes):
+        x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear_relu(x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1]))
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), F.linear(x, weight, bias).relu(), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_fake_kernels_describe_the_result(dtype):
     """On meta tensors: shape, dtype and layout of both operators of cuDNN."""

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,20 +151,21 @@ def test_steps_together(gpu_check, tmp_path, monkeypatch):
 
 
 def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
+    gpu_page = sys.modules[gpu_check.as_markdown.__module__]
     rates = {"copy_gigabytes_per_second": 4000.0, "bfloat16_teraflops_per_second": 800.0}
     (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
     row = {"case": "one", "mode": "forward", "dtype": "float16", "provider": "spatialflow", "kernel_ms": 0.01,
            "bytes": 8e6, "operations": 1e6}  # fmt: skip
     content = {"op": "square", "commit": "abc", "rows": [row, {**row, "provider": "peer"}]}
     (tmp_path / "square.json").write_text(json.dumps(content))
-    assert gpu_check.roofline(tmp_path, "abc").endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
+    assert gpu_page.roofline(tmp_path, "abc").endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
     forms = [{"form": "graph", "images_per_second": 100.0, "median_ms": 10.0, "replay_ms": 9.0}]
     content = {"config": "tiny", "commit": "abc", "size": [8, 9], "dtype": "bfloat16", "forms": forms,
                "stages": [{"stage": "fpn", "kernels": 3, "ms": 0.5}]}  # fmt: skip
     (tmp_path / "stages.json").write_text(json.dumps(content))
-    page = gpu_check.stages(tmp_path, "abc")
+    page = gpu_page.stages(tmp_path, "abc")
     assert "graph: 100.0 images/s" in page and "| sum | 3 | 0.500 |" in page
-    assert gpu_check.stages(tmp_path, "another") == "" and gpu_check.results_of(tmp_path, "another") == []
+    assert gpu_page.stages(tmp_path, "another") == "" and gpu_page.results_of(tmp_path, "another") == []
 
 
 def test_shares_of_time_are_no_speeds(gpu_check):
@@ -214,6 +216,22 @@ def test_every_operator_is_watched_and_timed(gpu_check):
     assert len(ops) >= 8
     for op in ops:
         assert f"ops.{op}(" in targets and f'Entry("{op}"' in plan
+
+
+def test_every_test_file_of_an_operator_runs(gpu_check):
+    """On the GPU, and on the interpreter; questions of the op matrix are asked by the first file alone."""
+    names = ["flow_conv2d", "flow_conv2d_group", "flow_conv2d_tensor_cores", "flow_tower", "nms", "panoptic_merge"]
+    wanted = {f"tests/test_{name}.py" for name in names}
+    (step,) = [step for step in gpu_check.first_steps(True, Path("results")) if step.name == "operator tests"]
+    assert wanted <= set(step.each) and len(step.each) == len(set(step.each))
+    assert "tests/test_panoptic_quality.py" not in step.each
+    (quick,) = [step for step in gpu_check.quick_steps(True, Path("results")) if step.name == "operator tests"]
+    assert quick.each == [f"tests/test_{op}.py" for op in gpu_check.operators()]
+    if shutil.which("make"):
+        rule = "print-simt-tests: ; @echo $(SIMT_TESTS)"
+        command = ["make", "-s", f"PYTHON={sys.executable}", "--eval", rule, "print-simt-tests"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        assert set(step.each) <= set(listed) and len(listed) == len(set(listed))
 
 
 @pytest.mark.skipif(not _library.library_path("simt").is_file(), reason="needs the interpreted kernels: make test-simt")

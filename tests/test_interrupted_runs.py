@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from command_line import FAST, sentences
 from scenes import contents
 
 import spatialflow
@@ -23,8 +24,7 @@ from spatialflow.engine import predict
 from spatialflow.panoptic import read_panoptic_json
 from spatialflow.panoptic import writer as module
 
-FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20", "score_threshold=0.001",
-        "max_detections=5"]  # fmt: skip
+FEW = [*FAST, "score_threshold=0.001", "max_detections=5"]
 NAMES = ["a.jpg", "b.png", "c/a.jpg", "c/d/3.jpg", "e.jpg", "f.jpg"]
 
 SLOW = """
@@ -55,7 +55,7 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(photographs, weights):
-    return ["predict", str(photographs), "--recursive", "--detections", "--checkpoint", str(weights), *FAST]
+    return ["predict", str(photographs), "--recursive", "--detections", "--checkpoint", str(weights), *FEW]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,6 @@ def journal(output):
 
 def rows_of(output) -> int:
     return len(journal(output).read_bytes().splitlines()) - 1 if journal(output).is_file() else 0
-
-
-def sentences(capsys) -> list[str]:
-    return [line.removeprefix("spatialflow: ") for line in capsys.readouterr().err.splitlines() if line.strip()]
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +198,7 @@ class TestPredict:
         folder.mkdir()
         for name, source in (("a.jpg", "a.jpg"), ("b.jpg", "e.jpg"), ("c.jpg", "f.jpg")):
             (folder / name).write_bytes((photographs / source).read_bytes())
-        command = ["predict", str(folder), "--checkpoint", str(weights), *FAST]
+        command = ["predict", str(folder), "--checkpoint", str(weights), *FEW]
         assert stop_before("c.jpg", [*command, "--output", str(output)], signal.SIGTERM, 2) == 143
         (folder / "a.jpg").write_bytes((photographs / "f.jpg").read_bytes())
         (folder / "b.jpg").unlink()

@@ -78,7 +78,7 @@ class TestLevels:
         pooled = ops.multilevel_roi_align(features, boxes, 1, (700, 700, 700))
         assert pooled.flatten().round().tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
 
-    def test_random_boxes_take_the_level_of_the_twin(self):
+    def test_random_boxes_take_the_level_of_the_reference(self):
         sides = 2 ** (torch.rand(20000, 2) * 12)
         boxes = torch.cat([torch.zeros(20000, 3), sides], dim=1)
         features = [torch.full((1, 1, 4, 4), float(level)) for level in range(5)]

@@ -9,7 +9,7 @@ devices.
 import numpy as np
 import pytest
 import torch
-from test_optimize import random_model
+from small_models import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow.data.transforms import fit_image

@@ -2,6 +2,7 @@
 """The network arranged for inference equals the plain modules, for every kind of configuration."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -13,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow.models import optimize
 from spatialflow.models.optimize import optimize_for_inference
-from spatialflow.ops import stuff_labels
+from spatialflow.ops import PackedConv, stuff_labels
+
+DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
+"""Largest errors of the network's outputs, by the dtype of weights and features."""
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def assert_same_outputs(model, images):
@@ -113,15 +119,83 @@ def test_copies_compute_the_same(name, copied):
     assert torch.equal(actual.stuff_logits, expected.stuff_logits)
 
 
-def test_another_dtype_is_right_or_refused():
-    """Packed float32 weights serve 16-bit features, not float64 ones."""
-    fast, images = optimize_for_inference(random_model("tiny")), torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize("name, dtypes", [("tiny", DTYPES), ("tiny_dcn", [torch.float32, torch.float64])])
+def test_moved_to_another_dtype(name, dtypes):
+    """The convolutions are packed again, from weights that were rounded to the first dtype and to the second."""
+    model, images = random_model(name), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    rois, labels = torch.tensor([[0, 3.0, 5, 40, 60]], dtype=torch.float64), torch.tensor([1])
     with torch.inference_mode():
-        expected = fast(images).stuff_logits
-        actual = copy.deepcopy(fast).bfloat16()(images.bfloat16()).stuff_logits
-        assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
-        with pytest.raises(RuntimeError, match="packed weight must be float64"):
-            copy.deepcopy(fast).double()(images.double())
+        output = copy.deepcopy(model).double()(images)
+        expected = [*output.class_logits, output.stuff_logits]
+        expected.append(model.double().thing_logits(output.thing_features, rois, labels))
+        for made, moved in itertools.product(dtypes, dtypes):
+            fast = optimize_for_inference(model, dtype=made).to(moved)
+            output = fast(images.to(moved))
+            actual = [*output.class_logits, output.stuff_logits]
+            actual.append(fast.thing_logits(output.thing_features, rois.to(moved), labels))
+            tolerance = max(DTYPES[made], DTYPES[moved]) * (50 if name == "tiny_dcn" else 1)  # sampling points move
+            for one, other in zip(actual, expected, strict=True):
+                assert one.dtype == moved
+                assert (one - other).abs().max() < tolerance * other.abs().max(), (made, moved)
+
+
+def test_moved_to_where_it_is():
+    """Nothing is packed again."""
+    fast = optimize_for_inference(random_model("tiny"))
+    before = [module.packed for module in fast.modules() if hasattr(module, "packed")]
+    fast.to("cpu").float().requires_grad_(False)
+    after = [module.packed for module in fast.modules() if hasattr(module, "packed")]
+    assert len(before) > 3 and all(one is other for one, other in zip(_convs(before), _convs(after), strict=True))
+
+
+def _convs(value):
+    """All PackedConv in nested tuples and lists."""
+    if isinstance(value, PackedConv):
+        return [value]
+    return [conv for part in value for conv in _convs(part)] if isinstance(value, (list, tuple)) else []
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_dcn"])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=needs_gpu)])
+def test_moved_to_another_device(name, device):
+    fast, images = optimize_for_inference(random_model(name)), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = fast(images)
+        actual = fast.to(device)(images.to(device))
+        for one, other in zip(actual.class_logits, expected.class_logits, strict=True):
+            assert one.device.type == device and one.shape == other.shape
+            if device == "cuda":
+                assert (one.cpu() - other).abs().max() < 1e-2 * other.abs().max()  # TF32
+
+
+@pytest.mark.parametrize("given", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_images_of_another_dtype_are_refused(given):
+    fast = optimize_for_inference(random_model("tiny"))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=f"x must be torch.float32 .* got {given} on cpu"):
+        fast(torch.randn(1, 3, 64, 64, dtype=given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype, given):
+    """Weights and images of any dtype; results as exact as those of the plain modules."""
+    model, images = random_model("tiny").to(dtype), torch.randn(1, 3, 64, 64).to(given)
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).double()(images.double()).stuff_logits
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = optimize_for_inference(model)(images).stuff_logits
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name, dtype", [("tiny", torch.float32), ("tiny_dcn", torch.float64)])
+def test_compiled(name, dtype):
+    """One graph, with the outputs of the eager network."""
+    fast, images = optimize_for_inference(random_model(name), dtype=dtype), torch.randn(1, 3, 64, 64, dtype=dtype)
+    with torch.no_grad():
+        compiled = torch.compile(fast.forward, backend="aot_eager", fullgraph=True)(images)
+        for one, other in zip(compiled.class_logits, fast(images).class_logits, strict=True):
+            assert (one - other).abs().max() < DTYPES[dtype] * other.abs().max()
 
 
 def test_another_version_is_refused(monkeypatch):

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 from golden_models import assert_close
 from small_models import VARIANTS, random_model
+from torch.nn.parallel import DistributedDataParallel
 
+from spatialflow.engine.distributed import World, end, leave
 from spatialflow.models.heads import BoxHead
 from spatialflow.models.optimize_training import TrainingBoxHead, is_faster_on_cuda, optimize_for_training
 
@@ -55,6 +58,17 @@ def test_leaves_the_model_as_it_is():
     assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_dcn"])
+def test_moved_to_another_dtype(name):
+    """The model moves with the network that trains it, statistics of BatchNorm included."""
+    model = random_model(name).train()
+    network = optimize_for_training(model).double()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for one, other in zip(network.dense(images)[0].class_logits, model.dense(images)[0].class_logits, strict=True):
+        assert one.dtype == torch.float64
+        torch.testing.assert_close(one, other)
+
+
 def test_box_head_on_a_gpu():
     """The predictors run in the form that was measured to be faster; the numbers are those of the plain module."""
     head = BoxHead(256, 80, 9).double()
@@ -70,6 +84,72 @@ def test_box_head_on_a_gpu():
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b)
+
+
+def part_of_box_head(rank, classes):
+    """The head that every process starts from, and its part of the batch: levels for both predictors."""
+    torch.manual_seed(0)
+    head = BoxHead(256, classes, 9).double()
+    torch.manual_seed(1 + rank)
+    return head, [[torch.randn(1 + rank, 256, side, side, dtype=torch.float64) for side in (4, 2)] for _ in range(2)]
+
+
+def losses_of_steps(head, levels):
+    """Two steps; the second has no class loss, as images without objects have none of the boxes."""
+    for uses_classes in (True, False):
+        classes, deltas = head(*levels)
+        loss = sum(level.square().mean() for level in deltas)
+        yield loss + sum(level.sin().mean() for level in classes) * float(uses_classes)
+
+
+def train_box_head(rank, folder, classes):
+    """One of two processes under DistributedDataParallel; keeps the gradients that each step leaves."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    head, levels = part_of_box_head(rank, classes)
+    network, gradients = DistributedDataParallel(TrainingBoxHead(head, on_cuda=True)), []
+    for loss in losses_of_steps(network, levels):
+        loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in head.named_parameters()})
+        network.zero_grad()
+    torch.save(gradients, folder / f"{rank}.pt")
+    leave()
+    end(World(rank, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("classes", [3, 80])  # all by flow_conv2d, or the classes level by level
+def test_box_head_on_a_gpu_in_two_processes(tmp_path, classes):
+    """Both have the mean of the gradients that the plain head has in each."""
+    torch.multiprocessing.spawn(train_box_head, (tmp_path, classes), nprocs=2)
+    expected = []
+    for rank in range(2):
+        head, levels = part_of_box_head(rank, classes)
+        steps = [torch.autograd.grad(loss, list(head.parameters())) for loss in losses_of_steps(head, levels)]
+        expected.append([dict(zip(dict(head.named_parameters()), step)) for step in steps])
+    for found in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
+        for step, (one, other) in enumerate(zip(*expected, strict=True)):
+            for name in one:
+                wanted = (one[name] + other[name]) / 2
+                torch.testing.assert_close(found[step][name], wanted, msg=lambda text: f"{step} {name}: {text}")
+
+
+@pytest.mark.parametrize("name, overrides", [("tiny", {}), ("tiny_dcn", {}), ("ablation_flow_source_cls_coco", {})])
+def test_compiled(name, overrides):
+    """One graph, forward and backward, with the outputs and gradients of the eager network."""
+    model = random_model(name, **overrides).double().train()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    network = optimize_for_training(model)
+    network.box_head = TrainingBoxHead(model.box_head, on_cuda=True)
+    expected, wanted = outputs_and_gradients(model, network, images)
+    torch.compiler.reset()
+    network.dense = torch.compile(network.dense, backend="aot_eager", fullgraph=True)
+    actual, found = outputs_and_gradients(model, network, images)
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(f"output {i}", one, other.numpy(), 1e-9)
+    for key, gradient in wanted.items():
+        assert (found[key] is None) == (gradient is None), key
+        if gradient is not None:
+            assert_close(key, found[key], gradient.numpy(), 1e-8)
 
 
 def test_only_the_box_head_changes_on_another_device():

@@ -254,7 +254,7 @@ class TestWriter:
         assert PanopticWriter(tmp_path / "maps", resume=True).is_done(0, "0.jpg")
 
     def test_by_hand_no_journal_appears(self, tmp_path):
-        """Nobody goes on from a writer that is used without `with` and `resume`; a second one is not in its way."""
+        """A writer used without `with` and `resume` keeps none, so that a second one can write to the folder."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writers = [PanopticWriter(tmp_path / "maps") for _ in range(2)]
         for index, writer in enumerate(writers):

@@ -9,13 +9,14 @@ import os
 import threading
 import time
 import traceback
+import weakref
 from concurrent.futures import Future
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from test_optimize import random_model
+from small_models import random_model
 
 import spatialflow
 from spatialflow.engine import predict, transfers
@@ -289,6 +290,41 @@ def test_leaving_early_ends_the_threads(predictor, files, monkeypatch, leave):
                 if leave == "break":
                     break
                 1 / 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("place", ["iterable", "decoder", "image", "network"])
+def test_an_error_keeps_no_image(model, monkeypatch, place, batch_size):
+    """Nor a batch on a GPU: once the caller has let go of the error, without the garbage collector."""
+    predictor, references = Predictor(model, batch_size=batch_size, **SETTINGS), []
+    predictor._transfers = Later([])
+    kinds = {"iterable": KeyError, "decoder": MemoryError, "image": spatialflow.ImageError, "network": ValueError}
+
+    check = predict.check_image
+
+    def broken(*_):
+        raise kinds[place]("here")
+
+    def images():
+        for number, image in enumerate(pictures(12)):
+            references.append(weakref.ref(image))
+            yield image
+            if place == "iterable" and number == 6:
+                broken()
+
+    if place in ("decoder", "image"):
+        monkeypatch.setattr(predict, "check_image", lambda i, name: broken() if name == "image 4" else check(i, name))
+    if place == "network":
+        monkeypatch.setattr(type(predictor.pipeline), "__call__", broken)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(kinds[place]):
+            for _ in predictor.stream(images()):
+                pass
+        assert len(references) > 1 and not any(one() is not None for one in references)
+    finally:
+        gc.enable()
 
 
 def test_times_are_those_of_the_image(predictor, files, monkeypatch):

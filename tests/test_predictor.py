@@ -71,7 +71,7 @@ def assert_same(a, b, exact=True):
     np.testing.assert_allclose(a.boxes, b.boxes, atol=0.05)
 
 
-def test_order_and_company_do_not_matter(model, predictor):
+def test_results_do_not_depend_on_the_batch(model, predictor):
     """A batch of different sizes equals its images alone, in the order given."""
     images = [picture(90, 130, 1), picture(130, 90, 2), picture(45, 65, 3), picture(91, 131, 4), picture(50, 50, 5)]
     together = spatialflow.Predictor(model, stuff_area_threshold=40, batch_size=3, **SHORT)(images)

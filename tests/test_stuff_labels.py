@@ -89,7 +89,7 @@ class TestStuffLabels(OpMatrix):
             assert not turned.is_contiguous(), name
             assert torch.equal(sample.op(turned, **sample.options), plain), name
 
-    def test_every_rounding_is_that_of_the_twin(self, sample):
+    def test_every_rounding_is_that_of_the_reference(self, sample):
         """Few values give ties and near ties at every pixel; only the same arithmetic decides them the same way."""
         sample = sample()
         for dtype in (torch.float32, torch.float64):

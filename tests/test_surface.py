@@ -87,25 +87,50 @@ def tensor_arguments() -> list[tuple[str, str]]:
     return [(op, key) for op, found in signatures.items() for key in found if "Tensor" in found[key].annotation]
 
 
+OPTIONS = {
+    "output_size": 1, "strides": [1], "iou_threshold": 0.5, "score_threshold": 0.5, "max_detections": 1, "size": (1, 1),
+    "sizes": [(1, 1)], "valid_size": (1, 1), "original_size": (1, 1), "mean": (0, 0, 0), "std": (1, 1, 1),
+    "stuff_labels": 1, "gt_segments": 1, "pred_segments": 1, "num_groups": 1, "per_level": 1,
+    "parameters": ops.FlowTowerParameters(),
+}  # fmt: skip
+
+
+def arguments_of(name: str) -> dict[str, object]:
+    """A tensor for every tensor of an operator, in a list where it takes lists alone, and an option for every other."""
+    parameters = inspect.signature(getattr(ops, name)).parameters
+    given = {key: torch.zeros(1) for op, key in tensor_arguments() if op == name}
+    given |= {key: value for key, value in OPTIONS.items() if key in parameters}
+    lists = ("features", "levels", "class_logits", "box_deltas")
+    return given | {key: [torch.zeros(1, 1, 1, 1)] for key in lists if key in given}
+
+
 @pytest.mark.parametrize("name, argument", tensor_arguments())
 def test_no_tensor(name, argument):
     """What stands in a tensor's place is named, whatever the dispatcher would make of it."""
-    tensors = {key: torch.zeros(1) for op, key in tensor_arguments() if op == name}
-    rest = {"output_size": 1, "strides": [1], "iou_threshold": 0.5, "score_threshold": 0.5, "max_detections": 1,
-            "size": (1, 1), "sizes": (1, 1), "valid_size": (1, 1), "original_size": (1, 1), "mean": (0, 0, 0),
-            "std": (1, 1, 1), "stuff_labels": 1, "gt_segments": 1, "pred_segments": 1, "num_groups": 1, "per_level": 1,
-            "parameters": ops.FlowTowerParameters()}  # fmt: skip
-    accepted = inspect.signature(getattr(ops, name)).parameters
-    given = tensors | {key: value for key, value in rest.items() if key in accepted}
-    for key in ("features", "levels", "class_logits", "box_deltas"):
-        if key in given:
-            given[key] = [torch.zeros(1, 1, 1, 1)]
+    accepted, given = inspect.signature(getattr(ops, name)).parameters, arguments_of(name)
     for wrong, kind in (([0.5], "(list|float)"), (None, "NoneType"), ({}, "dict")):
         wrong = [wrong] if isinstance(given[argument], list) else wrong
         if wrong is None and "None" in accepted[argument].annotation:
             continue
         with pytest.raises(TypeError, match=rf"^{name}: {argument}(\[0\])? must be a tensor, got {kind}$"):
             getattr(ops, name)(**given | {argument: wrong})
+
+
+def sequence_options() -> list[tuple[str, str]]:
+    """(operator, option) for all options that take several numbers, and not one alone, which the schema would check."""
+    signatures = {name: inspect.signature(getattr(ops, name)).parameters for name in public()}
+    kinds = {(op, key): str(found[key].annotation) for op, found in signatures.items() for key in found}
+    several = re.compile(r"(Sequence|tuple|Union\[tuple)\[")
+    return [key for key, kind in kinds.items() if several.match(kind) and "Tensor" not in kind]
+
+
+@pytest.mark.parametrize("name, option", sequence_options())
+@pytest.mark.parametrize("wrong", [None, 0.5])
+def test_no_sequence(name, option, wrong):
+    """What stands in a sequence's place is named."""
+    images = {"images": [torch.zeros(1, 1, 3, dtype=torch.uint8)]} if name == "preprocess_images" else {}
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: {option} must .*, got {wrong}"):
+        getattr(ops, name)(**arguments_of(name) | images | {option: wrong})
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")

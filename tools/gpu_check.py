@@ -47,9 +47,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-from harness import markdown, results_path, write_text  # noqa: E402
+from gpu_page import as_markdown, read_json  # noqa: E402
+from harness import results_path, write_text  # noqa: E402
 
 NO_GPU = 77
 TOTALS = {"first": 480.0, "second": 480.0, "quick": 120.0}
@@ -286,6 +287,12 @@ def operators() -> list[str]:
     return [op for op in listed if (ROOT / "tests" / f"test_{op}.py").is_file()]
 
 
+def operator_tests() -> list[str]:
+    """Test files of all operators: test_<operator>.py, then test_<operator>_<subject>.py."""
+    patterns = [f"tests/test_{op}{ending}.py" for op in operators() for ending in ("", "_*")]
+    return list(dict.fromkeys(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)))
+
+
 def find_tool(name: str) -> str | None:
     """Path of a program of the CUDA toolkit."""
     folders = ["/usr/local/cuda/bin", *sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)]
@@ -325,7 +332,8 @@ def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") ->
     chosen = ["-k", selection] if selection else []
     if not on_gpu:
         chosen, limit = ["-k", "test_reference and float32"], 900
-    files = [f"tests/test_{op}.py" for op in operators()]
+    # What is selected are questions of the matrix: each operator's first file asks them.
+    files = [f"tests/test_{op}.py" for op in operators()] if chosen else operator_tests()
     return Step("operator tests", pytest_command(*chosen), files, least, limit, pytest_detail, together="tests")
 
 
@@ -449,85 +457,6 @@ def last_summary(output: str) -> str:
     """compute-sanitizer's verdict."""
     lines = [line for line in output.split("\n") if "SUMMARY" in line]
     return lines[-1].strip("= ") if lines else output.strip().rsplit("\n", 1)[-1][:200]
-
-
-def as_markdown(about: dict[str, Any], outcomes: list[Outcome], folder: Path) -> str:
-    """The page: steps, then roofline shares, times and the pipeline's stages, as far as they were measured."""
-    lines = [
-        f"# gpu-check on {about['device']}",
-        "",
-        f"Driver {about['driver'] or 'unknown'}, torch {about['torch']} (CUDA {about['cuda']}), "
-        f"commit {about['commit']}, back end {about['backend']}, {about['seconds']:.0f} s in all.",
-        "",
-        "| step | result | seconds | |",
-        "|---|---|---:|---|",
-    ]
-    for outcome in outcomes:
-        detail = outcome.detail.replace("|", "\\|")
-        lines.append(f"| {outcome.name} | {outcome.status} | {outcome.seconds} | {detail} |")
-    text = "\n".join(lines) + "\n"
-    for title, part in (
-        ("Share of the roofline", roofline(folder, about["commit"])),
-        ("Times", markdown(results_of(folder, about["commit"]))),
-        ("Pipeline by stage", stages(folder, about["commit"])),
-    ):  # fmt: skip
-        text += f"\n## {title}\n\n{part}\n" if part else ""
-    return text
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def results_of(folder: Path, commit: str | None) -> list[Path]:
-    """The JSON files of benchmarks that this commit wrote."""
-    return [path for path in sorted(folder.glob("*.json")) if read_json(path).get("commit") == commit]
-
-
-def roofline(folder: Path, commit: str | None) -> str:
-    """Forward kernels beside the time that their bytes and operations take at this card's ceilings."""
-    rates = read_json(folder / "card.json").get("rates")
-    if not rates:
-        return ""
-    contents = [read_json(path) for path in results_of(folder, commit)]
-    lines = [
-        ", ".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in rates.items()) + ".",
-        "",
-        "| op | case | dtype | floor us | kernel us | share |",
-        "|---|---|---|---:|---:|---:|",
-    ]
-    for content in contents:
-        for row in content.get("rows", []):
-            if row.get("provider") not in ("spatialflow", "spatialflow packed") or "kernel_ms" not in row:
-                continue
-            if row["mode"] != "forward" or not (row.get("bytes") or row.get("operations")):
-                continue
-            kind = "float32" if row["dtype"] == "float32" else "bfloat16"
-            by_bytes = (row.get("bytes") or 0) / rates["copy_gigabytes_per_second"] / 1e3
-            by_operations = (row.get("operations") or 0) / rates[f"{kind}_teraflops_per_second"] / 1e6
-            floor, kernel = max(by_bytes, by_operations), row["kernel_ms"] * 1e3
-            name = content["op"] + (" packed" if row["provider"].endswith("packed") else "")
-            lines.append(f"| `{name}` | {row['case']} | {row['dtype']} | {floor:.1f} | {kernel:.1f} | "
-                         f"{100 * floor / kernel:.0f} % |")  # fmt: skip
-    return "\n".join(lines) if len(lines) > 4 else ""
-
-
-def stages(folder: Path, commit: str | None) -> str:
-    """The pipeline's forms, and its table by stage."""
-    content = read_json(folder / "stages.json")
-    if not content or content.get("commit") != commit:
-        return ""
-    size = "x".join(map(str, content["size"]))
-    lines = [f"{content['config']}, {size}, {content['dtype']}, from array to map."]
-    for row in content["forms"]:
-        replay = f", replay {row['replay_ms']:.2f} ms on the GPU" if "replay_ms" in row else ""
-        lines.append(f"{row['form']}: {row['images_per_second']:.1f} images/s, {row['median_ms']:.2f} ms{replay}.")
-    if "stages" not in content:
-        return "\n".join(lines)
-    lines += ["", "| stage | kernels | ms |", "|---|---:|---:|"]
-    lines += [f"| {row['stage']} | {row['kernels']} | {row['ms']:.3f} |" for row in content["stages"]]
-    total = [sum(row[key] for row in content["stages"]) for key in ("kernels", "ms")]
-    return "\n".join([*lines, f"| sum | {total[0]} | {total[1]:.3f} |"])
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

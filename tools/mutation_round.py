@@ -197,17 +197,8 @@ def test(operator: str) -> tuple[int, str]:
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
     if (goldens := ROOT.parent / "shared").is_dir():
         environment.setdefault("SPATIALFLOW_FIXTURES", str(goldens))
-    done = run(
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"tests/test_{operator}.py",
-        env=environment,
-    )
+    files = [path for ending in ("", "_*") for path in COPY.glob(f"tests/test_{operator}{ending}.py")]
+    done = run(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files, env=environment)
     return done.returncode, (done.stdout.strip() or done.stderr.strip()).rsplit("\n", 1)[-1]
 
 
@@ -265,8 +256,8 @@ def main() -> int:
         for operator in sorted({mutation.operator for mutation in mutations}):
             code, verdict = test(operator)
             if code != 0:
-                raise RuntimeError(f"tests/test_{operator}.py fails without a mutation: {verdict}")
-            print(f"   clean  tests/test_{operator}.py: {verdict}", flush=True)
+                raise RuntimeError(f"the tests of {operator} fail without a mutation: {verdict}")
+            print(f"   clean  tests of {operator}: {verdict}", flush=True)
         survivors = sum(survives(mutation) for mutation in mutations)
         for fault in {(fault.target, fault.tests): fault for fault in faults}.values():
             code, output = sanitize(fault)

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-# Every allocation is the driver's own, so that its bounds, and what nobody wrote, are known.
+# Every allocation is the driver's own, so that its bounds, and what was never written, are known.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 # torch asks for the toolkit's headers before it compiles a kernel, though the planted ones include none.
 os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
@@ -32,7 +32,7 @@ PLANTED = {
         data[threadIdx.x] = 1;
     }""",
 }
-"""Tool -> a kernel with the fault that it looks for; 64 threads, `data` holds 1024 numbers that nobody wrote."""
+"""Tool -> a kernel with the fault that it looks for; 64 threads, `data` holds 1024 numbers that were never written."""
 
 
 def run_planted(tool: str) -> None:

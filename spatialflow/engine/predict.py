@@ -284,7 +284,10 @@ class Predictor:
         with closing(self.outcomes(images)) as outcomes:
             for outcome in outcomes:
                 if outcome.error is not None:
-                    raise outcome.error
+                    try:
+                        raise outcome.error
+                    finally:
+                        del outcome  # its error refers to this frame
                 yield outcome.result
 
     def outcomes(self, images: Iterable[Image]) -> Iterator[Outcome]:
@@ -308,7 +311,10 @@ class Predictor:
                     outcome = done.pop(given)
                     given += 1
                     if not isinstance(outcome.error, (ImageError, type(None))):
-                        raise outcome.error
+                        try:
+                            raise outcome.error
+                        finally:
+                            del outcome  # its error refers to this frame
                     yield outcome
 
     def _batches(self, images: Iterable[Image], failed: dict[int, Outcome]) -> Iterator[list[_Item]]:
@@ -340,7 +346,10 @@ class Predictor:
         yield from waiting.values()
         yield []
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
 
     def _load(self, place: tuple[int, Image]) -> _Item:
         """Reads an image; in a worker thread, if it is one of many."""

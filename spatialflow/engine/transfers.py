@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Download(NamedTuple):
-    """Tensors on their way to the host."""
+    """Copies of tensors to the host, which may not have ended."""
 
     value: Any
     done: Optional[torch.cuda.Event]  # None on the CPU
@@ -74,7 +74,7 @@ class Transfers:
         return uploaded
 
     def download(self, value: Any) -> Download:
-        """Queues copies of all tensors of nested tuples and lists behind the current stream's work."""
+        """Queues copies of all tensors in nested lists and named tuples behind the current stream's work."""
         if not self._is_gpu:
             return Download(value, None)
         value = _map(lambda tensor: tensor.to("cpu", non_blocking=True), value)

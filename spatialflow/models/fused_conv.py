@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spatialflow.ops.differentiable import autocast
+
 
 class Shape(NamedTuple):
     """How a convolution moves over its input; the dilation is 1."""
@@ -28,16 +30,21 @@ def fused_conv2d(
     """relu(conv2d(x) + bias + residual), without gradients.
 
     Args:
-        x: (N, C, H, W), channels-last.
+        x: (N, C, H, W), channels-last; of the dtype of the weight, or any where autocast is on.
         weight: (O, C / groups, kernel height, kernel width), channels-last.
-        bias: (O,) or None.
+        bias: (O,) of the dtype of the weight, or None.
         shape: stride, padding, groups.
         relu: whether the sum is rectified.
         residual: (N, O, H', W') channels-last, which may be overwritten; or None.
 
     Returns:
         (N, O, H', W'), channels-last.
+
+    Raises:
+        RuntimeError: `x` and `weight` differ in dtype or device.
     """
+    if x.dtype != weight.dtype or x.device != weight.device:
+        x, weight, bias, residual = _cast("fused_conv2d", x, weight, bias, residual)
     if _has_onednn_epilogue(x):
         return _by_onednn(x, weight, bias, shape, relu, residual)
     if _has_cudnn_epilogue(x, weight, shape, relu):
@@ -57,14 +64,28 @@ def fused_conv2d(
     return y.relu_() if relu else y
 
 
+def _cast(name: str, x: Tensor, weight: Tensor, *others: Optional[Tensor]) -> list[Optional[Tensor]]:
+    """All tensors as autocast wants them; RuntimeError where `x` does not fit the weight even so."""
+    cast = [tensor if tensor is None else autocast(tensor) for tensor in (x, weight, *others)]
+    if cast[0].dtype != cast[1].dtype or cast[0].device != cast[1].device:
+        raise RuntimeError(
+            f"{name}: x must be {weight.dtype} on {weight.device}, as the weight is, got {x.dtype} on {x.device}"
+        )
+    return cast
+
+
 def _has_onednn_epilogue(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        _ONEDNN_IS_THERE
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # private to torch: may be gone in a later one
+        and not torch.compiler.is_compiling()  # the operators have no fake kernels; the compiler fuses by itself
     )
+
+
+# The operators are private to torch, and may be gone in a later one.
+_ONEDNN_IS_THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def _by_onednn(
@@ -127,7 +148,9 @@ def _by_matrix_product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Ten
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """relu(x @ weight.T + bias) for x (N, I) and weight (O, I), on a GPU in one kernel."""
+    """relu(x @ weight.T + bias) for x (N, I) and weight (O, I), on a GPU in one kernel; dtypes as in `fused_conv2d`."""
+    if x.dtype != weight.dtype or x.device != weight.device:
+        x, weight, bias = _cast("linear_relu", x, weight, bias)
     if x.device.type == "cpu":
         return F.linear(x, weight, bias).relu_()
     return torch._addmm_activation(bias, x, weight.t())

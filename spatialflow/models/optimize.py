@@ -6,7 +6,7 @@ instead of parameters. The plain modules are the reference.
 """
 
 import copy
-from typing import Any, Optional, Sequence, TypeVar
+from typing import Any, Callable, Optional, Sequence, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,35 @@ def pack(conv: nn.Conv2d) -> PackedConv:
     return pack_conv3x3(conv.weight.detach(), None if conv.bias is None else conv.bias.detach())
 
 
-class PackedConv3x3(nn.Module):
+class PackedModule(nn.Module):
+    """A module with packed convolutions, which are packed again where `.to` changes their device or dtype.
+
+    Args:
+        packed: the convolutions.
+    """
+
+    def __init__(self, packed: Union[PackedConv, list[PackedConv], FlowTowerParameters]):
+        super().__init__()
+        self.packed = packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
+        """What `.to`, `.cuda`, `.half` and the like call for every tensor of a module."""
+        super()._apply(fn, recurse)
+        self.packed = _moved(self.packed, fn)
+        return self
+
+
+def _moved(packed: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """`packed` with every convolution packed again whose weight `fn` changes."""
+    if isinstance(packed, PackedConv):
+        weight, bias = fn(packed.weight), None if packed.bias is None else fn(packed.bias)
+        return packed if weight is packed.weight else pack_conv3x3(weight, bias, packed.algorithm)
+    if isinstance(packed, FlowTowerParameters):
+        return FlowTowerParameters(*(_moved(field, fn) for field in packed))
+    return type(packed)(_moved(one, fn) for one in packed) if isinstance(packed, (list, tuple)) else packed
+
+
+class PackedConv3x3(PackedModule):
     """A 3x3 convolution of stride 1 over a tensor or a list of levels, its weights arranged once.
 
     Args:
@@ -151,21 +179,20 @@ class PackedConv3x3(nn.Module):
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool = False):
-        super().__init__()
-        self.packed, self.relu = pack(conv), relu
+        super().__init__(pack(conv))
+        self.relu = relu
 
     def forward(self, x: Levels, flow: Optional[Levels] = None) -> Levels:
         """relu(conv(x + flow)), of the structure of `x`."""
         return flow_conv2d(x, flow, self.packed, None, self.relu)
 
 
-class PackedFPN(nn.Module):
+class PackedFPN(PackedModule):
     """`FPN`, the three output convolutions packed."""
 
     def __init__(self, fpn: FPN):
-        super().__init__()
+        super().__init__([pack(conv) for conv in fpn.output])
         self.lateral = nn.ModuleList(map(FusedConv, fpn.lateral))
-        self.output = [pack(conv) for conv in fpn.output]
         self.p6, self.p7 = FusedConv(fpn.p6), FusedConv(fpn.p7)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -174,14 +201,13 @@ class PackedFPN(nn.Module):
             above = F.interpolate(merged[0], size=feature.shape[-2:], mode="nearest")
             merged.insert(0, lateral(feature, residual=above))  # the upsampled map is fresh: the sum goes on top of it
         p6 = self.p6(features[-1])
-        return [*flow_conv2d(merged, None, self.output, relu=False), p6, self.p7(p6)]
+        return [*flow_conv2d(merged, None, self.packed, relu=False), p6, self.p7(p6)]
 
 
-class PackedTower(nn.Module):
+class PackedTower(PackedModule):
     """`Subnets` without deformable stages, all levels in one call of `flow_tower`."""
 
     def __init__(self, subnets: Subnets):
-        super().__init__()
         convs = {
             name: tuple((conv.weight.detach(), conv.bias.detach()) for conv in modules)
             for name, modules in (
@@ -196,14 +222,12 @@ class PackedTower(nn.Module):
             )
         }
         flows = any(convs[name] for name in ("flow_cls", "flow_stuff", "flow_thing"))
-        self.parameters_of_tower = pack_flow_tower(
-            FlowTowerParameters(
-                **convs, flow_source=subnets.source if flows else None, segmentation_levels=SEGMENTATION_LEVELS
-            )
-        )
+        source = subnets.source if flows else None
+        parameters = FlowTowerParameters(**convs, flow_source=source, segmentation_levels=SEGMENTATION_LEVELS)
+        super().__init__(pack_flow_tower(parameters))
 
     def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
-        return SubnetFeatures(*flow_tower(list(pyramid), self.parameters_of_tower))
+        return SubnetFeatures(*flow_tower(list(pyramid), self.packed))
 
 
 class PackedSubnets(nn.Module):
@@ -279,15 +303,14 @@ def _add(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(a, b)]
 
 
-class PackedBoxHead(nn.Module):
+class PackedBoxHead(PackedModule):
     """`BoxHead`, both predictors on all levels in one call."""
 
     def __init__(self, head: BoxHead):
-        super().__init__()
-        self.predictors = [pack(head.class_logits), pack(head.box_deltas)]
+        super().__init__([pack(head.class_logits), pack(head.box_deltas)])
 
     def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return tuple(flow_conv2d([list(cls), list(reg)], None, self.predictors, relu=False))
+        return tuple(flow_conv2d([list(cls), list(reg)], None, self.packed, relu=False))
 
 
 class PackedThingHead(ThingHead):
@@ -392,8 +415,8 @@ def optimize_for_inference(
     Returns:
         A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no
         weights with `model`, and cannot be trained. It can be pickled and copied: packed weights are packed again
-        where it is loaded, for the instruction set there. It stays on its device and in its dtype: moved by `.to`, it
-        raises a RuntimeError where packed weights do not fit.
+        where it is loaded, for the instruction set there, and where `.to` moves it to another device or dtype. Images
+        of another dtype than its weights raise a RuntimeError.
     """
     with torch.no_grad():
         source = copy.deepcopy(model).to(device)

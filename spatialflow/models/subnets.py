@@ -13,7 +13,7 @@ SEGMENTATION_LEVELS = 3
 
 
 class SubnetFeatures(NamedTuple):
-    """What the four sub-networks hand to the heads; an absent sub-network hands on the FPN features."""
+    """Inputs of the heads: final features of the four sub-networks, for an absent one those of the FPN."""
 
     cls: list[Tensor]  # 5 x (N, C, H, W)
     reg: list[Tensor]  # 5 x (N, C, H, W)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Python checks of arguments: pairs of sizes always, values within `checked()` only.
+"""What Python checks of arguments: sequences of numbers always, values within `checked()` only.
 
 Bad values are otherwise ignored safely; shapes, dtypes and devices are checked in C++ (`csrc/ops`).
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -35,9 +36,16 @@ def is_checking() -> bool:
     return not torch.compiler.is_compiling() and _checking.get()
 
 
+def items(op: str, name: str, values: Iterable[Any]) -> list[Any]:
+    """What `values` holds; ValueError if it is no sequence."""
+    if not hasattr(values, "__iter__"):
+        raise ValueError(f"{op}: {name} must be a sequence, got {values!r}")
+    return list(values)
+
+
 def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:
     """`value`, if it is a pair; ValueError otherwise."""
-    if isinstance(value, (int, float)) or len(value) != 2:
+    if not hasattr(value, "__len__") or len(value) != 2:
         raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
     return value
 

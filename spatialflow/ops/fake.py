@@ -19,7 +19,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     refuses when it runs.
 
     torch sends a call with one meta tensor here whatever the others are; what the fake kernel makes for real tensors is
-    memory that nobody writes.
+    memory that is never written.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:

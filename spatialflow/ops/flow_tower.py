@@ -46,7 +46,7 @@ class FlowTowerParameters(NamedTuple):
 
 
 class FlowTowerOutput(NamedTuple):
-    """Final features; an absent sub-network hands on the levels it was given."""
+    """Final features; for an absent sub-network the levels that the tower was given."""
 
     cls: list[Tensor]
     reg: list[Tensor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
+from spatialflow.ops.checking import is_checking, items, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
@@ -44,7 +44,7 @@ def multilevel_roi_align(
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `features`, `output_size` or `boxes` of a wrong kind; within `checked()` also bad values.
+        ValueError: `features`, `output_size`, `strides` or `boxes` of a wrong kind; within `checked()` also bad values.
 
     Remarks:
         Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), the area in square pixels; 0
@@ -69,7 +69,7 @@ def multilevel_roi_align(
         got = f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "none"
         raise ValueError(f"features must be a sequence of at least one level, got {got}")
     height, width = _pair(output_size)
-    boxes = _as_rows(boxes, features[0])
+    boxes, strides = _as_rows(boxes, features[0]), items("multilevel_roi_align", "strides", strides)
     pooled = _multilevel_roi_align(
         [autocast(feature) for feature in features], boxes, height, width, [float(stride) for stride in strides],
         sampling_ratio, bool(aligned), float(finest_scale),
@@ -93,7 +93,7 @@ class MultilevelRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.output_size = output_size
-        self.strides = tuple(strides)
+        self.strides = tuple(items("MultilevelRoIAlign", "strides", strides))
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.finest_scale = finest_scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import height_and_width
+from spatialflow.ops.checking import height_and_width, items
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -38,6 +38,7 @@ def preprocess_images(
 
     Raises:
         RuntimeError: a shape, dtype, size or number that does not fit, naming the argument.
+        ValueError: `sizes`, `mean` or `std` that is no sequence, naming it.
 
     Remarks:
         Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR (no antialias; an image that halves
@@ -57,8 +58,10 @@ def preprocess_images(
         images, sizes = [images], [sizes]
     if len(images) == 0:
         raise RuntimeError("preprocess_images: images must hold at least one image")
+    sizes = items("preprocess_images", "sizes", sizes)
     sizes = [height_and_width("preprocess_images", f"sizes[{index}]", size) for index, size in enumerate(sizes)]
     heights, widths = [height for height, _ in sizes], [width for _, width in sizes]
+    mean, std = items("preprocess_images", "mean", mean), items("preprocess_images", "std", std)
     return _preprocess_images(
         list(images), heights, widths, [float(m) for m in mean], [float(s) for s in std], divisor, dtype
     )

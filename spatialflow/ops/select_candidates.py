@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, items, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -49,7 +49,7 @@ def select_candidates(
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list, or one number as `strides`;
+        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list, or no sequence as `strides`;
             within `spatialflow.ops.checked()` a value that is not finite.
 
     Remarks:
@@ -79,10 +79,9 @@ def select_candidates(
         if isinstance(levels, Tensor) or not levels:
             got = f"a tensor of shape {tuple(levels.shape)}" if isinstance(levels, Tensor) else "none"
             raise ValueError(f"select_candidates: {name} must be a sequence of at least one level, got {got}")
-    if isinstance(strides, int):
-        raise ValueError(f"select_candidates: strides must be a sequence with one for each level, got {strides}")
+    strides = items("select_candidates", "strides", strides)
     selected = _select_candidates(
-        list(class_logits), list(box_deltas), base_anchors, list(strides), valid_sizes, scale_factors, per_level
+        list(class_logits), list(box_deltas), base_anchors, strides, valid_sizes, scale_factors, per_level
     )
     if is_checking():  # values; the operator has checked the shapes
         for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):

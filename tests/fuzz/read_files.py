@@ -346,7 +346,7 @@ def _checkpoint(base: int) -> Any:
 
 
 REFUSED_AS_THEY_ARE = {"checkpoint": (4, 5, 6, 7, 9), "setting": range(1 << 16)}
-"""Files that nobody should take: they hold calls, or no network."""
+"""Files that a reader must refuse: they hold calls, or no network."""
 
 TENSORS = (
     lambda: torch.zeros(0), lambda: torch.full((3,), float("nan")), lambda: torch.zeros(4, 4, dtype=torch.int64),

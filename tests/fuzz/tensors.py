@@ -6,7 +6,7 @@ A tensor is described by a dictionary, so that a case can be printed and replaye
     {"tensor": [2, 3, 4, 5], "dtype": "float32", "values": {"kind": "normal", "seed": 7}, "layout": {"order": ...}}
 
 Its memory is an arena between pages that cannot be read or written. A read beyond the storage ends the process, and one
-beyond the tensor but within the storage finds NaN. `Memory.changed` tells whether somebody wrote there.
+beyond the tensor but within the storage finds NaN. `Memory.changed` tells whether something was written there.
 """
 
 from __future__ import annotations

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs shared by the tests of flow_conv2d."""
+
+import torch
+
+CODES = {"auto": 0, "winograd": 1, "direct": 2, "tf32": 3, "tf32x3": 4}
+"""What the raw operators call the algorithms."""
+
+
+def eighths(*size: int) -> torch.Tensor:
+    """Normal float64 numbers between -3 and 3, rounded to whole eighths."""
+    return (torch.randn(size, dtype=torch.float64).clamp(-3, 3) * 8).round() / 8
+
+
+def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, batch: int):
+    """A function that makes x, flow, weight and bias in float64, on maps larger by its argument."""
+
+    def build(grow: int = 0) -> list:
+        """x and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
+        x = [eighths(batch, channels, h + grow, w + grow) for h, w in sizes]
+        weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
+        return [
+            x,
+            [eighths(*level.shape) for level in x] if flow else None,
+            weight,
+            torch.randn(out_channels, dtype=torch.float64) if bias else None,
+        ]
+
+    return build

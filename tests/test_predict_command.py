@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `predict`: what it writes, which images it takes, what it leaves alone, and how it ends."""
+
+import argparse
+import os
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from command_line import FAST, sentences
+
+import spatialflow
+from spatialflow import images
+from spatialflow.cli import main
+from spatialflow.console import list_images
+from spatialflow.engine import predict
+from spatialflow.engine.pipeline import Pipeline
+from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
+from spatialflow.prediction_folder import HELD, PredictionFolder
+
+
+def assert_complete(output, names):
+    """Exactly the files of `names` are there, and JSON, maps and pictures agree."""
+    content = read_panoptic_json(output / "panoptic.json", with_categories=True)
+    stems = sorted(name.split(".")[0] for name in names)
+    assert sorted(path.stem for path in (output / "panoptic").iterdir()) == stems
+    assert sorted(path.stem for path in (output / "overlays").iterdir()) == stems
+    assert sorted(image["file_name"] for image in content["images"]) == sorted(names)
+    for image, annotation in zip(content["images"], content["annotations"]):
+        ids = read_id_map(output / "panoptic" / annotation["file_name"])
+        assert ids.shape == (image["height"], image["width"])
+        assert {segment["id"] for segment in annotation["segments_info"]} == set(np.unique(ids)) - {0}
+        stem = annotation["file_name"].split(".")[0]
+        assert cv2.imread(str(output / "overlays" / f"{stem}.jpg")).shape[:2] == ids.shape
+
+
+class TestPredict:
+    def test_every_kind_of_image(self, photographs, weights, tmp_path, capsys):
+        assert main(["predict", str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
+        assert_complete(tmp_path, [path.name for path in photographs.iterdir()])
+        printed = capsys.readouterr()
+        assert "6 of 6 images done" in printed.out and "network" in printed.out and printed.err == ""
+
+    def test_same_map_as_the_python_api(self, photographs, weights, tmp_path):
+        path = photographs / "plain.jpg"
+        assert main(["predict", str(path), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
+        model = spatialflow.load_checkpoint(spatialflow.build_model("tiny"), weights).eval()
+        predictor = spatialflow.Predictor(model, test_short_edges=[64], test_long_edge=96, stuff_area_threshold=20)
+        assert np.array_equal(read_id_map(tmp_path / "panoptic" / "plain.png"), predictor(path).id_map)
+
+    def test_low_precision(self, photographs, weights, tmp_path):
+        arguments = [str(photographs / "plain.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path)]
+        assert main(["predict", *arguments, "--dtype", "bfloat16", *FAST]) == 0
+        assert_complete(tmp_path, ["plain.jpg"])
+
+    def test_bad_files_are_named_and_skipped(self, photographs, weights, tmp_path, capsys):
+        bad = tmp_path / "bad"
+        bad.mkdir()
+        whole = (photographs / "plain.jpg").read_bytes()
+        (bad / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+        (bad / "text.jpg").write_text("not a picture")
+        (bad / "empty.png").touch()
+        given = [bad / "missing.jpg", photographs / "plain.jpg", bad, photographs / "dot.png"]
+        output = tmp_path / "out"
+        code = main(["predict", *map(str, given), "--checkpoint", str(weights), "--output", str(output), *FAST])
+        assert code == 1
+        said = sentences(capsys)
+        for name, reason in {
+            "missing.jpg": "No such file",
+            "cut.jpg": "truncated",
+            "text.jpg": "not an image",
+            "empty.png": "empty",
+        }.items():
+            assert len([line for line in said if f"/{name}: " in line and reason in line]) == 1, (name, said)
+        assert len(said) == 4
+        assert_complete(output, ["plain.jpg", "dot.png"])
+
+    def test_defects_are_sentences(self, photographs, weights, tmp_path, capsys):
+        (tmp_path / "a.jpg").write_bytes((photographs / "plain.jpg").read_bytes()[:-2])
+        command = ["predict", str(tmp_path / "a.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+        assert main(command) == 0
+        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
+
+    def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
+        """What is done when Ctrl-C comes is complete, JSON included."""
+        read = images.read_image
+
+        def interrupted(path):
+            if path.name == "grey.png":
+                raise KeyboardInterrupt
+            return read(path)
+
+        monkeypatch.setattr(predict, "read_image", interrupted)
+        arguments = [str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+        assert main(["predict", *arguments]) == 130
+        assert_complete(tmp_path, ["deep.png", "dot.png"])
+
+    def test_errors_are_in_the_order_of_the_images(self, photographs, weights, tmp_path, monkeypatch, capsys):
+        """Whether reading or writing fails, and although reading is ahead of writing."""
+        names = [f"{number}.jpg" for number in range(8)]
+        for number, name in enumerate(names):
+            (tmp_path / name).write_bytes(b"no image" if number in (1, 4) else (photographs / "plain.jpg").read_bytes())
+        write = writer.write_id_map
+
+        def full(path, ids):
+            time.sleep(0.05)
+            if path.stem in ("2", "5"):
+                raise OSError(28, "No space left on device")
+            write(path, ids)
+
+        monkeypatch.setattr(writer, "write_id_map", full)
+        command = ["predict", *(str(tmp_path / name) for name in names), "--checkpoint", str(weights), *FAST]
+        assert main([*command, "--output", str(tmp_path / "out")]) == 1
+        said = [": ".join(sentence.split("/")[-1].split(": ")[:2]) for sentence in sentences(capsys)]
+        damaged = "is not an image of a known format, or is damaged"
+        refused = "cannot be written"
+        assert said == [f"1.jpg: {damaged}", f"2.png: {refused}", f"4.jpg: {damaged}", f"5.png: {refused}"]
+        assert_complete(tmp_path / "out", ["0.jpg", "3.jpg", "6.jpg", "7.jpg"])
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("map_ahead")]
+
+    def test_slow_writing_holds_few_results(self, photographs, weights, tmp_path, monkeypatch):
+        for number in range(20):
+            (tmp_path / f"{number}.jpg").write_bytes((photographs / "plain.jpg").read_bytes())
+        write, predicted, most = writer.write_id_map, [], []
+        run = Pipeline.__call__
+
+        def slow(path, ids):
+            deadline = time.monotonic() + 30
+            while len(most) < 10 and len(predicted) - len(most) < HELD and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.02)  # for more of them
+            most.append(len(predicted) - len(most))
+            write(path, ids)
+
+        monkeypatch.setattr(writer, "write_id_map", slow)
+        monkeypatch.setattr(Pipeline, "__call__", lambda *args: (predicted.append(0), run(*args))[1])
+        command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(tmp_path / "out"), *FAST]
+        assert main(command) == 0
+        assert len(most) == 20 and max(most) == HELD
+
+    @pytest.mark.parametrize("place", ["network", "writing"])
+    def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
+        """It reaches the caller from any thread, and the images before it are complete."""
+        target, name = {"network": (Pipeline, "__call__"), "writing": (PredictionFolder, "_add")}[place]
+        plain, left = getattr(target, name), [3]
+
+        def failing(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("a mistake in the program")
+            return plain(*args)
+
+        monkeypatch.setattr(target, name, failing)
+        command = ["predict", str(photographs), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+        with pytest.raises(RuntimeError, match="a mistake in the program") as caught:
+            main(command)
+        assert "in failing" in "".join(traceback.format_exception(caught.value))
+        assert_complete(tmp_path, ["deep.png", "dot.png", "grey.png"])
+
+    def test_the_end_waits_for_the_image_that_is_being_written(self, photographs, weights, tmp_path, monkeypatch):
+        """Although a second interrupt may have ended the wait for the thread."""
+        images, _ = list_images([photographs / "dot.png"])
+        folder = PredictionFolder(tmp_path, images, [], {}, overlays=False, detections=False, resume=False)
+        write, begun = writer.write_id_map, threading.Event()
+
+        def slow(path, ids):
+            begun.set()
+            time.sleep(0.2)
+            write(path, ids)
+
+        monkeypatch.setattr(writer, "write_id_map", slow)
+        result = argparse.Namespace(id_map=np.zeros((1, 1), np.int32), segments=[])
+        with folder:
+            thread = threading.Thread(target=folder.add, args=(images[0], result, None))
+            thread.start()
+            assert begun.wait(30)
+        assert [image["file_name"] for image in read_panoptic_json(tmp_path / "panoptic.json")["images"]] == ["dot.png"]
+        thread.join()
+
+    def test_ids_that_coincide(self, photographs, weights, tmp_path):
+        """Two numbers that are one become the texts that they are."""
+        for name in ("7.jpg", "007.jpg", "8.jpg"):
+            (tmp_path / name).write_bytes((photographs / "plain.jpg").read_bytes())
+        output = tmp_path / "out"
+        assert main(["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 0
+        assert_complete(output, ["007.jpg", "7.jpg", "8.jpg"])
+        images = read_panoptic_json(output / "panoptic.json")["images"]
+        assert [(image["file_name"], image["id"]) for image in images] == [
+            ("007.jpg", "007"), ("7.jpg", "7"), ("8.jpg", 8)
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("names", [("a/x.jpg", "b/x.jpg"), ("a/x.jpg", "a/x.png")])
+    def test_names_that_coincide(self, photographs, tmp_path, capsys, names):
+        """Refused before any work: one would overwrite the other's results."""
+        paths = [tmp_path / name for name in names]
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes((photographs / "plain.jpg").read_bytes())
+        assert main(["predict", *map(str, paths), "--output", str(tmp_path / "out"), *FAST]) == 2
+        (said,) = sentences(capsys)
+        assert said.startswith(f"{paths[1]}: has the same name as {paths[0]}, and output files are named by it")
+        assert not (tmp_path / "out").exists()
+
+    def test_one_file_given_twice(self, photographs, weights, tmp_path):
+        given = [str(photographs / "dot.png"), str(photographs), os.path.relpath(photographs / "dot.png")]
+        assert main(["predict", *given, "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
+        assert_complete(tmp_path, [path.name for path in photographs.iterdir()])
+
+    @pytest.mark.parametrize("output", ["out", "."])
+    def test_images_in_sub_folders(self, photographs, weights, tmp_path, capsys, output):
+        """Left out with a sentence that counts them; earlier results in the same folder are no images."""
+        for name in ("plain.jpg", "one/plain.jpg", "one/two/dot.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())
+        output = tmp_path / output
+        command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]
+        replaces = f"{output}: holds the results of an earlier run, which this one replaces"
+        for said in ([], [replaces]):
+            assert main([*command, "--recursive"]) == 0 and sentences(capsys) == said
+        content = read_panoptic_json(output / "panoptic.json")
+        names = ["one/plain.jpg", "one/two/dot.png", "plain.jpg"]
+        assert [image["file_name"] for image in content["images"]] == names
+        assert [image["id"] for image in content["images"]] == ["one/plain", "dot", "plain"]
+        for annotation, name in zip(content["annotations"], names):
+            assert annotation["file_name"] == name.split(".")[0] + ".png"
+            assert read_id_map(output / "panoptic" / annotation["file_name"]).shape
+            assert (output / "overlays" / name).with_suffix(".jpg").is_file()
+        assert main(command) == 0
+        left_out = "2 images in its sub-folders are left out; --recursive takes them too"
+        assert sentences(capsys) == [f"{tmp_path}: {left_out}", replaces]
+        assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
+
+    def test_a_folder_of_folders_alone(self, photographs, weights, tmp_path, capsys):
+        """As Cityscapes' cities: read without being asked, the id without the folder."""
+        path = tmp_path / "val" / "ulm" / "ulm_1_leftImg8bit.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes((photographs / "dot.png").read_bytes())
+        output = tmp_path / "out"
+        command = ["predict", str(tmp_path / "val"), "--checkpoint", str(weights), "--output", str(output), *FAST]
+        assert main(command) == 0
+        assert sentences(capsys) == [f"{tmp_path / 'val'}: holds no image itself; its sub-folders hold 1 (ulm: 1)"]
+        (image,) = read_panoptic_json(output / "panoptic.json")["images"]
+        assert (image["file_name"], image["id"]) == ("ulm/ulm_1_leftImg8bit.png", "ulm_1")
+
+    def test_linked_folders(self, photographs, tmp_path, capsys):
+        """Links are followed, but for one that leads back; a folder with the name of an image is a folder."""
+        for name in ("a.jpg", "other/b.png", "folder.jpg/c.png"):
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(b"")
+        (tmp_path / "in" / "linked").symlink_to(tmp_path / "in" / "other")
+        (tmp_path / "in" / "other" / "back").symlink_to(tmp_path / "in")
+        (tmp_path / "in" / "gone.jpg").symlink_to(tmp_path / "absent.jpg")
+        (tmp_path / "in" / "loop.jpg").symlink_to(tmp_path / "in" / "loop.jpg")
+        images, failed = list_images([tmp_path / "in"], recursive=True)
+        names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
+        assert [image.name for image in images] == names and not failed
+        list_images([tmp_path / "in"])
+        left_out = "2 images in its sub-folders are left out; --recursive takes them too"  # links are not followed
+        assert sentences(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
+
+    def test_a_folder_that_cannot_be_read(self, tmp_path, monkeypatch, capsys):
+        (tmp_path / "a.jpg").touch()
+        (tmp_path / "closed").mkdir()
+        iterdir = Path.iterdir
+
+        def refusing(path):
+            if path.name == "closed":
+                raise PermissionError(13, "Permission denied", str(path))
+            return iterdir(path)
+
+        monkeypatch.setattr(Path, "iterdir", refusing)
+        images, failed = list_images([tmp_path])
+        assert [image.name for image in images] == ["a.jpg"]
+        assert failed == sentences(capsys) == []  # it would be passed over anyway
+        images, failed = list_images([tmp_path], recursive=True)
+        assert [image.name for image in images] == ["a.jpg"]
+        assert failed == sentences(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
+
+    @pytest.mark.parametrize("name", ["panoptic.json", "panoptic/plain.png", "overlays/plain.jpg", "detections.json"])
+    def test_files_of_others_are_not_replaced(self, photographs, weights, tmp_path, capsys, name):
+        """As the ground truth in the folder above the photographs."""
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+        command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]
+        assert main([*command, "--output", str(tmp_path)]) == 2
+        said = f"{tmp_path / name}: would be replaced, and is no result of `predict`; use another --output"
+        assert sentences(capsys) == [said]
+        assert (tmp_path / name).read_bytes() == b"mine"
+
+    def test_a_folder_with_a_journal_of_others(self, photographs, weights, tmp_path, capsys):
+        """An empty one too: a ground truth beside it is none of `predict`."""
+        command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
+        assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 0
+        truth = (tmp_path / "panoptic.json").read_bytes()
+        for content in (b"", b"my notes\n", b'{"info": {"description": "written by spatialflow synthesize"}, '):
+            (tmp_path / "panoptic.journal.jsonl").write_bytes(content)
+            assert main([*command, "--output", str(tmp_path)]) == 2
+            assert "panoptic.json: would be replaced" in sentences(capsys)[-1]
+            assert (tmp_path / "panoptic.json").read_bytes() == truth
+        (tmp_path / "panoptic.json").unlink()
+        assert main([*command, "--output", str(tmp_path)]) == 2
+        assert "panoptic.journal.jsonl: would be replaced" in sentences(capsys)[-1]
+        assert (tmp_path / "panoptic.journal.jsonl").read_bytes() == content
+
+    def test_a_result_that_cannot_be_read(self, photographs, weights, tmp_path, monkeypatch, capsys):
+        def refusing(path, info):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(writer, "earlier_files", refusing)
+        command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
+        assert main([*command, "--output", str(tmp_path)]) == 2
+        assert sentences(capsys) == [f"{tmp_path / 'panoptic.json'}: cannot be read: Permission denied"]
+
+    def test_empty_paths(self, capsys):
+        for arguments in (["", "--output", "out"], ["a.jpg", "--output", ""], ["a.jpg", "--checkpoint", ""]):
+            with pytest.raises(SystemExit):
+                main(["predict", *arguments])
+            assert "must not be empty" in capsys.readouterr().err
+
+    def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
+        assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
+        assert sentences(capsys) == ["no --checkpoint: the weights are random, so the maps mean nothing"]
+        assert not (tmp_path / "overlays").exists()
+
+    @pytest.mark.parametrize(
+        "change, reason",
+        [
+            (
+                ["--config", "no_such_config"],
+                "config: must be a path ending in .yaml or one of .*tiny.*'no_such_config'",
+            ),
+            (["--config", "no_such_file.yaml"], "no such file: no_such_file.yaml"),
+            (["--checkpoint", "no_such.pth"], "no_such.pth: cannot be read: No such file"),
+            (["--checkpoint", __file__], "neither a safetensors nor a torch file"),
+            (["--set", "num_things=7"], "does not fit the model: .* of the wrong shape"),
+            (["--set", "nonsense=1"], "nonsense"),
+            (["--set", "score_threshold"], "settings have the form FIELD=VALUE, got 'score_threshold'"),
+            (["--score", "nan"], "instance_score_threshold"),
+            (["--size", "0"], "--size must be positive, got 0"),
+            (["--device", "cuda:99"], "--device cuda:99: torch .* sees . CUDA devices"),
+            (["--device", "toaster"], "--device must be cpu, cuda or cuda:<number>, got 'toaster'"),
+            (["--cuda-graph"], "--cuda-graph needs a CUDA device, got --device cpu"),
+            (["--threads", "0"], "--threads must be at least 1, got 0"),
+        ],
+    )
+    def test_wrong_options(self, photographs, weights, tmp_path, capsys, change, reason):
+        arguments = [str(photographs / "dot.png"), "--output", str(tmp_path / "out"), "--checkpoint", str(weights)]
+        usual = FAST[2:] if "--config" in change else FAST
+        assert main(["predict", *arguments, *usual, *change]) == 2
+        (said,) = sentences(capsys)
+        assert re.search(reason, said), said
+        assert not (tmp_path / "out").exists()
+
+    def test_full_disk(self, photographs, weights, tmp_path):
+        """Files may not grow beyond 8 KiB: the large picture is named, nothing of it stays, the small one is done."""
+        large = tmp_path / "large.jpg"
+        assert cv2.imwrite(str(large), np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+        images = [str(large), str(photographs / "dot.png")]
+        output = tmp_path / "out"
+        result = subprocess.run(
+            [sys.executable, "-m", "spatialflow.cli", "predict", *images, "--output", str(output),
+             "--checkpoint", str(weights), *FAST],
+            capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+        )  # fmt: skip
+        assert result.returncode == 1, result.stderr
+        (said,) = result.stderr.splitlines()
+        assert said.endswith("overlays/large.jpg: cannot be written: File too large"), said
+        assert_complete(output, ["dot.png"])
+
+    def test_output_that_is_a_file(self, photographs, weights, tmp_path, capsys):
+        """Known before the first image, and said once."""
+        output = tmp_path / "out"
+        output.write_text("in the way")
+        assert main(["predict", str(photographs), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 2
+        (said,) = sentences(capsys)
+        assert said == f"{output}/panoptic: cannot be written: Not a directory"
+        assert output.read_text() == "in the way"
+
+    def test_no_image(self, tmp_path, capsys):
+        assert main(["predict", str(tmp_path), "--output", str(tmp_path / "out"), *FAST]) == 1
+        assert sentences(capsys) == [f"{tmp_path}: holds no image file", "no image to predict"]
+        assert not (tmp_path / "out").exists()

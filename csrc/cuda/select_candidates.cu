@@ -325,21 +325,12 @@ int lanes_of_anchor(int64_t vectors) {
     return lanes;
 }
 
-struct CandidateResults {
-    const Tensor& base;
-    const Tensor& valid_sizes;
-    const Tensor& scale_factors;
-    const Tensor& boxes;
-    const Tensor& scores;
-};
-
 template <typename scalar_t, int kWidth>
-void run_candidates(
-    CandidateProblem<scalar_t> problem, int64_t batch, const CandidateResults& results, Stream stream) {
+void run_candidates(CandidateProblem<scalar_t> problem, const CandidateTensors& tensors, Stream stream) {
     using real_t = accum_t<scalar_t>;
     using key_t = ScoreKey<real_t>;
     constexpr const char* kOp = "select_candidates";
-    const int64_t vectors = problem.classes / kWidth;
+    const int64_t batch = tensors.batch, vectors = problem.classes / kWidth;
     problem.group = lanes_of_anchor(vectors);
 
     SelectedLevels selected{{}, 0, problem.rows, 0};
@@ -359,7 +350,7 @@ void run_candidates(
     const auto all_keys = layout.add<key_t>(keys), list_keys = layout.add<key_t>(keys);
     const auto list_rows = layout.add<unsigned>(keys);
     const auto kept = layout.add<unsigned>(selected.count > 0 ? batch * problem.rows : 0);
-    const Workspace workspace(layout, results.boxes);
+    const Workspace workspace(layout, tensors.boxes);
     if (selected.count > 0) {
         clear_words(workspace, zeros, stream);
         launch<candidate_best_kernel<scalar_t, kWidth>>(
@@ -371,11 +362,12 @@ void run_candidates(
             selected);
     }
     const int64_t total = batch * problem.rows * (vectors + 1);
+    const Tensor base = aligned(tensors.base);
     launch<candidate_gather_kernel<scalar_t, kWidth>>(
         dim3(grid_size(kOp, ceil_div(total, kThreads))), dim3(kThreads), 0, stream, workspace[kept],
-        pointer_cast<const Box<float>>(data<float>(results.base)), data<int64_t>(results.valid_sizes),
-        data<float>(results.scale_factors), pointer_cast<Box<real_t>>(mutable_data<real_t>(results.boxes)),
-        mutable_data<real_t>(results.scores), problem, total);
+        pointer_cast<const Box<float>>(data<float>(base)), data<int64_t>(tensors.valid_sizes),
+        data<float>(tensors.scale_factors), pointer_cast<Box<real_t>>(mutable_data<real_t>(tensors.boxes)),
+        mutable_data<real_t>(tensors.scores), problem, total);
 }
 
 std::tuple<Tensor, Tensor> select_candidates_cuda(
@@ -384,50 +376,39 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
     check_select_candidates(
         class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
     const char* op = "select_candidates";
-    const Tensor& first = class_logits[0];
-    const DeviceScope device(first);
-    const int64_t batch = first.size(0), anchors = base_anchors.size(1), classes = first.size(1) / anchors;
+    const DeviceScope device(class_logits[0]);
+    const int64_t batch = class_logits[0].size(0), classes = class_logits[0].size(1) / base_anchors.size(1);
     check(class_logits.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on CUDA, got ",
           class_logits.size());
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
     check(classes <= 0x7fffffff, op, ": class_logits[0] must have at most 2147483647 classes, got ", classes);
-    const std::vector<CandidateRange> ranges = candidate_ranges(class_logits, anchors, per_level);
-    const int64_t rows = ranges.back().begin + ranges.back().count;
-    const ScalarType type = accum_dtype(first.scalar_type());
-    const Tensor boxes = empty_like_sized(first, {batch, rows, 4}, type);
-    const Tensor scores = empty_like_sized(first, {batch, rows, classes}, type);
-    if (boxes.numel() == 0) {
-        return {boxes, scores};
+    const CandidateTensors own =
+        candidate_tensors(class_logits, box_deltas, base_anchors, valid_sizes, scale_factors, per_level);
+    if (own.boxes.numel() == 0) {
+        return {own.boxes, own.scores};
     }
-    std::vector<Tensor> logits, deltas;
-    for (size_t l = 0; l < ranges.size(); ++l) {
-        logits.push_back(channels_adjacent(class_logits[l]));
-        deltas.push_back(channels_adjacent(box_deltas[l]));
-    }
-    const Tensor base = aligned(to_contiguous(base_anchors)), sizes = to_contiguous(valid_sizes);
-    const Tensor factors = to_contiguous(scale_factors);
-    const CandidateResults results{base, sizes, factors, boxes, scores};
-    dispatch_floating(op, first.scalar_type(), [&](auto zero) {
+    dispatch_floating(op, class_logits[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         CandidateProblem<scalar_t> problem{};
-        problem.level_count = static_cast<int>(ranges.size());
-        problem.anchors = static_cast<unsigned>(anchors);
+        problem.level_count = static_cast<int>(own.ranges.size());
+        problem.anchors = static_cast<unsigned>(own.anchors);
         problem.classes = static_cast<int>(classes);
-        problem.rows = rows;
-        for (size_t l = 0; l < ranges.size(); ++l) {
+        problem.rows = own.rows;
+        for (size_t l = 0; l < own.ranges.size(); ++l) {
+            const Tensor& logits = own.logits[l];
             problem.levels[l] = {
-                level_values<scalar_t>(logits[l]), level_values<scalar_t>(deltas[l]),
-                static_cast<unsigned>(logits[l].size(3)), static_cast<unsigned>(strides[l]),
-                static_cast<unsigned>(logits[l].size(2) * logits[l].size(3) * anchors), ranges[l].begin,
-                ranges[l].count, ranges[l].is_selected};
+                level_values<scalar_t>(logits), level_values<scalar_t>(own.deltas[l]),
+                static_cast<unsigned>(logits.size(3)), static_cast<unsigned>(strides[l]),
+                static_cast<unsigned>(logits.size(2) * logits.size(3) * own.anchors), own.ranges[l].begin,
+                own.ranges[l].count, own.ranges[l].is_selected};
         }
-        if (is_wide<scalar_t>(logits, classes)) {
-            run_candidates<scalar_t, kWideElements<scalar_t>>(problem, batch, results, device.stream());
+        if (is_wide<scalar_t>(own.logits, classes)) {
+            run_candidates<scalar_t, kWideElements<scalar_t>>(problem, own, device.stream());
         } else {
-            run_candidates<scalar_t, 1>(problem, batch, results, device.stream());
+            run_candidates<scalar_t, 1>(problem, own, device.stream());
         }
     });
-    return {boxes, scores};
+    return {own.boxes, own.scores};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best anchors of every level, decoded, on the CPU: one pass over the logits for the best of each anchor, then a
-// radix sort of the few anchors that may be kept, then boxes and scores of those kept.
+// The best anchors of every level, decoded, on the CPU. One pass over the logits finds the best of each anchor. The few
+// anchors that may be kept are sorted by radix, and those kept get boxes and scores.
 #include "ops/select_candidates.h"
 
 #include <limits>

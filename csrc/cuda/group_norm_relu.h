@@ -3,8 +3,9 @@
 // What the CUDA kernels of group_norm_relu share, forward and backward: layouts, how work is parted, sums over a block.
 //
 // Layouts: input (N, H, W, C) by strides, channels adjacent (others are copied into it first); all else dense.
-// A block takes a slice of channels, 8 vectors of 16 bytes (one channel each where rows of them do not align), and some
-// pixels, 32 at a time; 256 threads are 8 vectors x 32 pixels. So a small map fills the card by slices and pixels.
+// A block takes a slice of channels and some pixels, 32 at a time. A slice is 8 vectors of 16 bytes, or of one channel
+// each where these do not align. 256 threads are 8 vectors x 32 pixels. So a small map fills the card by slices and
+// pixels.
 #pragma once
 
 #include "common/group_norm_relu.h"

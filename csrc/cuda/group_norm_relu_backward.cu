@@ -36,8 +36,8 @@ struct GradientSums {
     }
 };
 
-// The transpose of upsampling: a thread goes down a column of the input, sums each row of the incoming gradient over
-// the pixels that read the column, and adds it to the two cells that it lies between.
+// The transpose of upsampling: a thread goes down a column of the input. It sums each row of the incoming gradient over
+// the pixels that read the column, and adds the sum to the two cells that the row lies between.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void gather_column(
     const NormMap<const scalar_t>& grad_output, const NormMap<const scalar_t>& input,

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best anchors of every level, decoded, on CUDA: all levels and images in the same four launches, without a word to
-// the host. Levels with more anchors than are kept:
+// The best anchors of every level, decoded, on CUDA: all levels and images in the same four launches, and nothing is
+// read back. Levels with more anchors than are kept:
 //
 //   clear     histograms become zero
 //   best      a few lanes per anchor read its logits, by 16 bytes where classes allow it, and reduce them to the best
-//             one; a block takes 256 anchors, writes their keys, and adds the first 11 bits of each to the level's
-//             histogram
-//   select    a block per level and image: the histogram tells the bin of the last anchor kept; one pass over the keys,
-//             the only one over all anchors, lists those up to that bin; the best of this short list come in order
-//             (best_chunks.h)
+//             one. A block takes 256 anchors, writes their keys, and adds the first 11 bits of each to the level's
+//             histogram.
+//   select    a block per level and image. The histogram tells the bin of the last anchor kept. One pass over the keys,
+//             the only one over all anchors, lists those up to that bin. The best of this short list come in order
+//             (best_chunks.h).
 //
 // and of all levels
 //
@@ -123,12 +123,13 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
     }
     const SelectedLevel& own_level = selected.levels[index];
     const CandidateLevel<scalar_t>& level = problem.levels[own_level.level];
-    const unsigned first = (blockIdx.x - own_level.block_begin) * kThreads, last = own_level.anchors - 1;
+    const unsigned first = (blockIdx.x - own_level.block_begin) * kThreads;
+    const unsigned last = own_level.anchors - 1 - first;  // from `first` on, as the sum could be beyond 32 bits
     const int group = problem.group, member = thread % group, vectors = problem.classes / kWidth;
 #pragma unroll 1
     for (int turn = thread / group; turn < kThreads; turn += kThreads / group) {
-        const unsigned wanted = first + static_cast<unsigned>(turn);
-        const AnchorPlace place = place_of(wanted < last ? wanted : last, problem.anchors, level.width);
+        const unsigned wanted = static_cast<unsigned>(turn);
+        const AnchorPlace place = place_of(first + (wanted < last ? wanted : last), problem.anchors, level.width);
         const Global<const scalar_t> logits =
             level.logits.at(image, place.y, place.x) + static_cast<int64_t>(place.anchor) * problem.classes;
         real_t best = -std::numeric_limits<real_t>::infinity();
@@ -156,10 +157,9 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
         }
     }
     __syncthreads();
-    const unsigned own = first + static_cast<unsigned>(thread);
-    if (own <= last) {
+    if (static_cast<unsigned>(thread) <= last) {
         const key_t key = block_keys[thread];
-        keys[image * selected.keys + own_level.key_begin + own] = key;
+        keys[image * selected.keys + own_level.key_begin + first + thread] = key;
         atomicAdd(histogram + static_cast<int>(key >> kFirstShift<key_t>), 1u);
     }
     __syncthreads();
@@ -315,8 +315,8 @@ bool is_wide(const std::vector<Tensor>& logits, int64_t classes) {
     return wide;
 }
 
-// The smallest power of two of lanes that load an anchor's vectors at once, at least two where there are two, which
-// then read whole sectors.
+// The smallest power of two of lanes that load an anchor's vectors at once. Where there are two vectors it is at least
+// two, and these lanes read whole sectors.
 int lanes_of_anchor(int64_t vectors) {
     int lanes = vectors > 1 ? 2 : 1;
     while (lanes < kWarpSize && lanes * kVectorsAhead < vectors) {

@@ -44,9 +44,10 @@ inline void check_select_candidates(
               ", ", logits.size(3), "), got shape ", shape_string(deltas));
         check_dtype(kOp, deltas_name.c_str(), deltas, first.scalar_type());
         check_same_device(kOp, deltas_name.c_str(), deltas, "class_logits[0]", first);
-        const int64_t cells = logits.size(2) * logits.size(3);  // the tensor has as many elements, so no overflow
-        check(cells < (int64_t(1) << 32) / anchors, kOp, ": ", logits_name,
-              " must have fewer than 2^32 anchors, got ", cells, " cells of ", anchors);
+        // By a division: without images the number of cells may be beyond 64 bits.
+        const int64_t height = logits.size(2), width = logits.size(3), most = ((int64_t(1) << 32) - 1) / anchors;
+        check(height == 0 || width <= most / height, kOp, ": ", logits_name,
+              " must have fewer than 2^32 anchors, got ", height, " x ", width, " cells of ", anchors);
         check(strides[l] > 0 && strides[l] <= 0x7fffffff, kOp, ": strides must be from 1 to 2147483647, got ",
               strides[l]);
     }

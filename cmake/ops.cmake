@@ -9,6 +9,7 @@ set(ops
     flow_conv2d_backward
     flow_tower
     group_norm_relu
+    group_norm_relu_backward
     multiclass_nms
     multilevel_roi_align
     nms

@@ -351,3 +351,13 @@ class TestErrors:
             arguments[0] = torch.ones(2, 6, 4, 5)
         with pytest.raises((RuntimeError, ValueError), match=message):
             ops.select_candidates(*arguments)
+
+    @pytest.mark.parametrize("height, width", [(2**32, 2**32), (2**31, 2**32), (1, 2**31), (2**16, 2**15)])
+    def test_too_many_anchors_of_no_image(self, height, width):
+        """Without images a level may have any size, also one whose product has no 64-bit number."""
+        logits, deltas = (torch.empty(0, count, 1, 1).expand(0, count, height, width) for count in (6, 8))
+        message = rf"class_logits\[0\] must have fewer than 2\^32 anchors, got {height} x {width} cells of 2"
+        with pytest.raises(RuntimeError, match=message):
+            ops.select_candidates(
+                [logits], [deltas], torch.zeros(1, 2, 4), (8,), torch.zeros(0, 2).long(), torch.zeros(0, 2), 5
+            )

@@ -8,7 +8,7 @@
 // where x is near the mean, however large both are.
 //
 // Sums of squares are taken around a value of the data itself, never around zero. Around one of n numbers their sum of
-// squares is at most n times that around their mean, so the subtraction that follows loses no more than a factor of n.
+// squares is at most n times that around their mean. So the subtraction that follows loses a factor of n at most.
 #pragma once
 
 #include <cmath>

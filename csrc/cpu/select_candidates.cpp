@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best anchors of every level, decoded, on the CPU: one pass over the logits for the best of each anchor, then a
-// radix sort of the few anchors that may be kept, then boxes and scores of those kept.
+// The best anchors of every level, decoded, on the CPU. One pass over the logits finds the best of each anchor. The few
+// anchors that may be kept are sorted by radix, and those kept get boxes and scores.
 #include "ops/select_candidates.h"
 
 #include <limits>
@@ -173,38 +173,27 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(
     const std::vector<int64_t>& strides, const Tensor& valid_sizes, const Tensor& scale_factors, int64_t per_level) {
     check_select_candidates(
         class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
-    const Tensor& first = class_logits[0];
-    const int64_t batch = first.size(0), anchors = base_anchors.size(1), classes = first.size(1) / anchors;
-    const std::vector<CandidateRange> ranges = candidate_ranges(class_logits, anchors, per_level);
-    const int64_t rows = ranges.back().begin + ranges.back().count;
-    const ScalarType type = accum_dtype(first.scalar_type());
-    const Tensor boxes = empty_like_sized(first, {batch, rows, 4}, type);
-    const Tensor scores = empty_like_sized(first, {batch, rows, classes}, type);
-    if (boxes.numel() == 0) {
-        return {boxes, scores};
+    const CandidateTensors own =
+        candidate_tensors(class_logits, box_deltas, base_anchors, valid_sizes, scale_factors, per_level);
+    if (own.boxes.numel() == 0) {
+        return {own.boxes, own.scores};
     }
-    std::vector<Tensor> logits, deltas;
-    for (size_t l = 0; l < ranges.size(); ++l) {
-        logits.push_back(channels_adjacent(class_logits[l]));
-        deltas.push_back(channels_adjacent(box_deltas[l]));
-    }
-    const Tensor base = to_contiguous(base_anchors), sizes = to_contiguous(valid_sizes);
-    const Tensor factors = to_contiguous(scale_factors);
-    dispatch_floating("select_candidates", first.scalar_type(), [&](auto zero) {
+    dispatch_floating("select_candidates", class_logits[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         using real_t = accum_t<scalar_t>;
-        CandidateProblem<scalar_t> problem{{}, batch, anchors, classes, rows};
-        const auto* all_base = reinterpret_cast<const Box<float>*>(data<float>(base));
-        for (size_t l = 0; l < ranges.size(); ++l) {
+        CandidateProblem<scalar_t> problem{{}, own.batch, own.anchors, own.classes, own.rows};
+        const auto* all_base = reinterpret_cast<const Box<float>*>(data<float>(own.base));
+        for (size_t l = 0; l < own.ranges.size(); ++l) {
+            const Tensor& logits = own.logits[l];
             problem.levels.push_back(
-                {LevelValues<scalar_t>(logits[l]), LevelValues<scalar_t>(deltas[l]), logits[l].size(2),
-                 logits[l].size(3), strides[l], all_base + static_cast<int64_t>(l) * anchors, ranges[l]});
+                {LevelValues<scalar_t>(logits), LevelValues<scalar_t>(own.deltas[l]), logits.size(2), logits.size(3),
+                 strides[l], all_base + static_cast<int64_t>(l) * own.anchors, own.ranges[l]});
         }
         write_candidates(
-            problem, selected_rows(problem), data<int64_t>(sizes), data<float>(factors),
-            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(boxes)), mutable_data<real_t>(scores));
+            problem, selected_rows(problem), data<int64_t>(own.valid_sizes), data<float>(own.scale_factors),
+            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(own.boxes)), mutable_data<real_t>(own.scores));
     });
-    return {boxes, scores};
+    return {own.boxes, own.scores};
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best of many entries in order, a chunk at a time, by one thread block: select the best 2048 or fewer not yet seen
-// (radix select on (key, row), so that ties are settled and the order of the entries does not matter), then sort them
-// in shared memory.
+// The best of many entries in order, a chunk at a time, by one thread block. A radix select finds the best 2048 or
+// fewer not yet seen, and they are sorted in shared memory. The select is on (key, row): so ties are settled, and the
+// order of the entries does not matter.
 #pragma once
 
 #include "cuda/nms.h"

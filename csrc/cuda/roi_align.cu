@@ -1172,9 +1172,7 @@ std::vector<Tensor> roi_align_backward(
         });
     }
     for (Tensor& gradient : gradients) {
-        if (gradient.scalar_type() != dtype) {
-            gradient = torch::stable::to(gradient, dtype);
-        }
+        gradient = as_dtype(gradient, dtype);
         if (!channels_last) {
             gradient = to_contiguous(gradient);
         }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best anchors of every level, decoded, on CUDA: all levels and images in the same four launches, without a word to
-// the host. Levels with more anchors than are kept:
+// The best anchors of every level, decoded, on CUDA: all levels and images in the same four launches, and nothing is
+// read back. Levels with more anchors than are kept:
 //
 //   clear     histograms become zero
 //   best      a few lanes per anchor read its logits, by 16 bytes where classes allow it, and reduce them to the best
-//             one; a block takes 256 anchors, writes their keys, and adds the first 11 bits of each to the level's
-//             histogram
-//   select    a block per level and image: the histogram tells the bin of the last anchor kept; one pass over the keys,
-//             the only one over all anchors, lists those up to that bin; the best of this short list come in order
-//             (best_chunks.h)
+//             one. A block takes 256 anchors, writes their keys, and adds the first 11 bits of each to the level's
+//             histogram.
+//   select    a block per level and image. The histogram tells the bin of the last anchor kept. One pass over the keys,
+//             the only one over all anchors, lists those up to that bin. The best of this short list come in order
+//             (best_chunks.h).
 //
 // and of all levels
 //
@@ -123,12 +123,13 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
     }
     const SelectedLevel& own_level = selected.levels[index];
     const CandidateLevel<scalar_t>& level = problem.levels[own_level.level];
-    const unsigned first = (blockIdx.x - own_level.block_begin) * kThreads, last = own_level.anchors - 1;
+    const unsigned first = (blockIdx.x - own_level.block_begin) * kThreads;
+    const unsigned last = own_level.anchors - 1 - first;  // from `first` on, as the sum could be beyond 32 bits
     const int group = problem.group, member = thread % group, vectors = problem.classes / kWidth;
 #pragma unroll 1
     for (int turn = thread / group; turn < kThreads; turn += kThreads / group) {
-        const unsigned wanted = first + static_cast<unsigned>(turn);
-        const AnchorPlace place = place_of(wanted < last ? wanted : last, problem.anchors, level.width);
+        const unsigned wanted = static_cast<unsigned>(turn);
+        const AnchorPlace place = place_of(first + (wanted < last ? wanted : last), problem.anchors, level.width);
         const Global<const scalar_t> logits =
             level.logits.at(image, place.y, place.x) + static_cast<int64_t>(place.anchor) * problem.classes;
         real_t best = -std::numeric_limits<real_t>::infinity();
@@ -156,10 +157,9 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
         }
     }
     __syncthreads();
-    const unsigned own = first + static_cast<unsigned>(thread);
-    if (own <= last) {
+    if (static_cast<unsigned>(thread) <= last) {
         const key_t key = block_keys[thread];
-        keys[image * selected.keys + own_level.key_begin + own] = key;
+        keys[image * selected.keys + own_level.key_begin + first + thread] = key;
         atomicAdd(histogram + static_cast<int>(key >> kFirstShift<key_t>), 1u);
     }
     __syncthreads();
@@ -315,8 +315,8 @@ bool is_wide(const std::vector<Tensor>& logits, int64_t classes) {
     return wide;
 }
 
-// The smallest power of two of lanes that load an anchor's vectors at once, at least two where there are two, which
-// then read whole sectors.
+// The smallest power of two of lanes that load an anchor's vectors at once. Where there are two vectors it is at least
+// two, and these lanes read whole sectors.
 int lanes_of_anchor(int64_t vectors) {
     int lanes = vectors > 1 ? 2 : 1;
     while (lanes < kWarpSize && lanes * kVectorsAhead < vectors) {
@@ -325,21 +325,12 @@ int lanes_of_anchor(int64_t vectors) {
     return lanes;
 }
 
-struct CandidateResults {
-    const Tensor& base;
-    const Tensor& valid_sizes;
-    const Tensor& scale_factors;
-    const Tensor& boxes;
-    const Tensor& scores;
-};
-
 template <typename scalar_t, int kWidth>
-void run_candidates(
-    CandidateProblem<scalar_t> problem, int64_t batch, const CandidateResults& results, Stream stream) {
+void run_candidates(CandidateProblem<scalar_t> problem, const CandidateTensors& tensors, Stream stream) {
     using real_t = accum_t<scalar_t>;
     using key_t = ScoreKey<real_t>;
     constexpr const char* kOp = "select_candidates";
-    const int64_t vectors = problem.classes / kWidth;
+    const int64_t batch = tensors.batch, vectors = problem.classes / kWidth;
     problem.group = lanes_of_anchor(vectors);
 
     SelectedLevels selected{{}, 0, problem.rows, 0};
@@ -359,7 +350,7 @@ void run_candidates(
     const auto all_keys = layout.add<key_t>(keys), list_keys = layout.add<key_t>(keys);
     const auto list_rows = layout.add<unsigned>(keys);
     const auto kept = layout.add<unsigned>(selected.count > 0 ? batch * problem.rows : 0);
-    const Workspace workspace(layout, results.boxes);
+    const Workspace workspace(layout, tensors.boxes);
     if (selected.count > 0) {
         clear_words(workspace, zeros, stream);
         launch<candidate_best_kernel<scalar_t, kWidth>>(
@@ -371,11 +362,12 @@ void run_candidates(
             selected);
     }
     const int64_t total = batch * problem.rows * (vectors + 1);
+    const Tensor base = aligned(tensors.base);
     launch<candidate_gather_kernel<scalar_t, kWidth>>(
         dim3(grid_size(kOp, ceil_div(total, kThreads))), dim3(kThreads), 0, stream, workspace[kept],
-        pointer_cast<const Box<float>>(data<float>(results.base)), data<int64_t>(results.valid_sizes),
-        data<float>(results.scale_factors), pointer_cast<Box<real_t>>(mutable_data<real_t>(results.boxes)),
-        mutable_data<real_t>(results.scores), problem, total);
+        pointer_cast<const Box<float>>(data<float>(base)), data<int64_t>(tensors.valid_sizes),
+        data<float>(tensors.scale_factors), pointer_cast<Box<real_t>>(mutable_data<real_t>(tensors.boxes)),
+        mutable_data<real_t>(tensors.scores), problem, total);
 }
 
 std::tuple<Tensor, Tensor> select_candidates_cuda(
@@ -384,50 +376,39 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
     check_select_candidates(
         class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
     const char* op = "select_candidates";
-    const Tensor& first = class_logits[0];
-    const DeviceScope device(first);
-    const int64_t batch = first.size(0), anchors = base_anchors.size(1), classes = first.size(1) / anchors;
+    const DeviceScope device(class_logits[0]);
+    const int64_t batch = class_logits[0].size(0), classes = class_logits[0].size(1) / base_anchors.size(1);
     check(class_logits.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on CUDA, got ",
           class_logits.size());
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
     check(classes <= 0x7fffffff, op, ": class_logits[0] must have at most 2147483647 classes, got ", classes);
-    const std::vector<CandidateRange> ranges = candidate_ranges(class_logits, anchors, per_level);
-    const int64_t rows = ranges.back().begin + ranges.back().count;
-    const ScalarType type = accum_dtype(first.scalar_type());
-    const Tensor boxes = empty_like_sized(first, {batch, rows, 4}, type);
-    const Tensor scores = empty_like_sized(first, {batch, rows, classes}, type);
-    if (boxes.numel() == 0) {
-        return {boxes, scores};
+    const CandidateTensors own =
+        candidate_tensors(class_logits, box_deltas, base_anchors, valid_sizes, scale_factors, per_level);
+    if (own.boxes.numel() == 0) {
+        return {own.boxes, own.scores};
     }
-    std::vector<Tensor> logits, deltas;
-    for (size_t l = 0; l < ranges.size(); ++l) {
-        logits.push_back(channels_adjacent(class_logits[l]));
-        deltas.push_back(channels_adjacent(box_deltas[l]));
-    }
-    const Tensor base = aligned(to_contiguous(base_anchors)), sizes = to_contiguous(valid_sizes);
-    const Tensor factors = to_contiguous(scale_factors);
-    const CandidateResults results{base, sizes, factors, boxes, scores};
-    dispatch_floating(op, first.scalar_type(), [&](auto zero) {
+    dispatch_floating(op, class_logits[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         CandidateProblem<scalar_t> problem{};
-        problem.level_count = static_cast<int>(ranges.size());
-        problem.anchors = static_cast<unsigned>(anchors);
+        problem.level_count = static_cast<int>(own.ranges.size());
+        problem.anchors = static_cast<unsigned>(own.anchors);
         problem.classes = static_cast<int>(classes);
-        problem.rows = rows;
-        for (size_t l = 0; l < ranges.size(); ++l) {
+        problem.rows = own.rows;
+        for (size_t l = 0; l < own.ranges.size(); ++l) {
+            const Tensor& logits = own.logits[l];
             problem.levels[l] = {
-                level_values<scalar_t>(logits[l]), level_values<scalar_t>(deltas[l]),
-                static_cast<unsigned>(logits[l].size(3)), static_cast<unsigned>(strides[l]),
-                static_cast<unsigned>(logits[l].size(2) * logits[l].size(3) * anchors), ranges[l].begin,
-                ranges[l].count, ranges[l].is_selected};
+                level_values<scalar_t>(logits), level_values<scalar_t>(own.deltas[l]),
+                static_cast<unsigned>(logits.size(3)), static_cast<unsigned>(strides[l]),
+                static_cast<unsigned>(logits.size(2) * logits.size(3) * own.anchors), own.ranges[l].begin,
+                own.ranges[l].count, own.ranges[l].is_selected};
         }
-        if (is_wide<scalar_t>(logits, classes)) {
-            run_candidates<scalar_t, kWideElements<scalar_t>>(problem, batch, results, device.stream());
+        if (is_wide<scalar_t>(own.logits, classes)) {
+            run_candidates<scalar_t, kWideElements<scalar_t>>(problem, own, device.stream());
         } else {
-            run_candidates<scalar_t, 1>(problem, batch, results, device.stream());
+            run_candidates<scalar_t, 1>(problem, own, device.stream());
         }
     });
-    return {boxes, scores};
+    return {own.boxes, own.scores};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// group_norm_relu: argument checks shared by all back ends. Schemas in group_norm_relu.cpp.
+// group_norm_relu: argument checks and results shared by all back ends. Schemas in group_norm_relu.cpp and
+// group_norm_relu_backward.cpp.
 #pragma once
 
 #include "ops/tensor.h"
@@ -45,6 +46,25 @@ inline void check_group_norm_relu_backward(
           shape_string(statistics));
     check_dtype(kOp, "statistics", statistics, ScalarType::Double);
     check_same_device(kOp, "statistics", statistics, "input", input);
+}
+
+// A map `factor` times as high and wide as the input, which kernels fill channels-last. Without elements there is
+// nothing to fill, and it has the input's format at once.
+inline Tensor empty_norm_map(const Tensor& input, int64_t factor) {
+    return empty_like_sized(
+        input, {input.size(0), input.size(1), factor * input.size(2), factor * input.size(3)}, std::nullopt,
+        input.numel() ? MemoryFormat::ChannelsLast : memory_format_of(input));
+}
+
+// The gradients in the formats and dtypes of what they are by.
+inline std::tuple<Tensor, Tensor, Tensor> finished_norm_gradients(
+    const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias) {
+    const auto dtype_of = [&](const std::optional<Tensor>& tensor) {
+        return tensor ? tensor->scalar_type() : input.scalar_type();
+    };
+    return {to_contiguous(grad_input, memory_format_of(input)), as_dtype(grad_weight, dtype_of(weight)),
+            as_dtype(grad_bias, dtype_of(bias))};
 }
 
 }  // namespace spatialflow

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// select_candidates: argument checks and sizes shared by all back ends. Schema in select_candidates.cpp.
+// select_candidates: argument checks, sizes and results shared by all back ends. Schema in select_candidates.cpp.
 #pragma once
 
 #include <algorithm>
@@ -44,9 +44,10 @@ inline void check_select_candidates(
               ", ", logits.size(3), "), got shape ", shape_string(deltas));
         check_dtype(kOp, deltas_name.c_str(), deltas, first.scalar_type());
         check_same_device(kOp, deltas_name.c_str(), deltas, "class_logits[0]", first);
-        const int64_t cells = logits.size(2) * logits.size(3);  // the tensor has as many elements, so no overflow
-        check(cells < (int64_t(1) << 32) / anchors, kOp, ": ", logits_name,
-              " must have fewer than 2^32 anchors, got ", cells, " cells of ", anchors);
+        // By a division: without images the number of cells may be beyond 64 bits.
+        const int64_t height = logits.size(2), width = logits.size(3), most = ((int64_t(1) << 32) - 1) / anchors;
+        check(height == 0 || width <= most / height, kOp, ": ", logits_name,
+              " must have fewer than 2^32 anchors, got ", height, " x ", width, " cells of ", anchors);
         check(strides[l] > 0 && strides[l] <= 0x7fffffff, kOp, ": strides must be from 1 to 2147483647, got ",
               strides[l]);
     }
@@ -83,6 +84,35 @@ inline std::vector<CandidateRange> candidate_ranges(
         begin += ranges.back().count;
     }
     return ranges;
+}
+
+// Arguments as kernels take them, and the results that they fill.
+struct CandidateTensors {
+    int64_t batch, anchors, classes;          // anchors of a cell
+    std::vector<CandidateRange> ranges;       // of the levels
+    int64_t rows;                             // candidates of an image
+    std::vector<Tensor> logits, deltas;       // channels adjacent
+    Tensor base, valid_sizes, scale_factors;  // contiguous
+    Tensor boxes, scores;                     // (B, rows, 4), (B, rows, classes)
+};
+
+inline CandidateTensors candidate_tensors(
+    const std::vector<Tensor>& class_logits, const std::vector<Tensor>& box_deltas, const Tensor& base_anchors,
+    const Tensor& valid_sizes, const Tensor& scale_factors, int64_t per_level) {
+    const Tensor& first = class_logits[0];
+    const int64_t batch = first.size(0), anchors = base_anchors.size(1), classes = first.size(1) / anchors;
+    std::vector<CandidateRange> ranges = candidate_ranges(class_logits, anchors, per_level);
+    const int64_t rows = ranges.back().begin + ranges.back().count;
+    const ScalarType type = accum_dtype(first.scalar_type());
+    CandidateTensors tensors{batch, anchors, classes, std::move(ranges), rows, {}, {},
+                             to_contiguous(base_anchors), to_contiguous(valid_sizes), to_contiguous(scale_factors),
+                             empty_like_sized(first, {batch, rows, 4}, type),
+                             empty_like_sized(first, {batch, rows, classes}, type)};
+    for (size_t l = 0; l < class_logits.size(); ++l) {
+        tensors.logits.push_back(channels_adjacent(class_logits[l]));
+        tensors.deltas.push_back(channels_adjacent(box_deltas[l]));
+    }
+    return tensors;
 }
 
 }  // namespace spatialflow

@@ -145,7 +145,7 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
     """Padding rows through the whole path give what the CPU's shorter way gives, and read nothing on real tensors.
 
     Some rows are padding, and some detections do not enter the map. The convolutions of the mask head compute the rows
-    that somebody needs.
+    whose masks are used.
     """
     flags, convolve = [], optimize.flow_conv2d
 

@@ -99,8 +99,11 @@ struct Convolution {
         const ConvBranch<scalar_t> branch = {
             data<real_t>(packed), bias ? data<real_t>(*bias) : nullptr, out[0].size(1), relu,
             output_pointers<scalar_t>(out), {}};
-        const ConvJob<scalar_t> whole = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
-        return active ? active_images(whole, data<uint8_t>(*active)) : whole;
+        ConvJob<scalar_t> whole = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
+        if (active) {
+            return active_images(whole, data<uint8_t>(*active));
+        }
+        return whole;
     }
 };
 

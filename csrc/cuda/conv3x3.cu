@@ -8,8 +8,8 @@
 // An implicit GEMM: rows are pixels, columns output channels, and the sum runs over 9 C. Sources (N, H, W, C) by
 // strides, channels adjacent; weights (9, C, O padded to 32); out and residual (N, H, W, O). A table in the kernel's
 // parameters holds one entry per convolution and level, largest maps first, so that small levels fill the tail. Blocks
-// stay: each takes every gridDim.x-th tile. Those of images that are not wanted (`active`) are left out, and filled with
-// zeros before a block's first tile. No atomics, results depend on the inputs alone.
+// stay: each takes every gridDim.x-th tile. Those of images that are not active are left out, and filled with zeros
+// before a block's first tile. No atomics, results depend on the inputs alone.
 //
 //   16-bit types   8 x 16 pixels by 128 or 64 outputs per block of 4 warps, by mma.sync with float32 sums
 //                  (conv3x3_tensor_core.h). A step over 32 channels brings the tile and its halo into shared memory

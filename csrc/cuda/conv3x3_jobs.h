@@ -155,7 +155,8 @@ __device__ __forceinline__ void leave_out_images(
         });
 }
 
-// Blocks that walk through the tiles of a table: as many as run at one time; more where they could not note their tiles.
+// Blocks that walk through the tiles of a table: as many as run at one time, and with `active` so many that each can
+// note its tiles.
 template <typename Table>
 inline unsigned walking_blocks(const Table& table, int resident) {
     const int least = table.active ? static_cast<int>(ceil_div(table.num_tiles, kNotedTiles)) : 1;

@@ -6,7 +6,7 @@ original sizes of the images. Recognition, in between, has shapes that follow fr
 rest as tensors, so that one CUDA graph of it serves all images of a padded size.
 
 On a GPU nothing here reads a value back, so the host queues all work at once. Kernels leave out rows whose results
-nobody needs. On the CPU, where reading costs nothing, such rows are cut off early.
+are not used. On the CPU, where reading costs nothing, such rows are cut off early.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ def cases():
         "flow_conv2d, several": (ops.flow_conv2d, {
             "x": [pyramid, pyramid[0]], "flow": None, "weight": [packed, packed]}),
         "flow_conv2d, packed": (ops.flow_conv2d, {"x": pyramid, "flow": pyramid, "weight": packed}),
+        "flow_conv2d, active": (ops.flow_conv2d, {
+            "x": pyramid, "flow": None, "weight": packed, "active": torch.tensor([False, True])}),
         "pack_conv3x3": (ops.pack_conv3x3, {"weight": weight, "bias": bias}),
         "flow_tower": (ops.flow_tower, {"levels": pyramid, "parameters": convs}),
         "flow_tower, packed": (ops.flow_tower, {"levels": pyramid, "parameters": ops.pack_flow_tower(convs)}),

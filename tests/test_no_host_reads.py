@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spatialflow.data.transforms import fit_image
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.engine.predict import STAGES
-from spatialflow.models import inference
+from spatialflow.models import inference, optimize
 from spatialflow.models.build import load_config
 from spatialflow.models.optimize import optimize_for_inference
 
@@ -140,19 +140,54 @@ def test_planted_reads_are_found(monkeypatch, plant):
     assert isinstance(caught.value, HostRead) or "meta" in str(caught.value), caught.value
 
 
-def test_fixed_shapes_change_no_result():
-    """Padding rows through the whole path give what the CPU's shorter way gives, and read nothing on real tensors."""
-    network = optimize_for_inference(random_model("tiny", stuff_area_threshold=20, instance_score_threshold=0.0))
-    pipeline = Pipeline([network], network.config, (), torch.device("cpu"), torch.float32, True)
-    plan, pixels = pipeline.plan(FITTED), pictures()
+@pytest.mark.parametrize("masks", [True, False])
+def test_fixed_shapes_change_no_result(monkeypatch, masks):
+    """Padding rows through the whole path give what the CPU's shorter way gives, and read nothing on real tensors.
+
+    Some rows are padding, and some detections do not enter the map. The convolutions of the mask head compute the rows
+    whose masks are used.
+    """
+    flags, convolve = [], optimize.flow_conv2d
+
+    def noted(*args, active=None, **options):
+        flags.append(active)
+        return convolve(*args, active=active, **options)
+
+    monkeypatch.setattr(optimize, "flow_conv2d", noted)
+    model = random_model("tiny", stuff_area_threshold=20)
+    with torch.no_grad():
+        model.box_head.class_logits.weight.mul_(0.01)  # scores below 1
+    network, pixels = optimize_for_inference(model), pictures()
+
+    def pipeline_of(**overrides):
+        config = load_config(model.config, **overrides)
+        return Pipeline([network], config, (), torch.device("cpu"), torch.float32, masks)
+
+    pipeline = pipeline_of()
+    plan = pipeline.plan(FITTED)
+    scores = torch.cat([one.scores for one in pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))])
+    least, enough = scores.quantile(torch.tensor([0.2, 0.6])).tolist()
+    pipeline = pipeline_of(score_threshold=least, instance_score_threshold=enough)
     short = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+    assert flags and all(active is None for active in flags)
+    flags.clear()
     pipeline.reads_counts = False
     with ForbidHostReads():
         fixed = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+    labels, scores = torch.cat([one.labels for one in fixed]), torch.cat([one.scores for one in fixed])
+    wanted = labels >= 0
+    detections, entering = int(wanted.sum()), int((wanted & (scores >= enough)).sum())
+    assert 0 < entering < detections < len(wanted)
+    if not masks:
+        wanted &= scores >= enough
+    given, convs = [active for active in flags if active is not None], len(network.thing_head.convs)
+    for index in range(convs):  # of each piece of the detections
+        assert torch.equal(torch.cat(given[index::convs]), wanted)
     for one, other in zip(short, fixed):
         count = int(one.count)
         assert 0 < count == int(other.count) and len(other.scores) == network.config.test.max_detections
-        for name in ("boxes", "scores", "labels", "mask_logits"):
+        assert (one.mask_logits is not None) == (other.mask_logits is not None) == masks
+        for name in ("boxes", "scores", "labels", *(("mask_logits",) if masks else ())):
             torch.testing.assert_close(getattr(other, name)[:count], getattr(one, name)[:count])
         assert (other.labels[count:] == -1).all()
         used = int(one.merged.count)

@@ -91,6 +91,24 @@ def test_stuff_head_stays_channels_last():
     assert not unwanted & set(recorded.names), recorded.names
 
 
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_mask_head_computes_active_boxes(with_labels):
+    """Their logits are as without flags, to the last bit, whatever the features of the others hold."""
+    model = random_model("tiny")
+    head = optimize_for_inference(model).thing_head
+    channels = model.config.model.fpn_channels
+    features, active = torch.randn(5, channels, 14, 14), torch.tensor([True, False, True, False, False])
+    labels = torch.tensor([0, 2, 1, 0, 2]) if with_labels else None
+    with torch.inference_mode():
+        expected = head(features, labels)
+        features[~active] = float("nan")
+        actual = head(features, labels, active)
+        assert torch.equal(actual[active], expected[active])
+        assert actual.isfinite().all(), "the features of the others were read"
+        plain = model.thing_head(features, labels, active)
+    assert_close("masks", actual[active], plain[active].numpy())
+
+
 def test_source_is_neither_changed_nor_shared():
     model = random_model("tiny")
     before = {name: value.clone() for name, value in model.state_dict().items()}

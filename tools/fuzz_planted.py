@@ -64,6 +64,13 @@ FAULTS = (
         "flow_conv2d",
     ),
     Fault(
+        "results of images that are left out not cleared",
+        "csrc/cpu/flow_conv2d.cpp",
+        "} else if (size > 0) {",
+        "} else if (size > 4096) {",
+        "pack_conv3x3",
+    ),
+    Fault(
         "read beyond a tensor",
         "csrc/cpu/panoptic_quality_counts.cpp",
         "while (end < pixels && gt[end] == g",

@@ -3,6 +3,7 @@
 // flow_conv2d on the CPU: relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one pass over the threads.
 // The work is in conv3x3_winograd.h and conv3x3_direct.h, compiled in conv3x3.cpp for all types.
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
@@ -45,6 +46,36 @@ Tensor pack_conv3x3_cpu(const Tensor& weight, int64_t algorithm) {
                                           weight.size(0)));
 }
 
+// The job for those images whose flag is set, each run of them as a level of its own. Results of the others become
+// zeros.
+template <typename scalar_t>
+ConvJob<scalar_t> active_images(const ConvJob<scalar_t>& whole, const uint8_t* active) {
+    ConvJob<scalar_t> job = {whole.channels, {}, {whole.branches[0]}};
+    ConvBranch<scalar_t>& branch = job.branches[0];
+    branch.out.clear();
+    for (size_t i = 0; i < whole.levels.size(); ++i) {
+        const ConvLevel<scalar_t>& level = whole.levels[i];
+        const int64_t pixels = level.height * level.width;
+        int64_t end = 0;
+        for (int64_t first = 0; first < level.batch; first = end) {
+            const bool is_active = active[first] != 0;
+            while (end < level.batch && (active[end] != 0) == is_active) {
+                ++end;
+            }
+            const int64_t in = first * pixels * whole.channels, size = (end - first) * pixels * branch.channels;
+            scalar_t* out = whole.branches[0].out[i] + first * pixels * branch.channels;
+            if (is_active) {
+                const scalar_t* flow = level.flow ? level.flow + in : nullptr;
+                job.levels.push_back({end - first, level.height, level.width, level.x + in, flow});
+                branch.out.push_back(out);
+            } else if (size > 0) {
+                std::memset(out, 0, static_cast<size_t>(size) * sizeof(scalar_t));
+            }
+        }
+    }
+    return job;
+}
+
 // A convolution, and the tensors that its job points into.
 struct Convolution {
     int64_t resolved;
@@ -52,13 +83,15 @@ struct Convolution {
     Tensor packed;
     std::optional<Tensor> bias;
     bool relu;
+    std::optional<Tensor> active;  // (N), dense
 
     Convolution(
         const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-        const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t resolved)
+        const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t resolved,
+        const std::optional<Tensor>& active = std::nullopt)
         : resolved(resolved), x(channels_last(x)), flow(channels_last(flow)),
           out(empty_channels_last(x, out_channels)), packed(packed), bias(accum_bias(bias, packed.scalar_type())),
-          relu(relu) {}
+          relu(relu), active(active ? std::make_optional(to_contiguous(*active)) : std::nullopt) {}
 
     template <typename scalar_t>
     ConvJob<scalar_t> job() const {
@@ -66,7 +99,11 @@ struct Convolution {
         const ConvBranch<scalar_t> branch = {
             data<real_t>(packed), bias ? data<real_t>(*bias) : nullptr, out[0].size(1), relu,
             output_pointers<scalar_t>(out), {}};
-        return {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
+        ConvJob<scalar_t> whole = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
+        if (active) {
+            return active_images(whole, data<uint8_t>(*active));
+        }
+        return whole;
     }
 };
 
@@ -114,14 +151,15 @@ std::vector<Tensor> flow_conv2d_cpu(
 
 std::vector<Tensor> flow_conv2d_packed_cpu(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm) {
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm,
+    const std::optional<Tensor>& active) {
     check_algorithm("flow_conv2d", algorithm);
     if (x.empty()) {
         return {};
     }
-    const int64_t resolved = check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
+    const int64_t resolved = check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm, active);
     check_packed_layout("flow_conv2d", packed, kPackedColumns);
-    return run(x, {{x, flow, packed, bias, out_channels, relu, resolved}});
+    return run(x, {{x, flow, packed, bias, out_channels, relu, resolved, active}});
 }
 
 std::vector<Tensor> flow_conv2d_group_cpu(

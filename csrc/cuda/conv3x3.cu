@@ -8,7 +8,8 @@
 // An implicit GEMM: rows are pixels, columns output channels, and the sum runs over 9 C. Sources (N, H, W, C) by
 // strides, channels adjacent; weights (9, C, O padded to 32); out and residual (N, H, W, O). A table in the kernel's
 // parameters holds one entry per convolution and level, largest maps first, so that small levels fill the tail. Blocks
-// stay: each takes every gridDim.x-th tile. No atomics, results depend on the inputs alone.
+// stay: each takes every gridDim.x-th tile. Those of images that are not active are left out, and filled with zeros
+// before a block's first tile. No atomics, results depend on the inputs alone.
 //
 //   16-bit types   8 x 16 pixels by 128 or 64 outputs per block of 4 warps, by mma.sync with float32 sums
 //                  (conv3x3_tensor_core.h). A step over 32 channels brings the tile and its halo into shared memory
@@ -56,11 +57,18 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
     constexpr int kPart = kWideElements<scalar_t>;
     SPATIALFLOW_SHARED(scalar_t, input_tile, Plain::kChannels * Plain::kInputRow);  // [channel][pixel]
     SPATIALFLOW_SHARED(scalar_t, weight_tile, Plain::kChannels * Plain::kOutputs);  // [channel][output]
+    SPATIALFLOW_SHARED(unsigned, left_out, kNotedWords);
     const int thread = static_cast<int>(threadIdx.x);
     const int own_row = thread / 16 * 4, own_column = thread % 16 * 4;
     const int input_row = thread / 4, input_channel = thread % 4 * 4;
     const int weight_channel = thread / 16, weight_output = thread % 16 * 4;
+    if (table.active) {
+        leave_out_images<Plain>(table, left_out);
+    }
     for (int tile = static_cast<int>(blockIdx.x); tile < table.num_tiles; tile += static_cast<int>(gridDim.x)) {
+        if (table.active && is_noted(left_out, tile)) {
+            continue;
+        }
         const ConvTile place = conv_tile<Plain::kOutputs>(table, tile);
         const MapTile map = map_of<Plain::kSide, Plain::kSide>(table, place);
         const ConvJob<scalar_t>& job = table.jobs[place.job];
@@ -183,7 +191,7 @@ struct Kernel {
                                           ceil_div(out.size(3), Size::kWidth) * output_tiles(out);
     }
     static void launch_table(const ConvTable<scalar_t>& table, bool wide, Stream stream) {
-        const dim3 blocks(static_cast<unsigned>(std::min(table.num_tiles, resident(stream)))), threads(Size::kThreads);
+        const dim3 blocks(walking_blocks(table, resident(stream))), threads(Size::kThreads);
         if (wide) {
             launch<with_access<kWideElements<scalar_t>>()>(blocks, threads, Size::kSharedBytes, stream, table);
         } else {
@@ -205,7 +213,8 @@ struct Kernel {
 };
 
 template <typename operand_t, int kOutputs>
-void convolve(const char* op, const std::vector<Convolution>& convolutions, Stream stream) {
+void convolve(
+    const char* op, const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active) {
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
     using Tiles = Kernel<operand_t, kOutputs>;
@@ -246,6 +255,7 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
                      [](const Entry& one, const Entry& other) { return one.pixels > other.pixels; });
     for (size_t next = 0; next < entries.size();) {
         ConvTable<scalar_t> table{};
+        table.active = active ? data<uint8_t>(*active) : Global<const uint8_t>(nullptr);
         for (; next < entries.size() && table.num_jobs < kMaxJobs; ++next) {
             if (entries[next].tiles > kMaxTiles - table.num_tiles) {
                 break;
@@ -261,26 +271,28 @@ void convolve(const char* op, const std::vector<Convolution>& convolutions, Stre
 // The same sums in the same order whichever tiles are taken: narrow ones waste less on few outputs and small maps, but
 // take more than half the time of wide ones.
 template <typename operand_t>
-void convolve(const char* op, std::vector<Convolution> convolutions, Stream stream) {
+void convolve(
+    const char* op, std::vector<Convolution> convolutions, Stream stream, const std::optional<Tensor>& active) {
     if constexpr (sizeof(element_t<operand_t>) == 2) {
-        convolutions = convolve3x3_sm90<operand_t>(convolutions, stream);
+        convolutions = convolve3x3_sm90<operand_t>(convolutions, stream, active);
     }
     if (convolutions.empty()) {
         return;
     }
     if constexpr (kIsPlain<operand_t> || std::is_same_v<operand_t, Tf32x3>) {
-        convolve<operand_t, 64>(op, convolutions, stream);
+        convolve<operand_t, 64>(op, convolutions, stream, active);
     } else if (10 * Kernel<operand_t, 128>::cost(convolutions, stream) <
                6 * Kernel<operand_t, 64>::cost(convolutions, stream)) {
-        convolve<operand_t, 128>(op, convolutions, stream);
+        convolve<operand_t, 128>(op, convolutions, stream, active);
     } else {
-        convolve<operand_t, 64>(op, convolutions, stream);
+        convolve<operand_t, 64>(op, convolutions, stream, active);
     }
 }
 
 }  // namespace
 
-void convolve3x3(const char* op, std::vector<Convolution> convolutions, Stream stream) {
+void convolve3x3(
+    const char* op, std::vector<Convolution> convolutions, Stream stream, const std::optional<Tensor>& active) {
     for (Convolution& convolution : convolutions) {
         convolution.packed = aligned(convolution.packed);
         convolution.algorithm = cuda_algorithm(convolution.algorithm, convolution.x[0].scalar_type());
@@ -294,7 +306,7 @@ void convolve3x3(const char* op, std::vector<Convolution> convolutions, Stream s
         convolutions.erase(convolutions.begin(), others);
         dispatch_floating(op, own[0].x[0].scalar_type(), [&](auto zero) {
             dispatch_operand<decltype(zero)>(
-                algorithm, [&](auto operand) { convolve<decltype(operand)>(op, std::move(own), stream); });
+                algorithm, [&](auto operand) { convolve<decltype(operand)>(op, std::move(own), stream, active); });
         });
     }
 }

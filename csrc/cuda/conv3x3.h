@@ -70,7 +70,11 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
 }
 
 // All of them in one launch (more only where their levels exceed a launch's table). None may read what another writes.
-void convolve3x3(const char* op, std::vector<Convolution> convolutions, Stream stream);
+// `active`: (N) bool, dense, a flag for each image of every level. Results of images without it are zeros, whatever
+// they hold, and tiles that have no other image are left out.
+void convolve3x3(
+    const char* op, std::vector<Convolution> convolutions, Stream stream,
+    const std::optional<Tensor>& active = std::nullopt);
 
 inline std::vector<Tensor> channels_adjacent(const std::vector<Tensor>& levels) {
     std::vector<Tensor> adjacent;

@@ -337,6 +337,7 @@ __global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
     using Places = std::conditional_t<sizeof(scalar_t) == 4, FloatPlaces, SumPlaces<scalar_t>>;
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);            // 2 x [pixel with halo][channel]
     SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // of InputReader
+    SPATIALFLOW_SHARED(unsigned, left_out, kNotedWords);
     const auto weights = inputs + 2 * Size::kInputBuffer;    // stages x [tap of the column][channel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int warp_row = warp / 2 * Size::kWarpRows, warp_output = warp % 2 * Size::kWarpOutputs;
@@ -398,7 +399,14 @@ __global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
         }
     };
 
-    ConvTile tile = conv_tile<Size::kOutputs>(table, static_cast<int>(blockIdx.x));
+    if (table.active) {
+        leave_out_images<Size>(table, left_out);
+    }
+    ConvTile tile =
+        conv_tile<Size::kOutputs>(table, next_tile(table, left_out, static_cast<int>(blockIdx.x)));
+    if (tile.tile >= table.num_tiles) {
+        return;
+    }
     begin_weights(tile);
     copy_weights(0);
     copy_weights(1);
@@ -445,7 +453,8 @@ __global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
         do {
             left -= Size::kChannels;
             if (left <= 0) {
-                next = conv_tile<Size::kOutputs>(table, tile.tile + static_cast<int>(gridDim.x));
+                next = conv_tile<Size::kOutputs>(
+                    table, next_tile(table, left_out, tile.tile + static_cast<int>(gridDim.x)));
                 __syncthreads();  // before `places` is written again
                 begin_inputs(next);
             } else {

@@ -115,9 +115,10 @@ Convolution convolution(
 
 std::vector<Tensor> convolve(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm, Stream stream) {
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm, Stream stream,
+    const std::optional<Tensor>& active = std::nullopt) {
     const Convolution conv = convolution(x, flow, packed, bias, out_channels, relu, algorithm);
-    convolve3x3("flow_conv2d", {conv}, stream);
+    convolve3x3("flow_conv2d", {conv}, stream, active ? std::make_optional(to_contiguous(*active)) : std::nullopt);
     return in_format_of(x, conv.out);
 }
 
@@ -142,15 +143,16 @@ std::vector<Tensor> flow_conv2d_cuda(
 
 std::vector<Tensor> flow_conv2d_packed_cuda(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm) {
+    const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm,
+    const std::optional<Tensor>& active) {
     check_algorithm("flow_conv2d", algorithm);
     if (x.empty()) {
         return {};
     }
-    check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
+    check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm, active);
     check_packed_layout("flow_conv2d", packed, kPackedColumns);
     const DeviceScope device(x[0]);
-    return convolve(x, flow, packed, bias, out_channels, relu, algorithm, device.stream());
+    return convolve(x, flow, packed, bias, out_channels, relu, algorithm, device.stream(), active);
 }
 
 std::vector<Tensor> flow_conv2d_group_cuda(

@@ -8,6 +8,7 @@
 // Weights are (64 channels, outputs) of a tap, outputs adjacent as packed. Warp 0 loads inputs, warp 1 weights; warps 2
 // and 3 add a flow to inputs in shared memory, one rounding each; two warpgroups multiply, half of the pixels each.
 // A lane has eight adjacent outputs of each 32 (packed_position): sums go from registers to memory, 16 bytes a store.
+// With `active` a tile is left out where all its images are; of one that is computed, sums of such images become zeros.
 //
 // Floor (H100, 790 TFLOP/s bf16) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us. Four sub-tiles by 128
 // outputs take 26 us (H200), and 192 of them two rounds on 132 multiprocessors: 51 us. Expected with two: 45 us.
@@ -69,6 +70,7 @@ struct Sm90Table {
     Sm90Level<scalar_t> levels[kMaxJobs];
     Sm90Convolution convolutions[kMaxJobs];
     int num_levels, num_convolutions, num_tiles;
+    Global<const uint8_t> active;  // (N), zero for images that are left out; or null
 };
 static_assert(sizeof(Sm90Table<bfloat16>) <= 32 * 1024 - 4, "kernel parameters");
 
@@ -83,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
     constexpr int kOwnParts = Size::kParts / 2, kBlocks = Size::kOutputs / 32;  // of a warpgroup; of packed_position
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
     __shared__ __align__(8) uint64_t barriers[3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps];
+    SPATIALFLOW_SHARED(unsigned, left_out, kNotedWords);
     const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
     const unsigned flow_memory = begin + kInputStages * Size::kInputStage;  // one sub-tile for each warp that adds
     const unsigned weight_memory = flow_memory + kAddWarps * kRimStride;
@@ -132,6 +135,33 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         return Part{entry, map_tile<kSide, kSide>(part - level.tile_begin, level.tile_rows, level.tile_columns)};
     };
     const int first = static_cast<int>(blockIdx.x), step_tiles = static_cast<int>(gridDim.x);
+    const auto is_active = [&](int image) { return !table.active || table.active[image] != 0; };
+    if (table.active) {
+        leave_out_tiles(
+            left_out, table.num_tiles,
+            [&](int index) {
+                const Tile tile = tile_at(index);
+                const Sm90Convolution& convolution = table.convolutions[tile.convolution];
+                bool none = true;
+                for (int i = 0; i < Size::kParts && tile.part + i < convolution.parts; ++i) {
+                    none = none && !is_active(part_at(convolution, tile.part + i).map.image);
+                }
+                return none;
+            },
+            [&](int index) {
+                const Tile tile = tile_at(index);
+                const Sm90Convolution& convolution = table.convolutions[tile.convolution];
+                for (int i = 0; i < Size::kParts; ++i) {
+                    const Part part = part_at(convolution, tile.part + i);
+                    const Sm90Level<scalar_t>& level = table.levels[part.level];
+                    clear_tile<kSide, kSide, Size::kOutputs>(
+                        level.out, level.height, level.width, convolution.outputs, convolution.wide, part.map,
+                        tile.output);
+                }
+            });
+    }
+    // All roles go through the same tiles; one that is left out moves no barrier and no stage.
+    const auto tile_from = [&](int index) { return next_tile(table, left_out, index); };
 
     // The compiler must see that all lanes of a warp agree on these.
     const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
@@ -142,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         if (warp == 0 && lane == 0) {
             int stage = 0;
             unsigned parity = 1, flow_parity = 1;
-            for (int index = first; index < table.num_tiles; index += step_tiles) {
+            for (int index = tile_from(first); index < table.num_tiles; index = tile_from(index + step_tiles)) {
                 const Tile tile = tile_at(index);
                 const Sm90Convolution& convolution = table.convolutions[tile.convolution];
                 const bool has_flow = convolution.has_flow;
@@ -185,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         } else if (warp == 1 && lane == 0) {
             int stage = 0;
             unsigned parity = 1;
-            for (int index = first; index < table.num_tiles; index += step_tiles) {
+            for (int index = tile_from(first); index < table.num_tiles; index = tile_from(index + step_tiles)) {
                 const Tile tile = tile_at(index);
                 const Sm90Convolution& convolution = table.convolutions[tile.convolution];
                 for (int step = 0; step < convolution.steps; ++step) {
@@ -212,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
             unsigned char* flow = inputs + kInputStages * Size::kInputStage + own * kRimStride;
             int stage = 0;
             unsigned parity = 0, flow_parity = 0;  // a bit for each stage
-            for (int index = first; index < table.num_tiles; index += step_tiles) {
+            for (int index = tile_from(first); index < table.num_tiles; index = tile_from(index + step_tiles)) {
                 const Sm90Convolution& convolution = table.convolutions[tile_at(index).convolution];
                 for (int step = 0; step < convolution.steps; ++step) {
                     if (convolution.has_flow) {
@@ -271,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
             pin(sums[part]);
         }
     };
-    for (int index = first; index < table.num_tiles; index += step_tiles) {
+    for (int index = tile_from(first); index < table.num_tiles; index = tile_from(index + step_tiles)) {
         const Tile tile = tile_at(index);
         const Sm90Convolution& convolution = table.convolutions[tile.convolution];
         const int first_output = tile.output + lane % 4 * 8;  // of this lane
@@ -341,6 +371,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         for (int part = 0; part < kOwnParts; ++part) {
             const Part place = part_at(convolution, tile.part + own_part + part);
             const Sm90Level<scalar_t>& level = table.levels[place.level];
+            const bool active = is_active(place.map.image);  // beside one that is, an image may not be
             const int x = place.map.x + lane / 4;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -376,6 +407,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                                              own[element + 1] + bias[block][2 * i + 1] + load(added[2 * i + 1]),
                                              scalar_t{});
                         words[i] = relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
+                        words[i] = active ? words[i] : 0;
                     }
                     const Global<scalar_t> target = level.out + (at + block * 32);
                     if (wide) {
@@ -465,8 +497,9 @@ struct Sm90Kernel {
             convolution.output_tiles = static_cast<int>(ceil_div(convolution.outputs, kOutputs));
             table.num_tiles += static_cast<int>(tiles(convolution));
         }
-        const int blocks = std::min(table.num_tiles, resident_blocks<kKernel>(kThreads, Size::kSharedBytes, stream));
-        launch<kKernel>(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Size::kSharedBytes, stream, table);
+        const unsigned blocks =
+            walking_blocks(table, resident_blocks<kKernel>(kThreads, Size::kSharedBytes, stream));
+        launch<kKernel>(dim3(blocks), dim3(kThreads), Size::kSharedBytes, stream, table);
     }
 };
 
@@ -546,13 +579,15 @@ void run(Sm90Table<scalar_t>& table, Stream stream) {
 }  // namespace
 
 template <typename scalar_t>
-std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convolutions, Stream stream) {
+std::vector<Convolution> convolve3x3_sm90(
+    const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active) {
     if (!runs_sm90<Sm90Kernel<scalar_t, 128, 4>::kKernel>(stream)) {
         return convolutions;
     }
     bind_context(stream);
     std::vector<Convolution> others;
     Sm90Table<scalar_t> table{};
+    table.active = active ? data<uint8_t>(*active) : nullptr;
     for (const Convolution& conv : convolutions) {
         const auto levels =
             std::count_if(conv.out.begin(), conv.out.end(), [](const Tensor& out) { return out.numel() > 0; });
@@ -570,7 +605,9 @@ std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convol
     return others;
 }
 
-template std::vector<Convolution> convolve3x3_sm90<float16>(const std::vector<Convolution>&, Stream);
-template std::vector<Convolution> convolve3x3_sm90<bfloat16>(const std::vector<Convolution>&, Stream);
+template std::vector<Convolution> convolve3x3_sm90<float16>(
+    const std::vector<Convolution>&, Stream, const std::optional<Tensor>&);
+template std::vector<Convolution> convolve3x3_sm90<bfloat16>(
+    const std::vector<Convolution>&, Stream, const std::optional<Tensor>&);
 
 }  // namespace spatialflow

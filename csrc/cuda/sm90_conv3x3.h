@@ -11,10 +11,12 @@ namespace spatialflow {
 // can read) and returns the others: all of them on other devices. The interpreter knows nothing of wgmma.
 #if defined(__CUDACC__)
 template <typename scalar_t>
-std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convolutions, Stream stream);
+std::vector<Convolution> convolve3x3_sm90(
+    const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active);
 #else
 template <typename scalar_t>
-std::vector<Convolution> convolve3x3_sm90(const std::vector<Convolution>& convolutions, Stream) {
+std::vector<Convolution> convolve3x3_sm90(
+    const std::vector<Convolution>& convolutions, Stream, const std::optional<Tensor>&) {
     return convolutions;
 }
 #endif

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/flow_conv2d.h"
 
-// An empty `flow` is none. `algorithm`: 0 auto, 1 winograd, 2 direct, 3 tf32, 4 tf32x3.
+// An empty `flow` is none. `algorithm`: 0 auto, 1 winograd, 2 direct, 3 tf32, 4 tf32x3. `active`: (N,) bool or none.
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
         "flow_conv2d(Tensor[] x, Tensor[] flow, Tensor weight, Tensor? bias, bool relu, int algorithm) -> Tensor[]");
     library.def("_pack_conv3x3(Tensor weight, int algorithm) -> Tensor");
     library.def(
         "_flow_conv2d_packed(Tensor[] x, Tensor[] flow, Tensor packed, Tensor? bias, SymInt out_channels, bool relu, "
-        "int algorithm) -> Tensor[]");
+        "int algorithm, Tensor? active=None) -> Tensor[]");
     library.def(
         "_flow_conv2d_group(Tensor[] x, int[] counts, Tensor[] packed, Tensor[] biases, SymInt[] out_channels, "
         "bool relu, int[] algorithms) -> Tensor[]");
@@ -24,10 +24,10 @@ void check_pack_call(const Tensor& weight, int64_t algorithm) {
 
 void check_packed_call(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm) {
+    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm, const std::optional<Tensor>& active) {
     check_algorithm("flow_conv2d", algorithm);
     if (!x.empty()) {
-        check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm);
+        check_flow_conv2d_packed(x, flow, packed, bias, out_channels, algorithm, active);
     }
 }
 
@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow_checks, library) {
     library.def("_pack_conv3x3(Tensor weight, int algorithm) -> ()");
     library.def(
         "_flow_conv2d_packed(Tensor[] x, Tensor[] flow, Tensor packed, Tensor? bias, int out_channels, "
-        "int algorithm) -> ()");
+        "int algorithm, Tensor? active) -> ()");
     library.def(
         "_flow_conv2d_group(Tensor[] x, int[] counts, Tensor[] packed, Tensor[] biases, int[] out_channels, "
         "int[] algorithms) -> ()");

@@ -126,16 +126,33 @@ inline void check_flow_conv2d(
     check_algorithm("flow_conv2d", algorithm);
 }
 
+// `active` has a flag for each image, of which all of `x` have the same number.
+inline void check_active(const char* op, const std::optional<Tensor>& active, const std::vector<Tensor>& x) {
+    if (!active) {
+        return;
+    }
+    check_dtype(op, "active", *active, ScalarType::Bool);
+    check_dim(op, "active", *active, 1, "(N,)");
+    check_same_device(op, "active", *active, "x[0]", x[0]);
+    for (size_t i = 0; i < x.size(); ++i) {
+        check(active->size(0) == x[i].size(0), op, ": active must have a flag for each image of x[", i, "], ",
+              x[i].size(0), ", got ", active->size(0));
+    }
+}
+
 // `x` has a level or more. Returns the algorithm that the weights were packed for.
 inline int64_t check_flow_conv2d_packed(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
-    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm) {
+    const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm,
+    const std::optional<Tensor>& active = std::nullopt) {
     check_dim("flow_conv2d", "x[0]", x[0], 4, "(N, C, H, W)");
     check_floating("flow_conv2d", "x[0]", x[0]);
     const int64_t in_channels = x[0].size(1);
     check_conv_inputs("flow_conv2d", x, flow, in_channels, x[0], "x[0]");
     check_conv_bias("flow_conv2d", bias, out_channels, x[0], "x[0]");
+    check_active("flow_conv2d", active, x);
     check_dtype("flow_conv2d", "packed weight", packed, accum_dtype(x[0].scalar_type()));
+    check_dim("flow_conv2d", "packed weight", packed, 1, "a vector");
     check_same_device("flow_conv2d", "packed weight", packed, "x[0]", x[0]);
     const bool is_double = packed.scalar_type() == ScalarType::Double;
     const int64_t resolved = resolve_algorithm(algorithm, is_double, in_channels, out_channels);

@@ -5,8 +5,8 @@ The way has three parts. Preprocessing and the last one, stuff labels and mergin
 original sizes of the images. Recognition, in between, has shapes that follow from the padded size alone and takes the
 rest as tensors, so that one CUDA graph of it serves all images of a padded size.
 
-On a GPU nothing here reads a value back, so the host queues all work at once. On the CPU, where reading costs nothing,
-rows that are only padding are left out early.
+On a GPU nothing here reads a value back, so the host queues all work at once. Kernels leave out rows whose results
+are not used. On the CPU, where reading costs nothing, such rows are cut off early.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Recognized(NamedTuple):
     labels: Tensor  # (B, D) int64
     counts: Tensor  # (B,) int64
     entering: Tensor  # (B, D, 4), the boxes; NaN for those that cannot enter the map: nothing is pasted there
-    mask_logits: Optional[Tensor]  # (B, D, 28, 28) float32; None without a thing head
+    mask_logits: Optional[Tensor]  # (B, D, 28, 28) float32, unspecified where not wanted; None without a thing head
     stuff_logits: list[Optional[Tensor]]  # per view (B, num_stuff, H/4, W/4); None without a stuff head
 
 
@@ -95,8 +95,8 @@ class Pipeline:
         ignored_stuff: stuff labels that stay void.
         device: where the networks are.
         dtype: of their weights.
-        detection_masks: whether the results have the mask of every detection. Without, the CPU computes only those
-            that the map may need; a GPU computes all, as it reads no count.
+        detection_masks: whether the results have the mask of every detection. Without, only those that the map may
+            need are computed.
         graphs: where CUDA graphs of the recognition are kept; None to queue its kernels one by one.
     """
 
@@ -212,13 +212,19 @@ class Pipeline:
             found = inference.detect(joined, self.config.test)
             rows = self._leading(found.labels >= 0)
             boxes, scores, labels = found.boxes[:, :rows], found.scores[:, :rows], found.labels[:, :rows]
-            entering = torch.where(self._enters(scores, labels).unsqueeze(-1), boxes, float("nan"))
+            enters = self._enters(scores, labels)
+            entering = torch.where(enters.unsqueeze(-1), boxes, float("nan"))
         logits = None
         if passes[0][0][0].thing_features is not None:
             with stopwatch(times, "masks"):
                 masked = boxes if self.detection_masks else self._that_enter(entering)
+                if self.reads_counts:
+                    wanted = None  # other rows were cut off
+                else:
+                    wanted = labels >= 0 if self.detection_masks else enters
+                classes = labels[:, : masked.shape[1]]
                 parts = [
-                    self._mask_logits(view, network, output.thing_features, masked, labels[:, : masked.shape[1]])
+                    self._mask_logits(view, network, output.thing_features, masked, classes, wanted)
                     for view, (outputs, _) in zip(plan, passes)
                     for network, output in zip(self.networks, outputs)
                 ]
@@ -245,14 +251,20 @@ class Pipeline:
         return found._replace(boxes=inference.mirror_boxes(found.boxes, view.widths)) if view.mirrored else found
 
     def _mask_logits(
-        self, view: View, network: SpatialFlow, features: list[Tensor], boxes: Tensor, labels: Tensor
+        self,
+        view: View,
+        network: SpatialFlow,
+        features: list[Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        wanted: Optional[Tensor],
     ) -> Tensor:
-        """(B, D, 28, 28) for boxes (B, D, 4) at original scale, not mirrored."""
+        """(B, D, 28, 28) for boxes (B, D, 4) at original scale, not mirrored; unspecified but for the wanted ones."""
         boxes = inference.mirror_boxes(boxes, view.widths) if view.mirrored else boxes
         rois = inference.make_rois(boxes, view.scales)
-        logits = inference.mask_logits(network, features, rois, labels.clamp(min=0).flatten()).unflatten(
-            0, labels.shape
-        )
+        active = None if wanted is None else wanted.flatten()
+        logits = inference.mask_logits(network, features, rois, labels.clamp(min=0).flatten(), active)
+        logits = logits.unflatten(0, labels.shape)
         return logits.flip(-1) if view.mirrored else logits
 
     def _stuff_labels(self, image: int, plan: list[View], quarter_logits: list[Optional[Tensor]]) -> Tensor:

@@ -57,15 +57,20 @@ class ThingHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
-    def forward(self, roi_features: Tensor, labels: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self, roi_features: Tensor, labels: Optional[Tensor] = None, active: Optional[Tensor] = None
+    ) -> Tensor:
         """Mask logits of RoIs.
 
         Args:
             roi_features: (K, C, S, S).
             labels: (K,) int64 class of each RoI; None: all classes.
+            active: (K,) bool, RoIs whose logits are wanted; None: all. Here all are computed; the optimized head leaves
+                work out.
 
         Returns:
-            (K, 2S, 2S) logits of the class `labels`, or (K, num_classes, 2S, 2S) without them.
+            (K, 2S, 2S) logits of the class `labels`, or (K, num_classes, 2S, 2S) without them; unspecified for RoIs
+            that are not active.
         """
         x = self.features(roi_features)  # (K, channels, 2S, 2S)
         return self.logits(x) if labels is None else self.class_logits(x, labels)

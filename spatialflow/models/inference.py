@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the network's raw outputs to detections, masks and stuff logits; pure functions of tensors."""
 
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -55,11 +55,24 @@ def make_rois(boxes: Sequence[Tensor], scale_factors: Tensor) -> Tensor:
 
 
 def mask_logits(
-    network: SpatialFlow, thing_features: list[Tensor], rois: Tensor, labels: Tensor, chunk: int = 128
+    network: SpatialFlow,
+    thing_features: list[Tensor],
+    rois: Tensor,
+    labels: Tensor,
+    active: Optional[Tensor] = None,
+    chunk: int = 128,
 ) -> Tensor:
-    """(K, 28, 28) float32 logits of each RoI's own class, computed `chunk` RoIs at a time to bound the memory."""
+    """(K, 28, 28) float32 logits of each RoI's own class, computed `chunk` RoIs at a time to bound the memory.
+
+    Logits of RoIs that are not `active`, (K,) bool, are unspecified; None: all are wanted.
+    """
     parts = [
-        network.thing_logits(thing_features, rois[i : i + chunk], labels[i : i + chunk])
+        network.thing_logits(
+            thing_features,
+            rois[i : i + chunk],
+            labels[i : i + chunk],
+            None if active is None else active[i : i + chunk],
+        )
         for i in range(0, len(rois), chunk)
     ]
     side = 2 * network.config.model.roi_size

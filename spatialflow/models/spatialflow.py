@@ -88,18 +88,25 @@ class SpatialFlow(nn.Module):
         )
         return output, stuff_logits
 
-    def thing_logits(self, thing_features: list[Tensor], rois: Tensor, labels: Optional[Tensor] = None) -> Tensor:
+    def thing_logits(
+        self,
+        thing_features: list[Tensor],
+        rois: Tensor,
+        labels: Optional[Tensor] = None,
+        active: Optional[Tensor] = None,
+    ) -> Tensor:
         """Mask logits for boxes.
 
         Args:
             thing_features: P3..P5 thing features.
             rois: (K, 5): image index in the batch, x1, y1, x2, y2 in pixels of the network's input.
             labels: (K,) int64 classes; None: all classes.
+            active: (K,) bool, boxes whose logits are wanted; None: all. Those of the others are unspecified.
 
         Returns:
             (K, 28, 28), or (K, num_things, 28, 28) without labels; for roi_size 14.
         """
-        return self.thing_head(self.roi_features(thing_features, rois), labels)
+        return self.thing_head(self.roi_features(thing_features, rois), labels, active)
 
     def roi_features(self, thing_features: list[Tensor], rois: Tensor) -> Tensor:
         """(K, C, 14, 14): RoIAlign over P3..P5, aligned, adaptive sampling."""

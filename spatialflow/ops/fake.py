@@ -29,6 +29,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         checked = [names.index(argument.name) for argument in check._schema.arguments]
 
         def on_one_device(*args: Any) -> Any:
+            args = (*args, *(argument.default_value for argument in arguments[len(args) :]))  # torch leaves them out
             first = None
             for argument, value in zip(arguments, args):
                 for tensor in value if isinstance(value, (list, tuple)) else (value,):

@@ -50,6 +50,7 @@ def flow_conv2d(
     bias: Tensor | None = None,
     relu: bool = True,
     algorithm: str = "auto",
+    active: Tensor | None = None,
 ) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
     """Computes relu(conv3x3(x + flow) + bias), stride 1 and padding 1, for one map or all levels of a pyramid at once.
 
@@ -72,6 +73,9 @@ def flow_conv2d(
             "tf32": tensor cores; inputs and weights are rounded to TF32, 11 bits: error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             The CPU computes the last two as "auto", so that one model serves both devices.
+        active: (N,) bool, which images of the batch are computed, or None for all; with one `PackedConv` alone, and
+            levels that all have N images. Results of the other images are zeros, whatever is in them; they take no
+            time but that of writing the zeros, and on CUDA nothing waits for the flags.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
@@ -80,7 +84,8 @@ def flow_conv2d(
         RuntimeError: a shape, dtype or device that does not fit, naming the argument; packed weights in the order of
             another instruction set, device, dtype or version.
         ValueError: an unknown `algorithm`, or `x` and `flow` of different structure, or bias beside a `PackedConv`, or
-            a list of weights with another number of entries in `x`, with a `flow`, or of unpacked weights.
+            `active` without one, or a list of weights with another number of entries in `x`, with a `flow`, or of
+            unpacked weights.
 
     Remarks:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
@@ -107,14 +112,18 @@ def flow_conv2d(
             is_packed = isinstance(conv, PackedConv)
             weights += conv[:2] if is_packed else [conv]
             biases += (conv.bias, conv.packed_bias) if is_packed else ()
-        if not are_tensors(*levels, *weights, optional=biases):
+        if not are_tensors(*levels, *weights, optional=(*biases, active)):
             return with_arrays(flow_conv2d, locals())
+        if active is not None:
+            raise ValueError("flow_conv2d: active must be None when weight is a list")
         return _convolve_group(x, flow, list(weight), bias, relu)
     levels, flows = _as_levels(x), [] if flow is None else _as_levels(flow)
     is_packed = isinstance(weight, PackedConv)
     weights, biases = (weight[:2], (weight.bias, weight.packed_bias)) if is_packed else ([weight], (bias,))
-    if not are_tensors(*levels, *flows, *weights, optional=biases):
+    if not are_tensors(*levels, *flows, *weights, optional=(*biases, active)):
         return with_arrays(flow_conv2d, locals())
+    if active is not None and not is_packed:
+        raise ValueError("flow_conv2d: active must be None unless weight is a PackedConv")
     algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
     if flow is not None and isinstance(flow, Tensor) != single:
@@ -126,13 +135,16 @@ def flow_conv2d(
         conv, weight, bias, algorithm = weight, weight.weight, weight.bias, weight.algorithm
         code = algorithm_code("flow_conv2d", algorithm, *levels[:1])
         if not needs_gradient([*levels, *flows, weight, bias]):
-            outputs = _flow_conv2d_packed(
-                levels, flows, conv.packed, conv.packed_bias, weight.shape[0], bool(relu), code
-            )
+            call = (levels, flows, conv.packed, conv.packed_bias, weight.shape[0], bool(relu), code)
+            outputs = _flow_conv2d_packed(*call) if active is None else _flow_conv2d_packed(*call, active)
             return outputs[0] if single else list(outputs)
+        if active is not None:
+            _check_active("flow_conv2d", active, levels)
+            levels, flows = _only_active(levels, active), _only_active(flows, active)
     bias = None if bias is None else autocast(bias)
     code = algorithm_code("flow_conv2d", algorithm, *levels[:1])
     outputs = _flow_conv2d(levels, flows, autocast(weight), bias, bool(relu), code) if levels else []
+    outputs = outputs if active is None else _only_active(outputs, active)
     return outputs[0] if single else list(outputs)
 
 
@@ -226,6 +238,24 @@ def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> No
         )
 
 
+def _check_active(op: str, active: Tensor, levels: list[Tensor]) -> None:
+    """As the operator does, where torch computes what `active` means."""
+    if active.dtype != torch.bool:
+        raise RuntimeError(f"{op}: active must be bool, got {str(active.dtype).removeprefix('torch.')}")
+    if active.dim() != 1:
+        raise RuntimeError(f"{op}: active must be (N,), got shape ({', '.join(map(str, active.shape))})")
+    for index, level in enumerate(levels):
+        if active.shape[0] != level.shape[0]:
+            raise RuntimeError(
+                f"{op}: active must have a flag for each image of x[{index}], {level.shape[0]}, got {len(active)}"
+            )
+
+
+def _only_active(levels: list[Tensor], active: Tensor) -> list[Tensor]:
+    """Zeros for images that are not active; no gradient flows to those."""
+    return [torch.where(active[:, None, None, None], level, 0) for level in levels]
+
+
 def _empty_levels(x: list[Tensor], channels: Any) -> list[Tensor]:
     outputs = []
     for level in x:
@@ -243,7 +273,7 @@ def _(x, flow, weight, bias, relu, algorithm):
 
 
 @register_fake("_flow_conv2d_packed")
-def _(x, flow, packed, bias, out_channels, relu, algorithm):
+def _(x, flow, packed, bias, out_channels, relu, algorithm, active=None):
     if x:
         check_packed_layout("flow_conv2d", packed)
     return _empty_levels(x, out_channels)

@@ -367,14 +367,18 @@ def flow_conv2d(
     bias: Tensor | None = None,
     relu: bool = True,
     algorithm: str = "auto",
+    active: Tensor | None = None,
 ) -> np.ndarray | list[np.ndarray]:
     if isinstance(x, Tensor):
-        return flow_conv2d([x], None if flow is None else [flow], weight, bias, relu)[0]
+        return flow_conv2d([x], None if flow is None else [flow], weight, bias, relu, algorithm, active)[0]
     results = []
     for index, level in enumerate(x):
         total = _array(level) if flow is None else _array(level) + _array(flow[index])
         result = _convolve(total, _array(weight), None if bias is None else _array(bias))
-        results.append(_rectify(result) if relu else result)
+        result = _rectify(result) if relu else result
+        if active is not None:
+            result[~active.numpy()] = 0.0
+        results.append(result)
     return results
 
 

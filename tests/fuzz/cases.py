@@ -235,6 +235,14 @@ def _flow_conv2d(draw: Draw, limits: Limits) -> dict:
     }
 
 
+def _flow_conv2d_packed(draw: Draw, limits: Limits) -> dict:
+    case = _flow_conv2d(draw, limits)
+    levels = case["x"] if isinstance(case["x"], list) else [case["x"]]
+    batches = {level["tensor"][0] for level in levels}
+    has_flags = len(batches) == 1 and draw(st.booleans())
+    return case | {"active": tensor(draw, [*batches], "bool", integers(0, 1)) if has_flags else None}
+
+
 def _flow_tower(draw: Draw, limits: Limits) -> dict:
     dtype = draw(one_of(*FLOATS))
     channels = draw(sizes(min(limits.channels, 33)))
@@ -458,7 +466,7 @@ OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
     "multiclass_nms": multiclass_nms,
     "multilevel_roi_align": multilevel_roi_align,
     "nms": nms,
-    "pack_conv3x3": _flow_conv2d,
+    "pack_conv3x3": _flow_conv2d_packed,
     "pack_flow_tower": _flow_tower,
     "panoptic_merge": panoptic_merge,
     "panoptic_quality_counts": panoptic_quality_counts,

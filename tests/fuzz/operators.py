@@ -191,8 +191,10 @@ def _overflows(arguments: dict, tensors: list[Tensor]) -> bool:
     return any(bool((t.isfinite() & (t.abs() > limit)).any()) for t in (t.detach().double() for t in tensors))
 
 
-def _flow_conv2d_packed(*, x: Any, flow: Any, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str) -> Any:
-    return ops.flow_conv2d(x, flow, ops.pack_conv3x3(weight, bias, algorithm), None, relu)
+def _flow_conv2d_packed(
+    *, x: Any, flow: Any, weight: Tensor, bias: Tensor | None, relu: bool, algorithm: str, active: Tensor | None
+) -> Any:
+    return ops.flow_conv2d(x, flow, ops.pack_conv3x3(weight, bias, algorithm), None, relu, active=active)
 
 
 def _tower(parameters: dict) -> ops.FlowTowerParameters:

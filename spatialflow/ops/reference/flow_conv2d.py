@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,13 +15,23 @@ def flow_conv2d(
     bias: Tensor | None = None,
     relu: bool = True,
     algorithm: str = "auto",
+    active: Tensor | None = None,
 ) -> Tensor | list[Tensor]:
-    """Same arguments and result as `spatialflow.ops.flow_conv2d`; the algorithm makes no difference here."""
+    """Same arguments and result as `spatialflow.ops.flow_conv2d`; the algorithm makes no difference here, and `active`
+    goes with any weight.
+    """
     if not isinstance(x, Tensor):
         flows = [None] * len(x) if flow is None else flow
-        return [flow_conv2d(level, of_level, weight, bias, relu) for level, of_level in zip(x, flows)]
-    result = conv3x3(x if flow is None else x + flow, weight, bias)
-    return result.relu() if relu else result
+        return [
+            flow_conv2d(level, of_level, weight, bias, relu, algorithm, active) for level, of_level in zip(x, flows)
+        ]
+    total = x if flow is None else x + flow
+    if active is not None:
+        active = active[:, None, None, None]
+        total = torch.where(active, total, 0)
+    result = conv3x3(total, weight, bias)
+    result = result.relu() if relu else result
+    return result if active is None else torch.where(active, result, 0)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flow_conv2d with `active`: images that are left out are zeros, are never read, and change nothing in the others."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_matrix import DEVICE, LAYOUTS, OpMatrix, OpSample, assert_near, leaves, map_tensors
+
+from spatialflow import ops
+from spatialflow.ops import reference
+
+CODES = {"auto": 0, "winograd": 1, "direct": 2, "tf32": 3, "tf32x3": 4}
+
+
+def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, flags: list):
+    """x, flow, weight, bias, active in float64; x and flow in eighths, whose sum is exact in 16 bits."""
+
+    def eighths(*size: int) -> torch.Tensor:
+        return (torch.randn(size, dtype=torch.float64).clamp(-3, 3) * 8).round() / 8
+
+    def build(grow: int = 0) -> list:
+        x = [eighths(len(flags), channels, h + grow, w + grow) for h, w in sizes]
+        return [
+            x,
+            [eighths(*level.shape) for level in x] if flow else None,
+            torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3,
+            torch.randn(out_channels, dtype=torch.float64) if bias else None,
+            torch.tensor(flags, dtype=torch.bool),
+        ]
+
+    return build
+
+
+def packed_call(x, flow, weight, bias, active, relu=True, algorithm="auto"):
+    return ops.flow_conv2d(x, flow, ops.pack_conv3x3(weight, bias, algorithm), relu=relu, active=active)
+
+
+def by_reference(x, flow, weight, bias, active, relu=True, algorithm="auto"):
+    return reference.flow_conv2d(x, flow, weight, bias, relu, algorithm, active)
+
+
+def raw(x, flow, weight, bias, active, relu=True, algorithm="auto"):
+    conv = ops.pack_conv3x3(weight, bias, algorithm)
+    arguments = (x, flow or [], conv.packed, conv.packed_bias, weight.shape[0], relu, CODES[algorithm], active)
+    return torch.ops.spatialflow._flow_conv2d_packed, arguments
+
+
+def sample(channels, out_channels, sizes, flow=True, bias=True, flags=(True, False), **options):
+    tensors = tensors_of(channels, out_channels, sizes, flow, bias, list(flags))
+    present = tuple(index for index, there in enumerate((True, flow, True, bias)) if there)
+
+    def build() -> OpSample:
+        return OpSample(
+            op=packed_call,
+            reference=by_reference,
+            tensors=tensors(),
+            options=options,
+            differentiable=present,
+            converted=present,
+            raw=raw,
+            images=(0, 1) if flow else (0,),
+            resized=tensors,
+        )
+
+    return build
+
+
+class TestFlowConv2dActive(OpMatrix):
+    has_gradient = True
+    samples = {
+        "pyramid with flow": sample(5, 6, [(7, 8), (4, 9)]),
+        "winograd, linear": sample(4, 35, [(9, 5)], flags=(False, True, True), relu=False, algorithm="winograd"),
+        "direct, no flow": sample(33, 3, [(5, 9)], flow=False, bias=False, relu=False, algorithm="direct"),
+        "none": sample(8, 8, [(5, 4)], flags=(False, False), relu=False),
+    }
+    linear_samples = ("winograd, linear", "direct, no flow", "none")
+    thin_samples = {
+        "one image": sample(8, 8, [(5, 6)], flags=(True,), relu=False),
+        "one image, left out": sample(8, 8, [(5, 6)], flags=(False,), relu=False),
+        "one pixel": sample(8, 8, [(1, 1)], relu=False),
+        "no images": sample(8, 8, [(5, 6)], flags=(), relu=False),
+        "no channels": sample(0, 8, [(5, 6)], relu=False),
+        "no outputs": sample(8, 0, [(5, 6)], relu=False),
+        "no rows": sample(8, 8, [(0, 6)], relu=False),
+    }
+
+
+FLAGS = {
+    "all": [True] * 5,
+    "none": [False] * 5,
+    "first": [True, True, False, False, False],
+    "last": [False, False, False, True, True],
+    "every other": [False, True, False, True, False],
+}
+# Winograd and direct; tiles of 64 and 128 outputs, whole ones or not; rows that 16 bytes fill or do not.
+CHANNELS = [(3, 5), (64, 64), (40, 136), (33, 70)]
+
+
+class TestImages:
+    @pytest.mark.parametrize("flags", list(FLAGS.values()), ids=list(FLAGS))
+    @pytest.mark.parametrize("channels", CHANNELS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_others_are_as_without(self, dtype, channels, flags):
+        """To the last bit, whatever the images that are left out hold."""
+        build = tensors_of(*channels, [(9, 17), (4, 4), (1, 3)], True, True, flags)
+        *tensors, active = build()
+        x, flow, weight, bias = map_tensors(lambda t: t.to(dtype), tensors)
+        conv = ops.pack_conv3x3(weight, bias)
+        expected = ops.flow_conv2d(x, flow, conv)
+        for level, added in zip(x, flow):
+            level[~active], added[~active] = float("nan"), float("inf")
+        for result, whole in zip(ops.flow_conv2d(x, flow, conv, active=active), expected, strict=True):
+            assert torch.equal(result[active], whole[active])
+            assert torch.equal(result[~active], torch.zeros_like(whole[~active]))
+
+    @pytest.mark.parametrize("algorithm", list(CODES))
+    def test_algorithms(self, algorithm):
+        *tensors, active = tensors_of(36, 40, [(20, 21), (5, 3)], False, True, [True, False, True])()
+        x, flow, weight, bias = map_tensors(torch.Tensor.float, tensors)
+        conv = ops.pack_conv3x3(weight, bias, algorithm)
+        for relu in (True, False):
+            expected = ops.flow_conv2d(x, flow, conv, relu=relu)
+            for result, whole in zip(ops.flow_conv2d(x, flow, conv, relu=relu, active=active), expected):
+                assert torch.equal(result[active], whole[active]) and not result[1].any()
+
+    @pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=list(LAYOUTS))
+    def test_layouts(self, layout):
+        *tensors, active = tensors_of(16, 8, [(6, 7)], True, True, [False, True, False])()
+        x, flow, weight, bias = map_tensors(torch.Tensor.half, tensors)
+        conv = ops.pack_conv3x3(weight, bias)
+        x, flow = layout(x[0]), layout(flow[0])
+        result, whole = ops.flow_conv2d(x, flow, conv, active=active), ops.flow_conv2d(x, flow, conv)
+        assert result.stride() == whole.stride()
+        assert torch.equal(result[1], whole[1]) and not result[::2].any()
+
+    def test_flags_of_any_form(self):
+        """Strided and expanded flags, and bytes that are neither 0 nor 1."""
+        x, conv = torch.randn(4, 8, 5, 6), ops.pack_conv3x3(torch.randn(8, 8, 3, 3))
+        whole = ops.flow_conv2d(x, None, conv)
+        every_third = torch.zeros(12, dtype=torch.bool)
+        every_third[[0, 6, 7]] = True
+        odd_bytes = torch.tensor([2, 0, 128, 0], dtype=torch.uint8).view(torch.bool)
+        for active in (every_third[::3], odd_bytes):
+            result = ops.flow_conv2d(x, None, conv, active=active)
+            assert torch.equal(result[::2], whole[::2]) and not result[1::2].any()
+        for flag in (True, False):
+            result = ops.flow_conv2d(x, None, conv, active=torch.tensor(flag).expand(4))
+            assert torch.equal(result, whole if flag else torch.zeros_like(whole))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_more_tiles_than_a_block_takes(self, dtype):
+        """Of a launch with flags: 128 tiles for a block, as many of them as three blocks of the interpreter take."""
+        count = 450
+        x = torch.randn(count, 8, 2, 1, dtype=dtype)
+        conv = ops.pack_conv3x3(torch.randn(8, 8, 3, 3, dtype=dtype))
+        active = torch.rand(count) < 0.1
+        whole = ops.flow_conv2d(x, None, conv)
+        result = ops.flow_conv2d(x, None, conv, active=active)
+        assert torch.equal(result, torch.where(active[:, None, None, None], whole, 0))
+
+    def test_more_levels_than_a_launch_takes(self):
+        active = torch.tensor([False, True, False])
+        x = [torch.randn(3, 64, 1 + i % 4, 2 + i % 3, dtype=torch.bfloat16) for i in range(30)]
+        conv = ops.pack_conv3x3(torch.randn(8, 64, 3, 3, dtype=torch.bfloat16))
+        results, wholes = ops.flow_conv2d(x, None, conv, active=active), ops.flow_conv2d(x, None, conv)
+        for result, whole in zip(results, wholes, strict=True):
+            assert torch.equal(result[1], whole[1]) and not result[::2].any()
+
+    @pytest.mark.parametrize("threads", [1, 2, 5])
+    @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
+    def test_threads(self, algorithm, threads):
+        """The number of threads changes nothing, to the last bit."""
+        x, active = torch.randn(6, 33, 13, 9), torch.tensor([True, False, True, True, False, True])
+        conv = ops.pack_conv3x3(torch.randn(34, 33, 3, 3), None, algorithm)
+        before = torch.get_num_threads()
+        expected = ops.flow_conv2d(x, x * 0.5, conv, active=active)
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(ops.flow_conv2d(x, x * 0.5, conv, active=active), expected)
+        finally:
+            torch.set_num_threads(before)
+
+    def test_empty(self):
+        conv = ops.pack_conv3x3(torch.randn(8, 4, 3, 3))
+        nothing = torch.zeros(0, dtype=torch.bool)
+        assert ops.flow_conv2d([], None, conv, active=nothing) == []
+        assert ops.flow_conv2d(torch.zeros(0, 4, 5, 6), None, conv, active=nothing).shape == (0, 8, 5, 6)
+        x = [torch.randn(2, 4, 0, 3), torch.randn(2, 4, 3, 3)]
+        results = ops.flow_conv2d(x, None, conv, active=torch.tensor([False, True]))
+        assert results[0].shape == (2, 8, 0, 3)
+        assert torch.equal(results[1][1], ops.flow_conv2d(x[1], None, conv)[1]) and not results[1][0].any()
+
+
+# Image 1 of x and of flow lies in memory without the right to read; a read ends the process.
+FORBIDDEN = """
+import ctypes
+import mmap
+import sys
+
+import torch
+
+from spatialflow import ops
+
+dtype, algorithm, channels, flow = getattr(torch, sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "flow"
+side, images, libc = 32, 3, ctypes.CDLL(None, use_errno=True)
+bytes_of_image = side * side * channels * torch.empty(0, dtype=dtype).element_size()
+assert bytes_of_image % mmap.PAGESIZE == 0
+
+
+def guarded():
+    memory = mmap.mmap(-1, images * bytes_of_image)
+    values = torch.frombuffer(memory, dtype=dtype).view(images, side, side, channels).permute(0, 3, 1, 2)
+    values.copy_(torch.randn(values.shape))
+    address = ctypes.c_void_p(values.data_ptr() + bytes_of_image)
+    return values, lambda rights: libc.mprotect(address, ctypes.c_size_t(bytes_of_image), rights)
+
+
+x, protect_x = guarded()
+added, protect_flow = guarded()
+weight, bias = torch.randn(channels, channels, 3, 3, dtype=dtype), torch.randn(channels, dtype=dtype)
+conv = ops.pack_conv3x3(weight, bias, algorithm)
+active = torch.tensor([True, False, True])
+expected = ops.flow_conv2d(x, added if flow else None, conv)
+assert protect_x(0) == 0 and protect_flow(0) == 0
+result = ops.flow_conv2d(x, added if flow else None, conv, active=active if sys.argv[5] == "active" else None)
+assert torch.equal(result[::2], expected[::2]) and not result[1].any()
+print("not read")
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="protects memory of the host")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs mprotect as Linux has it")
+class TestReads:
+    def run(self, *arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", FORBIDDEN, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    @pytest.mark.parametrize("flow", ["flow", "no flow"])
+    @pytest.mark.parametrize(
+        "dtype, algorithm, channels",
+        [
+            ("float64", "direct", 4),
+            ("float32", "direct", 4),
+            ("float32", "winograd", 32),
+            ("float32", "tf32", 32),
+            ("bfloat16", "auto", 64),
+            ("float16", "direct", 2),
+        ],
+    )
+    def test_images_that_are_left_out_are_not_read(self, dtype, algorithm, channels, flow):
+        """So nothing of them is multiplied either; on the interpreter and on the CPU."""
+        found = self.run(dtype, algorithm, channels, flow, "active")
+        assert found.returncode == 0 and found.stdout == "not read\n", found.stderr[-2000:]
+
+    def test_reads_are_found(self):
+        """The test of the test: without `active` the process dies of a read, not of a Python exception."""
+        found = self.run("float32", "direct", 4, "flow", "all")
+        assert found.returncode != 0 and found.stdout == "" and "Traceback" not in found.stderr
+
+
+class TestGradients:
+    @pytest.mark.parametrize("fill", [float("nan"), float("inf")])
+    def test_nothing_of_other_images_enters(self, fill):
+        """Gradients and tangents are those of the active images alone, whatever the others hold."""
+        *tensors, active = tensors_of(4, 6, [(7, 5), (3, 2)], True, True, [False, True, True])()
+        x, flow, weight, bias = tensors
+        for level, added in zip(x, flow):
+            level[~active], added[~active] = fill, -fill
+        incoming = [torch.randn(3, 6, *level.shape[2:], dtype=torch.float64) for level in x]
+
+        def derived(x, flow, incoming, active):
+            parameters = [leaf.detach().clone().requires_grad_() for leaf in leaves([x, flow, weight, bias])]
+            maps, parts = parameters[: len(x)], parameters[len(x) : 2 * len(x)]
+            conv = ops.pack_conv3x3(parameters[-2], parameters[-1])
+            y = ops.flow_conv2d(maps, parts, conv, active=active)
+            return y, torch.autograd.grad(y, parameters, incoming)
+
+        results, gradients = derived(x, flow, incoming, active)
+        kept = [[level[active] for level in levels] for levels in (x, flow, incoming)]
+        expected_results, expected = derived(*kept, None)
+        for result, wanted in zip(results, expected_results):
+            assert torch.equal(result[active], wanted) and not result[~active].any()
+        assert_near(list(gradients[-2:]), list(expected[-2:]), torch.float64)
+        for gradient, wanted in zip(gradients[:-2], expected[:-2]):
+            assert_near(gradient[active], wanted, torch.float64)
+            assert not gradient[~active].any()
+
+        conv = ops.pack_conv3x3(weight, bias)
+        directions = [torch.randn_like(level) for level in x]
+        _, tangents = torch.func.jvp(lambda t: ops.flow_conv2d(t, flow, conv, active=active), (x,), (directions,))
+        assert all(level.isfinite().all() and not level[~active].any() for level in tangents)
+
+
+class TestErrors:
+    level, conv = torch.randn(2, 4, 5, 5), ops.pack_conv3x3(torch.randn(8, 4, 3, 3))
+    both = torch.tensor([True, False])
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    @pytest.mark.parametrize(
+        "active, message",
+        [
+            (both.float(), "active must be bool, got float32"),
+            (both[:1], r"active must have a flag for each image of x\[0\], 2, got 1"),
+            (both[None], r"active must be \(N,\), got shape \(1, 2\)"),
+            (both[0], r"active must be \(N,\), got shape \(\)"),
+        ],
+        ids=["dtype", "number", "matrix", "number of dimensions"],
+    )
+    def test_flags(self, active, message, gradient):
+        x = self.level.clone().requires_grad_(gradient)
+        with pytest.raises(RuntimeError, match="^flow_conv2d: " + message):
+            ops.flow_conv2d(x, None, self.conv, active=active)
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_levels_of_other_batches(self, gradient):
+        x = [self.level.clone().requires_grad_(gradient), torch.randn(3, 4, 5, 5)]
+        with pytest.raises(RuntimeError, match=r"active must have a flag for each image of x\[1\], 3, got 2"):
+            ops.flow_conv2d(x, None, self.conv, active=self.both)
+
+    def test_device(self):
+        with pytest.raises(RuntimeError, match="active must be on the device of"):
+            ops.flow_conv2d(self.level, None, self.conv, active=self.both.to("meta"))
+
+    def test_weights(self):
+        with pytest.raises(ValueError, match="flow_conv2d: active must be None unless weight is a PackedConv"):
+            ops.flow_conv2d(self.level, None, self.conv.weight, active=self.both)
+        with pytest.raises(ValueError, match="flow_conv2d: active must be None when weight is a list"):
+            ops.flow_conv2d([self.level], None, [self.conv], active=self.both)
+        with pytest.raises(TypeError, match="flow_conv2d: active must be a tensor, got list"):
+            ops.flow_conv2d(self.level, None, self.conv, active=[True, False])

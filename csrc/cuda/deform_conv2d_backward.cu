@@ -13,9 +13,11 @@
 // memory; a pixel's lanes, 16 bytes each, take the products with its four cells for offset and mask, and add to
 // grad_input by float32 reductions in any order. Deterministic, and in float64: by deform_conv2d_input_gradient.h.
 // Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs over a part of the pixels; parts are added in
-// order. Layouts as in the forward pass; grad_output (N, H_out, W_out, O).
+// order. Layouts and operand types as in the forward pass; grad_output (N, H_out, W_out, O), which comes by cp.async, is
+// rounded in shared memory.
 //
-// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 25 us each; data also adds 620 MB in L2.
+// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 25 us each; data also adds 620 MB in L2. float32: 50 us by
+// TF32, 150 by three products, 400 by FMA.
 #include "cuda/deform_conv2d.h"
 #include "cuda/deform_conv2d_input_gradient.h"
 
@@ -543,8 +545,9 @@ Tensor deform_conv2d_backward_weight_cuda(
         const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
         dispatch_operand<scalar_t>(cuda_algorithm(algorithm, input.scalar_type()), [&](auto operand) {
             using operand_t = decltype(operand);
-            // 128 for Tf32x3 would spill registers.
-            constexpr int kMostColumns = std::is_same_v<operand_t, Tf32x3> ? 64 : kMostTileColumns<operand_t>;
+            // By registers: more would spill, for Tf32 on compute capability 10.0 and 12.0.
+            constexpr bool kIsHalf = sizeof(scalar_t) == 4 && !kIsPlain<operand_t>;
+            constexpr int kMostColumns = kIsHalf ? kMostTileColumns<operand_t> / 2 : kMostTileColumns<operand_t>;
             with_tile<scalar_t, kMostColumns>(
                 is_wide<scalar_t>(operands, shape, source), shape.group_outputs(), [&](auto columns, auto width) {
                     compute_weight_gradient<operand_t, decltype(columns)::value, decltype(width)::value>(

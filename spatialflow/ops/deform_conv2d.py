@@ -46,7 +46,7 @@ def deform_conv2d(
             or `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps what torch
             allowed when it was traced.
             "direct": multiply-adds in float32: error about 1e-6.
-            "tf32": tensor cores; samples, weights and gradients are rounded to TF32, 11 bits: error about 5e-4.
+            "tf32": tensor cores; samples, weights and gradients are rounded to TF32, 11 bits: error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             "winograd", which `flow_conv2d` knows, needs taps on a grid and is refused. Gradients are computed as the
             call was.
@@ -64,11 +64,10 @@ def deform_conv2d(
         sample whose offset or mask is not finite, in the type it is used in, is zero and has no gradient, also none to
         its mask. A feature that is not finite counts also where its weight, its mask or the kernel is 0, which makes
         NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
-        result. Gradients flow to all five tensors in reverse and forward mode, twice through
-        `offset` (unless forward over forward) and to any order through the others; at whole coordinates, where a
-        bilinear sample has a kink, the offset's gradient is the one from above, as in torchvision. Results are
-        deterministic, except for the gradient of `input` on CUDA, which is in float64 and under
-        `torch.use_deterministic_algorithms(True)`.
+        result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` (unless forward
+        over forward) and to any order through the others; at whole coordinates, where a bilinear sample has a kink,
+        the offset's gradient is the one from above, as in torchvision. Results are deterministic, except for the
+        gradient of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
 
     Example:
         >>> features, weight = torch.rand(1, 8, 20, 30), torch.rand(16, 8, 3, 3)

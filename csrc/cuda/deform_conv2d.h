@@ -492,8 +492,8 @@ inline void with_tile(bool wide, int64_t columns, Run run) {
     run(std::integral_constant<int, 64>{}, std::integral_constant<int, kWidth>{});
 }
 
-// Registers decide: sums of a tile of 64 x 256 in float32 take 64 of a thread, of 64 x 64 in float64 take 32. Beside the
-// sums multiply-adds need more than a product of tensor cores, and three products twice as many as one.
+// Registers decide: sums of a tile of 64 x 256 in float32 take 64 of a thread, of 64 x 64 in float64 take 32. Beside
+// the sums multiply-adds need more than a product of tensor cores, and three products twice as many as one.
 template <typename operand_t>
 constexpr int kMostTileColumns = std::is_same_v<operand_t, double> ? 64
     : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128 : 256;

@@ -56,8 +56,8 @@ def deform_conv2d(
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: an unknown `algorithm`; `stride`, `padding` or `dilation` of a wrong kind; within `spatialflow.ops.checked()` also an offset
-            or mask that is not finite.
+        ValueError: an unknown `algorithm`, or "winograd"; `stride`, `padding` or `dilation` of a wrong kind; within
+            `spatialflow.ops.checked()` also an offset or mask that is not finite.
 
     Remarks:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A

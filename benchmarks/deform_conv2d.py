@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """deform_conv2d at the sizes of the deformable models at 800x1344: sub-networks on P4, and stages of the backbones."""
 
+from functools import partial
+
 import textbook
 import torch
-from harness import Benchmark, Problem, Provider, deterministic, main, optional
+from harness import Benchmark, Problem, Provider, convolving, deterministic, main, optional
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -57,8 +59,10 @@ BENCHMARK = Benchmark(
         },
     },
     providers={
-        "spatialflow": by_position(ops.deform_conv2d),
-        "spatialflow deterministic": deterministic(by_position(ops.deform_conv2d)),
+        "spatialflow": convolving("ieee", by_position(ops.deform_conv2d)),
+        "spatialflow TF32": convolving("tf32", by_position(ops.deform_conv2d)),  # other dtypes: as above
+        "spatialflow direct": by_position(partial(ops.deform_conv2d, algorithm="direct")),
+        "spatialflow deterministic": deterministic(by_position(partial(ops.deform_conv2d, algorithm="tf32x3"))),
         "reference": by_position(reference.deform_conv2d),
         "torchvision": torchvision and Provider(
             by_position(torchvision.deform_conv2d), lowered=(1, 4),

@@ -63,7 +63,7 @@ def sample(
         ]
 
     def raw(input, offset, weight, bias, mask, **_):
-        arguments = (input, offset, weight, bias, mask, None, *stride, *padding, *dilation)
+        arguments = (input, offset, weight, bias, mask, None, *stride, *padding, *dilation, 0)
         return torch.ops.spatialflow.deform_conv2d, arguments
 
     def build() -> OpSample:
@@ -345,7 +345,8 @@ class TestSizes:
         """With deterministic algorithms a cell that every pixel reads sums up their gradients in order."""
         rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(20.0), indexing="ij")
         input = torch.randn(1, 1, 16, 20, requires_grad=True)
-        out = ops.deform_conv2d(input, torch.stack([3 - rows, 4 - columns])[None], torch.ones(1, 1, 1, 1))
+        places = torch.stack([3 - rows, 4 - columns])[None]
+        out = ops.deform_conv2d(input, places, torch.ones(1, 1, 1, 1), algorithm="direct")
         grad_output = torch.randn_like(out)
         with deterministic():
             (grad,) = torch.autograd.grad(out, input, grad_output)
@@ -412,7 +413,7 @@ class TestRawOperators:
         input, offset, weight, bias, mask = inputs(masked=masked)
         input, offset = layout(input), layout(offset)
         mask = None if mask is None else layout(mask)
-        settings = (1, 1, 1, 1, 1, 1)
+        settings = (1, 1, 1, 1, 1, 1, 0)
         grad_output = torch.randn(1, 3, 6, 7)
         raw = torch.ops.spatialflow
         for tangent in (None, torch.randn_like(offset)):
@@ -474,6 +475,9 @@ class TestErrors:
                 r"stride, padding and dilation must be at most 2\^29, got 1, 1 and 4611686018427387904",
             ),
             ({"stride": (1, 1, 1)}, r"stride must be one number or a pair, got \(1, 1, 1\)"),
+            ({"algorithm": "fast"}, "algorithm must be one of 'auto', 'direct', 'tf32', 'tf32x3', got 'fast'$"),
+            ({"algorithm": "winograd"}, "algorithm must be one of .*, got 'winograd', which does not apply here$"),
+            ({"algorithm": 2}, "algorithm must be one of .*, got 2$"),
         ],
     )
     def test_errors_name_argument_rule_and_value(self, changed, message):

@@ -153,8 +153,8 @@ void deform_conv2d_forward(
 Tensor deform_conv2d_cpu(
     const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
-    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
     const DeformConvShape shape = check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
     const MemoryFormat format = memory_format_of(input);
     Tensor output = empty_like_sized(

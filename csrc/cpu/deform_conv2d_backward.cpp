@@ -314,9 +314,9 @@ void deform_conv2d_backward_weight(
 std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cpu(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
-    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool need_input, bool need_sampling,
-    bool /* deterministic: it always is */) {
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm, bool need_input,
+    bool need_sampling, bool /* deterministic: it always is */) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
     const DeformConvShape shape =
         check_deform_conv2d(input, offset, weight, std::nullopt, mask, offset_tangent, options);
     check_deform_grad_output("deform_conv2d_backward", grad_output, input, shape);
@@ -347,10 +347,10 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cpu(
 Tensor deform_conv2d_backward_weight_cpu(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w, int64_t padding_h,
-    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t group_channels, int64_t kernel_h,
-    int64_t kernel_w) {
+    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm, int64_t group_channels,
+    int64_t kernel_h, int64_t kernel_w) {
     const char* op = "deform_conv2d_backward";
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
     const auto checked = check_deform_grad_weight(
         op, grad_output, input, offset, mask, offset_tangent, options, group_channels, kernel_h, kernel_w);
     const DeformConvShape& shape = checked.first;

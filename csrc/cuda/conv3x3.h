@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/conv3x3_tiles.h"
+#include "cuda/conv_operand.h"
 #include "cuda/launch.h"
 #include "ops/flow_conv2d.h"
 
@@ -31,30 +32,6 @@ struct Convolution {
     bool relu;
     int64_t algorithm;  // of the schemas
 };
-
-// What float32 is multiplied by: fused multiply-adds for "direct"; for all others tensor cores, by three products of
-// TF32 unless it is "tf32". Other dtypes have one way each.
-inline int64_t cuda_algorithm(int64_t algorithm, ScalarType dtype) {
-    return dtype == ScalarType::Float && (algorithm == kConvDirect || algorithm == kConvTf32) ? algorithm : kConvTf32x3;
-}
-
-// Operand types that are multiplied without tensor cores.
-template <typename operand_t>
-constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
-
-// Calls body(operand_t{}) with the operand type for a result of cuda_algorithm.
-template <typename scalar_t, typename Body>
-inline void dispatch_operand(int64_t algorithm, Body&& body) {
-    if constexpr (std::is_same_v<scalar_t, float>) {
-        if (algorithm == kConvTf32) {
-            return body(Tf32{});
-        }
-        if (algorithm == kConvTf32x3) {
-            return body(Tf32x3{});
-        }
-    }
-    body(scalar_t{});
-}
 
 // The weights of a convolution in the type that its kernel reads.
 template <typename scalar_t>

@@ -6,12 +6,14 @@
 //                     weight[k, c, o] * mask[n, k, p] * bilinear(input[n, :, :, c], position(p, k) + offset[n, k, p])
 //
 // input (N, H, W, C), others are copied into it; offset and mask by strides; output (N, H_out, W_out, O). A block owns
-// 64 or 128 pixels by 64 to 256 outputs of a group (16-bit types: mma.sync, float32 sums; float32, 64: 64 pixels, at
-// most 128 outputs, FMA). Columns are gathered into shared memory, 64 bytes a step, while the last step is multiplied,
-// and rounded to the 16-bit type once. Few pixels: blocks share the steps of a tile, another kernel adds their parts.
+// 64 or 128 pixels by 64 to 256 outputs of a group (mma.sync, float32 sums; float64 and "direct" by FMA: 64 pixels, at
+// most 128 outputs). Columns are gathered into shared memory, 64 bytes a step, while the last step is multiplied, and
+// rounded to the operand type once. Few pixels: blocks share the steps of a tile, another kernel adds their parts.
 //
 // Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 19.8 GFLOP: 25 us; 19 MB: 6 us. The gather reads 310 MB
-// from the caches, the blocks 155 MB of weights.
+// from the caches, the blocks 155 MB of weights. float32: twice the bytes; by TF32, at half the rate, 50 us; by three
+// products 150 us, and the gather is done for 128 outputs at a time; by FMA 400 us. Expected of mma.sync, which gives
+// about 60 % of the rate: 90 and 250 us.
 #include "cuda/deform_conv2d.h"
 
 #include <algorithm>
@@ -24,10 +26,11 @@ namespace {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-template <typename scalar_t, int kRows, int kColumns>
+template <typename operand_t, int kRows, int kColumns>
 struct ForwardMemory {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Product = TileProduct<scalar_t, kColumns, false, true, kRows>;
+    using Product = TileProduct<operand_t, kColumns, false, true, kRows>;
     using Table = TapTable<real_t, kTableTaps * kRows>;
     static constexpr int kThreads = 4 * kRows;
     static constexpr int kPixelsBegin = Table::kSize;  // in values of accum_t
@@ -81,16 +84,17 @@ __device__ __forceinline__ void store_outputs(
     }
 }
 
-template <typename scalar_t, int kRows, int kColumns, int kWidth>
+template <typename operand_t, int kRows, int kColumns, int kWidth>
 __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
-    const __grid_constant__ DeformProblem<scalar_t> problem,
-    Global<const scalar_t> packed,     // (C * taps, packed_outputs), by chunks
-    Global<const scalar_t> bias,       // (O) or null
-    Global<scalar_t> output,           // (pixels, O); not written if there are parts
-    Global<accum_t<scalar_t>> parts,   // (parts, pixels, O) or null
+    const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
+    Global<const element_t<operand_t>> packed,   // (C * taps, packed_outputs), by chunks
+    Global<const element_t<operand_t>> bias,     // (O) or null
+    Global<element_t<operand_t>> output,         // (pixels, O); not written if there are parts
+    Global<accum_t<element_t<operand_t>>> parts,  // (parts, pixels, O) or null
     const int part_steps) {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Memory = ForwardMemory<scalar_t, kRows, kColumns>;
+    using Memory = ForwardMemory<operand_t, kRows, kColumns>;
     using Product = typename Memory::Product;
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth, kThreads = Memory::kThreads;
     SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
                 [&](int buffer) {
                     store_vector(
                         left + (buffer * Product::kLeftSize + own_row * Product::kLeftRow + own_item),
-                        item.finish(table));
+                        prepared(item.finish(table), operand_t{}));
                     cursor.advance<kDepth>(problem.chunk, taps, kRows);
                 });
         }
@@ -252,12 +256,13 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
 
 constexpr int kPackTile = 64;
 
-// Transposes a tile of the weight: 64 values of 64 outputs of a group.
-template <typename scalar_t>
+// Transposes a tile of the weight, 64 values of 64 outputs of a group, and prepares it.
+template <typename operand_t>
 __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
-    Global<const scalar_t> weight,  // (O, C / groups, taps)
-    Global<scalar_t> packed,        // (C * taps, packed_outputs)
+    Global<const element_t<operand_t>> weight,  // (O, C / groups, taps)
+    Global<element_t<operand_t>> packed,        // (C * taps, packed_outputs)
     const WeightOrder order) {
+    using scalar_t = element_t<operand_t>;
     constexpr int kTileRow = kPackTile + 4 / static_cast<int>(sizeof(scalar_t) < 4 ? sizeof(scalar_t) : 4);
     SPATIALFLOW_SHARED(scalar_t, tile, kPackTile * kTileRow);
     const int length = order.group_channels * order.taps, group = static_cast<int>(blockIdx.z);
@@ -270,7 +275,7 @@ __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
         if (first_output + i < order.group_outputs && first_value + lane < length) {
             value = weight[(group * order.group_outputs + first_output + i) * length + first_value + lane];
         }
-        tile[i * kTileRow + lane] = value;
+        tile[i * kTileRow + lane] = prepared(value, operand_t{});
     }
     __syncthreads();
 #pragma unroll
@@ -305,10 +310,11 @@ void add_parts(
     }
 }
 
-template <typename scalar_t, int kColumns, int kWidth>
+template <typename operand_t, int kColumns, int kWidth>
 void convolve(
-    const char* op, const DeformConvShape& shape, const DeformProblem<scalar_t>& problem, const Tensor& packed,
-    const std::optional<Tensor>& dense_bias, const Tensor& output, Stream stream) {
+    const char* op, const DeformConvShape& shape, const DeformProblem<element_t<operand_t>>& problem,
+    const Tensor& packed, const std::optional<Tensor>& dense_bias, const Tensor& output, Stream stream) {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
     constexpr int kDepth = 4 * kWideElements<scalar_t>;
     const Global<const scalar_t> bias =
@@ -333,15 +339,15 @@ void convolve(
     }
     const auto launch_tiles = [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
-        launch<deform_conv2d_kernel<scalar_t, kRows, kColumns, kWidth>>(
+        using Memory = ForwardMemory<operand_t, kRows, kColumns>;
+        launch<deform_conv2d_kernel<operand_t, kRows, kColumns, kWidth>>(
             deform_grid(op, ceil_div(problem.pixels, kRows), column_tiles, shape.groups * num_parts),
-            dim3(ForwardMemory<scalar_t, kRows, kColumns>::kThreads),
-            ForwardMemory<scalar_t, kRows, kColumns>::kBytes, stream, problem, data<scalar_t>(packed), bias,
+            dim3(Memory::kThreads), Memory::kBytes, stream, problem, data<scalar_t>(packed), bias,
             mutable_data<scalar_t>(output), parts ? mutable_data<real_t>(*parts) : Global<real_t>(nullptr),
             static_cast<int>(part_steps));
     };
     // Tiles of 128 pixels halve the weights that blocks read; they are used where they still fill a large card.
-    constexpr bool kLargeTiles = sizeof(scalar_t) == 2 && kColumns == 256;
+    constexpr bool kLargeTiles = kColumns == 256;
     if (kLargeTiles && num_parts == 1 && ceil_div(tiles, 2) * beside >= kLeastLargeTiles) {
         launch_tiles(std::integral_constant<int, kLargeTiles ? 2 * kProductRows : kProductRows>{});
     } else {
@@ -355,9 +361,9 @@ void convolve(
 Tensor deform_conv2d_cuda(
     const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
-    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
     const char* op = "deform_conv2d";
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
     const DeformConvShape shape = check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
     const DeviceScope device(input);
     Tensor output = empty_like_sized(
@@ -369,7 +375,7 @@ Tensor deform_conv2d_cuda(
         dispatch_floating(op, input.scalar_type(), [&](auto zero) {
             using scalar_t = decltype(zero);
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
-            const Tensor packed = pack_deform_weight(weight, shape, problem.chunk, device.stream());
+            const Tensor packed = pack_deform_weight(weight, shape, problem.chunk, algorithm, device.stream());
             if constexpr (sizeof(scalar_t) == 2) {
                 std::optional<Tensor> parts;
                 if (deform_conv2d_sm90(op, problem, packed, dense_bias, output, parts, device.stream())) {
@@ -381,11 +387,14 @@ Tensor deform_conv2d_cuda(
                     return;
                 }
             }
-            with_tile<scalar_t, kMostTileColumns<scalar_t>>(
-                operands.is_wide<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
-                    convolve<scalar_t, decltype(columns)::value, decltype(width)::value>(
-                        op, shape, problem, packed, dense_bias, output, device.stream());
-                });
+            dispatch_operand<scalar_t>(cuda_algorithm(algorithm, input.scalar_type()), [&](auto operand) {
+                using operand_t = decltype(operand);
+                with_tile<scalar_t, kMostTileColumns<operand_t>>(
+                    operands.is_wide<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
+                        convolve<operand_t, decltype(columns)::value, decltype(width)::value>(
+                            op, shape, problem, packed, dense_bias, output, device.stream());
+                    });
+            });
         });
     }
     return memory_format_of(input) == MemoryFormat::Contiguous ? to_contiguous(output) : output;
@@ -408,7 +417,8 @@ dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z) {
     return dim3(grid_size(op, tiles), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
 
-Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, int64_t run, Stream stream) {
+Tensor pack_deform_weight(
+    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, Stream stream) {
     const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
     const Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps(), order.packed_outputs});
     const Tensor dense = to_contiguous(weight);
@@ -417,8 +427,10 @@ Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, in
         ceil_div(order.packed_outputs, kPackTile), shape.groups);
     dispatch_floating("deform_conv2d", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        launch<pack_deform_weight_kernel<scalar_t>>(
-            grid, dim3(256), 0, stream, data<scalar_t>(dense), mutable_data<scalar_t>(packed), order);
+        dispatch_operand<scalar_t>(cuda_algorithm(algorithm, weight.scalar_type()), [&](auto operand) {
+            launch<pack_deform_weight_kernel<decltype(operand)>>(
+                grid, dim3(256), 0, stream, data<scalar_t>(dense), mutable_data<scalar_t>(packed), order);
+        });
     });
     return packed;
 }

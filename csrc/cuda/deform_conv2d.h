@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/deform_conv2d.h"
+#include "cuda/conv_operand.h"
 #include "cuda/launch.h"
 #include "cuda/tile_product.h"
 #include "ops/deform_conv2d.h"
@@ -392,8 +393,9 @@ private:
 // The order of the file's head for runs of `run` channels, or for chunks of them.
 WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run);
 
-// The weight (O, C / groups, kernel) in that order: (C * taps, packed_outputs).
-Tensor pack_deform_weight(const Tensor& weight, const DeformConvShape& shape, int64_t run, Stream stream);
+// The weight (O, C / groups, kernel) in that order, prepared for the algorithm: (C * taps, packed_outputs).
+Tensor pack_deform_weight(
+    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, Stream stream);
 
 // Channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);
@@ -490,8 +492,10 @@ inline void with_tile(bool wide, int64_t columns, Run run) {
     run(std::integral_constant<int, 64>{}, std::integral_constant<int, kWidth>{});
 }
 
-// Registers decide: sums of a tile of 64 x 256 in float32 take 64 of a thread, of 64 x 64 in float64 take 32.
-template <typename scalar_t>
-constexpr int kMostTileColumns = sizeof(scalar_t) == 2 ? 256 : sizeof(scalar_t) == 4 ? 128 : 64;
+// Registers decide: sums of a tile of 64 x 256 in float32 take 64 of a thread, of 64 x 64 in float64 take 32. Beside
+// the sums multiply-adds need more than a product of tensor cores, and three products twice as many as one.
+template <typename operand_t>
+constexpr int kMostTileColumns = std::is_same_v<operand_t, double> ? 64
+    : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128 : 256;
 
 }  // namespace spatialflow

@@ -13,9 +13,11 @@
 // memory; a pixel's lanes, 16 bytes each, take the products with its four cells for offset and mask, and add to
 // grad_input by float32 reductions in any order. Deterministic, and in float64: by deform_conv2d_input_gradient.h.
 // Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs over a part of the pixels; parts are added in
-// order. Layouts as in the forward pass; grad_output (N, H_out, W_out, O).
+// order. Layouts and operand types as in the forward pass; grad_output (N, H_out, W_out, O), which comes by cp.async,
+// is rounded in shared memory.
 //
-// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 25 us each; data also adds 620 MB in L2.
+// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 25 us each; data also adds 620 MB in L2. float32: 50 us by
+// TF32, 150 by three products, 400 by FMA.
 #include "cuda/deform_conv2d.h"
 #include "cuda/deform_conv2d_input_gradient.h"
 
@@ -24,14 +26,15 @@ namespace {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-template <typename scalar_t, int kColumns>
-using DataProduct = TileProduct<scalar_t, kColumns, false, false>;
+template <typename operand_t, int kColumns>
+using DataProduct = TileProduct<operand_t, kColumns, false, false>;
 
 // Tiles of the data gradient in shared memory, and who takes which of grad_columns from there.
-template <typename scalar_t, int kColumns, int kWidth>
+template <typename operand_t, int kColumns, int kWidth>
 struct DataMemory {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Product = DataProduct<scalar_t, kColumns>;
+    using Product = DataProduct<operand_t, kColumns>;
     // Of 256 columns half go through shared memory at once.
     static constexpr int kPasses = kColumns > 128 ? 2 : 1, kPassColumns = kColumns / kPasses;
     // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbors fill whole sectors.
@@ -155,17 +158,18 @@ __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount])
     }
 }
 
-template <typename scalar_t, int kColumns, int kWidth>
+template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_data_kernel(
-    const __grid_constant__ DeformProblem<scalar_t> problem,
-    Global<const scalar_t> grad_output,     // (pixels, O)
-    Global<const scalar_t> packed,          // (C * taps, packed_outputs)
-    Global<accum_t<scalar_t>> grad_input,   // (N, H, W, C), zero on entry; null: not wanted
-    Global<accum_t<scalar_t>> grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither is wanted
-    Global<accum_t<scalar_t>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
+    const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
+    Global<const element_t<operand_t>> grad_output,     // (pixels, O)
+    Global<const element_t<operand_t>> packed,          // (C * taps, packed_outputs)
+    Global<accum_t<element_t<operand_t>>> grad_input,   // (N, H, W, C), zero on entry; null: not wanted
+    Global<accum_t<element_t<operand_t>>> grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither
+    Global<accum_t<element_t<operand_t>>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Product = DataProduct<scalar_t, kColumns>;
-    using Memory = DataMemory<scalar_t, kColumns, kWidth>;
+    using Product = DataProduct<operand_t, kColumns>;
+    using Memory = DataMemory<operand_t, kColumns, kWidth>;
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
     constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
     constexpr int kAccess = kWidth == 1 ? 1 : kPart;
@@ -225,7 +229,10 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                 [&](int buffer) {
                     product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
                 },
-                [](int) {});
+                [&](int buffer) {
+                    prepare_items<operand_t, kProductRows, kDepth / kItem>(
+                        left + buffer * Product::kLeftSize, Product::kLeftRow);
+                });
             const auto scatter = [&](auto pass) {
                 constexpr int kPass = decltype(pass)::value, kPasses = Memory::kPasses;
                 const int own_channel = begin + Product::template column_of_part<kPass, kPasses>(own_column);
@@ -307,27 +314,28 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     }
 }
 
-template <typename scalar_t, int kColumns>
-using WeightProduct = TileProduct<scalar_t, kColumns, true, true>;
+template <typename operand_t, int kColumns>
+using WeightProduct = TileProduct<operand_t, kColumns, true, true>;
 
-template <typename scalar_t, int kColumns>
+template <typename operand_t, int kColumns>
 constexpr size_t kWeightSharedBytes =
-    TapTable<accum_t<scalar_t>, kTableEntries>::kSize * sizeof(accum_t<scalar_t>) +
-    2 * WeightProduct<scalar_t, kColumns>::kTilesSize * sizeof(scalar_t);
+    TapTable<accum_t<element_t<operand_t>>, kTableEntries>::kSize * sizeof(accum_t<element_t<operand_t>>) +
+    2 * WeightProduct<operand_t, kColumns>::kTilesSize * sizeof(element_t<operand_t>);
 
 // Positions of a run that a block owns: at most 64, and of no more taps than a table has room for.
 __host__ __device__ __forceinline__ int weight_tile_rows(int run) {
     return run * (kTableTaps - 1) < kProductRows ? run * (kTableTaps - 1) : kProductRows;
 }
 
-template <typename scalar_t, int kColumns, int kWidth>
+template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_weight_kernel(
-    const __grid_constant__ DeformProblem<scalar_t> problem,
-    Global<const scalar_t> grad_output,  // (pixels, O)
-    Global<accum_t<scalar_t>> parts,     // (parts, C * taps, packed_outputs); blockIdx.z: part, run of channels
+    const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
+    Global<const element_t<operand_t>> grad_output,  // (pixels, O)
+    Global<accum_t<element_t<operand_t>>> parts,     // (parts, C * taps, packed_outputs); blockIdx.z: part, run
     const int part_pixels) {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Product = WeightProduct<scalar_t, kColumns>;
+    using Product = WeightProduct<operand_t, kColumns>;
     using Table = TapTable<real_t, kTableEntries>;
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth, kRowItems = kProductRows / kItem;
     SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
@@ -382,7 +390,9 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
             [&](int buffer) {
                 store_vector(
                     left + (buffer * Product::kLeftSize + own_pixel * Product::kLeftRow + own_item),
-                    item.finish(table));
+                    prepared(item.finish(table), operand_t{}));
+                prepare_items<operand_t, kDepth, kColumns / kItem>(
+                    right + buffer * Product::kRightSize, Product::kRightRow);
             });
     }
     const int64_t first_row = static_cast<int64_t>(blockIdx.z) * length + first_flat;
@@ -429,9 +439,9 @@ bool is_wide(const DeformOperands& operands, const DeformConvShape& shape, const
 std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
-    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool need_input, bool need_sampling,
-    bool deterministic) {
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm, bool need_input,
+    bool need_sampling, bool deterministic) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
     const DeformConvShape shape =
         check_deform_conv2d(input, offset, weight, std::nullopt, mask, offset_tangent, options);
     check_deform_grad_output(kOp, grad_output, input, shape);
@@ -450,40 +460,73 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
     } else {
         const DeformOperands operands(kOp, shape, options, input, offset, mask, offset_tangent);
         const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
-        const Tensor packed = pack_deform_weight(weight, shape, deform_run(shape), device.stream());
+        const Tensor packed = pack_deform_weight(weight, shape, deform_run(shape), algorithm, device.stream());
         dispatch_floating(kOp, dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
             const bool wide = is_wide<scalar_t>(operands, shape, source);
             const Global<real_t> none(nullptr);
-            if (need_sampling || (need_input && !gather)) {
-                with_tile<scalar_t, kMostTileColumns<scalar_t>>(wide, deform_run(shape), [&](auto columns, auto width) {
-                    constexpr int kColumns = decltype(columns)::value;
-                    launch<deform_conv2d_backward_data_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                        deform_grid(kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups),
-                        dim3(kProductThreads), DataMemory<scalar_t, kColumns, decltype(width)::value>::kBytes,
-                        device.stream(), problem, data<scalar_t>(source), data<scalar_t>(packed),
-                        need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
-                        need_sampling ? mutable_data<real_t>(gradients.offset) : none,
-                        need_sampling && mask ? mutable_data<real_t>(gradients.mask) : none);
-                });
-            }
-            if (need_input && gather) {
-                gather_input_gradient<scalar_t>(
-                    kOp, problem, shape, wide, source, packed, gradients.input, device.stream());
-            }
+            dispatch_operand<scalar_t>(cuda_algorithm(algorithm, dtype), [&](auto operand) {
+                using operand_t = decltype(operand);
+                if (need_sampling || (need_input && !gather)) {
+                    with_tile<scalar_t, kMostTileColumns<operand_t>>(
+                        wide, deform_run(shape), [&](auto columns, auto width) {
+                            constexpr int kColumns = decltype(columns)::value, kWidth = decltype(width)::value;
+                            launch<deform_conv2d_backward_data_kernel<operand_t, kColumns, kWidth>>(
+                                deform_grid(
+                                    kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups),
+                                dim3(kProductThreads), DataMemory<operand_t, kColumns, kWidth>::kBytes,
+                                device.stream(), problem, data<scalar_t>(source), data<scalar_t>(packed),
+                                need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
+                                need_sampling ? mutable_data<real_t>(gradients.offset) : none,
+                                need_sampling && mask ? mutable_data<real_t>(gradients.mask) : none);
+                        });
+                }
+                if (need_input && gather) {
+                    gather_input_gradient<operand_t>(
+                        kOp, problem, shape, wide, source, packed, gradients.input, device.stream());
+                }
+            });
         });
     }
     return finished_deform_gradients(gradients, input, offset, mask);
 }
 
+template <typename operand_t, int kColumns, int kWidth>
+void compute_weight_gradient(
+    const DeformConvShape& shape, const DeformProblem<element_t<operand_t>>& problem, const Tensor& grad_output,
+    const Tensor& grad_weight, Stream stream) {
+    using scalar_t = element_t<operand_t>;
+    using real_t = accum_t<scalar_t>;
+    const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
+    const int64_t runs = shape.channels / problem.run;
+    const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
+    // Pixels in parts, so that a large card is busy; as many on every card, and none so short that its sums cost more
+    // than its products.
+    constexpr int64_t kWantedBlocks = 264, kLeastPixels = 512;
+    const int64_t wanted = std::min(
+        ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
+    const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kLeastPixels) * kLeastPixels;
+    const int64_t num_parts = ceil_div(problem.pixels, part_pixels);
+    const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
+    const Tensor parts = empty_like_sized(grad_weight, {num_parts, size}, accum_dtype(grad_weight.scalar_type()));
+    launch<deform_conv2d_backward_weight_kernel<operand_t, kColumns, kWidth>>(
+        deform_grid(kOp, run_tiles, column_tiles, num_parts * runs), dim3(kProductThreads),
+        kWeightSharedBytes<operand_t, kColumns>, stream, problem, data<scalar_t>(grad_output),
+        mutable_data<real_t>(parts), static_cast<int>(part_pixels));
+    launch<deform_conv2d_add_weight_parts_kernel<scalar_t>>(
+        dim3(grid_size(kOp, ceil_div(size, 256))), dim3(256), 0, stream, data<real_t>(parts),
+        mutable_data<scalar_t>(grad_weight), deform_weight_order(shape, grad_weight.scalar_type(), problem.run),
+        static_cast<int>(num_parts), static_cast<int>(size));
+}
+
 Tensor deform_conv2d_backward_weight_cuda(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w, int64_t padding_h,
-    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t group_channels, int64_t kernel_h,
-    int64_t kernel_w) {
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm, int64_t group_channels,
+    int64_t kernel_h, int64_t kernel_w) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
     const auto checked = check_deform_grad_weight(
         kOp, grad_output, input, offset, mask, offset_tangent, options, group_channels, kernel_h, kernel_w);
     const DeformConvShape& shape = checked.first;
@@ -499,33 +542,18 @@ Tensor deform_conv2d_backward_weight_cuda(
     const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
     dispatch_floating(kOp, input.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        using real_t = accum_t<scalar_t>;
         const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
-        with_tile<scalar_t, kMostTileColumns<scalar_t>>(
-            is_wide<scalar_t>(operands, shape, source), shape.group_outputs(), [&](auto columns, auto width) {
-                constexpr int kColumns = decltype(columns)::value;
-                const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
-                const int64_t runs = shape.channels / problem.run;
-                const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
-                // Pixels in parts, so that a large card is busy; as many on every card, and none so short that its sums
-                // cost more than its products.
-                constexpr int64_t kWantedBlocks = 264, kLeastPixels = 512;
-                const int64_t wanted = std::min(
-                    ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
-                const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kLeastPixels) * kLeastPixels;
-                const int64_t num_parts = ceil_div(problem.pixels, part_pixels);
-                const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
-                const Tensor parts = empty_like_sized(input, {num_parts, size}, accum_dtype(input.scalar_type()));
-                launch<deform_conv2d_backward_weight_kernel<scalar_t, kColumns, decltype(width)::value>>(
-                    deform_grid(kOp, run_tiles, column_tiles, num_parts * runs), dim3(kProductThreads),
-                    kWeightSharedBytes<scalar_t, kColumns>, device.stream(), problem, data<scalar_t>(source),
-                    mutable_data<real_t>(parts), static_cast<int>(part_pixels));
-                launch<deform_conv2d_add_weight_parts_kernel<scalar_t>>(
-                    dim3(grid_size(kOp, ceil_div(size, 256))), dim3(256), 0, device.stream(),
-                    data<real_t>(parts), mutable_data<scalar_t>(grad_weight),
-                    deform_weight_order(shape, input.scalar_type(), problem.run), static_cast<int>(num_parts),
-                    static_cast<int>(size));
-            });
+        dispatch_operand<scalar_t>(cuda_algorithm(algorithm, input.scalar_type()), [&](auto operand) {
+            using operand_t = decltype(operand);
+            // By registers: more would spill, for Tf32 on compute capability 10.0 and 12.0.
+            constexpr bool kIsHalf = sizeof(scalar_t) == 4 && !kIsPlain<operand_t>;
+            constexpr int kMostColumns = kIsHalf ? kMostTileColumns<operand_t> / 2 : kMostTileColumns<operand_t>;
+            with_tile<scalar_t, kMostColumns>(
+                is_wide<scalar_t>(operands, shape, source), shape.group_outputs(), [&](auto columns, auto width) {
+                    compute_weight_gradient<operand_t, decltype(columns)::value, decltype(width)::value>(
+                        shape, problem, source, grad_weight, device.stream());
+                });
+        });
     });
     return grad_weight;
 }

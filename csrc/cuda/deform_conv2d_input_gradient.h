@@ -199,19 +199,20 @@ __device__ __forceinline__ Vec<scalar_t, kWideElements<scalar_t>> spread_item(
     return result;
 }
 
-template <typename scalar_t, int kColumns>
-using InputProduct = TileProduct<scalar_t, kColumns, false, false>;
+template <typename operand_t, int kColumns>
+using InputProduct = TileProduct<operand_t, kColumns, false, false>;
 
-template <typename scalar_t, int kColumns, int kWidth>
+template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradient_kernel(
-    const __grid_constant__ DeformProblem<scalar_t> problem, const __grid_constant__ ReaderLists readers,
-    Global<const accum_t<scalar_t>> weights,  // (slice, pixel, corner)
-    Global<const scalar_t> grad_output,       // (pixels, O)
-    Global<const scalar_t> packed,            // (C * taps, packed_outputs)
-    Global<scalar_t> grad_input,              // (cells, C)
-    const int cells) {                        // of all images
+    const __grid_constant__ DeformProblem<element_t<operand_t>> problem, const __grid_constant__ ReaderLists readers,
+    Global<const accum_t<element_t<operand_t>>> weights,  // (slice, pixel, corner)
+    Global<const element_t<operand_t>> grad_output,       // (pixels, O)
+    Global<const element_t<operand_t>> packed,            // (C * taps, packed_outputs)
+    Global<element_t<operand_t>> grad_input,              // (cells, C)
+    const int cells) {                                    // of all images
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Product = InputProduct<scalar_t, kColumns>;
+    using Product = InputProduct<operand_t, kColumns>;
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, left);
     const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
@@ -246,7 +247,9 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
                     problem, readers, weights, grad_output, cell, offset_group, group, tap,
                     k + own_item - tap * problem.packed_outputs);
             }
-            store_vector(left + (buffer * Product::kLeftSize + own_row * Product::kLeftRow + own_item), item);
+            store_vector(
+                left + (buffer * Product::kLeftSize + own_row * Product::kLeftRow + own_item),
+                prepared(item, operand_t{}));
         },
         [&](int buffer) {
             product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
@@ -267,13 +270,14 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-template <typename scalar_t>
+template <typename operand_t>
 void gather_input_gradient(
-    const char* op, const DeformProblem<scalar_t>& problem, const DeformConvShape& shape, bool wide,
+    const char* op, const DeformProblem<element_t<operand_t>>& problem, const DeformConvShape& shape, bool wide,
     const Tensor& grad_output,  // (N, O, H_out, W_out), channels-last
     const Tensor& packed,
     const Tensor& grad_input,  // (N, C, H, W), channels-last
     Stream stream) {
+    using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
     const int64_t slices = shape.batch * shape.offset_groups * shape.taps(), samples = slices * shape.pixels();
     const int64_t lists = (shape.height + 1) * (shape.width + 1);
@@ -294,12 +298,12 @@ void gather_input_gradient(
     launch<deform_list_readers_kernel>(by_sample, block, 0, stream, readers);
     launch<deform_sort_readers_kernel>(
         dim3(grid_size(op, ceil_div(slices * lists, kListThreads))), block, 0, stream, readers);
-    constexpr int kMostColumns = sizeof(scalar_t) == 2 ? 256 : 64;  // 128 of float32 would spill registers
+    constexpr int kMostColumns = kIsPlain<operand_t> ? 64 : 256;  // 128 by multiply-adds would spill registers
     with_tile<scalar_t, kMostColumns>(wide, problem.run, [&](auto columns, auto width) {
         constexpr int kColumns = decltype(columns)::value;
-        using Product = InputProduct<scalar_t, kColumns>;
+        using Product = InputProduct<operand_t, kColumns>;
         const int64_t cells = shape.batch * shape.height * shape.width;
-        launch<deform_conv2d_input_gradient_kernel<scalar_t, kColumns, decltype(width)::value>>(
+        launch<deform_conv2d_input_gradient_kernel<operand_t, kColumns, decltype(width)::value>>(
             deform_grid(
                 op, ceil_div(cells, kProductRows), ceil_div(problem.run, kColumns), shape.channels / problem.run),
             dim3(kProductThreads), 2 * Product::kTilesSize * sizeof(scalar_t), stream, problem, readers,

@@ -155,22 +155,32 @@ struct ElementType<Tf32x3> {
 template <typename operand_t>
 using element_t = typename ElementType<operand_t>::type;
 
-// Numbers as a kernel keeps them for many products: for Tf32 they are rounded once.
+// Types that are multiplied without tensor cores.
 template <typename operand_t>
-__device__ __forceinline__ unsigned prepared(unsigned word, operand_t) {
-    return word;
+constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
+
+// Numbers as a kernel keeps them for many products: for Tf32 they are rounded once.
+template <typename value_t, typename operand_t>
+__device__ __forceinline__ value_t prepared(value_t value, operand_t) {
+    return value;
 }
 __device__ __forceinline__ unsigned prepared(unsigned word, Tf32) { return to_tf32(__uint_as_float(word)); }
-
-// A lane's part of an operand of mma_1688.
-template <typename operand_t, int kCount>
-struct Fragment;
-
+__device__ __forceinline__ float prepared(float value, Tf32) { return __uint_as_float(to_tf32(value)); }
 template <int kCount>
-struct Fragment<Tf32, kCount> {
-    unsigned numbers[kCount];
+__device__ __forceinline__ Vec<float, kCount> prepared(Vec<float, kCount> values, Tf32) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        values[i] = prepared(values[i], Tf32{});
+    }
+    return values;
+}
 
-    __device__ __forceinline__ void set(int i, unsigned prepared) { numbers[i] = prepared; }
+// A lane's part of an operand of a product: of mma_16816 two 16-bit values in each word, of mma_1688 one number.
+template <typename operand_t, int kCount>
+struct Fragment {
+    unsigned words[kCount];
+
+    __device__ __forceinline__ void set(int i, unsigned prepared) { words[i] = prepared; }
 };
 
 // Cut off instead of rounded: the rest is exact, and no finite number becomes infinity.
@@ -184,10 +194,15 @@ struct Fragment<Tf32x3, kCount> {
     }
 };
 
-// d += a (16x8) * b (8x8).
+// d += a * b, 16 rows by 8 columns; 16 deep in 16-bit types, 8 deep in float32.
+template <typename scalar_t>
+__device__ __forceinline__ void multiply_add(
+    float (&d)[4], const Fragment<scalar_t, 4>& a, const Fragment<scalar_t, 2>& b) {
+    mma_16816(d, a.words, b.words, scalar_t{});
+}
 __device__ __forceinline__ void multiply_add(
     float (&d)[4], const Fragment<Tf32, 4>& a, const Fragment<Tf32, 2>& b) {
-    mma_1688(d, a.numbers, b.numbers);
+    mma_1688(d, a.words, b.words);
 }
 // The small product low * low is left out. Tensor cores cut sums off, which in a long sum costs more digits than the
 // operands do: so they sum up three products, and these are added to `d` as float32 is, rounded to nearest.

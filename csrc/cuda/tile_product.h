@@ -5,12 +5,16 @@
 //   sums (kRows x kColumns) += left (kRows x kDepth) * right (kDepth x kColumns)
 //
 // A tile lies in memory as its loader finds it: by rows, (row, depth) on the left and (column, depth) on the right, or
-// by depth, (depth, row) and (depth, column). Rows of memory are 16 bytes longer than their values, so that neighbours
-// lie in other banks. kDepth is 64 bytes: a thread loads one 16-byte item of the left tile and kColumns / kRows of the
-// right.
+// by depth, (depth, row) and (depth, column). Its numbers are `prepared` for the operand type. kDepth is 64 bytes: a
+// thread loads one 16-byte item of the left tile and kColumns / kRows of the right.
 //
-//   16-bit types   mma.sync with float32 sums; kRows / 32 x 4 warps own 32 rows x kColumns / 4 columns each
-//   float32, 64    fused multiply-adds; kRows / 4 x 16 threads own 4 rows x kColumns / 16 columns each
+// Rows of memory are longer than their values, so that what is read at one time lies in different banks: by 16 bytes,
+// and on the tensor cores by eight elements where they run by depth. In float32 these are (by rows) eight 16-byte parts
+// that ldmatrix takes 20 words apart, (by depth) words d * (8 mod 32) + 2 g of lanes d < 4 and g < 4, loaded in pairs.
+//
+//   16-bit types         mma.sync m16n8k16, float32 sums; kRows / 32 x 4 warps own 32 rows x kColumns / 4 columns each
+//   float32 by TF32      the same by m16n8k8, once or (Tf32x3) three times
+//   float32, 64 direct   fused multiply-adds; kRows / 4 x 16 threads own 4 rows x kColumns / 16 columns each
 #pragma once
 
 #include "cuda/tensor_core.h"
@@ -20,13 +24,14 @@ namespace spatialflow {
 constexpr int kProductThreads = 256;
 constexpr int kProductRows = 64;
 
-template <typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
+template <typename operand_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
 struct TileLayout {
-    static constexpr int kItem = kWideElements<scalar_t>;
+    static constexpr int kItem = kWideElements<element_t<operand_t>>;
     static constexpr int kDepth = 4 * kItem;
-    static constexpr int kLeftRow = (kLeftByDepth ? kRows : kDepth) + kItem;
+    static constexpr int kDepthRowRest = kIsPlain<operand_t> ? kItem : 8;
+    static constexpr int kLeftRow = kLeftByDepth ? kRows + kDepthRowRest : kDepth + kItem;
     static constexpr int kLeftSize = (kLeftByDepth ? kDepth : kRows) * kLeftRow;
-    static constexpr int kRightRow = (kRightByDepth ? kColumns : kDepth) + kItem;
+    static constexpr int kRightRow = kRightByDepth ? kColumns + kDepthRowRest : kDepth + kItem;
     static constexpr int kRightSize = (kRightByDepth ? kDepth : kColumns) * kRightRow;
     static constexpr int kTilesSize = kLeftSize + kRightSize;
 };
@@ -34,7 +39,7 @@ struct TileLayout {
 // By fused multiply-adds.
 template <
     typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows = kProductRows,
-    bool kTensorCore = sizeof(scalar_t) == 2>
+    bool kPlain = kIsPlain<scalar_t>>
 class TileProduct : public TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows> {
     using Layout = TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
     static constexpr int kOwnRows = 4, kOwnColumns = kColumns / 16;
@@ -144,47 +149,38 @@ private:
 };
 
 // On the tensor cores.
-template <typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
-class TileProduct<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows, true>
-    : public TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows> {
-    using Layout = TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
+template <typename operand_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
+class TileProduct<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows, false>
+    : public TileLayout<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows> {
+    using Layout = TileLayout<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
+    using scalar_t = element_t<operand_t>;
     static constexpr int kWarpColumns = kColumns / 4;
+    // ldmatrix does not transpose 32-bit numbers. Where they run by depth a lane loads pairs, so that two neighbors are
+    // row g and g + 8 of a product, or column g of two products.
+    static constexpr bool kPairedRows = sizeof(scalar_t) == 4 && kLeftByDepth;
+    static constexpr bool kPairedColumns = sizeof(scalar_t) == 4 && kRightByDepth;
 
 public:
-    static constexpr int kVisited = 2;
+    static constexpr int kVisited = kPairedColumns ? 4 : 2;
 
+    // For Tf32x3, which needs more registers, the compiler sees one product of depth at a time.
     __device__ __forceinline__ void accumulate(Shared<scalar_t> left, Shared<scalar_t> right) {
-        const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-        // ldmatrix takes four 8 x 8 matrices, whose rows in memory come from lanes 0-7, 8-15, 16-23 and 24-31.
-        const int low = lane % 8 + lane / 16 * 8, high = lane / 8 % 2 * 8;
-        const int direct = lane % 16, beside = lane / 16 * 8;
-#pragma unroll
-        for (int k = 0; k < Layout::kDepth; k += 16) {
-            unsigned a[2][4];
+#pragma unroll(std::is_same_v<operand_t, Tf32x3> ? 1 : 2)
+        for (int k = 0; k < Layout::kDepth; k += 2 * Layout::kItem) {
+            Fragment<operand_t, 4> a[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int first = warp_row() + i * 16;
-                if constexpr (kLeftByDepth) {
-                    ldmatrix_x4_trans(a[i], left + ((k + low) * Layout::kLeftRow + first + high));
-                } else {
-                    ldmatrix_x4(a[i], left + ((first + direct) * Layout::kLeftRow + k + beside));
-                }
+                load_left(left, k, warp_row() + i * 16, a[i]);
             }
 #pragma unroll
             for (int j = 0; j < kWarpColumns; j += 16) {
-                unsigned b[4];
-                const int first = warp_column() + j;
-                if constexpr (kRightByDepth) {
-                    ldmatrix_x4_trans(b, right + ((k + direct) * Layout::kRightRow + first + beside));
-                } else {
-                    ldmatrix_x4(b, right + ((first + low) * Layout::kRightRow + k + high));
-                }
+                Fragment<operand_t, 2> b[2];
+                load_right(right, k, warp_column() + j, b);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const unsigned column[2] = {b[half * 2], b[half * 2 + 1]};
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        mma_16816(sums_[i][j / 8 + half], a[i], column, scalar_t{});
+                        multiply_add(sums_[i][j / 8 + half], a[i], b[half]);
                     }
                 }
             }
@@ -193,20 +189,17 @@ public:
 
     template <typename BeginRow, typename BeginColumn, typename Visit>
     __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
-        const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-        const int first_row = warp_row() + lane / 4, first_column = warp_column() + lane % 4 * 2;
-        decltype(begin_column(0)) of_columns[kWarpColumns / 8];
+        decltype(begin_column(0)) of_columns[kVisits];
 #pragma unroll
-        for (int j = 0; j < kWarpColumns / 8; ++j) {
-            of_columns[j] = begin_column(first_column + j * 8);
+        for (int j = 0; j < kVisits; ++j) {
+            of_columns[j] = begin_column(warp_column() + column(j));
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const auto of_row = begin_row(first_row + i * 8);
+            const auto of_row = begin_row(row(i));
 #pragma unroll
-            for (int j = 0; j < kWarpColumns / 8; ++j) {
-                const Vec<float, 2> values = {{sums_[i / 2][j][i % 2 * 2], sums_[i / 2][j][i % 2 * 2 + 1]}};
-                visit(of_row, of_columns[j], first_column + j * 8, values);
+            for (int j = 0; j < kVisits; ++j) {
+                visit(of_row, of_columns[j], warp_column() + column(j), sums_of(i, j));
             }
         }
     }
@@ -215,21 +208,18 @@ public:
     __device__ __forceinline__ void for_each(Visit visit) const {
         for_each(
             [](int row) { return row; }, [](int) { return 0; },
-            [&](int row, int, int column, const Vec<float, 2>& sums) { visit(row, column, sums); });
+            [&](int row, int, int column, const Vec<float, kVisited>& sums) { visit(row, column, sums); });
     }
 
     // The columns in kParts parts: visit(row, column, sums) for a part, its columns counted without those of others.
     template <int kPart, int kParts, typename Visit>
     __device__ __forceinline__ void for_each_of_part(Visit visit) const {
-        const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-        constexpr int kVisits = kWarpColumns / 8 / kParts;
+        constexpr int kPartVisits = kVisits / kParts;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
-            for (int j = 0; j < kVisits; ++j) {
-                const float(&sums)[4] = sums_[i / 2][kPart * kVisits + j];
-                const Vec<float, 2> values = {{sums[i % 2 * 2], sums[i % 2 * 2 + 1]}};
-                visit(warp_row() + i * 8 + lane / 4, warp_column() / kParts + j * 8 + lane % 4 * 2, values);
+            for (int j = 0; j < kPartVisits; ++j) {
+                visit(row(i), warp_column() / kParts + column(j), sums_of(i, kPart * kPartVisits + j));
             }
         }
     }
@@ -242,9 +232,79 @@ public:
     }
 
 private:
+    static constexpr int kVisits = kWarpColumns / (4 * kVisited);
+
+    __device__ static __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
     __device__ static __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / kWarpSize / 4 * 32; }
     __device__ static __forceinline__ int warp_column() {
         return static_cast<int>(threadIdx.x) / kWarpSize % 4 * kWarpColumns;
+    }
+    // Of the four rows that a lane has sums of.
+    __device__ static __forceinline__ int row(int i) {
+        return warp_row() + (kPairedRows ? i / 2 * 16 + lane() / 4 * 2 + i % 2 : i * 8 + lane() / 4);
+    }
+    // Of the warp's: the first of kVisited adjacent ones.
+    __device__ static __forceinline__ int column(int j) { return (j * 4 + lane() % 4) * kVisited; }
+    __device__ __forceinline__ Vec<float, kVisited> sums_of(int i, int j) const {
+        constexpr int kProducts = kVisited / 2;  // that take turns with the columns
+        Vec<float, kVisited> values;
+#pragma unroll
+        for (int v = 0; v < kVisited; ++v) {
+            values[v] = sums_[i / 2][j * kProducts + v % kProducts][i % 2 * 2 + v / kProducts];
+        }
+        return values;
+    }
+
+    // The lane's part of 16 rows. ldmatrix takes four matrices, whose rows in memory come from lanes 0-7, 8-15, 16-23
+    // and 24-31.
+    __device__ static __forceinline__ void load_left(
+        Shared<scalar_t> tile, int k, int first, Fragment<operand_t, 4>& fragment) {
+        unsigned words[4];
+        if constexpr (kPairedRows) {
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const Vec<unsigned, 2> pair = load_vector<2>(pointer_cast<const unsigned>(
+                    tile + ((k + e * 2 + lane() % 4) * Layout::kLeftRow + first + lane() / 4 * 2)));
+                words[e] = pair[0];
+                words[e + 1] = pair[1];
+            }
+        } else if constexpr (kLeftByDepth) {
+            ldmatrix_x4_trans(
+                words, tile + ((k + lane() % 8 + lane() / 16 * 8) * Layout::kLeftRow + first + lane() / 8 % 2 * 8));
+        } else {
+            ldmatrix_x4(
+                words, tile + ((first + lane() % 16) * Layout::kLeftRow + k + lane() / 16 * Layout::kItem));
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            fragment.set(e, words[e]);
+        }
+    }
+
+    // The lane's part of 16 columns, which are those of two products.
+    __device__ static __forceinline__ void load_right(
+        Shared<scalar_t> tile, int k, int first, Fragment<operand_t, 2> (&fragments)[2]) {
+        unsigned words[4];  // of the first product, of the second
+        if constexpr (kPairedColumns) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const Vec<unsigned, 2> pair = load_vector<2>(pointer_cast<const unsigned>(
+                    tile + ((k + e * 4 + lane() % 4) * Layout::kRightRow + first + lane() / 4 * 2)));
+                words[e] = pair[0];
+                words[e + 2] = pair[1];
+            }
+        } else if constexpr (kRightByDepth) {
+            ldmatrix_x4_trans(
+                words, tile + ((k + lane() % 16) * Layout::kRightRow + first + lane() / 16 * 8));
+        } else {
+            ldmatrix_x4(
+                words, tile + ((first + lane() % 8 + lane() / 16 * 8) * Layout::kRightRow + k +
+                               lane() / 8 % 2 * Layout::kItem));
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            fragments[e / 2].set(e % 2, words[e]);
+        }
     }
 
     float sums_[2][kWarpColumns / 8][4] = {};
@@ -256,8 +316,8 @@ private:
 template <int kStep, typename Begin, typename Multiply, typename Finish>
 __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multiply, Finish finish) {
     begin(0, 0);
-    finish(0);
     cp_async_commit();
+    finish(0);
     cp_async_wait<0>();
     __syncthreads();
     int buffer = 0;
@@ -287,6 +347,17 @@ __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, 
 #pragma unroll
     for (int i = 0; i < kRows; i += kStepRows) {
         load(row + i, element, target + i * tile_row);
+    }
+}
+
+// Prepares the items that this thread has copied by load_items and cp.async, once they have arrived.
+template <typename operand_t, int kRows, int kRowItems, int kThreads = kProductThreads>
+__device__ __forceinline__ void prepare_items(Shared<element_t<operand_t>> tile, int tile_row) {
+    if constexpr (std::is_same_v<operand_t, Tf32>) {
+        cp_async_wait<0>();
+        load_items<kRows, kRowItems, kThreads>(tile, tile_row, [](int, int, Shared<float> target) {
+            store_vector(target, prepared(load_vector<4>(target), operand_t{}));
+        });
     }
 }
 

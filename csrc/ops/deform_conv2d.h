@@ -4,15 +4,17 @@
 // and deform_conv2d_backward.cpp.
 #pragma once
 
+#include "ops/conv_algorithm.h"
 #include "ops/tensor.h"
 
 namespace spatialflow {
 
-// Stride, padding and dilation, (height, width) each.
+// Stride, padding and dilation, (height, width) each, and how float32 is multiplied.
 struct DeformConvOptions {
     int64_t stride[2];
     int64_t padding[2];
     int64_t dilation[2];
+    int64_t algorithm;
 };
 
 struct DeformConvShape {
@@ -30,6 +32,8 @@ struct DeformConvShape {
 constexpr int64_t kMaxDeformStep = 1 << 29;  // so that positions fit 32 bits
 
 inline void check_deform_options(const char* op, const DeformConvOptions& options) {
+    check_algorithm(op, options.algorithm);
+    check(options.algorithm != kConvWinograd, op, ": algorithm must not be 1 (winograd): it needs taps on a grid");
     check(options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0],
           ", ", options.stride[1], ")");
     check(options.padding[0] >= 0 && options.padding[1] >= 0, op, ": padding must not be negative, got (",

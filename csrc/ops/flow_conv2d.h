@@ -3,12 +3,10 @@
 // flow_conv2d: argument checks shared by all back ends. Schemas in flow_conv2d.cpp.
 #pragma once
 
+#include "ops/conv_algorithm.h"
 #include "ops/tensor.h"
 
 namespace spatialflow {
-
-// Values of the schemas' `algorithm`.
-constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2, kConvTf32 = 3, kConvTf32x3 = 4;
 
 // Packed weights are (9, 18 or 36, C_in, C_out padded to this many) and a tag, see packed_tag.
 constexpr int64_t kPackedOutputs = 32;
@@ -56,11 +54,6 @@ inline void check_packed_layout(const char* op, const Tensor& packed, int64_t co
     const int64_t wanted = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
     check(tag == wanted, op, ": the packed weight has the layout of another instruction set, device, dtype or version "
           "(tag ", tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_flow_tower");
-}
-
-inline void check_algorithm(const char* op, int64_t algorithm) {
-    check(algorithm >= kConvAuto && algorithm <= kConvTf32x3, op,
-          ": algorithm must be 0 (auto), 1 (winograd), 2 (direct), 3 (tf32) or 4 (tf32x3), got ", algorithm);
 }
 
 // Every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.

@@ -13,6 +13,7 @@ from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
+from spatialflow.ops.flow_conv2d import algorithm_code
 from spatialflow.ops.layout import memory_format_of
 
 
@@ -25,6 +26,7 @@ def deform_conv2d(
     padding: int | tuple[int, int] = (0, 0),
     dilation: int | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
+    algorithm: str = "auto",
 ) -> Tensor:
     """Convolves with taps that read the input bilinearly at learned offsets from their places in the kernel.
 
@@ -38,24 +40,34 @@ def deform_conv2d(
         stride, padding, dilation: of the undeformed convolution; (height, width), or one number for both.
         mask: factor of every sample (N, offset_groups * kernel_h * kernel_w, H_out, W_out), or None (version 1); dtype
             as for `offset`.
+        algorithm: how float32 is multiplied on CUDA; the CPU always computes "direct". Sums are in float32, and errors
+            relative to the largest output.
+            "auto": "tf32" where torch allows it for its own convolutions (`torch.backends.cudnn.conv.fp32_precision`,
+            or `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps what torch
+            allowed when it was traced.
+            "direct": multiply-adds in float32: error about 1e-6.
+            "tf32": tensor cores; samples, weights and gradients are rounded to TF32, 11 bits: error about 3e-4.
+            "tf32x3": tensor cores, three products of TF32: error about 1e-6.
+            "winograd", which `flow_conv2d` knows, needs taps on a grid and is refused. Gradients are computed as the
+            call was.
 
     Returns:
         (N, C_out, H_out, W_out), the dtype of `input`; channels-last if `input` is.
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `stride`, `padding` or `dilation` of a wrong kind; within `spatialflow.ops.checked()` also an offset
-            or mask that is not finite.
+        ValueError: an unknown `algorithm`, or "winograd"; `stride`, `padding` or `dilation` of a wrong kind; within
+            `spatialflow.ops.checked()` also an offset or mask that is not finite.
 
     Remarks:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
         sample whose offset or mask is not finite, in the type it is used in, is zero and has no gradient, also none to
         its mask. A feature that is not finite counts also where its weight, its mask or the kernel is 0, which makes
-        NaN. No images: an empty result. Gradients flow to all five tensors in reverse and forward mode, twice through
-        `offset` (unless forward over forward) and to any order through the others; at whole coordinates, where a
-        bilinear sample has a kink, the offset's gradient is the one from above, as in torchvision. Results are
-        deterministic, except for the gradient of `input` on CUDA, which is in float64 and under
-        `torch.use_deterministic_algorithms(True)`.
+        NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
+        result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` (unless forward
+        over forward) and to any order through the others; at whole coordinates, where a bilinear sample has a kink,
+        the offset's gradient is the one from above, as in torchvision. Results are deterministic, except for the
+        gradient of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
 
     Example:
         >>> features, weight = torch.rand(1, 8, 20, 30), torch.rand(16, 8, 3, 3)
@@ -69,13 +81,15 @@ def deform_conv2d(
     """
     if not are_tensors(input, offset, weight, optional=(bias, mask)):
         return with_arrays(deform_conv2d, locals())
-    settings = (*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation))
+    input = autocast(input)
+    code = algorithm_code("deform_conv2d", algorithm, input, without="winograd")
+    settings = (*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation), code)
     if is_checking():
         require_finite("deform_conv2d", "offset", offset)
         if mask is not None:
             require_finite("deform_conv2d", "mask", mask)
     bias = None if bias is None else autocast(bias)
-    return _deform_conv2d(autocast(input), offset, autocast(weight), bias, mask, None, *settings)
+    return _deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
 
 
 class DeformConv2d(nn.Module):

@@ -203,10 +203,15 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
     return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results)]
 
 
-def algorithm_code(op: str, algorithm: str, x: Tensor | None = None) -> int:
-    """The number that stands for `algorithm` in the schemas; for `x` on CUDA "auto" is TF32 where torch allows it."""
-    if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
-        raise ValueError(f"{op}: algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
+def algorithm_code(op: str, algorithm: str, x: Tensor | None = None, without: str | None = None) -> int:
+    """The number that stands for `algorithm` in the schemas; for `x` on CUDA "auto" is TF32 where torch allows it.
+
+    `without` is a name that `op` does not take.
+    """
+    if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS or algorithm == without:
+        names = ", ".join(repr(name) for name in _ALGORITHMS if name != without)
+        reason = ", which does not apply here" if algorithm == without else ""
+        raise ValueError(f"{op}: algorithm must be one of {names}, got {algorithm!r}{reason}")
     if algorithm == "auto" and x is not None and _may_use_tf32(x):
         algorithm = "tf32"
     return _ALGORITHMS[algorithm]

@@ -303,6 +303,7 @@ def deform_conv2d(
     padding: int | tuple[int, int] = (0, 0),
     dilation: int | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
+    algorithm: str = "auto",
 ) -> np.ndarray:
     real = _decides_in(input)
     features, kernel = _array(input), _array(weight)

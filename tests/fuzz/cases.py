@@ -203,6 +203,7 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
         "padding": padding,
         "dilation": dilation,
         "mask": mask,
+        "algorithm": draw(one_of("auto", "direct", "tf32x3")),
     }
 
 

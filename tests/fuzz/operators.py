@@ -77,7 +77,7 @@ class Operator:
 
         def size(t: Tensor) -> Tensor:
             is_kernel = t.dim() == 4 and t.shape[2:] == (3, 3) and t.numel() > 0
-            mixed = is_kernel and arguments.get("algorithm", "direct") != "direct"
+            mixed = is_kernel and "offset" not in arguments and arguments.get("algorithm", "direct") != "direct"
             return t.abs().amax(dim=(2, 3), keepdim=True).expand_as(t) if mixed else t.abs()
 
         return {name: map_tensors(size, v) if name in self.linear else v for name, v in arguments.items()}
@@ -139,16 +139,24 @@ def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     winograd = algorithm == "winograd" or (algorithm != "direct" and many)
     if winograd and tensors[0].dtype != torch.float64:
         return any(not bool((t.detach().double().abs() < 1e3).all()) for t in tensors)
-    # On CUDA the rest of an infinity, which tensor cores multiply as well, is NaN.
-    if _is_cuda() and algorithm != "direct" and tensors[0].dtype == torch.float32:
-        if any(bool(t.detach().isinf().any()) for t in tensors):
-            return True
+    if _has_rests_of_infinity(arguments, tensors):
+        return True
     # On CUDA a value at the border that is not finite reaches the gradients of weights that see padding there.
     asks_gradient = len(tensors) > len(leaves(arguments))
     if asks_gradient and _is_cuda() and not all(bool(t.detach().isfinite().all()) for t in tensors):
         return True
     # Layers multiply: what those before made, or a gradient, may overflow in between, where float64 does not.
     return not all(bool(t.detach().isfinite().all()) for t in weights) or _overflows(arguments, tensors)
+
+
+def _has_rests_of_infinity(arguments: dict, tensors: list[Tensor]) -> bool:
+    """On CUDA the rest of an infinity in float32, which tensor cores multiply as well, is NaN."""
+    on_tensor_cores = _is_cuda() and arguments["algorithm"] != "direct" and tensors[0].dtype == torch.float32
+    return on_tensor_cores and any(bool(t.detach().isinf().any()) for t in tensors)
+
+
+def _upsets_deform_conv2d(arguments: dict, tensors: list[Tensor]) -> bool:
+    return _has_rests_of_infinity(arguments, tensors) or _overflows(arguments, tensors)
 
 
 def _upsets_norm(arguments: dict, tensors: list[Tensor]) -> bool:
@@ -280,7 +288,7 @@ OPERATORS: dict[str, Operator] = {
         differentiable=("input", "offset", "weight", "bias", "mask"),
         nearby=_nearby_offsets,
         places=True,
-        unstable=_overflows,
+        unstable=_upsets_deform_conv2d,
         nearby_for=("gradient",),
         linear=("input", "weight", "bias", "mask"),
         poisons=True,

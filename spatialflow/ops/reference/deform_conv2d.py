@@ -17,8 +17,12 @@ def deform_conv2d(
     padding: int | tuple[int, int] = (0, 0),
     dilation: int | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
+    algorithm: str = "auto",
 ) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.deform_conv2d`; one gather per tap and corner."""
+    """Same arguments and result as `spatialflow.ops.deform_conv2d`; one gather per tap and corner.
+
+    `algorithm` is accepted and ignored.
+    """
     stride, padding, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
     n, channels, height, width = input.shape
     out_channels, group_channels, kernel_h, kernel_w = weight.shape

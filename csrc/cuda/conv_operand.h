@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From the schemas' `algorithm` to the operand type that the kernels of a convolution are templates of.
+#pragma once
+
+#include "cuda/tensor_core.h"
+#include "ops/conv_algorithm.h"
+
+namespace spatialflow {
+
+// What float32 is multiplied by: fused multiply-adds for "direct"; for all others tensor cores, by three products of
+// TF32 unless it is "tf32". Other dtypes have one way each.
+inline int64_t cuda_algorithm(int64_t algorithm, ScalarType dtype) {
+    return dtype == ScalarType::Float && (algorithm == kConvDirect || algorithm == kConvTf32) ? algorithm : kConvTf32x3;
+}
+
+// Calls body(operand_t{}) with the operand type for a result of cuda_algorithm.
+template <typename scalar_t, typename Body>
+inline void dispatch_operand(int64_t algorithm, Body&& body) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+        if (algorithm == kConvTf32) {
+            return body(Tf32{});
+        }
+        if (algorithm == kConvTf32x3) {
+            return body(Tf32x3{});
+        }
+    }
+    body(scalar_t{});
+}
+
+}  // namespace spatialflow

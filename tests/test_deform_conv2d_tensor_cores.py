@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""deform_conv2d in float32 on tensor cores: errors of each algorithm, places of all numbers, and what "auto" means."""
+
+import os
+import sys
+
+import pytest
+import torch
+from op_matrix import assert_near
+from test_deform_conv2d import deterministic, off_grid
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spatialflow import ops
+from spatialflow.ops import reference
+from spatialflow.ops.flow_conv2d import algorithm_code
+
+HAS_TENSOR_CORES = not os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("cpu")
+CODES = {"auto": 0, "direct": 2, "tf32": 3, "tf32x3": 4}
+FACTORS = {"tf32": 50, "tf32x3": 1}  # of the tolerance in float32: 1e-3 and 2e-5
+NAMES = ("result", "input", "offset", "weight", "bias", "mask", "input by the gather")
+of_each = pytest.mark.parametrize("algorithm", list(FACTORS))
+
+# channels, outputs, groups, offset groups, kernel, (height, width). Tiles have 64, 128 and 256 columns: outputs in the
+# forward pass and the weight gradient, channels in the data gradient.
+CASES = {
+    "single elements": (5, 3, 1, 1, 3, (5, 6)),
+    "narrow tiles": (20, 36, 1, 1, 3, (7, 9)),
+    "tiles of 128": (96, 104, 1, 2, 3, (6, 7)),
+    "tiles of 256": (264, 200, 1, 1, 1, (9, 9)),
+    "groups": (24, 16, 2, 3, 2, (6, 7)),
+    "tiles of 128 pixels": (16, 264, 1, 1, 1, (83, 81)),
+}
+of_each_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
+
+
+def tensors_of(channels, outputs, groups, offset_groups, kernel, size) -> list[torch.Tensor]:
+    """Input, offset, weight, bias and mask in float32, with all 24 digits; as many output cells as input cells."""
+    padding = kernel // 2
+    out = [side + 2 * padding - kernel + 1 for side in size]
+    samples = offset_groups * kernel * kernel
+    return [
+        torch.randn(1, channels, *size),
+        off_grid(1.5 * torch.randn(1, 2 * samples, *out, dtype=torch.float64)).float(),
+        torch.randn(outputs, channels // groups, kernel, kernel) / (channels // groups * kernel),
+        torch.randn(outputs),
+        torch.rand(1, samples, *out),
+    ]
+
+
+def results(op, tensors, dtype, grad_output, algorithm="auto") -> list[torch.Tensor]:
+    """The result and all gradients, that of the input also by the deterministic kernel."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    input, offset, weight, bias, mask = leaves
+    y = op(input, offset, weight, bias, padding=weight.shape[2] // 2, mask=mask, algorithm=algorithm)
+    grad_output = grad_output(y.detach()).to(dtype)
+    gradients = torch.autograd.grad(y, leaves, grad_output, retain_graph=True)
+    with deterministic():
+        (gathered,) = torch.autograd.grad(y, input, grad_output)
+    return [y.detach(), *gradients, gathered]
+
+
+class TestErrors:
+    @of_each
+    @of_each_case
+    def test_against_float64(self, algorithm, case):
+        """Two numbers that decide: what TF32 rounds to, and that three products lose nothing a float32 sum keeps."""
+        tensors = tensors_of(*case)
+        grad_output = torch.randn(1, case[1], *tensors[4].shape[2:])
+        actual = results(ops.deform_conv2d, tensors, torch.float32, lambda y: grad_output, algorithm)
+        expected = results(reference.deform_conv2d, tensors, torch.float64, lambda y: grad_output)
+        for name, one, other in zip(NAMES, actual, expected):
+            assert_near([one], [other], torch.float32, factor=FACTORS[algorithm], what=name)
+        if HAS_TENSOR_CORES and algorithm == "tf32":
+            # A bias's gradient is a sum without products, the others are no float32.
+            for name, one, other in zip(NAMES, actual, expected):
+                error = float((one.double() - other).abs().max() / other.abs().max())
+                assert name == "bias" or error > 1e-5, f"{name} is not computed in TF32"
+
+    @of_each
+    @of_each_case
+    def test_short_numbers_are_exact(self, algorithm, case):
+        """Where 11 bits hold every number and 24 every sum, nothing is rounded: each value lies where it belongs."""
+        input, offset, weight, bias, mask = tensors_of(*case)
+        whole = [(4 * t).round().clamp(-7, 7) for t in (input, 8 * weight, bias)]
+        # Quarters of a cell, and mask 1: a sample has six digits.
+        tensors = [whole[0], (offset * 4).floor() / 4, *whole[1:], torch.ones_like(mask)]
+        computed = [
+            results(op, tensors, dtype, lambda y: (y / 16).round().clamp(-3, 3), algorithm)
+            for op, dtype in ((ops.deform_conv2d, torch.float32), (reference.deform_conv2d, torch.float64))
+        ]
+        for name, one, other in zip(NAMES, *computed):
+            assert torch.equal(one.double(), other), name
+
+    def test_long_sums(self):
+        """2304 products, and thousands of pixels: tensor cores cut sums off, which "tf32x3" must not show."""
+        input, offset, weight, _, mask = tensors_of(256, 8, 1, 1, 3, (40, 48))
+        input, weight = input.abs(), weight.abs()  # cuts of one sign add up
+        computed = {}
+        for name, op, dtype in (
+            ("float64", reference.deform_conv2d, torch.float64),
+            *((name, ops.deform_conv2d, torch.float32) for name in ("direct", *FACTORS)),
+        ):
+            leaf = weight.to(dtype).requires_grad_()
+            algorithm = name if op is ops.deform_conv2d else "auto"
+            y = op(*(t.to(dtype) for t in (input, offset)), leaf, None, 1, 1, 1, mask.to(dtype), algorithm)
+            computed[name] = (y.detach(), torch.autograd.grad(y.sum(), leaf)[0])
+        wanted = computed.pop("float64")
+        errors = {
+            name: [float((one - other).abs().max() / other.max()) for one, other in zip(own, wanted)]
+            for name, own in computed.items()
+        }
+        assert max(errors["tf32x3"]) < 3e-6 and max(errors["direct"]) < 3e-6, errors
+        assert max(errors["tf32"]) < 1e-3, errors
+        if HAS_TENSOR_CORES:
+            assert min(errors["tf32"]) > 1e-5, "this is not TF32"
+
+
+class TestNumbers:
+    @of_each
+    def test_names_on_the_cpu(self, algorithm):
+        if HAS_TENSOR_CORES:
+            pytest.skip("asks what the CPU makes of names that mean CUDA kernels")
+        tensors = tensors_of(*CASES["groups"])
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            leaves = [t.to(dtype) for t in tensors]
+            weight = leaves[2].requires_grad_()
+            computed = []
+            for name in (algorithm, "auto", "direct"):
+                y = ops.deform_conv2d(*leaves[:4], padding=1, mask=leaves[4], algorithm=name)
+                computed.append((y, *torch.autograd.grad(y.sum(), weight)))
+            assert all(torch.equal(one, other) for result in computed for one, other in zip(result, computed[0]))
+
+    def test_auto_is_three_products(self):
+        """Where torch does not allow TF32, as on the interpreter, which has no CUDA tensors."""
+        if not HAS_TENSOR_CORES:
+            pytest.skip("asks which CUDA kernel computes")
+        tensors = tensors_of(*CASES["groups"])
+        gradient = torch.randn_like(results(ops.deform_conv2d, tensors, torch.float32, torch.clone)[0])
+        one, other, direct = (
+            results(ops.deform_conv2d, tensors, torch.float32, lambda y: gradient, name)
+            for name in ("auto", "tf32x3", "direct")
+        )
+        assert torch.equal(one[0], other[0]) and torch.equal(one[3], other[3])
+        assert not torch.equal(one[0], direct[0]) and not torch.equal(one[3], direct[3])
+
+    @of_each
+    def test_other_dtypes_are_the_same(self, algorithm):
+        tensors = tensors_of(*CASES["narrow tiles"])
+        for dtype in (torch.float64, torch.bfloat16):
+            results_of = [
+                ops.deform_conv2d(
+                    *(t.to(dtype) for t in tensors[:4]), padding=1, mask=tensors[4].to(dtype), algorithm=name
+                )
+                for name in (algorithm, "direct")
+            ]
+            assert torch.equal(*results_of)
+
+    @of_each
+    def test_values(self, algorithm):
+        """NaN reaches the pixels that read it alone; an infinity is still none that is finite."""
+        input = torch.zeros(1, 8, 9, 20)
+        input[0, 0, 2, 2], input[0, 1, 6, 17] = float("nan"), float("inf")
+        offset = torch.zeros(1, 18, 9, 20)
+        result = ops.deform_conv2d(input, offset + 0.5, torch.ones(3, 8, 3, 3), padding=1, algorithm=algorithm)
+        assert result[:, :, 0:4, 0:4].isnan().all() and not result[:, :, 4:8, 15:19].isfinite().any()
+        assert result.isfinite().sum() == 3 * (9 * 20 - 32)
+
+    @of_each
+    def test_derivatives_of_derivatives(self, algorithm):
+        """Second derivatives are those of the same algorithm, near the reference."""
+        tensors = tensors_of(*CASES["groups"])
+
+        def second(op, dtype):
+            leaves = [t.to(dtype).requires_grad_() for t in tensors]
+            input, offset, weight, bias, mask = leaves
+            y = op(input, offset, weight, bias, padding=1, mask=mask, algorithm=algorithm)
+            first = torch.autograd.grad(y.square().sum(), leaves[:3], create_graph=True)
+            return list(torch.autograd.grad(sum(t.sin().sum() for t in first), leaves[:3]))
+
+        actual, expected = second(ops.deform_conv2d, torch.float32), second(reference.deform_conv2d, torch.float64)
+        assert_near(actual, expected, torch.float32, factor=8 * FACTORS[algorithm])
+
+
+class Codes(TorchDispatchMode):
+    """Collects the `algorithm` that each raw operator of deformable convolution computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "spatialflow":
+            names = [argument.name for argument in function._schema.arguments]
+            self.seen.append((function._schema.name.split("::")[1], arguments[names.index("algorithm")]))
+        return function(*arguments, **(options or {}))
+
+
+class TestAuto:
+    """On CUDA "auto" in float32 follows what torch allows its own convolutions, when the operator is called."""
+
+    @pytest.fixture(autouse=True)
+    def restored(self):
+        before = torch.backends.cudnn.conv.fp32_precision
+        yield
+        torch.backends.cudnn.conv.fp32_precision = before
+
+    @staticmethod
+    def codes(dtype=torch.float32, device="cuda", algorithm="auto") -> list[int]:
+        with FakeTensorMode(), Codes() as codes:
+            tensors = [torch.empty(t.shape, dtype=dtype, device=device) for t in tensors_of(*CASES["groups"])]
+            ops.deform_conv2d(*tensors[:4], padding=1, mask=tensors[4], algorithm=algorithm)
+        return [code for _, code in codes.seen]
+
+    def test_only_auto_in_float32_on_cuda(self):
+        for setting, code in (("tf32", CODES["tf32"]), ("ieee", CODES["auto"])):
+            torch.backends.cudnn.conv.fp32_precision = setting
+            assert self.codes() == [code]
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            assert self.codes(dtype) == [CODES["auto"]]
+        assert self.codes(device="cpu") == [CODES["auto"]]
+        for name in ("direct", "tf32", "tf32x3"):
+            assert self.codes(algorithm=name) == [CODES[name]]
+
+    @pytest.mark.parametrize("algorithm", list(CODES))
+    def test_derivatives_follow_the_call(self, monkeypatch, algorithm):
+        """First and second ones, also if torch's setting has changed since."""
+        module = sys.modules[algorithm_code.__module__]
+        monkeypatch.setattr(module, "_may_use_tf32", lambda x: module._allows_tf32())  # as if `x` were on CUDA
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        leaves = [t.requires_grad_() for t in tensors_of(*CASES["groups"])]
+        with Codes() as codes:
+            y = ops.deform_conv2d(*leaves[:4], padding=1, mask=leaves[4], algorithm=algorithm)
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+            first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+            torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
+        assert {name for name, _ in codes.seen} == {
+            "deform_conv2d", "_deform_conv2d_backward_data", "_deform_conv2d_backward_weight"
+        }  # fmt: skip
+        assert {code for _, code in codes.seen} == {CODES["tf32" if algorithm == "auto" else algorithm]}
+
+    def test_autocast_decides_first(self, monkeypatch):
+        module = sys.modules[algorithm_code.__module__]
+        monkeypatch.setattr(module, "_may_use_tf32", lambda x: x.dtype == torch.float32)  # as if `x` were on CUDA
+        input, offset, weight, bias, mask = tensors_of(*CASES["groups"])
+        with Codes() as codes:
+            ops.deform_conv2d(input, offset, weight, bias, padding=1, mask=mask)
+            with torch.autocast("cpu", torch.bfloat16):
+                ops.deform_conv2d(input, offset, weight, bias, padding=1, mask=mask)
+        assert [code for _, code in codes.seen] == [CODES["tf32"], CODES["auto"]]
+
+    def test_compile(self, monkeypatch):
+        """The setting is read while a function is traced, without a break of the graph, and is a constant of it."""
+        module = sys.modules[algorithm_code.__module__]
+        monkeypatch.setattr(module, "_may_use_tf32", lambda x: module._allows_tf32())  # as if `x` were on CUDA
+        tensors = tensors_of(*CASES["groups"])
+        for setting, code in (("tf32", CODES["tf32"]), ("ieee", CODES["auto"])):
+            torch.backends.cudnn.conv.fp32_precision = setting
+            seen = []
+
+            def backend(graph, inputs):
+                seen.extend(node.args[-1] for node in graph.graph.nodes if "deform_conv2d" in str(node.target))
+                return graph.forward
+
+            torch._dynamo.reset()
+            call = torch.compile(
+                lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]), backend=backend, fullgraph=True
+            )
+            assert_near([call(*tensors)], [ops.deform_conv2d(*tensors[:4], padding=1, mask=tensors[4])], torch.float32)
+            assert seen == [code]
+
+
+class TestRawOperators:
+    """Winograd is refused by kernels and fake kernels alike, and so is a number that stands for nothing."""
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    @pytest.mark.parametrize("code, message", [(1, "must not be 1"), (5, "must be 0 .* got 5"), (-1, "got -1")])
+    def test_refused(self, device, code, message):
+        input, offset, weight, _, mask = (t.to(device) for t in tensors_of(*CASES["groups"]))
+        grad_output = torch.zeros(1, 16, *mask.shape[2:], device=device)
+        settings = (1, 1, 1, 1, 1, 1, code)
+        raw = torch.ops.spatialflow
+        calls = (
+            lambda: raw.deform_conv2d(input, offset, weight, None, mask, None, *settings),
+            lambda: raw._deform_conv2d_backward_data(
+                grad_output, input, offset, weight, mask, None, *settings, True, True, False
+            ),
+            lambda: raw._deform_conv2d_backward_weight(
+                grad_output, input, offset, mask, None, *settings, *weight.shape[1:]
+            ),
+        )
+        for call in calls:
+            with pytest.raises(RuntimeError, match=rf"deform_conv2d\w*: algorithm .*{message}"):
+                call()

@@ -199,14 +199,18 @@ def test_wrong_settings(model):
         spatialflow.Predictor(model, fpn_channels=3)
     with pytest.raises(spatialflow.ConfigError, match="test.score_threshold: must lie in 0..1, got 2"):
         spatialflow.Predictor(model, score_threshold=2)
-    with pytest.raises(ValueError, match="batch_size: must be at least 1, got 0"):
-        spatialflow.Predictor(model, batch_size=0)
+    for batch_size in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match=f"batch_size: must be an integer of at least 1, got {batch_size!r}"):
+            spatialflow.Predictor(model, batch_size=batch_size)
+    for other, words in (("demo", "got 'demo'"), (None, "got None"), ([model, "demo"], "got a str in the sequence")):
+        with pytest.raises(TypeError, match=f"model: must be a SpatialFlow network or a sequence of them, {words}"):
+            spatialflow.Predictor(other)
     for options, words in (
         (dict(device="cuda:99"), "device cuda:99: torch .* sees . CUDA devices here"),
         (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>, got 'tpu'"),
         (dict(device="meta"), "device must be cpu, cuda or cuda:<number>, got 'meta'"),
         (dict(dtype=torch.int8), "dtype must be one of torch.float32, .*, got torch.int8"),
-        (dict(dtype="half"), "dtype must be one of .*, got half"),
+        (dict(dtype="half"), "dtype must be one of .*, got 'half'"),
         (dict(cuda_graph=True), "cuda_graph needs a CUDA device, got device cpu"),
     ):
         with pytest.raises(ValueError, match=words):

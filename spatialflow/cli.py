@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         carried out, 130 interrupted (SIGINT), 141 the output pipe was closed, 143 terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be text
     show_log()
     try:
         with _signals_raise() as received, _warnings_as_sentences():

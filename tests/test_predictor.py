@@ -194,6 +194,12 @@ def test_detector_without_segmentation(goldens):
     assert result.masks is None and len(result.scores) == 100 and not result.id_map.any() and result.segments == []
 
 
+def test_an_input_of_the_network_that_is_too_large_is_named(model):
+    predictor = spatialflow.Predictor(model, test_short_edges=[2**24 + 1], test_long_edge=2**40)
+    with pytest.raises(spatialflow.ImageError, match="image 0: the sides of the network's input must be at most 16777216 pixels long"):
+        predictor(picture(60, 80))
+
+
 def test_wrong_settings(model):
     with pytest.raises(spatialflow.ConfigError, match="only fields of the test section"):
         spatialflow.Predictor(model, fpn_channels=3)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spatialflow import panoptic
 from spatialflow.data.categories import Categories, load_categories
-from spatialflow.data.transforms import Fitted, check_image
+from spatialflow.data.transforms import LARGEST_SIDE, Fitted, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.pipeline import STAGES, FixedResult, Pipeline, stopwatch
 from spatialflow.engine.transfers import Download, Transfers
@@ -360,7 +360,13 @@ class Predictor:
         with stopwatch(times, "decode"):
             pixels = read_image(image) if is_path else check_image(image, name)
             staged = self._transfers.stage(pixels)
-        return _Item(position, name, pixels, staged, self.pipeline.fit(pixels.shape[:2]), times)
+        fitted = self.pipeline.fit(pixels.shape[:2])
+        for form in fitted:
+            if max(form.valid_size) > LARGEST_SIDE:
+                sides = " x ".join(map(str, form.valid_size))
+                rule = f"the sides of the network's input must be at most {LARGEST_SIDE} pixels long"
+                raise ImageError(f"{name}: {rule}, got {sides}")
+        return _Item(position, name, pixels, staged, fitted, times)
 
     def _queue(self, items: list[_Item]) -> _Running:
         """Starts one batch of equal padded size."""

@@ -196,7 +196,8 @@ def test_detector_without_segmentation(goldens):
 
 def test_an_input_of_the_network_that_is_too_large_is_named(model):
     predictor = spatialflow.Predictor(model, test_short_edges=[2**24 + 1], test_long_edge=2**40)
-    with pytest.raises(spatialflow.ImageError, match="image 0: the sides of the network's input must be at most 16777216 pixels long"):
+    rule = "image 0: the sides of the network's input must be at most 16777216 pixels long"
+    with pytest.raises(spatialflow.ImageError, match=rule):
         predictor(picture(60, 80))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import spatialflow
 from spatialflow.console import (
+    check_count,
     complain,
     ground_truth_json,
     keep_inputs,
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         carried out, 130 interrupted (SIGINT), 141 the output pipe was closed, 143 terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be text
     show_log()
     try:
         with _signals_raise() as received, _warnings_as_sentences():
@@ -365,9 +366,8 @@ def _make_predictor(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     from spatialflow.engine.predict import Predictor, usable_device
 
+    check_count("--threads", options.threads)
     if options.threads is not None:
-        if options.threads < 1:
-            raise CommandError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     try:
         device = usable_device(options.device)
@@ -439,8 +439,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.report import evaluate_and_report
 
-    if options.workers is not None and options.workers < 1:
-        raise CommandError(f"--workers must be at least 1, got {options.workers}")
+    check_count("--workers", options.workers)
     prediction = panoptic_json(options.prediction)
     try:
         truth, failed = ground_truth_json(options.ground_truth, prediction.parent)

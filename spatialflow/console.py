@@ -18,6 +18,10 @@ from spatialflow.errors import CommandError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
+MOST_WORKERS = 1024
+"""Threads or processes that an option may ask for; the OpenMP library ends the process at some ten thousand."""
+
+
 def package_configs() -> str:
     """A paragraph that names the configurations of the package, except those of the paper's ablations and of tests."""
     names = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.yaml"))
@@ -38,6 +42,12 @@ def to_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return Path(text)
+
+
+def check_count(option: str, value: int | None, least: int = 1) -> None:
+    """CommandError unless `value`, a number of threads or processes, is None or from `least` to `MOST_WORKERS`."""
+    if value is not None and not least <= value <= MOST_WORKERS:
+        raise CommandError(f"{option} must be from {least} to {MOST_WORKERS}, got {value}")
 
 
 def complain(text: str) -> None:

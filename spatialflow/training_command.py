@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import complain, package_configs, to_path, with_examples
+from spatialflow.console import check_count, complain, package_configs, to_path, with_examples
 from spatialflow.errors import CommandError
 
 
@@ -67,10 +67,8 @@ def run_train(options: argparse.Namespace) -> int:
     from spatialflow.engine.train import Source, Trainer, TrainingError, idle_settings
     from spatialflow.panoptic import PanopticFormatError
 
-    if options.workers < 0:
-        raise CommandError(f"--workers must not be negative, got {options.workers}")
-    if options.threads is not None and options.threads < 1:
-        raise CommandError(f"--threads must be at least 1, got {options.threads}")
+    check_count("--workers", options.workers, least=0)
+    check_count("--threads", options.threads)
     if options.checkpoint is not None and options.backbone is not None:
         raise CommandError(
             "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"

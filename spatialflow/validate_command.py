@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import keep_inputs, named, panoptic_json, png_folder, sentence, to_path, with_examples
+from spatialflow.console import (
+    check_count,
+    keep_inputs,
+    named,
+    panoptic_json,
+    png_folder,
+    sentence,
+    to_path,
+    with_examples,
+)
 from spatialflow.errors import CommandError
 
 EXAMPLES = 3
@@ -45,8 +54,7 @@ def run_validate(options: argparse.Namespace) -> int:
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.validation import validate
 
-    if options.workers is not None and options.workers < 1:
-        raise CommandError(f"--workers must be at least 1, got {options.workers}")
+    check_count("--workers", options.workers)
     path = panoptic_json(options.annotations)
     folder = png_folder(path, options.folder, "--folder")
     keep_inputs(options.output, path, folder, options.images)

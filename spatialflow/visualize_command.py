@@ -135,11 +135,10 @@ def run_visualize(options: argparse.Namespace) -> int:
 
 def _read_maps(path: Path, use: str, truth: Maps | None) -> Maps:
     """Reads a JSON for `use`. Categories are those of `truth`, else its own; a prediction may have none."""
-    from spatialflow.data.categories import is_color
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.formats import check_panoptic, load_json
     from spatialflow.panoptic.photographs import photograph_key, photograph_names
-    from spatialflow.panoptic.rules import TRUTH
+    from spatialflow.panoptic.rules import TRUTH, is_color
 
     path = panoptic_json(path)
     try:

@@ -149,6 +149,20 @@ class TestOutput:
         )  # fmt: skip
         assert result.returncode == 0 and b"caf\\udce9/panoptic.json" in result.stdout, result.stderr
 
+    @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second one is that of the C locale
+    def test_a_category_that_no_terminal_can_print(self, tmp_path, errors):
+        assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "64", "96"]) == 0
+        path = tmp_path / "panoptic.json"
+        content = json.loads(path.read_text())
+        for row in content["categories"]:
+            row["name"] = "\ud800"
+        path.write_text(json.dumps(content))
+        result = subprocess.run(
+            [sys.executable, "-m", "spatialflow.cli", "evaluate", tmp_path, tmp_path, "--per-class"],
+            env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"},
+            capture_output=True,
+        )
+        assert result.returncode == 0 and b"\\ud800" in result.stdout, result.stderr
 
     def test_a_ground_truth_of_others_is_not_replaced(self, tmp_path, capsys):
         (tmp_path / "panoptic.json").write_text('{"images": []}')

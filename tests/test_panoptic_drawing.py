@@ -92,3 +92,33 @@ def test_errors():
         overlay(image, id_map[:60], segments)
     with pytest.raises(ValueError, match="opacity must lie in .0, 1., got 2"):
         overlay(image, id_map, segments, opacity=2)
+    with pytest.raises(ValueError, match="opacity must lie in .0, 1., got 'half'"):
+        overlay(image, id_map, segments, opacity="half")
+    for base in ((1, 2), (1, 2, 3, 4), (300, 0, 0), (float("nan"), 0, 0), "red"):
+        with pytest.raises(ValueError, match="base must be three numbers from 0 to 255, got "):
+            colour_of(1, base=base)
+        with pytest.raises(ValueError, match="base must be three numbers from 0 to 255, got "):
+            overlay(image, id_map, segments, [{**CATEGORIES[0], "color": base}])
+
+
+@pytest.mark.parametrize("category_id", [10**400, -(10**400), -1], ids=["huge", "huge negative", "negative"])
+def test_any_category_id(category_id):
+    image, id_map, segments = scene()
+    picture = overlay(image, id_map, [{**segment, "category_id": category_id} for segment in segments])
+    assert (picture != image).any()
+    assert colour_of(category_id) != colour_of(category_id + 1)
+
+
+@pytest.mark.parametrize("score", ["high", 10**400, [1], {}], ids=["text", "huge", "list", "mapping"])
+def test_a_score_that_is_no_number_is_not_shown(score):
+    image, id_map, segments = scene()
+    expected = overlay(image, id_map, [{**segment, "score": None} for segment in segments])
+    picture = overlay(image, id_map, [{**segment, "score": score} for segment in segments])
+    np.testing.assert_array_equal(picture, expected)
+
+
+def test_opacity_of_any_number_type():
+    image, id_map, segments = scene()
+    for opacity in (True, np.float32(0.5), np.int64(1)):
+        expected = overlay(image, id_map, segments, opacity=float(opacity))
+        np.testing.assert_array_equal(overlay(image, id_map, segments, opacity=opacity), expected)

@@ -187,6 +187,14 @@ def test_any_decoder_reads_an_encoded_png(shape):
     np.testing.assert_array_equal(decode_png(encode_png(colours[::-1, ::-1])), decode_ids(colours[::-1, ::-1]))
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 4), (0, 5, 3), (4, 0, 3)])
+def test_encode_png_refuses_what_is_no_rgb_picture(shape):
+    with pytest.raises(ValueError, match=r"colours must be \(H, W, 3\) uint8 with at least one pixel, got .* uint8"):
+        encode_png(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r"got \(4, 5, 3\) uint16"):
+        encode_png(np.zeros((4, 5, 3), np.uint16))
+
+
 def test_id_map_round_trip(tmp_path):
     ids = np.random.default_rng(0).integers(0, 1 << 24, (31, 45))
     write_id_map(tmp_path / "new" / "a.png", ids)

@@ -348,7 +348,8 @@ class TestPredict:
             (["--device", "cuda:99"], "--device cuda:99: torch .* sees . CUDA devices"),
             (["--device", "toaster"], "--device must be cpu, cuda or cuda:<number>, got 'toaster'"),
             (["--cuda-graph"], "--cuda-graph needs a CUDA device, got --device cpu"),
-            (["--threads", "0"], "--threads must be at least 1, got 0"),
+            (["--threads", "0"], "--threads must be from 1 to 1024, got 0"),
+            (["--threads", "99999"], "--threads must be from 1 to 1024, got 99999"),
         ],
     )
     def test_wrong_options(self, photographs, weights, tmp_path, capsys, change, reason):

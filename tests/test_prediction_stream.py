@@ -213,10 +213,15 @@ def test_a_result_does_not_wait_for_the_next_image(predictor, files, monkeypatch
         given.set()
 
 
-def test_one_path_is_no_iterable_of_paths(predictor, files):
+def test_one_image_is_no_iterable_of_images(predictor, files):
     for path in (files[0], str(files[0])):
         with pytest.raises(TypeError, match="images: must be an iterable of images, got one path, .*0.png"):
             next(predictor.stream(path))
+    with pytest.raises(TypeError, match=r"images: must be an iterable of images, got one array of shape \(4, 5, 3\)"):
+        next(predictor.outcomes(np.zeros((4, 5, 3), np.uint8)))
+    for images in (None, 3):
+        with pytest.raises(TypeError, match=f"images: must be an iterable of images, got {images}"):
+            predictor(images)
     assert list(predictor.stream([])) == list(predictor.outcomes(())) == []
 
 

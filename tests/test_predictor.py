@@ -194,19 +194,30 @@ def test_detector_without_segmentation(goldens):
     assert result.masks is None and len(result.scores) == 100 and not result.id_map.any() and result.segments == []
 
 
+def test_an_input_of_the_network_that_is_too_large_is_named(model):
+    predictor = spatialflow.Predictor(model, test_short_edges=[2**24 + 1], test_long_edge=2**40)
+    rule = "image 0: the sides of the network's input must be at most 16777216 pixels long"
+    with pytest.raises(spatialflow.ImageError, match=rule):
+        predictor(picture(60, 80))
+
+
 def test_wrong_settings(model):
     with pytest.raises(spatialflow.ConfigError, match="only fields of the test section"):
         spatialflow.Predictor(model, fpn_channels=3)
     with pytest.raises(spatialflow.ConfigError, match="test.score_threshold: must lie in 0..1, got 2"):
         spatialflow.Predictor(model, score_threshold=2)
-    with pytest.raises(ValueError, match="batch_size: must be at least 1, got 0"):
-        spatialflow.Predictor(model, batch_size=0)
+    for batch_size in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match=f"batch_size: must be an integer of at least 1, got {batch_size!r}"):
+            spatialflow.Predictor(model, batch_size=batch_size)
+    for other, words in (("demo", "got 'demo'"), (None, "got None"), ([model, "demo"], "got a str in the sequence")):
+        with pytest.raises(TypeError, match=f"model: must be a SpatialFlow network or a sequence of them, {words}"):
+            spatialflow.Predictor(other)
     for options, words in (
         (dict(device="cuda:99"), "device cuda:99: torch .* sees . CUDA devices here"),
         (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>, got 'tpu'"),
         (dict(device="meta"), "device must be cpu, cuda or cuda:<number>, got 'meta'"),
         (dict(dtype=torch.int8), "dtype must be one of torch.float32, .*, got torch.int8"),
-        (dict(dtype="half"), "dtype must be one of .*, got half"),
+        (dict(dtype="half"), "dtype must be one of .*, got 'half'"),
         (dict(cuda_graph=True), "cuda_graph needs a CUDA device, got device cpu"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -406,7 +406,7 @@ class TestCommand:
             (["nowhere.json"], "nowhere.json: no such file"),
             ([path, "--folder", "nowhere"], "nowhere: no such folder"),
             ([path, "--images", "nowhere"], "nowhere: no such folder"),
-            ([path, "--workers", "0"], "--workers must be at least 1, got 0"),
+            ([path, "--workers", "0"], "--workers must be from 1 to 1024, got 0"),
         ):
             assert main(["validate", *arguments]) == 2
             assert message in capsys.readouterr().err

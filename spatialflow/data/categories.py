@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.panoptic.rules import is_finite
+from spatialflow.panoptic.rules import is_color
 
 TABLES = Path(__file__).resolve().parent / "tables"
 COCO_OTHER_ID = 183
@@ -173,12 +173,6 @@ def _make_row(row: Any, where: str) -> Category:
     return Category(
         row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color)
     )
-
-
-def is_color(value: Any) -> bool:
-    """True for three numbers from 0 to 255."""
-    numbers = isinstance(value, (list, tuple)) and all(is_finite(c) for c in value)
-    return numbers and len(value) == 3 and all(0 <= c <= 255 for c in value)
 
 
 def _color_of(category_id: int) -> tuple[int, int, int]:

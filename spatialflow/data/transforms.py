@@ -14,6 +14,9 @@ from spatialflow.images import ImageError as ImageError  # these names can be im
 from spatialflow.images import ImageWarning as ImageWarning
 from spatialflow.images import read_image as read_image
 
+LARGEST_SIDE = 2**24
+"""Pixels of the longest side that `spatialflow.ops.preprocess_images` makes."""
+
 
 class Fitted(NamedTuple):
     """How an image becomes a network input, and what is needed to go back."""

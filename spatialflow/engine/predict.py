@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from spatialflow import panoptic
 from spatialflow.data.categories import Categories, load_categories
-from spatialflow.data.transforms import Fitted, check_image
+from spatialflow.data.transforms import LARGEST_SIDE, Fitted, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.pipeline import STAGES, FixedResult, Pipeline, stopwatch
 from spatialflow.engine.transfers import Download, Transfers
@@ -180,6 +181,7 @@ class Predictor:
         CategoryError: the configuration's categories do not fit the model.
         ValueError: a device that is not there or of another kind, another dtype, a CUDA graph without a CUDA device, a
             batch size below 1, no model, models of an ensemble that differ in their classes or inputs.
+        TypeError: `model` is neither a SpatialFlow network nor a sequence of them.
 
     Remarks:
         On a CUDA device nothing waits for the GPU between the upload of an image and the download of its result.
@@ -201,15 +203,15 @@ class Predictor:
             raise ConfigError(
                 f"Predictor: only fields of the test section can be overridden, got {', '.join(overrides)}"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
-        models = [model] if isinstance(model, SpatialFlow) else list(model)
+        if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+            raise ValueError(f"batch_size: must be an integer of at least 1, got {batch_size!r}")
+        models = _models_of(model)
         check_ensemble([one.config for one in models])
         weight = next(models[0].parameters())
         self.device = usable_device(weight.device if device is None else device)
         dtype = weight.dtype if dtype is None else dtype
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         if cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph needs a CUDA device, got device {self.device}")
         self.config: Config = load_config(models[0].config, **overrides)
@@ -270,7 +272,7 @@ class Predictor:
 
         Raises:
             ImageError: see `__call__`; raised in the image's turn, after the results before it.
-            TypeError: `images` is one path.
+            TypeError: `images` is one path or one array, or no iterable.
 
         Remarks:
             Where the loop is left early, the threads end when the iterator is closed or has no more references.
@@ -298,6 +300,13 @@ class Predictor:
         """
         if isinstance(images, (str, Path)):
             raise TypeError(f"images: must be an iterable of images, got one path, {str(images)!r}; call the Predictor")
+        if isinstance(images, np.ndarray) and images.ndim < 4:
+            rule = "images: must be an iterable of images"
+            raise TypeError(f"{rule}, got one array of shape {images.shape}; call the Predictor")
+        try:
+            iter(images)
+        except TypeError:
+            raise TypeError(f"images: must be an iterable of images, got {images!r:.80}") from None
         done: dict[int, Outcome] = {}  # by position; an image before them is not done
         running: deque[_Running] = deque()
         given = 0
@@ -360,7 +369,13 @@ class Predictor:
         with stopwatch(times, "decode"):
             pixels = read_image(image) if is_path else check_image(image, name)
             staged = self._transfers.stage(pixels)
-        return _Item(position, name, pixels, staged, self.pipeline.fit(pixels.shape[:2]), times)
+        fitted = self.pipeline.fit(pixels.shape[:2])
+        for form in fitted:
+            if max(form.valid_size) > LARGEST_SIDE:
+                sides = " x ".join(map(str, form.valid_size))
+                rule = f"the sides of the network's input must be at most {LARGEST_SIDE} pixels long"
+                raise ImageError(f"{name}: {rule}, got {sides}")
+        return _Item(position, name, pixels, staged, fitted, times)
 
     def _queue(self, items: list[_Item]) -> _Running:
         """Starts one batch of equal padded size."""
@@ -414,6 +429,19 @@ class Predictor:
             }
             for row, (label, is_thing, area, box, score) in enumerate(rows)
         ]
+
+
+def _models_of(model: Union[SpatialFlow, Sequence[SpatialFlow]]) -> list[SpatialFlow]:
+    """The networks of a Predictor; TypeError unless all are."""
+    rule = "model: must be a SpatialFlow network or a sequence of them"
+    if isinstance(model, SpatialFlow):
+        return [model]
+    if not isinstance(model, (list, tuple)):
+        raise TypeError(f"{rule}, got {model!r:.80}")
+    for one in model:
+        if not isinstance(one, SpatialFlow):
+            raise TypeError(f"{rule}, got a {type(one).__name__} in the sequence")
+    return list(model)
 
 
 def check_ensemble(configs: Sequence[Config]):

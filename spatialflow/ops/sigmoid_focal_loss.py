@@ -25,7 +25,7 @@ def sigmoid_focal_loss(
     Args:
         logits: (..., C); float32, float64, float16 or bfloat16, any strides.
         labels: (...) int64 or int32. 0 to C - 1: that class; C: background, no class is right; any other value, by
-            custom -1: the row is ignored, with zero loss and gradient whatever its logits are.
+            convention -1: the row is ignored, with zero loss and gradient whatever its logits are.
         gamma: how strongly easy elements are played down; 0 or more.
         alpha: weight of the class of the label, at most 1; negative: all weights are 1.
         reduction: "none", "sum", or "mean" over all elements, ignored ones included.

@@ -3,6 +3,7 @@
 
 import colorsys
 import functools
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from spatialflow.panoptic.extents import extents, run_begins
 from spatialflow.panoptic.formats import as_id_map
+from spatialflow.panoptic.rules import is_color
 
 _GOLDEN_ANGLE = 0.618033988749895  # steps of this fraction of the color wheel never come close to each other soon
 
@@ -24,9 +26,14 @@ def colour_of(category_id: int, index: int = 0, base: Sequence[int] | None = Non
 
     Returns:
         (red, green, blue), 0 to 255. Instances of a category keep its hue roughly and differ in hue and lightness.
+
+    Raises:
+        ValueError: base is not three numbers from 0 to 255.
     """
     if base is None:
-        hue, lightness, saturation = (category_id * _GOLDEN_ANGLE) % 1.0, 0.55, 0.65
+        hue, lightness, saturation = (category_id % 2**32 * _GOLDEN_ANGLE) % 1.0, 0.55, 0.65
+    elif not is_color(base):
+        raise ValueError(f"base must be three numbers from 0 to 255, got {base!r:.80}")
     else:
         hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in base))
     if index:
@@ -53,7 +60,8 @@ def overlay(
     Args:
         image: (H, W, 3) uint8, BGR as OpenCV reads it.
         id_map: (H, W) integer segment ids; pixels of an unlisted id, void among them, keep the photograph.
-        segments: mappings with `id` and `category_id`; `isthing` and `score` are used where they are given.
+        segments: mappings with `id` and `category_id`; `isthing` and `score` are used where they are given,
+            a score that is no number excepted.
         categories: mappings with `id` and, where given, `name` and `color` (red, green, blue); for labels and colors.
         opacity: of the colors, 0 to 1.
         labels: write category names, and scores of instances, where they fit without covering each other.
@@ -62,7 +70,8 @@ def overlay(
         (H, W, 3) uint8, BGR. The same arguments give the same picture.
 
     Raises:
-        ValueError: image and id_map have other shapes or dtypes, or opacity lies outside [0, 1].
+        ValueError: image and id_map have other shapes or dtypes, opacity is no number in [0, 1], or a color is not
+            three numbers from 0 to 255.
     """
     image = np.asarray(image)
     id_map = as_id_map(id_map, "id_map")
@@ -70,8 +79,9 @@ def overlay(
         raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
     if image.shape[:2] != id_map.shape:
         raise ValueError(f"id_map must have the image's size {image.shape[:2]}, got {id_map.shape}")
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
+    if not isinstance(opacity, numbers.Real) or not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie in [0, 1], got {opacity!r}")
+    opacity = float(opacity)  # OpenCV takes no other type
     if id_map.size == 0:
         return image.copy()
 
@@ -94,10 +104,7 @@ def overlay(
             index = seen[category_id] = seen.get(category_id, -1) + 1
         palette[slot] = colour_of(category_id, index, category.get("color"))[::-1]
         listed[slot] = True
-        text = str(category.get("name", category_id))
-        if segment.get("score") is not None:
-            text += f" {float(segment['score']):.2f}"
-        texts.append((slot, text))
+        texts.append((slot, str(category.get("name", category_id)) + _score_text(segment.get("score"))))
 
     import cv2
 
@@ -109,6 +116,14 @@ def overlay(
     if labels:
         _draw_labels(picture, slots, texts, palette)
     return picture
+
+
+def _score_text(score: Any) -> str:
+    """What follows the name in a label; nothing for a score that is no number, as the JSON of others may hold."""
+    try:
+        return f" {float(score):.2f}"
+    except (TypeError, ValueError, OverflowError):
+        return ""
 
 
 def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

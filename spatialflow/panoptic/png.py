@@ -63,7 +63,13 @@ def encode_png(colours: np.ndarray) -> bytes:
 
     Returns:
         The content of the file. Every line is filtered by the one above, which suits maps of segments.
+
+    Raises:
+        ValueError: colours has another shape or dtype.
     """
+    if colours.ndim != 3 or colours.shape[2] != 3 or colours.size == 0 or colours.dtype != np.uint8:
+        rule = "colours must be (H, W, 3) uint8 with at least one pixel"
+        raise ValueError(f"{rule}, got {colours.shape} {colours.dtype}")
     height, width, channels = colours.shape
     rows = colours.reshape(height, -1)
     lines = np.empty((height, 1 + width * channels), np.uint8)

@@ -422,3 +422,9 @@ def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
 def is_finite(value: Any) -> bool:
     """True for a number that is finite, and not too large to be one of pixels; JSON's true and false are none."""
     return _is_number(value) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
+
+
+def is_color(value: Any) -> bool:
+    """True for three numbers from 0 to 255."""
+    numbers = isinstance(value, (list, tuple)) and all(is_finite(c) for c in value)
+    return numbers and len(value) == 3 and all(0 <= c <= 255 for c in value)

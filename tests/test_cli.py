@@ -21,6 +21,7 @@ import spatialflow
 from spatialflow import cli
 from spatialflow.cli import main
 
+
 class TestEvaluate:
     @pytest.fixture
     def prediction(self, photographs, weights, tmp_path):

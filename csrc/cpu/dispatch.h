@@ -81,7 +81,7 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& 
         }
         try {
             torch::stable::parallel_for(begin, end, grain, Ordered<Body>(body));
-        } catch (const std::exception&) {  // the stable ABI does not hand on the exception itself
+        } catch (const std::exception&) {  // the stable ABI does not pass the exception itself on
             check(false, "spatialflow: out of memory for what the threads of a kernel need");
         }
     }

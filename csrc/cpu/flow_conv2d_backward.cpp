@@ -4,7 +4,7 @@
 //
 //   grad_weight[o, c, tap] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + tap, c]
 //
-// (The gradient for x and flow is flow_conv2d itself with the weights turned round.) Both algorithms work in chunks:
+// (The gradient for x and flow is flow_conv2d itself with rotated weights.) Both algorithms work in chunks:
 // the threads first lay out a chunk of inputs and gradients, then share out blocks of the result, to each of which they
 // add the chunk's product. A block has one sum in one order whatever the number of threads.
 //

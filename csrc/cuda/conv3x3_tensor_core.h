@@ -9,7 +9,7 @@
 namespace spatialflow {
 
 // Sizes of the tensor-core kernel. A step is kChannels channels, and has a unit for each half of them and column of
-// taps: kWeightRows rows of weights, multiplied while a piece of the next step's inputs is on its way. In bytes, all
+// taps: kWeightRows rows of weights, multiplied while a piece of the next step's inputs is loaded. In bytes, all
 // operands have the same sizes.
 template <typename operand_t, int kTileOutputs>
 struct WideConv {

@@ -6,7 +6,7 @@
 //   spread[cell, k, o]  = sum over the pixels p whose tap k reads the cell, in ascending order within each corner, of
 //                         mask * value * grad_output[p, o]
 //
-// The forward pass turned round: an implicit GEMM whose rows are cells of the input, with `spread` gathered into shared
+// The forward pass transposed: an implicit GEMM whose rows are cells of the input, with `spread` gathered into shared
 // memory. Who reads a cell is listed first, for each image, offset group and tap (a "slice"): samples are counted by
 // the cell above and left of them, counts summed up to starts of lists, pixels put into their lists, lists sorted. A
 // cell finds its readers in four lists: its own and those of the cells above and to the left. A sample is in one list,

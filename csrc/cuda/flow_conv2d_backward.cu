@@ -4,7 +4,7 @@
 //
 //   grad_weight[o, c, t] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + t, c]
 //
-// (The gradient for x and flow is flow_conv2d itself with the weights turned round, that for the bias a sum of pixels.)
+// (The gradient for x and flow is flow_conv2d itself with rotated weights, that for the bias a sum of pixels.)
 // Nine matrix products (outputs x pixels) by (pixels x channels), one per tap, that share their left side and, shifted,
 // their right side. Sources (N, H, W, C) and gradients (N, H, W, O) by strides, channels adjacent; result (O, C, 3, 3).
 //

@@ -164,7 +164,7 @@ __device__ __forceinline__ int greedy_pass(
             }
         }
         __syncthreads();
-        if (warp == turn - 1 && is_kept) {  // nobody reads the last table any more, nor writes it in the next turn
+        if (warp == turn - 1 && is_kept) {  // no warp reads the last table any more, or writes it in the next turn
             atomicExch(slots + (turn - 1) % 3 * kLabelSlots + slot, 0u);
         }
         if (warp > turn && candidate.alive) {

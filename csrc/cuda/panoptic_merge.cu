@@ -268,7 +268,7 @@ struct HeldGroups {
 
 // Keeps or drops the instances in order. Of a kept one only the bits no earlier one has stay. `used` is read and
 // written by the threads that own its groups alone, so the only barrier of an instance is that of its sum. While it is
-// worked on, the next one is on its way.
+// worked on, the next one is loaded.
 template <typename Used>
 __device__ __forceinline__ int merge_greedy(
     const MergeScratch& scratch, const MergeOptions& options, Used used, Shared<unsigned> sums) {

@@ -12,9 +12,9 @@
 // Layouts: features (N, H, W, C) by strides, channels adjacent (others are copied into it first: two passes over the
 // features, less than uncoalesced reads cost); output and its gradient (K, PH, PW, C); output also (K, C, PH, PW).
 // Forward: a block computes the taps of its part of a RoI once, in shared memory. A warp walks along a bin row with 16
-// bytes of channels a lane, loads each column of cells once and sums it over its rows while the next is on its way.
+// bytes of channels a lane, loads each column of cells once and sums it over its rows while the next is loaded.
 // Backward, two ways:
-//   scatter   the same walk turned round: columns of cells are summed over bins, then added to the map in float32, 16
+//   scatter   the same walk in reverse: columns of cells are summed over bins, then added to the map in float32, 16
 //             bytes a reduction; the order of sums is not fixed
 //   gather    a warp per cell adds up the bins that read it, RoIs in ascending order: deterministic, no float32 buffer
 //             and no atomics, but a cell under many RoIs is one warp's work. Always taken in float64.
@@ -460,7 +460,7 @@ private:
             for (int r = 0; r < kRows; ++r) {
                 raw_[r].add_to(current, weight_[r]);
             }
-            fetch();  // on its way while this column is added and bins are stored
+            fetch();  // loads run while this column is added and bins are stored
         }
 #pragma unroll 1
         while (true) {
@@ -629,7 +629,7 @@ __device__ __forceinline__ void add_to_cell(Global<real_t> cell, const real_t (&
     reduce_add(cell, values);
 }
 
-// The walk of the forward pass turned round: gradients of bins are added to the two columns of cells that the walk
+// The walk of the forward pass in reverse: gradients of bins are added to the two columns of cells that the walk
 // holds, and a column goes to its rows when the walk leaves it.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin_row(
@@ -654,7 +654,7 @@ __device__ __forceinline__ void scatter_bin_row(
 #pragma unroll 1
     for (int s = 0; s < length.steps;) {
         const auto gradient = next;
-        if (--bins > 0) {  // on its way while this bin is added
+        if (--bins > 0) {  // loads run while this bin is added
             source += channels;
             next = load_raw<scalar_t, kWidth>(pointer_cast<const unsigned char>(source));
         }

@@ -107,7 +107,7 @@ inline MemoryFormat memory_format_of(const Tensor& tensor) {
     return prefers_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// What make() gives, a tensor of `sizes` and `dtype`. The stable ABI does not hand on why torch could not make it, and
+// What make() gives, a tensor of `sizes` and `dtype`. The stable ABI does not say why torch could not make it, and
 // with arguments that are checked there is one reason.
 template <typename Sizes, typename Make>
 inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) {

@@ -3,7 +3,7 @@
 // cp.async, ldmatrix and mma.sync under the interpreter (PTX manual, sections "Data Movement" and "Warp Level Matrix").
 //
 // A copy in flight is the worst of both: from its start no other thread may be reading or writing the target, and
-// until its group is waited for nobody may read it, and it holds what it held before.
+// until its group is waited for no thread may read it, and it holds what it held before.
 #pragma once
 
 #include "simt/intrinsics.h"

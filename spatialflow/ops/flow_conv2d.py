@@ -328,7 +328,7 @@ def _(x, flow, grad_output, algorithm):
 
 
 # Without ReLU the op is linear in (x, flow) and in (weight, bias), so that every derivative is one of two operators:
-# the convolution itself, with weights turned round for the inputs, and the weight gradient. ReLU only masks.
+# the convolution itself, with weights rotated by 180 degrees for the inputs, and the weight gradient. ReLU only masks.
 def _turned(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 

@@ -5,33 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flow_conv2d_cases
 import pytest
 import torch
+from flow_conv2d_cases import CODES
 from op_matrix import DEVICE, LAYOUTS, OpMatrix, OpSample, assert_near, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
 
-CODES = {"auto": 0, "winograd": 1, "direct": 2, "tf32": 3, "tf32x3": 4}
-
 
 def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, flags: list):
-    """x, flow, weight, bias, active in float64; x and flow in eighths, whose sum is exact in 16 bits."""
-
-    def eighths(*size: int) -> torch.Tensor:
-        return (torch.randn(size, dtype=torch.float64).clamp(-3, 3) * 8).round() / 8
-
-    def build(grow: int = 0) -> list:
-        x = [eighths(len(flags), channels, h + grow, w + grow) for h, w in sizes]
-        return [
-            x,
-            [eighths(*level.shape) for level in x] if flow else None,
-            torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3,
-            torch.randn(out_channels, dtype=torch.float64) if bias else None,
-            torch.tensor(flags, dtype=torch.bool),
-        ]
-
-    return build
+    """A function that makes x, flow, weight and bias in float64, and active."""
+    others = flow_conv2d_cases.tensors_of(channels, out_channels, sizes, flow, bias, len(flags))
+    return lambda grow=0: [*others(grow), torch.tensor(flags, dtype=torch.bool)]
 
 
 def packed_call(x, flow, weight, bias, active, relu=True, algorithm="auto"):

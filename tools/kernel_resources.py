@@ -110,13 +110,13 @@ def main() -> None:
         print("\n".join(summary))
         sys.exit(1 if complaints else 0)
     ranges = [
-        f"sm_{name} {span([registers for registers, _ in totals[name]])} registers,"
+        f"- sm_{name}: {span([registers for registers, _ in totals[name]])} registers,"
         f" {sum(spilled for _, spilled in totals[name])} spilled bytes"
         for name in others
     ]
     table = [
         f"sm_{tabled}; ranges over the instantiations (dtypes, access widths).",
-        *([f"The same kernels elsewhere: {'; '.join(ranges)}."] if others else []),
+        *(["The same kernels on other architectures:", "", *ranges] if others else []),
         "",
         "| file | kernel | instantiations | registers | static shared bytes | stack bytes | spilled bytes |",
         "|---|---|---|---|---|---|---|",

@@ -89,3 +89,13 @@ def seed():
     except ImportError:
         return
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def precision_restored():
+    """Sets torch's precision of float32 convolutions back after a test that changes it."""
+    import torch
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before

@@ -2,6 +2,7 @@
 """Inputs shared by the tests of flow_conv2d."""
 
 import torch
+from op_matrix import OpSample
 
 CODES = {"auto": 0, "winograd": 1, "direct": 2, "tf32": 3, "tf32x3": 4}
 """What the raw operators call the algorithms."""
@@ -25,5 +26,25 @@ def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], f
             weight,
             torch.randn(out_channels, dtype=torch.float64) if bias else None,
         ]
+
+    return build
+
+
+def sample_of(op, reference, raw, tensors, flow: bool, bias: bool, options: dict):
+    """A function that makes an OpSample whose tensors, those of `tensors`, begin with x, flow, weight and bias."""
+    present = tuple(index for index, there in enumerate((True, flow, True, bias)) if there)
+
+    def build() -> OpSample:
+        return OpSample(
+            op=op,
+            reference=reference,
+            tensors=tensors(),
+            options=options,
+            differentiable=present,
+            converted=present,
+            raw=raw,
+            images=(0, 1) if flow else (0,),
+            resized=tensors,
+        )
 
     return build

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from algorithm_codes import Codes
 from op_matrix import assert_near
 from test_deform_conv2d import deterministic, off_grid
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -182,28 +182,9 @@ class TestNumbers:
         assert_near(actual, expected, torch.float32, factor=8 * FACTORS[algorithm])
 
 
-class Codes(TorchDispatchMode):
-    """Collects the `algorithm` that each raw operator of deformable convolution computes with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function.namespace == "spatialflow":
-            names = [argument.name for argument in function._schema.arguments]
-            self.seen.append((function._schema.name.split("::")[1], arguments[names.index("algorithm")]))
-        return function(*arguments, **(options or {}))
-
-
+@pytest.mark.usefixtures("precision_restored")
 class TestAuto:
     """On CUDA "auto" in float32 follows what torch allows its own convolutions, when the operator is called."""
-
-    @pytest.fixture(autouse=True)
-    def restored(self):
-        before = torch.backends.cudnn.conv.fp32_precision
-        yield
-        torch.backends.cudnn.conv.fp32_precision = before
 
     @staticmethod
     def codes(dtype=torch.float32, device="cuda", algorithm="auto") -> list[int]:

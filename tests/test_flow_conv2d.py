@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from flow_conv2d_cases import CODES, tensors_of
-from op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
+from flow_conv2d_cases import CODES, sample_of, tensors_of
+from op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -21,22 +21,7 @@ def raw(x, flow, weight, bias, relu=True, algorithm="auto"):
 
 def sample(channels, out_channels, sizes, flow=True, bias=True, batch=1, **options):
     tensors = tensors_of(channels, out_channels, sizes, flow, bias, batch)
-    present = tuple(index for index, there in enumerate((True, flow, True, bias)) if there)
-
-    def build() -> OpSample:
-        return OpSample(
-            op=ops.flow_conv2d,
-            reference=reference.flow_conv2d,
-            tensors=tensors(),
-            options=options,
-            differentiable=present,
-            converted=present,
-            raw=raw,
-            images=(0, 1) if flow else (0,),
-            resized=tensors,
-        )
-
-    return build
+    return sample_of(ops.flow_conv2d, reference.flow_conv2d, raw, tensors, flow, bias, options)
 
 
 class TestFlowConv2d(OpMatrix):

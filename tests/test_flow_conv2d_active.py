@@ -9,7 +9,7 @@ import flow_conv2d_cases
 import pytest
 import torch
 from flow_conv2d_cases import CODES
-from op_matrix import DEVICE, LAYOUTS, OpMatrix, OpSample, assert_near, leaves, map_tensors
+from op_matrix import DEVICE, LAYOUTS, OpMatrix, assert_near, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -37,22 +37,7 @@ def raw(x, flow, weight, bias, active, relu=True, algorithm="auto"):
 
 def sample(channels, out_channels, sizes, flow=True, bias=True, flags=(True, False), **options):
     tensors = tensors_of(channels, out_channels, sizes, flow, bias, list(flags))
-    present = tuple(index for index, there in enumerate((True, flow, True, bias)) if there)
-
-    def build() -> OpSample:
-        return OpSample(
-            op=packed_call,
-            reference=by_reference,
-            tensors=tensors(),
-            options=options,
-            differentiable=present,
-            converted=present,
-            raw=raw,
-            images=(0, 1) if flow else (0,),
-            resized=tensors,
-        )
-
-    return build
+    return flow_conv2d_cases.sample_of(packed_call, by_reference, raw, tensors, flow, bias, options)
 
 
 class TestFlowConv2dActive(OpMatrix):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from algorithm_codes import Codes
 from flow_conv2d_cases import CODES, tensors_of
 from op_matrix import assert_near, map_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -135,28 +135,9 @@ class TestTensorCores:
             assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-class Codes(TorchDispatchMode):
-    """Collects the `algorithm` that raw operators compute with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        names = [argument.name for argument in function._schema.arguments]
-        if function.namespace == "spatialflow" and function is not torch.ops.spatialflow._pack_conv3x3.default:
-            self.seen += [value for name, value in zip(names, arguments) if name.startswith("algorithm")]
-        return function(*arguments, **(options or {}))
-
-
+@pytest.mark.usefixtures("precision_restored")
 class TestAuto:
     """On CUDA "auto" in float32 follows what torch allows its own convolutions, when the operator is called."""
-
-    @pytest.fixture(autouse=True)
-    def restored(self):
-        before = torch.backends.cudnn.conv.fp32_precision
-        yield
-        torch.backends.cudnn.conv.fp32_precision = before
 
     @staticmethod
     def codes(dtype=torch.float32, device="cuda", algorithm="auto") -> list:
@@ -167,7 +148,7 @@ class TestAuto:
             packed = ops.pack_conv3x3(weight, None, algorithm)
             ops.flow_conv2d(x, None, packed)
             ops.flow_tower([x], ops.FlowTowerParameters(cls=(packed, packed), segmentation_levels=0), "direct")
-        return codes.seen
+        return [code for _, code in codes.seen]
 
     @pytest.mark.parametrize("allow", [True, False])
     @pytest.mark.parametrize("way", ["allow_tf32", "conv.fp32_precision", "cudnn.fp32_precision", "mixed"])

@@ -28,15 +28,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from harness import OURS, environment, optional, pictures, require_positive, results_path, write_figure, write_text
-from reference_pipeline import STAGES, ReferencePipeline, network_input, torchvision
-from torch import nn
+from reference_pipeline import STAGES, ReferencePipeline, torchvision
+from untrained import untrained_model
 
 from spatialflow import Predictor, build_model, load_checkpoint
 from spatialflow.data.categories import Categories
 from spatialflow.data.synthetic import synthesize
 from spatialflow.engine.checkpoints import packaged_weights
-from spatialflow.images import read_image
-from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.panoptic import PanopticWriter, evaluate, read_panoptic_json, write_id_map
 
 EVERY_MASK = f"{OURS}, every mask"
@@ -46,9 +44,6 @@ PROVIDERS = (OURS, EVERY_MASK, *REFERENCES)
 STAGE_OF = {"decode": "load", "preprocess": "load", "detect": "detections", "masks": "masks", "stuff": "stuff labels",
             "merge": "merge"}  # fmt: skip
 """Stage of `PanopticResult.times` -> stage here; "network" is told apart by hooks."""
-
-CANDIDATES, CONFIDENT = 1500, 20
-"""Pairs of anchor and class, before NMS, that an untrained network lets reach the score threshold, and the map."""
 
 
 class Pipeline(Protocol):
@@ -87,42 +82,6 @@ class OurPipeline:
         write_id_map(png, result.id_map)
         times["write"] = time.perf_counter() - begin
         return result.id_map, result.segments, len(result.scores), times
-
-
-def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> SpatialFlow:
-    """A network that finds about as much in `image` as a trained one.
-
-    Initial weights give every box the probability 0.01 and all pixels one stuff class. So BatchNorm gets the statistics
-    of the image, every class's logits are brought to one mean and spread, and the classifier to a slope and an offset
-    with which `CANDIDATES` pairs of anchor and class reach the score threshold and `CONFIDENT` the panoptic map.
-    """
-    torch.manual_seed(0)
-    model = build_model(config, **overrides).eval()
-    test = model.config.test
-    _, images = network_input(read_image(image), test, model.config.data)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.inference_mode():
-        for norm in norms:
-            norm.train().momentum = 1.0
-        model.backbone(images)
-        model.eval()
-        output, quarter_logits = model.dense(images)
-        logits = torch.cat([level.flatten(2)[0] for level in output.class_logits], dim=1)  # (A * classes, cells)
-        mean, deviation = logits.mean(dim=1), logits.std(dim=1)
-        best = ((logits - mean[:, None]) / deviation[:, None]).flatten().topk(CANDIDATES).values
-        low, high = (torch.tensor([test.score_threshold, test.instance_score_threshold])).logit()
-        slope = (high - low) / (best[CONFIDENT - 1] - best[-1])
-        adjust(model.box_head.class_logits, slope / deviation, low - slope * (best[-1] + mean / deviation))
-        mean, deviation = quarter_logits.mean(dim=(0, 2, 3)), quarter_logits.std(dim=(0, 2, 3))
-        rarity = torch.arange(len(mean)) / 4  # a picture shows a few of the classes
-        adjust(model.stuff_head.logits, 1 / deviation, -mean / deviation - rarity)
-    return model
-
-
-def adjust(conv: nn.Conv2d, factor: torch.Tensor, offset: torch.Tensor) -> None:
-    """Multiplies the outputs of a convolution by `factor` and adds `offset`, channel by channel."""
-    conv.weight.mul_(factor[:, None, None, None])
-    conv.bias.mul_(factor).add_(offset)
 
 
 def weights_of(options: argparse.Namespace) -> Path | None:

@@ -34,12 +34,15 @@ class Entry(NamedTuple):
 
 EAGER = ("spatialflow packed", "spatialflow deterministic", "reference")
 TORCHVISION = ("torchvision", "spatialflow deterministic")
+TF32 = ("spatialflow packed TF32", "reference TF32", "spatialflow direct")
 HALF = ("float16", "float32")
 PLAN = (
     Entry("flow_tower", ("bfloat16",), ("R50",), EAGER),
     Entry("multilevel_roi_align", HALF, ("2x2",), TORCHVISION),
-    Entry("deform_conv2d", HALF, ("P3, channels-last", "P4, channels-last", "P5, channels-last"), TORCHVISION),
+    Entry("deform_conv2d", HALF, ("P3, channels-last", "P4, channels-last", "P5, channels-last"),
+          ("spatialflow TF32", "spatialflow direct", *TORCHVISION)),
     Entry("flow_conv2d", ("bfloat16",), (), EAGER),
+    Entry("flow_conv2d", ("float32",), ("P3..P7, 256 to 256", "P4"), ("reference", *TF32)),
     Entry("multiclass_nms", ("float32",), (), ("torchvision, composed",)),
     Entry("select_candidates", ("bfloat16",), (), ("torch",)),
     Entry("batched_nms", ("float32",), (), ("torchvision",)),
@@ -55,7 +58,7 @@ PLAN = (
     Entry("panoptic_quality_counts", ("float32",), (), ("none",)),
     Entry("deform_conv2d", ("float16",), ("stage", "contiguous"), TORCHVISION),
     Entry("network", ("bfloat16",), (), ("plain modules, channels-last",)),
-)
+)  # fmt: skip
 """In this order; a run that is cut off has the first."""
 
 

@@ -2,7 +2,7 @@
 """The pipeline from array to panoptic map on a GPU: images per second, and kernels and their time by stage.
 
 The model is untrained, its logits adjusted so that later stages have the work a trained one gives them
-(`end_to_end.untrained_model`). Two forms are timed: every kernel queued by the host ("eager"), and one CUDA graph from
+(`untrained.untrained_model`). Two forms are timed: every kernel queued by the host ("eager"), and one CUDA graph from
 the network's input to the mask logits ("graph"). The table by stage is of one eager image, from torch's profiler:
 numbers of kernels, and the sum of their durations. `--device cpu --config tiny` is a dry run, which counts operators
 instead of kernels.
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from end_to_end import untrained_model
 from harness import environment, require_positive, results_path, write_text
 from kernel_count import name_stages
 from torch.profiler import ProfilerActivity, profile, record_function
+from untrained import untrained_model
 
 from spatialflow import Predictor
 from spatialflow.data.synthetic import synthesize

@@ -25,6 +25,7 @@ leave_cores_to_others()
 
 import torch  # noqa: E402
 from harness import environment, pictures, require_positive, results_path, write_text  # noqa: E402
+from untrained import untrained_model  # noqa: E402
 
 from spatialflow import Predictor, build_model, load_checkpoint  # noqa: E402
 from spatialflow.console import InputImage  # noqa: E402
@@ -121,8 +122,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Images per second, {TITLE}: each stage alone, and overlapped.")
     parser.add_argument("--config", default="demo", metavar="NAME", help="model (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with "
-                        "the package, else random ones, whose maps have less to write)")  # fmt: skip
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: scenes of 480x640)")
+                        "the package, else random ones that find about as much)")  # fmt: skip
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: synthetic scenes)")
+    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"),
+                        help="of the scenes (default: 480 640)")  # fmt: skip
     parser.add_argument("--count", type=int, default=100, metavar="N", help="the first pictures (default: 100)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
@@ -149,12 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:
         folder, images = Path(name), options.images
         if images is None:
-            list(synthesize(folder / "scenes", options.count, (480, 640), seed=0))
+            list(synthesize(folder / "scenes", options.count, tuple(options.size), seed=0))
             images = folder / "scenes" / "images"
         paths = pictures(images, options.count)
-        model, weights = build_model(options.config).eval(), options.checkpoint or packaged_weights(options.config)
-        if weights is not None:
-            load_checkpoint(model, weights)
+        weights = options.checkpoint or packaged_weights(options.config)
+        if weights is None:
+            model = untrained_model(options.config, paths[0], {})
+        else:
+            model = load_checkpoint(build_model(options.config), weights)
         predictor = Predictor(model, options.device, getattr(torch, options.dtype), options.cuda_graph,
                               batch_size=options.batch_size, detection_masks=False)  # fmt: skip
         rows = make_rows(measure(Runs(predictor, paths, folder), options.seconds), len(paths))

@@ -416,7 +416,8 @@ def second_steps(on_gpu: bool, output: Path) -> list[Step]:
         watched = [sanitizer or "", "--tool", tool, *options, *target] if on_gpu else target
         steps.append(Step(f"{tool}: operators", [*watched, "operators"], least=100, limit=180 if on_gpu else 900,
                           detail=last_summary, skipped=missing, together="checks"))  # fmt: skip
-    training = ["--device", "cuda", "--add"] if on_gpu else ["--providers", "none"]
+    training = ["--device", "cuda", "--add", "--dtype", "bfloat16", "--providers", "plain modules, channels-last",
+                "torch.compile"] if on_gpu else ["--providers", "none"]  # fmt: skip
     network = [sys.executable, "benchmarks/network.py", *device_arguments(on_gpu), "--output", str(output), "--add"]
     network += ["--dtype", "bfloat16", "--seconds", "0.5", "--providers", "plain modules, channels-last",
                 "torch.compile"] if on_gpu else ["--seconds", "0.001", "--providers", "none", "--no-plot"]  # fmt: skip
@@ -427,7 +428,7 @@ def second_steps(on_gpu: bool, output: Path) -> list[Step]:
         Step("training under torchrun", [sys.executable, "tools/gpu_training.py", *device_arguments(on_gpu)], least=60,
              limit=120 if on_gpu else 900, together="checks"),
         Step("training step", [sys.executable, "benchmarks/training_step.py", *training, "--seconds",
-             "1" if on_gpu else "0.001", "--no-plot", "--output", str(output)], least=25, limit=60 if on_gpu else 900,
+             "1" if on_gpu else "0.001", "--no-plot", "--output", str(output)], least=40, limit=120 if on_gpu else 900,
              detail=benchmark_detail),
         Step("network beside torch.compile", network, least=30, limit=150 if on_gpu else 900, detail=benchmark_detail),
     ]  # fmt: skip

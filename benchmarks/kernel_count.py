@@ -63,7 +63,7 @@ LAUNCHES: dict[str, Callable[..., int]] = {
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
 """Operators of torch without a kernel; views are recognized by what they return."""
 
-SEVERAL = {"topk": 8, "group_norm": 3, "baddbmm": 2}
+SEVERAL = {"topk": 8, "group_norm": 3, "baddbmm": 2, "constant_pad_nd": 2}
 """Kernels of torch's operators that launch several: of an H200's profile, `benchmarks/results/nvidia-h200`."""
 
 COPIES = {"clone", "contiguous", "reshape", "to", "_to_copy", "group_norm"}

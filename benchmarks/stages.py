@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(row)
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
         save()
-    predictor = Predictor(model, options.device, dtype, detection_masks=False)
+    predictor = Predictor(model, options.device, dtype, cuda_graph=False, detection_masks=False)
     name_stages(predictor.pipeline, lambda stage: record_function(PREFIX + stage))
     for _ in range(3):
         predictor(image)

@@ -189,9 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                          help="arithmetic of the network (default: %(default)s)")  # fmt: skip
-    predict.add_argument("--cuda-graph", action="store_true",
-                         help="replay a CUDA graph per padded size of the network's input; the first image of a size "
-                              "takes longer")  # fmt: skip
+    predict.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
+                         help="replay a CUDA graph per padded size of the network's input, the first image of which "
+                              "takes longer (default: on a GPU)")  # fmt: skip
     predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
                          help="pixels that the short and the long edge are fitted to, whichever is reached first; the "
                               "long one may be left out (default: the configuration's)")  # fmt: skip

@@ -29,7 +29,7 @@ from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.models.build import build_model, load_config
 from spatialflow.models.config import SECTIONS, Config, ConfigError
-from spatialflow.models.inference import pyramid_anchors
+from spatialflow.models.inference import pyramid_anchors, pyramid_base_anchors
 from spatialflow.models.losses import Criterion
 
 BASE = SMALL | dict(
@@ -80,7 +80,8 @@ def output(config: Config, data: CocoPanoptic) -> Any:
 
 
 def anchors(config: Config, data: CocoPanoptic) -> Any:
-    return pyramid_anchors(config.model, [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)], torch.device("cpu"))
+    base = pyramid_base_anchors(config.model, torch.device("cpu"))
+    return pyramid_anchors(base, [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)])
 
 
 @functools.cache

@@ -54,8 +54,9 @@ def test_maps_are_those_of_the_cpu(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_graphs_replay_what_runs_eagerly(model, dtype):
     """Also when sizes alternate, so that the graphs share their memory, and for new pixels of a captured size."""
-    eager = spatialflow.Predictor(model, "cuda", dtype, **OPTIONS)
-    graphed = spatialflow.Predictor(model, "cuda", dtype, cuda_graph=True, **OPTIONS)
+    eager = spatialflow.Predictor(model, "cuda", dtype, cuda_graph=False, **OPTIONS)
+    graphed = spatialflow.Predictor(model, "cuda", dtype, **OPTIONS)
+    assert eager.pipeline.graphs is None and graphed.pipeline.graphs is not None
     for _ in range(3):
         for one, other in zip(graphed(pictures()), eager(pictures())):
             assert_same(one, other)
@@ -90,7 +91,7 @@ def test_streams_give_what_single_images_give(model, cuda_graph, batch_size):
     """Batches overlap, uploads have a stream of their own, pinned memory is used again, and graphs are captured while
     threads ask for more of it.
     """
-    eager = spatialflow.Predictor(model, "cuda", batch_size=batch_size, **OPTIONS)
+    eager = spatialflow.Predictor(model, "cuda", cuda_graph=False, batch_size=batch_size, **OPTIONS)
     predictor = spatialflow.Predictor(model, "cuda", cuda_graph=cuda_graph, batch_size=batch_size, **OPTIONS)
     images = many_pictures(30)
     results = list(predictor.stream(image for image in images))

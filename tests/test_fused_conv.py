@@ -87,6 +87,18 @@ class TestNumbers:
         torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, False, None), rtol=1e-5, atol=1e-4)
         assert y.is_contiguous(memory_format=torch.channels_last)
 
+    def test_what_is_a_matrix_product(self):
+        """On a GPU in 16 bits: 1x1, without stride, padding or groups."""
+        x, weight = torch.empty(1, 8, 4, 4, device="meta"), torch.empty(8, 8, 1, 1, device="meta")
+        asked = fused_conv._is_matrix_product
+        shape = Shape((1, 1), (0, 0), 1)
+        assert asked(x.half(), weight.half(), shape) and asked(x.bfloat16(), weight.bfloat16(), shape)
+        assert not asked(x, weight, shape) and not asked(torch.empty(1, 8, 4, 4, device="cpu").half(), weight, shape)
+        for other in (Shape((2, 2), (0, 0), 1), Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
+            assert not asked(x.half(), weight.half(), other)
+        assert not asked(x.half(), torch.empty(8, 8, 3, 3, device="meta").half(), shape)
+
+
     def test_linear_relu(self):
         x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
         right = F.linear(x, weight, bias).relu()
@@ -136,11 +148,14 @@ class TestRefusals:
         torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, True, None), rtol=1e-5, atol=1e-4)
         assert cudnn == []
 
-    def test_needs_a_device_and_cudnn(self, monkeypatch):
-        assert not fused_conv._is_registered("cpu")
-        assert fused_conv._is_registered("meta")
+    def test_needs_a_device_and_cudnn(self, cudnn, monkeypatch):
+        kernel, shape = SHAPES["1x1"]
+        x, weight, bias, _ = tensors(kernel, shape)
         monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
-        assert not fused_conv._is_registered("cuda")
+        fused_conv2d(x, weight, bias, shape, True)
+        assert cudnn == []
+        monkeypatch.undo()
+        assert not fused_conv._is_registered("cpu") and fused_conv._is_registered("meta")
 
 
 class TestDtypes:

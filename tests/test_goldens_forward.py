@@ -35,7 +35,8 @@ def sizes_of(metas):
 
 
 def anchors_of(model, levels):
-    return inference.pyramid_anchors(model, [level.shape[-2:] for level in levels], levels[0].device)
+    base = inference.pyramid_base_anchors(model, levels[0].device)
+    return inference.pyramid_anchors(base, [level.shape[-2:] for level in levels])
 
 
 def candidates_of(model, logits, deltas, valid, factors, per_level=1000):
@@ -179,9 +180,8 @@ def test_anchor_grid_and_valid_flags(goldens):
         base = base_anchors(stride)
         assert_close("base anchors", base, arrays[f"base_anchors_l{level}"], 1e-6)
         assert_close("grid", grid_anchors(size, stride, base), arrays[f"grid_l{level}"], 1e-6)
-        assert np.array_equal(
-            valid_flags(size, stride, about["pad_shape"][:2], len(base)).numpy(), arrays[f"valid_l{level}"]
-        )
+        flags = valid_flags(size, stride, torch.tensor([about["pad_shape"][:2]]), len(base))
+        assert np.array_equal(flags[0].numpy(), arrays[f"valid_l{level}"])
 
 
 def test_box_coder(goldens):

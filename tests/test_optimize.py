@@ -13,7 +13,7 @@ from small_models import VARIANTS, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow.models import optimize
-from spatialflow.models.optimize import optimize_for_inference
+from spatialflow.models.optimize import FusedStem, optimize_for_inference
 from spatialflow.ops import PackedConv, stuff_labels
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
@@ -222,3 +222,20 @@ def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(optimize, "__version__", "9.9")
     with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: make it again"):
         pickle.loads(content)
+
+
+@pytest.mark.parametrize("dtype, channels", [(torch.bfloat16, 8), (torch.float32, 4)], ids=str)
+def test_the_stem_reads_whole_vectors_of_channels_on_a_gpu(dtype, channels):
+    conv = torch.nn.Conv2d(3, 16, 7, 2, 3)
+    stem = FusedStem(conv.to("meta", dtype))
+    assert stem.weight.shape[1] == channels and stem.weight.is_contiguous(memory_format=torch.channels_last)
+    assert stem(torch.empty(1, 3, 32, 64, device="meta", dtype=dtype)).shape == (1, 16, 16, 32)
+
+
+def test_further_channels_of_the_stem_change_nothing():
+    conv, images = torch.nn.Conv2d(3, 16, 7, 2, 3).double(), torch.randn(2, 3, 32, 64, dtype=torch.float64)
+    stem = FusedStem(conv)
+    stem.weight = torch.nn.functional.pad(stem.weight, (0, 0, 0, 0, 0, 5))
+    y = stem(images)
+    torch.testing.assert_close(y, conv(images).relu())
+    assert y.is_contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spatialflow.engine.distributed import World, end, leave
 from spatialflow.models.heads import BoxHead
-from spatialflow.models.optimize_training import TrainingBoxHead, is_faster_on_cuda, optimize_for_training
+from spatialflow.models.optimize_training import (
+    TrainingBoxHead,
+    TrainingStuffHead,
+    is_faster_on_cuda,
+    optimize_for_training,
+)
 
 FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
@@ -140,6 +145,7 @@ def test_compiled(name, overrides):
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     network = optimize_for_training(model)
     network.box_head = TrainingBoxHead(model.box_head, on_cuda=True)
+    network.stuff_head = TrainingStuffHead(model.stuff_head, on_cuda=True)
     expected, wanted = outputs_and_gradients(model, network, images)
     torch.compiler.reset()
     network.dense = torch.compile(network.dense, backend="aot_eager", fullgraph=True)
@@ -152,12 +158,17 @@ def test_compiled(name, overrides):
             assert_close(key, found[key], gradient.numpy(), 1e-8)
 
 
-def test_only_the_box_head_changes_on_another_device():
+def test_what_changes_on_another_device():
     model = random_model("tiny").train().to("meta")
+    parameters = list(map(id, model.parameters()))
     network = optimize_for_training(model)
     changed = [name for name, part in network.named_children() if part is not model.get_submodule(name)]
-    assert changed == ["box_head"] and isinstance(network.box_head, TrainingBoxHead)
-    assert {id(p) for p in network.parameters()} == {id(p) for p in model.parameters()}
+    assert changed == ["box_head", "stuff_head"] and isinstance(network.box_head, TrainingBoxHead)
+    assert {id(p) for p in network.parameters()} == set(parameters) == {id(p) for p in model.parameters()}
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    convs = [part for part in network.stuff_head.modules() if isinstance(part, torch.nn.Conv2d)]
+    assert {id(conv) for conv in convs} == {id(c) for c in model.stuff_head.modules() if isinstance(c, torch.nn.Conv2d)}
 
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"

@@ -322,3 +322,11 @@ def test_targets_of_an_image_without_boxes():
         anchors, torch.tensor([[True, False]]), [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], 5
     )
     assert targets.labels.tolist() == [[5, -1]] and targets.positive.shape == (0, 2) and targets.counts.tolist() == [0]
+
+
+def test_anchors_outside_claim_no_box():
+    """The best anchor of a box lies outside; the box goes to the best of those inside, however little they overlap."""
+    anchors = torch.tensor([[0.0, 0, 8, 8], [30, 30, 40, 40], [40, 40, 48, 48]])
+    box, inside = torch.tensor([[39.0, 39, 48, 48]]), torch.tensor([[True, True, False]])
+    targets = anchor_targets(anchors, inside, [box], [torch.tensor([2])], 5)
+    assert targets.labels.tolist() == [[5, 2, -1]] and targets.positive.tolist() == [[0, 1]]

@@ -32,7 +32,7 @@ class GraphCache:
         limit: graphs kept.
     """
 
-    def __init__(self, device: torch.device, limit: int = 16):
+    def __init__(self, device: torch.device, limit: int = 64):
         self.device, self.limit = device, limit
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._pool: Any = None

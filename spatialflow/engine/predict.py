@@ -164,8 +164,9 @@ class Predictor:
         device: where to run, "cpu", "cuda" or "cuda:<number>"; None: where the model is.
         dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and
             boxes are float32 always.
-        cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel. The
-            first image of a size pays for the capture; the 16 sizes used last are kept.
+        cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel; None:
+            on a GPU. The first image of a size pays for the capture, about what four images take without. The 64 sizes
+            used last are kept.
         optimize: fold BatchNorm and pre-arrange the weights once.
         detection_masks: whether results carry the mask of every detection. False where only the map counts: on the
             CPU the masks of detections below `instance_score_threshold`, often a quarter of all work, are left out. On
@@ -192,7 +193,7 @@ class Predictor:
         model: Union[SpatialFlow, Sequence[SpatialFlow]],
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
-        cuda_graph: bool = False,
+        cuda_graph: Optional[bool] = None,
         optimize: bool = True,
         batch_size: int = 1,
         detection_masks: bool = True,
@@ -227,7 +228,8 @@ class Predictor:
         ]
         other = self.categories.other_index
         ignored = () if other is None else (other,)
-        graphs = GraphCache(self.device) if cuda_graph else None
+        replay = self.device.type == "cuda" if cuda_graph is None else cuda_graph
+        graphs = GraphCache(self.device) if replay else None
         self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks, graphs)
         self.batch_size = batch_size
         self._transfers = Transfers(self.device)

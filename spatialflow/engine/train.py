@@ -427,7 +427,8 @@ class Trainer:
             self.network.eval()
             short, long = self.config.test.test_edges[0]
             one_view = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
-            predictor = Predictor(self.network, **one_view)  # augmentation would take several times as long
+            # Augmentation would take several times as long, and graphs memory beside that of training.
+            predictor = Predictor(self.network, cuda_graph=False, **one_view)
             scores = evaluate_network(predictor, self.validation, self.folder / "evaluation", self.world, self.progress)
             self.network.train()
             self._report(scores["problems"])

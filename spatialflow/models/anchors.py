@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """RetinaNet's anchors, and the targets of boxes relative to them."""
 
-import math
 from typing import Sequence
 
 import torch
@@ -36,21 +35,23 @@ def base_anchors(
     return torch.stack([-0.5 * widths, -0.5 * heights, 0.5 * widths, 0.5 * heights], dim=-1)
 
 
-def valid_flags(size: tuple[int, int], stride: int, padded_size: tuple[int, int], num_anchors: int) -> Tensor:
-    """Marks the anchors whose cell lies inside the image's own padded size (training ignores the others).
+def valid_flags(size: tuple[int, int], stride: int, padded_sizes: Tensor, num_anchors: int) -> Tensor:
+    """Marks the anchors whose cell begins inside the image's own padded size (training ignores the others).
 
     Args:
         size: (H, W) of the level in the batch.
         stride: stride of the level.
-        padded_size: (H, W) of this image, padded, in pixels.
+        padded_sizes: (N, 2) int64, height and width of each image, padded, in pixels.
         num_anchors: anchors per cell.
 
     Returns:
-        (H * W * num_anchors,) bool.
+        (N, H * W * num_anchors) bool, on the device of `padded_sizes`.
     """
-    rows = torch.arange(size[0]) < min(math.ceil(padded_size[0] / stride), size[0])
-    columns = torch.arange(size[1]) < min(math.ceil(padded_size[1] / stride), size[1])
-    return (rows[:, None] & columns[None, :]).reshape(-1, 1).expand(-1, num_anchors).reshape(-1)
+    rows, columns = (
+        torch.arange(cells, device=padded_sizes.device) * stride < padded_sizes[:, axis, None]
+        for axis, cells in enumerate(size)
+    )
+    return (rows[:, :, None] & columns[:, None, :])[..., None].expand(-1, -1, -1, num_anchors).flatten(1)
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A convolution with bias, sum and ReLU in its epilogue, by whichever library the device has for it.
 
-oneDNN has it on the CPU in float32, cuDNN on a GPU; torch exposes both as operators that only its compiler uses. A 1x1
-convolution without ReLU is a matrix product with a bias. Everything else is `F.conv2d` and the passes after it.
+oneDNN has it on the CPU in float32, cuDNN on a GPU; torch exposes both as operators that only its compiler uses. In 16
+bits on a GPU a 1x1 convolution without ReLU is a matrix product with a bias. Everything else is `F.conv2d` and the
+passes after it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def fused_conv2d(
         x, weight, bias, residual = _cast("fused_conv2d", x, weight, bias, residual)
     if _has_onednn_epilogue(x):
         return _by_onednn(x, weight, bias, shape, relu, residual)
-    if _has_cudnn_epilogue(x, weight, shape, relu):
+    if relu and _has_cudnn_epilogue(x, weight, shape):
         try:
             return _by_cudnn(x, weight, bias, shape, residual)
         except torch.OutOfMemoryError:
@@ -56,7 +57,7 @@ def fused_conv2d(
             if not _says_unsupported(error):
                 raise
             _refused.add((x.dtype, weight.shape, shape))
-    if not relu and weight.shape[2:] == (1, 1) and shape == Shape((1, 1), (0, 0), 1) and x.device.type != "cpu":
+    if not relu and _is_matrix_product(x, weight, shape):
         y = _by_matrix_product(x, weight, bias)
     else:
         y = F.conv2d(x, weight, bias, shape.stride, shape.padding, 1, shape.groups)
@@ -105,25 +106,22 @@ _refused: set[tuple[torch.dtype, torch.Size, Shape]] = set()
 """Convolutions that cuDNN turned out to have no fused kernel for, by features' dtype, weight's shape and shape."""
 
 
-def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape, relu: bool) -> bool:
+def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
     """Whether to ask cuDNN, whose epilogues end with a ReLU and whose fused kernels read 16 bytes of channels."""
     whole = 16 // x.element_size()
     return (
-        relu
-        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and weight.shape[0] % whole == 0
         and weight.shape[1] % whole == 0
         and (x.dtype, weight.shape, shape) not in _refused
         and _is_registered(x.device.type)
+        and (torch.backends.cudnn.enabled or x.device.type == "meta")
     )
 
 
 def _is_registered(device: str) -> bool:
     """Whether cuDNN's operators exist: in builds of torch with CUDA; for meta tensors their fake kernels stand in."""
-    key = {"cuda": "CUDA", "meta": "Meta"}.get(device)
-    if key is None or (key == "CUDA" and not torch.backends.cudnn.enabled):
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::cudnn_convolution_add_relu", key)
+    return device in _registered
 
 
 def _by_cudnn(
@@ -139,6 +137,14 @@ def _says_unsupported(error: RuntimeError) -> bool:
     """Whether cuDNN has no kernel for a convolution; torch then says that no engine was found, or not supported."""
     text = str(error).lower()
     return "engine" in text or "cudnn" in text or "not supported" in text
+
+
+def _is_matrix_product(x: Tensor, weight: Tensor, shape: Shape) -> bool:
+    """Whether to take it for one: float32 is left to cuDNN, which torch lets use TF32 by another setting."""
+    return weight.shape[2:] == (1, 1) and shape == _POINTWISE and x.device.type != "cpu" and x.element_size() == 2
+
+
+_POINTWISE = Shape((1, 1), (0, 0), 1)
 
 
 def _by_matrix_product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -176,3 +182,8 @@ def _describe_cudnn() -> None:
 
 
 _describe_cudnn()
+_registered = {
+    device
+    for device, key in (("cuda", "CUDA"), ("meta", "Meta"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::cudnn_convolution_add_relu", key)
+}

@@ -29,12 +29,12 @@ def pyramid_base_anchors(model: ModelConfig, device: torch.device) -> Tensor:
     return torch.stack([base_anchors(stride, *shape) for stride in STRIDES]).to(device, non_blocking=True)
 
 
-def pyramid_anchors(model: ModelConfig, sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
-    """(H * W * A, 4) float32 anchors of each pyramid level, whose numbers of cells, (H, W), are `sizes`."""
-    return [
-        grid_anchors(size, stride, base)
-        for size, stride, base in zip(sizes, STRIDES, pyramid_base_anchors(model, device))
-    ]
+def pyramid_anchors(base: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(H * W * A, 4) float32 anchors of each pyramid level, whose numbers of cells, (H, W), are `sizes`.
+
+    `base` is that of `pyramid_base_anchors`.
+    """
+    return [grid_anchors(size, stride, own) for size, stride, own in zip(sizes, STRIDES, base)]
 
 
 def detect(candidates: Candidates, test: TestConfig) -> Detections:

@@ -132,6 +132,7 @@ class Criterion:
         self.config = config
         self.average = average or (lambda counts: counts)
         self.proposal_config = replace(config.test, nms_threshold=config.training.proposal_nms_threshold)
+        self._base: Optional[Tensor] = None
 
     def __call__(self, network: SpatialFlow, images: Tensor, truth: Truth) -> Losses:
         """Runs the network on a batch and compares.
@@ -170,15 +171,10 @@ class Criterion:
         model, training = self.config.model, self.config.training
         device = output.class_logits[0].device
         sizes = [tuple(logits.shape[-2:]) for logits in output.class_logits]
-        anchors = torch.cat(pyramid_anchors(model, sizes, device))  # (A, 4)
-        inside = torch.stack(
-            [
-                torch.cat(
-                    [valid_flags(size, stride, padded, model.num_anchors) for size, stride in zip(sizes, STRIDES)]
-                )
-                for padded in truth.padded_sizes.tolist()
-            ]
-        ).to(device)  # (N, A)
+        anchors = torch.cat(pyramid_anchors(self._base_anchors(device), sizes))  # (A, 4)
+        padded = truth.padded_sizes.to(device)
+        flags = [valid_flags(size, stride, padded, model.num_anchors) for size, stride in zip(sizes, STRIDES)]
+        inside = torch.cat(flags, dim=1)  # (N, A)
         return anchor_targets(
             anchors, inside, truth.boxes, truth.labels, model.num_things, training.positive_iou, training.negative_iou
         )
@@ -190,7 +186,7 @@ class Criterion:
         candidates = select_candidates(
             output.class_logits,
             output.box_deltas,
-            pyramid_base_anchors(model, output.class_logits[0].device),
+            self._base_anchors(output.class_logits[0].device),
             STRIDES,
             truth.valid_sizes,
             torch.ones_like(truth.valid_sizes, dtype=torch.float32),
@@ -199,6 +195,12 @@ class Criterion:
         found = detect(candidates, self.proposal_config)
         proposals = [boxes[:count] for boxes, count in zip(found.boxes, found.count.tolist())]
         return thing_targets(proposals, truth, 2 * model.roi_size, self.config.training.positive_iou)
+
+    def _base_anchors(self, device: torch.device) -> Tensor:
+        """(L, A, 4), uploaded once."""
+        if self._base is None or self._base.device != device:
+            self._base = pyramid_base_anchors(self.config.model, device)
+        return self._base
 
     def _detection_sums(self, output: NetworkOutput, targets: AnchorTargets) -> tuple[Tensor, Tensor]:
         """Focal and L1 sums over all levels."""

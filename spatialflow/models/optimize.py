@@ -77,6 +77,26 @@ class FusedConv(nn.Module):
         return y.relu_() if self.relu else y
 
 
+class FusedStem(FusedConv):
+    """The first convolution, with a ReLU. On a GPU it reads zeros as further channels, since cuDNN's fused kernels want
+    16 bytes of them."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv, relu=True)
+        if self.weight.device.type != "cpu":
+            missing = -self.weight.shape[1] % (16 // self.weight.element_size())
+            self.weight = _more_channels(self.weight, missing)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.contiguous(memory_format=torch.channels_last)
+        return super().forward(_more_channels(x, self.weight.shape[1] - x.shape[1]))
+
+
+def _more_channels(x: Tensor, count: int) -> Tensor:
+    """`x`, (N, C, H, W) channels-last, with `count` channels of zeros behind its own."""
+    return F.pad(x, (0, 0, 0, 0, 0, count)) if count else x
+
+
 class FusedBottleneck(nn.Module):
     """`Bottleneck` with folded norms in three fused convolutions; the shortcut is summed in place."""
 
@@ -109,14 +129,14 @@ class FusedResNet(nn.Module):
 
     def __init__(self, backbone: ResNet):
         super().__init__()
-        self.stem = FusedConv(backbone.conv1, relu=True)
+        self.stem = FusedStem(backbone.conv1)
         self.maxpool = backbone.maxpool
         self.layers = nn.ModuleList(
             nn.Sequential(*map(FusedBottleneck, getattr(backbone, f"layer{i}"))) for i in range(1, 5)
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        x = self.maxpool(self.stem(images))
         features = []
         for layer in self.layers:
             x = layer(x)

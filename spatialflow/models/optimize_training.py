@@ -6,6 +6,7 @@ they are faster, on the CPU with BatchNorm of fixed statistics folded into the c
 import copy
 from typing import Optional, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -138,11 +139,16 @@ MOST_OUTPUTS_ON_CUDA = 64
 
 class TrainingStuffHead(StuffHead):
     """`StuffHead` with norm, ReLU and upsampling in one pass, without the last upsampling: summed and classified before
-    it, which all branches share, as both are linear."""
+    it, which all branches share, as both are linear.
 
-    def __init__(self, head: StuffHead):
+    Args:
+        head: whose parameters train.
+        on_cuda: leave the convolutions to cuDNN.
+    """
+
+    def __init__(self, head: StuffHead, on_cuda: bool = False):
         nn.Module.__init__(self)
-        self.blocks, self.logits = arrange(head.blocks), head.logits
+        self.blocks, self.logits = head.blocks if on_cuda else arrange(head.blocks), head.logits
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         total = None
@@ -180,8 +186,10 @@ def arrange(module: nn.Module) -> nn.Module:
 def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
     """Rearranges a network for training, by what is faster on the device of its parameters.
 
-    On the CPU (float32) every part takes its fused form. On CUDA only the predictors of the box head do for which
-    `is_faster_on_cuda`; RoIAlign, deformable convolutions and the focal loss are operators of the package anyway.
+    On the CPU (float32) every part takes its fused form. On CUDA the passes after the stuff head's convolutions do, and
+    of the box head the predictors for which `is_faster_on_cuda`. There the weights of convolutions become
+    channels-last, as cuDNN otherwise rearranges them in every call. RoIAlign, deformable convolutions and the focal
+    loss are operators of the package anyway.
 
     Args:
         model: in training mode. It keeps the parameters, and is what is saved and evaluated.
@@ -192,6 +200,9 @@ def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
     """
     if next(model.parameters()).device.type == "cpu":
         return arrange(model)
+    model.to(memory_format=torch.channels_last)
     shallow = copy.copy(model)
     shallow._modules = {**model._modules, "box_head": TrainingBoxHead(model.box_head, on_cuda=True)}
+    if model.stuff_head is not None:
+        shallow._modules["stuff_head"] = TrainingStuffHead(model.stuff_head, on_cuda=True)
     return shallow

@@ -119,9 +119,9 @@ def anchor_targets(
     """
     batch_labels, positive, deltas = [], [], []
     for i, (truth, classes) in enumerate(zip(boxes, labels)):
-        used = inside[i].nonzero().squeeze(1)  # (U,)
-        assigned = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
-        assigned[used] = assign(anchors[used], truth, positive_iou, negative_iou, claim_iou=0.0)
+        used = torch.where(inside[i, :, None], anchors, 0)  # the others are empty, so no IoU of theirs is the largest
+        assigned = assign(used, truth, positive_iou, negative_iou, claim_iou=0.0)
+        assigned = torch.where(inside[i], assigned, IGNORED)
         target = torch.where(assigned == BACKGROUND, num_things, -1)
         hit = (assigned >= 0).nonzero().squeeze(1)  # (P_i,)
         target[hit] = classes[assigned[hit]]

@@ -59,13 +59,4 @@ SPATIALFLOW_HOST_DEVICE Box<real_t> decode_candidate(
     return box;
 }
 
-// 1 / (1 + exp(-logit)); NaN gives NaN. value_t is a scalar or a vector of lanes; Math::exp(x) is called for x <= 0.
-template <typename real_t, typename Math, typename value_t>
-SPATIALFLOW_HOST_DEVICE value_t candidate_score(value_t logit) {
-    const value_t zero = value_t{}, one = zero + real_t(1);
-    const value_t small = Math::exp(logit > zero ? -logit : logit);
-    const value_t score = (logit > zero ? one : small) / (one + small);
-    return logit == logit ? score : logit;  // the exp of vectors may lose NaN
-}
-
 }  // namespace spatialflow

@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "cpu/dispatch.h"
+#include "cpu/sigmoid.h"
 #include "ops/paste_masks.h"
 
 namespace spatialflow {
@@ -88,9 +89,7 @@ void paste(
             for (int64_t y = 0; y < mask_height; ++y) {
                 const scalar_t* source = mask_logits + (k * mask_height + y) * mask_width;
                 real_t* target = probabilities.data() + (k * (mask_height + 2) + y + 1) * stride + 1;
-                for (int64_t x = 0; x < mask_width; ++x) {
-                    target[x] = real_t(1) / (real_t(1) + std::exp(-real_t(load(source[x]))));
-                }
+                write_sigmoid(source, target, mask_width);
             }
         }
     });

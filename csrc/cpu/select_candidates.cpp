@@ -9,8 +9,7 @@
 #include "common/select_candidates.h"
 #include "cpu/dispatch.h"
 #include "cpu/score_order.h"
-#include "cpu/simd.h"
-#include "cpu/vector_math.h"
+#include "cpu/sigmoid.h"
 
 namespace spatialflow {
 namespace {
@@ -122,24 +121,6 @@ std::vector<uint32_t> selected_rows(const CandidateProblem<scalar_t>& problem) {
 }
 
 template <typename scalar_t>
-void write_scores(const scalar_t* logits, accum_t<scalar_t>* scores, int64_t classes) {
-    int64_t c = 0;
-    if constexpr (sizeof(accum_t<scalar_t>) == sizeof(float)) {
-        for (; c + kLanes<float> <= classes; c += kLanes<float>) {
-            store_vector(scores + c, candidate_score<float, VectorMath>(load_vector(logits + c)));
-        }
-        if (c < classes) {
-            const int rest = static_cast<int>(classes - c);
-            store_partial(scores + c, candidate_score<float, VectorMath>(load_partial(logits + c, rest)), rest);
-        }
-    } else {
-        for (; c < classes; ++c) {
-            scores[c] = candidate_score<double, ScalarMath>(logits[c]);
-        }
-    }
-}
-
-template <typename scalar_t>
 void write_candidates(
     const CandidateProblem<scalar_t>& problem, const std::vector<uint32_t>& kept, const int64_t* valid_sizes,
     const float* scale_factors, Box<accum_t<scalar_t>>* boxes, accum_t<scalar_t>* scores) {
@@ -162,7 +143,7 @@ void write_candidates(
             boxes[i] = decode_candidate<real_t>(
                 level->base[anchor], x * level->stride, y * level->stride, load(deltas[0]), load(deltas[1]),
                 load(deltas[2]), load(deltas[3]), own);
-            write_scores(level->logits.at(image, y, x) + anchor * problem.classes, scores + i * problem.classes,
+            write_sigmoid(level->logits.at(image, y, x) + anchor * problem.classes, scores + i * problem.classes,
                          problem.classes);
         }
     });

@@ -25,6 +25,7 @@
 #include <limits>
 
 #include "common/select_candidates.h"
+#include "common/sigmoid.h"
 #include "cuda/best_chunks.h"
 #include "cuda/launch.h"
 #include "cuda/workspace.h"
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
             Vec<real_t, kStored> result;
 #pragma unroll
             for (int k = 0; k < kStored; ++k) {
-                result[k] = candidate_score<real_t, DeviceMath>(static_cast<real_t>(load(logits[first + k])));
+                result[k] = sigmoid<real_t, DeviceMath>(static_cast<real_t>(load(logits[first + k])));
             }
             store_vector(scores + (row * problem.classes + begin + first), result);
         }

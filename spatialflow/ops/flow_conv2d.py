@@ -334,7 +334,7 @@ def _turned(weight: Tensor) -> Tensor:
 
 
 def _masked(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-    return [torch.where(output <= 0, 0, gradient) for gradient, output in zip(gradients, outputs)]
+    return [torch.ops.aten.threshold_backward(gradient, output, 0) for gradient, output in zip(gradients, outputs)]
 
 
 def _sum_pixels(gradients: list[Tensor]) -> Tensor:

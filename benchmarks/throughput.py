@@ -2,9 +2,9 @@
 """Images per second from image files to the files of `spatialflow predict`: each stage alone, and all at once.
 
 The stages are decoding (with the threads of `Predictor.stream`), the network (arrays to maps on the host), and writing
-(PNG, overlay, journal). "one after the other" takes each image through all stages before the next. "overlapped" is
-what `spatialflow predict` does; it cannot be faster than the slowest stage, and on a CPU the stages share the cores.
-The rows take turns, and medians over the rounds are printed.
+(PNG, overlay, journal; with the threads of `spatialflow predict`). "one after the other" takes each image through all
+stages before the next. "overlapped" is what `spatialflow predict` does; it cannot be faster than the slowest stage, and
+on a CPU the stages share the cores. The rows take turns, and medians over the rounds are printed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from spatialflow import Predictor, build_model, load_checkpoint  # noqa: E402
 from spatialflow.console import InputImage  # noqa: E402
 from spatialflow.data.synthetic import synthesize  # noqa: E402
 from spatialflow.engine.checkpoints import packaged_weights  # noqa: E402
-from spatialflow.engine.predict import DECODERS  # noqa: E402
+from spatialflow.engine.predict import DECODERS, Outcome  # noqa: E402
 from spatialflow.images import read_image  # noqa: E402
-from spatialflow.prediction_folder import PredictionFolder  # noqa: E402
+from spatialflow.prediction_folder import PredictionFolder, writers  # noqa: E402
 
 STAGES = ("decode", "network", "write")
 ROWS = (*STAGES, "one after the other", "overlapped")
@@ -66,9 +66,7 @@ class Runs:
             pass
 
     def write(self) -> None:
-        with self.output() as output:
-            for found in zip(self.images, self.results, self.pixels):
-                output.add(*found)
+        self._write(Outcome(result, pixels, None) for result, pixels in zip(self.results, self.pixels))
 
     def one_after_the_other(self) -> None:
         with self.output() as output:
@@ -77,12 +75,12 @@ class Runs:
                 output.add(image, self.predictor(pixels), pixels)
 
     def overlapped(self) -> None:
-        paths = [image.path for image in self.images]
-        with (
-            self.output() as output,
-            closing(self.predictor.outcomes(paths)) as outcomes,
-            closing(output.add_all(self.images, outcomes)) as files,
-        ):
+        with closing(self.predictor.outcomes([image.path for image in self.images])) as outcomes:
+            self._write(outcomes)
+
+    def _write(self, outcomes: Iterable[Outcome]) -> None:
+        threads = writers(self.predictor.device.type)
+        with self.output() as output, closing(output.add_all(self.images, outcomes, threads)) as files:
             for written in files:
                 written.result()
 

@@ -35,7 +35,7 @@ from spatialflow.console import (
     with_examples,
 )
 from spatialflow.errors import CommandError, DataWarning, Terminated
-from spatialflow.prediction_folder import RESULTS, PredictionFolder
+from spatialflow.prediction_folder import RESULTS, PredictionFolder, writers
 from spatialflow.threads import leave_cores_to_others
 from spatialflow.training_command import add_train
 from spatialflow.validate_command import add_validate
@@ -328,7 +328,7 @@ def _predict(options: argparse.Namespace) -> int:
             output,
             contextlib.closing(predictor.outcomes([image.path for image in todo])) as outcomes,
             tqdm(desc="predict", unit="image", total=len(images), initial=len(before), disable=None) as bar,
-            contextlib.closing(output.add_all(todo, outcomes)) as files,
+            contextlib.closing(output.add_all(todo, outcomes, writers(predictor.device.type))) as files,
         ):
             for written in files:
                 try:

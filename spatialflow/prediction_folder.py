@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from spatialflow.console import InputImage, named, sentence, without_suffix
 from spatialflow.errors import CommandError
-from spatialflow.threads import map_ahead
+from spatialflow.threads import available_cores, map_ahead
 
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Outcome, PanopticResult
 
+WRITERS = {"cpu": 1, "cuda": 4}
+"""Threads that write files, at most, by the kind of device. On the CPU the network needs the cores itself."""
+
 HELD = 4
-"""Images that `PredictionFolder.add_all` holds in memory until their files are written."""
+"""Images that `PredictionFolder.add_all` holds in memory until their files are written; one more per further thread."""
 
 RESULTS = ("panoptic", "overlays")
 """Folders of pictures in the output folder."""
@@ -31,7 +34,7 @@ _INFO = {"description": "written by spatialflow predict"}  # no version: files o
 class PredictionFolder:
     """`panoptic.json`, `panoptic/<name>.png`, `overlays/<name>.jpg`; an image's files are there all or not at all.
 
-    One thread at a time writes to it; the end of the block waits for a thread that does.
+    Several threads may write images at once; the end of the block waits for those that do.
 
     The JSON files are written when the `with` block ends, however it ends, so that images already done stay usable.
     The journal of `PanopticWriter` stays where it ends by an exception, and the next run goes on from it. It stays too
@@ -68,7 +71,8 @@ class PredictionFolder:
         self._root, self._overlays, self._detections = root, overlays, detections
         self._images, self._ids = images, _image_ids(images)
         self.left_out = 0
-        self._lock = threading.Lock()
+        self._adding = 0  # threads
+        self._ended = threading.Condition()  # one of them has ended
         try:
             self.replaces = self._replaces()
             self._writer = PanopticWriter(
@@ -112,19 +116,22 @@ class PredictionFolder:
     def _overlay_path(self, image: InputImage) -> Path:
         return self.overlay_folder / f"{without_suffix(image.name)}.jpg"
 
-    def add_all(self, images: Iterable[InputImage], outcomes: Iterable[Outcome]) -> Iterator[Future]:
-        """Writes the files of many images, one after the other, in a thread beside the caller's.
+    def add_all(
+        self, images: Iterable[InputImage], outcomes: Iterable[Outcome], threads: int = 1
+    ) -> Iterator[Future]:
+        """Writes the files of many images in threads beside the caller's.
 
         Args:
             images: as many as outcomes.
-            outcomes: of `Predictor.outcomes`, asked for in the caller's thread. They wait while `HELD` images are
-                not written.
+            outcomes: of `Predictor.outcomes`, asked for in the caller's thread. They wait while
+                `HELD + threads - 1` images are not written.
+            threads: images that are written at once, see `writers`.
 
         Yields:
             A future per image, in their order: the seconds by stage, "write" among them. It raises ImageError for an
             image that could not be read, and OSError or PanopticFormatError for one that cannot be written.
         """
-        return map_ahead(self._add_outcome, zip(images, outcomes), threads=1, ahead=HELD)
+        return map_ahead(self._add_outcome, zip(images, outcomes), threads, ahead=HELD + threads - 1)
 
     def _add_outcome(self, found: tuple[InputImage, Outcome]) -> dict[str, float]:
         image, (result, pixels, error) = found
@@ -136,8 +143,14 @@ class PredictionFolder:
 
     def add(self, image: InputImage, result: PanopticResult, pixels: Any) -> None:
         """Writes the files of one image; `pixels` are those of the photograph."""
-        with self._lock:
+        with self._ended:
+            self._adding += 1
+        try:
             self._add(image, result, pixels)
+        finally:
+            with self._ended:
+                self._adding -= 1
+                self._ended.notify()
 
     def _add(self, image: InputImage, result: PanopticResult, pixels: Any) -> None:
         import cv2
@@ -149,7 +162,7 @@ class PredictionFolder:
         if self._overlays:
             _, data = cv2.imencode(".jpg", result.overlay(pixels))
             with named(picture), atomic_write(picture) as file:
-                file.write(data.tobytes())
+                file.write(data)
         path = self._map_path(image)
         try:
             with named(path):
@@ -181,7 +194,8 @@ class PredictionFolder:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            with self._lock, named(self._root):
+            with self._ended, named(self._root):
+                self._ended.wait_for(lambda: self._adding == 0)
                 done = set(self.done)
                 if done:
                     self._writer.write_json(image.name for image in self._images if image.name in done)
@@ -189,6 +203,11 @@ class PredictionFolder:
                 self._writer.close(keep_journal=kind is not None or self.left_out > 0)
         except OSError as error:
             raise CommandError(sentence(error)) from None
+
+
+def writers(kind: str) -> int:
+    """Threads for `PredictionFolder.add_all`, by the kind of device; they leave a core to the network's thread."""
+    return max(1, min(WRITERS[kind], available_cores() - 1))
 
 
 def _image_ids(images: Sequence[InputImage]) -> dict[str, int | str]:

@@ -12,6 +12,11 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def leave_cores_to_others() -> None:
     """Lets torch's threads sleep while they wait for each other, where the user has not decided that they spin.
 

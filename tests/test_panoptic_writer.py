@@ -5,8 +5,11 @@ import contextlib
 import json
 import os
 import signal
+import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -429,3 +432,86 @@ class TestWriter:
                               png_name="x/a.png")  # fmt: skip
         assert path == tmp_path / "maps" / "x" / "a.png" and np.array_equal(read_id_map(path), ids)
         assert read_panoptic_json(tmp_path / "maps.json")["annotations"][0]["file_name"] == "x/a.png"
+
+
+class TestThreads:
+    """`add` in several threads at once."""
+
+    def test_rows_are_whole_and_where_they_are_looked_for(self, tmp_path, monkeypatch):
+        """A row is written by several steps; here every thread has them interrupted."""
+        write = journal._write
+
+        def slow(stream, content):
+            time.sleep(0.002)
+            write(stream, content)
+
+        monkeypatch.setattr(journal, "_write", slow)
+        detections = {number: [{"score": number / 7, "text": "x" * number}] for number in range(40)}
+        with PanopticWriter(tmp_path / "maps", resume=True) as writer, ThreadPoolExecutor(8) as pool:
+
+            def add(number):
+                segments = [{"id": number + 1, "category_id": 1}]
+                writer.add(
+                    number, f"{number}.jpg", np.full((2, 3), number + 1), segments, detections=detections[number]
+                )
+
+            interval = sys.getswitchinterval()
+            sys.setswitchinterval(1e-6)
+            try:
+                list(pool.map(add, range(40)))
+            finally:
+                sys.setswitchinterval(interval)
+            rows = list(writer.rows(f"{number}.jpg" for number in range(40)))
+        assert [row["image"]["id"] for row in rows] == list(range(40))
+        assert [row["detections"] for row in rows] == list(detections.values())
+        for number in range(40):
+            assert (read_id_map(tmp_path / "maps" / f"{number}.png") == number + 1).all()
+
+    def test_maps_are_written_at_once(self, tmp_path, monkeypatch):
+        write, both = writer_module.write_id_map, threading.Barrier(2)
+
+        def meeting(path, ids):
+            both.wait(30)
+            write(path, ids)
+
+        monkeypatch.setattr(writer_module, "write_id_map", meeting)
+        with PanopticWriter(tmp_path / "maps") as writer, ThreadPoolExecutor(2) as pool:
+            for number in range(2):
+                pool.submit(writer.add, number, f"{number}.jpg", np.zeros((2, 3), int), [])
+        assert len(writer) == 2
+
+    @pytest.mark.parametrize(
+        "image_id, name, png, kind", [(1, "b", "b.png", "id"), (2, "b", "a.png", "PNG"), (2, "a", "b.png", "name")]
+    )
+    def test_an_image_that_is_being_written_keeps_what_is_its_own(
+        self, tmp_path, monkeypatch, image_id, name, png, kind
+    ):
+        """Its id, PNG and name belong to it before its row is there; where it fails they are free again."""
+        write, begun, go_on = writer_module.write_id_map, threading.Event(), threading.Event()
+
+        def waiting(path, ids):
+            begun.set()
+            assert go_on.wait(10)
+            write(path, ids)
+            if full:
+                path.unlink()
+                raise OSError(28, "No space left on device")
+
+        other = image_id, name, np.zeros((2, 3), int), []
+        for full in (False, True):
+            monkeypatch.setattr(writer_module, "write_id_map", waiting)
+            begun.clear(), go_on.clear()
+            with PanopticWriter(tmp_path / str(full)) as writer, ThreadPoolExecutor(1) as pool:
+                first = pool.submit(writer.add, 1, "a", np.ones((2, 3), int), [{"id": 1, "category_id": 1}])
+                assert begun.wait(30)
+                with pytest.raises(PanopticFormatError, match=f"{name}: would get the {kind} .*, which a has already"):
+                    writer.add(*other, png_name=png)
+                go_on.set()
+                monkeypatch.setattr(writer_module, "write_id_map", write)
+                if full:
+                    with pytest.raises(OSError):
+                        first.result()
+                    writer.add(*other, png_name=png)
+                else:
+                    assert (read_id_map(first.result()) == 1).all()
+                assert len(writer) == 1

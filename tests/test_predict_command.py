@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `predict`: what it writes, which images it takes, what it leaves alone, and how it ends."""
 
-import argparse
 import os
 import re
 import resource
@@ -18,7 +17,7 @@ import pytest
 from command_line import FAST, sentences
 
 import spatialflow
-from spatialflow import images
+from spatialflow import images, prediction_folder
 from spatialflow.cli import main
 from spatialflow.console import list_images
 from spatialflow.engine import predict
@@ -103,15 +102,21 @@ class TestPredict:
         assert main(["predict", *arguments]) == 130
         assert_complete(tmp_path, ["deep.png", "dot.png"])
 
-    def test_errors_are_in_the_order_of_the_images(self, photographs, weights, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize("threads", [1, 4])
+    def test_errors_are_in_the_order_of_the_images(self, photographs, weights, tmp_path, monkeypatch, capsys, threads):
         """Whether reading or writing fails, and although reading is ahead of writing."""
+        monkeypatch.setattr(prediction_folder, "WRITERS", {"cpu": threads})
+        monkeypatch.setattr(prediction_folder, "available_cores", lambda: 16)
         names = [f"{number}.jpg" for number in range(8)]
         for number, name in enumerate(names):
             (tmp_path / name).write_bytes(b"no image" if number in (1, 4) else (photographs / "plain.jpg").read_bytes())
-        write = writer.write_id_map
+        write, running, most = writer.write_id_map, [], []
 
         def full(path, ids):
+            running.append(path)
+            most.append(len(running))
             time.sleep(0.05)
+            running.remove(path)
             if path.stem in ("2", "5"):
                 raise OSError(28, "No space left on device")
             write(path, ids)
@@ -124,6 +129,7 @@ class TestPredict:
         refused = "cannot be written"
         assert said == [f"1.jpg: {damaged}", f"2.png: {refused}", f"4.jpg: {damaged}", f"5.png: {refused}"]
         assert_complete(tmp_path / "out", ["0.jpg", "3.jpg", "6.jpg", "7.jpg"])
+        assert max(most) == 1 if threads == 1 else max(most) > 1
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("map_ahead")]
 
     def test_slow_writing_holds_few_results(self, photographs, weights, tmp_path, monkeypatch):
@@ -164,26 +170,6 @@ class TestPredict:
             main(command)
         assert "in failing" in "".join(traceback.format_exception(caught.value))
         assert_complete(tmp_path, ["deep.png", "dot.png", "grey.png"])
-
-    def test_the_end_waits_for_the_image_that_is_being_written(self, photographs, weights, tmp_path, monkeypatch):
-        """Although a second interrupt may have ended the wait for the thread."""
-        images, _ = list_images([photographs / "dot.png"])
-        folder = PredictionFolder(tmp_path, images, [], {}, overlays=False, detections=False, resume=False)
-        write, begun = writer.write_id_map, threading.Event()
-
-        def slow(path, ids):
-            begun.set()
-            time.sleep(0.2)
-            write(path, ids)
-
-        monkeypatch.setattr(writer, "write_id_map", slow)
-        result = argparse.Namespace(id_map=np.zeros((1, 1), np.int32), segments=[])
-        with folder:
-            thread = threading.Thread(target=folder.add, args=(images[0], result, None))
-            thread.start()
-            assert begun.wait(30)
-        assert [image["file_name"] for image in read_panoptic_json(tmp_path / "panoptic.json")["images"]] == ["dot.png"]
-        thread.join()
 
     def test_ids_that_coincide(self, photographs, weights, tmp_path):
         """Two numbers that are one become the texts that they are."""

@@ -157,9 +157,11 @@ def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, 
     width = _line_width(slots.shape)
     shown = listed.take(slots)
     pixels, numbers = picture.reshape(-1, 3), slots.ravel()
+    moved = pixels.view("V3")[:, 0]  # a pixel as one item: numpy moves it five times as fast as three
     for inside, own, tint in ((2 * width, 0.25, 0.45 * palette + 0.55 * 255), (width, 0.3, 0.35 * palette)):
         line = np.flatnonzero(shown & ~eroded(inside))
-        pixels[line] = np.rint(own * pixels[line] + (1 - own) * tint[numbers[line]])
+        mixed = np.rint(own * pixels.take(line, axis=0) + ((1 - own) * tint).take(numbers.take(line), axis=0))
+        moved[line] = mixed.astype(np.uint8).view("V3")[:, 0]
 
 
 class _Label(NamedTuple):

@@ -26,6 +26,7 @@ from spatialflow.panoptic.rules import (
     segment_problems,
     summary,
 )
+from spatialflow.threads import available_cores
 
 
 @dataclass(slots=True)
@@ -296,11 +297,6 @@ def _folder(folder: str | os.PathLike | None, content: Any, which: str) -> Path:
 def _content(source: Any, name: str) -> tuple[Any, str]:
     """The content of a JSON, and what errors call it."""
     return (source, name) if isinstance(source, Mapping) else (load_json(source), str(source))
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def with_progress(items: Sequence, what: str, progress: bool) -> Iterable:

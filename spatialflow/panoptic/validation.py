@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from spatialflow.panoptic.extents import extents
 from spatialflow.panoptic.formats import load_json, read_id_map
 from spatialflow.panoptic.photographs import find_photograph
-from spatialflow.panoptic.quality import available_cores, default_folder, with_progress
+from spatialflow.panoptic.quality import default_folder, with_progress
 from spatialflow.panoptic.rules import PanopticFormatError, Problem, json_problems, pixel_problems, segment_id
+from spatialflow.threads import available_cores
 
 
 class Validation(NamedTuple):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing results of many images in the COCO panoptic format, so that a run that is killed can be resumed."""
 
+import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -105,6 +107,9 @@ class PanopticWriter:
     when the block ends without an exception. While one process writes a journal, no other can begin to. Otherwise there
     is no journal, and `write_json` saves the results.
 
+    Several threads may call `add` at once: PNGs are encoded and written side by side, rows of the journal one after the
+    other. All other calls are for one thread, while no other adds.
+
     Args:
         folder: where the PNGs go; created on the first result.
         json_path: the JSON file; by default the folder's name with ".json" appended, as panopticapi expects.
@@ -148,6 +153,8 @@ class PanopticWriter:
         self._categories = None if categories is None else [dict(category) for category in categories]
         self._entries: dict[str, _Entry] = {}  # image name -> where its row is
         self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
+        self._writing: dict[tuple[str, int | str], str] = {}  # the same of images whose row is not there yet
+        self._lock = threading.Lock()  # for the four above and the journal
         of_categories = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
         about = {} if info is None else {"info": info}
         about |= {"category table": of_categories, "settings": {**(settings or {})}}
@@ -216,17 +223,18 @@ class PanopticWriter:
             "path": None if photograph is None else os.path.abspath(photograph),
         }
         path = self.folder / png_name
-        self._check_free(row)
-        self._journal.claim()
-        write_id_map(path, id_map)
-        try:
-            self._append({**row, "png_bytes": path.stat().st_size})
-        except BaseException as error:  # an interrupt too: the PNG would belong to no row
-            path.unlink(missing_ok=True)
-            if isinstance(error, ValueError | TypeError):  # of `json`
-                raise PanopticFormatError(f"image {image_id}: cannot be written as JSON: {error}") from None
-            raise
-        self._journal.sync_later(path)
+        with self._reserved(row):
+            write_id_map(path, id_map)
+            try:
+                with self._lock:
+                    self._append({**row, "png_bytes": path.stat().st_size})
+            except BaseException as error:  # an interrupt too: the PNG would belong to no row
+                path.unlink(missing_ok=True)
+                if isinstance(error, ValueError | TypeError):  # of `json`
+                    raise PanopticFormatError(f"image {image_id}: cannot be written as JSON: {error}") from None
+                raise
+        with self._lock:
+            self._journal.sync_later(path)
         return path
 
     def left_out(self, image_names: Iterable[str]) -> list[str]:
@@ -314,6 +322,20 @@ class PanopticWriter:
         finally:
             self.close(keep_journal=kind is not None)
 
+    @contextlib.contextmanager
+    def _reserved(self, row: Mapping[str, Any]) -> Iterator[None]:
+        """While the block runs, no other image gets this one's id, PNG or name."""
+        with self._lock:
+            self._check_free(row)
+            self._journal.claim()
+            self._writing |= dict.fromkeys(_keys(row), row["image"]["file_name"])
+        try:
+            yield
+        finally:
+            with self._lock:
+                for key in _keys(row):
+                    del self._writing[key]
+
     def _append(self, row: Mapping[str, Any]) -> None:
         self._register(_entry(self._journal.append(row), row, restored=False), row)
 
@@ -332,9 +354,12 @@ class PanopticWriter:
                 del self._taken[key]
 
     def _check_free(self, row: Mapping[str, Any]) -> None:
-        for kind, value in _keys(row):
-            owner = self._taken.get((kind, value))
-            if owner is not None and not self._entries[owner].restored:
+        for key in _keys(row):
+            owner = self._writing.get(key)
+            if owner is None and key in self._taken and not self._entries[self._taken[key]].restored:
+                owner = self._taken[key]
+            if owner is not None:
+                kind, value = key
                 name = row["image"]["file_name"]
                 raise PanopticFormatError(f"{name}: would get the {kind} {value}, which {owner} has already")
 

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PredictionFolder: files of several images written at once are those of one after the other, however the run ends."""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+from scenes import CATEGORIES, contents, make_scene
+
+from spatialflow import prediction_folder
+from spatialflow.console import InputImage
+from spatialflow.engine.predict import Outcome
+from spatialflow.panoptic import PanopticFormatError, formats, journal, overlay, writer
+from spatialflow.prediction_folder import HELD, PredictionFolder, writers
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """As of a Predictor, one per image; times by stage are empty."""
+    scenes = [make_scene((48, 64), seed=0, index=index) for index in range(COUNT)]
+    return [Outcome(_Result(scene), scene.image, None) for scene in scenes]
+
+
+class _Result(argparse.Namespace):
+    def __init__(self, scene):
+        super().__init__(id_map=scene.id_map, segments=scene.segments, times={})
+        self.boxes, self.scores, self.labels = np.ones((1, 4), np.float32), np.array([scene.id_map.mean()]), [1]
+        self.masks = None
+
+    def overlay(self, pixels):
+        return overlay(pixels, self.id_map, self.segments, CATEGORIES)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Names that sort otherwise than they are given."""
+    folder = tmp_path_factory.mktemp("photographs")
+    images = [InputImage(folder / f"{number}.jpg", f"{number}.jpg") for number in range(COUNT)]
+    for image in images:
+        image.path.write_bytes(image.name.encode())
+        os.utime(image.path, ns=(0, 0))
+    return images
+
+
+def run(root, photographs, outcomes, threads):
+    """Writes what is not done yet; the images that it wrote, and the errors by name of the image."""
+    folder = PredictionFolder(root, photographs, CATEGORIES, {}, overlays=True, detections=True, resume=True)
+    todo = [position for position, image in enumerate(photographs) if image.name not in folder.done]
+    written, failed = [], {}
+    found = folder.add_all([photographs[i] for i in todo], (outcomes[i] for i in todo), threads)
+    with folder, contextlib.closing(found) as files:
+        for position, future in zip(todo, files):
+            try:
+                assert list(future.result()) == ["write"]
+                written.append(position)
+            except (OSError, PanopticFormatError) as error:
+                failed[position] = error
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("map_ahead")]
+    return written, failed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, photographs, outcomes):
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder, photographs, outcomes, threads=1) == (list(range(COUNT)), {})
+    return contents(folder)
+
+
+@pytest.fixture
+def shuffled(monkeypatch):
+    """Encoders that take so different times that images overtake each other."""
+    chance = random.Random(0)
+    for module, name in ((cv2, "imencode"), (formats, "encode_png")):
+
+        def slow(*arguments, function=getattr(module, name)):
+            time.sleep(chance.random() / 50)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, slow)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("module, name", [(cv2, "imencode"), (formats, "encode_png"), (overlay, "__call__")])
+def test_images_are_encoded_at_once(tmp_path, monkeypatch, photographs, outcomes, whole, module, name):
+    """Each waits until the other is as far; then the next two."""
+    both = threading.Barrier(2)
+    if module is overlay:
+        module, name = _Result, "overlay"
+    encode = getattr(module, name)
+
+    def meeting(*arguments):
+        both.wait(30)
+        return encode(*arguments)
+
+    monkeypatch.setattr(module, name, meeting)
+    assert run(tmp_path, photographs, outcomes, threads=2) == (list(range(COUNT)), {})
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 16])
+def test_same_files_in_any_interleaving(tmp_path, shuffled, photographs, outcomes, whole, threads):
+    assert run(tmp_path, photographs, outcomes, threads) == (list(range(COUNT)), {})
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("place", ["disk", "row", "segments"])
+def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outcomes, whole, place):
+    """Nothing of it is left, its error comes in its turn, and the next run does the rest."""
+    bad, given = (2, 3, 9), list(outcomes)
+    function = {"disk": (writer, "write_id_map"), "row": (journal, "_write"), "segments": (journal, "_write")}[place]
+    plain = getattr(*function)
+
+    def failing(target, content):
+        name = target.stem if place == "disk" else content.get("image", {}).get("file_name", ".").split(".")[0]
+        if name in map(str, bad):
+            raise OSError(28, "No space left on device")
+        plain(target, content)
+
+    if place == "segments":
+        for position in bad:
+            result = argparse.Namespace(**{**vars(outcomes[position].result), "segments": []})
+            result.overlay = outcomes[position].result.overlay
+            given[position] = Outcome(result, outcomes[position].pixels, None)
+    else:
+        monkeypatch.setattr(*function, failing)
+    written, failed = run(tmp_path, photographs, given, threads=4)
+    assert written == [position for position in range(COUNT) if position not in bad]
+    assert list(failed) == list(bad)
+    assert {type(error) for error in failed.values()} == {PanopticFormatError if place == "segments" else OSError}
+    left = contents(tmp_path)
+    assert [name for name in whole if name not in left] == [
+        name for name in whole if name.split("/")[-1].split(".")[0] in map(str, bad)
+    ]
+    assert [image["id"] for image in json.loads(left["panoptic.json"])["images"]] == written
+    monkeypatch.undo()
+    assert run(tmp_path, photographs, outcomes, threads=4)[1] == {} and contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("moment", ["overlay", "PNG", "row", "half a row", "rename"])
+@pytest.mark.parametrize("number", [1, 6])
+def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole, moment, number):
+    """Images in the journal are complete; the next run does all others, and the end is that of an undisturbed run."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            module, name = {
+                "overlay": (_Result, "overlay"), "PNG": (formats, "encode_png"), "rename": (os, "replace")
+            }.get(moment, (journal, "_write"))  # fmt: skip
+            plain, calls = getattr(module, name), iter(range(1, 1000))
+
+            def killing(*arguments):
+                if next(calls) == number:
+                    time.sleep(0.02)  # for the others
+                    if moment == "half a row":
+                        arguments[0].write(journal.dumps(arguments[1]).encode()[:20])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return plain(*arguments)
+
+            setattr(module, name, killing)
+            run(tmp_path, photographs, outcomes, threads=4)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    path = tmp_path / "panoptic.journal.jsonl"
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()[1:] if line.endswith(b"}")]
+    done = sorted(int(row["annotation"]["file_name"].removesuffix(".png")) for row in rows)
+    if moment in ("row", "half a row"):
+        assert len(done) == max(number - 2, 0)  # the first row says what run it is
+    for position in done:
+        for name in (f"panoptic/{position}.png", f"overlays/{position}.jpg"):
+            assert (tmp_path / name).read_bytes() == whole[name]
+    assert run(tmp_path, photographs, outcomes, threads=4) == ([i for i in range(COUNT) if i not in done], {})
+    assert {name: value for name, value in contents(tmp_path).items() if not name.endswith(".tmp")} == whole
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, whole, error):
+    """Images that were begun are complete, the JSON lists them, and the next run goes on."""
+
+    class Ending(list):
+        def __getitem__(self, position):
+            if position == 7:
+                raise error
+            return super().__getitem__(position)
+
+    with pytest.raises(error):
+        run(tmp_path, photographs, Ending(outcomes), threads=4)
+    left = contents(tmp_path)
+    assert [image["id"] for image in json.loads(left["panoptic.json"])["images"]] == list(range(7))
+    assert {name: left[name] for name in left if "/" in name} == {
+        name: value for name, value in whole.items() if "/" in name and int(name.split("/")[1].split(".")[0]) < 7
+    }
+    assert run(tmp_path, photographs, outcomes, threads=2) == (list(range(7, COUNT)), {})
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_images_are_held(tmp_path, monkeypatch, photographs, outcomes, threads):
+    """However slow the disk is."""
+    taken, most, write = [], [], writer.write_id_map
+
+    class Counted(list):
+        def __getitem__(self, position):
+            taken.append(position)
+            return super().__getitem__(position)
+
+    def slow(path, ids):
+        time.sleep(0.03)
+        most.append(len(taken) - len(most))
+        write(path, ids)
+
+    monkeypatch.setattr(writer, "write_id_map", slow)
+    run(tmp_path, photographs, Counted(outcomes), threads)
+    assert len(most) == COUNT and max(most) == HELD + threads - 1
+
+
+def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, photographs, outcomes):
+    """Although a second interrupt may have ended the wait for the threads."""
+    write, begun = writer.write_id_map, threading.Barrier(3)
+
+    def slow(path, ids):
+        begun.wait(30)
+        time.sleep(0.1 * (1 + int(path.stem)))
+        write(path, ids)
+
+    monkeypatch.setattr(writer, "write_id_map", slow)
+    folder = PredictionFolder(tmp_path, photographs, [], {}, overlays=False, detections=False, resume=False)
+    with folder:
+        for image, outcome in zip(photographs[:2], outcomes):
+            threading.Thread(target=folder.add, args=(image, outcome.result, None)).start()
+        begun.wait(30)
+    assert [image["id"] for image in json.loads((tmp_path / "panoptic.json").read_text())["images"]] == [0, 1]
+
+
+@pytest.mark.parametrize("kind, cores, threads", [
+    ("cpu", 1, 1), ("cpu", 64, 1), ("cuda", 1, 1), ("cuda", 2, 1), ("cuda", 3, 2), ("cuda", 5, 4), ("cuda", 16, 4),
+])  # fmt: skip
+def test_number_of_threads(monkeypatch, kind, cores, threads):
+    """A core stays with the thread that feeds the network."""
+    monkeypatch.setattr(prediction_folder, "available_cores", lambda: cores)
+    assert writers(kind) == threads

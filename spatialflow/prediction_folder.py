@@ -19,7 +19,7 @@ from spatialflow.threads import available_cores, map_ahead
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Outcome, PanopticResult
 
-WRITERS = {"cpu": 1, "cuda": 4}
+WRITERS = {"cpu": 1, "cuda": 8}
 """Threads that write files, at most, by the kind of device. On the CPU the network needs the cores itself."""
 
 HELD = 4

@@ -35,7 +35,7 @@ from spatialflow.threads import map_ahead
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a Predictor computes in."""
 
-DECODERS = {"cpu": 1, "cuda": 4}
+DECODERS = {"cpu": 1, "cuda": 6}
 """Threads that decode images, by the kind of device. On the CPU the network needs the cores itself."""
 
 PATIENCE = 4

@@ -128,7 +128,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                         help="arithmetic of the network (default: float32)")  # fmt: skip
-    parser.add_argument("--cuda-graph", action="store_true", help="replay CUDA graphs")
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
+                        help="replay CUDA graphs (default: on a GPU)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per batch (default: 1)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of all rounds; there are at least three")

@@ -363,10 +363,13 @@ def quick_steps(on_gpu: bool, output: Path) -> list[Step]:
 def first_steps(on_gpu: bool, output: Path) -> list[Step]:
     stages = ["--output", str(output), *device_arguments(on_gpu)]
     stages += [] if on_gpu else ["--config", "tiny", "--size", "96", "128", "--dtype", "float32", "--seconds", "0.01"]
-    files = ["--seconds", "4", "--short-edges", "800", "--dtype", "bfloat16", "--cuda-graph", "--threads", "8",
+    files = ["--seconds", "4", "--short-edges", "800", "--dtype", "bfloat16", "--threads", "8",
              "--providers", "spatialflow", "reference, 16 bits"]  # fmt: skip
+    overlapped = ["--config", "spatialflow_r50_coco", "--dtype", "bfloat16", "--size", "800", "1333", "--count", "40",
+                  "--threads", "8"]  # fmt: skip
     if not on_gpu:
         files = ["--seconds", "0.01", "--short-edges", "64", "--config", "tiny"]
+        overlapped = ["--size", "64", "96", "--count", "4", "--seconds", "0.01", "--config", "tiny"]
     return [
         card_step(on_gpu, output),
         operators_step(on_gpu),
@@ -381,6 +384,8 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
         Step("images per second from files",
              [sys.executable, "benchmarks/end_to_end.py", *device_arguments(on_gpu), *files, "--output", str(output)],
              least=45, limit=75 if on_gpu else 900, detail=images_per_second),
+        Step("stages of prediction from files", [sys.executable, "benchmarks/throughput.py", *device_arguments(on_gpu),
+             *overlapped, "--output", str(output)], least=30, limit=60 if on_gpu else 900, detail=overlap),
     ]  # fmt: skip
 
 
@@ -447,6 +452,12 @@ def images_per_second(output: str) -> str:
     table = output.split("share of the time")[0]
     rows = re.findall(r"^    (spatialflow|reference\S*(?: \S+)*) +([\d.]+) +[\d.]+ ", table, re.MULTILINE)
     return "; ".join(f"{name.strip()} {value} images/s" for name, value in rows) or output.strip()[-200:]
+
+
+def overlap(output: str) -> str:
+    """The lines of benchmarks/throughput.py for the network alone and for everything at once."""
+    rows = re.findall(r"^    (network|overlapped) +([\d.]+)", output, re.MULTILINE)
+    return "; ".join(f"{name} {value} images/s" for name, value in rows) or output.strip()[-200:]
 
 
 def rate(output: str) -> str:

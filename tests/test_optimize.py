@@ -190,7 +190,8 @@ def test_moved_to_another_device(name, device):
 @pytest.mark.parametrize("given", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_images_of_another_dtype_are_refused(given):
     fast = optimize_for_inference(random_model("tiny"))
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=f"x must be torch.float32 .* got {given} on {DEVICE}"):
+    rule = f"x must be torch.float32 .* got {given} on {DEVICE}"
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=rule):
         fast(torch.randn(1, 3, 64, 64, dtype=given))
 
 

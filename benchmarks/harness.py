@@ -276,9 +276,9 @@ class _Call:
                 return self._function(*self._inputs, **self._options)
         outputs = [leaf for leaf in leaves(self._function(*self._inputs, **self._options)) if leaf.requires_grad]
         if self._grads is None:
-            generator = torch.Generator().manual_seed(1)
+            generator = torch.Generator(device="cpu").manual_seed(1)
             self._grads = [
-                torch.randn(o.shape, generator=generator, dtype=torch.float32)
+                torch.randn(o.shape, generator=generator, dtype=torch.float32, device="cpu")
                 .to(o)
                 .contiguous(memory_format=_format_of(o))
                 for o in outputs

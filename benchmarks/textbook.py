@@ -121,7 +121,7 @@ def launch(name: str, total: int, *arguments: Any) -> None:
     kernel = _kernels.get(name)
     if kernel is None:
         kernel = _kernels[name] = cupy.RawKernel(SOURCES[name], name)
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+    with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
         kernel((-(-total // THREADS),), (THREADS,), tuple(map(_argument, arguments)))
 
 

@@ -17,7 +17,7 @@ from spatialflow.data.augment import augment
 from spatialflow.data.categories import load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
 from spatialflow.data.coco import CocoPanoptic
-from spatialflow.data.loader import Schedule, make_loader
+from spatialflow.data.loader import Schedule, _Samples, collate, make_loader
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
 from spatialflow.models.config import DataConfig
@@ -354,6 +354,14 @@ class TestLoader:
             )
         truth = whole[0].truth()
         assert [len(m) for m in truth.masks] == [len(b) for b in truth.boxes] and truth.masks[0][0].sum() > 0
+
+    def test_batches_are_on_the_cpu_whatever_the_default_device(self, coco):
+        (draws,) = Schedule(coco.sizes, 2, 0).draws(0, 1, 0, 1, 1)
+        samples = _Samples(coco, PLAIN, strict=True)
+        with torch.device("meta"):
+            batch = collate([samples[draw] for draw in draws])
+        found = [batch.images, batch.instances, batch.semantic, batch.valid_sizes, batch.padded_sizes]
+        assert {t.device.type for t in [*found, *batch.boxes, *batch.labels]} == {"cpu"}
 
     def test_broken_images_are_replaced_and_named(self, tmp_path):
         write_coco(tmp_path, 3)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from op_matrix import DEVICE
 from torch.nn import functional as F
 
 from spatialflow.models import fused_conv
@@ -165,7 +166,7 @@ class TestDtypes:
     def test_another_dtype_than_the_weight(self, cudnn, given):
         kernel, shape = SHAPES["1x1"]
         x, weight, bias, _ = tensors(kernel, shape)
-        rule = f"x must be torch.float32 on cpu, as the weight is, got {given} on cpu"
+        rule = f"x must be torch.float32 on {x.device}, as the weight is, got {given} on {x.device}"
         with pytest.raises(RuntimeError, match=f"fused_conv2d: {rule}"):
             fused_conv2d(x.to(given), weight, bias, shape, True)
         with pytest.raises(RuntimeError, match=f"linear_relu: {rule}"):
@@ -175,10 +176,11 @@ class TestDtypes:
     def test_another_device_than_the_weight(self):
         kernel, shape = SHAPES["1x1"]
         x, weight, bias, _ = tensors(kernel, shape)
-        with pytest.raises(RuntimeError, match="x must be torch.float32 on cpu, as .*, got torch.float32 on meta"):
+        rule = f"x must be torch.float32 on {weight.device}, as the weight is, got torch.float32 on meta"
+        with pytest.raises(RuntimeError, match=f"fused_conv2d: {rule}"):
             fused_conv2d(x.to("meta"), weight, bias, shape, True)
 
-    @pytest.mark.parametrize("dtypes", itertools.permutations([torch.float32, torch.bfloat16]), ids=str)
+    @pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.float32, torch.bfloat16])), ids=str)
     @pytest.mark.parametrize("library", ["onednn", "cudnn"])
     def test_autocast(self, library, dtypes, request):
         if library == "cudnn":
@@ -188,15 +190,15 @@ class TestDtypes:
             x, weight, bias = x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1]) if with_bias else None
             residual = residual if with_residual else None
             right = expected(x, weight, bias, shape, relu, residual)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 y = fused_conv2d(x, weight, bias, shape, relu, residual)
             assert y.dtype == torch.bfloat16
             assert (y - right).abs().max() < 0.02 * right.abs().max()
 
-    @pytest.mark.parametrize("dtypes", itertools.permutations([torch.float32, torch.bfloat16]), ids=str)
+    @pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.float32, torch.bfloat16])), ids=str)
     def test_autocast_of_linear_relu(self, dtypes):
         x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = linear_relu(x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1]))
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), F.linear(x, weight, bias).relu(), rtol=0.05, atol=0.05)

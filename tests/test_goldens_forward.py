@@ -174,6 +174,13 @@ def test_masks(tiny):
         assert masks[~proper].sum() <= expected[~proper].sum()
 
 
+def test_anchors_whatever_the_default_device():
+    with torch.device("meta"):
+        anchors, flags = base_anchors(8, 4, 3, (0.5, 1.0, 2.0)), valid_flags((2, 3), 8, (16, 16), 1)
+    assert anchors.shape == (9, 4) and anchors.isfinite().all()
+    assert flags.tolist() == [True, True, False] * 2
+
+
 def test_anchor_grid_and_valid_flags(goldens):
     arrays, about = np.load(goldens / "ops" / "anchors.npz"), json.loads((goldens / "ops" / "anchors.json").read_text())
     for level, (size, stride) in enumerate(zip(about["featmap_sizes"], STRIDES)):

@@ -115,6 +115,35 @@ def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, c
     assert gpu_check.main(["--output", str(tmp_path), "--steps", "good", "absent"]) == 0
 
 
+ENDED = """============================= test session starts ==============================
+tests/test_a.py::TestA::test_one PASSED                                  [ 50%]
+tests/test_a.py::TestA::test_two[a b] PASSED                             [100%]
+
+=============================== warnings summary ===============================
+tests/test_a.py::TestA::test_one
+  /lib/torch.py:365: DeprecationWarning: about torch
+=================== 2 passed, 3 warnings in 73.64s (0:01:13) ===================
+"""
+CUT_OFF = """============================= test session starts ==============================
+tests/test_b.py::test_one PASSED                                         [ 50%]
+tests/test_b.py::test_two[one row, left out-float64] """
+NOTHING_TO_DO = """============================= test session starts ==============================
+============================ no tests ran in 0.02s =============================
+"""
+
+
+def test_what_did_not_end_is_named(gpu_check):
+    """By its file; what pytest's summary of warnings names has ended."""
+    detail = gpu_check.pytest_detail
+    assert detail(ENDED) == "2 passed, 3 warnings"
+    for runs, counts in (
+        ([ENDED, CUT_OFF, ENDED, NOTHING_TO_DO], "4 passed, 6 warnings"),
+        ([CUT_OFF, ENDED], "2 passed, 3 warnings"),
+    ):
+        assert detail("\n".join(runs)) == f"{counts}; not ended: tests/test_b.py"
+    assert detail("No module named pytest") == "No module named pytest"
+
+
 @pytest.mark.parametrize("kind", ["first", "second", "quick"])
 def test_time_of_all_steps_is_bounded(gpu_check, kind):
     """What is kept for the steps fits into the whole, which holds whatever they take."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """group_norm_relu: the op matrix, torch's own operators, large means, values that are not finite, threads, errors."""
 
+import math
+
 import pytest
 import torch
 from op_matrix import DEVICE, THIN_SHAPES, OpMatrix, OpSample, assert_near
@@ -42,12 +44,13 @@ def sample(shape: tuple[int, int, int, int], num_groups: int, affine: str = "wei
 
     def build() -> OpSample:
         every = tuple(range(1 + len(names)))
+        lone = math.prod(shape[1:]) == num_groups  # no gradient by the input but rounding: see TestStatistics
         return OpSample(
             op=op(ops.group_norm_relu),
             reference=op(reference.group_norm_relu),
             tensors=tensors(),
             options=options,
-            differentiable=every,
+            differentiable=every[1:] if lone else every,
             converted=every,
             raw=raw,
             resized=tensors,
@@ -67,8 +70,11 @@ class TestGroupNormRelu(OpMatrix):
         "nothing by channel, upsampled": sample((2, 6, 3, 4), 2, "", eps=0.1, upsample=True),
     }
     linear_samples = ()
+    # eps: without it, the gradients of a group of two values cancel out, and what is left is rounding.
     thin_samples = {
-        f"{name}{', upsampled' if upsample else ''}": sample(shape, min(max(shape[1], 1), 4), upsample=upsample)
+        f"{name}{', upsampled' if upsample else ''}": sample(
+            shape, min(max(shape[1], 1), 4), upsample=upsample, eps=0.1
+        )
         for name, shape in THIN_SHAPES.items()
         for upsample in (False, True)
     }
@@ -248,6 +254,17 @@ class TestStatistics:
         groups = input.reshape(2, 3, -1)
         torch.testing.assert_close(statistics[..., 0], groups.mean(-1))
         torch.testing.assert_close(statistics[..., 1], (groups.var(-1, correction=0) + 0.25).rsqrt())
+
+    @pytest.mark.parametrize("upsample", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_a_lone_value_has_no_gradient(self, dtype, upsample):
+        """It is its group's mean: two terms of size weight / sqrt(eps) cancel out up to their rounding."""
+        input = torch.randn(64, 4, 1, 1, dtype=dtype, requires_grad=True)
+        weight, bias, eps = torch.rand(4, dtype=dtype) + 0.5, torch.ones(4, dtype=dtype), 1e-4
+        result = ops.group_norm_relu(input, 4, weight, bias, eps, upsample)
+        (gradient,) = torch.autograd.grad(result, input, torch.rand_like(result) + 1)
+        largest = 1.5 / eps**0.5 * 2 * result[0, 0].numel()
+        assert gradient.abs().max() <= 2 * torch.finfo(dtype).eps * largest
 
     @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 8, 3, 5)])
     def test_constant_groups_give_the_bias(self, shape):

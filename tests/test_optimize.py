@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden_models import assert_close, golden_model
+from op_matrix import DEVICE
 from small_models import VARIANTS, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -189,7 +190,8 @@ def test_moved_to_another_device(name, device):
 @pytest.mark.parametrize("given", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_images_of_another_dtype_are_refused(given):
     fast = optimize_for_inference(random_model("tiny"))
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=f"x must be torch.float32 .* got {given} on cpu"):
+    rule = f"x must be torch.float32 .* got {given} on {DEVICE}"
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=rule):
         fast(torch.randn(1, 3, 64, 64, dtype=given))
 
 
@@ -200,7 +202,7 @@ def test_autocast(dtype, given):
     model, images = random_model("tiny").to(dtype), torch.randn(1, 3, 64, 64).to(given)
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(images.double()).stuff_logits
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             actual = optimize_for_inference(model)(images).stuff_logits
     assert actual.dtype == torch.bfloat16
     assert (actual - expected).abs().max() < 0.05 * expected.abs().max()

@@ -31,8 +31,9 @@ def outputs_and_gradients(model, network, images):
     if output.thing_features is not None:
         rois = torch.tensor([[0, 3.0, 5, 40, 60], [0, 0, 0, 60, 20]]).to(images)
         results.append(network.thing_logits(output.thing_features, rois, torch.tensor([0, 2])))
-    generator = torch.Generator().manual_seed(0)
-    sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results).backward()
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    weights = [torch.randn(r.shape, generator=generator, dtype=r.dtype, device="cpu").to(r) for r in results]
+    sum((r * weight).sum() for r, weight in zip(results, weights)).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return [r.detach() for r in results], gradients

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden_models import golden_model
+from small_models import random_model
 
 import spatialflow
 from spatialflow.models import inference
@@ -56,6 +57,17 @@ def assert_consistent(result, size):
         and (result.boxes[:, [1, 3]] <= size[0] + 0.01).all()
     )
     json.dumps(result.segments)
+
+
+def test_whatever_the_default_device():
+    """Of torch, where the predictor is made and called."""
+    model = random_model("tiny")
+    (expected,) = spatialflow.Predictor(model, "cpu", **SHORT)([picture(90, 130)])
+    with torch.device("meta"):
+        (actual,) = spatialflow.Predictor(model, "cpu", **SHORT)([picture(90, 130)])
+    assert_consistent(actual, (90, 130))
+    for name in ("id_map", "boxes", "scores"):
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("size", [(90, 130), (1, 1), (1, 5000), (700, 3)])

@@ -747,12 +747,13 @@ def _normalize_a_part(rank, folder):
 
 def test_synchronized_norm_equals_one_over_the_whole_batch(tmp_path):
     """Float64, processes with batches of different shape: outputs, all gradients, running statistics."""
-    batch = torch.randn(3, 3, 6, 5, dtype=torch.float64) * 2 + 100
+    with torch.device("cpu"):  # as in the processes
+        batch = torch.randn(3, 3, 6, 5, dtype=torch.float64) * 2 + 100
+        norm = torch.nn.BatchNorm2d(3).double()
     torch.save(batch, tmp_path / "batch.pt")
     torch.multiprocessing.spawn(_normalize_a_part, (tmp_path,), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
-    norm = torch.nn.BatchNorm2d(3).double()
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     values = torch.cat([batch[:1].movedim(1, 0).flatten(1), batch[1:, ..., :4, :].movedim(1, 0).flatten(1)], dim=1)
     values = values.t()[..., None, None].requires_grad_()  # (pixels of both, 3, 1, 1)

@@ -174,9 +174,9 @@ def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
             return item
     samples = [item.sample for item in items]
     height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
-    images = torch.zeros((len(samples), 3, height, width))
-    instances = torch.zeros((len(samples), height, width), dtype=torch.int32)
-    semantic = torch.full((len(samples), height, width), IGNORED, dtype=torch.uint8)
+    images = torch.zeros((len(samples), 3, height, width), device="cpu")
+    instances = torch.zeros((len(samples), height, width), dtype=torch.int32, device="cpu")
+    semantic = torch.full((len(samples), height, width), IGNORED, dtype=torch.uint8, device="cpu")
     for i, sample in enumerate(samples):
         _, h, w = sample.image.shape
         images[i, :, :h, :w] = torch.from_numpy(sample.image)
@@ -188,8 +188,8 @@ def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
         [torch.from_numpy(sample.labels) for sample in samples],
         instances,
         semantic,
-        torch.tensor([sample.valid_size for sample in samples]),
-        torch.tensor([sample.image.shape[1:] for sample in samples]),
+        torch.tensor([sample.valid_size for sample in samples], device="cpu"),
+        torch.tensor([sample.image.shape[1:] for sample in samples], device="cpu"),
         [message for item in items for message in item.problems],
         [note for item in items for note in item.notes],
     )

@@ -130,7 +130,8 @@ class Pipeline:
 
     def _view(self, fitted: tuple[Fitted, ...], mirrored: bool) -> View:
         def upload(values: list) -> Tensor:
-            return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+            on_gpu = self.device.type == "cuda"
+            return torch.tensor(values, device="cpu", pin_memory=on_gpu).to(self.device, non_blocking=True)
 
         return View(
             mirrored,

@@ -56,7 +56,7 @@ class Transfers:
         """
         if not self._is_gpu:
             return torch.from_numpy(np.require(pixels, requirements="CW"))
-        pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty(pixels.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         np.copyto(pinned.numpy(), pixels)  # torch's copy would start threads of its own for each of ours
         return pinned
 

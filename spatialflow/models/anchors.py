@@ -24,12 +24,9 @@ def base_anchors(
     Returns:
         (len(ratios) * scales_per_octave, 4) float32, (x1, y1, x2, y2) in pixels around 0; ratio-major, then scale.
     """
-    scales = (
-        torch.tensor([2.0 ** (i / scales_per_octave) for i in range(scales_per_octave)], dtype=torch.float64)
-        * octave_scale
-    )
-    scales = scales.float()
-    h_ratios = torch.sqrt(torch.tensor(ratios, dtype=torch.float32))
+    octaves = [2.0 ** (i / scales_per_octave) for i in range(scales_per_octave)]
+    scales = (torch.tensor(octaves, dtype=torch.float64, device="cpu") * octave_scale).float()
+    h_ratios = torch.sqrt(torch.tensor(ratios, dtype=torch.float32, device="cpu"))
     widths = (stride * (1 / h_ratios)[:, None] * scales[None, :]).reshape(-1)
     heights = (stride * h_ratios[:, None] * scales[None, :]).reshape(-1)
     return torch.stack([-0.5 * widths, -0.5 * heights, 0.5 * widths, 0.5 * heights], dim=-1)

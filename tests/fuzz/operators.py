@@ -232,11 +232,12 @@ def _nearby(*names: str) -> Callable[[dict, float], Iterator[dict]]:
     sums of Winograd round more often."""
 
     def nearby(arguments: dict, epsilon: float) -> Iterator[dict]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device="cpu").manual_seed(0)
         for roundings in ((4, 32, 256) if epsilon < 1e-5 else (0.5, 1, 2)) * 8:
 
             def moved(t: Tensor, step: float = roundings * epsilon) -> Tensor:
-                return t + step * (t.abs() + 1) * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+                noise = torch.randn(t.shape, generator=generator, dtype=t.dtype, device="cpu").to(t)
+                return t + step * (t.abs() + 1) * noise
 
             yield arguments | {name: map_tensors(moved, arguments[name]) for name in names}
 

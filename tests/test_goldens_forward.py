@@ -175,10 +175,11 @@ def test_masks(tiny):
 
 
 def test_anchors_whatever_the_default_device():
+    padded = torch.tensor([[16, 16], [8, 24]], device="cpu")
     with torch.device("meta"):
-        anchors, flags = base_anchors(8, 4, 3, (0.5, 1.0, 2.0)), valid_flags((2, 3), 8, (16, 16), 1)
+        anchors, flags = base_anchors(8, 4, 3, (0.5, 1.0, 2.0)), valid_flags((2, 3), 8, padded, 1)
     assert anchors.shape == (9, 4) and anchors.isfinite().all()
-    assert flags.tolist() == [True, True, False] * 2
+    assert flags.tolist() == [[True, True, False] * 2, [True] * 3 + [False] * 3]
 
 
 def test_anchor_grid_and_valid_flags(goldens):

@@ -246,7 +246,7 @@ def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("kind, cores, threads", [
-    ("cpu", 1, 1), ("cpu", 64, 1), ("cuda", 1, 1), ("cuda", 2, 1), ("cuda", 3, 2), ("cuda", 5, 4), ("cuda", 16, 4),
+    ("cpu", 1, 1), ("cpu", 64, 1), ("cuda", 1, 1), ("cuda", 2, 1), ("cuda", 3, 2), ("cuda", 5, 4), ("cuda", 64, 8),
 ])  # fmt: skip
 def test_number_of_threads(monkeypatch, kind, cores, threads):
     """A core stays with the thread that feeds the network."""

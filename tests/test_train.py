@@ -210,7 +210,7 @@ class TestRun:
         import spatialflow.engine.train as train
 
         given, make = [], train.Predictor
-        monkeypatch.setattr(train, "Predictor", lambda *args, **options: given.append(options) or make(*args, **options))
+        monkeypatch.setattr(train, "Predictor", lambda *args, **kwargs: given.append(kwargs) or make(*args, **kwargs))
         Trainer(small(), data, tmp_path, ALONE, validation=data).run()
         assert [options["cuda_graph"] for options in given] == [False]
 

@@ -317,3 +317,21 @@ def test_autocast_is_not_captured(model, stand_in):
     assert len(graphed.pipeline.graphs) == 0
     assert_same(graphed(image), expected)
     assert len(graphed.pipeline.graphs) == 1
+
+
+def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
+    """Also where another thread makes a stream at the same moment."""
+    recorder, used, other = Recorder(), [], Recorder.Stream()
+    recorder.Stream = lambda device: Recorder.Stream()
+
+    def stream(given):
+        used.append(given)
+        transfers._uploads = other
+        return contextlib.nullcontext()
+
+    recorder.stream = stream
+    monkeypatch.setattr(cuda_graphs.torch, "cuda", recorder)
+    transfers = Transfers(torch.device("cpu"))
+    transfers._is_gpu = True
+    transfers.upload([torch.zeros(1)])
+    assert recorder.current.waited_for == used

@@ -271,7 +271,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                         help="of spatialflow and of the reference in 16 bits (default: float32)")  # fmt: skip
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
-                        help="let spatialflow replay CUDA graphs (default: on a GPU)")  # fmt: skip
+                        help="let spatialflow replay CUDA graphs, all work of which counts as backbone + FPN (default: "
+                             "on a GPU)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per pipeline and size (default: 5)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",

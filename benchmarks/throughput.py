@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
                               batch_size=options.batch_size, detection_masks=False)  # fmt: skip
         rows = make_rows(measure(Runs(predictor, paths, folder), options.seconds), len(paths))
     print_rows(rows)
-    chosen = {name: getattr(options, name) for name in ("config", "dtype", "cuda_graph", "batch_size")}
+    chosen = {name: getattr(options, name) for name in ("config", "dtype", "batch_size")}
+    chosen["cuda_graph"] = predictor.pipeline.graphs is not None
     path = results_path(options.output, setting["device"], "throughput")
     content = {"op": "throughput", "title": TITLE, **setting, **chosen, "images": len(paths), "rows": rows}
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -4,6 +4,9 @@ for CUDA's, and like it writes into the outputs of the capture."""
 
 import contextlib
 import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -26,15 +29,21 @@ def overwrite(target, source):
 
 
 class Recorder:
-    """Stands in for torch.cuda: no streams, and graphs that replay by running again."""
+    """Stands in for torch.cuda: streams that only note their waits, and graphs that replay by running again."""
+
+    def __init__(self):
+        self.current, self.captures = self.Stream(), []
 
     class CUDAGraph:
         def replay(self):
             overwrite(self.output, self.function(self.inputs))
 
     class Stream:
+        def __init__(self):
+            self.waited_for = []
+
         def wait_stream(self, other):
-            pass
+            self.waited_for.append(other)
 
     class Event:
         def synchronize(self):
@@ -42,15 +51,16 @@ class Recorder:
 
     device = stream = staticmethod(lambda _: contextlib.nullcontext())
 
-    @staticmethod
-    def graph(graph, pool, stream, capture_error_mode):
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local", "other threads use the device too"
-        return contextlib.nullcontext()
+        self.captures.append((pool, stream))
+        yield
 
     graph_pool_handle = staticmethod(object)
 
-    def current_stream(self):
-        return self.Stream()
+    def current_stream(self, device=None):
+        return self.current
 
 
 @pytest.fixture
@@ -117,6 +127,79 @@ def test_copies_capture_their_own(cache):
     assert len(cache) == 1 and len(other) == 0 and other._pool is None
     assert other("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
     assert cache("a", None, [torch.ones(1)]).item() == -1
+
+
+def test_captures_share_their_memory(cache):
+    """Within a pool, torch hands memory out again to the stream alone that it was taken for."""
+    for key in "abcd":
+        cache(key, lambda: lambda inputs: -inputs[0], [torch.ones(1)])
+    captures = cuda_graphs.torch.cuda.captures
+    assert len(captures) == 4
+    assert len({id(pool) for pool, _ in captures}) == 1 and len({id(stream) for _, stream in captures}) == 1
+
+
+def test_another_stream_waits_for_the_last_call(cache):
+    """Its replay would overwrite what the work of the first stream reads."""
+    device, first, second = cuda_graphs.torch.cuda, Recorder.Stream(), Recorder.Stream()
+    for stream in (first, first, second):
+        device.current = stream
+        cache("a", lambda: lambda inputs: -inputs[0], [torch.ones(1)])
+    assert first not in first.waited_for and second.waited_for == [first]
+
+
+def out_of_memory(where):
+    raise torch.OutOfMemoryError(f"out of memory in {where}")
+
+
+def test_graphs_make_room_for_another(stand_in):
+    """What worked without graphs works with them: all other graphs go before one fails."""
+    cache = stand_in(torch.device("cpu"))
+    for key in "ab":
+        cache(key, lambda: lambda inputs: -inputs[0], [torch.ones(1)])
+
+    def make():
+        return lambda inputs: out_of_memory("c") if len(cache) == 2 else 2 * inputs[0]
+
+    result = cache("c", make, [torch.ones(1)])
+    assert result.item() == 2 and len(cache) == 1
+    captures = cuda_graphs.torch.cuda.captures
+    assert captures[0][0] is captures[1][0] is not captures[2][0], "torch refuses a pool that no graph uses"
+
+
+def test_a_capture_that_fails_leaves_the_next_a_new_pool(cache):
+    def make():
+        captures = len(cuda_graphs.torch.cuda.captures)
+        return lambda inputs: out_of_memory("a") if len(cuda_graphs.torch.cuda.captures) > captures else inputs[0]
+
+    with pytest.raises(torch.OutOfMemoryError, match="in a"):
+        cache("a", make, [torch.ones(1)])
+    assert len(cache) == 0
+    cache("a", lambda: lambda inputs: -inputs[0], [torch.ones(1)])
+    (failed, _), (pool, _) = cuda_graphs.torch.cuda.captures
+    assert pool is not failed
+
+
+def test_one_capture_at_a_time(stand_in):
+    """Of all threads and caches, as each empties the allocator."""
+    alone, errors = threading.Lock(), []
+
+    def make():
+        def function(inputs):
+            if not alone.acquire(blocking=False):
+                errors.append("two at once")
+                return inputs[0]
+            time.sleep(0.05)
+            alone.release()
+            return -inputs[0]
+
+        return function
+
+    def capture(cache):
+        cache._capture(make(), [torch.ones(1)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(capture, [stand_in(torch.device("cpu")) for _ in range(2)]))
+    assert errors == []
 
 
 SIZES = [
@@ -198,3 +281,57 @@ def test_graphs_of_ensembles(model, stand_in):
     for image in pictures(SIZES[:3]):
         assert_same(graphed(image), eager(image))
     assert len(graphed.pipeline.graphs) == 1
+
+
+def test_threads_share_a_predictor(model, stand_in):
+    """The replay of one waits until the results of the other are copied."""
+    eager, graphed = predictors(model, stand_in)
+    images = pictures([(40, 60), (41, 61)])
+    expected = eager(images)
+    graphed(images[0])
+    begun = threading.Event()
+
+    class Slow(CopyingTransfers):
+        def download(self, value):
+            if not begun.is_set():
+                begun.set()
+                time.sleep(0.5)  # for the other thread's replay
+            return super().download(value)
+
+    graphed._transfers = Slow(graphed.device)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(graphed, images[0])
+        assert begun.wait(30)
+        second = pool.submit(graphed, images[1])
+        assert_same(first.result(), expected[0])
+        assert_same(second.result(), expected[1])
+
+
+def test_autocast_is_not_captured(model, stand_in):
+    """A graph would replay the dtypes of its capture, whatever autocast says later."""
+    eager, graphed = predictors(model, stand_in)
+    image = pictures([(40, 60)])[0]
+    expected = eager(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(graphed(image), eager(image))
+    assert len(graphed.pipeline.graphs) == 0
+    assert_same(graphed(image), expected)
+    assert len(graphed.pipeline.graphs) == 1
+
+
+def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
+    """Also where another thread makes a stream at the same moment."""
+    recorder, used, other = Recorder(), [], Recorder.Stream()
+    recorder.Stream = lambda device: Recorder.Stream()
+
+    def stream(given):
+        used.append(given)
+        transfers._uploads = other
+        return contextlib.nullcontext()
+
+    recorder.stream = stream
+    monkeypatch.setattr(cuda_graphs.torch, "cuda", recorder)
+    transfers = Transfers(torch.device("cpu"))
+    transfers._is_gpu = True
+    transfers.upload([torch.zeros(1)])
+    assert recorder.current.waited_for == used

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The predictor on a GPU: the CPU's maps, replays equal to eager runs, and no wait but the last."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,38 @@ def test_graphs_replay_what_runs_eagerly(model, dtype):
     assert eager.pipeline.graphs is None and graphed.pipeline.graphs is not None
     for _ in range(3):
         for one, other in zip(graphed(pictures()), eager(pictures())):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    "models, options",
+    [
+        (["tiny"], dict(optimize=False)),
+        (["tiny", "tiny_dcn"], {}),
+        (["tiny"], dict(test_flip=True, test_short_edges=[96, 64])),
+    ],
+    ids=["plain modules", "ensemble", "augmentation"],
+)
+def test_graphs_of_other_forms(models, options):
+    models = [random_model(name) for name in models]
+    eager, graphed = (spatialflow.Predictor(models, "cuda", cuda_graph=g, **OPTIONS | options) for g in (False, None))
+    for _ in range(2):
+        for one, other in zip(graphed(pictures()), eager(pictures())):
+            assert_same(one, other)
+
+
+def test_threads_share_a_predictor(model):
+    """Each with a stream of its own; sizes are captured while another thread predicts."""
+    eager, graphed = (spatialflow.Predictor(model, "cuda", cuda_graph=g, **OPTIONS) for g in (False, None))
+    images = many_pictures(24)
+    expected = eager(images)
+
+    def predict(image):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return graphed(image)
+
+    with ThreadPoolExecutor(4) as pool:
+        for one, other in zip(pool.map(predict, images), expected, strict=True):
             assert_same(one, other)
 
 

@@ -309,6 +309,16 @@ class TestValues:
         (alone,) = torch.autograd.grad(ops.flow_conv2d(leaf, None, weight, None, False).sum(), leaf)
         assert torch.equal(gradient, alone)
 
+    def test_no_second_derivative_passes_the_mask_of_relu(self):
+        """Which results are positive has no derivative: zeros for it would become NaN where x holds NaN."""
+        x, weight = torch.randn(1, 2, 5, 5), torch.randn(2, 2, 3, 3, requires_grad=True)
+        x[0, 0, 0, 0] = float("nan")
+        x.requires_grad_()
+        y = ops.flow_conv2d(x, None, weight, None, True, "direct")
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+        (second,) = torch.autograd.grad(gradient.sum(), weight)
+        assert second.isfinite().all()
+
     def test_infinite_and_subnormal(self):
         x = torch.zeros(1, 2, 5, 5)
         x[0, 0, 2, 2] = float("inf")

@@ -205,6 +205,15 @@ class TestRun:
         loaded = load_checkpoint(build_model(small()), tmp_path / "model.safetensors").state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items() if "num_b" not in key)
 
+    def test_evaluation_captures_no_graphs(self, data, tmp_path, monkeypatch):
+        """They would take memory beside that of training, and each evaluation would capture its own."""
+        import spatialflow.engine.train as train
+
+        given, make = [], train.Predictor
+        monkeypatch.setattr(train, "Predictor", lambda *args, **kwargs: given.append(kwargs) or make(*args, **kwargs))
+        Trainer(small(), data, tmp_path, ALONE, validation=data).run()
+        assert [options["cuda_graph"] for options in given] == [False]
+
     @pytest.mark.parametrize("epochs", [1, 2])
     def test_an_evaluation_that_fails_leaves_the_weights(self, data, tmp_path, monkeypatch, epochs):
         """Of the epoch before it, also where the run was to go on."""

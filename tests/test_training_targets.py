@@ -11,6 +11,7 @@ from small_models import SMALL
 from torch.nn import functional as F
 
 from spatialflow.engine.checkpoints import name_from_released
+from spatialflow.models import losses as losses_module
 from spatialflow.models.build import build_model
 from spatialflow.models.losses import Criterion, focal_loss_sum, l1_loss_sum, mask_loss_sum, stuff_loss_sum
 from spatialflow.models.optimize_training import optimize_for_training
@@ -330,3 +331,13 @@ def test_anchors_outside_claim_no_box():
     box, inside = torch.tensor([[39.0, 39, 48, 48]]), torch.tensor([[True, True, False]])
     targets = anchor_targets(anchors, inside, [box], [torch.tensor([2])], 5)
     assert targets.labels.tolist() == [[5, 2, -1]] and targets.positive.tolist() == [[0, 1]]
+
+
+def test_base_anchors_are_made_once_per_device(monkeypatch):
+    """An upload each."""
+    made, make = [], losses_module.pyramid_base_anchors
+    monkeypatch.setattr(losses_module, "pyramid_base_anchors", lambda *args: made.append(args) or make(*args))
+    criterion = Criterion(build_model("tiny").config)
+    for device in ("cpu", "cpu", "meta", "cpu"):
+        assert criterion._base_anchors(torch.device(device)).device.type == device
+    assert len(made) == 3

@@ -156,7 +156,7 @@ class Pipeline:
         """
         with stopwatch(times, "preprocess"):
             images = [self._network_input(pixels, view) for view in plan]
-        if self.graphs is None:
+        if self.graphs is None or torch.is_autocast_enabled(self.device.type):  # a graph keeps autocast as it was
             found = self._recognize(images, plan, times)
         else:
             with stopwatch(times, "network"):

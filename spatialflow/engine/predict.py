@@ -8,7 +8,7 @@ import json
 import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union, overload
 
@@ -166,7 +166,7 @@ class Predictor:
             boxes are float32 always.
         cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel; None:
             on a GPU. The first image of a size pays for the capture, about what four images take without. The 64 sizes
-            used last are kept.
+            used last are kept; where memory is short, fewer. Under autocast every kernel is queued.
         optimize: fold BatchNorm and pre-arrange the weights once.
         detection_masks: whether results carry the mask of every detection. False where only the map counts: on the
             CPU the masks of detections below `instance_score_threshold`, often a quarter of all work, are left out. On
@@ -186,6 +186,7 @@ class Predictor:
 
     Remarks:
         On a CUDA device nothing waits for the GPU between the upload of an image and the download of its result.
+        Several threads may share a Predictor. With CUDA graphs they queue their images one after the other.
     """
 
     def __init__(
@@ -385,9 +386,11 @@ class Predictor:
         with stopwatch(times, "preprocess"):
             pixels = self._transfers.upload([item.staged for item in items])
             plan = self.pipeline.plan([item.fitted for item in items])
-        found = self.pipeline(pixels, plan, times)
-        with stopwatch(times, "merge"):
-            return _Running(items, pixels, self._transfers.download(found), times)
+        graphs = self.pipeline.graphs
+        with nullcontext() if graphs is None else graphs.lock:  # other threads' replays would overwrite the results
+            found = self.pipeline(pixels, plan, times)
+            with stopwatch(times, "merge"):
+                return _Running(items, pixels, self._transfers.download(found), times)
 
     def _finish(self, batch: _Running) -> dict[int, Outcome]:
         """Waits for a batch; the outcomes by position."""

@@ -67,10 +67,10 @@ class Transfers:
         """
         if not self._is_gpu:
             return list(staged)
-        self._uploads = self._uploads or torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._uploads):
+        stream = self._uploads = self._uploads or torch.cuda.Stream(self.device)  # two threads may each make one
+        with torch.cuda.stream(stream):
             uploaded = [tensor.to(self.device, non_blocking=True) for tensor in staged]
-        torch.cuda.current_stream(self.device).wait_stream(self._uploads)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
         return uploaded
 
     def download(self, value: Any) -> Download:

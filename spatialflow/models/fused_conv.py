@@ -140,7 +140,7 @@ def _says_unsupported(error: RuntimeError) -> bool:
 
 
 def _is_matrix_product(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Whether to take it for one: float32 is left to cuDNN, which torch lets use TF32 by another setting."""
+    """Whether to take it for one. Float32 is left to cuDNN, whose TF32 torch sets apart from that of products."""
     return weight.shape[2:] == (1, 1) and shape == _POINTWISE and x.device.type != "cpu" and x.element_size() == 2
 
 

@@ -334,7 +334,9 @@ def _turned(weight: Tensor) -> Tensor:
 
 
 def _masked(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-    return [torch.ops.aten.threshold_backward(gradient, output, 0) for gradient, output in zip(gradients, outputs)]
+    """Detached, as torch would differentiate the sign of the outputs to zeros, and carry those to NaN."""
+    masks = [output.detach() for output in outputs]
+    return [torch.ops.aten.threshold_backward(gradient, mask, 0) for gradient, mask in zip(gradients, masks)]
 
 
 def _sum_pixels(gradients: list[Tensor]) -> Tensor:

@@ -111,12 +111,12 @@ def main() -> None:
         sys.exit(1 if complaints else 0)
     ranges = [
         f"- sm_{name}: {span([registers for registers, _ in totals[name]])} registers,"
-        f" {sum(spilled for _, spilled in totals[name])} spilled bytes"
+        f" {sum(spilled for _, spilled in totals[name])} spilled bytes."
         for name in others
     ]
     table = [
         f"sm_{tabled}; ranges over the instantiations (dtypes, access widths).",
-        *(["The same kernels on other architectures:", "", *ranges] if others else []),
+        *(["The list has the same kernels on other architectures.", "", *ranges] if others else []),
         "",
         "| file | kernel | instantiations | registers | static shared bytes | stack bytes | spilled bytes |",
         "|---|---|---|---|---|---|---|",

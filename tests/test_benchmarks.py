@@ -240,3 +240,18 @@ def test_throughput(tmp_path, monkeypatch, capsys):
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
     assert min(row["of_slowest_stage"] for row in content["rows"][:3]) == 1
     assert "overlapped" in capsys.readouterr().out
+
+
+def test_untrained_branches_are_not_zero():
+    """Every residual branch adds something, and its norms have the statistics of the images."""
+    from untrained import settle_norms
+
+    from spatialflow import build_model
+
+    backbone = build_model("tiny").backbone.eval()
+    settle_norms(backbone, torch.randn(2, 3, 64, 64))
+    blocks = [module for module in backbone.modules() if hasattr(module, "bn3")]
+    assert blocks and all(block.bn3.weight.abs().min() > 0 for block in blocks)
+    norms = [module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(not norm.training and norm.momentum == 0.1 for norm in norms)
+    assert all((norm.running_var != 1).all() for norm in norms)

@@ -16,6 +16,7 @@ from small_models import random_model
 import spatialflow
 from spatialflow.engine import cuda_graphs
 from spatialflow.engine.cuda_graphs import WARM_UPS, GraphCache
+from spatialflow.engine.predict import graph_cache
 from spatialflow.engine.transfers import Download, Transfers, _map
 
 
@@ -335,3 +336,10 @@ def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
     transfers._is_gpu = True
     transfers.upload([torch.zeros(1)])
     assert recorder.current.waited_for == used
+
+
+@pytest.mark.parametrize("device, wanted, kept", [
+    ("cuda", None, True), ("cuda", True, True), ("cuda", False, False), ("cpu", None, False), ("cpu", False, False),
+])  # fmt: skip
+def test_graphs_are_the_default_on_a_gpu(device, wanted, kept):
+    assert (graph_cache(torch.device(device), wanted) is not None) == kept

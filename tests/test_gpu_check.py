@@ -203,6 +203,12 @@ def test_shares_of_time_are_no_speeds(gpu_check):
     assert gpu_check.images_per_second(text) == "spatialflow 50.487 images/s"
 
 
+def test_prediction_from_files_is_summed_up_by_two_rows(gpu_check):
+    text = "    decode    400.10  0.2\n    network   222.50  0.3\n    write  300.0 0.1\n    overlapped  210.75  0.3\n"
+    assert gpu_check.overlap(text) == "network 222.50 images/s; overlapped 210.75 images/s"
+    assert gpu_check.overlap("an error") == "an error"
+
+
 def test_pack(tmp_path, monkeypatch):
     """The archive has the tree, the CUDA library and the commit, and of the wheels what was found."""
     spec = importlib.util.spec_from_file_location("gpu_pack", ROOT / "tools" / "gpu_pack.py")

@@ -214,8 +214,7 @@ class Predictor:
         dtype = weight.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-        if cuda_graph and self.device.type != "cuda":
-            raise ValueError(f"cuda_graph needs a CUDA device, got device {self.device}")
+        graphs = graph_cache(self.device, cuda_graph)
         self.config: Config = load_config(models[0].config, **overrides)
         shape = self.config.model
         self.categories = load_categories(
@@ -229,8 +228,6 @@ class Predictor:
         ]
         other = self.categories.other_index
         ignored = () if other is None else (other,)
-        replay = self.device.type == "cuda" if cuda_graph is None else cuda_graph
-        graphs = GraphCache(self.device) if replay else None
         self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks, graphs)
         self.batch_size = batch_size
         self._transfers = Transfers(self.device)
@@ -434,6 +431,13 @@ class Predictor:
             }
             for row, (label, is_thing, area, box, score) in enumerate(rows)
         ]
+
+
+def graph_cache(device: torch.device, wanted: Optional[bool]) -> Optional[GraphCache]:
+    """Where the graphs of a Predictor are kept; None without. `wanted` is its `cuda_graph`."""
+    if wanted and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a CUDA device, got device {device}")
+    return GraphCache(device) if device.type == "cuda" and wanted is not False else None
 
 
 def _models_of(model: Union[SpatialFlow, Sequence[SpatialFlow]]) -> list[SpatialFlow]:

@@ -193,18 +193,18 @@ def _inside(within: Callable[[str], Any], name: str, function: Callable[..., Any
     return call
 
 
-def count(config: str, size: tuple[int, int], dtype: torch.dtype) -> CountKernels:
-    """The kernels of one image of `size`, (H, W), that enters the network in its own size."""
+def count(config: str, size: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> CountKernels:
+    """The kernels of a batch of images of `size`, (H, W), that enter the network in their own size."""
     overrides = {"test_short_edges": [min(size)], "test_long_edge": max(size), "test_flip": False}
     model = build_model(config, **overrides).eval()
     network = optimize_for_inference(model, META, dtype)
     pipeline = Pipeline([network], model.config, (), META, dtype, detection_masks=False)
     counter, stopwatch = CountKernels([*network.parameters(), *network.buffers()]), pipeline_module.stopwatch
     name_stages(pipeline, counter.within)
-    pixels = [torch.empty((*size, 3), dtype=torch.uint8, device=META)]
+    pixels = [torch.empty((*size, 3), dtype=torch.uint8, device=META) for _ in range(batch)]
     try:
         with counter, counter.within("plan"):
-            plan = pipeline.plan([pipeline.fit(size)])
+            plan = pipeline.plan([pipeline.fit(size)] * batch)
         with counter:
             pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
     finally:

@@ -478,7 +478,7 @@ class OpMatrix:
             moved = map_tensors(lambda t: t.to("meta"), args[index])
             if isinstance(args[index], (list, tuple)):
                 moved = [*args[index][:-1], moved[-1]]
-            with pytest.raises(RuntimeError, match="must be on the device of"):
+            with pytest.raises(RuntimeError, match=r"^(?!_).*: .* must be on the device of"):
                 op(*args[:index], moved, *args[index + 1 :])
 
     def test_compile(self, sample: Callable) -> None:

@@ -206,6 +206,19 @@ def test_detections_without_pycocotools(photographs, weights, tmp_path, capsys, 
     assert "needs the package pycocotools" in captured.err and captured.out == ""
 
 
+@pytest.mark.parametrize("content, error", [(None, "cannot be read"), ("[1]", "row 0 must have")])
+def test_bad_detections_are_refused_before_the_scoring(photographs, weights, tmp_path, capsys, content, error):
+    predicted, detections = tmp_path / "predicted", tmp_path / "detections.json"
+    command = ["predict", str(photographs / "plain.jpg"), *FAST, "--checkpoint", str(weights)]
+    assert main([*command, "--output", str(predicted)]) == 0
+    if content is not None:
+        detections.write_text(content)
+    capsys.readouterr()
+    assert main(["evaluate", str(predicted), str(predicted), "--detections", str(detections)]) == 2
+    captured = capsys.readouterr()
+    assert f"{detections}: {error}" in captured.err and captured.out == ""
+
+
 def _options() -> list[tuple[str, str]]:
     """Every command with the destination of each of its options."""
     (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))

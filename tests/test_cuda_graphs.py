@@ -320,6 +320,41 @@ def test_autocast_is_not_captured(model, stand_in):
     assert len(graphed.pipeline.graphs) == 1
 
 
+def test_checked_calls_are_not_captured(model, stand_in):
+    """Checks read values on the host, which a capture forbids and a replay would not repeat."""
+    eager, graphed = predictors(model, stand_in)
+    image = pictures([(40, 60)])[0]
+    with spatialflow.ops.checked():
+        assert_same(graphed(image), eager(image))
+    assert len(graphed.pipeline.graphs) == 0
+
+
+SETTINGS_OF_TORCH = [
+    (torch.backends.cudnn, "enabled", False),
+    (torch.backends.cudnn, "benchmark", True),
+    (torch.backends.cudnn, "deterministic", True),
+    (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation", True),
+    (torch, "are_deterministic_algorithms_enabled", lambda: True),
+]
+
+
+@pytest.mark.parametrize("owner, name, value", SETTINGS_OF_TORCH, ids=[row[1] for row in SETTINGS_OF_TORCH])
+def test_settings_of_torch_have_graphs_of_their_own(cache, owner, name, value):
+    """Of those that choose kernels: a replay would keep what was set when it was captured."""
+    first, before = cache("a", lambda: lambda inputs: -inputs[0], [torch.ones(1)]), getattr(owner, name)
+    assert before != value
+    setattr(owner, name, value)
+    try:
+        assert cache("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
+    finally:
+        setattr(owner, name, before)
+    assert cache("a", None, [torch.ones(1)]) is first
+
+
 def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
     """Also where another thread makes a stream at the same moment."""
     recorder, used, other = Recorder(), [], Recorder.Stream()

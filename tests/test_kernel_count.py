@@ -34,6 +34,12 @@ def test_r50(kernel_count, dtype):
     assert sum(found.kernels.values()) <= 200, found.kernels
 
 
+def test_a_batch_costs_few_kernels_more(kernel_count):
+    """The network runs once: what comes per image is the stuff labels, pasting and merging."""
+    one, eight = (kernel_count.count("tiny", (128, 160), torch.bfloat16, batch).kernels for batch in (1, 8))
+    assert {stage for stage in one if one[stage] != eight[stage]} <= {"plan", "masks", "stuff", "merge"}
+
+
 @pytest.mark.parametrize("config", ["tiny", "tiny_dcn", "retinanet_r50_coco"])
 def test_other_networks_convert_nothing(kernel_count, config):
     found = kernel_count.count(config, (128, 160), torch.bfloat16)

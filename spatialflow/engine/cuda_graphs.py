@@ -18,6 +18,22 @@ _capturing = threading.Lock()
 """One capture at a time in a process: each empties torch's allocator first, which fails while another is at work."""
 
 
+def _kernel_settings() -> tuple[Any, ...]:
+    """What torch is set to where the settings choose kernels, and so what a graph holds."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.conv.fp32_precision,
+        matmul.fp32_precision,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]  # what the graph reads
@@ -59,7 +75,7 @@ class GraphCache:
         """`function(inputs)` on the device, from the graph of `key`.
 
         Args:
-            key: all that the function and the shapes and dtypes of `inputs` depend on.
+            key: all that the function and the shapes and dtypes of `inputs` depend on, but torch's settings.
             make: gives the function, once per capture. It reads nothing back to the host.
             inputs: on the host or on the device.
 
@@ -70,6 +86,7 @@ class GraphCache:
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)  # the graphs' memory is in use there
         self._stream = stream
+        key = (key, _kernel_settings())
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self._capture_with_room(make, inputs)

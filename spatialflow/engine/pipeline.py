@@ -34,6 +34,7 @@ from spatialflow.ops import (
     select_candidates,
     stuff_labels,
 )
+from spatialflow.ops.checking import is_checking
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
 """What `PanopticResult.times` measures, in order. On a GPU each is the time to queue the work, and "merge" holds
@@ -156,7 +157,8 @@ class Pipeline:
         """
         with stopwatch(times, "preprocess"):
             images = [self._network_input(pixels, view) for view in plan]
-        if self.graphs is None or torch.is_autocast_enabled(self.device.type):  # a graph keeps autocast as it was
+        # A graph keeps autocast as it was, and checks of values read them on the host.
+        if self.graphs is None or torch.is_autocast_enabled(self.device.type) or is_checking():
             found = self._recognize(images, plan, times)
         else:
             with stopwatch(times, "network"):

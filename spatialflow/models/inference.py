@@ -54,18 +54,23 @@ def make_rois(boxes: Sequence[Tensor], scale_factors: Tensor) -> Tensor:
     return torch.cat(rois)
 
 
+CPU_CHUNK, GPU_CHUNK = 128, 1024
+"""RoIs that the mask head computes at once. On a GPU each chunk costs 12 launches, and 1024 RoIs of 256 channels in 16
+bits take 0.6 GB."""
+
+
 def mask_logits(
     network: SpatialFlow,
     thing_features: list[Tensor],
     rois: Tensor,
     labels: Tensor,
     active: Optional[Tensor] = None,
-    chunk: int = 128,
 ) -> Tensor:
-    """(K, 28, 28) float32 logits of each RoI's own class, computed `chunk` RoIs at a time to bound the memory.
+    """(K, 28, 28) float32 logits of each RoI's own class, computed in chunks of RoIs to bound the memory.
 
     Logits of RoIs that are not `active`, (K,) bool, are unspecified; None: all are wanted.
     """
+    chunk = CPU_CHUNK if rois.device.type == "cpu" else GPU_CHUNK
     parts = [
         network.thing_logits(
             thing_features,

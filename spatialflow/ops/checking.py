@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Python checks of arguments: sequences of numbers always, values within `checked()` only.
+"""What Python checks of arguments: numbers and sequences always, values within `checked()` only.
 
 Bad values are otherwise ignored safely; shapes, dtypes and devices are checked in C++ (`csrc/ops`).
 """
@@ -43,11 +43,33 @@ def items(op: str, name: str, values: Iterable[Any]) -> list[Any]:
     return list(values)
 
 
+def number(op: str, name: str, value: Any) -> float:
+    """`value` as a float; ValueError if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{op}: {name} must be a number, got {value!r}") from None
+
+
+def numbers(op: str, name: str, values: Iterable[Any]) -> list[float]:
+    """What `values` holds, as floats; ValueError if it is no sequence of numbers."""
+    return [number(op, f"{name}[{index}]", value) for index, value in enumerate(items(op, name, values))]
+
+
 def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:
     """`value`, if it is a pair; ValueError otherwise."""
     if not hasattr(value, "__len__") or len(value) != 2:
         raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
     return value
+
+
+def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """`value` for rows and for columns: one number for both, or two; ValueError if it is neither."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{op}: {name} must be one number or a pair, got {value!r}")
+    return value[0], value[1]
 
 
 def require_finite(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, pair, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.flow_conv2d import algorithm_code
@@ -83,7 +83,12 @@ def deform_conv2d(
         return with_arrays(deform_conv2d, locals())
     input = autocast(input)
     code = algorithm_code("deform_conv2d", algorithm, input, without="winograd")
-    settings = (*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation), code)
+    settings = (
+        *pair("deform_conv2d", "stride", stride),
+        *pair("deform_conv2d", "padding", padding),
+        *pair("deform_conv2d", "dilation", dilation),
+        code,
+    )
     if is_checking():
         require_finite("deform_conv2d", "offset", offset)
         if mask is not None:
@@ -108,16 +113,18 @@ class DeformConv2d(nn.Module):
     ) -> None:
         super().__init__()
         if groups < 1:
-            raise ValueError(f"groups must be positive, got {groups}")
+            raise ValueError(f"DeformConv2d: groups must be positive, got {groups}")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
-                raise ValueError(f"{name} must be divisible by groups, got {channels} for {groups} groups")
+                raise ValueError(
+                    f"DeformConv2d: {name} must be divisible by groups, got {channels} for {groups} groups"
+                )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair("kernel_size", kernel_size)
-        self.stride = _pair("stride", stride)
-        self.padding = _pair("padding", padding)
-        self.dilation = _pair("dilation", dilation)
+        self.kernel_size = pair("DeformConv2d", "kernel_size", kernel_size)
+        self.stride = pair("DeformConv2d", "stride", stride)
+        self.padding = pair("DeformConv2d", "padding", padding)
+        self.dilation = pair("DeformConv2d", "dilation", dilation)
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
@@ -138,14 +145,6 @@ class DeformConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
         )
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"deform_conv2d: {name} must be one number or a pair, got {value!r}")
-        return value[0], value[1]
-    return value, value
 
 
 def _empty(like: Tensor, wanted: bool) -> Tensor:

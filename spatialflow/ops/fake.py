@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
-def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: registers the fake kernel of an operator in the namespace `spatialflow`, for tensors of one device.
+
+    Errors name the public operator, `op`; None: `name` without a leading underscore.
 
     Arguments that the operator refuses are refused here, by the same code: the operator of the same name in the
     namespace `spatialflow_checks`. It is asked where all sizes are known; where they are symbols, the operator itself
@@ -23,6 +25,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        public = op or name.removeprefix("_")
         arguments = getattr(torch.ops.spatialflow, name).default._schema.arguments
         check = getattr(torch.ops.spatialflow_checks, name).default
         names = [argument.name for argument in arguments]
@@ -39,7 +42,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
                     torch._check(
                         tensor.device == first[1],
                         lambda: (
-                            f"{name}: {argument.name} must be on the device of {first[0]}, {first[1]}, "
+                            f"{public}: {argument.name} must be on the device of {first[0]}, {first[1]}, "
                             f"got {tensor.device}"
                         ),
                     )

@@ -277,14 +277,14 @@ def _(x, flow, weight, bias, relu, algorithm):
     return _empty_levels(x, weight.shape[0])
 
 
-@register_fake("_flow_conv2d_packed")
+@register_fake("_flow_conv2d_packed", op="flow_conv2d")
 def _(x, flow, packed, bias, out_channels, relu, algorithm, active=None):
     if x:
         check_packed_layout("flow_conv2d", packed)
     return _empty_levels(x, out_channels)
 
 
-@register_fake("_flow_conv2d_group")
+@register_fake("_flow_conv2d_group", op="flow_conv2d")
 def _(x, counts, packed, biases, out_channels, relu, algorithms):
     for weight in packed:
         check_packed_layout("flow_conv2d", weight)

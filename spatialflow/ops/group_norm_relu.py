@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import number
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
@@ -42,6 +43,7 @@ def group_norm_relu(
 
     Raises:
         RuntimeError: a shape, dtype, device or number that does not fit, naming the argument.
+        ValueError: `eps` that is no number.
 
     Remarks:
         Statistics and results are computed in float32 (float64 for float64 features) around the mean, so a mean that
@@ -66,7 +68,8 @@ def group_norm_relu(
     """
     if not are_tensors(input, optional=(weight, bias)):
         return with_arrays(group_norm_relu, locals())
-    return _group_norm_relu(autocast(input), weight, bias, num_groups, float(eps), bool(upsample))[0]
+    eps = number("group_norm_relu", "eps", eps)
+    return _group_norm_relu(autocast(input), weight, bias, num_groups, eps, bool(upsample))[0]
 
 
 @register_fake("group_norm_relu")

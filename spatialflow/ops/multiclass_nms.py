@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -43,8 +43,8 @@ def multiclass_nms(
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: `boxes` and `scores` not both with or both without a batch; within `spatialflow.ops.checked()` a box
-            or score that is not finite.
+        ValueError: `boxes` and `scores` not both with or both without a batch; a threshold that is no number; within
+            `spatialflow.ops.checked()` a box or score that is not finite.
 
     Remarks:
         Equal scores rank by row, then by class, the lower first. Pairs of boxes are decided as in `nms`; the score
@@ -73,7 +73,8 @@ def multiclass_nms(
     if is_checking():
         require_finite("multiclass_nms", "boxes", boxes)
         require_finite("multiclass_nms", "scores", scores)
-    settings = (float(score_threshold), float(iou_threshold), max_detections)
+    score_threshold = number("multiclass_nms", "score_threshold", score_threshold)
+    settings = (score_threshold, number("multiclass_nms", "iou_threshold", iou_threshold), max_detections)
     if boxes.dim() == 3:
         return Detections(*_multiclass_nms(boxes, scores, *settings))
     batched = _multiclass_nms(boxes.unsqueeze(0), scores.unsqueeze(0), *settings)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, items, require_batch_indices, require_finite
+from spatialflow.ops.checking import is_checking, items, number, numbers, pair, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
-from spatialflow.ops.roi_align import _as_list, _as_rows, _pair
+from spatialflow.ops.roi_align import _as_list, _as_rows
 
 
 def multilevel_roi_align(
@@ -44,7 +44,8 @@ def multilevel_roi_align(
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `features`, `output_size`, `strides` or `boxes` of a wrong kind; within `checked()` also bad values.
+        ValueError: `features`, `output_size`, `strides`, `finest_scale` or `boxes` of a wrong kind; within `checked()`
+            also bad values.
 
     Remarks:
         Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), the area in square pixels; 0
@@ -67,12 +68,13 @@ def multilevel_roi_align(
         return with_arrays(multilevel_roi_align, locals())
     if isinstance(features, Tensor) or len(features) == 0:
         got = f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "none"
-        raise ValueError(f"features must be a sequence of at least one level, got {got}")
-    height, width = _pair(output_size)
-    boxes, strides = _as_rows(boxes, features[0]), items("multilevel_roi_align", "strides", strides)
+        raise ValueError(f"multilevel_roi_align: features must be a sequence of at least one level, got {got}")
+    height, width = pair("multilevel_roi_align", "output_size", output_size)
+    boxes = _as_rows("multilevel_roi_align", boxes, features[0])
+    strides = numbers("multilevel_roi_align", "strides", strides)
     pooled = _multilevel_roi_align(
-        [autocast(feature) for feature in features], boxes, height, width, [float(stride) for stride in strides],
-        sampling_ratio, bool(aligned), float(finest_scale),
+        [autocast(feature) for feature in features], boxes, height, width, strides, sampling_ratio,
+        bool(aligned), number("multilevel_roi_align", "finest_scale", finest_scale),
     )  # fmt: skip
     if is_checking():  # values; the operator has checked the shapes
         require_finite("multilevel_roi_align", "boxes", boxes)

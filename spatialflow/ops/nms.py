@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, require_finite
+from spatialflow.ops.checking import is_checking, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -25,7 +25,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Raises:
         RuntimeError: a shape, dtype, device or threshold that does not fit, naming the argument.
-        ValueError: within `spatialflow.ops.checked()`, a box or score that is not finite.
+        ValueError: a threshold that is no number; within `spatialflow.ops.checked()`, a box or score that is not
+            finite.
 
     Remarks:
         Equal scores rank by row, the lower row first, on every device. A pair is decided by
@@ -49,7 +50,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         return with_arrays(nms, locals())
     if is_checking():
         _require_finite("nms", boxes, scores)
-    return _nms(boxes, scores, float(iou_threshold))
+    return _nms(boxes, scores, number("nms", "iou_threshold", iou_threshold))
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -64,7 +65,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Raises:
         RuntimeError: a shape, dtype, device or threshold that does not fit, naming the argument.
-        ValueError: within `spatialflow.ops.checked()`, a box or score that is not finite.
+        ValueError: a threshold that is no number; within `spatialflow.ops.checked()`, a box or score that is not
+            finite.
 
     Remarks:
         All of those of `nms`. Each class is treated by itself with its boxes as given: they are not shifted apart by
@@ -81,7 +83,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         return with_arrays(batched_nms, locals())
     if is_checking():
         _require_finite("batched_nms", boxes, scores)
-    return _batched_nms(boxes, scores, idxs, float(iou_threshold))
+    return _batched_nms(boxes, scores, idxs, number("batched_nms", "iou_threshold", iou_threshold))
 
 
 _nms, _batched_nms = without_gradient("nms"), without_gradient("batched_nms")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, items, require_finite
+from spatialflow.ops.checking import is_checking, items, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -69,8 +69,8 @@ def panoptic_merge(
 
     Raises:
         RuntimeError: a shape, dtype or option that does not fit, naming the argument.
-        ValueError: `ignored_stuff` that is no sequence; within `spatialflow.ops.checked()`, a score or box that is not
-            finite.
+        ValueError: `ignored_stuff` that is no sequence, a threshold that is no number; within
+            `spatialflow.ops.checked()`, a score or box that is not finite.
 
     Remarks:
         Scores, shares and thresholds are compared in float64, where 0.7 of a float32 tensor is below a threshold of
@@ -100,9 +100,18 @@ def panoptic_merge(
             require_finite("panoptic_merge", "boxes", boxes)
     ignored_stuff = items("panoptic_merge", "ignored_stuff", ignored_stuff)
     id_map, table, segment_scores, count = _panoptic_merge(
-        masks, scores, labels, boxes, stuff, stuff_labels, ignored_stuff, float(score_threshold),
-        float(overlap_threshold), stuff_area_limit, float(box_threshold),
-    )  # fmt: skip
+        masks,
+        scores,
+        labels,
+        boxes,
+        stuff,
+        stuff_labels,
+        ignored_stuff,
+        number("panoptic_merge", "score_threshold", score_threshold),
+        number("panoptic_merge", "overlap_threshold", overlap_threshold),
+        stuff_area_limit,
+        number("panoptic_merge", "box_threshold", box_threshold),
+    )
     return PanopticMergeOutput(
         id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores, count
     )

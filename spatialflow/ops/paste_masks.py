@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import height_and_width, is_checking, require_finite
+from spatialflow.ops.checking import height_and_width, is_checking, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -30,7 +30,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
 
     Raises:
         RuntimeError: a shape, dtype, device, size or threshold that does not fit, naming the argument.
-        ValueError: within `spatialflow.ops.checked()`, a box that is not finite.
+        ValueError: `threshold` that is no number; within `spatialflow.ops.checked()`, a box that is not finite.
 
     Remarks:
         With a threshold of 0.5 or more, only pixels with their center in the box can be inside. A box without extent,
@@ -52,7 +52,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     height, width = height_and_width("paste_masks", "size", size)
     if is_checking():
         require_finite("paste_masks", "boxes", boxes)
-    return _paste_masks(mask_logits, boxes, height, width, float(threshold))
+    return _paste_masks(mask_logits, boxes, height, width, number("paste_masks", "threshold", threshold))
 
 
 _paste_masks = without_gradient("paste_masks")

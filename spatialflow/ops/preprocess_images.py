@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import height_and_width, items
+from spatialflow.ops.checking import height_and_width, items, numbers
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -38,7 +38,7 @@ def preprocess_images(
 
     Raises:
         RuntimeError: a shape, dtype, size or number that does not fit, naming the argument.
-        ValueError: `sizes`, `mean` or `std` that is no sequence, naming it.
+        ValueError: `sizes`, `mean` or `std` that is no sequence of numbers, naming it.
 
     Remarks:
         Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR (no antialias; an image that halves
@@ -61,10 +61,8 @@ def preprocess_images(
     sizes = items("preprocess_images", "sizes", sizes)
     sizes = [height_and_width("preprocess_images", f"sizes[{index}]", size) for index, size in enumerate(sizes)]
     heights, widths = [height for height, _ in sizes], [width for _, width in sizes]
-    mean, std = items("preprocess_images", "mean", mean), items("preprocess_images", "std", std)
-    return _preprocess_images(
-        list(images), heights, widths, [float(m) for m in mean], [float(s) for s in std], divisor, dtype
-    )
+    mean, std = numbers("preprocess_images", "mean", mean), numbers("preprocess_images", "std", std)
+    return _preprocess_images(list(images), heights, widths, mean, std, divisor, dtype)
 
 
 _preprocess_images = without_gradient("preprocess_images")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, require_batch_indices, require_finite
+from spatialflow.ops.checking import is_checking, number, pair, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
@@ -40,7 +40,8 @@ def roi_align(
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `output_size` or `boxes` of a wrong kind; within `spatialflow.ops.checked()` also bad values.
+        ValueError: `output_size`, `spatial_scale` or `boxes` of a wrong kind; within `spatialflow.ops.checked()` also
+            bad values.
 
     Remarks:
         Samples further than one cell outside the map count as zero. A RoI with a coordinate that is not finite in the
@@ -62,9 +63,10 @@ def roi_align(
     """
     if not are_tensors(input, *_as_list(boxes)):
         return with_arrays(roi_align, locals())
-    height, width = _pair(output_size)
-    boxes = _as_rows(boxes, input)
-    pooled = _roi_align(autocast(input), boxes, height, width, float(spatial_scale), sampling_ratio, bool(aligned))
+    height, width = pair("roi_align", "output_size", output_size)
+    boxes = _as_rows("roi_align", boxes, input)
+    spatial_scale = number("roi_align", "spatial_scale", spatial_scale)
+    pooled = _roi_align(autocast(input), boxes, height, width, spatial_scale, sampling_ratio, bool(aligned))
     if is_checking():  # values; the operator has checked the shapes
         require_finite("roi_align", "boxes", boxes)
         require_batch_indices("roi_align", "boxes", boxes[:, 0], input.shape[0])
@@ -97,30 +99,22 @@ class RoIAlign(nn.Module):
         )
 
 
-def _pair(output_size: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(output_size, (tuple, list)):
-        if len(output_size) != 2:
-            raise ValueError(f"output_size must be one number or a pair, got {output_size!r}")
-        return output_size[0], output_size[1]
-    return output_size, output_size
-
-
 def _as_list(boxes: Tensor | list[Tensor]) -> list[Tensor]:
     return boxes if isinstance(boxes, (list, tuple)) else [boxes]
 
 
-def _as_rows(boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
+def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
     """(K, 5) rows of (batch index, x1, y1, x2, y2)."""
     if isinstance(boxes, Tensor):
         return boxes
     if len(boxes) != input.shape[0]:
         raise ValueError(
-            f"boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}"
+            f"{op}: boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}"
         )
     rows = []
     for index, of_image in enumerate(boxes):
         if of_image.dim() != 2 or of_image.shape[1] != 4:
-            raise ValueError(f"boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
+            raise ValueError(f"{op}: boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
         if of_image.dtype in (torch.float16, torch.bfloat16):
             of_image = of_image.float()  # bfloat16 has no 257, the index of an image
         rows.append(torch.cat((of_image.new_full((of_image.shape[0], 1), index), of_image), dim=1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, require_finite, require_labels
+from spatialflow.ops.checking import is_checking, number, require_finite, require_labels
 from spatialflow.ops.differentiable import DifferentiableOp
 from spatialflow.ops.fake import register_fake
 
@@ -36,8 +36,8 @@ def sigmoid_focal_loss(
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: an unknown reduction; within `spatialflow.ops.checked()` a logit that is not finite, or a label
-            outside [-1, C].
+        ValueError: an unknown reduction; `gamma` or `alpha` that is no number; within `spatialflow.ops.checked()` a
+            logit that is not finite, or a label outside [-1, C].
 
     Remarks:
         Computed in float32 (float64 for float64), from exp(-|logit|): exact and smooth for logits of any size. A NaN
@@ -61,7 +61,8 @@ def sigmoid_focal_loss(
         return with_arrays(sigmoid_focal_loss, locals())
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"sigmoid_focal_loss: reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
-    loss = (_elementwise if reduction == "none" else _sum)(logits, labels, float(gamma), float(alpha))
+    gamma, alpha = number("sigmoid_focal_loss", "gamma", gamma), number("sigmoid_focal_loss", "alpha", alpha)
+    loss = (_elementwise if reduction == "none" else _sum)(logits, labels, gamma, alpha)
     if is_checking():  # values; the operator has checked the shapes
         require_finite("sigmoid_focal_loss", "logits", logits)
         require_labels("sigmoid_focal_loss", "labels", labels, logits.shape[-1])
@@ -81,13 +82,13 @@ def _(logits, labels, gamma, alpha):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@register_fake("_sigmoid_focal_loss_sum")
+@register_fake("_sigmoid_focal_loss_sum", op="sigmoid_focal_loss")
 def _(logits, labels, gamma, alpha):
     _check(logits, labels)
     return logits.new_empty((), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
-@register_fake("_sigmoid_focal_loss_derivative")
+@register_fake("_sigmoid_focal_loss_derivative", op="sigmoid_focal_loss")
 def _(factor, logits, labels, gamma, alpha, order):
     _check(logits, labels)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)

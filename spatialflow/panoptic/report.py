@@ -49,6 +49,7 @@ def evaluate_and_report(
     """
     if detections is not None and not has_pycocotools():
         raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
+    results = None if detections is None else read_detections(detections)  # a bad file is refused before the scoring
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no segment of any category")  # the table says it
         scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
@@ -57,8 +58,8 @@ def evaluate_and_report(
     result, truth = scored.result, scored.truth
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
     print(quality_table(result, names if per_class else None), file=stream or sys.stdout)
-    if detections is not None:
-        rows = rename_images(read_detections(detections), scored.prediction_of)
+    if results is not None:
+        rows = rename_images(results, scored.prediction_of)
         precision = average_precision(truth, gt_folder or default_folder(gt_json), rows)
         for kind, row in precision.items():
             shown = (f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -" for name, value in row.items())

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the wrong kind: the error names the operator, the option and the value."""
+
+import pytest
+import torch
+
+from spatialflow import ops
+
+BOXES, SCORES = torch.rand(3, 4), torch.rand(3)
+ROIS, FEATURES = torch.zeros(1, 5), torch.rand(1, 4, 5, 5)
+MASKS, LABELS, STUFF = torch.zeros(1, 4, 4).bool(), torch.zeros(1).long(), torch.zeros(4, 4).long()
+PHOTOGRAPH = torch.zeros(4, 4, 3).byte()
+
+CALLS = {
+    "nms": (lambda **options: ops.nms(BOXES, SCORES, **options), {"iou_threshold": 0.5}),
+    "batched_nms": (
+        lambda **options: ops.batched_nms(BOXES, SCORES, torch.zeros(3).long(), **options),
+        {"iou_threshold": 0.5},
+    ),
+    "multiclass_nms": (
+        lambda **options: ops.multiclass_nms(BOXES, torch.rand(3, 2), max_detections=2, **options),
+        {"score_threshold": 0.1, "iou_threshold": 0.5},
+    ),
+    "roi_align": (lambda **options: ops.roi_align(FEATURES, ROIS, 2, **options), {"spatial_scale": 1.0}),
+    "multilevel_roi_align": (
+        lambda strides=4.0, **options: ops.multilevel_roi_align([FEATURES], ROIS, 2, [strides], **options),
+        {"strides": 4.0, "finest_scale": 56.0},
+    ),
+    "group_norm_relu": (lambda **options: ops.group_norm_relu(FEATURES, 2, **options), {"eps": 1e-5}),
+    "paste_masks": (
+        lambda **options: ops.paste_masks(FEATURES[0], BOXES[[0] * 4], (9, 9), **options),
+        {"threshold": 0.5},
+    ),
+    "sigmoid_focal_loss": (
+        lambda **options: ops.sigmoid_focal_loss(torch.rand(1, 2), LABELS, **options),
+        {"gamma": 2.0, "alpha": 0.25},
+    ),
+    "panoptic_merge": (
+        lambda **options: ops.panoptic_merge(MASKS, SCORES[:1], LABELS, None, STUFF, 2, **options),
+        {"score_threshold": 0.4, "overlap_threshold": 0.4, "box_threshold": 0.5},
+    ),
+    "preprocess_images": (
+        lambda mean=0.0, std=1.0: ops.preprocess_images(PHOTOGRAPH, (8, 8), [mean] * 3, [std] * 3),
+        {"mean": 0.0, "std": 1.0},
+    ),
+}
+"""Of every operator with options that are real numbers: a call, and values that it takes."""
+
+
+@pytest.mark.parametrize("op, option", [(op, option) for op, (_, options) in CALLS.items() for option in options])
+@pytest.mark.parametrize("value", ["x", None, [0.5]], ids=repr)
+def test_what_is_no_number_is_named(op, option, value):
+    call, options = CALLS[op]
+    call(**options)
+    with pytest.raises(ValueError, match=rf"^{op}: {option}(\[0\])? must be a number, got ") as caught:
+        call(**options | {option: value})
+    assert str(caught.value).endswith(repr(value))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ops.roi_align(FEATURES, ROIS, (1, 2, 3)), "roi_align: output_size"),
+        (lambda: ops.multilevel_roi_align([FEATURES], ROIS, (1, 2, 3), [4]), "multilevel_roi_align: output_size"),
+        (lambda: ops.deform_conv2d(FEATURES, FEATURES, FEATURES, stride=(1, 2, 3)), "deform_conv2d: stride"),
+        (lambda: ops.DeformConv2d(4, 4, (3, 3, 3)), "DeformConv2d: kernel_size"),
+    ],
+    ids=["roi_align", "multilevel_roi_align", "deform_conv2d", "DeformConv2d"],
+)
+def test_what_is_no_pair_is_named(call, message):
+    with pytest.raises(ValueError, match=rf"^{message} must be one number or a pair, got \("):
+        call()
+
+
+@pytest.mark.parametrize("op", ["roi_align", "multilevel_roi_align"])
+def test_boxes_of_images_are_named(op):
+    def call(boxes):
+        return (
+            ops.roi_align(FEATURES, boxes, 2)
+            if op == "roi_align"
+            else ops.multilevel_roi_align([FEATURES], boxes, 2, [4])
+        )
+
+    with pytest.raises(
+        ValueError, match=f"^{op}: boxes as a list must hold one tensor per image, got 2 for a batch of 1"
+    ):
+        call([ROIS[:, 1:]] * 2)
+    with pytest.raises(ValueError, match=rf"^{op}: boxes\[0\] must have shape \(K, 4\), got \(1, 5\)"):
+        call([ROIS])

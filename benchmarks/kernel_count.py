@@ -44,6 +44,13 @@ def tower_waves(levels: Any, packed: Any, biases: Any, algorithms: Any, counts: 
     return max(source, last_follower) + (1 if semantic else 0) + thing
 
 
+def packed_deform_launches(input: Tensor, offset: Tensor, packed: Tensor, bias: Any, mask: Any, *rest: Any) -> int:
+    """Launches of `_deform_conv2d_packed`: the convolution, and what arranges offsets and mask where they are not yet."""
+    operands = [offset] if mask is None else [offset, mask]
+    mask_sigmoid = rest[-2]
+    return 1 + bool(mask_sigmoid or _casts(operands, torch.float32, torch.float64))
+
+
 LAUNCHES: dict[str, Callable[..., int]] = {
     "_flow_conv2d_packed": lambda *_: 1,
     "_flow_conv2d_group": lambda *_: 1,
@@ -54,11 +61,13 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "select_candidates": lambda *_: 4,
     "multiclass_nms": lambda *_: 3,
     "deform_conv2d": lambda *_: 2,
+    "_deform_conv2d_packed": packed_deform_launches,
     "paste_masks": lambda *_: 2,
     "stuff_labels": lambda *_: 1,
     "panoptic_merge": lambda *arguments: 12 + bool(arguments[6]),  # ignored stuff labels
 }
-"""Kernels of this package's operators on CUDA, by their arguments."""
+"""Kernels of this package's operators on CUDA, by their arguments. Deformable convolutions of small maps have one more,
+which adds the parts of tiles that several blocks share."""
 
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
 """Operators of torch without a kernel; views are recognized by what they return."""
@@ -163,7 +172,9 @@ def _weight_casts(name: str, args: tuple) -> int:
 
 
 def _other_casts(name: str, args: tuple) -> int:
-    """Conversions of boxes and scores, which are few numbers, to float64."""
+    """Conversions of boxes and scores, which are few numbers, to float64; of offsets and masks to float32."""
+    if name == "deform_conv2d":
+        return _casts([args[1], args[4]], torch.float32, torch.float64)
     place = {"paste_masks": [1], "panoptic_merge": [1, 3]}.get(name, [])
     return _casts([args[index] for index in place], torch.float64)
 

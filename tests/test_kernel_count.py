@@ -107,6 +107,7 @@ class TestLaunches:
 
         pyramid = maps(32, (8, 12), (4, 6), (2, 3))
         conv = ops.pack_conv3x3(torch.randn(32, 32, 3, 3).bfloat16(), torch.zeros(32).bfloat16())
+        deform = ops.pack_deform_conv2d(torch.randn(32, 32, 3, 3).bfloat16())
         tower = ops.FlowTowerParameters(
             cls=(conv,) * 4, reg=(conv,) * 4, stuff=(conv,) * 4, thing=(conv,), flow_cls=(conv,) * 4,
             flow_stuff=(conv,) * 4, flow_thing=(conv,), semantic_flow=(conv,), flow_source="reg",
@@ -134,6 +135,9 @@ class TestLaunches:
             "multiclass_nms": lambda: ops.multiclass_nms(boxes[None], torch.rand(1, 3, 4), 0.1, 0.5, 10),
             "deform_conv2d": lambda: ops.deform_conv2d(
                 pyramid[0], *maps(18, (8, 12)), torch.randn(32, 32, 3, 3).bfloat16(), None, (1, 1), (1, 1)
+            ),
+            "_deform_conv2d_packed": lambda: ops.deform_conv2d(
+                pyramid[0], *maps(18, (8, 12)), deform, None, (1, 1), (1, 1), 1, *maps(9, (8, 12)), mask_sigmoid=True
             ),
             "paste_masks": lambda: ops.paste_masks(torch.randn(3, 28, 28), boxes, (64, 96), 0.5),
             "stuff_labels": lambda: ops.stuff_labels(maps(6, (16, 24))[0][0], (64, 90), (50, 70)),

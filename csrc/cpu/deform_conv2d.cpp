@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kColumnValues = 64 * 1024;
 constexpr int64_t kDepth = kGemmDepth;
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
+constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 
 // c (+)= sum over pieces i of a_i * packed_i, where piece i of A starts at a + i * a_piece: one piece per tap.
 template <typename real_t>
@@ -59,8 +60,8 @@ void multiply_pieces(
     }
 }
 
-// Sums of a block, plus bias, to the output in its own dtype and layout.
-template <typename scalar_t, typename real_t>
+// Sums of a block, plus bias and perhaps through ReLU, to the output in its own dtype and layout.
+template <bool kRelu, typename scalar_t, typename real_t>
 void store_block(
     const real_t* sums,  // (pixels, O), rows `stride` apart
     int64_t stride,
@@ -68,16 +69,22 @@ void store_block(
     scalar_t* output,    // (N, H_out, W_out, O) or, if planar, (N, O, H_out, W_out)
     const DeformConvShape& shape, int64_t first_pixel, int64_t pixels, bool planar) {
     const int64_t outputs = shape.out_channels;
+    const auto result = [](auto value) {
+        if constexpr (kRelu) {
+            value = value < decltype(value){} ? decltype(value){} : value;  // NaN stays
+        }
+        return value;
+    };
     if (!planar) {
         for (int64_t p = 0; p < pixels; ++p) {
             const real_t* row = sums + p * stride;
             scalar_t* target = output + (first_pixel + p) * outputs;
             int64_t o = 0;
             for (; o + kLanes<real_t> <= outputs; o += kLanes<real_t>) {
-                store_vector(target + o, load_vector(row + o) + load_vector(bias + o));
+                store_vector(target + o, result(load_vector(row + o) + load_vector(bias + o)));
             }
             for (; o < outputs; ++o) {
-                store(target[o], row[o] + bias[o]);
+                store(target[o], result(row[o] + bias[o]));
             }
         }
         return;
@@ -88,32 +95,44 @@ void store_block(
         scalar_t* target = output + image * outputs * shape.pixels() + (first_pixel + p) % shape.pixels();
         for (int64_t o = 0; o < outputs; ++o) {
             for (int64_t i = 0; i < count; ++i) {
-                store(target[o * shape.pixels() + i], sums[(p + i) * stride + o] + bias[o]);
+                store(target[o * shape.pixels() + i], result(sums[(p + i) * stride + o] + bias[o]));
             }
         }
         p += count;
     }
 }
 
+// Values of a weight packed per group and tap, (inputs, outputs) each.
+int64_t packed_weight_size(const DeformConvShape& shape) {
+    return shape.groups * shape.taps() * gemm_packed_size(shape.group_channels(), shape.group_outputs());
+}
+
 template <typename scalar_t>
+void pack_weight(
+    const DeformConvShape& shape,
+    const scalar_t* weight,  // (O, C / groups, taps)
+    accum_t<scalar_t>* packed) {
+    const int64_t taps = shape.taps(), inputs = shape.group_channels(), outputs = shape.group_outputs();
+    const int64_t packed_tap = gemm_packed_size(inputs, outputs);
+    parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const scalar_t* of_tap = weight + i / taps * outputs * inputs * taps + i % taps;
+            gemm_pack(of_tap, taps, inputs * taps, inputs, outputs, packed + i * packed_tap);
+        }
+    });
+}
+
+template <bool kRelu, typename scalar_t>
 void deform_conv2d_forward(
     const Sampler<scalar_t>& sampler,
-    const scalar_t* weight,  // (O, C / groups, taps)
-    const scalar_t* bias,    // (O) or null
+    const accum_t<scalar_t>* packed,  // of pack_weight
+    const scalar_t* bias,             // (O) or null
     scalar_t* output, bool planar) {
     using real_t = accum_t<scalar_t>;
     const DeformConvShape& shape = sampler.shape();
     const int64_t taps = shape.taps(), channels = shape.channels;
     const int64_t inputs = shape.group_channels(), outputs = shape.group_outputs();
-
     const int64_t packed_tap = gemm_packed_size(inputs, outputs);
-    const Scratch<real_t> packed(shape.groups * taps * packed_tap);  // per group and tap (inputs, outputs)
-    parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const scalar_t* of_tap = weight + i / taps * outputs * inputs * taps + i % taps;
-            gemm_pack(of_tap, taps, inputs * taps, inputs, outputs, packed.get() + i * packed_tap);
-        }
-    });
     const Scratch<real_t> wide_bias(shape.out_channels);
     for (int64_t o = 0; o < shape.out_channels; ++o) {
         wide_bias.get()[o] = bias ? load(bias[o]) : real_t(0);
@@ -141,13 +160,37 @@ void deform_conv2d_forward(
                 for (int64_t group = 0; group < shape.groups; ++group) {
                     multiply_pieces(
                         pixels, outputs, inputs, count, columns.get() + group * inputs, row, channels,
-                        packed.get() + (group * taps + tap) * packed_tap, packed_tap,
+                        packed + (group * taps + tap) * packed_tap, packed_tap,
                         sums.get() + group * outputs, shape.out_channels, tap > 0);
                 }
             }
-            store_block(sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, planar);
+            store_block<kRelu>(sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, planar);
         }
     });
+}
+
+// The output for arguments that are checked. `packed(zero)` gives a pointer to the packed weight.
+template <typename Packed>
+Tensor convolve(
+    const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent,
+    const Packed& packed) {
+    const MemoryFormat format = memory_format_of(input);
+    Tensor output = empty_like_sized(
+        input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, std::nullopt, format);
+    if (output.numel() == 0) {
+        return output;
+    }
+    const std::optional<Tensor> dense_bias = bias ? std::make_optional(to_contiguous(*bias)) : std::nullopt;
+    dispatch_floating("deform_conv2d", input.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        const Sampler<scalar_t> sampler(shape, options, input, offset, mask, offset_tangent);
+        const auto& weight = packed(zero);
+        const auto run = options.relu ? deform_conv2d_forward<true, scalar_t> : deform_conv2d_forward<false, scalar_t>;
+        run(sampler, weight.get(), dense_bias ? data<scalar_t>(*dense_bias) : nullptr, mutable_data<scalar_t>(output),
+            format == MemoryFormat::Contiguous);
+    });
+    return output;
 }
 
 Tensor deform_conv2d_cpu(
@@ -156,22 +199,53 @@ Tensor deform_conv2d_cpu(
     int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
     const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
     const DeformConvShape shape = check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
-    const MemoryFormat format = memory_format_of(input);
-    Tensor output = empty_like_sized(
-        input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, std::nullopt, format);
-    if (output.numel() == 0) {
-        return output;
-    }
-    const Tensor dense_weight = to_contiguous(weight);
-    const std::optional<Tensor> dense_bias = bias ? std::make_optional(to_contiguous(*bias)) : std::nullopt;
-    dispatch_floating("deform_conv2d", input.scalar_type(), [&](auto zero) {
+    const Tensor dense = to_contiguous(weight);
+    return convolve(shape, options, input, offset, bias, mask, offset_tangent, [&](auto zero) {
         using scalar_t = decltype(zero);
-        const Sampler<scalar_t> sampler(shape, options, input, offset, mask, offset_tangent);
-        deform_conv2d_forward<scalar_t>(
-            sampler, data<scalar_t>(dense_weight), dense_bias ? data<scalar_t>(*dense_bias) : nullptr,
-            mutable_data<scalar_t>(output), format == MemoryFormat::Contiguous);
+        Scratch<accum_t<scalar_t>> packed(packed_weight_size(shape));
+        pack_weight(shape, data<scalar_t>(dense), packed.get());
+        return packed;
     });
-    return output;
+}
+
+Tensor pack_deform_conv2d_cpu(const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
+    const DeformConvShape shape = check_pack_deform_conv2d(weight, groups, offset_groups, algorithm);
+    const ScalarType dtype = accum_dtype(weight.scalar_type());
+    const int64_t size = packed_weight_size(shape), tag = packed_tag(kPackedColumns, dtype == ScalarType::Double);
+    Tensor packed = empty_like_sized(weight, {size + tag}, dtype);
+    const Tensor dense = to_contiguous(weight);
+    dispatch_floating("pack_deform_conv2d", weight.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using real_t = accum_t<scalar_t>;
+        real_t* values = mutable_data<real_t>(packed);
+        pack_weight(shape, data<scalar_t>(dense), values);
+        std::fill(values + size, values + size + tag, real_t(0));
+    });
+    return packed;
+}
+
+// The packed weight, with the interface of Scratch.
+template <typename real_t>
+struct Borrowed {
+    const real_t* values;
+    const real_t* get() const { return values; }
+};
+
+Tensor deform_conv2d_packed_cpu(
+    const Tensor& input, const Tensor& offset, const Tensor& packed, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& mask, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+    int64_t dilation_h, int64_t dilation_w, int64_t algorithm, int64_t out_channels, int64_t groups,
+    int64_t offset_groups, int64_t kernel_h, int64_t kernel_w, bool mask_sigmoid, bool relu) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm,
+                                    mask_sigmoid, relu};
+    const DeformConvShape shape = check_deform_conv2d_packed(
+        input, offset, bias, mask, options, {out_channels, groups, offset_groups, kernel_h, kernel_w});
+    check_packed_deform_weight(
+        packed, input, accum_dtype(input.scalar_type()), packed_weight_size(shape), kPackedColumns);
+    return convolve(shape, options, input, offset, bias, mask, std::nullopt, [&](auto zero) {
+        using real_t = accum_t<decltype(zero)>;
+        return Borrowed<real_t>{data<real_t>(packed)};
+    });
 }
 
 }  // namespace
@@ -179,4 +253,6 @@ Tensor deform_conv2d_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
     library.impl("deform_conv2d", TORCH_BOX(&spatialflow::deform_conv2d_cpu));
+    library.impl("_pack_deform_conv2d", TORCH_BOX(&spatialflow::pack_deform_conv2d_cpu));
+    library.impl("_deform_conv2d_packed", TORCH_BOX(&spatialflow::deform_conv2d_packed_cpu));
 }

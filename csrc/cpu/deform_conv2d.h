@@ -8,9 +8,11 @@
 #include <cstring>
 
 #include "common/deform_conv2d.h"
+#include "common/sigmoid.h"
 #include "cpu/scratch.h"
 #include "cpu/dispatch.h"
 #include "cpu/simd.h"
+#include "cpu/vector_math.h"
 #include "ops/deform_conv2d.h"
 
 namespace spatialflow {
@@ -118,6 +120,9 @@ public:
         const real_t x = real_t(at.x * options_.stride[1] - options_.padding[1] + column * options_.dilation[1]) +
                          offset_.at(at.image, 2 * index + 1, at.y, at.x);
         tap.mask = mask_.data ? mask_.at(at.image, index, at.y, at.x) : real_t(1);
+        if (options_.mask_sigmoid && mask_.data) {
+            tap.mask = sigmoid<real_t, ScalarMath>(tap.mask);
+        }
         if (!deform_tap(y, x, shape_.height, shape_.width, tap.place) || !(tap.mask - tap.mask == real_t(0))) {
             return false;
         }
@@ -175,6 +180,7 @@ public:
     }
 
     const DeformConvShape& shape() const { return shape_; }
+    const DeformConvOptions& options() const { return options_; }
 
 private:
     DeformConvShape shape_;

@@ -59,11 +59,6 @@ __device__ __forceinline__ int padded_outputs(int outputs) {
     return (outputs + kPadding - 1) / kPadding * kPadding;
 }
 
-template <typename real_t>
-__device__ __forceinline__ real_t rectified(real_t value, bool relu) {
-    return relu && value < real_t(0) ? real_t(0) : value;  // NaN stays
-}
-
 // Where the outputs of a pixel begin.
 template <typename scalar_t>
 __device__ __forceinline__ int64_t output_at(const ConvJob<scalar_t>& job, int image, int y, int x) {

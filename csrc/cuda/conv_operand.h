@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From the schemas' `algorithm` to the operand type that the kernels of a convolution are templates of.
+// What the kernels of convolutions share: the operand type for a schema's `algorithm`, and ReLU.
 #pragma once
 
 #include "cuda/tensor_core.h"
@@ -26,6 +26,11 @@ inline void dispatch_operand(int64_t algorithm, Body&& body) {
         }
     }
     body(scalar_t{});
+}
+
+template <typename real_t>
+__device__ __forceinline__ real_t rectified(real_t value, bool relu) {
+    return relu && value < real_t(0) ? real_t(0) : value;  // NaN stays
 }
 
 }  // namespace spatialflow

@@ -19,6 +19,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "common/sigmoid.h"
+#include "cuda/device_exp.h"
 #include "cuda/sm90_deform_conv2d.h"
 
 namespace spatialflow {
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             Vec<scalar_t, Product::kVisited> results;
 #pragma unroll
             for (int i = 0; i < Product::kVisited; ++i) {
-                store(results[i], sums[i] + biases[i]);
+                store(results[i], rectified(sums[i] + biases[i], problem.relu));
             }
             if (target) {
                 store_outputs(target + column, results, adjacent, outputs - column);
@@ -226,7 +228,8 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
     Global<const accum_t<scalar_t>> parts,  // (num_parts, pixels, O)
     Global<const scalar_t> bias,            // (O) or null
     Global<scalar_t> output,                // (pixels, O)
-    const int num_parts, const int out_channels, const int64_t size) {  // size: pixels * O
+    const int num_parts, const int out_channels, const int64_t size,  // size: pixels * O
+    const bool relu) {
     using real_t = accum_t<scalar_t>;
     const int64_t index = (static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x)) * kWidth;
     if (index >= size) {
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
             const scalar_t value = bias[first + i];
             sums[i] += load(value);
         }
-        store(results[i], sums[i]);
+        store(results[i], rectified(sums[i], relu));
     }
     store_vector(output + index, results);
 }
@@ -287,12 +290,85 @@ __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
     }
 }
 
+template <typename value_t>
+struct SampleOperands {
+    StridedImages<value_t> offset, mask;  // (N, 2 * samples, H, W) and (N, samples, H, W); the latter null for none
+    int samples, height, width;           // samples: offset groups * taps
+    bool sigmoid;                         // of the mask
+};
+
+// Offsets and masks as the kernels read them: in accum_t, the pixels of a channel adjacent. A thread has one value.
+template <typename value_t>
+__global__ void __launch_bounds__(256) deform_operands_kernel(
+    const __grid_constant__ SampleOperands<value_t> given,
+    Global<accum_t<value_t>> offset,  // (N, 2 * samples, pixels)
+    Global<accum_t<value_t>> mask,    // (N, samples, pixels) or null
+    const int64_t size) {             // of both
+    using real_t = accum_t<value_t>;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
+    if (index >= size) {
+        return;
+    }
+    const int pixels = given.height * given.width, channels = (mask ? 3 : 2) * given.samples;
+    const int64_t row = index / pixels;
+    const int pixel = static_cast<int>(index - row * pixels), y = pixel / given.width, x = pixel - y * given.width;
+    const int image = static_cast<int>(row / channels), channel = static_cast<int>(row % channels);
+    if (channel < 2 * given.samples) {
+        const value_t value = given.offset.at(image, channel, y, x);
+        offset[(static_cast<int64_t>(image) * 2 * given.samples + channel) * pixels + pixel] = load(value);
+        return;
+    }
+    const int sample = channel - 2 * given.samples;
+    const value_t value = given.mask.at(image, sample, y, x);
+    const real_t factor = load(value);
+    mask[(static_cast<int64_t>(image) * given.samples + sample) * pixels + pixel] =
+        given.sigmoid ? sigmoid<real_t, DeviceExp>(factor) : factor;
+}
+
 // ---- host --------------------------------------------------------------------------------------------------------
+
+// Offset and mask in accum_dtype, and the sigmoid of the mask if it is asked for: in one launch, or none.
+std::pair<Tensor, std::optional<Tensor>> sample_operands(
+    const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
+    const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream) {
+    const bool as_given = accum_dtype(offset.scalar_type()) == accum &&
+                          (!mask || mask->scalar_type() == offset.scalar_type());
+    const Tensor own = as_given ? offset : as_dtype(offset, accum);
+    const std::optional<Tensor> own_mask = as_given || !mask ? mask : std::make_optional(as_dtype(*mask, accum));
+    if ((own.scalar_type() == accum && !mask_sigmoid) || own.numel() == 0) {
+        return {own, own_mask};
+    }
+    const int64_t samples = shape.offset_groups * shape.taps();
+    const Tensor result = empty_like_sized(offset, {shape.batch, 2 * samples, shape.out_height, shape.out_width}, accum);
+    std::optional<Tensor> factors;
+    if (mask) {
+        factors = empty_like_sized(*mask, {shape.batch, samples, shape.out_height, shape.out_width}, accum);
+    }
+    const int64_t size = result.numel() + (factors ? factors->numel() : 0);
+    dispatch_floating(op, own.scalar_type(), [&](auto zero) {
+        using value_t = decltype(zero);
+        using real_t = accum_t<value_t>;
+        SampleOperands<value_t> given{};
+        given.offset = strided_images<value_t>(own);
+        if (own_mask) {
+            given.mask = strided_images<value_t>(*own_mask);
+        }
+        given.samples = static_cast<int>(samples);
+        given.height = static_cast<int>(shape.out_height);
+        given.width = static_cast<int>(shape.out_width);
+        given.sigmoid = mask_sigmoid;
+        launch<deform_operands_kernel<value_t>>(
+            dim3(grid_size(op, ceil_div(size, 256))), dim3(256), 0, stream, given, mutable_data<real_t>(result),
+            factors ? mutable_data<real_t>(*factors) : Global<real_t>(nullptr), size);
+    });
+    return {result, factors};
+}
 
 // The output from its parts, (parts, pixels * O).
 template <typename scalar_t>
 void add_parts(
-    const char* op, const Tensor& parts, Global<const scalar_t> bias, const Tensor& output, Stream stream) {
+    const char* op, const Tensor& parts, Global<const scalar_t> bias, bool relu, const Tensor& output,
+    Stream stream) {
     using real_t = accum_t<scalar_t>;
     const int64_t out_channels = output.size(1);
     const auto add = [&](auto elements) {
@@ -300,7 +376,7 @@ void add_parts(
         launch<deform_conv2d_add_parts_kernel<scalar_t, kElements>>(
             dim3(grid_size(op, ceil_div(output.numel(), 256 * kElements))), dim3(256), 0, stream,
             data<real_t>(parts), bias, mutable_data<scalar_t>(output), static_cast<int>(parts.size(0)),
-            static_cast<int>(out_channels), output.numel());
+            static_cast<int>(out_channels), output.numel(), relu);
     };
     constexpr int kElements = kWideElements<real_t>;
     if (out_channels % kElements == 0) {
@@ -311,7 +387,7 @@ void add_parts(
 }
 
 template <typename operand_t, int kColumns, int kWidth>
-void convolve(
+void convolve_tiles(
     const char* op, const DeformConvShape& shape, const DeformProblem<element_t<operand_t>>& problem,
     const Tensor& packed, const std::optional<Tensor>& dense_bias, const Tensor& output, Stream stream) {
     using scalar_t = element_t<operand_t>;
@@ -354,18 +430,17 @@ void convolve(
         launch_tiles(std::integral_constant<int, kProductRows>{});
     }
     if (parts) {
-        add_parts<scalar_t>(op, *parts, bias, output, stream);
+        add_parts<scalar_t>(op, *parts, bias, problem.relu, output, stream);
     }
 }
 
-Tensor deform_conv2d_cuda(
-    const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
-    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
+// The output for arguments that are checked. `packed(chunk)` gives the weight, in chunks of as many channels.
+template <typename Packed>
+Tensor convolve(
+    const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent,
+    Stream stream, const Packed& packed) {
     const char* op = "deform_conv2d";
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
-    const DeformConvShape shape = check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
-    const DeviceScope device(input);
     Tensor output = empty_like_sized(
         input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, std::nullopt,
         MemoryFormat::ChannelsLast);
@@ -375,28 +450,80 @@ Tensor deform_conv2d_cuda(
         dispatch_floating(op, input.scalar_type(), [&](auto zero) {
             using scalar_t = decltype(zero);
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
-            const Tensor packed = pack_deform_weight(weight, shape, problem.chunk, algorithm, device.stream());
+            const Tensor weight = packed(problem.chunk);
             if constexpr (sizeof(scalar_t) == 2) {
                 std::optional<Tensor> parts;
-                if (deform_conv2d_sm90(op, problem, packed, dense_bias, output, parts, device.stream())) {
+                if (deform_conv2d_sm90(op, problem, weight, dense_bias, output, parts, stream)) {
                     if (parts) {
                         add_parts<scalar_t>(
                             op, *parts, dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr),
-                            output, device.stream());
+                            options.relu, output, stream);
                     }
                     return;
                 }
             }
-            dispatch_operand<scalar_t>(cuda_algorithm(algorithm, input.scalar_type()), [&](auto operand) {
+            dispatch_operand<scalar_t>(cuda_algorithm(options.algorithm, input.scalar_type()), [&](auto operand) {
                 using operand_t = decltype(operand);
                 with_tile<scalar_t, kMostTileColumns<operand_t>>(
                     operands.is_wide<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
-                        convolve<operand_t, decltype(columns)::value, decltype(width)::value>(
-                            op, shape, problem, packed, dense_bias, output, device.stream());
+                        convolve_tiles<operand_t, decltype(columns)::value, decltype(width)::value>(
+                            op, shape, problem, weight, dense_bias, output, stream);
                     });
             });
         });
     }
+    return memory_format_of(input) == MemoryFormat::Contiguous ? to_contiguous(output) : output;
+}
+
+Tensor deform_conv2d_cuda(
+    const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
+    const DeformConvShape shape =
+        check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
+    const DeviceScope device(input);
+    return convolve(
+        shape, options, input, offset, bias, mask, offset_tangent, device.stream(),
+        [&](int64_t chunk) { return pack_deform_weight(weight, shape, chunk, algorithm, 0, device.stream()); });
+}
+
+constexpr int64_t kPackedColumns = 1;  // see packed_tag
+
+int64_t packed_deform_tag(ScalarType dtype) { return packed_tag(kPackedColumns, dtype == ScalarType::Double); }
+
+Tensor pack_deform_conv2d_cuda(const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
+    const DeformConvShape shape = check_pack_deform_conv2d(weight, groups, offset_groups, algorithm);
+    const DeviceScope device(weight);
+    int64_t chunk = 0;
+    dispatch_floating("pack_deform_conv2d", weight.scalar_type(), [&](auto zero) {
+        using scalar_t = decltype(zero);
+        chunk = deform_chunk<scalar_t>(shape, deform_run(shape) % kWideElements<scalar_t> == 0);
+    });
+    return pack_deform_weight(
+        weight, shape, chunk, algorithm, packed_deform_tag(weight.scalar_type()), device.stream());
+}
+
+Tensor deform_conv2d_packed_cuda(
+    const Tensor& input, const Tensor& offset, const Tensor& packed, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& mask, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+    int64_t dilation_h, int64_t dilation_w, int64_t algorithm, int64_t out_channels, int64_t groups,
+    int64_t offset_groups, int64_t kernel_h, int64_t kernel_w, bool mask_sigmoid, bool relu) {
+    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm,
+                                    mask_sigmoid, relu};
+    const DeformConvShape shape = check_deform_conv2d_packed(
+        input, offset, bias, mask, options, {out_channels, groups, offset_groups, kernel_h, kernel_w});
+    const ScalarType dtype = input.scalar_type();
+    const int64_t row = deform_weight_order(shape, dtype, deform_run(shape)).packed_outputs;
+    check_packed_deform_weight(packed, input, dtype, shape.channels * shape.taps() * row, kPackedColumns);
+    const DeviceScope device(input);
+    // The weight is packed for an input that is aligned.
+    const Tensor dense = aligned(to_contiguous(input, MemoryFormat::ChannelsLast));
+    const auto operands = sample_operands(
+        "deform_conv2d", shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());
+    const Tensor output = convolve(
+        shape, options, dense, operands.first, bias, operands.second, std::nullopt, device.stream(),
+        [&](int64_t) { return packed; });
     return memory_format_of(input) == MemoryFormat::Contiguous ? to_contiguous(output) : output;
 }
 
@@ -418,9 +545,12 @@ dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z) {
 }
 
 Tensor pack_deform_weight(
-    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, Stream stream) {
+    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag, Stream stream) {
     const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
-    const Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps(), order.packed_outputs});
+    Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps() * order.packed_outputs + tag});
+    if (tag > 0) {
+        torch::stable::zero_(packed);  // the same weight gives the same values, those behind it included
+    }
     const Tensor dense = to_contiguous(weight);
     const dim3 grid = deform_grid(
         "deform_conv2d", ceil_div(shape.group_channels() * shape.taps(), kPackTile),
@@ -461,4 +591,8 @@ DeformOperands::DeformOperands(
 
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) { library.impl("deform_conv2d", TORCH_BOX(&spatialflow::deform_conv2d_cuda)); }
+SPATIALFLOW_DEVICE_IMPL(library) {
+    library.impl("deform_conv2d", TORCH_BOX(&spatialflow::deform_conv2d_cuda));
+    library.impl("_pack_deform_conv2d", TORCH_BOX(&spatialflow::pack_deform_conv2d_cuda));
+    library.impl("_deform_conv2d_packed", TORCH_BOX(&spatialflow::deform_conv2d_packed_cuda));
+}

@@ -39,6 +39,7 @@ struct DeformProblem {
     int channels, groups, group_channels, offset_group_channels, run, chunk;
     unsigned cell_bytes, sums_cell_bytes;  // of all channels of a cell, in scalar_t and in accum_t
     int out_channels, group_outputs, packed_outputs;
+    bool relu;  // in the forward pass alone
 };
 
 // The order of packed weights and of their gradient's parts, (C * taps, packed_outputs).
@@ -393,15 +394,30 @@ private:
 // The order of the file's head for runs of `run` channels, or for chunks of them.
 WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run);
 
-// The weight (O, C / groups, kernel) in that order, prepared for the algorithm: (C * taps, packed_outputs).
+// The weight (O, C / groups, kernel) in that order, prepared for the algorithm: (C * taps, packed_outputs) as a vector,
+// and `tag` zeros behind it.
 Tensor pack_deform_weight(
-    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, Stream stream);
+    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag, Stream stream);
 
 // Channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);
 
+// Channels of a chunk of a run: as many as 128 bytes hold where items of 16 bytes never cross runs, else all.
+template <typename scalar_t>
+int64_t deform_chunk(const DeformConvShape& shape, bool is_wide) {
+    constexpr int64_t kChunk = 8 * kWideElements<scalar_t>;
+    const int64_t run = deform_run(shape);
+    return is_wide && run % kChunk == 0 && shape.taps() <= kTableTaps ? kChunk : run;
+}
+
 // Tiles in x, and what else tells blocks apart in y and z.
 dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z);
+
+template <typename value_t>
+StridedImages<value_t> strided_images(const Tensor& tensor) {
+    return {data<value_t>(tensor),
+            {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
+}
 
 // The tensors of a call, laid out for the kernels; lives until they are launched.
 class DeformOperands {
@@ -413,19 +429,14 @@ public:
     template <typename scalar_t>
     DeformProblem<scalar_t> problem() const {
         using real_t = accum_t<scalar_t>;
-        const auto images = [](const Tensor& tensor) {
-            return StridedImages<real_t>{
-                data<real_t>(tensor),
-                {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
-        };
         DeformProblem<scalar_t> problem{};
         problem.input = data<scalar_t>(input_);
-        problem.offset = images(offset_);
+        problem.offset = strided_images<real_t>(offset_);
         if (mask_) {
-            problem.mask = images(*mask_);
+            problem.mask = strided_images<real_t>(*mask_);
         }
         if (offset_tangent_) {
-            problem.offset_tangent = images(*offset_tangent_);
+            problem.offset_tangent = strided_images<real_t>(*offset_tangent_);
         }
         for (int axis = 0; axis < 2; ++axis) {
             problem.stride[axis] = static_cast<int>(options_.stride[axis]);
@@ -444,14 +455,13 @@ public:
         problem.group_channels = static_cast<int>(shape_.group_channels());
         problem.offset_group_channels = static_cast<int>(shape_.offset_group_channels());
         problem.run = static_cast<int>(deform_run(shape_));
-        constexpr int kChunk = 8 * kWideElements<scalar_t>;
-        const bool chunked = is_wide<scalar_t>() && problem.run % kChunk == 0 && shape_.taps() <= kTableTaps;
-        problem.chunk = chunked ? kChunk : problem.run;
+        problem.chunk = static_cast<int>(deform_chunk<scalar_t>(shape_, is_wide<scalar_t>()));
         problem.cell_bytes = static_cast<unsigned>(shape_.channels * sizeof(scalar_t));
         problem.sums_cell_bytes = static_cast<unsigned>(shape_.channels * sizeof(real_t));
         problem.out_channels = static_cast<int>(shape_.out_channels);
         problem.group_outputs = static_cast<int>(shape_.group_outputs());
         problem.packed_outputs = deform_weight_order(shape_, input_.scalar_type(), problem.run).packed_outputs;
+        problem.relu = options_.relu;
         return problem;
     }
 

@@ -27,6 +27,7 @@
 #include "common/select_candidates.h"
 #include "common/sigmoid.h"
 #include "cuda/best_chunks.h"
+#include "cuda/device_exp.h"
 #include "cuda/launch.h"
 #include "cuda/workspace.h"
 
@@ -83,13 +84,6 @@ struct CandidateProblem {
     unsigned anchors;  // of a cell
     int classes, group;  // lanes that share an anchor, a power of two
     int64_t rows;        // candidates of an image
-};
-
-struct DeviceMath {
-    template <typename real_t>
-    static __device__ __forceinline__ real_t exp(real_t x) {
-        return std::exp(x);
-    }
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
@@ -280,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
             Vec<real_t, kStored> result;
 #pragma unroll
             for (int k = 0; k < kStored; ++k) {
-                result[k] = sigmoid<real_t, DeviceMath>(static_cast<real_t>(load(logits[first + k])));
+                result[k] = sigmoid<real_t, DeviceExp>(static_cast<real_t>(load(logits[first + k])));
             }
             store_vector(scores + (row * problem.classes + begin + first), result);
         }

@@ -239,6 +239,7 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
                 const auto offsets = load_vector<2>(biases + ((j + i) * 8 + pair * 2));
                 const float* values = sums[j / 16] + (j + i) % 16 * 4 + half * 2;
                 words[i] = pack_pair(values[0] + offsets[0], values[1] + offsets[1], scalar_t{});
+                words[i] = problem.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
             }
             const unsigned other = __shfl_xor_sync(kAllLanes, odd ? words[0] : words[1], 1);
             const Vec<unsigned, 2> result = {{odd ? other : words[0], odd ? words[1] : other}};

@@ -9,12 +9,19 @@
 
 namespace spatialflow {
 
-// Stride, padding and dilation, (height, width) each, and how float32 is multiplied.
+// Stride, padding and dilation, (height, width) each, and how float32 is multiplied. Packed calls alone have the rest.
 struct DeformConvOptions {
     int64_t stride[2];
     int64_t padding[2];
     int64_t dilation[2];
     int64_t algorithm;
+    bool mask_sigmoid = false;  // the factor of a sample is the sigmoid of `mask`
+    bool relu = false;
+};
+
+// What the sizes of packed weights are decided by, beside the channels of the input.
+struct DeformConvKernel {
+    int64_t out_channels, groups, offset_groups, height, width;
 };
 
 struct DeformConvShape {
@@ -128,6 +135,16 @@ inline void check_deform_weight(const char* op, const Tensor& input, const Tenso
           " output channels, got ", shape.out_channels);
 }
 
+inline void check_deform_bias(
+    const char* op, const std::optional<Tensor>& bias, const Tensor& input, const DeformConvShape& shape) {
+    if (bias) {
+        check_dtype(op, "bias", *bias, input.scalar_type());
+        check_same_device(op, "bias", *bias, "input", input);
+        check(bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (",
+              shape.out_channels, "), got ", shape_string(*bias));
+    }
+}
+
 inline DeformConvShape check_deform_conv2d(
     const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, const DeformConvOptions& options) {
@@ -136,13 +153,66 @@ inline DeformConvShape check_deform_conv2d(
     DeformConvShape shape = check_deform_sampling(
         op, input, offset, mask, offset_tangent, weight.size(2), weight.size(3), options);
     check_deform_weight(op, input, weight, shape);
-    if (bias) {
-        check_dtype(op, "bias", *bias, input.scalar_type());
-        check_same_device(op, "bias", *bias, "input", input);
-        check(bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (",
-              shape.out_channels, "), got ", shape_string(*bias));
-    }
+    check_deform_bias(op, bias, input, shape);
     return shape;
+}
+
+// Sizes of a weight to be packed; those of images are 0.
+inline DeformConvShape check_pack_deform_conv2d(
+    const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
+    const char* op = "pack_deform_conv2d";
+    check_dim(op, "weight", weight, 4, "(C_out, C / groups, kernel height, kernel width)");
+    check_floating(op, "weight", weight);
+    DeformConvOptions options{{1, 1}, {0, 0}, {1, 1}, algorithm};
+    check_deform_options(op, options);
+    DeformConvShape shape{};
+    shape.out_channels = weight.size(0);
+    shape.kernel_height = weight.size(2);
+    shape.kernel_width = weight.size(3);
+    shape.groups = groups;
+    shape.offset_groups = offset_groups;
+    check(groups >= 1 && groups <= std::max<int64_t>(1, shape.out_channels) && shape.out_channels % groups == 0, op,
+          ": groups must divide the output channels of weight, ", shape.out_channels, ", got ", groups);
+    shape.channels = weight.size(1) * groups;
+    check(offset_groups >= 1 && shape.channels % offset_groups == 0, op, ": offset_groups must divide the ",
+          shape.channels, " input channels, got ", offset_groups);
+    check(shape.kernel_height > 0 && shape.kernel_width > 0 && shape.kernel_height <= kMaxDeformStep &&
+              shape.kernel_width <= kMaxDeformStep,
+          op, ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", shape.kernel_height,
+          ", ", shape.kernel_width, ")");
+    return shape;
+}
+
+// All but the packed weight itself, whose layout is the back end's.
+inline DeformConvShape check_deform_conv2d_packed(
+    const Tensor& input, const Tensor& offset, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+    const DeformConvOptions& options, const DeformConvKernel& kernel) {
+    const char* op = "deform_conv2d";
+    DeformConvShape shape =
+        check_deform_sampling(op, input, offset, mask, std::nullopt, kernel.height, kernel.width, options);
+    check(shape.offset_groups == kernel.offset_groups, op, ": offset must have ",
+          2 * kernel.offset_groups * shape.taps(), " channels for a weight packed for ", kernel.offset_groups,
+          " offset groups, got ", offset.size(1));
+    check(kernel.groups >= 1 && kernel.out_channels >= 0 && shape.channels % kernel.groups == 0 &&
+              kernel.out_channels % kernel.groups == 0,
+          op, ": groups must divide ", shape.channels, " input and ", kernel.out_channels, " output channels, got ",
+          kernel.groups);
+    shape.groups = kernel.groups;
+    shape.out_channels = kernel.out_channels;
+    check_deform_bias(op, bias, input, shape);
+    return shape;
+}
+
+// `size`: that of the packed weight for these shapes without its tag, see packed_tag; `columns`: as there.
+inline void check_packed_deform_weight(
+    const Tensor& packed, const Tensor& input, ScalarType dtype, int64_t size, int64_t columns) {
+    const char* op = "deform_conv2d";
+    check_same_device(op, "packed weight", packed, "input", input);
+    check(packed.scalar_type() == dtype && packed.dim() == 1 && packed.is_contiguous() &&
+              packed.numel() == size + packed_tag(columns, input.scalar_type() == ScalarType::Double),
+          op, ": the packed weight was made for other channels, another instruction set, device, dtype or version than "
+          "input, ", shape_string(input), " ", dtype_name(input.scalar_type()),
+          "; pack the weight again, by pack_deform_conv2d");
 }
 
 inline void check_deform_grad_output(

@@ -37,12 +37,6 @@ inline int64_t packed_conv_size(int64_t resolved, bool is_double, int64_t in_cha
     return (resolved == kConvWinograd ? 36 : is_double ? 9 : 18) * packed_tap_size(in_channels, out_channels);
 }
 
-// Elements behind packed weights that no kernel reads. Their number is the tag of the layout, which differs between
-// instruction sets, CPU and CUDA, and float32 and float64 while the sizes agree. `columns` is how many float32 outputs
-// lie side by side; CUDA counts as 1. A length survives files, copies and captured graphs, and no device is waited for
-// to read it. A layout that changes takes a tag that was never used; weights without one are of earlier versions.
-inline int64_t packed_tag(int64_t columns, bool is_double) { return 2 * columns + (is_double ? 1 : 0); }
-
 constexpr int64_t kPackedUnit = 9 * kPackedOutputs;  // divides packed_conv_size, and is above every tag
 
 // The length of packed weights without their tag.

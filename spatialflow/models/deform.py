@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from spatialflow.ops import deform_conv2d
 
-OFFSET_CHANNELS = 27
+OFFSETS, OFFSET_CHANNELS = 18, 27
 """18 offsets, (dy, dx) per tap, taps row-major, then 9 mask logits."""
 
 
 def split_offsets(prediction: Tensor) -> tuple[Tensor, Tensor]:
     """(N, 27, H, W) -> offsets (N, 18, H, W) and mask (N, 9, H, W) in 0..1."""
-    return prediction[:, :18], prediction[:, 18:].sigmoid()
+    return prediction[:, :OFFSETS], prediction[:, OFFSETS:].sigmoid()
 
 
 class DeformConv2d(nn.Conv2d):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatialflow import __version__
-from spatialflow.models.deform import DeformConv2d, split_offsets
+from spatialflow.models.deform import OFFSETS, DeformConv2d
 from spatialflow.models.fpn import FPN
 from spatialflow.models.fused_conv import Shape, fused_conv2d, linear_relu
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
@@ -23,11 +23,13 @@ from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subn
 from spatialflow.ops import (
     FlowTowerParameters,
     PackedConv,
+    PackedDeformConv,
     deform_conv2d,
     flow_conv2d,
     flow_tower,
     group_norm_relu,
     pack_conv3x3,
+    pack_deform_conv2d,
     pack_flow_tower,
 )
 
@@ -55,7 +57,7 @@ class FusedConv(nn.Module):
     """A convolution with an optional residual sum and ReLU in the same pass.
 
     Args:
-        conv: the convolution; a DeformConv2d keeps its offset convolution.
+        conv: the convolution.
         relu: whether a ReLU follows (after the residual sum, where there is one).
     """
 
@@ -66,15 +68,10 @@ class FusedConv(nn.Module):
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         self.register_buffer("bias", bias, persistent=False)
         self.shape, self.relu = Shape(conv.stride, conv.padding, conv.groups), relu
-        self.offsets = FusedConv(conv.conv_offset) if isinstance(conv, DeformConv2d) else None
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         """(N, C, H, W) -> (N, O, H', W'). `residual`, of the output's shape, may be overwritten."""
-        if self.offsets is None:
-            return fused_conv2d(x, self.weight, self.bias, self.shape, self.relu, residual)
-        offset, mask = split_offsets(self.offsets(x))
-        y = deform_conv2d(x, offset, self.weight, self.bias, self.shape.stride, self.shape.padding, 1, mask)
-        return y.relu_() if self.relu else y
+        return fused_conv2d(x, self.weight, self.bias, self.shape, self.relu, residual)
 
 
 class FusedStem(FusedConv):
@@ -103,10 +100,7 @@ class FusedBottleneck(nn.Module):
     def __init__(self, block: Bottleneck):
         super().__init__()
         self.conv1 = FusedConv(block.conv1, relu=True)
-        packable = (
-            block.conv2.stride == (1, 1) and block.conv2.groups == 1 and not isinstance(block.conv2, DeformConv2d)
-        )
-        self.conv2 = (PackedConv3x3 if packable else FusedConv)(block.conv2, relu=True)
+        self.conv2 = _arranged(block.conv2, relu=True)
         self.conv3 = FusedConv(block.conv3, relu=True)
         self.downsample = None
         if block.downsample is not None:
@@ -169,7 +163,7 @@ class PackedModule(nn.Module):
         packed: the convolutions.
     """
 
-    def __init__(self, packed: Union[PackedConv, list[PackedConv], FlowTowerParameters]):
+    def __init__(self, packed: Union[PackedConv, PackedDeformConv, list[PackedConv], FlowTowerParameters]):
         super().__init__()
         self.packed = packed
 
@@ -182,9 +176,10 @@ class PackedModule(nn.Module):
 
 def _moved(packed: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """`packed` with every convolution packed again whose weight `fn` changes."""
-    if isinstance(packed, PackedConv):
+    if isinstance(packed, (PackedConv, PackedDeformConv)):
         weight, bias = fn(packed.weight), None if packed.bias is None else fn(packed.bias)
-        return packed if weight is packed.weight else pack_conv3x3(weight, bias, packed.algorithm)
+        pack_again, (_, _, *options) = packed.__reduce__()
+        return packed if weight is packed.weight else pack_again(weight, bias, *options)
     if isinstance(packed, FlowTowerParameters):
         return FlowTowerParameters(*(_moved(field, fn) for field in packed))
     return type(packed)(_moved(one, fn) for one in packed) if isinstance(packed, (list, tuple)) else packed
@@ -205,6 +200,45 @@ class PackedConv3x3(PackedModule):
     def forward(self, x: Levels, flow: Optional[Levels] = None, active: Optional[Tensor] = None) -> Levels:
         """relu(conv(x + flow)), of the structure of `x`; zeros for images that are not `active`, (N,) bool."""
         return flow_conv2d(x, flow, self.packed, None, self.relu, active=active)
+
+
+class PackedDeform(PackedModule):
+    """A deformable convolution and ReLU, over a tensor or a list of levels, its weight arranged once.
+
+    Args:
+        conv: weight, bias and settings.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        bias = None if conv.bias is None else conv.bias.detach()
+        super().__init__(pack_deform_conv2d(conv.weight.detach(), bias, conv.groups))
+        self.geometry = (conv.stride, conv.padding, conv.dilation)
+
+    def forward(self, x: Levels, prediction: Levels) -> Levels:
+        """(N, C, H, W) and its offsets and mask logits, (N, 27, H', W'), -> (N, O, H', W')."""
+        if not isinstance(x, Tensor):
+            return [self(level, own) for level, own in zip(x, prediction)]
+        offset, logits = prediction[:, :OFFSETS], prediction[:, OFFSETS:]
+        return deform_conv2d(x, offset, self.packed, None, *self.geometry, logits, mask_sigmoid=True, relu=True)
+
+
+class FusedDeform(nn.Module):
+    """`DeformConv2d` and ReLU, over a tensor or a list of levels."""
+
+    def __init__(self, conv: DeformConv2d):
+        super().__init__()
+        self.offsets, self.conv = _arranged(conv.conv_offset), PackedDeform(conv)
+
+    def forward(self, x: Levels) -> Levels:
+        return self.conv(x, self.offsets(x))
+
+
+def _arranged(conv: nn.Conv2d, relu: bool = False) -> nn.Module:
+    """The module here that stands in for a convolution, and a ReLU behind it."""
+    if isinstance(conv, DeformConv2d):
+        return FusedDeform(conv)
+    packable = conv.kernel_size == (3, 3) and conv.stride == conv.padding == (1, 1) and conv.groups == 1
+    return (PackedConv3x3 if packable else FusedConv)(conv, relu)
 
 
 class PackedFPN(PackedModule):
@@ -255,18 +289,16 @@ class PackedSubnets(nn.Module):
 
     def __init__(self, subnets: Subnets):
         super().__init__()
-        self.plain = subnets
+        self.source, self.follower = subnets.source, subnets.follower
         names = ("cls", "reg", "stuff", "thing")
-        self.convs = nn.ModuleDict(
-            {name: nn.ModuleList(map(_pack_stage, subnets.get_submodule(name))) for name in names}
-        )
+        self.convs = nn.ModuleDict({name: nn.ModuleList(_stages(subnets, name)) for name in names})
         self.flow_convs = nn.ModuleDict(
             {name: nn.ModuleList(PackedConv3x3(conv) for conv in subnets.flows(name)) for name in names}
         )
         self.semantic = nn.ModuleList(PackedConv3x3(conv) for conv in subnets.semantic_flow)
 
     def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
-        source, follower = self.plain.source, self.plain.follower
+        source, follower = self.source, self.follower
         pyramid, small = list(pyramid), list(pyramid[:SEGMENTATION_LEVELS])
         f = {"cls": pyramid, "reg": pyramid, "stuff": small}
         for s, conv in enumerate(self.convs[source]):
@@ -291,32 +323,19 @@ class PackedSubnets(nn.Module):
         if len(self.flow_convs[name]) == 0:
             return conv(f if semantic is None else _add(f, semantic))
         flow = self.flow_convs[name][s]
-        if s not in self.plain.deformable.get(name, ()):
-            spatial = flow(source)
-            return conv(f, spatial if semantic is None else _add(spatial, semantic))
-        x = f if semantic is None else _add(f, semantic)
-        plain, results = self.plain.get_submodule(name)[s], []
-        for feature, prediction in zip(
-            x, flow(f, source)
-        ):  # the offsets come from flow(f + source), without `semantic`
-            offset, mask = split_offsets(prediction)
-            results.append(deform_conv2d(feature, offset, plain.weight, plain.bias, 1, 1, 1, mask).relu_())
-        return results
+        if isinstance(conv, PackedDeform):  # the offsets come from flow(f + source), without `semantic`
+            return conv(f if semantic is None else _add(f, semantic), flow(f, source))
+        spatial = flow(source)
+        return conv(f, spatial if semantic is None else _add(spatial, semantic))
 
 
-class _EachLevel(nn.Module):
-    """A module of one tensor, for a list of levels."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        return [self.module(level) for level in levels]
-
-
-def _pack_stage(conv: nn.Conv2d) -> nn.Module:
-    return _EachLevel(FusedConv(conv, relu=True)) if isinstance(conv, DeformConv2d) else PackedConv3x3(conv, relu=True)
+def _stages(subnets: Subnets, name: str) -> list[nn.Module]:
+    """Those of a sub-network, with ReLU. A deformable one with a flow takes its offsets from there."""
+    by_flow = subnets.deformable.get(name, ()) if len(subnets.flows(name)) else ()
+    return [
+        PackedDeform(conv) if s in by_flow else _arranged(conv, relu=True)
+        for s, conv in enumerate(subnets.get_submodule(name))
+    ]
 
 
 def _add(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:

@@ -20,7 +20,12 @@ from spatialflow import _library
 _library.load()
 
 from spatialflow.ops.checking import checked  # noqa: E402
-from spatialflow.ops.deform_conv2d import DeformConv2d, deform_conv2d  # noqa: E402
+from spatialflow.ops.deform_conv2d import (  # noqa: E402
+    DeformConv2d,
+    PackedDeformConv,
+    deform_conv2d,
+    pack_deform_conv2d,
+)
 from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3  # noqa: E402
 from spatialflow.ops.flow_tower import (  # noqa: E402
     FlowTowerOutput,
@@ -49,6 +54,7 @@ __all__ = [
     "Detections",
     "MultilevelRoIAlign",
     "PackedConv",
+    "PackedDeformConv",
     "PanopticMergeOutput",
     "RoIAlign",
     "batched_nms",
@@ -61,6 +67,7 @@ __all__ = [
     "multilevel_roi_align",
     "nms",
     "pack_conv3x3",
+    "pack_deform_conv2d",
     "pack_flow_tower",
     "panoptic_merge",
     "panoptic_quality_counts",

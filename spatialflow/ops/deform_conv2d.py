@@ -4,29 +4,57 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, pair, require_finite
-from spatialflow.ops.differentiable import DifferentiableOp, autocast
+from spatialflow.ops.differentiable import DifferentiableOp, autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
-from spatialflow.ops.flow_conv2d import algorithm_code
+from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, packed_tag
 from spatialflow.ops.layout import memory_format_of
+
+_CPU_PADDING = 32
+"""What outputs of a group are padded to in packed weights on the CPU: kGemmColumnPadding in csrc/cpu/gemm.h."""
+
+_pack_deform_conv2d = without_gradient("_pack_deform_conv2d")
+_deform_conv2d_packed = without_gradient("_deform_conv2d_packed")
+
+
+class PackedDeformConv(NamedTuple):
+    """A deformable convolution with its weights in the order the kernels read, made by `pack_deform_conv2d`.
+
+    As for `PackedConv`, the order depends on the instruction set, the device and the version of the package: a pickle
+    or a deep copy holds `weight` alone, which is packed again where it is loaded. `weight` also serves calls that need
+    gradients or autocast, and float32 on CUDA where torch allows another algorithm than when it was packed.
+    """
+
+    packed: Tensor  # a vector; its length says which order it has
+    weight: Tensor  # (C_out, C / groups, kernel_h, kernel_w)
+    bias: Tensor | None  # (C_out,)
+    groups: int
+    offset_groups: int
+    algorithm: str
+    resolved: int  # what `algorithm` stood for when the weight was packed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pack_deform_conv2d, (self.weight, self.bias, self.groups, self.offset_groups, self.algorithm)
 
 
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedDeformConv,
     bias: Tensor | None = None,
     stride: int | tuple[int, int] = (1, 1),
     padding: int | tuple[int, int] = (0, 0),
     dilation: int | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
     algorithm: str = "auto",
+    mask_sigmoid: bool = False,
+    relu: bool = False,
 ) -> Tensor:
     """Convolves with taps that read the input bilinearly at learned offsets from their places in the kernel.
 
@@ -35,7 +63,9 @@ def deform_conv2d(
         offset: (N, 2 * offset_groups * kernel_h * kernel_w, H_out, W_out), cells: for each offset group the pairs
             (dy, dx) of all taps, row by row. Channels of `input` are split evenly over offset groups. Any floating
             dtype, used in float32 (float64 for float64 features).
-        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; sizes decide the number of groups.
+        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; sizes decide the number of groups. Or a
+            `PackedDeformConv`, whose bias and algorithm are then used: nothing is packed in the call, and sigmoid and
+            ReLU cost no pass of their own.
         bias: (C_out), the dtype of `input`, or None.
         stride, padding, dilation: of the undeformed convolution; (height, width), or one number for both.
         mask: factor of every sample (N, offset_groups * kernel_h * kernel_w, H_out, W_out), or None (version 1); dtype
@@ -50,14 +80,17 @@ def deform_conv2d(
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             "winograd", which `flow_conv2d` knows, needs taps on a grid and is refused. Gradients are computed as the
             call was.
+        mask_sigmoid: whether `mask` holds logits: the factor of a sample is then the sigmoid of its entry.
+        relu: rectify the result; NaN stays NaN.
 
     Returns:
         (N, C_out, H_out, W_out), the dtype of `input`; channels-last if `input` is.
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: an unknown `algorithm`, or "winograd"; `stride`, `padding` or `dilation` of a wrong kind; within
-            `spatialflow.ops.checked()` also an offset or mask that is not finite.
+        ValueError: an unknown `algorithm`, or "winograd"; `stride`, `padding` or `dilation` of a wrong kind;
+            `mask_sigmoid` without a mask; a bias beside a `PackedDeformConv`; within `spatialflow.ops.checked()` also
+            an offset or mask that is not finite.
 
     Remarks:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
@@ -79,8 +112,16 @@ def deform_conv2d(
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 2-4; Zhu et al., Deformable ConvNets v2 (2019),
     eq. 1; signature and result of torchvision.ops.deform_conv2d.
     """
-    if not are_tensors(input, offset, weight, optional=(bias, mask)):
+    packed = weight if isinstance(weight, PackedDeformConv) else None
+    weights, biases = ([weight], (bias,)) if packed is None else (packed[:2], (bias, packed.bias))
+    if not are_tensors(input, offset, *weights, optional=(*biases, mask)):
         return with_arrays(deform_conv2d, locals())
+    if mask_sigmoid and mask is None:
+        raise ValueError("deform_conv2d: mask_sigmoid must be False without a mask")
+    if packed is not None:
+        if bias is not None:
+            raise ValueError("deform_conv2d: bias must be None when weight is a PackedDeformConv, which has its own")
+        weight, bias, algorithm = packed.weight, packed.bias, packed.algorithm
     input = autocast(input)
     code = algorithm_code("deform_conv2d", algorithm, input, without="winograd")
     settings = (
@@ -93,8 +134,44 @@ def deform_conv2d(
         require_finite("deform_conv2d", "offset", offset)
         if mask is not None:
             require_finite("deform_conv2d", "mask", mask)
+    if (
+        packed is not None
+        and (code, input.dtype) == (packed.resolved, weight.dtype)
+        and not needs_gradient([input, offset, weight, bias, mask])
+    ):
+        sizes = (weight.shape[0], packed.groups, packed.offset_groups, *weight.shape[2:])
+        flags = (bool(mask_sigmoid), bool(relu))
+        return _deform_conv2d_packed(input, offset, packed.packed, bias, mask, *settings, *sizes, *flags)
     bias = None if bias is None else autocast(bias)
-    return _deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
+    mask = mask.sigmoid() if mask_sigmoid else mask
+    result = _deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
+    return result.relu() if relu else result
+
+
+def pack_deform_conv2d(
+    weight: Tensor, bias: Tensor | None = None, groups: int = 1, offset_groups: int = 1, algorithm: str = "auto"
+) -> PackedDeformConv:
+    """Arranges the weight of a deformable convolution once, for many calls of `deform_conv2d`.
+
+    Args:
+        weight: (C_out, C / groups, kernel_h, kernel_w); float32, float64, float16 or bfloat16, any strides.
+        bias: (C_out,), the dtype of `weight`, or None.
+        groups: of the convolution; it divides C_out.
+        offset_groups: of the offsets it will be called with; it divides C.
+        algorithm: as in `deform_conv2d`.
+
+    Returns:
+        A `PackedDeformConv` for inputs of the dtype of `weight`. Later changes of `weight` in place do not reach it.
+
+    Raises:
+        RuntimeError: a shape, dtype or number of groups that does not fit, naming the argument.
+        ValueError: an unknown `algorithm`, or "winograd".
+    """
+    if not are_tensors(weight, optional=(bias,)):
+        return with_arrays(pack_deform_conv2d, locals())
+    code = algorithm_code("pack_deform_conv2d", algorithm, weight, without="winograd")
+    packed = _pack_deform_conv2d(weight, groups, offset_groups, code)
+    return PackedDeformConv(packed, weight, bias, groups, offset_groups, algorithm, code)
 
 
 class DeformConv2d(nn.Module):
@@ -160,6 +237,23 @@ def _(input, offset, weight, bias, mask, offset_tangent, *settings):
             tensor.dim() == 4, lambda: f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}"
         )
     size = (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
+
+
+@register_fake("_pack_deform_conv2d")
+def _(weight, groups, offset_groups, algorithm):
+    outputs, inputs, *kernel = weight.shape
+    is_double, tag = weight.dtype == torch.float64, packed_tag(weight.device, weight.dtype)
+    on_cuda = tag == CUDA_TAG + is_double
+    unit = 16 // weight.element_size() if on_cuda else _CPU_PADDING
+    size = groups * inputs * math.prod(kernel) * ((outputs // groups + unit - 1) // unit * unit)
+    dtype = weight.dtype if on_cuda else torch.float64 if is_double else torch.float32
+    return weight.new_empty((size + tag,), dtype=dtype)
+
+
+@register_fake("_deform_conv2d_packed", op="deform_conv2d")
+def _(input, offset, packed, bias, mask, *settings):
+    size = (input.shape[0], settings[7], offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 

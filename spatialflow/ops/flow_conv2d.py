@@ -19,9 +19,9 @@ _pack_conv3x3 = without_gradient("_pack_conv3x3")
 _flow_conv2d_packed = without_gradient("_flow_conv2d_packed")
 _flow_conv2d_group = without_gradient("_flow_conv2d_group")
 
-# Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/flow_conv2d.h.
+# Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/conv_algorithm.h.
 _CPU_TAG = _pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
-_CUDA_TAG = 2
+CUDA_TAG = 2
 _PACKED_UNIT = 288  # divides the length of packed weights without their tag
 
 
@@ -305,16 +305,17 @@ def _(weight, algorithm):
     )
     size = (36 if winograd else 9 if is_double else 18) * in_channels * ((out_channels + 31) // 32 * 32)
     dtype = torch.float64 if is_double else torch.float32
-    return weight.new_empty((size + _packed_tag(weight.device, dtype),), dtype=dtype)
+    return weight.new_empty((size + packed_tag(weight.device, dtype),), dtype=dtype)
 
 
-def _packed_tag(device: torch.device, dtype: torch.dtype) -> int:
-    return (_CUDA_TAG if device.type == "cuda" else _CPU_TAG) + (dtype == torch.float64)
+def packed_tag(device: torch.device, dtype: torch.dtype) -> int:
+    """Elements behind packed weights of this dtype that name their layout; see packed_tag in csrc/ops."""
+    return (CUDA_TAG if device.type == "cuda" else _CPU_TAG) + (dtype == torch.float64)
 
 
 def check_packed_layout(op: str, packed: Tensor) -> None:
     """For fake kernels: refuses weights packed for another back end, as the operators do."""
-    tag, wanted = packed.shape[0] % _PACKED_UNIT, _packed_tag(packed.device, packed.dtype)
+    tag, wanted = packed.shape[0] % _PACKED_UNIT, packed_tag(packed.device, packed.dtype)
     torch._check(
         tag == wanted,
         lambda: f"{op}: the packed weight has the layout of another instruction set, device, dtype or version "

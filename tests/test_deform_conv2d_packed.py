@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""deform_conv2d with a weight that was packed before, sigmoid of the mask and ReLU in the same pass."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from op_matrix import channels_last
+
+from spatialflow import ops
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SHAPES = [
+    # channels, outputs, groups, offset groups, kernel, size, stride, padding, dilation
+    (16, 24, 1, 1, (3, 3), (11, 13), 1, 1, 1),
+    (64, 72, 1, 1, (3, 3), (9, 7), 2, 1, 1),
+    (128, 136, 1, 2, (3, 3), (12, 11), 1, 1, 2),
+    (32, 16, 4, 1, (3, 3), (6, 9), (1, 2), (0, 1), 1),
+    (24, 12, 2, 3, (2, 1), (7, 5), 1, 0, (1, 3)),
+    (3, 5, 1, 1, (4, 4), (8, 8), 1, 2, 1),
+    (6, 4, 2, 2, (1, 1), (3, 3), 1, 0, 1),
+]
+
+
+def case(shape, dtype=torch.float32, batch=2):
+    """Arguments of a call with the plain weight and its bias."""
+    channels, outputs, groups, offset_groups, kernel, size, stride, padding, dilation = shape
+    generator = torch.Generator("cpu").manual_seed(sum(size))
+
+    def random(*sizes):
+        return torch.randn(sizes, generator=generator, device="cpu").to(torch.get_default_device())
+
+    pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
+    out = [
+        (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for side, taps, stride, padding, dilation in zip(size, kernel, *pairs)
+    ]
+    taps = kernel[0] * kernel[1]
+    weight = random(outputs, channels // groups, *kernel) / (channels // groups * taps) ** 0.5
+    x, bias = random(batch, channels, *size), random(outputs)
+    offset, mask = random(batch, 2 * offset_groups * taps, *out), random(batch, offset_groups * taps, *out)
+    tensors = [t.to(dtype) for t in (x, offset, weight, bias, mask)]
+    return tensors, (stride, padding, dilation), (groups, offset_groups)
+
+
+def bound(dtype):
+    return {torch.float32: 1e-5, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+
+
+@pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous], ids=["channels-last", "planar"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_reference(shape, dtype, layout):
+    """In float64, of the same rounded inputs; with and without each of bias, mask, sigmoid and ReLU."""
+    (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
+    x = layout(x)
+    for own_bias, own_mask, sigmoid, relu in (
+        (bias, mask, True, True), (None, mask, True, False), (bias, mask, False, False), (None, None, False, True),
+    ):  # fmt: skip
+        conv = ops.pack_deform_conv2d(weight, own_bias, *groups)
+        result = ops.deform_conv2d(x, offset, conv, None, *geometry, own_mask, mask_sigmoid=sigmoid, relu=relu)
+        wide = [None if t is None else t.double() for t in (x, offset, weight, own_bias, own_mask)]
+        factor = wide[4].sigmoid() if sigmoid else wide[4]
+        expected = ops.deform_conv2d(*wide[:4], *geometry, factor)
+        expected = expected.relu() if relu else expected
+        assert result.dtype == dtype and result.shape == expected.shape
+        error = (result.double() - expected).abs().max() / expected.abs().max()
+        assert error <= bound(dtype)
+        assert result.is_contiguous() or layout is channels_last
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_call_with_the_plain_weight(shape, dtype):
+    """To the last bit, where nothing is fused."""
+    (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
+    conv = ops.pack_deform_conv2d(weight, bias, *groups)
+    result = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
+    assert torch.equal(result, ops.deform_conv2d(x, offset, weight, bias, *geometry, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_offsets_in_16_bits_are_the_same_in_32(dtype):
+    """Kernels read both types; of the gradients too, and where only one of offset and mask is in 16 bits."""
+    for shape in SHAPES[:4]:
+        (x, offset, weight, bias, mask), geometry, _ = case(shape, dtype)
+        results = []
+        for wide_offset, wide_mask in ((False, False), (True, True), (True, False)):
+            inputs = [x, offset.float() if wide_offset else offset, weight, bias, mask.float() if wide_mask else mask]
+            inputs = [t.clone().requires_grad_() for t in inputs]
+            y = ops.deform_conv2d(*inputs[:4], *geometry, inputs[4])
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+        for other in results[1:]:
+            for index, (one, two) in enumerate(zip(results[0], other, strict=True)):
+                two = two.to(one.dtype)  # gradients of offset and mask are rounded to 16 bits in one call
+                if index == 1:  # of the input: a sum in any order on CUDA
+                    torch.testing.assert_close(one, two, rtol=bound(dtype), atol=bound(dtype))
+                else:
+                    assert torch.equal(one, two)
+
+
+def test_values_that_are_not_finite():
+    """As sigmoid and ReLU of torch: NaN logits sample nothing, infinite ones are 0 or 1, NaN results stay NaN."""
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
+    mask[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    offset[0, 3, 1, :2] = torch.tensor([torch.nan, torch.inf])
+    x[1, 2, 5, 5] = torch.nan
+    conv = ops.pack_deform_conv2d(weight, bias, *groups)
+    result = ops.deform_conv2d(x, offset, conv, None, *geometry, mask, mask_sigmoid=True, relu=True)
+    expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.sigmoid()).relu()
+    assert result.isnan().any() and not result[0].isnan().any()
+    torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+def test_misaligned_and_strided_inputs():
+    """The order of the weight assumes 16 bytes at once, which a slice of a larger tensor may not allow."""
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[1], torch.bfloat16)
+    conv = ops.pack_deform_conv2d(weight, bias, *groups)
+    expected = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
+    base = torch.zeros(x.numel() + 1, dtype=x.dtype)
+    odd = base[1:].view(2, 9, 7, 64).permute(0, 3, 1, 2).copy_(x)
+    slices = torch.cat([x, x], dim=1)[:, 64:], channels_last(torch.cat([x, x], dim=1))[:, :64]
+    joined = torch.cat([offset, mask], dim=1)
+    for same in (odd, *slices):
+        result = ops.deform_conv2d(same, joined[:, :18], conv, None, *geometry, joined[:, 18:])
+        assert torch.equal(result, expected)
+
+
+def test_empty():
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
+    conv = ops.pack_deform_conv2d(weight, bias, *groups)
+    assert ops.deform_conv2d(x[:0], offset[:0], conv, None, *geometry, mask[:0], relu=True).shape == (0, 24, 11, 13)
+    nothing = ops.pack_deform_conv2d(weight[:0], None)
+    assert ops.deform_conv2d(x, offset, nothing, None, *geometry).shape == (2, 0, 11, 13)
+    biased = ops.pack_deform_conv2d(weight[:, :0], bias)
+    result = ops.deform_conv2d(x[:, :0], offset, biased, None, *geometry)
+    assert torch.equal(result, bias[:, None, None].expand_as(result))
+
+
+def test_gradients_and_autocast():
+    """Go by the plain weight."""
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
+    inputs = [t.requires_grad_() for t in (x, offset, weight, bias, mask)]
+    conv = ops.pack_deform_conv2d(weight, bias, *groups)
+    y = ops.deform_conv2d(x, offset, conv, None, *geometry, mask, mask_sigmoid=True, relu=True)
+    expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.sigmoid()).relu()
+    for one, other in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+        torch.testing.assert_close(one, other)  # that of the input is a sum in any order on CUDA
+    kind = x.device.type
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16):
+        assert ops.deform_conv2d(x, offset, conv, None, *geometry, mask).dtype == torch.bfloat16
+
+
+def test_derivatives_of_the_fused_call():
+    (x, offset, weight, bias, mask), geometry, groups = case((3, 4, 1, 1, (3, 3), (4, 5), 1, 1, 1), torch.float64, 1)
+    offset = offset.floor() + 0.3 + 0.4 * torch.rand_like(offset)  # away from the kinks at whole coordinates
+    inputs = [t.requires_grad_() for t in (x, offset, weight, bias, mask)]
+
+    def call(x, offset, weight, bias, mask):
+        conv = ops.pack_deform_conv2d(weight, bias, *groups)
+        return ops.deform_conv2d(x, offset, conv, None, *geometry, mask, mask_sigmoid=True)
+
+    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+
+
+def test_pickles_and_copies_pack_again():
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[2])
+    conv = ops.pack_deform_conv2d(weight, bias, *groups, algorithm="direct")
+    expected = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
+    assert len(pickle.dumps(conv)) < weight.numel() * 4 + 4096, "weights packed are not stored"
+    for other in (pickle.loads(pickle.dumps(conv)), copy.deepcopy(conv)):
+        assert other[3:] == conv[3:]
+        assert torch.equal(ops.deform_conv2d(x, offset, other, None, *geometry, mask), expected)
+
+
+def test_opcheck_and_compile():
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[2])
+    conv = ops.pack_deform_conv2d(weight, bias, *groups)
+    torch.library.opcheck(torch.ops.spatialflow._pack_deform_conv2d, (weight, *groups, conv.resolved))
+    raw = (x, offset, conv.packed, bias, mask, 1, 1, 1, 1, 2, 2, conv.resolved, 136, *groups, 3, 3, True, True)
+    torch.library.opcheck(torch.ops.spatialflow._deform_conv2d_packed, raw)
+
+    def call(x, offset, mask):
+        return ops.deform_conv2d(x, offset, conv, None, *geometry, mask, mask_sigmoid=True, relu=True)
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, fullgraph=True)(x, offset, mask), call(x, offset, mask))
+
+
+def test_packing_errors():
+    weight = torch.randn(6, 4, 3, 3)
+    for options, message in (
+        ({"groups": 0}, "groups must divide the output channels of weight, 6, got 0"),
+        ({"groups": 4}, "groups must divide the output channels of weight, 6, got 4"),
+        ({"groups": 2**62}, "groups must divide the output channels of weight, 6, got 4611686018427387904"),
+        ({"offset_groups": 3}, "offset_groups must divide the 4 input channels, got 3"),
+        ({"offset_groups": 0}, "offset_groups must divide the 4 input channels, got 0"),
+        ({"weight": weight[0]}, r"weight must be \(C_out, C / groups, kernel height, kernel width\), got shape"),
+        ({"weight": weight.int()}, "weight must be float32, .*got int32"),
+        ({"weight": weight[..., :0]}, r"weight must have a kernel of at least one tap, .*got \(3, 0\)"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^pack_deform_conv2d: {message}"):
+            ops.pack_deform_conv2d(**{"weight": weight} | options)
+    with pytest.raises(ValueError, match="pack_deform_conv2d: algorithm must be one of .*, got 'winograd'"):
+        ops.pack_deform_conv2d(weight, algorithm="winograd")
+    with pytest.raises(TypeError, match="pack_deform_conv2d: weight must be a tensor, got NoneType"):
+        ops.pack_deform_conv2d(None)
+
+
+def test_errors():
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[2])
+    conv = ops.pack_deform_conv2d(weight, bias, *groups)
+
+    def call(x=x, offset=offset, conv=conv, bias=None, mask=mask, **options):
+        return ops.deform_conv2d(x, offset, conv, bias, *geometry, mask, **options)
+
+    with pytest.raises(ValueError, match="deform_conv2d: bias must be None when weight is a PackedDeformConv"):
+        call(bias=bias)
+    with pytest.raises(ValueError, match="deform_conv2d: mask_sigmoid must be False without a mask"):
+        call(mask=None, mask_sigmoid=True)
+    with pytest.raises(
+        RuntimeError, match="offset must have 36 channels for a weight packed for 2 offset groups, got 18"
+    ):
+        call(offset=offset[:, :18], mask=None)
+    with pytest.raises(RuntimeError, match="the packed weight was made for other channels, .*pack the weight again"):
+        call(x=x[:, :64])
+    with pytest.raises(RuntimeError, match="the packed weight was made for other channels, .*pack the weight again"):
+        call(conv=conv._replace(packed=conv.packed[:-1]))
+    with pytest.raises(RuntimeError, match="the packed weight was made for other channels, .*pack the weight again"):
+        call(conv=conv._replace(packed=conv.packed.half()))
+    with pytest.raises(RuntimeError, match="groups must divide 128 input and 136 output channels, got 3"):
+        call(conv=conv._replace(groups=3))
+    with pytest.raises(RuntimeError, match=r"weight must be float64, got float32"):
+        call(x=x.double())
+    with pytest.raises(TypeError, match=r"deform_conv2d: weight\.packed must be a tensor, got NoneType"):
+        call(conv=conv._replace(packed=None))

@@ -41,6 +41,16 @@ def by_position(function):
     return function and (lambda *tensors, **options: function(*tensors[:4], mask=(tensors + (None,))[4], **options))
 
 
+def packed(input, offset, weight, bias, mask=None, **options):
+    """Arguments with the weight packed outside the timing, as networks do in inference."""
+    return input, offset, ops.pack_deform_conv2d(weight, bias, input.shape[1] // weight.shape[1]), None, mask, options
+
+
+def with_packed(*arguments):
+    *tensors, mask, options = arguments
+    return ops.deform_conv2d(*tensors, mask=mask, **options)
+
+
 BENCHMARK = Benchmark(
     name="deform_conv2d",
     title="3x3, sub-networks on P3 to P5 (256 channels) and backbone stages",
@@ -60,6 +70,7 @@ BENCHMARK = Benchmark(
     },
     providers={
         "spatialflow": convolving("ieee", by_position(ops.deform_conv2d)),
+        "spatialflow packed": convolving("ieee", Provider(with_packed, packed, only_forward=True)),
         "spatialflow TF32": convolving("tf32", by_position(ops.deform_conv2d)),  # other dtypes: as above
         "spatialflow direct": by_position(partial(ops.deform_conv2d, algorithm="direct")),
         "spatialflow deterministic": deterministic(by_position(partial(ops.deform_conv2d, algorithm="tf32x3"))),

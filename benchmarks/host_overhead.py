@@ -72,6 +72,8 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
     return {
         "roi_align": (ops.roi_align, (feature, roi, 1, 1.0, 1), {}),
         "deform_conv2d": (ops.deform_conv2d, (feature, offset, weight, bias), {"padding": 1, "mask": mask}),
+        "deform_conv2d, packed": (
+            ops.deform_conv2d, (feature, offset, ops.pack_deform_conv2d(weight, bias)), {"padding": 1, "mask": mask}),
         "nms": (ops.nms, (boxes, scores, 0.5), {}),
         "batched_nms": (ops.batched_nms, (boxes, scores, classes, 0.5), {}),
         "sigmoid_focal_loss": (ops.sigmoid_focal_loss, (logits, labels), {}),

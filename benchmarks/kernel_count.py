@@ -45,7 +45,7 @@ def tower_waves(levels: Any, packed: Any, biases: Any, algorithms: Any, counts: 
 
 
 def packed_deform_launches(input: Tensor, offset: Tensor, packed: Tensor, bias: Any, mask: Any, *rest: Any) -> int:
-    """Launches of `_deform_conv2d_packed`: the convolution, and what arranges offsets and mask where they are not yet."""
+    """Launches of `_deform_conv2d_packed`: the convolution, and one before it where offsets or mask are not float32."""
     operands = [offset] if mask is None else [offset, mask]
     mask_sigmoid = rest[-2]
     return 1 + bool(mask_sigmoid or _casts(operands, torch.float32, torch.float64))

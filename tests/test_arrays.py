@@ -59,6 +59,10 @@ def cases():
         "deform_conv2d": (ops.deform_conv2d, {"input": pyramid[0], "offset": offset, "weight": weight, "padding": 1}),
         "deform_conv2d, optional": (ops.deform_conv2d, {
             "input": pyramid[0], "offset": offset, "weight": weight, "bias": bias, "padding": 1, "mask": mask}),
+        "deform_conv2d, packed": (ops.deform_conv2d, {
+            "input": pyramid[0], "offset": offset, "weight": ops.pack_deform_conv2d(weight, bias), "padding": 1,
+            "mask": mask, "mask_sigmoid": True, "relu": True}),
+        "pack_deform_conv2d": (ops.pack_deform_conv2d, {"weight": weight, "bias": bias}),
         "sigmoid_focal_loss": (ops.sigmoid_focal_loss, {"logits": logits, "labels": torch.tensor([0, 1, 3, -1])}),
         "group_norm_relu": (ops.group_norm_relu, {"input": pyramid[0], "num_groups": 2, "upsample": True}),
         "group_norm_relu, optional": (ops.group_norm_relu, {
@@ -133,7 +137,7 @@ def assert_equal(result, expected):
 
 def test_every_operator_has_a_case():
     covered = {function.__name__ for function, _ in cases().values() if isinstance(function, types.FunctionType)}
-    assert covered == {*public(), "pack_conv3x3", "pack_flow_tower"}
+    assert covered == {*public(), "pack_conv3x3", "pack_deform_conv2d", "pack_flow_tower"}
 
 
 @pytest.mark.parametrize("name", NAMES)

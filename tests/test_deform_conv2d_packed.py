@@ -84,12 +84,14 @@ def test_equals_the_call_with_the_plain_weight(shape, dtype):
 def test_offsets_in_16_bits_are_the_same_in_32(dtype):
     """Kernels read both types; of the gradients too, and where only one of offset and mask is in 16 bits."""
     for shape in SHAPES[:4]:
-        (x, offset, weight, bias, mask), geometry, _ = case(shape, dtype)
-        results = []
+        (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
+        conv, results = ops.pack_deform_conv2d(weight, bias, *groups), []
         for wide_offset, wide_mask in ((False, False), (True, True), (True, False)):
             inputs = [x, offset.float() if wide_offset else offset, weight, bias, mask.float() if wide_mask else mask]
             inputs = [t.clone().requires_grad_() for t in inputs]
             y = ops.deform_conv2d(*inputs[:4], *geometry, inputs[4])
+            with torch.no_grad():
+                assert torch.equal(ops.deform_conv2d(x, inputs[1], conv, None, *geometry, inputs[4]), y)
             results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
         for other in results[1:]:
             for index, (one, two) in enumerate(zip(results[0], other, strict=True)):

@@ -27,8 +27,8 @@ def namespace() -> list[str]:
     return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("spatialflow::")})
 
 
-# Functions of spatialflow.ops that are no operators: a context manager, weights prepared once for flow_conv2d.
-NO_OPERATORS = ("checked", "pack_conv3x3", "pack_flow_tower")
+# Functions of spatialflow.ops that are no operators: a context manager, weights prepared once.
+NO_OPERATORS = ("checked", "pack_conv3x3", "pack_deform_conv2d", "pack_flow_tower")
 
 
 def public() -> list[str]:

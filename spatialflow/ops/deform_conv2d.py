@@ -166,6 +166,12 @@ def pack_deform_conv2d(
     Raises:
         RuntimeError: a shape, dtype or number of groups that does not fit, naming the argument.
         ValueError: an unknown `algorithm`, or "winograd".
+
+    Example:
+        >>> features, conv = torch.rand(1, 8, 20, 30), pack_deform_conv2d(torch.rand(16, 8, 3, 3))
+        >>> offset, logits = torch.zeros(1, 2 * 9, 20, 30), torch.zeros(1, 9, 20, 30)
+        >>> deform_conv2d(features, offset, conv, padding=1, mask=logits, mask_sigmoid=True, relu=True).shape
+        torch.Size([1, 16, 20, 30])
     """
     if not are_tensors(weight, optional=(bias,)):
         return with_arrays(pack_deform_conv2d, locals())

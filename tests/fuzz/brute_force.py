@@ -304,11 +304,15 @@ def deform_conv2d(
     dilation: int | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
     algorithm: str = "auto",
+    mask_sigmoid: bool = False,
+    relu: bool = False,
 ) -> np.ndarray:
     real = _decides_in(input)
     features, kernel = _array(input), _array(weight)
     moves = _array(offset).astype(real)
     factors = None if mask is None else _array(mask).astype(real)
+    if mask_sigmoid:
+        factors = (1 / (1 + np.exp(-factors.astype(np.float64)))).astype(real)
     (stride_y, stride_x), (pad_y, pad_x), (step_y, step_x) = _pair(stride), _pair(padding), _pair(dilation)
     batch, channels, height, width = features.shape
     out_channels, group_channels, kernel_h, kernel_w = kernel.shape
@@ -338,7 +342,7 @@ def deform_conv2d(
                     result[n, o, i, j] = (kernel[o] * samples[first : first + group_channels]).sum()
     if bias is not None:
         result += _array(bias)[:, None, None]
-    return result
+    return _rectify(result) if relu else result
 
 
 def _convolve(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

@@ -204,6 +204,8 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
         "dilation": dilation,
         "mask": mask,
         "algorithm": draw(one_of("auto", "direct", "tf32x3")),
+        "mask_sigmoid": mask is not None and draw(st.booleans()),
+        "relu": draw(st.booleans()),
     }
 
 
@@ -468,6 +470,7 @@ OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
     "multilevel_roi_align": multilevel_roi_align,
     "nms": nms,
     "pack_conv3x3": _flow_conv2d_packed,
+    "pack_deform_conv2d": deform_conv2d,
     "pack_flow_tower": _flow_tower,
     "panoptic_merge": panoptic_merge,
     "panoptic_quality_counts": panoptic_quality_counts,

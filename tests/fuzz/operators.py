@@ -205,6 +205,15 @@ def _flow_conv2d_packed(
     return ops.flow_conv2d(x, flow, ops.pack_conv3x3(weight, bias, algorithm), None, relu, active=active)
 
 
+def _deform_conv2d_packed(*, input: Tensor, offset: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    groups = offset_groups = 1
+    if input.dim() == offset.dim() == weight.dim() == 4:  # else what is wrong is for the operators to say
+        groups = input.shape[1] // max(weight.shape[1], 1) or 1
+        offset_groups = offset.shape[1] // max(2 * weight.shape[2:].numel(), 1) or 1
+    conv = ops.pack_deform_conv2d(weight, options.pop("bias"), groups, offset_groups, options.pop("algorithm"))
+    return ops.deform_conv2d(input, offset, conv, **options)
+
+
 def _tower(parameters: dict) -> ops.FlowTowerParameters:
     lists = {name: tuple(conv and tuple(conv) for conv in value) for name, value in parameters.items()
              if isinstance(value, list)}  # fmt: skip
@@ -283,17 +292,6 @@ OPERATORS: dict[str, Operator] = {
         poisons=True,
         affordable=lambda a: _moderate(a, a["spatial_scale"]),
     ),
-    "deform_conv2d": Operator(
-        ops.deform_conv2d,
-        reference.deform_conv2d, brute_force.deform_conv2d,
-        differentiable=("input", "offset", "weight", "bias", "mask"),
-        nearby=_nearby_offsets,
-        places=True,
-        unstable=_upsets_deform_conv2d,
-        nearby_for=("gradient",),
-        linear=("input", "weight", "bias", "mask"),
-        poisons=True,
-    ),
     "flow_conv2d": Operator(
         ops.flow_conv2d,
         reference.flow_conv2d, brute_force.flow_conv2d,
@@ -370,6 +368,19 @@ OPERATORS: dict[str, Operator] = {
         ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied
     ),
 }
+for _name, _call in (("deform_conv2d", ops.deform_conv2d), ("pack_deform_conv2d", _deform_conv2d_packed)):
+    OPERATORS[_name] = Operator(
+        _call,
+        reference.deform_conv2d, brute_force.deform_conv2d,
+        differentiable=("input", "offset", "weight", "bias", "mask"),
+        nearby=_nearby_offsets,
+        places=True,
+        unstable=_upsets_deform_conv2d,
+        nearby_for=("gradient",),
+        linear=("input", "weight", "bias", "mask"),
+        poisons=True,
+    )  # fmt: skip
+
 for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_tower_packed)):
     OPERATORS[_name] = Operator(
         _call,

@@ -18,6 +18,8 @@ def deform_conv2d(
     dilation: int | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
     algorithm: str = "auto",
+    mask_sigmoid: bool = False,
+    relu: bool = False,
 ) -> Tensor:
     """Same arguments and result as `spatialflow.ops.deform_conv2d`; one gather per tap and corner.
 
@@ -42,6 +44,7 @@ def deform_conv2d(
     sampled = (y >= -1) & (y < height) & (x >= -1) & (x < width)  # False for NaN
     if mask is not None:
         mask = mask.to(real).reshape(n, offset_groups, taps, out_h, out_w)
+        mask = mask.sigmoid() if mask_sigmoid else mask
         sampled = sampled & torch.isfinite(mask)
         mask = mask.masked_fill(~sampled, 0)
     y, x = y.masked_fill(~sampled, -1), x.masked_fill(~sampled, -1)  # reads corners outside the map only: no gradient
@@ -65,4 +68,4 @@ def deform_conv2d(
     output = torch.einsum("gok,ngkp->ngop", kernel, columns).reshape(n, out_channels, out_h, out_w)
     if bias is not None:
         output = output + bias.to(real)[:, None, None]
-    return output.to(input.dtype)
+    return (output.relu() if relu else output).to(input.dtype)

@@ -474,7 +474,7 @@ class TestErrors:
                 {"dilation": 2**62},
                 r"stride, padding and dilation must be at most 2\^29, got 1, 1 and 4611686018427387904",
             ),
-            ({"stride": (1, 1, 1)}, r"stride must be one number or a pair, got \(1, 1, 1\)"),
+            ({"stride": (1, 1, 1)}, r"stride must be one integer or a pair, got \(1, 1, 1\)"),
             ({"algorithm": "fast"}, "algorithm must be one of 'auto', 'direct', 'tf32', 'tf32x3', got 'fast'$"),
             ({"algorithm": "winograd"}, "algorithm must be one of .*, got 'winograd', which does not apply here$"),
             ({"algorithm": 2}, "algorithm must be one of .*, got 2$"),

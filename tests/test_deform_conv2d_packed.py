@@ -85,14 +85,16 @@ def test_offsets_in_16_bits_are_the_same_in_32(dtype):
     """Kernels read both types; of the gradients too, and where only one of offset and mask is in 16 bits."""
     for shape in SHAPES[:4]:
         (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
-        conv, results = ops.pack_deform_conv2d(weight, bias, *groups), []
-        for wide_offset, wide_mask in ((False, False), (True, True), (True, False)):
+        conv, results, fused = ops.pack_deform_conv2d(weight, bias, *groups), [], []
+        for wide_offset, wide_mask in ((False, False), (True, True), (True, False), (False, True)):
             inputs = [x, offset.float() if wide_offset else offset, weight, bias, mask.float() if wide_mask else mask]
             inputs = [t.clone().requires_grad_() for t in inputs]
             y = ops.deform_conv2d(*inputs[:4], *geometry, inputs[4])
             with torch.no_grad():
                 assert torch.equal(ops.deform_conv2d(x, inputs[1], conv, None, *geometry, inputs[4]), y)
+                fused.append(ops.deform_conv2d(x, inputs[1], conv, None, *geometry, inputs[4], mask_sigmoid=True))
             results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+        assert all(torch.equal(fused[0], other) for other in fused)
         for other in results[1:]:
             for index, (one, two) in enumerate(zip(results[0], other, strict=True)):
                 two = two.to(one.dtype)  # gradients of offset and mask are rounded to 16 bits in one call
@@ -116,14 +118,18 @@ def test_values_that_are_not_finite():
 
 
 def test_misaligned_and_strided_inputs():
-    """The order of the weight assumes 16 bytes at once, which a slice of a larger tensor may not allow."""
-    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[1], torch.bfloat16)
+    """The order of the weight assumes loads of 16 bytes, which a slice of a larger tensor may not allow. Runs of
+    channels would then not be taken in chunks. Packed weights may be slices too."""
+    shape = (128, 72, 1, 1, (3, 3), (9, 7), 1, 1, 1)
+    (x, offset, weight, bias, mask), geometry, groups = case(shape, torch.bfloat16)
     conv = ops.pack_deform_conv2d(weight, bias, *groups)
     expected = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
     base = torch.zeros(x.numel() + 1, dtype=x.dtype)
-    odd = base[1:].view(2, 9, 7, 64).permute(0, 3, 1, 2).copy_(x)
-    slices = torch.cat([x, x], dim=1)[:, 64:], channels_last(torch.cat([x, x], dim=1))[:, :64]
+    odd = base[1:].view(2, 9, 7, 128).permute(0, 3, 1, 2).copy_(x)
+    slices = torch.cat([x, x], dim=1)[:, 128:], channels_last(torch.cat([x, x], dim=1))[:, :128]
     joined = torch.cat([offset, mask], dim=1)
+    packed = torch.zeros(conv.packed.numel() + 1, dtype=conv.packed.dtype)[1:].copy_(conv.packed)
+    assert torch.equal(ops.deform_conv2d(x, offset, conv._replace(packed=packed), None, *geometry, mask), expected)
     for same in (odd, *slices):
         result = ops.deform_conv2d(same, joined[:, :18], conv, None, *geometry, joined[:, 18:])
         assert torch.equal(result, expected)
@@ -138,6 +144,52 @@ def test_empty():
     biased = ops.pack_deform_conv2d(weight[:, :0], bias)
     result = ops.deform_conv2d(x[:, :0], offset, biased, None, *geometry)
     assert torch.equal(result, bias[:, None, None].expand_as(result))
+
+
+def test_a_mask_of_fewer_bits_is_widened_first():
+    """The sigmoid is not rounded to the type of the mask, with gradients or without."""
+    (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
+    conv, mask = ops.pack_deform_conv2d(weight, bias, *groups), mask.bfloat16()
+    expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.float().sigmoid())
+    for given in (conv, weight):
+        own_bias = bias if given is weight else None
+        for needs_gradient in (False, True):
+            x.requires_grad_(needs_gradient)
+            result = ops.deform_conv2d(x, offset, given, own_bias, *geometry, mask, mask_sigmoid=True)
+            torch.testing.assert_close(result.detach(), expected)
+
+
+def test_sizes_that_overflow():
+    """Of the private operator, which is told the sizes of the weight."""
+    packed = torch.ops.spatialflow._deform_conv2d_packed
+    empty = ops.pack_deform_conv2d(torch.zeros(0, 0, 1, 1)).packed
+    for channels, side, outputs in ((2**17, 2**12, 2**23), (2**10, 2**10, 2**34), (2**20, 2**10, 2**24), (1, 1, 2**62)):
+        x = torch.zeros(1).expand(1, channels, 2, 2)
+        offset = torch.zeros(1).expand(1, 2 * side**2, 1 if side > 1 else 2, 1 if side > 1 else 2)
+        geometry = (1, 1, max(side // 2 - 1, 0), max(side // 2 - 1, 0), 1, 1, 0)
+        for batch in (1, 0):
+            with pytest.raises(RuntimeError, match="fewer than 2\\^|the packed weight was made for other channels"):
+                call = (x[:batch], offset[:batch], empty, None, None, *geometry, outputs, 1, 1, side, side)
+                packed(*call, False, False)
+
+
+def test_weights_without_values():
+    """At once, or refused: no loop over taps that read nothing."""
+    x, offset = torch.zeros(1, 0, 1, 1), torch.zeros(1).expand(1, 2**41, 1, 1)
+    weight, bias = torch.zeros(2, 0, 2**20, 2**20), torch.ones(2)
+    for call, size in (
+        (lambda: ops.pack_deform_conv2d(torch.empty(4, 0, 2**29, 2**29)).packed, None),
+        (lambda: ops.pack_deform_conv2d(torch.empty(2**40, 0, 1, 1), None, 2**40).packed, None),
+        (lambda: ops.pack_deform_conv2d(torch.empty(2**62, 0, 3, 3), None, 2**62).packed, None),
+        (lambda: ops.deform_conv2d(x, offset, weight, bias, 2, 2**19), (1, 2, 1, 1)),
+        (lambda: ops.deform_conv2d(x, offset, ops.pack_deform_conv2d(weight, bias), None, 2, 2**19), (1, 2, 1, 1)),
+    ):
+        try:
+            result = call()
+        except RuntimeError as refused:
+            assert "deform_conv2d: weight must have fewer than 2^" in str(refused)
+        else:
+            assert result.numel() < 256 if size is None else torch.equal(result, torch.ones(size))
 
 
 def test_gradients_and_autocast():
@@ -208,6 +260,14 @@ def test_packing_errors():
         ops.pack_deform_conv2d(weight, algorithm="winograd")
     with pytest.raises(TypeError, match="pack_deform_conv2d: weight must be a tensor, got NoneType"):
         ops.pack_deform_conv2d(None)
+    for bias, message in (
+        (torch.randn(5), r"bias must have shape \(6,\), got \(5,\)"),
+        (torch.randn(6).double(), "bias must be float32, got float64"),
+        (torch.randn(6).int(), "bias must be of a floating dtype, got int32"),
+        (torch.randn(6, device="meta"), "bias must be on the device of weight, .*, got meta"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^pack_deform_conv2d: {message}"):
+            ops.pack_deform_conv2d(weight, bias)
 
 
 def test_errors():
@@ -219,6 +279,14 @@ def test_errors():
 
     with pytest.raises(ValueError, match="deform_conv2d: bias must be None when weight is a PackedDeformConv"):
         call(bias=bias)
+    with pytest.raises(ValueError, match="deform_conv2d: algorithm must be one of .*, got 'bogus'"):
+        call(algorithm="bogus")
+    with pytest.raises(RuntimeError, match="mask must be float32, .*got int32"):
+        call(conv=weight, mask=mask.int(), mask_sigmoid=True)
+    with pytest.raises(TypeError, match=r"^deform_conv2d: weight must be Tensor \| PackedDeformConv, got PackedConv$"):
+        call(conv=ops.pack_conv3x3(torch.randn(4, 4, 3, 3)))
+    with pytest.raises(TypeError, match=r"^flow_conv2d: weight must be .*PackedConv.*, got PackedDeformConv$"):
+        ops.flow_conv2d(x, None, conv)
     with pytest.raises(ValueError, match="deform_conv2d: mask_sigmoid must be False without a mask"):
         call(mask=None, mask_sigmoid=True)
     with pytest.raises(
@@ -231,6 +299,15 @@ def test_errors():
         call(conv=conv._replace(packed=conv.packed[:-1]))
     with pytest.raises(RuntimeError, match="the packed weight was made for other channels, .*pack the weight again"):
         call(conv=conv._replace(packed=conv.packed.half()))
+    on_meta = [t.to("meta") for t in (x, offset, mask)]
+    for wrong in (conv.packed[:-1], conv.packed.half()):
+        with pytest.raises(RuntimeError, match="the packed weight was made for other channels"):
+            call(
+                *on_meta[:2],
+                conv._replace(packed=wrong.to("meta"), weight=weight.to("meta"), bias=None),
+                None,
+                on_meta[2],
+            )
     with pytest.raises(RuntimeError, match="groups must divide 128 input and 136 output channels, got 3"):
         call(conv=conv._replace(groups=3))
     with pytest.raises(RuntimeError, match=r"weight must be float64, got float32"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the wrong kind: the error names the operator, the option and the value."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +49,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("op, option", [(op, option) for op, (_, options) in CALLS.items() for option in options])
-@pytest.mark.parametrize("value", ["x", None, [0.5]], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["x", "0.5", b"1", None, [0.5], torch.ones((), device="meta"), torch.tensor(1j)], ids=str
+)
 def test_what_is_no_number_is_named(op, option, value):
     call, options = CALLS[op]
     call(**options)
@@ -57,19 +60,27 @@ def test_what_is_no_number_is_named(op, option, value):
     assert str(caught.value).endswith(repr(value))
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: ops.roi_align(FEATURES, ROIS, (1, 2, 3)), "roi_align: output_size"),
-        (lambda: ops.multilevel_roi_align([FEATURES], ROIS, (1, 2, 3), [4]), "multilevel_roi_align: output_size"),
-        (lambda: ops.deform_conv2d(FEATURES, FEATURES, FEATURES, stride=(1, 2, 3)), "deform_conv2d: stride"),
-        (lambda: ops.DeformConv2d(4, 4, (3, 3, 3)), "DeformConv2d: kernel_size"),
-    ],
-    ids=["roi_align", "multilevel_roi_align", "deform_conv2d", "DeformConv2d"],
-)
-def test_what_is_no_pair_is_named(call, message):
-    with pytest.raises(ValueError, match=rf"^{message} must be one number or a pair, got \("):
-        call()
+PAIRS = {
+    "roi_align: output_size": lambda value: ops.roi_align(FEATURES, ROIS, value),
+    "multilevel_roi_align: output_size": lambda value: ops.multilevel_roi_align([FEATURES], ROIS, value, [4]),
+    "deform_conv2d: stride": lambda value: ops.deform_conv2d(FEATURES, FEATURES, FEATURES, stride=value),
+    "deform_conv2d: padding": lambda value: ops.deform_conv2d(FEATURES, FEATURES, FEATURES, padding=value),
+    "deform_conv2d: dilation": lambda value: ops.deform_conv2d(FEATURES, FEATURES, FEATURES, dilation=value),
+    "DeformConv2d: kernel_size": lambda value: ops.DeformConv2d(4, 4, value),
+}
+
+
+@pytest.mark.parametrize("option", PAIRS)
+@pytest.mark.parametrize("value", [(1, 2, 3), "a", None, 1.5, (1, "a"), range(2), np.array([1, 1])], ids=str)
+def test_what_is_no_pair_is_named(option, value):
+    with pytest.raises(ValueError, match=rf"^{option} must be one integer or a pair, got ") as caught:
+        PAIRS[option](value)
+    assert str(caught.value).endswith(repr(value))
+
+
+def test_integers_of_other_libraries_are_integers():
+    expected = ops.roi_align(FEATURES, ROIS, (2, 3))
+    assert torch.equal(ops.roi_align(FEATURES, ROIS, (np.int64(2), np.int32(3))), expected)
 
 
 @pytest.mark.parametrize("op", ["roi_align", "multilevel_roi_align"])

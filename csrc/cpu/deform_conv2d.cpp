@@ -114,6 +114,9 @@ void pack_weight(
     accum_t<scalar_t>* packed) {
     const int64_t taps = shape.taps(), inputs = shape.group_channels(), outputs = shape.group_outputs();
     const int64_t packed_tap = gemm_packed_size(inputs, outputs);
+    if (packed_tap == 0) {
+        return;
+    }
     parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const scalar_t* of_tap = weight + i / taps * outputs * inputs * taps + i % taps;
@@ -130,7 +133,8 @@ void deform_conv2d_forward(
     scalar_t* output, bool planar) {
     using real_t = accum_t<scalar_t>;
     const DeformConvShape& shape = sampler.shape();
-    const int64_t taps = shape.taps(), channels = shape.channels;
+    const int64_t channels = shape.channels;
+    const int64_t taps = channels > 0 ? shape.taps() : 1;  // without channels, one tap makes the sums zero
     const int64_t inputs = shape.group_channels(), outputs = shape.group_outputs();
     const int64_t packed_tap = gemm_packed_size(inputs, outputs);
     const Scratch<real_t> wide_bias(shape.out_channels);

@@ -180,7 +180,6 @@ public:
     }
 
     const DeformConvShape& shape() const { return shape_; }
-    const DeformConvOptions& options() const { return options_; }
 
 private:
     DeformConvShape shape_;

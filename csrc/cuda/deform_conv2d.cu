@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
 
 template <typename value_t>
 struct SampleOperands {
-    StridedImages<value_t> offset, mask;  // (N, 2 * samples, H, W) and (N, samples, H, W); the latter null for none
+    StridedImages<value_t> offset, mask;  // (N, 2 * samples, H, W) and (N, samples, H, W); null for none
     int samples, height, width;           // samples: offset groups * taps
     bool sigmoid;                         // of the mask
 };
@@ -301,7 +301,7 @@ struct SampleOperands {
 template <typename value_t>
 __global__ void __launch_bounds__(256) deform_operands_kernel(
     const __grid_constant__ SampleOperands<value_t> given,
-    Global<accum_t<value_t>> offset,  // (N, 2 * samples, pixels)
+    Global<accum_t<value_t>> offset,  // (N, 2 * samples, pixels) or null
     Global<accum_t<value_t>> mask,    // (N, samples, pixels) or null
     const int64_t size) {             // of both
     using real_t = accum_t<value_t>;
@@ -309,16 +309,17 @@ __global__ void __launch_bounds__(256) deform_operands_kernel(
     if (index >= size) {
         return;
     }
-    const int pixels = given.height * given.width, channels = (mask ? 3 : 2) * given.samples;
+    const int pixels = given.height * given.width;
+    const int offsets = offset ? 2 * given.samples : 0, channels = offsets + (mask ? given.samples : 0);
     const int64_t row = index / pixels;
     const int pixel = static_cast<int>(index - row * pixels), y = pixel / given.width, x = pixel - y * given.width;
     const int image = static_cast<int>(row / channels), channel = static_cast<int>(row % channels);
-    if (channel < 2 * given.samples) {
+    if (channel < offsets) {
         const value_t value = given.offset.at(image, channel, y, x);
-        offset[(static_cast<int64_t>(image) * 2 * given.samples + channel) * pixels + pixel] = load(value);
+        offset[(static_cast<int64_t>(image) * offsets + channel) * pixels + pixel] = load(value);
         return;
     }
-    const int sample = channel - 2 * given.samples;
+    const int sample = channel - offsets;
     const value_t value = given.mask.at(image, sample, y, x);
     const real_t factor = load(value);
     mask[(static_cast<int64_t>(image) * given.samples + sample) * pixels + pixel] =
@@ -339,12 +340,13 @@ std::pair<Tensor, std::optional<Tensor>> sample_operands(
         return {own, own_mask};
     }
     const int64_t samples = shape.offset_groups * shape.taps();
-    const Tensor result = empty_like_sized(offset, {shape.batch, 2 * samples, shape.out_height, shape.out_width}, accum);
-    std::optional<Tensor> factors;
-    if (mask) {
-        factors = empty_like_sized(*mask, {shape.batch, samples, shape.out_height, shape.out_width}, accum);
-    }
-    const int64_t size = result.numel() + (factors ? factors->numel() : 0);
+    const auto planar = [&](const Tensor& like, int64_t channels) {
+        return empty_like_sized(like, {shape.batch, channels, shape.out_height, shape.out_width}, accum);
+    };
+    const bool converts = own.scalar_type() != accum;
+    const Tensor offsets = converts ? planar(own, 2 * samples) : own;
+    const std::optional<Tensor> factors = mask ? std::make_optional(planar(*own_mask, samples)) : std::nullopt;
+    const int64_t size = (converts ? offsets.numel() : 0) + (factors ? factors->numel() : 0);
     dispatch_floating(op, own.scalar_type(), [&](auto zero) {
         using value_t = decltype(zero);
         using real_t = accum_t<value_t>;
@@ -358,10 +360,11 @@ std::pair<Tensor, std::optional<Tensor>> sample_operands(
         given.width = static_cast<int>(shape.out_width);
         given.sigmoid = mask_sigmoid;
         launch<deform_operands_kernel<value_t>>(
-            dim3(grid_size(op, ceil_div(size, 256))), dim3(256), 0, stream, given, mutable_data<real_t>(result),
+            dim3(grid_size(op, ceil_div(size, 256))), dim3(256), 0, stream, given,
+            converts ? mutable_data<real_t>(offsets) : Global<real_t>(nullptr),
             factors ? mutable_data<real_t>(*factors) : Global<real_t>(nullptr), size);
     });
-    return {result, factors};
+    return {offsets, factors};
 }
 
 // The output from its parts, (parts, pixels * O).
@@ -484,24 +487,25 @@ Tensor deform_conv2d_cuda(
         check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
     const DeviceScope device(input);
     return convolve(
-        shape, options, input, offset, bias, mask, offset_tangent, device.stream(),
-        [&](int64_t chunk) { return pack_deform_weight(weight, shape, chunk, algorithm, 0, device.stream()); });
+        shape, options, input, offset, bias, mask, offset_tangent, device.stream(), [&](int64_t chunk) {
+            return pack_deform_weight("deform_conv2d", weight, shape, chunk, algorithm, 0, device.stream());
+        });
 }
 
 constexpr int64_t kPackedColumns = 1;  // see packed_tag
 
-int64_t packed_deform_tag(ScalarType dtype) { return packed_tag(kPackedColumns, dtype == ScalarType::Double); }
-
 Tensor pack_deform_conv2d_cuda(const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
+    const char* op = "pack_deform_conv2d";
     const DeformConvShape shape = check_pack_deform_conv2d(weight, groups, offset_groups, algorithm);
+    check_deform_weight_size(op, shape);
     const DeviceScope device(weight);
     int64_t chunk = 0;
-    dispatch_floating("pack_deform_conv2d", weight.scalar_type(), [&](auto zero) {
+    dispatch_floating(op, weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         chunk = deform_chunk<scalar_t>(shape, deform_run(shape) % kWideElements<scalar_t> == 0);
     });
-    return pack_deform_weight(
-        weight, shape, chunk, algorithm, packed_deform_tag(weight.scalar_type()), device.stream());
+    const int64_t tag = packed_tag(kPackedColumns, weight.scalar_type() == ScalarType::Double);
+    return pack_deform_weight(op, weight, shape, chunk, algorithm, tag, device.stream());
 }
 
 Tensor deform_conv2d_packed_cuda(
@@ -513,17 +517,18 @@ Tensor deform_conv2d_packed_cuda(
                                     mask_sigmoid, relu};
     const DeformConvShape shape = check_deform_conv2d_packed(
         input, offset, bias, mask, options, {out_channels, groups, offset_groups, kernel_h, kernel_w});
+    check_deform_sizes("deform_conv2d", shape);
     const ScalarType dtype = input.scalar_type();
     const int64_t row = deform_weight_order(shape, dtype, deform_run(shape)).packed_outputs;
     check_packed_deform_weight(packed, input, dtype, shape.channels * shape.taps() * row, kPackedColumns);
     const DeviceScope device(input);
     // The weight is packed for an input that is aligned.
-    const Tensor dense = aligned(to_contiguous(input, MemoryFormat::ChannelsLast));
+    const Tensor dense = aligned(to_contiguous(input, MemoryFormat::ChannelsLast)), weight = aligned(packed);
     const auto operands = sample_operands(
         "deform_conv2d", shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());
     const Tensor output = convolve(
         shape, options, dense, operands.first, bias, operands.second, std::nullopt, device.stream(),
-        [&](int64_t) { return packed; });
+        [&](int64_t) { return weight; });
     return memory_format_of(input) == MemoryFormat::Contiguous ? to_contiguous(output) : output;
 }
 
@@ -545,17 +550,21 @@ dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z) {
 }
 
 Tensor pack_deform_weight(
-    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag, Stream stream) {
+    const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
+    Stream stream) {
     const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
     Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps() * order.packed_outputs + tag});
     if (tag > 0) {
         torch::stable::zero_(packed);  // the same weight gives the same values, those behind it included
     }
+    if (weight.numel() == 0) {
+        return packed;
+    }
     const Tensor dense = to_contiguous(weight);
     const dim3 grid = deform_grid(
-        "deform_conv2d", ceil_div(shape.group_channels() * shape.taps(), kPackTile),
-        ceil_div(order.packed_outputs, kPackTile), shape.groups);
-    dispatch_floating("deform_conv2d", weight.scalar_type(), [&](auto zero) {
+        op, ceil_div(shape.group_channels() * shape.taps(), kPackTile), ceil_div(order.packed_outputs, kPackTile),
+        shape.groups);
+    dispatch_floating(op, weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         dispatch_operand<scalar_t>(cuda_algorithm(algorithm, weight.scalar_type()), [&](auto operand) {
             launch<pack_deform_weight_kernel<decltype(operand)>>(
@@ -563,6 +572,22 @@ Tensor pack_deform_weight(
         });
     });
     return packed;
+}
+
+void check_deform_weight_size(const char* op, const DeformConvShape& shape) {
+    const double taps = static_cast<double>(shape.taps());  // products of integers may overflow
+    check(taps * (shape.channels + 1) * (shape.group_outputs() + 8) <= kMostDeformIndex &&
+              taps * (shape.out_channels + 1) * (shape.group_channels() + 1) <= kMostDeformIndex,
+          op, ": weight must have fewer than 2^31 values on CUDA");
+}
+
+void check_deform_sizes(const char* op, const DeformConvShape& shape) {
+    const int64_t cells = shape.batch * shape.height * shape.width, pixels = shape.batch * shape.pixels();
+    check(cells <= kMostDeformIndex, op, ": input must have at most ", kMostDeformIndex, " cells on CUDA, got ",
+          cells);
+    check(pixels <= kMostDeformIndex, op, ": the output must have at most ", kMostDeformIndex, " cells on CUDA, got ",
+          pixels);
+    check_deform_weight_size(op, shape);
 }
 
 DeformOperands::DeformOperands(
@@ -579,14 +604,7 @@ DeformOperands::DeformOperands(
     if (offset_tangent) {
         offset_tangent_ = as_dtype(*offset_tangent, accum);
     }
-    // Kernels count cells, pixels and weights in 32 bits, values of features in 64.
-    constexpr int64_t kMost = 0x7ffffeff;
-    const int64_t cells = shape.batch * shape.height * shape.width, pixels = shape.batch * shape.pixels();
-    check(cells <= kMost, op, ": input must have at most ", kMost, " cells on CUDA, got ", cells);
-    check(pixels <= kMost, op, ": the output must have at most ", kMost, " cells on CUDA, got ", pixels);
-    check((shape.channels + 1) * shape.taps() * (shape.group_outputs() + 8) <= kMost &&
-              (shape.out_channels + 1) * shape.taps() * (shape.group_channels() + 1) <= kMost,
-          op, ": weight must have fewer than 2^31 values on CUDA");
+    check_deform_sizes(op, shape);
 }
 
 }  // namespace spatialflow

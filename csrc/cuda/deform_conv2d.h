@@ -397,7 +397,13 @@ WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, 
 // The weight (O, C / groups, kernel) in that order, prepared for the algorithm: (C * taps, packed_outputs) as a vector,
 // and `tag` zeros behind it.
 Tensor pack_deform_weight(
-    const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag, Stream stream);
+    const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
+    Stream stream);
+
+// Kernels count cells, pixels and weights in 32 bits, values of features in 64.
+constexpr int64_t kMostDeformIndex = 0x7ffffeff;
+void check_deform_weight_size(const char* op, const DeformConvShape& shape);
+void check_deform_sizes(const char* op, const DeformConvShape& shape);  // of images too
 
 // Channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);

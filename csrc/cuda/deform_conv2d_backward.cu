@@ -460,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
     } else {
         const DeformOperands operands(kOp, shape, options, input, offset, mask, offset_tangent);
         const Tensor source = to_contiguous(grad_output, MemoryFormat::ChannelsLast);
-        const Tensor packed = pack_deform_weight(weight, shape, deform_run(shape), algorithm, 0, device.stream());
+        const Tensor packed = pack_deform_weight(kOp, weight, shape, deform_run(shape), algorithm, 0, device.stream());
         dispatch_floating(kOp, dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;

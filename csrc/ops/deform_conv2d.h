@@ -4,12 +4,15 @@
 // and deform_conv2d_backward.cpp.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/conv_algorithm.h"
 #include "ops/tensor.h"
 
 namespace spatialflow {
 
-// Stride, padding and dilation, (height, width) each, and how float32 is multiplied. Packed calls alone have the rest.
+// Stride, padding and dilation, (height, width) each, and how float32 is multiplied. The last two are of calls with a
+// packed weight alone.
 struct DeformConvOptions {
     int64_t stride[2];
     int64_t padding[2];
@@ -157,6 +160,15 @@ inline DeformConvShape check_deform_conv2d(
     return shape;
 }
 
+// So that products of the sizes of a packed weight fit 64 bits.
+inline void check_packed_deform_sizes(const char* op, const DeformConvShape& shape) {
+    constexpr int64_t kMost = int64_t(1) << 60;
+    const int64_t channels = std::max<int64_t>(1, shape.channels);
+    check(shape.taps() <= kMost / channels && shape.out_channels <= kMost / (channels * shape.taps()) - 64, op,
+          ": weight must have fewer than 2^60 values, got ", shape.out_channels, " output channels for ",
+          shape.channels, " channels and a kernel of ", shape.kernel_height, " x ", shape.kernel_width);
+}
+
 // Sizes of a weight to be packed; those of images are 0.
 inline DeformConvShape check_pack_deform_conv2d(
     const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
@@ -180,6 +192,7 @@ inline DeformConvShape check_pack_deform_conv2d(
               shape.kernel_width <= kMaxDeformStep,
           op, ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", shape.kernel_height,
           ", ", shape.kernel_width, ")");
+    check_packed_deform_sizes(op, shape);
     return shape;
 }
 
@@ -193,12 +206,14 @@ inline DeformConvShape check_deform_conv2d_packed(
     check(shape.offset_groups == kernel.offset_groups, op, ": offset must have ",
           2 * kernel.offset_groups * shape.taps(), " channels for a weight packed for ", kernel.offset_groups,
           " offset groups, got ", offset.size(1));
-    check(kernel.groups >= 1 && kernel.out_channels >= 0 && shape.channels % kernel.groups == 0 &&
-              kernel.out_channels % kernel.groups == 0,
+    const int64_t most = std::max<int64_t>({1, shape.channels, kernel.out_channels});
+    check(kernel.groups >= 1 && kernel.groups <= most && kernel.out_channels >= 0 &&
+              shape.channels % kernel.groups == 0 && kernel.out_channels % kernel.groups == 0,
           op, ": groups must divide ", shape.channels, " input and ", kernel.out_channels, " output channels, got ",
           kernel.groups);
     shape.groups = kernel.groups;
     shape.out_channels = kernel.out_channels;
+    check_packed_deform_sizes(op, shape);
     check_deform_bias(op, bias, input, shape);
     return shape;
 }

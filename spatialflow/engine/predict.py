@@ -167,7 +167,7 @@ class Predictor:
         cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel; None:
             on a GPU. The first image of a size pays for the capture, about what four images take without. The 64 sizes
             used last are kept; where memory is short, fewer. Under autocast, and within `spatialflow.ops.checked()`,
-            every kernel is queued. Settings of torch that choose kernels, such as TF32 or deterministic algorithms,
+            every kernel is queued. Settings of torch for TF32, cuDNN, reduced precision and deterministic algorithms
             have graphs of their own. Forward hooks of modules run when a graph is captured, not when it is replayed.
         optimize: fold BatchNorm and pre-arrange the weights once.
         detection_masks: whether results carry the mask of every detection. False where only the map counts: on the

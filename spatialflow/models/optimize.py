@@ -151,6 +151,12 @@ class FusedResNet(nn.Module):
         super().__setstate__(state)
 
 
+def is_3x3(conv: nn.Conv2d) -> bool:
+    """Whether `flow_conv2d` computes this convolution."""
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and not isinstance(conv, DeformConv2d)
+
+
 def pack(conv: nn.Conv2d) -> PackedConv:
     """A 3x3 convolution of stride 1, its weights arranged once."""
     return pack_conv3x3(conv.weight.detach(), None if conv.bias is None else conv.bias.detach())
@@ -178,8 +184,7 @@ def _moved(packed: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """`packed` with every convolution packed again whose weight `fn` changes."""
     if isinstance(packed, (PackedConv, PackedDeformConv)):
         weight, bias = fn(packed.weight), None if packed.bias is None else fn(packed.bias)
-        pack_again, (_, _, *options) = packed.__reduce__()
-        return packed if weight is packed.weight else pack_again(weight, bias, *options)
+        return packed if weight is packed.weight else packed.packed_again(weight, bias)
     if isinstance(packed, FlowTowerParameters):
         return FlowTowerParameters(*(_moved(field, fn) for field in packed))
     return type(packed)(_moved(one, fn) for one in packed) if isinstance(packed, (list, tuple)) else packed
@@ -203,31 +208,32 @@ class PackedConv3x3(PackedModule):
 
 
 class PackedDeform(PackedModule):
-    """A deformable convolution and ReLU, over a tensor or a list of levels, its weight arranged once.
+    """A deformable convolution over a tensor or a list of levels, its weight arranged once.
 
     Args:
         conv: weight, bias and settings.
+        relu: whether a ReLU follows.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: nn.Conv2d, relu: bool = False):
         bias = None if conv.bias is None else conv.bias.detach()
         super().__init__(pack_deform_conv2d(conv.weight.detach(), bias, conv.groups))
-        self.geometry = (conv.stride, conv.padding, conv.dilation)
+        self.geometry, self.relu = (conv.stride, conv.padding, conv.dilation), relu
 
     def forward(self, x: Levels, prediction: Levels) -> Levels:
         """(N, C, H, W) and its offsets and mask logits, (N, 27, H', W'), -> (N, O, H', W')."""
         if not isinstance(x, Tensor):
             return [self(level, own) for level, own in zip(x, prediction)]
         offset, logits = prediction[:, :OFFSETS], prediction[:, OFFSETS:]
-        return deform_conv2d(x, offset, self.packed, None, *self.geometry, logits, mask_sigmoid=True, relu=True)
+        return deform_conv2d(x, offset, self.packed, None, *self.geometry, logits, mask_sigmoid=True, relu=self.relu)
 
 
 class FusedDeform(nn.Module):
-    """`DeformConv2d` and ReLU, over a tensor or a list of levels."""
+    """`DeformConv2d` over a tensor or a list of levels; `relu`: whether a ReLU follows."""
 
-    def __init__(self, conv: DeformConv2d):
+    def __init__(self, conv: DeformConv2d, relu: bool = False):
         super().__init__()
-        self.offsets, self.conv = _arranged(conv.conv_offset), PackedDeform(conv)
+        self.offsets, self.conv = _arranged(conv.conv_offset), PackedDeform(conv, relu)
 
     def forward(self, x: Levels) -> Levels:
         return self.conv(x, self.offsets(x))
@@ -236,9 +242,8 @@ class FusedDeform(nn.Module):
 def _arranged(conv: nn.Conv2d, relu: bool = False) -> nn.Module:
     """The module here that stands in for a convolution, and a ReLU behind it."""
     if isinstance(conv, DeformConv2d):
-        return FusedDeform(conv)
-    packable = conv.kernel_size == (3, 3) and conv.stride == conv.padding == (1, 1) and conv.groups == 1
-    return (PackedConv3x3 if packable else FusedConv)(conv, relu)
+        return FusedDeform(conv, relu)
+    return (PackedConv3x3 if is_3x3(conv) else FusedConv)(conv, relu)
 
 
 class PackedFPN(PackedModule):
@@ -333,7 +338,7 @@ def _stages(subnets: Subnets, name: str) -> list[nn.Module]:
     """Those of a sub-network, with ReLU. A deformable one with a flow takes its offsets from there."""
     by_flow = subnets.deformable.get(name, ()) if len(subnets.flows(name)) else ()
     return [
-        PackedDeform(conv) if s in by_flow else _arranged(conv, relu=True)
+        PackedDeform(conv, relu=True) if s in by_flow else _arranged(conv, relu=True)
         for s, conv in enumerate(subnets.get_submodule(name))
     ]
 

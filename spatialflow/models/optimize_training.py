@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from spatialflow.models.deform import DeformConv2d, split_offsets
 from spatialflow.models.heads import BoxHead, StuffHead, upsample
+from spatialflow.models.optimize import is_3x3
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
@@ -49,12 +50,6 @@ class TrainingConv(nn.Module):
             return self.conv.weight, self.conv.bias
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
-
-
-def is_3x3(conv: nn.Conv2d) -> bool:
-    """Whether `flow_conv2d` computes this convolution."""
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and not isinstance(conv, DeformConv2d)
 
 
 class TrainingBottleneck(nn.Module):

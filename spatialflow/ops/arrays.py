@@ -152,6 +152,8 @@ def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: s
     for name, annotation in kinds.items():
         value, kind = values[name], str(annotation)  # a named tuple has them in ForwardRef
         if hasattr(value, "_fields"):
+            if type(value).__name__ not in kind:
+                return f"{prefix}{name} must be {kind}, got {type(value).__name__}"
             if found := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
                 return found
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -44,11 +45,13 @@ def items(op: str, name: str, values: Iterable[Any]) -> list[Any]:
 
 
 def number(op: str, name: str, value: Any) -> float:
-    """`value` as a float; ValueError if it is no number."""
+    """`value` as a float; ValueError if it is no number. A text is none."""
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{op}: {name} must be a number, got {value!r}") from None
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without values
+        pass
+    raise ValueError(f"{op}: {name} must be a number, got {value!r}")
 
 
 def numbers(op: str, name: str, values: Iterable[Any]) -> list[float]:
@@ -64,12 +67,21 @@ def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:
 
 
 def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """`value` for rows and for columns: one number for both, or two; ValueError if it is neither."""
-    if not isinstance(value, (tuple, list)):
-        return value, value
-    if len(value) != 2:
-        raise ValueError(f"{op}: {name} must be one number or a pair, got {value!r}")
-    return value[0], value[1]
+    """`value` for rows and for columns: one integer for both, or two; ValueError if it is neither."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2 or not all(map(_is_integer, values)):
+        raise ValueError(f"{op}: {name} must be one integer or a pair, got {value!r}")
+    return values
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, (int, torch.SymInt)):
+        return True
+    try:
+        operator.index(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def require_finite(op: str, name: str, tensor: torch.Tensor) -> None:

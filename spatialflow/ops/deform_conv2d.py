@@ -13,7 +13,7 @@ from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, pair, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
-from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, packed_tag
+from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.layout import memory_format_of
 
 _CPU_PADDING = 32
@@ -41,6 +41,10 @@ class PackedDeformConv(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pack_deform_conv2d, (self.weight, self.bias, self.groups, self.offset_groups, self.algorithm)
+
+    def packed_again(self, weight: Tensor, bias: Tensor | None) -> PackedDeformConv:
+        """The same convolution of another weight and bias."""
+        return pack_deform_conv2d(weight, bias, self.groups, self.offset_groups, self.algorithm)
 
 
 def deform_conv2d(
@@ -121,6 +125,7 @@ def deform_conv2d(
     if packed is not None:
         if bias is not None:
             raise ValueError("deform_conv2d: bias must be None when weight is a PackedDeformConv, which has its own")
+        algorithm_code("deform_conv2d", algorithm, without="winograd")
         weight, bias, algorithm = packed.weight, packed.bias, packed.algorithm
     input = autocast(input)
     code = algorithm_code("deform_conv2d", algorithm, input, without="winograd")
@@ -143,7 +148,8 @@ def deform_conv2d(
         flags = (bool(mask_sigmoid), bool(relu))
         return _deform_conv2d_packed(input, offset, packed.packed, bias, mask, *settings, *sizes, *flags)
     bias = None if bias is None else autocast(bias)
-    mask = mask.sigmoid() if mask_sigmoid else mask
+    if mask_sigmoid and mask.is_floating_point():  # another kind is for the operator to refuse
+        mask = mask.to(torch.float64 if input.dtype == torch.float64 else torch.float32).sigmoid()
     result = _deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
     return result.relu() if relu else result
 
@@ -161,10 +167,11 @@ def pack_deform_conv2d(
         algorithm: as in `deform_conv2d`.
 
     Returns:
-        A `PackedDeformConv` for inputs of the dtype of `weight`. Later changes of `weight` in place do not reach it.
+        A `PackedDeformConv` for inputs of the dtype of `weight`, which is not to be changed in place afterwards: calls
+        with gradients or under autocast read it, all others its packed copy.
 
     Raises:
-        RuntimeError: a shape, dtype or number of groups that does not fit, naming the argument.
+        RuntimeError: a shape, dtype, device or number of groups that does not fit, naming the argument.
         ValueError: an unknown `algorithm`, or "winograd".
 
     Example:
@@ -177,6 +184,10 @@ def pack_deform_conv2d(
         return with_arrays(pack_deform_conv2d, locals())
     code = algorithm_code("pack_deform_conv2d", algorithm, weight, without="winograd")
     packed = _pack_deform_conv2d(weight, groups, offset_groups, code)
+    check_packed_bias("pack_deform_conv2d", bias, weight)
+    if bias is not None and bias.dtype != weight.dtype:
+        names = [str(tensor.dtype).removeprefix("torch.") for tensor in (weight, bias)]
+        raise RuntimeError(f"pack_deform_conv2d: bias must be {names[0]}, got {names[1]}")
     return PackedDeformConv(packed, weight, bias, groups, offset_groups, algorithm, code)
 
 
@@ -246,20 +257,34 @@ def _(input, offset, weight, bias, mask, offset_tangent, *settings):
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
+def _packed_layout(like: Tensor, outputs: Any, taps: Any, channels: Any, groups: int) -> tuple[Any, torch.dtype]:
+    """Length and dtype of the packed weight for inputs like `like`."""
+    is_double, tag = like.dtype == torch.float64, packed_tag(like.device, like.dtype)
+    of_cuda = tag == CUDA_TAG + is_double  # by the tag: the interpreter of CUDA kernels has tensors on the CPU
+    unit = 16 // like.element_size() if of_cuda else _CPU_PADDING
+    size = channels * taps * ((outputs // groups + unit - 1) // unit * unit)
+    return size + tag, like.dtype if of_cuda else torch.float64 if is_double else torch.float32
+
+
 @register_fake("_pack_deform_conv2d")
 def _(weight, groups, offset_groups, algorithm):
     outputs, inputs, *kernel = weight.shape
-    is_double, tag = weight.dtype == torch.float64, packed_tag(weight.device, weight.dtype)
-    on_cuda = tag == CUDA_TAG + is_double
-    unit = 16 // weight.element_size() if on_cuda else _CPU_PADDING
-    size = groups * inputs * math.prod(kernel) * ((outputs // groups + unit - 1) // unit * unit)
-    dtype = weight.dtype if on_cuda else torch.float64 if is_double else torch.float32
-    return weight.new_empty((size + tag,), dtype=dtype)
+    length, dtype = _packed_layout(weight, outputs, math.prod(kernel), groups * inputs, groups)
+    return weight.new_empty((length,), dtype=dtype)
 
 
 @register_fake("_deform_conv2d_packed", op="deform_conv2d")
 def _(input, offset, packed, bias, mask, *settings):
-    size = (input.shape[0], settings[7], offset.shape[2], offset.shape[3])
+    outputs, groups, _, kernel_h, kernel_w = settings[7:12]
+    length, dtype = _packed_layout(input, outputs, kernel_h * kernel_w, input.shape[1], groups)
+    torch._check(
+        packed.dtype == dtype and packed.dim() == 1 and packed.shape[0] == length,
+        lambda: (
+            "deform_conv2d: the packed weight was made for other channels, another instruction set, device, dtype or "
+            f"version than input, {tuple(input.shape)} {input.dtype}; pack the weight again, by pack_deform_conv2d"
+        ),
+    )
+    size = (input.shape[0], outputs, offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 

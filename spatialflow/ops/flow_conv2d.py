@@ -42,6 +42,10 @@ class PackedConv(NamedTuple):
     def __reduce__(self) -> tuple[Any, ...]:
         return pack_conv3x3, (self.weight, self.bias, self.algorithm)
 
+    def packed_again(self, weight: Tensor, bias: Tensor | None) -> PackedConv:
+        """The same convolution of another weight and bias."""
+        return pack_conv3x3(weight, bias, self.algorithm)
+
 
 def flow_conv2d(
     x: Tensor | list[Tensor] | list[Tensor | list[Tensor]],
@@ -158,18 +162,32 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
 
     Returns:
         A `PackedConv` for inputs of the dtype of `weight`; packed weights of 16-bit types are float32 and also serve
-        float32 inputs. Later changes of `weight` in place do not reach it.
+        float32 inputs. `weight` is not to be changed in place afterwards: calls with gradients or under autocast read
+        it, all others its packed copy.
 
     Raises:
-        RuntimeError: a shape or dtype that does not fit.
+        RuntimeError: a shape, dtype or device that does not fit, naming the argument.
         ValueError: an unknown `algorithm`.
     """
     if not are_tensors(weight, optional=(bias,)):
         return with_arrays(pack_conv3x3, locals())
     code = algorithm_code("pack_conv3x3", algorithm)
     packed = _pack_conv3x3(weight, code)
+    check_packed_bias("pack_conv3x3", bias, weight)
     packed_bias = None if bias is None else bias.detach().to(packed.dtype).contiguous()
     return PackedConv(packed, weight, bias, algorithm, packed_bias)
+
+
+def check_packed_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
+    """As the operators do, where a weight is packed before them."""
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if not bias.is_floating_point():
+        raise RuntimeError(f"{op}: bias must be of a floating dtype, got {str(bias.dtype).removeprefix('torch.')}")
+    if bias.device != weight.device:
+        raise RuntimeError(f"{op}: bias must be on the device of weight, {weight.device}, got {bias.device}")
 
 
 def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, relu: bool) -> list[Any]:

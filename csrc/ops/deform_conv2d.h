@@ -203,9 +203,9 @@ inline DeformConvShape check_deform_conv2d_packed(
     const char* op = "deform_conv2d";
     DeformConvShape shape =
         check_deform_sampling(op, input, offset, mask, std::nullopt, kernel.height, kernel.width, options);
-    check(shape.offset_groups == kernel.offset_groups, op, ": offset must have ",
-          2 * kernel.offset_groups * shape.taps(), " channels for a weight packed for ", kernel.offset_groups,
-          " offset groups, got ", offset.size(1));
+    check(shape.offset_groups == kernel.offset_groups, op, ": offset must be of ", kernel.offset_groups,
+          " offset groups, for which the weight was packed, got ", shape.offset_groups, " (offset has ",
+          offset.size(1), " channels)");
     const int64_t most = std::max<int64_t>({1, shape.channels, kernel.out_channels});
     check(kernel.groups >= 1 && kernel.groups <= most && kernel.out_channels >= 0 &&
               shape.channels % kernel.groups == 0 && kernel.out_channels % kernel.groups == 0,

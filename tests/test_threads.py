@@ -123,6 +123,15 @@ def large_group() -> OpSample:
     return OpSample(run, run, [torch.randn(2, 32, 41, 42), torch.randn(1, 32, 20, 21)], {}, (), (0, 1))
 
 
+def packed_deformable() -> OpSample:
+    def run(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        conv = ops.pack_deform_conv2d(torch.ones(24, 32, 3, 3), torch.ones(24))
+        return ops.deform_conv2d(x, offset, conv, padding=1, mask=mask, mask_sigmoid=True, relu=True)
+
+    tensors = [torch.randn(2, channels, 21, 22) for channels in (32, 18, 9)]
+    return OpSample(run, run, tensors, {}, (), (0, 1, 2))
+
+
 LARGE = {  # what the samples of the tests are too small for: one call is shared by several threads
     "packed tower": packed_tower,
     "batched_nms": large_batched_nms,
@@ -135,6 +144,7 @@ LARGE = {  # what the samples of the tests are too small for: one call is shared
     "direct convolution": large_convolution(16),
     "Winograd convolution": large_convolution(32),
     "several convolutions": large_group,
+    "packed deformable convolution": packed_deformable,
 }
 
 

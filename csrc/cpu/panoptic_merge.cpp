@@ -302,8 +302,10 @@ void fill_boxes(
     }
 }
 
+// Aligned, as its loops over words take a tenth longer where they begin elsewhere in a cache line of code, which other
+// files of the library would decide.
 template <typename label_t>
-std::vector<Segment> merge(
+__attribute__((aligned(64))) std::vector<Segment> merge(
     const uint8_t* masks,      // (K, H, W)
     const double* scores,      // (K)
     const int64_t* labels,     // (K)

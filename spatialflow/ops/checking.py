@@ -68,6 +68,8 @@ def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:
 
 def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """`value` for rows and for columns: one integer for both, or two; ValueError if it is neither."""
+    if type(value) is int:
+        return value, value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or not all(map(_is_integer, values)):
         raise ValueError(f"{op}: {name} must be one integer or a pair, got {value!r}")

@@ -89,6 +89,21 @@ class TestCounting:
         assert self.counted(kernel_count, lambda t: ops.flow_conv2d(t, None, cast), halves) == (2, 0, 1)
         assert self.counted(kernel_count, lambda t: weight.to(t.dtype), halves, parameters=[weight]) == (1, 0, 1)
 
+    def test_casts_of_offsets_are_found(self, kernel_count, maps):
+        """A deformable convolution reads float32; one with a packed weight converts both in its own launch."""
+        halves, weight = maps.to(torch.bfloat16), torch.empty(8, 8, 3, 3, device="meta", dtype=torch.bfloat16)
+        offset, mask = (
+            torch.empty(1, channels, 6, 6, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+            for channels in (18, 9)
+        )
+        for given, kernels, wide in ((weight, 4, 2), (ops.pack_deform_conv2d(weight), 2, 1)):
+            for operands, expected in (((offset, mask), kernels), ((offset.float(), mask.float()), wide)):
+
+                def call(t, operands=operands, given=given):
+                    return ops.deform_conv2d(t, operands[0], given, padding=1, mask=operands[1])
+
+                assert self.counted(kernel_count, call, halves, parameters=[weight])[0] == expected
+
 
 @pytest.mark.skipif(not ON_INTERPRETER, reason="counts launches of the SIMT interpreter: SPATIALFLOW_BACKEND=simt")
 class TestLaunches:

@@ -25,7 +25,7 @@ set(ops
 # Sources of both back ends that several operators share.
 set(shared_sources conv3x3)
 
-# Sources of the CUDA library alone: made of instructions that the SIMT interpreter does not know.
+# Sources of CUDA kernels alone, for one compute capability.
 set(cuda_only_sources sm90_conv3x3 sm90_deform_conv2d)
 
 # Overlap decisions, resized pixels and labels are the same on every level and back end only if no product is fused with

@@ -4,7 +4,7 @@
 # stands in for the CPU library.
 find_package(Threads REQUIRED)
 set(simt_sources "")
-foreach(source IN LISTS ops shared_sources)
+foreach(source IN LISTS ops shared_sources cuda_only_sources)
   # A source has one language in a folder, and the CUDA library compiles the .cu file as CUDA.
   set(wrapper "${CMAKE_BINARY_DIR}/simt/${source}.cpp")
   file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"cuda/${source}.cu\"\n")

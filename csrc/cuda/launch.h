@@ -112,6 +112,13 @@ inline unsigned grid_size(const char* op, int64_t blocks) {
 
 inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
+#if !defined(__CUDACC__)
+template <typename T>
+inline bool is_aligned(const Global<T>& pointer, size_t bytes) {
+    return is_aligned(pointer.data(), bytes);
+}
+#endif
+
 // A contiguous tensor that begins at a multiple of 16 bytes, the widest access: a slice of a larger one may not.
 inline Tensor aligned(const Tensor& tensor) {
     return is_aligned(tensor.const_data_ptr(), 16)

@@ -46,7 +46,7 @@ struct Sm90Conv {
 // One convolution on one level.
 template <typename scalar_t>
 struct Sm90Level {
-    CUtensorMap x, flow;              // boxes of 10 x 10 pixels and 64 channels
+    TensorMap x, flow;              // boxes of 10 x 10 pixels and 64 channels
     Global<const scalar_t> residual;  // (N, H, W, O) or null
     Global<scalar_t> out;             // (N, H, W, O)
     int height, width;
@@ -55,7 +55,7 @@ struct Sm90Level {
 };
 
 struct Sm90Convolution {
-    CUtensorMap weights;       // boxes of 64 channels by 64 outputs
+    TensorMap weights;       // boxes of 64 channels by 64 outputs
     Global<const float> bias;  // (O) or null
     int first_level, levels, parts;  // sub-tiles
     int tile_begin;                  // first tile in the launch
@@ -72,19 +72,21 @@ struct Sm90Table {
     int num_levels, num_convolutions, num_tiles;
     Global<const uint8_t> active;  // (N), zero for images that are left out; or null
 };
+#if defined(__CUDACC__)
 static_assert(sizeof(Sm90Table<bfloat16>) <= 32 * 1024 - 4, "kernel parameters");
+#endif
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
 // Empty but for 9.0a. The host asks for the static shared memory to learn whether there is a kernel.
 template <typename scalar_t, int kTileOutputs, int kTileParts>
 __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_constant__ Sm90Table<scalar_t> table) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if SPATIALFLOW_HAS_SM90
     using Size = Sm90Conv<kTileOutputs, kTileParts>;
     constexpr int kInputStages = Size::kInputStages, kWeightStages = Size::kWeightStages;
     constexpr int kOwnParts = Size::kParts / 2, kBlocks = Size::kOutputs / 32;  // of a warpgroup; of packed_position
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
-    __shared__ __align__(8) uint64_t barriers[3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps];
+    SPATIALFLOW_SHARED(uint64_t, barriers, 3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps);
     SPATIALFLOW_SHARED(unsigned, left_out, kNotedWords);
     const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
     const unsigned flow_memory = begin + kInputStages * Size::kInputStage;  // one sub-tile for each warp that adds
@@ -238,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         } else if (warp >= 2) {
             // Inputs and flows lie alike in shared memory, swizzle and zeros outside the map included.
             const int own = warp - 2;
-            unsigned char* inputs = memory + (begin - shared_address(memory)) + lane * 16;
-            unsigned char* flow = inputs + kInputStages * Size::kInputStage + own * kRimStride;
+            const Shared<unsigned char> inputs = memory + (begin - shared_address(memory)) + lane * 16;
+            const Shared<unsigned char> flow = inputs + kInputStages * Size::kInputStage + own * kRimStride;
             int stage = 0;
             unsigned parity = 0, flow_parity = 0;  // a bit for each stage
             for (int index = tile_from(first); index < table.num_tiles; index = tile_from(index + step_tiles)) {
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                         for (int part = own; part < Size::kParts; part += kAddWarps) {
                             mbarrier_wait(flow_full + 8 * own, flow_parity);
                             flow_parity ^= 1;
-                            unsigned char* input = inputs + stage * Size::kInputStage + part * kRimStride;
+                            const Shared<unsigned char> input = inputs + stage * Size::kInputStage + part * kRimStride;
                             constexpr int kLine = kWarpSize * 16, kAtOnce = 5;
                             static_assert(kHaloBytes % (kLine * kAtOnce) == 0, "whole lines");
 #pragma unroll 1
@@ -294,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
     const int own_part = (warpgroup - 1) * kOwnParts;
     int input_stage = 0, weight_stage = 0;
     unsigned input_parity = 0, weight_parity = 0;
-    float sums[kOwnParts][Size::kOutputs / 2] = {};
+    WgmmaSums<Size::kOutputs / 2> sums[kOwnParts] = {};
     const auto pin_sums = [&]() {
 #pragma unroll
         for (int part = 0; part < kOwnParts; ++part) {
@@ -401,7 +403,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                     Vec<unsigned, 4> words;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        const float(&own)[Size::kOutputs / 2] = sums[part];
+                        const auto& own = sums[part];
                         const int element = (block * 4 + i) * 4 + half * 2;
                         words[i] = pack_pair(own[element] + bias[block][2 * i] + load(added[2 * i]),
                                              own[element + 1] + bias[block][2 * i + 1] + load(added[2 * i + 1]),
@@ -455,10 +457,10 @@ bool nested_strides(const Tensor& level, int64_t (&strides)[3]) {
 }
 
 template <typename scalar_t>
-bool encode_level(CUtensorMap& map, const Tensor& level) {
+bool encode_level(TensorMap& map, const Tensor& level) {
     int64_t strides[3];
     return nested_strides(level, strides) &&
-           encode_map<scalar_t, 4>(map, level.const_data_ptr(),
+           encode_map<scalar_t, 4>(map, data<scalar_t>(level),
                                    {level.size(1), level.size(3), level.size(2), level.size(0)}, strides,
                                    {kStepChannels, kHaloSide, kHaloSide, 1});
 }
@@ -511,7 +513,7 @@ bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
         return false;
     }
     const int64_t most_parts = (int64_t(1) << 26) / ceil_div(outputs, 64);  // tiles are ints
-    const scalar_t* weights = kernel_weights<scalar_t>(conv);
+    const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv);
     const int64_t row = packed_tap_size(1, outputs);
     Sm90Convolution added{};
     if (!encode_map<scalar_t, 3>(added.weights, weights, {row, channels, kTaps}, {row, channels * row},

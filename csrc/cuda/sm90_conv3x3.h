@@ -8,17 +8,9 @@
 namespace spatialflow {
 
 // Runs those of the convolutions that the kernel is made for (16-bit types, channels a multiple of 64, maps that TMA
-// can read) and returns the others: all of them on other devices. The interpreter knows nothing of wgmma.
-#if defined(__CUDACC__)
+// can read) and returns the others: all of them on other devices.
 template <typename scalar_t>
 std::vector<Convolution> convolve3x3_sm90(
     const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active);
-#else
-template <typename scalar_t>
-std::vector<Convolution> convolve3x3_sm90(
-    const std::vector<Convolution>& convolutions, Stream, const std::optional<Tensor>&) {
-    return convolutions;
-}
-#endif
 
 }  // namespace spatialflow

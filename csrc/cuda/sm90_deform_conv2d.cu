@@ -41,33 +41,25 @@ struct Sm90Deform {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ __forceinline__ void synchronize_producers() {
-    asm volatile("bar.sync 1, %0;" ::"n"(kProducers) : "memory");
-}
-
-#endif
-
 // Empty but for 9.0a. The host asks for the static shared memory to learn whether there is a kernel.
 template <typename scalar_t, int kOutputs, int kConsumers>
 __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1) deform_conv2d_sm90_kernel(
     const __grid_constant__ DeformProblem<scalar_t> problem,
-    const __grid_constant__ CUtensorMap weights,  // boxes of 64 channels by 64 outputs
+    const __grid_constant__ TensorMap weights,  // boxes of 64 channels by 64 outputs
     Global<const scalar_t> bias,                  // (O) or null
     Global<scalar_t> output,                      // (pixels, O); not written if there are parts
     Global<float> parts,                          // (parts, pixels, O) or null
     const int steps, const int part_steps) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if SPATIALFLOW_HAS_SM90
     using Size = Sm90Deform<kOutputs, kConsumers>;
     constexpr int kStages = Size::kStages, kPixels = Size::kPixels, kHalves = kOutputs / 128;
     constexpr bool kTight = kOutputs == 256 && kConsumers == 2;  // in registers: sums take 128 of a consumer's
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
-    __shared__ __align__(8) uint64_t barriers[2 * kStages];
-    __shared__ __align__(16) float biases[kOutputs];
-    __shared__ int pixels[kPixels];
+    SPATIALFLOW_SHARED(uint64_t, barriers, 2 * kStages);
+    SPATIALFLOW_SHARED(float, biases, kOutputs);
+    SPATIALFLOW_SHARED(int, pixels, kPixels);
     const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
-    unsigned char* const stages = memory + (begin - shared_address(memory));
+    const Shared<unsigned char> stages = memory + (begin - shared_address(memory));
     const typename Size::Table table(pointer_cast<float>(stages + kStages * Size::kStage));
     // Stages are ready for wgmma, or free.
     const unsigned full = shared_address(barriers), empty = full + 8 * kStages;
@@ -103,7 +95,7 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
         constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;  // of a thread and step
         const int own_row = thread / kRowItems, own_channel = thread % kRowItems * kItemChannels;
         // A row of columns is 128 bytes, and rows are eight further apart: the swizzle is the same for all of them.
-        unsigned char* const own_target = stages + own_row * kRowBytes + (thread % kRowItems ^ own_row % 8) * 16;
+        const Shared<unsigned char> own_target = stages + own_row * kRowBytes + (thread % kRowItems ^ own_row % 8) * 16;
         const int group_steps = problem.offset_group_channels / kStepChannels * problem.taps;
         int stage = 0;
         unsigned parity = 1;
@@ -113,10 +105,10 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
             // A table of the taps that are needed: those from `tap` on if they are of the same channels, else all.
             const bool adjacent = tap + last - step <= problem.taps;
             const int first_tap = adjacent ? tap : 0, slots = adjacent ? last - step : problem.taps;
-            synchronize_producers();
+            named_barrier<1, kProducers>();
             table.template fill_tile<kPixels, kProducers>(
                 problem, group, first_tap, slots, [&](int position) -> int { return pixels[position]; });
-            synchronize_producers();
+            named_barrier<1, kProducers>();
             int channel = step / problem.taps * kStepChannels + own_channel, slot = tap - first_tap;
             ColumnItem<scalar_t, kItemChannels> items[kItems];
 #pragma unroll
@@ -165,7 +157,7 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
 
     take_registers<kTight ? 160 : kConsumers == 2 ? 136 : 232>();  // what producers leave
     const int consumer = warpgroup - kProducers / 128;
-    float sums[kHalves][64] = {};
+    WgmmaSums<64> sums[kHalves] = {};
     const auto pin_sums = [&]() {
 #pragma unroll
         for (int i = 0; i < kHalves; ++i) {
@@ -220,8 +212,8 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
 #pragma unroll
             for (int j = 0; j < kOutputs / 8; ++j) {
                 if (present && first_output + j * 8 < problem.out_channels) {
-                    const float* values = sums[j / 16] + j % 16 * 4 + half * 2;
-                    store_vector(target + j * 8, Vec<float, 2>{{values[0], values[1]}});
+                    const int at = j % 16 * 4 + half * 2;
+                    store_vector(target + j * 8, Vec<float, 2>{{sums[j / 16][at], sums[j / 16][at + 1]}});
                 }
             }
             continue;
@@ -237,8 +229,8 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const auto offsets = load_vector<2>(biases + ((j + i) * 8 + pair * 2));
-                const float* values = sums[j / 16] + (j + i) % 16 * 4 + half * 2;
-                words[i] = pack_pair(values[0] + offsets[0], values[1] + offsets[1], scalar_t{});
+                const int at = (j + i) % 16 * 4 + half * 2;
+                words[i] = pack_pair(sums[j / 16][at] + offsets[0], sums[j / 16][at + 1] + offsets[1], scalar_t{});
                 words[i] = problem.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
             }
             const unsigned other = __shfl_xor_sync(kAllLanes, odd ? words[0] : words[1], 1);
@@ -267,8 +259,8 @@ bool deform_conv2d_sm90(
     bind_context(stream);
     const int64_t steps = static_cast<int64_t>(problem.channels) / kStepChannels * problem.taps;
     const int64_t row = problem.packed_outputs;
-    CUtensorMap weights;
-    if (!encode_map<scalar_t, 3>(weights, packed.const_data_ptr(), {row, kStepChannels, steps},
+    TensorMap weights;
+    if (!encode_map<scalar_t, 3>(weights, data<scalar_t>(packed), {row, kStepChannels, steps},
                                  {row, kStepChannels * row}, {64, kStepChannels, 1})) {
         return false;
     }

@@ -10,18 +10,9 @@ namespace spatialflow {
 // False where the kernel is not made for the problem: one weight group, channels of an offset group a multiple of 64,
 // more than 64 outputs, a multiple of 8; on other devices always. Else writes the output, or parts of it in float32,
 // (parts, pixels, O) without the bias, that are still to be added.
-#if defined(__CUDACC__)
 template <typename scalar_t>
 bool deform_conv2d_sm90(
     const char* op, const DeformProblem<scalar_t>& problem, const Tensor& packed, const std::optional<Tensor>& bias,
     const Tensor& output, std::optional<Tensor>& parts, Stream stream);
-#else
-template <typename scalar_t>
-bool deform_conv2d_sm90(
-    const char*, const DeformProblem<scalar_t>&, const Tensor&, const std::optional<Tensor>&, const Tensor&,
-    std::optional<Tensor>&, Stream) {
-    return false;
-}
-#endif
 
 }  // namespace spatialflow

@@ -4,19 +4,43 @@
 // memory are those of shared_address; offsets of descriptors are in bytes.
 //
 //   mbarrier_*                 barriers in shared memory that count arrivals and bytes
+//   named_barrier<id, count>   __syncthreads of some warps of the block
 //   tma_load_3d / _4d          a box of a tensor map to shared memory; zeros outside the tensor
 //   matrix_descriptor          a matrix in shared memory with 128-byte swizzle
 //   Wgmma<outputs>::multiply   d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent), both in shared memory
+//   WgmmaSums<count>           d of a thread; read it like an array once wgmma_wait has waited for the products
 //
-// Host code may include this header for every architecture; only 9.0a can run what is in it. The SIMT interpreter does
-// not know it: sources with it are built for CUDA alone (cmake/ops.cmake).
+// Host code may include this header for every architecture; only 9.0a can run what is in it, and only there, or on the
+// interpreter (csrc/simt/sm90.h), do kernels that use it have a body: #if SPATIALFLOW_HAS_SM90.
 #pragma once
-
-#include <cuda.h>
 
 #include "cuda/tensor_core.h"
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+#define SPATIALFLOW_HAS_SM90 1
+#else
+#define SPATIALFLOW_HAS_SM90 0
+#endif
+
 namespace spatialflow {
+
+// The offset between groups of eight rows is `stride`. With outputs adjacent, rows are channels, and groups of 64
+// outputs are `leading` apart.
+__device__ __forceinline__ uint64_t matrix_descriptor(unsigned start, unsigned leading, unsigned stride) {
+    constexpr uint64_t kSwizzle128 = 1;
+    return static_cast<uint64_t>((start & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+           static_cast<uint64_t>(stride >> 4) << 32 | kSwizzle128 << 62;
+}
+
+}  // namespace spatialflow
+
+#if defined(__CUDACC__)
+
+#include <cuda.h>
+
+namespace spatialflow {
+
+using TensorMap = CUtensorMap;
 
 __device__ __forceinline__ void mbarrier_init(unsigned barrier, unsigned arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -46,11 +70,17 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
     }
 }
 
+// For kThreads threads, a multiple of 32; 0 is the barrier of __syncthreads.
+template <int kId, int kThreads>
+__device__ __forceinline__ void named_barrier() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
 // What this thread has written to shared memory becomes visible to TMA and wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void tma_load_3d(
-    unsigned target, const CUtensorMap* map, int c0, int c1, int c2, unsigned barrier) {
+    unsigned target, const TensorMap* map, int c0, int c1, int c2, unsigned barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target),
@@ -58,7 +88,7 @@ __device__ __forceinline__ void tma_load_3d(
         : "memory");
 }
 __device__ __forceinline__ void tma_load_4d(
-    unsigned target, const CUtensorMap* map, int c0, int c1, int c2, int c3, unsigned barrier) {
+    unsigned target, const TensorMap* map, int c0, int c1, int c2, int c3, unsigned barrier) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(target),
@@ -76,32 +106,30 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The offset between groups of eight rows is `stride`. With outputs adjacent, rows are channels, and groups of 64
-// outputs are `leading` apart.
-__device__ __forceinline__ uint64_t matrix_descriptor(unsigned start, unsigned leading, unsigned stride) {
-    constexpr uint64_t kSwizzle128 = 1;
-    return static_cast<uint64_t>((start & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
-           static_cast<uint64_t>(stride >> 4) << 32 | kSwizzle128 << 62;
-}
-
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kGroups>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
+template <int kCount>
+struct WgmmaSums {
+    float values[kCount];
+    __device__ __forceinline__ float operator[](int i) const { return values[i]; }
+};
 // Keeps every other use of the sums on this side of the wgmma instructions; without it ptxas runs them one by one.
 template <int kCount>
-__device__ __forceinline__ void pin(float (&d)[kCount]) {
+__device__ __forceinline__ void pin(WgmmaSums<kCount>& d) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-        asm volatile("" : "+f"(d[i])::"memory");
+        asm volatile("" : "+f"(d.values[i])::"memory");
     }
 }
 
+#define SPATIALFLOW_SUM(i) "+f"(d.values[i])
 #define SPATIALFLOW_SUMS_8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
+    SPATIALFLOW_SUM(i), SPATIALFLOW_SUM(i + 1), SPATIALFLOW_SUM(i + 2), SPATIALFLOW_SUM(i + 3), \
+        SPATIALFLOW_SUM(i + 4), SPATIALFLOW_SUM(i + 5), SPATIALFLOW_SUM(i + 6), SPATIALFLOW_SUM(i + 7)
 #define SPATIALFLOW_SUMS_32(i) \
     SPATIALFLOW_SUMS_8(i), SPATIALFLOW_SUMS_8(i + 8), SPATIALFLOW_SUMS_8(i + 16), SPATIALFLOW_SUMS_8(i + 24)
 #define SPATIALFLOW_NAMES_32 \
@@ -113,20 +141,20 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
     "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Operands: sums, descriptors of a and b, whether to add; the last two numbers say that b alone is transposed.
 #define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add)                                                    \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                          \
-    "wgmma.mma_async.sync.aligned.m64n" outputs "k16.f32." type "." type " {" names "}, " a ", " b ", p, 1, 1, " \
-    "0, 1;\n}\n"
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                        \
+    "wgmma.mma_async.sync.aligned.m64n" outputs "k16.f32." type "." type " {" names "}, " a ", " b ", p, 1, 1" \
+    ", 0, 1;\n}\n"
 
 template <int kOutputs>
 struct Wgmma;
 template <>
 struct Wgmma<64> {
-    static __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b, int add, bfloat16) {
+    static __device__ __forceinline__ void multiply(WgmmaSums<32>& d, uint64_t a, uint64_t b, int add, bfloat16) {
         asm volatile(SPATIALFLOW_WGMMA("64", "bf16", SPATIALFLOW_NAMES_32, "%32", "%33", "%34")
                      : SPATIALFLOW_SUMS_32(0)
                      : "l"(a), "l"(b), "r"(add));
     }
-    static __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b, int add, float16) {
+    static __device__ __forceinline__ void multiply(WgmmaSums<32>& d, uint64_t a, uint64_t b, int add, float16) {
         asm volatile(SPATIALFLOW_WGMMA("64", "f16", SPATIALFLOW_NAMES_32, "%32", "%33", "%34")
                      : SPATIALFLOW_SUMS_32(0)
                      : "l"(a), "l"(b), "r"(add));
@@ -134,18 +162,19 @@ struct Wgmma<64> {
 };
 template <>
 struct Wgmma<128> {
-    static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int add, bfloat16) {
+    static __device__ __forceinline__ void multiply(WgmmaSums<64>& d, uint64_t a, uint64_t b, int add, bfloat16) {
         asm volatile(SPATIALFLOW_WGMMA("128", "bf16", SPATIALFLOW_NAMES_64, "%64", "%65", "%66")
                      : SPATIALFLOW_SUMS_32(0), SPATIALFLOW_SUMS_32(32)
                      : "l"(a), "l"(b), "r"(add));
     }
-    static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int add, float16) {
+    static __device__ __forceinline__ void multiply(WgmmaSums<64>& d, uint64_t a, uint64_t b, int add, float16) {
         asm volatile(SPATIALFLOW_WGMMA("128", "f16", SPATIALFLOW_NAMES_64, "%64", "%65", "%66")
                      : SPATIALFLOW_SUMS_32(0), SPATIALFLOW_SUMS_32(32)
                      : "l"(a), "l"(b), "r"(add));
     }
 };
 
+#undef SPATIALFLOW_SUM
 #undef SPATIALFLOW_SUMS_8
 #undef SPATIALFLOW_SUMS_32
 #undef SPATIALFLOW_NAMES_32
@@ -153,3 +182,5 @@ struct Wgmma<128> {
 #undef SPATIALFLOW_WGMMA
 
 }  // namespace spatialflow
+
+#endif

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensor maps of TMA, made on the host (compute capability 9.0).
+// Tensor maps of TMA, made on the host (compute capability 9.0). The interpreter's are in csrc/simt/sm90.h.
 #pragma once
+
+#include "cuda/platform.h"
+
+#if defined(__CUDACC__)
 
 #include <cuda.h>
 
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-
-#include "cuda/platform.h"
 
 namespace spatialflow {
 
@@ -50,7 +52,7 @@ inline void bind_context(Stream stream) { check_cuda(cudaSetDevice(stream.device
 // Encodes a tensor map; false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and box are
 // in elements, from the innermost dimension on.
 template <typename scalar_t, int kDimensions>
-inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&sizes)[kDimensions],
+inline bool encode_map(CUtensorMap& map, const scalar_t* address, const int64_t (&sizes)[kDimensions],
                        const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
     cuuint64_t all_sizes[kDimensions], byte_strides[kDimensions - 1];
     cuuint32_t box_sizes[kDimensions], steps[kDimensions];
@@ -65,7 +67,7 @@ inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&si
     const auto type =
         std::is_same_v<scalar_t, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     const CUresult result = encode_tiled()(
-        &map, type, kDimensions, const_cast<void*>(address), all_sizes, byte_strides, box_sizes, steps,
+        &map, type, kDimensions, const_cast<scalar_t*>(address), all_sizes, byte_strides, box_sizes, steps,
         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS && result != CUDA_ERROR_INVALID_VALUE && result != CUDA_ERROR_NOT_SUPPORTED) {
@@ -76,3 +78,5 @@ inline bool encode_map(CUtensorMap& map, const void* address, const int64_t (&si
 }
 
 }  // namespace spatialflow
+
+#endif

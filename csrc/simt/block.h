@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 
+#include "simt/async.h"
 #include "simt/fiber.h"
 #include "simt/shadow.h"
 
@@ -28,7 +29,7 @@ namespace simt {
 class Block;
 
 struct Thread {
-    enum State : uint8_t { kReady, kAtBarrier, kInCollective, kExited };
+    enum State : uint8_t { kReady, kAtBarrier, kInCollective, kInWarpgroup, kWaiting, kExited };
 
     Fiber fiber;
     uint3 index;
@@ -39,6 +40,7 @@ struct Thread {
     const char* waits_in = nullptr;
     const void* slot_type = nullptr;
     void* slot = nullptr;
+    const void* object = nullptr;  // kWaiting: what may wake it
     uint32_t mask = 0;
     int predicate = 0;
     Site site;
@@ -50,6 +52,7 @@ struct Thread {
         Site site;
     };
     std::vector<std::vector<Copy>> copies;  // by group, the open one last
+    uint32_t wgmma_fences = 0;              // counted from one on
 };
 
 // The launch that a block belongs to, shared by the OS threads that run its blocks.
@@ -88,15 +91,135 @@ public:
             for (unsigned warp = 0; warp * kLanes < num_threads_ && !faulted_; ++warp) {
                 run_warp(warp * kLanes, std::min(num_threads_, (warp + 1) * kLanes));
             }
-            if (switches_ == switches_before) {
-                report(*first_waiting(), describe_deadlock());
+            if (switches_ == switches_before && !faulted_ && !async.deliver_latest(*this)) {
+                const Thread& cause = cause_of_deadlock();
+                report_at(cause, cause.site, describe_deadlock(cause));
             }
+        }
+        if (!faulted_) {
+            async.check_end(*this);
         }
         current_thread = nullptr;
         return !faulted_;
     }
 
+    AsyncUnits async;
+
+    // A fault that no running thread has: `thread` has started what went wrong.
+    void report(unsigned thread, Site site, const std::string& what) { report_at(threads_[thread], site, what); }
+    // Lets the threads go on that wait for `object`.
+    void wake(const void* object) {
+        for (unsigned i = 0; i < num_threads_; ++i) {
+            if (threads_[i].state == Thread::kWaiting && threads_[i].object == object) {
+                threads_[i].state = Thread::kReady;
+            }
+        }
+    }
+    Clocks& clocks() { return clocks_; }
+    Shadow& shadow() { return shadow_; }
+    Toucher toucher(unsigned thread) const {
+        return {epoch_, first_epoch_, clocks_.tracks_all() ? tracking_epoch_ : epoch_, thread, &clocks_};
+    }
+    // Of a report about place `at`: what `conflict` says, with the other thread and the array.
+    std::string describe(const Shadow::Conflict& conflict, size_t at) const {
+        std::string text = concatenate(conflict.what);
+        if (conflict.other.packed != 0) {
+            text += concatenate(" ", conflict.other.text(), " by ", name_of(threads_[conflict.other_thread]));
+        }
+        return concatenate(text, " (shared array '", array_name(at), "')");
+    }
+
     // ---- called from fibers ----
+
+    // Actors of all warps matter from here on (clocks.h).
+    void track_all() {
+        if (!clocks_.tracks_all()) {
+            clocks_.track_all();
+            tracking_epoch_ = epoch_;
+        }
+    }
+
+    // Until wake(object).
+    void wait(const char* name, const void* object, Site site) {
+        Thread& self = *current_thread;
+        self.state = Thread::kWaiting;
+        self.waits_in = name;
+        self.object = object;
+        self.site = site;
+        yield();
+    }
+
+    // bar.sync: waits for `count` threads at barrier `id`.
+    void named_barrier(unsigned id, unsigned count, Site site) {
+        track_all();
+        NamedBarrier& barrier = named_[id];
+        if (count % kLanes != 0 || count == 0 || count > num_threads_) {
+            fault(site, concatenate("bar.sync: ", count, " threads; a multiple of 32 up to the block's ",
+                                    num_threads_));
+        }
+        if (!barrier.threads.empty() && barrier.count != count) {
+            fault(site, concatenate("bar.sync: barrier ", id, " is for ", count, " threads here and for ",
+                                    barrier.count, " at ", threads_[barrier.threads[0]].site.text()));
+        }
+        barrier.count = count;
+        barrier.threads.push_back(current_thread->linear);
+        if (barrier.threads.size() < count) {
+            wait("bar.sync", &barrier, site);
+            return;
+        }
+        clocks_.synchronize(barrier.threads);
+        barrier.threads.clear();
+        wake(&barrier);
+    }
+
+    // Waits for the 128 threads of the warpgroup, at the same line; the last one to come calls complete(slots).
+    template <typename Slot, typename Complete>
+    void warpgroup_collective(const char* name, Slot& slot, Site site, Complete complete) {
+        constexpr unsigned kThreads = 4 * kLanes;
+        Thread& self = *current_thread;
+        const unsigned first = self.linear / kThreads * kThreads;
+        self.state = Thread::kInWarpgroup;
+        self.waits_in = name;
+        self.slot = &slot;
+        self.site = site;
+        if (first + kThreads > num_threads_) {
+            fault(site, concatenate(name, ": the block has no whole warpgroup from thread ", first, " on"));
+        }
+        Slot* slots[kThreads];
+        for (unsigned i = 0; i < kThreads; ++i) {
+            const Thread& other = threads_[first + i];
+            if (other.state == Thread::kExited) {
+                fault(site, concatenate(name, " is for all four warps of a warpgroup, and ", name_of(other),
+                                        " of it has exited"));
+            }
+            if (other.state != Thread::kInWarpgroup) {
+                yield();
+                return;
+            }
+            if (other.site.packed != site.packed || other.waits_in != name) {
+                fault(site, concatenate(name, ": ", name_of(other), " of the same warpgroup is in ", other.waits_in,
+                                        " at ", other.site.text()));
+            }
+            slots[i] = static_cast<Slot*>(other.slot);
+        }
+        complete(slots);
+        for (unsigned i = 0; i < kThreads; ++i) {
+            threads_[first + i].state = Thread::kReady;
+        }
+    }
+
+    // Offset in the block's memory of `bytes` bytes at an address of the shared window, which lie in one array.
+    size_t locate(int64_t address, size_t bytes, const char* what, Site site) {
+        const int64_t at = address - kSharedWindow;
+        for (const Array& array : arrays_) {
+            if (at >= static_cast<int64_t>(array.begin) && at + static_cast<int64_t>(bytes) <=
+                                                               static_cast<int64_t>(array.end)) {
+                return static_cast<size_t>(at);
+            }
+        }
+        fault(site, concatenate("out of bounds: ", what, ", ", bytes, " bytes at byte ", at,
+                                " of the block's shared memory, lies in none of its arrays"));
+    }
 
     [[noreturn]] void fault(Site site, const std::string& what) {
         report_at(*current_thread, site, what);
@@ -165,7 +288,7 @@ public:
         }
     }
 
-    void synchronise_warp(uint32_t mask) { clocks_[current_thread->linear / kLanes].synchronise(mask); }
+    void synchronize_warp(uint32_t mask) { clocks_.synchronize_warp(current_thread->linear / kLanes, mask); }
 
     // ---- shared memory: offsets into the block's own ----
 
@@ -205,10 +328,15 @@ public:
         }
     }
     void note_read(size_t at, size_t bytes, Shadow::Kind kind, Site site) {
-        complain(shadow_.read(at, bytes, first_epoch_, toucher(), kind, site), at, site);
+        complain(shadow_.read(at, bytes, toucher(current_thread->linear), kind, site), at, site);
     }
     void note_write(size_t at, size_t bytes, Shadow::Kind kind, Site site) {
-        complain(shadow_.write(at, bytes, toucher(), kind, site), at, site);
+        complain(shadow_.write(at, bytes, toucher(current_thread->linear), kind, site), at, site);
+    }
+    void complain(const Shadow::Conflict& conflict, size_t at, Site site) {
+        if (__builtin_expect(conflict.what != nullptr, 0)) {
+            fault(site, describe(conflict, at));
+        }
     }
 
     static std::string hexadecimal(uint32_t mask) {
@@ -231,11 +359,13 @@ private:
             shared_.reset(new char[kMaxSharedBytes]);
         }
         num_threads_ = wanted;
-        clocks_.resize((wanted + kLanes - 1) / kLanes);
-        for (WarpClock& clock : clocks_) {
-            clock.reset();
+        clocks_.reset(wanted);
+        first_epoch_ = tracking_epoch_ = ++epoch_;
+        shadow_.forget_readers();
+        async.reset();
+        for (NamedBarrier& barrier : named_) {
+            barrier.threads.clear();
         }
-        first_epoch_ = ++epoch_;
         arrays_.assign(1, {nullptr, "dynamic shared memory", 0, launch.dynamic_shared_bytes});
         exited_ = at_barrier_ = 0;
         faulted_ = false;
@@ -247,6 +377,7 @@ private:
             thread.block = this;
             thread.state = Thread::kReady;
             thread.copies.clear();
+            thread.wgmma_fences = 1;
             thread.fiber.prepare(stacks_.at(i), &Block::enter);
         }
     }
@@ -296,13 +427,8 @@ private:
             threads_[i].state = Thread::kReady;
         }
         at_barrier_ = 0;
+        clocks_.synchronize_block();
         ++epoch_;
-    }
-
-    Toucher toucher() const {
-        const unsigned linear = current_thread->linear;
-        return {epoch_, static_cast<uint16_t>(linear / kLanes), static_cast<uint16_t>(linear % kLanes),
-                &clocks_[linear / kLanes]};
     }
 
     const char* array_name(size_t at) const {
@@ -315,16 +441,6 @@ private:
         return name;
     }
 
-    void complain(const Shadow::Conflict& conflict, size_t at, Site site) {
-        if (__builtin_expect(conflict.what != nullptr, 0)) {
-            std::string text = concatenate(conflict.what);
-            if (conflict.other.packed != 0) {
-                text += concatenate(" ", conflict.other.text(), " by ", name_of(threads_[conflict.other_thread]));
-            }
-            fault(site, concatenate(text, " (shared array '", array_name(at), "')"));
-        }
-    }
-
     static std::string name_of(const Thread& thread) {
         return concatenate("thread (", thread.index.x, ", ", thread.index.y, ", ", thread.index.z, ")");
     }
@@ -334,50 +450,72 @@ private:
         launch_->report(concatenate("simt: kernel ", launch_->kernel, ", block (", index.x, ", ", index.y, ", ",
                                     index.z, "), ", name_of(thread), ", ", site.text(), ": ", what));
     }
-    void report(const Thread& thread, const std::string& what) { report_at(thread, thread.site, what); }
+    // Of those that `waiting` waits for in a barrier of the block, a collective or a warpgroup: one that does not come.
+    const Thread* absent_for(const Thread& waiting) const {
+        unsigned first = 0, last = num_threads_;
+        if (waiting.state != Thread::kAtBarrier) {
+            const unsigned count = waiting.state == Thread::kInCollective ? kLanes : 4 * kLanes;
+            first = waiting.linear / count * count;
+            last = std::min(num_threads_, first + count);
+        }
+        for (unsigned i = first; i < last; ++i) {
+            const Thread& other = threads_[i];
+            const bool in_collective = waiting.state == Thread::kInCollective;
+            if (in_collective && (waiting.mask >> (i - first) & 1u) == 0) {
+                continue;
+            }
+            if (other.state != waiting.state ||
+                (in_collective && (other.mask != waiting.mask || other.slot_type != waiting.slot_type))) {
+                return &other;
+            }
+        }
+        return nullptr;
+    }
 
-    const Thread* first_waiting() const {
+    // No thread can go on: one that is the cause, as others wait for it or it for none of them.
+    const Thread& cause_of_deadlock() const {
         const Thread* found = nullptr;
         for (unsigned i = 0; i < num_threads_; ++i) {
             const Thread& thread = threads_[i];
-            if (thread.state == Thread::kInCollective) {
-                return &thread;
-            }
-            if (thread.state == Thread::kAtBarrier && !found) {
+            if (thread.state == Thread::kInCollective || thread.state == Thread::kInWarpgroup ||
+                thread.state == Thread::kAtBarrier) {
+                const Thread* absent = absent_for(thread);
+                if (!absent || absent->state != Thread::kWaiting) {
+                    const bool better = !found || found->state == Thread::kWaiting ||
+                                        (found->state == Thread::kAtBarrier && thread.state != Thread::kAtBarrier);
+                    found = better ? &thread : found;
+                }
+            } else if (thread.state == Thread::kWaiting && !found) {
                 found = &thread;
             }
         }
-        return found;
+        return *found;
     }
 
-    // No thread can go on: says who waits for whom.
-    std::string describe_deadlock() const {
-        const Thread& waiting = *first_waiting();
-        const bool in_warp = waiting.state == Thread::kInCollective;
-        const unsigned first = in_warp ? waiting.linear / kLanes * kLanes : 0;
-        const unsigned last = in_warp ? std::min(num_threads_, first + kLanes) : num_threads_;
-        for (unsigned i = first; i < last; ++i) {
-            const Thread& other = threads_[i];
-            if (in_warp && (waiting.mask >> (i - first) & 1u) == 0) {
-                continue;
-            }
-            if (other.state == waiting.state && (!in_warp || (other.mask == waiting.mask &&
-                                                              other.slot_type == waiting.slot_type))) {
-                continue;
-            }
-            std::string where = " has exited";
-            if (other.state == Thread::kAtBarrier) {
-                where = concatenate(" waits in ", other.waits_in, " at ", other.site.text());
-            } else if (other.state == Thread::kInCollective) {
-                where = concatenate(" waits in ", other.waits_in, " with mask ", hexadecimal(other.mask), " at ",
-                                    other.site.text());
-            }
-            return concatenate(
-                waiting.waits_in, in_warp ? concatenate(" with mask ", hexadecimal(waiting.mask)) : std::string(),
-                in_warp ? " is not reached by all its lanes: " : " is not reached by all threads: ", name_of(other),
-                where);
+    std::string describe_deadlock(const Thread& waiting) const {
+        const std::string barriers = async.describe();
+        if (waiting.state == Thread::kWaiting) {
+            return concatenate("deadlock: ", waiting.waits_in, " never ends", barriers);
         }
-        return concatenate(waiting.waits_in, " never completes");
+        const bool in_collective = waiting.state == Thread::kInCollective;
+        const std::string mask = in_collective ? concatenate(" with mask ", hexadecimal(waiting.mask)) : std::string();
+        const Thread* absent = absent_for(waiting);
+        if (!absent) {
+            return concatenate(waiting.waits_in, mask, " never completes", barriers);
+        }
+        std::string where = " has exited";
+        if (absent->state != Thread::kExited) {
+            where = concatenate(" waits in ", absent->waits_in,
+                                absent->state == Thread::kInCollective
+                                    ? concatenate(" with mask ", hexadecimal(absent->mask))
+                                    : std::string(),
+                                " at ", absent->site.text());
+        }
+        const char* all = in_collective                              ? "its lanes"
+                          : waiting.state == Thread::kInWarpgroup ? "threads of the warpgroup"
+                                                                     : "threads";
+        return concatenate(waiting.waits_in, mask, " is not reached by all ", all, ": ", name_of(*absent), where,
+                           barriers);
     }
 
     Launch* launch_ = nullptr;
@@ -388,11 +526,16 @@ private:
     int barrier_nonzero_ = 0;
     uint64_t switches_ = 0;
     bool faulted_ = false;
-    std::vector<WarpClock> clocks_;
+    Clocks clocks_;
+    struct NamedBarrier {
+        unsigned count = 0;
+        std::vector<unsigned> threads;  // that have come
+    };
+    NamedBarrier named_[16];
     std::vector<Array> arrays_;
     std::unique_ptr<char[]> shared_;
     Shadow shadow_;
-    uint32_t epoch_ = 0, first_epoch_ = 0;
+    uint32_t epoch_ = 0, first_epoch_ = 0, tracking_epoch_ = 0;
 };
 
 inline Block& current_block() { return *current_thread->block; }

@@ -40,7 +40,7 @@ inline void __syncwarp(
     struct Slot {
     } slot;
     spatialflow::simt::Block& block = spatialflow::simt::current_block();
-    block.collective("__syncwarp", mask, slot, site, [&](Slot**) { block.synchronise_warp(mask); });
+    block.collective("__syncwarp", mask, slot, site, [&](Slot**) { block.synchronize_warp(mask); });
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() {}

@@ -131,6 +131,9 @@ inline int resident_blocks(int, size_t, Stream) {
     return 3;
 }
 
+// As few, for kernels that choose their tiles by how they fill the card.
+inline int multiprocessors(Stream) { return 3; }
+
 // Little, so that small problems come by both ways: in shared memory and, where they do not fit, without it.
 inline int largest_shared_bytes(Stream) { return 2048; }
 

@@ -59,6 +59,12 @@ public:
         return data_;
     }
 
+    // For what the host hands to the hardware.
+    T* data() const { return data_; }
+    bool holds(int64_t count) const {
+        return address(data_) >= begin_ && address(data_) + static_cast<uintptr_t>(count) * sizeof(T) <= end_;
+    }
+
     template <typename To>
     Global<To> cast() const {
         Global<To> other;
@@ -119,9 +125,6 @@ private:
 
 template <typename T>
 class Shared {
-    static_assert(
-        sizeof(T) % simt::kGranule == 0, "shared elements take two bytes or more: races are told by two bytes");
-
 public:
     using Element = std::remove_const_t<T>;
 
@@ -140,6 +143,8 @@ public:
     Shared& operator+=(int64_t offset) { return *this = *this + offset; }
 
     SharedElement<Element> operator[](const simt::Index& index) const {
+        static_assert(
+            sizeof(T) % simt::kGranule == 0, "shared elements take two bytes or more: races are told by two bytes");
         const Shared element = *this + index.value;
         return SharedElement<Element>(element.checked(sizeof(T), alignof(T), index.site), index.site);
     }
@@ -149,6 +154,8 @@ public:
         simt::current_block().check_shared(begin_, at_, end_, bytes, alignment, site);
         return static_cast<size_t>(at_);
     }
+
+    int64_t offset() const { return at_; }
 
     template <typename To>
     Shared<To> cast() const {

@@ -4,67 +4,36 @@
 // when. From that follow the reports of races and of reads that nothing preceded by a write.
 //
 // Time has two hands. `epoch` counts the block's barriers and never restarts, so that what an earlier block left is
-// simply old. Within an epoch, lanes of one warp are ordered by __syncwarp alone: each lane has a vector clock, with
-// `clock[u][t]` the moment of lane t that lane u has last synchronised with.
+// simply old. Within an epoch, and beyond it for what runs asynchronously, vector clocks tell the order (clocks.h).
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <string>
 #include <vector>
 
+#include "simt/clocks.h"
 #include "simt/fault.h"
 
 namespace spatialflow {
 namespace simt {
 
 constexpr int kGranule = 2;
-constexpr int kLanes = 32;
+constexpr int kChunk = 16;  // bytes of the widest access, and of what TMA and wgmma move
 constexpr size_t kMaxSharedBytes = 227 * 1024;
-
-struct WarpClock {
-    uint32_t clock[kLanes][kLanes];
-
-    void reset() {
-        std::memset(clock, 0, sizeof(clock));
-        for (int lane = 0; lane < kLanes; ++lane) {
-            clock[lane][lane] = 1;
-        }
-    }
-    // The lanes of `mask` have met: each knows what any of them knew.
-    void synchronise(uint32_t mask) {
-        uint32_t joined[kLanes] = {};
-        for (int lane = 0; lane < kLanes; ++lane) {
-            if (mask >> lane & 1u) {
-                for (int t = 0; t < kLanes; ++t) {
-                    joined[t] = std::max(joined[t], clock[lane][t]);
-                }
-            }
-        }
-        for (int lane = 0; lane < kLanes; ++lane) {
-            if (mask >> lane & 1u) {
-                std::memcpy(clock[lane], joined, sizeof(joined));
-                ++clock[lane][lane];
-            }
-        }
-    }
-};
 
 // Who touches shared memory, and when.
 struct Toucher {
-    uint32_t epoch;
-    uint16_t warp;
-    uint16_t lane;
-    const WarpClock* clock;
+    uint32_t epoch, first_epoch;
+    uint32_t readers_from;  // earlier epochs' reads are ordered before this access by a barrier of the block
+    unsigned thread;
+    const Clocks* clocks;
 
-    uint32_t now() const { return clock->clock[lane][lane]; }
-    bool knows(int other_lane, uint32_t moment) const { return clock->clock[lane][other_lane] >= moment; }
+    bool knows(unsigned actor, uint32_t moment) const { return clocks->knows(thread, actor, moment); }
 };
 
 class Shadow {
 public:
-    enum Kind : uint8_t { kPlain, kAtomic, kPending };  // kPending: a cp.async that has not been waited for
+    // kPending: a cp.async that has not been waited for. kCopied: by TMA. kBarrier: an mbarrier lives there.
+    enum Kind : uint8_t { kPlain, kAtomic, kPending, kCopied, kBarrier };
 
     struct Conflict {
         const char* what = nullptr;  // null: none
@@ -72,108 +41,310 @@ public:
         unsigned other_thread = 0;
     };
 
-    Shadow() : cells_(kMaxSharedBytes / kGranule) {}
+    // Where 16 bytes lie in the box that TMA has copied.
+    struct Place {
+        uint32_t copy = 0, chunk = 0;  // number of the copy, from one on; chunk of the box, rows first
+    };
 
-    Conflict read(size_t begin, size_t bytes, uint32_t first_epoch, const Toucher& by, Kind kind, Site site) {
-        for (size_t i = begin / kGranule; i < (begin + bytes) / kGranule; ++i) {
-            Cell& cell = cells_[i];
-            if (cell.write_epoch < first_epoch) {
-                return {"reads shared memory that nobody wrote", {}, 0};
+    Shadow() : cells_(kMaxSharedBytes / kGranule), whole_(kMaxSharedBytes / kChunk, 0) {}
+
+    // Before a block's first access.
+    void forget_readers() {
+        readers_.clear();
+        free_readers_.clear();
+    }
+
+    Conflict read(size_t begin, size_t bytes, const Toucher& by, Kind kind, Site site) {
+        return visit(begin, bytes, by, [&](Cell& cell) -> Conflict {
+            const Conflict conflict = check_read(cell, by, kind);
+            // An atomic reads no older value than it replaces: its write stands for both.
+            if (!conflict.what && kind != kAtomic) {
+                note_read(cell, by, {by.thread / kLanes, 1u << by.thread % kLanes, by.clocks->now(by.thread), by.thread,
+                                     site});
             }
-            if (cell.write_kind == kPending) {
-                return {"reads shared memory before the cp.async into it was waited for, started at", cell.write_site,
-                        cell.writer()};
+            return conflict;
+        });
+    }
+
+    // A read of 16 bytes by the wgmma unit of the toucher's warp. It ends when group `group` has been waited for.
+    Conflict read_by_unit(size_t begin, const Toucher& by, uint32_t group, Site site) {
+        return visit(begin, kChunk, by, [&](Cell& cell) -> Conflict {
+            if (const Conflict conflict = check_read(cell, by, kPlain); conflict.what) {
+                return conflict;
             }
-            if (unordered_write(cell, by, kind)) {
-                return {"races: reads what another thread writes without a barrier between, at", cell.write_site,
-                        cell.writer()};
+            if (cell.write_kind != kCopied && !by.clocks->knows_fenced(by.thread, cell.writer, cell.write_moment)) {
+                return {"wgmma reads what was written without a fence.proxy.async between, at", cell.write_site,
+                        cell.write_thread};
             }
-            if (kind != kAtomic) {  // an atomic reads no older value than it replaces: its write stands for both
-                note_read(cell, by, site);
-            }
-        }
-        return {};
+            const unsigned warp = by.thread / kLanes;
+            note_read(cell, by, {by.clocks->num_warps() + warp, 1u, group, by.thread, site});
+            return {};
+        });
+    }
+    // Of 16 bytes that TMA has written whole; {} of others.
+    Place place(size_t begin) const {
+        const Cell& cell = cells_[begin / kGranule];
+        return whole_[begin / kChunk] && cell.write_kind == kCopied ? cell.place : Place{};
     }
 
     Conflict write(size_t begin, size_t bytes, const Toucher& by, Kind kind, Site site) {
-        for (size_t i = begin / kGranule; i < (begin + bytes) / kGranule; ++i) {
-            Cell& cell = cells_[i];
-            if (unordered_write(cell, by, kind)) {
-                return {"races: writes what another thread writes without a barrier between, at", cell.write_site,
-                        cell.writer()};
+        return write_as(begin, bytes, by, by.thread, by.clocks->now(by.thread), kind, {}, site);
+    }
+    // A write of 16 bytes by TMA, that a thread of the block has started: done when phase `phase` of an mbarrier is.
+    Conflict write_by_copy(
+        size_t begin, const Toucher& by, unsigned barrier, uint32_t phase, const Place& place, Site site) {
+        Conflict conflict;
+        visit(begin, kChunk, by, [&](Cell& cell) -> Conflict {
+            const bool generic = cell.write_epoch >= by.first_epoch && cell.write_kind != kCopied;
+            if (generic && !by.clocks->knows_fenced(by.thread, cell.writer, cell.write_moment)) {
+                conflict = {"TMA writes where a thread has written without a fence.proxy.async between, at",
+                            cell.write_site, cell.write_thread};
             }
-            if (cell.read_epoch == by.epoch && unordered_read(cell, by)) {
-                return {"races: writes what another thread reads without a barrier between, at", cell.read_site,
-                        cell.reader()};
+            return conflict;
+        });
+        return conflict.what ? conflict : write_as(begin, kChunk, by, barrier, phase, kCopied, place, site);
+    }
+
+private:
+    // A reader: lanes of a warp, or its wgmma unit as lane 0 of a slot behind those of all warps.
+    struct Reader {
+        unsigned slot;
+        uint32_t lanes;   // since the last read after all others
+        uint32_t moment;  // the latest of them
+        unsigned thread;  // the last one, for reports
+        Site site;
+    };
+    static constexpr uint32_t kNone = 0xffffffffu;
+
+    struct Cell {
+        Site write_site;
+        uint32_t write_epoch = 0, write_moment = 0;
+        uint32_t read_epoch = 0;
+        uint32_t more_readers = kNone;  // entry of readers_, instead of `reader`
+        Reader reader = {0, 0, 0, 0, {}};
+        Place place;
+        uint16_t writer = 0, write_thread = 0;  // actor; the thread to name
+        Kind write_kind = kPlain;
+        bool read_by_warps = false;  // by more than one, where clocks are of one warp
+    };
+
+    // check(cell) of all cells until one has a conflict. Where 16 bytes have the same past, one cell stands for them.
+    template <typename Check>
+    Conflict visit(size_t begin, size_t bytes, const Toucher& by, Check check) {
+        const size_t end = begin + bytes;
+        for (size_t chunk = begin / kChunk; chunk * kChunk < end; ++chunk) {
+            constexpr size_t kCells = kChunk / kGranule;
+            Cell* cells = cells_.data() + chunk * kCells;
+            const size_t from = std::max(begin, chunk * kChunk), to = std::min(end, (chunk + 1) * kChunk);
+            if (whole_[chunk]) {
+                if (to - from == kChunk) {
+                    if (const Conflict conflict = check(cells[0]); conflict.what) {
+                        return conflict;
+                    }
+                    continue;
+                }
+                split(chunk, by);
             }
-            cell.write_epoch = by.epoch;
-            cell.write_moment = by.now();
-            cell.write_warp = by.warp;
-            cell.write_lane = static_cast<uint8_t>(by.lane);
-            cell.write_kind = kind;
-            cell.write_site = site;
+            for (size_t i = from / kGranule % kCells; i < from / kGranule % kCells + (to - from) / kGranule; ++i) {
+                if (const Conflict conflict = check(cells[i]); conflict.what) {
+                    return conflict;
+                }
+            }
         }
         return {};
     }
 
-private:
-    struct Cell {
-        Site write_site, read_site;
-        uint32_t write_epoch = 0, write_moment = 0;
-        uint32_t read_epoch = 0, read_moment = 0;  // moment: the latest of all readers'
-        uint32_t read_lanes = 0;                   // of read_warp, in this epoch, since the last read after all others
-        uint16_t write_warp = 0, read_warp = 0;
-        uint8_t write_lane = 0, read_lane = 0;
-        Kind write_kind = kPlain;
-        bool read_by_warps = false;                // by more than one warp
+    void split(size_t chunk, const Toucher& by) {
+        Cell* cells = cells_.data() + chunk * (kChunk / kGranule);
+        if (!has_readers(cells[0], by)) {
+            cells[0].more_readers = kNone;
+        }
+        for (int i = 1; i < kChunk / kGranule; ++i) {
+            cells[i] = cells[0];
+            if (cells[0].more_readers != kNone) {
+                const uint32_t entry = new_readers();
+                readers_[entry] = readers_[cells[0].more_readers];
+                cells[i].more_readers = entry;
+            }
+        }
+        whole_[chunk] = 0;
+    }
 
-        unsigned writer() const { return write_warp * unsigned{kLanes} + write_lane; }
-        unsigned reader() const { return read_warp * unsigned{kLanes} + read_lane; }
-    };
+    static Conflict check_read(const Cell& cell, const Toucher& by, Kind kind) {
+        if (cell.write_epoch < by.first_epoch) {
+            return {"reads shared memory that nobody wrote", {}, 0};
+        }
+        if (cell.write_kind == kPending) {
+            return {"reads shared memory before the cp.async into it was waited for, started at", cell.write_site,
+                    cell.write_thread};
+        }
+        if (unordered_write(cell, by, kind)) {
+            if (cell.write_kind == kCopied) {
+                return {"reads what TMA writes without having waited for its mbarrier, copy started at",
+                        cell.write_site, cell.write_thread};
+            }
+            if (cell.write_kind == kBarrier) {
+                return {"reads an mbarrier, initialized at", cell.write_site, cell.write_thread};
+            }
+            return {"races: reads what another thread writes without a barrier between, at", cell.write_site,
+                    cell.write_thread};
+        }
+        return {};
+    }
+
+    Conflict write_as(size_t begin, size_t bytes, const Toucher& by, unsigned writer, uint32_t moment, Kind kind,
+                      const Place& place, Site site) {
+        const auto note = [&](Cell& cell) {
+            cell.write_epoch = by.epoch;
+            cell.write_moment = moment;
+            cell.writer = static_cast<uint16_t>(writer);
+            cell.write_thread = static_cast<uint16_t>(by.thread);
+            cell.write_kind = kind;
+            cell.write_site = site;
+            cell.place = place;
+            forget_readers_of(cell, by);  // whoever is ordered after this write is ordered after them
+        };
+        const Conflict conflict = visit(begin, bytes, by, [&](Cell& cell) -> Conflict {
+            if (unordered_write(cell, by, kind)) {
+                if (cell.write_kind == kCopied) {
+                    return {"writes where TMA writes without having waited for its mbarrier, copy started at",
+                            cell.write_site, cell.write_thread};
+                }
+                if (cell.write_kind == kBarrier) {
+                    return {"writes to an mbarrier, initialized at", cell.write_site, cell.write_thread};
+                }
+                return {"races: writes what another thread writes without a barrier between, at", cell.write_site,
+                        cell.write_thread};
+            }
+            if (const Reader* reader = unordered_reader(cell, by)) {
+                return {reader->slot >= by.clocks->num_warps()
+                            ? "writes what wgmma reads without having waited for the group, started at"
+                            : "races: writes what another thread reads without a barrier between, at",
+                        reader->site, reader->thread};
+            }
+            note(cell);
+            return {};
+        });
+        if (begin % kChunk == 0 && bytes == kChunk) {
+            whole_[begin / kChunk] = 1;
+        }
+        return conflict;
+    }
 
     static bool unordered_write(const Cell& cell, const Toucher& by, Kind kind) {
+        if (cell.write_epoch < by.first_epoch) {
+            return false;
+        }
+        if (cell.write_kind == kCopied) {
+            return !by.knows(cell.writer, cell.write_moment);
+        }
+        if (cell.write_kind == kBarrier) {
+            return kind != kBarrier;
+        }
         if (cell.write_epoch != by.epoch || (kind == kAtomic && cell.write_kind == kAtomic)) {
             return false;
         }
-        return cell.write_warp != by.warp ||
-               (cell.write_lane != by.lane && !by.knows(cell.write_lane, cell.write_moment));
+        return cell.writer != by.thread && !by.knows(cell.writer, cell.write_moment);
     }
 
-    static bool unordered_read(const Cell& cell, const Toucher& by) {
-        if (cell.read_by_warps || cell.read_warp != by.warp) {
-            return true;
+    static bool knows_all_of(const Reader& reader, const Toucher& by) {
+        const unsigned warps = by.clocks->num_warps();
+        if (reader.slot >= warps) {
+            return by.knows(by.clocks->wgmma_unit(reader.slot - warps), reader.moment);
         }
-        for (uint32_t lanes = cell.read_lanes & ~(1u << by.lane); lanes != 0; lanes &= lanes - 1) {
-            if (!by.knows(__builtin_ctz(lanes), cell.read_moment)) {
-                return true;
+        for (uint32_t lanes = reader.lanes; lanes != 0; lanes &= lanes - 1) {
+            const unsigned thread = reader.slot * kLanes + static_cast<unsigned>(__builtin_ctz(lanes));
+            if (thread != by.thread && !by.knows(thread, reader.moment)) {
+                return false;
             }
         }
-        return false;
+        return true;
     }
 
-    static void note_read(Cell& cell, const Toucher& by, Site site) {
-        if (cell.read_epoch != by.epoch) {
-            cell.read_epoch = by.epoch;
-            cell.read_warp = by.warp;
-            cell.read_lanes = 0;
-            cell.read_moment = 0;
-            cell.read_by_warps = false;
+    static bool has_readers(const Cell& cell, const Toucher& by) {
+        return cell.read_epoch >= by.readers_from;
+    }
+
+    // One that the toucher is not ordered after, or null.
+    const Reader* unordered_reader(const Cell& cell, const Toucher& by) const {
+        if (!has_readers(cell, by)) {
+            return nullptr;
         }
-        if (cell.read_warp != by.warp) {
-            cell.read_by_warps = true;
+        if (cell.more_readers != kNone) {
+            for (const Reader& reader : readers_[cell.more_readers]) {
+                if (!knows_all_of(reader, by)) {
+                    return &reader;
+                }
+            }
+            return nullptr;
+        }
+        return cell.read_by_warps || !knows_all_of(cell.reader, by) ? &cell.reader : nullptr;
+    }
+
+    void note_read(Cell& cell, const Toucher& by, const Reader& reader) {
+        const bool has_any = has_readers(cell, by);
+        if (!has_any) {
+            cell.more_readers = kNone;  // of an earlier block or epoch: the entries are gone with it
+        }
+        // Whoever is ordered after this read is ordered after those before it.
+        if (!has_any || (cell.more_readers == kNone && !cell.read_by_warps && knows_all_of(cell.reader, by))) {
+            cell.read_epoch = by.epoch;
+            cell.read_by_warps = false;
+            cell.reader = reader;
             return;
         }
-        if (!unordered_read(cell, by)) {  // whoever is ordered after this read is ordered after those before it
-            cell.read_lanes = 0;
-            cell.read_moment = 0;
+        cell.read_epoch = by.epoch;
+        if (cell.more_readers == kNone) {
+            if (cell.reader.slot == reader.slot) {
+                add_to(cell.reader, reader);
+                return;
+            }
+            if (!by.clocks->tracks_all()) {
+                cell.read_by_warps = true;
+                return;
+            }
+            cell.more_readers = new_readers();
+            readers_[cell.more_readers].push_back(cell.reader);
         }
-        cell.read_lanes |= 1u << by.lane;
-        cell.read_moment = std::max(cell.read_moment, by.now());
-        cell.read_lane = static_cast<uint8_t>(by.lane);
-        cell.read_site = site;
+        std::vector<Reader>& all = readers_[cell.more_readers];
+        for (Reader& one : all) {
+            if (one.slot == reader.slot) {
+                add_to(one, reader);
+                return;
+            }
+        }
+        all.push_back(reader);
+    }
+    static void add_to(Reader& target, const Reader& reader) {
+        target.lanes |= reader.lanes;
+        target.moment = std::max(target.moment, reader.moment);
+        target.thread = reader.thread;
+        target.site = reader.site;
+    }
+
+    void forget_readers_of(Cell& cell, const Toucher& by) {
+        if (cell.more_readers != kNone && has_readers(cell, by)) {
+            readers_[cell.more_readers].clear();
+            free_readers_.push_back(cell.more_readers);
+        }
+        cell.more_readers = kNone;
+        cell.read_epoch = 0;
+        cell.read_by_warps = false;
+    }
+    uint32_t new_readers() {
+        if (free_readers_.empty()) {
+            readers_.emplace_back();
+            return static_cast<uint32_t>(readers_.size() - 1);
+        }
+        const uint32_t entry = free_readers_.back();
+        free_readers_.pop_back();
+        return entry;
     }
 
     std::vector<Cell> cells_;
+    std::vector<uint8_t> whole_;  // of each 16 bytes: whether the first cell stands for all
+    std::vector<std::vector<Reader>> readers_;
+    std::vector<uint32_t> free_readers_;
 };
 
 }  // namespace simt

@@ -8,3 +8,4 @@
 #include "simt/intrinsics.h"
 #include "simt/launch.h"
 #include "simt/memory.h"
+#include "simt/sm90.h"

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Vector clocks: which accesses of a block are ordered before which.
+//
+// An actor has its own time, a number that grows. Actors are the threads of the block; the wgmma unit of each warp,
+// whose time counts groups of products; and mbarriers, whose time counts phases. A thread knows the time of every
+// actor up to which it has synchronized with it. An access is ordered after one of actor `a` at moment `m` if its
+// thread knows `a` at `m` or later.
+//
+// Most kernels order their warps by __syncthreads alone, which the shadow memory counts (shadow.h). So a thread knows
+// the other lanes of its warp at first, and all actors once the block uses mbarriers, named barriers or proxy fences.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace spatialflow {
+namespace simt {
+
+constexpr int kLanes = 32;
+constexpr unsigned kMaxMemoryBarriers = 64;
+
+class Clocks {
+public:
+    // What a thread knows of all actors. `fenced` is the part that fence.proxy.async has carried to the asynchronous
+    // proxy since.
+    struct Row {
+        std::vector<uint32_t> known, fenced;
+    };
+
+    void reset(unsigned threads) {
+        warps_ = (threads + kLanes - 1) / kLanes;
+        threads_ = warps_ * kLanes;
+        tracks_all_ = false;
+        width_ = kLanes;
+        known_.assign(size_t{threads_} * width_, 0);
+        at_barrier_.assign(threads_, 0);
+        for (unsigned thread = 0; thread < threads_; ++thread) {
+            own(thread) = 1;
+        }
+    }
+
+    bool tracks_all() const { return tracks_all_; }
+    unsigned num_warps() const { return warps_; }
+    unsigned wgmma_unit(unsigned warp) const { return threads_ + warp; }
+    unsigned memory_barrier(unsigned index) const { return threads_ + warps_ + index; }
+
+    uint32_t now(unsigned thread) const { return known_[cell(thread, thread)]; }
+    bool knows(unsigned thread, unsigned actor, uint32_t moment) const {
+        return (tracks_all_ || thread / kLanes == actor / kLanes) && known_[cell(thread, actor)] >= moment;
+    }
+    bool knows_fenced(unsigned thread, unsigned actor, uint32_t moment) const {
+        return fenced_[cell(thread, actor)] >= moment;
+    }
+
+    // From here on threads know actors of other warps too: so far, what __syncthreads has told.
+    void track_all() {
+        if (tracks_all_) {
+            return;
+        }
+        const std::vector<uint32_t> lanes = std::move(known_);
+        width_ = threads_ + warps_ + kMaxMemoryBarriers;
+        known_.assign(size_t{threads_} * width_, 0);
+        fenced_.assign(known_.size(), 0);
+        tracks_all_ = true;
+        for (unsigned thread = 0; thread < threads_; ++thread) {
+            std::copy(at_barrier_.begin(), at_barrier_.end(), known_.begin() + thread * width_);
+            for (unsigned lane = 0; lane < kLanes; ++lane) {
+                uint32_t& moment = known_[cell(thread, thread / kLanes * kLanes + lane)];
+                moment = std::max(moment, lanes[thread * kLanes + lane]);
+            }
+        }
+        alike_.assign(warps_, false);
+    }
+
+    // The lanes of `mask` have met.
+    void synchronize_warp(unsigned warp, uint32_t mask) {
+        const unsigned first = warp * kLanes;
+        uint32_t latest = 0;
+        for (unsigned lane = 0; lane < kLanes; ++lane) {
+            latest = mask >> lane & 1u ? std::max(latest, now(first + lane)) : latest;
+        }
+        // A lane's time may be put forward: to that of the lane that is furthest, whose moment then stands for all.
+        for (unsigned lane = 0; lane < kLanes; ++lane) {
+            if (mask >> lane & 1u) {
+                own(first + lane) = latest;
+            }
+        }
+        const bool whole = !tracks_all_ || !alike_[warp] || mask != 0xffffffffu;
+        join(first, mask, known_, whole);
+        if (tracks_all_ && whole) {
+            join(first, mask, fenced_, true);
+            alike_[warp] = mask == 0xffffffffu;
+        }
+        for (unsigned lane = 0; lane < kLanes; ++lane) {
+            if (mask >> lane & 1u) {
+                own(first + lane) = latest + 1;
+            }
+        }
+    }
+
+    // All threads of the block have met.
+    void synchronize_block() {
+        if (tracks_all_) {
+            std::vector<unsigned> all(threads_);
+            for (unsigned thread = 0; thread < threads_; ++thread) {
+                all[thread] = thread;
+            }
+            synchronize(all);
+            return;
+        }
+        for (unsigned thread = 0; thread < threads_; ++thread) {
+            at_barrier_[thread] = own(thread)++;
+        }
+    }
+
+    // These threads have met.
+    void synchronize(const std::vector<unsigned>& threads) {
+        Row together = empty_row();
+        for (const unsigned thread : threads) {
+            release(thread, together);
+        }
+        for (const unsigned thread : threads) {
+            acquire(thread, together);
+        }
+    }
+
+    Row empty_row() const { return {std::vector<uint32_t>(width_, 0), std::vector<uint32_t>(width_, 0)}; }
+    // What the thread knows goes into `row`; what it does from here on does not.
+    void release(unsigned thread, Row& row) {
+        raise(row.known.data(), known_.data() + size_t{thread} * width_);
+        raise(row.fenced.data(), fenced_.data() + size_t{thread} * width_);
+        ++own(thread);
+    }
+    void acquire(unsigned thread, const Row& row) {
+        raise(known_.data() + size_t{thread} * width_, row.known.data());
+        raise(fenced_.data() + size_t{thread} * width_, row.fenced.data());
+        alike_[thread / kLanes] = false;
+    }
+    void acquire(unsigned thread, unsigned actor, uint32_t moment) {
+        uint32_t& known = known_[cell(thread, actor)];
+        known = std::max(known, moment);
+        alike_[thread / kLanes] = false;
+    }
+    // What the thread knows becomes visible to the asynchronous proxy, for it and whoever synchronizes with it later.
+    void fence(unsigned thread) {
+        const auto row = known_.begin() + size_t{thread} * width_;
+        std::copy(row, row + width_, fenced_.begin() + size_t{thread} * width_);
+        alike_[thread / kLanes] = false;
+    }
+
+private:
+    size_t cell(unsigned thread, unsigned actor) const {
+        return size_t{thread} * width_ + (tracks_all_ ? actor : actor % kLanes);
+    }
+    uint32_t& own(unsigned thread) { return known_[cell(thread, thread)]; }
+
+    void raise(uint32_t* target, const uint32_t* source) const {
+        for (unsigned i = 0; i < width_; ++i) {
+            target[i] = std::max(target[i], source[i]);
+        }
+    }
+
+    // The rows of these lanes become their maximum; those of the warp's own lanes alone unless `whole`.
+    void join(unsigned first, uint32_t mask, std::vector<uint32_t>& rows, bool whole) {
+        const unsigned begin = whole ? 0 : first, count = whole ? width_ : kLanes;
+        joined_.assign(count, 0);
+        for (unsigned lane = 0; lane < kLanes; ++lane) {
+            if (mask >> lane & 1u) {
+                const uint32_t* row = rows.data() + size_t{first + lane} * width_ + begin;
+                for (unsigned i = 0; i < count; ++i) {
+                    joined_[i] = std::max(joined_[i], row[i]);
+                }
+            }
+        }
+        for (unsigned lane = 0; lane < kLanes; ++lane) {
+            if (mask >> lane & 1u) {
+                std::copy(joined_.begin(), joined_.end(), rows.begin() + size_t{first + lane} * width_ + begin);
+            }
+        }
+    }
+
+    unsigned threads_ = 0, warps_ = 0, width_ = 0;
+    bool tracks_all_ = false;
+    std::vector<uint32_t> known_, fenced_;  // [thread][actor]
+    std::vector<uint32_t> at_barrier_;      // time of each thread at the last __syncthreads
+    std::vector<bool> alike_;               // of each warp: whether its lanes know the same of other warps
+    std::vector<uint32_t> joined_;
+};
+
+}  // namespace simt
+}  // namespace spatialflow

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Tensor maps of TMA under the interpreter, with the rules of cuTensorMapEncodeTiled.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "simt/fault.h"
+
+namespace spatialflow {
+namespace simt {
+
+constexpr int kMaxTensorMapDimensions = 5;
+
+enum class Swizzle : uint8_t { kNone, k128, k64, k32 };  // as numbered in descriptors of matrices
+
+// Bytes after which the pattern repeats, divided by eight.
+inline size_t swizzle_span(Swizzle swizzle) {
+    return swizzle == Swizzle::k128 ? 128 : swizzle == Swizzle::k64 ? 64 : swizzle == Swizzle::k32 ? 32 : 16;
+}
+inline const char* name_of(Swizzle swizzle) {
+    return swizzle == Swizzle::k128  ? "128-byte swizzle"
+           : swizzle == Swizzle::k64 ? "64-byte swizzle"
+           : swizzle == Swizzle::k32 ? "32-byte swizzle"
+                                     : "no swizzle";
+}
+// Where the byte that belongs at `address` lies.
+inline int64_t swizzled(int64_t address, Swizzle swizzle) {
+    const int64_t mask = static_cast<int64_t>(swizzle_span(swizzle)) / 16 - 1;
+    return address ^ ((address >> 7 & mask) << 4);
+}
+
+struct TensorMap {
+    const char* address;
+    int dimensions;
+    size_t element_bytes;
+    int64_t sizes[kMaxTensorMapDimensions];    // in elements, from the innermost dimension on
+    int64_t strides[kMaxTensorMapDimensions];  // in bytes
+    int box[kMaxTensorMapDimensions];
+    Swizzle swizzle;
+
+    size_t row_bytes() const { return static_cast<size_t>(box[0]) * element_bytes; }
+    size_t rows() const {
+        size_t count = 1;
+        for (int d = 1; d < dimensions; ++d) {
+            count *= static_cast<size_t>(box[d]);
+        }
+        return count;
+    }
+};
+
+// Refuses boxes that no tensor can have: a kernel is wrong that asks for them.
+inline void check_box(const TensorMap& map) {
+    const auto refuse = [](const std::string& what) { throw std::runtime_error("simt: tensor map: " + what); };
+    for (int d = 0; d < map.dimensions; ++d) {
+        if (map.box[d] < 1 || map.box[d] > 256) {
+            refuse(concatenate("the box has ", map.box[d], " elements in dimension ", d, ", it may have 1 to 256"));
+        }
+    }
+    if (map.row_bytes() % 16 != 0) {
+        refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, no multiple of 16"));
+    }
+    if (map.swizzle != Swizzle::kNone && map.row_bytes() > swizzle_span(map.swizzle)) {
+        refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, more than the ",
+                           swizzle_span(map.swizzle), " of ", name_of(map.swizzle)));
+    }
+}
+
+// Whether TMA can read the tensor: sizes, strides and address are as it wants them.
+inline bool is_readable(const TensorMap& map) {
+    if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0) {
+        return false;
+    }
+    for (int d = 0; d < map.dimensions; ++d) {
+        if (map.sizes[d] < 1 || map.sizes[d] > int64_t(1) << 32) {
+            return false;
+        }
+        if (d > 0 && (map.strides[d] % 16 != 0 || map.strides[d] <= 0 || map.strides[d] >= int64_t(1) << 40 ||
+                      map.strides[d] < map.sizes[d - 1] * map.strides[d - 1] ||
+                      (d > 1 && map.strides[d] % map.strides[d - 1] != 0))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace simt
+}  // namespace spatialflow

@@ -48,14 +48,23 @@ test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 
 # The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
 SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py tests/test_textbook.py tests/test_kernel_count.py \
+	tests/test_sm90.py \
 	$(sort $(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py tests/test_\1_*.py,p' cmake/ops.cmake)))
 configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
 simt_build = $(call configure,simt) && cmake --build build/simt --target spatialflow_schema spatialflow_simt
 
+# Those that reach kernels for compute capability 9.0, which run once more: with copies and products late, and early.
+sm90_names := sm90 flow_conv2d flow_conv2d_active flow_tower deform_conv2d deform_conv2d_packed
+SM90_TESTS ?= $(filter $(sm90_names:%=tests/test_%.py),$(SIMT_TESTS))
+simt_tests = SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest
+sm90_tests = $(if $(SM90_TESTS),SPATIALFLOW_SIMT_SM90=$(1) $(simt_tests) -k "sm90 or float16" $(SM90_TESTS))
+
 test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; SIMT_TESTS=tests/test_nms.py for a part
 	$(simt_build)
-	SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest $(SIMT_TESTS)
+	$(simt_tests) $(SIMT_TESTS)
+	$(call sm90_tests,late)
+	$(call sm90_tests,early)
 
 # Sanitizers (docs/sanitizers.md): what is compiled with them lies in build/<folder>/package and leaves the rest alone.
 # Their reports go to file descriptor 2, which pytest would keep for itself.

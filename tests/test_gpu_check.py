@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,16 @@ def test_prediction_from_files_is_summed_up_by_two_rows(gpu_check):
     text = "    decode    400.10  0.2\n    network   222.50  0.3\n    write  300.0 0.1\n    overlapped  210.75  0.3\n"
     assert gpu_check.overlap(text) == "network 222.50 images/s; overlapped 210.75 images/s"
     assert gpu_check.overlap("an error") == "an error"
+
+
+def test_what_kernels_rest_on_is_asked_of_the_probes():
+    """All of it holds in the results of an H200; what a probe does not show, or shows otherwise, is named."""
+    probes = runpy.run_path(str(ROOT / "benchmarks" / "hopper_probes" / "run.py"))["broken_facts"]
+    lines = (ROOT / "benchmarks" / "results" / "nvidia-h200" / "hopper_probes.jsonl").read_text().splitlines()
+    findings = [json.loads(line) for line in lines]
+    assert probes(findings) == [] and len(probes([])) == 3
+    changed = [{**one, "fit_xor_by_address": 0} if one.get("target_offset") == 512 else one for one in findings]
+    assert probes(changed) == ["TMA swizzles by address"]
 
 
 def test_pack(tmp_path, monkeypatch):

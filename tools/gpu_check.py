@@ -291,8 +291,8 @@ def operators() -> list[str]:
 
 
 def operator_tests() -> list[str]:
-    """Test files of all operators: test_<operator>.py, then test_<operator>_<subject>.py."""
-    patterns = [f"tests/test_{op}{ending}.py" for op in operators() for ending in ("", "_*")]
+    """Test files of all operators: test_<operator>.py, then test_<operator>_<subject>.py, and test_sm90.py."""
+    patterns = [f"tests/test_{op}{ending}.py" for op in operators() for ending in ("", "_*")] + ["tests/test_sm90.py"]
     return list(dict.fromkeys(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)))
 
 
@@ -324,6 +324,22 @@ def device_arguments(on_gpu: bool) -> list[str]:
 def card_step(on_gpu: bool, output: Path) -> Step:
     command = [sys.executable, "benchmarks/card.py", *device_arguments(on_gpu), "--output", str(output)]
     return Step("ceilings of the card", command, least=15, limit=45)
+
+
+def is_hopper() -> bool:
+    import torch  # takes seconds, which the steps would rather have
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def probes_step(on_gpu: bool, output: Path) -> Step:
+    """What the kernels for compute capability 9.0 take for granted of the hardware."""
+    program = ROOT / "build" / "hopper_probes" / "hopper_probes"
+    command = [sys.executable, "benchmarks/hopper_probes/run.py", "--check", "--out", str(output / "probes.jsonl")]
+    skipped = "" if program.is_file() else f"{program} is missing: benchmarks/hopper_probes/build.sh builds it"
+    if not on_gpu or not is_hopper():
+        skipped = "needs compute capability 9.0"
+    return Step("layouts of Hopper", [*command, "--executable", str(program)], least=5, limit=30, skipped=skipped)
 
 
 def operators_step(on_gpu: bool) -> Step:
@@ -374,6 +390,7 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
         files = ["--seconds", "0.01", "--short-edges", "64", "--config", "tiny"]
         overlapped = ["--size", "64", "96", "--count", "4", "--seconds", "0.01", "--config", "tiny"]
     return [
+        probes_step(on_gpu, output),
         card_step(on_gpu, output),
         operators_step(on_gpu),
         tests_step(on_gpu, 90, 150),

@@ -4,8 +4,9 @@
     python tools/gpu_pack.py gpu.tgz
     tar xf gpu.tgz && cd spatialflow && python3 tools/gpu_check.py --pack results.tgz     # on the machine with the GPU
 
-The archive holds the files that git knows, the compiled libraries, and wheels of the packages that the machine may lack
-for its Python and for this one. One file of at most 40 MB. `commit.txt` in it names the commit.
+The archive holds the files that git knows, the compiled libraries, the probes of Hopper if they are built, and wheels
+of the packages that the machine may lack for its Python and for this one. One file of at most 40 MB. `commit.txt` in it
+names the commit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PACKAGES = ("deflate", "pycocotools")
 
 PYTHONS = ("3.12", f"{sys.version_info[0]}.{sys.version_info[1]}")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+PROBES = ROOT / "build" / "hopper_probes" / "hopper_probes"
 LIMIT = 40 * 10**6
 LEFT_OUT = ("benchmarks/results/",)
 """Of what git knows: results of other devices."""
@@ -65,6 +67,8 @@ def write_archive(target: Path, wheels: Path) -> None:
         for path in libraries:
             if "simt" not in path.name:
                 archive.add(path, f"spatialflow/{path.relative_to(ROOT)}")
+        if PROBES.is_file():
+            archive.add(PROBES, f"spatialflow/{PROBES.relative_to(ROOT)}")
         for path in sorted(wheels.glob("*.whl")):
             archive.add(path, f"spatialflow/wheels/{path.name}")
         text = commit().encode()

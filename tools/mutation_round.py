@@ -22,7 +22,10 @@ from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
 
 
 class Mutation(NamedTuple):
-    """`before`, which stands once in csrc/cuda/`file`, becomes `after`; the tests of `operator` must notice."""
+    """`before`, which stands once in csrc/cuda/`file`, becomes `after`; the tests of `operator` must notice.
+
+    "sm90" stands for the kernels for compute capability 9.0, whose tests are in test_sm90.py.
+    """
 
     name: str
     file: str
@@ -124,6 +127,146 @@ MUTATIONS = (
         "value += __shfl_down_sync(kAllLanes >> 16, value, static_cast<unsigned>(step));",
         "sigmoid_focal_loss",
     ),
+    Mutation(
+        "proxy fence removed",
+        "sm90_conv3x3.cu",
+        "fence_async_proxy();\n                        __syncwarp();",
+        "__syncwarp();",
+        "sm90",
+    ),
+    Mutation(
+        "warp not met before the arrival",
+        "sm90_conv3x3.cu",
+        "__syncwarp();\n                            if (lane == 0) {\n                                mbarrier_arrive(flow_empty",
+        "if (lane == 0) {\n                                mbarrier_arrive(flow_empty",
+        "sm90",
+    ),
+    Mutation(
+        "bytes of one box not expected",
+        "sm90_conv3x3.cu",
+        "mbarrier_expect(full, Size::kParts * kHaloBytes);",
+        "mbarrier_expect(full, (Size::kParts - 1) * kHaloBytes);",
+        "sm90",
+    ),
+    Mutation(
+        "parity kept",
+        "sm90_conv3x3.cu",
+        "                input_stage = 0;\n                input_parity ^= 1;",
+        "                input_stage = 0;",
+        "sm90",
+    ),
+    Mutation(
+        "stage given back while it is read",
+        "sm90_conv3x3.cu",
+        "if (lane == 0 && read_stage >= 0) {\n                    mbarrier_arrive(weight_empty + 8 * read_stage);",
+        "if (lane == 0 && read_stage >= 0) {\n                    mbarrier_arrive(weight_empty + 8 * weight_stage);",
+        "sm90",
+    ),
+    Mutation(
+        "stage free when half of its readers are done",
+        "sm90_conv3x3.cu",
+        "mbarrier_init(input_empty + 8 * i, 8);",
+        "mbarrier_init(input_empty + 8 * i, 4);",
+        "sm90",
+    ),
+    Mutation(
+        "sums not waited for",
+        "sm90_conv3x3.cu",
+        "        wgmma_wait<0>();\n        pin_sums();\n        if (lane == 0) {",
+        "        pin_sums();\n        if (lane == 0) {",
+        "sm90",
+    ),
+    Mutation(
+        "wgmma.fence removed",
+        "sm90_conv3x3.cu",
+        "                pin_sums();\n                wgmma_fence();",
+        "                pin_sums();",
+        "sm90",
+    ),
+    Mutation(
+        "taps transposed",
+        "sm90_conv3x3.cu",
+        "tap / 3 * kHaloSide + tap % 3",
+        "tap % 3 * kHaloSide + tap / 3",
+        "sm90",
+    ),
+    Mutation(
+        "rows of the halo too near",
+        "sm90_conv3x3.cu",
+        "inputs + shift * kRowBytes, 16, kHaloSide * kRowBytes",
+        "inputs + shift * kRowBytes, 16, kSide * kRowBytes",
+        "sm90",
+    ),
+    Mutation(
+        "offsets of the descriptor exchanged",
+        "sm90_conv3x3.cu",
+        "weight_memory + weight_stage * Size::kWeightStage, kWeightBytes, 8 * kRowBytes",
+        "weight_memory + weight_stage * Size::kWeightStage, 8 * kRowBytes, kWeightBytes",
+        "sm90",
+    ),
+    Mutation(
+        "< made <=",
+        "sm90_conv3x3.cu",
+        "const bool inside = y < level.height && x < level.width;",
+        "const bool inside = y <= level.height && x < level.width;",
+        "sm90",
+    ),
+    Mutation(
+        "residual of another output",
+        "sm90_conv3x3.cu",
+        "bias[block][2 * i + 1] + load(added[2 * i + 1])",
+        "bias[block][2 * i + 1] + load(added[2 * i])",
+        "sm90",
+    ),
+    Mutation(
+        "proxy fence removed",
+        "sm90_deform_conv2d.cu",
+        "                fence_async_proxy();\n",
+        "",
+        "sm90",
+    ),
+    Mutation(
+        "producer not counted",
+        "sm90_deform_conv2d.cu",
+        "mbarrier_init(full + 8 * i, kProducers / kWarpSize + 1);",
+        "mbarrier_init(full + 8 * i, kProducers / kWarpSize);",
+        "sm90",
+    ),
+    Mutation(
+        "named barrier removed",
+        "sm90_deform_conv2d.cu",
+        "            named_barrier<1, kProducers>();\n            int channel",
+        "            int channel",
+        "sm90",
+    ),
+    Mutation(
+        "swizzle of one side only",
+        "sm90_deform_conv2d.cu",
+        "(thread % kRowItems ^ own_row % 8) * 16",
+        "thread % kRowItems * 16",
+        "sm90",
+    ),
+    Mutation(
+        "stage given back while it is read",
+        "sm90_deform_conv2d.cu",
+        "mbarrier_arrive(empty + 8 * read_stage);",
+        "mbarrier_arrive(empty + 8 * stage);",
+        "sm90",
+    ),
+    Mutation(
+        "rows of another warpgroup",
+        "sm90_deform_conv2d.cu",
+        "columns + consumer * 64 * kRowBytes",
+        "columns",
+        "sm90",
+    ),
+    Mutation(
+        "neighbours exchange the wrong half",
+        "sm90_deform_conv2d.cu",
+        "odd ? words[0] : words[1], 1",
+        "odd ? words[1] : words[0], 1",
+        "sm90",
+    ),
 )
 
 
@@ -195,6 +338,8 @@ FAULTS = (
 def test(operator: str) -> tuple[int, str]:
     """Exit code and last line of the operator's tests; they stop at the first failure."""
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
+    if operator == "sm90":
+        environment["SPATIALFLOW_SIMT_SM90"] = "late"
     if (goldens := ROOT.parent / "shared").is_dir():
         environment.setdefault("SPATIALFLOW_FIXTURES", str(goldens))
     files = [path for ending in ("", "_*") for path in COPY.glob(f"tests/test_{operator}{ending}.py")]

@@ -137,8 +137,8 @@ MUTATIONS = (
     Mutation(
         "warp not met before the arrival",
         "sm90_conv3x3.cu",
-        "__syncwarp();\n                            if (lane == 0) {\n                                mbarrier_arrive(flow_empty",
-        "if (lane == 0) {\n                                mbarrier_arrive(flow_empty",
+        "                            __syncwarp();\n                            if (lane == 0) {\n",
+        "                            if (lane == 0) {\n",
         "sm90",
     ),
     Mutation(

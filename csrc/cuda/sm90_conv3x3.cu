@@ -15,7 +15,7 @@
 #include "cuda/sm90_conv3x3.h"
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
 
 #include "cuda/conv3x3_jobs.h"
 #include "cuda/sm90_instructions.h"
@@ -57,7 +57,8 @@ struct Sm90Level {
 struct Sm90Convolution {
     TensorMap weights;       // boxes of 64 channels by 64 outputs
     Global<const float> bias;  // (O) or null
-    int first_level, levels, parts;  // sub-tiles
+    int first_level, levels;
+    int part_begin, parts;           // sub-tiles from and to
     int tile_begin;                  // first tile in the launch
     int output_tiles;                // beside each other
     int steps, outputs;
@@ -120,7 +121,8 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
     const auto tile_at = [&](int index) {
         const int entry = entry_of_tile(table.convolutions, table.num_convolutions, index);
         const int local = index - table.convolutions[entry].tile_begin, beside = table.convolutions[entry].output_tiles;
-        return Tile{entry, local / beside * Size::kParts, local % beside * Size::kOutputs};
+        return Tile{entry, table.convolutions[entry].part_begin + local / beside * Size::kParts,
+                    local % beside * Size::kOutputs};
     };
     struct Part {
         int level;
@@ -472,24 +474,33 @@ struct Sm90Kernel {
     static constexpr auto kKernel = &conv3x3_sm90_kernel<scalar_t, kOutputs, kParts>;
 
     static int64_t tiles(const Sm90Convolution& convolution) {
-        return ceil_div(convolution.parts, kParts) * ceil_div(convolution.outputs, kOutputs);
+        return ceil_div(convolution.parts - convolution.part_begin, kParts) * ceil_div(convolution.outputs, kOutputs);
     }
-    // Cycles, roughly. Of a step: what products take, or the traffic of shared memory (128 bytes a cycle), or that of
-    // L2 (32). Beside the steps, what a tile's beginning and its stores take.
-    static double cost(const Sm90Table<scalar_t>& table, Stream stream) {
+    static int64_t tiles(const Sm90Table<scalar_t>& table) {
+        int64_t all = 0;
+        for (int i = 0; i < table.num_convolutions; ++i) {
+            all += tiles(table.convolutions[i]);
+        }
+        return all;
+    }
+    // Cycles of a tile, roughly. Of a step: what products take, or the traffic of shared memory (128 bytes a cycle), or
+    // that of L2 (32). Beside the steps, what a tile's beginning and its stores take.
+    static double tile_cost(const Sm90Table<scalar_t>& table) {
         constexpr double kProducts = 36.0 * kParts * kOutputs / 2, kRims = kParts * kHaloBytes;
         constexpr double kWeights = kTaps * Size::kWeightStage, kOperands = 36.0 * kParts * (2048 + 32 * kOutputs);
-        double steps = 0, all = 0;
+        double cycles = 0;
         for (int i = 0; i < table.num_convolutions; ++i) {
             const Sm90Convolution& convolution = table.convolutions[i];
             const double flow = convolution.has_flow;
             const double step = std::max({kProducts, (kOperands + kWeights + (1 + 4 * flow) * kRims) / 128,
                                           (kWeights + (1 + flow) * kRims) / 32});
-            const double count = static_cast<double>(tiles(convolution));
-            steps += count * (convolution.steps * step + 1000 + 4.0 * kParts * kOutputs);
-            all += count;
+            cycles += static_cast<double>(tiles(convolution)) *
+                      (convolution.steps * step + 1000 + 4.0 * kParts * kOutputs);
         }
-        return std::ceil(all / multiprocessors(stream)) * steps / all;
+        return cycles / static_cast<double>(tiles(table));
+    }
+    static double cost(const Sm90Table<scalar_t>& table, int64_t tiles, Stream stream) {
+        return static_cast<double>(ceil_div(tiles, multiprocessors(stream))) * tile_cost(table);
     }
     static void run(Sm90Table<scalar_t>& table, Stream stream) {
         table.num_tiles = 0;
@@ -502,6 +513,55 @@ struct Sm90Kernel {
         const unsigned blocks =
             walking_blocks(table, resident_blocks<kKernel>(kThreads, Size::kSharedBytes, stream));
         launch<kKernel>(dim3(blocks), dim3(kThreads), Size::kSharedBytes, stream, table);
+    }
+};
+
+// Whole rounds of tiles of four sub-tiles, then a launch with tiles of two: a last round of few tiles takes half as
+// long.
+template <typename scalar_t, int kOutputs>
+struct Sm90Rounds {
+    using Large = Sm90Kernel<scalar_t, kOutputs, 4>;
+    using Small = Sm90Kernel<scalar_t, kOutputs, 2>;
+
+    // The tiles of whole rounds, less those of a convolution's sub-tiles that the cut would divide by outputs.
+    static int64_t cut(const Sm90Table<scalar_t>& table, Stream stream, Sm90Table<scalar_t>& rest) {
+        const int64_t whole = Large::tiles(table) / multiprocessors(stream) * multiprocessors(stream);
+        int64_t tiles = 0;
+        rest.num_convolutions = 0;
+        for (int i = 0; i < table.num_convolutions; ++i) {
+            const Sm90Convolution& convolution = table.convolutions[i];
+            const int64_t beside = ceil_div(convolution.outputs, kOutputs);
+            const int64_t room = rest.num_convolutions == 0 ? (whole - tiles) / beside * beside : 0;
+            const int64_t own = std::min(Large::tiles(convolution), room);
+            tiles += own;
+            if (own < Large::tiles(convolution)) {
+                Sm90Convolution& left = rest.convolutions[rest.num_convolutions++] = convolution;
+                left.part_begin += static_cast<int>(own / beside * 4);
+            }
+        }
+        return tiles;
+    }
+    static double cost(const Sm90Table<scalar_t>& table, Stream stream) {
+        constexpr double kLaunch = 5000;  // with the first loads and the last stores of its blocks
+        Sm90Table<scalar_t> rest = table;
+        const int64_t tiles = cut(table, stream, rest);
+        return tiles == 0 || rest.num_convolutions == 0
+            ? std::numeric_limits<double>::infinity()
+            : Large::cost(table, tiles, stream) + kLaunch + Small::cost(rest, Small::tiles(rest), stream);
+    }
+    static void run(Sm90Table<scalar_t>& table, Stream stream) {
+        Sm90Table<scalar_t> rest = table;
+        cut(table, stream, rest);
+        // What is left begins in the convolution where whole rounds end.
+        table.num_convolutions -= rest.num_convolutions;
+        const Sm90Convolution& divided = rest.convolutions[0];
+        Sm90Convolution& last = table.convolutions[table.num_convolutions];
+        if (divided.part_begin > last.part_begin) {
+            last.parts = divided.part_begin;
+            ++table.num_convolutions;
+        }
+        Large::run(table, stream);
+        Small::run(rest, stream);
     }
 };
 
@@ -567,11 +627,14 @@ void run(Sm90Table<scalar_t>& table, Stream stream) {
         double cost;
         void (*run)(Sm90Table<scalar_t>&, Stream);
     };
-    const auto choice = [&](auto kernel) {
-        return Choice{kernel.cost(table, stream), &decltype(kernel)::run};
+    const auto one_size = [&](auto kernel) {
+        return Choice{kernel.cost(table, kernel.tiles(table), stream), &decltype(kernel)::run};
     };
-    const Choice choices[] = {choice(Sm90Kernel<scalar_t, 128, 4>{}), choice(Sm90Kernel<scalar_t, 128, 2>{}),
-                              choice(Sm90Kernel<scalar_t, 64, 4>{}), choice(Sm90Kernel<scalar_t, 64, 2>{})};
+    const auto two_sizes = [&](auto rounds) { return Choice{rounds.cost(table, stream), &decltype(rounds)::run}; };
+    const Choice choices[] = {
+        one_size(Sm90Kernel<scalar_t, 128, 4>{}), one_size(Sm90Kernel<scalar_t, 128, 2>{}),
+        one_size(Sm90Kernel<scalar_t, 64, 4>{}), one_size(Sm90Kernel<scalar_t, 64, 2>{}),
+        two_sizes(Sm90Rounds<scalar_t, 128>{}), two_sizes(Sm90Rounds<scalar_t, 64>{})};
     std::min_element(std::begin(choices), std::end(choices), [](const Choice& one, const Choice& other) {
         return one.cost < other.cost;
     })->run(table, stream);

@@ -72,7 +72,9 @@ SM90_CLEAN = (
 SM90_FAULTS = {
     "TMA over a store": "TMA writes where a thread has written without a fence.proxy.async between",
     "TMA over readers": "races: writes what another thread reads",
+    "arrival before read": "races: writes what another thread reads",
     "base offset": "base offset 1 in the descriptor of a",
+    "broken chain": "races: reads what another thread writes",
     "copy at exit": "the block ends and no thread has waited for this copy",
     "different descriptors": "threads of the warpgroup differ in their descriptors",
     "early parity": "races: writes what another thread reads",
@@ -96,6 +98,7 @@ SM90_FAULTS = {
     "no mbarrier": "there is no mbarrier at byte 81928",
     "no proxy fence": "wgmma reads what was written without a fence.proxy.async between",
     "no wgmma fence": "wgmma without a wgmma.fence since this thread has last touched the sums",
+    "odd registers": "setmaxnreg.dec: 60 registers, it takes a multiple of 8 from 24 to 256",
     "one warp releases": "writes what wgmma reads without having waited for the group",
     "operand out of bounds": "out of bounds: operand b of wgmma, 16 bytes at byte 82816",
     "outside sums": "sum 32 of 32",

@@ -748,6 +748,47 @@ __global__ void early_parity_kernel(Global<int> out) {
     }
 }
 
+// Lane 7 arrives before it reads, the others after.
+__global__ void arrival_before_read_kernel(Global<int> out) {
+    SPATIALFLOW_SHARED(int, value, 1);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
+    const unsigned barrier = shared_address(barriers);
+    if (threadIdx.x == 0) {
+        value[0] = 0;
+        mbarrier_init(barrier, 32);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        if (threadIdx.x == 7) {
+            mbarrier_arrive(barrier);
+        }
+        const int read = value[0];
+        out[threadIdx.x] = read;
+        if (threadIdx.x != 7) {
+            mbarrier_arrive(barrier);
+        }
+    } else if (threadIdx.x == 32) {
+        mbarrier_wait(barrier, 0);
+        value[0] = 1;  // line: arrival before read
+    }
+}
+
+// Thread 32 tells thread 64 of a store of thread 0 that it has not waited for itself.
+__global__ void broken_chain_kernel(Global<int> out) {
+    SM90_BLOCK(2);
+    if (thread == 0) {
+        memory.at(a)[0] = uint16_t{1};
+        mbarrier_arrive(barrier);
+    } else if (thread == 32) {
+        mbarrier_arrive(barrier + 8);
+        mbarrier_wait(barrier, 0);
+    } else if (thread == 64) {
+        mbarrier_wait(barrier + 8, 0);
+        const uint16_t value = memory.at(a)[0];  // line: broken chain
+        out[0] = value;
+    }
+}
+
 __global__ void endless_wait_kernel() {
     SM90_BLOCK(2);
     if (thread == 0) {
@@ -1090,6 +1131,10 @@ __global__ void registers_of_some_kernel() {
     }
 }
 
+__global__ void odd_registers_kernel() {
+    give_registers<60>();  // line: odd registers
+}
+
 __global__ void two_counts_kernel() {
     if (threadIdx.x < 32) {
         named_barrier<1, 64>();
@@ -1165,7 +1210,9 @@ const Cases kClean = {
 const Cases kFaults = {
     {"TMA over a store", of_tensor<TMA_over_a_store_kernel>},
     {"TMA over readers", of_tensor_into_buffer<TMA_over_readers_kernel>},
+    {"arrival before read", into_buffer<arrival_before_read_kernel>},
     {"base offset", alone<base_offset_kernel>},
+    {"broken chain", into_buffer<broken_chain_kernel>},
     {"copy at exit", of_tensor<copy_at_exit_kernel>},
     {"different descriptors", alone<different_descriptors_kernel>},
     {"early parity", into_buffer<early_parity_kernel>},
@@ -1189,6 +1236,7 @@ const Cases kFaults = {
     {"no mbarrier", alone<no_mbarrier_kernel>},
     {"no proxy fence", alone<no_proxy_fence_kernel>},
     {"no wgmma fence", into_buffer<no_wgmma_fence_kernel, float>},
+    {"odd registers", alone<odd_registers_kernel>},
     {"one warp releases", alone<one_warp_releases_kernel, 160>},
     {"operand out of bounds", alone<operand_out_of_bounds_kernel>},
     {"outside sums", into_buffer<outside_sums_kernel, float>},

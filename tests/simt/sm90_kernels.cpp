@@ -412,7 +412,9 @@ __global__ void named_barriers_kernel(Global<int> out) {
     }
     __syncthreads();
     int sum = tile[threadIdx.x % 64];
-    fence_async_proxy();  // from here on clocks tell warps apart
+    if (threadIdx.x == 63) {
+        fence_async_proxy();  // after the reads: from here on clocks tell warps apart
+    }
     __syncthreads();
     if (threadIdx.x < 64) {
         for (int round = 1; round <= 3; ++round) {

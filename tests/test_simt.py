@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SOURCE = Path(__file__).parent / "simt" / "kernels.cpp"
+SOURCES = Path(__file__).parent / "simt"
 
 CLEAN = (
     "collectives",
@@ -55,46 +55,167 @@ FAULTS = {
     "write-write race": "races: writes what another thread writes",
     "wrong half": "races",
 }
+# Of compute capability 9.0: tests/simt/sm90_kernels.cpp, with copies and products as late and as early as may be.
+ORDERS = ("late", "early")
+SM90_CLEAN = (
+    "boxes",
+    "exited_producer",
+    "lanes_arrive",
+    "named_barriers",
+    "pipeline",
+    "products_bfloat16",
+    "products_float16",
+    "ring",
+    "two_copies",
+    "written_pipeline",
+)
+SM90_FAULTS = {
+    "TMA over a store": "TMA writes where a thread has written without a fence.proxy.async between",
+    "TMA over readers": "races: writes what another thread reads",
+    "arrival before read": "races: writes what another thread reads",
+    "base offset": "base offset 1 in the descriptor of a",
+    "broken chain": "races: reads what another thread writes",
+    "copy at exit": "the block ends and no thread has waited for this copy",
+    "different descriptors": "threads of the warpgroup differ in their descriptors",
+    "early parity": "races: writes what another thread reads",
+    "elected lane waits": "reads what TMA writes without having waited for its mbarrier",
+    "elected lane waits, the last": "reads what TMA writes without having waited for its mbarrier",
+    "endless wait": "deadlock: mbarrier.try_wait never ends\n  mbarrier at byte 81920 (sm90_kernels.cpp:",
+    "exchanged offsets": "line 8, 16 bytes 0 of operand b are not where the copy at sm90_kernels.cpp:",
+    "exchanged offsets of a": "line 8, 16 bytes 0 of operand a are those of another line too",
+    "fence of one thread": "wgmma reads what was written without a fence.proxy.async between",
+    "invisible mbarrier": "is not visible to this thread: no barrier between",
+    "invisible to TMA": "is not visible to it: no fence between",
+    "late proxy fence": "wgmma reads what was written without a fence.proxy.async between",
+    "live mbarrier": "there is a live mbarrier, initialized at sm90_kernels.cpp:",
+    "long expect": "phase 0 of parity 0, 0 of 1 arrivals and 16 bytes pending",
+    "mbarrier read": "reads an mbarrier, initialized at sm90_kernels.cpp:",
+    "mbarrier written": "writes to an mbarrier, initialized at sm90_kernels.cpp:",
+    "misaligned mbarrier": "mbarrier.init: at address 83076 for 1 arrivals; a multiple of 8",
+    "misaligned target": "TMA: target at address 2112, no multiple of 128",
+    "named barrier skipped": "deadlock: bar.sync never ends\n  barrier 3: 32 of 64 threads have come",
+    "no commit": "touches sums of a wgmma that has not been waited for",
+    "no mbarrier": "there is no mbarrier at byte 81928",
+    "no proxy fence": "wgmma reads what was written without a fence.proxy.async between",
+    "no wgmma fence": "wgmma without a wgmma.fence since this thread has last touched the sums",
+    "odd registers": "setmaxnreg.dec: 60 registers, it takes a multiple of 8 from 24 to 256",
+    "one warp releases": "writes what wgmma reads without having waited for the group",
+    "operand out of bounds": "out of bounds: operand b of wgmma, 16 bytes at byte 82816",
+    "outside sums": "sum 32 of 32",
+    "overwritten by copy": "writes what wgmma reads without having waited for the group",
+    "overwritten by store": "writes what wgmma reads without having waited for the group",
+    "parity of two": "parity 2, it is 0 or 1",
+    "read before TMA": "reads what TMA writes without having waited for its mbarrier",
+    "registers of some": "setmaxnreg.dec is not reached by all threads of the warpgroup: thread (96, 0, 0) has exited",
+    "released too early": "writes what wgmma reads without having waited for the group",
+    "row beyond the swizzle": "a row of the box has 128 bytes, more than the 64 of 64-byte swizzle",
+    "row not in 16 bytes": "a row of the box has 24 bytes, no multiple of 16",
+    "rows without swizzle": "line 1, 16 bytes 0 of operand a are those of another line too",
+    "seen parity": "parity 0 is that of phase 0, which this thread has waited for already",
+    "short expect": ("too few bytes were expected", "reads what TMA writes without having waited for its mbarrier"),
+    "start not shifted": "bit 15 of the descriptor of a belongs to no field",
+    "start of the low kilobytes": "reads shared memory that nobody wrote",
+    "store after fence": "wgmma reads what was written without a fence.proxy.async between",
+    "sums before wait": "touches sums of a wgmma that has not been waited for",
+    "sums end": "sums of this wgmma end before it has been waited for",
+    "swizzle of one side": "wgmma reads operand b with 64-byte swizzle, and TMA has written it with 128-byte swizzle",
+    "target out of bounds": "out of bounds: target of TMA, 8192 bytes at byte 80768",
+    "tensor too small": "it reaches 17408 elements, beyond the tensor",
+    "too many arrivals": "phase 0 of the mbarrier has had all its 1 arrivals and waits for 8192 bytes",
+    "too many registers": "warpgroups take 520 registers of 504",
+    "two copies in one place": "writes where TMA writes without having waited for its mbarrier",
+    "two counts": "barrier 1 is for 96 threads here and for 64 at sm90_kernels.cpp:",
+    "unexpected copy": "1 of 1 arrivals and -8192 bytes pending",
+    "wide box": "the box has 257 elements in dimension 1, it may have 1 to 256",
+    "write before TMA": "writes where TMA writes without having waited for its mbarrier",
+    "wrong dimensions": "4 coordinates for a tensor map of 3 dimensions",
+    "wrong first warp": "wgmma.mma_async is for all four warps of a warpgroup, and thread (0, 0, 0) of it has exited",
+}
+ON_THE_HOST = ("row beyond the swizzle", "row not in 16 bytes", "tensor too small", "wide box")
 
 
 @pytest.fixture(scope="module", params=["", "address,undefined"], ids=["plain", "sanitized"])
-def kernels(request, tmp_path_factory):
-    """The compiled program as a function: case name -> (exit status, output)."""
-    program = tmp_path_factory.mktemp("simt") / "kernels"
+def program(request, tmp_path_factory):
+    """Runs a case of the program of a source, compiled once: (source, case name, order) -> (exit status, output)."""
+    folder = tmp_path_factory.mktemp("simt")
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-g1", "-pthread"]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     if request.param:
         command += [f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
-    subprocess.run([*command, "-I", str(REPOSITORY / "csrc"), str(SOURCE), "-o", str(program)], check=True)
 
-    def run(*arguments: str) -> tuple[int, str]:
+    def run(source: str, name: str, order: str = "off") -> tuple[int, str]:
+        compiled = folder / source.removesuffix(".cpp")
+        if not compiled.exists():
+            command_of_source = ["-I", str(REPOSITORY / "csrc"), str(SOURCES / source), "-o", str(compiled)]
+            subprocess.run([*command, *command_of_source], check=True)
         # A fault abandons fibers with what they own: leaks are expected there.
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-        done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=60, env=environment)
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "SPATIALFLOW_SIMT_SM90": order}
+        done = subprocess.run([str(compiled), name], capture_output=True, text=True, timeout=60, env=environment)
         return done.returncode, done.stdout + done.stderr
 
     return run
 
 
-def test_every_case_is_tested(kernels):
-    assert kernels("list-clean")[1].split("\n")[:-1] == sorted(CLEAN)
-    assert kernels("list-faults")[1].split("\n")[:-1] == sorted(FAULTS)
+def marked_line(source: str, mark: str) -> int:
+    lines = enumerate((SOURCES / source).read_text().split("\n"), 1)
+    (number,) = [number for number, line in lines if line.endswith(f"// line: {mark}")]
+    return number
+
+
+def reported_line(source: str, name: str, output: str) -> int:
+    """The line of a report, which must name the kernel of the case if there is one, block and thread."""
+    kernel = name.replace(" ", "_").replace("-", "_") + "_kernel"
+    place = "" if name in ON_THE_HOST else rf"kernel .*{kernel}.*, block \(\d, 0, 0\), thread \(\d+, 0, 0\), "
+    report = re.match(rf"simt: {place}{source}:(\d+): ", output)
+    assert report, output
+    return int(report[1])
+
+
+@pytest.mark.parametrize(
+    "source, clean, faults", [("kernels.cpp", CLEAN, FAULTS), ("sm90_kernels.cpp", SM90_CLEAN, SM90_FAULTS)]
+)
+def test_every_case_is_tested(program, source, clean, faults):
+    assert program(source, "list-clean")[1].split("\n")[:-1] == sorted(clean)
+    assert program(source, "list-faults")[1].split("\n")[:-1] == sorted(faults)
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_clean_kernels_compute_and_pass(kernels, name):
-    assert kernels(name) == (0, "ok\n")
+def test_clean_kernels_compute_and_pass(program, name):
+    assert program("kernels.cpp", name) == (0, "ok\n")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", SM90_CLEAN)
+def test_clean_sm90_kernels_compute_and_pass(program, name, order):
+    assert program("sm90_kernels.cpp", name, order) == (0, "ok\n")
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_reported(kernels, name):
-    status, output = kernels(name)
+def test_planted_fault_is_reported(program, name):
+    status, output = program("kernels.cpp", name)
     assert status == 1, output
     assert FAULTS[name] in output
-    kernel = name.replace(" ", "_").replace("-", "_") + "_kernel"
-    assert re.search(rf"simt: kernel .*{kernel}.*, block \(\d, 0, 0\), thread \(\d+, 0, 0\), kernels.cpp:\d+: ", output)
-    marked = [i for i, line in enumerate(SOURCE.read_text().split("\n"), 1) if line.endswith(f"// line: {name}")]
-    assert len(marked) == 1 and f"kernels.cpp:{marked[0]}" in output
+    reported_line("kernels.cpp", name, output)
+    # Which of two threads that race comes second is not the program's choice.
+    assert re.search(rf"kernels.cpp:{marked_line('kernels.cpp', name)}\b", output)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", SM90_FAULTS)
+def test_planted_sm90_fault_is_reported(program, name, order):
+    status, output = program("sm90_kernels.cpp", name, order)
+    assert status == 1, output
+    sentence, mark = SM90_FAULTS[name], name.removesuffix(", the last")
+    if isinstance(sentence, tuple):  # early, another line learns of it
+        sentence, mark = sentence[ORDERS.index(order)], f"{name}, {order}"
+    assert sentence in output
+    assert reported_line("sm90_kernels.cpp", mark.split(",")[0], output) == marked_line("sm90_kernels.cpp", mark)
+
+
+def test_unknown_order_is_named(program):
+    status, output = program("sm90_kernels.cpp", "boxes", "soon")
+    assert status == 1
+    assert "SPATIALFLOW_SIMT_SM90 must be off, late or early, got 'soon'" in output
 
 
 @pytest.mark.parametrize(

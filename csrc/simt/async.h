@@ -17,6 +17,7 @@
 
 #include "simt/clocks.h"
 #include "simt/fault.h"
+#include "simt/shadow.h"
 #include "simt/tensor_map.h"
 
 namespace spatialflow {
@@ -54,10 +55,17 @@ struct MemoryBarrier {
     Site site;
     Clocks::Row arriving, completed;
     std::vector<uint32_t> seen;  // of each thread: one more than the phases complete when it last waited
+    // The last copy that completes here: after which phase it may be read, and who started it.
+    struct Copy {
+        uint32_t phase = 0;
+        unsigned thread;
+        Site site;
+    };
+    Copy copy;
 };
 
 struct TensorCopy {
-    const TensorMap* map;
+    TensorMap map;  // the kernel's own lives as long as the thread that has started the copy
     int coordinates[kMaxTensorMapDimensions];
     size_t target;
     MemoryBarrier* barrier;
@@ -97,6 +105,8 @@ public:
         boxes.clear();
         units.clear();
         registers.clear();
+        operand_of.assign(kMaxSharedBytes / kChunk, 0);
+        operands = 0;
     }
 
     // ---- defined in sm90.h ----
@@ -119,7 +129,7 @@ public:
 
     struct Box {
         Swizzle swizzle;
-        uint32_t row_chunks;
+        uint32_t row_chunks, chunks;
         Site site;
     };
 
@@ -127,6 +137,8 @@ public:
     std::vector<TensorCopy> copies;  // under way
     std::vector<Box> boxes;          // of all copies of the block, by number - 1
     std::vector<WgmmaUnit> units;    // of each warp
+    uint32_t operands = 0;           // that wgmma has read
+    std::vector<uint32_t> operand_of;  // of each 16 bytes of shared memory: the last operand, by number
     struct Registers {
         int count = 0;  // of each thread; zero until it is set
         unsigned thread;

@@ -493,7 +493,13 @@ private:
     }
 
     std::string describe_deadlock(const Thread& waiting) const {
-        const std::string barriers = async.describe();
+        std::string barriers = async.describe();
+        for (const NamedBarrier& barrier : named_) {
+            if (!barrier.threads.empty()) {
+                barriers += concatenate("\n  barrier ", &barrier - named_, ": ", barrier.threads.size(), " of ",
+                                        barrier.count, " threads have come");
+            }
+        }
         if (waiting.state == Thread::kWaiting) {
             return concatenate("deadlock: ", waiting.waits_in, " never ends", barriers);
         }

@@ -144,10 +144,32 @@ public:
         alike_[thread / kLanes] = false;
     }
     // What the thread knows becomes visible to the asynchronous proxy, for it and whoever synchronizes with it later.
+    // What it does from here on does not.
     void fence(unsigned thread) {
         const auto row = known_.begin() + size_t{thread} * width_;
         std::copy(row, row + width_, fenced_.begin() + size_t{thread} * width_);
+        ++own(thread);
         alike_[thread / kLanes] = false;
+    }
+    // Whether two lanes of a warp know the same of other warps' actors.
+    bool know_alike(unsigned one, unsigned other) const {
+        const unsigned own_lanes = one / kLanes * kLanes;
+        const auto equal = [&](const std::vector<uint32_t>& rows, unsigned begin, unsigned end) {
+            const auto first = rows.begin() + size_t{one} * width_, second = rows.begin() + size_t{other} * width_;
+            return std::equal(first + begin, first + end, second + begin);
+        };
+        return equal(known_, 0, own_lanes) && equal(known_, own_lanes + kLanes, width_) && equal(fenced_, 0, width_);
+    }
+    // Whether all lanes of a warp do.
+    bool know_alike(unsigned warp) {
+        if (!alike_[warp]) {
+            bool alike = true;
+            for (unsigned lane = 1; lane < kLanes && alike; ++lane) {
+                alike = know_alike(warp * kLanes, warp * kLanes + lane);
+            }
+            alike_[warp] = alike;
+        }
+        return alike_[warp];
     }
 
 private:

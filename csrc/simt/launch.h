@@ -83,6 +83,7 @@ inline void run_grid(Launch& launch) {
     if (blocks == 0) {
         return;
     }
+    sm90();  // refuses a wrong SPATIALFLOW_SIMT_SM90 here: a kernel could not
     if (block_threads == 0 || block_threads > 1024 || launch.grid.y > 65535 || launch.grid.z > 65535 ||
         launch.grid.x > 0x7fffffffu || launch.dynamic_shared_bytes > kMaxSharedBytes) {
         throw std::runtime_error(concatenate(

@@ -106,11 +106,11 @@ public:
     }
 
 private:
-    // A reader: lanes of a warp, or its wgmma unit as lane 0 of a slot behind those of all warps.
+    // A reader: lanes of a warp at a moment, or its wgmma unit as lane 0 of a slot behind those of all warps.
     struct Reader {
         unsigned slot;
-        uint32_t lanes;   // since the last read after all others
-        uint32_t moment;  // the latest of them
+        uint32_t lanes;  // since the last read after all others
+        uint32_t moment;
         unsigned thread;  // the last one, for reports
         Site site;
     };
@@ -261,8 +261,9 @@ private:
         return true;
     }
 
+    // Who the several warps were is not known: once clocks tell warps apart, they are forgotten.
     static bool has_readers(const Cell& cell, const Toucher& by) {
-        return cell.read_epoch >= by.readers_from;
+        return cell.read_epoch >= by.readers_from && !(cell.read_by_warps && by.clocks->tracks_all());
     }
 
     // One that the toucher is not ordered after, or null.
@@ -295,11 +296,10 @@ private:
         }
         cell.read_epoch = by.epoch;
         if (cell.more_readers == kNone) {
-            if (cell.reader.slot == reader.slot) {
-                add_to(cell.reader, reader);
+            if (add_to(cell.reader, reader)) {
                 return;
             }
-            if (!by.clocks->tracks_all()) {
+            if (!by.clocks->tracks_all() && cell.reader.slot != reader.slot) {
                 cell.read_by_warps = true;
                 return;
             }
@@ -307,19 +307,32 @@ private:
             readers_[cell.more_readers].push_back(cell.reader);
         }
         std::vector<Reader>& all = readers_[cell.more_readers];
-        for (Reader& one : all) {
-            if (one.slot == reader.slot) {
-                add_to(one, reader);
+        for (size_t i = 0; i < all.size();) {
+            if (add_to(all[i], reader)) {
                 return;
+            }
+            if (all[i].slot == reader.slot) {
+                all[i].lanes &= ~reader.lanes;  // their later read stands for the earlier one
+            }
+            if (all[i].lanes == 0) {
+                all[i] = all.back();
+                all.pop_back();
+            } else {
+                ++i;
             }
         }
         all.push_back(reader);
     }
-    static void add_to(Reader& target, const Reader& reader) {
+    // Whether one entry can stand for both: lanes of a warp keep their own time where they synchronize one by one.
+    static bool add_to(Reader& target, const Reader& reader) {
+        if (target.slot != reader.slot || (target.moment != reader.moment && (target.lanes & ~reader.lanes) != 0)) {
+            return false;
+        }
         target.lanes |= reader.lanes;
-        target.moment = std::max(target.moment, reader.moment);
+        target.moment = reader.moment;
         target.thread = reader.thread;
         target.site = reader.site;
+        return true;
     }
 
     void forget_readers_of(Cell& cell, const Toucher& by) {

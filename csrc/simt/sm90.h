@@ -74,7 +74,7 @@ inline void arrive(const char* name, unsigned address, unsigned bytes, Site site
 
 // The box of the copy, with zeros outside the tensor, to shared memory.
 inline void move_box(Block& block, const TensorCopy& copy) {
-    const TensorMap& map = *copy.map;
+    const TensorMap& map = copy.map;
     const size_t row_bytes = map.row_bytes();
     for (size_t row = 0; row < map.rows(); ++row) {
         const char* source = map.address;
@@ -104,7 +104,7 @@ inline void move_box(Block& block, const TensorCopy& copy) {
 
 inline std::string deliver(Block& block, const TensorCopy& copy) {
     move_box(block, copy);
-    copy.barrier->bytes -= static_cast<int64_t>(copy.map->rows() * copy.map->row_bytes());
+    copy.barrier->bytes -= static_cast<int64_t>(copy.map.rows() * copy.map.row_bytes());
     return advance(block, *copy.barrier);
 }
 
@@ -121,14 +121,18 @@ inline bool AsyncUnits::deliver_latest(Block& block) {
 }
 
 inline void AsyncUnits::check_end(Block& block) {
-    for (const TensorCopy& copy : copies) {
-        block.report(copy.thread, copy.site, "the block ends while this copy is under way");
-    }
     for (const std::unique_ptr<MemoryBarrier>& barrier : barriers) {
+        if (barrier->copy.phase > 0 &&
+            std::none_of(barrier->seen.begin(), barrier->seen.end(),
+                         [&](uint32_t seen) { return seen > barrier->copy.phase; })) {
+            block.report(barrier->copy.thread, barrier->copy.site,
+                         "the block ends and no thread has waited for this copy");
+        }
         if (barrier->bytes != 0) {
             block.report(barrier->initializer, barrier->site,
-                         concatenate("mbarrier at byte ", barrier->at, ": the block ends while phase ", barrier->phase,
-                                     " waits for ", barrier->bytes, " bytes: as many were expected too much"));
+                         concatenate("mbarrier at byte ", barrier->at, ": the block ends, and for phase ",
+                                     barrier->phase, " ", std::abs(barrier->bytes), " bytes ",
+                                     barrier->bytes > 0 ? "too many" : "too few", " were expected"));
         }
     }
     // What ptxas gives threads of a block that has a multiprocessor to itself.
@@ -163,17 +167,18 @@ inline void start_copy(const TensorMap* map, std::initializer_list<int> coordina
     }
     const size_t bytes = map->rows() * map->row_bytes();
     TensorCopy copy;
-    copy.map = map;
+    copy.map = *map;
     std::copy(coordinates.begin(), coordinates.end(), copy.coordinates);
     copy.target = block.locate(target, bytes, "target of TMA", site);
     copy.barrier = &barrier;
     copy.thread = self;
     copy.site = site;
     const uint32_t row_chunks = static_cast<uint32_t>(map->row_bytes() / kChunk);
-    block.async.boxes.push_back({map->swizzle, row_chunks, site});
+    block.async.boxes.push_back({map->swizzle, row_chunks, static_cast<uint32_t>(bytes / kChunk), site});
     copy.number = static_cast<uint32_t>(block.async.boxes.size());
     const Toucher by = block.toucher(self);
     const unsigned actor = block.clocks().memory_barrier(barrier.index);
+    barrier.copy = {barrier.phase + 1, self, site};
     for (uint32_t chunk = 0; chunk < bytes / kChunk; ++chunk) {
         const int64_t place = swizzled(int64_t{target} + chunk * kChunk, map->swizzle) - kSharedWindow;
         const size_t at = block.locate(place + kSharedWindow, kChunk, "target of TMA", site);
@@ -192,6 +197,9 @@ inline void start_copy(const TensorMap* map, std::initializer_list<int> coordina
 
 // ---- wgmma -------------------------------------------------------------------------------------------------------
 
+// Bits of a descriptor that mean nothing.
+constexpr uint64_t kReservedBits = uint64_t{3} << 14 | uint64_t{3} << 30 | uint64_t{7} << 46 | uint64_t{0x3ff} << 52;
+
 // An operand in shared memory, as its descriptor says. `adjacent_k`: K-major; rows are those of a, columns of b.
 class Operand {
 public:
@@ -199,6 +207,7 @@ public:
         : start_(static_cast<int64_t>(descriptor & 0x3fff) << 4),
           leading_(static_cast<int64_t>(descriptor >> 16 & 0x3fff) << 4),
           stride_(static_cast<int64_t>(descriptor >> 32 & 0x3fff) << 4),
+          reserved_bits(descriptor & kReservedBits),
           base_offset(static_cast<int>(descriptor >> 49 & 7)),
           swizzle(static_cast<Swizzle>(descriptor >> 62)),
           adjacent_k_(adjacent_k) {}
@@ -220,6 +229,7 @@ private:
     int64_t start_, leading_, stride_;
 
 public:
+    const uint64_t reserved_bits;
     const int base_offset;
     const Swizzle swizzle;
 
@@ -233,34 +243,49 @@ inline void note_operand(
     Block& block, const Toucher& by, uint32_t group, const char* name, const Operand& operand, bool adjacent_k,
     int begin, int end, int chunks, Site site) {
     const std::string what = concatenate("operand ", name, " of wgmma");
+    if (operand.reserved_bits != 0) {
+        block.fault(site, concatenate("wgmma: bit ", __builtin_ctzll(operand.reserved_bits), " of the descriptor of ",
+                                      name, " belongs to no field: start and offsets are 14 bits each, in 16 bytes"));
+    }
     if (operand.base_offset != 0) {
         block.fault(site, concatenate("wgmma: base offset ", operand.base_offset, " in the descriptor of ", name,
                                       ": the swizzle goes by address, the field must be 0"));
     }
     const int line_group = static_cast<int>(swizzle_span(operand.swizzle)) / kChunk;
     std::vector<Shadow::Place> first(static_cast<size_t>(chunks));
+    const uint32_t number = ++block.async.operands;
     for (int line = begin; line < end; ++line) {
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const size_t at = block.locate(operand.address(line, chunk), kChunk, what.c_str(), site);
+            uint32_t& seen = block.async.operand_of[at / kChunk];
+            if (seen == number) {
+                block.fault(site, concatenate("wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
+                                              " are those of another line too: offsets of the descriptor are wrong"));
+            }
+            seen = number;
             block.complain(block.shadow().read_by_unit(at, by, group, site), at, site);
             const Shadow::Place place = block.shadow().place(at);
+            // Chunks of a line lie side by side in the box, and lines in its rows: those of a by eight, all of b.
+            const int group_begin = chunk / line_group * line_group;
+            const int first_line = adjacent_k ? line / 8 * 8 : begin;
+            Shadow::Place& origin = first[static_cast<size_t>(group_begin)];
+            if (chunk == group_begin && line == first_line) {
+                origin = place;
+            }
             if (place.copy == 0) {
                 continue;
             }
             const AsyncUnits::Box& box = block.async.boxes[place.copy - 1];
+            const uint32_t expected = origin.chunk + static_cast<uint32_t>(chunk - group_begin) +
+                                      static_cast<uint32_t>(line - first_line) * box.row_chunks;
             if (box.swizzle != operand.swizzle) {
                 block.fault(site, concatenate("wgmma reads operand ", name, " with ", name_of(operand.swizzle),
                                               ", and TMA has written it with ", name_of(box.swizzle), " at ",
                                               box.site.text()));
             }
-            // Chunks of a line lie side by side in the box, and lines of k in its rows.
-            const int group_begin = adjacent_k ? 0 : chunk / line_group * line_group;
-            Shadow::Place& origin = first[static_cast<size_t>(group_begin)];
-            if (chunk == group_begin && (adjacent_k || line == begin)) {
-                origin = place;
+            if (place.copy != origin.copy && line != first_line && expected >= box.chunks) {
+                continue;  // another copy has brought these lines
             }
-            const uint32_t expected = origin.chunk + static_cast<uint32_t>(chunk - group_begin) +
-                                      (adjacent_k ? 0 : static_cast<uint32_t>(line - begin) * box.row_chunks);
             if (origin.copy != 0 && (place.copy != origin.copy || place.chunk != expected)) {
                 block.fault(site, concatenate("wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
                                               " are not where the copy at ", box.site.text(),
@@ -347,6 +372,7 @@ struct ProductSlot {
 // d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent), by the 128 threads of a warpgroup.
 inline void start_product(ProductSlot slot, int outputs, float (*number)(uint16_t), Site site) {
     Block& block = current_block();
+    block.track_all();
     if (slot.state->running == 0 && current_thread->wgmma_fences <= slot.state->touched) {
         block.fault(site, "wgmma without a wgmma.fence since this thread has last touched the sums");
     }
@@ -359,11 +385,17 @@ inline void start_product(ProductSlot slot, int outputs, float (*number)(uint16_
         const unsigned first_warp = current_thread->linear / (4 * kLanes) * 4;
         for (unsigned warp = 0; warp < 4; ++warp) {
             WgmmaUnit& unit = wgmma_unit(block, first_warp + warp);
-            // The last lane: an elected one may know what the others have not waited for.
-            const Toucher by = block.toucher((first_warp + warp) * kLanes + kLanes - 1);
             const int row = static_cast<int>(warp) * 16;
-            note_operand(block, by, unit.group, "a", Operand(slot.a, true), true, row, row + 16, 2, site);
-            note_operand(block, by, unit.group, "b", Operand(slot.b, false), false, 0, 16, outputs / 8, site);
+            // One lane of those that know the same: an elected one may know what the others have not waited for.
+            const unsigned last = (first_warp + warp) * kLanes + kLanes - 1;
+            for (unsigned thread = last + 1 - kLanes; thread <= last; ++thread) {
+                if (thread == last || !(block.clocks().know_alike(first_warp + warp) ||
+                                        block.clocks().know_alike(thread, thread + 1))) {
+                    const Toucher by = block.toucher(thread);
+                    note_operand(block, by, unit.group, "a", Operand(slot.a, true), true, row, row + 16, 2, site);
+                    note_operand(block, by, unit.group, "b", Operand(slot.b, false), false, 0, 16, outputs / 8, site);
+                }
+            }
             WarpProduct product;
             for (int lane = 0; lane < kLanes; ++lane) {
                 const ProductSlot& own = *slots[warp * kLanes + static_cast<unsigned>(lane)];
@@ -386,6 +418,7 @@ inline void commit_products(Site site) {
     struct Slot {
     } slot;
     Block& block = current_block();
+    block.track_all();
     block.collective("wgmma.commit_group", 0xffffffffu, slot, site, [&](Slot**) {
         const unsigned warp = current_thread->linear / kLanes;
         WgmmaUnit& unit = wgmma_unit(block, warp);
@@ -402,6 +435,7 @@ inline void wait_for_products(unsigned groups, Site site) {
     struct Slot {
     } slot;
     Block& block = current_block();
+    block.track_all();
     block.collective("wgmma.wait_group", 0xffffffffu, slot, site, [&](Slot**) {
         const unsigned warp = current_thread->linear / kLanes;
         WgmmaUnit& unit = wgmma_unit(block, warp);
@@ -494,6 +528,9 @@ inline void mbarrier_arrive(unsigned barrier, simt::Site site = simt::Site::here
 inline void mbarrier_wait(unsigned address, unsigned parity, simt::Site site = simt::Site::here()) {
     simt::Block& block = simt::current_block();
     simt::MemoryBarrier& barrier = simt::memory_barrier(block, "mbarrier.try_wait", address, site);
+    if (parity > 1) {
+        block.fault(site, simt::concatenate("mbarrier.try_wait: parity ", parity, ", it is 0 or 1"));
+    }
     const unsigned self = simt::current_thread->linear;
     while (barrier.phase % 2 == parity) {
         block.wait("mbarrier.try_wait", &barrier, site);
@@ -545,12 +582,20 @@ class WgmmaSums {
 public:
     WgmmaSums() { state_.touched = simt::current_thread->wgmma_fences; }
     WgmmaSums(const WgmmaSums&) = delete;
+    ~WgmmaSums() {
+        if (state_.running > 0) {
+            simt::current_block().fault(state_.site, "sums of this wgmma end before it has been waited for");
+        }
+    }
 
     float operator[](const simt::Index& index) const {
         if (state_.running > 0) {
             simt::current_block().fault(
                 index.site, simt::concatenate("touches sums of a wgmma that has not been waited for, started at ",
                                               state_.site.text()));
+        }
+        if (index.value < 0 || index.value >= kCount) {
+            simt::current_block().fault(index.site, simt::concatenate("sum ", index.value, " of ", kCount));
         }
         state_.touched = simt::current_thread->wgmma_fences;
         return values_[index.value];
@@ -590,7 +635,7 @@ inline void bind_context(Stream) {}
 template <typename scalar_t, int kDimensions>
 inline bool encode_map(TensorMap& map, const Global<const scalar_t>& tensor, const int64_t (&sizes)[kDimensions],
                        const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions],
-                       simt::Swizzle swizzle = simt::Swizzle::k128) {
+                       simt::Swizzle swizzle = simt::Swizzle::k128, simt::Site site = simt::Site::here()) {
     map = {};
     map.dimensions = kDimensions;
     map.element_bytes = sizeof(scalar_t);
@@ -603,10 +648,10 @@ inline bool encode_map(TensorMap& map, const Global<const scalar_t>& tensor, con
         last += (sizes[d] - 1) * (d == 0 ? 1 : strides[d - 1]);
     }
     map.address = reinterpret_cast<const char*>(tensor.data());
-    simt::check_box(map);
+    simt::check_box(map, site);
     if (!tensor.holds(last + 1)) {
         throw std::runtime_error(simt::concatenate(
-            "simt: tensor map: it reaches ", last + 1, " elements, beyond the tensor"));
+            "simt: ", site.text(), ": tensor map: it reaches ", last + 1, " elements, beyond the tensor"));
     }
     return simt::is_readable(map);
 }

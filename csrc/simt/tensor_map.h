@@ -52,8 +52,10 @@ struct TensorMap {
 };
 
 // Refuses boxes that no tensor can have: a kernel is wrong that asks for them.
-inline void check_box(const TensorMap& map) {
-    const auto refuse = [](const std::string& what) { throw std::runtime_error("simt: tensor map: " + what); };
+inline void check_box(const TensorMap& map, Site site) {
+    const auto refuse = [&](const std::string& what) {
+        throw std::runtime_error(concatenate("simt: ", site.text(), ": tensor map: ", what));
+    };
     for (int d = 0; d < map.dimensions; ++d) {
         if (map.box[d] < 1 || map.box[d] > 256) {
             refuse(concatenate("the box has ", map.box[d], " elements in dimension ", d, ", it may have 1 to 256"));

@@ -1,31 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Small kernels for the interpreter's own tests (tests/test_simt.py): clean ones whose results are checked here, and
-// ones with a planted fault each. `kernels list-clean`, `kernels list-faults`, `kernels <name>`: exits with 0 and "ok",
-// or with 1 and the report, which names the line that carries the comment "line: <name>".
+// ones with a planted fault each. A report names the line that carries the comment "line: <name>".
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
-#include <map>
 #include <numeric>
 
-#include "cuda/tensor_core.h"
+#include "cases.h"
 
 using namespace spatialflow;
 
 namespace {
-
-template <typename T>
-Global<T> buffer(std::vector<T>& values) {
-    return Global<T>(values.data(), static_cast<int64_t>(values.size()));
-}
-
-void expect(bool condition, const char* what) {
-    if (!condition) {
-        throw std::runtime_error(std::string("wrong result: ") + what);
-    }
-}
 
 // ---- clean kernels ----
 
@@ -535,7 +521,7 @@ void floats() {
     launch<kKernel>(dim3(1), dim3(17), 0, Stream{}, buffer(out));
 }
 
-const std::map<std::string, void (*)()> kClean = {
+const Cases kClean = {
     {"reverse", reverse},
     {"sum", sum},
     {"histogram", histogram},
@@ -551,7 +537,7 @@ const std::map<std::string, void (*)()> kClean = {
     {"indices", indices},
 };
 
-const std::map<std::string, void (*)()> kFaults = {
+const Cases kFaults = {
     {"divergent barrier", no_buffer<divergent_barrier_kernel>},
     {"skipped barrier", no_buffer<skipped_barrier_kernel>},
     {"exited lane", one_warp<exited_lane_kernel>},
@@ -592,31 +578,6 @@ const std::map<std::string, void (*)()> kFaults = {
     {"copy over readers", copies<copy_over_readers_kernel>},
 };
 
-void list(const std::map<std::string, void (*)()>& cases) {
-    for (const auto& one : cases) {
-        std::puts(one.first.c_str());
-    }
-}
-
 }  // namespace
 
-int main(int count, char** arguments) {
-    const std::string name = count > 1 ? arguments[1] : "";
-    if (name == "list-clean" || name == "list-faults") {
-        list(name == "list-clean" ? kClean : kFaults);
-        return 0;
-    }
-    const auto clean = kClean.find(name), fault = kFaults.find(name);
-    if (clean == kClean.end() && fault == kFaults.end()) {
-        std::printf("unknown case '%s'\n", name.c_str());
-        return 2;
-    }
-    try {
-        (clean != kClean.end() ? clean : fault)->second();
-    } catch (const std::exception& error) {
-        std::puts(error.what());
-        return 1;
-    }
-    std::puts("ok");
-    return 0;
-}
+int main(int count, char** arguments) { return run_case(kClean, kFaults, count, arguments); }

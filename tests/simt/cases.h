@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Programs of small kernels for the interpreter's own tests (tests/test_simt.py). `<program> list-clean`,
+// `<program> list-faults`, `<program> <name>`: exits with 0 and "ok", or with 1 and the report.
+#pragma once
+
+#include <cstdio>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/tensor_core.h"
+
+namespace spatialflow {
+
+template <typename T>
+inline Global<T> buffer(std::vector<T>& values) {
+    return Global<T>(values.data(), static_cast<int64_t>(values.size()));
+}
+
+inline void expect(bool condition, const char* what) {
+    if (!condition) {
+        throw std::runtime_error(std::string("wrong result: ") + what);
+    }
+}
+
+using Cases = std::map<std::string, void (*)()>;
+
+inline int run_case(const Cases& clean, const Cases& faults, int count, char** arguments) {
+    const std::string name = count > 1 ? arguments[1] : "";
+    if (name == "list-clean" || name == "list-faults") {
+        for (const auto& one : name == "list-clean" ? clean : faults) {
+            std::puts(one.first.c_str());
+        }
+        return 0;
+    }
+    const Cases& cases = clean.count(name) > 0 ? clean : faults;
+    const auto found = cases.find(name);
+    if (found == cases.end()) {
+        std::printf("unknown case '%s'\n", name.c_str());
+        return 2;
+    }
+    try {
+        found->second();
+    } catch (const std::exception& error) {
+        std::puts(error.what());
+        return 1;
+    }
+    std::puts("ok");
+    return 0;
+}
+
+}  // namespace spatialflow

@@ -13,11 +13,11 @@
 //   reg0 | reg1 flow0 | reg2 flow1 f0 | reg3 flow2 f1 | flow3 f2, flow of thing | f3 | semantic | thing
 //
 // where flow and f stand for those of cls and of stuff. Maps are made when their wave is launched and given back after
-// the last wave that reads them.
+// the last wave that reads them. (On compute capability 9.0 a wave may be two launches, see sm90_conv3x3.cu.)
 //
 // Floor (H100, 790 TFLOP/s bf16), 256 channels, P3..P7 of 800 x 1333: 604 GFLOP: 0.76 ms; maps 0.5 GB: 0.17 ms.
 // Expected: 1.5 ms, by the rate of mma.sync and what rectangles cover in vain (conv3x3.cu); by wgmma 1.0 ms
-// (sm90_conv3x3.cu: 37 rounds of full tiles at 26 us).
+// (sm90_conv3x3.cu: 37 rounds of full tiles at 26 us; docs/kernels.md has the model).
 #include <algorithm>
 #include <memory>
 

@@ -11,7 +11,8 @@
 // With `active` a tile is left out where all its images are; of one that is computed, sums of such images become zeros.
 //
 // Floor (H100, 790 TFLOP/s bf16) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us. Four sub-tiles by 128
-// outputs take 26 us (H200), and 192 of them two rounds on 132 multiprocessors: 51 us. Expected with two: 45 us.
+// outputs take 26 us (H200), and 192 of them two rounds on 132 multiprocessors: 51 us. With two, 48 us were measured.
+// Expected of one round with four and one with two: 44 us (docs/kernels.md has the model).
 #include "cuda/sm90_conv3x3.h"
 
 #include <algorithm>

@@ -6,6 +6,9 @@ early those for 9.0, by default the portable ones (`make test-simt` does all thr
 """
 
 import os
+import runpy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from spatialflow import ops
 from spatialflow.ops import reference
 
 DTYPES = [torch.float16, torch.bfloat16]
+ROOT = Path(__file__).resolve().parents[1]
 ON_INTERPRETER = os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("simt")
 ON_SM90 = ON_INTERPRETER and os.environ.get("SPATIALFLOW_SIMT_SM90", "off") != "off"
 EXACT = "direct"
@@ -245,3 +249,18 @@ class TestDeformConv2d:
             result = ops.deform_conv2d(*tensors[:4], *geometry, tensors[4])
             assert runs_there(launched(), "deform_conv2d", possible=False)
             assert_near(result, reference.deform_conv2d(*wide[:4], *geometry, wide[4]), dtype)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="needs nvcc")
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not in a source tree")
+@pytest.mark.skipif(ON_INTERPRETER, reason="compiles for GPUs: once, beside the CPU's kernels")
+def test_other_architectures_have_no_such_kernels():
+    """The host takes the portable kernels where one for 9.0a has no static shared memory: its body is empty there."""
+    tool = runpy.run_path(str(ROOT / "tools" / "kernel_resources.py"))
+    source, architectures = ROOT / "csrc" / "cuda" / "sm90_deform_conv2d.cu", ["90a", "90", "80", "120"]
+    output = tool["compile_output"](source, architectures, Path(torch.__file__).parent)
+    assert "warning" not in output  # such as C7510: that products of wgmma run one by one
+    found = {name: uses["deform_conv2d_sm90_kernel"] for name, uses in tool["resources"](output).items()}
+    assert sorted(found) == sorted(architectures)
+    for name, uses in found.items():
+        assert all((shared > 0) == (name == "90a") and spilled == 0 for _, shared, _, spilled in uses)

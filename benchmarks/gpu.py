@@ -43,6 +43,7 @@ PLAN = (
           ("spatialflow TF32", "spatialflow direct", *TORCHVISION)),
     Entry("flow_conv2d", ("bfloat16",), (), EAGER),
     Entry("flow_conv2d", ("float32",), ("P3..P7, 256 to 256", "P4"), ("reference", *TF32)),
+    Entry("conv1x1", ("bfloat16",), (), ("reference", "cuDNN")),
     Entry("multiclass_nms", ("float32",), (), ("torchvision, composed",)),
     Entry("select_candidates", ("bfloat16",), (), ("torch",)),
     Entry("batched_nms", ("float32",), (), ("torchvision",)),

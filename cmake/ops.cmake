@@ -3,6 +3,7 @@
 # Operators: each has a schema in csrc/ops, a CPU kernel and a CUDA kernel. The Makefile and tools/ read these lists
 # too.
 set(ops
+    conv1x1
     deform_conv2d
     deform_conv2d_backward
     flow_conv2d
@@ -26,7 +27,7 @@ set(ops
 set(shared_sources conv3x3)
 
 # Sources of CUDA kernels alone, for one compute capability.
-set(cuda_only_sources sm90_conv3x3 sm90_deform_conv2d)
+set(cuda_only_sources sm90_conv1x1 sm90_conv3x3 sm90_deform_conv2d)
 
 # Overlap decisions, resized pixels and labels are the same on every level and back end only if no product is fused with
 # an addition; boxes of candidates are the same on every level. In the CUDA kernels of NMS that is said at the products.

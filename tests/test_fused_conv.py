@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from op_matrix import DEVICE
+from op_matrix import DEVICE, DispatchWatch, assert_near
 from torch.nn import functional as F
 
 from spatialflow.models import fused_conv
@@ -105,6 +105,66 @@ class TestNumbers:
         right = F.linear(x, weight, bias).relu()
         torch.testing.assert_close(linear_relu(x, weight, bias), right)
         torch.testing.assert_close(torch._addmm_activation(bias, x, weight.t()), right)  # what a GPU calls
+
+
+class TestOwnKernel:
+    """16-bit 1x1 convolutions on compute capability 9.0, stood in for by any device."""
+
+    @pytest.fixture
+    def hopper(self, monkeypatch):
+        monkeypatch.setattr(fused_conv, "_runs_own_kernel", lambda device: True)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
+    def test_equals_separate_passes(self, hopper, stride, dtype):
+        """One operator, and a view where there is a stride."""
+        shape = Shape(stride, (0, 0), 1)
+        for relu, with_bias, with_residual in itertools.product((True, False), repeat=3):
+            x, weight, bias, residual = (t.to(dtype) for t in tensors(1, shape))
+            bias, residual = bias if with_bias else None, residual if with_residual else None
+            right = expected(x, weight, bias, shape, relu, residual)
+            with DispatchWatch() as watch:
+                y = fused_conv2d(x, weight, bias, shape, relu, residual)
+            names = [function.name() for function in watch.seen]
+            assert [name for name in names if name != "aten::slice.Tensor"] == ["spatialflow::_conv1x1"]
+            assert ("aten::slice.Tensor" in names) == (stride != (1, 1))
+            assert_near(y, right, dtype)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+    def test_what_it_is_for(self, hopper):
+        x, weight = torch.empty(1, 8, 4, 4).half(), torch.empty(16, 8, 1, 1).half()
+        shape, asked = Shape((1, 1), (0, 0), 1), fused_conv._is_for_own_kernel
+        assert asked(x, weight, shape) and asked(x.bfloat16(), weight.bfloat16(), Shape((2, 2), (0, 0), 1))
+        for other in (Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
+            assert not asked(x, weight, other)
+        for size in ((12, 8, 1, 1), (16, 4, 1, 1), (16, 8, 3, 3)):
+            assert not asked(x, torch.empty(size).half(), shape)
+        assert not asked(x.float(), weight.float(), shape)
+
+    @pytest.mark.parametrize(
+        "built, capability, right",
+        [("80-real 90a-real", (9, 0), True), ("80-real 90a-real", (8, 0), False), ("90a-real", (10, 0), False),
+         ("80", (9, 0), False), ("", (9, 0), False)],
+    )  # fmt: skip
+    def test_devices(self, monkeypatch, built, capability, right):
+        """A device is asked once; torch.compile takes the answer as it is."""
+        asked = []
+        monkeypatch.setattr(fused_conv, "build_description", lambda: {"cuda_architectures": built})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+        fused_conv._is_built_for.cache_clear()
+        device = torch.device("cuda", 3)
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda t: t + 1 if fused_conv._runs_own_kernel(device) else t, backend="eager", fullgraph=True
+        )
+        try:
+            for _ in range(3):
+                assert fused_conv._runs_own_kernel(device) == right
+                assert not fused_conv._runs_own_kernel(torch.device("cpu"))
+            assert compiled(torch.zeros(1)).item() == right
+            assert len(asked) == ("90a" in built)
+        finally:
+            fused_conv._is_built_for.cache_clear()
 
 
 class TestRefusals:

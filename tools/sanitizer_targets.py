@@ -79,6 +79,8 @@ def run_operators(device: str) -> int:
         wide = [draw(1, 64, *size, dtype=dtype).to(memory_format=torch.channels_last) for size in ((19, 23), (7, 7))]
         wide_weight, wide_bias = draw(64, 64, 3, 3, dtype=dtype), draw(64, dtype=dtype)
         run(lambda *t: ops.flow_conv2d(*t), wide[0], wide[0] * 0.5, wide_weight, wide_bias)
+        pointwise = draw(72, 64, 1, 1, dtype=dtype)
+        run(lambda: ops.conv1x1(wide[0], pointwise, None, draw(1, 72, 19, 23, dtype=dtype), True))
         wide_offset, wide_mask = draw(1, 18, 19, 23), torch.rand(1, 9, 19, 23).to(device)
         run(
             lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]),

@@ -438,34 +438,14 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Whether the strides are nested, as a tensor map wants them; if so, what they are. A side of one pixel has none and
-// takes that of the next one that has.
-bool nested_strides(const Tensor& level, int64_t (&strides)[3]) {
-    int64_t stride = 8, span = level.size(1);  // 8: 16 bytes
-    constexpr int kDimensions[] = {3, 2, 0};
-    for (int i = 0; i < 3; ++i) {
-        int longer = i;
-        while (longer < 3 && level.size(kDimensions[longer]) <= 1) {
-            ++longer;
-        }
-        const int64_t next =
-            longer < 3 ? stride_of(level, kDimensions[longer]) : ceil_div(span, stride) * stride;
-        if (next < span || next % stride != 0) {
-            return false;
-        }
-        strides[i] = stride = next;
-        span = stride * level.size(kDimensions[i]);
-    }
-    return span < int64_t(1) << 39;
-}
-
 template <typename scalar_t>
 bool encode_level(TensorMap& map, const Tensor& level) {
+    const int64_t sizes[] = {level.size(1), level.size(3), level.size(2), level.size(0)};
+    const int64_t own[] = {stride_of(level, 3), stride_of(level, 2), stride_of(level, 0)};
     int64_t strides[3];
-    return nested_strides(level, strides) &&
-           encode_map<scalar_t, 4>(map, data<scalar_t>(level),
-                                   {level.size(1), level.size(3), level.size(2), level.size(0)}, strides,
-                                   {kStepChannels, kHaloSide, kHaloSide, 1});
+    return nested_strides(sizes, own, strides) &&
+           encode_map<scalar_t, 4>(
+               map, data<scalar_t>(level), sizes, strides, {kStepChannels, kHaloSide, kHaloSide, 1});
 }
 
 // The kernel for tiles of kOutputs outputs and kParts sub-tiles.

@@ -8,6 +8,7 @@
 //   tma_load_3d / _4d          a box of a tensor map to shared memory; zeros outside the tensor
 //   matrix_descriptor          a matrix in shared memory with 128-byte swizzle
 //   Wgmma<outputs>::multiply   d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent), both in shared memory
+//   Wgmma<outputs, false>::multiply   the same with b (outputs x 16, K-major)
 //   WgmmaSums<count>           d of a thread; read it like an array once wgmma_wait has waited for the products
 //
 // Host code may include this header for every architecture; only 9.0a can run what is in it, and only there, or on the
@@ -25,7 +26,7 @@
 namespace spatialflow {
 
 // The offset between groups of eight rows is `stride`. With outputs adjacent, rows are channels, and groups of 64
-// outputs are `leading` apart.
+// outputs are `leading` apart; K-major, rows are pixels or outputs, and `leading` is not read.
 __device__ __forceinline__ uint64_t matrix_descriptor(unsigned start, unsigned leading, unsigned stride) {
     constexpr uint64_t kSwizzle128 = 1;
     return static_cast<uint64_t>((start & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
@@ -139,38 +140,38 @@ __device__ __forceinline__ void pin(WgmmaSums<kCount>& d) {
     SPATIALFLOW_NAMES_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
     "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// Operands: sums, descriptors of a and b, whether to add; the last two numbers say that b alone is transposed.
-#define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add)                                                    \
+// Operands: sums, descriptors of a and b, whether to add, whether b is transposed (K-major is not); a never is.
+#define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add, transposed)                                        \
     "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                        \
     "wgmma.mma_async.sync.aligned.m64n" outputs "k16.f32." type "." type " {" names "}, " a ", " b ", p, 1, 1" \
-    ", 0, 1;\n}\n"
+    ", 0, " transposed ";\n}\n"
 
-template <int kOutputs>
+template <int kOutputs, bool kOutputsAdjacent = true>
 struct Wgmma;
-template <>
-struct Wgmma<64> {
+template <bool kOutputsAdjacent>
+struct Wgmma<64, kOutputsAdjacent> {
     static __device__ __forceinline__ void multiply(WgmmaSums<32>& d, uint64_t a, uint64_t b, int add, bfloat16) {
-        asm volatile(SPATIALFLOW_WGMMA("64", "bf16", SPATIALFLOW_NAMES_32, "%32", "%33", "%34")
+        asm volatile(SPATIALFLOW_WGMMA("64", "bf16", SPATIALFLOW_NAMES_32, "%32", "%33", "%34", "%35")
                      : SPATIALFLOW_SUMS_32(0)
-                     : "l"(a), "l"(b), "r"(add));
+                     : "l"(a), "l"(b), "r"(add), "n"(kOutputsAdjacent ? 1 : 0));
     }
     static __device__ __forceinline__ void multiply(WgmmaSums<32>& d, uint64_t a, uint64_t b, int add, float16) {
-        asm volatile(SPATIALFLOW_WGMMA("64", "f16", SPATIALFLOW_NAMES_32, "%32", "%33", "%34")
+        asm volatile(SPATIALFLOW_WGMMA("64", "f16", SPATIALFLOW_NAMES_32, "%32", "%33", "%34", "%35")
                      : SPATIALFLOW_SUMS_32(0)
-                     : "l"(a), "l"(b), "r"(add));
+                     : "l"(a), "l"(b), "r"(add), "n"(kOutputsAdjacent ? 1 : 0));
     }
 };
-template <>
-struct Wgmma<128> {
+template <bool kOutputsAdjacent>
+struct Wgmma<128, kOutputsAdjacent> {
     static __device__ __forceinline__ void multiply(WgmmaSums<64>& d, uint64_t a, uint64_t b, int add, bfloat16) {
-        asm volatile(SPATIALFLOW_WGMMA("128", "bf16", SPATIALFLOW_NAMES_64, "%64", "%65", "%66")
+        asm volatile(SPATIALFLOW_WGMMA("128", "bf16", SPATIALFLOW_NAMES_64, "%64", "%65", "%66", "%67")
                      : SPATIALFLOW_SUMS_32(0), SPATIALFLOW_SUMS_32(32)
-                     : "l"(a), "l"(b), "r"(add));
+                     : "l"(a), "l"(b), "r"(add), "n"(kOutputsAdjacent ? 1 : 0));
     }
     static __device__ __forceinline__ void multiply(WgmmaSums<64>& d, uint64_t a, uint64_t b, int add, float16) {
-        asm volatile(SPATIALFLOW_WGMMA("128", "f16", SPATIALFLOW_NAMES_64, "%64", "%65", "%66")
+        asm volatile(SPATIALFLOW_WGMMA("128", "f16", SPATIALFLOW_NAMES_64, "%64", "%65", "%66", "%67")
                      : SPATIALFLOW_SUMS_32(0), SPATIALFLOW_SUMS_32(32)
-                     : "l"(a), "l"(b), "r"(add));
+                     : "l"(a), "l"(b), "r"(add), "n"(kOutputsAdjacent ? 1 : 0));
     }
 };
 

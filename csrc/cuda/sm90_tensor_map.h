@@ -5,6 +5,30 @@
 
 #include "cuda/platform.h"
 
+namespace spatialflow {
+
+// Whether the strides of (C, W, H, N) are nested, as a tensor map wants them; if so, what they are. Sizes are from the
+// innermost dimension on, channels adjacent, 16-bit numbers. A side of one pixel has no stride and takes that of the
+// next one that has.
+inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&own)[3], int64_t (&strides)[3]) {
+    int64_t stride = 8, span = sizes[0];  // 8: 16 bytes
+    for (int i = 0; i < 3; ++i) {
+        int longer = i;
+        while (longer < 3 && sizes[longer + 1] <= 1) {
+            ++longer;
+        }
+        const int64_t next = longer < 3 ? own[longer] : (span + stride - 1) / stride * stride;
+        if (next < span || next % stride != 0) {
+            return false;
+        }
+        strides[i] = stride = next;
+        span = stride * sizes[i + 1];
+    }
+    return span < int64_t(1) << 39;
+}
+
+}  // namespace spatialflow
+
 #if defined(__CUDACC__)
 
 #include <cuda.h>

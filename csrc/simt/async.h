@@ -87,6 +87,7 @@ struct WarpProduct {
     SumsState* states[kLanes];
     uint64_t a, b;
     int outputs;
+    bool adjacent_k;  // of b
     bool add;
     float (*number)(uint16_t bits);  // of an operand
 };

@@ -321,7 +321,7 @@ inline void run_products(Block& block, unsigned warp, const std::vector<WarpProd
                 continue;
             }
             done[i] = true;
-            const Operand a(product.a, true), b(product.b, false);
+            const Operand a(product.a, true), b(product.b, product.adjacent_k);
             const auto numbers = [&](const Operand& operand, int line, int chunk, float* target) {
                 uint16_t bits[8];
                 const int64_t at = operand.address(line, chunk) - kSharedWindow;
@@ -330,9 +330,18 @@ inline void run_products(Block& block, unsigned warp, const std::vector<WarpProd
                     target[e] = product.number(bits[e]);
                 }
             };
-            for (int k = 0; k < 16; ++k) {
+            for (int k = 0; k < 16 && !product.adjacent_k; ++k) {
                 for (int chunk = 0; chunk < outputs / 8; ++chunk) {
                     numbers(b, k, chunk, right[k] + chunk * 8);
+                }
+            }
+            for (int o = 0; o < outputs && product.adjacent_k; ++o) {
+                float column[16];
+                for (int chunk = 0; chunk < 2; ++chunk) {
+                    numbers(b, o, chunk, column + chunk * 8);
+                }
+                for (int k = 0; k < 16; ++k) {
+                    right[k][o] = column[k];
                 }
             }
             for (int row = 0; row < 16; ++row) {
@@ -369,8 +378,8 @@ struct ProductSlot {
     int add;
 };
 
-// d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent), by the 128 threads of a warpgroup.
-inline void start_product(ProductSlot slot, int outputs, float (*number)(uint16_t), Site site) {
+// d (+)= a (64x16, K-major) * b (16 x outputs, K-major or with outputs adjacent), by the 128 threads of a warpgroup.
+inline void start_product(ProductSlot slot, int outputs, bool adjacent_k, float (*number)(uint16_t), Site site) {
     Block& block = current_block();
     block.track_all();
     if (slot.state->running == 0 && current_thread->wgmma_fences <= slot.state->touched) {
@@ -393,7 +402,8 @@ inline void start_product(ProductSlot slot, int outputs, float (*number)(uint16_
                                         block.clocks().know_alike(thread, thread + 1))) {
                     const Toucher by = block.toucher(thread);
                     note_operand(block, by, unit.group, "a", Operand(slot.a, true), true, row, row + 16, 2, site);
-                    note_operand(block, by, unit.group, "b", Operand(slot.b, false), false, 0, 16, outputs / 8, site);
+                    note_operand(block, by, unit.group, "b", Operand(slot.b, adjacent_k), adjacent_k, 0,
+                                 adjacent_k ? outputs : 16, adjacent_k ? 2 : outputs / 8, site);
                 }
             }
             WarpProduct product;
@@ -407,6 +417,7 @@ inline void start_product(ProductSlot slot, int outputs, float (*number)(uint16_
             product.a = slot.a;
             product.b = slot.b;
             product.outputs = outputs;
+            product.adjacent_k = adjacent_k;
             product.add = slot.add != 0;
             product.number = number;
             unit.open.push_back(product);
@@ -602,7 +613,7 @@ public:
     }
 
 private:
-    template <int kOutputs>
+    template <int kOutputs, bool kOutputsAdjacent>
     friend struct Wgmma;
 
     float values_[kCount] = {};
@@ -612,14 +623,14 @@ private:
 template <int kCount>
 inline void pin(WgmmaSums<kCount>&) {}
 
-template <int kOutputs>
+template <int kOutputs, bool kOutputsAdjacent = true>
 struct Wgmma {
     static_assert(kOutputs % 8 == 0 && kOutputs >= 8 && kOutputs <= 256, "n of wgmma");
 
     template <typename T>
     static void multiply(WgmmaSums<kOutputs / 2>& d, uint64_t a, uint64_t b, int add, T /* type of a and b */,
                          simt::Site site = simt::Site::here()) {
-        simt::start_product({d.values_, &d.state_, a, b, add}, kOutputs,
+        simt::start_product({d.values_, &d.state_, a, b, add}, kOutputs, !kOutputsAdjacent,
                             [](uint16_t bits) { return load(T{bits}); }, site);
     }
 };

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A convolution with bias, sum and ReLU in its epilogue, by whichever library the device has for it.
 
-oneDNN has it on the CPU in float32, cuDNN on a GPU; torch exposes both as operators that only its compiler uses. In 16
-bits on a GPU a 1x1 convolution without ReLU is a matrix product with a bias. Everything else is `F.conv2d` and the
-passes after it.
+In 16 bits a 1x1 convolution runs on the package's own kernel where the GPU is of compute capability 9.0. For others
+oneDNN has such an operator on the CPU in float32, and cuDNN on a GPU; torch exposes both, but only its compiler uses
+them. In 16 bits on other GPUs a 1x1 convolution without ReLU is a matrix product with a bias. Everything else is
+`F.conv2d` and the passes after it.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spatialflow._library import build_description
+from spatialflow.ops.conv1x1 import conv1x1
 from spatialflow.ops.differentiable import autocast
 
 
@@ -46,6 +50,10 @@ def fused_conv2d(
     """
     if x.dtype != weight.dtype or x.device != weight.device:
         x, weight, bias, residual = _cast("fused_conv2d", x, weight, bias, residual)
+    if _is_for_own_kernel(x, weight, shape):
+        y_step, x_step = shape.stride
+        pixels = x if shape.stride == (1, 1) else x[:, :, ::y_step, ::x_step]
+        return conv1x1(pixels, weight, bias, residual, relu)
     if _has_onednn_epilogue(x):
         return _by_onednn(x, weight, bias, shape, relu, residual)
     if relu and _has_cudnn_epilogue(x, weight, shape):
@@ -73,6 +81,34 @@ def _cast(name: str, x: Tensor, weight: Tensor, *others: Optional[Tensor]) -> li
             f"{name}: x must be {weight.dtype} on {weight.device}, as the weight is, got {x.dtype} on {x.device}"
         )
     return cast
+
+
+def _is_for_own_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
+    """Whether `conv1x1` has a fast kernel for it, which reads 16 bytes of channels."""
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and weight.shape[2:] == (1, 1)
+        and shape.padding == (0, 0)
+        and shape.groups == 1
+        and weight.shape[0] % 8 == 0
+        and weight.shape[1] % 8 == 0
+        and _runs_own_kernel(x.device)
+    )
+
+
+def _runs_own_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and _is_built_for(device)
+
+
+# What torch.compiler.assume_constant_result sets, which would import torch's compiler, for a second, with this module.
+_runs_own_kernel._dynamo_marked_constant = True
+
+
+@functools.cache
+def _is_built_for(device: torch.device) -> bool:
+    """Whether a GPU is of compute capability 9.0 and the library has kernels for it."""
+    built = build_description().get("cuda_architectures", "")
+    return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _has_onednn_epilogue(x: Tensor) -> bool:

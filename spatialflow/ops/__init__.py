@@ -20,6 +20,7 @@ from spatialflow import _library
 _library.load()
 
 from spatialflow.ops.checking import checked  # noqa: E402
+from spatialflow.ops.conv1x1 import conv1x1  # noqa: E402, F401 - for the package's networks
 from spatialflow.ops.deform_conv2d import (  # noqa: E402
     DeformConv2d,
     PackedDeformConv,

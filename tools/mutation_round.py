@@ -24,7 +24,7 @@ from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
 class Mutation(NamedTuple):
     """`before`, which stands once in csrc/cuda/`file`, becomes `after`; the tests of `operator` must notice.
 
-    "sm90" stands for the kernels for compute capability 9.0, whose tests are in test_sm90.py.
+    "sm90" stands for kernels for compute capability 9.0 of several operators, whose tests are in test_sm90.py.
     """
 
     name: str
@@ -267,6 +267,41 @@ MUTATIONS = (
         "odd ? words[1] : words[0], 1",
         "sm90",
     ),
+    Mutation(
+        "parity of the other phase",
+        "sm90_conv1x1.cu",
+        "mbarrier_wait(empty + 8 * stage, parity ^ 1);",
+        "mbarrier_wait(empty + 8 * stage, parity);",
+        "conv1x1",
+    ),
+    Mutation(
+        "bytes of weights not expected",
+        "sm90_conv1x1.cu",
+        "mbarrier_expect(ready, Size::kStage);",
+        "mbarrier_expect(ready, Size::kPixelStage);",
+        "conv1x1",
+    ),
+    Mutation(
+        "descriptor not moved on",
+        "sm90_conv1x1.cu",
+        "a + (part * 64 * kRowBytes + k * 32) / 16, b + k * 32 / 16, (step | k) != 0,",
+        "a + (part * 64 * kRowBytes + k * 32) / 16, b, (step | k) != 0,",
+        "conv1x1",
+    ),
+    Mutation(
+        "sums kept from the tile before",
+        "sm90_conv1x1.cu",
+        "b + k * 32 / 16, (step | k) != 0,",
+        "b + k * 32 / 16, 1,",
+        "conv1x1",
+    ),
+    Mutation(
+        "pairs of outputs exchanged",
+        "sm90_conv1x1.cu",
+        "const int element = (i * kGroups + group) * 4 + half * 2;",
+        "const int element = (group * 4 + i) * 4 + half * 2;",
+        "conv1x1",
+    ),
 )
 
 
@@ -338,7 +373,7 @@ FAULTS = (
 def test(operator: str) -> tuple[int, str]:
     """Exit code and last line of the operator's tests; they stop at the first failure."""
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
-    if operator == "sm90":
+    if operator in ("conv1x1", "sm90"):
         environment["SPATIALFLOW_SIMT_SM90"] = "late"
     if (goldens := ROOT.parent / "shared").is_dir():
         environment.setdefault("SPATIALFLOW_FIXTURES", str(goldens))

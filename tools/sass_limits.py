@@ -43,8 +43,9 @@ LIMITS = (
           registers=244, distance=4, in_flight=7, per_matrix=3.7),
     Limit("conv3x3_sm90_kernel<*>", "inputs and weights by TMA; 384 threads share the registers: 168 before they trade",
           registers=168, load=16, store=16, per_matrix=18.0),
-    Limit("conv1x1_sm90_kernel<*>", "operands by TMA; the residual is on its way during the products; 384 threads share the "
-          "registers", registers=168, load=16, narrow=0, store=16, distance=60, matrix=4, in_flight=6, per_matrix=15.0),
+    Limit("conv1x1_sm90_kernel<*>", "operands by TMA; the residual is on its way during the products; 384 threads "
+          "share the registers", registers=168, load=16, narrow=0, store=16, distance=60, matrix=4, in_flight=6,
+          per_matrix=15.0),
     Limit("conv3x3_weight_gradient_tensor_core_kernel<Tf32, 4>", "one block of 8 warps: 255; operands by 4 and 8 "
           "bytes, rows of inputs moved on", registers=255, load=16, narrow=0, store=8, distance=90, matrix=36,
           in_flight=2, per_matrix=4.2),

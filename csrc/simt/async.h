@@ -55,6 +55,7 @@ struct MemoryBarrier {
     Site site;
     Clocks::Row arriving, completed;
     std::vector<uint32_t> seen;  // of each thread: one more than the phases complete when it last waited
+    uint32_t last_seen = 0;      // the same of the thread that waited last
     // The last copy that completes here: after which phase it may be read, and who started it.
     struct Copy {
         uint32_t phase = 0;

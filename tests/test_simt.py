@@ -69,6 +69,7 @@ SM90_CLEAN = (
     "products_bfloat16",
     "products_float16",
     "registers",
+    "reused",
     "ring",
     "two_copies",
     "written_pipeline",

@@ -258,11 +258,11 @@ inline void note_operand(
     }
     const int line_group = static_cast<int>(swizzle_span(operand.swizzle)) / kChunk;
     std::vector<Shadow::Place> first(static_cast<size_t>(chunks));
-    const uint32_t number = ++block.async.operands;
+    const uint64_t number = ++block.async.operands;
     for (int line = begin; line < end; ++line) {
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const size_t at = block.locate(operand.address(line, chunk), kChunk, what.c_str(), site);
-            uint32_t& seen = block.async.operand_of[at / kChunk];
+            uint64_t& seen = block.async.operand_of[at / kChunk];
             if (seen == number) {
                 block.fault(site, concatenate("wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
                                               " are those of another line too: offsets of the descriptor are wrong"));

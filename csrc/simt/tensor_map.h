@@ -68,7 +68,7 @@ inline void check_box(const TensorMap& map, Site site) {
         refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, more than the ",
                            swizzle_span(map.swizzle), " of ", name_of(map.swizzle)));
     }
-    // The card leaves gaps between such rows; how TMA and wgmma see them is not documented.
+    // Such rows need as much shared memory as the swizzle spans; where in it they lie is not documented.
     if (map.row_bytes() < swizzle_span(map.swizzle)) {
         refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, fewer than the ",
                            swizzle_span(map.swizzle), " of ", name_of(map.swizzle), ", which is not interpreted"));

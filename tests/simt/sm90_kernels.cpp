@@ -674,8 +674,9 @@ void orders() {
     expect(out[0] == 3 && out[127] == 3, "orders that need no more fences");
 }
 
-// Less than it has, the same, more.
+// Fewer than it has, as many, more; a block begins with all again.
 __global__ void registers_kernel() {
+    give_registers<240>();
     give_registers<64>();
     give_registers<64>();
     take_registers<64>();
@@ -684,40 +685,88 @@ __global__ void registers_kernel() {
 
 void registers() { launch<registers_kernel>(dim3(2), dim3(128), 0, Stream{}); }
 
-// Copies are under way where a block stops.
+// Copies and products are under way where a block stops.
 __global__ void stopped_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 3);
     const Memory memory(dynamic);
+    const unsigned a = memory.address, b = a + 64 * 128, c = b + 64 * 128;
+    memory.clear(a, 2 * 64 * 128, threadIdx.x, 128);
+    fence_async_proxy();
     if (threadIdx.x == 0) {
         for (unsigned i = 0; i < 3; ++i) {
             const unsigned barrier = shared_address(barriers) + 8 * i;
             mbarrier_init(barrier, 1);
             mbarrier_init_fence();
             mbarrier_expect(barrier, 64 * 128);
-            tma_load_3d(memory.address + i * 64 * 128, &map, 0, 0, 0, barrier);
+            tma_load_3d(c + i * 64 * 128, &map, 0, 0, 0, barrier);
         }
     }
     __syncthreads();
-    const uint16_t value = memory.at(memory.address)[threadIdx.x];
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    wgmma_commit();
+    const uint16_t value = memory.at(c)[threadIdx.x];
     out[threadIdx.x] = value;
+}
+
+// Half of those that a named barrier waits for.
+__global__ void waiting_kernel() {
+    if (threadIdx.x < 32) {
+        named_barrier<1, 64>();
+    }
 }
 
 void after_faults() {
     std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
     std::vector<int> out(128);
-    for (const unsigned blocks : {1u, 16u}) {
+    const auto stops = [&](auto run) {
         bool stopped = false;
         try {
-            launch<stopped_kernel>(
-                dim3(blocks), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
+            run();
         } catch (const std::runtime_error&) {
             stopped = true;
         }
         expect(stopped, "a fault");
+    };
+    for (const unsigned blocks : {1u, 16u}) {
+        stops([&] {
+            launch<stopped_kernel>(
+                dim3(blocks), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
+        });
+        orders();
         pipeline();
+        stops([&] { launch<waiting_kernel>(dim3(blocks), dim3(96), 0, Stream{}); });
+        named_barriers();
         ring();
     }
+}
+
+// All warps read 16 bytes at once, eight times; the next block begins with two bytes of the last ones.
+__global__ void reused_kernel(Global<int> out) {
+    SPATIALFLOW_SHARED(uint16_t, tile, 64);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
+    if (threadIdx.x == 0) {
+        mbarrier_init(shared_address(barriers), 1);
+        tile[56] = uint16_t{1};
+    }
+    __syncthreads();
+    if (threadIdx.x < 8) {
+        store_vector(tile + threadIdx.x * 8, Vec<uint16_t, 8>{{2, 3, 4, 5, 6, 7, 8, 9}});
+    }
+    __syncthreads();
+    int sum = 0;
+    for (int i = 0; i < 64; i += 8) {
+        sum += load_vector<8>(tile + i)[7];
+    }
+    out[threadIdx.x] = sum;
+}
+
+void reused() {
+    std::vector<int> out(128);
+    launch<reused_kernel>(dim3(2), dim3(128), 0, Stream{}, buffer(out));
+    expect(out[0] == 72 && out[127] == 72, "shared memory of a second block");
 }
 
 // ---- planted faults ----
@@ -1242,6 +1291,7 @@ __global__ void wrong_dimensions_kernel(const __grid_constant__ TensorMap map) {
 __global__ void copy_at_exit_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread == 0) {
+        mbarrier_wait(barrier, 1);
         mbarrier_expect(barrier, 64 * 128);
         tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: copy at exit
     }
@@ -1575,6 +1625,7 @@ const Cases kClean = {
     {"products_bfloat16", products<bfloat16>},
     {"products_float16", products<float16>},
     {"registers", registers},
+    {"reused", reused},
     {"ring", ring},
     {"two_copies", two_copies},
     {"written_pipeline", written_pipeline},

@@ -17,7 +17,7 @@
 //
 // Floor (H100, 790 TFLOP/s bf16), 256 channels, P3..P7 of 800 x 1333: 604 GFLOP: 0.76 ms; maps 0.5 GB: 0.17 ms.
 // Expected: 1.5 ms, by the rate of mma.sync and what rectangles cover in vain (conv3x3.cu); by wgmma 1.0 ms
-// (sm90_conv3x3.cu: 37 rounds of full tiles at 26 us; docs/kernels.md has the model).
+// (H200: 1,009 us; docs/kernels.md has the model).
 #include <algorithm>
 #include <memory>
 

@@ -7,7 +7,7 @@
 
 namespace spatialflow {
 
-// Whether the strides of (C, W, H, N) are nested, as a tensor map wants them; if so, what they are. Sizes are from the
+// Whether each stride of (C, W, H, N) is a multiple of the one before, as asked here; if so, what they are. Sizes are from the
 // innermost dimension on, channels adjacent, 16-bit numbers. A side of one pixel has no stride and takes that of the
 // next one that has.
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&own)[3], int64_t (&strides)[3]) {

@@ -55,6 +55,7 @@ struct MemoryBarrier {
     Site site;
     Clocks::Row arriving, completed;
     std::vector<uint32_t> seen;  // of each thread: one more than the phases complete when it last waited
+    uint32_t last_seen = 0;      // the same of the thread that waited last
     // The last copy that completes here: after which phase it may be read, and who started it.
     struct Copy {
         uint32_t phase = 0;
@@ -106,8 +107,6 @@ public:
         boxes.clear();
         units.clear();
         registers.clear();
-        operand_of.assign(kMaxSharedBytes / kChunk, 0);
-        operands = 0;
     }
 
     // ---- defined in sm90.h ----
@@ -138,8 +137,9 @@ public:
     std::vector<TensorCopy> copies;  // under way
     std::vector<Box> boxes;          // of all copies of the block, by number - 1
     std::vector<WgmmaUnit> units;    // of each warp
-    uint32_t operands = 0;           // that wgmma has read
-    std::vector<uint32_t> operand_of;  // of each 16 bytes of shared memory: the last operand, by number
+    uint64_t operands = 0;           // that wgmma has read, in earlier blocks too
+    // Of each 16 bytes of shared memory: the last operand, by number.
+    std::vector<uint64_t> operand_of = std::vector<uint64_t>(kMaxSharedBytes / kChunk);
     struct Registers {
         int count = 0;  // of each thread; zero until it is set
         unsigned thread;

@@ -167,6 +167,14 @@ public:
             wait("bar.sync", &barrier, site);
             return;
         }
+        uint32_t warps = 0;
+        for (const unsigned thread : barrier.threads) {
+            warps |= 1u << thread / kLanes;
+        }
+        if (static_cast<unsigned>(__builtin_popcount(warps)) != count / kLanes) {
+            fault(site, concatenate("bar.sync: ", count, " threads of ", __builtin_popcount(warps),
+                                    " warps have come: it is for whole warps"));
+        }
         clocks_.synchronize(barrier.threads);
         barrier.threads.clear();
         wake(&barrier);

@@ -55,12 +55,12 @@ public:
     }
 
     Conflict read(size_t begin, size_t bytes, const Toucher& by, Kind kind, Site site) {
+        const Reader reader = {by.thread / kLanes, 1u << by.thread % kLanes, by.clocks->now(by.thread), by.thread, site};
         return visit(begin, bytes, by, [&](Cell& cell) -> Conflict {
             const Conflict conflict = check_read(cell, by, kind);
             // An atomic reads no older value than it replaces: its write stands for both.
             if (!conflict.what && kind != kAtomic) {
-                note_read(cell, by, {by.thread / kLanes, 1u << by.thread % kLanes, by.clocks->now(by.thread), by.thread,
-                                     site});
+                note_read(cell, by, reader);
             }
             return conflict;
         });
@@ -284,11 +284,15 @@ private:
 
     void note_read(Cell& cell, const Toucher& by, const Reader& reader) {
         const bool has_any = has_readers(cell, by);
+        if (has_any && cell.read_by_warps) {
+            cell.read_epoch = by.epoch;  // one more of several
+            return;
+        }
         if (!has_any) {
             cell.more_readers = kNone;  // of an earlier block or epoch: the entries are gone with it
         }
         // Whoever is ordered after this read is ordered after those before it.
-        if (!has_any || (cell.more_readers == kNone && !cell.read_by_warps && knows_all_of(cell.reader, by))) {
+        if (!has_any || (cell.more_readers == kNone && knows_all_of(cell.reader, by))) {
             cell.read_epoch = by.epoch;
             cell.read_by_warps = false;
             cell.reader = reader;

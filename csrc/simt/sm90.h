@@ -62,6 +62,10 @@ inline void arrive(const char* name, unsigned address, unsigned bytes, Site site
         block.fault(site, concatenate(name, ": phase ", barrier.phase, " of the mbarrier has had all its ",
                                       barrier.arrivals, " arrivals and waits for ", barrier.bytes, " bytes"));
     }
+    if (barrier.phase > 0 && barrier.last_seen != barrier.phase + 1) {
+        block.fault(site, concatenate(name, ": phase ", barrier.phase - 1,
+                                      " of the mbarrier is complete, and no thread has waited for it yet"));
+    }
     block.clocks().release(current_thread->linear, barrier.arriving);
     barrier.bytes += bytes;
     --barrier.pending;
@@ -120,11 +124,14 @@ inline bool AsyncUnits::deliver_latest(Block& block) {
     return true;
 }
 
+// What ptxas gives threads of a block that has a multiprocessor to itself.
+inline int registers_at_launch(const Block& block) {
+    return std::min(255, 65536 / static_cast<int>(block.num_threads())) / 8 * 8;
+}
+
 inline void AsyncUnits::check_end(Block& block) {
     for (const std::unique_ptr<MemoryBarrier>& barrier : barriers) {
-        if (barrier->copy.phase > 0 &&
-            std::none_of(barrier->seen.begin(), barrier->seen.end(),
-                         [&](uint32_t seen) { return seen > barrier->copy.phase; })) {
+        if (barrier->copy.phase > 0 && barrier->last_seen <= barrier->copy.phase) {
             block.report(barrier->copy.thread, barrier->copy.site,
                          "the block ends and no thread has waited for this copy");
         }
@@ -135,9 +142,7 @@ inline void AsyncUnits::check_end(Block& block) {
                                      barrier->bytes > 0 ? "too many" : "too few", " were expected"));
         }
     }
-    // What ptxas gives threads of a block that has a multiprocessor to itself.
-    const int warpgroups = static_cast<int>(registers.size());
-    const int at_launch = warpgroups == 0 ? 0 : std::min(255, 65536 / (128 * warpgroups)) / 8 * 8;
+    const int warpgroups = static_cast<int>(registers.size()), at_launch = registers_at_launch(block);
     int all = 0;
     for (const Registers& one : registers) {
         all += one.count > 0 ? one.count : at_launch;
@@ -253,11 +258,11 @@ inline void note_operand(
     }
     const int line_group = static_cast<int>(swizzle_span(operand.swizzle)) / kChunk;
     std::vector<Shadow::Place> first(static_cast<size_t>(chunks));
-    const uint32_t number = ++block.async.operands;
+    const uint64_t number = ++block.async.operands;
     for (int line = begin; line < end; ++line) {
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const size_t at = block.locate(operand.address(line, chunk), kChunk, what.c_str(), site);
-            uint32_t& seen = block.async.operand_of[at / kChunk];
+            uint64_t& seen = block.async.operand_of[at / kChunk];
             if (seen == number) {
                 block.fault(site, concatenate("wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
                                               " are those of another line too: offsets of the descriptor are wrong"));
@@ -425,12 +430,24 @@ inline void start_product(ProductSlot slot, int outputs, bool adjacent_k, float 
     });
 }
 
-inline void commit_products(Site site) {
-    struct Slot {
-    } slot;
+// Of an instruction that all lanes of a warp execute together, at one line (.sync.aligned).
+template <typename Complete>
+inline void aligned_collective(const char* name, Site site, Complete complete) {
     Block& block = current_block();
     block.track_all();
-    block.collective("wgmma.commit_group", 0xffffffffu, slot, site, [&](Slot**) {
+    block.collective(name, 0xffffffffu, site, site, [&](Site** sites) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            if (sites[lane]->packed != site.packed) {
+                block.fault(site, concatenate(name, ": lane ", lane, " of the warp is at ", sites[lane]->text()));
+            }
+        }
+        complete();
+    });
+}
+
+inline void commit_products(Site site) {
+    Block& block = current_block();
+    aligned_collective("wgmma.commit_group", site, [&] {
         const unsigned warp = current_thread->linear / kLanes;
         WgmmaUnit& unit = wgmma_unit(block, warp);
         if (sm90() == Sm90::kEarly) {
@@ -443,11 +460,8 @@ inline void commit_products(Site site) {
 }
 
 inline void wait_for_products(unsigned groups, Site site) {
-    struct Slot {
-    } slot;
     Block& block = current_block();
-    block.track_all();
-    block.collective("wgmma.wait_group", 0xffffffffu, slot, site, [&](Slot**) {
+    aligned_collective("wgmma.wait_group", site, [&] {
         const unsigned warp = current_thread->linear / kLanes;
         WgmmaUnit& unit = wgmma_unit(block, warp);
         while (unit.committed.size() > groups) {
@@ -478,8 +492,9 @@ inline void set_registers(const char* name, int count, bool fewer, Site site) {
     block.warpgroup_collective(name, slot, site, [&](Slot**) {
         block.async.registers.resize(block.num_threads() / (4 * kLanes));
         AsyncUnits::Registers& own = block.async.registers[current_thread->linear / (4 * kLanes)];
-        if (own.count > 0 && fewer != (count < own.count)) {
-            block.fault(site, concatenate(name, ": from ", own.count, " to ", count, " registers"));
+        const int before = own.count > 0 ? own.count : registers_at_launch(block);
+        if (fewer ? count > before : count < before) {
+            block.fault(site, concatenate(name, ": from ", before, " to ", count, " registers"));
         }
         own = {count, current_thread->linear, site};
     });
@@ -551,7 +566,7 @@ inline void mbarrier_wait(unsigned address, unsigned parity, simt::Site site = s
                                             static_cast<int64_t>(barrier.phase) - 1,
                                             ", which this thread has waited for already, not of the next one"));
     }
-    barrier.seen[self] = barrier.phase + 1;
+    barrier.seen[self] = barrier.last_seen = barrier.phase + 1;
     block.clocks().acquire(self, barrier.completed);
 }
 
@@ -581,7 +596,10 @@ inline void take_registers(simt::Site site = simt::Site::here()) {
     simt::set_registers("setmaxnreg.inc", kRegisters, false, site);
 }
 
-inline void wgmma_fence() { ++simt::current_thread->wgmma_fences; }
+inline void wgmma_fence(simt::Site site = simt::Site::here()) {
+    simt::aligned_collective("wgmma.fence", site, [] {});
+    ++simt::current_thread->wgmma_fences;
+}
 inline void wgmma_commit(simt::Site site = simt::Site::here()) { simt::commit_products(site); }
 template <int kGroups>
 inline void wgmma_wait(simt::Site site = simt::Site::here()) {

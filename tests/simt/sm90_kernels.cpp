@@ -131,6 +131,12 @@ void boxes() {
     for (size_t i = 0; i < tensor.size(); ++i) {
         tensor[i].bits = static_cast<uint16_t>(i + 1);
     }
+    // Planes of eight channels, which lie side by side in a pixel: strides do not rise.
+    const int64_t sizes_of_planes[] = {8, 9, 6, 10}, strides_of_planes[] = {80, 80 * 9, 8};
+    TensorMap planes;
+    expect(encode_map<bfloat16, 4>(planes, constant(tensor), sizes_of_planes, strides_of_planes, {8, 4, 3, 4},
+                                   Swizzle::kNone), "a tensor map of planes");
+    check_box<4>(planes, tensor, sizes_of_planes, strides_of_planes, {8, 4, 3, 4}, Swizzle::kNone, {0, -1, 4, 5});
     for (const Swizzle swizzle : kSwizzles) {
         const int row = swizzle == Swizzle::kNone ? 40 : static_cast<int>(row_bytes(swizzle) / 2);
         const int64_t sizes[] = {72, 9, 6, 3}, strides[] = {80, 80 * 9, 80 * 9 * 6};
@@ -487,7 +493,7 @@ __global__ void lanes_arrive_kernel(Global<int> out) {
     if (threadIdx.x == 0) {
         mbarrier_init(full, 32);
         mbarrier_init(empty, 32);
-        mbarrier_init(other, 1);
+        mbarrier_init(other, 12);  // more than there are
     }
     __syncthreads();
     int sum = 0;
@@ -581,6 +587,186 @@ void exited_producer() {
     std::vector<int> out(64);
     launch<exited_producer_kernel>(dim3(2), dim3(64), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
     expect(out[32] == 3 && out[63] == 3, "copies of a thread that has exited");
+}
+
+// d = a * b where a is a tap of a map with a halo: its 64 rows are pixels (y, x) of 8 x 8, and a row of the map has 10.
+constexpr int kHalo = 10;
+__global__ void halo_kernel(
+    const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, int tap, Global<float> d) {
+    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
+    const Memory memory(dynamic);
+    const unsigned a = memory.address, b = a + 13 * 1024, barrier = shared_address(barriers), lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+        mbarrier_expect(barrier, kHalo * kHalo * 128 + 64 * 128);
+        tma_load_3d(a, &map_a, 0, 0, 0, barrier);
+        tma_load_3d(b, &map_b, 0, 0, 0, barrier);
+    }
+    __syncthreads();
+    mbarrier_wait(barrier, 0);
+    const unsigned start = a + static_cast<unsigned>(tap / 3 * kHalo + tap % 3) * 128;
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    for (unsigned k = 0; k < 4; ++k) {
+        const uint64_t left = matrix_descriptor(start + k * 32, 16, kHalo * 128);
+        Wgmma<64>::multiply(sums, left, b_at(b + k * 16 * 128), k != 0, bfloat16{});
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (unsigned i = 0; i < 32; ++i) {
+        const unsigned row = threadIdx.x / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
+        d[row * 64 + lane % 4 * 2 + i / 4 * 8 + i % 2] = sums[i];
+    }
+}
+
+void halo() {
+    std::vector<bfloat16> image = small_numbers<bfloat16>(kHalo * kHalo * 64, 5);
+    std::vector<bfloat16> b = small_numbers<bfloat16>(64 * 64, 7);
+    TensorMap map;
+    encode_map<bfloat16, 3>(map, constant(image), {64, kHalo, kHalo}, {64, 64 * kHalo}, {64, kHalo, kHalo});
+    for (int tap = 0; tap < 9; ++tap) {
+        std::vector<float> d(64 * 64, -1.0f);
+        launch<halo_kernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, map, map_of(b, 64, 64), tap, buffer(d));
+        for (size_t i = 0; i < d.size(); ++i) {
+            const size_t y = i / 64 / 8 + static_cast<size_t>(tap / 3), x = i / 64 % 8 + static_cast<size_t>(tap % 3);
+            expect(d[i] == exact(image, b, y * kHalo + x, i % 64, 64, 64), "product of a tap");
+        }
+    }
+}
+
+// Thread 0 waits for all; one store of two bytes into what TMA has brought; fences of the readers, not of the writers;
+// then each warp stores into its own rows of a, which no other warp's products read.
+__global__ void orders_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
+    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
+    const Memory memory(dynamic);
+    const unsigned a = memory.address, b = a + 64 * 128, barrier = shared_address(barriers), thread = threadIdx.x;
+    memory.clear(a, 64 * 128, thread, 128);
+    if (thread == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+        mbarrier_expect(barrier, 64 * 128);
+        tma_load_3d(b, &map, 0, 0, 0, barrier);
+        mbarrier_wait(barrier, 0);
+    }
+    __syncthreads();
+    const uint16_t value = memory.at(b)[thread];
+    out[thread] = value;
+    if (thread == 64) {
+        memory.at(b)[200] = uint16_t{1};
+    }
+    __syncthreads();
+    fence_async_proxy();
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    wgmma_commit();
+    wgmma_wait<0>();
+    memory.at(a + thread / 32 * 16 * 128)[thread % 32] = uint16_t{1};
+}
+
+void orders() {
+    std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
+    std::vector<int> out(128);
+    launch<orders_kernel>(dim3(2), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
+    expect(out[0] == 3 && out[127] == 3, "orders that need no more fences");
+}
+
+// Fewer than it has, as many, more; a block begins with all again.
+__global__ void registers_kernel() {
+    give_registers<240>();
+    give_registers<64>();
+    give_registers<64>();
+    take_registers<64>();
+    take_registers<232>();
+}
+
+void registers() { launch<registers_kernel>(dim3(2), dim3(128), 0, Stream{}); }
+
+// Copies and products are under way where a block stops.
+__global__ void stopped_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
+    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 3);
+    const Memory memory(dynamic);
+    const unsigned a = memory.address, b = a + 64 * 128, c = b + 64 * 128;
+    memory.clear(a, 2 * 64 * 128, threadIdx.x, 128);
+    fence_async_proxy();
+    if (threadIdx.x == 0) {
+        for (unsigned i = 0; i < 3; ++i) {
+            const unsigned barrier = shared_address(barriers) + 8 * i;
+            mbarrier_init(barrier, 1);
+            mbarrier_init_fence();
+            mbarrier_expect(barrier, 64 * 128);
+            tma_load_3d(c + i * 64 * 128, &map, 0, 0, 0, barrier);
+        }
+    }
+    __syncthreads();
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    wgmma_commit();
+    const uint16_t value = memory.at(c)[threadIdx.x];
+    out[threadIdx.x] = value;
+}
+
+// Half of those that a named barrier waits for.
+__global__ void waiting_kernel() {
+    if (threadIdx.x < 32) {
+        named_barrier<1, 64>();
+    }
+}
+
+void after_faults() {
+    std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
+    std::vector<int> out(128);
+    const auto stops = [&](auto run) {
+        bool stopped = false;
+        try {
+            run();
+        } catch (const std::runtime_error&) {
+            stopped = true;
+        }
+        expect(stopped, "a fault");
+    };
+    for (const unsigned blocks : {1u, 16u}) {
+        stops([&] {
+            launch<stopped_kernel>(
+                dim3(blocks), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
+        });
+        orders();
+        pipeline();
+        stops([&] { launch<waiting_kernel>(dim3(blocks), dim3(96), 0, Stream{}); });
+        named_barriers();
+        ring();
+    }
+}
+
+// All warps read 16 bytes at once, eight times; the next block begins with two bytes of the last ones.
+__global__ void reused_kernel(Global<int> out) {
+    SPATIALFLOW_SHARED(uint16_t, tile, 64);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
+    if (threadIdx.x == 0) {
+        mbarrier_init(shared_address(barriers), 1);
+        tile[56] = uint16_t{1};
+    }
+    __syncthreads();
+    if (threadIdx.x < 8) {
+        store_vector(tile + threadIdx.x * 8, Vec<uint16_t, 8>{{2, 3, 4, 5, 6, 7, 8, 9}});
+    }
+    __syncthreads();
+    int sum = 0;
+    for (int i = 0; i < 64; i += 8) {
+        sum += load_vector<8>(tile + i)[7];
+    }
+    out[threadIdx.x] = sum;
+}
+
+void reused() {
+    std::vector<int> out(128);
+    launch<reused_kernel>(dim3(2), dim3(128), 0, Stream{}, buffer(out));
+    expect(out[0] == 72 && out[127] == 72, "shared memory of a second block");
 }
 
 // ---- planted faults ----
@@ -1105,6 +1291,7 @@ __global__ void wrong_dimensions_kernel(const __grid_constant__ TensorMap map) {
 __global__ void copy_at_exit_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread == 0) {
+        mbarrier_wait(barrier, 1);
         mbarrier_expect(barrier, 64 * 128);
         tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: copy at exit
     }
@@ -1164,19 +1351,249 @@ __global__ void mbarrier_written_kernel() {
     }
 }
 
-template <auto kKernel, unsigned kThreads = 128>
+__global__ void mbarrier_of_another_stage_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
+    SM90_BLOCK(2);
+    if (thread == 0) {
+        for (unsigned i = 0; i < 2; ++i) {
+            mbarrier_expect(barrier + 8 * i, 64 * 128);
+            tma_load_3d(a + i * 64 * 128, &map, 0, 0, 0, barrier + 8 * i);
+        }
+    }
+    mbarrier_wait(barrier + 8, 0);
+    const uint16_t value = memory.at(a)[thread];  // line: mbarrier of another stage
+    out[thread] = value;
+}
+
+// Its own warp has waited for the products, the others have not.
+__global__ void store_after_own_wait_kernel() {
+    SM90_OPERANDS(1);
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (thread == 0) {
+        memory.at(b)[0] = uint16_t{1};  // line: store after own wait
+    }
+}
+
+// Two warpgroups multiply, one tells that it has done so.
+__global__ void one_warpgroup_releases_kernel(const __grid_constant__ TensorMap map) {
+    SM90_OPERANDS(2);
+    if (thread < 256) {
+        mbarrier_wait(barrier, 0);
+        WgmmaSums<32> sums = {};
+        wgmma_fence();
+        Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (thread < 128) {
+            named_barrier<1, 128>();
+            if (thread == 0) {
+                mbarrier_arrive(barrier + 8);
+            }
+        }
+    } else if (thread == 256) {
+        for (unsigned round = 0; round < 2; ++round) {
+            if (round > 0) {
+                mbarrier_wait(barrier + 8, 0);
+            }
+            mbarrier_expect(barrier, 64 * 128);
+            tma_load_3d(b, &map, 0, 0, 0, barrier);  // line: one warpgroup releases
+        }
+    }
+}
+
+// Thread 31 releases what the other lanes of its warp read too.
+__global__ void no_syncwarp_before_release_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
+    SM90_BLOCK(2);
+    if (thread < 32) {
+        mbarrier_wait(barrier, 0);
+        const uint16_t value = memory.at(a)[thread];
+        out[thread] = value;
+        if (thread == 31) {
+            mbarrier_arrive(barrier + 8);
+        }
+    } else if (thread == 32) {
+        for (unsigned round = 0; round < 2; ++round) {
+            if (round > 0) {
+                mbarrier_wait(barrier + 8, 0);
+            }
+            mbarrier_expect(barrier, 64 * 128);
+            tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: no syncwarp before release
+        }
+    }
+}
+
+__global__ void second_producer_kernel(const __grid_constant__ TensorMap map) {
+    SM90_BLOCK(1);
+    if (thread % 64 == 0) {
+        mbarrier_expect(barrier, 64 * 128);  // line: second producer
+        tma_load_3d(a + thread / 64 * 64 * 128, &map, 0, 0, 0, barrier);
+    }
+    __syncthreads();
+    mbarrier_wait(barrier, 0);
+}
+
+__global__ void phase_not_waited_for_kernel() {
+    SM90_BLOCK(1);
+    if (thread == 0) {
+        for (int round = 0; round < 2; ++round) {
+            mbarrier_arrive(barrier);  // line: phase not waited for
+        }
+    }
+}
+
+__global__ void atomic_beside_TMA_kernel(const __grid_constant__ TensorMap map) {
+    SM90_BLOCK(1);
+    if (thread == 0) {
+        mbarrier_expect(barrier, 64 * 128);
+        tma_load_3d(a, &map, 0, 0, 0, barrier);
+    }
+    if (thread == 64) {
+        atomicAdd(pointer_cast<int>(memory.at(a)), 1);  // line: atomic beside TMA
+    }
+    mbarrier_wait(barrier, 0);
+}
+
+__global__ void TMA_over_atomics_kernel(const __grid_constant__ TensorMap map) {
+    SM90_OPERANDS(1);
+    atomicAdd(pointer_cast<int>(memory.at(a)), 1);
+    __syncthreads();
+    if (thread == 0) {
+        mbarrier_expect(barrier, 64 * 128);
+        tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: TMA over atomics
+    }
+}
+
+__global__ void TMA_over_an_mbarrier_kernel(const __grid_constant__ TensorMap map) {
+    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
+    const Memory memory(dynamic);
+    if (threadIdx.x == 0) {
+        const unsigned barrier = memory.address + 4096;
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+        mbarrier_expect(barrier, 64 * 128);
+        tma_load_3d(memory.address, &map, 0, 0, 0, barrier);  // line: TMA over an mbarrier
+    }
+}
+
+__global__ void two_bytes_after_TMA_kernel(const __grid_constant__ TensorMap map) {
+    SM90_OPERANDS(1);
+    if (thread == 0) {
+        mbarrier_expect(barrier, 64 * 128);
+        tma_load_3d(b, &map, 0, 0, 0, barrier);
+    }
+    mbarrier_wait(barrier, 0);
+    if (thread == 3) {
+        memory.at(b)[7] = uint16_t{1};
+    }
+    __syncthreads();
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: two bytes after TMA
+}
+
+__global__ void cp_async_without_proxy_fence_kernel(Global<int> values) {
+    SM90_OPERANDS(1);
+    if (thread < 32) {
+        cp_async_16(memory.at(a) + thread * 8, pointer_cast<const uint16_t>(values) + thread * 8, true);
+        cp_async_commit();
+        cp_async_wait<0>();
+    }
+    __syncthreads();
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: cp.async without proxy fence
+}
+
+__global__ void elected_lane_fences_kernel() {
+    SM90_BLOCK(1);
+    memory.clear(a, 2 * 64 * 128, thread, 128);
+    __syncthreads();
+    if (thread % 32 == 0) {
+        fence_async_proxy();
+    }
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: elected lane fences
+}
+
+__global__ void lanes_apart_kernel() {
+    SM90_OPERANDS(1);
+    if (thread % 32 < 31) {
+        wgmma_fence();  // line: lanes apart
+    } else {
+        wgmma_fence();
+    }
+}
+
+__global__ void mbarrier_of_the_first_block_kernel() {
+    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        mbarrier_init(shared_address(barriers), 1);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive(shared_address(barriers));  // line: mbarrier of the first block
+    }
+}
+
+__global__ void operands_of_the_first_block_kernel(const __grid_constant__ TensorMap map) {
+    SM90_BLOCK(1);
+    if (blockIdx.x == 0) {
+        memory.clear(a, 64 * 128, thread, 128);
+        fence_async_proxy();
+        if (thread == 0) {
+            mbarrier_expect(barrier, 64 * 128);
+            tma_load_3d(b, &map, 0, 0, 0, barrier);
+        }
+        mbarrier_wait(barrier, 0);
+    }
+    __syncthreads();
+    WgmmaSums<32> sums = {};
+    wgmma_fence();
+    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: operands of the first block
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
+__global__ void many_mbarriers_kernel() {
+    SPATIALFLOW_SHARED(uint64_t, barriers, 65);
+    if (threadIdx.x == 0) {
+        for (unsigned i = 0; i < 65; ++i) {
+            mbarrier_init(shared_address(barriers) + 8 * i, 1);  // line: many mbarriers
+        }
+    }
+}
+
+__global__ void more_registers_by_dec_kernel() {
+    give_registers<176>();  // line: more registers by dec
+}
+
+__global__ void fewer_registers_by_inc_kernel() {
+    take_registers<160>();  // line: fewer registers by inc
+}
+
+__global__ void halves_of_warps_kernel() {
+    if (threadIdx.x % 32 < 16) {
+        named_barrier<1, 64>();  // line: halves of warps
+    }
+}
+
+template <auto kKernel, unsigned kThreads = 128, unsigned kBlocks = 1>
 void alone() {
-    launch<kKernel>(dim3(1), dim3(kThreads), kSharedBytes, Stream{});
+    launch<kKernel>(dim3(kBlocks), dim3(kThreads), kSharedBytes, Stream{});
 }
 template <auto kKernel, typename T = int>
 void into_buffer() {
     std::vector<T> out(128);
     launch<kKernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, buffer(out));
 }
-template <auto kKernel, unsigned kThreads = 128>
+template <auto kKernel, unsigned kThreads = 128, unsigned kBlocks = 1>
 void of_tensor() {
     std::vector<bfloat16> tensor(64 * 128);
-    launch<kKernel>(dim3(1), dim3(kThreads), kSharedBytes, Stream{}, map_of(tensor, 128, 64));
+    launch<kKernel>(dim3(kBlocks), dim3(kThreads), kSharedBytes, Stream{}, map_of(tensor, 128, 64));
 }
 template <auto kKernel>
 void of_tensor_into_buffer() {
@@ -1197,13 +1614,18 @@ void encode(const int64_t (&sizes)[3], const int (&box)[3], Swizzle swizzle, sim
 }
 
 const Cases kClean = {
+    {"after_faults", after_faults},
     {"boxes", boxes},
     {"exited_producer", exited_producer},
+    {"halo", halo},
     {"lanes_arrive", lanes_arrive},
     {"named_barriers", named_barriers},
+    {"orders", orders},
     {"pipeline", pipeline},
     {"products_bfloat16", products<bfloat16>},
     {"products_float16", products<float16>},
+    {"registers", registers},
+    {"reused", reused},
     {"ring", ring},
     {"two_copies", two_copies},
     {"written_pipeline", written_pipeline},
@@ -1211,40 +1633,56 @@ const Cases kClean = {
 
 const Cases kFaults = {
     {"TMA over a store", of_tensor<TMA_over_a_store_kernel>},
+    {"TMA over an mbarrier", of_tensor<TMA_over_an_mbarrier_kernel>},
+    {"TMA over atomics", of_tensor<TMA_over_atomics_kernel>},
     {"TMA over readers", of_tensor_into_buffer<TMA_over_readers_kernel>},
     {"arrival before read", into_buffer<arrival_before_read_kernel>},
+    {"atomic beside TMA", of_tensor<atomic_beside_TMA_kernel>},
     {"base offset", alone<base_offset_kernel>},
     {"broken chain", into_buffer<broken_chain_kernel>},
     {"copy at exit", of_tensor<copy_at_exit_kernel>},
+    {"cp.async without proxy fence", into_buffer<cp_async_without_proxy_fence_kernel>},
     {"different descriptors", alone<different_descriptors_kernel>},
     {"early parity", into_buffer<early_parity_kernel>},
+    {"elected lane fences", alone<elected_lane_fences_kernel>},
     {"elected lane waits", elected_lane_waits<0>},
     {"elected lane waits, the last", elected_lane_waits<31>},
     {"endless wait", alone<endless_wait_kernel>},
     {"exchanged offsets", of_tensor<exchanged_offsets_kernel>},
     {"exchanged offsets of a", alone<exchanged_offsets_of_a_kernel>},
     {"fence of one thread", alone<fence_of_one_thread_kernel>},
+    {"fewer registers by inc", alone<fewer_registers_by_inc_kernel, 384>},
+    {"halves of warps", alone<halves_of_warps_kernel>},
     {"invisible mbarrier", alone<invisible_mbarrier_kernel>},
     {"invisible to TMA", of_tensor<invisible_to_TMA_kernel>},
+    {"lanes apart", alone<lanes_apart_kernel>},
     {"late proxy fence", alone<late_proxy_fence_kernel, 256>},
     {"live mbarrier", alone<live_mbarrier_kernel>},
     {"long expect", of_tensor<long_expect_kernel>},
+    {"many mbarriers", alone<many_mbarriers_kernel>},
+    {"mbarrier of another stage", of_tensor_into_buffer<mbarrier_of_another_stage_kernel>},
+    {"mbarrier of the first block", alone<mbarrier_of_the_first_block_kernel, 128, 2>},
     {"mbarrier read", into_buffer<mbarrier_read_kernel>},
     {"mbarrier written", alone<mbarrier_written_kernel>},
     {"misaligned mbarrier", alone<misaligned_mbarrier_kernel>},
     {"misaligned target", of_tensor<misaligned_target_kernel>},
+    {"more registers by dec", alone<more_registers_by_dec_kernel, 384>},
     {"named barrier skipped", alone<named_barrier_skipped_kernel>},
     {"no commit", into_buffer<no_commit_kernel, float>},
     {"no mbarrier", alone<no_mbarrier_kernel>},
     {"no proxy fence", alone<no_proxy_fence_kernel>},
+    {"no syncwarp before release", of_tensor_into_buffer<no_syncwarp_before_release_kernel>},
     {"no wgmma fence", into_buffer<no_wgmma_fence_kernel, float>},
     {"odd registers", alone<odd_registers_kernel>},
     {"one warp releases", alone<one_warp_releases_kernel, 160>},
+    {"one warpgroup releases", of_tensor<one_warpgroup_releases_kernel, 288>},
     {"operand out of bounds", alone<operand_out_of_bounds_kernel>},
+    {"operands of the first block", of_tensor<operands_of_the_first_block_kernel, 128, 2>},
     {"outside sums", into_buffer<outside_sums_kernel, float>},
     {"overwritten by copy", of_tensor<overwritten_by_copy_kernel, 160>},
     {"overwritten by store", alone<overwritten_by_store_kernel>},
     {"parity of two", alone<parity_of_two_kernel>},
+    {"phase not waited for", alone<phase_not_waited_for_kernel>},
     {"read before TMA", of_tensor_into_buffer<read_before_TMA_kernel>},
     {"registers of some", alone<registers_of_some_kernel>},
     {"released too early", alone<released_too_early_kernel, 160>},
@@ -1254,17 +1692,22 @@ const Cases kFaults = {
     {"row not in 16 bytes", [] {
          encode({64, 16, 1}, {12, 8, 1}, Swizzle::k64, simt::Site::here());  // line: row not in 16 bytes
      }},
+    {"row within the swizzle", [] {
+         encode({64, 16, 1}, {32, 8, 1}, Swizzle::k128, simt::Site::here());  // line: row within the swizzle
+     }},
     {"rows without swizzle", [] {
          std::vector<bfloat16> tensor(64 * 64);
          TensorMap map;
          encode_map<bfloat16, 3>(map, constant(tensor), {64, 64, 1}, {64, 64 * 64}, {64, 64, 1}, Swizzle::kNone);
          launch<rows_without_swizzle_kernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, map);
      }},
+    {"second producer", of_tensor<second_producer_kernel>},
     {"seen parity", alone<seen_parity_kernel>},
     {"short expect", of_tensor_into_buffer<short_expect_kernel>},
     {"start not shifted", alone<start_not_shifted_kernel>},
     {"start of the low kilobytes", alone<start_of_the_low_kilobytes_kernel>},
     {"store after fence", alone<store_after_fence_kernel>},
+    {"store after own wait", alone<store_after_own_wait_kernel>},
     {"sums before wait", into_buffer<sums_before_wait_kernel, float>},
     {"sums end", alone<sums_end_kernel>},
     {"swizzle of one side", of_tensor<swizzle_of_one_side_kernel>},
@@ -1274,6 +1717,7 @@ const Cases kFaults = {
      }},
     {"too many arrivals", alone<too_many_arrivals_kernel>},
     {"too many registers", alone<too_many_registers_kernel, 384>},
+    {"two bytes after TMA", of_tensor<two_bytes_after_TMA_kernel>},
     {"two copies in one place", of_tensor<two_copies_in_one_place_kernel>},
     {"two counts", alone<two_counts_kernel>},
     {"unexpected copy", of_tensor<unexpected_copy_kernel>},

@@ -7,9 +7,9 @@
 
 namespace spatialflow {
 
-// Whether each stride of (C, W, H, N) is a multiple of the one before, as asked here; if so, what they are. Sizes are from the
-// innermost dimension on, channels adjacent, 16-bit numbers. A side of one pixel has no stride and takes that of the
-// next one that has.
+// Whether each stride of (C, W, H, N) is a multiple of the one before, which TMA can read for certain; if so, what they
+// are. Sizes are from the innermost dimension on, channels adjacent, 16-bit numbers. A side of one pixel has no stride
+// and takes that of the next one that has.
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&own)[3], int64_t (&strides)[3]) {
     int64_t stride = 8, span = sizes[0];  // 8: 16 bytes
     for (int i = 0; i < 3; ++i) {

@@ -46,8 +46,8 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
     return pointer_cast<const scalar_t>(data<float>(conv.packed) + packed_halves(dtype, in_channels, out_channels));
 }
 
-// All of them in one launch; more where their levels exceed a launch's table, and on compute capability 9.0 a second one
-// for a short last round of tiles. None may read what another writes.
+// All of them in one launch; more where their levels exceed a launch's table, and on compute capability 9.0 a second
+// one for a short last round of tiles. None may read what another writes.
 // `active`: (N) bool, dense, a flag for each image of every level. Results of images without it are zeros, whatever
 // they hold, and tiles that have no other image are left out.
 void convolve3x3(

@@ -55,7 +55,8 @@ public:
     }
 
     Conflict read(size_t begin, size_t bytes, const Toucher& by, Kind kind, Site site) {
-        const Reader reader = {by.thread / kLanes, 1u << by.thread % kLanes, by.clocks->now(by.thread), by.thread, site};
+        const Reader reader = {
+            by.thread / kLanes, 1u << by.thread % kLanes, by.clocks->now(by.thread), by.thread, site};
         return visit(begin, bytes, by, [&](Cell& cell) -> Conflict {
             const Conflict conflict = check_read(cell, by, kind);
             // An atomic reads no older value than it replaces: its write stands for both.

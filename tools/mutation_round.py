@@ -101,8 +101,8 @@ MUTATIONS = (
     Mutation(
         "accumulator in half",
         "tile_product.h",
-        "mma_16816(sums_[i][j / 8 + half], a[i], column, scalar_t{});",
-        "mma_16816(sums_[i][j / 8 + half], a[i], column, scalar_t{});\n"
+        "multiply_add(sums_[i][j / 8 + half], a[i], b[half]);",
+        "multiply_add(sums_[i][j / 8 + half], a[i], b[half]);\n"
         "for (float& sum : sums_[i][j / 8 + half]) { scalar_t low; store(low, sum); sum = load(low); }",
         "deform_conv2d",
     ),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What runs beside the threads of a block (compute capability 9.0): mbarriers, copies of TMA, groups of wgmma. The
-// instructions are in sm90.h; here is what they leave behind.
+// instructions are in sm90.h; here is their state.
 //
 // Copies and products are done as late or as early as the hardware might do them (SPATIALFLOW_SIMT_SM90=late or early).
 // Late, a copy arrives when no thread of the block can go on without it, the newest first, and a product is computed
@@ -109,7 +109,7 @@ public:
         registers.clear();
     }
 
-    // ---- defined in sm90.h ----
+    // ---- defined in tensor_copy.h ----
 
     // Of the copies under way the newest arrives; false if there is none.
     bool deliver_latest(Block& block);

@@ -49,11 +49,20 @@ class CMakeBuild(build_ext):
         # One that is not given takes its default again, whatever the last build in this folder was given.
         options = [f"-D{name}={os.environ[name]}" if name in os.environ else f"-U{name}" for name in PASSED_THROUGH]
         self.cmake(
-            "-S", ROOT, "-B", folder, "-G", "Ninja", "--log-level=WARNING",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-S",
+            ROOT,
+            "-B",
+            folder,
+            "-G",
+            "Ninja",
+            "--log-level=WARNING",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
-            f"-DSPATIALFLOW_TORCH_DIR={torch}", f"-DSPATIALFLOW_PACKAGE_DIR={package}", *options,
-        )  # fmt: skip
+            f"-DSPATIALFLOW_TORCH_DIR={torch}",
+            f"-DSPATIALFLOW_PACKAGE_DIR={package}",
+            *options,
+        )
         self.cmake("--build", folder)
 
     @staticmethod

@@ -14,9 +14,14 @@ torchvision = optional("torchvision.ops")
 
 
 def setup(
-    layout: torch.memory_format, channels: int = 256, height: int = 50, width: int = 84, stride: int = 1,
-    groups: int = 1, masked: bool = True,
-) -> Problem:  # fmt: skip
+    layout: torch.memory_format,
+    channels: int = 256,
+    height: int = 50,
+    width: int = 84,
+    stride: int = 1,
+    groups: int = 1,
+    masked: bool = True,
+) -> Problem:
     """A 3x3 convolution, as many outputs as inputs; `height` and `width` are those of the output."""
     input = torch.randn(1, channels, height * stride, width * stride).contiguous(memory_format=layout)
     # Sixteenths, never whole: float32 and the float64 oracle then agree on the side of every kink.
@@ -62,10 +67,16 @@ BENCHMARK = Benchmark(
         "v1 on P4, channels-last": {"layout": torch.channels_last, "masked": False},
         "v2 on P5, channels-last": {"layout": torch.channels_last, "height": 25, "width": 42},
         "R101 stage 5, stride 2, channels-last": {
-            "layout": torch.channels_last, "channels": 512, "height": 25, "width": 42, "stride": 2,
+            "layout": torch.channels_last,
+            "channels": 512,
+            "height": 25,
+            "width": 42,
+            "stride": 2,
         },
         "X101-64x4d stage 4, 64 groups, channels-last": {
-            "layout": torch.channels_last, "channels": 1024, "groups": 64,
+            "layout": torch.channels_last,
+            "channels": 1024,
+            "groups": 64,
         },
     },
     providers={
@@ -75,13 +86,15 @@ BENCHMARK = Benchmark(
         "spatialflow direct": by_position(partial(ops.deform_conv2d, algorithm="direct")),
         "spatialflow deterministic": deterministic(by_position(partial(ops.deform_conv2d, algorithm="tf32x3"))),
         "reference": by_position(reference.deform_conv2d),
-        "torchvision": torchvision and Provider(
-            by_position(torchvision.deform_conv2d), lowered=(1, 4),
+        "torchvision": torchvision
+        and Provider(
+            by_position(torchvision.deform_conv2d),
+            lowered=(1, 4),
             waits=True,  # launches its kernels on the default stream, where no CUDA graph sees them
         ),
         "CuPy textbook": textbook.provider(textbook.deform_conv2d),
     },
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     main(BENCHMARK)

@@ -41,8 +41,14 @@ EVERY_MASK = f"{OURS}, every mask"
 SIXTEEN_BITS = "reference, 16 bits"
 REFERENCES = ("reference", "reference, channels-last", SIXTEEN_BITS)
 PROVIDERS = (OURS, EVERY_MASK, *REFERENCES)
-STAGE_OF = {"decode": "load", "preprocess": "load", "detect": "detections", "masks": "masks", "stuff": "stuff labels",
-            "merge": "merge"}  # fmt: skip
+STAGE_OF = {
+    "decode": "load",
+    "preprocess": "load",
+    "detect": "detections",
+    "masks": "masks",
+    "stuff": "stuff labels",
+    "merge": "merge",
+}
 """Stage of `PanopticResult.times` -> stage here; "network" is told apart by hooks."""
 
 
@@ -63,8 +69,10 @@ class OurPipeline:
         self._times: dict[str, float] = {}
         (network,) = self.predictor.pipeline.networks
         for module, stage in (
-            (network.subnets, "sub-networks"), (network.box_head, "dense heads"), (network.stuff_head, "dense heads"),
-        ):  # fmt: skip
+            (network.subnets, "sub-networks"),
+            (network.box_head, "dense heads"),
+            (network.stuff_head, "dense heads"),
+        ):
             module.register_forward_pre_hook(lambda *_, stage=stage: self._count(stage, -1))
             module.register_forward_hook(lambda *_, stage=stage: self._count(stage, 1))
 
@@ -163,16 +171,24 @@ def make_rows(
     for name, entry in measured.items():
         median, total = statistics.median(entry["times"]), sum(entry["times"])
         row = {
-            "model": Path(options.config).stem, "weights": "trained" if weights_of(options) else "untrained",
-            "short_edge": short_edge, "provider": name, "dtype": "float32" if name in REFERENCES[:2] else options.dtype,
-            "images_per_second": 1 / median, "median_ms": median * 1e3,
+            "model": Path(options.config).stem,
+            "weights": "trained" if weights_of(options) else "untrained",
+            "short_edge": short_edge,
+            "provider": name,
+            "dtype": "float32" if name in REFERENCES[:2] else options.dtype,
+            "images_per_second": 1 / median,
+            "median_ms": median * 1e3,
             "q10_ms": float(np.quantile(entry["times"], 0.1)) * 1e3,
             "q90_ms": float(np.quantile(entry["times"], 0.9)) * 1e3,
-            "runs": len(entry["times"]), "ratio": None if base is None else median / base,
+            "runs": len(entry["times"]),
+            "ratio": None if base is None else median / base,
             "share": {stage: spent / total for stage, spent in entry["stages"].items()},
-            "detections": entry["detections"], "instances": entry["instances"], "segments": entry["segments"],
-            "agreement": None, "pq": None,
-        }  # fmt: skip
+            "detections": entry["detections"],
+            "instances": entry["instances"],
+            "segments": entry["segments"],
+            "agreement": None,
+            "pq": None,
+        }
         if reference is not None:
             row["agreement"] = quality(reference, reference.with_suffix(""), entry["json"])
         if options.annotations is not None:
@@ -186,18 +202,24 @@ def make_rows(
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
-    print(f"\n  {first['model']} ({first['weights']}), short edge {first['short_edge']}: {first['detections']:.0f} "
-          f"detections, {first['instances']:.1f} instances, {first['segments']:.1f} segments per image")  # fmt: skip
-    print(f"    {'pipeline':<26}{'images/s':>9}{'median ms':>11}{'10 %':>9}{'90 %':>9}{'runs':>6}{'ratio':>7}"
-          f"{'agreement':>11}{'PQ':>7}")  # fmt: skip
+    print(
+        f"\n  {first['model']} ({first['weights']}), short edge {first['short_edge']}: {first['detections']:.0f} "
+        f"detections, {first['instances']:.1f} instances, {first['segments']:.1f} segments per image"
+    )
+    print(
+        f"    {'pipeline':<26}{'images/s':>9}{'median ms':>11}{'10 %':>9}{'90 %':>9}{'runs':>6}{'ratio':>7}"
+        f"{'agreement':>11}{'PQ':>7}"
+    )
     for row in rows:
         optional_cells = [
             f"{row[key]:{width}.{digits}f}" if row[key] is not None else " " * width
             for key, width, digits in (("ratio", 7, 2), ("agreement", 11, 4))
         ]
         quality_cell = " " * 7 if row["pq"] is None else f"{100 * row['pq']:7.1f}"
-        print(f"    {row['provider']:<26}{row['images_per_second']:>9.3f}{row['median_ms']:>11.1f}{row['q10_ms']:>9.1f}"
-              f"{row['q90_ms']:>9.1f}{row['runs']:>6}{''.join(optional_cells)}{quality_cell}")  # fmt: skip
+        print(
+            f"    {row['provider']:<26}{row['images_per_second']:>9.3f}{row['median_ms']:>11.1f}{row['q10_ms']:>9.1f}"
+            f"{row['q90_ms']:>9.1f}{row['runs']:>6}{''.join(optional_cells)}{quality_cell}"
+        )
     print("    share of the time in %: " + ", ".join(STAGES))
     for row in rows:
         shares = "  ".join(f"{100 * row['share'][stage]:5.1f}" for stage in STAGES)
@@ -209,7 +231,7 @@ def save(rows: list[dict[str, Any]], setting: dict[str, Any], folder: Path) -> N
     """Adds rows to the device's file: rows of the same model, size and pipeline are replaced, the others stay."""
     path = results_path(folder, setting["device"], "end_to_end")
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
-    key_of = lambda row: (row["model"], -row["short_edge"], PROVIDERS.index(row["provider"]))  # noqa: E731
+    key_of = lambda row: (row["model"], -row["short_edge"], PROVIDERS.index(row["provider"]))
     merged = {key_of(row): row for row in kept + [{**row, "setting": setting} for row in rows]}
     rows = [merged[key] for key in sorted(merged)]
     write_text(path, json.dumps({"op": "end_to_end", "title": TITLE, "rows": rows}, indent=1) + "\n")
@@ -257,26 +279,51 @@ TITLE = "image file to panoptic PNG, one image at a time"
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with "
-                        "the package, else untrained, adjusted ones)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="its weights (default: those that come with the package, else untrained, adjusted ones)",
+    )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: two scenes of 480x640)")
     parser.add_argument("--count", type=int, metavar="N", help="only the first pictures (default: all)")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="their panoptic ground truth, PNGs beside it")
-    parser.add_argument("--short-edges", type=int, nargs="+", default=[800, 600, 400], metavar="PIXELS",
-                        help="sizes of the network's input (default: 800 600 400)")  # fmt: skip
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME",
-                        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all; the last one needs a 16-bit dtype)",
-                        )  # fmt: skip
+    parser.add_argument(
+        "--short-edges",
+        type=int,
+        nargs="+",
+        default=[800, 600, 400],
+        metavar="PIXELS",
+        help="sizes of the network's input (default: 800 600 400)",
+    )
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        metavar="NAME",
+        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all; the last one needs a 16-bit dtype)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of spatialflow and of the reference in 16 bits (default: float32)")  # fmt: skip
-    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
-                        help="let spatialflow replay CUDA graphs, all work of which counts as backbone + FPN (default: "
-                             "on a GPU)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of spatialflow and of the reference in 16 bits (default: float32)",
+    )
+    parser.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="let spatialflow replay CUDA graphs, all work of which counts as backbone + FPN (default: on a GPU)",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per pipeline and size (default: 5)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",
-                        help="folder of <device>/end_to_end.json and .png (default: benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="FOLDER",
+        help="folder of <device>/end_to_end.json and .png (default: benchmarks/results)",
+    )
     options = parser.parse_args(arguments)
     require_positive(parser, options, "threads", "seconds")
     if options.providers is None:
@@ -292,8 +339,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     setting = environment(options)
     operators = "torchvision's" if torchvision else "the references' (no torchvision here)"
-    print(f"end_to_end: {TITLE}\n  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, "
-          f"CPU level {setting['cpu_level']}; the reference's NMS and RoIAlign are {operators}")  # fmt: skip
+    print(
+        f"end_to_end: {TITLE}\n  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, "
+        f"CPU level {setting['cpu_level']}; the reference's NMS and RoIAlign are {operators}"
+    )
     with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:
         folder, images = Path(name), options.images
         if images is None:

@@ -14,8 +14,15 @@ from spatialflow.ops import reference
 
 SIZES = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]  # P3..P7
 STAGES = {
-    "cls": 4, "reg": 4, "stuff": 4, "thing": 1, "flow_cls": 4, "flow_stuff": 4, "flow_thing": 1, "semantic_flow": 1,
-}  # fmt: skip
+    "cls": 4,
+    "reg": 4,
+    "stuff": 4,
+    "thing": 1,
+    "flow_cls": 4,
+    "flow_stuff": 4,
+    "flow_thing": 1,
+    "semantic_flow": 1,
+}
 ALL_LEVELS = ("cls", "reg", "flow_cls")
 
 

@@ -39,8 +39,12 @@ HALF = ("float16", "float32")
 PLAN = (
     Entry("flow_tower", ("bfloat16",), ("R50",), EAGER),
     Entry("multilevel_roi_align", HALF, ("2x2",), TORCHVISION),
-    Entry("deform_conv2d", HALF, ("P3, channels-last", "P4, channels-last", "P5, channels-last"),
-          ("spatialflow TF32", "spatialflow direct", *TORCHVISION)),
+    Entry(
+        "deform_conv2d",
+        HALF,
+        ("P3, channels-last", "P4, channels-last", "P5, channels-last"),
+        ("spatialflow TF32", "spatialflow direct", *TORCHVISION),
+    ),
     Entry("flow_conv2d", ("bfloat16",), (), EAGER),
     Entry("flow_conv2d", ("float32",), ("P3..P7, 256 to 256", "P4"), ("reference", *TF32)),
     Entry("conv1x1", ("bfloat16",), (), ("reference", "cuDNN")),
@@ -59,7 +63,7 @@ PLAN = (
     Entry("panoptic_quality_counts", ("float32",), (), ("none",)),
     Entry("deform_conv2d", ("float16",), ("stage", "contiguous"), TORCHVISION),
     Entry("network", ("bfloat16",), (), ("plain modules, channels-last",)),
-)  # fmt: skip
+)
 """In this order; a run that is cut off has the first."""
 
 
@@ -82,8 +86,18 @@ def run_from(first: int, options: argparse.Namespace) -> None:
     """Runs the entries from `first` on in this process; an error of one is printed and the others go on."""
     for index, entry in enumerate(plan(options)[first:], first):
         print(f"entry {index}", flush=True)
-        arguments = ["--device", options.device, "--seconds", str(options.seconds), "--no-plot", "--add",
-                     "--output", str(options.output), "--dtype", *entry.dtypes]  # fmt: skip
+        arguments = [
+            "--device",
+            options.device,
+            "--seconds",
+            str(options.seconds),
+            "--no-plot",
+            "--add",
+            "--output",
+            str(options.output),
+            "--dtype",
+            *entry.dtypes,
+        ]
         for name in ("cases", "providers", "modes"):
             if getattr(entry, name):
                 arguments += [f"--{name}", *getattr(entry, name)]
@@ -118,8 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.1, help="time per provider, case and mode (default: 0.1)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="receives <device>/<op>.json")
     parser.add_argument("--dry", action="store_true", help="the first case of some operators, by ours alone")
-    parser.add_argument("--names", nargs="+", choices=sorted({entry.name for entry in PLAN}), metavar="OP",
-                        help="only these operators")  # fmt: skip
+    parser.add_argument(
+        "--names", nargs="+", choices=sorted({entry.name for entry in PLAN}), metavar="OP", help="only these operators"
+    )
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     require_positive(parser, options, "seconds")
@@ -130,8 +145,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.names:
         passed_on += ["--names", *options.names]
     while first < len(plan(options)):
-        command = [sys.executable, "-u", __file__, "--device", options.device, "--seconds", str(options.seconds),
-                   "--output", str(options.output), "--first", str(first), *passed_on]  # fmt: skip
+        command = [
+            sys.executable,
+            "-u",
+            __file__,
+            "--device",
+            options.device,
+            "--seconds",
+            str(options.seconds),
+            "--output",
+            str(options.output),
+            "--first",
+            str(first),
+            *passed_on,
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         begun, limit = first, None
         for line in process.stdout:

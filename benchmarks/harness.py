@@ -408,8 +408,8 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[list[di
         torch.manual_seed(0)
         np.random.seed(0)
         problem = benchmark.setup(**case)
-        move = lambda value: map_tensors(lambda t: t.to(arguments.device), value)  # noqa: E731
-        lower = lambda value: map_tensors(lambda t: t.to(getattr(torch, dtype)), value)  # noqa: E731
+        move = lambda value: map_tensors(lambda t: t.to(arguments.device), value)
+        lower = lambda value: map_tensors(lambda t: t.to(getattr(torch, dtype)), value)
         known = problem.bytes
         if known is not None and problem.features:
             itemsize = getattr(torch, dtype).itemsize
@@ -422,9 +422,14 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[list[di
 
 
 def _run_case(
-    benchmark: Benchmark, providers: Mapping[str, Any], label: str, problem: Problem, mode: str, dtype: str,
+    benchmark: Benchmark,
+    providers: Mapping[str, Any],
+    label: str,
+    problem: Problem,
+    mode: str,
+    dtype: str,
     arguments: argparse.Namespace,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     oracle = benchmark.oracle or benchmark.providers["reference"]
     wide = Problem(**{**problem.__dict__, "inputs": tuple(map_tensors(_widen, value) for value in problem.inputs)})
     expected = _Call(oracle, wide, mode).run()
@@ -462,10 +467,17 @@ def _run_case(
         median = statistics.median(times[name])
         low, high = (float(np.quantile(times[name], q)) for q in (0.1, 0.9))
         row = {
-            "case": label, "mode": mode, "dtype": dtype if problem.features else "float32", "provider": name,
-            "median_ms": median * 1e3, "q10_ms": low * 1e3,
-            "q90_ms": high * 1e3, "runs": len(times[name]), "error": errors[name], "ratio": median / ours,
-        }  # fmt: skip
+            "case": label,
+            "mode": mode,
+            "dtype": dtype if problem.features else "float32",
+            "provider": name,
+            "median_ms": median * 1e3,
+            "q10_ms": low * 1e3,
+            "q90_ms": high * 1e3,
+            "runs": len(times[name]),
+            "error": errors[name],
+            "ratio": median / ours,
+        }
         if name in kernels:
             row["kernel_ms"] = kernels[name] * 1e3
             row["kernel_by"] = "profiler" if calls[name].waits else "graph"
@@ -594,7 +606,7 @@ def plot(benchmark: Benchmark, setting: Mapping[str, Any], rows: list[dict[str, 
     from matplotlib import pyplot
 
     dtypes = {row["dtype"] for row in rows}
-    group_of = lambda row: (row["case"], row["mode"] + (f", {row['dtype']}" if len(dtypes) > 1 else ""))  # noqa: E731
+    group_of = lambda row: (row["case"], row["mode"] + (f", {row['dtype']}" if len(dtypes) > 1 else ""))
     groups = list(dict.fromkeys(map(group_of, rows)))
     names = list(dict.fromkeys(row["provider"] for row in rows))
     height = 0.8 / len(names)
@@ -634,19 +646,27 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
         epilog=f"cases: {'; '.join(benchmark.sweep)}. providers: {', '.join(benchmark.providers)}.",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=tuple(TOLERANCES),
-                        help="of features, one or several (default: float32)")  # fmt: skip
-    parser.add_argument("--modes", nargs="+", choices=MODES,
-                        help="only these (default: both where there are gradients)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=tuple(TOLERANCES),
+        help="of features, one or several (default: float32)",
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="only these (default: both where there are gradients)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per provider, case and mode (default: 1)")
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose label contains one of these")
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these beside spatialflow")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
         help="folder of <device>/<op>.json and .png (default: benchmarks/results; nothing is written for a selection "
         "of cases or providers unless this is given)",
-    )  # fmt: skip
+    )
     parser.add_argument("--add", action="store_true", help="keep the other rows of this commit in the file")
     parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
     options = parser.parse_args(arguments)

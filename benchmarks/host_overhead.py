@@ -56,10 +56,16 @@ def few_elements() -> tuple[torch.Tensor, ...]:
     """What both libraries are called with: a map, a RoI, weight, bias, offset and mask, boxes, scores and classes."""
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0], [5.0, 5.0, 6.0, 6.0]])
     return (
-        torch.ones(1, 1, 2, 2), torch.tensor([[0, 0.0, 0.0, 1.0, 1.0]]), torch.ones(1, 1, 3, 3), torch.ones(1),
-        torch.zeros(1, 18, 2, 2), torch.ones(1, 9, 2, 2), boxes, torch.tensor([0.4, 0.1, 0.3, 0.2]),
+        torch.ones(1, 1, 2, 2),
+        torch.tensor([[0, 0.0, 0.0, 1.0, 1.0]]),
+        torch.ones(1, 1, 3, 3),
+        torch.ones(1),
+        torch.zeros(1, 18, 2, 2),
+        torch.ones(1, 9, 2, 2),
+        boxes,
+        torch.tensor([0.4, 0.1, 0.3, 0.2]),
         torch.tensor([0, 0, 1, 1]),
-    )  # fmt: skip
+    )
 
 
 def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]]]:
@@ -73,7 +79,10 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
         "roi_align": (ops.roi_align, (feature, roi, 1, 1.0, 1), {}),
         "deform_conv2d": (ops.deform_conv2d, (feature, offset, weight, bias), {"padding": 1, "mask": mask}),
         "deform_conv2d, packed": (
-            ops.deform_conv2d, (feature, offset, ops.pack_deform_conv2d(weight, bias)), {"padding": 1, "mask": mask}),
+            ops.deform_conv2d,
+            (feature, offset, ops.pack_deform_conv2d(weight, bias)),
+            {"padding": 1, "mask": mask},
+        ),
         "nms": (ops.nms, (boxes, scores, 0.5), {}),
         "batched_nms": (ops.batched_nms, (boxes, scores, classes, 0.5), {}),
         "sigmoid_focal_loss": (ops.sigmoid_focal_loss, (logits, labels), {}),
@@ -82,8 +91,17 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
         "multiclass_nms": (ops.multiclass_nms, (boxes, scores[:, None], 0.05, 0.5, 4), {}),
         "select_candidates": (
             ops.select_candidates,
-            ([feature], [feature.expand(1, 4, 2, 2)], boxes[:1, None].reshape(1, 1, 4), (8,), classes[2:].reshape(1, 2),
-             scores[:2].reshape(1, 2), 2), {}),
+            (
+                [feature],
+                [feature.expand(1, 4, 2, 2)],
+                boxes[:1, None].reshape(1, 1, 4),
+                (8,),
+                classes[2:].reshape(1, 2),
+                scores[:2].reshape(1, 2),
+                2,
+            ),
+            {},
+        ),
         "group_norm_relu": (ops.group_norm_relu, (feature, 1, bias, bias), {}),
         "flow_conv2d": (ops.flow_conv2d, (feature, feature, weight, bias), {}),
         "flow_conv2d, packed": (ops.flow_conv2d, (feature, feature, conv), {}),
@@ -133,12 +151,16 @@ def rows_of(name: str, mode: str, times: Mapping[str, list[float]]) -> list[dict
     own = min(times[OURS])
     return [
         {
-            "op": name, "grad_mode": mode, "provider": provider, "least_us": round(min(found), 3),
-            "median_us": round(statistics.median(found), 3), "rounds": len(found),
+            "op": name,
+            "grad_mode": mode,
+            "provider": provider,
+            "least_us": round(min(found), 3),
+            "median_us": round(statistics.median(found), 3),
+            "rounds": len(found),
             "ratio": round(own / min(found), 3) if provider == PEER else None,
         }
         for provider, found in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def line_of(rows: list[dict[str, Any]]) -> str:
@@ -155,8 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time per provider, call and mode (default: 0.5)")
     parser.add_argument("--ops", nargs="+", metavar="TEXT", help="only calls whose name contains one of these")
-    parser.add_argument("--output", type=Path, metavar="FOLDER",
-                        help="folder of <device>/host_overhead.json (default: printed alone)")  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder of <device>/host_overhead.json (default: printed alone)"
+    )
     options = parser.parse_args(arguments)
     require_positive(parser, options, "threads", "seconds")
     torch.set_num_threads(options.threads)

@@ -144,7 +144,7 @@ def _is_view(func: Any, args: tuple, result: Any) -> bool:
 
 
 def _as_cudnn(args: tuple, result: Tensor) -> Tensor:
-    """cuDNN answers channels-last features in their layout; the meta kernel of torch does not."""
+    """CuDNN answers channels-last features in their layout; the meta kernel of torch does not."""
     return result.contiguous(memory_format=torch.channels_last) if is_channels_last(args[0]) else result
 
 
@@ -252,9 +252,14 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {stage:<14}{name:<30}{kernels:>5}")
     if options.output is not None:
         content = {
-            "op": "kernel_count", **environment(options), "config": options.config, "size": list(options.size),
-            "dtype": options.dtype, "stages": rows, "sum": total,
-        }  # fmt: skip
+            "op": "kernel_count",
+            **environment(options),
+            "config": options.config,
+            "size": list(options.size),
+            "dtype": options.dtype,
+            "stages": rows,
+            "sum": total,
+        }
         write_text(results_path(options.output, "meta", "kernel_count"), json.dumps(content, indent=1) + "\n")
 
 

@@ -61,9 +61,10 @@ BENCHMARK = Benchmark(
         "torchvision": torchvision and Provider(run_pooler, make_pooler, waits=True, lowered=(1,)),
     },
     # In float64; the reference loops over RoIs, which is slow on a GPU.
-    oracle=(lambda *inputs, **options: run_pooler(*make_pooler(*inputs, **options))) if torchvision
+    oracle=(lambda *inputs, **options: run_pooler(*make_pooler(*inputs, **options)))
+    if torchvision
     else reference.multilevel_roi_align,
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     main(BENCHMARK)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Network and heads of the R50 model at 800x1344, 100 RoIs in the thing head: arranged for inference, against the same
-model from plain PyTorch modules, in the dtype and on the device of the image."""
+model from plain PyTorch modules, in the dtype and on the device of the image.
+"""
 
 import copy
 from functools import cache, partial

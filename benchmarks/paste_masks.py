@@ -24,7 +24,7 @@ def setup(count: int, size: tuple[int, int]) -> Problem:
 
 
 def torchvision_paste(logits, boxes, size):
-    """torchvision rounds and enlarges boxes, so its masks differ at the outline; it is here for its time."""
+    """Torchvision rounds and enlarges boxes, so its masks differ at the outline; it is here for its time."""
     return detection.paste_masks_in_image(logits.sigmoid()[:, None], boxes, size)[:, 0] >= 0.5
 
 

@@ -36,8 +36,16 @@ torchvision = optional("torchvision.ops")
 batched_nms, roi_align = (torchvision or reference).batched_nms, (torchvision or reference).roi_align
 
 STAGES = (
-    "load", "backbone + FPN", "sub-networks", "dense heads", "detections", "masks", "stuff labels", "merge", "write",
-)  # fmt: skip
+    "load",
+    "backbone + FPN",
+    "sub-networks",
+    "dense heads",
+    "detections",
+    "masks",
+    "stuff labels",
+    "merge",
+    "write",
+)
 """What a pipeline spends its time on, in order."""
 
 
@@ -75,8 +83,14 @@ class ReferencePipeline:
         ValueError: the model has deformable convolutions, for which plain PyTorch has no module.
     """
 
-    def __init__(self, model: SpatialFlow, test: TestConfig, device: torch.device, channels_last: bool = False,
-                 dtype: torch.dtype = torch.float32):  # fmt: skip
+    def __init__(
+        self,
+        model: SpatialFlow,
+        test: TestConfig,
+        device: torch.device,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         if any("conv_offset" in name for name, _ in model.named_parameters()):
             raise ValueError(f"{model.config.name}: the reference pipeline has no deformable convolutions")
         self.format = torch.channels_last if channels_last else torch.contiguous_format
@@ -90,8 +104,11 @@ class ReferencePipeline:
     @torch.inference_mode()
     def __call__(self, path: Path, png: Path) -> tuple[np.ndarray, list[dict[str, Any]], int, dict[str, float]]:
         """(H, W) int32 ids, the segments, the number of detections, and seconds by stage."""
-        model, test, data, clock = self.model, self.test, self.model.config.data, Clock(
-            self.device, self.dtype == torch.float32
+        model, test, data, clock = (
+            self.model,
+            self.test,
+            self.model.config.data,
+            Clock(self.device, self.dtype == torch.float32),
         )
         with clock("load"):
             pixels = read_image(path)
@@ -139,9 +156,11 @@ class ReferencePipeline:
             scores = logits[0].float().permute(1, 2, 0).reshape(-1, self.shape.num_things).sigmoid()
             deltas = deltas[0].float().permute(1, 2, 0).reshape(-1, 4)
             base = base_anchors(
-                STRIDES[level], self.shape.anchor_octave_scale, self.shape.anchor_scales_per_octave,
+                STRIDES[level],
+                self.shape.anchor_octave_scale,
+                self.shape.anchor_scales_per_octave,
                 self.shape.anchor_ratios,
-            )  # fmt: skip
+            )
             anchors = grid_anchors(tuple(logits.shape[-2:]), STRIDES[level], base.to(self.device))
             if 0 < self.test.candidates_per_level < len(scores):
                 best = scores.max(dim=1).values.topk(self.test.candidates_per_level).indices

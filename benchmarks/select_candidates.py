@@ -23,12 +23,17 @@ def setup(batch: int, classes: int = 80, anchors: int = 9, per_level: int = 1000
     logits = levels(anchors * classes, 1.0, -6.0)
     return Problem(
         inputs=(
-            logits, levels(anchors * 4, 0.3, 0.0), torch.cat([-half, half], dim=2), STRIDES,
-            torch.tensor([[800, 1333]] * batch), torch.full((batch, 2), 1.5), per_level,
+            logits,
+            levels(anchors * 4, 0.3, 0.0),
+            torch.cat([-half, half], dim=2),
+            STRIDES,
+            torch.tensor([[800, 1333]] * batch),
+            torch.full((batch, 2), 1.5),
+            per_level,
         ),
         features=(0, 1),
         bytes=4 * sum(level.numel() for level in logits),  # every logit is read once
-    )  # fmt: skip
+    )
 
 
 def prepared(class_logits, box_deltas, base_anchors, strides, *rest):

@@ -111,9 +111,13 @@ def main(arguments: list[str] | None = None) -> None:
         overrides = {"test_short_edges": [options.size[0]], "test_long_edge": max(options.size), "test_flip": False}
         model, image = untrained_model(options.config, path, overrides), read_image(path)
     content: dict[str, Any] = {
-        "op": "stages", **environment(options), "config": options.config, "size": list(options.size),
-        "dtype": options.dtype, "forms": rows,
-    }  # fmt: skip
+        "op": "stages",
+        **environment(options),
+        "config": options.config,
+        "size": list(options.size),
+        "dtype": options.dtype,
+        "forms": rows,
+    }
 
     def save() -> None:
         if options.output is not None:

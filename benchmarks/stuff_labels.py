@@ -43,7 +43,7 @@ BENCHMARK = Benchmark(
         },
         "54 classes, 800x1333": {"classes": 54, "cells": (200, 336), "valid": (800, 1333), "original": (800, 1333)},
         "12 classes, 1024x2048": {"classes": 12, "cells": (256, 512), "valid": (1024, 2048), "original": (1024, 2048)},
-    },  # fmt: skip
+    },
     providers={
         "spatialflow": ops.stuff_labels,
         "reference": reference.stuff_labels,

@@ -198,7 +198,8 @@ def paste_masks(probabilities, boxes, size, threshold=0.5, run=launch):
 
 def provider(function: Any, first: Any = None) -> Provider | None:
     """A textbook kernel as a provider, or None without CuPy. Inputs are made float32 and contiguous outside the timing;
-    `first` changes the first of them."""
+    `first` changes the first of them.
+    """
     if cupy is None:
         return None
 

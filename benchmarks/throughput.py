@@ -23,17 +23,17 @@ from spatialflow.threads import leave_cores_to_others, map_ahead
 
 leave_cores_to_others()
 
-import torch  # noqa: E402
-from harness import environment, pictures, require_positive, results_path, write_text  # noqa: E402
-from untrained import untrained_model  # noqa: E402
+import torch
+from harness import environment, pictures, require_positive, results_path, write_text
+from untrained import untrained_model
 
-from spatialflow import Predictor, build_model, load_checkpoint  # noqa: E402
-from spatialflow.console import InputImage  # noqa: E402
-from spatialflow.data.synthetic import synthesize  # noqa: E402
-from spatialflow.engine.checkpoints import packaged_weights  # noqa: E402
-from spatialflow.engine.predict import DECODERS, Outcome  # noqa: E402
-from spatialflow.images import read_image  # noqa: E402
-from spatialflow.prediction_folder import PredictionFolder, writers  # noqa: E402
+from spatialflow import Predictor, build_model, load_checkpoint
+from spatialflow.console import InputImage
+from spatialflow.data.synthetic import synthesize
+from spatialflow.engine.checkpoints import packaged_weights
+from spatialflow.engine.predict import DECODERS, Outcome
+from spatialflow.images import read_image
+from spatialflow.prediction_folder import PredictionFolder, writers
 
 STAGES = ("decode", "network", "write")
 ROWS = (*STAGES, "one after the other", "overlapped")
@@ -53,8 +53,9 @@ class Runs:
         """A new folder, with overlay pictures."""
         self.count += 1
         categories = self.predictor.categories.as_coco()
-        return PredictionFolder(self.folder / str(self.count), self.images, categories, {}, overlays=True,
-                                detections=False, resume=False)  # fmt: skip
+        return PredictionFolder(
+            self.folder / str(self.count), self.images, categories, {}, overlays=True, detections=False, resume=False
+        )
 
     def decode(self) -> None:
         threads = DECODERS[self.predictor.device.type]
@@ -102,39 +103,61 @@ def make_rows(times: dict[str, list[float]], count: int) -> list[dict[str, Any]]
     slowest = max(medians[stage] for stage in STAGES)
     return [
         {
-            "row": row, "images_per_second": count / median, "seconds": median, "least": min(times[row]),
-            "most": max(times[row]), "rounds": len(times[row]), "of_slowest_stage": slowest / median,
+            "row": row,
+            "images_per_second": count / median,
+            "seconds": median,
+            "least": min(times[row]),
+            "most": max(times[row]),
+            "rounds": len(times[row]),
+            "of_slowest_stage": slowest / median,
         }
         for row, median in medians.items()
-    ]  # fmt: skip
+    ]
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     print(f"    {'':<22}{'images/s':>9}{'seconds':>9}{'least':>8}{'most':>8}{'of the slowest stage':>22}")
     for row in rows:
-        print(f"    {row['row']:<22}{row['images_per_second']:>9.2f}{row['seconds']:>9.2f}{row['least']:>8.2f}"
-              f"{row['most']:>8.2f}{100 * row['of_slowest_stage']:>20.0f} %")  # fmt: skip
+        print(
+            f"    {row['row']:<22}{row['images_per_second']:>9.2f}{row['seconds']:>9.2f}{row['least']:>8.2f}"
+            f"{row['most']:>8.2f}{100 * row['of_slowest_stage']:>20.0f} %"
+        )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Images per second, {TITLE}: each stage alone, and overlapped.")
     parser.add_argument("--config", default="demo", metavar="NAME", help="model (default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights (default: those that come with "
-                        "the package, else random ones that find about as much)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="its weights (default: those that come with the package, else random ones that find about as much)",
+    )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: synthetic scenes)")
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"),
-                        help="of the scenes (default: 480 640)")  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="of the scenes (default: 480 640)"
+    )
     parser.add_argument("--count", type=int, default=100, metavar="N", help="the first pictures (default: 100)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="arithmetic of the network (default: float32)")  # fmt: skip
-    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
-                        help="replay CUDA graphs (default: on a GPU)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="arithmetic of the network (default: float32)",
+    )
+    parser.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, help="replay CUDA graphs (default: on a GPU)"
+    )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per batch (default: 1)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of all rounds; there are at least three")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER",
-                        help="folder of <device>/throughput.json (default: benchmarks/results)")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="FOLDER",
+        help="folder of <device>/throughput.json (default: benchmarks/results)",
+    )
     options = parser.parse_args(arguments)
     require_positive(parser, options, "count", "batch_size", "threads", "seconds")
     return options
@@ -146,8 +169,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     setting = environment(options)
-    print(f"throughput: {TITLE}\n  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, "
-          f"{options.config} in {options.dtype}, batches of {options.batch_size}, {options.count} images")  # fmt: skip
+    print(
+        f"throughput: {TITLE}\n  {setting['device']}, {setting['threads']} threads, torch {torch.__version__}, "
+        f"{options.config} in {options.dtype}, batches of {options.batch_size}, {options.count} images"
+    )
     with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:
         folder, images = Path(name), options.images
         if images is None:
@@ -159,8 +184,14 @@ def main(arguments: list[str] | None = None) -> None:
             model = untrained_model(options.config, paths[0], {})
         else:
             model = load_checkpoint(build_model(options.config), weights)
-        predictor = Predictor(model, options.device, getattr(torch, options.dtype), options.cuda_graph,
-                              batch_size=options.batch_size, detection_masks=False)  # fmt: skip
+        predictor = Predictor(
+            model,
+            options.device,
+            getattr(torch, options.dtype),
+            options.cuda_graph,
+            batch_size=options.batch_size,
+            detection_masks=False,
+        )
         rows = make_rows(measure(Runs(predictor, paths, folder), options.seconds), len(paths))
     print_rows(rows)
     chosen = {name: getattr(options, name) for name in ("config", "dtype", "batch_size")}

@@ -162,51 +162,97 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     predict = commands.add_parser(
-        "predict", help="images in, panoptic maps and overlay pictures out",
+        "predict",
+        help="images in, panoptic maps and overlay pictures out",
         description="Writes a panoptic map and an overlay picture for every image. A file that is no image is named "
-                    "and left out. The same\ncommand, given again, goes on from a run that was interrupted. Threads "
-                    "decode the next images and write the previous\nones while the network works.\n\n"
-                    + package_configs(),
+        "and left out. The same\ncommand, given again, goes on from a run that was interrupted. Threads "
+        "decode the next images and write the previous\nones while the network works.\n\n" + package_configs(),
         **with_examples(
             "predict photos --config demo --output out",
             "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
             "predict photos --recursive --config demo --output out",
             "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
         ),
-    )  # fmt: skip
+    )
     predict.set_defaults(run=_predict)
     predict.add_argument("images", nargs="+", type=to_path, metavar="IMAGE", help="image files, or folders of them")
-    predict.add_argument("--output", required=True, type=to_path, metavar="FOLDER",
-                         help="receives panoptic.json, panoptic/*.png (COCO panoptic format) and "
-                              "overlays/*.jpg")  # fmt: skip
-    predict.add_argument("--config", action="append", metavar="NAME",
-                         help=f"configuration of the package or YAML file (default: {DEFAULT_CONFIG})")  # fmt: skip
-    predict.add_argument("--checkpoint", action="append", type=to_path, metavar="FILE",
-                         help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
-                              "the package, as for demo; else random ones). Given several times: an ensemble, with one "
-                              "--config for all or one for each")  # fmt: skip
+    predict.add_argument(
+        "--output",
+        required=True,
+        type=to_path,
+        metavar="FOLDER",
+        help="receives panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg",
+    )
+    predict.add_argument(
+        "--config",
+        action="append",
+        metavar="NAME",
+        help=f"configuration of the package or YAML file (default: {DEFAULT_CONFIG})",
+    )
+    predict.add_argument(
+        "--checkpoint",
+        action="append",
+        type=to_path,
+        metavar="FILE",
+        help="weights: safetensors, torch, or a released checkpoint (default: those that come with "
+        "the package, as for demo; else random ones). Given several times: an ensemble, with one "
+        "--config for all or one for each",
+    )
     predict.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
     predict.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    predict.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                         help="arithmetic of the network (default: %(default)s)")  # fmt: skip
-    predict.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
-                         help="replay a CUDA graph per padded size of the network's input, the first image of which "
-                              "takes longer (default: on a GPU)")  # fmt: skip
-    predict.add_argument("--size", nargs="+", type=int, metavar=("SHORT", "LONG"),
-                         help="pixels that the short and the long edge are fitted to, whichever is reached first; the "
-                              "long one may be left out (default: the configuration's)")  # fmt: skip
-    predict.add_argument("--short-edges", nargs="+", type=int, metavar="SHORT",
-                         help="test-time augmentation: every image with its short edge at each of these pixels, "
-                              "results joined (default: the configuration's)")  # fmt: skip
-    predict.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                         help="test-time augmentation: mirrored images too (default: the configuration's)")  # fmt: skip
-    predict.add_argument("--score", type=float, metavar="S", help="least score of an instance in the "
-                         "panoptic map, 0 to 1 (default: the configuration's)")  # fmt: skip
-    predict.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
-                         help="other fields of the configuration, e.g. stuff_area_threshold=2000")  # fmt: skip
-    predict.add_argument("--threads", type=int, metavar="N",
-                         help="CPU threads of the network, beside those that decode and write "
-                              "(default: torch's)")  # fmt: skip
+    predict.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="arithmetic of the network (default: %(default)s)",
+    )
+    predict.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="replay a CUDA graph per padded size of the network's input, the first image of which "
+        "takes longer (default: on a GPU)",
+    )
+    predict.add_argument(
+        "--size",
+        nargs="+",
+        type=int,
+        metavar=("SHORT", "LONG"),
+        help="pixels that the short and the long edge are fitted to, whichever is reached first; the "
+        "long one may be left out (default: the configuration's)",
+    )
+    predict.add_argument(
+        "--short-edges",
+        nargs="+",
+        type=int,
+        metavar="SHORT",
+        help="test-time augmentation: every image with its short edge at each of these pixels, "
+        "results joined (default: the configuration's)",
+    )
+    predict.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="test-time augmentation: mirrored images too (default: the configuration's)",
+    )
+    predict.add_argument(
+        "--score",
+        type=float,
+        metavar="S",
+        help="least score of an instance in the panoptic map, 0 to 1 (default: the configuration's)",
+    )
+    predict.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="other fields of the configuration, e.g. stuff_area_threshold=2000",
+    )
+    predict.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of the network, beside those that decode and write (default: torch's)",
+    )
     predict.add_argument("--detections", action="store_true", help="write detections.json too (COCO results)")
     predict.add_argument("--no-overlay", action="store_true", help="write no overlay pictures")
     predict.add_argument("--recursive", action="store_true", help="images in sub-folders too; outputs keep the folders")
@@ -215,29 +261,37 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = commands.add_parser(
-        "evaluate", help="panoptic quality of a folder of predictions",
+        "evaluate",
+        help="panoptic quality of a folder of predictions",
         description="Prints panoptic quality (PQ), segmentation quality (SQ) and recognition quality (RQ) in percent, "
-                    "and N, the classes\nthat count. Images are joined by id, or by the photograph's name "
-                    "(docs/prediction.md). Annotations that\ncontradict themselves stop it or are reported "
-                    "(docs/annotations.md).",
+        "and N, the classes\nthat count. Images are joined by id, or by the photograph's name "
+        "(docs/prediction.md). Annotations that\ncontradict themselves stop it or are reported "
+        "(docs/annotations.md).",
         **with_examples(
             "evaluate panoptic_val2017.json out",
             "evaluate panoptic_val2017.json out --detections out/detections.json --per-class --output scores.json",
         ),
-    )  # fmt: skip
+    )
     evaluate.set_defaults(run=_evaluate)
     for name, what in (
         ("ground_truth", "ground truth: a Cityscapes tree (its split val), or"),
         ("prediction", "predictions:"),
     ):
-        evaluate.add_argument(name, type=to_path, metavar=name.upper(),
-                              help=f"{what} the panoptic JSON, the folder of PNGs beside it, or what `predict` "
-                                   "wrote")  # fmt: skip
+        evaluate.add_argument(
+            name,
+            type=to_path,
+            metavar=name.upper(),
+            help=f"{what} the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote",
+        )
     evaluate.add_argument("--ground-truth-folder", type=to_path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--prediction-folder", type=to_path, metavar="FOLDER", help="PNGs, if not beside the JSON")
     evaluate.add_argument("--output", type=to_path, metavar="FILE", help="write all numbers as JSON")
-    evaluate.add_argument("--detections", type=to_path, metavar="FILE",
-                          help="COCO results, as `predict --detections` writes them: box and mask AP too")  # fmt: skip
+    evaluate.add_argument(
+        "--detections",
+        type=to_path,
+        metavar="FILE",
+        help="COCO results, as `predict --detections` writes them: box and mask AP too",
+    )
     evaluate.add_argument("--per-class", action="store_true", help="a line for every class in the table")
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
 
@@ -251,18 +305,27 @@ def _parser() -> argparse.ArgumentParser:
         **with_examples("synthesize scenes --count 20 --size 256 384"),
     )
     synthesize.set_defaults(run=_synthesize)
-    synthesize.add_argument("output", type=to_path, metavar="FOLDER",
-                            help="receives images/, panoptic/ and panoptic.json")  # fmt: skip
+    synthesize.add_argument(
+        "output", type=to_path, metavar="FOLDER", help="receives images/, panoptic/ and panoptic.json"
+    )
     synthesize.add_argument("--count", type=int, default=8, metavar="N", help="scenes (default: %(default)s)")
-    synthesize.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"),
-                            help="pixels of every scene (default: 480 640)")  # fmt: skip
-    synthesize.add_argument("--seed", type=int, default=0, metavar="S",
-                            help="other seeds draw other scenes (default: %(default)s)")  # fmt: skip
+    synthesize.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(480, 640),
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels of every scene (default: 480 640)",
+    )
+    synthesize.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="other seeds draw other scenes (default: %(default)s)"
+    )
 
     convert = commands.add_parser(
-        "convert", help="rewrite a released checkpoint with the names of this package",
+        "convert",
+        help="rewrite a released checkpoint with the names of this package",
         **with_examples("convert released.pth weights.safetensors --half"),
-    )  # fmt: skip
+    )
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=to_path, metavar="SOURCE", help="released checkpoint, or one of this package")
     convert.add_argument("--half", action="store_true", help="store float16: half the size, for inference")
@@ -270,20 +333,22 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", type=to_path, metavar="DESTINATION", help="ends in .safetensors, .pt or .pth")
 
     benchmark = commands.add_parser(
-        "benchmark", help="time operators against their peers",
+        "benchmark",
+        help="time operators against their peers",
         description="Checks every result in float64, then times it. Peers that are not installed are left out; "
-                    "`pip install torchvision`\nbrings most. Without it nms is checked by its reference, which takes "
-                    "minutes.",
+        "`pip install torchvision`\nbrings most. Without it nms is checked by its reference, which takes "
+        "minutes.",
         **with_examples("benchmark --list", "benchmark roi_align nms --seconds 2 --output results"),
-    )  # fmt: skip
+    )
     benchmark.set_defaults(run=_benchmark)
     benchmark.add_argument("ops", nargs="*", metavar="OP", help="operators (default: all)")
     benchmark.add_argument("--list", action="store_true", help="name the operators and end")
     for name, metavar, what in (
-        ("device", "DEVICE", "cpu or cuda (default: cpu)"), ("threads", "N", "CPU threads (default: torch's)"),
+        ("device", "DEVICE", "cpu or cuda (default: cpu)"),
+        ("threads", "N", "CPU threads (default: torch's)"),
         ("seconds", "S", "time per provider, case and mode (default: 1)"),
         ("output", "FOLDER", "receives <device>/<op>.json and .png (default: benchmarks/results)"),
-    ):  # fmt: skip
+    ):
         benchmark.add_argument(f"--{name}", metavar=metavar, help=what)
 
     info = commands.add_parser("info", help="versions, libraries, instruction set, CUDA architectures")
@@ -311,15 +376,23 @@ def _predict(options: argparse.Namespace) -> int:
     if options.detections and not has_pycocotools():
         complain("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
     predictor, settings = _make_predictor(options)
-    output = PredictionFolder(options.output, images, predictor.categories.as_coco(), settings,
-                              overlays=not options.no_overlay, detections=options.detections,
-                              resume=not options.restart)  # fmt: skip
+    output = PredictionFolder(
+        options.output,
+        images,
+        predictor.categories.as_coco(),
+        settings,
+        overlays=not options.no_overlay,
+        detections=options.detections,
+        resume=not options.restart,
+    )
     before = set(output.done)
     if output.replaces:
         complain(f"{options.output}: holds the results of an earlier run, which this one replaces")
     if before:
-        complain(f"{options.output}: {len(before)} of {len(images)} images were done by a run that was interrupted; "
-                 f"this one goes on")  # fmt: skip
+        complain(
+            f"{options.output}: {len(before)} of {len(images)} images were done by a run that was interrupted; "
+            f"this one goes on"
+        )
     todo = [image for image in images if image.name not in before]
     times: dict[str, float] = {}
     begin = time.perf_counter()
@@ -347,16 +420,22 @@ def _predict(options: argparse.Namespace) -> int:
     new = done - len(before)
     if new:
         stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
-        print(f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms; "
-              f"overlapped {seconds_of_all / new * 1e3:.1f} ms")  # fmt: skip
+        print(
+            f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms; "
+            f"overlapped {seconds_of_all / new * 1e3:.1f} ms"
+        )
     if done:
-        print(f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
-              + ("" if options.no_overlay else f", {output.overlay_folder}/"))  # fmt: skip
+        print(
+            f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
+            + ("" if options.no_overlay else f", {output.overlay_folder}/")
+        )
     else:
         complain("no image could be predicted")
     if output.left_out:
-        complain(f"{options.output}: {output.left_out} more images were done by the run that was interrupted; "
-                 f"panoptic.json does not list them, and the journal keeps them")  # fmt: skip
+        complain(
+            f"{options.output}: {output.left_out} more images were done by the run that was interrupted; "
+            f"panoptic.json does not list them, and the journal keeps them"
+        )
     return 1 if failed else 0
 
 
@@ -448,10 +527,16 @@ def _evaluate(options: argparse.Namespace) -> int:
         keep_inputs(options.output, truth, truth_folder, prediction, prediction_folder, options.detections)
         with named(options.output):
             evaluate_and_report(
-                truth, truth_folder, prediction, prediction_folder,
-                output=options.output, detections=options.detections, per_class=options.per_class,
-                workers=options.workers, progress=sys.stderr.isatty(),
-            )  # fmt: skip
+                truth,
+                truth_folder,
+                prediction,
+                prediction_folder,
+                output=options.output,
+                detections=options.detections,
+                per_class=options.per_class,
+                workers=options.workers,
+                progress=sys.stderr.isatty(),
+            )
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     except BrokenPipeError:
@@ -577,10 +662,14 @@ def _info(options: argparse.Namespace) -> int:
         rows.append(("CPU level", f"none: {error}"))
         code = 2
     rows += [
-        ("CUDA library", f"for {built['cuda_architectures']}, by {built['cuda_compiler']}" if "cuda" in
-         _library.built_libraries() and built.get("cuda_architectures") else "not built"),
+        (
+            "CUDA library",
+            f"for {built['cuda_architectures']}, by {built['cuda_compiler']}"
+            if "cuda" in _library.built_libraries() and built.get("cuda_architectures")
+            else "not built",
+        ),
         ("CUDA devices", devices),
-    ]  # fmt: skip
+    ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
     return code

@@ -103,14 +103,18 @@ def list_images(
             found = [] if recursive else list(_images_below(path, left_out))
             top = [image for image in found if "/" not in image.name]
             if len(top) < len(found) and top:
-                complain(f"{path}: {len(found) - len(top)} images in its sub-folders are left out; --recursive takes "
-                         f"them too")  # fmt: skip
+                complain(
+                    f"{path}: {len(found) - len(top)} images in its sub-folders are left out; --recursive takes "
+                    f"them too"
+                )
             found = top or list(_images_below(path, left_out, failed))
             if found and not top and not recursive:
                 folders = Counter(image.name.split("/")[0] for image in found)
                 most = ", ".join(f"{name}: {count}" for name, count in folders.most_common(3))
-                complain(f"{path}: holds no image itself; its sub-folders hold {len(found)} ({most}"
-                         f"{', ...' * (len(folders) > 3)})")  # fmt: skip
+                complain(
+                    f"{path}: holds no image itself; its sub-folders hold {len(found)} ({most}"
+                    f"{', ...' * (len(folders) > 3)})"
+                )
             if not found:
                 failed.append(f"{path}: holds no image file")
         for image in found:

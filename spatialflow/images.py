@@ -3,8 +3,8 @@
 
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, Union
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ class ImageWarning(DataWarning):
     """An image that was read although its file has a defect; the message names both."""
 
 
-def read_image(path: Union[str, Path]) -> np.ndarray:
+def read_image(path: str | Path) -> np.ndarray:
     """Decodes an image file to (H, W, 3) uint8 BGR.
 
     Grayscale is spread over the channels, transparency is dropped, 16-bit values lose their low byte, EXIF orientation
@@ -74,9 +74,7 @@ def _promises_more_than_it_holds(content: bytes) -> bool:
     return False
 
 
-def decode_image(
-    path: Union[str, Path], content: bytes, flags: int = cv2.IMREAD_COLOR
-) -> Union[np.ndarray, None]:
+def decode_image(path: str | Path, content: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray | None:
     """OpenCV's result, which is None for a truncated file (from OpenCV 4.12 on; before, a gray rest).
 
     Raises:
@@ -116,7 +114,7 @@ def _continuations() -> Iterator[bytes]:
         yield data + b"".join(bytes([0xFF, 0xD0 + (number + marker) % 8]) + data for marker in range(8))
 
 
-def _decode_with_pillow(content: bytes) -> Union[np.ndarray, None]:
+def _decode_with_pillow(content: bytes) -> np.ndarray | None:
     from PIL import Image
 
     try:

@@ -76,9 +76,14 @@ class PredictionFolder:
         try:
             self.replaces = self._replaces()
             self._writer = PanopticWriter(
-                self.folder, root / "panoptic.json", categories, info=_INFO, settings=settings, resume=resume,
+                self.folder,
+                root / "panoptic.json",
+                categories,
+                info=_INFO,
+                settings=settings,
+                resume=resume,
                 detections_path=root / "detections.json" if detections else None,
-            )  # fmt: skip
+            )
         except InUseError as error:
             raise CommandError(f"{error}; use another --output") from None
         except ResumeError as error:
@@ -116,9 +121,7 @@ class PredictionFolder:
     def _overlay_path(self, image: InputImage) -> Path:
         return self.overlay_folder / f"{without_suffix(image.name)}.jpg"
 
-    def add_all(
-        self, images: Iterable[InputImage], outcomes: Iterable[Outcome], threads: int = 1
-    ) -> Iterator[Future]:
+    def add_all(self, images: Iterable[InputImage], outcomes: Iterable[Outcome], threads: int = 1) -> Iterator[Future]:
         """Writes the files of many images in threads beside the caller's.
 
         Args:
@@ -167,10 +170,14 @@ class PredictionFolder:
         try:
             with named(path):
                 self._writer.add(
-                    image_id, image.name, result.id_map, result.segments, photograph=image.path,
+                    image_id,
+                    image.name,
+                    result.id_map,
+                    result.segments,
+                    photograph=image.path,
                     png_name=path.relative_to(self.folder).as_posix(),
                     detections=detection_rows(result, image_id) if self._detections else (),
-                )  # fmt: skip
+                )
         except BaseException:
             if self._overlays:
                 picture.unlink(missing_ok=True)

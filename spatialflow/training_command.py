@@ -15,23 +15,29 @@ from spatialflow.errors import CommandError
 def add_train(commands: argparse._SubParsersAction) -> None:
     """Adds the command to the command line."""
     train = commands.add_parser(
-        "train", help="train a network; with torchrun on several GPUs or machines",
+        "train",
+        help="train a network; with torchrun on several GPUs or machines",
         description="Trains on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
-                    "command, given again,\ngoes on from an interrupted run's last checkpoint. docs/training.md tells "
-                    "of data, configurations and resuming.\n\n" + package_configs(),
+        "command, given again,\ngoes on from an interrupted run's last checkpoint. docs/training.md tells "
+        "of data, configurations and resuming.\n\n" + package_configs(),
         **with_examples(
             "synthesize scenes --count 20 --size 256 384",
             "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
             "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
         ),
-    )  # fmt: skip
+    )
     train.set_defaults(run=run_train)
     train.add_argument("config", metavar="CONFIG", help="configuration of the package or YAML file")
     train.add_argument(
         "settings", nargs="*", metavar="FIELD=VALUE", help="other values for the configuration, e.g. epochs=5"
     )
-    train.add_argument("--output", required=True, type=to_path, metavar="FOLDER",
-                       help="receives checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...")  # fmt: skip
+    train.add_argument(
+        "--output",
+        required=True,
+        type=to_path,
+        metavar="FOLDER",
+        help="receives checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...",
+    )
     train.add_argument("--images", type=to_path, metavar="FOLDER", help="photographs")
     train.add_argument("--annotations", type=to_path, metavar="JSON", help="COCO panoptic JSON")
     train.add_argument(
@@ -40,10 +46,19 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--validation-images", type=to_path, metavar="FOLDER", help="as --images, to evaluate on")
     train.add_argument("--validation-annotations", type=to_path, metavar="JSON", help="as --annotations")
     train.add_argument("--validation-panoptic", type=to_path, metavar="FOLDER", help="as --panoptic")
-    train.add_argument("--cityscapes", type=to_path, metavar="FOLDER", help="tree with leftImg8bit and gtFine: train "
-                       "on its split train, evaluate on val where there is one")  # fmt: skip
-    train.add_argument("--checkpoint", type=to_path, metavar="FILE", help="finetune these weights; layers that depend "
-                       "on the classes start from random weights where they do not fit")  # fmt: skip
+    train.add_argument(
+        "--cityscapes",
+        type=to_path,
+        metavar="FOLDER",
+        help="tree with leftImg8bit and gtFine: train on its split train, evaluate on val where there is one",
+    )
+    train.add_argument(
+        "--checkpoint",
+        type=to_path,
+        metavar="FILE",
+        help="finetune these weights; layers that depend "
+        "on the classes start from random weights where they do not fit",
+    )
     train.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
     train.add_argument("--backbone", type=to_path, metavar="FILE", help="ImageNet weights with torchvision's names")
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -86,13 +101,23 @@ def run_train(options: argparse.Namespace) -> int:
     world = distributed.join(options.device)
     try:
         trainer = Trainer(
-            config, data, options.output, world, validation=validation,
+            config,
+            data,
+            options.output,
+            world,
+            validation=validation,
             source=Source(options.checkpoint, options.backbone, options.ema),
-            workers=options.workers, strict=options.strict, progress=sys.stderr.isatty(), resume=not options.restart,
-        )  # fmt: skip
+            workers=options.workers,
+            strict=options.strict,
+            progress=sys.stderr.isatty(),
+            resume=not options.restart,
+        )
         if world.is_first:
-            print(f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
-                  f"{trainer.total_steps}: {options.output}", flush=True)  # fmt: skip
+            print(
+                f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
+                f"{trainer.total_steps}: {options.output}",
+                flush=True,
+            )
             _warn_of_random_statistics(options, config.model)
             for text in [*idle_settings(config.training, trainer.total_steps), *_without_pycocotools(validation)]:
                 complain(text)
@@ -124,8 +149,10 @@ def run_train(options: argparse.Namespace) -> int:
 def _warn_of_random_statistics(options: argparse.Namespace, model: Any) -> None:
     fixed = model.backbone_frozen_stages >= 0 or not model.backbone_norm_trains
     if fixed and options.checkpoint is None and options.backbone is None:
-        complain("no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random initial "
-                 "values; from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1")  # fmt: skip
+        complain(
+            "no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random initial "
+            "values; from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1"
+        )
 
 
 def _without_pycocotools(validation: Any) -> list[str]:

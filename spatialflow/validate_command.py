@@ -27,24 +27,33 @@ EXAMPLES = 3
 def add_validate(commands: Any) -> None:
     """Adds the command to the subparsers of `spatialflow`."""
     validate = commands.add_parser(
-        "validate", help="find what is wrong with panoptic annotations",
+        "validate",
+        help="find what is wrong with panoptic annotations",
         description="Checks a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, "
-                    "missing files.\nFor every broken rule (docs/annotations.md) it says what a breach does in a "
-                    "ground truth and in a\nprediction for `evaluate`, and in `train`: the command stops, it is "
-                    "reported, the image is\nskipped, or it does not matter (-). Exit codes: 0 clean, 1 problems "
-                    "found, 2 not readable at all.",
+        "missing files.\nFor every broken rule (docs/annotations.md) it says what a breach does in a "
+        "ground truth and in a\nprediction for `evaluate`, and in `train`: the command stops, it is "
+        "reported, the image is\nskipped, or it does not matter (-). Exit codes: 0 clean, 1 problems "
+        "found, 2 not readable at all.",
         **with_examples(
             "validate annotations/panoptic_val2017.json --images val2017",
             "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
             "validate out",
         ),
-    )  # fmt: skip
+    )
     validate.set_defaults(run=run_validate)
-    validate.add_argument("annotations", type=to_path, metavar="ANNOTATIONS",
-                          help="the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote")  # fmt: skip
+    validate.add_argument(
+        "annotations",
+        type=to_path,
+        metavar="ANNOTATIONS",
+        help="the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote",
+    )
     validate.add_argument("--folder", type=to_path, metavar="FOLDER", help="PNGs, if not beside the JSON")
-    validate.add_argument("--images", type=to_path, metavar="FOLDER",
-                          help="photographs: check that each can be read and has its PNG's size")  # fmt: skip
+    validate.add_argument(
+        "--images",
+        type=to_path,
+        metavar="FOLDER",
+        help="photographs: check that each can be read and has its PNG's size",
+    )
     validate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     validate.add_argument("--output", type=to_path, metavar="FILE", help="write all problems as JSON")
 

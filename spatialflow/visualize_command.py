@@ -58,22 +58,40 @@ class Row(NamedTuple):
 def add_visualize(commands: Any) -> None:
     """Adds the command to the subparsers of `spatialflow`."""
     visualize = commands.add_parser(
-        "visualize", help="pictures of ground truth, prediction, activations side by side",
+        "visualize",
+        help="pictures of ground truth, prediction, activations side by side",
         **with_examples("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures"),
-    )  # fmt: skip
+    )
     visualize.set_defaults(run=run_visualize)
     visualize.add_argument("images", nargs="+", type=to_path, metavar="IMAGE", help="photographs, or folders of them")
-    visualize.add_argument("--output", required=True, type=to_path, metavar="FOLDER",
-                           help="receives pictures/*.jpg and index.html; with ground truth and prediction the pictures "
-                                "are sorted by panoptic quality, and there are worst.jpg and best.jpg")  # fmt: skip
+    visualize.add_argument(
+        "--output",
+        required=True,
+        type=to_path,
+        metavar="FOLDER",
+        help="receives pictures/*.jpg and index.html; with ground truth and prediction the pictures "
+        "are sorted by panoptic quality, and there are worst.jpg and best.jpg",
+    )
     for name, what in (("ground-truth", "ground truth"), ("prediction", "predictions")):
-        visualize.add_argument(f"--{name}", type=to_path, metavar="JSON",
-                               help=f"{what}: the panoptic JSON, PNGs beside it, or what `predict` wrote")  # fmt: skip
-    visualize.add_argument("--sheet", type=int, default=5, metavar="N",
-                           help="pictures in each of worst.jpg and best.jpg (default: %(default)s)")  # fmt: skip
+        visualize.add_argument(
+            f"--{name}",
+            type=to_path,
+            metavar="JSON",
+            help=f"{what}: the panoptic JSON, PNGs beside it, or what `predict` wrote",
+        )
+    visualize.add_argument(
+        "--sheet",
+        type=int,
+        default=5,
+        metavar="N",
+        help="pictures in each of worst.jpg and best.jpg (default: %(default)s)",
+    )
     visualize.add_argument("--recursive", action="store_true", help="photographs in sub-folders too")
-    visualize.add_argument("--config", metavar="NAME", help="network whose class-activation maps are shown, of the cls "
-                           "sub-network and the stuff head")  # fmt: skip
+    visualize.add_argument(
+        "--config",
+        metavar="NAME",
+        help="network whose class-activation maps are shown, of the cls sub-network and the stuff head",
+    )
     visualize.add_argument("--checkpoint", type=to_path, metavar="FILE", help="its weights, as for predict")
     visualize.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
 

@@ -17,7 +17,7 @@ def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], f
     """A function that makes x, flow, weight and bias in float64, on maps larger by its argument."""
 
     def build(grow: int = 0) -> list:
-        """x and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
+        """X and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
         x = [eighths(batch, channels, h + grow, w + grow) for h, w in sizes]
         weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
         return [

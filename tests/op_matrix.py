@@ -250,7 +250,7 @@ GRADIENT_QUESTIONS = frozenset(
         "test_gradgradcheck",
         "test_func_transforms",
         "test_compiled_func_transforms",
-    }  # fmt: skip
+    }
 )
 
 
@@ -551,7 +551,8 @@ class OpMatrix:
 
     def test_thin_layouts(self, thin: Callable, thin_dtype: torch.dtype) -> None:
         """Sizes of one and zero give the numbers of the reference, at any strides of inputs and incoming gradients; the
-        fake kernels know the layout of what comes out."""
+        fake kernels know the layout of what comes out.
+        """
         sample = thin()
         tensors = map_tensors(lambda t: t.contiguous(), to_dtype(sample, thin_dtype))
         plain, gradients = self._differentiated(sample, tensors)

@@ -41,56 +41,107 @@ def cases():
     logits, norm = torch.randn(4, 3), torch.randn(2, pyramid[0].shape[1])
     return {
         "roi_align": (ops.roi_align, {"input": pyramid[0], "boxes": box_rows(5, 2), "output_size": 3}),
-        "roi_align, list": (ops.roi_align, {
-            "input": pyramid[0], "boxes": [box_rows(2), box_rows(3)], "output_size": 3}),
+        "roi_align, list": (
+            ops.roi_align,
+            {"input": pyramid[0], "boxes": [box_rows(2), box_rows(3)], "output_size": 3},
+        ),
         "RoIAlign": (ops.RoIAlign(2, 0.5, 2), {"input": pyramid[0], "boxes": box_rows(5, 2)}),
-        "multilevel_roi_align": (ops.multilevel_roi_align, {
-            "features": pyramid, "boxes": [box_rows(2), box_rows(3)], "output_size": 3, "strides": (1, 2)}),
+        "multilevel_roi_align": (
+            ops.multilevel_roi_align,
+            {"features": pyramid, "boxes": [box_rows(2), box_rows(3)], "output_size": 3, "strides": (1, 2)},
+        ),
         "nms": (ops.nms, {"boxes": box_rows(9), "scores": scores, "iou_threshold": 0.3}),
-        "batched_nms": (ops.batched_nms, {
-            "boxes": box_rows(9), "scores": scores, "idxs": torch.arange(9) % 2, "iou_threshold": 0.3}),
-        "multiclass_nms": (ops.multiclass_nms, {
-            "boxes": box_rows(9), "scores": torch.rand(9, 2), "score_threshold": 0.1, "iou_threshold": 0.3,
-            "max_detections": 6}),
-        "select_candidates": (ops.select_candidates, {
-            "class_logits": [torch.randn(1, 4, 2, 3)], "box_deltas": [torch.randn(1, 8, 2, 3)],
-            "base_anchors": box_rows(2)[None], "strides": (8,), "valid_sizes": torch.tensor([[16, 24]]),
-            "scale_factors": torch.ones(1, 2), "per_level": 5}),
+        "batched_nms": (
+            ops.batched_nms,
+            {"boxes": box_rows(9), "scores": scores, "idxs": torch.arange(9) % 2, "iou_threshold": 0.3},
+        ),
+        "multiclass_nms": (
+            ops.multiclass_nms,
+            {
+                "boxes": box_rows(9),
+                "scores": torch.rand(9, 2),
+                "score_threshold": 0.1,
+                "iou_threshold": 0.3,
+                "max_detections": 6,
+            },
+        ),
+        "select_candidates": (
+            ops.select_candidates,
+            {
+                "class_logits": [torch.randn(1, 4, 2, 3)],
+                "box_deltas": [torch.randn(1, 8, 2, 3)],
+                "base_anchors": box_rows(2)[None],
+                "strides": (8,),
+                "valid_sizes": torch.tensor([[16, 24]]),
+                "scale_factors": torch.ones(1, 2),
+                "per_level": 5,
+            },
+        ),
         "deform_conv2d": (ops.deform_conv2d, {"input": pyramid[0], "offset": offset, "weight": weight, "padding": 1}),
-        "deform_conv2d, optional": (ops.deform_conv2d, {
-            "input": pyramid[0], "offset": offset, "weight": weight, "bias": bias, "padding": 1, "mask": mask}),
-        "deform_conv2d, packed": (ops.deform_conv2d, {
-            "input": pyramid[0], "offset": offset, "weight": ops.pack_deform_conv2d(weight, bias), "padding": 1,
-            "mask": mask, "mask_sigmoid": True, "relu": True}),
+        "deform_conv2d, optional": (
+            ops.deform_conv2d,
+            {"input": pyramid[0], "offset": offset, "weight": weight, "bias": bias, "padding": 1, "mask": mask},
+        ),
+        "deform_conv2d, packed": (
+            ops.deform_conv2d,
+            {
+                "input": pyramid[0],
+                "offset": offset,
+                "weight": ops.pack_deform_conv2d(weight, bias),
+                "padding": 1,
+                "mask": mask,
+                "mask_sigmoid": True,
+                "relu": True,
+            },
+        ),
         "pack_deform_conv2d": (ops.pack_deform_conv2d, {"weight": weight, "bias": bias}),
         "sigmoid_focal_loss": (ops.sigmoid_focal_loss, {"logits": logits, "labels": torch.tensor([0, 1, 3, -1])}),
         "group_norm_relu": (ops.group_norm_relu, {"input": pyramid[0], "num_groups": 2, "upsample": True}),
-        "group_norm_relu, optional": (ops.group_norm_relu, {
-            "input": pyramid[0], "num_groups": 1, "weight": norm[0], "bias": norm[1]}),
+        "group_norm_relu, optional": (
+            ops.group_norm_relu,
+            {"input": pyramid[0], "num_groups": 1, "weight": norm[0], "bias": norm[1]},
+        ),
         "flow_conv2d": (ops.flow_conv2d, {"x": pyramid[0], "flow": None, "weight": weight}),
         "flow_conv2d, list": (ops.flow_conv2d, {"x": pyramid, "flow": pyramid, "weight": weight, "bias": bias}),
-        "flow_conv2d, several": (ops.flow_conv2d, {
-            "x": [pyramid, pyramid[0]], "flow": None, "weight": [packed, packed]}),
+        "flow_conv2d, several": (
+            ops.flow_conv2d,
+            {"x": [pyramid, pyramid[0]], "flow": None, "weight": [packed, packed]},
+        ),
         "flow_conv2d, packed": (ops.flow_conv2d, {"x": pyramid, "flow": pyramid, "weight": packed}),
-        "flow_conv2d, active": (ops.flow_conv2d, {
-            "x": pyramid, "flow": None, "weight": packed, "active": torch.tensor([False, True])}),
+        "flow_conv2d, active": (
+            ops.flow_conv2d,
+            {"x": pyramid, "flow": None, "weight": packed, "active": torch.tensor([False, True])},
+        ),
         "pack_conv3x3": (ops.pack_conv3x3, {"weight": weight, "bias": bias}),
         "flow_tower": (ops.flow_tower, {"levels": pyramid, "parameters": convs}),
         "flow_tower, packed": (ops.flow_tower, {"levels": pyramid, "parameters": ops.pack_flow_tower(convs)}),
         "pack_flow_tower": (ops.pack_flow_tower, {"parameters": convs}),
         "paste_masks": (ops.paste_masks, {"mask_logits": torch.randn(3, 5, 5), "boxes": box_rows(3), "size": (8, 9)}),
-        "stuff_labels": (ops.stuff_labels, {
-            "logits": logits.T[:, None], "valid_size": (4, 9), "original_size": (6, 7)}),
-        "panoptic_merge": (ops.panoptic_merge, {
-            **dict(zip(("masks", "scores", "labels"), instances)), "boxes": box_rows(3), "stuff": stuff,
-            "stuff_labels": 2, "stuff_area_limit": 4}),
-        "panoptic_merge, no boxes": (ops.panoptic_merge, {
-            **dict(zip(("masks", "scores", "labels"), instances)), "boxes": None, "stuff": stuff, "stuff_labels": 2}),
+        "stuff_labels": (
+            ops.stuff_labels,
+            {"logits": logits.T[:, None], "valid_size": (4, 9), "original_size": (6, 7)},
+        ),
+        "panoptic_merge": (
+            ops.panoptic_merge,
+            {
+                **dict(zip(("masks", "scores", "labels"), instances)),
+                "boxes": box_rows(3),
+                "stuff": stuff,
+                "stuff_labels": 2,
+                "stuff_area_limit": 4,
+            },
+        ),
+        "panoptic_merge, no boxes": (
+            ops.panoptic_merge,
+            {**dict(zip(("masks", "scores", "labels"), instances)), "boxes": None, "stuff": stuff, "stuff_labels": 2},
+        ),
         "panoptic_quality_counts": (ops.panoptic_quality_counts, {"gt_map": maps[0], "pred_map": maps[1], **counts}),
         "preprocess_images": (ops.preprocess_images, {"images": photograph, "sizes": (14, 18), **colors}),
-        "preprocess_images, list": (ops.preprocess_images, {
-            "images": [photograph, photograph[:5]], "sizes": [(14, 18), (4, 5)], **colors}),
-    }  # fmt: skip
+        "preprocess_images, list": (
+            ops.preprocess_images,
+            {"images": [photograph, photograph[:5]], "sizes": [(14, 18), (4, 5)], **colors},
+        ),
+    }
 
 
 NAMES = tuple(cases())
@@ -179,8 +230,11 @@ def test_arrays_and_tensors_do_not_mix(name):
             seen.append(tensor)
             return to_array(tensor) if len(seen) == count else tensor
 
-        with pytest.raises(TypeError, match=rf"\b{key}\S* must be a tensor, got ndarray, as \S+ is a tensor|"
-                           r"the (weight|bias) of \S+ must be a tensor, got ndarray"):  # fmt: skip
+        with pytest.raises(
+            TypeError,
+            match=rf"\b{key}\S* must be a tensor, got ndarray, as \S+ is a tensor|"
+            r"the (weight|bias) of \S+ must be a tensor, got ndarray",
+        ):
             function(**arguments | {key: convert(last_one, arguments[key])})
 
 
@@ -297,13 +351,15 @@ class TestNumpy:
             (lambda a: a[:, ::-1], r"must not have negative strides, got \(16, -4\)"),
             (lambda a: a.astype(">f4"), "must be shared without a copy, and cannot be: .*byte order"),
             (lambda a: a.astype(object), "must be shared without a copy, and cannot be: "),
-            (lambda a: np.frombuffer(b"x" + a.tobytes(), np.uint8)[1:].view(np.float32).reshape(a.shape),
-             "must be aligned to its 4 bytes per element"),
+            (
+                lambda a: np.frombuffer(b"x" + a.tobytes(), np.uint8)[1:].view(np.float32).reshape(a.shape),
+                "must be aligned to its 4 bytes per element",
+            ),
         ],
         ids=["rows reversed", "columns reversed", "other byte order", "objects", "misaligned"],
-    )  # fmt: skip
+    )
     def test_an_array_that_needs_a_copy(self, change, reason):
-        """torch 2.13 would end the process on negative strides."""
+        """Torch 2.13 would end the process on negative strides."""
         with pytest.raises(BufferError, match=f"nms: boxes {reason}"):
             ops.nms(change(box_rows(9).numpy()), torch.rand(9).numpy(), 0.5)
 

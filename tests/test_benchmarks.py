@@ -88,9 +88,9 @@ class TestHarness:
         assert [row["mode"] for content in kept for row in content["rows"] if row["provider"] == "spatialflow"] == right
 
     def test_a_peer_without_the_dtype_is_timed_in_float32(self, tmp_path):
-        """torchvision has no kernels for bfloat16: its time in float32 is better than none."""
+        """Torchvision has no kernels for bfloat16: its time in float32 is better than none."""
         harness = importlib.import_module("harness")
-        wide_only = lambda x: x * x if x.dtype == torch.float32 else refuse(x)  # noqa: E731
+        wide_only = lambda x: x * x if x.dtype == torch.float32 else refuse(x)
         benchmark = square(harness, torch.square, **{"wide only": wide_only})
         harness.main(benchmark, ["--seconds", "0.01", "--dtype", "bfloat16", "--output", str(tmp_path)])
         (path,) = tmp_path.glob("*/square.json")
@@ -151,8 +151,12 @@ class TestHostOverhead:
         assert content["threads"] == 1 and {row["op"].split(",")[0] for row in content["rows"]} == set(public())
         assert importlib.import_module("harness").markdown([path]) == ""  # its tables are those of milliseconds
         keys = {(row["op"], row["grad_mode"], row["provider"]) for row in content["rows"]}
-        ours = {(op, mode, f"spatialflow{kind}") for op in module.cases() for mode in module.MODES
-                for kind in ("", ", arrays")}  # fmt: skip
+        ours = {
+            (op, mode, f"spatialflow{kind}")
+            for op in module.cases()
+            for mode in module.MODES
+            for kind in ("", ", arrays")
+        }
         assert ours <= keys and {key[2] for key in keys - ours} <= {"torchvision"}
         for row in content["rows"]:
             assert 0 < row["least_us"] <= row["median_us"] and row["rounds"] >= 3
@@ -183,8 +187,16 @@ def end_to_end_rows(tmp_path_factory):
         patch.syspath_prepend(str(FOLDER))
         module = importlib.import_module("end_to_end")
     (folder / "little.yaml").write_text("base: tiny\ntest: {stuff_area_threshold: 40}\n")
-    arguments = ["--images", str(folder / "data/images"), "--config", str(folder / "little.yaml"), "--seconds", "0.01",
-                 "--output", str(folder / "results")]  # fmt: skip
+    arguments = [
+        "--images",
+        str(folder / "data/images"),
+        "--config",
+        str(folder / "little.yaml"),
+        "--seconds",
+        "0.01",
+        "--output",
+        str(folder / "results"),
+    ]
     module.main([*arguments, "--short-edges", "64", "96", "--threads", "1"])
     (path,) = (folder / "results").glob("*/end_to_end.json")
     before = json.loads(path.read_text())["rows"]
@@ -230,8 +242,20 @@ def test_throughput(tmp_path, monkeypatch, capsys):
     (tmp_path / "little.yaml").write_text("base: tiny\ntest: {test_short_edges: [64], test_long_edge: 96}\n")
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("throughput")
-    module.main(["--images", str(tmp_path / "data/images"), "--config", str(tmp_path / "little.yaml"), "--count", "2",
-                 "--threads", "1", "--output", str(tmp_path / "results")])  # fmt: skip
+    module.main(
+        [
+            "--images",
+            str(tmp_path / "data/images"),
+            "--config",
+            str(tmp_path / "little.yaml"),
+            "--count",
+            "2",
+            "--threads",
+            "1",
+            "--output",
+            str(tmp_path / "results"),
+        ]
+    )
     (path,) = (tmp_path / "results").glob("*/throughput.json")
     content = json.loads(path.read_text())
     assert content["images"] == 2 and [row["row"] for row in content["rows"]] == list(module.ROWS)

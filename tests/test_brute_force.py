@@ -261,9 +261,7 @@ class TestSelectCandidates:
         logits[1][1, 4] = NAN
         deltas[0][0, :, :2] = rows(NAN, INF, -INF, 3e38, 0, 0, NAN, -INF)[:, None, None]
         deltas[1][1, :4, 1, 1] = rows(-1e30, 1e30, 100, -100)
-        base = rows(
-            [[-4, -6, 4, 6], [5, 5, -5, -5]], [[3, 3, 3, 3], [NAN, -4, INF, 4]]
-        ).float()  # fmt: skip
+        base = rows([[-4, -6, 4, 6], [5, 5, -5, -5]], [[3, 3, 3, 3], [NAN, -4, INF, 4]]).float()
         levels = [[level.to(dtype) for level in some] for some in (logits, deltas)]
         valid, scale = torch.tensor([[30, 37], [-3, 1 << 62]]), rows([1, 1.5], [0.25, 2]).float()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -272,9 +270,15 @@ class TestSelectCandidates:
     def test_nothing(self) -> None:
         scale = torch.ones(0, 2)
         compare(
-            "select_candidates", [random(0, 6, 2, 3)], [random(0, 8, 2, 3)], rows([[0, 0, 1, 1]] * 2).float(),
-            (8,), torch.zeros(0, 2, dtype=torch.int64), scale, 5,
-        )  # fmt: skip
+            "select_candidates",
+            [random(0, 6, 2, 3)],
+            [random(0, 8, 2, 3)],
+            rows([[0, 0, 1, 1]] * 2).float(),
+            (8,),
+            torch.zeros(0, 2, dtype=torch.int64),
+            scale,
+            5,
+        )
 
 
 class TestDeformConv2d:
@@ -285,9 +289,17 @@ class TestDeformConv2d:
         offset[0, ::5, 0, 0] = rows(NAN, INF, -INF, 1e300, -1e30, 3e38, 0.0, -1.0)
         mask[0, 1::3, 1, 2] = rows(NAN, INF, -INF, 1e300, 0.0, -2.0)
         compare(
-            "deform_conv2d", random(2, 6, 5, 6).to(dtype), offset, random(4, 3, 3, 2).to(dtype), random(4).to(dtype),
-            stride=(2, 3), padding=(1, 2), dilation=(2, 1), mask=mask, dtype=dtype,
-        )  # fmt: skip
+            "deform_conv2d",
+            random(2, 6, 5, 6).to(dtype),
+            offset,
+            random(4, 3, 3, 2).to(dtype),
+            random(4).to(dtype),
+            stride=(2, 3),
+            padding=(1, 2),
+            dilation=(2, 1),
+            mask=mask,
+            dtype=dtype,
+        )
 
     def test_border(self) -> None:
         """A sample fades to zero within one cell beyond the centers of the outermost cells."""
@@ -316,9 +328,17 @@ class TestDeformConv2d:
         offset[0, :3, 0, 0] = rows(NAN, INF, 1e300)
         mask[1, :2, 1, 1] = rows(NAN, INF)
         compare_gradients(
-            "deform_conv2d", random(2, 4, 3, 4), offset, random(2, 2, 2, 2), random(2), (1, 2), (0, 0), (1, 1), mask,
+            "deform_conv2d",
+            random(2, 4, 3, 4),
+            offset,
+            random(2, 2, 2, 2),
+            random(2),
+            (1, 2),
+            (0, 0),
+            (1, 1),
+            mask,
             differentiable=(0, 1, 2, 3, 7),
-        )  # fmt: skip
+        )
 
 
 class TestFlowConv2d:
@@ -361,13 +381,29 @@ def conv() -> tuple[Tensor, Tensor]:
 TOWERS: dict[str, Callable[[], ops.FlowTowerParameters]] = {
     "nothing": lambda: ops.FlowTowerParameters(segmentation_levels=1),
     "paper": lambda: ops.FlowTowerParameters(
-        (conv(), conv()), (conv(), conv()), (conv(), conv()), (conv(),),
-        (conv(), conv()), (conv(), conv()), (conv(),), (conv(),), "reg", 2,
-    ),  # fmt: skip
+        (conv(), conv()),
+        (conv(), conv()),
+        (conv(), conv()),
+        (conv(),),
+        (conv(), conv()),
+        (conv(), conv()),
+        (conv(),),
+        (conv(),),
+        "reg",
+        2,
+    ),
     "cls is the source": lambda: ops.FlowTowerParameters(
-        (conv(), conv()), (conv(), conv()), (conv(),), (conv(), conv()),
-        (conv(), None), (None, conv()), (conv(), conv()), (None, conv()), "cls", 1,
-    ),  # fmt: skip
+        (conv(), conv()),
+        (conv(), conv()),
+        (conv(),),
+        (conv(), conv()),
+        (conv(), None),
+        (None, conv()),
+        (conv(), conv()),
+        (None, conv()),
+        "cls",
+        1,
+    ),
     "no source": lambda: ops.FlowTowerParameters(
         (conv(),), (conv(),), (conv(),), (conv(),), semantic_flow=(conv(),), flow_source=None, segmentation_levels=2
     ),
@@ -375,9 +411,17 @@ TOWERS: dict[str, Callable[[], ops.FlowTowerParameters]] = {
         (), (conv(),), (), (), (conv(),), (conv(),), (conv(),), (conv(),), "reg", 2
     ),
     "the source ends first": lambda: ops.FlowTowerParameters(
-        (conv(), conv(), conv()), (conv(),), (conv(), conv()), (), (conv(), conv(), conv()), (conv(), conv()),
-        (), (), "reg", 0,
-    ),  # fmt: skip
+        (conv(), conv(), conv()),
+        (conv(),),
+        (conv(), conv()),
+        (),
+        (conv(), conv(), conv()),
+        (conv(), conv()),
+        (),
+        (),
+        "reg",
+        0,
+    ),
 }
 
 
@@ -423,9 +467,18 @@ class TestPanopticMerge:
         for scores in ((0.9, 0.8, 0.7, 0.6, 0.5, 0.4), (0.5,) * 6, (NAN, INF, 0.2, 1, -INF, 1e300)):
             for boxes, area in ((None, 0), (self.boxes, 0), (self.boxes.float(), 3)):
                 compare(
-                    "panoptic_merge", self.masks, rows(*scores), self.labels, boxes, self.stuff, 5, ignored_stuff=(1,),
-                    overlap_threshold=overlap_threshold, box_threshold=box_threshold, stuff_area_limit=area,
-                )  # fmt: skip
+                    "panoptic_merge",
+                    self.masks,
+                    rows(*scores),
+                    self.labels,
+                    boxes,
+                    self.stuff,
+                    5,
+                    ignored_stuff=(1,),
+                    overlap_threshold=overlap_threshold,
+                    box_threshold=box_threshold,
+                    stuff_area_limit=area,
+                )
 
     def test_score_at_the_threshold(self) -> None:
         """Compared in float64: 0.7 in float32 is 0.69999999 and does not reach a threshold of 0.7."""
@@ -439,9 +492,17 @@ class TestPanopticMerge:
         boxes = rows([0, 0, 1, 1], [0, 0, 1, 1], [2, 0, 4, 2])
         stuff = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
         merged = compare(
-            "panoptic_merge", masks, rows(0.9, 0.8, 0.7), torch.tensor([7, 8, 9]), boxes, stuff, 1,
-            overlap_threshold=0.5, box_threshold=0.5, stuff_area_limit=4,
-        )  # fmt: skip
+            "panoptic_merge",
+            masks,
+            rows(0.9, 0.8, 0.7),
+            torch.tensor([7, 8, 9]),
+            boxes,
+            stuff,
+            1,
+            overlap_threshold=0.5,
+            box_threshold=0.5,
+            stuff_area_limit=4,
+        )
         assert merged[0][0].tolist() == [1, 1, 2, 4, 3, 3]
 
     def test_nothing(self) -> None:
@@ -461,9 +522,16 @@ class TestPasteMasks:
     @pytest.mark.parametrize("threshold", [0.3, 0.5, 1.0])
     def test_boxes(self, dtype: torch.dtype, threshold: float) -> None:
         boxes = rows(
-            [1.2, 0.7, 8.1, 6.6], [-3, -4, 20, 15], [2, 2, 6, 5], [3, 3, 3, 6], [6, 5, 2, 2], [NAN, 0, 5, 5],
-            [0, 0, INF, 5], [-1e30, -1e30, 1e30, 1e30], [0, 0, 1e-300, 5],
-        )  # fmt: skip
+            [1.2, 0.7, 8.1, 6.6],
+            [-3, -4, 20, 15],
+            [2, 2, 6, 5],
+            [3, 3, 3, 6],
+            [6, 5, 2, 2],
+            [NAN, 0, 5, 5],
+            [0, 0, INF, 5],
+            [-1e30, -1e30, 1e30, 1e30],
+            [0, 0, 1e-300, 5],
+        )
         compare("paste_masks", (random(9, 3, 4) * 4).to(dtype), boxes, (7, 9), threshold)
 
     def test_logits(self) -> None:

@@ -379,7 +379,7 @@ def test_clean_code(tool):
         ("STG.E.128", "STG.E.64", {}, ["widest global store 8 bytes, not 16"]),
         ("HMMA.16816.F32.BF16", "FFMA", {}, ["no loop with matrix instructions", "2 of 2 loads with less than 2 HMMA"]),
     ],
-)  # fmt: skip
+)
 def test_planted_faults(tool, old, new, resources, said):
     assert old in GOOD
     found = faults(tool, GOOD.replace(old, new), resources, **LIMITS)

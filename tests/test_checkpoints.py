@@ -90,7 +90,7 @@ def test_released_names_and_shapes_fit(goldens, variant):
 
 
 def test_released_file_loads_wrapped_bare_and_parallel(tmp_path):
-    """mmdetection wraps the weights in "state_dict"; data-parallel runs put "module." before every name."""
+    """Mmdetection wraps the weights in "state_dict"; data-parallel runs put "module." before every name."""
     source, path = small_model(), tmp_path / "weights.pth"
     state = {released_name(name): value for name, value in source.state_dict().items()}
     assert not any(name.startswith("subnets") for name in state)

@@ -143,11 +143,21 @@ class TestOutput:
     def test_a_name_that_is_no_utf8(self, tmp_path):
         """The work is done; the sentence about it must not fail."""
         result = subprocess.run(
-            [sys.executable, "-m", "spatialflow.cli", "synthesize", tmp_path / "caf\udce9", "--count", "1", "--size",
-             "64", "64"],
+            [
+                sys.executable,
+                "-m",
+                "spatialflow.cli",
+                "synthesize",
+                tmp_path / "caf\udce9",
+                "--count",
+                "1",
+                "--size",
+                "64",
+                "64",
+            ],
             env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
             capture_output=True,
-        )  # fmt: skip
+        )
         assert result.returncode == 0 and b"caf\\udce9/panoptic.json" in result.stdout, result.stderr
 
     @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second one is that of the C locale
@@ -244,9 +254,7 @@ def test_every_option_is_read():
     assert [(command, name) for command, name in options if name not in read] == []
 
 
-@pytest.mark.parametrize(
-    "setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=16000000"]
-)
+@pytest.mark.parametrize("setting", ["fpn_channels=1000000000", "num_things=100000000000", "size_divisor=16000000"])
 def test_settings_that_ask_for_more_memory_than_there_is(photographs, tmp_path, capsys, setting):
     arguments = ["predict", str(photographs / "plain.jpg"), "--config", "tiny", "--set", setting, "--no-overlay"]
     assert main([*arguments, "--output", str(tmp_path)]) == 2

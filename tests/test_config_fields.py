@@ -8,8 +8,9 @@ import copy
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np

@@ -140,9 +140,11 @@ class TestLayouts:
     LAYOUTS = {
         "plain": torch.Tensor.contiguous,
         "amid NaNs": amid_nans,
-        "at an odd element": lambda t: torch.cat([t.flatten()[:1], channels_last(t).movedim(1, -1).flatten()])[1:]
-        .view(t.shape[0], *t.shape[2:], t.shape[1])
-        .movedim(-1, 1),
+        "at an odd element": lambda t: (
+            torch.cat([t.flatten()[:1], channels_last(t).movedim(1, -1).flatten()])[1:]
+            .view(t.shape[0], *t.shape[2:], t.shape[1])
+            .movedim(-1, 1)
+        ),
         "channels of more": lambda t: channels_last(torch.cat([t, t], 1))[:, t.shape[1] :],
         "columns of more": lambda t: channels_last(torch.cat([t, t], 3))[..., : t.shape[3]],
         "every second pixel": lambda t: channels_last(enlarged(t))[:, :, ::2, ::2],

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which graphs are captured, replayed and dropped. Recorded on the CPU: a graph that runs its function again stands in
-for CUDA's, and like it writes into the outputs of the capture."""
+for CUDA's, and like it writes into the outputs of the capture.
+"""
 
 import contextlib
 import copy
@@ -373,8 +374,15 @@ def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
     assert recorder.current.waited_for == used
 
 
-@pytest.mark.parametrize("device, wanted, kept", [
-    ("cuda", None, True), ("cuda", True, True), ("cuda", False, False), ("cpu", None, False), ("cpu", False, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device, wanted, kept",
+    [
+        ("cuda", None, True),
+        ("cuda", True, True),
+        ("cuda", False, False),
+        ("cpu", None, False),
+        ("cpu", False, False),
+    ],
+)
 def test_graphs_are_the_default_on_a_gpu(device, wanted, kept):
     assert (graph_cache(torch.device(device), wanted) is not None) == kept

@@ -25,7 +25,7 @@ def tensors_on_the_cpu():
 
 @pytest.fixture(autouse=True)
 def deterministic_convolutions(monkeypatch):
-    """cuDNN's algorithms that add by atomics would make two runs differ in their last bits."""
+    """CuDNN's algorithms that add by atomics would make two runs differ in their last bits."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 

@@ -41,9 +41,17 @@ def off_grid(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    channels: int, outputs: int, kernel=3, groups: int = 1, offset_groups: int = 1, masked: bool = True,
-    bias: bool = True, batch: int = 2, size=(6, 7), **options,
-):  # fmt: skip
+    channels: int,
+    outputs: int,
+    kernel=3,
+    groups: int = 1,
+    offset_groups: int = 1,
+    masked: bool = True,
+    bias: bool = True,
+    batch: int = 2,
+    size=(6, 7),
+    **options,
+):
     kernel = pair(kernel)
     stride = pair(options.get("stride", 1))
     padding = pair(options.get("padding", 0))
@@ -286,8 +294,16 @@ class TestSizes:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize(
         "channels, outputs, groups, offset_groups",
-        [(48, 40, 1, 1), (64, 96, 1, 4), (40, 264, 1, 1), (176, 160, 2, 1), (128, 136, 1, 1), (328, 24, 1, 1),
-         (64, 72, 1, 1), (128, 264, 1, 2)],
+        [
+            (48, 40, 1, 1),
+            (64, 96, 1, 4),
+            (40, 264, 1, 1),
+            (176, 160, 2, 1),
+            (128, 136, 1, 1),
+            (328, 24, 1, 1),
+            (64, 72, 1, 1),
+            (128, 264, 1, 2),
+        ],
     )
     def test_many_half_channels(self, dtype, channels, outputs, groups, offset_groups):
         """Whole vectors of 16-bit types, and tiles of every width."""
@@ -428,8 +444,9 @@ class TestRawOperators:
     @pytest.mark.parametrize("stride", [0, 1, 5, 2**40])
     @pytest.mark.parametrize("size", [(6, 1), (1, 7), (1, 1)])
     def test_stride_of_a_single_row_or_column_says_nothing(self, size, stride):
-        """torch allows any stride of a size-1 dimension: the gradient of a sequence arrives so. The weight gradient on
-        the CPU took it as the distance between pixels."""
+        """Torch allows any stride of a size-1 dimension: the gradient of a sequence arrives so. The weight gradient on
+        the CPU took it as the distance between pixels.
+        """
         input, offset = torch.randn(2, 4, *size), torch.randn(2, 18, *size)
         weight = torch.randn(3, 4, 3, 3, requires_grad=True)
         output = ops.deform_conv2d(input, offset, weight, padding=1)
@@ -516,8 +533,11 @@ class TestGoldens:
     @pytest.mark.parametrize("stride", [1, 2])
     def test_forward_and_backward(self, goldens, stride):
         arrays = np.load(goldens / "ops" / "mdconv.npz")
-        array = {name.removeprefix(f"s{stride}_"): torch.as_tensor(arrays[name]) for name in arrays.files
-                 if name.startswith(f"s{stride}_")}  # fmt: skip
+        array = {
+            name.removeprefix(f"s{stride}_"): torch.as_tensor(arrays[name])
+            for name in arrays.files
+            if name.startswith(f"s{stride}_")
+        }
         leaves = [array[name].requires_grad_() for name in ("x", "offset", "weight", "bias", "mask")]
         input, offset, weight, bias, mask = leaves
         out = ops.deform_conv2d(input, offset, weight, bias, stride, 1, 1, mask)

@@ -56,8 +56,11 @@ def test_equals_the_reference(shape, dtype, layout):
     (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
     x = layout(x)
     for own_bias, own_mask, sigmoid, relu in (
-        (bias, mask, True, True), (None, mask, True, False), (bias, mask, False, False), (None, None, False, True),
-    ):  # fmt: skip
+        (bias, mask, True, True),
+        (None, mask, True, False),
+        (bias, mask, False, False),
+        (None, None, False, True),
+    ):
         conv = ops.pack_deform_conv2d(weight, own_bias, *groups)
         result = ops.deform_conv2d(x, offset, conv, None, *geometry, own_mask, mask_sigmoid=sigmoid, relu=relu)
         wide = [None if t is None else t.double() for t in (x, offset, weight, own_bias, own_mask)]
@@ -119,7 +122,8 @@ def test_values_that_are_not_finite():
 
 def test_misaligned_and_strided_inputs():
     """The order of the weight assumes loads of 16 bytes, which a slice of a larger tensor may not allow. Runs of
-    channels would then not be taken in chunks. Packed weights may be slices too."""
+    channels would then not be taken in chunks. Packed weights may be slices too.
+    """
     shape = (128, 72, 1, 1, (3, 3), (9, 7), 1, 1, 1)
     (x, offset, weight, bias, mask), geometry, groups = case(shape, torch.bfloat16)
     conv = ops.pack_deform_conv2d(weight, bias, *groups)

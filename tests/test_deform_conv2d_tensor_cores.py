@@ -219,8 +219,10 @@ class TestAuto:
             first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
             torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
         assert {name for name, _ in codes.seen} == {
-            "deform_conv2d", "_deform_conv2d_backward_data", "_deform_conv2d_backward_weight"
-        }  # fmt: skip
+            "deform_conv2d",
+            "_deform_conv2d_backward_data",
+            "_deform_conv2d_backward_weight",
+        }
         assert {code for _, code in codes.seen} == {CODES["tf32" if algorithm == "auto" else algorithm]}
 
     def test_autocast_decides_first(self, monkeypatch):

@@ -44,9 +44,10 @@ def reverse(function):
 
 @pytest.mark.parametrize("op", FUNCTIONS)
 @pytest.mark.parametrize(
-    "transforms", [(forward, forward), (forward, reverse), (reverse, forward), (reverse, reverse)],
+    "transforms",
+    [(forward, forward), (forward, reverse), (reverse, forward), (reverse, reverse)],
     ids=lambda transforms: " of ".join(t.__name__ for t in transforms),
-)  # fmt: skip
+)
 def test_nested_transforms(op, transforms):
     x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
 
@@ -113,7 +114,7 @@ def test_a_constant_of_the_inner_transform(op):
     x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
 
     def value(kernel, x):
-        inner = lambda y: FUNCTIONS[op](kernel, x * y.detach()).square().sum() + y  # noqa: E731
+        inner = lambda y: FUNCTIONS[op](kernel, x * y.detach()).square().sum() + y
         return torch.func.grad_and_value(inner)(torch.tensor(2.0, dtype=torch.float64))[1]
 
     expected = grad(lambda x: value(getattr(reference, op), x))(x)

@@ -22,8 +22,14 @@ def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto
     counts = [len(convolutions) for convolutions in convs]
     detached = [level.detach().clone() for level in levels]  # the raw operator is for calls without gradients
     return torch.ops.spatialflow.flow_tower, (
-        detached, packed, biases, [0] * len(packed), counts, flow_source == "cls", segmentation_levels,
-    )  # fmt: skip
+        detached,
+        packed,
+        biases,
+        [0] * len(packed),
+        counts,
+        flow_source == "cls",
+        segmentation_levels,
+    )
 
 
 # ReLU units are well on or well off: at a kink finite differences, and masks in 16 bits, say nothing about a kernel.
@@ -189,10 +195,15 @@ class TestGolden:
     """The released sub-networks without deformable stages: 16 channels, five levels, batch of two."""
 
     names = {
-        "cls": "cls_convs", "reg": "reg_convs", "stuff": "stuff_convs", "thing": "mask_convs",
-        "flow_cls": "cls_spatial_flow_convs", "flow_stuff": "stuff_spatial_flow_convs",
-        "flow_thing": "mask_spatial_flow_convs", "semantic_flow": "stuff_mask_flow_convs",
-    }  # fmt: skip
+        "cls": "cls_convs",
+        "reg": "reg_convs",
+        "stuff": "stuff_convs",
+        "thing": "mask_convs",
+        "flow_cls": "cls_spatial_flow_convs",
+        "flow_stuff": "stuff_spatial_flow_convs",
+        "flow_thing": "mask_spatial_flow_convs",
+        "semantic_flow": "stuff_mask_flow_convs",
+    }
 
     @staticmethod
     def filled(goldens, name: str, out_channels: int) -> tuple:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators in forked processes, after their parent has run them on several threads: they work, and do not wait for the
-parent's threads."""
+parent's threads.
+"""
 
 import os
 import subprocess

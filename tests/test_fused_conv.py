@@ -99,7 +99,6 @@ class TestNumbers:
             assert not asked(x.half(), weight.half(), other)
         assert not asked(x.half(), torch.empty(8, 8, 3, 3, device="meta").half(), shape)
 
-
     def test_linear_relu(self):
         x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
         right = F.linear(x, weight, bias).relu()
@@ -143,9 +142,14 @@ class TestOwnKernel:
 
     @pytest.mark.parametrize(
         "built, capability, right",
-        [("80-real 90a-real", (9, 0), True), ("80-real 90a-real", (8, 0), False), ("90a-real", (10, 0), False),
-         ("80", (9, 0), False), ("", (9, 0), False)],
-    )  # fmt: skip
+        [
+            ("80-real 90a-real", (9, 0), True),
+            ("80-real 90a-real", (8, 0), False),
+            ("90a-real", (10, 0), False),
+            ("80", (9, 0), False),
+            ("", (9, 0), False),
+        ],
+    )
     def test_devices(self, monkeypatch, built, capability, right):
         """A device is asked once; torch.compile takes the answer as it is."""
         asked = []

@@ -15,9 +15,9 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
-from fuzz.cases import CPU, OPERATORS, SIMT  # noqa: E402
-from fuzz.command import Fuzzer, describe_case, describe_outcome, main  # noqa: E402
-from fuzz.supervisor import Outcome, Supervisor  # noqa: E402
+from fuzz.cases import CPU, OPERATORS, SIMT
+from fuzz.command import Fuzzer, describe_case, describe_outcome, main
+from fuzz.supervisor import Outcome, Supervisor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,8 +160,11 @@ def test_command():
     backend = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
     done = subprocess.run(
         [*command, "--backend", backend if backend != "cuda" else "cpu"],
-        capture_output=True, text=True, cwd=ROOT, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "panoptic_quality_counts" in done.stdout and "per second" in done.stdout
     wrong = subprocess.run([*command, "none"], capture_output=True, text=True, cwd=ROOT, env=environment)

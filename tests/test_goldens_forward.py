@@ -115,9 +115,12 @@ def assert_detections(found, arrays, boxes_key, labels_key):
     for i in range(2):
         n = int(found.count[i])
         assert_same_detections(
-            found.boxes[i, :n], found.scores[i, :n], found.labels[i, :n],
-            arrays[boxes_key.format(i)], arrays[labels_key.format(i)],
-        )  # fmt: skip
+            found.boxes[i, :n],
+            found.scores[i, :n],
+            found.labels[i, :n],
+            arrays[boxes_key.format(i)],
+            arrays[labels_key.format(i)],
+        )
 
 
 @pytest.mark.parametrize("kind, rescale", [("", True), ("_netscale", False)])

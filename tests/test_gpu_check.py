@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make gpu-check` without a GPU: it says so, its steps run one after the other whatever becomes of them, and the dry
-run on the interpreted kernels goes through."""
+run on the interpreted kernels goes through.
+"""
 
 import importlib.util
 import itertools
@@ -95,10 +96,15 @@ def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, c
     content = json.loads((tmp_path / "test-gpu" / "gpu_check.json").read_text())
     statuses = {step["name"]: step["status"] for step in content["steps"]}
     assert statuses == {
-        "good": "passed", "many": "passed", "one of many": "failed", "bad": "failed", "slow": "timed out",
-        "planted": "passed", "planted, not found": "failed",
+        "good": "passed",
+        "many": "passed",
+        "one of many": "failed",
+        "bad": "failed",
+        "slow": "timed out",
+        "planted": "passed",
+        "planted, not found": "failed",
         "absent": "skipped",
-    }  # fmt: skip
+    }
     assert content["device"] == "Test GPU" and content["commit"] == "abc" and content["backend"] == "cuda"
     text = (tmp_path / "test-gpu" / "gpu_check.md").read_text()
     assert (
@@ -184,14 +190,27 @@ def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
     gpu_page = sys.modules[gpu_check.as_markdown.__module__]
     rates = {"copy_gigabytes_per_second": 4000.0, "bfloat16_teraflops_per_second": 800.0}
     (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
-    row = {"case": "one", "mode": "forward", "dtype": "float16", "provider": "spatialflow", "kernel_ms": 0.01,
-           "bytes": 8e6, "operations": 1e6}  # fmt: skip
+    row = {
+        "case": "one",
+        "mode": "forward",
+        "dtype": "float16",
+        "provider": "spatialflow",
+        "kernel_ms": 0.01,
+        "bytes": 8e6,
+        "operations": 1e6,
+    }
     content = {"op": "square", "commit": "abc", "rows": [row, {**row, "provider": "peer"}]}
     (tmp_path / "square.json").write_text(json.dumps(content))
     assert gpu_page.roofline(tmp_path, "abc").endswith("| `square` | one | float16 | 2.0 | 10.0 | 20 % |")
     forms = [{"form": "graph", "images_per_second": 100.0, "median_ms": 10.0, "replay_ms": 9.0}]
-    content = {"config": "tiny", "commit": "abc", "size": [8, 9], "dtype": "bfloat16", "forms": forms,
-               "stages": [{"stage": "fpn", "kernels": 3, "ms": 0.5}]}  # fmt: skip
+    content = {
+        "config": "tiny",
+        "commit": "abc",
+        "size": [8, 9],
+        "dtype": "bfloat16",
+        "forms": forms,
+        "stages": [{"stage": "fpn", "kernels": 3, "ms": 0.5}],
+    }
     (tmp_path / "stages.json").write_text(json.dumps(content))
     page = gpu_page.stages(tmp_path, "abc")
     assert "graph: 100.0 images/s" in page and "| sum | 3 | 0.500 |" in page
@@ -236,8 +255,13 @@ def test_pack(tmp_path, monkeypatch):
         assert module.main([str(tmp_path / "gpu.tgz")]) == 0
     with tarfile.open(tmp_path / "gpu.tgz") as archive:
         names = set(archive.getnames())
-    wanted = {"tools/gpu_check.py", "spatialflow/lib/libspatialflow_cuda.so", "wheels/some-1-py3-none-any.whl",
-              "commit.txt", "tests/conftest.py"}  # fmt: skip
+    wanted = {
+        "tools/gpu_check.py",
+        "spatialflow/lib/libspatialflow_cuda.so",
+        "wheels/some-1-py3-none-any.whl",
+        "commit.txt",
+        "tests/conftest.py",
+    }
     assert {f"spatialflow/{name}" for name in wanted} <= names and not any("simt" in n and ".so" in n for n in names)
     assert (tmp_path / "gpu.tgz").stat().st_size < module.LIMIT
 

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def in_torch(input, num_groups, weight=None, bias=None, eps=1e-5, upsample=False):
-    """torch's own operators."""
+    """Torch's own operators."""
     result = F.group_norm(input, num_groups, weight, bias, eps).relu()
     return F.interpolate(result, scale_factor=2, mode="bilinear", align_corners=True) if upsample else result
 
@@ -118,7 +118,6 @@ class TestGroupNormRelu(OpMatrix):
             with Called() as called:
                 torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=create_graph)
             assert ("_group_norm_relu_backward" in called.names) != create_graph
-
 
     def test_batched_gradients(self, sample):
         """Jacobians row by row, all at once and by forward mode are the same."""
@@ -342,8 +341,14 @@ class TestErrors:
     )
     def test_backward(self, changed, message):
         arguments = [
-            torch.zeros(1, 4, 6, 6), torch.zeros(1, 4, 3, 3), torch.zeros(1, 2, 2).double(), None, None, 2, True
-        ]  # fmt: skip
+            torch.zeros(1, 4, 6, 6),
+            torch.zeros(1, 4, 3, 3),
+            torch.zeros(1, 2, 2).double(),
+            None,
+            None,
+            2,
+            True,
+        ]
         torch.ops.spatialflow._group_norm_relu_backward(*arguments)
         for index, value in changed.items():
             arguments[index] = value

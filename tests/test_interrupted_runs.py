@@ -300,10 +300,29 @@ def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Trainer, "_keep", stopping)
     data, run = write_coco(tmp_path / "data", 2, (64, 96)), tmp_path / "run"
-    settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "images_per_step=2", "checkpoint_every_steps=1",
-                "epochs=4", "train_short_edges=[64]", "train_long_edge=96"]  # fmt: skip
-    command = ["train", "tiny", *settings, "--images", str(data / "images"), "--annotations",
-               str(data / "panoptic.json"), "--output", str(run), "--workers", "0"]  # fmt: skip
+    settings = [
+        "num_things=6",
+        "num_stuff=7",
+        "categories=synthetic",
+        "images_per_step=2",
+        "checkpoint_every_steps=1",
+        "epochs=4",
+        "train_short_edges=[64]",
+        "train_long_edge=96",
+    ]
+    command = [
+        "train",
+        "tiny",
+        *settings,
+        "--images",
+        str(data / "images"),
+        "--annotations",
+        str(data / "panoptic.json"),
+        "--output",
+        str(run),
+        "--workers",
+        "0",
+    ]
     assert main(command) == 143
     assert sentences(capsys)[-1] == f"terminated: the same command goes on from {run / 'checkpoint.pt'}"
     monkeypatch.undo()

@@ -124,9 +124,16 @@ class TestLaunches:
         conv = ops.pack_conv3x3(torch.randn(32, 32, 3, 3).bfloat16(), torch.zeros(32).bfloat16())
         deform = ops.pack_deform_conv2d(torch.randn(32, 32, 3, 3).bfloat16())
         tower = ops.FlowTowerParameters(
-            cls=(conv,) * 4, reg=(conv,) * 4, stuff=(conv,) * 4, thing=(conv,), flow_cls=(conv,) * 4,
-            flow_stuff=(conv,) * 4, flow_thing=(conv,), semantic_flow=(conv,), flow_source="reg",
-        )  # fmt: skip
+            cls=(conv,) * 4,
+            reg=(conv,) * 4,
+            stuff=(conv,) * 4,
+            thing=(conv,),
+            flow_cls=(conv,) * 4,
+            flow_stuff=(conv,) * 4,
+            flow_thing=(conv,),
+            semantic_flow=(conv,),
+            flow_source="reg",
+        )
         boxes = torch.tensor([[0.0, 0, 30, 20], [5, 5, 60, 50], [8, 2, 20, 40]])
         masks = torch.rand(3, 64, 96) > 0.5
         logits, deltas = maps(2 * 4, (8, 12), (4, 6)), maps(2 * 4, (8, 12), (4, 6))
@@ -157,10 +164,16 @@ class TestLaunches:
             "paste_masks": lambda: ops.paste_masks(torch.randn(3, 28, 28), boxes, (64, 96), 0.5),
             "stuff_labels": lambda: ops.stuff_labels(maps(6, (16, 24))[0][0], (64, 90), (50, 70)),
             "panoptic_merge": lambda: ops.panoptic_merge(
-                masks, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), boxes,
-                torch.zeros(64, 96, dtype=torch.uint8), 2, score_threshold=0.5, stuff_area_limit=10,
+                masks,
+                torch.tensor([0.9, 0.8, 0.7]),
+                torch.tensor([0, 1, 0]),
+                boxes,
+                torch.zeros(64, 96, dtype=torch.uint8),
+                2,
+                score_threshold=0.5,
+                stuff_area_limit=10,
             ),
-        }  # fmt: skip
+        }
 
     def test_launches(self, kernel_count, monkeypatch, capfd):
         wrong, calls = {}, self.calls()

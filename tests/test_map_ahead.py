@@ -200,8 +200,9 @@ def test_an_iterator_that_is_open_at_the_end_of_the_process():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("given, loaded, expected", [(None, "", "passive"), ("active", "", "active"),
-                                                     (None, "import torch", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, loaded, expected", [(None, "", "passive"), ("active", "", "active"), (None, "import torch", None)]
+)
 def test_waiting_threads_sleep(given, loaded, expected):
     """Before torch is loaded, which reads the setting then; the user's own setting stays."""
     code = f"import os; {loaded or 'pass'}; from spatialflow.threads import leave_cores_to_others as f; f(); "

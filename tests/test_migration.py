@@ -57,7 +57,7 @@ class TestNms:
         assert torch.equal(ops.batched_nms(*args), vision.batched_nms(*args))
 
     def test_negative_coordinates(self):
-        """torchvision's shift by class assumes that there are none: it lets boxes of two classes meet."""
+        """Torchvision's shift by class assumes that there are none: it lets boxes of two classes meet."""
         boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1]])
         args = (boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), 0.4)
         assert ops.batched_nms(*args).tolist() == [0, 1] and vision.batched_nms(*args).tolist() == [0]

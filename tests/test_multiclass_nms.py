@@ -142,8 +142,12 @@ class TestCases:
     def test_empties(self, batch, count, classes, most):
         found = ops.multiclass_nms(torch.rand(batch, count, 4), torch.rand(batch, count, classes), 0.0, 0.5, most)
         assert [tuple(leaf.shape) for leaf in found] == [
-            (batch, most, 4), (batch, most), (batch, most), (batch,), (batch, most)
-        ]  # fmt: skip
+            (batch, most, 4),
+            (batch, most),
+            (batch, most),
+            (batch,),
+            (batch, most),
+        ]
         assert (
             not found.count.any()
             and not found.boxes.any()

@@ -86,7 +86,7 @@ class TestLevels:
         assert torch.equal(pooled.flatten().round().long(), roi_levels(boxes, 5, 56))
 
     def test_two_image_sizes_through_one_pooler(self):
-        """torchvision's pooler keeps the scales of the first image size it sees; strides are explicit here."""
+        """Torchvision's pooler keeps the scales of the first image size it sees; strides are explicit here."""
         pooler = ops.MultilevelRoIAlign(2, STRIDES, finest_scale=6)
         boxes = boxes_of_all_levels(6)
         for size in (0, 3):

@@ -13,8 +13,13 @@ from spatialflow.ops import reference
 from spatialflow.panoptic import merge
 
 RAW_OPTIONS = ("ignored_stuff", "score_threshold", "overlap_threshold", "stuff_area_limit", "box_threshold")
-DEFAULTS = {"ignored_stuff": (), "score_threshold": 0.37, "overlap_threshold": 0.37, "stuff_area_limit": 4900,
-            "box_threshold": 0.5}  # fmt: skip
+DEFAULTS = {
+    "ignored_stuff": (),
+    "score_threshold": 0.37,
+    "overlap_threshold": 0.37,
+    "stuff_area_limit": 4900,
+    "box_threshold": 0.5,
+}
 
 
 def scene(count: int, height: int, width: int, stuff_labels: int = 7) -> list:
@@ -155,8 +160,10 @@ class TestGoldens:
     @pytest.fixture
     def inputs(self, goldens):
         folder = goldens / "panoptic"
-        content = {name: json.loads((folder / "in" / f"{name}.json").read_text())
-                   for name in ("inst", "bbox", "stuff", "categories", "images")}  # fmt: skip
+        content = {
+            name: json.loads((folder / "in" / f"{name}.json").read_text())
+            for name in ("inst", "bbox", "stuff", "categories", "images")
+        }
         maps = {
             fill: np.load(folder / f"config_{'bbox' if fill else 'nobbox'}_canonical.npz") for fill in (False, True)
         }
@@ -241,8 +248,15 @@ class TestThresholds:
         ] == [1]
 
     def test_no_empty_segment_even_if_every_overlap_is_allowed(self):
-        result = merge(one_row((0, 10), (2, 8)), [0.9, 0.8], [1, 2], [[0, 0, 5, 1], [15, 0, 15, 1]], None,
-                       overlap_threshold=1.0, stuff_area_limit=0)  # fmt: skip
+        result = merge(
+            one_row((0, 10), (2, 8)),
+            [0.9, 0.8],
+            [1, 2],
+            [[0, 0, 5, 1], [15, 0, 15, 1]],
+            None,
+            overlap_threshold=1.0,
+            stuff_area_limit=0,
+        )
         assert [s["category_id"] for s in result.segments] == [1]
 
     def test_box_fill(self):
@@ -304,8 +318,14 @@ class TestBadValues:
                 assert int(result.id_map.sum()) == 1 and int(result.count) == 1
 
     def test_checked_names_the_value(self):
-        arguments = [torch.ones(1, 2, 2).bool(), torch.tensor([float("nan")]), torch.tensor([1]),
-                     torch.tensor([[0, 0, float("inf"), 1]]), torch.zeros(2, 2).long(), 1]  # fmt: skip
+        arguments = [
+            torch.ones(1, 2, 2).bool(),
+            torch.tensor([float("nan")]),
+            torch.tensor([1]),
+            torch.tensor([[0, 0, float("inf"), 1]]),
+            torch.zeros(2, 2).long(),
+            1,
+        ]
         with ops.checked(), pytest.raises(ValueError, match="panoptic_merge: scores must be finite, got nan"):
             ops.panoptic_merge(*arguments)
         arguments[1] = torch.tensor([0.5])
@@ -343,8 +363,14 @@ class TestShapes:
         ],
     )
     def test_errors_name_argument_rule_and_value(self, change, message):
-        arguments = [torch.ones(2, 3, 4).bool(), torch.ones(2), torch.ones(2).int(), torch.ones(2, 4),
-                     torch.ones(3, 4).int(), 3]  # fmt: skip
+        arguments = [
+            torch.ones(2, 3, 4).bool(),
+            torch.ones(2),
+            torch.ones(2).int(),
+            torch.ones(2, 4),
+            torch.ones(3, 4).int(),
+            3,
+        ]
         for index, value in change.items():
             arguments[index] = value
         with pytest.raises(RuntimeError, match="panoptic_merge: " + message):
@@ -361,11 +387,20 @@ class TestPublicMerge:
     def test_categories(self):
         stuff = np.array([[0, 1, 2, 255, 3, 3]], np.uint8)
         masks = one_row((4, 5), width=6)
-        result = merge(masks, [0.9], [1], None, stuff, thing_categories=[10, 11], stuff_categories=[20, None, 22],
-                       stuff_area_limit=1)  # fmt: skip
+        result = merge(
+            masks,
+            [0.9],
+            [1],
+            None,
+            stuff,
+            thing_categories=[10, 11],
+            stuff_categories=[20, None, 22],
+            stuff_area_limit=1,
+        )
         assert [(s["category_id"], s["isthing"]) for s in result.segments] == [(11, True), (20, False), (22, False)]
-        result = merge(masks, [0.9], [1], None, stuff, thing_categories={1: 7}, stuff_categories={3: 44},
-                       stuff_area_limit=1)  # fmt: skip
+        result = merge(
+            masks, [0.9], [1], None, stuff, thing_categories={1: 7}, stuff_categories={3: 44}, stuff_area_limit=1
+        )
         assert [s["category_id"] for s in result.segments] == [7, 44]
         with pytest.raises(ValueError, match="thing_categories must have a category for every label, got none for 1"):
             merge(masks, [0.9], [1], None, stuff, thing_categories=[10])
@@ -389,8 +424,9 @@ class TestPublicMerge:
         np.testing.assert_array_equal(from_tensors.id_map.cpu().numpy(), from_arrays.id_map)
         assert from_tensors.segments == from_arrays.segments
         assert json.loads(json.dumps(from_arrays.segments)) == from_arrays.segments
-        flipped = merge(*(np.flip(a, 0).copy()[::-1] for a in arrays[:4]), np.flip(arrays[4], 0).copy()[::-1],
-                        stuff_area_limit=20)  # fmt: skip
+        flipped = merge(
+            *(np.flip(a, 0).copy()[::-1] for a in arrays[:4]), np.flip(arrays[4], 0).copy()[::-1], stuff_area_limit=20
+        )
         assert flipped.segments == from_arrays.segments
 
     @pytest.mark.parametrize(

@@ -71,8 +71,12 @@ def test_hand_made_match_and_miss():
 
 
 def test_iou_of_exactly_one_half_is_no_match():
-    result = one_image([[1, 1, 0, 0]], [{"id": 1, "category_id": 1}], [[1, 9, 0, 0]],
-                       [{"id": 1, "category_id": 1}, {"id": 9, "category_id": 7}])  # fmt: skip
+    result = one_image(
+        [[1, 1, 0, 0]],
+        [{"id": 1, "category_id": 1}],
+        [[1, 9, 0, 0]],
+        [{"id": 1, "category_id": 1}, {"id": 9, "category_id": 7}],
+    )
     assert (result["per_class"][1]["tp"], result["per_class"][1]["fp"], result["per_class"][1]["fn"]) == (0, 1, 1)
 
 
@@ -85,9 +89,10 @@ def test_void_leaves_the_union_and_excuses_a_prediction_more_than_half_on_it():
     assert result["per_class"][1]["iou"] == 1.0
     assert result["per_class"][1]["fp"] == 1
     pred[1] = [0, 4, 4, 4]
-    assert one_image(gt, [{"id": 1, "category_id": 1}, {"id": 7, "category_id": 7}], pred, segments)["per_class"][1][
-        "fp"
-    ] == 0  # fmt: skip
+    assert (
+        one_image(gt, [{"id": 1, "category_id": 1}, {"id": 7, "category_id": 7}], pred, segments)["per_class"][1]["fp"]
+        == 0
+    )
 
 
 def test_only_the_last_crowd_of_a_class_excuses():

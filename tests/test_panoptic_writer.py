@@ -54,9 +54,12 @@ def write_five(folder, moment="never", number=0):
         patch.setattr(journal, "_write", killing("half a row", killing("before the row", journal._write), half))
         patch.setattr(writer_module, "_write_list", killing("while the JSON is written", writer_module._write_list))
         with PanopticWriter(
-            folder / "maps", categories=[{"id": 1, "isthing": 1}], settings={"score": 0.5}, resume=True,
+            folder / "maps",
+            categories=[{"id": 1, "isthing": 1}],
+            settings={"score": 0.5},
+            resume=True,
             detections_path=folder / "detections.json",
-        ) as writer:  # fmt: skip
+        ) as writer:
             for index in range(5):
                 if not writer.is_done(index, f"{index}.jpg"):
                     added.append(index)
@@ -372,8 +375,14 @@ class TestWriter:
     def test_rows_that_are_none_are_refused(self, tmp_path):
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         annotation = {"image_id": 1, "file_name": "a.png", "segments_info": []}
-        whole = {"image": {"file_name": "a"}, "annotation": annotation, "detections": [], "png_bytes": 1,
-                 "photograph": None, "path": None}  # fmt: skip
+        whole = {
+            "image": {"file_name": "a"},
+            "annotation": annotation,
+            "detections": [],
+            "png_bytes": 1,
+            "photograph": None,
+            "path": None,
+        }
         unhashable = whole | {"annotation": annotation | {"image_id": [1]}}
         for row in ({}, {"image": {"file_name": "a"}, "annotation": annotation}, None, unhashable):
             with pytest.raises(PanopticFormatError, match="a row must be one of another writer's `rows`, got"):
@@ -428,8 +437,9 @@ class TestWriter:
     def test_read_back(self, tmp_path):
         ids = np.array([[0, 5], [9, 9]])
         with PanopticWriter(tmp_path / "maps") as writer:
-            path = writer.add(3, "x/a.jpg", ids, [{"id": 5, "category_id": 1}, {"id": 9, "category_id": 2}],
-                              png_name="x/a.png")  # fmt: skip
+            path = writer.add(
+                3, "x/a.jpg", ids, [{"id": 5, "category_id": 1}, {"id": 9, "category_id": 2}], png_name="x/a.png"
+            )
         assert path == tmp_path / "maps" / "x" / "a.png" and np.array_equal(read_id_map(path), ids)
         assert read_panoptic_json(tmp_path / "maps.json")["annotations"][0]["file_name"] == "x/a.png"
 

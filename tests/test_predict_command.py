@@ -180,8 +180,10 @@ class TestPredict:
         assert_complete(output, ["007.jpg", "7.jpg", "8.jpg"])
         images = read_panoptic_json(output / "panoptic.json")["images"]
         assert [(image["file_name"], image["id"]) for image in images] == [
-            ("007.jpg", "007"), ("7.jpg", "7"), ("8.jpg", 8)
-        ]  # fmt: skip
+            ("007.jpg", "007"),
+            ("7.jpg", "7"),
+            ("8.jpg", 8),
+        ]
 
     @pytest.mark.parametrize("names", [("a/x.jpg", "b/x.jpg"), ("a/x.jpg", "a/x.png")])
     def test_names_that_coincide(self, photographs, tmp_path, capsys, names):
@@ -353,11 +355,22 @@ class TestPredict:
         images = [str(large), str(photographs / "dot.png")]
         output = tmp_path / "out"
         result = subprocess.run(
-            [sys.executable, "-m", "spatialflow.cli", "predict", *images, "--output", str(output),
-             "--checkpoint", str(weights), *FAST],
-            capture_output=True, text=True,
+            [
+                sys.executable,
+                "-m",
+                "spatialflow.cli",
+                "predict",
+                *images,
+                "--output",
+                str(output),
+                "--checkpoint",
+                str(weights),
+                *FAST,
+            ],
+            capture_output=True,
+            text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
-        )  # fmt: skip
+        )
         assert result.returncode == 1, result.stderr
         (said,) = result.stderr.splitlines()
         assert said.endswith("overlays/large.jpg: cannot be written: File too large"), said

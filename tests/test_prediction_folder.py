@@ -158,8 +158,10 @@ def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole
     if child == 0:
         with contextlib.suppress(BaseException):
             module, name = {
-                "overlay": (_Result, "overlay"), "PNG": (formats, "encode_png"), "rename": (os, "replace")
-            }.get(moment, (journal, "_write"))  # fmt: skip
+                "overlay": (_Result, "overlay"),
+                "PNG": (formats, "encode_png"),
+                "rename": (os, "replace"),
+            }.get(moment, (journal, "_write"))
             plain, calls = getattr(module, name), iter(range(1, 1000))
 
             def killing(*arguments):
@@ -245,9 +247,18 @@ def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, 
     assert [image["id"] for image in json.loads((tmp_path / "panoptic.json").read_text())["images"]] == [0, 1]
 
 
-@pytest.mark.parametrize("kind, cores, threads", [
-    ("cpu", 1, 1), ("cpu", 64, 1), ("cuda", 1, 1), ("cuda", 2, 1), ("cuda", 3, 2), ("cuda", 5, 4), ("cuda", 64, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, cores, threads",
+    [
+        ("cpu", 1, 1),
+        ("cpu", 64, 1),
+        ("cuda", 1, 1),
+        ("cuda", 2, 1),
+        ("cuda", 3, 2),
+        ("cuda", 5, 4),
+        ("cuda", 64, 8),
+    ],
+)
 def test_number_of_threads(monkeypatch, kind, cores, threads):
     """A core stays with the thread that feeds the network."""
     monkeypatch.setattr(prediction_folder, "available_cores", lambda: cores)

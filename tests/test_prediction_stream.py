@@ -186,8 +186,16 @@ def test_a_batch_is_queued_before_the_host_waits_for_the_one_before(predictor, m
     images = pictures(4)
     monkeypatch.setattr(predict, "map_ahead", lambda function, items, *_: (done(function(item)) for item in items))
     results = list(predictor.stream(images))
-    assert log == [("queue", 0), ("queue", 1), ("wait", 0), ("queue", 2), ("wait", 1), ("queue", 3), ("wait", 2),
-                   ("wait", 3)]  # fmt: skip
+    assert log == [
+        ("queue", 0),
+        ("queue", 1),
+        ("wait", 0),
+        ("queue", 2),
+        ("wait", 1),
+        ("queue", 3),
+        ("wait", 2),
+        ("wait", 3),
+    ]
     assert [result.id_map.shape for result in results] == [image.shape[:2] for image in images]
 
 

@@ -81,18 +81,28 @@ class TestSelectCandidates(OpMatrix):
             batch, classes, anchors, [(height, width), (2, 3)], 4
         )
         for batch, classes, anchors, height, width in (
-            (1, 8, 3, 5, 6), (2, 1, 1, 5, 6), (2, 8, 2, 1, 6), (2, 8, 2, 5, 1), (2, 8, 9, 1, 1), (1, 1, 1, 1, 1),
-            (0, 8, 2, 5, 6), (2, 0, 2, 5, 6), (2, 8, 2, 0, 6), (2, 8, 2, 5, 0),
+            (1, 8, 3, 5, 6),
+            (2, 1, 1, 5, 6),
+            (2, 8, 2, 1, 6),
+            (2, 8, 2, 5, 1),
+            (2, 8, 9, 1, 1),
+            (1, 1, 1, 1, 1),
+            (0, 8, 2, 5, 6),
+            (2, 0, 2, 5, 6),
+            (2, 8, 2, 0, 6),
+            (2, 8, 2, 5, 0),
         )
-    }  # fmt: skip
+    }
 
     def test_reference(self, sample, dtype):
         """The anchors of the reference in its order, from the same rounded inputs; results in float32, or float64."""
         sample = sample()
         values = to_dtype(sample, dtype)
         found = sample.op(*values, **sample.options)
-        wide = [map_tensors(lambda t: t.double(), value) if i in sample.converted else value
-                for i, value in enumerate(values)]  # fmt: skip
+        wide = [
+            map_tensors(lambda t: t.double(), value) if i in sample.converted else value
+            for i, value in enumerate(values)
+        ]
         computed = torch.float64 if dtype == torch.float64 else torch.float32
         assert_near(found, sample.reference(*wide, **sample.options), computed)
         assert all(leaf.dtype == computed for leaf in found)
@@ -288,8 +298,10 @@ class TestCases:
             assert found.boxes.shape == (batch, rows, 4) and found.scores.shape == (batch, rows, 3)
 
     def test_one_image_of_a_batch(self):
-        values = [map_tensors(lambda t: t.float() if t.is_floating_point() else t, v)
-                  for v in tensors(3, 5, 3, [(9, 8), (4, 4)])]  # fmt: skip
+        values = [
+            map_tensors(lambda t: t.float() if t.is_floating_point() else t, v)
+            for v in tensors(3, 5, 3, [(9, 8), (4, 4)])
+        ]
         together = select(*values, 25)
         for image in range(3):
             logits, deltas, base, valid, scale = values
@@ -324,8 +336,11 @@ class TestErrors:
             (0, torch.ones(2, 8, 2, 3).double(), r"class_logits\[1\] must have the batch size and the channels of"),
             (0, torch.ones(2, 6, 2, 4).double(), r"box_deltas\[1\] must have shape \(2, 8, 2, 4\), got .*, 2, 3\)"),
             (0, [torch.ones(2, 6, 4, 5).double()], "box_deltas must have one tensor per level.*got 2 for 1 levels"),
-            (0, [torch.ones(2, 7, 4, 5).double(), torch.ones(2, 7, 2, 3).double()],
-             r"class_logits\[0\] must have a multiple of 2 channels.*got shape \(2, 7, 4, 5\)"),
+            (
+                0,
+                [torch.ones(2, 7, 4, 5).double(), torch.ones(2, 7, 2, 3).double()],
+                r"class_logits\[0\] must have a multiple of 2 channels.*got shape \(2, 7, 4, 5\)",
+            ),
             (0, [], "class_logits must be a sequence of at least one level, got none"),
             (0, None, "class_logits must be a sequence of at least one level, got a tensor of shape"),
             (1, torch.ones(2, 6, 2, 3).double(), r"box_deltas\[1\] must have shape \(2, 8, 2, 3\)"),
@@ -344,7 +359,7 @@ class TestErrors:
             (6, 1 << 31, "per_level must be from 0 to 2147483647, got 2147483648"),
         ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_errors_name_argument_rule_and_value(self, place, value, message):
         arguments = changed(place, value)
         if value is None:

@@ -151,9 +151,7 @@ class TestFlowTower:
     def test_every_wiring(self, case, dtype, launched):
         """With and without each flow, the whole tower in a few launches, against float64."""
         case = {**case, **({"inner": 128} if "inner" in case else {})}
-        levels, convs = map_tensors(
-            lambda t: t.to(dtype), [pyramid(64, SIZES, batch=2), wiring(channels=64, **case)]
-        )
+        levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, SIZES, batch=2), wiring(channels=64, **case)])
         source = {"flow_source": case.get("source", "reg")}
         expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]), **source)
         launched()
@@ -188,9 +186,7 @@ class TestDeformConv2d:
     def case(shape):
         channels, outputs, groups, kernel, size, stride, padding, dilation, batch = shape
         taps = kernel[0] * kernel[1]
-        out = [
-            (side + 2 * padding - dilation * (length - 1) - 1) // stride + 1 for side, length in zip(size, kernel)
-        ]
+        out = [(side + 2 * padding - dilation * (length - 1) - 1) // stride + 1 for side, length in zip(size, kernel)]
         return (
             torch.randn(batch, channels, *size),
             torch.randn(batch, 2 * groups * taps, *out) * 3,

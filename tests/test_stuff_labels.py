@@ -124,8 +124,14 @@ class TestHandMade:
     def test_regions(self):
         """Four quadrants of one class each; the borders lie where two logits cross."""
         logits = torch.full((5, 4, 4), -1.0)
-        for c, (rows, columns) in enumerate([(slice(0, 2), slice(0, 2)), (slice(0, 2), slice(2, 4)),
-                                             (slice(2, 4), slice(0, 2)), (slice(2, 4), slice(2, 4))]):  # fmt: skip
+        for c, (rows, columns) in enumerate(
+            [
+                (slice(0, 2), slice(0, 2)),
+                (slice(0, 2), slice(2, 4)),
+                (slice(2, 4), slice(0, 2)),
+                (slice(2, 4), slice(2, 4)),
+            ]
+        ):
             logits[c + 1, rows, columns] = 1.0
         labels = ops.stuff_labels(logits, (16, 16), (16, 16))
         upper, lower = torch.tensor([1] * 8 + [2] * 8), torch.tensor([3] * 8 + [4] * 8)

@@ -47,7 +47,7 @@ def registered_for_cuda() -> set[str]:
 
 
 def test_strides_are_read_in_one_place():
-    """torch allows any stride of a size-1 dimension; `stride_of` gives 0, and every kernel asks it."""
+    """Torch allows any stride of a size-1 dimension; `stride_of` gives 0, and every kernel asks it."""
     sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu")]
     readers = {path.relative_to(ROOT / "csrc").as_posix() for path in sources if ".stride(" in path.read_text()}
     assert readers == {"ops/tensor.h"}
@@ -88,11 +88,24 @@ def tensor_arguments() -> list[tuple[str, str]]:
 
 
 OPTIONS = {
-    "output_size": 1, "strides": [1], "iou_threshold": 0.5, "score_threshold": 0.5, "max_detections": 1, "size": (1, 1),
-    "sizes": [(1, 1)], "valid_size": (1, 1), "original_size": (1, 1), "mean": (0, 0, 0), "std": (1, 1, 1),
-    "stuff_labels": 1, "gt_segments": 1, "pred_segments": 1, "num_groups": 1, "per_level": 1,
+    "output_size": 1,
+    "strides": [1],
+    "iou_threshold": 0.5,
+    "score_threshold": 0.5,
+    "max_detections": 1,
+    "size": (1, 1),
+    "sizes": [(1, 1)],
+    "valid_size": (1, 1),
+    "original_size": (1, 1),
+    "mean": (0, 0, 0),
+    "std": (1, 1, 1),
+    "stuff_labels": 1,
+    "gt_segments": 1,
+    "pred_segments": 1,
+    "num_groups": 1,
+    "per_level": 1,
     "parameters": ops.FlowTowerParameters(),
-}  # fmt: skip
+}
 
 
 def arguments_of(name: str) -> dict[str, object]:
@@ -224,9 +237,13 @@ class TestPublicOperator:
         """One name in every folder: schema, CPU kernel, Python, reference, tests, benchmark."""
         stem = home(name)
         files = [
-            f"csrc/ops/{stem}.cpp", f"csrc/cpu/{stem}.cpp", f"spatialflow/ops/{stem}.py",
-            f"spatialflow/ops/reference/{stem}.py", f"tests/test_{stem}.py", f"benchmarks/{name}.py",
-        ]  # fmt: skip
+            f"csrc/ops/{stem}.cpp",
+            f"csrc/cpu/{stem}.cpp",
+            f"spatialflow/ops/{stem}.py",
+            f"spatialflow/ops/reference/{stem}.py",
+            f"tests/test_{stem}.py",
+            f"benchmarks/{name}.py",
+        ]
         if not (ROOT / "csrc").is_dir():
             pytest.skip("not in a source tree")
         assert [file for file in files if not (ROOT / file).is_file()] == []

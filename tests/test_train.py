@@ -164,10 +164,18 @@ class TestRun:
             with pytest.raises(CheckpointError, match=f"checkpoint.pt: .*{message}"):
                 Trainer(small(), data, tmp_path, ALONE)
 
-    @pytest.mark.parametrize("where, value", [
-        ((), torch.zeros(3)), (("identity",), "[]"), (("step",), -1), (("step",), "a"), (("model",), {}),
-        (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(2)), (("random",), torch.zeros(3)),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        "where, value",
+        [
+            ((), torch.zeros(3)),
+            (("identity",), "[]"),
+            (("step",), -1),
+            (("step",), "a"),
+            (("model",), {}),
+            (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(2)),
+            (("random",), torch.zeros(3)),
+        ],
+    )
     def test_resume_from_a_damaged_checkpoint_is_an_error(self, data, tmp_path, where, value):
         Trainer(small(), data, tmp_path, ALONE).run()
         content = {"": torch.load(tmp_path / "checkpoint.pt")}
@@ -463,8 +471,9 @@ class TestDivergence:
         settings = ("learning_rate=3e36", "warmup_iterations=0", "images_per_step=2", "checkpoint_every_steps=1")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618"]
         rest = command(tmp_path, tmp_path / "run", *settings)[3:]
-        done = subprocess.run([*launcher, "-m", "spatialflow.cli", *rest], env=environment(), timeout=240,
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [*launcher, "-m", "spatialflow.cli", *rest], env=environment(), timeout=240, capture_output=True, text=True
+        )
         assert done.returncode != 0 and "not finite after step" in done.stderr
         assert "the run diverges" in done.stderr
 
@@ -674,7 +683,6 @@ class TestCommand:
         assert main([*arguments, *paths, "--output", str(tmp_path)]) == 0
         assert ("no --backbone or --checkpoint" in capsys.readouterr().err) == warned
 
-
     def test_what_will_not_happen_is_said_before_the_first_step(self, scenes, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "pycocotools", None)
         arguments = ["train", "tiny", *(f"{k}={v}" for k, v in SMALL_RUN.items()), "--workers", "0"]
@@ -696,8 +704,11 @@ class TestProcesses:
         """
         write_coco(tmp_path, 8, (64, 96))
         settings = (
-            f"epochs={epochs}", "images_per_step=2", "learning_rate=0.002", f"backbone_norm_trains={norm_trains}",
-        )  # fmt: skip
+            f"epochs={epochs}",
+            "images_per_step=2",
+            "learning_rate=0.002",
+            f"backbone_norm_trains={norm_trains}",
+        )
         whole = command(tmp_path, tmp_path / "one", *settings)
         subprocess.run(whole, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
         launcher = [

@@ -198,9 +198,14 @@ def test_markers_before_the_picture_do_not_count(tmp_path, no_warning):
 
 
 FORMATS = {
-    "PNG": {}, "BMP": {}, "TIFF": {}, "WEBP": {"lossless": True}, "PPM": {}, "palette": {"format": "PNG", "mode": "P"},
+    "PNG": {},
+    "BMP": {},
+    "TIFF": {},
+    "WEBP": {"lossless": True},
+    "PPM": {},
+    "palette": {"format": "PNG", "mode": "P"},
     "APNG": {"format": "PNG", "save_all": True, "append_images": [SECOND.resize((83, 60))]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -52,9 +52,10 @@ class Broken:
         self.row = self.content["images"][1]
         things = {row["id"] for row in self.content["categories"] if row["isthing"]}
         self.segment = next(
-            s for s in self.annotation["segments_info"]
+            s
+            for s in self.annotation["segments_info"]
             if s["category_id"] in things and min(s["bbox"]) > 2 and s["area"] > 20
-        )  # fmt: skip
+        )
         self.png = folder / "panoptic" / self.annotation["file_name"]
         self.ids = read_id_map(self.png)
 
@@ -311,20 +312,60 @@ def photograph_of_another_size(b):
 
 
 BREAKS = [
-    id_zero, id_beyond_three_bytes, id_negative, id_listed_twice, area_below_the_pixels, area_above_the_pixels,
-    area_negative, area_not_a_number, area_infinite, area_as_text, box_moved, box_of_corners, box_of_three_numbers,
-    box_of_a_huge_integer, segment_without_pixels, pixels_without_segment, segment_no_mapping, crowd_of_two,
-    two_annotations_of_an_image, two_entries_of_an_image, image_not_listed, image_without_pixels,
-    image_of_another_size, no_images, category_unknown, category_listed_twice, category_without_isthing,
-    category_without_id, annotation_without_segments, png_absent, png_name_of_a_folder, png_truncated,
-    png_with_palette, png_greyscale, png_of_16_bits, photograph_absent, photograph_no_picture,
-    photograph_of_another_size, area_null, area_true, crowd_null, id_true,
-    category_true, height_true, image_id_true, category_id_true, photograph_truncated,
-]  # fmt: skip
+    id_zero,
+    id_beyond_three_bytes,
+    id_negative,
+    id_listed_twice,
+    area_below_the_pixels,
+    area_above_the_pixels,
+    area_negative,
+    area_not_a_number,
+    area_infinite,
+    area_as_text,
+    box_moved,
+    box_of_corners,
+    box_of_three_numbers,
+    box_of_a_huge_integer,
+    segment_without_pixels,
+    pixels_without_segment,
+    segment_no_mapping,
+    crowd_of_two,
+    two_annotations_of_an_image,
+    two_entries_of_an_image,
+    image_not_listed,
+    image_without_pixels,
+    image_of_another_size,
+    no_images,
+    category_unknown,
+    category_listed_twice,
+    category_without_isthing,
+    category_without_id,
+    annotation_without_segments,
+    png_absent,
+    png_name_of_a_folder,
+    png_truncated,
+    png_with_palette,
+    png_greyscale,
+    png_of_16_bits,
+    photograph_absent,
+    photograph_no_picture,
+    photograph_of_another_size,
+    area_null,
+    area_true,
+    crowd_null,
+    id_true,
+    category_true,
+    height_true,
+    image_id_true,
+    category_id_true,
+    photograph_truncated,
+]
 ALONGSIDE = {  # what follows from a breach by itself
-    "id_beyond_three_bytes": {"no-segment"}, "id_negative": {"no-segment"}, "id_true": {"no-segment"},
+    "id_beyond_three_bytes": {"no-segment"},
+    "id_negative": {"no-segment"},
+    "id_true": {"no-segment"},
     "category_id_true": {"category-unknown"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__)
@@ -452,15 +493,24 @@ class TestCommand:
             assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
     def test_folders_without_a_name_of_their_own(self, scenes, tmp_path, monkeypatch, capsys):
-        for place, given in ((scenes, "."), (scenes / "panoptic", "."), (scenes / "panoptic", ".."),
-                             (scenes / "images", "../panoptic"), (scenes / "panoptic", "../images/..")):  # fmt: skip
+        for place, given in (
+            (scenes, "."),
+            (scenes / "panoptic", "."),
+            (scenes / "panoptic", ".."),
+            (scenes / "images", "../panoptic"),
+            (scenes / "panoptic", "../images/.."),
+        ):
             monkeypatch.chdir(place)
             assert main(["validate", given]) == 0, (place, given)
             assert main(["evaluate", given, given]) == 0
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
-        for command in (["validate", "."], ["evaluate", ".", "."], ["validate", "/"],
-                        ["visualize", str(scenes / "images"), "--ground-truth", ".", "--output", "out"]):  # fmt: skip
+        for command in (
+            ["validate", "."],
+            ["evaluate", ".", "."],
+            ["validate", "/"],
+            ["visualize", str(scenes / "images"), "--ground-truth", ".", "--output", "out"],
+        ):
             assert main(command) == 2
             assert ".json: no such file" in capsys.readouterr().err
         data = ["--annotations", ".", "--images", str(scenes / "images"), "--output", "run"]
@@ -681,8 +731,15 @@ class TestTraining:
         broken = Broken(folder)
         for annotation in broken.content["annotations"]:
             annotation["segments_info"].append({"id": 424242, "category_id": 1})
-        settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "epochs=2", "train_short_edges=[64]",
-                    "train_long_edge=96", "images_per_step=1"]  # fmt: skip
+        settings = [
+            "num_things=6",
+            "num_stuff=7",
+            "categories=synthetic",
+            "epochs=2",
+            "train_short_edges=[64]",
+            "train_long_edge=96",
+            "images_per_step=1",
+        ]
         data = ["--images", str(folder / "images"), "--annotations", str(broken.save()), "--workers", "0"]
         assert main(["train", "tiny", *settings, *data, "--output", str(tmp_path / "run")]) == 0
         out = capsys.readouterr().out
@@ -703,8 +760,15 @@ class TestTraining:
         broken = Broken(folder)
         for annotation in broken.content["annotations"]:
             annotation["segments_info"][0]["area"] += 1
-        settings = ["num_things=6", "num_stuff=7", "categories=synthetic", "epochs=1", "train_short_edges=[64]",
-                    "train_long_edge=96", "images_per_step=3"]  # fmt: skip
+        settings = [
+            "num_things=6",
+            "num_stuff=7",
+            "categories=synthetic",
+            "epochs=1",
+            "train_short_edges=[64]",
+            "train_long_edge=96",
+            "images_per_step=3",
+        ]
         data = ["--images", str(folder / "images"), "--annotations", str(broken.save()), "--workers", "0"]
         validation = [option.replace("--", "--validation-") for option in data[:4]]
         assert main(["train", "tiny", *settings, *data, *validation, "--output", str(tmp_path / "run")]) == 0
@@ -730,9 +794,11 @@ class TestVisualize:
 
     @pytest.mark.parametrize("title", ["ground-truth", "prediction"])
     @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
-    @pytest.mark.parametrize("damage", [*BREAKS[:10], two_entries_of_an_image, segment_without_pixels,
-                                        pixels_without_segment],
-                             ids=lambda damage: damage.__name__)  # fmt: skip
+    @pytest.mark.parametrize(
+        "damage",
+        [*BREAKS[:10], two_entries_of_an_image, segment_without_pixels, pixels_without_segment],
+        ids=lambda damage: damage.__name__,
+    )
     def test_breaches_stop_or_are_reported_once(self, scenes, folder, tmp_path, capsys, title, others, damage):
         """As docs/annotations.md says; those of pixels leave out the image alone."""
         broken = Broken(folder)
@@ -797,7 +863,7 @@ class TestJoin:
             ([(7, None, "000123.png")], {7: 123}),
             ([(7, "val/street.jpg", "7.png")], {7: "street"}),
         ],
-    )  # fmt: skip
+    )
     def test_by_id_else_by_name(self, truth, joined):
         assert join_images(listed(truth), listed(self.PREDICTED)) == joined
 
@@ -825,9 +891,11 @@ class TestJoin:
         """Names of cameras or cities: the folder decides, whichever file has the longer path."""
         truth = [(1, "a/x.jpg", "1.png"), (2, "b/x.jpg", "2.png")]
         for names, joined in (
-            (("a/x.jpg", "b/x.jpg"), {1: 1, 2: 2}), (("b/x.jpg", "a/x.jpg"), {1: 2, 2: 1}),
-            (("x.jpg", "x.jpg"), {1: 1, 2: 2}), (("all/a/x.jpg", "all/b/x.jpg"), {1: 1, 2: 2}),
-        ):  # fmt: skip
+            (("a/x.jpg", "b/x.jpg"), {1: 1, 2: 2}),
+            (("b/x.jpg", "a/x.jpg"), {1: 2, 2: 1}),
+            (("x.jpg", "x.jpg"), {1: 1, 2: 2}),
+            (("all/a/x.jpg", "all/b/x.jpg"), {1: 1, 2: 2}),
+        ):
             prediction = listed([(i, name, f"{i}.png") for i, name in enumerate(names, 1)])
             assert join_images(listed(truth), prediction) == joined
             assert join_images(prediction, listed(truth)) == joined
@@ -868,8 +936,10 @@ class TestJoin:
         things = {row["id"] for row in content["categories"] if row["isthing"]}
         rows = [
             {"image_id": a["image_id"], "category_id": s["category_id"], "bbox": s["bbox"], "score": 0.9}
-            for a in content["annotations"] for s in a["segments_info"] if s["category_id"] in things
-        ]  # fmt: skip
+            for a in content["annotations"]
+            for s in a["segments_info"]
+            if s["category_id"] in things
+        ]
         (tmp_path / "detections.json").write_text(json.dumps(rows))
         for new_id in ({1: 3, 2: 1, 3: 2}, {1: "000001", 2: "000002", 3: "000003"}):
             changed = json.loads(json.dumps(content))
@@ -974,5 +1044,6 @@ def test_every_rule_is_documented():
         if line.startswith("| `")
     ]
     documented = {row[0].strip("`"): tuple(row[2:5]) for row in rows}
-    assert documented == {name: tuple(rule.effect(use) for use in (TRUTH, PREDICTION, TRAINING))
-                          for name, rule in RULES.items()}  # fmt: skip
+    assert documented == {
+        name: tuple(rule.effect(use) for use in (TRUTH, PREDICTION, TRAINING)) for name, rule in RULES.items()
+    }

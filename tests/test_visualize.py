@@ -121,7 +121,6 @@ class TestCommand:
         assert "stranger.png: the prediction in" in said[1] and "text.jpg: is not an image" in said[2]
         assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
 
-
     def test_photographs_in_folders(self, truth, tmp_path, capsys):
         """Found by the name with its folders, by the stem where only one has it; else named."""
         content = json.loads((truth / "panoptic.json").read_text())
@@ -135,8 +134,10 @@ class TestCommand:
         assert main([*command, str(tmp_path / "photographs"), "--recursive"]) == 0
         pictures = tmp_path / "out" / "pictures"
         assert sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.jpg")) == [
-            "a/x.jpg", "b/x.jpg", "b/y.jpg"
-        ]  # fmt: skip
+            "a/x.jpg",
+            "b/x.jpg",
+            "b/y.jpg",
+        ]
         assert not np.array_equal(cv2.imread(str(pictures / "a/x.jpg")), cv2.imread(str(pictures / "b/x.jpg")))
         capsys.readouterr()
         assert main([*command, str(tmp_path / "photographs" / "b")]) == 1

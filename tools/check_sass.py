@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from sass_limits import LIMITS, Limit  # noqa: E402
+from sass_limits import LIMITS, Limit
 
 LIBRARY = ROOT / "spatialflow" / "lib" / "libspatialflow_cuda.so"
 ARCHITECTURE = "sm_90a"
@@ -44,13 +44,25 @@ GLOBAL_LOADS = {"LD", "LDG", "LDGSTS", "UTMALDG"}
 GLOBAL_STORES = {"ST", "STG", "RED", "REDG", "UTMASTG", "UTMAREDG"}
 STORES = {"ST", "STG", "STS", "STL", "STSM", "RED", "REDG", "REDS"}
 # Instructions without a destination register: each register that they name is read.
-ONLY_READ = STORES | LEAVING | {
-    "BAR", "BRA", "CALL", "CCTL", "FCHK", "LDGSTS", "NANOSLEEP", "R2P", "WARPSYNC",
-}  # fmt: skip
+ONLY_READ = (
+    STORES
+    | LEAVING
+    | {
+        "BAR",
+        "BRA",
+        "CALL",
+        "CCTL",
+        "FCHK",
+        "LDGSTS",
+        "NANOSLEEP",
+        "R2P",
+        "WARPSYNC",
+    }
+)
 
 
 class Instruction:
-    __slots__ = ("address", "guard", "opcode", "base", "operands", "_accesses")
+    __slots__ = ("_accesses", "address", "base", "guard", "opcode", "operands")
 
     def __init__(self, address: int, guard: str, opcode: str, operands: list[str]):
         self.address, self.guard, self.opcode, self.operands = address, guard, opcode, operands
@@ -110,7 +122,7 @@ def access_bytes(opcode: str) -> int:
     return next((narrow[part] for part in parts if part in narrow), 4)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def value_width(opcode: str, role: str) -> int:
     """Registers of one operand: `to` is the destination; `a`, `b` and `c` are the sources in their order."""
     base, *parts = opcode.split(".")

@@ -49,8 +49,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-from gpu_page import as_markdown, read_json  # noqa: E402
-from harness import results_path, write_text  # noqa: E402
+from gpu_page import as_markdown, read_json
+from harness import results_path, write_text
 
 NO_GPU = 77
 TOTALS = {"first": 480.0, "second": 480.0, "quick": 120.0}
@@ -149,9 +149,15 @@ def run_command(command: list[str], environment: dict[str, str], deadline: float
     if time.monotonic() >= deadline:
         return None, ""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     _running.add(process.pid)
     try:
         output, _ = process.communicate(timeout=deadline - time.monotonic())
@@ -255,8 +261,20 @@ def install_wheels() -> None:
     """Installs the packages that are missing here and came as wheels in `wheels/` into `SITE`, without a network."""
     names = {wheel.name.split("-")[0] for wheel in (ROOT / "wheels").glob("*.whl")}
     for name in sorted(name for name in names if not has_module(name)):
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--find-links",
-                   str(ROOT / "wheels"), "--target", str(SITE), name]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--find-links",
+            str(ROOT / "wheels"),
+            "--target",
+            str(SITE),
+            name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             print(f"gpu-check: {name} could not be installed: {done.stderr.strip()[-200:]}", file=sys.stderr)
@@ -275,8 +293,18 @@ def compile_evaluation() -> subprocess.Popen | None:
     import pybind11
 
     sources = sorted(str(path) for path in (ROOT / "csrc" / "evaluation").glob("*.cpp"))
-    command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", f"-I{pybind11.get_include()}",
-               f"-I{sysconfig.get_path('include')}", *sources, "-o", str(target)]  # fmt: skip
+    command = [
+        compiler,
+        "-O3",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+        *sources,
+        "-o",
+        str(target),
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -303,7 +331,7 @@ def find_tool(name: str) -> str | None:
 
 
 def pytest_command(*options: str) -> list[str]:
-    """pytest that names every test as it ends, so that the log of one that is cut off tells what went wrong."""
+    """Pytest that names every test as it ends, so that the log of one that is cut off tells what went wrong."""
     quiet = ["-p", "no:cacheprovider", "--continue-on-collection-errors", "-v", "--tb=short", "--no-header"]
     return [sys.executable, "-m", "pytest", *quiet, *options]
 
@@ -343,8 +371,12 @@ def probes_step(on_gpu: bool, output: Path) -> Step:
 
 
 def operators_step(on_gpu: bool) -> Step:
-    return Step("every operator once", [sys.executable, "tools/sanitizer_targets.py", "operators"], least=15,
-                limit=60 if on_gpu else 900)  # fmt: skip
+    return Step(
+        "every operator once",
+        [sys.executable, "tools/sanitizer_targets.py", "operators"],
+        least=15,
+        limit=60 if on_gpu else 900,
+    )
 
 
 def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") -> Step:
@@ -359,8 +391,16 @@ def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") ->
 def cupy_step(on_gpu: bool) -> Step:
     """Operators on CuPy's arrays, and beside the textbook kernels; in the dry run on NumPy's, and those as C++."""
     missing = "CuPy is not installed" if on_gpu and not has_module("cupy") else ""
-    return Step("operators and CuPy", pytest_command(), ["tests/test_arrays.py", "tests/test_textbook.py"], 20,
-                60 if on_gpu else 900, pytest_detail, together="tests", skipped=missing)  # fmt: skip
+    return Step(
+        "operators and CuPy",
+        pytest_command(),
+        ["tests/test_arrays.py", "tests/test_textbook.py"],
+        20,
+        60 if on_gpu else 900,
+        pytest_detail,
+        together="tests",
+        skipped=missing,
+    )
 
 
 def kernels_step(on_gpu: bool, output: Path, least: float, limit: float) -> Step:
@@ -382,10 +422,32 @@ def quick_steps(on_gpu: bool, output: Path) -> list[Step]:
 def first_steps(on_gpu: bool, output: Path) -> list[Step]:
     stages = ["--output", str(output), *device_arguments(on_gpu)]
     stages += [] if on_gpu else ["--config", "tiny", "--size", "96", "128", "--dtype", "float32", "--seconds", "0.01"]
-    files = ["--seconds", "4", "--short-edges", "800", "--dtype", "bfloat16", "--threads", "8",
-             "--providers", "spatialflow", "reference, 16 bits"]  # fmt: skip
-    overlapped = ["--config", "spatialflow_r50_coco", "--dtype", "bfloat16", "--size", "800", "1333", "--count", "40",
-                  "--threads", "8"]  # fmt: skip
+    files = [
+        "--seconds",
+        "4",
+        "--short-edges",
+        "800",
+        "--dtype",
+        "bfloat16",
+        "--threads",
+        "8",
+        "--providers",
+        "spatialflow",
+        "reference, 16 bits",
+    ]
+    overlapped = [
+        "--config",
+        "spatialflow_r50_coco",
+        "--dtype",
+        "bfloat16",
+        "--size",
+        "800",
+        "1333",
+        "--count",
+        "40",
+        "--threads",
+        "8",
+    ]
     if not on_gpu:
         files = ["--seconds", "0.01", "--short-edges", "64", "--config", "tiny"]
         overlapped = ["--size", "64", "96", "--count", "4", "--seconds", "0.01", "--config", "tiny"]
@@ -395,18 +457,40 @@ def first_steps(on_gpu: bool, output: Path) -> list[Step]:
         operators_step(on_gpu),
         tests_step(on_gpu, 90, 150),
         cupy_step(on_gpu),
-        Step("predictor: graphs and sync debug mode", pytest_command(),
-             ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py", "tests/test_fused_conv.py"], 60,
-             150 if on_gpu else 900, pytest_detail, together="tests"),
+        Step(
+            "predictor: graphs and sync debug mode",
+            pytest_command(),
+            ["tests/test_cuda_predictor.py", "tests/test_no_host_reads.py", "tests/test_fused_conv.py"],
+            60,
+            150 if on_gpu else 900,
+            pytest_detail,
+            together="tests",
+        ),
         kernels_step(on_gpu, output, 90, 170),
         Step("pipeline by stages", [sys.executable, "benchmarks/stages.py", *stages], least=30, limit=75, detail=rate),
         ncu_step(on_gpu),
-        Step("images per second from files",
-             [sys.executable, "benchmarks/end_to_end.py", *device_arguments(on_gpu), *files, "--output", str(output)],
-             least=45, limit=75 if on_gpu else 900, detail=images_per_second),
-        Step("stages of prediction from files", [sys.executable, "benchmarks/throughput.py", *device_arguments(on_gpu),
-             *overlapped, "--output", str(output)], least=30, limit=60 if on_gpu else 900, detail=overlap),
-    ]  # fmt: skip
+        Step(
+            "images per second from files",
+            [sys.executable, "benchmarks/end_to_end.py", *device_arguments(on_gpu), *files, "--output", str(output)],
+            least=45,
+            limit=75 if on_gpu else 900,
+            detail=images_per_second,
+        ),
+        Step(
+            "stages of prediction from files",
+            [
+                sys.executable,
+                "benchmarks/throughput.py",
+                *device_arguments(on_gpu),
+                *overlapped,
+                "--output",
+                str(output),
+            ],
+            least=30,
+            limit=60 if on_gpu else 900,
+            detail=overlap,
+        ),
+    ]
 
 
 NCU_KERNELS = "conv3x3_sm90|conv3x3_tensor_core|conv3x3_weight_gradient_tensor|roi_align_|deform_conv2d_|focal_sum"
@@ -414,15 +498,31 @@ NCU_KERNELS = "conv3x3_sm90|conv3x3_tensor_core|conv3x3_weight_gradient_tensor|r
 
 def ncu_step(on_gpu: bool) -> Step:
     """The hardware counters of the kernels that matter most."""
-    target = [sys.executable, "tools/profile_targets.py", "flow_conv2d", "deform_conv2d", "multilevel_roi_align",
-              "flow_conv2d_backward", "sigmoid_focal_loss"]  # fmt: skip
+    target = [
+        sys.executable,
+        "tools/profile_targets.py",
+        "flow_conv2d",
+        "deform_conv2d",
+        "multilevel_roi_align",
+        "flow_conv2d_backward",
+        "sigmoid_focal_loss",
+    ]
     ncu = find_tool("ncu")
-    sections = [word for name in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
-                for word in ("--section", name)]  # fmt: skip
+    sections = [
+        word
+        for name in ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
+        for word in ("--section", name)
+    ]
     watched = [ncu or "", "--clock-control", "none", "-k", f"regex:{NCU_KERNELS}", "-c", "16", *sections, *target]
-    return Step("hardware counters (ncu)", watched if on_gpu else target, least=25, limit=60 if on_gpu else 900,
-                detail=lambda output: f"{output.count('Duration')} kernels", needed="Duration" if on_gpu else "",
-                skipped="ncu is not installed" if on_gpu and ncu is None else "")  # fmt: skip
+    return Step(
+        "hardware counters (ncu)",
+        watched if on_gpu else target,
+        least=25,
+        limit=60 if on_gpu else 900,
+        detail=lambda output: f"{output.count('Duration')} kernels",
+        needed="Duration" if on_gpu else "",
+        skipped="ncu is not installed" if on_gpu and ncu is None else "",
+    )
 
 
 def second_steps(on_gpu: bool, output: Path) -> list[Step]:
@@ -435,28 +535,87 @@ def second_steps(on_gpu: bool, output: Path) -> list[Step]:
     for tool in tools:
         watched = [sanitizer or "", "--tool", tool, *options, *target] if on_gpu else target
         what = f"planted-{tool}" if on_gpu else "operators"
-        steps.append(Step(f"{tool}: planted fault is found", [*watched, what], least=60, limit=90, detail=last_summary,
-                          skipped=missing, expected_code=9 if on_gpu else 0, together="checks"))  # fmt: skip
+        steps.append(
+            Step(
+                f"{tool}: planted fault is found",
+                [*watched, what],
+                least=60,
+                limit=90,
+                detail=last_summary,
+                skipped=missing,
+                expected_code=9 if on_gpu else 0,
+                together="checks",
+            )
+        )
     for tool in tools:
         watched = [sanitizer or "", "--tool", tool, *options, *target] if on_gpu else target
-        steps.append(Step(f"{tool}: operators", [*watched, "operators"], least=100, limit=180 if on_gpu else 900,
-                          detail=last_summary, skipped=missing, together="checks"))  # fmt: skip
-    training = ["--device", "cuda", "--add", "--dtype", "bfloat16", "--providers", "plain modules, channels-last",
-                "torch.compile"] if on_gpu else ["--providers", "none"]  # fmt: skip
+        steps.append(
+            Step(
+                f"{tool}: operators",
+                [*watched, "operators"],
+                least=100,
+                limit=180 if on_gpu else 900,
+                detail=last_summary,
+                skipped=missing,
+                together="checks",
+            )
+        )
+    training = (
+        [
+            "--device",
+            "cuda",
+            "--add",
+            "--dtype",
+            "bfloat16",
+            "--providers",
+            "plain modules, channels-last",
+            "torch.compile",
+        ]
+        if on_gpu
+        else ["--providers", "none"]
+    )
     network = [sys.executable, "benchmarks/network.py", *device_arguments(on_gpu), "--output", str(output), "--add"]
-    network += ["--dtype", "bfloat16", "--seconds", "0.5", "--providers", "plain modules, channels-last",
-                "torch.compile"] if on_gpu else ["--seconds", "0.001", "--providers", "none", "--no-plot"]  # fmt: skip
+    network += (
+        ["--dtype", "bfloat16", "--seconds", "0.5", "--providers", "plain modules, channels-last", "torch.compile"]
+        if on_gpu
+        else ["--seconds", "0.001", "--providers", "none", "--no-plot"]
+    )
     return [
         *steps,
-        Step("large tensors and repeated runs", pytest_command(), ["tests/test_scale.py"], 60, 180 if on_gpu else 900,
-             pytest_detail, together="checks"),
-        Step("training under torchrun", [sys.executable, "tools/gpu_training.py", *device_arguments(on_gpu)], least=60,
-             limit=120 if on_gpu else 900, together="checks"),
-        Step("training step", [sys.executable, "benchmarks/training_step.py", *training, "--seconds",
-             "1" if on_gpu else "0.001", "--no-plot", "--output", str(output)], least=110, limit=150 if on_gpu else 900,
-             detail=benchmark_detail),
+        Step(
+            "large tensors and repeated runs",
+            pytest_command(),
+            ["tests/test_scale.py"],
+            60,
+            180 if on_gpu else 900,
+            pytest_detail,
+            together="checks",
+        ),
+        Step(
+            "training under torchrun",
+            [sys.executable, "tools/gpu_training.py", *device_arguments(on_gpu)],
+            least=60,
+            limit=120 if on_gpu else 900,
+            together="checks",
+        ),
+        Step(
+            "training step",
+            [
+                sys.executable,
+                "benchmarks/training_step.py",
+                *training,
+                "--seconds",
+                "1" if on_gpu else "0.001",
+                "--no-plot",
+                "--output",
+                str(output),
+            ],
+            least=110,
+            limit=150 if on_gpu else 900,
+            detail=benchmark_detail,
+        ),
         Step("network beside torch.compile", network, least=150, limit=200 if on_gpu else 900, detail=benchmark_detail),
-    ]  # fmt: skip
+    ]
 
 
 def benchmark_detail(output: str) -> str:
@@ -495,13 +654,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Checks and times the CUDA kernels on this machine's GPU.")
     kind = parser.add_mutually_exclusive_group()
     for name, what in (("second", "compute-sanitizer, large tensors, training"), ("quick", "the shortest run")):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, default="first",
-                          help=f"{what}: {TOTALS[name]:.0f} s")  # fmt: skip
+        kind.add_argument(
+            f"--{name}",
+            dest="kind",
+            action="store_const",
+            const=name,
+            default="first",
+            help=f"{what}: {TOTALS[name]:.0f} s",
+        )
     parser.add_argument("--backend", choices=("cuda", "simt"), default="cuda", help="simt: dry run on the interpreter")
-    parser.add_argument("--seconds", type=float, metavar="N",
-                        help=f"total of the run (default: 480; --quick: 120; dry run: {DRY_TOTAL:.0f})")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/gpu_check.* (default: "
-                        "benchmarks/results; build/gpu_check in the dry run, whose times mean nothing)")  # fmt: skip
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help=f"total of the run (default: 480; --quick: 120; dry run: {DRY_TOTAL:.0f})",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="receives <device>/gpu_check.* (default: "
+        "benchmarks/results; build/gpu_check in the dry run, whose times mean nothing)",
+    )
     parser.add_argument("--pack", type=Path, metavar="FILE.tgz", help="receives the results in one file")
     parser.add_argument(
         "--steps", nargs="+", default=[], metavar="TEXT", help="only steps whose name contains one of these"
@@ -572,8 +746,15 @@ def main(arguments: list[str] | None = None) -> int:
             except subprocess.TimeoutExpired:
                 text, code = end_group(compilation), -1
             (logs / "compile.log").write_text(text)
-            record(Outcome("spatialflow._evaluation compiled", "passed" if code == 0 else "failed",
-                           round(time.monotonic() - begin, 1), text.strip()[-200:], "compile.log"))  # fmt: skip
+            record(
+                Outcome(
+                    "spatialflow._evaluation compiled",
+                    "passed" if code == 0 else "failed",
+                    round(time.monotonic() - begin, 1),
+                    text.strip()[-200:],
+                    "compile.log",
+                )
+            )
             compilation = None
         remaining = options.seconds - (time.monotonic() - begin) - share * kept(groups[index + 1 :])
         with ThreadPoolExecutor(len(group)) as pool:

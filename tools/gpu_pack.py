@@ -49,8 +49,21 @@ def download_wheels(folder: Path) -> None:
     """Wheels of `PACKAGES` for each Python of `PYTHONS`; one that cannot be had is named and left out."""
     for python in dict.fromkeys(PYTHONS):
         for package in PACKAGES:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
-                       "--implementation", "cp", "--python-version", python, "-d", str(folder)]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--implementation",
+                "cp",
+                "--python-version",
+                python,
+                "-d",
+                str(folder),
+            ]
             command += [word for platform in PLATFORMS for word in ("--platform", platform)]
             done = subprocess.run([*command, package], capture_output=True, text=True)
             if done.returncode != 0:

@@ -33,7 +33,7 @@ def as_markdown(about: dict[str, Any], outcomes: Sequence[Outcome], folder: Path
         ("Share of the roofline", roofline(folder, about["commit"])),
         ("Times", markdown(results_of(folder, about["commit"]))),
         ("Pipeline by stage", stages(folder, about["commit"])),
-    ):  # fmt: skip
+    ):
         text += f"\n## {title}\n\n{part}\n" if part else ""
     return text
 
@@ -70,8 +70,10 @@ def roofline(folder: Path, commit: str | None) -> str:
             by_operations = (row.get("operations") or 0) / rates[f"{kind}_teraflops_per_second"] / 1e6
             floor, kernel = max(by_bytes, by_operations), row["kernel_ms"] * 1e3
             name = content["op"] + (" packed" if row["provider"].endswith("packed") else "")
-            lines.append(f"| `{name}` | {row['case']} | {row['dtype']} | {floor:.1f} | {kernel:.1f} | "
-                         f"{100 * floor / kernel:.0f} % |")  # fmt: skip
+            lines.append(
+                f"| `{name}` | {row['case']} | {row['dtype']} | {floor:.1f} | {kernel:.1f} | "
+                f"{100 * floor / kernel:.0f} % |"
+            )
     return "\n".join(lines) if len(lines) > 4 else ""
 
 

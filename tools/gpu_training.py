@@ -26,11 +26,25 @@ def main(arguments: list[str] | None = None) -> int:
         scenes, run = Path(name, "scenes"), Path(name, "run")
         subprocess.run([*command, "synthesize", str(scenes), "--count", "8", "--size", "128", "192"], check=True)
         subprocess.run(
-            [*launcher, "-m", "spatialflow.cli", "train", "demo", "epochs=2", "images_per_step=2",
-             "--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json"),
-             "--device", options.device, "--output", str(run)],
+            [
+                *launcher,
+                "-m",
+                "spatialflow.cli",
+                "train",
+                "demo",
+                "epochs=2",
+                "images_per_step=2",
+                "--images",
+                str(scenes / "images"),
+                "--annotations",
+                str(scenes / "panoptic.json"),
+                "--device",
+                options.device,
+                "--output",
+                str(run),
+            ],
             check=True,
-        )  # fmt: skip
+        )
         steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     losses = [step["total"] for step in steps if "total" in step]
     print(f"{len(losses)} logged steps on {options.device}, loss {losses[0]:.3f} to {losses[-1]:.3f}")

@@ -34,11 +34,20 @@ def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
     with tempfile.NamedTemporaryFile(suffix=".o") as target:
         done = subprocess.run(
             [
-                os.environ.get("CUDACXX", "nvcc"), *flags, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-                f"-I{ROOT / 'csrc'}", f"-isystem={torch / 'include'}", "-c", str(source), "-o", target.name,
+                os.environ.get("CUDACXX", "nvcc"),
+                *flags,
+                "-DUSE_CUDA",
+                "-DTORCH_TARGET_VERSION=0x020b000000000000",
+                f"-I{ROOT / 'csrc'}",
+                f"-isystem={torch / 'include'}",
+                "-c",
+                str(source),
+                "-o",
+                target.name,
             ],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+        )
     if done.returncode != 0:
         sys.exit(done.stdout + done.stderr)
     return done.stdout + done.stderr

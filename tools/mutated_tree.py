@@ -36,10 +36,19 @@ def build(*libraries: str) -> None:
     folder = COPY.parent / "build"
     level = next((name.removeprefix("cpu_") for name in libraries if name.startswith("cpu_")), "")
     configured = run(
-        "cmake", "--log-level=WARNING", "-S", COPY, "-B", folder, "-G", "Ninja",
-        f"-DPython_EXECUTABLE={sys.executable}", "-DSPATIALFLOW_SIMT=on", "-DSPATIALFLOW_CUDA=off",
+        "cmake",
+        "--log-level=WARNING",
+        "-S",
+        COPY,
+        "-B",
+        folder,
+        "-G",
+        "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DSPATIALFLOW_SIMT=on",
+        "-DSPATIALFLOW_CUDA=off",
         *([f"-DSPATIALFLOW_CPU_LEVELS={level}"] if level else []),
-    )  # fmt: skip
+    )
     if configured.returncode != 0:
         raise RuntimeError(configured.stdout + configured.stderr)
     targets = [f"spatialflow_{name}" for name in ("schema", *libraries)]

@@ -402,9 +402,13 @@ def sanitize(fault: Fault) -> tuple[int, str]:
     """Exit code and output of the sanitizer's target of the Makefile, with the tests of the fault alone."""
     environment = {**os.environ, "PYTHONPATH": str(COPY)}
     done = run(
-        "make", fault.target, f"PYTHON={sys.executable}", f"SANITIZE_TESTS={fault.tests}", "SANITIZE_FUZZ=0",
+        "make",
+        fault.target,
+        f"PYTHON={sys.executable}",
+        f"SANITIZE_TESTS={fault.tests}",
+        "SANITIZE_FUZZ=0",
         env=environment,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout + done.stderr
 
 

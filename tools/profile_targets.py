@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from harness import OURS, Problem, _Call, map_tensors  # noqa: E402
+from harness import OURS, Problem, _Call, map_tensors
 
 TARGETS = {
     "flow_conv2d": ("P3, 256 to 256, flow", "spatialflow packed", "bfloat16", "forward"),

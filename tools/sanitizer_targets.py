@@ -84,8 +84,12 @@ def run_operators(device: str) -> int:
         wide_offset, wide_mask = draw(1, 18, 19, 23), torch.rand(1, 9, 19, 23).to(device)
         run(
             lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]),
-            wide[0], wide_offset, wide_weight, wide_bias, wide_mask,
-        )  # fmt: skip
+            wide[0],
+            wide_offset,
+            wide_weight,
+            wide_bias,
+            wide_mask,
+        )
         with torch.no_grad():
             stage = ((wide_weight, wide_bias),)
             parameters = ops.FlowTowerParameters(cls=stage, reg=stage, flow_cls=stage, segmentation_levels=1)

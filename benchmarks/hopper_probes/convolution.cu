@@ -19,434 +19,478 @@ enum Layout { PLANES, ROWS };
 enum Skip { LOAD_ALL = 0, SKIP_A = 1, SKIP_B = 2 };  // skipped loads give wrong sums: they show what bounds the time
 
 struct Maps {
-  CUtensorMap x[LEVELS], y[LEVELS], weights;
+    CUtensorMap x[LEVELS], y[LEVELS], weights;
 };
 
 struct Subtile {
-  int level, n, y, x;
+    int level, n, y, x;
 };
 
 struct Profile {
-  uint64_t total, wait_a, wait_b, epilogue;  // cycles of the first consumer thread of a block
+    uint64_t total, wait_a, wait_b, epilogue;  // cycles of the first consumer thread of a block
 };
 
 __device__ __forceinline__ uint64_t clock_if(bool wanted) { return wanted ? uint64_t(clock64()) : 0; }
 
 template <Layout LAYOUT, int CLUSTER, bool PROFILE>
-__global__ void __launch_bounds__(384, 1) convolution_kernel(const __grid_constant__ Maps maps, const Subtile* subtiles,
-                                                             int items, const float* bias, int skip, Profile* profile) {
-  extern __shared__ unsigned char memory[];
-  __shared__ alignas(8) uint64_t barriers[2 * (A_STAGES + B_STAGES)];
-  __shared__ float bias_shared[C];
-  const unsigned a_memory = (shared_address(memory) + 1023) / 1024 * 1024, b_memory = a_memory + A_STAGES * A_BYTES;
-  const unsigned a_full = shared_address(barriers), a_empty = a_full + 8 * A_STAGES;
-  const unsigned b_full = a_empty + 8 * A_STAGES, b_empty = b_full + 8 * B_STAGES;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < A_STAGES; ++i) mbarrier_init(a_full + 8 * i, 1), mbarrier_init(a_empty + 8 * i, 8);
-    for (int i = 0; i < B_STAGES; ++i) mbarrier_init(b_full + 8 * i, 1), mbarrier_init(b_empty + 8 * i, 8 * CLUSTER);
-    fence_mbarrier_init();
-  }
-  if (threadIdx.x < C) bias_shared[threadIdx.x] = bias[threadIdx.x];
-  __syncthreads();
-  if constexpr (CLUSTER > 1) cluster_synchronize();
-  const int rank = blockIdx.x % CLUSTER, first_item = blockIdx.x / CLUSTER, item_step = gridDim.x / CLUSTER;
-
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
-  const int lane = threadIdx.x % 32;
-  if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (warp == 0 && lane == 0) {
-      int stage = 0;
-      unsigned parity = 1;
-      for (int item = first_item; item < items; item += item_step) {
-        Subtile tiles[SUBTILES];
-        for (int i = 0; i < SUBTILES; ++i) tiles[i] = subtiles[(item / 2 * CLUSTER + rank) * SUBTILES + i];
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-          mbarrier_wait(a_empty + 8 * stage, parity, 30);
-          const unsigned full = a_full + 8 * stage;
-          if (skip & SKIP_A) {
-            mbarrier_arrive(full);
-          } else {
-            mbarrier_expect(full, SUBTILES * HALO_BYTES);
-#pragma unroll
-            for (int i = 0; i < SUBTILES; ++i) {
-              const unsigned target = a_memory + stage * A_BYTES + i * HALO_STRIDE;
-              const CUtensorMap* map = &maps.x[tiles[i].level];
-              if constexpr (LAYOUT == PLANES)
-                tma_load_5d(target, map, 0, tiles[i].x - 1, tiles[i].y - 1, chunk * 8, tiles[i].n, full);
-              else
-                tma_load_4d(target, map, chunk * 64, tiles[i].x - 1, tiles[i].y - 1, tiles[i].n, full);
-            }
-          }
-          if (++stage == A_STAGES) stage = 0, parity ^= 1;
-        }
-      }
-    } else if (warp == 1 && lane == 0) {
-      int stage = 0;
-      unsigned parity = 1;
-      for (int item = first_item; item < items; item += item_step)
-        for (int chunk = 0; chunk < CHUNKS; ++chunk)
-          for (int tap = 0; tap < TAPS; ++tap) {
-            mbarrier_wait(b_empty + 8 * stage, parity, 31);
-            const unsigned full = b_full + 8 * stage;
-            if (skip & SKIP_B) {
-              mbarrier_arrive(full);
-            } else {
-              mbarrier_expect(full, B_BYTES);
-              const unsigned target = b_memory + stage * B_BYTES + rank * (B_BYTES / CLUSTER);
-              const int output = item % 2 * OUTPUTS + rank * (OUTPUTS / CLUSTER);
-              if constexpr (CLUSTER > 1)
-                tma_load_3d_multicast(target, &maps.weights, chunk * 64, output, tap, full, (1 << CLUSTER) - 1);
-              else
-                tma_load_3d(target, &maps.weights, chunk * 64, output, tap, full);
-            }
-            if (++stage == B_STAGES) stage = 0, parity ^= 1;
-          }
+__global__ void __launch_bounds__(384, 1) convolution_kernel(
+    const __grid_constant__ Maps maps, const Subtile* subtiles, int items, const float* bias, int skip,
+    Profile* profile) {
+    extern __shared__ unsigned char memory[];
+    __shared__ alignas(8) uint64_t barriers[2 * (A_STAGES + B_STAGES)];
+    __shared__ float bias_shared[C];
+    const unsigned a_memory = (shared_address(memory) + 1023) / 1024 * 1024, b_memory = a_memory + A_STAGES * A_BYTES;
+    const unsigned a_full = shared_address(barriers), a_empty = a_full + 8 * A_STAGES;
+    const unsigned b_full = a_empty + 8 * A_STAGES, b_empty = b_full + 8 * B_STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < A_STAGES; ++i)
+            mbarrier_init(a_full + 8 * i, 1), mbarrier_init(a_empty + 8 * i, 8);
+        for (int i = 0; i < B_STAGES; ++i)
+            mbarrier_init(b_full + 8 * i, 1), mbarrier_init(b_empty + 8 * i, 8 * CLUSTER);
+        fence_mbarrier_init();
     }
-    return;
-  }
-
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  const int consumer = warpgroup - 1, thread = threadIdx.x % 128;
-  const unsigned staging = b_memory + B_STAGES * B_BYTES + consumer * STAGING_BYTES;
-  const bool profiling = PROFILE && threadIdx.x == 128;
-  const uint64_t begin = clock_if(profiling);
-  uint64_t wait_a = 0, wait_b = 0, epilogue = 0;
-  int a_stage = 0, b_stage = 0;
-  unsigned a_parity = 0, b_parity = 0;
-  const auto release_weights = [](unsigned barrier) {
+    if (threadIdx.x < C)
+        bias_shared[threadIdx.x] = bias[threadIdx.x];
+    __syncthreads();
     if constexpr (CLUSTER > 1)
-      for (int block = 0; block < CLUSTER; ++block) mbarrier_arrive_at(barrier, block);
-    else
-      mbarrier_arrive(barrier);
-  };
-  float d[2][OUTPUTS / 2];
-  for (int t = 0; t < 2; ++t)
-    for (float& sum : d[t]) sum = 0;
+        cluster_synchronize();
+    const int rank = blockIdx.x % CLUSTER, first_item = blockIdx.x / CLUSTER, item_step = gridDim.x / CLUSTER;
 
-  for (int item = first_item; item < items; item += item_step) {
-    int released = -1;  // stage of weights that the running group's predecessor has read
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
+    const int lane = threadIdx.x % 32;
+    if (warpgroup == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (warp == 0 && lane == 0) {
+            int stage = 0;
+            unsigned parity = 1;
+            for (int item = first_item; item < items; item += item_step) {
+                Subtile tiles[SUBTILES];
+                for (int i = 0; i < SUBTILES; ++i)
+                    tiles[i] = subtiles[(item / 2 * CLUSTER + rank) * SUBTILES + i];
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                    mbarrier_wait(a_empty + 8 * stage, parity, 30);
+                    const unsigned full = a_full + 8 * stage;
+                    if (skip & SKIP_A) {
+                        mbarrier_arrive(full);
+                    } else {
+                        mbarrier_expect(full, SUBTILES * HALO_BYTES);
+#pragma unroll
+                        for (int i = 0; i < SUBTILES; ++i) {
+                            const unsigned target = a_memory + stage * A_BYTES + i * HALO_STRIDE;
+                            const CUtensorMap* map = &maps.x[tiles[i].level];
+                            if constexpr (LAYOUT == PLANES)
+                                tma_load_5d(
+                                    target, map, 0, tiles[i].x - 1, tiles[i].y - 1, chunk * 8, tiles[i].n, full);
+                            else
+                                tma_load_4d(target, map, chunk * 64, tiles[i].x - 1, tiles[i].y - 1, tiles[i].n, full);
+                        }
+                    }
+                    if (++stage == A_STAGES)
+                        stage = 0, parity ^= 1;
+                }
+            }
+        } else if (warp == 1 && lane == 0) {
+            int stage = 0;
+            unsigned parity = 1;
+            for (int item = first_item; item < items; item += item_step)
+                for (int chunk = 0; chunk < CHUNKS; ++chunk)
+                    for (int tap = 0; tap < TAPS; ++tap) {
+                        mbarrier_wait(b_empty + 8 * stage, parity, 31);
+                        const unsigned full = b_full + 8 * stage;
+                        if (skip & SKIP_B) {
+                            mbarrier_arrive(full);
+                        } else {
+                            mbarrier_expect(full, B_BYTES);
+                            const unsigned target = b_memory + stage * B_BYTES + rank * (B_BYTES / CLUSTER);
+                            const int output = item % 2 * OUTPUTS + rank * (OUTPUTS / CLUSTER);
+                            if constexpr (CLUSTER > 1)
+                                tma_load_3d_multicast(
+                                    target, &maps.weights, chunk * 64, output, tap, full, (1 << CLUSTER) - 1);
+                            else
+                                tma_load_3d(target, &maps.weights, chunk * 64, output, tap, full);
+                        }
+                        if (++stage == B_STAGES)
+                            stage = 0, parity ^= 1;
+                    }
+        }
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int consumer = warpgroup - 1, thread = threadIdx.x % 128;
+    const unsigned staging = b_memory + B_STAGES * B_BYTES + consumer * STAGING_BYTES;
+    const bool profiling = PROFILE && threadIdx.x == 128;
+    const uint64_t begin = clock_if(profiling);
+    uint64_t wait_a = 0, wait_b = 0, epilogue = 0;
+    int a_stage = 0, b_stage = 0;
+    unsigned a_parity = 0, b_parity = 0;
+    const auto release_weights = [](unsigned barrier) {
+        if constexpr (CLUSTER > 1)
+            for (int block = 0; block < CLUSTER; ++block)
+                mbarrier_arrive_at(barrier, block);
+        else
+            mbarrier_arrive(barrier);
+    };
+    float d[2][OUTPUTS / 2];
+    for (int t = 0; t < 2; ++t)
+        for (float& sum : d[t])
+            sum = 0;
+
+    for (int item = first_item; item < items; item += item_step) {
+        int released = -1;  // stage of weights that the running group's predecessor has read
 #pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      uint64_t time = clock_if(profiling);
-      mbarrier_wait(a_full + 8 * a_stage, a_parity, 32);
-      if (profiling) wait_a += clock_if(true) - time;
-      const unsigned a_tile = a_memory + a_stage * A_BYTES + consumer * 2 * HALO_STRIDE;
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            uint64_t time = clock_if(profiling);
+            mbarrier_wait(a_full + 8 * a_stage, a_parity, 32);
+            if (profiling)
+                wait_a += clock_if(true) - time;
+            const unsigned a_tile = a_memory + a_stage * A_BYTES + consumer * 2 * HALO_STRIDE;
 #pragma unroll 1
-      for (int tap = 0; tap < TAPS; ++tap) {
-        time = clock_if(profiling);
-        mbarrier_wait(b_full + 8 * b_stage, b_parity, 33);
-        if (profiling) wait_b += clock_if(true) - time;
-        const int shift = tap / 3 * 10 + tap % 3;
-        const uint64_t a = LAYOUT == PLANES ? matrix_descriptor(a_tile + shift * 16, 1600, 160, SWIZZLE_NONE)
-                                            : matrix_descriptor(a_tile + shift * 128, 16, 1280, SWIZZLE_128);
-        const uint64_t b = matrix_descriptor(b_memory + b_stage * B_BYTES, 16, 1024, SWIZZLE_128);
-        constexpr int A_STEP = (LAYOUT == PLANES ? 3200 : 32) / 16;
+            for (int tap = 0; tap < TAPS; ++tap) {
+                time = clock_if(profiling);
+                mbarrier_wait(b_full + 8 * b_stage, b_parity, 33);
+                if (profiling)
+                    wait_b += clock_if(true) - time;
+                const int shift = tap / 3 * 10 + tap % 3;
+                const uint64_t a = LAYOUT == PLANES ? matrix_descriptor(a_tile + shift * 16, 1600, 160, SWIZZLE_NONE)
+                                                    : matrix_descriptor(a_tile + shift * 128, 16, 1280, SWIZZLE_128);
+                const uint64_t b = matrix_descriptor(b_memory + b_stage * B_BYTES, 16, 1024, SWIZZLE_128);
+                constexpr int A_STEP = (LAYOUT == PLANES ? 3200 : 32) / 16;
+                pin(d[0]);
+                pin(d[1]);
+                wgmma_fence();
+#pragma unroll
+                for (int s = 0; s < 4; ++s)
+#pragma unroll
+                    for (int t = 0; t < 2; ++t)
+                        Wgmma<OUTPUTS>::ss(
+                            d[t], a + t * (HALO_STRIDE / 16) + s * A_STEP, b + s * 2, (chunk | tap | s) != 0);
+                wgmma_commit();
+                wgmma_wait<1>();
+                pin(d[0]);
+                pin(d[1]);
+                if (lane == 0 && released >= 0) {
+                    release_weights(b_empty + 8 * released);
+                    if (tap == 0)
+                        mbarrier_arrive(a_empty + 8 * (a_stage == 0 ? A_STAGES - 1 : a_stage - 1));
+                }
+                released = b_stage;
+                if (++b_stage == B_STAGES)
+                    b_stage = 0, b_parity ^= 1;
+            }
+            if (++a_stage == A_STAGES)
+                a_stage = 0, a_parity ^= 1;
+        }
+        wgmma_wait<0>();
         pin(d[0]);
         pin(d[1]);
-        wgmma_fence();
-#pragma unroll
-        for (int s = 0; s < 4; ++s)
-#pragma unroll
-          for (int t = 0; t < 2; ++t)
-            Wgmma<OUTPUTS>::ss(d[t], a + t * (HALO_STRIDE / 16) + s * A_STEP, b + s * 2, (chunk | tap | s) != 0);
-        wgmma_commit();
-        wgmma_wait<1>();
-        pin(d[0]);
-        pin(d[1]);
-        if (lane == 0 && released >= 0) {
-          release_weights(b_empty + 8 * released);
-          if (tap == 0) mbarrier_arrive(a_empty + 8 * (a_stage == 0 ? A_STAGES - 1 : a_stage - 1));
+        if (lane == 0) {
+            release_weights(b_empty + 8 * released);
+            mbarrier_arrive(a_empty + 8 * (a_stage == 0 ? A_STAGES - 1 : a_stage - 1));
         }
-        released = b_stage;
-        if (++b_stage == B_STAGES) b_stage = 0, b_parity ^= 1;
-      }
-      if (++a_stage == A_STAGES) a_stage = 0, a_parity ^= 1;
-    }
-    wgmma_wait<0>();
-    pin(d[0]);
-    pin(d[1]);
-    if (lane == 0) {
-      release_weights(b_empty + 8 * released);
-      mbarrier_arrive(a_empty + 8 * (a_stage == 0 ? A_STAGES - 1 : a_stage - 1));
-    }
 
-    const uint64_t time = clock_if(profiling);
-    const int first_output = item % 2 * OUTPUTS;
+        const uint64_t time = clock_if(profiling);
+        const int first_output = item % 2 * OUTPUTS;
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-      asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
-      const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+        for (int t = 0; t < 2; ++t) {
+            if (thread == 0)
+                asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
+            const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
-      for (int j = 0; j < OUTPUTS / 8; j += 2) {
-        unsigned packed[4];
+            for (int j = 0; j < OUTPUTS / 8; j += 2) {
+                unsigned packed[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = (j + i / 2) * 8 + lane % 4 * 2, element = (j + i / 2) * 4 + i % 2 * 2;
-          const float2 offset = *reinterpret_cast<const float2*>(bias_shared + first_output + column);
-          const __nv_bfloat162 pair =
-              __floats2bfloat162_rn(fmaxf(d[t][element] + offset.x, 0.f), fmaxf(d[t][element + 1] + offset.y, 0.f));
-          packed[i] = *reinterpret_cast<const unsigned*>(&pair);
+                for (int i = 0; i < 4; ++i) {
+                    const int column = (j + i / 2) * 8 + lane % 4 * 2, element = (j + i / 2) * 4 + i % 2 * 2;
+                    const float2 offset = *reinterpret_cast<const float2*>(bias_shared + first_output + column);
+                    const __nv_bfloat162 pair = __floats2bfloat162_rn(
+                        fmaxf(d[t][element] + offset.x, 0.f), fmaxf(d[t][element + 1] + offset.y, 0.f));
+                    packed[i] = *reinterpret_cast<const unsigned*>(&pair);
+                }
+                const int group = j + lane / 16;
+                const unsigned target = staging + group / 8 * 8192 + row * 128 + ((group % 8 ^ (row & 7)) << 4);
+                asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
+                             "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
+                             : "memory");
+            }
+            fence_async_proxy();
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
+            if (thread == 0) {
+                const Subtile tile = subtiles[(item / 2 * CLUSTER + rank) * SUBTILES + consumer * 2 + t];
+                const CUtensorMap* map = &maps.y[tile.level];
+                for (int half = 0; half < 2; ++half)
+                    asm volatile(
+                        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::
+                            "l"(map),
+                        "r"(first_output + half * 64), "r"(tile.x), "r"(tile.y), "r"(tile.n), "r"(staging + half * 8192)
+                        : "memory");
+                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            }
         }
-        const int group = j + lane / 16;
-        const unsigned target = staging + group / 8 * 8192 + row * 128 + ((group % 8 ^ (row & 7)) << 4);
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(packed[0]),
-                     "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
-                     : "memory");
-      }
-      fence_async_proxy();
-      asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
-      if (thread == 0) {
-        const Subtile tile = subtiles[(item / 2 * CLUSTER + rank) * SUBTILES + consumer * 2 + t];
-        const CUtensorMap* map = &maps.y[tile.level];
-        for (int half = 0; half < 2; ++half)
-          asm volatile(
-              "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map),
-              "r"(first_output + half * 64), "r"(tile.x), "r"(tile.y), "r"(tile.n), "r"(staging + half * 8192)
-              : "memory");
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-      }
+        if (profiling)
+            epilogue += clock_if(true) - time;
     }
-    if (profiling) epilogue += clock_if(true) - time;
-  }
-  if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  // No block may end while another still arrives at its barriers.
-  if constexpr (CLUSTER > 1) cluster_synchronize();
-  if (profiling) profile[blockIdx.x] = {clock_if(true) - begin, wait_a, wait_b, epilogue};
+    if (thread == 0)
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    // No block may end while another still arrives at its barriers.
+    if constexpr (CLUSTER > 1)
+        cluster_synchronize();
+    if (profiling)
+        profile[blockIdx.x] = {clock_if(true) - begin, wait_a, wait_b, epilogue};
 }
 
 /// One output of eight neighbouring pixels per thread, fp32. Weights [tap][c][o].
 __global__ void __launch_bounds__(C)
     reference_kernel(const bf16* x, const bf16* weights, const float* bias, float* y, int h, int w) {
-  __shared__ float pixels[10][C];
-  const int o = threadIdx.x, n = blockIdx.z, row = blockIdx.y, column = blockIdx.x * 8;
-  float sums[8] = {};
-  for (int dy = 0; dy < 3; ++dy) {
-    __syncthreads();
-    for (int i = 0; i < 10; ++i) {
-      const int yy = row + dy - 1, xx = column + i - 1;
-      const bool inside = yy >= 0 && yy < h && xx >= 0 && xx < w;
-      pixels[i][o] = inside ? __bfloat162float(x[((size_t(n) * h + yy) * w + xx) * C + o]) : 0.f;
+    __shared__ float pixels[10][C];
+    const int o = threadIdx.x, n = blockIdx.z, row = blockIdx.y, column = blockIdx.x * 8;
+    float sums[8] = {};
+    for (int dy = 0; dy < 3; ++dy) {
+        __syncthreads();
+        for (int i = 0; i < 10; ++i) {
+            const int yy = row + dy - 1, xx = column + i - 1;
+            const bool inside = yy >= 0 && yy < h && xx >= 0 && xx < w;
+            pixels[i][o] = inside ? __bfloat162float(x[((size_t(n) * h + yy) * w + xx) * C + o]) : 0.f;
+        }
+        __syncthreads();
+        for (int c = 0; c < C; ++c)
+            for (int dx = 0; dx < 3; ++dx) {
+                const float weight = __bfloat162float(weights[((dy * 3 + dx) * C + c) * C + o]);
+                for (int i = 0; i < 8; ++i)
+                    sums[i] += weight * pixels[i + dx][c];
+            }
     }
-    __syncthreads();
-    for (int c = 0; c < C; ++c)
-      for (int dx = 0; dx < 3; ++dx) {
-        const float weight = __bfloat162float(weights[((dy * 3 + dx) * C + c) * C + o]);
-        for (int i = 0; i < 8; ++i) sums[i] += weight * pixels[i + dx][c];
-      }
-  }
-  for (int i = 0; i < 8 && column + i < w; ++i)
-    y[((size_t(n) * h + row) * w + column + i) * C + o] = fmaxf(sums[i] + bias[o], 0.f);
+    for (int i = 0; i < 8 && column + i < w; ++i)
+        y[((size_t(n) * h + row) * w + column + i) * C + o] = fmaxf(sums[i] + bias[o], 0.f);
 }
 
 struct Mismatches {
-  int count, shown;
-  struct {
-    int n, y, x, channel;
-    float expected, got;
-  } first[8];
+    int count, shown;
+    struct {
+        int n, y, x, channel;
+        float expected, got;
+    } first[8];
 };
 
-__global__ void compare_kernel(const float* expected, const bf16* got, size_t count, int h, int w, float absolute,
-                               float relative, Mismatches* mismatches) {
-  for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
-    const float a = expected[i], b = __bfloat162float(got[i]);
-    if (fabsf(a - b) <= absolute + relative * fabsf(a)) continue;
-    atomicAdd(&mismatches->count, 1);
-    const int slot = atomicAdd(&mismatches->shown, 1);
-    if (slot >= 8) continue;
-    const size_t pixel = i / C;
-    mismatches->first[slot] = {int(pixel / w / h), int(pixel / w % h), int(pixel % w), int(i % C), a, b};
-  }
+__global__ void compare_kernel(
+    const float* expected, const bf16* got, size_t count, int h, int w, float absolute, float relative,
+    Mismatches* mismatches) {
+    for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
+        const float a = expected[i], b = __bfloat162float(got[i]);
+        if (fabsf(a - b) <= absolute + relative * fabsf(a))
+            continue;
+        atomicAdd(&mismatches->count, 1);
+        const int slot = atomicAdd(&mismatches->shown, 1);
+        if (slot >= 8)
+            continue;
+        const size_t pixel = i / C;
+        mismatches->first[slot] = {int(pixel / w / h), int(pixel / w % h), int(pixel % w), int(i % C), a, b};
+    }
 }
 
 struct Problem {
-  int images, levels, heights[LEVELS], widths[LEVELS];
-  std::vector<Buffer<bf16>*> x, y;
-  std::vector<Buffer<float>*> expected;
-  Maps maps{};
-  std::vector<Subtile> subtiles;
-  double pixels = 0;
+    int images, levels, heights[LEVELS], widths[LEVELS];
+    std::vector<Buffer<bf16>*> x, y;
+    std::vector<Buffer<float>*> expected;
+    Maps maps{};
+    std::vector<Subtile> subtiles;
+    double pixels = 0;
 
-  Problem(Layout layout, int cluster, int images, int levels, const Buffer<bf16>& weights)
-      : images(images), levels(levels) {
-    const int sizes[LEVELS][2] = {{100, 168}, {50, 84}, {25, 42}, {13, 21}, {7, 11}};
-    CUresult verdict = encode_weights(&maps.weights, weights.data, TAPS, C, C, OUTPUTS / cluster);
-    for (int level = 0; level < levels; ++level) {
-      const int h = heights[level] = sizes[level][0], w = widths[level] = sizes[level][1];
-      const size_t count = size_t(images) * h * w * C;
-      x.push_back(new Buffer<bf16>(random_values(count, 100 + level)));
-      y.push_back(new Buffer<bf16>(count));
-      expected.push_back(new Buffer<float>(count));
-      CUtensorMap* map = &maps.x[level];
-      if (verdict == CUDA_SUCCESS)
-        verdict = layout == PLANES ? encode_planes(map, x[level]->data, images, h, w, C)
-                                   : encode_rows(map, x[level]->data, images, h, w, C);
-      if (verdict == CUDA_SUCCESS) verdict = encode_rows(&maps.y[level], y[level]->data, images, h, w, C, 8, 8);
-      for (int n = 0; n < images; ++n)
-        for (int yy = 0; yy < h; yy += 8)
-          for (int xx = 0; xx < w; xx += 8) subtiles.push_back({level, n, yy, xx});
-      pixels += double(images) * h * w;
+    Problem(Layout layout, int cluster, int images, int levels, const Buffer<bf16>& weights)
+        : images(images), levels(levels) {
+        const int sizes[LEVELS][2] = {{100, 168}, {50, 84}, {25, 42}, {13, 21}, {7, 11}};
+        CUresult verdict = encode_weights(&maps.weights, weights.data, TAPS, C, C, OUTPUTS / cluster);
+        for (int level = 0; level < levels; ++level) {
+            const int h = heights[level] = sizes[level][0], w = widths[level] = sizes[level][1];
+            const size_t count = size_t(images) * h * w * C;
+            x.push_back(new Buffer<bf16>(random_values(count, 100 + level)));
+            y.push_back(new Buffer<bf16>(count));
+            expected.push_back(new Buffer<float>(count));
+            CUtensorMap* map = &maps.x[level];
+            if (verdict == CUDA_SUCCESS)
+                verdict = layout == PLANES ? encode_planes(map, x[level]->data, images, h, w, C)
+                                           : encode_rows(map, x[level]->data, images, h, w, C);
+            if (verdict == CUDA_SUCCESS)
+                verdict = encode_rows(&maps.y[level], y[level]->data, images, h, w, C, 8, 8);
+            for (int n = 0; n < images; ++n)
+                for (int yy = 0; yy < h; yy += 8)
+                    for (int xx = 0; xx < w; xx += 8)
+                        subtiles.push_back({level, n, yy, xx});
+            pixels += double(images) * h * w;
+        }
+        if (verdict != CUDA_SUCCESS) {
+            finding("\"error\": \"map refused\", \"code\": %d", int(verdict));
+            exit(1);
+        }
+        // A sub-tile outside its level loads zeros and stores nothing.
+        while (subtiles.size() % (SUBTILES * cluster))
+            subtiles.push_back({0, 0, 4096, 0});
     }
-    if (verdict != CUDA_SUCCESS) {
-      finding("\"error\": \"map refused\", \"code\": %d", int(verdict));
-      exit(1);
+
+    ~Problem() {
+        for (int level = 0; level < levels; ++level)
+            delete x[level], delete y[level], delete expected[level];
     }
-    // A sub-tile outside its level loads zeros and stores nothing.
-    while (subtiles.size() % (SUBTILES * cluster)) subtiles.push_back({0, 0, 4096, 0});
-  }
 
-  ~Problem() {
-    for (int level = 0; level < levels; ++level) delete x[level], delete y[level], delete expected[level];
-  }
-
-  /// Prints the elements that differ from the reference; returns their number.
-  int compare(const bf16* transposed_weights, const float* bias, float absolute, float relative, const char* what) {
-    int wrong = 0;
-    Buffer<Mismatches> mismatches(1);
-    for (int level = 0; level < levels; ++level) {
-      const int h = heights[level], w = widths[level];
-      reference_kernel<<<dim3((w + 7) / 8, h, images), C>>>(x[level]->data, transposed_weights, bias,
-                                                            expected[level]->data, h, w);
-      mismatches.zero();
-      compare_kernel<<<1024, 256>>>(expected[level]->data, y[level]->data, y[level]->size, h, w, absolute, relative,
-                                    mismatches.data);
-      finish("compare_kernel");
-      const Mismatches result = mismatches.host()[0];
-      wrong += result.count;
-      for (int i = 0; i < std::min(result.shown, 8); ++i) {
-        const auto& place = result.first[i];
-        finding(
-            "\"case\": \"%s\", \"level\": %d, \"n\": %d, \"y\": %d, \"x\": %d, \"channel\": %d, \"expected\": %.6g, "
-            "\"got\": \"%.6g\", \"wrong_of_level\": %d",
-            what, level, place.n, place.y, place.x, place.channel, place.expected, place.got, result.count);
-      }
+    /// Prints the elements that differ from the reference; returns their number.
+    int compare(const bf16* transposed_weights, const float* bias, float absolute, float relative, const char* what) {
+        int wrong = 0;
+        Buffer<Mismatches> mismatches(1);
+        for (int level = 0; level < levels; ++level) {
+            const int h = heights[level], w = widths[level];
+            reference_kernel<<<dim3((w + 7) / 8, h, images), C>>>(
+                x[level]->data, transposed_weights, bias, expected[level]->data, h, w);
+            mismatches.zero();
+            compare_kernel<<<1024, 256>>>(
+                expected[level]->data, y[level]->data, y[level]->size, h, w, absolute, relative, mismatches.data);
+            finish("compare_kernel");
+            const Mismatches result = mismatches.host()[0];
+            wrong += result.count;
+            for (int i = 0; i < std::min(result.shown, 8); ++i) {
+                const auto& place = result.first[i];
+                finding(
+                    "\"case\": \"%s\", \"level\": %d, \"n\": %d, \"y\": %d, \"x\": %d, \"channel\": %d, \"expected\": "
+                    "%.6g, "
+                    "\"got\": \"%.6g\", \"wrong_of_level\": %d",
+                    what, level, place.n, place.y, place.x, place.channel, place.expected, place.got, result.count);
+            }
+        }
+        return wrong;
     }
-    return wrong;
-  }
 
-  void spoil_outputs() {
-    for (Buffer<bf16>* buffer : y) CHECK(cudaMemset(buffer->data, 0xff, buffer->size * sizeof(bf16)));
-  }
+    void spoil_outputs() {
+        for (Buffer<bf16>* buffer : y)
+            CHECK(cudaMemset(buffer->data, 0xff, buffer->size * sizeof(bf16)));
+    }
 };
 
 std::vector<bf16> transposed(const std::vector<bf16>& weights) {
-  std::vector<bf16> result(weights.size());
-  for (int tap = 0; tap < TAPS; ++tap)
-    for (int o = 0; o < C; ++o)
-      for (int c = 0; c < C; ++c) result[(tap * C + c) * C + o] = weights[(tap * C + o) * C + c];
-  return result;
+    std::vector<bf16> result(weights.size());
+    for (int tap = 0; tap < TAPS; ++tap)
+        for (int o = 0; o < C; ++o)
+            for (int c = 0; c < C; ++c)
+                result[(tap * C + c) * C + o] = weights[(tap * C + o) * C + c];
+    return result;
 }
 
 template <Layout LAYOUT, int CLUSTER>
 void run_convolution() {
-  prepare_device();
-  const std::vector<bf16> weights = random_values(TAPS * C * C, 7, 0.05f);
-  std::vector<float> bias(C);
-  for (int o = 0; o < C; ++o) bias[o] = 0.01f * float(o % 32 - 16);
-  Buffer<bf16> weights_device(weights), transposed_device(transposed(weights));
-  Buffer<float> bias_device(bias);
-  const int blocks = multiprocessors() / CLUSTER * CLUSTER;
-  Buffer<Profile> profile(blocks);
-  profile.zero();
-  const auto kernel = convolution_kernel<LAYOUT, CLUSTER, false>;
-  const auto profiled_kernel = convolution_kernel<LAYOUT, CLUSTER, true>;
-  allow_shared_memory(kernel, MEMORY);
-  allow_shared_memory(profiled_kernel, MEMORY);
+    prepare_device();
+    const std::vector<bf16> weights = random_values(TAPS * C * C, 7, 0.05f);
+    std::vector<float> bias(C);
+    for (int o = 0; o < C; ++o)
+        bias[o] = 0.01f * float(o % 32 - 16);
+    Buffer<bf16> weights_device(weights), transposed_device(transposed(weights));
+    Buffer<float> bias_device(bias);
+    const int blocks = multiprocessors() / CLUSTER * CLUSTER;
+    Buffer<Profile> profile(blocks);
+    profile.zero();
+    const auto kernel = convolution_kernel<LAYOUT, CLUSTER, false>;
+    const auto profiled_kernel = convolution_kernel<LAYOUT, CLUSTER, true>;
+    allow_shared_memory(kernel, MEMORY);
+    allow_shared_memory(profiled_kernel, MEMORY);
 
-  const struct {
-    const char* name;
-    int images, levels;
-  } cases[] = {{"P3", 1, 1}, {"P3..P7", 1, 5}, {"P3..P7, 8 images", 8, 5}};
-  for (const auto& item : cases) {
-    Problem problem(LAYOUT, CLUSTER, item.images, item.levels, weights_device);
-    Buffer<Subtile> subtiles(problem.subtiles);
-    const int items = int(problem.subtiles.size()) / (SUBTILES * CLUSTER) * 2;
-    const auto launch = [&](decltype(kernel) chosen, cudaStream_t stream, const float* bias, int skip) {
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = CLUSTER, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(std::min(blocks, items * CLUSTER)), config.blockDim = dim3(384);
-      config.dynamicSmemBytes = MEMORY, config.stream = stream;
-      config.attrs = &attribute, config.numAttrs = CLUSTER > 1;
-      const Subtile* list = subtiles.data;
-      CHECK(cudaLaunchKernelEx(&config, chosen, problem.maps, list, items, bias, skip, profile.data));
-    };
-    problem.spoil_outputs();
-    launch(kernel, nullptr, bias_device.data, LOAD_ALL);
-    finish("convolution_kernel");
-    const int wrong = problem.compare(transposed_device.data, bias_device.data, 0.01f, 0.01f, item.name);
-
-    // Where is the fault? Weights of one tap that copy the channels: every output is one input, shifted.
-    if (wrong && &item == cases) {
-      for (int tap = 0; tap < TAPS; ++tap) {
-        std::vector<bf16> copying(weights.size(), __float2bfloat16(0));
-        for (int c = 0; c < C; ++c) copying[(tap * C + c) * C + c] = __float2bfloat16(1);
-        Buffer<bf16> same(transposed(copying));
-        Buffer<float> no_bias(C);
-        no_bias.zero();
-        CHECK(cudaMemcpy(weights_device.data, copying.data(), copying.size() * sizeof(bf16), cudaMemcpyHostToDevice));
+    const struct {
+        const char* name;
+        int images, levels;
+    } cases[] = {{"P3", 1, 1}, {"P3..P7", 1, 5}, {"P3..P7, 8 images", 8, 5}};
+    for (const auto& item : cases) {
+        Problem problem(LAYOUT, CLUSTER, item.images, item.levels, weights_device);
+        Buffer<Subtile> subtiles(problem.subtiles);
+        const int items = int(problem.subtiles.size()) / (SUBTILES * CLUSTER) * 2;
+        const auto launch = [&](decltype(kernel) chosen, cudaStream_t stream, const float* bias, int skip) {
+            cudaLaunchAttribute attribute{};
+            attribute.id = cudaLaunchAttributeClusterDimension;
+            attribute.val.clusterDim.x = CLUSTER, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+            cudaLaunchConfig_t config{};
+            config.gridDim = dim3(std::min(blocks, items * CLUSTER)), config.blockDim = dim3(384);
+            config.dynamicSmemBytes = MEMORY, config.stream = stream;
+            config.attrs = &attribute, config.numAttrs = CLUSTER > 1;
+            const Subtile* list = subtiles.data;
+            CHECK(cudaLaunchKernelEx(&config, chosen, problem.maps, list, items, bias, skip, profile.data));
+        };
         problem.spoil_outputs();
-        launch(kernel, nullptr, no_bias.data, LOAD_ALL);
-        finish("convolution_kernel, one tap");
-        char what[40];
-        snprintf(what, sizeof(what), "identity at tap %d", tap);
-        const int tap_wrong = problem.compare(same.data, no_bias.data, 0, 0, what);
-        finding("\"case\": \"%s\", \"wrong\": %d", what, tap_wrong);
-      }
-      CHECK(cudaMemcpy(weights_device.data, weights.data(), weights.size() * sizeof(bf16), cudaMemcpyHostToDevice));
-    }
+        launch(kernel, nullptr, bias_device.data, LOAD_ALL);
+        finish("convolution_kernel");
+        const int wrong = problem.compare(transposed_device.data, bias_device.data, 0.01f, 0.01f, item.name);
 
-    const double flop = 2.0 * problem.pixels * C * C * TAPS;
-    const int runs = 20, rounds = (items * CLUSTER + blocks - 1) / blocks;
-    double times[4];
-    for (int skip = LOAD_ALL; skip <= (SKIP_A | SKIP_B); ++skip) {
-      cudaStream_t stream;
-      cudaGraph_t graph;
-      cudaGraphExec_t executable;
-      CHECK(cudaStreamCreate(&stream));
-      CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-      for (int i = 0; i < runs; ++i) launch(kernel, stream, bias_device.data, skip);
-      CHECK(cudaStreamEndCapture(stream, &graph));
-      CHECK(cudaGraphInstantiate(&executable, graph, 0));
-      cudaEvent_t begin, end;
-      CHECK(cudaEventCreate(&begin));
-      CHECK(cudaEventCreate(&end));
-      float best = 1e9f;
-      for (int repeat = 0; repeat < 4; ++repeat) {
-        CHECK(cudaEventRecord(begin, stream));
-        CHECK(cudaGraphLaunch(executable, stream));
-        CHECK(cudaEventRecord(end, stream));
-        finish("convolution_kernel, timed");
-        float ms = 0;
-        CHECK(cudaEventElapsedTime(&ms, begin, end));
-        if (repeat) best = std::min(best, ms / runs);
-      }
-      times[skip] = best;
-      CHECK(cudaGraphExecDestroy(executable));
-      CHECK(cudaGraphDestroy(graph));
-      CHECK(cudaEventDestroy(begin));
-      CHECK(cudaEventDestroy(end));
-      CHECK(cudaStreamDestroy(stream));
+        // Where is the fault? Weights of one tap that copy the channels: every output is one input, shifted.
+        if (wrong && &item == cases) {
+            for (int tap = 0; tap < TAPS; ++tap) {
+                std::vector<bf16> copying(weights.size(), __float2bfloat16(0));
+                for (int c = 0; c < C; ++c)
+                    copying[(tap * C + c) * C + c] = __float2bfloat16(1);
+                Buffer<bf16> same(transposed(copying));
+                Buffer<float> no_bias(C);
+                no_bias.zero();
+                CHECK(cudaMemcpy(
+                    weights_device.data, copying.data(), copying.size() * sizeof(bf16), cudaMemcpyHostToDevice));
+                problem.spoil_outputs();
+                launch(kernel, nullptr, no_bias.data, LOAD_ALL);
+                finish("convolution_kernel, one tap");
+                char what[40];
+                snprintf(what, sizeof(what), "identity at tap %d", tap);
+                const int tap_wrong = problem.compare(same.data, no_bias.data, 0, 0, what);
+                finding("\"case\": \"%s\", \"wrong\": %d", what, tap_wrong);
+            }
+            CHECK(
+                cudaMemcpy(weights_device.data, weights.data(), weights.size() * sizeof(bf16), cudaMemcpyHostToDevice));
+        }
+
+        const double flop = 2.0 * problem.pixels * C * C * TAPS;
+        const int runs = 20, rounds = (items * CLUSTER + blocks - 1) / blocks;
+        double times[4];
+        for (int skip = LOAD_ALL; skip <= (SKIP_A | SKIP_B); ++skip) {
+            cudaStream_t stream;
+            cudaGraph_t graph;
+            cudaGraphExec_t executable;
+            CHECK(cudaStreamCreate(&stream));
+            CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+            for (int i = 0; i < runs; ++i)
+                launch(kernel, stream, bias_device.data, skip);
+            CHECK(cudaStreamEndCapture(stream, &graph));
+            CHECK(cudaGraphInstantiate(&executable, graph, 0));
+            cudaEvent_t begin, end;
+            CHECK(cudaEventCreate(&begin));
+            CHECK(cudaEventCreate(&end));
+            float best = 1e9f;
+            for (int repeat = 0; repeat < 4; ++repeat) {
+                CHECK(cudaEventRecord(begin, stream));
+                CHECK(cudaGraphLaunch(executable, stream));
+                CHECK(cudaEventRecord(end, stream));
+                finish("convolution_kernel, timed");
+                float ms = 0;
+                CHECK(cudaEventElapsedTime(&ms, begin, end));
+                if (repeat)
+                    best = std::min(best, ms / runs);
+            }
+            times[skip] = best;
+            CHECK(cudaGraphExecDestroy(executable));
+            CHECK(cudaGraphDestroy(graph));
+            CHECK(cudaEventDestroy(begin));
+            CHECK(cudaEventDestroy(end));
+            CHECK(cudaStreamDestroy(stream));
+        }
+        launch(profiled_kernel, nullptr, bias_device.data, LOAD_ALL);
+        finish("convolution_kernel, profiled");
+        Profile sum{};
+        for (const Profile& block : profile.host())
+            sum.total += block.total, sum.wait_a += block.wait_a, sum.wait_b += block.wait_b,
+                sum.epilogue += block.epilogue;
+        const double cycles = double(sum.total) + 1;
+        finding(
+            "\"case\": \"%s\", \"cluster\": %d, \"right\": %s, \"wrong\": %d, \"us\": %.2f, \"tflops\": %.1f, "
+            "\"items_of_blocks\": %d, \"rounds\": %d, \"us_per_round\": %.2f, \"tflops_of_full_tiles_and_rounds\": "
+            "%.1f, "
+            "\"us_without_halo_loads\": %.2f, \"us_without_weight_loads\": %.2f, \"us_without_loads\": %.2f, "
+            "\"share_waiting_for_halos\": %.3f, \"share_waiting_for_weights\": %.3f, \"share_epilogue\": %.3f",
+            item.name, CLUSTER, wrong ? "false" : "true", wrong, times[0] * 1e3, flop / times[0] * 1e-9,
+            items * CLUSTER, rounds, times[0] * 1e3 / rounds,
+            2.0 * 256 * OUTPUTS * C * TAPS * blocks * rounds / times[0] * 1e-9, times[SKIP_A] * 1e3,
+            times[SKIP_B] * 1e3, times[SKIP_A | SKIP_B] * 1e3, double(sum.wait_a) / cycles, double(sum.wait_b) / cycles,
+            double(sum.epilogue) / cycles);
     }
-    launch(profiled_kernel, nullptr, bias_device.data, LOAD_ALL);
-    finish("convolution_kernel, profiled");
-    Profile sum{};
-    for (const Profile& block : profile.host())
-      sum.total += block.total, sum.wait_a += block.wait_a, sum.wait_b += block.wait_b, sum.epilogue += block.epilogue;
-    const double cycles = double(sum.total) + 1;
-    finding(
-        "\"case\": \"%s\", \"cluster\": %d, \"right\": %s, \"wrong\": %d, \"us\": %.2f, \"tflops\": %.1f, "
-        "\"items_of_blocks\": %d, \"rounds\": %d, \"us_per_round\": %.2f, \"tflops_of_full_tiles_and_rounds\": %.1f, "
-        "\"us_without_halo_loads\": %.2f, \"us_without_weight_loads\": %.2f, \"us_without_loads\": %.2f, "
-        "\"share_waiting_for_halos\": %.3f, \"share_waiting_for_weights\": %.3f, \"share_epilogue\": %.3f",
-        item.name, CLUSTER, wrong ? "false" : "true", wrong, times[0] * 1e3, flop / times[0] * 1e-9, items * CLUSTER,
-        rounds, times[0] * 1e3 / rounds, 2.0 * 256 * OUTPUTS * C * TAPS * blocks * rounds / times[0] * 1e-9,
-        times[SKIP_A] * 1e3, times[SKIP_B] * 1e3, times[SKIP_A | SKIP_B] * 1e3, double(sum.wait_a) / cycles,
-        double(sum.wait_b) / cycles, double(sum.epilogue) / cycles);
-  }
 }
 
 }  // namespace

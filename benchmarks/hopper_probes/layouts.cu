@@ -16,353 +16,377 @@ float value(bf16 x) { return __bfloat162float(x); }
 
 /// Channels [64, 128) of the second image at (y0 - 1, x0 - 1), zero outside: what a TMA box must deliver.
 std::vector<bf16> halo_tile(const std::vector<bf16>& image, int y0, int x0) {
-  std::vector<bf16> tile(HALO * HALO * CHANNELS, __float2bfloat16(0));
-  for (int y = 0; y < HALO; ++y)
-    for (int x = 0; x < HALO; ++x) {
-      const int row = y0 - 1 + y, column = x0 - 1 + x;
-      if (row < 0 || row >= IMAGE_H || column < 0 || column >= IMAGE_W) continue;
-      for (int c = 0; c < CHANNELS; ++c)
-        tile[(y * HALO + x) * CHANNELS + c] = image[((size_t(IMAGE_H) + row) * IMAGE_W + column) * IMAGE_C + 64 + c];
-    }
-  return tile;
+    std::vector<bf16> tile(HALO * HALO * CHANNELS, __float2bfloat16(0));
+    for (int y = 0; y < HALO; ++y)
+        for (int x = 0; x < HALO; ++x) {
+            const int row = y0 - 1 + y, column = x0 - 1 + x;
+            if (row < 0 || row >= IMAGE_H || column < 0 || column >= IMAGE_W)
+                continue;
+            for (int c = 0; c < CHANNELS; ++c)
+                tile[(y * HALO + x) * CHANNELS + c] =
+                    image[((size_t(IMAGE_H) + row) * IMAGE_W + column) * IMAGE_C + 64 + c];
+        }
+    return tile;
 }
 
 /// D of m64n64 by the documented map, for one warpgroup.
 __device__ void store_product(const float (&d)[OUTPUTS / 2], float* product) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = 0; i < OUTPUTS / 2; ++i) {
-    const int row = warp * 16 + lane / 4 + (i / 2 % 2) * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    product[row * OUTPUTS + column] = d[i];
-  }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i = 0; i < OUTPUTS / 2; ++i) {
+        const int row = warp * 16 + lane / 4 + (i / 2 % 2) * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        product[row * OUTPUTS + column] = d[i];
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ (i)
 
 struct PlanesShared {
-  alignas(128) bf16 tile[TILE_BYTES / 2];
-  alignas(128) bf16 weights[8][OUTPUTS][8];
-  alignas(8) uint64_t barrier;
+    alignas(128) bf16 tile[TILE_BYTES / 2];
+    alignas(128) bf16 weights[8][OUTPUTS][8];
+    alignas(8) uint64_t barrier;
 };
 
-__global__ void __launch_bounds__(128)
-    shifted_planes_kernel(const __grid_constant__ CUtensorMap map, const bf16* tile, const bf16* weights,
-                          float* products, bool tma, bool swapped, int y0, int x0) {
-  __shared__ PlanesShared shared;
-  const unsigned barrier = shared_address(&shared.barrier), base = shared_address(shared.tile);
-  if (threadIdx.x == 0) {
-    mbarrier_init(barrier, 1);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
-  if (tma) {
+__global__ void __launch_bounds__(128) shifted_planes_kernel(
+    const __grid_constant__ CUtensorMap map, const bf16* tile, const bf16* weights, float* products, bool tma,
+    bool swapped, int y0, int x0) {
+    __shared__ PlanesShared shared;
+    const unsigned barrier = shared_address(&shared.barrier), base = shared_address(shared.tile);
     if (threadIdx.x == 0) {
-      mbarrier_expect(barrier, TILE_BYTES);
-      tma_load_5d(base, &map, 0, x0 - 1, y0 - 1, 8, 1, barrier);
+        mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
     }
-    mbarrier_wait(barrier, 0, 1);
-  } else {
-    for (int i = threadIdx.x; i < HALO * HALO * CHANNELS; i += 128)
-      shared.tile[(i % CHANNELS / 8 * HALO * HALO + i / CHANNELS) * 8 + i % 8] = tile[i];
-  }
-  for (int tap = 0; tap < TAPS; ++tap) {
-    for (int i = threadIdx.x; i < OUTPUTS * CHANNELS; i += 128)
-      shared.weights[i % CHANNELS / 8][i / CHANNELS][i % 8] = weights[tap * OUTPUTS * CHANNELS + i];
-    fence_async_proxy();
     __syncthreads();
-    float d[OUTPUTS / 2] = {};
-    pin(d);
-    wgmma_fence();
-    for (int s = 0; s < CHANNELS / 16; ++s) {
-      const unsigned a = base + 2 * s * HALO * HALO * 16 + (tap / 3 * HALO + tap % 3) * 16;
-      const unsigned b = shared_address(shared.weights) + 2 * s * OUTPUTS * 16;
-      Wgmma<OUTPUTS>::ss(d,
-                         matrix_descriptor(a, swapped ? HALO * 16 : HALO * HALO * 16,
-                                           swapped ? HALO * HALO * 16 : HALO * 16, SWIZZLE_NONE),
-                         matrix_descriptor(b, swapped ? 128 : OUTPUTS * 16, swapped ? OUTPUTS * 16 : 128, SWIZZLE_NONE),
-                         1);
+    if (tma) {
+        if (threadIdx.x == 0) {
+            mbarrier_expect(barrier, TILE_BYTES);
+            tma_load_5d(base, &map, 0, x0 - 1, y0 - 1, 8, 1, barrier);
+        }
+        mbarrier_wait(barrier, 0, 1);
+    } else {
+        for (int i = threadIdx.x; i < HALO * HALO * CHANNELS; i += 128)
+            shared.tile[(i % CHANNELS / 8 * HALO * HALO + i / CHANNELS) * 8 + i % 8] = tile[i];
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(d);
-    store_product(d, products + tap * PRODUCT);
-    __syncthreads();
-  }
+    for (int tap = 0; tap < TAPS; ++tap) {
+        for (int i = threadIdx.x; i < OUTPUTS * CHANNELS; i += 128)
+            shared.weights[i % CHANNELS / 8][i / CHANNELS][i % 8] = weights[tap * OUTPUTS * CHANNELS + i];
+        fence_async_proxy();
+        __syncthreads();
+        float d[OUTPUTS / 2] = {};
+        pin(d);
+        wgmma_fence();
+        for (int s = 0; s < CHANNELS / 16; ++s) {
+            const unsigned a = base + 2 * s * HALO * HALO * 16 + (tap / 3 * HALO + tap % 3) * 16;
+            const unsigned b = shared_address(shared.weights) + 2 * s * OUTPUTS * 16;
+            Wgmma<OUTPUTS>::ss(
+                d,
+                matrix_descriptor(
+                    a, swapped ? HALO * 16 : HALO * HALO * 16, swapped ? HALO * HALO * 16 : HALO * 16, SWIZZLE_NONE),
+                matrix_descriptor(b, swapped ? 128 : OUTPUTS * 16, swapped ? OUTPUTS * 16 : 128, SWIZZLE_NONE), 1);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(d);
+        store_product(d, products + tap * PRODUCT);
+        __syncthreads();
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ (ii)
 
 struct Start {
-  int row;          // first pixel of the tile in units of 128-byte rows
-  int sbo;          // bytes
-  int base_offset;  // 1: (start >> 7) & 7, 0: zero
+    int row;          // first pixel of the tile in units of 128-byte rows
+    int sbo;          // bytes
+    int base_offset;  // 1: (start >> 7) & 7, 0: zero
 };
 
 constexpr int ROWS_SHARED = 1024 + 2048 + TILE_BYTES + 8192;
 
-__global__ void __launch_bounds__(128)
-    shifted_rows_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap weights_map,
-                        const Start* starts, int count, unsigned target_offset, uint4* image, float* products, int y0,
-                        int x0) {
-  extern __shared__ unsigned char memory[];
-  __shared__ alignas(8) uint64_t barrier_storage;
-  const unsigned barrier = shared_address(&barrier_storage);
-  unsigned char* aligned = memory + (1024 - shared_address(memory) % 1024) % 1024;
-  unsigned char* tile = aligned + 8192 + target_offset;
-  const unsigned weights = shared_address(aligned), base = shared_address(tile);
-  if (threadIdx.x == 0) {
-    mbarrier_init(barrier, 1);
-    fence_mbarrier_init();
-    mbarrier_expect(barrier, TILE_BYTES + 8192);
-    tma_load_4d(base, &map, 64, x0 - 1, y0 - 1, 1, barrier);
-    tma_load_3d(weights, &weights_map, 0, 0, 4, barrier);
-  }
-  __syncthreads();
-  mbarrier_wait(barrier, 0, 2);
-  for (int i = threadIdx.x; i < TILE_BYTES / 16; i += 128) image[i] = reinterpret_cast<const uint4*>(tile)[i];
-  for (int index = 0; index < count; ++index) {
-    const Start start = starts[index];
-    const unsigned first = base + start.row * 128;
-    const unsigned base_offset = start.base_offset ? (first >> 7) & 7 : 0;
-    float d[OUTPUTS / 2] = {};
-    pin(d);
-    wgmma_fence();
-    for (int s = 0; s < CHANNELS / 16; ++s)
-      Wgmma<OUTPUTS>::ss(d, matrix_descriptor(first + 32 * s, 16, start.sbo, SWIZZLE_128, base_offset),
-                         matrix_descriptor(weights + 32 * s, 16, 1024, SWIZZLE_128), 1);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(d);
-    store_product(d, products + index * PRODUCT);
-  }
+__global__ void __launch_bounds__(128) shifted_rows_kernel(
+    const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap weights_map, const Start* starts,
+    int count, unsigned target_offset, uint4* image, float* products, int y0, int x0) {
+    extern __shared__ unsigned char memory[];
+    __shared__ alignas(8) uint64_t barrier_storage;
+    const unsigned barrier = shared_address(&barrier_storage);
+    unsigned char* aligned = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    unsigned char* tile = aligned + 8192 + target_offset;
+    const unsigned weights = shared_address(aligned), base = shared_address(tile);
+    if (threadIdx.x == 0) {
+        mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
+        mbarrier_expect(barrier, TILE_BYTES + 8192);
+        tma_load_4d(base, &map, 64, x0 - 1, y0 - 1, 1, barrier);
+        tma_load_3d(weights, &weights_map, 0, 0, 4, barrier);
+    }
+    __syncthreads();
+    mbarrier_wait(barrier, 0, 2);
+    for (int i = threadIdx.x; i < TILE_BYTES / 16; i += 128)
+        image[i] = reinterpret_cast<const uint4*>(tile)[i];
+    for (int index = 0; index < count; ++index) {
+        const Start start = starts[index];
+        const unsigned first = base + start.row * 128;
+        const unsigned base_offset = start.base_offset ? (first >> 7) & 7 : 0;
+        float d[OUTPUTS / 2] = {};
+        pin(d);
+        wgmma_fence();
+        for (int s = 0; s < CHANNELS / 16; ++s)
+            Wgmma<OUTPUTS>::ss(
+                d, matrix_descriptor(first + 32 * s, 16, start.sbo, SWIZZLE_128, base_offset),
+                matrix_descriptor(weights + 32 * s, 16, 1024, SWIZZLE_128), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(d);
+        store_product(d, products + index * PRODUCT);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ (iii)
 
 template <int N, bool REGISTERS>
 __global__ void __launch_bounds__(128) fragment_kernel(const bf16* a, const bf16* b, float* sums) {
-  __shared__ alignas(128) bf16 a_shared[2][64][8];
-  __shared__ alignas(128) bf16 b_shared[2][N][8];
-  for (int i = threadIdx.x; i < 64 * 16; i += 128) a_shared[i % 16 / 8][i / 16][i % 8] = a[i];
-  for (int i = threadIdx.x; i < N * 16; i += 128) b_shared[i % 16 / 8][i / 16][i % 8] = b[i];
-  fence_async_proxy();
-  __syncthreads();
-  const uint64_t b_matrix = matrix_descriptor(shared_address(b_shared), N * 16, 128, SWIZZLE_NONE);
-  float d[N / 2];
-  for (float& sum : d) sum = 0;
-  if constexpr (REGISTERS) {
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-    uint32_t fragment[4];
-    for (int i = 0; i < 4; ++i)
-      fragment[i] = *reinterpret_cast<const uint32_t*>(a + (row + i % 2 * 8) * 16 + column + i / 2 * 8);
+    __shared__ alignas(128) bf16 a_shared[2][64][8];
+    __shared__ alignas(128) bf16 b_shared[2][N][8];
+    for (int i = threadIdx.x; i < 64 * 16; i += 128)
+        a_shared[i % 16 / 8][i / 16][i % 8] = a[i];
+    for (int i = threadIdx.x; i < N * 16; i += 128)
+        b_shared[i % 16 / 8][i / 16][i % 8] = b[i];
+    fence_async_proxy();
+    __syncthreads();
+    const uint64_t b_matrix = matrix_descriptor(shared_address(b_shared), N * 16, 128, SWIZZLE_NONE);
+    float d[N / 2];
+    for (float& sum : d)
+        sum = 0;
+    if constexpr (REGISTERS) {
+        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+        uint32_t fragment[4];
+        for (int i = 0; i < 4; ++i)
+            fragment[i] = *reinterpret_cast<const uint32_t*>(a + (row + i % 2 * 8) * 16 + column + i / 2 * 8);
+        pin(d);
+        wgmma_fence();
+        Wgmma<N>::rs(d, fragment, b_matrix, 1);
+    } else {
+        pin(d);
+        wgmma_fence();
+        Wgmma<N>::ss(d, matrix_descriptor(shared_address(a_shared), 1024, 128, SWIZZLE_NONE), b_matrix, 1);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
     pin(d);
-    wgmma_fence();
-    Wgmma<N>::rs(d, fragment, b_matrix, 1);
-  } else {
-    pin(d);
-    wgmma_fence();
-    Wgmma<N>::ss(d, matrix_descriptor(shared_address(a_shared), 1024, 128, SWIZZLE_NONE), b_matrix, 1);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-  pin(d);
-  for (int i = 0; i < N / 2; ++i) sums[threadIdx.x * (N / 2) + i] = d[i];
+    for (int i = 0; i < N / 2; ++i)
+        sums[threadIdx.x * (N / 2) + i] = d[i];
 }
 
 struct FragmentCounts {
-  int sizes = 0, right[2] = {}, first_wrong_n[2] = {};
+    int sizes = 0, right[2] = {}, first_wrong_n[2] = {};
 };
 
 /// Elements that are not where the documented map puts them.
 template <int N, bool REGISTERS>
 int misplaced(const std::vector<bf16>& a, const std::vector<bf16>& b) {
-  Buffer<bf16> a_device(a), b_device(b);
-  Buffer<float> sums(64 * N);
-  CHECK(cudaMemset(sums.data, 0xff, sums.size * sizeof(float)));
-  fragment_kernel<N, REGISTERS><<<1, 128>>>(a_device.data, b_device.data, sums.data);
-  finish("fragment_kernel");
-  const std::vector<float> result = sums.host();
-  int wrong = 0;
-  for (int thread = 0; thread < 128; ++thread)
-    for (int i = 0; i < N / 2; ++i) {
-      const int row = thread / 32 * 16 + thread % 32 / 4 + (i / 2 % 2) * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-      float expected = 0;
-      for (int k = 0; k < 16; ++k) expected += value(a[row * 16 + k]) * value(b[column * 16 + k]);
-      const float actual = result[thread * (N / 2) + i];
-      if (!(actual == expected) && wrong++ == 0)
-        finding(
-            "\"n\": %d, \"a_in_registers\": %s, \"thread\": %d, \"register\": %d, \"expected\": %.0f, \"got\": %.9g", N,
-            REGISTERS ? "true" : "false", thread, i, expected, actual);
-    }
-  return wrong;
+    Buffer<bf16> a_device(a), b_device(b);
+    Buffer<float> sums(64 * N);
+    CHECK(cudaMemset(sums.data, 0xff, sums.size * sizeof(float)));
+    fragment_kernel<N, REGISTERS><<<1, 128>>>(a_device.data, b_device.data, sums.data);
+    finish("fragment_kernel");
+    const std::vector<float> result = sums.host();
+    int wrong = 0;
+    for (int thread = 0; thread < 128; ++thread)
+        for (int i = 0; i < N / 2; ++i) {
+            const int row = thread / 32 * 16 + thread % 32 / 4 + (i / 2 % 2) * 8,
+                      column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+            float expected = 0;
+            for (int k = 0; k < 16; ++k)
+                expected += value(a[row * 16 + k]) * value(b[column * 16 + k]);
+            const float actual = result[thread * (N / 2) + i];
+            if (!(actual == expected) && wrong++ == 0)
+                finding(
+                    "\"n\": %d, \"a_in_registers\": %s, \"thread\": %d, \"register\": %d, \"expected\": %.0f, \"got\": "
+                    "%.9g",
+                    N, REGISTERS ? "true" : "false", thread, i, expected, actual);
+        }
+    return wrong;
 }
 
 template <int N>
 void fragments_of(FragmentCounts& counts) {
-  // Numbered: D = 256 * row + column, which names the place of a misplaced element. Random: all 16 k take part.
-  std::vector<bf16> a(64 * 16, __float2bfloat16(0)), b(N * 16, __float2bfloat16(0));
-  for (int row = 0; row < 64; ++row) a[row * 16] = __float2bfloat16(float(row)), a[row * 16 + 1] = __float2bfloat16(1);
-  for (int column = 0; column < N; ++column)
-    b[column * 16] = __float2bfloat16(256), b[column * 16 + 1] = __float2bfloat16(float(column));
-  const std::vector<bf16> random_a = random_integers(64 * 16, 8, N), random_b = random_integers(N * 16, 8, N + 1000);
-  const int wrong[2] = {misplaced<N, false>(a, b) + misplaced<N, false>(random_a, random_b),
-                        misplaced<N, true>(a, b) + misplaced<N, true>(random_a, random_b)};
-  ++counts.sizes;
-  for (int form = 0; form < 2; ++form) {
-    counts.right[form] += wrong[form] == 0;
-    if (wrong[form] && !counts.first_wrong_n[form]) counts.first_wrong_n[form] = N;
-  }
+    // Numbered: D = 256 * row + column, which names the place of a misplaced element. Random: all 16 k take part.
+    std::vector<bf16> a(64 * 16, __float2bfloat16(0)), b(N * 16, __float2bfloat16(0));
+    for (int row = 0; row < 64; ++row)
+        a[row * 16] = __float2bfloat16(float(row)), a[row * 16 + 1] = __float2bfloat16(1);
+    for (int column = 0; column < N; ++column)
+        b[column * 16] = __float2bfloat16(256), b[column * 16 + 1] = __float2bfloat16(float(column));
+    const std::vector<bf16> random_a = random_integers(64 * 16, 8, N), random_b = random_integers(N * 16, 8, N + 1000);
+    const int wrong[2] = {
+        misplaced<N, false>(a, b) + misplaced<N, false>(random_a, random_b),
+        misplaced<N, true>(a, b) + misplaced<N, true>(random_a, random_b)};
+    ++counts.sizes;
+    for (int form = 0; form < 2; ++form) {
+        counts.right[form] += wrong[form] == 0;
+        if (wrong[form] && !counts.first_wrong_n[form])
+            counts.first_wrong_n[form] = N;
+    }
 }
 
 template <int... Index>
 void all_fragments(FragmentCounts& counts, std::integer_sequence<int, Index...>) {
-  (fragments_of<8 * (Index + 1)>(counts), ...);
+    (fragments_of<8 * (Index + 1)>(counts), ...);
 }
 
 }  // namespace
 
 void probe_planes() {
-  prepare_device();
-  const std::vector<bf16> image = random_integers(size_t(IMAGES) * IMAGE_H * IMAGE_W * IMAGE_C, 4, 1);
-  const std::vector<bf16> weights = random_integers(TAPS * OUTPUTS * CHANNELS, 3, 2);
-  Buffer<bf16> image_device(image), weights_device(weights);
-  Buffer<float> products(TAPS * PRODUCT);
-  CUtensorMap map{};
-  const CUresult verdict = encode_planes(&map, image_device.data, IMAGES, IMAGE_H, IMAGE_W, IMAGE_C);
-  finding("\"question\": \"is the 5-D map with strides that do not rise accepted\", \"code\": %d", int(verdict));
-  const int corners[][2] = {{1, 1}, {0, 0}, {8, 8}};
-  for (const bool swapped : {false, true})
-    for (const bool tma : {false, true})
-      for (int index = 0; index < 3; ++index) {
-        const int (&corner)[2] = corners[index];
-        if (tma && (verdict != CUDA_SUCCESS || swapped)) continue;
-        if (!tma && index > 0) continue;
-        const std::vector<bf16> tile = halo_tile(image, corner[0], corner[1]);
-        Buffer<bf16> tile_device(tile);
-        CHECK(cudaMemset(products.data, 0xff, products.size * sizeof(float)));
-        shifted_planes_kernel<<<1, 128>>>(map, tile_device.data, weights_device.data, products.data, tma, swapped,
-                                          corner[0], corner[1]);
-        finish("shifted_planes_kernel");
-        const std::vector<float> result = products.host();
-        int right = 0, wrong_elements = 0;
-        char first[160] = "null";
-        for (int tap = 0; tap < TAPS; ++tap) {
-          int wrong = 0;
-          for (int m = 0; m < 64; ++m)
-            for (int o = 0; o < OUTPUTS; ++o) {
-              const bf16* pixel = &tile[((m / 8 + tap / 3) * HALO + m % 8 + tap % 3) * CHANNELS];
-              float expected = 0;
-              for (int c = 0; c < CHANNELS; ++c)
-                expected += value(pixel[c]) * value(weights[(tap * OUTPUTS + o) * CHANNELS + c]);
-              const float actual = result[tap * PRODUCT + m * OUTPUTS + o];
-              if (!(actual == expected) && wrong++ == 0 && wrong_elements == 0)
-                snprintf(first, sizeof(first),
-                         "{\"tap\": %d, \"row\": %d, \"column\": %d, \"expected\": %.0f, \"got\": %.9g}", tap, m, o,
-                         expected, actual);
+    prepare_device();
+    const std::vector<bf16> image = random_integers(size_t(IMAGES) * IMAGE_H * IMAGE_W * IMAGE_C, 4, 1);
+    const std::vector<bf16> weights = random_integers(TAPS * OUTPUTS * CHANNELS, 3, 2);
+    Buffer<bf16> image_device(image), weights_device(weights);
+    Buffer<float> products(TAPS * PRODUCT);
+    CUtensorMap map{};
+    const CUresult verdict = encode_planes(&map, image_device.data, IMAGES, IMAGE_H, IMAGE_W, IMAGE_C);
+    finding("\"question\": \"is the 5-D map with strides that do not rise accepted\", \"code\": %d", int(verdict));
+    const int corners[][2] = {{1, 1}, {0, 0}, {8, 8}};
+    for (const bool swapped : {false, true})
+        for (const bool tma : {false, true})
+            for (int index = 0; index < 3; ++index) {
+                const int (&corner)[2] = corners[index];
+                if (tma && (verdict != CUDA_SUCCESS || swapped))
+                    continue;
+                if (!tma && index > 0)
+                    continue;
+                const std::vector<bf16> tile = halo_tile(image, corner[0], corner[1]);
+                Buffer<bf16> tile_device(tile);
+                CHECK(cudaMemset(products.data, 0xff, products.size * sizeof(float)));
+                shifted_planes_kernel<<<1, 128>>>(
+                    map, tile_device.data, weights_device.data, products.data, tma, swapped, corner[0], corner[1]);
+                finish("shifted_planes_kernel");
+                const std::vector<float> result = products.host();
+                int right = 0, wrong_elements = 0;
+                char first[160] = "null";
+                for (int tap = 0; tap < TAPS; ++tap) {
+                    int wrong = 0;
+                    for (int m = 0; m < 64; ++m)
+                        for (int o = 0; o < OUTPUTS; ++o) {
+                            const bf16* pixel = &tile[((m / 8 + tap / 3) * HALO + m % 8 + tap % 3) * CHANNELS];
+                            float expected = 0;
+                            for (int c = 0; c < CHANNELS; ++c)
+                                expected += value(pixel[c]) * value(weights[(tap * OUTPUTS + o) * CHANNELS + c]);
+                            const float actual = result[tap * PRODUCT + m * OUTPUTS + o];
+                            if (!(actual == expected) && wrong++ == 0 && wrong_elements == 0)
+                                snprintf(
+                                    first, sizeof(first),
+                                    "{\"tap\": %d, \"row\": %d, \"column\": %d, \"expected\": %.0f, \"got\": %.9g}",
+                                    tap, m, o, expected, actual);
+                        }
+                    right += wrong == 0;
+                    wrong_elements += wrong;
+                }
+                finding(
+                    "\"question\": \"A from planes at shifted starts\", \"fill\": \"%s\", \"leading_offset_is\": "
+                    "\"%s\", "
+                    "\"corner\": [%d, %d], \"taps_right\": %d, \"of\": %d, \"wrong_elements\": %d, \"first_wrong\": %s",
+                    tma ? "tma" : "st.shared", swapped ? "next 8 rows" : "next 8 k", corner[0], corner[1], right, TAPS,
+                    wrong_elements, first);
             }
-          right += wrong == 0;
-          wrong_elements += wrong;
-        }
-        finding(
-            "\"question\": \"A from planes at shifted starts\", \"fill\": \"%s\", \"leading_offset_is\": \"%s\", "
-            "\"corner\": [%d, %d], \"taps_right\": %d, \"of\": %d, \"wrong_elements\": %d, \"first_wrong\": %s",
-            tma ? "tma" : "st.shared", swapped ? "next 8 rows" : "next 8 k", corner[0], corner[1], right, TAPS,
-            wrong_elements, first);
-      }
 }
 
 void probe_rows() {
-  prepare_device();
-  const std::vector<bf16> image = random_integers(size_t(IMAGES) * IMAGE_H * IMAGE_W * IMAGE_C, 4, 3);
-  const std::vector<bf16> weights = random_integers(TAPS * OUTPUTS * CHANNELS, 3, 4);
-  const bf16* tap_weights = &weights[4 * OUTPUTS * CHANNELS];
-  Buffer<bf16> image_device(image), weights_device(weights);
-  CUtensorMap map{}, weights_map{};
-  const CUresult verdict = encode_rows(&map, image_device.data, IMAGES, IMAGE_H, IMAGE_W, IMAGE_C);
-  const CUresult weights_verdict = encode_weights(&weights_map, weights_device.data, TAPS, OUTPUTS, CHANNELS, OUTPUTS);
-  if (verdict != CUDA_SUCCESS || weights_verdict != CUDA_SUCCESS) {
-    finding("\"error\": \"maps refused\", \"code\": %d, \"weights_code\": %d", int(verdict), int(weights_verdict));
-    return;
-  }
-  std::vector<Start> starts;
-  for (int base_offset = 0; base_offset < 2; ++base_offset) {
-    for (int tap = 0; tap < TAPS; ++tap) starts.push_back({tap / 3 * HALO + tap % 3, HALO * 128, base_offset});
-    for (int row = 0; row < 8; ++row) starts.push_back({row, 1024, base_offset});
-  }
-  Buffer<Start> starts_device(starts);
-  Buffer<float> products(starts.size() * PRODUCT);
-  Buffer<uint4> dump(TILE_BYTES / 16);
-  allow_shared_memory(shifted_rows_kernel, ROWS_SHARED);
-  const std::vector<bf16> tile = halo_tile(image, 0, 0);
-  for (const unsigned offset : {0u, 512u, 128u}) {
-    CHECK(cudaMemset(products.data, 0xff, products.size * sizeof(float)));
-    shifted_rows_kernel<<<1, 128, ROWS_SHARED>>>(map, weights_map, starts_device.data, int(starts.size()), offset,
-                                                 dump.data, products.data, 0, 0);
-    finish("shifted_rows_kernel");
-    const std::vector<uint4> shared_image = dump.host();
-    const bf16* shared = reinterpret_cast<const bf16*>(shared_image.data());
+    prepare_device();
+    const std::vector<bf16> image = random_integers(size_t(IMAGES) * IMAGE_H * IMAGE_W * IMAGE_C, 4, 3);
+    const std::vector<bf16> weights = random_integers(TAPS * OUTPUTS * CHANNELS, 3, 4);
+    const bf16* tap_weights = &weights[4 * OUTPUTS * CHANNELS];
+    Buffer<bf16> image_device(image), weights_device(weights);
+    CUtensorMap map{}, weights_map{};
+    const CUresult verdict = encode_rows(&map, image_device.data, IMAGES, IMAGE_H, IMAGE_W, IMAGE_C);
+    const CUresult weights_verdict =
+        encode_weights(&weights_map, weights_device.data, TAPS, OUTPUTS, CHANNELS, OUTPUTS);
+    if (verdict != CUDA_SUCCESS || weights_verdict != CUDA_SUCCESS) {
+        finding("\"error\": \"maps refused\", \"code\": %d, \"weights_code\": %d", int(verdict), int(weights_verdict));
+        return;
+    }
+    std::vector<Start> starts;
+    for (int base_offset = 0; base_offset < 2; ++base_offset) {
+        for (int tap = 0; tap < TAPS; ++tap)
+            starts.push_back({tap / 3 * HALO + tap % 3, HALO * 128, base_offset});
+        for (int row = 0; row < 8; ++row)
+            starts.push_back({row, 1024, base_offset});
+    }
+    Buffer<Start> starts_device(starts);
+    Buffer<float> products(starts.size() * PRODUCT);
+    Buffer<uint4> dump(TILE_BYTES / 16);
+    allow_shared_memory(shifted_rows_kernel, ROWS_SHARED);
+    const std::vector<bf16> tile = halo_tile(image, 0, 0);
+    for (const unsigned offset : {0u, 512u, 128u}) {
+        CHECK(cudaMemset(products.data, 0xff, products.size * sizeof(float)));
+        shifted_rows_kernel<<<1, 128, ROWS_SHARED>>>(
+            map, weights_map, starts_device.data, int(starts.size()), offset, dump.data, products.data, 0, 0);
+        finish("shifted_rows_kernel");
+        const std::vector<uint4> shared_image = dump.host();
+        const bf16* shared = reinterpret_cast<const bf16*>(shared_image.data());
 
-    // Where does TMA put 16-byte piece `chunk` of row `row`: xor by the address, or by the row's number in the box?
-    int by_address = 0, by_row = 0;
-    for (int row = 0; row < HALO * HALO; ++row)
-      for (int chunk = 0; chunk < 8; ++chunk) {
-        const bf16* wanted = &tile[row * CHANNELS + chunk * 8];
-        const int address_chunk = chunk ^ ((row + offset / 128) & 7), row_chunk = chunk ^ (row & 7);
-        by_address += memcmp(wanted, shared + row * CHANNELS + address_chunk * 8, 16) == 0;
-        by_row += memcmp(wanted, shared + row * CHANNELS + row_chunk * 8, 16) == 0;
-      }
-    finding(
-        "\"question\": \"swizzle of TMA\", \"target_offset\": %u, \"pieces\": %d, \"fit_xor_by_address\": %d, "
-        "\"fit_xor_by_row_of_box\": %d",
-        offset, HALO * HALO * 8, by_address, by_row);
-
-    // What wgmma reads: the pixels wanted, or what another rule of the xor would give from the same bytes?
-    const std::vector<float> result = products.host();
-    for (const int sbo : {HALO * 128, 1024})
-      for (int base_offset = 0; base_offset < 2; ++base_offset) {
-        int count = 0, right = 0, address = 0, relative = 0, corrected = 0;
-        char rows[200] = "";
-        for (size_t index = 0; index < starts.size(); ++index) {
-          const Start& start = starts[index];
-          if (start.sbo != sbo || start.base_offset != base_offset) continue;
-          ++count;
-          const int first_row = start.row + int(offset) / 128, field = start.base_offset ? first_row & 7 : 0;
-          bool fits[4] = {true, true, true, true};
-          for (int m = 0; m < 64; ++m) {
-            const int row = start.row + m / 8 * (sbo / 128) + m % 8, absolute = row + int(offset) / 128;
-            const int phases[4] = {absolute & 7, absolute & 7, m & 7, (absolute - field) & 7};
-            for (int rule = 0; rule < 4; ++rule)
-              for (int o = 0; o < OUTPUTS && fits[rule]; ++o) {
-                float expected = 0;
-                for (int c = 0; c < CHANNELS; ++c) {
-                  const bf16 x = rule == 0 ? tile[row * CHANNELS + c]
-                                           : shared[row * CHANNELS + (c / 8 ^ phases[rule]) * 8 + c % 8];
-                  expected += value(x) * value(tap_weights[o * CHANNELS + c]);
-                }
-                fits[rule] = result[index * PRODUCT + m * OUTPUTS + o] == expected;
-              }
-          }
-          right += fits[0], address += fits[1], relative += fits[2], corrected += fits[3];
-          if (fits[0]) {
-            const size_t used = strlen(rows);
-            snprintf(rows + used, sizeof(rows) - used, "%s%d", used ? ", " : "", start.row);
-          }
-        }
+        // Where does TMA put 16-byte piece `chunk` of row `row`: xor by the address, or by the row's number in the box?
+        int by_address = 0, by_row = 0;
+        for (int row = 0; row < HALO * HALO; ++row)
+            for (int chunk = 0; chunk < 8; ++chunk) {
+                const bf16* wanted = &tile[row * CHANNELS + chunk * 8];
+                const int address_chunk = chunk ^ ((row + offset / 128) & 7), row_chunk = chunk ^ (row & 7);
+                by_address += memcmp(wanted, shared + row * CHANNELS + address_chunk * 8, 16) == 0;
+                by_row += memcmp(wanted, shared + row * CHANNELS + row_chunk * 8, 16) == 0;
+            }
         finding(
-            "\"question\": \"A with 128-byte swizzle at shifted starts\", \"target_offset\": %u, \"sbo\": %d, "
-            "\"base_offset_field\": \"%s\", \"starts\": %d, \"right\": %d, \"right_rows\": [%s], "
-            "\"fit_xor_by_address\": %d, \"fit_xor_by_row_of_matrix\": %d, \"fit_address_minus_base_offset\": %d",
-            offset, sbo, base_offset ? "(start >> 7) & 7" : "0", count, right, rows, address, relative, corrected);
-      }
-  }
+            "\"question\": \"swizzle of TMA\", \"target_offset\": %u, \"pieces\": %d, \"fit_xor_by_address\": %d, "
+            "\"fit_xor_by_row_of_box\": %d",
+            offset, HALO * HALO * 8, by_address, by_row);
+
+        // What wgmma reads: the pixels wanted, or what another rule of the xor would give from the same bytes?
+        const std::vector<float> result = products.host();
+        for (const int sbo : {HALO * 128, 1024})
+            for (int base_offset = 0; base_offset < 2; ++base_offset) {
+                int count = 0, right = 0, address = 0, relative = 0, corrected = 0;
+                char rows[200] = "";
+                for (size_t index = 0; index < starts.size(); ++index) {
+                    const Start& start = starts[index];
+                    if (start.sbo != sbo || start.base_offset != base_offset)
+                        continue;
+                    ++count;
+                    const int first_row = start.row + int(offset) / 128, field = start.base_offset ? first_row & 7 : 0;
+                    bool fits[4] = {true, true, true, true};
+                    for (int m = 0; m < 64; ++m) {
+                        const int row = start.row + m / 8 * (sbo / 128) + m % 8, absolute = row + int(offset) / 128;
+                        const int phases[4] = {absolute & 7, absolute & 7, m & 7, (absolute - field) & 7};
+                        for (int rule = 0; rule < 4; ++rule)
+                            for (int o = 0; o < OUTPUTS && fits[rule]; ++o) {
+                                float expected = 0;
+                                for (int c = 0; c < CHANNELS; ++c) {
+                                    const bf16 x = rule == 0
+                                                       ? tile[row * CHANNELS + c]
+                                                       : shared[row * CHANNELS + (c / 8 ^ phases[rule]) * 8 + c % 8];
+                                    expected += value(x) * value(tap_weights[o * CHANNELS + c]);
+                                }
+                                fits[rule] = result[index * PRODUCT + m * OUTPUTS + o] == expected;
+                            }
+                    }
+                    right += fits[0], address += fits[1], relative += fits[2], corrected += fits[3];
+                    if (fits[0]) {
+                        const size_t used = strlen(rows);
+                        snprintf(rows + used, sizeof(rows) - used, "%s%d", used ? ", " : "", start.row);
+                    }
+                }
+                finding(
+                    "\"question\": \"A with 128-byte swizzle at shifted starts\", \"target_offset\": %u, \"sbo\": %d, "
+                    "\"base_offset_field\": \"%s\", \"starts\": %d, \"right\": %d, \"right_rows\": [%s], "
+                    "\"fit_xor_by_address\": %d, \"fit_xor_by_row_of_matrix\": %d, \"fit_address_minus_base_offset\": "
+                    "%d",
+                    offset, sbo, base_offset ? "(start >> 7) & 7" : "0", count, right, rows, address, relative,
+                    corrected);
+            }
+    }
 }
 
 void probe_fragments() {
-  prepare_device();
-  FragmentCounts counts;
-  all_fragments(counts, std::make_integer_sequence<int, 32>());
-  for (int form = 0; form < 2; ++form)
-    finding(
-        "\"question\": \"fragment maps of m64nNk16, N = 8..256\", \"a\": \"%s\", \"sizes_right\": %d, \"of\": %d, "
-        "\"first_wrong_n\": %d",
-        form ? "registers" : "shared memory", counts.right[form], counts.sizes, counts.first_wrong_n[form]);
+    prepare_device();
+    FragmentCounts counts;
+    all_fragments(counts, std::make_integer_sequence<int, 32>());
+    for (int form = 0; form < 2; ++form)
+        finding(
+            "\"question\": \"fragment maps of m64nNk16, N = 8..256\", \"a\": \"%s\", \"sizes_right\": %d, \"of\": %d, "
+            "\"first_wrong_n\": %d",
+            form ? "registers" : "shared memory", counts.right[form], counts.sizes, counts.first_wrong_n[form]);
 }

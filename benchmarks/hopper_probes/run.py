@@ -52,18 +52,17 @@ def broken_facts(findings: list[dict]) -> list[str]:
     """What the kernels, and the interpreter, take for granted and these findings do not show."""
     facts = {
         "TMA swizzles by address": [
-            one["fit_xor_by_address"] == one["pieces"]
-            for one in findings if one.get("question") == "swizzle of TMA"
+            one["fit_xor_by_address"] == one["pieces"] for one in findings if one.get("question") == "swizzle of TMA"
         ],
         "wgmma reads rows at shifted starts with base offset 0": [
             one["right"] == one["starts"]
-            for one in findings if one.get("question") == "A with 128-byte swizzle at shifted starts"
-            and one["base_offset_field"] == "0"
+            for one in findings
+            if one.get("question") == "A with 128-byte swizzle at shifted starts" and one["base_offset_field"] == "0"
         ],
         "fragments of m64nNk16 lie as documented": [
             one["sizes_right"] == one["of"] for one in findings if one.get("probe") == "fragments" and "of" in one
         ],
-    }  # fmt: skip
+    }
     return [fact for fact, seen in facts.items() if not seen or not all(seen)]
 
 

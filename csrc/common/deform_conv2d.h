@@ -27,8 +27,7 @@ struct DeformTap {
 
 // False, and the tap reads nothing, outside [-1, height) x [-1, width): written so that NaN and infinity are outside.
 template <typename real_t>
-SPATIALFLOW_HOST_DEVICE bool deform_tap(
-    real_t y, real_t x, int64_t height, int64_t width, DeformTap<real_t>& tap) {
+SPATIALFLOW_HOST_DEVICE bool deform_tap(real_t y, real_t x, int64_t height, int64_t width, DeformTap<real_t>& tap) {
     if (!(y >= real_t(-1) && y < real_t(height) && x >= real_t(-1) && x < real_t(width))) {
         return false;
     }
@@ -42,8 +41,7 @@ SPATIALFLOW_HOST_DEVICE bool deform_tap(
 
 // Cell of a corner, row-major, or -1 outside the map.
 template <typename real_t>
-SPATIALFLOW_HOST_DEVICE int64_t deform_corner(
-    const DeformTap<real_t>& tap, int corner, int64_t height, int64_t width) {
+SPATIALFLOW_HOST_DEVICE int64_t deform_corner(const DeformTap<real_t>& tap, int corner, int64_t height, int64_t width) {
     const int64_t y = tap.y + (corner >> 1), x = tap.x + (corner & 1);
     return y >= 0 && y < height && x >= 0 && x < width ? y * width + x : -1;
 }

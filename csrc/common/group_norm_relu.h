@@ -38,8 +38,8 @@ struct GroupStatistics {
     double mean, rstd;
 };
 
-SPATIALFLOW_HOST_DEVICE GroupStatistics group_statistics(
-    const GroupSums& sums, double pivot, double count, double eps) {
+SPATIALFLOW_HOST_DEVICE GroupStatistics
+group_statistics(const GroupSums& sums, double pivot, double count, double eps) {
     const double offset = sums.sum / count, variance = sums.square / count - offset * offset;
     return {pivot + offset, 1 / std::sqrt((variance < 0 ? 0 : variance) + eps)};  // NaN stays NaN
 }
@@ -55,8 +55,9 @@ SPATIALFLOW_HOST_DEVICE GroupAffine<real_t> group_affine(
     const GroupStatistics& statistics, double weight, double bias) {
     const real_t shift = static_cast<real_t>(statistics.mean);
     const double scale = statistics.rstd * weight;
-    return {shift, static_cast<real_t>(scale),
-            static_cast<real_t>(bias - (statistics.mean - static_cast<double>(shift)) * scale)};
+    return {
+        shift, static_cast<real_t>(scale),
+        static_cast<real_t>(bias - (statistics.mean - static_cast<double>(shift)) * scale)};
 }
 
 // sum(g * (x - mean) * rstd) from sum(g) and sum(g * (x - shift)).
@@ -77,9 +78,10 @@ SPATIALFLOW_HOST_DEVICE GroupGradient<real_t> group_gradient(
     const GroupStatistics& statistics, double weight, double mean_gradient, double mean_product) {
     const real_t shift = static_cast<real_t>(statistics.mean);
     const double by_input = -statistics.rstd * statistics.rstd * mean_product;
-    return {shift, static_cast<real_t>(statistics.rstd * weight), static_cast<real_t>(by_input),
-            static_cast<real_t>(-statistics.rstd * mean_gradient -
-                                by_input * (statistics.mean - static_cast<double>(shift)))};
+    return {
+        shift, static_cast<real_t>(statistics.rstd * weight), static_cast<real_t>(by_input),
+        static_cast<real_t>(
+            -statistics.rstd * mean_gradient - by_input * (statistics.mean - static_cast<double>(shift)))};
 }
 
 // Doubling an axis of `size` cells with aligned corners: result `index` lies at index * (size - 1) / (2 * size - 1),

@@ -53,8 +53,9 @@ SPATIALFLOW_HOST_DEVICE PixelBox merge_pixel_box(const double* box, int64_t heig
             return {0, 0, 0, 0};
         }
     }
-    return {merge_pixel_edge(box[0], width), merge_pixel_edge(box[1], height), merge_pixel_edge(box[2], width),
-            merge_pixel_edge(box[3], height)};
+    return {
+        merge_pixel_edge(box[0], width), merge_pixel_edge(box[1], height), merge_pixel_edge(box[2], width),
+        merge_pixel_edge(box[3], height)};
 }
 
 }  // namespace spatialflow

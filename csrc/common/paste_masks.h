@@ -17,9 +17,7 @@ struct PasteAxis {
     int64_t cells;
 
     // Mask coordinate of pixel `pixel`: cell i is at i. Cells -1 and `cells` are the zeros around the mask.
-    SPATIALFLOW_HOST_DEVICE double position(int64_t pixel) const {
-        return (double(pixel) + 0.5 - low) * scale - 0.5;
-    }
+    SPATIALFLOW_HOST_DEVICE double position(int64_t pixel) const { return (double(pixel) + 0.5 - low) * scale - 0.5; }
 };
 
 SPATIALFLOW_HOST_DEVICE PasteAxis paste_axis(double low, double high, int64_t cells) {
@@ -41,8 +39,9 @@ SPATIALFLOW_HOST_DEVICE PixelRange paste_range(const PasteAxis& axis, int64_t si
         return {0, 0};
     }
     // Bounds widened by two pixels against rounding, then trimmed by the exact test.
-    PixelRange range{paste_pixel_at(axis.low - 0.5 / axis.scale - 2.0, size),
-                     paste_pixel_at(axis.low + (double(axis.cells) + 0.5) / axis.scale + 3.0, size)};
+    PixelRange range{
+        paste_pixel_at(axis.low - 0.5 / axis.scale - 2.0, size),
+        paste_pixel_at(axis.low + (double(axis.cells) + 0.5) / axis.scale + 3.0, size)};
     while (range.begin < range.end && !(axis.position(range.begin) > -1.0)) {
         ++range.begin;
     }

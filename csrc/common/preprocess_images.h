@@ -52,19 +52,20 @@ SPATIALFLOW_HOST_DEVICE ResizeTap resize_tap(int64_t i, const ResizeAxis& axis, 
     const float fraction = position - cell;
     const int64_t last = axis.source - 1, at = static_cast<int64_t>(cell);
     const auto inside = [last](int64_t index) { return index < 0 ? 0 : index > last ? last : index; };
-    return {inside(at), inside(at + 1), static_cast<int>(rintf((1.0f - fraction) * 2048.0f)),
-            static_cast<int>(rintf(fraction * 2048.0f))};
+    return {
+        inside(at), inside(at + 1), static_cast<int>(rintf((1.0f - fraction) * 2048.0f)),
+        static_cast<int>(rintf(fraction * 2048.0f))};
 }
 
 // For integers and for vectors of them: between two columns, then between two rows.
 template <typename value_t, typename weight_t>
-SPATIALFLOW_HOST_DEVICE value_t resize_columns(
-    value_t left, value_t right, weight_t left_weight, weight_t right_weight, bool halves) {
+SPATIALFLOW_HOST_DEVICE value_t
+resize_columns(value_t left, value_t right, weight_t left_weight, weight_t right_weight, bool halves) {
     return (left * left_weight + right * right_weight) >> (halves ? 0 : 4);
 }
 template <typename value_t>
-SPATIALFLOW_HOST_DEVICE value_t resize_rows(
-    value_t upper, value_t lower, int upper_weight, int lower_weight, bool halves) {
+SPATIALFLOW_HOST_DEVICE value_t
+resize_rows(value_t upper, value_t lower, int upper_weight, int lower_weight, bool halves) {
     const int shift = halves ? 0 : 16;
     return ((upper * upper_weight >> shift) + (lower * lower_weight >> shift) + 2) >> 2;
 }

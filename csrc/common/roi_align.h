@@ -149,8 +149,8 @@ SPATIALFLOW_HOST_DEVICE real_t cell_weight(const RoiAxis<real_t>& axis, int64_t 
 // floor(log2(q)) >= l exactly if q >= 2^l, so no back end rounds a logarithm its own way. A negative area (one side
 // reversed) or a NaN compares false and takes the finest level.
 template <typename real_t>
-SPATIALFLOW_HOST_DEVICE int64_t roi_level(
-    real_t x1, real_t y1, real_t x2, real_t y2, real_t finest_scale, int64_t levels) {
+SPATIALFLOW_HOST_DEVICE int64_t
+roi_level(real_t x1, real_t y1, real_t x2, real_t y2, real_t finest_scale, int64_t levels) {
     const real_t ratio = std::sqrt((x2 - x1) * (y2 - y1)) / finest_scale + real_t(1e-6);
     int64_t level = 0;
     for (real_t bound = real_t(2); level < levels - 1 && ratio >= bound; bound *= real_t(2)) {

@@ -25,8 +25,8 @@ constexpr double kMaxLogRatio = 4.135166556742356;  // log(1000 / 16)
 // of the valid image.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void decode_axis(
-    float low, float high, int64_t shift, real_t offset, real_t log_ratio, real_t limit, real_t scale,
-    real_t& begin, real_t& end) {
+    float low, float high, int64_t shift, real_t offset, real_t log_ratio, real_t limit, real_t scale, real_t& begin,
+    real_t& end) {
     const real_t most = static_cast<real_t>(kMaxLogRatio);
     const real_t first = static_cast<real_t>(shift) + static_cast<real_t>(low);
     const real_t last = static_cast<real_t>(shift) + static_cast<real_t>(high);
@@ -44,7 +44,7 @@ SPATIALFLOW_HOST_DEVICE void decode_axis(
 
 template <typename real_t>
 struct CandidateImage {
-    real_t height, width;      // of the valid image
+    real_t height, width;  // of the valid image
     real_t scale_x, scale_y;
 };
 

@@ -49,7 +49,7 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
     const value_t smaller = small * larger;
     const value_t mistake = z > zero ? larger : smaller;  // s
     const value_t certain = z > zero ? smaller : larger;  // 1 - s
-    value_t power;  // s^gamma
+    value_t power;                                        // s^gamma
     if (gamma == real_t(2)) {
         power = mistake * mistake;
     } else if (gamma == real_t(0)) {
@@ -67,8 +67,7 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
         const value_t slope = gamma * certain * bounded + mistake;
         result = power * slope;
         if constexpr (order == 2) {
-            result = power * certain *
-                     (gamma * slope - gamma * mistake * bounded + (gamma + real_t(1)) * mistake);
+            result = power * certain * (gamma * slope - gamma * mistake * bounded + (gamma + real_t(1)) * mistake);
         }
     }
     if constexpr (std::is_floating_point_v<value_t>) {

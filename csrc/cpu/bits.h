@@ -32,8 +32,8 @@ inline uint64_t pack_word(const uint8_t* bytes) {
     return _mm512_test_epi8_mask(value, value);
 #elif defined(__AVX2__)
     const __m256i zero = _mm256_setzero_si256();
-    const auto low = static_cast<uint32_t>(_mm256_movemask_epi8(
-        _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), zero)));
+    const auto low = static_cast<uint32_t>(
+        _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), zero)));
     const auto high = static_cast<uint32_t>(_mm256_movemask_epi8(
         _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32)), zero)));
     return ~(static_cast<uint64_t>(high) << 32 | low);

@@ -60,6 +60,4 @@ Tensor conv1x1_cpu(
 }  // namespace
 }  // namespace spatialflow
 
-STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
-    library.impl("_conv1x1", TORCH_BOX(&spatialflow::conv1x1_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) { library.impl("_conv1x1", TORCH_BOX(&spatialflow::conv1x1_cpu)); }

@@ -79,13 +79,15 @@ __attribute__((always_inline)) inline void for_channel_vectors(int64_t channels,
     constexpr int64_t lanes = kLanes<real_t>;
     int64_t c = 0;
     for (; c + lanes <= channels; c += lanes) {
-        body(c, [](const auto* source) __attribute__((always_inline)) { return load_vector(source); },
-             [](auto* target, Vector<real_t> value) __attribute__((always_inline)) { store_vector(target, value); });
+        body(
+            c, [](const auto* source) __attribute__((always_inline)) { return load_vector(source); },
+            [](auto* target, Vector<real_t> value) __attribute__((always_inline)) { store_vector(target, value); });
     }
     if (c < channels) {
         const int count = static_cast<int>(channels - c);
-        body(c, [count](const auto* source) { return load_partial(source, count); },
-             [count](auto* target, Vector<real_t> value) { store_partial(target, value, count); });
+        body(
+            c, [count](const auto* source) { return load_partial(source, count); },
+            [count](auto* target, Vector<real_t> value) { store_partial(target, value, count); });
     }
 }
 

@@ -65,8 +65,9 @@ inline void append_strips(
     for (int64_t image = 0; image < batch; ++image) {
         for (int64_t i = 0; i < down; ++i) {
             for (int64_t j = 0; j < across; ++j) {
-                strips.push_back({job, level, image, i * height / down, (i + 1) * height / down, j * width / across,
-                                  (j + 1) * width / across});
+                strips.push_back(
+                    {job, level, image, i * height / down, (i + 1) * height / down, j * width / across,
+                     (j + 1) * width / across});
             }
         }
     }
@@ -118,13 +119,13 @@ ConvView<accum_t<scalar_t>> view_strip(
     const ConvLevel<scalar_t>& level, const ConvStrip& strip, int64_t channels, accum_t<scalar_t>* copy) {
     if constexpr (std::is_same_v<scalar_t, accum_t<scalar_t>>) {
         if (reads_in_place(level)) {
-            return {level.x + strip.image * level.height * level.width * channels, 0, 0, channels,
-                    level.width * channels};
+            return {
+                level.x + strip.image * level.height * level.width * channels, 0, 0, channels, level.width * channels};
         }
     }
     copy_strip(level, strip, channels, copy);
-    return {copy, strip.y_begin - 1, strip.x_begin - 1, padded_row(channels),
-            strip.padded_width() * padded_row(channels)};
+    return {
+        copy, strip.y_begin - 1, strip.x_begin - 1, padded_row(channels), strip.padded_width() * padded_row(channels)};
 }
 
 // Outputs of `kRows` pixels from (y, x) on for one panel of output channels.
@@ -146,8 +147,7 @@ void convolve_pixels(
         for (int64_t first = 0; first < in_channels; first += kTapChannels) {
             const int64_t depth = std::min(kTapChannels, in_channels - first);
             for (int64_t dx = -1; dx <= 1; ++dx) {
-                const real_t* weights =
-                    panel + ((3 * (dy + 1) + dx + 1) * in_channels + first) * kGemmColumns<real_t>;
+                const real_t* weights = panel + ((3 * (dy + 1) + dx + 1) * in_channels + first) * kGemmColumns<real_t>;
                 if (dx < 0 && x == 0) {
                     if constexpr (kRows > 1) {
                         multiply_tile<kRows, false, 1>(
@@ -270,8 +270,9 @@ void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
     run_tasks(tasks, work, [&](int64_t task, int64_t worker) {
         const bool is_whole = task < whole;
         const ConvStrip& strip = strips[static_cast<size_t>(is_whole ? task : whole + (task - whole) / parts)];
-        convolve_strip(jobs[strip.job], strip, is_whole ? 0 : (task - whole) % parts, is_whole ? 1 : parts,
-                       scratch.get() + worker * largest);
+        convolve_strip(
+            jobs[strip.job], strip, is_whole ? 0 : (task - whole) % parts, is_whole ? 1 : parts,
+            scratch.get() + worker * largest);
     });
 }
 

@@ -30,8 +30,8 @@ inline std::vector<Tensor> channels_last(const std::vector<Tensor>& levels) {
 inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, int64_t channels) {
     std::vector<Tensor> levels;
     for (const Tensor& level : like) {
-        levels.push_back(empty_like_sized(level, {level.size(0), channels, level.size(2), level.size(3)}, std::nullopt,
-                                          MemoryFormat::ChannelsLast));
+        levels.push_back(empty_like_sized(
+            level, {level.size(0), channels, level.size(2), level.size(3)}, std::nullopt, MemoryFormat::ChannelsLast));
         const size_t bytes = static_cast<size_t>(levels.back().numel()) * levels.back().element_size();
         advise_huge_pages(levels.back().mutable_data_ptr(), bytes);
     }
@@ -53,8 +53,9 @@ template <typename scalar_t>
 std::vector<ConvLevel<scalar_t>> conv_levels(const std::vector<Tensor>& x, const std::vector<Tensor>& flow) {
     std::vector<ConvLevel<scalar_t>> levels;
     for (size_t i = 0; i < x.size(); ++i) {
-        levels.push_back({x[i].size(0), x[i].size(2), x[i].size(3), data<scalar_t>(x[i]),
-                          flow.empty() ? nullptr : data<scalar_t>(flow[i])});
+        levels.push_back(
+            {x[i].size(0), x[i].size(2), x[i].size(3), data<scalar_t>(x[i]),
+             flow.empty() ? nullptr : data<scalar_t>(flow[i])});
     }
     return levels;
 }

@@ -102,8 +102,9 @@ public:
         run_tasks(tasks, work_, [&](int64_t task, int64_t worker) {
             const Group& group = groups_[static_cast<size_t>(task)];
             float* inputs = scratch.get() + worker * per_worker;
-            run_group(jobs_[group.job], tiles_[group.job], group.begin, group.end, inputs,
-                      inputs + kWinogradProducts * in_stride_);
+            run_group(
+                jobs_[group.job], tiles_[group.job], group.begin, group.end, inputs,
+                inputs + kWinogradProducts * in_stride_);
         });
     }
 
@@ -115,12 +116,13 @@ private:
 
     void run_group(
         const ConvJob<scalar_t>& job, const WinogradTiles& tiles, int64_t begin, int64_t end,
-        float* inputs,            // (36, tiles, C_in)
-        float* outputs) const {   // (36, tiles, C_out)
+        float* inputs,           // (36, tiles, C_in)
+        float* outputs) const {  // (36, tiles, C_out)
         for (int64_t t = begin; t < end; ++t) {
             const WinogradTile tile = tiles[t];
-            transform_input(job.levels[static_cast<size_t>(tile.level)], job.channels, tile, zeros_.data(),
-                            inputs + (t - begin) * in_row_, in_stride_);
+            transform_input(
+                job.levels[static_cast<size_t>(tile.level)], job.channels, tile, zeros_.data(),
+                inputs + (t - begin) * in_row_, in_stride_);
         }
         for (const ConvBranch<scalar_t>& branch : job.branches) {
             const int64_t rows = std::min(end, tiles.count(branch.out.size())) - begin;
@@ -129,16 +131,16 @@ private:
             }
             const int64_t columns = gemm_padded_columns(branch.channels);
             for (int64_t f = 0; f < kWinogradProducts; ++f) {
-                gemm(rows, columns, job.channels, inputs + f * in_stride_, in_row_,
-                     branch.packed + f * job.channels * columns, outputs + f * out_stride_, out_row_);
+                gemm(
+                    rows, columns, job.channels, inputs + f * in_stride_, in_row_,
+                    branch.packed + f * job.channels * columns, outputs + f * out_stride_, out_row_);
             }
             for (int64_t t = begin; t < begin + rows; ++t) {
                 const WinogradTile tile = tiles[t];
                 const size_t l = static_cast<size_t>(tile.level);
                 const ConvLevel<scalar_t>& level = job.levels[l];
                 const int64_t row_stride = level.width * branch.channels;
-                const int64_t at =
-                    (tile.image * level.height + tile.y) * row_stride + tile.x * branch.channels;
+                const int64_t at = (tile.image * level.height + tile.y) * row_stride + tile.x * branch.channels;
                 transform_output<scalar_t>(
                     outputs + (t - begin) * out_row_, out_stride_, branch.channels, branch.bias, branch.relu,
                     std::min<int64_t>(kWinogradOutput, level.height - tile.y),

@@ -25,9 +25,8 @@ constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 // c (+)= sum over pieces i of a_i * packed_i, where piece i of A starts at a + i * a_piece: one piece per tap.
 template <typename real_t>
 void multiply_pieces(
-    int64_t m, int64_t n, int64_t k, int64_t pieces,
-    const real_t* a, int64_t a_stride, int64_t a_piece,  // (m, k) each
-    const real_t* packed, int64_t packed_piece,          // gemm_pack of (k, n) each
+    int64_t m, int64_t n, int64_t k, int64_t pieces, const real_t* a, int64_t a_stride, int64_t a_piece,  // (m, k) each
+    const real_t* packed, int64_t packed_piece,  // gemm_pack of (k, n) each
     real_t* c, int64_t c_stride, bool accumulate) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
     constexpr int64_t lanes = kLanes<real_t>;
@@ -46,12 +45,13 @@ void multiply_pieces(
                     for (int v = 0; v < kGemmVectors; ++v) {
                         const int part = static_cast<int>(std::min(lanes, valid - v * lanes));
                         if (part == lanes) {
-                            store_vector(target + v * lanes,
-                                         accumulate ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
+                            store_vector(
+                                target + v * lanes,
+                                accumulate ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
                         } else if (part > 0) {
-                            store_partial(target + v * lanes,
-                                          accumulate ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v],
-                                          part);
+                            store_partial(
+                                target + v * lanes,
+                                accumulate ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v], part);
                         }
                     }
                 }
@@ -164,8 +164,8 @@ void deform_conv2d_forward(
                 for (int64_t group = 0; group < shape.groups; ++group) {
                     multiply_pieces(
                         pixels, outputs, inputs, count, columns.get() + group * inputs, row, channels,
-                        packed + (group * taps + tap) * packed_tap, packed_tap,
-                        sums.get() + group * outputs, shape.out_channels, tap > 0);
+                        packed + (group * taps + tap) * packed_tap, packed_tap, sums.get() + group * outputs,
+                        shape.out_channels, tap > 0);
                 }
             }
             store_block<kRelu>(sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, planar);
@@ -240,8 +240,8 @@ Tensor deform_conv2d_packed_cpu(
     const std::optional<Tensor>& mask, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
     int64_t dilation_h, int64_t dilation_w, int64_t algorithm, int64_t out_channels, int64_t groups,
     int64_t offset_groups, int64_t kernel_h, int64_t kernel_w, bool mask_sigmoid, bool relu) {
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm,
-                                    mask_sigmoid, relu};
+    const DeformConvOptions options{
+        {stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm, mask_sigmoid, relu};
     const DeformConvShape shape = check_deform_conv2d_packed(
         input, offset, bias, mask, options, {out_channels, groups, offset_groups, kernel_h, kernel_w});
     check_packed_deform_weight(

@@ -9,8 +9,8 @@
 
 #include "common/deform_conv2d.h"
 #include "common/sigmoid.h"
-#include "cpu/scratch.h"
 #include "cpu/dispatch.h"
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 #include "cpu/vector_math.h"
 #include "ops/deform_conv2d.h"

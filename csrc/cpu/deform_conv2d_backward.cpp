@@ -15,11 +15,11 @@
 namespace spatialflow {
 namespace {
 
-constexpr int64_t kColumnValues = 32 * 1024;      // gradients of a block's columns of one tap: 128 KiB of float
+constexpr int64_t kColumnValues = 32 * 1024;  // gradients of a block's columns of one tap: 128 KiB of float
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
-constexpr int64_t kWeightBlock = kGemmDepth;      // pixels per product of the weight gradient
-constexpr int64_t kWeightChannels = 128;          // columns per product
-constexpr int64_t kWeightSums = 32 * 1024;        // sums of a task: 128 KiB of float
+constexpr int64_t kWeightBlock = kGemmDepth;  // pixels per product of the weight gradient
+constexpr int64_t kWeightChannels = 128;      // columns per product
+constexpr int64_t kWeightSums = 32 * 1024;    // sums of a task: 128 KiB of float
 
 // Channels [begin, end) of one weight group.
 struct Segment {
@@ -114,9 +114,8 @@ SamplingGradient<real_t> scatter_tap(
     for (int i = 0; i < 4; ++i) {
         corner[i] = tap.corner[i] + c_begin;
         weight[i] = tap.mask * tap.value[i];
-        grad_cell[i] = tap.cell[i] < 0 || !grad_input
-                           ? ignored
-                           : grad_input + tap.cell[i] * sampler.shape().channels + c_begin;
+        grad_cell[i] =
+            tap.cell[i] < 0 || !grad_input ? ignored : grad_input + tap.cell[i] * sampler.shape().channels + c_begin;
     }
     scatter_channels(grad_columns, corner, weight, grad_input ? grad_cell : nullptr, count, dot);
     sampler.slopes(at, offset_group, number, tap, slope_y, slope_x);
@@ -141,8 +140,8 @@ void deform_conv2d_backward_data(
     const int64_t taps = shape.taps(), outputs = shape.group_outputs(), inputs = shape.group_channels();
     const int64_t per_group = shape.offset_group_channels();
     int64_t packed_size = 0;
-    const std::vector<Slice> slices = channel_slices(
-        shape, kLanes<real_t>, (num_threads() + shape.batch - 1) / shape.batch, packed_size);
+    const std::vector<Slice> slices =
+        channel_slices(shape, kLanes<real_t>, (num_threads() + shape.batch - 1) / shape.batch, packed_size);
     const int64_t num_slices = static_cast<int64_t>(slices.size());
 
     const Scratch<real_t> packed(packed_size);
@@ -150,9 +149,9 @@ void deform_conv2d_backward_data(
         for (int64_t i = begin; i < end; ++i) {
             for (const Segment& segment : slices[static_cast<size_t>(i / taps)].segments) {
                 const int64_t tap = i % taps, width = segment.end - segment.begin;
-                gemm_pack(weight + (segment.group * outputs * inputs + segment.begin % inputs) * taps + tap,
-                          inputs * taps, taps, outputs, width,
-                          packed.get() + segment.packed + tap * gemm_packed_size(outputs, width));
+                gemm_pack(
+                    weight + (segment.group * outputs * inputs + segment.begin % inputs) * taps + tap, inputs * taps,
+                    taps, outputs, width, packed.get() + segment.packed + tap * gemm_packed_size(outputs, width));
             }
         }
     });
@@ -181,9 +180,10 @@ void deform_conv2d_backward_data(
                 for (int64_t tap = 0; tap < taps; ++tap) {
                     for (const Segment& segment : slice.segments) {
                         const int64_t size = segment.end - segment.begin;
-                        gemm(count, size, outputs, source + segment.group * outputs, shape.out_channels,
-                             packed.get() + segment.packed + tap * gemm_packed_size(outputs, size),
-                             columns.get() + (segment.begin - slice.begin), width);
+                        gemm(
+                            count, size, outputs, source + segment.group * outputs, shape.out_channels,
+                            packed.get() + segment.packed + tap * gemm_packed_size(outputs, size),
+                            columns.get() + (segment.begin - slice.begin), width);
                     }
                     for (int64_t p = 0; p < count; ++p) {
                         const OutputPixel at = output_pixel(shape, image * pixels + first + p);
@@ -257,15 +257,15 @@ void deform_conv2d_backward_weight(
         for (int64_t i = begin; i < end; ++i) {
             const int64_t block = i / shape.groups, group = i % shape.groups;
             const int64_t image = block / image_blocks, first = block % image_blocks * kWeightBlock;
-            gemm_pack(grad_output.data + image * grad_output.stride[0] + first * pixel_stride +
-                          group * outputs * grad_output.stride[1],
-                      pixel_stride, grad_output.stride[1], pixels_of(block), outputs,
-                      packed.get() + i * packed_size);
+            gemm_pack(
+                grad_output.data + image * grad_output.stride[0] + first * pixel_stride +
+                    group * outputs * grad_output.stride[1],
+                pixel_stride, grad_output.stride[1], pixels_of(block), outputs, packed.get() + i * packed_size);
         }
     });
 
-    const int64_t wanted = std::max((shape.channels + kWeightChannels - 1) / kWeightChannels,
-                                    (4 * num_threads() + taps - 1) / taps);
+    const int64_t wanted =
+        std::max((shape.channels + kWeightChannels - 1) / kWeightChannels, (4 * num_threads() + taps - 1) / taps);
     int64_t unused = 0;
     const std::vector<Slice> slices = channel_slices(shape, kLanes<real_t>, wanted, unused);
     const int64_t num_slices = static_cast<int64_t>(slices.size());
@@ -287,14 +287,15 @@ void deform_conv2d_backward_weight(
                 const int64_t pixels = pixels_of(block);
                 for (int64_t tap = first_tap; tap < last_tap; ++tap) {
                     for (int64_t p = 0; p < pixels; ++p) {
-                        sampler.gather(output_pixel(shape, first + p), tap, slice.begin, slice.end,
-                                       columns.get() + p * width);
+                        sampler.gather(
+                            output_pixel(shape, first + p), tap, slice.begin, slice.end, columns.get() + p * width);
                     }
                     for (const Segment& segment : slice.segments) {
                         const int64_t at = segment.begin - slice.begin;
-                        gemm<true>(segment.end - segment.begin, outputs, pixels, columns.get() + at, width,
-                                   packed.get() + (block * shape.groups + segment.group) * packed_size,
-                                   sums.get() + ((tap - first_tap) * width + at) * outputs, outputs, block > 0);
+                        gemm<true>(
+                            segment.end - segment.begin, outputs, pixels, columns.get() + at, width,
+                            packed.get() + (block * shape.groups + segment.group) * packed_size,
+                            sums.get() + ((tap - first_tap) * width + at) * outputs, outputs, block > 0);
                     }
                 }
             }
@@ -302,8 +303,9 @@ void deform_conv2d_backward_weight(
                 scalar_t* target = grad_weight + (c / inputs * outputs * inputs + c % inputs) * taps;
                 for (int64_t o = 0; o < outputs; ++o) {
                     for (int64_t tap = first_tap; tap < last_tap; ++tap) {
-                        store(target[o * inputs * taps + tap],
-                              sums.get()[((tap - first_tap) * width + c - slice.begin) * outputs + o]);
+                        store(
+                            target[o * inputs * taps + tap],
+                            sums.get()[((tap - first_tap) * width + c - slice.begin) * outputs + o]);
                     }
                 }
             }
@@ -321,8 +323,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cpu(
         check_deform_conv2d(input, offset, weight, std::nullopt, mask, offset_tangent, options);
     check_deform_grad_output("deform_conv2d_backward", grad_output, input, shape);
     const ScalarType dtype = input.scalar_type(), accum = accum_dtype(dtype);
-    DeformGradients gradients =
-        empty_deform_gradients(shape, input, offset, mask, accum, need_input, need_sampling);
+    DeformGradients gradients = empty_deform_gradients(shape, input, offset, mask, accum, need_input, need_sampling);
     torch::stable::zero_(gradients.input);
     if (shape.channels == 0 || shape.out_channels == 0) {
         torch::stable::zero_(gradients.offset);
@@ -363,8 +364,7 @@ Tensor deform_conv2d_backward_weight_cpu(
     }
     // One stride walks all pixels of an image where rows follow each other; a row or column of pixels has but one.
     const int64_t row_stride = stride_of(grad_output, 2), column_stride = stride_of(grad_output, 3);
-    const bool dense =
-        shape.out_height == 1 || shape.out_width == 1 || row_stride == shape.out_width * column_stride;
+    const bool dense = shape.out_height == 1 || shape.out_width == 1 || row_stride == shape.out_width * column_stride;
     const Tensor source = dense ? grad_output : to_contiguous(grad_output, MemoryFormat::ChannelsLast);
     const int64_t pixel_stride = !dense ? shape.out_channels : shape.out_width > 1 ? column_stride : row_stride;
     dispatch_floating(op, input.scalar_type(), [&](auto zero) {

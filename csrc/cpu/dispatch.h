@@ -18,11 +18,16 @@ namespace spatialflow {
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
     switch (dtype) {
-        case ScalarType::Float: return body(float{});
-        case ScalarType::Double: return body(double{});
-        case ScalarType::Half: return body(float16{});
-        case ScalarType::BFloat16: return body(bfloat16{});
-        default: check(false, op, ": no kernel for ", dtype_name(dtype));
+        case ScalarType::Float:
+            return body(float{});
+        case ScalarType::Double:
+            return body(double{});
+        case ScalarType::Half:
+            return body(float16{});
+        case ScalarType::BFloat16:
+            return body(bfloat16{});
+        default:
+            check(false, op, ": no kernel for ", dtype_name(dtype));
     }
 }
 

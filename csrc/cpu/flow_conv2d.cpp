@@ -42,8 +42,9 @@ Tensor pack(const Tensor& weight, int64_t resolved) {
 Tensor pack_conv3x3_cpu(const Tensor& weight, int64_t algorithm) {
     check_conv_weight("pack_conv3x3", weight);
     check_algorithm("pack_conv3x3", algorithm);
-    return pack(weight, resolve_algorithm(algorithm, weight.scalar_type() == ScalarType::Double, weight.size(1),
-                                          weight.size(0)));
+    return pack(
+        weight,
+        resolve_algorithm(algorithm, weight.scalar_type() == ScalarType::Double, weight.size(1), weight.size(0)));
 }
 
 // The job for those images whose flag is set, each run of them as a level of its own. Results of the others become
@@ -89,16 +90,24 @@ struct Convolution {
         const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
         const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t resolved,
         const std::optional<Tensor>& active = std::nullopt)
-        : resolved(resolved), x(channels_last(x)), flow(channels_last(flow)),
-          out(empty_channels_last(x, out_channels)), packed(packed), bias(accum_bias(bias, packed.scalar_type())),
-          relu(relu), active(active ? std::make_optional(to_contiguous(*active)) : std::nullopt) {}
+        : resolved(resolved),
+          x(channels_last(x)),
+          flow(channels_last(flow)),
+          out(empty_channels_last(x, out_channels)),
+          packed(packed),
+          bias(accum_bias(bias, packed.scalar_type())),
+          relu(relu),
+          active(active ? std::make_optional(to_contiguous(*active)) : std::nullopt) {}
 
     template <typename scalar_t>
     ConvJob<scalar_t> job() const {
         using real_t = accum_t<scalar_t>;
-        const ConvBranch<scalar_t> branch = {
-            data<real_t>(packed), bias ? data<real_t>(*bias) : nullptr, out[0].size(1), relu,
-            output_pointers<scalar_t>(out), {}};
+        const ConvBranch<scalar_t> branch = {data<real_t>(packed),
+                                             bias ? data<real_t>(*bias) : nullptr,
+                                             out[0].size(1),
+                                             relu,
+                                             output_pointers<scalar_t>(out),
+                                             {}};
         ConvJob<scalar_t> whole = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
         if (active) {
             return active_images(whole, data<uint8_t>(*active));
@@ -171,8 +180,7 @@ std::vector<Tensor> flow_conv2d_group_cpu(
         x, counts, packed, biases, out_channels, algorithms,
         [&](size_t i, const std::vector<Tensor>& maps, const std::optional<Tensor>& bias, int64_t resolved) {
             check_packed_layout("flow_conv2d", packed[i], kPackedColumns);
-            convolutions.emplace_back(
-                maps, std::vector<Tensor>{}, packed[i], bias, out_channels[i], relu, resolved);
+            convolutions.emplace_back(maps, std::vector<Tensor>{}, packed[i], bias, out_channels[i], relu, resolved);
         });
     return convolutions.empty() ? std::vector<Tensor>{} : run(x, convolutions);
 }

@@ -89,15 +89,17 @@ void weight_gradient_winograd(const WeightGradient<scalar_t>& job) {
                 const size_t l = static_cast<size_t>(tile.level);
                 const ConvLevel<scalar_t>& level = job.levels[l];
                 transform_input(level, job.in_channels, tile, zeros.data(), inputs.get() + t * in_row, in_stride);
-                transform_gradient(job.gradients[l], level.height, level.width, job.out_channels, tile, count,
-                                   gradients.get() + t * kColumns, gradient_stride);
+                transform_gradient(
+                    job.gradients[l], level.height, level.width, job.out_channels, tile, count,
+                    gradients.get() + t * kColumns, gradient_stride);
             }
         });
         run_tasks(kWinogradProducts * job.slices(), kWinogradProducts * count * sum_stride, [&](int64_t task, int64_t) {
             const int64_t f = task / job.slices(), first = task % job.slices() * kTaskInputs;
-            gemm<true>(std::min(kTaskInputs, job.in_channels - first), job.out_channels, count,
-                       inputs.get() + f * in_stride + first, in_row, gradients.get() + f * gradient_stride,
-                       sums.get() + f * sum_stride + first * columns, columns, begin > 0);
+            gemm<true>(
+                std::min(kTaskInputs, job.in_channels - first), job.out_channels, count,
+                inputs.get() + f * in_stride + first, in_row, gradients.get() + f * gradient_stride,
+                sums.get() + f * sum_stride + first * columns, columns, begin > 0);
         });
     }
     run_tasks(job.in_channels, 256 * sum_stride, [&](int64_t c, int64_t) {
@@ -179,8 +181,8 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
         run_tasks(static_cast<int64_t>(end - begin), 8 * (inputs_size + gradients_size), [&](int64_t task, int64_t) {
             const size_t s = begin + static_cast<size_t>(task), l = strips[s].level;
             copy_strip(job.levels[l], strips[s], job.in_channels, inputs.get() + input_at[s]);
-            pack_gradient_strip(job.gradients[l], job.levels[l], strips[s], job.out_channels,
-                                gradients.get() + gradient_at[s]);
+            pack_gradient_strip(
+                job.gradients[l], job.levels[l], strips[s], job.out_channels, gradients.get() + gradient_at[s]);
         });
         run_tasks(9 * job.slices(), gradients_size * 9 * job.in_channels, [&](int64_t task, int64_t) {
             const int64_t tap = task / job.slices(), first = task % job.slices() * kTaskInputs;

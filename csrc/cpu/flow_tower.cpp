@@ -90,8 +90,12 @@ private:
 
     static ConvBranch<scalar_t> branch(const TowerConv& conv, bool relu, const Feature& out, const Feature* residual) {
         ConvBranch<scalar_t> result = {
-            data<accum_t<scalar_t>>(conv.packed), data<accum_t<scalar_t>>(conv.bias), conv.out_channels, relu,
-            output_pointers<scalar_t>(out.maps), {}};
+            data<accum_t<scalar_t>>(conv.packed),
+            data<accum_t<scalar_t>>(conv.bias),
+            conv.out_channels,
+            relu,
+            output_pointers<scalar_t>(out.maps),
+            {}};
         if (residual) {
             for (const Tensor& map : residual->maps) {
                 result.residual.push_back(data<scalar_t>(map));
@@ -131,8 +135,7 @@ std::vector<Feature> run_tower(  // those of cls, reg, stuff, thing that are no 
         TowerList stages, flows;
         Feature feature;
     };
-    Follower followers[] = {{source_is_cls ? kTowerReg : kTowerCls, kFlowCls, all},
-                            {kTowerStuff, kFlowStuff, large}};
+    Follower followers[] = {{source_is_cls ? kTowerReg : kTowerCls, kFlowCls, all}, {kTowerStuff, kFlowStuff, large}};
 
     // f + flow for those followers that have stage `s`, then their convolutions.
     const auto flow_into = [&](size_t s, const auto& has_stage) {

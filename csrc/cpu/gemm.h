@@ -132,10 +132,10 @@ __attribute__((always_inline)) inline void for_row_blocks(int64_t m, const Body&
 // C = A * B, or C += A * B if `accumulate`.
 template <bool kTransposed = false, typename real_t>
 void gemm(
-    int64_t m, int64_t n, int64_t k,
-    const real_t* a, int64_t a_stride,  // (m, k) rows a_stride apart; transposed (k, m)
-    const real_t* packed_b,             // gemm_pack of (k, n)
-    real_t* c, int64_t c_stride,        // (m, n) rows c_stride apart
+    int64_t m, int64_t n, int64_t k, const real_t* a,
+    int64_t a_stride,             // (m, k) rows a_stride apart; transposed (k, m)
+    const real_t* packed_b,       // gemm_pack of (k, n)
+    real_t* c, int64_t c_stride,  // (m, n) rows c_stride apart
     bool accumulate = false) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
     constexpr int64_t lanes = kLanes<real_t>;
@@ -157,13 +157,14 @@ void gemm(
                         for (int v = 0; v < kGemmVectors; ++v) {
                             const int64_t count = std::min(lanes, valid - v * lanes);
                             if (count == lanes) {
-                                store_vector(target + v * lanes,
-                                             add ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
+                                store_vector(
+                                    target + v * lanes,
+                                    add ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
                             } else if (count > 0) {
                                 const int part = static_cast<int>(count);
-                                store_partial(target + v * lanes,
-                                              add ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v],
-                                              part);
+                                store_partial(
+                                    target + v * lanes,
+                                    add ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v], part);
                             }
                         }
                     }

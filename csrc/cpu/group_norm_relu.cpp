@@ -36,8 +36,9 @@ void add_pixels(
         const LanesOf<kVectors, real_t> own_pivots(pivot), own_sums(sum), own_squares(square);
         for (int i = 0; i < own_sums.count; ++i) {
             GroupSums total{sums[c + i], squares[c + i]};
-            add_run(total, pivots[c + i], own_pivots.values[i], static_cast<double>(count), own_sums.values[i],
-                    own_squares.values[i]);
+            add_run(
+                total, pivots[c + i], own_pivots.values[i], static_cast<double>(count), own_sums.values[i],
+                own_squares.values[i]);
             sums[c + i] = total.sum;
             squares[c + i] = total.square;
         }
@@ -61,8 +62,9 @@ void compute_statistics(
     const bool adjacent_rows = input.has_adjacent_rows(shape);
     blocks.for_each(shape, shape.pixels(), [&](int64_t image, int64_t begin, int64_t end, int64_t block) {
         for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
-            add_pixels(input.row(image, y) + x * input.pixel_stride, input.pixel_stride, count, shape.channels,
-                       &pivots[image * stride], sums.first(block), sums.second(block));
+            add_pixels(
+                input.row(image, y) + x * input.pixel_stride, input.pixel_stride, count, shape.channels,
+                &pivots[image * stride], sums.first(block), sums.second(block));
         });
     });
     for (int64_t g = 0; g < shape.batch * shape.groups; ++g) {
@@ -74,8 +76,8 @@ void compute_statistics(
                 total.square += sums.second(block)[c];
             }
         }
-        const GroupStatistics found = group_statistics(
-            total, pivots[image * stride + begin], static_cast<double>(shape.group_size()), eps);
+        const GroupStatistics found =
+            group_statistics(total, pivots[image * stride + begin], static_cast<double>(shape.group_size()), eps);
         statistics[2 * g] = found.mean;
         statistics[2 * g + 1] = found.rstd;
     }
@@ -176,8 +178,9 @@ void forward(
         NormBlocks(shape.pixels(), kBlockPixels)
             .for_each(shape, shape.pixels(), [&](int64_t image, int64_t begin, int64_t end, int64_t) {
                 for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
-                    normalize(input.row(image, y) + x * input.pixel_stride, input.pixel_stride, affine[image],
-                              target.row(image, y) + x * shape.channels, shape.channels, shape.channels, count);
+                    normalize(
+                        input.row(image, y) + x * input.pixel_stride, input.pixel_stride, affine[image],
+                        target.row(image, y) + x * shape.channels, shape.channels, shape.channels, count);
                 });
             });
         return;
@@ -213,8 +216,8 @@ std::tuple<Tensor, Tensor> group_norm_relu_cpu(
         using scalar_t = decltype(zero);
         const NormMap<const scalar_t> map = map_of<scalar_t>(source);
         compute_statistics(map, shape, eps, mutable_data<double>(statistics));
-        forward(map, shape, data<double>(statistics), scale.data(), shift.data(), upsample,
-                mutable_data<scalar_t>(output));
+        forward(
+            map, shape, data<double>(statistics), scale.data(), shift.data(), upsample, mutable_data<scalar_t>(output));
     });
     return {to_contiguous(output, memory_format_of(input)), statistics};
 }

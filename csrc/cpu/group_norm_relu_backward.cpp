@@ -13,8 +13,8 @@ namespace {
 template <typename scalar_t>
 void gather_row(
     NormMap<const scalar_t> grad_output, const NormShape& shape,
-    const std::vector<DoubledCell<accum_t<scalar_t>>>& rows,
-    const std::vector<DoubledCell<accum_t<scalar_t>>>& columns, int64_t image, int64_t y,
+    const std::vector<DoubledCell<accum_t<scalar_t>>>& rows, const std::vector<DoubledCell<accum_t<scalar_t>>>& columns,
+    int64_t image, int64_t y,
     accum_t<scalar_t>* summed,    // (2 W, padded C)
     accum_t<scalar_t>* target) {  // (W, padded C)
     using real_t = accum_t<scalar_t>;
@@ -139,8 +139,9 @@ void input_gradient(
                 if constexpr (!kMasked) {
                     g = where_active(own.apply(v, value), g);
                 }
-                lanes.store(target + x * channels + at,
-                            (value - own.shift[v]) * by_input[v] + (g * by_gradient[v] + constant[v]));
+                lanes.store(
+                    target + x * channels + at,
+                    (value - own.shift[v]) * by_input[v] + (g * by_gradient[v] + constant[v]));
             }
         }
     });
@@ -155,8 +156,7 @@ void backward(
     using real_t = accum_t<scalar_t>;
     const int64_t channels = shape.channels, stride = padded(channels);
     const std::vector<Affine<real_t>> affine = affine_of_images<real_t>(shape, statistics, weight, bias);
-    const bool adjacent_rows =
-        input.has_adjacent_rows(shape) && (upsample || grad_output.has_adjacent_rows(shape));
+    const bool adjacent_rows = input.has_adjacent_rows(shape) && (upsample || grad_output.has_adjacent_rows(shape));
     const NormMap<real_t> masked_map = dense_map(masked, channels, shape.height, shape.width);
     const int64_t size = upsample ? shape.height : shape.pixels();
     const NormBlocks blocks(size, upsample ? std::max<int64_t>(1, kBlockPixels / shape.width) : kBlockPixels);
@@ -166,8 +166,9 @@ void backward(
     blocks.for_each(shape, size, [&](int64_t image, int64_t begin, int64_t end, int64_t block) {
         const auto add = [&](int64_t y, int64_t x, int64_t count, const auto* gradient, int64_t gradient_stride,
                              real_t* kept) {
-            add_gradients(input.row(image, y) + x * input.pixel_stride, input.pixel_stride, gradient, gradient_stride,
-                          count, affine[image], channels, kept, sums.first(block), sums.second(block));
+            add_gradients(
+                input.row(image, y) + x * input.pixel_stride, input.pixel_stride, gradient, gradient_stride, count,
+                affine[image], channels, kept, sums.first(block), sums.second(block));
         };
         if (!upsample) {
             for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
@@ -212,8 +213,8 @@ void backward(
                 const auto apply = [&](auto is_masked, const auto& gradient) {
                     input_gradient<decltype(is_masked)::value>(
                         input.row(image, y) + x * input.pixel_stride, input.pixel_stride,
-                        gradient.row(image, y) + x * gradient.pixel_stride, gradient.pixel_stride, count,
-                        affine[image], factors[image], channels, target.row(image, y) + x * channels);
+                        gradient.row(image, y) + x * gradient.pixel_stride, gradient.pixel_stride, count, affine[image],
+                        factors[image], channels, target.row(image, y) + x * channels);
                 };
                 upsample ? apply(std::true_type{}, masked_map) : apply(std::false_type{}, grad_output);
             });
@@ -241,16 +242,17 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cpu(
         const Tensor own_statistics = to_contiguous(statistics);
         const bool in_place = accum_dtype(dtype) == dtype;
         const Tensor masked = in_place || !upsample
-            ? grad_input
-            : empty_like_sized(input, {shape.batch, shape.channels, shape.height, shape.width}, accum_dtype(dtype),
-                               MemoryFormat::ChannelsLast);
+                                  ? grad_input
+                                  : empty_like_sized(
+                                        input, {shape.batch, shape.channels, shape.height, shape.width},
+                                        accum_dtype(dtype), MemoryFormat::ChannelsLast);
         dispatch_floating("group_norm_relu_backward", dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
-            backward(map_of<scalar_t>(gradient), map_of<scalar_t>(source), shape, data<double>(own_statistics),
-                     scale.data(), shift.data(), upsample,
-                     upsample ? mutable_data<real_t>(masked) : nullptr, mutable_data<scalar_t>(grad_input),
-                     mutable_data<double>(grad_weight), mutable_data<double>(grad_bias));
+            backward(
+                map_of<scalar_t>(gradient), map_of<scalar_t>(source), shape, data<double>(own_statistics), scale.data(),
+                shift.data(), upsample, upsample ? mutable_data<real_t>(masked) : nullptr,
+                mutable_data<scalar_t>(grad_input), mutable_data<double>(grad_weight), mutable_data<double>(grad_bias));
         });
     }
     return finished_norm_gradients(input, weight, bias, grad_input, grad_weight, grad_bias);

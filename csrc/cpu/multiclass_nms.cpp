@@ -71,8 +71,9 @@ std::vector<ScoreEntry<real_t>> candidates_of(const real_t* scores, const Option
     std::vector<std::vector<ScoreEntry<real_t>>> found(static_cast<size_t>(parts));
     parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t part = first; part < last; ++part) {
-            collect(scores, total * part / parts, total * (part + 1) / parts, options.score_threshold,
-                    found[static_cast<size_t>(part)]);
+            collect(
+                scores, total * part / parts, total * (part + 1) / parts, options.score_threshold,
+                found[static_cast<size_t>(part)]);
         }
     });
     for (int64_t part = 1; part < parts; ++part) {
@@ -124,8 +125,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
     const Tensor& boxes, const Tensor& scores, double score_threshold, double iou_threshold, int64_t max_detections) {
     check_multiclass_nms(boxes, scores, score_threshold, iou_threshold, max_detections);
     const int64_t batch = boxes.size(0), rows = boxes.size(1), classes = scores.size(2);
-    check(classes == 0 || rows < kMaxRows / classes,
-          "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
+    check(
+        classes == 0 || rows < kMaxRows / classes,
+        "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     const ScalarType type = nms_compute_type(boxes, scores);
     const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
     const Tensor out_boxes = empty_like_sized(wide_boxes, {batch, max_detections, 4});
@@ -135,17 +137,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
     const Tensor count = empty_like_sized(wide_boxes, {batch}, ScalarType::Long);
     const auto run = [&](auto zero) {
         using real_t = decltype(zero);
-        const Options<real_t> options{static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold), rows,
-                                      classes, max_detections};
+        const Options<real_t> options{
+            static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold), rows, classes, max_detections};
         const auto* all_boxes = reinterpret_cast<const Box<real_t>*>(data<real_t>(wide_boxes));
-        const Detections<real_t> all{reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(out_boxes)),
-                                     mutable_data<real_t>(out_scores), mutable_data<int64_t>(labels),
-                                     mutable_data<int64_t>(indices)};
+        const Detections<real_t> all{
+            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(out_boxes)), mutable_data<real_t>(out_scores),
+            mutable_data<int64_t>(labels), mutable_data<int64_t>(indices)};
         parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
             for (int64_t image = begin; image < end; ++image) {
                 const int64_t offset = image * max_detections;
-                const Detections<real_t> result{all.boxes + offset, all.scores + offset, all.labels + offset,
-                                                all.indices + offset};
+                const Detections<real_t> result{
+                    all.boxes + offset, all.scores + offset, all.labels + offset, all.indices + offset};
                 const int64_t kept = detect(
                     all_boxes + image * rows, data<real_t>(wide_scores) + image * rows * classes, options, result);
                 mutable_data<int64_t>(count)[image] = kept;
@@ -161,8 +163,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
     } else {
         run(float{});
     }
-    return {contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels,
-            count, indices};
+    return {
+        contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, count,
+        indices};
 }
 
 }  // namespace

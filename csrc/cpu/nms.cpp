@@ -95,14 +95,14 @@ void greedy_nms(
         }
     }
     kept.clear(1);
-    scan([&](const Box<real_t>& box, real_t area) { return kept.suppress(0, box, area, threshold); },
-         [](const Box<real_t>&) { return int64_t(0); });
+    scan(
+        [&](const Box<real_t>& box, real_t area) { return kept.suppress(0, box, area, threshold); },
+        [](const Box<real_t>&) { return int64_t(0); });
 }
 
 // Each class by itself: threads take the next class as they finish one, as sizes differ.
 template <typename real_t>
-void greedy_nms_by_class(
-    const Candidates<real_t>& candidates, const int64_t* idxs, real_t threshold, uint8_t* keep) {
+void greedy_nms_by_class(const Candidates<real_t>& candidates, const int64_t* idxs, real_t threshold, uint8_t* keep) {
     const int64_t count = static_cast<int64_t>(candidates.by_score.size());
     int64_t lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
     for (const auto& entry : candidates.by_score) {
@@ -132,16 +132,16 @@ void greedy_nms_by_class(
         for (int64_t worker = begin; worker < end; ++worker) {
             for (int64_t one; (one = next.fetch_add(1, std::memory_order_relaxed)) < classes;) {
                 const KeyedRow<uint64_t>* members = by_class.data() + class_begin[one];
-                greedy_nms(candidates, [&](int64_t i) { return static_cast<int64_t>(members[i].row); },
-                           class_begin[one + 1] - class_begin[one], threshold, kept, keep);
+                greedy_nms(
+                    candidates, [&](int64_t i) { return static_cast<int64_t>(members[i].row); },
+                    class_begin[one + 1] - class_begin[one], threshold, kept, keep);
             }
         }
     });
 }
 
 // idxs: classes by row, or null if all rows are of one class.
-Tensor kept_rows(
-    const char* op, const Tensor& boxes, const Tensor& scores, const int64_t* idxs, double iou_threshold) {
+Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, const int64_t* idxs, double iou_threshold) {
     const int64_t count = boxes.size(0);
     check(count < kMaxRows, op, ": boxes must be fewer than 2^32, got ", count);
     const ScalarType type = nms_compute_type(boxes, scores);
@@ -158,8 +158,8 @@ Tensor kept_rows(
             greedy_nms_by_class(candidates, idxs, threshold, keep.data());
         } else {
             KeptBoxes<real_t> kept;
-            greedy_nms(candidates, [](int64_t i) { return i; }, static_cast<int64_t>(valid), threshold, kept,
-                       keep.data());
+            greedy_nms(
+                candidates, [](int64_t i) { return i; }, static_cast<int64_t>(valid), threshold, kept, keep.data());
         }
         rows.resize(valid);
         size_t kept_count = 0;

@@ -271,8 +271,8 @@ void fill_boxes(
         }
         const int64_t first = box.x1 / kWordPixels, last = (box.x2 - 1) / kWordPixels;
         const auto part = [&](int64_t w) {
-            return bit_range(w == first ? box.x1 - first * kWordPixels : 0,
-                             w == last ? box.x2 - last * kWordPixels : kWordPixels);
+            return bit_range(
+                w == first ? box.x1 - first * kWordPixels : 0, w == last ? box.x2 - last * kWordPixels : kWordPixels);
         };
         int64_t still_void = 0;
         for (int64_t y = box.y1; y < box.y2; ++y) {
@@ -306,13 +306,13 @@ void fill_boxes(
 // files of the library would decide.
 template <typename label_t>
 __attribute__((aligned(64))) std::vector<Segment> merge(
-    const uint8_t* masks,      // (K, H, W)
-    const double* scores,      // (K)
-    const int64_t* labels,     // (K)
-    const double* boxes,       // (K, 4) or nullptr: no box fill
-    const label_t* stuff,      // (H, W)
+    const uint8_t* masks,              // (K, H, W)
+    const double* scores,              // (K)
+    const int64_t* labels,             // (K)
+    const double* boxes,               // (K, 4) or nullptr: no box fill
+    const label_t* stuff,              // (H, W)
     const std::vector<bool>& ignored,  // (stuff labels)
-    int32_t* id_map,           // (H, W), written
+    int32_t* id_map,                   // (H, W), written
     int64_t count, const Image& image, const MergeOptions& options) {
     const std::vector<int64_t> order = candidates(scores, count, options.score_threshold);
     PackedMasks packed(masks, order, image);
@@ -343,8 +343,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
     int64_t stuff_area_limit, double box_threshold) {
-    check_panoptic_merge(masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold,
-                         box_threshold);
+    check_panoptic_merge(
+        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_threshold);
     const int64_t count = masks.size(0), rows = count + stuff_labels;
     const Image image{masks.size(1), masks.size(2), words_of(masks.size(2))};
     Tensor id_map = empty_like_sized(masks, {image.height, image.width}, ScalarType::Int);
@@ -367,15 +367,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
         }
         const auto run = [&](auto zero, const Tensor& stuff_values) {
             using label_t = decltype(zero);
-            segments = merge(data<uint8_t>(mask_values), data<double>(score_values), data<int64_t>(label_values),
-                             box_values ? data<double>(*box_values) : nullptr, data<label_t>(stuff_values), ignored,
-                             mutable_data<int32_t>(id_map), count, image,
-                             {score_threshold, overlap_threshold, stuff_area_limit, box_threshold});
+            segments = merge(
+                data<uint8_t>(mask_values), data<double>(score_values), data<int64_t>(label_values),
+                box_values ? data<double>(*box_values) : nullptr, data<label_t>(stuff_values), ignored,
+                mutable_data<int32_t>(id_map), count, image,
+                {score_threshold, overlap_threshold, stuff_area_limit, box_threshold});
         };
         switch (stuff.scalar_type()) {
-            case ScalarType::Byte: run(uint8_t{}, to_contiguous(stuff)); break;
-            case ScalarType::Int: run(int32_t{}, to_contiguous(stuff)); break;
-            default: run(int64_t{}, contiguous_as(stuff, ScalarType::Long));
+            case ScalarType::Byte:
+                run(uint8_t{}, to_contiguous(stuff));
+                break;
+            case ScalarType::Int:
+                run(int32_t{}, to_contiguous(stuff));
+                break;
+            default:
+                run(int64_t{}, contiguous_as(stuff, ScalarType::Long));
         }
     }
 

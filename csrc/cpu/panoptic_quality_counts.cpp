@@ -19,7 +19,7 @@ void count_rows(
     const int32_t* gt,    // pixels of a thread
     const int32_t* pred,  // like gt
     int64_t pixels, int64_t gt_segments, int64_t pred_segments,
-    int64_t* counts) {    // (gt_segments + 1, pred_segments + 1), added to
+    int64_t* counts) {  // (gt_segments + 1, pred_segments + 1), added to
     for (int64_t i = 0; i < pixels;) {
         const int32_t g = gt[i], p = pred[i];
         int64_t end = i + 1;
@@ -49,8 +49,9 @@ Tensor panoptic_quality_counts_cpu(
         for (int64_t part = begin; part < end; ++part) {
             const int64_t first = pixels * part / parts, last = pixels * (part + 1) / parts;
             int64_t* table = part == 0 ? mutable_data<int64_t>(counts) : partial.data() + (part - 1) * cells;
-            count_rows(data<int32_t>(gt) + first, data<int32_t>(pred) + first, last - first, gt_segments,
-                       pred_segments, table);
+            count_rows(
+                data<int32_t>(gt) + first, data<int32_t>(pred) + first, last - first, gt_segments, pred_segments,
+                table);
         }
     });
     int64_t* total = mutable_data<int64_t>(counts);

@@ -49,7 +49,7 @@ template <typename real_t>
 void paste_row(
     const real_t* cells,  // (M + 2), zeros at both ends
     const Runs<real_t>& runs, real_t threshold,
-    uint8_t* row) {       // (W)
+    uint8_t* row) {  // (W)
     const auto count = static_cast<int64_t>(runs.begin.size()) - 1;
     for (int64_t i = 0; i < count;) {
         const bool low = cells[i] >= threshold, high = cells[i + 1] >= threshold;

@@ -47,7 +47,7 @@ inline Ints gather_bytes(const uint8_t* source, const int32_t* offsets) {
 struct ImagePlan {
     ImageResize resize;
     const uint8_t* pixels;
-    int64_t elements;  // of a row of the result
+    int64_t elements;                                       // of a row of the result
     Scratch<int32_t> offsets, left_weights, right_weights;  // elements up to the next multiple of kBlock
 
     ImagePlan(const Tensor& image, int64_t height, int64_t width)
@@ -93,8 +93,8 @@ void resize_row(const ImagePlan& plan, int64_t y, int32_t* row) {
         Ints left_weight, right_weight;
         std::memcpy(&left_weight, plan.left_weights.get() + element, sizeof(Ints));
         std::memcpy(&right_weight, plan.right_weights.get() + element, sizeof(Ints));
-        const Ints sum = resize_columns<Ints>(
-            bytes & 0xff, bytes >> 24 & 0xff, left_weight, right_weight, plan.resize.halves);
+        const Ints sum =
+            resize_columns<Ints>(bytes & 0xff, bytes >> 24 & 0xff, left_weight, right_weight, plan.resize.halves);
         std::memcpy(row + element, &sum, sizeof(Ints));
     }
 }
@@ -137,8 +137,8 @@ void write_row(
             Ints above, below;
             std::memcpy(&above, upper + element, sizeof(Ints));
             std::memcpy(&below, lower + element, sizeof(Ints));
-            const Vector<float> values = normalisation(
-                resize_rows(above, below, tap.first_weight, tap.second_weight, plan.resize.halves), part);
+            const Vector<float> values =
+                normalisation(resize_rows(above, below, tap.first_weight, tap.second_weight, plan.resize.halves), part);
             const int64_t rest = plan.elements - element;
             if (rest >= kVectorLanes) {
                 store_vector(output + element, values);
@@ -204,8 +204,9 @@ Tensor preprocess_images_cpu(
         plans.emplace_back(sources.back(), heights[n], widths[n]);
     }
     dispatch_image_dtype<float16, bfloat16>(dtype, [&](auto zero) {
-        write_images(plans, image_normalisation(mean, std), output.size(2), output.size(3),
-                     mutable_data<decltype(zero)>(output));
+        write_images(
+            plans, image_normalisation(mean, std), output.size(2), output.size(3),
+            mutable_data<decltype(zero)>(output));
     });
     return output;
 }

@@ -14,8 +14,7 @@ Tensor roi_align_cpu(
     check_roi_align(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio);
     const int64_t num_rois = boxes.size(0), channels = input.size(1);
     const MemoryFormat format = memory_format_of(input);
-    Tensor output = empty_like_sized(
-        input, {num_rois, channels, pooled_height, pooled_width}, std::nullopt, format);
+    Tensor output = empty_like_sized(input, {num_rois, channels, pooled_height, pooled_width}, std::nullopt, format);
     if (output.numel() == 0) {
         return output;
     }
@@ -38,8 +37,7 @@ Tensor roi_align_backward_cpu(
     const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
     int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
     bool channels_last, bool /* deterministic: it always is */) {
-    check_roi_align_backward(
-        grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
+    check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
     const ScalarType dtype = grad_output.scalar_type();
     const Tensor grad_input = gradient_buffer(grad_output, dtype, batch, channels, height, width);
     if (grad_output.numel() != 0 && grad_input.numel() != 0) {

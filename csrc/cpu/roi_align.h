@@ -117,10 +117,10 @@ bool roi_taps(
 // kVectors vectors of channels of one bin: sum of taps, accumulated in registers.
 template <int kVectors, typename scalar_t, typename real_t>
 inline void gather_bin(
-    const scalar_t* feature,      // channels of cell (0, 0), from the first wanted one
+    const scalar_t* feature,  // channels of cell (0, 0), from the first wanted one
     const Tap<real_t>* row_begin, const Tap<real_t>* row_end, const Tap<real_t>* column_begin,
     const Tap<real_t>* column_end,
-    scalar_t* target) {           // kVectors * lanes values
+    scalar_t* target) {  // kVectors * lanes values
     Vector<real_t> sum[kVectors] = {};
     for (const Tap<real_t>* row = row_begin; row != row_end; ++row) {
         for (const Tap<real_t>* column = column_begin; column != column_end; ++column) {
@@ -138,13 +138,13 @@ inline void gather_bin(
 
 template <typename scalar_t, typename real_t>
 inline void gather_bin_tail(
-    const scalar_t* feature, const Tap<real_t>* row_begin, const Tap<real_t>* row_end,
-    const Tap<real_t>* column_begin, const Tap<real_t>* column_end, scalar_t* target, int count) {
+    const scalar_t* feature, const Tap<real_t>* row_begin, const Tap<real_t>* row_end, const Tap<real_t>* column_begin,
+    const Tap<real_t>* column_end, scalar_t* target, int count) {
     Vector<real_t> sum = {};
     for (const Tap<real_t>* row = row_begin; row != row_end; ++row) {
         for (const Tap<real_t>* column = column_begin; column != column_end; ++column) {
-            sum += broadcast(row->weight * column->weight) *
-                   load_partial(feature + row->offset + column->offset, count);
+            sum +=
+                broadcast(row->weight * column->weight) * load_partial(feature + row->offset + column->offset, count);
         }
     }
     store_partial(target, sum, count);
@@ -188,8 +188,9 @@ void roi_align_forward(
                         gather_bin<1>(feature + c, row_begin, row_end, column_begin, column_end, bin_target + c);
                     }
                     if (c < channels) {
-                        gather_bin_tail(feature + c, row_begin, row_end, column_begin, column_end, bin_target + c,
-                                        static_cast<int>(channels - c));
+                        gather_bin_tail(
+                            feature + c, row_begin, row_end, column_begin, column_end, bin_target + c,
+                            static_cast<int>(channels - c));
                     }
                 }
             }
@@ -240,8 +241,8 @@ void roi_align_scatter(
                                 real_t* cell = feature + rows.taps[y].offset + columns.taps[x].offset;
                                 int64_t c = c_begin;
                                 for (; c + kLanes<real_t> <= c_end; c += kLanes<real_t>) {
-                                    store_vector(cell + c, load_vector(cell + c) +
-                                                               broadcast(weight) * load_vector(source + c));
+                                    store_vector(
+                                        cell + c, load_vector(cell + c) + broadcast(weight) * load_vector(source + c));
                                 }
                                 for (; c < c_end; ++c) {
                                     cell[c] += weight * load(source[c]);

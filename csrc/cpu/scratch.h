@@ -15,8 +15,9 @@ template <typename value_t>
 class Scratch {
 public:
     explicit Scratch(int64_t count)
-        : memory_(static_cast<value_t*>(
-              ::operator new(sizeof(value_t) * static_cast<size_t>(count) + kLine, std::align_val_t(kLine)))) {}
+        : memory_(
+              static_cast<value_t*>(
+                  ::operator new(sizeof(value_t) * static_cast<size_t>(count) + kLine, std::align_val_t(kLine)))) {}
 
     value_t* get() const { return memory_.get(); }
 

@@ -143,8 +143,9 @@ void write_candidates(
             boxes[i] = decode_candidate<real_t>(
                 level->base[anchor], x * level->stride, y * level->stride, load(deltas[0]), load(deltas[1]),
                 load(deltas[2]), load(deltas[3]), own);
-            write_sigmoid(level->logits.at(image, y, x) + anchor * problem.classes, scores + i * problem.classes,
-                         problem.classes);
+            write_sigmoid(
+                level->logits.at(image, y, x) + anchor * problem.classes, scores + i * problem.classes,
+                problem.classes);
         }
     });
 }
@@ -152,8 +153,7 @@ void write_candidates(
 std::tuple<Tensor, Tensor> select_candidates_cpu(
     const std::vector<Tensor>& class_logits, const std::vector<Tensor>& box_deltas, const Tensor& base_anchors,
     const std::vector<int64_t>& strides, const Tensor& valid_sizes, const Tensor& scale_factors, int64_t per_level) {
-    check_select_candidates(
-        class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
+    check_select_candidates(class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
     const CandidateTensors own =
         candidate_tensors(class_logits, box_deltas, base_anchors, valid_sizes, scale_factors, per_level);
     if (own.boxes.numel() == 0) {

@@ -198,8 +198,9 @@ Tensor sigmoid_focal_loss_sum_cpu(const Tensor& logits, const Tensor& labels, do
     if (logits.numel() != 0) {
         dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {
             using scalar_t = decltype(zero);
-            total = focal_sum(data<scalar_t>(source), data<int64_t>(classes_of_rows), labels.numel(),
-                              logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
+            total = focal_sum(
+                data<scalar_t>(source), data<int64_t>(classes_of_rows), labels.numel(), logits.size(logits.dim() - 1),
+                FocalOptions(gamma, alpha));
         });
     }
     const bool wide = logits.scalar_type() == ScalarType::Double;
@@ -225,8 +226,9 @@ Tensor sigmoid_focal_loss_derivative_cpu(
         const auto run = [&](auto factors) {
             const auto kernel = order == 1 ? focal_elementwise<1, scalar_t, decltype(factors)>
                                            : focal_elementwise<2, scalar_t, decltype(factors)>;
-            kernel(data<scalar_t>(source), data<int64_t>(classes_of_rows), factors, mutable_data<scalar_t>(output),
-                   labels.numel(), logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
+            kernel(
+                data<scalar_t>(source), data<int64_t>(classes_of_rows), factors, mutable_data<scalar_t>(output),
+                labels.numel(), logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
         };
         if (factor.dim() == 0) {  // kept in double, as 16-bit logits have a float32 sum
             run(*data<double>(contiguous_as(factor, ScalarType::Double)));

@@ -159,7 +159,7 @@ void label_rows(const Tensor& input, const LabelAxis& rows, const LabelAxis& col
     parallel_for(0, rows.pixels, grain, [&](int64_t begin, int64_t end) {
         const Scratch<real_t> fetched(2 * elements);  // row y of the logits at y % 2
         const Scratch<real_t> blended(elements);
-        int64_t held[2] = {-1, -1};                   // which rows those are
+        int64_t held[2] = {-1, -1};  // which rows those are
         const auto logits_row = [&](int64_t y) {
             real_t* row = fetched.get() + y % 2 * elements;
             if (held[y % 2] != y) {

@@ -34,8 +34,9 @@ public:
         }
         index -= count(level);
         const int64_t row = index / columns_[level];
-        return {static_cast<int64_t>(level), row / rows_[level], row % rows_[level] * kWinogradOutput,
-                index % columns_[level] * kWinogradOutput};
+        return {
+            static_cast<int64_t>(level), row / rows_[level], row % rows_[level] * kWinogradOutput,
+            index % columns_[level] * kWinogradOutput};
     }
 
 private:

@@ -74,6 +74,4 @@ Tensor conv1x1_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("_conv1x1", TORCH_BOX(&spatialflow::conv1x1_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("_conv1x1", TORCH_BOX(&spatialflow::conv1x1_cuda)); }

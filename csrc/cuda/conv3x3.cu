@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             }
         };
         // A thread without an output, or with all its pixels below the map, only helps to fetch.
-        const bool busy = place.output + own_column < job.outputs &&
-                          map.y + own_row / Plain::kSide < job.source.height;
+        const bool busy = place.output + own_column < job.outputs && map.y + own_row / Plain::kSide < job.source.height;
         scalar_t sums[4][4] = {};
         int tap = 0, c0 = 0;
         fetch(tap, c0);
@@ -187,8 +186,9 @@ struct Kernel {
     }
     static int64_t output_tiles(const Tensor& out) { return ceil_div(out.size(1), Size::kOutputs); }
     static int64_t tiles(const Tensor& out) {
-        return out.numel() == 0 ? 0 : out.size(0) * ceil_div(out.size(2), Size::kHeight) *
-                                          ceil_div(out.size(3), Size::kWidth) * output_tiles(out);
+        return out.numel() == 0 ? 0
+                                : out.size(0) * ceil_div(out.size(2), Size::kHeight) *
+                                      ceil_div(out.size(3), Size::kWidth) * output_tiles(out);
     }
     static void launch_table(const ConvTable<scalar_t>& table, bool wide, Stream stream) {
         const dim3 blocks(walking_blocks(table, resident(stream))), threads(Size::kThreads);
@@ -234,8 +234,8 @@ void convolve(
         for (size_t i = 0; i < conv.out.size(); ++i) {
             const Tensor& out = conv.out[i];
             const int64_t tiles = Tiles::tiles(out);
-            check(tiles <= kMaxTiles, op, ": a level of shape ", shape_string(out),
-                  " holds too many tiles for a launch");
+            check(
+                tiles <= kMaxTiles, op, ": a level of shape ", shape_string(out), " holds too many tiles for a launch");
             if (tiles > 0) {
                 entries.push_back(
                     {{conv_source<scalar_t>(op, conv.x[i], conv.flow.empty() ? nullptr : &conv.flow[i]), weights,
@@ -243,16 +243,17 @@ void convolve(
                       conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[i]),
                       mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu,
                       out.size(1) % kWideElements<scalar_t> == 0 &&
-                          (conv.residual.empty() || is_aligned(conv.residual[i].const_data_ptr(), 16)), 0,
-                      static_cast<int>(ceil_div(out.size(2), Size::kHeight)),
+                          (conv.residual.empty() || is_aligned(conv.residual[i].const_data_ptr(), 16)),
+                      0, static_cast<int>(ceil_div(out.size(2), Size::kHeight)),
                       static_cast<int>(ceil_div(out.size(3), Size::kWidth)),
                       static_cast<int>(Tiles::output_tiles(out))},
-                     out.size(0) * out.size(2) * out.size(3), tiles});
+                     out.size(0) * out.size(2) * out.size(3),
+                     tiles});
             }
         }
     }
-    std::stable_sort(entries.begin(), entries.end(),
-                     [](const Entry& one, const Entry& other) { return one.pixels > other.pixels; });
+    std::stable_sort(
+        entries.begin(), entries.end(), [](const Entry& one, const Entry& other) { return one.pixels > other.pixels; });
     for (size_t next = 0; next < entries.size();) {
         ConvTable<scalar_t> table{};
         table.active = active ? data<uint8_t>(*active) : Global<const uint8_t>(nullptr);
@@ -281,8 +282,9 @@ void convolve(
     }
     if constexpr (kIsPlain<operand_t> || std::is_same_v<operand_t, Tf32x3>) {
         convolve<operand_t, 64>(op, convolutions, stream, active);
-    } else if (10 * Kernel<operand_t, 128>::cost(convolutions, stream) <
-               6 * Kernel<operand_t, 64>::cost(convolutions, stream)) {
+    } else if (
+        10 * Kernel<operand_t, 128>::cost(convolutions, stream) <
+        6 * Kernel<operand_t, 64>::cost(convolutions, stream)) {
         convolve<operand_t, 128>(op, convolutions, stream, active);
     } else {
         convolve<operand_t, 64>(op, convolutions, stream, active);

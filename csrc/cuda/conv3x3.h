@@ -38,8 +38,9 @@ template <typename scalar_t>
 inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
     const ScalarType dtype = conv.x[0].scalar_type();
     const int64_t in_channels = conv.x[0].size(1), out_channels = conv.out[0].size(1);
-    check(packed_tap_size(in_channels, out_channels) <= 0x7fffffff,
-          "flow_conv2d: input times output channels must be below 2^31, got ", in_channels, " and ", out_channels);
+    check(
+        packed_tap_size(in_channels, out_channels) <= 0x7fffffff,
+        "flow_conv2d: input times output channels must be below 2^31, got ", in_channels, " and ", out_channels);
     if (conv.packed.scalar_type() == dtype) {
         return data<scalar_t>(conv.packed);
     }
@@ -66,8 +67,9 @@ inline std::vector<Tensor> channels_adjacent(const std::vector<Tensor>& levels) 
 inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, size_t count, int64_t channels) {
     std::vector<Tensor> maps;
     for (size_t i = 0; i < count; ++i) {
-        maps.push_back(empty_like_sized(like[i], {like[i].size(0), channels, like[i].size(2), like[i].size(3)},
-                                        std::nullopt, MemoryFormat::ChannelsLast));
+        maps.push_back(empty_like_sized(
+            like[i], {like[i].size(0), channels, like[i].size(2), like[i].size(3)}, std::nullopt,
+            MemoryFormat::ChannelsLast));
     }
     return maps;
 }
@@ -97,13 +99,22 @@ inline bool has_wide_channels(const std::vector<Tensor>& levels) {
 
 template <typename scalar_t>
 inline ConvSource<scalar_t> conv_source(const char* op, const Tensor& x, const Tensor* flow) {
-    check(x.size(1) <= 0x7fffffff && x.size(2) <= 0x7fffffff && x.size(3) <= 0x7fffffff, op,
-          ": channels and sides must be below 2^31, got shape ", shape_string(x));
+    check(
+        x.size(1) <= 0x7fffffff && x.size(2) <= 0x7fffffff && x.size(3) <= 0x7fffffff, op,
+        ": channels and sides must be below 2^31, got shape ", shape_string(x));
     const Tensor& added = flow ? *flow : x;
-    return {data<scalar_t>(x), flow ? data<scalar_t>(added) : Global<const scalar_t>(nullptr),
-            stride_of(x, 0), stride_of(x, 2), stride_of(x, 3),
-            stride_of(added, 0), stride_of(added, 2), stride_of(added, 3),
-            static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), static_cast<int>(x.size(1))};
+    return {
+        data<scalar_t>(x),
+        flow ? data<scalar_t>(added) : Global<const scalar_t>(nullptr),
+        stride_of(x, 0),
+        stride_of(x, 2),
+        stride_of(x, 3),
+        stride_of(added, 0),
+        stride_of(added, 2),
+        stride_of(added, 3),
+        static_cast<int>(x.size(2)),
+        static_cast<int>(x.size(3)),
+        static_cast<int>(x.size(1))};
 }
 
 }  // namespace spatialflow

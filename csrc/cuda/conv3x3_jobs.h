@@ -136,8 +136,7 @@ __device__ __forceinline__ void clear_tile(
 
 // For the kernels of conv3x3.cu: what `active` asks for, before a block's first tile.
 template <typename Size, typename scalar_t>
-__device__ __forceinline__ void leave_out_images(
-    const ConvTable<scalar_t>& table, const Shared<unsigned>& left_out) {
+__device__ __forceinline__ void leave_out_images(const ConvTable<scalar_t>& table, const Shared<unsigned>& left_out) {
     const auto map_at = [&](const ConvTile& tile) { return map_of<Size::kHeight, Size::kWidth>(table, tile); };
     leave_out_tiles(
         left_out, table.num_tiles,

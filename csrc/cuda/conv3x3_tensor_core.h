@@ -24,7 +24,7 @@ struct WideConv {
     static constexpr int kUnits = kChannels / kUnitChannels * 3;
     static constexpr int kRimWidth = kWidth + 2;
     static constexpr int kPiece = kThreads / (kChannels / kVector);  // pixels
-    static constexpr int kInputs = kUnits * kPiece;            // pixels with halo, filled up to whole pieces
+    static constexpr int kInputs = kUnits * kPiece;                  // pixels with halo, filled up to whole pieces
     static constexpr int kInputRow = kChannels + kVector, kWeightRow = kOutputs + 8;
     static constexpr int kWeightRows = 3 * kUnitChannels, kWeightStages = 3;
     static constexpr int kCopiedRows = kThreads / (kOutputs / kVector);  // by all threads at one time
@@ -46,8 +46,8 @@ struct SumPlaces {
     int y, x, output;
     int height, width, outputs;
 
-    __device__ __forceinline__ SumPlaces(
-        const ConvJob<scalar_t>& job, const MapTile& map, int warp_row, int warp_output, int lane)
+    __device__ __forceinline__
+    SumPlaces(const ConvJob<scalar_t>& job, const MapTile& map, int warp_row, int warp_output, int lane)
         : y(map.y + warp_row),
           x(map.x + lane / 4),
           output(warp_output + lane % 4 * 8),
@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_sums(
         Vec<unsigned, 4> words;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const float(&pair)[4] = sums[i / 2][block * 4 + j];
+            const float (&pair)[4] = sums[i / 2][block * 4 + j];
             words[j] = pack_pair(pair[i % 2 * 2], pair[i % 2 * 2 + 1], scalar_t{});
             words[j] = relu ? rectify_pairs(words[j], scalar_t{}) : words[j];
         }
@@ -159,8 +159,8 @@ struct FloatPlaces {
     int y, x, output;
     int height, width, outputs;
 
-    __device__ __forceinline__ FloatPlaces(
-        const ConvJob<float>& job, const MapTile& map, int warp_row, int warp_output, int lane)
+    __device__ __forceinline__
+    FloatPlaces(const ConvJob<float>& job, const MapTile& map, int warp_row, int warp_output, int lane)
         : y(map.y + warp_row),
           x(map.x + lane % 4 * 2),
           output(warp_output + lane / 4 * 2),
@@ -199,8 +199,7 @@ __device__ __forceinline__ void start_sums(const ConvJob<float>&, const FloatPla
 }
 
 template <int kBlocks>
-__device__ __forceinline__ void store_sums(
-    const ConvJob<float>& job, const FloatPlaces& places, Sums<kBlocks>& sums) {
+__device__ __forceinline__ void store_sums(const ConvJob<float>& job, const FloatPlaces& places, Sums<kBlocks>& sums) {
     constexpr int kProducts = kBlocks * 2;
     // Read from the table once: the compiler may keep a register for each place that asks.
     const Global<const float> biases = job.bias, residuals = job.residual;
@@ -329,8 +328,8 @@ __device__ __forceinline__ void multiply_unit(
 }
 
 template <typename operand_t, int kAccess, int kTileOutputs>
-__global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
-                                  WideConv<operand_t, kTileOutputs>::kResident)
+__global__ void __launch_bounds__(
+    WideConv<operand_t, kTileOutputs>::kThreads, WideConv<operand_t, kTileOutputs>::kResident)
     conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<element_t<operand_t>> table) {
     using scalar_t = element_t<operand_t>;
     using Size = WideConv<operand_t, kTileOutputs>;
@@ -338,7 +337,7 @@ __global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);            // 2 x [pixel with halo][channel]
     SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kInputs);  // of InputReader
     SPATIALFLOW_SHARED(unsigned, left_out, kNotedWords);
-    const auto weights = inputs + 2 * Size::kInputBuffer;    // stages x [tap of the column][channel][output]
+    const auto weights = inputs + 2 * Size::kInputBuffer;  // stages x [tap of the column][channel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int warp_row = warp / 2 * Size::kWarpRows, warp_output = warp % 2 * Size::kWarpOutputs;
 
@@ -349,8 +348,8 @@ __global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
     const auto begin_inputs = [&](const ConvTile& tile) {
         reader.end();
         if (tile.tile < table.num_tiles) {
-            reader.begin(table.jobs[tile.job].source, map_of<Size::kHeight, Size::kWidth>(table, tile), input_channel,
-                         places);
+            reader.begin(
+                table.jobs[tile.job].source, map_of<Size::kHeight, Size::kWidth>(table, tile), input_channel, places);
         }
     };
     const auto fetch_inputs = [&](int piece) {
@@ -402,8 +401,7 @@ __global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
     if (table.active) {
         leave_out_images<Size>(table, left_out);
     }
-    ConvTile tile =
-        conv_tile<Size::kOutputs>(table, next_tile(table, left_out, static_cast<int>(blockIdx.x)));
+    ConvTile tile = conv_tile<Size::kOutputs>(table, next_tile(table, left_out, static_cast<int>(blockIdx.x)));
     if (tile.tile >= table.num_tiles) {
         return;
     }
@@ -473,8 +471,9 @@ __global__ void __launch_bounds__(WideConv<operand_t, kTileOutputs>::kThreads,
                     copy_weights((column + 2) % Size::kWeightStages);
                     const SumTerms piece = fetch_inputs(half * 3 + column);
                     if (busy) {
-                        multiply_unit<Size>(tap_inputs + column * Size::kInputRow,
-                                            tap_weights + column * Size::kWeightStage, sums, operand_t{});
+                        multiply_unit<Size>(
+                            tap_inputs + column * Size::kInputRow, tap_weights + column * Size::kWeightStage, sums,
+                            operand_t{});
                     }
                     keep_inputs(half * 3 + column, piece);
                 }

@@ -46,8 +46,7 @@ __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
         }
     }
     if (source.flow) {
-        const Global<const scalar_t> flows =
-            source.flow + (image * source.f_n + y * source.f_h + x * source.f_w + c);
+        const Global<const scalar_t> flows = source.flow + (image * source.f_n + y * source.f_h + x * source.f_w + c);
 #pragma unroll
         for (int i = 0; i < kCount; i += kWidth) {
             if (c + i < source.channels) {
@@ -141,10 +140,11 @@ struct InputReader {
 #pragma unroll 1
         for (int pixel = static_cast<int>(threadIdx.x); pixel < kCount; pixel += static_cast<int>(blockDim.x)) {
             const int row = pixel / kRimWidth, map_y = map.y + row - 1, map_x = map.x + pixel % kRimWidth - 1;
-            const bool inside = row < kHeight + 2 && map_y >= 0 && map_y < source.height && map_x >= 0 &&
-                                map_x < source.width;
-            const Vec<int64_t, 2> place = {{inside ? map_y * source.x_h + map_x * source.x_w : -1,
-                                            inside ? map_y * source.f_h + map_x * source.f_w : -1}};
+            const bool inside =
+                row < kHeight + 2 && map_y >= 0 && map_y < source.height && map_x >= 0 && map_x < source.width;
+            const Vec<int64_t, 2> place = {
+                {inside ? map_y * source.x_h + map_x * source.x_w : -1,
+                 inside ? map_y * source.f_h + map_x * source.f_w : -1}};
             store_vector(places + 2 * pixel, place);
         }
         x = source.x + (map.image * source.x_n + channel);

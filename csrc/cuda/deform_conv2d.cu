@@ -45,8 +45,8 @@ struct ColumnCursor {
     int channel, chunk, entry;  // channel of the chunk, first channel of the chunk, entry of the table
 
     // `flat` counts through the chunks of a run with `taps` taps each.
-    __device__ __forceinline__ ColumnCursor(
-        int first_channel, int chunk_channels, int taps, int flat, int count, int position) {
+    __device__ __forceinline__
+    ColumnCursor(int first_channel, int chunk_channels, int taps, int flat, int count, int position) {
         const int index = flat / (taps * chunk_channels), rest = flat - index * taps * chunk_channels;
         const int tap = rest / chunk_channels;
         channel = rest - tap * chunk_channels;
@@ -89,9 +89,9 @@ __device__ __forceinline__ void store_outputs(
 template <typename operand_t, int kRows, int kColumns, int kWidth>
 __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
-    Global<const element_t<operand_t>> packed,   // (C * taps, packed_outputs), by chunks
-    Global<const element_t<operand_t>> bias,     // (O) or null
-    Global<element_t<operand_t>> output,         // (pixels, O); not written if there are parts
+    Global<const element_t<operand_t>> packed,    // (C * taps, packed_outputs), by chunks
+    Global<const element_t<operand_t>> bias,      // (O) or null
+    Global<element_t<operand_t>> output,          // (pixels, O); not written if there are parts
     Global<accum_t<element_t<operand_t>>> parts,  // (parts, pixels, O) or null
     const int part_steps) {
     using scalar_t = element_t<operand_t>;
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             ColumnCursor cursor(first_channel, problem.chunk, taps, first + own_item, kRows, own_row);
             // Chunks are of all taps, so the rows of the weight are adjacent.
             int weights = (first_channel * problem.taps + first_tap * problem.run + first + own_weight_row) *
-                              problem.packed_outputs + first_output + own_weight;
+                              problem.packed_outputs +
+                          first_output + own_weight;
             run_steps<kDepth>(
                 last - first,
                 [&](int k, int buffer) {
@@ -152,12 +153,11 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
                     if constexpr (kWidth == 1) {
                         const int flat = first_tap * problem.run;
                         item.begin_elements(
-                            problem, table, first_channel, flat + first + k + own_item, flat + length, first_tap,
-                            kRows, own_row);
+                            problem, table, first_channel, flat + first + k + own_item, flat + length, first_tap, kRows,
+                            own_row);
                     } else {
                         item.begin(
-                            problem, table, cursor.chunk + cursor.channel, cursor.entry,
-                            k + own_item < length - first);
+                            problem, table, cursor.chunk + cursor.channel, cursor.entry, k + own_item < length - first);
                     }
                 },
                 [&](int buffer) {
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
         [&](int row) {
             const int pixel = pixels[row];
             return pixel < problem.pixels
-                ? output + (static_cast<int64_t>(pixel) * problem.out_channels + first_channel)
-                : Global<scalar_t>(nullptr);
+                       ? output + (static_cast<int64_t>(pixel) * problem.out_channels + first_channel)
+                       : Global<scalar_t>(nullptr);
         },
         [&](int column) {
             Sums biases{};
@@ -225,9 +225,9 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
 // Sums up the parts in order: kWidth outputs of a pixel a thread.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
-    Global<const accum_t<scalar_t>> parts,  // (num_parts, pixels, O)
-    Global<const scalar_t> bias,            // (O) or null
-    Global<scalar_t> output,                // (pixels, O)
+    Global<const accum_t<scalar_t>> parts,                            // (num_parts, pixels, O)
+    Global<const scalar_t> bias,                                      // (O) or null
+    Global<scalar_t> output,                                          // (pixels, O)
     const int num_parts, const int out_channels, const int64_t size,  // size: pixels * O
     const bool relu) {
     using real_t = accum_t<scalar_t>;
@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(256) deform_operands_kernel(
 std::pair<Tensor, std::optional<Tensor>> sample_operands(
     const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
     const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream) {
-    const bool as_given = accum_dtype(offset.scalar_type()) == accum &&
-                          (!mask || mask->scalar_type() == offset.scalar_type());
+    const bool as_given =
+        accum_dtype(offset.scalar_type()) == accum && (!mask || mask->scalar_type() == offset.scalar_type());
     const Tensor own = as_given ? offset : as_dtype(offset, accum);
     const std::optional<Tensor> own_mask = as_given || !mask ? mask : std::make_optional(as_dtype(*mask, accum));
     if ((own.scalar_type() == accum && !mask_sigmoid) || own.numel() == 0) {
@@ -370,16 +370,15 @@ std::pair<Tensor, std::optional<Tensor>> sample_operands(
 // The output from its parts, (parts, pixels * O).
 template <typename scalar_t>
 void add_parts(
-    const char* op, const Tensor& parts, Global<const scalar_t> bias, bool relu, const Tensor& output,
-    Stream stream) {
+    const char* op, const Tensor& parts, Global<const scalar_t> bias, bool relu, const Tensor& output, Stream stream) {
     using real_t = accum_t<scalar_t>;
     const int64_t out_channels = output.size(1);
     const auto add = [&](auto elements) {
         constexpr int kElements = decltype(elements)::value;
         launch<deform_conv2d_add_parts_kernel<scalar_t, kElements>>(
-            dim3(grid_size(op, ceil_div(output.numel(), 256 * kElements))), dim3(256), 0, stream,
-            data<real_t>(parts), bias, mutable_data<scalar_t>(output), static_cast<int>(parts.size(0)),
-            static_cast<int>(out_channels), output.numel(), relu);
+            dim3(grid_size(op, ceil_div(output.numel(), 256 * kElements))), dim3(256), 0, stream, data<real_t>(parts),
+            bias, mutable_data<scalar_t>(output), static_cast<int>(parts.size(0)), static_cast<int>(out_channels),
+            output.numel(), relu);
     };
     constexpr int kElements = kWideElements<real_t>;
     if (out_channels % kElements == 0) {
@@ -396,8 +395,7 @@ void convolve_tiles(
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
     constexpr int kDepth = 4 * kWideElements<scalar_t>;
-    const Global<const scalar_t> bias =
-        dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
+    const Global<const scalar_t> bias = dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
     const int64_t beside = column_tiles * shape.groups;  // blocks with the same pixels
     // The number of parts depends on shapes alone, so results do not depend on the card. No part is so short that its
@@ -406,8 +404,8 @@ void convolve_tiles(
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
     const int64_t whole_batches = (shape.taps() - 1) / kTableTaps;
     const int64_t rest_taps = shape.taps() - whole_batches * kTableTaps;
-    const int64_t run_steps = whole_batches * ceil_div(kTableTaps * problem.run, kDepth) +
-                              ceil_div(rest_taps * problem.run, kDepth);
+    const int64_t run_steps =
+        whole_batches * ceil_div(kTableTaps * problem.run, kDepth) + ceil_div(rest_taps * problem.run, kDepth);
     const int64_t steps = problem.run > 0 ? shape.group_channels() / problem.run * run_steps : 1;
     const int64_t wanted = std::max<int64_t>(1, std::min(kWantedBlocks / (tiles * beside), steps / kLeastSteps));
     const int64_t part_steps = ceil_div(steps, wanted), num_parts = ceil_div(steps, part_steps);
@@ -483,13 +481,11 @@ Tensor deform_conv2d_cuda(
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
     int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
     const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm};
-    const DeformConvShape shape =
-        check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
+    const DeformConvShape shape = check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
     const DeviceScope device(input);
-    return convolve(
-        shape, options, input, offset, bias, mask, offset_tangent, device.stream(), [&](int64_t chunk) {
-            return pack_deform_weight("deform_conv2d", weight, shape, chunk, algorithm, 0, device.stream());
-        });
+    return convolve(shape, options, input, offset, bias, mask, offset_tangent, device.stream(), [&](int64_t chunk) {
+        return pack_deform_weight("deform_conv2d", weight, shape, chunk, algorithm, 0, device.stream());
+    });
 }
 
 constexpr int64_t kPackedColumns = 1;  // see packed_tag
@@ -513,8 +509,8 @@ Tensor deform_conv2d_packed_cuda(
     const std::optional<Tensor>& mask, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
     int64_t dilation_h, int64_t dilation_w, int64_t algorithm, int64_t out_channels, int64_t groups,
     int64_t offset_groups, int64_t kernel_h, int64_t kernel_w, bool mask_sigmoid, bool relu) {
-    const DeformConvOptions options{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm,
-                                    mask_sigmoid, relu};
+    const DeformConvOptions options{
+        {stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm, mask_sigmoid, relu};
     const DeformConvShape shape = check_deform_conv2d_packed(
         input, offset, bias, mask, options, {out_channels, groups, offset_groups, kernel_h, kernel_w});
     check_deform_sizes("deform_conv2d", shape);
@@ -524,8 +520,8 @@ Tensor deform_conv2d_packed_cuda(
     const DeviceScope device(input);
     // The weight is packed for an input that is aligned.
     const Tensor dense = aligned(to_contiguous(input, MemoryFormat::ChannelsLast)), weight = aligned(packed);
-    const auto operands = sample_operands(
-        "deform_conv2d", shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());
+    const auto operands =
+        sample_operands("deform_conv2d", shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());
     const Tensor output = convolve(
         shape, options, dense, operands.first, bias, operands.second, std::nullopt, device.stream(),
         [&](int64_t) { return weight; });
@@ -540,8 +536,9 @@ int64_t deform_run(const DeformConvShape& shape) {
 
 WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run) {
     const int64_t item = dtype == ScalarType::Double ? 2 : dtype == ScalarType::Float ? 4 : 8;
-    return {static_cast<int>(shape.taps()), static_cast<int>(run), static_cast<int>(shape.group_channels()),
-            static_cast<int>(shape.group_outputs()), static_cast<int>(ceil_div(shape.group_outputs(), item) * item)};
+    return {
+        static_cast<int>(shape.taps()), static_cast<int>(run), static_cast<int>(shape.group_channels()),
+        static_cast<int>(shape.group_outputs()), static_cast<int>(ceil_div(shape.group_outputs(), item) * item)};
 }
 
 dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z) {
@@ -576,17 +573,18 @@ Tensor pack_deform_weight(
 
 void check_deform_weight_size(const char* op, const DeformConvShape& shape) {
     const double taps = static_cast<double>(shape.taps());  // products of integers may overflow
-    check(taps * (shape.channels + 1) * (shape.group_outputs() + 8) <= kMostDeformIndex &&
-              taps * (shape.out_channels + 1) * (shape.group_channels() + 1) <= kMostDeformIndex,
-          op, ": weight must have fewer than 2^31 values on CUDA");
+    check(
+        taps * (shape.channels + 1) * (shape.group_outputs() + 8) <= kMostDeformIndex &&
+            taps * (shape.out_channels + 1) * (shape.group_channels() + 1) <= kMostDeformIndex,
+        op, ": weight must have fewer than 2^31 values on CUDA");
 }
 
 void check_deform_sizes(const char* op, const DeformConvShape& shape) {
     const int64_t cells = shape.batch * shape.height * shape.width, pixels = shape.batch * shape.pixels();
-    check(cells <= kMostDeformIndex, op, ": input must have at most ", kMostDeformIndex, " cells on CUDA, got ",
-          cells);
-    check(pixels <= kMostDeformIndex, op, ": the output must have at most ", kMostDeformIndex, " cells on CUDA, got ",
-          pixels);
+    check(cells <= kMostDeformIndex, op, ": input must have at most ", kMostDeformIndex, " cells on CUDA, got ", cells);
+    check(
+        pixels <= kMostDeformIndex, op, ": the output must have at most ", kMostDeformIndex, " cells on CUDA, got ",
+        pixels);
     check_deform_weight_size(op, shape);
 }
 

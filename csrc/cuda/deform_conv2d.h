@@ -31,7 +31,7 @@ struct StridedImages {  // (N, C, H, W)
 
 template <typename scalar_t>
 struct DeformProblem {
-    Global<const scalar_t> input;                                 // (N, H, W, C)
+    Global<const scalar_t> input;                                   // (N, H, W, C)
     StridedImages<accum_t<scalar_t>> offset, mask, offset_tangent;  // the last two: null for none
     int stride[2], padding[2], dilation[2];
     int pixels;  // of the output, N * H_out * W_out
@@ -284,8 +284,8 @@ __device__ __forceinline__ void load_outputs(
     const DeformProblem<scalar_t>& problem, Global<const scalar_t> grad_output, int pixel, int end, int group,
     int output, Shared<scalar_t> target) {
     constexpr int kItem = kWideElements<scalar_t>;
-    Global<const scalar_t> source = grad_output + (static_cast<int64_t>(pixel) * problem.out_channels +
-                                                   group * problem.group_outputs + output);
+    Global<const scalar_t> source =
+        grad_output + (static_cast<int64_t>(pixel) * problem.out_channels + group * problem.group_outputs + output);
     if constexpr (kWidth == 1) {
         Vec<scalar_t, kItem> values{};
 #pragma unroll
@@ -421,8 +421,9 @@ dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z);
 
 template <typename value_t>
 StridedImages<value_t> strided_images(const Tensor& tensor) {
-    return {data<value_t>(tensor),
-            {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
+    return {
+        data<value_t>(tensor),
+        {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
 }
 
 // The tensors of a call, laid out for the kernels; lives until they are launched.
@@ -511,7 +512,8 @@ inline void with_tile(bool wide, int64_t columns, Run run) {
 // Registers decide: sums of a tile of 64 x 256 in float32 take 64 of a thread, of 64 x 64 in float64 take 32. Beside
 // the sums multiply-adds need more than a product of tensor cores, and three products twice as many as one.
 template <typename operand_t>
-constexpr int kMostTileColumns = std::is_same_v<operand_t, double> ? 64
-    : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128 : 256;
+constexpr int kMostTileColumns = std::is_same_v<operand_t, double>                                       ? 64
+                                 : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128
+                                                                                                         : 256;
 
 }  // namespace spatialflow

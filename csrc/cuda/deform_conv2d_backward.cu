@@ -362,8 +362,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     Product product;
     for (int first_pixel = begin; first_pixel < end; first_pixel += batch) {
         const int rest = (end - first_pixel + kDepth - 1) / kDepth * kDepth, count = rest < batch ? rest : batch;
-        table.fill(
-            problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
+        table.fill(problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
         __syncthreads();
         const int own_entry = (own_tap - first_tap) * count + own_pixel;
         ColumnItem<scalar_t, kWidth> item;
@@ -372,8 +371,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
             [&](int k, int buffer) {
                 if constexpr (kWidth == 1) {
                     item.begin_elements(
-                        problem, table, first_channel, first_flat + own_item, limit, first_tap, count,
-                        k + own_pixel);
+                        problem, table, first_channel, first_flat + own_item, limit, first_tap, count, k + own_pixel);
                 } else {
                     item.begin(problem, table, own_channel, own_entry + k, true);
                 }
@@ -406,8 +404,8 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(256) deform_conv2d_add_weight_parts_kernel(
-    Global<const accum_t<scalar_t>> parts,  // (num_parts, C * taps, packed_outputs)
-    Global<scalar_t> grad_weight,           // (O, C / groups, taps)
+    Global<const accum_t<scalar_t>> parts,                           // (num_parts, C * taps, packed_outputs)
+    Global<scalar_t> grad_weight,                                    // (O, C / groups, taps)
     const WeightOrder order, const int num_parts, const int size) {  // size: of a part
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
     if (index >= size) {
@@ -476,8 +474,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
                             launch<deform_conv2d_backward_data_kernel<operand_t, kColumns, kWidth>>(
                                 deform_grid(
                                     kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups),
-                                dim3(kProductThreads), DataMemory<operand_t, kColumns, kWidth>::kBytes,
-                                device.stream(), problem, data<scalar_t>(source), data<scalar_t>(packed),
+                                dim3(kProductThreads), DataMemory<operand_t, kColumns, kWidth>::kBytes, device.stream(),
+                                problem, data<scalar_t>(source), data<scalar_t>(packed),
                                 need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
                                 need_sampling ? mutable_data<real_t>(gradients.offset) : none,
                                 need_sampling && mask ? mutable_data<real_t>(gradients.mask) : none);
@@ -505,8 +503,8 @@ void compute_weight_gradient(
     // Pixels in parts, so that a large card is busy; as many on every card, and none so short that its sums cost more
     // than its products.
     constexpr int64_t kWantedBlocks = 264, kLeastPixels = 512;
-    const int64_t wanted = std::min(
-        ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
+    const int64_t wanted =
+        std::min(ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
     const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kLeastPixels) * kLeastPixels;
     const int64_t num_parts = ceil_div(problem.pixels, part_pixels);
     const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;

@@ -25,10 +25,10 @@ constexpr int kListThreads = 256;
 
 // The lists of all slices; slice = (image * offset_groups + offset group) * taps + tap.
 struct ReaderLists {
-    Global<int> list;    // (slice, pixel): the list that the sample is in, or -1
-    Global<int> rank;    // (slice, pixel): its place there as counted
-    Global<int> starts;  // (slice, lists + 1)
-    Global<int> pixels;  // (slice, image_pixels): by list
+    Global<int> list;                                // (slice, pixel): the list that the sample is in, or -1
+    Global<int> rank;                                // (slice, pixel): its place there as counted
+    Global<int> starts;                              // (slice, lists + 1)
+    Global<int> pixels;                              // (slice, image_pixels): by list
     int slices, lists, image_pixels, offset_groups;  // lists: (H + 1) * (W + 1), of cells from (-1, -1) on
 };
 
@@ -63,13 +63,11 @@ __global__ void __launch_bounds__(kListThreads) deform_count_readers_kernel(
     }
     const int list = static_cast<int>((sample.place.y + 1) * (problem.width + 1) + sample.place.x + 1);
     readers.list[index] = list;
-    readers.rank[index] =
-        atomicAdd(readers.starts + (static_cast<int64_t>(slice) * (readers.lists + 1) + list + 1), 1);
+    readers.rank[index] = atomicAdd(readers.starts + (static_cast<int64_t>(slice) * (readers.lists + 1) + list + 1), 1);
 }
 
 // Counts become starts: a block sums up a slice.
-__global__ void __launch_bounds__(kListThreads) deform_sum_counts_kernel(
-    const __grid_constant__ ReaderLists readers) {
+__global__ void __launch_bounds__(kListThreads) deform_sum_counts_kernel(const __grid_constant__ ReaderLists readers) {
     constexpr int kWarps = kListThreads / kWarpSize;
     SPATIALFLOW_SHARED(int, totals, kWarps);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -100,8 +98,8 @@ __global__ void __launch_bounds__(kListThreads) deform_sum_counts_kernel(
     }
 }
 
-__global__ void __launch_bounds__(kListThreads) deform_list_readers_kernel(
-    const __grid_constant__ ReaderLists readers) {
+__global__ void __launch_bounds__(kListThreads)
+    deform_list_readers_kernel(const __grid_constant__ ReaderLists readers) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
     if (index >= static_cast<int64_t>(readers.slices) * readers.image_pixels) {
         return;
@@ -115,8 +113,8 @@ __global__ void __launch_bounds__(kListThreads) deform_list_readers_kernel(
 }
 
 // Sorts a list by heap sort: short as lists are, the long one that offsets can make does not take its square.
-__global__ void __launch_bounds__(kListThreads) deform_sort_readers_kernel(
-    const __grid_constant__ ReaderLists readers) {
+__global__ void __launch_bounds__(kListThreads)
+    deform_sort_readers_kernel(const __grid_constant__ ReaderLists readers) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
     if (index >= static_cast<int64_t>(readers.slices) * readers.lists) {
         return;
@@ -177,8 +175,7 @@ __device__ __forceinline__ Vec<scalar_t, kWideElements<scalar_t>> spread_item(
             const int corner = above * 2 + (i < own ? 1 : 0);
             const real_t weight = weights[(slice * readers.image_pixels + pixel) * 4 + corner];
             Global<const scalar_t> source =
-                grad_output +
-                ((first_pixel + pixel) * problem.out_channels + group * problem.group_outputs + output);
+                grad_output + ((first_pixel + pixel) * problem.out_channels + group * problem.group_outputs + output);
 #pragma unroll
             for (int part = 0; part < kItem; part += kWidth) {
                 if (output + part < problem.group_outputs) {
@@ -236,8 +233,9 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
                     const int tap = (k + element) / problem.packed_outputs;
                     const int output = k + element - tap * problem.packed_outputs;
                     const bool present = begin + row < problem.run && tap < problem.taps;
-                    const int at = (first_channel * problem.taps + tap * problem.run + begin + row) *
-                                       problem.packed_outputs + output;
+                    const int at =
+                        (first_channel * problem.taps + tap * problem.run + begin + row) * problem.packed_outputs +
+                        output;
                     cp_async_16(target, packed + at, present);
                 });
             Vec<scalar_t, kItem> item{};
@@ -261,8 +259,9 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
             if (first_cell + row < cells && begin + column + i < problem.run) {
                 scalar_t result;
                 store(result, sums[i]);
-                grad_input[static_cast<int64_t>(first_cell + row) * problem.channels + first_channel + begin + column +
-                           i] = result;
+                grad_input
+                    [static_cast<int64_t>(first_cell + row) * problem.channels + first_channel + begin + column + i] =
+                        result;
             }
         }
     });
@@ -287,10 +286,10 @@ void gather_input_gradient(
     Tensor starts = empty_like_sized(list, {slices * (lists + 1)});
     torch::stable::zero_(starts);
     const Tensor weights = empty_like_sized(grad_output, {samples * 4}, accum_dtype(grad_output.scalar_type()));
-    const ReaderLists readers = {
-        mutable_data<int>(list), mutable_data<int>(rank), mutable_data<int>(starts), mutable_data<int>(pixels),
-        static_cast<int>(slices), static_cast<int>(lists), static_cast<int>(shape.pixels()),
-        static_cast<int>(shape.offset_groups)};
+    const ReaderLists readers = {mutable_data<int>(list),          mutable_data<int>(rank),
+                                 mutable_data<int>(starts),        mutable_data<int>(pixels),
+                                 static_cast<int>(slices),         static_cast<int>(lists),
+                                 static_cast<int>(shape.pixels()), static_cast<int>(shape.offset_groups)};
     const dim3 by_sample(grid_size(op, ceil_div(samples, kListThreads))), block(kListThreads);
     launch<deform_count_readers_kernel<scalar_t>>(
         by_sample, block, 0, stream, problem, readers, mutable_data<real_t>(weights));

@@ -105,8 +105,15 @@ Tensor pack_conv3x3_cuda(const Tensor& weight, int64_t algorithm) {
 Convolution convolution(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
     const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm) {
-    Convolution conv{channels_adjacent(x), channels_adjacent(flow), {}, empty_channels_last(x, x.size(), out_channels),
-                     packed, std::nullopt, relu, algorithm};
+    Convolution conv{
+        channels_adjacent(x),
+        channels_adjacent(flow),
+        {},
+        empty_channels_last(x, x.size(), out_channels),
+        packed,
+        std::nullopt,
+        relu,
+        algorithm};
     if (bias) {
         conv.bias = contiguous_as(*bias, accum_dtype(x[0].scalar_type()));
     }
@@ -133,9 +140,8 @@ std::vector<Tensor> flow_conv2d_cuda(
     std::vector<Tensor> out;
     dispatch_floating("flow_conv2d", weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        const Tensor packed =
-            pack<scalar_t, scalar_t>(weight, kTaps * packed_tap_size(weight.size(1), weight.size(0)), 0,
-                                     weight.scalar_type(), device.stream());
+        const Tensor packed = pack<scalar_t, scalar_t>(
+            weight, kTaps * packed_tap_size(weight.size(1), weight.size(0)), 0, weight.scalar_type(), device.stream());
         out = convolve(x, flow, packed, bias, weight.size(0), relu, algorithm, device.stream());
     });
     return out;

@@ -89,12 +89,12 @@ struct Wide {
     static constexpr int kRimWidth = kWidth + 2, kRim = (kHeight + 2) * kRimWidth;
     static constexpr int kPiece = kThreads / (kChannels / kVector);  // pixels
     static constexpr int kPieces = (kRim + kPiece - 1) / kPiece;
-    static constexpr int kFetched = kPieces * kPiece;               // pixels with halo, filled up to whole pieces
-    static constexpr int kInputs = kVector == 8 ? kFetched : kRim;  // of them kept: all, where there is room
+    static constexpr int kFetched = kPieces * kPiece;                // pixels with halo, filled up to whole pieces
+    static constexpr int kInputs = kVector == 8 ? kFetched : kRim;   // of them kept: all, where there is room
     static constexpr int kCopied = kThreads / (kOutputs / kVector);  // pixels of gradients by all threads at one time
     // Of the shared arrays: what lanes read at one time lies in different banks.
     static constexpr int kInputRow = kChannels + 8, kGradientRow = kOutputs + 8;
-    static constexpr int kGradients = kInputs * kInputRow;                   // where they begin
+    static constexpr int kGradients = kInputs * kInputRow;               // where they begin
     static constexpr int kBuffer = kGradients + kPixels * kGradientRow;  // elements
     static constexpr size_t kSharedBytes = 2 * sizeof(element_t<operand_t>) * kBuffer;
     static_assert(kPieces <= kSteps, "a tile comes in while one is multiplied");
@@ -118,9 +118,7 @@ struct StepProducts {
             ldmatrix_x4_trans(rows[row][x], inputs + (row * Size::kRimWidth + x) * Size::kInputRow);
         }
     }
-    __device__ __forceinline__ void begin(const Shared<operand_t>& inputs) {
-        load_row(inputs, 0);
-    }
+    __device__ __forceinline__ void begin(const Shared<operand_t>& inputs) { load_row(inputs, 0); }
     __device__ __forceinline__ void multiply(
         const Shared<operand_t>& inputs, const Shared<operand_t>& gradients, GradientSums<2>& sums) {
         unsigned a[2][4];
@@ -132,7 +130,7 @@ struct StepProducts {
         load_row(inputs, 2);
 #pragma unroll
         for (int tap = 0; tap < kTaps; ++tap) {
-            const unsigned(&own)[4] = rows[tap / 3][tap % 3];
+            const unsigned (&own)[4] = rows[tap / 3][tap % 3];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const unsigned column[2] = {own[i % 2 * 2], own[i % 2 * 2 + 1]};
@@ -329,7 +327,7 @@ __global__ void __launch_bounds__(Wide<operand_t>::kThreads, 1) conv3x3_weight_g
             const int row = sizeof(scalar_t) == 2 ? half * 8 + lane / 4 : lane / 4 * 2 + half;  // of a product
             const int o = first_output + warp_output + rows * 16 + row;
             const int c = first_channel + warp_channel + block * 8 + lane % 4 * 2;
-            const float(&sum)[4] = sums[tap][rows][block];
+            const float (&sum)[4] = sums[tap][rows][block];
             const Vec<float, 2> pair = {{sum[half * 2], sum[half * 2 + 1]}};
             const Global<float> target =
                 sums_out + (((static_cast<int64_t>(blockIdx.z) * kTaps + tap) * outputs + o) * channels + c);
@@ -362,7 +360,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
     Global<scalar_t> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
     constexpr int kPart = kWideElements<scalar_t>;
-    SPATIALFLOW_SHARED(scalar_t, inputs, Plain::kHalo * Plain::kChannels);       // [pixel with halo][channel]
+    SPATIALFLOW_SHARED(scalar_t, inputs, Plain::kHalo * Plain::kChannels);      // [pixel with halo][channel]
     SPATIALFLOW_SHARED(scalar_t, gradients, Plain::kPixels * Plain::kOutputs);  // [pixel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
     const int own_output = thread / kWarpSize * Plain::kOwnOutputs;
@@ -376,9 +374,9 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
         const MapTile& map = tiles.map;
         for (int i = thread; i < Plain::kHalo * Plain::kChannels / 4; i += Plain::kThreads) {
             const int pixel = i / (Plain::kChannels / 4), c = i % (Plain::kChannels / 4) * 4;
-            const Vec<scalar_t, 4> values =
-                load_sum<4, kAccess>(level.input, map.image, map.y + pixel / Plain::kHaloSide - 1,
-                                     map.x + pixel % Plain::kHaloSide - 1, first_channel + c);
+            const Vec<scalar_t, 4> values = load_sum<4, kAccess>(
+                level.input, map.image, map.y + pixel / Plain::kHaloSide - 1, map.x + pixel % Plain::kHaloSide - 1,
+                first_channel + c);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 inputs[pixel * Plain::kChannels + c + j] = values[j];
@@ -386,9 +384,9 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
         }
         for (int i = thread; i < Plain::kPixels * Plain::kOutputs / 4; i += Plain::kThreads) {
             const int pixel = i / (Plain::kOutputs / 4), o = i % (Plain::kOutputs / 4) * 4;
-            const Vec<scalar_t, 4> values =
-                load_sum<4, kAccess>(level.gradient, map.image, map.y + pixel / Plain::kSide,
-                                     map.x + pixel % Plain::kSide, first_output + o);
+            const Vec<scalar_t, 4> values = load_sum<4, kAccess>(
+                level.gradient, map.image, map.y + pixel / Plain::kSide, map.x + pixel % Plain::kSide,
+                first_output + o);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 gradients[pixel * Plain::kOutputs + o + j] = values[j];
@@ -522,14 +520,15 @@ void launch_gradient(
     for (const GradientTable<scalar_t>& table : tables) {
         parts += table.parts;
     }
-    const Tensor sums = empty_like_sized(
-        grad_weight, {parts, kTaps, outputs, channels}, accum_dtype(grad_weight.scalar_type()));
-    const bool wide = has_wide_channels<scalar_t>(x) && has_wide_channels<scalar_t>(flow) &&
-                      has_wide_channels<scalar_t>(grad_output);
+    const Tensor sums =
+        empty_like_sized(grad_weight, {parts, kTaps, outputs, channels}, accum_dtype(grad_weight.scalar_type()));
+    const bool wide =
+        has_wide_channels<scalar_t>(x) && has_wide_channels<scalar_t>(flow) && has_wide_channels<scalar_t>(grad_output);
     Global<real_t> target = mutable_data<real_t>(sums);
     for (const GradientTable<scalar_t>& table : tables) {
-        const dim3 blocks(grid_size("flow_conv2d_weight_gradient", output_blocks),
-                          static_cast<unsigned>(channel_blocks), static_cast<unsigned>(table.parts));
+        const dim3 blocks(
+            grid_size("flow_conv2d_weight_gradient", output_blocks), static_cast<unsigned>(channel_blocks),
+            static_cast<unsigned>(table.parts));
         const auto run = [&](auto access) {
             constexpr int kAccess = decltype(access)::value;
             if constexpr (kIsPlain<operand_t>) {

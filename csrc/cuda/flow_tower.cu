@@ -171,9 +171,9 @@ std::vector<Tensor> flow_tower_cuda(
     }
     TowerConvolutions convs(packed, biases, algorithms, counts, accum_dtype(levels[0].scalar_type()), kPackedColumns);
     Schedule schedule(dense);
-    const std::vector<Feature> features =
-        schedule_tower(schedule, convs, schedule.input(levels.size()),
-                       schedule.input(static_cast<size_t>(segmentation_levels)), source_is_cls);
+    const std::vector<Feature> features = schedule_tower(
+        schedule, convs, schedule.input(levels.size()), schedule.input(static_cast<size_t>(segmentation_levels)),
+        source_is_cls);
     schedule.launch(device.stream());
     std::vector<Tensor> results;
     for (const Feature& feature : features) {
@@ -186,6 +186,4 @@ std::vector<Tensor> flow_tower_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("flow_tower", TORCH_BOX(&spatialflow::flow_tower_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("flow_tower", TORCH_BOX(&spatialflow::flow_tower_cuda)); }

@@ -135,9 +135,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_kernel(
         output + (static_cast<int64_t>(place.image) * shape.pixels() * shape.channels + place.channel);
     for_pixels(
         PixelRange(shape, place, parts),
-        [&](int pixel) {
-            return load_channels<kWidth>(pixel_of(input, shape, place.image, pixel) + place.channel);
-        },
+        [&](int pixel) { return load_channels<kWidth>(pixel_of(input, shape, place.image, pixel) + place.channel); },
         [&](int pixel, const RawChannels<scalar_t, kWidth>& values, bool) {
             Vec<scalar_t, kWidth> result;
 #pragma unroll
@@ -178,7 +176,8 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_upsample_kernel(
     };
     const int begin = place.block / parts.column_blocks * parts.extent;
     const int end = begin + parts.extent < 2 * shape.height ? begin + parts.extent : 2 * shape.height;
-    Global<scalar_t> target = output +
+    Global<scalar_t> target =
+        output +
         ((static_cast<int64_t>(place.image) * 2 * shape.height + begin) * 2 * shape.width + column) * shape.channels +
         place.channel;
     DoubledWalk<real_t> walk(begin, shape.height);
@@ -253,6 +252,4 @@ std::tuple<Tensor, Tensor> group_norm_relu_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("group_norm_relu", TORCH_BOX(&spatialflow::group_norm_relu_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("group_norm_relu", TORCH_BOX(&spatialflow::group_norm_relu_cuda)); }

@@ -21,18 +21,18 @@ namespace spatialflow {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kVectorLanes = 8;                        // vectors of channels
-constexpr int kPixelLanes = kThreads / kVectorLanes;   // pixels, or columns
-constexpr int kTurns = 4;                              // vectors that a thread loads before it uses the first
-constexpr int64_t kBlocks = 256;                       // that fill a card
+constexpr int kVectorLanes = 8;                       // vectors of channels
+constexpr int kPixelLanes = kThreads / kVectorLanes;  // pixels, or columns
+constexpr int kTurns = 4;                             // vectors that a thread loads before it uses the first
+constexpr int64_t kBlocks = 256;                      // that fill a card
 
 template <int kWidth>
 constexpr int kSlice = kVectorLanes * kWidth;  // channels
 
 struct NormShape {
     int batch, channels, groups, group_channels, height, width;
-    int slices, pieces;              // of the channels; slices that a group lies in, at most
-    int sum_blocks, sum_pixels;      // of an image and slice in the launch of the sums; pixels of each
+    int slices, pieces;          // of the channels; slices that a group lies in, at most
+    int sum_blocks, sum_pixels;  // of an image and slice in the launch of the sums; pixels of each
     double eps;
 
     __host__ __device__ int pixels() const { return height * width; }
@@ -65,7 +65,7 @@ struct ByChannel {
 template <int kWidth>
 struct NormPlace {
     int image, slice, block;
-    int channel;      // the first of the thread's
+    int channel;  // the first of the thread's
     int pixel_lane;
     int first_group, end_group;  // that the slice touches
 
@@ -95,8 +95,8 @@ struct PixelRange {
     int begin, end;
 
     template <int kWidth>
-    __device__ __forceinline__ PixelRange(
-        const NormShape& shape, const NormPlace<kWidth>& place, const NormParts& parts)
+    __device__ __forceinline__
+    PixelRange(const NormShape& shape, const NormPlace<kWidth>& place, const NormParts& parts)
         : begin(place.block * parts.extent + place.pixel_lane),
           end(place.block + 1 < parts.blocks ? (place.block + 1) * parts.extent : shape.pixels()) {}
 };
@@ -175,8 +175,8 @@ __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
     for (int i = 0; i < kWidth; ++i) {
         const int c = place.channel + i;
         const Row at = (c / shape.group_channels + row) * 2;
-        affine.of[i] = group_affine<real_t>(
-            {statistics[at], statistics[at + 1]}, by_channel.weight_of(c), by_channel.bias_of(c));
+        affine.of[i] =
+            group_affine<real_t>({statistics[at], statistics[at + 1]}, by_channel.weight_of(c), by_channel.bias_of(c));
     }
     return affine;
 }
@@ -234,9 +234,9 @@ NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     constexpr int kChannels = kSlice<kWidth>;
     constexpr int64_t kMost = int64_t(1) << 29;
     const bool fits = input.size(0) < kMost && input.size(1) < kMost && input.size(2) < kMost && input.size(3) < kMost;
-    check(fits && input.size(2) * input.size(3) < kMost,
-          "group_norm_relu: sizes of input and pixels of an image must be below 2^29 on CUDA, got ",
-          shape_string(input));
+    check(
+        fits && input.size(2) * input.size(3) < kMost,
+        "group_norm_relu: sizes of input and pixels of an image must be below 2^29 on CUDA, got ", shape_string(input));
     const int channels = static_cast<int>(input.size(1)), groups = static_cast<int>(num_groups);
     NormShape shape{};
     shape.batch = static_cast<int>(input.size(0));
@@ -248,8 +248,7 @@ NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     shape.slices = static_cast<int>(ceil_div(channels, kChannels));
     for (int group = 0; group < std::min(groups, kChannels); ++group) {  // from there on they lie as before
         const int begin = group * shape.group_channels;
-        shape.pieces =
-            std::max(shape.pieces, (begin + shape.group_channels - 1) / kChannels - begin / kChannels + 1);
+        shape.pieces = std::max(shape.pieces, (begin + shape.group_channels - 1) / kChannels - begin / kChannels + 1);
     }
     shape.eps = eps;
     const NormParts sums = pixel_parts(shape, kGroupNormRun);

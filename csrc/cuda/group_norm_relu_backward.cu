@@ -61,8 +61,7 @@ __device__ __forceinline__ void gather_column(
     const Global<const scalar_t> source =
         input.data + (place.image * input.stride_n + column * input.stride_w + place.channel);
     const Global<const scalar_t> incoming =
-        grad_output.data +
-        (place.image * grad_output.stride_n + first_column * grad_output.stride_w + place.channel);
+        grad_output.data + (place.image * grad_output.stride_n + first_column * grad_output.stride_w + place.channel);
     const Global<real_t> target =
         masked + (static_cast<int64_t>(place.image) * shape.pixels() + column) * shape.channels + place.channel;
     real_t above[kWidth] = {}, below[kWidth] = {};  // of the rows walk.low and the next
@@ -132,8 +131,8 @@ __device__ __forceinline__ void gather_column(
 
 template <typename scalar_t, bool kUpsample, int kWidth>
 __global__ void __launch_bounds__(kThreads, kUpsample ? 1 : 2) group_norm_relu_gradient_sums_kernel(
-    const NormMap<const scalar_t> grad_output, const NormMap<const scalar_t> input,
-    Global<const double> statistics, const ByChannel<accum_t<scalar_t>> by_channel,
+    const NormMap<const scalar_t> grad_output, const NormMap<const scalar_t> input, Global<const double> statistics,
+    const ByChannel<accum_t<scalar_t>> by_channel,
     Global<accum_t<scalar_t>> masked,  // (N, H, W, C), where upsampled
     Global<double> table,              // (N, blocks, C, 2)
     const NormShape shape, const NormParts parts) {
@@ -229,8 +228,8 @@ template <typename scalar_t, typename gradient_t, bool kMasked, int kWidth>
 __global__ void __launch_bounds__(kThreads) group_norm_relu_input_gradient_kernel(
     const NormMap<const gradient_t> gradient, const NormMap<const scalar_t> input, Global<const double> statistics,
     const ByChannel<accum_t<scalar_t>> by_channel,
-    Global<const double> sums,     // (N, C, 2)
-    Global<scalar_t> grad_input,   // (N, H, W, C)
+    Global<const double> sums,    // (N, C, 2)
+    Global<scalar_t> grad_input,  // (N, H, W, C)
     const NormShape shape, const NormParts parts) {
     using real_t = accum_t<scalar_t>;
     SPATIALFLOW_SHARED(double, means, 2 * kSlice<kWidth>);
@@ -285,8 +284,9 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_input_gradient_kerne
             if (!kMasked) {
                 g = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g;
             }
-            store(value[i], (x - factors[i].shift) * factors[i].by_input +
-                                (g * factors[i].by_gradient + factors[i].constant));
+            store(
+                value[i],
+                (x - factors[i].shift) * factors[i].by_input + (g * factors[i].by_gradient + factors[i].constant));
         }
         store_vector(target + static_cast<int64_t>(pixel) * shape.channels, value);
     }
@@ -315,15 +315,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cuda(
             using real_t = accum_t<scalar_t>;
             // The gradient by what ReLU takes, where it is not the incoming one masked.
             const std::vector<int64_t> size(input.sizes().begin(), input.sizes().end());
-            const std::optional<Tensor> masked = upsample
-                ? std::optional<Tensor>(empty_like_sized(input, size, accumulated, MemoryFormat::ChannelsLast))
-                : std::nullopt;
+            const std::optional<Tensor> masked =
+                upsample ? std::optional<Tensor>(empty_like_sized(input, size, accumulated, MemoryFormat::ChannelsLast))
+                         : std::nullopt;
             dispatch_width<scalar_t>({&source, &gradient, &grad_input}, [&](auto width) {
                 constexpr int kWidth = decltype(width)::value;
                 const NormShape shape = shape_of<kWidth>(source, num_groups, 0);
                 const ByChannel<real_t> by_channel = by_channel_of<real_t>(scale, shift);
-                const NormParts parts = upsample ? column_parts(shape, shape.height, shape.width)
-                                             : pixel_parts(shape, kGroupNormRun);
+                const NormParts parts =
+                    upsample ? column_parts(shape, shape.height, shape.width) : pixel_parts(shape, kGroupNormRun);
                 const Tensor table =
                     empty_like_sized(input, {shape.batch, parts.blocks, shape.channels, 2}, ScalarType::Double);
                 const Tensor sums = empty_like_sized(input, {shape.batch, shape.channels, 2}, ScalarType::Double);

@@ -82,8 +82,9 @@ inline Global<scalar_t> mutable_data(const Tensor& tensor) {
 
 template <typename scalar_t>
 inline Global<scalar_t> mutable_data(const Tensor& tensor, int64_t begin, int64_t count) {
-    check(begin >= 0 && count >= 0 && begin + count <= extent(tensor), "elements ", begin, " to ", begin + count,
-          " of a tensor of ", extent(tensor));
+    check(
+        begin >= 0 && count >= 0 && begin + count <= extent(tensor), "elements ", begin, " to ", begin + count,
+        " of a tensor of ", extent(tensor));
     return Global<scalar_t>(static_cast<scalar_t*>(tensor.mutable_data_ptr()) + begin, count);
 }
 
@@ -94,11 +95,16 @@ inline Global<scalar_t> mutable_data(const Tensor& tensor, int64_t begin, int64_
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
     switch (dtype) {
-        case ScalarType::Float: return body(float{});
-        case ScalarType::Double: return body(double{});
-        case ScalarType::Half: return body(float16{});
-        case ScalarType::BFloat16: return body(bfloat16{});
-        default: check(false, op, ": no kernel for ", dtype_name(dtype));
+        case ScalarType::Float:
+            return body(float{});
+        case ScalarType::Double:
+            return body(double{});
+        case ScalarType::Half:
+            return body(float16{});
+        case ScalarType::BFloat16:
+            return body(bfloat16{});
+        default:
+            check(false, op, ": no kernel for ", dtype_name(dtype));
     }
 }
 
@@ -122,8 +128,8 @@ inline bool is_aligned(const Global<T>& pointer, size_t bytes) {
 // A contiguous tensor that begins at a multiple of 16 bytes, the widest access: a slice of a larger one may not.
 inline Tensor aligned(const Tensor& tensor) {
     return is_aligned(tensor.const_data_ptr(), 16)
-        ? tensor
-        : allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::clone(tensor); });
+               ? tensor
+               : allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::clone(tensor); });
 }
 
 }  // namespace spatialflow

@@ -35,10 +35,10 @@ struct DetectionProblem {
 
 template <typename real_t>
 __global__ void __launch_bounds__(kCollectThreads) multiclass_nms_collect_kernel(
-    Global<const real_t> scores,     // (B, N * C)
-    Global<ScoreKey<real_t>> keys,   // (B, N * C)
-    Global<unsigned> rows,           // (B, N * C)
-    Global<unsigned> found,          // (B), zero on entry
+    Global<const real_t> scores,    // (B, N * C)
+    Global<ScoreKey<real_t>> keys,  // (B, N * C)
+    Global<unsigned> rows,          // (B, N * C)
+    Global<unsigned> found,         // (B), zero on entry
     const int64_t total, const real_t threshold) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int64_t image = blockIdx.y;
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kCollectThreads) multiclass_nms_collect_kernel
 }
 
 template <typename real_t>
-constexpr size_t kDetectSharedBytes = kGreedyThreads * (sizeof(Box<real_t>) + sizeof(int)) +
-                                      kChunk * sizeof(Entry<ScoreKey<real_t>>);
+constexpr size_t kDetectSharedBytes =
+    kGreedyThreads * (sizeof(Box<real_t>) + sizeof(int)) + kChunk * sizeof(Entry<ScoreKey<real_t>>);
 
 template <typename real_t>
 __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             for (int i = 0; i < kept && candidate.alive; ++i) {
                 if (kept_labels[i] == candidate.label) {
                     const Box<real_t> other = kept_boxes[i];
-                    candidate.alive = !suppresses(
-                        other, box_area(other), candidate.box, candidate.area, problem.iou_threshold);
+                    candidate.alive =
+                        !suppresses(other, box_area(other), candidate.box, candidate.area, problem.iou_threshold);
                 }
             }
             int position;
@@ -168,8 +168,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
     const char* op = "multiclass_nms";
     const DeviceScope device(boxes);
     const int64_t batch = boxes.size(0), count = boxes.size(1), classes = scores.size(2), total = count * classes;
-    check(classes == 0 || count < (int64_t(1) << 32) / classes, op,
-          ": scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
+    check(
+        classes == 0 || count < (int64_t(1) << 32) / classes, op,
+        ": scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
     const ScalarType type = nms_compute_type(boxes, scores);
     const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
@@ -188,12 +189,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
         const auto keys = layout.add<key_t>(batch * total);
         const Workspace workspace(layout, wide_boxes);
         clear_words(workspace, zeros, device.stream());
-        const DetectionProblem<real_t> problem{count, classes, max_detections, static_cast<real_t>(score_threshold),
-                                               static_cast<real_t>(iou_threshold)};
+        const DetectionProblem<real_t> problem{
+            count, classes, max_detections, static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold)};
         launch<multiclass_nms_collect_kernel<real_t>>(
             dim3(grid_size(op, ceil_div(total, kCollectThreads * kCollectItems)), static_cast<unsigned>(batch)),
-            dim3(kCollectThreads), 0, device.stream(), data<real_t>(wide_scores), workspace[keys],
-            workspace[rows], workspace[found], total, problem.score_threshold);
+            dim3(kCollectThreads), 0, device.stream(), data<real_t>(wide_scores), workspace[keys], workspace[rows],
+            workspace[found], total, problem.score_threshold);
         launch<multiclass_nms_detect_kernel<real_t>>(
             dim3(static_cast<unsigned>(batch)), dim3(kGreedyThreads), kDetectSharedBytes<real_t>, device.stream(),
             pointer_cast<const Box<real_t>>(data<real_t>(wide_boxes)), data<real_t>(wide_scores), workspace[keys],
@@ -206,13 +207,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
     } else {
         run(float{});
     }
-    return {contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels,
-            kept, indices};
+    return {
+        contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, kept,
+        indices};
 }
 
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("multiclass_nms", TORCH_BOX(&spatialflow::multiclass_nms_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("multiclass_nms", TORCH_BOX(&spatialflow::multiclass_nms_cuda)); }

@@ -37,7 +37,7 @@ constexpr int kMergeThreads = 256;
 constexpr int kMergeTile = 1024;
 constexpr int kTile = kGreedyThreads;
 constexpr int kSuppressThreads = 256;
-constexpr int kRankedChunks = 4;     // that are not merged: an entry is searched for in all of them
+constexpr int kRankedChunks = 4;  // that are not merged: an entry is searched for in all of them
 constexpr int64_t kRankedCount = static_cast<int64_t>(kRankedChunks) * kChunk;
 constexpr int64_t kRoundsAhead = 2;  // of batched_nms, before the host knows how many there are
 static_assert(kChunk % kMergeTile == 0 && kTile % kSuppressThreads == 0, "a block works within one run, one tile");
@@ -92,8 +92,9 @@ struct Rows {
     __device__ __forceinline__ ClassEntryOf<real_t> operator[](int64_t row) const {
         const real_t score = scores[row];
         const bool takes_part = score == score && box_is_valid<real_t>(boxes[row]);
-        return {labels ? labels[row] : 0,
-                {takes_part ? descending_key(score) : kNoKey<real_t>, static_cast<unsigned>(row)}};
+        return {
+            labels ? labels[row] : 0,
+            {takes_part ? descending_key(score) : kNoKey<real_t>, static_cast<unsigned>(row)}};
     }
 };
 
@@ -169,8 +170,8 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
         const int64_t before = first - left + warp * size;
         const int64_t least = before > end - right ? before - (end - right) : 0;
         const int64_t most = before < right - left ? before : right - left;
-        const int64_t cut = partition_point(
-            least, most, [&](int64_t i) { return runs[left + i] < runs[right + (before - 1 - i)]; });
+        const int64_t cut =
+            partition_point(least, most, [&](int64_t i) { return runs[left + i] < runs[right + (before - 1 - i)]; });
         if (thread % kWarpSize == 0) {
             cuts[warp] = cut;
         }
@@ -277,8 +278,7 @@ __global__ void __launch_bounds__(kTile) nms_gather_kernel(
     }
     if (thread < kWarpSize) {
         const int64_t label = candidates.entries[first].label;
-        const int64_t begin =
-            partition_point(0, first, [&](int64_t i) { return candidates.entries[i].label < label; });
+        const int64_t begin = partition_point(0, first, [&](int64_t i) { return candidates.entries[i].label < label; });
         if (thread == 0) {
             candidates.begins[tile] = begin;
             atomicMax(candidates.progress + 1, static_cast<unsigned>(tile - begin / kTile + 1));
@@ -330,8 +330,8 @@ __global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real
 }
 
 template <typename real_t>
-__global__ void __launch_bounds__(kSuppressThreads) nms_suppress_kernel(
-    const Candidates<real_t> candidates, const int64_t round) {
+__global__ void __launch_bounds__(kSuppressThreads)
+    nms_suppress_kernel(const Candidates<real_t> candidates, const int64_t round) {
     SPATIALFLOW_SHARED(Box<real_t>, boxes, kSuppressThreads);
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kSuppressThreads + thread, tile = index / kTile;
@@ -425,14 +425,21 @@ Tensor kept_rows_of(
         merge_chunks<real_t>(op, entries, kept, count, stream);
     }
     const Candidates<real_t> candidates{
-        entries, workspace[sorted_boxes], workspace[removed], workspace[begins], workspace[listed],
-        workspace[listed_count], kept, workspace[progress], count, static_cast<real_t>(iou_threshold)};
+        entries,
+        workspace[sorted_boxes],
+        workspace[removed],
+        workspace[begins],
+        workspace[listed],
+        workspace[listed_count],
+        kept,
+        workspace[progress],
+        count,
+        static_cast<real_t>(iou_threshold)};
     if (ranked) {
         launch<nms_place_kernel<real_t>>(
             per_row(count), dim3(kRowThreads), 0, stream, kept, rows.boxes, entries, candidates);
     } else {
-        launch<nms_gather_kernel<real_t>>(
-            dim3(grid_size(op, tiles)), dim3(kTile), 0, stream, rows.boxes, candidates);
+        launch<nms_gather_kernel<real_t>>(dim3(grid_size(op, tiles)), dim3(kTile), 0, stream, rows.boxes, candidates);
     }
     const auto run_rounds = [&](int64_t from, int64_t to) {
         for (int64_t round = from; round < to; ++round) {
@@ -453,8 +460,7 @@ Tensor kept_rows_of(
     const Tensor result = empty_like_sized(boxes, {done.kept}, ScalarType::Long);
     const auto result_rows = mutable_data<int64_t>(result);
     if (idxs) {
-        sort_chunks<real_t>(
-            op, Entries<real_t>{kept}, entries, Global<unsigned>(nullptr), done.kept, stream);
+        sort_chunks<real_t>(op, Entries<real_t>{kept}, entries, Global<unsigned>(nullptr), done.kept, stream);
         if (done.kept <= kRankedCount) {
             launch<nms_place_rows_kernel<real_t>>(
                 per_row(done.kept), dim3(kRowThreads), 0, stream, entries, result_rows, static_cast<int>(done.kept));

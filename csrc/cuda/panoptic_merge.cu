@@ -35,9 +35,9 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kGreedyShift = 9;
 constexpr int kGreedyThreads = 1 << kGreedyShift;
 constexpr int kGreedyWarps = kGreedyThreads / kWarpSize;
-constexpr int kGroup = 4;        // words of a 16-byte access; images are whole groups
-constexpr int kHeldGroups = 6;   // of an instance, in the registers of a thread of the greedy block
-constexpr int kLoads = 4;        // that a lane has in flight where the device is busy with memory
+constexpr int kGroup = 4;       // words of a 16-byte access; images are whole groups
+constexpr int kHeldGroups = 6;  // of an instance, in the registers of a thread of the greedy block
+constexpr int kLoads = 4;       // that a lane has in flight where the device is busy with memory
 constexpr int kIgnoredPerLaunch = 32;
 
 using Words = Vec<unsigned, kGroup>;
@@ -47,18 +47,18 @@ struct MergeScratch {
     int instances, stuff_labels, height, width, pixels;
     int words;  // of the bits of an image
     // Zero on entry.
-    Global<int> entered;       // (1), how many take part
-    Global<int> segments;      // (1), ids given
-    Global<int> area;          // (K), pixels of the mask
-    Global<int> words_from;    // (K), words from the first that is not zero to the end of the image
-    Global<int> end_word;      // (K), one beyond the last word that is not zero
-    Global<int> id_of;         // (K), 0: dropped
-    Global<int> fill_id;       // (K), what the box is filled with, 0: nothing
-    Global<int> stuff_area;    // (S)
-    Global<int> stuff_id;      // (S), 0: none
-    Global<int> ignored;       // (S)
-    Global<int> measured;      // (5, K + S), by id - 1: area, W - x1, H - y1, x2, y2, ends not included
-    Global<unsigned> used;     // (words), pixels of instances
+    Global<int> entered;     // (1), how many take part
+    Global<int> segments;    // (1), ids given
+    Global<int> area;        // (K), pixels of the mask
+    Global<int> words_from;  // (K), words from the first that is not zero to the end of the image
+    Global<int> end_word;    // (K), one beyond the last word that is not zero
+    Global<int> id_of;       // (K), 0: dropped
+    Global<int> fill_id;     // (K), what the box is filled with, 0: nothing
+    Global<int> stuff_area;  // (S)
+    Global<int> stuff_id;    // (S), 0: none
+    Global<int> ignored;     // (S)
+    Global<int> measured;    // (5, K + S), by id - 1: area, W - x1, H - y1, x2, y2, ends not included
+    Global<unsigned> used;   // (words), pixels of instances
     // Written before it is read.
     Global<int> order;           // (K), instance of rank c
     Global<int> boxes;           // (K, 4), pixels
@@ -66,9 +66,7 @@ struct MergeScratch {
     Global<unsigned> open;       // (words), void pixels; after fill: those that stay void
     Global<unsigned> bits;       // (K, words); after greedy: the pixels that became the instance's own
 
-    __device__ __forceinline__ Global<unsigned> bits_of(int c) const {
-        return bits + static_cast<int64_t>(c) * words;
-    }
+    __device__ __forceinline__ Global<unsigned> bits_of(int c) const { return bits + static_cast<int64_t>(c) * words; }
 };
 
 struct MergeOptions {
@@ -99,8 +97,8 @@ __global__ void __launch_bounds__(kThreads) merge_order_kernel(
     int rank = 0;
     for (int other = 0; other < scratch.instances; ++other) {
         const double theirs = scores[other];
-        rank += merge_score_enters(theirs, options.score_threshold) &&
-                (theirs > score || (theirs == score && other < k));
+        rank +=
+            merge_score_enters(theirs, options.score_threshold) && (theirs > score || (theirs == score && other < k));
     }
     scratch.order[rank] = k;
     atomicAdd(scratch.entered + 0, 1);
@@ -108,8 +106,8 @@ __global__ void __launch_bounds__(kThreads) merge_order_kernel(
         const int64_t first = static_cast<int64_t>(k) * 4;
         const double corners[4] = {boxes[first], boxes[first + 1], boxes[first + 2], boxes[first + 3]};
         const PixelBox box = merge_pixel_box(corners, scratch.height, scratch.width);
-        Vec<int, 4> edges = {{static_cast<int>(box.x1), static_cast<int>(box.y1), static_cast<int>(box.x2),
-                              static_cast<int>(box.y2)}};
+        Vec<int, 4> edges = {
+            {static_cast<int>(box.x1), static_cast<int>(box.y1), static_cast<int>(box.x2), static_cast<int>(box.y2)}};
         if (box.area() == 0) {
             edges = {};
         }
@@ -333,8 +331,8 @@ __device__ __forceinline__ int merge_greedy(
 
 // One block in all: it may take all registers of a multiprocessor.
 template <bool kInShared>
-__global__ void __launch_bounds__(kGreedyThreads, 1) merge_greedy_kernel(
-    const MergeScratch scratch, const MergeOptions options) {
+__global__ void __launch_bounds__(kGreedyThreads, 1)
+    merge_greedy_kernel(const MergeScratch scratch, const MergeOptions options) {
     SPATIALFLOW_SHARED(unsigned, sums, 2 * kGreedyWarps);
     int segments;
     if constexpr (kInShared) {
@@ -425,8 +423,8 @@ __global__ void __launch_bounds__(kThreads) merge_count_kernel(
     }
 }
 
-__global__ void __launch_bounds__(kWarpSize) merge_label_kernel(
-    const MergeScratch scratch, const MergeOptions options) {
+__global__ void __launch_bounds__(kWarpSize)
+    merge_label_kernel(const MergeScratch scratch, const MergeOptions options) {
     const int lane = static_cast<int>(threadIdx.x);
     int segments = scratch.segments[0];
     for (int64_t first = 0; first < scratch.stuff_labels; first += kWarpSize) {
@@ -479,9 +477,7 @@ template <typename Open>
 __device__ __forceinline__ int merge_fill(
     const MergeScratch& scratch, const MergeOptions& options, Open open, Shared<unsigned> sums) {
     const int thread = static_cast<int>(threadIdx.x), entered = scratch.entered[0];
-    const auto box_at = [&](int c) {
-        return c < entered ? load_vector<4>(scratch.boxes + 4 * c) : Vec<int, 4>{};
-    };
+    const auto box_at = [&](int c) { return c < entered ? load_vector<4>(scratch.boxes + 4 * c) : Vec<int, 4>{}; };
     int segments = scratch.segments[0], turn = 0;
     Vec<int, 4> next_box = box_at(0);
     int next_id = entered > 0 ? scratch.id_of[0] : 0;
@@ -553,8 +549,8 @@ __device__ __forceinline__ int merge_fill(
 }
 
 template <bool kInShared>
-__global__ void __launch_bounds__(kGreedyThreads, 1) merge_fill_kernel(
-    const MergeScratch scratch, const MergeOptions options) {
+__global__ void __launch_bounds__(kGreedyThreads, 1)
+    merge_fill_kernel(const MergeScratch scratch, const MergeOptions options) {
     SPATIALFLOW_SHARED(unsigned, sums, 2 * kGreedyWarps);
     int segments;
     if constexpr (kInShared) {
@@ -630,7 +626,7 @@ __global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
 
 // A warp takes kLoads times 32 pixels of a row. Where they are of one id alone, they are counted at once.
 __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
-    Global<const int> id_map,  // (H, W)
+    Global<const int> id_map,                       // (H, W)
     const MergeScratch scratch, const int parts) {  // of a row
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
@@ -678,10 +674,10 @@ __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
 }
 
 __global__ void __launch_bounds__(kThreads) merge_table_kernel(
-    Global<const double> scores,   // (K)
-    Global<const int64_t> labels,  // (K)
-    Global<int64_t> table,         // (K + S, kMergeColumns)
-    Global<float> segment_scores,  // (K + S)
+    Global<const double> scores,    // (K)
+    Global<const int64_t> labels,   // (K)
+    Global<int64_t> table,          // (K + S, kMergeColumns)
+    Global<float> segment_scores,   // (K + S)
     Global<int64_t> segment_count,  // (1)
     const MergeScratch scratch) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
@@ -727,13 +723,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
     int64_t stuff_area_limit, double box_threshold) {
     const char* op = "panoptic_merge";
-    check_panoptic_merge(masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold,
-                         box_threshold);
+    check_panoptic_merge(
+        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_threshold);
     const DeviceScope device(masks);
     const int64_t count = masks.size(0), height = masks.size(1), width = masks.size(2), rows = count + stuff_labels;
     const int64_t pixels = height * width, words = ceil_div(pixels, kGroup * kWarpSize) * kGroup;
-    check(pixels < 0x7fff0000, op, ": masks must have fewer than 2^31 - 2^16 pixels on CUDA, got ", height, " x ",
-          width);
+    check(
+        pixels < 0x7fff0000, op, ": masks must have fewer than 2^31 - 2^16 pixels on CUDA, got ", height, " x ", width);
     check(count <= 65535, op, ": at most 65535 masks on CUDA, got ", count);
     Tensor id_map = empty_like_sized(masks, {height, width}, ScalarType::Int);
     Tensor table = empty_like_sized(masks, {rows, kMergeColumns}, ScalarType::Long);
@@ -757,11 +753,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Workspace workspace(layout, masks);
     clear_words(workspace, zeros, device.stream());
     const MergeScratch scratch{
-        static_cast<int>(count), static_cast<int>(stuff_labels), static_cast<int>(height), static_cast<int>(width),
-        static_cast<int>(pixels), static_cast<int>(words), workspace[entered], workspace[segments], workspace[area],
-        workspace[words_from], workspace[end_word], workspace[id_of], workspace[fill_id], workspace[stuff_area],
-        workspace[stuff_id], workspace[ignored], workspace[measured], workspace[used], workspace[order],
-        workspace[pixel_boxes], workspace[segment_source], workspace[open], workspace[bits]};
+        static_cast<int>(count),
+        static_cast<int>(stuff_labels),
+        static_cast<int>(height),
+        static_cast<int>(width),
+        static_cast<int>(pixels),
+        static_cast<int>(words),
+        workspace[entered],
+        workspace[segments],
+        workspace[area],
+        workspace[words_from],
+        workspace[end_word],
+        workspace[id_of],
+        workspace[fill_id],
+        workspace[stuff_area],
+        workspace[stuff_id],
+        workspace[ignored],
+        workspace[measured],
+        workspace[used],
+        workspace[order],
+        workspace[pixel_boxes],
+        workspace[segment_source],
+        workspace[open],
+        workspace[bits]};
     const MergeOptions options{score_threshold, overlap_threshold, box_threshold, stuff_area_limit};
     const Stream stream = device.stream();
     const dim3 threads(kThreads);
@@ -822,13 +836,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
                 word_grid, threads, 0, stream, stuff_values, mutable_data<int>(id_map), scratch, has_boxes);
         };
         switch (stuff.scalar_type()) {
-            case ScalarType::Byte: run_stuff(uint8_t{}, to_contiguous(stuff)); break;
-            case ScalarType::Int: run_stuff(int32_t{}, to_contiguous(stuff)); break;
-            default: run_stuff(int64_t{}, contiguous_as(stuff, ScalarType::Long));
+            case ScalarType::Byte:
+                run_stuff(uint8_t{}, to_contiguous(stuff));
+                break;
+            case ScalarType::Int:
+                run_stuff(int32_t{}, to_contiguous(stuff));
+                break;
+            default:
+                run_stuff(int64_t{}, contiguous_as(stuff, ScalarType::Long));
         }
         const dim3 instance_grid(grid_size(op, ceil_div(words, 4 * kThreads)), static_cast<unsigned>(count));
-        launch<merge_paint_instances_kernel>(
-            instance_grid, threads, 0, stream, mutable_data<int>(id_map), scratch);
+        launch<merge_paint_instances_kernel>(instance_grid, threads, 0, stream, mutable_data<int>(id_map), scratch);
         const int64_t parts = ceil_div(width, kLoads * kWarpSize);
         launch<merge_measure_kernel>(
             blocks(height * parts, kWarps), threads, 0, stream, data<int>(id_map), scratch, static_cast<int>(parts));
@@ -843,6 +861,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("panoptic_merge", TORCH_BOX(&spatialflow::panoptic_merge_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("panoptic_merge", TORCH_BOX(&spatialflow::panoptic_merge_cuda)); }

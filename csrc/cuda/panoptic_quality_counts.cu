@@ -17,10 +17,10 @@ namespace spatialflow {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWidth = 4;      // pixels of one load
-constexpr int kLoads = 8;      // of one thread, for each map
+constexpr int kWidth = 4;  // pixels of one load
+constexpr int kLoads = 8;  // of one thread, for each map
 constexpr int kStrip = kThreads * kWidth * kLoads;
-constexpr int kSlots = 1024;   // a power of two
+constexpr int kSlots = 1024;  // a power of two
 constexpr int kProbes = 8;
 constexpr unsigned kEmpty = 0xffffffffu;
 
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads) panoptic_quality_counts_kernel(
     int64_t pending_cell = -1;
     int pending = 0;
     for (int turn = 0; turn < kLoads; ++turn) {
-        const int64_t first = static_cast<int64_t>(blockIdx.x) * kStrip +
-                              (turn * kThreads + static_cast<int>(threadIdx.x)) * kWidth;
+        const int64_t first =
+            static_cast<int64_t>(blockIdx.x) * kStrip + (turn * kThreads + static_cast<int>(threadIdx.x)) * kWidth;
         if (first >= problem.pixels) {
             break;
         }
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads) panoptic_quality_counts_kernel(
         }
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-            const bool counted = gt[i] >= 0 && gt[i] <= problem.gt_segments && pred[i] >= 0 &&
-                                 pred[i] <= problem.pred_segments;
+            const bool counted =
+                gt[i] >= 0 && gt[i] <= problem.gt_segments && pred[i] >= 0 && pred[i] <= problem.pred_segments;
             const int64_t cell = counted ? gt[i] * (problem.pred_segments + 1) + pred[i] : -1;
             if (cell != pending_cell) {
                 if (pending_cell >= 0) {

@@ -54,8 +54,10 @@ __global__ void __launch_bounds__(kThreads) paste_prepare_kernel(
         const Global<const double> box = boxes + index * 4;
         const PixelRange columns = paste_range(paste_axis(box[0], box[2], problem.mask_width), problem.width);
         const PixelRange rows = paste_range(paste_axis(box[1], box[3], problem.mask_height), problem.height);
-        store_vector(ranges + index * 4, Vec<int, 4>{static_cast<int>(columns.begin), static_cast<int>(columns.end),
-                                                     static_cast<int>(rows.begin), static_cast<int>(rows.end)});
+        store_vector(
+            ranges + index * 4, Vec<int, 4>{
+                                    static_cast<int>(columns.begin), static_cast<int>(columns.end),
+                                    static_cast<int>(rows.begin), static_cast<int>(rows.end)});
     }
 }
 
@@ -127,10 +129,11 @@ Tensor paste_masks_cuda(
         return output;
     }
     const Tensor logits = to_contiguous(mask_logits), corners = contiguous_as(boxes, ScalarType::Double);
-    check(height <= 0x7fffffff && width <= 0x7fffffff, op, ": size must be below 2^31 on CUDA, got (", height, ", ",
-          width, ")");
-    const PasteProblem problem{logits.size(0), logits.size(1), logits.size(2), static_cast<int>(height),
-                               static_cast<int>(width), output.numel()};
+    check(
+        height <= 0x7fffffff && width <= 0x7fffffff, op, ": size must be below 2^31 on CUDA, got (", height, ", ",
+        width, ")");
+    const PasteProblem problem{logits.size(0),           logits.size(1),          logits.size(2),
+                               static_cast<int>(height), static_cast<int>(width), output.numel()};
     const bool wide = logits.scalar_type() == ScalarType::Double;
     const Tensor probabilities = empty_like_sized(
         logits, {problem.count, problem.mask_height + 2, problem.mask_width + 2},
@@ -140,14 +143,13 @@ Tensor paste_masks_cuda(
         using scalar_t = decltype(zero);
         using real_t = accum_t<scalar_t>;
         launch<paste_prepare_kernel<scalar_t>>(
-            dim3(grid_size(op, ceil_div(probabilities.numel(), kThreads))), dim3(kThreads), 0,
-            device.stream(), data<scalar_t>(logits), data<double>(corners), mutable_data<real_t>(probabilities),
+            dim3(grid_size(op, ceil_div(probabilities.numel(), kThreads))), dim3(kThreads), 0, device.stream(),
+            data<scalar_t>(logits), data<double>(corners), mutable_data<real_t>(probabilities),
             mutable_data<int>(ranges), problem);
         launch<paste_masks_kernel<real_t>>(
-            dim3(grid_size(op, ceil_div(output.numel(), kThreads * kPixels))), dim3(kThreads), 0,
-            device.stream(), data<real_t>(probabilities), data<double>(corners),
-            data<int>(ranges), mutable_data<uint8_t>(output), problem,
-            static_cast<real_t>(threshold));
+            dim3(grid_size(op, ceil_div(output.numel(), kThreads * kPixels))), dim3(kThreads), 0, device.stream(),
+            data<real_t>(probabilities), data<double>(corners), data<int>(ranges), mutable_data<uint8_t>(output),
+            problem, static_cast<real_t>(threshold));
     });
     return output;
 }
@@ -155,6 +157,4 @@ Tensor paste_masks_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("paste_masks", TORCH_BOX(&spatialflow::paste_masks_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("paste_masks", TORCH_BOX(&spatialflow::paste_masks_cuda)); }

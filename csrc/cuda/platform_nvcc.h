@@ -46,7 +46,7 @@ using Shared = T*;
 
 // Aligned for the widest access, which the compiler does not see to: a float array is aligned to 4 bytes otherwise.
 #define SPATIALFLOW_SHARED(type, name, count) __shared__ __align__(16) type name[count]
-#define SPATIALFLOW_DYNAMIC_SHARED(type, name)                                        \
+#define SPATIALFLOW_DYNAMIC_SHARED(type, name)                                         \
     extern __shared__ __align__(128) unsigned char spatialflow_dynamic_shared_bytes[]; \
     type* name = reinterpret_cast<type*>(spatialflow_dynamic_shared_bytes)
 
@@ -95,10 +95,10 @@ __device__ __forceinline__ void reduce_add(real_t* target, const Vec<real_t, kWi
 #pragma unroll
     for (int i = 0; i < kWidth; i += kGroup) {
         if constexpr (kGroup == 4) {
-            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
-                             __cvta_generic_to_global(target + i)),
-                         "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
-                         : "memory");
+            asm volatile(
+                "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target + i)),
+                "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
+                : "memory");
         } else {
             atomicAdd(target + i, values[i]);
         }
@@ -121,8 +121,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
 template <typename T>
 inline std::remove_const_t<T> read_back(T* source, Stream stream) {
     std::remove_const_t<T> value;
-    check_cuda(cudaMemcpyAsync(&value, source, sizeof(value), cudaMemcpyDeviceToHost, stream.handle),
-               "reading a result back");
+    check_cuda(
+        cudaMemcpyAsync(&value, source, sizeof(value), cudaMemcpyDeviceToHost, stream.handle), "reading a result back");
     check_cuda(cudaStreamSynchronize(stream.handle), "reading a result back");
     return value;
 }
@@ -169,8 +169,9 @@ inline void allow_shared_bytes(size_t shared_bytes, Stream stream) {
     static std::mutex raising;  // or a thread with a smaller number could have the last word
     const std::lock_guard<std::mutex> lock(raising);
     if (bytes > allowed.at(stream)) {
-        check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                   "dynamic shared memory of a kernel");
+        check_cuda(
+            cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+            "dynamic shared memory of a kernel");
         allowed.set(stream, bytes);
     }
 }

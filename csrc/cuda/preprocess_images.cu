@@ -133,6 +133,4 @@ Tensor preprocess_images_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("preprocess_images", TORCH_BOX(&spatialflow::preprocess_images_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("preprocess_images", TORCH_BOX(&spatialflow::preprocess_images_cuda)); }

@@ -43,7 +43,7 @@ struct RoiLevel {
     Global<element_t> data;
     int height, width;
     int64_t stride_n, stride_h, stride_w;
-    double scale;   // cells per pixel
+    double scale;    // cells per pixel
     int tile_begin;  // first block of this level, where blocks are tiles of cells
 };
 
@@ -76,8 +76,9 @@ __device__ __forceinline__ RoiPlace roi_place(
     const int level = static_cast<int>(roi_level<real_t>(
         box[1], box[2], box[3], box[4], static_cast<real_t>(options.finest_scale), options.num_levels));
     const bool inside = index >= real_t(0) && index < real_t(options.batch);  // false for NaN
-    return {level, inside ? static_cast<int>(index) : 0,
-            inside && pyramid.levels[level].height > 0 && pyramid.levels[level].width > 0};
+    return {
+        level, inside ? static_cast<int>(index) : 0,
+        inside && pyramid.levels[level].height > 0 && pyramid.levels[level].width > 0};
 }
 
 // The y axis of a RoI, or its x axis.
@@ -118,8 +119,7 @@ __device__ __forceinline__ void add_group(
 // visit(pairs, offset, weight) takes the pairs of both that are not zero, 4 x 8 at a time: a lane each, `pairs` is the
 // mask of these lanes.
 template <typename real_t, typename offset_t, typename Visit>
-__device__ __forceinline__ void visit_pairs(
-    real_t weight, offset_t row_stride, offset_t column_stride, Visit&& visit) {
+__device__ __forceinline__ void visit_pairs(real_t weight, offset_t row_stride, offset_t column_stride, Visit&& visit) {
     const int lane = threadIdx.x % kWarpSize;
     const unsigned used = __ballot_sync(kAllLanes, weight != real_t(0));
     const unsigned rows = used & 0xffffu, columns = used >> kHalfWarp;
@@ -188,12 +188,12 @@ __device__ __forceinline__ void visit_cells(
 // ---- tables of a block -------------------------------------------------------------------------------------------
 
 constexpr int kMaxBinColumns = 16;  // of a block: half a warp; the other half takes its bin rows
-constexpr int kWalkWarps = 4;  // of a block, which takes as many bin rows
-constexpr int kMaxSamples = 32;  // of a bin on an axis, for a bin that tables hold
+constexpr int kWalkWarps = 4;       // of a block, which takes as many bin rows
+constexpr int kMaxSamples = 32;     // of a bin on an axis, for a bin that tables hold
 constexpr int kMaxTaps = 8;
 constexpr int kTooMany = kMaxTaps + 1;
 constexpr int kTapStride = kWarpSize;  // from a lane's tap to its next one: lanes side by side, in different banks
-constexpr int kMaxRows = 4;  // taps of a bin row that registers hold
+constexpr int kMaxRows = 4;            // taps of a bin row that registers hold
 
 // The bins of a RoI, cut into the tiles that blocks take.
 struct BinTiles {
@@ -343,14 +343,15 @@ struct WalkTables {
     Shared<int> row_taps;        // (kWalkWarps,): taps of each bin row, or kTooMany
     Shared<int> place;           // (4,): level, image, numbers of steps and of columns
 };
-#define SPATIALFLOW_WALK_TABLES(real_t, tables)                                 \
-    SPATIALFLOW_SHARED(Tap<real_t>, tables##_taps, kWarpSize * kMaxTaps);       \
-    SPATIALFLOW_SHARED(Step<real_t>, tables##_steps, kMaxBinColumns * kMaxTaps); \
-    SPATIALFLOW_SHARED(int64_t, tables##_columns, kMaxBinColumns * kMaxTaps);   \
-    SPATIALFLOW_SHARED(int, tables##_row_taps, kWalkWarps);                     \
-    SPATIALFLOW_SHARED(int, tables##_place, 4);                                 \
-    const WalkTables<real_t> tables{                                            \
-        tables##_taps, tables##_steps, tables##_columns, tables##_row_taps, tables##_place}
+#define SPATIALFLOW_WALK_TABLES(real_t, tables)                                            \
+    SPATIALFLOW_SHARED(Tap<real_t>, tables##_taps, kWarpSize* kMaxTaps);                   \
+    SPATIALFLOW_SHARED(Step<real_t>, tables##_steps, kMaxBinColumns* kMaxTaps);            \
+    SPATIALFLOW_SHARED(int64_t, tables##_columns, kMaxBinColumns* kMaxTaps);               \
+    SPATIALFLOW_SHARED(int, tables##_row_taps, kWalkWarps);                                \
+    SPATIALFLOW_SHARED(int, tables##_place, 4);                                            \
+    const WalkTables<real_t> tables {                                                      \
+        tables##_taps, tables##_steps, tables##_columns, tables##_row_taps, tables##_place \
+    }
 
 // The bins that a block takes.
 struct RoiPart {
@@ -511,7 +512,7 @@ template <typename scalar_t>
 constexpr int kForwardBlocks = std::is_same_v<scalar_t, double> ? 3 : 4;  // on a multiprocessor: 168 or 128 registers
 
 template <typename scalar_t, int kWidth>
-__global__ void __launch_bounds__(kWalkWarps * kWarpSize, kForwardBlocks<scalar_t>) roi_align_kernel(
+__global__ void __launch_bounds__(kWalkWarps* kWarpSize, kForwardBlocks<scalar_t>) roi_align_kernel(
     const __grid_constant__ RoiPyramid<const scalar_t> pyramid,
     Global<const accum_t<scalar_t>> boxes,  // (K, 5)
     Global<scalar_t> output,                // (K, bins, C), planar (K, C, bins)
@@ -547,7 +548,7 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, kForwardBlocks<scalar_
                 output + ((static_cast<int64_t>(part.roi) * bins + first_bin) * options.channels + channel);
             const Shared<scalar_t> own_tile = tile + warp * tiles.columns * kTileStride<kWidth>;
             Shared<scalar_t> bin_tile = own_tile + lane * kWidth;
-            const auto emit = [&](const real_t (&sum)[kWidth]) {
+            const auto emit = [&](const real_t(&sum)[kWidth]) {
                 Vec<scalar_t, kWidth> values;
 #pragma unroll
                 for (int i = 0; i < kWidth; ++i) {
@@ -583,8 +584,7 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, kForwardBlocks<scalar_
     for_bin_rows(true, [&](int, int row, int count, Global<const scalar_t> feature, auto&& emit) {
         const auto walk = [&](auto rows) {
             BinRowWalk<scalar_t, kWidth, decltype(rows)::value>(
-                feature, level.stride_h, tables.taps + (kMaxBinColumns + row), tables.steps, tables.columns,
-                length)
+                feature, level.stride_h, tables.taps + (kMaxBinColumns + row), tables.steps, tables.columns, length)
                 .run(emit);
         };
         if (count == 0) {
@@ -635,12 +635,11 @@ template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin_row(
     Global<const scalar_t> source, int bins, int channels,  // bins one after the other, `channels` apart
     Global<accum_t<scalar_t>> feature, bool active, int64_t stride_h, Shared<Tap<accum_t<scalar_t>>> rows,
-    int row_count,
-    Shared<Step<accum_t<scalar_t>>> steps, Shared<int64_t> columns, WalkLength length) {
+    int row_count, Shared<Step<accum_t<scalar_t>>> steps, Shared<int64_t> columns, WalkLength length) {
     using real_t = accum_t<scalar_t>;
     real_t previous[kWidth] = {}, current[kWidth] = {};
     int64_t previous_column = -1, current_column = -1;
-    const auto leave = [&](const real_t (&sums)[kWidth], int64_t column) {
+    const auto leave = [&](const real_t(&sums)[kWidth], int64_t column) {
         if (active && column >= 0) {
 #pragma unroll 1
             for (int r = 0; r < row_count; ++r) {
@@ -713,9 +712,9 @@ __device__ __forceinline__ void scatter_bin(
 constexpr int kScatterWidth = 4;
 
 template <typename scalar_t, int kWidth>
-__global__ void __launch_bounds__(kWalkWarps * kWarpSize, 5) roi_align_scatter_kernel(
-    Global<const scalar_t> grad_output,     // (K, PH, PW, C)
-    Global<const accum_t<scalar_t>> boxes,  // (K, 5)
+__global__ void __launch_bounds__(kWalkWarps* kWarpSize, 5) roi_align_scatter_kernel(
+    Global<const scalar_t> grad_output,                               // (K, PH, PW, C)
+    Global<const accum_t<scalar_t>> boxes,                            // (K, 5)
     const __grid_constant__ RoiPyramid<accum_t<scalar_t>> gradients,  // zero on entry
     const RoiOptions options, const BinTiles tiles) {
     using real_t = accum_t<scalar_t>;
@@ -743,8 +742,7 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, 5) roi_align_scatter_k
         const bool active = channel < options.channels;
         // Lanes beyond the last channel repeat the first one and add nothing.
         const int own_channel = active ? channel : 0;
-        const int64_t first_bin =
-            part.roi * bins + static_cast<int64_t>(ph) * options.pooled_width + part.first_column;
+        const int64_t first_bin = part.roi * bins + static_cast<int64_t>(ph) * options.pooled_width + part.first_column;
         Global<const scalar_t> source = grad_output + (first_bin * options.channels + own_channel);
         Global<real_t> feature = level.data + (image * level.stride_n + own_channel);
         if (row_count == kTooMany || length.steps < 0) {
@@ -764,7 +762,7 @@ __global__ void __launch_bounds__(kWalkWarps * kWarpSize, 5) roi_align_scatter_k
 
 // What a RoI reads, computed once for the gather.
 struct alignas(32) RoiCells {
-    int level, image;  // level -1: nothing
+    int level, image;                                  // level -1: nothing
     int first_row, end_row, first_column, end_column;  // no cell outside is read
     int unused[2];
 };
@@ -795,7 +793,7 @@ constexpr int kTableThreads = 128;
 // A thread per bin of an axis of a RoI: first those of the y axis, then those of the x axis.
 template <typename real_t, typename element_t>
 __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
-    Global<const real_t> boxes,  // (K, 5)
+    Global<const real_t> boxes,                                                                               // (K, 5)
     const __grid_constant__ RoiPyramid<element_t> pyramid, const RoiOptions options, Global<RoiCells> cells,  // (K,)
     Global<BinWeights<real_t>> weights) {  // (K, PH + PW)
     SPATIALFLOW_SHARED(Tap<real_t>, taps, kTableThreads * kMaxTaps);
@@ -869,9 +867,9 @@ struct LaneBin {
 // order, kThreads candidates at a time; each warp then adds up the bins that do read its cell.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
-    Global<const scalar_t> grad_output,     // (K, PH, PW, C)
-    Global<const accum_t<scalar_t>> boxes,  // (K, 5)
-    Global<const RoiCells> cells,           // (K,)
+    Global<const scalar_t> grad_output,                   // (K, PH, PW, C)
+    Global<const accum_t<scalar_t>> boxes,                // (K, 5)
+    Global<const RoiCells> cells,                         // (K,)
     Global<const BinWeights<accum_t<scalar_t>>> weights,  // (K, PH + PW)
     const __grid_constant__ RoiPyramid<scalar_t> gradients, const RoiOptions options) {
     using real_t = accum_t<scalar_t>;
@@ -956,8 +954,8 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_gather_kernel(
                         if (lane_bin.exists && own.first == kTooWide) {
                             const RoiAxis<real_t> axis =
                                 axis_of(boxes + static_cast<int64_t>(roi) * 5, lane_bin.of_rows, level, options);
-                            weight = cell_weight(
-                                axis, lane_bin.bin, cell, lane_bin.of_rows ? level.height : level.width);
+                            weight =
+                                cell_weight(axis, lane_bin.bin, cell, lane_bin.of_rows ? level.height : level.width);
                         }
                         const int bin = ph0 * options.pooled_width + pw0;
                         add_pairs(
@@ -989,21 +987,36 @@ int as_int(const char* op, const char* name, int64_t value) {
 RoiOptions options_of(
     const char* op, const RoiAlignSettings& settings, const Tensor& boxes, int64_t batch, int64_t channels,
     bool planar) {
-    check(settings.scales.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on CUDA, got ",
-          settings.scales.size());
+    check(
+        settings.scales.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on CUDA, got ",
+        settings.scales.size());
     const int64_t bins = settings.pooled_height * settings.pooled_width;
     as_int(op, "the number of bins", bins);
     as_int(op, "the number of values of a box", bins * channels);
-    return {static_cast<int>(settings.scales.size()), as_int(op, "the number of boxes", boxes.size(0)),
-            as_int(op, "the batch", batch), as_int(op, "the number of channels", channels),
-            static_cast<int>(settings.pooled_height), static_cast<int>(settings.pooled_width), settings.sampling_ratio,
-            settings.finest_scale, settings.aligned, planar};
+    return {
+        static_cast<int>(settings.scales.size()),
+        as_int(op, "the number of boxes", boxes.size(0)),
+        as_int(op, "the batch", batch),
+        as_int(op, "the number of channels", channels),
+        static_cast<int>(settings.pooled_height),
+        static_cast<int>(settings.pooled_width),
+        settings.sampling_ratio,
+        settings.finest_scale,
+        settings.aligned,
+        planar};
 }
 
 template <typename element_t>
 RoiLevel<element_t> level_of(const char* op, const Tensor& tensor, Global<element_t> data, double scale) {
-    return {data, as_int(op, "a level's height", tensor.size(2)), as_int(op, "a level's width", tensor.size(3)),
-            stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3), scale, 0};
+    return {
+        data,
+        as_int(op, "a level's height", tensor.size(2)),
+        as_int(op, "a level's width", tensor.size(3)),
+        stride_of(tensor, 0),
+        stride_of(tensor, 2),
+        stride_of(tensor, 3),
+        scale,
+        0};
 }
 
 // True if 16-byte accesses along channels are aligned in all levels.
@@ -1032,8 +1045,9 @@ struct WalkGrid {
             std::min(ceil_div(kFillingWarps, options.num_rois * bin_rows * passes), ceil_div(bin_columns, kMinColumns));
         const int64_t columns = ceil_div(bin_columns, std::max(ceil_div(bin_columns, kMaxBinColumns), wanted));
         const int64_t rows = ceil_div(bin_rows, ceil_div(bin_rows, kWalkWarps));
-        tiles = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(ceil_div(bin_rows, rows)),
-                 static_cast<int>(ceil_div(bin_columns, columns))};
+        tiles = {
+            static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(ceil_div(bin_rows, rows)),
+            static_cast<int>(ceil_div(bin_columns, columns))};
         const int64_t items = rows * passes, warps = ceil_div(items, ceil_div(items, kWalkWarps));
         grid = dim3(grid_size(op, static_cast<int64_t>(options.num_rois) * tiles.row_tiles * tiles.column_tiles));
         block = dim3(static_cast<unsigned>(warps * kWarpSize));
@@ -1194,8 +1208,7 @@ Tensor roi_align_backward_cuda(
     const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
     int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
     bool channels_last, bool deterministic) {
-    check_roi_align_backward(
-        grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
+    check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
     return roi_align_backward(
         "roi_align_backward", grad_output, boxes,
         {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0}, batch, channels, {height},

@@ -66,9 +66,9 @@ struct CandidateLevel {
 struct SelectedLevel {
     int level;
     unsigned anchors;
-    int64_t begin, count;    // of its candidates among those of an image
-    int64_t key_begin;       // of its keys among those of an image
-    unsigned block_begin;    // of its blocks that look for best logits
+    int64_t begin, count;  // of its candidates among those of an image
+    int64_t key_begin;     // of its keys among those of an image
+    unsigned block_begin;  // of its blocks that look for best logits
 };
 
 struct SelectedLevels {
@@ -81,7 +81,7 @@ template <typename scalar_t>
 struct CandidateProblem {
     CandidateLevel<scalar_t> levels[kMaxLevels];
     int level_count;
-    unsigned anchors;  // of a cell
+    unsigned anchors;    // of a cell
     int classes, group;  // lanes that share an anchor, a power of two
     int64_t rows;        // candidates of an image
 };
@@ -240,12 +240,12 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
 
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
-    Global<const unsigned> kept,               // (B, rows)
-    Global<const Box<float>> base,             // (levels, anchors)
-    Global<const int64_t> valid_sizes,         // (B, 2)
-    Global<const float> scale_factors,         // (B, 2)
-    Global<Box<accum_t<scalar_t>>> boxes,      // (B, rows)
-    Global<accum_t<scalar_t>> scores,          // (B, rows, classes)
+    Global<const unsigned> kept,                                      // (B, rows)
+    Global<const Box<float>> base,                                    // (levels, anchors)
+    Global<const int64_t> valid_sizes,                                // (B, 2)
+    Global<const float> scale_factors,                                // (B, 2)
+    Global<Box<accum_t<scalar_t>>> boxes,                             // (B, rows)
+    Global<accum_t<scalar_t>> scores,                                 // (B, rows, classes)
     const CandidateProblem<scalar_t> problem, const int64_t total) {  // threads
     using real_t = accum_t<scalar_t>;
     constexpr int kStored = kWidth < kWideElements<real_t> ? kWidth : kWideElements<real_t>;
@@ -261,14 +261,12 @@ __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
         ++level_index;
     }
     const CandidateLevel<scalar_t>& level = problem.levels[level_index];
-    const unsigned anchor_index =
-        level.is_selected ? kept[row] : static_cast<unsigned>(candidate - level.begin);
+    const unsigned anchor_index = level.is_selected ? kept[row] : static_cast<unsigned>(candidate - level.begin);
     const AnchorPlace place = place_of(anchor_index, problem.anchors, level.width);
     if (vector < vectors) {
         const int64_t begin = vector * kWidth;
         const auto logits = load_vector<kWidth>(
-            level.logits.at(image, place.y, place.x) +
-            (static_cast<int64_t>(place.anchor) * problem.classes + begin));
+            level.logits.at(image, place.y, place.x) + (static_cast<int64_t>(place.anchor) * problem.classes + begin));
 #pragma unroll
         for (int first = 0; first < kWidth; first += kStored) {
             Vec<real_t, kStored> result;
@@ -286,8 +284,8 @@ __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
             static_cast<real_t>(scale_factors[2 * image]), static_cast<real_t>(scale_factors[2 * image + 1])};
         boxes[row] = decode_candidate<real_t>(
             base[static_cast<int64_t>(level_index) * problem.anchors + place.anchor],
-            static_cast<int64_t>(place.x) * level.stride, static_cast<int64_t>(place.y) * level.stride,
-            load(deltas[0]), load(deltas[1]), load(deltas[2]), load(deltas[3]), own);
+            static_cast<int64_t>(place.x) * level.stride, static_cast<int64_t>(place.y) * level.stride, load(deltas[0]),
+            load(deltas[1]), load(deltas[2]), load(deltas[3]), own);
     }
 }
 
@@ -333,8 +331,8 @@ void run_candidates(CandidateProblem<scalar_t> problem, const CandidateTensors& 
     for (int l = 0; l < problem.level_count; ++l) {
         const CandidateLevel<scalar_t>& level = problem.levels[l];
         if (level.is_selected) {
-            selected.levels[selected.count++] = {
-                l, level.anchors, level.begin, level.count, selected.keys, grid_size(kOp, blocks)};
+            selected.levels[selected.count++] = {l,           level.anchors, level.begin,
+                                                 level.count, selected.keys, grid_size(kOp, blocks)};
             blocks += ceil_div(level.anchors, kThreads);
             selected.keys += ceil_div(level.anchors, kWideElements<key_t>) * kWideElements<key_t>;
         }
@@ -368,13 +366,12 @@ void run_candidates(CandidateProblem<scalar_t> problem, const CandidateTensors& 
 std::tuple<Tensor, Tensor> select_candidates_cuda(
     const std::vector<Tensor>& class_logits, const std::vector<Tensor>& box_deltas, const Tensor& base_anchors,
     const std::vector<int64_t>& strides, const Tensor& valid_sizes, const Tensor& scale_factors, int64_t per_level) {
-    check_select_candidates(
-        class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
+    check_select_candidates(class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
     const char* op = "select_candidates";
     const DeviceScope device(class_logits[0]);
     const int64_t batch = class_logits[0].size(0), classes = class_logits[0].size(1) / base_anchors.size(1);
-    check(class_logits.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on CUDA, got ",
-          class_logits.size());
+    check(
+        class_logits.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on CUDA, got ", class_logits.size());
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
     check(classes <= 0x7fffffff, op, ": class_logits[0] must have at most 2147483647 classes, got ", classes);
     const CandidateTensors own =
@@ -392,10 +389,14 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
         for (size_t l = 0; l < own.ranges.size(); ++l) {
             const Tensor& logits = own.logits[l];
             problem.levels[l] = {
-                level_values<scalar_t>(logits), level_values<scalar_t>(own.deltas[l]),
-                static_cast<unsigned>(logits.size(3)), static_cast<unsigned>(strides[l]),
-                static_cast<unsigned>(logits.size(2) * logits.size(3) * own.anchors), own.ranges[l].begin,
-                own.ranges[l].count, own.ranges[l].is_selected};
+                level_values<scalar_t>(logits),
+                level_values<scalar_t>(own.deltas[l]),
+                static_cast<unsigned>(logits.size(3)),
+                static_cast<unsigned>(strides[l]),
+                static_cast<unsigned>(logits.size(2) * logits.size(3) * own.anchors),
+                own.ranges[l].begin,
+                own.ranges[l].count,
+                own.ranges[l].is_selected};
         }
         if (is_wide<scalar_t>(own.logits, classes)) {
             run_candidates<scalar_t, kWideElements<scalar_t>>(problem, own, device.stream());
@@ -409,6 +410,4 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("select_candidates", TORCH_BOX(&spatialflow::select_candidates_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("select_candidates", TORCH_BOX(&spatialflow::select_candidates_cuda)); }

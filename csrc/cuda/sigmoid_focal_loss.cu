@@ -33,9 +33,9 @@ constexpr int kSumBlocks = sizeof(scalar_t) == sizeof(double) ? 2 : 4;
 constexpr int kSumTurns = 4, kElementwiseVectors = 2;
 
 struct FocalOptions {
-    int classes, row_vectors;    // of a row
-    int whole;                   // vectors that a thread has at least
-    int64_t row_step, rest;      // rows from one to its next; threads of the first `rest` rows have one more
+    int classes, row_vectors;  // of a row
+    int whole;                 // vectors that a thread has at least
+    int64_t row_step, rest;    // rows from one to its next; threads of the first `rest` rows have one more
     double gamma, positive_weight, negative_weight;
 };
 
@@ -288,8 +288,8 @@ __global__ void __launch_bounds__(kThreads, kSumBlocks<scalar_t>) focal_sum_kern
 }
 
 template <typename real_t>
-__global__ void __launch_bounds__(kTotalThreads) focal_total_kernel(
-    Global<const double> sums, Global<real_t> result, const unsigned count) {
+__global__ void __launch_bounds__(kTotalThreads)
+    focal_total_kernel(Global<const double> sums, Global<real_t> result, const unsigned count) {
     constexpr int kWarps = kTotalThreads / kWarpSize;
     SPATIALFLOW_SHARED(double, of_warps, kWarps);
     double sum = 0;
@@ -309,8 +309,10 @@ FocalOptions options_of(const Tensor& logits, int64_t width, int64_t vectors, do
     const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
     check(classes <= 0x7fffffff, "sigmoid_focal_loss: at most 2147483647 classes on CUDA, got ", classes);
     const int64_t row_step = ceil_div(rows, vectors), whole = rows / row_step;
-    return {static_cast<int>(classes), static_cast<int>(classes / width), static_cast<int>(whole), row_step,
-            rows - whole * row_step, gamma, alpha < 0 ? 1 : alpha, alpha < 0 ? 1 : 1 - alpha};
+    return {static_cast<int>(classes), static_cast<int>(classes / width),
+            static_cast<int>(whole),   row_step,
+            rows - whole * row_step,   gamma,
+            alpha < 0 ? 1 : alpha,     alpha < 0 ? 1 : 1 - alpha};
 }
 
 unsigned blocks_of(const FocalOptions& options) {
@@ -331,8 +333,8 @@ void dispatch_width(int64_t classes, std::initializer_list<const Tensor*> tensor
 
 template <int order, typename scalar_t, typename factor_t, Factor kFactor>
 void launch_elementwise(
-    const Tensor& logits, const Tensor& labels, const Tensor* factors, const Tensor& output, double gamma,
-    double alpha, Stream stream) {
+    const Tensor& logits, const Tensor& labels, const Tensor* factors, const Tensor& output, double gamma, double alpha,
+    Stream stream) {
     const Tensor& each = kFactor == Factor::kEach ? *factors : logits;
     dispatch_width<scalar_t>(logits.size(logits.dim() - 1), {&logits, &each, &output}, [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
@@ -380,8 +382,8 @@ Tensor sigmoid_focal_loss_sum_cuda(const Tensor& logits, const Tensor& labels, d
             const unsigned blocks = blocks_of(options);
             const Tensor sums = empty_like_sized(logits, {blocks}, ScalarType::Double);
             launch<focal_sum_kernel<scalar_t, kWidth>>(
-                dim3(blocks), dim3(kThreads), 0, device.stream(),
-                data<scalar_t>(source), data<int64_t>(classes_of_rows), mutable_data<double>(sums), options);
+                dim3(blocks), dim3(kThreads), 0, device.stream(), data<scalar_t>(source),
+                data<int64_t>(classes_of_rows), mutable_data<double>(sums), options);
             launch<focal_total_kernel<accum_t<scalar_t>>>(
                 dim3(1), dim3(kTotalThreads), 0, device.stream(), data<double>(sums),
                 mutable_data<accum_t<scalar_t>>(result), blocks);

@@ -86,8 +86,9 @@ __global__ void __launch_bounds__(
     const int tile_width = 1 << problem.log_tile_width, tile_height = Size::kPixels >> problem.log_tile_width;
     const auto tile_at = [&](int index) {
         const int map = index / problem.output_tiles, row = map / problem.tile_columns;
-        return Tile{map % problem.tile_columns * tile_width, row % problem.tile_rows * tile_height,
-                    row / problem.tile_rows, index % problem.output_tiles * Size::kOutputs};
+        return Tile{
+            map % problem.tile_columns * tile_width, row % problem.tile_rows * tile_height, row / problem.tile_rows,
+            index % problem.output_tiles * Size::kOutputs};
     };
     const int first = static_cast<int>(blockIdx.x), step_tiles = static_cast<int>(gridDim.x);
 
@@ -117,8 +118,9 @@ __global__ void __launch_bounds__(
                     tma_load_4d(pixels, &problem.x, step * kStepChannels, tile.x, tile.y, tile.image, ready);
 #pragma unroll
                     for (int pair = 0; pair < 4; ++pair) {
-                        tma_load_4d(pixels + Size::kPixelStage + pair * (Size::kOutputs / 4 * kRowBytes),
-                                    &problem.weights, step * kStepChannels, 0, pair, tile.output / 8, ready);
+                        tma_load_4d(
+                            pixels + Size::kPixelStage + pair * (Size::kOutputs / 4 * kRowBytes), &problem.weights,
+                            step * kStepChannels, 0, pair, tile.output / 8, ready);
                     }
                     next_stage();
                 }
@@ -219,9 +221,9 @@ __global__ void __launch_bounds__(
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int element = (i * kGroups + group) * 4 + half * 2;
-                        words[i] = pack_pair(sums[part][element] + own.value(2 * i) + added.value(2 * i),
-                                             sums[part][element + 1] + own.value(2 * i + 1) + added.value(2 * i + 1),
-                                             scalar_t{});
+                        words[i] = pack_pair(
+                            sums[part][element] + own.value(2 * i) + added.value(2 * i),
+                            sums[part][element + 1] + own.value(2 * i + 1) + added.value(2 * i + 1), scalar_t{});
                         words[i] = problem.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
                     }
                     if (places[part][half] >= 0 && present[group]) {
@@ -293,8 +295,9 @@ struct Sm90Conv1x1Kernel {
     }
 
     // False if TMA cannot read x.
-    static bool run(Conv1x1Problem<scalar_t>& problem, const Tensor& x, const PixelGrid& grid, const Tensor& weight,
-                    Stream stream) {
+    static bool run(
+        Conv1x1Problem<scalar_t>& problem, const Tensor& x, const PixelGrid& grid, const Tensor& weight,
+        Stream stream) {
         const int64_t channels = x.size(1), outputs = weight.size(0);
         const Tiling tiling(grid, outputs);
         problem.log_tile_width = tiling.log_width;
@@ -305,15 +308,18 @@ struct Sm90Conv1x1Kernel {
         const int64_t sizes[] = {channels, grid.sizes[0], grid.sizes[1], grid.sizes[2]};
         int64_t strides[3];
         if (!nested_strides(sizes, grid.strides, strides) ||
-            !encode_map<scalar_t, 4>(problem.x, data<scalar_t>(x), sizes, strides,
-                                     {kStepChannels, 1 << tiling.log_width, Size::kPixels >> tiling.log_width, 1}) ||
-            !encode_map<scalar_t, 4>(problem.weights, data<scalar_t>(weight), {channels, 2, 4, outputs / 8},
-                                     {channels, 2 * channels, 8 * channels}, {kStepChannels, 2, 1, kOutputs / 8})) {
+            !encode_map<scalar_t, 4>(
+                problem.x, data<scalar_t>(x), sizes, strides,
+                {kStepChannels, 1 << tiling.log_width, Size::kPixels >> tiling.log_width, 1}) ||
+            !encode_map<scalar_t, 4>(
+                problem.weights, data<scalar_t>(weight), {channels, 2, 4, outputs / 8},
+                {channels, 2 * channels, 8 * channels}, {kStepChannels, 2, 1, kOutputs / 8})) {
             return false;
         }
         const int blocks = resident_blocks<kKernel>(Size::kThreads, Size::kSharedBytes, stream);
-        launch<kKernel>(dim3(static_cast<unsigned>(std::min(problem.num_tiles, blocks))), dim3(Size::kThreads),
-                        Size::kSharedBytes, stream, problem);
+        launch<kKernel>(
+            dim3(static_cast<unsigned>(std::min(problem.num_tiles, blocks))), dim3(Size::kThreads), Size::kSharedBytes,
+            stream, problem);
         return true;
     }
 };
@@ -335,9 +341,10 @@ bool run(Conv1x1Problem<scalar_t>& problem, const Tensor& x, const Tensor& weigh
     const Choice choices[] = {
         choice(Sm90Conv1x1Kernel<scalar_t, 128, 2, 2>{}), choice(Sm90Conv1x1Kernel<scalar_t, 128, 1, 2>{}),
         choice(Sm90Conv1x1Kernel<scalar_t, 64, 1, 2>{}), choice(Sm90Conv1x1Kernel<scalar_t, 64, 1, 1>{})};
-    return std::min_element(std::begin(choices), std::end(choices), [](const Choice& one, const Choice& other) {
-               return one.cost < other.cost;
-           })->run(problem, x, grid, weight, stream);
+    return std::min_element(
+               std::begin(choices), std::end(choices),
+               [](const Choice& one, const Choice& other) { return one.cost < other.cost; })
+        ->run(problem, x, grid, weight, stream);
 }
 
 }  // namespace
@@ -367,10 +374,10 @@ bool conv1x1_sm90(
            run(problem, aligned(to_contiguous(x, MemoryFormat::ChannelsLast)), rows, stream);
 }
 
-#define SPATIALFLOW_INSTANTIATE(scalar_t)                                                                          \
-    template bool conv1x1_sm90<scalar_t>(                                                                          \
-        const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,   \
-        bool, Stream);
+#define SPATIALFLOW_INSTANTIATE(scalar_t)                                                                              \
+    template bool conv1x1_sm90<scalar_t>(                                                                              \
+        const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, bool, \
+        Stream);
 SPATIALFLOW_INSTANTIATE(float16)
 SPATIALFLOW_INSTANTIATE(bfloat16)
 #undef SPATIALFLOW_INSTANTIATE

@@ -26,12 +26,12 @@ namespace spatialflow {
 namespace {
 
 constexpr int kSide = 8, kHaloSide = kSide + 2;  // of a sub-tile
-constexpr int kStepChannels = 64;               // 128 bytes
-constexpr int kRowBytes = kStepChannels * 2;    // of a pixel, and of 64 outputs of a channel
+constexpr int kStepChannels = 64;                // 128 bytes
+constexpr int kRowBytes = kStepChannels * 2;     // of a pixel, and of 64 outputs of a channel
 constexpr int kHaloBytes = kHaloSide * kHaloSide * kRowBytes;
 constexpr int kRimStride = (kHaloBytes + 1023) / 1024 * 1024;  // the swizzle repeats every 1024 bytes
-constexpr int kWeightBytes = kStepChannels * kRowBytes;       // of 64 outputs
-constexpr int kSharedLimit = 227 * 1024;                      // of a block, static memory included
+constexpr int kWeightBytes = kStepChannels * kRowBytes;        // of 64 outputs
+constexpr int kSharedLimit = 227 * 1024;                       // of a block, static memory included
 constexpr int kAddWarps = 2, kThreads = 3 * 128;
 
 template <int kTileOutputs, int kTileParts>
@@ -47,7 +47,7 @@ struct Sm90Conv {
 // One convolution on one level.
 template <typename scalar_t>
 struct Sm90Level {
-    TensorMap x, flow;              // boxes of 10 x 10 pixels and 64 channels
+    TensorMap x, flow;                // boxes of 10 x 10 pixels and 64 channels
     Global<const scalar_t> residual;  // (N, H, W, O) or null
     Global<scalar_t> out;             // (N, H, W, O)
     int height, width;
@@ -56,12 +56,12 @@ struct Sm90Level {
 };
 
 struct Sm90Convolution {
-    TensorMap weights;       // boxes of 64 channels by 64 outputs
+    TensorMap weights;         // boxes of 64 channels by 64 outputs
     Global<const float> bias;  // (O) or null
     int first_level, levels;
-    int part_begin, parts;           // sub-tiles from and to
-    int tile_begin;                  // first tile in the launch
-    int output_tiles;                // beside each other
+    int part_begin, parts;  // sub-tiles from and to
+    int tile_begin;         // first tile in the launch
+    int output_tiles;       // beside each other
     int steps, outputs;
     bool has_flow, relu;
     bool wide;  // outputs and residual move 16 bytes at a time
@@ -122,8 +122,9 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
     const auto tile_at = [&](int index) {
         const int entry = entry_of_tile(table.convolutions, table.num_convolutions, index);
         const int local = index - table.convolutions[entry].tile_begin, beside = table.convolutions[entry].output_tiles;
-        return Tile{entry, table.convolutions[entry].part_begin + local / beside * Size::kParts,
-                    local % beside * Size::kOutputs};
+        return Tile{
+            entry, table.convolutions[entry].part_begin + local / beside * Size::kParts,
+            local % beside * Size::kOutputs};
     };
     struct Part {
         int level;
@@ -195,9 +196,9 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                     }
 #pragma unroll
                     for (int i = 0; i < Size::kParts; ++i) {
-                        tma_load_4d(begin + stage * Size::kInputStage + i * kRimStride, &table.levels[parts[i].level].x,
-                                    step * kStepChannels, parts[i].map.x - 1, parts[i].map.y - 1, parts[i].map.image,
-                                    full);
+                        tma_load_4d(
+                            begin + stage * Size::kInputStage + i * kRimStride, &table.levels[parts[i].level].x,
+                            step * kStepChannels, parts[i].map.x - 1, parts[i].map.y - 1, parts[i].map.image, full);
                     }
                     if (has_flow) {
 #pragma unroll
@@ -205,9 +206,10 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                             const int buffer = i % kAddWarps;
                             mbarrier_wait(flow_empty + 8 * buffer, flow_parity);
                             mbarrier_expect(flow_full + 8 * buffer, kHaloBytes);
-                            tma_load_4d(flow_memory + buffer * kRimStride, &table.levels[parts[i].level].flow,
-                                        step * kStepChannels, parts[i].map.x - 1, parts[i].map.y - 1,
-                                        parts[i].map.image, flow_full + 8 * buffer);
+                            tma_load_4d(
+                                flow_memory + buffer * kRimStride, &table.levels[parts[i].level].flow,
+                                step * kStepChannels, parts[i].map.x - 1, parts[i].map.y - 1, parts[i].map.image,
+                                flow_full + 8 * buffer);
                             flow_parity ^= buffer == kAddWarps - 1;
                         }
                     }
@@ -229,9 +231,9 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                         mbarrier_expect(weight_full + 8 * stage, Size::kWeightStage);
 #pragma unroll
                         for (int i = 0; i < Size::kOutputs / 64; ++i) {
-                            tma_load_3d(weight_memory + stage * Size::kWeightStage + i * kWeightBytes,
-                                        &convolution.weights, tile.output + i * 64, step * kStepChannels, tap,
-                                        weight_full + 8 * stage);
+                            tma_load_3d(
+                                weight_memory + stage * Size::kWeightStage + i * kWeightBytes, &convolution.weights,
+                                tile.output + i * 64, step * kStepChannels, tap, weight_full + 8 * stage);
                         }
                         if (++stage == kWeightStages) {
                             stage = 0;
@@ -329,8 +331,8 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                 mbarrier_wait(weight_full + 8 * weight_stage, weight_parity);
                 const int shift = tap / 3 * kHaloSide + tap % 3;
                 const uint64_t a = matrix_descriptor(inputs + shift * kRowBytes, 16, kHaloSide * kRowBytes);
-                const uint64_t b = matrix_descriptor(
-                    weight_memory + weight_stage * Size::kWeightStage, kWeightBytes, 8 * kRowBytes);
+                const uint64_t b =
+                    matrix_descriptor(weight_memory + weight_stage * Size::kWeightStage, kWeightBytes, 8 * kRowBytes);
                 pin_sums();
                 wgmma_fence();
                 // Sixteen channels are 32 bytes of a pixel, and 16 rows of weights.
@@ -408,9 +410,9 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
                     for (int i = 0; i < 4; ++i) {
                         const auto& own = sums[part];
                         const int element = (block * 4 + i) * 4 + half * 2;
-                        words[i] = pack_pair(own[element] + bias[block][2 * i] + load(added[2 * i]),
-                                             own[element + 1] + bias[block][2 * i + 1] + load(added[2 * i + 1]),
-                                             scalar_t{});
+                        words[i] = pack_pair(
+                            own[element] + bias[block][2 * i] + load(added[2 * i]),
+                            own[element + 1] + bias[block][2 * i + 1] + load(added[2 * i + 1]), scalar_t{});
                         words[i] = relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
                         words[i] = active ? words[i] : 0;
                     }
@@ -473,10 +475,11 @@ struct Sm90Kernel {
         for (int i = 0; i < table.num_convolutions; ++i) {
             const Sm90Convolution& convolution = table.convolutions[i];
             const double flow = convolution.has_flow;
-            const double step = std::max({kProducts, (kOperands + kWeights + (1 + 4 * flow) * kRims) / 128,
-                                          (kWeights + (1 + flow) * kRims) / 32});
-            cycles += static_cast<double>(tiles(convolution)) *
-                      (convolution.steps * step + 1000 + 4.0 * kParts * kOutputs);
+            const double step = std::max(
+                {kProducts, (kOperands + kWeights + (1 + 4 * flow) * kRims) / 128,
+                 (kWeights + (1 + flow) * kRims) / 32});
+            cycles +=
+                static_cast<double>(tiles(convolution)) * (convolution.steps * step + 1000 + 4.0 * kParts * kOutputs);
         }
         return cycles / static_cast<double>(tiles(table));
     }
@@ -491,8 +494,7 @@ struct Sm90Kernel {
             convolution.output_tiles = static_cast<int>(ceil_div(convolution.outputs, kOutputs));
             table.num_tiles += static_cast<int>(tiles(convolution));
         }
-        const unsigned blocks =
-            walking_blocks(table, resident_blocks<kKernel>(kThreads, Size::kSharedBytes, stream));
+        const unsigned blocks = walking_blocks(table, resident_blocks<kKernel>(kThreads, Size::kSharedBytes, stream));
         launch<kKernel>(dim3(blocks), dim3(kThreads), Size::kSharedBytes, stream, table);
     }
 };
@@ -527,8 +529,8 @@ struct Sm90Rounds {
         Sm90Table<scalar_t> rest = table;
         const int64_t tiles = cut(table, stream, rest);
         return tiles == 0 || rest.num_convolutions == 0
-            ? std::numeric_limits<double>::infinity()
-            : Large::cost(table, tiles, stream) + kLaunch + Small::cost(rest, Small::tiles(rest), stream);
+                   ? std::numeric_limits<double>::infinity()
+                   : Large::cost(table, tiles, stream) + kLaunch + Small::cost(rest, Small::tiles(rest), stream);
     }
     static void run(Sm90Table<scalar_t>& table, Stream stream) {
         Sm90Table<scalar_t> rest = table;
@@ -557,8 +559,8 @@ bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
     const Global<const scalar_t> weights = kernel_weights<scalar_t>(conv);
     const int64_t row = packed_tap_size(1, outputs);
     Sm90Convolution added{};
-    if (!encode_map<scalar_t, 3>(added.weights, weights, {row, channels, kTaps}, {row, channels * row},
-                                 {64, kStepChannels, 1})) {
+    if (!encode_map<scalar_t, 3>(
+            added.weights, weights, {row, channels, kTaps}, {row, channels * row}, {64, kStepChannels, 1})) {
         return false;
     }
     added.bias = conv.bias ? data<float>(*conv.bias) : nullptr;
@@ -612,10 +614,9 @@ void run(Sm90Table<scalar_t>& table, Stream stream) {
         return Choice{kernel.cost(table, kernel.tiles(table), stream), &decltype(kernel)::run};
     };
     const auto two_sizes = [&](auto rounds) { return Choice{rounds.cost(table, stream), &decltype(rounds)::run}; };
-    const Choice choices[] = {
-        one_size(Sm90Kernel<scalar_t, 128, 4>{}), one_size(Sm90Kernel<scalar_t, 128, 2>{}),
-        one_size(Sm90Kernel<scalar_t, 64, 4>{}), one_size(Sm90Kernel<scalar_t, 64, 2>{}),
-        two_sizes(Sm90Rounds<scalar_t, 128>{}), two_sizes(Sm90Rounds<scalar_t, 64>{})};
+    const Choice choices[] = {one_size(Sm90Kernel<scalar_t, 128, 4>{}), one_size(Sm90Kernel<scalar_t, 128, 2>{}),
+                              one_size(Sm90Kernel<scalar_t, 64, 4>{}),  one_size(Sm90Kernel<scalar_t, 64, 2>{}),
+                              two_sizes(Sm90Rounds<scalar_t, 128>{}),   two_sizes(Sm90Rounds<scalar_t, 64>{})};
     std::min_element(std::begin(choices), std::end(choices), [](const Choice& one, const Choice& other) {
         return one.cost < other.cost;
     })->run(table, stream);

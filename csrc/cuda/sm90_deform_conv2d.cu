@@ -48,9 +48,9 @@ template <typename scalar_t, int kOutputs, int kConsumers>
 __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1) deform_conv2d_sm90_kernel(
     const __grid_constant__ DeformProblem<scalar_t> problem,
     const __grid_constant__ TensorMap weights,  // boxes of 64 channels by 64 outputs
-    Global<const scalar_t> bias,                  // (O) or null
-    Global<scalar_t> output,                      // (pixels, O); not written if there are parts
-    Global<float> parts,                          // (parts, pixels, O) or null
+    Global<const scalar_t> bias,                // (O) or null
+    Global<scalar_t> output,                    // (pixels, O); not written if there are parts
+    Global<float> parts,                        // (parts, pixels, O) or null
     const int steps, const int part_steps) {
 #if SPATIALFLOW_HAS_SM90
     using Size = Sm90Deform<kOutputs, kConsumers>;
@@ -128,8 +128,9 @@ __global__ void __launch_bounds__(Sm90Deform<kOutputs, kConsumers>::kThreads, 1)
                     mbarrier_expect(full + 8 * stage, Size::kWeightStage);
 #pragma unroll
                     for (int i = 0; i < kOutputs / 64; ++i) {
-                        tma_load_3d(begin + stage * Size::kStage + Size::kColumnStage + i * kWeightBytes, &weights,
-                                    first_output + i * 64, 0, step, full + 8 * stage);
+                        tma_load_3d(
+                            begin + stage * Size::kStage + Size::kColumnStage + i * kWeightBytes, &weights,
+                            first_output + i * 64, 0, step, full + 8 * stage);
                     }
                 }
                 const bool more = step + 1 < last;
@@ -253,17 +254,18 @@ template <typename scalar_t>
 bool deform_conv2d_sm90(
     const char* op, const DeformProblem<scalar_t>& problem, const Tensor& packed, const std::optional<Tensor>& bias,
     const Tensor& output, std::optional<Tensor>& parts, Stream stream) {
-    if (problem.groups != 1 || problem.chunk != kStepChannels || problem.channels == 0 ||
-        problem.taps > kTableTaps || problem.out_channels <= 64 || problem.out_channels % 8 != 0 ||
-        !is_aligned(problem.input, 16) || !runs_sm90<&deform_conv2d_sm90_kernel<scalar_t, 128, 1>>(stream)) {
+    if (problem.groups != 1 || problem.chunk != kStepChannels || problem.channels == 0 || problem.taps > kTableTaps ||
+        problem.out_channels <= 64 || problem.out_channels % 8 != 0 || !is_aligned(problem.input, 16) ||
+        !runs_sm90<&deform_conv2d_sm90_kernel<scalar_t, 128, 1>>(stream)) {
         return false;
     }
     bind_context(stream);
     const int64_t steps = static_cast<int64_t>(problem.channels) / kStepChannels * problem.taps;
     const int64_t row = problem.packed_outputs;
     TensorMap weights;
-    if (!encode_map<scalar_t, 3>(weights, data<scalar_t>(packed), {row, kStepChannels, steps},
-                                 {row, kStepChannels * row}, {64, kStepChannels, 1})) {
+    if (!encode_map<scalar_t, 3>(
+            weights, data<scalar_t>(packed), {row, kStepChannels, steps}, {row, kStepChannels * row},
+            {64, kStepChannels, 1})) {
         return false;
     }
     // The number of parts depends on shapes alone, so results do not depend on the card.
@@ -302,9 +304,9 @@ bool deform_conv2d_sm90(
     return true;
 }
 
-#define SPATIALFLOW_INSTANTIATE(scalar_t)                                                                           \
-    template bool deform_conv2d_sm90<scalar_t>(                                                                     \
-        const char*, const DeformProblem<scalar_t>&, const Tensor&, const std::optional<Tensor>&, const Tensor&,    \
+#define SPATIALFLOW_INSTANTIATE(scalar_t)                                                                        \
+    template bool deform_conv2d_sm90<scalar_t>(                                                                  \
+        const char*, const DeformProblem<scalar_t>&, const Tensor&, const std::optional<Tensor>&, const Tensor&, \
         std::optional<Tensor>&, Stream);
 SPATIALFLOW_INSTANTIATE(float16)
 SPATIALFLOW_INSTANTIATE(bfloat16)

@@ -128,22 +128,24 @@ __device__ __forceinline__ void pin(WgmmaSums<kCount>& d) {
 }
 
 #define SPATIALFLOW_SUM(i) "+f"(d.values[i])
-#define SPATIALFLOW_SUMS_8(i) \
+#define SPATIALFLOW_SUMS_8(i)                                                                   \
     SPATIALFLOW_SUM(i), SPATIALFLOW_SUM(i + 1), SPATIALFLOW_SUM(i + 2), SPATIALFLOW_SUM(i + 3), \
         SPATIALFLOW_SUM(i + 4), SPATIALFLOW_SUM(i + 5), SPATIALFLOW_SUM(i + 6), SPATIALFLOW_SUM(i + 7)
 #define SPATIALFLOW_SUMS_32(i) \
     SPATIALFLOW_SUMS_8(i), SPATIALFLOW_SUMS_8(i + 8), SPATIALFLOW_SUMS_8(i + 16), SPATIALFLOW_SUMS_8(i + 24)
-#define SPATIALFLOW_NAMES_32 \
+#define SPATIALFLOW_NAMES_32                                                                                         \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31"
-#define SPATIALFLOW_NAMES_64 \
-    SPATIALFLOW_NAMES_32 \
+#define SPATIALFLOW_NAMES_64                                                                                           \
+    SPATIALFLOW_NAMES_32                                                                                               \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
     "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Operands: sums, descriptors of a and b, whether to add, whether b is transposed (K-major is not); a never is.
-#define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add, transposed)                                        \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\n"                                                        \
-    "wgmma.mma_async.sync.aligned.m64n" outputs "k16.f32." type "." type " {" names "}, " a ", " b ", p, 1, 1" \
+#define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add, transposed)                             \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " add                                                        \
+    ", 0;\n"                                                                                       \
+    "wgmma.mma_async.sync.aligned.m64n" outputs "k16.f32." type "." type " {" names "}, " a ", " b \
+    ", p, 1, 1"                                                                                    \
     ", 0, " transposed ";\n}\n"
 
 template <int kOutputs, bool kOutputsAdjacent = true>

@@ -76,8 +76,9 @@ inline void bind_context(Stream stream) { check_cuda(cudaSetDevice(stream.device
 // Encodes a tensor map; false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and box are
 // in elements, from the innermost dimension on.
 template <typename scalar_t, int kDimensions>
-inline bool encode_map(CUtensorMap& map, const scalar_t* address, const int64_t (&sizes)[kDimensions],
-                       const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
+inline bool encode_map(
+    CUtensorMap& map, const scalar_t* address, const int64_t (&sizes)[kDimensions],
+    const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
     cuuint64_t all_sizes[kDimensions], byte_strides[kDimensions - 1];
     cuuint32_t box_sizes[kDimensions], steps[kDimensions];
     for (int d = 0; d < kDimensions; ++d) {

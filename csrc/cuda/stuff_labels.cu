@@ -158,8 +158,12 @@ Tensor stuff_labels_cuda(
         return output;
     }
     const LabelProblem problem{
-        LabelAxis(logits.size(1), valid_height, height), LabelAxis(logits.size(2), valid_width, width),
-        stride_of(logits, 0), stride_of(logits, 1), stride_of(logits, 2), static_cast<int>(logits.size(0)),
+        LabelAxis(logits.size(1), valid_height, height),
+        LabelAxis(logits.size(2), valid_width, width),
+        stride_of(logits, 0),
+        stride_of(logits, 1),
+        stride_of(logits, 2),
+        static_cast<int>(logits.size(0)),
         stride_of(logits, 0) < stride_of(logits, 2)};
     dispatch_floating("stuff_labels", logits.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
@@ -175,6 +179,4 @@ Tensor stuff_labels_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("stuff_labels", TORCH_BOX(&spatialflow::stuff_labels_cuda));
-}
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("stuff_labels", TORCH_BOX(&spatialflow::stuff_labels_cuda)); }

@@ -200,8 +200,7 @@ __device__ __forceinline__ void multiply_add(
     float (&d)[4], const Fragment<scalar_t, 4>& a, const Fragment<scalar_t, 2>& b) {
     mma_16816(d, a.words, b.words, scalar_t{});
 }
-__device__ __forceinline__ void multiply_add(
-    float (&d)[4], const Fragment<Tf32, 4>& a, const Fragment<Tf32, 2>& b) {
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Fragment<Tf32, 4>& a, const Fragment<Tf32, 2>& b) {
     mma_1688(d, a.words, b.words);
 }
 // The small product low * low is left out. Tensor cores cut sums off, which in a long sum costs more digits than the

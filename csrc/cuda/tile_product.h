@@ -272,8 +272,7 @@ private:
             ldmatrix_x4_trans(
                 words, tile + ((k + lane() % 8 + lane() / 16 * 8) * Layout::kLeftRow + first + lane() / 8 % 2 * 8));
         } else {
-            ldmatrix_x4(
-                words, tile + ((first + lane() % 16) * Layout::kLeftRow + k + lane() / 16 * Layout::kItem));
+            ldmatrix_x4(words, tile + ((first + lane() % 16) * Layout::kLeftRow + k + lane() / 16 * Layout::kItem));
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -294,8 +293,7 @@ private:
                 words[e + 2] = pair[1];
             }
         } else if constexpr (kRightByDepth) {
-            ldmatrix_x4_trans(
-                words, tile + ((k + lane() % 16) * Layout::kRightRow + first + lane() / 16 * 8));
+            ldmatrix_x4_trans(words, tile + ((k + lane() % 16) * Layout::kRightRow + first + lane() / 16 * 8));
         } else {
             ldmatrix_x4(
                 words, tile + ((first + lane() % 8 + lane() / 16 * 8) * Layout::kRightRow + k +

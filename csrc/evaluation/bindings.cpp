@@ -31,12 +31,13 @@ bool is_pixels(const py::array& array) {
 
 // (H, W, 3) uint8 pixels or (H, W) int32 ids, contiguous; `name` is the argument's, for the error.
 py::array contiguous_id_map(const py::array& array, const char* name) {
-    if (is_pixels(array)) return py::array_t<uint8_t, py::array::c_style>::ensure(array);
+    if (is_pixels(array))
+        return py::array_t<uint8_t, py::array::c_style>::ensure(array);
     if (array.ndim() == 2 && py::isinstance<py::array_t<int32_t>>(array)) {
         return py::array_t<int32_t, py::array::c_style>::ensure(array);
     }
-    throw py::value_error(std::string(name) + " must be an (H, W) int32 id map or (H, W, 3) uint8 pixels, got " +
-                          shape_text(array));
+    throw py::value_error(
+        std::string(name) + " must be an (H, W) int32 id map or (H, W, 3) uint8 pixels, got " + shape_text(array));
 }
 
 py::array_t<int32_t> decode_ids(const py::array& image, bool bgr) {
@@ -78,14 +79,16 @@ py::array_t<uint8_t> encode_ids(const py::array& ids, bool bgr) {
 py::array_t<int32_t> unfilter_png(const py::buffer& data, py::ssize_t height, py::ssize_t width, int channels) {
     const py::buffer_info lines = data.request();
     if (height < 1 || width < 1 || (channels != 3 && channels != 4)) {
-        throw py::value_error("height and width must be at least 1 and channels 3 or 4, got " + std::to_string(height) +
-                              ", " + std::to_string(width) + " and " + std::to_string(channels));
+        throw py::value_error(
+            "height and width must be at least 1 and channels 3 or 4, got " + std::to_string(height) + ", " +
+            std::to_string(width) + " and " + std::to_string(channels));
     }
     const py::ssize_t line = 1 + width * channels;
     if (lines.ndim != 1 || lines.itemsize != 1 || lines.strides[0] != 1 || lines.size / line != height ||
         lines.size % line != 0) {
-        throw py::value_error("lines must be " + std::to_string(height) + " * " + std::to_string(line) +
-                              " bytes, got " + std::to_string(lines.size));
+        throw py::value_error(
+            "lines must be " + std::to_string(height) + " * " + std::to_string(line) + " bytes, got " +
+            std::to_string(lines.size));
     }
     py::array_t<int32_t> ids({height, width});
     const auto* source = static_cast<const uint8_t*>(lines.ptr);
@@ -93,8 +96,8 @@ py::array_t<int32_t> unfilter_png(const py::buffer& data, py::ssize_t height, py
     size_t done;
     {
         py::gil_scoped_release release;
-        done = evaluation::unfilter_png(
-            source, static_cast<size_t>(height), static_cast<size_t>(width), channels, target);
+        done =
+            evaluation::unfilter_png(source, static_cast<size_t>(height), static_cast<size_t>(width), channels, target);
     }
     if (done < static_cast<size_t>(height)) {
         throw py::value_error("unknown filter " + std::to_string(source[done * static_cast<size_t>(line)]));
@@ -111,8 +114,8 @@ py::object count_pairs(const py::array& first, const py::array& second) {
     const py::array a = contiguous_id_map(first, "first");
     const py::array b = contiguous_id_map(second, "second");
     if (a.shape(0) != b.shape(0) || a.shape(1) != b.shape(1)) {
-        throw py::value_error("first and second must have the same height and width, got " + shape_text(a) + " and " +
-                              shape_text(b));
+        throw py::value_error(
+            "first and second must have the same height and width, got " + shape_text(a) + " and " + shape_text(b));
     }
     const auto pixels = static_cast<size_t>(a.shape(0) * a.shape(1));
     const evaluation::IdImage first_image = id_image(a);
@@ -122,7 +125,8 @@ py::object count_pairs(const py::array& first, const py::array& second) {
         py::gil_scoped_release release;
         counted = evaluation::count_pairs(first_image, second_image, pixels);
     }
-    if (!counted) return py::none();
+    if (!counted)
+        return py::none();
     const std::vector<evaluation::PairCount>& pairs = *counted;
     const auto size = static_cast<py::ssize_t>(pairs.size());
     py::array_t<int64_t> first_ids(size), second_ids(size), counts(size);
@@ -138,17 +142,20 @@ py::object count_pairs(const py::array& first, const py::array& second) {
 
 PYBIND11_MODULE(_evaluation, module) {
     module.doc() = "Counting behind panoptic quality, and id maps; needs numpy only.";
-    module.def("decode_ids", &decode_ids, py::arg("image"), py::kw_only(), py::arg("bgr") = false,
-               "(H, W, 3) uint8 pixels to (H, W) int32 ids: red + 256 * green + 65536 * blue; bgr: OpenCV's order.");
-    module.def("encode_ids", &encode_ids, py::arg("ids"), py::kw_only(), py::arg("bgr") = false,
-               "(H, W) int32 ids in [0, 2^24) to (H, W, 3) uint8 pixels, the inverse of decode_ids.");
-    module.def("unfilter_png", &unfilter_png, py::arg("lines"), py::arg("height"), py::arg("width"),
-               py::arg("channels"),
-               "The filtered lines of an 8-bit PNG with 3 or 4 channels, height * (1 + width * channels) bytes, to\n"
-               "(H, W) int32 ids.");
-    module.def("count_pairs", &count_pairs, py::arg("first"), py::arg("second"),
-               "Ids of both maps and the pixels they share, as three int64 arrays: one row per pair that occurs.\n\n"
-               "Maps are (H, W) int32 or (H, W, 3) uint8, red first, of equal height and width; the two may differ in\n"
-               "kind. Rows ascend by first, then second id. None where the maps are noise: pairs stay the same for\n"
-               "less than about eight pixels in a row.");
+    module.def(
+        "decode_ids", &decode_ids, py::arg("image"), py::kw_only(), py::arg("bgr") = false,
+        "(H, W, 3) uint8 pixels to (H, W) int32 ids: red + 256 * green + 65536 * blue; bgr: OpenCV's order.");
+    module.def(
+        "encode_ids", &encode_ids, py::arg("ids"), py::kw_only(), py::arg("bgr") = false,
+        "(H, W) int32 ids in [0, 2^24) to (H, W, 3) uint8 pixels, the inverse of decode_ids.");
+    module.def(
+        "unfilter_png", &unfilter_png, py::arg("lines"), py::arg("height"), py::arg("width"), py::arg("channels"),
+        "The filtered lines of an 8-bit PNG with 3 or 4 channels, height * (1 + width * channels) bytes, to\n"
+        "(H, W) int32 ids.");
+    module.def(
+        "count_pairs", &count_pairs, py::arg("first"), py::arg("second"),
+        "Ids of both maps and the pixels they share, as three int64 arrays: one row per pair that occurs.\n\n"
+        "Maps are (H, W) int32 or (H, W, 3) uint8, red first, of equal height and width; the two may differ in\n"
+        "kind. Rows ascend by first, then second id. None where the maps are noise: pairs stay the same for\n"
+        "less than about eight pixels in a row.");
 }

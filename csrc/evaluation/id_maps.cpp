@@ -21,10 +21,8 @@ SPATIALFLOW_CLONES void decode_any(
 // Returns how many pixels were done; a step reads 64 bytes, so the last ones are left.
 SPATIALFLOW_AVX512 size_t decode_avx512(const uint8_t* pixels, size_t count, bool swapped, int32_t* ids) {
     const __m512i spread = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
-    const __m512i rgb = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
-    const __m512i bgr = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(2, 1, 0, -1, 5, 4, 3, -1, 8, 7, 6, -1, 11, 10, 9, -1));
+    const __m512i rgb = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    const __m512i bgr = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 1, 0, -1, 5, 4, 3, -1, 8, 7, 6, -1, 11, 10, 9, -1));
     const __m512i order = swapped ? bgr : rgb;
     size_t i = 0;
     for (; 3 * i + 64 <= 3 * count; i += 16) {
@@ -40,18 +38,21 @@ SPATIALFLOW_AVX512 size_t decode_avx512(const uint8_t* pixels, size_t count, boo
 void decode_ids(const uint8_t* pixels, size_t count, bool swapped, int32_t* ids) {
     size_t done = 0;
 #ifdef SPATIALFLOW_AVX512
-    if (has_avx512()) done = decode_avx512(pixels, count, swapped, ids);
+    if (has_avx512())
+        done = decode_avx512(pixels, count, swapped, ids);
 #endif
     decode_any(pixels + 3 * done, count - done, swapped, ids + done);
 }
 
-SPATIALFLOW_CLONES size_t encode_ids(
-    const int32_t* __restrict__ ids, size_t count, bool swapped, uint8_t* __restrict__ pixels) {
+SPATIALFLOW_CLONES size_t
+encode_ids(const int32_t* __restrict__ ids, size_t count, bool swapped, uint8_t* __restrict__ pixels) {
     uint32_t all = 0;
-    for (size_t i = 0; i < count; ++i) all |= static_cast<uint32_t>(ids[i]);
+    for (size_t i = 0; i < count; ++i)
+        all |= static_cast<uint32_t>(ids[i]);
     if (all > static_cast<uint32_t>(kLargestId)) {
         for (size_t i = 0; i < count; ++i) {
-            if (static_cast<uint32_t>(ids[i]) > static_cast<uint32_t>(kLargestId)) return i;
+            if (static_cast<uint32_t>(ids[i]) > static_cast<uint32_t>(kLargestId))
+                return i;
         }
     }
     const int red = swapped ? 2 : 0;

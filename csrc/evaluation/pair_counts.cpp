@@ -26,18 +26,21 @@ class PairTable {
 public:
     void add(uint64_t key, int64_t count) {
         size_t i = position(key);
-        while (slots_[i].count != 0 && slots_[i].key != key) i = (i + 1) & mask_;
+        while (slots_[i].count != 0 && slots_[i].key != key)
+            i = (i + 1) & mask_;
         used_ += slots_[i].count == 0;
         slots_[i].key = key;
         slots_[i].count += count;
-        if (4 * used_ > slots_.size()) grow();
+        if (4 * used_ > slots_.size())
+            grow();
     }
 
     std::vector<PairCount> sorted() const {
         std::vector<PairCount> pairs;
         pairs.reserve(used_);
         for (const Slot& slot : slots_) {
-            if (slot.count == 0) continue;
+            if (slot.count == 0)
+                continue;
             pairs.push_back({static_cast<int32_t>(slot.key >> 32), static_cast<int32_t>(slot.key), slot.count});
         }
         std::sort(pairs.begin(), pairs.end(), [](const PairCount& a, const PairCount& b) {
@@ -65,9 +68,11 @@ private:
         mask_ = slots_.size() - 1;
         shift_ -= 2;
         for (const Slot& slot : old) {
-            if (slot.count == 0) continue;
+            if (slot.count == 0)
+                continue;
             size_t i = position(slot.key);
-            while (slots_[i].count != 0) i = (i + 1) & mask_;
+            while (slots_[i].count != 0)
+                i = (i + 1) & mask_;
             slots_[i] = slot;
         }
     }
@@ -83,8 +88,8 @@ SPATIALFLOW_CLONES void mark_changes(
     const int32_t* __restrict__ first, const int32_t* __restrict__ second, size_t count,
     uint8_t* __restrict__ changed) {
     for (size_t i = 0; i < count; ++i) {
-        const int32_t difference = (first[i] ^ first[static_cast<ptrdiff_t>(i) - 1]) |
-                                   (second[i] ^ second[static_cast<ptrdiff_t>(i) - 1]);
+        const int32_t difference =
+            (first[i] ^ first[static_cast<ptrdiff_t>(i) - 1]) | (second[i] ^ second[static_cast<ptrdiff_t>(i) - 1]);
         changed[i] = difference != 0;
     }
 }
@@ -107,8 +112,8 @@ size_t find_changes_any(const int32_t* first, const int32_t* second, size_t begi
 
 #ifdef SPATIALFLOW_AVX512
 // The same without a branch per change, which would be mispredicted: indices are compressed 16 pixels at a time.
-SPATIALFLOW_AVX512 size_t find_changes_avx512(
-    const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
+SPATIALFLOW_AVX512 size_t
+find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i last_first = _mm512_set1_epi32(first[static_cast<ptrdiff_t>(begin) - 1]);
     __m512i last_second = _mm512_set1_epi32(second[static_cast<ptrdiff_t>(begin) - 1]);
@@ -136,24 +141,27 @@ SPATIALFLOW_AVX512 size_t find_changes_avx512(
 
 size_t find_changes(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
 #ifdef SPATIALFLOW_AVX512
-    if (has_avx512()) return find_changes_avx512(first, second, begin, count, found);
+    if (has_avx512())
+        return find_changes_avx512(first, second, begin, count, found);
 #endif
     return find_changes_any(first, second, begin, count, found);
 }
 
 // Ids of pixels [begin, begin + count), readable at index -1 unless begin is 0. Bytes are decoded into `buffer`.
 const int32_t* chunk_ids(const IdImage& image, size_t begin, size_t count, int32_t* buffer /* (1 + kChunk) */) {
-    if (image.kind == IdImage::Kind::kIds) return static_cast<const int32_t*>(image.data) + begin;
+    if (image.kind == IdImage::Kind::kIds)
+        return static_cast<const int32_t*>(image.data) + begin;
     const size_t before = begin == 0 ? 0 : 1;
-    decode_ids(static_cast<const uint8_t*>(image.data) + 3 * (begin - before), count + before, false,
-               buffer + 1 - before);
+    decode_ids(
+        static_cast<const uint8_t*>(image.data) + 3 * (begin - before), count + before, false, buffer + 1 - before);
     return buffer + 1;
 }
 
 }  // namespace
 
 std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const IdImage& second, size_t pixels) {
-    if (pixels == 0) return std::vector<PairCount>();
+    if (pixels == 0)
+        return std::vector<PairCount>();
     PairTable table;
     int32_t first_buffer[1 + kChunk];
     int32_t second_buffer[1 + kChunk];
@@ -165,10 +173,12 @@ std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const Id
         const size_t count = std::min(kChunk, pixels - begin);
         const int32_t* first_ids = chunk_ids(first, begin, count, first_buffer);
         const int32_t* second_ids = chunk_ids(second, begin, count, second_buffer);
-        if (begin == 0) run_key = pack(first_ids[0], second_ids[0]);
+        if (begin == 0)
+            run_key = pack(first_ids[0], second_ids[0]);
         const size_t found = find_changes(first_ids, second_ids, begin == 0 ? 1 : 0, count, changes);
         runs += found;
-        if (runs > kNoiseAllowance + (begin + count) / kNoiseRun) return std::nullopt;
+        if (runs > kNoiseAllowance + (begin + count) / kNoiseRun)
+            return std::nullopt;
         for (size_t c = 0; c < found; ++c) {
             const size_t i = static_cast<size_t>(changes[c]);
             table.add(run_key, static_cast<int64_t>(begin + i - run_start));

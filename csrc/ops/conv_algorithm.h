@@ -11,8 +11,9 @@ namespace spatialflow {
 constexpr int64_t kConvAuto = 0, kConvWinograd = 1, kConvDirect = 2, kConvTf32 = 3, kConvTf32x3 = 4;
 
 inline void check_algorithm(const char* op, int64_t algorithm) {
-    check(algorithm >= kConvAuto && algorithm <= kConvTf32x3, op,
-          ": algorithm must be 0 (auto), 1 (winograd), 2 (direct), 3 (tf32) or 4 (tf32x3), got ", algorithm);
+    check(
+        algorithm >= kConvAuto && algorithm <= kConvTf32x3, op,
+        ": algorithm must be 0 (auto), 1 (winograd), 2 (direct), 3 (tf32) or 4 (tf32x3), got ", algorithm);
 }
 
 // Elements behind packed weights that no kernel reads. Their number is the tag of the layout, which differs between

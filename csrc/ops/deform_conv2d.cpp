@@ -24,8 +24,9 @@ void check_deform_call(
     const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
     int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
-    check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent,
-                        {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm});
+    check_deform_conv2d(
+        input, offset, weight, bias, mask, offset_tangent,
+        {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm});
 }
 
 void check_pack_call(const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
@@ -37,9 +38,9 @@ void check_packed_call(
     int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
     int64_t algorithm, int64_t out_channels, int64_t groups, int64_t offset_groups, int64_t kernel_h,
     int64_t kernel_w) {
-    check_deform_conv2d_packed(input, offset, bias, mask,
-                               {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm},
-                               {out_channels, groups, offset_groups, kernel_h, kernel_w});
+    check_deform_conv2d_packed(
+        input, offset, bias, mask, {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm},
+        {out_channels, groups, offset_groups, kernel_h, kernel_w});
 }
 
 }  // namespace

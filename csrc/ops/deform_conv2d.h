@@ -44,22 +44,25 @@ constexpr int64_t kMaxDeformStep = 1 << 29;  // so that positions fit 32 bits
 inline void check_deform_options(const char* op, const DeformConvOptions& options) {
     check_algorithm(op, options.algorithm);
     check(options.algorithm != kConvWinograd, op, ": algorithm must not be 1 (winograd): it needs taps on a grid");
-    check(options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0],
-          ", ", options.stride[1], ")");
-    check(options.padding[0] >= 0 && options.padding[1] >= 0, op, ": padding must not be negative, got (",
-          options.padding[0], ", ", options.padding[1], ")");
-    check(options.dilation[0] > 0 && options.dilation[1] > 0, op, ": dilation must be positive, got (",
-          options.dilation[0], ", ", options.dilation[1], ")");
+    check(
+        options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0], ", ",
+        options.stride[1], ")");
+    check(
+        options.padding[0] >= 0 && options.padding[1] >= 0, op, ": padding must not be negative, got (",
+        options.padding[0], ", ", options.padding[1], ")");
+    check(
+        options.dilation[0] > 0 && options.dilation[1] > 0, op, ": dilation must be positive, got (",
+        options.dilation[0], ", ", options.dilation[1], ")");
     for (int axis = 0; axis < 2; ++axis) {
-        check(options.stride[axis] <= kMaxDeformStep && options.padding[axis] <= kMaxDeformStep &&
-                  options.dilation[axis] <= kMaxDeformStep,
-              op, ": stride, padding and dilation must be at most 2^29, got ", options.stride[axis], ", ",
-              options.padding[axis], " and ", options.dilation[axis]);
+        check(
+            options.stride[axis] <= kMaxDeformStep && options.padding[axis] <= kMaxDeformStep &&
+                options.dilation[axis] <= kMaxDeformStep,
+            op, ": stride, padding and dilation must be at most 2^29, got ", options.stride[axis], ", ",
+            options.padding[axis], " and ", options.dilation[axis]);
     }
 }
 
-inline int64_t deform_out_size(
-    int64_t size, int64_t kernel, const DeformConvOptions& options, int axis) {
+inline int64_t deform_out_size(int64_t size, int64_t kernel, const DeformConvOptions& options, int axis) {
     // Python's floor division: C++ rounds a negative quotient up.
     const int64_t room = size + 2 * options.padding[axis] - options.dilation[axis] * (kernel - 1) - 1;
     return room < 0 ? 0 : room / options.stride[axis] + 1;
@@ -78,9 +81,10 @@ inline DeformConvShape check_deform_sampling(
     check_same_device(op, "offset", offset, "input", input);
     check_deform_options(op, options);
     // Without channels a weight of any size costs no memory, and the product of its sides may overflow.
-    check(kernel_height > 0 && kernel_width > 0 && kernel_height <= kMaxDeformStep && kernel_width <= kMaxDeformStep,
-          op, ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", kernel_height, ", ",
-          kernel_width, ")");
+    check(
+        kernel_height > 0 && kernel_width > 0 && kernel_height <= kMaxDeformStep && kernel_width <= kMaxDeformStep, op,
+        ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", kernel_height, ", ",
+        kernel_width, ")");
     DeformConvShape shape{};
     shape.batch = input.size(0);
     shape.channels = input.size(1);
@@ -91,25 +95,30 @@ inline DeformConvShape check_deform_sampling(
     shape.out_height = deform_out_size(shape.height, kernel_height, options, 0);
     shape.out_width = deform_out_size(shape.width, kernel_width, options, 1);
     shape.groups = 1;
-    check(shape.out_height > 0 && shape.out_width > 0, op, ": input of ", shape.height, " x ", shape.width,
-          " is too small for the kernel: the output would be ", shape.out_height, " x ", shape.out_width);
-    check(offset.size(1) > 0 && offset.size(1) % (2 * shape.taps()) == 0, op,
-          ": offset must have a multiple of 2 * kernel height * kernel width = ", 2 * shape.taps(), " channels, got ",
-          offset.size(1));
+    check(
+        shape.out_height > 0 && shape.out_width > 0, op, ": input of ", shape.height, " x ", shape.width,
+        " is too small for the kernel: the output would be ", shape.out_height, " x ", shape.out_width);
+    check(
+        offset.size(1) > 0 && offset.size(1) % (2 * shape.taps()) == 0, op,
+        ": offset must have a multiple of 2 * kernel height * kernel width = ", 2 * shape.taps(), " channels, got ",
+        offset.size(1));
     shape.offset_groups = offset.size(1) / (2 * shape.taps());
-    check(shape.channels % shape.offset_groups == 0, op, ": offset groups must divide the channels of input, got ",
-          shape.offset_groups, " groups (offset has ", offset.size(1), " channels) for ", shape.channels, " channels");
-    check(offset.size(0) == shape.batch && offset.size(2) == shape.out_height && offset.size(3) == shape.out_width, op,
-          ": offset must have shape (", shape.batch, ", ", offset.size(1), ", ", shape.out_height, ", ",
-          shape.out_width, "), got ", shape_string(offset));
+    check(
+        shape.channels % shape.offset_groups == 0, op, ": offset groups must divide the channels of input, got ",
+        shape.offset_groups, " groups (offset has ", offset.size(1), " channels) for ", shape.channels, " channels");
+    check(
+        offset.size(0) == shape.batch && offset.size(2) == shape.out_height && offset.size(3) == shape.out_width, op,
+        ": offset must have shape (", shape.batch, ", ", offset.size(1), ", ", shape.out_height, ", ", shape.out_width,
+        "), got ", shape_string(offset));
     if (mask) {
         check_dim(op, "mask", *mask, 4, "(N, offset_groups * taps, H_out, W_out)");
         check_floating(op, "mask", *mask);
         check_same_device(op, "mask", *mask, "input", input);
-        check(mask->size(0) == shape.batch && mask->size(1) == shape.offset_groups * shape.taps() &&
-                  mask->size(2) == shape.out_height && mask->size(3) == shape.out_width,
-              op, ": mask must have shape (", shape.batch, ", ", shape.offset_groups * shape.taps(), ", ",
-              shape.out_height, ", ", shape.out_width, "), got ", shape_string(*mask));
+        check(
+            mask->size(0) == shape.batch && mask->size(1) == shape.offset_groups * shape.taps() &&
+                mask->size(2) == shape.out_height && mask->size(3) == shape.out_width,
+            op, ": mask must have shape (", shape.batch, ", ", shape.offset_groups * shape.taps(), ", ",
+            shape.out_height, ", ", shape.out_width, "), got ", shape_string(*mask));
     }
     if (offset_tangent) {
         check_floating(op, "offset_tangent", *offset_tangent);
@@ -118,8 +127,9 @@ inline DeformConvShape check_deform_sampling(
         for (int64_t d = 0; same && d < 4; ++d) {
             same = offset_tangent->size(d) == offset.size(d);
         }
-        check(same, op, ": offset_tangent must have the shape of offset, ", shape_string(offset), ", got ",
-              shape_string(*offset_tangent));
+        check(
+            same, op, ": offset_tangent must have the shape of offset, ", shape_string(offset), ", got ",
+            shape_string(*offset_tangent));
     }
     return shape;
 }
@@ -130,12 +140,14 @@ inline void check_deform_weight(const char* op, const Tensor& input, const Tenso
     check_same_device(op, "weight", weight, "input", input);
     shape.out_channels = weight.size(0);
     const int64_t group_channels = weight.size(1);
-    check(group_channels > 0 ? shape.channels % group_channels == 0 && shape.channels > 0 : shape.channels == 0, op,
-          ": weight must have input channels / groups = a divisor of ", shape.channels, " as its second size, got ",
-          group_channels);
+    check(
+        group_channels > 0 ? shape.channels % group_channels == 0 && shape.channels > 0 : shape.channels == 0, op,
+        ": weight must have input channels / groups = a divisor of ", shape.channels, " as its second size, got ",
+        group_channels);
     shape.groups = group_channels > 0 ? shape.channels / group_channels : 1;
-    check(shape.out_channels % shape.groups == 0, op, ": weight must have a multiple of groups = ", shape.groups,
-          " output channels, got ", shape.out_channels);
+    check(
+        shape.out_channels % shape.groups == 0, op, ": weight must have a multiple of groups = ", shape.groups,
+        " output channels, got ", shape.out_channels);
 }
 
 inline void check_deform_bias(
@@ -143,8 +155,9 @@ inline void check_deform_bias(
     if (bias) {
         check_dtype(op, "bias", *bias, input.scalar_type());
         check_same_device(op, "bias", *bias, "input", input);
-        check(bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (",
-              shape.out_channels, "), got ", shape_string(*bias));
+        check(
+            bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (", shape.out_channels,
+            "), got ", shape_string(*bias));
     }
 }
 
@@ -153,8 +166,8 @@ inline DeformConvShape check_deform_conv2d(
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, const DeformConvOptions& options) {
     const char* op = "deform_conv2d";
     check_dim(op, "weight", weight, 4, "(C_out, C / groups, kernel height, kernel width)");
-    DeformConvShape shape = check_deform_sampling(
-        op, input, offset, mask, offset_tangent, weight.size(2), weight.size(3), options);
+    DeformConvShape shape =
+        check_deform_sampling(op, input, offset, mask, offset_tangent, weight.size(2), weight.size(3), options);
     check_deform_weight(op, input, weight, shape);
     check_deform_bias(op, bias, input, shape);
     return shape;
@@ -164,9 +177,10 @@ inline DeformConvShape check_deform_conv2d(
 inline void check_packed_deform_sizes(const char* op, const DeformConvShape& shape) {
     constexpr int64_t kMost = int64_t(1) << 60;
     const int64_t channels = std::max<int64_t>(1, shape.channels);
-    check(shape.taps() <= kMost / channels && shape.out_channels <= kMost / (channels * shape.taps()) - 64, op,
-          ": weight must have fewer than 2^60 values, got ", shape.out_channels, " output channels for ",
-          shape.channels, " channels and a kernel of ", shape.kernel_height, " x ", shape.kernel_width);
+    check(
+        shape.taps() <= kMost / channels && shape.out_channels <= kMost / (channels * shape.taps()) - 64, op,
+        ": weight must have fewer than 2^60 values, got ", shape.out_channels, " output channels for ", shape.channels,
+        " channels and a kernel of ", shape.kernel_height, " x ", shape.kernel_width);
 }
 
 // Sizes of a weight to be packed; those of images are 0.
@@ -183,15 +197,18 @@ inline DeformConvShape check_pack_deform_conv2d(
     shape.kernel_width = weight.size(3);
     shape.groups = groups;
     shape.offset_groups = offset_groups;
-    check(groups >= 1 && groups <= std::max<int64_t>(1, shape.out_channels) && shape.out_channels % groups == 0, op,
-          ": groups must divide the output channels of weight, ", shape.out_channels, ", got ", groups);
+    check(
+        groups >= 1 && groups <= std::max<int64_t>(1, shape.out_channels) && shape.out_channels % groups == 0, op,
+        ": groups must divide the output channels of weight, ", shape.out_channels, ", got ", groups);
     shape.channels = weight.size(1) * groups;
-    check(offset_groups >= 1 && shape.channels % offset_groups == 0, op, ": offset_groups must divide the ",
-          shape.channels, " input channels, got ", offset_groups);
-    check(shape.kernel_height > 0 && shape.kernel_width > 0 && shape.kernel_height <= kMaxDeformStep &&
-              shape.kernel_width <= kMaxDeformStep,
-          op, ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", shape.kernel_height,
-          ", ", shape.kernel_width, ")");
+    check(
+        offset_groups >= 1 && shape.channels % offset_groups == 0, op, ": offset_groups must divide the ",
+        shape.channels, " input channels, got ", offset_groups);
+    check(
+        shape.kernel_height > 0 && shape.kernel_width > 0 && shape.kernel_height <= kMaxDeformStep &&
+            shape.kernel_width <= kMaxDeformStep,
+        op, ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", shape.kernel_height,
+        ", ", shape.kernel_width, ")");
     check_packed_deform_sizes(op, shape);
     return shape;
 }
@@ -203,14 +220,16 @@ inline DeformConvShape check_deform_conv2d_packed(
     const char* op = "deform_conv2d";
     DeformConvShape shape =
         check_deform_sampling(op, input, offset, mask, std::nullopt, kernel.height, kernel.width, options);
-    check(shape.offset_groups == kernel.offset_groups, op, ": offset must be of ", kernel.offset_groups,
-          " offset groups, for which the weight was packed, got ", shape.offset_groups, " (offset has ",
-          offset.size(1), " channels)");
+    check(
+        shape.offset_groups == kernel.offset_groups, op, ": offset must be of ", kernel.offset_groups,
+        " offset groups, for which the weight was packed, got ", shape.offset_groups, " (offset has ", offset.size(1),
+        " channels)");
     const int64_t most = std::max<int64_t>({1, shape.channels, kernel.out_channels});
-    check(kernel.groups >= 1 && kernel.groups <= most && kernel.out_channels >= 0 &&
-              shape.channels % kernel.groups == 0 && kernel.out_channels % kernel.groups == 0,
-          op, ": groups must divide ", shape.channels, " input and ", kernel.out_channels, " output channels, got ",
-          kernel.groups);
+    check(
+        kernel.groups >= 1 && kernel.groups <= most && kernel.out_channels >= 0 &&
+            shape.channels % kernel.groups == 0 && kernel.out_channels % kernel.groups == 0,
+        op, ": groups must divide ", shape.channels, " input and ", kernel.out_channels, " output channels, got ",
+        kernel.groups);
     shape.groups = kernel.groups;
     shape.out_channels = kernel.out_channels;
     check_packed_deform_sizes(op, shape);
@@ -223,11 +242,13 @@ inline void check_packed_deform_weight(
     const Tensor& packed, const Tensor& input, ScalarType dtype, int64_t size, int64_t columns) {
     const char* op = "deform_conv2d";
     check_same_device(op, "packed weight", packed, "input", input);
-    check(packed.scalar_type() == dtype && packed.dim() == 1 && packed.is_contiguous() &&
-              packed.numel() == size + packed_tag(columns, input.scalar_type() == ScalarType::Double),
-          op, ": the packed weight was made for other channels, another instruction set, device, dtype or version than "
-          "input, ", shape_string(input), " ", dtype_name(input.scalar_type()),
-          "; pack the weight again, by pack_deform_conv2d");
+    check(
+        packed.scalar_type() == dtype && packed.dim() == 1 && packed.is_contiguous() &&
+            packed.numel() == size + packed_tag(columns, input.scalar_type() == ScalarType::Double),
+        op,
+        ": the packed weight was made for other channels, another instruction set, device, dtype or version than "
+        "input, ",
+        shape_string(input), " ", dtype_name(input.scalar_type()), "; pack the weight again, by pack_deform_conv2d");
 }
 
 inline void check_deform_grad_output(
@@ -235,10 +256,11 @@ inline void check_deform_grad_output(
     check_dim(op, "grad_output", grad_output, 4, "(N, C_out, H_out, W_out)");
     check_dtype(op, "grad_output", grad_output, input.scalar_type());
     check_same_device(op, "grad_output", grad_output, "input", input);
-    check(grad_output.size(0) == shape.batch && grad_output.size(1) == shape.out_channels &&
-              grad_output.size(2) == shape.out_height && grad_output.size(3) == shape.out_width,
-          op, ": grad_output must have shape (", shape.batch, ", ", shape.out_channels, ", ", shape.out_height, ", ",
-          shape.out_width, "), got ", shape_string(grad_output));
+    check(
+        grad_output.size(0) == shape.batch && grad_output.size(1) == shape.out_channels &&
+            grad_output.size(2) == shape.out_height && grad_output.size(3) == shape.out_width,
+        op, ": grad_output must have shape (", shape.batch, ", ", shape.out_channels, ", ", shape.out_height, ", ",
+        shape.out_width, "), got ", shape_string(grad_output));
 }
 
 // Gradients of a backward call; those not wanted have shape (0).
@@ -254,8 +276,9 @@ inline DeformGradients empty_deform_gradients(
     const int64_t samples = shape.offset_groups * shape.taps();
     const Tensor& mask_or_offset = mask ? *mask : offset;
     return {
-        need_input ? empty_like_sized(input, {shape.batch, shape.channels, shape.height, shape.width}, input_dtype,
-                                      MemoryFormat::ChannelsLast)
+        need_input ? empty_like_sized(
+                         input, {shape.batch, shape.channels, shape.height, shape.width}, input_dtype,
+                         MemoryFormat::ChannelsLast)
                    : empty_like_sized(input, {0}),
         need_sampling ? empty_like_sized(offset, {shape.batch, 2 * samples, shape.out_height, shape.out_width}, accum)
                       : empty_like_sized(offset, {0}),
@@ -271,8 +294,9 @@ inline std::tuple<Tensor, Tensor, Tensor> finished_deform_gradients(
         const Tensor typed = as_dtype(gradient, like.scalar_type());
         return gradient.dim() == 4 ? to_contiguous(typed, memory_format_of(like)) : typed;
     };
-    return {finished(gradients.input, input), finished(gradients.offset, offset),
-            finished(gradients.mask, mask ? *mask : offset)};
+    return {
+        finished(gradients.input, input), finished(gradients.offset, offset),
+        finished(gradients.mask, mask ? *mask : offset)};
 }
 
 // Checks the arguments of the weight gradient; gives its sizes and the uninitialised result.
@@ -280,8 +304,7 @@ inline std::pair<DeformConvShape, Tensor> check_deform_grad_weight(
     const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, const DeformConvOptions& options,
     int64_t group_channels, int64_t kernel_h, int64_t kernel_w) {
-    DeformConvShape shape =
-        check_deform_sampling(op, input, offset, mask, offset_tangent, kernel_h, kernel_w, options);
+    DeformConvShape shape = check_deform_sampling(op, input, offset, mask, offset_tangent, kernel_h, kernel_w, options);
     check_dim(op, "grad_output", grad_output, 4, "(N, C_out, H_out, W_out)");
     const Tensor grad_weight = empty_like_sized(input, {grad_output.size(1), group_channels, kernel_h, kernel_w});
     check_deform_weight(op, input, grad_weight, shape);

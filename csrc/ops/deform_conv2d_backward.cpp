@@ -22,9 +22,9 @@ void check_deform_data_call(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w,
     int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm) {
-    const DeformConvShape shape =
-        check_deform_conv2d(input, offset, weight, std::nullopt, mask, offset_tangent,
-                            {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm});
+    const DeformConvShape shape = check_deform_conv2d(
+        input, offset, weight, std::nullopt, mask, offset_tangent,
+        {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm});
     check_deform_grad_output("deform_conv2d_backward", grad_output, input, shape);
 }
 
@@ -33,9 +33,10 @@ void check_deform_weight_call(
     const std::optional<Tensor>& offset_tangent, int64_t stride_h, int64_t stride_w, int64_t padding_h,
     int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t algorithm, int64_t group_channels,
     int64_t kernel_h, int64_t kernel_w) {
-    check_deform_grad_weight("deform_conv2d_backward", grad_output, input, offset, mask, offset_tangent,
-                             {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm},
-                             group_channels, kernel_h, kernel_w);
+    check_deform_grad_weight(
+        "deform_conv2d_backward", grad_output, input, offset, mask, offset_tangent,
+        {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm}, group_channels, kernel_h,
+        kernel_w);
 }
 
 }  // namespace

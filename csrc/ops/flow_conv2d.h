@@ -46,8 +46,11 @@ inline int64_t packed_size(const Tensor& packed) { return packed.numel() - packe
 inline void check_packed_layout(const char* op, const Tensor& packed, int64_t columns) {
     const int64_t tag = packed.numel() % kPackedUnit;
     const int64_t wanted = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
-    check(tag == wanted, op, ": the packed weight has the layout of another instruction set, device, dtype or version "
-          "(tag ", tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_flow_tower");
+    check(
+        tag == wanted, op,
+        ": the packed weight has the layout of another instruction set, device, dtype or version "
+        "(tag ",
+        tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_flow_tower");
 }
 
 // Every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.
@@ -56,10 +59,12 @@ inline void check_levels(
     const char* like_name) {
     for (size_t i = 0; i < levels.size(); ++i) {
         const Tensor& level = levels[i];
-        check(level.dim() == 4 && level.size(1) == channels, op, ": ", name, "[", i, "] must be (N, ", channels,
-              ", H, W) to fit ", like_name, ", got shape ", shape_string(level));
-        check(level.scalar_type() == like.scalar_type(), op, ": ", name, "[", i, "] must have the dtype of ", like_name,
-              " (", dtype_name(like.scalar_type()), "), got ", dtype_name(level.scalar_type()));
+        check(
+            level.dim() == 4 && level.size(1) == channels, op, ": ", name, "[", i, "] must be (N, ", channels,
+            ", H, W) to fit ", like_name, ", got shape ", shape_string(level));
+        check(
+            level.scalar_type() == like.scalar_type(), op, ": ", name, "[", i, "] must have the dtype of ", like_name,
+            " (", dtype_name(like.scalar_type()), "), got ", dtype_name(level.scalar_type()));
         check_same_device(op, name, level, like_name, like);
     }
 }
@@ -68,27 +73,31 @@ inline void check_levels(
 inline void check_matching_levels(
     const char* op, const char* name, const std::vector<Tensor>& others, const char* levels_name,
     const std::vector<Tensor>& levels) {
-    check(others.size() == levels.size(), op, ": ", name, " must have as many levels as ", levels_name, ", ",
-          levels.size(), ", got ", others.size());
+    check(
+        others.size() == levels.size(), op, ": ", name, " must have as many levels as ", levels_name, ", ",
+        levels.size(), ", got ", others.size());
     for (size_t i = 0; i < levels.size(); ++i) {
         for (int64_t d : {0, 2, 3}) {
-            check(others[i].size(d) == levels[i].size(d), op, ": ", name, "[", i, "] must have the batch and size of ",
-                  levels_name, "[", i, "], ", shape_string(levels[i]), ", got ", shape_string(others[i]));
+            check(
+                others[i].size(d) == levels[i].size(d), op, ": ", name, "[", i, "] must have the batch and size of ",
+                levels_name, "[", i, "], ", shape_string(levels[i]), ", got ", shape_string(others[i]));
         }
     }
 }
 
 inline void check_conv_weight(const char* op, const Tensor& weight) {
-    check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
-          ": weight must have shape (C_out, C_in, 3, 3), got ", shape_string(weight));
+    check(
+        weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
+        ": weight must have shape (C_out, C_in, 3, 3), got ", shape_string(weight));
     check_floating(op, "weight", weight);
 }
 
 inline void check_conv_bias(
     const char* op, const std::optional<Tensor>& bias, int64_t channels, const Tensor& like, const char* like_name) {
     if (bias) {
-        check(bias->dim() == 1 && bias->size(0) == channels, op, ": bias must have shape (", channels, ",), got ",
-              shape_string(*bias));
+        check(
+            bias->dim() == 1 && bias->size(0) == channels, op, ": bias must have shape (", channels, ",), got ",
+            shape_string(*bias));
         check_floating(op, "bias", *bias);
         check_same_device(op, "bias", *bias, like_name, like);
     }
@@ -122,8 +131,9 @@ inline void check_active(const char* op, const std::optional<Tensor>& active, co
     check_dim(op, "active", *active, 1, "(N,)");
     check_same_device(op, "active", *active, "x[0]", x[0]);
     for (size_t i = 0; i < x.size(); ++i) {
-        check(active->size(0) == x[i].size(0), op, ": active must have a flag for each image of x[", i, "], ",
-              x[i].size(0), ", got ", active->size(0));
+        check(
+            active->size(0) == x[i].size(0), op, ": active must have a flag for each image of x[", i, "], ",
+            x[i].size(0), ", got ", active->size(0));
     }
 }
 
@@ -143,10 +153,11 @@ inline int64_t check_flow_conv2d_packed(
     check_same_device("flow_conv2d", "packed weight", packed, "x[0]", x[0]);
     const bool is_double = packed.scalar_type() == ScalarType::Double;
     const int64_t resolved = resolve_algorithm(algorithm, is_double, in_channels, out_channels);
-    check(out_channels >= 0 && packed.is_contiguous() &&
-              packed_size(packed) == packed_conv_size(resolved, is_double, in_channels, out_channels),
-          "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype than x with ",
-          in_channels, " channels and ", out_channels, " outputs");
+    check(
+        out_channels >= 0 && packed.is_contiguous() &&
+            packed_size(packed) == packed_conv_size(resolved, is_double, in_channels, out_channels),
+        "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype than x with ",
+        in_channels, " channels and ", out_channels, " outputs");
     return resolved;
 }
 
@@ -155,16 +166,18 @@ inline int64_t check_flow_conv2d_packed(
 template <typename Body>
 inline void for_each_in_group(
     const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,
-    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_channels,
-    const std::vector<int64_t>& algorithms, const Body& body) {
+    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_channels, const std::vector<int64_t>& algorithms,
+    const Body& body) {
     const char* op = "flow_conv2d";
     const size_t size = packed.size();
-    check(counts.size() == size && biases.size() == size && out_channels.size() == size && algorithms.size() == size,
-          op, ": counts, packed, biases, out_channels and algorithms must have one length");
+    check(
+        counts.size() == size && biases.size() == size && out_channels.size() == size && algorithms.size() == size, op,
+        ": counts, packed, biases, out_channels and algorithms must have one length");
     auto next = x.begin();
     for (size_t i = 0; i < size; ++i) {
-        check(counts[i] >= 1 && counts[i] <= x.end() - next, op, ": counts must be at least 1 and add up to the ",
-              x.size(), " tensors of x, got ", counts[i], " at ", i);
+        check(
+            counts[i] >= 1 && counts[i] <= x.end() - next, op, ": counts must be at least 1 and add up to the ",
+            x.size(), " tensors of x, got ", counts[i], " at ", i);
         check_algorithm(op, algorithms[i]);
         const std::vector<Tensor> maps(next, next + counts[i]);
         next += counts[i];
@@ -185,8 +198,9 @@ inline void check_conv_weight_gradient(
     check_dim(op, "x[0]", x[0], 4, "(N, C_in, H, W)");
     check_floating(op, "x[0]", x[0]);
     check_conv_inputs(op, x, flow, x[0].size(1), x[0], "x[0]");
-    check(grad_output.size() == x.size(), op, ": grad_output must have as many levels as x, ", x.size(), ", got ",
-          grad_output.size());
+    check(
+        grad_output.size() == x.size(), op, ": grad_output must have as many levels as x, ", x.size(), ", got ",
+        grad_output.size());
     check_dim(op, "grad_output[0]", grad_output[0], 4, "(N, C_out, H, W)");
     check_levels(op, "grad_output", grad_output, grad_output[0].size(1), x[0], "x[0]");
     check_matching_levels(op, "grad_output", grad_output, "x", x);

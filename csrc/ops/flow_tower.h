@@ -9,7 +9,15 @@ namespace spatialflow {
 
 // Places in `counts`: how many entries of `packed` and `biases` each list has, one list after the other.
 enum TowerList {
-    kTowerCls, kTowerReg, kTowerStuff, kTowerThing, kFlowCls, kFlowStuff, kFlowThing, kFlowSemantic, kTowerLists
+    kTowerCls,
+    kTowerReg,
+    kTowerStuff,
+    kTowerThing,
+    kFlowCls,
+    kFlowStuff,
+    kFlowThing,
+    kFlowSemantic,
+    kTowerLists
 };
 
 inline void check_flow_tower(
@@ -20,27 +28,30 @@ inline void check_flow_tower(
     check_dim(op, "levels[0]", levels[0], 4, "(N, C, H, W)");
     check_floating(op, "levels[0]", levels[0]);
     check_levels(op, "levels", levels, levels[0].size(1), levels[0], "levels[0]");
-    check(segmentation_levels >= 0 && segmentation_levels <= static_cast<int64_t>(levels.size()), op,
-          ": segmentation_levels must be from 0 to the number of levels, ", levels.size(), ", got ",
-          segmentation_levels);
+    check(
+        segmentation_levels >= 0 && segmentation_levels <= static_cast<int64_t>(levels.size()), op,
+        ": segmentation_levels must be from 0 to the number of levels, ", levels.size(), ", got ", segmentation_levels);
     check(counts.size() == kTowerLists, op, ": counts must have ", int(kTowerLists), " entries, got ", counts.size());
     size_t total = 0;
     for (const int64_t count : counts) {
         check(count >= 0, op, ": counts must not be negative, got ", count);
         total += static_cast<size_t>(count);
     }
-    check(packed.size() == total && biases.size() == total && algorithms.size() == total, op,
-          ": packed, biases and algorithms must have ", total, " entries, the sum of counts, got ", packed.size(), ", ",
-          biases.size(), " and ", algorithms.size());
+    check(
+        packed.size() == total && biases.size() == total && algorithms.size() == total, op,
+        ": packed, biases and algorithms must have ", total, " entries, the sum of counts, got ", packed.size(), ", ",
+        biases.size(), " and ", algorithms.size());
     for (const int64_t algorithm : algorithms) {
         check_algorithm(op, algorithm);
     }
     const ScalarType dtype = accum_dtype(levels[0].scalar_type());
     for (size_t i = 0; i < total; ++i) {
-        check(packed[i].dim() == 1 && packed[i].is_contiguous() && biases[i].dim() == 1, op, ": packed[", i,
-              "] and biases[", i, "] must be vectors");
-        check(packed[i].numel() == 0 || packed[i].scalar_type() == dtype, op, ": packed[", i, "] must be ",
-              dtype_name(dtype), " for these levels, got ", dtype_name(packed[i].scalar_type()));
+        check(
+            packed[i].dim() == 1 && packed[i].is_contiguous() && biases[i].dim() == 1, op, ": packed[", i,
+            "] and biases[", i, "] must be vectors");
+        check(
+            packed[i].numel() == 0 || packed[i].scalar_type() == dtype, op, ": packed[", i, "] must be ",
+            dtype_name(dtype), " for these levels, got ", dtype_name(packed[i].scalar_type()));
         check_same_device(op, "packed", packed[i], "levels", levels[0]);
         check_same_device(op, "biases", biases[i], "levels", levels[0]);
     }
@@ -49,7 +60,7 @@ inline void check_flow_tower(
 struct TowerConv {
     Tensor packed, bias;  // bias in the type of sums
     int64_t in_channels = 0, out_channels = 0;
-    int64_t size = 0;  // of `packed`, without its tag
+    int64_t size = 0;                                       // of `packed`, without its tag
     int64_t algorithm = kConvAuto, resolved = kConvDirect;  // see resolve_algorithm
     bool present = false;
 };
@@ -91,19 +102,21 @@ public:
         TowerConv& conv = lists_[list][index];
         const bool is_double = conv.packed.scalar_type() == ScalarType::Double;
         conv.resolved = resolve_algorithm(conv.algorithm, is_double, in_channels, conv.out_channels);
-        check(conv.size == packed_conv_size(conv.resolved, is_double, in_channels, conv.out_channels), "flow_tower: ",
-              name(list), "[", index, "] was packed for other channels than the ", in_channels,
-              " it reads, or for another algorithm");
-        check(out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,
-              "] must have the ", out_channels, " channels of the feature it is added to, got ", conv.out_channels);
+        check(
+            conv.size == packed_conv_size(conv.resolved, is_double, in_channels, conv.out_channels),
+            "flow_tower: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
+            " it reads, or for another algorithm");
+        check(
+            out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,
+            "] must have the ", out_channels, " channels of the feature it is added to, got ", conv.out_channels);
         conv.in_channels = in_channels;
         return &conv;
     }
 
 private:
     static const char* name(TowerList list) {
-        static const char* const names[kTowerLists] = {
-            "cls", "reg", "stuff", "thing", "flow_cls", "flow_stuff", "flow_thing", "semantic_flow"};
+        static const char* const names[kTowerLists] = {"cls",      "reg",        "stuff",      "thing",
+                                                       "flow_cls", "flow_stuff", "flow_thing", "semantic_flow"};
         return names[list];
     }
 

@@ -9,8 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow_checks, library) {
-    library.def(
-        "group_norm_relu(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps) -> ()");
+    library.def("group_norm_relu(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spatialflow_checks, CompositeExplicitAutograd, library) {

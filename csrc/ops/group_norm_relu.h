@@ -14,14 +14,16 @@ inline void check_group_norm_relu(
     constexpr const char* kOp = "group_norm_relu";
     check_dim(kOp, "input", input, 4, "(N, C, H, W)");
     check_floating(kOp, "input", input);
-    check(num_groups >= 1 && input.size(1) % num_groups == 0, kOp, ": num_groups must be positive and divide the ",
-          input.size(1), " channels of input, got ", num_groups);
+    check(
+        num_groups >= 1 && input.size(1) % num_groups == 0, kOp, ": num_groups must be positive and divide the ",
+        input.size(1), " channels of input, got ", num_groups);
     check(eps >= 0 && eps - eps == 0, kOp, ": eps must be a finite number >= 0, got ", eps);
     const std::pair<const char*, const std::optional<Tensor>&> affine[] = {{"weight", weight}, {"bias", bias}};
     for (const auto& [name, tensor] : affine) {
         if (tensor) {
-            check(tensor->dim() == 1 && tensor->size(0) == input.size(1), kOp, ": ", name, " must have shape (",
-                  input.size(1), "), one number per channel of input, got shape ", shape_string(*tensor));
+            check(
+                tensor->dim() == 1 && tensor->size(0) == input.size(1), kOp, ": ", name, " must have shape (",
+                input.size(1), "), one number per channel of input, got shape ", shape_string(*tensor));
             check_floating(kOp, name, *tensor);
             check_same_device(kOp, name, *tensor, "input", input);
         }
@@ -34,16 +36,17 @@ inline void check_group_norm_relu_backward(
     constexpr const char* kOp = "group_norm_relu_backward";
     check_group_norm_relu(input, weight, bias, num_groups, 0.0);
     const int64_t factor = upsample ? 2 : 1;
-    check(grad_output.dim() == 4 && grad_output.size(0) == input.size(0) && grad_output.size(1) == input.size(1) &&
-              grad_output.size(2) == factor * input.size(2) && grad_output.size(3) == factor * input.size(3),
-          kOp, ": grad_output must have shape (", input.size(0), ", ", input.size(1), ", ", factor * input.size(2),
-          ", ", factor * input.size(3), "), got ", shape_string(grad_output));
+    check(
+        grad_output.dim() == 4 && grad_output.size(0) == input.size(0) && grad_output.size(1) == input.size(1) &&
+            grad_output.size(2) == factor * input.size(2) && grad_output.size(3) == factor * input.size(3),
+        kOp, ": grad_output must have shape (", input.size(0), ", ", input.size(1), ", ", factor * input.size(2), ", ",
+        factor * input.size(3), "), got ", shape_string(grad_output));
     check_floating(kOp, "grad_output", grad_output);
     check_same_device(kOp, "grad_output", grad_output, "input", input);
-    check(statistics.dim() == 3 && statistics.size(0) == input.size(0) && statistics.size(1) == num_groups &&
-              statistics.size(2) == 2,
-          kOp, ": statistics must have shape (", input.size(0), ", ", num_groups, ", 2), got ",
-          shape_string(statistics));
+    check(
+        statistics.dim() == 3 && statistics.size(0) == input.size(0) && statistics.size(1) == num_groups &&
+            statistics.size(2) == 2,
+        kOp, ": statistics must have shape (", input.size(0), ", ", num_groups, ", 2), got ", shape_string(statistics));
     check_dtype(kOp, "statistics", statistics, ScalarType::Double);
     check_same_device(kOp, "statistics", statistics, "input", input);
 }
@@ -63,8 +66,9 @@ inline std::tuple<Tensor, Tensor, Tensor> finished_norm_gradients(
     const auto dtype_of = [&](const std::optional<Tensor>& tensor) {
         return tensor ? tensor->scalar_type() : input.scalar_type();
     };
-    return {to_contiguous(grad_input, memory_format_of(input)), as_dtype(grad_weight, dtype_of(weight)),
-            as_dtype(grad_bias, dtype_of(bias))};
+    return {
+        to_contiguous(grad_input, memory_format_of(input)), as_dtype(grad_weight, dtype_of(weight)),
+        as_dtype(grad_bias, dtype_of(bias))};
 }
 
 }  // namespace spatialflow

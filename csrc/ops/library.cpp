@@ -4,10 +4,6 @@
 // name what refuses its arguments: fake kernels, which have no kernel's code, ask that (spatialflow/ops/fake.py).
 #include "ops/tensor.h"
 
-STABLE_TORCH_LIBRARY(spatialflow, library) {
-    (void)library;
-}
+STABLE_TORCH_LIBRARY(spatialflow, library) { (void)library; }
 
-STABLE_TORCH_LIBRARY(spatialflow_checks, library) {
-    (void)library;
-}
+STABLE_TORCH_LIBRARY(spatialflow_checks, library) { (void)library; }

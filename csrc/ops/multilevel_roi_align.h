@@ -11,13 +11,15 @@ inline void check_pyramid_options(
     const char* op, int64_t pooled_height, int64_t pooled_width, size_t levels, const std::vector<double>& strides,
     int64_t sampling_ratio, double finest_scale) {
     check_pooling_options(op, pooled_height, pooled_width, sampling_ratio);
-    check(strides.size() == levels, op, ": strides must have one number per level, got ", strides.size(), " for ",
-          levels, " levels");
+    check(
+        strides.size() == levels, op, ": strides must have one number per level, got ", strides.size(), " for ", levels,
+        " levels");
     for (double stride : strides) {
         check(stride > 0 && stride - stride == 0, op, ": strides must be positive and finite, got ", stride);
     }
-    check(finest_scale > 0 && finest_scale - finest_scale == 0, op, ": finest_scale must be positive and finite, got ",
-          finest_scale);
+    check(
+        finest_scale > 0 && finest_scale - finest_scale == 0, op, ": finest_scale must be positive and finite, got ",
+        finest_scale);
 }
 
 inline void check_multilevel_roi_align(
@@ -32,9 +34,10 @@ inline void check_multilevel_roi_align(
         check_floating(op, name.c_str(), feature);
         check_dtype(op, name.c_str(), feature, features[0].scalar_type());
         check_same_device(op, name.c_str(), feature, "features[0]", features[0]);
-        check(feature.size(0) == features[0].size(0) && feature.size(1) == features[0].size(1), op, ": ", name,
-              " must have the batch size and the channels of features[0], (", features[0].size(0), ", ",
-              features[0].size(1), "), got shape ", shape_string(feature));
+        check(
+            feature.size(0) == features[0].size(0) && feature.size(1) == features[0].size(1), op, ": ", name,
+            " must have the batch size and the channels of features[0], (", features[0].size(0), ", ",
+            features[0].size(1), "), got shape ", shape_string(feature));
     }
     check_boxes(op, boxes);
     check_same_device(op, "boxes", boxes, "features[0]", features[0]);
@@ -49,13 +52,15 @@ inline void check_multilevel_roi_align_backward(
     check_dim(op, "grad_output", grad_output, 4, "(K, C, PH, PW)");
     check_floating(op, "grad_output", grad_output);
     check_boxes(op, boxes);
-    check(heights.size() == widths.size(), op, ": heights and widths must have one number per level, got ",
-          heights.size(), " and ", widths.size());
+    check(
+        heights.size() == widths.size(), op, ": heights and widths must have one number per level, got ",
+        heights.size(), " and ", widths.size());
     check_pyramid_options(op, pooled_height, pooled_width, heights.size(), strides, sampling_ratio, finest_scale);
-    check(grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
-              grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
-          op, ": grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ", pooled_width,
-          "), got ", shape_string(grad_output));
+    check(
+        grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
+            grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
+        op, ": grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ", pooled_width,
+        "), got ", shape_string(grad_output));
 }
 
 }  // namespace spatialflow

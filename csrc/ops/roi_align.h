@@ -10,22 +10,25 @@ namespace spatialflow {
 // Samples of a reversed or an empty RoI may all lie on the map, so the work is proportional to the ratio.
 constexpr int64_t kMaxSamplingRatio = int64_t(1) << 16;
 
-inline void check_pooling_options(
-    const char* op, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio) {
-    check(pooled_height > 0 && pooled_width > 0, op, ": output_size must be positive, got (", pooled_height, ", ",
-          pooled_width, ")");
-    check(sampling_ratio <= kMaxSamplingRatio, op, ": sampling_ratio must be at most ", kMaxSamplingRatio, ", got ",
-          sampling_ratio);
+inline void check_pooling_options(const char* op, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio) {
+    check(
+        pooled_height > 0 && pooled_width > 0, op, ": output_size must be positive, got (", pooled_height, ", ",
+        pooled_width, ")");
+    check(
+        sampling_ratio <= kMaxSamplingRatio, op, ": sampling_ratio must be at most ", kMaxSamplingRatio, ", got ",
+        sampling_ratio);
 }
 
 inline void check_spatial_scale(const char* op, double spatial_scale) {
-    check(spatial_scale > 0 && spatial_scale - spatial_scale == 0, op,
-          ": spatial_scale must be positive and finite, got ", spatial_scale);
+    check(
+        spatial_scale > 0 && spatial_scale - spatial_scale == 0, op,
+        ": spatial_scale must be positive and finite, got ", spatial_scale);
 }
 
 inline void check_boxes(const char* op, const Tensor& boxes) {
-    check(boxes.dim() == 2 && boxes.size(1) == 5, op,
-          ": boxes must have shape (K, 5), rows of batch index, x1, y1, x2, y2, got shape ", shape_string(boxes));
+    check(
+        boxes.dim() == 2 && boxes.size(1) == 5, op,
+        ": boxes must have shape (K, 5), rows of batch index, x1, y1, x2, y2, got shape ", shape_string(boxes));
     check_floating(op, "boxes", boxes);
 }
 
@@ -41,17 +44,18 @@ inline void check_roi_align(
 }
 
 inline void check_roi_align_backward(
-    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
-    double spatial_scale, int64_t sampling_ratio, int64_t channels) {
+    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
+    int64_t sampling_ratio, int64_t channels) {
     check_dim("roi_align_backward", "grad_output", grad_output, 4, "(K, C, PH, PW)");
     check_floating("roi_align_backward", "grad_output", grad_output);
     check_boxes("roi_align_backward", boxes);
     check_pooling_options("roi_align_backward", pooled_height, pooled_width, sampling_ratio);
     check_spatial_scale("roi_align_backward", spatial_scale);
-    check(grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
-              grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
-          "roi_align_backward: grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",
-          pooled_width, "), got ", shape_string(grad_output));
+    check(
+        grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
+            grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
+        "roi_align_backward: grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",
+        pooled_width, "), got ", shape_string(grad_output));
 }
 
 }  // namespace spatialflow

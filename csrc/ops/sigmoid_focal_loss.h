@@ -15,10 +15,12 @@ inline void check_sigmoid_focal_loss(const Tensor& logits, const Tensor& labels,
     for (int64_t d = 0; fits && d < labels.dim(); ++d) {
         fits = labels.size(d) == logits.size(d);
     }
-    check(fits, kOp, ": labels must have the shape of logits without the classes, got shape ", shape_string(labels),
-          " for logits of shape ", shape_string(logits));
-    check(labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, kOp,
-          ": labels must be int64 or int32, got ", dtype_name(labels.scalar_type()));
+    check(
+        fits, kOp, ": labels must have the shape of logits without the classes, got shape ", shape_string(labels),
+        " for logits of shape ", shape_string(logits));
+    check(
+        labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, kOp,
+        ": labels must be int64 or int32, got ", dtype_name(labels.scalar_type()));
     check_same_device(kOp, "labels", labels, "logits", logits);
     check(gamma >= 0 && gamma - gamma == 0, kOp, ": gamma must be a finite number >= 0, got ", gamma);
     check(alpha <= 1, kOp, ": alpha must be a number <= 1 (negative: no weighting), got ", alpha);
@@ -32,8 +34,9 @@ inline void check_sigmoid_focal_loss_derivative(
     for (int64_t d = 0; fits && d < factor.dim(); ++d) {
         fits = factor.size(d) == logits.size(d);
     }
-    check(fits, kOp, ": the incoming gradient must have shape ", shape_string(logits), " or (), got ",
-          shape_string(factor));
+    check(
+        fits, kOp, ": the incoming gradient must have shape ", shape_string(logits), " or (), got ",
+        shape_string(factor));
     check_floating(kOp, "the incoming gradient", factor);
     check_same_device(kOp, "the incoming gradient", factor, "logits", logits);
     check(order == 1 || order == 2, kOp, ": derivatives beyond the second are not supported, got order ", order);

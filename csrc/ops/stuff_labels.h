@@ -15,14 +15,17 @@ inline void check_stuff_labels(
     const char* op = "stuff_labels";
     check_dim(op, "logits", logits, 3, "(C, h, w)");
     check_floating(op, "logits", logits);
-    check(logits.size(0) >= 1 && logits.size(0) < (int64_t{1} << 31), op,
-          ": logits must have from 1 to 2147483647 classes, got shape ", shape_string(logits));
-    check(logits.size(1) <= kMaxLogitSide && logits.size(2) <= kMaxLogitSide, op, ": logits must have sides up to ",
-          kMaxLogitSide, ", got shape ", shape_string(logits));
+    check(
+        logits.size(0) >= 1 && logits.size(0) < (int64_t{1} << 31), op,
+        ": logits must have from 1 to 2147483647 classes, got shape ", shape_string(logits));
+    check(
+        logits.size(1) <= kMaxLogitSide && logits.size(2) <= kMaxLogitSide, op, ": logits must have sides up to ",
+        kMaxLogitSide, ", got shape ", shape_string(logits));
     const int64_t most_height = 4 * logits.size(1), most_width = 4 * logits.size(2);
-    check(valid_height >= 1 && valid_height <= most_height && valid_width >= 1 && valid_width <= most_width, op,
-          ": valid_size must lie between (1, 1) and four times the logits, (", most_height, ", ", most_width,
-          "), got (", valid_height, ", ", valid_width, ")");
+    check(
+        valid_height >= 1 && valid_height <= most_height && valid_width >= 1 && valid_width <= most_width, op,
+        ": valid_size must lie between (1, 1) and four times the logits, (", most_height, ", ", most_width, "), got (",
+        valid_height, ", ", valid_width, ")");
     check(height >= 0 && width >= 0, op, ": original_size must not be negative, got (", height, ", ", width, ")");
 }
 

@@ -45,17 +45,28 @@ inline std::string shape_string(const Tensor& tensor) {
 
 inline const char* dtype_name(ScalarType dtype) {
     switch (dtype) {
-        case ScalarType::Float: return "float32";
-        case ScalarType::Double: return "float64";
-        case ScalarType::Half: return "float16";
-        case ScalarType::BFloat16: return "bfloat16";
-        case ScalarType::Bool: return "bool";
-        case ScalarType::Byte: return "uint8";
-        case ScalarType::Char: return "int8";
-        case ScalarType::Short: return "int16";
-        case ScalarType::Int: return "int32";
-        case ScalarType::Long: return "int64";
-        default: return torch::headeronly::toString(dtype);
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Bool:
+            return "bool";
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Char:
+            return "int8";
+        case ScalarType::Short:
+            return "int16";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        default:
+            return torch::headeronly::toString(dtype);
     }
 }
 
@@ -65,13 +76,15 @@ inline bool is_floating(ScalarType dtype) {
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
-    check(is_floating(tensor.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
-          dtype_name(tensor.scalar_type()));
+    check(
+        is_floating(tensor.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
+        dtype_name(tensor.scalar_type()));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
-    check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ",
-          dtype_name(tensor.scalar_type()));
+    check(
+        tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ",
+        dtype_name(tensor.scalar_type()));
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim, const char* meaning) {
@@ -80,8 +93,9 @@ inline void check_dim(const char* op, const char* name, const Tensor& tensor, in
 
 inline void check_same_device(
     const char* op, const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
-    check(tensor.is_cuda() == other.is_cuda() && tensor.get_device() == other.get_device(), op, ": ", name,
-          " must be on the device of ", other_name);
+    check(
+        tensor.is_cuda() == other.is_cuda() && tensor.get_device() == other.get_device(), op, ": ", name,
+        " must be on the device of ", other_name);
 }
 
 // Elements from one index of a dimension to the next. Where there is no next one (size 0 or 1), torch allows any stride
@@ -118,8 +132,9 @@ inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) 
         for (const int64_t size : sizes) {
             shape << (shape.tellp() > 0 ? ", " : "") << size;
         }
-        check(false, "spatialflow: out of memory, or too large: a tensor of shape (", shape.str(), ") and dtype ",
-              dtype_name(dtype));
+        check(
+            false, "spatialflow: out of memory, or too large: a tensor of shape (", shape.str(), ") and dtype ",
+            dtype_name(dtype));
         throw;
     }
 }
@@ -137,8 +152,8 @@ inline Tensor channels_adjacent(const Tensor& tensor) {
 
 inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
     return tensor.scalar_type() == dtype
-        ? tensor
-        : allocated(tensor.sizes(), dtype, [&] { return torch::stable::to(tensor, dtype); });
+               ? tensor
+               : allocated(tensor.sizes(), dtype, [&] { return torch::stable::to(tensor, dtype); });
 }
 
 // Of sums, and of what keeps its precision beside 16-bit features (boxes, offsets): double for double, else float32.
@@ -146,9 +161,7 @@ inline ScalarType accum_dtype(ScalarType feature_dtype) {
     return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-    return to_contiguous(as_dtype(tensor, dtype));
-}
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return to_contiguous(as_dtype(tensor, dtype)); }
 
 inline Tensor empty_like_sized(
     const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt,

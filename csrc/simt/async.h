@@ -120,9 +120,10 @@ public:
     std::string describe() const {
         std::string text;
         for (const std::unique_ptr<MemoryBarrier>& barrier : barriers) {
-            text += concatenate("\n  mbarrier at byte ", barrier->at, " (", barrier->site.text(), "): phase ",
-                                barrier->phase, " of parity ", barrier->phase % 2, ", ", barrier->pending, " of ",
-                                barrier->arrivals, " arrivals and ", barrier->bytes, " bytes pending");
+            text += concatenate(
+                "\n  mbarrier at byte ", barrier->at, " (", barrier->site.text(), "): phase ", barrier->phase,
+                " of parity ", barrier->phase % 2, ", ", barrier->pending, " of ", barrier->arrivals, " arrivals and ",
+                barrier->bytes, " bytes pending");
         }
         return text;
     }

@@ -154,12 +154,14 @@ public:
         track_all();
         NamedBarrier& barrier = named_[id];
         if (count % kLanes != 0 || count == 0 || count > num_threads_) {
-            fault(site, concatenate("bar.sync: ", count, " threads; a multiple of 32 up to the block's ",
-                                    num_threads_));
+            fault(
+                site, concatenate("bar.sync: ", count, " threads; a multiple of 32 up to the block's ", num_threads_));
         }
         if (!barrier.threads.empty() && barrier.count != count) {
-            fault(site, concatenate("bar.sync: barrier ", id, " is for ", count, " threads here and for ",
-                                    barrier.count, " at ", threads_[barrier.threads[0]].site.text()));
+            fault(
+                site, concatenate(
+                          "bar.sync: barrier ", id, " is for ", count, " threads here and for ", barrier.count, " at ",
+                          threads_[barrier.threads[0]].site.text()));
         }
         barrier.count = count;
         barrier.threads.push_back(current_thread->linear);
@@ -172,8 +174,10 @@ public:
             warps |= 1u << thread / kLanes;
         }
         if (static_cast<unsigned>(__builtin_popcount(warps)) != count / kLanes) {
-            fault(site, concatenate("bar.sync: ", count, " threads of ", __builtin_popcount(warps),
-                                    " warps have come: it is for whole warps"));
+            fault(
+                site, concatenate(
+                          "bar.sync: ", count, " threads of ", __builtin_popcount(warps),
+                          " warps have come: it is for whole warps"));
         }
         clocks_.synchronize(barrier.threads);
         barrier.threads.clear();
@@ -197,16 +201,20 @@ public:
         for (unsigned i = 0; i < kThreads; ++i) {
             const Thread& other = threads_[first + i];
             if (other.state == Thread::kExited) {
-                fault(site, concatenate(name, " is for all four warps of a warpgroup, and ", name_of(other),
-                                        " of it has exited"));
+                fault(
+                    site,
+                    concatenate(
+                        name, " is for all four warps of a warpgroup, and ", name_of(other), " of it has exited"));
             }
             if (other.state != Thread::kInWarpgroup) {
                 yield();
                 return;
             }
             if (other.site.packed != site.packed || other.waits_in != name) {
-                fault(site, concatenate(name, ": ", name_of(other), " of the same warpgroup is in ", other.waits_in,
-                                        " at ", other.site.text()));
+                fault(
+                    site, concatenate(
+                              name, ": ", name_of(other), " of the same warpgroup is in ", other.waits_in, " at ",
+                              other.site.text()));
             }
             slots[i] = static_cast<Slot*>(other.slot);
         }
@@ -220,13 +228,15 @@ public:
     size_t locate(int64_t address, size_t bytes, const char* what, Site site) {
         const int64_t at = address - kSharedWindow;
         for (const Array& array : arrays_) {
-            if (at >= static_cast<int64_t>(array.begin) && at + static_cast<int64_t>(bytes) <=
-                                                               static_cast<int64_t>(array.end)) {
+            if (at >= static_cast<int64_t>(array.begin) &&
+                at + static_cast<int64_t>(bytes) <= static_cast<int64_t>(array.end)) {
                 return static_cast<size_t>(at);
             }
         }
-        fault(site, concatenate("out of bounds: ", what, ", ", bytes, " bytes at byte ", at,
-                                " of the block's shared memory, lies in none of its arrays"));
+        fault(
+            site, concatenate(
+                      "out of bounds: ", what, ", ", bytes, " bytes at byte ", at,
+                      " of the block's shared memory, lies in none of its arrays"));
     }
 
     [[noreturn]] void fault(Site site, const std::string& what) {
@@ -273,8 +283,10 @@ public:
                 continue;
             }
             if (other >= lanes || warp[other].state == Thread::kExited) {
-                fault(site, concatenate(name, ": mask ", hexadecimal(mask), " names lane ", other, ", which ",
-                                        other >= lanes ? "the block does not have" : "has exited"));
+                fault(
+                    site, concatenate(
+                              name, ": mask ", hexadecimal(mask), " names lane ", other, ", which ",
+                              other >= lanes ? "the block does not have" : "has exited"));
             }
             if (warp[other].state != Thread::kInCollective || warp[other].mask != mask ||
                 warp[other].slot_type != &slot_type) {
@@ -327,12 +339,16 @@ public:
     void check_shared(size_t begin, int64_t at, size_t end, size_t bytes, size_t alignment, Site site) {
         const int64_t after = at + static_cast<int64_t>(bytes);
         if (__builtin_expect(at < static_cast<int64_t>(begin) || after > static_cast<int64_t>(end), 0)) {
-            fault(site, concatenate("out of bounds: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
-                                    " of shared array '", array_name(begin), "' of ", end - begin, " bytes"));
+            fault(
+                site, concatenate(
+                          "out of bounds: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
+                          " of shared array '", array_name(begin), "' of ", end - begin, " bytes"));
         }
         if (__builtin_expect(at % static_cast<int64_t>(alignment) != 0, 0)) {
-            fault(site, concatenate("misaligned: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
-                                    " of shared array '", array_name(begin), "'"));
+            fault(
+                site, concatenate(
+                          "misaligned: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
+                          " of shared array '", array_name(begin), "'"));
         }
     }
     void note_read(size_t at, size_t bytes, Shadow::Kind kind, Site site) {
@@ -379,8 +395,8 @@ private:
         faulted_ = false;
         for (unsigned i = 0; i < wanted; ++i) {
             Thread& thread = threads_[i];
-            thread.index = {i % launch.block.x, i / launch.block.x % launch.block.y,
-                            i / (launch.block.x * launch.block.y)};
+            thread.index = {
+                i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
             thread.linear = i;
             thread.block = this;
             thread.state = Thread::kReady;
@@ -425,9 +441,11 @@ private:
         for (unsigned i = 0; i < num_threads_; ++i) {
             if (threads_[i].site.packed != current_thread->site.packed) {
                 const Thread& other = threads_[i];
-                fault(current_thread->site,
-                      concatenate("divergent barrier: ", name_of(other), " waits in ", other.waits_in, " at ",
-                                  other.site.text(), ", other threads in ", current_thread->waits_in, " here"));
+                fault(
+                    current_thread->site,
+                    concatenate(
+                        "divergent barrier: ", name_of(other), " waits in ", other.waits_in, " at ", other.site.text(),
+                        ", other threads in ", current_thread->waits_in, " here"));
             }
             barrier_nonzero_ += threads_[i].predicate != 0;
         }
@@ -455,8 +473,9 @@ private:
 
     void report_at(const Thread& thread, Site site, const std::string& what) {
         faulted_ = true;
-        launch_->report(concatenate("simt: kernel ", launch_->kernel, ", block (", index.x, ", ", index.y, ", ",
-                                    index.z, "), ", name_of(thread), ", ", site.text(), ": ", what));
+        launch_->report(concatenate(
+            "simt: kernel ", launch_->kernel, ", block (", index.x, ", ", index.y, ", ", index.z, "), ",
+            name_of(thread), ", ", site.text(), ": ", what));
     }
     // Of those that `waiting` waits for in a barrier of the block, a collective or a warpgroup: one that does not come.
     const Thread* absent_for(const Thread& waiting) const {
@@ -504,8 +523,9 @@ private:
         std::string barriers = async.describe();
         for (const NamedBarrier& barrier : named_) {
             if (!barrier.threads.empty()) {
-                barriers += concatenate("\n  barrier ", &barrier - named_, ": ", barrier.threads.size(), " of ",
-                                        barrier.count, " threads have come");
+                barriers += concatenate(
+                    "\n  barrier ", &barrier - named_, ": ", barrier.threads.size(), " of ", barrier.count,
+                    " threads have come");
             }
         }
         if (waiting.state == Thread::kWaiting) {
@@ -519,17 +539,17 @@ private:
         }
         std::string where = " has exited";
         if (absent->state != Thread::kExited) {
-            where = concatenate(" waits in ", absent->waits_in,
-                                absent->state == Thread::kInCollective
-                                    ? concatenate(" with mask ", hexadecimal(absent->mask))
-                                    : std::string(),
-                                " at ", absent->site.text());
+            where = concatenate(
+                " waits in ", absent->waits_in,
+                absent->state == Thread::kInCollective ? concatenate(" with mask ", hexadecimal(absent->mask))
+                                                       : std::string(),
+                " at ", absent->site.text());
         }
-        const char* all = in_collective                              ? "its lanes"
+        const char* all = in_collective                           ? "its lanes"
                           : waiting.state == Thread::kInWarpgroup ? "threads of the warpgroup"
-                                                                     : "threads";
-        return concatenate(waiting.waits_in, mask, " is not reached by all ", all, ": ", name_of(*absent), where,
-                           barriers);
+                                                                  : "threads";
+        return concatenate(
+            waiting.waits_in, mask, " is not reached by all ", all, ": ", name_of(*absent), where, barriers);
     }
 
     Launch* launch_ = nullptr;

@@ -15,8 +15,8 @@ struct Site {
     uint64_t packed = 0;
 
     static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-        return {(static_cast<uint64_t>(reinterpret_cast<uintptr_t>(file)) << 16) |
-                (static_cast<uint64_t>(line) & 0xffffu)};
+        return {
+            (static_cast<uint64_t>(reinterpret_cast<uintptr_t>(file)) << 16) | (static_cast<uint64_t>(line) & 0xffffu)};
     }
     std::string text() const {
         if (packed == 0) {

@@ -179,8 +179,8 @@ public:
             return;
         }
         release();
-        void* memory = mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory = mmap(
+            nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) {
             throw std::runtime_error("simt: no memory for the stacks of a block");
         }

@@ -35,8 +35,7 @@ inline int __syncthreads_or(int predicate, spatialflow::simt::Site site = spatia
 inline int __syncthreads_and(int predicate, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
     return spatialflow::simt::current_block().barrier("__syncthreads_and", !predicate, site) == 0;
 }
-inline void __syncwarp(
-    unsigned mask = 0xffffffffu, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+inline void __syncwarp(unsigned mask = 0xffffffffu, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
     struct Slot {
     } slot;
     spatialflow::simt::Block& block = spatialflow::simt::current_block();
@@ -71,8 +70,10 @@ inline T shuffle(const char* name, unsigned mask, T value, int argument, int wid
             }
             const int from = source(lane, slots[lane]->argument, slots[lane]->width);
             if (from >= 0 && !slots[from]) {
-                block.fault(site, concatenate(name, ": lane ", lane, " reads from lane ", from,
-                                              ", which is not in the mask ", Block::hexadecimal(mask)));
+                block.fault(
+                    site, concatenate(
+                              name, ": lane ", lane, " reads from lane ", from, ", which is not in the mask ",
+                              Block::hexadecimal(mask)));
             }
             slots[lane]->result = slots[from >= 0 ? from : lane]->value;
         }
@@ -131,23 +132,20 @@ inline T __shfl_up_sync(
     unsigned mask, T value, unsigned delta, int width = 32,
     spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
     return spatialflow::simt::shuffle(
-        "__shfl_up_sync", mask, value, static_cast<int>(delta), width, site, [](int self, int by, int size) {
-            return self % size >= by ? self - by : -1;
-        });
+        "__shfl_up_sync", mask, value, static_cast<int>(delta), width, site,
+        [](int self, int by, int size) { return self % size >= by ? self - by : -1; });
 }
 template <typename T>
 inline T __shfl_down_sync(
     unsigned mask, T value, unsigned delta, int width = 32,
     spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
     return spatialflow::simt::shuffle(
-        "__shfl_down_sync", mask, value, static_cast<int>(delta), width, site, [](int self, int by, int size) {
-            return self % size + by < size ? self + by : -1;
-        });
+        "__shfl_down_sync", mask, value, static_cast<int>(delta), width, site,
+        [](int self, int by, int size) { return self % size + by < size ? self + by : -1; });
 }
 template <typename T>
 inline T __shfl_xor_sync(
-    unsigned mask, T value, int lanes, int width = 32,
-    spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+    unsigned mask, T value, int lanes, int width = 32, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
     return spatialflow::simt::shuffle(
         "__shfl_xor_sync", mask, value, lanes, width, site, [](int self, int by, int size) {
             // Reading from a later group of `size` lanes gives the lane's own value.
@@ -248,10 +246,11 @@ using same_t = typename Same<T>::type;  // not deduced: the pointer decides the 
 }  // namespace simt
 }  // namespace spatialflow
 
-#define SPATIALFLOW_SIMT_ATOMIC(name, expression)                                                            \
-    template <template <typename> class Pointer, typename T>                                                 \
-    inline T name(Pointer<T> target, spatialflow::simt::same_t<T> value,                                     \
-                  spatialflow::simt::Site site = spatialflow::simt::Site::here()) {                          \
+#define SPATIALFLOW_SIMT_ATOMIC(name, expression)                                                               \
+    template <template <typename> class Pointer, typename T>                                                    \
+    inline T name(                                                                                              \
+        Pointer<T> target, spatialflow::simt::same_t<T> value,                                                  \
+        spatialflow::simt::Site site = spatialflow::simt::Site::here()) {                                       \
         return spatialflow::simt::atomic(target, site, [=](T old) -> T { return static_cast<T>(expression); }); \
     }
 SPATIALFLOW_SIMT_ATOMIC(atomicAdd, old + value)
@@ -259,7 +258,7 @@ SPATIALFLOW_SIMT_ATOMIC(atomicSub, old - value)
 SPATIALFLOW_SIMT_ATOMIC(atomicMax, old < value ? value : old)
 SPATIALFLOW_SIMT_ATOMIC(atomicMin, value < old ? value : old)
 SPATIALFLOW_SIMT_ATOMIC(atomicOr, old | value)
-SPATIALFLOW_SIMT_ATOMIC(atomicAnd, old & value)
+SPATIALFLOW_SIMT_ATOMIC(atomicAnd, old& value)
 SPATIALFLOW_SIMT_ATOMIC(atomicXor, old ^ value)
 SPATIALFLOW_SIMT_ATOMIC(atomicExch, ((void)old, value))
 #undef SPATIALFLOW_SIMT_ATOMIC
@@ -324,7 +323,19 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
 // Rounded one by one, never fused: what a decision that must not depend on the compiler is made with.
-inline float __fadd_rn(float a, float b) { volatile float result = a + b; return result; }
-inline float __fsub_rn(float a, float b) { volatile float result = a - b; return result; }
-inline float __fmul_rn(float a, float b) { volatile float result = a * b; return result; }
-inline double __dmul_rn(double a, double b) { volatile double result = a * b; return result; }
+inline float __fadd_rn(float a, float b) {
+    volatile float result = a + b;
+    return result;
+}
+inline float __fsub_rn(float a, float b) {
+    volatile float result = a - b;
+    return result;
+}
+inline float __fmul_rn(float a, float b) {
+    volatile float result = a * b;
+    return result;
+}
+inline double __dmul_rn(double a, double b) {
+    volatile double result = a * b;
+    return result;
+}

@@ -49,9 +49,9 @@ inline void run_blocks(Launch& launch) {
         if (i >= total) {
             break;
         }
-        const uint3 index = {static_cast<unsigned>(i % launch.grid.x),
-                             static_cast<unsigned>(i / launch.grid.x % launch.grid.y),
-                             static_cast<unsigned>(i / (uint64_t(launch.grid.x) * launch.grid.y))};
+        const uint3 index = {
+            static_cast<unsigned>(i % launch.grid.x), static_cast<unsigned>(i / launch.grid.x % launch.grid.y),
+            static_cast<unsigned>(i / (uint64_t(launch.grid.x) * launch.grid.y))};
         block->run(launch, index);
     }
     BlockPool::instance().give(std::move(block));

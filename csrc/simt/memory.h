@@ -45,16 +45,16 @@ public:
         const uintptr_t at = address(data_), bytes = sizeof(T) * static_cast<size_t>(count);
         if (__builtin_expect(at < begin_ || at + bytes > end_, 0)) {
             simt::current_block().fault(
-                site, simt::concatenate("out of bounds: element ",
-                                        (static_cast<int64_t>(at) - static_cast<int64_t>(begin_)) /
-                                            static_cast<int64_t>(sizeof(T)),
-                                        count > 1 ? simt::concatenate(" and ", count - 1, " after it") : std::string(),
-                                        " of a global buffer of ", (end_ - begin_) / sizeof(T)));
+                site, simt::concatenate(
+                          "out of bounds: element ",
+                          (static_cast<int64_t>(at) - static_cast<int64_t>(begin_)) / static_cast<int64_t>(sizeof(T)),
+                          count > 1 ? simt::concatenate(" and ", count - 1, " after it") : std::string(),
+                          " of a global buffer of ", (end_ - begin_) / sizeof(T)));
         }
         if (__builtin_expect(count > 1 && at % bytes != 0, 0)) {
             simt::current_block().fault(
-                site, simt::concatenate("misaligned: ", bytes, " bytes at an address that is a multiple of ",
-                                        at & (~at + 1)));
+                site, simt::concatenate(
+                          "misaligned: ", bytes, " bytes at an address that is a multiple of ", at & (~at + 1)));
         }
         return data_;
     }
@@ -174,10 +174,11 @@ private:
     size_t begin_ = 0, end_ = 0;
 };
 
-#define SPATIALFLOW_SHARED(type, name, count)                                                             \
-    static const char name##_declared_here = 0;                                                           \
-    const ::spatialflow::Shared<type> name(::spatialflow::simt::current_block().declare(                  \
-        &name##_declared_here, #name, sizeof(type) * (count), ::spatialflow::simt::Site::here()))
+#define SPATIALFLOW_SHARED(type, name, count)         \
+    static const char name##_declared_here = 0;       \
+    const ::spatialflow::Shared<type> name(           \
+        ::spatialflow::simt::current_block().declare( \
+            &name##_declared_here, #name, sizeof(type) * (count), ::spatialflow::simt::Site::here()))
 #define SPATIALFLOW_DYNAMIC_SHARED(type, name) \
     const ::spatialflow::Shared<type> name(::spatialflow::simt::current_block().dynamic_array())
 

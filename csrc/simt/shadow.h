@@ -74,8 +74,9 @@ public:
                 return conflict;
             }
             if (cell.write_kind != kCopied && !by.clocks->knows_fenced(by.thread, cell.writer, cell.write_moment)) {
-                return {"wgmma reads what was written without a fence.proxy.async between, at", cell.write_site,
-                        cell.write_thread};
+                return {
+                    "wgmma reads what was written without a fence.proxy.async between, at", cell.write_site,
+                    cell.write_thread};
             }
             const unsigned warp = by.thread / kLanes;
             note_read(cell, by, {by.clocks->num_warps() + warp, 1u, group, by.thread, site});
@@ -98,8 +99,9 @@ public:
         visit(begin, kChunk, by, [&](Cell& cell) -> Conflict {
             const bool generic = cell.write_epoch >= by.first_epoch && cell.write_kind != kCopied;
             if (generic && !by.clocks->knows_fenced(by.thread, cell.writer, cell.write_moment)) {
-                conflict = {"TMA writes where a thread has written without a fence.proxy.async between, at",
-                            cell.write_site, cell.write_thread};
+                conflict = {
+                    "TMA writes where a thread has written without a fence.proxy.async between, at", cell.write_site,
+                    cell.write_thread};
             }
             return conflict;
         });
@@ -176,25 +178,29 @@ private:
             return {"reads shared memory that nobody wrote", {}, 0};
         }
         if (cell.write_kind == kPending) {
-            return {"reads shared memory before the cp.async into it was waited for, started at", cell.write_site,
-                    cell.write_thread};
+            return {
+                "reads shared memory before the cp.async into it was waited for, started at", cell.write_site,
+                cell.write_thread};
         }
         if (unordered_write(cell, by, kind)) {
             if (cell.write_kind == kCopied) {
-                return {"reads what TMA writes without having waited for its mbarrier, copy started at",
-                        cell.write_site, cell.write_thread};
+                return {
+                    "reads what TMA writes without having waited for its mbarrier, copy started at", cell.write_site,
+                    cell.write_thread};
             }
             if (cell.write_kind == kBarrier) {
                 return {"reads an mbarrier, initialized at", cell.write_site, cell.write_thread};
             }
-            return {"races: reads what another thread writes without a barrier between, at", cell.write_site,
-                    cell.write_thread};
+            return {
+                "races: reads what another thread writes without a barrier between, at", cell.write_site,
+                cell.write_thread};
         }
         return {};
     }
 
-    Conflict write_as(size_t begin, size_t bytes, const Toucher& by, unsigned writer, uint32_t moment, Kind kind,
-                      const Place& place, Site site) {
+    Conflict write_as(
+        size_t begin, size_t bytes, const Toucher& by, unsigned writer, uint32_t moment, Kind kind, const Place& place,
+        Site site) {
         const auto note = [&](Cell& cell) {
             cell.write_epoch = by.epoch;
             cell.write_moment = moment;
@@ -208,20 +214,23 @@ private:
         const Conflict conflict = visit(begin, bytes, by, [&](Cell& cell) -> Conflict {
             if (unordered_write(cell, by, kind)) {
                 if (cell.write_kind == kCopied) {
-                    return {"writes where TMA writes without having waited for its mbarrier, copy started at",
-                            cell.write_site, cell.write_thread};
+                    return {
+                        "writes where TMA writes without having waited for its mbarrier, copy started at",
+                        cell.write_site, cell.write_thread};
                 }
                 if (cell.write_kind == kBarrier) {
                     return {"writes to an mbarrier, initialized at", cell.write_site, cell.write_thread};
                 }
-                return {"races: writes what another thread writes without a barrier between, at", cell.write_site,
-                        cell.write_thread};
+                return {
+                    "races: writes what another thread writes without a barrier between, at", cell.write_site,
+                    cell.write_thread};
             }
             if (const Reader* reader = unordered_reader(cell, by)) {
-                return {reader->slot >= by.clocks->num_warps()
-                            ? "writes what wgmma reads without having waited for the group, started at"
-                            : "races: writes what another thread reads without a barrier between, at",
-                        reader->site, reader->thread};
+                return {
+                    reader->slot >= by.clocks->num_warps()
+                        ? "writes what wgmma reads without having waited for the group, started at"
+                        : "races: writes what another thread reads without a barrier between, at",
+                    reader->site, reader->thread};
             }
             note(cell);
             return {};

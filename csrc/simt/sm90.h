@@ -45,13 +45,16 @@ inline void mbarrier_init(unsigned address, unsigned arrivals, simt::Site site =
     block.track_all();
     const size_t at = block.locate(address, 8, "mbarrier", site);
     if (address % 8 != 0 || arrivals == 0 || arrivals >= 1u << 20) {
-        block.fault(site, simt::concatenate("mbarrier.init: at address ", address, " for ", arrivals,
-                                            " arrivals; a multiple of 8, and 1 to 1048575"));
+        block.fault(
+            site, simt::concatenate(
+                      "mbarrier.init: at address ", address, " for ", arrivals,
+                      " arrivals; a multiple of 8, and 1 to 1048575"));
     }
     for (const auto& other : block.async.barriers) {
         if (other->at == at) {
-            block.fault(site, simt::concatenate("mbarrier.init: there is a live mbarrier, initialized at ",
-                                                other->site.text()));
+            block.fault(
+                site,
+                simt::concatenate("mbarrier.init: there is a live mbarrier, initialized at ", other->site.text()));
         }
     }
     if (block.async.barriers.size() == simt::kMaxMemoryBarriers) {
@@ -91,9 +94,11 @@ inline void mbarrier_wait(unsigned address, unsigned parity, simt::Site site = s
         block.wait("mbarrier.try_wait", &barrier, site);
     }
     if (barrier.seen[self] == barrier.phase + 1) {
-        block.fault(site, simt::concatenate("mbarrier.try_wait: parity ", parity, " is that of phase ",
-                                            static_cast<int64_t>(barrier.phase) - 1,
-                                            ", which this thread has waited for already, not of the next one"));
+        block.fault(
+            site,
+            simt::concatenate(
+                "mbarrier.try_wait: parity ", parity, " is that of phase ", static_cast<int64_t>(barrier.phase) - 1,
+                ", which this thread has waited for already, not of the next one"));
     }
     barrier.seen[self] = barrier.last_seen = barrier.phase + 1;
     block.clocks().acquire(self, barrier.completed);
@@ -149,8 +154,9 @@ public:
     float operator[](const simt::Index& index) const {
         if (state_.running > 0) {
             simt::current_block().fault(
-                index.site, simt::concatenate("touches sums of a wgmma that has not been waited for, started at ",
-                                              state_.site.text()));
+                index.site,
+                simt::concatenate(
+                    "touches sums of a wgmma that has not been waited for, started at ", state_.site.text()));
         }
         if (index.value < 0 || index.value >= kCount) {
             simt::current_block().fault(index.site, simt::concatenate("sum ", index.value, " of ", kCount));
@@ -175,10 +181,12 @@ struct Wgmma {
     static_assert(kOutputs % 8 == 0 && kOutputs >= 8 && kOutputs <= 256, "n of wgmma");
 
     template <typename T>
-    static void multiply(WgmmaSums<kOutputs / 2>& d, uint64_t a, uint64_t b, int add, T /* type of a and b */,
-                         simt::Site site = simt::Site::here()) {
-        simt::start_product({d.values_, &d.state_, a, b, add}, kOutputs, !kOutputsAdjacent,
-                            [](uint16_t bits) { return load(T{bits}); }, site);
+    static void multiply(
+        WgmmaSums<kOutputs / 2>& d, uint64_t a, uint64_t b, int add, T /* type of a and b */,
+        simt::Site site = simt::Site::here()) {
+        simt::start_product(
+            {d.values_, &d.state_, a, b, add}, kOutputs, !kOutputsAdjacent, [](uint16_t bits) { return load(T{bits}); },
+            site);
     }
 };
 
@@ -191,9 +199,10 @@ inline bool runs_sm90(Stream) {
 inline void bind_context(Stream) {}
 
 template <typename scalar_t, int kDimensions>
-inline bool encode_map(TensorMap& map, const Global<const scalar_t>& tensor, const int64_t (&sizes)[kDimensions],
-                       const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions],
-                       simt::Swizzle swizzle = simt::Swizzle::k128, simt::Site site = simt::Site::here()) {
+inline bool encode_map(
+    TensorMap& map, const Global<const scalar_t>& tensor, const int64_t (&sizes)[kDimensions],
+    const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions],
+    simt::Swizzle swizzle = simt::Swizzle::k128, simt::Site site = simt::Site::here()) {
     map = {};
     map.dimensions = kDimensions;
     map.element_bytes = sizeof(scalar_t);
@@ -208,8 +217,9 @@ inline bool encode_map(TensorMap& map, const Global<const scalar_t>& tensor, con
     map.address = reinterpret_cast<const char*>(tensor.data());
     simt::check_box(map, site);
     if (!tensor.holds(last + 1)) {
-        throw std::runtime_error(simt::concatenate(
-            "simt: ", site.text(), ": tensor map: it reaches ", last + 1, " elements, beyond the tensor"));
+        throw std::runtime_error(
+            simt::concatenate(
+                "simt: ", site.text(), ": tensor map: it reaches ", last + 1, " elements, beyond the tensor"));
     }
     return simt::is_readable(map);
 }

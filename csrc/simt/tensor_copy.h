@@ -23,9 +23,10 @@ inline std::string advance(Block& block, MemoryBarrier& barrier) {
     }
     for (const TensorCopy& copy : block.async.copies) {
         if (copy.barrier == &barrier) {
-            return concatenate("mbarrier at byte ", barrier.at, ": phase ", barrier.phase,
-                               " is complete while a copy is under way that was started at ", copy.site.text(),
-                               ": too few bytes were expected");
+            return concatenate(
+                "mbarrier at byte ", barrier.at, ": phase ", barrier.phase,
+                " is complete while a copy is under way that was started at ", copy.site.text(),
+                ": too few bytes were expected");
         }
     }
     ++barrier.phase;
@@ -44,8 +45,10 @@ inline MemoryBarrier& memory_barrier(Block& block, const char* name, unsigned ad
             const unsigned self = current_thread->linear;
             if (self != barrier->initializer &&
                 !block.clocks().knows(self, barrier->initializer, barrier->init_moment)) {
-                block.fault(site, concatenate(name, ": the mbarrier's initialization at ", barrier->site.text(),
-                                              " is not visible to this thread: no barrier between"));
+                block.fault(
+                    site, concatenate(
+                              name, ": the mbarrier's initialization at ", barrier->site.text(),
+                              " is not visible to this thread: no barrier between"));
             }
             return *barrier;
         }
@@ -57,12 +60,16 @@ inline void arrive(const char* name, unsigned address, unsigned bytes, Site site
     Block& block = current_block();
     MemoryBarrier& barrier = memory_barrier(block, name, address, site);
     if (barrier.pending == 0) {
-        block.fault(site, concatenate(name, ": phase ", barrier.phase, " of the mbarrier has had all its ",
-                                      barrier.arrivals, " arrivals and waits for ", barrier.bytes, " bytes"));
+        block.fault(
+            site, concatenate(
+                      name, ": phase ", barrier.phase, " of the mbarrier has had all its ", barrier.arrivals,
+                      " arrivals and waits for ", barrier.bytes, " bytes"));
     }
     if (barrier.phase > 0 && barrier.last_seen != barrier.phase + 1) {
-        block.fault(site, concatenate(name, ": phase ", barrier.phase - 1,
-                                      " of the mbarrier is complete, and no thread has waited for it yet"));
+        block.fault(
+            site, concatenate(
+                      name, ": phase ", barrier.phase - 1,
+                      " of the mbarrier is complete, and no thread has waited for it yet"));
     }
     block.clocks().release(current_thread->linear, barrier.arriving);
     barrier.bytes += bytes;
@@ -98,8 +105,9 @@ inline void move_box(Block& block, const TensorCopy& copy) {
                 }
             }
             const int64_t address = kSharedWindow + static_cast<int64_t>(copy.target + row * row_bytes + byte);
-            std::memcpy(block.shared_memory(static_cast<size_t>(swizzled(address, map.swizzle) - kSharedWindow)),
-                        chunk, kChunk);
+            std::memcpy(
+                block.shared_memory(static_cast<size_t>(swizzled(address, map.swizzle) - kSharedWindow)), chunk,
+                kChunk);
         }
     }
 }
@@ -130,14 +138,16 @@ inline int registers_at_launch(const Block& block) {
 inline void AsyncUnits::check_end(Block& block) {
     for (const std::unique_ptr<MemoryBarrier>& barrier : barriers) {
         if (barrier->copy.phase > 0 && barrier->last_seen <= barrier->copy.phase) {
-            block.report(barrier->copy.thread, barrier->copy.site,
-                         "the block ends and no thread has waited for this copy");
+            block.report(
+                barrier->copy.thread, barrier->copy.site, "the block ends and no thread has waited for this copy");
         }
         if (barrier->bytes != 0) {
-            block.report(barrier->initializer, barrier->site,
-                         concatenate("mbarrier at byte ", barrier->at, ": the block ends, and for phase ",
-                                     barrier->phase, " ", std::abs(barrier->bytes), " bytes ",
-                                     barrier->bytes > 0 ? "too many" : "too few", " were expected"));
+            block.report(
+                barrier->initializer, barrier->site,
+                concatenate(
+                    "mbarrier at byte ", barrier->at, ": the block ends, and for phase ", barrier->phase, " ",
+                    std::abs(barrier->bytes), " bytes ", barrier->bytes > 0 ? "too many" : "too few",
+                    " were expected"));
         }
     }
     const int warpgroups = static_cast<int>(registers.size()), at_launch = registers_at_launch(block);
@@ -146,24 +156,30 @@ inline void AsyncUnits::check_end(Block& block) {
         all += one.count > 0 ? one.count : at_launch;
     }
     if (all > at_launch * warpgroups) {
-        block.report(registers.back().thread, registers.back().site,
-                     concatenate("setmaxnreg: warpgroups take ", all, " registers of ", at_launch * warpgroups,
-                                 " for a thread of each: the last one waits for ever"));
+        block.report(
+            registers.back().thread, registers.back().site,
+            concatenate(
+                "setmaxnreg: warpgroups take ", all, " registers of ", at_launch * warpgroups,
+                " for a thread of each: the last one waits for ever"));
     }
 }
 
-inline void start_copy(const TensorMap* map, std::initializer_list<int> coordinates, unsigned target, unsigned address,
-                       Site site) {
+inline void start_copy(
+    const TensorMap* map, std::initializer_list<int> coordinates, unsigned target, unsigned address, Site site) {
     Block& block = current_block();
     MemoryBarrier& barrier = memory_barrier(block, "TMA", address, site);
     const unsigned self = current_thread->linear;
     if (!block.clocks().knows_fenced(self, barrier.initializer, barrier.init_moment)) {
-        block.fault(site, concatenate("TMA: the mbarrier's initialization at ", barrier.site.text(),
-                                      " is not visible to it: no fence between"));
+        block.fault(
+            site, concatenate(
+                      "TMA: the mbarrier's initialization at ", barrier.site.text(),
+                      " is not visible to it: no fence between"));
     }
     if (static_cast<int>(coordinates.size()) != map->dimensions) {
-        block.fault(site, concatenate("TMA: ", coordinates.size(), " coordinates for a tensor map of ",
-                                      map->dimensions, " dimensions"));
+        block.fault(
+            site,
+            concatenate(
+                "TMA: ", coordinates.size(), " coordinates for a tensor map of ", map->dimensions, " dimensions"));
     }
     if (target % 128 != 0) {
         block.fault(site, concatenate("TMA: target at address ", target, ", no multiple of 128"));

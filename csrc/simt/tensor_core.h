@@ -57,8 +57,7 @@ namespace simt {
 // Row addresses come from the lanes, eight for each matrix; lane l receives elements (l / 4, 2 * (l % 4)) and the next
 // of each matrix, or of its transpose. A row of 16 bytes may as well hold four 32-bit elements: (l / 4, l % 4).
 template <typename T>
-inline void ldmatrix(
-    const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, Site site) {
+inline void ldmatrix(const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, Site site) {
     struct Slot {
         size_t at;
         unsigned registers[4];
@@ -128,8 +127,10 @@ inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
             float value;
             std::memcpy(&value, &bits, sizeof(value));
             if ((bits & 0x1fffu) != 0 && value == value) {
-                block.fault(site, concatenate("mma.sync: register ", i, " of ", name, " in lane ", lane, ", ", value,
-                                              ", is no TF32 number: the hardware cuts off its low 13 bits"));
+                block.fault(
+                    site, concatenate(
+                              "mma.sync: register ", i, " of ", name, " in lane ", lane, ", ", value,
+                              ", is no TF32 number: the hardware cuts off its low 13 bits"));
             }
             return static_cast<double>(value);
         };

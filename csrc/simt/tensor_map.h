@@ -65,13 +65,15 @@ inline void check_box(const TensorMap& map, Site site) {
         refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, no multiple of 16"));
     }
     if (map.swizzle != Swizzle::kNone && map.row_bytes() > swizzle_span(map.swizzle)) {
-        refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, more than the ",
-                           swizzle_span(map.swizzle), " of ", name_of(map.swizzle)));
+        refuse(concatenate(
+            "a row of the box has ", map.row_bytes(), " bytes, more than the ", swizzle_span(map.swizzle), " of ",
+            name_of(map.swizzle)));
     }
     // Such rows need as much shared memory as the swizzle spans; where in it they lie is not documented.
     if (map.row_bytes() < swizzle_span(map.swizzle)) {
-        refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, fewer than the ",
-                           swizzle_span(map.swizzle), " of ", name_of(map.swizzle), ", which is not interpreted"));
+        refuse(concatenate(
+            "a row of the box has ", map.row_bytes(), " bytes, fewer than the ", swizzle_span(map.swizzle), " of ",
+            name_of(map.swizzle), ", which is not interpreted"));
     }
 }
 

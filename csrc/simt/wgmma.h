@@ -37,8 +37,8 @@ public:
                    (adjacent_k_ ? group * stride_ + chunk * leading_ : group * leading_ + chunk * stride_);
         }
         const int64_t chunks = span / kChunk;
-        return swizzled(start_ + within + group * stride_ + chunk / chunks * leading_ + chunk % chunks * kChunk,
-                        swizzle);
+        return swizzled(
+            start_ + within + group * stride_ + chunk / chunks * leading_ + chunk % chunks * kChunk, swizzle);
     }
 
 private:
@@ -53,12 +53,16 @@ inline void note_operand(
     int begin, int end, int chunks, Site site) {
     const std::string what = concatenate("operand ", name, " of wgmma");
     if (operand.reserved_bits != 0) {
-        block.fault(site, concatenate("wgmma: bit ", __builtin_ctzll(operand.reserved_bits), " of the descriptor of ",
-                                      name, " belongs to no field: start and offsets are 14 bits each, in 16 bytes"));
+        block.fault(
+            site, concatenate(
+                      "wgmma: bit ", __builtin_ctzll(operand.reserved_bits), " of the descriptor of ", name,
+                      " belongs to no field: start and offsets are 14 bits each, in 16 bytes"));
     }
     if (operand.base_offset != 0) {
-        block.fault(site, concatenate("wgmma: base offset ", operand.base_offset, " in the descriptor of ", name,
-                                      ": the swizzle goes by address, the field must be 0"));
+        block.fault(
+            site, concatenate(
+                      "wgmma: base offset ", operand.base_offset, " in the descriptor of ", name,
+                      ": the swizzle goes by address, the field must be 0"));
     }
     const int line_group = static_cast<int>(swizzle_span(operand.swizzle)) / kChunk;
     std::vector<Shadow::Place> first(static_cast<size_t>(chunks));
@@ -68,8 +72,10 @@ inline void note_operand(
             const size_t at = block.locate(operand.address(line, chunk), kChunk, what.c_str(), site);
             uint64_t& seen = block.async.operand_of[at / kChunk];
             if (seen == number) {
-                block.fault(site, concatenate("wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
-                                              " are those of another line too: offsets of the descriptor are wrong"));
+                block.fault(
+                    site, concatenate(
+                              "wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
+                              " are those of another line too: offsets of the descriptor are wrong"));
             }
             seen = number;
             block.complain(block.shadow().read_by_unit(at, by, group, site), at, site);
@@ -88,17 +94,20 @@ inline void note_operand(
             const uint32_t expected = origin.chunk + static_cast<uint32_t>(chunk - group_begin) +
                                       static_cast<uint32_t>(line - first_line) * box.row_chunks;
             if (box.swizzle != operand.swizzle) {
-                block.fault(site, concatenate("wgmma reads operand ", name, " with ", name_of(operand.swizzle),
-                                              ", and TMA has written it with ", name_of(box.swizzle), " at ",
-                                              box.site.text()));
+                block.fault(
+                    site, concatenate(
+                              "wgmma reads operand ", name, " with ", name_of(operand.swizzle),
+                              ", and TMA has written it with ", name_of(box.swizzle), " at ", box.site.text()));
             }
             if (place.copy != origin.copy && line != first_line && expected >= box.chunks) {
                 continue;  // another copy has brought these lines
             }
             if (origin.copy != 0 && (place.copy != origin.copy || place.chunk != expected)) {
-                block.fault(site, concatenate("wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
-                                              " are not where the copy at ", box.site.text(),
-                                              " has put them: start, offsets or swizzle of the descriptor are wrong"));
+                block.fault(
+                    site,
+                    concatenate(
+                        "wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name, " are not where the copy at ",
+                        box.site.text(), " has put them: start, offsets or swizzle of the descriptor are wrong"));
             }
         }
     }
@@ -207,12 +216,13 @@ inline void start_product(ProductSlot slot, int outputs, bool adjacent_k, float 
             // One lane of those that know the same: an elected one may know what the others have not waited for.
             const unsigned last = (first_warp + warp) * kLanes + kLanes - 1;
             for (unsigned thread = last + 1 - kLanes; thread <= last; ++thread) {
-                if (thread == last || !(block.clocks().know_alike(first_warp + warp) ||
-                                        block.clocks().know_alike(thread, thread + 1))) {
+                if (thread == last ||
+                    !(block.clocks().know_alike(first_warp + warp) || block.clocks().know_alike(thread, thread + 1))) {
                     const Toucher by = block.toucher(thread);
                     note_operand(block, by, unit.group, "a", Operand(slot.a, true), true, row, row + 16, 2, site);
-                    note_operand(block, by, unit.group, "b", Operand(slot.b, adjacent_k), adjacent_k, 0,
-                                 adjacent_k ? outputs : 16, adjacent_k ? 2 : outputs / 8, site);
+                    note_operand(
+                        block, by, unit.group, "b", Operand(slot.b, adjacent_k), adjacent_k, 0,
+                        adjacent_k ? outputs : 16, adjacent_k ? 2 : outputs / 8, site);
                 }
             }
             WarpProduct product;

@@ -2,8 +2,8 @@
 """Batches for training: which images, in which order, on which process, with how many workers."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch

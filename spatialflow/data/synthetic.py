@@ -4,8 +4,9 @@ perspective.
 """
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np

@@ -5,7 +5,8 @@ Training uses the steps one by one, between its other transforms; at inference `
 them in one pass, with equal results.
 """
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class-activation maps: where in a picture the classifiers of things and stuff respond (paper, figure 5)."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ class ActivationMaps(NamedTuple):
     """Responses, scaled to 0 (least of the picture) .. 1 (most)."""
 
     things: np.ndarray  # (H, W) float32
-    stuff: Optional[np.ndarray]  # (H, W) float32; None without a stuff head
-    stuff_class: Optional[Category]  # what `stuff` shows; None for the class "other" and without a stuff head
+    stuff: np.ndarray | None  # (H, W) float32; None without a stuff head
+    stuff_class: Category | None  # what `stuff` shows; None for the class "other" and without a stuff head
 
 
 @torch.inference_mode()

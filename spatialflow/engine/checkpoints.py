@@ -7,8 +7,9 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def is_released(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(("neck.", "bbox_head.", "mask_head.")) for name in state)
 
 
-def read_state(path: Union[str, Path], ema: bool = False) -> dict[str, Tensor]:
+def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     """Tensors of a safetensors or torch file (told apart by content), under the names of this package.
 
     What trainers and wrappers add around the weights is removed, and the logger `spatialflow.engine.checkpoints` says
@@ -184,9 +185,7 @@ def _opened(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any,
     for _ in range(8):  # a pickle can hold itself
         if not isinstance(content, dict):
             break
-        found = [
-            [key for key in keys if _may_hold_weights(content.get(key))] for keys in (CONTAINERS, EMA_CONTAINERS)
-        ]
+        found = [[key for key in keys if _may_hold_weights(content.get(key))] for keys in (CONTAINERS, EMA_CONTAINERS)]
         plain, averages = found if not is_average else (found[0] + found[1], [])
         keys = averages if averages and (ema or not plain) else plain
         if not keys:
@@ -302,14 +301,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _read_network(path: Union[str, Path], ema: bool) -> dict[str, Tensor]:
+def _read_network(path: str | Path, ema: bool) -> dict[str, Tensor]:
     state = read_state(path, ema)
     if "layer1.0.conv1.weight" in state:
         raise CheckpointError(f"{path}: holds a backbone alone; load_backbone (train --backbone) takes it")
     return state
 
 
-def load_checkpoint(model: nn.Module, path: Union[str, Path], ema: bool = False) -> nn.Module:
+def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = False) -> nn.Module:
     """Fills a model with the weights of a file; nothing is changed unless everything fits.
 
     Args:
@@ -329,9 +328,7 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path], ema: bool = False)
     return model
 
 
-def load_matching(
-    model: nn.Module, path: Union[str, Path], may_differ: Sequence[str], ema: bool = False
-) -> list[str]:
+def load_matching(model: nn.Module, path: str | Path, may_differ: Sequence[str], ema: bool = False) -> list[str]:
     """As `load_checkpoint`, for finetuning: layers whose shape depends on the classes keep their values where the
     file's do not fit.
 
@@ -358,7 +355,7 @@ def load_matching(
     return [layer for layer in may_differ if any(name.startswith(f"{layer}.") for name in left)]
 
 
-def packaged_weights(config: str) -> Optional[Path]:
+def packaged_weights(config: str) -> Path | None:
     """The weights that come with the package for one of its configurations; None where there are none."""
     path = WEIGHTS_FOLDER / f"{config}.safetensors"
     return path if os.path.isfile(path) else None
@@ -380,7 +377,7 @@ def pretrained_model(config: str = "demo") -> SpatialFlow:
     return load_checkpoint(build_model(config), path).eval()
 
 
-def load_backbone(model: nn.Module, path: Union[str, Path]) -> nn.Module:
+def load_backbone(model: nn.Module, path: str | Path) -> nn.Module:
     """Fills the backbone with ImageNet weights in torchvision's names; the classifier `fc` is left out.
 
     Args:
@@ -400,7 +397,7 @@ def load_backbone(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     return model
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss: Optional[str] = None):
+def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss: str | None = None):
     counter = "num_batches_tracked"  # BatchNorm's counter has no influence; some files lack it
     own = {name: value for name, value in module.state_dict().items() if not name.endswith(counter)}
     given = {name: value for name, value in state.items() if not name.endswith(counter)}
@@ -449,7 +446,7 @@ def shorten(names: Sequence[str], limit: int = 12) -> str:
     return ", ".join(cut) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[str, Path]) -> Path:
+def save_checkpoint(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Path:
     """Writes weights under a temporary name and renames the finished file: an interrupted write leaves nothing behind.
 
     Args:
@@ -484,9 +481,7 @@ def save_checkpoint(model: Union[nn.Module, Mapping[str, Tensor]], path: Union[s
     return path
 
 
-def convert(
-    source: Union[str, Path], destination: Union[str, Path], dtype: Optional[torch.dtype] = None, ema: bool = False
-) -> int:
+def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | None = None, ema: bool = False) -> int:
     """Rewrites a checkpoint (released or ours) with the names of this package.
 
     Args:

@@ -98,9 +98,7 @@ class GraphCache:
         captured.graph.replay()
         return captured.output
 
-    def _capture_with_room(
-        self, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]
-    ) -> _Captured:
+    def _capture_with_room(self, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]) -> _Captured:
         """A new graph, in place of all others where the memory is not enough for both."""
         try:
             return self._capture(make(), inputs)

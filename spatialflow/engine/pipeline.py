@@ -12,9 +12,9 @@ are not used. On the CPU, where reading costs nothing, such rows are cut off ear
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ class Recognized(NamedTuple):
     labels: Tensor  # (B, D) int64
     counts: Tensor  # (B,) int64
     entering: Tensor  # (B, D, 4), the boxes; NaN for those that cannot enter the map: nothing is pasted there
-    mask_logits: Optional[Tensor]  # (B, D, 28, 28) float32, unspecified where not wanted; None without a thing head
-    stuff_logits: list[Optional[Tensor]]  # per view (B, num_stuff, H/4, W/4); None without a stuff head
+    mask_logits: Tensor | None  # (B, D, 28, 28) float32, unspecified where not wanted; None without a thing head
+    stuff_logits: list[Tensor | None]  # per view (B, num_stuff, H/4, W/4); None without a stuff head
 
 
 class FixedResult(NamedTuple):
@@ -79,7 +79,7 @@ class FixedResult(NamedTuple):
     scores: Tensor  # (D,) float32, descending
     labels: Tensor  # (D,) int64, -1 = padding
     count: Tensor  # () int64
-    mask_logits: Optional[Tensor]  # (D, 28, 28) float32; None without a thing head, or where they were not asked for
+    mask_logits: Tensor | None  # (D, 28, 28) float32; None without a thing head, or where they were not asked for
     merged: PanopticMergeOutput
 
 
@@ -109,7 +109,7 @@ class Pipeline:
         device: torch.device,
         dtype: torch.dtype,
         detection_masks: bool,
-        graphs: Optional[GraphCache] = None,
+        graphs: GraphCache | None = None,
     ):
         self.networks, self.config, self.ignored_stuff, self.graphs = list(networks), config, ignored_stuff, graphs
         self.device, self.dtype, self.detection_masks = device, dtype, detection_masks
@@ -234,7 +234,7 @@ class Pipeline:
                 logits = parts[0] if len(parts) == 1 else inference.mean_mask_logits(parts)
         return Recognized(boxes, scores, labels, found.count, entering, logits, [stuff for _, stuff in passes])
 
-    def _dense(self, images: Tensor) -> tuple[list[NetworkOutput], Optional[Tensor]]:
+    def _dense(self, images: Tensor) -> tuple[list[NetworkOutput], Tensor | None]:
         """What each network says of a view, and the mean of their stuff logits at stride 4."""
         outputs, quarter_logits = zip(*(network.dense(images) for network in self.networks))
         if quarter_logits[0] is None or len(quarter_logits) == 1:
@@ -260,7 +260,7 @@ class Pipeline:
         features: list[Tensor],
         boxes: Tensor,
         labels: Tensor,
-        wanted: Optional[Tensor],
+        wanted: Tensor | None,
     ) -> Tensor:
         """(B, D, 28, 28) for boxes (B, D, 4) at original scale, not mirrored; unspecified but for the wanted ones."""
         boxes = inference.mirror_boxes(boxes, view.widths) if view.mirrored else boxes
@@ -270,7 +270,7 @@ class Pipeline:
         logits = logits.unflatten(0, labels.shape)
         return logits.flip(-1) if view.mirrored else logits
 
-    def _stuff_labels(self, image: int, plan: list[View], quarter_logits: list[Optional[Tensor]]) -> Tensor:
+    def _stuff_labels(self, image: int, plan: list[View], quarter_logits: list[Tensor | None]) -> Tensor:
         """(H, W) labels of one image; without a stuff head zeros, which with no label to be counted are void."""
         fitted = plan[0].fitted[image]
         if quarter_logits[0] is None:
@@ -288,7 +288,7 @@ class Pipeline:
         entering: Tensor,
         scores: Tensor,
         labels: Tensor,
-        mask_logits: Optional[Tensor],
+        mask_logits: Tensor | None,
         stuff: Tensor,
         times: dict[str, float],
     ) -> PanopticMergeOutput:

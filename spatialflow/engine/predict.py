@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union, overload
+from typing import Any, NamedTuple, Union, overload
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class PanopticResult:
         boxes: np.ndarray,
         scores: np.ndarray,
         labels: np.ndarray,
-        mask_logits: Optional[np.ndarray],
+        mask_logits: np.ndarray | None,
         mask_threshold: float,
         categories: Categories,
         image_name: str,
@@ -81,7 +81,7 @@ class PanopticResult:
         self.categories, self.image_name, self.times = categories, image_name, times
 
     @property
-    def masks(self) -> Optional[np.ndarray]:
+    def masks(self) -> np.ndarray | None:
         """(K, H, W) bool, the detections' masks before merging, pasted on every access; None without `mask_logits`."""
         if self.mask_logits is None:
             return None
@@ -89,11 +89,11 @@ class PanopticResult:
         return paste_masks(logits, boxes, self.id_map.shape, self.mask_threshold).numpy()
 
     @property
-    def image_id(self) -> Union[int, str]:
+    def image_id(self) -> int | str:
         """See `image_id_of`."""
         return image_id_of(self.image_name)
 
-    def save(self, folder: Union[str, Path]) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Writes `<stem>.png`, the map in COCO panoptic colors, and `<stem>.json`, a panoptic JSON of this image.
 
         Returns:
@@ -120,7 +120,7 @@ class PanopticResult:
         return f"PanopticResult({self.image_name}: {h} x {w}, {found})"
 
 
-def image_id_of(image_name: str) -> Union[int, str]:
+def image_id_of(image_name: str) -> int | str:
     """The stem of an image's name: COCO's as the number it is, Cityscapes' without "_leftImg8bit"."""
     stem = Path(image_name).stem.removesuffix("_leftImg8bit")
     return int(stem) if stem.isascii() and stem.isdigit() else stem
@@ -129,9 +129,9 @@ def image_id_of(image_name: str) -> Union[int, str]:
 class Outcome(NamedTuple):
     """What became of one image of several."""
 
-    result: Optional[PanopticResult]  # None where the image could not be read
-    pixels: Optional[np.ndarray]  # (H, W, 3) uint8 BGR, the image as it was decoded; None where it could not be read
-    error: Optional[BaseException]  # an ImageError where it could not be read
+    result: PanopticResult | None  # None where the image could not be read
+    pixels: np.ndarray | None  # (H, W, 3) uint8 BGR, the image as it was decoded; None where it could not be read
+    error: BaseException | None  # an ImageError where it could not be read
 
 
 class _Item(NamedTuple):
@@ -193,10 +193,10 @@ class Predictor:
 
     def __init__(
         self,
-        model: Union[SpatialFlow, Sequence[SpatialFlow]],
-        device: Union[str, torch.device, None] = None,
-        dtype: Optional[torch.dtype] = None,
-        cuda_graph: Optional[bool] = None,
+        model: SpatialFlow | Sequence[SpatialFlow],
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        cuda_graph: bool | None = None,
         optimize: bool = True,
         batch_size: int = 1,
         detection_masks: bool = True,
@@ -240,9 +240,7 @@ class Predictor:
     @overload
     def __call__(self, images: Iterable[Image]) -> list[PanopticResult]: ...
 
-    def __call__(
-        self, images: Union[Image, Sequence[Image], Iterable[Image]]
-    ) -> Union[PanopticResult, list[PanopticResult]]:
+    def __call__(self, images: Image | Sequence[Image] | Iterable[Image]) -> PanopticResult | list[PanopticResult]:
         """Predicts one image or many.
 
         Args:
@@ -435,14 +433,14 @@ class Predictor:
         ]
 
 
-def graph_cache(device: torch.device, wanted: Optional[bool]) -> Optional[GraphCache]:
+def graph_cache(device: torch.device, wanted: bool | None) -> GraphCache | None:
     """Where the graphs of a Predictor are kept; None without. `wanted` is its `cuda_graph`."""
     if wanted and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, got device {device}")
     return GraphCache(device) if device.type == "cuda" and wanted is not False else None
 
 
-def _models_of(model: Union[SpatialFlow, Sequence[SpatialFlow]]) -> list[SpatialFlow]:
+def _models_of(model: SpatialFlow | Sequence[SpatialFlow]) -> list[SpatialFlow]:
     """The networks of a Predictor; TypeError unless all are."""
     rule = "model: must be a SpatialFlow network or a sequence of them"
     if isinstance(model, SpatialFlow):
@@ -471,7 +469,7 @@ def check_ensemble(configs: Sequence[Config]):
                     raise ValueError(f"model: those of an ensemble must agree in {name}, got {first!r} and {other!r}")
 
 
-def usable_device(device: Union[str, torch.device]) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     """The device by that name, if it is a CPU or a CUDA device that is there; ValueError otherwise."""
     try:
         usable = torch.device(device)

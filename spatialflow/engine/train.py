@@ -13,8 +13,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,14 @@ CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits
 MAY_CHANGE = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
 """Fields of the configuration in which a resumed run may differ from its beginning."""
 
-REMEDY_FIELDS = ("learning_rate", "learning_rate_epochs", "warmup_iterations", "warmup_factor", "gradient_clip_norm",
-                "finetune_learning_rate")  # fmt: skip
+REMEDY_FIELDS = (
+    "learning_rate",
+    "learning_rate_epochs",
+    "warmup_iterations",
+    "warmup_factor",
+    "gradient_clip_norm",
+    "finetune_learning_rate",
+)
 """More such fields: what helps a run that diverged. The changes are reported."""
 
 PROPOSAL_FIELDS = ("candidates_per_level", "score_threshold", "max_detections")
@@ -85,10 +92,10 @@ class TrainingError(RuntimeError):
 class Source:
     """Where the initial weights come from; at most one of the two."""
 
-    checkpoint: Optional[Path] = (
+    checkpoint: Path | None = (
         None  # a whole network; layers whose shape depends on the classes may differ and start from random weights
     )
-    backbone: Optional[Path] = None  # ImageNet weights of the backbone
+    backbone: Path | None = None  # ImageNet weights of the backbone
     ema: bool = False  # of `checkpoint`: the averaged weights
 
 

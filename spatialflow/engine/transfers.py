@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ class Download(NamedTuple):
     """Copies of tensors to the host, which may not have ended."""
 
     value: Any
-    done: Optional[torch.cuda.Event]  # None on the CPU
+    done: torch.cuda.Event | None  # None on the CPU
 
     def wait(self) -> Any:
         """The same structure of tensors on the host, in memory of their own."""

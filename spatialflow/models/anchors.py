@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RetinaNet's anchors, and the targets of boxes relative to them."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

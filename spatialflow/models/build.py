@@ -3,7 +3,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from spatialflow.models.config import (
     Config,
@@ -28,7 +28,7 @@ def list_configs() -> list[str]:
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 
 
-def load_config(config: Union[str, Path, Config], **overrides: Any) -> Config:
+def load_config(config: str | Path | Config, **overrides: Any) -> Config:
     """Reads a configuration.
 
     Args:
@@ -52,7 +52,7 @@ def load_config(config: Union[str, Path, Config], **overrides: Any) -> Config:
     return make_config(name, settings)
 
 
-def _read(config: Union[str, Path], chain: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
     """Settings of one file on top of those of its `base`."""
     path = _locate(config, chain[-1].parent if chain else None)
     if path in chain:
@@ -77,7 +77,7 @@ def _read(config: Union[str, Path], chain: tuple[Path, ...]) -> dict[str, dict[s
     return settings
 
 
-def _locate(config: Union[str, Path], folder: Union[Path, None]) -> Path:
+def _locate(config: str | Path, folder: Path | None) -> Path:
     text = str(config)
     if text.endswith((".yaml", ".yml")):
         path = Path(text)
@@ -95,7 +95,7 @@ def _locate(config: Union[str, Path], folder: Union[Path, None]) -> Path:
     return path
 
 
-def build_model(config_name_or_path: Union[str, Path, Config], **overrides: Any) -> SpatialFlow:
+def build_model(config_name_or_path: str | Path | Config, **overrides: Any) -> SpatialFlow:
     """Builds a network with random weights, in training mode.
 
     Args:

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 
@@ -60,7 +60,7 @@ class ModelConfig:
     detection_stages: int = 4  # stages of the cls and of the reg sub-network
     stuff_stages: int = 4  # stages of the stuff sub-network; 0 = the stuff head sees the FPN
     thing_stages: int = 1  # stages of the thing sub-network; 0 = the thing head sees the FPN
-    flow_source: Optional[str] = (
+    flow_source: str | None = (
         "reg"  # sub-network whose features flow to the others: "reg" or "cls"; null where none of flow_to_* is true
     )
     flow_to_detection: bool = True  # source -> the other detection sub-network (reg -> cls in the paper)
@@ -241,7 +241,7 @@ MAX_SIZE_DIVISOR = 2**24
 class DataConfig:
     """Images and categories."""
 
-    categories: Optional[str] = (
+    categories: str | None = (
         "coco"  # "coco", "cityscapes", a JSON file with a COCO category list, or null: numbered classes
     )
     image_mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, subtracted
@@ -249,7 +249,7 @@ class DataConfig:
     size_divisor: int = 32  # images are padded with zeros at the right and bottom to a multiple of this
     train_short_edges: tuple[int, ...] = (800,)  # one value, or two: range of the short edge in multi-scale training
     train_long_edge: int = 1333  # limit of the long edge in training
-    train_crop: Optional[tuple[int, ...]] = None  # (height, width) of random crops; null = whole images
+    train_crop: tuple[int, ...] | None = None  # (height, width) of random crops; null = whole images
     train_scale_range: tuple[float, ...] = (1.0, 1.0)  # random factor before the crop; [1, 1] without train_crop
     flip_probability: float = 0.5  # horizontal flip in training
 
@@ -301,8 +301,8 @@ class TrainingConfig:
     warmup_factor: float = 0.001  # share of the rate at the first iteration
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.0001  # on every trained parameter
-    gradient_clip_norm: Optional[float] = None  # longer gradients, all parameters together, are shortened to it
-    mixed_precision: Optional[str] = None  # "fp16", "bf16" or null
+    gradient_clip_norm: float | None = None  # longer gradients, all parameters together, are shortened to it
+    mixed_precision: str | None = None  # "fp16", "bf16" or null
     positive_iou: float = 0.5  # anchors at or above it are positive; proposals of the thing head likewise
     negative_iou: float = 0.4  # anchors below it are background; those between are ignored
     focal_gamma: float = 2.0  # focal loss exponent

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feature pyramid P3..P7 (RetinaNet's form)."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -10,7 +10,7 @@ them. In 16 bits on other GPUs a 1x1 convolution without ReLU is a matrix produc
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 def fused_conv2d(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], shape: Shape, relu: bool, residual: Optional[Tensor] = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, relu: bool, residual: Tensor | None = None
 ) -> Tensor:
     """relu(conv2d(x) + bias + residual), without gradients.
 
@@ -73,7 +73,7 @@ def fused_conv2d(
     return y.relu_() if relu else y
 
 
-def _cast(name: str, x: Tensor, weight: Tensor, *others: Optional[Tensor]) -> list[Optional[Tensor]]:
+def _cast(name: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """All tensors as autocast wants them; RuntimeError where `x` does not fit the weight even so."""
     cast = [tensor if tensor is None else autocast(tensor) for tensor in (x, weight, *others)]
     if cast[0].dtype != cast[1].dtype or cast[0].device != cast[1].device:
@@ -126,7 +126,7 @@ _ONEDNN_IS_THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mk
 
 
 def _by_onednn(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], shape: Shape, relu: bool, residual: Optional[Tensor]
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, relu: bool, residual: Tensor | None
 ) -> Tensor:
     arguments = (shape.padding, shape.stride, (1, 1), shape.groups)
     if residual is None:
@@ -160,9 +160,7 @@ def _is_registered(device: str) -> bool:
     return device in _registered
 
 
-def _by_cudnn(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], shape: Shape, residual: Optional[Tensor]
-) -> Tensor:
+def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, residual: Tensor | None) -> Tensor:
     arguments = (shape.stride, shape.padding, (1, 1), shape.groups)
     if residual is None:
         return torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *arguments)
@@ -183,7 +181,7 @@ def _is_matrix_product(x: Tensor, weight: Tensor, shape: Shape) -> bool:
 _POINTWISE = Shape((1, 1), (0, 0), 1)
 
 
-def _by_matrix_product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _by_matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, c, h, w = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(-1, c)  # a view of channels-last maps
     return F.linear(pixels, weight.flatten(1), bias).view(n, h, w, -1).permute(0, 3, 1, 2)

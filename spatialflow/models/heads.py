@@ -2,7 +2,7 @@
 """The task heads: RetinaNet's predictors, the mask head for things and the semantic head for stuff."""
 
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,7 @@ class ThingHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
-    def forward(
-        self, roi_features: Tensor, labels: Optional[Tensor] = None, active: Optional[Tensor] = None
-    ) -> Tensor:
+    def forward(self, roi_features: Tensor, labels: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """Mask logits of RoIs.
 
         Args:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the network's raw outputs to detections, masks and stuff logits; pure functions of tensors."""
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def mask_logits(
     thing_features: list[Tensor],
     rois: Tensor,
     labels: Tensor,
-    active: Optional[Tensor] = None,
+    active: Tensor | None = None,
 ) -> Tensor:
     """(K, 28, 28) float32 logits of each RoI's own class, computed in chunks of RoIs to bound the memory.
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training criterion: raw outputs and ground truth in, four losses out. The network knows nothing of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class Losses(NamedTuple):
 
     cls: Tensor  # () focal loss of the classes
     box: Tensor  # () L1 loss of the boxes
-    thing: Optional[Tensor]  # () cross entropy of the masks
-    stuff: Optional[Tensor]  # () cross entropy of the semantic map, times stuff_loss_weight
+    thing: Tensor | None  # () cross entropy of the masks
+    stuff: Tensor | None  # () cross entropy of the semantic map, times stuff_loss_weight
 
     def total(self) -> Tensor:
         """Their sum."""
@@ -128,11 +129,11 @@ class Criterion:
         average: replaces a vector of counts by its mean over processes; None with one process.
     """
 
-    def __init__(self, config: Config, average: Optional[Callable[[Tensor], Tensor]] = None):
+    def __init__(self, config: Config, average: Callable[[Tensor], Tensor] | None = None):
         self.config = config
         self.average = average or (lambda counts: counts)
         self.proposal_config = replace(config.test, nms_threshold=config.training.proposal_nms_threshold)
-        self._base: Optional[Tensor] = None
+        self._base: Tensor | None = None
 
     def __call__(self, network: SpatialFlow, images: Tensor, truth: Truth) -> Losses:
         """Runs the network on a batch and compares.

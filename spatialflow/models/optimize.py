@@ -6,7 +6,8 @@ instead of parameters. The plain modules are the reference.
 """
 
 import copy
-from typing import Any, Callable, Optional, Sequence, TypeVar, Union
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +70,15 @@ class FusedConv(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.shape, self.relu = Shape(conv.stride, conv.padding, conv.groups), relu
 
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> (N, O, H', W'). `residual`, of the output's shape, may be overwritten."""
         return fused_conv2d(x, self.weight, self.bias, self.shape, self.relu, residual)
 
 
 class FusedStem(FusedConv):
     """The first convolution, with a ReLU. On a GPU it reads zeros as further channels, since cuDNN's fused kernels want
-    16 bytes of them."""
+    16 bytes of them.
+    """
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv, relu=True)
@@ -169,7 +171,7 @@ class PackedModule(nn.Module):
         packed: the convolutions.
     """
 
-    def __init__(self, packed: Union[PackedConv, PackedDeformConv, list[PackedConv], FlowTowerParameters]):
+    def __init__(self, packed: PackedConv | PackedDeformConv | list[PackedConv] | FlowTowerParameters):
         super().__init__()
         self.packed = packed
 
@@ -202,7 +204,7 @@ class PackedConv3x3(PackedModule):
         super().__init__(pack(conv))
         self.relu = relu
 
-    def forward(self, x: Levels, flow: Optional[Levels] = None, active: Optional[Tensor] = None) -> Levels:
+    def forward(self, x: Levels, flow: Levels | None = None, active: Tensor | None = None) -> Levels:
         """relu(conv(x + flow)), of the structure of `x`; zeros for images that are not `active`, (N,) bool."""
         return flow_conv2d(x, flow, self.packed, None, self.relu, active=active)
 
@@ -322,7 +324,7 @@ class PackedSubnets(nn.Module):
         return SubnetFeatures(f["cls"], f["reg"], stuff, thing)
 
     def _stage(
-        self, name: str, s: int, f: list[Tensor], source: list[Tensor], semantic: Optional[list[Tensor]] = None
+        self, name: str, s: int, f: list[Tensor], source: list[Tensor], semantic: list[Tensor] | None = None
     ) -> list[Tensor]:
         conv = self.convs[name][s]
         if len(self.flow_convs[name]) == 0:
@@ -378,9 +380,7 @@ class PackedThingHead(ThingHead):
         )  # (4*O, I)
         self.register_buffer("bias", head.upsample.bias.detach().repeat(4), persistent=False)
 
-    def forward(
-        self, roi_features: Tensor, labels: Optional[Tensor] = None, active: Optional[Tensor] = None
-    ) -> Tensor:
+    def forward(self, roi_features: Tensor, labels: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         x = roi_features.contiguous(memory_format=torch.channels_last)
         for conv in self.convs:
             x = conv(x, active=active)
@@ -449,7 +449,7 @@ class PackedConvNorm(nn.Module):
 
 
 def optimize_for_inference(
-    model: SpatialFlow, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None
+    model: SpatialFlow, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> SpatialFlow:
     """Rearranges a network for inference.
 

@@ -4,7 +4,7 @@ they are faster, on the CPU with BatchNorm of fixed statistics folded into the c
 """
 
 import copy
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class TrainingConv(nn.Module):
         relu: whether a ReLU follows.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d] = None, relu: bool = False):
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: bool = False):
         super().__init__()
         self.conv, self.norm, self.relu = conv, norm, relu
         self.offsets = TrainingConv(conv.conv_offset) if isinstance(conv, DeformConv2d) else None
@@ -44,7 +44,7 @@ class TrainingConv(nn.Module):
             y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y.relu_() if self.relu else y
 
-    def _folded(self) -> tuple[Tensor, Optional[Tensor]]:
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of convolution and norm together; gradients reach the parameters of both."""
         if self.norm is None:
             return self.conv.weight, self.conv.bias

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ResNet and ResNeXt backbones with optional deformable stages, in the layout and with the names of torchvision."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 

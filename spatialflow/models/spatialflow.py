@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The assembly of the network: backbone, FPN, sub-networks, heads."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,9 +17,9 @@ class NetworkOutput(NamedTuple):
     features: list[Tensor]  # P3..P7, (N, fpn_channels, H / stride, W / stride)
     class_logits: list[Tensor]  # P3..P7, (N, A * num_things, ...), anchor-major
     box_deltas: list[Tensor]  # P3..P7, (N, A * 4, ...)
-    stuff_features: Optional[list[Tensor]]  # P3..P5, (N, C, ...); None without a stuff head
-    thing_features: Optional[list[Tensor]]  # P3..P5, (N, C, ...), what RoIs are taken from; None without a thing head
-    stuff_logits: Optional[Tensor]  # (N, num_stuff, H, W); None without a stuff head
+    stuff_features: list[Tensor] | None  # P3..P5, (N, C, ...); None without a stuff head
+    thing_features: list[Tensor] | None  # P3..P5, (N, C, ...), what RoIs are taken from; None without a thing head
+    stuff_logits: Tensor | None  # (N, num_stuff, H, W); None without a stuff head
 
 
 class SpatialFlow(nn.Module):
@@ -41,8 +41,8 @@ class SpatialFlow(nn.Module):
         fpn: nn.Module,
         subnets: nn.Module,
         box_head: nn.Module,
-        thing_head: Optional[nn.Module],
-        stuff_head: Optional[nn.Module],
+        thing_head: nn.Module | None,
+        stuff_head: nn.Module | None,
         config: Config,
     ):
         super().__init__()
@@ -71,7 +71,7 @@ class SpatialFlow(nn.Module):
             return output
         return output._replace(stuff_logits=self.stuff_head.enlarge(stuff_logits))
 
-    def dense(self, images: Tensor) -> tuple[NetworkOutput, Optional[Tensor]]:
+    def dense(self, images: Tensor) -> tuple[NetworkOutput, Tensor | None]:
         """As `forward`, but the stuff logits come apart and at stride 4, before their last upsampling."""
         _check_images(images)
         pyramid = self.fpn(self.backbone(images))
@@ -92,8 +92,8 @@ class SpatialFlow(nn.Module):
         self,
         thing_features: list[Tensor],
         rois: Tensor,
-        labels: Optional[Tensor] = None,
-        active: Optional[Tensor] = None,
+        labels: Tensor | None = None,
+        active: Tensor | None = None,
     ) -> Tensor:
         """Mask logits for boxes.
 

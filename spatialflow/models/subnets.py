@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The four parallel sub-networks and the spatial information flows between them (paper, equations 1 to 4)."""
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -54,13 +55,13 @@ class Subnets(nn.Module):
         detection_stages: int = 4,
         stuff_stages: int = 4,
         thing_stages: int = 1,
-        flow_source: Optional[str] = "reg",
+        flow_source: str | None = "reg",
         flow_to_detection: bool = True,
         flow_to_stuff: bool = True,
         flow_to_thing: bool = True,
         flow_stuff_to_thing: bool = True,
         segmentation: Sequence[str] = ("stuff", "thing"),
-        deformable: Optional[dict[str, Sequence[int]]] = None,
+        deformable: dict[str, Sequence[int]] | None = None,
         init_std: float = 0.01,
     ):
         super().__init__()
@@ -111,7 +112,7 @@ class Subnets(nn.Module):
         """Flow convolutions into the sub-network `name`, empty where none."""
         return self.get_submodule(f"flow_{name}") if name != self.source else nn.ModuleList()
 
-    def _level(self, p: Tensor, segmentation: bool) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
+    def _level(self, p: Tensor, segmentation: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """One pyramid level, (N, in_channels, H, W), through all sub-networks."""
         stages = {name: self.get_submodule(name) for name in ("cls", "reg", "stuff", "thing")}
         f = {"cls": p, "reg": p, "stuff": p}
@@ -134,7 +135,7 @@ class Subnets(nn.Module):
             thing = thing if flow is None else thing + flow(source)
         return f["cls"], f["reg"], stuff, thing
 
-    def _stage(self, name: str, s: int, f: Tensor, source: Tensor, semantic: Optional[Tensor] = None) -> Tensor:
+    def _stage(self, name: str, s: int, f: Tensor, source: Tensor, semantic: Tensor | None = None) -> Tensor:
         """relu(conv(f + semantic + flow(source))); in a deformable stage flow(f + source) gives the offsets."""
         conv, flow = self.get_submodule(name)[s], _at(self.flows(name), s)
         x = f if semantic is None else f + semantic
@@ -152,5 +153,5 @@ class Subnets(nn.Module):
         return SubnetFeatures(cls, reg, stuff[:SEGMENTATION_LEVELS], thing[:SEGMENTATION_LEVELS])
 
 
-def _at(modules: nn.ModuleList, index: int) -> Optional[nn.Module]:
+def _at(modules: nn.ModuleList, index: int) -> nn.Module | None:
     return modules[index] if index < len(modules) else None

@@ -19,40 +19,40 @@ from spatialflow import _library
 
 _library.load()
 
-from spatialflow.ops.checking import checked  # noqa: E402
-from spatialflow.ops.conv1x1 import conv1x1  # noqa: E402, F401 - for the package's networks
-from spatialflow.ops.deform_conv2d import (  # noqa: E402
+from spatialflow.ops.checking import checked
+from spatialflow.ops.conv1x1 import conv1x1
+from spatialflow.ops.deform_conv2d import (
     DeformConv2d,
     PackedDeformConv,
     deform_conv2d,
     pack_deform_conv2d,
 )
-from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3  # noqa: E402
-from spatialflow.ops.flow_tower import (  # noqa: E402
+from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3
+from spatialflow.ops.flow_tower import (
     FlowTowerOutput,
     FlowTowerParameters,
     flow_tower,
     pack_flow_tower,
 )
-from spatialflow.ops.group_norm_relu import group_norm_relu  # noqa: E402
-from spatialflow.ops.multiclass_nms import Detections, multiclass_nms  # noqa: E402
-from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align  # noqa: E402
-from spatialflow.ops.nms import batched_nms, nms  # noqa: E402
-from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge  # noqa: E402
-from spatialflow.ops.panoptic_quality_counts import panoptic_quality_counts  # noqa: E402
-from spatialflow.ops.paste_masks import paste_masks  # noqa: E402
-from spatialflow.ops.preprocess_images import preprocess_images  # noqa: E402
-from spatialflow.ops.roi_align import RoIAlign, roi_align  # noqa: E402
-from spatialflow.ops.select_candidates import Candidates, select_candidates  # noqa: E402
-from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss  # noqa: E402
-from spatialflow.ops.stuff_labels import stuff_labels  # noqa: E402
+from spatialflow.ops.group_norm_relu import group_norm_relu
+from spatialflow.ops.multiclass_nms import Detections, multiclass_nms
+from spatialflow.ops.multilevel_roi_align import MultilevelRoIAlign, multilevel_roi_align
+from spatialflow.ops.nms import batched_nms, nms
+from spatialflow.ops.panoptic_merge import PanopticMergeOutput, panoptic_merge
+from spatialflow.ops.panoptic_quality_counts import panoptic_quality_counts
+from spatialflow.ops.paste_masks import paste_masks
+from spatialflow.ops.preprocess_images import preprocess_images
+from spatialflow.ops.roi_align import RoIAlign, roi_align
+from spatialflow.ops.select_candidates import Candidates, select_candidates
+from spatialflow.ops.sigmoid_focal_loss import sigmoid_focal_loss
+from spatialflow.ops.stuff_labels import stuff_labels
 
 __all__ = [
-    "FlowTowerOutput",
-    "FlowTowerParameters",
     "Candidates",
     "DeformConv2d",
     "Detections",
+    "FlowTowerOutput",
+    "FlowTowerParameters",
     "MultilevelRoIAlign",
     "PackedConv",
     "PackedDeformConv",

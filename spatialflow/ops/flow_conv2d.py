@@ -336,8 +336,10 @@ def check_packed_layout(op: str, packed: Tensor) -> None:
     tag, wanted = packed.shape[0] % _PACKED_UNIT, packed_tag(packed.device, packed.dtype)
     torch._check(
         tag == wanted,
-        lambda: f"{op}: the packed weight has the layout of another instruction set, device, dtype or version "
-        f"(tag {tag}, here {wanted}); pack the weight again, by pack_conv3x3 or pack_flow_tower",
+        lambda: (
+            f"{op}: the packed weight has the layout of another instruction set, device, dtype or version "
+            f"(tag {tag}, here {wanted}); pack the weight again, by pack_conv3x3 or pack_flow_tower"
+        ),
     )
 
 

@@ -85,9 +85,7 @@ def _(input, weight, bias, num_groups, eps, upsample):
 @register_fake("_group_norm_relu_backward")
 def _(grad_output, input, statistics, weight, bias, num_groups, upsample):
     torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
-    grad_input = torch.empty(
-        input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
-    )
+    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
     size = (input.shape[1],)
     by_channel = [input.new_empty(size, dtype=(input if t is None else t).dtype) for t in (weight, bias)]
     return grad_input, *by_channel

@@ -8,7 +8,8 @@ from torch import Tensor
 def memory_format_of(tensor: Tensor) -> torch.memory_format:
     """Layout of what is computed from an (N, C, H, W) tensor: channels-last where its channels are adjacent in memory,
     pixels and rows in order, slices of such included. Plain contiguous otherwise, and where sizes of one allow both.
-    Strides of dimensions of size 1 are arbitrary in torch and are not read."""
+    Strides of dimensions of size 1 are arbitrary in torch and are not read.
+    """
     if tensor.dim() != 4 or tensor.is_contiguous() or tensor.shape[1] <= 1 or tensor.stride(1) != 1:
         return torch.contiguous_format
     pixel = tensor.stride(3) if tensor.shape[3] > 1 else tensor.shape[1]

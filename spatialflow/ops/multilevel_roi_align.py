@@ -73,9 +73,15 @@ def multilevel_roi_align(
     boxes = _as_rows("multilevel_roi_align", boxes, features[0])
     strides = numbers("multilevel_roi_align", "strides", strides)
     pooled = _multilevel_roi_align(
-        [autocast(feature) for feature in features], boxes, height, width, strides, sampling_ratio,
-        bool(aligned), number("multilevel_roi_align", "finest_scale", finest_scale),
-    )  # fmt: skip
+        [autocast(feature) for feature in features],
+        boxes,
+        height,
+        width,
+        strides,
+        sampling_ratio,
+        bool(aligned),
+        number("multilevel_roi_align", "finest_scale", finest_scale),
+    )
     if is_checking():  # values; the operator has checked the shapes
         require_finite("multilevel_roi_align", "boxes", boxes)
         require_batch_indices("multilevel_roi_align", "boxes", boxes[:, 0], features[0].shape[0])
@@ -128,17 +134,31 @@ def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, ali
 
 @register_fake("_multilevel_roi_align_backward")
 def _(
-    grad_output, boxes, pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale,
-    batch, channels, heights, widths, channels_last, deterministic,
-):  # fmt: skip
+    grad_output,
+    boxes,
+    pooled_height,
+    pooled_width,
+    strides,
+    sampling_ratio,
+    aligned,
+    finest_scale,
+    batch,
+    channels,
+    heights,
+    widths,
+    channels_last,
+    deterministic,
+):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return [
         torch.empty(
             (batch, channels, height, width),
-            dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format,
+            dtype=grad_output.dtype,
+            device=grad_output.device,
+            memory_format=memory_format,
         )
         for height, width in zip(heights, widths)
-    ]  # fmt: skip
+    ]
 
 
 # The op is linear in its features, so tangents and second derivatives are the op itself applied to them.
@@ -158,9 +178,15 @@ def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
     grads = None
     if any(wanted):
         grads = _multilevel_roi_align_backward(
-            grad_output, boxes, *ctx.settings, *ctx.shape, ctx.heights, ctx.widths, ctx.channels_last,
+            grad_output,
+            boxes,
+            *ctx.settings,
+            *ctx.shape,
+            ctx.heights,
+            ctx.widths,
+            ctx.channels_last,
             torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+        )
     return grads, None, None, None, None, None, None, None
 
 

@@ -122,9 +122,18 @@ _panoptic_merge = without_gradient("panoptic_merge")
 
 @register_fake("panoptic_merge")
 def _(
-    masks, scores, labels, boxes, stuff, stuff_labels, ignored_stuff, score_threshold, overlap_threshold,
-    stuff_area_limit, box_threshold,
-):  # fmt: skip
+    masks,
+    scores,
+    labels,
+    boxes,
+    stuff,
+    stuff_labels,
+    ignored_stuff,
+    score_threshold,
+    overlap_threshold,
+    stuff_area_limit,
+    box_threshold,
+):
     torch._check(masks.dim() == 3, lambda: f"panoptic_merge: masks must be (K, H, W), got {tuple(masks.shape)}")
     count, height, width = masks.shape
     rows = count + stuff_labels

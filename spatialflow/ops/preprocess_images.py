@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from spatialflow.ops.fake import register_fake
 
 
 def preprocess_images(
-    images: Union[Tensor, Sequence[Tensor]],
-    sizes: Union[tuple[int, int], Sequence[tuple[int, int]]],
+    images: Tensor | Sequence[Tensor],
+    sizes: tuple[int, int] | Sequence[tuple[int, int]],
     mean: Sequence[float],
     std: Sequence[float],
     divisor: int = 32,

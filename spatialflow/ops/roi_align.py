@@ -132,9 +132,20 @@ def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, 
 
 @register_fake("_roi_align_backward")
 def _(
-    grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned,
-    batch, channels, height, width, channels_last, deterministic,
-):  # fmt: skip
+    grad_output,
+    boxes,
+    pooled_height,
+    pooled_width,
+    spatial_scale,
+    sampling_ratio,
+    aligned,
+    batch,
+    channels,
+    height,
+    width,
+    channels_last,
+    deterministic,
+):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     size = (batch, channels, height, width)
     return torch.empty(size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)

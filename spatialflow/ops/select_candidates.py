@@ -130,9 +130,14 @@ def _vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
 
     sizes, factors = unfolded(valid_sizes, in_dims[4]), unfolded(scale_factors, in_dims[5])
     results = _select_candidates(
-        folded(class_logits, in_dims[0]), folded(box_deltas, in_dims[1]), base_anchors, strides,
-        sizes.flatten(0, 1), factors.flatten(0, 1), per_level,
-    )  # fmt: skip
+        folded(class_logits, in_dims[0]),
+        folded(box_deltas, in_dims[1]),
+        base_anchors,
+        strides,
+        sizes.flatten(0, 1),
+        factors.flatten(0, 1),
+        per_level,
+    )
     return tuple(result.unflatten(0, sizes.shape[:2]) for result in results), (0, 0)
 
 

@@ -151,9 +151,7 @@ def _numbers(image_ids: Iterable[int | str]) -> dict[int | str, int]:
     return {image_id: number for number, image_id in enumerate(ordered)}
 
 
-def rename_images(
-    results: list[dict[str, Any]], prediction_of: Mapping[int | str, int | str]
-) -> list[dict[str, Any]]:
+def rename_images(results: list[dict[str, Any]], prediction_of: Mapping[int | str, int | str]) -> list[dict[str, Any]]:
     """Detections with the image ids of the ground truth in place of the predictions'.
 
     Args:

@@ -231,7 +231,7 @@ def dumps(content: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """numpy numbers and arrays as JSON has them."""
+    """Numpy numbers and arrays as JSON has them."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -151,7 +151,7 @@ def _keys(names: Mapping[Any, str]) -> list[list[tuple[Any, str]]]:
 
 
 def _unique(keys: list[tuple[Any, str]]) -> dict[str, Any]:
-    """key -> image id, of the keys that one image alone has."""
+    """Key -> image id, of the keys that one image alone has."""
     counts = Counter(key for _, key in keys)
     return {key: image for image, key in keys if counts[key] == 1}
 

@@ -6,6 +6,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder of this package, not the package itself
 
-from fuzz.command import main  # noqa: E402
+from fuzz.command import main
 
 sys.exit(main())

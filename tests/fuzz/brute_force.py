@@ -467,9 +467,7 @@ def panoptic_merge(
     for label in range(stuff_labels):
         if label in ignored_stuff:
             continue
-        free = [
-            (y, x) for y in range(height) for x in range(width) if stuff_map[y, x] == label and id_map[y, x] == 0
-        ]
+        free = [(y, x) for y in range(height) for x in range(width) if stuff_map[y, x] == label and id_map[y, x] == 0]
         if free and len(free) >= stuff_area_limit:
             segments.append((label, -1, 0.0))
             for place in free:
@@ -478,9 +476,7 @@ def panoptic_merge(
         if not np.isfinite(corners[k]).all():
             continue
         x1, y1, x2, y2 = (int(corner) for corner in corners[k])
-        pixels = [
-            (y, x) for y in range(max(y1, 0), min(y2, height)) for x in range(max(x1, 0), min(x2, width))
-        ]
+        pixels = [(y, x) for y in range(max(y1, 0), min(y2, height)) for x in range(max(x1, 0), min(x2, width))]
         free = [place for place in pixels if id_map[place] == 0]
         if not free or len(free) / len(pixels) < box_threshold:
             continue

@@ -336,8 +336,12 @@ def nms(draw: Draw, limits: Limits) -> dict:
 def batched_nms(draw: Draw, limits: Limits) -> dict:
     arguments = nms(draw, limits)
     idxs = tensor(draw, arguments["scores"]["tensor"], "int64", integers(-1, draw(one_of(0, 1, 3)), outliers=True))
-    return {"boxes": arguments["boxes"], "scores": arguments["scores"], "idxs": idxs,
-            "iou_threshold": arguments["iou_threshold"]}  # fmt: skip
+    return {
+        "boxes": arguments["boxes"],
+        "scores": arguments["scores"],
+        "idxs": idxs,
+        "iou_threshold": arguments["iou_threshold"],
+    }
 
 
 def multiclass_nms(draw: Draw, limits: Limits) -> dict:

@@ -132,7 +132,8 @@ def leaves(value: Any) -> list[Tensor]:
 
 def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     """Winograd adds what it multiplies: an infinite or very large number spoils the tile of 4 x 4 pixels around it. And
-    whether a weight that is not finite is multiplied by padding is left open."""
+    whether a weight that is not finite is multiplied by padding is left open.
+    """
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
     many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)  # channels: "auto" takes Winograd
     algorithm = arguments["algorithm"]
@@ -161,7 +162,8 @@ def _upsets_deform_conv2d(arguments: dict, tensors: list[Tensor]) -> bool:
 
 def _upsets_norm(arguments: dict, tensors: list[Tensor]) -> bool:
     """Squares of deviations overflow. Whether infinite parameters make infinity or NaN of their channel, and infinite
-    gradients of their group, is left open."""
+    gradients of their group, is left open.
+    """
     gradients = tensors[len(leaves(arguments)) :]
     open_ones = leaves([arguments["weight"], arguments["bias"], gradients])
     return any(bool(t.detach().isinf().any()) for t in open_ones) or _overflows(arguments, tensors)
@@ -215,8 +217,11 @@ def _deform_conv2d_packed(*, input: Tensor, offset: Tensor, weight: Tensor, **op
 
 
 def _tower(parameters: dict) -> ops.FlowTowerParameters:
-    lists = {name: tuple(conv and tuple(conv) for conv in value) for name, value in parameters.items()
-             if isinstance(value, list)}  # fmt: skip
+    lists = {
+        name: tuple(conv and tuple(conv) for conv in value)
+        for name, value in parameters.items()
+        if isinstance(value, list)
+    }
     return ops.FlowTowerParameters(**parameters | lists)
 
 
@@ -238,7 +243,8 @@ def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
 
 def _nearby(*names: str) -> Callable[[dict, float], Iterator[dict]]:
     """Weights and features moved at random, some roundings up or down: sums at the kink of a ReLU change sides. The
-    sums of Winograd round more often."""
+    sums of Winograd round more often.
+    """
 
     def nearby(arguments: dict, epsilon: float) -> Iterator[dict]:
         generator = torch.Generator(device="cpu").manual_seed(0)
@@ -284,7 +290,8 @@ def _nearby_threshold(arguments: dict, epsilon: float) -> Iterator[dict]:
 OPERATORS: dict[str, Operator] = {
     "roi_align": Operator(
         ops.roi_align,
-        reference.roi_align, brute_force.roi_align,
+        reference.roi_align,
+        brute_force.roi_align,
         differentiable=("input",),
         nearby=_nearby_boxes,
         nearby_for=("result", "gradient"),
@@ -294,7 +301,8 @@ OPERATORS: dict[str, Operator] = {
     ),
     "flow_conv2d": Operator(
         ops.flow_conv2d,
-        reference.flow_conv2d, brute_force.flow_conv2d,
+        reference.flow_conv2d,
+        brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
         nearby=_nearby("weight", "x", "flow"),
         nearby_for=("gradient",),
@@ -303,7 +311,8 @@ OPERATORS: dict[str, Operator] = {
     ),
     "pack_conv3x3": Operator(
         _flow_conv2d_packed,
-        reference.flow_conv2d, brute_force.flow_conv2d,
+        reference.flow_conv2d,
+        brute_force.flow_conv2d,
         differentiable=("x", "flow", "weight", "bias"),
         nearby=_nearby("weight", "x", "flow"),
         nearby_for=("gradient",),
@@ -312,7 +321,8 @@ OPERATORS: dict[str, Operator] = {
     ),
     "group_norm_relu": Operator(
         ops.group_norm_relu,
-        reference.group_norm_relu, brute_force.group_norm_relu,
+        reference.group_norm_relu,
+        brute_force.group_norm_relu,
         differentiable=("input", "weight", "bias"),
         nearby=_nearby("input", "bias"),
         nearby_for=("gradient",),
@@ -322,7 +332,8 @@ OPERATORS: dict[str, Operator] = {
     ),
     "multilevel_roi_align": Operator(
         ops.multilevel_roi_align,
-        reference.multilevel_roi_align, brute_force.multilevel_roi_align,
+        reference.multilevel_roi_align,
+        brute_force.multilevel_roi_align,
         differentiable=("features",),
         nearby=_nearby_boxes,
         nearby_for=("result", "gradient"),
@@ -342,7 +353,8 @@ OPERATORS: dict[str, Operator] = {
     ),
     "paste_masks": Operator(
         ops.paste_masks,
-        reference.paste_masks, brute_force.paste_masks,
+        reference.paste_masks,
+        brute_force.paste_masks,
         exact=True,
         nearby=_nearby_threshold,
         nearby_for=("result",),
@@ -353,9 +365,7 @@ OPERATORS: dict[str, Operator] = {
         _named_dtype(brute_force.preprocess_images),
         exact=True,
     ),
-    "select_candidates": Operator(
-        ops.select_candidates, reference.select_candidates, brute_force.select_candidates
-    ),
+    "select_candidates": Operator(ops.select_candidates, reference.select_candidates, brute_force.select_candidates),
     "sigmoid_focal_loss": Operator(
         ops.sigmoid_focal_loss,
         reference.sigmoid_focal_loss,
@@ -371,7 +381,8 @@ OPERATORS: dict[str, Operator] = {
 for _name, _call in (("deform_conv2d", ops.deform_conv2d), ("pack_deform_conv2d", _deform_conv2d_packed)):
     OPERATORS[_name] = Operator(
         _call,
-        reference.deform_conv2d, brute_force.deform_conv2d,
+        reference.deform_conv2d,
+        brute_force.deform_conv2d,
         differentiable=("input", "offset", "weight", "bias", "mask"),
         nearby=_nearby_offsets,
         places=True,
@@ -379,7 +390,7 @@ for _name, _call in (("deform_conv2d", ops.deform_conv2d), ("pack_deform_conv2d"
         nearby_for=("gradient",),
         linear=("input", "weight", "bias", "mask"),
         poisons=True,
-    )  # fmt: skip
+    )
 
 for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_tower_packed)):
     OPERATORS[_name] = Operator(

@@ -43,9 +43,17 @@ MEGABYTES = 1000
 LINE = 1000  # characters of a sentence
 
 SMALL = dict(
-    backbone_base_channels=4, fpn_channels=4, head_channels=4, thing_head_channels=4, stuff_head_channels=4,
-    norm_groups=2, num_things=6, num_stuff=6, categories="synthetic", images_per_step=1,
-)  # fmt: skip
+    backbone_base_channels=4,
+    fpn_channels=4,
+    head_channels=4,
+    thing_head_channels=4,
+    stuff_head_channels=4,
+    norm_groups=2,
+    num_things=6,
+    num_stuff=6,
+    categories="synthetic",
+    images_per_step=1,
+)
 
 
 class Wrong(Exception):
@@ -154,9 +162,10 @@ def _command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # what a name holds may not be writable
     try:
         with (
-            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
             warnings.catch_warnings(record=True) as shown,
-        ):  # fmt: skip
+        ):
             warnings.simplefilter("default")
             code = cli.main(list(map(str, arguments)))
     except SystemExit as error:
@@ -196,10 +205,15 @@ def _read_png(folder: Path, base: int, changes: list) -> int:
 def _read_photograph(folder: Path, base: int, changes: list) -> int:
     scene = make_scene(SIZE, 0, 0).image
     kind, pixels, options = (
-        (".jpg", scene, []), (".jpg", scene, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]), (".jpg", scene[..., 0], []),
-        (".png", scene, []), (".png", scene[..., 0], []), (".png", scene.astype(np.uint16) * 257, []),
-        (".jpg", scene, [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]), (".bmp", scene, []),
-    )[base]  # fmt: skip
+        (".jpg", scene, []),
+        (".jpg", scene, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]),
+        (".jpg", scene[..., 0], []),
+        (".png", scene, []),
+        (".png", scene[..., 0], []),
+        (".png", scene.astype(np.uint16) * 257, []),
+        (".jpg", scene, [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]),
+        (".bmp", scene, []),
+    )[base]
     _, encoded = cv2.imencode(kind, pixels, options)
     path = folder / f"photograph{kind}"
     path.write_bytes(mutate_picture(encoded.tobytes(), changes))
@@ -338,23 +352,36 @@ def _checkpoint(base: int) -> Any:
     writes = f"open({str(_canary())!r}, 'w')"
     evil = {"w": torch.zeros(2), "x": _Evil(open, str(_canary()), "w"), "y": _Evil(exec, writes)}
     return (
-        (state, False), (state, True), ({"state_dict": state, "meta": {"epoch": 3, "lr": 0.1}}, False),
-        ({"module." + name: value for name, value in state.items()}, False), (evil, False), (evil, True),
-        ({"state_dict": state | evil}, False), ({"model": {}}, False),
-        ({name: value.half() for name, value in state.items()}, False), ([1, "a", {"b": None}], False),
-    )[base]  # fmt: skip
+        (state, False),
+        (state, True),
+        ({"state_dict": state, "meta": {"epoch": 3, "lr": 0.1}}, False),
+        ({"module." + name: value for name, value in state.items()}, False),
+        (evil, False),
+        (evil, True),
+        ({"state_dict": state | evil}, False),
+        ({"model": {}}, False),
+        ({name: value.half() for name, value in state.items()}, False),
+        ([1, "a", {"b": None}], False),
+    )[base]
 
 
 REFUSED_AS_THEY_ARE = {"checkpoint": (4, 5, 6, 7, 9), "setting": range(1 << 16)}
 """Files that a reader must refuse: they hold calls, or no network."""
 
 TENSORS = (
-    lambda: torch.zeros(0), lambda: torch.full((3,), float("nan")), lambda: torch.zeros(4, 4, dtype=torch.int64),
-    lambda: torch.zeros(2, 2).to_sparse(), lambda: torch.zeros(1).expand(1 << 20, 1 << 20),
-    lambda: torch.zeros(3, 3).t(), lambda: torch.zeros(2, dtype=torch.complex64),
-    lambda: torch.empty(2, 3, device="meta"), lambda: torch.zeros(()),
-    lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), lambda: np.float64(3), lambda: b"abc",
-)  # fmt: skip
+    lambda: torch.zeros(0),
+    lambda: torch.full((3,), float("nan")),
+    lambda: torch.zeros(4, 4, dtype=torch.int64),
+    lambda: torch.zeros(2, 2).to_sparse(),
+    lambda: torch.zeros(1).expand(1 << 20, 1 << 20),
+    lambda: torch.zeros(3, 3).t(),
+    lambda: torch.zeros(2, dtype=torch.complex64),
+    lambda: torch.empty(2, 3, device="meta"),
+    lambda: torch.zeros(()),
+    lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    lambda: np.float64(3),
+    lambda: b"abc",
+)
 
 
 def _with_edited_pickle(data: bytes, changes: list) -> bytes:
@@ -483,20 +510,65 @@ def _check_config(config: Config) -> int:
 
 
 TEXTS = (
-    "", "=", "epochs", "epochs=", "epochs=5", "epochs=0x10", "epochs=1_000", "epochs=[", "epochs={", "epochs=1e3",
-    "epochs=5.0", "seed=99999999999999999999999", "learning_rate=.inf", "learning_rate=1e400", "learning_rate=-0",
-    "learning_rate=1e-400", "anchor_ratios=[1e-300]", "anchor_ratios=[]",
-    "anchor_ratios=!!python/object/apply:os.system [x]", "categories=!!binary aGk=",
-    "categories=2020-01-01", "categories=[a]", "model={}", "model=5", "model={fpn_channels: 8}", "model.fpn_channels=8",
-    "model.=8", ".=8", "model={1: 2}", "model={null: 2}", "test_short_edges=[[[[1]]]]", "test_short_edges=[1,true]",
-    "a" * 5000, "epochs=" + "9" * 5000, "epochs=" + "[" * 3000, "epochs=&a [*a]", "epochs=&a {b: *a}", "name=x",
-    "\0=\0", "epochs=\0", "\ud800=1", "epochs=\ud800", "test_short_edges=" + "&a [1,1,1,1,1,1,1,1,1]", "base=tiny",
-    "training={epochs: 3}", "learning_rate_epochs=" + json.dumps([5] * 3000), "flow_source=null", "flow_source=",
-    "flow_source=reg", "image_std=[1,1,0]",
+    "",
+    "=",
+    "epochs",
+    "epochs=",
+    "epochs=5",
+    "epochs=0x10",
+    "epochs=1_000",
+    "epochs=[",
+    "epochs={",
+    "epochs=1e3",
+    "epochs=5.0",
+    "seed=99999999999999999999999",
+    "learning_rate=.inf",
+    "learning_rate=1e400",
+    "learning_rate=-0",
+    "learning_rate=1e-400",
+    "anchor_ratios=[1e-300]",
+    "anchor_ratios=[]",
+    "anchor_ratios=!!python/object/apply:os.system [x]",
+    "categories=!!binary aGk=",
+    "categories=2020-01-01",
+    "categories=[a]",
+    "model={}",
+    "model=5",
+    "model={fpn_channels: 8}",
+    "model.fpn_channels=8",
+    "model.=8",
+    ".=8",
+    "model={1: 2}",
+    "model={null: 2}",
+    "test_short_edges=[[[[1]]]]",
+    "test_short_edges=[1,true]",
+    "a" * 5000,
+    "epochs=" + "9" * 5000,
+    "epochs=" + "[" * 3000,
+    "epochs=&a [*a]",
+    "epochs=&a {b: *a}",
+    "name=x",
+    "\0=\0",
+    "epochs=\0",
+    "\ud800=1",
+    "epochs=\ud800",
+    "test_short_edges=" + "&a [1,1,1,1,1,1,1,1,1]",
+    "base=tiny",
+    "training={epochs: 3}",
+    "learning_rate_epochs=" + json.dumps([5] * 3000),
+    "flow_source=null",
+    "flow_source=",
+    "flow_source=reg",
+    "image_std=[1,1,0]",
     "epochs=" + ", ".join(["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]).join("[]"),
-    "? [a, b]: c", "epochs=? {a: b}\n: c", "epochs=- 1", "epochs=<<: 1", "epochs=!!set {a}", "epochs=!!omap [a: 1]",
+    "? [a, b]: c",
+    "epochs=? {a: b}\n: c",
+    "epochs=- 1",
+    "epochs=<<: 1",
+    "epochs=!!set {a}",
+    "epochs=!!omap [a: 1]",
     "epochs=%YAML 1.1",
-)  # fmt: skip
+)
 
 
 def _read_setting(folder: Path, base: int, changes: list) -> int:

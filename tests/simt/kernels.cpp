@@ -163,8 +163,9 @@ void product() {
     for (size_t i = 0; i < 128; ++i) {
         store(b[i], static_cast<float>(i % 5) * 0.5f);
     }
-    launch<product_kernel<scalar_t>>(dim3(1), dim3(32), 0, Stream{}, Global<const scalar_t>(buffer(a)),
-                                     Global<const scalar_t>(buffer(b)), buffer(d));
+    launch<product_kernel<scalar_t>>(
+        dim3(1), dim3(32), 0, Stream{}, Global<const scalar_t>(buffer(a)), Global<const scalar_t>(buffer(b)),
+        buffer(d));
     for (size_t row = 0; row < 16; ++row) {
         for (size_t column = 0; column < 8; ++column) {
             float sum = 0.0f;
@@ -207,8 +208,9 @@ void product_tf32() {
     }
     const auto wrong = [&](bool swapped) {
         std::vector<float> d(128, -1.0f);
-        launch<product_tf32_kernel>(dim3(1), dim3(32), 0, Stream{}, Global<const float>(buffer(a)),
-                                    Global<const float>(buffer(b)), buffer(d), swapped);
+        launch<product_tf32_kernel>(
+            dim3(1), dim3(32), 0, Stream{}, Global<const float>(buffer(a)), Global<const float>(buffer(b)), buffer(d),
+            swapped);
         int count = 0;
         for (size_t row = 0; row < 16; ++row) {
             for (size_t column = 0; column < 8; ++column) {
@@ -542,13 +544,15 @@ const Cases kFaults = {
     {"skipped barrier", no_buffer<skipped_barrier_kernel>},
     {"exited lane", one_warp<exited_lane_kernel>},
     {"absent lane", one_warp<absent_lane_kernel>},
-    {"missing lanes", [] {
+    {"missing lanes",
+     [] {
          std::vector<int> out(48);
          launch<missing_lanes_kernel>(dim3(1), dim3(48), 0, Stream{}, buffer(out));
      }},
     {"not in mask", one_warp<not_in_mask_kernel>},
     {"outside source", one_warp<outside_source_kernel>},
-    {"mixed collectives", [] {
+    {"mixed collectives",
+     [] {
          std::vector<unsigned> out(32);
          launch<mixed_collectives_kernel>(dim3(1), dim3(32), 0, Stream{}, buffer(out));
      }},
@@ -560,13 +564,15 @@ const Cases kFaults = {
     {"wrong half", one_warp<wrong_half_kernel>},
     {"atomic and plain", one_warp<atomic_and_plain_kernel>},
     {"uninitialised", one_buffer<uninitialised_kernel>},
-    {"uninitialised dynamic", [] {
+    {"uninitialised dynamic",
+     [] {
          std::vector<int> out(32);
          launch<uninitialised_dynamic_kernel>(dim3(1), dim3(32), 128, Stream{}, buffer(out));
      }},
     {"shared bounds", no_buffer<shared_bounds_kernel, 32>},
     {"dynamic bounds", [] { launch<dynamic_bounds_kernel>(dim3(1), dim3(33), 128, Stream{}); }},
-    {"global read", [] {
+    {"global read",
+     [] {
          std::vector<float> in(32), out(32);
          launch<global_read_kernel>(dim3(1), dim3(32), 0, Stream{}, Global<const float>(buffer(in)), buffer(out));
      }},

@@ -72,8 +72,9 @@ constexpr unsigned kSharedBytes = 80 * 1024;  // of most launches here
 struct Corner {
     int at[4];
 };
-__global__ void box_kernel(const __grid_constant__ TensorMap map, Corner corner, int elements, Global<uint16_t> out,
-                           Global<unsigned> address) {
+__global__ void box_kernel(
+    const __grid_constant__ TensorMap map, Corner corner, int elements, Global<uint16_t> out,
+    Global<unsigned> address) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
     const Memory memory(dynamic);
@@ -99,9 +100,10 @@ __global__ void box_kernel(const __grid_constant__ TensorMap map, Corner corner,
 }
 
 template <int kDimensions>
-void check_box(const TensorMap& map, const std::vector<bfloat16>& tensor, const int64_t (&sizes)[kDimensions],
-               const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions], Swizzle swizzle,
-               const int (&at)[kDimensions]) {
+void check_box(
+    const TensorMap& map, const std::vector<bfloat16>& tensor, const int64_t (&sizes)[kDimensions],
+    const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions], Swizzle swizzle,
+    const int (&at)[kDimensions]) {
     int elements = 1;
     Corner corner{};
     for (int d = 0; d < kDimensions; ++d) {
@@ -134,14 +136,16 @@ void boxes() {
     // Planes of eight channels, which lie side by side in a pixel: strides do not rise.
     const int64_t sizes_of_planes[] = {8, 9, 6, 10}, strides_of_planes[] = {80, 80 * 9, 8};
     TensorMap planes;
-    expect(encode_map<bfloat16, 4>(planes, constant(tensor), sizes_of_planes, strides_of_planes, {8, 4, 3, 4},
-                                   Swizzle::kNone), "a tensor map of planes");
+    expect(
+        encode_map<bfloat16, 4>(
+            planes, constant(tensor), sizes_of_planes, strides_of_planes, {8, 4, 3, 4}, Swizzle::kNone),
+        "a tensor map of planes");
     check_box<4>(planes, tensor, sizes_of_planes, strides_of_planes, {8, 4, 3, 4}, Swizzle::kNone, {0, -1, 4, 5});
     for (const Swizzle swizzle : kSwizzles) {
         const int row = swizzle == Swizzle::kNone ? 40 : static_cast<int>(row_bytes(swizzle) / 2);
         const int64_t sizes[] = {72, 9, 6, 3}, strides[] = {80, 80 * 9, 80 * 9 * 6};
         const int box[] = {row, 4, 3, 2};
-        const int corners[][4] = {{8, 2, 1, 0}, {-3, -2, -1, -1}, {70, 7, 4, 2},  {1000, 0, 0, 0},
+        const int corners[][4] = {{8, 2, 1, 0},  {-3, -2, -1, -1}, {70, 7, 4, 2},   {1000, 0, 0, 0},
                                   {0, -4, 0, 0}, {0, 0, 6, 0},     {-row, 0, 0, 0}, {5, 3, 2, -40000}};
         const int64_t sizes_3d[] = {80, 9, 18}, strides_3d[] = {80, 80 * 9};
         const int box_3d[] = {row, 3, 8};
@@ -239,10 +243,12 @@ void check_products() {
     for (const Swizzle swizzle_a : kSwizzles) {
         for (const Swizzle swizzle_b : kSwizzles) {
             TensorMap map_a, map_b;
-            encode_map<T, 3>(map_a, constant(a), {kDepth, kRows, 1}, {kDepth, kDepth * kRows},
-                             {static_cast<int>(row_bytes(swizzle_a) / 2), kRows, 1}, swizzle_a);
-            encode_map<T, 3>(map_b, constant(b), {kOutputs, kDepth, 1}, {kOutputs, kOutputs * kDepth},
-                             {static_cast<int>(row_bytes(swizzle_b) / 2), kDepth, 1}, swizzle_b);
+            encode_map<T, 3>(
+                map_a, constant(a), {kDepth, kRows, 1}, {kDepth, kDepth * kRows},
+                {static_cast<int>(row_bytes(swizzle_a) / 2), kRows, 1}, swizzle_a);
+            encode_map<T, 3>(
+                map_b, constant(b), {kOutputs, kDepth, 1}, {kOutputs, kOutputs * kDepth},
+                {static_cast<int>(row_bytes(swizzle_b) / 2), kDepth, 1}, swizzle_b);
             for (const bool by_tma : {false, true}) {
                 std::vector<float> d(kRows * kOutputs, -1.0f);
                 launch<products_kernel<T, kOutputs>>(
@@ -269,8 +275,9 @@ void products() {
 template <typename T>
 TensorMap map_of(std::vector<T>& values, int64_t columns, int64_t rows, int box_rows = 64) {
     TensorMap map;
-    expect(encode_map<T, 3>(map, constant(values), {columns, rows, 1}, {columns, columns * rows}, {64, box_rows, 1}),
-           "a tensor map");
+    expect(
+        encode_map<T, 3>(map, constant(values), {columns, rows, 1}, {columns, columns * rows}, {64, box_rows, 1}),
+        "a tensor map");
     return map;
 }
 
@@ -318,8 +325,9 @@ __global__ void pipeline_kernel(
         mbarrier_wait(full + 8 * stage, static_cast<unsigned>(step) / kStages % 2);
         wgmma_fence();
         for (unsigned k = 0; k < 4; ++k) {
-            Wgmma<64>::multiply(sums, a_at(start + consumer * 64 * 128 + k * 32), b_at(start + kStageA + k * 16 * 128),
-                                step != 0 || k != 0, T{});
+            Wgmma<64>::multiply(
+                sums, a_at(start + consumer * 64 * 128 + k * 32), b_at(start + kStageA + k * 16 * 128),
+                step != 0 || k != 0, T{});
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -338,8 +346,8 @@ void pipeline() {
     constexpr size_t kAll = kPipelineSteps * 64;
     std::vector<bfloat16> a = small_numbers<bfloat16>(128 * kAll, 5), b = small_numbers<bfloat16>(kAll * 64, 7);
     std::vector<float> d(128 * 64, -1.0f);
-    launch<pipeline_kernel<bfloat16>>(dim3(1), dim3(384), kSharedBytes, Stream{}, map_of(a, kAll, 128, 128),
-                                      map_of(b, 64, kAll), buffer(d));
+    launch<pipeline_kernel<bfloat16>>(
+        dim3(1), dim3(384), kSharedBytes, Stream{}, map_of(a, kAll, 128, 128), map_of(b, 64, kAll), buffer(d));
     for (size_t i = 0; i < d.size(); ++i) {
         expect(d[i] == exact(a, b, i / 64, i % 64, kAll, 64), "pipeline of TMA");
     }
@@ -772,25 +780,25 @@ void reused() {
 // ---- planted faults ----
 
 // What most of them begin with: a (64 x 64) at `a`, b (64 x 64) at `b`, an mbarrier or more for one arrival each.
-#define SM90_BLOCK(count)                                                                       \
-    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);                                              \
-    SPATIALFLOW_SHARED(uint64_t, barriers, count);                                              \
-    const Memory memory(dynamic);                                                               \
-    const unsigned a = memory.address, b = a + 64 * 128, barrier = shared_address(barriers);    \
-    const unsigned thread = threadIdx.x;                                                        \
-    if (thread == 0) {                                                                          \
-        for (unsigned i = 0; i < (count); ++i) {                                                \
-            mbarrier_init(barrier + 8 * i, 1);                                                  \
-        }                                                                                       \
-        mbarrier_init_fence();                                                                  \
-    }                                                                                           \
-    __syncthreads();                                                                            \
+#define SM90_BLOCK(count)                                                                    \
+    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);                                           \
+    SPATIALFLOW_SHARED(uint64_t, barriers, count);                                           \
+    const Memory memory(dynamic);                                                            \
+    const unsigned a = memory.address, b = a + 64 * 128, barrier = shared_address(barriers); \
+    const unsigned thread = threadIdx.x;                                                     \
+    if (thread == 0) {                                                                       \
+        for (unsigned i = 0; i < (count); ++i) {                                             \
+            mbarrier_init(barrier + 8 * i, 1);                                               \
+        }                                                                                    \
+        mbarrier_init_fence();                                                               \
+    }                                                                                        \
+    __syncthreads();                                                                         \
     (void)a, (void)b
 // The same with zeros in a and b, ready for wgmma.
-#define SM90_OPERANDS(count)                                   \
-    SM90_BLOCK(count);                                         \
-    memory.clear(a, 2 * 64 * 128, thread, blockDim.x);         \
-    fence_async_proxy();                                       \
+#define SM90_OPERANDS(count)                           \
+    SM90_BLOCK(count);                                 \
+    memory.clear(a, 2 * 64 * 128, thread, blockDim.x); \
+    fence_async_proxy();                               \
     __syncthreads()
 
 __global__ void no_proxy_fence_kernel() {
@@ -1686,16 +1694,20 @@ const Cases kFaults = {
     {"read before TMA", of_tensor_into_buffer<read_before_TMA_kernel>},
     {"registers of some", alone<registers_of_some_kernel>},
     {"released too early", alone<released_too_early_kernel, 160>},
-    {"row beyond the swizzle", [] {
+    {"row beyond the swizzle",
+     [] {
          encode({64, 16, 1}, {64, 8, 1}, Swizzle::k64, simt::Site::here());  // line: row beyond the swizzle
      }},
-    {"row not in 16 bytes", [] {
+    {"row not in 16 bytes",
+     [] {
          encode({64, 16, 1}, {12, 8, 1}, Swizzle::k64, simt::Site::here());  // line: row not in 16 bytes
      }},
-    {"row within the swizzle", [] {
+    {"row within the swizzle",
+     [] {
          encode({64, 16, 1}, {32, 8, 1}, Swizzle::k128, simt::Site::here());  // line: row within the swizzle
      }},
-    {"rows without swizzle", [] {
+    {"rows without swizzle",
+     [] {
          std::vector<bfloat16> tensor(64 * 64);
          TensorMap map;
          encode_map<bfloat16, 3>(map, constant(tensor), {64, 64, 1}, {64, 64 * 64}, {64, 64, 1}, Swizzle::kNone);
@@ -1712,7 +1724,8 @@ const Cases kFaults = {
     {"sums end", alone<sums_end_kernel>},
     {"swizzle of one side", of_tensor<swizzle_of_one_side_kernel>},
     {"target out of bounds", of_tensor<target_out_of_bounds_kernel>},
-    {"tensor too small", [] {
+    {"tensor too small",
+     [] {
          encode({1024, 17, 1}, {64, 8, 1}, Swizzle::k128, simt::Site::here());  // line: tensor too small
      }},
     {"too many arrivals", alone<too_many_arrivals_kernel>},
@@ -1721,7 +1734,8 @@ const Cases kFaults = {
     {"two copies in one place", of_tensor<two_copies_in_one_place_kernel>},
     {"two counts", alone<two_counts_kernel>},
     {"unexpected copy", of_tensor<unexpected_copy_kernel>},
-    {"wide box", [] {
+    {"wide box",
+     [] {
          encode({1024, 16, 1}, {64, 257, 1}, Swizzle::k128, simt::Site::here());  // line: wide box
      }},
     {"write before TMA", of_tensor<write_before_TMA_kernel>},

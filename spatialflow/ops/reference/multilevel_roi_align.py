@@ -35,7 +35,8 @@ def multilevel_roi_align(
 
 def roi_levels(boxes: Tensor, levels: int, finest_scale: float) -> Tensor:
     """(K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1), without rounding a logarithm; 0
-    where there is no area."""
+    where there is no area.
+    """
     area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
     ratio = area.sqrt() / finest_scale + 1e-6
     bounds = 2.0 ** torch.arange(1, levels, dtype=boxes.dtype, device=boxes.device)

@@ -73,6 +73,12 @@ def panoptic_merge(
         table[row] = table.new_tensor([label, instance >= 0, instance, len(xs), x, y, *size])
         segment_scores[row] = scores.new_tensor(score)  # a tensor, as a number beyond float32 would raise
     return PanopticMergeOutput(
-        id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores.float(),
+        id_map,
+        table[:, 0],
+        table[:, 1].bool(),
+        table[:, 2],
+        table[:, 3],
+        table[:, 4:8],
+        segment_scores.float(),
         table.new_tensor(len(segments)),
-    )  # fmt: skip
+    )

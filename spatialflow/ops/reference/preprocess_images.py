@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 from torch import Tensor
 
 
 def preprocess_images(
-    images: Union[Tensor, Sequence[Tensor]],
-    sizes: Union[tuple[int, int], Sequence[tuple[int, int]]],
+    images: Tensor | Sequence[Tensor],
+    sizes: tuple[int, int] | Sequence[tuple[int, int]],
     mean: Sequence[float],
     std: Sequence[float],
     divisor: int = 32,

@@ -48,7 +48,8 @@ def _axis_weights(
     low: Tensor, high: Tensor, bins: int, size: int, spatial_scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor | None:
     """(bins, size): weight of every cell in the mean over the samples of each bin. None for a RoI that is not finite in
-    cells of the feature."""
+    cells of the feature.
+    """
     low, high = (edge * spatial_scale - (0.5 if aligned else 0.0) for edge in (low, high))
     extent = high - low if aligned else (high - low).clamp(min=1)
     if not bool(torch.isfinite(low) & torch.isfinite(extent)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
     return (shift[:, None, :] + base[None]).reshape(-1, 4)
 
 
-def decode_boxes(anchors: Tensor, deltas: Tensor, size: Optional[tuple[int, int]] = None) -> Tensor:
+def decode_boxes(anchors: Tensor, deltas: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """Boxes from anchors and predicted deltas.
 
     Args:

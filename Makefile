@@ -55,7 +55,7 @@ configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECU
 simt_build = $(call configure,simt) && cmake --build build/simt --target spatialflow_schema spatialflow_simt
 
 # Those that reach kernels for compute capability 9.0, which run once more: with copies and products late, and early.
-sm90_names := sm90 conv1x1 flow_conv2d flow_conv2d_active flow_tower deform_conv2d deform_conv2d_packed
+sm90_names := sm90 conv1x1 flow_conv2d flow_conv2d_active fused_subnets deform_conv2d deform_conv2d_packed
 SM90_TESTS ?= $(filter $(sm90_names:%=tests/test_%.py),$(SIMT_TESTS))
 simt_tests = SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest
 sm90_tests = $(if $(SM90_TESTS),SPATIALFLOW_SIMT_SM90=$(1) $(simt_tests) -k "sm90 or float16" $(SM90_TESTS))

@@ -37,7 +37,7 @@ TORCHVISION = ("torchvision", "spatialflow deterministic")
 TF32 = ("spatialflow packed TF32", "reference TF32", "spatialflow direct")
 HALF = ("float16", "float32")
 PLAN = (
-    Entry("flow_tower", ("bfloat16",), ("R50",), EAGER),
+    Entry("fused_subnets", ("bfloat16",), ("R50",), EAGER),
     Entry("multilevel_roi_align", HALF, ("2x2",), TORCHVISION),
     Entry(
         "deform_conv2d",

@@ -27,7 +27,7 @@ from spatialflow.engine import pipeline as pipeline_module
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.engine.predict import STAGES
 from spatialflow.models.build import build_model
-from spatialflow.models.optimize import optimize_for_inference
+from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.ops.layout import is_channels_last
 
 MODULES = ("backbone", "fpn", "subnets", "box_head", "stuff_head", "thing_head")
@@ -37,7 +37,7 @@ META = torch.device("meta")
 
 
 def tower_waves(levels: Any, packed: Any, biases: Any, algorithms: Any, counts: list[int], *rest: Any) -> int:
-    """Launches of `flow_tower`: stages of the source, a flow and a convolution behind the last one, then the things."""
+    """Launches of `fused_subnets`: stages of the source, a flow and a convolution behind the last one, then the things."""
     cls, reg, stuff, thing, flow_cls, flow_stuff, flow_thing, semantic = counts
     source, follower = (cls, reg) if rest[0] else (reg, cls)
     last_follower = max((source + 2 if flow_cls else follower), (source + 2 if flow_stuff else stuff))
@@ -54,7 +54,7 @@ def packed_deform_launches(input: Tensor, offset: Tensor, packed: Tensor, bias: 
 LAUNCHES: dict[str, Callable[..., int]] = {
     "_flow_conv2d_packed": lambda *_: 1,
     "_flow_conv2d_group": lambda *_: 1,
-    "flow_tower": tower_waves,
+    "fused_subnets": tower_waves,
     "preprocess_images": lambda *_: 1,
     "multilevel_roi_align": lambda *_: 1,
     "group_norm_relu": lambda *_: 2,
@@ -167,7 +167,7 @@ def _casts(tensors: Any, *taken: torch.dtype) -> int:
 
 def _weight_casts(name: str, args: tuple) -> int:
     """Conversions of weights and biases to the dtype of sums; packed weights have none."""
-    place = {"_flow_conv2d_packed": 3, "_flow_conv2d_group": 3, "flow_tower": 2, "group_norm_relu": slice(1, 3)}
+    place = {"_flow_conv2d_packed": 3, "_flow_conv2d_group": 3, "fused_subnets": 2, "group_norm_relu": slice(1, 3)}
     return _casts(args[place[name]], torch.float32, torch.float64) if name in place else 0
 
 

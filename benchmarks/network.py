@@ -11,7 +11,7 @@ from harness import Benchmark, Problem, Provider, main
 from untrained import settle_norms
 
 from spatialflow import build_model
-from spatialflow.models.optimize import optimize_for_inference
+from spatialflow.models.optimized.inference import optimize_for_inference
 
 
 @cache

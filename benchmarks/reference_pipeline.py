@@ -21,11 +21,11 @@ from harness import optional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatialflow.config import DataConfig, InferenceConfig
 from spatialflow.data.categories import load_categories
 from spatialflow.data.transforms import fit_size, normalise, pad, resize_image, resize_labels
 from spatialflow.images import read_image
 from spatialflow.models.anchors import STRIDES, base_anchors
-from spatialflow.models.config import DataConfig, TestConfig
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import reference
 from spatialflow.ops.reference.select_candidates import decode_boxes, grid_anchors
@@ -86,7 +86,7 @@ class ReferencePipeline:
     def __init__(
         self,
         model: SpatialFlow,
-        test: TestConfig,
+        test: InferenceConfig,
         device: torch.device,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -225,7 +225,7 @@ class ReferencePipeline:
         return id_map, segments
 
 
-def network_input(pixels: np.ndarray, test: TestConfig, data: DataConfig) -> tuple[tuple[int, int], Tensor]:
+def network_input(pixels: np.ndarray, test: InferenceConfig, data: DataConfig) -> tuple[tuple[int, int], Tensor]:
     """The size of the resized image, and the image as the network takes it, (1, 3, H, W), normalized and padded."""
     valid = fit_size(pixels.shape[:2], test.test_short_edges[0], test.test_long_edge)
     image = normalise(resize_image(pixels, valid), data.image_mean, data.image_std)

@@ -28,12 +28,12 @@ from harness import environment, pictures, require_positive, results_path, write
 from untrained import untrained_model
 
 from spatialflow import Predictor, build_model, load_checkpoint
-from spatialflow.console import InputImage
+from spatialflow.cli.common import InputImage
+from spatialflow.cli.prediction_folder import PredictionFolder, writers
 from spatialflow.data.synthetic import synthesize
 from spatialflow.engine.checkpoints import packaged_weights
 from spatialflow.engine.predict import DECODERS, Outcome
 from spatialflow.images import read_image
-from spatialflow.prediction_folder import PredictionFolder, writers
 
 STAGES = ("decode", "network", "write")
 ROWS = (*STAGES, "one after the other", "overlapped")

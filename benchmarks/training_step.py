@@ -19,8 +19,8 @@ from harness import Benchmark, Problem, Provider, main
 from untrained import settle_norms
 
 from spatialflow import build_model
-from spatialflow.models.losses import Criterion
-from spatialflow.models.optimize_training import optimize_for_training
+from spatialflow.models.criterion import Criterion
+from spatialflow.models.optimized.training import optimize_for_training
 from spatialflow.models.targets import Truth
 
 COMPARED = tuple(

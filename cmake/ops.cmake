@@ -8,7 +8,7 @@ set(ops
     deform_conv2d_backward
     flow_conv2d
     flow_conv2d_backward
-    flow_tower
+    fused_subnets
     group_norm_relu
     group_norm_relu_backward
     multiclass_nms

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from spatialflow import models as models
     from spatialflow import ops as ops
     from spatialflow import panoptic as panoptic
+    from spatialflow.config import ConfigError
     from spatialflow.engine.checkpoints import (
         CheckpointError,
         load_backbone,
@@ -29,12 +30,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from spatialflow.engine.predict import PanopticResult, Predictor
     from spatialflow.images import ImageError
     from spatialflow.models.build import build_model, list_configs, load_config
-    from spatialflow.models.config import ConfigError
-    from spatialflow.models.optimize import optimize_for_inference
+    from spatialflow.models.optimized.inference import optimize_for_inference
 
 _HOMES = {
     "CheckpointError": "spatialflow.engine.checkpoints",
-    "ConfigError": "spatialflow.models.config",
+    "ConfigError": "spatialflow.config",
     "ImageError": "spatialflow.images",
     "PanopticResult": "spatialflow.engine.predict",
     "Predictor": "spatialflow.engine.predict",
@@ -43,7 +43,7 @@ _HOMES = {
     "load_backbone": "spatialflow.engine.checkpoints",
     "load_checkpoint": "spatialflow.engine.checkpoints",
     "load_config": "spatialflow.models.build",
-    "optimize_for_inference": "spatialflow.models.optimize",
+    "optimize_for_inference": "spatialflow.models.optimized.inference",
     "pretrained_model": "spatialflow.engine.checkpoints",
     "save_checkpoint": "spatialflow.engine.checkpoints",
 }

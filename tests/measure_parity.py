@@ -7,11 +7,11 @@
 
 import torch
 from conftest import fixture_root
-from golden_models import golden_model, relative_error
+from helpers.golden_models import golden_model, relative_error
 from test_training_targets import ReleasedStuffSum, golden_batch
 
 from spatialflow.engine.checkpoints import name_from_released
-from spatialflow.models.optimize_training import optimize_for_training
+from spatialflow.models.optimized.training import optimize_for_training
 
 
 def measure(arranged: bool) -> tuple[float, float, float]:

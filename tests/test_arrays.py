@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from op_matrix import DEVICE, leaves
+from helpers.op_matrix import DEVICE, leaves
 from test_surface import public
 
 from spatialflow import ops
@@ -30,7 +30,7 @@ def cases():
     pyramid = [torch.randn(2, 8, 10, 12), torch.randn(2, 8, 5, 6)]
     weight, bias, scores = torch.randn(8, 8, 3, 3), torch.randn(8), torch.rand(9)
     packed = ops.pack_conv3x3(weight, bias)
-    convs = ops.FlowTowerParameters(cls=((weight, bias),), reg=((weight, None),), segmentation_levels=1)
+    convs = ops.SubnetParameters(cls=((weight, bias),), reg=((weight, None),), segmentation_levels=1)
     photograph = torch.randint(256, (7, 9, 3), dtype=torch.uint8)
     colors = {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0)}
     counts = {"gt_segments": 2, "pred_segments": 2}
@@ -113,9 +113,9 @@ def cases():
             {"x": pyramid, "flow": None, "weight": packed, "active": torch.tensor([False, True])},
         ),
         "pack_conv3x3": (ops.pack_conv3x3, {"weight": weight, "bias": bias}),
-        "flow_tower": (ops.flow_tower, {"levels": pyramid, "parameters": convs}),
-        "flow_tower, packed": (ops.flow_tower, {"levels": pyramid, "parameters": ops.pack_flow_tower(convs)}),
-        "pack_flow_tower": (ops.pack_flow_tower, {"parameters": convs}),
+        "fused_subnets": (ops.fused_subnets, {"levels": pyramid, "parameters": convs}),
+        "fused_subnets, packed": (ops.fused_subnets, {"levels": pyramid, "parameters": ops.pack_subnets(convs)}),
+        "pack_subnets": (ops.pack_subnets, {"parameters": convs}),
         "paste_masks": (ops.paste_masks, {"mask_logits": torch.randn(3, 5, 5), "boxes": box_rows(3), "size": (8, 9)}),
         "stuff_labels": (
             ops.stuff_labels,
@@ -188,7 +188,7 @@ def assert_equal(result, expected):
 
 def test_every_operator_has_a_case():
     covered = {function.__name__ for function, _ in cases().values() if isinstance(function, types.FunctionType)}
-    assert covered == {*public(), "pack_conv3x3", "pack_deform_conv2d", "pack_flow_tower"}
+    assert covered == {*public(), "pack_conv3x3", "pack_deform_conv2d", "pack_subnets"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,7 +216,7 @@ def test_arrays_give_arrays(name, monkeypatch):
     assert_equal(result, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_flow_tower"])  # each convolution by itself
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_subnets"])  # each convolution by itself
 def test_arrays_and_tensors_do_not_mix(name):
     """One array among tensors is named, each in turn."""
     function, arguments = cases()[name]
@@ -273,7 +273,7 @@ def test_two_libraries():
 
 def test_what_is_handed_on_is_the_same_array():
     """The levels of a sub-network that is absent, and the weight that was packed."""
-    function, arguments = cases()["flow_tower"]
+    function, arguments = cases()["fused_subnets"]
     arrays = arrays_in(arguments)
     assert function(**arrays).thing[0] is arrays["levels"][0]
     conv = arrays_in(cases()["pack_conv3x3"][1])

@@ -7,12 +7,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from golden_models import golden_model
+from helpers.golden_models import golden_model
 from torch.nn import functional as F
 
 import spatialflow
-from spatialflow.cli import main
-from spatialflow.models import inference
+from spatialflow.cli.main import main
+from spatialflow.models import postprocess
 from spatialflow.models.build import load_config
 from spatialflow.panoptic import read_id_map
 
@@ -62,7 +62,7 @@ def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
     plain = spatialflow.Predictor(model, **PLAIN)(image)
     assert not np.array_equal(result.scores, plain.scores), "the mirrored view has no effect"
     np.testing.assert_allclose(mirrored.scores, result.scores, atol=1e-4)
-    back = inference.mirror_boxes(torch.from_numpy(mirrored.boxes)[None], torch.tensor([128.0]))[0]
+    back = postprocess.mirror_boxes(torch.from_numpy(mirrored.boxes)[None], torch.tensor([128.0]))[0]
     np.testing.assert_allclose(back, result.boxes, atol=0.05)
     np.testing.assert_allclose(mirrored.mask_logits[..., ::-1], result.mask_logits, atol=2e-2)
     assert [s["category_id"] for s in mirrored.segments] == [s["category_id"] for s in result.segments]
@@ -108,14 +108,14 @@ def test_stuff_logits_at_original_size():
     for mirrored in (False, True):
         given = whole.flip(-1) if mirrored else whole
         expected = F.interpolate(given, size=original, mode="bilinear", align_corners=True)[0]
-        actual = inference.resized_stuff_logits(logits, valid, original, mirrored)
+        actual = postprocess.resized_stuff_logits(logits, valid, original, mirrored)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mean_of_masks():
     """The mean of the probabilities, where sigmoids have long rounded to 0 or 1 too."""
     logits = torch.tensor([[-200.0, -3.0, 0.0, 2.0, 150.0], [-200.0, 1.0, 0.0, 4.0, 150.0]])
-    mean = inference.mean_mask_logits(logits)
+    mean = postprocess.mean_mask_logits(logits)
     torch.testing.assert_close(mean.sigmoid(), logits.sigmoid().mean(dim=0))
     torch.testing.assert_close(mean[[0, 2, 4]], logits[0, [0, 2, 4]])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenes import write_coco
+from helpers.scenes import write_coco
 from test_surface import public
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"

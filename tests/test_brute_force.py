@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fuzz import brute_force
-from op_matrix import TOLERANCE, leaves, map_tensors
+from helpers.op_matrix import TOLERANCE, leaves, map_tensors
 from torch import Tensor
 
 from spatialflow import ops
@@ -378,9 +378,9 @@ def conv() -> tuple[Tensor, Tensor]:
     return random(2, 2, 3, 3) / 4, random(2)
 
 
-TOWERS: dict[str, Callable[[], ops.FlowTowerParameters]] = {
-    "nothing": lambda: ops.FlowTowerParameters(segmentation_levels=1),
-    "paper": lambda: ops.FlowTowerParameters(
+TOWERS: dict[str, Callable[[], ops.SubnetParameters]] = {
+    "nothing": lambda: ops.SubnetParameters(segmentation_levels=1),
+    "paper": lambda: ops.SubnetParameters(
         (conv(), conv()),
         (conv(), conv()),
         (conv(), conv()),
@@ -392,7 +392,7 @@ TOWERS: dict[str, Callable[[], ops.FlowTowerParameters]] = {
         "reg",
         2,
     ),
-    "cls is the source": lambda: ops.FlowTowerParameters(
+    "cls is the source": lambda: ops.SubnetParameters(
         (conv(), conv()),
         (conv(), conv()),
         (conv(),),
@@ -404,13 +404,13 @@ TOWERS: dict[str, Callable[[], ops.FlowTowerParameters]] = {
         "cls",
         1,
     ),
-    "no source": lambda: ops.FlowTowerParameters(
+    "no source": lambda: ops.SubnetParameters(
         (conv(),), (conv(),), (conv(),), (conv(),), semantic_flow=(conv(),), flow_source=None, segmentation_levels=2
     ),
-    "flows alone": lambda: ops.FlowTowerParameters(
+    "flows alone": lambda: ops.SubnetParameters(
         (), (conv(),), (), (), (conv(),), (conv(),), (conv(),), (conv(),), "reg", 2
     ),
-    "the source ends first": lambda: ops.FlowTowerParameters(
+    "the source ends first": lambda: ops.SubnetParameters(
         (conv(), conv(), conv()),
         (conv(),),
         (conv(), conv()),
@@ -425,27 +425,27 @@ TOWERS: dict[str, Callable[[], ops.FlowTowerParameters]] = {
 }
 
 
-class TestFlowTower:
+class TestFusedSubnets:
     @pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
-    def test_wiring(self, tower: Callable[[], ops.FlowTowerParameters]) -> None:
+    def test_wiring(self, tower: Callable[[], ops.SubnetParameters]) -> None:
         levels, parameters = [random(1, 2, 3, 4), random(2, 2, 2, 2)], tower()
-        compare("flow_tower", levels, parameters, dtype=torch.float64)
+        compare("fused_subnets", levels, parameters, dtype=torch.float64)
         for dtype in (torch.float32, torch.bfloat16):
-            compare("flow_tower", *map_tensors_of((levels, parameters), dtype), dtype=dtype)
+            compare("fused_subnets", *map_tensors_of((levels, parameters), dtype), dtype=dtype)
 
     def test_gradients(self) -> None:
         convs = ((conv(),) for _ in range(8))
-        parameters = ops.FlowTowerParameters(*convs, segmentation_levels=1)
-        compare_gradients("flow_tower", [random(1, 2, 2, 3), random(1, 2, 1, 1)], parameters, differentiable=(0, 1))
+        parameters = ops.SubnetParameters(*convs, segmentation_levels=1)
+        compare_gradients("fused_subnets", [random(1, 2, 2, 3), random(1, 2, 1, 1)], parameters, differentiable=(0, 1))
 
 
-def map_tensors_of(call: tuple[list[Tensor], ops.FlowTowerParameters], dtype: torch.dtype) -> tuple[Any, Any]:
+def map_tensors_of(call: tuple[list[Tensor], ops.SubnetParameters], dtype: torch.dtype) -> tuple[Any, Any]:
     levels, parameters = call
     converted = [
         map_tensors(lambda tensor: tensor.to(dtype), value) if isinstance(value, tuple) else value
         for value in parameters
     ]
-    return map_tensors(lambda tensor: tensor.to(dtype), levels), ops.FlowTowerParameters(*converted)
+    return map_tensors(lambda tensor: tensor.to(dtype), levels), ops.SubnetParameters(*converted)
 
 
 def squares(height: int, width: int, *corners: tuple[int, int, int, int]) -> Tensor:

@@ -10,10 +10,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from small_models import SMALL
+from helpers.small_models import SMALL
 from torch.optim.swa_utils import AveragedModel
 
-from spatialflow.cli import main
+from spatialflow.cli.main import main
 from spatialflow.engine.checkpoints import (
     CheckpointError,
     convert,

@@ -15,11 +15,11 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from command_line import FAST, sentences
+from helpers.command_line import FAST, sentences
 
 import spatialflow
-from spatialflow import cli
-from spatialflow.cli import main
+from spatialflow.cli import main as cli
+from spatialflow.cli.main import main
 
 
 class TestEvaluate:
@@ -55,7 +55,7 @@ class TestEvaluate:
 
     def test_torch_is_not_imported(self, prediction):
         code = (
-            "import sys; from spatialflow.cli import main; code = main(sys.argv[1:]); "
+            "import sys; from spatialflow.cli.main import main; code = main(sys.argv[1:]); "
             "sys.exit(code or ('torch' in sys.modules and 3))"
         )
         command = [sys.executable, "-c", code, "evaluate", str(prediction), str(prediction)]
@@ -243,7 +243,7 @@ def _options() -> list[tuple[str, str]]:
 def test_every_option_is_read():
     """`options.<name>`, or the name as a text for getattr, in the sources of the commands."""
     root = Path(cli.__file__).parent
-    trees = [ast.parse((root / name).read_text()) for name in ("cli.py", *(p.name for p in root.glob("*_command.py")))]
+    trees = [ast.parse(path.read_text()) for path in sorted(root.glob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "options"}
     defining = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]

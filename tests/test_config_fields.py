@@ -16,9 +16,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from scenes import scene_categories, write_coco
-from small_models import SMALL, random_model
+from helpers.scenes import scene_categories, write_coco
+from helpers.small_models import SMALL, random_model
 
+from spatialflow.config import SECTIONS, Config, ConfigError
 from spatialflow.data.augment import augment
 from spatialflow.data.categories import load_categories
 from spatialflow.data.coco import CocoPanoptic
@@ -29,9 +30,8 @@ from spatialflow.engine import train
 from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.models.build import build_model, load_config
-from spatialflow.models.config import SECTIONS, Config, ConfigError
-from spatialflow.models.inference import pyramid_anchors, pyramid_base_anchors
-from spatialflow.models.losses import Criterion
+from spatialflow.models.criterion import Criterion
+from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
 
 BASE = SMALL | dict(
     categories="synthetic",

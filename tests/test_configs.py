@@ -5,10 +5,10 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import SMALL
+from helpers.small_models import SMALL
 
+from spatialflow.config import SECTIONS, Config, ConfigError, parse_settings, place_overrides
 from spatialflow.models.build import build_model, list_configs, load_config
-from spatialflow.models.config import SECTIONS, Config, ConfigError, parse_settings, place_overrides
 
 
 @pytest.mark.parametrize("name", list_configs())

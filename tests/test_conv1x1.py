@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from op_matrix import DEVICE, THIN_SHAPES, OpMatrix, OpSample, amid_nans, assert_near, channels_last, to_dtype
+from helpers.op_matrix import DEVICE, THIN_SHAPES, OpMatrix, OpSample, amid_nans, assert_near, channels_last, to_dtype
 from torch.nn import functional as F
 
 from spatialflow.ops.conv1x1 import conv1x1

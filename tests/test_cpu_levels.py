@@ -39,7 +39,7 @@ def test_operators_equal_their_references(level):
 WRITE = """
 import pickle, sys, torch
 sys.path.insert(0, sys.argv[1])
-from small_models import random_model
+from helpers.small_models import random_model
 import spatialflow
 from spatialflow import ops
 torch.manual_seed(0)
@@ -69,7 +69,7 @@ torch.testing.assert_close(ops.flow_conv2d(x, None, conv), expected, rtol=1e-4, 
 held = conv._replace(packed=foreign)  # as one who stored the packed tensor itself would make it
 for call in (
     lambda: ops.flow_conv2d(x, None, held),
-    lambda: ops.flow_tower([x], ops.FlowTowerParameters(cls=(held,), segmentation_levels=0)),
+    lambda: ops.fused_subnets([x], ops.SubnetParameters(cls=(held,), segmentation_levels=0)),
 ):
     try:
         call()

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from small_models import random_model
+from helpers.small_models import random_model
 
 import spatialflow
 from spatialflow.engine import cuda_graphs

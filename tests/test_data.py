@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from scenes import scene_categories, write_cityscapes, write_coco
+from helpers.scenes import scene_categories, write_cityscapes, write_coco
 
+from spatialflow.config import DataConfig
 from spatialflow.data.augment import augment
 from spatialflow.data.categories import load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
@@ -20,7 +21,6 @@ from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.loader import Schedule, _Samples, collate, make_loader
 from spatialflow.data.samples import Sample, SampleError, make_sample
 from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
-from spatialflow.models.config import DataConfig
 from spatialflow.panoptic.formats import PanopticFormatError
 from spatialflow.panoptic.quality import evaluate
 

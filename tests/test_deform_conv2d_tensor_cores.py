@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from algorithm_codes import Codes
-from op_matrix import DEVICE, assert_near
+from helpers.algorithm_codes import Codes
+from helpers.op_matrix import DEVICE, assert_near
 from test_deform_conv2d import deterministic, off_grid
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import spatialflow
-from spatialflow.cli import _parser
-from spatialflow.models.config import SECTIONS, parse_settings, place_overrides
+from spatialflow.cli.main import _parser
+from spatialflow.config import SECTIONS, parse_settings, place_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

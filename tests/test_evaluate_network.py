@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from scenes import scene_categories, write_coco
+from helpers.scenes import scene_categories, write_coco
 
-from spatialflow.cli import main
+from spatialflow.cli.main import main
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.engine.checkpoints import load_checkpoint, save_checkpoint
 from spatialflow.engine.distributed import World

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from flow_conv2d_cases import CODES, sample_of, tensors_of
-from op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, assert_near, map_tensors
+from helpers.flow_conv2d_cases import CODES, sample_of, tensors_of
+from helpers.op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -264,8 +264,8 @@ class TestPacked:
             message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the"
             with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
                 ops.flow_conv2d(x, None, held)
-            with pytest.raises(RuntimeError, match="flow_tower: " + message):
-                ops.flow_tower([x], ops.FlowTowerParameters(cls=(held,), segmentation_levels=0))
+            with pytest.raises(RuntimeError, match="fused_subnets: " + message):
+                ops.fused_subnets([x], ops.SubnetParameters(cls=(held,), segmentation_levels=0))
         wide = packed._replace(packed=packed.packed.double())
         message = "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype"
         with pytest.raises(RuntimeError, match=message):

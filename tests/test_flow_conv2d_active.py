@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flow_conv2d_cases
 import pytest
 import torch
-from flow_conv2d_cases import CODES
-from op_matrix import DEVICE, LAYOUTS, OpMatrix, assert_near, leaves, map_tensors
+from helpers import flow_conv2d_cases
+from helpers.flow_conv2d_cases import CODES
+from helpers.op_matrix import DEVICE, LAYOUTS, OpMatrix, assert_near, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference

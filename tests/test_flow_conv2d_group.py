@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from flow_conv2d_cases import CODES, tensors_of
-from op_matrix import channels_last, leaves, map_tensors
+from helpers.flow_conv2d_cases import CODES, tensors_of
+from helpers.op_matrix import channels_last, leaves, map_tensors
 
 from spatialflow import ops
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from algorithm_codes import Codes
-from flow_conv2d_cases import CODES, tensors_of
-from op_matrix import assert_near, map_tensors
+from helpers.algorithm_codes import Codes
+from helpers.flow_conv2d_cases import CODES, tensors_of
+from helpers.op_matrix import assert_near, map_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spatialflow import ops
@@ -127,10 +127,10 @@ class TestTensorCores:
         convs = [(torch.randn(24, 24, 3, 3) / 12, torch.randn(24)) for _ in range(4)]
         packed = [ops.pack_conv3x3(*conv, name) for conv, name in zip(convs, (algorithm, "direct", "auto", algorithm))]
         lists = {"cls": packed[:1], "reg": packed[1:2], "stuff": convs[2:3], "flow_cls": packed[3:], "thing": convs[:1]}
-        parameters = ops.FlowTowerParameters(**{name: tuple(value) for name, value in lists.items()})
+        parameters = ops.SubnetParameters(**{name: tuple(value) for name, value in lists.items()})
         levels = [torch.randn(2, 24, *size) for size in ((9, 11), (5, 3), (2, 2))]
-        actual = ops.flow_tower(levels, parameters, algorithm)
-        tracked = ops.flow_tower([level.clone().requires_grad_() for level in levels], parameters, algorithm)
+        actual = ops.fused_subnets(levels, parameters, algorithm)
+        tracked = ops.fused_subnets([level.clone().requires_grad_() for level in levels], parameters, algorithm)
         for one, other in zip(actual, tracked):
             assert all(torch.equal(a, b) for a, b in zip(one, other))
 
@@ -147,7 +147,7 @@ class TestAuto:
             ops.flow_conv2d(x, None, weight, algorithm=algorithm)
             packed = ops.pack_conv3x3(weight, None, algorithm)
             ops.flow_conv2d(x, None, packed)
-            ops.flow_tower([x], ops.FlowTowerParameters(cls=(packed, packed), segmentation_levels=0), "direct")
+            ops.fused_subnets([x], ops.SubnetParameters(cls=(packed, packed), segmentation_levels=0), "direct")
         return [code for _, code in codes.seen]
 
     @pytest.mark.parametrize("allow", [True, False])

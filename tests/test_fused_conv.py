@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from op_matrix import DEVICE, DispatchWatch, assert_near
+from helpers.op_matrix import DEVICE, DispatchWatch, assert_near
 from torch.nn import functional as F
 
-from spatialflow.models import fused_conv
-from spatialflow.models.fused_conv import Shape, fused_conv2d, linear_relu
+from spatialflow.models.optimized import conv as fused_conv
+from spatialflow.models.optimized.conv import Shape, fused_conv2d, linear_relu
 
 SHAPES = {
     "1x1": (1, Shape((1, 1), (0, 0), 1)),

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden_models import assert_close, assert_same_detections, golden_model
+from helpers.golden_models import assert_close, assert_same_detections, golden_model
 
+from spatialflow.config import InferenceConfig as InferenceSettings
+from spatialflow.config import ModelConfig
 from spatialflow.data.transforms import resize_labels
-from spatialflow.models import inference
+from spatialflow.models import postprocess
 from spatialflow.models.anchors import STRIDES, base_anchors, encode_boxes, valid_flags
-from spatialflow.models.config import ModelConfig
-from spatialflow.models.config import TestConfig as InferenceSettings
 from spatialflow.ops import paste_masks, select_candidates, stuff_labels
 from spatialflow.ops.reference.select_candidates import decode_boxes, grid_anchors
 
@@ -35,12 +35,12 @@ def sizes_of(metas):
 
 
 def anchors_of(model, levels):
-    base = inference.pyramid_base_anchors(model, levels[0].device)
-    return inference.pyramid_anchors(base, [level.shape[-2:] for level in levels])
+    base = postprocess.pyramid_base_anchors(model, levels[0].device)
+    return postprocess.pyramid_anchors(base, [level.shape[-2:] for level in levels])
 
 
 def candidates_of(model, logits, deltas, valid, factors, per_level=1000):
-    base = inference.pyramid_base_anchors(model, logits[0].device)
+    base = postprocess.pyramid_base_anchors(model, logits[0].device)
     return select_candidates(logits, deltas, base, STRIDES, valid, factors, per_level)
 
 
@@ -107,7 +107,7 @@ def test_candidates_before_nms(tiny):
 
 def detected(logits, deltas, valid, factors, model, settings, per_level=1000):
     """Head outputs to detections; `factors` (B, 2) divide the boxes."""
-    return inference.detect(candidates_of(model, logits, deltas, valid, factors, per_level), settings)
+    return postprocess.detect(candidates_of(model, logits, deltas, valid, factors, per_level), settings)
 
 
 def assert_detections(found, arrays, boxes_key, labels_key):
@@ -154,7 +154,7 @@ def test_masks(tiny):
     _, scale = sizes_of(about["metas"])
     boxes = [torch.from_numpy(arrays[f"dets_img{i}"][:, :4]) for i in range(2)]
     labels = torch.from_numpy(np.concatenate([arrays["labels_img0"], arrays["labels_img1"]])).long()
-    rois = inference.make_rois(boxes, scale)
+    rois = postprocess.make_rois(boxes, scale)
     assert_close("rois", rois, arrays["mask_rois"])
     kept = torch.from_numpy(arrays["mask_roi_kept"]).long()
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_masks(tiny):
         assert_close(
             "mask logits of all classes", model.thing_head(features[:3]), arrays["mask_logits_kept3_allclasses"]
         )
-        logits = inference.mask_logits(model, output.thing_features, rois, labels)
+        logits = postprocess.mask_logits(model, output.thing_features, rois, labels)
     assert_close("mask_logits", logits, arrays["mask_logits_detclass"])
     for i, meta in enumerate(about["metas"]):
         h, w = meta["ori_shape"][:2]

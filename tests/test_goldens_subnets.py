@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden_models import assert_close, fill_function
+from helpers.golden_models import assert_close, fill_function
 from torch import nn
 
 from spatialflow.engine.checkpoints import name_from_released

@@ -290,7 +290,7 @@ def test_every_operator_is_watched_and_timed(gpu_check):
 
 def test_every_test_file_of_an_operator_runs(gpu_check):
     """On the GPU, and on the interpreter; questions of the op matrix are asked by the first file alone."""
-    names = ["flow_conv2d", "flow_conv2d_group", "flow_conv2d_tensor_cores", "flow_tower", "nms", "panoptic_merge"]
+    names = ["flow_conv2d", "flow_conv2d_group", "flow_conv2d_tensor_cores", "fused_subnets", "nms", "panoptic_merge"]
     wanted = {f"tests/test_{name}.py" for name in names}
     (step,) = [step for step in gpu_check.first_steps(True, Path("results")) if step.name == "operator tests"]
     assert wanted <= set(step.each) and len(step.each) == len(set(step.each))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from op_matrix import DEVICE, THIN_SHAPES, OpMatrix, OpSample, assert_near
+from helpers.op_matrix import DEVICE, THIN_SHAPES, OpMatrix, OpSample, assert_near
 from test_threads import Called
 from torch.nn import functional as F
 

@@ -14,12 +14,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from command_line import FAST, sentences
-from scenes import contents
+from helpers.command_line import FAST, sentences
+from helpers.scenes import contents
 
 import spatialflow
 from spatialflow import images
-from spatialflow.cli import main
+from spatialflow.cli.main import main
 from spatialflow.engine import predict
 from spatialflow.panoptic import read_panoptic_json
 from spatialflow.panoptic import writer as module
@@ -30,7 +30,7 @@ NAMES = ["a.jpg", "b.png", "c/a.jpg", "c/d/3.jpg", "e.jpg", "f.jpg"]
 SLOW = """
 import sys, time
 import spatialflow.images as images
-from spatialflow.cli import main
+from spatialflow.cli.main import main
 
 read = images.read_image
 
@@ -272,7 +272,7 @@ class TestPredict:
     def test_a_signal_while_torch_is_imported(self, number):
         """An exception there would abort the process: it ends by the signal, which a shell shows as 128 + number."""
         code = (
-            "import os, torch; from spatialflow import cli; torch.__spec__._initializing = True; "
+            "import os, torch; from spatialflow.cli import main as cli; torch.__spec__._initializing = True; "
             f"cli._info = lambda options: os.kill(os.getpid(), {int(number)}) or 0; cli.main(['info'])"
         )
         assert subprocess.run([sys.executable, "-c", code]).returncode == -number
@@ -287,7 +287,7 @@ def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys
 
 
 def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
-    from scenes import write_coco
+    from helpers.scenes import write_coco
 
     from spatialflow.engine.train import Trainer
 

@@ -123,7 +123,7 @@ class TestLaunches:
         pyramid = maps(32, (8, 12), (4, 6), (2, 3))
         conv = ops.pack_conv3x3(torch.randn(32, 32, 3, 3).bfloat16(), torch.zeros(32).bfloat16())
         deform = ops.pack_deform_conv2d(torch.randn(32, 32, 3, 3).bfloat16())
-        tower = ops.FlowTowerParameters(
+        tower = ops.SubnetParameters(
             cls=(conv,) * 4,
             reg=(conv,) * 4,
             stuff=(conv,) * 4,
@@ -141,7 +141,7 @@ class TestLaunches:
         return {
             "_flow_conv2d_packed": lambda: ops.flow_conv2d(pyramid, pyramid, conv),
             "_flow_conv2d_group": lambda: ops.flow_conv2d([pyramid, pyramid], None, [conv, conv]),
-            "flow_tower": lambda: ops.flow_tower(pyramid, tower),
+            "fused_subnets": lambda: ops.fused_subnets(pyramid, tower),
             "preprocess_images": lambda: ops.preprocess_images(
                 [torch.zeros(30, 40, 3, dtype=torch.uint8)], [(60, 80)], (0, 0, 0), (1, 1, 1), 32, torch.bfloat16
             ),

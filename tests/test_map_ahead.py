@@ -215,7 +215,7 @@ def test_waiting_threads_sleep(given, loaded, expected):
 
 def test_predict_decides_before_torch_is_loaded():
     code = (
-        "import sys, os; from spatialflow import cli; "
+        "import sys, os; from spatialflow.cli import main as cli; "
         "cli.list_images = lambda *_: sys.exit(os.environ['OMP_WAIT_POLICY'] + str('torch' in sys.modules)); "
         "cli.main(['predict', 'a.jpg', '--output', 'out'])"
     )

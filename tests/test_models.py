@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from small_models import SMALL
+from helpers.small_models import SMALL
 from torch import nn
 
 from spatialflow.models.build import build_model

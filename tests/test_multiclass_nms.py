@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from nms_cases import oracle, random_boxes
-from op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from helpers.nms_cases import oracle, random_boxes
+from helpers.op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from nms_cases import iou_matrix, oracle, random_boxes
-from op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from helpers.nms_cases import iou_matrix, oracle, random_boxes
+from helpers.op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference

@@ -9,15 +9,16 @@ devices.
 import numpy as np
 import pytest
 import torch
-from small_models import random_model
+from helpers.small_models import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow.data.transforms import fit_image
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.engine.predict import STAGES
-from spatialflow.models import inference, optimize
+from spatialflow.models import postprocess
 from spatialflow.models.build import load_config
-from spatialflow.models.optimize import optimize_for_inference
+from spatialflow.models.optimized import inference as optimize
+from spatialflow.models.optimized.inference import optimize_for_inference
 
 DEVICE = torch.device("meta")
 FITTED = tuple((fit_image(size, 96, 128),) for size in ((193, 250), (200, 240)))
@@ -127,14 +128,14 @@ PLANTED = {
 @pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
 def test_planted_reads_are_found(monkeypatch, plant):
     """The test of the test: each way to read a value back, planted behind the detections, is reported."""
-    plain = inference.detect
+    plain = postprocess.detect
 
     def detect(candidates, test):
         found = plain(candidates, test)
         plant(found)
         return found
 
-    monkeypatch.setattr(inference, "detect", detect)
+    monkeypatch.setattr(postprocess, "detect", detect)
     with pytest.raises(Exception) as caught:
         run_on_meta(optimize_for_inference(random_model("tiny"), DEVICE, torch.bfloat16))
     assert isinstance(caught.value, HostRead) or "meta" in str(caught.value), caught.value

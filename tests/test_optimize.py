@@ -8,13 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from golden_models import assert_close, golden_model
-from op_matrix import DEVICE
-from small_models import VARIANTS, random_model
+from helpers.golden_models import assert_close, golden_model
+from helpers.op_matrix import DEVICE
+from helpers.small_models import VARIANTS, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spatialflow.models import optimize
-from spatialflow.models.optimize import FusedStem, optimize_for_inference
+from spatialflow.models.optimized import inference as optimize
+from spatialflow.models.optimized.inference import FusedStem, optimize_for_inference
 from spatialflow.ops import PackedConv, stuff_labels
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}

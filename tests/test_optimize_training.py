@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from golden_models import assert_close
-from small_models import VARIANTS, random_model
+from helpers.golden_models import assert_close
+from helpers.small_models import VARIANTS, random_model
 from torch.nn.parallel import DistributedDataParallel
 
 from spatialflow.engine.distributed import World, end, leave
 from spatialflow.models.heads import BoxHead
-from spatialflow.models.optimize_training import (
+from spatialflow.models.optimized.training import (
     TrainingBoxHead,
     TrainingStuffHead,
     is_faster_on_cuda,

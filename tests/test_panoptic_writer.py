@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from scenes import contents
+from helpers.scenes import contents
 
 from spatialflow.panoptic import (
     InUseError,

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from op_matrix import DEVICE, OpMatrix, OpSample
+from helpers.op_matrix import DEVICE, OpMatrix, OpSample
 
 from spatialflow import ops
 from spatialflow.ops import reference

@@ -14,16 +14,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from command_line import FAST, sentences
+from helpers.command_line import FAST, sentences
 
 import spatialflow
-from spatialflow import images, prediction_folder
-from spatialflow.cli import main
-from spatialflow.console import list_images
+from spatialflow import images
+from spatialflow.cli import prediction_folder
+from spatialflow.cli.common import list_images
+from spatialflow.cli.main import main
+from spatialflow.cli.prediction_folder import HELD, PredictionFolder
 from spatialflow.engine import predict
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
-from spatialflow.prediction_folder import HELD, PredictionFolder
 
 
 def assert_complete(output, names):

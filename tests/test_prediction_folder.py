@@ -14,13 +14,13 @@ import time
 import cv2
 import numpy as np
 import pytest
-from scenes import CATEGORIES, contents, make_scene
+from helpers.scenes import CATEGORIES, contents, make_scene
 
-from spatialflow import prediction_folder
-from spatialflow.console import InputImage
+from spatialflow.cli import prediction_folder
+from spatialflow.cli.common import InputImage
+from spatialflow.cli.prediction_folder import HELD, PredictionFolder, writers
 from spatialflow.engine.predict import Outcome
 from spatialflow.panoptic import PanopticFormatError, formats, journal, overlay, writer
-from spatialflow.prediction_folder import HELD, PredictionFolder, writers
 
 COUNT = 12
 

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from small_models import random_model
+from helpers.small_models import random_model
 
 import spatialflow
 from spatialflow.engine import predict, transfers

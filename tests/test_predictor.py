@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from golden_models import golden_model
-from small_models import random_model
+from helpers.golden_models import golden_model
+from helpers.small_models import random_model
 
 import spatialflow
-from spatialflow.models import inference
+from spatialflow.models import postprocess
 from spatialflow.panoptic import read_id_map, read_panoptic_json
 
 SHORT = dict(test_short_edges=[96], test_long_edge=160)
@@ -100,8 +100,8 @@ def test_plain_and_optimized_network_agree(model, predictor):
 @pytest.mark.parametrize("threshold, flip", [(0.0, False), (0.3, True), (1.0, False)])
 def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkeypatch):
     """Leaving out the masks of detections that do not enter the map changes neither it nor the boxes."""
-    computed, plain = [], inference.mask_logits
-    monkeypatch.setattr(inference, "mask_logits", lambda *args: (computed.append(len(args[2])), plain(*args))[1])
+    computed, plain = [], postprocess.mask_logits
+    monkeypatch.setattr(postprocess, "mask_logits", lambda *args: (computed.append(len(args[2])), plain(*args))[1])
     settings = dict(SHORT, stuff_area_threshold=40, instance_score_threshold=threshold, test_flip=flip, batch_size=2)
     images = [picture(90, 130, 1), picture(90, 130, 2)]
     every = spatialflow.Predictor(model, **settings)(images)

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample
+from helpers.op_matrix import OpMatrix, OpSample
 
 from spatialflow import ops
 from spatialflow.data.transforms import normalise, pad, resize_image

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import spatialflow
-from spatialflow.cli import main
+from spatialflow.cli.main import main
 from spatialflow.data.synthetic import CATEGORIES, make_scene
 from spatialflow.engine.checkpoints import packaged_weights
 from spatialflow.panoptic import PanopticQuality

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from op_matrix import leaves
+from helpers.op_matrix import leaves
 
 from spatialflow import ops
 from spatialflow.ops import reference

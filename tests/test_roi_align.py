@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
+from helpers.op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
 
 from spatialflow import ops
 from spatialflow.ops import reference

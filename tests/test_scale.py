@@ -7,7 +7,7 @@ elements, and three times, so that it is itself tested.
 
 import pytest
 import torch
-from op_matrix import DEVICE
+from helpers.op_matrix import DEVICE
 
 from spatialflow import ops
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from op_matrix import DEVICE, TOLERANCE, OpMatrix, OpSample, assert_near, leaves, map_tensors, to_dtype
+from helpers.op_matrix import DEVICE, TOLERANCE, OpMatrix, OpSample, assert_near, leaves, map_tensors, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference

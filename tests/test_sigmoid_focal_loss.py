@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from op_matrix import DEVICE, OpMatrix, OpSample, assert_near, to_dtype
+from helpers.op_matrix import DEVICE, OpMatrix, OpSample, assert_near, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference

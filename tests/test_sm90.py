@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from flow_tower_cases import SIZES, WIRINGS, by_reference, parameters_of, pyramid, tower, wiring
-from op_matrix import assert_near, channels_last, map_tensors
+from helpers.fused_subnets_cases import SIZES, WIRINGS, by_reference, parameters_of, pyramid, tower, wiring
+from helpers.op_matrix import assert_near, channels_last, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -145,7 +145,7 @@ class TestFlowConv2d:
         assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())
 
 
-class TestFlowTower:
+class TestFusedSubnets:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("case", list(WIRINGS.values()), ids=list(WIRINGS))
     def test_every_wiring(self, case, dtype, launched):
@@ -155,8 +155,8 @@ class TestFlowTower:
         source = {"flow_source": case.get("source", "reg")}
         expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]), **source)
         launched()
-        packed = ops.pack_flow_tower(parameters_of(convs, **source))
-        result = list(ops.flow_tower(map_tensors(channels_last, levels), packed))
+        packed = ops.pack_subnets(parameters_of(convs, **source))
+        result = list(ops.fused_subnets(map_tensors(channels_last, levels), packed))
         assert runs_there(launched(), "conv3x3", possible=case["stages"] != (0, 0, 0, 0))
         assert_near(result, expected, dtype, factor=4)
 

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from op_matrix import DEVICE, OpMatrix, OpSample, to_dtype
+from helpers.op_matrix import DEVICE, OpMatrix, OpSample, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference

@@ -28,7 +28,7 @@ def namespace() -> list[str]:
 
 
 # Functions of spatialflow.ops that are no operators: a context manager, weights prepared once.
-NO_OPERATORS = ("checked", "pack_conv3x3", "pack_deform_conv2d", "pack_flow_tower")
+NO_OPERATORS = ("checked", "pack_conv3x3", "pack_deform_conv2d", "pack_subnets")
 
 
 def public() -> list[str]:
@@ -104,7 +104,7 @@ OPTIONS = {
     "pred_segments": 1,
     "num_groups": 1,
     "per_level": 1,
-    "parameters": ops.FlowTowerParameters(),
+    "parameters": ops.SubnetParameters(),
 }
 
 

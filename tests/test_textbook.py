@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from op_matrix import DEVICE
+from helpers.op_matrix import DEVICE
 
 from spatialflow import ops
 from spatialflow.ops import reference

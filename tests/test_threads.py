@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_matrix import OpMatrix, OpSample, leaves, map_tensors, to_dtype
-from scenes import write_coco
+from helpers.op_matrix import OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from helpers.scenes import write_coco
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,11 +50,11 @@ class Call:
 def packed_tower() -> OpSample:
     """A tower with weights that were packed once, as in a `Predictor`: no gradients."""
     conv = (torch.randn(32, 32, 3, 3) * 0.1, torch.randn(32))
-    parameters = ops.FlowTowerParameters(cls=(conv, conv), reg=(conv,), flow_cls=(conv,), segmentation_levels=1)
-    parameters = ops.pack_flow_tower(parameters)
+    parameters = ops.SubnetParameters(cls=(conv, conv), reg=(conv,), flow_cls=(conv,), segmentation_levels=1)
+    parameters = ops.pack_subnets(parameters)
 
     def run(*levels: Tensor) -> list[Tensor]:
-        return leaves(ops.flow_tower(levels, parameters)) + leaves(ops.flow_conv2d(levels, None, parameters.cls[0]))
+        return leaves(ops.fused_subnets(levels, parameters)) + leaves(ops.flow_conv2d(levels, None, parameters.cls[0]))
 
     return OpSample(run, run, [torch.randn(2, 32, size, size + 3) for size in (33, 17)], differentiable=())
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from helpers.scenes import scene_categories, write_cityscapes, write_coco
+from helpers.small_models import SMALL, channels
 from kill_and_resume import command, digest, environment, kill_and_resume
 from safetensors.torch import load_file
-from scenes import scene_categories, write_cityscapes, write_coco
-from small_models import SMALL, channels
 
-from spatialflow.cli import main
+from spatialflow.cli.main import main
 from spatialflow.data.categories import load_categories
 from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
@@ -276,7 +276,7 @@ class TestRun:
         config = small(images_per_step=4, accumulation_steps=2, warmup_iterations=0, gradient_clip_norm=None)
         trainer = Trainer(config, data, tmp_path, ALONE)
         from spatialflow.data.loader import make_loader
-        from spatialflow.models.losses import Criterion
+        from spatialflow.models.criterion import Criterion
 
         parts = [
             Criterion(config)(build_like(trainer), batch.images, batch.truth()).total().item()

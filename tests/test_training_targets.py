@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden_models import golden_model
-from small_models import SMALL
+from helpers.golden_models import golden_model
+from helpers.small_models import SMALL
 from torch.nn import functional as F
 
 from spatialflow.engine.checkpoints import name_from_released
-from spatialflow.models import losses as losses_module
+from spatialflow.models import criterion as losses_module
 from spatialflow.models.build import build_model
-from spatialflow.models.losses import Criterion, focal_loss_sum, l1_loss_sum, mask_loss_sum, stuff_loss_sum
-from spatialflow.models.optimize_training import optimize_for_training
+from spatialflow.models.criterion import Criterion, focal_loss_sum, l1_loss_sum, mask_loss_sum, stuff_loss_sum
+from spatialflow.models.optimized.training import optimize_for_training
 from spatialflow.models.targets import Truth, anchor_targets, assign, box_iou, mask_targets, thing_targets
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers.scenes import scene_categories, write_cityscapes, write_coco
 from PIL import Image
-from scenes import scene_categories, write_cityscapes, write_coco
 
-from spatialflow.cli import main
+from spatialflow.cli.main import main
+from spatialflow.config import DataConfig
 from spatialflow.data.categories import load_categories
 from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.loader import Schedule, make_loader
 from spatialflow.data.samples import SampleError
-from spatialflow.models.config import DataConfig
 from spatialflow.panoptic import PanopticFormatError, PanopticQuality, evaluate, read_id_map, validate, write_id_map
 from spatialflow.panoptic.extents import Extent, extents, ids_of
 from spatialflow.panoptic.photographs import find_photograph, join_images, photograph_key
@@ -487,7 +487,7 @@ class TestCommand:
         for images, absent in (([], ("torch", "cv2")), (["--images", str(scenes / "images")], ("torch",))):
             arguments = ["validate", str(scenes / "panoptic.json"), *images]
             code = (
-                f"import sys; from spatialflow.cli import main; code = main({arguments!r});"
+                f"import sys; from spatialflow.cli.main import main; code = main({arguments!r});"
                 f"sys.exit(code or any(name in sys.modules for name in {absent!r}))"
             )
             assert subprocess.run([sys.executable, "-c", code]).returncode == 0

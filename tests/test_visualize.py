@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from scenes import write_coco
+from helpers.scenes import write_coco
 from torch.nn import functional as F
 
 import spatialflow
-from spatialflow.cli import main
+from spatialflow.cli.main import main
 from spatialflow.engine.activations import class_activation_maps, heat_picture
 from spatialflow.panoptic import read_id_map, write_id_map
 from spatialflow.panoptic.pages import contact_sheet, html_page, side_by_side

@@ -341,9 +341,9 @@ FAULTS = (
     Fault(
         "use after free",
         "evaluation/pair_counts.cpp",
-        "        slots_[i].count += count;\n        if (4 * used_ > slots_.size()) grow();",
+        "        slots_[i].count += count;\n        if (4 * used_ > slots_.size()) {\n            grow();\n        }",
         "        int64_t& sum = slots_[i].count;\n"
-        "        if (4 * used_ > slots_.size()) grow();\n"
+        "        if (4 * used_ > slots_.size()) {\n            grow();\n        }\n"
         "        sum += count;",
         "sanitize",
         "tests/test_panoptic_quality.py",

@@ -43,17 +43,21 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
     const unsigned a_full = shared_address(barriers), a_empty = a_full + 8 * A_STAGES;
     const unsigned b_full = a_empty + 8 * A_STAGES, b_empty = b_full + 8 * B_STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < A_STAGES; ++i)
+        for (int i = 0; i < A_STAGES; ++i) {
             mbarrier_init(a_full + 8 * i, 1), mbarrier_init(a_empty + 8 * i, 8);
-        for (int i = 0; i < B_STAGES; ++i)
+        }
+        for (int i = 0; i < B_STAGES; ++i) {
             mbarrier_init(b_full + 8 * i, 1), mbarrier_init(b_empty + 8 * i, 8 * CLUSTER);
+        }
         fence_mbarrier_init();
     }
-    if (threadIdx.x < C)
+    if (threadIdx.x < C) {
         bias_shared[threadIdx.x] = bias[threadIdx.x];
+    }
     __syncthreads();
-    if constexpr (CLUSTER > 1)
+    if constexpr (CLUSTER > 1) {
         cluster_synchronize();
+    }
     const int rank = blockIdx.x % CLUSTER, first_item = blockIdx.x / CLUSTER, item_step = gridDim.x / CLUSTER;
 
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
@@ -65,8 +69,9 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
             unsigned parity = 1;
             for (int item = first_item; item < items; item += item_step) {
                 Subtile tiles[SUBTILES];
-                for (int i = 0; i < SUBTILES; ++i)
+                for (int i = 0; i < SUBTILES; ++i) {
                     tiles[i] = subtiles[(item / 2 * CLUSTER + rank) * SUBTILES + i];
+                }
                 for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                     mbarrier_wait(a_empty + 8 * stage, parity, 30);
                     const unsigned full = a_full + 8 * stage;
@@ -78,22 +83,24 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
                         for (int i = 0; i < SUBTILES; ++i) {
                             const unsigned target = a_memory + stage * A_BYTES + i * HALO_STRIDE;
                             const CUtensorMap* map = &maps.x[tiles[i].level];
-                            if constexpr (LAYOUT == PLANES)
+                            if constexpr (LAYOUT == PLANES) {
                                 tma_load_5d(
                                     target, map, 0, tiles[i].x - 1, tiles[i].y - 1, chunk * 8, tiles[i].n, full);
-                            else
+                            } else {
                                 tma_load_4d(target, map, chunk * 64, tiles[i].x - 1, tiles[i].y - 1, tiles[i].n, full);
+                            }
                         }
                     }
-                    if (++stage == A_STAGES)
+                    if (++stage == A_STAGES) {
                         stage = 0, parity ^= 1;
+                    }
                 }
             }
         } else if (warp == 1 && lane == 0) {
             int stage = 0;
             unsigned parity = 1;
-            for (int item = first_item; item < items; item += item_step)
-                for (int chunk = 0; chunk < CHUNKS; ++chunk)
+            for (int item = first_item; item < items; item += item_step) {
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                     for (int tap = 0; tap < TAPS; ++tap) {
                         mbarrier_wait(b_empty + 8 * stage, parity, 31);
                         const unsigned full = b_full + 8 * stage;
@@ -103,15 +110,19 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
                             mbarrier_expect(full, B_BYTES);
                             const unsigned target = b_memory + stage * B_BYTES + rank * (B_BYTES / CLUSTER);
                             const int output = item % 2 * OUTPUTS + rank * (OUTPUTS / CLUSTER);
-                            if constexpr (CLUSTER > 1)
+                            if constexpr (CLUSTER > 1) {
                                 tma_load_3d_multicast(
                                     target, &maps.weights, chunk * 64, output, tap, full, (1 << CLUSTER) - 1);
-                            else
+                            } else {
                                 tma_load_3d(target, &maps.weights, chunk * 64, output, tap, full);
+                            }
                         }
-                        if (++stage == B_STAGES)
+                        if (++stage == B_STAGES) {
                             stage = 0, parity ^= 1;
+                        }
                     }
+                }
+            }
         }
         return;
     }
@@ -125,16 +136,20 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
     int a_stage = 0, b_stage = 0;
     unsigned a_parity = 0, b_parity = 0;
     const auto release_weights = [](unsigned barrier) {
-        if constexpr (CLUSTER > 1)
-            for (int block = 0; block < CLUSTER; ++block)
+        if constexpr (CLUSTER > 1) {
+            for (int block = 0; block < CLUSTER; ++block) {
                 mbarrier_arrive_at(barrier, block);
-        else
+            }
+        } else {
             mbarrier_arrive(barrier);
+        }
     };
     float d[2][OUTPUTS / 2];
-    for (int t = 0; t < 2; ++t)
-        for (float& sum : d[t])
+    for (int t = 0; t < 2; ++t) {
+        for (float& sum : d[t]) {
             sum = 0;
+        }
+    }
 
     for (int item = first_item; item < items; item += item_step) {
         int released = -1;  // stage of weights that the running group's predecessor has read
@@ -142,15 +157,17 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             uint64_t time = clock_if(profiling);
             mbarrier_wait(a_full + 8 * a_stage, a_parity, 32);
-            if (profiling)
+            if (profiling) {
                 wait_a += clock_if(true) - time;
+            }
             const unsigned a_tile = a_memory + a_stage * A_BYTES + consumer * 2 * HALO_STRIDE;
 #pragma unroll 1
             for (int tap = 0; tap < TAPS; ++tap) {
                 time = clock_if(profiling);
                 mbarrier_wait(b_full + 8 * b_stage, b_parity, 33);
-                if (profiling)
+                if (profiling) {
                     wait_b += clock_if(true) - time;
+                }
                 const int shift = tap / 3 * 10 + tap % 3;
                 const uint64_t a = LAYOUT == PLANES ? matrix_descriptor(a_tile + shift * 16, 1600, 160, SWIZZLE_NONE)
                                                     : matrix_descriptor(a_tile + shift * 128, 16, 1280, SWIZZLE_128);
@@ -162,24 +179,28 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
 #pragma unroll
                 for (int s = 0; s < 4; ++s)
 #pragma unroll
-                    for (int t = 0; t < 2; ++t)
+                    for (int t = 0; t < 2; ++t) {
                         Wgmma<OUTPUTS>::ss(
                             d[t], a + t * (HALO_STRIDE / 16) + s * A_STEP, b + s * 2, (chunk | tap | s) != 0);
+                    }
                 wgmma_commit();
                 wgmma_wait<1>();
                 pin(d[0]);
                 pin(d[1]);
                 if (lane == 0 && released >= 0) {
                     release_weights(b_empty + 8 * released);
-                    if (tap == 0)
+                    if (tap == 0) {
                         mbarrier_arrive(a_empty + 8 * (a_stage == 0 ? A_STAGES - 1 : a_stage - 1));
+                    }
                 }
                 released = b_stage;
-                if (++b_stage == B_STAGES)
+                if (++b_stage == B_STAGES) {
                     b_stage = 0, b_parity ^= 1;
+                }
             }
-            if (++a_stage == A_STAGES)
+            if (++a_stage == A_STAGES) {
                 a_stage = 0, a_parity ^= 1;
+            }
         }
         wgmma_wait<0>();
         pin(d[0]);
@@ -193,8 +214,9 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
         const int first_output = item % 2 * OUTPUTS;
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            if (thread == 0)
+            if (thread == 0) {
                 asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            }
             asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
             const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
@@ -219,25 +241,30 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
             if (thread == 0) {
                 const Subtile tile = subtiles[(item / 2 * CLUSTER + rank) * SUBTILES + consumer * 2 + t];
                 const CUtensorMap* map = &maps.y[tile.level];
-                for (int half = 0; half < 2; ++half)
+                for (int half = 0; half < 2; ++half) {
                     asm volatile(
                         "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::
                             "l"(map),
                         "r"(first_output + half * 64), "r"(tile.x), "r"(tile.y), "r"(tile.n), "r"(staging + half * 8192)
                         : "memory");
+                }
                 asm volatile("cp.async.bulk.commit_group;" ::: "memory");
             }
         }
-        if (profiling)
+        if (profiling) {
             epilogue += clock_if(true) - time;
+        }
     }
-    if (thread == 0)
+    if (thread == 0) {
         asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    }
     // No block may end while another still arrives at its barriers.
-    if constexpr (CLUSTER > 1)
+    if constexpr (CLUSTER > 1) {
         cluster_synchronize();
-    if (profiling)
+    }
+    if (profiling) {
         profile[blockIdx.x] = {clock_if(true) - begin, wait_a, wait_b, epilogue};
+    }
 }
 
 /// One output of eight neighbouring pixels per thread, fp32. Weights [tap][c][o].
@@ -254,15 +281,18 @@ __global__ void __launch_bounds__(C)
             pixels[i][o] = inside ? __bfloat162float(x[((size_t(n) * h + yy) * w + xx) * C + o]) : 0.f;
         }
         __syncthreads();
-        for (int c = 0; c < C; ++c)
+        for (int c = 0; c < C; ++c) {
             for (int dx = 0; dx < 3; ++dx) {
                 const float weight = __bfloat162float(weights[((dy * 3 + dx) * C + c) * C + o]);
-                for (int i = 0; i < 8; ++i)
+                for (int i = 0; i < 8; ++i) {
                     sums[i] += weight * pixels[i + dx][c];
+                }
             }
+        }
     }
-    for (int i = 0; i < 8 && column + i < w; ++i)
+    for (int i = 0; i < 8 && column + i < w; ++i) {
         y[((size_t(n) * h + row) * w + column + i) * C + o] = fmaxf(sums[i] + bias[o], 0.f);
+    }
 }
 
 struct Mismatches {
@@ -278,12 +308,14 @@ __global__ void compare_kernel(
     Mismatches* mismatches) {
     for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
         const float a = expected[i], b = __bfloat162float(got[i]);
-        if (fabsf(a - b) <= absolute + relative * fabsf(a))
+        if (fabsf(a - b) <= absolute + relative * fabsf(a)) {
             continue;
+        }
         atomicAdd(&mismatches->count, 1);
         const int slot = atomicAdd(&mismatches->shown, 1);
-        if (slot >= 8)
+        if (slot >= 8) {
             continue;
+        }
         const size_t pixel = i / C;
         mismatches->first[slot] = {int(pixel / w / h), int(pixel / w % h), int(pixel % w), int(i % C), a, b};
     }
@@ -308,15 +340,20 @@ struct Problem {
             y.push_back(new Buffer<bf16>(count));
             expected.push_back(new Buffer<float>(count));
             CUtensorMap* map = &maps.x[level];
-            if (verdict == CUDA_SUCCESS)
+            if (verdict == CUDA_SUCCESS) {
                 verdict = layout == PLANES ? encode_planes(map, x[level]->data, images, h, w, C)
                                            : encode_rows(map, x[level]->data, images, h, w, C);
-            if (verdict == CUDA_SUCCESS)
+            }
+            if (verdict == CUDA_SUCCESS) {
                 verdict = encode_rows(&maps.y[level], y[level]->data, images, h, w, C, 8, 8);
-            for (int n = 0; n < images; ++n)
-                for (int yy = 0; yy < h; yy += 8)
-                    for (int xx = 0; xx < w; xx += 8)
+            }
+            for (int n = 0; n < images; ++n) {
+                for (int yy = 0; yy < h; yy += 8) {
+                    for (int xx = 0; xx < w; xx += 8) {
                         subtiles.push_back({level, n, yy, xx});
+                    }
+                }
+            }
             pixels += double(images) * h * w;
         }
         if (verdict != CUDA_SUCCESS) {
@@ -324,13 +361,15 @@ struct Problem {
             exit(1);
         }
         // A sub-tile outside its level loads zeros and stores nothing.
-        while (subtiles.size() % (SUBTILES * cluster))
+        while (subtiles.size() % (SUBTILES * cluster)) {
             subtiles.push_back({0, 0, 4096, 0});
+        }
     }
 
     ~Problem() {
-        for (int level = 0; level < levels; ++level)
+        for (int level = 0; level < levels; ++level) {
             delete x[level], delete y[level], delete expected[level];
+        }
     }
 
     /// Prints the elements that differ from the reference; returns their number.
@@ -360,17 +399,21 @@ struct Problem {
     }
 
     void spoil_outputs() {
-        for (Buffer<bf16>* buffer : y)
+        for (Buffer<bf16>* buffer : y) {
             CHECK(cudaMemset(buffer->data, 0xff, buffer->size * sizeof(bf16)));
+        }
     }
 };
 
 std::vector<bf16> transposed(const std::vector<bf16>& weights) {
     std::vector<bf16> result(weights.size());
-    for (int tap = 0; tap < TAPS; ++tap)
-        for (int o = 0; o < C; ++o)
-            for (int c = 0; c < C; ++c)
+    for (int tap = 0; tap < TAPS; ++tap) {
+        for (int o = 0; o < C; ++o) {
+            for (int c = 0; c < C; ++c) {
                 result[(tap * C + c) * C + o] = weights[(tap * C + o) * C + c];
+            }
+        }
+    }
     return result;
 }
 
@@ -379,8 +422,9 @@ void run_convolution() {
     prepare_device();
     const std::vector<bf16> weights = random_values(TAPS * C * C, 7, 0.05f);
     std::vector<float> bias(C);
-    for (int o = 0; o < C; ++o)
+    for (int o = 0; o < C; ++o) {
         bias[o] = 0.01f * float(o % 32 - 16);
+    }
     Buffer<bf16> weights_device(weights), transposed_device(transposed(weights));
     Buffer<float> bias_device(bias);
     const int blocks = multiprocessors() / CLUSTER * CLUSTER;
@@ -419,8 +463,9 @@ void run_convolution() {
         if (wrong && &item == cases) {
             for (int tap = 0; tap < TAPS; ++tap) {
                 std::vector<bf16> copying(weights.size(), __float2bfloat16(0));
-                for (int c = 0; c < C; ++c)
+                for (int c = 0; c < C; ++c) {
                     copying[(tap * C + c) * C + c] = __float2bfloat16(1);
+                }
                 Buffer<bf16> same(transposed(copying));
                 Buffer<float> no_bias(C);
                 no_bias.zero();
@@ -447,8 +492,9 @@ void run_convolution() {
             cudaGraphExec_t executable;
             CHECK(cudaStreamCreate(&stream));
             CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-            for (int i = 0; i < runs; ++i)
+            for (int i = 0; i < runs; ++i) {
                 launch(kernel, stream, bias_device.data, skip);
+            }
             CHECK(cudaStreamEndCapture(stream, &graph));
             CHECK(cudaGraphInstantiate(&executable, graph, 0));
             cudaEvent_t begin, end;
@@ -462,8 +508,9 @@ void run_convolution() {
                 finish("convolution_kernel, timed");
                 float ms = 0;
                 CHECK(cudaEventElapsedTime(&ms, begin, end));
-                if (repeat)
+                if (repeat) {
                     best = std::min(best, ms / runs);
+                }
             }
             times[skip] = best;
             CHECK(cudaGraphExecDestroy(executable));
@@ -475,9 +522,10 @@ void run_convolution() {
         launch(profiled_kernel, nullptr, bias_device.data, LOAD_ALL);
         finish("convolution_kernel, profiled");
         Profile sum{};
-        for (const Profile& block : profile.host())
+        for (const Profile& block : profile.host()) {
             sum.total += block.total, sum.wait_a += block.wait_a, sum.wait_b += block.wait_b,
                 sum.epilogue += block.epilogue;
+        }
         const double cycles = double(sum.total) + 1;
         finding(
             "\"case\": \"%s\", \"cluster\": %d, \"right\": %s, \"wrong\": %d, \"us\": %.2f, \"tflops\": %.1f, "

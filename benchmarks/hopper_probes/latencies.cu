@@ -10,10 +10,12 @@ __global__ void syncthreads_kernel(uint64_t* result) {
     __syncthreads();
     const long long begin = clock64();
 #pragma unroll 1
-    for (int i = 0; i < STEPS; ++i)
+    for (int i = 0; i < STEPS; ++i) {
         __syncthreads();
-    if (threadIdx.x == 0)
+    }
+    if (threadIdx.x == 0) {
         result[blockIdx.x] = uint64_t(clock64() - begin);
+    }
 }
 
 /// The barrier of one warpgroup of two: both go through their own.
@@ -22,20 +24,24 @@ __global__ void named_barrier_kernel(uint64_t* result) {
     const int id = 1 + threadIdx.x / 128;
     const long long begin = clock64();
 #pragma unroll 1
-    for (int i = 0; i < STEPS; ++i)
+    for (int i = 0; i < STEPS; ++i) {
         asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
-    if (threadIdx.x == 0)
+    }
+    if (threadIdx.x == 0) {
         result[blockIdx.x] = uint64_t(clock64() - begin);
+    }
 }
 
 __global__ void cluster_barrier_kernel(uint64_t* result) {
     __syncthreads();
     const long long begin = clock64();
 #pragma unroll 1
-    for (int i = 0; i < STEPS; ++i)
+    for (int i = 0; i < STEPS; ++i) {
         asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    if (threadIdx.x == 0)
+    }
+    if (threadIdx.x == 0) {
         result[blockIdx.x] = uint64_t(clock64() - begin);
+    }
 }
 
 /// One thread arrives and waits for the phase it completed.
@@ -56,8 +62,9 @@ __global__ void mbarrier_alone_kernel(uint64_t* result) {
 __global__ void mbarrier_pair_kernel(uint64_t* result) {
     __shared__ alignas(8) uint64_t storage[2];
     const unsigned full = shared_address(storage), empty = full + 8;
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         mbarrier_init(full, 1), mbarrier_init(empty, 1);
+    }
     __syncthreads();
     const long long begin = clock64();
     if (threadIdx.x == 0) {
@@ -83,39 +90,44 @@ __global__ void mbarrier_passed_kernel(uint64_t* result) {
     mbarrier_init(barrier, 1);
     const long long begin = clock64();
 #pragma unroll 1
-    for (int i = 0; i < STEPS; ++i)
+    for (int i = 0; i < STEPS; ++i) {
         mbarrier_wait(barrier, 1, 23);
+    }
     result[blockIdx.x] = uint64_t(clock64() - begin);
 }
 
 __global__ void chase_kernel(const unsigned* next, uint64_t* result, unsigned* last) {
     unsigned place = 0;
-    for (int i = 0; i < STEPS; ++i)
+    for (int i = 0; i < STEPS; ++i) {
         asm volatile("ld.global.cg.u32 %0, [%1];"
                      : "=r"(place)
                      : "l"(__cvta_generic_to_global(next + place))
                      : "memory");
+    }
     const long long begin = clock64();
 #pragma unroll 1
-    for (int i = 0; i < STEPS; ++i)
+    for (int i = 0; i < STEPS; ++i) {
         asm volatile("ld.global.cg.u32 %0, [%1];"
                      : "=r"(place)
                      : "l"(__cvta_generic_to_global(next + place))
                      : "memory");
+    }
     *last = place;
     result[0] = uint64_t(clock64() - begin);
 }
 
 __global__ void wgmma_latency_kernel(uint64_t* result, float* sums) {
     __shared__ alignas(1024) bf16 operands[8192];
-    for (int i = threadIdx.x; i < 8192; i += 128)
+    for (int i = threadIdx.x; i < 8192; i += 128) {
         operands[i] = __float2bfloat16(1);
+    }
     fence_async_proxy();
     __syncthreads();
     const uint64_t matrix = matrix_descriptor(shared_address(operands), 16, 1024, SWIZZLE_128);
     float d[64];
-    for (float& sum : d)
+    for (float& sum : d) {
         sum = 0;
+    }
     const long long begin = clock64();
 #pragma unroll 1
     for (int i = 0; i < STEPS; ++i) {
@@ -126,11 +138,13 @@ __global__ void wgmma_latency_kernel(uint64_t* result, float* sums) {
         wgmma_wait<0>();
         pin(d);
     }
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         result[0] = uint64_t(clock64() - begin);
+    }
     float sum = 0;
-    for (const float x : d)
+    for (const float x : d) {
         sum += x;
+    }
     sums[threadIdx.x] = sum;
 }
 
@@ -142,8 +156,9 @@ void report(const char* what, int threads, int blocks, Launch launch) {
     launch(result.data);
     finish(what);
     uint64_t sum = 0;
-    for (const uint64_t cycles : result.host())
+    for (const uint64_t cycles : result.host()) {
         sum += cycles;
+    }
     finding("\"latency\": \"%s\", \"threads\": %d, \"cycles\": %.1f", what, threads, double(sum) / blocks / STEPS);
 }
 
@@ -159,13 +174,15 @@ __global__ void dependent_kernel() {
 __global__ void chained_kernel(int* count, int step, int cycles, int* out_of_order) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    if (threadIdx.x == 0 && blockIdx.x == 0 && *reinterpret_cast<volatile int*>(count) != step)
+    if (threadIdx.x == 0 && blockIdx.x == 0 && *reinterpret_cast<volatile int*>(count) != step) {
         atomicAdd(out_of_order, 1);
+    }
     const long long begin = clock64();
     while (clock64() - begin < cycles) {
     }
-    if (threadIdx.x == 0 && blockIdx.x == 0)
+    if (threadIdx.x == 0 && blockIdx.x == 0) {
         *reinterpret_cast<volatile int*>(count) = step + 1;
+    }
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -191,8 +208,9 @@ float chain_microseconds(bool graph, int count, const char* what, Launch launch)
     if (graph) {
         cudaGraph_t recorded;
         CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        for (int i = 0; i < count; ++i)
+        for (int i = 0; i < count; ++i) {
             CHECK(launch(stream, i));
+        }
         CHECK(cudaStreamEndCapture(stream, &recorded));
         CHECK(cudaGraphInstantiate(&executable, recorded, 0));
         CHECK(cudaGraphDestroy(recorded));
@@ -203,20 +221,24 @@ float chain_microseconds(bool graph, int count, const char* what, Launch launch)
     float best = 1e9f;
     for (int repeat = 0; repeat < 5; ++repeat) {
         CHECK(cudaEventRecord(begin, stream));
-        if (graph)
+        if (graph) {
             CHECK(cudaGraphLaunch(executable, stream));
-        else
-            for (int i = 0; i < count; ++i)
+        } else {
+            for (int i = 0; i < count; ++i) {
                 CHECK(launch(stream, i));
+            }
+        }
         CHECK(cudaEventRecord(end, stream));
         finish(what);
         float ms = 0;
         CHECK(cudaEventElapsedTime(&ms, begin, end));
-        if (repeat)
+        if (repeat) {
             best = std::min(best, ms);
+        }
     }
-    if (executable)
+    if (executable) {
         CHECK(cudaGraphExecDestroy(executable));
+    }
     CHECK(cudaEventDestroy(begin));
     CHECK(cudaEventDestroy(end));
     CHECK(cudaStreamDestroy(stream));
@@ -242,8 +264,9 @@ void probe_device() {
 
 void probe_latency() {
     prepare_device();
-    for (const int threads : {32, 128, 256, 384, 512, 1024})
+    for (const int threads : {32, 128, 256, 384, 512, 1024}) {
         report("__syncthreads", threads, 1, [=](uint64_t* result) { syncthreads_kernel<<<1, threads>>>(result); });
+    }
     report("bar.sync of one of two warpgroups", 256, 1, [](uint64_t* result) {
         named_barrier_kernel<<<1, 256>>>(result);
     });
@@ -271,8 +294,9 @@ void probe_latency() {
     // A cycle through 8 MB with steps of some 2 MB: every load comes from L2.
     const unsigned count = 1 << 21, step = 524309;
     std::vector<unsigned> next(count);
-    for (unsigned i = 0; i < count; ++i)
+    for (unsigned i = 0; i < count; ++i) {
         next[i] = (i + step) % count;
+    }
     Buffer<unsigned> chain(next), last(1);
     report(
         "ld.global.cg from L2", 1, 1, [&](uint64_t* result) { chase_kernel<<<1, 1>>>(chain.data, result, last.data); });
@@ -288,7 +312,7 @@ void probe_launch() {
     allow_shared_memory(empty_kernel, MEMORY);
     allow_shared_memory(dependent_kernel, MEMORY);
     const int sms = multiprocessors();
-    for (const bool graph : {false, true})
+    for (const bool graph : {false, true}) {
         for (const int memory : {0, MEMORY}) {
             const float plain = chain_microseconds(graph, COUNT, "empty kernels", [=](cudaStream_t stream, int) {
                 return launch_chained(stream, false, sms, 384, memory, empty_kernel);
@@ -302,6 +326,7 @@ void probe_launch() {
                 "\"us_per_kernel_with_programmatic_launch\": %.3f",
                 graph ? "graph" : "stream", sms, memory, plain, programmatic);
         }
+    }
     // The same with 10,000 cycles of work, and the order checked.
     Buffer<int> state(2);
     for (const bool graph : {false, true}) {

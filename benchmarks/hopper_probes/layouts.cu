@@ -17,15 +17,18 @@ float value(bf16 x) { return __bfloat162float(x); }
 /// Channels [64, 128) of the second image at (y0 - 1, x0 - 1), zero outside: what a TMA box must deliver.
 std::vector<bf16> halo_tile(const std::vector<bf16>& image, int y0, int x0) {
     std::vector<bf16> tile(HALO * HALO * CHANNELS, __float2bfloat16(0));
-    for (int y = 0; y < HALO; ++y)
+    for (int y = 0; y < HALO; ++y) {
         for (int x = 0; x < HALO; ++x) {
             const int row = y0 - 1 + y, column = x0 - 1 + x;
-            if (row < 0 || row >= IMAGE_H || column < 0 || column >= IMAGE_W)
+            if (row < 0 || row >= IMAGE_H || column < 0 || column >= IMAGE_W) {
                 continue;
-            for (int c = 0; c < CHANNELS; ++c)
+            }
+            for (int c = 0; c < CHANNELS; ++c) {
                 tile[(y * HALO + x) * CHANNELS + c] =
                     image[((size_t(IMAGE_H) + row) * IMAGE_W + column) * IMAGE_C + 64 + c];
+            }
         }
+    }
     return tile;
 }
 
@@ -63,12 +66,14 @@ __global__ void __launch_bounds__(128) shifted_planes_kernel(
         }
         mbarrier_wait(barrier, 0, 1);
     } else {
-        for (int i = threadIdx.x; i < HALO * HALO * CHANNELS; i += 128)
+        for (int i = threadIdx.x; i < HALO * HALO * CHANNELS; i += 128) {
             shared.tile[(i % CHANNELS / 8 * HALO * HALO + i / CHANNELS) * 8 + i % 8] = tile[i];
+        }
     }
     for (int tap = 0; tap < TAPS; ++tap) {
-        for (int i = threadIdx.x; i < OUTPUTS * CHANNELS; i += 128)
+        for (int i = threadIdx.x; i < OUTPUTS * CHANNELS; i += 128) {
             shared.weights[i % CHANNELS / 8][i / CHANNELS][i % 8] = weights[tap * OUTPUTS * CHANNELS + i];
+        }
         fence_async_proxy();
         __syncthreads();
         float d[OUTPUTS / 2] = {};
@@ -119,8 +124,9 @@ __global__ void __launch_bounds__(128) shifted_rows_kernel(
     }
     __syncthreads();
     mbarrier_wait(barrier, 0, 2);
-    for (int i = threadIdx.x; i < TILE_BYTES / 16; i += 128)
+    for (int i = threadIdx.x; i < TILE_BYTES / 16; i += 128) {
         image[i] = reinterpret_cast<const uint4*>(tile)[i];
+    }
     for (int index = 0; index < count; ++index) {
         const Start start = starts[index];
         const unsigned first = base + start.row * 128;
@@ -128,10 +134,11 @@ __global__ void __launch_bounds__(128) shifted_rows_kernel(
         float d[OUTPUTS / 2] = {};
         pin(d);
         wgmma_fence();
-        for (int s = 0; s < CHANNELS / 16; ++s)
+        for (int s = 0; s < CHANNELS / 16; ++s) {
             Wgmma<OUTPUTS>::ss(
                 d, matrix_descriptor(first + 32 * s, 16, start.sbo, SWIZZLE_128, base_offset),
                 matrix_descriptor(weights + 32 * s, 16, 1024, SWIZZLE_128), 1);
+        }
         wgmma_commit();
         wgmma_wait<0>();
         pin(d);
@@ -145,21 +152,25 @@ template <int N, bool REGISTERS>
 __global__ void __launch_bounds__(128) fragment_kernel(const bf16* a, const bf16* b, float* sums) {
     __shared__ alignas(128) bf16 a_shared[2][64][8];
     __shared__ alignas(128) bf16 b_shared[2][N][8];
-    for (int i = threadIdx.x; i < 64 * 16; i += 128)
+    for (int i = threadIdx.x; i < 64 * 16; i += 128) {
         a_shared[i % 16 / 8][i / 16][i % 8] = a[i];
-    for (int i = threadIdx.x; i < N * 16; i += 128)
+    }
+    for (int i = threadIdx.x; i < N * 16; i += 128) {
         b_shared[i % 16 / 8][i / 16][i % 8] = b[i];
+    }
     fence_async_proxy();
     __syncthreads();
     const uint64_t b_matrix = matrix_descriptor(shared_address(b_shared), N * 16, 128, SWIZZLE_NONE);
     float d[N / 2];
-    for (float& sum : d)
+    for (float& sum : d) {
         sum = 0;
+    }
     if constexpr (REGISTERS) {
         const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
         uint32_t fragment[4];
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i) {
             fragment[i] = *reinterpret_cast<const uint32_t*>(a + (row + i % 2 * 8) * 16 + column + i / 2 * 8);
+        }
         pin(d);
         wgmma_fence();
         Wgmma<N>::rs(d, fragment, b_matrix, 1);
@@ -171,8 +182,9 @@ __global__ void __launch_bounds__(128) fragment_kernel(const bf16* a, const bf16
     wgmma_commit();
     wgmma_wait<0>();
     pin(d);
-    for (int i = 0; i < N / 2; ++i)
+    for (int i = 0; i < N / 2; ++i) {
         sums[threadIdx.x * (N / 2) + i] = d[i];
+    }
 }
 
 struct FragmentCounts {
@@ -189,20 +201,23 @@ int misplaced(const std::vector<bf16>& a, const std::vector<bf16>& b) {
     finish("fragment_kernel");
     const std::vector<float> result = sums.host();
     int wrong = 0;
-    for (int thread = 0; thread < 128; ++thread)
+    for (int thread = 0; thread < 128; ++thread) {
         for (int i = 0; i < N / 2; ++i) {
             const int row = thread / 32 * 16 + thread % 32 / 4 + (i / 2 % 2) * 8,
                       column = i / 4 * 8 + thread % 4 * 2 + i % 2;
             float expected = 0;
-            for (int k = 0; k < 16; ++k)
+            for (int k = 0; k < 16; ++k) {
                 expected += value(a[row * 16 + k]) * value(b[column * 16 + k]);
+            }
             const float actual = result[thread * (N / 2) + i];
-            if (!(actual == expected) && wrong++ == 0)
+            if (!(actual == expected) && wrong++ == 0) {
                 finding(
                     "\"n\": %d, \"a_in_registers\": %s, \"thread\": %d, \"register\": %d, \"expected\": %.0f, \"got\": "
                     "%.9g",
                     N, REGISTERS ? "true" : "false", thread, i, expected, actual);
+            }
         }
+    }
     return wrong;
 }
 
@@ -210,10 +225,12 @@ template <int N>
 void fragments_of(FragmentCounts& counts) {
     // Numbered: D = 256 * row + column, which names the place of a misplaced element. Random: all 16 k take part.
     std::vector<bf16> a(64 * 16, __float2bfloat16(0)), b(N * 16, __float2bfloat16(0));
-    for (int row = 0; row < 64; ++row)
+    for (int row = 0; row < 64; ++row) {
         a[row * 16] = __float2bfloat16(float(row)), a[row * 16 + 1] = __float2bfloat16(1);
-    for (int column = 0; column < N; ++column)
+    }
+    for (int column = 0; column < N; ++column) {
         b[column * 16] = __float2bfloat16(256), b[column * 16 + 1] = __float2bfloat16(float(column));
+    }
     const std::vector<bf16> random_a = random_integers(64 * 16, 8, N), random_b = random_integers(N * 16, 8, N + 1000);
     const int wrong[2] = {
         misplaced<N, false>(a, b) + misplaced<N, false>(random_a, random_b),
@@ -221,8 +238,9 @@ void fragments_of(FragmentCounts& counts) {
     ++counts.sizes;
     for (int form = 0; form < 2; ++form) {
         counts.right[form] += wrong[form] == 0;
-        if (wrong[form] && !counts.first_wrong_n[form])
+        if (wrong[form] && !counts.first_wrong_n[form]) {
             counts.first_wrong_n[form] = N;
+        }
     }
 }
 
@@ -243,14 +261,16 @@ void probe_planes() {
     const CUresult verdict = encode_planes(&map, image_device.data, IMAGES, IMAGE_H, IMAGE_W, IMAGE_C);
     finding("\"question\": \"is the 5-D map with strides that do not rise accepted\", \"code\": %d", int(verdict));
     const int corners[][2] = {{1, 1}, {0, 0}, {8, 8}};
-    for (const bool swapped : {false, true})
-        for (const bool tma : {false, true})
+    for (const bool swapped : {false, true}) {
+        for (const bool tma : {false, true}) {
             for (int index = 0; index < 3; ++index) {
                 const int (&corner)[2] = corners[index];
-                if (tma && (verdict != CUDA_SUCCESS || swapped))
+                if (tma && (verdict != CUDA_SUCCESS || swapped)) {
                     continue;
-                if (!tma && index > 0)
+                }
+                if (!tma && index > 0) {
                     continue;
+                }
                 const std::vector<bf16> tile = halo_tile(image, corner[0], corner[1]);
                 Buffer<bf16> tile_device(tile);
                 CHECK(cudaMemset(products.data, 0xff, products.size * sizeof(float)));
@@ -262,19 +282,22 @@ void probe_planes() {
                 char first[160] = "null";
                 for (int tap = 0; tap < TAPS; ++tap) {
                     int wrong = 0;
-                    for (int m = 0; m < 64; ++m)
+                    for (int m = 0; m < 64; ++m) {
                         for (int o = 0; o < OUTPUTS; ++o) {
                             const bf16* pixel = &tile[((m / 8 + tap / 3) * HALO + m % 8 + tap % 3) * CHANNELS];
                             float expected = 0;
-                            for (int c = 0; c < CHANNELS; ++c)
+                            for (int c = 0; c < CHANNELS; ++c) {
                                 expected += value(pixel[c]) * value(weights[(tap * OUTPUTS + o) * CHANNELS + c]);
+                            }
                             const float actual = result[tap * PRODUCT + m * OUTPUTS + o];
-                            if (!(actual == expected) && wrong++ == 0 && wrong_elements == 0)
+                            if (!(actual == expected) && wrong++ == 0 && wrong_elements == 0) {
                                 snprintf(
                                     first, sizeof(first),
                                     "{\"tap\": %d, \"row\": %d, \"column\": %d, \"expected\": %.0f, \"got\": %.9g}",
                                     tap, m, o, expected, actual);
+                            }
                         }
+                    }
                     right += wrong == 0;
                     wrong_elements += wrong;
                 }
@@ -285,6 +308,8 @@ void probe_planes() {
                     tma ? "tma" : "st.shared", swapped ? "next 8 rows" : "next 8 k", corner[0], corner[1], right, TAPS,
                     wrong_elements, first);
             }
+        }
+    }
 }
 
 void probe_rows() {
@@ -303,10 +328,12 @@ void probe_rows() {
     }
     std::vector<Start> starts;
     for (int base_offset = 0; base_offset < 2; ++base_offset) {
-        for (int tap = 0; tap < TAPS; ++tap)
+        for (int tap = 0; tap < TAPS; ++tap) {
             starts.push_back({tap / 3 * HALO + tap % 3, HALO * 128, base_offset});
-        for (int row = 0; row < 8; ++row)
+        }
+        for (int row = 0; row < 8; ++row) {
             starts.push_back({row, 1024, base_offset});
+        }
     }
     Buffer<Start> starts_device(starts);
     Buffer<float> products(starts.size() * PRODUCT);
@@ -323,13 +350,14 @@ void probe_rows() {
 
         // Where does TMA put 16-byte piece `chunk` of row `row`: xor by the address, or by the row's number in the box?
         int by_address = 0, by_row = 0;
-        for (int row = 0; row < HALO * HALO; ++row)
+        for (int row = 0; row < HALO * HALO; ++row) {
             for (int chunk = 0; chunk < 8; ++chunk) {
                 const bf16* wanted = &tile[row * CHANNELS + chunk * 8];
                 const int address_chunk = chunk ^ ((row + offset / 128) & 7), row_chunk = chunk ^ (row & 7);
                 by_address += memcmp(wanted, shared + row * CHANNELS + address_chunk * 8, 16) == 0;
                 by_row += memcmp(wanted, shared + row * CHANNELS + row_chunk * 8, 16) == 0;
             }
+        }
         finding(
             "\"question\": \"swizzle of TMA\", \"target_offset\": %u, \"pieces\": %d, \"fit_xor_by_address\": %d, "
             "\"fit_xor_by_row_of_box\": %d",
@@ -337,21 +365,22 @@ void probe_rows() {
 
         // What wgmma reads: the pixels wanted, or what another rule of the xor would give from the same bytes?
         const std::vector<float> result = products.host();
-        for (const int sbo : {HALO * 128, 1024})
+        for (const int sbo : {HALO * 128, 1024}) {
             for (int base_offset = 0; base_offset < 2; ++base_offset) {
                 int count = 0, right = 0, address = 0, relative = 0, corrected = 0;
                 char rows[200] = "";
                 for (size_t index = 0; index < starts.size(); ++index) {
                     const Start& start = starts[index];
-                    if (start.sbo != sbo || start.base_offset != base_offset)
+                    if (start.sbo != sbo || start.base_offset != base_offset) {
                         continue;
+                    }
                     ++count;
                     const int first_row = start.row + int(offset) / 128, field = start.base_offset ? first_row & 7 : 0;
                     bool fits[4] = {true, true, true, true};
                     for (int m = 0; m < 64; ++m) {
                         const int row = start.row + m / 8 * (sbo / 128) + m % 8, absolute = row + int(offset) / 128;
                         const int phases[4] = {absolute & 7, absolute & 7, m & 7, (absolute - field) & 7};
-                        for (int rule = 0; rule < 4; ++rule)
+                        for (int rule = 0; rule < 4; ++rule) {
                             for (int o = 0; o < OUTPUTS && fits[rule]; ++o) {
                                 float expected = 0;
                                 for (int c = 0; c < CHANNELS; ++c) {
@@ -362,6 +391,7 @@ void probe_rows() {
                                 }
                                 fits[rule] = result[index * PRODUCT + m * OUTPUTS + o] == expected;
                             }
+                        }
                     }
                     right += fits[0], address += fits[1], relative += fits[2], corrected += fits[3];
                     if (fits[0]) {
@@ -377,6 +407,7 @@ void probe_rows() {
                     offset, sbo, base_offset ? "(start >> 7) & 7" : "0", count, right, rows, address, relative,
                     corrected);
             }
+        }
     }
 }
 
@@ -384,9 +415,10 @@ void probe_fragments() {
     prepare_device();
     FragmentCounts counts;
     all_fragments(counts, std::make_integer_sequence<int, 32>());
-    for (int form = 0; form < 2; ++form)
+    for (int form = 0; form < 2; ++form) {
         finding(
             "\"question\": \"fragment maps of m64nNk16, N = 8..256\", \"a\": \"%s\", \"sizes_right\": %d, \"of\": %d, "
             "\"first_wrong_n\": %d",
             form ? "registers" : "shared memory", counts.right[form], counts.sizes, counts.first_wrong_n[form]);
+    }
 }

@@ -14,8 +14,9 @@ Cycles summarize(const Buffer<uint64_t>& buffer) {
     const std::vector<uint64_t> values = buffer.host();
     for (size_t i = 0; i + 1 < values.size(); i += 2) {
         result.sum += values[i];
-        if (values[i] > result.longest)
+        if (values[i] > result.longest) {
             result.longest = values[i], result.nanoseconds = values[i + 1];
+        }
     }
     return result;
 }
@@ -45,19 +46,22 @@ __global__ void __launch_bounds__(32) tma_rate_kernel(
     uint64_t* result) {
     extern __shared__ unsigned char memory[];
     __shared__ alignas(8) uint64_t barriers[16];
-    if (threadIdx.x)
+    if (threadIdx.x) {
         return;
+    }
     constexpr unsigned BYTES = KIND == LINEAR ? LINEAR_BYTES : KIND == WEIGHTS ? WEIGHT_BYTES : HALO_BYTES;
     constexpr unsigned STAGE_BYTES = (BYTES + 1023) / 1024 * 1024;
     const unsigned base = (shared_address(memory) + 1023) / 1024 * 1024, barrier = shared_address(barriers);
-    for (int i = 0; i < stages; ++i)
+    for (int i = 0; i < stages; ++i) {
         mbarrier_init(barrier + 8 * i, 1);
+    }
     fence_mbarrier_init();
     const Stopwatch stopwatch = start_stopwatch();
     int stage = 0, parity = 0;
     for (int i = 0; i < loops + stages; ++i) {
-        if (i >= stages)
+        if (i >= stages) {
             mbarrier_wait(barrier + 8 * stage, parity, 10 + KIND);
+        }
         if (i < loops) {
             const unsigned target = base + stage * STAGE_BYTES, full = barrier + 8 * stage;
             const unsigned tile = blockIdx.x + unsigned(i) * gridDim.x;
@@ -68,16 +72,18 @@ __global__ void __launch_bounds__(32) tma_rate_kernel(
                 tma_load_3d(target, &map, tile % 4 * 64, tile / 4 % 2 * 128, tile / 8 % 9, full);
             } else {
                 const int x0 = tile / 4 % 21 * 8 - 1, y0 = tile / 84 % 12 * 8 - 1, chunk = tile % 4;
-                if (KIND == PLANES)
+                if (KIND == PLANES) {
                     tma_load_5d(target, &map, 0, x0, y0, chunk * 8, 0, full);
-                else
+                } else {
                     tma_load_4d(target, &map, chunk * 64, x0, y0, 0, full);
+                }
             }
         }
         if (++stage == stages) {
             stage = 0;
-            if (i >= stages)
+            if (i >= stages) {
                 parity ^= 1;
+            }
         }
     }
     store_stopwatch(stopwatch, result);
@@ -88,7 +94,7 @@ void tma_rate(const char* name, const CUtensorMap& map, const char* linear, int 
     constexpr int BYTES = KIND == LINEAR ? LINEAR_BYTES : KIND == WEIGHTS ? WEIGHT_BYTES : HALO_BYTES;
     constexpr int MEMORY = 13 * 1024 * 16 + 1024;
     allow_shared_memory(tma_rate_kernel<KIND>, MEMORY);
-    for (const int blocks : {1, multiprocessors()})
+    for (const int blocks : {1, multiprocessors()}) {
         for (const int stages : {1, 2, 4, 8, 12}) {
             Buffer<uint64_t> result(2 * blocks);
             const int loops = 1000;
@@ -108,6 +114,7 @@ void tma_rate(const char* name, const CUtensorMap& map, const char* linear, int 
                 name, BYTES, blocks, stages, double(BYTES) * loops / (double(cycles.sum) / blocks),
                 double(cycles.sum) / blocks / loops, double(BYTES) * loops * blocks / ms * 1e-6, megahertz(cycles));
         }
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ (v)
@@ -137,18 +144,23 @@ __global__ void __launch_bounds__(256) red_kernel(float* sums, int loops) {
     for (int i = 0; i < loops; ++i) {
         state = state * 1664525u + 1013904223u;
         float* row = sums + size_t((state >> 8) % RED_ROWS) * ROW_FLOATS;
-        if (KIND == FULL_SECTORS)
-            for (int half = 0; half < 2; ++half)
+        if (KIND == FULL_SECTORS) {
+            for (int half = 0; half < 2; ++half) {
                 red4(row + half * 128 + lane * 4);
-        else if (KIND == HALF_SECTORS)
-            for (int half = 0; half < 2; ++half)
+            }
+        } else if (KIND == HALF_SECTORS) {
+            for (int half = 0; half < 2; ++half) {
                 red4(row + lane * 8 + half * 4);
-        else if (KIND == PAIRS)
-            for (int part = 0; part < 4; ++part)
+            }
+        } else if (KIND == PAIRS) {
+            for (int part = 0; part < 4; ++part) {
                 red2(row + part * 64 + lane * 2);
-        else
-            for (int part = 0; part < 8; ++part)
+            }
+        } else {
+            for (int part = 0; part < 8; ++part) {
                 red1(row + part * 32 + lane);
+            }
+        }
     }
 }
 
@@ -159,8 +171,9 @@ void red_rate(const char* name) {
     sums.zero();
     const float ms = milliseconds(3, [&] { red_kernel<KIND><<<blocks, 256>>>(sums.data, loops); }, name) / 3;
     double total = 0;
-    for (const float sum : sums.host())
+    for (const float sum : sums.host()) {
         total += sum;
+    }
     const double rows = double(blocks) * 8 * loops;
     finding(
         "\"red\": \"%s\", \"gb_per_s\": %.0f, \"ns_per_row_of_1_kb\": %.4f, \"sums_right\": %s", name,
@@ -180,10 +193,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) mma_kernel(int loops, float* su
     unsigned a[4][4], b[4][2];
     float d[4][4][4] = {};
     const unsigned seed = (blockIdx.x * WARPS * 32 + threadIdx.x) * 32;
-    for (int i = 0; i < 16; ++i)
+    for (int i = 0; i < 16; ++i) {
         a[i / 4][i % 4] = random_pair(seed + i);
-    for (int i = 0; i < 8; ++i)
+    }
+    for (int i = 0; i < 8; ++i) {
         b[i / 2][i % 2] = random_pair(seed + 16 + i);
+    }
     __syncthreads();
     const Stopwatch stopwatch = start_stopwatch();
 #pragma unroll 2
@@ -191,26 +206,31 @@ __global__ void __launch_bounds__(WARPS * 32, 1) mma_kernel(int loops, float* su
 #pragma unroll
         for (int m = 0; m < 4; ++m)
 #pragma unroll
-            for (int n = 0; n < 4; ++n)
+            for (int n = 0; n < 4; ++n) {
                 asm volatile(
                     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                     "{%0, %1, %2, %3};"
                     : "+f"(d[m][n][0]), "+f"(d[m][n][1]), "+f"(d[m][n][2]), "+f"(d[m][n][3])
                     : "r"(a[m][0]), "r"(a[m][1]), "r"(a[m][2]), "r"(a[m][3]), "r"(b[n][0]), "r"(b[n][1]));
+            }
     }
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         store_stopwatch(stopwatch, result);
+    }
     float sum = 0;
-    for (int i = 0; i < 64; ++i)
+    for (int i = 0; i < 64; ++i) {
         sum += d[i / 16][i / 4 % 4][i % 4];
+    }
     sums[blockIdx.x * WARPS * 32 + threadIdx.x] = sum;
 }
 
 bool all_finite(const std::vector<float>& values) {
-    for (const float x : values)
-        if (!(x - x == 0))
+    for (const float x : values) {
+        if (!(x - x == 0)) {
             return false;
+        }
+    }
     return true;
 }
 
@@ -240,19 +260,23 @@ template <int N, int TILES, Operand A>
 __global__ void __launch_bounds__(256, 1) wgmma_kernel(int loops, float* sums, uint64_t* result) {
     extern __shared__ unsigned char memory[];
     unsigned char* aligned = memory + (1024 - shared_address(memory) % 1024) % 1024;
-    for (int i = threadIdx.x; i < (A_BYTES + 2 * B_BYTES) / 4; i += 256)
+    for (int i = threadIdx.x; i < (A_BYTES + 2 * B_BYTES) / 4; i += 256) {
         reinterpret_cast<unsigned*>(aligned)[i] = random_pair(blockIdx.x * 65536 + i);
+    }
     fence_async_proxy();
     __syncthreads();
     const unsigned a_base = shared_address(aligned) + threadIdx.x / 128 * TILES * 14336;
     const unsigned b_base = shared_address(aligned) + A_BYTES;
     float d[TILES][N / 2];
-    for (int tile = 0; tile < TILES; ++tile)
-        for (float& sum : d[tile])
+    for (int tile = 0; tile < TILES; ++tile) {
+        for (float& sum : d[tile]) {
             sum = 0;
+        }
+    }
     uint32_t fragment[4];
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
         fragment[i] = random_pair(threadIdx.x * 4 + i);
+    }
     const Stopwatch stopwatch = start_stopwatch();
 #pragma unroll 1
     for (int loop = 0; loop < loops; ++loop) {
@@ -260,8 +284,9 @@ __global__ void __launch_bounds__(256, 1) wgmma_kernel(int loops, float* sums, u
         for (int tap = 0; tap < 9; ++tap) {
             const int shift = tap / 3 * 10 + tap % 3;
             const unsigned b_start = b_base + tap % 2 * B_BYTES;
-            for (int tile = 0; tile < TILES; ++tile)
+            for (int tile = 0; tile < TILES; ++tile) {
                 pin(d[tile]);
+            }
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
@@ -269,37 +294,43 @@ __global__ void __launch_bounds__(256, 1) wgmma_kernel(int loops, float* sums, u
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile) {
                     const unsigned start = a_base + tile * 14336;
-                    if constexpr (A == REGISTERS)
+                    if constexpr (A == REGISTERS) {
                         Wgmma<N>::rs(d[tile], fragment, b, 1);
-                    else if constexpr (A == SWIZZLED)
+                    } else if constexpr (A == SWIZZLED) {
                         Wgmma<N>::ss(d[tile], matrix_descriptor(start + s * 32, 16, 1024, SWIZZLE_128), b, 1);
-                    else if constexpr (A == SWIZZLED_SHIFTED)
+                    } else if constexpr (A == SWIZZLED_SHIFTED) {
                         Wgmma<N>::ss(
                             d[tile], matrix_descriptor(start + shift * 128 + s * 32, 16, 1280, SWIZZLE_128), b, 1);
-                    else
+                    } else {
                         Wgmma<N>::ss(
                             d[tile],
                             matrix_descriptor(
                                 start + (A == FLAT_PLANES ? 0 : shift * 16) + s * 3200, 1600, 160, SWIZZLE_NONE),
                             b, 1);
+                    }
                 }
             }
             wgmma_commit();
             wgmma_wait<1>();
-            for (int tile = 0; tile < TILES; ++tile)
+            for (int tile = 0; tile < TILES; ++tile) {
                 pin(d[tile]);
+            }
         }
     }
     wgmma_wait<0>();
-    for (int tile = 0; tile < TILES; ++tile)
+    for (int tile = 0; tile < TILES; ++tile) {
         pin(d[tile]);
+    }
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         store_stopwatch(stopwatch, result);
+    }
     float sum = 0;
-    for (int tile = 0; tile < TILES; ++tile)
-        for (const float x : d[tile])
+    for (int tile = 0; tile < TILES; ++tile) {
+        for (const float x : d[tile]) {
             sum += x;
+        }
+    }
     sums[blockIdx.x * 256 + threadIdx.x] = sum;
 }
 
@@ -335,16 +366,19 @@ __device__ __forceinline__ uint4 load_from_l2(const uint4* source) {
 __global__ void __launch_bounds__(512) load_kernel(const uint4* source, unsigned count, int loops, unsigned* sums) {
     unsigned sum = 0;
     const unsigned step = gridDim.x * 512 * 8;
-    for (int loop = 0; loop < loops; ++loop)
+    for (int loop = 0; loop < loops; ++loop) {
         for (unsigned i = blockIdx.x * 512 * 8 + threadIdx.x; i + 512 * 7 < count; i += step) {
             uint4 x[8];
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
+            for (int j = 0; j < 8; ++j) {
                 x[j] = load_from_l2(source + i + j * 512);
+            }
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
+            for (int j = 0; j < 8; ++j) {
                 sum += x[j].x ^ x[j].y ^ x[j].z ^ x[j].w;
+            }
         }
+    }
     sums[blockIdx.x * 512 + threadIdx.x] = sum;
 }
 
@@ -354,16 +388,18 @@ __global__ void __launch_bounds__(512) cp_async_kernel(const uint4* source, unsi
     const unsigned base = shared_address(memory) + threadIdx.x * 16;
     const unsigned step = gridDim.x * 512 * 8;
     int stage = 0;
-    for (int loop = 0; loop < loops; ++loop)
+    for (int loop = 0; loop < loops; ++loop) {
         for (unsigned i = blockIdx.x * 512 * 8 + threadIdx.x; i + 512 * 7 < count; i += step) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
+            for (int j = 0; j < 8; ++j) {
                 asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(base + (stage * 8 + j) * 8192),
                              "l"(__cvta_generic_to_global(source + i + j * 512))
                              : "memory");
+            }
             asm volatile("cp.async.commit_group;\ncp.async.wait_group 2;" ::: "memory");
             stage = stage == 2 ? 0 : stage + 1;
         }
+    }
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
@@ -371,11 +407,13 @@ __global__ void __launch_bounds__(512) copy_kernel(const uint4* source, uint4* t
     for (size_t i = size_t(blockIdx.x) * 2048 + threadIdx.x; i + 1536 < count; i += size_t(gridDim.x) * 2048) {
         uint4 x[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 4; ++j) {
             x[j] = __ldcs(source + i + j * 512);
+        }
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 4; ++j) {
             __stcs(target + i + j * 512, x[j]);
+        }
     }
 }
 
@@ -388,16 +426,21 @@ void probe_tma() {
     const CUresult verdicts[3] = {
         encode_planes(&planes, x.data, 1, H, W, C), encode_rows(&rows, x.data, 1, H, W, C),
         encode_weights(&weight_map, weights.data, 9, 256, C, 128)};
-    for (const CUresult verdict : verdicts)
-        if (verdict != CUDA_SUCCESS)
+    for (const CUresult verdict : verdicts) {
+        if (verdict != CUDA_SUCCESS) {
             finding("\"error\": \"map refused\", \"code\": %d", int(verdict));
-    if (verdicts[1] == CUDA_SUCCESS)
+        }
+    }
+    if (verdicts[1] == CUDA_SUCCESS) {
         tma_rate<ROWS>("{64,10,10,1} 128-byte swizzle", rows, nullptr, 0);
-    if (verdicts[2] == CUDA_SUCCESS)
+    }
+    if (verdicts[2] == CUDA_SUCCESS) {
         tma_rate<WEIGHTS>("{64,128,1} 128-byte swizzle", weight_map, nullptr, 0);
+    }
     tma_rate<LINEAR>("bulk 16 KB", rows, reinterpret_cast<const char*>(x.data), int(x.size * 2 / LINEAR_BYTES));
-    if (verdicts[0] == CUDA_SUCCESS)
+    if (verdicts[0] == CUDA_SUCCESS) {
         tma_rate<PLANES>("{8,10,10,8,1}", planes, nullptr, 0);
+    }
 }
 
 void probe_red() {

@@ -5,7 +5,7 @@
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
 // for pixels p; channels-last: a matrix product of a few pixels at a time. Threads: over pixels. Networks on the CPU use
-// oneDNN (spatialflow/models/fused_conv.py).
+// oneDNN (spatialflow/models/optimized/conv.py).
 #include <algorithm>
 
 #include "cpu/dispatch.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 3x3 convolutions (stride 1, padding 1) over pyramids of channels-last maps, shared by flow_conv2d and flow_tower.
+// 3x3 convolutions (stride 1, padding 1) over pyramids of channels-last maps, shared by flow_conv2d and fused_subnets.
 // Plain pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
 //
 //   out[n, y, x, o] = relu?(sum over taps (dy, dx), c of (x + flow)[n, y + dy, x + dx, c] * w[o, c, dy, dx] + bias[o]

@@ -6,7 +6,7 @@
 //
 // for pixels p; channels-last. The kernel that matters is that of sm90_conv1x1.cu. The one here is for what that is not
 // made for, other dtypes, channels and devices: a thread for each number of the result, short and right, and not fast.
-// Networks on other devices use cuDNN (spatialflow/models/fused_conv.py).
+// Networks on other devices use cuDNN (spatialflow/models/optimized/conv.py).
 #include "cuda/launch.h"
 #include "cuda/sm90_conv1x1.h"
 #include "ops/conv1x1.h"

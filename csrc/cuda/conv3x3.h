@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 3x3 convolutions over pyramids as host functions, shared by flow_conv2d, its gradient and flow_tower. The kernels are
+// 3x3 convolutions over pyramids as host functions, shared by flow_conv2d, its gradient and fused_subnets. The kernels are
 // in conv3x3.cu.
 #pragma once
 

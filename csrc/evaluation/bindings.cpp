@@ -31,8 +31,9 @@ bool is_pixels(const py::array& array) {
 
 // (H, W, 3) uint8 pixels or (H, W) int32 ids, contiguous; `name` is the argument's, for the error.
 py::array contiguous_id_map(const py::array& array, const char* name) {
-    if (is_pixels(array))
+    if (is_pixels(array)) {
         return py::array_t<uint8_t, py::array::c_style>::ensure(array);
+    }
     if (array.ndim() == 2 && py::isinstance<py::array_t<int32_t>>(array)) {
         return py::array_t<int32_t, py::array::c_style>::ensure(array);
     }
@@ -125,8 +126,9 @@ py::object count_pairs(const py::array& first, const py::array& second) {
         py::gil_scoped_release release;
         counted = evaluation::count_pairs(first_image, second_image, pixels);
     }
-    if (!counted)
+    if (!counted) {
         return py::none();
+    }
     const std::vector<evaluation::PairCount>& pairs = *counted;
     const auto size = static_cast<py::ssize_t>(pairs.size());
     py::array_t<int64_t> first_ids(size), second_ids(size), counts(size);

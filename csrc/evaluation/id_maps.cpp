@@ -38,8 +38,9 @@ SPATIALFLOW_AVX512 size_t decode_avx512(const uint8_t* pixels, size_t count, boo
 void decode_ids(const uint8_t* pixels, size_t count, bool swapped, int32_t* ids) {
     size_t done = 0;
 #ifdef SPATIALFLOW_AVX512
-    if (has_avx512())
+    if (has_avx512()) {
         done = decode_avx512(pixels, count, swapped, ids);
+    }
 #endif
     decode_any(pixels + 3 * done, count - done, swapped, ids + done);
 }
@@ -47,12 +48,14 @@ void decode_ids(const uint8_t* pixels, size_t count, bool swapped, int32_t* ids)
 SPATIALFLOW_CLONES size_t
 encode_ids(const int32_t* __restrict__ ids, size_t count, bool swapped, uint8_t* __restrict__ pixels) {
     uint32_t all = 0;
-    for (size_t i = 0; i < count; ++i)
+    for (size_t i = 0; i < count; ++i) {
         all |= static_cast<uint32_t>(ids[i]);
+    }
     if (all > static_cast<uint32_t>(kLargestId)) {
         for (size_t i = 0; i < count; ++i) {
-            if (static_cast<uint32_t>(ids[i]) > static_cast<uint32_t>(kLargestId))
+            if (static_cast<uint32_t>(ids[i]) > static_cast<uint32_t>(kLargestId)) {
                 return i;
+            }
         }
     }
     const int red = swapped ? 2 : 0;

@@ -26,21 +26,24 @@ class PairTable {
 public:
     void add(uint64_t key, int64_t count) {
         size_t i = position(key);
-        while (slots_[i].count != 0 && slots_[i].key != key)
+        while (slots_[i].count != 0 && slots_[i].key != key) {
             i = (i + 1) & mask_;
+        }
         used_ += slots_[i].count == 0;
         slots_[i].key = key;
         slots_[i].count += count;
-        if (4 * used_ > slots_.size())
+        if (4 * used_ > slots_.size()) {
             grow();
+        }
     }
 
     std::vector<PairCount> sorted() const {
         std::vector<PairCount> pairs;
         pairs.reserve(used_);
         for (const Slot& slot : slots_) {
-            if (slot.count == 0)
+            if (slot.count == 0) {
                 continue;
+            }
             pairs.push_back({static_cast<int32_t>(slot.key >> 32), static_cast<int32_t>(slot.key), slot.count});
         }
         std::sort(pairs.begin(), pairs.end(), [](const PairCount& a, const PairCount& b) {
@@ -68,11 +71,13 @@ private:
         mask_ = slots_.size() - 1;
         shift_ -= 2;
         for (const Slot& slot : old) {
-            if (slot.count == 0)
+            if (slot.count == 0) {
                 continue;
+            }
             size_t i = position(slot.key);
-            while (slots_[i].count != 0)
+            while (slots_[i].count != 0) {
                 i = (i + 1) & mask_;
+            }
             slots_[i] = slot;
         }
     }
@@ -141,16 +146,18 @@ find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, s
 
 size_t find_changes(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
 #ifdef SPATIALFLOW_AVX512
-    if (has_avx512())
+    if (has_avx512()) {
         return find_changes_avx512(first, second, begin, count, found);
+    }
 #endif
     return find_changes_any(first, second, begin, count, found);
 }
 
 // Ids of pixels [begin, begin + count), readable at index -1 unless begin is 0. Bytes are decoded into `buffer`.
 const int32_t* chunk_ids(const IdImage& image, size_t begin, size_t count, int32_t* buffer /* (1 + kChunk) */) {
-    if (image.kind == IdImage::Kind::kIds)
+    if (image.kind == IdImage::Kind::kIds) {
         return static_cast<const int32_t*>(image.data) + begin;
+    }
     const size_t before = begin == 0 ? 0 : 1;
     decode_ids(
         static_cast<const uint8_t*>(image.data) + 3 * (begin - before), count + before, false, buffer + 1 - before);
@@ -160,8 +167,9 @@ const int32_t* chunk_ids(const IdImage& image, size_t begin, size_t count, int32
 }  // namespace
 
 std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const IdImage& second, size_t pixels) {
-    if (pixels == 0)
+    if (pixels == 0) {
         return std::vector<PairCount>();
+    }
     PairTable table;
     int32_t first_buffer[1 + kChunk];
     int32_t second_buffer[1 + kChunk];
@@ -173,12 +181,14 @@ std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const Id
         const size_t count = std::min(kChunk, pixels - begin);
         const int32_t* first_ids = chunk_ids(first, begin, count, first_buffer);
         const int32_t* second_ids = chunk_ids(second, begin, count, second_buffer);
-        if (begin == 0)
+        if (begin == 0) {
             run_key = pack(first_ids[0], second_ids[0]);
+        }
         const size_t found = find_changes(first_ids, second_ids, begin == 0 ? 1 : 0, count, changes);
         runs += found;
-        if (runs > kNoiseAllowance + (begin + count) / kNoiseRun)
+        if (runs > kNoiseAllowance + (begin + count) / kNoiseRun) {
             return std::nullopt;
+        }
         for (size_t c = 0; c < found; ++c) {
             const size_t i = static_cast<size_t>(changes[c]);
             table.add(run_key, static_cast<int64_t>(begin + i - run_start));

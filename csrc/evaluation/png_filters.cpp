@@ -27,8 +27,9 @@ uint8_t paeth(int left, int above, int corner) {
     const int to_left = std::abs(above - corner);
     const int to_above = std::abs(left - corner);
     const int to_corner = std::abs(left + above - 2 * corner);
-    if (to_left <= to_above && to_left <= to_corner)
+    if (to_left <= to_above && to_left <= to_corner) {
         return static_cast<uint8_t>(left);
+    }
     return static_cast<uint8_t>(to_above <= to_corner ? above : corner);
 }
 
@@ -37,8 +38,9 @@ template <size_t kBytes>
 void repeat_left(uint8_t* row) {
     uint8_t pixel[kBytes];
     std::memcpy(pixel, row - kBytes, kBytes);
-    for (size_t i = 0; i < kGroup * kBytes; i += kBytes)
+    for (size_t i = 0; i < kGroup * kBytes; i += kBytes) {
         std::memcpy(row + i, pixel, kBytes);
+    }
 }
 
 template <size_t kBytes>
@@ -49,12 +51,14 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
         if (all_zero(residual + i, kStep)) {
             repeat_left<kBytes>(row + i);
         } else {
-            for (size_t j = i; j < i + kStep; ++j)
+            for (size_t j = i; j < i + kStep; ++j) {
                 row[j] = static_cast<uint8_t>(residual[j] + row[j - kBytes]);
+            }
         }
     }
-    for (; i < bytes; ++i)
+    for (; i < bytes; ++i) {
         row[i] = static_cast<uint8_t>(residual[i] + row[i - kBytes]);
+    }
 }
 
 // With a zero residual: if left equals corner the result is the pixel above, and so it stays to the right of it; if
@@ -93,8 +97,9 @@ void unfilter(int filter, const uint8_t* residual, const uint8_t* above, uint8_t
             unfilter_sub<kBytes>(residual, row, bytes);
             break;
         case 2:
-            for (size_t i = 0; i < bytes; ++i)
+            for (size_t i = 0; i < bytes; ++i) {
                 row[i] = static_cast<uint8_t>(residual[i] + above[i]);
+            }
             break;
         case 3:
             for (size_t i = 0; i < bytes; ++i) {
@@ -116,15 +121,17 @@ size_t unfilter_image(const uint8_t* lines, size_t height, size_t width, int32_t
     uint8_t* row = above + bytes + kBytes;
     for (size_t y = 0; y < height; ++y) {
         const uint8_t* line = lines + y * (bytes + 1);
-        if (line[0] >= kPngFilters)
+        if (line[0] >= kPngFilters) {
             return y;
+        }
         unfilter<kBytes>(line[0], line + 1, above, row, bytes);
         int32_t* target = ids + y * width;
         if constexpr (kBytes == 3) {
             decode_ids(row, width, false, target);
         } else {
-            for (size_t x = 0; x < width; ++x)
+            for (size_t x = 0; x < width; ++x) {
                 target[x] = row[4 * x] | row[4 * x + 1] << 8 | row[4 * x + 2] << 16;
+            }
         }
         std::swap(above, row);
     }

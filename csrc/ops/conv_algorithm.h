@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the schemas of flow_conv2d, flow_tower and deform_conv2d share: `algorithm`, how a convolution multiplies float32,
+// What the schemas of flow_conv2d, fused_subnets and deform_conv2d share: `algorithm`, how a convolution multiplies float32,
 // and the tag of packed weights.
 #pragma once
 

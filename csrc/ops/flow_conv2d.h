@@ -50,7 +50,7 @@ inline void check_packed_layout(const char* op, const Tensor& packed, int64_t co
         tag == wanted, op,
         ": the packed weight has the layout of another instruction set, device, dtype or version "
         "(tag ",
-        tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_flow_tower");
+        tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_subnets");
 }
 
 // Every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.

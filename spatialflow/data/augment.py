@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spatialflow.config import DataConfig
 from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample
 from spatialflow.data.transforms import fit_size, normalise, pad, resize_image, resize_labels
-from spatialflow.models.config import DataConfig
 
 
 class TrainingSample(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from spatialflow.config import DataConfig
 from spatialflow.data.augment import TrainingSample, augment
 from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample, SampleError
-from spatialflow.models.config import DataConfig
 from spatialflow.models.targets import Truth
 from spatialflow.panoptic.rules import Problem
 

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spatialflow.config import Config
 from spatialflow.data.transforms import Fitted, fit_image
 from spatialflow.engine.cuda_graphs import GraphCache
-from spatialflow.models import inference
+from spatialflow.models import postprocess
 from spatialflow.models.anchors import STRIDES
-from spatialflow.models.config import Config
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.ops import (
     Candidates,
@@ -114,7 +114,7 @@ class Pipeline:
         self.networks, self.config, self.ignored_stuff, self.graphs = list(networks), config, ignored_stuff, graphs
         self.device, self.dtype, self.detection_masks = device, dtype, detection_masks
         self.reads_counts = device.type == "cpu"
-        self._base_anchors = [inference.pyramid_base_anchors(network.config.model, device) for network in networks]
+        self._base_anchors = [postprocess.pyramid_base_anchors(network.config.model, device) for network in networks]
 
     def fit(self, size: tuple[int, int]) -> tuple[Fitted, ...]:
         """How an image of `size` (H, W) enters the networks, for every short edge of the configuration."""
@@ -212,7 +212,7 @@ class Pipeline:
                 for network, output in enumerate(outputs)
             ]
             joined = candidates[0] if len(candidates) == 1 else Candidates(*map(_join, zip(*candidates)))
-            found = inference.detect(joined, self.config.test)
+            found = postprocess.detect(joined, self.config.test)
             rows = self._leading(found.labels >= 0)
             boxes, scores, labels = found.boxes[:, :rows], found.scores[:, :rows], found.labels[:, :rows]
             enters = self._enters(scores, labels)
@@ -231,7 +231,7 @@ class Pipeline:
                     for view, (outputs, _) in zip(plan, passes)
                     for network, output in zip(self.networks, outputs)
                 ]
-                logits = parts[0] if len(parts) == 1 else inference.mean_mask_logits(parts)
+                logits = parts[0] if len(parts) == 1 else postprocess.mean_mask_logits(parts)
         return Recognized(boxes, scores, labels, found.count, entering, logits, [stuff for _, stuff in passes])
 
     def _dense(self, images: Tensor) -> tuple[list[NetworkOutput], Tensor | None]:
@@ -251,7 +251,7 @@ class Pipeline:
             view.scales,
             self.config.test.candidates_per_level,
         )
-        return found._replace(boxes=inference.mirror_boxes(found.boxes, view.widths)) if view.mirrored else found
+        return found._replace(boxes=postprocess.mirror_boxes(found.boxes, view.widths)) if view.mirrored else found
 
     def _mask_logits(
         self,
@@ -263,10 +263,10 @@ class Pipeline:
         wanted: Tensor | None,
     ) -> Tensor:
         """(B, D, 28, 28) for boxes (B, D, 4) at original scale, not mirrored; unspecified but for the wanted ones."""
-        boxes = inference.mirror_boxes(boxes, view.widths) if view.mirrored else boxes
-        rois = inference.make_rois(boxes, view.scales)
+        boxes = postprocess.mirror_boxes(boxes, view.widths) if view.mirrored else boxes
+        rois = postprocess.make_rois(boxes, view.scales)
         active = None if wanted is None else wanted.flatten()
-        logits = inference.mask_logits(network, features, rois, labels.clamp(min=0).flatten(), active)
+        logits = postprocess.mask_logits(network, features, rois, labels.clamp(min=0).flatten(), active)
         logits = logits.unflatten(0, labels.shape)
         return logits.flip(-1) if view.mirrored else logits
 
@@ -280,7 +280,7 @@ class Pipeline:
         total = torch.zeros((quarter_logits[0].shape[1], *fitted.original_size), device=self.device)
         for view, logits in zip(plan, quarter_logits):
             valid_size = view.fitted[image].valid_size
-            total += inference.resized_stuff_logits(logits[image], valid_size, fitted.original_size, view.mirrored)
+            total += postprocess.resized_stuff_logits(logits[image], valid_size, fitted.original_size, view.mirrored)
         return total.argmax(dim=0)
 
     def _merge(

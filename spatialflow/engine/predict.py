@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spatialflow import panoptic
+from spatialflow.config import Config, ConfigError, place_overrides
 from spatialflow.data.categories import Categories, load_categories
 from spatialflow.data.transforms import LARGEST_SIDE, Fitted, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
@@ -25,8 +26,7 @@ from spatialflow.engine.transfers import Download, Transfers
 from spatialflow.files import atomic_write
 from spatialflow.images import ImageError, read_image
 from spatialflow.models.build import load_config
-from spatialflow.models.config import Config, ConfigError, place_overrides
-from spatialflow.models.optimize import optimize_for_inference
+from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, paste_masks
 from spatialflow.panoptic.writer import panoptic_row

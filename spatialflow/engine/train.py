@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from spatialflow.config import Config, TrainingConfig
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
 from spatialflow.engine.checkpoints import (
     CheckpointError,
@@ -39,9 +40,8 @@ from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
 from spatialflow.models.build import build_model
-from spatialflow.models.config import Config, TrainingConfig
-from spatialflow.models.losses import Criterion, Losses
-from spatialflow.models.optimize_training import optimize_for_training
+from spatialflow.models.criterion import Criterion, Losses
+from spatialflow.models.optimized.training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.targets import Truth
 from spatialflow.panoptic.rules import Problem

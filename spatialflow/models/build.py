@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialflow.models.config import (
+from spatialflow.config import (
     Config,
     ConfigError,
     ModelConfig,

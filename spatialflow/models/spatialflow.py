@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from spatialflow.config import Config
 from spatialflow.models.anchors import STRIDES
-from spatialflow.models.config import Config
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures
 from spatialflow.ops import multilevel_roi_align
 

@@ -28,11 +28,11 @@ from spatialflow.ops.deform_conv2d import (
     pack_deform_conv2d,
 )
 from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3
-from spatialflow.ops.flow_tower import (
-    FlowTowerOutput,
-    FlowTowerParameters,
-    flow_tower,
-    pack_flow_tower,
+from spatialflow.ops.fused_subnets import (
+    SubnetOutput,
+    SubnetParameters,
+    fused_subnets,
+    pack_subnets,
 )
 from spatialflow.ops.group_norm_relu import group_norm_relu
 from spatialflow.ops.multiclass_nms import Detections, multiclass_nms
@@ -51,8 +51,8 @@ __all__ = [
     "Candidates",
     "DeformConv2d",
     "Detections",
-    "FlowTowerOutput",
-    "FlowTowerParameters",
+    "SubnetOutput",
+    "SubnetParameters",
     "MultilevelRoIAlign",
     "PackedConv",
     "PackedDeformConv",
@@ -62,14 +62,14 @@ __all__ = [
     "checked",
     "deform_conv2d",
     "flow_conv2d",
-    "flow_tower",
+    "fused_subnets",
     "group_norm_relu",
     "multiclass_nms",
     "multilevel_roi_align",
     "nms",
     "pack_conv3x3",
     "pack_deform_conv2d",
-    "pack_flow_tower",
+    "pack_subnets",
     "panoptic_merge",
     "panoptic_quality_counts",
     "paste_masks",

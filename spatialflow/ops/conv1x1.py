@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """1x1 convolutions with bias, sum and ReLU in one kernel, without gradients; private to the package.
 
-`spatialflow/models/fused_conv.py` says where it is used. `conv1x1(x, weight, bias, residual, relu)` is
+`spatialflow/models/optimized/conv.py` says where it is used. `conv1x1(x, weight, bias, residual, relu)` is
 relu(conv2d(x, weight) + bias + residual), of sums in float32 (float64 for float64) that are rounded once:
 
     x: (N, C, H, W); float32, float64, float16 or bfloat16, any strides.

@@ -338,7 +338,7 @@ def check_packed_layout(op: str, packed: Tensor) -> None:
         tag == wanted,
         lambda: (
             f"{op}: the packed weight has the layout of another instruction set, device, dtype or version "
-            f"(tag {tag}, here {wanted}); pack the weight again, by pack_conv3x3 or pack_flow_tower"
+            f"(tag {tag}, here {wanted}); pack the weight again, by pack_conv3x3 or pack_subnets"
         ),
     )
 

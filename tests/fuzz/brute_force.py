@@ -388,7 +388,7 @@ def flow_conv2d(
 
 
 @_silent
-def flow_tower(levels: Sequence[Tensor], parameters: Any, algorithm: str = "auto") -> tuple[list[np.ndarray], ...]:
+def fused_subnets(levels: Sequence[Tensor], parameters: Any, algorithm: str = "auto") -> tuple[list[np.ndarray], ...]:
     def apply(conv: tuple[Tensor, Tensor | None], x: np.ndarray) -> np.ndarray:
         return _convolve(x, _array(conv[0]), None if conv[1] is None else _array(conv[1]))
 

@@ -246,7 +246,7 @@ def _flow_conv2d_packed(draw: Draw, limits: Limits) -> dict:
     return case | {"active": tensor(draw, [*batches], "bool", integers(0, 1)) if has_flags else None}
 
 
-def _flow_tower(draw: Draw, limits: Limits) -> dict:
+def _fused_subnets(draw: Draw, limits: Limits) -> dict:
     dtype = draw(one_of(*FLOATS))
     channels = draw(sizes(min(limits.channels, 33)))
     levels = pyramid(draw, limits._replace(side=min(limits.side, 9)), draw(one_of(1, 2, 3)), channels, dtype)
@@ -468,14 +468,14 @@ OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
     "batched_nms": batched_nms,
     "deform_conv2d": deform_conv2d,
     "flow_conv2d": _flow_conv2d,
-    "flow_tower": _flow_tower,
+    "fused_subnets": _fused_subnets,
     "group_norm_relu": group_norm_relu,
     "multiclass_nms": multiclass_nms,
     "multilevel_roi_align": multilevel_roi_align,
     "nms": nms,
     "pack_conv3x3": _flow_conv2d_packed,
     "pack_deform_conv2d": deform_conv2d,
-    "pack_flow_tower": _flow_tower,
+    "pack_subnets": _fused_subnets,
     "panoptic_merge": panoptic_merge,
     "panoptic_quality_counts": panoptic_quality_counts,
     "paste_masks": paste_masks,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from op_matrix import TOLERANCE
+from helpers.op_matrix import TOLERANCE
 from torch import Tensor
 
 FACTOR = 8.0  # of the tolerances of the op matrix: hostile layouts and sizes are not its benign ones

@@ -216,29 +216,29 @@ def _deform_conv2d_packed(*, input: Tensor, offset: Tensor, weight: Tensor, **op
     return ops.deform_conv2d(input, offset, conv, **options)
 
 
-def _tower(parameters: dict) -> ops.FlowTowerParameters:
+def _tower(parameters: dict) -> ops.SubnetParameters:
     lists = {
         name: tuple(conv and tuple(conv) for conv in value)
         for name, value in parameters.items()
         if isinstance(value, list)
     }
-    return ops.FlowTowerParameters(**parameters | lists)
+    return ops.SubnetParameters(**parameters | lists)
 
 
-def _flow_tower(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return ops.flow_tower(levels, _tower(parameters), algorithm)
+def _fused_subnets(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return ops.fused_subnets(levels, _tower(parameters), algorithm)
 
 
-def _flow_tower_packed(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return ops.flow_tower(levels, ops.pack_flow_tower(_tower(parameters), algorithm))
+def _fused_subnets_packed(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return ops.fused_subnets(levels, ops.pack_subnets(_tower(parameters), algorithm))
 
 
-def _flow_tower_reference(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return reference.flow_tower(levels, _tower(parameters), algorithm)
+def _fused_subnets_reference(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return reference.fused_subnets(levels, _tower(parameters), algorithm)
 
 
-def _flow_tower_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return brute_force.flow_tower(levels, _tower(parameters), algorithm)
+def _fused_subnets_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
+    return brute_force.fused_subnets(levels, _tower(parameters), algorithm)
 
 
 def _nearby(*names: str) -> Callable[[dict, float], Iterator[dict]]:
@@ -392,11 +392,11 @@ for _name, _call in (("deform_conv2d", ops.deform_conv2d), ("pack_deform_conv2d"
         poisons=True,
     )
 
-for _name, _call in (("flow_tower", _flow_tower), ("pack_flow_tower", _flow_tower_packed)):
+for _name, _call in (("fused_subnets", _fused_subnets), ("pack_subnets", _fused_subnets_packed)):
     OPERATORS[_name] = Operator(
         _call,
-        _flow_tower_reference,
-        _flow_tower_brute,
+        _fused_subnets_reference,
+        _fused_subnets_brute,
         composed=True,
         differentiable=("levels", "parameters"),
         nearby=_nearby("parameters", "levels"),

@@ -26,7 +26,8 @@ import torch
 import yaml
 
 from fuzz.mutate import SPECIAL, mutate_bytes, mutate_picture, mutate_tree
-from spatialflow import cli
+from spatialflow.cli import main as cli
+from spatialflow.config import SECTIONS, Config, ConfigError, parse_settings
 from spatialflow.data.categories import CategoryError, load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
 from spatialflow.data.samples import SampleError
@@ -34,7 +35,6 @@ from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
 from spatialflow.images import ImageError, read_image
 from spatialflow.models.build import build_model, load_config
-from spatialflow.models.config import SECTIONS, Config, ConfigError, parse_settings
 from spatialflow.panoptic import PanopticFormatError, read_id_map
 from spatialflow.panoptic.detection import detection_truth
 
@@ -239,7 +239,7 @@ def _read_panoptic(folder: Path, base: int, changes: list) -> int:
     elif base == 3:
         code, _ = _command("validate", edited, "--images", _scenes() / "images", silent=True)
     else:
-        from scenes import scene_categories
+        from helpers.scenes import scene_categories
 
         from spatialflow.data.coco import CocoPanoptic
 
@@ -287,7 +287,7 @@ def _read_categories(folder: Path, base: int, changes: list) -> int:
 
 @functools.cache
 def _cityscapes() -> Path:
-    from scenes import write_cityscapes
+    from helpers.scenes import write_cityscapes
 
     return write_cityscapes(_materials() / "cityscapes", 2, SIZE, split="val")
 
@@ -444,7 +444,7 @@ def _read_safetensors(folder: Path, base: int, changes: list) -> int:
 @functools.cache
 def _run_of() -> tuple[Any, Any]:
     """A run of one step, and the content of its checkpoint."""
-    from scenes import scene_categories
+    from helpers.scenes import scene_categories
 
     from spatialflow.data.coco import CocoPanoptic
     from spatialflow.engine.distributed import World

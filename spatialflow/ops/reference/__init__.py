@@ -3,7 +3,7 @@
 
 from spatialflow.ops.reference.deform_conv2d import deform_conv2d
 from spatialflow.ops.reference.flow_conv2d import flow_conv2d
-from spatialflow.ops.reference.flow_tower import flow_tower
+from spatialflow.ops.reference.fused_subnets import fused_subnets
 from spatialflow.ops.reference.group_norm_relu import group_norm_relu
 from spatialflow.ops.reference.multiclass_nms import multiclass_nms
 from spatialflow.ops.reference.multilevel_roi_align import multilevel_roi_align
@@ -21,7 +21,7 @@ __all__ = [
     "batched_nms",
     "deform_conv2d",
     "flow_conv2d",
-    "flow_tower",
+    "fused_subnets",
     "group_norm_relu",
     "multiclass_nms",
     "multilevel_roi_align",

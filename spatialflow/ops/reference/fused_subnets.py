@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sub-networks of SpatialFlow in plain PyTorch: the specification of `spatialflow.ops.flow_tower`."""
+"""The sub-networks of SpatialFlow in plain PyTorch: the specification of `spatialflow.ops.fused_subnets`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from spatialflow.ops.reference.flow_conv2d import conv3x3
 
 
-def flow_tower(levels: Sequence[Tensor], parameters: Any, algorithm: str = "auto") -> tuple[list[Tensor], ...]:
-    """Same arguments and result as `spatialflow.ops.flow_tower`, for convolutions as (weight, bias), level by level."""
+def fused_subnets(levels: Sequence[Tensor], parameters: Any, algorithm: str = "auto") -> tuple[list[Tensor], ...]:
+    """Same arguments and result as `spatialflow.ops.fused_subnets`, for convolutions as (weight, bias), level by level."""
     outputs: tuple[list[Tensor], ...] = ([], [], [], [])
     for index, level in enumerate(levels):
         segmentation = index < parameters.segmentation_levels

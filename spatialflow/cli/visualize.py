@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spatialflow.console import (
+from spatialflow.cli.common import (
     InputImage,
     complain,
     list_images,

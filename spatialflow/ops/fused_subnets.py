@@ -26,7 +26,7 @@ Conv = tuple[Tensor, Tensor | None] | PackedConv
 """(weight (C_out, C_in, 3, 3), bias (C_out,) or None), or the same packed."""
 
 
-class FlowTowerParameters(NamedTuple):
+class SubnetParameters(NamedTuple):
     """Convolutions of the sub-networks, one entry per stage; an empty tuple is an absent sub-network or flow.
 
     A `None` among the flows is a stage without one. A sub-network without stages but with one flow is its input plus
@@ -45,7 +45,7 @@ class FlowTowerParameters(NamedTuple):
     segmentation_levels: int = 3
 
 
-class FlowTowerOutput(NamedTuple):
+class SubnetOutput(NamedTuple):
     """Final features; for an absent sub-network the levels that the tower was given."""
 
     cls: list[Tensor]
@@ -54,10 +54,10 @@ class FlowTowerOutput(NamedTuple):
     thing: list[Tensor]
 
 
-_LISTS = FlowTowerParameters._fields[:8]  # in the order of the raw operator
+_LISTS = SubnetParameters._fields[:8]  # in the order of the raw operator
 
 
-def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algorithm: str = "auto") -> FlowTowerOutput:
+def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algorithm: str = "auto") -> SubnetOutput:
     """Runs the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
     Per stage s the source (reg) advances first: reg = relu(conv(reg)); then, with this reg,
@@ -70,12 +70,12 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
     Args:
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
         parameters: the convolutions, 3x3 with stride 1 and padding 1, and how they are wired. As (weight, bias) they
-            are packed in every call; `pack_flow_tower` does it once.
+            are packed in every call; `pack_subnets` does it once.
         algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. What "auto" is
             on CUDA is decided in every call.
 
     Returns:
-        `FlowTowerOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and
+        `SubnetOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and
         thing for the first `parameters.segmentation_levels`; each channels-last if that level is. Where a sub-network
         is absent, the given levels themselves.
 
@@ -90,16 +90,16 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
 
     Example:
         >>> conv = (torch.rand(16, 16, 3, 3), torch.rand(16))
-        >>> parameters = pack_flow_tower(FlowTowerParameters(cls=(conv,), reg=(conv,), flow_cls=(conv,)))
+        >>> parameters = pack_subnets(SubnetParameters(cls=(conv,), reg=(conv,), flow_cls=(conv,)))
         >>> pyramid = [torch.rand(1, 16, 40, 60), torch.rand(1, 16, 20, 30), torch.rand(1, 16, 10, 15)]
-        >>> [tuple(level.shape) for level in flow_tower(pyramid, parameters).cls]
+        >>> [tuple(level.shape) for level in fused_subnets(pyramid, parameters).cls]
         [(1, 16, 40, 60), (1, 16, 20, 30), (1, 16, 10, 15)]
 
     Source: SpatialFlow (Chen et al.), equations 1 to 3.
     """
     if not are_tensors(*levels):
-        return with_arrays(flow_tower, locals())
-    algorithm_code("flow_tower", algorithm)
+        return with_arrays(fused_subnets, locals())
+    algorithm_code("fused_subnets", algorithm)
     levels = [autocast(level) for level in levels]
     _check(levels, parameters)
     tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]
@@ -109,36 +109,36 @@ def flow_tower(levels: Sequence[Tensor], parameters: FlowTowerParameters, algori
     for name in _LISTS:
         for conv in getattr(parameters, name):
             own = conv.algorithm if isinstance(conv, PackedConv) else algorithm
-            codes.append(algorithm_code("flow_tower", own, levels[0]))
+            codes.append(algorithm_code("fused_subnets", own, levels[0]))
             one, bias = _packed(conv, codes[-1], levels[0])
             packed.append(one)
             biases.append(bias)
     counts = [len(getattr(parameters, name)) for name in _LISTS]
     source_is_cls = parameters.flow_source == "cls"
-    maps = list(_flow_tower(levels, packed, biases, codes, counts, source_is_cls, parameters.segmentation_levels))
+    maps = list(_fused_subnets(levels, packed, biases, codes, counts, source_is_cls, parameters.segmentation_levels))
     large = levels[: parameters.segmentation_levels]
     results = []
     computed_tasks = _computed(counts, packed, source_is_cls)
     for own, computed in zip((levels, levels, large, large), computed_tasks):
         results.append([maps.pop(0) for _ in own] if computed else list(own))
-    return FlowTowerOutput(*results)
+    return SubnetOutput(*results)
 
 
-def pack_flow_tower(parameters: FlowTowerParameters, algorithm: str = "auto") -> FlowTowerParameters:
-    """The same parameters with every convolution packed by `pack_conv3x3`, for many calls of `flow_tower`.
+def pack_subnets(parameters: SubnetParameters, algorithm: str = "auto") -> SubnetParameters:
+    """The same parameters with every convolution packed by `pack_conv3x3`, for many calls of `fused_subnets`.
 
     Args:
         parameters: convolutions as (weight, bias).
         algorithm: as in `flow_conv2d`.
 
     Returns:
-        `FlowTowerParameters` of `PackedConv`; those already packed stay as they are.
+        `SubnetParameters` of `PackedConv`; those already packed stay as they are.
 
     Raises:
         RuntimeError: a weight of a wrong shape or dtype.
         ValueError: an unknown algorithm.
     """
-    algorithm_code("pack_flow_tower", algorithm)
+    algorithm_code("pack_subnets", algorithm)
 
     def pack(conv: Conv | None) -> PackedConv | None:
         return conv if conv is None or isinstance(conv, PackedConv) else pack_conv3x3(*conv, algorithm)
@@ -162,35 +162,37 @@ def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]
     return packed, weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
-def _check(levels: list[Tensor], parameters: FlowTowerParameters) -> None:
+def _check(levels: list[Tensor], parameters: SubnetParameters) -> None:
     if not levels:
-        raise ValueError("flow_tower: levels must not be empty")
+        raise ValueError("fused_subnets: levels must not be empty")
     source = parameters.flow_source
     if source not in ("reg", "cls", None):
-        raise ValueError(f"flow_tower: flow_source must be 'reg', 'cls' or None, got {source!r}")
+        raise ValueError(f"fused_subnets: flow_source must be 'reg', 'cls' or None, got {source!r}")
     if not 0 <= parameters.segmentation_levels <= len(levels):
         raise ValueError(
-            f"flow_tower: segmentation_levels must be from 0 to the number of levels, {len(levels)}, "
+            f"fused_subnets: segmentation_levels must be from 0 to the number of levels, {len(levels)}, "
             f"got {parameters.segmentation_levels}"
         )
     for name in _LISTS:
         for index, conv in enumerate(getattr(parameters, name)):
             if conv is None:
                 if name in ("cls", "reg", "stuff", "thing"):
-                    raise ValueError(f"flow_tower: {name}[{index}] must be a convolution; only flows may be None")
+                    raise ValueError(f"fused_subnets: {name}[{index}] must be a convolution; only flows may be None")
                 continue
             where = f"{name}[{index}]"
             if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
-                raise ValueError(f"flow_tower: {where} must be None, as flow_source is None")
+                raise ValueError(f"fused_subnets: {where} must be None, as flow_source is None")
             weight, bias = _pair(conv)
             for what, tensor in (("weight", weight), ("bias", bias)):
                 if not are_tensors(tensor) and not (tensor is None and what == "bias"):
-                    raise TypeError(f"flow_tower: the {what} of {where} must be a tensor, got {type(tensor).__name__}")
+                    raise TypeError(
+                        f"fused_subnets: the {what} of {where} must be a tensor, got {type(tensor).__name__}"
+                    )
             if weight.numel() == 0:
-                raise ValueError(f"flow_tower: {where} must have channels, got {tuple(weight.shape)}")
+                raise ValueError(f"fused_subnets: {where} must have channels, got {tuple(weight.shape)}")
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(
-                    f"flow_tower: the bias of {where} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+                    f"fused_subnets: the bias of {where} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
                 )
 
 
@@ -198,7 +200,7 @@ def _at(convs: Sequence[Any], index: int) -> Any:
     return convs[index] if index < len(convs) else None
 
 
-def _compose(levels: list[Tensor], parameters: FlowTowerParameters, algorithm: str) -> FlowTowerOutput:
+def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str) -> SubnetOutput:
     """The tower of calls of `flow_conv2d`."""
 
     def run(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
@@ -233,7 +235,7 @@ def _compose(levels: list[Tensor], parameters: FlowTowerParameters, algorithm: s
         thing = plus(thing, flow_of(_at(parameters.semantic_flow, s), f["stuff"], len(large)))
         flow = flow_of(_at(parameters.flow_thing, s), f[source], len(large))
         thing = run(thing, flow, parameters.thing[s], True) if parameters.thing else plus(thing, flow)
-    return FlowTowerOutput(*(list(x) for x in (f["cls"], f["reg"], f["stuff"], thing)))
+    return SubnetOutput(*(list(x) for x in (f["cls"], f["reg"], f["stuff"], thing)))
 
 
 def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:
@@ -250,14 +252,14 @@ def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> t
     return cls, reg, stuff or first_present(5), thing or first_present(6) or first_present(7)
 
 
-_flow_tower = without_gradient("flow_tower")
+_fused_subnets = without_gradient("fused_subnets")
 
 
-@register_fake("flow_tower")
+@register_fake("fused_subnets")
 def _(levels, packed, biases, algorithms, counts, source_is_cls, segmentation_levels):
     for weight in packed:
         if weight.shape[0]:  # an absent flow has none
-            check_packed_layout("flow_tower", weight)
+            check_packed_layout("fused_subnets", weight)
     starts = [sum(counts[:index]) for index in range(8)]
     large = levels[:segmentation_levels]
     computed = _computed(counts, packed, source_is_cls)

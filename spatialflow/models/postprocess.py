@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spatialflow.config import InferenceConfig, ModelConfig
 from spatialflow.models.anchors import STRIDES, base_anchors
-from spatialflow.models.config import ModelConfig, TestConfig
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import Candidates, multiclass_nms
 from spatialflow.ops.reference.select_candidates import grid_anchors
@@ -38,7 +38,7 @@ def pyramid_anchors(base: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tens
     return [grid_anchors(size, stride, own) for size, stride, own in zip(sizes, STRIDES, base)]
 
 
-def detect(candidates: Candidates, test: TestConfig) -> Detections:
+def detect(candidates: Candidates, test: InferenceConfig) -> Detections:
     """Class-wise NMS over all levels; at most `test.max_detections` per image in score order."""
     kept = multiclass_nms(
         candidates.boxes, candidates.scores, test.score_threshold, test.nms_threshold, test.max_detections

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// flow_tower on the CPU: the four sub-networks of SpatialFlow and their flows over a whole pyramid.
+// fused_subnets on the CPU: the four sub-networks of SpatialFlow and their flows over a whole pyramid.
 //
 //   source = relu(conv(source))                     reg, or cls
 //   sum_f  = f + flow_f(source)                     f = follower and stuff: branches of one job, sums in its epilogue
@@ -8,7 +8,7 @@
 //
 // per stage, and after the last one thing = relu(conv(P + semantic(stuff) + flow(source))). Only sums are stored, never
 // flows; where a sum may replace its feature it does, and spent maps serve again.
-#include "ops/flow_tower.h"
+#include "ops/fused_subnets.h"
 
 #include <utility>
 
@@ -197,16 +197,16 @@ std::vector<Feature> run_tower(  // those of cls, reg, stuff, thing that are no 
     return results;
 }
 
-std::vector<Tensor> flow_tower_cpu(
+std::vector<Tensor> fused_subnets_cpu(
     const std::vector<Tensor>& levels, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
     const std::vector<int64_t>& algorithms, const std::vector<int64_t>& counts, bool source_is_cls,
     int64_t segmentation_levels) {
-    check_flow_tower(levels, packed, biases, algorithms, counts, segmentation_levels);
+    check_fused_subnets(levels, packed, biases, algorithms, counts, segmentation_levels);
     const ScalarType dtype = levels[0].scalar_type();
     const std::vector<Tensor> dense = channels_last(levels);
     TowerConvolutions convs(packed, biases, algorithms, counts, accum_dtype(dtype), kPackedColumns);
     std::vector<Tensor> results;
-    dispatch_floating("flow_tower", dtype, [&](auto zero) {
+    dispatch_floating("fused_subnets", dtype, [&](auto zero) {
         using scalar_t = decltype(zero);
         const size_t large = static_cast<size_t>(segmentation_levels);
         for (Feature& feature : run_tower<scalar_t>(dense, convs, source_is_cls, large)) {
@@ -221,5 +221,5 @@ std::vector<Tensor> flow_tower_cpu(
 }  // namespace spatialflow
 
 STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
-    library.impl("flow_tower", TORCH_BOX(&spatialflow::flow_tower_cpu));
+    library.impl("fused_subnets", TORCH_BOX(&spatialflow::fused_subnets_cpu));
 }

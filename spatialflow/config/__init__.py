@@ -189,7 +189,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TestConfig:
+class InferenceConfig:
     """From raw outputs to detections, masks and the panoptic map (paper, IV-B2)."""
 
     candidates_per_level: int = 1000  # best anchors of a level that are decoded; 0 = all
@@ -377,12 +377,17 @@ class Config:
 
     name: str = "spatialflow_r50_coco"
     model: ModelConfig = field(default_factory=ModelConfig)
-    test: TestConfig = field(default_factory=TestConfig)
+    test: InferenceConfig = field(default_factory=InferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "test": TestConfig, "data": DataConfig, "training": TrainingConfig}
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "test": InferenceConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+}
 
 
 def make_config(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialflow.console import InputImage, named, sentence, without_suffix
+from spatialflow.cli.common import InputImage, named, sentence, without_suffix
 from spatialflow.errors import CommandError
 from spatialflow.threads import available_cores, map_ahead
 

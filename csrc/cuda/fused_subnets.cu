@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// flow_tower on CUDA: the four sub-networks of SpatialFlow and their flows over a whole pyramid, a launch per wave.
+// fused_subnets on CUDA: the four sub-networks of SpatialFlow and their flows over a whole pyramid, a launch per wave.
 //
 //   source = relu(conv(source))                     reg, or cls
 //   f      = relu(conv(f + flow_f(source)))         f = follower and stuff
@@ -22,7 +22,7 @@
 #include <memory>
 
 #include "cuda/conv3x3.h"
-#include "ops/flow_tower.h"
+#include "ops/fused_subnets.h"
 
 namespace spatialflow {
 namespace {
@@ -69,7 +69,7 @@ public:
                     {node.source->tensors, maps_of(node.flow), maps_of(node.residual), node.target->tensors,
                      node.conv->packed, node.conv->bias, node.relu, node.conv->algorithm});
             }
-            convolve3x3("flow_tower", std::move(convolutions), stream);
+            convolve3x3("fused_subnets", std::move(convolutions), stream);
             wave.clear();
         }
     }
@@ -159,11 +159,11 @@ std::vector<Feature> schedule_tower(
     return results;
 }
 
-std::vector<Tensor> flow_tower_cuda(
+std::vector<Tensor> fused_subnets_cuda(
     const std::vector<Tensor>& levels, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
     const std::vector<int64_t>& algorithms, const std::vector<int64_t>& counts, bool source_is_cls,
     int64_t segmentation_levels) {
-    check_flow_tower(levels, packed, biases, algorithms, counts, segmentation_levels);
+    check_fused_subnets(levels, packed, biases, algorithms, counts, segmentation_levels);
     const DeviceScope device(levels[0]);
     std::vector<Tensor> dense;
     for (const Tensor& level : levels) {
@@ -186,4 +186,4 @@ std::vector<Tensor> flow_tower_cuda(
 }  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) { library.impl("flow_tower", TORCH_BOX(&spatialflow::flow_tower_cuda)); }
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("fused_subnets", TORCH_BOX(&spatialflow::fused_subnets_cuda)); }

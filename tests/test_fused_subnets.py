@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flow_tower: the op matrix, the one-operator path against the composed one, every wiring, goldens, errors."""
+"""fused_subnets: the op matrix, the one-operator path against the composed one, every wiring, goldens, errors."""
 
 import importlib.util
 
 import numpy as np
 import pytest
 import torch
-from flow_tower_cases import SIZES, WIRINGS, by_reference, conv, parameters_of, pyramid, tower, wiring
-from op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
+from helpers.fused_subnets_cases import SIZES, WIRINGS, by_reference, conv, parameters_of, pyramid, tower, wiring
+from helpers.op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
 
@@ -21,7 +21,7 @@ def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto
             biases.append(torch.zeros(0 if one is None else weight.shape[0], dtype=torch.float64))
     counts = [len(convolutions) for convolutions in convs]
     detached = [level.detach().clone() for level in levels]  # the raw operator is for calls without gradients
-    return torch.ops.spatialflow.flow_tower, (
+    return torch.ops.spatialflow.fused_subnets, (
         detached,
         packed,
         biases,
@@ -55,7 +55,7 @@ def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), 
     return build
 
 
-class TestFlowTower(OpMatrix):
+class TestFusedSubnets(OpMatrix):
     has_gradient = True
     samples = {
         "one stage": sample(stages=(1, 1, 1, 1)),
@@ -89,8 +89,8 @@ class TestWirings:
         # Tiles and sums are the same ones in the same order, but the two sums of flows round alike only in float32.
         for one, other in zip(actual, composed):
             assert all(torch.equal(a, b) for a, b in zip(one, other))
-        packed = ops.pack_flow_tower(parameters_of(single[1], **source))
-        for one, other in zip(actual, ops.flow_tower(single[0], packed)):
+        packed = ops.pack_subnets(parameters_of(single[1], **source))
+        for one, other in zip(actual, ops.fused_subnets(single[0], packed)):
             assert all(torch.equal(a, b) for a, b in zip(one, other))
 
     @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
@@ -113,12 +113,12 @@ class TestWirings:
         """Packed convolutions of either algorithm may meet in one stage."""
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
         parameters = parameters_of(convs)
-        mixed = ops.pack_flow_tower(parameters, "direct")._replace(
-            flow_stuff=ops.pack_flow_tower(parameters, "winograd").flow_stuff,
-            cls=ops.pack_flow_tower(parameters, "winograd").cls,
+        mixed = ops.pack_subnets(parameters, "direct")._replace(
+            flow_stuff=ops.pack_subnets(parameters, "winograd").flow_stuff,
+            cls=ops.pack_subnets(parameters, "winograd").cls,
         )
         expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]))
-        assert_near(list(ops.flow_tower(levels, mixed)), expected, torch.float32, factor=4)
+        assert_near(list(ops.fused_subnets(levels, mixed)), expected, torch.float32, factor=4)
 
     def test_inputs_are_kept(self):
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
@@ -140,10 +140,10 @@ class TestWirings:
 
     def test_compiled_inference(self):
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
-        packed = ops.pack_flow_tower(parameters_of(convs))
+        packed = ops.pack_subnets(parameters_of(convs))
         torch._dynamo.reset()
-        call = torch.compile(lambda x: ops.flow_tower(x, packed), backend="aot_eager", fullgraph=True)
-        assert_near(list(call(levels)), list(ops.flow_tower(levels, packed)), torch.float32)
+        call = torch.compile(lambda x: ops.fused_subnets(x, packed), backend="aot_eager", fullgraph=True)
+        assert_near(list(call(levels)), list(ops.fused_subnets(levels, packed)), torch.float32)
 
     def test_empty_levels(self):
         convs = map_tensors(torch.Tensor.float, wiring(stages=(2, 2, 2, 1)))
@@ -162,32 +162,34 @@ class TestErrors:
             ({"segmentation_levels": 6}, "segmentation_levels must be from 0 to the number of levels, 5, got 6"),
             ({"algorithm": "fft"}, "algorithm must be one of"),
         ):
-            with pytest.raises(ValueError, match="flow_tower: " + message):
+            with pytest.raises(ValueError, match="fused_subnets: " + message):
                 tower(levels, convs, **wired)
-        with pytest.raises(ValueError, match="flow_tower: levels must not be empty"):
+        with pytest.raises(ValueError, match="fused_subnets: levels must not be empty"):
             tower([], convs)
-        with pytest.raises(TypeError, match=r"flow_tower: the weight of cls\[0\] must be a tensor, got ndarray"):
-            ops.flow_tower(levels, ops.FlowTowerParameters(cls=((np.zeros((6, 6, 3, 3)), None),)))
-        with pytest.raises(ValueError, match=r"flow_tower: cls\[0\] must be a convolution"):
+        with pytest.raises(TypeError, match=r"fused_subnets: the weight of cls\[0\] must be a tensor, got ndarray"):
+            ops.fused_subnets(levels, ops.SubnetParameters(cls=((np.zeros((6, 6, 3, 3)), None),)))
+        with pytest.raises(ValueError, match=r"fused_subnets: cls\[0\] must be a convolution"):
             tower(levels, [[None], *convs[1:]])
-        with pytest.raises(ValueError, match=r"flow_tower: reg\[0\] must have channels"):
+        with pytest.raises(ValueError, match=r"fused_subnets: reg\[0\] must have channels"):
             tower(levels, [convs[0], [conv(6, 0)], *convs[2:]])
-        with pytest.raises(ValueError, match=r"flow_tower: the bias of reg\[0\] must have shape \(6,\), got \(7,\)"):
+        with pytest.raises(ValueError, match=r"fused_subnets: the bias of reg\[0\] must have shape \(6,\), got \(7,\)"):
             tower(levels, [convs[0], [[conv(6, 6)[0], conv(6, 7)[1]]], *convs[2:]])
 
     def test_shapes(self):
         levels = pyramid(6)
         convs = wiring()
         convs[0] = [conv(7, 6), conv(6, 6)]
-        with pytest.raises(RuntimeError, match=r"flow_tower: cls\[0\] was packed for other channels than the 6"):
+        with pytest.raises(RuntimeError, match=r"fused_subnets: cls\[0\] was packed for other channels than the 6"):
             tower(levels, convs)
         convs = wiring()
         convs[5] = [conv(6, 6), conv(6, 7)]
-        with pytest.raises(RuntimeError, match=r"flow_tower: flow_stuff\[1\] must have the 6 channels of the feature"):
+        with pytest.raises(
+            RuntimeError, match=r"fused_subnets: flow_stuff\[1\] must have the 6 channels of the feature"
+        ):
             tower(levels, convs)
-        with pytest.raises(RuntimeError, match=r"flow_tower: levels\[1\] must have the dtype of levels\[0\]"):
+        with pytest.raises(RuntimeError, match=r"fused_subnets: levels\[1\] must have the dtype of levels\[0\]"):
             tower([levels[0], levels[1].float()], wiring(), segmentation_levels=1)
-        with pytest.raises(RuntimeError, match=r"flow_tower: packed\[0\] must be float32 for these levels"):
+        with pytest.raises(RuntimeError, match=r"fused_subnets: packed\[0\] must be float32 for these levels"):
             tower(map_tensors(torch.Tensor.float, levels), wiring())
 
 
@@ -226,7 +228,7 @@ class TestGolden:
             )
             for field, name in self.names.items()
         }
-        features = ops.flow_tower(levels, ops.FlowTowerParameters(**lists), algorithm)
+        features = ops.fused_subnets(levels, ops.SubnetParameters(**lists), algorithm)
         results = {"cls": features.cls, "reg": features.reg, "stuff": features.stuff, "mask": features.thing}
         for task, name in (("cls", "retina_cls"), ("reg", "retina_reg")):
             results[task] = ops.flow_conv2d(results[task], None, *self.filled(goldens, name, 36), False, algorithm)

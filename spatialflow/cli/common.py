@@ -24,7 +24,7 @@ MOST_WORKERS = 1024
 
 def package_configs() -> str:
     """A paragraph that names the configurations of the package, except those of the paper's ablations and of tests."""
-    names = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.yaml"))
+    names = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
     shown = [name for name in names if not name.startswith(("ablation_", "tiny"))]
     return textwrap.fill(f"Configurations of the package: {', '.join(shown)}.", 116)
 
@@ -263,9 +263,9 @@ def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any
     """The network of `--config` with the weights of `--checkpoint`, else those of the package, else random ones."""
     import torch
 
+    from spatialflow.config import ConfigError
     from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint, packaged_weights
     from spatialflow.models.build import build_model
-    from spatialflow.models.config import ConfigError
 
     torch.manual_seed(0)
     try:

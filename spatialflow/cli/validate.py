@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import (
+from spatialflow.cli.common import (
     check_count,
     keep_inputs,
     named,

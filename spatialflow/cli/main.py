@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import spatialflow
-from spatialflow.console import (
+from spatialflow.cli.common import (
     check_count,
     complain,
     ground_truth_json,
@@ -34,12 +34,12 @@ from spatialflow.console import (
     to_path,
     with_examples,
 )
+from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
+from spatialflow.cli.train import add_train
+from spatialflow.cli.validate import add_validate
+from spatialflow.cli.visualize import add_visualize
 from spatialflow.errors import CommandError, DataWarning, Terminated
-from spatialflow.prediction_folder import RESULTS, PredictionFolder, writers
 from spatialflow.threads import leave_cores_to_others
-from spatialflow.training_command import add_train
-from spatialflow.validate_command import add_validate
-from spatialflow.visualize_command import add_visualize
 
 DEFAULT_CONFIG = "spatialflow_r50_coco"
 
@@ -485,7 +485,7 @@ def _settings(options: argparse.Namespace, models: list[Any]) -> dict[str, Any]:
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    from spatialflow.models.config import parse_settings
+    from spatialflow.config import parse_settings
 
     overrides = parse_settings(options.settings)
     overrides |= _sizes(options)
@@ -590,7 +590,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _benchmark_folder() -> Path:
     """`benchmarks` of the source tree, else the copy that is installed with the package."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "benchmarks", package / "benchmarks"):
         if os.path.isfile(folder / "harness.py"):
             return folder
@@ -612,7 +612,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         for name in ("device", "threads", "seconds", "output")
         if getattr(options, name) is not None
     ]
-    if options.output is None and folder.parent == Path(__file__).resolve().parent:
+    if options.output is None and folder.parent == Path(__file__).resolve().parents[1]:
         passed_on.append(f"--output={Path('benchmarks', 'results')}")  # not into the installed package
     failed = [
         op
@@ -647,7 +647,7 @@ def _info(options: argparse.Namespace) -> int:
     except ImportError as error:
         running, code = f"nothing ({error})", 2
     rows = [
-        ("spatialflow", f"{spatialflow.__version__} in {Path(__file__).resolve().parent}"),
+        ("spatialflow", f"{spatialflow.__version__} in {Path(__file__).resolve().parents[1]}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"runs on {running}, built for {built.get('torch', 'unknown')} (any from 2.11 on)"),
         ("numpy, opencv", f"{version('numpy')}, {version('opencv-python-headless')}"),
@@ -673,7 +673,3 @@ def _info(options: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spatialflow.config import Config
 from spatialflow.models.anchors import STRIDES, valid_flags
-from spatialflow.models.config import Config
-from spatialflow.models.inference import detect, pyramid_anchors, pyramid_base_anchors
+from spatialflow.models.postprocess import detect, pyramid_anchors, pyramid_base_anchors
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.models.targets import AnchorTargets, ThingTargets, Truth, anchor_targets, thing_targets
 from spatialflow.ops import select_candidates, sigmoid_focal_loss

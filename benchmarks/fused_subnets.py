@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flow_tower, the four sub-networks of the paper's model: P3..P7 of an 800x1344 image, 256 channels.
+"""fused_subnets, the four sub-networks of the paper's model: P3..P7 of an 800x1344 image, 256 channels.
 
 Forward only: with gradients the tower is calls of flow_conv2d, timed there.
 """
@@ -32,7 +32,7 @@ def setup(stages: dict[str, int], channels: int = 256) -> Problem:
         return weight.contiguous(memory_format=torch.channels_last), torch.randn(channels) * 0.1
 
     levels = [torch.randn(1, channels, *size).contiguous(memory_format=torch.channels_last) for size in SIZES]
-    parameters = ops.FlowTowerParameters(**{name: tuple(conv() for _ in range(n)) for name, n in stages.items()})
+    parameters = ops.SubnetParameters(**{name: tuple(conv() for _ in range(n)) for name, n in stages.items()})
     pixels = [height * width for height, width in SIZES]
     convolved = sum(sum(pixels if name in ALL_LEVELS else pixels[:3]) * n for name, n in stages.items())
     return Problem(
@@ -44,11 +44,11 @@ def setup(stages: dict[str, int], channels: int = 256) -> Problem:
 
 def packed(algorithm, levels, parameters):
     """Weights arranged once, as for inference."""
-    return levels, ops.pack_flow_tower(parameters, algorithm)
+    return levels, ops.pack_subnets(parameters, algorithm)
 
 
 BENCHMARK = Benchmark(
-    name="flow_tower",
+    name="fused_subnets",
     title="four sub-networks and flows, P3..P7 of 800x1344, 256 channels, channels-last",
     setup=setup,
     sweep={
@@ -56,12 +56,16 @@ BENCHMARK = Benchmark(
         "RetinaNet, no flows": {"stages": {"cls": 4, "reg": 4}},
     },
     providers={
-        "spatialflow": convolving("ieee", Provider(ops.flow_tower, partial(packed, "auto"))),
-        "spatialflow direct": Provider(ops.flow_tower, partial(packed, "direct")),
-        "reference": convolving("ieee", reference.flow_tower),  # the same convolutions in eager PyTorch: oneDNN, cuDNN
-        "reference, torch.compile": convolving("ieee", compiled(reference.flow_tower)),
-        "spatialflow TF32": convolving("tf32", Provider(ops.flow_tower, partial(packed, "auto"))),  # others: as above
-        "reference TF32": convolving("tf32", reference.flow_tower),
+        "spatialflow": convolving("ieee", Provider(ops.fused_subnets, partial(packed, "auto"))),
+        "spatialflow direct": Provider(ops.fused_subnets, partial(packed, "direct")),
+        "reference": convolving(
+            "ieee", reference.fused_subnets
+        ),  # the same convolutions in eager PyTorch: oneDNN, cuDNN
+        "reference, torch.compile": convolving("ieee", compiled(reference.fused_subnets)),
+        "spatialflow TF32": convolving(
+            "tf32", Provider(ops.fused_subnets, partial(packed, "auto"))
+        ),  # others: as above
+        "reference TF32": convolving("tf32", reference.fused_subnets),
     },
 )
 

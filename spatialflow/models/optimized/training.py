@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from spatialflow.models.deform import DeformConv2d, split_offsets
 from spatialflow.models.heads import BoxHead, StuffHead, upsample
-from spatialflow.models.optimize import is_3x3
+from spatialflow.models.optimized.inference import is_3x3
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
-from spatialflow.ops import FlowTowerParameters, deform_conv2d, flow_conv2d, flow_tower, group_norm_relu
+from spatialflow.ops import SubnetParameters, deform_conv2d, flow_conv2d, fused_subnets, group_norm_relu
 
 
 class TrainingConv(nn.Module):
@@ -68,7 +68,7 @@ class TrainingBottleneck(nn.Module):
         return self.convs(x).add_(x if self.downsample is None else self.downsample(x)).relu_()
 
 
-class TrainingTower(nn.Module):
+class TrainingSubnets(nn.Module):
     """`Subnets` without deformable stages, all levels in one call."""
 
     def __init__(self, subnets: Subnets):
@@ -90,8 +90,8 @@ class TrainingTower(nn.Module):
         convs = {name: tuple((conv.weight, conv.bias) for conv in part) for name, part in modules.items()}
         flows = any(convs[name] for name in ("flow_cls", "flow_stuff", "flow_thing"))
         source = plain.source if flows else None
-        parameters = FlowTowerParameters(**convs, flow_source=source, segmentation_levels=SEGMENTATION_LEVELS)
-        return SubnetFeatures(*flow_tower(list(pyramid), parameters))
+        parameters = SubnetParameters(**convs, flow_source=source, segmentation_levels=SEGMENTATION_LEVELS)
+        return SubnetFeatures(*fused_subnets(list(pyramid), parameters))
 
 
 class TrainingBoxHead(nn.Module):
@@ -166,7 +166,7 @@ def arrange(module: nn.Module) -> nn.Module:
     if isinstance(module, Bottleneck):
         return TrainingBottleneck(module)
     if isinstance(module, Subnets):
-        return TrainingTower(module)
+        return TrainingSubnets(module)
     if isinstance(module, BoxHead):
         return TrainingBoxHead(module)
     if isinstance(module, StuffHead):

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spatialflow.console import check_count, complain, package_configs, to_path, with_examples
+from spatialflow.cli.common import check_count, complain, package_configs, to_path, with_examples
 from spatialflow.errors import CommandError
 
 
@@ -164,8 +164,8 @@ def _without_pycocotools(validation: Any) -> list[str]:
 
 
 def _config(options: argparse.Namespace) -> Any:
+    from spatialflow.config import ConfigError, parse_settings
     from spatialflow.models.build import load_config
-    from spatialflow.models.config import ConfigError, parse_settings
 
     try:
         return load_config(options.config, **parse_settings(options.settings))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// flow_tower: the lists of convolutions and the argument checks shared by all back ends. Schema in flow_tower.cpp.
+// fused_subnets: the lists of convolutions and the argument checks shared by all back ends. Schema in fused_subnets.cpp.
 #pragma once
 
 #include "ops/flow_conv2d.h"
@@ -20,10 +20,10 @@ enum TowerList {
     kTowerLists
 };
 
-inline void check_flow_tower(
+inline void check_fused_subnets(
     const std::vector<Tensor>& levels, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
     const std::vector<int64_t>& algorithms, const std::vector<int64_t>& counts, int64_t segmentation_levels) {
-    const char* op = "flow_tower";
+    const char* op = "fused_subnets";
     check(!levels.empty(), op, ": levels must not be empty");
     check_dim(op, "levels[0]", levels[0], 4, "(N, C, H, W)");
     check_floating(op, "levels[0]", levels[0]);
@@ -83,7 +83,7 @@ public:
                 conv.algorithm = algorithms[next];
                 conv.present = packed[next].numel() > 0;
                 if (conv.present) {
-                    check_packed_layout("flow_tower", packed[next], columns);
+                    check_packed_layout("fused_subnets", packed[next], columns);
                     conv.size = packed_size(packed[next]);
                 }
                 lists_[list].push_back(conv);
@@ -104,10 +104,10 @@ public:
         conv.resolved = resolve_algorithm(conv.algorithm, is_double, in_channels, conv.out_channels);
         check(
             conv.size == packed_conv_size(conv.resolved, is_double, in_channels, conv.out_channels),
-            "flow_tower: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
+            "fused_subnets: ", name(list), "[", index, "] was packed for other channels than the ", in_channels,
             " it reads, or for another algorithm");
         check(
-            out_channels < 0 || conv.out_channels == out_channels, "flow_tower: ", name(list), "[", index,
+            out_channels < 0 || conv.out_channels == out_channels, "fused_subnets: ", name(list), "[", index,
             "] must have the ", out_channels, " channels of the feature it is added to, got ", conv.out_channels);
         conv.in_channels = in_channels;
         return &conv;

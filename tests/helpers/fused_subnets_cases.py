@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Towers that the tests of flow_tower and of its kernels share: convolutions, levels, every wiring of the paper."""
+"""Towers that the tests of fused_subnets and of its kernels share: convolutions, levels, every wiring of the paper."""
 
 import torch
 
 from spatialflow import ops
 from spatialflow.ops import reference
 
-LISTS = ops.FlowTowerParameters._fields[:8]
+LISTS = ops.SubnetParameters._fields[:8]
 SIZES = [(13, 18), (7, 9), (5, 6), (2, 4), (1, 1)]
 
 
@@ -48,17 +48,17 @@ def pyramid(channels: int, sizes=SIZES, batch: int = 1) -> list:
     return [torch.randn(batch, channels, *size, dtype=torch.float64) for size in sizes]
 
 
-def parameters_of(convs: list, flow_source="reg", segmentation_levels=3) -> ops.FlowTowerParameters:
+def parameters_of(convs: list, flow_source="reg", segmentation_levels=3) -> ops.SubnetParameters:
     lists = [tuple(None if one is None else tuple(one) for one in convolutions) for convolutions in convs]
-    return ops.FlowTowerParameters(*lists, flow_source=flow_source, segmentation_levels=segmentation_levels)
+    return ops.SubnetParameters(*lists, flow_source=flow_source, segmentation_levels=segmentation_levels)
 
 
 def tower(levels, convs, algorithm="auto", **wired):
-    return list(ops.flow_tower(levels, parameters_of(convs, **wired), algorithm))
+    return list(ops.fused_subnets(levels, parameters_of(convs, **wired), algorithm))
 
 
 def by_reference(levels, convs, algorithm="auto", **wired):
-    return list(reference.flow_tower(levels, parameters_of(convs, **wired)))
+    return list(reference.fused_subnets(levels, parameters_of(convs, **wired)))
 
 
 WIRINGS = {

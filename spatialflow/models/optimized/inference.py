@@ -16,22 +16,22 @@ from torch.nn import functional as F
 from spatialflow import __version__
 from spatialflow.models.deform import OFFSETS, DeformConv2d
 from spatialflow.models.fpn import FPN
-from spatialflow.models.fused_conv import Shape, fused_conv2d, linear_relu
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
+from spatialflow.models.optimized.conv import Shape, fused_conv2d, linear_relu
 from spatialflow.models.resnet import Bottleneck, ResNet
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
 from spatialflow.ops import (
-    FlowTowerParameters,
     PackedConv,
     PackedDeformConv,
+    SubnetParameters,
     deform_conv2d,
     flow_conv2d,
-    flow_tower,
+    fused_subnets,
     group_norm_relu,
     pack_conv3x3,
     pack_deform_conv2d,
-    pack_flow_tower,
+    pack_subnets,
 )
 
 Levels = TypeVar("Levels", Tensor, list[Tensor])
@@ -171,7 +171,7 @@ class PackedModule(nn.Module):
         packed: the convolutions.
     """
 
-    def __init__(self, packed: PackedConv | PackedDeformConv | list[PackedConv] | FlowTowerParameters):
+    def __init__(self, packed: PackedConv | PackedDeformConv | list[PackedConv] | SubnetParameters):
         super().__init__()
         self.packed = packed
 
@@ -187,8 +187,8 @@ def _moved(packed: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(packed, (PackedConv, PackedDeformConv)):
         weight, bias = fn(packed.weight), None if packed.bias is None else fn(packed.bias)
         return packed if weight is packed.weight else packed.packed_again(weight, bias)
-    if isinstance(packed, FlowTowerParameters):
-        return FlowTowerParameters(*(_moved(field, fn) for field in packed))
+    if isinstance(packed, SubnetParameters):
+        return SubnetParameters(*(_moved(field, fn) for field in packed))
     return type(packed)(_moved(one, fn) for one in packed) if isinstance(packed, (list, tuple)) else packed
 
 
@@ -265,8 +265,8 @@ class PackedFPN(PackedModule):
         return [*flow_conv2d(merged, None, self.packed, relu=False), p6, self.p7(p6)]
 
 
-class PackedTower(PackedModule):
-    """`Subnets` without deformable stages, all levels in one call of `flow_tower`."""
+class FusedSubnets(PackedModule):
+    """`Subnets` without deformable stages, all levels in one call of `fused_subnets`."""
 
     def __init__(self, subnets: Subnets):
         convs = {
@@ -284,11 +284,11 @@ class PackedTower(PackedModule):
         }
         flows = any(convs[name] for name in ("flow_cls", "flow_stuff", "flow_thing"))
         source = subnets.source if flows else None
-        parameters = FlowTowerParameters(**convs, flow_source=source, segmentation_levels=SEGMENTATION_LEVELS)
-        super().__init__(pack_flow_tower(parameters))
+        parameters = SubnetParameters(**convs, flow_source=source, segmentation_levels=SEGMENTATION_LEVELS)
+        super().__init__(pack_subnets(parameters))
 
     def forward(self, pyramid: Sequence[Tensor]) -> SubnetFeatures:
-        return SubnetFeatures(*flow_tower(list(pyramid), self.packed))
+        return SubnetFeatures(*fused_subnets(list(pyramid), self.packed))
 
 
 class PackedSubnets(nn.Module):
@@ -472,7 +472,7 @@ def optimize_for_inference(
         fast = SpatialFlow(
             FusedResNet(source.backbone),
             PackedFPN(source.fpn),
-            (PackedSubnets if any(source.subnets.deformable.values()) else PackedTower)(source.subnets),
+            (PackedSubnets if any(source.subnets.deformable.values()) else FusedSubnets)(source.subnets),
             PackedBoxHead(source.box_head),
             None if source.thing_head is None else PackedThingHead(source.thing_head),
             None if source.stuff_head is None else PackedStuffHead(source.stuff_head),

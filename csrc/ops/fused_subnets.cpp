@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "ops/flow_tower.h"
+#include "ops/fused_subnets.h"
 
 // `packed` and `biases` hold the convolutions of eight lists one after the other: cls, reg, stuff, thing, flow_cls,
 // flow_stuff, flow_thing, semantic_flow; `counts` their lengths; a vector without elements stands for an absent flow.
@@ -8,16 +8,16 @@
 // nothing.
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
-        "flow_tower(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] algorithms, int[] counts, "
+        "fused_subnets(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] algorithms, int[] counts, "
         "bool source_is_cls, int segmentation_levels) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow_checks, library) {
     library.def(
-        "flow_tower(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] algorithms, int[] counts, "
+        "fused_subnets(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] algorithms, int[] counts, "
         "int segmentation_levels) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spatialflow_checks, CompositeExplicitAutograd, library) {
-    library.impl("flow_tower", TORCH_BOX(&spatialflow::check_flow_tower));
+    library.impl("fused_subnets", TORCH_BOX(&spatialflow::check_fused_subnets));
 }

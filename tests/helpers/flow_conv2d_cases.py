@@ -2,7 +2,8 @@
 """Inputs shared by the tests of flow_conv2d."""
 
 import torch
-from op_matrix import OpSample
+
+from helpers.op_matrix import OpSample
 
 CODES = {"auto": 0, "winograd": 1, "direct": 2, "tf32": 3, "tf32x3": 4}
 """What the raw operators call the algorithms."""

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m spatialflow.cli`."""
+
+import sys
+
+from spatialflow.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step of the R50 model, two images of 480x640: forward, losses, backward, SGD.
+"""Training step of the R50 model with two images of 480x640: forward, losses, backward, SGD.
 
-The references are the same network from plain PyTorch modules: as one would write it, with channels-last memory, and
-that through torch.compile. All share the criterion with its operators (targets, focal loss, RoIAlign), so that the
-ratio is that of the network alone. In 16 bits all run under autocast.
-`python benchmarks/training_step.py --peak-memory` prints the peak memory of a process that does three steps, one per
-provider.
+The references are the same network from plain PyTorch modules: contiguous, channels-last, and channels-last through
+torch.compile. All share the criterion with its operators (targets, focal loss, RoIAlign), so that the ratio is that of
+the network alone. In 16 bits all run under autocast. `--peak-memory` prints the peak memory of a process that does
+three steps, one process per provider.
 """
 
 import copy
@@ -38,7 +37,7 @@ COMPARED = tuple(
 
 @cache
 def training(kind: str, device: torch.device):
-    """Model, the network that computes its step, and the optimizer."""
+    """Return the model, the network that computes its step, and the optimizer."""
     torch.manual_seed(0)
     model = build_model("spatialflow_r50_coco").train()
     settle_norms(model.backbone, torch.randn(2, 3, 224, 224))
@@ -97,15 +96,15 @@ BENCHMARK = Benchmark(
         "torch.compile": Provider(partial(step, "compiled"), only_cuda=True, waits=True),
     },
     oracle=partial(step, "float64"),
-    # An untrained network has many units of ReLU near zero, and which side one falls on decides whole terms of a
-    # gradient: plain modules in float32 are off by 2e-4 to 4e-4, in bfloat16 by 0.4, in the first layers.
+    # Inputs of ReLU are near zero in an untrained network, and their sign decides whole terms of a gradient. In the
+    # first layers, plain modules are off by 2e-4 to 4e-4 in float32, and by 0.4 in bfloat16.
     tolerance=1e-2,
     rounding=20.0,
 )
 
 
 def print_peak_memory(kind: str) -> None:
-    """Runs three steps and prints this process's largest resident set."""
+    """Run three steps and print the largest resident set of this process."""
     torch.manual_seed(0)
     problem = setup(480, 640)
     for _ in range(3):

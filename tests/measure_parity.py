@@ -6,7 +6,7 @@
 """
 
 import torch
-from conftest import fixture_root
+from conftest import GOLDENS
 from helpers.golden_models import golden_model, relative_error
 from test_training_targets import ReleasedStuffSum, golden_batch
 
@@ -16,9 +16,8 @@ from spatialflow.models.optimized.training import optimize_for_training
 
 def measure(arranged: bool) -> tuple[float, float, float]:
     """Largest relative difference of a loss, of a gradient's norm, and of a whole gradient by its largest value."""
-    goldens = fixture_root() / "goldens"
-    arrays, about, images, truth = golden_batch(goldens)
-    model = golden_model(goldens, "tiny", "tiny").train()
+    arrays, about, images, truth = golden_batch(GOLDENS)
+    model = golden_model(GOLDENS, "tiny", "tiny").train()
     criterion = ReleasedStuffSum(model.config)
     with torch.no_grad():
         things = criterion.thing_targets(model.dense(images)[0], truth)

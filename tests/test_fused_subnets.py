@@ -218,12 +218,12 @@ class TestGolden:
 
     @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
     @pytest.mark.parametrize("tracked", [False, True], ids=["operator", "composed"])
-    def test_outputs_and_gradients(self, goldens, algorithm, tracked):
-        expected = np.load(goldens / "dcn" / "head_none.npz")
+    def test_outputs_and_gradients(self, large_goldens, algorithm, tracked):
+        expected = np.load(large_goldens / "dcn" / "head_none.npz")
         levels = [torch.as_tensor(expected[f"feat{i}"]).requires_grad_(tracked) for i in range(5)]
         lists = {
             field: tuple(
-                self.filled(goldens, f"{name}.{s}.conv", 16)
+                self.filled(large_goldens, f"{name}.{s}.conv", 16)
                 for s in range(1 if field in ("thing", "flow_thing", "semantic_flow") else 4)
             )
             for field, name in self.names.items()
@@ -231,7 +231,7 @@ class TestGolden:
         features = ops.fused_subnets(levels, ops.SubnetParameters(**lists), algorithm)
         results = {"cls": features.cls, "reg": features.reg, "stuff": features.stuff, "mask": features.thing}
         for task, name in (("cls", "retina_cls"), ("reg", "retina_reg")):
-            results[task] = ops.flow_conv2d(results[task], None, *self.filled(goldens, name, 36), False, algorithm)
+            results[task] = ops.flow_conv2d(results[task], None, *self.filled(large_goldens, name, 36), False, algorithm)
         loss = torch.zeros(())
         for task, key in (("cls", "cls_score"), ("reg", "bbox_pred"), ("stuff", "stuff_feat"), ("mask", "mask_feat")):
             for i, result in enumerate(results[task]):

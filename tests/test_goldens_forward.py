@@ -19,11 +19,11 @@ from spatialflow.ops.reference.select_candidates import decode_boxes, grid_ancho
 
 
 @pytest.fixture(scope="module")
-def tiny(goldens):
+def tiny(large_goldens):
     """(arrays, json, model, dense outputs, quarter stuff logits) of `forward/tiny_b2`."""
-    arrays = np.load(goldens / "forward" / "tiny_b2.npz")
-    about = json.loads((goldens / "forward" / "tiny_b2.json").read_text())
-    model = golden_model(goldens, "tiny", "tiny")
+    arrays = np.load(large_goldens / "forward" / "tiny_b2.npz")
+    about = json.loads((large_goldens / "forward" / "tiny_b2.json").read_text())
+    model = golden_model(large_goldens, "tiny", "tiny")
     with torch.no_grad():
         output, quarter = model.dense(torch.from_numpy(arrays["img"]))
     return arrays, about, model, output, quarter
@@ -203,11 +203,11 @@ def test_box_coder(goldens):
     assert_close("encoded", encode_boxes(boxes, arrays["gt"]), arrays["encoded"].numpy(), 1e-6)
 
 
-def test_get_boxes(goldens):
+def test_get_boxes(large_goldens):
     """Recorded head outputs to detections: at original scale, as training proposals at network scale, before NMS."""
     arrays, about = (
-        np.load(goldens / "ops" / "get_bboxes.npz"),
-        json.loads((goldens / "ops" / "get_bboxes.json").read_text()),
+        np.load(large_goldens / "ops" / "get_bboxes.npz"),
+        json.loads((large_goldens / "ops" / "get_bboxes.json").read_text()),
     )
     model = ModelConfig(num_things=about["num_classes"])
     logits = [torch.from_numpy(arrays[f"cls_score_l{i}"]) for i in range(5)]

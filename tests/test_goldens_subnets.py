@@ -25,15 +25,15 @@ class Head(nn.Module):
 
 
 @pytest.fixture(params=["head_none", "head_config"])
-def case(request, goldens):
-    arrays = np.load(goldens / "dcn" / f"{request.param}.npz")
-    about = json.loads((goldens / "dcn" / f"{request.param}.json").read_text())
+def case(request, large_goldens):
+    arrays = np.load(large_goldens / "dcn" / f"{request.param}.npz")
+    about = json.loads((large_goldens / "dcn" / f"{request.param}.json").read_text())
     stages = {
         ours: about["idx"][f"dcn_{theirs}_convs_idx"] or ()
         for ours, theirs in (("cls", "cls"), ("reg", "reg"), ("stuff", "stuff"), ("thing", "mask"))
     }
     head = Head(about["in_channels"], about["num_classes"], stages)
-    fill = fill_function(goldens)
+    fill = fill_function(large_goldens)
     released = {name_from_released(name): name for name in about["grad_norms"]}
     assert set(released) == set(head.state_dict())
     head.load_state_dict(
@@ -84,7 +84,7 @@ def test_gradients(case):
         assert abs(float(parameter.grad.norm()) - expected) <= 1e-4 * expected, name
 
 
-def test_first_deformable_calls(goldens, case, monkeypatch):
+def test_first_deformable_calls(large_goldens, case, monkeypatch):
     """What reaches the deformable convolution: the feature alone, interleaved offsets, a sigmoid mask."""
     head, levels, arrays, about, _ = case
     calls, original = [], subnets_module.deform_conv2d

@@ -80,8 +80,8 @@ class TestGoldens:
     """Masks of the released implementation, at original size with rescaled boxes and at a larger one."""
 
     @pytest.mark.parametrize("case", ["rescale", "norescale"])
-    def test_masks(self, goldens, case):
-        arrays = np.load(goldens / "ops" / "mask_paste.npz")
+    def test_masks(self, large_goldens, case):
+        arrays = np.load(large_goldens / "ops" / "mask_paste.npz")
         labels = torch.as_tensor(arrays["labels"]).long()
         logits = torch.as_tensor(arrays["mask_logits"])[torch.arange(len(labels)), labels]
         boxes = torch.as_tensor(arrays["boxes_netscale"])

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDENS
 from helpers.golden_models import golden_model
 from helpers.small_models import SMALL
 from torch.nn import functional as F
@@ -20,12 +21,7 @@ from spatialflow.models.targets import Truth, anchor_targets, assign, box_iou, m
 
 @pytest.fixture(scope="module")
 def ops():
-    from conftest import fixture_root
-
-    folder = fixture_root() / "goldens" / "ops"
-    if not folder.is_dir():
-        pytest.skip(f"no goldens in {folder}: set SPATIALFLOW_FIXTURES")
-    return lambda name: dict(np.load(folder / f"{name}.npz"))
+    return lambda name: dict(np.load(GOLDENS / "ops" / f"{name}.npz"))
 
 
 def released(assigned):
@@ -182,13 +178,8 @@ class TestReleasedStep:
     @pytest.fixture(scope="class", params=["plain modules", "arranged for training"])
     @staticmethod
     def step(request):
-        from conftest import fixture_root
-
-        goldens = fixture_root() / "goldens"
-        if not goldens.is_dir():
-            pytest.skip(f"no goldens in {goldens.parent}: set SPATIALFLOW_FIXTURES")
-        z, info, images, truth = golden_batch(goldens)
-        model = golden_model(goldens, "tiny", "tiny").train()
+        z, info, images, truth = golden_batch(GOLDENS)
+        model = golden_model(GOLDENS, "tiny", "tiny").train()
         network, criterion = model, ReleasedStuffSum(model.config)
         if request.param == "arranged for training":
             # A RoI can cut a mask so that rounding decides a column of its target: the losses are compared on the same.

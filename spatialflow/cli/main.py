@@ -592,14 +592,14 @@ def _benchmark_folder() -> Path:
     """`benchmarks` of the source tree, else the copy that is installed with the package."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "benchmarks", package / "benchmarks"):
-        if os.path.isfile(folder / "harness.py"):
+        if os.path.isdir(folder / "harness"):
             return folder
     raise CommandError(f"the benchmark scripts are missing in {package / 'benchmarks'}")
 
 
 def _benchmark(options: argparse.Namespace) -> int:
     folder = _benchmark_folder()
-    scripts = [path for path in folder.glob("*.py") if path.stem != "harness"]
+    scripts = [path for path in folder.glob("*.py") ]
     known = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
     if options.list:
         print("\n".join(known))

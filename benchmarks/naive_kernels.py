@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Textbook CUDA kernels through CuPy: one thread per output, the formula written down, nothing else.
+"""Naive CUDA kernels through CuPy: one thread per output computes the formula.
 
-They are what a first version looks like, and a reference that shares no code with the package. float32, contiguous.
-`SOURCES` is plain C++ except for the CUDA words, so that tests run it on a CPU.
+They are a baseline for a first version of a kernel, and a reference that shares no code with the package. They take
+contiguous float32. `SOURCES` is plain C++ except for CUDA's keywords, so that tests run it on a CPU.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ extern "C" __global__ void paste_masks(const float* logits, const float* boxes, 
 
 
 def launch(name: str, total: int, *arguments: Any) -> None:
-    """Runs a kernel with a thread per output; tensors are handed over without a copy, None as a null pointer."""
+    """Launch a kernel with a thread per output; tensors are passed without a copy, None as a null pointer."""
     kernel = _kernels.get(name)
     if kernel is None:
         kernel = _kernels[name] = cupy.RawKernel(SOURCES[name], name)
@@ -130,7 +130,7 @@ _kernels: dict[str, Any] = {}
 
 
 def _argument(value: Any) -> Any:
-    """As CuPy passes it: pointers and counts of 64 bits, sizes of 32, numbers in float32."""
+    """Convert an argument for CuPy: pointers and counts to 64 bits, sizes to 32 bits, numbers to float32."""
     if value is None:
         return np.uint64(0)
     if isinstance(value, torch.Tensor):
@@ -197,8 +197,9 @@ def paste_masks(probabilities, boxes, size, threshold=0.5, run=launch):
 
 
 def provider(function: Any, first: Any = None) -> Provider | None:
-    """A textbook kernel as a provider, or None without CuPy. Inputs are made float32 and contiguous outside the timing;
-    `first` changes the first of them.
+    """Return a naive kernel as a provider, or None without CuPy.
+
+    Inputs are converted to contiguous float32 outside the timing; `first` transforms the first input.
     """
     if cupy is None:
         return None

@@ -57,7 +57,7 @@ from harness.report import (
     write_figure,
     write_text,
 )
-from harness.timing import measure, measure_kernels, run
+from harness.timing import Call, measure, measure_kernels, run
 
 __all__ = [
     "MODES",
@@ -66,6 +66,7 @@ __all__ = [
     "ROOT",
     "TOLERANCES",
     "Benchmark",
+    "Call",
     "Problem",
     "Provider",
     "commit",

@@ -253,8 +253,8 @@ class Kernel:
     def main_loops(self) -> list[list[int]]:
         """Return the positions of the instructions of each main loop.
 
-        With matrix instructions: the innermost loops that contain some, without those that have less than half as many as
-        another. Otherwise: the innermost loops that contain a load from global memory.
+        With matrix instructions: the innermost loops that contain some, without those that have less than half as many
+        as another. Otherwise: the innermost loops that contain a load from global memory.
         """
         for wanted in (lambda one: one.is_matrix, lambda one: one.is_global_load):
             counts = [(body, sum(wanted(self.code[at]) for at in self.positions(body))) for body in self.loops()]

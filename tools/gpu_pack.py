@@ -5,8 +5,8 @@
     tar xf gpu.tgz && cd spatialflow && python3 tools/gpu_check.py --pack results.tgz     # on the machine with the GPU
 
 The archive contains the files that git tracks, the compiled libraries, and the Hopper probes if they are built. It also
-has wheels of packages that the machine may lack, for its Python and for this one. It is one file of at most 40 MB. `commit.txt` in
-it has the commit.
+has wheels of packages that the machine may lack, for its Python and for this one. It is one file of at most 40 MB.
+`commit.txt` in it has the commit.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from spatialflow.config import DataConfig
 from spatialflow.data.augment import TrainingSample, augment
 from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample, SampleError
-from spatialflow.models.targets import Truth
 from spatialflow.panoptic.rules import Problem
+from spatialflow.structures import GroundTruth
 
 
 class DataSet(Protocol):
@@ -65,14 +65,14 @@ class Batch(NamedTuple):
 
         return Batch(*(apply(value) for value in self))
 
-    def truth(self) -> Truth:
+    def truth(self) -> GroundTruth:
         """The ground truth with one mask per thing."""
         masks = [
             instances[None]
             == torch.arange(1, len(labels) + 1, device=instances.device, dtype=instances.dtype)[:, None, None]
             for instances, labels in zip(self.instances, self.labels)
         ]
-        return Truth(self.boxes, self.labels, masks, self.semantic, self.valid_sizes, self.padded_sizes)
+        return GroundTruth(self.boxes, self.labels, masks, self.semantic, self.valid_sizes, self.padded_sizes)
 
 
 @dataclasses.dataclass(frozen=True)

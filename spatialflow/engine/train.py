@@ -43,8 +43,8 @@ from spatialflow.models.build import build_model
 from spatialflow.models.criterion import Criterion, Losses
 from spatialflow.models.optimized.training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.models.targets import Truth
 from spatialflow.panoptic.rules import Problem
+from spatialflow.structures import GroundTruth
 
 CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
 """Layers whose shape depends on the classes; finetuning starts with them."""
@@ -135,7 +135,7 @@ class _Step(nn.Module):
         super().__init__()
         self.network, self.criterion = network, criterion
 
-    def forward(self, images: Tensor, truth: Truth) -> Losses:
+    def forward(self, images: Tensor, truth: GroundTruth) -> Losses:
         return self.criterion(self.network, images, truth)
 
 

@@ -26,7 +26,7 @@ from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.loader import Schedule, make_loader
 from spatialflow.data.samples import make_sample
 from spatialflow.data.synthetic import make_scene
-from spatialflow.engine import train
+from spatialflow.engine import trainer as trainer_module
 from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
 from spatialflow.models.build import build_model, load_config
@@ -131,12 +131,12 @@ def losses(config: Config, data: CocoPanoptic) -> Any:
 
 def rates(config: Config, data: CocoPanoptic) -> Any:
     """The learning rate of every step."""
-    return [train.learning_rate(step, 2, config.training) for step in range(2 * config.training.epochs)]
+    return [trainer_module.learning_rate(step, 2, config.training) for step in range(2 * config.training.epochs)]
 
 
 def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """The images of every part of every step, the optimizer's settings and the arithmetic of a training run."""
-    trainer = train.Trainer(config, data, folder, ALONE)
+    trainer = trainer_module.Trainer(config, data, folder, ALONE)
     parts = config.training.accumulation_steps
     draws = list(trainer.schedule.draws(0, trainer.total_steps, 0, 1, parts))
     settings = {key: value for key, value in trainer.optimizer.param_groups[0].items() if key != "params"}
@@ -148,8 +148,8 @@ def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
 def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """Final weights of a training run, and how often it evaluates and saves."""
     scores = {"problems": [], "detection": None} | dict.fromkeys(("All", "Things", "Stuff"), {"pq": 0.0})
-    with patch.object(train, "evaluate_network", return_value=scores) as evaluate:
-        trainer = train.Trainer(config, data, folder, ALONE, validation=data)
+    with patch.object(trainer_module, "evaluate_network", return_value=scores) as evaluate:
+        trainer = trainer_module.Trainer(config, data, folder, ALONE, validation=data)
         trainer.log.draw = lambda: None
         with patch.object(trainer, "_keep", wraps=trainer._keep) as keep:
             network = trainer.run()

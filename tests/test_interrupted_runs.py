@@ -289,7 +289,7 @@ def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys
 def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
     from helpers.scenes import write_coco
 
-    from spatialflow.engine.train import Trainer
+    from spatialflow.engine.trainer import Trainer
 
     keep = Trainer._keep
 

@@ -26,7 +26,7 @@ from spatialflow.data.samples import SampleError
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
 from spatialflow.engine.distributed import World, end, leave, synchronize_norms
 from spatialflow.engine.log import TrainingLog, read_log
-from spatialflow.engine.train import Source, Trainer, TrainingError, learning_rate
+from spatialflow.engine.trainer import Source, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
 from spatialflow.panoptic.formats import PanopticFormatError
 
@@ -197,7 +197,7 @@ class TestRun:
 
     def test_interrupted_evaluation_is_made_up_for(self, data, tmp_path, monkeypatch):
         """The run ends in its last evaluation: the same command evaluates and leaves the weights, once."""
-        import spatialflow.engine.train as train
+        import spatialflow.engine.trainer as train
 
         def interrupted(*_):
             raise KeyboardInterrupt
@@ -215,7 +215,7 @@ class TestRun:
 
     def test_evaluation_captures_no_graphs(self, data, tmp_path, monkeypatch):
         """They would take memory beside that of training, and each evaluation would capture its own."""
-        import spatialflow.engine.train as train
+        import spatialflow.engine.trainer as train
 
         given, make = [], train.Predictor
         monkeypatch.setattr(train, "Predictor", lambda *args, **kwargs: given.append(kwargs) or make(*args, **kwargs))
@@ -225,7 +225,7 @@ class TestRun:
     @pytest.mark.parametrize("epochs", [1, 2])
     def test_an_evaluation_that_fails_leaves_the_weights(self, data, tmp_path, monkeypatch, epochs):
         """Of the epoch before it, also where the run was to go on."""
-        import spatialflow.engine.train as train
+        import spatialflow.engine.trainer as train
 
         def failing(*_):
             raise RuntimeError("cannot be scored")

@@ -79,7 +79,7 @@ def run_train(options: argparse.Namespace) -> int:
     from spatialflow.data.samples import SampleError
     from spatialflow.engine import distributed
     from spatialflow.engine.checkpoints import CheckpointError
-    from spatialflow.engine.train import Source, Trainer, TrainingError, idle_settings
+    from spatialflow.engine.trainer import Source, Trainer, TrainingError, idle_settings
     from spatialflow.panoptic import PanopticFormatError
 
     check_count("--workers", options.workers, least=0)

@@ -448,7 +448,7 @@ def _run_of() -> tuple[Any, Any]:
 
     from spatialflow.data.coco import CocoPanoptic
     from spatialflow.engine.distributed import World
-    from spatialflow.engine.train import Trainer
+    from spatialflow.engine.trainer import Trainer
 
     config = load_config("tiny", **SMALL, epochs=2)
     data = CocoPanoptic(_scenes() / "panoptic.json", _scenes() / "images", None, scene_categories())
@@ -464,7 +464,7 @@ def _run_of() -> tuple[Any, Any]:
 
 
 def _read_run(folder: Path, base: int, changes: list) -> int:
-    from spatialflow.engine.train import TrainingError
+    from spatialflow.engine.trainer import TrainingError
 
     trainer, content = _run_of()
     trainer.folder = folder

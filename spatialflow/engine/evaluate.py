@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
-from spatialflow.engine.distributed import World
+from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.predict import Outcome, Predictor
 from spatialflow.files import atomic_write
 from spatialflow.images import ImageError
@@ -37,7 +37,7 @@ class ScoredData(Protocol):
 
 
 def evaluate_network(
-    predictor: Predictor, data: ScoredData, folder: Path, world: World, progress: bool = False
+    predictor: Predictor, data: ScoredData, folder: Path, process_group: ProcessGroup, progress: bool = False
 ) -> dict[str, Any]:
     """Predicts every image of a data set and scores the results; several processes share the images.
 
@@ -45,7 +45,7 @@ def evaluate_network(
         predictor: the network.
         data: images with ground truth.
         folder: gets `panoptic.json`, `panoptic/` (PNGs), `detections.json` (COCO results) and `scores.json`.
-        world: the processes.
+        process_group: the processes.
         progress: show a bar.
 
     Returns:
@@ -56,12 +56,12 @@ def evaluate_network(
     Raises:
         PanopticFormatError: the ground truth breaks the format, or not one image can be scored.
     """
-    truth, truth_path, truth_folder, problems = _read_truth(data, folder, world)
+    truth, truth_path, truth_folder, problems = _read_truth(data, folder, process_group)
     by_id = {image_id: index for index, image_id in enumerate(data.image_ids)}
-    wanted = truth["annotations"][world.rank :: world.size]
+    wanted = truth["annotations"][process_group.rank :: process_group.size]
     writer = PanopticWriter(
         folder / "panoptic",
-        folder / f"panoptic{world.rank or ''}.json",  # the first process's name is that of the result
+        folder / f"panoptic{process_group.rank or ''}.json",  # the first process's name is that of the result
         predictor.categories.as_coco(),
         detections_path=folder / "detections.json",
     )
@@ -85,7 +85,7 @@ def evaluate_network(
         closing(predictor.outcomes(paths)) as outcomes,
         closing(map_ahead(score, zip(wanted, outcomes), threads=1, ahead=SCORED_AHEAD)) as scored,
     ):
-        for row in _with_progress(scored, len(wanted)) if progress and world.is_first else scored:
+        for row in _with_progress(scored, len(wanted)) if progress and process_group.is_first else scored:
             try:
                 image_id, counted, met = row.result()
             except (ImageError, PanopticFormatError) as error:
@@ -93,16 +93,16 @@ def evaluate_network(
                 continue
             counts[image_id] = counted
             reported += met
-    parts = world.gather((list(writer.rows()), counts, problems, reported))
+    parts = process_group.gather((list(writer.rows()), counts, problems, reported))
     counts = {image_id: counted for part in parts for image_id, counted in part[1].items()}
     problems = [message for part in parts for message in part[2]]
     if not counts:
         last = f"; the last: {problems[-1]}" if problems else ""
         raise PanopticFormatError(f"none of {len(data)} images to evaluate on can be used{last}")
     reported = [problem for part in parts for problem in part[3]]
-    if world.is_first and reported:
+    if process_group.is_first and reported:
         warnings.warn(summary(reported, str(truth_path)), AnnotationWarning, stacklevel=2)
-    if world.is_first:
+    if process_group.is_first:
         for rows, *_ in parts[1:]:
             writer.extend(rows)
         writer.write_json()
@@ -116,7 +116,7 @@ def evaluate_network(
         with atomic_write(folder / "scores.json", "w") as file:
             json.dump(scores, file, indent=1)
     writer.close()
-    return world.gather(scores if world.is_first else None)[0]
+    return process_group.gather(scores if process_group.is_first else None)[0]
 
 
 def _with_progress(rows: Iterable[Any], count: int) -> Iterable[Any]:
@@ -125,13 +125,15 @@ def _with_progress(rows: Iterable[Any], count: int) -> Iterable[Any]:
     return tqdm(rows, desc="evaluate", total=count, leave=False)
 
 
-def _read_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str, Any], Path, Path, list[str]]:
+def _read_truth(
+    data: ScoredData, folder: Path, process_group: ProcessGroup
+) -> tuple[dict[str, Any], Path, Path, list[str]]:
     """The ground truth, its JSON, the folder of its PNGs, and (in the first process) messages about images that it
     lacks.
     """
-    if world.is_first:
+    if process_group.is_first:
         data.panoptic_truth(folder)  # data sets that must write it do so once, before the others look for it
-    world.wait()
+    process_group.wait()
     json_path, png_folder = data.panoptic_truth(folder)
     content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)
     listed = {annotation["image_id"] for annotation in content["annotations"]}
@@ -140,4 +142,4 @@ def _read_truth(data: ScoredData, folder: Path, world: World) -> tuple[dict[str,
         for name, image_id in zip(data.names, data.image_ids)
         if image_id not in listed
     ]
-    return content, json_path, png_folder, problems if world.is_first else []
+    return content, json_path, png_folder, problems if process_group.is_first else []

@@ -228,9 +228,9 @@ def _summary(trainer: Any) -> str:
         )
         precision = ((kind, last.get(f"{kind}_ap", -1)) for kind in ("box", "mask"))
         parts += [f"{kind} AP {100 * value:.2f}" for kind, value in precision if value >= 0]  # -1: nothing annotated
-    if trainer.problems:
-        parts.append(f"{len(trainer.problems)} images or annotations could not be used")
-    if trainer.notes:
-        counts = ", ".join(f"{len(seen)} x {rule}" for rule, seen in trainer.notes.items())
+    if trainer.reporter.problems:
+        parts.append(f"{len(trainer.reporter.problems)} images or annotations could not be used")
+    if trainer.reporter.count_by_rule:
+        counts = ", ".join(f"{count} x {rule}" for rule, count in trainer.reporter.count_by_rule.items())
         parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

@@ -34,6 +34,11 @@ class ProblemReporter:
         self._log = log
         self._hashes_by_rule: dict[str, set[int]] = {}  # of the texts, which would take much memory
 
+    @property
+    def count_by_rule(self) -> dict[str, int]:
+        """Number of annotations that break each rule and were used."""
+        return {rule: len(hashes) for rule, hashes in self._hashes_by_rule.items()}
+
     def report(self, problems: Sequence[str | Problem], step: int) -> None:
         """Report messages about unusable images, and annotations that were used although they break a rule.
 

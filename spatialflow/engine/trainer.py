@@ -98,7 +98,7 @@ def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
 class _Step(nn.Module):
     """Network and criterion as one module, so that DistributedDataParallel sees every use of a parameter."""
 
-    def __init__(self, network: SpatialFlow, criterion: Criterion):
+    def __init__(self, network: SpatialFlow, criterion: Criterion) -> None:
         super().__init__()
         self.network, self.criterion = network, criterion
 

@@ -470,7 +470,9 @@ def _read_run(folder: Path, base: int, changes: list) -> int:
     trainer.store.folder = folder
     trainer.store.path.write_bytes(_edited_torch_file(content, base == 1, changes))
     try:
-        trainer.step = trainer.store.restore()  # all that a run in that folder does with the file; making one takes ten times as long
+        trainer.step = (
+            trainer.store.restore()
+        )  # all that a run in that folder does with the file; making one takes ten times as long
     except TrainingError as error:
         raise CheckpointError(str(error)) from None
     for parameter in trainer.network.parameters():

@@ -20,7 +20,7 @@ from untrained import settle_norms
 from spatialflow import build_model
 from spatialflow.models.criterion import Criterion
 from spatialflow.models.optimized.training import optimize_for_training
-from spatialflow.models.targets import Truth
+from spatialflow.structures import GroundTruth
 
 COMPARED = tuple(
     f"{module}.weight"
@@ -54,7 +54,7 @@ def training(kind: str, device: torch.device):
     return model, network, torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)  # so slow that steps stay alike
 
 
-def step(kind: str, images: torch.Tensor, truth: Truth) -> list[torch.Tensor]:
+def step(kind: str, images: torch.Tensor, truth: GroundTruth) -> list[torch.Tensor]:
     model, network, optimizer = training(kind, images.device)
     if kind != "plain":
         images = images.contiguous(memory_format=torch.channels_last)
@@ -80,7 +80,7 @@ def setup(height: int, width: int, batch: int = 2, things: int = 8) -> Problem:
     size = torch.tensor([[height, width]] * batch)
     labels = list(torch.randint(80, (batch, things)))
     semantic = torch.randint(54, (batch, height, width), dtype=torch.uint8)
-    truth = Truth(boxes, labels, masks, semantic, size, size)
+    truth = GroundTruth(boxes, labels, masks, semantic, size, size)
     return Problem(inputs=(torch.randn(batch, 3, height, width), truth), features=(0,))
 
 

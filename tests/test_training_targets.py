@@ -16,7 +16,8 @@ from spatialflow.models import criterion as losses_module
 from spatialflow.models.build import build_model
 from spatialflow.models.criterion import Criterion, focal_loss_sum, l1_loss_sum, mask_loss_sum, stuff_loss_sum
 from spatialflow.models.optimized.training import optimize_for_training
-from spatialflow.models.targets import Truth, anchor_targets, assign, box_iou, mask_targets, thing_targets
+from spatialflow.models.targets import anchor_targets, assign, box_iou, mask_targets, thing_targets
+from spatialflow.structures import GroundTruth
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,16 @@ class TestAssign:
         z = ops("assign")
         boxes, truth = torch.from_numpy(z["mask_boxes"]), torch.from_numpy(z["gts"])
         np.testing.assert_array_equal(released(assign(boxes, truth, 0.5, 0.5, claim_iou=0.5)), z["mask_full_gt_inds"])
-        one = Truth(
+        one = GroundTruth(
             [truth], [torch.from_numpy(z["gt_labels"])], [torch.ones(6, 48, 64, dtype=torch.uint8)], None, None, None
         )
         things = thing_targets([boxes], one, 28)
         np.testing.assert_array_equal(things.rois[:, 1:], z["sampler_full_pos_bboxes"])
         np.testing.assert_array_equal(things.labels, z["sampler_full_pos_labels"])
         np.testing.assert_array_equal(things.assigned, z["sampler_full_pos_assigned_gt"])
-        empty = Truth([truth[:0]], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 48, 64)], None, None, None)
+        empty = GroundTruth(
+            [truth[:0]], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 48, 64)], None, None, None
+        )
         assert thing_targets([boxes], empty, 28).masks.shape == (0, 28, 28)
 
     def test_later_truth_wins_ties_and_low_overlaps_are_claimed(self):
@@ -149,7 +152,7 @@ def golden_batch(goldens):
     semantic = torch.from_numpy(z["gt_semantic_seg"])[:, 0].clone()
     valid = torch.tensor([meta["img_shape"][:2] for meta in info["metas"]])
     padded = torch.tensor([meta["pad_shape"][:2] for meta in info["metas"]])
-    truth = Truth(
+    truth = GroundTruth(
         [torch.from_numpy(z[f"gt_bboxes_img{i}"]) for i in range(2)],
         [torch.from_numpy(z[f"gt_labels_img{i}"]).long() for i in range(2)],
         masks,
@@ -264,7 +267,7 @@ class TestReleasedStep:
 class TestEmptyBatches:
     def truth(self, boxes):
         k = len(boxes)
-        return Truth(
+        return GroundTruth(
             [torch.tensor(boxes).reshape(-1, 4)],
             [torch.zeros(k, dtype=torch.int64)],
             [torch.ones(k, 64, 96)],

@@ -13,8 +13,9 @@ from spatialflow.config import Config
 from spatialflow.models.anchors import STRIDES, valid_flags
 from spatialflow.models.postprocess import detect, pyramid_anchors, pyramid_base_anchors
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
-from spatialflow.models.targets import AnchorTargets, ThingTargets, Truth, anchor_targets, thing_targets
+from spatialflow.models.targets import AnchorTargets, ThingTargets, anchor_targets, thing_targets
 from spatialflow.ops import select_candidates, sigmoid_focal_loss
+from spatialflow.structures import GroundTruth
 
 IGNORED_PIXEL = 255
 """Value of pixels without a label in semantic maps."""
@@ -135,7 +136,7 @@ class Criterion:
         self.proposal_config = replace(config.test, nms_threshold=config.training.proposal_nms_threshold)
         self._base: Tensor | None = None
 
-    def __call__(self, network: SpatialFlow, images: Tensor, truth: Truth) -> Losses:
+    def __call__(self, network: SpatialFlow, images: Tensor, truth: GroundTruth) -> Losses:
         """Runs the network on a batch and compares.
 
         Args:
@@ -167,7 +168,7 @@ class Criterion:
         return Losses(cls / count[0], box / count[0], thing, stuff)
 
     @torch.no_grad()
-    def anchor_targets(self, output: NetworkOutput, truth: Truth) -> AnchorTargets:
+    def anchor_targets(self, output: NetworkOutput, truth: GroundTruth) -> AnchorTargets:
         """Targets of all anchors of the output's levels."""
         model, training = self.config.model, self.config.training
         device = output.class_logits[0].device
@@ -181,7 +182,7 @@ class Criterion:
         )
 
     @torch.no_grad()
-    def thing_targets(self, output: NetworkOutput, truth: Truth) -> ThingTargets:
+    def thing_targets(self, output: NetworkOutput, truth: GroundTruth) -> ThingTargets:
         """RoIs and masks: all ground truth, and the head's present detections at network scale that fit one."""
         model = self.config.model
         candidates = select_candidates(
@@ -231,6 +232,6 @@ class Criterion:
         rois = things.rois.new_tensor([[0, 0, 0, 1, 1]])
         return network.thing_logits(output.thing_features, rois, things.labels.new_zeros(1)).float().sum() * 0
 
-    def _stuff_sum(self, logits: Tensor, truth: Truth) -> Tensor:
+    def _stuff_sum(self, logits: Tensor, truth: GroundTruth) -> Tensor:
         """Semantic loss of the logits at stride 4."""
         return stuff_loss_sum(logits, truth.semantic)

@@ -11,23 +11,13 @@ from torch import Tensor
 
 from spatialflow.models.anchors import encode_boxes
 from spatialflow.ops import roi_align
+from spatialflow.structures import GroundTruth
 
 BACKGROUND = -1
 """Assigned ground truth of an anchor or proposal that overlaps none enough."""
 
 IGNORED = -2
 """Assigned ground truth of an anchor that is neither positive nor background; it takes no part in the losses."""
-
-
-class Truth(NamedTuple):
-    """Ground truth of a batch of N images at the network's scale."""
-
-    boxes: list[Tensor]  # N x (K_i, 4) float32, (x1, y1, x2, y2) in pixels
-    labels: list[Tensor]  # N x (K_i,) int64 thing labels
-    masks: list[Tensor]  # N x (K_i, H, W) bool or uint8
-    semantic: Tensor  # (N, H, W) uint8, 255 where ignored (padding included)
-    valid_sizes: Tensor  # (N, 2) int64, height and width without padding
-    padded_sizes: Tensor  # (N, 2) int64, height and width that each image alone is padded to
 
 
 class AnchorTargets(NamedTuple):
@@ -133,7 +123,9 @@ def anchor_targets(
     return AnchorTargets(torch.stack(batch_labels), torch.cat(positive), torch.cat(deltas), counts)
 
 
-def thing_targets(proposals: Sequence[Tensor], truth: Truth, mask_size: int, positive_iou: float = 0.5) -> ThingTargets:
+def thing_targets(
+    proposals: Sequence[Tensor], truth: GroundTruth, mask_size: int, positive_iou: float = 0.5
+) -> ThingTargets:
     """Positive proposals and their mask targets.
 
     Args:

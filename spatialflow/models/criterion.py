@@ -15,10 +15,7 @@ from spatialflow.models.postprocess import detect, pyramid_anchors, pyramid_base
 from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
 from spatialflow.models.targets import AnchorTargets, ThingTargets, anchor_targets, thing_targets
 from spatialflow.ops import select_candidates, sigmoid_focal_loss
-from spatialflow.structures import GroundTruth
-
-IGNORED_PIXEL = 255
-"""Value of pixels without a label in semantic maps."""
+from spatialflow.structures import UNLABELED, GroundTruth
 
 ROWS_AT_ONCE = 16
 """Rows of the stuff loss that are worked on together on the CPU; their logits stay in cache."""
@@ -94,7 +91,7 @@ class _EnlargedCrossEntropy(torch.autograd.Function):
             first, last = (max(start * (h - 1) // max(height - 1, 1) - 1, 0), (start + rows) * h // height + 2)
             weights = along_y[start : start + rows, first:last]  # (R, rows of `wide` that the band touches)
             band = (weights @ wide[first:last].flatten(1)).view(-1, classes)  # (R * W, C)
-            counted = labels != IGNORED_PIXEL
+            counted = labels != UNLABELED
             labels = torch.where(counted, labels, 0)[:, None]
             log_shares = band.log_softmax(dim=1)
             total -= (log_shares.gather(1, labels)[:, 0] * counted).sum()
@@ -155,7 +152,7 @@ class Criterion:
             [
                 targets.counts.clamp(min=1).sum(),
                 targets.counts.new_tensor(0 if things is None else len(things.rois)),
-                (truth.semantic != IGNORED_PIXEL).sum(),
+                (truth.semantic != UNLABELED).sum(),
             ]
         ).float()
         count = self.average(count).clamp(min=1e-6)  # (3,) anchors, RoIs, pixels

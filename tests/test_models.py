@@ -8,7 +8,7 @@ from torch import nn
 
 from spatialflow.models.build import build_model
 from spatialflow.models.fpn import FPN
-from spatialflow.models.heads import BoxHead, StuffHead, ThingHead
+from spatialflow.models.heads import BoxHead, StuffHead, ThingHead, upsample_stuff_logits
 from spatialflow.models.resnet import ResNet
 from spatialflow.models.subnets import Subnets
 
@@ -154,7 +154,7 @@ def test_class_prior_and_head_shapes():
     assert thing(rois[:0], labels[:0]).shape == (0, 28, 28)
     stuff = StuffHead(8, 8, 7, 4)
     logits = stuff([torch.randn(2, 8, 16, 8), torch.randn(2, 8, 8, 4), torch.randn(2, 8, 4, 2)])
-    assert logits.shape == (2, 7, 32, 16) and stuff.enlarge(logits).shape == (2, 7, 128, 64)
+    assert logits.shape == (2, 7, 32, 16) and upsample_stuff_logits(logits).shape == (2, 7, 128, 64)
 
 
 @pytest.mark.parametrize(

@@ -276,10 +276,10 @@ class TestRun:
         config = small(images_per_step=4, accumulation_steps=2, warmup_iterations=0, gradient_clip_norm=None)
         trainer = Trainer(config, data, tmp_path, ALONE)
         from spatialflow.data.loader import make_loader
-        from spatialflow.models.criterion import Criterion
+        from spatialflow.models.training_step import TrainingStep
 
         parts = [
-            Criterion(config)(build_like(trainer), batch.images, batch.truth()).total().item()
+            TrainingStep(build_like(trainer), config)(batch.images, batch.truth()).total().item()
             for batch in make_loader(data, config.data, trainer.schedule.draws(0, 1, 0, 1, 2))
         ]
         trainer.run()

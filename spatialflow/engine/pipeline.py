@@ -204,11 +204,12 @@ class Pipeline:
             times: as for a call.
         """
         with stopwatch(times, "network"):
-            passes = [self._dense(view_images) for view_images in images]
+            passes = [[network(view_images) for network in self.networks] for view_images in images]
+            stuff_logits = [_mean_stuff_logits(outputs) for outputs in passes]
         with stopwatch(times, "detect"):
             candidates = [
                 self._candidates(view, network, output)
-                for view, (outputs, _) in zip(plan, passes)
+                for view, outputs in zip(plan, passes)
                 for network, output in enumerate(outputs)
             ]
             joined = candidates[0] if len(candidates) == 1 else Candidates(*map(_join, zip(*candidates)))
@@ -218,7 +219,7 @@ class Pipeline:
             enters = self._enters(scores, labels)
             entering = torch.where(enters.unsqueeze(-1), boxes, float("nan"))
         logits = None
-        if passes[0][0][0].thing_features is not None:
+        if passes[0][0].thing_features is not None:
             with stopwatch(times, "masks"):
                 masked = boxes if self.detection_masks else self._that_enter(entering)
                 if self.reads_counts:
@@ -228,18 +229,11 @@ class Pipeline:
                 classes = labels[:, : masked.shape[1]]
                 parts = [
                     self._mask_logits(view, network, output.thing_features, masked, classes, wanted)
-                    for view, (outputs, _) in zip(plan, passes)
+                    for view, outputs in zip(plan, passes)
                     for network, output in zip(self.networks, outputs)
                 ]
                 logits = parts[0] if len(parts) == 1 else postprocess.mean_mask_logits(parts)
-        return Recognized(boxes, scores, labels, found.count, entering, logits, [stuff for _, stuff in passes])
-
-    def _dense(self, images: Tensor) -> tuple[list[NetworkOutput], Tensor | None]:
-        """What each network says of a view, and the mean of their stuff logits at stride 4."""
-        outputs, quarter_logits = zip(*(network.dense(images) for network in self.networks))
-        if quarter_logits[0] is None or len(quarter_logits) == 1:
-            return list(outputs), quarter_logits[0]
-        return list(outputs), torch.stack(quarter_logits).float().mean(dim=0)
+        return Recognized(boxes, scores, labels, found.count, entering, logits, stuff_logits)
 
     def _candidates(self, view: View, network: int, output: NetworkOutput) -> Candidates:
         found = select_candidates(
@@ -270,15 +264,15 @@ class Pipeline:
         logits = logits.unflatten(0, labels.shape)
         return logits.flip(-1) if view.mirrored else logits
 
-    def _stuff_labels(self, image: int, plan: list[View], quarter_logits: list[Tensor | None]) -> Tensor:
+    def _stuff_labels(self, image: int, plan: list[View], view_logits: list[Tensor | None]) -> Tensor:
         """(H, W) labels of one image; without a stuff head zeros, which with no label to be counted are void."""
         fitted = plan[0].fitted[image]
-        if quarter_logits[0] is None:
+        if view_logits[0] is None:
             return torch.zeros(fitted.original_size, dtype=torch.uint8, device=self.device)
         if len(plan) == 1:
-            return stuff_labels(quarter_logits[0][image], fitted.valid_size, fitted.original_size)
-        total = torch.zeros((quarter_logits[0].shape[1], *fitted.original_size), device=self.device)
-        for view, logits in zip(plan, quarter_logits):
+            return stuff_labels(view_logits[0][image], fitted.valid_size, fitted.original_size)
+        total = torch.zeros((view_logits[0].shape[1], *fitted.original_size), device=self.device)
+        for view, logits in zip(plan, view_logits):
             valid_size = view.fitted[image].valid_size
             total += postprocess.resized_stuff_logits(logits[image], valid_size, fitted.original_size, view.mirrored)
         return total.argmax(dim=0)
@@ -327,6 +321,13 @@ class Pipeline:
     def _leading(self, wanted: Tensor) -> int:
         """How many leading rows hold all that is wanted, (..., D) bool: where counts are not read, all D."""
         return int(wanted.sum(-1).max()) if self.reads_counts else wanted.shape[-1]
+
+
+def _mean_stuff_logits(outputs: Sequence[NetworkOutput]) -> Tensor | None:
+    """Average the stuff logits of several networks, at stride 4."""
+    if outputs[0].stuff_logits is None or len(outputs) == 1:
+        return outputs[0].stuff_logits
+    return torch.stack([output.stuff_logits for output in outputs]).float().mean(dim=0)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

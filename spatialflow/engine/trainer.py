@@ -40,11 +40,11 @@ from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
 from spatialflow.files import atomic_write
 from spatialflow.models.build import build_model
-from spatialflow.models.criterion import Criterion, Losses
+from spatialflow.models.criterion import Losses
 from spatialflow.models.optimized.training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.models.training_step import TrainingStep
 from spatialflow.panoptic.rules import Problem
-from spatialflow.structures import GroundTruth
 
 CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
 """Layers whose shape depends on the classes; finetuning starts with them."""
@@ -126,17 +126,6 @@ def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
             f"warm-up"
         )
     return found
-
-
-class _Step(nn.Module):
-    """Network and criterion as one module, so that DistributedDataParallel sees every use of a parameter."""
-
-    def __init__(self, network: SpatialFlow, criterion: Criterion):
-        super().__init__()
-        self.network, self.criterion = network, criterion
-
-    def forward(self, images: Tensor, truth: GroundTruth) -> Losses:
-        return self.criterion(self.network, images, truth)
 
 
 class Trainer:
@@ -298,7 +287,7 @@ class Trainer:
             parameter.requires_grad_(name in self.trained and (not class_layers_alone or name.startswith(CLASS_LAYERS)))
         on_cpu, mixed = self.world.device.type == "cpu", self.config.training.mixed_precision is not None
         network = self.network if on_cpu and mixed else optimize_for_training(self.network)
-        module = _Step(network, Criterion(self.config, self.world.average if self.world.size > 1 else None))
+        module = TrainingStep(network, self.config, self.world.average if self.world.size > 1 else None)
         if self.world.size == 1:
             return module
         devices = [self.world.device] if self.world.device.type == "cuda" else None

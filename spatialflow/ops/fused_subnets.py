@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from spatialflow.ops.flow_conv2d import (
     pack_conv3x3,
 )
 from spatialflow.ops.layout import memory_format_of
+from spatialflow.ops.subnet_schedule import run_subnets
 
 Conv = tuple[Tensor, Tensor | None] | PackedConv
 """(weight (C_out, C_in, 3, 3), bias (C_out,) or None), or the same packed."""
@@ -196,46 +197,38 @@ def _check(levels: list[Tensor], parameters: SubnetParameters) -> None:
                 )
 
 
-def _at(convs: Sequence[Any], index: int) -> Any:
-    return convs[index] if index < len(convs) else None
-
-
 def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str) -> SubnetOutput:
-    """The tower of calls of `flow_conv2d`."""
+    """Run the sub-networks by calls of `flow_conv2d`."""
 
-    def run(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
+    def convolve(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
         if isinstance(conv, PackedConv):
             return flow_conv2d(x, flow, conv, None, relu)
         return flow_conv2d(x, flow, *conv, relu, algorithm)
 
-    def flow_of(conv: Conv | None, x: list[Tensor], count: int) -> list[Tensor] | None:
-        return None if conv is None else run(x[:count], None, conv, False)
+    def run_flow(conv: Conv, x: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+        return convolve(x[: len(like)], None, conv, False)
 
-    def plus(x: list[Tensor], flow: list[Tensor] | None) -> list[Tensor]:
-        return x if flow is None else [one + other for one, other in zip(x, flow)]
+    def run_stage(
+        stage: Conv, flow: Conv | None, x: list[Tensor], source: list[Tensor], semantic: list[Tensor] | None
+    ) -> list[Tensor]:
+        x = x if semantic is None else add(x, semantic)
+        return convolve(x, None if flow is None else run_flow(flow, source, x), stage, True)
+
+    def add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        return [x + y for x, y in zip(a, b, strict=True)]
 
     source = parameters.flow_source or "reg"
-    follower = "cls" if source == "reg" else "reg"
-    large = levels[: parameters.segmentation_levels]
-    f = {"cls": levels, "reg": levels, "stuff": large}
-    flows = {follower: parameters.flow_cls, "stuff": parameters.flow_stuff}
-    stages = {name: getattr(parameters, name) for name in f}
-    for s in range(max(map(len, stages.values()))):
-        if s < len(stages[source]):
-            f[source] = run(f[source], None, stages[source][s], True)
-        for name in (follower, "stuff"):
-            if s < len(stages[name]):
-                flow = flow_of(_at(flows[name], s), f[source], len(f[name]))
-                f[name] = run(f[name], flow, stages[name][s], True)
-    for name in (follower, "stuff"):
-        if not stages[name]:
-            f[name] = plus(f[name], flow_of(_at(flows[name], 0), f[source], len(f[name])))
-    thing = large
-    for s in range(max(len(parameters.thing), 1)):
-        thing = plus(thing, flow_of(_at(parameters.semantic_flow, s), f["stuff"], len(large)))
-        flow = flow_of(_at(parameters.flow_thing, s), f[source], len(large))
-        thing = run(thing, flow, parameters.thing[s], True) if parameters.thing else plus(thing, flow)
-    return SubnetOutput(*(list(x) for x in (f["cls"], f["reg"], f["stuff"], thing)))
+    segmentation = levels[: parameters.segmentation_levels]
+    inputs = {"cls": levels, "reg": levels, "stuff": segmentation, "thing": segmentation}
+    stages = {name: getattr(parameters, name) for name in inputs}
+    flows = {
+        "cls" if source == "reg" else "reg": parameters.flow_cls,
+        "stuff": parameters.flow_stuff,
+        "thing": parameters.flow_thing,
+        "semantic": parameters.semantic_flow,
+    }
+    features = run_subnets(inputs, stages, flows, source, run_stage, run_flow, add)
+    return SubnetOutput(**{name: list(feature) for name, feature in features.items()})
 
 
 def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:

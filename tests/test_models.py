@@ -118,7 +118,7 @@ def test_semantic_flow_and_absent_flows():
 
 
 def test_equations_one_to_three():
-    """A tower written out by hand for two stages."""
+    """Two stages written out by hand."""
     torch.manual_seed(1)
     net = Subnets(3, 3, detection_stages=2, stuff_stages=2, thing_stages=1)
     for parameter in net.parameters():

@@ -21,7 +21,7 @@ class Targets(NamedTuple):
 
     anchors: AnchorTargets
     things: ThingTargets | None  # None without a thing head
-    semantic: Tensor  # (N, H, W) uint8, UNLABELED where there is no label
+    semantic: Tensor  # (N, H, W) uint8, UNLABELED for pixels without a label
 
 
 class TargetAssigner:

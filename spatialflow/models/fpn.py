@@ -10,8 +10,8 @@ from torch.nn import functional as F
 class FPN(nn.Module):
     """Feature pyramid: [C3, C4, C5] -> [P3, ..., P7], each (N, channels, H / stride, W / stride), strides 8 to 128.
 
-    P3 to P5 come top-down from C3 to C5. P6 is a strided convolution of C5, P7 one of P6, without a ReLU between. There
-    are no norms.
+    P3 to P5 come top-down from C3 to C5. P6 is a strided convolution of C5, P7 one of P6, without a ReLU between.
+    Convolutions have a bias and no norm.
 
     Args:
         in_channels: channels of C3, C4, C5.

@@ -130,7 +130,7 @@ class Subnets(nn.Module):
     def flows(self) -> dict[str, nn.ModuleList]:
         """Flow convolutions into each sub-network, by name, without the source; "semantic": those from stuff to thing.
 
-        A list is empty where there is no flow.
+        The list of a sub-network without flows is empty.
         """
         flows = {name: self.get_submodule(f"flow_{name}") for name in SUBNETS if name != self.source}
         return flows | {"semantic": self.semantic_flow}
@@ -139,7 +139,7 @@ class Subnets(nn.Module):
         """The parameters of the operator `fused_subnets`, for a network without deformable stages.
 
         Args:
-            convert: what the operator gets for a convolution; None: its (weight, bias), through which gradients flow.
+            convert: makes the operator's argument from a convolution; None: (weight, bias), through which gradients flow.
         """
         convert = convert or (lambda conv: (conv.weight, conv.bias))
         flows = self.flows()

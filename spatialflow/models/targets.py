@@ -52,8 +52,8 @@ def assign(boxes: Tensor, truth: Tensor, positive_iou: float, negative_iou: floa
     Args:
         boxes: (A, 4) anchors or proposals.
         truth: (K, 4) ground-truth boxes.
-        positive_iou: a box at or above it belongs to its best ground truth.
-        negative_iou: a box below it is background; those between are ignored.
+        positive_iou: a box whose best IoU is at least this gets that ground truth.
+        negative_iou: a box whose best IoU is below this is background; boxes in between are ignored.
         claim_iou: a ground truth whose best IoU is at least this also claims every box tied at that IoU. The last
             ground truth that claims a box gets it. With claim_iou 0 a zero-area ground truth (IoU 0 everywhere)
             claims every box; data sets must not contain such boxes.
@@ -131,8 +131,8 @@ def thing_targets(
             them.
         truth: the batch's ground truth.
         mask_size: side of the masks.
-        positive_iou: a detection at or above it belongs to its best ground truth, whatever its class. The detection
-            of highest IoU with a ground truth belongs to that one, if the IoU is at least this.
+        positive_iou: a detection whose best IoU is at least this gets that ground truth, whatever its class. A ground
+            truth also claims the detection of highest IoU with it, if that IoU is at least this.
 
     Returns:
         ThingTargets, image by image, ground truth first; K may be 0.

@@ -31,7 +31,7 @@ def run_subnets(
             into thing. A stage beyond the end of a list, or with None there, has no flow.
         source: "cls" or "reg", the sub-network from which the other flows come.
         run_stage: (stage, flow convolution or None, input, source feature, semantic flow or None) -> the output of a
-            stage. For the stages of the source the flow convolution is None.
+            stage. The stages of the source get no flow convolution.
         run_flow: (flow convolution, feature, like) -> the flow, for the levels of `like`.
         add: the sum of two features.
 

@@ -62,7 +62,7 @@ class FusedBottleneck(nn.Module):
             self.downsample.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the block; may overwrite `x` where there is no downsampling."""
+        """Run the block; without downsampling it may overwrite `x`."""
         out = self.conv2(self.conv1(x))
         return self.conv3(out, residual=x if self.downsample is None else self.downsample(x))
 

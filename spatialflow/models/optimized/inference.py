@@ -29,9 +29,9 @@ def optimize_for_inference(
 
     Returns:
         A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no
-        weights with `model`, and cannot be trained. It can be pickled and copied: packed weights are packed again
-        where it is loaded, for the instruction set there, and where `.to` moves it to another device or dtype. Images
-        of another dtype than its weights raise a RuntimeError.
+        weights with `model`, and cannot be trained. It can be pickled and copied. Its weights are packed again on
+        loading, for the instruction set there, and when `.to` changes device or dtype. Images of another dtype than
+        its weights raise a RuntimeError.
     """
     with torch.no_grad():
         source = copy.deepcopy(model).to(device)

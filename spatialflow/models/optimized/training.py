@@ -188,7 +188,7 @@ def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
     convolutions and the focal loss are operators of the package anyway.
 
     Args:
-        model: in training mode. It keeps the parameters, and is what is saved and evaluated.
+        model: in training mode. It keeps the parameters: checkpoints and evaluation use it.
 
     Returns:
         A SpatialFlow that computes the same outputs to rounding; gradients arrive at the parameters of `model`. Its

@@ -139,7 +139,7 @@ class Subnets(nn.Module):
         """The parameters of the operator `fused_subnets`, for a network without deformable stages.
 
         Args:
-            convert: makes the operator's argument from a convolution; None: (weight, bias), through which gradients flow.
+            convert: makes the operator's argument from a convolution; None: (weight, bias), which have gradients.
         """
         convert = convert or (lambda conv: (conv.weight, conv.bias))
         flows = self.flows()

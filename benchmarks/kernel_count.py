@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 
 from spatialflow.engine import pipeline as pipeline_module
 from spatialflow.engine.pipeline import Pipeline
-from spatialflow.engine.predict import STAGES
 from spatialflow.models.build import build_model
 from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.ops.layout import is_channels_last
@@ -186,14 +185,14 @@ def name_stages(pipeline: Pipeline, within: Callable[[str], Any]) -> None:
         module = getattr(network, name, None)
         if isinstance(module, torch.nn.Module):
             module.forward = _inside(within, name, module.forward)
-    stopwatch = pipeline_module.stopwatch
+    stage = pipeline_module.stage
 
     @contextlib.contextmanager
-    def named(times: dict[str, float], stage: str) -> Iterator[None]:
-        with within(stage), stopwatch(times, stage):
+    def named(name: str) -> Iterator[None]:
+        with within(name), stage(name):
             yield
 
-    pipeline_module.stopwatch = named
+    pipeline_module.stage = named
 
 
 def _inside(within: Callable[[str], Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,16 +209,16 @@ def count(config: str, size: tuple[int, int], dtype: torch.dtype, batch: int = 1
     model = build_model(config, **overrides).eval()
     network = optimize_for_inference(model, META, dtype)
     pipeline = Pipeline([network], model.config, (), META, dtype, detection_masks=False)
-    counter, stopwatch = CountKernels([*network.parameters(), *network.buffers()]), pipeline_module.stopwatch
+    counter, stage = CountKernels([*network.parameters(), *network.buffers()]), pipeline_module.stage
     name_stages(pipeline, counter.within)
     pixels = [torch.empty((*size, 3), dtype=torch.uint8, device=META) for _ in range(batch)]
     try:
         with counter, counter.within("plan"):
-            plan = pipeline.plan([pipeline.fit(size)] * batch)
+            plan = pipeline.plan([pipeline.geometries(size)] * batch)
         with counter:
-            pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+            pipeline(pixels, plan)
     finally:
-        pipeline_module.stopwatch = stopwatch
+        pipeline_module.stage = stage
     return counter
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from spatialflow.config import DataConfig, InferenceConfig
 from spatialflow.data.categories import load_categories
-from spatialflow.data.transforms import fit_size, normalise, pad, resize_image, resize_labels
+from spatialflow.data.transforms import compute_resized_size, normalize, pad, resize_image, resize_labels
 from spatialflow.images import read_image
 from spatialflow.models.anchors import STRIDES, base_anchors
 from spatialflow.models.heads import upsample_stuff_logits
@@ -228,8 +228,8 @@ class ReferencePipeline:
 
 def network_input(pixels: np.ndarray, test: InferenceConfig, data: DataConfig) -> tuple[tuple[int, int], Tensor]:
     """The size of the resized image, and the image as the network takes it, (1, 3, H, W), normalized and padded."""
-    valid = fit_size(pixels.shape[:2], test.test_short_edges[0], test.test_long_edge)
-    image = normalise(resize_image(pixels, valid), data.image_mean, data.image_std)
+    valid = compute_resized_size(pixels.shape[:2], test.test_short_edges[0], test.test_long_edge)
+    image = normalize(resize_image(pixels, valid), data.image_mean, data.image_std)
     return valid, torch.from_numpy(pad(image, data.size_divisor))[None]
 
 

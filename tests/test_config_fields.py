@@ -27,7 +27,7 @@ from spatialflow.data.loader import Schedule, make_loader
 from spatialflow.data.samples import make_sample
 from spatialflow.data.synthetic import make_scene
 from spatialflow.engine import trainer as trainer_module
-from spatialflow.engine.distributed import World
+from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.predict import Predictor
 from spatialflow.models.build import build_model, load_config
 from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
@@ -50,7 +50,7 @@ BASE = SMALL | dict(
 )
 """Overrides of `tiny` that all rows share."""
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 NO_FLOWS = dict(flow_source=None, flow_to_detection=False, flow_to_stuff=False, flow_to_thing=False)
 FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
@@ -124,8 +124,8 @@ def losses(config: Config, data: CocoPanoptic) -> Any:
     """The losses of one image at given weights."""
     torch.manual_seed(0)
     network = copy.deepcopy(_predicting_model()).train()
-    draws = Schedule(data.sizes, 1, 0).draws(0, 1, 0, 1, 1)
-    batch = next(make_loader(data, config.data, draws))
+    requests = Schedule(data.sizes, 1, 0).batches(0, 1, 0, 1, 1)
+    batch = next(make_loader(data, config.data, requests))
     return list(TrainingStep(network, config)(batch.images, batch.truth()))
 
 
@@ -138,11 +138,11 @@ def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """The images of every part of every step, the optimizer's settings and the arithmetic of a training run."""
     trainer = trainer_module.Trainer(config, data, folder, ALONE)
     parts = config.training.accumulation_steps
-    draws = list(trainer.schedule.draws(0, trainer.total_steps, 0, 1, parts))
+    requests = list(trainer.schedule.batches(0, trainer.total_steps, 0, 1, parts))
     settings = {key: value for key, value in trainer.optimizer.param_groups[0].items() if key != "params"}
     with trainer._autocast():
         dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-    return draws, settings, dtype
+    return requests, settings, dtype
 
 
 def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
@@ -150,10 +150,10 @@ def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     scores = {"problems": [], "detection": None} | dict.fromkeys(("All", "Things", "Stuff"), {"pq": 0.0})
     with patch.object(trainer_module, "evaluate_network", return_value=scores) as evaluate:
         trainer = trainer_module.Trainer(config, data, folder, ALONE, validation=data)
-        trainer.log.draw = lambda: None
-        with patch.object(trainer, "_keep", wraps=trainer._keep) as keep:
+        trainer.log.plot = lambda: None
+        with patch.object(trainer, "save_checkpoint", wraps=trainer.save_checkpoint) as save:
             network = trainer.run()
-    return list(network.state_dict().values()), evaluate.call_count, keep.call_count
+    return list(network.state_dict().values()), evaluate.call_count, save.call_count
 
 
 class Row(NamedTuple):

@@ -291,14 +291,14 @@ def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
 
     from spatialflow.engine.trainer import Trainer
 
-    keep = Trainer._keep
+    save = Trainer.save_checkpoint
 
     def stopping(trainer):
-        keep(trainer)
+        save(trainer)
         if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_keep", stopping)
+    monkeypatch.setattr(Trainer, "save_checkpoint", stopping)
     data, run = write_coco(tmp_path / "data", 2, (64, 96)), tmp_path / "run"
     settings = [
         "num_things=6",

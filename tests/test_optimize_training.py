@@ -11,7 +11,7 @@ from helpers.golden_models import assert_close
 from helpers.small_models import VARIANTS, random_model
 from torch.nn.parallel import DistributedDataParallel
 
-from spatialflow.engine.distributed import World, end, leave
+from spatialflow.engine.distributed import ProcessGroup, end, leave
 from spatialflow.models.heads import BoxHead
 from spatialflow.models.optimized.training import (
     TrainingBoxHead,
@@ -120,7 +120,7 @@ def train_box_head(rank, folder, classes):
         network.zero_grad()
     torch.save(gradients, folder / f"{rank}.pt")
     leave()
-    end(World(rank, 2, torch.device("cpu")))
+    end(ProcessGroup(rank, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("classes", [3, 80])  # all by flow_conv2d, or the classes level by level

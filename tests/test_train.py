@@ -24,13 +24,13 @@ from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.samples import SampleError
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
-from spatialflow.engine.distributed import World, end, leave, synchronize_norms
+from spatialflow.engine.distributed import ProcessGroup, end, leave, synchronize_norms
 from spatialflow.engine.log import TrainingLog, read_log
-from spatialflow.engine.trainer import Source, Trainer, TrainingError, learning_rate
+from spatialflow.engine.trainer import InitialWeights, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
 from spatialflow.panoptic.formats import PanopticFormatError
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 SMALL_RUN = SMALL | dict(
     num_things=6,
     num_stuff=6,
@@ -197,13 +197,13 @@ class TestRun:
 
     def test_interrupted_evaluation_is_made_up_for(self, data, tmp_path, monkeypatch):
         """The run ends in its last evaluation: the same command evaluates and leaves the weights, once."""
-        import spatialflow.engine.trainer as train
+        from spatialflow.engine import trainer as trainer_module
 
         def interrupted(*_):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "evaluate_network", interrupted)
+            patch.setattr(trainer_module, "evaluate_network", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 Trainer(small(), data, tmp_path, ALONE, validation=data).run()
         for _ in range(2):
@@ -215,22 +215,24 @@ class TestRun:
 
     def test_evaluation_captures_no_graphs(self, data, tmp_path, monkeypatch):
         """They would take memory beside that of training, and each evaluation would capture its own."""
-        import spatialflow.engine.trainer as train
+        from spatialflow.engine import trainer as trainer_module
 
-        given, make = [], train.Predictor
-        monkeypatch.setattr(train, "Predictor", lambda *args, **kwargs: given.append(kwargs) or make(*args, **kwargs))
+        given, make = [], trainer_module.Predictor
+        monkeypatch.setattr(
+            trainer_module, "Predictor", lambda *args, **kwargs: given.append(kwargs) or make(*args, **kwargs)
+        )
         Trainer(small(), data, tmp_path, ALONE, validation=data).run()
         assert [options["cuda_graph"] for options in given] == [False]
 
     @pytest.mark.parametrize("epochs", [1, 2])
     def test_an_evaluation_that_fails_leaves_the_weights(self, data, tmp_path, monkeypatch, epochs):
         """Of the epoch before it, also where the run was to go on."""
-        import spatialflow.engine.trainer as train
+        from spatialflow.engine import trainer as trainer_module
 
         def failing(*_):
             raise RuntimeError("cannot be scored")
 
-        monkeypatch.setattr(train, "evaluate_network", failing)
+        monkeypatch.setattr(trainer_module, "evaluate_network", failing)
         trainer = Trainer(small(epochs=epochs), data, tmp_path, ALONE, validation=data)
         with pytest.raises(RuntimeError, match="cannot be scored"):
             trainer.run()
@@ -257,9 +259,9 @@ class TestRun:
         assert Trainer(small(), data, tmp_path, ALONE).step == 0
 
     def test_processes_must_see_one_folder(self, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(World, "gather", lambda self, item: [item, 8])
+        monkeypatch.setattr(ProcessGroup, "gather", lambda self, item: [item, 8])
         with pytest.raises(TrainingError, match=r"resume at different steps \[0, 8\]"):
-            Trainer(small(), data, tmp_path, World(0, 2, torch.device("cpu")))
+            Trainer(small(), data, tmp_path, ProcessGroup(0, 2, torch.device("cpu")))
 
     def test_log_of_a_killed_run_is_cut_back(self, data, tmp_path):
         Trainer(small(), data, tmp_path, ALONE).run()
@@ -280,7 +282,7 @@ class TestRun:
 
         parts = [
             TrainingStep(build_like(trainer), config)(batch.images, batch.truth()).total().item()
-            for batch in make_loader(data, config.data, trainer.schedule.draws(0, 1, 0, 1, 2))
+            for batch in make_loader(data, config.data, trainer.schedule.batches(0, 1, 0, 1, 2))
         ]
         trainer.run()
         assert len(parts) == 2 and steps_of(tmp_path)[0]["total"] == pytest.approx(np.mean(parts), rel=1e-5)
@@ -303,7 +305,7 @@ class TestRun:
 
     def test_batch_must_be_shared(self, data, tmp_path):
         with pytest.raises(TrainingError, match="multiple of processes"):
-            Trainer(small(images_per_step=3), data, tmp_path, World(0, 2, torch.device("cpu")))
+            Trainer(small(images_per_step=3), data, tmp_path, ProcessGroup(0, 2, torch.device("cpu")))
 
 
 def poison(trainer, what):
@@ -348,7 +350,7 @@ class TestDivergence:
         assert files == {name: (tmp_path / name).read_bytes() for name in files}
         calmer = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, ALONE)
         assert calmer.step == 2
-        assert calmer.changed_settings == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
+        assert calmer.store.changed_settings == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
         calmer.run()
         assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
 
@@ -365,7 +367,9 @@ class TestDivergence:
         """Statistics that are not finite in another process alone."""
         trainer = Trainer(small(), data, tmp_path, ALONE)
         broken = ("backbone.bn1.running_mean",)
-        monkeypatch.setattr(World, "gather", lambda self, item: [item, broken if isinstance(item, tuple) else item])
+        monkeypatch.setattr(
+            ProcessGroup, "gather", lambda self, item: [item, broken if isinstance(item, tuple) else item]
+        )
         with pytest.raises(TrainingError, match="step 2: not finite after step 2: backbone.bn1.running_mean; "):
             trainer.run()
         assert not (tmp_path / "checkpoint.pt").exists()
@@ -401,7 +405,7 @@ class TestDivergence:
         config = small(mixed_precision="fp16")
         for scale, ends in ((2.0**100, True), (2.0**-30, False)):
             trainer = Trainer(config, data, tmp_path / f"{ends}", ALONE)
-            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            trainer.scaler = trainer.store.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             before = trainer.network.fpn.p6.weight.clone()
             if ends:
                 trainer.run()
@@ -429,7 +433,7 @@ class TestDivergence:
         assert warning["step"] == 4 and warning["message"].startswith(f"the run diverges: {what} is ")
         assert capsys.readouterr().err.count("warning: step 4: the run diverges") == 1
         assert (tmp_path / "checkpoint_before_divergence.pt").read_bytes() == good
-        Trainer(small(epochs=4), data, tmp_path, ALONE)._watch([1e9])
+        Trainer(small(epochs=4), data, tmp_path, ALONE).monitor.check([1e9], 8)
         assert "diverges" not in capsys.readouterr().err
 
     @pytest.mark.parametrize("broken", [15, 30])
@@ -438,7 +442,7 @@ class TestDivergence:
         for name in ("annotations", "names", "sizes", "image_ids"):
             setattr(data, name, getattr(data, name)[:] * 10)
         trainer = Trainer(small(warmup_iterations=20), data, tmp_path, ALONE)
-        trainer.met = [f"{i}.jpg: is truncated" for i in range(broken)]
+        trainer.unreported_problems = [f"{i}.jpg: is truncated" for i in range(broken)]
         losses_of = {10: 0.5, 20: 60.0}  # of single steps; 1 for the others
         after_steps(trainer, monkeypatch, lambda _: torch.full((5,), losses_of.get(trainer.step + 1, 1.0)))
         trainer.run()
@@ -495,7 +499,11 @@ class TestFinetuning:
         save_checkpoint(donor, tmp_path / "donor.safetensors")
         config = small(epochs=1, finetune_class_layers_epochs=1, backbone_norm_trains=False)
         first = Trainer(
-            config, data, tmp_path / "run", ALONE, source=Source(checkpoint=tmp_path / "donor.safetensors")
+            config,
+            data,
+            tmp_path / "run",
+            ALONE,
+            initial_weights=InitialWeights(checkpoint=tmp_path / "donor.safetensors"),
         ).run()
         changed = {
             name
@@ -534,12 +542,22 @@ class TestFinetuning:
 
         save_checkpoint(build_model(small(fpn_channels=16)), tmp_path / "donor.pt")
         with pytest.raises(CheckpointError, match="fpn"):
-            Trainer(small(), data, tmp_path / "run", ALONE, source=Source(checkpoint=tmp_path / "donor.pt"))
+            Trainer(
+                small(), data, tmp_path / "run", ALONE, initial_weights=InitialWeights(checkpoint=tmp_path / "donor.pt")
+            )
         with pytest.raises(CheckpointError, match="donor.pt: holds a whole network"):
-            Trainer(small(), data, tmp_path / "run", ALONE, source=Source(backbone=tmp_path / "donor.pt"))
+            Trainer(
+                small(), data, tmp_path / "run", ALONE, initial_weights=InitialWeights(backbone=tmp_path / "donor.pt")
+            )
         save_checkpoint(build_model(small()).backbone, tmp_path / "backbone.pt")
         with pytest.raises(CheckpointError, match="backbone.pt: holds a backbone alone"):
-            Trainer(small(), data, tmp_path / "run", ALONE, source=Source(checkpoint=tmp_path / "backbone.pt"))
+            Trainer(
+                small(),
+                data,
+                tmp_path / "run",
+                ALONE,
+                initial_weights=InitialWeights(checkpoint=tmp_path / "backbone.pt"),
+            )
 
     def test_frozen_stages_do_not_move(self, data, tmp_path):
         trainer = Trainer(small(backbone_frozen_stages=1, backbone_norm_trains=False), data, tmp_path, ALONE)
@@ -569,11 +587,13 @@ class TestBrokenData:
     def test_problems_of_other_processes_are_counted(self, data, tmp_path, monkeypatch, capsys):
         """The first process names and logs what any of them has met, once."""
         elsewhere = ["b.jpg: is truncated"]
-        monkeypatch.setattr(World, "gather", lambda self, item: [item, elsewhere] if isinstance(item, list) else [item])
+        monkeypatch.setattr(
+            ProcessGroup, "gather", lambda self, item: [item, elsewhere] if isinstance(item, list) else [item]
+        )
         trainer = Trainer(small(epochs=2), data, tmp_path, ALONE)
         trainer.run()
         assert [row["message"] for row in read_log(tmp_path / "log.jsonl") if row["kind"] == "problem"] == elsewhere
-        assert capsys.readouterr().out.count("b.jpg") == 1 and len(trainer.problems) == 1
+        assert capsys.readouterr().out.count("b.jpg") == 1 and len(trainer.reporter.problems) == 1
 
     def test_validation_without_a_usable_image_is_an_error(self, data, tmp_path):
         absent = CocoPanoptic(data.json_path, tmp_path / "nowhere", data.panoptic_folder, scene_categories())
@@ -762,7 +782,9 @@ def _normalize_a_part(rank, folder):
     results = (out.detach(), part.grad, norm[0].weight.grad, norm[0].running_mean, norm[0].running_var)
     torch.save(results, folder / f"{rank}.pt")
     leave()
-    end(World(rank, 2, torch.device("cpu")))  # as training ends: the interpreter's own ending can abort with Gloo
+    end(
+        ProcessGroup(rank, 2, torch.device("cpu"))
+    )  # as training ends: the interpreter's own ending can abort with Gloo
 
 
 def test_synchronized_norm_equals_one_over_the_whole_batch(tmp_path):

@@ -724,7 +724,7 @@ class TestTraining:
         segment_without_pixels(broken)
         data = CocoPanoptic(broken.save(), folder / "images", None, scene_categories())
         config = DataConfig(train_short_edges=(96,), train_long_edge=160)
-        (batch,) = make_loader(data, config, Schedule(data.sizes, 3, 0).draws(0, 1, 0, 1, 1), workers)
+        (batch,) = make_loader(data, config, Schedule(data.sizes, 3, 0).batches(0, 1, 0, 1, 1), workers)
         assert [note.rule for note in batch.notes] == ["no-pixels"] and batch.problems == []
 
     def test_the_command_reports_each_kind_once_and_counts(self, folder, tmp_path, capsys):

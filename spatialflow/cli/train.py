@@ -79,7 +79,7 @@ def run_train(options: argparse.Namespace) -> int:
     from spatialflow.data.samples import SampleError
     from spatialflow.engine import distributed
     from spatialflow.engine.checkpoints import CheckpointError
-    from spatialflow.engine.trainer import Source, Trainer, TrainingError, idle_settings
+    from spatialflow.engine.trainer import InitialWeights, Trainer, TrainingError, idle_settings
     from spatialflow.panoptic import PanopticFormatError
 
     check_count("--workers", options.workers, least=0)
@@ -106,7 +106,7 @@ def run_train(options: argparse.Namespace) -> int:
             options.output,
             world,
             validation=validation,
-            source=Source(options.checkpoint, options.backbone, options.ema),
+            initial_weights=InitialWeights(options.checkpoint, options.backbone, options.ema),
             workers=options.workers,
             strict=options.strict,
             progress=sys.stderr.isatty(),
@@ -121,16 +121,16 @@ def run_train(options: argparse.Namespace) -> int:
             _warn_of_random_statistics(options, config.model)
             for text in [*idle_settings(config.training, trainer.total_steps), *_without_pycocotools(validation)]:
                 complain(text)
-            if trainer.changed_settings:
-                complain(f"{options.output}: goes on with other settings: {', '.join(trainer.changed_settings)}")
-            if trainer.random_layers and trainer.step == 0:
-                layers = ", ".join(trainer.random_layers)
+            if trainer.store.changed_settings:
+                complain(f"{options.output}: goes on with other settings: {', '.join(trainer.store.changed_settings)}")
+            if trainer.reinitialized_layers and trainer.step == 0:
+                layers = ", ".join(trainer.reinitialized_layers)
                 complain(f"{options.checkpoint}: of other classes; {layers} start from random weights")
         try:
             trainer.run()
         except KeyboardInterrupt as stop:
-            if os.path.isfile(trainer.checkpoint_path):
-                stop.args = (f"the same command goes on from {trainer.checkpoint_path}",)
+            if os.path.isfile(trainer.store.path):
+                stop.args = (f"the same command goes on from {trainer.store.path}",)
             raise
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
@@ -228,9 +228,9 @@ def _summary(trainer: Any) -> str:
         )
         precision = ((kind, last.get(f"{kind}_ap", -1)) for kind in ("box", "mask"))
         parts += [f"{kind} AP {100 * value:.2f}" for kind, value in precision if value >= 0]  # -1: nothing annotated
-    if trainer.problems:
-        parts.append(f"{len(trainer.problems)} images or annotations could not be used")
-    if trainer.notes:
-        counts = ", ".join(f"{len(seen)} x {rule}" for rule, seen in trainer.notes.items())
+    if trainer.reporter.problems:
+        parts.append(f"{len(trainer.reporter.problems)} images or annotations could not be used")
+    if trainer.reporter.count_by_rule:
+        counts = ", ".join(f"{count} x {rule}" for rule, count in trainer.reporter.count_by_rule.items())
         parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

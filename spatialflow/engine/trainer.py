@@ -1,21 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: SGD with warm-up and steps, mixed precision, several processes, checkpoints from which a run goes on bit
-by bit.
-"""
+"""Training loop: SGD with warm-up and step decay, mixed precision, several processes, and exact resumption."""
 
 import contextlib
 import dataclasses
-import hashlib
-import itertools
-import json
 import math
-import os
-import shutil
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +16,13 @@ from tqdm import tqdm
 
 from spatialflow.config import Config, TrainingConfig
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
-from spatialflow.engine.checkpoints import (
-    CheckpointError,
-    largest_value,
-    load_backbone,
-    load_matching,
-    not_finite,
-    read_torch,
-    save_checkpoint,
-    shorten,
-)
-from spatialflow.engine.distributed import World, synchronize_norms
-from spatialflow.engine.evaluate import evaluate_network
+from spatialflow.engine.checkpoint_store import CheckpointStore, TrainingError, run_identity
+from spatialflow.engine.checkpoints import largest_value, load_backbone, load_matching, shorten
+from spatialflow.engine.distributed import ProcessGroup, synchronize_norms
+from spatialflow.engine.evaluate import ScoredData, evaluate_network
 from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
-from spatialflow.files import atomic_write
+from spatialflow.engine.run_monitor import REMEDIES, DivergenceMonitor, ProblemReporter
 from spatialflow.models.build import build_model
 from spatialflow.models.criterion import Losses
 from spatialflow.models.optimized.training import optimize_for_training
@@ -47,61 +31,44 @@ from spatialflow.models.training_step import TrainingStep
 from spatialflow.panoptic.rules import Problem
 
 CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
-"""Layers whose shape depends on the classes; finetuning starts with them."""
+"""Layers whose shape depends on the classes. The first phase of finetuning trains them alone."""
 
-MAY_CHANGE = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
-"""Fields of the configuration in which a resumed run may differ from its beginning."""
+LOG_INTERVAL = 10
+"""Steps between downloads of the losses, and checks of weights and optimizer state."""
 
-REMEDY_FIELDS = (
-    "learning_rate",
-    "learning_rate_epochs",
-    "warmup_iterations",
-    "warmup_factor",
-    "gradient_clip_norm",
-    "finetune_learning_rate",
-)
-"""More such fields: what helps a run that diverged. The changes are reported."""
-
-PROPOSAL_FIELDS = ("candidates_per_level", "score_threshold", "max_detections")
-"""Fields of the test section that training depends on: they choose its proposals too."""
-
-READ_EVERY = 10
-"""Steps between readings of the losses from the device, and checks of weights and optimizer state."""
-
-DIVERGED = 100.0
-"""A run is reported above this many times the least loss of its first steps, or the largest initial weight."""
-
-LEAST_SCALE = 2.0**-24
+MIN_LOSS_SCALE = 2.0**-24
 """fp16: below this loss scale the gradients of some forty steps in a row have overflowed."""
 
-KEEP_EVERY = 5.0
-"""Least seconds between two savings at ends of epochs; epochs of a few steps would otherwise do little else."""
+CHECKPOINT_INTERVAL_S = 5.0
+"""Minimum seconds between end-of-epoch checkpoints; very short epochs would otherwise spend their time saving."""
 
-DRAW_EVERY = 60.0
-"""Least seconds between two drawings of the curves; short epochs would otherwise do little else."""
-
-
-REMEDIES = "a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm"
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start, go on or be resumed; the message says why."""
+PLOT_INTERVAL_S = 60.0
+"""Minimum seconds between plots of the curves; very short epochs would otherwise spend their time plotting."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Where the initial weights come from; at most one of the two."""
+class InitialWeights:
+    """Files of the initial weights; at most one of `checkpoint` and `backbone`.
 
-    checkpoint: Path | None = (
-        None  # a whole network; layers whose shape depends on the classes may differ and start from random weights
-    )
-    backbone: Path | None = None  # ImageNet weights of the backbone
-    ema: bool = False  # of `checkpoint`: the averaged weights
+    Attributes:
+        checkpoint: a whole network. Layers whose shape depends on the classes may differ, and are then initialized
+            at random.
+        backbone: ImageNet weights of the backbone.
+        ema: take the moving average of the weights of `checkpoint`.
+    """
+
+    checkpoint: Path | None = None
+    backbone: Path | None = None
+    ema: bool = False
 
 
 def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> float:
-    """Rate of a step (0-based): linear warm-up, a tenth after each of `learning_rate_epochs`, another in
-    finetuning's first part.
+    """Learning rate of a step: linear warm-up, and a tenth after each of `learning_rate_epochs`.
+
+    Args:
+        step: 0-based.
+        steps_per_epoch: steps of an epoch.
+        training: the first phase of finetuning has `finetune_learning_rate` as its base.
     """
     epoch = step // steps_per_epoch
     base = training.finetune_learning_rate if epoch < training.finetune_class_layers_epochs else training.learning_rate
@@ -112,40 +79,52 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
 
 
 def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
-    """Sentences about settings of the schedule that a run of `total_steps` ends too early for."""
-    found = []
+    """Messages about settings of the learning rate schedule that a run of `total_steps` ends too early for."""
+    messages = []
     late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
     if late:
-        found.append(
+        messages.append(
             f"learning_rate_epochs {list(training.learning_rate_epochs)}: the run ends with epoch {training.epochs}, "
             f"so the learning rate does not fall after epoch {' and '.join(map(str, late))}"
         )
     if training.warmup_iterations >= total_steps:
-        found.append(
+        messages.append(
             f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the "
             f"warm-up"
         )
-    return found
+    return messages
+
+
+class _PendingLosses(NamedTuple):
+    """Losses of a step that are still on the device."""
+
+    step: int  # steps done, this one included
+    learning_rate: float
+    losses: Tensor  # (5,) float32: total, cls, box, thing, stuff
 
 
 class Trainer:
     """A training run in a folder.
 
-    The folder gets `checkpoint.pt` (everything needed to go on; also loadable as weights), `model.safetensors` (the
-    weights, after each epoch that takes more than a few seconds), `log.jsonl`, `curves.png`, `tensorboard/` and
-    `evaluation/`.
+    The folder gets `checkpoint.pt` (the full state of the run, from which weights can be loaded too),
+    `model.safetensors` (the weights, after each epoch that takes more than a few seconds), `log.jsonl`, `curves.png`,
+    `tensorboard/` and `evaluation/`.
 
     Args:
-        config: what to train and how.
+        config: the network and the settings of training.
         data: training images.
         folder: of the run.
-        world: this process among all.
+        process_group: this process and the number of all.
         validation: images to evaluate on; None for no evaluation.
-        source: initial weights.
-        workers: reading processes.
+        initial_weights: files of the initial weights.
+        workers: number of processes that load data.
         strict: stop at a broken image or annotation.
-        progress: show a bar.
-        resume: go on from the folder's checkpoint, if there is one.
+        progress: show a progress bar.
+        resume: continue from the folder's checkpoint, if there is one.
+
+    Attributes:
+        step: steps done.
+        reinitialized_layers: layers of other classes than the file of initial weights, initialized at random.
 
     Raises:
         TrainingError: the processes cannot share the batch, the folder's checkpoint belongs to another run, or not all
@@ -158,77 +137,49 @@ class Trainer:
         config: Config,
         data: DataSet,
         folder: Path,
-        world: World,
+        process_group: ProcessGroup,
         *,
-        validation: Any = None,
-        source: Source = Source(),
+        validation: ScoredData | None = None,
+        initial_weights: InitialWeights = InitialWeights(),
         workers: int = 0,
         strict: bool = False,
         progress: bool = False,
         resume: bool = True,
-    ):
+    ) -> None:
         training = config.training
-        if training.images_per_step % (world.size * training.accumulation_steps):
-            raise TrainingError(
-                f"images_per_step ({training.images_per_step}) must be a multiple of processes x accumulation_steps "
-                f"({world.size} x {training.accumulation_steps})"
-            )
-        for name, images in (("data", data), ("validation data", validation)):
-            if images is not None and len(images) == 0:
-                raise TrainingError(f"the {name} set has no images")
-        self.config, self.data, self.folder, self.world = config, data, Path(folder), world
-        self.validation, self.workers, self.strict, self.progress = (
-            validation,
-            workers,
-            strict,
-            progress and world.is_first,
-        )
+        _check_sizes(training, process_group, data, validation)
+        self.config, self.data, self.folder, self.process_group = config, data, Path(folder), process_group
+        self.validation, self.workers, self.strict = validation, workers, strict
+        self.progress = progress and process_group.is_first
         self.schedule = Schedule(data.sizes, training.images_per_step, training.seed)
         self.total_steps = training.epochs * self.schedule.steps_per_epoch
-        self.step = 0  # steps done
         torch.manual_seed(training.seed)
-        self.network = build_model(config)
-        self.random_layers: list[str] = []  # layers that the initial weights do not fill, as they are of other classes
-        if source.checkpoint is not None:
-            self.random_layers = load_matching(self.network, source.checkpoint, CLASS_LAYERS, source.ema)
-        elif source.backbone is not None:
-            load_backbone(self.network, source.backbone)
-        if world.size > 1 and config.model.backbone_norm_trains:
+        self.network, self.reinitialized_layers = _initial_network(config, initial_weights)
+        if process_group.size > 1 and config.model.backbone_norm_trains:
             synchronize_norms(self.network.backbone)
-        self.network.to(world.device).train()
-        self.largest_at_start = largest_value(self.network.parameters())
-        self.trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
-        parameters = dict(self.network.named_parameters())
+        self.network.to(process_group.device).train()
+        initial_largest_weight = largest_value(self.network.parameters())
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self._trained = frozenset(trained)
         self.optimizer = torch.optim.SGD(
-            [parameters[name] for name in self.trained],
-            training.learning_rate,
-            training.momentum,
-            weight_decay=training.weight_decay,
+            list(trained.values()), training.learning_rate, training.momentum, weight_decay=training.weight_decay
         )
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=training.mixed_precision == "fp16")
-        self.changed_settings: list[str] = []  # `REMEDY_FIELDS` in which a resumed run differs from its beginning
-        self.identity = {"config": _plain_config(config), "data": _fingerprint(data)}
-        if resume and os.path.isfile(self.checkpoint_path):
-            self._restore()
-        steps = world.gather(self.step)
+        self.scaler = torch.amp.GradScaler(process_group.device.type, enabled=training.mixed_precision == "fp16")
+        self.store = CheckpointStore(self.folder, self.network, self.optimizer, self.scaler, run_identity(config, data))
+        self.step = self.store.restore() if resume and self.store.exists() else 0
+        steps = process_group.gather(self.step)
         if len(set(steps)) > 1:
             raise TrainingError(
-                f"{self.checkpoint_path}: the processes resume at different steps {steps}; all need to see one folder"
+                f"{self.store.path}: the processes resume at different steps {steps}; all need to see one folder"
             )
-        self.log = TrainingLog(self.folder, self.step) if world.is_first else None
-        self.warned = self.log is not None and any(row["kind"] == "warning" for row in self.log.rows)
-        self.problems: set[str] = set()
-        self.notes: dict[str, set[int]] = {}  # rule -> hashes of contradictions in annotations that were used
-        self.met: list[str | Problem] = []  # problems and notes of this process that the first one has not heard of
-        self.kept = self.drawn = -math.inf  # when the checkpoint was written, the curves drawn
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """The file a run goes on from."""
-        return self.folder / "checkpoint.pt"
+        self.log = TrainingLog(self.folder, self.step) if process_group.is_first else None
+        self.reporter = ProblemReporter(self.log)
+        self.monitor = DivergenceMonitor(self.log, self.store, self.network, initial_largest_weight, LOG_INTERVAL)
+        self.unreported_problems: list[str | Problem] = []  # of this process, not yet reported to the first one
+        self._last_plot_time = -math.inf
 
     def run(self) -> SpatialFlow:
-        """Trains to the end.
+        """Train to the end.
 
         Returns:
             The trained network.
@@ -239,38 +190,9 @@ class Trainer:
             SampleError: a broken image in a strict run, or no image that can be used.
             OSError: a file cannot be written; the last complete checkpoint stays.
         """
-        training, per_epoch = self.config.training, self.schedule.steps_per_epoch
-        draws = self.schedule.draws(
-            self.step, self.total_steps, self.world.rank, self.world.size, training.accumulation_steps
-        )
-        batches = make_loader(
-            self.data, self.config.data, draws, self.workers, self.strict, self.world.device.type == "cuda"
-        )
-        bar = self._bar()
-        unread: list[tuple[int, float, Tensor]] = []
-        step_module, phase = None, None
+        bar = self._progress_bar()
         try:
-            if self.step == 0 and self.world.is_first:
-                self.checkpoint_path.unlink(missing_ok=True)  # of a run that this one replaces, and must not go on as
-            if self.step and self.step % per_epoch == 0:  # the end of an epoch may be what was interrupted
-                self._end_epoch(self.step // per_epoch, keep=True)
-            while self.step < self.total_steps:
-                if phase != self._class_layers_alone():
-                    phase = self._class_layers_alone()
-                    step_module = self._prepare_phase(phase)
-                rate = learning_rate(self.step, per_epoch, training)
-                losses = self._advance(step_module, batches, rate)
-                self.step += 1
-                unread.append((self.step, rate, losses))
-                epoch_ends = self.step % per_epoch == 0
-                due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0
-                if due or epoch_ends or len(unread) == READ_EVERY:
-                    self._read(unread, bar)
-                keep = due or (epoch_ends and time.monotonic() - self.kept > KEEP_EVERY)
-                if keep:
-                    self._keep()
-                if epoch_ends:
-                    self._end_epoch(self.step // per_epoch, keep)
+            self._run(bar)
         finally:
             if bar is not None:
                 bar.close()
@@ -278,34 +200,77 @@ class Trainer:
                 self.log.close()
         return self.network
 
-    def _class_layers_alone(self) -> bool:
+    def _run(self, bar: "tqdm | None") -> None:
+        training, per_epoch = self.config.training, self.schedule.steps_per_epoch
+        batches = self._batches()
+        pending: list[_PendingLosses] = []
+        module, phase = None, None
+        if self.step == 0 and self.process_group.is_first:
+            self.store.discard()  # left by the run that this one replaces; must not be resumed
+        if self.step and self.step % per_epoch == 0:  # the end of the epoch may have been interrupted
+            self._end_epoch(self.step // per_epoch, save_weights=True)
+        while self.step < self.total_steps:
+            if module is None or phase != self._trains_class_layers_only():
+                phase = self._trains_class_layers_only()
+                module = self._prepare_phase(phase)
+            rate = learning_rate(self.step, per_epoch, training)
+            losses = self._advance(module, batches, rate)
+            self.step += 1
+            pending.append(_PendingLosses(self.step, rate, losses))
+            epoch_ends = self.step % per_epoch == 0
+            save_due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0
+            if save_due or epoch_ends or len(pending) == LOG_INTERVAL:
+                self._log_losses(pending, bar)
+                pending = []
+            elapsed = time.monotonic() - self.store.last_save_time
+            save = save_due or (epoch_ends and elapsed > CHECKPOINT_INTERVAL_S)
+            if save:
+                self.save_checkpoint()
+            if epoch_ends:
+                self._end_epoch(self.step // per_epoch, save_weights=save)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this process from the present step to the last one."""
+        group = self.process_group
+        requests = self.schedule.batches(
+            self.step, self.total_steps, group.rank, group.size, self.config.training.accumulation_steps
+        )
+        on_gpu = group.device.type == "cuda"
+        return make_loader(self.data, self.config.data, requests, self.workers, self.strict, on_gpu)
+
+    def _trains_class_layers_only(self) -> bool:
         return self.step < self.config.training.finetune_class_layers_epochs * self.schedule.steps_per_epoch
 
-    def _prepare_phase(self, class_layers_alone: bool) -> nn.Module:
-        """Freezes or frees parameters and wraps the network for this process group."""
+    def _prepare_phase(self, class_layers_only: bool) -> nn.Module:
+        """Freeze or unfreeze parameters, and wrap the network for this process group."""
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name in self.trained and (not class_layers_alone or name.startswith(CLASS_LAYERS)))
-        on_cpu, mixed = self.world.device.type == "cpu", self.config.training.mixed_precision is not None
+            is_active = not class_layers_only or name.startswith(CLASS_LAYERS)
+            parameter.requires_grad_(name in self._trained and is_active)
+        group = self.process_group
+        on_cpu, mixed = group.device.type == "cpu", self.config.training.mixed_precision is not None
         network = self.network if on_cpu and mixed else optimize_for_training(self.network)
-        module = TrainingStep(network, self.config, self.world.average if self.world.size > 1 else None)
-        if self.world.size == 1:
+        module = TrainingStep(network, self.config, group.average if group.size > 1 else None)
+        if group.size == 1:
             return module
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices)
+        return DistributedDataParallel(module, device_ids=[group.device] if group.device.type == "cuda" else None)
 
     def _advance(self, module: nn.Module, batches: Iterator[Batch], rate: float) -> Tensor:
-        """One step of the optimizer; returns the losses (5,): total, cls, box, thing, stuff, still on the device."""
+        """Run one step of the optimizer.
+
+        Returns:
+            (5,) losses on the device: total, cls, box, thing, stuff; 0 for an absent task.
+        """
         training, parts = self.config.training, self.config.training.accumulation_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        summed = torch.zeros(5, device=self.world.device)
+        summed = torch.zeros(5, device=self.process_group.device)
         for part in range(parts):
             batch = next(batches)
-            self.met += batch.problems + batch.notes
-            batch = batch.to(self.world.device)
-            last = part == parts - 1
-            with contextlib.nullcontext() if last or self.world.size == 1 else module.no_sync():
+            self.unreported_problems += batch.problems + batch.notes
+            batch = batch.to(self.process_group.device)
+            reduces_gradients = part == parts - 1
+            with contextlib.nullcontext() if reduces_gradients or self.process_group.size == 1 else module.no_sync():
                 with self._autocast():
                     losses = module(batch.images.contiguous(memory_format=torch.channels_last), batch.truth())
                     total = losses.total() / parts
@@ -319,218 +284,137 @@ class Trainer:
         self.scaler.update()
         return summed
 
-    def _autocast(self):
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
         precision = self.config.training.mixed_precision
         if precision is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+        return torch.autocast(self.process_group.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
-    def _read(self, unread: list[tuple[int, float, Tensor]], bar: Any) -> None:
-        """Fetches the losses and problems of the last steps, logs them and stops where a loss or what a checkpoint
-        would hold is not finite.
+    def _log_losses(self, pending: Sequence[_PendingLosses], bar: "tqdm | None") -> None:
+        """Download and log the losses and problems of the last steps.
+
+        Raises:
+            TrainingError: a loss or a value of the checkpoint is not finite, or the gradients overflow float16.
         """
-        for problems in self.world.gather(self.met):
-            self._report(problems)
-        self.met = []
-        told = self.world.gather(tuple(not_finite(self._floats())))
-        broken = list(dict.fromkeys(name for names in told for name in names))
-        values_after = f"not finite after step {self.step}: {shorten(broken, 3)}" if broken else ""
-        values = self.world.average(torch.stack([losses for _, _, losses in unread])).tolist()
-        present = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
-        for (step, rate, _), row in zip(unread, values):
-            named = {name: value for name, value, there in zip(("total", *Losses._fields), row, present) if there}
+        for problems in self.process_group.gather(self.unreported_problems):
+            self.reporter.report(problems, self.step)
+        self.unreported_problems = []
+        names_by_process = self.process_group.gather(tuple(self.store.not_finite()))
+        broken = list(dict.fromkeys(name for names in names_by_process for name in names))
+        broken_values = f"not finite after step {self.step}: {shorten(broken, 3)}" if broken else ""
+        values = self.process_group.average(torch.stack([row.losses for row in pending])).tolist()
+        for (step, rate, _), row in zip(pending, values, strict=True):
+            losses = self._loss_by_name(row)
             if not all(math.isfinite(value) for value in row):
-                found = ", ".join(f"{name} {value:g}" for name, value in named.items())
-                raise self._diverged(step, "; ".join(filter(None, (f"the loss is not finite ({found})", values_after))))
+                listed = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+                reasons = (f"the loss is not finite ({listed})", broken_values)
+                raise self._divergence_error(step, "; ".join(filter(None, reasons)))
             if self.log is not None:
-                self.log.add("step", step, learning_rate=rate, **named)
+                self.log.add("step", step, learning_rate=rate, **losses)
         if broken:
-            raise self._diverged(self.step, values_after)
-        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise self._divergence_error(self.step, broken_values)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
             scale = self.scaler.get_scale()
-            raise self._diverged(self.step, f"gradients overflow float16 at a loss scale of {scale:g}")
-        self._watch([row[0] for row in values])
+            raise self._divergence_error(self.step, f"gradients overflow float16 at a loss scale of {scale:g}")
+        self.monitor.check([row[0] for row in values], self.step)
         if bar is not None:
-            bar.update(unread[-1][0] - bar.n)
+            bar.update(self.step - bar.n)
             bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
-        unread.clear()
 
-    def _floats(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of weights, statistics and optimizer state, by name."""
-        momenta = {
-            f"momentum of {name}": self.optimizer.state[parameter].get("momentum_buffer")
-            for name, parameter in zip(self.trained, self.optimizer.param_groups[0]["params"])
-            if parameter in self.optimizer.state
-        }
-        return self.network.state_dict() | {name: value for name, value in momenta.items() if value is not None}
+    def _loss_by_name(self, row: Sequence[float]) -> dict[str, float]:
+        """The total and the terms of a step; tasks without a head are left out."""
+        has_term = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
+        names = ("total", *Losses._fields)
+        return {name: value for name, value, present in zip(names, row, has_term, strict=True) if present}
 
-    def _diverged(self, step: int, what: str) -> TrainingError:
-        path = self.checkpoint_path
-        goes_on = f"; {path} is of an earlier step, and the same command with such settings goes on from it"
-        return TrainingError(f"step {step}: {what}; {REMEDIES} may help{goes_on if os.path.isfile(path) else ''}")
+    def _divergence_error(self, step: int, reason: str) -> TrainingError:
+        path = self.store.path
+        resumption = f"; {path} is of an earlier step, and the same command with such settings goes on from it"
+        return TrainingError(f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.exists() else ''}")
 
-    def _watch(self, losses: list[float]) -> None:
-        """Reports, once in a run, that it diverges: a loss or a weight has grown by orders of magnitude. A checkpoint
-        from before is kept under another name, as all numbers are finite and the run goes on.
-        """
-        if self.log is None or self.warned:
-            return
-        totals = (row["total"] for row in self.log.rows if row["kind"] == "step")
-        grown = {
-            "the loss": (max(losses), min(itertools.islice(totals, READ_EVERY))),
-            "the largest weight": (largest_value(self.network.parameters()), self.largest_at_start),
-        }
-        for name, (value, usual) in grown.items():
-            if value > DIVERGED * usual > 0:
-                message = f"the run diverges: {name} is {value:g}, at the beginning {usual:g}; {REMEDIES} may help"
-                if os.path.isfile(self.checkpoint_path):
-                    kept = self.checkpoint_path.with_name("checkpoint_before_divergence.pt")
-                    with open(self.checkpoint_path, "rb") as good, atomic_write(kept) as file:
-                        shutil.copyfileobj(good, file)
-                    message += f"; {kept} is from before, to go on from in place of {self.checkpoint_path.name}"
-                tqdm.write(f"warning: step {self.step}: {message}", file=sys.stderr)
-                self.log.add("warning", self.step, message=message)
-                self.warned = True
-                return
-
-    def _report(self, problems: list[str | Problem]) -> None:
-        """Names each broken file once and the first annotation that breaks a rule, in the first process, and keeps
-        count.
-        """
-        for problem in problems if self.log is not None else ():
-            if isinstance(problem, Problem):
-                self._note(problem)
-            elif problem not in self.problems:
-                self.problems.add(problem)
-                tqdm.write(f"skipped: {problem} ({len(self.problems)} so far)")  # above the progress bar
-                self.log.add("problem", self.step, message=problem)
-
-    def _note(self, problem: Problem) -> None:
-        seen = self.notes.setdefault(problem.rule, set())
-        if not seen:
-            tqdm.write(f"{problem.text}; training uses the PNG, and only counts further breaches of {problem.rule}")
-            self.log.add("note", self.step, rule=problem.rule, message=problem.text)
-        seen.add(hash(problem.text))  # every epoch meets it again; keeping the texts would take much memory
-
-    def _end_epoch(self, epoch: int, keep: bool) -> None:
-        """Where they are due: weights, an evaluation, picture. Weights come first, as an evaluation may fail."""
-        if self.log is not None and keep:
-            save_checkpoint(self.network, self.folder / "model.safetensors")
-        every = self.config.training.evaluate_every_epochs
-        last = self.step == self.total_steps
-        due = self.validation is not None and (last or (every > 0 and epoch % every == 0))
-        if due and not self._is_evaluated():
-            self.network.eval()
-            short, long = self.config.test.test_edges[0]
-            one_view = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
-            # Augmentation would take several times as long, and graphs memory beside that of training.
-            predictor = Predictor(self.network, cuda_graph=False, **one_view)
-            scores = evaluate_network(predictor, self.validation, self.folder / "evaluation", self.world, self.progress)
-            self.network.train()
-            self._report(scores["problems"])
-            if self.log is not None:
-                detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
-                self.log.add(
-                    "evaluation",
-                    self.step,
-                    epoch=epoch,
-                    pq=scores["All"]["pq"],
-                    pq_things=scores["Things"]["pq"],
-                    pq_stuff=scores["Stuff"]["pq"],
-                    **detection,
-                    unreadable=len(scores["problems"]),
-                )
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint, in the first process."""
         if self.log is not None:
             self.log.flush()
-            if last or time.monotonic() - self.drawn > DRAW_EVERY:
-                self.log.draw()
-                self.drawn = time.monotonic()
+            self.store.save(self.step)
+
+    def _end_epoch(self, epoch: int, save_weights: bool) -> None:
+        """Save the weights, evaluate and plot the curves, each if due.
+
+        The weights are saved first, as the evaluation may fail.
+
+        Args:
+            epoch: epochs done.
+            save_weights: whether weights are due.
+        """
+        if self.log is not None and save_weights:
+            self.store.save_weights()
+        interval = self.config.training.evaluate_every_epochs
+        is_last = self.step == self.total_steps
+        is_due = is_last or (interval > 0 and epoch % interval == 0)
+        if self.validation is not None and is_due and not self._is_evaluated():
+            self._evaluate(self.validation, epoch)
+        if self.log is not None:
+            self.log.flush()
+            if is_last or time.monotonic() - self._last_plot_time > PLOT_INTERVAL_S:
+                self.log.plot()
+                self._last_plot_time = time.monotonic()
+
+    def _evaluate(self, data: ScoredData, epoch: int) -> None:
+        """Evaluate the network on a data set, and log the scores."""
+        self.network.eval()
+        short, long = self.config.test.test_edges[0]
+        single_view = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
+        # Augmentation would multiply the time, and graphs would take memory beside that of training.
+        predictor = Predictor(self.network, cuda_graph=False, **single_view)
+        folder = self.folder / "evaluation"
+        scores = evaluate_network(predictor, data, folder, self.process_group, self.progress)
+        self.network.train()
+        self.reporter.report(scores["problems"], self.step)
+        if self.log is not None:
+            detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
+            self.log.add(
+                "evaluation",
+                self.step,
+                epoch=epoch,
+                pq=scores["All"]["pq"],
+                pq_things=scores["Things"]["pq"],
+                pq_stuff=scores["Stuff"]["pq"],
+                **detection,
+                unreadable=len(scores["problems"]),
+            )
 
     def _is_evaluated(self) -> bool:
         """True, in every process, if the log has an evaluation of the present step."""
         rows = () if self.log is None else self.log.rows
-        return any(self.world.gather(any(row["kind"] == "evaluation" and row["step"] == self.step for row in rows)))
+        in_log = any(row["kind"] == "evaluation" and row["step"] == self.step for row in rows)
+        return any(self.process_group.gather(in_log))
 
-    def _keep(self) -> None:
-        """Writes the checkpoint: under a temporary name, to the disk, then renamed over the old one."""
-        if self.log is None:
-            return
-        self.log.flush()
-        state = {
-            "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "random": torch.get_rng_state(),
-            "identity": json.dumps(self.identity),
-        }
-        with atomic_write(self.checkpoint_path) as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        self.kept = time.monotonic()
-
-    def _restore(self) -> None:
-        path = self.checkpoint_path
-        content = read_torch(path)
-        try:
-            self._take(content, path)
-        except (CheckpointError, TrainingError):
-            raise
-        except Exception:  # content of any form
-            raise CheckpointError(f"{path}: is no complete checkpoint of a training run") from None
-
-    def _take(self, state: Any, path: Path) -> None:
-        """Goes on from the content of a checkpoint; any exception if it is something else."""
-        identity = json.loads(state["identity"])
-        differences = _differences(identity["config"], self.identity["config"])
-        changed = [text for field, text in differences.items() if field not in REMEDY_FIELDS]
-        self.changed_settings = [text for field, text in differences.items() if field in REMEDY_FIELDS]
-        if changed:
-            raise TrainingError(
-                f"{path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or start over"
-            )
-        if identity["data"] != self.identity["data"]:
-            raise TrainingError(f"{path}: belongs to a run on other images; use another folder, or start over")
-        self.network.load_state_dict(state["model"])
-        own = self.optimizer.state_dict()["param_groups"]  # the settings of this run
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
-        for parameter, kept in self.optimizer.state.items():
-            if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("momentum of another shape")
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"])
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError("no number of steps")
-        self.step = state["step"]
-        broken = not_finite(self._floats())
-        if broken:
-            raise CheckpointError(f"{path}: holds values that are not finite: {shorten(broken, 3)}; start over")
-
-    def _bar(self):
+    def _progress_bar(self) -> "tqdm | None":
         if not self.progress:
             return None
         return tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step")
 
 
-def _plain_config(config: Config) -> dict[str, Any]:
-    """The configuration as JSON holds it, without its name."""
-    sections = {section: vars(getattr(config, section)) for section in ("model", "test", "data", "training")}
-    return json.loads(json.dumps(sections))
+def _check_sizes(
+    training: TrainingConfig, process_group: ProcessGroup, data: DataSet, validation: ScoredData | None
+) -> None:
+    """TrainingError unless the processes can share a step's images, and no data set is empty."""
+    if training.images_per_step % (process_group.size * training.accumulation_steps):
+        raise TrainingError(
+            f"images_per_step ({training.images_per_step}) must be a multiple of processes x accumulation_steps "
+            f"({process_group.size} x {training.accumulation_steps})"
+        )
+    for name, images in (("data", data), ("validation data", validation)):
+        if images is not None and len(images) == 0:
+            raise TrainingError(f"the {name} set has no images")
 
 
-def _fingerprint(data: DataSet) -> str:
-    """Depends on names, order and sizes of the images."""
-    return hashlib.sha256(json.dumps([list(data.names), list(data.sizes)]).encode()).hexdigest()
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Fields that decide the course of training and differ, with "field old -> new"."""
-    return {
-        field: f"{field} {old[section].get(field)} -> {value}"
-        for section in new
-        for field, value in new[section].items()
-        if field not in MAY_CHANGE
-        and (section != "test" or field in PROPOSAL_FIELDS)
-        and old[section].get(field) != value
-    }
+def _initial_network(config: Config, weights: InitialWeights) -> tuple[SpatialFlow, list[str]]:
+    """A network with its initial weights, and the layers that the files do not fill as their classes differ."""
+    network = build_model(config)
+    if weights.checkpoint is not None:
+        return network, load_matching(network, weights.checkpoint, CLASS_LAYERS, weights.ema)
+    if weights.backbone is not None:
+        load_backbone(network, weights.backbone)
+    return network, []

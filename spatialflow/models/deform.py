@@ -20,7 +20,7 @@ class FlowOffsetDeformConv2d(nn.Conv2d):
     def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
         """Convolve `x` (N, C, H, W) at the points that `prediction` (N, 27, H', W') gives."""
         offset, mask = split_offsets(prediction)  # (N, 18, H', W'), (N, 9, H', W')
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
 
 
 class SelfOffsetDeformConv2d(nn.Conv2d):
@@ -60,4 +60,4 @@ class SelfOffsetDeformConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, (N, C, H, W)."""
         offset, mask = split_offsets(self.conv_offset(x))  # (N, 18, H', W'), (N, 9, H', W')
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)

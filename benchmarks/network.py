@@ -34,9 +34,9 @@ def network(kind: str, device: torch.device, dtype: torch.dtype):
 
 
 def compute(model, layout: torch.memory_format, image: torch.Tensor, rois: torch.Tensor, labels: torch.Tensor) -> list:
-    output, stuff_logits = model.dense(image.to(memory_format=layout))
+    output = model(image.to(memory_format=layout))
     mask_logits = model.thing_head(model.roi_features(output.thing_features, rois), labels)
-    return [*output.class_logits, *output.box_deltas, stuff_logits, mask_logits]
+    return [*output.class_logits, *output.box_deltas, output.stuff_logits, mask_logits]
 
 
 @torch.inference_mode()

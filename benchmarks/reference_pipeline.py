@@ -31,6 +31,7 @@ from spatialflow.data.categories import load_categories
 from spatialflow.data.transforms import compute_resized_size, normalize, pad, resize_image, resize_labels
 from spatialflow.images import read_image
 from spatialflow.models.anchors import STRIDES, base_anchors
+from spatialflow.models.heads import upsample_stuff_logits
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import reference
 from spatialflow.ops.reference.select_candidates import decode_boxes, grid_anchors
@@ -127,7 +128,7 @@ class ReferencePipeline:
             tasks = model.subnets(pyramid)
         with clock("dense heads"):
             class_logits, box_deltas = model.box_head(tasks.cls, tasks.reg)
-            quarter_logits = model.stuff_head(tasks.stuff)
+            stuff_logits = model.stuff_head(tasks.stuff)
         with clock("detections"):
             boxes, scores, labels = self.detect(class_logits, box_deltas, valid, scale)
         with clock("masks"):
@@ -140,7 +141,7 @@ class ReferencePipeline:
                 masks = paste_at_once(probabilities[entering], boxes[entering], original, test.mask_threshold)
                 boxes, scores, labels = boxes[entering].cpu(), scores[entering].cpu(), labels[entering].cpu()
         with clock("stuff labels"):
-            stuff = model.stuff_head.enlarge(quarter_logits.float())[0].argmax(dim=0)[: valid[0], : valid[1]]
+            stuff = upsample_stuff_logits(stuff_logits.float())[0].argmax(dim=0)[: valid[0], : valid[1]]
             stuff = resize_labels(stuff.cpu().numpy(), original)
         with clock("merge"):
             id_map, segments = self.merge(masks, scores.numpy(), labels.numpy(), boxes.numpy(), stuff)

@@ -18,8 +18,8 @@ from harness import Benchmark, Problem, Provider, main
 from untrained import settle_norms
 
 from spatialflow import build_model
-from spatialflow.models.criterion import Criterion
 from spatialflow.models.optimized.training import optimize_for_training
+from spatialflow.models.training_step import TrainingStep
 from spatialflow.structures import GroundTruth
 
 COMPARED = tuple(
@@ -50,7 +50,7 @@ def training(kind: str, device: torch.device):
     network = optimize_for_training(model) if kind == "spatialflow" else model
     if kind == "compiled":
         network = copy.copy(model)
-        network.dense = torch.compile(model.dense, dynamic=False)
+        network.forward = torch.compile(model.forward, dynamic=False)
     return model, network, torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)  # so slow that steps stay alike
 
 
@@ -62,7 +62,7 @@ def step(kind: str, images: torch.Tensor, truth: GroundTruth) -> list[torch.Tens
     with torch.enable_grad():
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, images.dtype if narrow else None, enabled=narrow):
-            losses = Criterion(model.config)(network, images.float() if narrow else images, truth)
+            losses = TrainingStep(network, model.config)(images.float() if narrow else images, truth)
         losses.total().backward()
         optimizer.step()
     gradients = [model.get_parameter(name).grad for name in COMPARED]

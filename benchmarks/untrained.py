@@ -51,14 +51,14 @@ def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> Spat
     _, images = network_input(read_image(image), test, model.config.data)
     settle_norms(model.backbone, images)
     with torch.inference_mode():
-        output, quarter_logits = model.dense(images)
+        output = model(images)
         logits = torch.cat([level.flatten(2)[0] for level in output.class_logits], dim=1)  # (A * classes, cells)
         mean, deviation = logits.mean(dim=1), logits.std(dim=1)
         best = ((logits - mean[:, None]) / deviation[:, None]).flatten().topk(CANDIDATES).values
         low, high = (torch.tensor([test.score_threshold, test.instance_score_threshold])).logit()
         slope = (high - low) / (best[CONFIDENT - 1] - best[-1])
         adjust(model.box_head.class_logits, slope / deviation, low - slope * (best[-1] + mean / deviation))
-        mean, deviation = quarter_logits.mean(dim=(0, 2, 3)), quarter_logits.std(dim=(0, 2, 3))
+        mean, deviation = (output.stuff_logits.mean(dim=(0, 2, 3)), output.stuff_logits.std(dim=(0, 2, 3)))
         rarity = torch.arange(len(mean)) / 4  # a picture shows a few of the classes
         adjust(model.stuff_head.logits, 1 / deviation, -mean / deviation - rarity)
     return model

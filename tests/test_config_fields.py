@@ -30,8 +30,8 @@ from spatialflow.engine import trainer as trainer_module
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.predict import Predictor
 from spatialflow.models.build import build_model, load_config
-from spatialflow.models.criterion import Criterion
 from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
+from spatialflow.models.training_step import TrainingStep
 
 BASE = SMALL | dict(
     categories="synthetic",
@@ -126,7 +126,7 @@ def losses(config: Config, data: CocoPanoptic) -> Any:
     network = copy.deepcopy(_predicting_model()).train()
     requests = Schedule(data.sizes, 1, 0).batches(0, 1, 0, 1, 1)
     batch = next(make_loader(data, config.data, requests))
-    return list(Criterion(config)(network, batch.images, batch.truth()))
+    return list(TrainingStep(network, config)(batch.images, batch.truth()))
 
 
 def rates(config: Config, data: CocoPanoptic) -> Any:

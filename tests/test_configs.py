@@ -20,7 +20,7 @@ def test_every_config_builds_and_runs(name):
     assert [f.shape[-2:] for f in output.features] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     assert output.class_logits[0].shape == (1, 27, 8, 12) and output.box_deltas[0].shape == (1, 36, 8, 12)
     if model.config.model.stuff_head:
-        assert output.stuff_logits.shape == (1, 4, 64, 96) and len(output.stuff_features) == 3
+        assert output.stuff_logits.shape == (1, 4, 16, 24) and len(output.stuff_features) == 3
     else:
         assert output.stuff_logits is None and output.stuff_features is None and output.thing_features is None
 

@@ -10,7 +10,7 @@ from helpers.golden_models import assert_close, fill_function
 from torch import nn
 
 from spatialflow.engine.checkpoints import name_from_released
-from spatialflow.models import subnets as subnets_module
+from spatialflow.models import deform as deform_module
 from spatialflow.models.heads import BoxHead
 from spatialflow.models.subnets import Subnets
 
@@ -87,14 +87,14 @@ def test_gradients(case):
 def test_first_deformable_calls(large_goldens, case, monkeypatch):
     """What reaches the deformable convolution: the feature alone, interleaved offsets, a sigmoid mask."""
     head, levels, arrays, about, _ = case
-    calls, original = [], subnets_module.deform_conv2d
+    calls, original = [], deform_module.deform_conv2d
 
-    def record(x, offset, weight, bias, **options):
-        out = original(x, offset, weight, bias, **options)
-        calls.append((x, offset, options["mask"], out.relu()))  # the recorded output carries its in-place ReLU
+    def record(x, offset, weight, bias, *geometry, mask):
+        out = original(x, offset, weight, bias, *geometry, mask=mask)
+        calls.append((x, offset, mask, out.relu()))  # the recorded output carries its in-place ReLU
         return out
 
-    monkeypatch.setattr(subnets_module, "deform_conv2d", record)
+    monkeypatch.setattr(deform_module, "deform_conv2d", record)
     with torch.no_grad():
         head.subnets(levels)
     assert len(calls) == about["num_deform_calls"]

@@ -16,7 +16,7 @@ from spatialflow.data.transforms import compute_resize
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.models import postprocess
 from spatialflow.models.build import load_config
-from spatialflow.models.optimized import inference as optimize
+from spatialflow.models.optimized import layers
 from spatialflow.models.optimized.inference import optimize_for_inference
 
 DEVICE = torch.device("meta")
@@ -147,13 +147,13 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
     Some rows are padding, and some detections do not enter the map. The convolutions of the mask head compute the rows
     whose masks are used.
     """
-    flags, convolve = [], optimize.flow_conv2d
+    flags, convolve = [], layers.flow_conv2d
 
     def noted(*args, active=None, **options):
         flags.append(active)
         return convolve(*args, active=active, **options)
 
-    monkeypatch.setattr(optimize, "flow_conv2d", noted)
+    monkeypatch.setattr(layers, "flow_conv2d", noted)
     model = random_model("tiny", stuff_area_threshold=20)
     with torch.no_grad():
         model.box_head.class_logits.weight.mul_(0.01)  # scores below 1

@@ -18,7 +18,7 @@ from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.log import read_log
 from spatialflow.engine.trainer import InitialWeights, Trainer, TrainingError, learning_rate
 from spatialflow.models.build import build_model, load_config
-from spatialflow.models.criterion import Criterion
+from spatialflow.models.training_step import TrainingStep
 
 pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`
 
@@ -119,9 +119,8 @@ class TestRun:
         """The loss of a step in two parts is the mean of both."""
         config = small(images_per_step=4, accumulation_steps=2, warmup_iterations=0, gradient_clip_norm=None)
         trainer = Trainer(config, data, tmp_path, SINGLE_PROCESS)
-
         parts = [
-            Criterion(config)(build_like(trainer), batch.images, batch.truth()).total().item()
+            TrainingStep(build_like(trainer), config)(batch.images, batch.truth()).total().item()
             for batch in make_loader(data, config.data, trainer.schedule.batches(0, 1, 0, 1, 2))
         ]
         trainer.run()

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from spatialflow.config import DataConfig
-from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample
 from spatialflow.data.transforms import compute_resized_size, normalize, pad, resize_image, resize_labels
+from spatialflow.structures import UNLABELED
 
 
 class TrainingSample(NamedTuple):
@@ -60,7 +60,7 @@ def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Tra
         boxes.astype(np.float32),
         labels,
         np.pad(instances, border),
-        np.pad(semantic, border, constant_values=IGNORED),
+        np.pad(semantic, border, constant_values=UNLABELED),
         size,
     )
 

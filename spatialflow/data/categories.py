@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spatialflow.panoptic.rules import is_color
+from spatialflow.structures import UNLABELED
 
 TABLES = Path(__file__).resolve().parent / "tables"
 COCO_OTHER_ID = 183
 """COCO's category "other": all thing pixels in semantic maps; no segment has it."""
-
-IGNORED = 255
-"""Semantic index of pixels without a listed category."""
 
 
 class CategoryError(ValueError):
@@ -73,9 +71,9 @@ class Categories:
             self.other_index = before[0] if before else len(stuff)
             stuff.insert(self.other_index, None)
         self.stuff = tuple(stuff)
-        if len(self.stuff) >= IGNORED:
+        if len(self.stuff) >= UNLABELED:
             raise CategoryError(
-                f"{source}: at most {IGNORED - 1} stuff classes fit a semantic map, got {len(self.stuff)}"
+                f"{source}: at most {UNLABELED - 1} stuff classes fit a semantic map, got {len(self.stuff)}"
             )
         self.thing_label = {row.id: i for i, row in enumerate(self.things)}
         self.stuff_index = {row.id: i for i, row in enumerate(self.stuff) if row is not None}
@@ -96,7 +94,7 @@ class Categories:
             return self.stuff_index[category_id]
         if category_id in self.thing_label and self.other_index is not None:
             return self.other_index
-        return IGNORED
+        return UNLABELED
 
     def as_coco(self) -> list[dict[str, Any]]:
         """The rows in the format of a COCO panoptic JSON."""

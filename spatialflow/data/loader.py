@@ -12,10 +12,9 @@ from torch.utils.data import DataLoader
 
 from spatialflow.config import DataConfig
 from spatialflow.data.augment import TrainingSample, augment
-from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample, SampleError
 from spatialflow.panoptic.rules import Problem
-from spatialflow.structures import GroundTruth
+from spatialflow.structures import UNLABELED, GroundTruth
 
 
 class DataSet(Protocol):
@@ -186,7 +185,7 @@ def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
     height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
     images = torch.zeros((len(samples), 3, height, width), device="cpu")
     instances = torch.zeros((len(samples), height, width), dtype=torch.int32, device="cpu")
-    semantic = torch.full((len(samples), height, width), IGNORED, dtype=torch.uint8, device="cpu")
+    semantic = torch.full((len(samples), height, width), UNLABELED, dtype=torch.uint8, device="cpu")
     for i, sample in enumerate(samples):
         _, h, w = sample.image.shape
         images[i, :, :h, :w] = torch.from_numpy(sample.image)

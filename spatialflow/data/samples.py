@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.data.categories import IGNORED, Categories
+from spatialflow.data.categories import Categories
 from spatialflow.panoptic.extents import extents
 from spatialflow.panoptic.rules import (
     TRAINING,
@@ -17,6 +17,7 @@ from spatialflow.panoptic.rules import (
     raise_first,
     segment_problems,
 )
+from spatialflow.structures import UNLABELED
 
 
 class SampleError(ValueError):
@@ -75,7 +76,7 @@ def make_sample(
     place[place == len(ids)] = 0
     listed = ids[place] == id_map if len(ids) else np.zeros(id_map.shape, bool)
     place = np.where(listed, place, len(ids))
-    semantic_by_place, instance_by_place = np.full(len(ids) + 1, IGNORED, np.uint8), np.zeros(len(ids) + 1, np.int32)
+    semantic_by_place, instance_by_place = np.full(len(ids) + 1, UNLABELED, np.uint8), np.zeros(len(ids) + 1, np.int32)
     boxes, labels = [], []
     for i, segment in enumerate(segments):
         semantic_by_place[i] = categories.semantic_index(segment["category_id"])

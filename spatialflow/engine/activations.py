@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from spatialflow.data.categories import Category, load_categories
 from spatialflow.data.transforms import compute_resize
+from spatialflow.models.heads import upsample_stuff_logits
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import preprocess_images
 
@@ -59,11 +60,11 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
     if output.stuff_logits is None:
         return ActivationMaps(_scaled(things), None, None)
     categories = load_categories(data.categories, config.model.num_things, config.model.num_stuff)
-    index = categories.other_index
+    stuff_logits, index = upsample_stuff_logits(output.stuff_logits), categories.other_index
     if index is None:
-        labels = output.stuff_logits[0, :, : geometry.valid_size[0], : geometry.valid_size[1]].argmax(dim=0)
+        labels = stuff_logits[0, :, : geometry.valid_size[0], : geometry.valid_size[1]].argmax(dim=0)
         index = int(labels.flatten().bincount().argmax())
-    stuff = to_image(output.stuff_logits[0, index] - model.stuff_head.logits.bias[index])
+    stuff = to_image(stuff_logits[0, index] - model.stuff_head.logits.bias[index])
     return ActivationMaps(_scaled(things), _scaled(stuff), categories.stuff[index])
 
 

@@ -206,8 +206,8 @@ class Pipeline:
             plan: the views, of which only `mirrored` and the tensors are read.
         """
         with stage("network"):
-            passes = [self._forward(view_images) for view_images in images]
-        outputs = [outputs for outputs, _ in passes]
+            outputs = [[network(view_images) for network in self.networks] for view_images in images]
+            stuff_logits = [_mean_stuff_logits(view_outputs) for view_outputs in outputs]
         with stage("detect"):
             candidates = [
                 self._candidates(view, base_anchors, output)
@@ -230,15 +230,7 @@ class Pipeline:
                 mask_logits = self._mean_mask_logits(
                     plan, outputs, mask_boxes, labels[:, : mask_boxes.shape[1]], needed
                 )
-        stuff_logits = [stuff for _, stuff in passes]
         return Recognized(boxes, scores, labels, detections.count, merge_boxes, mask_logits, stuff_logits)
-
-    def _forward(self, images: Tensor) -> tuple[list[NetworkOutput], Tensor | None]:
-        """The output of each network for a view, and the mean of their stuff logits at stride 4."""
-        outputs, stuff_logits = zip(*(network.dense(images) for network in self.networks), strict=True)
-        if stuff_logits[0] is None or len(stuff_logits) == 1:
-            return list(outputs), stuff_logits[0]
-        return list(outputs), torch.stack(stuff_logits).float().mean(dim=0)
 
     def _candidates(self, view: TestTimeView, base_anchors: Tensor, output: NetworkOutput) -> Candidates:
         """The best boxes of one network in one view, at original scale, not mirrored."""
@@ -357,6 +349,13 @@ class Pipeline:
     def _leading(self, needed: Tensor) -> int:
         """The number of leading rows that hold all needed ones, (..., D) bool; D where counts are not read."""
         return int(needed.sum(-1).max()) if self.reads_counts else needed.shape[-1]
+
+
+def _mean_stuff_logits(outputs: Sequence[NetworkOutput]) -> Tensor | None:
+    """Average the stuff logits of several networks, at stride 4."""
+    if outputs[0].stuff_logits is None or len(outputs) == 1:
+        return outputs[0].stuff_logits
+    return torch.stack([output.stuff_logits for output in outputs]).float().mean(dim=0)
 
 
 def _concatenate(candidates: Sequence[Candidates]) -> Candidates:

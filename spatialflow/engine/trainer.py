@@ -24,11 +24,11 @@ from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
 from spatialflow.engine.run_monitor import REMEDIES, DivergenceMonitor, ProblemReporter
 from spatialflow.models.build import build_model
-from spatialflow.models.criterion import Criterion, Losses
+from spatialflow.models.criterion import Losses
 from spatialflow.models.optimized.training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.models.training_step import TrainingStep
 from spatialflow.panoptic.rules import Problem
-from spatialflow.structures import GroundTruth
 
 CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
 """Layers whose shape depends on the classes. The first phase of finetuning trains them alone."""
@@ -93,17 +93,6 @@ def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
             f"warm-up"
         )
     return messages
-
-
-class _Step(nn.Module):
-    """Network and criterion as one module, so that DistributedDataParallel sees every use of a parameter."""
-
-    def __init__(self, network: SpatialFlow, criterion: Criterion) -> None:
-        super().__init__()
-        self.network, self.criterion = network, criterion
-
-    def forward(self, images: Tensor, truth: GroundTruth) -> Losses:
-        return self.criterion(self.network, images, truth)
 
 
 class _PendingLosses(NamedTuple):
@@ -260,7 +249,7 @@ class Trainer:
         group = self.process_group
         on_cpu, mixed = group.device.type == "cpu", self.config.training.mixed_precision is not None
         network = self.network if on_cpu and mixed else optimize_for_training(self.network)
-        module = _Step(network, Criterion(self.config, group.average if group.size > 1 else None))
+        module = TrainingStep(network, self.config, group.average if group.size > 1 else None)
         if group.size == 1:
             return module
         return DistributedDataParallel(module, device_ids=[group.device] if group.device.type == "cuda" else None)

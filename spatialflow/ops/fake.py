@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from spatialflow.ops._torch_private import disable_current_modes
 
 
 def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -48,7 +49,7 @@ def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., A
                     )
             values = [args[index] for index in checked]
             if _is_concrete(values):
-                with _disable_current_modes():
+                with disable_current_modes():
                     check(*(_without_data(value) for value in values))
             return kernel(*args)
 

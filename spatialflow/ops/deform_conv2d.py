@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, pair, require_finite
-from spatialflow.ops.differentiable import DifferentiableOp, autocast, needs_gradient, without_gradient
+from spatialflow.ops.deform_conv2d_backward import differentiable_deform_conv2d
+from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.layout import memory_format_of
@@ -150,7 +151,7 @@ def deform_conv2d(
     bias = None if bias is None else autocast(bias)
     if mask_sigmoid and mask.is_floating_point():  # another kind is for the operator to refuse
         mask = mask.to(torch.float64 if input.dtype == torch.float64 else torch.float32).sigmoid()
-    result = _deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
+    result = differentiable_deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
     return result.relu() if relu else result
 
 
@@ -241,12 +242,6 @@ class DeformConv2d(nn.Module):
         )
 
 
-def _empty(like: Tensor, wanted: bool) -> Tensor:
-    if not wanted:
-        return like.new_empty((0,))
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like))
-
-
 @register_fake("deform_conv2d")
 def _(input, offset, weight, bias, mask, offset_tangent, *settings):
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight)):
@@ -286,246 +281,3 @@ def _(input, offset, packed, bias, mask, *settings):
     )
     size = (input.shape[0], outputs, offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
-
-
-@register_fake("_deform_conv2d_backward_data")
-def _(grad_output, input, offset, weight, mask, offset_tangent, *settings):
-    *_, need_input, need_sampling, _deterministic = settings
-    return (
-        _empty(input, need_input),
-        _empty(offset, need_sampling),
-        _empty(offset if mask is None else mask, need_sampling and mask is not None),
-    )
-
-
-@register_fake("_deform_conv2d_backward_weight")
-def _(grad_output, input, offset, mask, offset_tangent, *settings):
-    *_, group_channels, kernel_h, kernel_w = settings
-    return input.new_empty((grad_output.shape[1], group_channels, kernel_h, kernel_w))
-
-
-# The result is linear in input, weight and mask, and with a tangent of the offset also in that. So every derivative is
-# one of the three raw operators with one argument exchanged: exchanging `input` by its tangent gives the tangent of the
-# result, and the gradient of a gradient is the gradient of the result with the cotangent in the argument's place.
-
-
-def _sum(terms: list[Tensor | None]) -> Tensor | None:
-    terms = [term for term in terms if term is not None]
-    return sum(terms[1:], terms[0]) if terms else None
-
-
-def _data(arguments: tuple, settings: tuple, need_input: bool, need_sampling: bool) -> tuple:
-    """Gradients of input, offset and mask; None for those not wanted."""
-    if not (need_input or need_sampling):
-        return None, None, None
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    grads = _backward_data(*arguments, *settings, need_input, need_sampling, deterministic)
-    has_mask = arguments[4] is not None
-    return (
-        grads[0] if need_input else None,
-        grads[1] if need_sampling else None,
-        grads[2] if need_sampling and has_mask else None,
-    )
-
-
-def _kernel(weight: Tensor) -> tuple:
-    return tuple(weight.shape[1:])
-
-
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _for_samples_of(mask: Tensor, tensor: Tensor | None, input: Tensor) -> Tensor | None:
-    """`tensor`, a tangent or cotangent of `mask`, to be used as a mask: NaN where `mask` is not finite in its type.
-
-    Such samples are zero whatever the features are. A factor of 0 would turn features that are not finite to NaN.
-    """
-    if tensor is None:
-        return None
-    used = mask if input.dtype == torch.float64 else mask.float()
-    return torch.where(torch.isfinite(used), tensor, torch.nan)
-
-
-def _no_third_derivative(ctx: Any, tangent: Tensor | None) -> None:
-    if tangent is not None:
-        raise NotImplementedError(
-            "deform_conv2d: third derivatives through the offset, and forward mode over forward mode, are not available"
-        )
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, offset, weight, bias, mask, tangent, *settings = inputs
-    ctx.settings = tuple(settings)
-    _save(ctx, input, offset, weight, mask, tangent)
-
-
-def _backward(ctx: Any, needs: Any, grad_output: Tensor | None) -> tuple:
-    rest = (None,) * len(ctx.settings)
-    if grad_output is None:
-        return (None,) * 6 + rest
-    input, offset, weight, mask, tangent = ctx.saved_tensors
-    arguments = (grad_output, input, offset, weight, mask, tangent)
-    grad_input, grad_offset, grad_mask = _data(arguments, ctx.settings, needs[0], needs[1] or needs[4])
-    grad_weight = grad_bias = grad_tangent = None
-    if needs[2]:
-        grad_weight = _backward_weight(grad_output, input, offset, mask, tangent, *ctx.settings, *_kernel(weight))
-    if needs[3]:
-        grad_bias = grad_output.sum((0, 2, 3))
-    if needs[5]:
-        grad_tangent = _data((*arguments[:5], None), ctx.settings, False, True)[1]
-    return grad_input, grad_offset, grad_weight, grad_bias, grad_mask, grad_tangent, *rest
-
-
-def _jvp(
-    ctx: Any, input_t: Any, offset_t: Any, weight_t: Any, bias_t: Any, mask_t: Any, tangent_t: Any, *_: Any
-) -> Any:
-    input, offset, weight, mask, tangent = ctx.saved_tensors
-    if offset_t is not None:
-        _no_third_derivative(ctx, tangent)
-    mask_t = _for_samples_of(mask, mask_t, input)
-    terms = [
-        None if input_t is None else (input_t, weight, mask, tangent),
-        None if weight_t is None else (input, weight_t, mask, tangent),
-        None if mask_t is None else (input, weight, mask_t, tangent),
-        None if offset_t is None else (input, weight, mask, offset_t),
-        None if tangent_t is None else (input, weight, mask, tangent_t),
-    ]
-    terms = [
-        None if term is None else _deform_conv2d(term[0], offset, term[1], None, *term[2:], *ctx.settings)
-        for term in terms
-    ]
-    if bias_t is not None:
-        size = (input.shape[0], weight.shape[0], *offset.shape[2:])
-        terms.append(bias_t[:, None, None].expand(size))
-    return _sum(terms)
-
-
-def _data_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.settings = tuple(inputs[6:-3])
-    ctx.wanted = tuple(inputs[-3:-1])
-    _save(ctx, *inputs[:6])
-
-
-def _data_backward(ctx: Any, needs: Any, *cotangents: Tensor | None) -> tuple:
-    grad_output, input, offset, weight, mask, tangent = ctx.saved_tensors
-    need_input, need_sampling = ctx.wanted
-    to_input = cotangents[0] if need_input else None
-    to_offset = cotangents[1] if need_sampling else None
-    to_mask = _for_samples_of(mask, cotangents[2], input) if need_sampling and mask is not None else None
-    if to_offset is not None:
-        _no_third_derivative(ctx, tangent)
-    exchanged = []  # (input, mask, tangent, which of input, mask was exchanged)
-    if to_input is not None:
-        exchanged.append((to_input, mask, tangent, "input"))
-    if to_offset is not None:
-        exchanged.append((input, mask, to_offset, "offset"))
-    if to_mask is not None:
-        exchanged.append((input, to_mask, tangent, "mask"))
-    grads: list[list] = [[], [], [], [], []]  # of grad_output, input, offset, weight, mask
-    for of_input, of_mask, of_offset, which in exchanged:
-        if needs[0]:
-            grads[0].append(_deform_conv2d(of_input, offset, weight, None, of_mask, of_offset, *ctx.settings))
-        wants_input = needs[1] and which != "input"
-        wants_mask = needs[4] and which != "mask"
-        arguments = (grad_output, of_input, offset, weight, of_mask, of_offset)
-        grad_input, grad_offset, grad_mask = _data(arguments, ctx.settings, wants_input, needs[2] or wants_mask)
-        grads[1].append(grad_input)
-        grads[2].append(grad_offset)
-        grads[4].append(grad_mask if wants_mask else None)
-        if needs[3]:
-            grads[3].append(
-                _backward_weight(grad_output, of_input, offset, of_mask, of_offset, *ctx.settings, *_kernel(weight))
-            )
-    if tangent is not None and needs[5]:
-        _no_third_derivative(ctx, tangent)
-    return (*(_sum(terms) for terms in grads), None) + (None,) * (len(ctx.settings) + 3)
-
-
-def _data_jvp(
-    ctx: Any, grad_output_t: Any, input_t: Any, offset_t: Any, weight_t: Any, mask_t: Any, tangent_t: Any, *_: Any
-) -> tuple:
-    grad_output, input, offset, weight, mask, tangent = ctx.saved_tensors
-    if offset_t is not None or tangent_t is not None:
-        _no_third_derivative(ctx, tangent)
-    mask_t = _for_samples_of(mask, mask_t, input)
-    # (arguments, whether grad_input, grad_offset, grad_mask depend on the exchanged one)
-    terms = [
-        None if grad_output_t is None else ((grad_output_t, input, offset, weight, mask, tangent), True, True),
-        None if input_t is None else ((grad_output, input_t, offset, weight, mask, tangent), False, True),
-        None if offset_t is None else ((grad_output, input, offset, weight, mask, offset_t), True, True),
-        None if weight_t is None else ((grad_output, input, offset, weight_t, mask, tangent), True, True),
-        None if mask_t is None else ((grad_output, input, offset, weight, mask_t, tangent), True, False),
-    ]
-    need_input, need_sampling = ctx.wanted
-    grads: list[list] = [[], [], []]
-    for term in terms:
-        if term is not None:
-            arguments, changes_input, changes_mask = term
-            grad_input, grad_offset, grad_mask = _data(
-                arguments, ctx.settings, need_input and changes_input, need_sampling
-            )
-            grads[0].append(grad_input)
-            grads[1].append(grad_offset)
-            grads[2].append(grad_mask if changes_mask else None)
-    wanted = (need_input, need_sampling, need_sampling and mask is not None)
-    like = (input, offset, offset if mask is None else mask)
-    result = []
-    for terms_of, is_wanted, tensor in zip(grads, wanted, like):
-        total = _sum(terms_of)
-        if total is None:
-            total = torch.zeros_like(tensor) if is_wanted else tensor.new_zeros((0,))
-        result.append(total)
-    return tuple(result)
-
-
-def _weight_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.settings, ctx.kernel = tuple(inputs[5:-3]), tuple(inputs[-3:])
-    _save(ctx, *inputs[:5])
-
-
-def _weight_backward(ctx: Any, needs: Any, cotangent: Tensor | None) -> tuple:
-    rest = (None,) * (len(ctx.settings) + 3)
-    if cotangent is None:
-        return (None,) * 5 + rest
-    grad_output, input, offset, mask, tangent = ctx.saved_tensors
-    grad_grad = None
-    if needs[0]:
-        grad_grad = _deform_conv2d(input, offset, cotangent, None, mask, tangent, *ctx.settings)
-    arguments = (grad_output, input, offset, cotangent, mask, tangent)
-    grad_input, grad_offset, grad_mask = _data(arguments, ctx.settings, needs[1], needs[2] or needs[3])
-    grad_tangent = _data((*arguments[:5], None), ctx.settings, False, True)[1] if needs[4] else None
-    return grad_grad, grad_input, grad_offset, grad_mask, grad_tangent, *rest
-
-
-def _weight_jvp(
-    ctx: Any, grad_output_t: Any, input_t: Any, offset_t: Any, mask_t: Any, tangent_t: Any, *_: Any
-) -> Tensor | None:
-    grad_output, input, offset, mask, tangent = ctx.saved_tensors
-    if offset_t is not None:
-        _no_third_derivative(ctx, tangent)
-    mask_t = _for_samples_of(mask, mask_t, input)
-    terms = [
-        None if grad_output_t is None else (grad_output_t, input, mask, tangent),
-        None if input_t is None else (grad_output, input_t, mask, tangent),
-        None if mask_t is None else (grad_output, input, mask_t, tangent),
-        None if offset_t is None else (grad_output, input, mask, offset_t),
-        None if tangent_t is None else (grad_output, input, mask, tangent_t),
-    ]
-    return _sum(
-        [
-            None if term is None else _backward_weight(*term[:2], offset, *term[2:], *ctx.settings, *ctx.kernel)
-            for term in terms
-        ]
-    )
-
-
-_deform_conv2d = DifferentiableOp("deform_conv2d", setup_context=_setup_context, backward=_backward, jvp=_jvp)
-_backward_data = DifferentiableOp(
-    "_deform_conv2d_backward_data", setup_context=_data_setup_context, backward=_data_backward, jvp=_data_jvp
-)
-_backward_weight = DifferentiableOp(
-    "_deform_conv2d_backward_weight", setup_context=_weight_setup_context, backward=_weight_backward, jvp=_weight_jvp
-)

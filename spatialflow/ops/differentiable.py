@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spatialflow import _library as libraries
 from spatialflow.ops._torch_private import (
     AFTER_AUTOGRAD,
     AutoDispatchBelowAutograd,
@@ -30,6 +31,8 @@ from spatialflow.ops._torch_private import (
     set_forward_grad_enabled,
     unpack_dual,
 )
+
+libraries.load()  # registers the raw operators
 
 Nested = Any  # a tensor, a list of tensors, or a plain value
 

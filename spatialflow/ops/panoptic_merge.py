@@ -39,16 +39,16 @@ def panoptic_merge(
     ignored_stuff: Sequence[int] = (),
     score_threshold: float = 0.37,
     overlap_threshold: float = 0.37,
-    stuff_area_limit: int = 4900,
-    box_threshold: float = 0.5,
+    stuff_area_threshold: int = 4900,
+    box_overlap_threshold: float = 0.5,
 ) -> PanopticMergeOutput:
     """Merges instances and stuff into one map in which every pixel belongs to one segment or to none.
 
     1. Instances with `score >= score_threshold`, highest score first, ties in input order. One without pixels, or with
        more than `overlap_threshold` of its pixels taken by those kept before, is dropped; a kept one takes its free
        pixels.
-    2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_limit`.
-    3. Every box of step 1, its instance kept or not, in the same order: if at least `box_threshold` of its pixels are
+    2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_threshold`.
+    3. Every box of step 1, its instance kept or not, in the same order: if at least `box_overlap_threshold` of its pixels are
        still void, they go to the instance's segment, or to a new one. Boxes are truncated to integers and cut to the
        image.
 
@@ -60,7 +60,7 @@ def panoptic_merge(
         stuff: (H, W), any integer dtype; values outside [0, stuff_labels) are void.
         stuff_labels: number of stuff labels.
         ignored_stuff: stuff labels that stay void, such as "other".
-        score_threshold, overlap_threshold, stuff_area_limit, box_threshold: see above. Defaults: the paper's for COCO.
+        score_threshold, overlap_threshold, stuff_area_threshold, box_overlap_threshold: see above. Defaults: the paper's for COCO.
 
     Returns:
         `PanopticMergeOutput`. Ids count from 1 in order of creation: instances, stuff by label, then new ones of
@@ -83,7 +83,7 @@ def panoptic_merge(
         >>> masks = torch.zeros(1, 4, 6, dtype=torch.bool)
         >>> masks[0, :2, :3] = True
         >>> stuff = torch.ones(4, 6, dtype=torch.int64)
-        >>> merged = panoptic_merge(masks, torch.tensor([0.9]), torch.tensor([5]), None, stuff, 2, stuff_area_limit=4)
+        >>> merged = panoptic_merge(masks, torch.tensor([0.9]), torch.tensor([5]), None, stuff, 2, stuff_area_threshold=4)
         >>> merged.id_map[0]
         tensor([1, 1, 1, 2, 2, 2], dtype=torch.int32)
         >>> merged.labels, merged.areas  # rows: the instance, the stuff, one that is not used
@@ -109,8 +109,8 @@ def panoptic_merge(
         ignored_stuff,
         number("panoptic_merge", "score_threshold", score_threshold),
         number("panoptic_merge", "overlap_threshold", overlap_threshold),
-        stuff_area_limit,
-        number("panoptic_merge", "box_threshold", box_threshold),
+        stuff_area_threshold,
+        number("panoptic_merge", "box_overlap_threshold", box_overlap_threshold),
     )
     return PanopticMergeOutput(
         id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores, count
@@ -131,8 +131,8 @@ def _(
     ignored_stuff,
     score_threshold,
     overlap_threshold,
-    stuff_area_limit,
-    box_threshold,
+    stuff_area_threshold,
+    box_overlap_threshold,
 ):
     torch._check(masks.dim() == 3, lambda: f"panoptic_merge: masks must be (K, H, W), got {tuple(masks.shape)}")
     count, height, width = masks.shape

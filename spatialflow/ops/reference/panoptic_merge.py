@@ -22,8 +22,8 @@ def panoptic_merge(
     ignored_stuff: Sequence[int] = (),
     score_threshold: float = 0.37,
     overlap_threshold: float = 0.37,
-    stuff_area_limit: int = 4900,
-    box_threshold: float = 0.5,
+    stuff_area_threshold: int = 4900,
+    box_overlap_threshold: float = 0.5,
 ) -> PanopticMergeOutput:
     """Same arguments and result as `spatialflow.ops.panoptic_merge`, one segment at a time."""
     count, height, width = masks.shape
@@ -47,7 +47,7 @@ def panoptic_merge(
         id_of[k] = paint(free, int(labels[k]), k, float(scores[k]))
     for label in range(stuff_labels):
         free = (stuff == label) & (id_map == 0)
-        if label not in ignored_stuff and int(free.sum()) >= max(stuff_area_limit, 1):
+        if label not in ignored_stuff and int(free.sum()) >= max(stuff_area_threshold, 1):
             paint(free, label, -1, 0.0)
     for k in entering if boxes is not None else ():
         if not bool(torch.isfinite(boxes[k]).all()):
@@ -55,7 +55,7 @@ def panoptic_merge(
         x1, y1, x2, y2 = (min(max(int(v), 0), side) for v, side in zip(boxes[k].tolist(), (width, height) * 2))
         window = id_map[y1:y2, x1:x2]
         void = int((window == 0).sum())
-        if void == 0 or void / window.numel() < box_threshold:
+        if void == 0 or void / window.numel() < box_overlap_threshold:
             continue
         if k not in id_of:
             segments.append((int(labels[k]), k, float(scores[k])))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls with arrays of another library, such as CuPy, NumPy or JAX, in the place of tensors: through DLPack, no copies.
+"""Calls with arrays of another library, such as CuPy, NumPy or JAX, instead of tensors: through DLPack, without copies.
 
 An operator begins with
 
     if not are_tensors(boxes, scores):
         return with_arrays(nms, locals())
 
-so that a call with tensors pays for nothing else. docs/arrays.md tells what users may rely on.
+so that a call with tensors has no other cost. docs/arrays.md documents the guarantees for users.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def are_tensors(*values: object, optional: Sequence[object] = ()) -> bool:
 
 
 def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-    """Calls an operator with tensors on the memory of the arrays given, and gives arrays on the memory of its results.
+    """Call an operator with tensors on the memory of arrays, and return arrays on the memory of its results.
 
     Args:
-        function: the operator. Its annotations say which arguments take tensors.
-        values: its arguments by name, and any other names. Lists and named tuples may hold arrays.
+        function: the operator. Its annotations tell which arguments are tensors.
+        values: its arguments by name, and any other names. Lists and named tuples may have arrays as items.
 
     Returns:
-        What the operator gives, with arrays of the library of the arguments for tensors. A result that is an argument
-        itself comes back as the same array.
+        The result of the operator, with arrays of the arguments' library instead of tensors. A result that is an
+        argument itself is returned as the same array.
 
     Raises:
         TypeError: no arrays at all, arrays beside tensors, or arrays of two libraries, naming the argument.
-        BufferError: an array, or a result, that cannot be handed over without a copy, naming the argument.
+        BufferError: an array, or a result, that cannot be shared without a copy, naming the argument.
     """
     op = function.__name__
     if torch.compiler.is_compiling():  # the compiler then leaves this call to Python, or says so with fullgraph=True
@@ -95,12 +95,12 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _annotations(function: Callable[..., Any]) -> dict[str, str]:
-    """Of its arguments, as written."""
+    """Return the annotations of the operator's arguments, as written."""
     return {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
 
 
 def _map(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:
-    """`value` with function(name, part) for every part of it that is no list or tuple."""
+    """Apply `function` to the name and value of every part of `value` that is not a list or tuple."""
     if not isinstance(value, (list, tuple)):
         return function(name, value)
     if hasattr(value, "_fields"):
@@ -113,7 +113,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _library_of(array: Any) -> Any:
-    """The module that has `from_dlpack` for such an array."""
+    """Return the module that has `from_dlpack` for such an array."""
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
     return sys.modules[type(array).__module__.partition(".")[0]]
@@ -148,7 +148,7 @@ def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
 
 
 def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
-    """What is wrong with the first of `values` that should hold tensors, by its annotation, and does not."""
+    """Return an error for the first of `values` that is not a tensor although its annotation says so, else None."""
     for name, annotation in kinds.items():
         value, kind = values[name], str(annotation)  # a named tuple has them in ForwardRef
         if hasattr(value, "_fields"):
@@ -167,7 +167,7 @@ def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: s
 
 
 def _parts(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """The items of lists in lists, so many deep, each with its place; named tuples count as items."""
+    """Yield the items of nested lists to a depth, each with its name; named tuples count as items."""
     if depth > 0 and isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         for index, item in enumerate(value):
             yield from _parts(f"{name}[{index}]", item, depth - 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution, version 1 and, with a mask, version 2."""
+"""Deformable convolution, version 1, and version 2 with a mask."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _deform_conv2d_packed = without_gradient("_deform_conv2d_packed")
 
 
 class PackedDeformConv(NamedTuple):
-    """A deformable convolution with its weights in the order the kernels read, made by `pack_deform_conv2d`.
+    """A deformable convolution with its weights in the order that the kernels read, made by `pack_deform_conv2d`.
 
-    As for `PackedConv`, the order depends on the instruction set, the device and the version of the package: a pickle
-    or a deep copy holds `weight` alone, which is packed again where it is loaded. `weight` also serves calls that need
-    gradients or autocast, and float32 on CUDA where torch allows another algorithm than when it was packed.
+    As for `PackedConv`, the order depends on the instruction set, the device and the version of the package. A pickle
+    or a deep copy has `weight` alone, which is packed again on loading. `weight` also serves calls that need gradients
+    or autocast, and float32 calls on CUDA if torch's TF32 setting has changed since the weight was packed.
     """
 
     packed: Tensor  # a vector; its length says which order it has
@@ -44,7 +44,7 @@ class PackedDeformConv(NamedTuple):
         return pack_deform_conv2d, (self.weight, self.bias, self.groups, self.offset_groups, self.algorithm)
 
     def packed_again(self, weight: Tensor, bias: Tensor | None) -> PackedDeformConv:
-        """The same convolution of another weight and bias."""
+        """Pack another weight and bias with the same settings."""
         return pack_deform_conv2d(weight, bias, self.groups, self.offset_groups, self.algorithm)
 
 
@@ -61,32 +61,34 @@ def deform_conv2d(
     mask_sigmoid: bool = False,
     relu: bool = False,
 ) -> Tensor:
-    """Convolves with taps that read the input bilinearly at learned offsets from their places in the kernel.
+    """Convolve with kernel taps that sample the input bilinearly at learned offsets from the regular grid.
 
     Args:
         input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
-        offset: (N, 2 * offset_groups * kernel_h * kernel_w, H_out, W_out), cells: for each offset group the pairs
+        offset: (N, 2 * offset_groups * kernel_h * kernel_w, H_out, W_out), in cells: for each offset group the pairs
             (dy, dx) of all taps, row by row. Channels of `input` are split evenly over offset groups. Any floating
             dtype, used in float32 (float64 for float64 features).
-        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; sizes decide the number of groups. Or a
-            `PackedDeformConv`, whose bias and algorithm are then used: nothing is packed in the call, and sigmoid and
-            ReLU cost no pass of their own.
+        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; the sizes define the number of groups. Or
+            a `PackedDeformConv`, whose bias and algorithm are then used. The call then packs nothing, and sigmoid and
+            ReLU are part of the kernel.
         bias: (C_out), the dtype of `input`, or None.
-        stride, padding, dilation: of the undeformed convolution; (height, width), or one number for both.
+        stride: of the undeformed convolution; (height, width), or one number for both.
+        padding: as `stride`.
+        dilation: as `stride`.
         mask: factor of every sample (N, offset_groups * kernel_h * kernel_w, H_out, W_out), or None (version 1); dtype
             as for `offset`.
-        algorithm: how float32 is multiplied on CUDA; the CPU always computes "direct". Sums are in float32, and errors
-            relative to the largest output.
-            "auto": "tf32" where torch allows it for its own convolutions (`torch.backends.cudnn.conv.fp32_precision`,
-            or `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps what torch
-            allowed when it was traced.
+        algorithm: arithmetic of float32 on CUDA; the CPU always computes "direct". Sums are in float32. Errors below
+            are relative to the largest output.
+            "auto": "tf32" if torch allows it for its own convolutions (`torch.backends.cudnn.conv.fp32_precision`, or
+            `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps the setting at the
+            time of tracing.
             "direct": multiply-adds in float32: error about 1e-6.
             "tf32": tensor cores; samples, weights and gradients are rounded to TF32, 11 bits: error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
-            "winograd", which `flow_conv2d` knows, needs taps on a grid and is refused. Gradients are computed as the
-            call was.
+            "winograd", an algorithm of `flow_conv2d`, needs taps on a grid and is refused. Gradients use the algorithm
+            of the call.
         mask_sigmoid: whether `mask` holds logits: the factor of a sample is then the sigmoid of its entry.
-        relu: rectify the result; NaN stays NaN.
+        relu: whether to apply ReLU to the result; NaN stays NaN.
 
     Returns:
         (N, C_out, H_out, W_out), the dtype of `input`; channels-last if `input` is.
@@ -97,17 +99,26 @@ def deform_conv2d(
             `mask_sigmoid` without a mask; a bias beside a `PackedDeformConv`; within `spatialflow.ops.checked()` also
             an offset or mask that is not finite.
 
-    Remarks:
+    Note:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
         sample whose offset or mask is not finite, in the type it is used in, is zero and has no gradient, also none to
-        its mask. A feature that is not finite counts also where its weight, its mask or the kernel is 0, which makes
-        NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
-        result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` (unless forward
-        over forward) and to any order through the others; at whole coordinates, where a bilinear sample has a kink,
-        the offset's gradient is the one from above, as in torchvision. Results are deterministic, except for the
-        gradient of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
+        its mask. A feature that is not finite counts even with a weight, mask or kernel value of 0, which gives NaN.
+        "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
+        result.
 
-    Example:
+        Gradients flow to all five tensors in reverse and forward mode. They exist to second order through `offset`
+        (except forward over forward) and to any order through the others. At whole coordinates, where a bilinear sample
+        has a kink, the gradient of the offset is that from above, as in torchvision. Results are deterministic. The
+        exception is the gradient of `input` on CUDA, which is deterministic in float64 and under
+        `torch.use_deterministic_algorithms(True)`.
+
+        Complexity: N * H_out * W_out * kernel_h * kernel_w * C * C_out / groups multiply-adds, and one bilinear sample
+        per output pixel, tap and input channel. The samples of an image (im2col columns) are never stored.
+
+        Difference from torchvision: the options from `algorithm` on, and a sample with a non-finite offset is zero.
+        mmcv passes `mask` before the weight, and groups as arguments.
+
+    Examples:
         >>> features, weight = torch.rand(1, 8, 20, 30), torch.rand(16, 8, 3, 3)
         >>> offset, mask = torch.zeros(1, 2 * 9, 20, 30), torch.ones(1, 9, 20, 30)
         >>> result = deform_conv2d(features, offset, weight, padding=1, mask=mask)
@@ -158,24 +169,24 @@ def deform_conv2d(
 def pack_deform_conv2d(
     weight: Tensor, bias: Tensor | None = None, groups: int = 1, offset_groups: int = 1, algorithm: str = "auto"
 ) -> PackedDeformConv:
-    """Arranges the weight of a deformable convolution once, for many calls of `deform_conv2d`.
+    """Rearrange the weight of a deformable convolution once, for many calls of `deform_conv2d`.
 
     Args:
         weight: (C_out, C / groups, kernel_h, kernel_w); float32, float64, float16 or bfloat16, any strides.
         bias: (C_out,), the dtype of `weight`, or None.
         groups: of the convolution; it divides C_out.
-        offset_groups: of the offsets it will be called with; it divides C.
+        offset_groups: of the offsets of later calls; it divides C.
         algorithm: as in `deform_conv2d`.
 
     Returns:
-        A `PackedDeformConv` for inputs of the dtype of `weight`, which is not to be changed in place afterwards: calls
-        with gradients or under autocast read it, all others its packed copy.
+        A `PackedDeformConv` for inputs of the dtype of `weight`. Do not change `weight` in place afterwards: calls with
+        gradients or under autocast read it, all others its packed copy.
 
     Raises:
         RuntimeError: a shape, dtype, device or number of groups that does not fit, naming the argument.
         ValueError: an unknown `algorithm`, or "winograd".
 
-    Example:
+    Examples:
         >>> features, conv = torch.rand(1, 8, 20, 30), pack_deform_conv2d(torch.rand(16, 8, 3, 3))
         >>> offset, logits = torch.zeros(1, 2 * 9, 20, 30), torch.zeros(1, 9, 20, 30)
         >>> deform_conv2d(features, offset, conv, padding=1, mask=logits, mask_sigmoid=True, relu=True).shape
@@ -193,7 +204,21 @@ def pack_deform_conv2d(
 
 
 class DeformConv2d(nn.Module):
-    """`deform_conv2d` with its weight and settings; see there. `forward(input, offset, mask=None)`."""
+    """Module of `deform_conv2d` with a weight and bias: `forward(input, offset, mask=None)`.
+
+    Args:
+        in_channels: C; divisible by `groups`.
+        out_channels: C_out; divisible by `groups`.
+        kernel_size: (height, width), or one number for both.
+        stride: as for `deform_conv2d`.
+        padding: as for `deform_conv2d`.
+        dilation: as for `deform_conv2d`.
+        groups: of the convolution.
+        bias: whether there is a bias.
+
+    Raises:
+        ValueError: channels that `groups` does not divide, or an argument of a wrong kind, naming it.
+    """
 
     def __init__(
         self,
@@ -226,7 +251,7 @@ class DeformConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1 / sqrt(fan in), like torch's convolutions."""
+        """Draw weight and bias uniformly from +-1 / sqrt(fan in), like torch's convolutions."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
@@ -253,7 +278,7 @@ def _(input, offset, weight, bias, mask, offset_tangent, *settings):
 
 
 def _packed_layout(like: Tensor, outputs: Any, taps: Any, channels: Any, groups: int) -> tuple[Any, torch.dtype]:
-    """Length and dtype of the packed weight for inputs like `like`."""
+    """Return length and dtype of the packed weight for inputs like `like`."""
     is_double, tag = like.dtype == torch.float64, packed_tag(like.device, like.dtype)
     of_cuda = tag == CUDA_TAG + is_double  # by the tag: the interpreter of CUDA kernels has tensors on the CPU
     unit = 16 // like.element_size() if of_cuda else _CPU_PADDING

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake kernels: what a result is without its values, for tracing and for meta tensors."""
+"""Fake (meta) kernels: shape, dtype and strides of the result, for tracing and for meta tensors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from spatialflow.ops._torch_private import disable_current_modes
 
 
 def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: registers the fake kernel of an operator in the namespace `spatialflow`, for tensors of one device.
+    """Return a decorator that registers the fake kernel of an operator in the namespace `spatialflow`.
 
     Errors name the public operator, `op`; None: `name` without a leading underscore.
 
-    Arguments that the operator refuses are refused here, by the same code: the operator of the same name in the
-    namespace `spatialflow_checks`. It is asked where all sizes are known; where they are symbols, the operator itself
-    refuses when it runs.
+    The operator of the same name in the namespace `spatialflow_checks` checks the arguments with the code of the real
+    operator. It is called if all sizes are known. If sizes are symbols, the real operator checks them when it runs.
 
-    torch sends a call with one meta tensor here whatever the others are; what the fake kernel makes for real tensors is
-    memory that is never written.
+    The tensors of a call must be on one device. Torch calls the fake kernel if any tensor is a meta tensor. Real
+    tensors beside it would then get results with uninitialized memory.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:

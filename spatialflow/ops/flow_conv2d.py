@@ -26,11 +26,11 @@ _PACKED_UNIT = 288  # divides the length of packed weights without their tag
 
 
 class PackedConv(NamedTuple):
-    """A 3x3 convolution with its weights in the order the kernels read, made by `pack_conv3x3`.
+    """A 3x3 convolution with its weights in the order that the kernels read, made by `pack_conv3x3`.
 
     The order depends on the instruction set, the device and the version of the package. A pickle or a deep copy
-    therefore holds `weight` alone, which is packed again where it is loaded. `packed` is refused by every operator that
-    would read it in another order. `weight` also serves calls that need gradients and autocast.
+    therefore has `weight` alone, which is packed again on loading. Every operator refuses a `packed` that it would read
+    in another order. `weight` also serves calls that need gradients and autocast.
     """
 
     packed: Tensor  # a vector; its length says which order it has
@@ -43,7 +43,7 @@ class PackedConv(NamedTuple):
         return pack_conv3x3, (self.weight, self.bias, self.algorithm)
 
     def packed_again(self, weight: Tensor, bias: Tensor | None) -> PackedConv:
-        """The same convolution of another weight and bias."""
+        """Pack another weight and bias with the same algorithm."""
         return pack_conv3x3(weight, bias, self.algorithm)
 
 
@@ -56,30 +56,30 @@ def flow_conv2d(
     algorithm: str = "auto",
     active: Tensor | None = None,
 ) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
-    """Computes relu(conv3x3(x + flow) + bias), stride 1 and padding 1, for one map or all levels of a pyramid at once.
+    """Compute relu(conv3x3(x + flow) + bias), stride 1 and padding 1, for one map or all levels of a pyramid at once.
 
     Args:
         x: features (N, C_in, H, W), or a list of them, one per level (sizes and batches may differ); float32, float64,
             float16 or bfloat16, any strides. With a list of weights, one such entry for each.
-        flow: what is added to `x`, in the same structure and shapes, or None.
+        flow: added to `x`, in the same structure and shapes, or None.
         weight: (C_out, C_in, 3, 3), or a `PackedConv`, whose bias and algorithm are then used. A list of `PackedConv`
-            stands for independent convolutions, which on CUDA share one launch; `flow` must then be None.
+            is a list of independent convolutions, which on CUDA share one launch; `flow` must then be None.
         bias: (C_out,) or None.
-        relu: rectify the result; NaN stays NaN.
-        algorithm: how float32 is computed (and 16-bit types on the CPU); float64 is always direct. Errors are relative
-            to the largest output.
+        relu: whether to apply ReLU to the result; NaN stays NaN.
+        algorithm: arithmetic of float32 (and of 16-bit types on the CPU); float64 is always direct. Errors below are
+            relative to the largest output.
             "auto": on the CPU "winograd" from 32 input and 32 output channels on, unless all maps together are small
-            and the weight is not packed, else "direct". On CUDA "tf32" where torch allows it for its own convolutions
+            and the weight is not packed, else "direct". On CUDA "tf32" if torch allows it for its own convolutions
             (`torch.backends.cudnn.conv.fp32_precision`, or `torch.backends.cudnn.allow_tf32`; the default), else
-            "tf32x3". A compiled function keeps what torch allowed when it was traced.
+            "tf32x3". A compiled function keeps the setting at the time of tracing.
             "winograd": F(4x4, 3x3), a quarter of the multiplications, error about 3e-6; on CUDA as "tf32x3".
             "direct": multiply-adds in float32, exact up to the order of sums: error about 1e-6.
             "tf32": tensor cores; inputs and weights are rounded to TF32, 11 bits: error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             The CPU computes the last two as "auto", so that one model serves both devices.
         active: (N,) bool, which images of the batch are computed, or None for all; with one `PackedConv` alone, and
-            levels that all have N images. Results of the other images are zeros, whatever is in them; they take no
-            time but that of writing the zeros, and on CUDA nothing waits for the flags.
+            levels that all have N images. Results of the other images are zeros, whatever their features are. Writing
+            the zeros is their only cost, and on CUDA the host does not wait for the flags.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
@@ -91,16 +91,24 @@ def flow_conv2d(
             `active` without one, or a list of weights with another number of entries in `x`, with a `flow`, or of
             unpacked weights.
 
-    Remarks:
-        Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
-        is, as tensor cores read it. A NaN in one pixel reaches its 3x3 neighborhood with "direct" and on CUDA; with
-        "winograd" on the CPU up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the pixel, and an infinity
-        may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. On
-        CUDA the weight gradient of a channel with such a value at the border of its map may be NaN in all taps.
+    Note:
+        Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits; on CUDA it is, as
+        tensor cores read it. With "direct" and on CUDA, a NaN in one pixel reaches its 3x3 neighborhood. With
+        "winograd" on the CPU it may reach all outputs of the 4x4 tiles whose 6x6 input tiles have the pixel, and an
+        infinity may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into
+        NaN. On CUDA the weight gradient of a channel with such a value at the border of its map may be NaN in all taps.
         Empty maps and no levels give empty results.
-        Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 
-    Example:
+        Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; they are
+        deterministic.
+
+        Complexity: 9 * C_in * C_out multiply-adds per pixel, a quarter of the multiplications with "winograd". An
+        unpacked weight is packed in every call.
+
+        Difference from `torch.nn.functional.conv2d` (torchvision, mmcv and detectron2 have no such operator): the sum
+        with the flow, bias and ReLU are part of the kernel, and all levels of a pyramid are one call.
+
+    Examples:
         >>> pyramid = [torch.rand(1, 32, 40, 60), torch.rand(1, 32, 20, 30)]
         >>> flow = [torch.rand(1, 32, 40, 60), torch.rand(1, 32, 20, 30)]
         >>> [tuple(level.shape) for level in flow_conv2d(pyramid, flow, torch.rand(64, 32, 3, 3), torch.rand(64))]
@@ -153,7 +161,7 @@ def flow_conv2d(
 
 
 def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "auto") -> PackedConv:
-    """Arranges (and, for Winograd, transforms) the weights of a 3x3 convolution once, for many calls of `flow_conv2d`.
+    """Rearrange (and, for Winograd, transform) the weights of a 3x3 convolution once, for many calls of `flow_conv2d`.
 
     Args:
         weight: (C_out, C_in, 3, 3); float32, float64, float16 or bfloat16, any strides.
@@ -161,9 +169,9 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
         algorithm: as in `flow_conv2d`.
 
     Returns:
-        A `PackedConv` for inputs of the dtype of `weight`; packed weights of 16-bit types are float32 and also serve
-        float32 inputs. `weight` is not to be changed in place afterwards: calls with gradients or under autocast read
-        it, all others its packed copy.
+        A `PackedConv` for inputs of the dtype of `weight`. Packed weights of 16-bit types are float32 and also serve
+        float32 inputs. Do not change `weight` in place afterwards: calls with gradients or under autocast read it, all
+        others its packed copy.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, naming the argument.
@@ -179,7 +187,7 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
 
 
 def check_packed_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
-    """As the operators do, where a weight is packed before them."""
+    """Raise RuntimeError, as the operators do, if the bias of a weight to be packed does not fit it."""
     if bias is None:
         return
     if bias.shape != weight.shape[:1]:
@@ -191,7 +199,7 @@ def check_packed_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
 
 
 def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, relu: bool) -> list[Any]:
-    """`flow_conv2d` for a list of weights."""
+    """Call `flow_conv2d` for a list of weights."""
     if flow is not None or bias is not None:
         raise ValueError("flow_conv2d: flow and bias must be None when weight is a list")
     if not isinstance(x, (list, tuple)) or len(x) != len(weights):
@@ -222,9 +230,9 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
 
 
 def algorithm_code(op: str, algorithm: str, x: Tensor | None = None, without: str | None = None) -> int:
-    """The number that stands for `algorithm` in the schemas; for `x` on CUDA "auto" is TF32 where torch allows it.
+    """Return the number of `algorithm` in the schemas; for float32 `x` on CUDA, "auto" is "tf32" if torch allows TF32.
 
-    `without` is a name that `op` does not take.
+    `without` is a name that `op` does not accept.
     """
     if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS or algorithm == without:
         names = ", ".join(repr(name) for name in _ALGORITHMS if name != without)
@@ -262,7 +270,7 @@ def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> No
 
 
 def _check_active(op: str, active: Tensor, levels: list[Tensor]) -> None:
-    """As the operator does, where torch computes what `active` means."""
+    """Raise as the operator does, for calls that torch composes from other operators."""
     if active.dtype != torch.bool:
         raise RuntimeError(f"{op}: active must be bool, got {str(active.dtype).removeprefix('torch.')}")
     if active.dim() != 1:
@@ -275,7 +283,7 @@ def _check_active(op: str, active: Tensor, levels: list[Tensor]) -> None:
 
 
 def _only_active(levels: list[Tensor], active: Tensor) -> list[Tensor]:
-    """Zeros for images that are not active; no gradient flows to those."""
+    """Replace images that are not active by zeros; no gradient flows to those."""
     return [torch.where(active[:, None, None, None], level, 0) for level in levels]
 
 
@@ -327,12 +335,12 @@ def _(weight, algorithm):
 
 
 def packed_tag(device: torch.device, dtype: torch.dtype) -> int:
-    """Elements behind packed weights of this dtype that name their layout; see packed_tag in csrc/ops."""
+    """Return the number of elements behind packed weights of a dtype, which identifies their layout (csrc/ops)."""
     return (CUDA_TAG if device.type == "cuda" else _CPU_TAG) + (dtype == torch.float64)
 
 
 def check_packed_layout(op: str, packed: Tensor) -> None:
-    """For fake kernels: refuses weights packed for another back end, as the operators do."""
+    """Refuse, in fake kernels, weights packed for another back end, as the operators do."""
     tag, wanted = packed.shape[0] % _PACKED_UNIT, packed_tag(packed.device, packed.dtype)
     torch._check(
         tag == wanted,
@@ -355,7 +363,10 @@ def _turned(weight: Tensor) -> Tensor:
 
 
 def _masked(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-    """Detached, as torch would differentiate the sign of the outputs to zeros, and carry those to NaN."""
+    """Apply the gradient of ReLU, given its outputs.
+
+    Outputs are detached: torch would differentiate their sign to zeros, and turn NaN in them to NaN gradients.
+    """
     masks = [output.detach() for output in outputs]
     return [torch.ops.aten.threshold_backward(gradient, mask, 0) for gradient, mask in zip(gradients, masks)]
 
@@ -410,7 +421,7 @@ def _sum_levels(*terms: list[Tensor] | None) -> list[Tensor] | None:
 
 
 def _filled(tangents: Any, like: list[Tensor]) -> list[Tensor] | None:
-    """Tangents of a list of levels with zeros for the missing ones; None if all are missing."""
+    """Replace missing tangents of a list of levels by zeros; return None if all are missing."""
     if not isinstance(tangents, (list, tuple)) or all(t is None for t in tangents):
         return None
     return [torch.zeros_like(level) if t is None else t for t, level in zip(tangents, like)]

@@ -29,8 +29,8 @@ Conv = tuple[Tensor, Tensor | None] | PackedConv
 class SubnetParameters(NamedTuple):
     """Convolutions of the sub-networks, one entry per stage; an empty tuple is an absent sub-network or flow.
 
-    A `None` among the flows is a stage without one. A sub-network without stages but with one flow is its input plus
-    that flow.
+    `None` among the flows is a stage without a flow. The output of a sub-network without stages but with one flow is
+    its input plus that flow.
     """
 
     cls: tuple[Conv, ...] = ()
@@ -46,7 +46,7 @@ class SubnetParameters(NamedTuple):
 
 
 class SubnetOutput(NamedTuple):
-    """Final features; for an absent sub-network the levels that the tower was given."""
+    """Final features of the sub-networks; the input levels for an absent sub-network."""
 
     cls: list[Tensor]
     reg: list[Tensor]
@@ -58,37 +58,41 @@ _LISTS = SubnetParameters._fields[:8]  # in the order of the raw operator
 
 
 def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algorithm: str = "auto") -> SubnetOutput:
-    """Runs the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
+    """Run the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
-    Per stage s the source (reg) advances first: reg = relu(conv(reg)); then, with this reg,
-    cls = relu(conv(cls + flow(reg))), and stuff likewise. After the last stage, for each stage of thing:
-    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))), starting from the levels.
+    In stage s the source (reg) advances first: reg = relu(conv(reg)). Then, with this reg, cls = relu(conv(cls +
+    flow(reg))), and stuff likewise. After the last stage, for each stage of thing, starting from the levels:
+    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
 
-    A source with fewer stages than its followers gives them its final feature. A flow beyond the last stage of its
-    sub-network is not used.
+    If the source has fewer stages than a receiver, later stages use its final feature. A flow beyond the last stage of
+    its sub-network is not used.
 
     Args:
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
-        parameters: the convolutions, 3x3 with stride 1 and padding 1, and how they are wired. As (weight, bias) they
-            are packed in every call; `pack_subnets` does it once.
-        algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. What "auto" is
-            on CUDA is decided in every call.
+        parameters: the convolutions, 3x3 with stride 1 and padding 1, and their wiring. Convolutions as (weight, bias)
+            are packed in every call; `pack_subnets` packs them once.
+        algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. "auto" on CUDA
+            is resolved in every call.
 
     Returns:
         `SubnetOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and
-        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. Where a sub-network
-        is absent, the given levels themselves.
+        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. For an absent
+        sub-network, the input levels themselves.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, naming the list and the stage.
         ValueError: an unknown algorithm or flow source, flows without a source, no levels.
 
-    Remarks:
-        Numbers are those of `flow_conv2d` stage by stage, also in what NaN and empty levels do. Gradients, forward
-        mode and `torch.func` are those of `flow_conv2d`, from which the tower is composed whenever one of them may be
-        asked for; otherwise one operator runs it all, keeping no map longer than it is needed.
+    Note:
+        Results are those of `flow_conv2d` stage by stage, including NaN and empty levels. If a derivative may be
+        requested, the sub-networks are composed of calls of `flow_conv2d`, which define gradients, forward mode and
+        `torch.func`. Otherwise one operator runs all of them.
 
-    Example:
+        Complexity: the sum of its convolutions (see `flow_conv2d`). Intermediate maps are freed after their last use.
+
+        Difference from torchvision, mmcv and detectron2: they have no such operator.
+
+    Examples:
         >>> conv = (torch.rand(16, 16, 3, 3), torch.rand(16))
         >>> parameters = pack_subnets(SubnetParameters(cls=(conv,), reg=(conv,), flow_cls=(conv,)))
         >>> pyramid = [torch.rand(1, 16, 40, 60), torch.rand(1, 16, 20, 30), torch.rand(1, 16, 10, 15)]
@@ -125,7 +129,7 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
 
 
 def pack_subnets(parameters: SubnetParameters, algorithm: str = "auto") -> SubnetParameters:
-    """The same parameters with every convolution packed by `pack_conv3x3`, for many calls of `fused_subnets`.
+    """Pack every convolution of the sub-networks by `pack_conv3x3`, for many calls of `fused_subnets`.
 
     Args:
         parameters: convolutions as (weight, bias).
@@ -151,7 +155,7 @@ def _pair(conv: Conv) -> tuple[Tensor, Tensor | None]:
 
 
 def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed weights and bias of a convolution; vectors without elements for None."""
+    """Return packed weights and bias of a convolution; vectors without elements for None."""
     if conv is None:
         return like.new_empty(0), like.new_empty(0)
     weight, bias = _pair(conv)
@@ -201,7 +205,7 @@ def _at(convs: Sequence[Any], index: int) -> Any:
 
 
 def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str) -> SubnetOutput:
-    """The tower of calls of `flow_conv2d`."""
+    """Compose the sub-networks of calls of `flow_conv2d`."""
 
     def run(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
         if isinstance(conv, PackedConv):
@@ -239,7 +243,7 @@ def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str)
 
 
 def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:
-    """Which of cls, reg, stuff, thing the raw operator returns: those that are not simply the levels."""
+    """Return which of cls, reg, stuff, thing the raw operator returns: those that are not just the levels."""
     starts = [sum(counts[:index]) for index in range(8)]
 
     def first_present(index: int) -> bool:

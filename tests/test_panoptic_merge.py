@@ -89,19 +89,19 @@ class TestPanopticMerge(OpMatrix):
 
     # Scores and boxes are thresholds' inputs, not features: they are used in double precision whatever their dtype is,
     # so the segments' scores are float32 and there is nothing for autocast to lower.
-    def test_reference(self, sample, dtype):
-        sample = sample()
+    def test_reference(self, make_sample, dtype):
+        sample = make_sample()
         tensors = [value.to(dtype) if i in sample.converted else value for i, value in enumerate(sample.tensors)]
         assert_same(sample.op(*tensors, **sample.options), sample.reference(*tensors, **sample.options))
 
-    def test_autocast(self, sample):
-        sample = sample()
+    def test_autocast(self, make_sample):
+        sample = make_sample()
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*sample.tensors, **sample.options)
         assert_same(actual, sample.op(*sample.tensors, **sample.options))
 
-    def test_layouts(self, sample):
-        sample = sample()
+    def test_layouts(self, make_sample):
+        sample = make_sample()
         expected = sample.op(*sample.tensors, **sample.options)
         transposed = [value.T.contiguous().T if value.dim() == 2 else value for value in sample.tensors]
         transposed[0] = sample.tensors[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def are_tensors(*values: object, optional: Sequence[object] = ()) -> bool:
-    """Whether all `values` are tensors, and all of `optional` tensors or None."""
+    """Return whether all `values` are tensors, and all of `optional` tensors or None."""
     for value in values:
         if not isinstance(value, Tensor):
             return False
@@ -48,23 +48,23 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         BufferError: an array, or a result, that cannot be shared without a copy, naming the argument.
     """
     op = function.__name__
-    if torch.compiler.is_compiling():  # the compiler then leaves this call to Python, or says so with fullgraph=True
+    if torch.compiler.is_compiling():  # a graph break; with fullgraph=True the compiler raises
         raise TypeError(f"{op}: arrays of other libraries cannot be part of a compiled graph")
     arguments = {name: values[name] for name in _annotations(function)}
     arrays: dict[str, Any] = {}
     tensors: list[str] = []
 
-    def sort(name: str, value: Any) -> None:
+    def classify(name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             tensors.append(name)
         elif _is_array(value):
             arrays[name] = value
 
     for name, value in arguments.items():
-        _map(sort, name, value)
+        _map(classify, name, value)
     if not arrays:
-        wrong = _no_tensor(_annotations(function), arguments)
-        raise TypeError(f"{op}: {wrong or 'lists must hold tensors, and be nested no deeper than the arguments say'}")
+        error = _no_tensor(_annotations(function), arguments)
+        raise TypeError(f"{op}: {error or 'lists must hold tensors, and be nested no deeper than the arguments say'}")
     first, library = next((name, _library_of(array)) for name, array in arrays.items())
     for name, array in arrays.items():
         if tensors:
@@ -75,22 +75,24 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
                 f"{op}: {name} must be an array of {library.__name__} as {first} is, got {type(array).__name__} of "
                 f"{_library_of(array).__name__}"
             )
-    given: dict[int, tuple[Tensor, Any]] = {}  # by the tensor's id, which is its own as long as the tensor is kept
+    sources: dict[
+        int, tuple[Tensor, Any]
+    ] = {}  # id of a tensor -> tensor, array; keeping the tensor keeps its id unique
 
-    def take(name: str, value: Any) -> Any:
+    def to_tensor(name: str, value: Any) -> Any:
         if name not in arrays:
             return value
         tensor = _tensor_of(op, name, value)
-        given[id(tensor)] = tensor, value
+        sources[id(tensor)] = tensor, value
         return tensor
 
-    def give(name: str, value: Any) -> Any:
+    def to_array(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return given[id(value)][1] if id(value) in given else _array_of(op, value, library)
+        return sources[id(value)][1] if id(value) in sources else _array_of(op, value, library)
 
-    result = function(**{name: _map(take, name, value) for name, value in arguments.items()})
-    return _map(give, "result", result)
+    result = function(**{name: _map(to_tensor, name, value) for name, value in arguments.items()})
+    return _map(to_array, "result", result)
 
 
 @functools.cache
@@ -122,8 +124,8 @@ def _library_of(array: Any) -> Any:
 def _tensor_of(op: str, name: str, array: Any) -> Tensor:
     if getattr(array, "mask", None) is not None:
         raise BufferError(f"{op}: {name} must have no mask, which would be lost, got {type(array).__name__}")
-    strides = zip(getattr(array, "shape", ()), getattr(array, "strides", None) or ())
-    if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would end the process
+    strides = zip(getattr(array, "shape", ()), getattr(array, "strides", None) or (), strict=False)
+    if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would abort
         raise BufferError(f"{op}: {name} must not have negative strides, got {array.strides}; copy it first")
     try:
         tensor = torch.from_dlpack(array)
@@ -138,7 +140,7 @@ def _tensor_of(op: str, name: str, array: Any) -> Tensor:
 
 def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
     try:
-        with torch.cuda.device_of(tensor):  # torch hands over tensors of its current device alone
+        with torch.cuda.device_of(tensor):  # torch exports tensors of its current device only
             return library.from_dlpack(tensor)
     except Exception as problem:
         raise BufferError(
@@ -148,14 +150,14 @@ def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
 
 
 def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Return an error for the first of `values` that is not a tensor although its annotation says so, else None."""
+    """Return an error message for the first of `values` that is annotated as a tensor and is not one, else None."""
     for name, annotation in kinds.items():
-        value, kind = values[name], str(annotation)  # a named tuple has them in ForwardRef
+        value, kind = values[name], str(annotation)  # ForwardRef in a named tuple
         if hasattr(value, "_fields"):
             if type(value).__name__ not in kind:
                 return f"{prefix}{name} must be {kind}, got {type(value).__name__}"
-            if found := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
-                return found
+            if error := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
+                return error
             continue
         if "Tensor" not in kind or (value is None and "None" in kind):
             continue

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, check_packed_b
 from spatialflow.ops.layout import memory_format_of
 
 _CPU_PADDING = 32
-"""What outputs of a group are padded to in packed weights on the CPU: kGemmColumnPadding in csrc/cpu/gemm.h."""
+"""Multiple to which packed weights on the CPU pad the outputs of a group: kGemmColumnPadding in csrc/cpu/gemm.h."""
 
 _pack_deform_conv2d = without_gradient("_pack_deform_conv2d")
 _deform_conv2d_packed = without_gradient("_deform_conv2d_packed")
@@ -32,13 +33,13 @@ class PackedDeformConv(NamedTuple):
     or autocast, and float32 calls on CUDA if torch's TF32 setting has changed since the weight was packed.
     """
 
-    packed: Tensor  # a vector; its length says which order it has
+    packed: Tensor  # a vector; its length identifies the order
     weight: Tensor  # (C_out, C / groups, kernel_h, kernel_w)
     bias: Tensor | None  # (C_out,)
     groups: int
     offset_groups: int
     algorithm: str
-    resolved: int  # what `algorithm` stood for when the weight was packed
+    resolved: int  # number of the algorithm that `algorithm` meant when the weight was packed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pack_deform_conv2d, (self.weight, self.bias, self.groups, self.offset_groups, self.algorithm)
@@ -160,7 +161,7 @@ def deform_conv2d(
         flags = (bool(mask_sigmoid), bool(relu))
         return _deform_conv2d_packed(input, offset, packed.packed, bias, mask, *settings, *sizes, *flags)
     bias = None if bias is None else autocast(bias)
-    if mask_sigmoid and mask.is_floating_point():  # another kind is for the operator to refuse
+    if mask_sigmoid and mask.is_floating_point():  # the operator refuses other dtypes
         mask = mask.to(torch.float64 if input.dtype == torch.float64 else torch.float32).sigmoid()
     result = differentiable_deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
     return result.relu() if relu else result
@@ -258,9 +259,11 @@ class DeformConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Call `deform_conv2d` with the module's weight, bias and settings."""
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
@@ -268,11 +271,18 @@ class DeformConv2d(nn.Module):
 
 
 @register_fake("deform_conv2d")
-def _(input, offset, weight, bias, mask, offset_tangent, *settings):
+def _(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    offset_tangent: Tensor | None,
+    *settings: Any,
+) -> Tensor:
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight)):
-        torch._check(
-            tensor.dim() == 4, lambda: f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}"
-        )
+        message = f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}"
+        torch._check(tensor.dim() == 4, partial(str, message))
     size = (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
@@ -280,21 +290,23 @@ def _(input, offset, weight, bias, mask, offset_tangent, *settings):
 def _packed_layout(like: Tensor, outputs: Any, taps: Any, channels: Any, groups: int) -> tuple[Any, torch.dtype]:
     """Return length and dtype of the packed weight for inputs like `like`."""
     is_double, tag = like.dtype == torch.float64, packed_tag(like.device, like.dtype)
-    of_cuda = tag == CUDA_TAG + is_double  # by the tag: the interpreter of CUDA kernels has tensors on the CPU
+    of_cuda = tag == CUDA_TAG + is_double  # by the tag: tensors of the CUDA interpreter are on the CPU
     unit = 16 // like.element_size() if of_cuda else _CPU_PADDING
     size = channels * taps * ((outputs // groups + unit - 1) // unit * unit)
     return size + tag, like.dtype if of_cuda else torch.float64 if is_double else torch.float32
 
 
 @register_fake("_pack_deform_conv2d")
-def _(weight, groups, offset_groups, algorithm):
+def _(weight: Tensor, groups: int, offset_groups: int, algorithm: int) -> Tensor:
     outputs, inputs, *kernel = weight.shape
     length, dtype = _packed_layout(weight, outputs, math.prod(kernel), groups * inputs, groups)
     return weight.new_empty((length,), dtype=dtype)
 
 
 @register_fake("_deform_conv2d_packed", op="deform_conv2d")
-def _(input, offset, packed, bias, mask, *settings):
+def _(
+    input: Tensor, offset: Tensor, packed: Tensor, bias: Tensor | None, mask: Tensor | None, *settings: Any
+) -> Tensor:
     outputs, groups, _, kernel_h, kernel_w = settings[7:12]
     length, dtype = _packed_layout(input, outputs, kernel_h * kernel_w, input.shape[1], groups)
     torch._check(

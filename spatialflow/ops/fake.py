@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,20 +33,8 @@ def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., A
         checked = [names.index(argument.name) for argument in check._schema.arguments]
 
         def on_one_device(*args: Any) -> Any:
-            args = (*args, *(argument.default_value for argument in arguments[len(args) :]))  # torch leaves them out
-            first = None
-            for argument, value in zip(arguments, args):
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    if not isinstance(tensor, Tensor):
-                        continue
-                    first = first or (argument.name, tensor.device)
-                    torch._check(
-                        tensor.device == first[1],
-                        lambda: (
-                            f"{public}: {argument.name} must be on the device of {first[0]}, {first[1]}, "
-                            f"got {tensor.device}"
-                        ),
-                    )
+            args = (*args, *(argument.default_value for argument in arguments[len(args) :]))  # torch omits them
+            _require_one_device(public, [argument.name for argument in arguments], args)
             values = [args[index] for index in checked]
             if _is_concrete(values):
                 with disable_current_modes():
@@ -58,7 +47,20 @@ def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., A
     return register
 
 
+def _require_one_device(op: str, names: list[str], args: tuple[Any, ...]) -> None:
+    """Raise RuntimeError naming the first argument that is not on the device of the first tensor."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in zip(names, args, strict=True):
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, Tensor):
+                continue
+            first = first or (name, tensor.device)
+            message = f"{op}: {name} must be on the device of {first[0]}, {first[1]}, got {tensor.device}"
+            torch._check(tensor.device == first[1], partial(str, message))
+
+
 def _is_concrete(value: Any) -> bool:
+    """Whether all sizes and numbers of `value` are known."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_concrete, value))
     if isinstance(value, Tensor):
@@ -67,6 +69,7 @@ def _is_concrete(value: Any) -> bool:
 
 
 def _without_data(value: Any) -> Any:
+    """Return `value` with meta tensors of the same shapes and strides."""
     if isinstance(value, (list, tuple)):
         return [_without_data(item) for item in value]
     if isinstance(value, Tensor):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ _pack_conv3x3 = without_gradient("_pack_conv3x3")
 _flow_conv2d_packed = without_gradient("_flow_conv2d_packed")
 _flow_conv2d_group = without_gradient("_flow_conv2d_group")
 
-# Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/conv_algorithm.h.
+# Number of elements that identifies the layout of packed weights on the CPU (packed_tag in csrc/ops/conv_algorithm.h).
 _CPU_TAG = _pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
 CUDA_TAG = 2
 _PACKED_UNIT = 288  # divides the length of packed weights without their tag
@@ -33,7 +34,7 @@ class PackedConv(NamedTuple):
     in another order. `weight` also serves calls that need gradients and autocast.
     """
 
-    packed: Tensor  # a vector; its length says which order it has
+    packed: Tensor  # a vector; its length identifies the order
     weight: Tensor  # (C_out, C_in, 3, 3)
     bias: Tensor | None  # (C_out,)
     algorithm: str
@@ -212,7 +213,7 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
     maps = [autocast(level) for entry in entries for level in entry]
     parameters = [t for conv in weights for t in (conv.weight, conv.bias)]
     if not entries or not all(entries) or needs_gradient([*maps, *parameters]):
-        return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights)]
+        return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights, strict=True)]
     biases = [conv.packed.new_empty(0) if conv.packed_bias is None else conv.packed_bias for conv in weights]
     outputs = iter(
         _flow_conv2d_group(
@@ -226,7 +227,7 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
         )
     )
     results = [[next(outputs) for _ in entry] for entry in entries]
-    return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results)]
+    return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results, strict=True)]
 
 
 def algorithm_code(op: str, algorithm: str, x: Tensor | None = None, without: str | None = None) -> int:
@@ -256,16 +257,17 @@ def _allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-# What torch.compiler.assume_constant_result sets, which would import torch's compiler, for a second, with this module.
+# The attribute that torch.compiler.assume_constant_result sets. Calling it would import torch's compiler, which takes a
+# second.
 _allows_tf32._dynamo_marked_constant = True
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:
     for index, level in enumerate(levels):
-        torch._check(level.dim() == 4, lambda: f"{op}: {name}[{index}] must be (N, C, H, W), got {tuple(level.shape)}")
+        where, shape = f"{op}: {name}[{index}]", tuple(level.shape)
+        torch._check(level.dim() == 4, partial(str, f"{where} must be (N, C, H, W), got {shape}"))
         torch._check(
-            level.shape[1] == channels,
-            lambda: f"{op}: {name}[{index}] must have {channels} channels, got shape {tuple(level.shape)}",
+            level.shape[1] == channels, partial(str, f"{where} must have {channels} channels, got shape {shape}")
         )
 
 
@@ -296,7 +298,9 @@ def _empty_levels(x: list[Tensor], channels: Any) -> list[Tensor]:
 
 
 @register_fake("flow_conv2d")
-def _(x, flow, weight, bias, relu, algorithm):
+def _(
+    x: list[Tensor], flow: list[Tensor], weight: Tensor, bias: Tensor | None, relu: bool, algorithm: int
+) -> list[Tensor]:
     torch._check(weight.dim() == 4, lambda: f"flow_conv2d: weight must be (O, C, 3, 3), got {tuple(weight.shape)}")
     _check_levels("flow_conv2d", "x", x, weight.shape[1])
     _check_levels("flow_conv2d", "flow", flow, weight.shape[1])
@@ -304,25 +308,42 @@ def _(x, flow, weight, bias, relu, algorithm):
 
 
 @register_fake("_flow_conv2d_packed", op="flow_conv2d")
-def _(x, flow, packed, bias, out_channels, relu, algorithm, active=None):
+def _(
+    x: list[Tensor],
+    flow: list[Tensor],
+    packed: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    relu: bool,
+    algorithm: int,
+    active: Tensor | None = None,
+) -> list[Tensor]:
     if x:
         check_packed_layout("flow_conv2d", packed)
     return _empty_levels(x, out_channels)
 
 
 @register_fake("_flow_conv2d_group", op="flow_conv2d")
-def _(x, counts, packed, biases, out_channels, relu, algorithms):
+def _(
+    x: list[Tensor],
+    counts: list[int],
+    packed: list[Tensor],
+    biases: list[Tensor],
+    out_channels: list[int],
+    relu: bool,
+    algorithms: list[int],
+) -> list[Tensor]:
     for weight in packed:
         check_packed_layout("flow_conv2d", weight)
     rest, results = list(x), []
-    for count, channels in zip(counts, out_channels):
+    for count, channels in zip(counts, out_channels, strict=True):
         results += _empty_levels(rest[:count], channels)
         del rest[:count]
     return results
 
 
 @register_fake("_pack_conv3x3")
-def _(weight, algorithm):
+def _(weight: Tensor, algorithm: int) -> Tensor:
     out_channels, in_channels = weight.shape[0], weight.shape[1]
     is_double = weight.dtype == torch.float64
     winograd = not is_double and (
@@ -352,26 +373,29 @@ def check_packed_layout(op: str, packed: Tensor) -> None:
 
 
 @register_fake("_flow_conv2d_weight_gradient")
-def _(x, flow, grad_output, algorithm):
+def _(x: list[Tensor], flow: list[Tensor], grad_output: list[Tensor], algorithm: int) -> Tensor:
     return x[0].new_empty((grad_output[0].shape[1], x[0].shape[1], 3, 3))
 
 
-# Without ReLU the op is linear in (x, flow) and in (weight, bias), so that every derivative is one of two operators:
-# the convolution itself, with weights rotated by 180 degrees for the inputs, and the weight gradient. ReLU only masks.
-def _turned(weight: Tensor) -> Tensor:
+# Without ReLU the operator is linear in (x, flow) and in (weight, bias). Every derivative is therefore one of two
+# operators. One is the convolution itself, with weights rotated by 180 degrees for gradients of the inputs. The other
+# is the weight gradient. ReLU only masks.
+def _rotated(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
-def _masked(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+def _relu_gradient(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
     """Apply the gradient of ReLU, given its outputs.
 
     Outputs are detached: torch would differentiate their sign to zeros, and turn NaN in them to NaN gradients.
     """
     masks = [output.detach() for output in outputs]
-    return [torch.ops.aten.threshold_backward(gradient, mask, 0) for gradient, mask in zip(gradients, masks)]
+    return [
+        torch.ops.aten.threshold_backward(gradient, mask, 0) for gradient, mask in zip(gradients, masks, strict=True)
+    ]
 
 
-def _sum_pixels(gradients: list[Tensor]) -> Tensor:
+def _bias_gradient(gradients: list[Tensor]) -> Tensor:
     wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
     return sum(gradient.sum((0, 2, 3), dtype=wide) for gradient in gradients).to(gradients[0].dtype)
 
@@ -382,7 +406,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     saved = [weight, *x, *flow, *(output if ctx.relu else ())]
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.set_materialize_grads(False)  # a tangent of zeros would be multiplied by NaN
+    ctx.set_materialize_grads(False)  # otherwise NaN would multiply tangents of zeros
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -391,8 +415,8 @@ def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     return weight, x, flow, levels[ctx.levels + ctx.flows :]
 
 
-def _any(needs: Any) -> bool:
-    return any(map(_any, needs)) if isinstance(needs, (list, tuple)) else bool(needs)
+def _any_needed(needs: Any) -> bool:
+    return any(map(_any_needed, needs)) if isinstance(needs, (list, tuple)) else bool(needs)
 
 
 def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
@@ -402,34 +426,34 @@ def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
         return (None,) * 6
     gradients = [
         level.new_zeros((level.shape[0], weight.shape[0], *level.shape[2:])) if gradient is None else gradient
-        for gradient, level in zip(gradients, x)
+        for gradient, level in zip(gradients, x, strict=True)
     ]
-    gradients = _masked(gradients, outputs) if ctx.relu else gradients
+    gradients = _relu_gradient(gradients, outputs) if ctx.relu else gradients
     grad_x = grad_weight = grad_bias = None
-    if _any(needs[0]) or _any(needs[1]):
-        grad_x = list(_flow_conv2d(gradients, [], _turned(weight), None, False, ctx.algorithm))
+    if _any_needed(needs[0]) or _any_needed(needs[1]):
+        grad_x = list(_flow_conv2d(gradients, [], _rotated(weight), None, False, ctx.algorithm))
     if needs[2]:
         grad_weight = _flow_conv2d_weight_gradient(x, flow, gradients, ctx.algorithm)
     if needs[3]:
-        grad_bias = _sum_pixels(gradients)
+        grad_bias = _bias_gradient(gradients)
     return grad_x, grad_x if ctx.flows else None, grad_weight, grad_bias, None, None
 
 
 def _sum_levels(*terms: list[Tensor] | None) -> list[Tensor] | None:
     present = [term for term in terms if term is not None]
-    return [sum(parts[1:], parts[0]) for parts in zip(*present)] if present else None
+    return [sum(parts[1:], parts[0]) for parts in zip(*present, strict=True)] if present else None
 
 
-def _filled(tangents: Any, like: list[Tensor]) -> list[Tensor] | None:
+def _with_zeros(tangents: Any, like: list[Tensor]) -> list[Tensor] | None:
     """Replace missing tangents of a list of levels by zeros; return None if all are missing."""
     if not isinstance(tangents, (list, tuple)) or all(t is None for t in tangents):
         return None
-    return [torch.zeros_like(level) if t is None else t for t, level in zip(tangents, like)]
+    return [torch.zeros_like(level) if t is None else t for t, level in zip(tangents, like, strict=True)]
 
 
 def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
     weight, x, flow, outputs = _saved(ctx)
-    x_t, flow_t = _filled(x_t, x), _filled(flow_t, flow)
+    x_t, flow_t = _with_zeros(x_t, x), _with_zeros(flow_t, flow)
     terms = []
     if x_t is not None or flow_t is not None:
         first, second = (x_t, flow_t or []) if x_t is not None else (flow_t, [])
@@ -439,7 +463,7 @@ def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tenso
     elif bias_t is not None:
         terms.append([bias_t.view(-1, 1, 1).expand(t.shape[0], -1, t.shape[2], t.shape[3]) for t in x])
     tangents = _sum_levels(*(list(term) for term in terms))
-    return tuple(_masked(tangents, outputs) if ctx.relu else tangents)
+    return tuple(_relu_gradient(tangents, outputs) if ctx.relu else tangents)
 
 
 def _gradient_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -460,16 +484,16 @@ def _gradient_backward(ctx: Any, needs: Any, grad_weight: Tensor) -> tuple:
     grad_x = grad_gradients = None
     if grad_weight is None:
         return None, None, None, None
-    if _any(needs[0]) or _any(needs[1]):
-        grad_x = list(_flow_conv2d(gradients, [], _turned(grad_weight), None, False, ctx.algorithm))
-    if _any(needs[2]):
+    if _any_needed(needs[0]) or _any_needed(needs[1]):
+        grad_x = list(_flow_conv2d(gradients, [], _rotated(grad_weight), None, False, ctx.algorithm))
+    if _any_needed(needs[2]):
         grad_gradients = list(_flow_conv2d(x, flow, grad_weight, None, False, ctx.algorithm))
     return grad_x, grad_x if ctx.flows else None, grad_gradients, None
 
 
 def _gradient_jvp(ctx: Any, x_t: Any, flow_t: Any, gradients_t: Any, *_: Any) -> Tensor:
     x, flow, gradients = _gradient_saved(ctx)
-    x_t, flow_t, gradients_t = _filled(x_t, x), _filled(flow_t, flow), _filled(gradients_t, gradients)
+    x_t, flow_t, gradients_t = _with_zeros(x_t, x), _with_zeros(flow_t, flow), _with_zeros(gradients_t, gradients)
     terms = []
     if x_t is not None or flow_t is not None:
         first, second = (x_t, flow_t or []) if x_t is not None else (flow_t, [])

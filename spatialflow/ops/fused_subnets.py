@@ -260,7 +260,15 @@ _fused_subnets = without_gradient("fused_subnets")
 
 
 @register_fake("fused_subnets")
-def _(levels, packed, biases, algorithms, counts, source_is_cls, segmentation_levels):
+def _(
+    levels: list[Tensor],
+    packed: list[Tensor],
+    biases: list[Tensor],
+    algorithms: list[int],
+    counts: list[int],
+    source_is_cls: bool,
+    segmentation_levels: int,
+) -> list[Tensor]:
     for weight in packed:
         if weight.shape[0]:  # an absent flow has none
             check_packed_layout("fused_subnets", weight)

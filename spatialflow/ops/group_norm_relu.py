@@ -80,7 +80,9 @@ def group_norm_relu(
 
 
 @register_fake("group_norm_relu")
-def _(input, weight, bias, num_groups, eps, upsample):
+def _(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, upsample: bool
+) -> tuple[Tensor, Tensor]:
     torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
     factor = 2 if upsample else 1
     batch, channels, height, width = input.shape
@@ -90,7 +92,15 @@ def _(input, weight, bias, num_groups, eps, upsample):
 
 
 @register_fake("_group_norm_relu_backward")
-def _(grad_output, input, statistics, weight, bias, num_groups, upsample):
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    upsample: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
     size = (input.shape[1],)
@@ -116,7 +126,7 @@ def _backward(ctx: Any, needs: Any, grad_output: Tensor | None, _: None) -> tupl
         grads = torch.ops.spatialflow._group_norm_relu_backward(
             grad_output, input, statistics, weight, bias, ctx.num_groups, ctx.upsample
         )
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs)) + (None,) * 3
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=False)) + (None,) * 3
 
 
 def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
@@ -177,7 +187,7 @@ class _Composed:
         sums = [t.sum(dim=(0, 3, 4)).flatten() for t in (gradient * self.normalized, gradient)]
         by_weight, by_bias = (
             total.to((self.input if tensor is None else tensor).dtype)
-            for total, tensor in zip(sums, (self.weight, self.bias))
+            for total, tensor in zip(sums, (self.weight, self.bias), strict=True)
         )
         return by_input.to(self.input.dtype, memory_format=memory_format_of(self.input)), by_weight, by_bias
 

@@ -93,7 +93,9 @@ _multiclass_nms = without_gradient("multiclass_nms")
 
 
 @register_fake("multiclass_nms")
-def _(boxes, scores, score_threshold, iou_threshold, max_detections):
+def _(
+    boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     torch._check(
         boxes.dim() == 3 and boxes.shape[2] == 4,
         lambda: f"multiclass_nms: boxes must have shape (B, N, 4), got {tuple(boxes.shape)}",
@@ -121,7 +123,7 @@ def _vmap(info: Any, in_dims: tuple, boxes: Tensor, scores: Tensor, *settings: A
     size = info.batch_size
     boxes, scores = (
         tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip((boxes, scores), in_dims)
+        for tensor, dim in zip((boxes, scores), in_dims, strict=False)
     )
     folded = boxes.shape[:2]
     results = _multiclass_nms(boxes.flatten(0, 1), scores.flatten(0, 1), *settings)

@@ -53,8 +53,8 @@ def multilevel_roi_align(
         RoI with a coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient. So
         does a RoI whose level has no cells. No RoIs, or no channels: an empty result.
 
-        Gradients flow to every level (boxes get none), in reverse and forward mode and to any order. The CPU backward is
-        deterministic. The CUDA backward is deterministic in float64, and under
+        Gradients flow to every level (boxes get none), in reverse and forward mode and to any order. The CPU backward
+        is deterministic. The CUDA backward is deterministic in float64, and under
         `torch.use_deterministic_algorithms(True)` in every dtype.
 
         Complexity: as for `roi_align`. On CUDA all levels share one launch, and the host waits for no sizes.
@@ -124,11 +124,13 @@ class MultilevelRoIAlign(nn.Module):
         self.finest_scale = finest_scale
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor | list[Tensor]) -> Tensor:
+        """Call `multilevel_roi_align` with the module's settings."""
         return multilevel_roi_align(
             features, boxes, self.output_size, self.strides, self.sampling_ratio, self.aligned, self.finest_scale
         )
 
     def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
         return (
             f"output_size={self.output_size}, strides={self.strides}, sampling_ratio={self.sampling_ratio}, "
             f"aligned={self.aligned}, finest_scale={self.finest_scale}"
@@ -136,7 +138,16 @@ class MultilevelRoIAlign(nn.Module):
 
 
 @register_fake("multilevel_roi_align")
-def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale):
+def _(
+    features: list[Tensor],
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    strides: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    finest_scale: float,
+) -> Tensor:
     first = features[0]
     torch._check(
         first.dim() == 4, lambda: f"multilevel_roi_align: features[0] must be (N, C, H, W), got {tuple(first.shape)}"
@@ -151,21 +162,21 @@ def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, ali
 
 @register_fake("_multilevel_roi_align_backward")
 def _(
-    grad_output,
-    boxes,
-    pooled_height,
-    pooled_width,
-    strides,
-    sampling_ratio,
-    aligned,
-    finest_scale,
-    batch,
-    channels,
-    heights,
-    widths,
-    channels_last,
-    deterministic,
-):
+    grad_output: Tensor,
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    strides: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    finest_scale: float,
+    batch: int,
+    channels: int,
+    heights: list[int],
+    widths: list[int],
+    channels_last: bool,
+    deterministic: bool,
+) -> list[Tensor]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return [
         torch.empty(
@@ -174,11 +185,11 @@ def _(
             device=grad_output.device,
             memory_format=memory_format,
         )
-        for height, width in zip(heights, widths)
+        for height, width in zip(heights, widths, strict=True)
     ]
 
 
-# The op is linear in its features, so tangents and second derivatives are the op itself applied to them.
+# The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     features, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
@@ -214,7 +225,7 @@ def _jvp(ctx: Any, features: list[Tensor | None], *_: Any) -> Tensor | None:
         return None
     tangents = [
         known.new_zeros((*ctx.shape, height, width)) if tangent is None else tangent
-        for tangent, height, width in zip(features, ctx.heights, ctx.widths)
+        for tangent, height, width in zip(features, ctx.heights, ctx.widths, strict=True)
     ]
     return _multilevel_roi_align(tangents, boxes, *ctx.settings)
 

@@ -122,10 +122,10 @@ def _fake_rows(op: str, boxes: Tensor, scores: Tensor) -> Tensor:
 
 
 @register_fake("nms")
-def _(boxes, scores, iou_threshold):
+def _(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return _fake_rows("nms", boxes, scores)
 
 
 @register_fake("batched_nms")
-def _(boxes, scores, idxs, iou_threshold):
+def _(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     return _fake_rows("batched_nms", boxes, scores)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spatialflow.deprecated import renamed_keywords
 from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, items, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
@@ -28,6 +29,7 @@ class PanopticMergeOutput(NamedTuple):
     count: Tensor  # () int64, rows in use
 
 
+@renamed_keywords(stuff_area_limit="stuff_area_threshold", box_threshold="box_overlap_threshold")
 def panoptic_merge(
     masks: Tensor,
     scores: Tensor,
@@ -133,18 +135,18 @@ _panoptic_merge = without_gradient("panoptic_merge")
 
 @register_fake("panoptic_merge")
 def _(
-    masks,
-    scores,
-    labels,
-    boxes,
-    stuff,
-    stuff_labels,
-    ignored_stuff,
-    score_threshold,
-    overlap_threshold,
-    stuff_area_threshold,
-    box_overlap_threshold,
-):
+    masks: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    boxes: Tensor | None,
+    stuff: Tensor,
+    stuff_labels: int,
+    ignored_stuff: list[int],
+    score_threshold: float,
+    overlap_threshold: float,
+    stuff_area_threshold: int,
+    box_overlap_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch._check(masks.dim() == 3, lambda: f"panoptic_merge: masks must be (K, H, W), got {tuple(masks.shape)}")
     count, height, width = masks.shape
     rows = count + stuff_labels

@@ -56,7 +56,7 @@ _panoptic_quality_counts = without_gradient("panoptic_quality_counts")
 
 
 @register_fake("panoptic_quality_counts")
-def _(gt_map, pred_map, gt_segments, pred_segments):
+def _(gt_map: Tensor, pred_map: Tensor, gt_segments: int, pred_segments: int) -> Tensor:
     torch._check(
         gt_map.dim() == 2, lambda: f"panoptic_quality_counts: gt_map must be (H, W), got {tuple(gt_map.shape)}"
     )

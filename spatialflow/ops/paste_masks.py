@@ -65,7 +65,7 @@ _paste_masks = without_gradient("paste_masks")
 
 
 @register_fake("paste_masks")
-def _(mask_logits, boxes, height, width, threshold):
+def _(mask_logits: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> Tensor:
     torch._check(
         mask_logits.dim() == 3, lambda: f"paste_masks: mask_logits must be (K, M, M), got {tuple(mask_logits.shape)}"
     )

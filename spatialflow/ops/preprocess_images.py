@@ -73,7 +73,15 @@ _preprocess_images = without_gradient("preprocess_images")
 
 
 @register_fake("preprocess_images")
-def _(images, heights, widths, mean, std, divisor, dtype):
+def _(
+    images: list[Tensor],
+    heights: list[int],
+    widths: list[int],
+    mean: list[float],
+    std: list[float],
+    divisor: int,
+    dtype: torch.dtype,
+) -> Tensor:
     height, width = ((max(sides) + divisor - 1) // divisor * divisor for sides in (heights, widths))
     return torch.empty(
         (len(images), 3, height, width), dtype=dtype, device=images[0].device, memory_format=torch.channels_last

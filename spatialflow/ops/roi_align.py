@@ -53,8 +53,8 @@ def roi_align(
         gives zeros. A feature that is not finite reaches only bins that give it a weight other than 0. A map without
         cells gives zeros. No RoIs, or no channels: an empty result.
 
-        Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order. The CPU backward is
-        deterministic. The CUDA backward is deterministic in float64, and under
+        Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order. The CPU
+        backward is deterministic. The CUDA backward is deterministic in float64, and under
         `torch.use_deterministic_algorithms(True)` in every dtype.
 
         Complexity: time is proportional to K * C times the cells that the bins of a RoI read; samples of a bin that
@@ -107,9 +107,11 @@ class RoIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, boxes: Tensor | list[Tensor]) -> Tensor:
+        """Call `roi_align` with the module's settings."""
         return roi_align(input, boxes, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
     def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
             f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
@@ -139,7 +141,15 @@ def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
 
 
 @register_fake("roi_align")
-def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned):
+def _(
+    input: Tensor,
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
     torch._check(input.dim() == 4, lambda: f"roi_align: input must be (N, C, H, W), got {tuple(input.shape)}")
     torch._check(boxes.dim() == 2, lambda: f"roi_align: boxes must have shape (K, 5), got {tuple(boxes.shape)}")
     size = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
@@ -149,26 +159,26 @@ def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, 
 
 @register_fake("_roi_align_backward")
 def _(
-    grad_output,
-    boxes,
-    pooled_height,
-    pooled_width,
-    spatial_scale,
-    sampling_ratio,
-    aligned,
-    batch,
-    channels,
-    height,
-    width,
-    channels_last,
-    deterministic,
-):
+    grad_output: Tensor,
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    deterministic: bool,
+) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     size = (batch, channels, height, width)
     return torch.empty(size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
 
 
-# The op is linear in its features, so tangents and second derivatives are the op itself applied to them.
+# The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
@@ -192,7 +202,7 @@ def _jvp(ctx: Any, input: Tensor | None, *_: Any) -> Tensor | None:
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad_output, boxes, *ctx.settings = inputs
+    _grad_output, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
 

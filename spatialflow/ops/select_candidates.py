@@ -93,7 +93,7 @@ def select_candidates(
         list(class_logits), list(box_deltas), base_anchors, strides, valid_sizes, scale_factors, per_level
     )
     if is_checking():  # values; the operator has checked the shapes
-        for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
+        for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas, strict=True)):
             require_finite("select_candidates", f"class_logits[{level}]", logits)
             require_finite("select_candidates", f"box_deltas[{level}]", deltas)
         require_finite("select_candidates", "base_anchors", base_anchors)
@@ -105,7 +105,15 @@ _select_candidates = without_gradient("select_candidates")
 
 
 @register_fake("select_candidates")
-def _(class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level):
+def _(
+    class_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    base_anchors: Tensor,
+    strides: list[int],
+    valid_sizes: Tensor,
+    scale_factors: Tensor,
+    per_level: int,
+) -> tuple[Tensor, Tensor]:
     first = class_logits[0]
     torch._check(
         first.dim() == 4,
@@ -135,7 +143,7 @@ def _vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
 
     def folded(levels: list[Tensor], dims: list[int | None] | None) -> list[Tensor]:
         dims = dims or [None] * len(levels)
-        return [unfolded(level, dim).flatten(0, 1) for level, dim in zip(levels, dims)]
+        return [unfolded(level, dim).flatten(0, 1) for level, dim in zip(levels, dims, strict=True)]
 
     sizes, factors = unfolded(valid_sizes, in_dims[4]), unfolded(scale_factors, in_dims[5])
     results = _select_candidates(

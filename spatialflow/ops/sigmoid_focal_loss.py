@@ -17,8 +17,7 @@ from spatialflow.ops.fake import register_fake
 def sigmoid_focal_loss(
     logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "none"
 ) -> Tensor:
-    """Compute the focal loss of C independent binary classifiers per row; the label names the only positive class, if
-    any.
+    """Compute the focal loss of C binary classifiers per row, of which the label names the positive one, if any.
 
     With p the probability of the right answer for an element, its loss is `-w * (1 - p) ** gamma * log(p)`. The weight
     w is alpha for the class of the label and 1 - alpha for all other classes.
@@ -83,25 +82,25 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 
 
 @register_fake("sigmoid_focal_loss")
-def _(logits, labels, gamma, alpha):
+def _(logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> Tensor:
     _check(logits, labels)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @register_fake("_sigmoid_focal_loss_sum", op="sigmoid_focal_loss")
-def _(logits, labels, gamma, alpha):
+def _(logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> Tensor:
     _check(logits, labels)
     return logits.new_empty((), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 @register_fake("_sigmoid_focal_loss_derivative", op="sigmoid_focal_loss")
-def _(factor, logits, labels, gamma, alpha, order):
+def _(factor: Tensor, logits: Tensor, labels: Tensor, gamma: float, alpha: float, order: int) -> Tensor:
     _check(logits, labels)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-# The loss of an element depends on its own logit alone, so the Jacobian is diagonal: gradients and tangents are both
-# products with the derivative, which is an op of its own: factor * (order-th derivative).
+# The loss of an element depends on one logit, so the Jacobian is diagonal. Gradients and tangents are both products
+# with the derivative, which is a separate operator: factor * (order-th derivative).
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     logits, labels, *ctx.settings = inputs
     ctx.save_for_backward(logits, labels)

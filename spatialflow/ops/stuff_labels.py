@@ -65,6 +65,6 @@ _stuff_labels = without_gradient("stuff_labels")
 
 
 @register_fake("stuff_labels")
-def _(logits, valid_height, valid_width, height, width):
+def _(logits: Tensor, valid_height: int, valid_width: int, height: int, width: int) -> Tensor:
     torch._check(logits.dim() == 3, lambda: f"stuff_labels: logits must be (C, h, w), got {tuple(logits.shape)}")
     return logits.new_empty((height, width), dtype=torch.uint8 if logits.shape[0] <= 256 else torch.int64)

@@ -112,7 +112,7 @@ def run_operators(device: str) -> int:
         run(lambda: ops.stuff_labels(draw(6, 13, 14, dtype=dtype), (50, 53), (60, 70)))
         run(lambda: ops.stuff_labels(draw(13, 14, 6, dtype=dtype).permute(2, 0, 1), (50, 53), (60, 70)))
         stuff = torch.randint(0, 5, (60, 70), dtype=torch.int32).to(device)
-        run(lambda: ops.panoptic_merge(masks, scores[:, 0], labels, boxes, stuff, 5, stuff_area_limit=10))
+        run(lambda: ops.panoptic_merge(masks, scores[:, 0], labels, boxes, stuff, 5, stuff_area_threshold=10))
     run(lambda: ops.nms(boxes, scores[:, 0], 0.5))
     run(lambda: ops.batched_nms(boxes, scores[:, 0], labels, 0.5))
     run(lambda: ops.multiclass_nms(boxes, scores, 0.05, 0.5, 20))

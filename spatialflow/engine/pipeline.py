@@ -334,8 +334,8 @@ class Pipeline:
                 ignored_stuff=self.ignored_stuff,
                 score_threshold=test.instance_score_threshold,
                 overlap_threshold=test.instance_overlap_threshold,
-                stuff_area_limit=test.stuff_area_threshold,
-                box_threshold=test.box_overlap_threshold,
+                stuff_area_threshold=test.stuff_area_threshold,
+                box_overlap_threshold=test.box_overlap_threshold,
             )
 
     def _is_merged(self, scores: Tensor, labels: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ Conv = tuple[Tensor, Tensor | None] | PackedConv
 class SubnetParameters(NamedTuple):
     """Convolutions of the sub-networks, one per stage; an empty tuple is an absent sub-network or flow.
 
-    A `None` among the flows is a stage without flow. A sub-network without stages but with one flow is its input plus
-    that flow.
+    `None` among the flows is a stage without a flow. The output of a sub-network without stages but with one flow is
+    its input plus that flow.
     """
 
     cls: tuple[Conv, ...] = ()
@@ -47,7 +47,7 @@ class SubnetParameters(NamedTuple):
 
 
 class SubnetOutput(NamedTuple):
-    """Final features; for an absent sub-network the input levels."""
+    """Final features of the sub-networks; the input levels for an absent sub-network."""
 
     cls: list[Tensor]
     reg: list[Tensor]
@@ -59,25 +59,25 @@ _LISTS = SubnetParameters._fields[:8]  # in the order of the raw operator
 
 
 def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algorithm: str = "auto") -> SubnetOutput:
-    """Run the classification, regression, stuff and thing sub-networks with their flows over a pyramid.
+    """Run the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
-    In each stage the source (reg) advances first: reg = relu(conv(reg)). With this reg follow
-    cls = relu(conv(cls + flow(reg))) and stuff = relu(conv(stuff + flow(reg))). After the last stage, for each stage of
-    thing: thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))). All four start from the levels.
+    In stage s the source (reg) advances first: reg = relu(conv(reg)). Then, with this reg, cls = relu(conv(cls +
+    flow(reg))), and stuff likewise. After the last stage, for each stage of thing, starting from the levels:
+    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
 
-    A source with fewer stages than the other sub-networks gives them its final feature. A flow beyond the last stage
-    of its sub-network is not used.
+    If the source has fewer stages than a receiver, later stages use its final feature. A flow beyond the last stage of
+    its sub-network is not used.
 
     Args:
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
-        parameters: the convolutions, 3x3 with stride 1 and padding 1, and the source of the flows. Convolutions given
-            as (weight, bias) are packed in every call; `pack_subnets` packs them once.
-        algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed convolutions keep theirs. On
-            CUDA "auto" is resolved in every call.
+        parameters: the convolutions, 3x3 with stride 1 and padding 1, and their wiring. Convolutions as (weight, bias)
+            are packed in every call; `pack_subnets` packs them once.
+        algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. "auto" on CUDA
+            is resolved in every call.
 
     Returns:
-        `SubnetOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W). cls and reg have all levels, stuff and
-        thing the first `parameters.segmentation_levels`. A map is channels-last if its level is. For an absent
+        `SubnetOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and
+        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. For an absent
         sub-network, the input levels themselves.
 
     Raises:
@@ -85,11 +85,15 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
         ValueError: an unknown algorithm or flow source, flows without a source, no levels.
 
     Note:
-        Results equal those of `flow_conv2d` stage by stage, also for NaN and empty levels. Where gradients, forward
-        mode or `torch.func` may be needed, the function calls `flow_conv2d` stage by stage, and has its derivatives.
-        Otherwise one operator runs all stages, and frees each map after its last use.
+        Results are those of `flow_conv2d` stage by stage, including NaN and empty levels. If a derivative may be
+        requested, the sub-networks are composed of calls of `flow_conv2d`, which define gradients, forward mode and
+        `torch.func`. Otherwise one operator runs all of them.
 
-    Example:
+        Complexity: the sum of its convolutions (see `flow_conv2d`). Intermediate maps are freed after their last use.
+
+        Difference from torchvision, mmcv and detectron2: they have no such operator.
+
+    Examples:
         >>> conv = (torch.rand(16, 16, 3, 3), torch.rand(16))
         >>> parameters = pack_subnets(SubnetParameters(cls=(conv,), reg=(conv,), flow_cls=(conv,)))
         >>> pyramid = [torch.rand(1, 16, 40, 60), torch.rand(1, 16, 20, 30), torch.rand(1, 16, 10, 15)]
@@ -126,7 +130,7 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
 
 
 def pack_subnets(parameters: SubnetParameters, algorithm: str = "auto") -> SubnetParameters:
-    """Pack every convolution by `pack_conv3x3`, for many calls of `fused_subnets`.
+    """Pack every convolution of the sub-networks by `pack_conv3x3`, for many calls of `fused_subnets`.
 
     Args:
         parameters: convolutions as (weight, bias).
@@ -198,7 +202,7 @@ def _check(levels: list[Tensor], parameters: SubnetParameters) -> None:
 
 
 def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str) -> SubnetOutput:
-    """Run the sub-networks by calls of `flow_conv2d`."""
+    """Compose the sub-networks of calls of `flow_conv2d`."""
 
     def convolve(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
         if isinstance(conv, PackedConv):
@@ -232,7 +236,7 @@ def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str)
 
 
 def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:
-    """Whether the raw operator returns cls, reg, stuff and thing; it leaves out the absent ones."""
+    """Return which of cls, reg, stuff, thing the raw operator returns: those that are not just the levels."""
     starts = [sum(counts[:index]) for index in range(8)]
 
     def first_present(index: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from spatialflow.deprecated import renamed_keywords
 from spatialflow.ops import PanopticMergeOutput, panoptic_merge
 
 Array = Any  # numpy array, tensor, or a nested list of numbers
@@ -24,6 +25,7 @@ class MergeResult(NamedTuple):
     segments: list[dict[str, Any]]  # id, category_id, isthing, area, bbox [x, y, width, height], score (None for stuff)
 
 
+@renamed_keywords(stuff_area_limit="stuff_area_threshold", box_threshold="box_overlap_threshold")
 def merge(
     masks: Array,
     scores: Array,
@@ -36,8 +38,8 @@ def merge(
     void_label: int = 255,
     score_threshold: float = 0.37,
     overlap_threshold: float = 0.37,
-    stuff_area_limit: int = 4900,
-    box_threshold: float | None = 0.5,
+    stuff_area_threshold: int = 4900,
+    box_overlap_threshold: float | None = 0.5,
 ) -> MergeResult:
     """Merge instances, their boxes and a stuff label map into one panoptic result.
 
@@ -55,8 +57,8 @@ def merge(
         void_label: stuff label that is void whatever stuff_categories says.
         score_threshold: instances and boxes below it are left out.
         overlap_threshold: an instance with a larger share of its pixels already taken is dropped.
-        stuff_area_limit: stuff with fewer free pixels is dropped.
-        box_threshold: least void share of a box that is filled; None: no box fill.
+        stuff_area_threshold: stuff with fewer free pixels is dropped.
+        box_overlap_threshold: least void share of a box that is filled; None: no box fill.
 
     Returns:
         `MergeResult`. Ids are 1, 2, ... without gaps; every segment has at least one pixel, and every pixel that is not
@@ -93,14 +95,14 @@ def merge(
         masks,
         scores,
         labels,
-        None if box_threshold is None else boxes,
+        None if box_overlap_threshold is None else boxes,
         stuff,
         stuff_labels,
         ignored_stuff=ignored,
         score_threshold=score_threshold,
         overlap_threshold=overlap_threshold,
-        stuff_area_limit=stuff_area_limit,
-        box_threshold=0.0 if box_threshold is None else box_threshold,
+        stuff_area_threshold=stuff_area_threshold,
+        box_overlap_threshold=0.0 if box_overlap_threshold is None else box_overlap_threshold,
     )
     segments = segment_list(result, thing_categories, None if stuff_categories is None else known)
     return MergeResult(result.id_map if like_tensor else result.id_map.numpy(), segments)

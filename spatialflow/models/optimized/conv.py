@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow._library import build_description
+from spatialflow.ops._torch_private import addmm_activation, dispatch_has_kernel
 from spatialflow.ops.conv1x1 import conv1x1
 from spatialflow.ops.differentiable import autocast
 
@@ -196,7 +197,7 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x, weight, bias = _cast("linear_relu", x, weight, bias)
     if x.device.type == "cpu":
         return F.linear(x, weight, bias).relu_()
-    return torch._addmm_activation(bias, x, weight.t())
+    return addmm_activation(bias, x, weight.t())
 
 
 def _register_fake_cudnn() -> None:
@@ -232,7 +233,7 @@ def _register_fake_cudnn() -> None:
 
     for fake in (convolution_relu, convolution_add_relu):
         name = f"aten::cudnn_{fake.__name__}"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        if not dispatch_has_kernel(name, "Meta"):
             torch.library.register_fake(name, fake)
 
 
@@ -240,5 +241,5 @@ _register_fake_cudnn()
 _registered = {
     device
     for device, key in (("cuda", "CUDA"), ("meta", "Meta"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::cudnn_convolution_add_relu", key)
+    if dispatch_has_kernel("aten::cudnn_convolution_add_relu", key)
 }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from spatialflow import models as models
     from spatialflow import ops as ops
     from spatialflow import panoptic as panoptic
-    from spatialflow.config import ConfigError
+    from spatialflow.config import ConfigError, list_configs, load_config
     from spatialflow.engine.checkpoints import (
         CheckpointError,
         load_backbone,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     )
     from spatialflow.engine.predict import PanopticResult, Predictor
     from spatialflow.images import ImageError
-    from spatialflow.models.build import build_model, list_configs, load_config
+    from spatialflow.models.build import build_model
     from spatialflow.models.optimized.inference import optimize_for_inference
 
 _HOMES = {
@@ -39,10 +39,10 @@ _HOMES = {
     "PanopticResult": "spatialflow.engine.predict",
     "Predictor": "spatialflow.engine.predict",
     "build_model": "spatialflow.models.build",
-    "list_configs": "spatialflow.models.build",
+    "list_configs": "spatialflow.config",
     "load_backbone": "spatialflow.engine.checkpoints",
     "load_checkpoint": "spatialflow.engine.checkpoints",
-    "load_config": "spatialflow.models.build",
+    "load_config": "spatialflow.config",
     "optimize_for_inference": "spatialflow.models.optimized.inference",
     "pretrained_model": "spatialflow.engine.checkpoints",
     "save_checkpoint": "spatialflow.engine.checkpoints",

@@ -19,7 +19,7 @@ import torch
 from helpers.scenes import scene_categories, write_coco
 from helpers.small_models import SMALL, random_model
 
-from spatialflow.config import SECTIONS, Config, ConfigError
+from spatialflow.config import SECTIONS, Config, ConfigError, load_config
 from spatialflow.data.augment import augment
 from spatialflow.data.categories import load_categories
 from spatialflow.data.coco import CocoPanoptic
@@ -29,7 +29,7 @@ from spatialflow.data.synthetic import make_scene
 from spatialflow.engine import train
 from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Predictor
-from spatialflow.models.build import build_model, load_config
+from spatialflow.models.build import build_model
 from spatialflow.models.criterion import Criterion
 from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
 
@@ -147,7 +147,7 @@ def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
 
 def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """Final weights of a training run, and how often it evaluates and saves."""
-    scores = {"problems": [], "detection": None} | dict.fromkeys(("All", "Things", "Stuff"), {"pq": 0.0})
+    scores = {"problems": [], "detection": None} | {key: {"pq": 0.0} for key in ("All", "Things", "Stuff")}
     with patch.object(train, "evaluate_network", return_value=scores) as evaluate:
         trainer = train.Trainer(config, data, folder, ALONE, validation=data)
         trainer.log.draw = lambda: None
@@ -297,7 +297,7 @@ def test_no_two_accepted_networks_with_other_flags_are_the_same():
     seen, refused = {}, 0
     flags = ("thing_head", "stuff_head", "flow_to_detection", "flow_to_stuff", "flow_to_thing", "flow_stuff_to_thing")
     for source, *values in itertools.product((None, "reg", "cls"), *[(False, True)] * len(flags)):
-        chosen = dict(zip(flags, values)) | dict(flow_source=source, detection_stages=1)
+        chosen = dict(zip(flags, values, strict=True)) | dict(flow_source=source, detection_stages=1)
         chosen |= dict(stuff_stages=int(chosen["stuff_head"]), thing_stages=int(chosen["thing_head"]))
         try:
             config = load_config("tiny", **(BASE | chosen))

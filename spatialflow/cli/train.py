@@ -164,8 +164,7 @@ def _without_pycocotools(validation: Any) -> list[str]:
 
 
 def _config(options: argparse.Namespace) -> Any:
-    from spatialflow.config import ConfigError, parse_settings
-    from spatialflow.models.build import load_config
+    from spatialflow.config import ConfigError, load_config, parse_settings
 
     try:
         return load_config(options.config, **parse_settings(options.settings))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spatialflow import panoptic
-from spatialflow.config import Config, ConfigError, place_overrides
+from spatialflow.config import Config, ConfigError, load_config, place_overrides
 from spatialflow.data.categories import Categories, load_categories
 from spatialflow.data.transforms import LARGEST_SIDE, Fitted, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
@@ -25,7 +25,6 @@ from spatialflow.engine.pipeline import STAGES, FixedResult, Pipeline, stopwatch
 from spatialflow.engine.transfers import Download, Transfers
 from spatialflow.files import atomic_write
 from spatialflow.images import ImageError, read_image
-from spatialflow.models.build import load_config
 from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import PanopticMergeOutput, paste_masks

@@ -18,6 +18,7 @@ import torch
 from helpers.command_line import FAST, sentences
 
 import spatialflow
+from spatialflow.cli import info
 from spatialflow.cli import main as cli
 from spatialflow.cli.main import main
 
@@ -265,7 +266,7 @@ def test_other_runtime_errors_are_not_hidden(monkeypatch):
     def fails(_):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(cli, "_info", fails)
+    monkeypatch.setattr(info, "run", fails)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["info"])
 

@@ -272,8 +272,8 @@ class TestPredict:
     def test_a_signal_while_torch_is_imported(self, number):
         """An exception there would abort the process: it ends by the signal, which a shell shows as 128 + number."""
         code = (
-            "import os, torch; from spatialflow.cli import main as cli; torch.__spec__._initializing = True; "
-            f"cli._info = lambda options: os.kill(os.getpid(), {int(number)}) or 0; cli.main(['info'])"
+            "import os, torch; from spatialflow.cli import info, main; torch.__spec__._initializing = True; "
+            f"info.run = lambda options: os.kill(os.getpid(), {int(number)}) or 0; main.main(['info'])"
         )
         assert subprocess.run([sys.executable, "-c", code]).returncode == -number
 

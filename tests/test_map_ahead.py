@@ -215,9 +215,9 @@ def test_waiting_threads_sleep(given, loaded, expected):
 
 def test_predict_decides_before_torch_is_loaded():
     code = (
-        "import sys, os; from spatialflow.cli import main as cli; "
-        "cli.list_images = lambda *_: sys.exit(os.environ['OMP_WAIT_POLICY'] + str('torch' in sys.modules)); "
-        "cli.main(['predict', 'a.jpg', '--output', 'out'])"
+        "import sys, os; from spatialflow.cli import main, predict; "
+        "predict.resolve_images = lambda *_: sys.exit(os.environ['OMP_WAIT_POLICY'] + str('torch' in sys.modules)); "
+        "main.main(['predict', 'a.jpg', '--output', 'out'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

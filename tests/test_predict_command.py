@@ -19,7 +19,7 @@ from helpers.command_line import FAST, sentences
 import spatialflow
 from spatialflow import images
 from spatialflow.cli import prediction_folder
-from spatialflow.cli.common import list_images
+from spatialflow.cli.common import resolve_images
 from spatialflow.cli.main import main
 from spatialflow.cli.prediction_folder import HELD, PredictionFolder
 from spatialflow.engine import predict
@@ -34,7 +34,7 @@ def assert_complete(output, names):
     assert sorted(path.stem for path in (output / "panoptic").iterdir()) == stems
     assert sorted(path.stem for path in (output / "overlays").iterdir()) == stems
     assert sorted(image["file_name"] for image in content["images"]) == sorted(names)
-    for image, annotation in zip(content["images"], content["annotations"]):
+    for image, annotation in zip(content["images"], content["annotations"], strict=True):
         ids = read_id_map(output / "panoptic" / annotation["file_name"])
         assert ids.shape == (image["height"], image["width"])
         assert {segment["id"] for segment in annotation["segments_info"]} == set(np.unique(ids)) - {0}
@@ -218,7 +218,7 @@ class TestPredict:
         names = ["one/plain.jpg", "one/two/dot.png", "plain.jpg"]
         assert [image["file_name"] for image in content["images"]] == names
         assert [image["id"] for image in content["images"]] == ["one/plain", "dot", "plain"]
-        for annotation, name in zip(content["annotations"], names):
+        for annotation, name in zip(content["annotations"], names, strict=True):
             assert annotation["file_name"] == name.split(".")[0] + ".png"
             assert read_id_map(output / "panoptic" / annotation["file_name"]).shape
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
@@ -248,10 +248,10 @@ class TestPredict:
         (tmp_path / "in" / "other" / "back").symlink_to(tmp_path / "in")
         (tmp_path / "in" / "gone.jpg").symlink_to(tmp_path / "absent.jpg")
         (tmp_path / "in" / "loop.jpg").symlink_to(tmp_path / "in" / "loop.jpg")
-        images, failed = list_images([tmp_path / "in"], recursive=True)
+        images, failed = resolve_images([tmp_path / "in"], recursive=True)
         names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
         assert [image.name for image in images] == names and not failed
-        list_images([tmp_path / "in"])
+        resolve_images([tmp_path / "in"])
         left_out = "2 images in its sub-folders are left out; --recursive takes them too"  # links are not followed
         assert sentences(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
@@ -266,10 +266,10 @@ class TestPredict:
             return iterdir(path)
 
         monkeypatch.setattr(Path, "iterdir", refusing)
-        images, failed = list_images([tmp_path])
+        images, failed = resolve_images([tmp_path])
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == sentences(capsys) == []  # it would be passed over anyway
-        images, failed = list_images([tmp_path], recursive=True)
+        images, failed = resolve_images([tmp_path], recursive=True)
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == sentences(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
 
@@ -280,7 +280,7 @@ class TestPredict:
         (tmp_path / name).write_bytes(b"mine")
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]
         assert main([*command, "--output", str(tmp_path)]) == 2
-        said = f"{tmp_path / name}: would be replaced, and is no result of `predict`; use another --output"
+        said = f"{tmp_path / name}: would be replaced, and is not a result of `predict`; use another --output"
         assert sentences(capsys) == [said]
         assert (tmp_path / name).read_bytes() == b"mine"
 

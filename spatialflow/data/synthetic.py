@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from spatialflow.data.categories import TABLES, read_rows
-from spatialflow.files import atomic_write
+from spatialflow.files import write_jpeg
 from spatialflow.panoptic.writer import PanopticWriter, earlier_files
 
 CATEGORIES: tuple[dict[str, Any], ...] = tuple(read_rows(TABLES / "synthetic.json"))
@@ -84,9 +84,7 @@ def synthesize(folder: str | os.PathLike, count: int, size: tuple[int, int], see
         for index in range(count):
             scene = make_scene(size, seed, index)
             path = folder / "images" / f"{index + 1:06d}.jpg"
-            _, content = cv2.imencode(".jpg", scene.image, (cv2.IMWRITE_JPEG_QUALITY, 95))
-            with atomic_write(path) as stream:
-                stream.write(content.tobytes())
+            write_jpeg(path, scene.image)
             writer.add(index + 1, path.name, scene.id_map, scene.segments)
             yield path
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring a network on a data set: panoptic quality, and average precision of boxes and masks."""
 
-import json
 import warnings
 from collections.abc import Iterable
 from contextlib import closing
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 
 from spatialflow.engine.distributed import World
 from spatialflow.engine.predict import Outcome, Predictor
-from spatialflow.files import atomic_write
+from spatialflow.files import write_json
 from spatialflow.images import ImageError
 from spatialflow.panoptic.detection import average_precision, detection_rows
 from spatialflow.panoptic.formats import read_id_map, read_panoptic_json
@@ -113,8 +112,7 @@ def evaluate_network(
         scores = quality.compute()
         scores["detection"] = average_precision(truth, truth_folder, results)
         scores["problems"] = problems
-        with atomic_write(folder / "scores.json", "w") as file:
-            json.dump(scores, file, indent=1)
+        write_json(folder / "scores.json", scores, indent=1)
     writer.close()
     return world.gather(scores if world.is_first else None)[0]
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from spatialflow.data.transforms import LARGEST_SIDE, Fitted, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.pipeline import STAGES, FixedResult, Pipeline, stopwatch
 from spatialflow.engine.transfers import Download, Transfers
-from spatialflow.files import atomic_write
+from spatialflow.files import write_json
 from spatialflow.images import ImageError, read_image
 from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
@@ -104,9 +103,8 @@ class PanopticResult:
         path = Path(folder) / f"{Path(self.image_name).stem}.png"
         row = panoptic_row(self.image_id, self.image_name, path.name, self.id_map, self.segments)
         panoptic.write_id_map(path, self.id_map)
-        with atomic_write(path.with_suffix(".json"), "w") as file:
-            content = {"images": [row["image"]], "annotations": [row["annotation"]]}
-            json.dump({**content, "categories": self.categories.as_coco()}, file)
+        content = {"images": [row["image"]], "annotations": [row["annotation"]]}
+        write_json(path.with_suffix(".json"), {**content, "categories": self.categories.as_coco()})
         return path
 
     def overlay(self, image: np.ndarray) -> np.ndarray:

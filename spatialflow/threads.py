@@ -35,7 +35,7 @@ def map_ahead(
     """Call a function for every item in worker threads, and yield the futures in the order of the items.
 
     Items are taken from the iterable in the caller's thread. Before each yield, items are taken until `ahead` calls
-    are queued, running or not yet yielded, so that the threads have work while the caller uses a result.
+    are queued, running or not yet yielded. So the threads have work while the caller uses a result.
 
     Args:
         function: called once per item. Its exception is the future's, with the traceback of the thread.
@@ -64,7 +64,7 @@ def map_ahead(
             if not waiting:
                 break
             yield waiting.popleft()
-        if not isinstance(error, StopIteration):
+        if error is not None and not isinstance(error, StopIteration):
             raise error
     finally:
         error = None  # the traceback refers to this frame

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         import torch
 
-        running = torch.__version__
+        running = str(torch.__version__)
         count = torch.cuda.device_count()
         devices = ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"
     except ImportError as error:

@@ -112,10 +112,10 @@ def cpu_level() -> str:
 def backend_library() -> str:
     """Choose the library with the kernels for CPU tensors, and return its name.
 
-    The environment variable SPATIALFLOW_BACKEND selects the back end of tests. The value "simt" replaces the CPU kernels by
-    interpreted CUDA kernels (docs/simt.md). The values "cpu_sanitized", "simt_sanitized" and
-    "cpu_thread_sanitized" are builds with sanitizers (docs/sanitizers.md). The value "cuda" selects the CPU library too, but requires the CUDA library; the tests
-    then create their tensors on the GPU.
+    The environment variable SPATIALFLOW_BACKEND selects the back end of tests. The value "simt" replaces the CPU
+    kernels by interpreted CUDA kernels (docs/simt.md). The values "cpu_sanitized", "simt_sanitized" and
+    "cpu_thread_sanitized" are builds with sanitizers (docs/sanitizers.md). The value "cuda" selects the CPU library
+    too, but requires the CUDA library; the tests then create their tensors on the GPU.
 
     Raises:
         ImportError: SPATIALFLOW_BACKEND is not the name of a back end, its library is missing, or there is no CPU

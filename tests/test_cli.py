@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what it writes, and one clear sentence for everything that can be wrong with its input.
+"""The command line: its output, and one clear message for every kind of invalid input.
 
-`predict`, `validate`, `visualize` and `train` have files of their own.
+`predict`, `validate`, `visualize` and `train` have separate test files.
 """
 
 import argparse
@@ -127,7 +127,7 @@ class TestSynthesize:
 class TestOutput:
     @pytest.mark.parametrize("command", ["info", "evaluate", "benchmark"])
     def test_reader_that_has_left(self, command, tmp_path):
-        """As in `spatialflow info | head -1`: no traceback, no complaint."""
+        """As in `spatialflow info | head -1`: no traceback, no message."""
         scenes = tmp_path / "scenes"
         assert main(["synthesize", str(scenes), "--count", "1", "--size", "64", "96"]) == 0
         arguments = {"evaluate": [scenes, scenes], "benchmark": ["--list"]}.get(command, [])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of a configuration does something: another value changes what is observed, or is refused.
+"""Every field of a configuration has an effect: another value changes an observed result, or is refused.
 
 A new field needs a row in `ROWS`.
 """
@@ -54,7 +54,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 NO_FLOWS = dict(flow_source=None, flow_to_detection=False, flow_to_stuff=False, flow_to_thing=False)
 FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
-# ------------------------------------------------------------------------------- what a configuration can be seen in
+# ------------------------------------------------------------------------------- observers of a configuration
 
 
 def structure(config: Config, data: CocoPanoptic) -> Any:
@@ -71,7 +71,7 @@ def weights(config: Config, data: CocoPanoptic) -> Any:
 
 
 def output(config: Config, data: CocoPanoptic) -> Any:
-    """What a network of given weights makes of an image, and of a large and a small RoI."""
+    """Outputs of a network with fixed weights for an image, and for a large and a small RoI."""
     torch.manual_seed(1)
     model = build_model(config).eval()
     with torch.no_grad():

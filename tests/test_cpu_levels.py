@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parent
 OPERATORS = sorted(
     str(path) for path in TESTS.glob("test_*.py") if re.search(r"^class .*\(OpMatrix\)", path.read_text(), re.MULTILINE)
 )
-# bfloat16 for the conversions; gradients have kernels of their own.
+# bfloat16 for the conversions; gradients have separate kernels.
 QUESTIONS = "(test_reference and (float32 or bfloat16)) or (test_gradient_against_reference and float32)"
 
 
@@ -37,7 +37,7 @@ def test_operators_equal_their_references(level):
 
 
 class TestMissingLibraries:
-    """The error says what is built, what the processor runs, and what to do."""
+    """The error names the levels that are built and that the processor runs, and the command that builds them."""
 
     @pytest.fixture
     def folder(self, tmp_path, monkeypatch):

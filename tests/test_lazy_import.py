@@ -37,5 +37,5 @@ def test_type_checkers_see_the_same_names():
 
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'build_modell'"):
-        spatialflow.build_modell
+        _ = spatialflow.build_modell
     assert spatialflow.ops.roi_align is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `predict`: what it writes, which images it takes, what it leaves alone, and how it ends."""
+"""The command `predict`: its output, its input images, the files that it keeps, and its exit codes."""
 
 import os
 import re
@@ -90,7 +90,7 @@ class TestPredict:
         assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
-        """What is done when Ctrl-C comes is complete, JSON included."""
+        """Images that are done at an interrupt (Ctrl-C) are complete, including the JSON."""
         read = images.read_image
 
         def interrupted(path):
@@ -105,7 +105,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("threads", [1, 4])
     def test_errors_are_in_the_order_of_the_images(self, photographs, weights, tmp_path, monkeypatch, capsys, threads):
-        """Whether reading or writing fails, and although reading is ahead of writing."""
+        """Failures of reading and of writing are in one order, although reading is ahead of writing."""
         monkeypatch.setattr(prediction_folder, "WRITERS", {"cpu": threads})
         monkeypatch.setattr(prediction_folder, "available_cores", lambda: 16)
         names = [f"{number}.jpg" for number in range(8)]
@@ -155,7 +155,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("place", ["network", "writing"])
     def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
-        """It reaches the caller from any thread, and the images before it are complete."""
+        """An interrupt in any thread reaches the caller, and the images before it are complete."""
         target, name = {"network": (Pipeline, "__call__"), "writing": (PredictionFolder, "_add")}[place]
         plain, left = getattr(target, name), [3]
 
@@ -205,7 +205,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("output", ["out", "."])
     def test_images_in_sub_folders(self, photographs, weights, tmp_path, capsys, output):
-        """Left out with a sentence that counts them; earlier results in the same folder are no images."""
+        """Images in sub-folders are left out with a message that counts them; earlier results are not inputs."""
         for name in ("plain.jpg", "one/plain.jpg", "one/two/dot.png"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())
@@ -285,7 +285,7 @@ class TestPredict:
         assert (tmp_path / name).read_bytes() == b"mine"
 
     def test_a_folder_with_a_journal_of_others(self, photographs, weights, tmp_path, capsys):
-        """An empty one too: a ground truth beside it is none of `predict`."""
+        """An empty journal too: a ground truth beside it is not an output of `predict`."""
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
         assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 0
         truth = (tmp_path / "panoptic.json").read_bytes()

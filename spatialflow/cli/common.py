@@ -295,7 +295,8 @@ def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any
         if checkpoint is None:
             print_error("no --checkpoint: the weights are random, so the maps mean nothing")
             return model
-        return load_checkpoint(model, checkpoint, ema)
+        load_checkpoint(model, checkpoint, ema)
+        return model
     except (ConfigError, CheckpointError) as error:
         raise CommandError(str(error)) from None
 

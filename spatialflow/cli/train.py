@@ -255,6 +255,7 @@ def _coco(annotations: Path, images: Path, panoptic: Path | None, categories: Ca
 
 def _summary(trainer: Trainer) -> str:
     """Describe the end of a run in one line."""
+    assert trainer.log is not None  # only the first process has a log, and prints the summary
     rows = trainer.log.rows
     parts = [f"{trainer.step} steps: {trainer.folder / 'model.safetensors'}"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]

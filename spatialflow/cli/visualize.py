@@ -279,9 +279,8 @@ def _quality(path: Path, categories: list[dict[str, Any]], truth: Map, predictio
 
 def _write_pages(pictures: list[Picture], output: Path, sheet: int) -> None:
     """Write index.html, and the contact sheets of the `sheet` worst and best pictures if they have a quality."""
-    import cv2
-
     from spatialflow.files import atomic_write, write_jpeg
+    from spatialflow.images import read_image
     from spatialflow.panoptic.pages import contact_sheet, html_page
 
     scored = [(picture.quality, picture) for picture in pictures if picture.quality is not None]
@@ -290,7 +289,7 @@ def _write_pages(pictures: list[Picture], output: Path, sheet: int) -> None:
         for name, chosen in zip(SHEETS, (pictures[:sheet], pictures[::-1][:sheet]), strict=True):
             path = output / f"{name}.jpg"
             with path_in_oserror(path):
-                write_jpeg(path, contact_sheet([cv2.imread(str(picture.path)) for picture in chosen]), JPEG_QUALITY)
+                write_jpeg(path, contact_sheet([read_image(picture.path) for picture in chosen]), JPEG_QUALITY)
     title = f"{len(pictures)} pictures, worst first" if scored else f"{len(pictures)} pictures"
     rows = [(picture.name, picture.path.relative_to(output).as_posix()) for picture in pictures]
     with atomic_write(output / "index.html", "w") as file:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import spatialflow
 from spatialflow.cli.main import main
+from spatialflow.config import load_config
 from spatialflow.models import postprocess
-from spatialflow.models.build import load_config
 from spatialflow.panoptic import read_id_map
 
 PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of a configuration does something: another value changes what is observed, or is refused.
+"""Every field of a configuration has an effect: another value changes an observed result, or is refused.
 
 A new field needs a row in `ROWS`.
 """
@@ -19,7 +19,7 @@ import torch
 from helpers.scenes import scene_categories, write_coco
 from helpers.small_models import SMALL, random_model
 
-from spatialflow.config import SECTIONS, Config, ConfigError
+from spatialflow.config import SECTIONS, Config, ConfigError, load_config
 from spatialflow.data.augment import augment
 from spatialflow.data.categories import load_categories
 from spatialflow.data.coco import CocoPanoptic
@@ -29,7 +29,7 @@ from spatialflow.data.synthetic import make_scene
 from spatialflow.engine import trainer as trainer_module
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.predict import Predictor
-from spatialflow.models.build import build_model, load_config
+from spatialflow.models.build import build_model
 from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
 from spatialflow.models.training_step import TrainingStep
 
@@ -54,7 +54,7 @@ ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 NO_FLOWS = dict(flow_source=None, flow_to_detection=False, flow_to_stuff=False, flow_to_thing=False)
 FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
-# ------------------------------------------------------------------------------- what a configuration can be seen in
+# ------------------------------------------------------------------------------- observers of a configuration
 
 
 def structure(config: Config, data: CocoPanoptic) -> Any:
@@ -71,7 +71,7 @@ def weights(config: Config, data: CocoPanoptic) -> Any:
 
 
 def output(config: Config, data: CocoPanoptic) -> Any:
-    """What a network of given weights makes of an image, and of a large and a small RoI."""
+    """Outputs of a network with fixed weights for an image, and for a large and a small RoI."""
     torch.manual_seed(1)
     model = build_model(config).eval()
     with torch.no_grad():
@@ -147,7 +147,7 @@ def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
 
 def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """Final weights of a training run, and how often it evaluates and saves."""
-    scores = {"problems": [], "detection": None} | dict.fromkeys(("All", "Things", "Stuff"), {"pq": 0.0})
+    scores = {"problems": [], "detection": None} | {key: {"pq": 0.0} for key in ("All", "Things", "Stuff")}
     with patch.object(trainer_module, "evaluate_network", return_value=scores) as evaluate:
         trainer = trainer_module.Trainer(config, data, folder, ALONE, validation=data)
         trainer.log.plot = lambda: None
@@ -297,7 +297,7 @@ def test_no_two_accepted_networks_with_other_flags_are_the_same():
     seen, refused = {}, 0
     flags = ("thing_head", "stuff_head", "flow_to_detection", "flow_to_stuff", "flow_to_thing", "flow_stuff_to_thing")
     for source, *values in itertools.product((None, "reg", "cls"), *[(False, True)] * len(flags)):
-        chosen = dict(zip(flags, values)) | dict(flow_source=source, detection_stages=1)
+        chosen = dict(zip(flags, values, strict=True)) | dict(flow_source=source, detection_stages=1)
         chosen |= dict(stuff_stages=int(chosen["stuff_head"]), thing_stages=int(chosen["thing_head"]))
         try:
             config = load_config("tiny", **(BASE | chosen))

@@ -12,10 +12,10 @@ import torch
 from helpers.small_models import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spatialflow.config import load_config
 from spatialflow.data.transforms import compute_resize
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.models import postprocess
-from spatialflow.models.build import load_config
 from spatialflow.models.optimized import layers
 from spatialflow.models.optimized.inference import optimize_for_inference
 

@@ -27,7 +27,7 @@ def namespace() -> list[str]:
     return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("spatialflow::")})
 
 
-# Functions of spatialflow.ops that are no operators: a context manager, weights prepared once.
+# Functions of spatialflow.ops that are not operators: a context manager, weights prepared once.
 NO_OPERATORS = ("checked", "pack_conv3x3", "pack_deform_conv2d", "pack_subnets")
 
 
@@ -72,7 +72,7 @@ def test_files_are_looked_for_without_exceptions():
 
 @pytest.mark.parametrize("name", public())
 def test_docstring_example(name):
-    """Every operator shows one, and it gives what it says."""
+    """Every operator has an example with the output that it states."""
     function = getattr(ops, name)
     example = doctest.DocTestParser().get_doctest(function.__doc__, {**vars(ops), "torch": torch}, name, None, None)
     assert example.examples
@@ -119,7 +119,7 @@ def arguments_of(name: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("name, argument", tensor_arguments())
 def test_no_tensor(name, argument):
-    """What stands in a tensor's place is named, whatever the dispatcher would make of it."""
+    """An argument that is not a tensor is named, whatever the dispatcher would do with it."""
     accepted, given = inspect.signature(getattr(ops, name)).parameters, arguments_of(name)
     for wrong, kind in (([0.5], "(list|float)"), (None, "NoneType"), ({}, "dict")):
         wrong = [wrong] if isinstance(given[argument], list) else wrong
@@ -140,7 +140,7 @@ def sequence_options() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name, option", sequence_options())
 @pytest.mark.parametrize("wrong", [None, 0.5])
 def test_no_sequence(name, option, wrong):
-    """What stands in a sequence's place is named."""
+    """An option that is not a sequence is named."""
     images = {"images": [torch.zeros(1, 1, 3, dtype=torch.uint8)]} if name == "preprocess_images" else {}
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: {option} must .*, got {wrong}"):
         getattr(ops, name)(**arguments_of(name) | images | {option: wrong})
@@ -224,7 +224,7 @@ class TestPublicOperator:
         assert name in cases.OPERATORS and callable(getattr(brute_force, name))
 
     def test_docstring(self, name):
-        """One sentence, every argument, what comes back, what is raised, and where the arithmetic comes from."""
+        """Docstrings have a summary, every argument, the result, the errors, and the source of the formula."""
         function = getattr(ops, name)
         text = inspect.getdoc(function)
         assert text and text.splitlines()[0].endswith(".")

@@ -11,13 +11,14 @@ from helpers.small_models import channels
 from helpers.training import SINGLE_PROCESS, SMALL_RUN, small, steps_of
 
 from spatialflow.cli.main import main
+from spatialflow.config import load_config
 from spatialflow.data.loader import make_loader
 from spatialflow.engine import trainer as trainer_module
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.log import read_log
 from spatialflow.engine.trainer import InitialWeights, Trainer, TrainingError, learning_rate
-from spatialflow.models.build import build_model, load_config
+from spatialflow.models.build import build_model
 from spatialflow.models.training_step import TrainingStep
 
 pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`

@@ -269,7 +269,7 @@ def test_files_that_are_no_images_are_refused(tmp_path):
     for name, words in (("text.jpg", "not an image"), ("empty.jpg", "is empty"), ("absent.jpg", "No such file")):
         with pytest.raises(ImageError, match=f"{name}: .*{words}"):
             read_image(tmp_path / name)
-    with pytest.raises(ImageError, match=r"'\\x00.png': is no file name"):
+    with pytest.raises(ImageError, match=r"'\\x00.png': is not a file name"):
         read_image("\0.png")
 
 

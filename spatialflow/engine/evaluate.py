@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of a network on a data set: panoptic quality, and average precision of boxes and masks."""
 
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.predict import Outcome, Predictor
-from spatialflow.files import atomic_write
+from spatialflow.files import write_json
 from spatialflow.images import ImageError
 from spatialflow.panoptic.detection import average_precision, detection_rows
 from spatialflow.panoptic.formats import read_id_map, read_panoptic_json
@@ -110,8 +109,7 @@ def evaluate_network(
         scores = quality.compute()
         scores["detection"] = average_precision(content, truth.png_folder, detections)
         scores["problems"] = problems
-        with atomic_write(folder / "scores.json", "w") as file:
-            json.dump(scores, file, indent=1)
+        write_json(folder / "scores.json", scores, indent=1)
     writer.close()
     return process_group.gather(scores)[0]
 

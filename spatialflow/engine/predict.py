@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spatialflow.config import Config, ConfigError, place_overrides
+from spatialflow.config import Config, ConfigError, load_config, place_overrides
 from spatialflow.data.categories import Categories, load_categories
 from spatialflow.data.transforms import LARGEST_SIDE, ResizeGeometry, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.pipeline import FixedResult, Pipeline
 from spatialflow.engine.stage_times import STAGES, record_stages, stage, zero_times
 from spatialflow.engine.transfers import Download, Transfers
-from spatialflow.files import atomic_write
+from spatialflow.files import write_json
 from spatialflow.images import ImageError, read_image
-from spatialflow.models.build import load_config
 from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import paste_masks
@@ -114,9 +112,8 @@ class PanopticResult:
         path = Path(folder) / f"{Path(self.image_name).stem}.png"
         row = panoptic_row(self.image_id, self.image_name, path.name, self.id_map, self.segments)
         write_id_map(path, self.id_map)
-        with atomic_write(path.with_suffix(".json"), "w") as file:
-            content = {"images": [row["image"]], "annotations": [row["annotation"]]}
-            json.dump({**content, "categories": self.categories.as_coco()}, file)
+        content = {"images": [row["image"]], "annotations": [row["annotation"]]}
+        write_json(path.with_suffix(".json"), {**content, "categories": self.categories.as_coco()})
         return path
 
     def overlay(self, image: np.ndarray) -> np.ndarray:

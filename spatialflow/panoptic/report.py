@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports of panoptic quality: tables of groups and classes, and a JSON file."""
 
-import json
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from typing import IO, Any
 
-from spatialflow.files import atomic_write
+from spatialflow.files import write_json
 from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections, rename_images
 from spatialflow.panoptic.quality import default_folder, score_files
 from spatialflow.panoptic.rules import AnnotationWarning, PanopticFormatError
@@ -72,9 +71,7 @@ def evaluate_and_report(
             print(f"{kind} AP " + "  ".join(shown), file=stream or sys.stdout)
         result["detection"] = precision
     if output is not None:
-        with atomic_write(output, "w") as file:
-            json.dump(named_result(result, names), file, indent=1)
-            file.write("\n")
+        write_json(output, named_result(result, names), indent=1)
     return result
 
 

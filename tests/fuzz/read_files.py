@@ -27,14 +27,14 @@ import yaml
 
 from fuzz.mutate import SPECIAL, mutate_bytes, mutate_picture, mutate_tree
 from spatialflow.cli import main as cli
-from spatialflow.config import SECTIONS, Config, ConfigError, parse_settings
+from spatialflow.config import SECTIONS, Config, ConfigError, load_config, parse_settings
 from spatialflow.data.categories import CategoryError, load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
 from spatialflow.data.samples import SampleError
 from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
 from spatialflow.images import ImageError, read_image
-from spatialflow.models.build import build_model, load_config
+from spatialflow.models.build import build_model
 from spatialflow.panoptic import PanopticFormatError, read_id_map
 from spatialflow.panoptic.detection import detection_truth
 

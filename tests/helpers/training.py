@@ -6,10 +6,10 @@ import torch
 
 from helpers.scenes import scene_categories, write_coco
 from helpers.small_models import SMALL
+from spatialflow.config import load_config
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.log import read_log
-from spatialflow.models.build import load_config
 
 SINGLE_PROCESS = ProcessGroup(0, 1, torch.device("cpu"))
 SMALL_RUN = SMALL | dict(

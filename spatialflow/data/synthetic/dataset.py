@@ -5,13 +5,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from spatialflow.data.synthetic.canvas import CATEGORIES, Canvas, Scene
 from spatialflow.data.synthetic.terrain import draw_terrain
 from spatialflow.data.synthetic.things import draw_things
-from spatialflow.files import atomic_write
+from spatialflow.files import write_jpeg
 from spatialflow.panoptic.writer import PanopticWriter, earlier_files
 
 _INFO = {"description": "written by spatialflow synthesize"}
@@ -68,8 +67,6 @@ def synthesize(folder: str | os.PathLike, count: int, size: tuple[int, int], see
         for index in range(count):
             scene = make_scene(size, seed, index)
             path = folder / "images" / f"{index + 1:06d}.jpg"
-            _, content = cv2.imencode(".jpg", scene.image, (cv2.IMWRITE_JPEG_QUALITY, 95))
-            with atomic_write(path) as stream:
-                stream.write(content.tobytes())
+            write_jpeg(path, scene.image)
             writer.add(index + 1, path.name, scene.id_map, scene.segments)
             yield path

@@ -37,7 +37,7 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     Mutation(
         "barrier removed",
-        "nms.h",
+        "nms.cuh",
         "        __syncthreads();\n        if (warp == turn - 1 && is_kept) {",
         "        if (warp == turn - 1 && is_kept) {",
         "nms",
@@ -51,7 +51,7 @@ MUTATIONS = (
     ),
     Mutation(
         "barrier for a warp alone",
-        "nms.h",
+        "nms.cuh",
         "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncthreads();",
         "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncwarp();",
         "multiclass_nms",

@@ -6,17 +6,17 @@
 // which may stop when D are kept. So only the best pairs are ever sorted:
 //
 //   collect   a thread per eight scores appends those above the threshold to a list of its image, in any order
-//   detect    a block per image: take the best 2048 or fewer not yet seen, in order (best_chunks.h), run the greedy
-//             pass (nms.h) over them in batches of 1024; again until D are kept or none is left
+//   detect    a block per image: take the best 2048 or fewer not yet seen, in order (best_chunks.cuh), run the greedy
+//             pass (nms.cuh) over them in batches of 1024; again until D are kept or none is left
 //
 // Memory: 8 bytes per score (12 for float64) for the lists; no N x N mask.
 //
 // Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: three launches, for
 // every 2048 candidates three passes over the list and 66 steps of the sort (51 of them by shuffles), about 12 us, and
 // about 0.05 us for every box kept, or less: a warp's classes go side by side.
-#include "cuda/best_chunks.h"
-#include "cuda/nms.h"
-#include "cuda/workspace.h"
+#include "cuda/best_chunks.cuh"
+#include "cuda/nms.cuh"
+#include "cuda/workspace.cuh"
 #include "ops/multiclass_nms.h"
 
 namespace spatialflow {

@@ -22,11 +22,11 @@
 // class), 2 to collect, and about 0.05 us for every box that a class keeps in a tile. 80 classes x 5000 boxes: a merge
 // reads and writes 13 MB in the L2 cache; 20 launches of about 5 us to order and collect; 6 rounds, in each 80 tiles
 // side by side for up to 0.1 ms; at most 6 * 10^8 tests of about 25 instructions to suppress, 0.5 ms: 1 ms in all.
-#include "cuda/nms.h"
+#include "cuda/nms.cuh"
 
 #include <utility>
 
-#include "cuda/workspace.h"
+#include "cuda/workspace.cuh"
 #include "ops/nms.h"
 
 namespace spatialflow {

@@ -25,7 +25,7 @@
 #include "ops/panoptic_merge.h"
 
 #include "common/panoptic_merge.h"
-#include "cuda/workspace.h"
+#include "cuda/workspace.cuh"
 
 namespace spatialflow {
 namespace {

@@ -27,7 +27,7 @@
 
 #include "common/roi_align.h"
 #include "cuda/launch.h"
-#include "cuda/raw_channels.h"
+#include "cuda/raw_channels.cuh"
 #include "ops/roi_align.h"
 
 namespace spatialflow {

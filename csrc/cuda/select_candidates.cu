@@ -9,7 +9,7 @@
 //             histogram.
 //   select    a block per level and image. The histogram tells the bin of the last anchor kept. One pass over the keys,
 //             the only one over all anchors, lists those up to that bin. The best of this short list come in order
-//             (best_chunks.h).
+//             (best_chunks.cuh).
 //
 // and of all levels
 //
@@ -26,10 +26,10 @@
 
 #include "common/select_candidates.h"
 #include "common/sigmoid.h"
-#include "cuda/best_chunks.h"
-#include "cuda/device_exp.h"
+#include "cuda/best_chunks.cuh"
+#include "cuda/device_exp.cuh"
 #include "cuda/launch.h"
-#include "cuda/workspace.h"
+#include "cuda/workspace.cuh"
 
 namespace spatialflow {
 namespace {

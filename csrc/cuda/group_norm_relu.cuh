@@ -14,7 +14,7 @@
 #include <initializer_list>
 
 #include "cuda/launch.h"
-#include "cuda/raw_channels.h"
+#include "cuda/raw_channels.cuh"
 #include "ops/group_norm_relu.h"
 
 namespace spatialflow {

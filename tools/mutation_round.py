@@ -44,7 +44,7 @@ MUTATIONS = (
     ),
     Mutation(
         "barrier removed",
-        "panoptic_merge.cu",
+        "panoptic_merge_kernels.cuh",
         "// rows may share a word\n        __syncthreads();",
         "",
         "panoptic_merge",
@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "lane mask wrong",
-        "panoptic_merge.cu",
+        "panoptic_merge_kernels.cuh",
         "const unsigned all = __ballot_sync(kAllLanes, kept);",
         "const unsigned all = __ballot_sync(kAllLanes >> 1, kept);",
         "panoptic_merge",

@@ -73,8 +73,8 @@ MUTATIONS = (
     Mutation(
         "bound too large",
         "panoptic_quality_counts.cu",
-        "if (kWide && first + kWidth <= problem.pixels) {",
-        "if (kWide && first + kWidth <= problem.pixels + 1) {",
+        "if (kVectorized && first + kWidth <= problem.pixels) {",
+        "if (kVectorized && first + kWidth <= problem.pixels + 1) {",
         "panoptic_quality_counts",
     ),
     Mutation(
@@ -116,8 +116,8 @@ MUTATIONS = (
     Mutation(
         "lane mask wrong",
         "multiclass_nms.cu",
-        "base + __popc(entering[item] & ((1u << lane) - 1u));",
-        "base + __popc(entering[item] & ((2u << lane) - 1u));",
+        "base + __popc(above_threshold[item] & ((1u << lane) - 1u));",
+        "base + __popc(above_threshold[item] & ((2u << lane) - 1u));",
         "multiclass_nms",
     ),
     Mutation(

@@ -362,7 +362,8 @@ struct CellGather {
         real_t weight = real_t(0);
 #pragma unroll
         for (int i = 0; i < BinWeights<real_t>::kCells; ++i) {
-            weight = lane_bin.exists && cell - bin.first == i ? bin.weights[i] : weight;
+            const real_t value = bin.weights[i];  // loaded without a condition, so that no branch is needed
+            weight = lane_bin.exists && cell - bin.first == i ? value : weight;
         }
         if (lane_bin.exists && bin.first == kTooWide) {
             const RoiAxis<real_t> axis =

@@ -26,8 +26,8 @@ set(ops
 # Sources of both back ends that several operators share.
 set(shared_sources conv3x3)
 
-# Sources of CUDA kernels alone, for one compute capability.
-set(cuda_only_sources sm90_conv1x1 sm90_conv3x3 sm90_deform_conv2d)
+# Sources that only the CUDA library has: a backward pass in a file of its own, kernels for one compute capability.
+set(cuda_only_sources roi_align_backward sm90_conv1x1 sm90_conv3x3 sm90_deform_conv2d)
 
 # Overlap decisions, resized pixels and labels are the same on every level and back end only if no product is fused with
 # an addition; boxes of candidates are the same on every level. In the CUDA kernels of NMS that is said at the products.

@@ -48,7 +48,7 @@ def registered_for_cuda() -> set[str]:
 
 def test_strides_are_read_in_one_place():
     """Torch allows any stride of a size-1 dimension; `stride_of` gives 0, and every kernel asks it."""
-    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu")]
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
     readers = {path.relative_to(ROOT / "csrc").as_posix() for path in sources if ".stride(" in path.read_text()}
     assert readers == {"ops/tensor.h"}
     assert ".strides()" not in "".join(path.read_text() for path in sources)
@@ -56,7 +56,7 @@ def test_strides_are_read_in_one_place():
 
 def test_no_launch_asks_for_the_current_device():
     """An operator opens one DeviceScope; its stream says which device the launches are for."""
-    sources = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cu")}
+    sources = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cu")}
     assert [path.name for path, source in sources.items() if re.search(r"\bcudaGetDevice\(", source)] == []
     scopes = [body.count("DeviceScope device(") for source in sources.values() for body in source.split("\n}")]
     assert set(scopes) == {0, 1}

@@ -299,6 +299,7 @@ def compile_evaluation() -> subprocess.Popen | None:
         "-std=c++17",
         "-shared",
         "-fPIC",
+        f"-I{ROOT / 'csrc'}",
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_path('include')}",
         *sources,

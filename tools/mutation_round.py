@@ -37,21 +37,21 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     Mutation(
         "barrier removed",
-        "nms.h",
+        "nms.cuh",
         "        __syncthreads();\n        if (warp == turn - 1 && is_kept) {",
         "        if (warp == turn - 1 && is_kept) {",
         "nms",
     ),
     Mutation(
         "barrier removed",
-        "panoptic_merge.cu",
+        "panoptic_merge_kernels.cuh",
         "// rows may share a word\n        __syncthreads();",
         "",
         "panoptic_merge",
     ),
     Mutation(
         "barrier for a warp alone",
-        "nms.h",
+        "nms.cuh",
         "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncthreads();",
         "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncwarp();",
         "multiclass_nms",
@@ -73,8 +73,8 @@ MUTATIONS = (
     Mutation(
         "bound too large",
         "panoptic_quality_counts.cu",
-        "if (kWide && first + kWidth <= problem.pixels) {",
-        "if (kWide && first + kWidth <= problem.pixels + 1) {",
+        "if (kVectorized && first + kWidth <= problem.pixels) {",
+        "if (kVectorized && first + kWidth <= problem.pixels + 1) {",
         "panoptic_quality_counts",
     ),
     Mutation(
@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "lane mask wrong",
-        "panoptic_merge.cu",
+        "panoptic_merge_kernels.cuh",
         "const unsigned all = __ballot_sync(kAllLanes, kept);",
         "const unsigned all = __ballot_sync(kAllLanes >> 1, kept);",
         "panoptic_merge",
@@ -116,8 +116,8 @@ MUTATIONS = (
     Mutation(
         "lane mask wrong",
         "multiclass_nms.cu",
-        "base + __popc(entering[item] & ((1u << lane) - 1u));",
-        "base + __popc(entering[item] & ((2u << lane) - 1u));",
+        "base + __popc(above_threshold[item] & ((1u << lane) - 1u));",
+        "base + __popc(above_threshold[item] & ((2u << lane) - 1u));",
         "multiclass_nms",
     ),
     Mutation(

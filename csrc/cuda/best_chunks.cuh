@@ -5,7 +5,7 @@
 // order of the entries does not matter.
 #pragma once
 
-#include "cuda/nms.h"
+#include "cuda/nms.cuh"
 
 namespace spatialflow {
 

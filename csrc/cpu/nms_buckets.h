@@ -19,7 +19,7 @@
 namespace spatialflow {
 
 template <typename real_t>
-class KeptBoxes {
+class SelectedBoxes {
 public:
     void clear(int64_t buckets) {
         chains_.assign(static_cast<size_t>(buckets), Chain{});
@@ -86,7 +86,7 @@ private:
 // centres by less than width * (1 - t) / (2 t); they also differ by less than half the sum of the widths. The same for
 // heights. `t` is lowered and distances raised by more than rounding can change: the grid never alters the result.
 template <typename real_t>
-class CenterGrid {
+class UniformGrid {
 public:
     struct Range {
         int64_t column_begin, column_end, row_begin, row_end;
@@ -94,7 +94,7 @@ public:
 
     // For the boxes that `visit(add)` passes to `add(box)`: those with an area that competes.
     template <typename Visit>
-    CenterGrid(real_t threshold, const Visit& visit) {
+    UniformGrid(real_t threshold, const Visit& visit) {
         constexpr real_t kInfinity = std::numeric_limits<real_t>::infinity();
         real_t low_x = kInfinity, high_x = -kInfinity, low_y = kInfinity, high_y = -kInfinity, largest = 0;
         double sum_width = 0, sum_height = 0, count = 0;

@@ -14,7 +14,7 @@
 #include <initializer_list>
 
 #include "cuda/launch.h"
-#include "cuda/raw_channels.h"
+#include "cuda/raw_channels.cuh"
 #include "ops/group_norm_relu.h"
 
 namespace spatialflow {
@@ -265,12 +265,12 @@ inline dim3 grid_of(const NormShape& shape, const NormParts& parts) {
 template <typename scalar_t, typename Run>
 void dispatch_width(std::initializer_list<const Tensor*> tensors, const Run& run) {
     constexpr int kWidth = kWideElements<scalar_t>;
-    const auto is_wide = [](const Tensor* tensor) {
+    const auto is_vectorizable = [](const Tensor* tensor) {
         return tensor->size(1) % kWidth == 0 && stride_of(*tensor, 0) % kWidth == 0 &&
                stride_of(*tensor, 2) % kWidth == 0 && stride_of(*tensor, 3) % kWidth == 0 &&
                is_aligned(tensor->const_data_ptr(), 16);
     };
-    if (std::all_of(tensors.begin(), tensors.end(), is_wide)) {
+    if (std::all_of(tensors.begin(), tensors.end(), is_vectorizable)) {
         run(std::integral_constant<int, kWidth>{});
     } else {
         run(std::integral_constant<int, 1>{});

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spatialflow import _library
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __path__ = [*dict.fromkeys((str(_library.BUILD), *__path__))]  # a build with sanitizers has its own `_evaluation`
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors

@@ -25,6 +25,7 @@ _BACKENDS = {
     "simt": _Backend("simt", "test-simt"),
     "cpu_sanitized": _Backend("cpu", "sanitize", "sanitized"),
     "simt_sanitized": _Backend("simt", "test-simt-sanitize", "sanitized"),
+    "cpu_coverage": _Backend("cpu", "coverage", "coverage"),
     "cpu_thread_sanitized": _Backend("cpu", "sanitize-threads", "thread_sanitized"),
 }
 _NAME = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
@@ -102,8 +103,8 @@ def backend_library() -> str:
 
     The environment variable SPATIALFLOW_BACKEND chooses the back end of tests: "simt" replaces the CPU kernels by
     interpreted CUDA kernels (docs/simt.md); "cpu_sanitized", "simt_sanitized" and "cpu_thread_sanitized" are builds
-    with sanitizers (docs/sanitizers.md); "cuda" changes nothing here, but insists on the CUDA library, and the tests
-    then make their tensors on the GPU.
+    with sanitizers (docs/sanitizers.md); "cpu_coverage" counts executed lines (`make coverage`); "cuda" changes nothing
+    here, but insists on the CUDA library, and the tests then make their tensors on the GPU.
 
     Raises:
         ImportError: SPATIALFLOW_BACKEND names no back end, or one that is not there; or no CPU library fits.

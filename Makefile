@@ -151,7 +151,7 @@ coverage: $(environment) $(call extra,coverage)  ## line coverage of Python and 
 	find build/coverage -name '*.gcda' -delete && $(PYTHON) -m coverage erase
 	SPATIALFLOW_BACKEND=cpu_coverage $(PYTHON) -m coverage run -m pytest $(TESTS)
 	$(PYTHON) -m coverage combine -q && $(PYTHON) -m coverage report
-	$(PYTHON) -m gcovr --root . --filter csrc/ build/coverage
+	$(PYTHON) -m gcovr --merge-lines --filter csrc/ build/coverage
 
 # Limits for registers, loops and loads of the machine code (docs/sass.md). Libraries that `build` made are used.
 nvcc:

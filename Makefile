@@ -29,14 +29,15 @@ environment := $(VENV)/complete
 endif
 
 # The list NAME = [...] of pyproject.toml, quoted for the shell, and the mark of an extra that is installed in .venv.
-requirements = $(shell awk '/^$(1) = \[.*\]/ {print; exit} /^$(1) = \[/ {on = 1} /^\]/ {on = 0} on' pyproject.toml | grep -o '"[^"]*"')
+requirements = $(shell awk '/^$(1) = \[.*\]/ {print; exit} /^$(1) = \[/ {on = 1} /^\]/ {on = 0} on' \
+	pyproject.toml | grep -o '"[^"]*"')
 extra = $(if $(packages),$(VENV)/$(1).extra)
 
 .PHONY: help build test test-simt test-simt-sanitize sanitize sanitize-threads test-sass nvcc mutation-round fuzz \
 	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo clean
 .DEFAULT_GOAL := help
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
 
 .PHONY: lint format test-wheel test-migration coverage
@@ -84,7 +85,8 @@ test-wheel: $(environment)  ## source distribution, wheel from it, and tests of 
 	rm -rf build/wheel && $(PYTHON) setup.py -q sdist --dist-dir build/wheel
 	$(PYTHON) -m venv build/wheel/environment
 	cd build/wheel && export PATH="$$PWD/environment/bin:$$PATH" && \
-	  pip install -q $(TORCH) && pip wheel -q --no-deps -w . *.tar.gz && pip install -q *.whl $(call requirements,test) && \
+	  pip install -q $(TORCH) && pip wheel -q --no-deps -w . *.tar.gz && \
+	  pip install -q *.whl $(call requirements,test) && \
 	  tar xf *.tar.gz --strip-components 1 --wildcards '*/tests' && pytest $(addprefix tests/,$(WHEEL_TESTS))
 
 # torchvision that fits the installed torch; pip would otherwise replace torch.
@@ -101,7 +103,7 @@ configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECU
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
 simt_build = $(call configure,simt) && cmake --build build/simt --target spatialflow_schema spatialflow_simt
 
-# Tests of kernels for compute capability 9.0 run twice more: with copies and products as late, and as early, as allowed.
+# Tests of kernels for compute capability 9.0 run twice more: with copies and products late, and early.
 sm90_names := sm90 conv1x1 flow_conv2d flow_conv2d_active fused_subnets deform_conv2d deform_conv2d_packed
 SM90_TESTS ?= $(filter $(sm90_names:%=tests/test_%.py),$(SIMT_TESTS))
 simt_tests = SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest
@@ -113,7 +115,7 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 	$(call sm90_tests,late)
 	$(call sm90_tests,early)
 
-# Sanitizers (docs/sanitizers.md) and coverage: their libraries lie in build/<folder>/package, apart from the usual ones.
+# Sanitizers (docs/sanitizers.md) and coverage: their libraries are in build/<folder>/package, beside the usual ones.
 # Reports of sanitizers go to file descriptor 2, which pytest would capture.
 SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
 not_sanitized := $(addprefix tests/test_,simt.py textbook.py kernel_count.py)
@@ -158,7 +160,7 @@ nvcc:
 	@command -v $${CUDACXX:-nvcc} >/dev/null || { echo "no nvcc: put it on PATH or set CUDACXX" >&2; exit 1; }
 
 test-sass: export SPATIALFLOW_CUDA := on
-test-sass: nvcc build $(call extra,sass)  ## what the compiler made of the CUDA kernels, without a GPU; needs nvcc
+test-sass: nvcc build $(call extra,sass)  ## check the machine code of the CUDA kernels without a GPU; needs nvcc
 	$(PYTHON) tools/check_sass.py
 
 mutation-round: build  ## break one line at a time and check that tests or sanitizers notice; about 15 minutes
@@ -174,13 +176,13 @@ fuzz: build  ## fuzz operators and file readers (docs/fuzzing.md); SECONDS=1200 
 fuzz-planted: build  ## plant known faults one at a time and check that the fuzzer finds each; TEXT=stride for some
 	$(PYTHON) tools/fuzz_planted.py $(TEXT)
 
-bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
+bench: build  ## time every operator against its baselines; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
 
 # Nothing is compiled: libraries that were built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
 BACKEND ?= cuda
 ARGS ?=
-gpu-check:  ## all that only a GPU can show, under 8 minutes; ARGS="--second" goes on; exit code 77 without a GPU
+gpu-check:  ## accuracy and speed on a GPU, under 8 minutes; ARGS="--second" goes on; exit code 77 without a GPU
 	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND) $(ARGS)
 
 gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on the interpreter and the CPU
@@ -189,7 +191,7 @@ gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on 
 	$(PYTHON) tools/gpu_check.py --backend simt --second
 
 FILE ?= gpu.tgz
-gpu-pack: build  ## all that gpu-check needs on a machine without a network, in one archive; FILE=gpu.tgz
+gpu-pack: build  ## archive for gpu-check on a machine without a network; FILE=gpu.tgz
 	$(PYTHON) tools/gpu_pack.py $(FILE)
 
 # Without IMAGES, WEIGHTS and CONFIG: scenes that the packaged weights were not trained on, with their ground truth.
@@ -215,5 +217,5 @@ demo-score:
 	$(PYTHON) benchmarks/end_to_end.py --config $(demo_config) $(demo_weights) --short-edges 256 \
 	  --providers spatialflow reference --images demo/scenes/images --count 10 --output demo/speed
 
-clean:  ## remove what was built, the environment included
+clean:  ## remove build products and .venv
 	rm -rf $(VENV) build dist demo spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info

@@ -80,7 +80,7 @@ test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 	$(PYTHON) -m pytest $(TESTS)
 
 # The installed package, without the source tree: sdist, wheel and environment lie in build/wheel.
-WHEEL_TESTS ?= test_surface.py test_nms.py test_roi_align.py test_panoptic_formats.py test_pretrained.py test_cli.py
+WHEEL_TESTS ?= test_nms.py test_roi_align.py test_panoptic_formats.py test_pretrained.py test_configs.py test_lazy_import.py
 test-wheel: $(environment)  ## source distribution, wheel from it, and tests of the installed wheel
 	rm -rf build/wheel && $(PYTHON) setup.py -q sdist --dist-dir build/wheel
 	$(PYTHON) -m venv build/wheel/environment

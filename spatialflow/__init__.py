@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spatialflow import _library
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __path__ = [*dict.fromkeys((str(_library.BUILD), *__path__))]  # for the `_evaluation` of a build with sanitizers
 
 if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers and editors

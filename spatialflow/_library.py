@@ -24,6 +24,7 @@ _BACKENDS = {
     "simt": _Backend("simt", "test-simt"),
     "cpu_sanitized": _Backend("cpu", "sanitize", "sanitized"),
     "simt_sanitized": _Backend("simt", "test-simt-sanitize", "sanitized"),
+    "cpu_coverage": _Backend("cpu", "coverage", "coverage"),
     "cpu_thread_sanitized": _Backend("cpu", "sanitize-threads", "thread_sanitized"),
 }
 _NAME = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
@@ -114,7 +115,8 @@ def backend_library() -> str:
 
     The environment variable SPATIALFLOW_BACKEND selects the back end of tests. The value "simt" replaces the CPU
     kernels by interpreted CUDA kernels (docs/simt.md). The values "cpu_sanitized", "simt_sanitized" and
-    "cpu_thread_sanitized" are builds with sanitizers (docs/sanitizers.md). The value "cuda" selects the CPU library
+    "cpu_thread_sanitized" are builds with sanitizers (docs/sanitizers.md). The value "cpu_coverage" counts executed
+    lines (`make coverage`). The value "cuda" selects the CPU library
     too, but requires the CUDA library; the tests then create their tensors on the GPU.
 
     Raises:

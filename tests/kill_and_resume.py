@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills a training run with SIGKILL at random moments, resumes it, and compares the result bit by bit with a run
-left alone.
+"""Kill a training run with SIGKILL at random moments, resume it, and compare it with an uninterrupted run bit by bit.
 
 python tests/kill_and_resume.py --repeats 10
 """
@@ -80,7 +79,7 @@ def kill_and_resume(
 
     Half of the kills wait for the temporary file of a checkpoint to appear, the others for a random number of steps.
     """
-    for attempt in range(kills):
+    for _ in range(kills):
         process = subprocess.Popen(
             command(data, folder, *settings), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )

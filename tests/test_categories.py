@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class numbers decide what every output means: they must be the released ones, and tables that do not fit must be
-refused.
-"""
+"""Tables of categories: class numbers equal the released ones, and tables that do not fit are rejected."""
 
 import json
 

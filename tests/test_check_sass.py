@@ -80,8 +80,8 @@ def kernel(tool, text: str, **resources):
     return tool.Kernel("f", code, **resources)
 
 
-def faults(tool, text: str, resources: dict = {}, **limits) -> list[str]:
-    return tool.Facts(kernel(tool, text, **resources)).faults(tool.Limit("f", "a reason", **limits))
+def faults(tool, text: str, resources: dict | None = None, **limits) -> list[str]:
+    return tool.Facts(kernel(tool, text, **(resources or {}))).faults(tool.Limit("f", "a reason", **limits))
 
 
 def test_parse(tool):

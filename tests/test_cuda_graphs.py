@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which graphs are captured, replayed and dropped. Recorded on the CPU: a graph that runs its function again stands in
-for CUDA's, and like it writes into the outputs of the capture.
+"""Capture, replay and removal of graphs, recorded on the CPU.
+
+A stand-in for CUDA's graph runs its function again and, like CUDA's, writes into the outputs of the capture.
 """
 
 import contextlib
@@ -248,8 +249,9 @@ def assert_same(one, other):
 
 
 def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
-    """A hundred original sizes, three padded ones; each result is that of queued kernels, although replays overwrite
-    the results of those before.
+    """A hundred original sizes and three padded sizes: each result equals that of queued kernels.
+
+    Replays overwrite the results of earlier replays.
     """
     eager, graphed = predictors(model, stand_in)
     padded = {tuple(geometry.padded_size for geometry in eager.pipeline.geometries(size)) for size in SIZES}

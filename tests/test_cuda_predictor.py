@@ -122,8 +122,9 @@ def many_pictures(count):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_streams_give_what_single_images_give(model, cuda_graph, batch_size):
-    """Batches overlap, uploads have a stream of their own, pinned memory is used again, and graphs are captured while
-    threads ask for more of it.
+    """Results are right if batches overlap, uploads use a separate stream, and pinned memory is reused.
+
+    Graphs are captured while other threads allocate pinned memory.
     """
     eager = spatialflow.Predictor(model, "cuda", cuda_graph=False, batch_size=batch_size, **OPTIONS)
     predictor = spatialflow.Predictor(model, "cuda", cuda_graph=cuda_graph, batch_size=batch_size, **OPTIONS)

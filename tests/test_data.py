@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets, transforms and batches: ground truth stays on its pixels, order is reproducible, damage is named and
-survived.
-"""
+"""Data sets, transforms and batches: aligned ground truth, reproducible order, reports of damaged files."""
 
 import json
 import os
@@ -42,8 +40,9 @@ IMAGE = {"id": 1, "file_name": "b", "height": 1, "width": 1}
 
 class TestCoco:
     def test_samples(self, fixtures):
-        """The two COCO images: boxes, labels and masks equal the detection-format annotations, the semantic map
-        their complement.
+        """Boxes, labels and masks of two COCO images equal the detection annotations.
+
+        The semantic map is their complement.
         """
         folder = fixtures / "data" / "coco_samples"
         categories = load_categories("coco", 80, 54)
@@ -183,8 +182,9 @@ class TestCityscapes:
         assert groups > 0
 
     def test_truth_for_scoring(self, tmp_path):
-        """The panoptic ground truth made of the tree scores 1 against itself. It is made once, and again when a label
-        file was repaired.
+        """The panoptic ground truth made of the tree scores 1 against itself.
+
+        It is made once, and again after a label file was repaired.
         """
         data = Cityscapes(write_cityscapes(tmp_path), "train", load_categories("cityscapes", 8, 11))
         label = next((tmp_path / "gtFine").rglob("*.png"))

@@ -444,8 +444,9 @@ class TestRawOperators:
     @pytest.mark.parametrize("stride", [0, 1, 5, 2**40])
     @pytest.mark.parametrize("size", [(6, 1), (1, 7), (1, 1)])
     def test_stride_of_a_single_row_or_column_says_nothing(self, size, stride):
-        """Torch allows any stride of a size-1 dimension: the gradient of a sequence arrives so. The weight gradient on
-        the CPU took it as the distance between pixels.
+        """Torch allows any stride of a dimension of size 1; the gradient of a sequence has such strides.
+
+        The weight gradient on the CPU used that stride as the distance between pixels.
         """
         input, offset = torch.randn(2, 4, *size), torch.randn(2, 18, *size)
         weight = torch.randn(3, 4, 3, 3, requires_grad=True)

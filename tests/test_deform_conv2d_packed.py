@@ -121,8 +121,9 @@ def test_values_that_are_not_finite():
 
 
 def test_misaligned_and_strided_inputs():
-    """The order of the weight assumes loads of 16 bytes, which a slice of a larger tensor may not allow. Runs of
-    channels would then not be taken in chunks. Packed weights may be slices too.
+    """The packed weight's order assumes loads of 16 bytes, which a slice of a larger tensor may not allow.
+
+    Runs of channels are then not read in chunks. Packed weights may be slices too.
     """
     shape = (128, 72, 1, 1, (3, 3), (9, 7), 1, 1, 1)
     (x, offset, weight, bias, mask), geometry, groups = case(shape, torch.bfloat16)

@@ -114,7 +114,9 @@ def test_a_constant_of_the_inner_transform(op):
     x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
 
     def value(kernel, x):
-        inner = lambda y: FUNCTIONS[op](kernel, x * y.detach()).square().sum() + y
+        def inner(y):
+            return FUNCTIONS[op](kernel, x * y.detach()).square().sum() + y
+
         return torch.func.grad_and_value(inner)(torch.tensor(2.0, dtype=torch.float64))[1]
 
     expected = grad(lambda x: value(getattr(reference, op), x))(x)

@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_commands(page):
         assert name in known, f"{page.name}: no command {name!r}"
         given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
         assert given <= options_of(known[name]), f"{page.name}: spatialflow {name}: {given - options_of(known[name])}"
-        configs = [value for option, value in zip(arguments, arguments[1:]) if option == "--config" and value.islower()]
+        configs = [value for option, value in itertools.pairwise(arguments) if option == "--config" and value.islower()]
         configs += arguments[:1] if name == "train" else []
         assert set(configs) <= set(spatialflow.list_configs()), f"{page.name}: {configs}"
         settings = [argument for argument in arguments if re.match(r"[a-z_]+=", argument)]

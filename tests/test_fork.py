@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators in forked processes, after their parent has run them on several threads: they work, and do not wait for the
-parent's threads.
-"""
+"""Operators in a forked process do not wait for the threads on which the parent ran operators."""
 
 import os
 import subprocess

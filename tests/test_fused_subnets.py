@@ -240,7 +240,8 @@ class TestGolden:
         features = ops.fused_subnets(levels, ops.SubnetParameters(**lists), algorithm)
         results = {"cls": features.cls, "reg": features.reg, "stuff": features.stuff, "mask": features.thing}
         for task, name in (("cls", "retina_cls"), ("reg", "retina_reg")):
-            results[task] = ops.flow_conv2d(results[task], None, *self.filled(large_goldens, name, 36), False, algorithm)
+            conv = self.filled(large_goldens, name, 36)
+            results[task] = ops.flow_conv2d(results[task], None, *conv, False, algorithm)
         loss = torch.zeros(())
         for task, key in (("cls", "cls_score"), ("reg", "bbox_pred"), ("stuff", "stuff_feat"), ("mask", "mask_feat")):
             for i, result in enumerate(results[task]):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu-check` without a GPU: it says so, its steps run one after the other whatever becomes of them, and the dry
-run on the interpreted kernels goes through.
-"""
+"""`make gpu-check` without a GPU: its message, the order of its steps after failures, and the interpreted dry run."""
 
 import importlib.util
 import itertools

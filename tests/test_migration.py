@@ -88,8 +88,9 @@ def test_multiscale_roi_align(first):
 
 
 def test_paste_masks():
-    """Logits instead of probabilities, and the box as it is: torchvision's is enlarged and rounded, so that only
-    borders differ.
+    """The operator takes logits, not probabilities, and does not enlarge or round the box as torchvision does.
+
+    Therefore only borders differ.
     """
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 

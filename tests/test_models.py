@@ -73,7 +73,7 @@ def test_pyramid_of_odd_sizes():
     """Top-down upsampling goes to the exact size of the lower level."""
     sizes = [(13, 21), (7, 11), (4, 6)]
     levels = FPN((2, 3, 4), 5)([torch.randn(1, c, *size) for c, size in zip((2, 3, 4), sizes)])
-    assert [level.shape[1:] for level in levels] == [(5, *s) for s in sizes + [(2, 3), (1, 2)]]
+    assert [level.shape[1:] for level in levels] == [(5, *s) for s in [*sizes, (2, 3), (1, 2)]]
 
 
 @pytest.mark.parametrize("source", ["reg", "cls"])

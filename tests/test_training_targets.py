@@ -167,8 +167,9 @@ def golden_batch(goldens):
 
 
 def released_step(network, truth):
-    """A training step with the released stuff loss: window of image 0 for all images, divided by its pixels, times
-    the images of the batch.
+    """Create a training step with the released stuff loss.
+
+    It uses the window of image 0 for all images, divided by its pixels, times the images of the batch.
     """
 
     def stuff_loss(logits, semantic):

@@ -731,11 +731,12 @@ def nudged(boxes: Tensor, amount: float = 1e-6) -> list[Tensor]:
 
 
 def numeric_gradient(function: Callable[[Tensor], float], tensor: Tensor, step: float = 1e-5) -> np.ndarray:
-    """The gradient of a number with respect to `tensor`, by central differences in float64.
+    """Compute the gradient of a number with respect to `tensor`, by central differences in float64.
 
     Args:
         function: takes a float64 tensor of the shape of `tensor` and returns a number.
-        tensor: where the gradient is taken; smooth within `step` of it.
+        tensor: argument of the gradient; the function is smooth within `step` of it.
+        step: half of the difference.
     """
     point = tensor.detach().double().cpu().contiguous().clone()
     gradient = np.zeros(tuple(point.shape))

@@ -41,9 +41,11 @@ def compare(
     nearby: Callable[[], Iterable[Tensor]],
     poisons: bool,
 ) -> Verdict:
-    """`actual` in its own dtype against `expected` in float64 (or integers, which must be equal).
+    """Compare a result with the expected one.
 
     Args:
+        actual: result of the operator.
+        expected: result in float64, or integers, which must be equal.
         tolerance: relative to the largest expected element.
         accumulator: dtype of the operator's sums.
         magnitude: the result for absolute values; a tensor of the shape of `expected`, or a number.

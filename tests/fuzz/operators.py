@@ -131,8 +131,10 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
-    """Winograd adds what it multiplies: an infinite or very large number spoils the tile of 4 x 4 pixels around it. And
-    whether a weight that is not finite is multiplied by padding is left open.
+    """Tell whether arguments make results of a convolution unspecified, because Winograd sums its inputs.
+
+    An infinite or very large number spoils the tile of 4 x 4 pixels around it. It is unspecified whether a weight that
+    is not finite is multiplied by padding.
     """
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
     many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)  # channels: "auto" takes Winograd
@@ -161,8 +163,10 @@ def _upsets_deform_conv2d(arguments: dict, tensors: list[Tensor]) -> bool:
 
 
 def _upsets_norm(arguments: dict, tensors: list[Tensor]) -> bool:
-    """Squares of deviations overflow. Whether infinite parameters make infinity or NaN of their channel, and infinite
-    gradients of their group, is left open.
+    """Tell whether arguments make results of a norm unspecified, because squares of deviations overflow.
+
+    It is unspecified whether infinite parameters give infinity or NaN in their channel, and infinite gradients in their
+    group.
     """
     gradients = tensors[len(leaves(arguments)) :]
     open_ones = leaves([arguments["weight"], arguments["bias"], gradients])
@@ -242,8 +246,9 @@ def _fused_subnets_brute(*, levels: list, parameters: dict, algorithm: str) -> A
 
 
 def _nearby(*names: str) -> Callable[[dict, float], Iterator[dict]]:
-    """Weights and features moved at random, some roundings up or down: sums at the kink of a ReLU change sides. The
-    sums of Winograd round more often.
+    """Move weights and features at random, by one rounding up or down, so that sums at the kink of a ReLU change sides.
+
+    Sums of the Winograd algorithm round more often.
     """
 
     def nearby(arguments: dict, epsilon: float) -> Iterator[dict]:

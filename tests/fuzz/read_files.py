@@ -154,9 +154,10 @@ def _json(tree: Any, changes: list) -> bytes:
 
 
 def _command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
-    """Exit code and standard error of a command; Wrong where it does not end as a command should.
+    """Run a command; return its exit code and standard error. Raise Wrong if it does not end as a command should.
 
     Args:
+        arguments: command line.
         silent: an exit code of 1 is explained on standard output.
     """
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # what a name holds may not be writable

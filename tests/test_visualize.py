@@ -32,7 +32,7 @@ def prediction(truth, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prediction") / "out"
     shutil.copytree(truth / "panoptic", folder / "panoptic")
     content = json.loads((truth / "panoptic.json").read_text())
-    for annotation, keep in zip(content["annotations"], (-1, 1), strict=True):
+    for annotation, keep in zip(content["annotations"][:2], (-1, 1), strict=True):
         ids = read_id_map(folder / "panoptic" / annotation["file_name"])
         segments = sorted(annotation["segments_info"], key=lambda segment: -segment["area"])[:keep]
         ids[~np.isin(ids, [segment["id"] for segment in segments])] = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of categories: class numbers equal the released ones, and tables that do not fit are rejected."""
+"""The class numbers are the released ones, and category tables that do not fit are refused."""
 
 import json
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capture, replay and removal of graphs, recorded on the CPU.
+"""Capture, replay and removal of CUDA graphs.
 
-A stand-in for CUDA's graph runs its function again and, like CUDA's, writes into the outputs of the capture.
+On the CPU a stand-in graph runs its function again and, as a CUDA graph, writes into the outputs of the capture.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def test_inputs_are_not_shared(cache):
 def test_the_oldest_is_dropped(cache):
     made = []
     for key in "aababcac":
-        cache(key, lambda: made.append(key) or (lambda inputs: -inputs[0]), [torch.zeros(1)])
+        cache(key, lambda key=key: made.append(key) or (lambda inputs: -inputs[0]), [torch.zeros(1)])
         assert len(cache) <= 2
     assert "".join(made) == "abca"
 
@@ -249,10 +249,7 @@ def assert_same(one, other):
 
 
 def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
-    """A hundred original sizes and three padded sizes: each result equals that of queued kernels.
-
-    Replays overwrite the results of earlier replays.
-    """
+    """Results of a hundred original sizes with three padded sizes equal those of queued kernels."""
     eager, graphed = predictors(model, stand_in)
     padded = {tuple(geometry.padded_size for geometry in eager.pipeline.geometries(size)) for size in SIZES}
     assert len(set(SIZES)) == 100 and len(padded) == 3

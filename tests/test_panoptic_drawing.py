@@ -122,3 +122,9 @@ def test_opacity_of_any_number_type():
     for opacity in (True, np.float32(0.5), np.int64(1)):
         expected = overlay(image, id_map, segments, opacity=float(opacity))
         np.testing.assert_array_equal(overlay(image, id_map, segments, opacity=opacity), expected)
+
+
+def test_old_name_is_deprecated():
+    with pytest.warns(DeprecationWarning, match="colour_of is deprecated, use color_of"):
+        from spatialflow.panoptic import colour_of
+    assert colour_of is color_of

@@ -55,7 +55,7 @@ class TestDivergence:
         for words in (
             f"step 4: not finite after step 4: {what}",
             "; a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm may help; ",
-            "checkpoint.pt is of an earlier step, and the same command with such settings goes on from it",
+            "checkpoint.pt is of an earlier step, and the same command with such settings resumes from it",
         ):
             assert words in str(error.value)
         assert files == {name: (tmp_path / name).read_bytes() for name in files}
@@ -99,10 +99,10 @@ class TestDivergence:
         for change, message in (
             (break_weight, "holds values that are not finite: fpn.p6.bias; start"),
             (break_momentum, "holds values that are not finite: momentum of backbone.conv1.weight; start"),
-            (lambda state: state.pop("scaler"), "is no complete checkpoint of a training run"),
-            (lambda state: state["model"].pop("fpn.p6.bias"), "is no complete checkpoint of a training run"),
-            (lambda state: state.update(identity="[]"), "is no complete checkpoint of a training run"),
-            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is no complete checkpoint"),
+            (lambda state: state.pop("scaler"), "is not a complete checkpoint of a training run"),
+            (lambda state: state["model"].pop("fpn.p6.bias"), "is not a complete checkpoint of a training run"),
+            (lambda state: state.update(identity="[]"), "is not a complete checkpoint of a training run"),
+            (lambda state: state.update(identity='{"config": {"model": 3}}'), "is not a complete checkpoint"),
         ):
             (tmp_path / "checkpoint.pt").write_bytes(good)
             state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

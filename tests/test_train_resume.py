@@ -50,7 +50,7 @@ def test_resume_only_of_the_same_run(data, tmp_path, scenes):
     other.names = other.names[::-1]
     with pytest.raises(TrainingError, match="other images"):
         Trainer(small(), other, tmp_path, SINGLE_PROCESS)
-    damaged = ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "no complete checkpoint of a training run"))
+    damaged = ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "not a complete checkpoint of a training run"))
     for content, message in damaged:
         with open(tmp_path / "checkpoint.pt", "wb") as file:
             file.write(content) if isinstance(content, bytes) else torch.save(content, file)
@@ -78,7 +78,7 @@ def test_resume_from_a_damaged_checkpoint_is_an_error(data, tmp_path, where, val
         holder = holder[key]
     holder[("", *where)[-1]] = value
     torch.save(content[""], tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="checkpoint.pt: is no complete checkpoint of a training run"):
+    with pytest.raises(CheckpointError, match="checkpoint.pt: is not a complete checkpoint of a training run"):
         Trainer(small(), data, tmp_path, SINGLE_PROCESS)
 
 

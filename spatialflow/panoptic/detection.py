@@ -57,7 +57,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": code["size"], "counts": code["counts"].decode("ascii")}
 
 
-def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLike) -> dict[str, Any]:
+def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Convert the things of a panoptic ground truth to COCO's detection format, with masks as RLE and with crowds.
 
     A box that contradicts the mask is replaced by the box of the mask.
@@ -94,7 +94,7 @@ def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLi
 
 
 def average_precision(
-    content: Mapping[str, Any], panoptic_folder: str | os.PathLike, results: list[dict[str, Any]]
+    content: Mapping[str, Any], panoptic_folder: str | os.PathLike[str], results: list[dict[str, Any]]
 ) -> Any:
     """Compute COCO average precision of boxes and masks with pycocotools.
 
@@ -187,7 +187,7 @@ def _check_mask_sizes(images: Mapping[Any, Mapping[str, Any]], results: list[dic
             )
 
 
-def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_detections(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read COCO results from a JSON file.
 
     Raises:

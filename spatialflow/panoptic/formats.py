@@ -61,7 +61,7 @@ def as_id_map(ids: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(ids, dtype=np.int32)
 
 
-def read_id_map(path: str | os.PathLike) -> np.ndarray:
+def read_id_map(path: str | os.PathLike[str]) -> np.ndarray:
     """Read a panoptic PNG as an (H, W) int32 map of segment ids, 0 where there is none.
 
     Raises:
@@ -78,7 +78,7 @@ def read_id_map(path: str | os.PathLike) -> np.ndarray:
         raise PanopticFormatError(f"{path}: {error}", "png") from None
 
 
-def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
+def write_id_map(path: str | os.PathLike[str], ids: np.ndarray) -> None:
     """Write a map of segment ids as a panoptic PNG; an existing file is replaced atomically.
 
     Args:
@@ -98,7 +98,7 @@ def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
 
 
 def read_panoptic_json(
-    path: str | os.PathLike, with_categories: bool = False, use: str = rules.PREDICTION
+    path: str | os.PathLike[str], with_categories: bool = False, use: str = rules.PREDICTION
 ) -> dict[str, Any]:
     """Read a COCO panoptic JSON and check its format.
 
@@ -119,7 +119,7 @@ def read_panoptic_json(
     return content
 
 
-def load_json(path: str | os.PathLike) -> Any:
+def load_json(path: str | os.PathLike[str]) -> Any:
     """The content of a JSON file, not checked.
 
     Raises:

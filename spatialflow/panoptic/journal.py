@@ -79,22 +79,23 @@ class Journal:
 
     def append(self, row: Mapping[str, Any]) -> int:
         """Write a line and return its offset; on failure the file is truncated to its previous end."""
-        self.claim()
+        stream = self.claim()
         if not self._begun:
-            self._begin()
-        offset = self._stream.seek(0, os.SEEK_END)
+            self._begin(stream)
+        offset = stream.seek(0, os.SEEK_END)
         try:
-            _write(self._stream, row)
+            _write(stream, row)
         except BaseException:
-            self._stream.truncate(offset)
+            stream.truncate(offset)
             raise
         self._has_lines = True
         return offset
 
-    def _begin(self) -> None:
-        self._stream.truncate(self._restored)
+    def _begin(self, stream: IO[bytes]) -> None:
+        """Remove what follows the restored lines, and write the first line if there is none."""
+        stream.truncate(self._restored)
         if self._named and not self._restored:
-            _write(self._stream, self._about)
+            _write(stream, self._about)
             _sync_to_disk([self.path, self.path.parent])  # the journal must be on disk before the first PNG
         self._begun = True
 
@@ -106,7 +107,7 @@ class Journal:
             self._stream, self._named, self._begun = None, True, False
         self.claim()
 
-    def claim(self) -> None:
+    def claim(self) -> IO[bytes]:
         """Open and lock the file; create it if it does not exist. Existing content is not changed.
 
         Raises:
@@ -114,18 +115,20 @@ class Journal:
             ResumeError: the file was closed, and another run removed it since.
         """
         if self._stream is not None:
-            return
+            return self._stream
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._locked() if self._named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
-        if os.fstat(self._stream.fileno()).st_size == 0:
+        stream = self._locked() if self._named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
+        self._stream = stream
+        if os.fstat(stream.fileno()).st_size == 0:
             try:
                 if self._has_lines:
                     raise ResumeError(f"{self.path}: was removed by another run, with the images in it")
                 self._restored = 0
-                self._begin()
+                self._begin(stream)
             except BaseException:
                 self.close()
                 raise
+        return stream
 
     def _locked(self) -> IO[bytes]:
         while True:
@@ -145,7 +148,8 @@ class Journal:
         """Read the lines at the given offsets."""
         offsets = list(offsets)
         if offsets:
-            with open(self.path if self._named else f"/proc/self/fd/{self._stream.fileno()}", "rb") as stream:
+            path = self.path if self._named else f"/proc/self/fd/{self.claim().fileno()}"
+            with open(path, "rb") as stream:
                 for offset in offsets:
                     stream.seek(offset)
                     yield json.loads(stream.readline())
@@ -185,8 +189,9 @@ class Journal:
 
     def _unlock(self) -> None:
         """Release the lock, also while a forked process has the stream open."""
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._stream, fcntl.LOCK_UN)
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._stream, fcntl.LOCK_UN)
 
     def _wait(self) -> None:
         """Wait for the background thread to finish."""

@@ -40,7 +40,7 @@ def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
     return listed
 
 
-def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
+def find_photograph(folder: str | os.PathLike[str], file_name: str) -> Path:
     """Find the path of a photograph that a panoptic JSON names.
 
     For a Cityscapes name, the photograph's original name is searched too, in `folder` and its city folders. If no file
@@ -61,9 +61,9 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
     """Match each image of the ground truth with its prediction.
 
     Ids are compared first. They are ignored if `images` of the prediction gives an id to another image of the ground
-    truth, or if both files list different names for one id. Where ids are ignored or do not match, names are compared:
-    those of `images`, else those of the PNGs, without suffixes. Names are compared with their folders, then without. A
-    prediction belongs to one image.
+    truth. They are also ignored if both files list different names for one id. Where ids are ignored or do
+    not match, names are compared: those of `images`, else those of the PNGs, without suffixes. Names are compared with
+    their folders, then without. A prediction is used for one image.
 
     Args:
         truth: content of the ground truth's JSON.
@@ -135,7 +135,8 @@ def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str 
     if name is None:
         return None
     ((_, path),), ((_, stem),) = _keys({0: name})[:2]
-    return keys[0].get(path, keys[1].get(stem))
+    image: int | str | None = keys[0].get(path, keys[1].get(stem))
+    return image
 
 
 def _is_tail(first: str, second: str) -> bool:

@@ -177,10 +177,10 @@ class PanopticQuality:
 
 
 def evaluate(
-    gt_json: str | os.PathLike | Mapping[str, Any],
-    gt_folder: str | os.PathLike | None,
-    pred_json: str | os.PathLike | Mapping[str, Any],
-    pred_folder: str | os.PathLike | None,
+    gt_json: str | os.PathLike[str] | Mapping[str, Any],
+    gt_folder: str | os.PathLike[str] | None,
+    pred_json: str | os.PathLike[str] | Mapping[str, Any],
+    pred_folder: str | os.PathLike[str] | None,
     *,
     workers: int | None = None,
     progress: bool = False,
@@ -197,8 +197,8 @@ def evaluate(
         progress: show a progress bar on standard error.
 
     Returns:
-        A mapping. "All", "Things" and "Stuff" hold {pq, sq, rq, n}: means, as fractions, over the n classes that occur
-        in the ground truth or the prediction. "per_class" maps every category id to {pq, sq, rq, n, tp, fp, fn, iou},
+        A mapping. "All", "Things" and "Stuff" are {pq, sq, rq, n}: means over the n classes with segments in the ground
+        truth or the prediction, as fractions. "per_class" maps every category id to {pq, sq, rq, n, tp, fp, fn, iou},
         iou being the sum over matches.
 
     Raises:
@@ -225,10 +225,10 @@ class Scored(NamedTuple):
 
 
 def score_files(
-    gt_json: str | os.PathLike | Mapping[str, Any],
-    gt_folder: str | os.PathLike | None,
-    pred_json: str | os.PathLike | Mapping[str, Any],
-    pred_folder: str | os.PathLike | None,
+    gt_json: str | os.PathLike[str] | Mapping[str, Any],
+    gt_folder: str | os.PathLike[str] | None,
+    pred_json: str | os.PathLike[str] | Mapping[str, Any],
+    pred_folder: str | os.PathLike[str] | None,
     *,
     workers: int | None = None,
     progress: bool = False,
@@ -279,13 +279,13 @@ def _pixels(array: np.ndarray, name: str) -> np.ndarray:
     return array if array.ndim == 3 else as_id_map(array, name)
 
 
-def default_folder(json_path: str | os.PathLike) -> Path:
+def default_folder(json_path: str | os.PathLike[str]) -> Path:
     """The default folder of the PNGs of a panoptic JSON: its path without the suffix."""
     path = Path(json_path)
     return path.with_suffix("") if path.name else path
 
 
-def _folder(folder: str | os.PathLike | None, content: Any, which: str) -> Path:
+def _folder(folder: str | os.PathLike[str] | None, content: Any, which: str) -> Path:
     if folder is None:
         if isinstance(content, Mapping):
             raise ValueError(f"{which}_folder must be given where {which}_json is not a path")

@@ -16,13 +16,13 @@ GROUPS = ("All", "Things", "Stuff")
 
 
 def evaluate_and_report(
-    gt_json: str | os.PathLike,
-    gt_folder: str | os.PathLike | None,
-    pred_json: str | os.PathLike,
-    pred_folder: str | os.PathLike | None,
+    gt_json: str | os.PathLike[str],
+    gt_folder: str | os.PathLike[str] | None,
+    pred_json: str | os.PathLike[str],
+    pred_folder: str | os.PathLike[str] | None,
     *,
-    output: str | os.PathLike | None = None,
-    detections: str | os.PathLike | None = None,
+    output: str | os.PathLike[str] | None = None,
+    detections: str | os.PathLike[str] | None = None,
     per_class: bool = True,
     workers: int | None = None,
     progress: bool = False,

@@ -404,7 +404,9 @@ def contradicts(box: Any, extent: Extent) -> bool:
 def box_of(segment: Mapping[str, Any], extent: Extent) -> list[float]:
     """The `bbox` of a segment; the bounding box of its pixels where `bbox` is absent or contradicts them."""
     box = segment.get("bbox")
-    return list(box) if is_box(box) and not contradicts(box, extent) else extent.box
+    if box is None or not is_box(box) or contradicts(box, extent):
+        return [*extent.box]
+    return list(box)
 
 
 def _box_text(box: Sequence[float], extent: Extent) -> str:

@@ -24,9 +24,9 @@ class Validation(NamedTuple):
 
 
 def validate(
-    json_path: str | os.PathLike,
-    folder: str | os.PathLike | None = None,
-    images: str | os.PathLike | None = None,
+    json_path: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
     *,
     workers: int | None = None,
     progress: bool = False,
@@ -99,7 +99,7 @@ def _image_problems(
     unusable: Sequence[int],
     row: Mapping[str, Any] | None,
     folder: Path,
-    images: str | os.PathLike | None,
+    images: str | os.PathLike[str] | None,
 ) -> list[Problem]:
     """Find the problems of one image's PNG and photograph.
 

@@ -137,12 +137,12 @@ class PanopticWriter:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
-        json_path: str | os.PathLike | None = None,
+        folder: str | os.PathLike[str],
+        json_path: str | os.PathLike[str] | None = None,
         categories: Iterable[Mapping[str, Any]] | None = None,
         *,
         info: Mapping[str, Any] | None = None,
-        detections_path: str | os.PathLike | None = None,
+        detections_path: str | os.PathLike[str] | None = None,
         settings: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
@@ -156,7 +156,7 @@ class PanopticWriter:
         self._categories = None if categories is None else [dict(category) for category in categories]
         self._entries: dict[str, _Entry] = {}  # image name -> where its row is
         self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
-        self._writing: dict[tuple[str, int | str], str] = {}  # the same of images whose row is not there yet
+        self._writing: dict[tuple[str, int | str], str] = {}  # the same for images without a row yet
         self._lock = threading.Lock()  # for the four above and the journal
         of_categories = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
         about = {} if info is None else {"info": info}
@@ -174,7 +174,7 @@ class PanopticWriter:
         """Number of images added, including those of an earlier run."""
         return len(self._entries)
 
-    def is_done(self, image_id: int | str, image_name: str, photograph: str | os.PathLike | None = None) -> bool:
+    def is_done(self, image_id: int | str, image_name: str, photograph: str | os.PathLike[str] | None = None) -> bool:
         """True if the image was added, its PNG is complete, and the photograph has not changed since.
 
         Args:
@@ -197,7 +197,7 @@ class PanopticWriter:
         *,
         png_name: str | None = None,
         detections: Iterable[Mapping[str, Any]] = (),
-        photograph: str | os.PathLike | None = None,
+        photograph: str | os.PathLike[str] | None = None,
     ) -> Path:
         """Write the PNG and the segments of one image.
 
@@ -214,9 +214,9 @@ class PanopticWriter:
             Path of the PNG.
 
         Raises:
-            PanopticFormatError: an argument is of a kind that the format does not have, segments and map disagree, a
-                value cannot be written as JSON, or another image of this run has the same name, id or PNG. An image of
-                an earlier run is replaced.
+            PanopticFormatError: the format forbids an argument; segments and map disagree; a value cannot be
+                written as JSON; or another image of this run has the same name, id or PNG. One of an earlier run is
+                replaced.
             InUseError: another process is writing the journal; no file was changed.
             OSError: a file cannot be written; no file of the image is left.
         """
@@ -233,7 +233,7 @@ class PanopticWriter:
             try:
                 with self._lock:
                     self._append({**row, "png_bytes": path.stat().st_size})
-            except BaseException as error:  # an interrupt too: the PNG would belong to no row
+            except BaseException as error:  # an interrupt too: the PNG would have no row
                 path.unlink(missing_ok=True)
                 if isinstance(error, ValueError | TypeError):  # of `json`
                     raise PanopticFormatError(f"image {image_id}: cannot be written as JSON: {error}") from None
@@ -389,7 +389,7 @@ def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
     return [("id", annotation["image_id"]), ("PNG", annotation["file_name"]), ("name", row["image"]["file_name"])]
 
 
-def _stamp(path: str | os.PathLike | None) -> list[int] | None:
+def _stamp(path: str | os.PathLike[str] | None) -> list[int] | None:
     """Size in bytes and modification time in ns; None where the file does not exist."""
     try:
         status = os.stat(path) if path is not None else None

@@ -65,6 +65,7 @@ def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), 
 
 
 class TestFusedSubnets(OpMatrix):
+    test_slow_gradcheck = None  # gradients are those of flow_conv2d, which has this test
     has_gradient = True
     samples = {
         "one stage": sample(stages=(1, 1, 1, 1)),

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +41,9 @@ NONDETERMINISM = 0.0 if DEVICE == "cpu" else 1e-9
 # Symmetric tolerances against the reference in float64, relative to the largest value of the result. float16 has 11
 # bits, bfloat16 8; both round inputs and outputs once, sums are in float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+SLOW_GRADCHECK_ELEMENTS = 600
+"""Most elements of inputs and results for which gradcheck in slow mode takes less than about two seconds."""
 
 
 @dataclass
@@ -275,7 +277,6 @@ class OpMatrix:
         has_gradient: whether the operator has a gradient; every subclass must set it.
         linear_samples: names of samples that are linear in their differentiable tensors, so that second derivatives
             exist; set exactly if the operator has a gradient.
-        slow_gradcheck_sample: name of the sample for gradcheck in slow mode; None: the one with the fewest elements.
     """
 
     samples: dict[str, Callable[[], OpSample]] = {}
@@ -283,7 +284,6 @@ class OpMatrix:
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     has_gradient: bool
     linear_samples: tuple[str, ...]
-    slow_gradcheck_sample: str | None = None
 
     def __init_subclass__(cls) -> None:
         if "has_gradient" not in vars(cls) or cls.has_gradient != ("linear_samples" in vars(cls)):
@@ -300,8 +300,8 @@ class OpMatrix:
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         if "make_sample" in metafunc.fixturenames:
-            names = self._names_of_samples(metafunc.function.__name__)
-            metafunc.parametrize("make_sample", [self.samples[name] for name in names], ids=names)
+            samples = self._samples_of(metafunc.function.__name__)
+            metafunc.parametrize("make_sample", samples.values(), ids=samples)
         if "make_thin_sample" in metafunc.fixturenames:
             names = list(self.thin_samples)
             metafunc.parametrize("make_thin_sample", [self.thin_samples[name] for name in names], ids=names)
@@ -311,17 +311,22 @@ class OpMatrix:
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=lambda d: str(d).removeprefix("torch."))
 
-    def _names_of_samples(self, test: str) -> list[str]:
+    def _samples_of(self, test: str) -> dict[str, Callable[[], OpSample]]:
+        """Return the samples of a test by name."""
         if test == "test_gradgradcheck":
-            return list(self.linear_samples)
+            return {name: self.samples[name] for name in self.linear_samples}
         if test == "test_slow_gradcheck":
-            return [self.slow_gradcheck_sample or min(self.samples, key=self._differentiable_elements)]
-        return list(self.samples)
+            candidates = self.samples | self.thin_samples
+            elements = {name: self._elements(make_sample()) for name, make_sample in candidates.items()}
+            name = max((name for name, count in elements.items() if count <= SLOW_GRADCHECK_ELEMENTS), key=elements.get)
+            return {name: candidates[name]}
+        return self.samples
 
-    def _differentiable_elements(self, name: str) -> int:
-        sample = self.samples[name]()
-        sizes = [leaf.numel() for index in sample.differentiable for leaf in leaves(sample.tensors[index])]
-        return sum(sizes) if all(sizes) else sys.maxsize
+    def _elements(self, sample: OpSample) -> float:
+        """Return the number of elements of the differentiable tensors and the results; infinity if one is empty."""
+        function, inputs = self._bound(sample, sample.tensors)
+        sizes = [leaf.numel() for leaf in [*inputs, *leaves(function(*inputs))]]
+        return sum(sizes) if all(sizes) else math.inf
 
     def _bound(self, sample: OpSample, tensors: list) -> tuple[Callable, list[Tensor]]:
         """Return the operator as a function of the leaves of its differentiable tensors, and those leaves."""

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills a training run with SIGKILL at random moments, resumes it, and compares the result bit by bit with a run
-left alone.
+"""Compare a training run killed at random moments and resumed, bit by bit, with an uninterrupted run.
 
 python tests/kill_and_resume.py --repeats 10
 """
@@ -42,7 +41,7 @@ SETTINGS = (
 
 
 def command(data: Path, folder: Path, *settings: str, workers: int = 0) -> list[str]:
-    """`spatialflow train` on scenes, with a network of a few thousand parameters."""
+    """The command `spatialflow train` on synthetic scenes, with a network of a few thousand parameters."""
     return [
         sys.executable,
         "-m",
@@ -68,7 +67,7 @@ def environment() -> dict[str, str]:
 
 
 def digest(folder: Path) -> str:
-    """Of the final weights, by name."""
+    """A hash of the names and values of the final weights."""
     state = load_file(folder / "model.safetensors")
     return hashlib.sha256(b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
@@ -76,11 +75,11 @@ def digest(folder: Path) -> str:
 def kill_and_resume(
     data: Path, expected: str, folder: Path, settings: tuple[str, ...], rng: random.Random, kills: int = 2
 ) -> bool:
-    """True if a run killed `kills` times ends with the expected weights.
+    """Kill a run `kills` times and resume it; True if it ends with the expected weights.
 
     Half of the kills wait for the temporary file of a checkpoint to appear, the others for a random number of steps.
     """
-    for attempt in range(kills):
+    for _ in range(kills):
         process = subprocess.Popen(
             command(data, folder, *settings), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )

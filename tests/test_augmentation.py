@@ -21,8 +21,9 @@ PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)
 
 @pytest.fixture(scope="module")
 def model(goldens):
-    """The goldens' weights, with boxes that stay near their anchors: a box without extent overlaps nothing, its own
-    copy in the other member of an ensemble included.
+    """The weights of the goldens, with boxes near their anchors.
+
+    A box without extent would not overlap its copy of the other network in an ensemble.
     """
     network = golden_model(goldens, "tiny", "tiny")
     with torch.no_grad():
@@ -54,8 +55,9 @@ def test_an_ensemble_of_one_model_twice_is_the_model(model, image):
 
 
 def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
-    """With flipping, a picture and its mirror image are the same two views in another order. Boxes are truncated to
-    whole pixels when they are filled, which is not symmetric, so a few pixels may differ.
+    """With flipping, a picture and its mirror image have the same two views in another order.
+
+    The box fill truncates boxes to whole pixels, which is not symmetric, so a few pixels may differ.
     """
     predictor = spatialflow.Predictor(model, test_flip=True, **PLAIN)
     result, mirrored = predictor(image), predictor(np.ascontiguousarray(image[:, ::-1]))
@@ -86,7 +88,7 @@ def test_batches_of_augmented_images(model, image):
     settings = {**PLAIN, "test_short_edges": [64, 96], "test_flip": True}
     together = spatialflow.Predictor(model, batch_size=2, **settings)(images)
     alone = spatialflow.Predictor(model, **settings)
-    for one, result in zip(images, together):
+    for one, result in zip(images, together, strict=False):
         assert_same(result, alone(one), pixels=0.999)
 
 

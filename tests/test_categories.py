@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class numbers decide what every output means: they must be the released ones, and tables that do not fit must be
-refused.
-"""
+"""The class numbers are the released ones, and category tables that do not fit are refused."""
 
 import json
 

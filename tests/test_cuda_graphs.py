@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which graphs are captured, replayed and dropped. Recorded on the CPU: a graph that runs its function again stands in
-for CUDA's, and like it writes into the outputs of the capture.
+"""Capture, replay and removal of CUDA graphs.
+
+On the CPU a stand-in graph runs its function again and, as a CUDA graph, writes into the outputs of the capture.
 """
 
 import contextlib
@@ -117,7 +118,7 @@ def test_inputs_are_not_shared(cache):
 def test_the_oldest_is_dropped(cache):
     made = []
     for key in "aababcac":
-        cache(key, lambda: made.append(key) or (lambda inputs: -inputs[0]), [torch.zeros(1)])
+        cache(key, lambda key=key: made.append(key) or (lambda inputs: -inputs[0]), [torch.zeros(1)])
         assert len(cache) <= 2
     assert "".join(made) == "abca"
 
@@ -248,9 +249,7 @@ def assert_same(one, other):
 
 
 def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
-    """A hundred original sizes, three padded ones; each result is that of queued kernels, although replays overwrite
-    the results of those before.
-    """
+    """Results of a hundred original sizes with three padded sizes equal those of queued kernels."""
     eager, graphed = predictors(model, stand_in)
     padded = {tuple(geometry.padded_size for geometry in eager.pipeline.geometries(size)) for size in SIZES}
     assert len(set(SIZES)) == 100 and len(padded) == 3

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets, transforms and batches: ground truth stays on its pixels, order is reproducible, damage is named and
-survived.
-"""
+"""Data sets, transforms and batches: ground truth is transformed with its pixels, and order is reproducible."""
 
 import json
 import os
@@ -42,9 +40,7 @@ IMAGE = {"id": 1, "file_name": "b", "height": 1, "width": 1}
 
 class TestCoco:
     def test_samples(self, fixtures):
-        """The two COCO images: boxes, labels and masks equal the detection-format annotations, the semantic map
-        their complement.
-        """
+        """Boxes, labels and masks of two COCO images equal the detection-format annotations."""
         folder = fixtures / "data" / "coco_samples"
         categories = load_categories("coco", 80, 54)
         data = CocoPanoptic(
@@ -65,7 +61,7 @@ class TestCoco:
             areas = np.bincount(sample.instances.ravel(), minlength=len(sample.labels) + 1)[1:]
             actual = sorted(
                 (int(label), x1, y1, x2 - x1, y2 - y1, int(area))
-                for label, (x1, y1, x2, y2), area in zip(sample.labels, sample.boxes.tolist(), areas)
+                for label, (x1, y1, x2, y2), area in zip(sample.labels, sample.boxes.tolist(), areas, strict=False)
             )
             assert actual == [tuple(row) for row in expected] and len(actual) > 0
             assert (sample.semantic[sample.instances > 0] == 36).all()
@@ -174,7 +170,7 @@ class TestCityscapes:
         groups = 0
         for index in range(4):
             sample, values = data[index], data._read_labels(index)
-            for label, number in zip(sample.labels, range(1, len(sample.labels) + 1)):
+            for label, number in zip(sample.labels, range(1, len(sample.labels) + 1), strict=False):
                 pixels = np.unique(values[sample.instances == number])
                 assert len(pixels) == 1 and pixels[0] // 1000 == categories.thing_ids[label]
             assert ((sample.semantic != 255) == np.isin(values, [7, 8, 11, 21, 22, 23])).all()
@@ -183,9 +179,7 @@ class TestCityscapes:
         assert groups > 0
 
     def test_truth_for_scoring(self, tmp_path):
-        """The panoptic ground truth made of the tree scores 1 against itself. It is made once, and again when a label
-        file was repaired.
-        """
+        """The panoptic ground truth has PQ 1 against itself, and is rewritten after a label file changed."""
         data = Cityscapes(write_cityscapes(tmp_path), "train", load_categories("cityscapes", 8, 11))
         label = next((tmp_path / "gtFine").rglob("*.png"))
         whole = label.read_bytes()
@@ -346,7 +340,7 @@ class TestLoader:
         config = replace(PLAIN, flip_probability=0.5, train_short_edges=(64, 96))
         whole = list(make_loader(coco, config, schedule.batches(0, 3, 0, 1, 1)))
         rest = list(make_loader(coco, config, schedule.batches(1, 3, 0, 1, 1), workers))
-        for a, b in zip(whole[1:], rest):
+        for a, b in zip(whole[1:], rest, strict=False):
             assert (
                 torch.equal(a.images, b.images)
                 and torch.equal(a.instances, b.instances)

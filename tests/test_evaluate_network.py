@@ -88,7 +88,7 @@ def test_average_precision_takes_ids_of_every_kind(data, ids):
     content = json.loads(data.json_path.read_text())
     _, rows = rows_of(data, 2, 0.6, np.random.default_rng(0))
     expected = average_precision(content, data.panoptic_folder, rows)
-    other = dict(zip((annotation["image_id"] for annotation in content["annotations"]), ids))
+    other = dict(zip((annotation["image_id"] for annotation in content["annotations"]), ids, strict=False))
     for row in (*content["annotations"], *rows):
         row["image_id"] = other[row["image_id"]]
     found = average_precision(content, data.panoptic_folder, rows)

@@ -307,7 +307,7 @@ def test_pair_counts_reject_other_arrays(bad):
 
 
 def test_scoring_imports_neither_torch_nor_opencv(folder_pair):
-    tmp_path, gt, pred = folder_pair
+    tmp_path, _gt, _pred = folder_pair
     with PanopticWriter(tmp_path / "pred", categories=CATEGORIES) as writer:
         writer.add(10, "10.jpg", np.full((12, 16), 3), [{"id": 3, "category_id": np.int64(7)}])
     (tmp_path / "gt.json").write_text((tmp_path / "pred.json").read_text())

@@ -340,7 +340,7 @@ class TestWriter:
         """A failed image, and a journal that is begun again."""
         kill(tmp_path, "before the PNG", 1)
         writer = PanopticWriter(tmp_path / "maps", resume=True)
-        for index in range(2):
+        for _index in range(2):
             with pytest.raises(PanopticFormatError):
                 writer.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1, "score": float("nan")}])
             writer.close(keep_journal=True)

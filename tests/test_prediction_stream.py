@@ -56,7 +56,7 @@ def pictures(count):
 def files(tmp_path):
     """Paths of pictures, without loss."""
     paths = [tmp_path / f"{number}.png" for number in range(6)]
-    for path, image in zip(paths, pictures(6)):
+    for path, image in zip(paths, pictures(6), strict=False):
         cv2.imwrite(str(path), image)
     return paths
 
@@ -246,7 +246,7 @@ def test_unreadable_images(model, files, batch_size):
     outcomes = list(predictor.outcomes([*files, np.zeros((3, 3))]))
     assert [outcome.error is None for outcome in outcomes] == [True, True, False, True, False, True, False]
     assert "4.png: cannot be read" in str(outcomes[4].error) and "image 6: must be" in str(outcomes[6].error)
-    for outcome, path in zip(outcomes, files):
+    for outcome, path in zip(outcomes, files, strict=False):
         if outcome.error is None:
             assert outcome.result.image_name == path.name
             np.testing.assert_array_equal(outcome.pixels, cv2.imread(str(path)))
@@ -302,7 +302,7 @@ def test_leaving_early_ends_the_threads(predictor, files, monkeypatch, leave):
             for _ in predictor.stream(files * 10):
                 if leave == "break":
                     break
-                1 / 0
+                raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -354,14 +354,16 @@ def test_copies_and_forked_processes(predictor, files):
     """Neither has the threads of its origin, and each starts its own."""
     expected = predictor(files)
     copied = copy.deepcopy(predictor)
-    for one, other in zip(copied(files), expected):
+    for one, other in zip(copied(files), expected, strict=False):
         assert_same(one, other)
     child = os.fork()
     if child == 0:
         code = 1
         try:
             torch.set_num_threads(1)
-            code = 0 if all((a.id_map == b.id_map).all() for a, b in zip(predictor(files), expected)) else 2
+            code = (
+                0 if all((a.id_map == b.id_map).all() for a, b in zip(predictor(files), expected, strict=False)) else 2
+            )
         finally:
             os._exit(code)
     deadline = time.monotonic() + 60

@@ -40,7 +40,7 @@ def assert_consistent(result, size):
     """Map and segments describe each other, and every number has its promised type and range."""
     assert result.id_map.shape == size and result.id_map.dtype == np.int32
     ids, areas = np.unique(result.id_map, return_counts=True)
-    found = {int(i): int(a) for i, a in zip(ids, areas) if i != 0}
+    found = {int(i): int(a) for i, a in zip(ids, areas, strict=False) if i != 0}
     assert {segment["id"]: segment["area"] for segment in result.segments} == found
     known = {row.id: row.isthing for row in result.categories.rows}
     for segment in result.segments:
@@ -88,7 +88,7 @@ def test_results_do_not_depend_on_the_batch(model, predictor):
     images = [picture(90, 130, 1), picture(130, 90, 2), picture(45, 65, 3), picture(91, 131, 4), picture(50, 50, 5)]
     together = spatialflow.Predictor(model, stuff_area_threshold=40, batch_size=3, **SHORT)(images)
     assert [r.id_map.shape for r in together] == [image.shape[:2] for image in images]
-    for image, result in zip(images, together):
+    for image, result in zip(images, together, strict=False):
         assert_same(result, predictor(image), exact=False)
 
 
@@ -105,7 +105,9 @@ def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkey
     settings = dict(SHORT, stuff_area_threshold=40, instance_score_threshold=threshold, test_flip=flip, batch_size=2)
     images = [picture(90, 130, 1), picture(90, 130, 2)]
     every = spatialflow.Predictor(model, **settings)(images)
-    for result, expected in zip(spatialflow.Predictor(model, detection_masks=False, **settings)(images), every):
+    for result, expected in zip(
+        spatialflow.Predictor(model, detection_masks=False, **settings)(images), every, strict=False
+    ):
         assert_same(result, expected)
         np.testing.assert_array_equal(result.labels, expected.labels)
         assert len(result.scores) and result.mask_logits is None and result.masks is None

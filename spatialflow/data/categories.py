@@ -176,4 +176,5 @@ def _make_row(row: Any, where: str) -> Category:
 
 def _default_color(category_id: int) -> tuple[int, int, int]:
     """A color derived from the id, for tables without colors."""
-    return tuple(int(c) for c in np.random.RandomState(category_id % 2**32).randint(40, 220, 3))
+    red, green, blue = np.random.RandomState(category_id % 2**32).randint(40, 220, 3).tolist()
+    return red, green, blue

@@ -45,7 +45,7 @@ class Cityscapes:
         CityscapesError: a folder is absent or empty.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, categories: Categories) -> None:
+    def __init__(self, root: str | os.PathLike[str], split: str, categories: Categories) -> None:
         self.root, self.split, self.categories = Path(root), split, categories
         self.images = self.root / "leftImg8bit" / split
         self.labels = self.root / "gtFine" / split

@@ -56,9 +56,9 @@ class CocoPanoptic:
 
     def __init__(
         self,
-        json_path: str | os.PathLike,
-        image_folder: str | os.PathLike,
-        panoptic_folder: str | os.PathLike | None,
+        json_path: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str],
+        panoptic_folder: str | os.PathLike[str] | None,
         categories: Categories,
         scored: bool = False,
     ) -> None:

@@ -81,8 +81,8 @@ class Batch(NamedTuple):
 class Schedule:
     """The images of every step of a training run, a pure function of the fields: a run can resume at any step.
 
-    In each epoch every image appears once, in random order, in batches of one orientation (landscape or portrait),
-    which keeps padding small; the last batch of an orientation is completed with images from its beginning.
+    In each epoch every image appears once, in random order. All images of a batch are landscape or all are portrait,
+    which keeps padding small. The last batch of an orientation is completed with its first images.
 
     Args:
         sizes: (height, width) of every image.

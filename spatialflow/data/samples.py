@@ -49,10 +49,10 @@ def make_sample(
         categories: numbering of the classes.
 
     Returns:
-        Sample. Crowds, and things whose box, clipped to the image, is less than a pixel wide or high, have neither box
-        nor mask, but count in the semantic map ("other"). Ids without a segment and categories not in the table are
-        void. Segments without pixels are left out. A box that contradicts its mask is replaced by the box of the mask.
-        `notes` has the last two cases.
+        Sample. Crowds have neither box nor mask, but count in the semantic map ("other"). The same holds for things
+        whose box, clipped to the image, is less than a pixel wide or high. Ids without a segment and categories
+        not in the table are void. Segments without pixels are left out. A box that contradicts its mask is replaced by
+        the box of the mask. `notes` has the last two cases.
 
     Raises:
         SampleError: image and map differ in size, no listed segment has pixels, an id is 0 or not unique, or a box does

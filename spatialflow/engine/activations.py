@@ -86,5 +86,5 @@ def heat_picture(image: np.ndarray, activation: np.ndarray, opacity: float = 0.5
     """
     import cv2
 
-    colours = cv2.applyColorMap((activation * 255 + 0.5).astype(np.uint8), cv2.COLORMAP_JET)
-    return cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
+    colors = cv2.applyColorMap((activation * 255 + 0.5).astype(np.uint8), cv2.COLORMAP_JET)
+    return cv2.addWeighted(image, 1 - opacity, colors, opacity, 0)

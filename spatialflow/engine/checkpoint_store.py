@@ -133,7 +133,7 @@ class CheckpointStore:
         except (CheckpointError, TrainingError):
             raise
         except Exception:  # the content may have any form
-            raise CheckpointError(f"{self.path}: is no complete checkpoint of a training run") from None
+            raise CheckpointError(f"{self.path}: is not a complete checkpoint of a training run") from None
 
     def _load(self, state: Any) -> int:
         """Load the content of a checkpoint file; raises any exception where it is something else."""

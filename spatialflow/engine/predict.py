@@ -191,8 +191,9 @@ class Predictor:
     Raises:
         ConfigError: an override breaks a rule.
         CategoryError: the configuration's categories do not fit the model.
-        ValueError: a device that is not there or of another kind, another dtype, a CUDA graph without a CUDA device, a
-            batch size below 1, no model, models of an ensemble that differ in their classes or inputs.
+        ValueError: the device does not exist or is neither a CPU nor a CUDA device; the dtype is not supported;
+            `cuda_graph` is set without a CUDA device; the batch size is below 1; there is no model; or the models of an
+            ensemble differ in their classes or inputs.
         TypeError: `model` is neither a SpatialFlow network nor a sequence of them.
 
     Note:
@@ -344,8 +345,8 @@ class Predictor:
             failed: gets the outcomes, by position, of images that cannot be read.
 
         Yields:
-            A batch; or an empty list where the running batches should be finished first, because the next image is not
-            decoded yet or there are no more images.
+            A batch; or an empty list if the running batches should be finished first. That is the case while the next
+            image is not decoded, and at the end.
         """
         waiting: dict[
             tuple[tuple[int, int], ...], list[_Item]

@@ -115,7 +115,7 @@ class DivergenceMonitor:
     def _warn(self, log: TrainingLog, message: str, step: int) -> None:
         copy = self._store.copy_before_divergence()
         if copy is not None:
-            message += f"; {copy} is from before, to go on from in place of {self._store.path.name}"
+            message += f"; {copy} is an earlier checkpoint, which may replace {self._store.path.name}"
         tqdm.write(f"warning: step {step}: {message}", file=sys.stderr)
         log.add("warning", step, message=message)
         self._has_warned = True

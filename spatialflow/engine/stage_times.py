@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time measurement of the stages of prediction, apart from their arithmetic."""
+"""Time measurement of the stages of prediction."""
 
 import time
 from collections.abc import Iterator

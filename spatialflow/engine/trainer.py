@@ -106,9 +106,9 @@ class _PendingLosses(NamedTuple):
 class Trainer:
     """A training run in a folder.
 
-    The folder gets `checkpoint.pt` (the full state of the run, from which weights can be loaded too),
-    `model.safetensors` (the weights, after each epoch that takes more than a few seconds), `log.jsonl`, `curves.png`,
-    `tensorboard/` and `evaluation/`.
+    The folder gets `checkpoint.pt`, the full state of the run, from which weights can be loaded too. After each epoch
+    that takes more than a few seconds it gets the weights, `model.safetensors`. Further files are `log.jsonl`,
+    `curves.png`, `tensorboard/` and `evaluation/`.
 
     Args:
         config: the network and the settings of training.
@@ -329,7 +329,7 @@ class Trainer:
 
     def _divergence_error(self, step: int, reason: str) -> TrainingError:
         path = self.store.path
-        resumption = f"; {path} is of an earlier step, and the same command with such settings goes on from it"
+        resumption = f"; {path} is of an earlier step, and the same command with such settings resumes from it"
         return TrainingError(f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.exists() else ''}")
 
     def save_checkpoint(self) -> None:

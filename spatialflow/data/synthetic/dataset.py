@@ -41,7 +41,7 @@ def make_scene(size: tuple[int, int], seed: int, index: int) -> Scene:
     return canvas.finish(rng)
 
 
-def synthesize(folder: str | os.PathLike, count: int, size: tuple[int, int], seed: int = 0) -> Iterator[Path]:
+def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int], seed: int = 0) -> Iterator[Path]:
     """Write a data set of scenes in the COCO panoptic format, one image at a time.
 
     Args:

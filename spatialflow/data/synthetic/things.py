@@ -123,7 +123,7 @@ def _draw_boat(canvas: Canvas, rng: np.random.Generator, x: float, y: float, siz
 
 
 class _Kind(NamedTuple):
-    """How often, how large and where the things of a category are drawn."""
+    """The drawing parameters of the things of a category."""
 
     category: str
     draw: Callable[[Canvas, np.random.Generator, float, float, float], None]

@@ -28,7 +28,7 @@ environment := $(VENV)/complete
 endif
 
 .PHONY: help build test test-simt test-simt-sanitize sanitize sanitize-threads test-sass nvcc mutation-round fuzz \
-	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo clean
+	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -168,6 +168,17 @@ demo-score:
 	  --config $(demo_config) $(demo_weights) --output demo/pictures
 	$(PYTHON) benchmarks/end_to_end.py --config $(demo_config) $(demo_weights) --short-edges 256 \
 	  --providers spatialflow reference --images demo/scenes/images --count 10 --output demo/speed
+
+# MkDocs and its theme are separate from .venv, and need no build of the package. The pages load nothing from a network.
+docs_environment := $(CURDIR)/build/docs-environment
+docs_requirements := $(shell sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+$(docs_environment)/complete: pyproject.toml
+	$(BASE_PYTHON) -m venv $(docs_environment)
+	$(docs_environment)/bin/python -m pip install -q $(docs_requirements)
+	@touch $@
+
+docs: $(docs_environment)/complete  ## the documentation site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(docs_environment)/bin/python -m mkdocs build --strict
 
 clean:  ## remove what was built, the environment included
 	rm -rf $(VENV) build dist demo spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info

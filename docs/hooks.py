@@ -2,7 +2,7 @@
 """MkDocs hooks: generate the configuration reference and the list of configurations from the package.
 
 A page asks for generated text by a comment: `<!-- fields: model -->` is the table of a section's fields, and
-`<!-- configurations -->` the table of the package's YAML files.
+`<!-- configurations -->` and `<!-- ablations -->` are tables of the package's YAML files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 import tokenize
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from spatialflow.config import SECTIONS  # noqa: E402  (after the path)
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the comments that ask for generated text."""
     markdown = re.sub(r"<!-- fields: (\w+) -->", lambda match: fields_table(match[1]), markdown)
-    return markdown.replace("<!-- configurations -->", configurations_table())
+    markdown = markdown.replace("<!-- configurations -->", configurations_table("*", "ablation_*"))
+    return markdown.replace("<!-- ablations -->", configurations_table("ablation_*"))
 
 
 def fields_table(section: str) -> str:
@@ -39,12 +41,14 @@ def fields_table(section: str) -> str:
     return "\n".join(rows)
 
 
-def configurations_table() -> str:
-    """Return the configurations of the package, with what each is based on and changes, as a Markdown table."""
+def configurations_table(pattern: str, excluded: str = "") -> str:
+    """Return the configurations with matching names, their bases and changes, as a Markdown table."""
     import yaml
 
     rows = ["| configuration | based on | fields that differ |", "|---|---|---|"]
     for path in sorted((ROOT / "spatialflow" / "configs").glob("*.yaml")):
+        if not fnmatch(path.stem, pattern) or fnmatch(path.stem, excluded):
+            continue
         content = yaml.safe_load(path.read_text()) or {}
         base = content.pop("base", None)
         changes = [f"{name}: {_yaml(value)}" for fields in content.values() for name, value in fields.items()]

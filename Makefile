@@ -4,7 +4,7 @@
 #
 #   PYTHON=...       another interpreter that has torch and the packages of pyproject.toml; no .venv is made
 #   BASE_PYTHON=...  interpreter that .venv is made from (default: python3)
-#   TORCH=...        torch of .venv (default: the version this project is tested with; any from 2.11 on works)
+#   TORCH=...        torch of .venv, 2.11 or later, with pip's options: TORCH="torch --index-url ..."
 #   LEVELS=...       CPU levels to build, e.g. x86-64-v3 (default: all)
 #   SPATIALFLOW_CUDA=on|off|auto, CMAKE_CUDA_ARCHITECTURES=...   CUDA library (default: where nvcc is found, for 90a)
 BASE_PYTHON ?= python3
@@ -24,21 +24,54 @@ export SPATIALFLOW_CUDA ?= auto
 export CMAKE_CUDA_ARCHITECTURES ?= 90a-real
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
+packages := $(VENV)/packages
 environment := $(VENV)/complete
 endif
+
+# The list NAME = [...] of pyproject.toml, quoted for the shell, and the mark of an extra that is installed in .venv.
+requirements = $(shell awk '/^$(1) = \[.*\]/ {print; exit} /^$(1) = \[/ {on = 1} /^\]/ {on = 0} on' \
+	pyproject.toml | grep -o '"[^"]*"')
+extra = $(if $(packages),$(VENV)/$(1).extra)
 
 .PHONY: help build test test-simt test-simt-sanitize sanitize sanitize-threads test-sass nvcc mutation-round fuzz \
 	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo docs clean
 .DEFAULT_GOAL := help
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
 
-$(VENV)/complete: pyproject.toml setup.py
+.PHONY: lint format test-wheel test-migration coverage
+
+# .venv without the package itself, whose libraries take minutes to compile.
+$(VENV)/packages: pyproject.toml
 	$(BASE_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13"
-	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+	$(VENV)/bin/python -m pip install -q $(call requirements,requires) $(call requirements,dependencies) \
+	  $(call requirements,test)
 	@touch $@
+
+$(VENV)/complete: $(VENV)/packages setup.py
+	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/%.extra: $(packages)
+	$(PYTHON) -m pip install -q $(call requirements,$*)
+	@touch $@
+
+cpp_files = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+lint: $(call extra,lint)  ## formatting, style, types and spelling; `make format` corrects what can be corrected
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	clang-format --dry-run -Werror $(cpp_files)
+	$(PYTHON) -m mypy
+	codespell
+	$(if $(shell command -v actionlint),actionlint,@echo "actionlint: skipped, not installed")
+
+format: $(call extra,lint)  ## format Python and C++, and correct what ruff can
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+	clang-format -i $(cpp_files)
 
 build: $(environment)  ## compile the libraries into the source tree
 	$(PYTHON) setup.py -q build_ext --inplace
@@ -46,7 +79,23 @@ build: $(environment)  ## compile the libraries into the source tree
 test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
 	$(PYTHON) -m pytest $(TESTS)
 
-# The op tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
+# The installed package, without the source tree: sdist, wheel and environment lie in build/wheel.
+WHEEL_TESTS ?= test_nms.py test_roi_align.py test_panoptic_formats.py test_pretrained.py test_configs.py test_lazy_import.py
+test-wheel: $(environment)  ## source distribution, wheel from it, and tests of the installed wheel
+	rm -rf build/wheel && $(PYTHON) setup.py -q sdist --dist-dir build/wheel
+	$(PYTHON) -m venv build/wheel/environment
+	cd build/wheel && export PATH="$$PWD/environment/bin:$$PATH" && \
+	  pip install -q $(TORCH) && pip wheel -q --no-deps -w . *.tar.gz && \
+	  pip install -q *.whl $(call requirements,test) && \
+	  tar xf *.tar.gz --strip-components 1 --wildcards '*/tests' && pytest $(addprefix tests/,$(WHEEL_TESTS))
+
+# torchvision that fits the installed torch; pip would otherwise replace torch.
+test-migration: build  ## compare with torchvision, which is installed for it (docs/migration.md)
+	$(PYTHON) -m pip freeze | grep '^torch==' > build/torch.txt
+	$(PYTHON) -m pip install -q -c build/torch.txt $(or $(TORCHVISION),$(call requirements,migration))
+	$(PYTHON) -m pytest tests/test_migration.py
+
+# The operator tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
 SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py tests/test_textbook.py tests/test_kernel_count.py \
 	tests/test_sm90.py \
 	$(sort $(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py tests/test_\1_*.py,p' cmake/ops.cmake)))
@@ -54,7 +103,7 @@ configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECU
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
 simt_build = $(call configure,simt) && cmake --build build/simt --target spatialflow_schema spatialflow_simt
 
-# Those that reach kernels for compute capability 9.0, which run once more: with copies and products late, and early.
+# Tests of kernels for compute capability 9.0 run twice more: with copies and products late, and early.
 sm90_names := sm90 conv1x1 flow_conv2d flow_conv2d_active fused_subnets deform_conv2d deform_conv2d_packed
 SM90_TESTS ?= $(filter $(sm90_names:%=tests/test_%.py),$(SIMT_TESTS))
 simt_tests = SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest
@@ -66,14 +115,14 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 	$(call sm90_tests,late)
 	$(call sm90_tests,early)
 
-# Sanitizers (docs/sanitizers.md): what is compiled with them lies in build/<folder>/package and leaves the rest alone.
-# Their reports go to file descriptor 2, which pytest would keep for itself.
+# Sanitizers (docs/sanitizers.md) and coverage: their libraries are in build/<folder>/package, beside the usual ones.
+# Reports of sanitizers go to file descriptor 2, which pytest would capture.
 SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
 not_sanitized := $(addprefix tests/test_,simt.py textbook.py kernel_count.py)
 SANITIZE_TESTS ?= $(filter-out $(not_sanitized),$(SIMT_TESTS)) \
 	$(addprefix tests/test_,panoptic_formats.py panoptic_quality.py panoptic_drawing.py threads.py)
 SANITIZE_FUZZ ?= 300
-sanitized_build = $(call configure,$(1)) -DSPATIALFLOW_SANITIZE=$(2) \
+instrumented_build = $(call configure,$(1)) $(2) \
 	"-DSPATIALFLOW_PACKAGE_DIR=$(CURDIR)/build/$(1)/package" && \
 	cmake --build build/$(1) --target spatialflow_schema _evaluation $(3)
 runtime = $(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))
@@ -85,34 +134,33 @@ with_thread = OMP_NUM_THREADS=4 OMP_WAIT_POLICY=passive TSAN_OPTIONS=ignore_noni
 sanitized_tests = $(PYTHON) -m pytest --capture=sys
 
 sanitize: $(environment)  ## tests of operators and scoring, then the fuzzer, with AddressSanitizer and UBSan
-	$(call sanitized_build,sanitized,$(address),spatialflow_cpu_$(SANITIZE_LEVEL))
+	$(call instrumented_build,sanitized,-DSPATIALFLOW_SANITIZE=$(address),spatialflow_cpu_$(SANITIZE_LEVEL))
 	SPATIALFLOW_BACKEND=cpu_sanitized $(with_address) $(sanitized_tests) $(SANITIZE_TESTS)
 	$(with_address) $(PYTHON) tests/fuzz --backend cpu_sanitized --seconds $(SANITIZE_FUZZ)
 
 sanitize-threads: $(environment)  ## eight Python threads calling operators and scoring, with ThreadSanitizer
-	$(call sanitized_build,thread_sanitized,thread,spatialflow_cpu_$(SANITIZE_LEVEL))
+	$(call instrumented_build,thread_sanitized,-DSPATIALFLOW_SANITIZE=thread,spatialflow_cpu_$(SANITIZE_LEVEL))
 	SPATIALFLOW_BACKEND=cpu_thread_sanitized $(with_thread) $(sanitized_tests) tests/test_threads.py
 
 test-simt-sanitize: $(environment)  ## test-simt with AddressSanitizer and UBSan
-	$(call sanitized_build,sanitized,$(address),spatialflow_simt)
+	$(call instrumented_build,sanitized,-DSPATIALFLOW_SANITIZE=$(address),spatialflow_simt)
 	SPATIALFLOW_BACKEND=simt_sanitized $(with_address) $(sanitized_tests) \
 	  $(filter-out $(not_sanitized),$(SIMT_TESTS))
 
-# Registers, loops and loads of the machine code, held to limits (docs/sass.md). Nothing is compiled that `build` has.
-sass_requirements := $(shell sed -n 's/^sass = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
-ifdef environment
-disassembler := $(VENV)/disassembler
-endif
+# Lines of Python and C++ that TESTS execute. Counts of an earlier run are removed.
+coverage: $(environment) $(call extra,coverage)  ## line coverage of Python and C++; TESTS=tests/test_nms.py for a part
+	$(call instrumented_build,coverage,-DSPATIALFLOW_COVERAGE=on,spatialflow_cpu_$(SANITIZE_LEVEL))
+	find build/coverage -name '*.gcda' -delete && $(PYTHON) -m coverage erase
+	SPATIALFLOW_BACKEND=cpu_coverage $(PYTHON) -m coverage run -m pytest $(TESTS)
+	$(PYTHON) -m coverage combine -q && $(PYTHON) -m coverage report
+	$(PYTHON) -m gcovr --merge-lines --filter csrc/ build/coverage
 
-$(VENV)/disassembler: $(environment)
-	$(PYTHON) -m pip install -q $(sass_requirements)
-	@touch $@
-
+# Limits for registers, loops and loads of the machine code (docs/sass.md). Libraries that `build` made are used.
 nvcc:
 	@command -v $${CUDACXX:-nvcc} >/dev/null || { echo "no nvcc: put it on PATH or set CUDACXX" >&2; exit 1; }
 
 test-sass: export SPATIALFLOW_CUDA := on
-test-sass: nvcc build $(disassembler)  ## what the compiler made of the CUDA kernels, without a GPU; needs nvcc
+test-sass: nvcc build $(call extra,sass)  ## check the machine code of the CUDA kernels without a GPU; needs nvcc
 	$(PYTHON) tools/check_sass.py
 
 mutation-round: build  ## break one line at a time and check that tests or sanitizers notice; about 15 minutes
@@ -128,13 +176,13 @@ fuzz: build  ## fuzz operators and file readers (docs/fuzzing.md); SECONDS=1200 
 fuzz-planted: build  ## plant known faults one at a time and check that the fuzzer finds each; TEXT=stride for some
 	$(PYTHON) tools/fuzz_planted.py $(TEXT)
 
-bench: build  ## time every operator against its peers; OPS="roi_align nms" for some
+bench: build  ## time every operator against its baselines; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
 
 # Nothing is compiled: libraries that were built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
 BACKEND ?= cuda
 ARGS ?=
-gpu-check:  ## all that only a GPU can show, under 8 minutes; ARGS="--second" goes on; exit code 77 without a GPU
+gpu-check:  ## accuracy and speed on a GPU, under 8 minutes; ARGS="--second" goes on; exit code 77 without a GPU
 	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND) $(ARGS)
 
 gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on the interpreter and the CPU
@@ -143,7 +191,7 @@ gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on 
 	$(PYTHON) tools/gpu_check.py --backend simt --second
 
 FILE ?= gpu.tgz
-gpu-pack: build  ## all that gpu-check needs on a machine without a network, in one archive; FILE=gpu.tgz
+gpu-pack: build  ## archive for gpu-check on a machine without a network; FILE=gpu.tgz
 	$(PYTHON) tools/gpu_pack.py $(FILE)
 
 # Without IMAGES, WEIGHTS and CONFIG: scenes that the packaged weights were not trained on, with their ground truth.
@@ -171,14 +219,13 @@ demo-score:
 
 # MkDocs and its theme are separate from .venv, and need no build of the package. The pages load nothing from a network.
 docs_environment := $(CURDIR)/build/docs-environment
-docs_requirements := $(shell sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
 $(docs_environment)/complete: pyproject.toml
 	$(BASE_PYTHON) -m venv $(docs_environment)
-	$(docs_environment)/bin/python -m pip install -q $(docs_requirements)
+	$(docs_environment)/bin/python -m pip install -q $(call requirements,docs)
 	@touch $@
 
 docs: $(docs_environment)/complete  ## the documentation site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(docs_environment)/bin/python -m mkdocs build --strict
 
-clean:  ## remove what was built, the environment included
+clean:  ## remove build products and .venv
 	rm -rf $(VENV) build dist demo spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info

@@ -3,9 +3,9 @@
 
 from functools import partial
 
-import textbook
+import naive_kernels
 import torch
-from harness import Benchmark, Problem, Provider, convolving, deterministic, main, optional
+from harness import Benchmark, Problem, Provider, deterministic, main, optional, with_conv_precision
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -43,7 +43,7 @@ def setup(
 
 def by_position(function):
     """`function` with the mask, if any, as the fifth tensor."""
-    return function and (lambda *tensors, **options: function(*tensors[:4], mask=(tensors + (None,))[4], **options))
+    return function and (lambda *tensors, **options: function(*tensors[:4], mask=(*tensors, None)[4], **options))
 
 
 def packed(input, offset, weight, bias, mask=None, **options):
@@ -80,9 +80,9 @@ BENCHMARK = Benchmark(
         },
     },
     providers={
-        "spatialflow": convolving("ieee", by_position(ops.deform_conv2d)),
-        "spatialflow packed": convolving("ieee", Provider(with_packed, packed, only_forward=True)),
-        "spatialflow TF32": convolving("tf32", by_position(ops.deform_conv2d)),  # other dtypes: as above
+        "spatialflow": with_conv_precision("ieee", by_position(ops.deform_conv2d)),
+        "spatialflow packed": with_conv_precision("ieee", Provider(with_packed, packed, only_forward=True)),
+        "spatialflow TF32": with_conv_precision("tf32", by_position(ops.deform_conv2d)),  # other dtypes: as above
         "spatialflow direct": by_position(partial(ops.deform_conv2d, algorithm="direct")),
         "spatialflow deterministic": deterministic(by_position(partial(ops.deform_conv2d, algorithm="tf32x3"))),
         "reference": by_position(reference.deform_conv2d),
@@ -92,7 +92,7 @@ BENCHMARK = Benchmark(
             lowered=(1, 4),
             waits=True,  # launches its kernels on the default stream, where no CUDA graph sees them
         ),
-        "CuPy textbook": textbook.provider(textbook.deform_conv2d),
+        "CuPy, naive kernel": naive_kernels.provider(naive_kernels.deform_conv2d),
     },
 )
 

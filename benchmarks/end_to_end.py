@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second from image file to panoptic PNG, and where the time goes: the form of the paper's table XI.
+"""Images per second from image file to panoptic PNG, by stage, in the form of the paper's table XI.
 
-Model x short edge x pipeline: `spatialflow.Predictor` against `reference_pipeline.py`, same weights, one image at a
-time. The map needs the masks of the confident detections alone; the reference computes the masks of all, as the
-released implementation does, and so does spatialflow in the row "every mask". The pipelines take turns image by image.
-"agreement" is the panoptic quality of a pipeline's maps with the reference's maps as ground truth; the maps are not
-equal bit by bit, because rounding decides ties of the stuff classes and which boxes reach a threshold. PQ is beside it
-where there is ground truth (`--annotations`).
+Each model and short edge is run with `spatialflow.Predictor` and with `reference_pipeline.py`, with the same weights,
+one image at a time. The panoptic map needs the masks of the confident detections only. The reference computes the masks
+of all detections, as the released implementation does; so does spatialflow in the row "every mask". The pipelines take
+turns image by image. "agreement" is the panoptic quality of a pipeline's maps with the reference's maps as ground
+truth. The maps are not equal bit by bit: rounding decides ties of the stuff classes, and which boxes reach a threshold.
+With ground truth (`--annotations`), PQ is reported too.
 
-Without weights (`--checkpoint`) an untrained network is adjusted so that the later stages have the work that a trained
-one gives them; the numbers of detections and segments are printed. On a GPU the stages of spatialflow, which waits for
-nothing, show when work was queued; CUDA_LAUNCH_BLOCKING=1 shows when it was done.
+Without weights (`--checkpoint`), an untrained network is adjusted so that later stages have as much work as in a
+trained one. The numbers of detections and segments are printed. On a GPU, the stage times of spatialflow are those of
+queuing, because it never waits for the device. With CUDA_LAUNCH_BLOCKING=1 they are those of execution.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from harness import OURS, environment, optional, pictures, require_positive, results_path, write_figure, write_text
+from harness import OURS, environment, image_paths, optional, require_positive, results_path, write_figure, write_text
 from reference_pipeline import STAGES, ReferencePipeline, torchvision
 from untrained import untrained_model
 
@@ -49,11 +49,11 @@ STAGE_OF = {
     "stuff": "stuff labels",
     "merge": "merge",
 }
-"""Stage of `PanopticResult.times` -> stage here; "network" is told apart by hooks."""
+"""Stage of `PanopticResult.times` -> stage here; "network" is divided by hooks."""
 
 
 class Pipeline(Protocol):
-    """An image file in, a panoptic PNG out."""
+    """Pipeline from an image file to a panoptic PNG."""
 
     categories: Categories
 
@@ -97,7 +97,7 @@ def weights_of(options: argparse.Namespace) -> Path | None:
 
 
 def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) -> dict[str, Pipeline]:
-    """The pipelines asked for, for one size of images, with the same weights."""
+    """Return the selected pipelines for one size of images, all with the same weights."""
     overrides = {"test_short_edges": [short_edge], "test_long_edge": round(short_edge * 1333 / 800), "test_flip": False}
     checkpoint = weights_of(options)
     if checkpoint is None:
@@ -123,10 +123,10 @@ def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) ->
 def run(
     pipelines: dict[str, Pipeline], paths: Sequence[Path], seconds: float, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Times of all pipelines on all images: rounds until every pipeline has had `seconds`, at least one whole round.
+    """Time all pipelines on all images, in rounds until each has had `seconds`, at least one whole round.
 
     Returns:
-        By provider "times" (seconds of each run), "stages" (summed seconds), and of the first round "detections",
+        By provider: "times" (seconds of each run) and "stages" (summed seconds). From the first round: "detections",
         "instances", "segments" (mean numbers) and "json" (the maps as a COCO panoptic data set).
     """
     folder.mkdir()
@@ -228,10 +228,13 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def save(rows: list[dict[str, Any]], setting: dict[str, Any], folder: Path) -> None:
-    """Adds rows to the device's file: rows of the same model, size and pipeline are replaced, the others stay."""
+    """Add rows to the device's file; rows of the same model, size and pipeline are replaced."""
     path = results_path(folder, setting["device"], "end_to_end")
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
-    key_of = lambda row: (row["model"], -row["short_edge"], PROVIDERS.index(row["provider"]))
+
+    def key_of(row: dict[str, Any]) -> tuple:
+        return row["model"], -row["short_edge"], PROVIDERS.index(row["provider"])
+
     merged = {key_of(row): row for row in kept + [{**row, "setting": setting} for row in rows]}
     rows = [merged[key] for key in sorted(merged)]
     write_text(path, json.dumps({"op": "end_to_end", "title": TITLE, "rows": rows}, indent=1) + "\n")
@@ -241,7 +244,7 @@ def save(rows: list[dict[str, Any]], setting: dict[str, Any], folder: Path) -> N
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Images per second over the short edge, and panoptic quality over images per second where it is known."""
+    """Plot images per second over the short edge and, where it is known, panoptic quality over images per second."""
     from matplotlib import pyplot
 
     scored = [row for row in rows if row["pq"] is not None]
@@ -334,7 +337,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of this script."""
+    """Run the command line of this script."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     setting = environment(options)
@@ -348,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
         if images is None:
             list(synthesize(folder / "scenes", 2, (480, 640), seed=0))
             images = folder / "scenes" / "images"
-        paths = pictures(images, options.count)
+        paths = image_paths(images, options.count)
         rows = []
         for short_edge in options.short_edges:
             pipelines = make_pipelines(options, paths[0], short_edge)

@@ -3,9 +3,9 @@
 
 from functools import partial
 
-import textbook
+import naive_kernels
 import torch
-from harness import Benchmark, Problem, Provider, compiled, convolving, main
+from harness import Benchmark, Problem, Provider, compiled, main, with_conv_precision
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -19,8 +19,8 @@ def setup(out_channels: int, levels: slice, flow: bool, channels: int = 256) -> 
 
     weight = torch.randn(out_channels, channels, 3, 3).contiguous(memory_format=torch.channels_last) * 0.02
     pixels = sum(height * width for height, width in SIZES[levels])
-    # Ten standard deviations either way: half of the units are on, and none is so near zero that rounding alone
-    # decides whether its gradient passes, which no comparison with float64 would survive.
+    # Ten standard deviations above or below zero: half of the units are active. No unit is so near zero that rounding
+    # decides whether its gradient passes; otherwise gradients would differ from float64.
     bias = torch.where(torch.arange(out_channels) % 2 == 0, 14.0, -14.0)
     return Problem(
         inputs=(maps(), maps() if flow else None, weight, bias),
@@ -49,14 +49,16 @@ BENCHMARK = Benchmark(
         "P5, 256 to 256, flow": {"out_channels": 256, "levels": slice(2, 3), "flow": True},
     },
     providers={
-        "spatialflow": convolving("ieee", ops.flow_conv2d),
-        "spatialflow packed": convolving("ieee", Provider(ops.flow_conv2d, packed)),
+        "spatialflow": with_conv_precision("ieee", ops.flow_conv2d),
+        "spatialflow packed": with_conv_precision("ieee", Provider(ops.flow_conv2d, packed)),
         "spatialflow direct": partial(ops.flow_conv2d, algorithm="direct"),
-        "reference": convolving("ieee", reference.flow_conv2d),  # eager relu(conv2d(x + flow)): oneDNN, cuDNN
-        "reference, torch.compile": convolving("ieee", compiled(reference.flow_conv2d)),
-        "spatialflow packed TF32": convolving("tf32", Provider(ops.flow_conv2d, packed)),  # other dtypes: as above
-        "reference TF32": convolving("tf32", reference.flow_conv2d),
-        "CuPy textbook": textbook.provider(textbook.flow_conv2d),
+        "reference": with_conv_precision("ieee", reference.flow_conv2d),  # eager relu(conv2d(x + flow)): oneDNN, cuDNN
+        "reference, torch.compile": with_conv_precision("ieee", compiled(reference.flow_conv2d)),
+        "spatialflow packed TF32": with_conv_precision(
+            "tf32", Provider(ops.flow_conv2d, packed)
+        ),  # other dtypes: as above
+        "reference TF32": with_conv_precision("tf32", reference.flow_conv2d),
+        "CuPy, naive kernel": naive_kernels.provider(naive_kernels.flow_conv2d),
     },
 )
 

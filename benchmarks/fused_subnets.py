@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """fused_subnets, the four sub-networks of the paper's model: P3..P7 of an 800x1344 image, 256 channels.
 
-Forward only: with gradients the tower is calls of flow_conv2d, timed there.
+Forward only: with gradients it consists of calls of flow_conv2d, which has its own benchmark.
 """
 
 from functools import partial
 
 import torch
-from harness import Benchmark, Problem, Provider, compiled, convolving, main
+from harness import Benchmark, Problem, Provider, compiled, main, with_conv_precision
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -56,16 +56,16 @@ BENCHMARK = Benchmark(
         "RetinaNet, no flows": {"stages": {"cls": 4, "reg": 4}},
     },
     providers={
-        "spatialflow": convolving("ieee", Provider(ops.fused_subnets, partial(packed, "auto"))),
+        "spatialflow": with_conv_precision("ieee", Provider(ops.fused_subnets, partial(packed, "auto"))),
         "spatialflow direct": Provider(ops.fused_subnets, partial(packed, "direct")),
-        "reference": convolving(
+        "reference": with_conv_precision(
             "ieee", reference.fused_subnets
         ),  # the same convolutions in eager PyTorch: oneDNN, cuDNN
-        "reference, torch.compile": convolving("ieee", compiled(reference.fused_subnets)),
-        "spatialflow TF32": convolving(
+        "reference, torch.compile": with_conv_precision("ieee", compiled(reference.fused_subnets)),
+        "spatialflow TF32": with_conv_precision(
             "tf32", Provider(ops.fused_subnets, partial(packed, "auto"))
         ),  # others: as above
-        "reference TF32": convolving("tf32", reference.fused_subnets),
+        "reference TF32": with_conv_precision("tf32", reference.fused_subnets),
     },
 )
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator on the GPU beside its strongest peers, the most telling first, in as few processes as possible.
+"""Benchmarks of all operators on the GPU, in order of importance, in as few processes as possible.
 
-A process runs as many entries of `PLAN` as it can. If it dies, as after an illegal access, or takes too long, its
-present entry is lost, and a new process starts with the next. Results are written after each case. A row of the same
-case, dtype and provider is replaced; those of another commit are removed.
+A process runs as many entries of `PLAN` as it can. If it dies, for example after an illegal access, or takes too long,
+its current entry is lost. A new process then starts with the next entry. Results are written after each case. A row of
+the same case, dtype and provider is replaced; rows of another commit are removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from harness import require_positive
 
 
 class Entry(NamedTuple):
-    """A benchmark, what of it is timed, and beside what. No cases, modes or providers: all."""
+    """Benchmark script with a selection of cases, modes, dtypes and providers; an empty selection means all."""
 
     name: str
     dtypes: tuple[str, ...]
@@ -71,11 +71,11 @@ ENTRY_SECONDS = 45
 """After which an entry is ended, so that a kernel that hangs leaves time for the others."""
 
 FAST_ON_CPU = ("sigmoid_focal_loss", "paste_masks", "stuff_labels", "preprocess_images")
-"""What a dry run walks through; the oracles of the others take minutes on a CPU."""
+"""Operators of a dry run; the oracles of the others take minutes on a CPU."""
 
 
 def plan(options: argparse.Namespace) -> tuple[Entry, ...]:
-    """The entries asked for, or for a dry run the first case of some, once, by ours alone."""
+    """Return the selected entries; for a dry run, the first case of some entries, once, without baselines."""
     if not options.dry:
         return tuple(entry for entry in PLAN if not options.names or entry.name in options.names)
     cases = {name: next(iter(importlib.import_module(name).BENCHMARK.sweep)) for name in FAST_ON_CPU}
@@ -83,7 +83,7 @@ def plan(options: argparse.Namespace) -> tuple[Entry, ...]:
 
 
 def run_from(first: int, options: argparse.Namespace) -> None:
-    """Runs the entries from `first` on in this process; an error of one is printed and the others go on."""
+    """Run the entries from `first` on in this process; print the error of an entry and continue with the next."""
     for index, entry in enumerate(plan(options)[first:], first):
         print(f"entry {index}", flush=True)
         arguments = [
@@ -115,7 +115,7 @@ def run_from(first: int, options: argparse.Namespace) -> None:
 
 
 def usable() -> bool:
-    """Whether CUDA still works in this process: after an illegal access it does not."""
+    """Tell whether CUDA still works in this process; after an illegal access it does not."""
     import torch
 
     try:
@@ -126,7 +126,7 @@ def usable() -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of this script. Exit code 1 where an entry failed."""
+    """Run the command line of this script; exit with 1 if an entry failed."""
     parser = argparse.ArgumentParser(description="Every operator on the GPU beside its strongest peers.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run (default: cuda)")
     parser.add_argument("--seconds", type=float, default=0.1, help="time per provider, case and mode (default: 0.1)")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call costs the host: every operator on a few elements, where the kernel itself takes next to nothing.
+"""Host time of a call: every operator on a few elements, where the kernel takes almost no time.
 
-Three modes of autograd: "default" (gradients enabled, no input requires one), "no_grad" and "inference_mode". Providers
-take turns in one process. A time is that of a call, by the least of many rounds; the median is beside it in the file.
-`ratio` is ours over torchvision's, whose results must be ours. "arrays" are calls with arrays of NumPy, on CUDA of CuPy
-(docs/arrays.md). On CUDA a call ends when its work is queued, unless it reads values back.
+There are three autograd modes: "default" (gradients enabled, no input requires one), "no_grad" and "inference_mode".
+Providers take turns in one process. The reported time of a call is the least of many rounds; the file has the median
+too. `ratio` is the time of spatialflow over that of torchvision; both must return the same results. "arrays" are calls
+with arrays of NumPy, or of CuPy on CUDA (docs/arrays.md). On CUDA a call ends when its work is queued, unless it reads
+values back.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ torchvision, cupy = optional("torchvision.ops"), optional("cupy")
 
 
 def cases(device: str = "cpu") -> dict[str, dict[str, Callable[[], Any]]]:
-    """Name of a call -> provider -> the call, without arguments."""
+    """Return, by name of a call, its providers as functions without arguments."""
     to_array = torch.Tensor.numpy if device == "cpu" else cupy and cupy.from_dlpack
     with torch.device(device):
         ours, peers = calls_of_ours(), calls_of_torchvision() if torchvision else {}
@@ -53,7 +54,7 @@ def cases(device: str = "cpu") -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def few_elements() -> tuple[torch.Tensor, ...]:
-    """What both libraries are called with: a map, a RoI, weight, bias, offset and mask, boxes, scores and classes."""
+    """Return the inputs of both libraries: a map, a RoI, weight, bias, offset and mask, boxes, scores and classes."""
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0], [5.0, 5.0, 6.0, 6.0]])
     return (
         torch.ones(1, 1, 2, 2),
@@ -69,7 +70,7 @@ def few_elements() -> tuple[torch.Tensor, ...]:
 
 
 def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]]]:
-    """Name -> function, arguments, options."""
+    """Return, by name, the function, arguments and options of each call of spatialflow."""
     feature, roi, weight, bias, offset, mask, boxes, scores, classes = few_elements()
     logits, labels, conv = torch.zeros(2, 2), torch.tensor([0, 1]), ops.pack_conv3x3(weight, bias)
     tower = ops.SubnetParameters(cls=((weight, bias),), reg=((weight, bias),), segmentation_levels=1)
@@ -115,7 +116,7 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
 
 
 def calls_of_torchvision() -> dict[str, Callable[[], Any]]:
-    """Name -> the call, without arguments."""
+    """Return, by name, each call of torchvision as a function without arguments."""
     feature, roi, weight, bias, offset, mask, boxes, scores, classes = few_elements()
     logits, one_hot = torch.zeros(2, 2), torch.eye(2)
     return {
@@ -129,7 +130,7 @@ def calls_of_torchvision() -> dict[str, Callable[[], Any]]:
 
 
 def measure(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Microseconds of a call, by round; the calls take turns for about `seconds` each."""
+    """Return the microseconds of each call by round; the calls take turns for about `seconds` each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(CALLS):  # warm-up
@@ -147,7 +148,7 @@ def measure(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str,
 
 
 def rows_of(name: str, mode: str, times: Mapping[str, list[float]]) -> list[dict[str, Any]]:
-    """A row per provider; `ratio` is ours over the peer's."""
+    """Return a row per provider; `ratio` is the time of spatialflow over the baseline's."""
     own = min(times[OURS])
     return [
         {
@@ -171,7 +172,7 @@ def line_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of this script."""
+    """Run the command line of this script."""
     parser = argparse.ArgumentParser(description="What a call costs the host: every operator on a few elements.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many kernels a GPU is given for one image, by stage, and how many of them only convert a layout or a dtype.
+"""Number of GPU kernels per image, by stage, and how many of them only convert a layout or a dtype.
 
-Needs no GPU: the pipeline runs on meta tensors, which have shapes and strides alone, and every operator is counted with
-the kernels that it launches on CUDA. `LAUNCHES` says how many those are for this package's operators; a test compares
-it with the CUDA kernels on the interpreter. Operators of torch count as one kernel, but views and allocations as none,
-a convolution with a bias as two, and a few as torch's sources have them. Uploads and downloads are not counted.
+No GPU is needed: the pipeline runs on meta tensors, which have shapes and strides only. Every operator is counted with
+the kernels that it launches on CUDA. `LAUNCHES` has those numbers for this package's operators; a test compares them
+with the CUDA kernels on the interpreter. An operator of torch counts as one kernel. Exceptions are views and
+allocations (none), a convolution with a bias (two), and a few others as torch's sources have them. Uploads and
+downloads are not counted.
 """
 
 from __future__ import annotations
@@ -25,27 +26,31 @@ from torch.utils._pytree import tree_leaves
 
 from spatialflow.engine import pipeline as pipeline_module
 from spatialflow.engine.pipeline import Pipeline
-from spatialflow.engine.predict import STAGES
 from spatialflow.models.build import build_model
 from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.ops.layout import is_channels_last
 
 MODULES = ("backbone", "fpn", "subnets", "box_head", "stuff_head", "thing_head")
-"""Parts of the network that are stages of their own."""
+"""Parts of the network that are counted as stages."""
 
 META = torch.device("meta")
 
 
-def tower_waves(levels: Any, packed: Any, biases: Any, algorithms: Any, counts: list[int], *rest: Any) -> int:
-    """Launches of `fused_subnets`: stages of the source, a flow and a convolution behind the last one, then the things."""
-    cls, reg, stuff, thing, flow_cls, flow_stuff, flow_thing, semantic = counts
+def fused_subnets_launches(
+    levels: Any, packed: Any, biases: Any, algorithms: Any, counts: list[int], *rest: Any
+) -> int:
+    """Return the launches of `fused_subnets`: one per dependency level of its convolutions."""
+    cls, reg, stuff, thing, flow_cls, flow_stuff, _, semantic = counts
     source, follower = (cls, reg) if rest[0] else (reg, cls)
     last_follower = max((source + 2 if flow_cls else follower), (source + 2 if flow_stuff else stuff))
     return max(source, last_follower) + (1 if semantic else 0) + thing
 
 
 def packed_deform_launches(input: Tensor, offset: Tensor, packed: Tensor, bias: Any, mask: Any, *rest: Any) -> int:
-    """Launches of `_deform_conv2d_packed`: the convolution, and one before it where offsets or mask are not float32."""
+    """Return the launches of `_deform_conv2d_packed`.
+
+    It launches the convolution, and one kernel before it if offsets or mask are not float32.
+    """
     operands = [offset] if mask is None else [offset, mask]
     mask_sigmoid = rest[-2]
     return 1 + bool(mask_sigmoid or _casts(operands, torch.float32, torch.float64))
@@ -54,7 +59,7 @@ def packed_deform_launches(input: Tensor, offset: Tensor, packed: Tensor, bias: 
 LAUNCHES: dict[str, Callable[..., int]] = {
     "_flow_conv2d_packed": lambda *_: 1,
     "_flow_conv2d_group": lambda *_: 1,
-    "fused_subnets": tower_waves,
+    "fused_subnets": fused_subnets_launches,
     "preprocess_images": lambda *_: 1,
     "multilevel_roi_align": lambda *_: 1,
     "group_norm_relu": lambda *_: 2,
@@ -70,7 +75,7 @@ LAUNCHES: dict[str, Callable[..., int]] = {
 which adds the parts of tiles that several blocks share."""
 
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
-"""Operators of torch without a kernel; views are recognized by what they return."""
+"""Operators of torch without a kernel; views are recognized by their results."""
 
 SEVERAL = {"topk": 8, "group_norm": 3, "baddbmm": 2, "constant_pad_nd": 2}
 """Kernels of torch's operators that launch several: of an H200's profile, `benchmarks/results/nvidia-h200`."""
@@ -80,10 +85,10 @@ COPIES = {"clone", "contiguous", "reshape", "to", "_to_copy", "group_norm"}
 
 
 class CountKernels(TorchDispatchMode):
-    """Counts kernels while it is entered, conversions among them; `stage` names what they are counted for.
+    """Dispatch mode that counts kernels, conversions among them, by the stage in `stage`.
 
     Args:
-        parameters: tensors that a call should use as they are; an operator of torch that copies one is a conversion.
+        parameters: tensors that a call should use without a copy; a copy by an operator of torch is a conversion.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -97,7 +102,7 @@ class CountKernels(TorchDispatchMode):
 
     @contextlib.contextmanager
     def within(self, stage: str) -> Iterator[None]:
-        """Counts for `stage` inside the block."""
+        """Count for `stage` inside the block."""
         before, self.stage = self.stage, stage
         try:
             yield
@@ -122,12 +127,12 @@ class CountKernels(TorchDispatchMode):
         return result
 
     def _hidden_layouts(self, args: tuple, result: Any) -> int:
-        """Feature maps that an operator of the package copies because their channels are not adjacent."""
+        """Return the feature maps that an operator of the package copies because their channels are not adjacent."""
         maps = [t for t in (*tree_leaves(args), *tree_leaves(result)) if isinstance(t, Tensor) and _is_map(t)]
         return sum(not is_channels_last(t) for t in maps if all(t is not weight for weight in self.parameters))
 
     def _add(self, name: str, kernels: int, layouts: int = 0, casts: int = 0, copies: int = 0) -> None:
-        """Counts an operator; `copies` are kernels of conversions beside its own `kernels`."""
+        """Count an operator; `copies` are kernels of conversions in addition to its `kernels`."""
         self.kernels[self.stage] += kernels + copies
         self.layouts[self.stage] += layouts
         self.casts[self.stage] += casts
@@ -135,7 +140,7 @@ class CountKernels(TorchDispatchMode):
 
 
 def _is_view(func: Any, args: tuple, result: Any) -> bool:
-    """Whether nothing is computed: operators such as `reshape` give a view where they can, and a copy elsewhere."""
+    """Tell whether a call computes nothing; `reshape` and others return a view where they can, else a copy."""
     returns = func._schema.returns
     if not returns or not all(one.alias_info is not None and not one.alias_info.is_write for one in returns):
         return False
@@ -144,7 +149,7 @@ def _is_view(func: Any, args: tuple, result: Any) -> bool:
 
 
 def _as_cudnn(args: tuple, result: Tensor) -> Tensor:
-    """CuDNN answers channels-last features in their layout; the meta kernel of torch does not."""
+    """Return channels-last results for channels-last features, as cuDNN does; torch's meta kernel does not."""
     return result.contiguous(memory_format=torch.channels_last) if is_channels_last(args[0]) else result
 
 
@@ -155,24 +160,24 @@ def _changes_layout(source: Tensor | None, result: Any) -> bool:
 
 
 def _is_map(tensor: Tensor) -> bool:
-    """Whether it has channels and pixels, so that its layout matters."""
+    """Tell whether a tensor has channels and pixels, so that its layout matters."""
     return tensor.dim() == 4 and tensor.is_floating_point() and min(tensor.shape[1], tensor.shape[2:].numel()) > 1
 
 
 def _casts(tensors: Any, *taken: torch.dtype) -> int:
-    """Tensors that an operator of the package converts, as it reads other dtypes."""
+    """Count the tensors that an operator of the package converts to another dtype."""
     given = [t for t in tree_leaves(tensors) if isinstance(t, Tensor)]
     return sum(t.numel() > 0 and t.dtype not in taken for t in given)
 
 
 def _weight_casts(name: str, args: tuple) -> int:
-    """Conversions of weights and biases to the dtype of sums; packed weights have none."""
+    """Count conversions of weights and biases to the accumulation dtype; packed weights need none."""
     place = {"_flow_conv2d_packed": 3, "_flow_conv2d_group": 3, "fused_subnets": 2, "group_norm_relu": slice(1, 3)}
     return _casts(args[place[name]], torch.float32, torch.float64) if name in place else 0
 
 
 def _other_casts(name: str, args: tuple) -> int:
-    """Conversions of boxes and scores, which are few numbers, to float64; of offsets and masks to float32."""
+    """Count conversions of boxes and scores (few numbers) to float64, and of offsets and masks to float32."""
     if name == "deform_conv2d":
         return _casts([args[1], args[4]], torch.float32, torch.float64)
     place = {"paste_masks": [1], "panoptic_merge": [1, 3]}.get(name, [])
@@ -180,20 +185,20 @@ def _other_casts(name: str, args: tuple) -> int:
 
 
 def name_stages(pipeline: Pipeline, within: Callable[[str], Any]) -> None:
-    """Enters `within(name)` around each stage of the pipeline and each part of its network."""
+    """Enter `within(name)` around each stage of the pipeline and each part of its network."""
     (network,) = pipeline.networks
     for name in MODULES:
         module = getattr(network, name, None)
         if isinstance(module, torch.nn.Module):
             module.forward = _inside(within, name, module.forward)
-    stopwatch = pipeline_module.stopwatch
+    stage = pipeline_module.stage
 
     @contextlib.contextmanager
-    def named(times: dict[str, float], stage: str) -> Iterator[None]:
-        with within(stage), stopwatch(times, stage):
+    def named(name: str) -> Iterator[None]:
+        with within(name), stage(name):
             yield
 
-    pipeline_module.stopwatch = named
+    pipeline_module.stage = named
 
 
 def _inside(within: Callable[[str], Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,26 +210,26 @@ def _inside(within: Callable[[str], Any], name: str, function: Callable[..., Any
 
 
 def count(config: str, size: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> CountKernels:
-    """The kernels of a batch of images of `size`, (H, W), that enter the network in their own size."""
+    """Count the kernels of a batch of images of `size`, (H, W), without a change of size."""
     overrides = {"test_short_edges": [min(size)], "test_long_edge": max(size), "test_flip": False}
     model = build_model(config, **overrides).eval()
     network = optimize_for_inference(model, META, dtype)
     pipeline = Pipeline([network], model.config, (), META, dtype, detection_masks=False)
-    counter, stopwatch = CountKernels([*network.parameters(), *network.buffers()]), pipeline_module.stopwatch
+    counter, stage = CountKernels([*network.parameters(), *network.buffers()]), pipeline_module.stage
     name_stages(pipeline, counter.within)
     pixels = [torch.empty((*size, 3), dtype=torch.uint8, device=META) for _ in range(batch)]
     try:
         with counter, counter.within("plan"):
-            plan = pipeline.plan([pipeline.fit(size)] * batch)
+            plan = pipeline.plan([pipeline.geometries(size)] * batch)
         with counter:
-            pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+            pipeline(pixels, plan)
     finally:
-        pipeline_module.stopwatch = stopwatch
+        pipeline_module.stage = stage
     return counter
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of this script."""
+    """Run the command line of this script."""
     parser = argparse.ArgumentParser(description="Kernels of one image by stage on a GPU, counted without one.")
     parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="of the image")

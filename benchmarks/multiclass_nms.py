@@ -23,7 +23,7 @@ def setup(batch: int, sharpness: int, count: int = 5000, classes: int = 80) -> P
 def composed(
     boxes: torch.Tensor, scores: torch.Tensor, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> ops.Detections:
-    """What is written with torchvision: threshold, batched_nms, top D, image by image; results padded alike."""
+    """Compose the operator from torchvision's: threshold, batched_nms and top D, image by image, with padding."""
     images = []
     for own_boxes, own_scores in zip(boxes, scores):
         index, label = (own_scores > score_threshold).nonzero(as_tuple=True)

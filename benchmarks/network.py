@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network and heads of the R50 model at 800x1344, 100 RoIs in the thing head: arranged for inference, against the same
-model from plain PyTorch modules, in the dtype and on the device of the image.
+"""Network and heads of the R50 model at 800x1344, with 100 RoIs in the thing head.
+
+The model optimized for inference is compared with the same model of plain PyTorch modules, in the same dtype and on the
+same device.
 """
 
 import copy
@@ -24,7 +26,7 @@ def plain_network():
 
 @cache
 def network(kind: str, device: torch.device, dtype: torch.dtype):
-    """The same weights as plain modules ("plain", "channels-last") or arranged for inference ("optimized")."""
+    """Return the model as plain modules ("plain", "channels-last") or optimized for inference ("optimized")."""
     if kind == "optimized":
         return optimize_for_inference(plain_network(), device, dtype)
     layout = torch.channels_last if kind == "channels-last" else torch.preserve_format
@@ -32,9 +34,9 @@ def network(kind: str, device: torch.device, dtype: torch.dtype):
 
 
 def compute(model, layout: torch.memory_format, image: torch.Tensor, rois: torch.Tensor, labels: torch.Tensor) -> list:
-    output, stuff_logits = model.dense(image.to(memory_format=layout))
+    output = model(image.to(memory_format=layout))
     mask_logits = model.thing_head(model.roi_features(output.thing_features, rois), labels)
-    return [*output.class_logits, *output.box_deltas, stuff_logits, mask_logits]
+    return [*output.class_logits, *output.box_deltas, output.stuff_logits, mask_logits]
 
 
 @torch.inference_mode()
@@ -50,9 +52,9 @@ def run_compiled(call, *inputs) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def compile_network(image: torch.Tensor, rois: torch.Tensor, labels: torch.Tensor) -> tuple:
-    """Plain channels-last modules through torch.compile with CUDA graphs and its search for the fastest kernels.
+    """Compile plain channels-last modules with torch.compile, with CUDA graphs and its search for the fastest kernels.
 
-    The model is made here: of what it traces, torch.compile keeps nothing in caches.
+    The model is created here, because torch.compile keeps nothing of a model that it traces in caches.
     """
     model = network("channels-last", image.device, image.dtype)
     call = partial(compute, model, torch.channels_last)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """paste_masks at the end of the thing head: 100 detections, 28x28 logits, onto a COCO image."""
 
-import textbook
+import naive_kernels
 import torch
 from harness import Benchmark, Problem, Provider, main, optional
 from panoptic_scenes import ellipses
@@ -40,7 +40,7 @@ BENCHMARK = Benchmark(
         "spatialflow": ops.paste_masks,
         "reference": reference.paste_masks,
         "torchvision": detection and Provider(torchvision_paste, waits=True),
-        "CuPy textbook": textbook.provider(textbook.paste_masks, first=torch.sigmoid),
+        "CuPy, naive kernel": naive_kernels.provider(naive_kernels.paste_masks, first=torch.sigmoid),
     },
 )
 

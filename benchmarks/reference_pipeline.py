@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a photograph to a panoptic map as people do it today: plain PyTorch modules, torchvision's NMS and RoIAlign,
-masks pasted one by one, a merge loop in numpy. What `end_to_end.py` compares with.
+"""Baseline pipeline from a photograph to a panoptic map, in plain PyTorch, torchvision and numpy.
 
-It follows mmdetection (detections, mask head over all classes, logits enlarged to the padded image), detectron2 (masks
-pasted within their box, which it finds fastest on the CPU; the loop that merges) and panopticapi (Pillow writes the
-PNG), and takes no step that those leave out. Reading and resizing are OpenCV's, the same code as in the package.
+It has plain modules, torchvision's NMS and RoIAlign, masks pasted one by one, and a merge loop in numpy.
+`end_to_end.py` compares with it. Its parts follow released code, without omitting a step of it:
+
+- mmdetection: detections, mask head over all classes, logits resized to the padded image
+- detectron2: the merge loop, and masks pasted within their box, its fastest way on the CPU
+- panopticapi: Pillow writes the PNG
+
+ Reading and resizing use OpenCV, with the
+same code as the package.
 """
 
 from __future__ import annotations
@@ -23,9 +28,10 @@ from torch.nn import functional as F
 
 from spatialflow.config import DataConfig, InferenceConfig
 from spatialflow.data.categories import load_categories
-from spatialflow.data.transforms import fit_size, normalise, pad, resize_image, resize_labels
+from spatialflow.data.transforms import compute_resized_size, normalize, pad, resize_image, resize_labels
 from spatialflow.images import read_image
 from spatialflow.models.anchors import STRIDES, base_anchors
+from spatialflow.models.heads import upsample_stuff_logits
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import reference
 from spatialflow.ops.reference.select_candidates import decode_boxes, grid_anchors
@@ -46,11 +52,11 @@ STAGES = (
     "merge",
     "write",
 )
-"""What a pipeline spends its time on, in order."""
+"""Stages of a pipeline, in order."""
 
 
 class Clock:
-    """Seconds by stage; `with clock("masks"): ...` adds to one. With `waits` it waits for the device at both ends."""
+    """Seconds by stage; `with clock("masks"): ...` adds to one. `waits`: synchronize the device at both ends."""
 
     def __init__(self, device: torch.device, waits: bool):
         self.times = dict.fromkeys(STAGES, 0.0)
@@ -69,15 +75,15 @@ class Clock:
 
 
 class ReferencePipeline:
-    """Reads an image, predicts its panoptic map and writes it as a PNG.
+    """Pipeline that reads an image, predicts its panoptic map and writes it as a PNG.
 
     Args:
         model: from `build_model`, with weights loaded, without deformable convolutions.
         test: sizes and thresholds.
-        device: where the network runs.
+        device: device of the network.
         channels_last: memory format of the network's weights and inputs.
-        dtype: of the network. In 16 bits RoIAlign is in float32, as under autocast, since float16 boxes are off by
-            pixels; masks are pasted on the device, all at once; no stage waits for the one before.
+        dtype: dtype of the network. In 16 bits, RoIAlign is in float32, as under autocast, as float16 boxes are off by
+            pixels. Masks are then pasted on the device, all at once, and no stage waits for the one before.
 
     Raises:
         ValueError: the model has deformable convolutions, for which plain PyTorch has no module.
@@ -103,7 +109,7 @@ class ReferencePipeline:
 
     @torch.inference_mode()
     def __call__(self, path: Path, png: Path) -> tuple[np.ndarray, list[dict[str, Any]], int, dict[str, float]]:
-        """(H, W) int32 ids, the segments, the number of detections, and seconds by stage."""
+        """Return (H, W) int32 ids, the segments, the number of detections, and seconds by stage."""
         model, test, data, clock = (
             self.model,
             self.test,
@@ -122,7 +128,7 @@ class ReferencePipeline:
             tasks = model.subnets(pyramid)
         with clock("dense heads"):
             class_logits, box_deltas = model.box_head(tasks.cls, tasks.reg)
-            quarter_logits = model.stuff_head(tasks.stuff)
+            stuff_logits = model.stuff_head(tasks.stuff)
         with clock("detections"):
             boxes, scores, labels = self.detect(class_logits, box_deltas, valid, scale)
         with clock("masks"):
@@ -135,7 +141,7 @@ class ReferencePipeline:
                 masks = paste_at_once(probabilities[entering], boxes[entering], original, test.mask_threshold)
                 boxes, scores, labels = boxes[entering].cpu(), scores[entering].cpu(), labels[entering].cpu()
         with clock("stuff labels"):
-            stuff = model.stuff_head.enlarge(quarter_logits.float())[0].argmax(dim=0)[: valid[0], : valid[1]]
+            stuff = upsample_stuff_logits(stuff_logits.float())[0].argmax(dim=0)[: valid[0], : valid[1]]
             stuff = resize_labels(stuff.cpu().numpy(), original)
         with clock("merge"):
             id_map, segments = self.merge(masks, scores.numpy(), labels.numpy(), boxes.numpy(), stuff)
@@ -150,7 +156,7 @@ class ReferencePipeline:
         valid_size: tuple[int, int],
         scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best anchors of each level, decoded; one box for each class above the threshold; class-wise NMS."""
+        """Decode the best anchors of each level; return a box per class above the threshold after class-wise NMS."""
         all_boxes, all_scores = [], []
         for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
             scores = logits[0].float().permute(1, 2, 0).reshape(-1, self.shape.num_things).sigmoid()
@@ -177,7 +183,7 @@ class ReferencePipeline:
         return boxes[kept], scores[kept], labels[kept]
 
     def mask_probabilities(self, features: Sequence[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
-        """(K, 2S, 2S): RoIAlign level by level, the mask head for all classes, then each box's own class."""
+        """Return (K, 2S, 2S): RoIAlign level by level, the mask head for all classes, then the class of each box."""
         shape = self.shape
         areas = (rois[:, 2] - rois[:, 0]).clamp(min=0) * (rois[:, 3] - rois[:, 1]).clamp(min=0)
         levels = (areas.sqrt() / shape.finest_scale + 1e-6).log2().floor().clamp(0, len(features) - 1).long()
@@ -194,7 +200,7 @@ class ReferencePipeline:
     def merge(
         self, masks: np.ndarray, scores: np.ndarray, labels: np.ndarray, boxes: np.ndarray, stuff: np.ndarray
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Instances by score, stuff by class, then the boxes that are still void; whole-image arrays throughout."""
+        """Merge instances by score, then stuff by class, then the boxes that are still void."""
         test, things, stuffs = self.test, self.categories.thing_ids, self.categories.stuff_ids
         id_map, used = np.zeros(stuff.shape, np.int32), np.zeros(stuff.shape, bool)
         segments: list[dict[str, Any]] = []
@@ -226,14 +232,14 @@ class ReferencePipeline:
 
 
 def network_input(pixels: np.ndarray, test: InferenceConfig, data: DataConfig) -> tuple[tuple[int, int], Tensor]:
-    """The size of the resized image, and the image as the network takes it, (1, 3, H, W), normalized and padded."""
-    valid = fit_size(pixels.shape[:2], test.test_short_edges[0], test.test_long_edge)
-    image = normalise(resize_image(pixels, valid), data.image_mean, data.image_std)
+    """Return the size of the resized image, and the network's input, (1, 3, H, W), normalized and padded."""
+    valid = compute_resized_size(pixels.shape[:2], test.test_short_edges[0], test.test_long_edge)
+    image = normalize(resize_image(pixels, valid), data.image_mean, data.image_std)
     return valid, torch.from_numpy(pad(image, data.size_divisor))[None]
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
-    """(K, M, M) and (K, 4) on the CPU -> (K, H, W) bool; every mask is sampled within its own box alone."""
+    """Paste masks (K, M, M) in boxes (K, 4) on the CPU, each sampled within its box; return (K, H, W) bool."""
     height, width = size
     masks = np.zeros((len(boxes), height, width), bool)
     for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
@@ -250,7 +256,7 @@ def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold
 
 
 def paste_at_once(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
-    """The same on the device, every mask sampled at all pixels of the image, as detectron2 does there."""
+    """Paste masks on the device; each mask is sampled at all pixels of the image, as in detectron2."""
     y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
     x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
     x, y = (x - x1) / (x2 - x1) * 2 - 1, (y - y1) / (y2 - y1) * 2 - 1
@@ -259,7 +265,7 @@ def paste_at_once(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], t
 
 
 def write_png(path: Path, id_map: np.ndarray) -> None:
-    """The ids as colors, by Pillow where it is installed, else by OpenCV."""
+    """Write the ids as colors, with Pillow if it is installed, else with OpenCV."""
     if pillow is not None:
         pillow.fromarray(encode_ids(id_map)).save(path)
         return

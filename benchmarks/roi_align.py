@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """roi_align at the size of the thing head: P3 of an 800x1344 image (stride 8), 256 channels."""
 
-import textbook
+import naive_kernels
 import torch
 from harness import Benchmark, Problem, Provider, deterministic, main, optional
 
@@ -44,7 +44,7 @@ BENCHMARK = Benchmark(
         "spatialflow deterministic": deterministic(ops.roi_align),
         "reference": reference.roi_align,
         "torchvision": torchvision and Provider(torchvision.roi_align, lowered=(1,)),
-        "CuPy textbook": textbook.provider(textbook.roi_align),
+        "CuPy, naive kernel": naive_kernels.provider(naive_kernels.roi_align),
     },
     oracle=torchvision.roi_align if torchvision else reference.roi_align,  # in float64; the reference loops over RoIs
 )

@@ -20,7 +20,7 @@ def setup(classes: int, cells: tuple[int, int], valid: tuple[int, int], original
 
 
 def torch_steps(logits, valid, original):
-    """Everything enlarged, argmax of the part that is no padding, nearest resize."""
+    """Upsample all logits, take the argmax without the padding, resize with nearest neighbor."""
     enlarged = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[0]
     labels = enlarged[:, : valid[0], : valid[1]].argmax(dim=0)
     rows, columns = (

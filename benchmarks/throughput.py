@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second from image files to the files of `spatialflow predict`: each stage alone, and all at once.
+"""Images per second from image files to the files of `spatialflow predict`, by stage and as a whole.
 
-The stages are decoding (with the threads of `Predictor.stream`), the network (arrays to maps on the host), and writing
-(PNG, overlay, journal; with the threads of `spatialflow predict`). "one after the other" takes each image through all
-stages before the next. "overlapped" is what `spatialflow predict` does; it cannot be faster than the slowest stage, and
-on a CPU the stages share the cores. The rows take turns, and medians over the rounds are printed.
+There are three stages:
+
+- decoding, with the threads of `Predictor.stream`
+- the network, from arrays to maps on the host
+- writing of PNG, overlay and journal, with the threads of `spatialflow predict`
+
+The row "one after the other" takes each image through all stages before the next image. The row "overlapped" is
+`spatialflow predict`: at best as fast as the slowest stage, and on a CPU the stages share the cores. The rows take
+turns, and medians over the rounds are printed.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from spatialflow.threads import leave_cores_to_others, map_ahead
 leave_cores_to_others()
 
 import torch
-from harness import environment, pictures, require_positive, results_path, write_text
+from harness import environment, image_paths, require_positive, results_path, write_text
 from untrained import untrained_model
 
 from spatialflow import Predictor, build_model, load_checkpoint
@@ -41,7 +46,7 @@ TITLE = "image files to the files of `spatialflow predict`"
 
 
 class Runs:
-    """What is timed, on one set of images; each run does all of them."""
+    """Timed rows on one set of images; each run processes all of them."""
 
     def __init__(self, predictor: Predictor, paths: Sequence[Path], folder: Path) -> None:
         self.predictor, self.folder, self.count = predictor, folder, 0
@@ -50,7 +55,7 @@ class Runs:
         self.results = list(predictor.stream(self.pixels))  # warms up, too
 
     def output(self) -> PredictionFolder:
-        """A new folder, with overlay pictures."""
+        """Return a new prediction folder with overlays."""
         self.count += 1
         categories = self.predictor.categories.as_coco()
         return PredictionFolder(
@@ -87,7 +92,7 @@ class Runs:
 
 
 def measure(runs: Runs, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run by row: at least three rounds, and as many as fit into `seconds`."""
+    """Return the seconds of each run by row: at least three rounds, and as many as fit into `seconds`."""
     functions: dict[str, Callable[[], None]] = {row: getattr(runs, row.replace(" ", "_")) for row in ROWS}
     times: dict[str, list[float]] = {row: [] for row in ROWS}
     while len(times[ROWS[0]]) < 3 or sum(map(sum, times.values())) < seconds:
@@ -164,7 +169,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of this script."""
+    """Run the command line of this script."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -178,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         if images is None:
             list(synthesize(folder / "scenes", options.count, tuple(options.size), seed=0))
             images = folder / "scenes" / "images"
-        paths = pictures(images, options.count)
+        paths = image_paths(images, options.count)
         weights = options.checkpoint or packaged_weights(options.config)
         if weights is None:
             model = untrained_model(options.config, paths[0], {})

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step of the R50 model, two images of 480x640: forward, losses, backward, SGD.
+"""Training step of the R50 model with two images of 480x640: forward, losses, backward, SGD.
 
-The references are the same network from plain PyTorch modules: as one would write it, with channels-last memory, and
-that through torch.compile. All share the criterion with its operators (targets, focal loss, RoIAlign), so that the
-ratio is that of the network alone. In 16 bits all run under autocast.
-`python benchmarks/training_step.py --peak-memory` prints the peak memory of a process that does three steps, one per
-provider.
+The references are the same network from plain PyTorch modules: contiguous, channels-last, and channels-last through
+torch.compile. All share the criterion with its operators (targets, focal loss, RoIAlign), so that the ratio is that of
+the network alone. In 16 bits all run under autocast. `--peak-memory` prints the peak memory of a process that does
+three steps, one process per provider.
 """
 
 import copy
@@ -19,9 +18,9 @@ from harness import Benchmark, Problem, Provider, main
 from untrained import settle_norms
 
 from spatialflow import build_model
-from spatialflow.models.criterion import Criterion
 from spatialflow.models.optimized.training import optimize_for_training
-from spatialflow.models.targets import Truth
+from spatialflow.models.training_step import TrainingStep
+from spatialflow.structures import GroundTruth
 
 COMPARED = tuple(
     f"{module}.weight"
@@ -38,7 +37,7 @@ COMPARED = tuple(
 
 @cache
 def training(kind: str, device: torch.device):
-    """Model, the network that computes its step, and the optimizer."""
+    """Return the model, the network that computes its step, and the optimizer."""
     torch.manual_seed(0)
     model = build_model("spatialflow_r50_coco").train()
     settle_norms(model.backbone, torch.randn(2, 3, 224, 224))
@@ -51,11 +50,11 @@ def training(kind: str, device: torch.device):
     network = optimize_for_training(model) if kind == "spatialflow" else model
     if kind == "compiled":
         network = copy.copy(model)
-        network.dense = torch.compile(model.dense, dynamic=False)
+        network.forward = torch.compile(model.forward, dynamic=False)
     return model, network, torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)  # so slow that steps stay alike
 
 
-def step(kind: str, images: torch.Tensor, truth: Truth) -> list[torch.Tensor]:
+def step(kind: str, images: torch.Tensor, truth: GroundTruth) -> list[torch.Tensor]:
     model, network, optimizer = training(kind, images.device)
     if kind != "plain":
         images = images.contiguous(memory_format=torch.channels_last)
@@ -63,7 +62,7 @@ def step(kind: str, images: torch.Tensor, truth: Truth) -> list[torch.Tensor]:
     with torch.enable_grad():
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, images.dtype if narrow else None, enabled=narrow):
-            losses = Criterion(model.config)(network, images.float() if narrow else images, truth)
+            losses = TrainingStep(network, model.config)(images.float() if narrow else images, truth)
         losses.total().backward()
         optimizer.step()
     gradients = [model.get_parameter(name).grad for name in COMPARED]
@@ -81,7 +80,7 @@ def setup(height: int, width: int, batch: int = 2, things: int = 8) -> Problem:
     size = torch.tensor([[height, width]] * batch)
     labels = list(torch.randint(80, (batch, things)))
     semantic = torch.randint(54, (batch, height, width), dtype=torch.uint8)
-    truth = Truth(boxes, labels, masks, semantic, size, size)
+    truth = GroundTruth(boxes, labels, masks, semantic, size, size)
     return Problem(inputs=(torch.randn(batch, 3, height, width), truth), features=(0,))
 
 
@@ -97,15 +96,15 @@ BENCHMARK = Benchmark(
         "torch.compile": Provider(partial(step, "compiled"), only_cuda=True, waits=True),
     },
     oracle=partial(step, "float64"),
-    # An untrained network has many units of ReLU near zero, and which side one falls on decides whole terms of a
-    # gradient: plain modules in float32 are off by 2e-4 to 4e-4, in bfloat16 by 0.4, in the first layers.
+    # Inputs of ReLU are near zero in an untrained network, and their sign decides whole terms of a gradient. In the
+    # first layers, plain modules are off by 2e-4 to 4e-4 in float32, and by 0.4 in bfloat16.
     tolerance=1e-2,
     rounding=20.0,
 )
 
 
 def print_peak_memory(kind: str) -> None:
-    """Runs three steps and prints this process's largest resident set."""
+    """Run three steps and print the largest resident set of this process."""
     torch.manual_seed(0)
     problem = setup(480, 640)
     for _ in range(3):

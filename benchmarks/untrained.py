@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks without trained weights that have as much to compute, and find about as much, as trained ones."""
+"""Networks without trained weights that have as much to compute, and detect about as much, as trained ones."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CANDIDATES, CONFIDENT = 1500, 20
 
 @torch.no_grad()
 def settle_norms(backbone: nn.Module, images: torch.Tensor) -> None:
-    """Gives BatchNorm the statistics of `images`, and the last norm of every residual branch a weight of 0.2.
+    """Set BatchNorm statistics from `images`, and the last norm weight of every residual branch to 0.2.
 
-    Without statistics the activations overflow. Training starts with branches of zeros, which would hide errors of
-    their convolutions, and which a GPU multiplies faster than other numbers.
+    Without statistics the activations overflow. Training starts with zero weights in those norms. Zeros would hide
+    errors of the convolutions, and a GPU multiplies them faster than other numbers.
     """
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in backbone.modules():
@@ -39,11 +39,11 @@ def settle_norms(backbone: nn.Module, images: torch.Tensor) -> None:
 
 
 def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> SpatialFlow:
-    """A network that finds about as much in `image` as a trained one.
+    """Return a network that detects about as much in `image` as a trained one.
 
-    Initial weights give every box the probability 0.01 and all pixels one stuff class. So `settle_norms` is applied
-    with the image, every class's logits are brought to one mean and spread, and the classifier to a slope and an offset
-    with which `CANDIDATES` pairs of anchor and class reach the score threshold and `CONFIDENT` the panoptic map.
+    Initial weights give every box the probability 0.01 and all pixels one stuff class. Therefore `settle_norms` is
+    applied with the image, and the logits of all classes get the same mean and spread. A slope and an offset of the
+    classifier then let `CANDIDATES` pairs of anchor and class reach the score threshold, and `CONFIDENT` the map.
     """
     torch.manual_seed(0)
     model = build_model(config, **overrides).eval()
@@ -51,20 +51,20 @@ def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> Spat
     _, images = network_input(read_image(image), test, model.config.data)
     settle_norms(model.backbone, images)
     with torch.inference_mode():
-        output, quarter_logits = model.dense(images)
+        output = model(images)
         logits = torch.cat([level.flatten(2)[0] for level in output.class_logits], dim=1)  # (A * classes, cells)
         mean, deviation = logits.mean(dim=1), logits.std(dim=1)
         best = ((logits - mean[:, None]) / deviation[:, None]).flatten().topk(CANDIDATES).values
         low, high = (torch.tensor([test.score_threshold, test.instance_score_threshold])).logit()
         slope = (high - low) / (best[CONFIDENT - 1] - best[-1])
         adjust(model.box_head.class_logits, slope / deviation, low - slope * (best[-1] + mean / deviation))
-        mean, deviation = quarter_logits.mean(dim=(0, 2, 3)), quarter_logits.std(dim=(0, 2, 3))
+        mean, deviation = (output.stuff_logits.mean(dim=(0, 2, 3)), output.stuff_logits.std(dim=(0, 2, 3)))
         rarity = torch.arange(len(mean)) / 4  # a picture shows a few of the classes
         adjust(model.stuff_head.logits, 1 / deviation, -mean / deviation - rarity)
     return model
 
 
 def adjust(conv: nn.Conv2d, factor: torch.Tensor, offset: torch.Tensor) -> None:
-    """Multiplies the outputs of a convolution by `factor` and adds `offset`, channel by channel."""
+    """Multiply the outputs of a convolution by `factor` and add `offset`, channel by channel."""
     conv.weight.mul_(factor[:, None, None, None])
     conv.bias.mul_(factor).add_(offset)

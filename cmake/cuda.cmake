@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# The CUDA library. It is decided by the toolkit, never by a device: a machine without one builds it as well.
+# The CUDA library. Building it needs the toolkit but no GPU.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   if(DEFINED ENV{TORCH_CUDA_ARCH_LIST})
     # "8.0;9.0a+PTX" -> "80-real;90a"
@@ -23,8 +23,8 @@ enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-# The stream shim is a symbol of libtorch_cuda.so; a CPU-only torch has none, so a stub with that soname stands in at
-# link time. At run time the name resolves to the libtorch_cuda.so that torch has loaded.
+# The library uses symbols of libtorch_cuda.so, which a CPU-only torch lacks. It is linked with a stub of the same
+# soname. At run time the name resolves to the libtorch_cuda.so that torch has loaded.
 set(stub_dir "${CMAKE_BINARY_DIR}/torch_cuda_stub")
 string(CONCAT stub
   "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n"

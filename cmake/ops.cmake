@@ -26,10 +26,10 @@ set(ops
 # Sources of both back ends that several operators share.
 set(shared_sources conv3x3)
 
-# Sources of CUDA kernels alone, for one compute capability.
-set(cuda_only_sources sm90_conv1x1 sm90_conv3x3 sm90_deform_conv2d)
+# Sources that only the CUDA library has: a backward pass in a file of its own, kernels for one compute capability.
+set(cuda_only_sources roi_align_backward sm90_conv1x1 sm90_conv3x3 sm90_deform_conv2d)
 
-# Overlap decisions, resized pixels and labels are the same on every level and back end only if no product is fused with
-# an addition; boxes of candidates are the same on every level. In the CUDA kernels of NMS that is said at the products.
+# Sources compiled without fused multiply-adds. Overlap decisions, resized pixels and labels are then equal on all
+# levels and back ends, and boxes of candidates on all levels. The CUDA kernels of NMS use intrinsics instead.
 set(cpu_unfused multiclass_nms nms preprocess_images select_candidates stuff_labels)
 set(cuda_unfused paste_masks preprocess_images stuff_labels)

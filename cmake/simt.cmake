@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# The CUDA kernels as plain C++ under the SIMT interpreter (docs/simt.md), registered for CPU tensors. The library
-# stands in for the CPU library.
+# The CUDA kernels compiled as C++ for the SIMT interpreter (docs/simt.md) and registered for CPU tensors. Tests load
+# this library instead of the CPU library.
 find_package(Threads REQUIRED)
 set(simt_sources "")
 foreach(source IN LISTS ops shared_sources cuda_only_sources)
@@ -10,7 +10,7 @@ foreach(source IN LISTS ops shared_sources cuda_only_sources)
   file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"cuda/${source}.cu\"\n")
   list(APPEND simt_sources "${wrapper}")
 endforeach()
-# Products are rounded before they are added to, as decisions at a threshold expect.
+# Without fused multiply-adds, as decisions at a threshold expect.
 set_source_files_properties(${simt_sources} PROPERTIES COMPILE_OPTIONS "-Wno-unknown-pragmas;-ffp-contract=off")
 spatialflow_library(spatialflow_simt ${simt_sources})
 target_link_libraries(spatialflow_simt PRIVATE spatialflow_torch Threads::Threads)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SpatialFlow: exact, fast vision operators and panoptic segmentation built on them.
 
-Names are resolved on first use, so that `import spatialflow` costs nothing and scoring a folder of results never
-imports torch. The raw operators, `torch.ops.spatialflow.*`, therefore need `import spatialflow.ops`.
+Names are resolved on first use, so that `import spatialflow` is fast and scoring a folder of results does not import
+torch. The raw operators, `torch.ops.spatialflow.*`, therefore need `import spatialflow.ops`.
 """
 
 import importlib
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from spatialflow import _library
 
-__version__ = "0.1.0"
-__path__ = [*dict.fromkeys((str(_library.BUILD), *__path__))]  # a build with sanitizers has its own `_evaluation`
+__version__ = "0.2.0"
+__path__ = [*dict.fromkeys((str(_library.BUILD), *__path__))]  # for the `_evaluation` of a build with sanitizers
 
-if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers and editors
     from spatialflow import data as data
     from spatialflow import engine as engine
     from spatialflow import models as models
     from spatialflow import ops as ops
     from spatialflow import panoptic as panoptic
-    from spatialflow.config import ConfigError
+    from spatialflow.config import ConfigError, list_configs, load_config
     from spatialflow.engine.checkpoints import (
         CheckpointError,
         load_backbone,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     )
     from spatialflow.engine.predict import PanopticResult, Predictor
     from spatialflow.images import ImageError
-    from spatialflow.models.build import build_model, list_configs, load_config
+    from spatialflow.models.build import build_model
     from spatialflow.models.optimized.inference import optimize_for_inference
 
 _HOMES = {
@@ -39,17 +39,17 @@ _HOMES = {
     "PanopticResult": "spatialflow.engine.predict",
     "Predictor": "spatialflow.engine.predict",
     "build_model": "spatialflow.models.build",
-    "list_configs": "spatialflow.models.build",
+    "list_configs": "spatialflow.config",
     "load_backbone": "spatialflow.engine.checkpoints",
     "load_checkpoint": "spatialflow.engine.checkpoints",
-    "load_config": "spatialflow.models.build",
+    "load_config": "spatialflow.config",
     "optimize_for_inference": "spatialflow.models.optimized.inference",
     "pretrained_model": "spatialflow.engine.checkpoints",
     "save_checkpoint": "spatialflow.engine.checkpoints",
 }
 _SUBPACKAGES = ("data", "engine", "models", "ops", "panoptic")
 
-__all__ = [  # in words, as type checkers read it
+__all__ = [  # written out, because type checkers do not evaluate `sorted(_HOMES)`
     "CheckpointError",
     "ConfigError",
     "ImageError",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds and loads the compiled operator libraries; the only module that knows where they are."""
+"""Location and loading of the compiled operator libraries."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -12,11 +13,9 @@ from typing import NamedTuple
 
 
 class _Backend(NamedTuple):
-    kernels: str
-    target: str
-    """What `make` builds it with."""
-    build: str = ""
-    """Folder of build/ with a package folder of its own; empty: what is compiled lies in this package."""
+    kernels: str  # "cpu" or "simt"
+    target: str  # target of `make` that builds the libraries
+    build: str = ""  # folder in build/ that contains the libraries; empty: they are in this package
 
 
 _BACKENDS = {
@@ -25,6 +24,7 @@ _BACKENDS = {
     "simt": _Backend("simt", "test-simt"),
     "cpu_sanitized": _Backend("cpu", "sanitize", "sanitized"),
     "simt_sanitized": _Backend("simt", "test-simt-sanitize", "sanitized"),
+    "cpu_coverage": _Backend("cpu", "coverage", "coverage"),
     "cpu_thread_sanitized": _Backend("cpu", "sanitize-threads", "thread_sanitized"),
 }
 _NAME = os.environ.get("SPATIALFLOW_BACKEND", "cpu")
@@ -32,11 +32,11 @@ _BACKEND = _BACKENDS.get(_NAME, _BACKENDS["cpu"])
 _PACKAGE = Path(__file__).resolve().parent
 
 BUILD = _PACKAGE.parent / "build" / _BACKEND.build / "package" if _BACKEND.build else _PACKAGE
-"""The folder with all that is compiled: this package, or the one that a build with sanitizers filled."""
+"""Folder of the compiled files: this package, or the output of a build with sanitizers."""
 
 FOLDER = BUILD / "lib"
 
-# torch's name for what the processor offers (and ATEN_CPU_CAPABILITY may lower) -> our libraries, best first.
+# Levels, best first, by torch's name of the processor's capability, which ATEN_CPU_CAPABILITY may lower.
 _LEVELS = {
     "AVX512": ("x86-64-v4", "x86-64-v3", "x86-64-v2"),
     "AVX2": ("x86-64-v3", "x86-64-v2"),
@@ -45,68 +45,83 @@ _LEVELS = {
 
 
 def library_path(name: str) -> Path:
+    """Return the path of a library by its name, for instance "schema"; the file need not exist."""
     return FOLDER / f"libspatialflow_{name}.so"
 
 
 def built_libraries() -> list[str]:
-    """Names of the libraries that were built: "schema", "cpu_x86-64-v4", "cuda", ..."""
+    """List the names of the libraries that were built: "schema", "cpu_x86-64-v4", "cuda", ..."""
     return sorted(path.stem.removeprefix("libspatialflow_") for path in FOLDER.glob("libspatialflow_*.so"))
 
 
 def build_description() -> dict[str, str]:
-    """What the libraries were built with: torch, compiler, cuda_architectures, cuda_compiler; empty if not built."""
+    """Read what the libraries were built with: torch, compiler, CUDA architectures and compiler; empty if not built."""
     try:
-        return json.loads((FOLDER / "build.json").read_text())
+        description: dict[str, str] = json.loads((FOLDER / "build.json").read_text())
     except (OSError, ValueError):
         return {}
+    return description
 
 
 def cpu_levels() -> list[str]:
-    """Instruction-set levels that were built and that this processor runs, best first."""
+    """List the instruction-set levels that were built and that this processor runs, best first."""
+    return [level for level in _processor_levels() if library_path(f"cpu_{level}").is_file()]
+
+
+def _processor_levels() -> tuple[str, ...]:
+    """List the instruction-set levels that this processor runs, best first."""
     import torch
 
     if platform.machine() in ("x86_64", "AMD64"):
-        usable = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), _LEVELS["DEFAULT"])
-    else:
-        usable = ("native",)
-    return [level for level in usable if library_path(f"cpu_{level}").is_file()]
+        return _LEVELS.get(torch.backends.cpu.get_cpu_capability(), _LEVELS["DEFAULT"])
+    return ("native",)
 
 
 def cpu_level() -> str:
-    """Instruction-set level of the CPU library to use: the best of `cpu_levels()`.
+    """Choose the instruction-set level of the CPU library: the best of `cpu_levels()`.
 
-    The environment variable SPATIALFLOW_CPU_LEVEL asks for a lower one.
+    The environment variable SPATIALFLOW_CPU_LEVEL selects a lower level.
 
     Raises:
-        ImportError: no built library fits, or SPATIALFLOW_CPU_LEVEL names one that does not.
+        ImportError: no library was built, or none for this processor, or SPATIALFLOW_CPU_LEVEL names a level that is
+            not in `cpu_levels()`.
     """
-    candidates = cpu_levels()
-    wanted = os.environ.get("SPATIALFLOW_CPU_LEVEL")
-    if wanted:
-        if wanted not in candidates:
+    usable = cpu_levels()
+    selected = os.environ.get("SPATIALFLOW_CPU_LEVEL")
+    if selected:
+        if selected not in usable:
             raise ImportError(
-                f"SPATIALFLOW_CPU_LEVEL={wanted}: not a level that is built and that this processor runs; "
-                f"those are {', '.join(candidates) or 'none'}"
+                f"SPATIALFLOW_CPU_LEVEL={selected}: not a level that is built and that this processor runs; "
+                f"those are {', '.join(usable) or 'none'}"
             )
-        return wanted
-    if not candidates:
+        return selected
+    if usable:
+        return usable[0]
+    built = [name.removeprefix("cpu_") for name in built_libraries() if name.startswith("cpu_")]
+    if built:
         raise ImportError(
-            f"spatialflow's compiled libraries are missing in {FOLDER}: build them with `pip install .` or "
+            f"spatialflow's CPU libraries in {FOLDER} are built for {', '.join(built)}, but this processor runs "
+            f"{', '.join(_processor_levels())}: rebuild them on this machine with `pip install .` or "
             f"`make {_BACKEND.target}`"
         )
-    return candidates[0]
+    raise ImportError(
+        f"spatialflow's compiled libraries are missing in {FOLDER}: build them with `pip install .` or "
+        f"`make {_BACKEND.target}`"
+    )
 
 
 def backend_library() -> str:
-    """Name of the library with the kernels for CPU tensors.
+    """Choose the library with the kernels for CPU tensors, and return its name.
 
-    The environment variable SPATIALFLOW_BACKEND chooses the back end of tests: "simt" replaces the CPU kernels by
-    interpreted CUDA kernels (docs/simt.md); "cpu_sanitized", "simt_sanitized" and "cpu_thread_sanitized" are builds
-    with sanitizers (docs/sanitizers.md); "cuda" changes nothing here, but insists on the CUDA library, and the tests
-    then make their tensors on the GPU.
+    The environment variable SPATIALFLOW_BACKEND selects the back end of tests. The value "simt" replaces the CPU
+    kernels by interpreted CUDA kernels (docs/simt.md). The values "cpu_sanitized", "simt_sanitized" and
+    "cpu_thread_sanitized" are builds with sanitizers (docs/sanitizers.md). The value "cpu_coverage" counts executed
+    lines (`make coverage`). The value "cuda" selects the CPU library
+    too, but requires the CUDA library; the tests then create their tensors on the GPU.
 
     Raises:
-        ImportError: SPATIALFLOW_BACKEND names no back end, or one that is not there; or no CPU library fits.
+        ImportError: SPATIALFLOW_BACKEND is not the name of a back end, its library is missing, or there is no CPU
+            library for this processor.
     """
     import torch
 
@@ -126,20 +141,29 @@ def backend_library() -> str:
     return "simt"
 
 
+@functools.cache
 def load() -> None:
-    """Registers all operators with torch (`torch.ops.spatialflow`). Loading twice does nothing."""
+    """Register all operators with torch (`torch.ops.spatialflow`); further calls do nothing."""
     import torch
 
-    if getattr(load, "done", False):
-        return
     backend = backend_library()
-    torch.ops.load_library(str(library_path("schema")))
-    torch.ops.load_library(str(library_path(backend)))
+    _load("schema")
+    _load(backend)
     if backend.startswith("cpu_") and hasattr(os, "register_at_fork"):
         library = ctypes.CDLL(str(library_path(backend)))
         threads_were_used = ctypes.c_bool.in_dll(library, "spatialflow_threads_were_used")
-        # Threads are not forked. Kernels, and torch's own copies within operators, would wait forever for the parent's.
-        os.register_at_fork(after_in_child=lambda: threads_were_used.value and torch.set_num_threads(1))
+
+        def use_one_thread() -> None:
+            # A fork does not copy threads: a parallel loop in the child would wait forever for those of the parent.
+            if threads_were_used.value:
+                torch.set_num_threads(1)
+
+        os.register_at_fork(after_in_child=use_one_thread)
     if torch.version.cuda is not None and library_path("cuda").is_file():
-        torch.ops.load_library(str(library_path("cuda")))
-    load.done = True
+        _load("cuda")
+
+
+def _load(name: str) -> None:
+    import torch
+
+    torch.ops.load_library(str(library_path(name)))  # type: ignore[no-untyped-call]

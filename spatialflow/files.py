@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a reader sees the old content or the whole new one, never a part."""
+"""Atomic writing of files: a reader sees the old content or all of the new content, never a part of it."""
+
+from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside `path`, and rename it to `path` when the block ends without an exception.
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`, and rename it to `path` if the block ends without an exception.
 
     Args:
         path: the file to create or replace; its folder is created if it is absent.
         mode: "wb" or "w" (UTF-8).
 
     Returns:
-        A context manager that gives the open file. On any exception, a full disk included, the temporary file is
-        removed and `path` stays as it was. Several threads may write files at once.
+        A context manager for the open file. On any exception, such as that of a full disk, the temporary file is
+        removed and `path` is unchanged. Several threads may write files at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # less the process's umask
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the process's umask applies
     try:
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
@@ -33,3 +39,38 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:
+    """Write `content` as JSON and a final newline.
+
+    Args:
+        path: the file to create or replace.
+        content: what `json.dump` accepts.
+        indent: spaces per nesting level; None writes one line.
+
+    Raises:
+        OSError: the file cannot be written.
+        TypeError: `content` has an object that JSON has no form for.
+    """
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=indent)
+        file.write("\n")
+
+
+def write_jpeg(path: str | os.PathLike[str], image: np.ndarray, quality: int = 95) -> None:
+    """Write an image as JPEG.
+
+    Args:
+        path: the file to create or replace.
+        image: (H, W, 3) uint8 BGR.
+        quality: 0 to 100.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import cv2
+
+    _, content = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))
+    with atomic_write(path) as file:
+        file.write(content)

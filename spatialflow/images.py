@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads image files as training and prediction do; no torch."""
+"""Reading of image files, without torch."""
 
 import io
 import warnings
@@ -17,25 +17,25 @@ class ImageError(ValueError):
 
 
 class ImageWarning(DataWarning):
-    """An image that was read although its file has a defect; the message names both."""
+    """A defect of an image file that was read all the same; the message names the file and the defect."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decodes an image file to (H, W, 3) uint8 BGR.
+    """Decode an image file to (H, W, 3) uint8 BGR.
 
-    Grayscale is spread over the channels, transparency is dropped, 16-bit values lose their low byte, EXIF orientation
-    is applied. Of several pictures in one file the first is read. Data behind the end of a picture are passed over. A
-    JPEG that lacks nothing but its end marker is read, with an `ImageWarning`.
+    Grayscale is copied to all channels, transparency is dropped, 16-bit values lose their low byte, and EXIF
+    orientation is applied. The first of several images in one file is read. Data after the end of the image are
+    ignored. A JPEG in which only the end marker is missing is read, with an `ImageWarning`.
 
     Raises:
-        ImageError: the file is absent, no image, truncated or damaged.
+        ImageError: the file is absent, is not an image, or is truncated or damaged.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a zero byte
-        raise ImageError(f"{str(path)!r}: is no file name: {error}") from None
+    except ValueError as error:  # the name contains a zero byte
+        raise ImageError(f"{str(path)!r}: is not a file name: {error}") from None
     if not content:
         raise ImageError(f"{path}: is empty")
     image = decode_image(path, content)
@@ -49,25 +49,25 @@ def read_image(path: str | Path) -> np.ndarray:
     return image
 
 
-def _promises_more_than_it_holds(content: bytes) -> bool:
-    """True for a PNG or JPEG that is much too short for its pixels; decoders take the memory before they notice."""
+def _is_too_short_for_its_header(content: bytes) -> bool:
+    """Tell whether a PNG or JPEG is much too short for its size; decoders would first allocate the memory."""
     if content.startswith(_PNG_BEGIN):
         at = len(_PNG_BEGIN)
         while at + 8 <= len(content):
             length = int.from_bytes(content[at : at + 4], "big")
             if length > len(content):
                 return True
-            if content[at + 4 : at + 8] == b"IEND":  # what follows is not read
+            if content[at + 4 : at + 8] == b"IEND":  # decoders stop here
                 break
             at += 12 + length
         width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
         depth, color = (int.from_bytes(content[at : at + 1], "big") for at in (24, 25))
         line = width * {2: 3, 4: 2, 6: 4}.get(color, 1) * depth // 8
-        return height * line > 1032 * len(content)  # the most that DEFLATE gains
+        return height * line > 1032 * len(content)  # largest compression ratio of DEFLATE
     if content.startswith(_JPEG_BEGIN):
         at = len(_JPEG_BEGIN)
         while at + 9 <= len(content) and content[at] == 0xFF:
-            if content[at + 1] in (0xC0, 0xC1, 0xC2):  # frames in Huffman code: at least a bit for each 8x8 block
+            if content[at + 1] in (0xC0, 0xC1, 0xC2):  # Huffman-coded frames: at least one bit per 8x8 block
                 height, width = (int.from_bytes(content[start : start + 2], "big") for start in (at + 5, at + 7))
                 return height * width > 8 * 64 * len(content)
             at += 1 if content[at + 1] == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
@@ -75,12 +75,14 @@ def _promises_more_than_it_holds(content: bytes) -> bool:
 
 
 def decode_image(path: str | Path, content: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray | None:
-    """OpenCV's result, which is None for a truncated file (from OpenCV 4.12 on; before, a gray rest).
+    """Decode an image with OpenCV; None for a file that is truncated or damaged.
+
+    OpenCV before 4.12 fills the missing part of a truncated JPEG with gray.
 
     Raises:
-        ImageError: the file, named `path`, would take much more memory than it has pixels for, or has too many.
+        ImageError: the file `path` is much too short for the size in its header, or has too many pixels.
     """
-    if _promises_more_than_it_holds(content):
+    if _is_too_short_for_its_header(content):
         raise ImageError(f"{path}: is truncated or damaged: too short for the image that its header describes")
     try:
         return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
@@ -92,23 +94,25 @@ _PNG_BEGIN, _JPEG_BEGIN, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\x
 
 
 def _lacks_only_the_end_marker(content: bytes) -> bool:
-    """True if no pixel of a JPEG depends on what could have followed its last byte.
+    """Tell whether no pixel of a JPEG depends on data after its last byte.
 
-    Decoders fill what is missing from a cut picture with what comes next, and skip what comes behind a whole one. So
-    data of several kinds are appended, restart markers among them; Pillow decodes, as OpenCV would print warnings. A
-    progressive picture that ends exactly between two scans passes: it has all its pixels, in lower quality.
+    Decoders read the missing part of a truncated image from the data that follow, and skip data after a complete image.
+    So the image is decoded with several different continuations, including restart markers. Pillow decodes, because
+    OpenCV would print warnings. A progressive image that ends exactly between two scans passes: it has all pixels, in
+    lower quality.
     """
     if not content.startswith(_JPEG_BEGIN):
         return False
-    content = content.rstrip(b"\xff")  # the first half of the end marker, or filling
-    first = _decode_with_pillow(content + _JPEG_END)
-    return first is not None and all(
-        np.array_equal(first, _decode_with_pillow(content + tail + _JPEG_END)) for tail in _continuations()
-    )
+    content = content.rstrip(b"\xff")  # first byte of the end marker, or fill bytes
+    pixels = _decode_with_pillow(content + _JPEG_END)
+    if pixels is None:
+        return False
+    others = (_decode_with_pillow(content + tail + _JPEG_END) for tail in _continuations())
+    return all(other is not None and np.array_equal(pixels, other) for other in others)
 
 
 def _continuations() -> Iterator[bytes]:
-    """Entropy-coded data that differ in every bit position, with the restart markers 0..7 in every rotation."""
+    """Generate entropy-coded data that differ in every bit position, with restart markers 0..7 in every rotation."""
     for number in range(17):
         data = bytes([15 * number]) * 64
         yield data + b"".join(bytes([0xFF, 0xD0 + (number + marker) % 8]) + data for marker in range(8))
@@ -119,7 +123,7 @@ def _decode_with_pillow(content: bytes) -> np.ndarray | None:
 
     try:
         return np.asarray(Image.open(io.BytesIO(content)))
-    except Exception:  # of whatever kind, as Pillow's decoders raise many
+    except Exception:  # Pillow's decoders raise exceptions of many types
         return None
 
 

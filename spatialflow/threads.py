@@ -1,70 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in the background of other work: calls in worker threads, results in order, bounded memory."""
+"""Calls in worker threads, with results in order and bounded memory; the CPU cores of the process."""
 
 import contextlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Processor cores that this process may use."""
+    """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leave_cores_to_others() -> None:
-    """Lets torch's threads sleep while they wait for each other, where the user has not decided that they spin.
+    """Let torch's OpenMP threads sleep while they wait for each other, unless OMP_WAIT_POLICY is set.
 
-    On a CPU they are as many as there are cores. While threads beside them decode and write, one of torch's waits for
-    a core, and the others would spin on theirs until it gets one: everything then takes several times as long. The
-    setting has an effect only before torch is loaded, so it is left alone after that.
+    On a CPU, torch uses one thread per core. While other threads decode and write, one of torch's threads waits for a
+    core. By default the rest would spin until that thread runs, which makes everything several times as slow. The
+    setting has an effect only before torch is imported; after that the function does nothing.
     """
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def map_ahead(function: Callable[[Item], Any], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Future]:
-    """Calls a function for every item in worker threads, and yields the futures in the order of the items.
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+) -> Generator[Future[Result], None, None]:
+    """Call a function for every item in worker threads, and yield the futures in the order of the items.
 
-    Items are taken in the caller's thread. Before each yield, they are taken until `ahead` calls have begun or wait, so
-    that the threads have work while the caller uses a result.
+    Items are taken from the iterable in the caller's thread. Before each yield, items are taken until `ahead` calls
+    are queued, running or not yet yielded. So the threads have work while the caller uses a result.
 
     Args:
-        function: called once per item. What it raises, the future raises too, with the traceback of the thread.
-        items: may be endless. What it raises comes after the results of the items before.
+        function: called once per item. Its exception is the future's, with the traceback of the thread.
+        items: may be endless. An exception of the iterable is raised after the results of the items before it.
         threads: number of worker threads.
-        ahead: calls that may wait, run, or have results that were not yielded; at least 1.
+        ahead: largest number of calls that are queued, running, or done and not yet yielded; at least 1.
 
     Yields:
         A future per item, which may not be done yet.
 
-    Remarks:
-        When the iterator ends or is closed, it waits for the calls that have begun, and no thread stays behind. Closing
-        cancels calls that were not yielded and have not begun. An iterator without references is closed;
-        `contextlib.closing` does so at a known place.
+    Note:
+        When the iterator ends or is closed, it waits for the calls that are running, and its threads end. Closing
+        cancels calls that are still queued. An iterator without references is closed; `contextlib.closing` closes one
+        at a defined place.
     """
-    source, waiting, error = iter(items), deque[Future](), None
+    source, waiting = iter(items), deque[Future[Result]]()
+    error: BaseException | None = None
     executor = ThreadPoolExecutor(threads, "map_ahead")
     try:
         while True:
             while error is None and len(waiting) < ahead:
                 try:
                     waiting.append(executor.submit(function, next(source)))
-                except BaseException as caught:  # an interrupt too: results that are there are not lost
+                except BaseException as caught:  # includes interrupts: finished results are yielded first
                     error = caught
             if not waiting:
                 break
             yield waiting.popleft()
-        if not isinstance(error, StopIteration):
+        if error is not None and not isinstance(error, StopIteration):
             raise error
     finally:
-        error = None  # its traceback refers to this frame
+        error = None  # the traceback refers to this frame
         for future in waiting:
             future.cancel()
-        with contextlib.suppress(RuntimeError):  # in one of the threads, which cannot wait for itself
+        with contextlib.suppress(RuntimeError):  # raised in a worker thread, which cannot join itself
             executor.shutdown()

@@ -19,22 +19,33 @@ def pytest_configure() -> None:
 
 
 def fixture_root() -> Path:
-    """Folder with goldens/ and data/: SPATIALFLOW_FIXTURES, else ../shared beside the checkout."""
+    """Return the folder of the larger recordings: SPATIALFLOW_FIXTURES, else ../shared beside the checkout."""
     root = Path(os.environ.get("SPATIALFLOW_FIXTURES", Path(__file__).resolve().parents[1] / ".." / "shared"))
     return root.resolve()
 
 
+GOLDENS = Path(__file__).resolve().parent / "data" / "goldens"
+"""Recorded results of the released implementation (tests/data/README.md)."""
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
-    """`fixture_root()`; tests that need it are skipped, with the reason, where the folder is absent."""
+    """`fixture_root()`; tests that need it are skipped, with the reason, if the folder does not exist."""
     root = fixture_root()
     if not (root / "goldens").is_dir():
-        pytest.skip(f"no goldens in {root}: set SPATIALFLOW_FIXTURES to the folder that holds goldens/ and data/")
+        pytest.skip(f"no goldens/ in {root}: set SPATIALFLOW_FIXTURES to a folder with it (tests/data/README.md)")
     return root
 
 
 @pytest.fixture(scope="session")
-def goldens(fixtures: Path) -> Path:
+def goldens() -> Path:
+    """`GOLDENS`."""
+    return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def large_goldens(fixtures: Path) -> Path:
+    """Recordings that are too large for the repository."""
     return fixtures / "goldens"
 
 

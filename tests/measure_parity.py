@@ -6,9 +6,9 @@
 """
 
 import torch
-from conftest import fixture_root
+from conftest import GOLDENS
 from helpers.golden_models import golden_model, relative_error
-from test_training_targets import ReleasedStuffSum, golden_batch
+from test_training_targets import golden_batch, released_step
 
 from spatialflow.engine.checkpoints import name_from_released
 from spatialflow.models.optimized.training import optimize_for_training
@@ -16,14 +16,13 @@ from spatialflow.models.optimized.training import optimize_for_training
 
 def measure(arranged: bool) -> tuple[float, float, float]:
     """Largest relative difference of a loss, of a gradient's norm, and of a whole gradient by its largest value."""
-    goldens = fixture_root() / "goldens"
-    arrays, about, images, truth = golden_batch(goldens)
-    model = golden_model(goldens, "tiny", "tiny").train()
-    criterion = ReleasedStuffSum(model.config)
+    arrays, about, images, truth = golden_batch(GOLDENS)
+    model = golden_model(GOLDENS, "tiny", "tiny").train()
+    step = released_step(optimize_for_training(model) if arranged else model, truth)
     with torch.no_grad():
-        things = criterion.thing_targets(model.dense(images)[0], truth)
-    criterion.thing_targets = lambda output, truth: things
-    losses = criterion(optimize_for_training(model) if arranged else model, images, truth)
+        things = step.assigner.thing_targets(model(images), truth)
+    step.assigner.thing_targets = lambda output, truth: things
+    losses = step(images, truth)
     losses.total().backward()
     parameters = dict(model.named_parameters())
     values = zip(("loss_cls", "loss_bbox", "loss_mask", "loss_stuff", "loss"), (*losses, losses.total()))

@@ -128,7 +128,7 @@ def cases():
                 "boxes": box_rows(3),
                 "stuff": stuff,
                 "stuff_labels": 2,
-                "stuff_area_limit": 4,
+                "stuff_area_threshold": 4,
             },
         ),
         "panoptic_merge, no boxes": (

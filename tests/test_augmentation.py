@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import spatialflow
 from spatialflow.cli.main import main
+from spatialflow.config import load_config
 from spatialflow.models import postprocess
-from spatialflow.models.build import load_config
 from spatialflow.panoptic import read_id_map
 
 PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)
@@ -98,7 +98,7 @@ def test_sizes_of_the_released_augmentation(goldens, model):
     released = json.loads((goldens / "ops" / "resize.json").read_text())["rescale_size"]
     for w, h in ((640, 480), (480, 640), (640, 427), (1000, 300), (612, 612)):
         expected = [released[f"{w}x{h}->{limits}"]["new_wh"] for limits in ("1500x1000", "1800x1200", "2100x1400")]
-        assert [list(fitted.valid_size[::-1]) for fitted in pipeline.fit((h, w))] == expected
+        assert [list(geometry.valid_size[::-1]) for geometry in pipeline.geometries((h, w))] == expected
 
 
 def test_stuff_logits_at_original_size():

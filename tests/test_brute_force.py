@@ -461,9 +461,9 @@ class TestPanopticMerge:
     stuff = (torch.arange(48).reshape(6, 8) // 7 - 1).to(torch.int32)  # -1 and too large ones among the labels
     boxes = rows([0, 0, 4, 4], [-5, -5, 9, 9], [2.9, 2.9, 8.9, 6.9], [NAN, 0, 8, 8], [3, 3, 1, 1], [6.5, -0.5, INF, 2])
 
-    @pytest.mark.parametrize("box_threshold", [0.0, 0.3, 1.0])
+    @pytest.mark.parametrize("box_overlap_threshold", [0.0, 0.3, 1.0])
     @pytest.mark.parametrize("overlap_threshold", [0.0, 0.25, 0.5, 1.0])
-    def test_thresholds(self, overlap_threshold: float, box_threshold: float) -> None:
+    def test_thresholds(self, overlap_threshold: float, box_overlap_threshold: float) -> None:
         for scores in ((0.9, 0.8, 0.7, 0.6, 0.5, 0.4), (0.5,) * 6, (NAN, INF, 0.2, 1, -INF, 1e300)):
             for boxes, area in ((None, 0), (self.boxes, 0), (self.boxes.float(), 3)):
                 compare(
@@ -476,8 +476,8 @@ class TestPanopticMerge:
                     5,
                     ignored_stuff=(1,),
                     overlap_threshold=overlap_threshold,
-                    box_threshold=box_threshold,
-                    stuff_area_limit=area,
+                    box_overlap_threshold=box_overlap_threshold,
+                    stuff_area_threshold=area,
                 )
 
     def test_score_at_the_threshold(self) -> None:
@@ -500,8 +500,8 @@ class TestPanopticMerge:
             stuff,
             1,
             overlap_threshold=0.5,
-            box_threshold=0.5,
-            stuff_area_limit=4,
+            box_overlap_threshold=0.5,
+            stuff_area_threshold=4,
         )
         assert merged[0][0].tolist() == [1, 1, 2, 4, 3, 3]
 

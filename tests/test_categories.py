@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from spatialflow.config import list_configs, load_config
 from spatialflow.data.categories import Categories, CategoryError, load_categories
-from spatialflow.models.build import list_configs, load_config
 
 
 def test_coco_numbers_are_the_released_ones(goldens):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what it writes, and one clear sentence for everything that can be wrong with its input.
+"""The command line: its output, and one clear message for every kind of invalid input.
 
-`predict`, `validate`, `visualize` and `train` have files of their own.
+`predict`, `validate`, `visualize` and `train` have separate test files.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from helpers.command_line import FAST, sentences
 
 import spatialflow
+from spatialflow.cli import info
 from spatialflow.cli import main as cli
 from spatialflow.cli.main import main
 
@@ -126,7 +127,7 @@ class TestSynthesize:
 class TestOutput:
     @pytest.mark.parametrize("command", ["info", "evaluate", "benchmark"])
     def test_reader_that_has_left(self, command, tmp_path):
-        """As in `spatialflow info | head -1`: no traceback, no complaint."""
+        """As in `spatialflow info | head -1`: no traceback, no message."""
         scenes = tmp_path / "scenes"
         assert main(["synthesize", str(scenes), "--count", "1", "--size", "64", "96"]) == 0
         arguments = {"evaluate": [scenes, scenes], "benchmark": ["--list"]}.get(command, [])
@@ -265,7 +266,7 @@ def test_other_runtime_errors_are_not_hidden(monkeypatch):
     def fails(_):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(cli, "_info", fails)
+    monkeypatch.setattr(info, "run", fails)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["info"])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of a configuration does something: another value changes what is observed, or is refused.
+"""Every field of a configuration has an effect: another value changes an observed result, or is refused.
 
 A new field needs a row in `ROWS`.
 """
@@ -19,19 +19,19 @@ import torch
 from helpers.scenes import scene_categories, write_coco
 from helpers.small_models import SMALL, random_model
 
-from spatialflow.config import SECTIONS, Config, ConfigError
+from spatialflow.config import SECTIONS, Config, ConfigError, load_config
 from spatialflow.data.augment import augment
 from spatialflow.data.categories import load_categories
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.loader import Schedule, make_loader
 from spatialflow.data.samples import make_sample
 from spatialflow.data.synthetic import make_scene
-from spatialflow.engine import train
-from spatialflow.engine.distributed import World
+from spatialflow.engine import trainer as trainer_module
+from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.predict import Predictor
-from spatialflow.models.build import build_model, load_config
-from spatialflow.models.criterion import Criterion
+from spatialflow.models.build import build_model
 from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
+from spatialflow.models.training_step import TrainingStep
 
 BASE = SMALL | dict(
     categories="synthetic",
@@ -50,11 +50,11 @@ BASE = SMALL | dict(
 )
 """Overrides of `tiny` that all rows share."""
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 NO_FLOWS = dict(flow_source=None, flow_to_detection=False, flow_to_stuff=False, flow_to_thing=False)
 FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
-# ------------------------------------------------------------------------------- what a configuration can be seen in
+# ------------------------------------------------------------------------------- observers of a configuration
 
 
 def structure(config: Config, data: CocoPanoptic) -> Any:
@@ -71,7 +71,7 @@ def weights(config: Config, data: CocoPanoptic) -> Any:
 
 
 def output(config: Config, data: CocoPanoptic) -> Any:
-    """What a network of given weights makes of an image, and of a large and a small RoI."""
+    """Outputs of a network with fixed weights for an image, and for a large and a small RoI."""
     torch.manual_seed(1)
     model = build_model(config).eval()
     with torch.no_grad():
@@ -124,36 +124,36 @@ def losses(config: Config, data: CocoPanoptic) -> Any:
     """The losses of one image at given weights."""
     torch.manual_seed(0)
     network = copy.deepcopy(_predicting_model()).train()
-    draws = Schedule(data.sizes, 1, 0).draws(0, 1, 0, 1, 1)
-    batch = next(make_loader(data, config.data, draws))
-    return list(Criterion(config)(network, batch.images, batch.truth()))
+    requests = Schedule(data.sizes, 1, 0).batches(0, 1, 0, 1, 1)
+    batch = next(make_loader(data, config.data, requests))
+    return list(TrainingStep(network, config)(batch.images, batch.truth()))
 
 
 def rates(config: Config, data: CocoPanoptic) -> Any:
     """The learning rate of every step."""
-    return [train.learning_rate(step, 2, config.training) for step in range(2 * config.training.epochs)]
+    return [trainer_module.learning_rate(step, 2, config.training) for step in range(2 * config.training.epochs)]
 
 
 def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """The images of every part of every step, the optimizer's settings and the arithmetic of a training run."""
-    trainer = train.Trainer(config, data, folder, ALONE)
+    trainer = trainer_module.Trainer(config, data, folder, ALONE)
     parts = config.training.accumulation_steps
-    draws = list(trainer.schedule.draws(0, trainer.total_steps, 0, 1, parts))
+    requests = list(trainer.schedule.batches(0, trainer.total_steps, 0, 1, parts))
     settings = {key: value for key, value in trainer.optimizer.param_groups[0].items() if key != "params"}
     with trainer._autocast():
         dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-    return draws, settings, dtype
+    return requests, settings, dtype
 
 
 def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """Final weights of a training run, and how often it evaluates and saves."""
-    scores = {"problems": [], "detection": None} | dict.fromkeys(("All", "Things", "Stuff"), {"pq": 0.0})
-    with patch.object(train, "evaluate_network", return_value=scores) as evaluate:
-        trainer = train.Trainer(config, data, folder, ALONE, validation=data)
-        trainer.log.draw = lambda: None
-        with patch.object(trainer, "_keep", wraps=trainer._keep) as keep:
+    scores = {"problems": [], "detection": None} | {key: {"pq": 0.0} for key in ("All", "Things", "Stuff")}
+    with patch.object(trainer_module, "evaluate_network", return_value=scores) as evaluate:
+        trainer = trainer_module.Trainer(config, data, folder, ALONE, validation=data)
+        trainer.log.plot = lambda: None
+        with patch.object(trainer, "save_checkpoint", wraps=trainer.save_checkpoint) as save:
             network = trainer.run()
-    return list(network.state_dict().values()), evaluate.call_count, keep.call_count
+    return list(network.state_dict().values()), evaluate.call_count, save.call_count
 
 
 class Row(NamedTuple):
@@ -297,7 +297,7 @@ def test_no_two_accepted_networks_with_other_flags_are_the_same():
     seen, refused = {}, 0
     flags = ("thing_head", "stuff_head", "flow_to_detection", "flow_to_stuff", "flow_to_thing", "flow_stuff_to_thing")
     for source, *values in itertools.product((None, "reg", "cls"), *[(False, True)] * len(flags)):
-        chosen = dict(zip(flags, values)) | dict(flow_source=source, detection_stages=1)
+        chosen = dict(zip(flags, values, strict=True)) | dict(flow_source=source, detection_stages=1)
         chosen |= dict(stuff_stages=int(chosen["stuff_head"]), thing_stages=int(chosen["thing_head"]))
         try:
             config = load_config("tiny", **(BASE | chosen))
@@ -334,7 +334,7 @@ def test_a_setting_without_effect_is_refused(overrides, words):
 
 def test_a_schedule_that_the_run_is_too_short_for_is_named():
     short = load_config("tiny", epochs=3, learning_rate_epochs=[2, 3, 9], warmup_iterations=6).training
-    decay, warmup = train.idle_settings(short, total_steps=6)
+    decay, warmup = trainer_module.idle_settings(short, total_steps=6)
     assert "learning_rate_epochs [2, 3, 9]" in decay and "does not fall after epoch 3 and 9" in decay
     assert "warmup_iterations 6: the run ends after 6 steps" in warmup
-    assert train.idle_settings(load_config("demo").training, total_steps=3000) == []
+    assert trainer_module.idle_settings(load_config("demo").training, total_steps=3000) == []

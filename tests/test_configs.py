@@ -7,8 +7,17 @@ import pytest
 import torch
 from helpers.small_models import SMALL
 
-from spatialflow.config import SECTIONS, Config, ConfigError, parse_settings, place_overrides
-from spatialflow.models.build import build_model, list_configs, load_config
+from spatialflow.config import (
+    SECTIONS,
+    Config,
+    ConfigError,
+    describe,
+    list_configs,
+    load_config,
+    parse_settings,
+    place_overrides,
+)
+from spatialflow.models.build import build_model
 
 
 @pytest.mark.parametrize("name", list_configs())
@@ -20,7 +29,7 @@ def test_every_config_builds_and_runs(name):
     assert [f.shape[-2:] for f in output.features] == [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     assert output.class_logits[0].shape == (1, 27, 8, 12) and output.box_deltas[0].shape == (1, 36, 8, 12)
     if model.config.model.stuff_head:
-        assert output.stuff_logits.shape == (1, 4, 64, 96) and len(output.stuff_features) == 3
+        assert output.stuff_logits.shape == (1, 4, 16, 24) and len(output.stuff_features) == 3
     else:
         assert output.stuff_logits is None and output.stuff_features is None and output.thing_features is None
 
@@ -129,10 +138,10 @@ def test_bad_files(tmp_path, content, words):
 @pytest.mark.parametrize(
     "setting, words",
     [
-        ("epochs=" + "9" * 5000, "epochs: '9999.*' is no YAML value"),
-        ("epochs=!!int ''", "is no YAML value"),
-        ("epochs=2020-13-45", "is no YAML value"),
-        ("epochs=" + "[" * 3000, "is no YAML value"),
+        ("epochs=" + "9" * 5000, "epochs: '9999.*' is not a YAML value"),
+        ("epochs=!!int ''", "is not a YAML value"),
+        ("epochs=2020-13-45", "is not a YAML value"),
+        ("epochs=" + "[" * 3000, "is not a YAML value"),
         ("learning_rate=" + "9" * 400, "learning_rate: must be finite"),
         ("a" * 5000, "form FIELD=VALUE"),
     ],
@@ -171,3 +180,21 @@ def test_place_overrides_keeps_sections_apart():
 
 def test_defaults_are_the_papers_main_model():
     assert load_config("spatialflow_r50_coco") == Config()
+
+
+def test_every_field_is_described():
+    """The reference of the configuration is generated from this list."""
+    rows = describe()
+    assert {(row.section, row.field) for row in rows} == {
+        (section, field.name) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)
+    }
+    assert all(len(row.help) > 10 and not row.help.endswith(".") for row in rows)
+    by_field = {row.field: row for row in rows}
+    assert by_field["backbone_depth"][2:5] == ("int", 50, "must be 50 or 101")
+    assert by_field["size_divisor"].rule == "must be positive; must be a multiple of 32 up to 16777216"
+    assert by_field["train_crop"].type == "tuple[int, ...] | None"
+
+
+def test_configurations_in_folders_have_names_without_the_folder():
+    assert "ablation_naive_coco" in list_configs()
+    assert len(set(list_configs())) == len(list_configs())

@@ -7,7 +7,16 @@ import re
 
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, THIN_SHAPES, OpMatrix, OpSample, amid_nans, assert_near, channels_last, to_dtype
+from helpers.op_matrix import (
+    DEVICE,
+    THIN_SHAPES,
+    OpMatrix,
+    OpSample,
+    assert_near,
+    channels_last,
+    surrounded_by_nans,
+    to_dtype,
+)
 from torch.nn import functional as F
 
 from spatialflow.ops.conv1x1 import conv1x1
@@ -65,9 +74,9 @@ class TestConv1x1(OpMatrix):
         "no outputs": sample((2, 8, 5, 6), 0, True, True, True),
     }
 
-    def test_autocast(self, sample):
+    def test_autocast(self, make_sample):
         """The operator takes its tensors as they are; `fused_conv2d` casts them."""
-        sample = sample()
+        sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*tensors, **sample.options)
@@ -139,7 +148,7 @@ def enlarged(t):
 class TestLayouts:
     LAYOUTS = {
         "plain": torch.Tensor.contiguous,
-        "amid NaNs": amid_nans,
+        "surrounded by NaNs": surrounded_by_nans,
         "at an odd element": lambda t: (
             torch.cat([t.flatten()[:1], channels_last(t).movedim(1, -1).flatten()])[1:]
             .view(t.shape[0], *t.shape[2:], t.shape[1])
@@ -160,7 +169,7 @@ class TestLayouts:
         x, weight, bias, residual = tensors_of((2, 72, 9, 10), 72, dtype=dtype)
         x, residual = layout(x), layout(residual)
         right = conv1x1(*map(channels_last, (x, weight, bias, residual)), True)
-        rows, offsets = amid_nans(weight), amid_nans(bias)
+        rows, offsets = surrounded_by_nans(weight), surrounded_by_nans(bias)
         for given in (
             (x, weight, bias, channels_last(residual)),
             (channels_last(x), rows, offsets, residual),
@@ -217,7 +226,15 @@ class TestKernels:
     def test_strided_views_are_read_in_place(self):
         x, weight, bias, _ = map(channels_last, tensors_of((1, 16, 9, 11), 8, dtype=torch.float16))
         more, copies = channels_last(torch.cat([x, x], 1)), []
-        views = x, x[:, :, ::2, ::2], x[:, :, 1:4, 2:7], more[:, 16:], x[:, :, :, :1], x.contiguous(), amid_nans(x)
+        views = (
+            x,
+            x[:, :, ::2, ::2],
+            x[:, :, 1:4, 2:7],
+            more[:, 16:],
+            x[:, :, :, :1],
+            x.contiguous(),
+            surrounded_by_nans(x),
+        )
         for view in views:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 conv1x1(view, weight, bias, None, True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU libraries that this processor runs and would not choose: the other tests reach only the best one. What one
-of them packed, another repacks or refuses.
+"""CPU libraries of lower instruction-set levels, which the other tests do not load, and the choice of the level.
+
+Weights that one of the libraries packed are packed again or refused by another.
 """
 
 import os
@@ -17,7 +18,7 @@ TESTS = Path(__file__).resolve().parent
 OPERATORS = sorted(
     str(path) for path in TESTS.glob("test_*.py") if re.search(r"^class .*\(OpMatrix\)", path.read_text(), re.MULTILINE)
 )
-# bfloat16 for the conversions; gradients have kernels of their own.
+# bfloat16 for the conversions; gradients have separate kernels.
 QUESTIONS = "(test_reference and (float32 or bfloat16)) or (test_gradient_against_reference and float32)"
 
 
@@ -33,6 +34,44 @@ def test_operators_equal_their_references(level):
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4 * len(OPERATORS)
+
+
+class TestMissingLibraries:
+    """The error names the levels that are built and that the processor runs, and the command that builds them."""
+
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(_library, "FOLDER", tmp_path)
+        monkeypatch.setattr(_library.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(_library, "_processor_levels", lambda: ("x86-64-v3", "x86-64-v2"))
+        monkeypatch.delenv("SPATIALFLOW_CPU_LEVEL", raising=False)
+        return tmp_path
+
+    def test_nothing_is_built(self, folder):
+        with pytest.raises(ImportError) as error:
+            _library.cpu_level()
+        text = str(error.value)
+        assert text.startswith(f"spatialflow's compiled libraries are missing in {folder}: build them with")
+
+    def test_only_built_for_a_newer_processor(self, folder):
+        (folder / "libspatialflow_cpu_x86-64-v4.so").touch()
+        (folder / "libspatialflow_schema.so").touch()
+        with pytest.raises(ImportError) as error:
+            _library.cpu_level()
+        text = str(error.value)
+        assert "built for x86-64-v4" in text and "runs x86-64-v3, x86-64-v2" in text and "missing" not in text
+
+    def test_the_best_level_that_runs(self, folder):
+        for level in ("v4", "v2"):
+            (folder / f"libspatialflow_cpu_x86-64-{level}.so").touch()
+        assert _library.cpu_level() == "x86-64-v2"
+
+    def test_a_level_that_does_not_run_is_asked_for(self, folder, monkeypatch):
+        (folder / "libspatialflow_cpu_x86-64-v4.so").touch()
+        (folder / "libspatialflow_cpu_x86-64-v2.so").touch()
+        monkeypatch.setenv("SPATIALFLOW_CPU_LEVEL", "x86-64-v4")
+        with pytest.raises(ImportError, match="SPATIALFLOW_CPU_LEVEL=x86-64-v4: .*those are x86-64-v2"):
+            _library.cpu_level()
 
 
 # Both run with the tests' folder as first argument and a file as second.

@@ -252,7 +252,7 @@ def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
     the results of those before.
     """
     eager, graphed = predictors(model, stand_in)
-    padded = {tuple(fitted.padded_size for fitted in eager.pipeline.fit(size)) for size in SIZES}
+    padded = {tuple(geometry.padded_size for geometry in eager.pipeline.geometries(size)) for size in SIZES}
     assert len(set(SIZES)) == 100 and len(padded) == 3
     images = pictures(SIZES)
     for one, other in zip(graphed.stream(images), eager.stream(images), strict=True):

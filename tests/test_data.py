@@ -333,19 +333,19 @@ class TestLoader:
 
     def test_processes_and_accumulation_share_a_step(self):
         """Each part of a step is divided by its own counts, so that its images must not depend on the processes."""
-        whole = list(self.schedule.draws(0, 7, 0, 1, 1))
-        halves = [list(self.schedule.draws(0, 7, rank, 2, 2)) for rank in range(2)]
+        whole = list(self.schedule.batches(0, 7, 0, 1, 1))
+        halves = [list(self.schedule.batches(0, 7, rank, 2, 2)) for rank in range(2)]
         for step, draws in enumerate(whole):
             parts = [d for turn in range(2) for rank in range(2) for d in halves[rank][2 * step + turn]]
             assert parts == draws
-        assert list(self.schedule.draws(4, 7, 0, 1, 1)) == whole[4:]
+        assert list(self.schedule.batches(4, 7, 0, 1, 1)) == whole[4:]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_batches_depend_on_nothing_but_the_draws(self, coco, workers):
         schedule = Schedule(coco.sizes, 2, 0)
         config = replace(PLAIN, flip_probability=0.5, train_short_edges=(64, 96))
-        whole = list(make_loader(coco, config, schedule.draws(0, 3, 0, 1, 1)))
-        rest = list(make_loader(coco, config, schedule.draws(1, 3, 0, 1, 1), workers))
+        whole = list(make_loader(coco, config, schedule.batches(0, 3, 0, 1, 1)))
+        rest = list(make_loader(coco, config, schedule.batches(1, 3, 0, 1, 1), workers))
         for a, b in zip(whole[1:], rest):
             assert (
                 torch.equal(a.images, b.images)
@@ -356,7 +356,7 @@ class TestLoader:
         assert [len(m) for m in truth.masks] == [len(b) for b in truth.boxes] and truth.masks[0][0].sum() > 0
 
     def test_batches_are_on_the_cpu_whatever_the_default_device(self, coco):
-        (draws,) = Schedule(coco.sizes, 2, 0).draws(0, 1, 0, 1, 1)
+        (draws,) = Schedule(coco.sizes, 2, 0).batches(0, 1, 0, 1, 1)
         samples = _Samples(coco, PLAIN, strict=True)
         with torch.device("meta"):
             batch = collate([samples[draw] for draw in draws])
@@ -368,12 +368,12 @@ class TestLoader:
         (tmp_path / "images/000002.jpg").write_bytes(b"")
         data = CocoPanoptic(tmp_path / "panoptic.json", tmp_path / "images", None, scene_categories())
         schedule = Schedule(data.sizes, 3, 0)
-        (batch,) = make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1))
+        (batch,) = make_loader(data, PLAIN, schedule.batches(0, 1, 0, 1, 1))
         assert batch.images.shape[0] == 3 and len(batch.problems) == 1 and "000002.jpg: is empty" in batch.problems[0]
         for workers in (0, 1):  # one sentence, without the traceback of the process that reads
             with pytest.raises(SampleError, match=r"^\S*/images/000002.jpg: is empty$"):
-                list(make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1), workers, strict=True))
+                list(make_loader(data, PLAIN, schedule.batches(0, 1, 0, 1, 1), workers, strict=True))
         for name in ("000001", "000003"):
             (tmp_path / f"images/{name}.jpg").unlink()
         with pytest.raises(SampleError, match="none of the 3 images"):
-            list(make_loader(data, PLAIN, schedule.draws(0, 1, 0, 1, 1)))
+            list(make_loader(data, PLAIN, schedule.batches(0, 1, 0, 1, 1)))

@@ -154,10 +154,10 @@ class TestValues:
             present = [t for t in leaves if t is not None]
             with deterministic():
                 results.append([out, *torch.autograd.grad(out, present, torch.ones_like(out))])
-        for one, other in zip(*results):
+        for one, other in zip(*results, strict=False):
             assert torch.isfinite(one).all()
             assert torch.equal(one, other)
-        out, grad_input, grad_offset, *_ = results[0]
+        out, _grad_input, grad_offset, *_ = results[0]
         assert not grad_offset[0, 8:10, 2, 3].any()
         if masked:
             assert results[0][-1][0, 4, 2, 3] == 0
@@ -498,7 +498,7 @@ class TestErrors:
         ],
     )
     def test_errors_name_argument_rule_and_value(self, changed, message):
-        arguments = dict(zip(("input", "offset", "weight", "bias", "mask"), inputs()), padding=1)
+        arguments = dict(zip(("input", "offset", "weight", "bias", "mask"), inputs(), strict=False), padding=1)
         with pytest.raises((RuntimeError, ValueError), match=f"deform_conv2d: {message}"):
             ops.deform_conv2d(**{**arguments, **changed})
 

@@ -72,7 +72,7 @@ def test_no_grad_within_a_transform():
     assert not torch.autograd.grad(x.requires_grad_().sum() * 0 + constant(x), x)[0].any()
 
 
-# Calls that need no gradient, which go past autograd; `test_watched` of the op matrix asks who sees them.
+# Calls that need no gradient, which go past autograd; `test_recorded` of the op matrix tests that they are recorded.
 CALLS = {
     "roi_align": lambda x: ops.roi_align(x, BOXES, 2),
     "flow_conv2d": lambda x: ops.flow_conv2d([x], None, WEIGHT)[0],

@@ -11,7 +11,7 @@ from helpers.scenes import scene_categories, write_coco
 from spatialflow.cli.main import main
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.engine.checkpoints import load_checkpoint, save_checkpoint
-from spatialflow.engine.distributed import World
+from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.evaluate import evaluate_network
 from spatialflow.engine.predict import Outcome, PanopticResult
 from spatialflow.models.build import build_model
@@ -26,7 +26,7 @@ from spatialflow.panoptic.formats import read_id_map
 from spatialflow.panoptic.quality import evaluate
 
 coco_mask = pytest.importorskip("pycocotools.mask")
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

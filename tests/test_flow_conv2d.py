@@ -92,7 +92,7 @@ class TestKernels:
         x = [torch.randn(n, 8, 11, 6) for n in (3, 1, 2)]
         weight = torch.randn(40, 8, 3, 3)
         together = ops.flow_conv2d(x, None, weight, algorithm=algorithm)
-        for level, result in zip(x, together):
+        for level, result in zip(x, together, strict=False):
             assert_near(result, ops.flow_conv2d(level, None, weight, algorithm=algorithm), torch.float32)
 
     @pytest.mark.parametrize("channels", [3, 64])
@@ -125,7 +125,7 @@ class TestKernels:
         expected = run()
         torch.set_num_threads(threads)
         try:
-            assert all(torch.equal(one, other) for one, other in zip(run(), expected))
+            assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=False))
         finally:
             torch.set_num_threads(before)
 
@@ -200,7 +200,7 @@ class TestPacked:
             packed = ops.pack_conv3x3(weight.contiguous(memory_format=layout), bias, algorithm)
             actual = ops.flow_conv2d(x, flow, packed)
             expected = ops.flow_conv2d(x, flow, weight, bias, algorithm=algorithm)
-            assert all(torch.equal(one, other) for one, other in zip(actual, expected))
+            assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=False))
 
     def test_gradients_and_forward_mode_use_the_weights(self):
         weight = torch.randn(34, 33, 3, 3)

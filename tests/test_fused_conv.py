@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, DispatchWatch, assert_near
+from helpers.op_matrix import DEVICE, DispatchRecorder, assert_near
 from torch.nn import functional as F
 
 from spatialflow.models.optimized import conv as fused_conv
@@ -122,9 +122,9 @@ class TestOwnKernel:
             x, weight, bias, residual = (t.to(dtype) for t in tensors(1, shape))
             bias, residual = bias if with_bias else None, residual if with_residual else None
             right = expected(x, weight, bias, shape, relu, residual)
-            with DispatchWatch() as watch:
+            with DispatchRecorder() as recorder:
                 y = fused_conv2d(x, weight, bias, shape, relu, residual)
-            names = [function.name() for function in watch.seen]
+            names = [function.name() for function in recorder.calls]
             assert [name for name in names if name != "aten::slice.Tensor"] == ["spatialflow::_conv1x1"]
             assert ("aten::slice.Tensor" in names) == (stride != (1, 1))
             assert_near(y, right, dtype)

@@ -6,7 +6,16 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from helpers.fused_subnets_cases import SIZES, WIRINGS, by_reference, conv, parameters_of, pyramid, tower, wiring
+from helpers.fused_subnets_cases import (
+    SIZES,
+    WIRINGS,
+    by_reference,
+    conv,
+    parameters_of,
+    pyramid,
+    run_fused_subnets,
+    wiring,
+)
 from helpers.op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
 
 from spatialflow import ops
@@ -40,7 +49,7 @@ def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), 
 
     def build() -> OpSample:
         return OpSample(
-            op=tower,
+            op=run_fused_subnets,
             reference=by_reference,
             tensors=tensors(),
             options={"flow_source": flow_source, "segmentation_levels": segmentation_levels},
@@ -68,7 +77,7 @@ class TestFusedSubnets(OpMatrix):
     thin_samples = {
         name: sample(channels, sizes=((height, width), (3, 4)), batch=batch, stages=(1, 1, 1, 1))
         for name, (batch, channels, height, width) in THIN_SHAPES.items()
-        if channels  # which the tower must have
+        if channels  # fused_subnets refuses maps without channels
     }
 
 
@@ -82,10 +91,10 @@ class TestWirings:
         source = {"flow_source": case.get("source", "reg")}
         expected = by_reference(levels, convs, **source)
         single = map_tensors(torch.Tensor.float, [levels, convs])
-        actual = tower(*single, **source)
+        actual = run_fused_subnets(*single, **source)
         assert_near(actual, expected, torch.float32, factor=4)
         tracked = map_tensors(lambda t: t.clone().requires_grad_(), single)
-        composed = tower(*tracked, **source)
+        composed = run_fused_subnets(*tracked, **source)
         # Tiles and sums are the same ones in the same order, but the two sums of flows round alike only in float32.
         for one, other in zip(actual, composed):
             assert all(torch.equal(a, b) for a, b in zip(one, other))
@@ -98,7 +107,7 @@ class TestWirings:
     def test_algorithms(self, algorithm, dtype):
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(16), wiring(channels=16, stages=(2, 2, 2, 1))])
         expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]))
-        assert_near(tower(levels, convs, algorithm=algorithm), expected, dtype, factor=4)
+        assert_near(run_fused_subnets(levels, convs, algorithm=algorithm), expected, dtype, factor=4)
 
     @pytest.mark.parametrize("sizes", [SIZES[1:], [(3, 2)] * 9], ids=["pyramid", "many levels"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -107,7 +116,7 @@ class TestWirings:
         convs = wiring(channels=64, inner=128, stages=(2, 2, 1, 1))
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, sizes, batch=2), convs])
         expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]))
-        assert_near(tower(levels, convs), expected, dtype, factor=4)
+        assert_near(run_fused_subnets(levels, convs), expected, dtype, factor=4)
 
     def test_mixed_algorithms(self):
         """Packed convolutions of either algorithm may meet in one stage."""
@@ -124,7 +133,7 @@ class TestWirings:
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
         levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
         before = [level.clone() for level in levels]
-        results = tower(levels, convs)
+        results = run_fused_subnets(levels, convs)
         assert all(torch.equal(one, other) for one, other in zip(levels, before))
         storages = [level.data_ptr() for maps in [levels, *results] for level in maps]
         assert len(set(storages)) == len(storages)
@@ -134,7 +143,7 @@ class TestWirings:
     def test_segmentation_levels(self, segmentation_levels):
         levels, convs = pyramid(6), wiring(stages=(2, 2, 2, 1))
         wired = {"segmentation_levels": segmentation_levels}
-        actual = tower(levels, convs, **wired)
+        actual = run_fused_subnets(levels, convs, **wired)
         assert [len(maps) for maps in actual] == [5, 5, segmentation_levels, segmentation_levels]
         assert_near(actual, by_reference(levels, convs, **wired), torch.float64)
 
@@ -148,7 +157,7 @@ class TestWirings:
     def test_empty_levels(self):
         convs = map_tensors(torch.Tensor.float, wiring(stages=(2, 2, 2, 1)))
         levels = [torch.randn(1, 6, 4, 4), torch.randn(1, 6, 0, 2), torch.randn(0, 6, 3, 3)]
-        results = tower(levels, convs)
+        results = run_fused_subnets(levels, convs)
         assert [[tuple(m.shape) for m in maps] for maps in results] == [[tuple(x.shape) for x in levels]] * 4
         assert_near(results[3][0], by_reference(levels[:1], convs)[3][0], torch.float32)
 
@@ -163,34 +172,34 @@ class TestErrors:
             ({"algorithm": "fft"}, "algorithm must be one of"),
         ):
             with pytest.raises(ValueError, match="fused_subnets: " + message):
-                tower(levels, convs, **wired)
+                run_fused_subnets(levels, convs, **wired)
         with pytest.raises(ValueError, match="fused_subnets: levels must not be empty"):
-            tower([], convs)
+            run_fused_subnets([], convs)
         with pytest.raises(TypeError, match=r"fused_subnets: the weight of cls\[0\] must be a tensor, got ndarray"):
             ops.fused_subnets(levels, ops.SubnetParameters(cls=((np.zeros((6, 6, 3, 3)), None),)))
         with pytest.raises(ValueError, match=r"fused_subnets: cls\[0\] must be a convolution"):
-            tower(levels, [[None], *convs[1:]])
+            run_fused_subnets(levels, [[None], *convs[1:]])
         with pytest.raises(ValueError, match=r"fused_subnets: reg\[0\] must have channels"):
-            tower(levels, [convs[0], [conv(6, 0)], *convs[2:]])
+            run_fused_subnets(levels, [convs[0], [conv(6, 0)], *convs[2:]])
         with pytest.raises(ValueError, match=r"fused_subnets: the bias of reg\[0\] must have shape \(6,\), got \(7,\)"):
-            tower(levels, [convs[0], [[conv(6, 6)[0], conv(6, 7)[1]]], *convs[2:]])
+            run_fused_subnets(levels, [convs[0], [[conv(6, 6)[0], conv(6, 7)[1]]], *convs[2:]])
 
     def test_shapes(self):
         levels = pyramid(6)
         convs = wiring()
         convs[0] = [conv(7, 6), conv(6, 6)]
         with pytest.raises(RuntimeError, match=r"fused_subnets: cls\[0\] was packed for other channels than the 6"):
-            tower(levels, convs)
+            run_fused_subnets(levels, convs)
         convs = wiring()
         convs[5] = [conv(6, 6), conv(6, 7)]
         with pytest.raises(
             RuntimeError, match=r"fused_subnets: flow_stuff\[1\] must have the 6 channels of the feature"
         ):
-            tower(levels, convs)
+            run_fused_subnets(levels, convs)
         with pytest.raises(RuntimeError, match=r"fused_subnets: levels\[1\] must have the dtype of levels\[0\]"):
-            tower([levels[0], levels[1].float()], wiring(), segmentation_levels=1)
+            run_fused_subnets([levels[0], levels[1].float()], wiring(), segmentation_levels=1)
         with pytest.raises(RuntimeError, match=r"fused_subnets: packed\[0\] must be float32 for these levels"):
-            tower(map_tensors(torch.Tensor.float, levels), wiring())
+            run_fused_subnets(map_tensors(torch.Tensor.float, levels), wiring())
 
 
 class TestGolden:
@@ -218,12 +227,12 @@ class TestGolden:
 
     @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
     @pytest.mark.parametrize("tracked", [False, True], ids=["operator", "composed"])
-    def test_outputs_and_gradients(self, goldens, algorithm, tracked):
-        expected = np.load(goldens / "dcn" / "head_none.npz")
+    def test_outputs_and_gradients(self, large_goldens, algorithm, tracked):
+        expected = np.load(large_goldens / "dcn" / "head_none.npz")
         levels = [torch.as_tensor(expected[f"feat{i}"]).requires_grad_(tracked) for i in range(5)]
         lists = {
             field: tuple(
-                self.filled(goldens, f"{name}.{s}.conv", 16)
+                self.filled(large_goldens, f"{name}.{s}.conv", 16)
                 for s in range(1 if field in ("thing", "flow_thing", "semantic_flow") else 4)
             )
             for field, name in self.names.items()
@@ -231,7 +240,7 @@ class TestGolden:
         features = ops.fused_subnets(levels, ops.SubnetParameters(**lists), algorithm)
         results = {"cls": features.cls, "reg": features.reg, "stuff": features.stuff, "mask": features.thing}
         for task, name in (("cls", "retina_cls"), ("reg", "retina_reg")):
-            results[task] = ops.flow_conv2d(results[task], None, *self.filled(goldens, name, 36), False, algorithm)
+            results[task] = ops.flow_conv2d(results[task], None, *self.filled(large_goldens, name, 36), False, algorithm)
         loss = torch.zeros(())
         for task, key in (("cls", "cls_score"), ("reg", "bbox_pred"), ("stuff", "stuff_feat"), ("mask", "mask_feat")):
             for i, result in enumerate(results[task]):

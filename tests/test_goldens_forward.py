@@ -14,19 +14,20 @@ from spatialflow.config import ModelConfig
 from spatialflow.data.transforms import resize_labels
 from spatialflow.models import postprocess
 from spatialflow.models.anchors import STRIDES, base_anchors, encode_boxes, valid_flags
+from spatialflow.models.heads import upsample_stuff_logits
 from spatialflow.ops import paste_masks, select_candidates, stuff_labels
 from spatialflow.ops.reference.select_candidates import decode_boxes, grid_anchors
 
 
 @pytest.fixture(scope="module")
-def tiny(goldens):
-    """(arrays, json, model, dense outputs, quarter stuff logits) of `forward/tiny_b2`."""
-    arrays = np.load(goldens / "forward" / "tiny_b2.npz")
-    about = json.loads((goldens / "forward" / "tiny_b2.json").read_text())
-    model = golden_model(goldens, "tiny", "tiny")
+def tiny(large_goldens):
+    """(arrays, json, model, outputs) of `forward/tiny_b2`."""
+    arrays = np.load(large_goldens / "forward" / "tiny_b2.npz")
+    about = json.loads((large_goldens / "forward" / "tiny_b2.json").read_text())
+    model = golden_model(large_goldens, "tiny", "tiny")
     with torch.no_grad():
-        output, quarter = model.dense(torch.from_numpy(arrays["img"]))
-    return arrays, about, model, output, quarter
+        output = model(torch.from_numpy(arrays["img"]))
+    return arrays, about, model, output
 
 
 def sizes_of(metas):
@@ -45,14 +46,14 @@ def candidates_of(model, logits, deltas, valid, factors, per_level=1000):
 
 
 def test_backbone(tiny):
-    arrays, _, model, _, _ = tiny
+    arrays, _, model, _ = tiny
     with torch.no_grad():
         for i, feature in enumerate(model.backbone(torch.from_numpy(arrays["img"]))):
             assert_close(f"C{i + 3}", feature, arrays[f"C{i}"])
 
 
 def test_pyramid_and_head_outputs(tiny):
-    arrays, _, _, output, _ = tiny
+    arrays, _, _, output = tiny
     for i in range(5):
         assert_close(f"P{i + 3}", output.features[i], arrays[f"P{i}"])
         assert_close(f"class_logits[{i}]", output.class_logits[i], arrays[f"cls_score_l{i}"])
@@ -64,9 +65,8 @@ def test_pyramid_and_head_outputs(tiny):
 
 def test_stuff_logits_and_labels(tiny):
     """The golden holds every fourth pixel of the released, image-sized logits."""
-    arrays, about, model, _, quarter = tiny
-    with torch.no_grad():
-        logits = model(torch.from_numpy(arrays["img"])).stuff_logits
+    arrays, about, _, output = tiny
+    logits, quarter = upsample_stuff_logits(output.stuff_logits), output.stuff_logits
     assert_close("stuff_logits", logits[:, :, ::4, ::4], arrays["stuff_logits_sub4"])
     assert np.array_equal(logits.argmax(1).numpy(), arrays["stuff_argmax"])
     for i, meta in enumerate(about["metas"]):
@@ -78,13 +78,13 @@ def test_stuff_logits_and_labels(tiny):
 
 
 def test_anchors_of_every_level(tiny):
-    arrays, _, model, output, _ = tiny
+    arrays, _, model, output = tiny
     for level, anchors in enumerate(anchors_of(model.config.model, output.features)):
         assert_close(f"anchors[{level}]", anchors, arrays[f"anchors_l{level}"])
 
 
 def test_candidates_before_nms(tiny):
-    arrays, about, model, output, _ = tiny
+    arrays, about, model, output = tiny
     valid, _ = sizes_of(about["metas"])
     found = candidates_of(
         model.config.model, output.class_logits, output.box_deltas, valid, torch.ones_like(valid, dtype=torch.float32)
@@ -125,7 +125,7 @@ def assert_detections(found, arrays, boxes_key, labels_key):
 
 @pytest.mark.parametrize("kind, rescale", [("", True), ("_netscale", False)])
 def test_detections(tiny, kind, rescale):
-    arrays, about, model, output, _ = tiny
+    arrays, about, model, output = tiny
     valid, scale = sizes_of(about["metas"])
     factors = scale if rescale else torch.ones_like(scale)
     found = detected(output.class_logits, output.box_deltas, valid, factors, model.config.model, model.config.test)
@@ -134,7 +134,7 @@ def test_detections(tiny, kind, rescale):
 
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
 def test_detections_with_other_settings(tiny, variant):
-    arrays, about, model, output, _ = tiny
+    arrays, about, model, output = tiny
     wanted = about[f"variant_{variant}"]
     settings = dataclasses.replace(
         model.config.test,
@@ -150,7 +150,7 @@ def test_detections_with_other_settings(tiny, variant):
 
 def test_masks(tiny):
     """RoIs, RoI features, mask logits and pasted masks, from the golden detections."""
-    arrays, about, model, output, _ = tiny
+    arrays, about, model, output = tiny
     _, scale = sizes_of(about["metas"])
     boxes = [torch.from_numpy(arrays[f"dets_img{i}"][:, :4]) for i in range(2)]
     labels = torch.from_numpy(np.concatenate([arrays["labels_img0"], arrays["labels_img1"]])).long()
@@ -203,11 +203,11 @@ def test_box_coder(goldens):
     assert_close("encoded", encode_boxes(boxes, arrays["gt"]), arrays["encoded"].numpy(), 1e-6)
 
 
-def test_get_boxes(goldens):
+def test_get_boxes(large_goldens):
     """Recorded head outputs to detections: at original scale, as training proposals at network scale, before NMS."""
     arrays, about = (
-        np.load(goldens / "ops" / "get_bboxes.npz"),
-        json.loads((goldens / "ops" / "get_bboxes.json").read_text()),
+        np.load(large_goldens / "ops" / "get_bboxes.npz"),
+        json.loads((large_goldens / "ops" / "get_bboxes.json").read_text()),
     )
     model = ModelConfig(num_things=about["num_classes"])
     logits = [torch.from_numpy(arrays[f"cls_score_l{i}"]) for i in range(5)]

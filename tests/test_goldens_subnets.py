@@ -10,7 +10,7 @@ from helpers.golden_models import assert_close, fill_function
 from torch import nn
 
 from spatialflow.engine.checkpoints import name_from_released
-from spatialflow.models import subnets as subnets_module
+from spatialflow.models import deform as deform_module
 from spatialflow.models.heads import BoxHead
 from spatialflow.models.subnets import Subnets
 
@@ -25,15 +25,15 @@ class Head(nn.Module):
 
 
 @pytest.fixture(params=["head_none", "head_config"])
-def case(request, goldens):
-    arrays = np.load(goldens / "dcn" / f"{request.param}.npz")
-    about = json.loads((goldens / "dcn" / f"{request.param}.json").read_text())
+def case(request, large_goldens):
+    arrays = np.load(large_goldens / "dcn" / f"{request.param}.npz")
+    about = json.loads((large_goldens / "dcn" / f"{request.param}.json").read_text())
     stages = {
         ours: about["idx"][f"dcn_{theirs}_convs_idx"] or ()
         for ours, theirs in (("cls", "cls"), ("reg", "reg"), ("stuff", "stuff"), ("thing", "mask"))
     }
     head = Head(about["in_channels"], about["num_classes"], stages)
-    fill = fill_function(goldens)
+    fill = fill_function(large_goldens)
     released = {name_from_released(name): name for name in about["grad_norms"]}
     assert set(released) == set(head.state_dict())
     head.load_state_dict(
@@ -84,17 +84,17 @@ def test_gradients(case):
         assert abs(float(parameter.grad.norm()) - expected) <= 1e-4 * expected, name
 
 
-def test_first_deformable_calls(goldens, case, monkeypatch):
+def test_first_deformable_calls(large_goldens, case, monkeypatch):
     """What reaches the deformable convolution: the feature alone, interleaved offsets, a sigmoid mask."""
     head, levels, arrays, about, _ = case
-    calls, original = [], subnets_module.deform_conv2d
+    calls, original = [], deform_module.deform_conv2d
 
-    def record(x, offset, weight, bias, **options):
-        out = original(x, offset, weight, bias, **options)
-        calls.append((x, offset, options["mask"], out.relu()))  # the recorded output carries its in-place ReLU
+    def record(x, offset, weight, bias, *geometry, mask):
+        out = original(x, offset, weight, bias, *geometry, mask=mask)
+        calls.append((x, offset, mask, out.relu()))  # the recorded output carries its in-place ReLU
         return out
 
-    monkeypatch.setattr(subnets_module, "deform_conv2d", record)
+    monkeypatch.setattr(deform_module, "deform_conv2d", record)
     with torch.no_grad():
         head.subnets(levels)
     assert len(calls) == about["num_deform_calls"]

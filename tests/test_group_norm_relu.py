@@ -33,12 +33,12 @@ def sample(shape: tuple[int, int, int, int], num_groups: int, affine: str = "wei
 
     def op(function):
         def call(input, *by_channel, **options):
-            return function(input, num_groups, **dict(zip(names, by_channel)), **options)
+            return function(input, num_groups, **dict(zip(names, by_channel, strict=False)), **options)
 
         return call
 
     def raw(input, *by_channel, eps=1e-5, upsample=False):
-        given = dict(zip(names, by_channel))
+        given = dict(zip(names, by_channel, strict=False))
         arguments = (input, given.get("weight"), given.get("bias"), num_groups, eps, upsample)
         return torch.ops.spatialflow.group_norm_relu, arguments
 
@@ -79,9 +79,9 @@ class TestGroupNormRelu(OpMatrix):
         for upsample in (False, True)
     }
 
-    def test_second_derivatives(self, sample):
+    def test_second_derivatives(self, make_sample):
         """The op is not linear, and has second derivatives all the same."""
-        sample = sample()
+        sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
@@ -96,9 +96,9 @@ class TestGroupNormRelu(OpMatrix):
         ]
         assert_near(*products, torch.float64, factor=10)
 
-    def test_backward_opcheck(self, sample):
+    def test_backward_opcheck(self, make_sample):
         """The raw backward: schema, fake kernel, layouts."""
-        sample = sample()
+        sample = make_sample()
         op, (input, weight, bias, num_groups, eps, upsample) = sample.raw(*sample.tensors, **sample.options)
         for layout in (torch.contiguous_format, torch.channels_last):
             x = input.contiguous(memory_format=layout)
@@ -109,9 +109,9 @@ class TestGroupNormRelu(OpMatrix):
                 test_utils=("test_schema", "test_faketensor"),
             )
 
-    def test_gradient_without_a_graph_is_one_operator(self, sample):
+    def test_gradient_without_a_graph_is_one_operator(self, make_sample):
         """An ordinary backward pass takes the kernel; one that is differentiated again, torch's operators."""
-        sample = sample()
+        sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
         for create_graph in (False, True):
@@ -119,15 +119,15 @@ class TestGroupNormRelu(OpMatrix):
                 torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=create_graph)
             assert ("_group_norm_relu_backward" in called.names) != create_graph
 
-    def test_batched_gradients(self, sample):
+    def test_batched_gradients(self, make_sample):
         """Jacobians row by row, all at once and by forward mode are the same."""
-        sample = sample()
+        sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
         result = function(*inputs)
         rows = torch.randn(3, *result.shape, dtype=torch.float64)
         together = torch.autograd.grad(result, inputs, rows, is_grads_batched=True, retain_graph=True)
-        alone = zip(*(torch.autograd.grad(result, inputs, row, retain_graph=True) for row in rows))
+        alone = zip(*(torch.autograd.grad(result, inputs, row, retain_graph=True) for row in rows), strict=False)
         assert_near(list(together), [torch.stack(grads) for grads in alone], torch.float64)
         by_reverse, by_forward = (
             transform(function)(*(t.detach() for t in inputs)) for transform in (torch.func.jacrev, torch.func.jacfwd)
@@ -287,7 +287,7 @@ class TestStatistics:
         finally:
             torch.set_num_threads(threads)
         for run in runs[1:]:
-            assert all(torch.equal(one, other) for one, other in zip(run, runs[0]))
+            assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=False))
 
     @pytest.mark.parametrize("upsample", [False, True])
     def test_channels_last_is_read_in_place(self, upsample):

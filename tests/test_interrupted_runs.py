@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are ended from outside: what is done stays, and the next run ends as one without interruption would."""
+"""Interrupted runs: completed work is kept, and the next run ends like a run without interruption."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ def rows_of(output) -> int:
 
 @pytest.fixture(autouse=True)
 def interrupts():
-    """What runs in the background of a shell ignores SIGINT, and so would these tests and their processes."""
+    """A background job of a shell ignores SIGINT; these tests and their processes must not."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -182,7 +182,7 @@ class TestPredict:
     def test_restart(self, arguments, uninterrupted, stopped):
         assert main([*arguments, "--output", str(stopped), "--score", "0.9", "--restart"]) == 0
         assert not journal(stopped).exists()
-        assert main([*arguments, "--output", str(stopped)]) == 0  # a run that ended leaves nothing to go on from
+        assert main([*arguments, "--output", str(stopped)]) == 0  # a completed run leaves nothing to resume
         assert contents(stopped) == uninterrupted
 
     def test_files_that_are_gone_or_damaged_are_done_again(self, arguments, uninterrupted, stopped, capsys):
@@ -272,8 +272,8 @@ class TestPredict:
     def test_a_signal_while_torch_is_imported(self, number):
         """An exception there would abort the process: it ends by the signal, which a shell shows as 128 + number."""
         code = (
-            "import os, torch; from spatialflow.cli import main as cli; torch.__spec__._initializing = True; "
-            f"cli._info = lambda options: os.kill(os.getpid(), {int(number)}) or 0; cli.main(['info'])"
+            "import os, torch; from spatialflow.cli import info, main; torch.__spec__._initializing = True; "
+            f"info.run = lambda options: os.kill(os.getpid(), {int(number)}) or 0; main.main(['info'])"
         )
         assert subprocess.run([sys.executable, "-c", code]).returncode == -number
 
@@ -289,16 +289,16 @@ def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys
 def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
     from helpers.scenes import write_coco
 
-    from spatialflow.engine.train import Trainer
+    from spatialflow.engine.trainer import Trainer
 
-    keep = Trainer._keep
+    save = Trainer.save_checkpoint
 
     def stopping(trainer):
-        keep(trainer)
+        save(trainer)
         if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_keep", stopping)
+    monkeypatch.setattr(Trainer, "save_checkpoint", stopping)
     data, run = write_coco(tmp_path / "data", 2, (64, 96)), tmp_path / "run"
     settings = [
         "num_things=6",

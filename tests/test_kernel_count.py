@@ -171,7 +171,7 @@ class TestLaunches:
                 torch.zeros(64, 96, dtype=torch.uint8),
                 2,
                 score_threshold=0.5,
-                stuff_area_limit=10,
+                stuff_area_threshold=10,
             ),
         }
 

@@ -16,6 +16,12 @@ def test_import_loads_neither_torch_nor_opencv():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_reading_a_configuration_loads_neither_torch_nor_opencv():
+    code = "import sys, spatialflow; spatialflow.load_config('demo', epochs=2); spatialflow.list_configs(); "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'cv2')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_predicting_does_not_load_the_compiler():
     """torch.compile's front end takes as long to import as all the rest."""
     code = "import sys, spatialflow.engine.predict; sys.exit('torch._dynamo' in sys.modules)"
@@ -37,5 +43,5 @@ def test_type_checkers_see_the_same_names():
 
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'build_modell'"):
-        spatialflow.build_modell
+        _ = spatialflow.build_modell
     assert spatialflow.ops.roi_align is not None

@@ -81,7 +81,7 @@ def fail(number):
 
 
 def test_an_error_of_a_call_belongs_to_its_item():
-    """It has the thread's traceback, and the other items go on."""
+    """The error has the thread's traceback, and the other items are processed."""
     futures = list(map_ahead(fail, range(4), 2, 2))
     assert [future.result() for future in futures[:2] + futures[3:]] == [0, 1, 3]
     with pytest.raises(KeyError, match="the second") as caught:
@@ -115,7 +115,7 @@ def test_an_error_of_the_items_comes_after_the_results_before_it(kind):
 
 @pytest.mark.parametrize("leave", ["break", "exception", "collection", "cycle"])
 def test_leaving_early_ends_the_threads(leave):
-    """What waits is canceled, what runs is finished; the fixture looks at the threads."""
+    """Queued calls are canceled, running calls are finished; the fixture checks the threads."""
     begun, ended, release = [], [], threading.Event()
 
     def call(number):
@@ -215,9 +215,9 @@ def test_waiting_threads_sleep(given, loaded, expected):
 
 def test_predict_decides_before_torch_is_loaded():
     code = (
-        "import sys, os; from spatialflow.cli import main as cli; "
-        "cli.list_images = lambda *_: sys.exit(os.environ['OMP_WAIT_POLICY'] + str('torch' in sys.modules)); "
-        "cli.main(['predict', 'a.jpg', '--output', 'out'])"
+        "import sys, os; from spatialflow.cli import main, predict; "
+        "predict.resolve_images = lambda *_: sys.exit(os.environ['OMP_WAIT_POLICY'] + str('torch' in sys.modules)); "
+        "main.main(['predict', 'a.jpg', '--output', 'out'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

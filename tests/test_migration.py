@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 
 from spatialflow import ops
 
-vision = pytest.importorskip("torchvision").ops
+vision = pytest.importorskip("torchvision", reason="`make test-migration` installs the torchvision of this torch").ops
 
 
 def boxes_in(count: int, side: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from spatialflow.models.build import build_model
 from spatialflow.models.fpn import FPN
-from spatialflow.models.heads import BoxHead, StuffHead, ThingHead
+from spatialflow.models.heads import BoxHead, StuffHead, ThingHead, upsample_stuff_logits
 from spatialflow.models.resnet import ResNet
 from spatialflow.models.subnets import Subnets
 
@@ -118,7 +118,7 @@ def test_semantic_flow_and_absent_flows():
 
 
 def test_equations_one_to_three():
-    """A tower written out by hand for two stages."""
+    """Two stages written out by hand."""
     torch.manual_seed(1)
     net = Subnets(3, 3, detection_stages=2, stuff_stages=2, thing_stages=1)
     for parameter in net.parameters():
@@ -154,7 +154,7 @@ def test_class_prior_and_head_shapes():
     assert thing(rois[:0], labels[:0]).shape == (0, 28, 28)
     stuff = StuffHead(8, 8, 7, 4)
     logits = stuff([torch.randn(2, 8, 16, 8), torch.randn(2, 8, 8, 4), torch.randn(2, 8, 4, 2)])
-    assert logits.shape == (2, 7, 32, 16) and stuff.enlarge(logits).shape == (2, 7, 128, 64)
+    assert logits.shape == (2, 7, 32, 16) and upsample_stuff_logits(logits).shape == (2, 7, 128, 64)
 
 
 @pytest.mark.parametrize(

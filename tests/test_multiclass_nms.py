@@ -58,8 +58,8 @@ class TestMulticlassNms(OpMatrix):
         for batch, count, classes in ((1, 9, 4), (2, 1, 4), (2, 9, 1), (1, 1, 1), (2, 0, 4), (2, 9, 0))
     }
 
-    def test_layouts(self, sample):
-        sample = sample()
+    def test_layouts(self, make_sample):
+        sample = make_sample()
         plain = sample.op(*sample.tensors, **sample.options)
         layouts = {
             "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
@@ -68,36 +68,38 @@ class TestMulticlassNms(OpMatrix):
         }
         for name, layout in layouts.items():
             result = sample.op(*map_tensors(layout, sample.tensors), **sample.options)
-            assert all(torch.equal(one, other) for one, other in zip(result, plain)), name
+            assert all(torch.equal(one, other) for one, other in zip(result, plain, strict=False)), name
 
-    def test_autocast(self, sample):
+    def test_autocast(self, make_sample):
         """Boxes and scores keep their precision."""
-        sample = sample()
+        sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = sample.op(*tensors, **sample.options)
-        assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, expected))
+        assert all(
+            torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, expected, strict=False)
+        )
 
-    def test_detached(self, sample):
+    def test_detached(self, make_sample):
         """Results carry no gradient, in reverse and forward mode; gathering with indices and labels gives one."""
-        sample = sample()
+        sample = make_sample()
         boxes, scores = (t.clone().requires_grad_() for t in sample.tensors)
         assert not any(leaf.requires_grad for leaf in leaves(sample.op(boxes, scores, **sample.options)))
         tangents = tuple(torch.ones_like(t) for t in sample.tensors)
         _, pushed = torch.func.jvp(lambda *t: sample.op(*t, **sample.options)[:2], tuple(sample.tensors), tangents)
         assert not any(leaf.any() for leaf in leaves(pushed))
 
-    def test_vmap(self, sample):
+    def test_vmap(self, make_sample):
         """A mapped dimension is a further batch dimension."""
-        sample = sample()
+        sample = make_sample()
         boxes, scores = sample.tensors
         mapped = torch.func.vmap(lambda b, s: tuple(sample.op(b, s, **sample.options)), in_dims=(None, -1))(
             boxes, torch.stack([scores, scores.flip(-1)], dim=-1)
         )
         for index, one in enumerate((scores, scores.flip(-1))):
             expected = sample.op(boxes, one, **sample.options)
-            assert all(torch.equal(m[index], e) for m, e in zip(mapped, expected))
+            assert all(torch.equal(m[index], e) for m, e in zip(mapped, expected, strict=False))
         nothing = torch.func.vmap(lambda b: tuple(sample.op(b, scores, **sample.options)))(
             boxes.expand(0, *boxes.shape)
         )
@@ -196,7 +198,7 @@ class TestOracles:
         batched = ops.multiclass_nms(boxes, scores, 0.2, 0.5, 50)
         for image in range(5):
             single = ops.multiclass_nms(boxes[image], scores[image], 0.2, 0.5, 50)
-            assert all(torch.equal(one[image], other) for one, other in zip(batched, single))
+            assert all(torch.equal(one[image], other) for one, other in zip(batched, single, strict=False))
 
     def test_large_image_in_parts(self):
         """Scores of an image are scanned by several threads; sparse ones, and parts without any."""
@@ -205,7 +207,7 @@ class TestOracles:
         scores.view(-1)[some] = torch.rand(700)
         found = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
         expected = reference.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=False))
 
 
 class TestGoldens:

@@ -59,8 +59,8 @@ class TestNms(OpMatrix):
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             yield
 
-    def test_layouts(self, sample):
-        sample = sample()
+    def test_layouts(self, make_sample):
+        sample = make_sample()
         plain = sample.op(*sample.tensors, **sample.options)
         layouts = {
             "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
@@ -73,17 +73,17 @@ class TestNms(OpMatrix):
         expanded = [t[:1].expand(t.shape) for t in sample.tensors]
         assert sample.op(*expanded, **sample.options).tolist() == [0]
 
-    def test_autocast(self, sample):
+    def test_autocast(self, make_sample):
         """Boxes and scores keep their precision."""
-        sample = sample()
+        sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             assert torch.equal(sample.op(*tensors, **sample.options), expected)
 
-    def test_gradients_stop_here(self, sample):
+    def test_gradients_stop_here(self, make_sample):
         """Tensors that require gradients are taken; row numbers carry none, in forward mode too."""
-        sample = sample()
+        sample = make_sample()
         boxes, scores, *rest = sample.tensors
         expected = sample.op(boxes, scores, *rest, **sample.options)
         result = sample.op(boxes.clone().requires_grad_(), scores.clone().requires_grad_(), *rest, **sample.options)
@@ -97,9 +97,9 @@ class TestNms(OpMatrix):
         gradient = torch.func.grad(best, argnums=1)(boxes, scores)
         assert torch.equal(gradient.nonzero()[:, 0], expected.sort().values)
 
-    def test_all_precisions_rank_alike(self, sample):
+    def test_all_precisions_rank_alike(self, make_sample):
         """Values that every dtype holds exactly give one answer in all of them."""
-        sample = sample()
+        sample = make_sample()
         boxes, scores, *rest = sample.tensors
         boxes, scores = boxes.round().clamp(max=250), (scores * 100).round() / 128
         results = [sample.op(boxes.to(d), scores.to(d), *rest, **sample.options) for d in self.dtypes]
@@ -336,7 +336,7 @@ class TestOrder:
         boxes = torch.cat([corner, corner + 2], dim=1)
         order = torch.sort(scores, descending=True, stable=True).indices
         best = {}
-        for row, *place in zip(order.tolist(), idxs[order].tolist(), cell[order].tolist()):
+        for row, *place in zip(order.tolist(), idxs[order].tolist(), cell[order].tolist(), strict=False):
             best.setdefault(tuple(place), row)
         assert ops.batched_nms(boxes, scores, idxs, 0.5).tolist() == list(best.values())
         if len(idxs.unique()) == 1:

@@ -12,16 +12,15 @@ import torch
 from helpers.small_models import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spatialflow.data.transforms import fit_image
+from spatialflow.config import load_config
+from spatialflow.data.transforms import compute_resize
 from spatialflow.engine.pipeline import Pipeline
-from spatialflow.engine.predict import STAGES
 from spatialflow.models import postprocess
-from spatialflow.models.build import load_config
-from spatialflow.models.optimized import inference as optimize
+from spatialflow.models.optimized import layers
 from spatialflow.models.optimized.inference import optimize_for_inference
 
 DEVICE = torch.device("meta")
-FITTED = tuple((fit_image(size, 96, 128),) for size in ((193, 250), (200, 240)))
+GEOMETRIES = tuple((compute_resize(size, 96, 128),) for size in ((193, 250), (200, 240)))
 """Two images of one padded size, in one view."""
 
 
@@ -59,16 +58,16 @@ class ForbidHostReads(TorchDispatchMode):
 
 
 def pictures():
-    return [torch.randint(256, (*one.original_size, 3), dtype=torch.uint8) for (one,) in FITTED]
+    return [torch.randint(256, (*one.original_size, 3), dtype=torch.uint8) for (one,) in GEOMETRIES]
 
 
 def run_on_meta(*networks, dtype=torch.bfloat16, **overrides):
     """Results of the pipeline for images that are nowhere; everything before it is at liberty to upload."""
     pipeline = Pipeline(networks, load_config(networks[0].config, **overrides), (2,), DEVICE, dtype, True)
-    fitted = [pipeline.fit(one.original_size) for (one,) in FITTED] if overrides else FITTED
-    plan, pixels = pipeline.plan(fitted), [picture.to(DEVICE) for picture in pictures()]
+    geometries = [pipeline.geometries(one.original_size) for (one,) in GEOMETRIES] if overrides else GEOMETRIES
+    plan, pixels = pipeline.plan(geometries), [picture.to(DEVICE) for picture in pictures()]
     with ForbidHostReads():
-        return pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+        return pipeline(pixels, plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -87,7 +86,7 @@ def test_nothing_is_read(name, overrides, dtype):
     model = random_model(name, **overrides)
     results = run_on_meta(optimize_for_inference(model, DEVICE, dtype), dtype=dtype)
     most = model.config.test.max_detections
-    for result, (fitted,) in zip(results, FITTED):
+    for result, (fitted,) in zip(results, GEOMETRIES):
         assert result.boxes.shape == (most, 4) and result.scores.shape == result.labels.shape == (most,)
         assert result.mask_logits is None or result.mask_logits.shape == (most, 28, 28)
         assert result.merged.id_map.shape == fitted.original_size and result.merged.id_map.dtype == torch.int32
@@ -96,13 +95,13 @@ def test_nothing_is_read(name, overrides, dtype):
 
 
 def test_plain_modules_read_nothing_either():
-    assert len(run_on_meta(random_model("tiny_dcn").to(DEVICE, torch.bfloat16))) == len(FITTED)
+    assert len(run_on_meta(random_model("tiny_dcn").to(DEVICE, torch.bfloat16))) == len(GEOMETRIES)
 
 
 def test_augmented_ensembles_read_nothing():
     networks = [optimize_for_inference(random_model("tiny"), DEVICE, torch.bfloat16) for _ in range(2)]
     results = run_on_meta(*networks, test_short_edges=(96, 64), test_long_edge=128, test_flip=True)
-    assert [result.merged.id_map.shape for result in results] == [one.original_size for (one,) in FITTED]
+    assert [result.merged.id_map.shape for result in results] == [one.original_size for (one,) in GEOMETRIES]
 
 
 PLANTED = {
@@ -148,13 +147,13 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
     Some rows are padding, and some detections do not enter the map. The convolutions of the mask head compute the rows
     whose masks are used.
     """
-    flags, convolve = [], optimize.flow_conv2d
+    flags, convolve = [], layers.flow_conv2d
 
     def noted(*args, active=None, **options):
         flags.append(active)
         return convolve(*args, active=active, **options)
 
-    monkeypatch.setattr(optimize, "flow_conv2d", noted)
+    monkeypatch.setattr(layers, "flow_conv2d", noted)
     model = random_model("tiny", stuff_area_threshold=20)
     with torch.no_grad():
         model.box_head.class_logits.weight.mul_(0.01)  # scores below 1
@@ -165,16 +164,16 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
         return Pipeline([network], config, (), torch.device("cpu"), torch.float32, masks)
 
     pipeline = pipeline_of()
-    plan = pipeline.plan(FITTED)
-    scores = torch.cat([one.scores for one in pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))])
+    plan = pipeline.plan(GEOMETRIES)
+    scores = torch.cat([one.scores for one in pipeline(pixels, plan)])
     least, enough = scores.quantile(torch.tensor([0.2, 0.6])).tolist()
     pipeline = pipeline_of(score_threshold=least, instance_score_threshold=enough)
-    short = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+    short = pipeline(pixels, plan)
     assert flags and all(active is None for active in flags)
     flags.clear()
     pipeline.reads_counts = False
     with ForbidHostReads():
-        fixed = pipeline(pixels, plan, dict.fromkeys(STAGES, 0.0))
+        fixed = pipeline(pixels, plan)
     labels, scores = torch.cat([one.labels for one in fixed]), torch.cat([one.scores for one in fixed])
     wanted = labels >= 0
     detections, entering = int(wanted.sum()), int((wanted & (scores >= enough)).sum())

@@ -11,7 +11,7 @@ from helpers.golden_models import assert_close
 from helpers.small_models import VARIANTS, random_model
 from torch.nn.parallel import DistributedDataParallel
 
-from spatialflow.engine.distributed import World, end, leave
+from spatialflow.engine.distributed import ProcessGroup, end, leave
 from spatialflow.models.heads import BoxHead
 from spatialflow.models.optimized.training import (
     TrainingBoxHead,
@@ -24,10 +24,10 @@ FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
 
 def outputs_and_gradients(model, network, images):
-    output, quarter = network.dense(images)
+    output = network(images)
     results = [*output.features, *output.class_logits, *output.box_deltas]
-    if quarter is not None:
-        results.append(quarter)
+    if output.stuff_logits is not None:
+        results.append(output.stuff_logits)
     if output.thing_features is not None:
         rois = torch.tensor([[0, 3.0, 5, 40, 60], [0, 0, 0, 60, 20]]).to(images)
         results.append(network.thing_logits(output.thing_features, rois, torch.tensor([0, 2])))
@@ -70,7 +70,7 @@ def test_moved_to_another_dtype(name):
     model = random_model(name).train()
     network = optimize_for_training(model).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    for one, other in zip(network.dense(images)[0].class_logits, model.dense(images)[0].class_logits, strict=True):
+    for one, other in zip(network(images).class_logits, model(images).class_logits, strict=True):
         assert one.dtype == torch.float64
         torch.testing.assert_close(one, other)
 
@@ -120,7 +120,7 @@ def train_box_head(rank, folder, classes):
         network.zero_grad()
     torch.save(gradients, folder / f"{rank}.pt")
     leave()
-    end(World(rank, 2, torch.device("cpu")))
+    end(ProcessGroup(rank, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("classes", [3, 80])  # all by flow_conv2d, or the classes level by level
@@ -149,7 +149,7 @@ def test_compiled(name, overrides):
     network.stuff_head = TrainingStuffHead(model.stuff_head, on_cuda=True)
     expected, wanted = outputs_and_gradients(model, network, images)
     torch.compiler.reset()
-    network.dense = torch.compile(network.dense, backend="aot_eager", fullgraph=True)
+    network.forward = torch.compile(network.forward, backend="aot_eager", fullgraph=True)
     actual, found = outputs_and_gradients(model, network, images)
     for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
         assert_close(f"output {i}", one, other.numpy(), 1e-9)

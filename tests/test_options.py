@@ -38,7 +38,7 @@ CALLS = {
     ),
     "panoptic_merge": (
         lambda **options: ops.panoptic_merge(MASKS, SCORES[:1], LABELS, None, STUFF, 2, **options),
-        {"score_threshold": 0.4, "overlap_threshold": 0.4, "box_threshold": 0.5},
+        {"score_threshold": 0.4, "overlap_threshold": 0.4, "box_overlap_threshold": 0.5},
     ),
     "preprocess_images": (
         lambda mean=0.0, std=1.0: ops.preprocess_images(PHOTOGRAPH, (8, 8), [mean] * 3, [std] * 3),

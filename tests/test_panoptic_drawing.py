@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from spatialflow.panoptic import colour_of, overlay
+from spatialflow.panoptic import color_of, overlay
 
 CATEGORIES = [{"id": 1, "name": "person", "isthing": 1, "color": [220, 20, 60]}, {"id": 7, "name": "sky", "isthing": 0}]
 
@@ -51,10 +51,10 @@ def test_a_label_is_white_text_on_a_dark_box_that_lets_the_picture_through():
     image, id_map, segments = scene()
     picture = overlay(image, id_map, segments, CATEGORIES).astype(int)
     plain = overlay(image, id_map, segments, CATEGORIES, labels=False).astype(int)
-    colour = np.array(colour_of(7))[::-1]
+    color = np.array(color_of(7))[::-1]
     rows, columns = np.nonzero((picture != plain)[60:, :80].any(axis=-1))
     middle = rows.min() + 60 + 1, columns.min() + 3  # in the box, left of the letters
-    np.testing.assert_allclose(picture[middle], plain[middle] * 50 / 255 + colour / 4 * 205 / 255, atol=1.5)
+    np.testing.assert_allclose(picture[middle], plain[middle] * 50 / 255 + color / 4 * 205 / 255, atol=1.5)
     assert (picture[60:, :80].min(axis=-1) > 240).sum() > 5  # strokes of letters
     assert abs((rows.min() + rows.max()) / 2 - 30) < 3  # half way between the segment's upper and lower border
 
@@ -71,10 +71,10 @@ def test_any_name(name):
 
 @pytest.mark.parametrize("base", [None, (220, 20, 60), (128, 128, 128)])
 def test_instances_of_a_category_differ(base):
-    colours = [np.array(colour_of(1, index, base)) for index in range(8)]
-    for one, other in itertools.combinations(colours, 2):
+    colors = [np.array(color_of(1, index, base)) for index in range(8)]
+    for one, other in itertools.combinations(colors, 2):
         assert np.abs(one - other).max() > 8
-    assert all(((0 <= colour) & (colour <= 255)).all() for colour in colours)
+    assert all(((0 <= color) & (color <= 255)).all() for color in colors)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 400), (300, 1), (2, 2)])
@@ -96,7 +96,7 @@ def test_errors():
         overlay(image, id_map, segments, opacity="half")
     for base in ((1, 2), (1, 2, 3, 4), (300, 0, 0), (float("nan"), 0, 0), "red"):
         with pytest.raises(ValueError, match="base must be three numbers from 0 to 255, got "):
-            colour_of(1, base=base)
+            color_of(1, base=base)
         with pytest.raises(ValueError, match="base must be three numbers from 0 to 255, got "):
             overlay(image, id_map, segments, [{**CATEGORIES[0], "color": base}])
 
@@ -106,7 +106,7 @@ def test_any_category_id(category_id):
     image, id_map, segments = scene()
     picture = overlay(image, id_map, [{**segment, "category_id": category_id} for segment in segments])
     assert (picture != image).any()
-    assert colour_of(category_id) != colour_of(category_id + 1)
+    assert color_of(category_id) != color_of(category_id + 1)
 
 
 @pytest.mark.parametrize("score", ["high", 10**400, [1], {}], ids=["text", "huge", "list", "mapping"])

@@ -189,7 +189,7 @@ def test_any_decoder_reads_an_encoded_png(shape):
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 4), (0, 5, 3), (4, 0, 3)])
 def test_encode_png_refuses_what_is_no_rgb_picture(shape):
-    with pytest.raises(ValueError, match=r"colours must be \(H, W, 3\) uint8 with at least one pixel, got .* uint8"):
+    with pytest.raises(ValueError, match=r"colors must be \(H, W, 3\) uint8 with at least one pixel, got .* uint8"):
         encode_png(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match=r"got \(4, 5, 3\) uint16"):
         encode_png(np.zeros((4, 5, 3), np.uint16))

@@ -12,13 +12,13 @@ from spatialflow import ops
 from spatialflow.ops import reference
 from spatialflow.panoptic import merge
 
-RAW_OPTIONS = ("ignored_stuff", "score_threshold", "overlap_threshold", "stuff_area_limit", "box_threshold")
+RAW_OPTIONS = ("ignored_stuff", "score_threshold", "overlap_threshold", "stuff_area_threshold", "box_overlap_threshold")
 DEFAULTS = {
     "ignored_stuff": (),
     "score_threshold": 0.37,
     "overlap_threshold": 0.37,
-    "stuff_area_limit": 4900,
-    "box_threshold": 0.5,
+    "stuff_area_threshold": 4900,
+    "box_overlap_threshold": 0.5,
 }
 
 
@@ -63,7 +63,7 @@ def sample(*size: int, fill: bool = True, stuff_dtype: torch.dtype = torch.int64
             op=call(ops.panoptic_merge),
             reference=call(reference.panoptic_merge),
             tensors=tensors(),
-            options={"stuff_area_limit": 60, "ignored_stuff": [3]} | options,
+            options={"stuff_area_threshold": 60, "ignored_stuff": [3]} | options,
             differentiable=(),
             converted=(1, 3) if fill else (1,),
             images=(),
@@ -79,29 +79,29 @@ class TestPanopticMerge(OpMatrix):
     samples = {
         "with box fill": sample(12, 75, 131),
         "without box fill": sample(12, 64, 128, fill=False),
-        "int32 stuff": sample(9, 33, 65, stuff_dtype=torch.int32, overlap_threshold=0.8, box_threshold=0.1),
-        "uint8 stuff": sample(9, 40, 63, stuff_dtype=torch.uint8, overlap_threshold=0.0, box_threshold=0.0),
+        "int32 stuff": sample(9, 33, 65, stuff_dtype=torch.int32, overlap_threshold=0.8, box_overlap_threshold=0.1),
+        "uint8 stuff": sample(9, 40, 63, stuff_dtype=torch.uint8, overlap_threshold=0.0, box_overlap_threshold=0.0),
     }
     thin_samples = {
-        f"{count} masks of {height} x {width}": sample(count, height, width, stuff_area_limit=2)
+        f"{count} masks of {height} x {width}": sample(count, height, width, stuff_area_threshold=2)
         for count, height, width in ((1, 9, 11), (5, 1, 64), (5, 64, 1), (1, 1, 1), (0, 9, 11), (5, 0, 11), (5, 9, 0))
     }
 
     # Scores and boxes are thresholds' inputs, not features: they are used in double precision whatever their dtype is,
     # so the segments' scores are float32 and there is nothing for autocast to lower.
-    def test_reference(self, sample, dtype):
-        sample = sample()
+    def test_reference(self, make_sample, dtype):
+        sample = make_sample()
         tensors = [value.to(dtype) if i in sample.converted else value for i, value in enumerate(sample.tensors)]
         assert_same(sample.op(*tensors, **sample.options), sample.reference(*tensors, **sample.options))
 
-    def test_autocast(self, sample):
-        sample = sample()
+    def test_autocast(self, make_sample):
+        sample = make_sample()
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*sample.tensors, **sample.options)
         assert_same(actual, sample.op(*sample.tensors, **sample.options))
 
-    def test_layouts(self, sample):
-        sample = sample()
+    def test_layouts(self, make_sample):
+        sample = make_sample()
         expected = sample.op(*sample.tensors, **sample.options)
         transposed = [value.T.contiguous().T if value.dim() == 2 else value for value in sample.tensors]
         transposed[0] = sample.tensors[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -143,8 +143,8 @@ def test_random_scenes(threads):
             options = {
                 "score_threshold": float(torch.rand(())) * 0.6,
                 "overlap_threshold": float(torch.rand(())) * 1.3,
-                "stuff_area_limit": int(torch.randint(0, 200, ())),
-                "box_threshold": float(torch.rand(())),
+                "stuff_area_threshold": int(torch.randint(0, 200, ())),
+                "box_overlap_threshold": float(torch.rand(())),
             }
             arguments = (masks, scores, labels, boxes if trial % 4 else None, stuff, 7)
             result = ops.panoptic_merge(*arguments, **options)
@@ -200,7 +200,7 @@ class TestGoldens:
             boxes,
             label_map,
             stuff_categories=[a["category_id"] for a in stuff],
-            box_threshold=0.5 if fill else None,
+            box_overlap_threshold=0.5 if fill else None,
         )
         np.testing.assert_array_equal(result.id_map, maps[fill][str(image_id)])
         assert [s["id"] for s in result.segments] == list(range(1, result.id_map.max() + 1))
@@ -238,13 +238,13 @@ class TestThresholds:
         result = merge(masks, [0.9, 0.8, 0.7], [1, 2, 3], None, None)
         assert [s["category_id"] for s in result.segments] == [1, 3]
 
-    def test_stuff_area_limit_counts_free_pixels(self):
+    def test_stuff_area_threshold_counts_free_pixels(self):
         stuff = np.array([[4] * 10 + [9] * 10])
-        result = merge(one_row((8, 12)), [0.9], [1], None, stuff, stuff_area_limit=8)
+        result = merge(one_row((8, 12)), [0.9], [1], None, stuff, stuff_area_threshold=8)
         assert [(s["category_id"], s["area"]) for s in result.segments] == [(1, 4), (4, 8), (9, 8)]
         assert [s["score"] for s in result.segments] == [pytest.approx(0.9), None, None]
         assert [
-            s["category_id"] for s in merge(one_row((8, 12)), [0.9], [1], None, stuff, stuff_area_limit=9).segments
+            s["category_id"] for s in merge(one_row((8, 12)), [0.9], [1], None, stuff, stuff_area_threshold=9).segments
         ] == [1]
 
     def test_no_empty_segment_even_if_every_overlap_is_allowed(self):
@@ -255,7 +255,7 @@ class TestThresholds:
             [[0, 0, 5, 1], [15, 0, 15, 1]],
             None,
             overlap_threshold=1.0,
-            stuff_area_limit=0,
+            stuff_area_threshold=0,
         )
         assert [s["category_id"] for s in result.segments] == [1]
 
@@ -264,13 +264,15 @@ class TestThresholds:
         masks = one_row((0, 4), (2, 4), (5, 5))
         stuff = np.full((1, 20), 255)
         stuff[0, 18:] = 3
-        result = merge(masks, [0.9, 0.8, 0.7], [1, 2, 3], boxes, stuff, stuff_area_limit=1)
+        result = merge(masks, [0.9, 0.8, 0.7], [1, 2, 3], boxes, stuff, stuff_area_threshold=1)
         # Box 0 (pixels 0..7, 4 of 8 void) grows segment 1; box 1 belongs to a dropped instance and founds segment 3;
         # box 2 covers pixels 4..11, of which only 8 and 9 are void by then.
         assert result.id_map.tolist() == [[1] * 8 + [0, 0] + [3] * 8 + [2] * 2]
         assert [(s["category_id"], s["area"]) for s in result.segments] == [(1, 8), (3, 2), (2, 8)]
         assert result.segments[2]["score"] == pytest.approx(0.8)
-        result = merge(masks, [0.9, 0.8, 0.7], [1, 2, 3], boxes, stuff, stuff_area_limit=1, box_threshold=0.51)
+        result = merge(
+            masks, [0.9, 0.8, 0.7], [1, 2, 3], boxes, stuff, stuff_area_threshold=1, box_overlap_threshold=0.51
+        )
         # Now box 0 misses the threshold, and box 2 finds 6 of its 8 pixels void.
         assert result.id_map.tolist() == [[1] * 4 + [4] * 6 + [3] * 8 + [2] * 2]
 
@@ -313,7 +315,7 @@ class TestBadValues:
                 stuff = torch.full((2, 70), value, dtype=dtype)
                 stuff[0, 3] = 1
                 result = ops.panoptic_merge(
-                    masks, torch.zeros(0), torch.zeros(0).long(), None, stuff, 2, stuff_area_limit=1
+                    masks, torch.zeros(0), torch.zeros(0).long(), None, stuff, 2, stuff_area_threshold=1
                 )
                 assert int(result.id_map.sum()) == 1 and int(result.count) == 1
 
@@ -339,7 +341,7 @@ class TestShapes:
     def test_empties(self, shape, stuff_labels):
         masks = torch.ones(shape, dtype=torch.bool)
         arguments = (masks, torch.ones(shape[0]), torch.ones(shape[0]).int(), torch.ones(shape[0], 4))
-        result = ops.panoptic_merge(*arguments, torch.zeros(shape[1:]).short(), stuff_labels, stuff_area_limit=1)
+        result = ops.panoptic_merge(*arguments, torch.zeros(shape[1:]).short(), stuff_labels, stuff_area_threshold=1)
         assert_consistent(result, masks, stuff_labels)
         assert merge(masks.cpu().numpy(), *(a.cpu().numpy() for a in arguments[1:]), None).segments == []
         assert merge(np.zeros((0, 3, 4), bool), [], [], [], None).id_map.shape == (3, 4)
@@ -376,10 +378,11 @@ class TestShapes:
         with pytest.raises(RuntimeError, match="panoptic_merge: " + message):
             ops.panoptic_merge(*arguments)
 
-    @pytest.mark.parametrize("name", ["score_threshold", "overlap_threshold", "box_threshold"])
+    @pytest.mark.parametrize("name", ["score_threshold", "overlap_threshold", "box_overlap_threshold"])
     def test_nan_threshold(self, name):
         arguments = (torch.ones(0, 3, 4).bool(), torch.ones(0), torch.ones(0).int(), None, torch.ones(3, 4).int(), 3)
-        with pytest.raises(RuntimeError, match=f"{name} must be a number, got nan"):
+        raw_name = name.replace("_overlap", "(_overlap)?") if name.startswith("box") else name
+        with pytest.raises(RuntimeError, match=f"{raw_name} must be a number, got nan"):
             ops.panoptic_merge(*arguments, **{name: float("nan")})
 
 
@@ -395,11 +398,11 @@ class TestPublicMerge:
             stuff,
             thing_categories=[10, 11],
             stuff_categories=[20, None, 22],
-            stuff_area_limit=1,
+            stuff_area_threshold=1,
         )
         assert [(s["category_id"], s["isthing"]) for s in result.segments] == [(11, True), (20, False), (22, False)]
         result = merge(
-            masks, [0.9], [1], None, stuff, thing_categories={1: 7}, stuff_categories={3: 44}, stuff_area_limit=1
+            masks, [0.9], [1], None, stuff, thing_categories={1: 7}, stuff_categories={3: 44}, stuff_area_threshold=1
         )
         assert [s["category_id"] for s in result.segments] == [7, 44]
         with pytest.raises(ValueError, match="thing_categories must have a category for every label, got none for 1"):
@@ -410,22 +413,24 @@ class TestPublicMerge:
     @pytest.mark.parametrize("void", [255, 4, 0])
     def test_labels_as_categories(self, void):
         stuff = np.array([[0, 4, -1, 255, 4, 2]])
-        result = merge(np.zeros((0, 1, 6), bool), [], [], None, stuff, void_label=void, stuff_area_limit=1)
+        result = merge(np.zeros((0, 1, 6), bool), [], [], None, stuff, void_label=void, stuff_area_threshold=1)
         expected = [label for label in (0, 2, 4, 255) if label != void]
         assert [s["category_id"] for s in result.segments] == expected
         np.testing.assert_array_equal(result.id_map > 0, np.isin(stuff, expected))
 
     def test_tensors_in_tensor_out(self):
         masks, scores, labels, boxes, stuff = scene(6, 40, 50)
-        from_tensors = merge(masks, scores.requires_grad_(), labels, boxes, stuff, stuff_area_limit=20)
+        from_tensors = merge(masks, scores.requires_grad_(), labels, boxes, stuff, stuff_area_threshold=20)
         arrays = [t.detach().cpu().numpy() for t in (masks, scores, labels, boxes, stuff)]
-        from_arrays = merge(*arrays, stuff_area_limit=20)
+        from_arrays = merge(*arrays, stuff_area_threshold=20)
         assert isinstance(from_tensors.id_map, torch.Tensor) and isinstance(from_arrays.id_map, np.ndarray)
         np.testing.assert_array_equal(from_tensors.id_map.cpu().numpy(), from_arrays.id_map)
         assert from_tensors.segments == from_arrays.segments
         assert json.loads(json.dumps(from_arrays.segments)) == from_arrays.segments
         flipped = merge(
-            *(np.flip(a, 0).copy()[::-1] for a in arrays[:4]), np.flip(arrays[4], 0).copy()[::-1], stuff_area_limit=20
+            *(np.flip(a, 0).copy()[::-1] for a in arrays[:4]),
+            np.flip(arrays[4], 0).copy()[::-1],
+            stuff_area_threshold=20,
         )
         assert flipped.segments == from_arrays.segments
 

@@ -46,8 +46,8 @@ class TestPanopticQualityCounts(OpMatrix):
         for height, width in ((1, 70), (70, 1), (1, 1), (0, 70), (70, 0))
     }
 
-    def test_layouts(self, sample):
-        sample = sample()
+    def test_layouts(self, make_sample):
+        sample = make_sample()
         expected = sample.op(*sample.tensors, **sample.options)
         turned = [value.T.contiguous().T for value in sample.tensors]
         assert torch.equal(sample.op(*turned, **sample.options), expected)

@@ -60,16 +60,16 @@ class TestPasteMasks(OpMatrix):
         "no rows": sample(3, (5, 6), (0, 64)),
     }
 
-    def test_autocast(self, sample):
+    def test_autocast(self, make_sample):
         """Masks are decided at a threshold: nothing is gained by lowering the logits, so autocast changes nothing."""
-        sample = sample()
+        sample = make_sample()
         tensors = [value.float() for value in sample.tensors]
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*tensors, **sample.options)
         assert torch.equal(actual, sample.op(*tensors, **sample.options))
 
-    def test_layouts(self, sample):
-        sample = sample()
+    def test_layouts(self, make_sample):
+        sample = make_sample()
         logits, boxes = sample.tensors
         expected = sample.op(logits, boxes, **sample.options)
         for turned in (logits.mT.contiguous().mT, torch.stack([logits, logits], -1)[..., 1], logits.flip(0).flip(0)):
@@ -80,8 +80,8 @@ class TestGoldens:
     """Masks of the released implementation, at original size with rescaled boxes and at a larger one."""
 
     @pytest.mark.parametrize("case", ["rescale", "norescale"])
-    def test_masks(self, goldens, case):
-        arrays = np.load(goldens / "ops" / "mask_paste.npz")
+    def test_masks(self, large_goldens, case):
+        arrays = np.load(large_goldens / "ops" / "mask_paste.npz")
         labels = torch.as_tensor(arrays["labels"]).long()
         logits = torch.as_tensor(arrays["mask_logits"])[torch.arange(len(labels)), labels]
         boxes = torch.as_tensor(arrays["boxes_netscale"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `predict`: what it writes, which images it takes, what it leaves alone, and how it ends."""
+"""The command `predict`: its output, its input images, the files that it keeps, and its exit codes."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from helpers.command_line import FAST, sentences
 import spatialflow
 from spatialflow import images
 from spatialflow.cli import prediction_folder
-from spatialflow.cli.common import list_images
+from spatialflow.cli.common import resolve_images
 from spatialflow.cli.main import main
 from spatialflow.cli.prediction_folder import HELD, PredictionFolder
 from spatialflow.engine import predict
@@ -34,7 +34,7 @@ def assert_complete(output, names):
     assert sorted(path.stem for path in (output / "panoptic").iterdir()) == stems
     assert sorted(path.stem for path in (output / "overlays").iterdir()) == stems
     assert sorted(image["file_name"] for image in content["images"]) == sorted(names)
-    for image, annotation in zip(content["images"], content["annotations"]):
+    for image, annotation in zip(content["images"], content["annotations"], strict=True):
         ids = read_id_map(output / "panoptic" / annotation["file_name"])
         assert ids.shape == (image["height"], image["width"])
         assert {segment["id"] for segment in annotation["segments_info"]} == set(np.unique(ids)) - {0}
@@ -90,7 +90,7 @@ class TestPredict:
         assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
-        """What is done when Ctrl-C comes is complete, JSON included."""
+        """Images that are done at an interrupt (Ctrl-C) are complete, including the JSON."""
         read = images.read_image
 
         def interrupted(path):
@@ -105,7 +105,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("threads", [1, 4])
     def test_errors_are_in_the_order_of_the_images(self, photographs, weights, tmp_path, monkeypatch, capsys, threads):
-        """Whether reading or writing fails, and although reading is ahead of writing."""
+        """Failures of reading and of writing are in one order, although reading is ahead of writing."""
         monkeypatch.setattr(prediction_folder, "WRITERS", {"cpu": threads})
         monkeypatch.setattr(prediction_folder, "available_cores", lambda: 16)
         names = [f"{number}.jpg" for number in range(8)]
@@ -155,7 +155,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("place", ["network", "writing"])
     def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
-        """It reaches the caller from any thread, and the images before it are complete."""
+        """An interrupt in any thread reaches the caller, and the images before it are complete."""
         target, name = {"network": (Pipeline, "__call__"), "writing": (PredictionFolder, "_add")}[place]
         plain, left = getattr(target, name), [3]
 
@@ -205,7 +205,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("output", ["out", "."])
     def test_images_in_sub_folders(self, photographs, weights, tmp_path, capsys, output):
-        """Left out with a sentence that counts them; earlier results in the same folder are no images."""
+        """Images in sub-folders are left out with a message that counts them; earlier results are not inputs."""
         for name in ("plain.jpg", "one/plain.jpg", "one/two/dot.png"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())
@@ -218,7 +218,7 @@ class TestPredict:
         names = ["one/plain.jpg", "one/two/dot.png", "plain.jpg"]
         assert [image["file_name"] for image in content["images"]] == names
         assert [image["id"] for image in content["images"]] == ["one/plain", "dot", "plain"]
-        for annotation, name in zip(content["annotations"], names):
+        for annotation, name in zip(content["annotations"], names, strict=True):
             assert annotation["file_name"] == name.split(".")[0] + ".png"
             assert read_id_map(output / "panoptic" / annotation["file_name"]).shape
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
@@ -248,10 +248,10 @@ class TestPredict:
         (tmp_path / "in" / "other" / "back").symlink_to(tmp_path / "in")
         (tmp_path / "in" / "gone.jpg").symlink_to(tmp_path / "absent.jpg")
         (tmp_path / "in" / "loop.jpg").symlink_to(tmp_path / "in" / "loop.jpg")
-        images, failed = list_images([tmp_path / "in"], recursive=True)
+        images, failed = resolve_images([tmp_path / "in"], recursive=True)
         names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
         assert [image.name for image in images] == names and not failed
-        list_images([tmp_path / "in"])
+        resolve_images([tmp_path / "in"])
         left_out = "2 images in its sub-folders are left out; --recursive takes them too"  # links are not followed
         assert sentences(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
@@ -266,10 +266,10 @@ class TestPredict:
             return iterdir(path)
 
         monkeypatch.setattr(Path, "iterdir", refusing)
-        images, failed = list_images([tmp_path])
+        images, failed = resolve_images([tmp_path])
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == sentences(capsys) == []  # it would be passed over anyway
-        images, failed = list_images([tmp_path], recursive=True)
+        images, failed = resolve_images([tmp_path], recursive=True)
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == sentences(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
 
@@ -280,12 +280,12 @@ class TestPredict:
         (tmp_path / name).write_bytes(b"mine")
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]
         assert main([*command, "--output", str(tmp_path)]) == 2
-        said = f"{tmp_path / name}: would be replaced, and is no result of `predict`; use another --output"
+        said = f"{tmp_path / name}: would be replaced, and is not a result of `predict`; use another --output"
         assert sentences(capsys) == [said]
         assert (tmp_path / name).read_bytes() == b"mine"
 
     def test_a_folder_with_a_journal_of_others(self, photographs, weights, tmp_path, capsys):
-        """An empty one too: a ground truth beside it is none of `predict`."""
+        """An empty journal too: a ground truth beside it is not an output of `predict`."""
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
         assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 0
         truth = (tmp_path / "panoptic.json").read_bytes()

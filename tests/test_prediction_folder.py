@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -54,13 +55,13 @@ def photographs(tmp_path_factory):
 
 
 def run(root, photographs, outcomes, threads):
-    """Writes what is not done yet; the images that it wrote, and the errors by name of the image."""
+    """Write the images that are not done yet; return their names, and the errors by name of the image."""
     folder = PredictionFolder(root, photographs, CATEGORIES, {}, overlays=True, detections=True, resume=True)
     todo = [position for position, image in enumerate(photographs) if image.name not in folder.done]
     written, failed = [], {}
     found = folder.add_all([photographs[i] for i in todo], (outcomes[i] for i in todo), threads)
     with folder, contextlib.closing(found) as files:
-        for position, future in zip(todo, files):
+        for position, future in zip(todo, files, strict=True):
             try:
                 assert list(future.result()) == ["write"]
                 written.append(position)
@@ -79,15 +80,15 @@ def whole(tmp_path_factory, photographs, outcomes):
 
 @pytest.fixture
 def shuffled(monkeypatch):
-    """Encoders that take so different times that images overtake each other."""
+    """Encoders of random duration, so that images are written out of order."""
     chance = random.Random(0)
+
+    def slow(function, *arguments):
+        time.sleep(chance.random() / 50)
+        return function(*arguments)
+
     for module, name in ((cv2, "imencode"), (formats, "encode_png")):
-
-        def slow(*arguments, function=getattr(module, name)):
-            time.sleep(chance.random() / 50)
-            return function(*arguments)
-
-        monkeypatch.setattr(module, name, slow)
+        monkeypatch.setattr(module, name, functools.partial(slow, getattr(module, name)))
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -190,7 +191,7 @@ def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, whole, error):
-    """Images that were begun are complete, the JSON lists them, and the next run goes on."""
+    """Images that were begun are complete, the JSON lists them, and the next run resumes."""
 
     class Ending(list):
         def __getitem__(self, position):
@@ -241,7 +242,7 @@ def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, 
     monkeypatch.setattr(writer, "write_id_map", slow)
     folder = PredictionFolder(tmp_path, photographs, [], {}, overlays=False, detections=False, resume=False)
     with folder:
-        for image, outcome in zip(photographs[:2], outcomes):
+        for image, outcome in zip(photographs[:2], outcomes[:2], strict=True):
             threading.Thread(target=folder.add, args=(image, outcome.result, None)).start()
         begun.wait(30)
     assert [image["id"] for image in json.loads((tmp_path / "panoptic.json").read_text())["images"]] == [0, 1]

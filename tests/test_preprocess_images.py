@@ -55,8 +55,8 @@ class TestPreprocessImages(OpMatrix):
     }
     dtypes = (torch.float32,)  # of the result, which the images do not decide: see test_dtypes
 
-    def test_layouts(self, sample):
-        sample = sample()
+    def test_layouts(self, make_sample):
+        sample = make_sample()
         expected = sample.op(*sample.tensors, **sample.options)
         assert expected.is_contiguous(memory_format=torch.channels_last)
         planes = [image.permute(2, 0, 1).contiguous().permute(1, 2, 0) for image in sample.tensors[0]]
@@ -97,7 +97,7 @@ def test_a_list_is_its_images_padded_to_one_size():
     sizes = [(3 + 2 * n, 50 - n) for n in range(19)]
     batch = ops.preprocess_images(images, sizes, MEAN, STD, divisor=16)
     assert batch.shape == (19, 3, 48, 64)
-    for image, (h, w), result in zip(images, sizes, batch):
+    for image, (h, w), result in zip(images, sizes, batch, strict=False):
         alone = ops.preprocess_images(image, (h, w), MEAN, STD, divisor=1)[0]
         assert alone.shape == (3, h, w) and torch.equal(result[:, :h, :w], alone)
         assert not result[:, h:].any() and not result[:, :, w:].any()

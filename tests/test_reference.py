@@ -55,7 +55,7 @@ class TestBoxes:
         masks, scores, labels = torch.rand(80, 9, 11) > 0.9, torch.rand(80, dtype=dtype), torch.randint(0, 80, (80,))
         labels_of_pixels = torch.randint(0, 127, (9, 11)).to(stuff)
         assert_agree(
-            "panoptic_merge", masks, scores, labels, boxes_of(dtype), labels_of_pixels, 300, stuff_area_limit=1
+            "panoptic_merge", masks, scores, labels, boxes_of(dtype), labels_of_pixels, 300, stuff_area_threshold=1
         )
 
 

@@ -157,7 +157,7 @@ def repeated_cases(dtype: torch.dtype) -> dict:
 
     def merge():
         masks = ops.paste_masks(mask_logits, boxes[:20], (320, 448))
-        return list(ops.panoptic_merge(masks, scores[:20, 0], labels[:20], boxes[:20], stuff, 9, stuff_area_limit=50))
+        return list(ops.panoptic_merge(masks, scores[:20, 0], labels[:20], boxes[:20], stuff, 9, stuff_area_threshold=50))
 
     return {
         "roi_align": (lambda f: ops.roi_align(f, rois, 7, 1 / 16), [feature]),

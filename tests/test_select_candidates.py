@@ -40,7 +40,7 @@ def expected(logits, deltas, base, valid, scale, per_level: int) -> ops.Candidat
 def assert_equal_reference(values: list, per_level: int) -> ops.Candidates:
     """The operator's result, asserted to be the reference's up to rounding: the same anchors in the same order."""
     found, wanted = select(*values, per_level), expected(*values, per_level)
-    for one, other in zip(found, wanted):
+    for one, other in zip(found, wanted, strict=False):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4, equal_nan=True)
     return found
 
@@ -94,9 +94,9 @@ class TestSelectCandidates(OpMatrix):
         )
     }
 
-    def test_reference(self, sample, dtype):
+    def test_reference(self, make_sample, dtype):
         """The anchors of the reference in its order, from the same rounded inputs; results in float32, or float64."""
-        sample = sample()
+        sample = make_sample()
         values = to_dtype(sample, dtype)
         found = sample.op(*values, **sample.options)
         wide = [
@@ -107,18 +107,20 @@ class TestSelectCandidates(OpMatrix):
         assert_near(found, sample.reference(*wide, **sample.options), computed)
         assert all(leaf.dtype == computed for leaf in found)
 
-    def test_autocast(self, sample):
+    def test_autocast(self, make_sample):
         """Nothing is rounded."""
-        sample = sample()
+        sample = make_sample()
         values = to_dtype(sample, torch.float32)
         plain = sample.op(*values, **sample.options)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = sample.op(*values, **sample.options)
-        assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, plain))
+        assert all(
+            torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, plain, strict=False)
+        )
 
-    def test_detached(self, sample):
+    def test_detached(self, make_sample):
         """Forward mode gives no tangent either."""
-        sample = sample()
+        sample = make_sample()
         logits, deltas, *rest = sample.tensors
         _, pushed = torch.func.jvp(
             lambda *levels: sample.op(levels[: len(logits)], levels[len(logits) :], *rest, **sample.options),
@@ -127,9 +129,9 @@ class TestSelectCandidates(OpMatrix):
         )
         assert not any(leaf.any() for leaf in leaves(pushed))
 
-    def test_vmap(self, sample):
+    def test_vmap(self, make_sample):
         """A mapped dimension is a further batch dimension."""
-        sample = sample()
+        sample = make_sample()
         logits, deltas, base, valid, scale = sample.tensors
         stacked = [torch.stack([level, -level], dim=-1) for level in logits]
 
@@ -139,7 +141,7 @@ class TestSelectCandidates(OpMatrix):
         results = torch.func.vmap(mapped, in_dims=-1)(*stacked)
         for index, own in enumerate((logits, [-level for level in logits])):
             wanted = sample.op(own, deltas, base, valid, scale, **sample.options)
-            assert all(torch.equal(result[index], one) for result, one in zip(results, wanted))
+            assert all(torch.equal(result[index], one) for result, one in zip(results, wanted, strict=False))
         nothing = torch.func.vmap(mapped)(*(level.expand(0, *level.shape) for level in logits))
         assert [result.shape for result in nothing] == [(0, *one.shape) for one in wanted]
         by_scale = torch.func.vmap(lambda s: tuple(sample.op(logits, deltas, base, valid, s, **sample.options)))
@@ -154,7 +156,7 @@ def indexed(values: list) -> list:
     logits, deltas, base, valid, scale = values
     anchors = base.shape[1]
     deltas = [torch.zeros_like(level) for level in deltas]
-    for stride, level in zip(strides_of(logits), deltas):
+    for stride, level in zip(strides_of(logits), deltas, strict=False):
         height, width = level.shape[2:]
         cells = torch.arange(height * width, dtype=level.dtype).view(height, width)
         for anchor in range(anchors):
@@ -287,9 +289,9 @@ class TestCases:
                     torch.full(shape, NAN, dtype=torch.half).contiguous(memory_format=torch.channels_last)
                     for shape in shapes
                 ]
-                sliced.append([w[:, first : first + t.shape[1]].copy_(t) for w, t in zip(wider, levels)])
+                sliced.append([w[:, first : first + t.shape[1]].copy_(t) for w, t in zip(wider, levels, strict=False)])
             found, plain = select(*sliced, *values[2:], 10), select(*values, 10)
-            assert all(torch.equal(one, other) for one, other in zip(found, plain))
+            assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=False))
 
     def test_no_images_and_no_cells(self):
         for batch, size in ((0, (5, 6)), (2, (0, 6)), (2, (5, 0))):
@@ -307,7 +309,7 @@ class TestCases:
             logits, deltas, base, valid, scale = values
             own = [[level[image : image + 1] for level in levels] for levels in (logits, deltas)]
             alone = select(*own, base, valid[image : image + 1], scale[image : image + 1], 25)
-            assert all(torch.equal(one[image], other[0]) for one, other in zip(together, alone))
+            assert all(torch.equal(one[image], other[0]) for one, other in zip(together, alone, strict=False))
 
     def test_large_level(self):
         """Shared by the threads on the CPU, by many blocks on a GPU."""

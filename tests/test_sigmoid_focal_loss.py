@@ -61,9 +61,9 @@ class TestSigmoidFocalLoss(OpMatrix):
         for reduction in ("none", "sum")
     } | {"one row of each image": sample((3, 1, 8)), "one image": sample((1, 3, 8)), "no images": sample((0, 3, 8))}
 
-    def test_second_derivative(self, sample):
+    def test_second_derivative(self, make_sample):
         """The op is not linear, and has second derivatives all the same: reverse over reverse, forward over reverse."""
-        sample = sample()
+        sample = make_sample()
         logits, labels = sample.tensors
         logits = logits.detach().requires_grad_()
         assert torch.autograd.gradgradcheck(lambda x: sample.op(x, labels, **sample.options), logits)
@@ -73,17 +73,17 @@ class TestSigmoidFocalLoss(OpMatrix):
         ]
         assert_near(*hessians, torch.float64, factor=4)
 
-    def test_derivative_opcheck(self, sample):
-        sample = sample()
+    def test_derivative_opcheck(self, make_sample):
+        sample = make_sample()
         logits, labels = sample.tensors
         reduced = sample.options.get("reduction", "none") != "none"
         factor = torch.randn(() if reduced else logits.shape, dtype=torch.float64, requires_grad=True)
         arguments = (factor, logits.detach().requires_grad_(), labels, 2.0, 0.25, 1)
         torch.library.opcheck(torch.ops.spatialflow._sigmoid_focal_loss_derivative, arguments)
 
-    def test_layouts(self, sample):
+    def test_layouts(self, make_sample):
         """Any strides of logits, labels and incoming gradients."""
-        sample = sample()
+        sample = make_sample()
         logits, labels = sample.tensors
         plain = sample.op(logits, labels, **sample.options)
         weights = torch.randn_like(plain)
@@ -106,9 +106,9 @@ class TestSigmoidFocalLoss(OpMatrix):
         expanded = torch.autograd.grad(loss, tracked, torch.ones((), dtype=loss.dtype).expand(loss.shape))
         assert torch.equal(dense[0], expanded[0])
 
-    def test_autocast(self, sample):
+    def test_autocast(self, make_sample):
         """A loss keeps the precision of its logits."""
-        sample = sample()
+        sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):

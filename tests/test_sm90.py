@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.fused_subnets_cases import SIZES, WIRINGS, by_reference, parameters_of, pyramid, tower, wiring
+from helpers.fused_subnets_cases import SIZES, WIRINGS, by_reference, parameters_of, pyramid, run_fused_subnets, wiring
 from helpers.op_matrix import assert_near, channels_last, map_tensors
 
 from spatialflow import ops
@@ -168,7 +168,7 @@ class TestFusedSubnets:
             lambda t: t.to(dtype), [pyramid(64, SIZES[1:]), wiring(channels=64, stages=(2, 2, 2, 1))]
         )
         expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]), **wired)
-        assert_near(tower(levels, convs, **wired), expected, dtype, factor=4)
+        assert_near(run_fused_subnets(levels, convs, **wired), expected, dtype, factor=4)
 
 
 class TestDeformConv2d:

@@ -60,9 +60,9 @@ class TestStuffLabels(OpMatrix):
         for classes, height, width in ((1, 5, 6), (8, 1, 6), (8, 5, 1), (8, 1, 1), (1, 1, 1))
     } | {"one row": sample((8, 5, 6), (20, 24), (1, 30)), "one column": sample((8, 5, 6), (20, 24), (30, 1))}
 
-    def test_reference(self, sample, dtype):
+    def test_reference(self, make_sample, dtype):
         """Labels of the reference in float64; where they differ both classes are as good, up to rounding."""
-        sample = sample()
+        sample = make_sample()
         (logits,) = to_dtype(sample, dtype)
         labels, wide = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)
         expected = wide.argmax(dim=0)
@@ -71,16 +71,16 @@ class TestStuffLabels(OpMatrix):
         assert (labels != expected).float().mean() < 1e-2
         assert (taken >= wide.amax(dim=0) - 4e-6).all()
 
-    def test_autocast(self, sample):
+    def test_autocast(self, make_sample):
         """Labels are decided by comparisons: nothing is gained by lowering the logits, so autocast changes nothing."""
-        sample = sample()
+        sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*tensors, **sample.options)
         assert torch.equal(actual, sample.op(*tensors, **sample.options))
 
-    def test_layouts(self, sample, dtype):
-        sample = sample()
+    def test_layouts(self, make_sample, dtype):
+        sample = make_sample()
         (logits,) = to_dtype(sample, dtype)
         plain = sample.op(logits, **sample.options)
         assert plain.is_contiguous() and plain.shape == sample.options["original_size"]
@@ -89,9 +89,9 @@ class TestStuffLabels(OpMatrix):
             assert not turned.is_contiguous(), name
             assert torch.equal(sample.op(turned, **sample.options), plain), name
 
-    def test_every_rounding_is_that_of_the_reference(self, sample):
+    def test_every_rounding_is_that_of_the_reference(self, make_sample):
         """Few values give ties and near ties at every pixel; only the same arithmetic decides them the same way."""
-        sample = sample()
+        sample = make_sample()
         for dtype in (torch.float32, torch.float64):
             logits = torch.randint(-3, 4, sample.tensors[0].shape).to(dtype) / 3
             labels = sample.op(logits, **sample.options)
@@ -200,7 +200,7 @@ class TestBadValues:
         logits[2, 3, 3] = bad
         labels = ops.stuff_labels(logits, (24, 24), (24, 24))
         first = [tap.tolist() for tap in taps(6, 24, 24, logits)[:2]]
-        touched = torch.tensor([3 in pair for pair in zip(*first)])
+        touched = torch.tensor([3 in pair for pair in zip(*first, strict=False)])
         expected = torch.where(touched[:, None] & touched, 0, 2)
         assert touched.any() and not touched.all() and torch.equal(labels.long(), expected)
         with ops.checked(), pytest.raises(ValueError, match=r"stuff_labels: logits must be finite.*\(2, 3, 3\)"):

@@ -6,26 +6,26 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDENS
 from helpers.golden_models import golden_model
 from helpers.small_models import SMALL
 from torch.nn import functional as F
 
 from spatialflow.engine.checkpoints import name_from_released
-from spatialflow.models import criterion as losses_module
+from spatialflow.models import assigner as assigner_module
+from spatialflow.models.assigner import TargetAssigner
 from spatialflow.models.build import build_model
-from spatialflow.models.criterion import Criterion, focal_loss_sum, l1_loss_sum, mask_loss_sum, stuff_loss_sum
+from spatialflow.models.criterion import focal_loss_sum, l1_loss_sum, mask_loss_sum, stuff_loss_sum
+from spatialflow.models.heads import upsample_stuff_logits
 from spatialflow.models.optimized.training import optimize_for_training
-from spatialflow.models.targets import Truth, anchor_targets, assign, box_iou, mask_targets, thing_targets
+from spatialflow.models.targets import anchor_targets, assign, box_iou, mask_targets, thing_targets
+from spatialflow.models.training_step import TrainingStep
+from spatialflow.structures import GroundTruth
 
 
 @pytest.fixture(scope="module")
 def ops():
-    from conftest import fixture_root
-
-    folder = fixture_root() / "goldens" / "ops"
-    if not folder.is_dir():
-        pytest.skip(f"no goldens in {folder}: set SPATIALFLOW_FIXTURES")
-    return lambda name: dict(np.load(folder / f"{name}.npz"))
+    return lambda name: dict(np.load(GOLDENS / "ops" / f"{name}.npz"))
 
 
 def released(assigned):
@@ -46,14 +46,16 @@ class TestAssign:
         z = ops("assign")
         boxes, truth = torch.from_numpy(z["mask_boxes"]), torch.from_numpy(z["gts"])
         np.testing.assert_array_equal(released(assign(boxes, truth, 0.5, 0.5, claim_iou=0.5)), z["mask_full_gt_inds"])
-        one = Truth(
+        one = GroundTruth(
             [truth], [torch.from_numpy(z["gt_labels"])], [torch.ones(6, 48, 64, dtype=torch.uint8)], None, None, None
         )
         things = thing_targets([boxes], one, 28)
         np.testing.assert_array_equal(things.rois[:, 1:], z["sampler_full_pos_bboxes"])
         np.testing.assert_array_equal(things.labels, z["sampler_full_pos_labels"])
         np.testing.assert_array_equal(things.assigned, z["sampler_full_pos_assigned_gt"])
-        empty = Truth([truth[:0]], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 48, 64)], None, None, None)
+        empty = GroundTruth(
+            [truth[:0]], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 48, 64)], None, None, None
+        )
         assert thing_targets([boxes], empty, 28).masks.shape == (0, 28, 28)
 
     def test_later_truth_wins_ties_and_low_overlaps_are_claimed(self):
@@ -153,7 +155,7 @@ def golden_batch(goldens):
     semantic = torch.from_numpy(z["gt_semantic_seg"])[:, 0].clone()
     valid = torch.tensor([meta["img_shape"][:2] for meta in info["metas"]])
     padded = torch.tensor([meta["pad_shape"][:2] for meta in info["metas"]])
-    truth = Truth(
+    truth = GroundTruth(
         [torch.from_numpy(z[f"gt_bboxes_img{i}"]) for i in range(2)],
         [torch.from_numpy(z[f"gt_labels_img{i}"]).long() for i in range(2)],
         masks,
@@ -164,16 +166,18 @@ def golden_batch(goldens):
     return z, info, torch.from_numpy(z["img"]), truth
 
 
-class ReleasedStuffSum(Criterion):
-    """The released stuff loss: window of image 0 for all images, divided by its pixels, times the images of the
-    batch.
+def released_step(network, truth):
+    """A training step with the released stuff loss: window of image 0 for all images, divided by its pixels, times
+    the images of the batch.
     """
 
-    def _stuff_sum(self, logits, truth):
+    def stuff_loss(logits, semantic):
         h, w = truth.valid_sizes[0].tolist()
-        window = torch.full_like(truth.semantic, 255)
-        window[:, :h, :w] = truth.semantic[:, :h, :w]
-        return stuff_loss_sum(logits, window) / (h * w) * (truth.semantic != 255).sum()
+        window = torch.full_like(semantic, 255)
+        window[:, :h, :w] = semantic[:, :h, :w]
+        return stuff_loss_sum(logits, window) / (h * w) * (semantic != 255).sum()
+
+    return TrainingStep(network, network.config, stuff_loss=stuff_loss)
 
 
 class TestReleasedStep:
@@ -182,29 +186,24 @@ class TestReleasedStep:
     @pytest.fixture(scope="class", params=["plain modules", "arranged for training"])
     @staticmethod
     def step(request):
-        from conftest import fixture_root
-
-        goldens = fixture_root() / "goldens"
-        if not goldens.is_dir():
-            pytest.skip(f"no goldens in {goldens.parent}: set SPATIALFLOW_FIXTURES")
-        z, info, images, truth = golden_batch(goldens)
-        model = golden_model(goldens, "tiny", "tiny").train()
-        network, criterion = model, ReleasedStuffSum(model.config)
-        if request.param == "arranged for training":
+        z, info, images, truth = golden_batch(GOLDENS)
+        model = golden_model(GOLDENS, "tiny", "tiny").train()
+        arranged = request.param == "arranged for training"
+        step = released_step(optimize_for_training(model) if arranged else model, truth)
+        if arranged:
             # A RoI can cut a mask so that rounding decides a column of its target: the losses are compared on the same.
-            network = optimize_for_training(model)
             with torch.no_grad():
-                things = criterion.thing_targets(model.dense(images)[0], truth)
-            criterion.thing_targets = lambda output, truth: things
-        losses = criterion(network, images, truth)
+                things = step.assigner.thing_targets(model(images), truth)
+            step.assigner.thing_targets = lambda output, truth: things
+        losses = step(images, truth)
         losses.total().backward()
         with torch.no_grad():
-            output, _ = network.dense(images)
-        return z, info, images, truth, model, criterion, losses, output
+            output = step.network(images)
+        return z, info, images, truth, model, step.assigner, losses, output
 
     def test_anchor_targets(self, step):
-        z, info, _, truth, model, criterion, _, output = step
-        targets = criterion.anchor_targets(output, truth)
+        z, info, _, truth, _, assigner, _, output = step
+        targets = assigner.anchor_targets(output, truth)
         assert targets.counts.clamp(min=1).sum() == info["num_total_pos"]
         levels = [z[f"target_labels_l{i}"] for i in range(5)]
         weights = np.concatenate([z[f"target_label_weights_l{i}"] for i in range(5)], axis=1)
@@ -218,13 +217,13 @@ class TestReleasedStep:
         np.testing.assert_allclose(targets.deltas, deltas[order], atol=1e-5)
 
     def test_thing_targets(self, step):
-        z, _, _, truth, model, criterion, _, output = step
-        things = Criterion(model.config).thing_targets(output, truth)
+        z, _, _, truth, model, assigner, _, output = step
+        things = TargetAssigner(model.config).thing_targets(output, truth)
         np.testing.assert_array_equal(things.labels, z["mask_pos_labels"])
         np.testing.assert_array_equal(things.assigned, z["mask_pos_assigned_gt"])
         np.testing.assert_allclose(things.rois, z["mask_pos_rois"], atol=1e-3)
         masks = np.unpackbits(z["mask_targets_packed"], axis=1)[:, : 28 * 28].reshape(-1, 28, 28)
-        arranged = "thing_targets" in vars(criterion)
+        arranged = "thing_targets" in vars(assigner)
         assert np.mean(things.masks.numpy() != masks) <= (1e-3 if arranged else 0)
 
     def test_losses(self, step):
@@ -259,8 +258,8 @@ class TestReleasedStep:
             semantic = truth.semantic.clone()
             for i, (h, w) in enumerate(truth.valid_sizes.tolist()):
                 semantic[i, h:], semantic[i, :, w:] = 255, 255
-            losses = Criterion(model.config)(model, images, truth._replace(semantic=semantic))
-            logits = model(images).stuff_logits
+            losses = TrainingStep(model, model.config)(images, truth._replace(semantic=semantic))
+            logits = upsample_stuff_logits(model(images).stuff_logits)
         pixels = [
             (logits[i, :, :h, :w], semantic[i, :h, :w].long()) for i, (h, w) in enumerate(truth.valid_sizes.tolist())
         ]
@@ -273,7 +272,7 @@ class TestReleasedStep:
 class TestEmptyBatches:
     def truth(self, boxes):
         k = len(boxes)
-        return Truth(
+        return GroundTruth(
             [torch.tensor(boxes).reshape(-1, 4)],
             [torch.zeros(k, dtype=torch.int64)],
             [torch.ones(k, 64, 96)],
@@ -286,7 +285,7 @@ class TestEmptyBatches:
     def test_nothing_to_learn_from_trains(self, name):
         """No box, no labeled pixel: finite losses, and every trained parameter has a gradient (DDP needs that)."""
         model = build_model(name, **SMALL).train()
-        losses = Criterion(model.config)(model, torch.randn(1, 3, 64, 96), self.truth([]))
+        losses = TrainingStep(model, model.config)(torch.randn(1, 3, 64, 96), self.truth([]))
         losses.total().backward()
         assert losses.box.item() == 0 and (losses.thing is None or losses.thing.item() == 0)
         for parameter_name, parameter in model.named_parameters():
@@ -298,8 +297,8 @@ class TestEmptyBatches:
         truth = self.truth([[10.0, 10, 50, 50]])
         truth = truth._replace(semantic=torch.ones_like(truth.semantic))
         images = torch.randn(1, 3, 64, 96)
-        alone = Criterion(model.config)(model, images, truth)
-        shared = Criterion(model.config, average=lambda counts: counts * 2)(model, images, truth)
+        alone = TrainingStep(model, model.config)(images, truth)
+        shared = TrainingStep(model, model.config, average=lambda counts: counts * 2)(images, truth)
         for one, half in zip(alone, shared):
             assert half.item() == pytest.approx(one.item() / 2, rel=1e-6)
 
@@ -308,8 +307,8 @@ class TestEmptyBatches:
         model = build_model("tiny", num_things=3, num_stuff=4)
         truth = replace_sizes(self.truth([[10.0, 10, 50, 50]]), (32, 64))
         with torch.no_grad():
-            output, _ = model.dense(torch.randn(1, 3, 64, 96))
-        labels = Criterion(model.config).anchor_targets(output, truth).labels[0, : 8 * 12 * 9].reshape(8, 12, 9)
+            output = model(torch.randn(1, 3, 64, 96))
+        labels = TargetAssigner(model.config).anchor_targets(output, truth).labels[0, : 8 * 12 * 9].reshape(8, 12, 9)
         assert (labels[4:] == -1).all() and (labels[:, 8:] == -1).all() and (labels[:4, :8] >= 0).any()
 
 
@@ -335,9 +334,9 @@ def test_anchors_outside_claim_no_box():
 
 def test_base_anchors_are_made_once_per_device(monkeypatch):
     """An upload each."""
-    made, make = [], losses_module.pyramid_base_anchors
-    monkeypatch.setattr(losses_module, "pyramid_base_anchors", lambda *args: made.append(args) or make(*args))
-    criterion = Criterion(build_model("tiny").config)
+    made, make = [], assigner_module.pyramid_base_anchors
+    monkeypatch.setattr(assigner_module, "pyramid_base_anchors", lambda *args: made.append(args) or make(*args))
+    assigner = TargetAssigner(build_model("tiny").config)
     for device in ("cpu", "cpu", "meta", "cpu"):
-        assert criterion._base_anchors(torch.device(device)).device.type == device
+        assert assigner._base_anchors(torch.device(device)).device.type == device
     assert len(made) == 3

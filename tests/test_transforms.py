@@ -13,9 +13,9 @@ from PIL import Image
 
 from spatialflow.data.transforms import (
     check_image,
-    fit_image,
-    fit_size,
-    normalise,
+    compute_resize,
+    compute_resized_size,
+    normalize,
     pad,
     resize_image,
     resize_labels,
@@ -39,7 +39,7 @@ def test_sizes_and_scale_factors_equal_the_released_code(goldens):
     cases = json.loads((goldens / "ops" / "resize.json").read_text())["rescale_size"]
     for text, expected in cases.items():
         (w, h), (long_edge, short_edge) = (map(int, part.split("x")) for part in text.split("->"))
-        new_h, new_w = fit_size((h, w), short_edge, long_edge)
+        new_h, new_w = compute_resized_size((h, w), short_edge, long_edge)
         assert [new_w, new_h] == expected["new_wh"]
         assert [float(np.float32(new_w / w)), float(np.float32(new_h / h))] == expected["scale_factor"]
 
@@ -48,7 +48,7 @@ def test_sizes_and_scale_factors_equal_the_released_code(goldens):
     "size, expected", [((1, 1), (800, 800)), ((1, 5000), (1, 1333)), ((5000, 1), (1333, 1)), ((800, 1333), (800, 1333))]
 )
 def test_extreme_sizes_keep_a_pixel(size, expected):
-    assert fit_size(size, 800, 1333) == expected
+    assert compute_resized_size(size, 800, 1333) == expected
 
 
 def test_nearest_resize_equals_opencv():
@@ -64,7 +64,7 @@ def test_nearest_resize_equals_opencv():
 
 def test_normalise_and_pad():
     image = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    result = pad(normalise(image, MEAN, STD), 32)
+    result = pad(normalize(image, MEAN, STD), 32)
     expected = (image[:, :, ::-1].transpose(2, 0, 1) - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
     assert result.shape == (3, 64, 64) and result.dtype == np.float32 and result.flags.c_contiguous
     assert np.abs(result[:, :40, :50] - expected).max() < 1e-6
@@ -72,11 +72,11 @@ def test_normalise_and_pad():
     assert pad(np.ones((3, 64, 32), np.float32), 32).shape == (3, 64, 32)
 
 
-def test_fit_image_knows_every_size():
-    fitted = fit_image((40, 50), 80, 90)
-    assert fitted.valid_size == (72, 90) and fitted.padded_size == (96, 96) and fitted.original_size == (40, 50)
-    assert fitted.scale == (float(np.float32(1.8)), float(np.float32(1.8)))
-    assert fit_image((64, 32), 32, 64, divisor=32).padded_size == (64, 32)
+def test_compute_resize_has_every_size():
+    geometry = compute_resize((40, 50), 80, 90)
+    assert geometry.valid_size == (72, 90) and geometry.padded_size == (96, 96) and geometry.original_size == (40, 50)
+    assert geometry.scale == (float(np.float32(1.8)), float(np.float32(1.8)))
+    assert compute_resize((64, 32), 32, 64, divisor=32).padded_size == (64, 32)
 
 
 def write(path, image, keep=1.0):
@@ -269,7 +269,7 @@ def test_files_that_are_no_images_are_refused(tmp_path):
     for name, words in (("text.jpg", "not an image"), ("empty.jpg", "is empty"), ("absent.jpg", "No such file")):
         with pytest.raises(ImageError, match=f"{name}: .*{words}"):
             read_image(tmp_path / name)
-    with pytest.raises(ImageError, match=r"'\\x00.png': is no file name"):
+    with pytest.raises(ImageError, match=r"'\\x00.png': is not a file name"):
         read_image("\0.png")
 
 

@@ -42,7 +42,7 @@ def folder(scenes, tmp_path):
 
 
 class Broken:
-    """The second image of a data set, and its first thing that lies apart from the corner, for a test to damage."""
+    """The second image of a data set, and its first thing that does not touch the corner, for a test to modify."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -360,7 +360,7 @@ BREAKS = [
     category_id_true,
     photograph_truncated,
 ]
-ALONGSIDE = {  # what follows from a breach by itself
+ALONGSIDE = {  # other problems that a broken rule causes
     "id_beyond_three_bytes": {"no-segment"},
     "id_negative": {"no-segment"},
     "id_true": {"no-segment"},
@@ -698,7 +698,7 @@ class TestTraining:
         segment_without_pixels(broken)
         whole = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())[1]
         sample = CocoPanoptic(broken.save(), folder / "images", None, scene_categories())[1]
-        for mine, theirs in zip(sample[1:6], whole[1:6]):
+        for mine, theirs in zip(sample[1:6], whole[1:6], strict=True):
             np.testing.assert_array_equal(mine, theirs)
         assert [note.segment for note in sample.notes] == [424242]
 
@@ -724,7 +724,7 @@ class TestTraining:
         segment_without_pixels(broken)
         data = CocoPanoptic(broken.save(), folder / "images", None, scene_categories())
         config = DataConfig(train_short_edges=(96,), train_long_edge=160)
-        (batch,) = make_loader(data, config, Schedule(data.sizes, 3, 0).draws(0, 1, 0, 1, 1), workers)
+        (batch,) = make_loader(data, config, Schedule(data.sizes, 3, 0).batches(0, 1, 0, 1, 1), workers)
         assert [note.rule for note in batch.notes] == ["no-pixels"] and batch.problems == []
 
     def test_the_command_reports_each_kind_once_and_counts(self, folder, tmp_path, capsys):
@@ -752,7 +752,7 @@ class TestTraining:
         broken = Broken(folder)
         area_infinite(broken)
         path = broken.save()
-        CocoPanoptic(path, folder / "images", None, scene_categories())  # training looks at no area
+        CocoPanoptic(path, folder / "images", None, scene_categories())  # training does not read areas
         with pytest.raises(PanopticFormatError, match="has area inf"):
             CocoPanoptic(path, folder / "images", None, scene_categories(), scored=True)
 
@@ -817,7 +817,7 @@ class TestVisualize:
         assert code == 0 and len(reported) == len(lines) == (use in RULES[name].reported)
 
     def test_a_prediction_without_categories(self, scenes, folder, tmp_path, capsys):
-        """Those of the ground truth give names and colors; alone it is drawn with colors of its ids."""
+        """The ground truth has the names and colors; a prediction alone is drawn with colors of its ids."""
         broken = Broken(folder)
         del broken.content["categories"]
         arguments = ["--prediction", str(broken.save()), "--output", str(tmp_path / "out")]
@@ -960,11 +960,11 @@ class TestJoin:
 
 
 def official_cityscapes(tree: Path, split: str = "val") -> Path:
-    """What cityscapesscripts' createPanopticImgs.py writes for a tree: its names, ids and fields."""
+    """The output of cityscapesscripts' createPanopticImgs.py for a tree: its names, ids and fields."""
     data = Cityscapes(tree, split, load_categories("cityscapes", 8, 11))
     folder = tree / "gtFine" / f"cityscapes_panoptic_{split}"
     content = {"images": [], "annotations": [], "categories": data.categories.as_coco()}
-    for index, (image_id, (height, width)) in enumerate(zip(data.image_ids, data.sizes)):
+    for index, (image_id, (height, width)) in enumerate(zip(data.image_ids, data.sizes, strict=True)):
         id_map, segments = data._annotation(index)
         write_id_map(folder / f"{image_id}_gtFine_panoptic.png", id_map)
         content["images"].append(
@@ -995,7 +995,7 @@ class TestOfficialCityscapes:
             assert main(["validate", str(path), "--images", str(images)]) == 0, capsys.readouterr().out
             data = CocoPanoptic(path, images, None, categories)
             for index in range(3):
-                for mine, theirs in zip(data[index][1:6], as_downloaded[index][1:6]):
+                for mine, theirs in zip(data[index][1:6], as_downloaded[index][1:6], strict=True):
                     np.testing.assert_array_equal(mine, theirs)
         assert find_photograph(flat, "a_b_c_gtFine_leftImg8bit.png") == flat / "a_b_c_gtFine_leftImg8bit.png"
 
@@ -1004,7 +1004,7 @@ class TestOfficialCityscapes:
         path = official_cityscapes(tree)
         content = json.loads(path.read_text())
         folder = tmp_path / "out" / "panoptic"
-        for row, annotation in zip(content["images"], content["annotations"]):
+        for row, annotation in zip(content["images"], content["annotations"], strict=True):
             name = f"{annotation['image_id']}_leftImg8bit"
             write_id_map(folder / f"{name}.png", read_id_map(path.with_suffix("") / annotation["file_name"]))
             row["file_name"], annotation["file_name"] = f"{name}.png", f"{name}.png"

@@ -32,7 +32,7 @@ def prediction(truth, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prediction") / "out"
     shutil.copytree(truth / "panoptic", folder / "panoptic")
     content = json.loads((truth / "panoptic.json").read_text())
-    for annotation, keep in zip(content["annotations"], (-1, 1)):
+    for annotation, keep in zip(content["annotations"], (-1, 1), strict=True):
         ids = read_id_map(folder / "panoptic" / annotation["file_name"])
         segments = sorted(annotation["segments_info"], key=lambda segment: -segment["area"])[:keep]
         ids[~np.isin(ids, [segment["id"] for segment in segments])] = 0
@@ -107,7 +107,7 @@ class TestCommand:
         assert "bad.json: categories[1]: color must be three numbers" in capsys.readouterr().err
 
     def test_images_that_do_not_fit_are_named(self, truth, prediction, tmp_path, capsys):
-        """One of another size, one that is not in the prediction, one that is no image; the others are drawn."""
+        """One of another size, one that is not in the prediction, one that is not an image; the others are drawn."""
         photographs = tmp_path / "photographs"
         shutil.copytree(truth / "images", photographs)
         cv2.imwrite(str(photographs / "000001.jpg"), np.zeros((10, 20, 3), np.uint8))
@@ -124,7 +124,7 @@ class TestCommand:
     def test_photographs_in_folders(self, truth, tmp_path, capsys):
         """Found by the name with its folders, by the stem where only one has it; else named."""
         content = json.loads((truth / "panoptic.json").read_text())
-        for image, name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/y.jpg")):
+        for image, name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/y.jpg"), strict=True):
             (tmp_path / "photographs" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(truth / "images" / image["file_name"], tmp_path / "photographs" / name)
             image["file_name"] = name
@@ -166,7 +166,7 @@ class TestActivations:
         assert maps.stuff.shape == (64, 96) and maps.stuff.min() == 0 and maps.stuff.max() == pytest.approx(1)
 
     def test_the_class_of_the_stuff_map(self):
-        """ "Other" where the network has it, else the class of most pixels; nothing without a stuff head."""
+        """The class "other" if the network has it, else the class of most pixels; nothing without a stuff head."""
         image = np.zeros((40, 50, 3), np.uint8)
         assert class_activation_maps(model(), image).stuff_class is None
         network = spatialflow.build_model("tiny", **{**SMALL, "num_stuff": 6}).eval()
@@ -209,6 +209,6 @@ class TestPages:
         assert "<b>" not in html_page("t", [("<b>", 'a"b.jpg')]) and 'a"b' not in html_page("t", [("<b>", 'a"b.jpg')])
 
     def test_names_that_no_address_or_text_takes(self):
-        """Signs with a meaning in addresses, and a byte that is no UTF-8."""
+        """Characters with a meaning in URLs, and a byte that is not UTF-8."""
         page = html_page("t", [("caf\udce9", "pictures/50%#1?/caf\udce9 ü.jpg")]).encode()
         assert b'src="pictures/50%25%231%3F/caf%E9%20%C3%BC.jpg"' in page and b"caf\\udce9</figcaption>" in page

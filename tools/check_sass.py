@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the SASS of every CUDA kernel and compares it with tools/sass_limits.py (docs/sass.md).
+"""Check the SASS of every CUDA kernel against tools/sass_limits.py (docs/sass.md).
 
     python tools/check_sass.py [--library FILE] [--table | --loads PATTERN]
 
-No GPU is needed, only cuobjdump and nvdisasm: from PyPI (pyproject.toml, extra "sass"), or of a CUDA toolkit on
+No GPU is needed, only cuobjdump and nvdisasm: from PyPI (pyproject.toml, extra "sass"), or from a CUDA toolkit on
 PATH. FILE may be a shared library, an object file or a cubin.
 """
 
@@ -101,7 +101,7 @@ class Instruction:
 
 
 def named_registers(operand: str, width: int) -> frozenset[int]:
-    """Numbers of the 32-bit registers behind an operand that holds values of `width` registers, or an address."""
+    """Return the 32-bit registers of an operand that holds values of `width` registers, or an address."""
     numbers: set[int] = set()
     for match in REGISTER.finditer(operand):
         wide = 2 if ".64" in match[2] else 1 if "[" in operand else width
@@ -110,13 +110,13 @@ def named_registers(operand: str, width: int) -> frozenset[int]:
 
 
 def access_bytes(opcode: str) -> int:
-    """Bytes that a thread moves with a memory instruction."""
+    """Return the bytes that a thread moves with a memory instruction."""
     parts = opcode.split(".")
     if parts[0].startswith("UTMA"):
         return 16  # the grain of TMA
     if match := re.search(r"\.(?:B?F(\d+))x(\d+)", opcode):  # REDG.E.ADD.F32x4
         return int(match[1]) * int(match[2]) // 8
-    if "LDSM" == parts[0] or "STSM" == parts[0]:
+    if parts[0] == "LDSM" or parts[0] == "STSM":
         return 4 * int(parts[-1]) if parts[-1].isdigit() else 4
     narrow = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "F64": 8}
     return next((narrow[part] for part in parts if part in narrow), 4)
@@ -124,7 +124,7 @@ def access_bytes(opcode: str) -> int:
 
 @functools.cache
 def value_width(opcode: str, role: str) -> int:
-    """Registers of one operand: `to` is the destination; `a`, `b` and `c` are the sources in their order."""
+    """Return the registers of one operand: `to` is the destination; `a`, `b` and `c` are the sources in order."""
     base, *parts = opcode.split(".")
     if base.startswith(("LD", "ST", "RED", "ATOM")):
         return -(-access_bytes(opcode) // 4)
@@ -148,7 +148,7 @@ def value_width(opcode: str, role: str) -> int:
 
 @dataclass
 class Kernel:
-    """Instructions of a kernel, its basic blocks (positions of first and one past last), and the edges between them."""
+    """Instructions of a kernel, its basic blocks (positions of first and one past last), and their edges."""
 
     name: str
     code: list[Instruction]
@@ -174,7 +174,7 @@ class Kernel:
         self.blocks = list(zip(bounds, [*bounds[1:], len(self.code)]))
         block_of = {begin: number for number, (begin, _) in enumerate(self.blocks)}
         self.entries = [block_of[position] for position in sorted({0} | called)]
-        for begin, end in self.blocks:
+        for _, end in self.blocks:
             last = self.code[end - 1]
             targets = {jumps[end - 1]} if end - 1 in jumps and last.guard not in NEVER else set()
             # BRA P1, 0x40 has its condition among the operands.
@@ -184,7 +184,7 @@ class Kernel:
             self.successors.append(sorted(block_of[target] for target in targets))
 
     def dominators(self) -> dict[int, int]:
-        """Immediate dominator of each block that can be reached (Cooper, Harvey, Kennedy); -1 is before all entries."""
+        """Return the immediate dominator of each reachable block (Cooper, Harvey, Kennedy); -1 precedes all entries."""
         order: list[int] = []
         seen = {-1}
         edges = {-1: self.entries, **dict(enumerate(self.successors))}
@@ -223,7 +223,7 @@ class Kernel:
         return above
 
     def loops(self) -> list[set[int]]:
-        """Blocks of each natural loop: an edge back to a block that dominates its start closes one."""
+        """Return the blocks of each natural loop: the loop of an edge back to a block that dominates its start."""
         above = self.dominators()
         predecessors: dict[int, list[int]] = defaultdict(list)
         for block in above:
@@ -251,10 +251,10 @@ class Kernel:
         return [position for block in sorted(blocks) for position in range(*self.blocks[block])]
 
     def main_loops(self) -> list[list[int]]:
-        """Positions of the instructions of each main loop.
+        """Return the positions of the instructions of each main loop.
 
-        Where there are matrix instructions: the innermost loops that contain some, without those that have less than
-        half as many as another. Elsewhere: the innermost loops that contain a load from global memory.
+        With matrix instructions: the innermost loops that contain some, without those that have less than half as many
+        as another. Otherwise: the innermost loops that contain a load from global memory.
         """
         for wanted in (lambda one: one.is_matrix, lambda one: one.is_global_load):
             counts = [(body, sum(wanted(self.code[at]) for at in self.positions(body))) for body in self.loops()]
@@ -266,14 +266,17 @@ class Kernel:
         return []
 
     def outer_loops(self) -> list[list[int]]:
-        """Positions of the instructions of each loop that no other contains."""
+        """Return the positions of the instructions of each outermost loop."""
         bodies = self.loops()
         return [self.positions(body) for body in bodies if not any(body < other for other in bodies)]
 
     def first_readers(self, position: int, body: list[int]) -> dict[int, int]:
-        """Position of each instruction that may be the first to read what a load wrote -> steps of the shortest way.
+        """Find the instructions that may be the first to read the result of a load.
 
-        Jumps over matrix instructions of the loop `body` are not followed: warps without outputs take them.
+        Jumps over matrix instructions of the loop `body` are not followed: only warps without outputs take them.
+
+        Returns:
+            Position of each such instruction -> steps of the shortest path.
         """
         block_of = next(number for number, (begin, end) in enumerate(self.blocks) if begin <= position < end)
         matrix = [at for at in body if self.code[at].is_matrix]
@@ -300,9 +303,9 @@ class Kernel:
         return found
 
     def _jumps_over(self, positions: list[int], block: int, successor: int) -> bool:
-        """Whether an edge leads forward over some of `positions` that the code between leads past to the same place.
+        """Tell whether an edge leads forward over some of `positions` to a place that the code between also reaches.
 
-        So both ways of an `if ... else` are ways, but not the one around an `if`.
+        Both branches of an `if ... else` count as paths, but not the jump around an `if`.
         """
         end, target = self.blocks[block][1], self.blocks[successor][0]
         if not any(end <= at < target for at in positions):
@@ -318,7 +321,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Load:
-    """A global load of a main loop, or of the scope that stands in for it."""
+    """Global load of a main loop, or of the scope that replaces it."""
 
     address: int
     bytes: int
@@ -339,13 +342,13 @@ def listed(loads: list[Load]) -> str:
 
 @dataclass
 class Facts:
-    """What is measured of a kernel."""
+    """Measurements of a kernel's machine code."""
 
     kernel: Kernel
     loads: list[Load] = field(default_factory=list)
     per_matrix: float = 0.0  # instructions of a main loop for each matrix instruction in it; the worst loop
     in_flight: int = 0  # loads of the widest kind on the way at once, in the order of the code; the best loop
-    scope: str = ""  # where the loads are, if not in a main loop: that has none, or there is no loop
+    scope: str = ""  # place of the loads, if no main loop has any
 
     def __post_init__(self) -> None:
         code = self.kernel.code
@@ -379,7 +382,7 @@ class Facts:
                 continue
             ways = []
             for reader in readers:
-                end = order.get(reader, len(body))  # what is read behind the loop has passed its end
+                end = order.get(reader, len(body))  # a reader after the loop counts as its end
                 ways.append([*range(number + 1, end)] if end > number else [*range(number + 1, len(body)), *range(end)])
             for step in (number, *min(ways, key=len)):
                 on_the_way[step] += access_bytes(code[position].opcode) == widest
@@ -399,9 +402,9 @@ class Facts:
     def faults(self, limit: Limit) -> list[str]:
         found = []
 
-        def expect(holds: bool, complaint: str) -> None:
+        def expect(holds: bool, violation: str) -> None:
             if not holds:
-                found.append(complaint)
+                found.append(violation)
 
         expect(not self.local, f"{self.local} accesses to local memory")
         expect(not self.kernel.stack, f"{self.kernel.stack} bytes of stack and local memory")
@@ -433,7 +436,7 @@ class Facts:
 
 
 def parse(sass: str) -> dict[str, list[Instruction]]:
-    """Symbol of each function in the output of `cuobjdump -sass` -> its instructions."""
+    """Parse the output of `cuobjdump -sass`; return the instructions of each function by symbol."""
     functions: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []
     for line in sass.splitlines():
@@ -446,13 +449,17 @@ def parse(sass: str) -> dict[str, list[Instruction]]:
 
 
 def parse_resources(text: str) -> dict[str, tuple[int, int]]:
-    """Symbol of each function in the output of `cuobjdump -res-usage` -> registers, bytes of stack and local memory."""
+    """Parse the output of `cuobjdump -res-usage`.
+
+    Returns:
+        By symbol of a function: registers, bytes of stack and bytes of local memory.
+    """
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     return {name: (int(used), int(stack) + int(local)) for name, used, stack, local in re.findall(pattern, text)}
 
 
 def short_names(symbols: list[str]) -> list[str]:
-    """`deform_conv2d_kernel<bf16, 64, 8>`: without return type, namespaces and arguments."""
+    """Return short names such as `deform_conv2d_kernel<bf16, 64, 8>`: no return type, namespaces or arguments."""
     demangled = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     names = []
     for line in demangled.splitlines():
@@ -463,7 +470,7 @@ def short_names(symbols: list[str]) -> list[str]:
 
 
 def disassembler() -> str:
-    """Path of cuobjdump: that of the PyPI package, else that on PATH."""
+    """Return the path of cuobjdump: from the PyPI package, else from PATH."""
     packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
     found = str(packaged[-1]) if packaged else shutil.which("cuobjdump")
     return found or sys.exit(
@@ -487,29 +494,29 @@ def kernels_of(library: Path) -> list[Kernel]:
 
 
 def limit_of(name: str) -> Limit | None:
-    """The first row that matches."""
+    """Return the first row that matches."""
     return next((limit for limit in LIMITS if fnmatchcase(name, limit.kernel)), None)
 
 
 def check(kernels: list[Kernel], whole: bool = True) -> list[str]:
-    """What is outside the limits; of the `whole` library also rows that no kernel uses."""
-    complaints, used = [], set()
+    """Return the violations of the limits and, for the `whole` library, the rows that no kernel uses."""
+    violations, used = [], set()
     for kernel in kernels:
         limit = limit_of(kernel.name)
         if limit is None:
-            complaints.append(f"{kernel.name}: no row in tools/sass_limits.py")
+            violations.append(f"{kernel.name}: no row in tools/sass_limits.py")
             continue
         used.add(limit)
-        complaints += [f"{kernel.name}: {fault} ({limit.why})" for fault in Facts(kernel).faults(limit)]
-    return complaints + [f"{limit.kernel}: no such kernel" for limit in LIMITS if whole and limit not in used]
+        violations += [f"{kernel.name}: {fault} ({limit.why})" for fault in Facts(kernel).faults(limit)]
+    return violations + [f"{limit.kernel}: no such kernel" for limit in LIMITS if whole and limit not in used]
 
 
 def unlaunchable(library: bytes) -> list[str]:
-    """Kernels that the host launches by a name that the device does not know.
+    """Return kernels that the host launches by a name that the device does not have.
 
-    nvcc names a kernel with a restrict-qualified pointer among its template arguments one way for the host and another
-    for the device; a launch then fails with "invalid device function". The host's name of a kernel in an unnamed
-    namespace has an L, for internal linkage, before the kernel's own name.
+    If a kernel has a restrict-qualified pointer among its template arguments, nvcc gives it different names on host and
+    device. A launch then fails with "invalid device function". The host's name of a kernel in an unnamed namespace
+    has an L, for internal linkage, before the name of the kernel.
     """
     names = {name.decode() for name in re.findall(rb"(?<!\w)_ZN\w+_kernel\w*", library)}
     return sorted(
@@ -530,7 +537,7 @@ def span(values: Iterable[float | None]) -> str:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """A line for each row of the limits; kernels without a row of their own are gathered by name."""
+    """Return a line for each row of the limits; kernels without a row are grouped by name."""
     groups: dict[str, list[Facts]] = defaultdict(list)
     for kernel in sorted(kernels, key=lambda one: one.name):
         limit = limit_of(kernel.name)
@@ -578,11 +585,11 @@ def main() -> None:
             if fnmatchcase(kernel.name, options.loads):
                 print("\n  ".join([kernel.name, *map(str, Facts(kernel).loads)]))
         return
-    complaints = check(kernels, whole=options.library is None)
+    violations = check(kernels, whole=options.library is None)
     unknown = unlaunchable(library.read_bytes())
-    complaints += [f"{name}: launched by a name that the device does not know" for name in unknown]
-    print("\n".join(complaints or [f"{len(kernels)} kernels within the limits of tools/sass_limits.py"]))
-    sys.exit(1 if complaints else 0)
+    violations += [f"{name}: launched by a name that the device does not know" for name in unknown]
+    print("\n".join(violations or [f"{len(kernels)} kernels within the limits of tools/sass_limits.py"]))
+    sys.exit(1 if violations else 0)
 
 
 if __name__ == "__main__":

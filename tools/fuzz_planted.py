@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the fuzzer: plants one known fault at a time in a copy of the tree, and the fuzzer must find it.
+"""Check the fuzzer: plant one known fault at a time in a copy of the tree, and expect the fuzzer to find it.
 
 `make fuzz-planted`, or `python tools/fuzz_planted.py [TEXT ...]` for the faults whose file or name contains a text. The
-working tree is only read. An operator that fails on the copy as it is is an error. Exit codes: 0 all faults found, 1
-one was not found within --seconds, 2 it could not be told.
+working tree is only read. It is an error if fuzzing fails on the copy without a fault. Exit codes: 0 all faults found,
+1 a fault was not found within --seconds, 2 a fault could not be tried.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLEAN_SECONDS = 20.0  # how long the fuzzer tries an operator without a fault
 
 
 class Fault(NamedTuple):
-    """`before`, which stands once in `file`, becomes `after`; fuzzing `operator` on `backend` must find it."""
+    """Fault that replaces `before`, which is unique in `file`, by `after`; fuzzing `operator` must find it."""
 
     name: str
     file: str
@@ -98,7 +98,7 @@ def library(backend: str) -> str:
 
 
 def fuzz(operator: str, backend: str, seconds: float) -> tuple[int, str]:
-    """Exit code of the fuzzer, and after how long it found something, or the end of its output."""
+    """Run the fuzzer; return its exit code, and the seconds until it found something or the end of its output."""
     environment = {**os.environ, "PYTHONPATH": str(COPY)}
     environment.pop("SPATIALFLOW_CPU_LEVEL", None)
     done = run(

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that only a GPU can show, in one command: `make gpu-check`, or `python3 tools/gpu_check.py`.
+"""Run all checks that need a GPU: `make gpu-check`, or `python3 tools/gpu_check.py`.
 
-Made for a machine that is rented by the quarter of an hour. Three runs, each within its total:
+It is made for machines that are rented for minutes. There are three runs, each within its total time:
 
     gpu_check.py            480 s: ceilings, operators, their tests, kernel times, the pipeline, ncu, images per second
     gpu_check.py --second   480 s: compute-sanitizer, large tensors, training, several processes, torch.compile
     gpu_check.py --quick    120 s: ceilings, operators, the shortest tests, the first kernel times
 
-Steps come in the order of what only a GPU can tell. Each has a time that is kept for it and a limit, runs in processes
-of its own, and is recorded as it ends: a step that fails or runs out of time takes nothing from the others. What a
-machine lacks (torchvision, CuPy, ncu, compute-sanitizer) takes its column or step with it, never the run.
+The steps that depend most on a GPU come first. Each step has reserved time and a limit, runs in separate processes, and
+is recorded when it ends. A step that fails or times out does not affect the others. If a tool is missing (torchvision,
+CuPy, ncu, compute-sanitizer), its column or step is skipped.
 
-The libraries are those of the tree, built elsewhere; `make gpu-pack` puts them, the tree and the wheels of missing
-packages in one archive. Only `spatialflow._evaluation`, which belongs to one Python version, is compiled here, in the
+The libraries are those of the tree, built elsewhere. `make gpu-pack` puts them, the tree and the wheels of missing
+packages in one archive. Only `spatialflow._evaluation`, which depends on the Python version, is compiled here, in the
 background.
 
 Results go to <output>/<device>/: `gpu_check.json` and `gpu_check.md` (`gpu_check_second.*`, `gpu_check_quick.*`), the
@@ -20,8 +20,8 @@ logs of the steps, and the JSON of each benchmark. `--pack FILE.tgz` puts that f
 
 Exit codes: 0 all steps passed, 1 a step failed, 2 wrong arguments or nothing built, 77 no GPU.
 
-`--backend simt` is the dry run on a machine without a GPU: every step is walked, operators on the interpreted kernels,
-all else on the CPU at small sizes.
+`--backend simt` is a dry run on a machine without a GPU, at small sizes. Operators run on the interpreted kernels, and
+everything else runs on the CPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BENCHMARK_SECONDS = 0.1
 """Time per provider, case and mode of a benchmark."""
 
 AT_ONCE = 14
-"""Test files that share the GPU: most of the time of a test is spent on the host."""
+"""Test files that share the GPU: a test mostly uses the host."""
 
 SITE = ROOT / "build" / "gpu_check_site"
 """Receives the packages that came as wheels."""
@@ -69,7 +69,7 @@ SITE = ROOT / "build" / "gpu_check_site"
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """Result of a step."""
 
     name: str
     status: str  # "passed", "failed", "timed out", "skipped"
@@ -80,15 +80,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """A command line, its time, and how its output becomes one line; or the reason to skip it.
+    """Command of the check, with its time and the summary of its output; or the reason to skip it.
 
     Args:
-        least: seconds that are kept for it, whatever the steps before it take.
+        least: seconds that are reserved for it.
         limit: seconds after which it is ended.
-        each: the command is run for every one of these further arguments, `AT_ONCE` at a time.
-        together: steps in a row with the same word here run at the same time.
-        backend: kernels it runs on, where they are not those of the run.
-        needed: what its output must hold, or it has failed.
+        each: further arguments; the command runs once for each of them, `AT_ONCE` at a time.
+        together: consecutive steps with the same word here run at the same time.
+        backend: back end, if it is not that of the run.
+        needed: text that its output must contain; otherwise it has failed.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Step:
 
 
 def run_step(step: Step, folder: Path, environment: dict[str, str], remaining: float) -> Outcome:
-    """Runs a step within its limit and what remains for it; its output goes to `folder`."""
+    """Run a step within its limit and the remaining time; write its output to `folder`."""
     if step.skipped:
         return Outcome(step.name, "skipped", 0.0, step.skipped)
     limit, begin = min(step.limit, remaining), time.monotonic()
@@ -129,7 +129,7 @@ def run_step(step: Step, folder: Path, environment: dict[str, str], remaining: f
 
 
 def in_groups(steps: list[Step]) -> list[list[Step]]:
-    """Steps in a row that run together."""
+    """Group consecutive steps that run together."""
     groups: list[list[Step]] = []
     for step in steps:
         if groups and step.together and groups[-1][0].together == step.together:
@@ -140,12 +140,12 @@ def in_groups(steps: list[Step]) -> list[list[Step]]:
 
 
 def kept(groups: list[list[Step]]) -> float:
-    """Seconds that are kept for these groups."""
+    """Return the seconds that are reserved for these groups."""
     return sum(max(0.0 if step.skipped else step.least for step in group) for group in groups)
 
 
 def run_command(command: list[str], environment: dict[str, str], deadline: float) -> tuple[int | None, str]:
-    """Exit code and output; no code where `deadline`, of the monotonic clock, ends the command or comes before it."""
+    """Run a command; return exit code and output. The code is None if `deadline` (monotonic clock) has passed."""
     if time.monotonic() >= deadline:
         return None, ""
     process = subprocess.Popen(
@@ -169,10 +169,10 @@ def run_command(command: list[str], environment: dict[str, str], deadline: float
 
 
 def end_group(process: subprocess.Popen) -> str:
-    """Ends a command and its children; returns what it printed.
+    """End a command and its children; return its output.
 
-    First by SIGTERM: torchrun's workers have sessions of their own, and it ends them itself. A child that still holds
-    the output open is not waited for.
+    SIGTERM comes first: the workers of torchrun have sessions of their own, and torchrun ends them. A child that still
+    keeps the output open is not waited for.
     """
     output = ""
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -190,7 +190,7 @@ _running: set[int] = set()
 
 
 def end_commands(*_: object) -> None:
-    """What SIGTERM and SIGINT do: the commands at work end with this process."""
+    """Handle SIGTERM and SIGINT: end the running commands with this process."""
     for pid in list(_running):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
@@ -198,7 +198,7 @@ def end_commands(*_: object) -> None:
 
 
 def pytest_detail(output: str) -> str:
-    """The counts that pytest ends with, summed up where it ran several times, and the files that did not end."""
+    """Return the counts that pytest reports, summed over its runs, and the files that did not end."""
     counts: Counter[str] = Counter()
     for line in re.findall(
         r"^=*\s*(\d+ (?:passed|failed|skipped|deselected|error).*) in [\d.]+s", output, re.MULTILINE
@@ -215,7 +215,7 @@ def pytest_detail(output: str) -> str:
 
 
 def device_of(backend: str) -> dict[str, Any] | None:
-    """Device, driver and versions, as a process of its own sees them; None without a GPU (or for nothing built)."""
+    """Return device, driver and versions as seen by a separate process; None without a GPU or libraries."""
     code = (
         "import json, os, torch, harness, spatialflow.ops\n"
         "from spatialflow import _library\n"
@@ -258,7 +258,7 @@ def has_module(name: str) -> bool:
 
 
 def install_wheels() -> None:
-    """Installs the packages that are missing here and came as wheels in `wheels/` into `SITE`, without a network."""
+    """Install missing packages from `wheels/` into `SITE`, without a network."""
     names = {wheel.name.split("-")[0] for wheel in (ROOT / "wheels").glob("*.whl")}
     for name in sorted(name for name in names if not has_module(name)):
         command = [
@@ -281,7 +281,7 @@ def install_wheels() -> None:
 
 
 def compile_evaluation() -> subprocess.Popen | None:
-    """Starts the compilation of `spatialflow._evaluation`; None where it is there, or cannot be compiled."""
+    """Start the compilation of `spatialflow._evaluation`; return None if it exists or cannot be compiled."""
     target = ROOT / "spatialflow" / f"_evaluation{EXTENSION_SUFFIXES[0]}"
     compiler = shutil.which("c++") or shutil.which("g++")
     if any(path.with_name(f"_evaluation{suffix}").is_file() for suffix in EXTENSION_SUFFIXES for path in [target]):
@@ -299,6 +299,7 @@ def compile_evaluation() -> subprocess.Popen | None:
         "-std=c++17",
         "-shared",
         "-fPIC",
+        f"-I{ROOT / 'csrc'}",
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_path('include')}",
         *sources,
@@ -313,31 +314,31 @@ def compile_evaluation() -> subprocess.Popen | None:
 
 
 def operators() -> list[str]:
-    """Operators that have a test file; sources of gradients belong to their operator."""
+    """Return the operators that have a test file; sources of gradients belong to their operator."""
     listed = re.findall(r"^    (\w+)", (ROOT / "cmake" / "ops.cmake").read_text(), re.MULTILINE)
     return [op for op in listed if (ROOT / "tests" / f"test_{op}.py").is_file()]
 
 
 def operator_tests() -> list[str]:
-    """Test files of all operators: test_<operator>.py, then test_<operator>_<subject>.py, and test_sm90.py."""
+    """Return the test files of all operators: test_<operator>.py, test_<operator>_<subject>.py, test_sm90.py."""
     patterns = [f"tests/test_{op}{ending}.py" for op in operators() for ending in ("", "_*")] + ["tests/test_sm90.py"]
     return list(dict.fromkeys(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)))
 
 
 def find_tool(name: str) -> str | None:
-    """Path of a program of the CUDA toolkit."""
+    """Return the path of a program of the CUDA toolkit."""
     folders = ["/usr/local/cuda/bin", *sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def pytest_command(*options: str) -> list[str]:
-    """Pytest that names every test as it ends, so that the log of one that is cut off tells what went wrong."""
+    """Return a pytest command that prints each test when it ends, so that the log of a timeout is useful."""
     quiet = ["-p", "no:cacheprovider", "--continue-on-collection-errors", "-v", "--tb=short", "--no-header"]
     return [sys.executable, "-m", "pytest", *quiet, *options]
 
 
 def make_steps(backend: str, kind: str, output: Path) -> list[Step]:
-    """The steps of a run in order; in the dry run at small sizes, with the watching programs left out."""
+    """Return the steps of a run in order; in the dry run at small sizes, without the profilers and sanitizers."""
     steps = {"first": first_steps, "second": second_steps, "quick": quick_steps}[kind](backend == "cuda", output)
     if backend == "cuda":
         return steps
@@ -361,7 +362,7 @@ def is_hopper() -> bool:
 
 
 def probes_step(on_gpu: bool, output: Path) -> Step:
-    """What the kernels for compute capability 9.0 take for granted of the hardware."""
+    """Check the hardware facts that the kernels for compute capability 9.0 rely on."""
     program = ROOT / "build" / "hopper_probes" / "hopper_probes"
     command = [sys.executable, "benchmarks/hopper_probes/run.py", "--check", "--out", str(output / "probes.jsonl")]
     skipped = "" if program.is_file() else f"{program} is missing: benchmarks/hopper_probes/build.sh builds it"
@@ -383,13 +384,13 @@ def tests_step(on_gpu: bool, least: float, limit: float, selection: str = "") ->
     chosen = ["-k", selection] if selection else []
     if not on_gpu:
         chosen, limit = ["-k", "test_reference and float32"], 900
-    # What is selected are questions of the matrix: each operator's first file asks them.
+    # The selection is of tests of the matrix, which are in the first file of each operator.
     files = [f"tests/test_{op}.py" for op in operators()] if chosen else operator_tests()
     return Step("operator tests", pytest_command(*chosen), files, least, limit, pytest_detail, together="tests")
 
 
 def cupy_step(on_gpu: bool) -> Step:
-    """Operators on CuPy's arrays, and beside the textbook kernels; in the dry run on NumPy's, and those as C++."""
+    """Run operators on CuPy arrays and compare with naive kernels; in the dry run with NumPy and C++."""
     missing = "CuPy is not installed" if on_gpu and not has_module("cupy") else ""
     return Step(
         "operators and CuPy",
@@ -497,7 +498,7 @@ NCU_KERNELS = "conv3x3_sm90|conv3x3_tensor_core|conv3x3_weight_gradient_tensor|r
 
 
 def ncu_step(on_gpu: bool) -> Step:
-    """The hardware counters of the kernels that matter most."""
+    """Read hardware counters of the most important kernels."""
     target = [
         sys.executable,
         "tools/profile_targets.py",
@@ -619,7 +620,7 @@ def second_steps(on_gpu: bool, output: Path) -> list[Step]:
 
 
 def benchmark_detail(output: str) -> str:
-    """How many cases were timed, and what failed."""
+    """Return how many cases were timed, and the failures."""
     cases = len(re.findall(r"^    spatialflow {2,}", output, re.MULTILINE))
     failed = re.findall(r"FAILED:? ?(.*)", output)
     last = output.strip().rsplit("\n", 1)[-1][:120]
@@ -627,25 +628,25 @@ def benchmark_detail(output: str) -> str:
 
 
 def images_per_second(output: str) -> str:
-    """The lines of benchmarks/end_to_end.py that say how fast each pipeline is."""
+    """Return the lines of benchmarks/end_to_end.py with the speed of each pipeline."""
     table = output.split("share of the time")[0]
     rows = re.findall(r"^    (spatialflow|reference\S*(?: \S+)*) +([\d.]+) +[\d.]+ ", table, re.MULTILINE)
     return "; ".join(f"{name.strip()} {value} images/s" for name, value in rows) or output.strip()[-200:]
 
 
 def overlap(output: str) -> str:
-    """The lines of benchmarks/throughput.py for the network alone and for everything at once."""
+    """Return the lines of benchmarks/throughput.py for the network alone and for all stages at once."""
     rows = re.findall(r"^    (network|overlapped) +([\d.]+)", output, re.MULTILINE)
     return "; ".join(f"{name} {value} images/s" for name, value in rows) or output.strip()[-200:]
 
 
 def rate(output: str) -> str:
-    """The lines of benchmarks/stages.py that say how fast each form is."""
+    """Return the lines of benchmarks/stages.py with the speed of each form."""
     return "; ".join(re.findall(r"^((?:eager|graph), .*)$", output, re.MULTILINE)) or output.strip()[-200:]
 
 
 def last_summary(output: str) -> str:
-    """compute-sanitizer's verdict."""
+    """Return the summary line of compute-sanitizer."""
     lines = [line for line in output.split("\n") if "SUMMARY" in line]
     return lines[-1].strip("= ") if lines else output.strip().rsplit("\n", 1)[-1][:200]
 
@@ -691,7 +692,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def pack(folder: Path, target: Path) -> None:
-    """The folder of results as a compressed archive."""
+    """Write the folder of results as a compressed archive."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     with tarfile.open(temporary, "w:gz") as archive:
         archive.add(folder, arcname=folder.name)
@@ -726,9 +727,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen_names = {step.name for step in chosen}
     earlier = before.get("steps", []) if options.steps and before.get("commit") == about["commit"] else []
     outcomes = [Outcome(**outcome) for outcome in earlier if outcome["name"] not in chosen_names]
-    others = len(outcomes)  # of earlier runs, which the exit code is not about
+    others = len(outcomes)  # of earlier runs, which do not affect the exit code
     environment, groups = environment_of(options.backend), in_groups(chosen)
-    share = min(1.0, options.seconds / max(kept(groups), 1.0))  # of a total too short for what is kept
+    share = min(1.0, options.seconds / max(kept(groups), 1.0))  # of a total that is shorter than the reserved time
 
     def record(outcome: Outcome) -> None:
         outcomes.append(outcome)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs all that `make gpu-check` needs on a machine without a network: `make gpu-pack FILE=gpu.tgz`.
+"""Pack everything that `make gpu-check` needs on a machine without a network: `make gpu-pack FILE=gpu.tgz`.
 
     python tools/gpu_pack.py gpu.tgz
     tar xf gpu.tgz && cd spatialflow && python3 tools/gpu_check.py --pack results.tgz     # on the machine with the GPU
 
-The archive holds the files that git knows, the compiled libraries, the probes of Hopper if they are built, and wheels
-of the packages that the machine may lack for its Python and for this one. One file of at most 40 MB. `commit.txt` in it
-names the commit.
+The archive contains the files that git tracks, the compiled libraries, and the Hopper probes if they are built. It also
+has wheels of packages that the machine may lack, for its Python and for this one. It is one file of at most 40 MB.
+`commit.txt` in it has the commit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def commit() -> str:
 
 
 def download_wheels(folder: Path) -> None:
-    """Wheels of `PACKAGES` for each Python of `PYTHONS`; one that cannot be had is named and left out."""
+    """Download wheels of `PACKAGES` for each Python of `PYTHONS`; report the ones that are not available."""
     for python in dict.fromkeys(PYTHONS):
         for package in PACKAGES:
             command = [

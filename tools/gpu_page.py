@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of `gpu_check.py`: its steps, then what the benchmarks among them have measured."""
+"""Markdown page of `gpu_check.py`: its steps and the measurements of its benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def as_markdown(about: dict[str, Any], outcomes: Sequence[Outcome], folder: Path) -> str:
-    """The page: steps, then roofline shares, times and the pipeline's stages, as far as they were measured."""
+    """Return the page: steps, roofline shares, times and pipeline stages, as far as they were measured."""
     lines = [
         f"# gpu-check on {about['device']}",
         "",
@@ -43,12 +43,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def results_of(folder: Path, commit: str | None) -> list[Path]:
-    """The JSON files of benchmarks that this commit wrote."""
+    """Return the JSON results of benchmarks that this commit wrote."""
     return [path for path in sorted(folder.glob("*.json")) if read_json(path).get("commit") == commit]
 
 
 def roofline(folder: Path, commit: str | None) -> str:
-    """Forward kernels beside the time that their bytes and operations take at this card's ceilings."""
+    """Compare forward kernels with the time of their bytes and operations at this GPU's ceilings."""
     rates = read_json(folder / "card.json").get("rates")
     if not rates:
         return ""
@@ -78,7 +78,7 @@ def roofline(folder: Path, commit: str | None) -> str:
 
 
 def stages(folder: Path, commit: str | None) -> str:
-    """The pipeline's forms, and its table by stage."""
+    """Return the pipeline's forms and its table by stage."""
     content = read_json(folder / "stages.json")
     if not content or content.get("commit") != commit:
         return ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few steps of training under torchrun, as `make gpu-check` runs them: one process, DistributedDataParallel.
+"""Train for a few steps under torchrun, for `make gpu-check`: in one process, and with DistributedDataParallel.
 
-With one GPU this shows that NCCL, the wrapped network and the fused kernels' gradients go together there.
+With one GPU this shows that NCCL, the wrapped network and the gradients of the fused kernels work together.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks ptxas for registers, shared memory and spills of every CUDA kernel and puts them into docs/kernels.md.
+"""Write registers, shared memory and spills of every CUDA kernel, as ptxas reports them, into docs/kernels.md.
 
     python tools/kernel_resources.py [--architectures 90a 80 ...] [--torch FOLDER] [--check]
 
-Needs nvcc (CUDACXX, or on PATH), no GPU. Kernels are summed up by name: the range over their instantiations. The table
-is of the first architecture, a sentence above it of the others. `--check` changes nothing and fails if a kernel spills
-or nvcc warns.
+nvcc is needed (CUDACXX, or on PATH), but no GPU. Kernels are grouped by name, with the range over their instantiations.
+The table is for the first architecture, a sentence above it for the others. `--check` changes nothing and fails if a
+kernel spills or nvcc warns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BEGIN, END = "<!-- resources: made by tools/kernel_resources.py -->", "<!-- end 
 
 
 def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
-    """What nvcc and ptxas say while they compile `source` with the flags of cmake/cuda.cmake."""
+    """Compile `source` with the flags of cmake/cuda.cmake; return the output of nvcc and ptxas."""
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall", "-Xptxas=-v"]
     flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
     if source.stem in unfused_sources():
@@ -54,12 +54,12 @@ def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
 
 
 def unfused_sources() -> list[str]:
-    """Names of the sources that cmake/ops.cmake has compiled without fused multiply-adds."""
+    """Return the sources that cmake/ops.cmake has compiled without fused multiply-adds."""
     return re.search(r"set\(cuda_unfused ([\w ]+)\)", (ROOT / "cmake" / "ops.cmake").read_text())[1].split()
 
 
 def kernel_name(symbol: str) -> str:
-    """The function's own name in a mangled symbol: the last <length><name> pair before template arguments."""
+    """Return the function's name in a mangled symbol: the last <length><name> pair before template arguments."""
     names, position = [], 0
     while match := re.compile(r"(\d+)").search(symbol, position):
         length, begin = int(match[1]), match.end()
@@ -72,7 +72,11 @@ def kernel_name(symbol: str) -> str:
 
 
 def resources(output: str) -> dict[str, dict[str, list[tuple[int, int, int, int]]]]:
-    """Architecture -> kernel -> (registers, static shared bytes, stack bytes, spilled bytes) of each instantiation."""
+    """Return the resources of each instantiation, by architecture and kernel.
+
+    Returns:
+        Architecture -> kernel -> list of (registers, static shared bytes, stack bytes, spilled bytes).
+    """
     found: dict[str, dict[str, list[tuple[int, int, int, int]]]] = defaultdict(lambda: defaultdict(list))
     architecture, kernel, stack, spilled = "", "", 0, 0
     for line in output.splitlines():

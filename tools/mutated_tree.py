@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of the tree under build/mutations, for tools that break a line and check that a test notices.
+"""Copy of the tree under build/mutations, for tools that break a line and expect a test to fail.
 
 The working tree is only read.
 """
@@ -21,7 +21,7 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess:
 
 
 def copy_tree() -> None:
-    """Tracked files and the module for scoring. Equal ones stay, so that a second round builds what differs."""
+    """Copy the tracked files and the scoring module; unchanged files are not rewritten, so rebuilds are incremental."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     built = [path.relative_to(ROOT) for path in (ROOT / "spatialflow").glob("_evaluation*.so")]
     for name in [*listed.stdout.strip("\0").split("\0"), *built]:
@@ -32,7 +32,7 @@ def copy_tree() -> None:
 
 
 def build(*libraries: str) -> None:
-    """Builds libraries, such as "simt" or "cpu_x86-64-v3", into the copy; RuntimeError with the compiler's words."""
+    """Build libraries, such as "simt" or "cpu_x86-64-v3", in the copy; RuntimeError has the compiler's output."""
     folder = COPY.parent / "build"
     level = next((name.removeprefix("cpu_") for name in libraries if name.startswith("cpu_")), "")
     configured = run(
@@ -59,7 +59,7 @@ def build(*libraries: str) -> None:
 
 @contextlib.contextmanager
 def mutated(file: str, before: str, after: str) -> Iterator[int]:
-    """Within it `before`, which stands once in the copy's `file`, is `after`; gives the line where it stands."""
+    """Replace `before`, which is unique in the copy's `file`, by `after` inside the block; yield its line number."""
     path = COPY / file
     source = path.read_text()
     if source.count(before) != 1:

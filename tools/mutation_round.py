@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the operator tests and the sanitizers: breaks one line at a time, and one of them must notice.
+"""Mutation testing of the operator tests and the sanitizers: break one line at a time and expect a failure.
 
 A mutation breaks a CUDA kernel, and the interpreted tests must fail. A fault breaks a CPU kernel or the scoring module,
 and a sanitizer must report it (docs/sanitizers.md).
 
 `make mutation-round`, or `python tools/mutation_round.py [TEXT ...]` for the mutations and faults whose file or name
 contains a text. A copy of the tree is mutated, built and tested under build/mutations; the working tree is only read.
-Test files that fail on the copy as it is are an error. Exit codes: 0 all caught, 1 one survived, 2 it could not be
-told.
+It is an error if a test file fails on the copy without a mutation. Exit codes: 0 all caught, 1 one survived, 2 one
+could not be tried.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
 
 
 class Mutation(NamedTuple):
-    """`before`, which stands once in csrc/cuda/`file`, becomes `after`; the tests of `operator` must notice.
+    """Mutation that replaces `before`, which is unique in csrc/cuda/`file`, by `after`; tests of `operator` must fail.
 
     "sm90" stands for kernels for compute capability 9.0 of several operators, whose tests are in test_sm90.py.
     """
@@ -37,21 +37,21 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     Mutation(
         "barrier removed",
-        "nms.h",
+        "nms.cuh",
         "        __syncthreads();\n        if (warp == turn - 1 && is_kept) {",
         "        if (warp == turn - 1 && is_kept) {",
         "nms",
     ),
     Mutation(
         "barrier removed",
-        "panoptic_merge.cu",
+        "panoptic_merge_kernels.cuh",
         "// rows may share a word\n        __syncthreads();",
         "",
         "panoptic_merge",
     ),
     Mutation(
         "barrier for a warp alone",
-        "nms.h",
+        "nms.cuh",
         "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncthreads();",
         "        entries[base + kWarpSize + lane] = high;\n    }\n    __syncwarp();",
         "multiclass_nms",
@@ -73,8 +73,8 @@ MUTATIONS = (
     Mutation(
         "bound too large",
         "panoptic_quality_counts.cu",
-        "if (kWide && first + kWidth <= problem.pixels) {",
-        "if (kWide && first + kWidth <= problem.pixels + 1) {",
+        "if (kVectorized && first + kWidth <= problem.pixels) {",
+        "if (kVectorized && first + kWidth <= problem.pixels + 1) {",
         "panoptic_quality_counts",
     ),
     Mutation(
@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "lane mask wrong",
-        "panoptic_merge.cu",
+        "panoptic_merge_kernels.cuh",
         "const unsigned all = __ballot_sync(kAllLanes, kept);",
         "const unsigned all = __ballot_sync(kAllLanes >> 1, kept);",
         "panoptic_merge",
@@ -116,8 +116,8 @@ MUTATIONS = (
     Mutation(
         "lane mask wrong",
         "multiclass_nms.cu",
-        "base + __popc(entering[item] & ((1u << lane) - 1u));",
-        "base + __popc(entering[item] & ((2u << lane) - 1u));",
+        "base + __popc(above_threshold[item] & ((1u << lane) - 1u));",
+        "base + __popc(above_threshold[item] & ((2u << lane) - 1u));",
         "multiclass_nms",
     ),
     Mutation(
@@ -306,7 +306,7 @@ MUTATIONS = (
 
 
 class Fault(NamedTuple):
-    """`before`, which stands once in csrc/`file`, becomes `after`; `target` of the Makefile must print `report`."""
+    """Fault that replaces `before`, which is unique in csrc/`file`, by `after`; make's `target` must print `report`."""
 
     name: str
     file: str
@@ -371,7 +371,7 @@ FAULTS = (
 
 
 def test(operator: str) -> tuple[int, str]:
-    """Exit code and last line of the operator's tests; they stop at the first failure."""
+    """Run the operator's tests until the first failure; return exit code and last line."""
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
     if operator in ("conv1x1", "sm90"):
         environment["SPATIALFLOW_SIMT_SM90"] = "late"
@@ -399,7 +399,7 @@ def survives(mutation: Mutation) -> bool:
 
 
 def sanitize(fault: Fault) -> tuple[int, str]:
-    """Exit code and output of the sanitizer's target of the Makefile, with the tests of the fault alone."""
+    """Run the sanitizer's target of the Makefile with the tests of the fault; return exit code and output."""
     environment = {**os.environ, "PYTHONPATH": str(COPY)}
     done = run(
         "make",
@@ -413,7 +413,7 @@ def sanitize(fault: Fault) -> tuple[int, str]:
 
 
 def escapes(fault: Fault) -> bool:
-    """Whether the sanitizer does not report the fault."""
+    """Tell whether the sanitizer does not report the fault."""
     begin = time.monotonic()
     with mutated(f"csrc/{fault.file}", fault.before, fault.after) as line:
         code, output = sanitize(fault)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ncu watches in `make gpu-check`: an operator once, at the size of its benchmark.
+"""Kernels that ncu profiles in `make gpu-check`: one operator at the size of its benchmark.
 
 ncu --clock-control none -k regex:roi_align_kernel -c 1 python tools/profile_targets.py multilevel_roi_align
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from harness import OURS, Problem, _Call, map_tensors
+from harness import OURS, Call, Problem, map_tensors
 
 TARGETS = {
     "flow_conv2d": ("P3, 256 to 256, flow", "spatialflow packed", "bfloat16", "forward"),
@@ -27,7 +27,7 @@ TARGETS = {
 
 
 def run_target(name: str, device: str) -> None:
-    """Runs a target twice: the first run warms up."""
+    """Run a target twice; the first run is the warm-up."""
     import torch
 
     case, provider, dtype, mode = TARGETS[name]
@@ -39,7 +39,7 @@ def run_target(name: str, device: str) -> None:
         for i, value in enumerate(problem.inputs)
     )
     problem = Problem(**{**problem.__dict__, "inputs": inputs})
-    call = _Call(benchmark.providers[provider], problem, mode)
+    call = Call(benchmark.providers[provider], problem, mode)
     for _ in range(2):
         call.run()
     if device == "cuda":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compute-sanitizer watches in `make gpu-check`: every operator once at small sizes, or one planted fault.
+"""Kernels that compute-sanitizer checks in `make gpu-check`: every operator at small sizes, or a planted fault.
 
 compute-sanitizer --tool racecheck python tools/sanitizer_targets.py operators
 compute-sanitizer --tool racecheck python tools/sanitizer_targets.py planted-racecheck    # must be reported
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-# Every allocation is the driver's own, so that its bounds, and what was never written, are known.
+# Every tensor is a separate allocation of the driver, so that its bounds and unwritten bytes are known.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 # torch asks for the toolkit's headers before it compiles a kernel, though the planted ones include none.
 os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
@@ -43,7 +43,7 @@ def run_planted(tool: str) -> None:
 
 
 def run_operators(device: str) -> int:
-    """Every operator forward, and backward where it has one, in float32 and bfloat16; returns how many calls."""
+    """Run every operator forward and backward in float32 and bfloat16; return the number of calls."""
     from spatialflow import ops
 
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def run_operators(device: str) -> int:
         run(lambda: ops.stuff_labels(draw(6, 13, 14, dtype=dtype), (50, 53), (60, 70)))
         run(lambda: ops.stuff_labels(draw(13, 14, 6, dtype=dtype).permute(2, 0, 1), (50, 53), (60, 70)))
         stuff = torch.randint(0, 5, (60, 70), dtype=torch.int32).to(device)
-        run(lambda: ops.panoptic_merge(masks, scores[:, 0], labels, boxes, stuff, 5, stuff_area_limit=10))
+        run(lambda: ops.panoptic_merge(masks, scores[:, 0], labels, boxes, stuff, 5, stuff_area_threshold=10))
     run(lambda: ops.nms(boxes, scores[:, 0], 0.5))
     run(lambda: ops.batched_nms(boxes, scores[:, 0], labels, 0.5))
     run(lambda: ops.multiclass_nms(boxes, scores, 0.05, 0.5, 20))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the SASS of each kernel may be on sm_90a; tools/check_sass.py compares the library with it (docs/sass.md).
+"""Limits of the SASS of each kernel on sm_90a; tools/check_sass.py compares the library with them (docs/sass.md).
 
-The first row whose pattern matches `kernel<template arguments>` counts. A row is changed like code: with the kernel
-that needs it, and with its reason. For all rows: no local memory, so no spills, and no indirect branches.
+The first row whose pattern matches `kernel<template arguments>` counts. A row changes together with the kernel that
+needs it, with a reason. Limits of all rows: no local memory, so no spills, and no indirect branches.
 """
 
 from __future__ import annotations

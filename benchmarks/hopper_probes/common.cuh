@@ -33,7 +33,7 @@ __attribute__((format(printf, 1, 2))) inline void finding(const char* fields, ..
   fflush(stdout);
 }
 
-/// What a device function records before it traps. Mapped host memory: readable after the context is lost.
+/// Record that a device function writes before it traps. Mapped host memory: readable after the context is lost.
 struct Fault {
   int code, block, thread, value;
 };
@@ -134,8 +134,8 @@ float milliseconds(int repeats, Launch launch, const char* what) {
   return elapsed;
 }
 
-/// A tiled bf16 tensor map. Sizes, strides (bytes, without the innermost) and the box run from the innermost dimension.
-/// The driver's verdict is returned, so that a map it refuses is a finding of its own.
+/// Encode a tiled bf16 tensor map; return the driver's result, which a probe may report.
+/// Sizes, strides (bytes, without the innermost) and the box start at the innermost dimension.
 inline CUresult encode_map(CUtensorMap* map, const void* address, const std::vector<cuuint64_t>& sizes,
                            const std::vector<cuuint64_t>& strides, const std::vector<cuuint32_t>& box,
                            CUtensorMapSwizzle swizzle) {

@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
     }
 }
 
-/// One output of eight neighbouring pixels per thread, fp32. Weights [tap][c][o].
+/// One output of eight neighboring pixels per thread, fp32. Weights [tap][c][o].
 __global__ void __launch_bounds__(C)
     reference_kernel(const bf16* x, const bf16* weights, const float* bias, float* y, int h, int w) {
     __shared__ float pixels[10][C];

@@ -83,7 +83,7 @@ __global__ void mbarrier_pair_kernel(uint64_t* result) {
     }
 }
 
-/// A wait for a phase already complete: what a wait costs when nothing has to be waited for.
+/// Cost of a wait for a phase that is already complete.
 __global__ void mbarrier_passed_kernel(uint64_t* result) {
     __shared__ alignas(8) uint64_t storage;
     const unsigned barrier = shared_address(&storage);
@@ -164,7 +164,7 @@ void report(const char* what, int threads, int blocks, Launch launch) {
 
 __global__ void empty_kernel() {}
 
-/// What a kernel of a chain with programmatic dependent launch has at least.
+/// Minimal kernel of a chain with programmatic dependent launch.
 __global__ void dependent_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");

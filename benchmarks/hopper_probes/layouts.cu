@@ -14,7 +14,7 @@ constexpr int PRODUCT = 64 * OUTPUTS;
 
 float value(bf16 x) { return __bfloat162float(x); }
 
-/// Channels [64, 128) of the second image at (y0 - 1, x0 - 1), zero outside: what a TMA box must deliver.
+/// Channels [64, 128) of the second image at (y0 - 1, x0 - 1), zero outside: the expected contents of a TMA box.
 std::vector<bf16> halo_tile(const std::vector<bf16>& image, int y0, int x0) {
     std::vector<bf16> tile(HALO * HALO * CHANNELS, __float2bfloat16(0));
     for (int y = 0; y < HALO; ++y) {

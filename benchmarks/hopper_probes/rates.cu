@@ -8,7 +8,7 @@ struct Cycles {
     uint64_t sum, longest, nanoseconds;
 };
 
-/// Per block: {cycles, nanoseconds}. The clock of the chip during the run is their ratio.
+/// Per block: {cycles, nanoseconds}. Their ratio is the clock frequency during the run.
 Cycles summarize(const Buffer<uint64_t>& buffer) {
     Cycles result{};
     const std::vector<uint64_t> values = buffer.host();

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the probes, each in a process of its own with a time limit, and collects their JSON lines.
+"""Run each probe in a separate process with a time limit, and collect their JSON lines.
 
 python run.py [--executable build/hopper_probes/hopper_probes] [--out FILE.jsonl] [--only NAME ...] [--seconds 30]
 
-`--check` runs the probes of layouts alone, and exits with 1 if the card does not do what the kernels rest on.
+`--check` runs the probes of layouts only, and exits with 1 if the GPU contradicts a fact that the kernels rely on.
 """
 
 import argparse
@@ -45,11 +45,11 @@ def run(executable: str, name: str, limit: float) -> list[dict]:
     end = {"probe": name, "status": status, "seconds": round(time.monotonic() - begin, 2)}
     if message:
         end["stderr"] = message[-1000:]
-    return findings + [end]
+    return [*findings, end]
 
 
 def broken_facts(findings: list[dict]) -> list[str]:
-    """What the kernels, and the interpreter, take for granted and these findings do not show."""
+    """Return the facts that kernels and interpreter rely on and that these findings do not confirm."""
     facts = {
         "TMA swizzles by address": [
             one["fit_xor_by_address"] == one["pieces"] for one in findings if one.get("question") == "swizzle of TMA"

@@ -24,7 +24,7 @@ enum MergeColumn : int {
 };
 
 // A NaN score fails the comparison and takes no part.
-SPATIALFLOW_HOST_DEVICE bool merge_score_enters(double score, double score_threshold) {
+SPATIALFLOW_HOST_DEVICE bool merge_is_candidate(double score, double score_threshold) {
     return score >= score_threshold;
 }
 

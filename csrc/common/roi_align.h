@@ -11,6 +11,15 @@
 
 namespace spatialflow {
 
+// One level of a feature pyramid: (N, H, W, C) by strides in elements, channels adjacent.
+template <typename pointer_t, typename extent_t>
+struct RoiLevel {
+    pointer_t data;
+    extent_t height, width;
+    int64_t image_stride, row_stride, column_stride;
+    double scale;  // cells per pixel
+};
+
 // One axis of a RoI in feature coordinates: bin b has `grid` samples at start + b * bin + (i + 0.5) * step.
 // `valid` is false for a RoI whose coordinates are not finite: it has no samples.
 template <typename real_t>

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From a run-time dtype to a typed kernel, and loops over threads.
+// Dtype dispatch of the CPU kernels, and parallel loops.
 #pragma once
 
 #include <atomic>
 
 #include "common/scalar.h"
-#include "ops/tensor.h"
+#include "ops/dispatch.h"
+#include "ops/tensor_data.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -17,28 +18,7 @@ namespace spatialflow {
 // Calls body(scalar_t{}) with the C++ type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
-    switch (dtype) {
-        case ScalarType::Float:
-            return body(float{});
-        case ScalarType::Double:
-            return body(double{});
-        case ScalarType::Half:
-            return body(float16{});
-        case ScalarType::BFloat16:
-            return body(bfloat16{});
-        default:
-            check(false, op, ": no kernel for ", dtype_name(dtype));
-    }
-}
-
-template <typename scalar_t>
-inline const scalar_t* data(const Tensor& tensor) {
-    return static_cast<const scalar_t*>(tensor.const_data_ptr());
-}
-
-template <typename scalar_t>
-inline scalar_t* mutable_data(const Tensor& tensor) {
-    return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+    dispatch_floating_types<float16, bfloat16>(op, dtype, body);
 }
 
 // Tells ThreadSanitizer that a loop starts after what precedes it and ends before what follows. It cannot see that:

@@ -20,7 +20,7 @@
 namespace spatialflow {
 
 constexpr int64_t kBlockPixels = 256;
-constexpr int kWide = 4;  // vectors of channels at a time
+constexpr int kUnroll = 4;  // vectors of channels at a time
 
 struct NormShape {
     int64_t batch, channels, height, width, groups;
@@ -107,12 +107,12 @@ struct Channels {
     }
 };
 
-// visit(channels, first channel): kWide vectors at a time, then one, then what is left.
+// visit(channels, first channel): kUnroll vectors at a time, then one, then what is left.
 template <typename real_t, typename Visit>
 inline void for_channels(int64_t channels, const Visit& visit) {
     int64_t c = 0;
-    for (; c + kWide * kLanes<real_t> <= channels; c += kWide * kLanes<real_t>) {
-        visit(Channels<kWide, false>{}, c);
+    for (; c + kUnroll * kLanes<real_t> <= channels; c += kUnroll * kLanes<real_t>) {
+        visit(Channels<kUnroll, false>{}, c);
     }
     for (; c + kLanes<real_t> <= channels; c += kLanes<real_t>) {
         visit(Channels<1, false>{}, c);

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "cpu/dispatch.h"
-#include "cpu/kept_boxes.h"
+#include "cpu/nms_buckets.h"
 #include "cpu/score_order.h"
 
 namespace spatialflow {
@@ -89,7 +89,7 @@ int64_t detect(
         return 0;
     }
     std::vector<ScoreEntry<real_t>> pending = candidates_of(scores, options), chunk, scratch;
-    KeptBoxes<real_t> kept;
+    SelectedBoxes<real_t> kept;
     kept.clear(options.classes);
     int64_t count = 0;
     for (size_t wanted = std::max<size_t>(1024, 4 * static_cast<size_t>(options.max_detections)); !pending.empty();
@@ -129,17 +129,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
         classes == 0 || rows < kMaxRows / classes,
         "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     const ScalarType type = nms_compute_type(boxes, scores);
-    const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
-    const Tensor out_boxes = empty_like_sized(wide_boxes, {batch, max_detections, 4});
-    const Tensor out_scores = empty_like_sized(wide_boxes, {batch, max_detections});
-    const Tensor labels = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor indices = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor count = empty_like_sized(wide_boxes, {batch}, ScalarType::Long);
+    const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
+    const Tensor out_boxes = empty_like_sized(upcast_boxes, {batch, max_detections, 4});
+    const Tensor out_scores = empty_like_sized(upcast_boxes, {batch, max_detections});
+    const Tensor labels = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
+    const Tensor indices = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
+    const Tensor count = empty_like_sized(upcast_boxes, {batch}, ScalarType::Long);
     const auto run = [&](auto zero) {
         using real_t = decltype(zero);
         const Options<real_t> options{
             static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold), rows, classes, max_detections};
-        const auto* all_boxes = reinterpret_cast<const Box<real_t>*>(data<real_t>(wide_boxes));
+        const auto* all_boxes = reinterpret_cast<const Box<real_t>*>(data<real_t>(upcast_boxes));
         const Detections<real_t> all{
             reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(out_boxes)), mutable_data<real_t>(out_scores),
             mutable_data<int64_t>(labels), mutable_data<int64_t>(indices)};
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
                 const Detections<real_t> result{
                     all.boxes + offset, all.scores + offset, all.labels + offset, all.indices + offset};
                 const int64_t kept = detect(
-                    all_boxes + image * rows, data<real_t>(wide_scores) + image * rows * classes, options, result);
+                    all_boxes + image * rows, data<real_t>(upcast_scores) + image * rows * classes, options, result);
                 mutable_data<int64_t>(count)[image] = kept;
                 std::fill(result.boxes + kept, result.boxes + max_detections, Box<real_t>{0, 0, 0, 0});
                 std::fill(result.scores + kept, result.scores + max_detections, real_t(0));

@@ -5,13 +5,13 @@
 //
 // All rows are sorted by score once; a second stable sort groups them by class, and threads share the classes. Within a
 // class a candidate is tested against kept boxes a vector at a time, in large classes only against those that a grid
-// over box centres leaves (kept_boxes.h). Memory is linear in the number of boxes.
+// over box centres leaves (nms_buckets.h). Memory is linear in the number of boxes.
 #include "ops/nms.h"
 
 #include <atomic>
 
 #include "cpu/dispatch.h"
-#include "cpu/kept_boxes.h"
+#include "cpu/nms_buckets.h"
 #include "cpu/score_order.h"
 
 namespace spatialflow {
@@ -52,7 +52,7 @@ Candidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_t* sco
 template <typename real_t, typename Positions>
 void greedy_nms(
     const Candidates<real_t>& candidates, const Positions& positions, int64_t count, real_t threshold,
-    KeptBoxes<real_t>& kept, uint8_t* keep) {
+    SelectedBoxes<real_t>& kept, uint8_t* keep) {
     const auto scan = [&](auto&& suppressed, auto&& bucket_of) {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t position = positions(i);
@@ -68,7 +68,7 @@ void greedy_nms(
         }
     };
     if (count >= kGridFrom) {
-        const CenterGrid<real_t> grid(threshold, [&](auto&& add) {
+        const UniformGrid<real_t> grid(threshold, [&](auto&& add) {
             for (int64_t i = 0; i < count; ++i) {
                 const Box<real_t>& box = candidates.box(positions(i));
                 if (area_competes(box_area(box))) {
@@ -128,7 +128,7 @@ void greedy_nms_by_class(const Candidates<real_t>& candidates, const int64_t* id
     std::atomic<int64_t> next{0};
     const int64_t workers = count < kThreadsFrom ? 1 : std::min(classes, num_threads());
     parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-        KeptBoxes<real_t> kept;
+        SelectedBoxes<real_t> kept;
         for (int64_t worker = begin; worker < end; ++worker) {
             for (int64_t one; (one = next.fetch_add(1, std::memory_order_relaxed)) < classes;) {
                 const KeyedRow<uint64_t>* members = by_class.data() + class_begin[one];
@@ -145,19 +145,19 @@ Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, cons
     const int64_t count = boxes.size(0);
     check(count < kMaxRows, op, ": boxes must be fewer than 2^32, got ", count);
     const ScalarType type = nms_compute_type(boxes, scores);
-    const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
+    const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
     std::vector<int64_t> rows;
     const auto run = [&](auto zero) {
         using real_t = decltype(zero);
         const Candidates<real_t> candidates = sorted_candidates(
-            reinterpret_cast<const Box<real_t>*>(data<real_t>(wide_boxes)), data<real_t>(wide_scores), count);
+            reinterpret_cast<const Box<real_t>*>(data<real_t>(upcast_boxes)), data<real_t>(upcast_scores), count);
         const size_t valid = candidates.by_score.size();
         std::vector<uint8_t> keep(valid, 0);
         const real_t threshold = static_cast<real_t>(iou_threshold);
         if (idxs != nullptr) {
             greedy_nms_by_class(candidates, idxs, threshold, keep.data());
         } else {
-            KeptBoxes<real_t> kept;
+            SelectedBoxes<real_t> kept;
             greedy_nms(
                 candidates, [](int64_t i) { return i; }, static_cast<int64_t>(valid), threshold, kept, keep.data());
         }

@@ -69,7 +69,7 @@ struct Image {
 std::vector<int64_t> candidates(const double* scores, int64_t count, double score_threshold) {
     std::vector<int64_t> order;
     for (int64_t k = 0; k < count; ++k) {
-        if (merge_score_enters(scores[k], score_threshold)) {
+        if (merge_is_candidate(scores[k], score_threshold)) {
             order.push_back(k);
         }
     }

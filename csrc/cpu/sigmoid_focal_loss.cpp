@@ -203,9 +203,9 @@ Tensor sigmoid_focal_loss_sum_cpu(const Tensor& logits, const Tensor& labels, do
                 FocalOptions(gamma, alpha));
         });
     }
-    const bool wide = logits.scalar_type() == ScalarType::Double;
-    Tensor result = empty_like_sized(logits, {}, wide ? ScalarType::Double : ScalarType::Float);
-    if (wide) {
+    const bool is_double = logits.scalar_type() == ScalarType::Double;
+    Tensor result = empty_like_sized(logits, {}, is_double ? ScalarType::Double : ScalarType::Float);
+    if (is_double) {
         *mutable_data<double>(result) = total;
     } else {  // torch's fill_ would refuse a sum beyond float32
         *mutable_data<float>(result) = static_cast<float>(total);

@@ -20,7 +20,7 @@
 #include <numeric>
 
 #include "common/sigmoid.h"
-#include "cuda/device_exp.h"
+#include "cuda/device_exp.cuh"
 #include "cuda/sm90_deform_conv2d.h"
 
 namespace spatialflow {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// GroupNorm, ReLU and optional 2x upsampling on CUDA, channels-last, in two launches. Layouts are in group_norm_relu.h.
+// GroupNorm, ReLU and optional 2x upsampling on CUDA, channels-last, in two launches. Layouts are in group_norm_relu.cuh.
 //
 //   y = relu((x - mean) * rstd * weight + bias), mean and rstd of a group in its image (common/group_norm_relu.h)
 //
@@ -11,7 +11,7 @@
 //
 // Floor (H100, 3.0 TB/s), bfloat16, 128 x 100 x 168: 4.3 MB read, 4.3 MB written: 2.9 us; 17.2 MB written with
 // upsampling: 7.2 us. The second reading of the input is from L2.
-#include "cuda/group_norm_relu.h"
+#include "cuda/group_norm_relu.cuh"
 
 namespace spatialflow {
 namespace {

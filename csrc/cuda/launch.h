@@ -4,11 +4,14 @@
 #pragma once
 
 #include "cuda/platform.h"
-#include "ops/tensor.h"
+#include "ops/dispatch.h"
 
 #if defined(__CUDACC__)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "ops/tensor_data.h"
+
 #define SPATIALFLOW_DEVICE_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(spatialflow, CUDA, library)
 #else
 #define SPATIALFLOW_DEVICE_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library)
@@ -33,16 +36,6 @@ private:
     torch::stable::accelerator::DeviceGuard guard_;
     Stream stream_;
 };
-
-template <typename scalar_t>
-inline const scalar_t* data(const Tensor& tensor) {
-    return static_cast<const scalar_t*>(tensor.const_data_ptr());
-}
-
-template <typename scalar_t>
-inline scalar_t* mutable_data(const Tensor& tensor) {
-    return static_cast<scalar_t*>(tensor.mutable_data_ptr());
-}
 
 // `count` elements of a contiguous tensor from element `begin` on: a part that the interpreter watches like a tensor.
 template <typename scalar_t>
@@ -90,22 +83,10 @@ inline Global<scalar_t> mutable_data(const Tensor& tensor, int64_t begin, int64_
 
 #endif
 
-// Calls body(scalar_t{}) with the device type behind `dtype`. The body is `[&](auto zero) { ... }`, and decltype(zero)
-// the type.
+// Calls body(scalar_t{}) with the device type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
-    switch (dtype) {
-        case ScalarType::Float:
-            return body(float{});
-        case ScalarType::Double:
-            return body(double{});
-        case ScalarType::Half:
-            return body(float16{});
-        case ScalarType::BFloat16:
-            return body(bfloat16{});
-        default:
-            check(false, op, ": no kernel for ", dtype_name(dtype));
-    }
+    dispatch_floating_types<float16, bfloat16>(op, dtype, body);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

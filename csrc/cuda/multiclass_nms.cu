@@ -6,17 +6,17 @@
 // which may stop when D are kept. So only the best pairs are ever sorted:
 //
 //   collect   a thread per eight scores appends those above the threshold to a list of its image, in any order
-//   detect    a block per image: take the best 2048 or fewer not yet seen, in order (best_chunks.h), run the greedy
-//             pass (nms.h) over them in batches of 1024; again until D are kept or none is left
+//   detect    a block per image: take the best 2048 or fewer not yet seen, in order (best_chunks.cuh), run the greedy
+//             pass (nms.cuh) over them in batches of 1024; again until D are kept or none is left
 //
 // Memory: 8 bytes per score (12 for float64) for the lists; no N x N mask.
 //
 // Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: three launches, for
 // every 2048 candidates three passes over the list and 66 steps of the sort (51 of them by shuffles), about 12 us, and
 // about 0.05 us for every box kept, or less: a warp's classes go side by side.
-#include "cuda/best_chunks.h"
-#include "cuda/nms.h"
-#include "cuda/workspace.h"
+#include "cuda/best_chunks.cuh"
+#include "cuda/nms.cuh"
+#include "cuda/workspace.cuh"
 #include "ops/multiclass_nms.h"
 
 namespace spatialflow {
@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(kCollectThreads) multiclass_nms_collect_kernel
         const int64_t row = first + item * kCollectThreads;
         own[item] = row < total ? scores[image * total + row] : threshold;
     }
-    unsigned entering[kCollectItems], count = 0;  // of the warp
+    unsigned above_threshold[kCollectItems], count = 0;  // of the warp
 #pragma unroll
     for (int item = 0; item < kCollectItems; ++item) {
-        entering[item] = __ballot_sync(kAllLanes, own[item] > threshold);  // false for NaN
-        count += static_cast<unsigned>(__popc(entering[item]));
+        above_threshold[item] = __ballot_sync(kAllLanes, own[item] > threshold);  // false for NaN
+        count += static_cast<unsigned>(__popc(above_threshold[item]));
     }
     unsigned base = 0;
     if (lane == 0 && count != 0) {
@@ -63,12 +63,12 @@ __global__ void __launch_bounds__(kCollectThreads) multiclass_nms_collect_kernel
     base = __shfl_sync(kAllLanes, base, 0);
 #pragma unroll
     for (int item = 0; item < kCollectItems; ++item) {
-        if ((entering[item] >> lane & 1u) != 0) {
-            const int64_t at = image * total + base + __popc(entering[item] & ((1u << lane) - 1u));
+        if ((above_threshold[item] >> lane & 1u) != 0) {
+            const int64_t at = image * total + base + __popc(above_threshold[item] & ((1u << lane) - 1u));
             keys[at] = descending_key(own[item]);
             rows[at] = static_cast<unsigned>(first + item * kCollectThreads);
         }
-        base += static_cast<unsigned>(__popc(entering[item]));
+        base += static_cast<unsigned>(__popc(above_threshold[item]));
     }
 }
 
@@ -173,12 +173,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
         ": scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
     const ScalarType type = nms_compute_type(boxes, scores);
-    const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
-    const Tensor out_boxes = empty_like_sized(wide_boxes, {batch, max_detections, 4});
-    const Tensor out_scores = empty_like_sized(wide_boxes, {batch, max_detections});
-    const Tensor labels = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor indices = empty_like_sized(wide_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor kept = empty_like_sized(wide_boxes, {batch}, ScalarType::Long);
+    const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
+    const Tensor out_boxes = empty_like_sized(upcast_boxes, {batch, max_detections, 4});
+    const Tensor out_scores = empty_like_sized(upcast_boxes, {batch, max_detections});
+    const Tensor labels = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
+    const Tensor indices = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
+    const Tensor kept = empty_like_sized(upcast_boxes, {batch}, ScalarType::Long);
     const auto run = [&](auto zero) {
         using real_t = decltype(zero);
         using key_t = ScoreKey<real_t>;
@@ -187,17 +187,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
         const int64_t zeros = layout.words;
         const auto rows = layout.add<unsigned>(batch * total);
         const auto keys = layout.add<key_t>(batch * total);
-        const Workspace workspace(layout, wide_boxes);
+        const Workspace workspace(layout, upcast_boxes);
         clear_words(workspace, zeros, device.stream());
         const DetectionProblem<real_t> problem{
             count, classes, max_detections, static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold)};
         launch<multiclass_nms_collect_kernel<real_t>>(
             dim3(grid_size(op, ceil_div(total, kCollectThreads * kCollectItems)), static_cast<unsigned>(batch)),
-            dim3(kCollectThreads), 0, device.stream(), data<real_t>(wide_scores), workspace[keys], workspace[rows],
+            dim3(kCollectThreads), 0, device.stream(), data<real_t>(upcast_scores), workspace[keys], workspace[rows],
             workspace[found], total, problem.score_threshold);
         launch<multiclass_nms_detect_kernel<real_t>>(
             dim3(static_cast<unsigned>(batch)), dim3(kGreedyThreads), kDetectSharedBytes<real_t>, device.stream(),
-            pointer_cast<const Box<real_t>>(data<real_t>(wide_boxes)), data<real_t>(wide_scores), workspace[keys],
+            pointer_cast<const Box<real_t>>(data<real_t>(upcast_boxes)), data<real_t>(upcast_scores), workspace[keys],
             workspace[rows], workspace[found], pointer_cast<Box<real_t>>(mutable_data<real_t>(out_boxes)),
             mutable_data<real_t>(out_scores), mutable_data<int64_t>(labels), mutable_data<int64_t>(indices),
             mutable_data<int64_t>(kept), problem);

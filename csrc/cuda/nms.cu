@@ -22,11 +22,11 @@
 // class), 2 to collect, and about 0.05 us for every box that a class keeps in a tile. 80 classes x 5000 boxes: a merge
 // reads and writes 13 MB in the L2 cache; 20 launches of about 5 us to order and collect; 6 rounds, in each 80 tiles
 // side by side for up to 0.1 ms; at most 6 * 10^8 tests of about 25 instructions to suppress, 0.5 ms: 1 ms in all.
-#include "cuda/nms.h"
+#include "cuda/nms.cuh"
 
 #include <utility>
 
-#include "cuda/workspace.h"
+#include "cuda/workspace.cuh"
 #include "ops/nms.h"
 
 namespace spatialflow {
@@ -91,10 +91,10 @@ struct Rows {
 
     __device__ __forceinline__ ClassEntryOf<real_t> operator[](int64_t row) const {
         const real_t score = scores[row];
-        const bool takes_part = score == score && box_is_valid<real_t>(boxes[row]);
+        const bool is_candidate = score == score && box_is_valid<real_t>(boxes[row]);
         return {
             labels ? labels[row] : 0,
-            {takes_part ? descending_key(score) : kNoKey<real_t>, static_cast<unsigned>(row)}};
+            {is_candidate ? descending_key(score) : kNoKey<real_t>, static_cast<unsigned>(row)}};
     }
 };
 
@@ -480,9 +480,9 @@ Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, cons
     }
     check(boxes.size(0) < int64_t(1) << 32, op, ": boxes must be fewer than 2^32, got ", boxes.size(0));
     const ScalarType type = nms_compute_type(boxes, scores);
-    const Tensor wide_boxes = contiguous_as(boxes, type), wide_scores = contiguous_as(scores, type);
-    return type == ScalarType::Double ? kept_rows_of<double>(op, wide_boxes, wide_scores, idxs, iou_threshold)
-                                      : kept_rows_of<float>(op, wide_boxes, wide_scores, idxs, iou_threshold);
+    const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
+    return type == ScalarType::Double ? kept_rows_of<double>(op, upcast_boxes, upcast_scores, idxs, iou_threshold)
+                                      : kept_rows_of<float>(op, upcast_boxes, upcast_scores, idxs, iou_threshold);
 }
 
 Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, double iou_threshold) {

@@ -48,7 +48,7 @@ __device__ __forceinline__ void add_pixels(
     atomicAdd(counts + cell, static_cast<unsigned long long>(count));
 }
 
-template <bool kWide>
+template <bool kVectorized>
 __global__ void __launch_bounds__(kThreads) panoptic_quality_counts_kernel(
     Global<const int32_t> gt_map,       // (pixels)
     Global<const int32_t> pred_map,     // (pixels)
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) panoptic_quality_counts_kernel(
             break;
         }
         Vec<int32_t, kWidth> gt, pred;
-        if (kWide && first + kWidth <= problem.pixels) {
+        if (kVectorized && first + kWidth <= problem.pixels) {
             gt = load_vector<kWidth>(gt_map + first);
             pred = load_vector<kWidth>(pred_map + first);
         } else {
@@ -120,8 +120,8 @@ Tensor panoptic_quality_counts_cuda(
     const Tensor gt = to_contiguous(gt_map), pred = to_contiguous(pred_map);
     const CountsProblem problem{gt.numel(), gt_segments, pred_segments};
     const dim3 grid(grid_size("panoptic_quality_counts", ceil_div(problem.pixels, kStrip)));
-    const auto run = [&](auto wide) {
-        launch<panoptic_quality_counts_kernel<decltype(wide)::value>>(
+    const auto run = [&](auto vectorized) {
+        launch<panoptic_quality_counts_kernel<decltype(vectorized)::value>>(
             grid, dim3(kThreads), 0, device.stream(), data<int32_t>(gt), data<int32_t>(pred),
             mutable_data<unsigned long long>(counts), problem);
     };

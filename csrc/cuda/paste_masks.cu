@@ -134,10 +134,10 @@ Tensor paste_masks_cuda(
         width, ")");
     const PasteProblem problem{logits.size(0),           logits.size(1),          logits.size(2),
                                static_cast<int>(height), static_cast<int>(width), output.numel()};
-    const bool wide = logits.scalar_type() == ScalarType::Double;
+    const bool is_double = logits.scalar_type() == ScalarType::Double;
     const Tensor probabilities = empty_like_sized(
         logits, {problem.count, problem.mask_height + 2, problem.mask_width + 2},
-        wide ? ScalarType::Double : ScalarType::Float);
+        is_double ? ScalarType::Double : ScalarType::Float);
     const Tensor ranges = empty_like_sized(logits, {problem.count, 4}, ScalarType::Int);
     dispatch_floating(op, logits.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);

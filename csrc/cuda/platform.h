@@ -21,7 +21,7 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#include "cuda/platform_nvcc.h"
+#include "cuda/platform_nvcc.cuh"
 #else
 #include "simt/simt.h"
 #endif

@@ -33,7 +33,7 @@ struct SourceImages {
 
 struct ImageBatch {
     int64_t height, width;  // padded
-    bool is_wide;           // rows begin at multiples of 16 bytes and hold whole groups of pixels
+    bool is_vectorizable;   // rows begin at multiples of 16 bytes and hold whole groups of pixels
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) preprocess_images_kernel(
     }
     const int64_t row = static_cast<int64_t>(blockIdx.y) * batch.height + y;
     Global<scalar_t> target = output + (row * batch.width + first_x) * 3;
-    if (batch.is_wide) {
+    if (batch.is_vectorizable) {
 #pragma unroll
         for (int part = 0; part < 3; ++part) {
             store_vector(target + part * kPixels, values[part]);

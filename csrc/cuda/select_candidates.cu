@@ -9,7 +9,7 @@
 //             histogram.
 //   select    a block per level and image. The histogram tells the bin of the last anchor kept. One pass over the keys,
 //             the only one over all anchors, lists those up to that bin. The best of this short list come in order
-//             (best_chunks.h).
+//             (best_chunks.cuh).
 //
 // and of all levels
 //
@@ -26,10 +26,10 @@
 
 #include "common/select_candidates.h"
 #include "common/sigmoid.h"
-#include "cuda/best_chunks.h"
-#include "cuda/device_exp.h"
+#include "cuda/best_chunks.cuh"
+#include "cuda/device_exp.cuh"
 #include "cuda/launch.h"
-#include "cuda/workspace.h"
+#include "cuda/workspace.cuh"
 
 namespace spatialflow {
 namespace {
@@ -298,14 +298,14 @@ LevelValues<scalar_t> level_values(const Tensor& tensor) {
 
 // Whether the logits of every anchor begin at 16 bytes and are made of them.
 template <typename scalar_t>
-bool is_wide(const std::vector<Tensor>& logits, int64_t classes) {
-    constexpr int kWide = kWideElements<scalar_t>;
-    bool wide = classes % kWide == 0;
+bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
+    constexpr int kWidth = kWideElements<scalar_t>;
+    bool vectorizable = classes % kWidth == 0;
     for (const Tensor& level : logits) {
-        wide = wide && is_aligned(level.const_data_ptr(), 16) && stride_of(level, 0) % kWide == 0 &&
-               stride_of(level, 2) % kWide == 0 && stride_of(level, 3) % kWide == 0;
+        vectorizable = vectorizable && is_aligned(level.const_data_ptr(), 16) && stride_of(level, 0) % kWidth == 0 &&
+                       stride_of(level, 2) % kWidth == 0 && stride_of(level, 3) % kWidth == 0;
     }
-    return wide;
+    return vectorizable;
 }
 
 // The smallest power of two of lanes that load an anchor's vectors at once. Where there are two vectors it is at least
@@ -398,7 +398,7 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
                 own.ranges[l].count,
                 own.ranges[l].is_selected};
         }
-        if (is_wide<scalar_t>(own.logits, classes)) {
+        if (is_vectorizable<scalar_t>(own.logits, classes)) {
             run_candidates<scalar_t, kWideElements<scalar_t>>(problem, own, device.stream());
         } else {
             run_candidates<scalar_t, 1>(problem, own, device.stream());

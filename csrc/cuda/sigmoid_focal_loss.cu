@@ -93,12 +93,12 @@ struct FocalPlace {
 template <typename scalar_t, int kWidth>
 struct FocalVector {
     Vec<scalar_t, kWidth> logits;
-    bool takes_part;  // in a row with a label in [0, classes]; `classes` itself is background
+    bool is_counted;  // in a row with a label in [0, classes]; `classes` itself is background
     unsigned label;   // counted from the first element; kWidth or more if it is not in the vector
 
     __device__ __forceinline__ bool has_label() const { return label < kWidth; }
     // All its elements are of other classes than the label's.
-    __device__ __forceinline__ bool is_plain() const { return takes_part && !has_label(); }
+    __device__ __forceinline__ bool is_plain() const { return is_counted && !has_label(); }
 };
 
 // Those from the `first` on. All loads come before the first use of one.
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_focal_vectors(
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-        vectors[v].takes_part = static_cast<uint64_t>(labels[v]) <= static_cast<uint64_t>(options.classes);
+        vectors[v].is_counted = static_cast<uint64_t>(labels[v]) <= static_cast<uint64_t>(options.classes);
         vectors[v].label = static_cast<unsigned>(labels[v]) - static_cast<unsigned>(place.column);
     }
 }
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2) focal_elementwise_kernel(
         }
         if (!vector.is_plain()) {
             real_t result = 0;
-            if (vector.takes_part) {
+            if (vector.is_counted) {
                 const real_t z = -at_label(vector.logits, vector.label);
                 result = positive_weight * focal_term<order, DeviceMath>(z, gamma);
                 if constexpr (kFactor == Factor::kEach) {
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) focal_elementwise_kernel(
 #pragma unroll
             for (unsigned i = 0; i < kWidth; ++i) {
                 const scalar_t other = results[i];
-                results[i] = !vector.takes_part || vector.label == i ? stored : other;
+                results[i] = !vector.is_counted || vector.label == i ? stored : other;
             }
         }
         return results;
@@ -223,13 +223,13 @@ __device__ __forceinline__ void add_focal(
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             FocalVector<scalar_t, kWidth>& vector = vectors[v];
-            if (vector.takes_part && vector.has_label()) {
+            if (vector.is_counted && vector.has_label()) {
                 positive += focal_term<0, DeviceMath>(-at_label(vector.logits, vector.label), gamma);
             }
 #pragma unroll
             for (unsigned i = 0; i < kWidth; ++i) {
                 const scalar_t other = vector.logits[i];
-                vector.logits[i] = !vector.takes_part || vector.label == i ? nothing : other;
+                vector.logits[i] = !vector.is_counted || vector.label == i ? nothing : other;
             }
         }
     }
@@ -323,8 +323,8 @@ unsigned blocks_of(const FocalOptions& options) {
 template <typename scalar_t, typename Run>
 void dispatch_width(int64_t classes, std::initializer_list<const Tensor*> tensors, const Run& run) {
     constexpr int kWidth = kWideElements<scalar_t>;
-    const auto is_wide = [](const Tensor* tensor) { return is_aligned(tensor->const_data_ptr(), 16); };
-    if (classes % kWidth == 0 && std::all_of(tensors.begin(), tensors.end(), is_wide)) {
+    const auto is_vectorizable = [](const Tensor* tensor) { return is_aligned(tensor->const_data_ptr(), 16); };
+    if (classes % kWidth == 0 && std::all_of(tensors.begin(), tensors.end(), is_vectorizable)) {
         run(std::integral_constant<int, kWidth>{});
     } else {
         run(std::integral_constant<int, 1>{});
@@ -369,8 +369,8 @@ Tensor sigmoid_focal_loss_sum_cuda(const Tensor& logits, const Tensor& labels, d
     check_sigmoid_focal_loss(logits, labels, gamma, alpha);
     const DeviceScope device(logits);
     const Tensor source = to_contiguous(logits), classes_of_rows = contiguous_as(labels, ScalarType::Long);
-    const bool wide_result = logits.scalar_type() == ScalarType::Double;
-    Tensor result = empty_like_sized(logits, {}, wide_result ? ScalarType::Double : ScalarType::Float);
+    const bool is_double = logits.scalar_type() == ScalarType::Double;
+    Tensor result = empty_like_sized(logits, {}, is_double ? ScalarType::Double : ScalarType::Float);
     if (logits.numel() == 0) {
         return torch::stable::zero_(result);
     }

@@ -18,7 +18,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/raw_channels.h"
+#include "cuda/raw_channels.cuh"
 #include "cuda/sm90_instructions.h"
 #include "cuda/sm90_tensor_map.h"
 

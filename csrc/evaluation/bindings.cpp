@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+//
 // spatialflow._evaluation: numpy in, numpy out, the GIL released while pixels are read. No torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -8,12 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "id_maps.h"
-#include "pair_counts.h"
-#include "png_filters.h"
+#include "evaluation/id_maps.h"
+#include "evaluation/pair_counts.h"
+#include "evaluation/png_filters.h"
 
 namespace py = pybind11;
-namespace evaluation = spatialflow::evaluation;
 
 namespace {
 
@@ -52,7 +52,7 @@ py::array_t<int32_t> decode_ids(const py::array& image, bool bgr) {
     const auto count = static_cast<size_t>(ids.size());
     {
         py::gil_scoped_release release;
-        evaluation::decode_ids(source, count, bgr, target);
+        spatialflow::decode_ids(source, count, bgr, target);
     }
     return ids;
 }
@@ -69,7 +69,7 @@ py::array_t<uint8_t> encode_ids(const py::array& ids, bool bgr) {
     size_t done;
     {
         py::gil_scoped_release release;
-        done = evaluation::encode_ids(data, count, bgr, target);
+        done = spatialflow::encode_ids(data, count, bgr, target);
     }
     if (done < count) {
         throw py::value_error("ids must lie in [0, 16777215] to fit three bytes, got " + std::to_string(data[done]));
@@ -97,8 +97,8 @@ py::array_t<int32_t> unfilter_png(const py::buffer& data, py::ssize_t height, py
     size_t done;
     {
         py::gil_scoped_release release;
-        done =
-            evaluation::unfilter_png(source, static_cast<size_t>(height), static_cast<size_t>(width), channels, target);
+        done = spatialflow::unfilter_png(
+            source, static_cast<size_t>(height), static_cast<size_t>(width), channels, target);
     }
     if (done < static_cast<size_t>(height)) {
         throw py::value_error("unknown filter " + std::to_string(source[done * static_cast<size_t>(line)]));
@@ -106,8 +106,8 @@ py::array_t<int32_t> unfilter_png(const py::buffer& data, py::ssize_t height, py
     return ids;
 }
 
-evaluation::IdImage id_image(const py::array& array) {
-    using Kind = evaluation::IdImage::Kind;
+spatialflow::IdImage id_image(const py::array& array) {
+    using Kind = spatialflow::IdImage::Kind;
     return {array.ndim() == 2 ? Kind::kIds : Kind::kRgb, array.data()};
 }
 
@@ -119,17 +119,17 @@ py::object count_pairs(const py::array& first, const py::array& second) {
             "first and second must have the same height and width, got " + shape_text(a) + " and " + shape_text(b));
     }
     const auto pixels = static_cast<size_t>(a.shape(0) * a.shape(1));
-    const evaluation::IdImage first_image = id_image(a);
-    const evaluation::IdImage second_image = id_image(b);
-    std::optional<std::vector<evaluation::PairCount>> counted;
+    const spatialflow::IdImage first_image = id_image(a);
+    const spatialflow::IdImage second_image = id_image(b);
+    std::optional<std::vector<spatialflow::PairCount>> counted;
     {
         py::gil_scoped_release release;
-        counted = evaluation::count_pairs(first_image, second_image, pixels);
+        counted = spatialflow::count_pairs(first_image, second_image, pixels);
     }
     if (!counted) {
         return py::none();
     }
-    const std::vector<evaluation::PairCount>& pairs = *counted;
+    const std::vector<spatialflow::PairCount>& pairs = *counted;
     const auto size = static_cast<py::ssize_t>(pairs.size());
     py::array_t<int64_t> first_ids(size), second_ids(size), counts(size);
     for (py::ssize_t i = 0; i < size; ++i) {

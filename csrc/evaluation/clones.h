@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+//
 // One binary, several instruction sets. SPATIALFLOW_CLONES: the loader picks the best clone of a marked function, for
 // loops that the compiler vectorises. SPATIALFLOW_AVX512: a hand-written version, to be called only where has_avx512().
 #pragma once
@@ -14,10 +15,10 @@
 #include <immintrin.h>
 #define SPATIALFLOW_AVX512 __attribute__((target("avx512f,avx512bw,popcnt")))
 
-namespace spatialflow::evaluation {
+namespace spatialflow {
 inline bool has_avx512() {
     static const bool answer = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     return answer;
 }
-}  // namespace spatialflow::evaluation
+}  // namespace spatialflow
 #endif

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "id_maps.h"
+#include "evaluation/id_maps.h"
 
-#include "clones.h"
+#include "evaluation/clones.h"
 
-namespace spatialflow::evaluation {
+namespace spatialflow {
 
 namespace {
 
@@ -68,4 +68,4 @@ encode_ids(const int32_t* __restrict__ ids, size_t count, bool swapped, uint8_t*
     return count;
 }
 
-}  // namespace spatialflow::evaluation
+}  // namespace spatialflow

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pair_counts.h"
+#include "evaluation/pair_counts.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "clones.h"
-#include "id_maps.h"
+#include "evaluation/clones.h"
+#include "evaluation/id_maps.h"
 
-namespace spatialflow::evaluation {
+namespace spatialflow {
 namespace {
 
 // Pixels: maps whose runs are shorter on average are sorted faster than hashed, but not on account of a few noisy lines
@@ -200,4 +200,4 @@ std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const Id
     return table.sorted();
 }
 
-}  // namespace spatialflow::evaluation
+}  // namespace spatialflow

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+//
 // How many pixels carry each pair of ids in two images of the same size: the only pass over pixels that
 // panoptic quality needs.
 //
@@ -13,7 +14,7 @@
 #include <optional>
 #include <vector>
 
-namespace spatialflow::evaluation {
+namespace spatialflow {
 
 struct IdImage {
     enum class Kind { kRgb, kIds };  // three bytes a pixel (id = red + 256 green + 65536 blue), or one int32
@@ -31,4 +32,4 @@ struct PairCount {
 // the same for less than about eight pixels in a row.
 std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const IdImage& second, size_t pixels);
 
-}  // namespace spatialflow::evaluation
+}  // namespace spatialflow

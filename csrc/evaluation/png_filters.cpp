@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "png_filters.h"
+#include "evaluation/png_filters.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
 
-#include "id_maps.h"
+#include "evaluation/id_maps.h"
 
-namespace spatialflow::evaluation {
+namespace spatialflow {
 namespace {
 
 constexpr size_t kGroup = 8;  // pixels tested at once for the short cuts
@@ -144,4 +144,4 @@ size_t unfilter_png(const uint8_t* lines, size_t height, size_t width, int chann
     return channels == 4 ? unfilter_image<4>(lines, height, width, ids) : unfilter_image<3>(lines, height, width, ids);
 }
 
-}  // namespace spatialflow::evaluation
+}  // namespace spatialflow

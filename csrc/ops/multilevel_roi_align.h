@@ -1,11 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// multilevel_roi_align: argument checks shared by all back ends. Schemas in multilevel_roi_align.cpp.
+// multilevel_roi_align: argument checks and settings shared by all back ends. Schemas in multilevel_roi_align.cpp.
 #pragma once
 
 #include "ops/roi_align.h"
 
 namespace spatialflow {
+
+inline RoiAlignSettings pyramid_settings(
+    int64_t pooled_height, int64_t pooled_width, const std::vector<double>& strides, int64_t sampling_ratio,
+    bool aligned, double finest_scale) {
+    RoiAlignSettings settings{pooled_height, pooled_width, {}, sampling_ratio, aligned, finest_scale};
+    for (const double stride : strides) {
+        settings.scales.push_back(1.0 / stride);
+    }
+    return settings;
+}
 
 inline void check_pyramid_options(
     const char* op, int64_t pooled_height, int64_t pooled_width, size_t levels, const std::vector<double>& strides,

@@ -1,11 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// roi_align: argument checks shared by all back ends. Schemas in roi_align.cpp.
+// roi_align: argument checks and the host functions of all back ends. Schemas in roi_align.cpp.
 #pragma once
 
 #include "ops/tensor.h"
 
 namespace spatialflow {
+
+// Options of RoIAlign over one feature map or a pyramid of feature maps.
+struct RoiAlignSettings {
+    int64_t pooled_height, pooled_width;
+    std::vector<double> scales;  // cells per pixel, one per level
+    int64_t sampling_ratio;
+    bool aligned;
+    double finest_scale;  // of the level rule; any number where there is one level
+};
+
+// Pools boxes (K, 5) from `features`, one or more levels (N, C, H, W). Each back end defines this function. The caller
+// has checked the arguments.
+Tensor roi_align_forward(
+    const char* op, const std::vector<Tensor>& features, const Tensor& boxes, const RoiAlignSettings& settings);
+
+// Computes the gradients of the levels, of sizes (batch, channels, heights[l], widths[l]). Each back end defines this
+// function. The caller has checked the arguments.
+std::vector<Tensor> roi_align_backward(
+    const char* op, const Tensor& grad_output, const Tensor& boxes, const RoiAlignSettings& settings, int64_t batch,
+    int64_t channels, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths, bool channels_last,
+    bool deterministic);
 
 // Samples of a reversed or an empty RoI may all lie on the map, so the work is proportional to the ratio.
 constexpr int64_t kMaxSamplingRatio = int64_t(1) << 16;

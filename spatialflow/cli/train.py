@@ -5,97 +5,102 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
-from spatialflow.cli.common import check_count, complain, package_configs, to_path, with_examples
-from spatialflow.errors import CommandError
+from spatialflow.cli.common import (
+    CommandError,
+    Subparsers,
+    check_count,
+    configs_paragraph,
+    path_argument,
+    print_error,
+    with_examples,
+)
+
+if TYPE_CHECKING:
+    from spatialflow.config import Config, ModelConfig
+    from spatialflow.data.categories import Categories
+    from spatialflow.data.cityscapes import Cityscapes
+    from spatialflow.data.coco import CocoPanoptic
+    from spatialflow.engine.trainer import Trainer
+
+DataSet: TypeAlias = "Cityscapes | CocoPanoptic"
 
 
-def add_train(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
-    train = commands.add_parser(
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
         "train",
         help="train a network; with torchrun on several GPUs or machines",
-        description="Trains on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
-        "command, given again,\ngoes on from an interrupted run's last checkpoint. docs/training.md tells "
-        "of data, configurations and resuming.\n\n" + package_configs(),
+        description="Train on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
+        "command, given again,\nresumes an interrupted run from its last checkpoint. docs/training.md describes data, "
+        "configurations and resuming.\n\n" + configs_paragraph(),
         **with_examples(
             "synthesize scenes --count 20 --size 256 384",
             "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
             "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
         ),
     )
-    train.set_defaults(run=run_train)
-    train.add_argument("config", metavar="CONFIG", help="configuration of the package or YAML file")
-    train.add_argument(
-        "settings", nargs="*", metavar="FIELD=VALUE", help="other values for the configuration, e.g. epochs=5"
-    )
-    train.add_argument(
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="configuration of the package, or YAML file")
+    add("settings", nargs="*", metavar="FIELD=VALUE", help="values of fields of the configuration, e.g. epochs=5")
+    add(
         "--output",
         required=True,
-        type=to_path,
+        type=path_argument,
         metavar="FOLDER",
-        help="receives checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...",
+        help="folder for checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...",
     )
-    train.add_argument("--images", type=to_path, metavar="FOLDER", help="photographs")
-    train.add_argument("--annotations", type=to_path, metavar="JSON", help="COCO panoptic JSON")
-    train.add_argument(
-        "--panoptic", type=to_path, metavar="FOLDER", help="its PNGs (default: beside the JSON, named like it)"
-    )
-    train.add_argument("--validation-images", type=to_path, metavar="FOLDER", help="as --images, to evaluate on")
-    train.add_argument("--validation-annotations", type=to_path, metavar="JSON", help="as --annotations")
-    train.add_argument("--validation-panoptic", type=to_path, metavar="FOLDER", help="as --panoptic")
-    train.add_argument(
-        "--cityscapes",
-        type=to_path,
-        metavar="FOLDER",
-        help="tree with leftImg8bit and gtFine: train on its split train, evaluate on val where there is one",
-    )
-    train.add_argument(
+    _add_data_options(parser)
+    add(
         "--checkpoint",
-        type=to_path,
+        type=path_argument,
         metavar="FILE",
-        help="finetune these weights; layers that depend "
-        "on the classes start from random weights where they do not fit",
+        help="fine-tune these weights; layers whose shape depends on the classes start from random weights if the "
+        "classes differ",
     )
-    train.add_argument("--ema", action="store_true", help="use the moving average (EMA) of --checkpoint's weights")
-    train.add_argument("--backbone", type=to_path, metavar="FILE", help="ImageNet weights with torchvision's names")
-    train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    train.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    train.add_argument("--workers", type=int, default=2, metavar="N", help="reading processes (default: %(default)s)")
-    train.add_argument(
-        "--strict", action="store_true", help="stop at a broken image or annotation instead of skipping it"
+    add("--ema", action="store_true", help="use the moving average (EMA) of the weights in --checkpoint")
+    add("--backbone", type=path_argument, metavar="FILE", help="ImageNet weights with torchvision's names")
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add("--workers", type=int, default=2, metavar="N", help="data loading processes (default: %(default)s)")
+    add("--strict", action="store_true", help="stop at an invalid image or annotation instead of skipping it")
+    add("--restart", action="store_true", help="start from the beginning and replace what the output folder has")
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=path_argument, metavar="FOLDER", help="photographs")
+    add("--annotations", type=path_argument, metavar="JSON", help="COCO panoptic JSON")
+    add(
+        "--panoptic",
+        type=path_argument,
+        metavar="FOLDER",
+        help="PNGs of --annotations (default: the folder beside the JSON with the same name)",
     )
-    train.add_argument("--restart", action="store_true", help="start over, over what the folder holds")
+    add("--validation-images", type=path_argument, metavar="FOLDER", help="like --images, for evaluation")
+    add("--validation-annotations", type=path_argument, metavar="JSON", help="like --annotations, for evaluation")
+    add("--validation-panoptic", type=path_argument, metavar="FOLDER", help="like --panoptic, for evaluation")
+    add(
+        "--cityscapes",
+        type=path_argument,
+        metavar="FOLDER",
+        help="tree with leftImg8bit and gtFine: train on its split train, evaluate on its split val if present",
+    )
 
 
-def run_train(options: argparse.Namespace) -> int:
-    """Carries the command out; returns the exit code."""
-    import sys
-
-    import torch
-
+def run(options: argparse.Namespace) -> int:
+    """Train, or resume a run; return the exit code."""
     from spatialflow.data.samples import SampleError
     from spatialflow.engine import distributed
     from spatialflow.engine.checkpoints import CheckpointError
-    from spatialflow.engine.train import Source, Trainer, TrainingError, idle_settings
+    from spatialflow.engine.trainer import InitialWeights, Trainer, TrainingError
     from spatialflow.panoptic import PanopticFormatError
 
-    check_count("--workers", options.workers, least=0)
-    check_count("--threads", options.threads)
-    if options.checkpoint is not None and options.backbone is not None:
-        raise CommandError(
-            "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
-        )
-    if options.ema and options.checkpoint is None:
-        raise CommandError("--ema needs --checkpoint")
-    if options.device not in ("cpu", "cuda"):
-        raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    _check_options(options)
     config = _config(options)
     data, validation = _data(options, config)
     world = distributed.join(options.device)
@@ -106,31 +111,19 @@ def run_train(options: argparse.Namespace) -> int:
             options.output,
             world,
             validation=validation,
-            source=Source(options.checkpoint, options.backbone, options.ema),
+            initial_weights=InitialWeights(options.checkpoint, options.backbone, options.ema),
             workers=options.workers,
             strict=options.strict,
             progress=sys.stderr.isatty(),
             resume=not options.restart,
         )
         if world.is_first:
-            print(
-                f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
-                f"{trainer.total_steps}: {options.output}",
-                flush=True,
-            )
-            _warn_of_random_statistics(options, config.model)
-            for text in [*idle_settings(config.training, trainer.total_steps), *_without_pycocotools(validation)]:
-                complain(text)
-            if trainer.changed_settings:
-                complain(f"{options.output}: goes on with other settings: {', '.join(trainer.changed_settings)}")
-            if trainer.random_layers and trainer.step == 0:
-                layers = ", ".join(trainer.random_layers)
-                complain(f"{options.checkpoint}: of other classes; {layers} start from random weights")
+            _print_start(options, trainer, data, validation)
         try:
             trainer.run()
         except KeyboardInterrupt as stop:
-            if os.path.isfile(trainer.checkpoint_path):
-                stop.args = (f"the same command goes on from {trainer.checkpoint_path}",)
+            if os.path.isfile(trainer.store.path):
+                stop.args = (f"the same command goes on from {trainer.store.path}",)
             raise
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
@@ -146,16 +139,55 @@ def run_train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _warn_of_random_statistics(options: argparse.Namespace, model: Any) -> None:
-    fixed = model.backbone_frozen_stages >= 0 or not model.backbone_norm_trains
-    if fixed and options.checkpoint is None and options.backbone is None:
-        complain(
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise CommandError for options that exclude each other or do not fit this machine; set the CPU threads."""
+    import torch
+
+    check_count("--workers", options.workers, minimum=0)
+    check_count("--threads", options.threads)
+    if options.checkpoint is not None and options.backbone is not None:
+        raise CommandError(
+            "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
+        )
+    if options.ema and options.checkpoint is None:
+        raise CommandError("--ema needs --checkpoint")
+    if options.device not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+
+def _print_start(options: argparse.Namespace, trainer: Trainer, data: DataSet, validation: DataSet | None) -> None:
+    """Print the size of the run and messages about settings that have no effect or may be unintended."""
+    from spatialflow.engine.trainer import idle_settings
+
+    print(
+        f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
+        f"{trainer.total_steps}: {options.output}",
+        flush=True,
+    )
+    _warn_of_random_statistics(options, trainer.config.model)
+    for text in [*idle_settings(trainer.config.training, trainer.total_steps), *_without_pycocotools(validation)]:
+        print_error(text)
+    if trainer.store.changed_settings:
+        print_error(f"{options.output}: goes on with other settings: {', '.join(trainer.store.changed_settings)}")
+    if trainer.reinitialized_layers and trainer.step == 0:
+        layers = ", ".join(trainer.reinitialized_layers)
+        print_error(f"{options.checkpoint}: of other classes; {layers} start from random weights")
+
+
+def _warn_of_random_statistics(options: argparse.Namespace, model: ModelConfig) -> None:
+    is_fixed = model.backbone_frozen_stages >= 0 or not model.backbone_norm_trains
+    if is_fixed and options.checkpoint is None and options.backbone is None:
+        print_error(
             "no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random initial "
             "values; from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1"
         )
 
 
-def _without_pycocotools(validation: Any) -> list[str]:
+def _without_pycocotools(validation: DataSet | None) -> list[str]:
     from spatialflow.panoptic.detection import has_pycocotools
 
     if validation is None or has_pycocotools():
@@ -163,9 +195,8 @@ def _without_pycocotools(validation: Any) -> list[str]:
     return ["the package pycocotools is missing, so that evaluations have no average precision"]
 
 
-def _config(options: argparse.Namespace) -> Any:
-    from spatialflow.config import ConfigError, parse_settings
-    from spatialflow.models.build import load_config
+def _config(options: argparse.Namespace) -> Config:
+    from spatialflow.config import ConfigError, load_config, parse_settings
 
     try:
         return load_config(options.config, **parse_settings(options.settings))
@@ -173,12 +204,8 @@ def _config(options: argparse.Namespace) -> Any:
         raise CommandError(str(error)) from None
 
 
-def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
-    """Training data, and validation data or None."""
-    from spatialflow.data.categories import CategoryError, load_categories
-    from spatialflow.data.cityscapes import Cityscapes, CityscapesError
-    from spatialflow.panoptic import PanopticFormatError
-
+def _check_data_options(options: argparse.Namespace) -> None:
+    """Raise CommandError for options of the data that exclude or require each other."""
     for first, second in (("images", "annotations"), ("validation_images", "validation_annotations")):
         if (getattr(options, first) is None) != (getattr(options, second) is None):
             raise CommandError(f"--{first} and --{second} need each other".replace("_", "-"))
@@ -189,6 +216,15 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
     for folder, images in (("panoptic", "images"), ("validation_panoptic", "validation_images")):
         if getattr(options, folder) is not None and getattr(options, images) is None:
             raise CommandError(f"--{folder} needs --{images}".replace("_", "-"))
+
+
+def _data(options: argparse.Namespace, config: Config) -> tuple[DataSet, DataSet | None]:
+    """Open the training data and, if given, the validation data."""
+    from spatialflow.data.categories import CategoryError, load_categories
+    from spatialflow.data.cityscapes import Cityscapes, CityscapesError
+    from spatialflow.panoptic import PanopticFormatError
+
+    _check_data_options(options)
     model = config.model
     try:
         categories = load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
@@ -207,7 +243,7 @@ def _data(options: argparse.Namespace, config: Any) -> tuple[Any, Any]:
         raise CommandError(str(error)) from None
 
 
-def _coco(annotations: Path, images: Path, panoptic: Path | None, categories: Any, scored: bool) -> Any:
+def _coco(annotations: Path, images: Path, panoptic: Path | None, categories: Categories, scored: bool) -> CocoPanoptic:
     from spatialflow.data.coco import CocoPanoptic
 
     data = CocoPanoptic(annotations, images, panoptic, categories, scored)
@@ -217,7 +253,9 @@ def _coco(annotations: Path, images: Path, panoptic: Path | None, categories: An
     return data
 
 
-def _summary(trainer: Any) -> str:
+def _summary(trainer: Trainer) -> str:
+    """Describe the end of a run in one line."""
+    assert trainer.log is not None  # only the first process has a log, and prints the summary
     rows = trainer.log.rows
     parts = [f"{trainer.step} steps: {trainer.folder / 'model.safetensors'}"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
@@ -227,10 +265,10 @@ def _summary(trainer: Any) -> str:
             f"PQ {100 * last['pq']:.2f} (things {100 * last['pq_things']:.2f}, stuff {100 * last['pq_stuff']:.2f})"
         )
         precision = ((kind, last.get(f"{kind}_ap", -1)) for kind in ("box", "mask"))
-        parts += [f"{kind} AP {100 * value:.2f}" for kind, value in precision if value >= 0]  # -1: nothing annotated
-    if trainer.problems:
-        parts.append(f"{len(trainer.problems)} images or annotations could not be used")
-    if trainer.notes:
-        counts = ", ".join(f"{len(seen)} x {rule}" for rule, seen in trainer.notes.items())
+        parts += [f"{kind} AP {100 * value:.2f}" for kind, value in precision if value >= 0]  # -1: no ground truth
+    if trainer.reporter.problems:
+        parts.append(f"{len(trainer.reporter.problems)} images or annotations could not be used")
+    if trainer.reporter.count_by_rule:
+        counts = ", ".join(f"{count} x {rule}" for rule, count in trainer.reporter.count_by_rule.items())
         parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

@@ -4,78 +4,81 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spatialflow.cli.common import (
+    CommandError,
+    Subparsers,
     check_count,
-    keep_inputs,
-    named,
+    check_output,
+    format_error,
     panoptic_json,
+    path_argument,
+    path_in_oserror,
     png_folder,
-    sentence,
-    to_path,
     with_examples,
 )
-from spatialflow.errors import CommandError
+
+if TYPE_CHECKING:
+    from spatialflow.panoptic.validation import Validation
 
 EXAMPLES = 3
+"""Number of problems that the table shows for each rule."""
 
 
-def add_validate(commands: Any) -> None:
-    """Adds the command to the subparsers of `spatialflow`."""
-    validate = commands.add_parser(
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
         "validate",
-        help="find what is wrong with panoptic annotations",
-        description="Checks a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, "
-        "missing files.\nFor every broken rule (docs/annotations.md) it says what a breach does in a "
-        "ground truth and in a\nprediction for `evaluate`, and in `train`: the command stops, it is "
-        "reported, the image is\nskipped, or it does not matter (-). Exit codes: 0 clean, 1 problems "
-        "found, 2 not readable at all.",
+        help="find errors in panoptic annotations",
+        description="Check a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, missing "
+        "files.\nFor every broken rule (docs/annotations.md) a table shows the effect in a ground truth and in a "
+        "prediction\n(`evaluate`), and in training: the command stops, the problem is reported, the image is skipped, "
+        "or there\nis no effect (-). Exit codes: 0 no problems, 1 problems found, 2 not readable.",
         **with_examples(
             "validate annotations/panoptic_val2017.json --images val2017",
             "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
             "validate out",
         ),
     )
-    validate.set_defaults(run=run_validate)
-    validate.add_argument(
+    parser.set_defaults(run=run)
+    parser.add_argument(
         "annotations",
-        type=to_path,
+        type=path_argument,
         metavar="ANNOTATIONS",
-        help="the panoptic JSON, the folder of PNGs beside it, or what `predict` wrote",
+        help="the panoptic JSON, the folder of PNGs beside it, or the output of `predict`",
     )
-    validate.add_argument("--folder", type=to_path, metavar="FOLDER", help="PNGs, if not beside the JSON")
-    validate.add_argument(
+    parser.add_argument("--folder", type=path_argument, metavar="FOLDER", help="PNGs, if they are not beside the JSON")
+    parser.add_argument(
         "--images",
-        type=to_path,
+        type=path_argument,
         metavar="FOLDER",
-        help="photographs: check that each can be read and has its PNG's size",
+        help="photographs: check that each can be read and has the size of its PNG",
     )
-    validate.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
-    validate.add_argument("--output", type=to_path, metavar="FILE", help="write all problems as JSON")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
+    parser.add_argument("--output", type=path_argument, metavar="FILE", help="write all problems as JSON")
 
 
-def run_validate(options: argparse.Namespace) -> int:
-    """Carries the command out; returns the exit code."""
+def run(options: argparse.Namespace) -> int:
+    """Check the annotations and print a table of problems; return the exit code."""
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.validation import validate
 
     check_count("--workers", options.workers)
     path = panoptic_json(options.annotations)
     folder = png_folder(path, options.folder, "--folder")
-    keep_inputs(options.output, path, folder, options.images)
+    check_output(options.output, path, folder, options.images)
     try:
         found = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
         if options.output is not None:
-            with named(options.output):
+            with path_in_oserror(options.output):
                 _write(options.output, path, found)
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        raise CommandError(sentence(error)) from None
+        raise CommandError(format_error(error)) from None
     print(_table(found), end="")
     count = len(found.problems)
     verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
@@ -83,8 +86,8 @@ def run_validate(options: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def _table(found: Any) -> str:
-    """A line for every rule that is broken, with its first examples below."""
+def _table(found: Validation) -> str:
+    """Make a table with a line for every broken rule and its first examples below."""
     from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH
 
     if not found.problems:
@@ -97,12 +100,13 @@ def _table(found: Any) -> str:
             lines.append(f"{name:18}{len(texts):8d}  {effects}".rstrip())
             lines += [f"    {text}" for text in texts[:EXAMPLES]]
             lines += [f"    and {len(texts) - EXAMPLES} more"] * (len(texts) > EXAMPLES)
-    # Names in a JSON may hold unpaired surrogates, which no terminal can print.
+    # Names in a JSON may contain unpaired surrogates, which a terminal cannot print.
     return "\n".join((*lines, "")).encode("utf-8", "backslashreplace").decode()
 
 
-def _write(output: Path, path: Path, found: Any) -> None:
-    from spatialflow.files import atomic_write
+def _write(output: Path, annotations: Path, found: Validation) -> None:
+    """Write all problems as JSON."""
+    from spatialflow.files import write_json
     from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH
 
     uses = {"ground_truth": TRUTH, "prediction": PREDICTION, "training": TRAINING}
@@ -117,7 +121,5 @@ def _write(output: Path, path: Path, found: Any) -> None:
         }
         for problem in found.problems
     ]
-    content = {"annotations": str(path), "images": found.images, "segments": found.segments, "problems": problems}
-    with atomic_write(output, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    content = {"annotations": str(annotations), "images": found.images, "segments": found.segments}
+    write_json(output, {**content, "problems": problems}, indent=1)

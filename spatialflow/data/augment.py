@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training transforms: random scale, crop and flip of an image together with its boxes, masks and semantic map."""
+"""Training augmentation: random scale, crop and flip of an image with its boxes, masks and semantic map."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from spatialflow.config import DataConfig
-from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample
-from spatialflow.data.transforms import fit_size, normalise, pad, resize_image, resize_labels
+from spatialflow.data.transforms import compute_resized_size, normalize, pad, resize_image, resize_labels
+from spatialflow.structures import UNLABELED
 
 
 class TrainingSample(NamedTuple):
@@ -23,17 +23,17 @@ class TrainingSample(NamedTuple):
 
 
 def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> TrainingSample:
-    """Scales, crops, flips, normalizes and pads.
+    """Scale, crop, flip, normalize and pad a sample.
 
     Args:
         sample: at original size.
         config: `train_short_edges` (one value, or a range to draw from), `train_long_edge`, `train_crop` with
             `train_scale_range`, `flip_probability`, normalization and padding.
-        rng: decides everything random; the same state gives the same result.
+        rng: the only source of random numbers.
 
     Returns:
-        TrainingSample. Boxes are clipped to the crop; those with less than a pixel left, or without any pixel of
-        their mask in the crop, are dropped.
+        TrainingSample. Boxes are clipped to the crop. A box is dropped if less than a pixel of a side is left, or no
+        pixel of its mask.
     """
     size = _random_size(sample.image.shape[:2], config, rng)
     image = resize_image(sample.image, size)
@@ -49,27 +49,28 @@ def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Tra
     boxes = boxes.clip(0, np.array([size[1], size[0]] * 2, np.float32))
     labels = sample.labels
     if config.train_crop is not None:
-        boxes, labels, instances = _drop_lost(boxes, labels, instances)
+        boxes, labels, instances = _drop_cropped_out(boxes, labels, instances)
     if rng.random() < config.flip_probability:
         image, instances, semantic = image[:, ::-1], instances[:, ::-1], semantic[:, ::-1]
         boxes = np.stack([size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], axis=1)
-    tensor = pad(normalise(np.ascontiguousarray(image), config.image_mean, config.image_std), config.size_divisor)
-    border = [(0, full - valid) for full, valid in zip(tensor.shape[1:], size)]
+    tensor = pad(normalize(np.ascontiguousarray(image), config.image_mean, config.image_std), config.size_divisor)
+    border = [(0, full - valid) for full, valid in zip(tensor.shape[1:], size, strict=True)]
     return TrainingSample(
         tensor,
         boxes.astype(np.float32),
         labels,
         np.pad(instances, border),
-        np.pad(semantic, border, constant_values=IGNORED),
+        np.pad(semantic, border, constant_values=UNLABELED),
         size,
     )
 
 
 def _random_size(size: tuple[int, int], config: DataConfig, rng: np.random.Generator) -> tuple[int, int]:
+    """The size (H, W) to which an image of `size` is scaled."""
     short = config.train_short_edges[0]
     if len(config.train_short_edges) == 2:
         short = int(rng.integers(min(config.train_short_edges), max(config.train_short_edges) + 1))
-    height, width = fit_size(size, short, config.train_long_edge)
+    height, width = compute_resized_size(size, short, config.train_long_edge)
     if config.train_crop is None:
         return height, width
     factor = rng.uniform(*config.train_scale_range)
@@ -79,15 +80,15 @@ def _random_size(size: tuple[int, int], config: DataConfig, rng: np.random.Gener
 def _random_window(
     size: tuple[int, int], crop: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Corner and size of a window of at most `crop` inside `size`."""
+    """The (top, left) corner and the size of a random window of at most `crop` inside `size`."""
     window = (min(size[0], crop[0]), min(size[1], crop[1]))
     return (int(rng.integers(size[0] - window[0] + 1)), int(rng.integers(size[1] - window[1] + 1))), window
 
 
-def _drop_lost(
+def _drop_cropped_out(
     boxes: np.ndarray, labels: np.ndarray, instances: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Removes things that the crop has left nothing of, and renumbers the others."""
+    """Remove things without pixels, or with less than a pixel of a side left, and renumber the others."""
     pixels = np.bincount(instances.ravel(), minlength=len(boxes) + 1)[1:]
     kept = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1) & (pixels > 0)
     number = np.zeros(len(boxes) + 1, np.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Category tables, and the order in which a network numbers their classes."""
+"""Category tables, and the numbering of their classes in a network."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spatialflow.panoptic.rules import is_color
+from spatialflow.structures import UNLABELED
 
 TABLES = Path(__file__).resolve().parent / "tables"
 COCO_OTHER_ID = 183
-"""COCO's category "other": all thing pixels in semantic maps; no segment bears it."""
-
-IGNORED = 255
-"""Semantic index of pixels without a listed category."""
+"""COCO's category "other": all thing pixels in semantic maps; no segment has it."""
 
 
 class CategoryError(ValueError):
@@ -37,18 +35,18 @@ class Category(NamedTuple):
 class Categories:
     """A category table with the numbering of the network's outputs.
 
-    Things are numbered by their place among the things of the table. Stuff classes are numbered by category id; where
-    the network has one stuff class more than the table, that class is "other": all pixels of things. COCO numbers it by
-    its id 183 among the stuff ids (index 36), other tables after their last stuff class.
+    Things are numbered in the order of the table. Stuff classes are numbered in the order of category ids. Where the
+    network has one stuff class more than the table, that class is "other": all pixels of things. COCO places it by its
+    id 183 among the stuff ids (index 36), other tables after their last stuff class.
 
     Args:
         rows: COCO category rows: mappings with `id`, `name`, `isthing` (0 or 1) and, where given, `color`.
         has_other: the stuff classes include "other".
-        other_id: id that "other" takes in the numbering; None: after the last.
+        other_id: id that decides the index of "other"; None: after the last stuff class.
         source: name of the table for error messages.
 
     Attributes:
-        things, stuff: the rows by label; `stuff` holds None at the place of "other".
+        things, stuff: the rows by label; `stuff` has None at the index of "other".
         other_index: semantic index of "other", None without it.
     """
 
@@ -58,7 +56,7 @@ class Categories:
         has_other: bool,
         other_id: int | None = None,
         source: str = "categories",
-    ):
+    ) -> None:
         self.rows = tuple(_make_row(row, f"{source}: row {i}") for i, row in enumerate(rows))
         ids = [row.id for row in self.rows]
         if len(set(ids)) != len(ids):
@@ -73,9 +71,9 @@ class Categories:
             self.other_index = before[0] if before else len(stuff)
             stuff.insert(self.other_index, None)
         self.stuff = tuple(stuff)
-        if len(self.stuff) >= IGNORED:
+        if len(self.stuff) >= UNLABELED:
             raise CategoryError(
-                f"{source}: at most {IGNORED - 1} stuff classes fit a semantic map, got {len(self.stuff)}"
+                f"{source}: at most {UNLABELED - 1} stuff classes fit a semantic map, got {len(self.stuff)}"
             )
         self.thing_label = {row.id: i for i, row in enumerate(self.things)}
         self.stuff_index = {row.id: i for i, row in enumerate(self.stuff) if row is not None}
@@ -91,15 +89,15 @@ class Categories:
         return np.array([0 if row is None else row.id for row in self.stuff], dtype=np.int64)
 
     def semantic_index(self, category_id: int) -> int:
-        """Semantic index of a category: its own for stuff, that of "other" for things; 255 where there is none."""
+        """Semantic index of a category: for a thing that of "other"; 255 where there is none."""
         if category_id in self.stuff_index:
             return self.stuff_index[category_id]
         if category_id in self.thing_label and self.other_index is not None:
             return self.other_index
-        return IGNORED
+        return UNLABELED
 
     def as_coco(self) -> list[dict[str, Any]]:
-        """The rows as a COCO panoptic JSON holds them."""
+        """The rows in the format of a COCO panoptic JSON."""
         return [
             {"id": row.id, "name": row.name, "isthing": int(row.isthing), "color": list(row.color)} for row in self.rows
         ]
@@ -114,11 +112,11 @@ def load_categories(
         table: "coco", "cityscapes", a JSON file (a COCO category list, or a COCO or panoptic file with
             `categories`), or None for numbered classes: things first, from id 1, then stuff, without "other".
         num_things: thing classes of the network.
-        num_stuff: stuff classes of the network; one more than the table has means that there is a class "other".
-        has_stuff_head: False: num_stuff is not looked at (RetinaNet).
+        num_stuff: stuff classes of the network; one more than in the table adds the class "other".
+        has_stuff_head: False: num_stuff is ignored (RetinaNet).
 
     Raises:
-        CategoryError: the file is absent or no category list, or the numbers of classes do not fit.
+        CategoryError: the file is absent or holds no category list, or the numbers of classes do not fit.
     """
     if table is None:
         rows = [{"id": i + 1, "name": f"thing {i + 1}", "isthing": 1} for i in range(num_things)]
@@ -163,11 +161,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _make_row(row: Any, where: str) -> Category:
+    """A category from a row of a table; CategoryError, which begins with `where`, for an invalid row."""
     if not isinstance(row, Mapping) or type(row.get("id")) is not int or row.get("isthing") not in (0, 1):
         raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     if not -(2**63) <= row["id"] < 2**63:
         raise CategoryError(f"{where}: id must fit 64 bits, got {row['id']!r:.80}")
-    color = row.get("color") or _color_of(row["id"])
+    color = row.get("color") or _default_color(row["id"])
     if not is_color(color):
         raise CategoryError(f'{where}: "color" must be three numbers from 0 to 255, got {color!r:.80}')
     return Category(
@@ -175,6 +174,6 @@ def _make_row(row: Any, where: str) -> Category:
     )
 
 
-def _color_of(category_id: int) -> tuple[int, int, int]:
-    """A color that depends on the id alone, for tables without colors."""
+def _default_color(category_id: int) -> tuple[int, int, int]:
+    """A color derived from the id, for tables without colors."""
     return tuple(int(c) for c in np.random.RandomState(category_id % 2**32).randint(40, 220, 3))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cityscapes as downloaded: leftImg8bit/<split>/<city>/*_leftImg8bit.png and
-gtFine/<split>/<city>/*_gtFine_instanceIds.png.
+"""Cityscapes in its original folder layout.
+
+Photographs are leftImg8bit/<split>/<city>/*_leftImg8bit.png, labels gtFine/<split>/<city>/*_gtFine_instanceIds.png.
 """
 
 import os
@@ -22,14 +23,15 @@ IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
 
 class CityscapesError(ValueError):
-    """The folder is no Cityscapes tree; the message says what is missing."""
+    """A folder that is not a Cityscapes tree; the message names the missing part."""
 
 
 class Cityscapes:
     """One split of Cityscapes.
 
     Pixels of value v >= 1000 are instance v % 1000 of label v // 1000; smaller values are labels. A label of a thing
-    class without an instance number is a group of them and becomes a crowd; labels outside the category table are void.
+    class without an instance number is a group of instances and becomes a crowd. Labels outside the category table are
+    void.
 
     Args:
         root: folder with leftImg8bit and gtFine.
@@ -43,7 +45,7 @@ class Cityscapes:
         CityscapesError: a folder is absent or empty.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, categories: Categories):
+    def __init__(self, root: str | os.PathLike, split: str, categories: Categories) -> None:
         self.root, self.split, self.categories = Path(root), split, categories
         self.images = self.root / "leftImg8bit" / split
         self.labels = self.root / "gtFine" / split
@@ -67,7 +69,7 @@ class Cityscapes:
         return self.paths[index]
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads one image with its ground truth.
+        """Read one image with its ground truth.
 
         Raises:
             SampleError: a file is absent or damaged, or image and labels do not fit; the file is named.
@@ -79,7 +81,7 @@ class Cityscapes:
         return make_sample(str(self.paths[index]), image, *self._annotation(index), self.categories)
 
     def _is_written(self, json_path: Path) -> bool:
-        """True if the file has these images and categories, and every label file was in its place before it."""
+        """True if the file has these images and categories, and is newer than every label file."""
         if not os.path.isfile(json_path):
             return False
         content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)
@@ -87,7 +89,7 @@ class Cityscapes:
             return False
         if not {annotation["image_id"] for annotation in content["annotations"]} <= set(self.image_ids):
             return False
-        # An archive unpacks files with their old times of modification; the time of the last change of status is new.
+        # An unpacked file keeps its old modification time; the time of its last status change is new.
         written = json_path.stat().st_mtime_ns
         labels = filter(Path.is_file, map(self._label_path, range(len(self))))
         return all(path.stat().st_ctime_ns <= written for path in labels)
@@ -109,7 +111,7 @@ class Cityscapes:
         return labels.astype(np.int32)
 
     def _annotation(self, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """(H, W) int32 segment ids, which are the pixel values, and the segments; labels outside the table are 0."""
+        """The id map, (H, W) int32, and the segments. Ids are the pixel values; labels outside the table are 0."""
         id_map = self._read_labels(index)
         known = {row.id: row for row in self.categories.rows}
         segments = []
@@ -123,11 +125,12 @@ class Cityscapes:
         return id_map, segments
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
-        """Writes the ground truth in the COCO panoptic format, for scoring, unless it is there already and no label
-        file has changed since.
+        """Write the ground truth in the COCO panoptic format, for scoring.
+
+        Nothing is written if the files exist and no label file has changed since.
 
         Args:
-            folder: where to write `cityscapes_<split>.json` and the folder of PNGs beside it.
+            folder: gets `cityscapes_<split>.json` and, beside it, the folder of PNGs.
 
         Returns:
             Paths of the JSON and of the folder of PNGs. Images whose label file is absent or damaged are left out.
@@ -137,7 +140,7 @@ class Cityscapes:
         if self._is_written(json_path):
             return json_path, png_folder
         writer = PanopticWriter(png_folder, json_path, self.categories.as_coco())
-        for index, (image_id, name) in enumerate(zip(self.image_ids, self.names)):
+        for index, (image_id, name) in enumerate(zip(self.image_ids, self.names, strict=True)):
             try:
                 id_map, segments = self._annotation(index)
             except SampleError:
@@ -149,7 +152,7 @@ class Cityscapes:
 
 
 def _png_size(path: Path) -> tuple[int, int]:
-    """(height, width) from a PNG's header; (1, 1) where it is absent or damaged, which reading it will report."""
+    """(height, width) from the header of a PNG; (1, 1) for an absent or damaged file, which reading then reports."""
     try:
         with open(path, "rb") as file:
             head = file.read(24)

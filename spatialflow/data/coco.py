@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO panoptic data as downloaded: a JSON of segments, a folder of PNGs, a folder of photographs."""
+"""Data sets in the COCO panoptic format: a JSON of segments, a folder of PNGs, a folder of photographs."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from spatialflow.panoptic.quality import default_folder
 from spatialflow.panoptic.rules import TRAINING, TRUTH, PanopticFormatError
 
 
-class _Packed(Sequence):
-    """Mappings kept as text, unpacked one at a time.
+class _JsonList(Sequence[dict[str, Any]]):
+    """Mappings stored as JSON, and parsed on access.
 
-    Every reading process has a copy of its data set, and as objects the annotations of COCO take four times the memory.
+    Every worker process has a copy of the data set, and as objects the annotations of COCO take four times the memory.
     """
 
-    def __init__(self, items: Iterable[Mapping[str, Any]]):
+    def __init__(self, items: Iterable[Mapping[str, Any]]) -> None:
         self._texts = [json.dumps(item).encode() for item in items]
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class CocoPanoptic:
         panoptic_folder: PNGs named by the annotations; None: the JSON's path without its suffix.
         image_folder: photographs named by `images`.
         categories: numbering of the classes.
-        scored: the file is a ground truth too: it must have `categories`, and keep the rules of scoring.
+        scored: the file is also a ground truth: it must have `categories` and satisfy the rules of scoring.
 
     Attributes:
         names: file name of every photograph, in the order of the annotations.
@@ -51,7 +51,7 @@ class CocoPanoptic:
 
     Raises:
         PanopticFormatError: the JSON is absent or breaks a rule at which training stops (docs/annotations.md), or its
-            `categories` are not those of the network's table: no id in common, or a thing there that is stuff here.
+            `categories` contradict the network's table: no id in common, or one id for a thing and for stuff.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CocoPanoptic:
         panoptic_folder: str | os.PathLike | None,
         categories: Categories,
         scored: bool = False,
-    ):
+    ) -> None:
         self.json_path = Path(json_path)
         self.image_folder = Path(image_folder)
         self.panoptic_folder = Path(panoptic_folder) if panoptic_folder is not None else default_folder(json_path)
@@ -70,15 +70,15 @@ class CocoPanoptic:
         if scored:
             check_panoptic(content, str(self.json_path), with_categories=True, use=TRUTH)
         if "categories" in content:
-            self._check_meaning(content["categories"])
+            self._check_categories(content["categories"])
         by_id = {image["id"]: image for image in content["images"]}
         self.image_ids = [annotation["image_id"] for annotation in content["annotations"]]
-        self.annotations: Sequence[dict[str, Any]] = _Packed(content["annotations"])
+        self.annotations: Sequence[dict[str, Any]] = _JsonList(content["annotations"])
         self.names = [by_id[i]["file_name"] for i in self.image_ids]
         self.sizes = [(by_id[i]["height"], by_id[i]["width"]) for i in self.image_ids]
 
-    def _check_meaning(self, listed: Sequence[Mapping[str, Any]]) -> None:
-        """Raises PanopticFormatError unless the file's ids can be those of the network's table."""
+    def _check_categories(self, listed: Sequence[Mapping[str, Any]]) -> None:
+        """Raise PanopticFormatError if the file's categories contradict the network's table."""
         isthing = {row.id: row.isthing for row in self.categories.rows}
         rows = [row for row in listed if row["id"] in isthing]
         if listed and not rows:
@@ -99,7 +99,7 @@ class CocoPanoptic:
         return find_photograph(self.image_folder, self.names[index])
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads one image with its ground truth.
+        """Read one image with its ground truth.
 
         Raises:
             SampleError: a file is absent or damaged, or image and annotation do not fit; the file is named.
@@ -113,7 +113,9 @@ class CocoPanoptic:
         return make_sample(str(path), image, id_map, annotation["segments_info"], self.categories)
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
-        """JSON and PNG folder of the ground truth for scoring; `folder` (for data sets that must make them) stays
-        unused.
+        """The JSON and the PNG folder of the ground truth, for scoring.
+
+        Args:
+            folder: unused; other data sets write these files there.
         """
         return self.json_path, self.panoptic_folder

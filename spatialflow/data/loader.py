@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches for training: which images, in which order, on which process, with how many workers."""
+"""Training batches: the schedule of images over steps and processes, and the data loader."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader
 
 from spatialflow.config import DataConfig
 from spatialflow.data.augment import TrainingSample, augment
-from spatialflow.data.categories import IGNORED
 from spatialflow.data.samples import Sample, SampleError
-from spatialflow.models.targets import Truth
 from spatialflow.panoptic.rules import Problem
+from spatialflow.structures import UNLABELED, GroundTruth
 
 
 class DataSet(Protocol):
-    """What a data set offers."""
+    """The interface of a data set for training."""
 
     names: list[str]
     sizes: list[tuple[int, int]]
@@ -29,11 +28,14 @@ class DataSet(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class Draw(NamedTuple):
-    """One image of one step; `seed` decides its augmentation, so that neither workers nor interruptions change it."""
+class SampleRequest(NamedTuple):
+    """One image of one step.
 
-    index: int
-    seed: tuple[int, ...]
+    The seed makes the augmentation independent of the workers and of interruptions.
+    """
+
+    index: int  # of the image in the data set
+    seed: tuple[int, ...]  # of the augmentation
 
 
 class Batch(NamedTuple):
@@ -50,34 +52,34 @@ class Batch(NamedTuple):
     notes: list[Problem]  # where annotations contradict their pixels; the pixels were used
 
     def pin_memory(self) -> "Batch":
-        """Called by the loader where batches go to a GPU."""
+        """The batch in page-locked memory; DataLoader calls this method where `pin_memory` is set."""
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        """All tensors on `device`, copied without waiting where they are pinned."""
+        """The batch on `device`; copies of pinned tensors are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, function) -> "Batch":
-        def apply(value):
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
             return [apply(item) for item in value] if isinstance(value, list) else value
 
         return Batch(*(apply(value) for value in self))
 
-    def truth(self) -> Truth:
-        """The ground truth with one mask per thing."""
+    def truth(self) -> GroundTruth:
+        """The ground truth, with one mask per thing."""
         masks = [
             instances[None]
             == torch.arange(1, len(labels) + 1, device=instances.device, dtype=instances.dtype)[:, None, None]
-            for instances, labels in zip(self.instances, self.labels)
+            for instances, labels in zip(self.instances, self.labels, strict=True)
         ]
-        return Truth(self.boxes, self.labels, masks, self.semantic, self.valid_sizes, self.padded_sizes)
+        return GroundTruth(self.boxes, self.labels, masks, self.semantic, self.valid_sizes, self.padded_sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The images of every step of a training run; a pure function of its fields, so that any step can be resumed at.
+    """The images of every step of a training run, a pure function of the fields: a run can resume at any step.
 
     In each epoch every image appears once, in random order, in batches of one orientation (landscape or portrait),
     which keeps padding small; the last batch of an orientation is completed with images from its beginning.
@@ -98,7 +100,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch; the same for all epochs."""
+        """Number of steps of every epoch."""
         return sum(-(-len(group) // self.images_per_step) for group in self._groups())
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -112,63 +114,70 @@ class Schedule:
         batches = np.concatenate(batches)
         return batches[rng.permutation(len(batches))]
 
-    def draws(
+    def batches(
         self, first_step: int, last_step: int, rank: int, world_size: int, accumulation: int
-    ) -> Iterator[list[Draw]]:
-        """The batches of one process from `first_step` (0-based) to before `last_step`, `accumulation` per step.
+    ) -> Iterator[list[SampleRequest]]:
+        """The batches of one process, `accumulation` per step.
 
-        A step's images are dealt out in order: accumulation step by step, and within one process by process.
+        The images of a step are split first over accumulation steps, then over ranks.
+
+        Args:
+            first_step: 0-based.
+            last_step: the first step that is not included.
+            rank: of the process.
+            world_size: number of processes.
+            accumulation: accumulation steps per step.
         """
         share = self.images_per_step // (world_size * accumulation)
-        current, batches = -1, np.zeros((0, 0))
+        current, images = -1, np.zeros((0, 0))
         for step in range(first_step, last_step):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != current:
-                current, batches = epoch, self.epoch(epoch)
-            for turn in range(accumulation):
-                start = (turn * world_size + rank) * share
+                current, images = epoch, self.epoch(epoch)
+            for part in range(accumulation):
+                start = (part * world_size + rank) * share
                 yield [
-                    Draw(int(batches[position, slot]), (self.seed, epoch, position, slot))
+                    SampleRequest(int(images[position, slot]), (self.seed, epoch, position, slot))
                     for slot in range(start, start + share)
                 ]
 
 
 class _Item(NamedTuple):
-    """What a draw gives."""
+    """The augmented sample for a request."""
 
     sample: TrainingSample
-    problems: list[str]
-    notes: tuple[Problem, ...]
+    problems: list[str]  # messages about images that could not be used
+    notes: tuple[Problem, ...]  # where the annotation contradicts its pixels
 
 
 class _Samples(torch.utils.data.Dataset):
-    """Draws -> augmented samples; a broken one is replaced by the next image of the data set and reported.
+    """Augmented samples by request; an image that cannot be used is reported and replaced by the next one.
 
-    The error that ends a run is returned, not raised: a worker would wrap the sentence into its traceback.
+    The error that ends a run is returned, not raised, as a worker would wrap its message into a traceback.
     """
 
-    def __init__(self, data: DataSet, config: DataConfig, strict: bool):
+    def __init__(self, data: DataSet, config: DataConfig, strict: bool) -> None:
         self.data, self.config, self.strict = data, config, strict
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, draw: Draw) -> _Item | SampleError:
+    def __getitem__(self, request: SampleRequest) -> _Item | SampleError:
         problems: list[str] = []
         for offset in range(len(self.data)):
             try:
-                sample = self.data[(draw.index + offset) % len(self.data)]
+                sample = self.data[(request.index + offset) % len(self.data)]
             except SampleError as error:
                 if self.strict:
                     return error
                 problems.append(str(error))
                 continue
-            return _Item(augment(sample, self.config, np.random.default_rng(draw.seed)), problems, sample.notes)
+            return _Item(augment(sample, self.config, np.random.default_rng(request.seed)), problems, sample.notes)
         return SampleError(f"none of the {len(self.data)} images of the data set can be used; the last: {problems[-1]}")
 
 
 def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
-    """Samples of different sizes -> one batch, padded at the right and bottom; or the first error among them."""
+    """Batch samples of different sizes, padded at the right and bottom; returns the first error among the items."""
     for item in items:
         if isinstance(item, SampleError):
             return item
@@ -176,7 +185,7 @@ def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
     height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
     images = torch.zeros((len(samples), 3, height, width), device="cpu")
     instances = torch.zeros((len(samples), height, width), dtype=torch.int32, device="cpu")
-    semantic = torch.full((len(samples), height, width), IGNORED, dtype=torch.uint8, device="cpu")
+    semantic = torch.full((len(samples), height, width), UNLABELED, dtype=torch.uint8, device="cpu")
     for i, sample in enumerate(samples):
         _, h, w = sample.image.shape
         images[i, :, :h, :w] = torch.from_numpy(sample.image)
@@ -198,36 +207,36 @@ def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
 def make_loader(
     data: DataSet,
     config: DataConfig,
-    draws: Sequence[list[Draw]] | Iterator[list[Draw]],
+    requests: Iterable[list[SampleRequest]],
     workers: int = 0,
     strict: bool = False,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Reads, augments and batches in the background.
+    """Read, augment and batch images.
 
     Args:
         data: images with ground truth.
         config: augmentation and normalization.
-        draws: batches, from `Schedule.draws`.
-        workers: processes that read; 0 = this one. The batches do not depend on it.
+        requests: the images of every batch, from `Schedule.batches`.
+        workers: number of worker processes; 0 reads in this process. The batches do not depend on it.
         strict: a broken image or annotation stops the run (SampleError) instead of being replaced and reported.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
+        pin_memory: return page-locked batches, for asynchronous copies to a GPU.
 
     Returns:
-        Batches, in the order of `draws`.
+        Batches, in the order of `requests`.
 
     Raises:
         SampleError: from the iterator: a broken image in a strict run, or no image that can be used.
     """
-    # Workers come from a server that never had threads: a plain fork of this process would inherit OpenCV's and
-    # OpenMP's thread pools without their threads, and wait for them forever.
+    # A worker forked from this process would inherit OpenCV's and OpenMP's thread pools without their threads, and
+    # deadlock. The fork server has no threads.
     loader = DataLoader(
         _Samples(data, config, strict),
-        batch_sampler=_Once(draws),
+        batch_sampler=_SinglePass(requests),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_use_one_thread,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
     for batch in loader:
@@ -236,18 +245,18 @@ def make_loader(
         yield batch
 
 
-class _Once:
-    """An iterator in the shape that DataLoader takes as batch sampler."""
+class _SinglePass:
+    """A batch sampler for DataLoader from an iterable, which may be an iterator."""
 
-    def __init__(self, draws: Iterator[list[Draw]]):
-        self.draws = draws
+    def __init__(self, requests: Iterable[list[SampleRequest]]) -> None:
+        self.requests = requests
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return iter(self.draws)
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
+        return iter(self.requests)
 
 
-def _one_thread(worker: int) -> None:
-    """Workers work beside each other, not each on all cores."""
+def _use_one_thread(worker: int) -> None:
+    """Limit a worker to one thread, as the workers share the cores."""
     import cv2
 
     cv2.setNumThreads(1)

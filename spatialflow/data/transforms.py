@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resizing, normalizing and padding of images, with the released arithmetic; numpy in, numpy out.
+"""Resize, normalization and padding of images in numpy, with the released arithmetic.
 
-Training uses the steps one by one, between its other transforms; at inference `spatialflow.ops.preprocess_images` does
-them in one pass, with equal results.
+Training calls the steps one by one, between its other transforms. Inference calls `spatialflow.ops.preprocess_images`,
+which does them in one pass with equal results.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from spatialflow.images import ImageError as ImageError  # these names can be imported from here too
+from spatialflow.images import ImageError as ImageError  # also exported by this module
 from spatialflow.images import ImageWarning as ImageWarning
 from spatialflow.images import read_image as read_image
 
 LARGEST_SIDE = 2**24
-"""Pixels of the longest side that `spatialflow.ops.preprocess_images` makes."""
+"""Largest side, in pixels, of an output of `spatialflow.ops.preprocess_images`."""
 
 
-class Fitted(NamedTuple):
-    """How an image becomes a network input, and what is needed to go back."""
+class ResizeGeometry(NamedTuple):
+    """Sizes and scale of an image on its way into the network."""
 
     valid_size: tuple[int, int]  # (H, W) of the resized image
     padded_size: tuple[int, int]  # (H, W) with the padding at the right and bottom
@@ -29,7 +29,7 @@ class Fitted(NamedTuple):
 
 
 def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
-    """`image` if it is (H, W, 3) uint8 with at least one pixel; ImageError otherwise."""
+    """Return `image` if it is (H, W, 3) uint8 with at least one pixel; raise ImageError otherwise."""
     if not isinstance(image, np.ndarray):
         raise ImageError(f"{name}: must be a path or an (H, W, 3) uint8 array, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -39,29 +39,38 @@ def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
     return image
 
 
-def fit_size(size: tuple[int, int], short_edge: int, long_edge: float) -> tuple[int, int]:
-    """(H, W) scaled until it fits `short_edge` and `long_edge`; each side is int(x * factor + 0.5) and at least 1."""
+def compute_resized_size(size: tuple[int, int], short_edge: int, long_edge: float) -> tuple[int, int]:
+    """The size (H, W) scaled to the largest one within `short_edge` and `long_edge`.
+
+    Each side is int(x * factor + 0.5) and at least 1.
+    """
     h, w = size
     factor = min(long_edge / max(h, w), short_edge / min(h, w))
     return max(int(h * factor + 0.5), 1), max(int(w * factor + 0.5), 1)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resize to (H, W), half-pixel centers, no antialias: OpenCV's."""
+    """Bilinear resize to (H, W) with half-pixel centers, without antialiasing, by OpenCV."""
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 
 def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest resize of a label map to (H, W): source index floor(i * source / target), as OpenCV's INTER_NEAREST."""
+    """Nearest-neighbor resize of a label map to (H, W), as OpenCV's INTER_NEAREST.
+
+    The source index is floor(i * source / target).
+    """
     rows, columns = (
         np.minimum((np.arange(target) * (1.0 / (target / source))).astype(np.int64), source - 1)
-        for source, target in zip(labels.shape, size)
+        for source, target in zip(labels.shape, size, strict=True)
     )
     return labels[rows][:, columns]
 
 
-def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """(H, W, 3) uint8 BGR -> (3, H, W) float32 RGB, (x - mean) * (1 / std) in the released order of roundings."""
+def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalize an image: (H, W, 3) uint8 BGR to (3, H, W) float32 RGB.
+
+    The value is (x - mean) * (1 / std), in the released order of roundings.
+    """
     rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
     cv2.subtract(rgb, (*np.float64(mean), 0.0), rgb)
     cv2.multiply(rgb, (*(1.0 / np.float64(std)), 0.0), rgb)
@@ -69,14 +78,21 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def pad(image: np.ndarray, divisor: int) -> np.ndarray:
-    """(C, H, W) with zeros at the right and bottom up to multiples of `divisor`."""
+    """Pad (C, H, W) with zeros at the right and bottom to multiples of `divisor`."""
     _, h, w = image.shape
     return np.pad(image, ((0, 0), (0, -h % divisor), (0, -w % divisor)))
 
 
-def fit_image(size: tuple[int, int], short_edge: int, long_edge: float, divisor: int = 32) -> Fitted:
-    """What `spatialflow.ops.preprocess_images` makes of an image of `size` (H, W) for the network."""
-    valid = fit_size(size, short_edge, long_edge)
-    padded = tuple(side + -side % divisor for side in valid)
-    scale = tuple(float(np.float32(new / old)) for new, old in zip(reversed(valid), reversed(size)))
-    return Fitted(valid, padded, tuple(size), scale)
+def compute_resize(size: tuple[int, int], short_edge: int, long_edge: float, divisor: int = 32) -> ResizeGeometry:
+    """The geometry of an image of `size` (H, W) that `spatialflow.ops.preprocess_images` resizes and pads.
+
+    Args:
+        size: (H, W) of the image.
+        short_edge: largest length of the shorter side.
+        long_edge: largest length of the longer side.
+        divisor: of the sides of the padded size.
+    """
+    valid = compute_resized_size(size, short_edge, long_edge)
+    padded = (valid[0] + -valid[0] % divisor, valid[1] + -valid[1] % divisor)
+    scale = (float(np.float32(valid[1] / size[1])), float(np.float32(valid[0] / size[0])))
+    return ResizeGeometry(valid, padded, (size[0], size[1]), scale)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow.data.categories import Category, load_categories
-from spatialflow.data.transforms import fit_image
+from spatialflow.data.transforms import compute_resize
+from spatialflow.models.heads import upsample_stuff_logits
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.ops import preprocess_images
 
@@ -44,26 +45,26 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
     """
     config, device = model.config, next(model.parameters()).device
     data = config.data
-    fitted = fit_image(image.shape[:2], *config.test.test_edges[0], data.size_divisor)
+    geometry = compute_resize(image.shape[:2], *config.test.test_edges[0], data.size_divisor)
     pixels = torch.from_numpy(image).to(device)
-    output = model(preprocess_images(pixels, fitted.valid_size, data.image_mean, data.image_std, data.size_divisor))
+    output = model(preprocess_images(pixels, geometry.valid_size, data.image_mean, data.image_std, data.size_divisor))
 
     def to_image(response: Tensor) -> Tensor:
         """(h, w) over the padded input -> (H, W) of the image."""
-        whole = F.interpolate(response[None, None], size=fitted.padded_size, mode="bilinear", align_corners=False)
-        valid = whole[..., : fitted.valid_size[0], : fitted.valid_size[1]]
-        return F.interpolate(valid, size=fitted.original_size, mode="bilinear", align_corners=False)[0, 0]
+        whole = F.interpolate(response[None, None], size=geometry.padded_size, mode="bilinear", align_corners=False)
+        valid = whole[..., : geometry.valid_size[0], : geometry.valid_size[1]]
+        return F.interpolate(valid, size=geometry.original_size, mode="bilinear", align_corners=False)[0, 0]
 
     bias = model.box_head.class_logits.bias[:, None, None]
     things = torch.stack([to_image((logits[0] - bias).amax(dim=0)) for logits in output.class_logits]).amax(dim=0)
     if output.stuff_logits is None:
         return ActivationMaps(_scaled(things), None, None)
     categories = load_categories(data.categories, config.model.num_things, config.model.num_stuff)
-    index = categories.other_index
+    stuff_logits, index = upsample_stuff_logits(output.stuff_logits), categories.other_index
     if index is None:
-        labels = output.stuff_logits[0, :, : fitted.valid_size[0], : fitted.valid_size[1]].argmax(dim=0)
+        labels = stuff_logits[0, :, : geometry.valid_size[0], : geometry.valid_size[1]].argmax(dim=0)
         index = int(labels.flatten().bincount().argmax())
-    stuff = to_image(output.stuff_logits[0, index] - model.stuff_head.logits.bias[index])
+    stuff = to_image(stuff_logits[0, index] - model.stuff_head.logits.bias[index])
     return ActivationMaps(_scaled(things), _scaled(stuff), categories.stuff[index])
 
 
@@ -85,5 +86,5 @@ def heat_picture(image: np.ndarray, activation: np.ndarray, opacity: float = 0.5
     """
     import cv2
 
-    colours = cv2.applyColorMap((activation * 255 + 0.5).astype(np.uint8), cv2.COLORMAP_JET)
-    return cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
+    colors = cv2.applyColorMap((activation * 255 + 0.5).astype(np.uint8), cv2.COLORMAP_JET)
+    return cv2.addWeighted(image, 1 - opacity, colors, opacity, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and writing weights: this package's files, released mmdetection checkpoints, ImageNet backbones."""
+"""Reading and writing of weights: this package's files, released mmdetection checkpoints, ImageNet backbones."""
 
 import hashlib
 import logging
@@ -39,7 +39,7 @@ RELEASED_NAMES = (
     (r"mask_head\.conv_logits\.", r"thing_head.logits."),
     (r"stuff_head\.conv\.", r"stuff_head.logits."),
 )
-"""Released name -> name here, by prefix; the backbone's names stay. `name_from_released` adds the stuff head."""
+"""Prefix of a released name -> prefix here. The backbone keeps its names; `name_from_released` adds the stuff head."""
 
 
 CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights", "params")
@@ -54,24 +54,24 @@ SWAPPED = (
 )
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that come from torch.compile, DistributedDataParallel, FSDP and activation checkpoints; never ours."""
+"""Parts of names added by torch.compile, DistributedDataParallel, FSDP and activation checkpoints."""
 
 EMA_NAMES = ("ema_model", "ema")
-"""Attributes by which a trainer holds the average: first part of every name, if they are there."""
+"""Attributes under which trainers store the average: the first part of every name, if present."""
 
 OUTER_NAMES = ("model", "network", "net", *EMA_NAMES)
-"""The same with those by which it holds the network."""
+"""Attributes under which trainers store the network or its average."""
 
 COUNTERS = ("n_averaged", "steps")
-"""Counters that averaging wrappers (torch's and mmengine's `AveragedModel`) put beside the network, their `module`."""
+"""Counters that averaging wrappers (torch's and mmengine's `AveragedModel`) store beside the network, `module`."""
 
 
 class CheckpointError(RuntimeError):
     """Weights that cannot be read, or do not fit the model.
 
     Attributes:
-        missing: names the model has and the file has not.
-        unexpected: names the file has and the model has not.
+        missing: names of the model that are not in the file.
+        unexpected: names of the file that are not in the model.
         wrong_shape: (name, shape in the file, shape in the model).
     """
 
@@ -80,16 +80,16 @@ class CheckpointError(RuntimeError):
         message: str,
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
-        wrong_shape: Sequence[tuple[str, tuple, tuple]] = (),
-    ):
+        wrong_shape: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
+    ) -> None:
         super().__init__(message)
         self.missing, self.unexpected, self.wrong_shape = list(missing), list(unexpected), list(wrong_shape)
 
 
 def name_from_released(name: str) -> str:
-    """The name here of a released state-dict entry; a name without a counterpart is returned unchanged."""
+    """Convert the name of a released state-dict entry; a name without a counterpart is returned unchanged."""
     block = re.fullmatch(r"stuff_head\.lateral_convs\.(\d+)\.(\d+)\.(conv|gn)\.(\w+)", name)
-    if block:  # released blocks sit at the even positions, the upsampling at the odd ones
+    if block:  # released blocks are at even positions, upsampling at odd ones
         level, position, part, leaf = block.groups()
         return f"stuff_head.blocks.{level}.{int(position) // 2}.{'norm' if part == 'gn' else 'conv'}.{leaf}"
     for pattern, replacement in RELEASED_NAMES:
@@ -105,23 +105,23 @@ def is_released(state: Mapping[str, Tensor]) -> bool:
 
 
 def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch file (told apart by content), under the names of this package.
+    """Read the tensors of a safetensors or torch file, under the names of this package.
 
-    What trainers and wrappers add around the weights is removed, and the logger `spatialflow.engine.checkpoints` says
-    so: keys that hold them (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), averages
-    `ema_*` beside the weights.
+    The format is recognized by content. Additions of trainers and wrappers are removed: keys that hold the weights
+    (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), averages `ema_*` beside the weights.
+    The logger `spatialflow.engine.checkpoints` reports them.
 
     Args:
         path: a safetensors file, or a torch file with a state dict, bare or under such keys.
-        ema: take the moving average of the weights; the file may hold nothing else. Otherwise it is taken only where
-            there is nothing else.
+        ema: read the moving average of the weights. False reads an average only where the file has no other
+            weights.
 
     Returns:
         name -> tensor, on the CPU.
 
     Raises:
-        CheckpointError: the file is absent, damaged, holds anything but tensors and plain values, or no weights;
-            several sets of weights; no average where `ema` asks for it.
+        CheckpointError: the file is absent or damaged; it holds objects other than tensors and plain values, no
+            weights, several sets of weights, or no average where `ema` is set.
     """
     path = Path(path)
     try:
@@ -136,12 +136,12 @@ def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     else:
         raise CheckpointError(f"{path}: is neither a safetensors nor a torch file")
     notes: list[str] = []
-    content, is_average = _opened(path, content, ema, notes)
+    content, is_average = _without_containers(path, content, ema, notes)
     if not _is_state(content):
         raise CheckpointError(f"{path}: holds no state dict (names with tensors)")
-    state, named_average = _unwrapped(path, content, notes)
+    state, named_average = _without_wrappers(path, content, notes)
     is_average = is_average or named_average
-    state, has_average = _one_of_both(state, ema and not is_average, notes)
+    state, has_average = _select_average(state, ema and not is_average, notes)
     if not state:
         raise CheckpointError(f"{path}: holds no weights")
     if ema and not (is_average or has_average):
@@ -161,32 +161,34 @@ def _is_state(content: Any) -> bool:
 
 
 def _may_hold_weights(value: Any) -> bool:
-    """True for a dict with tensors or with a key of trainers; a configuration under such a key is none."""
+    """True for a dict with tensors or with a key of trainers; False for a configuration under such a key."""
     return isinstance(value, dict) and any(
         isinstance(inner, Tensor) or name in CONTAINERS or name in EMA_CONTAINERS for name, inner in value.items()
     )
 
 
-def _are_equal(one: dict, other: dict) -> bool:
-    """Whether two dicts are one, or state dicts with the same tensors."""
-    if one is other:
+def _are_equal(first: Any, second: Any) -> bool:
+    """True for the same object twice, or for two state dicts with equal tensors."""
+    if first is second:
         return True
     return (
-        _is_state(one)
-        and _is_state(other)
-        and one.keys() == other.keys()
-        and all(torch.equal(value, other[name]) for name, value in one.items())
+        _is_state(first)
+        and _is_state(second)
+        and first.keys() == second.keys()
+        and all(torch.equal(value, second[name]) for name, value in first.items())
     )
 
 
-def _opened(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any, bool]:
-    """What the keys of trainers hold, however deep, and whether it is an average."""
+def _without_containers(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any, bool]:
+    """The content of the keys of trainers, at any depth, and whether it is an average."""
     is_average = False
     for _ in range(8):  # a pickle can hold itself
         if not isinstance(content, dict):
             break
-        found = [[key for key in keys if _may_hold_weights(content.get(key))] for keys in (CONTAINERS, EMA_CONTAINERS)]
-        plain, averages = found if not is_average else (found[0] + found[1], [])
+        plain = [key for key in CONTAINERS if _may_hold_weights(content.get(key))]
+        averages = [key for key in EMA_CONTAINERS if _may_hold_weights(content.get(key))]
+        if is_average:
+            plain, averages = plain + averages, []
         keys = averages if averages and (ema or not plain) else plain
         if not keys:
             break
@@ -205,15 +207,15 @@ def _opened(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any,
     return content, is_average
 
 
-def _unwrapped(path: Path, state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], bool]:
-    """The same tensors without the parts of names, and the counters, that wrappers add; and whether those wrappers say
-    that they are an average.
-    """
+def _without_wrappers(path: Path, state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """The tensors without the parts of names and the counters of wrappers, and whether they are an average."""
     names = {name: name.split(".") for name in state}
     removed = []
     for part in WRAPPERS:
         if any(part in parts[:-1] for parts in names.values()):
-            names = {name: [one for one in parts[:-1] if one != part] + parts[-1:] for name, parts in names.items()}
+            names = {
+                name: [outer for outer in parts[:-1] if outer != part] + parts[-1:] for name, parts in names.items()
+            }
             removed.append(part)
     counters = [name for name, parts in names.items() if parts[-1] in COUNTERS and set(parts[:-1]) <= {*OUTER_NAMES}]
     names = {name: parts for name, parts in names.items() if name not in counters}
@@ -233,18 +235,20 @@ def _unwrapped(path: Path, state: dict[str, Tensor], notes: list[str]) -> tuple[
         if short in result:
             raise CheckpointError(f"{path}: {short} is there twice, under names of several wrappers")
         result[short] = state[name]
-    is_average = any(part in EMA_NAMES for part in removed) or any(_counts(name, state) for name in counters)
+    is_average = any(part in EMA_NAMES for part in removed) or any(
+        _is_averaging_counter(name, state) for name in counters
+    )
     return result, is_average
 
 
-def _counts(counter: str, names: Iterable[str]) -> bool:
-    """Whether the counter is that of an averaging wrapper around all the others: they are beside it, in `module`."""
+def _is_averaging_counter(counter: str, names: Iterable[str]) -> bool:
+    """True if all other names are in `module` beside the counter, as in an averaging wrapper."""
     module = counter[: counter.rfind(".") + 1] + "module."
     return all(name.startswith(module) for name in names if name != counter)
 
 
-def _one_of_both(state: dict[str, Tensor], ema: bool, notes: list[str]) -> tuple[dict[str, Tensor], bool]:
-    """Weights, or the averages that mmdetection's EMAHook puts beside them; and whether there are such."""
+def _select_average(state: dict[str, Tensor], ema: bool, notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """The weights, or the averages that mmdetection's EMAHook stores beside them, and whether there are any."""
     average_of = {name: f"ema_{name.replace('.', '_')}" for name in state}
     beside = [average for average in average_of.values() if average in state]
     if not beside:
@@ -252,14 +256,16 @@ def _one_of_both(state: dict[str, Tensor], ema: bool, notes: list[str]) -> tuple
     notes.append(f"{'took' if ema else 'left out'} {len(beside)} averages beside the weights (ema_*)")
     if ema:
         notes.append(SWAPPED)
-    kept = {name: value for name, value in state.items() if name not in set(beside)}
-    return ({name: state.get(average_of[name], value) for name, value in kept.items()} if ema else kept), True
+    weights = {name: value for name, value in state.items() if name not in set(beside)}
+    if ema:
+        weights = {name: state.get(average_of[name], value) for name, value in weights.items()}
+    return weights, True
 
 
 class _Ignored:
-    """Stands for a numpy value in a torch file: beside weights they are of no use, and numpy need not build them."""
+    """Placeholder for a numpy value in a torch file, so that numpy need not construct it."""
 
-    def __init__(self, *_: Any):
+    def __init__(self, *_: Any) -> None:
         pass
 
     def __setstate__(self, _: Any) -> None:
@@ -272,22 +278,22 @@ _IGNORED = [
 
 
 def read_torch(path: Path) -> Any:
-    """Content of a torch file that holds nothing but tensors and plain values; CheckpointError otherwise.
+    """Read a torch file of tensors and plain values; CheckpointError for any other content.
 
-    numpy scalars and arrays become objects without content. Nothing in the file is run.
+    numpy scalars and arrays become empty placeholders. No code in the file is run.
     """
     try:
         with torch.serialization.safe_globals(_IGNORED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))  # in the middle of torch's advice to trust the file
-        what = f"holds Python objects beside tensors: {found[1]}" if found else "is damaged"
-        raise CheckpointError(f"{path}: {what}") from None
-    except Exception as error:  # unpickling damaged bytes can raise anything
+        match = re.search(r"GLOBAL (\S+)", str(error))  # within torch's advice to trust the file
+        reason = f"holds Python objects beside tensors: {match[1]}" if match else "is damaged"
+        raise CheckpointError(f"{path}: {reason}") from None
+    except Exception as error:  # unpickling damaged bytes may raise any exception
         raise CheckpointError(f"{path}: is damaged: {_first_line(error)}") from None
 
 
-def _read_safetensors(path: Path):
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -309,66 +315,65 @@ def _read_network(path: str | Path, ema: bool) -> dict[str, Tensor]:
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = False) -> nn.Module:
-    """Fills a model with the weights of a file; nothing is changed unless everything fits.
+    """Load the weights of a file into a model; nothing changes unless everything fits.
 
     Args:
         model: from `build_model`.
-        path: a file of this package (safetensors or torch) or a released mmdetection checkpoint, told apart by content.
-            What trainers and wrappers add around the weights is removed, see `read_state`.
-        ema: take the moving average of the weights.
+        path: a file of this package (safetensors or torch) or a released mmdetection checkpoint, recognized by content.
+            Additions of trainers and wrappers are removed, see `read_state`.
+        ema: read the moving average of the weights.
 
     Returns:
         `model`.
 
     Raises:
         CheckpointError: the file cannot be read, its weights are ambiguous or not finite, or keys are missing,
-            unexpected or of the wrong shape; all are listed.
+            unexpected or of the wrong shape. The message lists them.
     """
     _fill(model, _read_network(path, ema), str(path))
     return model
 
 
 def load_matching(model: nn.Module, path: str | Path, may_differ: Sequence[str], ema: bool = False) -> list[str]:
-    """As `load_checkpoint`, for finetuning: layers whose shape depends on the classes keep their values where the
-    file's do not fit.
+    """Load a checkpoint for finetuning: some layers keep their values where those of the file do not fit.
 
     Args:
         model: from `build_model`.
         path: a whole network's weights.
         may_differ: names of layers that may have another shape.
-        ema: take the moving average of the weights.
+        ema: read the moving average of the weights.
 
     Returns:
-        Those of `may_differ` that keep their values.
+        The layers of `may_differ` that keep their values.
 
     Raises:
         CheckpointError: as `load_checkpoint`, for all other layers.
     """
-    own = model.state_dict()
+    model_state = model.state_dict()
     state = {
         name: value
         for name, value in _read_network(path, ema).items()
-        if not (name.startswith(tuple(may_differ)) and name in own and own[name].shape != value.shape)
+        if not (name.startswith(tuple(may_differ)) and name in model_state and model_state[name].shape != value.shape)
     }
     _fill(model, state, str(path), may_miss="^(" + "|".join(re.escape(name) for name in may_differ) + ")\\.")
-    left = [name for name in own if name not in state]
-    return [layer for layer in may_differ if any(name.startswith(f"{layer}.") for name in left)]
+    unfilled = [name for name in model_state if name not in state]
+    return [layer for layer in may_differ if any(name.startswith(f"{layer}.") for name in unfilled)]
 
 
 def packaged_weights(config: str) -> Path | None:
-    """The weights that come with the package for one of its configurations; None where there are none."""
+    """Path of the packaged weights of a configuration; None where there are none."""
     path = WEIGHTS_FOLDER / f"{config}.safetensors"
     return path if os.path.isfile(path) else None
 
 
 def pretrained_model(config: str = "demo") -> SpatialFlow:
-    """The network of a configuration with the weights that come with the package, in evaluation mode.
+    """The network of a configuration with its packaged weights, in evaluation mode.
 
     Args:
         config: name of a configuration of the package.
 
     Raises:
-        CheckpointError: the package has no weights for it; the message says for which it has.
+        CheckpointError: the package has no weights for it; the message names the configurations with weights.
     """
     path = packaged_weights(config)
     if path is None:
@@ -378,7 +383,7 @@ def pretrained_model(config: str = "demo") -> SpatialFlow:
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> nn.Module:
-    """Fills the backbone with ImageNet weights in torchvision's names; the classifier `fc` is left out.
+    """Load ImageNet weights with torchvision's names into the backbone, without the classifier `fc`.
 
     Args:
         model: from `build_model`. Offsets of deformable convolutions, which such files lack, keep their values.
@@ -397,16 +402,17 @@ def load_backbone(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss: str | None = None):
+def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss: str | None = None) -> None:
+    """Copy a state dict into a module if everything fits; parameters that match `may_miss` need not be in it."""
     counter = "num_batches_tracked"  # BatchNorm's counter has no influence; some files lack it
-    own = {name: value for name, value in module.state_dict().items() if not name.endswith(counter)}
-    given = {name: value for name, value in state.items() if not name.endswith(counter)}
-    missing = [name for name in own if name not in given and not (may_miss and re.search(may_miss, name))]
-    unexpected = [name for name in given if name not in own]
+    target = {name: value for name, value in module.state_dict().items() if not name.endswith(counter)}
+    values = {name: value for name, value in state.items() if not name.endswith(counter)}
+    missing = [name for name in target if name not in values and not (may_miss and re.search(may_miss, name))]
+    unexpected = [name for name in values if name not in target]
     wrong_shape = [
-        (name, tuple(given[name].shape), tuple(own[name].shape))
-        for name in own
-        if name in given and given[name].shape != own[name].shape
+        (name, tuple(values[name].shape), tuple(target[name].shape))
+        for name in target
+        if name in values and values[name].shape != target[name].shape
     ]
     if missing or unexpected or wrong_shape:
         shapes = [f"{name} {in_file} instead of {in_model}" for name, in_file, in_model in wrong_shape]
@@ -417,37 +423,37 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_miss:
         ]
         report = "; ".join(f"{title}: {shorten(names)}" for title, names in lists)
         raise CheckpointError(f"{source}: does not fit the model: {report}", missing, unexpected, wrong_shape)
-    broken = not_finite({name: given[name] for name in own if name in given})
+    broken = not_finite({name: values[name] for name in target if name in values})
     if broken:
         raise CheckpointError(f"{source}: holds values that are not finite: {shorten(broken)}")
     with torch.no_grad():
-        for name, tensor in own.items():
-            if name in given:
-                tensor.copy_(given[name])
+        for name, tensor in target.items():
+            if name in values:
+                tensor.copy_(values[name])
 
 
 def largest_value(tensors: Iterable[Tensor]) -> float:
-    """The largest magnitude in floating point tensors, in one pass over all of them; NaN where there is one."""
+    """The largest magnitude in the floating point tensors, in one pass; NaN if a value is NaN."""
     filled = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     filled = [tensor.float() if tensor.element_size() == 1 else tensor for tensor in filled]  # float8 has no norm
     return float(nn.utils.get_total_norm(filled, math.inf))
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity."""
+    """Names of the tensors with NaN or infinite values."""
     if math.isfinite(largest_value(state.values())):
         return []
     return [name for name, value in state.items() if not torch.isfinite(value).all()]
 
 
 def shorten(names: Sequence[str], limit: int = 12) -> str:
-    """The first names, long ones cut, and how many more there are."""
+    """The first names, long ones truncated, and the number of the others."""
     cut = [name if len(name) <= 120 else f"{name[:120]}..." for name in names[:limit]]
     return ", ".join(cut) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def save_checkpoint(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Path:
-    """Writes weights under a temporary name and renames the finished file: an interrupted write leaves nothing behind.
+    """Write weights to a temporary file and rename it, so that an interrupted write leaves no file.
 
     Args:
         model: a module, or names with tensors.
@@ -477,26 +483,26 @@ def save_checkpoint(model: nn.Module | Mapping[str, Tensor], path: str | Path) -
         else:
             torch.save(state, file)
         file.flush()
-        os.fsync(file.fileno())  # a checkpoint that was renamed into place survives a power cut
+        os.fsync(file.fileno())  # before the rename, so that the file survives a power failure
     return path
 
 
 def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | None = None, ema: bool = False) -> int:
-    """Rewrites a checkpoint (released or ours) with the names of this package.
+    """Convert a checkpoint, released or of this package, to the names of this package.
 
     Args:
         source: as for `load_checkpoint`.
         destination: path of the new file, .safetensors or .pt / .pth.
-        dtype: floating point type of the stored tensors, without BatchNorm's counters, which have no influence; None
-            keeps everything as it is.
-        ema: take the moving average of the weights.
+        dtype: floating point dtype of the stored tensors; BatchNorm's counters, which have no influence, are then left
+            out. None changes nothing.
+        ema: read the moving average of the weights.
 
     Returns:
         Number of tensors written.
 
     Raises:
-        CheckpointError: `source` cannot be read, is no detector of the released kind or ours, or holds values that are
-            not finite, or would not be in `dtype`.
+        CheckpointError: `source` cannot be read, is not a detector, released or of this package, or holds values that
+            are not finite or exceed the range of `dtype`.
         OSError: `destination` cannot be written.
     """
     state = read_state(source, ema)
@@ -523,7 +529,7 @@ def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | No
 
 
 def weights_digest(model: nn.Module) -> str:
-    """16 hexadecimal digits that differ, in all likelihood, for other weights."""
+    """A hash of the weights in 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

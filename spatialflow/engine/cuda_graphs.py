@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of tensors replayed from CUDA graphs, one graph per shape."""
+"""Cache of CUDA graphs of functions of tensors, one graph per shape."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 WARM_UPS = 2
-"""Runs before a capture: libraries choose algorithms and allocate their workspaces, which a capture must not see."""
+"""Runs before a capture, in which libraries choose algorithms and allocate workspaces outside the graph."""
 
 _capturing = threading.Lock()
-"""One capture at a time in a process: each empties torch's allocator first, which fails while another is at work."""
+"""Permits one capture at a time: each first empties torch's allocator, which fails during another capture."""
 
 
 def _kernel_settings() -> tuple[Any, ...]:
-    """What torch is set to where the settings choose kernels, and so what a graph holds."""
+    """The settings of torch that choose kernels, and so the contents of a graph."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         cudnn.enabled,
@@ -36,33 +36,34 @@ def _kernel_settings() -> tuple[Any, ...]:
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]  # what the graph reads
-    output: Any  # what it writes
-    function: Callable[[list[Tensor]], Any]  # keeps alive what it closes over, which the graph reads too
+    inputs: list[Tensor]  # static tensors that the graph reads
+    output: Any  # static tensors that it writes
+    function: Callable[[list[Tensor]], Any]  # keeps its closure alive, which the graph reads too
 
 
 class GraphCache:
     """Captured functions by key; the least recently used one is dropped beyond `limit`.
 
-    The graphs share one memory pool: intermediate tensors of all take what the largest graph needs. Inputs and results
-    add up; where they leave too little memory for another graph, all are dropped. A result is valid until the next
-    call, whatever its key: copy it out first, in the same stream. Threads hold `lock` until they have queued that copy.
+    The graphs share one memory pool: their intermediate tensors together take the memory of the largest graph. Inputs
+    and results add up. Where they leave too little memory for another graph, all graphs are dropped. A result is valid
+    until the next call with any key: queue a copy in the same stream before that. Threads must hold `lock` until they
+    have queued the copy.
 
     Args:
         device: a CUDA device.
-        limit: graphs kept.
+        limit: largest number of graphs.
     """
 
-    def __init__(self, device: torch.device, limit: int = 64):
+    def __init__(self, device: torch.device, limit: int = 64) -> None:
         self.device, self.limit = device, limit
         self.lock = threading.Lock()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._pool: Any = None
-        self._side: Any = None  # the stream of all captures: in a pool, memory serves the stream that took it alone
+        self._side: Any = None  # stream of all captures: a pool reuses memory only within the stream that allocated it
         self._stream: Any = None  # of the last call
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graphs, which belong to this process: a copy captures its own."""
+        """The state without the graphs, which belong to this process."""
         return {"device": self.device, "limit": self.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -72,15 +73,15 @@ class GraphCache:
         return len(self._captured)
 
     def __call__(self, key: Hashable, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]) -> Any:
-        """`function(inputs)` on the device, from the graph of `key`.
+        """Compute `function(inputs)` on the device with the graph of `key`.
 
         Args:
-            key: all that the function and the shapes and dtypes of `inputs` depend on, but torch's settings.
-            make: gives the function, once per capture. It reads nothing back to the host.
+            key: determines the function and the shapes and dtypes of `inputs`. Torch's settings are added here.
+            make: returns the function, once per capture. The function must not read values back to the host.
             inputs: on the host or on the device.
 
         Returns:
-            What the function returned when it was captured, with the values for these inputs.
+            The output tensors of the capture, with the values for these inputs.
         """
         stream = torch.cuda.current_stream(self.device)
         if self._stream is not None and stream != self._stream:
@@ -93,25 +94,25 @@ class GraphCache:
             if len(self._captured) > self.limit:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
-        for static, given in zip(captured.inputs, inputs):
-            static.copy_(given, non_blocking=True)
+        for static, tensor in zip(captured.inputs, inputs, strict=True):
+            static.copy_(tensor, non_blocking=True)
         captured.graph.replay()
         return captured.output
 
     def _capture_with_room(self, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]) -> _Captured:
-        """A new graph, in place of all others where the memory is not enough for both."""
+        """Capture a graph; where the memory is not enough, drop all other graphs and capture again."""
         try:
             return self._capture(make(), inputs)
         except torch.OutOfMemoryError:
             if not self._captured:
                 raise
         self._captured.clear()
-        self._pool = None  # torch refuses a pool that no graph uses any more
+        self._pool = None  # torch rejects a pool that no graph uses any more
         return self._capture(make(), inputs)
 
     def _capture(self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor]) -> _Captured:
         with _capturing, torch.cuda.device(self.device):
-            static = [given.to(self.device, non_blocking=True, copy=True) for given in inputs]
+            static = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in inputs]
             stream = self._side = self._side or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -120,8 +121,8 @@ class GraphCache:
             torch.cuda.current_stream().wait_stream(stream)
             pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Threads that decode the next images may allocate pinned memory, which the default mode forbids them.
+            # Threads that decode images may allocate pinned memory, which the default mode forbids.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = function(static)
-            self._pool = pool  # not that of a capture that failed
+            self._pool = pool  # only after a successful capture
         return _Captured(graph, static, output, function)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a training run: JSON lines, TensorBoard where it is installed, a picture of the curves."""
+"""Log of a training run: JSON lines, TensorBoard where it is installed, and a plot of the curves."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from spatialflow.files import atomic_write
 
 
 class TrainingLog:
-    """Appends rows to `log.jsonl`. Every row has the number of steps done and a "kind".
+    """Writer of `log.jsonl`, whose rows have a "step" (number of steps done) and a "kind".
 
     Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", an annotation that contradicts
-    itself and was used; "warning", about divergence. Numbers are finite: JSON has no others.
+    its pixels and was used; "warning", about divergence. All numbers are finite, as JSON has no others.
 
     Args:
         folder: of the run.
-        steps_done: rows of later steps, left by an interrupted run that this one repeats, are removed.
+        steps_done: rows of later steps, left by an interrupted run, are removed.
     """
 
-    def __init__(self, folder: Path, steps_done: int = 0):
+    def __init__(self, folder: Path, steps_done: int = 0) -> None:
         self.path = folder / "log.jsonl"
         self.rows = [row for row in read_log(self.path) if row["step"] <= steps_done] if steps_done else []
         with atomic_write(self.path, "w") as file:
@@ -29,7 +29,16 @@ class TrainingLog:
         self._board = _tensorboard(folder / "tensorboard", steps_done)
 
     def add(self, kind: str, step: int, **values: Any) -> None:
-        """Adds a row; numbers go to TensorBoard too. ValueError for one that is not finite."""
+        """Add a row, and its numbers to TensorBoard.
+
+        Args:
+            kind: see the class.
+            step: steps done.
+            values: further fields of the row.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
         row = {"kind": kind, "step": step, **values}
         line = json.dumps(row, allow_nan=False)
         self.rows.append(row)
@@ -40,27 +49,29 @@ class TrainingLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """Brings everything to the disk."""
+        """Flush the buffers of the files."""
         self._file.flush()
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flush and close the files."""
         self.flush()
         self._file.close()
         if self._board is not None:
             self._board.close()
 
-    def draw(self) -> bool:
-        """Writes `curves.png`: losses, learning rate and panoptic quality over steps. False where matplotlib is
-        missing.
+    def plot(self) -> bool:
+        """Write `curves.png`: losses, learning rate and panoptic quality over steps.
+
+        Returns:
+            False where matplotlib is missing or there are no steps.
         """
-        return draw_curves(self.rows, self.path.with_name("curves.png"))
+        return plot_curves(self.rows, self.path.with_name("curves.png"))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log; an unfinished last line (the process was killed while writing it) is left out."""
+    """The rows of a log up to its first incomplete line, which a killed process may leave."""
     if not os.path.isfile(path):
         return []
     rows = []
@@ -74,7 +85,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _tensorboard(folder: Path, steps_done: int):
+def _tensorboard(folder: Path, steps_done: int) -> Any:
+    """A TensorBoard writer; None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -82,8 +94,12 @@ def _tensorboard(folder: Path, steps_done: int):
     return SummaryWriter(str(folder), purge_step=steps_done + 1)
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Draws the rows of a log. False, and no picture, where matplotlib is missing or there are no steps."""
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Plot the rows of a log.
+
+    Returns:
+        False where matplotlib is missing or there are no steps; no file is written then.
+    """
     steps = [row for row in rows if row["kind"] == "step"]
     try:
         from matplotlib.figure import Figure
@@ -117,7 +133,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
-    """Running mean of the last `width` values."""
+    """The running mean over the last `width` values."""
     total, result = 0.0, []
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)

@@ -1,51 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A photograph in, a panoptic map out; of many photographs, the steps of several at once."""
+"""Prediction: image files or arrays to panoptic results, one by one or in overlapped batches."""
 
 from __future__ import annotations
 
 import copy
-import json
 import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Union, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spatialflow import panoptic
-from spatialflow.config import Config, ConfigError, place_overrides
+from spatialflow.config import Config, ConfigError, load_config, place_overrides
 from spatialflow.data.categories import Categories, load_categories
-from spatialflow.data.transforms import LARGEST_SIDE, Fitted, check_image
+from spatialflow.data.transforms import LARGEST_SIDE, ResizeGeometry, check_image
 from spatialflow.engine.cuda_graphs import GraphCache
-from spatialflow.engine.pipeline import STAGES, FixedResult, Pipeline, stopwatch
+from spatialflow.engine.pipeline import FixedResult, Pipeline
+from spatialflow.engine.stage_times import STAGES, record_stages, stage, zero_times
 from spatialflow.engine.transfers import Download, Transfers
-from spatialflow.files import atomic_write
+from spatialflow.files import write_json
 from spatialflow.images import ImageError, read_image
-from spatialflow.models.build import load_config
 from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.ops import PanopticMergeOutput, paste_masks
+from spatialflow.ops import paste_masks
+from spatialflow.panoptic.drawing import overlay
+from spatialflow.panoptic.formats import write_id_map
+from spatialflow.panoptic.merging import segment_list
 from spatialflow.panoptic.writer import panoptic_row
 from spatialflow.threads import map_ahead
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What a Predictor computes in."""
+"""Dtypes of weights and features that a Predictor supports."""
 
 DECODERS = {"cpu": 1, "cuda": 6}
-"""Threads that decode images, by the kind of device. On the CPU the network needs the cores itself."""
+"""Threads that decode images, by the kind of device. On the CPU the network needs the cores."""
 
 PATIENCE = 4
-"""An image runs in a batch that is not full if this many times `batch_size` images came since."""
+"""A batch that is not full runs once `PATIENCE * batch_size` images were read after its first image."""
 
-Image = Union[str, Path, np.ndarray]
+Image = str | Path | np.ndarray
 
 
 class PanopticResult:
-    """What was found in one image.
+    """The panoptic segmentation and the detections of one image.
 
     Attributes:
         id_map: (H, W) int32, segment id per pixel, 0 = void.
@@ -54,12 +55,12 @@ class PanopticResult:
         boxes: (K, 4) float32, x1, y1, x2, y2 in pixels of the image, best score first.
         scores: (K,) float32.
         labels: (K,) int64, category ids.
-        mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head, or the Predictor
-            was told `detection_masks=False`.
+        mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head, or with
+            `detection_masks=False`.
         mask_threshold: probability from which a pixel belongs to a mask.
         categories: the category table.
         image_name: file name of the image, or "image <position in the call>" for an array.
-        times: seconds by stage, see `STAGES`; of a batch its share.
+        times: seconds by stage, see `STAGES`. The time of a batch is divided equally among its images.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class PanopticResult:
         categories: Categories,
         image_name: str,
         times: dict[str, float],
-    ):
+    ) -> None:
         self.id_map, self.segments = id_map, segments
         self.boxes, self.scores, self.labels, self.mask_logits = boxes, scores, labels, mask_logits
         self.mask_threshold = mask_threshold
@@ -82,7 +83,10 @@ class PanopticResult:
 
     @property
     def masks(self) -> np.ndarray | None:
-        """(K, H, W) bool, the detections' masks before merging, pasted on every access; None without `mask_logits`."""
+        """(K, H, W) bool masks of the detections before the merge; None without `mask_logits`.
+
+        They are pasted on every access.
+        """
         if self.mask_logits is None:
             return None
         logits, boxes = torch.from_numpy(self.mask_logits), torch.from_numpy(self.boxes)
@@ -94,7 +98,10 @@ class PanopticResult:
         return image_id_of(self.image_name)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `<stem>.png`, the map in COCO panoptic colors, and `<stem>.json`, a panoptic JSON of this image.
+        """Write `<stem>.png`, the map in COCO panoptic colors, and `<stem>.json`, a panoptic JSON of this image.
+
+        Args:
+            folder: of both files.
 
         Returns:
             Path of the PNG.
@@ -104,33 +111,32 @@ class PanopticResult:
         """
         path = Path(folder) / f"{Path(self.image_name).stem}.png"
         row = panoptic_row(self.image_id, self.image_name, path.name, self.id_map, self.segments)
-        panoptic.write_id_map(path, self.id_map)
-        with atomic_write(path.with_suffix(".json"), "w") as file:
-            content = {"images": [row["image"]], "annotations": [row["annotation"]]}
-            json.dump({**content, "categories": self.categories.as_coco()}, file)
+        write_id_map(path, self.id_map)
+        content = {"images": [row["image"]], "annotations": [row["annotation"]]}
+        write_json(path.with_suffix(".json"), {**content, "categories": self.categories.as_coco()})
         return path
 
     def overlay(self, image: np.ndarray) -> np.ndarray:
-        """The segments drawn over `image`, (H, W, 3) uint8 BGR of the size of the map; returns the same."""
-        return panoptic.overlay(image, self.id_map, self.segments, self.categories.as_coco())
+        """Draw the segments over `image`, (H, W, 3) uint8 BGR of the size of the map; returns an image of that kind."""
+        return overlay(image, self.id_map, self.segments, self.categories.as_coco())
 
     def __repr__(self) -> str:
         h, w = self.id_map.shape
-        found = f"{len(self.segments)} segments, {len(self.scores)} detections"
-        return f"PanopticResult({self.image_name}: {h} x {w}, {found})"
+        counts = f"{len(self.segments)} segments, {len(self.scores)} detections"
+        return f"PanopticResult({self.image_name}: {h} x {w}, {counts})"
 
 
 def image_id_of(image_name: str) -> int | str:
-    """The stem of an image's name: COCO's as the number it is, Cityscapes' without "_leftImg8bit"."""
+    """The image id from a file name: its stem, as an integer for COCO, without "_leftImg8bit" for Cityscapes."""
     stem = Path(image_name).stem.removesuffix("_leftImg8bit")
     return int(stem) if stem.isascii() and stem.isdigit() else stem
 
 
 class Outcome(NamedTuple):
-    """What became of one image of several."""
+    """The result of one image of several, or the error that prevented it."""
 
     result: PanopticResult | None  # None where the image could not be read
-    pixels: np.ndarray | None  # (H, W, 3) uint8 BGR, the image as it was decoded; None where it could not be read
+    pixels: np.ndarray | None  # (H, W, 3) uint8 BGR, the decoded image; None where it could not be read
     error: BaseException | None  # an ImageError where it could not be read
 
 
@@ -138,44 +144,44 @@ class _Item(NamedTuple):
     position: int
     name: str
     pixels: np.ndarray
-    staged: Tensor  # where the upload reads the pixels
-    fitted: tuple[Fitted, ...]  # for each short edge
+    staged: Tensor  # the source of the upload
+    geometries: tuple[ResizeGeometry, ...]  # for each short edge
     times: dict[str, float]
 
 
 class _Running(NamedTuple):
-    """A batch that is queued on the device, or done on the CPU."""
+    """A batch that is queued on a GPU, or done on the CPU."""
 
     items: list[_Item]
-    pixels: list[Tensor]  # on the device: to be kept until the work is done
+    pixels: list[Tensor]  # on the device; kept alive until the work is done
     download: Download
     times: dict[str, float]  # of the batch
 
 
 class Predictor:
-    """A model with everything between image files and panoptic maps.
+    """Inference from image files to panoptic maps, with one model or an ensemble.
 
-    Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation: every image
-    goes through the network in each form, and the results are one map, as several models' are. See `Pipeline`.
+    Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation. The views of
+    an image are combined to one map, as are the models of an ensemble. See `Pipeline`.
 
     Args:
-        model: from `build_model`, with weights loaded; several for an ensemble, whose first's configuration counts.
-            They are not changed, and later changes of their weights have no effect here.
-        device: where to run, "cpu", "cuda" or "cuda:<number>"; None: where the model is.
+        model: from `build_model`, with weights loaded; a sequence for an ensemble, which uses the configuration of the
+            first. Models are copied: later changes of their weights have no effect.
+        device: "cpu", "cuda" or "cuda:<number>"; None: the device of the model.
         dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and
-            boxes are float32 always.
+            boxes are always float32.
         cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel; None:
-            on a GPU. The first image of a size pays for the capture, about what four images take without. The 64 sizes
-            used last are kept; where memory is short, fewer. Under autocast, and within `spatialflow.ops.checked()`,
-            every kernel is queued. Settings of torch for TF32, cuDNN, reduced precision and deterministic algorithms
-            have graphs of their own. Forward hooks of modules run when a graph is captured, not when it is replayed.
-        optimize: fold BatchNorm and pre-arrange the weights once.
-        detection_masks: whether results carry the mask of every detection. False where only the map counts: on the
-            CPU the masks of detections below `instance_score_threshold`, often a quarter of all work, are left out. On
-            a GPU their number is not known to the host, so that all masks are computed, and only their download is
-            saved.
-        batch_size: images that go through the network together; only images of equal padded size share a batch, so that
-            results do not depend on the other images. See `stream` for how long an image waits for others.
+            on a GPU. The capture, at the first image of a size, takes about the time of four images. The 64 most
+            recently used sizes are kept, fewer where memory is short. Under autocast, and within
+            `spatialflow.ops.checked()`, every kernel is queued. Each combination of torch's settings for TF32, cuDNN,
+            reduced precision and deterministic algorithms has separate graphs. Forward hooks of modules run at the
+            capture of a graph, not at a replay.
+        optimize: fold BatchNorm and repack the weights once.
+        detection_masks: whether results have the mask of every detection. Without, the CPU does not compute the masks
+            of detections below `instance_score_threshold`, often a quarter of all work. A GPU computes all masks, as
+            the host does not know their number, but does not download them.
+        batch_size: images that go through the network together. Only images of equal padded size share a batch, so
+            that results do not depend on the other images. See `stream` for how long an image waits for others.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
             `test_flip=True`, `score_threshold=0.3`.
 
@@ -186,9 +192,9 @@ class Predictor:
             batch size below 1, no model, models of an ensemble that differ in their classes or inputs.
         TypeError: `model` is neither a SpatialFlow network nor a sequence of them.
 
-    Remarks:
+    Note:
         On a CUDA device nothing waits for the GPU between the upload of an image and the download of its result.
-        Several threads may share a Predictor. With CUDA graphs they queue their images one after the other.
+        Several threads may share a Predictor. With CUDA graphs their images are queued one after the other.
     """
 
     def __init__(
@@ -201,7 +207,7 @@ class Predictor:
         batch_size: int = 1,
         detection_masks: bool = True,
         **overrides: Any,
-    ):
+    ) -> None:
         unknown = [section for section in place_overrides(overrides) if section != "test"]
         if unknown:
             raise ConfigError(
@@ -210,7 +216,7 @@ class Predictor:
         if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise ValueError(f"batch_size: must be an integer of at least 1, got {batch_size!r}")
         models = _models_of(model)
-        check_ensemble([one.config for one in models])
+        check_ensemble([model.config for model in models])
         weight = next(models[0].parameters())
         self.device = usable_device(weight.device if device is None else device)
         dtype = weight.dtype if dtype is None else dtype
@@ -223,13 +229,13 @@ class Predictor:
             self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head
         )
         networks = [
-            optimize_for_inference(one, self.device, dtype)
+            optimize_for_inference(model, self.device, dtype)
             if optimize
-            else copy.deepcopy(one).to(self.device, dtype).eval()
-            for one in models
+            else copy.deepcopy(model).to(self.device, dtype).eval()
+            for model in models
         ]
-        other = self.categories.other_index
-        ignored = () if other is None else (other,)
+        other_index = self.categories.other_index
+        ignored = () if other_index is None else (other_index,)
         self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks, graphs)
         self.batch_size = batch_size
         self._transfers = Transfers(self.device)
@@ -241,7 +247,7 @@ class Predictor:
     def __call__(self, images: Iterable[Image]) -> list[PanopticResult]: ...
 
     def __call__(self, images: Image | Sequence[Image] | Iterable[Image]) -> PanopticResult | list[PanopticResult]:
-        """Predicts one image or many.
+        """Predict one image or many.
 
         Args:
             images: a path or an (H, W, 3) uint8 BGR array, or an iterable of them.
@@ -258,26 +264,27 @@ class Predictor:
         return outcome.result
 
     def stream(self, images: Iterable[Image]) -> Iterator[PanopticResult]:
-        """Predicts many images, and yields each result as soon as those before it are there.
+        """Predict many images, and yield each result as soon as all previous results were yielded.
 
-        Worker threads decode the next images while the network works. A GPU gets the next batch before the host waits
-        for the one before. Images are taken from the iterable in the caller's thread, a few ahead: no more than
-        `2 * DECODERS[device] + (PATIENCE + 3) * batch_size`. So the memory is bounded, and the iterable may be endless.
+        Worker threads decode the next images while the network runs. On a GPU the next batch is queued before the host
+        waits for the previous one. The iterable is read in the caller's thread, at most
+        `2 * DECODERS[device] + (PATIENCE + 3) * batch_size` images ahead. So the memory is bounded, and the iterable
+        may be infinite.
 
         Args:
-            images: paths or (H, W, 3) uint8 BGR arrays. An array that an iterator yields may be changed after that.
+            images: paths or (H, W, 3) uint8 BGR arrays. An iterator may reuse the array that it yielded.
 
         Yields:
             A PanopticResult per image, in the order given.
 
         Raises:
-            ImageError: see `__call__`; raised in the image's turn, after the results before it.
-            TypeError: `images` is one path or one array, or no iterable.
+            ImageError: see `__call__`; raised after the results of the previous images.
+            TypeError: `images` is one path or one array, or is not iterable.
 
-        Remarks:
-            Where the loop is left early, the threads end when the iterator is closed or has no more references.
-            Images of other padded sizes may come between those of a batch. An image waits until its batch is full, the
-            images end, or `PATIENCE * batch_size` images came since.
+        Note:
+            After an early exit from the loop, the threads end when the iterator is closed or garbage-collected.
+            The images of a batch need not be adjacent. An image waits until its batch is full, the images end, or
+            `PATIENCE * batch_size` further images were read.
 
         Example:
             >>> for result in predictor.stream(sorted(folder.glob("*.jpg"))):  # doctest: +SKIP
@@ -289,11 +296,11 @@ class Predictor:
                     try:
                         raise outcome.error
                     finally:
-                        del outcome  # its error refers to this frame
+                        del outcome  # the error refers to this frame
                 yield outcome.result
 
     def outcomes(self, images: Iterable[Image]) -> Iterator[Outcome]:
-        """As `stream`, for a caller that goes on after an image that cannot be read, or needs the decoded pixels.
+        """Predict many images as `stream`, with the decoded pixels, and with errors as values.
 
         Yields:
             An Outcome per image, in the order given.
@@ -307,35 +314,41 @@ class Predictor:
             iter(images)
         except TypeError:
             raise TypeError(f"images: must be an iterable of images, got {images!r:.80}") from None
-        done: dict[int, Outcome] = {}  # by position; an image before them is not done
+        done: dict[int, Outcome] = {}  # by position, not yet yielded
         running: deque[_Running] = deque()
-        given = 0
+        next_position = 0
         with closing(self._batches(images, done)) as batches:
             for batch in batches:
                 if batch:
                     running.append(self._queue(batch))
                 while len(running) > (self._transfers.queued if batch else 0):
                     done |= self._finish(running.popleft())
-                while given in done:
-                    outcome = done.pop(given)
-                    given += 1
+                while next_position in done:
+                    outcome = done.pop(next_position)
+                    next_position += 1
                     if not isinstance(outcome.error, (ImageError, type(None))):
                         try:
                             raise outcome.error
                         finally:
-                            del outcome  # its error refers to this frame
+                            del outcome  # the error refers to this frame
                     yield outcome
 
     def _batches(self, images: Iterable[Image], failed: dict[int, Outcome]) -> Iterator[list[_Item]]:
-        """Images of equal padded size that go through the network together.
+        """Group images of equal padded size into batches.
+
+        Args:
+            images: as for `stream`.
+            failed: gets the outcomes, by position, of images that cannot be read.
 
         Yields:
-            A batch; or no images, where all that runs should be finished now, as the next image is not decoded yet, or
-            none follows. Before that, the outcomes of images that cannot be read are added to `failed`.
+            A batch; or an empty list where the running batches should be finished first, because the next image is not
+            decoded yet or there are no more images.
         """
-        waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}  # the group of the first image comes first
+        waiting: dict[
+            tuple[tuple[int, int], ...], list[_Item]
+        ] = {}  # by padded sizes; the group of the earliest image is first
         threads, error = DECODERS[self.device.type], None
-        with closing(map_ahead(self._load, _taken(images), threads, 2 * threads + self.batch_size)) as loads:
+        with closing(map_ahead(self._load, _with_positions(images), threads, 2 * threads + self.batch_size)) as loads:
             try:
                 for position, load in enumerate(loads):
                     if not load.done():
@@ -344,13 +357,13 @@ class Predictor:
                         failed[position] = Outcome(None, None, load.exception())
                     else:
                         item = load.result()
-                        shape = tuple(fitted.padded_size for fitted in item.fitted)
+                        shape = tuple(geometry.padded_size for geometry in item.geometries)
                         waiting.setdefault(shape, []).append(item)
                         if len(waiting[shape]) == self.batch_size:
                             yield waiting.pop(shape)
                     while waiting and position - next(iter(waiting.values()))[0].position >= PATIENCE * self.batch_size:
                         yield waiting.pop(next(iter(waiting)))
-            except Exception as caught:  # of the iterable: it comes after the results before it
+            except Exception as caught:  # of the iterable; raised after the results of the previous images
                 error = caught
         yield from waiting.values()
         yield []
@@ -358,103 +371,95 @@ class Predictor:
             try:
                 raise error
             finally:
-                del error  # it refers to this frame
+                del error  # the error refers to this frame
 
     def _load(self, place: tuple[int, Image]) -> _Item:
-        """Reads an image; in a worker thread, if it is one of many."""
+        """Read an image; in a worker thread, if it is one of many."""
         position, image = place
-        times = dict.fromkeys(STAGES, 0.0)
+        times = zero_times()
         is_path = isinstance(image, (str, Path))
         name = Path(image).name if is_path else f"image {position}"
-        with stopwatch(times, "decode"):
+        with record_stages(times), stage("decode"):
             pixels = read_image(image) if is_path else check_image(image, name)
             staged = self._transfers.stage(pixels)
-        fitted = self.pipeline.fit(pixels.shape[:2])
-        for form in fitted:
-            if max(form.valid_size) > LARGEST_SIDE:
-                sides = " x ".join(map(str, form.valid_size))
+        geometries = self.pipeline.geometries(pixels.shape[:2])
+        for geometry in geometries:
+            if max(geometry.valid_size) > LARGEST_SIDE:
+                sides = " x ".join(map(str, geometry.valid_size))
                 rule = f"the sides of the network's input must be at most {LARGEST_SIDE} pixels long"
                 raise ImageError(f"{name}: {rule}, got {sides}")
-        return _Item(position, name, pixels, staged, fitted, times)
+        return _Item(position, name, pixels, staged, geometries, times)
 
     def _queue(self, items: list[_Item]) -> _Running:
-        """Starts one batch of equal padded size."""
-        times = dict.fromkeys(STAGES, 0.0)
-        with stopwatch(times, "preprocess"):
-            pixels = self._transfers.upload([item.staged for item in items])
-            plan = self.pipeline.plan([item.fitted for item in items])
-        graphs = self.pipeline.graphs
-        with nullcontext() if graphs is None else graphs.lock:  # other threads' replays would overwrite the results
-            found = self.pipeline(pixels, plan, times)
-            with stopwatch(times, "merge"):
-                return _Running(items, pixels, self._transfers.download(found), times)
+        """Queue one batch of equal padded size."""
+        times, graphs = zero_times(), self.pipeline.graphs
+        with record_stages(times):
+            with stage("preprocess"):
+                pixels = self._transfers.upload([item.staged for item in items])
+                plan = self.pipeline.plan([item.geometries for item in items])
+            with nullcontext() if graphs is None else graphs.lock:  # a replay by another thread overwrites the results
+                results = self.pipeline(pixels, plan)
+                with stage("merge"):
+                    return _Running(items, pixels, self._transfers.download(results), times)
 
     def _finish(self, batch: _Running) -> dict[int, Outcome]:
-        """Waits for a batch; the outcomes by position."""
-        with stopwatch(batch.times, "merge"):
-            found = batch.download.wait()
+        """Wait for a batch; returns the outcomes by position."""
+        with record_stages(batch.times), stage("merge"):
+            results = batch.download.wait()
         outcomes = {}
-        for item, result in zip(batch.items, found):
-            for stage in STAGES:
-                item.times[stage] += batch.times[stage] / len(batch.items)
+        for item, result in zip(batch.items, results, strict=True):
+            for name in STAGES:
+                item.times[name] += batch.times[name] / len(batch.items)
             outcomes[item.position] = Outcome(self._result(item, result), item.pixels, None)
         return outcomes
 
-    def _result(self, item: _Item, found: FixedResult) -> PanopticResult:
-        count = int(found.count)
+    def _result(self, item: _Item, result: FixedResult) -> PanopticResult:
+        """The result of an image, without the padding rows of its detections."""
+        count = int(result.count)
         return PanopticResult(
-            found.merged.id_map.numpy(),
-            self._segments(found.merged),
-            found.boxes[:count].numpy(),
-            found.scores[:count].numpy(),
-            self.categories.thing_ids[found.labels[:count].numpy()],
-            None if found.mask_logits is None else found.mask_logits[:count].numpy(),
+            result.merged.id_map.numpy(),
+            segment_list(result.merged, self.categories.thing_ids, self.categories.stuff_ids),
+            result.boxes[:count].numpy(),
+            result.scores[:count].numpy(),
+            self.categories.thing_ids[result.labels[:count].numpy()],
+            None if result.mask_logits is None else result.mask_logits[:count].numpy(),
             self.config.test.mask_threshold,
             self.categories,
             item.name,
             item.times,
         )
 
-    def _segments(self, merged: PanopticMergeOutput) -> list[dict[str, Any]]:
-        count = int(merged.count)
-        columns = (merged.labels, merged.is_thing, merged.areas, merged.boxes, merged.scores)
-        rows = zip(*(column[:count].tolist() for column in columns))
-        things, stuff = self.categories.thing_ids, self.categories.stuff_ids
-        return [
-            {
-                "id": row + 1,
-                "category_id": int(things[label] if is_thing else stuff[label]),
-                "isthing": int(is_thing),
-                "area": area,
-                "bbox": box,
-                "score": score if is_thing else None,
-            }
-            for row, (label, is_thing, area, box, score) in enumerate(rows)
-        ]
-
 
 def graph_cache(device: torch.device, wanted: bool | None) -> GraphCache | None:
-    """Where the graphs of a Predictor are kept; None without. `wanted` is its `cuda_graph`."""
+    """A cache of CUDA graphs for a Predictor, or None to use no graphs.
+
+    Args:
+        device: of the Predictor.
+        wanted: its argument `cuda_graph`; None: on a CUDA device.
+
+    Raises:
+        ValueError: graphs are wanted on another kind of device.
+    """
     if wanted and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, got device {device}")
     return GraphCache(device) if device.type == "cuda" and wanted is not False else None
 
 
 def _models_of(model: SpatialFlow | Sequence[SpatialFlow]) -> list[SpatialFlow]:
-    """The networks of a Predictor; TypeError unless all are."""
+    """The networks of a Predictor; TypeError unless all are SpatialFlow networks."""
     rule = "model: must be a SpatialFlow network or a sequence of them"
     if isinstance(model, SpatialFlow):
         return [model]
     if not isinstance(model, (list, tuple)):
         raise TypeError(f"{rule}, got {model!r:.80}")
-    for one in model:
-        if not isinstance(one, SpatialFlow):
-            raise TypeError(f"{rule}, got a {type(one).__name__} in the sequence")
+    for network in model:
+        if not isinstance(network, SpatialFlow):
+            raise TypeError(f"{rule}, got a {type(network).__name__} in the sequence")
     return list(model)
 
 
-def check_ensemble(configs: Sequence[Config]):
-    """ValueError unless networks of these configurations, one or more, take the same input and name equal classes."""
+def check_ensemble(configs: Sequence[Config]) -> None:
+    """ValueError unless there is a configuration, and all have the same input format and the same classes."""
     if not configs:
         raise ValueError("model: an ensemble needs at least one model, got none")
     shared = {
@@ -464,13 +469,13 @@ def check_ensemble(configs: Sequence[Config]):
     for section, names in shared.items():
         for name in names:
             first, *others = (getattr(getattr(config, section), name) for config in configs)
-            for other in others:
-                if other != first:
-                    raise ValueError(f"model: those of an ensemble must agree in {name}, got {first!r} and {other!r}")
+            for value in others:
+                if value != first:
+                    raise ValueError(f"model: those of an ensemble must agree in {name}, got {first!r} and {value!r}")
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device by that name, if it is a CPU or a CUDA device that is there; ValueError otherwise."""
+    """The device by name; ValueError unless it is a CPU or an existing CUDA device."""
     try:
         usable = torch.device(device)
     except RuntimeError:
@@ -484,8 +489,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     return usable
 
 
-def _taken(images: Iterable[Image]) -> Iterator[tuple[int, Image]]:
-    """Images with their positions. What an iterator yields is copied, as its next step may overwrite an array."""
+def _with_positions(images: Iterable[Image]) -> Iterator[tuple[int, Image]]:
+    """Enumerate images. An array from an iterator is copied, as the iterator may overwrite it in its next step."""
     for position, image in enumerate(images):
-        lasting = isinstance(images, Sequence) or not isinstance(image, np.ndarray)
-        yield position, image if lasting else image.copy()
+        may_change = isinstance(image, np.ndarray) and not isinstance(images, Sequence)
+        yield position, image.copy() if may_change else image

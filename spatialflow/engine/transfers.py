@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of images to a device and of results to the host, which run beside the work of both."""
+"""Asynchronous copies of images to a device and of results to the host."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from torch import Tensor
 
 
 class Download(NamedTuple):
-    """Copies of tensors to the host, which may not have ended."""
+    """Copies of tensors to the host, which may still be running."""
 
     value: Any
     done: torch.cuda.Event | None  # None on the CPU
 
     def wait(self) -> Any:
-        """The same structure of tensors on the host, in memory of their own."""
+        """Wait for the copies; returns the same structure of tensors on the host, in newly allocated memory."""
         if self.done is None:
             return self.value
-        self.done.synchronize()  # the one wait that torch's sync debug mode lets pass: a stream's is an error there
+        # torch.cuda.set_sync_debug_mode("error") permits Event.synchronize, but not Stream.synchronize.
+        self.done.synchronize()
         return _map(torch.clone, self.value)
 
 
 class Transfers:
-    """The way to a device and back. On the CPU nothing is copied.
+    """Copies between the host and a device. On the CPU nothing is copied.
 
-    Copies to and from a GPU go through pinned memory, so that the host need not wait for them. Torch keeps that memory
-    and hands it out again once the copies queued from or to it are done. Nothing here keeps it longer than that.
+    Copies to and from a GPU use pinned memory, so that the host need not wait for them. Torch reuses that memory after
+    the copies queued from or to it are done.
 
     Args:
         device: "cpu" or a CUDA device.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self._is_gpu = device.type == "cuda"
-        self._uploads: Any = None  # a stream, so that an upload does not queue behind the work before it
+        self._uploads: Any = None  # a stream, so that an upload does not wait for work queued earlier
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the stream, which belongs to this process."""
+        """The state without the stream, which belongs to this process."""
         return vars(self) | {"_uploads": None}
 
     @property
     def queued(self) -> int:
-        """How many batches may be queued or at work while the host prepares the next one."""
+        """Number of batches that may be queued or running while the host prepares the next one."""
         return 1 if self._is_gpu else 0
 
     def stage(self, pixels: np.ndarray) -> Tensor:
-        """Where `upload` reads an image from; called in any thread.
+        """Copy an image to memory from which `upload` reads. May be called in any thread.
 
         Args:
             pixels: (H, W, 3) uint8 of any strides.
@@ -58,24 +59,26 @@ class Transfers:
         if not self._is_gpu:
             return torch.from_numpy(np.require(pixels, requirements="CW"))
         pinned = torch.empty(pixels.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
-        np.copyto(pinned.numpy(), pixels)  # torch's copy would start threads of its own for each of ours
+        np.copyto(pinned.numpy(), pixels)  # torch's copy would start further threads in every caller thread
         return pinned
 
     def upload(self, staged: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors on the device for those of `stage`. The current stream waits for them, the host does not.
+        """Copy tensors of `stage` to the device. The current stream waits for the copies, the host does not.
 
-        The caller keeps them until the work that reads them has ended: their memory belongs to another stream.
+        The caller must keep the result until the work that reads it is done, as another stream allocated its memory.
         """
         if not self._is_gpu:
             return list(staged)
-        stream = self._uploads = self._uploads or torch.cuda.Stream(self.device)  # two threads may each make one
+        stream = self._uploads = self._uploads or torch.cuda.Stream(
+            self.device
+        )  # a race between two threads makes two streams, which is harmless
         with torch.cuda.stream(stream):
             uploaded = [tensor.to(self.device, non_blocking=True) for tensor in staged]
         torch.cuda.current_stream(self.device).wait_stream(stream)
         return uploaded
 
     def download(self, value: Any) -> Download:
-        """Queues copies of all tensors in nested lists and named tuples behind the current stream's work."""
+        """Queue copies of all tensors in nested lists and named tuples after the work of the current stream."""
         if not self._is_gpu:
             return Download(value, None)
         value = _map(lambda tensor: tensor.to("cpu", non_blocking=True), value)
@@ -85,7 +88,7 @@ class Transfers:
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`function` of every tensor in lists and named tuples; None stays."""
+    """Apply `function` to every tensor in lists and named tuples; None stays."""
     if value is None or isinstance(value, Tensor):
         return None if value is None else function(value)
     parts = [_map(function, part) for part in value]

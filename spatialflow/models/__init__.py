@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SpatialFlow network, its configuration and its inference."""
+"""The SpatialFlow network, its training criterion and its postprocessing."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RetinaNet's anchors, and the targets of boxes relative to them."""
+"""RetinaNet's anchors, and box deltas relative to them."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ STRIDES = (8, 16, 32, 64, 128)
 def base_anchors(
     stride: int, octave_scale: float = 4.0, scales_per_octave: int = 3, ratios: Sequence[float] = (0.5, 1.0, 2.0)
 ) -> Tensor:
-    """The anchors of the cell at the origin.
+    """Compute the anchors of the cell at the origin.
 
     Args:
         stride: stride of the level in pixels.
@@ -33,12 +33,12 @@ def base_anchors(
 
 
 def valid_flags(size: tuple[int, int], stride: int, padded_sizes: Tensor, num_anchors: int) -> Tensor:
-    """Marks the anchors whose cell begins inside the image's own padded size (training ignores the others).
+    """Mark the anchors whose cell begins inside the padded size of the image; training ignores the others.
 
     Args:
         size: (H, W) of the level in the batch.
         stride: stride of the level.
-        padded_sizes: (N, 2) int64, height and width of each image, padded, in pixels.
+        padded_sizes: (N, 2) int64, height and width in pixels that each image alone is padded to.
         num_anchors: anchors per cell.
 
     Returns:
@@ -52,7 +52,7 @@ def valid_flags(size: tuple[int, int], stride: int, padded_sizes: Tensor, num_an
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Deltas that `ops.select_candidates` turns back into `boxes`: means 0, standard deviations 1.
+    """Encode boxes as deltas, which `ops.select_candidates` decodes: means 0, standard deviations 1.
 
     Args:
         anchors: (..., 4), (x1, y1, x2, y2).
@@ -62,8 +62,8 @@ def encode_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
         (..., 4): (dx, dy) in anchor sizes, (dw, dh) as logarithms.
     """
     anchors, boxes = anchors.float(), boxes.float()
-    centre = (anchors[..., :2] + anchors[..., 2:]) * 0.5
+    center = (anchors[..., :2] + anchors[..., 2:]) * 0.5
     size = anchors[..., 2:] - anchors[..., :2]
-    target_centre = (boxes[..., :2] + boxes[..., 2:]) * 0.5
+    target_center = (boxes[..., :2] + boxes[..., 2:]) * 0.5
     target_size = boxes[..., 2:] - boxes[..., :2]
-    return torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=-1)
+    return torch.cat([(target_center - center) / size, torch.log(target_size / size)], dim=-1)

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training criterion: raw outputs and ground truth in, four losses out. The network knows nothing of it."""
+"""The training criterion: losses of the network's outputs against the targets. It runs no part of the network."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow.config import Config
-from spatialflow.models.anchors import STRIDES, valid_flags
-from spatialflow.models.postprocess import detect, pyramid_anchors, pyramid_base_anchors
-from spatialflow.models.spatialflow import NetworkOutput, SpatialFlow
-from spatialflow.models.targets import AnchorTargets, ThingTargets, Truth, anchor_targets, thing_targets
-from spatialflow.ops import select_candidates, sigmoid_focal_loss
-
-IGNORED_PIXEL = 255
-"""Value of pixels without a label in semantic maps."""
+from spatialflow.models.assigner import Targets
+from spatialflow.models.spatialflow import NetworkOutput
+from spatialflow.models.targets import AnchorTargets, ThingTargets
+from spatialflow.ops import sigmoid_focal_loss
+from spatialflow.structures import UNLABELED
 
 ROWS_AT_ONCE = 16
-"""Rows of the stuff loss that are worked on together on the CPU; their logits stay in cache."""
+"""Rows per band of the stuff loss on the CPU; the logits of a band stay in cache."""
 
 
 class Losses(NamedTuple):
@@ -32,17 +28,18 @@ class Losses(NamedTuple):
     stuff: Tensor | None  # () cross entropy of the semantic map, times stuff_loss_weight
 
     def total(self) -> Tensor:
-        """Their sum."""
+        """Sum the terms."""
         return torch.stack([term for term in self if term is not None]).sum()
 
 
 def focal_loss_sum(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """Sum of the focal loss over all classes of all anchors that are not ignored.
+    """Compute the sum of the focal loss over all classes of all anchors that are not ignored.
 
     Args:
         logits: (M, C).
         labels: (M,) int64: class, C for background, -1 for ignored.
-        gamma, alpha: exponent and weight of positives.
+        gamma: exponent.
+        alpha: weight of positives.
 
     Returns:
         () float32. Smooth in the logits however large they are.
@@ -53,38 +50,40 @@ def focal_loss_sum(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: fl
 
 
 def l1_loss_sum(deltas: Tensor, target: Tensor) -> Tensor:
-    """Sum of absolute differences, (P, 4) each; not divided by 4."""
+    """Sum absolute differences, (P, 4) each; not divided by 4."""
     return (deltas.float() - target).abs().sum()
 
 
 def mask_loss_sum(logits: Tensor, target: Tensor) -> Tensor:
-    """Sum over RoIs of the mean binary cross entropy of their masks, (K, M, M) each."""
+    """Sum over RoIs the mean binary cross entropy of their masks, (K, M, M) each."""
     return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=(1, 2)).sum()
 
 
 def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
-    """Sum of the cross entropy of all labeled pixels, with the logits enlarged to the size of the labels.
+    """Sum the cross entropy of all labeled pixels, with the logits upsampled to the size of the labels.
 
     Args:
-        logits: (N, C, H / f, W / f), enlarged bilinearly with aligned corners.
-        semantic: (N, H, W) integer, 255 where a pixel does not count.
+        logits: (N, C, H / f, W / f), upsampled bilinearly with aligned corners.
+        semantic: (N, H, W) integer, UNLABELED (255) where a pixel does not count.
 
     Returns:
         () float32. Differentiable once, by `logits`.
     """
-    return torch.stack([_EnlargedCrossEntropy.apply(*image) for image in zip(logits.float(), semantic)]).sum()
+    return torch.stack(
+        [_UpsampledCrossEntropy.apply(*image) for image in zip(logits.float(), semantic, strict=True)]
+    ).sum()
 
 
-class _EnlargedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient of one image in one pass, band by band, so that no map of image size but the labels exists.
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """Loss and gradient of one image in one pass, band by band; of image size only the labels are held.
 
-    Enlarging is a matrix product along either axis, and so is its adjoint.
+    Upsampling is a matrix product along either axis, and so is its adjoint.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, semantic: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, semantic: Tensor) -> Tensor:
         (height, width), (classes, h, w) = semantic.shape, logits.shape
-        along_x, along_y = (_enlargement(small, large, logits) for small, large in ((w, width), (h, height)))
+        along_x, along_y = (_upsampling_weights(small, large, logits) for small, large in ((w, width), (h, height)))
         wide = along_x @ logits.permute(1, 2, 0)  # (h, W, C)
         gradient, total = torch.zeros_like(wide), logits.new_zeros(())
         rows = ROWS_AT_ONCE if logits.device.type == "cpu" else height
@@ -93,118 +92,90 @@ class _EnlargedCrossEntropy(torch.autograd.Function):
             first, last = (max(start * (h - 1) // max(height - 1, 1) - 1, 0), (start + rows) * h // height + 2)
             weights = along_y[start : start + rows, first:last]  # (R, rows of `wide` that the band touches)
             band = (weights @ wide[first:last].flatten(1)).view(-1, classes)  # (R * W, C)
-            counted = labels != IGNORED_PIXEL
+            counted = labels != UNLABELED
             labels = torch.where(counted, labels, 0)[:, None]
-            log_shares = band.log_softmax(dim=1)
-            total -= (log_shares.gather(1, labels)[:, 0] * counted).sum()
-            shares = log_shares.exp_().scatter_add_(1, labels, log_shares.new_full(labels.shape, -1.0))
-            shares *= counted[:, None]
-            gradient[first:last] += (weights.t() @ shares.view(weights.shape[0], -1)).view(-1, width, classes)
+            log_probabilities = band.log_softmax(dim=1)
+            total -= (log_probabilities.gather(1, labels)[:, 0] * counted).sum()
+            minus_one = log_probabilities.new_full(labels.shape, -1.0)
+            d_band = log_probabilities.exp_().scatter_add_(1, labels, minus_one)  # softmax minus one-hot labels
+            d_band *= counted[:, None]
+            gradient[first:last] += (weights.t() @ d_band.view(weights.shape[0], -1)).view(-1, width, classes)
         ctx.save_for_backward((along_x.t() @ gradient).permute(2, 0, 1))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None]:
         return ctx.saved_tensors[0] * grad_total, None
 
 
-def _enlargement(small: int, large: int, like: Tensor) -> Tensor:
-    """(large, small) weights of bilinear enlargement with aligned corners."""
+def _upsampling_weights(small: int, large: int, like: Tensor) -> Tensor:
+    """Compute the (large, small) weights of bilinear upsampling with aligned corners."""
     source = torch.arange(large, dtype=torch.float64, device=like.device) * ((small - 1) / max(large - 1, 1))
     nodes = torch.arange(small, dtype=torch.float64, device=like.device)
     return (1 - (source[:, None] - nodes).abs()).clamp_(min=0).to(like.dtype)
 
 
+StuffLoss = Callable[[Tensor, Tensor], Tensor]
+"""Stuff logits at stride 4 and the semantic map -> the loss summed over labeled pixels, as `stuff_loss_sum`."""
+
+
 class Criterion:
     """The losses of a batch.
 
-    Every term is a sum over the batch divided by a count over the batch: anchors by the sum over images of their
-    positives (at least 1 each), masks by the number of RoIs, pixels by the number of labeled ones. With several
-    processes the counts are those of all processes, so that the averaged gradients are those of one process with the
-    whole batch.
+    Every term is a sum over the batch divided by a count over the batch. For anchors the count is the sum over images
+    of their positives, at least 1 each. For masks it is the number of RoIs, for pixels the number of labeled ones.
+    With several processes the counts are the means over processes, so that the averaged gradients are those of one
+    process with the whole batch.
 
     Args:
-        config: for the anchors, thresholds and weights.
+        config: for the classes, the parameters of the focal loss and the weight of the stuff loss.
         average: replaces a vector of counts by its mean over processes; None with one process.
+        stuff_loss: the loss of the semantic map.
     """
 
-    def __init__(self, config: Config, average: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        average: Callable[[Tensor], Tensor] | None = None,
+        stuff_loss: StuffLoss = stuff_loss_sum,
+    ) -> None:
         self.config = config
         self.average = average or (lambda counts: counts)
-        self.proposal_config = replace(config.test, nms_threshold=config.training.proposal_nms_threshold)
-        self._base: Tensor | None = None
+        self.stuff_loss = stuff_loss
 
-    def __call__(self, network: SpatialFlow, images: Tensor, truth: Truth) -> Losses:
-        """Runs the network on a batch and compares.
+    def __call__(self, output: NetworkOutput, targets: Targets, mask_logits: Tensor | None) -> Losses:
+        """Compute the losses of a batch.
 
         Args:
-            network: in training mode.
-            images: (N, 3, H, W) floating point, normalized.
-            truth: at the same scale.
+            output: of the network, for N images.
+            targets: of a `TargetAssigner`.
+            mask_logits: (K, M, M) of the RoIs in `targets.things`; without any RoI the (1, M, M) of any one, which
+                keeps the thing head in the graph. None without a thing head.
 
         Returns:
-            Losses. A batch without a single ground truth has a thing loss of zero with zero gradients.
+            Losses. A batch without ground-truth boxes has a thing loss of zero with zero gradients.
         """
-        training = self.config.training
-        output, stuff_logits = network.dense(images)
-        targets = self.anchor_targets(output, truth)
-        things = None if network.thing_head is None else self.thing_targets(output, truth)
-        count = torch.stack(
+        anchors, things = targets.anchors, targets.things
+        counts = torch.stack(
             [
-                targets.counts.clamp(min=1).sum(),
-                targets.counts.new_tensor(0 if things is None else len(things.rois)),
-                (truth.semantic != IGNORED_PIXEL).sum(),
+                anchors.counts.clamp(min=1).sum(),
+                anchors.counts.new_tensor(0 if things is None else len(things.rois)),
+                (targets.semantic != UNLABELED).sum(),
             ]
         ).float()
-        count = self.average(count).clamp(min=1e-6)  # (3,) anchors, RoIs, pixels
-        cls, box = self._detection_sums(output, targets)
+        num_anchors, num_rois, num_pixels = self.average(counts).clamp(min=1e-6)
+        cls, box = self._detection_sums(output, anchors)
         thing = stuff = None
         if things is not None:
-            thing = self._thing_sum(network, output, things) / count[1]
-        if stuff_logits is not None:
-            stuff = self._stuff_sum(stuff_logits, truth) / count[2] * training.stuff_loss_weight
-        return Losses(cls / count[0], box / count[0], thing, stuff)
-
-    @torch.no_grad()
-    def anchor_targets(self, output: NetworkOutput, truth: Truth) -> AnchorTargets:
-        """Targets of all anchors of the output's levels."""
-        model, training = self.config.model, self.config.training
-        device = output.class_logits[0].device
-        sizes = [tuple(logits.shape[-2:]) for logits in output.class_logits]
-        anchors = torch.cat(pyramid_anchors(self._base_anchors(device), sizes))  # (A, 4)
-        padded = truth.padded_sizes.to(device)
-        flags = [valid_flags(size, stride, padded, model.num_anchors) for size, stride in zip(sizes, STRIDES)]
-        inside = torch.cat(flags, dim=1)  # (N, A)
-        return anchor_targets(
-            anchors, inside, truth.boxes, truth.labels, model.num_things, training.positive_iou, training.negative_iou
-        )
-
-    @torch.no_grad()
-    def thing_targets(self, output: NetworkOutput, truth: Truth) -> ThingTargets:
-        """RoIs and masks: all ground truth, and the head's present detections at network scale that fit one."""
-        model = self.config.model
-        candidates = select_candidates(
-            output.class_logits,
-            output.box_deltas,
-            self._base_anchors(output.class_logits[0].device),
-            STRIDES,
-            truth.valid_sizes,
-            torch.ones_like(truth.valid_sizes, dtype=torch.float32),
-            self.config.test.candidates_per_level,
-        )
-        found = detect(candidates, self.proposal_config)
-        proposals = [boxes[:count] for boxes, count in zip(found.boxes, found.count.tolist())]
-        return thing_targets(proposals, truth, 2 * model.roi_size, self.config.training.positive_iou)
-
-    def _base_anchors(self, device: torch.device) -> Tensor:
-        """(L, A, 4), uploaded once."""
-        if self._base is None or self._base.device != device:
-            self._base = pyramid_base_anchors(self.config.model, device)
-        return self._base
+            thing = _thing_sum(mask_logits, things) / num_rois
+        if output.stuff_logits is not None:
+            stuff = self.stuff_loss(output.stuff_logits, targets.semantic) / num_pixels
+            stuff = stuff * self.config.training.stuff_loss_weight
+        return Losses(cls / num_anchors, box / num_anchors, thing, stuff)
 
     def _detection_sums(self, output: NetworkOutput, targets: AnchorTargets) -> tuple[Tensor, Tensor]:
-        """Focal and L1 sums over all levels."""
+        """Compute the focal and L1 sums over all levels."""
         training, num_things = self.config.training, self.config.model.num_things
         batch = len(targets.labels)
         logits = [
@@ -214,7 +185,7 @@ class Criterion:
         cls = torch.stack(
             [
                 focal_loss_sum(level.flatten(0, 1), target.flatten(), training.focal_gamma, training.focal_alpha)
-                for level, target in zip(logits, labels)
+                for level, target in zip(logits, labels, strict=True)
             ]
         ).sum()
         deltas = torch.cat(
@@ -222,15 +193,7 @@ class Criterion:
         )  # (N, A, 4)
         return cls, l1_loss_sum(deltas[targets.positive[:, 0], targets.positive[:, 1]], targets.deltas)
 
-    def _thing_sum(self, network: SpatialFlow, output: NetworkOutput, things: ThingTargets) -> Tensor:
-        """Mask loss summed over RoIs; without any, a weightless RoI keeps every parameter in the graph (DDP waits
-        for each).
-        """
-        if len(things.rois) > 0:
-            return mask_loss_sum(network.thing_logits(output.thing_features, things.rois, things.labels), things.masks)
-        rois = things.rois.new_tensor([[0, 0, 0, 1, 1]])
-        return network.thing_logits(output.thing_features, rois, things.labels.new_zeros(1)).float().sum() * 0
 
-    def _stuff_sum(self, logits: Tensor, truth: Truth) -> Tensor:
-        """Semantic loss of the logits at stride 4."""
-        return stuff_loss_sum(logits, truth.semantic)
+def _thing_sum(mask_logits: Tensor, things: ThingTargets) -> Tensor:
+    """Compute the mask loss summed over RoIs; without any, zero with zero gradients."""
+    return mask_loss_sum(mask_logits, things.masks) if len(things.rois) > 0 else mask_logits.float().sum() * 0

@@ -1,21 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A modulated deformable 3x3 convolution whose offsets come from its own input (DCN v2)."""
+"""Modulated deformable 3x3 convolutions (DCN v2)."""
 
 from torch import Tensor, nn
 
 from spatialflow.ops import deform_conv2d
 
 OFFSETS, OFFSET_CHANNELS = 18, 27
-"""18 offsets, (dy, dx) per tap, taps row-major, then 9 mask logits."""
+"""18 offsets, (dy, dx) per tap, taps row-major; with the 9 mask logits behind them 27 channels."""
 
 
 def split_offsets(prediction: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 27, H, W) -> offsets (N, 18, H, W) and mask (N, 9, H, W) in 0..1."""
+    """Split (N, 27, H, W) into offsets (N, 18, H, W) and mask (N, 9, H, W), by a sigmoid in 0..1."""
     return prediction[:, :OFFSETS], prediction[:, OFFSETS:].sigmoid()
 
 
-class DeformConv2d(nn.Conv2d):
-    """A 3x3 convolution whose sampling points `conv_offset`, an ordinary convolution of the same input, predicts."""
+class FlowOffsetDeformConv2d(nn.Conv2d):
+    """Deformable convolution with offsets and mask from a flow: (N, C, H, W), (N, 27, H', W') -> (N, O, H', W')."""
+
+    def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
+        """Convolve `x` (N, C, H, W) at the points that `prediction` (N, 27, H', W') gives."""
+        offset, mask = split_offsets(prediction)  # (N, 18, H', W'), (N, 9, H', W')
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
+
+
+class SelfOffsetDeformConv2d(nn.Conv2d):
+    """Deformable convolution that predicts offsets and mask from its input: (N, C, H, W) -> (N, O, H', W').
+
+    `conv_offset`, an ordinary convolution of the same input, predicts them.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: must be 3.
+        stride: of both convolutions.
+        padding: of both convolutions.
+        groups: of the deformable convolution.
+        bias: whether the deformable convolution has a bias.
+    """
 
     def __init__(
         self,
@@ -26,16 +47,17 @@ class DeformConv2d(nn.Conv2d):
         padding: int = 1,
         groups: int = 1,
         bias: bool = True,
-    ):
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
         self.conv_offset = nn.Conv2d(in_channels, OFFSET_CHANNELS, kernel_size, stride, padding)
         self.zero_offsets()
 
-    def zero_offsets(self):
-        """Starts as an ordinary convolution of half the weight: no offsets, mask 0.5."""
+    def zero_offsets(self) -> None:
+        """Set the offsets to 0 and the mask to 0.5: an ordinary convolution times 0.5."""
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve `x`, (N, C, H, W)."""
         offset, mask = split_offsets(self.conv_offset(x))  # (N, 18, H', W'), (N, 9, H', W')
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)

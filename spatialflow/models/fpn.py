@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feature pyramid P3..P7 (RetinaNet's form)."""
+"""Feature pyramid network with the levels P3..P7 of RetinaNet."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,17 @@ from torch.nn import functional as F
 
 
 class FPN(nn.Module):
-    """P3, P4, P5 top-down from C3, C4, C5; P6 is a strided convolution of C5, P7 of P6 (no ReLU between); no norm.
+    """Feature pyramid: [C3, C4, C5] -> [P3, ..., P7], each (N, channels, H / stride, W / stride), strides 8 to 128.
+
+    P3 to P5 come top-down from C3 to C5. P6 is a strided convolution of C5, P7 one of P6, without a ReLU between.
+    Convolutions have a bias and no norm.
 
     Args:
         in_channels: channels of C3, C4, C5.
         channels: channels of every output level.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int = 256):
+    def __init__(self, in_channels: Sequence[int], channels: int = 256) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
@@ -27,9 +30,11 @@ class FPN(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """[C3, C4, C5] -> [P3, ..., P7], strides 8..128."""
-        merged = [lateral(f) for lateral, f in zip(self.lateral, features)]  # (N, channels, H/8..H/32, ...)
+        """Compute the pyramid from C3, C4 and C5."""
+        merged = [
+            lateral(f) for lateral, f in zip(self.lateral, features, strict=True)
+        ]  # (N, channels, H/8..H/32, ...)
         for i in range(len(merged) - 1, 0, -1):
             merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
         p6 = self.p6(features[-1])  # (N, channels, H/64, W/64)
-        return [conv(m) for conv, m in zip(self.output, merged)] + [p6, self.p7(p6)]
+        return [*(conv(m) for conv, m in zip(self.output, merged, strict=True)), p6, self.p7(p6)]

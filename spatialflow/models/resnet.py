@@ -1,25 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNet and ResNeXt backbones with optional deformable stages, in the layout and with the names of torchvision."""
+"""ResNet and ResNeXt backbones with optional deformable stages; layout and names of parameters are torchvision's."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from spatialflow.models.deform import DeformConv2d
+from spatialflow.models.deform import SelfOffsetDeformConv2d
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks per stage by depth."""
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, "pytorch style"), 1x1 with four times the planes, and the shortcut."""
+    """Residual block: 1x1, 3x3 with the stride, 1x1 with four times the planes, and the shortcut.
 
-    def __init__(self, in_channels: int, planes: int, width: int, groups: int, stride: int, deformable: bool):
+    (N, in_channels, H, W) -> (N, 4 * planes, H / stride, W / stride).
+
+    Args:
+        in_channels: channels of the input.
+        planes: a quarter of the output's channels.
+        width: channels of the 3x3 convolution.
+        groups: groups of the 3x3 convolution.
+        stride: of the 3x3 convolution and of the shortcut.
+        deformable: whether the 3x3 convolution is deformable.
+    """
+
+    def __init__(self, in_channels: int, planes: int, width: int, groups: int, stride: int, deformable: bool) -> None:
         super().__init__()
         out_channels = planes * 4
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        conv = DeformConv2d if deformable else nn.Conv2d
+        conv = SelfOffsetDeformConv2d if deformable else nn.Conv2d
         self.conv2 = conv(width, width, 3, stride=stride, padding=1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
@@ -32,6 +43,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the block on `x`, (N, in_channels, H, W)."""
         out = self.relu(self.bn1(self.conv1(x)))  # (N, width, H, W)
         out = self.relu(self.bn2(self.conv2(out)))  # (N, width, H/stride, W/stride)
         out = self.bn3(self.conv3(out))  # (N, 4*planes, H/stride, W/stride)
@@ -39,10 +51,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of bottlenecks; returns C3, C4, C5.
+    """Backbone of four stages of bottlenecks: (N, 3, H, W) -> [C3, C4, C5], of H/8, H/16 and H/32.
 
-    BatchNorm always uses its running statistics (also in `train()` mode), unless `norm_trains`; its affine parameters
-    train.
+    BatchNorm uses its running statistics in `train()` mode too, unless `norm_trains`. Its affine parameters train.
 
     Args:
         depth: 50 or 101.
@@ -63,7 +74,7 @@ class ResNet(nn.Module):
         deformable_stages: Sequence[int] = (),
         frozen_stages: int = 1,
         norm_trains: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.frozen_stages = frozen_stages
         self.norm_trains = norm_trains
@@ -82,30 +93,30 @@ class ResNet(nn.Module):
                 channels = planes * 4
             setattr(self, f"layer{index + 1}", nn.Sequential(*stage))
         self.out_channels = tuple(base_channels * 4 * 2**i for i in (1, 2, 3))
-        self._initialise()
+        self._initialize()
         self._freeze()
-        self.train()  # a module starts in training mode without a call of it
+        self.train()  # nn.Module starts in training mode without calling train()
 
-    def _initialise(self):
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for module in self.modules():
-            if isinstance(module, DeformConv2d):
+            if isinstance(module, SelfOffsetDeformConv2d):
                 module.zero_offsets()
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)  # a block starts as the identity
 
-    def _freeze(self):
+    def _freeze(self) -> None:
         for module in self._frozen():
             module.requires_grad_(False)
 
     def _frozen(self) -> list[nn.Module]:
         stem = [self.conv1, self.bn1] if self.frozen_stages >= 0 else []
-        return stem + [getattr(self, f"layer{i}") for i in range(1, self.frozen_stages + 1)]
+        return [*stem, *(getattr(self, f"layer{i}") for i in range(1, self.frozen_stages + 1))]
 
     def train(self, mode: bool = True) -> "ResNet":
-        """As `nn.Module.train`, but BatchNorm keeps using its running statistics where it does not train."""
+        """Set the mode as `nn.Module.train`, but BatchNorm that does not train keeps its running statistics."""
         super().train(mode)
         for fixed in self._frozen() if self.norm_trains else [self]:
             for module in fixed.modules():
@@ -114,7 +125,7 @@ class ResNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) -> [C3 (H/8), C4 (H/16), C5 (H/32)]."""
+        """Compute C3, C4 and C5 from images (N, 3, H, W)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (N, base, H/4, W/4)
         x = self.layer1(x)  # (N, 4*base, H/4, W/4)
         c3 = self.layer2(x)  # (N, 8*base, H/8, W/8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The assembly of the network: backbone, FPN, sub-networks, heads."""
+"""The SpatialFlow network, assembled from backbone, FPN, sub-networks and heads."""
 
 from typing import NamedTuple
 
@@ -18,12 +18,12 @@ class NetworkOutput(NamedTuple):
     class_logits: list[Tensor]  # P3..P7, (N, A * num_things, ...), anchor-major
     box_deltas: list[Tensor]  # P3..P7, (N, A * 4, ...)
     stuff_features: list[Tensor] | None  # P3..P5, (N, C, ...); None without a stuff head
-    thing_features: list[Tensor] | None  # P3..P5, (N, C, ...), what RoIs are taken from; None without a thing head
-    stuff_logits: Tensor | None  # (N, num_stuff, H, W); None without a stuff head
+    thing_features: list[Tensor] | None  # P3..P5, (N, C, ...), inputs of RoIAlign; None without a thing head
+    stuff_logits: Tensor | None  # (N, num_stuff, H / 4, W / 4); None without a stuff head
 
 
 class SpatialFlow(nn.Module):
-    """A panoptic network (or RetinaNet, where both segmentation heads are None).
+    """A panoptic network, or RetinaNet where both segmentation heads are None: (N, 3, H, W) -> `NetworkOutput`.
 
     Args:
         backbone: images -> [C3, C4, C5].
@@ -32,7 +32,7 @@ class SpatialFlow(nn.Module):
         box_head: cls and reg features -> class logits and box deltas.
         thing_head: RoI features -> mask logits, or None.
         stuff_head: stuff features -> stuff logits, or None.
-        config: the configuration the parts were built from, kept for inference and checkpoints.
+        config: the configuration that the parts were built from, for inference and checkpoints.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SpatialFlow(nn.Module):
         thing_head: nn.Module | None,
         stuff_head: nn.Module | None,
         config: Config,
-    ):
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.fpn = fpn
@@ -55,38 +55,30 @@ class SpatialFlow(nn.Module):
         self.config = config
 
     def forward(self, images: Tensor) -> NetworkOutput:
-        """Raw outputs of all dense heads.
+        """Compute the raw outputs of all dense heads.
 
         Args:
             images: (N, 3, H, W) floating point, normalized RGB; H and W multiples of 32.
 
         Returns:
-            NetworkOutput. Masks need boxes first: see `thing_logits`.
+            NetworkOutput. Mask logits need boxes, see `thing_logits`; `heads.upsample_stuff_logits` brings stuff
+            logits to the size of the images.
 
         Raises:
             ValueError: `images` has another shape or type.
         """
-        output, stuff_logits = self.dense(images)
-        if stuff_logits is None:
-            return output
-        return output._replace(stuff_logits=self.stuff_head.enlarge(stuff_logits))
-
-    def dense(self, images: Tensor) -> tuple[NetworkOutput, Tensor | None]:
-        """As `forward`, but the stuff logits come apart and at stride 4, before their last upsampling."""
         _check_images(images)
         pyramid = self.fpn(self.backbone(images))
         tasks: SubnetFeatures = self.subnets(pyramid)
         class_logits, box_deltas = self.box_head(tasks.cls, tasks.reg)
-        stuff_logits = None if self.stuff_head is None else self.stuff_head(tasks.stuff)
-        output = NetworkOutput(
-            pyramid,
-            class_logits,
-            box_deltas,
-            None if self.stuff_head is None else tasks.stuff,
-            None if self.thing_head is None else tasks.thing,
-            None,
+        return NetworkOutput(
+            features=pyramid,
+            class_logits=class_logits,
+            box_deltas=box_deltas,
+            stuff_features=None if self.stuff_head is None else tasks.stuff,
+            thing_features=None if self.thing_head is None else tasks.thing,
+            stuff_logits=None if self.stuff_head is None else self.stuff_head(tasks.stuff),
         )
-        return output, stuff_logits
 
     def thing_logits(
         self,
@@ -95,21 +87,21 @@ class SpatialFlow(nn.Module):
         labels: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Tensor:
-        """Mask logits for boxes.
+        """Compute mask logits for boxes.
 
         Args:
             thing_features: P3..P5 thing features.
             rois: (K, 5): image index in the batch, x1, y1, x2, y2 in pixels of the network's input.
             labels: (K,) int64 classes; None: all classes.
-            active: (K,) bool, boxes whose logits are wanted; None: all. Those of the others are unspecified.
+            active: (K,) bool, boxes whose logits are computed; None: all. The logits of other boxes are unspecified.
 
         Returns:
-            (K, 28, 28), or (K, num_things, 28, 28) without labels; for roi_size 14.
+            (K, 2S, 2S), or (K, num_things, 2S, 2S) without labels, where S is `roi_size` of the configuration.
         """
         return self.thing_head(self.roi_features(thing_features, rois), labels, active)
 
     def roi_features(self, thing_features: list[Tensor], rois: Tensor) -> Tensor:
-        """(K, C, 14, 14): RoIAlign over P3..P5, aligned, adaptive sampling."""
+        """Pool RoI features (K, C, S, S): RoIAlign over P3..P5, aligned, adaptive sampling."""
         model = self.config.model
         return multilevel_roi_align(
             thing_features,
@@ -122,16 +114,11 @@ class SpatialFlow(nn.Module):
         )
 
 
-def _check_images(images: Tensor):
+def _check_images(images: Tensor) -> None:
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images: must have shape (N, 3, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images: must be floating point (normalized), got {images.dtype}")
-    if (
-        images.shape[0] == 0
-        or images.shape[2] == 0
-        or images.shape[3] == 0
-        or images.shape[2] % 32
-        or images.shape[3] % 32
-    ):
+    count, _, height, width = images.shape
+    if count == 0 or height == 0 or width == 0 or height % 32 or width % 32:
         raise ValueError(f"images: N must be at least 1, H and W positive multiples of 32, got {tuple(images.shape)}")

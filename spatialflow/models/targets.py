@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network should have said: assignment of ground truth to anchors and proposals, and the targets that
-follow from it.
-"""
+"""Target assignment: matches ground truth to anchors and proposals."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,23 +9,13 @@ from torch import Tensor
 
 from spatialflow.models.anchors import encode_boxes
 from spatialflow.ops import roi_align
+from spatialflow.structures import GroundTruth
 
 BACKGROUND = -1
-"""Assigned ground truth of an anchor or proposal that overlaps none enough."""
+"""Assigned index of an anchor or proposal whose IoU with every ground truth is too low."""
 
 IGNORED = -2
-"""Assigned ground truth of an anchor that is neither positive nor background; it takes no part in the losses."""
-
-
-class Truth(NamedTuple):
-    """Ground truth of a batch of N images at the network's scale."""
-
-    boxes: list[Tensor]  # N x (K_i, 4) float32, (x1, y1, x2, y2) in pixels
-    labels: list[Tensor]  # N x (K_i,) int64 thing labels
-    masks: list[Tensor]  # N x (K_i, H, W) bool or uint8
-    semantic: Tensor  # (N, H, W) uint8, 255 where ignored (padding included)
-    valid_sizes: Tensor  # (N, 2) int64, height and width without padding
-    padded_sizes: Tensor  # (N, 2) int64, height and width that each image alone is padded to
+"""Assigned index of an anchor that is neither positive nor background; the losses leave it out."""
 
 
 class AnchorTargets(NamedTuple):
@@ -49,7 +37,7 @@ class ThingTargets(NamedTuple):
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of every pair: (K, 4) and (A, 4) -> (K, A) float32; 0 where a box has no area."""
+    """Compute the IoU of every pair: (K, 4) and (A, 4) -> (K, A) float32; 0 where a box has no area."""
     lt = torch.maximum(a[:, None, :2], b[None, :, :2])
     wh = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - lt).clamp_(min=0)
     overlap = wh[..., 0] * wh[..., 1]
@@ -59,16 +47,16 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def assign(boxes: Tensor, truth: Tensor, positive_iou: float, negative_iou: float, claim_iou: float) -> Tensor:
-    """The ground truth of each box: the one of highest IoU, if that is high enough.
+    """Assign to each box the ground truth of highest IoU, if that is high enough.
 
     Args:
         boxes: (A, 4) anchors or proposals.
         truth: (K, 4) ground-truth boxes.
-        positive_iou: a box at or above it belongs to its best ground truth.
-        negative_iou: a box below it is background; those between are ignored.
-        claim_iou: a ground truth whose best IoU is at least this also takes every box tied at that IoU; where
-            several claim a box, the last of them has it. With 0, a ground truth without area, whose IoU is 0
-            everywhere, takes all boxes; data sets must not hand such boxes out.
+        positive_iou: a box whose best IoU is at least this gets that ground truth.
+        negative_iou: a box whose best IoU is below this is background; boxes in between are ignored.
+        claim_iou: a ground truth whose best IoU is at least this also claims every box tied at that IoU. The last
+            ground truth that claims a box gets it. With claim_iou 0 a zero-area ground truth (IoU 0 everywhere)
+            claims every box; data sets must not contain such boxes.
 
     Returns:
         (A,) int64: index into `truth`, -1 for background, -2 for ignored. Among equal IoUs the first ground truth wins.
@@ -83,14 +71,13 @@ def assign(boxes: Tensor, truth: Tensor, positive_iou: float, negative_iou: floa
     assigned = torch.where(best < negative_iou, BACKGROUND, assigned)
     order = torch.arange(len(truth), device=iou.device)[:, None]
     best_of_truth = iou.amax(dim=1, keepdim=True)  # (K, 1)
-    claimed = torch.where((iou == best_of_truth) & (best_of_truth >= claim_iou), order, -1).amax(
-        dim=0
-    )  # (A,) last claimant
+    claims = (iou == best_of_truth) & (best_of_truth >= claim_iou)  # (K, A)
+    claimed = torch.where(claims, order, -1).amax(dim=0)  # (A,) last claim
     return torch.where(claimed >= 0, claimed, assigned)
 
 
 def _first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Column maxima of (K, A) and the first row that has each, on every device."""
+    """Compute the column maxima of (K, A) and the first row of each maximum, whatever the device."""
     best = values.amax(dim=0)
     rows = torch.arange(len(values), device=values.device)[:, None]
     return best, torch.where(values == best, rows, len(values)).amin(dim=0)
@@ -105,7 +92,7 @@ def anchor_targets(
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
 ) -> AnchorTargets:
-    """Class and box targets of every anchor.
+    """Compute the class and box targets of every anchor.
 
     Args:
         anchors: (A, 4) of all levels.
@@ -113,14 +100,15 @@ def anchor_targets(
         boxes: N x (K_i, 4) ground truth.
         labels: N x (K_i,) int64.
         num_things: the label that stands for background.
-        positive_iou, negative_iou: see `assign`.
+        positive_iou: see `assign`.
+        negative_iou: see `assign`.
 
     Returns:
         AnchorTargets.
     """
     batch_labels, positive, deltas = [], [], []
-    for i, (truth, classes) in enumerate(zip(boxes, labels)):
-        used = torch.where(inside[i, :, None], anchors, 0)  # the others are empty, so no IoU of theirs is the largest
+    for i, (truth, classes) in enumerate(zip(boxes, labels, strict=True)):
+        used = torch.where(inside[i, :, None], anchors, 0)  # anchors outside become empty boxes, of IoU 0
         assigned = assign(used, truth, positive_iou, negative_iou, claim_iou=0.0)
         assigned = torch.where(inside[i], assigned, IGNORED)
         target = torch.where(assigned == BACKGROUND, num_things, -1)
@@ -133,25 +121,27 @@ def anchor_targets(
     return AnchorTargets(torch.stack(batch_labels), torch.cat(positive), torch.cat(deltas), counts)
 
 
-def thing_targets(proposals: Sequence[Tensor], truth: Truth, mask_size: int, positive_iou: float = 0.5) -> ThingTargets:
-    """Positive proposals and their mask targets.
+def thing_targets(
+    proposals: Sequence[Tensor], truth: GroundTruth, mask_size: int, positive_iou: float = 0.5
+) -> ThingTargets:
+    """Compute positive proposals and their mask targets.
 
     Args:
         proposals: N x (P_i, 4) detections at network scale, without gradient. The ground-truth boxes are put before
             them.
         truth: the batch's ground truth.
         mask_size: side of the masks.
-        positive_iou: a detection belongs to its best ground truth from this IoU on, whatever its class; the
-            detection that fits a ground truth best is that one's, if it fits this well.
+        positive_iou: a detection whose best IoU is at least this gets that ground truth, whatever its class. A ground
+            truth also claims the detection of highest IoU with it, if that IoU is at least this.
 
     Returns:
         ThingTargets, image by image, ground truth first; K may be 0.
     """
     rois, labels, assigned, masks = [], [], [], []
-    for i, (detected, boxes, classes) in enumerate(zip(proposals, truth.boxes, truth.labels)):
-        found = assign(detected, boxes, positive_iou, positive_iou, claim_iou=positive_iou)
-        hit = found >= 0
-        index = torch.cat([torch.arange(len(boxes), device=boxes.device), found[hit]])
+    for i, (detected, boxes, classes) in enumerate(zip(proposals, truth.boxes, truth.labels, strict=True)):
+        matched = assign(detected, boxes, positive_iou, positive_iou, claim_iou=positive_iou)
+        hit = matched >= 0
+        index = torch.cat([torch.arange(len(boxes), device=boxes.device), matched[hit]])
         positives = torch.cat([boxes.float(), detected[hit].float()])  # (P, 4)
         rois.append(torch.cat([positives.new_full((len(positives), 1), i), positives], dim=1))
         labels.append(classes[index])
@@ -161,7 +151,7 @@ def thing_targets(proposals: Sequence[Tensor], truth: Truth, mask_size: int, pos
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_once: int = 16) -> Tensor:
-    """The part of its ground-truth mask that each box sees.
+    """Crop and resize the ground-truth mask of each box.
 
     Args:
         masks: (K, H, W) bool or uint8.
@@ -176,8 +166,8 @@ def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_o
     targets = boxes.new_zeros((len(boxes), size, size), dtype=torch.float32)
     boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([masks.shape[2], masks.shape[1]] * 2))
     for start in range(0, len(masks), at_once):
-        own = ((assigned >= start) & (assigned < start + at_once)).nonzero().squeeze(1)
-        rois = torch.cat([(assigned[own] - start)[:, None].to(torch.float32), boxes[own].float()], dim=1)
+        chunk = ((assigned >= start) & (assigned < start + at_once)).nonzero().squeeze(1)
+        rois = torch.cat([(assigned[chunk] - start)[:, None].to(torch.float32), boxes[chunk].float()], dim=1)
         bitmaps = masks[start : start + at_once, None].to(torch.float32)  # (B, 1, H, W)
-        targets[own] = (roi_align(bitmaps, rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).to(torch.float32)
+        targets[chunk] = (roi_align(bitmaps, rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5).to(torch.float32)
     return targets

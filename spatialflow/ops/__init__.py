@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators with hand-written CPU and CUDA kernels; `spatialflow.ops.reference` holds their plain-PyTorch references.
+"""Operators with CPU and CUDA kernels. `spatialflow.ops.reference` has reference implementations in plain PyTorch.
 
-`help(spatialflow.ops.nms)` and so on say what each takes and gives, with an example. Where they say tensor, all tensors
-of a call may be arrays of one other library (CuPy, NumPy, JAX), and the results then are such arrays, on the same
-memory (docs/arrays.md). Anything else in the place of a tensor, and arrays beside tensors, are a TypeError. Boxes are
-corners (x1, y1, x2, y2) everywhere. A box with corners in the wrong order, such as (x, y, width, height), is no error:
-detectors' data have such boxes.
+The docstring of each operator describes its arguments and result and has an example. All tensors of a call may instead
+be arrays of one other library (CuPy, NumPy, JAX). The results are then arrays of that library, on the same memory
+(docs/arrays.md). Any other object in the place of a tensor, or a mix of arrays and tensors, raises TypeError.
 
-Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses those by name, a loaded
-`torch.export` archive for example, must import it first; `import spatialflow` alone does not.
+Boxes are corners (x1, y1, x2, y2) everywhere. A box with corners in the wrong order, such as (x, y, width, height),
+does not raise: detectors produce such boxes.
 
-If a process has run operators on several threads, each child that it forks is set to one thread, by
-`torch.set_num_threads(1)`, as the workers of a `DataLoader` are. Torch would hang there otherwise. Use `spawn` for
-children that need more threads.
+Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses them by name, such as a
+loaded `torch.export` archive, must import it first; `import spatialflow` alone does not.
+
+If a process has run operators on several threads, each child that it forks is set to one thread by
+`torch.set_num_threads(1)`, like the workers of a `DataLoader`. Torch would hang there otherwise. Start children that
+need more threads by `spawn`.
 """
 
-from spatialflow import _library
+from typing import Any
 
-_library.load()
-
+from spatialflow.deprecated import warn_renamed
 from spatialflow.ops.checking import checked
-from spatialflow.ops.conv1x1 import conv1x1
+from spatialflow.ops.conv1x1 import conv1x1 as conv1x1  # private to the package
 from spatialflow.ops.deform_conv2d import (
     DeformConv2d,
     PackedDeformConv,
@@ -51,13 +51,13 @@ __all__ = [
     "Candidates",
     "DeformConv2d",
     "Detections",
-    "SubnetOutput",
-    "SubnetParameters",
     "MultilevelRoIAlign",
     "PackedConv",
     "PackedDeformConv",
     "PanopticMergeOutput",
     "RoIAlign",
+    "SubnetOutput",
+    "SubnetParameters",
     "batched_nms",
     "checked",
     "deform_conv2d",
@@ -79,3 +79,18 @@ __all__ = [
     "sigmoid_focal_loss",
     "stuff_labels",
 ]
+
+_RENAMED = {
+    "FlowTowerOutput": "SubnetOutput",
+    "FlowTowerParameters": "SubnetParameters",
+    "flow_tower": "fused_subnets",
+    "pack_flow_tower": "pack_subnets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return what an old name of version 0.1 stands for."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed(f"spatialflow.ops.{name}", f"spatialflow.ops.{_RENAMED[name]}")
+    return globals()[_RENAMED[name]]

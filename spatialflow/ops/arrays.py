@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls with arrays of another library, such as CuPy, NumPy or JAX, in the place of tensors: through DLPack, no copies.
+"""Calls with arrays of another library, such as CuPy, NumPy or JAX, instead of tensors: through DLPack, without copies.
 
 An operator begins with
 
     if not are_tensors(boxes, scores):
         return with_arrays(nms, locals())
 
-so that a call with tensors pays for nothing else. docs/arrays.md tells what users may rely on.
+so that a call with tensors has no other cost. docs/arrays.md documents the guarantees for users.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def are_tensors(*values: object, optional: Sequence[object] = ()) -> bool:
-    """Whether all `values` are tensors, and all of `optional` tensors or None."""
+    """Return whether all `values` are tensors, and all of `optional` tensors or None."""
     for value in values:
         if not isinstance(value, Tensor):
             return False
@@ -33,38 +33,38 @@ def are_tensors(*values: object, optional: Sequence[object] = ()) -> bool:
 
 
 def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-    """Calls an operator with tensors on the memory of the arrays given, and gives arrays on the memory of its results.
+    """Call an operator with tensors on the memory of arrays, and return arrays on the memory of its results.
 
     Args:
-        function: the operator. Its annotations say which arguments take tensors.
-        values: its arguments by name, and any other names. Lists and named tuples may hold arrays.
+        function: the operator. Its annotations tell which arguments are tensors.
+        values: its arguments by name, and any other names. Lists and named tuples may have arrays as items.
 
     Returns:
-        What the operator gives, with arrays of the library of the arguments for tensors. A result that is an argument
-        itself comes back as the same array.
+        The result of the operator, with arrays of the arguments' library instead of tensors. A result that is an
+        argument itself is returned as the same array.
 
     Raises:
         TypeError: no arrays at all, arrays beside tensors, or arrays of two libraries, naming the argument.
-        BufferError: an array, or a result, that cannot be handed over without a copy, naming the argument.
+        BufferError: an array, or a result, that cannot be shared without a copy, naming the argument.
     """
     op = function.__name__
-    if torch.compiler.is_compiling():  # the compiler then leaves this call to Python, or says so with fullgraph=True
+    if torch.compiler.is_compiling():  # a graph break; with fullgraph=True the compiler raises
         raise TypeError(f"{op}: arrays of other libraries cannot be part of a compiled graph")
     arguments = {name: values[name] for name in _annotations(function)}
     arrays: dict[str, Any] = {}
     tensors: list[str] = []
 
-    def sort(name: str, value: Any) -> None:
+    def classify(name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             tensors.append(name)
         elif _is_array(value):
             arrays[name] = value
 
     for name, value in arguments.items():
-        _map(sort, name, value)
+        _map(classify, name, value)
     if not arrays:
-        wrong = _no_tensor(_annotations(function), arguments)
-        raise TypeError(f"{op}: {wrong or 'lists must hold tensors, and be nested no deeper than the arguments say'}")
+        error = _no_tensor(_annotations(function), arguments)
+        raise TypeError(f"{op}: {error or 'lists must hold tensors, and be nested no deeper than the arguments say'}")
     first, library = next((name, _library_of(array)) for name, array in arrays.items())
     for name, array in arrays.items():
         if tensors:
@@ -75,32 +75,34 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
                 f"{op}: {name} must be an array of {library.__name__} as {first} is, got {type(array).__name__} of "
                 f"{_library_of(array).__name__}"
             )
-    given: dict[int, tuple[Tensor, Any]] = {}  # by the tensor's id, which is its own as long as the tensor is kept
+    sources: dict[
+        int, tuple[Tensor, Any]
+    ] = {}  # id of a tensor -> tensor, array; keeping the tensor keeps its id unique
 
-    def take(name: str, value: Any) -> Any:
+    def to_tensor(name: str, value: Any) -> Any:
         if name not in arrays:
             return value
         tensor = _tensor_of(op, name, value)
-        given[id(tensor)] = tensor, value
+        sources[id(tensor)] = tensor, value
         return tensor
 
-    def give(name: str, value: Any) -> Any:
+    def to_array(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return given[id(value)][1] if id(value) in given else _array_of(op, value, library)
+        return sources[id(value)][1] if id(value) in sources else _array_of(op, value, library)
 
-    result = function(**{name: _map(take, name, value) for name, value in arguments.items()})
-    return _map(give, "result", result)
+    result = function(**{name: _map(to_tensor, name, value) for name, value in arguments.items()})
+    return _map(to_array, "result", result)
 
 
 @functools.cache
 def _annotations(function: Callable[..., Any]) -> dict[str, str]:
-    """Of its arguments, as written."""
+    """Return the annotations of the operator's arguments, as written."""
     return {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
 
 
 def _map(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:
-    """`value` with function(name, part) for every part of it that is no list or tuple."""
+    """Apply `function` to the name and value of every part of `value` that is not a list or tuple."""
     if not isinstance(value, (list, tuple)):
         return function(name, value)
     if hasattr(value, "_fields"):
@@ -113,7 +115,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _library_of(array: Any) -> Any:
-    """The module that has `from_dlpack` for such an array."""
+    """Return the module that has `from_dlpack` for such an array."""
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
     return sys.modules[type(array).__module__.partition(".")[0]]
@@ -122,8 +124,8 @@ def _library_of(array: Any) -> Any:
 def _tensor_of(op: str, name: str, array: Any) -> Tensor:
     if getattr(array, "mask", None) is not None:
         raise BufferError(f"{op}: {name} must have no mask, which would be lost, got {type(array).__name__}")
-    strides = zip(getattr(array, "shape", ()), getattr(array, "strides", None) or ())
-    if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would end the process
+    strides = zip(getattr(array, "shape", ()), getattr(array, "strides", None) or (), strict=False)
+    if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would abort
         raise BufferError(f"{op}: {name} must not have negative strides, got {array.strides}; copy it first")
     try:
         tensor = torch.from_dlpack(array)
@@ -138,7 +140,7 @@ def _tensor_of(op: str, name: str, array: Any) -> Tensor:
 
 def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
     try:
-        with torch.cuda.device_of(tensor):  # torch hands over tensors of its current device alone
+        with torch.cuda.device_of(tensor):  # torch exports tensors of its current device only
             return library.from_dlpack(tensor)
     except Exception as problem:
         raise BufferError(
@@ -148,14 +150,14 @@ def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
 
 
 def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
-    """What is wrong with the first of `values` that should hold tensors, by its annotation, and does not."""
+    """Return an error message for the first of `values` that is annotated as a tensor and is not one, else None."""
     for name, annotation in kinds.items():
-        value, kind = values[name], str(annotation)  # a named tuple has them in ForwardRef
+        value, kind = values[name], str(annotation)  # ForwardRef in a named tuple
         if hasattr(value, "_fields"):
             if type(value).__name__ not in kind:
                 return f"{prefix}{name} must be {kind}, got {type(value).__name__}"
-            if found := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
-                return found
+            if error := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
+                return error
             continue
         if "Tensor" not in kind or (value is None and "None" in kind):
             continue
@@ -167,7 +169,7 @@ def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: s
 
 
 def _parts(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """The items of lists in lists, so many deep, each with its place; named tuples count as items."""
+    """Yield the items of nested lists to a depth, each with its name; named tuples count as items."""
     if depth > 0 and isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         for index, item in enumerate(value):
             yield from _parts(f"{name}[{index}]", item, depth - 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Python checks of arguments: numbers and sequences always, values within `checked()` only.
+"""Python-side argument checks: types always, values only inside `checked()`.
 
-Bad values are otherwise ignored safely; shapes, dtypes and devices are checked in C++ (`csrc/ops`).
+Outside `checked()`, bad values have a defined meaning. Shapes, dtypes and devices are checked in C++ (`csrc/ops`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _checking: contextvars.ContextVar[bool] = contextvars.ContextVar("spatialflow_ch
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Within this context a bad value raises ValueError instead of being ignored.
+    """Return a context in which a bad value raises ValueError instead of being ignored.
 
     Bad values are: a box, delta, offset, mask, score, or logit of a candidate that is not finite, and a batch index
-    outside the batch. Outside this context they mean the same on every back end (zeros, no gradient, never kept) and
-    cost nothing to handle; inside it each call reads a verdict back from the device, so it is for finding a mistake,
-    not for production. Calls being traced by `torch.compile` are not checked.
+    outside the batch. Outside this context they mean the same on every back end (zeros, no gradient, never kept) at no
+    cost. Inside it each call waits for the device to check its values, so it is for debugging, not for production.
+    Calls being traced by `torch.compile` are not checked.
     """
     token = _checking.set(True)
     try:
@@ -34,18 +34,19 @@ def checked() -> Iterator[None]:
 
 
 def is_checking() -> bool:
+    """Whether the call is inside `checked()` and not being traced."""
     return not torch.compiler.is_compiling() and _checking.get()
 
 
 def items(op: str, name: str, values: Iterable[Any]) -> list[Any]:
-    """What `values` holds; ValueError if it is no sequence."""
+    """Return the items of `values` as a list; ValueError if it is not a sequence."""
     if not hasattr(values, "__iter__"):
         raise ValueError(f"{op}: {name} must be a sequence, got {values!r}")
     return list(values)
 
 
 def number(op: str, name: str, value: Any) -> float:
-    """`value` as a float; ValueError if it is no number. A text is none."""
+    """Return `value` as a float; ValueError if it is not a number. Strings and bytes are not numbers."""
     try:
         if not isinstance(value, (str, bytes)):
             return float(value)
@@ -55,19 +56,19 @@ def number(op: str, name: str, value: Any) -> float:
 
 
 def numbers(op: str, name: str, values: Iterable[Any]) -> list[float]:
-    """What `values` holds, as floats; ValueError if it is no sequence of numbers."""
+    """Return the items of `values` as floats; ValueError if it is not a sequence of numbers."""
     return [number(op, f"{name}[{index}]", value) for index, value in enumerate(items(op, name, values))]
 
 
 def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:
-    """`value`, if it is a pair; ValueError otherwise."""
+    """Return `value` if it is a pair; ValueError otherwise."""
     if not hasattr(value, "__len__") or len(value) != 2:
         raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
     return value
 
 
 def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """`value` for rows and for columns: one integer for both, or two; ValueError if it is neither."""
+    """Return `value`, one integer or two, as a pair for rows and columns; ValueError if it is neither."""
     if type(value) is int:
         return value, value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
@@ -87,7 +88,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def require_finite(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError naming the first entry of `tensor` that is not finite."""
+    """Raise ValueError naming the first entry of `tensor` that is not finite."""
     bad = ~torch.isfinite(tensor.detach())
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())
@@ -95,7 +96,7 @@ def require_finite(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def require_batch_indices(op: str, name: str, indices: torch.Tensor, batch: int) -> None:
-    """Raises ValueError naming the first of `indices` that is no image of a batch of size `batch`."""
+    """Raise ValueError naming the first of `indices` that is not an image of a batch of size `batch`."""
     indices = indices.detach()
     bad = ~((indices >= 0) & (indices < batch))
     if bool(bad.any()):
@@ -106,7 +107,7 @@ def require_batch_indices(op: str, name: str, indices: torch.Tensor, batch: int)
 
 
 def require_labels(op: str, name: str, labels: torch.Tensor, classes: int) -> None:
-    """Raises ValueError naming the first of `labels` that is no class, background (`classes`) or ignored (-1)."""
+    """Raise ValueError naming the first label that is not a class, background (`classes`) or ignored (-1)."""
     bad = (labels < -1) | (labels > classes)
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())

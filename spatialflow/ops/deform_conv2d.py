@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution, version 1 and, with a mask, version 2."""
+"""Deformable convolution, version 1, and version 2 with a mask."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,39 +12,40 @@ from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, pair, require_finite
-from spatialflow.ops.differentiable import DifferentiableOp, autocast, needs_gradient, without_gradient
+from spatialflow.ops.deform_conv2d_backward import differentiable_deform_conv2d
+from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.layout import memory_format_of
 
 _CPU_PADDING = 32
-"""What outputs of a group are padded to in packed weights on the CPU: kGemmColumnPadding in csrc/cpu/gemm.h."""
+"""Multiple to which packed weights on the CPU pad the outputs of a group: kGemmColumnPadding in csrc/cpu/gemm.h."""
 
 _pack_deform_conv2d = without_gradient("_pack_deform_conv2d")
 _deform_conv2d_packed = without_gradient("_deform_conv2d_packed")
 
 
 class PackedDeformConv(NamedTuple):
-    """A deformable convolution with its weights in the order the kernels read, made by `pack_deform_conv2d`.
+    """A deformable convolution with its weights in the order that the kernels read, made by `pack_deform_conv2d`.
 
-    As for `PackedConv`, the order depends on the instruction set, the device and the version of the package: a pickle
-    or a deep copy holds `weight` alone, which is packed again where it is loaded. `weight` also serves calls that need
-    gradients or autocast, and float32 on CUDA where torch allows another algorithm than when it was packed.
+    As for `PackedConv`, the order depends on the instruction set, the device and the version of the package. A pickle
+    or a deep copy has `weight` alone, which is packed again on loading. `weight` also serves calls that need gradients
+    or autocast, and float32 calls on CUDA if torch's TF32 setting has changed since the weight was packed.
     """
 
-    packed: Tensor  # a vector; its length says which order it has
+    packed: Tensor  # a vector; its length identifies the order
     weight: Tensor  # (C_out, C / groups, kernel_h, kernel_w)
     bias: Tensor | None  # (C_out,)
     groups: int
     offset_groups: int
     algorithm: str
-    resolved: int  # what `algorithm` stood for when the weight was packed
+    resolved: int  # number of the algorithm that `algorithm` meant when the weight was packed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pack_deform_conv2d, (self.weight, self.bias, self.groups, self.offset_groups, self.algorithm)
 
     def packed_again(self, weight: Tensor, bias: Tensor | None) -> PackedDeformConv:
-        """The same convolution of another weight and bias."""
+        """Pack another weight and bias with the same settings."""
         return pack_deform_conv2d(weight, bias, self.groups, self.offset_groups, self.algorithm)
 
 
@@ -60,32 +62,34 @@ def deform_conv2d(
     mask_sigmoid: bool = False,
     relu: bool = False,
 ) -> Tensor:
-    """Convolves with taps that read the input bilinearly at learned offsets from their places in the kernel.
+    """Convolve with kernel taps that sample the input bilinearly at learned offsets from the regular grid.
 
     Args:
         input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
-        offset: (N, 2 * offset_groups * kernel_h * kernel_w, H_out, W_out), cells: for each offset group the pairs
+        offset: (N, 2 * offset_groups * kernel_h * kernel_w, H_out, W_out), in cells: for each offset group the pairs
             (dy, dx) of all taps, row by row. Channels of `input` are split evenly over offset groups. Any floating
             dtype, used in float32 (float64 for float64 features).
-        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; sizes decide the number of groups. Or a
-            `PackedDeformConv`, whose bias and algorithm are then used: nothing is packed in the call, and sigmoid and
-            ReLU cost no pass of their own.
+        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; the sizes define the number of groups. Or
+            a `PackedDeformConv`, whose bias and algorithm are then used. The call then packs nothing, and sigmoid and
+            ReLU are part of the kernel.
         bias: (C_out), the dtype of `input`, or None.
-        stride, padding, dilation: of the undeformed convolution; (height, width), or one number for both.
+        stride: of the undeformed convolution; (height, width), or one number for both.
+        padding: as `stride`.
+        dilation: as `stride`.
         mask: factor of every sample (N, offset_groups * kernel_h * kernel_w, H_out, W_out), or None (version 1); dtype
             as for `offset`.
-        algorithm: how float32 is multiplied on CUDA; the CPU always computes "direct". Sums are in float32, and errors
-            relative to the largest output.
-            "auto": "tf32" where torch allows it for its own convolutions (`torch.backends.cudnn.conv.fp32_precision`,
-            or `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps what torch
-            allowed when it was traced.
+        algorithm: arithmetic of float32 on CUDA; the CPU always computes "direct". Sums are in float32. Errors below
+            are relative to the largest output.
+            "auto": "tf32" if torch allows it for its own convolutions (`torch.backends.cudnn.conv.fp32_precision`, or
+            `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps the setting at the
+            time of tracing.
             "direct": multiply-adds in float32: error about 1e-6.
             "tf32": tensor cores; samples, weights and gradients are rounded to TF32, 11 bits: error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
-            "winograd", which `flow_conv2d` knows, needs taps on a grid and is refused. Gradients are computed as the
-            call was.
+            "winograd", an algorithm of `flow_conv2d`, needs taps on a grid and is refused. Gradients use the algorithm
+            of the call.
         mask_sigmoid: whether `mask` holds logits: the factor of a sample is then the sigmoid of its entry.
-        relu: rectify the result; NaN stays NaN.
+        relu: whether to apply ReLU to the result; NaN stays NaN.
 
     Returns:
         (N, C_out, H_out, W_out), the dtype of `input`; channels-last if `input` is.
@@ -96,17 +100,26 @@ def deform_conv2d(
             `mask_sigmoid` without a mask; a bias beside a `PackedDeformConv`; within `spatialflow.ops.checked()` also
             an offset or mask that is not finite.
 
-    Remarks:
+    Note:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
         sample whose offset or mask is not finite, in the type it is used in, is zero and has no gradient, also none to
-        its mask. A feature that is not finite counts also where its weight, its mask or the kernel is 0, which makes
-        NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
-        result. Gradients flow to all five tensors in reverse and forward mode, twice through `offset` (unless forward
-        over forward) and to any order through the others; at whole coordinates, where a bilinear sample has a kink,
-        the offset's gradient is the one from above, as in torchvision. Results are deterministic, except for the
-        gradient of `input` on CUDA, which is in float64 and under `torch.use_deterministic_algorithms(True)`.
+        its mask. A feature that is not finite counts even with a weight, mask or kernel value of 0, which gives NaN.
+        "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
+        result.
 
-    Example:
+        Gradients flow to all five tensors in reverse and forward mode. They exist to second order through `offset`
+        (except forward over forward) and to any order through the others. At whole coordinates, where a bilinear sample
+        has a kink, the gradient of the offset is that from above, as in torchvision. Results are deterministic. The
+        exception is the gradient of `input` on CUDA, which is deterministic in float64 and under
+        `torch.use_deterministic_algorithms(True)`.
+
+        Complexity: N * H_out * W_out * kernel_h * kernel_w * C * C_out / groups multiply-adds, and one bilinear sample
+        per output pixel, tap and input channel. The samples of an image (im2col columns) are never stored.
+
+        Difference from torchvision: the options from `algorithm` on, and a sample with a non-finite offset is zero.
+        mmcv passes `mask` before the weight, and groups as arguments.
+
+    Examples:
         >>> features, weight = torch.rand(1, 8, 20, 30), torch.rand(16, 8, 3, 3)
         >>> offset, mask = torch.zeros(1, 2 * 9, 20, 30), torch.ones(1, 9, 20, 30)
         >>> result = deform_conv2d(features, offset, weight, padding=1, mask=mask)
@@ -148,33 +161,33 @@ def deform_conv2d(
         flags = (bool(mask_sigmoid), bool(relu))
         return _deform_conv2d_packed(input, offset, packed.packed, bias, mask, *settings, *sizes, *flags)
     bias = None if bias is None else autocast(bias)
-    if mask_sigmoid and mask.is_floating_point():  # another kind is for the operator to refuse
+    if mask_sigmoid and mask.is_floating_point():  # the operator refuses other dtypes
         mask = mask.to(torch.float64 if input.dtype == torch.float64 else torch.float32).sigmoid()
-    result = _deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
+    result = differentiable_deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
     return result.relu() if relu else result
 
 
 def pack_deform_conv2d(
     weight: Tensor, bias: Tensor | None = None, groups: int = 1, offset_groups: int = 1, algorithm: str = "auto"
 ) -> PackedDeformConv:
-    """Arranges the weight of a deformable convolution once, for many calls of `deform_conv2d`.
+    """Rearrange the weight of a deformable convolution once, for many calls of `deform_conv2d`.
 
     Args:
         weight: (C_out, C / groups, kernel_h, kernel_w); float32, float64, float16 or bfloat16, any strides.
         bias: (C_out,), the dtype of `weight`, or None.
         groups: of the convolution; it divides C_out.
-        offset_groups: of the offsets it will be called with; it divides C.
+        offset_groups: of the offsets of later calls; it divides C.
         algorithm: as in `deform_conv2d`.
 
     Returns:
-        A `PackedDeformConv` for inputs of the dtype of `weight`, which is not to be changed in place afterwards: calls
-        with gradients or under autocast read it, all others its packed copy.
+        A `PackedDeformConv` for inputs of the dtype of `weight`. Do not change `weight` in place afterwards: calls with
+        gradients or under autocast read it, all others its packed copy.
 
     Raises:
         RuntimeError: a shape, dtype, device or number of groups that does not fit, naming the argument.
         ValueError: an unknown `algorithm`, or "winograd".
 
-    Example:
+    Examples:
         >>> features, conv = torch.rand(1, 8, 20, 30), pack_deform_conv2d(torch.rand(16, 8, 3, 3))
         >>> offset, logits = torch.zeros(1, 2 * 9, 20, 30), torch.zeros(1, 9, 20, 30)
         >>> deform_conv2d(features, offset, conv, padding=1, mask=logits, mask_sigmoid=True, relu=True).shape
@@ -192,7 +205,21 @@ def pack_deform_conv2d(
 
 
 class DeformConv2d(nn.Module):
-    """`deform_conv2d` with its weight and settings; see there. `forward(input, offset, mask=None)`."""
+    """Module of `deform_conv2d` with a weight and bias: `forward(input, offset, mask=None)`.
+
+    Args:
+        in_channels: C; divisible by `groups`.
+        out_channels: C_out; divisible by `groups`.
+        kernel_size: (height, width), or one number for both.
+        stride: as for `deform_conv2d`.
+        padding: as for `deform_conv2d`.
+        dilation: as for `deform_conv2d`.
+        groups: of the convolution.
+        bias: whether there is a bias.
+
+    Raises:
+        ValueError: channels that `groups` does not divide, or an argument of a wrong kind, naming it.
+    """
 
     def __init__(
         self,
@@ -225,56 +252,61 @@ class DeformConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1 / sqrt(fan in), like torch's convolutions."""
+        """Draw weight and bias uniformly from +-1 / sqrt(fan in), like torch's convolutions."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Call `deform_conv2d` with the module's weight, bias and settings."""
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
         )
 
 
-def _empty(like: Tensor, wanted: bool) -> Tensor:
-    if not wanted:
-        return like.new_empty((0,))
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like))
-
-
 @register_fake("deform_conv2d")
-def _(input, offset, weight, bias, mask, offset_tangent, *settings):
+def _(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    offset_tangent: Tensor | None,
+    *settings: Any,
+) -> Tensor:
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight)):
-        torch._check(
-            tensor.dim() == 4, lambda: f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}"
-        )
+        message = f"deform_conv2d: {name} must have 4 dimensions, got {tuple(tensor.shape)}"
+        torch._check(tensor.dim() == 4, partial(str, message))
     size = (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 def _packed_layout(like: Tensor, outputs: Any, taps: Any, channels: Any, groups: int) -> tuple[Any, torch.dtype]:
-    """Length and dtype of the packed weight for inputs like `like`."""
+    """Return length and dtype of the packed weight for inputs like `like`."""
     is_double, tag = like.dtype == torch.float64, packed_tag(like.device, like.dtype)
-    of_cuda = tag == CUDA_TAG + is_double  # by the tag: the interpreter of CUDA kernels has tensors on the CPU
+    of_cuda = tag == CUDA_TAG + is_double  # by the tag: tensors of the CUDA interpreter are on the CPU
     unit = 16 // like.element_size() if of_cuda else _CPU_PADDING
     size = channels * taps * ((outputs // groups + unit - 1) // unit * unit)
     return size + tag, like.dtype if of_cuda else torch.float64 if is_double else torch.float32
 
 
 @register_fake("_pack_deform_conv2d")
-def _(weight, groups, offset_groups, algorithm):
+def _(weight: Tensor, groups: int, offset_groups: int, algorithm: int) -> Tensor:
     outputs, inputs, *kernel = weight.shape
     length, dtype = _packed_layout(weight, outputs, math.prod(kernel), groups * inputs, groups)
     return weight.new_empty((length,), dtype=dtype)
 
 
 @register_fake("_deform_conv2d_packed", op="deform_conv2d")
-def _(input, offset, packed, bias, mask, *settings):
+def _(
+    input: Tensor, offset: Tensor, packed: Tensor, bias: Tensor | None, mask: Tensor | None, *settings: Any
+) -> Tensor:
     outputs, groups, _, kernel_h, kernel_w = settings[7:12]
     length, dtype = _packed_layout(input, outputs, kernel_h * kernel_w, input.shape[1], groups)
     torch._check(
@@ -286,246 +318,3 @@ def _(input, offset, packed, bias, mask, *settings):
     )
     size = (input.shape[0], outputs, offset.shape[2], offset.shape[3])
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
-
-
-@register_fake("_deform_conv2d_backward_data")
-def _(grad_output, input, offset, weight, mask, offset_tangent, *settings):
-    *_, need_input, need_sampling, _deterministic = settings
-    return (
-        _empty(input, need_input),
-        _empty(offset, need_sampling),
-        _empty(offset if mask is None else mask, need_sampling and mask is not None),
-    )
-
-
-@register_fake("_deform_conv2d_backward_weight")
-def _(grad_output, input, offset, mask, offset_tangent, *settings):
-    *_, group_channels, kernel_h, kernel_w = settings
-    return input.new_empty((grad_output.shape[1], group_channels, kernel_h, kernel_w))
-
-
-# The result is linear in input, weight and mask, and with a tangent of the offset also in that. So every derivative is
-# one of the three raw operators with one argument exchanged: exchanging `input` by its tangent gives the tangent of the
-# result, and the gradient of a gradient is the gradient of the result with the cotangent in the argument's place.
-
-
-def _sum(terms: list[Tensor | None]) -> Tensor | None:
-    terms = [term for term in terms if term is not None]
-    return sum(terms[1:], terms[0]) if terms else None
-
-
-def _data(arguments: tuple, settings: tuple, need_input: bool, need_sampling: bool) -> tuple:
-    """Gradients of input, offset and mask; None for those not wanted."""
-    if not (need_input or need_sampling):
-        return None, None, None
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    grads = _backward_data(*arguments, *settings, need_input, need_sampling, deterministic)
-    has_mask = arguments[4] is not None
-    return (
-        grads[0] if need_input else None,
-        grads[1] if need_sampling else None,
-        grads[2] if need_sampling and has_mask else None,
-    )
-
-
-def _kernel(weight: Tensor) -> tuple:
-    return tuple(weight.shape[1:])
-
-
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _for_samples_of(mask: Tensor, tensor: Tensor | None, input: Tensor) -> Tensor | None:
-    """`tensor`, a tangent or cotangent of `mask`, to be used as a mask: NaN where `mask` is not finite in its type.
-
-    Such samples are zero whatever the features are. A factor of 0 would turn features that are not finite to NaN.
-    """
-    if tensor is None:
-        return None
-    used = mask if input.dtype == torch.float64 else mask.float()
-    return torch.where(torch.isfinite(used), tensor, torch.nan)
-
-
-def _no_third_derivative(ctx: Any, tangent: Tensor | None) -> None:
-    if tangent is not None:
-        raise NotImplementedError(
-            "deform_conv2d: third derivatives through the offset, and forward mode over forward mode, are not available"
-        )
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, offset, weight, bias, mask, tangent, *settings = inputs
-    ctx.settings = tuple(settings)
-    _save(ctx, input, offset, weight, mask, tangent)
-
-
-def _backward(ctx: Any, needs: Any, grad_output: Tensor | None) -> tuple:
-    rest = (None,) * len(ctx.settings)
-    if grad_output is None:
-        return (None,) * 6 + rest
-    input, offset, weight, mask, tangent = ctx.saved_tensors
-    arguments = (grad_output, input, offset, weight, mask, tangent)
-    grad_input, grad_offset, grad_mask = _data(arguments, ctx.settings, needs[0], needs[1] or needs[4])
-    grad_weight = grad_bias = grad_tangent = None
-    if needs[2]:
-        grad_weight = _backward_weight(grad_output, input, offset, mask, tangent, *ctx.settings, *_kernel(weight))
-    if needs[3]:
-        grad_bias = grad_output.sum((0, 2, 3))
-    if needs[5]:
-        grad_tangent = _data((*arguments[:5], None), ctx.settings, False, True)[1]
-    return grad_input, grad_offset, grad_weight, grad_bias, grad_mask, grad_tangent, *rest
-
-
-def _jvp(
-    ctx: Any, input_t: Any, offset_t: Any, weight_t: Any, bias_t: Any, mask_t: Any, tangent_t: Any, *_: Any
-) -> Any:
-    input, offset, weight, mask, tangent = ctx.saved_tensors
-    if offset_t is not None:
-        _no_third_derivative(ctx, tangent)
-    mask_t = _for_samples_of(mask, mask_t, input)
-    terms = [
-        None if input_t is None else (input_t, weight, mask, tangent),
-        None if weight_t is None else (input, weight_t, mask, tangent),
-        None if mask_t is None else (input, weight, mask_t, tangent),
-        None if offset_t is None else (input, weight, mask, offset_t),
-        None if tangent_t is None else (input, weight, mask, tangent_t),
-    ]
-    terms = [
-        None if term is None else _deform_conv2d(term[0], offset, term[1], None, *term[2:], *ctx.settings)
-        for term in terms
-    ]
-    if bias_t is not None:
-        size = (input.shape[0], weight.shape[0], *offset.shape[2:])
-        terms.append(bias_t[:, None, None].expand(size))
-    return _sum(terms)
-
-
-def _data_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.settings = tuple(inputs[6:-3])
-    ctx.wanted = tuple(inputs[-3:-1])
-    _save(ctx, *inputs[:6])
-
-
-def _data_backward(ctx: Any, needs: Any, *cotangents: Tensor | None) -> tuple:
-    grad_output, input, offset, weight, mask, tangent = ctx.saved_tensors
-    need_input, need_sampling = ctx.wanted
-    to_input = cotangents[0] if need_input else None
-    to_offset = cotangents[1] if need_sampling else None
-    to_mask = _for_samples_of(mask, cotangents[2], input) if need_sampling and mask is not None else None
-    if to_offset is not None:
-        _no_third_derivative(ctx, tangent)
-    exchanged = []  # (input, mask, tangent, which of input, mask was exchanged)
-    if to_input is not None:
-        exchanged.append((to_input, mask, tangent, "input"))
-    if to_offset is not None:
-        exchanged.append((input, mask, to_offset, "offset"))
-    if to_mask is not None:
-        exchanged.append((input, to_mask, tangent, "mask"))
-    grads: list[list] = [[], [], [], [], []]  # of grad_output, input, offset, weight, mask
-    for of_input, of_mask, of_offset, which in exchanged:
-        if needs[0]:
-            grads[0].append(_deform_conv2d(of_input, offset, weight, None, of_mask, of_offset, *ctx.settings))
-        wants_input = needs[1] and which != "input"
-        wants_mask = needs[4] and which != "mask"
-        arguments = (grad_output, of_input, offset, weight, of_mask, of_offset)
-        grad_input, grad_offset, grad_mask = _data(arguments, ctx.settings, wants_input, needs[2] or wants_mask)
-        grads[1].append(grad_input)
-        grads[2].append(grad_offset)
-        grads[4].append(grad_mask if wants_mask else None)
-        if needs[3]:
-            grads[3].append(
-                _backward_weight(grad_output, of_input, offset, of_mask, of_offset, *ctx.settings, *_kernel(weight))
-            )
-    if tangent is not None and needs[5]:
-        _no_third_derivative(ctx, tangent)
-    return (*(_sum(terms) for terms in grads), None) + (None,) * (len(ctx.settings) + 3)
-
-
-def _data_jvp(
-    ctx: Any, grad_output_t: Any, input_t: Any, offset_t: Any, weight_t: Any, mask_t: Any, tangent_t: Any, *_: Any
-) -> tuple:
-    grad_output, input, offset, weight, mask, tangent = ctx.saved_tensors
-    if offset_t is not None or tangent_t is not None:
-        _no_third_derivative(ctx, tangent)
-    mask_t = _for_samples_of(mask, mask_t, input)
-    # (arguments, whether grad_input, grad_offset, grad_mask depend on the exchanged one)
-    terms = [
-        None if grad_output_t is None else ((grad_output_t, input, offset, weight, mask, tangent), True, True),
-        None if input_t is None else ((grad_output, input_t, offset, weight, mask, tangent), False, True),
-        None if offset_t is None else ((grad_output, input, offset, weight, mask, offset_t), True, True),
-        None if weight_t is None else ((grad_output, input, offset, weight_t, mask, tangent), True, True),
-        None if mask_t is None else ((grad_output, input, offset, weight, mask_t, tangent), True, False),
-    ]
-    need_input, need_sampling = ctx.wanted
-    grads: list[list] = [[], [], []]
-    for term in terms:
-        if term is not None:
-            arguments, changes_input, changes_mask = term
-            grad_input, grad_offset, grad_mask = _data(
-                arguments, ctx.settings, need_input and changes_input, need_sampling
-            )
-            grads[0].append(grad_input)
-            grads[1].append(grad_offset)
-            grads[2].append(grad_mask if changes_mask else None)
-    wanted = (need_input, need_sampling, need_sampling and mask is not None)
-    like = (input, offset, offset if mask is None else mask)
-    result = []
-    for terms_of, is_wanted, tensor in zip(grads, wanted, like):
-        total = _sum(terms_of)
-        if total is None:
-            total = torch.zeros_like(tensor) if is_wanted else tensor.new_zeros((0,))
-        result.append(total)
-    return tuple(result)
-
-
-def _weight_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.settings, ctx.kernel = tuple(inputs[5:-3]), tuple(inputs[-3:])
-    _save(ctx, *inputs[:5])
-
-
-def _weight_backward(ctx: Any, needs: Any, cotangent: Tensor | None) -> tuple:
-    rest = (None,) * (len(ctx.settings) + 3)
-    if cotangent is None:
-        return (None,) * 5 + rest
-    grad_output, input, offset, mask, tangent = ctx.saved_tensors
-    grad_grad = None
-    if needs[0]:
-        grad_grad = _deform_conv2d(input, offset, cotangent, None, mask, tangent, *ctx.settings)
-    arguments = (grad_output, input, offset, cotangent, mask, tangent)
-    grad_input, grad_offset, grad_mask = _data(arguments, ctx.settings, needs[1], needs[2] or needs[3])
-    grad_tangent = _data((*arguments[:5], None), ctx.settings, False, True)[1] if needs[4] else None
-    return grad_grad, grad_input, grad_offset, grad_mask, grad_tangent, *rest
-
-
-def _weight_jvp(
-    ctx: Any, grad_output_t: Any, input_t: Any, offset_t: Any, mask_t: Any, tangent_t: Any, *_: Any
-) -> Tensor | None:
-    grad_output, input, offset, mask, tangent = ctx.saved_tensors
-    if offset_t is not None:
-        _no_third_derivative(ctx, tangent)
-    mask_t = _for_samples_of(mask, mask_t, input)
-    terms = [
-        None if grad_output_t is None else (grad_output_t, input, mask, tangent),
-        None if input_t is None else (grad_output, input_t, mask, tangent),
-        None if mask_t is None else (grad_output, input, mask_t, tangent),
-        None if offset_t is None else (grad_output, input, mask, offset_t),
-        None if tangent_t is None else (grad_output, input, mask, tangent_t),
-    ]
-    return _sum(
-        [
-            None if term is None else _backward_weight(*term[:2], offset, *term[2:], *ctx.settings, *ctx.kernel)
-            for term in terms
-        ]
-    )
-
-
-_deform_conv2d = DifferentiableOp("deform_conv2d", setup_context=_setup_context, backward=_backward, jvp=_jvp)
-_backward_data = DifferentiableOp(
-    "_deform_conv2d_backward_data", setup_context=_data_setup_context, backward=_data_backward, jvp=_data_jvp
-)
-_backward_weight = DifferentiableOp(
-    "_deform_conv2d_backward_weight", setup_context=_weight_setup_context, backward=_weight_backward, jvp=_weight_jvp
-)

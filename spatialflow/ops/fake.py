@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake kernels: what a result is without its values, for tracing and for meta tensors."""
+"""Fake (meta) kernels: shape, dtype and strides of the result, for tracing and for meta tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from spatialflow.ops._torch_private import disable_current_modes
 
 
 def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: registers the fake kernel of an operator in the namespace `spatialflow`, for tensors of one device.
+    """Return a decorator that registers the fake kernel of an operator in the namespace `spatialflow`.
 
     Errors name the public operator, `op`; None: `name` without a leading underscore.
 
-    Arguments that the operator refuses are refused here, by the same code: the operator of the same name in the
-    namespace `spatialflow_checks`. It is asked where all sizes are known; where they are symbols, the operator itself
-    refuses when it runs.
+    The operator of the same name in the namespace `spatialflow_checks` checks the arguments with the code of the real
+    operator. It is called if all sizes are known. If sizes are symbols, the real operator checks them when it runs.
 
-    torch sends a call with one meta tensor here whatever the others are; what the fake kernel makes for real tensors is
-    memory that is never written.
+    The tensors of a call must be on one device. Torch calls the fake kernel if any tensor is a meta tensor. Real
+    tensors beside it would then get results with uninitialized memory.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,23 +33,11 @@ def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., A
         checked = [names.index(argument.name) for argument in check._schema.arguments]
 
         def on_one_device(*args: Any) -> Any:
-            args = (*args, *(argument.default_value for argument in arguments[len(args) :]))  # torch leaves them out
-            first = None
-            for argument, value in zip(arguments, args):
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    if not isinstance(tensor, Tensor):
-                        continue
-                    first = first or (argument.name, tensor.device)
-                    torch._check(
-                        tensor.device == first[1],
-                        lambda: (
-                            f"{public}: {argument.name} must be on the device of {first[0]}, {first[1]}, "
-                            f"got {tensor.device}"
-                        ),
-                    )
+            args = (*args, *(argument.default_value for argument in arguments[len(args) :]))  # torch omits them
+            _require_one_device(public, [argument.name for argument in arguments], args)
             values = [args[index] for index in checked]
             if _is_concrete(values):
-                with _disable_current_modes():
+                with disable_current_modes():
                     check(*(_without_data(value) for value in values))
             return kernel(*args)
 
@@ -58,7 +47,20 @@ def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., A
     return register
 
 
+def _require_one_device(op: str, names: list[str], args: tuple[Any, ...]) -> None:
+    """Raise RuntimeError naming the first argument that is not on the device of the first tensor."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in zip(names, args, strict=True):
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, Tensor):
+                continue
+            first = first or (name, tensor.device)
+            message = f"{op}: {name} must be on the device of {first[0]}, {first[1]}, got {tensor.device}"
+            torch._check(tensor.device == first[1], partial(str, message))
+
+
 def _is_concrete(value: Any) -> bool:
+    """Whether all sizes and numbers of `value` are known."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_concrete, value))
     if isinstance(value, Tensor):
@@ -67,6 +69,7 @@ def _is_concrete(value: Any) -> bool:
 
 
 def _without_data(value: Any) -> Any:
+    """Return `value` with meta tensors of the same shapes and strides."""
     if isinstance(value, (list, tuple)):
         return [_without_data(item) for item in value]
     if isinstance(value, Tensor):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +20,21 @@ _pack_conv3x3 = without_gradient("_pack_conv3x3")
 _flow_conv2d_packed = without_gradient("_flow_conv2d_packed")
 _flow_conv2d_group = without_gradient("_flow_conv2d_group")
 
-# Elements of packed weights that say their layout on the CPU; see packed_tag in csrc/ops/conv_algorithm.h.
+# Number of elements that identifies the layout of packed weights on the CPU (packed_tag in csrc/ops/conv_algorithm.h).
 _CPU_TAG = _pack_conv3x3(torch.empty((0, 0, 3, 3), dtype=torch.float32, device="cpu"), 2).numel()
 CUDA_TAG = 2
 _PACKED_UNIT = 288  # divides the length of packed weights without their tag
 
 
 class PackedConv(NamedTuple):
-    """A 3x3 convolution with its weights in the order the kernels read, made by `pack_conv3x3`.
+    """A 3x3 convolution with its weights in the order that the kernels read, made by `pack_conv3x3`.
 
     The order depends on the instruction set, the device and the version of the package. A pickle or a deep copy
-    therefore holds `weight` alone, which is packed again where it is loaded. `packed` is refused by every operator that
-    would read it in another order. `weight` also serves calls that need gradients and autocast.
+    therefore has `weight` alone, which is packed again on loading. Every operator refuses a `packed` that it would read
+    in another order. `weight` also serves calls that need gradients and autocast.
     """
 
-    packed: Tensor  # a vector; its length says which order it has
+    packed: Tensor  # a vector; its length identifies the order
     weight: Tensor  # (C_out, C_in, 3, 3)
     bias: Tensor | None  # (C_out,)
     algorithm: str
@@ -43,7 +44,7 @@ class PackedConv(NamedTuple):
         return pack_conv3x3, (self.weight, self.bias, self.algorithm)
 
     def packed_again(self, weight: Tensor, bias: Tensor | None) -> PackedConv:
-        """The same convolution of another weight and bias."""
+        """Pack another weight and bias with the same algorithm."""
         return pack_conv3x3(weight, bias, self.algorithm)
 
 
@@ -56,30 +57,30 @@ def flow_conv2d(
     algorithm: str = "auto",
     active: Tensor | None = None,
 ) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
-    """Computes relu(conv3x3(x + flow) + bias), stride 1 and padding 1, for one map or all levels of a pyramid at once.
+    """Compute relu(conv3x3(x + flow) + bias), stride 1 and padding 1, for one map or all levels of a pyramid at once.
 
     Args:
         x: features (N, C_in, H, W), or a list of them, one per level (sizes and batches may differ); float32, float64,
             float16 or bfloat16, any strides. With a list of weights, one such entry for each.
-        flow: what is added to `x`, in the same structure and shapes, or None.
+        flow: added to `x`, in the same structure and shapes, or None.
         weight: (C_out, C_in, 3, 3), or a `PackedConv`, whose bias and algorithm are then used. A list of `PackedConv`
-            stands for independent convolutions, which on CUDA share one launch; `flow` must then be None.
+            is a list of independent convolutions, which on CUDA share one launch; `flow` must then be None.
         bias: (C_out,) or None.
-        relu: rectify the result; NaN stays NaN.
-        algorithm: how float32 is computed (and 16-bit types on the CPU); float64 is always direct. Errors are relative
-            to the largest output.
+        relu: whether to apply ReLU to the result; NaN stays NaN.
+        algorithm: arithmetic of float32 (and of 16-bit types on the CPU); float64 is always direct. Errors below are
+            relative to the largest output.
             "auto": on the CPU "winograd" from 32 input and 32 output channels on, unless all maps together are small
-            and the weight is not packed, else "direct". On CUDA "tf32" where torch allows it for its own convolutions
+            and the weight is not packed, else "direct". On CUDA "tf32" if torch allows it for its own convolutions
             (`torch.backends.cudnn.conv.fp32_precision`, or `torch.backends.cudnn.allow_tf32`; the default), else
-            "tf32x3". A compiled function keeps what torch allowed when it was traced.
+            "tf32x3". A compiled function keeps the setting at the time of tracing.
             "winograd": F(4x4, 3x3), a quarter of the multiplications, error about 3e-6; on CUDA as "tf32x3".
             "direct": multiply-adds in float32, exact up to the order of sums: error about 1e-6.
             "tf32": tensor cores; inputs and weights are rounded to TF32, 11 bits: error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             The CPU computes the last two as "auto", so that one model serves both devices.
         active: (N,) bool, which images of the batch are computed, or None for all; with one `PackedConv` alone, and
-            levels that all have N images. Results of the other images are zeros, whatever is in them; they take no
-            time but that of writing the zeros, and on CUDA nothing waits for the flags.
+            levels that all have N images. Results of the other images are zeros, whatever their features are. Writing
+            the zeros is their only cost, and on CUDA the host does not wait for the flags.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
@@ -91,16 +92,24 @@ def flow_conv2d(
             `active` without one, or a list of weights with another number of entries in `x`, with a `flow`, or of
             unpacked weights.
 
-    Remarks:
-        Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits in between; on CUDA it
-        is, as tensor cores read it. A NaN in one pixel reaches its 3x3 neighborhood with "direct" and on CUDA; with
-        "winograd" on the CPU up to all outputs of the 4x4 tiles whose 6x6 input tiles hold the pixel, and an infinity
-        may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. On
-        CUDA the weight gradient of a channel with such a value at the border of its map may be NaN in all taps.
+    Note:
+        Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits; on CUDA it is, as
+        tensor cores read it. With "direct" and on CUDA, a NaN in one pixel reaches its 3x3 neighborhood. With
+        "winograd" on the CPU it may reach all outputs of the 4x4 tiles whose 6x6 input tiles have the pixel, and an
+        infinity may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into
+        NaN. On CUDA the weight gradient of a channel with such a value at the border of its map may be NaN in all taps.
         Empty maps and no levels give empty results.
-        Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; deterministic.
 
-    Example:
+        Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; they are
+        deterministic.
+
+        Complexity: 9 * C_in * C_out multiply-adds per pixel, a quarter of the multiplications with "winograd". An
+        unpacked weight is packed in every call.
+
+        Difference from `torch.nn.functional.conv2d` (torchvision, mmcv and detectron2 have no such operator): the sum
+        with the flow, bias and ReLU are part of the kernel, and all levels of a pyramid are one call.
+
+    Examples:
         >>> pyramid = [torch.rand(1, 32, 40, 60), torch.rand(1, 32, 20, 30)]
         >>> flow = [torch.rand(1, 32, 40, 60), torch.rand(1, 32, 20, 30)]
         >>> [tuple(level.shape) for level in flow_conv2d(pyramid, flow, torch.rand(64, 32, 3, 3), torch.rand(64))]
@@ -153,7 +162,7 @@ def flow_conv2d(
 
 
 def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "auto") -> PackedConv:
-    """Arranges (and, for Winograd, transforms) the weights of a 3x3 convolution once, for many calls of `flow_conv2d`.
+    """Rearrange (and, for Winograd, transform) the weights of a 3x3 convolution once, for many calls of `flow_conv2d`.
 
     Args:
         weight: (C_out, C_in, 3, 3); float32, float64, float16 or bfloat16, any strides.
@@ -161,9 +170,9 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
         algorithm: as in `flow_conv2d`.
 
     Returns:
-        A `PackedConv` for inputs of the dtype of `weight`; packed weights of 16-bit types are float32 and also serve
-        float32 inputs. `weight` is not to be changed in place afterwards: calls with gradients or under autocast read
-        it, all others its packed copy.
+        A `PackedConv` for inputs of the dtype of `weight`. Packed weights of 16-bit types are float32 and also serve
+        float32 inputs. Do not change `weight` in place afterwards: calls with gradients or under autocast read it, all
+        others its packed copy.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, naming the argument.
@@ -179,7 +188,7 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
 
 
 def check_packed_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
-    """As the operators do, where a weight is packed before them."""
+    """Raise RuntimeError, as the operators do, if the bias of a weight to be packed does not fit it."""
     if bias is None:
         return
     if bias.shape != weight.shape[:1]:
@@ -191,7 +200,7 @@ def check_packed_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
 
 
 def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, relu: bool) -> list[Any]:
-    """`flow_conv2d` for a list of weights."""
+    """Call `flow_conv2d` for a list of weights."""
     if flow is not None or bias is not None:
         raise ValueError("flow_conv2d: flow and bias must be None when weight is a list")
     if not isinstance(x, (list, tuple)) or len(x) != len(weights):
@@ -204,7 +213,7 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
     maps = [autocast(level) for entry in entries for level in entry]
     parameters = [t for conv in weights for t in (conv.weight, conv.bias)]
     if not entries or not all(entries) or needs_gradient([*maps, *parameters]):
-        return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights)]
+        return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights, strict=True)]
     biases = [conv.packed.new_empty(0) if conv.packed_bias is None else conv.packed_bias for conv in weights]
     outputs = iter(
         _flow_conv2d_group(
@@ -218,13 +227,13 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
         )
     )
     results = [[next(outputs) for _ in entry] for entry in entries]
-    return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results)]
+    return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results, strict=True)]
 
 
 def algorithm_code(op: str, algorithm: str, x: Tensor | None = None, without: str | None = None) -> int:
-    """The number that stands for `algorithm` in the schemas; for `x` on CUDA "auto" is TF32 where torch allows it.
+    """Return the number of `algorithm` in the schemas; for float32 `x` on CUDA, "auto" is "tf32" if torch allows TF32.
 
-    `without` is a name that `op` does not take.
+    `without` is a name that `op` does not accept.
     """
     if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS or algorithm == without:
         names = ", ".join(repr(name) for name in _ALGORITHMS if name != without)
@@ -248,21 +257,22 @@ def _allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-# What torch.compiler.assume_constant_result sets, which would import torch's compiler, for a second, with this module.
+# The attribute that torch.compiler.assume_constant_result sets. Calling it would import torch's compiler, which takes a
+# second.
 _allows_tf32._dynamo_marked_constant = True
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:
     for index, level in enumerate(levels):
-        torch._check(level.dim() == 4, lambda: f"{op}: {name}[{index}] must be (N, C, H, W), got {tuple(level.shape)}")
+        where, shape = f"{op}: {name}[{index}]", tuple(level.shape)
+        torch._check(level.dim() == 4, partial(str, f"{where} must be (N, C, H, W), got {shape}"))
         torch._check(
-            level.shape[1] == channels,
-            lambda: f"{op}: {name}[{index}] must have {channels} channels, got shape {tuple(level.shape)}",
+            level.shape[1] == channels, partial(str, f"{where} must have {channels} channels, got shape {shape}")
         )
 
 
 def _check_active(op: str, active: Tensor, levels: list[Tensor]) -> None:
-    """As the operator does, where torch computes what `active` means."""
+    """Raise as the operator does, for calls that torch composes from other operators."""
     if active.dtype != torch.bool:
         raise RuntimeError(f"{op}: active must be bool, got {str(active.dtype).removeprefix('torch.')}")
     if active.dim() != 1:
@@ -275,7 +285,7 @@ def _check_active(op: str, active: Tensor, levels: list[Tensor]) -> None:
 
 
 def _only_active(levels: list[Tensor], active: Tensor) -> list[Tensor]:
-    """Zeros for images that are not active; no gradient flows to those."""
+    """Replace images that are not active by zeros; no gradient flows to those."""
     return [torch.where(active[:, None, None, None], level, 0) for level in levels]
 
 
@@ -288,7 +298,9 @@ def _empty_levels(x: list[Tensor], channels: Any) -> list[Tensor]:
 
 
 @register_fake("flow_conv2d")
-def _(x, flow, weight, bias, relu, algorithm):
+def _(
+    x: list[Tensor], flow: list[Tensor], weight: Tensor, bias: Tensor | None, relu: bool, algorithm: int
+) -> list[Tensor]:
     torch._check(weight.dim() == 4, lambda: f"flow_conv2d: weight must be (O, C, 3, 3), got {tuple(weight.shape)}")
     _check_levels("flow_conv2d", "x", x, weight.shape[1])
     _check_levels("flow_conv2d", "flow", flow, weight.shape[1])
@@ -296,25 +308,42 @@ def _(x, flow, weight, bias, relu, algorithm):
 
 
 @register_fake("_flow_conv2d_packed", op="flow_conv2d")
-def _(x, flow, packed, bias, out_channels, relu, algorithm, active=None):
+def _(
+    x: list[Tensor],
+    flow: list[Tensor],
+    packed: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    relu: bool,
+    algorithm: int,
+    active: Tensor | None = None,
+) -> list[Tensor]:
     if x:
         check_packed_layout("flow_conv2d", packed)
     return _empty_levels(x, out_channels)
 
 
 @register_fake("_flow_conv2d_group", op="flow_conv2d")
-def _(x, counts, packed, biases, out_channels, relu, algorithms):
+def _(
+    x: list[Tensor],
+    counts: list[int],
+    packed: list[Tensor],
+    biases: list[Tensor],
+    out_channels: list[int],
+    relu: bool,
+    algorithms: list[int],
+) -> list[Tensor]:
     for weight in packed:
         check_packed_layout("flow_conv2d", weight)
     rest, results = list(x), []
-    for count, channels in zip(counts, out_channels):
+    for count, channels in zip(counts, out_channels, strict=True):
         results += _empty_levels(rest[:count], channels)
         del rest[:count]
     return results
 
 
 @register_fake("_pack_conv3x3")
-def _(weight, algorithm):
+def _(weight: Tensor, algorithm: int) -> Tensor:
     out_channels, in_channels = weight.shape[0], weight.shape[1]
     is_double = weight.dtype == torch.float64
     winograd = not is_double and (
@@ -327,12 +356,12 @@ def _(weight, algorithm):
 
 
 def packed_tag(device: torch.device, dtype: torch.dtype) -> int:
-    """Elements behind packed weights of this dtype that name their layout; see packed_tag in csrc/ops."""
+    """Return the number of elements behind packed weights of a dtype, which identifies their layout (csrc/ops)."""
     return (CUDA_TAG if device.type == "cuda" else _CPU_TAG) + (dtype == torch.float64)
 
 
 def check_packed_layout(op: str, packed: Tensor) -> None:
-    """For fake kernels: refuses weights packed for another back end, as the operators do."""
+    """Refuse, in fake kernels, weights packed for another back end, as the operators do."""
     tag, wanted = packed.shape[0] % _PACKED_UNIT, packed_tag(packed.device, packed.dtype)
     torch._check(
         tag == wanted,
@@ -344,23 +373,29 @@ def check_packed_layout(op: str, packed: Tensor) -> None:
 
 
 @register_fake("_flow_conv2d_weight_gradient")
-def _(x, flow, grad_output, algorithm):
+def _(x: list[Tensor], flow: list[Tensor], grad_output: list[Tensor], algorithm: int) -> Tensor:
     return x[0].new_empty((grad_output[0].shape[1], x[0].shape[1], 3, 3))
 
 
-# Without ReLU the op is linear in (x, flow) and in (weight, bias), so that every derivative is one of two operators:
-# the convolution itself, with weights rotated by 180 degrees for the inputs, and the weight gradient. ReLU only masks.
-def _turned(weight: Tensor) -> Tensor:
+# Without ReLU the operator is linear in (x, flow) and in (weight, bias). Every derivative is therefore one of two
+# operators. One is the convolution itself, with weights rotated by 180 degrees for gradients of the inputs. The other
+# is the weight gradient. ReLU only masks.
+def _rotated(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
-def _masked(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-    """Detached, as torch would differentiate the sign of the outputs to zeros, and carry those to NaN."""
+def _relu_gradient(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """Apply the gradient of ReLU, given its outputs.
+
+    Outputs are detached: torch would differentiate their sign to zeros, and turn NaN in them to NaN gradients.
+    """
     masks = [output.detach() for output in outputs]
-    return [torch.ops.aten.threshold_backward(gradient, mask, 0) for gradient, mask in zip(gradients, masks)]
+    return [
+        torch.ops.aten.threshold_backward(gradient, mask, 0) for gradient, mask in zip(gradients, masks, strict=True)
+    ]
 
 
-def _sum_pixels(gradients: list[Tensor]) -> Tensor:
+def _bias_gradient(gradients: list[Tensor]) -> Tensor:
     wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
     return sum(gradient.sum((0, 2, 3), dtype=wide) for gradient in gradients).to(gradients[0].dtype)
 
@@ -371,7 +406,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     saved = [weight, *x, *flow, *(output if ctx.relu else ())]
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.set_materialize_grads(False)  # a tangent of zeros would be multiplied by NaN
+    ctx.set_materialize_grads(False)  # otherwise NaN would multiply tangents of zeros
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -380,8 +415,8 @@ def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     return weight, x, flow, levels[ctx.levels + ctx.flows :]
 
 
-def _any(needs: Any) -> bool:
-    return any(map(_any, needs)) if isinstance(needs, (list, tuple)) else bool(needs)
+def _any_needed(needs: Any) -> bool:
+    return any(map(_any_needed, needs)) if isinstance(needs, (list, tuple)) else bool(needs)
 
 
 def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
@@ -391,34 +426,34 @@ def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
         return (None,) * 6
     gradients = [
         level.new_zeros((level.shape[0], weight.shape[0], *level.shape[2:])) if gradient is None else gradient
-        for gradient, level in zip(gradients, x)
+        for gradient, level in zip(gradients, x, strict=True)
     ]
-    gradients = _masked(gradients, outputs) if ctx.relu else gradients
+    gradients = _relu_gradient(gradients, outputs) if ctx.relu else gradients
     grad_x = grad_weight = grad_bias = None
-    if _any(needs[0]) or _any(needs[1]):
-        grad_x = list(_flow_conv2d(gradients, [], _turned(weight), None, False, ctx.algorithm))
+    if _any_needed(needs[0]) or _any_needed(needs[1]):
+        grad_x = list(_flow_conv2d(gradients, [], _rotated(weight), None, False, ctx.algorithm))
     if needs[2]:
         grad_weight = _flow_conv2d_weight_gradient(x, flow, gradients, ctx.algorithm)
     if needs[3]:
-        grad_bias = _sum_pixels(gradients)
+        grad_bias = _bias_gradient(gradients)
     return grad_x, grad_x if ctx.flows else None, grad_weight, grad_bias, None, None
 
 
 def _sum_levels(*terms: list[Tensor] | None) -> list[Tensor] | None:
     present = [term for term in terms if term is not None]
-    return [sum(parts[1:], parts[0]) for parts in zip(*present)] if present else None
+    return [sum(parts[1:], parts[0]) for parts in zip(*present, strict=True)] if present else None
 
 
-def _filled(tangents: Any, like: list[Tensor]) -> list[Tensor] | None:
-    """Tangents of a list of levels with zeros for the missing ones; None if all are missing."""
+def _with_zeros(tangents: Any, like: list[Tensor]) -> list[Tensor] | None:
+    """Replace missing tangents of a list of levels by zeros; return None if all are missing."""
     if not isinstance(tangents, (list, tuple)) or all(t is None for t in tangents):
         return None
-    return [torch.zeros_like(level) if t is None else t for t, level in zip(tangents, like)]
+    return [torch.zeros_like(level) if t is None else t for t, level in zip(tangents, like, strict=True)]
 
 
 def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
     weight, x, flow, outputs = _saved(ctx)
-    x_t, flow_t = _filled(x_t, x), _filled(flow_t, flow)
+    x_t, flow_t = _with_zeros(x_t, x), _with_zeros(flow_t, flow)
     terms = []
     if x_t is not None or flow_t is not None:
         first, second = (x_t, flow_t or []) if x_t is not None else (flow_t, [])
@@ -428,7 +463,7 @@ def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tenso
     elif bias_t is not None:
         terms.append([bias_t.view(-1, 1, 1).expand(t.shape[0], -1, t.shape[2], t.shape[3]) for t in x])
     tangents = _sum_levels(*(list(term) for term in terms))
-    return tuple(_masked(tangents, outputs) if ctx.relu else tangents)
+    return tuple(_relu_gradient(tangents, outputs) if ctx.relu else tangents)
 
 
 def _gradient_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -449,16 +484,16 @@ def _gradient_backward(ctx: Any, needs: Any, grad_weight: Tensor) -> tuple:
     grad_x = grad_gradients = None
     if grad_weight is None:
         return None, None, None, None
-    if _any(needs[0]) or _any(needs[1]):
-        grad_x = list(_flow_conv2d(gradients, [], _turned(grad_weight), None, False, ctx.algorithm))
-    if _any(needs[2]):
+    if _any_needed(needs[0]) or _any_needed(needs[1]):
+        grad_x = list(_flow_conv2d(gradients, [], _rotated(grad_weight), None, False, ctx.algorithm))
+    if _any_needed(needs[2]):
         grad_gradients = list(_flow_conv2d(x, flow, grad_weight, None, False, ctx.algorithm))
     return grad_x, grad_x if ctx.flows else None, grad_gradients, None
 
 
 def _gradient_jvp(ctx: Any, x_t: Any, flow_t: Any, gradients_t: Any, *_: Any) -> Tensor:
     x, flow, gradients = _gradient_saved(ctx)
-    x_t, flow_t, gradients_t = _filled(x_t, x), _filled(flow_t, flow), _filled(gradients_t, gradients)
+    x_t, flow_t, gradients_t = _with_zeros(x_t, x), _with_zeros(flow_t, flow), _with_zeros(gradients_t, gradients)
     terms = []
     if x_t is not None or flow_t is not None:
         first, second = (x_t, flow_t or []) if x_t is not None else (flow_t, [])

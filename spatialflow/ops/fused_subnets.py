@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four sub-networks of SpatialFlow and the flows between them, over a whole pyramid in one call."""
+"""Fused sub-networks of SpatialFlow, with their flows, over a whole pyramid in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +21,17 @@ from spatialflow.ops.flow_conv2d import (
     pack_conv3x3,
 )
 from spatialflow.ops.layout import memory_format_of
+from spatialflow.ops.subnet_schedule import run_subnets
 
 Conv = tuple[Tensor, Tensor | None] | PackedConv
-"""(weight (C_out, C_in, 3, 3), bias (C_out,) or None), or the same packed."""
+"""A convolution: (weight (C_out, C_in, 3, 3), bias (C_out,) or None), or the same packed."""
 
 
 class SubnetParameters(NamedTuple):
-    """Convolutions of the sub-networks, one entry per stage; an empty tuple is an absent sub-network or flow.
+    """Convolutions of the sub-networks, one per stage; an empty tuple is an absent sub-network or flow.
 
-    A `None` among the flows is a stage without one. A sub-network without stages but with one flow is its input plus
-    that flow.
+    `None` among the flows is a stage without a flow. The output of a sub-network without stages but with one flow is
+    its input plus that flow.
     """
 
     cls: tuple[Conv, ...] = ()
@@ -46,7 +47,7 @@ class SubnetParameters(NamedTuple):
 
 
 class SubnetOutput(NamedTuple):
-    """Final features; for an absent sub-network the levels that the tower was given."""
+    """Final features of the sub-networks; the input levels for an absent sub-network."""
 
     cls: list[Tensor]
     reg: list[Tensor]
@@ -58,37 +59,41 @@ _LISTS = SubnetParameters._fields[:8]  # in the order of the raw operator
 
 
 def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algorithm: str = "auto") -> SubnetOutput:
-    """Runs the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
+    """Run the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
-    Per stage s the source (reg) advances first: reg = relu(conv(reg)); then, with this reg,
-    cls = relu(conv(cls + flow(reg))), and stuff likewise. After the last stage, for each stage of thing:
-    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))), starting from the levels.
+    In stage s the source (reg) advances first: reg = relu(conv(reg)). Then, with this reg, cls = relu(conv(cls +
+    flow(reg))), and stuff likewise. After the last stage, for each stage of thing, starting from the levels:
+    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
 
-    A source with fewer stages than its followers gives them its final feature. A flow beyond the last stage of its
-    sub-network is not used.
+    If the source has fewer stages than a receiver, later stages use its final feature. A flow beyond the last stage of
+    its sub-network is not used.
 
     Args:
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
-        parameters: the convolutions, 3x3 with stride 1 and padding 1, and how they are wired. As (weight, bias) they
-            are packed in every call; `pack_subnets` does it once.
-        algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. What "auto" is
-            on CUDA is decided in every call.
+        parameters: the convolutions, 3x3 with stride 1 and padding 1, and their wiring. Convolutions as (weight, bias)
+            are packed in every call; `pack_subnets` packs them once.
+        algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. "auto" on CUDA
+            is resolved in every call.
 
     Returns:
         `SubnetOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and
-        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. Where a sub-network
-        is absent, the given levels themselves.
+        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. For an absent
+        sub-network, the input levels themselves.
 
     Raises:
-        RuntimeError: a shape, dtype or device that does not fit, naming the list and the stage.
+        RuntimeError: a shape, dtype or device that does not fit; the message names the list and the stage.
         ValueError: an unknown algorithm or flow source, flows without a source, no levels.
 
-    Remarks:
-        Numbers are those of `flow_conv2d` stage by stage, also in what NaN and empty levels do. Gradients, forward
-        mode and `torch.func` are those of `flow_conv2d`, from which the tower is composed whenever one of them may be
-        asked for; otherwise one operator runs it all, keeping no map longer than it is needed.
+    Note:
+        Results are those of `flow_conv2d` stage by stage, including NaN and empty levels. If a derivative may be
+        requested, the sub-networks are composed of calls of `flow_conv2d`, which define gradients, forward mode and
+        `torch.func`. Otherwise one operator runs all of them.
 
-    Example:
+        Complexity: the sum of its convolutions (see `flow_conv2d`). Intermediate maps are freed after their last use.
+
+        Difference from torchvision, mmcv and detectron2: they have no such operator.
+
+    Examples:
         >>> conv = (torch.rand(16, 16, 3, 3), torch.rand(16))
         >>> parameters = pack_subnets(SubnetParameters(cls=(conv,), reg=(conv,), flow_cls=(conv,)))
         >>> pyramid = [torch.rand(1, 16, 40, 60), torch.rand(1, 16, 20, 30), torch.rand(1, 16, 10, 15)]
@@ -108,31 +113,31 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
     packed, biases, codes = [], [], []
     for name in _LISTS:
         for conv in getattr(parameters, name):
-            own = conv.algorithm if isinstance(conv, PackedConv) else algorithm
-            codes.append(algorithm_code("fused_subnets", own, levels[0]))
-            one, bias = _packed(conv, codes[-1], levels[0])
-            packed.append(one)
+            conv_algorithm = conv.algorithm if isinstance(conv, PackedConv) else algorithm
+            codes.append(algorithm_code("fused_subnets", conv_algorithm, levels[0]))
+            weight, bias = _packed(conv, codes[-1], levels[0])
+            packed.append(weight)
             biases.append(bias)
     counts = [len(getattr(parameters, name)) for name in _LISTS]
     source_is_cls = parameters.flow_source == "cls"
     maps = list(_fused_subnets(levels, packed, biases, codes, counts, source_is_cls, parameters.segmentation_levels))
-    large = levels[: parameters.segmentation_levels]
+    segmentation = levels[: parameters.segmentation_levels]
     results = []
     computed_tasks = _computed(counts, packed, source_is_cls)
-    for own, computed in zip((levels, levels, large, large), computed_tasks):
-        results.append([maps.pop(0) for _ in own] if computed else list(own))
+    for inputs, computed in zip((levels, levels, segmentation, segmentation), computed_tasks, strict=True):
+        results.append([maps.pop(0) for _ in inputs] if computed else list(inputs))
     return SubnetOutput(*results)
 
 
 def pack_subnets(parameters: SubnetParameters, algorithm: str = "auto") -> SubnetParameters:
-    """The same parameters with every convolution packed by `pack_conv3x3`, for many calls of `fused_subnets`.
+    """Pack every convolution of the sub-networks by `pack_conv3x3`, for many calls of `fused_subnets`.
 
     Args:
         parameters: convolutions as (weight, bias).
         algorithm: as in `flow_conv2d`.
 
     Returns:
-        `SubnetParameters` of `PackedConv`; those already packed stay as they are.
+        `SubnetParameters` of `PackedConv`; convolutions already packed stay as they are.
 
     Raises:
         RuntimeError: a weight of a wrong shape or dtype.
@@ -151,7 +156,7 @@ def _pair(conv: Conv) -> tuple[Tensor, Tensor | None]:
 
 
 def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed weights and bias of a convolution; vectors without elements for None."""
+    """Return packed weights and bias of a convolution; vectors without elements for None."""
     if conv is None:
         return like.new_empty(0), like.new_empty(0)
     weight, bias = _pair(conv)
@@ -196,50 +201,42 @@ def _check(levels: list[Tensor], parameters: SubnetParameters) -> None:
                 )
 
 
-def _at(convs: Sequence[Any], index: int) -> Any:
-    return convs[index] if index < len(convs) else None
-
-
 def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str) -> SubnetOutput:
-    """The tower of calls of `flow_conv2d`."""
+    """Compose the sub-networks of calls of `flow_conv2d`."""
 
-    def run(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
+    def convolve(x: list[Tensor], flow: list[Tensor] | None, conv: Conv, relu: bool) -> list[Tensor]:
         if isinstance(conv, PackedConv):
             return flow_conv2d(x, flow, conv, None, relu)
         return flow_conv2d(x, flow, *conv, relu, algorithm)
 
-    def flow_of(conv: Conv | None, x: list[Tensor], count: int) -> list[Tensor] | None:
-        return None if conv is None else run(x[:count], None, conv, False)
+    def run_flow(conv: Conv, x: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+        return convolve(x[: len(like)], None, conv, False)
 
-    def plus(x: list[Tensor], flow: list[Tensor] | None) -> list[Tensor]:
-        return x if flow is None else [one + other for one, other in zip(x, flow)]
+    def run_stage(
+        stage: Conv, flow: Conv | None, x: list[Tensor], source: list[Tensor], semantic: list[Tensor] | None
+    ) -> list[Tensor]:
+        x = x if semantic is None else add(x, semantic)
+        return convolve(x, None if flow is None else run_flow(flow, source, x), stage, True)
+
+    def add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        return [x + y for x, y in zip(a, b, strict=True)]
 
     source = parameters.flow_source or "reg"
-    follower = "cls" if source == "reg" else "reg"
-    large = levels[: parameters.segmentation_levels]
-    f = {"cls": levels, "reg": levels, "stuff": large}
-    flows = {follower: parameters.flow_cls, "stuff": parameters.flow_stuff}
-    stages = {name: getattr(parameters, name) for name in f}
-    for s in range(max(map(len, stages.values()))):
-        if s < len(stages[source]):
-            f[source] = run(f[source], None, stages[source][s], True)
-        for name in (follower, "stuff"):
-            if s < len(stages[name]):
-                flow = flow_of(_at(flows[name], s), f[source], len(f[name]))
-                f[name] = run(f[name], flow, stages[name][s], True)
-    for name in (follower, "stuff"):
-        if not stages[name]:
-            f[name] = plus(f[name], flow_of(_at(flows[name], 0), f[source], len(f[name])))
-    thing = large
-    for s in range(max(len(parameters.thing), 1)):
-        thing = plus(thing, flow_of(_at(parameters.semantic_flow, s), f["stuff"], len(large)))
-        flow = flow_of(_at(parameters.flow_thing, s), f[source], len(large))
-        thing = run(thing, flow, parameters.thing[s], True) if parameters.thing else plus(thing, flow)
-    return SubnetOutput(*(list(x) for x in (f["cls"], f["reg"], f["stuff"], thing)))
+    segmentation = levels[: parameters.segmentation_levels]
+    inputs = {"cls": levels, "reg": levels, "stuff": segmentation, "thing": segmentation}
+    stages = {name: getattr(parameters, name) for name in inputs}
+    flows = {
+        "cls" if source == "reg" else "reg": parameters.flow_cls,
+        "stuff": parameters.flow_stuff,
+        "thing": parameters.flow_thing,
+        "semantic": parameters.semantic_flow,
+    }
+    features = run_subnets(inputs, stages, flows, source, run_stage, run_flow, add)
+    return SubnetOutput(**{name: list(feature) for name, feature in features.items()})
 
 
 def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:
-    """Which of cls, reg, stuff, thing the raw operator returns: those that are not simply the levels."""
+    """Return which of cls, reg, stuff, thing the raw operator returns: those that are not just the levels."""
     starts = [sum(counts[:index]) for index in range(8)]
 
     def first_present(index: int) -> bool:
@@ -256,20 +253,28 @@ _fused_subnets = without_gradient("fused_subnets")
 
 
 @register_fake("fused_subnets")
-def _(levels, packed, biases, algorithms, counts, source_is_cls, segmentation_levels):
+def _(
+    levels: list[Tensor],
+    packed: list[Tensor],
+    biases: list[Tensor],
+    algorithms: list[int],
+    counts: list[int],
+    source_is_cls: bool,
+    segmentation_levels: int,
+) -> list[Tensor]:
     for weight in packed:
         if weight.shape[0]:  # an absent flow has none
             check_packed_layout("fused_subnets", weight)
     starts = [sum(counts[:index]) for index in range(8)]
-    large = levels[:segmentation_levels]
+    segmentation = levels[:segmentation_levels]
     computed = _computed(counts, packed, source_is_cls)
     outputs = []
-    for index, own in enumerate((levels, levels, large, large)):
+    for index, inputs in enumerate((levels, levels, segmentation, segmentation)):
         if not computed[index]:
             continue
         # The last stage gives the channels; without stages flows are added to the levels.
         last = biases[starts[index] + counts[index] - 1].shape[0] if counts[index] else None
-        for level in own:
+        for level in inputs:
             size = (level.shape[0], level.shape[1] if last is None else last, level.shape[2], level.shape[3])
             outputs.append(
                 torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format_of(level))

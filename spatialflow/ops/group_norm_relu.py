@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupNorm and ReLU in one operator, with bilinear upsampling by two in the same pass where it follows."""
+"""GroupNorm, ReLU and optional 2x bilinear upsampling in one operator."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def group_norm_relu(
     eps: float = 1e-5,
     upsample: bool = False,
 ) -> Tensor:
-    """Normalizes groups of channels, scales and shifts each channel, clamps at zero, and doubles the map if asked to.
+    """Apply GroupNorm and ReLU, and optionally upsample the map by two.
 
-    With x a value of a group, y = max((x - mean) / sqrt(variance + eps) * weight + bias, 0). Mean and variance
-    (divided by the number of values) are those of the C / num_groups * H * W values of the group in its image.
+    For a value x of a group, y = max((x - mean) / sqrt(variance + eps) * weight + bias, 0). Mean and variance (divided
+    by the number of values) are over the C / num_groups * H * W values of the group in its image.
 
     Args:
         input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
@@ -35,7 +35,7 @@ def group_norm_relu(
         weight: factor of each channel (C,); any floating dtype, used in that of the statistics; None: 1.
         bias: summand of each channel (C,), as `weight`; None: 0.
         eps: added to the variance; finite, 0 or more.
-        upsample: whether the result is enlarged to (2H, 2W) by bilinear interpolation with aligned corners: the corner
+        upsample: whether to upsample the result to (2H, 2W) by bilinear interpolation with aligned corners: the corner
             pixels keep their values.
 
     Returns:
@@ -43,22 +43,29 @@ def group_norm_relu(
 
     Raises:
         RuntimeError: a shape, dtype, device or number that does not fit, naming the argument.
-        ValueError: `eps` that is no number.
+        ValueError: `eps` that is not a number.
 
-    Remarks:
-        Statistics and results are computed in float32 (float64 for float64 features) around the mean, so a mean that
-        is large beside the deviations costs no digits. Sums have a fixed order: results and gradients do not
-        depend on the number of threads, and are deterministic on CUDA too.
-        A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch. So do deviations
-        whose square overflows the type of the statistics. Whether an infinite weight or bias makes infinity or NaN of
-        its channel is left open, as is what an infinite incoming gradient makes of its group. A group of one value
-        gives max(bias, 0), as does a constant one.
-        No images, channels, rows or columns: an empty result, and zero gradients of weight and bias.
-        Channels-last features are read where they are. Others are copied into that layout, and the result back.
+    Note:
+        Statistics and results are computed in float32 (float64 for float64 features). Deviations are summed around the
+        mean, so a mean that is large compared with them costs no digits. Sums have a fixed order: results and gradients
+        do not depend on the number of threads, and are deterministic on CUDA too.
+
+        A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch. So do deviations whose
+        square overflows the type of the statistics. It is unspecified whether an infinite weight or bias gives infinity
+        or NaN, and what an infinite incoming gradient gives in its group. A group of one value, like a constant one,
+        gives max(bias, 0). No images, channels, rows or columns: an empty result, and zero gradients of weight and
+        bias.
+
         Gradients flow to `input`, `weight` and `bias`, in reverse and forward mode and to any order; those of higher
-        order are made of torch's own operators. ReLU has no gradient at zero.
+        order are composed of torch's operators. ReLU has no gradient at zero.
 
-    Example:
+        Complexity: the input is read twice, for the statistics and to normalize. The normalized map is not stored
+        before upsampling. Features that are not channels-last are copied into that layout, and the result back.
+
+        Difference from `torch.nn.functional.group_norm` (torchvision, mmcv and detectron2 have no such operator): ReLU
+        and upsampling are part of the kernel, and channels-last features stay channels-last.
+
+    Examples:
         >>> features = torch.randn(2, 128, 25, 42).to(memory_format=torch.channels_last)
         >>> group_norm_relu(features, 32, torch.ones(128), torch.zeros(128), upsample=True).shape
         torch.Size([2, 128, 50, 84])
@@ -73,7 +80,9 @@ def group_norm_relu(
 
 
 @register_fake("group_norm_relu")
-def _(input, weight, bias, num_groups, eps, upsample):
+def _(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, upsample: bool
+) -> tuple[Tensor, Tensor]:
     torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
     factor = 2 if upsample else 1
     batch, channels, height, width = input.shape
@@ -83,7 +92,15 @@ def _(input, weight, bias, num_groups, eps, upsample):
 
 
 @register_fake("_group_norm_relu_backward")
-def _(grad_output, input, statistics, weight, bias, num_groups, upsample):
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    upsample: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
     size = (input.shape[1],)
@@ -109,7 +126,7 @@ def _backward(ctx: Any, needs: Any, grad_output: Tensor | None, _: None) -> tupl
         grads = torch.ops.spatialflow._group_norm_relu_backward(
             grad_output, input, statistics, weight, bias, ctx.num_groups, ctx.upsample
         )
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs)) + (None,) * 3
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=False)) + (None,) * 3
 
 
 def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
@@ -119,9 +136,9 @@ def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tens
 
 
 class _Composed:
-    """Derivatives made of torch's operators, which can be differentiated again, to first order in a direction.
+    """First derivatives composed of torch's operators, which can be differentiated again.
 
-    Features are (N, G, C / G, H, W) here, numbers by channel (G, C / G, 1, 1), in the type of the statistics.
+    Features are (N, G, C / G, H, W) here, and numbers per channel (G, C / G, 1, 1), in the type of the statistics.
     """
 
     def __init__(
@@ -138,7 +155,7 @@ class _Composed:
         self.before_relu = self.normalized * self.factor + (0 if bias is None else self._by_channel(bias))
 
     def tangent(self, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor | None:
-        """The output's tangent."""
+        """Return the tangent of the output; None if no input has one."""
         terms = []
         if input_t is not None:
             terms.append(self._through_norm(self._grouped(input_t)) * self.factor)
@@ -159,7 +176,7 @@ class _Composed:
         return tangent.to(self.input.dtype, memory_format=memory_format_of(self.input))
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those by input, weight and bias."""
+        """Return the gradients by input, weight and bias."""
         gradient = grad_output.to(self.dtype)
         if self.upsample and gradient.numel() > 0:
             gradient = torch.ops.aten.upsample_bilinear2d_backward(
@@ -170,7 +187,7 @@ class _Composed:
         sums = [t.sum(dim=(0, 3, 4)).flatten() for t in (gradient * self.normalized, gradient)]
         by_weight, by_bias = (
             total.to((self.input if tensor is None else tensor).dtype)
-            for total, tensor in zip(sums, (self.weight, self.bias))
+            for total, tensor in zip(sums, (self.weight, self.bias), strict=True)
         )
         return by_input.to(self.input.dtype, memory_format=memory_format_of(self.input)), by_weight, by_bias
 
@@ -185,7 +202,7 @@ class _Composed:
         return grouped.mean(dim=(2, 3, 4), keepdim=True)
 
     def _through_norm(self, grouped: Tensor) -> Tensor:
-        """The product with the normalization's Jacobian, which is symmetric."""
+        """Multiply by the Jacobian of the normalization, which is symmetric."""
         projected = grouped - self._mean(grouped) - self.normalized * self._mean(grouped * self.normalized)
         return projected * self.rstd
 

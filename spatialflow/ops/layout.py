@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout of results: the Python half of `memory_format_of` in csrc/ops/tensor.h, for fake kernels and gradients."""
+"""Memory layout of results, for fake kernels and gradients: `memory_format_of` of csrc/ops/tensor.h in Python."""
 
 import torch
 from torch import Tensor
 
 
 def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """Layout of what is computed from an (N, C, H, W) tensor: channels-last where its channels are adjacent in memory,
-    pixels and rows in order, slices of such included. Plain contiguous otherwise, and where sizes of one allow both.
-    Strides of dimensions of size 1 are arbitrary in torch and are not read.
+    """Return the layout of results that are computed from an (N, C, H, W) tensor.
+
+    Channels-last if C is the innermost dimension and pixels and rows are in order (slices allowed). Contiguous
+    otherwise, including the ambiguous cases with sizes of 1. Strides of dimensions of size 1 are arbitrary in torch and
+    are not read.
     """
     if tensor.dim() != 4 or tensor.is_contiguous() or tensor.shape[1] <= 1 or tensor.stride(1) != 1:
         return torch.contiguous_format
@@ -18,4 +20,5 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
+    """Whether results that are computed from `tensor` are channels-last."""
     return memory_format_of(tensor) == torch.channels_last

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detections of a batch: score threshold, class-wise NMS and the best D of all classes, in results of fixed shape."""
+"""Detections of a batch: score threshold, NMS per class, and the best D of all classes, in results of fixed shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spatialflow.ops.fake import register_fake
 
 
 class Detections(NamedTuple):
-    """Kept boxes by descending score; rows from `count` on are padding. Without B if the inputs had none."""
+    """Detections by descending score; rows from `count` on are padding. Without B if the inputs have no batch."""
 
     boxes: Tensor  # (B, D, 4), padded with 0
     scores: Tensor  # (B, D), padded with 0
@@ -27,37 +27,45 @@ class Detections(NamedTuple):
 def multiclass_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> Detections:
-    """The best detections of each image: scores above a threshold, suppressed class by class, at most D in all.
+    """Return at most D detections of each image: scores above a threshold that NMS within their class keeps.
 
     Args:
         boxes: (B, N, 4), or (N, 4) for one image, rows of (x1, y1, x2, y2) shared by all classes; float32, float64,
             float16 or bfloat16, any strides.
-        scores: (B, N, C), or (N, C); of those dtypes too.
-        score_threshold: a (box, class) pair takes part if its score is above this, strictly.
+        scores: (B, N, C), or (N, C); any of those dtypes.
+        score_threshold: a (box, class) pair takes part if its score is strictly above this.
         iou_threshold: intersection over union above which the worse box of a pair of the same class is dropped.
         max_detections: D, below 2^31; the search stops when that many are kept.
 
     Returns:
-        `Detections`: boxes (B, D, 4) and scores (B, D) in the dtypes given, labels (B, D), count (B), indices (B, D).
-        One box may come back for several classes. The shapes depend on no value.
+        `Detections`: boxes (B, D, 4) and scores (B, D) in the dtypes of the inputs, labels (B, D), count (B), indices
+            (B, D). One box may be returned for several classes. The shapes do not depend on values.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: `boxes` and `scores` not both with or both without a batch; a threshold that is no number; within
+        ValueError: `boxes` and `scores` not both with or both without a batch; a threshold that is not a number; within
             `spatialflow.ops.checked()` a box or score that is not finite.
 
-    Remarks:
-        Equal scores rank by row, then by class, the lower first. Pairs of boxes are decided as in `nms`; the score
+    Note:
+        Equal scores rank by row, then by class, the lower first. Pairs of boxes are compared as in `nms`. The score
         threshold is rounded to float32 (float64 if either tensor is). A NaN score, and a box with a NaN corner, is
         never kept. No boxes or no classes: count 0.
-        The results are detached: no gradient flows to boxes or scores. Where one is wanted, gather the kept rows with
-        `indices` and `labels` from the tensors that were passed in.
 
-    Example:
+        The results are detached: no gradient flows to boxes or scores. For a gradient, gather the kept rows from the
+        inputs by `indices` and `labels`.
+
+        Complexity: one pass over the B * N * C scores. Only the best pairs are sorted, and each is tested against the
+        kept boxes of its class until D are kept. Scratch memory is at most linear in the number of scores.
+
+        Difference from torchvision: a batch in one call, with score threshold and fixed shapes, instead of
+        `batched_nms` per image. mmdetection's `multiclass_nms` has a background column in `scores`, which is absent
+        here.
+
+    Examples:
         >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0]])
         >>> scores = torch.tensor([[0.8, 0.1], [0.9, 0.6]])  # of two classes
-        >>> found = multiclass_nms(boxes, scores, score_threshold=0.05, iou_threshold=0.5, max_detections=4)
-        >>> found.count, found.labels, found.indices
+        >>> detections = multiclass_nms(boxes, scores, score_threshold=0.05, iou_threshold=0.5, max_detections=4)
+        >>> detections.count, detections.labels, detections.indices
         (tensor(2), tensor([ 0,  1, -1, -1]), tensor([ 1,  1, -1, -1]))
 
     Source: the same detections as torchvision.ops.batched_nms per image followed by a top-D, or mmdetection's
@@ -85,7 +93,9 @@ _multiclass_nms = without_gradient("multiclass_nms")
 
 
 @register_fake("multiclass_nms")
-def _(boxes, scores, score_threshold, iou_threshold, max_detections):
+def _(
+    boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     torch._check(
         boxes.dim() == 3 and boxes.shape[2] == 4,
         lambda: f"multiclass_nms: boxes must have shape (B, N, 4), got {tuple(boxes.shape)}",
@@ -109,11 +119,11 @@ def _(boxes, scores, score_threshold, iou_threshold, max_detections):
 
 
 def _vmap(info: Any, in_dims: tuple, boxes: Tensor, scores: Tensor, *settings: Any) -> tuple[Any, Any]:
-    """A mapped dimension is one more batch dimension: both are folded into one for the call."""
+    """Fold the mapped dimension and the batch into one dimension for the call."""
     size = info.batch_size
     boxes, scores = (
         tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip((boxes, scores), in_dims)
+        for tensor, dim in zip((boxes, scores), in_dims, strict=False)
     )
     folded = boxes.shape[:2]
     results = _multiclass_nms(boxes.flatten(0, 1), scores.flatten(0, 1), *settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoIAlign over a feature pyramid: every region is pooled from the level that fits its size, in one call."""
+"""RoIAlign over a feature pyramid: pool each region from the level that fits its size, in one call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def multilevel_roi_align(
     aligned: bool = True,
     finest_scale: float = 56,
 ) -> Tensor:
-    """Pools regions of interest from a feature pyramid (RoIAlign), each from the level that its size asks for.
+    """Pool regions of interest from a feature pyramid (RoIAlign), each from the level that fits its size.
 
     Args:
         features: L levels (N, C, H_l, W_l), finest first; one dtype (float32, float64, float16 or bfloat16), any
@@ -34,27 +34,36 @@ def multilevel_roi_align(
         boxes: (K, 5) rows of (batch index, x1, y1, x2, y2), or a list of N tensors (K_i, 4) of (x1, y1, x2, y2), one
             per image. Pixels of the image; any floating dtype, used in float32 (float64 for float64 features).
         output_size: bins per axis (PH, PW), or one number for both.
-        strides: pixels per cell of each level, e.g. (8, 16, 32); nothing is inferred from the sizes of the maps.
+        strides: pixels per cell of each level, e.g. (8, 16, 32). They are not inferred from the sizes of the maps.
         sampling_ratio: samples per bin and axis, at most 65536; 0 or less: ceil(RoI size / bins), by axis and RoI.
-        aligned: shifts boxes by half a cell (see `roi_align`).
-        finest_scale: a RoI of side `finest_scale` pixels, and up to twice that, belongs to the first level.
+        aligned: shift boxes by half a cell (see `roi_align`).
+        finest_scale: RoIs with a side from `finest_scale` pixels to twice that, and smaller ones, use the first level.
 
     Returns:
         (K, C, PH, PW) in the order of `boxes`; the dtype of the features, channels-last if `features[0]` is.
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `features`, `output_size`, `strides`, `finest_scale` or `boxes` of a wrong kind; within `checked()`
-            also bad values.
+        ValueError: `features`, `output_size`, `strides`, `finest_scale` or `boxes` of a wrong kind; within
+            `spatialflow.ops.checked()` also a box that is not finite or a batch index outside the batch.
 
-    Remarks:
-        Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), the area in square pixels; 0
-        where the area is negative, as of a RoI reversed along one axis. Everything else is as in `roi_align`: a RoI
-        with a coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient, as does
-        one whose level has no cells. No RoIs, or no channels: an empty result. Gradients flow to every level (boxes get
-        none), in reverse and forward mode and to any order; the CPU backward is deterministic.
+    Note:
+        Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), with the area in square pixels.
+        Level 0 if the area is negative, as for a RoI reversed along one axis. Everything else is as in `roi_align`. A
+        RoI with a coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient. So
+        does a RoI whose level has no cells. No RoIs, or no channels: an empty result.
 
-    Example:
+        Gradients flow to every level (boxes get none), in reverse and forward mode and to any order. The CPU backward
+        is deterministic. The CUDA backward is deterministic in float64, and under
+        `torch.use_deterministic_algorithms(True)` in every dtype.
+
+        Complexity: as for `roi_align`. On CUDA all levels share one launch, and the host waits for no sizes.
+
+        Difference from torchvision's `MultiScaleRoIAlign`: features are a list and strides are arguments. `aligned` is
+        True by default. `finest_scale` is `canonical_scale / 2 ** (canonical_level - log2(strides[0]))`, also for
+        detectron2's `ROIPooler`. mmdetection's `SingleRoIExtractor` has the same levels.
+
+    Examples:
         >>> features = [torch.rand(1, 256, 100, 168), torch.rand(1, 256, 50, 84), torch.rand(1, 256, 25, 42)]
         >>> boxes = [torch.tensor([[10.0, 20.0, 60.0, 90.0], [100.0, 50.0, 700.0, 600.0]])]  # of the only image
         >>> multilevel_roi_align(features, boxes, output_size=14, strides=(8, 16, 32)).shape
@@ -62,7 +71,7 @@ def multilevel_roi_align(
 
     Source: Lin et al., Feature Pyramid Networks (2017), equation 1; level rule and pooling of mmdetection's
     SingleRoIExtractor. torchvision's MultiScaleRoIAlign adds its 1e-6 after the logarithm, and keeps the scales that it
-    inferred from the first image it saw.
+    inferred from the first image.
     """
     if not are_tensors(*_as_list(features), *_as_list(boxes)):
         return with_arrays(multilevel_roi_align, locals())
@@ -89,7 +98,15 @@ def multilevel_roi_align(
 
 
 class MultilevelRoIAlign(nn.Module):
-    """`multilevel_roi_align` with its settings; see there. `forward(features, boxes)`."""
+    """Module of `multilevel_roi_align`: `forward(features, boxes)` calls it with the settings given here.
+
+    Args:
+        output_size: as for `multilevel_roi_align`.
+        strides: as for `multilevel_roi_align`.
+        sampling_ratio: as for `multilevel_roi_align`.
+        aligned: as for `multilevel_roi_align`.
+        finest_scale: as for `multilevel_roi_align`.
+    """
 
     def __init__(
         self,
@@ -107,11 +124,13 @@ class MultilevelRoIAlign(nn.Module):
         self.finest_scale = finest_scale
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor | list[Tensor]) -> Tensor:
+        """Call `multilevel_roi_align` with the module's settings."""
         return multilevel_roi_align(
             features, boxes, self.output_size, self.strides, self.sampling_ratio, self.aligned, self.finest_scale
         )
 
     def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
         return (
             f"output_size={self.output_size}, strides={self.strides}, sampling_ratio={self.sampling_ratio}, "
             f"aligned={self.aligned}, finest_scale={self.finest_scale}"
@@ -119,7 +138,16 @@ class MultilevelRoIAlign(nn.Module):
 
 
 @register_fake("multilevel_roi_align")
-def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale):
+def _(
+    features: list[Tensor],
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    strides: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    finest_scale: float,
+) -> Tensor:
     first = features[0]
     torch._check(
         first.dim() == 4, lambda: f"multilevel_roi_align: features[0] must be (N, C, H, W), got {tuple(first.shape)}"
@@ -134,21 +162,21 @@ def _(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, ali
 
 @register_fake("_multilevel_roi_align_backward")
 def _(
-    grad_output,
-    boxes,
-    pooled_height,
-    pooled_width,
-    strides,
-    sampling_ratio,
-    aligned,
-    finest_scale,
-    batch,
-    channels,
-    heights,
-    widths,
-    channels_last,
-    deterministic,
-):
+    grad_output: Tensor,
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    strides: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    finest_scale: float,
+    batch: int,
+    channels: int,
+    heights: list[int],
+    widths: list[int],
+    channels_last: bool,
+    deterministic: bool,
+) -> list[Tensor]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return [
         torch.empty(
@@ -157,11 +185,11 @@ def _(
             device=grad_output.device,
             memory_format=memory_format,
         )
-        for height, width in zip(heights, widths)
+        for height, width in zip(heights, widths, strict=True)
     ]
 
 
-# The op is linear in its features, so tangents and second derivatives are the op itself applied to them.
+# The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     features, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
@@ -197,7 +225,7 @@ def _jvp(ctx: Any, features: list[Tensor | None], *_: Any) -> Tensor | None:
         return None
     tangents = [
         known.new_zeros((*ctx.shape, height, width)) if tangent is None else tangent
-        for tangent, height, width in zip(features, ctx.heights, ctx.widths)
+        for tangent, height, width in zip(features, ctx.heights, ctx.widths, strict=True)
     ]
     return _multilevel_roi_align(tangents, boxes, *ctx.settings)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-maximum suppression: of boxes that overlap too much, the best one stays."""
+"""Non-maximum suppression: of boxes that overlap by more than a threshold, keep the one with the best score."""
 
 from __future__ import annotations
 
@@ -13,33 +13,41 @@ from spatialflow.ops.fake import register_fake
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Keeps, from the best score down, every box that no kept box overlaps by more than a threshold.
+    """Keep, from the best score down, every box that no kept box overlaps by more than a threshold.
 
     Args:
         boxes: (N, 4) rows of (x1, y1, x2, y2), any unit; float32, float64, float16 or bfloat16, any strides.
-        scores: (N) of those dtypes too.
-        iou_threshold: intersection over union above which the worse box of a pair is dropped; 0 or more.
+        scores: (N), any of those dtypes.
+        iou_threshold: intersection over union above which the box with the lower score is dropped; 0 or more.
 
     Returns:
         Row numbers of the kept boxes, int64, by descending score.
 
     Raises:
         RuntimeError: a shape, dtype, device or threshold that does not fit, naming the argument.
-        ValueError: a threshold that is no number; within `spatialflow.ops.checked()`, a box or score that is not
+        ValueError: a threshold that is not a number; within `spatialflow.ops.checked()`, a box or score that is not
             finite.
 
-    Remarks:
-        Equal scores rank by row, the lower row first, on every device. A pair is decided by
-        `intersection > iou_threshold * union` in float32 (float64 if either tensor is), the threshold and each
-        operation rounded: boxes whose IoU is the threshold itself both stay, as far as that arithmetic can tell.
+    Note:
+        Equal scores rank by row, the lower row first, on every device. The second box of a pair is dropped if
+        `intersection > iou_threshold * union`. This is computed in float32 (float64 if either tensor is), and the
+        threshold and each operation are rounded. Two boxes whose IoU equals the threshold both stay, as far as that
+        arithmetic can tell.
+
         A box with a NaN corner and a box with a NaN score are never kept. A box without area (reversed or empty), and
-        one whose area is infinite, suppresses nothing and is never suppressed; overflow and underflow count as such.
-        Infinite scores rank first or last.
-        No gradient: row numbers have none. No boxes: an empty result. Memory is linear in N.
-        The length of the result depends on the values: to trace it with `torch.compile(fullgraph=True)`, set
+        one whose area is infinite, suppresses nothing and is never suppressed. Areas that overflow or underflow count
+        as infinite or zero. Infinite scores rank first or last. No boxes: an empty result. Row numbers have no
+        gradient.
+
+        The length of the result depends on the values. To trace it with `torch.compile(fullgraph=True)`, set
         `torch._dynamo.config.capture_dynamic_output_shape_ops`. `multiclass_nms` has results of fixed shape.
 
-    Example:
+        Complexity: a sort of N boxes, then at most N tests for each kept box. Memory is O(N); there is no N x N matrix.
+
+        Difference from torchvision: NaN scores and boxes are never kept. mmcv's `nms` also returns the detections and
+        has an `offset`.
+
+    Examples:
         >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
         >>> nms(boxes, torch.tensor([0.6, 0.9, 0.3]), iou_threshold=0.5)
         tensor([1, 2])
@@ -54,25 +62,31 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """`nms` within each class (or image, level, ...): boxes of different classes never meet.
+    """Apply `nms` within each class (or image, level, ...): boxes of different classes do not suppress each other.
 
     Args:
-        boxes, scores, iou_threshold: as for `nms`.
-        idxs: (N) int64, the class of each box; any values, negative and huge ones included.
+        boxes: as for `nms`.
+        scores: as for `nms`.
+        idxs: (N) int64, the class of each box; any values, including negative and huge ones.
+        iou_threshold: as for `nms`.
 
     Returns:
         Row numbers of the kept boxes of all classes, int64, by descending score.
 
     Raises:
         RuntimeError: a shape, dtype, device or threshold that does not fit, naming the argument.
-        ValueError: a threshold that is no number; within `spatialflow.ops.checked()`, a box or score that is not
+        ValueError: a threshold that is not a number; within `spatialflow.ops.checked()`, a box or score that is not
             finite.
 
-    Remarks:
-        All of those of `nms`. Each class is treated by itself with its boxes as given: they are not shifted apart by
-        class, so neither negative coordinates nor many classes change the result.
+    Note:
+        All notes of `nms` apply. Each class is processed separately, with its boxes as they are.
 
-    Example:
+        Complexity: as for `nms`, with tests only between boxes of one class.
+
+        Difference from torchvision and mmcv: they may shift the boxes of each class by an offset. Here boxes are never
+        shifted, so negative coordinates and many classes do not change the result.
+
+    Examples:
         >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0]])
         >>> batched_nms(boxes, torch.tensor([0.6, 0.9]), torch.tensor([7, 3]), iou_threshold=0.5)
         tensor([1, 0])
@@ -108,10 +122,10 @@ def _fake_rows(op: str, boxes: Tensor, scores: Tensor) -> Tensor:
 
 
 @register_fake("nms")
-def _(boxes, scores, iou_threshold):
+def _(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return _fake_rows("nms", boxes, scores)
 
 
 @register_fake("batched_nms")
-def _(boxes, scores, idxs, iou_threshold):
+def _(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     return _fake_rows("batched_nms", boxes, scores)

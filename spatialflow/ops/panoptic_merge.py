@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic merge: instance masks, a stuff label map and boxes become one id map and a table of segments."""
+"""Panoptic merge: one id map and a table of segments from instance masks, a stuff label map and boxes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spatialflow.deprecated import renamed_keywords
 from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, items, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
@@ -16,7 +17,7 @@ from spatialflow.ops.fake import register_fake
 
 
 class PanopticMergeOutput(NamedTuple):
-    """Result of `panoptic_merge`. Row r of every table describes the segment with id r + 1; R = K + stuff_labels."""
+    """Result of `panoptic_merge`. Row r of every table is the segment with id r + 1; R = K + stuff_labels."""
 
     id_map: Tensor  # (H, W) int32, 0 = void
     labels: Tensor  # (R) int64, of the instance or of the stuff; -1 in unused rows
@@ -28,6 +29,7 @@ class PanopticMergeOutput(NamedTuple):
     count: Tensor  # () int64, rows in use
 
 
+@renamed_keywords(stuff_area_limit="stuff_area_threshold", box_threshold="box_overlap_threshold")
 def panoptic_merge(
     masks: Tensor,
     scores: Tensor,
@@ -39,51 +41,62 @@ def panoptic_merge(
     ignored_stuff: Sequence[int] = (),
     score_threshold: float = 0.37,
     overlap_threshold: float = 0.37,
-    stuff_area_limit: int = 4900,
-    box_threshold: float = 0.5,
+    stuff_area_threshold: int = 4900,
+    box_overlap_threshold: float = 0.5,
 ) -> PanopticMergeOutput:
-    """Merges instances and stuff into one map in which every pixel belongs to one segment or to none.
+    """Merge instances and stuff into one map in which every pixel has the id of one segment or is void.
 
-    1. Instances with `score >= score_threshold`, highest score first, ties in input order. One without pixels, or with
-       more than `overlap_threshold` of its pixels taken by those kept before, is dropped; a kept one takes its free
-       pixels.
-    2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_limit`.
-    3. Every box of step 1, its instance kept or not, in the same order: if at least `box_threshold` of its pixels are
-       still void, they go to the instance's segment, or to a new one. Boxes are truncated to integers and cut to the
-       image.
+    1. Instances with `score >= score_threshold`, highest score first, ties in input order. An instance is dropped if it
+       has no pixels, or if more than `overlap_threshold` of its pixels are in instances kept before. Other instances
+       are kept and take their free pixels.
+    2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_threshold`.
+    3. Each box of step 1, in the same order, whether its instance is kept or not. If at least `box_overlap_threshold`
+       of its pixels are still void, they join the instance's segment, or a new one. Boxes are truncated to integers and
+       clipped to the image.
 
     Args:
         masks: (K, H, W) bool or uint8, not zero = inside.
         scores: (K), any floating dtype.
         labels: (K), any integer dtype; copied to the table.
-        boxes: (K, 4) x1, y1, x2, y2 in pixels, any floating dtype; None leaves out step 3.
+        boxes: (K, 4) x1, y1, x2, y2 in pixels, any floating dtype; None skips step 3.
         stuff: (H, W), any integer dtype; values outside [0, stuff_labels) are void.
         stuff_labels: number of stuff labels.
         ignored_stuff: stuff labels that stay void, such as "other".
-        score_threshold, overlap_threshold, stuff_area_limit, box_threshold: see above. Defaults: the paper's for COCO.
+        score_threshold: least score of an instance. All defaults are the paper's for COCO.
+        overlap_threshold: largest share of an instance's pixels in instances kept before.
+        stuff_area_threshold: least number of free pixels of a stuff label.
+        box_overlap_threshold: least share of void pixels of a box in step 3.
 
     Returns:
-        `PanopticMergeOutput`. Ids count from 1 in order of creation: instances, stuff by label, then new ones of
-        step 3. Every id of the map is one row in use and the other way round. All shapes are fixed by the arguments'
-        shapes and `stuff_labels`, so nothing waits for the device.
+        `PanopticMergeOutput`. Ids count from 1 in order of creation: instances, stuff by label, then new segments of
+        step 3. Every id of the map is a row in use, and every row in use has pixels. All shapes follow from the shapes
+        of the arguments and `stuff_labels`, so the host does not wait for the device.
 
     Raises:
         RuntimeError: a shape, dtype or option that does not fit, naming the argument.
-        ValueError: `ignored_stuff` that is no sequence, a threshold that is no number; within
+        ValueError: `ignored_stuff` that is not a sequence, a threshold that is not a number; within
             `spatialflow.ops.checked()`, a score or box that is not finite.
 
-    Remarks:
+    Note:
         Scores, shares and thresholds are compared in float64, where 0.7 of a float32 tensor is below a threshold of
-        0.7. Boxes are truncated towards zero from the dtype given; x2 and y2 are outside. A kept instance without free
-        pixels (overlap_threshold of 1) is no segment, but step 3 may make it one. Rows hold scores in float32.
-        A NaN score never enters; a box with a coordinate that is not finite fills nothing. No instances, or no pixels,
-        are fine. No gradients. The result does not depend on the number of threads.
+        0.7. Boxes are truncated towards zero from their dtype; x2 and y2 are exclusive. A kept instance without free
+        pixels (`overlap_threshold` of 1) is not a segment, but step 3 may make it one. Rows hold scores in float32.
 
-    Example:
+        An instance with a NaN score is ignored; a box with a coordinate that is not finite fills nothing. K, H and W
+        may be 0. No gradients. The result does not depend on the number of threads.
+
+        Complexity: one pass over the K * H * W mask values, which are packed to K * H * W / 8 bytes. All later steps
+        use these bits. Instances are decided one after the other.
+
+        Difference from detectron2 (`combine_semantic_and_instance_outputs`): step 3, and results of fixed shape.
+        `spatialflow.panoptic.merge` maps labels to categories.
+
+    Examples:
         >>> masks = torch.zeros(1, 4, 6, dtype=torch.bool)
         >>> masks[0, :2, :3] = True
         >>> stuff = torch.ones(4, 6, dtype=torch.int64)
-        >>> merged = panoptic_merge(masks, torch.tensor([0.9]), torch.tensor([5]), None, stuff, 2, stuff_area_limit=4)
+        >>> scores, labels = torch.tensor([0.9]), torch.tensor([5])
+        >>> merged = panoptic_merge(masks, scores, labels, None, stuff, 2, stuff_area_threshold=4)
         >>> merged.id_map[0]
         tensor([1, 1, 1, 2, 2, 2], dtype=torch.int32)
         >>> merged.labels, merged.areas  # rows: the instance, the stuff, one that is not used
@@ -109,8 +122,8 @@ def panoptic_merge(
         ignored_stuff,
         number("panoptic_merge", "score_threshold", score_threshold),
         number("panoptic_merge", "overlap_threshold", overlap_threshold),
-        stuff_area_limit,
-        number("panoptic_merge", "box_threshold", box_threshold),
+        stuff_area_threshold,
+        number("panoptic_merge", "box_overlap_threshold", box_overlap_threshold),
     )
     return PanopticMergeOutput(
         id_map, table[:, 0], table[:, 1].bool(), table[:, 2], table[:, 3], table[:, 4:8], segment_scores, count
@@ -122,18 +135,18 @@ _panoptic_merge = without_gradient("panoptic_merge")
 
 @register_fake("panoptic_merge")
 def _(
-    masks,
-    scores,
-    labels,
-    boxes,
-    stuff,
-    stuff_labels,
-    ignored_stuff,
-    score_threshold,
-    overlap_threshold,
-    stuff_area_limit,
-    box_threshold,
-):
+    masks: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    boxes: Tensor | None,
+    stuff: Tensor,
+    stuff_labels: int,
+    ignored_stuff: list[int],
+    score_threshold: float,
+    overlap_threshold: float,
+    stuff_area_threshold: int,
+    box_overlap_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch._check(masks.dim() == 3, lambda: f"panoptic_merge: masks must be (K, H, W), got {tuple(masks.shape)}")
     count, height, width = masks.shape
     rows = count + stuff_labels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counts behind panoptic quality, for id maps that are already tensors."""
+"""Pixel counts for panoptic quality, from id maps that are tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from spatialflow.ops.fake import register_fake
 
 
 def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, pred_segments: int) -> Tensor:
-    """Counts the pixels that every segment of the ground truth shares with every predicted segment.
+    """Count the pixels that each ground-truth segment shares with each predicted segment.
 
-    Areas are the sums over a row or column, and row and column 0 hold the overlap with void, so the table is all that
-    panoptic quality needs of the pixels. `panoptic_merge` gives maps with such ids; `spatialflow.panoptic.evaluate`
-    counts maps with any ids without torch.
+    The area of a segment is the sum over its row or column. Row and column 0 hold the overlap with void. The table is
+    all that panoptic quality needs of the pixels. `panoptic_merge` returns maps with such ids. For maps with any ids,
+    `spatialflow.panoptic.evaluate` counts without torch.
 
     Args:
         gt_map: (H, W) int32 ids, 0 = void, 1 .. gt_segments.
@@ -25,15 +25,20 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
         pred_segments: number of predicted segments P, or more.
 
     Returns:
-        (G + 1, P + 1) int64. Its size depends on the arguments alone, so nothing waits for the device.
+        (G + 1, P + 1) int64. Its size depends on the arguments alone, so the host does not wait for the device.
 
     Raises:
         RuntimeError: a shape, dtype, device or number that does not fit, naming the argument.
 
-    Remarks:
+    Note:
         A pixel with an id outside its range is not counted. No gradients.
 
-    Example:
+        Complexity: one pass over the H * W pixels of both maps. Memory is the table; on the CPU threads may have a
+        table each.
+
+        Difference from panopticapi: ids are consecutive, and the table is a tensor on the device of the maps.
+
+    Examples:
         >>> truth = torch.tensor([[1, 1, 0], [1, 1, 0]], dtype=torch.int32)
         >>> prediction = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.int32)
         >>> panoptic_quality_counts(truth, prediction, 1, 1)
@@ -51,7 +56,7 @@ _panoptic_quality_counts = without_gradient("panoptic_quality_counts")
 
 
 @register_fake("panoptic_quality_counts")
-def _(gt_map, pred_map, gt_segments, pred_segments):
+def _(gt_map: Tensor, pred_map: Tensor, gt_segments: int, pred_segments: int) -> Tensor:
     torch._check(
         gt_map.dim() == 2, lambda: f"panoptic_quality_counts: gt_map must be (H, W), got {tuple(gt_map.shape)}"
     )

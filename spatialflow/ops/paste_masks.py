@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask pasting: M x M logits of each instance become a mask of the whole image."""
+"""Mask pasting: resize the mask logits of each instance to its box in a mask of the whole image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from spatialflow.ops.fake import register_fake
 
 
 def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Stretches each instance's mask over its box and tells which pixels of the image are inside.
+    """Resize the mask of each instance to its box and return the pixels of the image that are inside.
 
-    Probabilities (sigmoid of the logits) are interpolated bilinearly, with zeros around the mask, at the centers of the
-    pixels; a pixel is inside where they reach the threshold.
+    Probabilities (sigmoid of the logits) are interpolated bilinearly at the centers of the pixels, with zeros around
+    the mask. A pixel is inside if its probability reaches the threshold.
 
     Args:
         mask_logits: (K, M, M), or (K, MH, MW); float32, float64, float16 or bfloat16, any strides.
@@ -30,15 +30,21 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
 
     Raises:
         RuntimeError: a shape, dtype, device, size or threshold that does not fit, naming the argument.
-        ValueError: `threshold` that is no number; within `spatialflow.ops.checked()`, a box that is not finite.
+        ValueError: `threshold` that is not a number; within `spatialflow.ops.checked()`, a box that is not finite.
 
-    Remarks:
-        With a threshold of 0.5 or more, only pixels with their center in the box can be inside. A box without extent,
-        reversed, or with a coordinate that is not finite has none. NaN logits are outside, with every pixel that
-        interpolates one, if only with a weight of 0. A pixel between cells that all reach the threshold is inside
-        whatever the rounding. No gradients: the result is bool.
+    Note:
+        With a threshold of 0.5 or more, only pixels whose center is in the box can be inside. A box without extent,
+        reversed, or with a coordinate that is not finite has no pixels. A pixel that interpolates a NaN logit, even
+        with a weight of 0, is outside. A pixel between cells that all reach the threshold is inside whatever the
+        rounding. The result is bool and has no gradient.
 
-    Example:
+        Complexity: K * H * W bytes are written. Interpolation is done only for pixels under the boxes, and no
+        floating-point mask of the size of the image is stored.
+
+        Difference from torchvision and detectron2 (`paste_masks_in_image`): logits instead of probabilities. The
+        sampling rule is that of detectron2; torchvision enlarges and rounds the boxes and returns floats.
+
+    Examples:
         >>> logits = torch.full((1, 28, 28), 5.0)
         >>> masks = paste_masks(logits, torch.tensor([[10.0, 20.0, 30.0, 60.0]]), (100, 80))
         >>> masks.shape, masks.sum()
@@ -59,7 +65,7 @@ _paste_masks = without_gradient("paste_masks")
 
 
 @register_fake("paste_masks")
-def _(mask_logits, boxes, height, width, threshold):
+def _(mask_logits: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> Tensor:
     torch._check(
         mask_logits.dim() == 3, lambda: f"paste_masks: mask_logits must be (K, M, M), got {tuple(mask_logits.shape)}"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From decoded photographs to the network's input."""
+"""Preprocessing of decoded images for the network: resize, normalize and pad."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def preprocess_images(
     divisor: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Resizes, normalizes and pads images in one pass: BGR bytes in, a channels-last batch of RGB numbers out.
+    """Resize, normalize and pad images in one pass: BGR bytes in, a channels-last batch of RGB numbers out.
 
     Args:
         images: (H, W, 3) uint8 in BGR order, or a list of such images of any sizes; any strides.
@@ -37,16 +37,21 @@ def preprocess_images(
 
     Raises:
         RuntimeError: a shape, dtype, size or number that does not fit, naming the argument.
-        ValueError: `sizes`, `mean` or `std` that is no sequence of numbers, naming it.
+        ValueError: `sizes`, `mean` or `std` that is not a sequence of numbers, naming it.
 
-    Remarks:
-        Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR (no antialias; an image that halves
-        exactly is averaged over 2 x 2 pixels, as OpenCV does), `subtract` in float32 and `multiply` by 1 / std in
-        float64. No gradients.
+    Note:
+        Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR, `subtract` in float32 and `multiply` by
+        1 / std in float64. There is no antialiasing, but an image that halves exactly is averaged over 2 x 2 pixels, as
+        in OpenCV. No gradients.
 
-    Example:
-        >>> photograph = torch.zeros(480, 640, 3, dtype=torch.uint8)  # as cv2.imread gives it, through torch.from_numpy
-        >>> preprocess_images(photograph, (800, 1067), mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4)).shape
+        Complexity: time and memory are linear in the pixels of the result. No resized or normalized image is stored in
+        between.
+
+        Difference from torchvision and mmcv: resize, conversion to RGB, normalization and padding are one operator.
+
+    Examples:
+        >>> image = torch.zeros(480, 640, 3, dtype=torch.uint8)  # as cv2.imread gives it, through torch.from_numpy
+        >>> preprocess_images(image, (800, 1067), mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4)).shape
         torch.Size([1, 3, 800, 1088])
 
     Source: OpenCV, `imgproc/src/resize.cpp` (fixed-point arithmetic for 8-bit images).
@@ -68,7 +73,15 @@ _preprocess_images = without_gradient("preprocess_images")
 
 
 @register_fake("preprocess_images")
-def _(images, heights, widths, mean, std, divisor, dtype):
+def _(
+    images: list[Tensor],
+    heights: list[int],
+    widths: list[int],
+    mean: list[float],
+    std: list[float],
+    divisor: int,
+    dtype: torch.dtype,
+) -> Tensor:
     height, width = ((max(sides) + divisor - 1) // divisor * divisor for sides in (heights, widths))
     return torch.empty(
         (len(images), 3, height, width), dtype=dtype, device=images[0].device, memory_format=torch.channels_last

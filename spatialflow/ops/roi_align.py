@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoIAlign: mean of bilinear samples in every bin of every region of interest."""
+"""RoIAlign: the mean of bilinear samples in every bin of every region of interest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    """Pools the features of regions of interest to a fixed size by the mean of bilinear samples (RoIAlign).
+    """Pool the features of regions of interest to a fixed size by the mean of bilinear samples (RoIAlign).
 
     Args:
         input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
@@ -32,7 +32,7 @@ def roi_align(
         output_size: bins per axis (PH, PW), or one number for both.
         spatial_scale: feature cells per pixel of the boxes, e.g. 1 / 8 for a stride of 8.
         sampling_ratio: samples per bin and axis, at most 65536; 0 or less: ceil(RoI size / bins), by axis and RoI.
-        aligned: shifts boxes by half a cell, so that cell centers lie at half-integer coordinates (detectron2's rule).
+        aligned: shift boxes by half a cell, so that cell centers are at half-integer coordinates (detectron2's rule).
             False: the original rule, which also widens RoIs to at least one cell.
 
     Returns:
@@ -40,20 +40,30 @@ def roi_align(
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `output_size`, `spatial_scale` or `boxes` of a wrong kind; within `spatialflow.ops.checked()` also
-            bad values.
+        ValueError: `output_size`, `spatial_scale` or `boxes` of a wrong kind; within `spatialflow.ops.checked()` also a
+            box that is not finite or a batch index outside the batch.
 
-    Remarks:
-        Samples further than one cell outside the map count as zero. A RoI with a coordinate that is not finite in the
-        type it is used in, or with a batch index outside [0, N), gives zeros and no gradient; a fraction of a batch
-        index is dropped. A RoI without extent or reversed (x2 < x1) becomes one cell wide without `aligned`. With it,
-        a positive `sampling_ratio` makes its samples coincide or run backwards; otherwise it has none and gives zeros.
-        A feature that is not finite reaches only the bins that give it a weight other than 0. A map without cells
-        gives zeros. No RoIs, or no channels: an empty result.
-        Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order; the CPU backward
-        is deterministic, the CUDA one in float64 and under `torch.use_deterministic_algorithms(True)`.
+    Note:
+        Samples more than one cell outside the map count as zero. A RoI with a coordinate that is not finite in the type
+        it is used in, or with a batch index outside [0, N), gives zeros and no gradient. Batch indices are truncated to
+        integers.
 
-    Example:
+        Without `aligned`, a RoI without extent or reversed (x2 < x1) becomes one cell wide. With `aligned`, a positive
+        `sampling_ratio` makes the samples of such a RoI coincide or run backwards; otherwise it has no samples and
+        gives zeros. A feature that is not finite reaches only bins that give it a weight other than 0. A map without
+        cells gives zeros. No RoIs, or no channels: an empty result.
+
+        Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order. The CPU
+        backward is deterministic. The CUDA backward is deterministic in float64, and under
+        `torch.use_deterministic_algorithms(True)` in every dtype.
+
+        Complexity: time is proportional to K * C times the cells that the bins of a RoI read; samples of a bin that
+        share cells are merged. The CUDA kernels copy features that are not channels-last into that layout first.
+
+        Difference from torchvision: boxes are used in float32 also for 16-bit features, and bad RoIs give zeros. mmcv
+        and detectron2 have `aligned=True` by default.
+
+    Examples:
         >>> features = torch.rand(2, 256, 50, 84)  # of two images, stride 8
         >>> boxes = torch.tensor([[0, 10.0, 20.0, 200.0, 120.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x1, y1, x2, y2
         >>> roi_align(features, boxes, output_size=7, spatial_scale=1 / 8, aligned=True).shape
@@ -74,7 +84,14 @@ def roi_align(
 
 
 class RoIAlign(nn.Module):
-    """`roi_align` with its settings; see there. `forward(input, boxes)`."""
+    """Module of `roi_align`: `forward(input, boxes)` calls it with the settings given here.
+
+    Args:
+        output_size: as for `roi_align`.
+        spatial_scale: as for `roi_align`.
+        sampling_ratio: as for `roi_align`.
+        aligned: as for `roi_align`.
+    """
 
     def __init__(
         self,
@@ -90,9 +107,11 @@ class RoIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, boxes: Tensor | list[Tensor]) -> Tensor:
+        """Call `roi_align` with the module's settings."""
         return roi_align(input, boxes, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
     def extra_repr(self) -> str:
+        """Return the settings for `repr`."""
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
             f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
@@ -104,7 +123,7 @@ def _as_list(boxes: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
-    """(K, 5) rows of (batch index, x1, y1, x2, y2)."""
+    """Return boxes as (K, 5) rows of (batch index, x1, y1, x2, y2)."""
     if isinstance(boxes, Tensor):
         return boxes
     if len(boxes) != input.shape[0]:
@@ -122,7 +141,15 @@ def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
 
 
 @register_fake("roi_align")
-def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned):
+def _(
+    input: Tensor,
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
     torch._check(input.dim() == 4, lambda: f"roi_align: input must be (N, C, H, W), got {tuple(input.shape)}")
     torch._check(boxes.dim() == 2, lambda: f"roi_align: boxes must have shape (K, 5), got {tuple(boxes.shape)}")
     size = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
@@ -132,26 +159,26 @@ def _(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, 
 
 @register_fake("_roi_align_backward")
 def _(
-    grad_output,
-    boxes,
-    pooled_height,
-    pooled_width,
-    spatial_scale,
-    sampling_ratio,
-    aligned,
-    batch,
-    channels,
-    height,
-    width,
-    channels_last,
-    deterministic,
-):
+    grad_output: Tensor,
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    deterministic: bool,
+) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     size = (batch, channels, height, width)
     return torch.empty(size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
 
 
-# The op is linear in its features, so tangents and second derivatives are the op itself applied to them.
+# The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
@@ -175,7 +202,7 @@ def _jvp(ctx: Any, input: Tensor | None, *_: Any) -> Tensor | None:
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad_output, boxes, *ctx.settings = inputs
+    _grad_output, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
 

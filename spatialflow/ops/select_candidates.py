@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boxes that compete in NMS: the best anchors of every level of RetinaNet's head, decoded, in one call."""
+"""Candidates for NMS: the best anchors of every level of RetinaNet's head, decoded, in one call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def select_candidates(
     scale_factors: Tensor,
     per_level: int,
 ) -> Candidates:
-    """The best anchors of every level, decoded, clipped to the valid image and brought to the original scale.
+    """Select the best anchors of every level, decode them, clip them to the valid image and scale them to the original.
 
     Args:
         class_logits: L levels (B, A * classes, H_l, W_l), channels by anchor, then class; one dtype (float32, float64,
@@ -45,23 +45,32 @@ def select_candidates(
 
     Returns:
         `Candidates`: boxes (B, N, 4) and scores (B, N, classes) in float32, float64 for float64 logits. Levels follow
-        each other in order. N is the sum of min(per_level, H_l * W_l * A), so it depends on no value.
+        each other in order. N is the sum of min(per_level, H_l * W_l * A) (of H_l * W_l * A if `per_level` is 0), so it
+        does not depend on values.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list, or no sequence as `strides`;
-            within `spatialflow.ops.checked()` a value that is not finite.
+        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list, or `strides` that is not a
+            sequence; within `spatialflow.ops.checked()` a value that is not finite.
 
-    Remarks:
+    Note:
         A level with more than `per_level` anchors gives those with the highest best logit, best first. Equal ones rank
         by anchor index, the lower first: cells row-major, then anchors. A level with no more keeps all in that order.
         NaN is never the best logit of an anchor; an anchor with NaN alone, or without classes, ranks as minus infinity.
         A NaN logit gives a NaN score, and a NaN delta a box with a NaN corner: `multiclass_nms` keeps neither. Infinite
         deltas are clipped like large ones.
-        The selection is the same on CPU and CUDA; boxes and scores are, up to rounding. The results are detached: no
-        gradient flows to logits or deltas. Autocast changes nothing. CUDA takes up to 8 levels and 65,535 images.
 
-    Example:
+        The selection is the same on CPU and CUDA; boxes and scores are the same up to rounding. The results are
+        detached: no gradient flows to logits or deltas. Autocast changes nothing. CUDA takes up to 8 levels and 65,535
+        images.
+
+        Complexity: one pass over the logits. Only anchors that may be kept are sorted, and only kept ones are decoded.
+        Scratch memory is linear in the number of anchors.
+
+        Difference from mmdetection (`RetinaHead.get_bboxes` up to NMS): a batch and all levels in one call, and the
+        order of equal logits is defined.
+
+    Examples:
         >>> logits, deltas = torch.zeros(1, 2, 1, 2), torch.zeros(1, 4, 1, 2)  # one level of 1 x 2 cells, 2 classes
         >>> logits[0, :, 0, 1] = torch.tensor([9.0, -9.0])
         >>> base = torch.tensor([[[-4.0, -4.0, 4.0, 4.0]]])  # one anchor per cell
@@ -84,7 +93,7 @@ def select_candidates(
         list(class_logits), list(box_deltas), base_anchors, strides, valid_sizes, scale_factors, per_level
     )
     if is_checking():  # values; the operator has checked the shapes
-        for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
+        for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas, strict=True)):
             require_finite("select_candidates", f"class_logits[{level}]", logits)
             require_finite("select_candidates", f"box_deltas[{level}]", deltas)
         require_finite("select_candidates", "base_anchors", base_anchors)
@@ -96,7 +105,15 @@ _select_candidates = without_gradient("select_candidates")
 
 
 @register_fake("select_candidates")
-def _(class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level):
+def _(
+    class_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    base_anchors: Tensor,
+    strides: list[int],
+    valid_sizes: Tensor,
+    scale_factors: Tensor,
+    per_level: int,
+) -> tuple[Tensor, Tensor]:
     first = class_logits[0]
     torch._check(
         first.dim() == 4,
@@ -116,7 +133,7 @@ def _(class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factor
 
 
 def _vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-    """A mapped dimension is one more batch dimension: both are folded into one for the call."""
+    """Fold the mapped dimension and the batch into one dimension for the call."""
     class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level = args
     if in_dims[2] is not None:
         raise ValueError("select_candidates: base_anchors must be the same for all that vmap maps over")
@@ -126,7 +143,7 @@ def _vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
 
     def folded(levels: list[Tensor], dims: list[int | None] | None) -> list[Tensor]:
         dims = dims or [None] * len(levels)
-        return [unfolded(level, dim).flatten(0, 1) for level, dim in zip(levels, dims)]
+        return [unfolded(level, dim).flatten(0, 1) for level, dim in zip(levels, dims, strict=True)]
 
     sizes, factors = unfolded(valid_sizes, in_dims[4]), unfolded(scale_factors, in_dims[5])
     results = _select_candidates(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sigmoid focal loss from class indices, fused forward and backward."""
+"""Sigmoid focal loss from class indices, with fused forward and backward kernels."""
 
 from __future__ import annotations
 
@@ -17,37 +17,42 @@ from spatialflow.ops.fake import register_fake
 def sigmoid_focal_loss(
     logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "none"
 ) -> Tensor:
-    """Focal loss of C independent sigmoids per row, of which at most one, named by the label, should be on.
+    """Compute the focal loss of C binary classifiers per row, of which the label names the positive one, if any.
 
-    With p the probability of the right answer for an element, its loss is `-w * (1 - p) ** gamma * log(p)`, w = alpha
-    for the class of the label and 1 - alpha for all other classes.
+    With p the probability of the right answer for an element, its loss is `-w * (1 - p) ** gamma * log(p)`. The weight
+    w is alpha for the class of the label and 1 - alpha for all other classes.
 
     Args:
         logits: (..., C); float32, float64, float16 or bfloat16, any strides.
-        labels: (...) int64 or int32. 0 to C - 1: that class; C: background, no class is right; any other value, by
-            convention -1: the row is ignored, with zero loss and gradient whatever its logits are.
-        gamma: how strongly easy elements are played down; 0 or more.
+        labels: (...) int64 or int32. 0 to C - 1: that class; C: background, all classes are negative; any other value,
+            by convention -1: the row is ignored, with zero loss and gradient whatever its logits are.
+        gamma: how strongly elements with a high p are down-weighted; 0 or more.
         alpha: weight of the class of the label, at most 1; negative: all weights are 1.
-        reduction: "none", "sum", or "mean" over all elements, ignored ones included.
+        reduction: "none", "sum", or "mean" over all elements, including ignored ones.
 
     Returns:
-        "none": (..., C) in the dtype of `logits`. Otherwise a number in float32 (float64 for float64 logits), as a sum
-        over all anchors of an image need not fit 16 bits.
+        For "none" (..., C) in the dtype of `logits`. Otherwise a scalar in float32 (float64 for float64 logits), as a
+        sum over all anchors of an image may overflow 16 bits.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: an unknown reduction; `gamma` or `alpha` that is no number; within `spatialflow.ops.checked()` a
+        ValueError: an unknown reduction; `gamma` or `alpha` that is not a number; within `spatialflow.ops.checked()` a
             logit that is not finite, or a label outside [-1, C].
 
-    Remarks:
-        Computed in float32 (float64 for float64), from exp(-|logit|): exact and smooth for logits of any size. A NaN
-        logit gives NaN, in loss and gradient, so that training notices; an infinite one none if it is right, else an
-        infinite loss, or NaN where its weight is 0. Nothing the size of a one-hot target is made, and "sum" and "mean"
-        store no loss per element.
-        Gradients flow to `logits`, in reverse and forward mode, to second order. Sums have a fixed order.
-        No rows, or no classes: an empty result, the sum 0 and the mean NaN.
+    Note:
+        Computed in float32 (float64 for float64) from exp(-|logit|): exact and smooth for logits of any size. A NaN
+        logit gives NaN in loss and gradient. The loss of an infinite logit is zero if it is right. Otherwise it is
+        infinite, or NaN if its weight is 0. No rows, or no classes: an empty result, the sum 0 and the mean NaN.
 
-    Example:
+        Gradients flow to `logits`, in reverse and forward mode, to second order. Sums have a fixed order.
+
+        Complexity: one pass over the logits, for the loss and for each derivative. No one-hot target is stored, and
+        "sum" and "mean" store no loss per element.
+
+        Difference from torchvision: class indices instead of one-hot targets, and `gamma` before `alpha`. mmcv's mean
+        divides by rows: its result is `reduction="sum"` divided by `len(labels)`.
+
+    Examples:
         >>> logits = torch.zeros(3, 2)
         >>> sigmoid_focal_loss(logits, torch.tensor([1, 2, -1]))  # class 1, background, ignored
         tensor([[0.1300, 0.0433],
@@ -77,25 +82,25 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 
 
 @register_fake("sigmoid_focal_loss")
-def _(logits, labels, gamma, alpha):
+def _(logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> Tensor:
     _check(logits, labels)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @register_fake("_sigmoid_focal_loss_sum", op="sigmoid_focal_loss")
-def _(logits, labels, gamma, alpha):
+def _(logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> Tensor:
     _check(logits, labels)
     return logits.new_empty((), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 @register_fake("_sigmoid_focal_loss_derivative", op="sigmoid_focal_loss")
-def _(factor, logits, labels, gamma, alpha, order):
+def _(factor: Tensor, logits: Tensor, labels: Tensor, gamma: float, alpha: float, order: int) -> Tensor:
     _check(logits, labels)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-# The loss of an element depends on its own logit alone, so the Jacobian is diagonal: gradients and tangents are both
-# products with the derivative, which is an op of its own: factor * (order-th derivative).
+# The loss of an element depends on one logit, so the Jacobian is diagonal. Gradients and tangents are both products
+# with the derivative, which is a separate operator: factor * (order-th derivative).
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     logits, labels, *ctx.settings = inputs
     ctx.save_for_backward(logits, labels)

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic segmentation apart from any network: merge, quality, files, pictures.
+"""Panoptic segmentation independent of the network: merge, quality, files, pictures.
 
 Names are resolved on first use, so that scoring a folder of results imports neither torch nor OpenCV.
 """
 
 import importlib
+import warnings
+from typing import Any
 
-_HOMES = {
+_MODULE_BY_NAME = {
     "InUseError": "journal",
     "MergeResult": "merging",
     "PanopticFormatError": "rules",
     "PanopticQuality": "quality",
     "PanopticWriter": "writer",
     "ResumeError": "journal",
-    "colour_of": "drawing",
+    "color_of": "drawing",
     "decode_ids": "formats",
     "encode_ids": "formats",
     "evaluate": "quality",
@@ -26,16 +28,22 @@ _HOMES = {
     "write_id_map": "formats",
 }
 
-__all__ = sorted(_HOMES)
+_DEPRECATED = {"colour_of": "color_of"}
+
+__all__ = sorted(_MODULE_BY_NAME)
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    if name in _DEPRECATED:
+        new_name = _DEPRECATED[name]
+        warnings.warn(f"{__name__}.{name} is deprecated, use {new_name}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(__name__), new_name)
+    if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_BY_NAME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES))
+    return sorted(set(globals()) | set(_MODULE_BY_NAME))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's average precision of boxes and masks, against a panoptic ground truth; no torch."""
+"""COCO average precision of boxes and masks against a panoptic ground truth. Torch is not imported."""
 
 import contextlib
 import importlib.util
@@ -18,13 +18,20 @@ from spatialflow.panoptic.rules import PanopticFormatError, box_of, is_box, is_f
 
 
 def has_pycocotools() -> bool:
-    """Whether masks can be written as COCO RLE, and average precision be computed."""
+    """True if pycocotools is installed, which COCO RLE and average precision need."""
     return importlib.util.find_spec("pycocotools") is not None
 
 
 def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
-    """The detections of a `PanopticResult` as COCO results: `bbox` is (x, y, width, height); with `segmentation` (RLE)
-    where there are masks and pycocotools is installed.
+    """Convert the detections of a `PanopticResult` to COCO results.
+
+    Args:
+        result: a `PanopticResult`.
+        image_id: of its image.
+
+    Returns:
+        A row per detection with `bbox` as [x, y, width, height], and with `segmentation` (RLE) where there are masks
+        and pycocotools is installed.
     """
     rows = [
         {
@@ -33,16 +40,17 @@ def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
             "bbox": [float(x1), float(y1), float(x2 - x1), float(y2 - y1)],
             "score": float(score),
         }
-        for (x1, y1, x2, y2), score, label in zip(result.boxes.astype(float), result.scores, result.labels)
+        for (x1, y1, x2, y2), score, label in zip(result.boxes.astype(float), result.scores, result.labels, strict=True)
     ]
     masks = result.masks if has_pycocotools() else None
-    for row, mask in zip(rows, () if masks is None else masks):
-        row["segmentation"] = encode_mask(mask)
+    if masks is not None:
+        for row, mask in zip(rows, masks, strict=True):
+            row["segmentation"] = encode_mask(mask)
     return rows
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """(H, W) bool -> COCO RLE with a text of counts, as JSON holds it."""
+    """Encode a mask (H, W) bool as COCO RLE with counts as a string, for JSON."""
     from pycocotools import mask as coco_mask
 
     code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -50,18 +58,23 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLike) -> dict[str, Any]:
-    """The things of a panoptic ground truth (content of its JSON) in COCO's detection format, masks as RLE, crowds
-    marked. A box that contradicts the mask is replaced by the mask's.
+    """Convert the things of a panoptic ground truth to COCO's detection format, with masks as RLE and with crowds.
+
+    A box that contradicts the mask is replaced by the box of the mask.
+
+    Args:
+        content: of the panoptic JSON.
+        panoptic_folder: folder of the PNGs.
     """
     things = {row["id"] for row in content["categories"] if row["isthing"]}
     images, annotations = [], []
     for annotation in content["annotations"]:
         id_map = read_id_map(Path(panoptic_folder) / annotation["file_name"])
-        found = extents(id_map)
+        extent_by_id = extents(id_map)
         images.append({"id": annotation["image_id"], "height": id_map.shape[0], "width": id_map.shape[1]})
         for segment in annotation["segments_info"]:
             if segment["category_id"] in things:
-                extent = found.get(segment["id"], Extent(0, 0, 0, 0, 0))
+                extent = extent_by_id.get(segment["id"], Extent(0, 0, 0, 0, 0))
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -83,19 +96,19 @@ def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLi
 def average_precision(
     content: Mapping[str, Any], panoptic_folder: str | os.PathLike, results: list[dict[str, Any]]
 ) -> Any:
-    """COCO's average precision of boxes and masks, by pycocotools.
+    """Compute COCO average precision of boxes and masks with pycocotools.
 
     Args:
-        content: panoptic ground truth, as its JSON holds it; its things are the objects.
-        panoptic_folder: its PNGs.
-        results: rows of `detection_rows`; those of images that the ground truth lacks are left out.
+        content: of the JSON of the panoptic ground truth, whose things are the objects.
+        panoptic_folder: folder of its PNGs.
+        results: rows of `detection_rows`; those of images outside the ground truth are left out.
 
     Returns:
         {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (-1 where
-        nothing of that kind is annotated); "mask" only where the results have masks. None where pycocotools is missing.
+        no object of that size is annotated); "mask" only where the results have masks. None without pycocotools.
 
     Raises:
-        PanopticFormatError: there are results, and none of an image of the ground truth, or a mask has another size.
+        PanopticFormatError: no result is of an image of the ground truth, or a mask has not the size of its image.
     """
     if not has_pycocotools():
         return None
@@ -104,11 +117,11 @@ def average_precision(
 
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     images = {annotation["image_id"] for annotation in content["annotations"]}
-    given, results = results, [row for row in results if row["image_id"] in images]
-    if given and not results:
+    all_results, results = results, [row for row in results if row["image_id"] in images]
+    if all_results and not results:
         raise PanopticFormatError(
-            f"detections: none of the {len(given)} rows has an image_id of the ground truth; the first has "
-            f"{given[0]['image_id']!r}"
+            f"detections: none of the {len(all_results)} rows has an image_id of the ground truth; the first has "
+            f"{all_results[0]['image_id']!r}"
         )
     kinds = ["box"] + (["mask"] if results and all("segmentation" in row for row in results) else [])
     if not results:
@@ -127,40 +140,36 @@ def average_precision(
         truth.dataset = dataset
         truth.createIndex()
         for kind in kinds:
-            rows = [
-                {key: value for key, value in row.items() if kind == "mask" or key != "segmentation"} for row in results
-            ]
-            if (
-                kind == "mask"
-            ):  # pycocotools takes areas, by which it sorts objects into sizes, from the box where there is one
-                rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+            # pycocotools would take the area of a mask, by which it groups objects by size, from the box.
+            omitted = "bbox" if kind == "mask" else "segmentation"
+            rows = [{key: value for key, value in row.items() if key != omitted} for row in results]
             scorer = COCOeval(truth, truth.loadRes(rows), "segm" if kind == "mask" else "bbox")
             scorer.evaluate()
             scorer.accumulate()
             scorer.summarize()
-            scores[kind] = dict(zip(names, (float(value) for value in scorer.stats[:6])))
+            scores[kind] = dict(zip(names, map(float, scorer.stats[:6]), strict=True))
     return scores
 
 
 def _numbers(image_ids: Iterable[int | str]) -> dict[int | str, int]:
-    """image_id -> number. pycocotools keeps ids in an array, which holds no mixture of integers and text.
+    """Number the image ids, as pycocotools stores ids in an array, which cannot mix integers and strings.
 
-    The numbers are in the order of the ids, by which pycocotools ranks detections of equal scores.
+    The numbers ascend with the ids, by which pycocotools ranks detections of equal scores.
     """
     ordered = sorted(image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
     return {image_id: number for number, image_id in enumerate(ordered)}
 
 
 def rename_images(results: list[dict[str, Any]], prediction_of: Mapping[int | str, int | str]) -> list[dict[str, Any]]:
-    """Detections with the image ids of the ground truth in place of the predictions'.
+    """Replace the image ids of the predictions by those of the ground truth.
 
     Args:
         results: rows of COCO results.
         prediction_of: image_id of the ground truth -> image_id of the prediction, from `join_images`.
 
     Returns:
-        The rows of images that the ground truth has. All rows as they are where none has an id of the predictions:
-        they may have been written with the ground truth's ids.
+        The rows of images of the ground truth. All rows unchanged where none has an id of the predictions, as they may
+        have been written with the ids of the ground truth.
     """
     image_of = {predicted: image for image, predicted in prediction_of.items()}
     renamed = [row | {"image_id": image_of[row["image_id"]]} for row in results if row["image_id"] in image_of]
@@ -168,7 +177,7 @@ def rename_images(results: list[dict[str, Any]], prediction_of: Mapping[int | st
 
 
 def _check_mask_sizes(images: Mapping[Any, Mapping[str, Any]], results: list[dict[str, Any]]) -> None:
-    """PanopticFormatError for a mask of another size than its image; pycocotools would let it overlap nothing."""
+    """PanopticFormatError for a mask that differs in size from its image; pycocotools would report no overlap."""
     for row in results:
         (height, width), image = row["segmentation"]["size"], images[row["image_id"]]
         if (height, width) != (image["height"], image["width"]):
@@ -179,10 +188,10 @@ def _check_mask_sizes(images: Mapping[Any, Mapping[str, Any]], results: list[dic
 
 
 def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """COCO results of a JSON file.
+    """Read COCO results from a JSON file.
 
     Raises:
-        PanopticFormatError: the file is absent, no JSON, or a row lacks a field or has one of another kind.
+        PanopticFormatError: the file is absent or not JSON, or a field of a row is absent or of another kind.
     """
     try:
         rows = json.loads(Path(path).read_bytes())
@@ -200,8 +209,8 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
             ids = f"{row['image_id']!r:.40} and {row['category_id']!r:.40}"
             raise PanopticFormatError(f"{path}: row {i}: image_id and category_id must be ids, got {ids}")
         if not is_box(row["bbox"]) or not is_finite(row["score"]):
-            found = f"{row['bbox']!r:.80} and {row['score']!r:.40}"
-            raise PanopticFormatError(f"{path}: row {i}: bbox must be four numbers and score one, got {found}")
+            values = f"{row['bbox']!r:.80} and {row['score']!r:.40}"
+            raise PanopticFormatError(f"{path}: row {i}: bbox must be four numbers and score one, got {values}")
         if "segmentation" in row and not _is_rle(row["segmentation"]):
             raise PanopticFormatError(
                 f"{path}: row {i}: segmentation must be a COCO RLE, got {row['segmentation']!r:.80}"
@@ -210,7 +219,7 @@ def read_detections(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _is_rle(code: Any) -> bool:
-    """True for {"size": [height, width], "counts": a text} whose runs fill the mask; pycocotools hangs at others."""
+    """True for {"size": [height, width], "counts": string} whose runs fill the mask; pycocotools hangs on others."""
     if not isinstance(code, dict) or not isinstance(code.get("counts"), str):
         return False
     size = code.get("size")
@@ -224,7 +233,7 @@ def _is_rle(code: Any) -> bool:
             return False
         value |= (bits & 31) << shift
         shift += 5
-        if not bits & 32:  # the last character of a number, which is signed and relative to the last but one run
+        if not bits & 32:  # the end of a number, which is signed and relative to the second to last run
             value -= (bits & 16) << (shift - 4)
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0

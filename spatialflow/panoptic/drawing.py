@@ -13,11 +13,11 @@ from spatialflow.panoptic.extents import extents, run_begins
 from spatialflow.panoptic.formats import as_id_map
 from spatialflow.panoptic.rules import is_color
 
-_GOLDEN_ANGLE = 0.618033988749895  # steps of this fraction of the color wheel never come close to each other soon
+_GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # multiples of it, modulo 1, spread hues evenly
 
 
-def colour_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
-    """The color of a segment: it depends on nothing but its category and its number within the category.
+def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """The color of a segment, a function of its category and its number within the category.
 
     Args:
         category_id: the category's id.
@@ -25,21 +25,21 @@ def colour_of(category_id: int, index: int = 0, base: Sequence[int] | None = Non
         base: (red, green, blue) of the category, 0 to 255; None for one derived from the id.
 
     Returns:
-        (red, green, blue), 0 to 255. Instances of a category keep its hue roughly and differ in hue and lightness.
+        (red, green, blue), 0 to 255. Instances of a category have similar hues, and differ in hue and lightness.
 
     Raises:
         ValueError: base is not three numbers from 0 to 255.
     """
     if base is None:
-        hue, lightness, saturation = (category_id % 2**32 * _GOLDEN_ANGLE) % 1.0, 0.55, 0.65
+        hue, lightness, saturation = (category_id % 2**32 * _GOLDEN_RATIO_CONJUGATE) % 1.0, 0.55, 0.65
     elif not is_color(base):
         raise ValueError(f"base must be three numbers from 0 to 255, got {base!r:.80}")
     else:
         hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in base))
     if index:
-        # Lightness follows a low-discrepancy sequence over a visible range, hue swings to both sides a little more
-        # with every instance, and grays gain some saturation so that the hue shows.
-        lightness = 0.3 + 0.48 * ((lightness + index * _GOLDEN_ANGLE) % 1.0)
+        # Lightness is a low-discrepancy sequence over a visible range. The hue alternates around that of the category.
+        # Grays get some saturation, so that the hue is visible.
+        lightness = 0.3 + 0.48 * ((lightness + index * _GOLDEN_RATIO_CONJUGATE) % 1.0)
         hue = (hue + (-1) ** index * 0.02 * (1 + index % 5)) % 1.0
         saturation = max(saturation, 0.45)
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
@@ -59,9 +59,9 @@ def overlay(
 
     Args:
         image: (H, W, 3) uint8, BGR as OpenCV reads it.
-        id_map: (H, W) integer segment ids; pixels of an unlisted id, void among them, keep the photograph.
-        segments: mappings with `id` and `category_id`; `isthing` and `score` are used where they are given,
-            a score that is no number excepted.
+        id_map: (H, W) integer segment ids; pixels of unlisted ids and of void keep the photograph.
+        segments: mappings with `id` and `category_id`; `isthing` and `score` are used where present;
+            a score that is not a number is ignored.
         categories: mappings with `id` and, where given, `name` and `color` (red, green, blue); for labels and colors.
         opacity: of the colors, 0 to 1.
         labels: write category names, and scores of instances, where they fit without covering each other.
@@ -70,7 +70,7 @@ def overlay(
         (H, W, 3) uint8, BGR. The same arguments give the same picture.
 
     Raises:
-        ValueError: image and id_map have other shapes or dtypes, opacity is no number in [0, 1], or a color is not
+        ValueError: image and id_map have other shapes or dtypes, opacity is not a number in [0, 1], or a color is not
             three numbers from 0 to 255.
     """
     image = np.asarray(image)
@@ -81,35 +81,35 @@ def overlay(
         raise ValueError(f"id_map must have the image's size {image.shape[:2]}, got {id_map.shape}")
     if not isinstance(opacity, numbers.Real) or not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie in [0, 1], got {opacity!r}")
-    opacity = float(opacity)  # OpenCV takes no other type
+    opacity = float(opacity)  # OpenCV accepts no other type
     if id_map.size == 0:
         return image.copy()
 
-    described = {category["id"]: category for category in categories or ()}
+    category_by_id = {category["id"]: category for category in categories or ()}
     segments = list(segments)
     ids, slots = _number(id_map)
-    slot_of = {int(segment_id): slot for slot, segment_id in enumerate(ids)}
+    slot_by_id = {int(segment_id): slot for slot, segment_id in enumerate(ids)}
     palette = np.zeros((len(ids), 3), np.float32)
     listed = np.zeros(len(ids), bool)
     texts: list[tuple[int, str]] = []
-    seen: dict[int, int] = {}
+    last_index: dict[int, int] = {}
     for segment in segments:
-        slot = slot_of.get(int(segment["id"]))
+        slot = slot_by_id.get(int(segment["id"]))
         if slot is None:
             continue
         category_id = int(segment["category_id"])
-        category = described.get(category_id, {})
+        category = category_by_id.get(category_id, {})
         index = 0
         if segment.get("isthing", category.get("isthing")):
-            index = seen[category_id] = seen.get(category_id, -1) + 1
-        palette[slot] = colour_of(category_id, index, category.get("color"))[::-1]
+            index = last_index[category_id] = last_index.get(category_id, -1) + 1
+        palette[slot] = color_of(category_id, index, category.get("color"))[::-1]
         listed[slot] = True
         texts.append((slot, str(category.get("name", category_id)) + _score_text(segment.get("score"))))
 
     import cv2
 
-    colours = cv2.cvtColor(_spread(palette.astype(np.uint8), slots), cv2.COLOR_BGRA2BGR)
-    picture = cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
+    colors = cv2.cvtColor(_look_up(palette.astype(np.uint8), slots), cv2.COLOR_BGRA2BGR)
+    picture = cv2.addWeighted(image, 1 - opacity, colors, opacity, 0)
     if not listed.all():
         cv2.copyTo(image, (~listed).view(np.uint8).take(slots), picture)
     _draw_outlines(picture, slots, palette, listed)
@@ -119,7 +119,7 @@ def overlay(
 
 
 def _score_text(score: Any) -> str:
-    """What follows the name in a label; nothing for a score that is no number, as the JSON of others may hold."""
+    """The score in a label; empty for a score that is not a number, as other programs may write it."""
     try:
         return f" {float(score):.2f}"
     except (TypeError, ValueError, OverflowError):
@@ -127,7 +127,7 @@ def _score_text(score: Any) -> str:
 
 
 def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the map in ascending order, and a map of their positions therein; sorts runs of pixels, not pixels."""
+    """The ids of the map in ascending order, and a map of their indices. Runs of pixels are sorted, not pixels."""
     flat = id_map.ravel()
     starts = np.flatnonzero(run_begins(flat))
     ids, numbers = np.unique(flat[starts], return_inverse=True)
@@ -135,8 +135,8 @@ def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.repeat(numbers.ravel().astype(np.int32), lengths).reshape(id_map.shape)
 
 
-def _spread(palette: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """(N, 3) uint8 colors and (H, W) numbers -> (H, W, 4) uint8: a color of four bytes is moved as one number."""
+def _look_up(palette: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Look up (N, 3) uint8 colors by (H, W) indices: (H, W, 4) uint8. A color of four bytes is copied as one number."""
     words = np.pad(palette, ((0, 0), (0, 1))).view(np.uint32)[:, 0]
     return words.take(slots)[..., None].view(np.uint8)
 
@@ -146,26 +146,26 @@ def _line_width(shape: Sequence[int]) -> int:
 
 
 def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, listed: np.ndarray) -> None:
-    """A line in a light tint of each segment's color just inside its border, and a dark one at the border itself."""
+    """Draw a light line inside the border of each segment and a dark line at the border, in tints of its color."""
     import cv2
 
-    def eroded(width: int) -> np.ndarray:
+    def interior(width: int) -> np.ndarray:
         kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
         return (cv2.erode(values, kernel) == values) & (cv2.dilate(values, kernel) == values)
 
-    values = slots.astype(np.uint16 if len(palette) < 2**16 else np.float32)  # types that OpenCV erodes
+    values = slots.astype(np.uint16 if len(palette) < 2**16 else np.float32)  # dtypes that cv2.erode supports
     width = _line_width(slots.shape)
     shown = listed.take(slots)
     pixels, numbers = picture.reshape(-1, 3), slots.ravel()
-    moved = pixels.view("V3")[:, 0]  # a pixel as one item: numpy moves it five times as fast as three
-    for inside, own, tint in ((2 * width, 0.25, 0.45 * palette + 0.55 * 255), (width, 0.3, 0.35 * palette)):
-        line = np.flatnonzero(shown & ~eroded(inside))
-        mixed = np.rint(own * pixels.take(line, axis=0) + ((1 - own) * tint).take(numbers.take(line), axis=0))
-        moved[line] = mixed.astype(np.uint8).view("V3")[:, 0]
+    pixel_items = pixels.view("V3")[:, 0]  # a pixel as one item, which numpy copies five times as fast as three
+    for distance, keep, tint in ((2 * width, 0.25, 0.45 * palette + 0.55 * 255), (width, 0.3, 0.35 * palette)):
+        line = np.flatnonzero(shown & ~interior(distance))
+        mixed = np.rint(keep * pixels.take(line, axis=0) + ((1 - keep) * tint).take(numbers.take(line), axis=0))
+        pixel_items[line] = mixed.astype(np.uint8).view("V3")[:, 0]
 
 
 class _Label(NamedTuple):
-    """White text on a dark box, each (h, w, 1): a pixel becomes `keep * pixel + shade * color of the box + light`."""
+    """White text on a dark box, each (h, w, 1): the pixel is `keep * pixel + shade * color of the box + light`."""
 
     keep: np.ndarray
     shade: np.ndarray
@@ -191,27 +191,28 @@ def _label(text: str, size: int, width: int, height: int) -> _Label | None:
 
 
 def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[int, str]], palette: np.ndarray) -> None:
+    """Write a label into each segment, the largest segment first, where it covers no other label."""
     import cv2
 
     height, width = slots.shape
     size = max(10, round(min(height, width) / 34))
-    found = extents(slots)
+    extent_by_slot = extents(slots)
     taken: list[tuple[int, int, int, int]] = []
-    for slot, text in sorted(texts, key=lambda item: -found[item[0]].pixels):
-        if found[slot].pixels < size * size:
+    for slot, text in sorted(texts, key=lambda item: -extent_by_slot[item[0]].pixels):
+        if extent_by_slot[slot].pixels < size * size:
             continue
         label = _label(text, size, width, height)
         if label is None:
             continue
         label_h, label_w = label.light.shape[:2]
-        left, top, box_w, box_h = found[slot].box
-        # The place deepest inside the segment; the picture's own border counts as outside, so text stays in.
+        left, top, box_w, box_h = extent_by_slot[slot].box
+        # The point of the segment that is farthest from its border and from the border of the picture.
         mask = np.zeros((box_h + 2, box_w + 2), np.uint8)
         np.equal(slots[top : top + box_h, left : left + box_w], slot, out=mask[1:-1, 1:-1].view(bool))
         _, _, _, (x, y) = cv2.minMaxLoc(cv2.distanceTransform(mask, cv2.DIST_L2, 3))
         x1 = min(max(left + x - 1 - label_w // 2, 0), width - label_w)
         first = min(max(top + y - 1 - label_h // 2, 0), height - label_h)
-        for shift in (0, -1, 1, -2, 2):  # beside its place where another label is already
+        for shift in (0, -1, 1, -2, 2):  # above or below, where another label is in the way
             y1 = min(max(first + shift * (label_h + 1), 0), height - label_h)
             x2, y2 = x1 + label_w, y1 + label_h
             if not any(x1 < right and left < x2 and y1 < bottom and top < y2 for left, top, right, bottom in taken):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an id map holds: its ids, the number of pixels and the bounding box of every segment, each in one pass."""
+"""The ids of an id map, and the number of pixels and the bounding box of every segment, each in one pass."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Extent(NamedTuple):
-    """What a segment covers, in pixels; the box is COCO's (x, y, width, height)."""
+    """The area and the bounding box (x, y, width, height) of a segment, in pixels."""
 
     pixels: int
     x: int
@@ -30,7 +30,7 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
     Returns:
         A mapping from id to `Extent`; empty where the map has no pixels.
 
-    Works on runs of pixels of one row and one id, so that sorting costs little.
+    Sorts runs of pixels of one row and one id, which are few, instead of pixels.
     """
     if id_map.size == 0:
         return {}
@@ -54,13 +54,13 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
 
 
 def run_begins(flat: np.ndarray) -> np.ndarray:
-    """(N,) bool: where an element differs from the one before; the first one does. Maps have few such places."""
+    """(N,) bool: True for the first element, and where an element differs from the previous one."""
     begins = np.ones(flat.size, bool)
     np.not_equal(flat[1:], flat[:-1], out=begins[1:])
     return begins
 
 
 def ids_of(id_map: np.ndarray) -> np.ndarray:
-    """(N,) the ids of an integer map of any shape, ascending."""
+    """The ids (N,) of an integer map of any shape, in ascending order."""
     flat = np.ascontiguousarray(id_map).ravel()
     return np.unique(flat[run_begins(flat)])

@@ -17,7 +17,7 @@ from spatialflow.panoptic.rules import PanopticFormatError
 
 
 def decode_ids(image: np.ndarray, bgr: bool = False) -> np.ndarray:
-    """Turn the colors of a panoptic PNG into segment ids: red + 256 * green + 65536 * blue.
+    """Decode the colors of a panoptic PNG to segment ids: red + 256 * green + 65536 * blue.
 
     Args:
         image: (H, W, 3) uint8.
@@ -33,7 +33,7 @@ def decode_ids(image: np.ndarray, bgr: bool = False) -> np.ndarray:
 
 
 def encode_ids(ids: np.ndarray, bgr: bool = False) -> np.ndarray:
-    """Turn segment ids into the colors of a panoptic PNG, the inverse of `decode_ids`.
+    """Encode segment ids as the colors of a panoptic PNG, the inverse of `decode_ids`.
 
     Args:
         ids: (H, W) of any integer dtype, values in [0, 2^24).
@@ -49,9 +49,9 @@ def encode_ids(ids: np.ndarray, bgr: bool = False) -> np.ndarray:
 
 
 def as_id_map(ids: np.ndarray, name: str) -> np.ndarray:
-    """`ids` as a contiguous (H, W) int32 array; the error names the argument `name`.
+    """Convert `ids` to a contiguous (H, W) int32 array; errors name the argument `name`.
 
-    Values are checked only where the dtype could hold one that int32 cannot.
+    Values are checked only where the dtype has values that int32 does not.
     """
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
@@ -68,7 +68,7 @@ def read_id_map(path: str | os.PathLike) -> np.ndarray:
         PanopticFormatError: the file is absent, damaged, or not an 8-bit RGB or RGBA PNG.
     """
     try:
-        with open(path, "rb", buffering=0) as stream:  # read whole: a buffer would only be copied
+        with open(path, "rb", buffering=0) as stream:  # unbuffered, as the file is read at once
             return decode_png(stream.read())
     except OSError as error:
         raise PanopticFormatError(f"{path}: cannot be read: {error.strerror or error}", "png") from None
@@ -79,7 +79,7 @@ def read_id_map(path: str | os.PathLike) -> np.ndarray:
 
 
 def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
-    """Write a map of segment ids as a panoptic PNG; an existing file is replaced in one step.
+    """Write a map of segment ids as a panoptic PNG; an existing file is replaced atomically.
 
     Args:
         path: the PNG to write.
@@ -87,12 +87,12 @@ def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
 
     Raises:
         ValueError: ids has another shape or kind, is empty, or an id does not fit three bytes.
-        OSError: the file cannot be written; nothing is left behind.
+        OSError: the file cannot be written; no part of it is left.
     """
-    colours = encode_ids(ids)
-    if colours.size == 0:
-        raise ValueError(f"ids must have at least one pixel to be written as a PNG, got shape {colours.shape[:2]}")
-    content = encode_png(colours)
+    colors = encode_ids(ids)
+    if colors.size == 0:
+        raise ValueError(f"ids must have at least one pixel to be written as a PNG, got shape {colors.shape[:2]}")
+    content = encode_png(colors)
     with atomic_write(path) as stream:
         stream.write(content)
 
@@ -100,19 +100,19 @@ def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
 def read_panoptic_json(
     path: str | os.PathLike, with_categories: bool = False, use: str = rules.PREDICTION
 ) -> dict[str, Any]:
-    """Read a COCO panoptic JSON and check what everything else relies on.
+    """Read a COCO panoptic JSON and check its format.
 
     Args:
         path: the JSON file.
         with_categories: also require `categories` with `id` and `isthing`, as a ground truth has.
-        use: what for, "truth", "prediction" or "training"; decides which rules must hold (`rules.RULES`).
+        use: "truth", "prediction" or "training"; decides which rules must hold (`rules.RULES`).
 
     Returns:
         The file's content: a mapping with `annotations`, a list of {image_id, file_name, segments_info}.
 
     Raises:
-        PanopticFormatError: the file is absent, is no JSON, or breaks a rule that this use needs; the message says
-            which.
+        PanopticFormatError: the file is absent, is not JSON, or breaks a rule that stops this use; the message
+            names it.
     """
     content = load_json(path)
     check_panoptic(content, str(path), with_categories, use)
@@ -123,7 +123,7 @@ def load_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file, not checked.
 
     Raises:
-        PanopticFormatError: the file is absent or is no JSON.
+        PanopticFormatError: the file is absent or is not JSON.
     """
     try:
         return json.loads(Path(path).read_bytes())
@@ -145,11 +145,12 @@ def check_panoptic(
     Args:
         content: of the file.
         source: named in the error.
-        with_categories, use: as for `read_panoptic_json`.
+        with_categories: also require `categories` with `id` and `isthing`.
+        use: as for `read_panoptic_json`.
         categories: ids that segments may have; None: those that the content lists, if it lists any.
 
     Returns:
-        Problems that do not stop this use and are to be reported.
+        Problems that this use reports and that do not stop it.
     """
     also = rules.CATEGORY_RULES if with_categories else ()
     return rules.raise_first(rules.json_problems(content, categories), use, source, also)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of a run: JSON lines on disk, written by one process at a time, from which the next run goes on."""
+"""The journal of a run: JSON lines on disk, written by one process at a time, from which a run resumes."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class ResumeError(ValueError):
-    """A journal cannot be used: its run had other settings, which the message names, or is still running."""
+    """A journal that cannot be resumed: its run had other settings, which the message names, or still runs."""
 
 
 class InUseError(ResumeError):
@@ -23,39 +23,39 @@ class InUseError(ResumeError):
 
 
 class Journal:
-    """JSON lines on disk, appended one by one; the first says what run they belong to.
+    """JSON lines on disk; the first line identifies the run.
 
     Args:
-        path: the file; created by `claim`, with its first line. The first `append` replaces what an older one holds,
-            unless that was restored.
-        about: JSON-able, equal for runs that may go on from each other.
-        named: False for a file without a name, which ends with the process: no run goes on from it.
+        path: the file; created by `claim`, with its first line. The first `append` replaces the content of an older
+            file, unless the content was restored.
+        about: JSON-serializable; equal for runs that may resume each other.
+        named: False for an unnamed temporary file, which no run can resume.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], named: bool):
+    def __init__(self, path: Path, about: Mapping[str, Any], named: bool) -> None:
         self.path = path
-        self._stream: IO[bytes] | None = None  # as long as it is open, no other process gets the file
+        self._stream: IO[bytes] | None = None  # while open, it locks the file
         self._named = named
         self._about = json.loads(dumps(about))
-        self._restored = 0  # bytes of complete lines that are kept
-        self._begun = False  # it holds the first line, and after it nothing but what is kept
+        self._restored = 0  # bytes of the complete lines of the earlier run
+        self._begun = False  # the file has its first line and the restored lines, no others
         self._has_lines = False
-        self._syncing: Future | None = None
+        self._syncing: Future[None] | None = None
         self._unsynced: list[Path] = []
-        self._thread = ThreadPoolExecutor(1)  # starts no thread before its first task
+        self._thread = ThreadPoolExecutor(1)  # its thread starts with the first task
 
     def restore(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Offset and content of the lines an earlier run left, up to the first one that is not complete.
+        """Read the offset and the content of the lines of an earlier run, up to the first incomplete line.
 
         Raises:
-            ResumeError: that run was another, or has not ended.
+            ResumeError: the earlier run had other settings, or still runs.
         """
         if not os.path.isfile(self.path):
             return
         self.claim()
         with open(self.path, "rb") as stream:
             about = _loads(stream.readline())
-            if about is None:  # not even the first line was written
+            if about is None:  # the first line is incomplete
                 return
             first = stream.tell()
             if about != self._about:
@@ -78,7 +78,7 @@ class Journal:
                 self._has_lines = True
 
     def append(self, row: Mapping[str, Any]) -> int:
-        """Writes a line and returns its offset. Where that fails, the file ends as it did before."""
+        """Write a line and return its offset; on failure the file is truncated to its previous end."""
         self.claim()
         if not self._begun:
             self._begin()
@@ -95,11 +95,11 @@ class Journal:
         self._stream.truncate(self._restored)
         if self._named and not self._restored:
             _write(self._stream, self._about)
-            _bring_files_to_disk([self.path, self.path.parent])  # a PNG must not be there without it
+            _sync_to_disk([self.path, self.path.parent])  # the journal must be on disk before the first PNG
         self._begun = True
 
     def give_name(self) -> None:
-        """Makes it a file with a name, for this process alone, unless something was appended already."""
+        """Replace an unnamed file by a named and locked one, unless a line was already appended."""
         if not self._named and not self._has_lines:
             if self._stream is not None:
                 self._stream.close()
@@ -107,11 +107,11 @@ class Journal:
         self.claim()
 
     def claim(self) -> None:
-        """Opens the file, and creates it where there is none. Otherwise its content stays as it is.
+        """Open and lock the file; create it if it does not exist. Existing content is not changed.
 
         Raises:
-            InUseError: another process, or another writer of this one, has it open.
-            ResumeError: it was closed, and another run has removed it since.
+            InUseError: another process, or another writer of this process, has the file open.
+            ResumeError: the file was closed, and another run removed it since.
         """
         if self._stream is not None:
             return
@@ -139,10 +139,10 @@ class Journal:
                 return stream
             if _is_file_of(stream, self.path):
                 return stream
-            stream.close()  # its run has just ended and removed it
+            stream.close()  # its run removed it before the lock
 
     def rows(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The lines at some offsets."""
+        """Read the lines at the given offsets."""
         offsets = list(offsets)
         if offsets:
             with open(self.path if self._named else f"/proc/self/fd/{self._stream.fileno()}", "rb") as stream:
@@ -151,16 +151,16 @@ class Journal:
                     yield json.loads(stream.readline())
 
     def sync_later(self, path: Path) -> None:
-        """Brings a file and the journal to the disk in the background: the next image need not wait for the disk."""
+        """Sync a file and the journal to disk in a background thread."""
         if not self._named:
             return
         self._unsynced.append(path)
         if self._syncing is None or self._syncing.done():
             paths, self._unsynced = [*self._unsynced, self.path], []
-            self._syncing = self._thread.submit(_bring_files_to_disk, paths)
+            self._syncing = self._thread.submit(_sync_to_disk, paths)
 
     def close(self) -> None:
-        """Closes the file. It stays unless it is empty, or this run has begun it and appended nothing."""
+        """Close the file; delete it if it is empty, or if this run started it and appended nothing."""
         self._wait()
         if self._stream is not None and self._named:
             is_empty = os.fstat(self._stream.fileno()).st_size == 0
@@ -172,7 +172,7 @@ class Journal:
             self._stream = None
 
     def remove(self) -> None:
-        """Takes the file's name away, unless another process is writing it; its lines stay readable."""
+        """Unlink the file, unless another process is writing it; its lines stay readable."""
         self._wait()
         if self._named and os.path.exists(self.path):
             try:
@@ -180,16 +180,16 @@ class Journal:
             except ResumeError:
                 return
             self.path.unlink(missing_ok=True)
-            self._unlock()  # a process that has opened it already sees that it is gone
+            self._unlock()  # a process that has opened the file already then finds it unlinked
         self._named = False
 
     def _unlock(self) -> None:
-        """Lets others open it, also while a forked process still has the stream."""
+        """Release the lock, also while a forked process has the stream open."""
         with contextlib.suppress(OSError):
             fcntl.flock(self._stream, fcntl.LOCK_UN)
 
     def _wait(self) -> None:
-        """Returns when no file is being brought to the disk."""
+        """Wait for the background thread to finish."""
         if self._syncing is not None:
             self._syncing.result()
 
@@ -212,7 +212,7 @@ def _write(stream: IO[bytes], content: Any) -> None:
 
 
 def _loads(line: bytes) -> dict[str, Any] | None:
-    """A complete line's content, else None."""
+    """The content of a complete line; None for any other line."""
     try:
         content = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -221,26 +221,27 @@ def _loads(line: bytes) -> dict[str, Any] | None:
 
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
-    """A journal's first line with its settings beside the rest."""
+    """The first line of a journal with the settings moved to the top level."""
     settings = about.get("settings")
     return {**about, **(settings if isinstance(settings, dict) else {}), "settings": None}
 
 
 def dumps(content: Any) -> str:
+    """Serialize as JSON, numpy values included; ValueError for a number that is not finite."""
     return json.dumps(content, default=_plain, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
-    """Numpy numbers and arrays as JSON has them."""
+    """Convert a numpy number or array to Python values; TypeError for anything else."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def _bring_files_to_disk(paths: Iterable[Path]) -> None:
+def _sync_to_disk(paths: Iterable[Path]) -> None:
     for path in paths:
         try:
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-        except OSError:  # a file that is gone, or a file system without fsync; the row's size tells a resumed run
+        except OSError:  # a deleted file, or a file system without fsync; a resumed run checks the size in the row
             continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic merge for any network: plain arrays or tensors in, id map and list of segments out."""
+"""Panoptic merge for any network: from arrays or tensors to an id map and a list of segments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from spatialflow import ops
+from spatialflow.deprecated import renamed_keywords
+from spatialflow.ops import PanopticMergeOutput, panoptic_merge
 
 Array = Any  # numpy array, tensor, or a nested list of numbers
 
@@ -18,12 +19,13 @@ _MOST_STUFF_LABELS = 1 << 16  # the op keeps a row per label
 
 
 class MergeResult(NamedTuple):
-    """A panoptic result: the id map, and one mapping per segment in order of id."""
+    """An id map, and one mapping per segment in the order of ids."""
 
     id_map: Any  # (H, W) int32, numpy or tensor like the masks that were given; 0 = void
     segments: list[dict[str, Any]]  # id, category_id, isthing, area, bbox [x, y, width, height], score (None for stuff)
 
 
+@renamed_keywords(stuff_area_limit="stuff_area_threshold", box_threshold="box_overlap_threshold")
 def merge(
     masks: Array,
     scores: Array,
@@ -36,15 +38,15 @@ def merge(
     void_label: int = 255,
     score_threshold: float = 0.37,
     overlap_threshold: float = 0.37,
-    stuff_area_limit: int = 4900,
-    box_threshold: float | None = 0.5,
+    stuff_area_threshold: int = 4900,
+    box_overlap_threshold: float | None = 0.5,
 ) -> MergeResult:
-    """Merges instances, their boxes and a stuff label map into one panoptic result.
+    """Merge instances, their boxes and a stuff label map into one panoptic result.
 
-    The procedure is that of `spatialflow.ops.panoptic_merge`, which describes the steps and the thresholds.
+    See `spatialflow.ops.panoptic_merge` for the steps and the thresholds.
 
     Args:
-        masks: (K, H, W) bool or uint8, not zero = inside. Numpy or tensor, on any device.
+        masks: (K, H, W) bool or uint8, nonzero = inside. Numpy or tensor, on any device.
         scores: (K) numbers.
         labels: (K) integers, indices of thing classes (or category ids, see thing_categories).
         boxes: (K, 4) x1, y1, x2, y2 in pixels, or None: no box fill.
@@ -53,10 +55,10 @@ def merge(
         stuff_categories: category id of each stuff label, None for one that stays void ("other", things). A mapping
             leaves labels that it does not list void. None: a label is its category id, negative ones are void.
         void_label: stuff label that is void whatever stuff_categories says.
-        score_threshold: instances and boxes below it take no part.
+        score_threshold: instances and boxes below it are left out.
         overlap_threshold: an instance with a larger share of its pixels already taken is dropped.
-        stuff_area_limit: stuff with fewer free pixels is dropped.
-        box_threshold: least void share of a box that is filled; None: no box fill.
+        stuff_area_threshold: stuff with fewer free pixels is dropped.
+        box_overlap_threshold: least void share of a box that is filled; None: no box fill.
 
     Returns:
         `MergeResult`. Ids are 1, 2, ... without gaps; every segment has at least one pixel, and every pixel that is not
@@ -89,25 +91,25 @@ def merge(
     if stuff_labels > _MOST_STUFF_LABELS:
         raise ValueError(f"stuff labels must be below {_MOST_STUFF_LABELS}, got {stuff_labels - 1}")
 
-    result = ops.panoptic_merge(
+    result = panoptic_merge(
         masks,
         scores,
         labels,
-        None if box_threshold is None else boxes,
+        None if box_overlap_threshold is None else boxes,
         stuff,
         stuff_labels,
         ignored_stuff=ignored,
         score_threshold=score_threshold,
         overlap_threshold=overlap_threshold,
-        stuff_area_limit=stuff_area_limit,
-        box_threshold=0.0 if box_threshold is None else box_threshold,
+        stuff_area_threshold=stuff_area_threshold,
+        box_overlap_threshold=0.0 if box_overlap_threshold is None else box_overlap_threshold,
     )
     segments = segment_list(result, thing_categories, None if stuff_categories is None else known)
     return MergeResult(result.id_map if like_tensor else result.id_map.numpy(), segments)
 
 
 def _labels_in_use(stuff: torch.Tensor, void_label: int) -> int:
-    """One more than the largest label of a map, void apart."""
+    """The largest label other than void, plus one."""
     if stuff.numel() == 0:
         return 0
     largest = int(stuff.max())
@@ -117,14 +119,14 @@ def _labels_in_use(stuff: torch.Tensor, void_label: int) -> int:
 
 
 def segment_list(
-    result: ops.PanopticMergeOutput,
-    thing_categories: Sequence[int] | Mapping[int, int] | None,
-    stuff_categories: Sequence[int | None] | Mapping[int, int | None] | None,
+    result: PanopticMergeOutput,
+    thing_categories: Sequence[int] | np.ndarray | Mapping[int, int] | None,
+    stuff_categories: Sequence[int | None] | np.ndarray | Mapping[int, int | None] | None,
 ) -> list[dict[str, Any]]:
-    """The rows of `ops.panoptic_merge`'s table as mappings with the categories' ids; waits for the device once.
+    """The segments of a merge as mappings, with category ids. Waits for the device once.
 
     Args:
-        result: what the op returned.
+        result: of `panoptic_merge`.
         thing_categories: category id of each thing label; None: a label is its category id.
         stuff_categories: the same for stuff labels.
 
@@ -135,7 +137,7 @@ def segment_list(
         [
             torch.stack([result.labels, result.is_thing.long(), result.areas], dim=1),
             result.boxes,
-            result.scores.double().view(torch.int64)[:, None],  # bit for bit, so that one copy brings everything
+            result.scores.double().view(torch.int64)[:, None],  # bit for bit, so that one copy to the host is enough
         ],
         dim=1,
     )
@@ -148,7 +150,7 @@ def segment_list(
             {
                 "id": index + 1,
                 "category_id": label if categories is None else _category(categories, label, is_thing),
-                "isthing": bool(is_thing),
+                "isthing": is_thing,
                 "area": area,
                 "bbox": [x, y, width, height],
                 "score": scores[index] if is_thing else None,
@@ -157,7 +159,7 @@ def segment_list(
     return segments
 
 
-def _category(categories: Sequence | Mapping, label: int, is_thing: int) -> int:
+def _category(categories: Sequence | np.ndarray | Mapping, label: int, is_thing: int) -> int:
     try:
         if isinstance(categories, Mapping) or label >= 0:
             return int(categories[label])

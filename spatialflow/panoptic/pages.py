@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures to be looked at: panels side by side with titles, sheets of many, and an HTML page of all."""
+"""Layouts of pictures: panels side by side with titles, contact sheets, and an HTML page."""
 
 import html
 import os
@@ -12,13 +12,13 @@ _PAPER, _INK, _GAP = (250, 250, 250), (30, 30, 30), 6
 
 
 def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_width: int = 480) -> np.ndarray:
-    """Pictures of one size in a row, each under its title.
+    """Place pictures of one size in a row, each below its title.
 
     Args:
         panels: title -> (H, W, 3) uint8 BGR, all of one size.
         heading: a line above all of them.
-        panel_width: width that every panel is scaled to, in pixels; one that would be more than three times as high
-            is scaled to that height.
+        panel_width: width of every panel, in pixels. A panel higher than three times this width is scaled to that
+            height.
 
     Returns:
         (H', W', 3) uint8 BGR.
@@ -45,7 +45,7 @@ def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_widt
 
 
 def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures (H, W, 3) uint8 under each other, at least one, filled up to the widest at the right."""
+    """Stack one or more pictures (H, W, 3) uint8 vertically, padded at the right to the widest."""
     width = max(picture.shape[1] for picture in pictures)
     rows = []
     for picture in pictures:
@@ -54,7 +54,7 @@ def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:
-    """An HTML page: (caption, path of the picture as seen from the page) under each other."""
+    """An HTML page of pictures, each given as (caption, path relative to the page)."""
     figures = "\n".join(
         f'<figure><img src="{quote(os.fsencode(path))}" alt="{_text(caption)}" loading="lazy">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
@@ -68,7 +68,7 @@ def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """As HTML; names of files may hold bytes that are no text."""
+    """Escape a text for HTML; file names may have bytes that are not valid text."""
     return html.escape(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -80,7 +80,7 @@ def _blank(height: int, width: int) -> np.ndarray:
 
 
 def _line(text: str, width: int) -> np.ndarray:
-    """(_LINE_HEIGHT, width, 3): a line of text, cut off at the right where it is too long."""
+    """Draw a line of text, (_LINE_HEIGHT, width, 3), truncated at the right where it is too long."""
     from PIL import Image, ImageDraw, ImageFont
 
     canvas = Image.fromarray(_blank(_LINE_HEIGHT, width))

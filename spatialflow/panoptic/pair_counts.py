@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only pass over pixels that panoptic quality needs."""
+"""Pixel counts of pairs of ids in two maps, the input of panoptic quality."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ _OFFSET = 1 << 31  # makes every int32 non-negative
 
 
 def count_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How many pixels carry each pair of ids in two images of one size.
+    """Count the pixels of each pair of ids in two images of one size.
 
     Args:
         first: (H, W) int32 ids or (H, W, 3) uint8 colors, red first.
@@ -22,14 +22,14 @@ def count_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.n
     Raises:
         ValueError: an image has another shape or dtype, or the sizes differ.
 
-    Made for segments. Maps in which the pair changes every few pixels are sorted by numpy.
+    Optimized for segments. Maps in which the pair changes every few pixels are sorted by numpy.
     """
     counted = _evaluation.count_pairs(first, second)
     if counted is not None:
         return counted
     ids = [_evaluation.decode_ids(image) if image.ndim == 3 else image for image in (first, second)]
-    # Keys that ascend by first, then second id, negative ones included. In place: fresh memory costs more than the
-    # sums.
+    # Keys that ascend by first, then second id, negative ones included. In place, as an allocation costs more than a
+    # sum.
     keys = ids[0].astype(np.int64)
     keys <<= 32
     keys += ids[1]

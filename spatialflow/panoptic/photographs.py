@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which photograph an annotation is about: names, files, and the join of predictions with a ground truth."""
+"""The photographs of annotations: names, files, and the join of predictions with a ground truth by image."""
 
 import os
 from collections import Counter
@@ -11,12 +11,12 @@ from spatialflow.panoptic.rules import PanopticFormatError, id_of
 
 _CITYSCAPES = "_leftImg8bit"
 # Cityscapes names the files of one image <city>_<sequence>_<frame>_<kind>. The official script for panoptic JSON,
-# createPanopticImgs.py, makes the photograph's name out of the label file's, and keeps a part that it does not have.
+# createPanopticImgs.py, derives the photograph's name from the label file's, and leaves "_gtFine" in it.
 _CITYSCAPES_ENDINGS = ("_gtFine_leftImg8bit", "_gtFine_panoptic", "_gtFine_instanceIds", "_leftImg8bit")
 
 
 def photograph_key(file_name: str) -> str:
-    """What a photograph and the files made of it have in common: the name without ending and Cityscapes' suffixes."""
+    """The common key of a photograph and files derived from it: the stem without Cityscapes' suffixes."""
     stem = PurePosixPath(file_name).stem
     for ending in _CITYSCAPES_ENDINGS:
         if stem.endswith(ending):
@@ -25,13 +25,13 @@ def photograph_key(file_name: str) -> str:
 
 
 def photograph_names(content: Mapping[str, Any]) -> list[str]:
-    """The photograph's file name for every annotation of a panoptic JSON; the PNG's where `images` does not list it."""
+    """The photograph's file name of every annotation; that of the PNG where `images` does not list the photograph."""
     listed = _listed_names(content)
     return [listed.get(annotation["image_id"], annotation["file_name"]) for annotation in content["annotations"]]
 
 
 def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
-    """image_id -> file name, as `images` has them; the first entry of an id counts."""
+    """The file name by image id from `images`; the first entry of an id is used."""
     rows = content.get("images")
     listed: dict[int | str, str] = {}
     for row in rows if isinstance(rows, list) else ():
@@ -41,10 +41,10 @@ def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
 
 
 def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
-    """Path of a photograph that a panoptic JSON names.
+    """Find the path of a photograph that a panoptic JSON names.
 
-    A name of Cityscapes is looked for under the photograph's own name too, in `folder` and its sub-folders of cities.
-    Where no such file is there, the path is `folder / file_name`.
+    For a Cityscapes name, the photograph's original name is searched too, in `folder` and its city folders. If no file
+    exists, the path is `folder / file_name`.
     """
     folder = Path(folder)
     path = folder / file_name
@@ -58,43 +58,42 @@ def find_photograph(folder: str | os.PathLike, file_name: str) -> Path:
 
 
 def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
-    """Which prediction belongs to which image of the ground truth.
+    """Match each image of the ground truth with its prediction.
 
-    Ids are compared first. They do not count where `images` of the prediction gives one to another image of the ground
-    truth, or where both files list names for one that differ. Where ids do not count or do not match, the names decide:
-    those of `images`, else those of the PNGs, without their endings. Names are compared with their folders, then
-    without. A prediction serves one image.
+    Ids are compared first. They are ignored if `images` of the prediction gives an id to another image of the ground
+    truth, or if both files list different names for one id. Where ids are ignored or do not match, names are compared:
+    those of `images`, else those of the PNGs, without suffixes. Names are compared with their folders, then without. A
+    prediction belongs to one image.
 
     Args:
         truth: content of the ground truth's JSON.
-        prediction: content of the predictions' JSON; it may have more images.
+        prediction: content of the predictions' JSON, which may have further images.
 
     Returns:
         image_id of the ground truth -> image_id of the prediction, for every image of the ground truth.
 
     Raises:
         PanopticFormatError: an image has no prediction, or several have its name; the message has examples of both
-            sides.
+            files.
     """
-    wanted = {a["image_id"]: name for a, name in zip(truth["annotations"], photograph_names(truth))}
-    offered = {a["image_id"]: name for a, name in zip(prediction["annotations"], photograph_names(prediction))}
-    other = _contradicted_id(wanted, offered, _listed_names(truth), _listed_names(prediction))
-    joined = {image: image for image in wanted if other is None and image in offered}
+    wanted, offered = _names_by_id(truth), _names_by_id(prediction)
+    wrong_id = _contradicted_id(wanted, offered, _listed_names(truth), _listed_names(prediction))
+    joined = {image: image for image in wanted if wrong_id is None and image in offered}
     if len(joined) == len(wanted):
         return joined
-    for mine, theirs in zip(_keys(wanted), _keys(offered), strict=True):
-        mine, theirs = _unique(mine), _unique(theirs)
+    for truth_keys, prediction_keys in zip(_keys(wanted), _keys(offered), strict=True):
+        image_by_key, predicted_by_key = _unique(truth_keys), _unique(prediction_keys)
         taken = set(joined.values())
-        for key in mine.keys() & theirs.keys():
-            if theirs[key] not in taken:
-                joined.setdefault(mine[key], theirs[key])
+        for key in image_by_key.keys() & predicted_by_key.keys():
+            if predicted_by_key[key] not in taken:
+                joined.setdefault(image_by_key[key], predicted_by_key[key])
     for image in wanted:
         if image not in joined:
             reason = f", neither of that id nor of the name {wanted[image]!r:.80}"
-            if other is not None:
+            if wrong_id is not None:
                 reason = (
-                    f": none has its name {wanted[image]!r:.80}, and ids do not count, because id {other!r:.60} is "
-                    f"{wanted[other]!r:.80} in the ground truth and {offered[other]!r:.80} in the predictions"
+                    f": none has its name {wanted[image]!r:.80}, and ids do not count, because id {wrong_id!r:.60} is "
+                    f"{wanted[wrong_id]!r:.80} in the ground truth and {offered[wrong_id]!r:.80} in the predictions"
                 )
             raise PanopticFormatError(
                 f"no prediction for the image with id {image!r:.60}{reason}; the ground truth has "
@@ -103,29 +102,36 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
     return {image: joined[image] for image in wanted}
 
 
+def _names_by_id(content: Mapping[str, Any]) -> dict[int | str, str]:
+    names = photograph_names(content)
+    return {row["image_id"]: name for row, name in zip(content["annotations"], names, strict=True)}
+
+
 def _contradicted_id(
-    wanted: Mapping[Any, str], offered: Mapping[Any, str], mine: Mapping[Any, str], theirs: Mapping[Any, str]
+    wanted: Mapping[Any, str], offered: Mapping[Any, str], truth: Mapping[Any, str], prediction: Mapping[Any, str]
 ) -> int | str | None:
-    """An id that both files have and that names say is of different images; None where there is none.
+    """An id of both files whose names are of different images; None where there is none.
 
     Args:
-        wanted, offered: image id -> name, in the ground truth and in the prediction.
-        mine, theirs: image id -> name, as `images` of the two files lists it.
+        wanted: name by image id in the ground truth.
+        offered: name by image id in the prediction.
+        truth: name by image id as `images` of the ground truth lists it.
+        prediction: name by image id as `images` of the prediction lists it.
     """
-    # Running ids of two files can be equal and mean different images; a name then says so.
-    doubtful = [i for i in wanted if i in offered and i in theirs and wanted[i] != theirs[i]]
+    # Consecutive ids of two files may be equal for different images, which the names show.
+    doubtful = [i for i in wanted if i in offered and i in prediction and wanted[i] != prediction[i]]
     if not doubtful:
         return None
-    of_truth, of_prediction = ([_unique(keys) for keys in _keys(names)[:2]] for names in (wanted, offered))
+    truth_keys, prediction_keys = ([_unique(keys) for keys in _keys(names)[:2]] for names in (wanted, offered))
     for image in doubtful:
-        meant = {_image_of(theirs[image], of_truth), _image_of(mine.get(image), of_prediction)} - {None}
-        if meant - {image} or (not meant and image in mine and not _is_tail(mine[image], theirs[image])):
+        images = {_image_of(prediction[image], truth_keys), _image_of(truth.get(image), prediction_keys)} - {None}
+        if images - {image} or (not images and image in truth and not _is_tail(truth[image], prediction[image])):
             return image
     return None
 
 
 def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str | None:
-    """The image of that name with its folder, else without; None where no image or several have it."""
+    """The image of a name, compared with its folder, else without; None where no image or several match."""
     if name is None:
         return None
     ((_, path),), ((_, stem),) = _keys({0: name})[:2]
@@ -133,14 +139,14 @@ def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str 
 
 
 def _is_tail(first: str, second: str) -> bool:
-    """True where one name with its folders is the end of the other."""
+    """True if one name with its folders is the end of the other."""
     parts = [(*PurePosixPath(name).parent.parts, photograph_key(name)) for name in (first, second)]
     count = min(map(len, parts))
     return parts[0][-count:] == parts[1][-count:]
 
 
 def _keys(names: Mapping[Any, str]) -> list[list[tuple[Any, str]]]:
-    """(image id, key) by what names may have in common: folder and name, the name alone, an id that is the name."""
+    """Lists of (image id, key) for three keys: folder and name, the name alone, the id if it is a string."""
     stems = {image: photograph_key(name) for image, name in names.items()}
     folders = {image: str(PurePosixPath(name).parent) for image, name in names.items()}
     return [
@@ -151,7 +157,7 @@ def _keys(names: Mapping[Any, str]) -> list[list[tuple[Any, str]]]:
 
 
 def _unique(keys: list[tuple[Any, str]]) -> dict[str, Any]:
-    """Key -> image id, of the keys that one image alone has."""
+    """The image id by key, for keys of exactly one image."""
     counts = Counter(key for _, key in keys)
     return {key: image for image, key in keys if counts[key] == 1}
 

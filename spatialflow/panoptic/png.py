@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes the PNGs of the COCO panoptic format, several times as fast as a library for any picture.
+"""Reading and writing of COCO panoptic PNGs, several times as fast as a general PNG library.
 
-libdeflate compresses and decompresses. Un-filtering knows that neighbors mostly belong to one segment
-(`csrc/evaluation/png_filters.h`). What is left is the walk over the chunks.
+libdeflate compresses and decompresses. The filters are removed under the assumption that most neighbors belong to one
+segment (`csrc/evaluation/png_filters.h`). This module parses and writes the chunks.
 """
 
 import struct
@@ -17,16 +17,16 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = 33  # signature, and IHDR with its length, type and checksum
 _RGB, _RGBA = 2, 6
 _UP = 2  # the filter that subtracts the line above
-_LEVEL = 6  # of compression; higher ones take a multiple of the time for two percent of the size
-_COLOURS = {0: "gray", _RGB: "RGB", 3: "palette", 4: "gray with alpha", _RGBA: "RGB with alpha"}
+_LEVEL = 6  # of compression; higher levels take a multiple of the time to save two percent of the size
+_COLOR_TYPES = {0: "gray", _RGB: "RGB", 3: "palette", 4: "gray with alpha", _RGBA: "RGB with alpha"}
 
 
 class PngKindError(ValueError):
-    """A whole PNG of another kind than panoptic ones have."""
+    """A valid PNG of a kind that panoptic PNGs do not have."""
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """Segment ids of a panoptic PNG: red + 256 * green + 65536 * blue.
+    """Decode a panoptic PNG to segment ids: red + 256 * green + 65536 * blue.
 
     Args:
         data: content of an 8-bit RGB or RGBA file that is not interlaced; alpha is dropped.
@@ -40,7 +40,7 @@ def decode_png(data: bytes) -> np.ndarray:
     """
     width, height, channels = _read_header(data)
     size = height * (1 + width * channels)
-    # DEFLATE gains at most a factor of 1032. A header that promises more is not worth the memory it asks for.
+    # DEFLATE compresses by a factor of at most 1032. A header beyond that must not allocate memory.
     if size > 1032 * (len(data) + 1):
         raise ValueError("damaged PNG: the file is too short for its image")
     try:
@@ -55,23 +55,23 @@ def decode_png(data: bytes) -> np.ndarray:
         raise ValueError(f"damaged PNG: {error}") from None
 
 
-def encode_png(colours: np.ndarray) -> bytes:
-    """An 8-bit RGB PNG.
+def encode_png(colors: np.ndarray) -> bytes:
+    """Encode an 8-bit RGB PNG.
 
     Args:
-        colours: (H, W, 3) uint8 in the order red, green, blue; H and W are at least 1.
+        colors: (H, W, 3) uint8 in the order red, green, blue; H and W are at least 1.
 
     Returns:
-        The content of the file. Every line is filtered by the one above, which suits maps of segments.
+        The content of the file. Every line has the filter "up", which suits maps of segments.
 
     Raises:
-        ValueError: colours has another shape or dtype.
+        ValueError: colors has another shape or dtype.
     """
-    if colours.ndim != 3 or colours.shape[2] != 3 or colours.size == 0 or colours.dtype != np.uint8:
-        rule = "colours must be (H, W, 3) uint8 with at least one pixel"
-        raise ValueError(f"{rule}, got {colours.shape} {colours.dtype}")
-    height, width, channels = colours.shape
-    rows = colours.reshape(height, -1)
+    if colors.ndim != 3 or colors.shape[2] != 3 or colors.size == 0 or colors.dtype != np.uint8:
+        rule = "colors must be (H, W, 3) uint8 with at least one pixel"
+        raise ValueError(f"{rule}, got {colors.shape} {colors.dtype}")
+    height, width, channels = colors.shape
+    rows = colors.reshape(height, -1)
     lines = np.empty((height, 1 + width * channels), np.uint8)
     lines[:, 0] = _UP
     lines[0, 1:] = rows[0]
@@ -93,15 +93,15 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
     if data[12:16] != b"IHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
         raise ValueError("damaged PNG: bad header")
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    depth, colour, interlaced = data[24], data[25], data[28]
-    if depth != 8 or colour not in (_RGB, _RGBA):
-        kind = _COLOURS.get(colour, f"of color type {colour}")
+    depth, color_type, interlaced = data[24], data[25], data[28]
+    if depth != 8 or color_type not in (_RGB, _RGBA):
+        kind = _COLOR_TYPES.get(color_type, f"of color type {color_type}")
         raise PngKindError(f"a panoptic PNG is 8-bit RGB, this one is {depth}-bit {kind}")
     if interlaced:
         raise PngKindError("interlaced PNG; a panoptic PNG must not be interlaced")
     if width == 0 or height == 0:
         raise ValueError("damaged PNG: the image has no pixels")
-    return width, height, 3 if colour == _RGB else 4
+    return width, height, 3 if color_type == _RGB else 4
 
 
 def _compressed_pixels(data: bytes) -> bytes:

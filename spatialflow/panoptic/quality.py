@@ -31,7 +31,7 @@ from spatialflow.threads import available_cores
 
 @dataclass(slots=True)
 class ClassCounts:
-    """What panoptic quality of one class is made of: matches, their summed IoU, and what stayed unmatched."""
+    """The counts of one class: sum of IoU over matches, true positives, false positives, false negatives."""
 
     iou: float = 0.0
     tp: int = 0
@@ -39,13 +39,14 @@ class ClassCounts:
     fn: int = 0
 
     def add(self, other: "ClassCounts") -> None:
+        """Add the counts of another image."""
         self.iou += other.iou
         self.tp += other.tp
         self.fp += other.fp
         self.fn += other.fn
 
     def quality(self) -> dict[str, float | int]:
-        """pq, sq, rq as fractions (0 where nothing was counted), n = 1 if anything was, and the counts."""
+        """The values pq, sq, rq as fractions, n = 1 (all 0 where nothing was counted), and the counts."""
         seen = self.tp + self.fp + self.fn > 0
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         return {
@@ -61,18 +62,18 @@ class ClassCounts:
 
 
 class PanopticQuality:
-    """Accumulate panoptic quality over images that are in memory; `evaluate` does it for folders.
+    """Accumulate panoptic quality over images in memory; see `evaluate` for folders.
 
     Args:
         categories: the COCO list of {id, isthing, ...}, or a mapping from category id to isthing.
 
-    Matching: a predicted and a ground-truth segment of one class match if their IoU exceeds 0.5, where the union leaves
-    out the prediction's pixels on void. A prediction without match is not counted if more than half of it lies on void
-    or on the crowd of its class; if a class has several crowd segments in an image, the last one listed counts.
-    A ground-truth segment's area is the one in its `area` field, where it has one, but never less than its pixels.
+    A predicted and a ground-truth segment of one class match if their IoU exceeds 0.5. The union excludes the pixels of
+    the prediction on void. A prediction without a match is not counted if more than half of it is on void or on the
+    crowd of its class. Of several crowds of a class in an image, the last one listed is used. The area of a
+    ground-truth segment is its `area` field, where present, but at least its number of pixels.
     """
 
-    def __init__(self, categories: Iterable[Mapping[str, Any]] | Mapping[int, Any]):
+    def __init__(self, categories: Iterable[Mapping[str, Any]] | Mapping[int, Any]) -> None:
         if isinstance(categories, Mapping):
             self._things = {key: bool(value) for key, value in categories.items()}
         else:
@@ -96,14 +97,14 @@ class PanopticQuality:
 
         Args:
             gt_map: (H, W) integer ids or (H, W, 3) uint8 colors (red first) of the ground truth.
-            gt_segments: mappings with id, category_id and, if they have them, area and iscrowd.
+            gt_segments: mappings with id, category_id and, optionally, area and iscrowd.
             pred_map: like gt_map, for the prediction.
             pred_segments: mappings with id and category_id.
             image_id: named in errors.
 
         Raises:
             PanopticFormatError: sizes differ; the predicted map and list have different segments; a ground-truth
-                segment has the id 0 or comes twice; an area is not finite; or a category is unknown.
+                segment has the id 0 or is listed twice; an area is not finite; or a category is unknown.
 
         Other contradictions between a list and its map (`docs/annotations.md`) are an `AnnotationWarning` each.
         """
@@ -120,7 +121,7 @@ class PanopticQuality:
         pred_segments: Sequence[Mapping[str, Any]],
         image_id: int | str = "",
     ) -> tuple[dict[int, ClassCounts], list[Problem]]:
-        """The counts of one image by category id, and what is to be reported; nothing is accumulated.
+        """Compute the counts of one image by category id, and problems to report; nothing is accumulated.
 
         Arguments and errors as for `update`.
         """
@@ -136,7 +137,7 @@ class PanopticQuality:
         pred_segments: Sequence[Mapping[str, Any]],
         image_id: int | str,
     ) -> tuple[dict[int, ClassCounts], list[Problem]]:
-        """`count` without the checks that look at the lists alone, which reading a JSON has done."""
+        """Compute as `count`, without the checks of the lists, which are done when a JSON is read."""
         gt_map, pred_map = _pixels(gt_map, "gt_map"), _pixels(pred_map, "pred_map")
         if gt_map.shape[:2] != pred_map.shape[:2]:
             raise PanopticFormatError(
@@ -148,12 +149,12 @@ class PanopticQuality:
         return _match_image(shared, gt_segments, pred_segments, image_id)
 
     def add(self, counts: Mapping[int, ClassCounts]) -> None:
-        """Add the counts of one image, as `count` gives them."""
+        """Add the counts of one image, from `count`."""
         for category, counted in counts.items():
             self._counts.setdefault(category, ClassCounts()).add(counted)
 
     def compute(self) -> dict[str, Any]:
-        """The mapping that `evaluate` returns, over all images so far."""
+        """Compute the result of `evaluate` over all images so far."""
         per_class = {category: self._counts.get(category, ClassCounts()).quality() for category in self._things}
         groups = {"All": None, "Things": True, "Stuff": False}
         result: dict[str, Any] = {}
@@ -188,7 +189,7 @@ def evaluate(
 
     Args:
         gt_json: COCO panoptic JSON with `annotations` and `categories`, a path or its content.
-        gt_folder: folder of the PNGs it names; None for the JSON's path without ".json".
+        gt_folder: folder of its PNGs; None for the JSON's path without ".json".
         pred_json: COCO panoptic JSON with `annotations`. Every image of the ground truth must be in it, by its id or
             by the name of its photograph (`join_images`).
         pred_folder: like gt_folder, for the predictions.
@@ -204,8 +205,8 @@ def evaluate(
         PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or segments
             and pixels disagree. The message names the file or the image and the segment.
 
-    Without a single annotated or predicted segment the qualities are 0 with n = 0, and an `AnnotationWarning` says so.
-    Others name annotations that contradict themselves; `docs/annotations.md` says which, and how the number is made.
+    Without any annotated or predicted segment the qualities are 0 with n = 0, with an `AnnotationWarning`. Further
+    warnings name contradictory annotations; see `docs/annotations.md` for the rules and the computation.
     Neither torch nor OpenCV is imported. Source: panopticapi, `pq_compute`.
     """
     scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
@@ -215,12 +216,12 @@ def evaluate(
 
 
 class Scored(NamedTuple):
-    """What `score_files` found."""
+    """The result of `score_files`."""
 
     result: dict[str, Any]  # as `evaluate` returns it
     truth: Mapping[str, Any]  # content of the ground truth's JSON
     prediction_of: dict[int | str, int | str]  # image_id of the ground truth -> image_id of its prediction
-    reports: list[str]  # sentences about annotations that contradict themselves and were scored
+    reports: list[str]  # messages about contradictory annotations, which were scored
 
 
 def score_files(
@@ -232,7 +233,7 @@ def score_files(
     workers: int | None = None,
     progress: bool = False,
 ) -> Scored:
-    """The body of `evaluate`, for callers that show reports their own way; arguments and errors are the same."""
+    """Score as `evaluate`, and return the reports in place of warnings; arguments and errors are the same."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     gt_folder = _folder(gt_folder, gt_json, "gt")
@@ -259,7 +260,7 @@ def score_files(
         futures = [pool.submit(count_image, annotation) for annotation in gt["annotations"]]
         try:
             if not progress:
-                # One wake-up at the end. One per image would take the interpreter's lock from the worker each time.
+                # One wake-up at the end, as a wake-up per image would take the interpreter lock from a worker.
                 wait(futures, return_when=FIRST_EXCEPTION)
             for future in with_progress(futures, "evaluate", progress):
                 counts, problems = future.result()
@@ -279,7 +280,7 @@ def _pixels(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def default_folder(json_path: str | os.PathLike) -> Path:
-    """Where the PNGs of a panoptic JSON are if nothing else is said: its path without the ending."""
+    """The default folder of the PNGs of a panoptic JSON: its path without the suffix."""
     path = Path(json_path)
     return path.with_suffix("") if path.name else path
 
@@ -295,12 +296,12 @@ def _folder(folder: str | os.PathLike | None, content: Any, which: str) -> Path:
 
 
 def _content(source: Any, name: str) -> tuple[Any, str]:
-    """The content of a JSON, and what errors call it."""
+    """The content of a JSON, and its name in errors."""
     return (source, name) if isinstance(source, Mapping) else (load_json(source), str(source))
 
 
-def with_progress(items: Sequence, what: str, progress: bool) -> Iterable:
-    """The items, with a progress bar titled `what` on standard error if `progress` is true."""
+def with_progress(items: Sequence[Any], what: str, progress: bool) -> Iterable[Any]:
+    """Iterate over items, with a progress bar titled `what` on standard error if `progress` is true."""
     if not progress:
         return items
     from tqdm import tqdm
@@ -316,7 +317,7 @@ def _match_image(
 ) -> tuple[dict[int, ClassCounts], list[Problem]]:
     """Match the segments of one image; `shared` maps (ground-truth id, predicted id) to pixels.
 
-    Raises where lists and pixels contradict each other so that scoring stops; other contradictions are returned.
+    A contradiction between lists and pixels that stops scoring is raised; others are returned.
     """
     # A dict keeps the first position and the last content of an id that is listed twice, like panopticapi's.
     gt_info = {segment["id"]: segment for segment in gt_segments}
@@ -342,7 +343,7 @@ def _match_image(
         category = segment["category_id"]
         if category != pred_category[pred_id]:
             continue
-        # An area below the pixels would raise the IoU, in panopticapi beyond 1 even.
+        # A smaller area than the pixels would raise the IoU, in panopticapi even above 1.
         gt_area = max(segment.get("area", 0), gt_pixels[gt_id])
         union = pred_pixels[pred_id] + gt_area - intersection - shared.get((VOID, pred_id), 0)
         iou = intersection / union

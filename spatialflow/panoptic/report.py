@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic quality as people read it: tables of groups and classes on screen, everything as JSON in a file."""
+"""Reports of panoptic quality: tables of groups and classes, and a JSON file."""
 
-import json
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from typing import IO, Any
 
-from spatialflow.files import atomic_write
+from spatialflow.files import write_json
 from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections, rename_images
 from spatialflow.panoptic.quality import default_folder, score_files
 from spatialflow.panoptic.rules import AnnotationWarning, PanopticFormatError
@@ -29,29 +28,35 @@ def evaluate_and_report(
     progress: bool = False,
     stream: IO[str] | None = None,
 ) -> dict[str, Any]:
-    """Score a folder of predictions, print the tables and write the numbers; the body of `spatialflow evaluate`.
+    """Score a folder of predictions, print tables and write the scores, as `spatialflow evaluate`.
 
     Args:
-        gt_json, gt_folder, pred_json, pred_folder, workers, progress: as for `spatialflow.panoptic.evaluate`; a
-            folder may be None for the JSON's path without its ending.
+        gt_json: as for `spatialflow.panoptic.evaluate`.
+        gt_folder: folder of its PNGs; None for the JSON's path without its suffix.
+        pred_json: as for `spatialflow.panoptic.evaluate`.
+        pred_folder: like gt_folder, for the predictions.
         output: JSON file for the result, category ids as strings and with the names; None writes none.
         detections: JSON of COCO results; their average precision is printed and added to the result as "detection".
-        per_class: print the classes' table as well.
-        stream: where the tables go; None for standard output.
+        per_class: also print the table of classes.
+        workers: threads; None: one per core.
+        progress: show a progress bar on standard error.
+        stream: output of the tables; None for standard output.
 
     Returns:
-        What `spatialflow.panoptic.evaluate` returns, and the average precision where detections are given.
+        The result of `spatialflow.panoptic.evaluate`, with the average precision if `detections` is not None.
 
     Raises:
-        PanopticFormatError: as for `evaluate`, and for detections of which none belongs to the ground truth; or
-            detections are given, and the package pycocotools is missing.
+        PanopticFormatError: as for `evaluate`; no detection is of an image of the ground truth; or `detections` is not
+            None and the package pycocotools is missing.
         OSError: output cannot be written.
     """
     if detections is not None and not has_pycocotools():
         raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
-    results = None if detections is None else read_detections(detections)  # a bad file is refused before the scoring
+    results = (
+        None if detections is None else read_detections(detections)
+    )  # before the scoring, so that an invalid file fails early
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no segment of any category")  # the table says it
+        warnings.filterwarnings("ignore", message="no segment of any category")  # the table has it
         scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
     for text in scored.reports:
         warnings.warn(text, AnnotationWarning, stacklevel=2)
@@ -66,16 +71,14 @@ def evaluate_and_report(
             print(f"{kind} AP " + "  ".join(shown), file=stream or sys.stdout)
         result["detection"] = precision
     if output is not None:
-        with atomic_write(output, "w") as file:
-            json.dump(named_result(result, names), file, indent=1)
-            file.write("\n")
+        write_json(output, named_result(result, names), indent=1)
     return result
 
 
 def quality_table(result: Mapping[str, Any], names: Mapping[int, str] | None = None) -> str:
-    """The tables of a result of `evaluate`: groups in percent, and classes if `names` (id to name) is given.
+    """Format a result of `evaluate`: a table of groups in percent, and of classes if `names` (by id) is not None.
 
-    Classes that occur neither in the ground truth nor in the prediction are left out.
+    Classes without segments in the ground truth and in the prediction are left out.
     """
     lines = [f"{'':10}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'N':>5}"]
     for group in GROUPS:
@@ -96,7 +99,7 @@ def quality_table(result: Mapping[str, Any], names: Mapping[int, str] | None = N
 
 
 def named_result(result: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """A result of `evaluate` as JSON keeps it: category ids become strings, and each class gets its name."""
+    """Convert a result of `evaluate` for JSON: category ids become strings, and each class has its name."""
     classes = {str(category): {"name": names[category], **row} for category, row in result["per_class"].items()}
     extra = {"detection": result["detection"]} if "detection" in result else {}
     return {**{group: result[group] for group in GROUPS}, **extra, "per_class": classes}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of panoptic annotations: what each one says, which commands stop at it, and checks that read no file.
+"""The rules of panoptic annotations: the effect of a breach on each use, and checks that read no file.
 
 `docs/annotations.md` is the table for users. Scoring, training, pictures and `spatialflow validate` share these checks.
 """
@@ -16,21 +16,21 @@ from spatialflow.panoptic.extents import Extent
 
 VOID = 0  # the id of pixels that belong to no segment
 LARGEST_ID = (1 << 24) - 1
-TRUTH, PREDICTION, TRAINING = "truth", "prediction", "training"  # what annotations are read for
+TRUTH, PREDICTION, TRAINING = "truth", "prediction", "training"  # uses of annotations
 _ALL = (TRUTH, PREDICTION, TRAINING)
-_LARGEST_NUMBER = 2.0**53  # areas and boxes beyond are no pixels; NaN and infinity fail the comparison too
-_BOX_TOLERANCE = 1  # pixels: boxes of polygons, and conventions that count the last pixel or not
+_LARGEST_NUMBER = 2.0**53  # larger areas and boxes are invalid; NaN and infinity fail the comparison too
+_BOX_TOLERANCE = 1  # pixels; for boxes of polygons, and for conventions with or without the last pixel
 
 
 class Rule(NamedTuple):
-    """Which uses of annotations stop at a breach, which go on and report it, and whether training skips the image."""
+    """The uses of annotations that stop at a breach, those that report it, and whether training skips the image."""
 
     stops: tuple[str, ...]
     reported: tuple[str, ...] = ()
     skipped: bool = False
 
     def effect(self, use: str) -> str:
-        """What a breach does to one use: "stops", "reported", "skipped" or "-" (it does not matter there)."""
+        """The effect of a breach on one use: "stops", "reported", "skipped" or "-" (no effect)."""
         if use in self.stops:
             return "stops"
         if use in self.reported:
@@ -76,50 +76,51 @@ class Problem(NamedTuple):
     """A breach of a rule."""
 
     rule: str
-    text: str  # a sentence that names the image or the entry, the segment, the rule and the value
+    text: str  # names the image or the entry, the segment, the rule and the value
     image: int | str | None = None  # id of the image, where it is known
     segment: int | None = None
-    value: Any = None  # what was found
-    entry: str | None = None  # place in the JSON of an entry that cannot be used at all
+    value: Any = None  # the value that breaks the rule
+    entry: str | None = None  # location in the JSON of a malformed entry
 
 
 class PanopticFormatError(ValueError):
-    """A panoptic JSON, PNG or id map breaks the format; the message says which file and which rule.
+    """A panoptic JSON, PNG or id map that breaks the format; the message names the file and the rule.
 
     Attributes:
-        rule: its name in `RULES`, where it has one.
+        rule: the name in `RULES`, or None.
     """
 
-    def __init__(self, message: str, rule: str | None = None):
+    def __init__(self, message: str, rule: str | None = None) -> None:
         super().__init__(message)
         self.rule = rule
 
 
 class AnnotationWarning(DataWarning):
-    """Annotations that contradict themselves or hold nothing to score, and were scored."""
+    """Contradictory annotations, or annotations without any segment, that were scored."""
 
 
 def summary(problems: Sequence[Problem], source: str) -> str:
-    """One sentence about problems that were met and did not stop the work: a count for each rule and one example."""
+    """One message about problems that did not stop the work: a count and an example for each rule."""
     counts = Counter(problem.rule for problem in problems)
     examples = {problem.rule: problem.text for problem in reversed(problems)}
-    found = "; ".join(f"{count} x {rule}, e.g. {examples[rule]}" for rule, count in counts.items())
-    return f"{source}: {found}; `spatialflow validate` lists all (docs/annotations.md)"
+    listed = "; ".join(f"{count} x {rule}, e.g. {examples[rule]}" for rule, count in counts.items())
+    return f"{source}: {listed}; `spatialflow validate` lists all (docs/annotations.md)"
 
 
 def raise_first(problems: Iterable[Problem], use: str, source: str = "", also: Collection[str] = ()) -> list[Problem]:
-    """Goes through problems for one use of the annotations.
+    """Raise the first problem that stops one use of the annotations.
 
     Args:
+        problems: in the order of reports.
         use: `TRUTH`, `PREDICTION` or `TRAINING`.
-        source: named before the sentence.
-        also: rules that stop this time too.
+        source: name of the file, as the beginning of the message.
+        also: further rules that stop.
 
     Returns:
         The problems that this use reports.
 
     Raises:
-        PanopticFormatError: the first problem that stops this use.
+        PanopticFormatError: a problem stops this use.
     """
     reported = []
     for problem in problems:
@@ -135,7 +136,9 @@ def raise_first(problems: Iterable[Problem], use: str, source: str = "", also: C
 
 
 def json_problems(content: Any, categories: Collection[int] | None = None) -> Iterator[Problem]:
-    """What is wrong with the content of a panoptic JSON by itself; entries that cannot be read are passed over.
+    """Find the problems of the content of a panoptic JSON, without its PNGs.
+
+    Malformed entries are reported, and not checked further.
 
     Args:
         content: of the file.
@@ -144,8 +147,8 @@ def json_problems(content: Any, categories: Collection[int] | None = None) -> It
     if not isinstance(content, Mapping) or not isinstance(content.get("annotations"), list):
         yield Problem("json", 'a panoptic JSON is a mapping with a list "annotations"', value=_short(content))
         return
-    of_categories, own = _category_problems(content)
-    of_images, listed = _image_problems(content)
+    category_problems, category_ids = _category_problems(content)
+    image_problems, listed = _image_problems(content)
     seen: set[int | str] = set()
     for index, annotation in enumerate(content["annotations"]):
         where = f"annotations[{index}]"
@@ -167,15 +170,15 @@ def json_problems(content: Any, categories: Collection[int] | None = None) -> It
                 segments.append(segment)
             else:
                 yield malformed
-        yield from segment_problems(segments, image, own or None if categories is None else categories)
-    yield from of_images
-    yield from of_categories
+        yield from segment_problems(segments, image, category_ids or None if categories is None else categories)
+    yield from image_problems
+    yield from category_problems
 
 
 def segment_problems(
     segments: Sequence[Mapping[str, Any]], image: int | str, categories: Collection[int] | None
 ) -> Iterator[Problem]:
-    """What is wrong with the segments of one image by themselves.
+    """Find the problems of the segments of one image, without its PNG.
 
     Args:
         segments: mappings with integers `id` and `category_id`.
@@ -207,7 +210,7 @@ def _of_segment(rule: str, image: int | str, segment: int, value: Any, says: str
 
 
 def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int]]:
-    """Problems, and the ids that are listed."""
+    """The problems and the listed ids."""
     problems: list[Problem] = []
     listed: set[int] = set()
     rows = content.get("categories", [])
@@ -233,7 +236,7 @@ def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[i
 
 
 def _image_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int | str]]:
-    """Problems, and the ids that are listed."""
+    """The problems and the listed ids."""
     rows = content.get("images")
     if not isinstance(rows, list):
         return [Problem("images", 'a data set needs a list "images"', value=_short(rows))], set()
@@ -263,9 +266,9 @@ def _image_misfit(image: Any, where: str) -> tuple[str, Any] | None:
 
 
 def segment_id(segment: Any) -> int | None:
-    """The id of an entry of `segments_info`, None where it has none."""
+    """The id of an entry of `segments_info`; None where there is none."""
     number = segment.get("id") if isinstance(segment, Mapping) else None
-    return number if type(number) is int else None  # true and false are integers to isinstance
+    return number if type(number) is int else None  # isinstance would accept true and false
 
 
 def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -> Problem | None:
@@ -301,7 +304,7 @@ _KINDS = {_INTEGER: "an integer", _TEXT: "a string", _LIST: "a list", _ID: "an i
 
 
 def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tuple[str, Any] | None:
-    """A sentence about the first field that is absent or of another kind, and what is there instead."""
+    """A message about the first field that is absent or of another kind, and its value."""
     for field, kinds in fields.items():
         if not isinstance(item, Mapping) or field not in item:
             return f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})', _short(item)
@@ -315,7 +318,7 @@ def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tu
 
 
 def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    """`isinstance`, for which JSON's true and false are flags and no numbers."""
+    """`isinstance`, except that JSON's true and false are flags and not numbers."""
     return isinstance(value, kinds) and (kinds is _FLAG or not isinstance(value, bool))
 
 
@@ -324,7 +327,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _names_a_file(text: str) -> bool:
-    """False for a string that no path can hold: with NUL, or with an unpaired surrogate."""
+    """False for a string with NUL or an unpaired surrogate, which no path can have."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -332,7 +335,7 @@ def _names_a_file(text: str) -> bool:
 
 
 def id_of(item: Any, field: str) -> int | str | None:
-    """The id under `field`, None where there is none."""
+    """The id in `field`; None where there is none."""
     value = item.get(field) if isinstance(item, Mapping) else None
     return value if _is_of(value, _ID) else None
 
@@ -342,13 +345,13 @@ def _of_image(image: int | str | None) -> str:
 
 
 def _label(name: Any) -> str:
-    """An id or a file name, without its middle where it is very long."""
+    """An id or a file name, without its middle if it is longer than 160 characters."""
     text = str(name)
     return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
 
 
 def _short(value: Any) -> Any:
-    """A value as it is, or the beginning of its text where it is no number."""
+    """A number unchanged; of any other value the beginning of its text."""
     return value if isinstance(value, _NUMBER) and abs(value) <= _LARGEST_NUMBER else f"{value!r:.80}"
 
 
@@ -358,20 +361,20 @@ def _short(value: Any) -> Any:
 def pixel_problems(
     segments: Sequence[Mapping[str, Any]],
     image: int | str,
-    found: Mapping[int, int | Extent],
+    pixels_by_id: Mapping[int, int | Extent],
     unusable: Collection[int] = (),
 ) -> Iterator[Problem]:
-    """What contradicts the pixels of one image's map.
+    """Find contradictions between the segments and the id map of one image.
 
     Args:
         segments: mappings with integers `id` and `category_id`.
         image: the image's id.
-        found: pixels of every id of the map, or their `Extent`; without those boxes are not looked at.
-        unusable: ids of segments that are listed too, with other fields that cannot be used.
+        pixels_by_id: number of pixels of every id of the map, or its `Extent`; boxes are checked only with the latter.
+        unusable: ids of further listed segments, which are malformed.
     """
     listed = {VOID, *unusable}
     for segment in segments:
-        number, extent = segment["id"], found.get(segment["id"])
+        number, extent = segment["id"], pixels_by_id.get(segment["id"])
         listed.add(number)
         if extent is None:
             yield _of_segment("no-pixels", image, number, 0, " is in the JSON and not in the PNG")
@@ -383,7 +386,7 @@ def pixel_problems(
             yield _of_segment("area-pixels", image, number, area, says)
         if isinstance(extent, Extent) and contradicts(box, extent):
             yield _of_segment("bbox-pixels", image, number, box, _box_text(box, extent))
-    for number in found:
+    for number in pixels_by_id:
         if number not in listed:
             yield _of_segment("no-segment", image, number, number, " is in the PNG and not in the JSON")
 
@@ -394,12 +397,12 @@ def is_box(box: Any) -> bool:
 
 
 def contradicts(box: Any, extent: Extent) -> bool:
-    """True for a box (x, y, width, height) with a side more than a pixel away from that of the pixels."""
+    """True for a box (x, y, width, height) with a side more than a pixel away from the bounding box of the pixels."""
     return is_box(box) and not _is_near(_corners(*box), _corners(*extent.box))
 
 
 def box_of(segment: Mapping[str, Any], extent: Extent) -> list[float]:
-    """The segment's `bbox`, or the box of its pixels where it has none or one that contradicts them."""
+    """The `bbox` of a segment; the bounding box of its pixels where `bbox` is absent or contradicts them."""
     box = segment.get("bbox")
     return list(box) if is_box(box) and not contradicts(box, extent) else extent.box
 
@@ -420,7 +423,7 @@ def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a number that is finite, and not too large to be one of pixels; JSON's true and false are none."""
+    """True for a number of magnitude up to 2^53; False for NaN, infinity, and JSON's true and false."""
     return _is_number(value) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
 
 

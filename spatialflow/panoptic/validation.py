@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a whole set of annotations, the JSON with its PNGs and photographs, by the rules of `rules`; no torch."""
+"""Validation of a panoptic data set, JSON, PNGs and photographs, by the rules of `rules`. Torch is not imported."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from spatialflow.threads import available_cores
 
 
 class Validation(NamedTuple):
-    """What `validate` found."""
+    """The result of `validate`."""
 
-    images: int  # annotations that were checked
+    images: int  # number of annotations checked
     segments: int
     problems: list[Problem]  # of the JSON in its order, then of the images in theirs
 
@@ -31,17 +31,17 @@ def validate(
     workers: int | None = None,
     progress: bool = False,
 ) -> Validation:
-    """Find everything in a panoptic data set that breaks a rule of `docs/annotations.md`.
+    """Find all breaches of the rules of `docs/annotations.md` in a panoptic data set.
 
     Args:
         json_path: COCO panoptic JSON.
-        folder: of the PNGs that it names; None for the JSON's path without ".json".
-        images: folder of the photographs, which are decoded as training does it; None: those are not looked for.
+        folder: of its PNGs; None for the JSON's path without ".json".
+        images: folder of the photographs, which are decoded as in training; None: they are not checked.
         workers: threads; default: one per core. The result does not depend on it.
         progress: show a progress bar on standard error.
 
     Raises:
-        PanopticFormatError: the JSON is absent or no panoptic JSON at all, or a folder is absent.
+        PanopticFormatError: the file is absent or not a panoptic JSON, or a folder is absent.
         ValueError: workers is less than 1.
 
     Example:
@@ -57,10 +57,10 @@ def validate(
     if any(problem.rule == "json" for problem in problems):
         raise PanopticFormatError(f"{json_path}: {problems[0].text}", "json")
     folder = Path(default_folder(json_path) if folder is None else folder)
-    for given in (folder, images):
-        if given is not None and not os.path.isdir(given):
-            raise PanopticFormatError(f"{given}: no such folder")
-    # Entries that are malformed have their problem already, and are left out from here on.
+    for path in (folder, images):
+        if path is not None and not os.path.isdir(path):
+            raise PanopticFormatError(f"{path}: no such folder")
+    # Malformed entries have been reported, and are left out from here on.
     malformed = {problem.entry for problem in problems if problem.entry}
     rows: dict[int | str, Mapping[str, Any]] = {}
     for i, row in enumerate(_list(content, "images")):
@@ -90,7 +90,7 @@ def validate(
     return Validation(len(checked), sum(len(annotation["segments_info"]) for annotation, _ in checked), problems)
 
 
-def _list(content: Mapping[str, Any], field: str) -> list:
+def _list(content: Mapping[str, Any], field: str) -> list[Any]:
     return content[field] if isinstance(content.get(field), list) else []
 
 
@@ -101,13 +101,14 @@ def _image_problems(
     folder: Path,
     images: str | os.PathLike | None,
 ) -> list[Problem]:
-    """Problems of one image's PNG and, where there is a folder of them, photograph.
+    """Find the problems of one image's PNG and photograph.
 
     Args:
-        annotation: with the segments that can be used.
-        unusable: ids of its other segments.
+        annotation: with its valid segments.
+        unusable: ids of its malformed segments.
         row: the image's entry in `images`, None where it has none.
-        folder, images: as for `validate`.
+        folder: of the PNGs.
+        images: folder of the photographs; None: they are not checked.
     """
     image = annotation["image_id"]
     problems: list[Problem] = []

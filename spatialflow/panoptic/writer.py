@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing results of many images in the COCO panoptic format, so that a run that is killed can be resumed."""
+"""Writer of results in the COCO panoptic format, with a journal from which a killed run resumes."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from spatialflow.panoptic.rules import VOID, PanopticFormatError
 
 
 class _Entry(NamedTuple):
-    """One image of the journal."""
+    """One image in the journal."""
 
     offset: int  # of its row, in bytes
     image_id: int | str
@@ -33,11 +33,14 @@ class _Entry(NamedTuple):
 def panoptic_row(
     image_id: int | str, image_name: str, png_name: str, id_map: np.ndarray, segments: Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """One image as a panoptic JSON lists it: `image` for its "images", `annotation` for its "annotations".
+    """The rows of one image for a panoptic JSON: `image` for "images", `annotation` for "annotations".
 
     Args:
-        image_id, image_name, id_map, segments: as for `PanopticWriter.add`.
-        png_name: path of the PNG as seen from the folder of PNGs.
+        image_id: as for `PanopticWriter.add`.
+        image_name: as for `PanopticWriter.add`.
+        png_name: path of the PNG relative to the folder of PNGs.
+        id_map: as for `PanopticWriter.add`.
+        segments: as for `PanopticWriter.add`.
 
     Raises:
         PanopticFormatError: an argument is of a kind that the format does not have, or segments and map disagree.
@@ -96,28 +99,28 @@ def _beginning(info: Mapping[str, Any]) -> str:
 
 
 class PanopticWriter:
-    """Collect results of many images into a folder of PNGs and one panoptic JSON.
+    """Write results of many images to a folder of PNGs and one panoptic JSON.
 
-    Use it as a context manager: the JSON is written when the block ends, also when it ends by an exception, so that
-    the images already done stay usable. Segments may carry any JSON-able field beside id and category_id.
+    Use it as a context manager: the JSON is written at the end of the block, also after an exception, so that completed
+    images stay usable. Segments may have any JSON-serializable field beside id and category_id.
 
     In its first `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
     (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the current image
-    at most; after a power failure, the images that the disk had not received yet are done again. The journal is removed
-    when the block ends without an exception. While one process writes a journal, no other can begin to. Otherwise there
-    is no journal, and `write_json` saves the results.
+    at most. After a power failure, images that were not synced to disk are done again. The journal is removed at the
+    end of the block, unless an exception ended it. While one process writes a journal, no other can. Without `with` and
+    `resume` there is no journal, and `write_json` saves the results.
 
-    Several threads may call `add` at once: PNGs are encoded and written side by side, rows of the journal one after the
-    other. All other calls are for one thread, while no other adds.
+    Several threads may call `add` at once: PNGs are encoded and written in parallel, rows of the journal one after the
+    other. All other methods are for one thread, while no thread adds.
 
     Args:
-        folder: where the PNGs go; created on the first result.
+        folder: of the PNGs; created for the first result.
         json_path: the JSON file; by default the folder's name with ".json" appended, as panopticapi expects.
         categories: copied into the JSON, if given.
-        info: what the JSON and the journal say about themselves, as their first field.
-        detections_path: where to write the COCO results that `add` is given; None writes none.
-        settings: JSON-able values that decide what the results are, for instance thresholds and a hash of the weights.
-        resume: take over the images in the journal of an earlier run, see `is_done`; False replaces that journal.
+        info: first field of the JSON and of the journal.
+        detections_path: file of the COCO results from `add`; None writes none.
+        settings: JSON-serializable values that determine the results, such as thresholds and a hash of the weights.
+        resume: continue the journal of an earlier run, see `is_done`; False replaces it.
 
     Raises:
         ResumeError: the journal to resume was written with other settings or categories.
@@ -142,7 +145,7 @@ class PanopticWriter:
         detections_path: str | os.PathLike | None = None,
         settings: Mapping[str, Any] | None = None,
         resume: bool = False,
-    ):
+    ) -> None:
         self.folder = Path(folder)
         if json_path is None:
             named = self.folder.resolve() if self.folder.name in ("", "..") else self.folder  # "." has no name
@@ -163,19 +166,21 @@ class PanopticWriter:
             for offset, row in self._journal.restore():
                 try:
                     entry = _entry(offset, row, restored=True)
-                except (KeyError, TypeError):  # no row of this class: it and what follows is done again
+                except (KeyError, TypeError):  # not a row of this class: this image and later ones are done again
                     break
                 self._register(entry, row)
 
     def __len__(self) -> int:
-        """Images added, those of an earlier run included."""
+        """Number of images added, including those of an earlier run."""
         return len(self._entries)
 
     def is_done(self, image_id: int | str, image_name: str, photograph: str | os.PathLike | None = None) -> bool:
-        """True if the image was added, its PNG is whole, and the photograph is the file it was then.
+        """True if the image was added, its PNG is complete, and the photograph has not changed since.
 
         Args:
-            image_id, image_name, photograph: as for `add`. Photographs are compared by size and time of modification.
+            image_id: as for `add`.
+            image_name: as for `add`.
+            photograph: as for `add`. Photographs are compared by size and modification time.
         """
         entry = self._entries.get(image_name)
         if entry is None or entry.image_id != image_id:
@@ -194,7 +199,7 @@ class PanopticWriter:
         detections: Iterable[Mapping[str, Any]] = (),
         photograph: str | os.PathLike | None = None,
     ) -> Path:
-        """Write one image's PNG and its segments.
+        """Write the PNG and the segments of one image.
 
         Args:
             image_id: the image's id in the data set.
@@ -203,17 +208,17 @@ class PanopticWriter:
             segments: mappings with at least `id` and `category_id`; every id of the map once, and no other.
             png_name: path of the PNG inside the folder; by default the stem of `image_name` with ".png".
             detections: COCO results of the image.
-            photograph: the file, by which `is_done` tells whether it has changed since.
+            photograph: the file, which `is_done` checks for changes.
 
         Returns:
             Path of the PNG.
 
         Raises:
             PanopticFormatError: an argument is of a kind that the format does not have, segments and map disagree, a
-                value cannot be written as JSON, or another image has that name, that id or that PNG. An image of an
-                earlier run is replaced.
-            InUseError: another process is writing the journal; no file has changed.
-            OSError: a file cannot be written; nothing of the image is left behind.
+                value cannot be written as JSON, or another image of this run has the same name, id or PNG. An image of
+                an earlier run is replaced.
+            InUseError: another process is writing the journal; no file was changed.
+            OSError: a file cannot be written; no file of the image is left.
         """
         png_name = png_name or f"{Path(image_name).stem}.png"
         row = {
@@ -238,30 +243,29 @@ class PanopticWriter:
         return path
 
     def left_out(self, image_names: Iterable[str]) -> list[str]:
-        """Images added, in an earlier run too, that are not among `image_names` and whose photographs still exist."""
+        """Names of images of this and earlier runs that are not in `image_names` and whose photographs exist."""
         names = set(image_names)
         others = ((name, entry.path) for name, entry in self._entries.items() if name not in names)
         return [name for name, path in others if path is not None and os.path.isfile(path)]
 
     def rows(self, image_names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
+        """The rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
 
         Args:
-            image_names: which images, in which order; those that were not added are passed over. None: all in the
-                order of `add`, those of an earlier run first.
+            image_names: images in order; those that were not added are skipped. None: all in the order of `add`, those
+                of an earlier run first.
         """
         wanted = self._entries if image_names is None else (name for name in image_names if name in self._entries)
         return self._journal.rows([self._entries[name].offset for name in wanted])
 
     def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take over images that another writer, for instance another process's, has added to the same folder.
+        """Add images that another writer, for instance of another process, has added to the same folder.
 
         Args:
             rows: of the other writer's `rows`.
 
         Raises:
-            PanopticFormatError: an image of the same name or id, or whose PNG has the same name, is there; or a row is
-                none of `rows`.
+            PanopticFormatError: an image of the same name, id or PNG exists; or a row is not one of `rows`.
         """
         for row in rows:
             try:
@@ -272,10 +276,10 @@ class PanopticWriter:
             self._append(row)
 
     def write_json(self, image_names: Iterable[str] | None = None) -> Path:
-        """Write the JSON, and the detections, of all images added so far; a journal stays.
+        """Write the JSON, and the detections, of all images added so far; the journal stays.
 
         Args:
-            image_names: which images, in which order, as for `rows`.
+            image_names: images in order, as for `rows`.
 
         Returns:
             Path of the JSON.
@@ -293,19 +297,19 @@ class PanopticWriter:
             if self._categories is not None:
                 stream.write(f', "categories": {dumps(self._categories)}')
             stream.write("}")
-            _bring_to_disk(stream)
+            _sync(stream)
         if self.detections_path is not None:
             with atomic_write(self.detections_path, "w") as stream:
                 _write_list(stream, (result for row in self.rows(names) for result in row["detections"]))
-                _bring_to_disk(stream)
+                _sync(stream)
         return self.json_path
 
     def close(self, keep_journal: bool = False) -> None:
-        """End the use of the writer.
+        """Close the journal.
 
         Args:
-            keep_journal: leave the journal for a run that goes on from it; False: the results are in the JSON, or are
-                not needed.
+            keep_journal: keep the journal for a run that resumes it; False deletes it, as the results are in the JSON
+                or not needed.
         """
         if keep_journal:
             self._journal.close()
@@ -324,7 +328,7 @@ class PanopticWriter:
 
     @contextlib.contextmanager
     def _reserved(self, row: Mapping[str, Any]) -> Iterator[None]:
-        """While the block runs, no other image gets this one's id, PNG or name."""
+        """Reserve the id, the PNG and the name of an image during the block."""
         with self._lock:
             self._check_free(row)
             self._journal.claim()
@@ -347,7 +351,7 @@ class PanopticWriter:
         self._entries[name] = entry
 
     def _forget(self, name: str | None) -> None:
-        """Drops an image that another one replaces."""
+        """Remove an image that another one replaces."""
         entry = self._entries.pop(name, None)
         if entry is not None:
             for key in (("id", entry.image_id), ("PNG", entry.png_name), ("name", name)):
@@ -365,7 +369,7 @@ class PanopticWriter:
 
 
 def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
-    """KeyError or TypeError for something that is no row of `PanopticWriter.rows`."""
+    """The entry of a row; KeyError or TypeError for an object that is not a row of `PanopticWriter.rows`."""
     annotation = row["annotation"]
     set(_keys(row)), row["detections"]
     return _Entry(
@@ -380,13 +384,13 @@ def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
 
 
 def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
-    """What no two images may share."""
+    """The id, the PNG and the name of an image, each unique among the images of a writer."""
     annotation = row["annotation"]
     return [("id", annotation["image_id"]), ("PNG", annotation["file_name"]), ("name", row["image"]["file_name"])]
 
 
 def _stamp(path: str | os.PathLike | None) -> list[int] | None:
-    """Size in bytes and time of modification in ns; None where there is no such file."""
+    """Size in bytes and modification time in ns; None where the file does not exist."""
     try:
         status = os.stat(path) if path is not None else None
     except OSError:
@@ -395,13 +399,13 @@ def _stamp(path: str | os.PathLike | None) -> list[int] | None:
 
 
 def _write_list(stream: IO[str], items: Iterable[Any]) -> None:
-    """A JSON list, item by item: it need not fit in memory."""
+    """Write a JSON list item by item, so that it need not fit in memory."""
     stream.write("[")
     for index, item in enumerate(items):
         stream.write(f"{', ' if index else ''}{dumps(item)}")
     stream.write("]")
 
 
-def _bring_to_disk(stream: IO) -> None:
+def _sync(stream: IO) -> None:
     stream.flush()
     os.fsync(stream.fileno())

@@ -443,8 +443,8 @@ def panoptic_merge(
     ignored_stuff: Sequence[int] = (),
     score_threshold: float = 0.37,
     overlap_threshold: float = 0.37,
-    stuff_area_limit: int = 4900,
-    box_threshold: float = 0.5,
+    stuff_area_threshold: int = 4900,
+    box_overlap_threshold: float = 0.5,
 ) -> tuple[np.ndarray, ...]:
     inside, classes, stuff_map = _array(masks) != 0, _array(labels), _array(stuff)
     values = _array(scores)
@@ -468,7 +468,7 @@ def panoptic_merge(
         if label in ignored_stuff:
             continue
         free = [(y, x) for y in range(height) for x in range(width) if stuff_map[y, x] == label and id_map[y, x] == 0]
-        if free and len(free) >= stuff_area_limit:
+        if free and len(free) >= stuff_area_threshold:
             segments.append((label, -1, 0.0))
             for place in free:
                 id_map[place] = len(segments)
@@ -478,7 +478,7 @@ def panoptic_merge(
         x1, y1, x2, y2 = (int(corner) for corner in corners[k])
         pixels = [(y, x) for y in range(max(y1, 0), min(y2, height)) for x in range(max(x1, 0), min(x2, width))]
         free = [place for place in pixels if id_map[place] == 0]
-        if not free or len(free) / len(pixels) < box_threshold:
+        if not free or len(free) / len(pixels) < box_overlap_threshold:
             continue
         if k not in ids:
             segments.append((int(classes[k]), k, float(values[k])))

@@ -372,8 +372,8 @@ def panoptic_merge(draw: Draw, limits: Limits) -> dict:
         "ignored_stuff": draw(st.lists(st.integers(-1, 5), max_size=2)),
         "score_threshold": draw(one_of(0.0, 0.37, 0.5, 1.0, float("-inf"))),
         "overlap_threshold": draw(one_of(*THRESHOLDS)),
-        "stuff_area_limit": draw(one_of(0, 1, 5, 30, 4900)),
-        "box_threshold": draw(one_of(*THRESHOLDS)),
+        "stuff_area_threshold": draw(one_of(0, 1, 5, 30, 4900)),
+        "box_overlap_threshold": draw(one_of(*THRESHOLDS)),
     }
 
 

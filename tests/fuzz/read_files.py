@@ -27,14 +27,14 @@ import yaml
 
 from fuzz.mutate import SPECIAL, mutate_bytes, mutate_picture, mutate_tree
 from spatialflow.cli import main as cli
-from spatialflow.config import SECTIONS, Config, ConfigError, parse_settings
+from spatialflow.config import SECTIONS, Config, ConfigError, load_config, parse_settings
 from spatialflow.data.categories import CategoryError, load_categories
 from spatialflow.data.cityscapes import Cityscapes, CityscapesError
 from spatialflow.data.samples import SampleError
 from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
 from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint
 from spatialflow.images import ImageError, read_image
-from spatialflow.models.build import build_model, load_config
+from spatialflow.models.build import build_model
 from spatialflow.panoptic import PanopticFormatError, read_id_map
 from spatialflow.panoptic.detection import detection_truth
 
@@ -447,30 +447,32 @@ def _run_of() -> tuple[Any, Any]:
     from helpers.scenes import scene_categories
 
     from spatialflow.data.coco import CocoPanoptic
-    from spatialflow.engine.distributed import World
-    from spatialflow.engine.train import Trainer
+    from spatialflow.engine.distributed import ProcessGroup
+    from spatialflow.engine.trainer import Trainer
 
     config = load_config("tiny", **SMALL, epochs=2)
     data = CocoPanoptic(_scenes() / "panoptic.json", _scenes() / "images", None, scene_categories())
     folder = _materials() / "run"
-    trainer = Trainer(config, data, folder, World(0, 1, torch.device("cpu")))
+    trainer = Trainer(config, data, folder, ProcessGroup(0, 1, torch.device("cpu")))
     for parameter in trainer.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
     trainer.step = 1
-    trainer._keep()
+    trainer.save_checkpoint()
     trainer.log.close()
-    return trainer, torch.load(trainer.checkpoint_path, weights_only=True)
+    return trainer, torch.load(trainer.store.path, weights_only=True)
 
 
 def _read_run(folder: Path, base: int, changes: list) -> int:
-    from spatialflow.engine.train import TrainingError
+    from spatialflow.engine.trainer import TrainingError
 
     trainer, content = _run_of()
-    trainer.folder = folder
-    trainer.checkpoint_path.write_bytes(_edited_torch_file(content, base == 1, changes))
+    trainer.store.folder = folder
+    trainer.store.path.write_bytes(_edited_torch_file(content, base == 1, changes))
     try:
-        trainer._restore()  # all that a run in that folder does with the file; making one takes ten times as long
+        trainer.step = (
+            trainer.store.restore()
+        )  # all that a run in that folder does with the file; making one takes ten times as long
     except TrainingError as error:
         raise CheckpointError(str(error)) from None
     for parameter in trainer.network.parameters():

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the tests of the command line."""
+"""Helpers of the tests of the command line."""
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
-"""Options with which `predict` takes little time."""
+"""Options that make `predict` fast."""
 
 
 def sentences(capsys) -> list[str]:
-    """Complaints on standard error, one line each; the progress bar is off where there is no terminal."""
+    """Messages on standard error, one per line; without a terminal there is no progress bar."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert all(line.startswith("spatialflow: ") for line in lines), lines
     return [line.removeprefix("spatialflow: ") for line in lines]

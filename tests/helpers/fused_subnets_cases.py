@@ -53,7 +53,7 @@ def parameters_of(convs: list, flow_source="reg", segmentation_levels=3) -> ops.
     return ops.SubnetParameters(*lists, flow_source=flow_source, segmentation_levels=segmentation_levels)
 
 
-def tower(levels, convs, algorithm="auto", **wired):
+def run_fused_subnets(levels, convs, algorithm="auto", **wired):
     return list(ops.fused_subnets(levels, parameters_of(convs, **wired), algorithm))
 
 

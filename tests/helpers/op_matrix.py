@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The questions every operator must answer, asked once.
+"""Tests that every operator must pass, written once.
 
-A test file subclasses `OpMatrix` with its samples; pytest then runs each question for each sample:
+A test file subclasses `OpMatrix` with samples; pytest then runs each test of the class for each sample:
 
     class TestRoiAlign(OpMatrix):
         has_gradient = True
@@ -9,9 +9,9 @@ A test file subclasses `OpMatrix` with its samples; pytest then runs each questi
         linear_samples = tuple(samples)
         thin_samples = {"one row": lambda: OpSample(...), ...}
 
-Questions that an op cannot be asked are not generated: those of gradients where the class says `has_gradient = False`
-(it is asked instead whether that is so), second derivatives for samples not in `linear_samples`. Further classes in the
-same file hold what is particular to the op: bad values, ties, errors, peers' defects.
+Tests that do not apply to an operator are not generated. With `has_gradient = False`, `test_no_gradient` replaces the
+tests of gradients. Second derivatives are tested only for samples in `linear_samples`. Other classes of the same file
+test what is specific to the operator: bad values, ties, errors, and defects of other libraries.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,9 +33,10 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = torch.get_default_device().type  # where the tests' tensors are: see conftest.py
+DEVICE = torch.get_default_device().type  # of the tests' tensors: see conftest.py
 
-# Gradients that add up by atomics differ between runs on a GPU in the last bits, unless determinism is asked for.
+# Gradients that are summed by atomics differ between runs on a GPU in the last bits, unless torch is set to be
+# deterministic.
 NONDETERMINISM = 0.0 if DEVICE == "cpu" else 1e-9
 
 # Symmetric tolerances against the reference in float64, relative to the largest value of the result. float16 has 11
@@ -44,11 +46,19 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 @dataclass
 class OpSample:
-    """One call: `op(*tensors, **options)` and the reference with the same arguments.
+    """Arguments of one call: `op(*tensors, **options)`, and of the reference implementation.
 
-    `tensors` may hold lists of tensors. `differentiable` are indices of tensors with a gradient. `converted` are the
-    tensors that follow the tested dtype; the others (boxes, scores) keep theirs. `raw` gives the raw operator and its
-    arguments for opcheck.
+    Attributes:
+        op: the public operator.
+        reference: its reference implementation.
+        tensors: positional arguments; items may be lists of tensors.
+        options: keyword arguments.
+        differentiable: indices of the tensors with a gradient.
+        converted: indices of the tensors that get the tested dtype; others (boxes, scores) keep theirs.
+        raw: returns the raw operator and its arguments, for opcheck.
+        images: indices of tensors (or lists) with layout (N, C, H, W).
+        resized: returns tensors of another size, for dynamic shapes.
+        unforeseen: pattern of errors that the operator raises and its fake kernel does not.
     """
 
     op: Callable[..., Any]
@@ -58,12 +68,12 @@ class OpSample:
     differentiable: tuple[int, ...] = (0,)
     converted: tuple[int, ...] = (0,)
     raw: Callable[..., tuple[Any, tuple]] | None = None
-    images: tuple[int, ...] = (0,)  # tensors (or lists) with layout (N, C, H, W)
-    resized: Callable[[int], list] | None = None  # tensors of another size, for dynamic shapes
-    unforeseen: str = "$^"  # pattern of the refusals that the fake kernel leaves to the operator
+    images: tuple[int, ...] = (0,)
+    resized: Callable[[int], list] | None = None
+    unforeseen: str = "$^"
 
 
-# Same values, other strides: what an (N, C, H, W) tensor looks like after common operations.
+# Same values, other strides: layouts of (N, C, H, W) tensors after common operations.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
@@ -75,7 +85,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Shapes (N, C, H, W) for thin samples: each size one, or none. Eight channels make 16 bytes of float16.
+# Shapes (N, C, H, W) for thin samples: each size is 1 or 0 once. Eight channels are 16 bytes of float16.
 THIN_SHAPES = {
     "one image": (1, 8, 5, 6),
     "one channel": (2, 1, 5, 6),
@@ -91,13 +101,13 @@ THIN_SHAPES = {
 
 
 def with_stride(tensor: Tensor, stride: int) -> Tensor:
-    """The same values; `stride` along dimensions of size 1 or 0, where torch allows any."""
-    strides = [own if size > 1 else stride for size, own in zip(tensor.shape, tensor.stride())]
+    """Return the same values with `stride` along dimensions of size 1 or 0, where torch allows any stride."""
+    strides = [old if size > 1 else stride for size, old in zip(tensor.shape, tensor.stride(), strict=True)]
     return tensor.as_strided(tensor.shape, strides)
 
 
-def amid_nans(tensor: Tensor) -> Tensor:
-    """The same values in a window of a larger tensor that begins at an odd element; NaN (or 99) is around it."""
+def surrounded_by_nans(tensor: Tensor) -> Tensor:
+    """Return the same values in a window of a larger tensor of NaN (or 99) that begins at an odd element."""
     sizes = [size + 2 for size in tensor.shape]
     filling = float("nan") if tensor.is_floating_point() else 99
     storage = torch.full((math.prod(sizes) + 1,), filling, dtype=tensor.dtype)
@@ -109,17 +119,17 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-# Same values at strides that torch allows and a kernel has no use for.
+# Same values at unusual strides that torch allows.
 THIN_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "stride 0": lambda t: with_stride(t, 0),
     "stride 5": lambda t: with_stride(t, 5),
     "channels last, stride 1": lambda t: with_stride(channels_last(t), 1),
     "channels last, stride 2^40": lambda t: with_stride(channels_last(t), 2**40),
-    "amid NaNs": amid_nans,
-    "amid NaNs, stride 3": lambda t: with_stride(amid_nans(t), 3),
+    "surrounded by NaNs": surrounded_by_nans,
+    "surrounded by NaNs, stride 3": lambda t: with_stride(surrounded_by_nans(t), 3),
 }
 
-# Others hold less than their size: one number, or one row again and again.
+# Expanded tensors: one number, or one row, repeated by a stride of 0.
 EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
     "one number": lambda t: t.flatten()[:1].sum().to(t.dtype).expand(t.shape),
     "one row": lambda t: t[:1].expand(t.shape) if t.dim() > 1 else t,
@@ -129,62 +139,62 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
 GRAD_MODES = {"default": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
-class FunctionWatch(TorchFunctionMode):
-    """Notes the functions that are called on tensors."""
+class FunctionRecorder(TorchFunctionMode):
+    """Record the functions that are called on tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Callable] = []
+        self.calls: list[Callable] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
+        self.calls.append(func)
         return func(*args, **(kwargs or {}))
 
 
-class DispatchWatch(TorchDispatchMode):
-    """Notes the operators that are dispatched."""
+class DispatchRecorder(TorchDispatchMode):
+    """Record the operators that are dispatched."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Callable] = []
+        self.calls: list[Callable] = []
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
+        self.calls.append(func)
         return func(*args, **(kwargs or {}))
 
 
-class Watched(Tensor):
-    """Notes the functions that are called on it, and makes results of its class."""
+class RecordingTensor(Tensor):
+    """A tensor that records the functions called on it; results have the same class."""
 
-    seen: list[Callable] = []
+    calls: list[Callable] = []
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.seen.append(func)
+        cls.calls.append(func)
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def metadata(value: Any) -> list[tuple]:
-    """Shape, dtype and the strides that matter of every tensor; of a shape that depends on values its length alone."""
-    found = []
+    """Return dtype, shape and strides of sizes above 1 of every tensor; dtype and dimension if sizes are symbols."""
+    result: list[tuple] = []
     for t in leaves(value):
         if all(isinstance(size, int) for size in t.shape):
-            strides = [stride for size, stride in zip(t.shape, t.stride()) if size > 1 and t.numel()]
-            found.append((t.dtype, tuple(t.shape), strides))
+            strides = [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()]
+            result.append((t.dtype, tuple(t.shape), strides))
         else:
-            found.append((t.dtype, t.dim()))
-    return found
+            result.append((t.dtype, t.dim()))
+    return result
 
 
 def assert_described(fake: Any, real: Any, what: str) -> None:
-    """Equal `outcome`s or `metadata`, up to sizes that the fake kernel cannot know."""
+    """Assert that two results of `outcome` or `metadata` agree, except for sizes that are symbols."""
     if isinstance(fake, list) and isinstance(real, list):
-        real = [other if len(one) == 3 else (other[0], len(other[1])) for one, other in zip(fake, real, strict=True)]
+        real = [r if len(f) == 3 else (r[0], len(r[1])) for f, r in zip(fake, real, strict=True)]
     assert fake == real, f"fake kernel, {what}"
 
 
 def outcome(op: Callable, args: Sequence) -> Any:
-    """The metadata of the result, or with which words the arguments were refused."""
+    """Return the metadata of the result, or the first line of the error."""
     try:
         return metadata(op(*args))
     except RuntimeError as error:
@@ -192,11 +202,11 @@ def outcome(op: Callable, args: Sequence) -> Any:
 
 
 def wrong_versions(value: Any) -> list:
-    """Arguments next to `value`, many of which no operator takes."""
+    """Return variations of an argument, many of which no operator accepts."""
     if isinstance(value, Tensor):
-        other = torch.int16 if value.is_floating_point() else torch.float32
+        dtype = torch.int16 if value.is_floating_point() else torch.float32
         shorter = [value.narrow(d, 0, n) for d, size in enumerate(value.shape) for n in {0, size - 1} if n >= 0]
-        return [value[None], value.flatten(), value.to(other), *shorter]
+        return [value[None], value.flatten(), value.to(dtype), *shorter]
     if isinstance(value, (list, tuple)) and value:
         return [[], value[:-1], *([*value[:-1], last] for last in wrong_versions(value[-1]))]
     if isinstance(value, int) and not isinstance(value, bool):
@@ -223,16 +233,16 @@ def leaves(value: Any) -> list[Tensor]:
 def assert_near(actual: Any, expected: Any, dtype: torch.dtype, factor: float = 1.0, what: str = "result") -> None:
     actual, expected = leaves(actual), leaves(expected)
     assert len(actual) == len(expected)
-    for index, (one, other) in enumerate(zip(actual, expected)):
-        assert one.shape == other.shape, f"{what}[{index}]: shape {tuple(one.shape)}, expected {tuple(other.shape)}"
-        if one.numel() == 0:
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape, f"{what}[{index}]: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+        if a.numel() == 0:
             continue
-        if not other.is_floating_point():
-            assert torch.equal(one, other), f"{what}[{index}] differs"
+        if not e.is_floating_point():
+            assert torch.equal(a, e), f"{what}[{index}] differs"
             continue
-        one, other = one.detach().double(), other.detach().double()
-        scale = max(float(other.abs().max()), 1e-30, torch.finfo(dtype).smallest_normal)
-        error = float((one - other).abs().max()) / scale
+        a, e = a.detach().double(), e.detach().double()
+        scale = max(float(e.abs().max()), 1e-30, torch.finfo(dtype).smallest_normal)
+        error = float((a - e).abs().max()) / scale
         assert error <= TOLERANCE[dtype] * factor, f"{what}[{index}]: error {error:.2e} of the maximum {scale:.3g}"
 
 
@@ -243,10 +253,11 @@ def to_dtype(sample: OpSample, dtype: torch.dtype) -> list:
     ]
 
 
-GRADIENT_QUESTIONS = frozenset(
+GRADIENT_TESTS = frozenset(
     {
         "test_gradient_against_reference",
         "test_gradcheck",
+        "test_slow_gradcheck",
         "test_gradgradcheck",
         "test_func_transforms",
         "test_compiled_func_transforms",
@@ -255,11 +266,16 @@ GRADIENT_QUESTIONS = frozenset(
 
 
 class OpMatrix:
-    """Subclasses set `samples`: name -> function of no arguments giving an `OpSample` in float64.
+    """Base class of the tests of an operator.
 
-    Every subclass says itself whether the op has a gradient, and if so which samples (by name) are linear in their
-    differentiable tensors, so that second derivatives exist. `thin_samples` have sizes of one and zero; they are asked
-    about layouts alone.
+    Attributes:
+        samples: name -> function that makes an `OpSample` in float64.
+        thin_samples: the same with sizes of 1 and 0; only `test_thin_layouts` uses them.
+        dtypes: dtypes of the tensors in `OpSample.converted`.
+        has_gradient: whether the operator has a gradient; every subclass must set it.
+        linear_samples: names of samples that are linear in their differentiable tensors, so that second derivatives
+            exist; set exactly if the operator has a gradient.
+        slow_gradcheck_sample: name of the sample for gradcheck in slow mode; None: the one with the fewest elements.
     """
 
     samples: dict[str, Callable[[], OpSample]] = {}
@@ -267,6 +283,7 @@ class OpMatrix:
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     has_gradient: bool
     linear_samples: tuple[str, ...]
+    slow_gradcheck_sample: str | None = None
 
     def __init_subclass__(cls) -> None:
         if "has_gradient" not in vars(cls) or cls.has_gradient != ("linear_samples" in vars(cls)):
@@ -275,27 +292,39 @@ class OpMatrix:
             raise TypeError(f"{cls.__name__}.linear_samples names samples that it does not have")
         if not vars(cls).get("thin_samples"):
             raise TypeError(f"{cls.__name__} must set thin_samples")
-        unasked = {"test_no_gradient"} if cls.has_gradient else GRADIENT_QUESTIONS
+        omitted = {"test_no_gradient"} if cls.has_gradient else GRADIENT_TESTS
         if cls.has_gradient and not cls.linear_samples:
-            unasked = unasked | {"test_gradgradcheck"}
-        for name in unasked:
+            omitted = omitted | {"test_gradgradcheck"}
+        for name in omitted:
             setattr(cls, name, None)
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        if "sample" in metafunc.fixturenames:
-            asked = self.linear_samples if metafunc.function.__name__ == "test_gradgradcheck" else list(self.samples)
-            metafunc.parametrize("sample", [self.samples[name] for name in asked], ids=list(asked))
-        if "thin" in metafunc.fixturenames:
+        if "make_sample" in metafunc.fixturenames:
+            names = self._names_of_samples(metafunc.function.__name__)
+            metafunc.parametrize("make_sample", [self.samples[name] for name in names], ids=names)
+        if "make_thin_sample" in metafunc.fixturenames:
             names = list(self.thin_samples)
-            metafunc.parametrize("thin", [self.thin_samples[name] for name in names], ids=names)
-            # The widest and the narrowest: kernels of 16 bits are others.
+            metafunc.parametrize("make_thin_sample", [self.thin_samples[name] for name in names], ids=names)
+            # The widest and a 16-bit dtype, which has other kernels.
             dtypes = [dtype for dtype in self.dtypes if dtype in (torch.float64, torch.float16)] or self.dtypes[:1]
             metafunc.parametrize("thin_dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=lambda d: str(d).removeprefix("torch."))
 
+    def _names_of_samples(self, test: str) -> list[str]:
+        if test == "test_gradgradcheck":
+            return list(self.linear_samples)
+        if test == "test_slow_gradcheck":
+            return [self.slow_gradcheck_sample or min(self.samples, key=self._differentiable_elements)]
+        return list(self.samples)
+
+    def _differentiable_elements(self, name: str) -> int:
+        sample = self.samples[name]()
+        sizes = [leaf.numel() for index in sample.differentiable for leaf in leaves(sample.tensors[index])]
+        return sum(sizes) if all(sizes) else sys.maxsize
+
     def _bound(self, sample: OpSample, tensors: list) -> tuple[Callable, list[Tensor]]:
-        """The op as a function of the leaves of its differentiable tensors alone, and those leaves."""
+        """Return the operator as a function of the leaves of its differentiable tensors, and those leaves."""
         which = sample.differentiable
         inputs = [leaf for index in which for leaf in leaves(tensors[index])]
 
@@ -308,9 +337,9 @@ class OpMatrix:
 
         return function, inputs
 
-    def test_reference(self, sample: Callable, dtype: torch.dtype) -> None:
-        """The kernel gives the numbers of the reference, computed in float64 from the same rounded inputs."""
-        sample = sample()
+    def test_reference(self, make_sample: Callable[[], OpSample], dtype: torch.dtype) -> None:
+        """The kernel agrees with the reference implementation in float64 on the same rounded inputs."""
+        sample = make_sample()
         tensors = to_dtype(sample, dtype)
         actual = sample.op(*tensors, **sample.options)
         wide = [
@@ -320,9 +349,9 @@ class OpMatrix:
         assert_near(actual, sample.reference(*wide, **sample.options), dtype)
         assert all(leaf.dtype == dtype for leaf in leaves(actual) if leaf.is_floating_point())
 
-    def test_gradient_against_reference(self, sample: Callable, dtype: torch.dtype) -> None:
-        """Reverse-mode gradients equal autograd through the reference, in every dtype."""
-        sample = sample()
+    def test_gradient_against_reference(self, make_sample: Callable[[], OpSample], dtype: torch.dtype) -> None:
+        """Reverse-mode gradients agree with autograd through the reference implementation, in every dtype."""
+        sample = make_sample()
         tensors = to_dtype(sample, dtype)
         function, inputs = self._bound(sample, tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
@@ -339,12 +368,12 @@ class OpMatrix:
         expected = torch.autograd.grad(
             leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
         )
-        expected = [torch.zeros_like(i) if e is None else e for i, e in zip(wide_inputs, expected)]
+        expected = [torch.zeros_like(i) if e is None else e for i, e in zip(wide_inputs, expected, strict=True)]
         assert_near(list(actual), expected, dtype, factor=4, what="gradient")
 
-    def test_gradcheck(self, sample: Callable) -> None:
+    def test_gradcheck(self, make_sample: Callable[[], OpSample]) -> None:
         """Reverse and forward mode agree with finite differences in float64."""
-        sample = sample()
+        sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         assert inputs, "an op with a gradient names its differentiable tensors"
         inputs = [t.detach().double().requires_grad_() for t in inputs]
@@ -352,16 +381,25 @@ class OpMatrix:
             function, inputs, check_forward_ad=True, nondet_tol=NONDETERMINISM, fast_mode=True
         )
 
-    def test_gradgradcheck(self, sample: Callable) -> None:
-        """Second derivatives exist where the op is linear in its differentiable tensors."""
-        sample = sample()
+    def test_slow_gradcheck(self, make_sample: Callable[[], OpSample]) -> None:
+        """The whole Jacobian agrees with finite differences, element by element; fast mode tests random projections."""
+        sample = make_sample()
+        function, inputs = self._bound(sample, sample.tensors)
+        inputs = [t.detach().double().requires_grad_() for t in inputs]
+        assert torch.autograd.gradcheck(
+            function, inputs, check_forward_ad=True, nondet_tol=NONDETERMINISM, fast_mode=False
+        )
+
+    def test_gradgradcheck(self, make_sample: Callable[[], OpSample]) -> None:
+        """Second derivatives exist if the operator is linear in its differentiable tensors."""
+        sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().double().requires_grad_() for t in inputs]
         assert torch.autograd.gradgradcheck(function, inputs, nondet_tol=NONDETERMINISM, fast_mode=True)
 
-    def test_no_gradient(self, sample: Callable) -> None:
-        """An op that is declared to have no gradient does not track any."""
-        sample = sample()
+    def test_no_gradient(self, make_sample: Callable[[], OpSample]) -> None:
+        """The result of an operator without gradient does not require one."""
+        sample = make_sample()
         assert not sample.differentiable
         tensors = [
             map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, value)
@@ -370,9 +408,9 @@ class OpMatrix:
         assert not any(leaf.requires_grad for leaf in leaves(sample.op(*tensors, **sample.options)))
 
     @pytest.mark.parametrize("grad_mode", GRAD_MODES)
-    def test_watched(self, sample: Callable, grad_mode: str) -> None:
-        """A call without gradients is seen by all who may watch it, and gives the same."""
-        sample = sample()
+    def test_recorded(self, make_sample: Callable[[], OpSample], grad_mode: str) -> None:
+        """Modes, tensor subclasses and the profiler record a call without gradients, with the same result."""
+        sample = make_sample()
         raw = sample.raw(*sample.tensors, **sample.options)[0].default
         expected = leaves(sample.op(*sample.tensors, **sample.options))
 
@@ -383,15 +421,15 @@ class OpMatrix:
         def assert_same(results: list[Tensor]) -> None:
             assert_near(results, expected, torch.float64, what=grad_mode)
 
-        for watch in (FunctionWatch(), DispatchWatch()):
-            with watch:
+        for recorder in (FunctionRecorder(), DispatchRecorder()):
+            with recorder:
                 assert_same(called(sample.tensors))
-            assert raw in watch.seen, type(watch).__name__
-        Watched.seen.clear()
-        results = called([map_tensors(lambda t: t.as_subclass(Watched), value) for value in sample.tensors])
-        assert raw in Watched.seen and all(type(leaf) is Watched for leaf in results)
+            assert raw in recorder.calls, type(recorder).__name__
+        RecordingTensor.calls.clear()
+        results = called([map_tensors(lambda t: t.as_subclass(RecordingTensor), value) for value in sample.tensors])
+        assert raw in RecordingTensor.calls and all(type(leaf) is RecordingTensor for leaf in results)
         assert_same([leaf.as_subclass(Tensor) for leaf in results])
-        if grad_mode != "inference_mode":  # where views of such tensors fail within torch
+        if grad_mode != "inference_mode":  # in which torch fails on views of such tensors
             results = called([map_tensors(lambda t: TwoTensor(t, t), value) for value in sample.tensors])
             assert all(type(leaf) is TwoTensor for leaf in results)
             assert_same([leaf.a for leaf in results])
@@ -399,10 +437,10 @@ class OpMatrix:
             assert_same(called(sample.tensors))
         assert raw.name().split(".")[0] in [event.name for event in profile.events()]
 
-    def test_opcheck(self, sample: Callable) -> None:
-        """Schema, autograd registration, fake kernel and AOT dispatch hold together for the raw operator."""
-        sample = sample()
-        assert sample.raw is not None, "every sample names its raw operator"
+    def test_opcheck(self, make_sample: Callable[[], OpSample]) -> None:
+        """Schema, autograd registration, fake kernel and AOT dispatch of the raw operator are consistent."""
+        sample = make_sample()
+        assert sample.raw is not None, "every sample has a raw operator"
         op, args = sample.raw(*sample.tensors, **sample.options)
         differentiable = {id(leaf) for index in sample.differentiable for leaf in leaves(sample.tensors[index])}
         args = [
@@ -410,7 +448,7 @@ class OpMatrix:
             for arg in args
         ]
         torch.library.opcheck(op, tuple(args))
-        # The fake kernel must know the result's strides for other layouts too, slices included.
+        # The fake kernel must predict the result's strides for other layouts too, including slices.
         for layout in (LAYOUTS["channels last"], LAYOUTS["channels-last slice"]):
             tensors = [
                 map_tensors(layout, value) if index in sample.images else value
@@ -419,16 +457,16 @@ class OpMatrix:
             op, args = sample.raw(*tensors, **sample.options)
             torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
-    def test_func_transforms(self, sample: Callable) -> None:
-        """torch.func grad, vjp, jvp and vmap give what autograd and a loop give."""
-        sample = sample()
+    def test_func_transforms(self, make_sample: Callable[[], OpSample]) -> None:
+        """torch.func grad, vjp, jvp and vmap agree with autograd and a loop."""
+        sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().double() for t in inputs]
         outputs = leaves(function(*inputs))
         weights = [torch.randn_like(o) for o in outputs]
 
         def scalar(*flat: Tensor) -> Tensor:
-            return sum((o * w).sum() for o, w in zip(leaves(function(*flat)), weights))
+            return sum((o * w).sum() for o, w in zip(leaves(function(*flat)), weights, strict=True))
 
         tracked = [t.clone().requires_grad_() for t in inputs]
         expected = torch.autograd.grad(scalar(*tracked), tracked)
@@ -439,25 +477,25 @@ class OpMatrix:
         assert_near(list(pullback(cotangent)), list(expected), torch.float64)
         tangents = tuple(torch.randn_like(t) for t in inputs)
         _, pushed = torch.func.jvp(function, tuple(inputs), tangents)
-        forward = sum((p * w).sum() for p, w in zip(leaves(pushed), weights))
-        backward = sum((g * t).sum() for g, t in zip(expected, tangents))
+        forward = sum((p * w).sum() for p, w in zip(leaves(pushed), weights, strict=True))
+        backward = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
         torch.testing.assert_close(forward, backward)
         stacked = tuple(torch.stack([t, t * 0.5]) for t in inputs)
         mapped = torch.func.vmap(function)(*stacked)
         halves = function(*(t * 0.5 for t in inputs))
-        for batch, one, other in zip(leaves(mapped), outputs, leaves(halves)):
-            assert_near([batch[0], batch[1]], [one, other], torch.float64)
+        for batch, output, half in zip(leaves(mapped), outputs, leaves(halves), strict=True):
+            assert_near([batch[0], batch[1]], [output, half], torch.float64)
 
-    def test_compiled_func_transforms(self, sample: Callable) -> None:
-        """torch.func grad and jvp inside torch.compile give what they give outside: forward mode not just zeros."""
-        sample = sample()
+    def test_compiled_func_transforms(self, make_sample: Callable[[], OpSample]) -> None:
+        """torch.func grad and jvp agree inside and outside torch.compile; forward mode does not return zeros."""
+        sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().double() for t in inputs]
         tangents = tuple(torch.randn_like(t) for t in inputs)
         weights = [torch.randn_like(o) for o in leaves(function(*inputs))]
 
         def scalar(*flat: Tensor) -> Tensor:
-            return sum((o * w).sum() for o, w in zip(leaves(function(*flat)), weights))
+            return sum((o * w).sum() for o, w in zip(leaves(function(*flat)), weights, strict=True))
 
         def derivatives(*flat: Tensor) -> list[Tensor]:
             gradients = torch.func.grad(scalar, argnums=tuple(range(len(flat))))(*flat)
@@ -467,9 +505,9 @@ class OpMatrix:
         compiled = torch.compile(derivatives, backend="aot_eager", fullgraph=True)
         assert_near(compiled(*inputs), derivatives(*inputs), torch.float64)
 
-    def test_one_device(self, sample: Callable) -> None:
-        """A meta tensor among real ones is an error, not a result that was never written."""
-        sample = sample()
+    def test_one_device(self, make_sample: Callable[[], OpSample]) -> None:
+        """Mixing meta and real tensors raises instead of returning uninitialized memory."""
+        sample = make_sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
         places = [index for index, value in enumerate(args) if leaves(value)]
         if sum(len(leaves(args[index])) for index in places) < 2:
@@ -481,23 +519,23 @@ class OpMatrix:
             with pytest.raises(RuntimeError, match=r"^(?!_).*: .* must be on the device of"):
                 op(*args[:index], moved, *args[index + 1 :])
 
-    def test_compile(self, sample: Callable) -> None:
-        """torch.compile traces the op in one graph, once for all sizes, forward and backward."""
-        sample = sample()
+    def test_compile(self, make_sample: Callable[[], OpSample]) -> None:
+        """torch.compile traces the operator in one graph, once for all sizes, forward and backward."""
+        sample = make_sample()
         torch._dynamo.reset()
 
         def call(*tensors: Any) -> Any:
             return sample.op(*tensors, **sample.options)
 
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
-        assert sample.resized is not None, "every sample gives other sizes"
+        assert sample.resized is not None, "every sample has other sizes"
         for size in range(3):
             tensors = sample.resized(size)
             inputs = []
             for index in sample.differentiable:
                 tensors[index] = map_tensors(lambda t: t.detach().requires_grad_(), tensors[index])
                 inputs += leaves(tensors[index])
-            # The first call compiles; a later one that would compile again raises.
+            # The first call compiles. A later call raises if it would compile again.
             with torch.compiler.set_stance("fail_on_recompile" if size else "default"):
                 actual = leaves(compiled(*tensors))
             expected = leaves(call(*tensors))
@@ -510,18 +548,18 @@ class OpMatrix:
                     torch.float64,
                 )
 
-    def test_device(self, sample: Callable) -> None:
-        """Op and reference make their tensors on the device of their inputs, whatever torch's default device is."""
-        sample = sample()
+    def test_device(self, make_sample: Callable[[], OpSample]) -> None:
+        """Operator and reference create tensors on the device of their inputs, not on torch's default device."""
+        sample = make_sample()
         tensors = [map_tensors(torch.clone, value) for value in sample.tensors]
         for function in (sample.op, sample.reference):
             with torch.device("meta"):
                 result = function(*tensors, **sample.options)
             assert all(leaf.device.type == DEVICE for leaf in leaves(result))
 
-    def test_layouts(self, sample: Callable) -> None:
-        """Any strides of inputs and incoming gradients give the same numbers; channels-last comes back as such."""
-        sample = sample()
+    def test_layouts(self, make_sample: Callable[[], OpSample]) -> None:
+        """Strides of inputs and incoming gradients do not change the result; channels-last stays channels-last."""
+        sample = make_sample()
         plain = sample.op(*sample.tensors, **sample.options)
         for name, layout in LAYOUTS.items():
             tensors = [
@@ -544,16 +582,17 @@ class OpMatrix:
             outputs, inputs, [torch.ones((), dtype=o.dtype).expand(o.shape) for o in outputs], retain_graph=True
         )
         assert_near(list(expanded), list(dense), torch.float64, what="expanded gradient")
-        turned = torch.autograd.grad(
+        transposed = torch.autograd.grad(
             outputs, inputs, [torch.ones_like(o.transpose(-1, -2).contiguous()).transpose(-1, -2) for o in outputs]
         )
-        assert_near(list(turned), list(dense), torch.float64, what="transposed gradient")
+        assert_near(list(transposed), list(dense), torch.float64, what="transposed gradient")
 
-    def test_thin_layouts(self, thin: Callable, thin_dtype: torch.dtype) -> None:
-        """Sizes of one and zero give the numbers of the reference, at any strides of inputs and incoming gradients; the
-        fake kernels know the layout of what comes out.
+    def test_thin_layouts(self, make_thin_sample: Callable[[], OpSample], thin_dtype: torch.dtype) -> None:
+        """Sizes of 1 and 0 agree with the reference, at any strides of inputs and incoming gradients.
+
+        Fake kernels predict the layout of the results.
         """
-        sample = thin()
+        sample = make_thin_sample()
         tensors = map_tensors(lambda t: t.contiguous(), to_dtype(sample, thin_dtype))
         plain, gradients = self._differentiated(sample, tensors)
         wide = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
@@ -562,7 +601,7 @@ class OpMatrix:
         self._assert_equal_up_to_rounding((plain, gradients), expected, thin_dtype, "reference")
         for name, layout in THIN_LAYOUTS.items():
             arranged = map_tensors(layout, tensors)
-            assert all(torch.equal(a, b) for a, b in zip(leaves(arranged), leaves(tensors)))
+            assert all(torch.equal(a, b) for a, b in zip(leaves(arranged), leaves(tensors), strict=True))
             result = self._differentiated(sample, arranged, layout)
             self._assert_equal_up_to_rounding(result, (plain, gradients), thin_dtype, name)
             mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
@@ -576,23 +615,23 @@ class OpMatrix:
             expected = self._differentiated(sample, map_tensors(torch.Tensor.contiguous, arranged), layout)
             self._assert_equal_up_to_rounding(result, expected, thin_dtype, name)
 
-    def test_fake_kernel_refuses_the_same(self, sample: Callable) -> None:
-        """What the raw operator refuses its fake kernel refuses with the same words; else it describes the result."""
-        sample = sample()
+    def test_fake_kernel_refuses_the_same(self, make_sample: Callable[[], OpSample]) -> None:
+        """The fake kernel raises the errors of the raw operator, with the same message, or predicts the result."""
+        sample = make_sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
         for index, argument in enumerate(args):
             for value in wrong_versions(argument):
                 changed = [*args[:index], value, *args[index + 1 :]]
-                found = outcome(op, changed)
-                if isinstance(found, str) and re.search(sample.unforeseen, found):
+                real = outcome(op, changed)
+                if isinstance(real, str) and re.search(sample.unforeseen, real):
                     continue
                 mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
                 fakes = [map_tensors(mode.from_tensor, value) for value in changed]
                 with mode:
-                    assert_described(outcome(op, fakes), found, f"argument {index}")
+                    assert_described(outcome(op, fakes), real, f"argument {index}")
 
     def _differentiated(self, sample: OpSample, tensors: list, layout: Callable = lambda t: t) -> tuple[list, list]:
-        """Results, and the gradients by all differentiable tensors for an incoming gradient of that layout."""
+        """Return results, and gradients by all differentiable tensors for an incoming gradient of that layout."""
         function, inputs = self._bound(sample, tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
         outputs = leaves(function(*inputs))
@@ -600,18 +639,18 @@ class OpMatrix:
         if not tracked:
             return outputs, [torch.zeros_like(i) for i in inputs]
         generator = torch.Generator(device="cpu").manual_seed(0)
-        # Numbers that every thin dtype holds, so that operator and reference take the same ones.
+        # Numbers that every tested dtype represents, so that operator and reference get the same ones.
         incoming = [torch.randn(o.shape, generator=generator, dtype=torch.float16, device="cpu").to(o) for o in tracked]
         gradients = torch.autograd.grad(tracked, inputs, [layout(g) for g in incoming], allow_unused=True)
-        return outputs, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients)]
+        return outputs, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients, strict=True)]
 
     def _assert_equal_up_to_rounding(self, actual: tuple, expected: tuple, dtype: torch.dtype, what: str) -> None:
         assert_near(actual[0], expected[0], dtype, what=f"{what}: result")
         assert_near(actual[1], expected[1], dtype, factor=4, what=f"{what}: gradient")
 
-    def test_autocast(self, sample: Callable) -> None:
-        """Under autocast float32 features are computed in the low precision; boxes and scores keep theirs."""
-        sample = sample()
+    def test_autocast(self, make_sample: Callable[[], OpSample]) -> None:
+        """Under autocast float32 features are cast to the autocast dtype; boxes and scores keep theirs."""
+        sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             actual = sample.op(*tensors, **sample.options)
@@ -620,9 +659,9 @@ class OpMatrix:
         if sample.converted:
             assert any(leaf.dtype == torch.bfloat16 for leaf in leaves(actual) if leaf.is_floating_point())
 
-    def test_deterministic(self, sample: Callable) -> None:
+    def test_deterministic(self, make_sample: Callable[[], OpSample]) -> None:
         """Under use_deterministic_algorithms two runs agree to the last bit, gradients included."""
-        sample = sample()
+        sample = make_sample()
         torch.use_deterministic_algorithms(True)
         try:
             runs = []
@@ -636,4 +675,4 @@ class OpMatrix:
                 runs.append(outputs + list(torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])))
         finally:
             torch.use_deterministic_algorithms(False)
-        assert all(torch.equal(one, other) for one, other in zip(*runs))
+        assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))

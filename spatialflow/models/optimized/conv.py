@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A convolution with bias, sum and ReLU in its epilogue, by whichever library the device has for it.
+"""Convolution with bias, residual sum and ReLU in its epilogue, by the fastest operator of the device.
 
-In 16 bits a 1x1 convolution runs on the package's own kernel where the GPU is of compute capability 9.0. For others
-oneDNN has such an operator on the CPU in float32, and cuDNN on a GPU; torch exposes both, but only its compiler uses
-them. In 16 bits on other GPUs a 1x1 convolution without ReLU is a matrix product with a bias. Everything else is
-`F.conv2d` and the passes after it.
+In 16 bits a 1x1 convolution runs on the package's kernel `conv1x1` on a GPU of compute capability 9.0. Otherwise the
+operator is oneDNN's on the CPU in float32, and cuDNN's on a GPU. torch exposes both, but only its compiler uses them.
+In 16 bits on other GPUs a 1x1 convolution without ReLU is a matrix product with a bias. Everything else is `F.conv2d`
+followed by elementwise operators.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow._library import build_description
+from spatialflow.ops._torch_private import addmm_activation, dispatch_has_kernel
 from spatialflow.ops.conv1x1 import conv1x1
 from spatialflow.ops.differentiable import autocast
 
 
 class Shape(NamedTuple):
-    """How a convolution moves over its input; the dilation is 1."""
+    """Stride, padding and groups of a convolution; the dilation is 1."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -32,14 +33,14 @@ class Shape(NamedTuple):
 def fused_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, relu: bool, residual: Tensor | None = None
 ) -> Tensor:
-    """relu(conv2d(x) + bias + residual), without gradients.
+    """Compute relu(conv2d(x) + bias + residual), without gradients.
 
     Args:
         x: (N, C, H, W), channels-last; of the dtype of the weight, or any where autocast is on.
         weight: (O, C / groups, kernel height, kernel width), channels-last.
         bias: (O,) of the dtype of the weight, or None.
         shape: stride, padding, groups.
-        relu: whether the sum is rectified.
+        relu: whether to apply the ReLU.
         residual: (N, O, H', W') channels-last, which may be overwritten; or None.
 
     Returns:
@@ -50,15 +51,15 @@ def fused_conv2d(
     """
     if x.dtype != weight.dtype or x.device != weight.device:
         x, weight, bias, residual = _cast("fused_conv2d", x, weight, bias, residual)
-    if _is_for_own_kernel(x, weight, shape):
+    if _has_conv1x1_kernel(x, weight, shape):
         y_step, x_step = shape.stride
         pixels = x if shape.stride == (1, 1) else x[:, :, ::y_step, ::x_step]
         return conv1x1(pixels, weight, bias, residual, relu)
     if _has_onednn_epilogue(x):
-        return _by_onednn(x, weight, bias, shape, relu, residual)
+        return _run_onednn(x, weight, bias, shape, relu, residual)
     if relu and _has_cudnn_epilogue(x, weight, shape):
         try:
-            return _by_cudnn(x, weight, bias, shape, residual)
+            return _run_cudnn(x, weight, bias, shape, residual)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -66,16 +67,16 @@ def fused_conv2d(
                 raise
             _refused.add((x.dtype, weight.shape, shape))
     if not relu and _is_matrix_product(x, weight, shape):
-        y = _by_matrix_product(x, weight, bias)
+        y = _run_matrix_product(x, weight, bias)
     else:
         y = F.conv2d(x, weight, bias, shape.stride, shape.padding, 1, shape.groups)
     y = y if residual is None else residual.add_(y)
     return y.relu_() if relu else y
 
 
-def _cast(name: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """All tensors as autocast wants them; RuntimeError where `x` does not fit the weight even so."""
-    cast = [tensor if tensor is None else autocast(tensor) for tensor in (x, weight, *others)]
+def _cast(name: str, x: Tensor, weight: Tensor, *optional: Tensor | None) -> list[Tensor | None]:
+    """Cast all tensors as autocast does; RuntimeError if dtype or device of `x` and `weight` still differ."""
+    cast = [tensor if tensor is None else autocast(tensor) for tensor in (x, weight, *optional)]
     if cast[0].dtype != cast[1].dtype or cast[0].device != cast[1].device:
         raise RuntimeError(
             f"{name}: x must be {weight.dtype} on {weight.device}, as the weight is, got {x.dtype} on {x.device}"
@@ -83,8 +84,8 @@ def _cast(name: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> list[
     return cast
 
 
-def _is_for_own_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Whether `conv1x1` has a fast kernel for it, which reads 16 bytes of channels."""
+def _has_conv1x1_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
+    """Whether `conv1x1` has a fast kernel for a convolution; the kernel reads 16 bytes of channels."""
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and weight.shape[2:] == (1, 1)
@@ -92,40 +93,40 @@ def _is_for_own_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
         and shape.groups == 1
         and weight.shape[0] % 8 == 0
         and weight.shape[1] % 8 == 0
-        and _runs_own_kernel(x.device)
+        and _runs_conv1x1_kernel(x.device)
     )
 
 
-def _runs_own_kernel(device: torch.device) -> bool:
+def _runs_conv1x1_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and _is_built_for(device)
 
 
-# What torch.compiler.assume_constant_result sets, which would import torch's compiler, for a second, with this module.
-_runs_own_kernel._dynamo_marked_constant = True
+# Set here as torch.compiler.assume_constant_result does, because that function imports torch's compiler: a second.
+_runs_conv1x1_kernel._dynamo_marked_constant = True
 
 
 @functools.cache
 def _is_built_for(device: torch.device) -> bool:
-    """Whether a GPU is of compute capability 9.0 and the library has kernels for it."""
+    """Whether a GPU is of compute capability 9.0 and the library has kernels for that."""
     built = build_description().get("cuda_architectures", "")
     return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _has_onednn_epilogue(x: Tensor) -> bool:
     return (
-        _ONEDNN_IS_THERE
+        _HAS_ONEDNN
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()  # the operators have no fake kernels; the compiler fuses by itself
+        and not torch.compiler.is_compiling()  # the operators have no fake kernels; the compiler fuses anyway
     )
 
 
-# The operators are private to torch, and may be gone in a later one.
-_ONEDNN_IS_THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+# The operators are private to torch, and a later version may not have them.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
-def _by_onednn(
+def _run_onednn(
     x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, relu: bool, residual: Tensor | None
 ) -> Tensor:
     arguments = (shape.padding, shape.stride, (1, 1), shape.groups)
@@ -139,16 +140,16 @@ def _by_onednn(
 
 
 _refused: set[tuple[torch.dtype, torch.Size, Shape]] = set()
-"""Convolutions that cuDNN turned out to have no fused kernel for, by features' dtype, weight's shape and shape."""
+"""Convolutions without a fused kernel in cuDNN: dtype of the features, shape of the weight, and `Shape`."""
 
 
 def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Whether to ask cuDNN, whose epilogues end with a ReLU and whose fused kernels read 16 bytes of channels."""
-    whole = 16 // x.element_size()
+    """Whether to try cuDNN; its fused kernels end with a ReLU and read 16 bytes of channels."""
+    vector = 16 // x.element_size()
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and weight.shape[0] % whole == 0
-        and weight.shape[1] % whole == 0
+        and weight.shape[0] % vector == 0
+        and weight.shape[1] % vector == 0
         and (x.dtype, weight.shape, shape) not in _refused
         and _is_registered(x.device.type)
         and (torch.backends.cudnn.enabled or x.device.type == "meta")
@@ -156,11 +157,11 @@ def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
 
 
 def _is_registered(device: str) -> bool:
-    """Whether cuDNN's operators exist: in builds of torch with CUDA; for meta tensors their fake kernels stand in."""
+    """Whether cuDNN's operators exist: in builds of torch with CUDA, and for meta tensors as fake kernels."""
     return device in _registered
 
 
-def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, residual: Tensor | None) -> Tensor:
+def _run_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, residual: Tensor | None) -> Tensor:
     arguments = (shape.stride, shape.padding, (1, 1), shape.groups)
     if residual is None:
         return torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *arguments)
@@ -168,56 +169,77 @@ def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, resi
 
 
 def _says_unsupported(error: RuntimeError) -> bool:
-    """Whether cuDNN has no kernel for a convolution; torch then says that no engine was found, or not supported."""
+    """Whether an error means that cuDNN has no kernel: torch reports no engine, or that it is not supported."""
     text = str(error).lower()
     return "engine" in text or "cudnn" in text or "not supported" in text
 
 
 def _is_matrix_product(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Whether to take it for one. Float32 is left to cuDNN, whose TF32 torch sets apart from that of products."""
+    """Whether to compute a convolution as a matrix product.
+
+    Not in float32: torch has separate TF32 settings for cuDNN and for matrix products.
+    """
     return weight.shape[2:] == (1, 1) and shape == _POINTWISE and x.device.type != "cpu" and x.element_size() == 2
 
 
 _POINTWISE = Shape((1, 1), (0, 0), 1)
 
 
-def _by_matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, c, h, w = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(-1, c)  # a view of channels-last maps
     return F.linear(pixels, weight.flatten(1), bias).view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """relu(x @ weight.T + bias) for x (N, I) and weight (O, I), on a GPU in one kernel; dtypes as in `fused_conv2d`."""
+    """Compute relu(x @ weight.T + bias), x (N, I), weight (O, I), on a GPU in one kernel; dtypes as `fused_conv2d`."""
     if x.dtype != weight.dtype or x.device != weight.device:
         x, weight, bias = _cast("linear_relu", x, weight, bias)
     if x.device.type == "cpu":
         return F.linear(x, weight, bias).relu_()
-    return torch._addmm_activation(bias, x, weight.t())
+    return addmm_activation(bias, x, weight.t())
 
 
-def _describe_cudnn() -> None:
-    """Fake kernels for cuDNN's fused convolutions, for meta tensors and for tracing; torch has none."""
+def _register_fake_cudnn() -> None:
+    """Register fake kernels for cuDNN's fused convolutions, for meta tensors and tracing; torch has none."""
 
-    def convolution_relu(x, weight, bias, stride, padding, dilation, groups):
-        plain = torch.ops.aten.convolution.default(
+    def convolution_relu(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
+        result = torch.ops.aten.convolution.default(
             x, weight, None, stride, padding, dilation, False, [0] * len(padding), groups
         )
-        is_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        return plain.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+        channels_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def convolution_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+    def convolution_add_relu(
+        x: Tensor,
+        weight: Tensor,
+        z: Tensor,
+        alpha: float | None,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
         return convolution_relu(x, weight, bias, stride, padding, dilation, groups)
 
     for fake in (convolution_relu, convolution_add_relu):
         name = f"aten::cudnn_{fake.__name__}"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        if not dispatch_has_kernel(name, "Meta"):
             torch.library.register_fake(name, fake)
 
 
-_describe_cudnn()
+_register_fake_cudnn()
 _registered = {
     device
     for device, key in (("cuda", "CUDA"), ("meta", "Meta"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::cudnn_convolution_add_relu", key)
+    if dispatch_has_kernel("aten::cudnn_convolution_add_relu", key)
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution in plain PyTorch: the specification of `spatialflow.ops.deform_conv2d`."""
+"""Reference implementation of `spatialflow.ops.deform_conv2d` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def deform_conv2d(
     mask_sigmoid: bool = False,
     relu: bool = False,
 ) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.deform_conv2d`; one gather per tap and corner.
+    """Compute `spatialflow.ops.deform_conv2d` with one gather per tap and corner.
 
     `algorithm` is accepted and ignored.
     """
@@ -47,11 +47,11 @@ def deform_conv2d(
         mask = mask.sigmoid() if mask_sigmoid else mask
         sampled = sampled & torch.isfinite(mask)
         mask = mask.masked_fill(~sampled, 0)
-    y, x = y.masked_fill(~sampled, -1), x.masked_fill(~sampled, -1)  # reads corners outside the map only: no gradient
+    y, x = y.masked_fill(~sampled, -1), x.masked_fill(~sampled, -1)  # only corners outside the map: no gradient
     low_y, low_x = y.detach().floor(), x.detach().floor()
 
     planes = input.to(real).reshape(n, offset_groups, channels // offset_groups, height * width)
-    planes = F.pad(planes, (0, 1))  # one more cell, which holds what is outside
+    planes = F.pad(planes, (0, 1))  # one more cell, for positions outside the map
     columns = 0
     for corner_y, weight_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
         for corner_x, weight_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):

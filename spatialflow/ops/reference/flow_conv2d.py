@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""3x3 convolution of feature plus flow in plain PyTorch: the specification of `spatialflow.ops.flow_conv2d`."""
+"""Reference implementation of `spatialflow.ops.flow_conv2d` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def flow_conv2d(
     algorithm: str = "auto",
     active: Tensor | None = None,
 ) -> Tensor | list[Tensor]:
-    """Same arguments and result as `spatialflow.ops.flow_conv2d`; the algorithm makes no difference here, and `active`
-    goes with any weight.
+    """Compute `spatialflow.ops.flow_conv2d` level by level; `algorithm` is accepted and ignored.
+
+    `active` works with any weight.
     """
     if not isinstance(x, Tensor):
         flows = [None] * len(x) if flow is None else flow
         return [
-            flow_conv2d(level, of_level, weight, bias, relu, algorithm, active) for level, of_level in zip(x, flows)
+            flow_conv2d(level, of_level, weight, bias, relu, algorithm, active)
+            for level, of_level in zip(x, flows, strict=True)
         ]
     total = x if flow is None else x + flow
     if active is not None:
@@ -35,7 +37,7 @@ def flow_conv2d(
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(N, C_in, H, W) -> (N, C_out, H, W); sizes of zero included, which `conv2d` refuses."""
+    """Convolve (N, C_in, H, W) to (N, C_out, H, W), including sizes of zero, which `conv2d` refuses."""
     size = (x.shape[0], weight.shape[0], *x.shape[2:])
     if 0 in (*size, x.shape[1]):
         nothing = x.flatten()[:0].sum() + weight.flatten()[:0].sum()  # zero, with zero gradients

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sub-networks of SpatialFlow in plain PyTorch: the specification of `spatialflow.ops.fused_subnets`."""
+"""Reference implementation of `spatialflow.ops.fused_subnets` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from spatialflow.ops.reference.flow_conv2d import conv3x3
 
 
 def fused_subnets(levels: Sequence[Tensor], parameters: Any, algorithm: str = "auto") -> tuple[list[Tensor], ...]:
-    """Same arguments and result as `spatialflow.ops.fused_subnets`, for convolutions as (weight, bias), level by level."""
+    """Compute `spatialflow.ops.fused_subnets` level by level, for convolutions as (weight, bias)."""
     outputs: tuple[list[Tensor], ...] = ([], [], [], [])
     for index, level in enumerate(levels):
         segmentation = index < parameters.segmentation_levels
-        for maps, result in zip(outputs, _one_level(level, parameters, segmentation)):
+        for maps, result in zip(outputs, _one_level(level, parameters, segmentation), strict=True):
             maps.append(result)
     cls, reg, stuff, thing = outputs
     return cls, reg, stuff[: parameters.segmentation_levels], thing[: parameters.segmentation_levels]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupNorm, ReLU and optional 2x upsampling in plain PyTorch."""
+"""Reference implementation of `spatialflow.ops.group_norm_relu` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def group_norm_relu(
     eps: float = 1e-5,
     upsample: bool = False,
 ) -> Tensor:
-    """Arguments and result of `spatialflow.ops.group_norm_relu`."""
+    """Compute `spatialflow.ops.group_norm_relu`."""
     batch, channels, height, width = input.shape
     wide = input if input.dtype == torch.float64 else input.float()
-    groups = wide.reshape(batch, num_groups, channels // num_groups * height * width)
+    groups = wide.reshape(batch, num_groups, channels // num_groups * height * width)  # (N, G, values)
     centered = groups - groups.mean(dim=2, keepdim=True)
-    variance = centered.square().mean(dim=2, keepdim=True)
+    variance = centered.square().mean(dim=2, keepdim=True)  # (N, G, 1)
     result = (centered / (variance + eps).sqrt()).reshape(input.shape)
     if weight is not None:
         result = result * weight[:, None, None]

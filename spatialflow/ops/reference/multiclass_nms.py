@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class-wise NMS and top-D in plain PyTorch: the specification of `spatialflow.ops.multiclass_nms`."""
+"""Reference implementation of `spatialflow.ops.multiclass_nms` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from spatialflow.ops.reference.nms import batched_nms, compute_type
 def multiclass_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> Detections:
-    """Same arguments and result as `spatialflow.ops.multiclass_nms`; all (box, class) pairs through `batched_nms`."""
+    """Compute `spatialflow.ops.multiclass_nms` by `batched_nms` of all (box, class) pairs."""
     if boxes.dim() == 2:
         return _one_image(boxes, scores, score_threshold, iou_threshold, max_detections)
-    images = [_one_image(b, s, score_threshold, iou_threshold, max_detections) for b, s in zip(boxes, scores)]
+    images = [
+        _one_image(b, s, score_threshold, iou_threshold, max_detections) for b, s in zip(boxes, scores, strict=True)
+    ]
     if not images:
         images = [_one_image(boxes.new_zeros((0, 4)), scores.new_zeros((0, 0)), 0.0, 0.0, max_detections)]
-        return Detections(*(torch.stack(parts)[:0] for parts in zip(*images)))
-    return Detections(*(torch.stack(parts) for parts in zip(*images)))
+        return Detections(*(torch.stack(parts)[:0] for parts in zip(*images, strict=True)))
+    return Detections(*(torch.stack(parts) for parts in zip(*images, strict=True)))
 
 
 def _one_image(

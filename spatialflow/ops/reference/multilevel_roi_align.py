@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoIAlign over a feature pyramid in plain PyTorch: the specification of `spatialflow.ops.multilevel_roi_align`."""
+"""Reference implementation of `spatialflow.ops.multilevel_roi_align` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ def multilevel_roi_align(
     aligned: bool = True,
     finest_scale: float = 56,
 ) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.multilevel_roi_align`, with boxes (K, 5); level by level."""
+    """Compute `spatialflow.ops.multilevel_roi_align` level by level, for boxes (K, 5)."""
     ph, pw = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     real = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     levels = roi_levels(boxes.to(real), len(features), finest_scale)  # (K,)
     pooled = zeros((boxes.shape[0], features[0].shape[1], ph, pw), features)
-    for level, (feature, stride) in enumerate(zip(features, strides)):
+    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         rows = (levels == level).nonzero().squeeze(1)
         if feature.numel() > 0 and rows.numel() > 0:
-            own = roi_align(feature, boxes[rows], (ph, pw), 1.0 / stride, sampling_ratio, aligned)
-            pooled = pooled.index_put((rows,), own)
+            values = roi_align(feature, boxes[rows], (ph, pw), 1.0 / stride, sampling_ratio, aligned)
+            pooled = pooled.index_put((rows,), values)
     return pooled
 
 
 def roi_levels(boxes: Tensor, levels: int, finest_scale: float) -> Tensor:
-    """(K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1), without rounding a logarithm; 0
-    where there is no area.
+    """Return the level of each RoI, (K,) int64: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1).
+
+    It is computed by comparisons, without rounding a logarithm. A RoI without area has level 0.
     """
-    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
+    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])  # (K,)
     ratio = area.sqrt() / finest_scale + 1e-6
-    bounds = 2.0 ** torch.arange(1, levels, dtype=boxes.dtype, device=boxes.device)
+    bounds = 2.0 ** torch.arange(1, levels, dtype=boxes.dtype, device=boxes.device)  # (levels - 1,)
     return (ratio[:, None] >= bounds).sum(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy NMS in plain PyTorch: the specification of `spatialflow.ops.nms` and `batched_nms`."""
+"""Reference implementation of `spatialflow.ops.nms` and `batched_nms` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from torch import Tensor
 
 
 def compute_type(boxes: Tensor, scores: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic."""
     return torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
 
 
 def area(boxes: Tensor) -> Tensor:
-    """(N) areas of (N, 4) boxes; reversed ones, and NaN extents, have none."""
+    """Return the (N) areas of (N, 4) boxes; 0 for reversed boxes and NaN extents."""
     size = (boxes[:, 2:] - boxes[:, :2]).nan_to_num(0, float("inf"), float("-inf")).clamp(min=0)  # (N, 2)
     return size[:, 0] * size[:, 1]
 
 
 def suppressed(boxes: Tensor, by: Tensor, iou_threshold: float) -> Tensor:
-    """(N) bool: which of the (N, 4) boxes does the box `by` (4) overlap too much?"""
+    """Return (N) bool: which of the (N, 4) boxes the box `by` (4) suppresses."""
     threshold = torch.tensor(iou_threshold, dtype=boxes.dtype, device=boxes.device)
     size = torch.minimum(boxes[:, 2:], by[2:]) - torch.maximum(boxes[:, :2], by[:2])  # (N, 2)
     size = size.nan_to_num(0, float("inf"), float("-inf")).clamp(min=0)
-    inter = size[:, 0] * size[:, 1]
+    inter = size[:, 0] * size[:, 1]  # (N)
     return inter > threshold * ((area(boxes) + area(by[None])) - inter)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.nms`."""
+    """Compute `spatialflow.ops.nms` as `batched_nms` of one class."""
     return batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.batched_nms`; one kept box at a time."""
+    """Compute `spatialflow.ops.batched_nms`, one kept box at a time."""
     boxes, scores = (tensor.to(compute_type(boxes, scores)) for tensor in (boxes, scores))
     rows = torch.argsort(scores, descending=True, stable=True)  # (N)
     rows = rows[~(scores.isnan() | boxes.isnan().any(dim=1))[rows]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image preprocessing in plain PyTorch: the specification of `spatialflow.ops.preprocess_images`."""
+"""Reference implementation of `spatialflow.ops.preprocess_images` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ def preprocess_images(
     divisor: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.preprocess_images`, image by image."""
+    """Compute `spatialflow.ops.preprocess_images`, image by image."""
     if isinstance(images, Tensor):
         images, sizes = [images], [sizes]
-    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes))
+    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
     batch = torch.zeros((len(images), 3, height, width), dtype=dtype, device=images[0].device)
     batch = batch.contiguous(memory_format=torch.channels_last)
     means = torch.tensor(mean, dtype=torch.float32, device=batch.device)
     factors = 1.0 / torch.tensor(std, dtype=torch.float64, device=batch.device)
-    for target, image, (h, w) in zip(batch, images, sizes):
+    for target, image, (h, w) in zip(batch, images, sizes, strict=True):
         rgb = resize(image, h, w).flip(2)
-        normalised = ((rgb.float() - means).double() * factors).float()
-        target[:, :h, :w] = normalised.permute(2, 0, 1).to(dtype)
+        normalized = ((rgb.float() - means).double() * factors).float()
+        target[:, :h, :w] = normalized.permute(2, 0, 1).to(dtype)
     return batch
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """(H, W, 3) uint8 -> (height, width, 3) int64 in 0 .. 255, in OpenCV's fixed-point arithmetic."""
-    pixels = image.long()
+    """Resize (H, W, 3) uint8 to (height, width, 3) int64 in 0 .. 255, in OpenCV's fixed-point arithmetic."""
+    pixels = image.long()  # (H, W, 3)
     if image.shape[0] == 2 * height and image.shape[1] == 2 * width:
         return (pixels[::2, ::2] + pixels[::2, 1::2] + pixels[1::2, ::2] + pixels[1::2, 1::2] + 2) >> 2
     left, right, left_weight, right_weight = taps(image.shape[1], width, image.device)
-    rows = pixels[:, left] * left_weight[:, None] + pixels[:, right] * right_weight[:, None] >> 4
+    rows = pixels[:, left] * left_weight[:, None] + pixels[:, right] * right_weight[:, None] >> 4  # (H, width, 3)
     upper, lower, upper_weight, lower_weight = (
         tap[:, None, None] for tap in taps(image.shape[0], height, image.device)
     )
@@ -47,7 +47,7 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def taps(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For every element of the target axis: the cells around it, repeated at the edges, and their weights (of 2048)."""
+    """Return the two cells around each element of the target axis, clamped to it, and their weights (of 2048)."""
     step = 1.0 / (target / source)
     position = ((torch.arange(target, dtype=torch.float64, device=device) + 0.5) * step - 0.5).float()
     cell = position.floor()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoIAlign in plain PyTorch: the specification of `spatialflow.ops.roi_align`."""
+"""Reference implementation of `spatialflow.ops.roi_align` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    """Same arguments and result as `spatialflow.ops.roi_align`, with boxes as (K, 5) rows; one RoI at a time."""
+    """Compute `spatialflow.ops.roi_align` for boxes as (K, 5) rows, one RoI at a time."""
     ph, pw = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     batch, channels, height, width = input.shape
     real = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -29,26 +29,28 @@ def roi_align(
             rows = _axis_weights(row[2], row[4], ph, height, spatial_scale, sampling_ratio, aligned)  # (PH, H)
             columns = _axis_weights(row[1], row[3], pw, width, spatial_scale, sampling_ratio, aligned)  # (PW, W)
             if rows is not None and columns is not None:
-                own = _weighted(_weighted(feature[int(row[0])], columns).transpose(1, 2), rows).transpose(1, 2)
-                pooled = pooled.index_put((torch.tensor([k], device=boxes.device),), own[None])
+                along_x = _weighted(feature[int(row[0])], columns)  # (C, H, PW)
+                values = _weighted(along_x.transpose(1, 2), rows).transpose(1, 2)  # (C, PH, PW)
+                pooled = pooled.index_put((torch.tensor([k], device=boxes.device),), values[None])
     return pooled.to(input.dtype)
 
 
 def _weighted(planes: Tensor, weights: Tensor) -> Tensor:
-    """(C, H, W) and (PW, W) to (C, H, PW): sums over W, of cells with a weight alone, as 0 * NaN would be NaN."""
+    """Sum (C, H, W) with weights (PW, W) over W to (C, H, PW); cells of weight 0 are left out, as 0 * NaN is NaN."""
     return torch.stack([planes[..., of_bin != 0] @ of_bin[of_bin != 0] for of_bin in weights], dim=2)
 
 
 def zeros(size: tuple[int, ...], features: Sequence[Tensor]) -> Tensor:
-    """Zeros like `features`, and with zero gradients by them, whatever these hold."""
+    """Return zeros that have zero gradients by all `features`, also if these are NaN."""
     return features[0].new_zeros(size) + sum(feature.flatten()[:0].sum() for feature in features)
 
 
 def _axis_weights(
     low: Tensor, high: Tensor, bins: int, size: int, spatial_scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor | None:
-    """(bins, size): weight of every cell in the mean over the samples of each bin. None for a RoI that is not finite in
-    cells of the feature.
+    """Return (bins, size): the weight of every cell in the mean over the samples of each bin.
+
+    None for a RoI whose edges or extent, in cells of the feature, are not finite.
     """
     low, high = (edge * spatial_scale - (0.5 if aligned else 0.0) for edge in (low, high))
     extent = high - low if aligned else (high - low).clamp(min=1)
@@ -62,13 +64,13 @@ def _axis_weights(
     for bin in range(bins):
         first = low + bin * (extent / bins)
         begin, end = 0.0, grid
-        if step > 0 and grid > 4:  # only samples that can lie on the map, however many there are
+        if step > 0 and grid > 4:  # only samples that may be on the map
             begin = max(math.floor((-1 - float(first)) / float(step)) - 2, 0)
             end = min(math.ceil((size - float(first)) / float(step)) + 2, grid)
         if not begin < min(end, 1e15):
             continue
-        index = torch.arange(int(begin), int(min(end, 1e15)), device=low.device)
-        at = first + (index.to(low.dtype) + 0.5) * step
+        index = torch.arange(int(begin), int(min(end, 1e15)), device=low.device)  # (S,) samples
+        at = first + (index.to(low.dtype) + 0.5) * step  # (S,) positions in cells
         inside = (at >= -1) & (at <= size)
         at = at[inside].clamp(0, size - 1)
         cell = at.floor().long().clamp(max=max(size - 2, 0))

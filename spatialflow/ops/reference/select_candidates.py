@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Candidate selection in plain PyTorch: the specification of `spatialflow.ops.select_candidates`."""
+"""Reference implementation of `spatialflow.ops.select_candidates` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from spatialflow.ops.select_candidates import Candidates
 
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
-"""Limit of the decoded log width and height ratios."""
+"""Limit of dw and dh, the logarithms of width and height ratios."""
 
 
 def select_candidates(
@@ -25,10 +25,10 @@ def select_candidates(
     scale_factors: Tensor,
     per_level: int,
 ) -> Candidates:
-    """Same arguments and result as `spatialflow.ops.select_candidates`; level by level."""
+    """Compute `spatialflow.ops.select_candidates` level by level."""
     real = torch.float64 if class_logits[0].dtype == torch.float64 else torch.float32
     boxes, scores = [], []
-    for logits, deltas, base, stride in zip(class_logits, box_deltas, base_anchors.to(real), strides):
+    for logits, deltas, base, stride in zip(class_logits, box_deltas, base_anchors.to(real), strides, strict=True):
         batch, channels, *size = logits.shape
         anchors = grid_anchors(size, stride, base)  # (M, 4)
         logits = logits.permute(0, 2, 3, 1).reshape(batch, len(anchors), channels // len(base)).to(real)
@@ -36,7 +36,7 @@ def select_candidates(
         if 0 < per_level < len(anchors):
             lowest = -torch.inf
             best = F.pad(logits.masked_fill(logits.isnan(), lowest), (0, 1), value=lowest).amax(dim=-1)  # (B, M)
-            kept = best.sort(dim=1, descending=True, stable=True).indices[:, :per_level]
+            kept = best.sort(dim=1, descending=True, stable=True).indices[:, :per_level]  # (B, per_level)
             logits = logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[2]))
             deltas = deltas.gather(1, kept[..., None].expand(-1, -1, 4))
             anchors = anchors[kept]
@@ -48,7 +48,7 @@ def select_candidates(
 
 
 def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
-    """Anchors of a whole level: cell (y, x) is centered at (x * stride, y * stride), no half-cell offset, no rounding.
+    """Return the anchors of a whole level; cell (y, x) has its center at (x * stride, y * stride), without rounding.
 
     Args:
         size: (H, W) of the level.
@@ -66,7 +66,7 @@ def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
 
 
 def decode_boxes(anchors: Tensor, deltas: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Boxes from anchors and predicted deltas.
+    """Decode predicted deltas to boxes.
 
     Args:
         anchors: (..., 4), (x1, y1, x2, y2).

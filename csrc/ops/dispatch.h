@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Dispatch from a run-time dtype to a C++ type, for all back ends.
+#pragma once
+
+#include "ops/tensor.h"
+
+namespace spatialflow {
+
+// Calls body(scalar_t{}) with the C++ type behind the floating-point `dtype`; the back end names its 16-bit types.
+template <typename half_t, typename bfloat_t, typename Body>
+inline void dispatch_floating_types(const char* op, ScalarType dtype, Body&& body) {
+    switch (dtype) {
+        case ScalarType::Float:
+            return body(float{});
+        case ScalarType::Double:
+            return body(double{});
+        case ScalarType::Half:
+            return body(half_t{});
+        case ScalarType::BFloat16:
+            return body(bfloat_t{});
+        default:
+            check(false, op, ": no kernel for ", dtype_name(dtype));
+    }
+}
+
+}  // namespace spatialflow

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `spatialflow benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from spatialflow.cli.common import CommandError, Subparsers, print_error, with_examples
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "benchmark",
+        help="time operators and their baselines",
+        description="Check every result against float64, then time it. Baselines whose packages are not installed are "
+        "skipped;\n`pip install torchvision` provides most of them. Without torchvision, nms is checked against its "
+        "reference, which\ntakes minutes.",
+        **with_examples("benchmark --list", "benchmark roi_align nms --seconds 2 --output results"),
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operators (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the operators and exit")
+    for name, metavar, text in (
+        ("device", "DEVICE", "cpu or cuda (default: cpu)"),
+        ("threads", "N", "CPU threads (default: torch's)"),
+        ("seconds", "S", "time per provider, case and mode (default: 1)"),
+        ("output", "FOLDER", "folder for <device>/<op>.json and .png (default: benchmarks/results)"),
+    ):
+        parser.add_argument(f"--{name}", metavar=metavar, help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the scripts of the chosen operators; return the exit code."""
+    folder = _benchmark_folder()
+    scripts = [path for path in folder.glob("*.py")]
+    known = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
+    if options.list:
+        print("\n".join(known))
+        return 0
+    unknown = [op for op in options.ops if op not in known]
+    if unknown:
+        raise CommandError(f"no benchmark named {', '.join(unknown)}; there are {', '.join(known)}")
+    arguments = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("device", "threads", "seconds", "output")
+        if getattr(options, name) is not None
+    ]
+    if options.output is None and folder.parent == _PACKAGE:
+        arguments.append(f"--output={Path('benchmarks', 'results')}")  # not into the installed package
+    failed = [
+        op
+        for op in options.ops or known
+        if subprocess.run([sys.executable, "-u", str(folder / f"{op}.py"), *arguments]).returncode != 0
+    ]
+    if failed:
+        print_error(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _benchmark_folder() -> Path:
+    """Find `benchmarks` of the source tree, or the copy that is installed with the package."""
+    for folder in (_PACKAGE.parent / "benchmarks", _PACKAGE / "benchmarks"):
+        if os.path.isdir(folder / "harness"):
+            return folder
+    raise CommandError(f"the benchmark scripts are missing in {_PACKAGE / 'benchmarks'}")

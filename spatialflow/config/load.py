@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of the package and of YAML files."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from spatialflow.config.parse import make_config, place_overrides, read_yaml
+from spatialflow.config.rules import ConfigError, short_repr
+from spatialflow.config.sections import SECTIONS, Config
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+
+
+def list_configs() -> list[str]:
+    """List the names of the configurations that come with the package."""
+    return sorted(path.stem for path in CONFIG_FOLDER.rglob("*.yaml"))
+
+
+def load_config(config: str | Path | Config, **overrides: Any) -> Config:
+    """Read a configuration and replace fields of it.
+
+    Args:
+        config: name of a configuration of the package, path of a YAML file, or a Config.
+        overrides: values of fields, as in `build_model`.
+
+    Returns:
+        The checked, frozen Config.
+
+    Raises:
+        ConfigError: unknown name, unreadable file, or a setting that breaks a rule.
+    """
+    if isinstance(config, Config):
+        settings = {s: dict(vars(getattr(config, s))) for s in SECTIONS}
+        name = config.name
+    else:
+        settings = _read(config, ())
+        name = Path(config).stem if str(config).endswith((".yaml", ".yml")) else str(config)
+    for section, values in place_overrides(overrides).items():
+        settings.setdefault(section, {}).update(values)
+    return make_config(name, settings)
+
+
+def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+    """Read the settings of one file, which replace those of its `base`; `chain` has the files that led here."""
+    path = _locate(config, chain[-1].parent if chain else None)
+    if path in chain:
+        raise ConfigError(f"{path}: base: leads back to itself ({' -> '.join(p.name for p in (*chain, path))})")
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold sections ({', '.join(SECTIONS)}), got {type(content).__name__}")
+    base = content.pop("base", None)
+    settings = {} if base is None else _read(base, (*chain, path))
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{path}: section {short_repr(section)} must hold 'field: value' lines, got {short_repr(values)}"
+            )
+        settings.setdefault(section, {}).update(values)
+    return settings
+
+
+def _locate(config: str | Path, folder: Path | None) -> Path:
+    """Find the file of a configuration; relative paths start at `folder` (of the file with `base`) if given."""
+    text = str(config)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text)
+        candidates = [path] if folder is None else [folder / path, path]
+        for candidate in candidates:
+            if os.path.isfile(candidate):
+                return candidate.resolve()
+        raise ConfigError(f"config: no such file: {text:.200}")
+    path_by_name = {path.stem: path for path in CONFIG_FOLDER.rglob("*.yaml")}
+    if text not in path_by_name:
+        names = [name for name in list_configs() if not name.startswith("ablation_")]
+        raise ConfigError(
+            f"config: must be a path ending in .yaml or one of {', '.join(names)}, ablation_...; got {short_repr(text)}"
+        )
+    return path_by_name[text].resolve()

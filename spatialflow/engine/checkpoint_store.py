@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint of a training run: everything from which the run resumes bit by bit."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatialflow.config import Config
+from spatialflow.data.loader import DataSet
+from spatialflow.engine.checkpoints import CheckpointError, not_finite, read_torch, save_checkpoint, shorten
+from spatialflow.files import atomic_write
+
+RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
+"""Fields of the configuration that may change between the start of a run and its resumption."""
+
+REMEDY_FIELDS = (
+    "learning_rate",
+    "learning_rate_epochs",
+    "warmup_iterations",
+    "warmup_factor",
+    "gradient_clip_norm",
+    "finetune_learning_rate",
+)
+"""Further fields that may change, as they help a run that diverged. Their changes are reported."""
+
+PROPOSAL_FIELDS = ("candidates_per_level", "score_threshold", "max_detections")
+"""Fields of the test section that also choose the proposals of training."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start, continue or be resumed; the message has the reason."""
+
+
+class CheckpointStore:
+    """Saves and restores the state of a training run in its folder.
+
+    Args:
+        folder: of the run. It gets `checkpoint.pt` and `model.safetensors`.
+        network: the network in training.
+        optimizer: with one parameter group.
+        scaler: the loss scaler.
+        identity: of the run, see `run_identity`.
+
+    Attributes:
+        changed_settings: "field old -> new" for each of `REMEDY_FIELDS` that `restore` found changed.
+        last_save_time: of `save`, by `time.monotonic`; -inf before the first call.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.folder, self.identity = Path(folder), identity
+        self.network, self.optimizer, self.scaler = network, optimizer, scaler
+        self.changed_settings: list[str] = []
+        self.last_save_time = -math.inf
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint file."""
+        return self.folder / "checkpoint.pt"
+
+    def exists(self) -> bool:
+        """True if there is a checkpoint file."""
+        return os.path.isfile(self.path)
+
+    def discard(self) -> None:
+        """Delete the checkpoint file, if there is one."""
+        self.path.unlink(missing_ok=True)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint under a temporary name, sync the file to disk, and rename it over the previous one.
+
+        Args:
+            step: steps done.
+
+        Raises:
+            OSError: the file cannot be written; the previous checkpoint stays.
+        """
+        state = {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": step,
+            "random": torch.get_rng_state(),
+            "identity": json.dumps(self.identity),
+        }
+        with atomic_write(self.path) as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.last_save_time = time.monotonic()
+
+    def save_weights(self) -> None:
+        """Write the weights alone to `model.safetensors`."""
+        save_checkpoint(self.network, self.folder / "model.safetensors")
+
+    def copy_before_divergence(self) -> Path | None:
+        """Copy the checkpoint to `checkpoint_before_divergence.pt`; None where there is no checkpoint."""
+        if not self.exists():
+            return None
+        copy = self.path.with_name("checkpoint_before_divergence.pt")
+        with open(self.path, "rb") as checkpoint, atomic_write(copy) as file:
+            shutil.copyfileobj(checkpoint, file)
+        return copy
+
+    def restore(self) -> int:
+        """Load the checkpoint into the network, the optimizer, the scaler and torch's random number generator.
+
+        Returns:
+            Steps done.
+
+        Raises:
+            TrainingError: the checkpoint belongs to another run.
+            CheckpointError: the file is damaged or incomplete, or holds values that are not finite.
+        """
+        content = read_torch(self.path)
+        try:
+            return self._load(content)
+        except (CheckpointError, TrainingError):
+            raise
+        except Exception:  # the content may have any form
+            raise CheckpointError(f"{self.path}: is no complete checkpoint of a training run") from None
+
+    def _load(self, state: Any) -> int:
+        """Load the content of a checkpoint file; raises any exception where it is something else."""
+        self._check_identity(json.loads(state["identity"]))
+        self.network.load_state_dict(state["model"])
+        settings = self.optimizer.state_dict()["param_groups"]  # those of the configuration, not of the file
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        for parameter, row in self.optimizer.state.items():
+            if row["momentum_buffer"] is not None and row["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("momentum of another shape")
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError("no number of steps")
+        broken = self.not_finite()
+        if broken:
+            raise CheckpointError(f"{self.path}: holds values that are not finite: {shorten(broken, 3)}; start over")
+        return state["step"]
+
+    def _check_identity(self, identity: Mapping[str, Any]) -> None:
+        differences = _differences(identity["config"], self.identity["config"])
+        changed = [text for field, text in differences.items() if field not in REMEDY_FIELDS]
+        self.changed_settings = [text for field, text in differences.items() if field in REMEDY_FIELDS]
+        if changed:
+            raise TrainingError(
+                f"{self.path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or "
+                f"start over"
+            )
+        if identity["data"] != self.identity["data"]:
+            raise TrainingError(f"{self.path}: belongs to a run on other images; use another folder, or start over")
+
+    def not_finite(self) -> list[str]:
+        """Names of the weights, statistics and momenta that hold NaN or infinity."""
+        return not_finite(self.network.state_dict() | self._momenta())
+
+    def _momenta(self) -> dict[str, Tensor]:
+        name_by_parameter = {parameter: name for name, parameter in self.network.named_parameters()}
+        momenta = {
+            f"momentum of {name_by_parameter[parameter]}": self.optimizer.state[parameter].get("momentum_buffer")
+            for parameter in self.optimizer.param_groups[0]["params"]
+            if parameter in self.optimizer.state
+        }
+        return {name: value for name, value in momenta.items() if value is not None}
+
+
+def run_identity(config: Config, data: DataSet) -> dict[str, Any]:
+    """The settings and the images of a run, by which a checkpoint is matched to it.
+
+    Args:
+        config: its name has no influence.
+        data: a hash of the names, the order and the sizes of its images is stored.
+    """
+    sections = {section: vars(getattr(config, section)) for section in ("model", "test", "data", "training")}
+    images = json.dumps([list(data.names), list(data.sizes)]).encode()
+    return {"config": json.loads(json.dumps(sections)), "data": hashlib.sha256(images).hexdigest()}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Field -> "field old -> new" for every field that differs and influences training."""
+    return {
+        field: f"{field} {old[section].get(field)} -> {value}"
+        for section in new
+        for field, value in new[section].items()
+        if field not in RESUMABLE_FIELDS
+        and (section != "test" or field in PROPOSAL_FIELDS)
+        and old[section].get(field) != value
+    }

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training loop: SGD with warm-up and step decay, mixed precision, several processes, and exact resumption."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from spatialflow.config import Config, TrainingConfig
+from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
+from spatialflow.engine.checkpoint_store import CheckpointStore, TrainingError, run_identity
+from spatialflow.engine.checkpoints import largest_value, load_backbone, load_matching, shorten
+from spatialflow.engine.distributed import ProcessGroup, synchronize_norms
+from spatialflow.engine.evaluate import ScoredData, evaluate_network
+from spatialflow.engine.log import TrainingLog
+from spatialflow.engine.predict import Predictor
+from spatialflow.engine.run_monitor import REMEDIES, DivergenceMonitor, ProblemReporter
+from spatialflow.models.build import build_model
+from spatialflow.models.criterion import Losses
+from spatialflow.models.optimized.training import optimize_for_training
+from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.models.training_step import TrainingStep
+from spatialflow.panoptic.rules import Problem
+
+CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
+"""Layers whose shape depends on the classes. The first phase of finetuning trains them alone."""
+
+LOG_INTERVAL = 10
+"""Steps between downloads of the losses, and checks of weights and optimizer state."""
+
+MIN_LOSS_SCALE = 2.0**-24
+"""fp16: below this loss scale the gradients of some forty steps in a row have overflowed."""
+
+CHECKPOINT_INTERVAL_S = 5.0
+"""Minimum seconds between end-of-epoch checkpoints; very short epochs would otherwise spend their time saving."""
+
+PLOT_INTERVAL_S = 60.0
+"""Minimum seconds between plots of the curves; very short epochs would otherwise spend their time plotting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    """Files of the initial weights; at most one of `checkpoint` and `backbone`.
+
+    Attributes:
+        checkpoint: a whole network. Layers whose shape depends on the classes may differ, and are then initialized
+            at random.
+        backbone: ImageNet weights of the backbone.
+        ema: take the moving average of the weights of `checkpoint`.
+    """
+
+    checkpoint: Path | None = None
+    backbone: Path | None = None
+    ema: bool = False
+
+
+def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> float:
+    """Learning rate of a step: linear warm-up, and a tenth after each of `learning_rate_epochs`.
+
+    Args:
+        step: 0-based.
+        steps_per_epoch: steps of an epoch.
+        training: the first phase of finetuning has `finetune_learning_rate` as its base.
+    """
+    epoch = step // steps_per_epoch
+    base = training.finetune_learning_rate if epoch < training.finetune_class_layers_epochs else training.learning_rate
+    rate = base * 0.1 ** sum(epoch >= limit for limit in training.learning_rate_epochs)
+    if step < training.warmup_iterations:
+        rate *= training.warmup_factor + (1 - training.warmup_factor) * step / training.warmup_iterations
+    return rate
+
+
+def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
+    """Messages about settings of the learning rate schedule that a run of `total_steps` ends too early for."""
+    messages = []
+    late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
+    if late:
+        messages.append(
+            f"learning_rate_epochs {list(training.learning_rate_epochs)}: the run ends with epoch {training.epochs}, "
+            f"so the learning rate does not fall after epoch {' and '.join(map(str, late))}"
+        )
+    if training.warmup_iterations >= total_steps:
+        messages.append(
+            f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the "
+            f"warm-up"
+        )
+    return messages
+
+
+class _PendingLosses(NamedTuple):
+    """Losses of a step that are still on the device."""
+
+    step: int  # steps done, this one included
+    learning_rate: float
+    losses: Tensor  # (5,) float32: total, cls, box, thing, stuff
+
+
+class Trainer:
+    """A training run in a folder.
+
+    The folder gets `checkpoint.pt` (the full state of the run, from which weights can be loaded too),
+    `model.safetensors` (the weights, after each epoch that takes more than a few seconds), `log.jsonl`, `curves.png`,
+    `tensorboard/` and `evaluation/`.
+
+    Args:
+        config: the network and the settings of training.
+        data: training images.
+        folder: of the run.
+        process_group: this process and the number of all.
+        validation: images to evaluate on; None for no evaluation.
+        initial_weights: files of the initial weights.
+        workers: number of processes that load data.
+        strict: stop at a broken image or annotation.
+        progress: show a progress bar.
+        resume: continue from the folder's checkpoint, if there is one.
+
+    Attributes:
+        step: steps done.
+        reinitialized_layers: layers of other classes than the file of initial weights, initialized at random.
+
+    Raises:
+        TrainingError: the processes cannot share the batch, the folder's checkpoint belongs to another run, or not all
+            processes see it.
+        CheckpointError: weights cannot be read or do not fit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataSet,
+        folder: Path,
+        process_group: ProcessGroup,
+        *,
+        validation: ScoredData | None = None,
+        initial_weights: InitialWeights = InitialWeights(),
+        workers: int = 0,
+        strict: bool = False,
+        progress: bool = False,
+        resume: bool = True,
+    ) -> None:
+        training = config.training
+        _check_sizes(training, process_group, data, validation)
+        self.config, self.data, self.folder, self.process_group = config, data, Path(folder), process_group
+        self.validation, self.workers, self.strict = validation, workers, strict
+        self.progress = progress and process_group.is_first
+        self.schedule = Schedule(data.sizes, training.images_per_step, training.seed)
+        self.total_steps = training.epochs * self.schedule.steps_per_epoch
+        torch.manual_seed(training.seed)
+        self.network, self.reinitialized_layers = _initial_network(config, initial_weights)
+        if process_group.size > 1 and config.model.backbone_norm_trains:
+            synchronize_norms(self.network.backbone)
+        self.network.to(process_group.device).train()
+        initial_largest_weight = largest_value(self.network.parameters())
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self._trained = frozenset(trained)
+        self.optimizer = torch.optim.SGD(
+            list(trained.values()), training.learning_rate, training.momentum, weight_decay=training.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(process_group.device.type, enabled=training.mixed_precision == "fp16")
+        self.store = CheckpointStore(self.folder, self.network, self.optimizer, self.scaler, run_identity(config, data))
+        self.step = self.store.restore() if resume and self.store.exists() else 0
+        steps = process_group.gather(self.step)
+        if len(set(steps)) > 1:
+            raise TrainingError(
+                f"{self.store.path}: the processes resume at different steps {steps}; all need to see one folder"
+            )
+        self.log = TrainingLog(self.folder, self.step) if process_group.is_first else None
+        self.reporter = ProblemReporter(self.log)
+        self.monitor = DivergenceMonitor(self.log, self.store, self.network, initial_largest_weight, LOG_INTERVAL)
+        self.unreported_problems: list[str | Problem] = []  # of this process, not yet reported to the first one
+        self._last_plot_time = -math.inf
+
+    def run(self) -> SpatialFlow:
+        """Train to the end.
+
+        Returns:
+            The trained network.
+
+        Raises:
+            TrainingError: a loss, a weight, a statistic of BatchNorm or the optimizer's state is not finite. Files keep
+                the last finite state. All processes raise it after the same step.
+            SampleError: a broken image in a strict run, or no image that can be used.
+            OSError: a file cannot be written; the last complete checkpoint stays.
+        """
+        bar = self._progress_bar()
+        try:
+            self._run(bar)
+        finally:
+            if bar is not None:
+                bar.close()
+            if self.log is not None:
+                self.log.close()
+        return self.network
+
+    def _run(self, bar: "tqdm | None") -> None:
+        training, per_epoch = self.config.training, self.schedule.steps_per_epoch
+        batches = self._batches()
+        pending: list[_PendingLosses] = []
+        module, phase = None, None
+        if self.step == 0 and self.process_group.is_first:
+            self.store.discard()  # left by the run that this one replaces; must not be resumed
+        if self.step and self.step % per_epoch == 0:  # the end of the epoch may have been interrupted
+            self._end_epoch(self.step // per_epoch, save_weights=True)
+        while self.step < self.total_steps:
+            if module is None or phase != self._trains_class_layers_only():
+                phase = self._trains_class_layers_only()
+                module = self._prepare_phase(phase)
+            rate = learning_rate(self.step, per_epoch, training)
+            losses = self._advance(module, batches, rate)
+            self.step += 1
+            pending.append(_PendingLosses(self.step, rate, losses))
+            epoch_ends = self.step % per_epoch == 0
+            save_due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0
+            if save_due or epoch_ends or len(pending) == LOG_INTERVAL:
+                self._log_losses(pending, bar)
+                pending = []
+            elapsed = time.monotonic() - self.store.last_save_time
+            save = save_due or (epoch_ends and elapsed > CHECKPOINT_INTERVAL_S)
+            if save:
+                self.save_checkpoint()
+            if epoch_ends:
+                self._end_epoch(self.step // per_epoch, save_weights=save)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this process from the present step to the last one."""
+        group = self.process_group
+        requests = self.schedule.batches(
+            self.step, self.total_steps, group.rank, group.size, self.config.training.accumulation_steps
+        )
+        on_gpu = group.device.type == "cuda"
+        return make_loader(self.data, self.config.data, requests, self.workers, self.strict, on_gpu)
+
+    def _trains_class_layers_only(self) -> bool:
+        return self.step < self.config.training.finetune_class_layers_epochs * self.schedule.steps_per_epoch
+
+    def _prepare_phase(self, class_layers_only: bool) -> nn.Module:
+        """Freeze or unfreeze parameters, and wrap the network for this process group."""
+        for name, parameter in self.network.named_parameters():
+            is_active = not class_layers_only or name.startswith(CLASS_LAYERS)
+            parameter.requires_grad_(name in self._trained and is_active)
+        group = self.process_group
+        on_cpu, mixed = group.device.type == "cpu", self.config.training.mixed_precision is not None
+        network = self.network if on_cpu and mixed else optimize_for_training(self.network)
+        module = TrainingStep(network, self.config, group.average if group.size > 1 else None)
+        if group.size == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=[group.device] if group.device.type == "cuda" else None)
+
+    def _advance(self, module: nn.Module, batches: Iterator[Batch], rate: float) -> Tensor:
+        """Run one step of the optimizer.
+
+        Returns:
+            (5,) losses on the device: total, cls, box, thing, stuff; 0 for an absent task.
+        """
+        training, parts = self.config.training, self.config.training.accumulation_steps
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        summed = torch.zeros(5, device=self.process_group.device)
+        for part in range(parts):
+            batch = next(batches)
+            self.unreported_problems += batch.problems + batch.notes
+            batch = batch.to(self.process_group.device)
+            reduces_gradients = part == parts - 1
+            with contextlib.nullcontext() if reduces_gradients or self.process_group.size == 1 else module.no_sync():
+                with self._autocast():
+                    losses = module(batch.images.contiguous(memory_format=torch.channels_last), batch.truth())
+                    total = losses.total() / parts
+                self.scaler.scale(total).backward()
+            terms = [torch.zeros((), device=summed.device) if term is None else term.detach() for term in losses]
+            summed += torch.stack([losses.total().detach(), *terms]) / parts
+        if training.gradient_clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), training.gradient_clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return summed
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        precision = self.config.training.mixed_precision
+        if precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.process_group.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+    def _log_losses(self, pending: Sequence[_PendingLosses], bar: "tqdm | None") -> None:
+        """Download and log the losses and problems of the last steps.
+
+        Raises:
+            TrainingError: a loss or a value of the checkpoint is not finite, or the gradients overflow float16.
+        """
+        for problems in self.process_group.gather(self.unreported_problems):
+            self.reporter.report(problems, self.step)
+        self.unreported_problems = []
+        names_by_process = self.process_group.gather(tuple(self.store.not_finite()))
+        broken = list(dict.fromkeys(name for names in names_by_process for name in names))
+        broken_values = f"not finite after step {self.step}: {shorten(broken, 3)}" if broken else ""
+        values = self.process_group.average(torch.stack([row.losses for row in pending])).tolist()
+        for (step, rate, _), row in zip(pending, values, strict=True):
+            losses = self._loss_by_name(row)
+            if not all(math.isfinite(value) for value in row):
+                listed = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+                reasons = (f"the loss is not finite ({listed})", broken_values)
+                raise self._divergence_error(step, "; ".join(filter(None, reasons)))
+            if self.log is not None:
+                self.log.add("step", step, learning_rate=rate, **losses)
+        if broken:
+            raise self._divergence_error(self.step, broken_values)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
+            scale = self.scaler.get_scale()
+            raise self._divergence_error(self.step, f"gradients overflow float16 at a loss scale of {scale:g}")
+        self.monitor.check([row[0] for row in values], self.step)
+        if bar is not None:
+            bar.update(self.step - bar.n)
+            bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
+
+    def _loss_by_name(self, row: Sequence[float]) -> dict[str, float]:
+        """The total and the terms of a step; tasks without a head are left out."""
+        has_term = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
+        names = ("total", *Losses._fields)
+        return {name: value for name, value, present in zip(names, row, has_term, strict=True) if present}
+
+    def _divergence_error(self, step: int, reason: str) -> TrainingError:
+        path = self.store.path
+        resumption = f"; {path} is of an earlier step, and the same command with such settings goes on from it"
+        return TrainingError(f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.exists() else ''}")
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint, in the first process."""
+        if self.log is not None:
+            self.log.flush()
+            self.store.save(self.step)
+
+    def _end_epoch(self, epoch: int, save_weights: bool) -> None:
+        """Save the weights, evaluate and plot the curves, each if due.
+
+        The weights are saved first, as the evaluation may fail.
+
+        Args:
+            epoch: epochs done.
+            save_weights: whether weights are due.
+        """
+        if self.log is not None and save_weights:
+            self.store.save_weights()
+        interval = self.config.training.evaluate_every_epochs
+        is_last = self.step == self.total_steps
+        is_due = is_last or (interval > 0 and epoch % interval == 0)
+        if self.validation is not None and is_due and not self._is_evaluated():
+            self._evaluate(self.validation, epoch)
+        if self.log is not None:
+            self.log.flush()
+            if is_last or time.monotonic() - self._last_plot_time > PLOT_INTERVAL_S:
+                self.log.plot()
+                self._last_plot_time = time.monotonic()
+
+    def _evaluate(self, data: ScoredData, epoch: int) -> None:
+        """Evaluate the network on a data set, and log the scores."""
+        self.network.eval()
+        short, long = self.config.test.test_edges[0]
+        single_view = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
+        # Augmentation would multiply the time, and graphs would take memory beside that of training.
+        predictor = Predictor(self.network, cuda_graph=False, **single_view)
+        folder = self.folder / "evaluation"
+        scores = evaluate_network(predictor, data, folder, self.process_group, self.progress)
+        self.network.train()
+        self.reporter.report(scores["problems"], self.step)
+        if self.log is not None:
+            detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
+            self.log.add(
+                "evaluation",
+                self.step,
+                epoch=epoch,
+                pq=scores["All"]["pq"],
+                pq_things=scores["Things"]["pq"],
+                pq_stuff=scores["Stuff"]["pq"],
+                **detection,
+                unreadable=len(scores["problems"]),
+            )
+
+    def _is_evaluated(self) -> bool:
+        """True, in every process, if the log has an evaluation of the present step."""
+        rows = () if self.log is None else self.log.rows
+        in_log = any(row["kind"] == "evaluation" and row["step"] == self.step for row in rows)
+        return any(self.process_group.gather(in_log))
+
+    def _progress_bar(self) -> "tqdm | None":
+        if not self.progress:
+            return None
+        return tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step")
+
+
+def _check_sizes(
+    training: TrainingConfig, process_group: ProcessGroup, data: DataSet, validation: ScoredData | None
+) -> None:
+    """TrainingError unless the processes can share a step's images, and no data set is empty."""
+    if training.images_per_step % (process_group.size * training.accumulation_steps):
+        raise TrainingError(
+            f"images_per_step ({training.images_per_step}) must be a multiple of processes x accumulation_steps "
+            f"({process_group.size} x {training.accumulation_steps})"
+        )
+    for name, images in (("data", data), ("validation data", validation)):
+        if images is not None and len(images) == 0:
+            raise TrainingError(f"the {name} set has no images")
+
+
+def _initial_network(config: Config, weights: InitialWeights) -> tuple[SpatialFlow, list[str]]:
+    """A network with its initial weights, and the layers that the files do not fill as their classes differ."""
+    network = build_model(config)
+    if weights.checkpoint is not None:
+        return network, load_matching(network, weights.checkpoint, CLASS_LAYERS, weights.ema)
+    if weights.backbone is not None:
+        load_backbone(network, weights.backbone)
+    return network, []

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs of a network of a few thousand parameters on four synthetic scenes."""
+
+import pytest
+import torch
+
+from helpers.scenes import scene_categories, write_coco
+from helpers.small_models import SMALL
+from spatialflow.config import load_config
+from spatialflow.data.coco import CocoPanoptic
+from spatialflow.engine.distributed import ProcessGroup
+from spatialflow.engine.log import read_log
+
+SINGLE_PROCESS = ProcessGroup(0, 1, torch.device("cpu"))
+SMALL_RUN = SMALL | dict(
+    num_things=6,
+    num_stuff=6,
+    categories="synthetic",
+    backbone_norm_trains=True,
+    backbone_frozen_stages=-1,
+    train_short_edges=[64],
+    train_long_edge=96,
+    test_short_edges=[64],
+    test_long_edge=96,
+    stuff_area_threshold=20,
+    images_per_step=2,
+    warmup_iterations=3,
+    candidates_per_level=50,
+    epochs=1,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("scenes"), 4, (64, 96))
+
+
+@pytest.fixture
+def data(scenes):
+    return CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
+
+
+def small(**overrides):
+    """The configuration of the runs."""
+    return load_config("tiny", **(SMALL_RUN | overrides))
+
+
+def steps_of(folder):
+    """The log rows of the steps of a run."""
+    return [row for row in read_log(folder / "log.jsonl") if row["kind"] == "step"]

@@ -34,7 +34,7 @@ requirements = $(shell awk '/^$(1) = \[.*\]/ {print; exit} /^$(1) = \[/ {on = 1}
 extra = $(if $(packages),$(VENV)/$(1).extra)
 
 .PHONY: help build test test-simt test-simt-sanitize sanitize sanitize-threads test-sass nvcc mutation-round fuzz \
-	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo clean
+	fuzz-planted bench gpu-check gpu-check-dry gpu-pack demo docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -216,6 +216,16 @@ demo-score:
 	  --config $(demo_config) $(demo_weights) --output demo/pictures
 	$(PYTHON) benchmarks/end_to_end.py --config $(demo_config) $(demo_weights) --short-edges 256 \
 	  --providers spatialflow reference --images demo/scenes/images --count 10 --output demo/speed
+
+# MkDocs and its theme are separate from .venv, and need no build of the package. The pages load nothing from a network.
+docs_environment := $(CURDIR)/build/docs-environment
+$(docs_environment)/complete: pyproject.toml
+	$(BASE_PYTHON) -m venv $(docs_environment)
+	$(docs_environment)/bin/python -m pip install -q $(call requirements,docs)
+	@touch $@
+
+docs: $(docs_environment)/complete  ## the documentation site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(docs_environment)/bin/python -m mkdocs build --strict
 
 clean:  ## remove build products and .venv
 	rm -rf $(VENV) build dist demo spatialflow/lib spatialflow/_evaluation*.so spatialflow.egg-info

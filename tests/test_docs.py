@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md, docs/*.md and the examples of `--help` name commands, options, files and Python names that exist."""
+"""Pages and the examples of `--help`: names, links and options exist, Python blocks and tutorials run."""
 
 import argparse
 import importlib
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,14 +20,32 @@ from spatialflow.cli.main import _parser
 from spatialflow.config import SECTIONS, parse_settings, place_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 
 pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="not in a source tree")
 
 # Words with a slash that are no files of the source tree: what commands write or are given, headers of torch, patterns.
 NOT_OURS = re.compile(
-    r"[A-Z<*]|\.\./shared|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check_logs)/"
+    r"[A-Z<*]|\.\./shared|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check_logs)/|^(mydata|out|pictures|run|scenes)/"
 )
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+class Block(NamedTuple):
+    """A fenced block of code; `reason` tells why it cannot run in a test, or is empty."""
+
+    language: str
+    text: str
+    reason: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    pattern = r"(?:^<!-- not run: ([^>]+) -->\n)?^```(\w*)\n(.*?)^```"
+    return [Block(m[2], m[3], m[1] or "") for m in re.finditer(pattern, page.read_text(), re.M | re.S)]
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -44,7 +67,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_commands(page):
     known = subcommands()
     for name, *arguments in commands_of(page.read_text()):
@@ -55,9 +78,74 @@ def test_commands(page):
         assert given <= options_of(known[name]), f"{page.name}: spatialflow {name}: {given - options_of(known[name])}"
         configs = [value for option, value in itertools.pairwise(arguments) if option == "--config" and value.islower()]
         configs += arguments[:1] if name == "train" else []
+        configs = [config for config in configs if not config.endswith(".yaml")]  # written by the reader
         assert set(configs) <= set(spatialflow.list_configs()), f"{page.name}: {configs}"
         settings = [argument for argument in arguments if re.match(r"[a-z_]+=", argument)]
         place_overrides(parse_settings(settings))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_console_blocks(page):
+    """Every `spatialflow` command of a block of the language console is complete: the parser accepts it as it is."""
+    for block in blocks_of(page):
+        if block.language == "console":
+            for arguments in commands_of(f"```\n{block.text}```\n"):
+                try:
+                    _parser().parse_args(arguments)
+                except SystemExit:
+                    pytest.fail(f"{page_name(page)}: spatialflow {shlex.join(arguments)}")
+
+
+def has_python_blocks(page: Path) -> bool:
+    return any(block.language == "python" and not block.reason for block in blocks_of(page))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if has_python_blocks(p) and p not in TUTORIALS], ids=page_name)
+def test_python_blocks(page, tmp_path, monkeypatch):
+    """The blocks of a page run one after the other in one session."""
+    monkeypatch.chdir(tmp_path)
+    session: dict = {}
+    for block in blocks_of(page):
+        if block.language == "python" and not block.reason:
+            exec(compile(block.text, page_name(page), "exec"), session)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_python_syntax(page):
+    for block in blocks_of(page):
+        if block.language == "python":
+            compile(block.text, page_name(page), "exec")
+
+
+@pytest.mark.skipif("SPATIALFLOW_BACKEND" in os.environ, reason="the commands are tested on the CPU kernels")
+@pytest.mark.parametrize("page", TUTORIALS, ids=page_name)
+def test_tutorial(page, tmp_path):
+    """Commands and Python blocks run in order in an empty folder, on a few small images and for one epoch."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    python: list[str] = []
+    for block in blocks_of(page):
+        if block.language == "yaml":
+            (path,) = re.findall(r"Save this as `([^`]+)`:", page.read_text())
+            text = re.sub(r"epochs: \d+", "epochs: 1", block.text)
+            (tmp_path / path).write_text(re.sub(r"(learning_rate_epochs: ).*", r"\1[1]", text))
+        elif block.language == "python" and not block.reason:
+            python.append(block.text)  # a later block may use names of an earlier one
+            run([sys.executable, "-c", "\n".join(python)], tmp_path, environment)
+            python = [] if "rename(" in block.text else python  # moving a file works once
+        elif block.language == "console":
+            for arguments in commands_of(f"```\n{block.text}```\n"):
+                inputs = {"photos": "scenes/images", "weights.pth": "", "run/model.safetensors": ""}
+                if any(argument in inputs and not (tmp_path / argument).exists() for argument in arguments):
+                    continue  # files of the reader
+                count = arguments.index("--count") + 1 if "--count" in arguments else None
+                if count:
+                    arguments[count] = "4"
+                run([sys.executable, "-m", "spatialflow.cli", *arguments], tmp_path, environment)
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
 
 
 @pytest.mark.parametrize("name", subcommands())
@@ -69,7 +157,7 @@ def test_examples_of_help(name):
     assert not lines or name in {line.split()[0] for line in lines}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_files(page):
     text = page.read_text()
     code = re.findall(r"`([^`\n]+)`", text)
@@ -87,16 +175,63 @@ def test_files(page):
         if not any((home / path).exists() for home in homes):
             missing.append(path)
     assert not missing, f"{page.name}: {missing}"
-    links = re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text)
+    links = re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     assert all((page.parent / link).exists() for link, _ in links if link and "://" not in link), (
         f"{page.name}: {links}"
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_no_line_numbers_of_files(page):
+    """Pages name functions and files; line numbers would be wrong after the next change."""
+    assert not re.findall(r"\w+\.(?:cuh?|h|cpp|py):\d+", page.read_text())
+
+
+def test_navigation():
+    """Every page is in mkdocs.yml once, and every operator has a page with a figure of its name."""
+    navigation = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(navigation) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])
+    operators = [path.stem for path in (ROOT / "csrc" / "ops").glob("*.cpp")]
+    public = set(spatialflow.ops.__all__) & {*operators, "batched_nms"}
+    for operator in public:
+        assert (ROOT / "docs" / "operators" / f"{operator}.md").is_file(), operator
+        picture = ROOT / "docs" / "assets" / f"{operator}.svg"
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+
+
+def test_assets_are_small():
+    for path in (ROOT / "docs" / "assets").iterdir():
+        assert path.stat().st_size < 150_000, path
+
+
+def test_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) <= 120
+
+
+def test_configuration_page():
+    """The generated tables have every field with a meaning, and every configuration of the package."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        hooks = importlib.import_module("hooks")
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    for section, kind in SECTIONS.items():
+        assert f"<!-- fields: {section} -->" in text
+        rows = hooks.fields_table(section).splitlines()[2:]
+        assert [row.split("`")[1] for row in rows] == list(kind.__dataclass_fields__)
+        assert all(row.rsplit("|", 2)[1].strip() for row in rows), section
+    text = hooks.on_page_markdown((ROOT / "docs" / "models.md").read_text())
+    assert all(text.count(f"\n| `{name}` |") == 1 for name in spatialflow.list_configs())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_python_names(page):
     """`spatialflow.a.b` of the text, and make targets."""
     text = page.read_text()
+    for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", text, re.M):  # a function may have its module's name
+        assert hasattr(importlib.import_module(module), name), f"{page.name}: {module}.{name}"
+    text = re.sub(r"^::: .*", "", text, flags=re.M)
     for name in sorted(set(re.findall(r"\bspatialflow(?:\.[A-Za-z_]\w*)+", text))):
         value, *parts = (spatialflow, *name.split(".")[1:])
         for part in parts:
@@ -108,7 +243,7 @@ def test_python_names(page):
     assert named <= targets, f"{page.name}: {named - targets}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_environment_variables_and_macros(page):
     folders = (ROOT / name for name in ("spatialflow", "csrc", "cmake"))
     sources = [ROOT / "CMakeLists.txt", *(path for folder in folders for path in folder.rglob("*.[pch]*"))]

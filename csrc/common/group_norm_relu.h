@@ -7,8 +7,8 @@
 // The float64 mean is split into a number of the compute type (`shift`) and a remainder. x - shift is exact where x is
 // near the mean, however large both are.
 //
-// Sums of squares are taken around a value of the data, the pivot. Around one of n numbers the sum of squares is at most
-// n times the sum around their mean. So the subtraction that follows loses a factor of n at most.
+// Sums of squares are taken around a value of the data, the pivot. Around one of n numbers the sum of squares is at
+// most n times the sum around their mean. So the subtraction that follows loses a factor of n at most.
 #pragma once
 
 #include <cmath>

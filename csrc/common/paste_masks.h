@@ -51,8 +51,8 @@ SPATIALFLOW_HOST_DEVICE PixelRange paste_range(const PasteAxis& axis, int64_t si
     return range;
 }
 
-// True if low + weight * (high - low) reaches the threshold. Where both ends are on one side of it, no arithmetic decides,
-// so rounding cannot remove a pixel from the inside of a region. NaN is outside.
+// True if low + weight * (high - low) reaches the threshold. Where both ends are on one side of it, no arithmetic
+// decides, so rounding cannot remove a pixel from the inside of a region. NaN is outside.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE bool paste_is_inside(real_t low, real_t high, real_t weight, real_t threshold) {
     const bool low_inside = low >= threshold, high_inside = high >= threshold;

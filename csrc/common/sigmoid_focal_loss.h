@@ -18,7 +18,8 @@
 
 namespace spatialflow {
 
-// 1 / value for 1 <= value <= 2, or NaN. For float on CUDA one instruction, with an error of at most one unit in the last place.
+// 1 / value for 1 <= value <= 2, or NaN. For float on CUDA one instruction, with an error of at most one unit in the
+// last place.
 template <typename real_t, typename value_t>
 SPATIALFLOW_HOST_DEVICE value_t focal_reciprocal(value_t value) {
 #if defined(__CUDA_ARCH__)

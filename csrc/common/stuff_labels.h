@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mapping from the pixels of a label map to logits at a quarter of the network's input, shared by CPU and CUDA.
-// Files that include this header are compiled without fused multiply-adds, so that every back end sees the same weights.
+// Mapping from the pixels of a label map to logits at a quarter of the network's input, shared by CPU and CUDA. Files
+// that include this header are compiled without fused multiply-adds, so that every back end sees the same weights.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,8 @@ struct LabelTap {
     float weight;
 };
 
-// One axis. The logits are enlarged to 4 * cells positions with aligned corners; each of the `pixels` of the result takes
-// one of the first `valid` positions, as OpenCV's INTER_NEAREST does.
+// One axis. The logits are enlarged to 4 * cells positions with aligned corners; each of the `pixels` of the result
+// takes one of the first `valid` positions, as OpenCV's INTER_NEAREST does.
 struct LabelAxis {
     int64_t cells, valid, pixels;
     double nearest_step;  // positions per pixel

@@ -3,8 +3,8 @@
 // Class-wise NMS of a batch on the CPU, from boxes and per-class scores.
 //
 // Class-wise NMS followed by the best `max_detections` over all classes equals one greedy pass over all (box, class)
-// pairs in score order that stops early. So only the best pairs are sorted, a chunk at a time. The first chunk is a small
-// multiple of `max_detections`; each following chunk is four times as large.
+// pairs in score order that stops early. So only the best pairs are sorted, a chunk at a time. The first chunk is a
+// small multiple of `max_detections`; each following chunk is four times as large.
 #include "ops/multiclass_nms.h"
 
 #include <cstring>

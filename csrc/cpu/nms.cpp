@@ -3,9 +3,9 @@
 // Greedy non-maximum suppression on the CPU: visits candidates by descending score and keeps a candidate unless a kept
 // box of its class suppresses it.
 //
-// All rows are sorted by score once; a second stable sort groups them by class, and threads share the classes. Kept boxes
-// are tested a vector at a time. In large classes, only boxes in nearby cells of a grid are tested (nms_buckets.h). Memory
-// is linear in the number of boxes.
+// All rows are sorted by score once; a second stable sort groups them by class, and threads share the classes. Kept
+// boxes are tested a vector at a time. In large classes, only boxes in nearby cells of a grid are tested
+// (nms_buckets.h). Memory is linear in the number of boxes.
 #include "ops/nms.h"
 
 #include <atomic>

@@ -2,9 +2,9 @@
 //
 // Boxes that greedy NMS has kept, in buckets, so that a candidate is tested against a vector of boxes at a time.
 //
-// There is a bucket per class, or per cell of a grid. A bucket is a chain of blocks. A block has kLanes boxes, coordinate
-// by coordinate; free lanes have empty boxes, which suppress nothing. Memory is proportional to the kept boxes plus the
-// used buckets.
+// There is a bucket per class, or per cell of a grid. A bucket is a chain of blocks. A block has kLanes boxes,
+// coordinate by coordinate; free lanes have empty boxes, which suppress nothing. Memory is proportional to the kept
+// boxes plus the used buckets.
 #pragma once
 
 #include <algorithm>
@@ -46,8 +46,9 @@ public:
         block.area[lane] = area;
     }
 
-    // Returns true if any box of the bucket suppresses the candidate: the rule of `suppresses`, lane by lane. The height
-    // of the intersection is not clamped: a negative height makes inter <= 0, which is never above the threshold.
+    // Returns true if any box of the bucket suppresses the candidate: the rule of `suppresses`, lane by lane. The
+    // height of the intersection is not clamped: a negative height makes inter <= 0, which is never above the
+    // threshold.
     bool suppress(int64_t bucket, const Box<real_t>& box, real_t area, real_t threshold) const {
         const Vector<real_t> x1 = broadcast(box.x1), y1 = broadcast(box.y1), x2 = broadcast(box.x2),
                              y2 = broadcast(box.y2), own_area = broadcast(area);

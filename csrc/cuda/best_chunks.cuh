@@ -136,8 +136,8 @@ __device__ __forceinline__ bool select_chunk(
     return true;
 }
 
-// Writes the best entries from `begin` on to `chunk`, in order, and moves `begin` past them. Returns their number, at most
-// kChunk; 0 if no entry is left. All threads of the block call it.
+// Writes the best entries from `begin` on to `chunk`, in order, and moves `begin` past them. Returns their number, at
+// most kChunk; 0 if no entry is left. All threads of the block call it.
 template <typename key_t>
 __device__ __forceinline__ int next_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, Entry<key_t>& begin,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// GroupNorm, ReLU and optional 2x upsampling on CUDA, channels-last, in two launches. Layouts are in group_norm_relu.cuh.
+// GroupNorm, ReLU and optional 2x upsampling on CUDA, channels-last, in two launches. Layouts are in
+// group_norm_relu.cuh.
 //
 //   y = relu((x - mean) * rstd * weight + bias), mean and rstd of a group in its image (common/group_norm_relu.h)
 //

@@ -83,7 +83,8 @@ inline Global<scalar_t> mutable_data(const Tensor& tensor, int64_t begin, int64_
 
 #endif
 
-// Calls body(scalar_t{}) with the device type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
+// Calls body(scalar_t{}) with the device type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ...
+// }`.
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
     dispatch_floating_types<float16, bfloat16>(op, dtype, body);

@@ -2,8 +2,8 @@
 //
 // Class-wise NMS of a batch on CUDA, from boxes (B, N, 4) and per-class scores (B, N, C), without a read back.
 //
-// Class-wise NMS followed by the best D over all classes equals one greedy pass over all (box, class) pairs in score order
-// that stops when D pairs are kept. So only the best pairs are sorted:
+// Class-wise NMS followed by the best D over all classes equals one greedy pass over all (box, class) pairs in score
+// order that stops when D pairs are kept. So only the best pairs are sorted:
 //
 //   collect   a thread per eight scores appends the scores above the threshold to a list of its image, in any order
 //   detect    a block per image takes the best 2048 pairs or fewer in order (best_chunks.cuh) and runs the greedy pass

@@ -33,8 +33,8 @@ constexpr int64_t kRankedCount = static_cast<int64_t>(kRankedChunks) * kChunk;
 constexpr int64_t kRoundsAhead = 2;
 static_assert(kChunk % kMergeTile == 0 && kTile % kSuppressThreads == 0, "a block works within one run, one tile");
 
-// An entry of a class. Its order is by class, then by descending score. Entries are sorted by comparisons, because class
-// numbers are any int64.
+// An entry of a class. Its order is by class, then by descending score. Entries are sorted by comparisons, because
+// class numbers are any int64.
 template <typename key_t>
 struct alignas(sizeof(key_t) == 4 ? 16 : 8) ClassEntry {
     int64_t label;
@@ -90,8 +90,9 @@ struct Rows {
     }
 };
 
-// Sorted entries as a source of entries. It is a struct because a kernel must not have a restrict-qualified pointer as a template
-// argument: nvcc names such a kernel differently for host and device, and the launch fails ("invalid device function").
+// Sorted entries as a source of entries. It is a struct because a kernel must not have a restrict-qualified pointer as
+// a template argument: nvcc names such a kernel differently for host and device, and the launch fails ("invalid device
+// function").
 template <typename real_t>
 struct Entries {
     Global<const ClassEntryOf<real_t>> values;  // (N)
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     }
 }
 
-// Returns the first i in [low, high) for which before(i) is false, or high. before(i) is true up to that i. All lanes of a
-// warp call it.
+// Returns the first i in [low, high) for which before(i) is false, or high. before(i) is true up to that i. All lanes
+// of a warp call it.
 template <typename Before>
 __device__ __forceinline__ int64_t partition_point(int64_t low, int64_t high, Before before) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -383,7 +384,8 @@ void sort_chunks(
         dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, source, target, progress, count);
 }
 
-// Merges the sorted chunks of `entries`. `scratch` has the same size; the two are swapped if the result is in `scratch`.
+// Merges the sorted chunks of `entries`. `scratch` has the same size; the two are swapped if the result is in
+// `scratch`.
 template <typename real_t>
 void merge_chunks(
     const char* op, Global<ClassEntryOf<real_t>>& entries, Global<ClassEntryOf<real_t>>& scratch, int64_t count,

@@ -119,11 +119,10 @@ constexpr int kLabelSlots = 256;
 constexpr int kGreedySlots = 3 * kLabelSlots;
 
 // Keeps the first candidate that is alive, drops the candidates of its label that it suppresses, and repeats until no
-// candidate is alive or `limit` are kept. Warp after warp decides among its 32 candidates by votes, for all its labels at
-// once. Then all later warps test their candidates against the ones it kept: one barrier per warp. A table by label names
-// the kept lanes that a candidate must be tested against.
-// Returns the number of kept candidates; `position` is the rank of this thread among them in order of threads, or -1. All
-// threads of the block call it.
+// candidate is alive or `limit` are kept. Warp after warp decides among its 32 candidates by votes, for all its labels
+// at once. Then all later warps test their candidates against the ones it kept: one barrier per warp. A table by label
+// names the kept lanes that a candidate must be tested against. Returns the number of kept candidates; `position` is
+// the rank of this thread among them in order of threads, or -1. All threads of the block call it.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ int greedy_pass(
     Candidate<real_t, label_t> candidate, int limit, Shared<Box<real_t>> boxes, Shared<label_t> labels,

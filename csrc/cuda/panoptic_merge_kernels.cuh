@@ -278,9 +278,9 @@ __device__ __forceinline__ void add_used_pixels(Used used, int group, const Word
     }
 }
 
-// Keeps or drops the instances in order. A kept instance keeps only the bits that no earlier instance has. Each group of
-// `used` is read and written by one thread, so the only barrier of an instance is the one of its sum. The next instance
-// is loaded before this one is decided.
+// Keeps or drops the instances in order. A kept instance keeps only the bits that no earlier instance has. Each group
+// of `used` is read and written by one thread, so the only barrier of an instance is the one of its sum. The next
+// instance is loaded before this one is decided.
 template <typename Used>
 __device__ __forceinline__ int merge_greedy(
     const MergeScratch& scratch, const MergeOptions& options, Used used, Shared<unsigned> sums) {

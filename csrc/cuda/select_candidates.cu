@@ -300,8 +300,8 @@ bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
     return vectorizable;
 }
 
-// The smallest power of two of lanes that load all vectors of an anchor at once. With two vectors or more it is at least
-// two, so that the lanes read whole sectors.
+// The smallest power of two of lanes that load all vectors of an anchor at once. With two vectors or more it is at
+// least two, so that the lanes read whole sectors.
 int lanes_of_anchor(int64_t vectors) {
     int lanes = vectors > 1 ? 2 : 1;
     while (lanes < kWarpSize && lanes * kVectorsAhead < vectors) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Number of pixels of each pair of ids in two images of equal size: the only pass over pixels that panoptic quality needs.
+// Number of pixels of each pair of ids in two images of equal size: the only pass over pixels that panoptic quality
+// needs.
 //
 // Segments are large, so a pair rarely changes from one pixel to the next. Chunks that fit into the first-level cache
 // are decoded to ids, and a vectorized pass marks the pixels at which the pair changes. Only these pixels access the

@@ -61,8 +61,8 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
     }
 }
 
-// Short cuts for zero residuals. If the left pixel equals the upper left one, the result is the pixel above, also for the
-// pixels to the right. If all pixels above are equal, the result is the pixel to the left.
+// Short cuts for zero residuals. If the left pixel equals the upper left one, the result is the pixel above, also for
+// the pixels to the right. If all pixels above are equal, the result is the pixel to the left.
 template <size_t kBytes>
 void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     constexpr size_t kStep = kGroup * kBytes;

@@ -138,8 +138,9 @@ inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) 
     }
 }
 
-// Returns the tensor, or a copy that is contiguous in `format`. Kernels compute strides from sizes afterwards: torch may
-// report any stride for sizes of 1, see stride_of. Argument-dependent lookup would find the name `contiguous` in torch.
+// Returns the tensor, or a copy that is contiguous in `format`. Kernels compute strides from sizes afterwards: torch
+// may report any stride for sizes of 1, see stride_of. Argument-dependent lookup would find the name `contiguous` in
+// torch.
 inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
     return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
 }

@@ -115,8 +115,8 @@ __device__ __forceinline__ bool select_chunk(
         }
         __syncthreads();
         const unsigned bin = cut[0];
-        if (bin ==
-            kBins) {  // all entries left fit; only in the first round, because later rounds split a bin that does not fit
+        // All entries left fit. Only in the first round: later rounds split a bin that does not fit.
+        if (bin == kBins) {
             end = {~key_t(0), ~0u};
             __syncthreads();
             return total > 0;

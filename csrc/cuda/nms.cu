@@ -3,8 +3,8 @@
 // nms and batched_nms on CUDA: greedy non-maximum suppression within classes (common/nms.h), with the result of the CPU
 // to the last bit. nms is batched_nms of one class. Memory is linear in N: 56 bytes a candidate (float64: 88).
 //
-//   1. order    sort the entries (class, score, row): chunks of 2048 in shared memory, then a search in all chunks (up to
-//               4 chunks) or merges of runs (more chunks)
+//   1. order    sort the entries (class, score, row): chunks of 2048 in shared memory, then a search in all chunks
+//               (up to 4 chunks) or merges of runs (more chunks)
 //   2. gather   boxes in that order; for every tile of 1024 candidates, the begin of the class of its first candidate
 //   3. rounds   a class may span tiles, and a tile may hold classes; round r handles the r-th tile of every class
 //      suppress   a thread per candidate of later tiles tests it against the boxes that its class kept last round

@@ -6,8 +6,6 @@
 //               upsampling gathers down the columns of the input, and stores g.
 //   channels    a warp per channel adds the sums of the blocks, in order: two runs agree to the last bit.
 //   gradient    of the input, from the sums of its groups.
-//
-// Floor (H100, 3.0 TB/s), bfloat16, 128 x 100 x 168: 13 MB, 4.3 us; with upsampling 26 MB, 8.6 us.
 #include "cuda/group_norm_relu.cuh"
 
 namespace spatialflow {

@@ -25,8 +25,8 @@ __device__ __forceinline__ void add_to_cell(Global<real_t> cell, const real_t (&
     reduce_add(cell, values);
 }
 
-// Reverses the walk of the forward pass: adds the gradients of bins to the two columns of cells that the walk holds, and
-// adds a column to its rows of cells when the walk drops the column.
+// Reverses the walk of the forward pass: adds the gradients of bins to the two columns of cells that the walk holds,
+// and adds a column to its rows of cells when the walk drops the column.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin_row(
     Global<const scalar_t> source, int bins, int channels,  // bins one after the other, `channels` apart

@@ -7,9 +7,6 @@
 // Logits (rows, classes), labels (rows). A vector of logits lies in one row: 16 bytes where a row is made of those, one
 // logit otherwise. All its elements are taken for other classes; a branch that few warps take puts the label's class
 // right. The sum is one double per block, then one block that adds them in order: two runs agree to the last bit.
-//
-// Floor (H100, 3.0 TB/s), float32, 2 x 190,000 anchors x 80 classes: 122 MB read (and as much written, elementwise):
-// 41 us for the sum, 81 us for a derivative. In 41 us the device issues 40 instructions per element.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>

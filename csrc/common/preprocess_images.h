@@ -71,12 +71,12 @@ resize_rows(value_t upper, value_t lower, int upper_weight, int lower_weight, bo
 }
 
 // (value - mean) / std of one channel.
-struct Normalisation {
+struct Normalization {
     float mean;
     double factor;  // 1 / std
 };
 
-SPATIALFLOW_HOST_DEVICE float normalise(int value, const Normalisation& channel) {
+SPATIALFLOW_HOST_DEVICE float normalize(int value, const Normalization& channel) {
     return static_cast<float>(static_cast<double>(static_cast<float>(value) - channel.mean) * channel.factor);
 }
 

@@ -104,7 +104,7 @@ __device__ __forceinline__ void scatter_bin(
     });
 }
 
-// Four channels a lane: the 16 bytes of a lane's reduction and those of its neighbours fill whole sectors.
+// Four channels a lane: the 16 bytes of a lane's reduction and those of its neighbors fill whole sectors.
 constexpr int kScatterWidth = 4;
 
 template <typename scalar_t, int kWidth>

@@ -64,7 +64,7 @@ inline Tensor empty_image_batch(
 
 // Of the red, green and blue channel.
 struct ImageNormalisation {
-    Normalisation channels[3];
+    Normalization channels[3];
 };
 
 inline ImageNormalisation image_normalisation(const std::vector<double>& mean, const std::vector<double>& std) {

@@ -88,9 +88,9 @@ __global__ void warp_exchange_kernel(Global<int> out) {
     for (int round = 0; round < 3; ++round) {
         tile[threadIdx.x] += 1;
         __syncwarp(half);
-        const int neighbour = tile[threadIdx.x ^ 1];
+        const int neighbor = tile[threadIdx.x ^ 1];
         __syncwarp(half);
-        out[threadIdx.x] = neighbour;
+        out[threadIdx.x] = neighbor;
     }
 }
 

@@ -38,7 +38,7 @@ struct SimtConfig {
 template <typename scalar_t, int kAccess>
 __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
     conv3x3_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
-    constexpr int kVector = kWideElements<scalar_t>;
+    constexpr int kVector = kVectorElements<scalar_t>;
     SPATIALFLOW_SHARED(scalar_t, input_tile, SimtConfig::kChannels * SimtConfig::kInputRow);  // [channel][pixel]
     SPATIALFLOW_SHARED(scalar_t, weight_tile, SimtConfig::kChannels * SimtConfig::kOutputs);  // [channel][output]
     SPATIALFLOW_SHARED(unsigned, skipped, kSkippedWords);
@@ -171,7 +171,8 @@ struct Kernel {
     }
     // The number of resident blocks does not depend on the width of accesses.
     static int resident(Stream stream) {
-        return resident_blocks<with_access<kWideElements<scalar_t>>()>(Config::kThreads, Config::kSharedBytes, stream);
+        return resident_blocks<with_access<kVectorElements<scalar_t>>()>(
+            Config::kThreads, Config::kSharedBytes, stream);
     }
     static int64_t output_tiles(const Tensor& out) { return ceil_div(out.size(1), Config::kOutputs); }
     static int64_t tiles(const Tensor& out) {
@@ -182,7 +183,7 @@ struct Kernel {
     static void launch_table(const ConvTable<scalar_t>& table, bool vectorized, Stream stream) {
         const dim3 blocks(persistent_blocks(table, resident(stream))), threads(Config::kThreads);
         if (vectorized) {
-            launch<with_access<kWideElements<scalar_t>>()>(blocks, threads, Config::kSharedBytes, stream, table);
+            launch<with_access<kVectorElements<scalar_t>>()>(blocks, threads, Config::kSharedBytes, stream, table);
         } else {
             launch<with_access<1>()>(blocks, threads, Config::kSharedBytes, stream, table);
         }
@@ -232,7 +233,7 @@ void convolve(
                       conv.bias ? data<real_t>(*conv.bias) : Global<const real_t>(nullptr),
                       conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[i]),
                       mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu,
-                      out.size(1) % kWideElements<scalar_t> == 0 &&
+                      out.size(1) % kVectorElements<scalar_t> == 0 &&
                           (conv.residual.empty() || is_aligned(conv.residual[i].const_data_ptr(), 16)),
                       0, static_cast<int>(ceil_div(out.size(2), Config::kHeight)),
                       static_cast<int>(ceil_div(out.size(3), Config::kWidth)),

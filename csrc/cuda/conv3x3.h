@@ -87,7 +87,7 @@ inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::ve
 // Whether the channels of all `levels` can be loaded 16 bytes at a time.
 template <typename scalar_t>
 inline bool has_vectorizable_channels(const std::vector<Tensor>& levels) {
-    constexpr int64_t kWidth = kWideElements<scalar_t>;
+    constexpr int64_t kWidth = kVectorElements<scalar_t>;
     for (const Tensor& level : levels) {
         if (level.size(1) % kWidth != 0 || stride_of(level, 0) % kWidth != 0 || stride_of(level, 2) % kWidth != 0 ||
             stride_of(level, 3) % kWidth != 0 || !is_aligned(level.const_data_ptr(), 16)) {

@@ -157,7 +157,7 @@ __device__ __forceinline__ int next_tile(const Table& table, const Shared<unsign
 template <int kHeight, int kWidth, int kOutputs, typename scalar_t>
 __device__ __forceinline__ void clear_tile(
     const Global<scalar_t>& out, int height, int width, int outputs, bool vectorized, const MapTile& map, int output) {
-    constexpr int kVector = kWideElements<scalar_t>;
+    constexpr int kVector = kVectorElements<scalar_t>;
     const int step = vectorized ? kVector : 1, threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) * step; i < kHeight * kWidth * kOutputs; i += threads * step) {

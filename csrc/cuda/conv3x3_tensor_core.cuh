@@ -19,7 +19,7 @@ namespace spatialflow {
 // all operand types have the same sizes.
 template <typename operand_t, int kTileOutputs>
 struct TensorCoreConfig {
-    static constexpr int kVector = kWideElements<element_t<operand_t>>;
+    static constexpr int kVector = kVectorElements<element_t<operand_t>>;
     static constexpr int kThreads = 128;
     static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
     static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // rows of the tile

@@ -66,7 +66,7 @@ __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar_t>& source, int left) {
     Vec<unsigned, 4> words{};
-    constexpr int kCount = kWideElements<scalar_t>;
+    constexpr int kCount = kVectorElements<scalar_t>;
     if constexpr (kWidth == kCount) {
         if (left > 0) {
             words = load_vector<4>(pointer_cast<const unsigned>(source));

@@ -380,7 +380,7 @@ void add_parts(
             bias, mutable_data<scalar_t>(output), static_cast<int>(parts.size(0)), static_cast<int>(out_channels),
             output.numel(), relu);
     };
-    constexpr int kElements = kWideElements<real_t>;
+    constexpr int kElements = kVectorElements<real_t>;
     if (out_channels % kElements == 0) {
         add(std::integral_constant<int, kElements>{});
     } else {
@@ -394,7 +394,7 @@ void convolve_tiles(
     const Tensor& packed, const std::optional<Tensor>& dense_bias, const Tensor& output, Stream stream) {
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    constexpr int kDepth = 4 * kWideElements<scalar_t>;
+    constexpr int kDepth = 4 * kVectorElements<scalar_t>;
     const Global<const scalar_t> bias = dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
     const int64_t blocks_per_tile = column_tiles * shape.groups;  // blocks with the same pixels
@@ -498,7 +498,7 @@ Tensor pack_deform_conv2d_cuda(const Tensor& weight, int64_t groups, int64_t off
     int64_t chunk = 0;
     dispatch_floating(op, weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        chunk = deform_chunk<scalar_t>(shape, deform_run(shape) % kWideElements<scalar_t> == 0);
+        chunk = deform_chunk<scalar_t>(shape, deform_run(shape) % kVectorElements<scalar_t> == 0);
     });
     const int64_t tag = packed_tag(kPackedColumns, weight.scalar_type() == ScalarType::Double);
     return pack_deform_weight(op, weight, shape, chunk, algorithm, tag, device.stream());

@@ -237,7 +237,7 @@ public:
 
     // Weights of the four cells, mask included.
     __device__ __forceinline__ void weights(int entry, real_t (&weights)[4]) const {
-        constexpr int kItem = kWideElements<real_t>;
+        constexpr int kItem = kVectorElements<real_t>;
 #pragma unroll
         for (int corner = 0; corner < 4; corner += kItem) {
             const auto vector = load_vector<kItem>(weights_ + (entry * 4 + corner));
@@ -283,7 +283,7 @@ template <int kWidth, typename scalar_t>
 __device__ __forceinline__ void load_outputs(
     const DeformProblem<scalar_t>& problem, Global<const scalar_t> grad_output, int pixel, int end, int group,
     int output, Shared<scalar_t> target) {
-    constexpr int kItem = kWideElements<scalar_t>;
+    constexpr int kItem = kVectorElements<scalar_t>;
     Global<const scalar_t> source =
         grad_output + (static_cast<int64_t>(pixel) * problem.out_channels + group * problem.group_outputs + output);
     if constexpr (kWidth == 1) {
@@ -309,7 +309,7 @@ constexpr int kTableEntries = kTableTaps * kProductRows;
 template <typename scalar_t, int kWidth>
 class ColumnItem {
     using real_t = accum_t<scalar_t>;
-    static constexpr int kItem = kWideElements<scalar_t>;
+    static constexpr int kItem = kVectorElements<scalar_t>;
     static_assert(kWidth == kItem || kWidth == 1, "an item is one access or single elements");
 
 public:
@@ -411,7 +411,7 @@ int64_t deform_run(const DeformConvShape& shape);
 // Channels of a chunk of a run: those of 128 bytes if items of 16 bytes never cross runs, else all.
 template <typename scalar_t>
 int64_t deform_chunk(const DeformConvShape& shape, bool is_vectorizable) {
-    constexpr int64_t kChunk = 8 * kWideElements<scalar_t>;
+    constexpr int64_t kChunk = 8 * kVectorElements<scalar_t>;
     const int64_t run = deform_run(shape);
     return is_vectorizable && run % kChunk == 0 && shape.taps() <= kTableTaps ? kChunk : run;
 }
@@ -475,7 +475,7 @@ public:
     // True if items of 16 bytes never cross a run and are aligned.
     template <typename scalar_t>
     bool is_vectorizable() const {
-        return deform_run(shape_) % kWideElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
+        return deform_run(shape_) % kVectorElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
     }
 
 private:
@@ -489,7 +489,7 @@ private:
 // columns, and the elements of an access.
 template <typename scalar_t, int kMaxColumns, typename Run>
 inline void with_tile(bool vectorized, int64_t columns, Run run) {
-    constexpr int kWidth = kWideElements<scalar_t>;
+    constexpr int kWidth = kVectorElements<scalar_t>;
     if (!vectorized) {
         run(std::integral_constant<int, 64>{}, std::integral_constant<int, 1>{});
         return;

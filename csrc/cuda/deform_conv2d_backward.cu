@@ -31,12 +31,12 @@ struct DataMemory {
     // Of 256 columns half are in shared memory at a time.
     static constexpr int kPasses = kColumns > 128 ? 2 : 1, kPassColumns = kColumns / kPasses;
     // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbors fill whole sectors.
-    static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kWideElements<real_t>;
+    static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kVectorElements<real_t>;
     static constexpr int kLanes = kPassColumns / kPart;                      // of a pixel
     static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // of a thread
     static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
     // The tiles of a product and its result use the same memory, one after the other.
-    static constexpr int kColumnsRow = kPassColumns + kWideElements<real_t>;
+    static constexpr int kColumnsRow = kPassColumns + kVectorElements<real_t>;
     static constexpr int kTilesBegin = TapTable<real_t, kProductRows>::kSize;
     static constexpr size_t kColumnsBytes = kProductRows * kColumnsRow * sizeof(real_t);
     static constexpr size_t kTilesBytes = 2 * Product::kTilesSize * sizeof(scalar_t);
@@ -430,7 +430,7 @@ const char* const kOp = "deform_conv2d_backward";
 
 template <typename scalar_t>
 bool is_vectorizable(const DeformOperands& operands, const DeformConvShape& shape, const Tensor& grad_output) {
-    return operands.is_vectorizable<scalar_t>() && shape.group_outputs() % kWideElements<scalar_t> == 0 &&
+    return operands.is_vectorizable<scalar_t>() && shape.group_outputs() % kVectorElements<scalar_t> == 0 &&
            is_aligned(grad_output.const_data_ptr(), 16);
 }
 

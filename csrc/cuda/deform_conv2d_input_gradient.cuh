@@ -152,11 +152,11 @@ struct Cell {
 
 // 16 bytes of `spread`: outputs output ... of the group, at one tap.
 template <int kWidth, typename scalar_t>
-__device__ __forceinline__ Vec<scalar_t, kWideElements<scalar_t>> spread_item(
+__device__ __forceinline__ Vec<scalar_t, kVectorElements<scalar_t>> spread_item(
     const DeformProblem<scalar_t>& problem, const ReaderLists& readers, Global<const accum_t<scalar_t>> weights,
     Global<const scalar_t> grad_output, const Cell& cell, int offset_group, int group, int tap, int output) {
     using real_t = accum_t<scalar_t>;
-    constexpr int kItem = kWideElements<scalar_t>;
+    constexpr int kItem = kVectorElements<scalar_t>;
     real_t sums[kItem] = {};
     const int64_t slice =
         (static_cast<int64_t>(cell.image) * readers.offset_groups + offset_group) * problem.taps + tap;

@@ -61,7 +61,7 @@ struct TileReader {
 // Sizes of the tensor-core kernel. A step has as many pixels as the depth of a product.
 template <typename operand_t>
 struct TensorCoreGradientConfig {
-    static constexpr int kVector = kWideElements<element_t<operand_t>>;
+    static constexpr int kVector = kVectorElements<element_t<operand_t>>;
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 64;
     static constexpr int kBlocks = std::is_same_v<operand_t, Tf32x3> ? 1 : 2;  // of 8 channels of a warp, by registers
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(SimtGradientConfig::kThreads, 1) conv3x3_weigh
     const __grid_constant__ GradientTable<scalar_t> table,
     Global<scalar_t> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
-    constexpr int kVector = kWideElements<scalar_t>;
+    constexpr int kVector = kVectorElements<scalar_t>;
     SPATIALFLOW_SHARED(
         scalar_t, inputs,
         SimtGradientConfig::kHaloPixels * SimtGradientConfig::kChannels);  // [pixel with halo][channel]
@@ -546,7 +546,7 @@ void launch_gradient(
             }
         };
         if (vectorized) {
-            run(std::integral_constant<int, kWideElements<scalar_t>>{});
+            run(std::integral_constant<int, kVectorElements<scalar_t>>{});
         } else {
             run(std::integral_constant<int, 1>{});
         }

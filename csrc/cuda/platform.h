@@ -29,6 +29,6 @@ constexpr int kWarpSize = 32;
 
 // Elements of a 16-byte access.
 template <typename scalar_t>
-constexpr int kWideElements = static_cast<int>(16 / sizeof(scalar_t));
+constexpr int kVectorElements = static_cast<int>(16 / sizeof(scalar_t));
 
 }  // namespace spatialflow

@@ -39,7 +39,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) preprocess_images_kernel(
     const __grid_constant__ SourceImages images, Global<scalar_t> output,  // (images, height, width, 3)
     const ImageBatch batch, const ImageNormalisation normalization) {
-    constexpr int kPixels = kWideElements<scalar_t>;
+    constexpr int kPixels = kVectorElements<scalar_t>;
     const int64_t groups = (batch.width + kPixels - 1) / kPixels;  // of a row
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (index >= batch.height * groups) {
@@ -105,7 +105,7 @@ Tensor preprocess_images_cuda(
     const ImageNormalisation normalization = image_normalisation(mean, std);
     dispatch_image_dtype<float16, bfloat16>(dtype, [&](auto zero) {
         using scalar_t = decltype(zero);
-        constexpr int kPixels = kWideElements<scalar_t>;
+        constexpr int kPixels = kVectorElements<scalar_t>;
         const ImageBatch batch{height, width, width % kPixels == 0};
         const unsigned blocks = grid_size("preprocess_images", ceil_div(height * ceil_div(width, kPixels), kThreads));
         for (int64_t first = 0; first < count; first += kImagesPerLaunch) {

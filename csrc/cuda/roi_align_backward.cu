@@ -529,7 +529,7 @@ std::vector<Tensor> roi_align_backward(
                        is_aligned(source.const_data_ptr(), 16);
             };
             if (gather) {
-                constexpr int kWidth = kWideElements<scalar_t>;
+                constexpr int kWidth = kVectorElements<scalar_t>;
                 const auto run = is_vectorizable(kWidth) ? launch_gather<scalar_t, kWidth> : launch_gather<scalar_t, 1>;
                 run(op, source, rois, gradients, settings, problem, device.stream());
             } else if constexpr (!std::is_same_v<scalar_t, double>) {

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     SPATIALFLOW_SHARED(unsigned, sums, kGreedyWarps);
     SPATIALFLOW_SHARED(unsigned, cut, kCutWords);
     SPATIALFLOW_SHARED(unsigned, listed, 2);  // the bin of the last candidate, entries of the list
-    constexpr int kWidth = kWideElements<key_t>;
+    constexpr int kWidth = kVectorElements<key_t>;
     const int thread = static_cast<int>(threadIdx.x);
     const SelectedLevel& level = selected.levels[blockIdx.x];
     const int64_t image = blockIdx.y, key_begin = image * selected.keys + level.key_begin;
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
     Global<accum_t<scalar_t>> scores,                                 // (B, rows, classes)
     const CandidateProblem<scalar_t> problem, const int64_t total) {  // threads
     using real_t = accum_t<scalar_t>;
-    constexpr int kStored = kWidth < kWideElements<real_t> ? kWidth : kWideElements<real_t>;
+    constexpr int kStored = kWidth < kVectorElements<real_t> ? kWidth : kVectorElements<real_t>;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (index >= total) {
         return;
@@ -291,7 +291,7 @@ LevelValues<scalar_t> level_values(const Tensor& tensor) {
 // True if the logits of every anchor are whole, aligned 16-byte vectors.
 template <typename scalar_t>
 bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
-    constexpr int kWidth = kWideElements<scalar_t>;
+    constexpr int kWidth = kVectorElements<scalar_t>;
     bool vectorizable = classes % kWidth == 0;
     for (const Tensor& level : logits) {
         vectorizable = vectorizable && is_aligned(level.const_data_ptr(), 16) && stride_of(level, 0) % kWidth == 0 &&
@@ -326,7 +326,7 @@ void run_candidates(CandidateProblem<scalar_t> problem, const CandidateTensors& 
             selected.levels[selected.count++] = {l,           level.anchors, level.begin,
                                                  level.count, selected.keys, grid_size(kOp, blocks)};
             blocks += ceil_div(level.anchors, kThreads);
-            selected.keys += ceil_div(level.anchors, kWideElements<key_t>) * kWideElements<key_t>;
+            selected.keys += ceil_div(level.anchors, kVectorElements<key_t>) * kVectorElements<key_t>;
         }
     }
     WorkspaceLayout layout;
@@ -391,7 +391,7 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
                 own.ranges[l].is_selected};
         }
         if (is_vectorizable<scalar_t>(own.logits, classes)) {
-            run_candidates<scalar_t, kWideElements<scalar_t>>(problem, own, device.stream());
+            run_candidates<scalar_t, kVectorElements<scalar_t>>(problem, own, device.stream());
         } else {
             run_candidates<scalar_t, 1>(problem, own, device.stream());
         }

@@ -319,7 +319,7 @@ unsigned blocks_of(const FocalOptions& options) {
 // Calls run(width) with the elements of a vector: 16 bytes if rows are made of those in all `tensors`, one otherwise.
 template <typename scalar_t, typename Run>
 void dispatch_width(int64_t classes, std::initializer_list<const Tensor*> tensors, const Run& run) {
-    constexpr int kWidth = kWideElements<scalar_t>;
+    constexpr int kWidth = kVectorElements<scalar_t>;
     const auto is_vectorizable = [](const Tensor* tensor) { return is_aligned(tensor->const_data_ptr(), 16); };
     if (classes % kWidth == 0 && std::all_of(tensors.begin(), tensors.end(), is_vectorizable)) {
         run(std::integral_constant<int, kWidth>{});

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
     const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0), warp = __shfl_sync(kAllLanes, thread / kWarpSize, 0);
     if (warpgroup < kProducers / 128) {
         decrease_registers<kLimitedRegisters ? 96 : 120>();
-        constexpr int kItemChannels = kWideElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
+        constexpr int kItemChannels = kVectorElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
         constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;  // of a thread and step
         const int thread_row = thread / kRowItems, thread_channel = thread % kRowItems * kItemChannels;
         // A row of columns has 128 bytes, and the rows of a thread differ by multiples of eight: all have the same

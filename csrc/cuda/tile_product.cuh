@@ -23,7 +23,7 @@ constexpr int kProductRows = 64;
 
 template <typename operand_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
 struct TileLayout {
-    static constexpr int kItem = kWideElements<element_t<operand_t>>;
+    static constexpr int kItem = kVectorElements<element_t<operand_t>>;
     static constexpr int kDepth = 4 * kItem;
     static constexpr int kDepthRowPadding = kIsSimt<operand_t> ? kItem : 8;
     static constexpr int kLeftRow = kLeftByDepth ? kRows + kDepthRowPadding : kDepth + kItem;
@@ -335,7 +335,7 @@ __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multi
 // Call load(row, item, target) for every 16-byte item of kRows rows of kRowItems items, spread over the block.
 template <int kRows, int kRowItems, int kThreads = kProductThreads, typename scalar_t, typename Load>
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
-    constexpr int kItem = kWideElements<scalar_t>, kStepRows = kThreads / kRowItems;
+    constexpr int kItem = kVectorElements<scalar_t>, kStepRows = kThreads / kRowItems;
     static_assert(kThreads % kRowItems == 0 && kRows % kStepRows == 0, "every thread loads as many items of a column");
     const int thread = static_cast<int>(threadIdx.x), row = thread / kRowItems, element = thread % kRowItems * kItem;
     const Shared<scalar_t> target = tile + (row * tile_row + element);

@@ -137,8 +137,8 @@ def test_copies_compute_the_same(name, copied):
     fast, images = optimize_for_inference(random_model(name)), torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         expected, actual = fast(images), copied(fast)(images)
-    for logits, expected_logits in zip(actual.class_logits, expected.class_logits):
-        assert torch.equal(logits, expected_logits)
+    for logits, wanted in zip(actual.class_logits, expected.class_logits):
+        assert torch.equal(logits, wanted)
     assert torch.equal(actual.stuff_logits, expected.stuff_logits)
 
 

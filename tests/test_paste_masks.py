@@ -77,7 +77,7 @@ class TestPasteMasks(OpMatrix):
 
 
 class TestGoldens:
-    """Masks of the released implementation, at original size with rescaled boxes and at network size."""
+    """Masks of the released implementation, at original size with rescaled boxes and at a larger size."""
 
     @pytest.mark.parametrize("case", ["rescale", "norescale"])
     def test_masks(self, large_goldens, case):

@@ -113,10 +113,10 @@ def test_every_png_filter(filter_type, channels):
     def chunk(kind, data):
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
-    colour = {3: 2, 4: 6}[channels]
+    color_type = {3: 2, 4: 6}[channels]
     stream = zlib.compress(lines.tobytes())
     data = b"\x89PNG\r\n\x1a\n" + chunk(
-        b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, colour, 0, 0, 0])
+        b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, color_type, 0, 0, 0])
     )
     data += chunk(b"IDAT", stream[:5]) + chunk(b"IDAT", b"") + chunk(b"IDAT", stream[5:]) + chunk(b"IEND", b"")
     np.testing.assert_array_equal(decode_png(data), pixels[..., :3].astype(int) @ [1, 256, 65536])

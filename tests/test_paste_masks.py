@@ -14,9 +14,9 @@ def instances(count: int, cells: tuple[int, int], extent: float) -> list[torch.T
     logits = torch.nn.functional.interpolate(
         torch.randn(count, 1, 4, 4, dtype=torch.float64) * 5, cells, mode="bilinear"
     )
-    centre = torch.rand(count, 2, dtype=torch.float64) * extent
+    center = torch.rand(count, 2, dtype=torch.float64) * extent
     radius = torch.rand(count, 2, dtype=torch.float64) * extent * 0.6 + 0.1
-    return [logits[:, 0], torch.cat([centre - radius, centre + radius], dim=1)]
+    return [logits[:, 0], torch.cat([center - radius, center + radius], dim=1)]
 
 
 def sample(count: int, cells: tuple[int, int], size: tuple[int, int], **options):

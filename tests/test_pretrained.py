@@ -17,7 +17,7 @@ def test_weights_are_small():
 
 
 def test_unseen_scenes():
-    """Some of the 50 scenes of `make demo`; the bound is lower, because fewer scenes vary more."""
+    """Ten of the 50 scenes of `make demo`; the bound has a margin for the smaller number."""
     predictor = spatialflow.Predictor(spatialflow.pretrained_model())
     quality = PanopticQuality(CATEGORIES)
     for index in range(10):

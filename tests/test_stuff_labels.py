@@ -64,12 +64,12 @@ class TestStuffLabels(OpMatrix):
         """Labels equal those in float64; where they differ, both classes have equal logits up to rounding."""
         sample = make_sample()
         (logits,) = to_dtype(sample, dtype)
-        labels, wide = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)
-        expected = wide.argmax(dim=0)
+        labels, enlarged = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)
+        expected = enlarged.argmax(dim=0)
         assert labels.dtype == (torch.uint8 if len(logits) <= 256 else torch.int64)
-        taken = wide.gather(0, labels.long()[None])[0]
+        taken = enlarged.gather(0, labels.long()[None])[0]
         assert (labels != expected).float().mean() < 1e-2
-        assert (taken >= wide.amax(dim=0) - 4e-6).all()
+        assert (taken >= enlarged.amax(dim=0) - 4e-6).all()
 
     def test_autocast(self, make_sample):
         """Autocast changes nothing, as labels only depend on comparisons."""
@@ -85,9 +85,9 @@ class TestStuffLabels(OpMatrix):
         plain = sample.op(logits, **sample.options)
         assert plain.is_contiguous() and plain.shape == sample.options["original_size"]
         for name, layout in LAYOUTS.items():
-            turned = layout(logits)
-            assert not turned.is_contiguous(), name
-            assert torch.equal(sample.op(turned, **sample.options), plain), name
+            strided = layout(logits)
+            assert not strided.is_contiguous(), name
+            assert torch.equal(sample.op(strided, **sample.options), plain), name
 
     def test_every_rounding_is_that_of_the_reference(self, make_sample):
         """With few distinct values, ties and near ties occur at every pixel, so rounding must be equal."""

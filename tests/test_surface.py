@@ -197,7 +197,7 @@ class TestRawOperator:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spatialflow::{name}", "CPU")
 
     def test_cuda_kernel(self, name):
-        """torch is asked if it has CUDA and loads the library, which needs no GPU; else the sources are searched."""
+        """If torch has CUDA and loads the library (no GPU is needed), ask torch; else search the sources."""
         if torch.version.cuda is not None and "cuda" in _library.built_libraries():
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spatialflow::{name}", "CUDA")
         elif (ROOT / "csrc").is_dir():

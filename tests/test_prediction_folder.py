@@ -120,7 +120,7 @@ def test_same_files_in_any_interleaving(tmp_path, shuffled, photographs, outcome
 
 @pytest.mark.parametrize("place", ["disk", "row", "segments"])
 def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outcomes, whole, place):
-    """It leaves no files, its error comes in the order of the images, and the next run writes it."""
+    """The image leaves no files, its error comes in the order of the images, and the next run writes it."""
     bad, inputs = (2, 3, 9), list(outcomes)
     function = {"disk": (writer, "write_id_map"), "row": (journal, "_write"), "segments": (journal, "_write")}[place]
     plain = getattr(*function)

@@ -8,7 +8,7 @@ import torch
 from helpers.op_matrix import OpMatrix, OpSample
 
 from spatialflow import ops
-from spatialflow.data.transforms import normalise, pad, resize_image
+from spatialflow.data.transforms import normalize, pad, resize_image
 from spatialflow.ops import reference
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -67,7 +67,7 @@ class TestPreprocessImages(OpMatrix):
 
 
 def opencv_chain(image: torch.Tensor, size: tuple[int, int], divisor: int) -> np.ndarray:
-    return pad(normalise(resize_image(image.cpu().numpy(), size), MEAN, STD), divisor)
+    return pad(normalize(resize_image(image.cpu().numpy(), size), MEAN, STD), divisor)
 
 
 def test_equal_to_opencv_for_any_size():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of more than 2^31 elements, and a hundred runs with bitwise equal results.
 
-Both need a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code runs on tensors of a few thousand elements
-and with three runs, so that the code itself is tested.
+Both need a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code is tested with tensors of a few thousand
+elements and three runs.
 """
 
 import pytest

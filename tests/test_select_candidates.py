@@ -252,7 +252,7 @@ class TestCases:
                 select(*wrong, 3)
 
     def test_bad_sizes_and_scales(self):
-        """Invalid sizes and scales give the values of the reference."""
+        """Invalid sizes and scales do not crash and agree with the reference."""
         values = tensors(2, 3, 2, [(5, 6)])
         values[3] = torch.tensor([[-5, 1 << 62], [0, -(1 << 62)]])
         values[4] = torch.tensor([[0.0, NAN], [INF, -1.0]])

@@ -65,7 +65,7 @@ def test_no_launch_asks_for_the_current_device():
 def test_files_are_looked_for_without_exceptions():
     """os.path.isfile returns False for an invalid name; Path.is_file raises if the name is too long."""
     package = ROOT / "spatialflow"
-    sources = [path for path in package.rglob("*.py") if path.name != "_library.py"]  # it only checks names of its own
+    sources = [path for path in package.rglob("*.py") if path.name != "_library.py"]  # it only checks fixed names
     raising = re.compile(r"\.(is_file|is_dir|exists)\(\)")
     assert [path.name for path in sources if raising.search(path.read_text())] == []
 

@@ -334,7 +334,7 @@ def test_anchors_outside_claim_no_box():
 
 
 def test_base_anchors_are_made_once_per_device(monkeypatch):
-    """They are made again only when the device changes."""
+    """Base anchors are computed again only when the device changes."""
     made, make = [], assigner_module.pyramid_base_anchors
     monkeypatch.setattr(assigner_module, "pyramid_base_anchors", lambda *args: made.append(args) or make(*args))
     assigner = TargetAssigner(build_model("tiny").config)

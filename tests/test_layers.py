@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of the source tree: Python imports and C++ includes point one way, without cycles."""
+"""Layers of the source tree: Python imports and C++ includes follow the tables, without cycles."""
 
 import ast
 import re
@@ -56,7 +56,7 @@ class Edge(NamedTuple):
 
 
 def _modules() -> dict[str, Path]:
-    """Files of the package by module name; "" is the package itself."""
+    """Map module names to files of the package; "" is the package itself."""
     paths = (ROOT / "spatialflow").rglob("*.py")
     names = {path: path.relative_to(ROOT / "spatialflow").with_suffix("") for path in paths}
     return {".".join(name.parts).removesuffix("__init__").rstrip("."): path for path, name in names.items()}
@@ -113,7 +113,7 @@ def _includes() -> list[Edge]:
 
 
 def _check_layers(edges: list[Edge], separator: str, allowed: dict[str, set[str]]) -> None:
-    """Fail with the offending lines."""
+    """Fail if a line breaks the table; the message lists the lines."""
     crossing = [
         (edge.source.split(separator)[0], edge.target.split(separator)[0], edge.place)
         for edge in edges

@@ -73,7 +73,7 @@ class CheckpointStore:
         """The checkpoint file."""
         return self.folder / "checkpoint.pt"
 
-    def exists(self) -> bool:
+    def has_checkpoint(self) -> bool:
         """True if there is a checkpoint file."""
         return os.path.isfile(self.path)
 
@@ -110,7 +110,7 @@ class CheckpointStore:
 
     def copy_before_divergence(self) -> Path | None:
         """Copy the checkpoint to `checkpoint_before_divergence.pt`; None where there is no checkpoint."""
-        if not self.exists():
+        if not self.has_checkpoint():
             return None
         copy = self.path.with_name("checkpoint_before_divergence.pt")
         with open(self.path, "rb") as checkpoint, atomic_write(copy) as file:

@@ -166,7 +166,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(process_group.device.type, enabled=training.mixed_precision == "fp16")
         self.store = CheckpointStore(self.folder, self.network, self.optimizer, self.scaler, run_identity(config, data))
-        self.step = self.store.restore() if resume and self.store.exists() else 0
+        self.step = self.store.restore() if resume and self.store.has_checkpoint() else 0
         steps = process_group.gather(self.step)
         if len(set(steps)) > 1:
             raise TrainingError(
@@ -330,7 +330,9 @@ class Trainer:
     def _divergence_error(self, step: int, reason: str) -> TrainingError:
         path = self.store.path
         resumption = f"; {path} is of an earlier step, and the same command with such settings resumes from it"
-        return TrainingError(f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.exists() else ''}")
+        return TrainingError(
+            f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.has_checkpoint() else ''}"
+        )
 
     def save_checkpoint(self) -> None:
         """Write the checkpoint, in the first process."""

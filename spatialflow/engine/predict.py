@@ -492,5 +492,5 @@ def usable_device(device: str | torch.device) -> torch.device:
 def _with_positions(images: Iterable[Image]) -> Iterator[tuple[int, Image]]:
     """Enumerate images. An array from an iterator is copied, as the iterator may overwrite it in its next step."""
     for position, image in enumerate(images):
-        copies = isinstance(image, np.ndarray) and not isinstance(images, Sequence)
-        yield position, cast("np.ndarray", image).copy() if copies else image
+        may_change = isinstance(image, np.ndarray) and not isinstance(images, Sequence)
+        yield position, cast("np.ndarray", image).copy() if may_change else image

@@ -31,9 +31,8 @@ class BoxHead(nn.Module):
         for conv in (self.class_logits, self.box_deltas):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(cast("Tensor", conv.bias))
-        nn.init.constant_(
-            cast("Tensor", self.class_logits.bias), -math.log(99)
-        )  # every anchor starts at probability 0.01
+        # Every anchor starts at probability 0.01.
+        nn.init.constant_(cast("Tensor", self.class_logits.bias), -math.log(99))
 
     def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Compute class logits and box deltas of every level."""

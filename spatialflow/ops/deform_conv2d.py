@@ -139,7 +139,7 @@ def deform_conv2d(
         if bias is not None:
             raise ValueError("deform_conv2d: bias must be None when weight is a PackedDeformConv, which has its own")
         algorithm_code("deform_conv2d", algorithm, without="winograd")
-        weight, bias, algorithm = weight.weight, weight.bias, weight.algorithm
+        bias, algorithm, weight = weight.bias, weight.algorithm, weight.weight
     input = autocast(input)
     code = algorithm_code("deform_conv2d", algorithm, input, without="winograd")
     settings = (

@@ -49,6 +49,7 @@ class PackedConv(NamedTuple):
 
 
 Entry = TypeVar("Entry", bound=Tensor | list[Tensor])
+"""A feature map, or a list of maps of several levels."""
 
 
 @overload
@@ -87,7 +88,7 @@ def flow_conv2d(
 ) -> list[Entry]: ...
 
 
-def flow_conv2d(
+def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Tensor | list[Tensor]], as lists are mutable
     x: Tensor | list[Tensor] | list[Tensor | list[Tensor]],
     flow: Tensor | list[Tensor] | None,
     weight: Tensor | PackedConv | list[PackedConv],
@@ -187,7 +188,7 @@ def flow_conv2d(
     if isinstance(weight, PackedConv):
         if bias is not None:
             raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
-        conv, weight, bias, algorithm = weight, weight.weight, weight.bias, weight.algorithm
+        conv, bias, algorithm, weight = weight, weight.bias, weight.algorithm, weight.weight
         code = algorithm_code("flow_conv2d", algorithm, levels[0] if levels else None)
         if not needs_gradient([*levels, *flows, weight, bias]):
             call = (levels, flows, conv.packed, conv.packed_bias, weight.shape[0], bool(relu), code)

@@ -119,7 +119,7 @@ class RoIAlign(nn.Module):
 
 
 def _as_list(x: Any) -> list[Any]:
-    return x if isinstance(x, (list, tuple)) else [x]
+    return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:

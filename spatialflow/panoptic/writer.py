@@ -353,10 +353,11 @@ class PanopticWriter:
 
     def _forget(self, name: str | None) -> None:
         """Remove an image that another one replaces."""
-        entry = None if name is None else self._entries.pop(name, None)
-        if entry is not None and name is not None:
-            for key in (("id", entry.image_id), ("PNG", entry.png_name), ("name", name)):
-                del self._taken[key]
+        if name is None or name not in self._entries:
+            return
+        entry = self._entries.pop(name)
+        for key in (("id", entry.image_id), ("PNG", entry.png_name), ("name", name)):
+            del self._taken[key]
 
     def _check_free(self, row: Mapping[str, Any]) -> None:
         for key in _keys(row):

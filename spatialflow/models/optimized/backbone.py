@@ -58,9 +58,8 @@ class FusedBottleneck(nn.Module):
         self.downsample: FusedConv | None = None
         if block.downsample is not None:
             self.downsample = FusedConv(cast("nn.Conv2d", block.downsample[0]))
-            self.conv3.bias = cast("Tensor", self.conv3.bias) + cast(
-                "Tensor", self.downsample.bias
-            )  # saves a pass: both biases enter the sum
+            # Saves a pass: both biases enter the sum.
+            self.conv3.bias = cast("Tensor", self.conv3.bias) + cast("Tensor", self.downsample.bias)
             self.downsample.bias = None
 
     def forward(self, x: Tensor) -> Tensor:

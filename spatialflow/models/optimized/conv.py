@@ -113,8 +113,8 @@ def _is_built_for(device: torch.device) -> bool:
 
 
 def _has_onednn_epilogue(x: Tensor) -> bool:
-    return (  # type: ignore[return-value]  # the stub of torch gives the flag no type
-        _HAS_ONEDNN
+    return (
+        _HAS_ONEDNN  # type: ignore[return-value]  # torch annotates `enabled` by the class of its descriptor
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.enabled

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare a training run killed at random moments and resumed, bit by bit, with an uninterrupted run.
+"""Compare, bit by bit, the weights of a training run that is killed and resumed with an uninterrupted run's.
 
-python tests/kill_and_resume.py --repeats 10
+Usage: `python tests/kill_and_resume.py --repeats 10`
 """
 
 import argparse
@@ -41,7 +41,7 @@ SETTINGS = (
 
 
 def command(data: Path, folder: Path, *settings: str, workers: int = 0) -> list[str]:
-    """The command `spatialflow train` on synthetic scenes, with a network of a few thousand parameters."""
+    """Return the command `spatialflow train` on synthetic scenes, with a network of a few thousand parameters."""
     return [
         sys.executable,
         "-m",
@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 
 def digest(folder: Path) -> str:
-    """A hash of the names and values of the final weights."""
+    """Return a hash of the names and values of the final weights."""
     state = load_file(folder / "model.safetensors")
     return hashlib.sha256(b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
@@ -75,9 +75,10 @@ def digest(folder: Path) -> str:
 def kill_and_resume(
     data: Path, expected: str, folder: Path, settings: tuple[str, ...], rng: random.Random, kills: int = 2
 ) -> bool:
-    """Kill a run `kills` times and resume it; True if it ends with the expected weights.
+    """Kill a run `kills` times, then resume it; return whether it ends with the expected weights.
 
-    Half of the kills wait for the temporary file of a checkpoint to appear, the others for a random number of steps.
+    Each kill waits for one to three checkpoints. Then about half of the kills wait for the temporary file of another
+    checkpoint, the others for up to 0.2 s.
     """
     for _ in range(kills):
         process = subprocess.Popen(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints how far losses and gradients of one training step are from the released ones.
+"""Print the differences between the losses and gradients of one training step and the released ones.
 
-`python tests/measure_parity.py` measures both forms of the network, on the targets of the plain one, as in
-`test_training_targets.py`, which holds them to 1e-5 and 1e-3.
+`python tests/measure_parity.py` measures the plain network and the network arranged for training. Both use the targets
+of the plain network, as in `test_training_targets.py`. The tolerances there are 1e-5 for losses and 1e-3 for gradients.
 """
 
 import torch
@@ -15,7 +15,10 @@ from spatialflow.models.optimized.training import optimize_for_training
 
 
 def measure(arranged: bool) -> tuple[float, float, float]:
-    """Largest relative difference of a loss, of a gradient's norm, and of a whole gradient by its largest value."""
+    """Return the largest relative error of the losses, of the gradient norms, and of the gradients.
+
+    The error of a gradient is relative to its largest value.
+    """
     arrays, about, images, truth = golden_batch(GOLDENS)
     model = golden_model(GOLDENS, "tiny", "tiny").train()
     step = released_step(optimize_for_training(model) if arranged else model, truth)

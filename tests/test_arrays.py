@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators called with arrays of another library: docs/arrays.md. NumPy stands in for CuPy where there is no GPU."""
+"""Operators called with arrays of another library: docs/arrays.md. NumPy replaces CuPy on machines without a GPU."""
 
 import types
 
@@ -281,7 +281,7 @@ def test_what_is_handed_on_is_the_same_array():
 
 
 def test_results_keep_their_memory():
-    """They live on when the tensor behind them, and the arguments, are gone."""
+    """Result arrays stay valid after their tensor and the arguments are deleted."""
     function, arguments = cases()["roi_align"]
     expected = function(**arguments)
     result = function(**arrays_in(arguments))

@@ -167,7 +167,7 @@ class TestMultilevelRoiAlign:
         compare("multilevel_roi_align", levels, ROIS, (2, 3), (2, 4, 8), 0, aligned, 4, dtype=dtype)
 
     def test_level_by_size(self) -> None:
-        """A RoI of twice the finest scale belongs to the second level, a smaller one to the first."""
+        """A RoI of twice the finest scale uses the second level, a smaller one the first."""
         levels = [torch.full((1, 1, 40, 40), float(level)) for level in range(3)]
         sides = (0.0, 5.0, 9.99, 10.0, 19.99, 20.0, 39.0, 1e3, 1e19, 3e38)
         boxes = rows(*([0, 0, 0, side, side] for side in sides)).float()
@@ -378,7 +378,7 @@ def conv() -> tuple[Tensor, Tensor]:
     return random(2, 2, 3, 3) / 4, random(2)
 
 
-TOWERS: dict[str, Callable[[], ops.SubnetParameters]] = {
+WIRINGS: dict[str, Callable[[], ops.SubnetParameters]] = {
     "nothing": lambda: ops.SubnetParameters(segmentation_levels=1),
     "paper": lambda: ops.SubnetParameters(
         (conv(), conv()),
@@ -426,9 +426,9 @@ TOWERS: dict[str, Callable[[], ops.SubnetParameters]] = {
 
 
 class TestFusedSubnets:
-    @pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
-    def test_wiring(self, tower: Callable[[], ops.SubnetParameters]) -> None:
-        levels, parameters = [random(1, 2, 3, 4), random(2, 2, 2, 2)], tower()
+    @pytest.mark.parametrize("make_parameters", WIRINGS.values(), ids=WIRINGS)
+    def test_wiring(self, make_parameters: Callable[[], ops.SubnetParameters]) -> None:
+        levels, parameters = [random(1, 2, 3, 4), random(2, 2, 2, 2)], make_parameters()
         compare("fused_subnets", levels, parameters, dtype=torch.float64)
         for dtype in (torch.float32, torch.bfloat16):
             compare("fused_subnets", *map_tensors_of((levels, parameters), dtype), dtype=dtype)

@@ -193,7 +193,7 @@ class TestLayouts:
 
 @pytest.mark.skipif(os.environ.get("SPATIALFLOW_BACKEND") != "simt", reason="reads the launches of the interpreter")
 class TestKernels:
-    """Which kernels run, and what is copied for them."""
+    """Kernels that run, and the copies made for them."""
 
     @pytest.fixture
     def launched(self, monkeypatch, capfd):

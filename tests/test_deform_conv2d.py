@@ -144,7 +144,7 @@ class TestValues:
         altered = [None if t is None else t.clone() for t in tensors]
         # Tap 4 of output cell (2, 3), by either coordinate of the offset or by the mask.
         altered[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
-        # What it must equal: the tap moved far outside. Its mask then has no gradient either.
+        # Expected: the tap moved far outside. Its mask then has no gradient either.
         far = [None if t is None else t.clone() for t in tensors]
         far[1][0, 8, 2, 3] = 1e6
         results = []

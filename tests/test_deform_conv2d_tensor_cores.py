@@ -72,7 +72,7 @@ class TestErrors:
         for name, one, other in zip(NAMES, actual, expected):
             assert_near([one], [other], torch.float32, factor=FACTORS[algorithm], what=name)
         if HAS_TENSOR_CORES and algorithm == "tf32":
-            # A bias's gradient is a sum without products, the others are no float32. The bias itself is not rounded,
+            # A bias's gradient is a sum without products; the others are not float32. The bias itself is not rounded,
             # and is several times as large as the sums that it is added to.
             products = [expected[0] - tensors[3].double()[:, None, None], *expected[1:]]
             for name, one, other, of_products in zip(NAMES, actual, expected, products):
@@ -134,7 +134,7 @@ class TestNumbers:
             assert all(torch.equal(one, other) for result in computed for one, other in zip(result, computed[0]))
 
     def test_auto_is_three_products(self):
-        """Where torch does not allow TF32, as on the interpreter, which has no CUDA tensors."""
+        """For torch settings without TF32, as on the interpreter, which has no CUDA tensors."""
         if not HAS_TENSOR_CORES:
             pytest.skip("asks which CUDA kernel computes")
         tensors = tensors_of(*CASES["groups"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derivatives of derivatives: torch.func's transforms inside one another, against the plain-PyTorch references.
 
-torch's own autograd.Function gives wrong numbers for forward mode within forward mode, without a word: its `jvp` runs
-with forward mode off, so that tangents of the outer transform are lost in it.
+torch.autograd.Function silently gives wrong results for forward mode within forward mode. Its `jvp` runs with forward
+mode disabled, which loses tangents of the outer transform.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def test_nested_transforms(op, transforms):
 
 
 def test_no_grad_within_a_transform():
-    """What is computed under no_grad is a constant to the transform inside which that is."""
+    """A result computed under no_grad is a constant of the enclosing transform."""
     x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
 
     def constant(x):
@@ -84,7 +84,7 @@ CALLS = {
 
 @pytest.mark.parametrize("by", ["mode", "subclass"])
 def test_who_replaces_a_function_may_compute_with_gradients(by):
-    """What is computed around an operator that needs no gradient is recorded all the same."""
+    """Computation around an operator that needs no gradient is recorded by autograd."""
     factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
 
     def scaled(func, args, kwargs):
@@ -110,7 +110,7 @@ def test_who_replaces_a_function_may_compute_with_gradients(by):
 
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_a_constant_of_the_inner_transform(op):
-    """It requires no gradient there, and one in the transform around."""
+    """It requires no gradient in the inner transform, but one in the outer transform."""
     x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
 
     def value(kernel, x):
@@ -125,7 +125,7 @@ def test_a_constant_of_the_inner_transform(op):
 
 
 def test_dual_numbers_of_forward_mode():
-    """Their tangents are no inputs that require a gradient, and still not lost."""
+    """Tangents are kept although no input requires a gradient."""
     x, tangent = torch.rand(2, 1, 2, 4, 4, dtype=torch.float64)
     packed = ops.pack_conv3x3(WEIGHT)
     for call in (CALLS["roi_align"], CALLS["flow_conv2d"], lambda x: ops.flow_conv2d(x, None, packed)):

@@ -123,7 +123,7 @@ class TestTensorCores:
 
     @of_each
     def test_tower(self, algorithm):
-        """Convolutions of several algorithms in a launch; the composed tower gives the same bits."""
+        """Convolutions of several algorithms in a launch; the composed sub-networks give the same bits."""
         convs = [(torch.randn(24, 24, 3, 3) / 12, torch.randn(24)) for _ in range(4)]
         packed = [ops.pack_conv3x3(*conv, name) for conv, name in zip(convs, (algorithm, "direct", "auto", algorithm))]
         lists = {"cls": packed[:1], "reg": packed[1:2], "stuff": convs[2:3], "flow_cls": packed[3:], "thing": convs[:1]}

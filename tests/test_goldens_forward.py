@@ -21,7 +21,7 @@ from spatialflow.ops.reference.select_candidates import decode_boxes, grid_ancho
 
 @pytest.fixture(scope="module")
 def tiny(large_goldens):
-    """(arrays, json, model, outputs) of `forward/tiny_b2`."""
+    """The recording `forward/tiny_b2` and the model's results: (arrays, JSON content, model, output)."""
     arrays = np.load(large_goldens / "forward" / "tiny_b2.npz")
     about = json.loads((large_goldens / "forward" / "tiny_b2.json").read_text())
     model = golden_model(large_goldens, "tiny", "tiny")
@@ -64,7 +64,7 @@ def test_pyramid_and_head_outputs(tiny):
 
 
 def test_stuff_logits_and_labels(tiny):
-    """The golden holds every fourth pixel of the released, image-sized logits."""
+    """The recording has every fourth pixel of the released logits, which have the size of the image."""
     arrays, about, _, output = tiny
     logits, quarter = upsample_stuff_logits(output.stuff_logits), output.stuff_logits
     assert_close("stuff_logits", logits[:, :, ::4, ::4], arrays["stuff_logits_sub4"])
@@ -86,38 +86,41 @@ def test_anchors_of_every_level(tiny):
 def test_candidates_before_nms(tiny):
     arrays, about, model, output = tiny
     valid, _ = sizes_of(about["metas"])
-    found = candidates_of(
+    candidates = candidates_of(
         model.config.model, output.class_logits, output.box_deltas, valid, torch.ones_like(valid, dtype=torch.float32)
     )
-    assert found.boxes.shape[1] == sum(about["levels_before_nms"])
-    for i in range(2):  # the released order of equally good anchors is free: compare as sorted rows
-        ours, expected = found.boxes[i].numpy(), arrays[f"prenms_all_boxes_img{i}"]
+    assert candidates.boxes.shape[1] == sum(about["levels_before_nms"])
+    for i in range(2):  # anchors with equal scores have no fixed order in the released code: compare sorted columns
+        ours, expected = candidates.boxes[i].numpy(), arrays[f"prenms_all_boxes_img{i}"]
         assert np.abs(np.sort(ours, axis=0) - np.sort(expected, axis=0)).max() < 0.03
         index = torch.from_numpy(arrays[f"prenms_index_img{i}"]).long()
         partner = (
-            (found.boxes[i][None] - torch.from_numpy(arrays[f"prenms_boxes_img{i}"])[:, None]).abs().amax(-1).argmin(1)
+            (candidates.boxes[i][None] - torch.from_numpy(arrays[f"prenms_boxes_img{i}"])[:, None])
+            .abs()
+            .amax(-1)
+            .argmin(1)
         )
-        assert (partner == index).float().mean() > 0.95  # almost everywhere even the order is the same
+        assert (partner == index).float().mean() > 0.95  # nearly all anchors have the recorded order, too
         assert_close(
             "scores",
-            found.scores[i][index][partner == index],
+            candidates.scores[i][index][partner == index],
             arrays[f"prenms_scores_img{i}"][(partner == index).numpy()],
         )
 
 
 def detected(logits, deltas, valid, factors, model, settings, per_level=1000):
-    """Head outputs to detections; `factors` (B, 2) divide the boxes."""
+    """Convert head outputs to detections; `factors` (B, 2) divide the boxes."""
     return postprocess.detect(candidates_of(model, logits, deltas, valid, factors, per_level), settings)
 
 
-def assert_detections(found, arrays, boxes_key, labels_key):
-    """`found` equals the recorded detections of both images; keys with a place for the image's number."""
+def assert_detections(detections, arrays, boxes_key, labels_key):
+    """Compare the detections of both images with the recorded ones; the keys are formatted with the image's index."""
     for i in range(2):
-        n = int(found.count[i])
+        n = int(detections.count[i])
         assert_same_detections(
-            found.boxes[i, :n],
-            found.scores[i, :n],
-            found.labels[i, :n],
+            detections.boxes[i, :n],
+            detections.scores[i, :n],
+            detections.labels[i, :n],
             arrays[boxes_key.format(i)],
             arrays[labels_key.format(i)],
         )
@@ -128,8 +131,8 @@ def test_detections(tiny, kind, rescale):
     arrays, about, model, output = tiny
     valid, scale = sizes_of(about["metas"])
     factors = scale if rescale else torch.ones_like(scale)
-    found = detected(output.class_logits, output.box_deltas, valid, factors, model.config.model, model.config.test)
-    assert_detections(found, arrays, f"dets{kind}_img{{}}", f"labels{kind}_img{{}}")
+    detections = detected(output.class_logits, output.box_deltas, valid, factors, model.config.model, model.config.test)
+    assert_detections(detections, arrays, f"dets{kind}_img{{}}", f"labels{kind}_img{{}}")
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
@@ -144,12 +147,12 @@ def test_detections_with_other_settings(tiny, variant):
     )
     valid, scale = sizes_of(about["metas"])
     ones, per_level = torch.ones_like(scale), max(wanted["nms_pre"], 0)
-    found = detected(output.class_logits, output.box_deltas, valid, ones, model.config.model, settings, per_level)
-    assert_detections(found, arrays, f"variant_{variant}_dets_img{{}}", f"variant_{variant}_labels_img{{}}")
+    detections = detected(output.class_logits, output.box_deltas, valid, ones, model.config.model, settings, per_level)
+    assert_detections(detections, arrays, f"variant_{variant}_dets_img{{}}", f"variant_{variant}_labels_img{{}}")
 
 
 def test_masks(tiny):
-    """RoIs, RoI features, mask logits and pasted masks, from the golden detections."""
+    """RoIs, RoI features, mask logits and pasted masks of the recorded detections equal the recorded ones."""
     arrays, about, model, output = tiny
     _, scale = sizes_of(about["metas"])
     boxes = [torch.from_numpy(arrays[f"dets_img{i}"][:, :4]) for i in range(2)]
@@ -170,10 +173,8 @@ def test_masks(tiny):
         masks = paste_masks(logits[100 * i : 100 * (i + 1)], boxes[i], (h, w)).numpy()
         expected = np.unpackbits(arrays[f"final_masks_packed_img{i}"], axis=1)[:, : h * w].reshape(-1, h, w)
         assert np.array_equal(expected.sum((1, 2)), arrays[f"final_masks_area_img{i}"])
-        proper = ((boxes[i][:, 2:] > boxes[i][:, :2]).all(1)).numpy()  # boxes without area are a documented difference
-        assert (masks != expected)[
-            proper
-        ].sum() <= 2  # pixels whose probability is 0.5 to the last digit may fall either way
+        proper = ((boxes[i][:, 2:] > boxes[i][:, :2]).all(1)).numpy()  # boxes without area differ as documented
+        assert (masks != expected)[proper].sum() <= 2  # rounding decides pixels with a probability of 0.5
         assert masks[~proper].sum() <= expected[~proper].sum()
 
 
@@ -204,7 +205,10 @@ def test_box_coder(goldens):
 
 
 def test_get_boxes(large_goldens):
-    """Recorded head outputs to detections: at original scale, as training proposals at network scale, before NMS."""
+    """Recorded head outputs give the recorded boxes.
+
+    They are detections at original scale, proposals for training at network scale, and candidates before NMS.
+    """
     arrays, about = (
         np.load(large_goldens / "ops" / "get_bboxes.npz"),
         json.loads((large_goldens / "ops" / "get_bboxes.json").read_text()),
@@ -214,11 +218,11 @@ def test_get_boxes(large_goldens):
     deltas = [torch.from_numpy(arrays[f"bbox_pred_l{i}"]) for i in range(5)]
     valid, scale = sizes_of(about["metas"])
     for kind, factors in (("test", scale), ("train", torch.ones_like(scale))):
-        found = detected(logits, deltas, valid, factors, model, InferenceSettings())
-        assert_detections(found, arrays, kind + "_img{}_0", kind + "_img{}_1")
-    found = candidates_of(model, logits, deltas, valid, torch.ones_like(scale))
+        detections = detected(logits, deltas, valid, factors, model, InferenceSettings())
+        assert_detections(detections, arrays, kind + "_img{}_0", kind + "_img{}_1")
+    candidates = candidates_of(model, logits, deltas, valid, torch.ones_like(scale))
     for i in range(2):  # recorded at network scale, with a background column of zeros
-        ours = torch.cat([found.boxes[i], found.scores[i]], dim=1).double().numpy()
+        ours = torch.cat([candidates.boxes[i], candidates.scores[i]], dim=1).double().numpy()
         expected = np.concatenate([arrays[f"aug_img{i}_0"], arrays[f"aug_img{i}_1"][:, :-1]], axis=1)
         assert len(ours) == len(expected)
         assert np.abs(np.sort(ours, axis=0) - np.sort(expected, axis=0)).max() < 0.03

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four sub-networks alone, plain and deformable: outputs and gradients of the released implementation."""
+"""Outputs and gradients of the four sub-networks, plain and deformable, equal those of the released implementation."""
 
 import json
 
@@ -16,7 +16,7 @@ from spatialflow.models.subnets import Subnets
 
 
 class Head(nn.Module):
-    """The part of the network that the released `bbox_head` covers, under this package's names."""
+    """The part of the network that the released `bbox_head` covers, with this package's names."""
 
     def __init__(self, channels, num_classes, deformable):
         super().__init__()
@@ -67,7 +67,7 @@ def test_outputs(case):
 
 
 def test_gradients(case):
-    """Of sum(output * fixed weights), with respect to the features and to every parameter."""
+    """Gradients of sum(output * fixed weights) with respect to the features and to every parameter."""
     head, levels, arrays, about, released = case
     outputs = run(head, levels)
     loss = sum(
@@ -85,13 +85,13 @@ def test_gradients(case):
 
 
 def test_first_deformable_calls(large_goldens, case, monkeypatch):
-    """What reaches the deformable convolution: the feature alone, interleaved offsets, a sigmoid mask."""
+    """The first deformable convolutions get the recorded features, interleaved offsets and sigmoid masks."""
     head, levels, arrays, about, _ = case
     calls, original = [], deform_module.deform_conv2d
 
     def record(x, offset, weight, bias, *geometry, mask):
         out = original(x, offset, weight, bias, *geometry, mask=mask)
-        calls.append((x, offset, mask, out.relu()))  # the recorded output carries its in-place ReLU
+        calls.append((x, offset, mask, out.relu()))  # the recorded output includes an in-place ReLU
         return out
 
     monkeypatch.setattr(deform_module, "deform_conv2d", record)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu-check` without a GPU: its message, the order of its steps after failures, and the interpreted dry run."""
+"""`make gpu-check` without a GPU: its message, its steps after failures, and the dry run on the SIMT interpreter."""
 
 import importlib.util
 import itertools
@@ -28,7 +28,7 @@ if not SCRIPT.is_file():
 def gpu_check():
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    sys.modules["gpu_check"] = module  # dataclasses look up their module there
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         spec.loader.exec_module(module)
@@ -38,7 +38,7 @@ def gpu_check():
 
 @pytest.fixture(autouse=True)
 def signals():
-    """The script's handlers of signals end with each test."""
+    """Restore the signal handlers that the script replaces."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -116,7 +116,7 @@ def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, c
     assert (logs / "bad.log").read_text() == "why it failed\n" and "begun" in (logs / "slow.log").read_text()
     assert "not passed: one of many, bad, slow, planted, not found" in capsys.readouterr().out
     assert gpu_check.main(["--output", str(tmp_path), "--second", "--steps", "good"]) == 0
-    assert (tmp_path / "test-gpu" / "gpu_check_second.json").is_file()  # beside the first run's
+    assert (tmp_path / "test-gpu" / "gpu_check_second.json").is_file()  # next to the report of the first run
     assert gpu_check.main(["--output", str(tmp_path), "--steps", "good", "absent"]) == 0
 
 
@@ -138,7 +138,7 @@ NOTHING_TO_DO = """============================= test session starts ===========
 
 
 def test_what_did_not_end_is_named(gpu_check):
-    """By its file; what pytest's summary of warnings names has ended."""
+    """The file of an unfinished test is named; files in pytest's summary of warnings have finished."""
     detail = gpu_check.pytest_detail
     assert detail(ENDED) == "2 passed, 3 warnings"
     for runs, counts in (
@@ -151,7 +151,7 @@ def test_what_did_not_end_is_named(gpu_check):
 
 @pytest.mark.parametrize("kind", ["first", "second", "quick"])
 def test_time_of_all_steps_is_bounded(gpu_check, kind):
-    """What is kept for the steps fits into the whole, which holds whatever they take."""
+    """The time reserved for the steps is at most the total; a step without any time left is timed out."""
     steps = gpu_check.make_steps("cuda", kind, Path("results"))
     assert len({step.name for step in steps}) == len(steps) and gpu_check.TOTALS[kind] <= 480
     assert all(0 < step.least <= step.limit for step in steps)
@@ -161,7 +161,7 @@ def test_time_of_all_steps_is_bounded(gpu_check, kind):
 
 
 def test_time_is_kept_for_later_steps(gpu_check, tmp_path, monkeypatch):
-    """A step that would take all ends where the time begins that is kept for the next ones."""
+    """A step that would use all the time ends where the time reserved for later steps begins."""
     sleep = python("import time; time.sleep(30)")
     steps = [gpu_check.Step("greedy", sleep, limit=60), gpu_check.Step("kept", python("print('done')"), least=20)]
     monkeypatch.setattr(gpu_check, "make_steps", lambda backend, kind, output: steps)
@@ -216,7 +216,7 @@ def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
 
 
 def test_shares_of_time_are_no_speeds(gpu_check):
-    """The table of images per second comes before the one of shares, whose lines begin alike."""
+    """The table of images per second precedes the table of shares of time, whose rows have the same names."""
     text = "    spatialflow    50.487  19.8 \n    share of the time in %: load\n    spatialflow    11.7  0.6 \n"
     assert gpu_check.images_per_second(text) == "spatialflow 50.487 images/s"
 
@@ -228,17 +228,17 @@ def test_prediction_from_files_is_summed_up_by_two_rows(gpu_check):
 
 
 def test_what_kernels_rest_on_is_asked_of_the_probes():
-    """All of it holds in the results of an H200; what a probe does not show, or shows otherwise, is named."""
+    """All assumptions of kernels hold in the results of an H200; a missing or contradicting probe is named."""
     probes = runpy.run_path(str(ROOT / "benchmarks" / "hopper_probes" / "run.py"))["broken_facts"]
     lines = (ROOT / "benchmarks" / "results" / "nvidia-h200" / "hopper_probes.jsonl").read_text().splitlines()
     findings = [json.loads(line) for line in lines]
     assert probes(findings) == [] and len(probes([])) == 3
-    changed = [{**one, "fit_xor_by_address": 0} if one.get("target_offset") == 512 else one for one in findings]
+    changed = [{**row, "fit_xor_by_address": 0} if row.get("target_offset") == 512 else row for row in findings]
     assert probes(changed) == ["TMA swizzles by address"]
 
 
 def test_pack(tmp_path, monkeypatch):
-    """The archive has the tree, the CUDA library and the commit, and of the wheels what was found."""
+    """The archive has the files of the repository, the CUDA library, the commit, and the downloaded wheels."""
     spec = importlib.util.spec_from_file_location("gpu_pack", ROOT / "tools" / "gpu_pack.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -287,7 +287,7 @@ def test_every_operator_is_watched_and_timed(gpu_check):
 
 
 def test_every_test_file_of_an_operator_runs(gpu_check):
-    """On the GPU, and on the interpreter; questions of the op matrix are asked by the first file alone."""
+    """All test files of operators run on the GPU and on the interpreter; a quick run has one per operator."""
     names = ["flow_conv2d", "flow_conv2d_group", "flow_conv2d_tensor_cores", "fused_subnets", "nms", "panoptic_merge"]
     wanted = {f"tests/test_{name}.py" for name in names}
     (step,) = [step for step in gpu_check.first_steps(True, Path("results")) if step.name == "operator tests"]
@@ -304,7 +304,7 @@ def test_every_test_file_of_an_operator_runs(gpu_check):
 
 @pytest.mark.skipif(not _library.library_path("simt").is_file(), reason="needs the interpreted kernels: make test-simt")
 def test_dry_run(tmp_path):
-    """Operators on the interpreted kernels and benchmarks on the CPU's; `make gpu-check-dry` runs all."""
+    """Operators run on the interpreted kernels, benchmarks on the CPU kernels; `make gpu-check-dry` runs all steps."""
     steps = ("every operator once", "times of kernels")
     done = run_check("--backend", "simt", "--output", str(tmp_path), "--steps", *steps)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -317,7 +317,7 @@ def test_dry_run(tmp_path):
 
 
 def test_planted_faults_are_kernels():
-    """Each is CUDA that a compiler takes: what the sanitizer must find, not what NVRTC would refuse."""
+    """Each planted fault compiles with nvcc, so that the sanitizer can find it."""
     nvcc = next((p for p in map(Path, ("/usr/local/cuda/bin/nvcc", "/usr/bin/nvcc")) if p.is_file()), None)
     if nvcc is None:
         pytest.skip("needs nvcc")

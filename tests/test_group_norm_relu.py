@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""group_norm_relu: the op matrix, torch's own operators, large means, values that are not finite, threads, errors."""
+"""group_norm_relu: the op matrix, torch's own operators, large means, non-finite values, threads, errors."""
 
 import math
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def in_torch(input, num_groups, weight=None, bias=None, eps=1e-5, upsample=False):
-    """Torch's own operators."""
+    """Compute group_norm_relu by torch's own operators."""
     result = F.group_norm(input, num_groups, weight, bias, eps).relu()
     return F.interpolate(result, scale_factor=2, mode="bilinear", align_corners=True) if upsample else result
 
@@ -25,9 +25,9 @@ def in_torch(input, num_groups, weight=None, bias=None, eps=1e-5, upsample=False
 def sample(shape: tuple[int, int, int, int], num_groups: int, affine: str = "weight bias", **options):
     def tensors(size: int = 0) -> list:
         batch, channels, height, width = shape
-        found = [torch.randn(batch, channels, height + size, width + 2 * size, dtype=torch.float64) * 2 + 1]
-        found += [torch.randn(channels, dtype=torch.float64) for name in ("weight", "bias") if name in affine]
-        return found
+        values = [torch.randn(batch, channels, height + size, width + 2 * size, dtype=torch.float64) * 2 + 1]
+        values += [torch.randn(channels, dtype=torch.float64) for name in ("weight", "bias") if name in affine]
+        return values
 
     names = affine.split()
 
@@ -38,13 +38,13 @@ def sample(shape: tuple[int, int, int, int], num_groups: int, affine: str = "wei
         return call
 
     def raw(input, *by_channel, eps=1e-5, upsample=False):
-        given = dict(zip(names, by_channel, strict=False))
-        arguments = (input, given.get("weight"), given.get("bias"), num_groups, eps, upsample)
+        parameters = dict(zip(names, by_channel, strict=False))
+        arguments = (input, parameters.get("weight"), parameters.get("bias"), num_groups, eps, upsample)
         return torch.ops.spatialflow.group_norm_relu, arguments
 
     def build() -> OpSample:
         every = tuple(range(1 + len(names)))
-        lone = math.prod(shape[1:]) == num_groups  # no gradient by the input but rounding: see TestStatistics
+        lone = math.prod(shape[1:]) == num_groups  # the gradient of the input is rounding error: see TestStatistics
         return OpSample(
             op=op(ops.group_norm_relu),
             reference=op(reference.group_norm_relu),
@@ -70,7 +70,7 @@ class TestGroupNormRelu(OpMatrix):
         "nothing by channel, upsampled": sample((2, 6, 3, 4), 2, "", eps=0.1, upsample=True),
     }
     linear_samples = ()
-    # eps: without it, the gradients of a group of two values cancel out, and what is left is rounding.
+    # A large eps: with a small one, gradients of a group of two values cancel out, and only rounding error is left.
     thin_samples = {
         f"{name}{', upsampled' if upsample else ''}": sample(
             shape, min(max(shape[1], 1), 4), upsample=upsample, eps=0.1
@@ -80,7 +80,7 @@ class TestGroupNormRelu(OpMatrix):
     }
 
     def test_second_derivatives(self, make_sample):
-        """The op is not linear, and has second derivatives all the same."""
+        """The operator is not linear, and has second derivatives."""
         sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
@@ -97,7 +97,7 @@ class TestGroupNormRelu(OpMatrix):
         assert_near(*products, torch.float64, factor=10)
 
     def test_backward_opcheck(self, make_sample):
-        """The raw backward: schema, fake kernel, layouts."""
+        """Check the raw backward operator: schema, fake kernel, layouts."""
         sample = make_sample()
         op, (input, weight, bias, num_groups, eps, upsample) = sample.raw(*sample.tensors, **sample.options)
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -110,7 +110,7 @@ class TestGroupNormRelu(OpMatrix):
             )
 
     def test_gradient_without_a_graph_is_one_operator(self, make_sample):
-        """An ordinary backward pass takes the kernel; one that is differentiated again, torch's operators."""
+        """A backward pass without create_graph calls the backward kernel; one with it calls torch's operators."""
         sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
@@ -120,7 +120,7 @@ class TestGroupNormRelu(OpMatrix):
             assert ("_group_norm_relu_backward" in called.names) != create_graph
 
     def test_batched_gradients(self, make_sample):
-        """Jacobians row by row, all at once and by forward mode are the same."""
+        """Batched gradients equal those of single rows, and the Jacobians of reverse and forward mode are equal."""
         sample = make_sample()
         function, inputs = self._bound(sample, sample.tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
@@ -149,7 +149,7 @@ class TestAgainstTorch:
         ],
     )
     def test_channels_last(self, shape, num_groups, upsample):
-        """Several blocks of pixels, several slices of channels, odd ends; forward and backward in float32."""
+        """Several blocks of pixels and slices of channels, with remainders; forward and backward in float32."""
         input = torch.randn(shape).to(memory_format=torch.channels_last) * 3 - 1
         weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
         ours = [t.clone().requires_grad_() for t in (input, weight, bias)]
@@ -166,24 +166,24 @@ class TestAgainstTorch:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_channels_last_in_16_bits(self, dtype):
-        """Weights of another dtype than the features; sums do not saturate in 16 bits."""
+        """Weights may have another dtype than the features; sums do not saturate in 16 bits."""
         input = (torch.randn(2, 128, 40, 50) + 30).to(dtype, memory_format=torch.channels_last).requires_grad_()
         weight, bias = torch.randn(128, requires_grad=True), torch.randn(128, dtype=dtype, requires_grad=True)
         for upsample in (False, True):
             result = ops.group_norm_relu(input, 32, weight, bias, upsample=upsample)
-            wide = [t.detach().double().requires_grad_() for t in (input, weight, bias)]
-            expected = in_torch(wide[0], 32, *wide[1:], upsample=upsample)
+            doubles = [t.detach().double().requires_grad_() for t in (input, weight, bias)]
+            expected = in_torch(doubles[0], 32, *doubles[1:], upsample=upsample)
             assert_near(result, expected, dtype)
             incoming = torch.randn(result.shape).to(dtype)
             grads = torch.autograd.grad(result, (input, weight, bias), incoming)
             assert [g.dtype for g in grads] == [dtype, torch.float32, dtype]
-            assert_near(list(grads), list(torch.autograd.grad(expected, wide, incoming.double())), dtype)
+            assert_near(list(grads), list(torch.autograd.grad(expected, doubles, incoming.double())), dtype)
 
     @pytest.mark.parametrize("upsample", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bad", [NAN, INF, -INF])
     def test_values_that_are_not_finite(self, bad, dtype, upsample):
-        """The group is NaN and no other; so are its gradients."""
+        """A non-finite value makes its group NaN and no other, in the result and in the gradient."""
         input = torch.randn(2, 8, 5, 70, dtype=dtype).to(memory_format=torch.channels_last)
         for place in ((0, 2, 0, 0), (1, 5, 3, 66)):
             damaged = input.clone()
@@ -199,7 +199,7 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("upsample", [False, True])
     @pytest.mark.parametrize("which", [2, 3])
     def test_parameter_that_is_not_finite(self, which, upsample):
-        """NaN makes its channel NaN; an infinite number reaches no other channel."""
+        """A non-finite parameter changes its own channel only; NaN makes the whole channel NaN."""
         arguments = [torch.randn(1, 4, 3, 3), 2, torch.ones(4), torch.zeros(4)]
         plain = ops.group_norm_relu(*arguments, upsample=upsample)
         for bad in (NAN, INF, -INF):
@@ -210,7 +210,7 @@ class TestAgainstTorch:
             assert bad == bad or result[:, 2].isnan().all()
 
     def test_no_gradient_at_zero(self):
-        """A constant group is the bias: 0 and below give nothing on, 1 does."""
+        """A constant group becomes its bias; biases of 0 and below get no gradient, as with ReLU."""
         input = torch.ones(1, 3, 2, 2, requires_grad=True)
         bias = torch.tensor([0.0, 1.0, -1.0], requires_grad=True)
         result = ops.group_norm_relu(input, 3, None, bias)
@@ -222,20 +222,20 @@ class TestStatistics:
     @pytest.mark.parametrize("upsample", [False, True])
     @pytest.mark.parametrize("mean, deviation", [(1e4, 1.0), (1e4, 0.05), (-3e6, 10.0), (0.0, 1e-4)])
     def test_large_mean(self, mean, deviation, upsample):
-        """As precise as with a mean of zero: E[x^2] - mean^2 has no digits left here."""
+        """The result is as precise as with a mean of zero, although E[x^2] - mean^2 would lose all digits."""
         input = (torch.randn(1, 64, 30, 41, dtype=torch.float64) * deviation + mean).float()
         input = input.to(memory_format=torch.channels_last)
-        tracked, wide = input.clone().requires_grad_(), input.double().requires_grad_()
+        tracked, double = input.clone().requires_grad_(), input.double().requires_grad_()
         result = ops.group_norm_relu(tracked, 16, upsample=upsample)
-        expected = reference.group_norm_relu(wide, 16, upsample=upsample)
+        expected = reference.group_norm_relu(double, 16, upsample=upsample)
         assert_near(result, expected, torch.float32)
         incoming = torch.randn_like(result)
         (grad,) = torch.autograd.grad(result, tracked, incoming)
-        (expected_grad,) = torch.autograd.grad(expected, wide, incoming.double())
+        (expected_grad,) = torch.autograd.grad(expected, double, incoming.double())
         assert_near(grad, expected_grad, torch.float32, factor=4)
 
     def test_first_value_far_away(self):
-        """Sums are taken around one of the values; it may be the one that is unlike the others."""
+        """Sums are relative to one of the values, even if it is far from all others."""
         input = torch.randn(1, 16, 50, 60)
         input[:, :, 0, 0] = 1e4
         result = ops.group_norm_relu(input, 4)
@@ -257,7 +257,7 @@ class TestStatistics:
     @pytest.mark.parametrize("upsample", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     def test_a_lone_value_has_no_gradient(self, dtype, upsample):
-        """It is its group's mean: two terms of size weight / sqrt(eps) cancel out up to their rounding."""
+        """A group of one value equals its mean: two terms of size weight / sqrt(eps) cancel out up to rounding."""
         input = torch.randn(64, 4, 1, 1, dtype=dtype, requires_grad=True)
         weight, bias, eps = torch.rand(4, dtype=dtype) + 0.5, torch.ones(4, dtype=dtype), 1e-4
         result = ops.group_norm_relu(input, 4, weight, bias, eps, upsample)
@@ -275,7 +275,7 @@ class TestStatistics:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("upsample", [False, True])
     def test_threads(self, upsample, dtype):
-        """Results and gradients do not depend on the number of threads, to the last bit."""
+        """Results and gradients are bitwise equal for any number of threads."""
         input = torch.randn(2, 40, 61, 50, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
         weight, bias = (torch.randn(40, dtype=dtype, requires_grad=True) for _ in range(2))
         threads, runs = torch.get_num_threads(), []
@@ -287,11 +287,11 @@ class TestStatistics:
         finally:
             torch.set_num_threads(threads)
         for run in runs[1:]:
-            assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=False))
+            assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=False))
 
     @pytest.mark.parametrize("upsample", [False, True])
     def test_channels_last_is_read_in_place(self, upsample):
-        """Channels-last features, slices of such, and such incoming gradients are not copied."""
+        """Channels-last features, slices of them, and channels-last incoming gradients are not copied."""
         whole = torch.randn(1, 32, 12, 20).to(memory_format=torch.channels_last)
         for input in (whole, whole[:, :, 2:9, 3:15], whole[:, 8:24]):
             tracked = input.detach().requires_grad_()
@@ -300,11 +300,13 @@ class TestStatistics:
                 result = ops.group_norm_relu(tracked, 4, upsample=upsample)
                 (grad,) = torch.autograd.grad(result, tracked, result)
             copies = [event for event in profile.events() if event.name in ("aten::copy_", "aten::clone")]
-            assert not [event for event in copies if len(event.input_shapes[0]) == 4]  # gradients by weight are
-            wide = input.double().requires_grad_()
-            expected = reference.group_norm_relu(wide, 4, upsample=upsample)
+            assert not [
+                event for event in copies if len(event.input_shapes[0]) == 4
+            ]  # gradients of weights may be copied
+            double = input.double().requires_grad_()
+            expected = reference.group_norm_relu(double, 4, upsample=upsample)
             assert_near(result, expected, torch.float32)
-            assert_near(grad, torch.autograd.grad(expected, wide, expected)[0], torch.float32, factor=4)
+            assert_near(grad, torch.autograd.grad(expected, double, expected)[0], torch.float32, factor=4)
 
 
 class TestErrors:
@@ -362,7 +364,7 @@ class TestErrors:
 
 
 def test_autocast_keeps_parameters():
-    """Features in the low precision, weight and bias in their own."""
+    """Autocast casts the features only; weight and bias keep their dtype."""
     input, weight, bias = torch.randn(1, 8, 6, 7), torch.randn(8), torch.randn(8)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         result = ops.group_norm_relu(input, 2, weight, bias)

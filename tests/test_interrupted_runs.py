@@ -75,7 +75,7 @@ def rows_of(output) -> int:
 
 @pytest.fixture(autouse=True)
 def interrupts():
-    """A background job of a shell ignores SIGINT; these tests and their processes must not."""
+    """Let SIGINT interrupt these tests and their child processes; a shell's background jobs ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -83,22 +83,22 @@ def interrupts():
 
 @pytest.fixture
 def stopped(arguments, tmp_path):
-    """The output of a run that Ctrl-C ends before its fourth image."""
+    """The output folder of a run that Ctrl-C ends before its fourth image."""
     output = tmp_path / "out"
     assert stop_before("3.jpg", [*arguments, "--output", str(output)], signal.SIGINT, 3) == 130
     return output
 
 
 def patch_reading(patch, read_image):
-    """In the commands that read in their own thread, and in the predictor, which reads in others."""
+    """Replace `read_image` in the commands that call it directly and in the predictor, whose threads call it."""
     patch.setattr(images, "read_image", read_image)
     patch.setattr(predict, "read_image", read_image)
 
 
 def stop_before(name, arguments, number, written=0) -> int:
-    """The exit code of a command that gets a signal when it is about to read an image.
+    """Run a command that gets a signal when it is about to read the image `name`; return its exit code.
 
-    `predict` reads ahead: the signal comes as soon as it has written the files of `written` images.
+    `predict` reads ahead, so the signal is sent once the rows of `written` images are in the journal.
     """
     read, output = images.read_image, Path(arguments[arguments.index("--output") + 1])
 
@@ -149,7 +149,7 @@ class TestPredict:
         assert contents(tmp_path) == uninterrupted
 
     def test_the_ids_of_equal_names_differ(self, uninterrupted):
-        """And the files of all images keep the folders of the photographs."""
+        """The files of all images keep the folders of the photographs, too."""
         content = json.loads(uninterrupted["panoptic.json"])
         assert [image["file_name"] for image in content["images"]] == NAMES
         assert [image["id"] for image in content["images"]] == ["a", "b", "c/a", 3, "e", "f"]
@@ -206,7 +206,7 @@ class TestPredict:
         assert main([*command, "--output", str(output)]) == 0
         assert main([*command, "--output", str(tmp_path / "whole")]) == 0
         whole, resumed = contents(tmp_path / "whole"), contents(output)
-        assert resumed.keys() - whole.keys() == {"panoptic/b.png", "overlays/b.jpg"}  # as every run, it deletes nothing
+        assert resumed.keys() - whole.keys() == {"panoptic/b.png", "overlays/b.jpg"}  # runs delete no earlier files
         assert whole == {name: resumed[name] for name in whole}
 
     @pytest.mark.parametrize("restart", [[], ["--restart"]])
@@ -246,7 +246,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_a_library_that_turns_the_exception_into_its_own(self, arguments, tmp_path, monkeypatch, number, code):
-        """As safetensors does; the weights are not damaged."""
+        """As safetensors does: the exit code is the signal's, not that of damaged weights."""
         import safetensors.torch
 
         def load(path):
@@ -259,7 +259,7 @@ class TestPredict:
         assert main([*arguments, "--output", str(tmp_path)]) == code
 
     def test_results_that_an_interrupted_run_cannot_save(self, arguments, tmp_path, monkeypatch, capsys):
-        """As on a full disk: the sentence about that comes, not that of the interrupt."""
+        """As on a full disk: the last message is that of the failed write, not of the interrupt."""
 
         def failing(stream, items):
             raise OSError(28, "No space left on device")
@@ -270,7 +270,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_while_torch_is_imported(self, number):
-        """An exception there would abort the process: it ends by the signal, which a shell shows as 128 + number."""
+        """An exception would abort the process there, so the signal itself ends it (128 + number in a shell)."""
         code = (
             "import os, torch; from spatialflow.cli import info, main; torch.__spec__._initializing = True; "
             f"info.run = lambda options: os.kill(os.getpid(), {int(number)}) or 0; main.main(['info'])"

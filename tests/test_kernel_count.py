@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU is given for one image: few kernels, no conversion of a layout or of weights; counted on meta tensors."""
+"""Kernels launched for one image: few, and none to convert layouts or weights; counted on meta tensors."""
 
 import importlib
 import os
@@ -21,30 +21,30 @@ if not FOLDER.is_dir():
 @pytest.fixture
 def kernel_count(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    with torch.device("cpu"):  # on a machine with a GPU too
+    with torch.device("cpu"):  # also on a machine with a GPU
         yield importlib.import_module("kernel_count")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_r50(kernel_count, dtype):
-    """The paper's network at 800x1333."""
-    found = kernel_count.count("spatialflow_r50_coco", (800, 1333), dtype)
-    assert sum(found.layouts.values()) == 0, found.layouts
-    assert sum(found.casts.values()) == 0, found.casts
-    assert sum(found.kernels.values()) <= 200, found.kernels
+    """The network of the paper at 800x1333."""
+    counts = kernel_count.count("spatialflow_r50_coco", (800, 1333), dtype)
+    assert sum(counts.layouts.values()) == 0, counts.layouts
+    assert sum(counts.casts.values()) == 0, counts.casts
+    assert sum(counts.kernels.values()) <= 200, counts.kernels
 
 
 def test_a_batch_costs_few_kernels_more(kernel_count):
-    """The network runs once: what comes per image is the stuff labels, pasting and merging."""
-    one, eight = (kernel_count.count("tiny", (128, 160), torch.bfloat16, batch).kernels for batch in (1, 8))
-    assert {stage for stage in one if one[stage] != eight[stage]} <= {"plan", "masks", "stuff", "merge"}
+    """The network runs once per batch; only planning, masks, stuff labels and merging depend on its size."""
+    single, batched = (kernel_count.count("tiny", (128, 160), torch.bfloat16, batch).kernels for batch in (1, 8))
+    assert {stage for stage in single if single[stage] != batched[stage]} <= {"plan", "masks", "stuff", "merge"}
 
 
 @pytest.mark.parametrize("config", ["tiny", "tiny_dcn", "retinanet_r50_coco"])
 def test_other_networks_convert_nothing(kernel_count, config):
-    found = kernel_count.count(config, (128, 160), torch.bfloat16)
-    assert sum(found.layouts.values()) == 0, found.layouts
-    assert sum(found.casts.values()) == 0, found.casts
+    counts = kernel_count.count(config, (128, 160), torch.bfloat16)
+    assert sum(counts.layouts.values()) == 0, counts.layouts
+    assert sum(counts.casts.values()) == 0, counts.casts
 
 
 class TestCounting:
@@ -76,7 +76,11 @@ class TestCounting:
             (lambda t: t.contiguous(), 1, 1),
             (norm, 4, 1),  # torch's GroupNorm leaves channels-last on CUDA
             (lambda t: ops.flow_conv2d(t, None, conv), 1, 0),
-            (lambda t: ops.flow_conv2d(norm(t), None, conv), 7, 3),  # and back on both sides of the convolution
+            (
+                lambda t: ops.flow_conv2d(norm(t), None, conv),
+                7,
+                3,
+            ),  # two more conversions, before and after the convolution
         ):
             assert self.counted(kernel_count, call, maps)[:2] == (kernels, conversions)
 
@@ -90,24 +94,24 @@ class TestCounting:
         assert self.counted(kernel_count, lambda t: weight.to(t.dtype), halves, parameters=[weight]) == (1, 0, 1)
 
     def test_casts_of_offsets_are_found(self, kernel_count, maps):
-        """A deformable convolution reads float32; one with a packed weight converts both in its own launch."""
+        """Offsets and mask are cast to float32 by two kernels, or by one launch with a packed weight."""
         halves, weight = maps.to(torch.bfloat16), torch.empty(8, 8, 3, 3, device="meta", dtype=torch.bfloat16)
         offset, mask = (
             torch.empty(1, channels, 6, 6, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
             for channels in (18, 9)
         )
-        for given, kernels, wide in ((weight, 4, 2), (ops.pack_deform_conv2d(weight), 2, 1)):
-            for operands, expected in (((offset, mask), kernels), ((offset.float(), mask.float()), wide)):
+        for conv_weight, kernels, kernels_in_float32 in ((weight, 4, 2), (ops.pack_deform_conv2d(weight), 2, 1)):
+            for operands, expected in (((offset, mask), kernels), ((offset.float(), mask.float()), kernels_in_float32)):
 
-                def call(t, operands=operands, given=given):
-                    return ops.deform_conv2d(t, operands[0], given, padding=1, mask=operands[1])
+                def call(t, operands=operands, conv_weight=conv_weight):
+                    return ops.deform_conv2d(t, operands[0], conv_weight, padding=1, mask=operands[1])
 
                 assert self.counted(kernel_count, call, halves, parameters=[weight])[0] == expected
 
 
 @pytest.mark.skipif(not ON_INTERPRETER, reason="counts launches of the SIMT interpreter: SPATIALFLOW_BACKEND=simt")
 class TestLaunches:
-    """`LAUNCHES` says what the operators launch."""
+    """`LAUNCHES` has the true number of kernel launches of each operator."""
 
     def launched(self, monkeypatch, capfd, call):
         capfd.readouterr()
@@ -123,7 +127,7 @@ class TestLaunches:
         pyramid = maps(32, (8, 12), (4, 6), (2, 3))
         conv = ops.pack_conv3x3(torch.randn(32, 32, 3, 3).bfloat16(), torch.zeros(32).bfloat16())
         deform = ops.pack_deform_conv2d(torch.randn(32, 32, 3, 3).bfloat16())
-        tower = ops.SubnetParameters(
+        subnets = ops.SubnetParameters(
             cls=(conv,) * 4,
             reg=(conv,) * 4,
             stuff=(conv,) * 4,
@@ -141,7 +145,7 @@ class TestLaunches:
         return {
             "_flow_conv2d_packed": lambda: ops.flow_conv2d(pyramid, pyramid, conv),
             "_flow_conv2d_group": lambda: ops.flow_conv2d([pyramid, pyramid], None, [conv, conv]),
-            "fused_subnets": lambda: ops.fused_subnets(pyramid, tower),
+            "fused_subnets": lambda: ops.fused_subnets(pyramid, subnets),
             "preprocess_images": lambda: ops.preprocess_images(
                 [torch.zeros(30, 40, 3, dtype=torch.uint8)], [(60, 80)], (0, 0, 0), (1, 1, 1), 32, torch.bfloat16
             ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`import spatialflow` stays cheap, and its names are there."""
+"""`import spatialflow` loads neither torch nor OpenCV, and all public names resolve."""
 
 import ast
 import subprocess
@@ -23,7 +23,7 @@ def test_reading_a_configuration_loads_neither_torch_nor_opencv():
 
 
 def test_predicting_does_not_load_the_compiler():
-    """torch.compile's front end takes as long to import as all the rest."""
+    """Importing torch.compile's front end takes as long as all other imports together."""
     code = "import sys, spatialflow.engine.predict; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -34,7 +34,7 @@ def test_every_public_name_resolves(name):
 
 
 def test_type_checkers_see_the_same_names():
-    """`__all__`, the table of homes and the imports for type checkers are three lists of one thing."""
+    """`__all__`, the table of lazy imports and the imports for type checkers have the same names."""
     tree = ast.parse(Path(spatialflow.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names if node.module != "spatialflow"}

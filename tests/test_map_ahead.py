@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls in worker threads: order, bounds, errors, and threads that end whatever ends the loop."""
+"""map_ahead: the order, number and errors of calls in worker threads, and the end of the threads."""
 
 import gc
 import os
@@ -42,7 +42,7 @@ def test_no_items():
 
 
 def test_items_are_taken_in_the_callers_thread_and_not_too_early():
-    taken, given = [], 0
+    taken, received = [], 0
 
     def endless():
         while True:
@@ -51,15 +51,15 @@ def test_items_are_taken_in_the_callers_thread_and_not_too_early():
 
     with closing(map_ahead(slow_for_even, endless(), 2, 3)) as futures:
         for future in futures:
-            given += 1
-            assert given <= len(taken) <= given + 2
+            received += 1
+            assert received <= len(taken) <= received + 2
             if future.result()[0] == 10:
                 break
     assert set(taken) == {threading.current_thread()}
 
 
 def test_calls_run_beside_the_caller():
-    """Each side waits for the other, which one thread for both could not."""
+    """The caller and a call wait for each other, which would deadlock in a single thread."""
     begun, used = threading.Event(), threading.Event()
 
     def call(number):
@@ -115,7 +115,7 @@ def test_an_error_of_the_items_comes_after_the_results_before_it(kind):
 
 @pytest.mark.parametrize("leave", ["break", "exception", "collection", "cycle"])
 def test_leaving_early_ends_the_threads(leave):
-    """Queued calls are canceled, running calls are finished; the fixture checks the threads."""
+    """Queued calls are canceled and running calls are finished; the fixture checks that no thread is left."""
     begun, ended, release = [], [], threading.Event()
 
     def call(number):
@@ -149,11 +149,11 @@ def test_leaving_early_ends_the_threads(leave):
         loop()
     gc.collect()
     assert begun == ended
-    assert begun == [0, 1] or leave == "cycle"  # when that is collected depends on how much else there is
+    assert begun == [0, 1] or leave == "cycle"  # the garbage collector may free the cycle later
 
 
 def test_one_of_its_threads_may_close_it():
-    """As the garbage collector does, which runs in any thread."""
+    """The garbage collector may run in any thread, and close the iterator there."""
     errors = []
 
     def call(number):
@@ -194,21 +194,21 @@ def test_a_thread_keeps_no_item():
 
 
 def test_an_iterator_that_is_open_at_the_end_of_the_process():
-    """As a global variable is: the process ends, with the exit code of what came before."""
+    """As with a global variable: the process ends without an error message, with exit code 0."""
     code = "import time; from spatialflow.threads import map_ahead as f; it = f(time.sleep, [0.01] * 9, 2, 4); next(it)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(
-    "given, loaded, expected", [(None, "", "passive"), ("active", "", "active"), (None, "import torch", None)]
+    "setting, loaded, expected", [(None, "", "passive"), ("active", "", "active"), (None, "import torch", None)]
 )
-def test_waiting_threads_sleep(given, loaded, expected):
-    """Before torch is loaded, which reads the setting then; the user's own setting stays."""
+def test_waiting_threads_sleep(setting, loaded, expected):
+    """The variable is set only before torch is loaded, which reads it then; a user's value is kept."""
     code = f"import os; {loaded or 'pass'}; from spatialflow.threads import leave_cores_to_others as f; f(); "
     code += "print(os.environ.get('OMP_WAIT_POLICY'))"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    environment |= {} if setting is None else {"OMP_WAIT_POLICY": setting}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
     assert printed.strip() == str(expected)
 

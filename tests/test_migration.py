@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/migration.md: what it says of torchvision holds of the torchvision that is installed."""
+"""Statements of docs/migration.md about torchvision hold for the installed torchvision."""
 
 import inspect
 
@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 
 from spatialflow import ops
 
-vision = pytest.importorskip("torchvision", reason="`make test-migration` installs the torchvision of this torch").ops
+vision = pytest.importorskip("torchvision", reason="`make test-migration` installs the torchvision for this torch").ops
 
 
 def boxes_in(count: int, side: float) -> torch.Tensor:
@@ -22,7 +22,7 @@ def test_same_arguments_in_the_same_order(name):
     ours, theirs = (inspect.signature(getattr(home, name)).parameters for home in (ops, vision))
     assert list(ours) == list(theirs)
     defaults = {key: (ours[key].default, theirs[key].default) for key in ours}
-    pairs = {"stride", "padding", "dilation"}  # torchvision's (1, 1) is one number here
+    pairs = {"stride", "padding", "dilation"}  # torchvision's default (1, 1) is the number 1 here
     assert all(a == b or (key in pairs and (a, a) == b) for key, (a, b) in defaults.items())
 
 
@@ -57,7 +57,7 @@ class TestNms:
         assert torch.equal(ops.batched_nms(*args), vision.batched_nms(*args))
 
     def test_negative_coordinates(self):
-        """Torchvision's shift by class assumes that there are none: it lets boxes of two classes meet."""
+        """Torchvision's class offsets assume coordinates >= 0; here they make boxes of two classes overlap."""
         boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1]])
         args = (boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), 0.4)
         assert ops.batched_nms(*args).tolist() == [0, 1] and vision.batched_nms(*args).tolist() == [0]
@@ -68,7 +68,7 @@ class TestNms:
 
 
 def test_sigmoid_focal_loss():
-    """Class numbers instead of one-hot rows, background a class of its own, gamma before alpha."""
+    """Class indices instead of one-hot rows, the index C for background, gamma before alpha."""
     logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 4, 2, 4, 1])
     targets = one_hot(labels, 5)[:, :4].float()
     ours = ops.sigmoid_focal_loss(logits, labels, 1.5, 0.3)
@@ -88,9 +88,9 @@ def test_multiscale_roi_align(first):
 
 
 def test_paste_masks():
-    """The operator takes logits, not probabilities, and does not enlarge or round the box as torchvision does.
+    """The masks differ only at their borders.
 
-    Therefore only borders differ.
+    The operator takes logits, not probabilities, and does not enlarge or round the box as torchvision does.
     """
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 

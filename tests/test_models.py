@@ -27,7 +27,7 @@ def count(module):
     ],
 )
 def test_backbone_sizes(options, expected):
-    """Parameter counts published for ImageNet classifiers, less the classifier."""
+    """Parameter counts are those published for ImageNet classifiers, minus the classifier."""
     with torch.device("meta"):
         assert count(ResNet(**options)) == expected
 
@@ -60,7 +60,7 @@ def test_frozen_stages(stages, first_trained):
 
 
 def test_deformable_stages_start_as_ordinary_convolutions():
-    """Offsets 0 and mask 0.5: half the ordinary convolution, also in the strided block and with groups."""
+    """Offsets of 0 and a mask of 0.5 give half the ordinary convolution, also with stride and groups."""
     backbone = ResNet(50, 4, groups=2, group_width=4, deformable_stages=(2,), frozen_stages=-1)
     conv = backbone.layer2[0].conv2
     x = torch.randn(2, conv.in_channels, 9, 7)
@@ -70,7 +70,7 @@ def test_deformable_stages_start_as_ordinary_convolutions():
 
 
 def test_pyramid_of_odd_sizes():
-    """Top-down upsampling goes to the exact size of the lower level."""
+    """Top-down upsampling produces the exact size of the lower level."""
     sizes = [(13, 21), (7, 11), (4, 6)]
     levels = FPN((2, 3, 4), 5)([torch.randn(1, c, *size) for c, size in zip((2, 3, 4), sizes)])
     assert [level.shape[1:] for level in levels] == [(5, *s) for s in [*sizes, (2, 3), (1, 2)]]
@@ -78,7 +78,7 @@ def test_pyramid_of_odd_sizes():
 
 @pytest.mark.parametrize("source", ["reg", "cls"])
 def test_each_flow_connects_what_it_names(source):
-    """The gradient of a task reaches the source sub-network exactly where its flow is switched on."""
+    """The gradient of a task reaches the source sub-network exactly if the flow to the task is enabled."""
     follower = "cls" if source == "reg" else "reg"
     levels = [torch.randn(1, 4, 8, 8) for _ in range(5)]
     tasks = {follower: "flow_to_detection", "stuff": "flow_to_stuff", "thing": "flow_to_thing"}
@@ -95,13 +95,13 @@ def test_each_flow_connects_what_it_names(source):
                 **flows,
             )
             nn.init.normal_(net.get_submodule(source)[0].weight)
-            for other in tasks:
+            for target in tasks:
                 net.zero_grad()
-                feature = getattr(net(levels), other)[0]
+                feature = getattr(net(levels), target)[0]
                 if feature.requires_grad:
                     feature.square().sum().backward()
                 reached = net.get_submodule(source)[0].weight.grad is not None
-                assert reached == (other == task), (stages, task, other)
+                assert reached == (target == task), (stages, task, target)
 
 
 def test_semantic_flow_and_absent_flows():
@@ -118,7 +118,7 @@ def test_semantic_flow_and_absent_flows():
 
 
 def test_equations_one_to_three():
-    """Two stages written out by hand."""
+    """Two stages that are written out by hand give the outputs of `Subnets`."""
     torch.manual_seed(1)
     net = Subnets(3, 3, detection_stages=2, stuff_stages=2, thing_stages=1)
     for parameter in net.parameters():
@@ -131,9 +131,9 @@ def test_equations_one_to_three():
     cls = net.cls[1](cls + net.flow_cls[1](reg)).relu()
     stuff = net.stuff[1](stuff + net.flow_stuff[1](reg)).relu()
     thing = net.thing[0](p + net.semantic_flow[0](stuff) + net.flow_thing[0](reg)).relu()
-    for found, expected in zip(net([p] * 5), (cls, reg, stuff, thing)):
-        assert len(found) in (3, 5)
-        torch.testing.assert_close(found[-1], expected)
+    for outputs, expected in zip(net([p] * 5), (cls, reg, stuff, thing)):
+        assert len(outputs) in (3, 5)
+        torch.testing.assert_close(outputs[-1], expected)
 
 
 def test_deformable_without_flow_predicts_its_own_offsets():

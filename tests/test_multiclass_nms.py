@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""multiclass_nms: the op matrix, the goldens, known answers, and its equivalence to NMS followed by a top-D."""
+"""multiclass_nms: the op matrix, the goldens, known answers, and equivalence to NMS followed by a top-D selection."""
 
 import json
 
@@ -16,7 +16,7 @@ NAN = float("nan")
 
 
 def sample(batch: int, count: int, classes: int, **options):
-    """`batch` 0: one image without a batch dimension."""
+    """Return the builder of a sample; `batch` 0 is one image without a batch dimension."""
 
     def tensors(size: int = 0) -> list:
         images = max(batch, 1)
@@ -68,7 +68,7 @@ class TestMulticlassNms(OpMatrix):
         }
         for name, layout in layouts.items():
             result = sample.op(*map_tensors(layout, sample.tensors), **sample.options)
-            assert all(torch.equal(one, other) for one, other in zip(result, plain, strict=False)), name
+            assert all(torch.equal(a, b) for a, b in zip(result, plain, strict=False)), name
 
     def test_autocast(self, make_sample):
         """Boxes and scores keep their precision."""
@@ -77,12 +77,10 @@ class TestMulticlassNms(OpMatrix):
         expected = sample.op(*tensors, **sample.options)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = sample.op(*tensors, **sample.options)
-        assert all(
-            torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, expected, strict=False)
-        )
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(result, expected, strict=False))
 
     def test_detached(self, make_sample):
-        """Results carry no gradient, in reverse and forward mode; gathering with indices and labels gives one."""
+        """Results have neither a gradient in reverse mode nor a tangent in forward mode."""
         sample = make_sample()
         boxes, scores = (t.clone().requires_grad_() for t in sample.tensors)
         assert not any(leaf.requires_grad for leaf in leaves(sample.op(boxes, scores, **sample.options)))
@@ -97,8 +95,8 @@ class TestMulticlassNms(OpMatrix):
         mapped = torch.func.vmap(lambda b, s: tuple(sample.op(b, s, **sample.options)), in_dims=(None, -1))(
             boxes, torch.stack([scores, scores.flip(-1)], dim=-1)
         )
-        for index, one in enumerate((scores, scores.flip(-1))):
-            expected = sample.op(boxes, one, **sample.options)
+        for index, scores_at_index in enumerate((scores, scores.flip(-1))):
+            expected = sample.op(boxes, scores_at_index, **sample.options)
             assert all(torch.equal(m[index], e) for m, e in zip(mapped, expected, strict=False))
         nothing = torch.func.vmap(lambda b: tuple(sample.op(b, scores, **sample.options)))(
             boxes.expand(0, *boxes.shape)
@@ -111,19 +109,19 @@ class TestCases:
 
     def test_known_answer(self):
         scores = torch.tensor([[0.9, 0.2, 0.5], [0.8, 0.3, 0.05], [0.7, 0.0, 0.9]])
-        found = ops.multiclass_nms(self.boxes, scores, 0.1, 0.5, 6)
+        detections = ops.multiclass_nms(self.boxes, scores, 0.1, 0.5, 6)
         # By score: (0, class 0) and (2, class 2) tie at 0.9 and rank by row; (1, 0) is suppressed, (0, 1) by (1, 1).
-        assert found.indices.tolist() == [0, 2, 2, 0, 1, -1]
-        assert found.labels.tolist() == [0, 2, 0, 2, 1, -1]
-        assert torch.equal(found.scores, torch.tensor([0.9, 0.9, 0.7, 0.5, 0.3, 0.0]))
-        assert torch.equal(found.boxes[:5], self.boxes[[0, 2, 2, 0, 1]]) and not found.boxes[5].any()
-        assert found.count == 5
+        assert detections.indices.tolist() == [0, 2, 2, 0, 1, -1]
+        assert detections.labels.tolist() == [0, 2, 0, 2, 1, -1]
+        assert torch.equal(detections.scores, torch.tensor([0.9, 0.9, 0.7, 0.5, 0.3, 0.0]))
+        assert torch.equal(detections.boxes[:5], self.boxes[[0, 2, 2, 0, 1]]) and not detections.boxes[5].any()
+        assert detections.count == 5
 
     def test_ties_rank_by_row_then_class(self):
         scores = torch.full((3, 2), 0.5)
-        found = ops.multiclass_nms(self.boxes, scores, 0.1, 1.0, 10)
-        assert found.indices[:6].tolist() == [0, 0, 1, 1, 2, 2]
-        assert found.labels[:6].tolist() == [0, 1, 0, 1, 0, 1]
+        detections = ops.multiclass_nms(self.boxes, scores, 0.1, 1.0, 10)
+        assert detections.indices[:6].tolist() == [0, 0, 1, 1, 2, 2]
+        assert detections.labels[:6].tolist() == [0, 1, 0, 1, 0, 1]
 
     def test_score_threshold_is_strict(self):
         scores = torch.tensor([[0.05], [0.05], [0.0500001]])
@@ -134,16 +132,16 @@ class TestCases:
     def test_bad_values_are_never_kept(self):
         boxes = torch.cat([self.boxes, torch.tensor([[0.0, NAN, 5, 5], [20.0, 20, 30, 30]])])
         scores = torch.tensor([[0.5], [NAN], [0.4], [0.9], [0.3]])
-        found = ops.multiclass_nms(boxes, scores, 0.1, 0.5, 10)
-        assert found.indices[: found.count].tolist() == [0, 2, 4]
+        detections = ops.multiclass_nms(boxes, scores, 0.1, 0.5, 10)
+        assert detections.indices[: detections.count].tolist() == [0, 2, 4]
         for name, wrong in (("boxes", (boxes, scores.nan_to_num())), ("scores", (boxes.nan_to_num(), scores))):
             with ops.checked(), pytest.raises(ValueError, match=f"multiclass_nms: {name} must be finite, got nan at"):
                 ops.multiclass_nms(*wrong, 0.1, 0.5, 10)
 
     @pytest.mark.parametrize("batch, count, classes, most", [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)])
     def test_empties(self, batch, count, classes, most):
-        found = ops.multiclass_nms(torch.rand(batch, count, 4), torch.rand(batch, count, classes), 0.0, 0.5, most)
-        assert [tuple(leaf.shape) for leaf in found] == [
+        detections = ops.multiclass_nms(torch.rand(batch, count, 4), torch.rand(batch, count, classes), 0.0, 0.5, most)
+        assert [tuple(leaf.shape) for leaf in detections] == [
             (batch, most, 4),
             (batch, most),
             (batch, most),
@@ -151,10 +149,10 @@ class TestCases:
             (batch, most),
         ]
         assert (
-            not found.count.any()
-            and not found.boxes.any()
-            and (found.labels == -1).all()
-            and (found.indices == -1).all()
+            not detections.count.any()
+            and not detections.boxes.any()
+            and (detections.labels == -1).all()
+            and (detections.indices == -1).all()
         )
 
     @pytest.mark.parametrize(
@@ -178,36 +176,36 @@ class TestCases:
 
 class TestOracles:
     @pytest.mark.parametrize("most", [1, 10, 100, 1000, 100000])
-    @pytest.mark.parametrize("levels", [0, 7, 60])  # distinct scores; 7: nearly all tie
+    @pytest.mark.parametrize("levels", [0, 7, 60])  # 0: distinct scores; 7: nearly all tie
     def test_equals_nms_then_top(self, most, levels):
-        """More candidates than the first chunks hold, with scores in few bins: whatever is sorted lazily, the same."""
+        """Lazy sorting of chunks changes nothing: more candidates than one chunk holds, with many equal scores."""
         boxes, scores = random_boxes(1500).float(), torch.rand(1500, 6)
         if levels:
             scores = (scores * levels).floor() / levels
-        found = ops.multiclass_nms(boxes, scores, 0.1, 0.4, most)
+        detections = ops.multiclass_nms(boxes, scores, 0.1, 0.4, most)
         index, label = (scores > 0.1).nonzero(as_tuple=True)
         kept = oracle(boxes[index], scores[index, label], label, 0.4)[:most]
-        assert found.count == len(kept)
-        assert torch.equal(found.indices[: len(kept)], index[kept])
-        assert torch.equal(found.labels[: len(kept)], label[kept])
-        assert torch.equal(found.boxes[: len(kept)], boxes[index[kept]])
-        assert torch.equal(found.scores[: len(kept)], scores[index, label][kept])
+        assert detections.count == len(kept)
+        assert torch.equal(detections.indices[: len(kept)], index[kept])
+        assert torch.equal(detections.labels[: len(kept)], label[kept])
+        assert torch.equal(detections.boxes[: len(kept)], boxes[index[kept]])
+        assert torch.equal(detections.scores[: len(kept)], scores[index, label][kept])
 
     def test_batch_equals_single_images(self):
         boxes, scores = random_boxes(5 * 300).float().view(5, 300, 4), torch.rand(5, 300, 9)
         batched = ops.multiclass_nms(boxes, scores, 0.2, 0.5, 50)
         for image in range(5):
             single = ops.multiclass_nms(boxes[image], scores[image], 0.2, 0.5, 50)
-            assert all(torch.equal(one[image], other) for one, other in zip(batched, single, strict=False))
+            assert all(torch.equal(a[image], b) for a, b in zip(batched, single, strict=False))
 
     def test_large_image_in_parts(self):
-        """Scores of an image are scanned by several threads; sparse ones, and parts without any."""
+        """Several threads scan the scores of one image; few scores are nonzero, and some parts have none."""
         boxes, scores = random_boxes(9000, extent=2000.0).float(), torch.zeros(9000, 40)
         some = torch.randint(9000 * 20, (700,))
         scores.view(-1)[some] = torch.rand(700)
-        found = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
+        detections = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
         expected = reference.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=False))
+        assert all(torch.equal(a, b) for a, b in zip(detections, expected, strict=False))
 
 
 class TestGoldens:
@@ -220,12 +218,14 @@ class TestGoldens:
         arrays = np.load(goldens / "ops" / "multiclass_nms.npz")
         options = json.loads((goldens / "ops" / "multiclass_nms.json").read_text())[case]
         boxes, scores = (torch.as_tensor(arrays[f"{case}__{name}"]) for name in ("boxes", "scores"))
-        # The released scores end in a column for the background, which takes no part.
-        found = ops.multiclass_nms(
+        # The last column of the released scores is the background, which is not an input here.
+        detections = ops.multiclass_nms(
             boxes, scores[:, :-1], options["score_thr"], options["iou_threshold"], options["max_num"]
         )
-        count = int(found.count)
-        rows = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None].float()], dim=1)[:count]
+        count = int(detections.count)
+        rows = torch.cat([detections.boxes, detections.scores[:, None], detections.labels[:, None].float()], dim=1)[
+            :count
+        ]
         expected = np.concatenate(
             [arrays[f"{case}__gpu_rule_dets"], arrays[f"{case}__gpu_rule_labels"][:, None].astype(np.float32)], axis=1
         )

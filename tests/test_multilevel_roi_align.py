@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""multilevel_roi_align: the op matrix, the level rule, the goldens, and what breaks torchvision's pooler."""
+"""multilevel_roi_align: the op matrix, the level rule, the goldens, and inputs that torchvision's pooler gets wrong."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def pyramid(
 
 
 def boxes_of_all_levels(count: int) -> torch.Tensor:
-    """(count, 5) boxes whose sides run from 1 to 60 pixels; with finest_scale 6 they fill three levels."""
+    """Return (count, 5) boxes with sides of about 1 to 60 pixels; with finest_scale 6 they use all three levels."""
     side = torch.logspace(0, 5.9, count, base=2, dtype=torch.float64)[:, None] * (
         0.8 + 0.4 * torch.rand(count, 2).double()
     )
@@ -70,7 +70,7 @@ class TestMultilevelRoiAlign(OpMatrix):
 
 class TestLevels:
     def test_boundaries(self):
-        """Sides just below and at 2^l * finest_scale; the first and the last level take what is beyond."""
+        """Sides just below and at 2^l * finest_scale; smaller and larger RoIs use the first and the last level."""
         sides = torch.tensor([1.0, 55.9, 56, 111.9, 112, 223.9, 224, 5000])
         boxes = torch.stack([torch.zeros(8), torch.zeros(8), torch.zeros(8), sides, sides], dim=1)
         assert roi_levels(boxes, 3, 56).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
@@ -86,7 +86,7 @@ class TestLevels:
         assert torch.equal(pooled.flatten().round().long(), roi_levels(boxes, 5, 56))
 
     def test_two_image_sizes_through_one_pooler(self):
-        """Torchvision's pooler keeps the scales of the first image size it sees; strides are explicit here."""
+        """Torchvision's pooler keeps the scales of its first image size; strides are explicit here."""
         pooler = ops.MultilevelRoIAlign(2, STRIDES, finest_scale=6)
         boxes = boxes_of_all_levels(6)
         for size in (0, 3):
@@ -98,8 +98,8 @@ class TestLevels:
         features, boxes = pyramid(3), boxes_of_all_levels(9)
         order = torch.randperm(9)
         pooled = ops.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6)
-        turned = ops.multilevel_roi_align(features, boxes[order], 2, STRIDES, finest_scale=6)
-        assert torch.equal(pooled[order], turned)
+        permuted = ops.multilevel_roi_align(features, boxes[order], 2, STRIDES, finest_scale=6)
+        assert torch.equal(pooled[order], permuted)
 
 
 class TestValues:
@@ -129,7 +129,7 @@ class TestValues:
             ops.multilevel_roi_align(pyramid(3), boxes, 2, STRIDES)
 
     def test_box_reversed_on_one_side_is_empty(self):
-        """Its area is negative, so its level is no number: the finest level, where it has no samples."""
+        """Its area is negative, so its level is NaN: the finest level is used, where it has no samples."""
         pooled = ops.multilevel_roi_align(pyramid(3), torch.tensor([[0, 9.0, 1, 2, 8]]), 2, STRIDES)
         assert not pooled.any()
 
@@ -139,11 +139,11 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_features_with_float32_boxes(self, dtype):
-        """Coordinates above 2048 do not survive a trip through float16; they are never taken on one."""
-        wide = (torch.arange(64.0).view(1, 1, 1, 64).expand(1, 1, 4, 64) % 7).contiguous()
+        """Float16 cannot hold fractions of coordinates above 2048, so boxes are never cast to it."""
+        feature = (torch.arange(64.0).view(1, 1, 1, 64).expand(1, 1, 4, 64) % 7).contiguous()
         boxes = torch.tensor([[0, 2049.3, 0, 2052.7, 3]])
-        full = ops.multilevel_roi_align([wide, wide], boxes, 1, (64, 128), 2)
-        half = ops.multilevel_roi_align([wide.to(dtype), wide.to(dtype)], boxes, 1, (64, 128), 2)
+        full = ops.multilevel_roi_align([feature, feature], boxes, 1, (64, 128), 2)
+        half = ops.multilevel_roi_align([feature.to(dtype), feature.to(dtype)], boxes, 1, (64, 128), 2)
         assert_near(half, full, dtype)
 
 
@@ -170,7 +170,7 @@ class TestShapes:
         assert [grad.shape for grad in grads] == [feature.shape for feature in features]
 
     def test_gradient_of_some_levels(self):
-        """Levels that need no gradient may be mixed with ones that do, in reverse and in forward mode."""
+        """Only some levels may need a gradient, in reverse and in forward mode."""
         features, boxes = pyramid(3), boxes_of_all_levels(9)
         features[1].requires_grad_()
         pooled = ops.multilevel_roi_align(features, boxes, 2, STRIDES, finest_scale=6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lines that `make mutation-round` breaks still stand where it looks for them."""
+"""Each line that `make mutation-round` changes occurs exactly once in its file."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def test_every_line_stands_once(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import mutation_round
 
-    places = [(f"csrc/cuda/{one.file}", one) for one in mutation_round.MUTATIONS]
-    places += [(f"csrc/{one.file}", one) for one in mutation_round.FAULTS]
-    lost = [f"{file}: {one.name}" for file, one in places if (ROOT / file).read_text().count(one.before) != 1]
+    places = [(f"csrc/cuda/{change.file}", change) for change in mutation_round.MUTATIONS]
+    places += [(f"csrc/{change.file}", change) for change in mutation_round.FAULTS]
+    lost = [f"{file}: {change.name}" for file, change in places if (ROOT / file).read_text().count(change.before) != 1]
     assert not lost

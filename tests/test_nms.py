@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nms and batched_nms: the op matrix, hand-made cases, thresholds, properties, oracles, and inputs that break peers."""
+"""nms and batched_nms: the op matrix, hand-made cases, thresholds, properties, oracles, and difficult inputs."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def sample(count: int, classes: int, iou_threshold: float):
-    """`classes` 0 asks for nms, others for batched_nms."""
+    """Return the builder of a sample of nms if `classes` is 0, else of batched_nms."""
     name = "batched_nms" if classes else "nms"
 
     def tensors(size: int = 0) -> list:
@@ -55,7 +55,7 @@ class TestNms(OpMatrix):
 
     @pytest.fixture(autouse=True)
     def dynamic_outputs(self):
-        """Tracing a result whose length depends on values is a setting of torch, off by default."""
+        """Allow torch.compile to trace a result whose length depends on values."""
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             yield
 
@@ -82,7 +82,7 @@ class TestNms(OpMatrix):
             assert torch.equal(sample.op(*tensors, **sample.options), expected)
 
     def test_gradients_stop_here(self, make_sample):
-        """Tensors that require gradients are taken; row numbers carry none, in forward mode too."""
+        """Inputs may require gradients; the result, row numbers, has none, in forward mode too."""
         sample = make_sample()
         boxes, scores, *rest = sample.tensors
         expected = sample.op(boxes, scores, *rest, **sample.options)
@@ -98,7 +98,7 @@ class TestNms(OpMatrix):
         assert torch.equal(gradient.nonzero()[:, 0], expected.sort().values)
 
     def test_all_precisions_rank_alike(self, make_sample):
-        """Values that every dtype holds exactly give one answer in all of them."""
+        """All dtypes give the same result for values that every dtype represents exactly."""
         sample = make_sample()
         boxes, scores, *rest = sample.tensors
         boxes, scores = boxes.round().clamp(max=250), (scores * 100).round() / 128
@@ -129,7 +129,7 @@ class TestCases:
             ([A, A], [0.9, 0.8], INF, [0, 1]),
             ([A, [9.0, 9.0, 20.0, 20.0]], [0.9, 0.8], 0.0, [0]),
             ([A, [10.0, 0.0, 20.0, 10.0]], [0.9, 0.8], 0.0, [0, 1]),  # only touching
-            # The middle one is dropped, so it cannot drop the last, which overlaps it alone.
+            # The middle box is dropped, so it does not suppress the last, which overlaps no other box.
             ([A, [4.0, 0.0, 14.0, 10.0], [8.0, 0.0, 18.0, 10.0]], [0.9, 0.8, 0.7], 0.4, [0, 2]),
             ([A, FAR], [0.0, -0.0], 0.5, [0, 1]),  # zeros of either sign are equal
             ([FAR, A], [-0.0, 0.0], 0.5, [0, 1]),
@@ -162,7 +162,7 @@ class TestCases:
         ],
     )
     def test_bad_and_degenerate_values(self, boxes, scores, expected, repeat):
-        """NaN is never kept; a box without a finite area takes no part. The same among many far boxes."""
+        """NaN is never kept; boxes without a finite area suppress nothing, also among many distant boxes."""
         boxes, scores = torch.tensor(boxes), torch.tensor(scores)
         far = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor(
             [1e3, 1e3, 1e3 + 2, 1e3 + 2]
@@ -225,11 +225,11 @@ class TestCases:
 
 
 class TestThreshold:
-    """Decisions at the threshold, to the last bit."""
+    """Decisions at the threshold are exact in float32."""
 
     @pytest.mark.parametrize("threshold", [0.1, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.9])
     def test_pairs_that_straddle_it(self, threshold):
-        """Pairs whose float32 decision flips within a few units in the last place of one coordinate."""
+        """Pairs whose decision in float32 changes within a few ulps of one coordinate."""
         height = torch.tensor(10 * threshold, dtype=torch.float32)
         heights = [height]
         for _ in range(40):
@@ -237,9 +237,9 @@ class TestThreshold:
             heights.insert(0, torch.nextafter(heights[0], torch.tensor(-INF)))
         decisions = []
         limit = torch.tensor(threshold, dtype=torch.float32)
-        for one in heights:
-            boxes = torch.tensor([A, [0.0, 0.0, 10.0, float(one)]])
-            inter = torch.tensor(10.0) * one
+        for height in heights:
+            boxes = torch.tensor([A, [0.0, 0.0, 10.0, float(height)]])
+            inter = torch.tensor(10.0) * height
             expected = [0] if inter > limit * ((torch.tensor(100.0) + inter) - inter) else [0, 1]
             assert ops.nms(boxes, torch.tensor([0.9, 0.8]), threshold).tolist() == expected
             decisions.append(len(expected))
@@ -247,7 +247,7 @@ class TestThreshold:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_integer_boxes_full_of_ties(self, dtype):
-        """Small integer boxes hit fractions like 2/5 and 1/2 exactly, many times; scores tie as well."""
+        """Small integer boxes often have an IoU of exactly 2/5 or 1/2; scores tie as well."""
         for threshold in (0.25, 0.4, 0.5, 0.6, 0.7):
             corner = torch.randint(0, 30, (500, 2))
             boxes = torch.cat([corner, corner + torch.randint(1, 12, (500, 2))], dim=1).to(dtype)
@@ -257,7 +257,7 @@ class TestThreshold:
 
 class TestOracles:
     def test_properties(self):
-        """Kept boxes do not overlap above the threshold; each dropped one overlaps a better kept one of its class."""
+        """Kept boxes overlap up to the threshold; each dropped box overlaps a better kept box of its class."""
         boxes, scores = random_boxes(3000).float(), torch.rand(3000)
         idxs = torch.randint(4, (3000,))
         kept = ops.batched_nms(boxes, scores, idxs, 0.5)
@@ -271,14 +271,14 @@ class TestOracles:
         assert by_better.max(dim=1).values.min() >= 0.5 - 1e-6
 
     def test_many_classes_small_boxes(self):
-        """1,203 classes, 1,000 small boxes: shifting classes apart in float32 loses the boxes' last bits."""
+        """With 1,203 classes, offsets by class would lose the last bits of small float32 boxes."""
         for _ in range(100):
             boxes = random_boxes(1000, extent=30.0, size=4.0).float()
             scores, idxs = torch.rand(1000), torch.randint(1203, (1000,))
             assert torch.equal(ops.batched_nms(boxes, scores, idxs, 0.5), oracle(boxes, scores, idxs, 0.5))
 
     def test_negative_coordinates(self):
-        """All coordinates negative: a shift by the largest coordinate would make classes meet."""
+        """With negative coordinates, offsets by the largest coordinate would make boxes of two classes overlap."""
         for _ in range(100):
             boxes = random_boxes(400, extent=300.0, size=90.0, offset=-1000.0).float()
             scores, idxs = torch.rand(400), torch.randint(6, (400,))
@@ -293,7 +293,7 @@ class TestOracles:
         assert torch.equal(kept, oracle(boxes, scores, image * 80 + label, 0.5))
 
     def test_extreme_class_numbers(self):
-        """Classes are any int64; their range does not fit int64."""
+        """Class numbers may be any int64, although their range exceeds int64."""
         low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
         names = torch.tensor([low, low + 1, -1, 0, 5, 10**12, high - 1, high])
         boxes, scores, label = random_boxes(600).float(), torch.rand(600), torch.randint(8, (600,))
@@ -305,10 +305,10 @@ class TestOracles:
     @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
     @pytest.mark.parametrize("scene", ["mixed", "tiny far from the origin", "one cluster", "long and flat", "outliers"])
     def test_large_classes_equal_the_plain_greedy_pass(self, scene, threshold):
-        """The grid over box centers only saves work; the reference tests every pair, in the same float32 steps."""
+        """The grid over box centers only skips pairs; the reference tests every pair, with the same float32 steps."""
         boxes = random_boxes(450, extent=150.0)
         if scene == "tiny far from the origin":
-            boxes = random_boxes(450, extent=1.0, size=0.3) + 1e5  # a handful of float32 steps wide
+            boxes = random_boxes(450, extent=1.0, size=0.3) + 1e5  # a few float32 steps wide
         elif scene == "one cluster":
             boxes = random_boxes(450, extent=3.0)
         elif scene == "long and flat":
@@ -319,7 +319,7 @@ class TestOracles:
         assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(boxes, scores, threshold))
 
     def test_any_number_of_boxes(self):
-        """Counts around the width of vectors and the switch to the grid, in one and in many classes."""
+        """Counts around the vector width and around the switch to the grid, in one class and in several."""
         boxes, scores, idxs = random_boxes(600).float(), torch.rand(600), torch.randint(3, (600,))
         for count in [*range(1, 36), 255, 256, 257, 383, 384, 385, 600]:
             part = (boxes[:count], scores[:count])
@@ -328,7 +328,7 @@ class TestOracles:
 
 
 class TestOrder:
-    """Boxes of a cell are the same and cells lie far apart: the best of every class in every cell is kept."""
+    """Boxes of a cell are equal and cells do not overlap: the best box of every class in every cell is kept."""
 
     def check(self, scores, idxs, cells):
         cell = torch.randint(cells, scores.shape)
@@ -373,8 +373,8 @@ class TestOrder:
             torch.tensor([0.5]),
             torch.tensor([0.0, -0.0]),
             torch.tensor([-1.0, -0.0, 0.0, 1.0, INF, -INF, 1e-45, -1e-45]),
-            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-52,  # equal except for the low 12 bits
-            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-21,  # ... for high ones
+            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-52,  # differ in the low 12 bits only
+            1 + torch.arange(4000, dtype=torch.float64) * 2.0**-21,  # differ in higher bits
         ],
         ids=["equal", "zeros", "signs", "low bits", "high bits"],
     )

@@ -55,7 +55,7 @@ def test_outputs_equal_the_plain_modules(name, overrides):
 
 
 def test_goldens(large_goldens):
-    """The optimized network too gives the released numbers."""
+    """The optimized network reproduces the released numbers, too."""
     arrays = np.load(large_goldens / "forward" / "tiny_b2.npz")
     fast = assert_same_outputs(golden_model(large_goldens, "tiny", "tiny"), torch.from_numpy(arrays["img"]))
     with torch.inference_mode():
@@ -84,7 +84,7 @@ class Recorded(TorchDispatchMode):
 
 
 def test_stuff_head_stays_channels_last():
-    """Six blocks, each a convolution and one operator after it: no pass for ReLU or upsampling, no copy of a layout."""
+    """Six blocks of a convolution and one further operator: no separate ReLU or upsampling, no layout copy."""
     head = optimize_for_inference(random_model("tiny")).stuff_head
     channels, sizes = head.blocks[0][0].conv.packed.weight.shape[1], ((8, 12), (4, 6), (2, 3))
     features = [torch.randn(1, channels, *size).to(memory_format=torch.channels_last) for size in sizes]
@@ -98,7 +98,7 @@ def test_stuff_head_stays_channels_last():
 
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_mask_head_computes_active_boxes(with_labels):
-    """Their logits are as without flags, to the last bit, whatever the features of the others hold."""
+    """Logits of active boxes are bitwise equal to those without flags; features of the other boxes are not read."""
     model = random_model("tiny")
     head = optimize_for_inference(model).thing_head
     channels = model.config.model.fpn_channels
@@ -137,14 +137,14 @@ def test_copies_compute_the_same(name, copied):
     fast, images = optimize_for_inference(random_model(name)), torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         expected, actual = fast(images), copied(fast)(images)
-    for one, other in zip(actual.class_logits, expected.class_logits):
-        assert torch.equal(one, other)
+    for logits, wanted in zip(actual.class_logits, expected.class_logits):
+        assert torch.equal(logits, wanted)
     assert torch.equal(actual.stuff_logits, expected.stuff_logits)
 
 
 @pytest.mark.parametrize("name, dtypes", [("tiny", DTYPES), ("tiny_dcn", [torch.float32, torch.float64])])
 def test_moved_to_another_dtype(name, dtypes):
-    """The convolutions are packed again, from weights that were rounded to the first dtype and to the second."""
+    """The convolutions are packed again, with weights rounded to the first dtype and then to the second."""
     model, images = random_model(name), torch.randn(1, 3, 64, 64, dtype=torch.float64)
     rois, labels = torch.tensor([[0, 3.0, 5, 40, 60]], dtype=torch.float64), torch.tensor([1])
     with torch.inference_mode():
@@ -157,22 +157,22 @@ def test_moved_to_another_dtype(name, dtypes):
             actual = [*output.class_logits, output.stuff_logits]
             actual.append(fast.thing_logits(output.thing_features, rois.to(moved), labels))
             tolerance = max(DTYPES[made], DTYPES[moved]) * (50 if name == "tiny_dcn" else 1)  # sampling points move
-            for one, other in zip(actual, expected, strict=True):
-                assert one.dtype == moved
-                assert (one - other).abs().max() < tolerance * other.abs().max(), (made, moved)
+            for value, wanted in zip(actual, expected, strict=True):
+                assert value.dtype == moved
+                assert (value - wanted).abs().max() < tolerance * wanted.abs().max(), (made, moved)
 
 
 def test_moved_to_where_it_is():
-    """Nothing is packed again."""
+    """A move to the same device and dtype does not pack the weights again."""
     fast = optimize_for_inference(random_model("tiny"))
     before = [module.packed for module in fast.modules() if hasattr(module, "packed")]
     fast.to("cpu").float().requires_grad_(False)
     after = [module.packed for module in fast.modules() if hasattr(module, "packed")]
-    assert len(before) > 3 and all(one is other for one, other in zip(_convs(before), _convs(after), strict=True))
+    assert len(before) > 3 and all(a is b for a, b in zip(_convs(before), _convs(after), strict=True))
 
 
 def _convs(value):
-    """All PackedConv in nested tuples and lists."""
+    """Return all PackedConv in nested tuples and lists."""
     if isinstance(value, PackedConv):
         return [value]
     return [conv for part in value for conv in _convs(part)] if isinstance(value, (list, tuple)) else []
@@ -185,25 +185,25 @@ def test_moved_to_another_device(name, device):
     with torch.inference_mode():
         expected = fast(images)
         actual = fast.to(device)(images.to(device))
-        for one, other in zip(actual.class_logits, expected.class_logits, strict=True):
-            assert one.device.type == device and one.shape == other.shape
+        for logits, wanted in zip(actual.class_logits, expected.class_logits, strict=True):
+            assert logits.device.type == device and logits.shape == wanted.shape
             if device == "cuda":
-                assert (one.cpu() - other).abs().max() < 1e-2 * other.abs().max()  # TF32
+                assert (logits.cpu() - wanted).abs().max() < 1e-2 * wanted.abs().max()  # TF32
 
 
-@pytest.mark.parametrize("given", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_images_of_another_dtype_are_refused(given):
+@pytest.mark.parametrize("images_dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_images_of_another_dtype_are_refused(images_dtype):
     fast = optimize_for_inference(random_model("tiny"))
-    rule = f"x must be torch.float32 .* got {given} on {DEVICE}"
+    rule = f"x must be torch.float32 .* got {images_dtype} on {DEVICE}"
     with torch.inference_mode(), pytest.raises(RuntimeError, match=rule):
-        fast(torch.randn(1, 3, 64, 64, dtype=given))
+        fast(torch.randn(1, 3, 64, 64, dtype=images_dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(dtype, given):
-    """Weights and images of any dtype; results as exact as those of the plain modules."""
-    model, images = random_model("tiny").to(dtype), torch.randn(1, 3, 64, 64).to(given)
+@pytest.mark.parametrize("images_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype, images_dtype):
+    """Weights and images may have any dtype; results are as exact as those of the plain modules."""
+    model, images = random_model("tiny").to(dtype), torch.randn(1, 3, 64, 64).to(images_dtype)
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(images.double()).stuff_logits
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -214,16 +214,16 @@ def test_autocast(dtype, given):
 
 @pytest.mark.parametrize("name, dtype", [("tiny", torch.float32), ("tiny_dcn", torch.float64)])
 def test_compiled(name, dtype):
-    """One graph, with the outputs of the eager network."""
+    """torch.compile makes one graph, with the outputs of the eager network."""
     fast, images = optimize_for_inference(random_model(name), dtype=dtype), torch.randn(1, 3, 64, 64, dtype=dtype)
     with torch.no_grad():
         compiled = torch.compile(fast.forward, backend="aot_eager", fullgraph=True)(images)
-        for one, other in zip(compiled.class_logits, fast(images).class_logits, strict=True):
-            assert (one - other).abs().max() < DTYPES[dtype] * other.abs().max()
+        for logits, wanted in zip(compiled.class_logits, fast(images).class_logits, strict=True):
+            assert (logits - wanted).abs().max() < DTYPES[dtype] * wanted.abs().max()
 
 
 def test_another_version_is_refused(monkeypatch):
-    """Other versions may arrange weights in other ways."""
+    """Other versions may arrange the weights differently."""
     content = pickle.dumps(optimize_for_inference(random_model("tiny")))
     monkeypatch.setattr(optimized_backbone, "__version__", "9.9")
     with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: make it again"):

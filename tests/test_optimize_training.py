@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network arranged for training has the outputs of the plain modules, and gradients arrive at their parameters."""
+"""The network arranged for training has the outputs of the plain modules and trains their parameters."""
 
 import json
 from pathlib import Path
@@ -41,21 +41,24 @@ def outputs_and_gradients(model, network, images):
 
 @pytest.mark.parametrize("name, overrides", [*VARIANTS, ("tiny", FROM_SCRATCH), ("tiny_dcn", FROM_SCRATCH)])
 def test_equals_the_plain_modules(name, overrides):
-    """In float64; `test_training_targets.py` compares in float32 with the goldens. Frozen layers get no gradient."""
+    """Outputs and gradients are equal in float64; frozen layers get no gradient.
+
+    `test_training_targets.py` compares with the goldens in float32.
+    """
     model = random_model(name, **overrides).double().train()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     expected, wanted = outputs_and_gradients(model, model, images)
-    actual, found = outputs_and_gradients(model, optimize_for_training(model), images)
-    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(f"output {i}", one, other.numpy(), 1e-8)
+    actual, gradients = outputs_and_gradients(model, optimize_for_training(model), images)
+    for i, (output, expected_output) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(f"output {i}", output, expected_output.numpy(), 1e-8)
     for key, gradient in wanted.items():
-        assert (found[key] is None) == (gradient is None), key
+        assert (gradients[key] is None) == (gradient is None), key
         if gradient is not None:
-            assert_close(key, found[key], gradient.numpy(), 1e-7)
+            assert_close(key, gradients[key], gradient.numpy(), 1e-7)
 
 
 def test_leaves_the_model_as_it_is():
-    """Same modules, same state dict; what the arranged network trains is the model itself."""
+    """Modules and parameters stay the same, and the arranged network trains the parameters of the model."""
     model = random_model("tiny").train()
     before, modules = {name: id(value) for name, value in model.named_parameters()}, list(model.modules())
     network = optimize_for_training(model)
@@ -66,34 +69,34 @@ def test_leaves_the_model_as_it_is():
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_dcn"])
 def test_moved_to_another_dtype(name):
-    """The model moves with the network that trains it, statistics of BatchNorm included."""
+    """A move of the network moves the model, statistics of BatchNorm included."""
     model = random_model(name).train()
     network = optimize_for_training(model).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    for one, other in zip(network(images).class_logits, model(images).class_logits, strict=True):
-        assert one.dtype == torch.float64
-        torch.testing.assert_close(one, other)
+    for logits, expected in zip(network(images).class_logits, model(images).class_logits, strict=True):
+        assert logits.dtype == torch.float64
+        torch.testing.assert_close(logits, expected)
 
 
 def test_box_head_on_a_gpu():
-    """The predictors run in the form that was measured to be faster; the numbers are those of the plain module."""
+    """The predictors use the faster form by measurements; results equal those of the plain module."""
     head = BoxHead(256, 80, 9).double()
     assert head.class_logits.out_channels == 720 and head.box_deltas.out_channels == 36
     levels = [torch.randn(1, 256, side, side, dtype=torch.float64, requires_grad=True) for side in (4, 2)]
     arranged = TrainingBoxHead(head, on_cuda=True)
     assert arranged.at_once == [False, True]
-    for one, other in zip(arranged(levels, levels), head(levels, levels)):
+    for outputs, expected in zip(arranged(levels, levels), head(levels, levels)):
         inputs = [*levels, *head.parameters()]
-        wanted = torch.autograd.grad(sum(level.sum() for level in other), inputs, allow_unused=True)
-        found = torch.autograd.grad(sum(level.sum() for level in one), inputs, allow_unused=True)
-        for a, b in zip((*one, *found), (*other, *wanted)):
+        wanted = torch.autograd.grad(sum(level.sum() for level in expected), inputs, allow_unused=True)
+        gradients = torch.autograd.grad(sum(level.sum() for level in outputs), inputs, allow_unused=True)
+        for a, b in zip((*outputs, *gradients), (*expected, *wanted)):
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b)
 
 
 def part_of_box_head(rank, classes):
-    """The head that every process starts from, and its part of the batch: levels for both predictors."""
+    """Return the head, equal in all processes, and a process's part of the batch: levels for both predictors."""
     torch.manual_seed(0)
     head = BoxHead(256, classes, 9).double()
     torch.manual_seed(1 + rank)
@@ -101,7 +104,7 @@ def part_of_box_head(rank, classes):
 
 
 def losses_of_steps(head, levels):
-    """Two steps; the second has no class loss, as images without objects have none of the boxes."""
+    """Yield the losses of two steps; the second has no class loss, as for images without objects."""
     for uses_classes in (True, False):
         classes, deltas = head(*levels)
         loss = sum(level.square().mean() for level in deltas)
@@ -109,7 +112,7 @@ def losses_of_steps(head, levels):
 
 
 def train_box_head(rank, folder, classes):
-    """One of two processes under DistributedDataParallel; keeps the gradients that each step leaves."""
+    """Train in one of two processes under DistributedDataParallel, and save the gradients of each step."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     head, levels = part_of_box_head(rank, classes)
@@ -123,25 +126,25 @@ def train_box_head(rank, folder, classes):
     end(ProcessGroup(rank, 2, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("classes", [3, 80])  # all by flow_conv2d, or the classes level by level
+@pytest.mark.parametrize("classes", [3, 80])  # 3: all predictors by flow_conv2d; 80: the class predictor level by level
 def test_box_head_on_a_gpu_in_two_processes(tmp_path, classes):
-    """Both have the mean of the gradients that the plain head has in each."""
+    """Both processes get the mean of the plain head's gradients for the two parts of the batch."""
     torch.multiprocessing.spawn(train_box_head, (tmp_path, classes), nprocs=2)
     expected = []
     for rank in range(2):
         head, levels = part_of_box_head(rank, classes)
         steps = [torch.autograd.grad(loss, list(head.parameters())) for loss in losses_of_steps(head, levels)]
         expected.append([dict(zip(dict(head.named_parameters()), step)) for step in steps])
-    for found in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
-        for step, (one, other) in enumerate(zip(*expected, strict=True)):
-            for name in one:
-                wanted = (one[name] + other[name]) / 2
-                torch.testing.assert_close(found[step][name], wanted, msg=lambda text: f"{step} {name}: {text}")
+    for gradients in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
+        for step, (first, second) in enumerate(zip(*expected, strict=True)):
+            for name in first:
+                wanted = (first[name] + second[name]) / 2
+                torch.testing.assert_close(gradients[step][name], wanted, msg=lambda text: f"{step} {name}: {text}")
 
 
 @pytest.mark.parametrize("name, overrides", [("tiny", {}), ("tiny_dcn", {}), ("ablation_flow_source_cls_coco", {})])
 def test_compiled(name, overrides):
-    """One graph, forward and backward, with the outputs and gradients of the eager network."""
+    """One graph each for forward and backward, with the outputs and gradients of the eager network."""
     model = random_model(name, **overrides).double().train()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     network = optimize_for_training(model)
@@ -150,13 +153,13 @@ def test_compiled(name, overrides):
     expected, wanted = outputs_and_gradients(model, network, images)
     torch.compiler.reset()
     network.forward = torch.compile(network.forward, backend="aot_eager", fullgraph=True)
-    actual, found = outputs_and_gradients(model, network, images)
-    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(f"output {i}", one, other.numpy(), 1e-9)
+    actual, gradients = outputs_and_gradients(model, network, images)
+    for i, (output, expected_output) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(f"output {i}", output, expected_output.numpy(), 1e-9)
     for key, gradient in wanted.items():
-        assert (found[key] is None) == (gradient is None), key
+        assert (gradients[key] is None) == (gradient is None), key
         if gradient is not None:
-            assert_close(key, found[key], gradient.numpy(), 1e-8)
+            assert_close(key, gradients[key], gradient.numpy(), 1e-8)
 
 
 def test_what_changes_on_another_device():
@@ -176,7 +179,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="not in a source tree")
 def test_choice_on_a_gpu_is_the_measured_one():
-    """GPU time of forward and backward over P3 to P7 in bfloat16, ours and cuDNN's, by the stored measurements."""
+    """The choice follows the stored GPU times of forward and backward over P3 to P7 in bfloat16."""
     measured = {}
     for path in RESULTS.glob("nvidia-*/flow_conv2d.json"):
         for row in json.loads(path.read_text())["rows"]:
@@ -186,4 +189,4 @@ def test_choice_on_a_gpu_is_the_measured_one():
     assert set(measured) >= {36, 256, 720}
     for outputs, times in measured.items():
         ratio = times["reference"] / times["spatialflow"]
-        assert is_faster_on_cuda(outputs) == (ratio > 1.1), (outputs, times)  # a tie is left to cuDNN
+        assert is_faster_on_cuda(outputs) == (ratio > 1.1), (outputs, times)  # cuDNN for ties

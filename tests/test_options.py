@@ -45,7 +45,7 @@ CALLS = {
         {"mean": 0.0, "std": 1.0},
     ),
 }
-"""Of every operator with options that are real numbers: a call, and values that it takes."""
+"""Operators with real-valued options, by name: a call, and valid values of these options."""
 
 
 @pytest.mark.parametrize("op, option", [(op, option) for op, (_, options) in CALLS.items() for option in options])

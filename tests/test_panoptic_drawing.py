@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlays: every segment visible and distinguishable, the rest of the picture untouched, same input same picture."""
+"""Overlays: every segment visible and distinguishable, void unchanged, equal pictures for equal input."""
 
 import itertools
 
@@ -31,8 +31,8 @@ def test_void_keeps_the_photograph_and_the_input_is_not_written():
     assert (picture[id_map == 0] == 100).all()
     assert (image == 100).all()
     inner = [picture[20, 20], picture[20, 120], picture[90, 20]]
-    for one, other in itertools.combinations([*inner, np.full(3, 100)], 2):
-        assert np.abs(one.astype(int) - other).max() > 25
+    for a, b in itertools.combinations([*inner, np.full(3, 100)], 2):
+        assert np.abs(a.astype(int) - b).max() > 25
 
 
 def test_same_arguments_same_picture_and_labels_appear():
@@ -55,13 +55,13 @@ def test_a_label_is_white_text_on_a_dark_box_that_lets_the_picture_through():
     rows, columns = np.nonzero((picture != plain)[60:, :80].any(axis=-1))
     middle = rows.min() + 60 + 1, columns.min() + 3  # in the box, left of the letters
     np.testing.assert_allclose(picture[middle], plain[middle] * 50 / 255 + color / 4 * 205 / 255, atol=1.5)
-    assert (picture[60:, :80].min(axis=-1) > 240).sum() > 5  # strokes of letters
+    assert (picture[60:, :80].min(axis=-1) > 240).sum() > 5  # letters
     assert abs((rows.min() + rows.max()) / 2 - 30) < 3  # half way between the segment's upper and lower border
 
 
 @pytest.mark.parametrize("name", ["", "two\nlines", "x" * 100_000, "\u9053\u8def"])
 def test_any_name(name):
-    """A label that is larger than the picture is left out."""
+    """A label that is larger than the picture is not drawn."""
     image, id_map, segments = scene()
     categories = [{**category, "name": name} for category in CATEGORIES]
     picture = overlay(image, id_map, segments, categories)
@@ -72,8 +72,8 @@ def test_any_name(name):
 @pytest.mark.parametrize("base", [None, (220, 20, 60), (128, 128, 128)])
 def test_instances_of_a_category_differ(base):
     colors = [np.array(color_of(1, index, base)) for index in range(8)]
-    for one, other in itertools.combinations(colors, 2):
-        assert np.abs(one - other).max() > 8
+    for a, b in itertools.combinations(colors, 2):
+        assert np.abs(a - b).max() > 8
     assert all(((0 <= color) & (color <= 255)).all() for color in colors)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic PNG and JSON files: read what others write, refuse what is damaged, never leave half a file."""
+"""Panoptic PNG and JSON files: read files of other programs, refuse damaged ones, never leave an incomplete file."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def png(pixels, **options):
 
 
 def with_checksums(data):
-    """The same chunks with right checksums, so that damage reaches the decompressor."""
+    """Return the same chunks with correct checksums, so that damage reaches the decompressor."""
     data, at = bytearray(data), 8
     while at + 12 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")
@@ -44,15 +44,15 @@ def with_checksums(data):
     return bytes(data)
 
 
-def test_ids_and_colours_are_inverse():
+def test_ids_and_colors_are_inverse():
     ids = np.array([[0, 1, 255], [256, 65536, 16777215]])
-    colours = encode_ids(ids)
-    np.testing.assert_array_equal(colours[1], [[0, 1, 0], [0, 0, 1], [255, 255, 255]])
-    np.testing.assert_array_equal(encode_ids(ids, bgr=True), colours[..., ::-1])
+    colors = encode_ids(ids)
+    np.testing.assert_array_equal(colors[1], [[0, 1, 0], [0, 0, 1], [255, 255, 255]])
+    np.testing.assert_array_equal(encode_ids(ids, bgr=True), colors[..., ::-1])
     for dtype in (np.int32, np.uint32, np.int64, np.uint64):
         np.testing.assert_array_equal(decode_ids(encode_ids(ids.astype(dtype))), ids)
-    np.testing.assert_array_equal(decode_ids(colours[..., ::-1], bgr=True), ids)
-    np.testing.assert_array_equal(decode_ids(colours[::-1, ::2]), ids[::-1, ::2])
+    np.testing.assert_array_equal(decode_ids(colors[..., ::-1], bgr=True), ids)
+    np.testing.assert_array_equal(decode_ids(colors[::-1, ::2]), ids[::-1, ::2])
     assert decode_ids(np.zeros((0, 4, 3), np.uint8)).shape == (0, 4)
 
 
@@ -96,7 +96,7 @@ def test_png_decoder_equals_pillow(channels, content, level):
 @pytest.mark.parametrize("filter_type", range(5))
 @pytest.mark.parametrize("channels", [3, 4])
 def test_every_png_filter(filter_type, channels):
-    """Lines filtered by hand; encoders rarely choose the average filter, and Sub mostly for noise."""
+    """Lines are filtered by hand: encoders rarely use the average filter, and Sub mostly for noise."""
     rng = np.random.default_rng(filter_type)
     cells = rng.integers(0, 256, (6, 5, channels), dtype=np.uint8)
     pixels = cells.repeat(7, 0).repeat(11, 1)
@@ -113,10 +113,10 @@ def test_every_png_filter(filter_type, channels):
     def chunk(kind, data):
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
-    colour = {3: 2, 4: 6}[channels]
+    color_type = {3: 2, 4: 6}[channels]
     stream = zlib.compress(lines.tobytes())
     data = b"\x89PNG\r\n\x1a\n" + chunk(
-        b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, colour, 0, 0, 0])
+        b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, color_type, 0, 0, 0])
     )
     data += chunk(b"IDAT", stream[:5]) + chunk(b"IDAT", b"") + chunk(b"IDAT", stream[5:]) + chunk(b"IEND", b"")
     np.testing.assert_array_equal(decode_png(data), pixels[..., :3].astype(int) @ [1, 256, 65536])
@@ -149,7 +149,7 @@ def test_damaged_png_is_refused(tmp_path, goldens):
 
 
 def test_no_damage_passes_unnoticed(goldens):
-    """Random bytes behind right chunk checksums: an error, never another picture, a crash or a stray read."""
+    """Random bytes with correct chunk checksums cause an error, never another picture, a crash or a wrong read."""
     rng = np.random.default_rng(0)
     data = next((goldens / "pq" / "gt").glob("*.png")).read_bytes()
     for trial in range(300):
@@ -161,7 +161,7 @@ def test_no_damage_passes_unnoticed(goldens):
 
 
 def test_unfiltering_checks_its_arguments():
-    """Wrong sizes would be reads outside the lines; an unknown filter is damage that no checksum shows."""
+    """Wrong sizes would be reads out of bounds; checksums do not show unknown filters."""
     lines = bytearray(2 * (1 + 5 * 3))
     assert _evaluation.unfilter_png(lines, 2, 5, 3).tolist() == [[0] * 5] * 2
     for height, width, channels in ((3, 5, 3), (2, 6, 3), (2, 5, 4), (32, 0, 3), (0, 5, 3), (1, 31, 1)):
@@ -176,15 +176,15 @@ def test_unfiltering_checks_its_arguments():
 def test_any_decoder_reads_an_encoded_png(shape):
     import cv2
 
-    colours = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    colours[::2, 1:] = 7
-    data = encode_png(colours)
+    colors = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    colors[::2, 1:] = 7
+    data = encode_png(colors)
     image = Image.open(io.BytesIO(data))
     assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), colours)
-    np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1], colours)
-    np.testing.assert_array_equal(decode_png(data), decode_ids(colours))
-    np.testing.assert_array_equal(decode_png(encode_png(colours[::-1, ::-1])), decode_ids(colours[::-1, ::-1]))
+    np.testing.assert_array_equal(np.asarray(image), colors)
+    np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1], colors)
+    np.testing.assert_array_equal(decode_png(data), decode_ids(colors))
+    np.testing.assert_array_equal(decode_png(encode_png(colors[::-1, ::-1])), decode_ids(colors[::-1, ::-1]))
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 4), (0, 5, 3), (4, 0, 3)])
@@ -199,8 +199,8 @@ def test_id_map_round_trip(tmp_path):
     ids = np.random.default_rng(0).integers(0, 1 << 24, (31, 45))
     write_id_map(tmp_path / "new" / "a.png", ids)
     np.testing.assert_array_equal(read_id_map(tmp_path / "new" / "a.png"), ids)
-    colours = np.asarray(Image.open(tmp_path / "new" / "a.png")).astype(int)
-    np.testing.assert_array_equal(colours @ [1, 256, 65536], ids)
+    colors = np.asarray(Image.open(tmp_path / "new" / "a.png")).astype(int)
+    np.testing.assert_array_equal(colors @ [1, 256, 65536], ids)
     with pytest.raises(ValueError, match="at least one pixel"):
         write_id_map(tmp_path / "b.png", np.zeros((0, 3), int))
     assert [path.name for path in tmp_path.rglob("*.*")] == ["a.png"]
@@ -230,7 +230,7 @@ def test_writer(tmp_path):
 
 
 def annotated(image_id=1, file_name="a.png", **segment):
-    """A panoptic JSON of one segment with other fields than it should have."""
+    """Return a panoptic JSON text of one segment, with the given values of fields."""
     segments = [{"id": 1, "category_id": 1, **segment}]
     return json.dumps({"annotations": [{"image_id": image_id, "file_name": file_name, "segments_info": segments}]})
 
@@ -266,7 +266,7 @@ def test_json_errors_name_file_and_field(tmp_path):
 
 
 def test_atomic_write_obeys_the_file_mode_mask(tmp_path, monkeypatch):
-    """Without setting it: it belongs to the whole process, whose other threads write files too."""
+    """The umask is applied but never changed, as all threads of the process share it."""
     before = os.umask(0o027)
     try:
         with monkeypatch.context() as patch, atomic_write(tmp_path / "file") as stream:
@@ -289,7 +289,7 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
 
 
 def test_full_disk_leaves_nothing_half_written(tmp_path):
-    """A file-size limit stands for the full disk: the write fails part of the way."""
+    """A limit of the file size replaces a full disk: the write fails after some bytes."""
     import signal
 
     write_id_map(tmp_path / "a.png", np.full((8, 8), 3))

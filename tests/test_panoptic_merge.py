@@ -23,15 +23,15 @@ DEFAULTS = {
 
 
 def scene(count: int, height: int, width: int, stuff_labels: int = 7) -> list:
-    """Overlapping ellipses with boxes that do not always fit them, scores with ties, a blocky stuff map."""
+    """Return overlapping ellipses, boxes that do not always fit them, scores with ties, and a stuff map of blocks."""
     ys, xs = torch.arange(height)[:, None], torch.arange(width)
-    centre = torch.rand(count, 2) * torch.tensor([height, width])
+    center = torch.rand(count, 2) * torch.tensor([height, width])
     radius = torch.rand(count, 2) * 0.4 * torch.tensor([height, width]) + 1
-    offset = (torch.stack(torch.broadcast_tensors(ys, xs), -1) - centre[:, None, None]) / radius[:, None, None]
+    offset = (torch.stack(torch.broadcast_tensors(ys, xs), -1) - center[:, None, None]) / radius[:, None, None]
     masks = (offset**2).sum(-1) < 1
     masks[::5] = 0
-    box_centre = centre + torch.randn(count, 2) * 3
-    boxes = torch.cat([(box_centre - radius).flip(1), (box_centre + radius).flip(1)], dim=1).double()
+    box_center = center + torch.randn(count, 2) * 3
+    boxes = torch.cat([(box_center - radius).flip(1), (box_center + radius).flip(1)], dim=1).double()
     scores = (torch.rand(count, dtype=torch.float64) * 10).round() / 10
     stuff = torch.randint(0, stuff_labels + 2, (height // 13 + 1, width // 17 + 1))
     stuff = stuff.repeat_interleave(13, 0).repeat_interleave(17, 1)[:height, :width].contiguous()
@@ -87,8 +87,8 @@ class TestPanopticMerge(OpMatrix):
         for count, height, width in ((1, 9, 11), (5, 1, 64), (5, 64, 1), (1, 1, 1), (0, 9, 11), (5, 0, 11), (5, 9, 0))
     }
 
-    # Scores and boxes are thresholds' inputs, not features: they are used in double precision whatever their dtype is,
-    # so the segments' scores are float32 and there is nothing for autocast to lower.
+    # Scores and boxes are compared with thresholds in double precision, for any dtype of theirs.
+    # Scores of segments are float32, and autocast changes nothing.
     def test_reference(self, make_sample, dtype):
         sample = make_sample()
         tensors = [value.to(dtype) if i in sample.converted else value for i, value in enumerate(sample.tensors)]
@@ -111,13 +111,13 @@ class TestPanopticMerge(OpMatrix):
 
 
 def assert_same(actual: ops.PanopticMergeOutput, expected: ops.PanopticMergeOutput) -> None:
-    for name, one, other in zip(actual._fields, actual, expected, strict=True):
-        assert one.dtype == other.dtype, name
-        assert torch.equal(one, other), name
+    for name, value, wanted in zip(actual._fields, actual, expected, strict=True):
+        assert value.dtype == wanted.dtype, name
+        assert torch.equal(value, wanted), name
 
 
 def assert_consistent(result: ops.PanopticMergeOutput, masks: torch.Tensor, stuff_labels: int) -> None:
-    """What holds for any input: the table lists exactly the segments of the map."""
+    """Check, for any input, that the table lists exactly the segments of the map."""
     rows = masks.shape[0] + stuff_labels
     count = int(result.count)
     assert [tensor.shape[0] for tensor in result[1:7]] == [rows] * 6 and result.count.shape == ()
@@ -155,7 +155,7 @@ def test_random_scenes(threads):
 
 
 class TestGoldens:
-    """The released maps: 6 random and 15 hand-made images, as ids in order of creation."""
+    """The released maps of 6 random and 15 hand-made images, as ids in order of creation."""
 
     @pytest.fixture
     def inputs(self, goldens):
@@ -179,16 +179,16 @@ class TestGoldens:
     @pytest.mark.parametrize("fill", [False, True], ids=["masks only", "box fill"])
     def test_map(self, inputs, image_id, fill):
         content, maps = inputs
-        instances, found, stuff = (
+        instances, detections, stuff = (
             [a for a in content[name] if a["image_id"] == image_id] for name in ("inst", "bbox", "stuff")
         )
         is_thing = {category["id"]: category["isthing"] for category in content["categories"]}
         masks = np.zeros((len(instances), 120, 160), bool)
         for mask, annotation in zip(masks, instances, strict=True):
             mask[:] = self.decoded(annotation)
-        boxes = np.array([a["bbox"] for a in found], float).reshape(-1, 4)
+        boxes = np.array([a["bbox"] for a in detections], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        # Stuff comes as masks; where two overlap the first one counts, as in the released procedure.
+        # The stuff masks become a map; where two overlap, the first one is used, as in the released code.
         label_map = np.full((120, 160), 255)
         for label, annotation in reversed(list(enumerate(stuff))):
             if is_thing.get(annotation["category_id"], 1) == 0:
@@ -210,7 +210,7 @@ class TestGoldens:
 
 
 def one_row(*runs: tuple[int, int], width: int = 20) -> np.ndarray:
-    """Masks of one row, inside [begin, end) each."""
+    """Return one mask of a single row per run [begin, end)."""
     masks = np.zeros((len(runs), 1, width), np.uint8)
     for mask, (begin, end) in zip(masks, runs, strict=True):
         mask[0, begin:end] = 1
@@ -221,7 +221,7 @@ class TestThresholds:
     def test_score_and_order(self):
         masks = one_row((0, 8), (4, 12), (4, 12), (18, 20))
         result = merge(masks, [0.37, 0.9, 0.9, 0.36], [5, 6, 7, 8], None, None, overlap_threshold=0.5)
-        # Both of score 0.9: the first in the input wins. 0.37 passes at exactly the threshold with half its pixels.
+        # Of two equal scores, 0.9, the first wins. 0.37 is kept: exactly half of its pixels are covered.
         assert result.id_map.tolist() == [[2] * 4 + [1] * 8 + [0] * 8]
         assert [(s["category_id"], s["area"], s["bbox"]) for s in result.segments] == [
             (6, 8, [4, 0, 8, 1]),
@@ -265,15 +265,15 @@ class TestThresholds:
         stuff = np.full((1, 20), 255)
         stuff[0, 18:] = 3
         result = merge(masks, [0.9, 0.8, 0.7], [1, 2, 3], boxes, stuff, stuff_area_threshold=1)
-        # Box 0 (pixels 0..7, 4 of 8 void) grows segment 1; box 1 belongs to a dropped instance and founds segment 3;
-        # box 2 covers pixels 4..11, of which only 8 and 9 are void by then.
+        # Box 0 has pixels 0..7, 4 of them void: they join segment 1. Instance 1 was dropped: box 1 makes segment 3.
+        # Box 2 has pixels 4..11, of which only 8 and 9 are still void.
         assert result.id_map.tolist() == [[1] * 8 + [0, 0] + [3] * 8 + [2] * 2]
         assert [(s["category_id"], s["area"]) for s in result.segments] == [(1, 8), (3, 2), (2, 8)]
         assert result.segments[2]["score"] == pytest.approx(0.8)
         result = merge(
             masks, [0.9, 0.8, 0.7], [1, 2, 3], boxes, stuff, stuff_area_threshold=1, box_overlap_threshold=0.51
         )
-        # Now box 0 misses the threshold, and box 2 finds 6 of its 8 pixels void.
+        # Now box 0 is below the threshold, and 6 of the 8 pixels of box 2 are void.
         assert result.id_map.tolist() == [[1] * 4 + [4] * 6 + [3] * 8 + [2] * 2]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic quality: equal to panopticapi's numbers, and a clear sentence for every malformed input."""
+"""Panoptic quality: equal to panopticapi's numbers, with a clear message for every malformed input."""
 
 import copy
 import json
@@ -81,7 +81,7 @@ def test_iou_of_exactly_one_half_is_no_match():
 
 
 def test_void_leaves_the_union_and_excuses_a_prediction_more_than_half_on_it():
-    # Segment 1 is found with two further pixels on void: IoU 1. Segment 4 lies half on void: still counted as wrong.
+    # Segment 1 has two further pixels on void: IoU 1. Segment 4 lies half on void: it is still a false positive.
     gt = [[1, 1, 0, 0], [7, 7, 0, 0], [7, 7, 7, 0]]
     pred = [[1, 1, 1, 1], [4, 4, 4, 4], [0, 0, 6, 6]]
     segments = [{"id": 1, "category_id": 1}, {"id": 4, "category_id": 1}, {"id": 6, "category_id": 2}]
@@ -149,7 +149,7 @@ def test_quality_equals_a_plain_count_on_random_maps():
 
 @pytest.fixture
 def folder_pair(tmp_path):
-    """A ground truth of two images and a perfect prediction, as (paths, contents) to be damaged by a test."""
+    """A ground truth of two images and a perfect prediction, for tests to damage: (folder, truth, prediction)."""
     rng = np.random.default_rng(0)
     content = {"annotations": []}
     for name in ("gt", "pred"):
@@ -274,9 +274,9 @@ def test_pair_counts_of_noise_and_strided_views():
     np.testing.assert_array_equal(first, np.unique(noise))
     np.testing.assert_array_equal(second, first)
     assert pixels.sum() == noise.size
-    other = rng.integers(-3, 3, noise.shape, dtype=np.int32)
-    first, second, pixels = count_pairs(noise // 2**28, other)
-    expected = np.unique(np.stack([noise.ravel() // 2**28, other.ravel()]), axis=1, return_counts=True)
+    small = rng.integers(-3, 3, noise.shape, dtype=np.int32)
+    first, second, pixels = count_pairs(noise // 2**28, small)
+    expected = np.unique(np.stack([noise.ravel() // 2**28, small.ravel()]), axis=1, return_counts=True)
     np.testing.assert_array_equal(np.stack([first, second]), expected[0])
     np.testing.assert_array_equal(pixels, expected[1])
     flipped = count_pairs(noise[::-1, ::2], noise[::-1, ::2])
@@ -284,7 +284,7 @@ def test_pair_counts_of_noise_and_strided_views():
 
 
 def test_noise_is_given_up_and_segments_are_not():
-    """The table of pairs is for segments: with noise it would be many times slower than sorting."""
+    """The pair table of C++ gives up on noise, for which sorting is faster, but not on segments."""
     rng = np.random.default_rng(2)
     noise = rng.integers(0, 1 << 24, (240, 320), dtype=np.int32)
     segments = np.kron(rng.permutation(1920).reshape(60, 32).astype(np.int32), np.ones((4, 10), np.int32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""panoptic_quality_counts: the op matrix, agreement with the counting that needs no torch, ids out of range."""
+"""panoptic_quality_counts: the op matrix, equality with the counts computed without torch, ids out of range."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_equal_to_the_counting_without_torch(threads):
 
 
 def test_more_pairs_than_pixels_repeat():
-    """Nearly every pixel is a pair of its own, so a bounded table of pairs overflows and still nothing is lost."""
+    """Nearly every pixel is a different pair: a bounded table of pairs overflows, and no pair is lost."""
     maps = id_maps(90, 100, 250, 1)
     expected = reference.panoptic_quality_counts(*maps, 250, 250)
     assert int((expected != 0).sum()) > 7000
@@ -84,7 +84,7 @@ def test_more_pairs_than_pixels_repeat():
 
 @pytest.mark.parametrize("pixels", [1, 2, 3, 4, 5, 31, 33, 34, 35, 1023, 8193])
 def test_any_number_of_pixels(pixels):
-    """Maps that end between vectors, and right after the strip of a block."""
+    """Maps end inside a vector, and right after the pixels of one block."""
     gt, pred = id_maps(1, pixels, 3, 5)
     assert torch.equal(ops.panoptic_quality_counts(gt, pred, 3, 3), reference.panoptic_quality_counts(gt, pred, 3, 3))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PanopticWriter: a process killed at any moment, damaged journals, several writers, what it refuses."""
+"""PanopticWriter: a process killed at any moment, damaged journals, several writers, refused input."""
 
 import contextlib
 import json
@@ -28,10 +28,9 @@ from spatialflow.panoptic import writer as writer_module
 
 
 def write_five(folder, moment="never", number=0):
-    """Five images through a writer that resumes; the process kills itself when it is `number` times at `moment`.
+    """Write five images with a writer that resumes; return the images that were not done already.
 
-    Returns:
-        The images that were not done already.
+    The process kills itself when it reaches `moment` for the `number`-th time.
     """
     calls, added = Counter(), []
 
@@ -70,7 +69,7 @@ def write_five(folder, moment="never", number=0):
 
 
 def kill(folder, moment, number):
-    """`write_five` in a process of its own, which is killed."""
+    """Run `write_five` in a child process, which kills itself."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -92,7 +91,7 @@ class TestWriter:
         [
             ("before the PNG", 1, 0),
             ("before the PNG", 4, 3),
-            ("before the row", 1, 0),  # the first row says what run it is
+            ("before the row", 1, 0),  # the first row describes the run
             ("before the row", 2, 0),
             ("before the row", 4, 2),
             ("half a row", 1, 0),
@@ -122,7 +121,7 @@ class TestWriter:
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join(lines[:3]) + damage + b"".join(lines[3:]))
         kill(tmp_path, "before the PNG", 2)
-        assert path.read_bytes() == b"".join(lines[:4])  # the damage is gone, what followed it too
+        assert path.read_bytes() == b"".join(lines[:4])  # damaged rows and all rows after them are removed
         path.write_bytes(b"".join(lines[:3]) + damage + b"".join(lines[3:]))
         assert write_five(tmp_path) == [2, 3, 4]
         assert contents(tmp_path) == whole
@@ -155,7 +154,7 @@ class TestWriter:
             writer({"score": 0.5, "sizes": [1, 2]}, [])
 
     def test_a_journal_without_images_binds_no_later_run(self, tmp_path):
-        """As of a run that was killed before its first image."""
+        """After a run that was killed before its first image, other settings are allowed."""
         first = PanopticWriter(tmp_path / "maps", settings={"score": 0.5})
         first.__enter__()
         line = (tmp_path / "maps.journal.jsonl").read_bytes()
@@ -174,14 +173,14 @@ class TestWriter:
             raise KeyError
         with PanopticWriter(tmp_path / "maps", resume=True) as writer:
             assert len(writer) == 3
-            writer.add(1, "new.jpg", 2 * ids, [{"id": 2, "category_id": 1}])  # takes the id of 1.jpg
+            writer.add(1, "new.jpg", 2 * ids, [{"id": 2, "category_id": 1}])  # replaces 1.jpg, which has the same id
             with pytest.raises(PanopticFormatError, match="other.jpg: would get the id 1, which new.jpg has already"):
                 writer.add(1, "other.jpg", ids, segments)
         names = [image["file_name"] for image in json.loads((tmp_path / "maps.json").read_text())["images"]]
         assert names == ["0.jpg", "2.jpg", "new.jpg"]
 
     def test_a_row_that_cannot_be_written_leaves_nothing(self, tmp_path, monkeypatch):
-        """As where the disk is full: the image's PNG goes, the rows before and after it are whole."""
+        """As on a full disk: the image's PNG is removed; the rows before and after it are complete."""
         write = journal._write
 
         def failing(stream, content):
@@ -216,7 +215,7 @@ class TestWriter:
         assert not list((tmp_path / "maps").iterdir())
 
     def test_memory_does_not_grow_with_the_segments(self, tmp_path):
-        """Segments stay on disk: a writer of large rows holds a small part of them."""
+        """Segments stay on disk: a writer of large rows keeps only a small part in memory."""
         import tracemalloc
 
         segments = [{"id": 1, "category_id": 1, "text": "x" * 100_000}]
@@ -229,7 +228,7 @@ class TestWriter:
         assert (tmp_path / "maps.json").stat().st_size > 10_000_000 > 4 * peak
 
     def test_writers_of_several_processes(self, tmp_path):
-        """Each has a journal of its own; the first takes over the others' rows."""
+        """Each writer has its own journal; the first writer copies the rows of the other."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writers = [PanopticWriter(tmp_path / "maps", tmp_path / f"{name}.json") for name in ("maps", "other")]
         for index in range(4):
@@ -260,7 +259,7 @@ class TestWriter:
         assert PanopticWriter(tmp_path / "maps", resume=True).is_done(0, "0.jpg")
 
     def test_by_hand_no_journal_appears(self, tmp_path):
-        """A writer used without `with` and `resume` keeps none, so that a second one can write to the folder."""
+        """A writer without `with` and `resume` has no journal, so a second one can write to the folder."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writers = [PanopticWriter(tmp_path / "maps") for _ in range(2)]
         for index, writer in enumerate(writers):
@@ -300,7 +299,7 @@ class TestWriter:
         assert not list(tmp_path.glob("*journal*"))
 
     def test_a_run_that_ends_while_another_begins(self, tmp_path, monkeypatch):
-        """The other opens the journal just before it is removed: it gets a new one, not the nameless file."""
+        """The second run opens the journal just before the first removes it, and creates a new file."""
         first = PanopticWriter(tmp_path / "maps", resume=True)
         first.add(0, "0.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
         flock = journal.fcntl.flock
@@ -316,7 +315,7 @@ class TestWriter:
             assert len((tmp_path / "maps.journal.jsonl").read_bytes().splitlines()) == 2
 
     def test_closed_and_used_again(self, tmp_path):
-        """As after a `with` block that failed: nothing that was there is lost."""
+        """As after a `with` block that failed: no row is lost."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         writer.add(0, "0.jpg", ids, segments)
@@ -337,7 +336,7 @@ class TestWriter:
             first.add(1, "1.jpg", ids, segments)
 
     def test_closed_before_the_first_image(self, tmp_path):
-        """A failed image, and a journal that is begun again."""
+        """An image fails, and the journal is created again."""
         kill(tmp_path, "before the PNG", 1)
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         for _index in range(2):
@@ -421,7 +420,7 @@ class TestWriter:
         assert PanopticWriter(".").json_path == tmp_path / "maps.json"
 
     def test_settings_under_any_name(self, tmp_path):
-        """Also those of the journal's own fields."""
+        """Settings may have the names of the journal's fields."""
         for name in ("categories", "category table", "info", "settings"):
             first = PanopticWriter(tmp_path / name, settings={name: "A"}, resume=True)
             first.add(1, "a.jpg", np.ones((2, 2), int), [{"id": 1, "category_id": 1}])
@@ -445,10 +444,10 @@ class TestWriter:
 
 
 class TestThreads:
-    """`add` in several threads at once."""
+    """Calls of `add` in several threads at once."""
 
     def test_rows_are_whole_and_where_they_are_looked_for(self, tmp_path, monkeypatch):
-        """A row is written by several steps; here every thread has them interrupted."""
+        """Threads are switched between the steps of writing a row."""
         write = journal._write
 
         def slow(stream, content):
@@ -480,11 +479,11 @@ class TestThreads:
     def test_maps_are_written_at_once(self, tmp_path, monkeypatch):
         write, both = writer_module.write_id_map, threading.Barrier(2)
 
-        def meeting(path, ids):
+        def wait_for_both(path, ids):
             both.wait(30)
             write(path, ids)
 
-        monkeypatch.setattr(writer_module, "write_id_map", meeting)
+        monkeypatch.setattr(writer_module, "write_id_map", wait_for_both)
         with PanopticWriter(tmp_path / "maps") as writer, ThreadPoolExecutor(2) as pool:
             for number in range(2):
                 pool.submit(writer.add, number, f"{number}.jpg", np.zeros((2, 3), int), [])
@@ -496,32 +495,32 @@ class TestThreads:
     def test_an_image_that_is_being_written_keeps_what_is_its_own(
         self, tmp_path, monkeypatch, image_id, name, png, kind
     ):
-        """Its id, PNG and name belong to it before its row is there; where it fails they are free again."""
-        write, begun, go_on = writer_module.write_id_map, threading.Event(), threading.Event()
+        """Its id, PNG and name are reserved before its row is written, and free again after a failure."""
+        write, begun, resume = writer_module.write_id_map, threading.Event(), threading.Event()
 
         def waiting(path, ids):
             begun.set()
-            assert go_on.wait(10)
+            assert resume.wait(10)
             write(path, ids)
             if full:
                 path.unlink()
                 raise OSError(28, "No space left on device")
 
-        other = image_id, name, np.zeros((2, 3), int), []
+        second = image_id, name, np.zeros((2, 3), int), []
         for full in (False, True):
             monkeypatch.setattr(writer_module, "write_id_map", waiting)
-            begun.clear(), go_on.clear()
+            begun.clear(), resume.clear()
             with PanopticWriter(tmp_path / str(full)) as writer, ThreadPoolExecutor(1) as pool:
                 first = pool.submit(writer.add, 1, "a", np.ones((2, 3), int), [{"id": 1, "category_id": 1}])
                 assert begun.wait(30)
                 with pytest.raises(PanopticFormatError, match=f"{name}: would get the {kind} .*, which a has already"):
-                    writer.add(*other, png_name=png)
-                go_on.set()
+                    writer.add(*second, png_name=png)
+                resume.set()
                 monkeypatch.setattr(writer_module, "write_id_map", write)
                 if full:
                     with pytest.raises(OSError):
                         first.result()
-                    writer.add(*other, png_name=png)
+                    writer.add(*second, png_name=png)
                 else:
                     assert (read_id_map(first.result()) == 1).all()
                 assert len(writer) == 1

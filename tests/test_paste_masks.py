@@ -14,9 +14,9 @@ def instances(count: int, cells: tuple[int, int], extent: float) -> list[torch.T
     logits = torch.nn.functional.interpolate(
         torch.randn(count, 1, 4, 4, dtype=torch.float64) * 5, cells, mode="bilinear"
     )
-    centre = torch.rand(count, 2, dtype=torch.float64) * extent
+    center = torch.rand(count, 2, dtype=torch.float64) * extent
     radius = torch.rand(count, 2, dtype=torch.float64) * extent * 0.6 + 0.1
-    return [logits[:, 0], torch.cat([centre - radius, centre + radius], dim=1)]
+    return [logits[:, 0], torch.cat([center - radius, center + radius], dim=1)]
 
 
 def sample(count: int, cells: tuple[int, int], size: tuple[int, int], **options):
@@ -61,7 +61,7 @@ class TestPasteMasks(OpMatrix):
     }
 
     def test_autocast(self, make_sample):
-        """Masks are decided at a threshold: nothing is gained by lowering the logits, so autocast changes nothing."""
+        """Autocast changes nothing, as masks are only compared with a threshold."""
         sample = make_sample()
         tensors = [value.float() for value in sample.tensors]
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -72,12 +72,12 @@ class TestPasteMasks(OpMatrix):
         sample = make_sample()
         logits, boxes = sample.tensors
         expected = sample.op(logits, boxes, **sample.options)
-        for turned in (logits.mT.contiguous().mT, torch.stack([logits, logits], -1)[..., 1], logits.flip(0).flip(0)):
-            assert torch.equal(sample.op(turned, boxes.T.contiguous().T, **sample.options), expected)
+        for strided in (logits.mT.contiguous().mT, torch.stack([logits, logits], -1)[..., 1], logits.flip(0).flip(0)):
+            assert torch.equal(sample.op(strided, boxes.T.contiguous().T, **sample.options), expected)
 
 
 class TestGoldens:
-    """Masks of the released implementation, at original size with rescaled boxes and at a larger one."""
+    """Masks of the released implementation, at original size with rescaled boxes and at a larger size."""
 
     @pytest.mark.parametrize("case", ["rescale", "norescale"])
     def test_masks(self, large_goldens, case):
@@ -89,7 +89,7 @@ class TestGoldens:
             boxes = boxes / torch.as_tensor(arrays["scale_factor"])
         expected = torch.as_tensor(arrays[f"masks_{case}"])
         masks = ops.paste_masks(logits, boxes, tuple(expected.shape[1:]))
-        # A box without extent paints a band in the released code; here it has no pixels.
+        # A box without area yields a band of pixels in the released code; here it yields none.
         proper = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         assert int(proper.sum()) == 10
         assert torch.equal(masks[proper], expected[proper])
@@ -97,7 +97,7 @@ class TestGoldens:
 
 
 class TestHandMade:
-    def test_full_mask_covers_exactly_the_pixels_with_their_centre_in_the_box(self):
+    def test_full_mask_covers_exactly_the_pixels_with_their_center_in_the_box(self):
         logits = torch.full((1, 28, 28), 50.0)
         for box in ([2.0, 3.0, 9.0, 7.0], [2.4, 3.4, 9.4, 7.4], [2.6, 3.6, 9.6, 7.6], [-3.0, -2.0, 30.0, 40.0]):
             mask = ops.paste_masks(logits, torch.tensor([box]), (10, 12))[0]
@@ -110,7 +110,7 @@ class TestHandMade:
         assert mask[0, 3:-3, 3:-3].all()
 
     def test_one_cell_fades_to_half_at_the_edge_of_the_box(self):
-        """Between the only cell and the zeros around it the probability falls linearly: 0.5 exactly at the edge."""
+        """The probability falls linearly from the only cell to the zeros around it: 0.5 at the box's edge."""
         mask = ops.paste_masks(torch.full((1, 1, 1), 50.0), torch.tensor([[4.5, 0.0, 10.5, 9.0]]), (9, 15))[0]
         assert torch.equal(mask[4].nonzero().flatten(), torch.arange(4, 11))
 
@@ -182,7 +182,7 @@ class TestShapes:
             ((torch.zeros(1, 3, 3), torch.zeros(1, 4).int(), (2, 2)), "boxes must be float32.*got int32"),
             ((torch.zeros(1, 3, 3), torch.zeros(1, 4), (-2, 2)), r"size must not be negative, got \(-2, 2\)"),
             ((torch.zeros(1, 3, 3), torch.zeros(1, 4), (2, 2), 0.0), r"threshold must lie in \(0, 1\], got 0"),
-            # A number in double, but zero in the type that masks of float32 are compared in.
+            # Not zero in double precision, but zero in float32, the type of the comparison.
             ((torch.zeros(1, 3, 3), torch.zeros(1, 4), (2, 2), 1e-46), r"threshold must lie in \(0, 1\], got 1e-46"),
             ((torch.zeros(1, 3, 3), torch.zeros(1, 4), (2, 2), float("nan")), "threshold must lie in .*, got nan"),
         ],

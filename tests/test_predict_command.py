@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `predict`: its output, its input images, the files that it keeps, and its exit codes."""
+"""The command `predict`: its output, its input images, the files that it does not replace, and its exit codes."""
 
 import os
 import re
@@ -28,7 +28,7 @@ from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
 
 
 def assert_complete(output, names):
-    """Exactly the files of `names` are there, and JSON, maps and pictures agree."""
+    """Check that exactly the files of `names` exist, and that JSON, maps and pictures agree."""
     content = read_panoptic_json(output / "panoptic.json", with_categories=True)
     stems = sorted(name.split(".")[0] for name in names)
     assert sorted(path.stem for path in (output / "panoptic").iterdir()) == stems
@@ -68,9 +68,9 @@ class TestPredict:
         (bad / "cut.jpg").write_bytes(whole[: len(whole) // 2])
         (bad / "text.jpg").write_text("not a picture")
         (bad / "empty.png").touch()
-        given = [bad / "missing.jpg", photographs / "plain.jpg", bad, photographs / "dot.png"]
+        inputs = [bad / "missing.jpg", photographs / "plain.jpg", bad, photographs / "dot.png"]
         output = tmp_path / "out"
-        code = main(["predict", *map(str, given), "--checkpoint", str(weights), "--output", str(output), *FAST])
+        code = main(["predict", *map(str, inputs), "--checkpoint", str(weights), "--output", str(output), *FAST])
         assert code == 1
         said = sentences(capsys)
         for name, reason in {
@@ -90,7 +90,7 @@ class TestPredict:
         assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
-        """Images that are done at an interrupt (Ctrl-C) are complete, including the JSON."""
+        """Images that are done at an interrupt (Ctrl-C) are complete, and the JSON lists them."""
         read = images.read_image
 
         def interrupted(path):
@@ -105,7 +105,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("threads", [1, 4])
     def test_errors_are_in_the_order_of_the_images(self, photographs, weights, tmp_path, monkeypatch, capsys, threads):
-        """Failures of reading and of writing are in one order, although reading is ahead of writing."""
+        """Errors of reading and writing are in the order of the images, although reading runs ahead."""
         monkeypatch.setattr(prediction_folder, "WRITERS", {"cpu": threads})
         monkeypatch.setattr(prediction_folder, "available_cores", lambda: 16)
         names = [f"{number}.jpg" for number in range(8)]
@@ -146,7 +146,7 @@ class TestPredict:
             deadline = time.monotonic() + 30
             while len(most) < 10 and len(predicted) - len(most) < HELD and time.monotonic() < deadline:
                 time.sleep(0.001)
-            time.sleep(0.02)  # for more of them
+            time.sleep(0.02)  # time for further results
             most.append(len(predicted) - len(most))
             write(path, ids)
 
@@ -158,7 +158,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("place", ["network", "writing"])
     def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
-        """An interrupt in any thread reaches the caller, and the images before it are complete."""
+        """An error in any thread reaches the caller, and the images before it are complete."""
         target, name = {"network": (Pipeline, "__call__"), "writing": (PredictionFolder, "_add")}[place]
         plain, left = getattr(target, name), [3]
 
@@ -176,7 +176,7 @@ class TestPredict:
         assert_complete(tmp_path, ["deep.png", "dot.png", "grey.png"])
 
     def test_ids_that_coincide(self, photographs, weights, tmp_path):
-        """Two numbers that are one become the texts that they are."""
+        """Names that are the same number, 7 and 007, become text ids."""
         for name in ("7.jpg", "007.jpg", "8.jpg"):
             (tmp_path / name).write_bytes((photographs / "plain.jpg").read_bytes())
         output = tmp_path / "out"
@@ -191,7 +191,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("names", [("a/x.jpg", "b/x.jpg"), ("a/x.jpg", "a/x.png")])
     def test_names_that_coincide(self, photographs, tmp_path, capsys, names):
-        """Refused before any work: one would overwrite the other's results."""
+        """Equal names are refused before any work, as one image's results would overwrite the other's."""
         paths = [tmp_path / name for name in names]
         for path in paths:
             path.parent.mkdir(exist_ok=True)
@@ -201,14 +201,14 @@ class TestPredict:
         assert said.startswith(f"{paths[1]}: has the same name as {paths[0]}, and output files are named by it")
         assert not (tmp_path / "out").exists()
 
-    def test_one_file_given_twice(self, photographs, weights, tmp_path):
-        given = [str(photographs / "dot.png"), str(photographs), os.path.relpath(photographs / "dot.png")]
-        assert main(["predict", *given, "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
+    def test_one_file_passed_twice(self, photographs, weights, tmp_path):
+        inputs = [str(photographs / "dot.png"), str(photographs), os.path.relpath(photographs / "dot.png")]
+        assert main(["predict", *inputs, "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
         assert_complete(tmp_path, [path.name for path in photographs.iterdir()])
 
     @pytest.mark.parametrize("output", ["out", "."])
     def test_images_in_sub_folders(self, photographs, weights, tmp_path, capsys, output):
-        """Images in sub-folders are left out with a message that counts them; earlier results are not inputs."""
+        """Images in sub-folders are skipped with a message that counts them; earlier results are not inputs."""
         for name in ("plain.jpg", "one/plain.jpg", "one/two/dot.png"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())
@@ -231,7 +231,7 @@ class TestPredict:
         assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
 
     def test_a_folder_of_folders_alone(self, photographs, weights, tmp_path, capsys):
-        """As Cityscapes' cities: read without being asked, the id without the folder."""
+        """As with the cities of Cityscapes: sub-folders are read without --recursive, and ids have no folder."""
         path = tmp_path / "val" / "ulm" / "ulm_1_leftImg8bit.png"
         path.parent.mkdir(parents=True)
         path.write_bytes((photographs / "dot.png").read_bytes())
@@ -243,7 +243,7 @@ class TestPredict:
         assert (image["file_name"], image["id"]) == ("ulm/ulm_1_leftImg8bit.png", "ulm_1")
 
     def test_linked_folders(self, photographs, tmp_path, capsys):
-        """Links are followed, but for one that leads back; a folder with the name of an image is a folder."""
+        """Links are followed, except those to a parent folder; a folder may have the name of an image."""
         for name in ("a.jpg", "other/b.png", "folder.jpg/c.png"):
             (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "in" / name).write_bytes(b"")
@@ -271,14 +271,14 @@ class TestPredict:
         monkeypatch.setattr(Path, "iterdir", refusing)
         images, failed = resolve_images([tmp_path])
         assert [image.name for image in images] == ["a.jpg"]
-        assert failed == sentences(capsys) == []  # it would be passed over anyway
+        assert failed == sentences(capsys) == []  # sub-folders are skipped without --recursive
         images, failed = resolve_images([tmp_path], recursive=True)
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == sentences(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
 
     @pytest.mark.parametrize("name", ["panoptic.json", "panoptic/plain.png", "overlays/plain.jpg", "detections.json"])
     def test_files_of_others_are_not_replaced(self, photographs, weights, tmp_path, capsys, name):
-        """As the ground truth in the folder above the photographs."""
+        """Such as the ground truth in the parent folder of the photographs."""
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]
@@ -288,7 +288,7 @@ class TestPredict:
         assert (tmp_path / name).read_bytes() == b"mine"
 
     def test_a_folder_with_a_journal_of_others(self, photographs, weights, tmp_path, capsys):
-        """An empty journal too: a ground truth beside it is not an output of `predict`."""
+        """A ground truth next to any journal, even an empty one, is not an output of `predict`."""
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
         assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 0
         truth = (tmp_path / "panoptic.json").read_bytes()
@@ -353,7 +353,7 @@ class TestPredict:
         assert not (tmp_path / "out").exists()
 
     def test_full_disk(self, photographs, weights, tmp_path):
-        """Files may not grow beyond 8 KiB: the large picture is named, nothing of it stays, the small one is done."""
+        """With a limit of 8 KiB per file, the large picture is named and leaves no file; the small one is done."""
         large = tmp_path / "large.jpg"
         assert cv2.imwrite(str(large), np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
         images = [str(large), str(photographs / "dot.png")]
@@ -381,7 +381,7 @@ class TestPredict:
         assert_complete(output, ["dot.png"])
 
     def test_output_that_is_a_file(self, photographs, weights, tmp_path, capsys):
-        """Known before the first image, and said once."""
+        """The error comes before the first image, and only once."""
         output = tmp_path / "out"
         output.write_text("in the way")
         assert main(["predict", str(photographs), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PredictionFolder: files of several images written at once are those of one after the other, however the run ends."""
+"""PredictionFolder: files written in several threads equal those of one thread, even after an interruption."""
 
 import argparse
 import contextlib
@@ -28,7 +28,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """As of a Predictor, one per image; times by stage are empty."""
+    """Outcomes as those of a Predictor, one per image, with empty times."""
     scenes = [make_scene((48, 64), seed=0, index=index) for index in range(COUNT)]
     return [Outcome(_Result(scene), scene.image, None) for scene in scenes]
 
@@ -45,7 +45,7 @@ class _Result(argparse.Namespace):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Names that sort otherwise than they are given."""
+    """Photographs whose order is not that of their sorted names."""
     folder = tmp_path_factory.mktemp("photographs")
     images = [InputImage(folder / f"{number}.jpg", f"{number}.jpg") for number in range(COUNT)]
     for image in images:
@@ -55,12 +55,12 @@ def photographs(tmp_path_factory):
 
 
 def run(root, photographs, outcomes, threads):
-    """Write the images that are not done yet; return their names, and the errors by name of the image."""
+    """Write the images that are not done yet; return their positions, and the errors by position."""
     folder = PredictionFolder(root, photographs, CATEGORIES, {}, overlays=True, detections=True, resume=True)
     todo = [position for position, image in enumerate(photographs) if image.name not in folder.done]
     written, failed = [], {}
-    found = folder.add_all([photographs[i] for i in todo], (outcomes[i] for i in todo), threads)
-    with folder, contextlib.closing(found) as files:
+    futures = folder.add_all([photographs[i] for i in todo], (outcomes[i] for i in todo), threads)
+    with folder, contextlib.closing(futures) as files:
         for position, future in zip(todo, files, strict=True):
             try:
                 assert list(future.result()) == ["write"]
@@ -80,7 +80,7 @@ def whole(tmp_path_factory, photographs, outcomes):
 
 @pytest.fixture
 def shuffled(monkeypatch):
-    """Encoders of random duration, so that images are written out of order."""
+    """Make encoders take random times, so that images are written out of order."""
     chance = random.Random(0)
 
     def slow(function, *arguments):
@@ -97,17 +97,17 @@ def shuffled(monkeypatch):
 
 @pytest.mark.parametrize("module, name", [(cv2, "imencode"), (formats, "encode_png"), (overlay, "__call__")])
 def test_images_are_encoded_at_once(tmp_path, monkeypatch, photographs, outcomes, whole, module, name):
-    """Each waits until the other is as far; then the next two."""
+    """Two images are encoded at the same time: each waits for the other."""
     both = threading.Barrier(2)
     if module is overlay:
         module, name = _Result, "overlay"
     encode = getattr(module, name)
 
-    def meeting(*arguments):
+    def wait_for_both(*arguments):
         both.wait(30)
         return encode(*arguments)
 
-    monkeypatch.setattr(module, name, meeting)
+    monkeypatch.setattr(module, name, wait_for_both)
     assert run(tmp_path, photographs, outcomes, threads=2) == (list(range(COUNT)), {})
     assert contents(tmp_path) == whole
 
@@ -120,8 +120,8 @@ def test_same_files_in_any_interleaving(tmp_path, shuffled, photographs, outcome
 
 @pytest.mark.parametrize("place", ["disk", "row", "segments"])
 def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outcomes, whole, place):
-    """Nothing of it is left, its error comes in its turn, and the next run does the rest."""
-    bad, given = (2, 3, 9), list(outcomes)
+    """The image leaves no files, its error comes in the order of the images, and the next run writes it."""
+    bad, inputs = (2, 3, 9), list(outcomes)
     function = {"disk": (writer, "write_id_map"), "row": (journal, "_write"), "segments": (journal, "_write")}[place]
     plain = getattr(*function)
 
@@ -135,10 +135,10 @@ def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outc
         for position in bad:
             result = argparse.Namespace(**{**vars(outcomes[position].result), "segments": []})
             result.overlay = outcomes[position].result.overlay
-            given[position] = Outcome(result, outcomes[position].pixels, None)
+            inputs[position] = Outcome(result, outcomes[position].pixels, None)
     else:
         monkeypatch.setattr(*function, failing)
-    written, failed = run(tmp_path, photographs, given, threads=4)
+    written, failed = run(tmp_path, photographs, inputs, threads=4)
     assert written == [position for position in range(COUNT) if position not in bad]
     assert list(failed) == list(bad)
     assert {type(error) for error in failed.values()} == {PanopticFormatError if place == "segments" else OSError}
@@ -154,7 +154,7 @@ def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outc
 @pytest.mark.parametrize("moment", ["overlay", "PNG", "row", "half a row", "rename"])
 @pytest.mark.parametrize("number", [1, 6])
 def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole, moment, number):
-    """Images in the journal are complete; the next run does all others, and the end is that of an undisturbed run."""
+    """Images in the journal are complete; after the next run, the files are those of an uninterrupted run."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -167,7 +167,7 @@ def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole
 
             def killing(*arguments):
                 if next(calls) == number:
-                    time.sleep(0.02)  # for the others
+                    time.sleep(0.02)  # time for the other threads
                     if moment == "half a row":
                         arguments[0].write(journal.dumps(arguments[1]).encode()[:20])
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -181,7 +181,7 @@ def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole
     rows = [json.loads(line) for line in path.read_bytes().splitlines()[1:] if line.endswith(b"}")]
     done = sorted(int(row["annotation"]["file_name"].removesuffix(".png")) for row in rows)
     if moment in ("row", "half a row"):
-        assert len(done) == max(number - 2, 0)  # the first row says what run it is
+        assert len(done) == max(number - 2, 0)  # the first row describes the run
     for position in done:
         for name in (f"panoptic/{position}.png", f"overlays/{position}.jpg"):
             assert (tmp_path / name).read_bytes() == whole[name]
@@ -191,7 +191,7 @@ def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, whole, error):
-    """Images that were begun are complete, the JSON lists them, and the next run resumes."""
+    """Started images are complete, the JSON lists them, and the next run resumes."""
 
     class Ending(list):
         def __getitem__(self, position):
@@ -212,7 +212,7 @@ def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, whole,
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_few_images_are_held(tmp_path, monkeypatch, photographs, outcomes, threads):
-    """However slow the disk is."""
+    """The number of images in memory is bounded, even if the disk is slow."""
     taken, most, write = [], [], writer.write_id_map
 
     class Counted(list):
@@ -231,7 +231,7 @@ def test_few_images_are_held(tmp_path, monkeypatch, photographs, outcomes, threa
 
 
 def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, photographs, outcomes):
-    """Although a second interrupt may have ended the wait for the threads."""
+    """The block ends only after the images that other threads still write."""
     write, begun = writer.write_id_map, threading.Barrier(3)
 
     def slow(path, ids):
@@ -261,6 +261,6 @@ def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, 
     ],
 )
 def test_number_of_threads(monkeypatch, kind, cores, threads):
-    """A core stays with the thread that feeds the network."""
+    """One core is left for the thread that runs the network."""
     monkeypatch.setattr(prediction_folder, "available_cores", lambda: cores)
     assert writers(kind) == threads

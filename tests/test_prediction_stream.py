@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many images through a Predictor: what runs beside what, in which order results come, and how a stream ends."""
+"""Streams of images through a Predictor: overlap of the stages, order of results, errors, end of the threads."""
 
 import contextlib
 import copy
@@ -54,23 +54,25 @@ def pictures(count):
 
 @pytest.fixture
 def files(tmp_path):
-    """Paths of pictures, without loss."""
+    """Paths of the pictures, saved losslessly."""
     paths = [tmp_path / f"{number}.png" for number in range(6)]
     for path, image in zip(paths, pictures(6), strict=False):
         cv2.imwrite(str(path), image)
     return paths
 
 
-def assert_same(one, other, exact=True):
-    assert one.id_map.shape == other.id_map.shape and (one.id_map == other.id_map).mean() >= (1 if exact else 0.99)
-    np.testing.assert_allclose(one.scores, other.scores, atol=0 if exact else 1e-4)
+def assert_same(actual, expected, exact=True):
+    assert actual.id_map.shape == expected.id_map.shape and (actual.id_map == expected.id_map).mean() >= (
+        1 if exact else 0.99
+    )
+    np.testing.assert_allclose(actual.scores, expected.scores, atol=0 if exact else 1e-4)
     if exact:
-        assert one.segments == other.segments
-        np.testing.assert_array_equal(one.mask_logits, other.mask_logits)
+        assert actual.segments == expected.segments
+        np.testing.assert_array_equal(actual.mask_logits, expected.mask_logits)
 
 
 class Later(Transfers):
-    """Stands in for the transfers of a GPU: the host may queue a batch before it waits for the one before."""
+    """Simulated transfers of a GPU: the host may queue a batch before it waits for the previous one."""
 
     queued = 1
 
@@ -92,8 +94,8 @@ class Later(Transfers):
 @pytest.mark.parametrize("kind", ["list", "iterator", "paths"])
 def test_results_are_those_of_single_images(model, files, batch_size, kind):
     predictor = Predictor(model, batch_size=batch_size, **SETTINGS)
-    given = {"list": pictures(6), "iterator": iter(pictures(6)), "paths": files}[kind]
-    results = list(predictor.stream(given))
+    images = {"list": pictures(6), "iterator": iter(pictures(6)), "paths": files}[kind]
+    results = list(predictor.stream(images))
     names = [path.name if kind == "paths" else f"image {number}" for number, path in enumerate(files)]
     assert [result.image_name for result in results] == names
     for result, image in zip(results, pictures(6), strict=True):
@@ -102,23 +104,23 @@ def test_results_are_those_of_single_images(model, files, batch_size, kind):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_images_are_taken_a_few_ahead(model, batch_size):
-    """So that an iterable without end gives results, in bounded memory."""
+    """An endless iterable gives results, with a bounded number of images in memory."""
     most = 2 * DECODERS["cpu"] + (PATIENCE + 3) * batch_size
-    taken = given = 0
+    taken = received = 0
 
     def endless():
         nonlocal taken
         for taken in itertools.count(1):
-            assert taken - given <= most
-            yield picture(32, 40 if taken == 3 else 48, taken)  # one fills no batch
+            assert taken - received <= most
+            yield picture(32, 40 if taken == 3 else 48, taken)  # a size of one image only, which fills no batch
 
     with contextlib.closing(Predictor(model, batch_size=batch_size, **SETTINGS).stream(endless())) as stream:
         for _ in itertools.islice(stream, 30):
-            given += 1
+            received += 1
 
 
 def test_an_iterator_may_reuse_its_array(predictor):
-    """As one over the frames of a video does."""
+    """As an iterator over the frames of a video does."""
 
     def frames():
         buffer = np.empty((32, 48, 3), np.uint8)
@@ -131,7 +133,7 @@ def test_an_iterator_may_reuse_its_array(predictor):
 
 
 def batches_of(predictor, images):
-    """Sizes of the images of each batch, in order."""
+    """Predict images; return the sizes of the images of each batch, in order."""
     batches, run = [], predictor.pipeline.__class__.__call__
 
     def recording(pipeline, pixels, *args):
@@ -145,7 +147,7 @@ def batches_of(predictor, images):
 
 
 def test_batches_do_not_depend_on_timing(model, files, monkeypatch):
-    """Whether images are decoded early or late, the same ones share a batch."""
+    """Batches have the same images for fast and for slow decoding."""
     predictor = Predictor(model, batch_size=2, **SETTINGS)
     early = batches_of(predictor, files)
     read = predict.read_image
@@ -154,7 +156,7 @@ def test_batches_do_not_depend_on_timing(model, files, monkeypatch):
 
 
 def test_a_rare_size_does_not_wait_for_its_like(model):
-    """Its batch runs when `PATIENCE * batch_size` images came since, with those of its size that came meanwhile."""
+    """Its batch runs, even if incomplete, once `PATIENCE * batch_size` later images have come."""
     predictor = Predictor(model, batch_size=2, **SETTINGS)
     images = [picture(48, 32)] + [picture(32, 48, seed) for seed in range(20)]
     batches = batches_of(predictor, images)
@@ -162,7 +164,7 @@ def test_a_rare_size_does_not_wait_for_its_like(model):
 
 
 def test_decoding_runs_beside_the_network(predictor, files, monkeypatch):
-    """The network of each image waits until the next image is decoded."""
+    """The network waits, for each image, until the next image is decoded."""
     decoded = [threading.Event() for _ in files]
     read, run, number = predict.read_image, type(predictor.pipeline).__call__, itertools.count(1)
 
@@ -206,19 +208,19 @@ def done(value):
 
 
 def test_a_result_does_not_wait_for_the_next_image(predictor, files, monkeypatch):
-    """The host waits for the batch at work instead of waiting for a file; so decoding may wait for the result."""
+    """The host waits for the running batch, not for a file; here decoding waits for the result."""
     predictor._transfers = Later([])
-    given = threading.Event()
+    result_is_there = threading.Event()
     read = predict.read_image
 
     def reading(path):
         if path == files[1]:
-            assert given.wait(30)
+            assert result_is_there.wait(30)
         return read(path)
 
     monkeypatch.setattr(predict, "read_image", reading)
     for _ in predictor.stream(files):
-        given.set()
+        result_is_there.set()
 
 
 def test_one_image_is_no_iterable_of_images(predictor, files):
@@ -235,7 +237,7 @@ def test_one_image_is_no_iterable_of_images(predictor, files):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_unreadable_images(model, files, batch_size):
-    """A stream raises in the image's turn; outcomes go on."""
+    """`stream` raises the error in the order of the images; `outcomes` yields the error and continues."""
     predictor = Predictor(model, batch_size=batch_size, **SETTINGS)
     files[2].write_bytes(b"no image")
     files[4].unlink()
@@ -254,7 +256,7 @@ def test_unreadable_images(model, files, batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_an_error_of_a_thread_has_its_traceback(model, files, monkeypatch, batch_size):
-    """It comes in the image's turn too, and is no ImageError that a caller would pass over."""
+    """The error is raised in the order of the images; it is not an ImageError, which callers may skip."""
     predictor = Predictor(model, batch_size=batch_size, **SETTINGS)
 
     def broken_decoder(path):
@@ -262,11 +264,11 @@ def test_an_error_of_a_thread_has_its_traceback(model, files, monkeypatch, batch
             raise MemoryError("too large")
         return read(path)
 
-    read, given = predict.read_image, []
+    read, received = predict.read_image, []
     monkeypatch.setattr(predict, "read_image", broken_decoder)
     with pytest.raises(MemoryError, match="too large") as caught:
-        given.extend(predictor.outcomes(files))
-    assert len(given) == 3 and "in broken_decoder" in "".join(traceback.format_exception(caught.value))
+        received.extend(predictor.outcomes(files))
+    assert len(received) == 3 and "in broken_decoder" in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -278,15 +280,15 @@ def test_an_error_of_the_iterable_comes_after_the_results_before_it(model, batch
         yield from pictures(3)
         raise KeyError("no more frames")
 
-    given = []
+    received = []
     with pytest.raises(KeyError, match="no more frames"):
-        given.extend(predictor.stream(images()))
-    assert len(given) == 3
+        received.extend(predictor.stream(images()))
+    assert len(received) == 3
 
 
 @pytest.mark.parametrize("leave", ["break", "exception", "collection", "error of the network"])
 def test_leaving_early_ends_the_threads(predictor, files, monkeypatch, leave):
-    """The fixture looks at the threads that are left."""
+    """The fixture checks that no thread is left."""
     if leave == "error of the network":
         monkeypatch.setattr(type(predictor.pipeline), "__call__", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -308,7 +310,7 @@ def test_leaving_early_ends_the_threads(predictor, files, monkeypatch, leave):
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("place", ["iterable", "decoder", "image", "network"])
 def test_an_error_keeps_no_image(model, monkeypatch, place, batch_size):
-    """Nor a batch on a GPU: once the caller has let go of the error, without the garbage collector."""
+    """Once the caller drops the error, reference counting alone frees all images, and batches on a GPU."""
     predictor, references = Predictor(model, batch_size=batch_size, **SETTINGS), []
     predictor._transfers = Later([])
     kinds = {"iterable": KeyError, "decoder": MemoryError, "image": spatialflow.ImageError, "network": ValueError}
@@ -335,7 +337,7 @@ def test_an_error_keeps_no_image(model, monkeypatch, place, batch_size):
         with contextlib.suppress(kinds[place]):
             for _ in predictor.stream(images()):
                 pass
-        assert len(references) > 1 and not any(one() is not None for one in references)
+        assert len(references) > 1 and not any(reference() is not None for reference in references)
     finally:
         gc.enable()
 
@@ -345,17 +347,17 @@ def test_times_are_those_of_the_image(predictor, files, monkeypatch):
     slow = files[3]
     monkeypatch.setattr(predict, "read_image", lambda path: (path == slow and time.sleep(1.0), read(path))[1])
     times = [result.times for result in predictor.stream(files)]
-    assert [list(one) for one in times] == [list(predict.STAGES)] * len(files)
-    assert all(seconds > 0 for one in times for seconds in one.values())
-    assert [number for number, one in enumerate(times) if one["decode"] >= 1] == [3]
+    assert [list(row) for row in times] == [list(predict.STAGES)] * len(files)
+    assert all(seconds > 0 for row in times for seconds in row.values())
+    assert [number for number, row in enumerate(times) if row["decode"] >= 1] == [3]
 
 
 def test_copies_and_forked_processes(predictor, files):
-    """Neither has the threads of its origin, and each starts its own."""
+    """A copy and a forked process start their own threads."""
     expected = predictor(files)
     copied = copy.deepcopy(predictor)
-    for one, other in zip(copied(files), expected, strict=False):
-        assert_same(one, other)
+    for result, wanted in zip(copied(files), expected, strict=False):
+        assert_same(result, wanted)
     child = os.fork()
     if child == 0:
         code = 1
@@ -378,7 +380,7 @@ def test_copies_and_forked_processes(predictor, files):
 
 
 class FakeCuda:
-    """Stands in for torch.cuda, and logs in which order streams, events and the host do what."""
+    """A replacement of torch.cuda that logs the order of the actions of streams, events and the host."""
 
     def __init__(self):
         self.log, self.current = [], "work"
@@ -415,7 +417,7 @@ class FakeEvent:
 
 
 def test_copies_of_a_gpu(monkeypatch):
-    """Pinned memory, a stream for uploads, an event for downloads, results in memory that is not pinned."""
+    """Transfers use pinned memory, a stream for uploads and an event for downloads; results are not pinned."""
     cuda, pinned = FakeCuda(), []
     to, empty = torch.Tensor.to, torch.empty
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of every kind become panoptic results; bad ones are named."""
+"""Predictor: images of every kind become panoptic results; bad images are named in errors."""
 
 import copy
 import json
@@ -37,11 +37,11 @@ def picture(height, width, seed=0):
 
 
 def assert_consistent(result, size):
-    """Map and segments describe each other, and every number has its promised type and range."""
+    """Check that map and segments agree, and that all values have the documented type and range."""
     assert result.id_map.shape == size and result.id_map.dtype == np.int32
     ids, areas = np.unique(result.id_map, return_counts=True)
-    found = {int(i): int(a) for i, a in zip(ids, areas, strict=False) if i != 0}
-    assert {segment["id"]: segment["area"] for segment in result.segments} == found
+    area_of = {int(i): int(a) for i, a in zip(ids, areas, strict=False) if i != 0}
+    assert {segment["id"]: segment["area"] for segment in result.segments} == area_of
     known = {row.id: row.isthing for row in result.categories.rows}
     for segment in result.segments:
         assert known[segment["category_id"]] == bool(segment["isthing"])
@@ -60,7 +60,7 @@ def assert_consistent(result, size):
 
 
 def test_whatever_the_default_device():
-    """Of torch, where the predictor is made and called."""
+    """Results do not depend on torch's default device, at construction or call."""
     model = random_model("tiny")
     (expected,) = spatialflow.Predictor(model, "cpu", **SHORT)([picture(90, 130)])
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def assert_same(a, b, exact=True):
 
 
 def test_results_do_not_depend_on_the_batch(model, predictor):
-    """A batch of different sizes equals its images alone, in the order given."""
+    """Images of different sizes in a batch have the same results as alone, in the order of the input."""
     images = [picture(90, 130, 1), picture(130, 90, 2), picture(45, 65, 3), picture(91, 131, 4), picture(50, 50, 5)]
     together = spatialflow.Predictor(model, stuff_area_threshold=40, batch_size=3, **SHORT)(images)
     assert [r.id_map.shape for r in together] == [image.shape[:2] for image in images]
@@ -99,7 +99,7 @@ def test_plain_and_optimized_network_agree(model, predictor):
 
 @pytest.mark.parametrize("threshold, flip", [(0.0, False), (0.3, True), (1.0, False)])
 def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkeypatch):
-    """Leaving out the masks of detections that do not enter the map changes neither it nor the boxes."""
+    """Without the masks of detections that do not enter the map, the map and the boxes are unchanged."""
     computed, plain = [], postprocess.mask_logits
     monkeypatch.setattr(postprocess, "mask_logits", lambda *args: (computed.append(len(args[2])), plain(*args))[1])
     settings = dict(SHORT, stuff_area_threshold=40, instance_score_threshold=threshold, test_flip=flip, batch_size=2)
@@ -117,7 +117,7 @@ def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkey
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(model, predictor, dtype):
-    """Weights and features in 16 bits, on the CPU too: nearly the same map, results in the same types."""
+    """With 16-bit weights and features, also on the CPU, the map is nearly equal and results have the same types."""
     low = spatialflow.Predictor(model, dtype=dtype, stuff_area_threshold=40, **SHORT)
     assert next(low.pipeline.networks[0].buffers()).dtype == dtype
     result, expected = low(picture(90, 130)), predictor(picture(90, 130))
@@ -128,15 +128,15 @@ def test_low_precision(model, predictor, dtype):
 
 
 def test_weights_are_copied(model):
-    """Neither kind of predictor changes the model or sees later changes of it."""
+    """No predictor changes the model, and later changes of the model do not affect it."""
     image = picture(45, 65)
     for optimize in (True, False):
-        own = copy.deepcopy(model).train()
-        predictor = spatialflow.Predictor(own, dtype=torch.bfloat16, optimize=optimize, **SHORT)
+        copied = copy.deepcopy(model).train()
+        predictor = spatialflow.Predictor(copied, dtype=torch.bfloat16, optimize=optimize, **SHORT)
         before = predictor(image)
-        assert own.training and {value.dtype for value in own.parameters()} == {torch.float32}
+        assert copied.training and {value.dtype for value in copied.parameters()} == {torch.float32}
         with torch.no_grad():
-            for parameter in own.parameters():
+            for parameter in copied.parameters():
                 parameter.add_(1.0)
         assert_same(predictor(image), before)
 
@@ -144,11 +144,11 @@ def test_weights_are_copied(model):
 def test_paths_arrays_and_iterables(tmp_path, predictor):
     image = picture(60, 80)
     cv2.imwrite(str(tmp_path / "a.png"), image)
-    cv2.imwrite(str(tmp_path / "grey.png"), image[..., 0])
+    cv2.imwrite(str(tmp_path / "gray.png"), image[..., 0])
     alone = predictor(str(tmp_path / "a.png"))
     assert_same(alone, predictor(image))
-    many = predictor(path for path in (tmp_path / "a.png", tmp_path / "grey.png"))
-    assert isinstance(many, list) and [r.image_name for r in many] == ["a.png", "grey.png"]
+    many = predictor(path for path in (tmp_path / "a.png", tmp_path / "gray.png"))
+    assert isinstance(many, list) and [r.image_name for r in many] == ["a.png", "gray.png"]
     assert_same(many[1], predictor(image[..., :1].repeat(3, axis=2)))
     assert predictor([]) == []
 
@@ -223,9 +223,9 @@ def test_wrong_settings(model):
     for batch_size in (0, 1.5, "2"):
         with pytest.raises(ValueError, match=f"batch_size: must be an integer of at least 1, got {batch_size!r}"):
             spatialflow.Predictor(model, batch_size=batch_size)
-    for other, words in (("demo", "got 'demo'"), (None, "got None"), ([model, "demo"], "got a str in the sequence")):
+    for wrong, words in (("demo", "got 'demo'"), (None, "got None"), ([model, "demo"], "got a str in the sequence")):
         with pytest.raises(TypeError, match=f"model: must be a SpatialFlow network or a sequence of them, {words}"):
-            spatialflow.Predictor(other)
+            spatialflow.Predictor(wrong)
     for options, words in (
         (dict(device="cuda:99"), "device cuda:99: torch .* sees . CUDA devices here"),
         (dict(device="tpu"), "device must be cpu, cuda or cuda:<number>, got 'tpu'"),

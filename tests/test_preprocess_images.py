@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""preprocess_images: the op matrix, and OpenCV's chain of resize, normalize and pad to the last bit."""
+"""preprocess_images: the op matrix, and bitwise equality with OpenCV's steps of resizing, normalizing and padding."""
 
 import cv2
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from helpers.op_matrix import OpMatrix, OpSample
 
 from spatialflow import ops
-from spatialflow.data.transforms import normalise, pad, resize_image
+from spatialflow.data.transforms import normalize, pad, resize_image
 from spatialflow.ops import reference
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -36,7 +36,7 @@ def sample(shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]):
                 (images, [h for h, _ in sizes], [w for _, w in sizes], mean, std, divisor, torch.float32),
             ),
             resized=tensors,
-            unforeseen="no tensor arguments",  # torch's own word to an empty list
+            unforeseen="no tensor arguments",  # torch's error message for an empty list
         )
 
     return build
@@ -53,7 +53,7 @@ class TestPreprocessImages(OpMatrix):
         "one column": sample([(13, 1)], [(20, 2)]),
         "one pixel": sample([(1, 1)], [(1, 1)]),
     }
-    dtypes = (torch.float32,)  # of the result, which the images do not decide: see test_dtypes
+    dtypes = (torch.float32,)  # of the result, which does not depend on the images: see test_dtypes
 
     def test_layouts(self, make_sample):
         sample = make_sample()
@@ -67,7 +67,7 @@ class TestPreprocessImages(OpMatrix):
 
 
 def opencv_chain(image: torch.Tensor, size: tuple[int, int], divisor: int) -> np.ndarray:
-    return pad(normalise(resize_image(image.cpu().numpy(), size), MEAN, STD), divisor)
+    return pad(normalize(resize_image(image.cpu().numpy(), size), MEAN, STD), divisor)
 
 
 def test_equal_to_opencv_for_any_size():
@@ -85,14 +85,14 @@ def test_equal_to_opencv_for_any_size():
 
 @pytest.mark.parametrize("size", [(200, 267), (63, 84), (75, 100)])
 def test_equal_to_opencv_for_photographs(size):
-    """Smooth values, where a rounding in another place would show, at factors that pictures meet."""
+    """Smooth images, where differences of rounding would show, at usual scale factors."""
     image = torch.as_tensor(cv2.resize(picture(12, 16).cpu().numpy(), (200, 150), interpolation=cv2.INTER_CUBIC))
     actual = ops.preprocess_images(image, size, MEAN, STD)[0].cpu().numpy()
     np.testing.assert_array_equal(actual, opencv_chain(image, size, 32))
 
 
 def test_a_list_is_its_images_padded_to_one_size():
-    """More images than one launch takes, all of their own size."""
+    """More images than one kernel launch takes, all of different sizes."""
     images = [picture(5 + n, 40 - n) for n in range(19)]
     sizes = [(3 + 2 * n, 50 - n) for n in range(19)]
     batch = ops.preprocess_images(images, sizes, MEAN, STD, divisor=16)
@@ -106,10 +106,10 @@ def test_a_list_is_its_images_padded_to_one_size():
 @pytest.mark.parametrize("divisor", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtypes(dtype, divisor):
-    """A 16-bit result is the float32 one rounded once, whether rows fill whole vectors or not."""
+    """A 16-bit result is the float32 result, rounded once, also for rows that do not fill whole vectors."""
     image = picture(30, 41)
-    wide = ops.preprocess_images(image, (37, 53), MEAN, STD, divisor)
-    assert torch.equal(ops.preprocess_images(image, (37, 53), MEAN, STD, divisor, dtype), wide.to(dtype))
+    expected = ops.preprocess_images(image, (37, 53), MEAN, STD, divisor)
+    assert torch.equal(ops.preprocess_images(image, (37, 53), MEAN, STD, divisor, dtype), expected.to(dtype))
 
 
 def test_channels_swap_places():

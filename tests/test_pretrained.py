@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that come with the package: small, found by name, and good at scenes that they have not seen."""
+"""The weights in the package: a small file, found by the configuration's name, with good results for new scenes."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_weights_are_small():
 
 
 def test_unseen_scenes():
-    """A fraction of the 50 scenes of `make demo`, with a margin for the difference."""
+    """Ten of the 50 scenes of `make demo`; the bound has a margin for the smaller number."""
     predictor = spatialflow.Predictor(spatialflow.pretrained_model())
     quality = PanopticQuality(CATEGORIES)
     for index in range(10):

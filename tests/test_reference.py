@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The references take what the operators take: boxes at the ends of their type, weights of any strides."""
+"""The reference implementations accept the operators' inputs: extreme boxes, weights of any strides."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def boxes_of(dtype: torch.dtype, count: int = 80) -> torch.Tensor:
-    """(count, 4) of any coordinates, finite ones whose extent or area overflows included."""
+    """Return (count, 4) boxes of any coordinates, including finite ones whose extent or area overflows."""
     values = COORDINATES if dtype == torch.float32 else (*COORDINATES, 1e300, -1.7e308)
     return torch.tensor(values, dtype=dtype)[torch.randint(len(values), (count, 4))]
 
@@ -25,7 +25,7 @@ def rois_of(dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_agree(name: str, *arguments, **options) -> None:
-    """Up to rounding of coordinates, which huge boxes leave few bits for."""
+    """Compare operator and reference up to the rounding of coordinates, which is large for huge boxes."""
     actual, expected = (leaves(getattr(module, name)(*arguments, **options)) for module in (ops, reference))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -51,7 +51,7 @@ class TestBoxes:
 
     @pytest.mark.parametrize("stuff", [torch.uint8, torch.int8, torch.int64], ids=str)
     def test_panoptic_merge(self, dtype, stuff):
-        """More stuff labels than an 8-bit map can hold."""
+        """There are more stuff labels than an 8-bit map can hold."""
         masks, scores, labels = torch.rand(80, 9, 11) > 0.9, torch.rand(80, dtype=dtype), torch.randint(0, 80, (80,))
         labels_of_pixels = torch.randint(0, 127, (9, 11)).to(stuff)
         assert_agree(
@@ -67,7 +67,7 @@ def test_permuted_weights():
 
 
 def test_box_outside_the_batch_reads_no_feature():
-    """Its zeros, and their zero gradient, do not come from a product with NaN."""
+    """Its result and gradient are zeros, not products of 0 and NaN."""
     feature = torch.full((1, 2, 4, 4), NAN, requires_grad=True)
     pooled = reference.roi_align(feature, torch.tensor([[3, 0.0, 0, 2, 2]]), 2)
     (gradient,) = torch.autograd.grad(pooled.sum(), feature)

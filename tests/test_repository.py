@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files at the root of the repository agree with each other."""
+"""Consistency of the files at the root of the repository."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ def text(name: str) -> str:
 
 
 def test_one_version():
-    """The version is in `spatialflow.__version__`; the citation and the newest release of the changelog repeat it."""
+    """The citation and the newest release of the changelog have the version of `spatialflow.__version__`."""
     assert re.search(r"^version: (.*)$", text("CITATION.cff"), re.M)[1] == spatialflow.__version__
     assert re.search(r"^## \[(\d.*?)\]", text("CHANGELOG.md"), re.M)[1] == spatialflow.__version__
 
@@ -45,7 +45,7 @@ def test_workflows_run_make_targets():
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not in a git checkout")
 def test_data_files_are_shipped():
-    """Every file of the package is Python, or matches a pattern of package-data."""
+    """Every file of the package is Python or matches a package-data pattern."""
     patterns = re.search(r"package-data\]\nspatialflow = \[(.*)\]", text("pyproject.toml"))[1]
     patterns = [pattern.replace("**/", "*") for pattern in re.findall(r'"(.*?)"', patterns)]
     listing = subprocess.run(["git", "ls-files", "spatialflow"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""roi_align: the op matrix, the goldens, and values that break other implementations."""
+"""roi_align: the op matrix, the goldens, and values that other implementations get wrong."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ class TestRoiAlign(OpMatrix):
 
 
 class TestValues:
-    """Bad values give zeros and no gradient; checked() names them instead."""
+    """Invalid values give zeros and no gradient; checked() raises errors that name them."""
 
     bad = {
         "nan": [0, float("nan"), 1, 5, 5],
@@ -88,7 +88,7 @@ class TestValues:
 
     @pytest.mark.parametrize("extent", [1e4, 1e9, 1e30])
     def test_huge_roi_is_bounded_work(self, extent):
-        """An adaptive grid of a huge RoI has up to 1e60 samples; only those on the map cost anything."""
+        """An adaptive grid of a huge RoI has up to 1e60 samples; only samples on the map cost time."""
         feature = torch.ones(1, 2, 6, 6)
         pooled = ops.roi_align(feature, torch.tensor([[0, -extent, -extent, extent, extent]]), 3)
         assert torch.isfinite(pooled).all()
@@ -101,7 +101,7 @@ class TestValues:
         "layout, dtype", [(torch.contiguous_format, torch.float32), (torch.channels_last, torch.float64)]
     )
     def test_bins_of_all_sizes(self, layout, sampling_ratio, dtype):
-        """From many bins in a cell to many cells in a bin; reversed boxes; more bins than a block of the GPU takes."""
+        """Bins much smaller and much larger than a cell, reversed boxes, more bins than a GPU block takes."""
         feature = torch.randn(1, 4, 40, 50, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         sides = 2.0 ** torch.arange(-6, 7, dtype=torch.float64)
         corner = torch.rand(26, 2, dtype=torch.float64) * 30 - 2
@@ -125,7 +125,7 @@ class TestValues:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_cells_between_samples_are_not_read(self, value):
-        """Two samples an axis of a bin 16 cells wide leave most cells out; what those hold does not matter."""
+        """Two samples per axis in a bin 16 cells wide skip most cells, whose values have no effect."""
         feature = torch.ones(1, 8, 16, 16)
         feature[:, :, 8, 8] = value
         boxes = torch.tensor([[0, 0.5, 0.5, 16.5, 16.5]])
@@ -137,7 +137,7 @@ class TestValues:
 
     @pytest.mark.parametrize("aligned", [False, True])
     def test_largest_sampling_ratio(self, aligned):
-        """The most samples an axis may have, on proper, empty and reversed RoIs: their mean is that of a few."""
+        """The largest sampling ratio gives the mean of a small one, for proper, empty and reversed RoIs."""
         feature = torch.full((1, 2, 6, 6), 3.0, dtype=torch.float64)
         boxes = torch.tensor([[0, 1, 1, 4, 4], [0, 2, 2, 2, 2], [0, 4, 4, 1, 1]], dtype=torch.float64)
         assert_near(
@@ -152,7 +152,7 @@ class TestValues:
         assert ops.roi_align(torch.ones(1, 1, 8, 8), boxes, 2, aligned=False).all()
 
     def test_half_features_keep_box_precision(self):
-        """Coordinates above 2048 do not survive a trip through float16; they are never taken on one."""
+        """Float16 cannot hold fractions of coordinates above 2048, so boxes are never cast to it."""
         feature = torch.arange(64.0).view(1, 1, 1, 64).expand(1, 1, 4, 64) % 7
         boxes = torch.tensor([[0, 2049.3, 0, 2052.7, 3]])
         full = ops.roi_align(feature, boxes, 1, 1 / 64, 2)
@@ -161,7 +161,7 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_sums_are_kept_in_float32(self, dtype):
-        """The mean of 4096 ones, and the gradient of 4608 boxes: in 16 bits sums would stop on the way."""
+        """In 16 bits, the sums of 4096 ones and of 4608 gradients would stop growing."""
         feature = torch.ones(1, 8, 64, 64, dtype=dtype, requires_grad=True)
         pooled = ops.roi_align(feature, torch.tensor([[0, 0.0, 0.0, 64.0, 64.0]]), 1, sampling_ratio=-1, aligned=True)
         assert torch.equal(pooled, torch.ones_like(pooled))
@@ -191,7 +191,7 @@ class TestShapes:
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("channels", [129, 260])
     def test_channels_in_several_passes(self, layout, channels):
-        """More channels than a warp of the CUDA kernels holds at a time, one and two of them to an access."""
+        """More channels than a warp of the CUDA kernels holds at a time, in accesses of one and of two channels."""
         feature = torch.randn(2, channels, 9, 11, dtype=torch.float64).contiguous(memory_format=layout)
         boxes = random_boxes(5, 2, 10.0)
         torch.testing.assert_close(ops.roi_align(feature, boxes, 3), reference.roi_align(feature, boxes, 3))
@@ -207,7 +207,7 @@ class TestShapes:
         assert "sampling_ratio=2" in repr(module)
 
     def test_box_list_of_many_images_in_16_bits(self):
-        """bfloat16 has no number 257: the image of a box is not kept in the dtype of its list."""
+        """bfloat16 cannot represent 257, so image indices do not have the dtype of the boxes."""
         feature = torch.arange(300.0).view(300, 1, 1, 1).expand(300, 1, 4, 4)
         boxes = [torch.tensor([[0.0, 0, 2, 2]], dtype=torch.bfloat16)] * 300
         assert torch.equal(ops.roi_align(feature, boxes, 1).flatten(), torch.arange(300.0))

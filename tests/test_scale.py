@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of more than 2^31 elements, and a hundred runs that agree to the last bit.
+"""Tensors of more than 2^31 elements, and a hundred runs with bitwise equal results.
 
-Both ask for a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code runs on tensors of a few thousand
-elements, and three times, so that it is itself tested.
+Both need a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code is tested with tensors of a few thousand
+elements and three runs.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from spatialflow import ops
 
 ON_GPU = DEVICE == "cuda"
 BEYOND = 2**31 + 2**20 if ON_GPU else 2**18
-"""Elements of a large tensor, at least."""
+"""Minimum number of elements of a large tensor."""
 
 RUNS = 100 if ON_GPU else 3
 
@@ -30,19 +30,21 @@ def rows_of(elements_per_row: int) -> int:
 
 
 def features(channels: int, width: int = 64) -> torch.Tensor:
-    """(1, channels, H, width) bfloat16, channels-last, of BEYOND elements; its last rows are the interesting ones."""
+    """Return (1, channels, H, width) bfloat16 features, channels-last, with at least BEYOND elements."""
     height = rows_of(channels * width)
     storage = torch.randn(1, height, width, channels, dtype=torch.bfloat16)
     return storage.permute(0, 3, 1, 2)
 
 
 class TestBeyond31Bits:
-    """What lies beyond the reach of a 32-bit index is computed like its copy in a small tensor."""
+    """Elements with an index above 2^31 are computed as their copies in a small tensor."""
 
     def test_roi_align(self):
         image = features(16)
         height = image.shape[2]
-        far = torch.tensor([[0.0, 4, height - 30, 32, height - 2]])  # samples a cell apart: exact in float32
+        far = torch.tensor(
+            [[0.0, 4, height - 30, 32, height - 2]]
+        )  # samples at a distance of one cell: exact in float32
         near = far - torch.tensor([0, 0, height - 40, 0, height - 40])
         result = ops.roi_align(image, far, 7, aligned=True)
         torch.testing.assert_close(result, ops.roi_align(image[:, :, -40:], near, 7, aligned=True), rtol=0, atol=0)
@@ -50,7 +52,7 @@ class TestBeyond31Bits:
     def test_deform_conv2d(self):
         image = features(32)
         height, width = image.shape[2:]
-        # Eighths: float32 holds no finer positions beyond 2^20 rows.
+        # Multiples of 1/8: the spacing of float32 beyond 2^20 rows.
         offset = torch.randint(-16, 17, (1, 18, height, width), dtype=torch.int8).bfloat16() / 8
         weight = torch.randn(16, 32, 3, 3, dtype=torch.bfloat16) / 17
         result = ops.deform_conv2d(image, offset, weight, padding=1)[:, :, -8:]
@@ -76,9 +78,14 @@ class TestBeyond31Bits:
         scores = torch.zeros(1, rows_of(80), 80, dtype=torch.bfloat16)
         boxes = torch.tensor([10.0, 10, 20, 20]).expand(1, scores.shape[1], 4)
         scores[0, -5, 7], scores[0, -3, 79], scores[0, 2, 7] = 0.5, 0.75, 0.25
-        found = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 4)
+        result = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 4)
         last = scores.shape[1]
-        assert found.indices[0].tolist() == [last - 3, last - 5, -1, -1] and found.labels[0].tolist() == [79, 7, -1, -1]
+        assert result.indices[0].tolist() == [last - 3, last - 5, -1, -1] and result.labels[0].tolist() == [
+            79,
+            7,
+            -1,
+            -1,
+        ]
 
     def test_select_candidates(self):
         logits = features(16)
@@ -86,9 +93,9 @@ class TestBeyond31Bits:
         deltas = torch.zeros(1, 4, height, 64, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         logits[0, 7, -2, 5], logits[0, 15, -1, 63] = 30, 40
         base, valid = torch.tensor([[[0.0, 0, 1, 1]]]), torch.tensor([[height, 64]])
-        found = ops.select_candidates([logits], [deltas], base, [1], valid, torch.ones(1, 2), 2)
+        result = ops.select_candidates([logits], [deltas], base, [1], valid, torch.ones(1, 2), 2)
         rows = torch.tensor([[63.0, height - 1, 64, height], [5, height - 2, 6, height - 1]])
-        assert torch.equal(found.boxes[0], rows) and found.scores[0].argmax(1).tolist() == [15, 7]
+        assert torch.equal(result.boxes[0], rows) and result.scores[0].argmax(1).tolist() == [15, 7]
 
     def test_paste_masks_and_panoptic_merge(self):
         side = 4096 if ON_GPU else 32
@@ -140,7 +147,7 @@ def with_index(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def repeated_cases(dtype: torch.dtype) -> dict:
-    """Name -> (function, tensors with a gradient)."""
+    """Return, by name, a function and its tensors that need a gradient."""
     feature, offset = pyramid(32, dtype)[1], torch.randn(1, 18, 20, 28)
     weight, bias = torch.randn(32, 32, 3, 3, dtype=dtype) / 17, torch.randn(32, dtype=dtype)
     levels, rois = pyramid(32, dtype), with_index(boxes_within(320, 448, 64))
@@ -178,7 +185,7 @@ def repeated_cases(dtype: torch.dtype) -> dict:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", repeated_cases(torch.float32))
 def test_runs_agree_to_the_last_bit(name, dtype):
-    """Results and, under use_deterministic_algorithms, gradients."""
+    """Results are bitwise equal, and so are gradients under use_deterministic_algorithms."""
     function, tensors = repeated_cases(dtype)[name]
     inputs = [t.detach().requires_grad_() for t in tensors]
     torch.use_deterministic_algorithms(True)
@@ -191,8 +198,6 @@ def test_runs_agree_to_the_last_bit(name, dtype):
                 grads = [torch.ones_like(output) for output in outputs]
                 outputs = outputs + list(torch.autograd.grad(outputs, inputs, grads))
             first = first or outputs
-            assert all(torch.equal(one, other) for one, other in zip(outputs, first, strict=False)), (
-                f"run {run} differs from run 0"
-            )
+            assert all(torch.equal(a, b) for a, b in zip(outputs, first, strict=False)), f"run {run} differs from run 0"
     finally:
         torch.use_deterministic_algorithms(False)

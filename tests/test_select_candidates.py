@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""select_candidates: the op matrix, ties, values that are not finite, sizes, and errors."""
+"""select_candidates: the op matrix, ties, non-finite values, sizes, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAN, INF = math.nan, math.inf
 
 
 def tensors(batch: int, classes: int, anchors: int, sizes: list) -> list:
-    """Logits and deltas of levels of these sizes (H, W), base anchors, valid sizes, scale factors; in float64."""
+    """Return float64 logits and deltas for levels of `sizes` (H, W), base anchors, valid sizes, scale factors."""
     logits = [torch.randn(batch, anchors * classes, *size, dtype=torch.float64) * 2 - 1 for size in sizes]
     deltas = [torch.randn(batch, anchors * 4, *size, dtype=torch.float64) for size in sizes]
     center, half = torch.randn(len(sizes), anchors, 2), 4 + 12 * torch.rand(len(sizes), anchors, 2)
@@ -38,11 +38,11 @@ def expected(logits, deltas, base, valid, scale, per_level: int) -> ops.Candidat
 
 
 def assert_equal_reference(values: list, per_level: int) -> ops.Candidates:
-    """The operator's result, asserted to be the reference's up to rounding: the same anchors in the same order."""
-    found, wanted = select(*values, per_level), expected(*values, per_level)
-    for one, other in zip(found, wanted, strict=False):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4, equal_nan=True)
-    return found
+    """Compare with the reference, up to rounding but in the same order; return the operator's result."""
+    candidates, wanted = select(*values, per_level), expected(*values, per_level)
+    for value, wanted_value in zip(candidates, wanted, strict=False):
+        torch.testing.assert_close(value, wanted_value, rtol=1e-5, atol=1e-4, equal_nan=True)
+    return candidates
 
 
 def sample(batch: int, classes: int, anchors: int, sizes: list, per_level: int):
@@ -95,31 +95,29 @@ class TestSelectCandidates(OpMatrix):
     }
 
     def test_reference(self, make_sample, dtype):
-        """The anchors of the reference in its order, from the same rounded inputs; results in float32, or float64."""
+        """Candidates equal the reference's, from the same rounded inputs, in float32 (float64 for float64 inputs)."""
         sample = make_sample()
         values = to_dtype(sample, dtype)
-        found = sample.op(*values, **sample.options)
-        wide = [
+        candidates = sample.op(*values, **sample.options)
+        doubles = [
             map_tensors(lambda t: t.double(), value) if i in sample.converted else value
             for i, value in enumerate(values)
         ]
         computed = torch.float64 if dtype == torch.float64 else torch.float32
-        assert_near(found, sample.reference(*wide, **sample.options), computed)
-        assert all(leaf.dtype == computed for leaf in found)
+        assert_near(candidates, sample.reference(*doubles, **sample.options), computed)
+        assert all(leaf.dtype == computed for leaf in candidates)
 
     def test_autocast(self, make_sample):
-        """Nothing is rounded."""
+        """Autocast rounds neither inputs nor results."""
         sample = make_sample()
         values = to_dtype(sample, torch.float32)
         plain = sample.op(*values, **sample.options)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             result = sample.op(*values, **sample.options)
-        assert all(
-            torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(result, plain, strict=False)
-        )
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(result, plain, strict=False))
 
     def test_detached(self, make_sample):
-        """Forward mode gives no tangent either."""
+        """In forward mode, the results have no tangent."""
         sample = make_sample()
         logits, deltas, *rest = sample.tensors
         _, pushed = torch.func.jvp(
@@ -139,11 +137,11 @@ class TestSelectCandidates(OpMatrix):
             return tuple(sample.op(list(levels), deltas, base, valid, scale, **sample.options))
 
         results = torch.func.vmap(mapped, in_dims=-1)(*stacked)
-        for index, own in enumerate((logits, [-level for level in logits])):
-            wanted = sample.op(own, deltas, base, valid, scale, **sample.options)
-            assert all(torch.equal(result[index], one) for result, one in zip(results, wanted, strict=False))
+        for index, levels in enumerate((logits, [-level for level in logits])):
+            wanted = sample.op(levels, deltas, base, valid, scale, **sample.options)
+            assert all(torch.equal(result[index], value) for result, value in zip(results, wanted, strict=False))
         nothing = torch.func.vmap(mapped)(*(level.expand(0, *level.shape) for level in logits))
-        assert [result.shape for result in nothing] == [(0, *one.shape) for one in wanted]
+        assert [result.shape for result in nothing] == [(0, *value.shape) for value in wanted]
         by_scale = torch.func.vmap(lambda s: tuple(sample.op(logits, deltas, base, valid, s, **sample.options)))
         twice = by_scale(torch.stack([scale, 2 * scale]))[0]
         assert torch.equal(twice[0], 2 * twice[1])
@@ -152,7 +150,7 @@ class TestSelectCandidates(OpMatrix):
 
 
 def indexed(values: list) -> list:
-    """Deltas, base anchors and sizes such that the x1 of a box is the index of its anchor within its level."""
+    """Change deltas, anchors and sizes so that the x1 of a box is the index of its anchor within its level."""
     logits, deltas, base, valid, scale = values
     anchors = base.shape[1]
     deltas = [torch.zeros_like(level) for level in deltas]
@@ -166,7 +164,7 @@ def indexed(values: list) -> list:
 
 
 def kept_anchors(values: list, per_level: int) -> list:
-    """(B, N) indices of the anchors kept, within their levels."""
+    """Return the (B, N) indices of the kept anchors within their levels."""
     logits, *rest = indexed(values)
     return select(logits, *rest, per_level).boxes[..., 0].round().long().tolist()
 
@@ -177,16 +175,16 @@ class TestCases:
         logits[0, :, 0, 2], logits[0, :, 0, 1] = torch.tensor([4.0, 5.0]), torch.tensor([INF, -INF])
         deltas[0, :, 0, 2] = torch.tensor([0.5, -0.25, math.log(2), 100.0])  # the height grows 62.5 times
         base = torch.tensor([[[-4.0, -2.0, 4.0, 2.0]]])
-        found = ops.select_candidates(
+        candidates = ops.select_candidates(
             [logits], [deltas], base, [8], torch.tensor([[16, 22]]), torch.tensor([[2.0, 0.5]]), 2
         )
-        assert found.boxes.tolist() == [[[2.0, 0.0, 6.0, 4.0], [6.0, 0.0, 11.0, 32.0]]]
-        torch.testing.assert_close(found.scores, torch.tensor([[[1.0, 0.0], [0.98201379, 0.99330715]]]))
+        assert candidates.boxes.tolist() == [[[2.0, 0.0, 6.0, 4.0], [6.0, 0.0, 11.0, 32.0]]]
+        torch.testing.assert_close(candidates.scores, torch.tensor([[[1.0, 0.0], [0.98201379, 0.99330715]]]))
 
     @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
     @pytest.mark.parametrize("per_level", [1, 7, 100, 2047, 2048, 2049, 3000])
     def test_ties(self, dtype, per_level):
-        """Few different logits: best first, equal ones by anchor index, also where a tie is cut."""
+        """Few different logits: the best first, equal ones by anchor index, also at the last rank."""
         values = tensors(2, 3, 2, [(40, 41), (3, 4)])
         values[0] = [(level * 2).floor().clamp(-3, 1).to(dtype) / 2 for level in values[0]]
         values[1] = [level.to(dtype) for level in values[1]]
@@ -215,7 +213,7 @@ class TestCases:
     @pytest.mark.parametrize("classes", [1, 3, 16, 40])
     @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
     def test_nan_logits(self, dtype, classes):
-        """A NaN is no best logit; anchors of NaN alone rank as minus infinity; the score of a NaN is NaN."""
+        """NaN is never the best logit; anchors with only NaN rank as -inf; the score of NaN is NaN."""
         values = [*tensors(2, classes, 2, [(5, 7)])]
         logits = values[0][0].view(2, 2, classes, 5, 7)
         logits[:, 0, 0, 1, 2] = NAN
@@ -224,28 +222,28 @@ class TestCases:
         logits[1, 0, :, 4, 6] = -INF
         logits[1, 1, :, 4, 6] = NAN
         values[:2] = [[level.to(dtype) for level in levels] for levels in values[:2]]
-        found = assert_equal_reference(values, 69)
-        assert found.scores.isnan().any()
+        candidates = assert_equal_reference(values, 69)
+        assert candidates.scores.isnan().any()
         kept = kept_anchors([[level.double() for level in levels] for levels in values[:2]] + values[2:], 69)
-        assert (1 if classes > 1 else 49) not in kept[0]  # the last of those with NaN alone
-        assert kept[1][-1] == 68 and 69 not in kept[1]  # minus infinity, then NaN alone
+        assert (1 if classes > 1 else 49) not in kept[0]  # the last of the anchors with only NaN
+        assert kept[1][-1] == 68 and 69 not in kept[1]  # -inf precedes the anchor with only NaN
         assert_equal_reference(values, 0)
 
     def test_bad_deltas_are_never_kept(self):
-        """NaN corners for NaN deltas, and NMS drops them; infinite and huge deltas are clipped to the image."""
+        """NaN deltas give NaN corners, which NMS drops; infinite and huge deltas are clipped to the image."""
         values = tensors(1, 2, 1, [(4, 4)])
         values[:2] = [[level.float() for level in levels] for levels in values[:2]]
-        deltas = values[1][0].permute(0, 2, 3, 1).reshape(16, 4)  # of each anchor
+        deltas = values[1][0].permute(0, 2, 3, 1).reshape(16, 4)  # one row per anchor
         deltas[:8] = torch.tensor([NAN, INF, -INF, 3e38]).repeat(2)[:, None]
         deltas[8] = torch.tensor([0.0, 0.0, INF, -INF])
         values[1] = [deltas.view(1, 4, 4, 4).permute(0, 3, 1, 2)]
-        found = assert_equal_reference(values, 0)
-        bad = found.boxes[0].isnan().any(dim=1)
+        candidates = assert_equal_reference(values, 0)
+        bad = candidates.boxes[0].isnan().any(dim=1)
         assert bad.tolist() == [anchor % 4 == 0 and anchor < 8 for anchor in range(16)]
         limit = torch.tensor([60.0, 40.0]) / values[4][0]
-        inside = found.boxes[0, ~bad]
+        inside = candidates.boxes[0, ~bad]
         assert (inside >= 0).all() and (inside <= limit.repeat(2) * 1.001).all()
-        detected = ops.multiclass_nms(*found, -1.0, 1.0, 100)
+        detected = ops.multiclass_nms(*candidates, -1.0, 1.0, 100)
         assert 0 < detected.count.item() and not detected.boxes.isnan().any()
         for place, name in ((0, "class_logits"), (1, "box_deltas"), (2, "base_anchors"), (4, "scale_factors")):
             wrong = map_tensors(torch.clone, tensors(1, 2, 1, [(4, 4)]))
@@ -254,7 +252,7 @@ class TestCases:
                 select(*wrong, 3)
 
     def test_bad_sizes_and_scales(self):
-        """No crash, and the reference's numbers, for what is no size and no scale."""
+        """Invalid sizes and scales do not crash and agree with the reference."""
         values = tensors(2, 3, 2, [(5, 6)])
         values[3] = torch.tensor([[-5, 1 << 62], [0, -(1 << 62)]])
         values[4] = torch.tensor([[0.0, NAN], [INF, -1.0]])
@@ -262,23 +260,23 @@ class TestCases:
 
     @pytest.mark.parametrize("per_level", [0, 1, 5, 30, 31, 1000, 2048, 2100, 5000, 8999, 9000, 9001, (1 << 31) - 1])
     def test_number_kept(self, per_level):
-        """From none sorted over one chunk of 2048 and several to more than there are."""
+        """All (0), few, one chunk of 2048, several chunks, and more than there are."""
         values = tensors(2, 2, 3, [(50, 60), (2, 5), (1, 1)])
-        found = assert_equal_reference(values, per_level)
+        candidates = assert_equal_reference(values, per_level)
         most = per_level or 1 << 31
-        assert found.boxes.shape == (2, min(9000, most) + min(30, most) + min(3, most), 4)
+        assert candidates.boxes.shape == (2, min(9000, most) + min(30, most) + min(3, most), 4)
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
     @pytest.mark.parametrize("classes, anchors", [(1, 1), (8, 9), (16, 3), (80, 9), (150, 1), (133, 2), (1000, 1)])
     def test_numbers_of_classes(self, classes, anchors, dtype, layout):
-        """Rows of logits shorter and longer than a vector, whole vectors or not."""
+        """Rows of logits shorter and longer than a vector, with and without a remainder."""
         values = tensors(1, classes, anchors, [(4, 7)])
         values[:2] = [[t.to(dtype).contiguous(memory_format=layout) for t in levels] for levels in values[:2]]
         assert_equal_reference(values, 20)
 
     def test_levels_of_a_larger_tensor(self):
-        """Slices that begin at any element, with gaps between pixels, are read in place."""
+        """Slices with any first element and gaps between pixels give the results of dense levels."""
         values = tensors(2, 8, 2, [(5, 6), (3, 3)])
         values[:2] = [[level.half() for level in levels] for levels in values[:2]]
         for first in (0, 1, 8):
@@ -290,14 +288,14 @@ class TestCases:
                     for shape in shapes
                 ]
                 sliced.append([w[:, first : first + t.shape[1]].copy_(t) for w, t in zip(wider, levels, strict=False)])
-            found, plain = select(*sliced, *values[2:], 10), select(*values, 10)
-            assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=False))
+            candidates, plain = select(*sliced, *values[2:], 10), select(*values, 10)
+            assert all(torch.equal(a, b) for a, b in zip(candidates, plain, strict=False))
 
     def test_no_images_and_no_cells(self):
         for batch, size in ((0, (5, 6)), (2, (0, 6)), (2, (5, 0))):
-            found = select(*tensors(batch, 3, 2, [size, size]), 4)
+            candidates = select(*tensors(batch, 3, 2, [size, size]), 4)
             rows = 8 if size == (5, 6) else 0
-            assert found.boxes.shape == (batch, rows, 4) and found.scores.shape == (batch, rows, 3)
+            assert candidates.boxes.shape == (batch, rows, 4) and candidates.scores.shape == (batch, rows, 3)
 
     def test_one_image_of_a_batch(self):
         values = [
@@ -307,19 +305,19 @@ class TestCases:
         together = select(*values, 25)
         for image in range(3):
             logits, deltas, base, valid, scale = values
-            own = [[level[image : image + 1] for level in levels] for levels in (logits, deltas)]
-            alone = select(*own, base, valid[image : image + 1], scale[image : image + 1], 25)
-            assert all(torch.equal(one[image], other[0]) for one, other in zip(together, alone, strict=False))
+            image_levels = [[level[image : image + 1] for level in levels] for levels in (logits, deltas)]
+            alone = select(*image_levels, base, valid[image : image + 1], scale[image : image + 1], 25)
+            assert all(torch.equal(a[image], b[0]) for a, b in zip(together, alone, strict=False))
 
     def test_large_level(self):
-        """Shared by the threads on the CPU, by many blocks on a GPU."""
+        """Several threads share the level on the CPU, several blocks on a GPU."""
         values = tensors(1, 16, 9, [(64, 70), (8, 9)])
         values[:2] = [[t.bfloat16().contiguous(memory_format=torch.channels_last) for t in v] for v in values[:2]]
         assert_equal_reference(values, 1000)
 
 
 def changed(place: int, value) -> list:
-    """Arguments of a call with one exchanged; a list stands for its last level."""
+    """Return arguments with one replaced; a tensor in place of a list replaces the list's last level."""
     logits, deltas, base, valid, scale = tensors(2, 3, 2, [(4, 5), (2, 3)])
     arguments = [logits, deltas, base, [8, 16], valid, scale, 5]
     if isinstance(arguments[place], list) and isinstance(value, torch.Tensor):
@@ -371,7 +369,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("height, width", [(2**32, 2**32), (2**31, 2**32), (1, 2**31), (2**16, 2**15)])
     def test_too_many_anchors_of_no_image(self, height, width):
-        """Without images a level may have any size, also one whose product has no 64-bit number."""
+        """Without images, a level may have any size, even one whose product overflows 64 bits."""
         logits, deltas = (torch.empty(0, count, 1, 1).expand(0, count, height, width) for count in (6, 8))
         message = rf"class_logits\[0\] must have fewer than 2\^32 anchors, got {height} x {width} cells of 2"
         with pytest.raises(RuntimeError, match=message):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sigmoid_focal_loss: the op matrix, known answers, large logits, labels of every kind, the released numbers."""
+"""sigmoid_focal_loss: the op matrix, known answers, large logits, labels of every kind, the released values."""
 
 import json
 import math
@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def sample(shape: tuple[int, ...], **options):
-    """Labels cover all classes, background (C) and ignored rows (-1)."""
+    """Return the builder of a sample; labels cover all classes, background (C) and ignored rows (-1)."""
     reduced = options.get("reduction", "none") != "none"
 
     def tensors(size: int = 0) -> list:
@@ -25,7 +25,7 @@ def sample(shape: tuple[int, ...], **options):
 
     def op(logits, labels, **options):
         loss = ops.sigmoid_focal_loss(logits, labels, **options)
-        return loss.to(logits.dtype) if reduced else loss  # the matrix asks for one dtype; see TestReduction
+        return loss.to(logits.dtype) if reduced else loss  # the op matrix expects one dtype; see TestReduction
 
     def raw(logits, labels, gamma=2.0, alpha=0.25, reduction="none"):
         name = "_sigmoid_focal_loss_sum" if reduced else "sigmoid_focal_loss"
@@ -62,7 +62,7 @@ class TestSigmoidFocalLoss(OpMatrix):
     } | {"one row of each image": sample((3, 1, 8)), "one image": sample((1, 3, 8)), "no images": sample((0, 3, 8))}
 
     def test_second_derivative(self, make_sample):
-        """The op is not linear, and has second derivatives all the same: reverse over reverse, forward over reverse."""
+        """The operator is not linear; second derivatives by reverse and forward over reverse mode are correct."""
         sample = make_sample()
         logits, labels = sample.tensors
         logits = logits.detach().requires_grad_()
@@ -82,7 +82,7 @@ class TestSigmoidFocalLoss(OpMatrix):
         torch.library.opcheck(torch.ops.spatialflow._sigmoid_focal_loss_derivative, arguments)
 
     def test_layouts(self, make_sample):
-        """Any strides of logits, labels and incoming gradients."""
+        """Logits, labels and incoming gradients may have any strides."""
         sample = make_sample()
         logits, labels = sample.tensors
         plain = sample.op(logits, labels, **sample.options)
@@ -107,7 +107,7 @@ class TestSigmoidFocalLoss(OpMatrix):
         assert torch.equal(dense[0], expanded[0])
 
     def test_autocast(self, make_sample):
-        """A loss keeps the precision of its logits."""
+        """Autocast keeps the dtype of the logits for the loss."""
         sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
@@ -134,7 +134,7 @@ class TestValues:
         torch.testing.assert_close(ops.sigmoid_focal_loss(logits, labels, 0.0, -1.0), expected)
 
     def test_large_gamma(self):
-        """(1 - p) ** gamma keeps its digits where p is too small for 1 - p to differ from 1."""
+        """(1 - p) ** gamma is precise even where p is so small that 1 - p rounds to 1."""
         logits, gamma = torch.tensor([[30.0], [46.0]], dtype=torch.float64), 1e12
         expected = [math.exp(-gamma * math.log1p(math.exp(-x))) * x for x in (30.0, 46.0)]
         for implementation in (ops, reference):
@@ -143,18 +143,18 @@ class TestValues:
 
     @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.7])
     def test_every_magnitude(self, gamma):
-        """Against float64, relative to each value: nothing saturates or jumps, loss and gradient, -80 to 80."""
+        """For logits from -80 to 80, loss and gradient are close to those in float64, relative to each value."""
         logits = torch.linspace(-80, 80, 20001).view(-1, 1)
         for label in (0, 1):
             labels = torch.full((len(logits),), label)
-            tracked, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+            tracked, double = logits.clone().requires_grad_(), logits.double().requires_grad_()
             loss = ops.sigmoid_focal_loss(tracked, labels, gamma)
-            expected = ops.sigmoid_focal_loss(wide, labels, gamma)
+            expected = ops.sigmoid_focal_loss(double, labels, gamma)
             (grad,) = torch.autograd.grad(loss.sum(), tracked)
-            (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
+            (expected_grad,) = torch.autograd.grad(expected.sum(), double)
             torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-37)
             torch.testing.assert_close(grad.double(), expected_grad, rtol=3e-5, atol=1e-37)
-            by_reference = reference.sigmoid_focal_loss(wide, labels, gamma)
+            by_reference = reference.sigmoid_focal_loss(double, labels, gamma)
             torch.testing.assert_close(expected, by_reference, rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -203,7 +203,7 @@ class TestValues:
 class TestReduction:
     @pytest.mark.parametrize("shape", [(700, 80), (5000, 1), (3, 5000), (2, 9, 40, 3)])
     def test_sum_and_mean_of_elements(self, shape):
-        """Several blocks, rows longer than one, and odd ends."""
+        """Several blocks, several rows per block or blocks per row, and remainders."""
         logits, labels = torch.randn(shape), torch.randint(-1, shape[-1] + 1, shape[:-1])
         elements = ops.sigmoid_focal_loss(logits, labels)
         assert_near(elements, reference.sigmoid_focal_loss(logits.double(), labels), torch.float32)
@@ -282,7 +282,7 @@ class TestErrors:
 
 
 class TestGoldens:
-    """The released loss (background label C, weight 0 = ignored), except for its rows of logits beyond 17."""
+    """The released loss (background label C, weight 0 = ignored), except for rows with logits beyond 17."""
 
     def test_released(self, goldens):
         arrays = {name: torch.as_tensor(a) for name, a in np.load(goldens / "ops" / "losses.npz").items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""stuff_labels: the op matrix, torch's and OpenCV's chain, ties, degenerate sizes and bad values."""
+"""stuff_labels: the op matrix, the steps of torch and OpenCV, ties, degenerate sizes and bad values."""
 
 import cv2
 import numpy as np
@@ -61,18 +61,18 @@ class TestStuffLabels(OpMatrix):
     } | {"one row": sample((8, 5, 6), (20, 24), (1, 30)), "one column": sample((8, 5, 6), (20, 24), (30, 1))}
 
     def test_reference(self, make_sample, dtype):
-        """Labels of the reference in float64; where they differ both classes are as good, up to rounding."""
+        """Labels equal those in float64; where they differ, both classes have equal logits up to rounding."""
         sample = make_sample()
         (logits,) = to_dtype(sample, dtype)
-        labels, wide = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)
-        expected = wide.argmax(dim=0)
+        labels, enlarged = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)
+        expected = enlarged.argmax(dim=0)
         assert labels.dtype == (torch.uint8 if len(logits) <= 256 else torch.int64)
-        taken = wide.gather(0, labels.long()[None])[0]
+        taken = enlarged.gather(0, labels.long()[None])[0]
         assert (labels != expected).float().mean() < 1e-2
-        assert (taken >= wide.amax(dim=0) - 4e-6).all()
+        assert (taken >= enlarged.amax(dim=0) - 4e-6).all()
 
     def test_autocast(self, make_sample):
-        """Labels are decided by comparisons: nothing is gained by lowering the logits, so autocast changes nothing."""
+        """Autocast changes nothing, as labels only depend on comparisons."""
         sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -85,12 +85,12 @@ class TestStuffLabels(OpMatrix):
         plain = sample.op(logits, **sample.options)
         assert plain.is_contiguous() and plain.shape == sample.options["original_size"]
         for name, layout in LAYOUTS.items():
-            turned = layout(logits)
-            assert not turned.is_contiguous(), name
-            assert torch.equal(sample.op(turned, **sample.options), plain), name
+            strided = layout(logits)
+            assert not strided.is_contiguous(), name
+            assert torch.equal(sample.op(strided, **sample.options), plain), name
 
     def test_every_rounding_is_that_of_the_reference(self, make_sample):
-        """Few values give ties and near ties at every pixel; only the same arithmetic decides them the same way."""
+        """With few distinct values, ties and near ties occur at every pixel, so rounding must be equal."""
         sample = make_sample()
         for dtype in (torch.float32, torch.float64):
             logits = torch.randint(-3, 4, sample.tensors[0].shape).to(dtype) / 3
@@ -99,14 +99,14 @@ class TestStuffLabels(OpMatrix):
 
 
 def chain(logits: torch.Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
-    """The released steps: everything enlarged, argmax, crop, OpenCV's nearest."""
+    """Compute labels by the released steps: enlarge everything, argmax, crop, OpenCV's nearest-neighbor resizing."""
     enlarged = torch.nn.functional.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)
     labels = enlarged[0].argmax(dim=0)[: valid_size[0], : valid_size[1]].cpu().numpy().astype(np.uint8)
     return cv2.resize(labels, original_size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def test_equal_to_the_released_steps():
-    """Random logits at random sizes: enlarged, kept and reduced."""
+    """Random logits at random sizes: enlarged, unchanged and reduced."""
     rng = np.random.default_rng(0)
     for _ in range(40):
         classes, h, w = (int(n) for n in rng.integers(1, 30, 3))
@@ -122,7 +122,7 @@ def test_equal_to_the_released_steps():
 
 class TestHandMade:
     def test_regions(self):
-        """Four quadrants of one class each; the borders lie where two logits cross."""
+        """Four quadrants of one class each; their borders are where two logits are equal."""
         logits = torch.full((5, 4, 4), -1.0)
         for c, (rows, columns) in enumerate(
             [
@@ -146,14 +146,14 @@ class TestHandMade:
 
     @pytest.mark.parametrize("classes", [256, 257])
     def test_last_class(self, classes):
-        """The highest label of a byte, and the first one beyond."""
+        """255, the largest label in uint8, and 256, which needs int64."""
         logits = torch.zeros(classes, 2, 3)
         logits[-1] = 1.0
         labels = ops.stuff_labels(logits, (8, 12), (5, 5))
         assert labels.dtype == (torch.uint8 if classes == 256 else torch.int64) and (labels == classes - 1).all()
 
     def test_cells_beyond_the_valid_part_do_not_matter(self):
-        """Padding: a pixel depends on the cells around it alone."""
+        """A pixel depends only on the cells around it, so padding has no effect."""
         logits = torch.randn(6, 10, 10)
         expected = ops.stuff_labels(logits, (20, 22), (40, 33))
         logits[:, 6:], logits[:, :, 6:] = float("nan"), float("nan")
@@ -168,7 +168,7 @@ class TestHandMade:
             np.testing.assert_array_equal(labels, chain(logits, valid, size))
 
     def test_few_pixels_of_many_cells(self):
-        """Pixels that lie far apart: hardly any two share cells."""
+        """The pixels are so far from each other that hardly any two share cells."""
         logits = torch.randn(5, 3, 1500)
         for width in (1, 2, 7, 33):
             labels = ops.stuff_labels(logits, (12, 6000), (4, width))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator is whole, and the libraries keep to the stable ABI."""
+"""Every operator has all its parts, and the libraries use the stable ABI only."""
 
 import doctest
 import inspect
@@ -22,12 +22,12 @@ LIBRARIES = sorted(_library.FOLDER.glob("libspatialflow_*.so"))
 
 
 def namespace() -> list[str]:
-    """Names of all raw operators, private ones included."""
+    """Return the names of all raw operators, private ones included."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("spatialflow::")})
 
 
-# Functions of spatialflow.ops that are not operators: a context manager, weights prepared once.
+# Functions of spatialflow.ops that are not operators: a context manager and functions that pack weights.
 NO_OPERATORS = ("checked", "pack_conv3x3", "pack_deform_conv2d", "pack_subnets")
 
 
@@ -35,19 +35,19 @@ def public() -> list[str]:
     return sorted(name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and name not in NO_OPERATORS)
 
 
-def home(name: str) -> str:
-    """The name that the operator's files have: that of its module."""
+def module_name(name: str) -> str:
+    """Return the name of an operator's module, which is also that of its other files."""
     return getattr(ops, name).__module__.rsplit(".", 1)[1]
 
 
 def registered_for_cuda() -> set[str]:
-    """Raw operators that the sources of the CUDA library register."""
+    """Return the raw operators that the sources of the CUDA library register."""
     sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
     return {name for source in sources for name in re.findall(r'library\.impl\("(\w+)"', source)}
 
 
 def test_strides_are_read_in_one_place():
-    """Torch allows any stride of a size-1 dimension; `stride_of` gives 0, and every kernel asks it."""
+    """Torch allows any stride for a dimension of size 1; `stride_of` returns 0, and every kernel uses it."""
     sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
     readers = {path.relative_to(ROOT / "csrc").as_posix() for path in sources if ".stride(" in path.read_text()}
     assert readers == {"ops/tensor.h"}
@@ -55,7 +55,7 @@ def test_strides_are_read_in_one_place():
 
 
 def test_no_launch_asks_for_the_current_device():
-    """An operator opens one DeviceScope; its stream says which device the launches are for."""
+    """An operator opens one DeviceScope, whose stream determines the device of the launches."""
     sources = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cu")}
     assert [path.name for path, source in sources.items() if re.search(r"\bcudaGetDevice\(", source)] == []
     scopes = [body.count("DeviceScope device(") for source in sources.values() for body in source.split("\n}")]
@@ -63,16 +63,16 @@ def test_no_launch_asks_for_the_current_device():
 
 
 def test_files_are_looked_for_without_exceptions():
-    """os.path.isfile is False for a name that no file can have; Path.is_file raises where it is too long."""
+    """os.path.isfile returns False for an invalid name; Path.is_file raises if the name is too long."""
     package = ROOT / "spatialflow"
-    sources = [path for path in package.rglob("*.py") if path.name != "_library.py"]  # which knows its own names alone
+    sources = [path for path in package.rglob("*.py") if path.name != "_library.py"]  # it only checks fixed names
     raising = re.compile(r"\.(is_file|is_dir|exists)\(\)")
     assert [path.name for path in sources if raising.search(path.read_text())] == []
 
 
 @pytest.mark.parametrize("name", public())
 def test_docstring_example(name):
-    """Every operator has an example with the output that it states."""
+    """Every operator's docstring has an example, whose output is correct."""
     function = getattr(ops, name)
     example = doctest.DocTestParser().get_doctest(function.__doc__, {**vars(ops), "torch": torch}, name, None, None)
     assert example.examples
@@ -82,9 +82,14 @@ def test_docstring_example(name):
 
 
 def tensor_arguments() -> list[tuple[str, str]]:
-    """(operator, argument) for all arguments that take a tensor, alone or in a list."""
+    """Return (operator, argument) for all arguments that take a tensor or a list of tensors."""
     signatures = {name: inspect.signature(getattr(ops, name)).parameters for name in public()}
-    return [(op, key) for op, found in signatures.items() for key in found if "Tensor" in found[key].annotation]
+    return [
+        (op, key)
+        for op, parameters in signatures.items()
+        for key in parameters
+        if "Tensor" in parameters[key].annotation
+    ]
 
 
 OPTIONS = {
@@ -109,30 +114,30 @@ OPTIONS = {
 
 
 def arguments_of(name: str) -> dict[str, object]:
-    """A tensor for every tensor of an operator, in a list where it takes lists alone, and an option for every other."""
+    """Return a tensor, or a list if required, for every tensor argument, and a value for every option."""
     parameters = inspect.signature(getattr(ops, name)).parameters
-    given = {key: torch.zeros(1) for op, key in tensor_arguments() if op == name}
-    given |= {key: value for key, value in OPTIONS.items() if key in parameters}
+    arguments = {key: torch.zeros(1) for op, key in tensor_arguments() if op == name}
+    arguments |= {key: value for key, value in OPTIONS.items() if key in parameters}
     lists = ("features", "levels", "class_logits", "box_deltas")
-    return given | {key: [torch.zeros(1, 1, 1, 1)] for key in lists if key in given}
+    return arguments | {key: [torch.zeros(1, 1, 1, 1)] for key in lists if key in arguments}
 
 
 @pytest.mark.parametrize("name, argument", tensor_arguments())
 def test_no_tensor(name, argument):
-    """An argument that is not a tensor is named, whatever the dispatcher would do with it."""
-    accepted, given = inspect.signature(getattr(ops, name)).parameters, arguments_of(name)
+    """An argument that is not a tensor is named in a TypeError."""
+    accepted, arguments = inspect.signature(getattr(ops, name)).parameters, arguments_of(name)
     for wrong, kind in (([0.5], "(list|float)"), (None, "NoneType"), ({}, "dict")):
-        wrong = [wrong] if isinstance(given[argument], list) else wrong
+        wrong = [wrong] if isinstance(arguments[argument], list) else wrong
         if wrong is None and "None" in accepted[argument].annotation:
             continue
         with pytest.raises(TypeError, match=rf"^{name}: {argument}(\[0\])? must be a tensor, got {kind}$"):
-            getattr(ops, name)(**given | {argument: wrong})
+            getattr(ops, name)(**arguments | {argument: wrong})
 
 
 def sequence_options() -> list[tuple[str, str]]:
-    """(operator, option) for all options that take several numbers, and not one alone, which the schema would check."""
+    """Return (operator, option) for the options that take several numbers and never a single one."""
     signatures = {name: inspect.signature(getattr(ops, name)).parameters for name in public()}
-    kinds = {(op, key): str(found[key].annotation) for op, found in signatures.items() for key in found}
+    kinds = {(op, key): str(parameters[key].annotation) for op, parameters in signatures.items() for key in parameters}
     several = re.compile(r"(Sequence|tuple|Union\[tuple)\[")
     return [key for key, kind in kinds.items() if several.match(kind) and "Tensor" not in kind]
 
@@ -140,7 +145,7 @@ def sequence_options() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name, option", sequence_options())
 @pytest.mark.parametrize("wrong", [None, 0.5])
 def test_no_sequence(name, option, wrong):
-    """An option that is not a sequence is named."""
+    """An option that is not a sequence is named in the error."""
     images = {"images": [torch.zeros(1, 1, 3, dtype=torch.uint8)]} if name == "preprocess_images" else {}
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: {option} must .*, got {wrong}"):
         getattr(ops, name)(**arguments_of(name) | images | {option: wrong})
@@ -149,13 +154,13 @@ def test_no_sequence(name, option, wrong):
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 def test_no_symbol_beyond_the_stable_abi(library):
-    """A symbol of at::, c10:: or torch:: would tie the library to one torch. The C shim has plain names."""
+    """A symbol of at::, c10:: or torch:: would require one version of torch; the C shim has plain names."""
     listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in listing.stdout.splitlines() if line.strip()]
     assert symbols, "nm lists nothing"
     tied = [name for name in symbols if re.match(r"_Z\w*?(2at|3c10|5torch)\d", name)]
     assert not tied, f"{library.name} needs {tied[:5]}"
-    assert any(name.startswith(("aoti_torch_", "torch_")) for name in symbols), "not even the C shim is used"
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in symbols), "the C shim is not used"
 
 
 def test_something_is_built():
@@ -164,14 +169,14 @@ def test_something_is_built():
 
 
 def test_every_package_is_shipped():
-    """setup.py finds packages by their __init__.py; a folder without it would be missing in the wheel alone."""
+    """setup.py finds packages by __init__.py; a folder without it would be missing in the wheel."""
     folders = {path.parent for path in (ROOT / "spatialflow").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not in a git checkout")
 def test_every_folder_is_in_the_source_distribution():
-    """`make` and the tests of an unpacked source distribution use all of them."""
+    """`make` and the tests need all folders in an unpacked source distribution."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     folders = {name.split("/")[0] for name in files if "/" in name}
     assert folders <= set(re.findall(r"[\w.]+", (ROOT / "MANIFEST.in").read_text()))
@@ -192,16 +197,16 @@ class TestRawOperator:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spatialflow::{name}", "CPU")
 
     def test_cuda_kernel(self, name):
-        """Asked of torch where it has CUDA and loads the library (no GPU is needed), else of the sources."""
+        """If torch has CUDA and loads the library (no GPU is needed), ask torch; else search the sources."""
         if torch.version.cuda is not None and "cuda" in _library.built_libraries():
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spatialflow::{name}", "CUDA")
         elif (ROOT / "csrc").is_dir():
             assert name in registered_for_cuda()
         else:
-            pytest.skip("torch has no CUDA, and this is no source tree")
+            pytest.skip("torch has no CUDA, and this is not a source tree")
 
     def test_fake_kernel(self, name):
-        """Without it torch.compile cannot trace the operator."""
+        """torch.compile cannot trace an operator without a fake kernel."""
         entry = torch._library.simple_registry.singleton.find(f"spatialflow::{name}")
         assert entry.fake_impl.kernel is not None
 
@@ -210,11 +215,13 @@ class TestRawOperator:
 class TestPublicOperator:
     def test_reference_has_the_same_arguments(self, name):
         by_reference = getattr(reference, name)
-        own, other = (set(inspect.signature(f).parameters) - {"algorithm"} for f in (getattr(ops, name), by_reference))
-        assert own == other
+        ours, theirs = (
+            set(inspect.signature(f).parameters) - {"algorithm"} for f in (getattr(ops, name), by_reference)
+        )
+        assert ours == theirs
 
     def test_fuzzed(self, name):
-        """The fuzzer has a strategy, a reference and a brute force for it."""
+        """The fuzzer has a strategy, a reference and a brute-force implementation for it."""
         pytest.importorskip("hypothesis")
         from fuzz import brute_force, cases, operators
 
@@ -222,7 +229,7 @@ class TestPublicOperator:
         assert name in cases.OPERATORS and callable(getattr(brute_force, name))
 
     def test_docstring(self, name):
-        """Docstrings have a summary, every argument, the result, the errors, and the source of the formula."""
+        """Docstrings have a summary, all arguments, the result, the errors, and the source of the formula."""
         function = getattr(ops, name)
         text = inspect.getdoc(function)
         assert text and text.splitlines()[0].endswith(".")
@@ -232,8 +239,8 @@ class TestPublicOperator:
             assert re.search(rf"\b{argument}\b", text.split("Args:")[1]), f"{name}: {argument} is not described"
 
     def test_every_file_is_there(self, name):
-        """One name in every folder: schema, CPU kernel, Python, reference, tests, benchmark."""
-        stem = home(name)
+        """Schema, CPU kernel, Python, reference and tests have the same file name; a benchmark exists."""
+        stem = module_name(name)
         files = [
             f"csrc/ops/{stem}.cpp",
             f"csrc/cpu/{stem}.cpp",
@@ -249,8 +256,8 @@ class TestPublicOperator:
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not in a source tree")
 def test_build_options_do_not_stick(tmp_path):
-    """CMake remembers options; one that is not given again must not come from the build before."""
-    pytest.importorskip("pybind11")  # setup.py asks it for its folder
+    """CMake caches options; options of the previous build must not apply to the next one."""
+    pytest.importorskip("pybind11")  # setup.py needs its folder
     cmake, log = tmp_path / "cmake", tmp_path / "log"
     cmake.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     cmake.chmod(0o755)

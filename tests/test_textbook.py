@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CuPy textbook kernels of the benchmarks agree with operators and references: on a GPU by CuPy, elsewhere compiled
-as C++ and run thread by thread, beside the CPU kernels or, with SPATIALFLOW_BACKEND=simt, the interpreted CUDA kernels.
+"""Tests of the naive CuPy kernels of the benchmarks against operators and reference implementations.
+
+On a GPU the kernels run by CuPy. Elsewhere they are compiled as C++ and run one thread after the other. They are
+compared with the CPU kernels or, with SPATIALFLOW_BACKEND=simt, with the interpreted CUDA kernels.
 """
 
 import ctypes
@@ -44,10 +46,10 @@ def textbook():
 
 @pytest.fixture(scope="module")
 def run(textbook, tmp_path_factory):
-    """`textbook.launch` on a GPU; elsewhere what stands in for it."""
+    """`textbook.launch` on a GPU; elsewhere a function with the same interface."""
     if DEVICE == "cuda":
         if textbook.cupy is None:
-            pytest.skip("asks for CuPy, which is not installed")
+            pytest.skip("needs CuPy, which is not installed")
         return textbook.launch
     libraries = {}
 
@@ -110,10 +112,9 @@ def test_deform_conv2d(textbook, run, peer, masked, stride, groups):
 def test_flow_conv2d(textbook, run, peer, with_flow):
     x = [torch.randn(1, 4, 9, 11), torch.randn(1, 4, 5, 6)]
     flow, weight, bias = [level * 0.3 for level in x] if with_flow else None, torch.randn(5, 4, 3, 3), torch.randn(5)
-    for one, other in zip(
-        textbook.flow_conv2d(x, flow, weight, bias, run=run), peer.flow_conv2d(x, flow, weight, bias)
-    ):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    result, expected = textbook.flow_conv2d(x, flow, weight, bias, run=run), peer.flow_conv2d(x, flow, weight, bias)
+    for level, expected_level in zip(result, expected, strict=True):
+        torch.testing.assert_close(level, expected_level, atol=1e-4, rtol=1e-4)
 
 
 def test_paste_masks(textbook, run, peer):

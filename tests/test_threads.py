@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight Python threads at once give what one gives: operators, their gradients, scoring.
+"""Operators, their gradients and scoring in eight Python threads at once give the results of a single thread.
 
-`make sanitize-threads` runs this file on libraries compiled with ThreadSanitizer, which ends the process where two
-threads touch one place unordered (docs/sanitizers.md).
+`make sanitize-threads` runs this file with libraries compiled with ThreadSanitizer. It ends the process at a data race
+of two threads (docs/sanitizers.md).
 """
 
 import importlib
@@ -28,7 +28,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 class Call:
-    """An operator's sample in one dtype: `call(call.tensors)` gives results and gradients."""
+    """The sample of an operator in one dtype: `call(call.tensors)` returns results and gradients."""
 
     def __init__(self, name: str, sample: OpSample, dtype: torch.dtype) -> None:
         self.name = name
@@ -47,8 +47,8 @@ class Call:
         return outputs + list(torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs]))
 
 
-def packed_tower() -> OpSample:
-    """A tower with weights that were packed once, as in a `Predictor`: no gradients."""
+def packed_subnets() -> OpSample:
+    """Return sub-networks whose weights are packed once, as in a `Predictor`, without gradients."""
     conv = (torch.randn(32, 32, 3, 3) * 0.1, torch.randn(32))
     parameters = ops.SubnetParameters(cls=(conv, conv), reg=(conv,), flow_cls=(conv,), segmentation_levels=1)
     parameters = ops.pack_subnets(parameters)
@@ -132,8 +132,8 @@ def packed_deformable() -> OpSample:
     return OpSample(run, run, tensors, {}, (), (0, 1, 2))
 
 
-LARGE = {  # what the samples of the tests are too small for: one call is shared by several threads
-    "packed tower": packed_tower,
+LARGE = {  # unlike the samples of the tests, large enough for several threads to share one call
+    "packed sub-networks": packed_subnets,
     "batched_nms": large_batched_nms,
     "multiclass_nms": large_multiclass_nms,
     "select_candidates": large_candidates,
@@ -149,7 +149,7 @@ LARGE = {  # what the samples of the tests are too small for: one call is shared
 
 
 def calls() -> Iterator[Call]:
-    """Every sample of every operator's tests, in two dtypes, and the large ones."""
+    """Yield calls of every sample of the operators' tests, in two dtypes, and the large calls."""
     for path in sorted(TESTS.glob("test_*.py")):
         if re.search(r"^class \w+\(OpMatrix\)", path.read_text(), re.MULTILINE):
             for matrix in vars(importlib.import_module(path.stem)).values():
@@ -162,7 +162,7 @@ def calls() -> Iterator[Call]:
 
 
 class Called(TorchDispatchMode):
-    """The names of our operators that were called."""
+    """Names of this package's operators that were called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,18 +176,18 @@ class Called(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[Call, list[Tensor]]]:
-    """All calls and what each gives alone."""
+    """Return all calls with their results in a single thread."""
     torch.manual_seed(0)
     with Called() as called:
-        found = [(call, call(call.tensors)) for call in calls()]
+        results = [(call, call(call.tensors)) for call in calls()]
     registered = torch._C._dispatch_get_all_op_names()
     ours = {name.removeprefix("spatialflow::").split(".")[0] for name in registered if name.startswith("spatialflow::")}
     assert called.names == ours
-    return found
+    return results
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    """work(0) ... work(7) at once; raises what one of them raised."""
+    """Run work(0) ... work(7) at once; raise an error of any of them."""
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(work, thread) for thread in range(THREADS)]:
             done.result()
@@ -195,8 +195,8 @@ def in_threads(work: Callable[[int], None]) -> None:
 
 def assert_same(call: Call, actual: list[Tensor], expected: list[Tensor]) -> None:
     assert len(actual) == len(expected)
-    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True), f"{call.name}: result {index} differs"
+    for index, (value, wanted) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.allclose(value, wanted, rtol=0, atol=0, equal_nan=True), f"{call.name}: result {index} differs"
 
 
 def test_one_operator_on_shared_tensors(expected):
@@ -209,14 +209,14 @@ def test_one_operator_on_shared_tensors(expected):
                 together.wait()
                 assert_same(call, call(call.tensors), alone)
         except BaseException:
-            together.abort()  # the others would wait for this thread
+            together.abort()  # else the other threads would wait for this one
             raise
 
     in_threads(work)
 
 
 def test_different_operators_on_their_own_tensors(expected):
-    """Every thread starts at another operator and works on copies."""
+    """Every thread starts with a different operator and uses copies of the tensors."""
     together = threading.Barrier(THREADS, timeout=600)
     copies = [[map_tensors(torch.clone, call.tensors) for call, _ in expected] for _ in range(THREADS)]
 
@@ -231,14 +231,14 @@ def test_different_operators_on_their_own_tensors(expected):
 
 
 def test_scoring_with_eight_workers(tmp_path):
-    """Two evaluations at once, eight workers each, equal one worker."""
+    """Two simultaneous evaluations with eight workers each equal an evaluation with one worker."""
     folder = write_coco(tmp_path, count=12)
     truth = json.loads((folder / "panoptic.json").read_text())
     prediction = {"annotations": []}
     (tmp_path / "prediction").mkdir()
     for annotation in truth["annotations"]:
         ids = read_id_map(folder / "panoptic" / annotation["file_name"])
-        ids[: len(ids) // 3] = ids[0, 0]  # something is wrong
+        ids[: len(ids) // 3] = ids[0, 0]  # make the prediction imperfect
         write_id_map(tmp_path / "prediction" / annotation["file_name"], ids)
         left = [s for s in annotation["segments_info"] if (ids == s["id"]).any()]
         segments = [{"id": s["id"], "category_id": s["category_id"]} for s in left]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private names of torch: the installed version has them, and one module of the package looks them up."""
+"""Private names of torch: the installed version has them, and only one module of the package uses them."""
 
 import re
 from pathlib import Path
@@ -12,20 +12,20 @@ from spatialflow.ops import _torch_private
 
 PACKAGE = Path(spatialflow.__file__).parent
 
-# A private attribute or module of torch. `torch._check` is documented; `torch.ops` holds operators, ours included;
-# `torch._dynamo.config` is where PyTorch's documentation sends users.
+# Private attributes and modules of torch. Exceptions: `torch._check` is documented; `torch.ops` holds operators;
+# PyTorch's documentation refers users to `torch._dynamo.config`.
 PRIVATE = re.compile(r"\b(?:torch|forward_ad)(?:\.(?!ops\b)\w+)*\.(?!_check\b|__|_dynamo\.config\b)_\w+")
 PRIVATE_IMPORT = re.compile(r"^ *from torch[\w.]* import .*\b_\w+|^ *(?:from|import) torch[\w.]*\._\w+", re.M)
 
 
 def test_names():
-    """The list is whole: each name is there once."""
+    """The list of private names is not short and has no duplicates."""
     assert len(_torch_private.NAMES) == len(set(_torch_private.NAMES)) > 10
 
 
 @pytest.mark.parametrize("name", _torch_private.NAMES)
 def test_installed_torch_has(name):
-    """The test's name and pytest's report of the versions say which torch has which name."""
+    """The installed torch has the name; test ids and pytest's header show names and version."""
     value = torch
     for part in name.split(".")[1:]:
         assert hasattr(value, part), f"torch {torch.__version__} has no {name}"

@@ -25,7 +25,7 @@ pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`
 
 
 def test_learning_rate():
-    """Warm-up over 500 steps from a thousandth, a tenth after epochs 16 and 19: the paper's schedule."""
+    """The schedule of the paper: warm-up over 500 steps from a thousandth, a tenth after epochs 16 and 19."""
     training = load_config("spatialflow_r50_coco").training
     rates = [learning_rate(step, 1000, training) for step in (0, 250, 499, 500, 15999, 16000, 18999, 19000)]
     expected = [5e-6, 0.0025025, 0.00499001, 0.005, 0.005, 5e-4, 5e-4, 5e-5]
@@ -38,7 +38,7 @@ def test_learning_rate():
 
 class TestRun:
     def test_writes_all_files(self, data, tmp_path):
-        """Weights, checkpoint, log and curves; evaluation with PQ and AP; a second call finds the run complete."""
+        """Weights, checkpoint, log and curves exist; evaluation has PQ and AP; a second call has nothing to do."""
         config = small(epochs=2)
         trainer = Trainer(config, data, tmp_path, SINGLE_PROCESS, validation=data)
         network = trainer.run()
@@ -67,7 +67,7 @@ class TestRun:
         assert Trainer(config, data, tmp_path, SINGLE_PROCESS).step == 4
 
     def test_learns(self, data, tmp_path):
-        """Sixty steps on two scenes: each loss falls, and nothing is reported."""
+        """In sixty steps on two scenes each loss falls, and no warning is logged."""
         for name in ("annotations", "names", "sizes", "image_ids"):
             setattr(data, name, getattr(data, name)[:2] * 60)
         config = small(
@@ -88,17 +88,17 @@ class TestRun:
         assert not any(row["kind"] == "warning" for row in read_log(tmp_path / "log.jsonl"))
 
     def test_evaluation_captures_no_graphs(self, data, tmp_path, monkeypatch):
-        """Graphs would take memory beside that of training, and each evaluation would capture new ones."""
-        given, make = [], trainer_module.Predictor
+        """CUDA graphs would need memory besides training's, and each evaluation would capture new ones."""
+        created, make = [], trainer_module.Predictor
         monkeypatch.setattr(
-            trainer_module, "Predictor", lambda *args, **kwargs: given.append(kwargs) or make(*args, **kwargs)
+            trainer_module, "Predictor", lambda *args, **kwargs: created.append(kwargs) or make(*args, **kwargs)
         )
         Trainer(small(), data, tmp_path, SINGLE_PROCESS, validation=data).run()
-        assert [options["cuda_graph"] for options in given] == [False]
+        assert [options["cuda_graph"] for options in created] == [False]
 
     @pytest.mark.parametrize("epochs", [1, 2])
     def test_an_evaluation_that_fails_leaves_the_weights(self, data, tmp_path, monkeypatch, epochs):
-        """The weights of the last epoch are saved, also where further epochs follow."""
+        """The weights of the last step are saved, even if further epochs follow."""
 
         def failing(*_):
             raise RuntimeError("cannot be scored")
@@ -117,7 +117,7 @@ class TestRun:
             ), name
 
     def test_accumulation(self, data, tmp_path):
-        """The loss of a step in two parts is the mean of both."""
+        """The loss of a step with two parts is the mean of the parts' losses."""
         config = small(images_per_step=4, accumulation_steps=2, warmup_iterations=0, gradient_clip_norm=None)
         trainer = Trainer(config, data, tmp_path, SINGLE_PROCESS)
         parts = [
@@ -156,7 +156,7 @@ def build_like(trainer):
 
 class TestFinetuning:
     def test_class_layers_first_then_all(self, data, tmp_path):
-        """Finetuning from other classes loads all other layers, and at first trains the class layers alone."""
+        """Weights for other classes: all layers but the class layers are loaded; first only class layers train."""
         donor = build_model(small(num_things=9, num_stuff=4, categories=None))
 
         save_checkpoint(donor, tmp_path / "donor.safetensors")
@@ -188,7 +188,7 @@ class TestFinetuning:
         assert "backbone.layer4.0.conv1.weight" in moved and "subnets.reg.0.weight" in moved
 
     def test_layers_that_start_from_random_weights_are_named(self, scenes, tmp_path, capsys):
-        """The file has as many stuff classes as the network, and other thing classes."""
+        """The file has the network's number of stuff classes, but another number of thing classes."""
         save_checkpoint(build_model(small(num_things=9, categories=None)), tmp_path / "donor.safetensors")
         files = {"--images": scenes / "images", "--annotations": scenes / "panoptic.json", "--output": tmp_path / "run"}
         files |= {"--checkpoint": tmp_path / "donor.safetensors", "--workers": 0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: broken images and annotations, and a Cityscapes tree from training to scores."""
+"""Training with broken images and annotations; a Cityscapes tree from training to scores."""
 
 import json
 
@@ -38,7 +38,7 @@ class TestBrokenData:
             Trainer(small(), data, tmp_path / "strict", SINGLE_PROCESS, strict=True).run()
 
     def test_problems_of_other_processes_are_counted(self, data, tmp_path, monkeypatch, capsys):
-        """The first process prints and logs the problems of all processes, each once."""
+        """The first process prints and logs the problems of all processes, each one once."""
         elsewhere = ["b.jpg: is truncated"]
         monkeypatch.setattr(
             ProcessGroup, "gather", lambda self, item: [item, elsewhere] if isinstance(item, list) else [item]
@@ -55,18 +55,18 @@ class TestBrokenData:
         assert (tmp_path / "run/checkpoint.pt").is_file() and (tmp_path / "run/model.safetensors").is_file()
 
     def test_validation_that_cannot_be_scored_is_refused_before_training(self, scenes, data, tmp_path, capsys):
-        """No image, no categories or no folder is an error at the start, not at the first evaluation."""
+        """Missing images, categories or folders are an error at the start, not at the first evaluation."""
         content = json.loads((scenes / "panoptic.json").read_text())
         settings = [f"{name}={value}" for name, value in SMALL_RUN.items()]
         files = {"--images": scenes / "images", "--annotations": scenes / "panoptic.json", "--output": tmp_path / "run"}
         files |= {"--validation-images": scenes / "images", "--validation-annotations": tmp_path / "val.json"}
         unlisted = {key: value for key, value in content.items() if key != "categories"}
-        for given, folder, message in (
+        for truth, folder, message in (
             (unlisted, scenes / "panoptic", 'needs a list "categories"'),
             (content | {"annotations": []}, scenes / "panoptic", "the validation data set has no images"),
             (content, tmp_path / "nowhere", "nowhere: no such folder"),
         ):
-            (tmp_path / "val.json").write_text(json.dumps(given))
+            (tmp_path / "val.json").write_text(json.dumps(truth))
             files["--validation-panoptic"] = folder
             arguments = [str(part) for pair in files.items() for part in pair]
             assert main(["train", "tiny", *settings, "--workers", "0", *arguments]) == 2
@@ -92,7 +92,7 @@ class TestBrokenData:
 
 
 def test_cityscapes_tree_trains_predicts_and_is_scored(tmp_path, capsys):
-    """Trains with random crops and crowds, and leaves out a damaged label file of the validation split."""
+    """Training uses random crops and crowds; evaluation skips a damaged label file."""
     write_cityscapes(tmp_path, 2, (64, 128))
     write_cityscapes(tmp_path, 3, (64, 128), split="val", seed=1)
     next((tmp_path / "gtFine/val").rglob("*.png")).write_bytes(b"")
@@ -104,7 +104,7 @@ def test_cityscapes_tree_trains_predicts_and_is_scored(tmp_path, capsys):
     assert len(scores["problems"]) == 1 and scores["All"]["n"] > 3
     assert len(json.loads((tmp_path / "run/evaluation/panoptic.json").read_text())["annotations"]) == 2
     assert len(Cityscapes(tmp_path, "val", load_categories("cityscapes", 8, 11))) == 3
-    # The weights that are left, through the other commands: the same scores, and a picture for every image.
+    # The other commands, with the saved weights: the same scores, and a picture for every image.
     images, output = str(tmp_path / "leftImg8bit" / "val"), str(tmp_path / "out")
     weights = ["--config", "spatialflow_r50_cityscapes", "--checkpoint", str(tmp_path / "run/model.safetensors")]
     assert main(["predict", images, *weights, "--output", output, "--no-overlay", "--set", *settings]) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: values that are not finite, and losses or weights that grow by orders of magnitude."""
+"""Training with non-finite values, and with losses or weights that grow by orders of magnitude."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`
 
 
 def poison(trainer, what):
-    """Make one value infinite, as an update that overflows does."""
+    """Make one value infinite, as an overflowing update does."""
     model = trainer.network
     tensor = {
         "fpn.p6.weight": model.fpn.p6.weight.data,
@@ -31,13 +31,13 @@ def poison(trainer, what):
 
 
 def after_steps(trainer, monkeypatch, change, first=1):
-    """Call `change(losses)`, which may return other losses, after every step from `first` on."""
+    """Call `change(losses)` after every step from `first` on; a result other than None replaces the losses."""
     advance = trainer._advance
 
     def changed(*arguments):
         losses = advance(*arguments)
-        other = change(losses) if trainer.step + 1 >= first else None
-        return losses if other is None else other
+        replaced = change(losses) if trainer.step + 1 >= first else None
+        return losses if replaced is None else replaced
 
     monkeypatch.setattr(trainer, "_advance", changed)
 
@@ -45,7 +45,7 @@ def after_steps(trainer, monkeypatch, change, first=1):
 class TestDivergence:
     @pytest.mark.parametrize("what", ["fpn.p6.weight", "backbone.bn1.running_var", "momentum of fpn.p6.weight"])
     def test_last_good_files_stay(self, data, tmp_path, monkeypatch, what):
-        """A finite loss before a broken update: no file is written, and a run with a lower rate resumes."""
+        """After a finite loss and a non-finite update, no file is written, and a run with a lower rate resumes."""
         Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
         files = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "model.safetensors")}
         trainer = Trainer(small(epochs=2), data, tmp_path, SINGLE_PROCESS)
@@ -66,7 +66,7 @@ class TestDivergence:
         assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
 
     def test_loss_and_weights_are_named_together(self, data, tmp_path, monkeypatch):
-        """Where the next loss is the first sign, the message names the weights too."""
+        """If a non-finite loss is the first sign, the message also names the weights."""
         trainer = Trainer(small(epochs=2), data, tmp_path, SINGLE_PROCESS)
         after_steps(trainer, monkeypatch, lambda losses: poison(trainer, "fpn.p6.weight"))
         message = r"step 2: the loss is not finite \(total .*\); not finite after step 2: "
@@ -75,7 +75,7 @@ class TestDivergence:
         assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "model.safetensors").exists()
 
     def test_one_process_stops_all(self, data, tmp_path, monkeypatch):
-        """Statistics that are not finite in another process stop this one."""
+        """Non-finite statistics in another process stop this one."""
         trainer = Trainer(small(), data, tmp_path, SINGLE_PROCESS)
         broken = ("backbone.bn1.running_mean",)
         monkeypatch.setattr(
@@ -86,7 +86,7 @@ class TestDivergence:
         assert not (tmp_path / "checkpoint.pt").exists()
 
     def test_poisoned_checkpoint_is_refused(self, data, tmp_path):
-        """Checkpoints of versions without the check are refused."""
+        """Non-finite checkpoints, as earlier versions could write them, are refused."""
         Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
         good = (tmp_path / "checkpoint.pt").read_bytes()
 
@@ -149,12 +149,12 @@ class TestDivergence:
 
     @pytest.mark.parametrize("broken", [15, 30])
     def test_losses_at_the_beginning_are_those_of_ten_steps(self, data, tmp_path, monkeypatch, capsys, broken):
-        """The reference is taken from ten steps, even after more than ten log rows about broken images."""
+        """The initial loss is that of ten steps, even after more than ten log rows about broken images."""
         for name in ("annotations", "names", "sizes", "image_ids"):
             setattr(data, name, getattr(data, name)[:] * 10)
         trainer = Trainer(small(warmup_iterations=20), data, tmp_path, SINGLE_PROCESS)
         trainer.unreported_problems = [f"{i}.jpg: is truncated" for i in range(broken)]
-        losses_of = {10: 0.5, 20: 60.0}  # of single steps; 1 for the others
+        losses_of = {10: 0.5, 20: 60.0}  # by step; 1 for all other steps
         after_steps(trainer, monkeypatch, lambda _: torch.full((5,), losses_of.get(trainer.step + 1, 1.0)))
         trainer.run()
         rows = read_log(tmp_path / "log.jsonl")
@@ -181,7 +181,7 @@ class TestDivergence:
         assert {path.name for path in (tmp_path / "run").iterdir()} <= {"log.jsonl", "tensorboard"}
 
     def test_all_processes_end(self, tmp_path):
-        """Where the update overflows, both processes end with an error, and neither waits for the other."""
+        """If an update overflows, both processes end with an error, and none waits for the other."""
         write_coco(tmp_path, 4, (64, 96))
         settings = ("learning_rate=3e36", "warmup_iterations=0", "images_per_step=2", "checkpoint_every_steps=1")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618"]

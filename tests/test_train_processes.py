@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with several processes, and BatchNorm over the batches of all of them."""
+"""Training with several processes, and BatchNorm over the batches of all processes."""
 
 import subprocess
 import sys
@@ -17,9 +17,10 @@ from spatialflow.engine.distributed import ProcessGroup, end, leave, synchronize
 
 @pytest.mark.parametrize("norm_trains, epochs", [(False, 4), (True, 1)])
 def test_two_processes_equal_one(tmp_path, norm_trains, epochs):
-    """Two processes over Gloo with half the batch each have the losses, weights and statistics of one process.
+    """Two processes over Gloo, with half the batch each, have the losses, weights and statistics of one.
 
-    With BatchNorm only the first steps are compared: from the seventh on, another rounding causes as large differences.
+    With BatchNorm only the first steps are compared. From the seventh step on, any change of rounding causes equally
+    large differences.
     """
     write_coco(tmp_path, 8, (64, 96))
     settings = (
@@ -41,15 +42,15 @@ def test_two_processes_equal_one(tmp_path, norm_trains, epochs):
     ]
     pair = command(tmp_path, tmp_path / "two", *settings)
     subprocess.run(launcher + pair[3:], env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
-    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-    assert len(one) == len(two) == 4 * epochs
-    for a, b in zip(one, two, strict=True):
+    single, double = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert len(single) == len(double) == 4 * epochs
+    for a, b in zip(single, double, strict=True):
         for name in ("total", "cls", "box", "thing", "stuff"):
             assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
-    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
-    for name, value in one.items():
+    single, double = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    for name, value in single.items():
         torch.testing.assert_close(
-            two[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            double[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -67,14 +68,12 @@ def _normalize_a_part(rank, folder):
     results = (out.detach(), part.grad, norm[0].weight.grad, norm[0].running_mean, norm[0].running_var)
     torch.save(results, folder / f"{rank}.pt")
     leave()
-    end(
-        ProcessGroup(rank, 2, torch.device("cpu"))
-    )  # as training does: the interpreter's finalization may abort with Gloo
+    end(ProcessGroup(rank, 2, torch.device("cpu")))  # as in training: Gloo may abort the interpreter's finalization
 
 
 def test_synchronized_norm_equals_one_over_the_whole_batch(tmp_path):
-    """Float64, processes with batches of different shape: outputs, all gradients, running statistics."""
-    with torch.device("cpu"):  # as in the processes
+    """Outputs, gradients and running statistics in float64, with batches of different shapes."""
+    with torch.device("cpu"):  # as in the child processes
         batch = torch.randn(3, 3, 6, 5, dtype=torch.float64) * 2 + 100
         norm = torch.nn.BatchNorm2d(3).double()
     torch.save(batch, tmp_path / "batch.pt")
@@ -83,7 +82,7 @@ def test_synchronized_norm_equals_one_over_the_whole_batch(tmp_path):
 
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     values = torch.cat([batch[:1].movedim(1, 0).flatten(1), batch[1:, ..., :4, :].movedim(1, 0).flatten(1)], dim=1)
-    values = values.t()[..., None, None].requires_grad_()  # (pixels of both, 3, 1, 1)
+    values = values.t()[..., None, None].requires_grad_()  # (pixels of both processes, 3, 1, 1)
     out = norm(values)
     out.sin().sum().backward()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: exact resumption of a run, and checkpoints that cannot be resumed."""
+"""Exact resumption of training, and checkpoints that cannot be resumed."""
 
 import random
 import subprocess
@@ -34,7 +34,7 @@ def test_resume_is_exact(data, tmp_path):
 
 @pytest.mark.parametrize("field, value", [("score_threshold", 0.1), ("max_detections", 7)])
 def test_resume_only_with_the_same_proposals(data, tmp_path, field, value):
-    """Only settings of the test section that choose the proposals of training must be equal."""
+    """Of the test section, only the settings that determine training's proposals must be equal."""
     Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
     assert Trainer(small(stuff_area_threshold=77), data, tmp_path, SINGLE_PROCESS).step == 2
     with pytest.raises(TrainingError, match=f"{field} .* -> {value}"):
@@ -46,10 +46,10 @@ def test_resume_only_of_the_same_run(data, tmp_path, scenes):
     with pytest.raises(TrainingError, match="momentum 0.9 -> 0.5"):
         Trainer(small(momentum=0.5), data, tmp_path, SINGLE_PROCESS)
     assert Trainer(small(momentum=0.5), data, tmp_path, SINGLE_PROCESS, resume=False).step == 0
-    other = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
-    other.names = other.names[::-1]
+    reordered = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
+    reordered.names = reordered.names[::-1]
     with pytest.raises(TrainingError, match="other images"):
-        Trainer(small(), other, tmp_path, SINGLE_PROCESS)
+        Trainer(small(), reordered, tmp_path, SINGLE_PROCESS)
     damaged = ((b"", "is damaged"), (b"damaged", "is damaged"), ([1], "not a complete checkpoint of a training run"))
     for content, message in damaged:
         with open(tmp_path / "checkpoint.pt", "wb") as file:
@@ -83,7 +83,7 @@ def test_resume_from_a_damaged_checkpoint_is_an_error(data, tmp_path, where, val
 
 
 def test_settings_of_the_optimizer_are_those_of_the_configuration(data, tmp_path):
-    """Settings in the checkpoint are not read, as the identity of the run guarantees equal ones."""
+    """Settings in the checkpoint's optimizer state are ignored."""
     Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
     content = torch.load(tmp_path / "checkpoint.pt")
     content["optimizer"]["param_groups"][0]["momentum"] = "a"
@@ -92,7 +92,7 @@ def test_settings_of_the_optimizer_are_those_of_the_configuration(data, tmp_path
 
 
 def test_interrupted_evaluation_is_repeated(data, tmp_path, monkeypatch):
-    """After an interruption of the last evaluation, the next run evaluates and saves the weights, once."""
+    """If the last evaluation was interrupted, the next run evaluates and saves the weights, once."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -110,7 +110,7 @@ def test_interrupted_evaluation_is_repeated(data, tmp_path, monkeypatch):
 
 
 def test_a_restarted_run_discards_the_old_checkpoint(data, tmp_path, monkeypatch):
-    """After an interruption before its first checkpoint, the replaced run is not resumed."""
+    """If it is interrupted before its first checkpoint, the earlier run is not resumed."""
     Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
     restarted = Trainer(small(), data, tmp_path, SINGLE_PROCESS, resume=False)
 
@@ -135,13 +135,13 @@ def test_log_of_a_killed_run_is_cut_back(data, tmp_path):
         file.write('{"kind": "step", "step": 3, "total": 1}\n{"kind": "st')
     Trainer(small(epochs=2), data, tmp_path, SINGLE_PROCESS).run()
     assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
-    (tmp_path / "log.jsonl").write_text('{"a": 1}\n[3]\n')  # of something else
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n[3]\n')  # not a log
     Trainer(small(epochs=3), data, tmp_path, SINGLE_PROCESS).run()
     assert [row["step"] for row in steps_of(tmp_path)] == [5, 6]
 
 
 def test_killed_and_resumed(tmp_path):
-    """SIGKILL at a random moment, then the same command, gives equal weights; kill_and_resume.py repeats this test."""
+    """A run that is killed at a random moment and resumed ends with equal weights; see kill_and_resume.py."""
     write_coco(tmp_path / "data", 4, (64, 96))
     settings = ("epochs=4", "checkpoint_every_steps=1")
     subprocess.run(

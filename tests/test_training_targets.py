@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets and losses are the released ones (goldens), and hold where a batch has nothing to learn from."""
+"""Targets and losses equal the released ones (goldens), and are finite for batches without objects."""
 
 import json
 
@@ -29,7 +29,7 @@ def ops():
 
 
 def released(assigned):
-    """Released numbering: 1 + ground truth, 0 background, -1 ignored."""
+    """Convert to the released numbering: 1 + ground truth, 0 background, -1 ignored."""
     return (assigned + 1).numpy()
 
 
@@ -46,10 +46,10 @@ class TestAssign:
         z = ops("assign")
         boxes, truth = torch.from_numpy(z["mask_boxes"]), torch.from_numpy(z["gts"])
         np.testing.assert_array_equal(released(assign(boxes, truth, 0.5, 0.5, claim_iou=0.5)), z["mask_full_gt_inds"])
-        one = GroundTruth(
+        single_image = GroundTruth(
             [truth], [torch.from_numpy(z["gt_labels"])], [torch.ones(6, 48, 64, dtype=torch.uint8)], None, None, None
         )
-        things = thing_targets([boxes], one, 28)
+        things = thing_targets([boxes], single_image, 28)
         np.testing.assert_array_equal(things.rois[:, 1:], z["sampler_full_pos_bboxes"])
         np.testing.assert_array_equal(things.labels, z["sampler_full_pos_labels"])
         np.testing.assert_array_equal(things.assigned, z["sampler_full_pos_assigned_gt"])
@@ -73,7 +73,7 @@ class TestAssign:
 
 class TestLossTerms:
     def test_focal(self, ops, goldens):
-        """Equal to the released value where that is smooth, to the released float64 form everywhere; gradients too."""
+        """All rows equal the released formula; without rows 0 and 1, also the released value and gradient."""
         z, expected = ops("losses"), json.loads((goldens / "ops" / "losses.json").read_text())
         x = torch.from_numpy(z["focal_x"]).requires_grad_()
         labels = torch.from_numpy(z["focal_target"]).long()
@@ -105,7 +105,7 @@ class TestLossTerms:
 
     @pytest.mark.parametrize("images", [1, 2, 3])
     def test_stuff(self, ops, goldens, images):
-        """The sum over pixels is the released one; the divisor differs on purpose (labeled pixels of every image)."""
+        """The sum over pixels is the released one; the divisor, labeled pixels of all images, differs on purpose."""
         z = ops("losses")
         expected = json.loads((goldens / "ops" / "losses.json").read_text())[f"stuff_N{images}"]
         logits, semantic = (
@@ -118,7 +118,7 @@ class TestLossTerms:
 
     @pytest.mark.parametrize("size, factor", [((12, 20), 4), ((1, 9), 4), ((5, 1), 8), ((7, 6), 1), ((30, 3), 2)])
     def test_stuff_of_enlarged_logits(self, size, factor):
-        """Value and gradient are those of interpolate and cross_entropy, over bands and at the borders."""
+        """Value and gradient are those of interpolate and cross_entropy, across bands and at the borders."""
         logits = torch.randn(2, 5, *size, dtype=torch.float32, requires_grad=True)
         semantic = torch.randint(6, (2, size[0] * factor, size[1] * factor), dtype=torch.uint8)
         semantic[semantic == 5] = 255
@@ -137,7 +137,7 @@ class TestLossTerms:
             np.testing.assert_array_equal(mask_targets(*arguments, 28, at_once), z["targets28"])
 
     def test_mask_targets_of_boxes_that_leave_the_image(self):
-        """A box is clipped to the mask, as released: without, half of this target would be zeros."""
+        """A box is clipped to the mask, as released; otherwise half of this target would be zeros."""
         mask, index = torch.ones(1, 20, 30, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
         assert mask_targets(mask, torch.tensor([[20.0, -10, 40, 10]]), index, 28).all()
 
@@ -182,7 +182,7 @@ def released_step(network, truth):
 
 
 class TestReleasedStep:
-    """One training step of the reduced model, all targets, losses and gradients."""
+    """One training step of the reduced model: all targets, losses and gradients."""
 
     @pytest.fixture(scope="class", params=["plain modules", "arranged for training"])
     @staticmethod
@@ -192,7 +192,7 @@ class TestReleasedStep:
         arranged = request.param == "arranged for training"
         step = released_step(optimize_for_training(model) if arranged else model, truth)
         if arranged:
-            # A RoI can cut a mask so that rounding decides a column of its target: the losses are compared on the same.
+            # Rounding may decide a column of a mask target, so both networks use the targets of the plain one.
             with torch.no_grad():
                 things = step.assigner.thing_targets(model(images), truth)
             step.assigner.thing_targets = lambda output, truth: things
@@ -240,20 +240,20 @@ class TestReleasedStep:
 
     def test_gradients(self, step):
         z, info, _, _, model = step[:5]
-        own = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         expected = {name_from_released(name): value for name, value in info["grad_norms"].items()}
-        assert own.keys() == expected.keys()
+        assert parameters.keys() == expected.keys()
         for name, norm in expected.items():
             if norm is None:
-                assert own[name].grad is None, f"{name} is frozen"
+                assert parameters[name].grad is None, f"{name} is frozen"
             else:
-                assert own[name].grad.double().norm().item() == pytest.approx(norm, rel=1e-3), name
+                assert parameters[name].grad.double().norm().item() == pytest.approx(norm, rel=1e-3), name
         for key in (key for key in z if key.startswith("grad__")):
-            actual, whole = own[name_from_released(key[6:])].grad.numpy(), z[key]
+            actual, whole = parameters[name_from_released(key[6:])].grad.numpy(), z[key]
             assert np.abs(actual - whole).max() <= 1e-3 * np.abs(whole).max(), key
 
-    def test_own_stuff_loss_is_the_mean_over_labelled_pixels(self, step):
-        """Of each image's own window: neither padding nor the window of another image counts."""
+    def test_own_stuff_loss_is_the_mean_over_labeled_pixels(self, step):
+        """Only the window of each image counts, not padding or another image's window."""
         _, _, images, truth, model, _, _, _ = step
         with torch.no_grad():
             semantic = truth.semantic.clone()
@@ -284,7 +284,7 @@ class TestEmptyBatches:
 
     @pytest.mark.parametrize("name", ["tiny", "retinanet_r50_coco"])
     def test_nothing_to_learn_from_trains(self, name):
-        """No box, no labeled pixel: finite losses, and every trained parameter has a gradient (DDP needs that)."""
+        """Without boxes and labeled pixels, losses are finite, and so are all gradients, which DDP needs."""
         model = build_model(name, **SMALL).train()
         losses = TrainingStep(model, model.config)(torch.randn(1, 3, 64, 96), self.truth([]))
         losses.total().backward()
@@ -293,18 +293,18 @@ class TestEmptyBatches:
             assert not parameter.requires_grad or torch.isfinite(parameter.grad).all(), parameter_name
 
     def test_counts_are_averaged_over_processes(self):
-        """Twice the count (another process saw three times as much) halves every loss."""
+        """Twice the average count (another process has three times as much) halves every loss."""
         model = build_model("tiny", num_things=3, num_stuff=4).train()
         truth = self.truth([[10.0, 10, 50, 50]])
         truth = truth._replace(semantic=torch.ones_like(truth.semantic))
         images = torch.randn(1, 3, 64, 96)
         alone = TrainingStep(model, model.config)(images, truth)
         shared = TrainingStep(model, model.config, average=lambda counts: counts * 2)(images, truth)
-        for one, half in zip(alone, shared):
-            assert half.item() == pytest.approx(one.item() / 2, rel=1e-6)
+        for loss, half in zip(alone, shared):
+            assert half.item() == pytest.approx(loss.item() / 2, rel=1e-6)
 
     def test_images_of_different_padding(self):
-        """Anchors in cells beyond an image's own padding are ignored."""
+        """Anchors of cells beyond an image's own padding are ignored."""
         model = build_model("tiny", num_things=3, num_stuff=4)
         truth = replace_sizes(self.truth([[10.0, 10, 50, 50]]), (32, 64))
         with torch.no_grad():
@@ -326,7 +326,7 @@ def test_targets_of_an_image_without_boxes():
 
 
 def test_anchors_outside_claim_no_box():
-    """The best anchor of a box lies outside; the box goes to the best of those inside, however little they overlap."""
+    """The best anchor of a box is outside; the box gets the best anchor inside, for any overlap."""
     anchors = torch.tensor([[0.0, 0, 8, 8], [30, 30, 40, 40], [40, 40, 48, 48]])
     box, inside = torch.tensor([[39.0, 39, 48, 48]]), torch.tensor([[True, True, False]])
     targets = anchor_targets(anchors, inside, [box], [torch.tensor([2])], 5)
@@ -334,7 +334,7 @@ def test_anchors_outside_claim_no_box():
 
 
 def test_base_anchors_are_made_once_per_device(monkeypatch):
-    """An upload each."""
+    """Base anchors are computed again only when the device changes."""
     made, make = [], assigner_module.pyramid_base_anchors
     monkeypatch.setattr(assigner_module, "pyramid_base_anchors", lambda *args: made.append(args) or make(*args))
     assigner = TargetAssigner(build_model("tiny").config)

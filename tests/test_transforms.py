@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading, resizing and normalizing images; what cannot be read is named with its reason."""
+"""Reading, resizing and normalizing images; errors name unreadable files with the reason."""
 
 import io
 import json
@@ -89,7 +89,7 @@ def test_every_kind_of_pixel_becomes_8_bit_bgr(tmp_path):
     rng = np.random.default_rng(2)
     bgr = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
     assert np.array_equal(read_image(write(tmp_path / "plain.png", bgr)), bgr)
-    assert np.array_equal(read_image(write(tmp_path / "grey.png", bgr[..., 0])), bgr[..., :1].repeat(3, axis=2))
+    assert np.array_equal(read_image(write(tmp_path / "gray.png", bgr[..., 0])), bgr[..., :1].repeat(3, axis=2))
     rgba = np.concatenate([bgr, np.zeros((6, 7, 1), np.uint8)], axis=2)
     assert np.array_equal(read_image(write(tmp_path / "transparent.png", rgba)), bgr)
     deep = rng.integers(0, 65536, (6, 7, 3), dtype=np.uint16)
@@ -107,7 +107,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
 
 
 def jpeg(image, **options):
-    """(H, W, 3) BGR -> content of a JPEG; options are Pillow's."""
+    """Return the content of a JPEG for (H, W, 3) BGR pixels; options are Pillow's."""
     stream = io.BytesIO()
     mode = options.pop("mode", "RGB")
     Image.fromarray(image[..., ::-1]).convert(mode).save(stream, options.pop("format", "JPEG"), **options)
@@ -120,12 +120,12 @@ def smooth_picture(height=60, width=83):
 
 
 SECOND = Image.fromarray(np.full((40, 50, 3), 90, np.uint8))
-THUMBNAIL = b"Exif\0\0" + jpeg(smooth_picture(16, 16))  # holds a start, a scan and an end marker
+THUMBNAIL = b"Exif\0\0" + jpeg(smooth_picture(16, 16))  # has a start, a scan and an end marker
 JPEGS = {
     "baseline": {},
     "progressive": {"progressive": True},
     "restart markers": {"restart_marker_blocks": 3},
-    "grey": {"mode": "L"},
+    "gray": {"mode": "L"},
     "CMYK": {"mode": "CMYK"},
     "comment with an end marker": {"comment": b"\xff\xd9 \xff\xda"},
     "several pictures": {"format": "MPO", "save_all": True, "append_images": [SECOND]},
@@ -149,7 +149,7 @@ def decoded(content):
 
 
 def test_data_behind_a_jpeg_are_passed_over(whole_jpeg, tmp_path, no_warning):
-    """As in the Motion Photos of phones: noise holds start, scan and end markers at random."""
+    """As in the Motion Photos of phones; the noise includes start, scan and end markers."""
     for seed in range(20):
         noise = np.random.default_rng(seed).integers(0, 256, 200_000, dtype=np.uint8).tobytes()
         (tmp_path / "a.jpg").write_bytes(whole_jpeg + noise)
@@ -171,7 +171,7 @@ def test_a_jpeg_without_its_end_marker_is_read_with_a_warning(tmp_path, kind, mi
 @pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind not in ("several pictures", "progressive")])
 @pytest.mark.parametrize("quality", [30, 95])
 def test_a_cut_jpeg_is_refused(tmp_path, no_warning, kind, quality):
-    """Wherever it is cut, unless what is missing is filling: then the pixels are those of the whole picture."""
+    """A truncated file is refused, except if only fill bytes are missing: then all pixels are correct."""
     content = jpeg(smooth_picture(35, 43), quality=quality, **JPEGS[kind])
     for length in [*range(len(content) - 40, len(content) - 2), *range(2, len(content), len(content) // 40)]:
         (tmp_path / "a.jpg").write_bytes(content[:length])
@@ -186,7 +186,7 @@ def test_a_cut_jpeg_is_refused(tmp_path, no_warning, kind, quality):
 
 
 def test_markers_before_the_picture_do_not_count(tmp_path, no_warning):
-    """A thumbnail in an APP1 segment is a JPEG itself; the picture behind it is cut."""
+    """An APP1 segment holds a JPEG thumbnail; the main picture after it is truncated."""
     content = jpeg(smooth_picture())
     segment = b"\xff\xe1" + (len(THUMBNAIL) + 2).to_bytes(2, "big") + THUMBNAIL
     content = content[:2] + segment + content[2:]
@@ -232,7 +232,7 @@ def test_earlier_place_of_reading():
 
 
 def png_with(header: bytes, chunk_length: int, chunk: bytes = b"IDAT") -> bytes:
-    """A PNG of 8-bit RGB with another width and height, and a chunk that tells another length than it has."""
+    """Return an 8-bit RGB PNG with the given width and height in its header, and a chunk with a wrong length."""
     ihdr = b"IHDR" + header + bytes([8, 2, 0, 0, 0])
     begin = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big")
     return begin + chunk_length.to_bytes(4, "big") + chunk + bytes(100)
@@ -249,7 +249,7 @@ def png_with(header: bytes, chunk_length: int, chunk: bytes = b"IDAT") -> bytes:
     ids=["chunk", "last chunk", "PNG", "JPEG"],
 )
 def test_files_too_short_for_their_headers_never_reach_a_decoder(tmp_path, content, monkeypatch):
-    """It would take gigabytes before it notices."""
+    """Decoders allocate gigabytes before they detect the error."""
     monkeypatch.setattr(cv2, "imdecode", None)
     (tmp_path / "a.image").write_bytes(content)
     with pytest.raises(ImageError, match="a.image: is truncated or damaged: too short for the image"):
@@ -257,7 +257,7 @@ def test_files_too_short_for_their_headers_never_reach_a_decoder(tmp_path, conte
 
 
 def test_a_large_blank_picture_is_read(tmp_path):
-    """The densest that encoders make of one color."""
+    """An image of a single color has the smallest size per pixel that encoders produce."""
     for suffix in (".png", ".jpg"):
         cv2.imwrite(str(tmp_path / f"a{suffix}"), np.full((2000, 3000), 255, np.uint8))
         assert read_image(tmp_path / f"a{suffix}").shape == (2000, 3000, 3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations that contradict themselves: each is named, by the command and where scoring and training stop at it."""
+"""Contradictory annotations: the command names each problem, and scoring and training refuse or report them."""
 
 import json
 import os
@@ -37,12 +37,12 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def folder(scenes, tmp_path):
-    """A copy to be damaged."""
+    """A copy of the data set, for tests to damage."""
     return Path(shutil.copytree(scenes, tmp_path / "scenes"))
 
 
 class Broken:
-    """The second image of a data set, and its first thing that does not touch the corner, for a test to modify."""
+    """The second image of a data set and its first thing away from the top left corner, for tests to modify."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -60,7 +60,7 @@ class Broken:
         self.ids = read_id_map(self.png)
 
     def recolor(self, new: int) -> None:
-        """The segment's pixels get another id."""
+        """Change the id of the segment's pixels."""
         self.ids[self.ids == self.segment["id"]] = new
         write_id_map(self.png, self.ids)
 
@@ -278,7 +278,7 @@ def png_with_palette(b):
     return "png-kind", b.image, None, b.png.name
 
 
-def png_greyscale(b):
+def png_grayscale(b):
     Image.fromarray((b.ids % 251).astype(np.uint8)).save(b.png)
     return "png-kind", b.image, None, b.png.name
 
@@ -299,7 +299,7 @@ def photograph_no_picture(b):
 
 
 def photograph_truncated(b):
-    """Whose header is whole, so that its size can be read."""
+    """Truncate the photograph but keep its header, so that its size can be read."""
     path = b.folder / "images" / b.row["file_name"]
     path.write_bytes(path.read_bytes()[:-400])
     return "photograph", b.image, None, b.row["file_name"]
@@ -345,7 +345,7 @@ BREAKS = [
     png_name_of_a_folder,
     png_truncated,
     png_with_palette,
-    png_greyscale,
+    png_grayscale,
     png_of_16_bits,
     photograph_absent,
     photograph_no_picture,
@@ -389,7 +389,7 @@ class TestEveryBreak:
             assert str(expected[2]) in row["text"]
 
     def test_stops_scoring_or_is_reported(self, scenes, folder, damage):
-        """As ground truth and as prediction; where it does not stop, the quality is not above that of the whole set."""
+        """As ground truth and as prediction: scoring stops, or reports the problem with a quality of at most 1."""
         broken = Broken(folder)
         rule = RULES[damage(broken)[0]]
         path, clean = broken.save(), scenes / "panoptic.json"
@@ -424,7 +424,7 @@ class TestEveryBreak:
 
 
 def rule_name(rule):
-    return next(name for name, other in RULES.items() if other is rule)
+    return next(name for name, candidate in RULES.items() if candidate is rule)
 
 
 class TestCommand:
@@ -470,7 +470,7 @@ class TestCommand:
         assert "the JSON gives x1 y1 x2 y2 where the format has x y width height" in capsys.readouterr().out
 
     def test_names_that_no_file_can_have(self, folder, capsys):
-        """An unpaired surrogate, which JSON can hold and neither a path nor a terminal."""
+        """An unpaired surrogate is allowed in JSON, but neither in paths nor on a terminal."""
         broken = Broken(folder)
         broken.annotation["image_id"] = broken.annotation["file_name"] = "\ud800"
         broken.row |= {"id": "\ud800", "file_name": "\ud800.jpg"}
@@ -493,7 +493,7 @@ class TestCommand:
             assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
     def test_folders_without_a_name_of_their_own(self, scenes, tmp_path, monkeypatch, capsys):
-        for place, given in (
+        for place, argument in (
             (scenes, "."),
             (scenes / "panoptic", "."),
             (scenes / "panoptic", ".."),
@@ -501,8 +501,8 @@ class TestCommand:
             (scenes / "panoptic", "../images/.."),
         ):
             monkeypatch.chdir(place)
-            assert main(["validate", given]) == 0, (place, given)
-            assert main(["evaluate", given, given]) == 0
+            assert main(["validate", argument]) == 0, (place, argument)
+            assert main(["evaluate", argument, argument]) == 0
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
         for command in (
@@ -560,7 +560,7 @@ class TestCommand:
         assert len(lines) == 4 and lines[1].startswith("image-twice "), lines
 
     def test_a_large_photograph_gives_no_warning(self, folder, capsys, monkeypatch):
-        """Pillow warns about pictures beyond a number of pixels, and tells where in its source."""
+        """Pillow's warning about many pixels, with a line of its source, is not shown."""
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 96 - 1)
         broken = Broken(folder)
         photograph_truncated(broken)
@@ -569,13 +569,13 @@ class TestCommand:
         assert printed.err == "" and ": is truncated or damaged" in printed.out
 
     def test_photographs_that_a_camera_has_turned(self, folder, capsys):
-        """A size is that of the picture as it is shown, which is how training reads it."""
+        """The size is that of the rotated picture, as in training."""
         broken = Broken(folder)
         path = folder / "images" / broken.row["file_name"]
-        turned = Image.open(path).transpose(Image.Transpose.ROTATE_90)
+        rotated = Image.open(path).transpose(Image.Transpose.ROTATE_90)
         orientation = Image.Exif()
         orientation[0x0112] = 6
-        turned.save(path, exif=orientation)
+        rotated.save(path, exif=orientation)
         assert main(["validate", str(broken.save()), "--images", str(folder / "images")]) == 0, capsys.readouterr().out
         CocoPanoptic(broken.save(), folder / "images", None, scene_categories())[1]
 
@@ -587,7 +587,7 @@ class TestCommand:
 
 
 def test_no_entry_of_a_json_ends_in_another_exception(scenes):
-    """Every value of a small JSON is replaced by every kind of another one; problems are named, nothing raises."""
+    """Every value of a small JSON is replaced by every strange value: problems are named, nothing raises."""
     content = json.loads((scenes / "panoptic.json").read_text())
     content["annotations"] = content["annotations"][:1]
     content["annotations"][0]["segments_info"] = content["annotations"][0]["segments_info"][:1]
@@ -619,7 +619,7 @@ def test_no_entry_of_a_json_ends_in_another_exception(scenes):
 
 
 class TestScores:
-    """The number is panopticapi's wherever areas are right or too large, and that of the pixels where they are not."""
+    """Scores equal panopticapi's if areas are correct or too large; if they are too small, pixels are counted."""
 
     CATEGORIES = [{"id": 1, "isthing": 1}]
 
@@ -651,13 +651,13 @@ class TestScores:
         for number in (0, 5):
             quality = PanopticQuality(self.CATEGORIES)
             prediction = np.array([[number] * 6 + [6, 6]])
-            found = [{"id": number, "category_id": 1}, {"id": 6, "category_id": 1}]
-            quality.update(truth, segments, prediction, found)
+            predicted = [{"id": number, "category_id": 1}, {"id": 6, "category_id": 1}]
+            quality.update(truth, segments, prediction, predicted)
             scores.append(quality.compute())
         assert scores[0] == scores[1] and scores[0]["per_class"][1]["iou"] == 4 / 6
 
     def test_segments_without_pixels_and_pixels_without_segment_count_as_in_panopticapi(self):
-        """The one is missed; the others are not void, so they stay in the union."""
+        """The segment is missed; the pixels are not void, so they count in the union."""
         truth = np.array([[1, 1, 1, 9]])
         segments = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}]
         quality = PanopticQuality(self.CATEGORIES)
@@ -667,7 +667,7 @@ class TestScores:
         assert (row["iou"], row["tp"], row["fn"], row["fp"]) == (3 / 4, 1, 1, 0) and len(reports) == 2
 
     def test_id_zero_in_a_ground_truth_is_refused(self):
-        """Void pixels would count as matched: 60 of 140 pixels scored 0.75."""
+        """Void pixels would count as matched: 60 of 140 pixels would score 0.75."""
         truth = np.zeros((10, 20), int)
         truth[:, 10:] = 1
         segments = [{"id": 0, "category_id": 1}, {"id": 1, "category_id": 1}]
@@ -800,7 +800,7 @@ class TestVisualize:
         ids=lambda damage: damage.__name__,
     )
     def test_breaches_stop_or_are_reported_once(self, scenes, folder, tmp_path, capsys, title, others, damage):
-        """As docs/annotations.md says; those of pixels leave out the image alone."""
+        """As in docs/annotations.md; problems of pixels skip only their image."""
         broken = Broken(folder)
         name = damage(broken)[0]
         use, path = TRUTH if title == "ground-truth" else PREDICTION, broken.save()
@@ -817,7 +817,7 @@ class TestVisualize:
         assert code == 0 and len(reported) == len(lines) == (use in RULES[name].reported)
 
     def test_a_prediction_without_categories(self, scenes, folder, tmp_path, capsys):
-        """The ground truth has the names and colors; a prediction alone is drawn with colors of its ids."""
+        """Names and colors are those of the ground truth; without one, colors are derived from ids."""
         broken = Broken(folder)
         del broken.content["categories"]
         arguments = ["--prediction", str(broken.save()), "--output", str(tmp_path / "out")]
@@ -840,7 +840,7 @@ class TestVisualize:
 
 
 def listed(images):
-    """A panoptic JSON of (id, name of the photograph or None, name of the PNG)."""
+    """Return a panoptic JSON for (id, name of the photograph or None, name of the PNG)."""
     return {
         "images": [{"id": i, "file_name": name, "height": 1, "width": 1} for i, name, _ in images if name is not None],
         "annotations": [{"image_id": i, "file_name": png, "segments_info": []} for i, _, png in images],
@@ -888,7 +888,7 @@ class TestJoin:
         assert join_images(unnamed, listed(truth)) == {1: 1, 2: 2}
 
     def test_equal_names_in_different_folders(self):
-        """Names of cameras or cities: the folder decides, whichever file has the longer path."""
+        """The folder decides, as for cameras or cities, whichever file has the longer path."""
         truth = [(1, "a/x.jpg", "1.png"), (2, "b/x.jpg", "2.png")]
         for names, joined in (
             (("a/x.jpg", "b/x.jpg"), {1: 1, 2: 2}),
@@ -901,7 +901,7 @@ class TestJoin:
             assert join_images(prediction, listed(truth)) == joined
         with pytest.raises(PanopticFormatError, match="ids do not count"):
             join_images(listed(truth), listed([(1, "all/b/x.jpg", "1.png"), (2, "all/a/x.jpg", "2.png")]))
-        with pytest.raises(PanopticFormatError, match="ids do not count"):  # a/x.jpg is there under another id
+        with pytest.raises(PanopticFormatError, match="ids do not count"):  # a/x.jpg has another id there
             join_images(listed(truth), listed([(1, "c/x.jpg", "1.png"), (7, "a/x.jpg", "7.png")]))
 
     def test_a_prediction_serves_one_image(self):
@@ -927,7 +927,7 @@ class TestJoin:
             assert part in str(error.value)
 
     def test_evaluate_with_running_ids(self, folder, tmp_path, capsys):
-        """A ground truth with running ids in another order and text ids, against what `predict` would write."""
+        """A ground truth with running ids in another order and text ids, with predictions as `predict` writes them."""
         content = json.loads((folder / "panoptic.json").read_text())
         prediction = tmp_path / "prediction"
         shutil.copytree(folder / "panoptic", prediction)
@@ -960,7 +960,7 @@ class TestJoin:
 
 
 def official_cityscapes(tree: Path, split: str = "val") -> Path:
-    """The output of cityscapesscripts' createPanopticImgs.py for a tree: its names, ids and fields."""
+    """Write the output of cityscapesscripts' createPanopticImgs.py for a tree: its names, ids and fields."""
     data = Cityscapes(tree, split, load_categories("cityscapes", 8, 11))
     folder = tree / "gtFine" / f"cityscapes_panoptic_{split}"
     content = {"images": [], "annotations": [], "categories": data.categories.as_coco()}
@@ -983,7 +983,7 @@ class TestOfficialCityscapes:
         return write_cityscapes(tmp_path / "tree", 3, split="val")
 
     def test_photographs_are_found(self, tree, capsys):
-        """In the split's folder of cities, in the root, and in a folder without cities; training reads the same."""
+        """In the split's folder of cities, in the root, and in a folder without cities; training finds them, too."""
         path = official_cityscapes(tree)
         categories = load_categories("cityscapes", 8, 11)
         as_downloaded = Cityscapes(tree, "val", categories)
@@ -1000,7 +1000,7 @@ class TestOfficialCityscapes:
         assert find_photograph(flat, "a_b_c_gtFine_leftImg8bit.png") == flat / "a_b_c_gtFine_leftImg8bit.png"
 
     def test_scores_and_pictures(self, tree, tmp_path):
-        """Predictions named like the photographs."""
+        """Predictions have the names of the photographs."""
         path = official_cityscapes(tree)
         content = json.loads(path.read_text())
         folder = tmp_path / "out" / "panoptic"
@@ -1008,7 +1008,9 @@ class TestOfficialCityscapes:
             name = f"{annotation['image_id']}_leftImg8bit"
             write_id_map(folder / f"{name}.png", read_id_map(path.with_suffix("") / annotation["file_name"]))
             row["file_name"], annotation["file_name"] = f"{name}.png", f"{name}.png"
-            row["id"] = annotation["image_id"] = f"{annotation['image_id']}_0"  # so that names must join them
+            row["id"] = annotation["image_id"] = (
+                f"{annotation['image_id']}_0"  # so that images can only be matched by name
+            )
         (tmp_path / "out" / "panoptic.json").write_text(json.dumps(content))
         assert evaluate(path, None, tmp_path / "out" / "panoptic.json", folder)["All"]["pq"] == 1
         files = ["--ground-truth", str(path), "--prediction", str(tmp_path / "out")]
@@ -1037,7 +1039,7 @@ def test_extents_equal_a_plain_count(shape, cell):
 
 
 def test_every_rule_is_documented():
-    """The table of docs/annotations.md says what `RULES` says."""
+    """The table of docs/annotations.md agrees with `RULES`."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (DOCS / "annotations.md").read_text().splitlines()

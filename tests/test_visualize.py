@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of results: complete, sorted by quality, and activation maps that show where the classifiers respond."""
+"""Pictures of results: complete, sorted by quality; activation maps that show the classifiers' responses."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def truth(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prediction(truth, tmp_path_factory):
-    """The ground truth; of the second image only its largest segment is left, of the first all but the smallest."""
+    """The ground truth with segments removed: the first image lacks the smallest, the second has only the largest."""
     folder = tmp_path_factory.mktemp("prediction") / "out"
     shutil.copytree(truth / "panoptic", folder / "panoptic")
     content = json.loads((truth / "panoptic.json").read_text())
@@ -48,7 +48,7 @@ def model():
 
 class TestCommand:
     def test_ground_truth_beside_prediction(self, truth, prediction, tmp_path, capsys):
-        """A page from the worst to the best, whose qualities are those of the images, and two sheets."""
+        """One page, sorted from the worst image to the best, with the quality of each, and two sheets."""
         arguments = ["--ground-truth", str(truth / "panoptic.json"), "--prediction", str(prediction), "--sheet", "2"]
         assert main(["visualize", str(truth / "images"), *arguments, "--output", str(tmp_path)]) == 0
         page = (tmp_path / "index.html").read_text()
@@ -59,14 +59,14 @@ class TestCommand:
         for source in re.findall(r'src="([^"]+)"', page):
             assert cv2.imread(str(tmp_path / source)) is not None
         worst, best = (cv2.imread(str(tmp_path / f"{name}.jpg")) for name in ("worst", "best"))
-        one = cv2.imread(str(tmp_path / "pictures" / "000002.jpg"))
-        assert worst.shape == best.shape and worst.shape[0] > 2 * one.shape[0]
-        first_differs_by = [np.abs(sheet[: len(one)].astype(int) - one).mean() for sheet in (worst, best)]
+        picture = cv2.imread(str(tmp_path / "pictures" / "000002.jpg"))
+        assert worst.shape == best.shape and worst.shape[0] > 2 * picture.shape[0]
+        first_differs_by = [np.abs(sheet[: len(picture)].astype(int) - picture).mean() for sheet in (worst, best)]
         assert first_differs_by[0] < 6 < first_differs_by[1]
         assert "3 of 3 pictures done" in capsys.readouterr().out
 
     def test_activations(self, truth, tmp_path):
-        """Without predictions: photograph, things and stuff, in the order of the images."""
+        """Without predictions, each row shows photograph, things and stuff, in the order of the images."""
         spatialflow.save_checkpoint(model(), tmp_path / "weights.safetensors")
         config = tmp_path / "small.yaml"
         config.write_text("base: tiny\nmodel: {num_things: 6, num_stuff: 7}\ndata: {categories: synthetic}\n")
@@ -98,7 +98,7 @@ class TestCommand:
         assert "nowhere.json cannot be read" in capsys.readouterr().err
 
     @pytest.mark.parametrize("color", ["red", [1, 2], 5, [0, 0, 256], [float("nan")] * 3])
-    def test_colours_that_are_none_are_named(self, truth, tmp_path, capsys, color):
+    def test_invalid_colors_are_named(self, truth, tmp_path, capsys, color):
         content = json.loads((truth / "panoptic.json").read_text())
         content["categories"][1]["color"] = color
         (tmp_path / "bad.json").write_text(json.dumps(content))
@@ -107,22 +107,22 @@ class TestCommand:
         assert "bad.json: categories[1]: color must be three numbers" in capsys.readouterr().err
 
     def test_images_that_do_not_fit_are_named(self, truth, prediction, tmp_path, capsys):
-        """One of another size, one that is not in the prediction, one that is not an image; the others are drawn."""
+        """An image of another size, an image without prediction, a text file; the other images are drawn."""
         photographs = tmp_path / "photographs"
         shutil.copytree(truth / "images", photographs)
         cv2.imwrite(str(photographs / "000001.jpg"), np.zeros((10, 20, 3), np.uint8))
-        cv2.imwrite(str(photographs / "stranger.png"), np.zeros((10, 20, 3), np.uint8))
+        cv2.imwrite(str(photographs / "street.png"), np.zeros((10, 20, 3), np.uint8))
         (photographs / "text.jpg").write_text("no picture")
         arguments = ["--prediction", str(prediction), "--output", str(tmp_path / "out")]
         assert main(["visualize", str(photographs), *arguments]) == 1
         said = [line for line in capsys.readouterr().err.splitlines() if line]
         assert len(said) == 3
         assert "000001.png: is 96x64 pixels, 000001.jpg is 20x10" in said[0]
-        assert "stranger.png: the prediction in" in said[1] and "text.jpg: is not an image" in said[2]
+        assert "street.png: the prediction in" in said[1] and "text.jpg: is not an image" in said[2]
         assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
 
     def test_photographs_in_folders(self, truth, tmp_path, capsys):
-        """Found by the name with its folders, by the stem where only one has it; else named."""
+        """Photographs are found by name with folders, or by a unique stem; missing ones are named."""
         content = json.loads((truth / "panoptic.json").read_text())
         for image, name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/y.jpg"), strict=True):
             (tmp_path / "photographs" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ class TestCommand:
 
 class TestActivations:
     def test_features_weighted_by_the_classifier(self):
-        """The definition, from the sub-network's features: convolved without bias, strongest class and anchor."""
+        """Maps are features convolved with the class weights, without bias; the largest class and anchor count."""
         network, image = model(), np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
         torch.nn.init.normal_(network.box_head.class_logits.weight)
         torch.nn.init.normal_(network.box_head.class_logits.bias)
@@ -166,7 +166,7 @@ class TestActivations:
         assert maps.stuff.shape == (64, 96) and maps.stuff.min() == 0 and maps.stuff.max() == pytest.approx(1)
 
     def test_the_class_of_the_stuff_map(self):
-        """The class "other" if the network has it, else the class of most pixels; nothing without a stuff head."""
+        """The class "other" if the network has it, else the most frequent class; no map without a stuff head."""
         image = np.zeros((40, 50, 3), np.uint8)
         assert class_activation_maps(model(), image).stuff_class is None
         network = spatialflow.build_model("tiny", **{**SMALL, "num_stuff": 6}).eval()
@@ -191,7 +191,7 @@ class TestPages:
         with pytest.raises(ValueError, match="one or more pictures"):
             side_by_side({})
 
-    def test_panels_keep_their_order_and_colours(self):
+    def test_panels_keep_their_order_and_colors(self):
         red, blue = np.zeros((8, 16, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)
         red[..., 2], blue[..., 0] = 255, 255
         row = side_by_side({"red": red, "blue": blue}, panel_width=32)
@@ -200,7 +200,7 @@ class TestPages:
         assert sheet.shape[1] == row.shape[1] and (sheet[: len(row)] == row).all()
 
     def test_height_is_limited(self):
-        """A strip one pixel wide stays a small picture."""
+        """A strip one pixel wide gives a picture of limited height."""
         strip = np.full((5000, 1, 3), 9, np.uint8)
         row = side_by_side({"strip": strip}, panel_width=32)
         assert row.shape[1] == 32 and row.shape[0] < 130 and (row[-1, 0] == 9).all()
@@ -209,6 +209,6 @@ class TestPages:
         assert "<b>" not in html_page("t", [("<b>", 'a"b.jpg')]) and 'a"b' not in html_page("t", [("<b>", 'a"b.jpg')])
 
     def test_names_that_no_address_or_text_takes(self):
-        """Characters with a meaning in URLs, and a byte that is not UTF-8."""
+        """Characters with a meaning in URLs, and a byte that is not UTF-8, are escaped."""
         page = html_page("t", [("caf\udce9", "pictures/50%#1?/caf\udce9 ü.jpg")]).encode()
         assert b'src="pictures/50%25%231%3F/caf%E9%20%C3%BC.jpg"' in page and b"caf\\udce9</figcaption>" in page

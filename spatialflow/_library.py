@@ -166,4 +166,4 @@ def load() -> None:
 def _load(name: str) -> None:
     import torch
 
-    torch.ops.load_library(str(library_path(name)))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(str(library_path(name)))

@@ -96,8 +96,9 @@ def run(options: argparse.Namespace) -> int:
     """Train, or resume a run; return the exit code."""
     from spatialflow.data.samples import SampleError
     from spatialflow.engine import distributed
+    from spatialflow.engine.checkpoint_store import TrainingError
     from spatialflow.engine.checkpoints import CheckpointError
-    from spatialflow.engine.trainer import InitialWeights, Trainer, TrainingError
+    from spatialflow.engine.trainer import InitialWeights, Trainer
     from spatialflow.panoptic import PanopticFormatError
 
     _check_options(options)

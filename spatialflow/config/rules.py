@@ -59,7 +59,7 @@ def setting(default: Value, help: str, *rules: Rule) -> Value:
     The annotated return type is that of the field, as type checkers read `name: type = setting(...)`.
     """
     field: Any = dataclasses.field(default=default, metadata={"help": help, "rules": rules})
-    return field  # type: ignore[no-any-return]
+    return field
 
 
 def check_rules(section: Any) -> None:

@@ -73,7 +73,8 @@ def _random_size(size: tuple[int, int], config: DataConfig, rng: np.random.Gener
     height, width = compute_resized_size(size, short, config.train_long_edge)
     if config.train_crop is None:
         return height, width
-    factor = rng.uniform(*config.train_scale_range)
+    low, high = config.train_scale_range
+    factor = rng.uniform(low, high)
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 

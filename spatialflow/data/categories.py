@@ -64,10 +64,11 @@ class Categories:
                 f"{source}: category ids must be unique, got {sorted(i for i in set(ids) if ids.count(i) > 1)} twice"
             )
         self.things: tuple[Category, ...] = tuple(row for row in self.rows if row.isthing)
-        stuff: list[Category | None] = sorted((row for row in self.rows if not row.isthing), key=lambda row: row.id)
+        plain_stuff = sorted((row for row in self.rows if not row.isthing), key=lambda row: row.id)
+        stuff: list[Category | None] = [*plain_stuff]
         self.other_index: int | None = None
         if has_other:
-            before = [i for i, row in enumerate(stuff) if other_id is not None and row.id > other_id]
+            before = [i for i, row in enumerate(plain_stuff) if other_id is not None and row.id > other_id]
             self.other_index = before[0] if before else len(stuff)
             stuff.insert(self.other_index, None)
         self.stuff = tuple(stuff)
@@ -169,9 +170,9 @@ def _make_row(row: Any, where: str) -> Category:
     color = row.get("color") or _default_color(row["id"])
     if not is_color(color):
         raise CategoryError(f'{where}: "color" must be three numbers from 0 to 255, got {color!r:.80}')
-    return Category(
-        row["id"], str(row.get("name", f"category {row['id']}")), bool(row["isthing"]), tuple(int(c) for c in color)
-    )
+    red, green, blue = (int(c) for c in color)
+    name = str(row.get("name", f"category {row['id']}"))
+    return Category(row["id"], name, bool(row["isthing"]), (red, green, blue))
 
 
 def _default_color(category_id: int) -> tuple[int, int, int]:

@@ -119,7 +119,7 @@ class Cityscapes:
             category = known.get(value // 1000 if value >= 1000 else value)
             if value > 0 and category is not None:
                 crowd = int(category.isthing and value < 1000)
-                segment = {"id": value, "category_id": category.id, "iscrowd": crowd}
+                segment: dict[str, Any] = {"id": value, "category_id": category.id, "iscrowd": crowd}
                 segments.append(segment | {"area": extent.pixels, "bbox": extent.box})
         id_map[~np.isin(id_map, [segment["id"] for segment in segments])] = VOID
         return id_map, segments

@@ -34,7 +34,7 @@ class SampleRequest(NamedTuple):
     The seed makes the augmentation independent of the workers and of interruptions.
     """
 
-    index: int  # of the image in the data set
+    index: int  # type: ignore[assignment]  # of the image in the data set; hides tuple.index
     seed: tuple[int, ...]  # of the augmentation
 
 
@@ -106,12 +106,12 @@ class Schedule:
     def epoch(self, epoch: int) -> np.ndarray:
         """(steps_per_epoch, images_per_step) int64 image indices of epoch 0, 1, ..."""
         rng = np.random.default_rng([self.seed, epoch])
-        batches = []
+        parts = []
         for group in self._groups():
             order = rng.permutation(group)
             count = -(-len(order) // self.images_per_step) * self.images_per_step
-            batches.append(np.resize(order, count).reshape(-1, self.images_per_step))
-        batches = np.concatenate(batches)
+            parts.append(np.resize(order, count).reshape(-1, self.images_per_step))
+        batches = np.concatenate(parts)
         return batches[rng.permutation(len(batches))]
 
     def batches(
@@ -150,7 +150,7 @@ class _Item(NamedTuple):
     notes: tuple[Problem, ...]  # where the annotation contradicts its pixels
 
 
-class _Samples(torch.utils.data.Dataset):
+class _Samples(torch.utils.data.Dataset[_Item | SampleError]):
     """Augmented samples by request; an image that cannot be used is reported and replaced by the next one.
 
     The error that ends a run is returned, not raised, as a worker would wrap its message into a traceback.
@@ -178,10 +178,12 @@ class _Samples(torch.utils.data.Dataset):
 
 def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
     """Batch samples of different sizes, padded at the right and bottom; returns the first error among the items."""
+    usable: list[_Item] = []
     for item in items:
         if isinstance(item, SampleError):
             return item
-    samples = [item.sample for item in items]
+        usable.append(item)
+    samples = [item.sample for item in usable]
     height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
     images = torch.zeros((len(samples), 3, height, width), device="cpu")
     instances = torch.zeros((len(samples), height, width), dtype=torch.int32, device="cpu")
@@ -199,8 +201,8 @@ def collate(items: Sequence[_Item | SampleError]) -> Batch | SampleError:
         semantic,
         torch.tensor([sample.valid_size for sample in samples], device="cpu"),
         torch.tensor([sample.image.shape[1:] for sample in samples], device="cpu"),
-        [message for item in items for message in item.problems],
-        [note for item in items for note in item.notes],
+        [message for item in usable for message in item.problems],
+        [note for item in usable for note in item.notes],
     )
 
 

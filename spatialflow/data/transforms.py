@@ -6,7 +6,7 @@ which does them in one pass with equal results.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -72,8 +72,10 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     The value is (x - mean) * (1 / std), in the released order of roundings.
     """
     rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
-    cv2.subtract(rgb, (*np.float64(mean), 0.0), rgb)
-    cv2.multiply(rgb, (*(1.0 / np.float64(std)), 0.0), rgb)
+    shift: Any = (*np.asarray(mean, np.float64), 0.0)  # a scalar of cv2, which its stubs do not allow
+    scale: Any = (*(1.0 / np.asarray(std, np.float64)), 0.0)
+    cv2.subtract(rgb, shift, rgb)
+    cv2.multiply(rgb, scale, rgb)
     return np.ascontiguousarray(rgb.transpose(2, 0, 1))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class-activation maps of the classifiers of things and stuff (paper, figure 5)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,8 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
         valid = whole[..., : geometry.valid_size[0], : geometry.valid_size[1]]
         return F.interpolate(valid, size=geometry.original_size, mode="bilinear", align_corners=False)[0, 0]
 
-    bias = model.box_head.class_logits.bias[:, None, None]
+    network: Any = model  # its heads are of the plain classes
+    bias = network.box_head.class_logits.bias[:, None, None]
     things = torch.stack([to_image((logits[0] - bias).amax(dim=0)) for logits in output.class_logits]).amax(dim=0)
     if output.stuff_logits is None:
         return ActivationMaps(_scaled(things), None, None)
@@ -64,7 +65,7 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
     if index is None:
         labels = stuff_logits[0, :, : geometry.valid_size[0], : geometry.valid_size[1]].argmax(dim=0)
         index = int(labels.flatten().bincount().argmax())
-    stuff = to_image(stuff_logits[0, index] - model.stuff_head.logits.bias[index])
+    stuff = to_image(stuff_logits[0, index] - network.stuff_head.logits.bias[index])
     return ActivationMaps(_scaled(things), _scaled(stuff), categories.stuff[index])
 
 

@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from spatialflow.models.build import build_model
 from spatialflow.models.spatialflow import SpatialFlow
 
 logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
@@ -272,7 +274,7 @@ class _Ignored:
         pass
 
 
-_IGNORED = [
+_IGNORED: list[Any] = [  # torch annotates pairs with functions alone
     (_Ignored, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")
 ] + [(_Ignored, "numpy.dtype"), (_Ignored, "numpy.ndarray")]
 
@@ -314,7 +316,7 @@ def _read_network(path: str | Path, ema: bool) -> dict[str, Tensor]:
     return state
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = False) -> nn.Module:
+def load_checkpoint(model: Module, path: str | Path, ema: bool = False) -> Module:
     """Load the weights of a file into a model; nothing changes unless everything fits.
 
     Args:
@@ -398,7 +400,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> nn.Module:
     state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
     if "backbone.layer1.0.conv1.weight" in state:
         raise CheckpointError(f"{path}: holds a whole network; load_checkpoint (train --checkpoint) takes it")
-    _fill(model.backbone, state, str(path), may_miss=r"\.conv_offset\.")
+    _fill(cast("nn.Module", model.backbone), state, str(path), may_miss=r"\.conv_offset\.")
     return model
 
 

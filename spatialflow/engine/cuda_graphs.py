@@ -25,7 +25,7 @@ def _kernel_settings() -> tuple[Any, ...]:
         cudnn.enabled,
         cudnn.benchmark,
         cudnn.deterministic,
-        cudnn.conv.fp32_precision,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # set by torch at import
         matmul.fp32_precision,
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
@@ -67,7 +67,7 @@ class GraphCache:
         return {"device": self.device, "limit": self.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["device"], state["limit"])
+        self.__init__(state["device"], state["limit"])  # type: ignore[misc]  # the class has no subclasses
 
     def __len__(self) -> int:
         return len(self._captured)

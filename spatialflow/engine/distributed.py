@@ -97,6 +97,11 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     device.
     """
 
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape; N, H and W may differ from process to process."""
         if not self.training:
@@ -106,7 +111,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         variance, mean = variance.double(), mean.double()  # the square of a mean is subtracted again below
         count = torch.full_like(mean, x.numel() / x.shape[1])
         moments = torch.stack([count, count * mean, count * (variance + mean.square())])
-        count, total, squares = _SumOverProcesses.apply(moments)
+        count, total, squares = _SumOverProcesses.apply(moments)  # type: ignore[no-untyped-call]  # of torch
         mean = total / count
         variance = squares / count - mean.square()
         with torch.no_grad():
@@ -131,7 +136,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _SumOverProcesses.apply(gradient)
+        return _SumOverProcesses.apply(gradient)  # type: ignore[no-untyped-call]  # of torch
 
 
 def synchronize_norms(module: nn.Module) -> None:

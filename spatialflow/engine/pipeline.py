@@ -12,7 +12,7 @@ the CPU, where reading a value costs nothing, such rows are removed early.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class FixedResult(NamedTuple):
     boxes: Tensor  # (D, 4) float32, original scale
     scores: Tensor  # (D,) float32, descending
     labels: Tensor  # (D,) int64, -1 = padding
-    count: Tensor  # () int64
+    count: Tensor  # type: ignore[assignment]  # () int64; hides tuple.count
     mask_logits: Tensor | None  # (D, 28, 28) float32; None without a thing head or without `detection_masks`
     merged: PanopticMergeOutput
 
@@ -187,7 +187,7 @@ class Pipeline:
                 step = 1 + len(VIEW_TENSORS)
                 parts = [inputs[i : i + step] for i in range(0, len(inputs), step)]
                 views = [
-                    view._replace(**dict(zip(VIEW_TENSORS, part[1:], strict=True)))
+                    view._replace(**cast("dict[str, Any]", dict(zip(VIEW_TENSORS, part[1:], strict=True))))
                     for view, part in zip(plan, parts, strict=True)
                 ]
                 with record_stages(None):  # the graph counts as one stage
@@ -257,7 +257,7 @@ class Pipeline:
     ) -> Tensor:
         """Logits (B, D, 28, 28) of the mean mask probability over views and networks; see `_mask_logits`."""
         parts = [
-            self._mask_logits(view, network, output.thing_features, boxes, labels, needed)
+            self._mask_logits(view, network, cast("list[Tensor]", output.thing_features), boxes, labels, needed)
             for view, view_outputs in zip(plan, outputs, strict=True)
             for network, output in zip(self.networks, view_outputs, strict=True)
         ]
@@ -308,14 +308,16 @@ class Pipeline:
         total = torch.zeros((stuff_logits[0].shape[1], *geometry.original_size), device=self.device)
         for view, logits in zip(plan, stuff_logits, strict=True):
             valid_size = view.geometries[image].valid_size
-            total += postprocess.resized_stuff_logits(logits[image], valid_size, geometry.original_size, view.mirrored)
+            total += postprocess.resized_stuff_logits(
+                cast("Tensor", logits)[image], valid_size, geometry.original_size, view.mirrored
+            )
         return total.argmax(dim=0)
 
     def _merge(
         self, merge_boxes: Tensor, scores: Tensor, labels: Tensor, mask_logits: Tensor | None, stuff: Tensor
     ) -> PanopticMergeOutput:
         """Paste the masks of one image at original size, and merge them with its stuff labels."""
-        test, model, size = self.config.test, self.config.model, tuple(stuff.shape)
+        test, model, size = self.config.test, self.config.model, cast("tuple[int, int]", tuple(stuff.shape))
         with stage("masks"):
             boxes = self._without_trailing_nan(merge_boxes) if mask_logits is not None else merge_boxes[:0]
             count = len(boxes)
@@ -355,7 +357,7 @@ def _mean_stuff_logits(outputs: Sequence[NetworkOutput]) -> Tensor | None:
     """Average the stuff logits of several networks, at stride 4."""
     if outputs[0].stuff_logits is None or len(outputs) == 1:
         return outputs[0].stuff_logits
-    return torch.stack([output.stuff_logits for output in outputs]).float().mean(dim=0)
+    return torch.stack([cast("Tensor", output.stuff_logits) for output in outputs]).float().mean(dim=0)
 
 
 def _concatenate(candidates: Sequence[Candidates]) -> Candidates:

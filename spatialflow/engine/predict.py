@@ -6,10 +6,10 @@ from __future__ import annotations
 import copy
 import numbers
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -219,14 +219,14 @@ class Predictor:
         models = _models_of(model)
         check_ensemble([model.config for model in models])
         weight = next(models[0].parameters())
-        self.device = usable_device(weight.device if device is None else device)
+        self.device: torch.device = usable_device(weight.device if device is None else device)
         dtype = weight.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         graphs = graph_cache(self.device, cuda_graph)
         self.config: Config = load_config(models[0].config, **overrides)
         shape = self.config.model
-        self.categories = load_categories(
+        self.categories: Categories = load_categories(
             self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head
         )
         networks = [
@@ -237,12 +237,12 @@ class Predictor:
         ]
         other_index = self.categories.other_index
         ignored = () if other_index is None else (other_index,)
-        self.pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks, graphs)
-        self.batch_size = batch_size
-        self._transfers = Transfers(self.device)
+        self.pipeline: Pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks, graphs)
+        self.batch_size: int = batch_size
+        self._transfers: Transfers = Transfers(self.device)
 
     @overload
-    def __call__(self, images: Image) -> PanopticResult: ...
+    def __call__(self, images: Image) -> PanopticResult: ...  # type: ignore[overload-overlap]  # str is iterable
 
     @overload
     def __call__(self, images: Iterable[Image]) -> list[PanopticResult]: ...
@@ -262,7 +262,7 @@ class Predictor:
         if not isinstance(images, (str, Path, np.ndarray)):
             return list(self.stream(images))
         ((_, outcome),) = self._finish(self._queue([self._load((0, images))])).items()
-        return outcome.result
+        return cast("PanopticResult", outcome.result)
 
     def stream(self, images: Iterable[Image]) -> Iterator[PanopticResult]:
         """Predict many images, and yield each result as soon as all previous results were yielded.
@@ -298,9 +298,9 @@ class Predictor:
                         raise outcome.error
                     finally:
                         del outcome  # the error refers to this frame
-                yield outcome.result
+                yield cast("PanopticResult", outcome.result)
 
-    def outcomes(self, images: Iterable[Image]) -> Iterator[Outcome]:
+    def outcomes(self, images: Iterable[Image]) -> Generator[Outcome, None, None]:
         """Predict many images as `stream`, with the decoded pixels, and with errors as values.
 
         Yields:
@@ -334,7 +334,7 @@ class Predictor:
                             del outcome  # the error refers to this frame
                     yield outcome
 
-    def _batches(self, images: Iterable[Image], failed: dict[int, Outcome]) -> Iterator[list[_Item]]:
+    def _batches(self, images: Iterable[Image], failed: dict[int, Outcome]) -> Generator[list[_Item], None, None]:
         """Group images of equal padded size into batches.
 
         Args:
@@ -378,10 +378,9 @@ class Predictor:
         """Read an image; in a worker thread, if it is one of many."""
         position, image = place
         times = zero_times()
-        is_path = isinstance(image, (str, Path))
-        name = Path(image).name if is_path else f"image {position}"
+        name = Path(image).name if isinstance(image, (str, Path)) else f"image {position}"
         with record_stages(times), stage("decode"):
-            pixels = read_image(image) if is_path else check_image(image, name)
+            pixels = read_image(image) if isinstance(image, (str, Path)) else check_image(image, name)
             staged = self._transfers.stage(pixels)
         geometries = self.pipeline.geometries(pixels.shape[:2])
         for geometry in geometries:
@@ -494,4 +493,4 @@ def _with_positions(images: Iterable[Image]) -> Iterator[tuple[int, Image]]:
     """Enumerate images. An array from an iterator is copied, as the iterator may overwrite it in its next step."""
     for position, image in enumerate(images):
         may_change = isinstance(image, np.ndarray) and not isinstance(images, Sequence)
-        yield position, image.copy() if may_change else image
+        yield position, cast("np.ndarray", image).copy() if may_change else image

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -267,10 +267,14 @@ class Trainer:
         summed = torch.zeros(5, device=self.process_group.device)
         for part in range(parts):
             batch = next(batches)
-            self.unreported_problems += batch.problems + batch.notes
+            self.unreported_problems += [*batch.problems, *batch.notes]
             batch = batch.to(self.process_group.device)
             reduces_gradients = part == parts - 1
-            with contextlib.nullcontext() if reduces_gradients or self.process_group.size == 1 else module.no_sync():
+            with (
+                contextlib.nullcontext()
+                if reduces_gradients or self.process_group.size == 1
+                else cast("DistributedDataParallel", module).no_sync()
+            ):
                 with self._autocast():
                     losses = module(batch.images.contiguous(memory_format=torch.channels_last), batch.truth())
                     total = losses.total() / parts
@@ -366,7 +370,7 @@ class Trainer:
         """Evaluate the network on a data set, and log the scores."""
         self.network.eval()
         short, long = self.config.test.test_edges[0]
-        single_view = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
+        single_view: dict[str, Any] = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
         # Augmentation would multiply the time, and graphs would take memory beside that of training.
         predictor = Predictor(self.network, cuda_graph=False, **single_view)
         folder = self.folder / "evaluation"

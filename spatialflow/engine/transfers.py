@@ -57,7 +57,7 @@ class Transfers:
             pixels: (H, W, 3) uint8 of any strides.
         """
         if not self._is_gpu:
-            return torch.from_numpy(np.require(pixels, requirements="CW"))
+            return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
         pinned = torch.empty(pixels.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         np.copyto(pinned.numpy(), pixels)  # torch's copy would start further threads in every caller thread
         return pinned

@@ -2,7 +2,7 @@
 """The training criterion: losses of the network's outputs against the targets. It runs no part of the network."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,10 @@ def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
         () float32. Differentiable once, by `logits`.
     """
     return torch.stack(
-        [_UpsampledCrossEntropy.apply(*image) for image in zip(logits.float(), semantic, strict=True)]
+        [
+            _UpsampledCrossEntropy.apply(*image)  # type: ignore[no-untyped-call]  # of torch
+            for image in zip(logits.float(), semantic, strict=True)
+        ]
     ).sum()
 
 
@@ -168,7 +171,7 @@ class Criterion:
         cls, box = self._detection_sums(output, anchors)
         thing = stuff = None
         if things is not None:
-            thing = _thing_sum(mask_logits, things) / num_rois
+            thing = _thing_sum(cast("Tensor", mask_logits), things) / num_rois
         if output.stuff_logits is not None:
             stuff = self.stuff_loss(output.stuff_logits, targets.semantic) / num_pixels
             stuff = stuff * self.config.training.stuff_loss_weight

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modulated deformable 3x3 convolutions (DCN v2)."""
 
+from typing import TypeAlias, cast
+
 from torch import Tensor, nn
 
 from spatialflow.ops import deform_conv2d
+
+Geometry: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""Stride, padding and dilation of a convolution, for rows and columns each; torch annotates them less exactly."""
 
 OFFSETS, OFFSET_CHANNELS = 18, 27
 """18 offsets, (dy, dx) per tap, taps row-major; with the 9 mask logits behind them 27 channels."""
@@ -17,10 +22,13 @@ def split_offsets(prediction: Tensor) -> tuple[Tensor, Tensor]:
 class FlowOffsetDeformConv2d(nn.Conv2d):
     """Deformable convolution with offsets and mask from a flow: (N, C, H, W), (N, 27, H', W') -> (N, O, H', W')."""
 
-    def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]  # takes the offsets, too
+        self, x: Tensor, prediction: Tensor
+    ) -> Tensor:
         """Convolve `x` (N, C, H, W) at the points that `prediction` (N, 27, H', W') gives."""
         offset, mask = split_offsets(prediction)  # (N, 18, H', W'), (N, 9, H', W')
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
+        geometry = cast("Geometry", (self.stride, self.padding, self.dilation))
+        return deform_conv2d(x, offset, self.weight, self.bias, *geometry, mask=mask)
 
 
 class SelfOffsetDeformConv2d(nn.Conv2d):
@@ -55,9 +63,10 @@ class SelfOffsetDeformConv2d(nn.Conv2d):
     def zero_offsets(self) -> None:
         """Set the offsets to 0 and the mask to 0.5: an ordinary convolution times 0.5."""
         nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        nn.init.zeros_(cast("Tensor", self.conv_offset.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`, (N, C, H, W)."""
         offset, mask = split_offsets(self.conv_offset(x))  # (N, 18, H', W'), (N, 9, H', W')
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
+        geometry = cast("Geometry", (self.stride, self.padding, self.dilation))
+        return deform_conv2d(x, offset, self.weight, self.bias, *geometry, mask=mask)

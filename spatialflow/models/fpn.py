@@ -2,6 +2,7 @@
 """Feature pyramid network with the levels P3..P7 of RetinaNet."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ class FPN(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(cast("Tensor", module.bias))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Compute the pyramid from C3, C4 and C5."""

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ class BoxHead(nn.Module):
         self.box_deltas = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
         for conv in (self.class_logits, self.box_deltas):
             nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
-        nn.init.constant_(self.class_logits.bias, -math.log(99))  # every anchor starts at probability 0.01
+            nn.init.zeros_(cast("Tensor", conv.bias))
+        # Every anchor starts at probability 0.01.
+        nn.init.constant_(cast("Tensor", self.class_logits.bias), -math.log(99))
 
     def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Compute class logits and box deltas of every level."""
@@ -59,7 +61,7 @@ class ThingHead(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(cast("Tensor", module.bias))
 
     def forward(self, roi_features: Tensor, labels: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """Compute the mask logits of RoIs.
@@ -87,7 +89,7 @@ class ThingHead(nn.Module):
         """Apply row `labels[k]` of the last 1x1 convolution to RoI k: (K, channels, 2S, 2S) -> (K, 2S, 2S)."""
         weight = self.logits.weight[labels].flatten(1)  # (K, channels)
         logits = torch.einsum("kchw,kc->khw", features, weight)
-        return logits + self.logits.bias[labels][:, None, None]
+        return logits + cast("Tensor", self.logits.bias)[labels][:, None, None]
 
 
 class ConvNormUp(nn.Module):
@@ -135,7 +137,7 @@ class StuffHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.logits.bias)
+        nn.init.zeros_(cast("Tensor", self.logits.bias))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the logits at stride 4."""

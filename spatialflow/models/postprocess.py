@@ -39,7 +39,7 @@ def detect(candidates: Candidates, test: InferenceConfig) -> Detections:
     )
 
 
-def make_rois(boxes: Sequence[Tensor], scale_factors: Tensor) -> Tensor:
+def make_rois(boxes: Sequence[Tensor] | Tensor, scale_factors: Tensor) -> Tensor:
     """Scale boxes of each image, (K_i, 4), to RoIs of the network's input, (sum K_i, 5), image index first."""
     rois = [
         torch.cat([b.new_full((len(b), 1), i), b * scale_factors[i].repeat(2).to(b)], dim=1)

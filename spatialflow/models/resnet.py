@@ -65,6 +65,11 @@ class ResNet(nn.Module):
         norm_trains: in `train()` mode BatchNorm of stages that are not frozen uses and updates batch statistics.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         depth: int = 50,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The SpatialFlow network, assembled from backbone, FPN, sub-networks and heads."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ class SpatialFlow(nn.Module):
         Returns:
             (K, 2S, 2S), or (K, num_things, 2S, 2S) without labels, where S is `roi_size` of the configuration.
         """
-        return self.thing_head(self.roi_features(thing_features, rois), labels, active)
+        return cast("nn.Module", self.thing_head)(self.roi_features(thing_features, rois), labels, active)
 
     def roi_features(self, thing_features: list[Tensor], rois: Tensor) -> Tensor:
         """Pool RoI features (K, C, S, S): RoIAlign over P3..P5, aligned, adaptive sampling."""

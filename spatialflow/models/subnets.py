@@ -3,7 +3,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -125,14 +125,14 @@ class Subnets(nn.Module):
 
     def stages(self) -> dict[str, nn.ModuleList]:
         """Stages of each sub-network, by name."""
-        return {name: self.get_submodule(name) for name in SUBNETS}
+        return {name: cast("nn.ModuleList", self.get_submodule(name)) for name in SUBNETS}
 
     def flows(self) -> dict[str, nn.ModuleList]:
         """Flow convolutions into each sub-network, by name, without the source; "semantic": those from stuff to thing.
 
         The list of a sub-network without flows is empty.
         """
-        flows = {name: self.get_submodule(f"flow_{name}") for name in SUBNETS if name != self.source}
+        flows: dict[str, Any] = {name: self.get_submodule(f"flow_{name}") for name in SUBNETS if name != self.source}
         return flows | {"semantic": self.semantic_flow}
 
     def fused_parameters(self, convert: Callable[[nn.Conv2d], Conv] | None = None) -> SubnetParameters:
@@ -144,7 +144,7 @@ class Subnets(nn.Module):
         convert = convert or (lambda conv: (conv.weight, conv.bias))
         flows = self.flows()
         semantic_flow = flows.pop("semantic")
-        lists = self.stages() | {
+        lists: dict[str, Any] = self.stages() | {
             "flow_cls": flows["cls" if self.source == "reg" else "reg"],
             "flow_stuff": flows["stuff"],
             "flow_thing": flows["thing"],

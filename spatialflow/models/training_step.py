@@ -2,6 +2,7 @@
 """Forward pass of a training step: network, targets and losses."""
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -57,4 +58,4 @@ class TrainingStep(nn.Module):
         rois, labels = things.rois, things.labels
         if len(rois) == 0:
             rois, labels = rois.new_tensor([[0, 0, 0, 1, 1]]), labels.new_zeros(1)
-        return self.network.thing_logits(output.thing_features, rois, labels)
+        return self.network.thing_logits(cast("list[Tensor]", output.thing_features), rois, labels)

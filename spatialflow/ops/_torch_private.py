@@ -61,7 +61,7 @@ disable_current_modes = _private("torch.utils._python_dispatch._disable_current_
 dispatch_has_kernel = _private("torch._C._dispatch_has_kernel_for_dispatch_key")  # (operator, key) -> bool
 addmm_activation = _private("torch._addmm_activation")  # relu(bias + a @ b)
 if TYPE_CHECKING:
-    from torch._ops import OpOverload
+    from torch._ops import OpOverload as OpOverload
 else:
     OpOverload = _private("torch._ops.OpOverload")
 

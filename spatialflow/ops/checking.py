@@ -10,9 +10,11 @@ import contextlib
 import contextvars
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Size = TypeVar("Size", bound=Sequence[int])
 
 _checking: contextvars.ContextVar[bool] = contextvars.ContextVar("spatialflow_checking", default=False)
 
@@ -60,7 +62,7 @@ def numbers(op: str, name: str, values: Iterable[Any]) -> list[float]:
     return [number(op, f"{name}[{index}]", value) for index, value in enumerate(items(op, name, values))]
 
 
-def height_and_width(op: str, name: str, value: Sequence[int]) -> Sequence[int]:
+def height_and_width(op: str, name: str, value: Size) -> Size:
     """Return `value` if it is a pair; ValueError otherwise."""
     if not hasattr(value, "__len__") or len(value) != 2:
         raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")

@@ -135,11 +135,11 @@ def deform_conv2d(
         return with_arrays(deform_conv2d, locals())
     if mask_sigmoid and mask is None:
         raise ValueError("deform_conv2d: mask_sigmoid must be False without a mask")
-    if packed is not None:
+    if isinstance(weight, PackedDeformConv):
         if bias is not None:
             raise ValueError("deform_conv2d: bias must be None when weight is a PackedDeformConv, which has its own")
         algorithm_code("deform_conv2d", algorithm, without="winograd")
-        weight, bias, algorithm = packed.weight, packed.bias, packed.algorithm
+        bias, algorithm, weight = weight.bias, weight.algorithm, weight.weight
     input = autocast(input)
     code = algorithm_code("deform_conv2d", algorithm, input, without="winograd")
     settings = (
@@ -161,7 +161,7 @@ def deform_conv2d(
         flags = (bool(mask_sigmoid), bool(relu))
         return _deform_conv2d_packed(input, offset, packed.packed, bias, mask, *settings, *sizes, *flags)
     bias = None if bias is None else autocast(bias)
-    if mask_sigmoid and mask.is_floating_point():  # the operator refuses other dtypes
+    if mask_sigmoid and mask is not None and mask.is_floating_point():  # the operator refuses other dtypes
         mask = mask.to(torch.float64 if input.dtype == torch.float64 else torch.float32).sigmoid()
     result = differentiable_deform_conv2d(input, offset, autocast(weight), bias, mask, None, *settings)
     return result.relu() if relu else result

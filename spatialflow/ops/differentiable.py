@@ -193,7 +193,7 @@ class DifferentiableOp:
 
         # The base class of torch.autograd.Function without the functorch handling, which the dispatcher has already
         # done at this point.
-        function = type(
+        function: Any = type(
             name,
             (SingleLevelFunction,),
             {

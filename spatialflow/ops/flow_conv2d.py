@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -48,7 +48,47 @@ class PackedConv(NamedTuple):
         return pack_conv3x3(weight, bias, self.algorithm)
 
 
+Entry = TypeVar("Entry", bound=Tensor | list[Tensor])
+"""A feature map, or a list of maps of several levels."""
+
+
+@overload
 def flow_conv2d(
+    x: Tensor,
+    flow: Tensor | None,
+    weight: Tensor | PackedConv,
+    bias: Tensor | None = None,
+    relu: bool = True,
+    algorithm: str = "auto",
+    active: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flow_conv2d(
+    x: list[Tensor],
+    flow: list[Tensor] | None,
+    weight: Tensor | PackedConv,
+    bias: Tensor | None = None,
+    relu: bool = True,
+    algorithm: str = "auto",
+    active: Tensor | None = None,
+) -> list[Tensor]: ...
+
+
+@overload
+def flow_conv2d(
+    x: list[Entry],
+    flow: None,
+    weight: list[PackedConv],
+    bias: None = None,
+    relu: bool = True,
+    algorithm: str = "auto",
+    active: None = None,
+) -> list[Entry]: ...
+
+
+def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Tensor | list[Tensor]], as lists are mutable
     x: Tensor | list[Tensor] | list[Tensor | list[Tensor]],
     flow: Tensor | list[Tensor] | None,
     weight: Tensor | PackedConv | list[PackedConv],
@@ -120,7 +160,8 @@ def flow_conv2d(
     if isinstance(weight, (list, tuple)) and not isinstance(weight, PackedConv):
         algorithm_code("flow_conv2d", algorithm)
         levels = [level for entry in _as_levels(x) for level in _as_levels(entry)]
-        weights, biases = [], []
+        weights: Any = []
+        biases: Any = []
         for conv in weight:
             is_packed = isinstance(conv, PackedConv)
             weights += conv[:2] if is_packed else [conv]
@@ -131,22 +172,24 @@ def flow_conv2d(
             raise ValueError("flow_conv2d: active must be None when weight is a list")
         return _convolve_group(x, flow, list(weight), bias, relu)
     levels, flows = _as_levels(x), [] if flow is None else _as_levels(flow)
-    is_packed = isinstance(weight, PackedConv)
-    weights, biases = (weight[:2], (weight.bias, weight.packed_bias)) if is_packed else ([weight], (bias,))
+    if isinstance(weight, PackedConv):
+        weights, biases = weight[:2], (weight.bias, weight.packed_bias)
+    else:
+        weights, biases = [weight], (bias,)
     if not are_tensors(*levels, *flows, *weights, optional=(*biases, active)):
         return with_arrays(flow_conv2d, locals())
-    if active is not None and not is_packed:
+    if active is not None and not isinstance(weight, PackedConv):
         raise ValueError("flow_conv2d: active must be None unless weight is a PackedConv")
     algorithm_code("flow_conv2d", algorithm)
     single = isinstance(x, Tensor)
     if flow is not None and isinstance(flow, Tensor) != single:
         raise ValueError("flow_conv2d: flow must have the structure of x: both one tensor, or both a list of levels")
     levels, flows = [autocast(level) for level in levels], [autocast(level) for level in flows]
-    if is_packed:
+    if isinstance(weight, PackedConv):
         if bias is not None:
             raise ValueError("flow_conv2d: bias must be None when weight is a PackedConv, which has its own")
-        conv, weight, bias, algorithm = weight, weight.weight, weight.bias, weight.algorithm
-        code = algorithm_code("flow_conv2d", algorithm, *levels[:1])
+        conv, bias, algorithm, weight = weight, weight.bias, weight.algorithm, weight.weight
+        code = algorithm_code("flow_conv2d", algorithm, levels[0] if levels else None)
         if not needs_gradient([*levels, *flows, weight, bias]):
             call = (levels, flows, conv.packed, conv.packed_bias, weight.shape[0], bool(relu), code)
             outputs = _flow_conv2d_packed(*call) if active is None else _flow_conv2d_packed(*call, active)
@@ -155,7 +198,7 @@ def flow_conv2d(
             _check_active("flow_conv2d", active, levels)
             levels, flows = _only_active(levels, active), _only_active(flows, active)
     bias = None if bias is None else autocast(bias)
-    code = algorithm_code("flow_conv2d", algorithm, *levels[:1])
+    code = algorithm_code("flow_conv2d", algorithm, levels[0] if levels else None)
     outputs = _flow_conv2d(levels, flows, autocast(weight), bias, bool(relu), code) if levels else []
     outputs = outputs if active is None else _only_active(outputs, active)
     return outputs[0] if single else list(outputs)
@@ -244,7 +287,7 @@ def algorithm_code(op: str, algorithm: str, x: Tensor | None = None, without: st
     return _ALGORITHMS[algorithm]
 
 
-def _as_levels(x: Tensor | list[Tensor]) -> list[Tensor]:
+def _as_levels(x: Any) -> list[Any]:
     return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
@@ -254,12 +297,12 @@ def _may_use_tf32(x: Tensor) -> bool:
 
 def _allows_tf32() -> bool:
     """Return whether torch lets cuDNN round float32 convolutions to TF32."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # set by torch at import
 
 
 # The attribute that torch.compiler.assume_constant_result sets. Calling it would import torch's compiler, which takes a
 # second.
-_allows_tf32._dynamo_marked_constant = True
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch.compile
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:
@@ -397,10 +440,11 @@ def _relu_gradient(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tenso
 
 def _bias_gradient(gradients: list[Tensor]) -> Tensor:
     wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
-    return sum(gradient.sum((0, 2, 3), dtype=wide) for gradient in gradients).to(gradients[0].dtype)
+    total = cast("Tensor", sum(gradient.sum((0, 2, 3), dtype=wide) for gradient in gradients))
+    return total.to(gradients[0].dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, flow, weight, bias, ctx.relu, ctx.algorithm = inputs
     ctx.levels, ctx.flows, ctx.has_bias = len(x), len(flow), bias is not None
     saved = [weight, *x, *flow, *(output if ctx.relu else ())]
@@ -419,7 +463,7 @@ def _any_needed(needs: Any) -> bool:
     return any(map(_any_needed, needs)) if isinstance(needs, (list, tuple)) else bool(needs)
 
 
-def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
+def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple[Any, ...]:
     weight, x, flow, outputs = _saved(ctx)
     gradients = list(grad_outputs[0]) if isinstance(grad_outputs[0], (list, tuple)) else list(grad_outputs)
     if all(gradient is None for gradient in gradients):
@@ -451,7 +495,7 @@ def _with_zeros(tangents: Any, like: list[Tensor]) -> list[Tensor] | None:
     return [torch.zeros_like(level) if t is None else t for t, level in zip(tangents, like, strict=True)]
 
 
-def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
+def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple[Any, ...]:
     weight, x, flow, outputs = _saved(ctx)
     x_t, flow_t = _with_zeros(x_t, x), _with_zeros(flow_t, flow)
     terms = []
@@ -462,11 +506,11 @@ def _jvp(ctx: Any, x_t: Any, flow_t: Any, weight_t: Tensor | None, bias_t: Tenso
         terms.append(_flow_conv2d(x, flow, weight_t, bias_t, False, ctx.algorithm))
     elif bias_t is not None:
         terms.append([bias_t.view(-1, 1, 1).expand(t.shape[0], -1, t.shape[2], t.shape[3]) for t in x])
-    tangents = _sum_levels(*(list(term) for term in terms))
+    tangents = cast("list[Tensor]", _sum_levels(*(list(term) for term in terms)))
     return tuple(_relu_gradient(tangents, outputs) if ctx.relu else tangents)
 
 
-def _gradient_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, flow, grad_output, ctx.algorithm = inputs
     ctx.levels, ctx.flows = len(x), len(flow)
     ctx.save_for_backward(*x, *flow, *grad_output)
@@ -479,7 +523,7 @@ def _gradient_saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]
     return levels[: ctx.levels], levels[ctx.levels : ctx.levels + ctx.flows], levels[ctx.levels + ctx.flows :]
 
 
-def _gradient_backward(ctx: Any, needs: Any, grad_weight: Tensor) -> tuple:
+def _gradient_backward(ctx: Any, needs: Any, grad_weight: Tensor) -> tuple[Any, ...]:
     x, flow, gradients = _gradient_saved(ctx)
     grad_x = grad_gradients = None
     if grad_weight is None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,7 +148,8 @@ def pack_subnets(parameters: SubnetParameters, algorithm: str = "auto") -> Subne
     def pack(conv: Conv | None) -> PackedConv | None:
         return conv if conv is None or isinstance(conv, PackedConv) else pack_conv3x3(*conv, algorithm)
 
-    return parameters._replace(**{name: tuple(map(pack, getattr(parameters, name))) for name in _LISTS})
+    packed: dict[str, Any] = {name: tuple(map(pack, getattr(parameters, name))) for name in _LISTS}
+    return parameters._replace(**packed)
 
 
 def _pair(conv: Conv) -> tuple[Tensor, Tensor | None]:

@@ -104,11 +104,11 @@ def _(
     torch._check(input.dim() == 4, lambda: f"group_norm_relu: input must be (N, C, H, W), got {tuple(input.shape)}")
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
     size = (input.shape[1],)
-    by_channel = [input.new_empty(size, dtype=(input if t is None else t).dtype) for t in (weight, bias)]
-    return grad_input, *by_channel
+    grad_weight, grad_bias = (input.new_empty(size, dtype=(input if t is None else t).dtype) for t in (weight, bias))
+    return grad_input, grad_weight, grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     input, weight, bias, ctx.num_groups, ctx.eps, ctx.upsample = inputs
     ctx.save_for_backward(input, weight, bias, output[1])
     ctx.save_for_forward(input, weight, bias, output[1])
@@ -116,7 +116,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, needs: Any, grad_output: Tensor | None, _: None) -> tuple:
+def _backward(ctx: Any, needs: Any, grad_output: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad_output is None:
         return (None,) * 6
     input, weight, bias, statistics = ctx.saved_tensors
@@ -129,7 +129,7 @@ def _backward(ctx: Any, needs: Any, grad_output: Tensor | None, _: None) -> tupl
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=False)) + (None,) * 3
 
 
-def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple:
+def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> tuple[Any, ...]:
     input, weight, bias, _statistics = ctx.saved_tensors
     composed = _Composed(input, weight, bias, ctx.num_groups, ctx.eps, ctx.upsample)
     return composed.tangent(input_t, weight_t, bias_t), None

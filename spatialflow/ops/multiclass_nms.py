@@ -20,7 +20,7 @@ class Detections(NamedTuple):
     boxes: Tensor  # (B, D, 4), padded with 0
     scores: Tensor  # (B, D), padded with 0
     labels: Tensor  # (B, D) int64, classes, padded with -1
-    count: Tensor  # (B) int64, detections of each image
+    count: Tensor  # type: ignore[assignment]  # (B) int64, detections of each image; hides tuple.count
     indices: Tensor  # (B, D) int64, rows of the boxes that were given, padded with -1
 
 
@@ -118,7 +118,7 @@ def _(
     )
 
 
-def _vmap(info: Any, in_dims: tuple, boxes: Tensor, scores: Tensor, *settings: Any) -> tuple[Any, Any]:
+def _vmap(info: Any, in_dims: tuple[Any, ...], boxes: Tensor, scores: Tensor, *settings: Any) -> tuple[Any, Any]:
     """Fold the mapped dimension and the batch into one dimension for the call."""
     size = info.batch_size
     boxes, scores = (

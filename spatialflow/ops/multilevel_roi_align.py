@@ -190,7 +190,7 @@ def _(
 
 
 # The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
@@ -200,7 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.channels_last = is_channels_last(features[0])
 
 
-def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     (boxes,) = ctx.saved_tensors
     wanted = needs[0] if isinstance(needs[0], (list, tuple)) else [needs[0]] * len(ctx.heights)
     grads = None
@@ -230,14 +230,14 @@ def _jvp(ctx: Any, features: list[Tensor | None], *_: Any) -> Tensor | None:
     return _multilevel_roi_align(tangents, boxes, *ctx.settings)
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, boxes, *settings = inputs
     ctx.settings, ctx.sizes = settings[:6], settings[6:]
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
 
 
-def _backward_backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple:
+def _backward_backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple[Any, ...]:
     (boxes,) = ctx.saved_tensors
     grads = grad_outputs[0] if isinstance(grad_outputs[0], (list, tuple)) else grad_outputs
     grad = _multilevel_roi_align(list(grads), boxes, *ctx.settings) if needs[0] else None

@@ -26,7 +26,7 @@ class PanopticMergeOutput(NamedTuple):
     areas: Tensor  # (R) int64, pixels
     boxes: Tensor  # (R, 4) int64, x, y, width, height of the segment's pixels
     scores: Tensor  # (R) float32, 0 for stuff and unused rows
-    count: Tensor  # () int64, rows in use
+    count: Tensor  # type: ignore[assignment]  # () int64, rows in use; hides tuple.count
 
 
 @renamed_keywords(stuff_area_limit="stuff_area_threshold", box_threshold="box_overlap_threshold")

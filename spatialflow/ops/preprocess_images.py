@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def preprocess_images(
     if not are_tensors(*(images if isinstance(images, (list, tuple)) else [images])):
         return with_arrays(preprocess_images, locals())
     if not isinstance(images, (list, tuple)):
-        images, sizes = [images], [sizes]
+        images, sizes = [cast("Tensor", images)], [cast("tuple[int, int]", sizes)]
     if len(images) == 0:
         raise RuntimeError("preprocess_images: images must hold at least one image")
     sizes = items("preprocess_images", "sizes", sizes)

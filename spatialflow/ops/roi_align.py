@@ -118,8 +118,8 @@ class RoIAlign(nn.Module):
         )
 
 
-def _as_list(boxes: Tensor | list[Tensor]) -> list[Tensor]:
-    return boxes if isinstance(boxes, (list, tuple)) else [boxes]
+def _as_list(x: Any) -> list[Any]:
+    return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _(
 
 
 # The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
@@ -187,7 +187,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.channels_last = is_channels_last(input)
 
 
-def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     (boxes,) = ctx.saved_tensors
     if not needs[0]:
         return (None,) * 7
@@ -201,13 +201,13 @@ def _jvp(ctx: Any, input: Tensor | None, *_: Any) -> Tensor | None:
     return None if input is None else _roi_align(input, boxes, *ctx.settings)
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _grad_output, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
 
 
-def _backward_backward(ctx: Any, needs: Any, grad_grad_input: Tensor) -> tuple:
+def _backward_backward(ctx: Any, needs: Any, grad_grad_input: Tensor) -> tuple[Any, ...]:
     (boxes,) = ctx.saved_tensors
     grad = _roi_align(grad_grad_input, boxes, *ctx.settings[:5]) if needs[0] else None
     return (grad,) + (None,) * 12

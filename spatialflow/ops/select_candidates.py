@@ -132,7 +132,7 @@ def _(
     return first.new_empty((*rows, 4), dtype=dtype), first.new_empty((*rows, first.shape[1] // anchors), dtype=dtype)
 
 
-def _vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """Fold the mapped dimension and the batch into one dimension for the call."""
     class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level = args
     if in_dims[2] is not None:

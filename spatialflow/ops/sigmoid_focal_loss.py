@@ -101,13 +101,13 @@ def _(factor: Tensor, logits: Tensor, labels: Tensor, gamma: float, alpha: float
 
 # The loss of an element depends on one logit, so the Jacobian is diagonal. Gradients and tangents are both products
 # with the derivative, which is a separate operator: factor * (order-th derivative).
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, labels, *ctx.settings = inputs
     ctx.save_for_backward(logits, labels)
     ctx.save_for_forward(logits, labels)
 
 
-def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     logits, labels = ctx.saved_tensors
     grad = _derivative(grad_output, logits, labels, *ctx.settings, 1) if needs[0] else None
     return grad, None, None, None
@@ -126,13 +126,13 @@ def _sum_jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
     return _derivative(tangent, logits, labels, *ctx.settings, 1).sum(dtype=wide)
 
 
-def _derivative_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _derivative_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     factor, logits, labels, *ctx.settings, ctx.order = inputs
     ctx.save_for_backward(factor, logits, labels)
     ctx.save_for_forward(factor, logits, labels)
 
 
-def _derivative_backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple:
+def _derivative_backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     factor, logits, labels = ctx.saved_tensors
     by_factor = by_logits = None
     if needs[0]:

@@ -2,16 +2,22 @@
 """The order in which the stages and flows of the four sub-networks run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 Feature = TypeVar("Feature")
 """A feature map of one level, or a list of maps of several levels."""
 
 
+class Lists(Protocol):
+    """Lists of convolutions by the name of a sub-network: a mapping or an `nn.ModuleDict`."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+
 def run_subnets(
     features: Mapping[str, Feature],
-    stages: Mapping[str, Sequence[Any]],
-    flows: Mapping[str, Sequence[Any]],
+    stages: Lists,
+    flows: Lists,
     source: str,
     run_stage: Callable[[Any, Any, Feature, Feature, Feature | None], Feature],
     run_flow: Callable[[Any, Feature, Feature], Feature],

@@ -67,7 +67,8 @@ def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLi
         panoptic_folder: folder of the PNGs.
     """
     things = {row["id"] for row in content["categories"] if row["isthing"]}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for annotation in content["annotations"]:
         id_map = read_id_map(Path(panoptic_folder) / annotation["file_name"])
         extent_by_id = extents(id_map)

@@ -153,7 +153,8 @@ def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, 
         kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
         return (cv2.erode(values, kernel) == values) & (cv2.dilate(values, kernel) == values)
 
-    values = slots.astype(np.uint16 if len(palette) < 2**16 else np.float32)  # dtypes that cv2.erode supports
+    dtype = np.uint16 if len(palette) < 2**16 else np.float32  # cv2.erode supports both
+    values: np.ndarray = slots.astype(dtype)
     width = _line_width(slots.shape)
     shown = listed.take(slots)
     pixels, numbers = picture.reshape(-1, 3), slots.ravel()

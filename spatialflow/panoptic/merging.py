@@ -159,7 +159,7 @@ def segment_list(
     return segments
 
 
-def _category(categories: Sequence | np.ndarray | Mapping, label: int, is_thing: int) -> int:
+def _category(categories: Sequence[Any] | np.ndarray | Mapping[Any, Any], label: int, is_thing: int) -> int:
     try:
         if isinstance(categories, Mapping) or label >= 0:
             return int(categories[label])

@@ -81,7 +81,7 @@ def encode_png(colors: np.ndarray) -> bytes:
     return _SIGNATURE + b"".join(_chunk(kind, content) for kind, content in parts)
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
+def _chunk(kind: bytes, content: bytes | bytearray) -> bytes:
     checksum = zlib.crc32(content, zlib.crc32(kind))
     return b"".join((struct.pack(">I", len(content)), kind, content, struct.pack(">I", checksum)))
 
@@ -107,12 +107,13 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
 def _compressed_pixels(data: bytes) -> bytes:
     """The content of all IDAT chunks."""
     view = memoryview(data)
-    parts, at = [], _HEADER_END
+    parts: list[memoryview] = []
+    at = _HEADER_END
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(view[at : at + 4], "big")
         if end + 4 > len(data):
             raise ValueError("damaged PNG: a chunk is longer than the file")
-        kind = view[at + 4 : at + 8]
+        kind = data[at + 4 : at + 8]
         if kind in (b"IDAT", b"IEND"):
             if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
                 raise ValueError("damaged PNG: a checksum does not match")

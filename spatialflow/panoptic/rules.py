@@ -7,7 +7,7 @@
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -298,9 +298,15 @@ def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -
 
 
 _INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
-_NUMBER = (int, float, np.integer)
+_NUMBER: tuple[Any, ...] = (int, float, np.integer)
 _ID = _INTEGER + _TEXT
-_KINDS = {_INTEGER: "an integer", _TEXT: "a string", _LIST: "a list", _ID: "an integer or a string", _FLAG: "0 or 1"}
+_KINDS: dict[tuple[type, ...], str] = {
+    _INTEGER: "an integer",
+    _TEXT: "a string",
+    _LIST: "a list",
+    _ID: "an integer or a string",
+    _FLAG: "0 or 1",
+}
 
 
 def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tuple[str, Any] | None:
@@ -385,7 +391,7 @@ def pixel_problems(
             says = f" has area {area} in the JSON and {pixels} pixels in the PNG"
             yield _of_segment("area-pixels", image, number, area, says)
         if isinstance(extent, Extent) and contradicts(box, extent):
-            yield _of_segment("bbox-pixels", image, number, box, _box_text(box, extent))
+            yield _of_segment("bbox-pixels", image, number, box, _box_text(cast("Sequence[float]", box), extent))
     for number in pixels_by_id:
         if number not in listed:
             yield _of_segment("no-segment", image, number, number, " is in the PNG and not in the JSON")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from spatialflow.panoptic.extents import extents
 from spatialflow.panoptic.formats import load_json, read_id_map
@@ -116,7 +116,9 @@ def _image_problems(
     try:
         id_map = read_id_map(folder / annotation["file_name"])
     except PanopticFormatError as error:
-        problems.append(Problem(error.rule, f"image {image}: {error}", image, value=annotation["file_name"]))
+        problems.append(
+            Problem(cast("str", error.rule), f"image {image}: {error}", image, value=annotation["file_name"])
+        )
     else:
         size = (id_map.shape[1], id_map.shape[0])
         problems += pixel_problems(annotation["segments_info"], image, extents(id_map), unusable)

@@ -78,7 +78,8 @@ def earlier_files(json_path: Path, info: Mapping[str, Any]) -> tuple[list[Path],
     An empty file counts as neither. A power failure may leave a part of a journal's beginning.
     """
     beginning = _beginning(info).encode()
-    own, others = [], []
+    own: list[Path] = []
+    others: list[Path] = []
     for path in (json_path, _journal_path(json_path)):
         if os.path.isfile(path):
             with open(path, "rb") as stream:
@@ -159,7 +160,7 @@ class PanopticWriter:
         self._writing: dict[tuple[str, int | str], str] = {}  # the same for images without a row yet
         self._lock = threading.Lock()  # for the four above and the journal
         of_categories = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
-        about = {} if info is None else {"info": info}
+        about: dict[str, Any] = {} if info is None else {"info": info}
         about |= {"category table": of_categories, "settings": {**(settings or {})}}
         self._journal = Journal(_journal_path(self.json_path), about, named=resume)
         if resume:
@@ -352,10 +353,11 @@ class PanopticWriter:
 
     def _forget(self, name: str | None) -> None:
         """Remove an image that another one replaces."""
-        entry = self._entries.pop(name, None)
-        if entry is not None:
-            for key in (("id", entry.image_id), ("PNG", entry.png_name), ("name", name)):
-                del self._taken[key]
+        if name is None or name not in self._entries:
+            return
+        entry = self._entries.pop(name)
+        for key in (("id", entry.image_id), ("PNG", entry.png_name), ("name", name)):
+            del self._taken[key]
 
     def _check_free(self, row: Mapping[str, Any]) -> None:
         for key in _keys(row):
@@ -406,6 +408,6 @@ def _write_list(stream: IO[str], items: Iterable[Any]) -> None:
     stream.write("]")
 
 
-def _sync(stream: IO) -> None:
+def _sync(stream: IO[Any]) -> None:
     stream.flush()
     os.fsync(stream.fileno())

@@ -89,7 +89,7 @@ class Canvas:
 
     def finish(self, rng: np.random.Generator) -> Scene:
         """Apply tint, blur and grain, and turn segments below `SMALLEST_SHARE` into void."""
-        image = self.image * rng.uniform(0.88, 1.08, 3).astype(np.float32) * rng.uniform(0.85, 1.12)
+        image: np.ndarray = self.image * rng.uniform(0.88, 1.08, 3).astype(np.float32) * rng.uniform(0.85, 1.12)
         image = cv2.GaussianBlur(image, (3, 3), 0.55)
         image += rng.normal(0, rng.uniform(1.5, 5), image.shape).astype(np.float32)
         smallest = max(int(SMALLEST_SHARE * self.ids.size), 4)
@@ -107,7 +107,7 @@ class Canvas:
 
 def shade(base: Color, noise: np.ndarray, amount: float) -> np.ndarray:
     """(H, W, 3) float32: a color modulated by noise (H, W)."""
-    return np.float32(base) * (1 + amount * noise[..., None])
+    return np.array(base, np.float32) * (1 + amount * noise[..., None])
 
 
 def vary_color(rng: np.random.Generator, base: Color, amount: float = 0.12) -> Color:
@@ -153,7 +153,7 @@ class Brush:
         if texture:
             light = light * (1 + texture * np.sin(columns * 1.7 + 3 * np.sin(rows * 0.9)) * np.sin(rows * 1.3))
         inside = mask.astype(bool)
-        canvas.image[window][inside] = np.float32(color) * light[inside][:, None]
+        canvas.image[window][inside] = np.array(color, np.float32) * light[inside][:, None]
         canvas.ids[window][inside] = self.segment
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, color: Color, texture: float = 0.0) -> None:

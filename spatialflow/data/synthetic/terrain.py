@@ -36,10 +36,13 @@ def _nearness(canvas: Canvas) -> np.ndarray:
 def _draw_sky(canvas: Canvas, rng: np.random.Generator, segment: int) -> None:
     """Fill the canvas with a color gradient from the zenith to the horizon, and clouds."""
     below = np.clip(canvas.rows / canvas.horizon, 0, 1)[..., None]
-    zenith, haze = np.float32(vary_color(rng, (215, 150, 90))), np.float32(vary_color(rng, (235, 215, 190), 0.06))
+    zenith, haze = (
+        np.array(vary_color(rng, (215, 150, 90)), np.float32),
+        np.array(vary_color(rng, (235, 215, 190), 0.06), np.float32),
+    )
     clouds = np.clip(canvas.noise(rng, canvas.unit * 0.45, 5, stretch=2.2) - rng.uniform(-0.1, 0.5), 0, 1)[..., None]
     sky = zenith + (haze - zenith) * below
-    canvas.paint(np.ones(canvas.ids.shape, bool), sky + (np.float32((248, 246, 244)) - sky) * clouds, segment)
+    canvas.paint(np.ones(canvas.ids.shape, bool), sky + (np.array((248, 246, 244), np.float32) - sky) * clouds, segment)
 
 
 def _draw_mountains(canvas: Canvas, rng: np.random.Generator, segment: int) -> None:
@@ -52,7 +55,7 @@ def _draw_mountains(canvas: Canvas, rng: np.random.Generator, segment: int) -> N
         color = shade(vary_color(rng, (128 - 14 * layer, 112 - 12 * layer, 104 - 14 * layer)), rock, 0.22)
         below_top = canvas.rows - top
         snow = (below_top < canvas.height * (0.03 + 0.015 * rock)) & (top < canvas.horizon * 0.72)
-        color[snow] = np.float32((235, 232, 228))
+        color[snow] = np.array((235, 232, 228), np.float32)
         canvas.paint((canvas.rows >= top) & (canvas.rows < canvas.horizon), color, segment)
 
 
@@ -102,5 +105,5 @@ def _draw_road(canvas: Canvas, rng: np.random.Generator, segment: int) -> None:
     asphalt = shade(vary_color(rng, (104, 102, 104)), canvas.noise(rng, canvas.unit * 0.03, 2), 0.1)
     dashes = (np.abs(offset) < half_width * 0.05) & (np.sin(14 / (near + 0.12)) > 0)
     side_lines = np.abs(np.abs(offset) - half_width * 0.9) < half_width * 0.04
-    asphalt[dashes | side_lines] = np.float32((225, 228, 230))
+    asphalt[dashes | side_lines] = np.array((225, 228, 230), np.float32)
     canvas.paint((np.abs(offset) < half_width) & _ground(canvas), asphalt, segment)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The things of synthetic scenes: houses, trees, cars, persons, boats and balloons."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from spatialflow.data.synthetic.canvas import Brush, Canvas, vary_color
+from spatialflow.data.synthetic.canvas import Brush, Canvas, Color, vary_color
 
 
 def _draw_house(canvas: Canvas, rng: np.random.Generator, x: float, y: float, size: float) -> None:
@@ -43,7 +43,7 @@ def _draw_tree(canvas: Canvas, rng: np.random.Generator, x: float, y: float, siz
         for level in range(3):
             low, width = 0.2 + 0.22 * level, 0.32 - 0.08 * level
             brush.polygon(
-                [(-width, low), (width, low), (0, low + 0.38)], tuple(c * (0.85 + 0.12 * level) for c in leaves), 0.16
+                [(-width, low), (width, low), (0, low + 0.38)], _color(c * (0.85 + 0.12 * level) for c in leaves), 0.16
             )
         return
     for _ in range(int(rng.integers(5, 9))):
@@ -53,7 +53,7 @@ def _draw_tree(canvas: Canvas, rng: np.random.Generator, x: float, y: float, siz
             0.66 + radius * np.sin(angle),
             rng.uniform(0.14, 0.21),
             rng.uniform(0.12, 0.19),
-            tuple(c * rng.uniform(0.85, 1.15) for c in leaves),
+            _color(c * rng.uniform(0.85, 1.15) for c in leaves),
             0.18,
         )
 
@@ -115,7 +115,7 @@ def _draw_boat(canvas: Canvas, rng: np.random.Generator, x: float, y: float, siz
     brush.polygon([(-0.02, 0.1), (0.02, 0.1), (0.02, 1.0), (-0.02, 1.0)], (60, 80, 100))
     sail = vary_color(rng, ((235, 240, 242), (120, 180, 240), (90, 90, 215))[rng.integers(3)], 0.05)
     brush.polygon([(0.04, 0.26), (0.5, 0.26), (0.04, 0.98)], sail)
-    brush.polygon([(-0.04, 0.28), (-0.34, 0.28), (-0.04, 0.88)], tuple(c * 0.93 for c in sail))
+    brush.polygon([(-0.04, 0.28), (-0.34, 0.28), (-0.04, 0.88)], _color(c * 0.93 for c in sail))
     brush.polygon(
         [(-0.62, 0.22), (0.66, 0.22), (0.48, -0.02), (-0.48, -0.02)],
         vary_color(rng, ((40, 60, 140), (120, 70, 40), (60, 60, 60))[rng.integers(3)]),
@@ -144,6 +144,11 @@ _KINDS = (
 """The things that stand on the ground. The order decides which random numbers a scene uses."""
 
 
+def _color(channels: Iterable[float]) -> Color:
+    blue, green, red = channels
+    return blue, green, red
+
+
 def draw_things(canvas: Canvas, rng: np.random.Generator) -> None:
     """Draw balloons, then the things on the ground from far to near, each on a kind of ground that it may stand on."""
     span = canvas.height - canvas.horizon
@@ -158,10 +163,10 @@ def draw_things(canvas: Canvas, rng: np.random.Generator) -> None:
             x, y = canvas.width * rng.uniform(0.05, 0.95), rng.uniform(0.75, 1.0) * canvas.horizon
             _draw_balloon(canvas, rng, x, y, size)
     for row, _, kind in sorted(requests, key=lambda request: request[:2]):
-        x = _find_column(canvas, rng, row, kind.ground)
-        if x is not None:
+        column = _find_column(canvas, rng, row, kind.ground)
+        if column is not None:
             height = canvas.unit * kind.height * (0.2 + 0.9 * canvas.depth(row)) * rng.uniform(0.85, 1.15)
-            kind.draw(canvas, rng, x, row, height)
+            kind.draw(canvas, rng, column, row, height)
 
 
 def _find_column(canvas: Canvas, rng: np.random.Generator, row: float, ground: frozenset[str]) -> float | None:

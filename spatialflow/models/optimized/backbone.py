@@ -2,7 +2,7 @@
 """Backbone and FPN for inference."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from spatialflow import __version__
 from spatialflow.models.fpn import FPN
 from spatialflow.models.optimized.layers import FusedConv, PackedModule, optimize_conv, pack
 from spatialflow.models.resnet import Bottleneck, ResNet
-from spatialflow.ops import flow_conv2d
+from spatialflow.ops import PackedConv, flow_conv2d
 
 
 class FusedStem(FusedConv):
@@ -30,7 +30,7 @@ class FusedStem(FusedConv):
             missing = -self.weight.shape[1] % (16 // self.weight.element_size())
             self.weight = _pad_channels(self.weight, missing)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # the stem has no residual sum
         """Convolve the images, of any layout."""
         x = images.contiguous(memory_format=torch.channels_last)
         return super().forward(_pad_channels(x, self.weight.shape[1] - x.shape[1]))
@@ -55,10 +55,11 @@ class FusedBottleneck(nn.Module):
         self.conv1 = FusedConv(block.conv1, relu=True)
         self.conv2 = optimize_conv(block.conv2, relu=True)
         self.conv3 = FusedConv(block.conv3, relu=True)
-        self.downsample = None
+        self.downsample: FusedConv | None = None
         if block.downsample is not None:
-            self.downsample = FusedConv(block.downsample[0])
-            self.conv3.bias = self.conv3.bias + self.downsample.bias  # saves a pass: both biases enter the sum
+            self.downsample = FusedConv(cast("nn.Conv2d", block.downsample[0]))
+            # Saves a pass: both biases enter the sum.
+            self.conv3.bias = cast("Tensor", self.conv3.bias) + cast("Tensor", self.downsample.bias)
             self.downsample.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class FusedResNet(nn.Module):
                 f"an optimized network was pickled by spatialflow {version}, and this is {__version__}: make it again "
                 f"from its checkpoint, by optimize_for_inference or Predictor"
             )
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
 
 
 class PackedFPN(PackedModule):
@@ -115,9 +116,11 @@ class PackedFPN(PackedModule):
         fpn: the plain FPN.
     """
 
+    packed: list[PackedConv]
+
     def __init__(self, fpn: FPN) -> None:
-        super().__init__([pack(conv) for conv in fpn.output])
-        self.lateral = nn.ModuleList(map(FusedConv, fpn.lateral))
+        super().__init__([pack(cast("nn.Conv2d", conv)) for conv in fpn.output])
+        self.lateral = nn.ModuleList(FusedConv(cast("nn.Conv2d", conv)) for conv in fpn.lateral)
         self.p6, self.p7 = FusedConv(fpn.p6), FusedConv(fpn.p7)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:

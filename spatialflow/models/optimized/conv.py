@@ -10,7 +10,7 @@ followed by elementwise operators.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,9 +74,9 @@ def fused_conv2d(
     return y.relu_() if relu else y
 
 
-def _cast(name: str, x: Tensor, weight: Tensor, *optional: Tensor | None) -> list[Tensor | None]:
+def _cast(name: str, x: Tensor, weight: Tensor, *optional: Tensor | None) -> list[Any]:
     """Cast all tensors as autocast does; RuntimeError if dtype or device of `x` and `weight` still differ."""
-    cast = [tensor if tensor is None else autocast(tensor) for tensor in (x, weight, *optional)]
+    cast: list[Any] = [tensor if tensor is None else autocast(tensor) for tensor in (x, weight, *optional)]
     if cast[0].dtype != cast[1].dtype or cast[0].device != cast[1].device:
         raise RuntimeError(
             f"{name}: x must be {weight.dtype} on {weight.device}, as the weight is, got {x.dtype} on {x.device}"
@@ -102,7 +102,7 @@ def _runs_conv1x1_kernel(device: torch.device) -> bool:
 
 
 # Set here as torch.compiler.assume_constant_result does, because that function imports torch's compiler: a second.
-_runs_conv1x1_kernel._dynamo_marked_constant = True
+_runs_conv1x1_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch.compile
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def _is_built_for(device: torch.device) -> bool:
 
 def _has_onednn_epilogue(x: Tensor) -> bool:
     return (
-        _HAS_ONEDNN
+        _HAS_ONEDNN  # type: ignore[return-value]  # torch annotates `enabled` by the class of its descriptor
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.enabled
@@ -131,8 +131,8 @@ def _run_onednn(
 ) -> Tensor:
     arguments = (shape.padding, shape.stride, (1, 1), shape.groups)
     if residual is None:
-        activation = "relu" if relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, activation, [], "")
+        alone = "relu" if relu else "none"
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, alone, [], "")
     activation = "relu" if relu else None
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         residual, x, weight, bias, *arguments, "add", 1.0, activation, [], ""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Task heads for inference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from spatialflow.models.heads import BoxHead, ConvNormUp, StuffHead, ThingHead, upsample
 from spatialflow.models.optimized.conv import linear_relu
 from spatialflow.models.optimized.layers import FusedConv, PackedConv3x3, PackedModule, pack
-from spatialflow.ops import flow_conv2d, group_norm_relu
+from spatialflow.ops import PackedConv, flow_conv2d, group_norm_relu
 
 
 class PackedBoxHead(PackedModule):
@@ -18,6 +19,8 @@ class PackedBoxHead(PackedModule):
     Args:
         head: the plain head.
     """
+
+    packed: list[PackedConv]
 
     def __init__(self, head: BoxHead) -> None:
         super().__init__([pack(head.class_logits), pack(head.box_deltas)])
@@ -39,16 +42,19 @@ class PackedThingHead(ThingHead):
         head: the plain head.
     """
 
+    weight: Tensor
+    bias: Tensor
+
     rois_at_once = 32
     """RoIs per chunk on the CPU. Keeps the widest intermediate, 4 pixels x channels per input pixel, near the cache."""
 
     def __init__(self, head: ThingHead) -> None:
         nn.Module.__init__(self)
-        self.convs = nn.ModuleList(PackedConv3x3(conv, relu=True) for conv in head.convs)
+        self.convs = nn.ModuleList(PackedConv3x3(cast("nn.Conv2d", conv), relu=True) for conv in head.convs)
         self.logits = head.logits
         weight = head.upsample.weight.detach().permute(2, 3, 1, 0)  # (2, 2, O, I)
         self.register_buffer("weight", weight.flatten(0, 2).contiguous(), persistent=False)  # (4*O, I)
-        self.register_buffer("bias", head.upsample.bias.detach().repeat(4), persistent=False)
+        self.register_buffer("bias", cast("Tensor", head.upsample.bias).detach().repeat(4), persistent=False)
 
     def forward(self, roi_features: Tensor, labels: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """Compute the mask logits of RoIs, see `ThingHead.forward`."""
@@ -57,10 +63,11 @@ class PackedThingHead(ThingHead):
             x = conv(x, active=active)
         k, c, h, w = x.shape
         pixels = x.permute(0, 2, 3, 1).reshape(k, h * w, c)
+        bias = cast("Tensor", self.logits.bias)
         if labels is None:
-            weight, bias = self.logits.weight.flatten(1).t(), self.logits.bias
+            weight = self.logits.weight.flatten(1).t()
         else:
-            weight, bias = self.logits.weight[labels].flatten(1)[..., None], self.logits.bias[labels][:, None, None]
+            weight, bias = self.logits.weight[labels].flatten(1)[..., None], bias[labels][:, None, None]
         step = self.rois_at_once if x.device.type == "cpu" else max(k, 1)
         parts = []
         for i in range(0, k, step):
@@ -90,9 +97,9 @@ class PackedStuffHead(StuffHead):
         nn.Module.__init__(self)
         self.blocks = nn.ModuleList(
             nn.Sequential(*(PackedConvNorm(block, upsample=block is not branch[-1]) for block in branch))
-            for branch in head.blocks
+            for branch in cast("Iterable[Any]", head.blocks)
         )
-        self.logits = FusedConv(head.logits)
+        self.logits = cast("nn.Conv2d", FusedConv(head.logits))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the logits at stride 4."""
@@ -112,6 +119,9 @@ class PackedConvNorm(nn.Module):
         block: the plain block.
         upsample: whether to upsample.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, block: ConvNormUp, upsample: bool) -> None:
         super().__init__()

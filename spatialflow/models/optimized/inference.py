@@ -6,6 +6,7 @@ buffers instead of parameters. The plain modules are the reference implementatio
 """
 
 import copy
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def optimize_for_inference(
         its weights raise a RuntimeError.
     """
     with torch.no_grad():
-        source = copy.deepcopy(model).to(device)
+        source: Any = copy.deepcopy(model).to(device)  # its parts are of the plain classes
         fold_norms(source.backbone)
         source.to(dtype)
         fast = SpatialFlow(

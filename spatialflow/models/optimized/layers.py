@@ -2,12 +2,12 @@
 """Convolutions for inference: bias, residual sum and ReLU fused, weights packed once, buffers instead of parameters."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from spatialflow.models.deform import OFFSETS, FlowOffsetDeformConv2d, SelfOffsetDeformConv2d
+from spatialflow.models.deform import OFFSETS, FlowOffsetDeformConv2d, Geometry, SelfOffsetDeformConv2d
 from spatialflow.models.optimized.conv import Shape, fused_conv2d
 from spatialflow.ops import (
     PackedConv,
@@ -31,13 +31,17 @@ class FusedConv(nn.Module):
         relu: whether a ReLU follows (after the residual sum, where there is one).
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, conv: nn.Conv2d, relu: bool = False) -> None:
         super().__init__()
         weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         self.register_buffer("bias", bias, persistent=False)
-        self.shape, self.relu = Shape(conv.stride, conv.padding, conv.groups), relu
+        stride, padding, _ = cast("Geometry", (conv.stride, conv.padding, conv.dilation))
+        self.shape, self.relu = Shape(stride, padding, conv.groups), relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolve `x`, (N, C, H, W); `residual`, (N, O, H', W'), may be overwritten."""
@@ -69,7 +73,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         """Apply `fn` to every tensor of the module; `.to`, `.cuda`, `.half` and the like call this method."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         self.packed = _apply_to_packed(self.packed, fn)
         return self
 
@@ -94,6 +98,8 @@ class PackedConv3x3(PackedModule):
         relu: whether a ReLU follows.
     """
 
+    packed: PackedConv
+
     def __init__(self, conv: nn.Conv2d, relu: bool = False) -> None:
         super().__init__(pack(conv))
         self.relu = relu
@@ -113,10 +119,12 @@ class PackedFlowOffsetDeformConv2d(PackedModule):
         relu: whether a ReLU follows.
     """
 
+    packed: PackedDeformConv
+
     def __init__(self, conv: nn.Conv2d, relu: bool = False) -> None:
         bias = None if conv.bias is None else conv.bias.detach()
         super().__init__(pack_deform_conv2d(conv.weight.detach(), bias, conv.groups))
-        self.geometry, self.relu = (conv.stride, conv.padding, conv.dilation), relu
+        self.geometry, self.relu = cast("Geometry", (conv.stride, conv.padding, conv.dilation)), relu
 
     def forward(self, x: Levels, prediction: Levels) -> Levels:
         """Convolve `x` at the points that `prediction`, offsets and mask logits, gives."""

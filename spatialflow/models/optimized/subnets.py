@@ -2,12 +2,13 @@
 """Sub-networks for inference."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from spatialflow.models.optimized.layers import PackedFlowOffsetDeformConv2d, PackedModule, optimize_conv, pack
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures, Subnets
-from spatialflow.ops import fused_subnets
+from spatialflow.ops import SubnetParameters, fused_subnets
 from spatialflow.ops.subnet_schedule import run_subnets
 
 
@@ -24,6 +25,8 @@ class FusedSubnets(PackedModule):
     Args:
         subnets: the plain sub-networks.
     """
+
+    packed: SubnetParameters
 
     def __init__(self, subnets: Subnets) -> None:
         super().__init__(subnets.fused_parameters(pack))
@@ -47,7 +50,10 @@ class PackedSubnets(nn.Module):
         self.source = subnets.source
         self.stages, self.flows = (
             nn.ModuleDict(
-                {name: nn.ModuleList(optimize_conv(conv, relu) for conv in convs) for name, convs in lists.items()}
+                {
+                    name: nn.ModuleList(optimize_conv(cast("nn.Conv2d", conv), relu) for conv in convs)
+                    for name, convs in lists.items()
+                }
             )
             for lists, relu in ((subnets.stages(), True), (subnets.flows(), False))
         )

@@ -6,12 +6,13 @@ On the CPU BatchNorm of fixed statistics is folded into the convolutions. Featur
 
 import copy
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatialflow.models.deform import SelfOffsetDeformConv2d, split_offsets
+from spatialflow.models.deform import Geometry, SelfOffsetDeformConv2d, split_offsets
 from spatialflow.models.heads import BoxHead, StuffHead, upsample
 from spatialflow.models.optimized.layers import is_3x3
 from spatialflow.models.resnet import Bottleneck, ResNet
@@ -39,7 +40,8 @@ class FoldedConv(nn.Module):
         conv, (weight, bias) = self.conv, self._fold()
         if self.offsets is not None:
             offset, mask = split_offsets(self.offsets(x))
-            y = deform_conv2d(x, offset, weight, bias, conv.stride, conv.padding, conv.dilation, mask)
+            geometry = cast("Geometry", (conv.stride, conv.padding, conv.dilation))
+            y = deform_conv2d(x, offset, weight, bias, *geometry, mask)
         elif is_3x3(conv):
             return flow_conv2d(x, None, weight, bias, self.relu)
         else:
@@ -50,8 +52,9 @@ class FoldedConv(nn.Module):
         """Fold the norm into weight and bias; gradients reach the parameters of both modules."""
         if self.norm is None:
             return self.conv.weight, self.conv.bias
-        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-        return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
+        mean, variance = cast("tuple[Tensor, Tensor]", (self.norm.running_mean, self.norm.running_var))
+        scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
+        return self.conv.weight * scale[:, None, None, None], self.norm.bias - mean * scale
 
 
 class TrainingBottleneck(nn.Module):
@@ -143,11 +146,13 @@ class TrainingStuffHead(StuffHead):
 
     def __init__(self, head: StuffHead, on_cuda: bool = False) -> None:
         nn.Module.__init__(self)
-        self.blocks, self.logits = head.blocks if on_cuda else replace_modules(head.blocks), head.logits
+        self.blocks = head.blocks if on_cuda else cast("nn.ModuleList", replace_modules(head.blocks))
+        self.logits = head.logits
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the logits at stride 4."""
         total = None
+        branch: Any
         for branch, x in zip(self.blocks, features, strict=True):
             for i, block in enumerate(branch):
                 norm = block.norm
@@ -195,10 +200,10 @@ def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
         input should be channels-last.
     """
     if next(model.parameters()).device.type == "cpu":
-        return replace_modules(model)
-    model.to(memory_format=torch.channels_last)
+        return cast("SpatialFlow", replace_modules(model))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # documented, but without a stub
     shallow = copy.copy(model)
-    shallow._modules = {**model._modules, "box_head": TrainingBoxHead(model.box_head, on_cuda=True)}
+    shallow._modules = {**model._modules, "box_head": TrainingBoxHead(cast("BoxHead", model.box_head), on_cuda=True)}
     if model.stuff_head is not None:
-        shallow._modules["stuff_head"] = TrainingStuffHead(model.stuff_head, on_cuda=True)
+        shallow._modules["stuff_head"] = TrainingStuffHead(cast("StuffHead", model.stuff_head), on_cuda=True)
     return shallow

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +27,9 @@ def deform_conv2d(
 
     `algorithm` is accepted and ignored.
     """
-    stride, padding, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+    (stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x) = (
+        (v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)
+    )
     n, channels, height, width = input.shape
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     taps = kernel_h * kernel_w
@@ -36,10 +40,10 @@ def deform_conv2d(
 
     offset = offset.to(real).reshape(n, offset_groups, taps, 2, out_h, out_w)
     tap = torch.arange(taps, device=input.device)
-    oy = torch.arange(out_h, device=input.device) * stride[0] - padding[0]
-    ox = torch.arange(out_w, device=input.device) * stride[1] - padding[1]
-    y = (oy[:, None] + (tap // kernel_w * dilation[0])[:, None, None]).to(real) + offset[:, :, :, 0]
-    x = (ox + (tap % kernel_w * dilation[1])[:, None, None]).to(real) + offset[:, :, :, 1]  # (N, G, taps, H_out, W_out)
+    oy = torch.arange(out_h, device=input.device) * stride_y - padding_y
+    ox = torch.arange(out_w, device=input.device) * stride_x - padding_x
+    y = (oy[:, None] + (tap // kernel_w * dilation_y)[:, None, None]).to(real) + offset[:, :, :, 0]
+    x = (ox + (tap % kernel_w * dilation_x)[:, None, None]).to(real) + offset[:, :, :, 1]  # (N, G, taps, H_out, W_out)
 
     sampled = (y >= -1) & (y < height) & (x >= -1) & (x < width)  # False for NaN
     if mask is not None:
@@ -52,7 +56,7 @@ def deform_conv2d(
 
     planes = input.to(real).reshape(n, offset_groups, channels // offset_groups, height * width)
     planes = F.pad(planes, (0, 1))  # one more cell, for positions outside the map
-    columns = 0
+    columns: Any = 0  # a Tensor after the first corner
     for corner_y, weight_y in ((low_y, 1 - (y - low_y)), (low_y + 1, y - low_y)):
         for corner_x, weight_x in ((low_x, 1 - (x - low_x)), (low_x + 1, x - low_x)):
             inside = sampled & (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)

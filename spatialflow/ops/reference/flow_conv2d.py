@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,10 +26,10 @@ def flow_conv2d(
     if not isinstance(x, Tensor):
         flows = [None] * len(x) if flow is None else flow
         return [
-            flow_conv2d(level, of_level, weight, bias, relu, algorithm, active)
+            cast("Tensor", flow_conv2d(level, of_level, weight, bias, relu, algorithm, active))
             for level, of_level in zip(x, flows, strict=True)
         ]
-    total = x if flow is None else x + flow
+    total = x if flow is None else x + cast("Tensor", flow)
     if active is not None:
         active = active[:, None, None, None]
         total = torch.where(active, total, 0)

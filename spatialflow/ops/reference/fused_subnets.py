@@ -44,9 +44,9 @@ def _one_level(p: Tensor, parameters: Any, segmentation: bool) -> tuple[Tensor, 
     return f["cls"], f["reg"], f["stuff"], thing
 
 
-def _stage(x: Tensor, convs: Sequence, s: int) -> Tensor:
+def _stage(x: Tensor, convs: Sequence[Any], s: int) -> Tensor:
     return conv3x3(x, *convs[s]).relu() if s < len(convs) else x
 
 
-def _plus(x: Tensor, convs: Sequence, s: int, source: Tensor) -> Tensor:
+def _plus(x: Tensor, convs: Sequence[Any], s: int, source: Tensor) -> Tensor:
     return x + conv3x3(source, *convs[s]) if s < len(convs) and convs[s] is not None else x

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -50,12 +51,11 @@ def panoptic_merge(
         free = (stuff == label) & (id_map == 0)  # (H, W) bool
         if label not in ignored_stuff and int(free.sum()) >= max(stuff_area_threshold, 1):
             add_segment(free, label, -1, 0.0)
-    for k in candidates if boxes is not None else ():
-        if not bool(torch.isfinite(boxes[k]).all()):
+    for k in () if boxes is None else candidates:
+        box = cast("Tensor", boxes)[k]
+        if not bool(torch.isfinite(box).all()):
             continue
-        x1, y1, x2, y2 = (
-            min(max(int(v), 0), side) for v, side in zip(boxes[k].tolist(), (width, height) * 2, strict=True)
-        )
+        x1, y1, x2, y2 = (min(max(int(v), 0), side) for v, side in zip(box.tolist(), (width, height) * 2, strict=True))
         window = id_map[y1:y2, x1:x2]  # (y2 - y1, x2 - x1), a view
         void = int((window == 0).sum())
         if void == 0 or void / window.numel() < box_overlap_threshold:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,14 +19,14 @@ def preprocess_images(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Compute `spatialflow.ops.preprocess_images`, image by image."""
-    if isinstance(images, Tensor):
-        images, sizes = [images], [sizes]
-    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
+    size_list = cast("Sequence[tuple[int, int]]", [sizes] if isinstance(images, Tensor) else sizes)
+    images = [images] if isinstance(images, Tensor) else images
+    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*size_list, strict=True))
     batch = torch.zeros((len(images), 3, height, width), dtype=dtype, device=images[0].device)
     batch = batch.contiguous(memory_format=torch.channels_last)
     means = torch.tensor(mean, dtype=torch.float32, device=batch.device)
     factors = 1.0 / torch.tensor(std, dtype=torch.float64, device=batch.device)
-    for target, image, (h, w) in zip(batch, images, sizes, strict=True):
+    for target, image, (h, w) in zip(batch, images, size_list, strict=True):
         rgb = resize(image, h, w).flip(2)
         normalized = ((rgb.float() - means).double() * factors).float()
         target[:, :h, :w] = normalized.permute(2, 0, 1).to(dtype)

@@ -29,8 +29,8 @@ def select_candidates(
     real = torch.float64 if class_logits[0].dtype == torch.float64 else torch.float32
     boxes, scores = [], []
     for logits, deltas, base, stride in zip(class_logits, box_deltas, base_anchors.to(real), strides, strict=True):
-        batch, channels, *size = logits.shape
-        anchors = grid_anchors(size, stride, base)  # (M, 4)
+        batch, channels, height, width = logits.shape
+        anchors = grid_anchors((height, width), stride, base)  # (M, 4)
         logits = logits.permute(0, 2, 3, 1).reshape(batch, len(anchors), channels // len(base)).to(real)
         deltas = deltas.permute(0, 2, 3, 1).reshape(batch, len(anchors), 4).to(real)
         if 0 < per_level < len(anchors):

@@ -150,7 +150,7 @@ class TestRoiAlign:
         boxes = rows([0, -1.75, 3.5, -0.75, 12.25]).float()  # the first sample is at x = -1, as exactly as floats go
         args = (2, 0.3, 3, True)
         actual = ops.roi_align(features, boxes, *args).cpu().numpy()
-        sides = [brute_force.roi_align(features, moved, *args) for moved in brute_force.nudged(boxes)]
+        sides = [brute_force.roi_align(features, moved, *args) for moved in brute_force.perturbed_boxes(boxes)]
         assert max(np.abs(side - sides[0]).max() for side in sides) > 0.1
         assert np.all(np.min([np.abs(side - actual) for side in sides], axis=0) < 1e-5)
 
@@ -378,7 +378,7 @@ def conv() -> tuple[Tensor, Tensor]:
     return random(2, 2, 3, 3) / 4, random(2)
 
 
-TOWERS: dict[str, Callable[[], ops.SubnetParameters]] = {
+SUBNETS: dict[str, Callable[[], ops.SubnetParameters]] = {
     "nothing": lambda: ops.SubnetParameters(segmentation_levels=1),
     "paper": lambda: ops.SubnetParameters(
         (conv(), conv()),
@@ -426,9 +426,9 @@ TOWERS: dict[str, Callable[[], ops.SubnetParameters]] = {
 
 
 class TestFusedSubnets:
-    @pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
-    def test_wiring(self, tower: Callable[[], ops.SubnetParameters]) -> None:
-        levels, parameters = [random(1, 2, 3, 4), random(2, 2, 2, 2)], tower()
+    @pytest.mark.parametrize("make_parameters", SUBNETS.values(), ids=SUBNETS)
+    def test_wiring(self, make_parameters: Callable[[], ops.SubnetParameters]) -> None:
+        levels, parameters = [random(1, 2, 3, 4), random(2, 2, 2, 2)], make_parameters()
         compare("fused_subnets", levels, parameters, dtype=torch.float64)
         for dtype in (torch.float32, torch.bfloat16):
             compare("fused_subnets", *map_tensors_of((levels, parameters), dtype), dtype=dtype)

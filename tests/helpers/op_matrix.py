@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that every operator must pass, written once.
+"""Tests that every operator must pass, shared through the base class `OpMatrix`.
 
 A test file subclasses `OpMatrix` with samples; pytest then runs each test of the class for each sample:
 
@@ -11,7 +11,7 @@ A test file subclasses `OpMatrix` with samples; pytest then runs each test of th
 
 Tests that do not apply to an operator are not generated. With `has_gradient = False`, `test_no_gradient` replaces the
 tests of gradients. Second derivatives are tested only for samples in `linear_samples`. Other classes of the same file
-test what is specific to the operator: bad values, ties, errors, and defects of other libraries.
+test behavior specific to the operator: bad values, ties, errors, and defects of other libraries.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = torch.get_default_device().type  # of the tests' tensors: see conftest.py
+DEVICE = torch.get_default_device().type  # device of the tests' tensors; see conftest.py
 
 # Gradients that are summed by atomics differ between runs on a GPU in the last bits, unless torch is set to be
 # deterministic.
 NONDETERMINISM = 0.0 if DEVICE == "cpu" else 1e-9
 
-# Symmetric tolerances against the reference in float64, relative to the largest value of the result. float16 has 11
-# bits, bfloat16 8; both round inputs and outputs once, sums are in float32.
+# Tolerances against the reference in float64, relative to the largest value of the result. float16 has 11 bits and
+# bfloat16 has 8. Both round inputs and outputs once; sums are in float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 SLOW_GRADCHECK_ELEMENTS = 600
-"""Most elements of inputs and results for which gradcheck in slow mode takes less than about two seconds."""
+"""Limit of elements of inputs and results up to which gradcheck in slow mode takes less than about two seconds."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Shapes (N, C, H, W) for thin samples: each size is 1 or 0 once. Eight channels are 16 bytes of float16.
+# Shapes (N, C, H, W) for thin samples: each dimension is 1 or 0 in one of them. Eight channels are 16 bytes of float16.
 THIN_SHAPES = {
     "one image": (1, 8, 5, 6),
     "one channel": (2, 1, 5, 6),

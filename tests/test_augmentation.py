@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test-time augmentation and ensembles: what must not change the result does not, and what must does."""
+"""Test-time augmentation and ensembles: symmetries, joined views, batches and commands."""
 
 import json
 
@@ -21,9 +21,9 @@ PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)
 
 @pytest.fixture(scope="module")
 def model(goldens):
-    """The weights of the goldens, with boxes near their anchors.
+    """Build a model with the weights of the goldens, and small box deltas so that boxes are near their anchors.
 
-    A box without extent would not overlap its copy of the other network in an ensemble.
+    An empty box would not overlap the same box of the other network in an ensemble.
     """
     network = golden_model(goldens, "tiny", "tiny")
     with torch.no_grad():
@@ -34,7 +34,7 @@ def model(goldens):
 
 @pytest.fixture(scope="module")
 def image():
-    """Of a size that needs no padding: cells of the padding make boxes without extent."""
+    """Return an image of a size that needs no padding, because cells of the padding give empty boxes."""
     coarse = np.random.default_rng(3).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     return cv2.resize(coarse, (128, 96), interpolation=cv2.INTER_CUBIC)
 
@@ -55,7 +55,7 @@ def test_an_ensemble_of_one_model_twice_is_the_model(model, image):
 
 
 def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
-    """With flipping, a picture and its mirror image have the same two views in another order.
+    """With flipping, an image and its mirror image have the same two views in a different order.
 
     The box fill truncates boxes to whole pixels, which is not symmetric, so a few pixels may differ.
     """
@@ -72,7 +72,7 @@ def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
 
 
 def test_views_are_joined(model, image):
-    """Two sizes: boxes of both compete, the best score is the better of the two, and masks are means at their boxes."""
+    """NMS joins the boxes of two sizes, the best score is the larger one, and masks are means over the views."""
     sizes = [spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [edge]})(image) for edge in (96, 64)]
     both = spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [96, 64]})(image)
     assert both.scores[0] == pytest.approx(max(result.scores[0] for result in sizes), abs=1e-5)
@@ -83,7 +83,7 @@ def test_views_are_joined(model, image):
 
 
 def test_batches_of_augmented_images(model, image):
-    """A batch gives what its images give alone, for views of different padded sizes too."""
+    """A batch gives the results of its images alone, also for views of different padded sizes."""
     images = [image, image[:, :120], np.ascontiguousarray(image.transpose(1, 0, 2)), image[::-1].copy()]
     settings = {**PLAIN, "test_short_edges": [64, 96], "test_flip": True}
     together = spatialflow.Predictor(model, batch_size=2, **settings)(images)
@@ -104,7 +104,7 @@ def test_sizes_of_the_released_augmentation(goldens, model):
 
 
 def test_stuff_logits_at_original_size():
-    """The matrices do what upsampling, crop and resize do one after the other, with and without mirroring."""
+    """The matrices equal upsampling, crop and resize in sequence, with and without mirroring."""
     logits, valid, original = torch.randn(5, 8, 12), (27, 41), (33, 29)
     whole = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[..., :27, :41]
     for mirrored in (False, True):
@@ -115,7 +115,7 @@ def test_stuff_logits_at_original_size():
 
 
 def test_mean_of_masks():
-    """The mean of the probabilities, where sigmoids have long rounded to 0 or 1 too."""
+    """The result is the mean of the probabilities, also for logits whose sigmoid rounds to 0 or 1."""
     logits = torch.tensor([[-200.0, -3.0, 0.0, 2.0, 150.0], [-200.0, 1.0, 0.0, 4.0, 150.0]])
     mean = postprocess.mean_mask_logits(logits)
     torch.testing.assert_close(mean.sigmoid(), logits.sigmoid().mean(dim=0))
@@ -131,7 +131,7 @@ def test_ensembles_that_do_not_fit(model):
 
 
 def test_commands(model, image, tmp_path, capsys):
-    """An ensemble with flipping through the command gives the map of the Python API."""
+    """The command with an ensemble and flipping gives the map of the Python API."""
     cv2.imwrite(str(tmp_path / "a.png"), image)
     weights = str(spatialflow.save_checkpoint(model, tmp_path / "tiny.safetensors"))
     settings = ["--config", "tiny", "--no-overlay", "--set", "stuff_area_threshold=40"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predictor on a GPU: the CPU's maps, replays equal to eager runs, and no wait but the last."""
+"""Predictor on a GPU: maps equal those of the CPU, replays equal eager runs, and only the last copy synchronizes."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,14 +18,14 @@ OPTIONS = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=4
 
 @pytest.fixture(autouse=True)
 def tensors_on_the_cpu():
-    """As for a user: nothing is on the GPU but what the predictor puts there."""
+    """Set the default device to the CPU, so that only the predictor moves tensors to the GPU."""
     with torch.device("cpu"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def deterministic_convolutions(monkeypatch):
-    """CuDNN's algorithms that add by atomics would make two runs differ in their last bits."""
+    """Select deterministic cuDNN algorithms; those with atomic additions differ between runs in the last bits."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
@@ -55,7 +55,7 @@ def test_maps_are_those_of_the_cpu(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_graphs_replay_what_runs_eagerly(model, dtype):
-    """Also when sizes alternate, so that the graphs share their memory, and for new pixels of a captured size."""
+    """Results are equal also if sizes alternate, so that graphs share memory, and for new images of a captured size."""
     eager = spatialflow.Predictor(model, "cuda", dtype, cuda_graph=False, **OPTIONS)
     graphed = spatialflow.Predictor(model, "cuda", dtype, **OPTIONS)
     assert eager.pipeline.graphs is None and graphed.pipeline.graphs is not None
@@ -82,7 +82,7 @@ def test_graphs_of_other_forms(models, options):
 
 
 def test_threads_share_a_predictor(model):
-    """Each with a stream of its own; sizes are captured while another thread predicts."""
+    """Every thread has its own stream, and graphs are captured while another thread predicts."""
     eager, graphed = (spatialflow.Predictor(model, "cuda", cuda_graph=g, **OPTIONS) for g in (False, None))
     images = many_pictures(24)
     expected = eager(images)
@@ -98,7 +98,7 @@ def test_threads_share_a_predictor(model):
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_nothing_waits(model, cuda_graph):
-    """Under torch's sync debug mode, which raises where an operation would wait for the device."""
+    """A prediction passes torch's sync debug mode, which raises at operations that synchronize."""
     predictor = spatialflow.Predictor(model, "cuda", torch.bfloat16, cuda_graph=cuda_graph, **OPTIONS)
     expected = predictor(pictures())
     torch.cuda.set_sync_debug_mode("error")
@@ -113,7 +113,7 @@ def test_nothing_waits(model, cuda_graph):
 
 
 def many_pictures(count):
-    """Of three padded sizes."""
+    """Generate images of three padded sizes."""
     rng, shapes = np.random.default_rng(1), ((90, 130), (130, 90), (80, 80))
     sizes = [(shapes[i % 3][0] + i // 3, shapes[i % 3][1] + i // 3) for i in range(count)]
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
@@ -135,11 +135,11 @@ def test_streams_give_what_single_images_give(model, cuda_graph, batch_size):
     for result, image in zip(results, images):
         assert_same(result, eager(image), share=1.0 if batch_size == 1 else 0.98)
     if cuda_graph:
-        assert len(predictor.pipeline.graphs) == (3 if batch_size == 1 else 6)  # the last of each size: one, not three
+        assert len(predictor.pipeline.graphs) == (3 if batch_size == 1 else 6)  # a size's last batch has one image
 
 
 def test_results_are_in_memory_that_is_not_pinned(model):
-    """A caller may keep thousands of them."""
+    """A caller may keep thousands of results, so they must not be in pinned memory."""
     for result in spatialflow.Predictor(model, "cuda", **OPTIONS).stream(pictures()):
         for array in (result.id_map, result.boxes, result.scores, result.mask_logits):
             assert not torch.from_numpy(array).is_pinned()

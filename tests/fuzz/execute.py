@@ -305,7 +305,7 @@ class _Trial:
             self.differs(f"{what} ({actual.dtype}, {judged_by}): {verdict.difference}")
 
     def _epsilon(self) -> float:
-        """Return the relative rounding error of the sums, or of the layers' outputs for an operator of several layers."""
+        """Return the relative rounding error of the sums or, for several layers, of the layers' outputs."""
         first = next((t.dtype for t in self.tensors if t.dtype.is_floating_point), torch.float32)
         return torch.finfo(first).eps if self.operator.layered else EPSILON[self.accumulator]
 

@@ -14,9 +14,9 @@ from spatialflow.ops.arrays import with_arrays
 
 cupy = None
 if DEVICE == "cuda":
-    cupy = pytest.importorskip("cupy", reason="on a GPU arrays are CuPy's, and CuPy is not installed")
+    cupy = pytest.importorskip("cupy", reason="on a GPU the test needs CuPy, which is not installed")
 elif np.lib.NumpyVersion(np.__version__) < "2.1.0":
-    pytest.skip("asks for NumPy from 2.1 on, which knows read-only memory in DLPack", allow_module_level=True)
+    pytest.skip("needs NumPy 2.1, the first version with read-only arrays in DLPack", allow_module_level=True)
 
 
 def box_rows(count, batch=None):
@@ -316,7 +316,7 @@ def test_a_module_with_parameters_takes_tensors():
         module(to_array(torch.rand(1, 2, 5, 5)), to_array(torch.zeros(1, 18, 3, 3)))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="asks for NumPy's arrays")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs NumPy arrays, which are on the CPU")
 class TestNumpy:
     def test_masked(self):
         """A masked array is refused: DLPack has no mask, so masked values would be used."""
@@ -375,7 +375,7 @@ class TestNumpy:
             ops.preprocess_images(**arrays_in(arguments), dtype=torch.bfloat16)
 
     @pytest.mark.skipif(
-        torch.__version__ < "2.13", reason="torch before 2.13 takes compiled code of arrays for tensors"
+        torch.__version__ < "2.13", reason="torch before 2.13 treats arrays in compiled code as tensors"
     )
     def test_compiled(self):
         """torch.compile breaks the graph at such a call; with `fullgraph=True` it raises an error with the reason."""
@@ -392,7 +392,7 @@ class TestNumpy:
         assert torch.equal(ops.nms(boxes, scores, np.float32(0.5)), ops.nms(boxes, scores, 0.5))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="asks for arrays on the CPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs arrays on the CPU")
 def test_jax():
     """JAX arrays work, in bfloat16 too, with `from_dlpack` found by their array namespace."""
     jax = pytest.importorskip("jax")
@@ -403,7 +403,7 @@ def test_jax():
         assert isinstance(result, jax.Array) and torch.equal(torch.from_dlpack(result), expected)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="asks for a GPU with CuPy: SPATIALFLOW_BACKEND=cuda")
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU with CuPy and SPATIALFLOW_BACKEND=cuda")
 class TestCupy:
     @pytest.mark.parametrize("own", ["cupy", "torch", "both"])
     def test_streams_are_ordered(self, own):

@@ -94,7 +94,7 @@ def test_parse(tool):
     assert tool.parse_resources(RESOURCES) == {"_Z4loopPKf": (40, 16)}
 
 
-@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
 def test_short_names(tool):
     symbols = [
         "_ZN11spatialflow49_GLOBAL__N__f7694ad4_16_deform_conv2d_cu_06e65de2"

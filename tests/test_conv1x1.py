@@ -191,7 +191,10 @@ class TestLayouts:
         assert y[0, 5, 4, 4].isnan() and y.isnan().sum() == 17 and y.isinf().nonzero().tolist() == [[0, 6, 4, 5]]
 
 
-@pytest.mark.skipif(os.environ.get("SPATIALFLOW_BACKEND") != "simt", reason="reads the launches of the interpreter")
+@pytest.mark.skipif(
+    os.environ.get("SPATIALFLOW_BACKEND") != "simt",
+    reason="needs the launch log of the interpreter: SPATIALFLOW_BACKEND=simt",
+)
 class TestKernels:
     """The selected kernels, and copies of their inputs."""
 
@@ -222,7 +225,7 @@ class TestKernels:
         for channels, outputs, dtype in ((12, 8, torch.float16), (8, 12, torch.bfloat16), (8, 8, torch.float32)):
             assert launched(*tensors_of((1, channels, 3, 3), outputs, dtype=dtype)).startswith("conv1x1_kernel<")
 
-    @pytest.mark.skipif(not HAS_SM90, reason="the portable kernel copies what is not channels-last")
+    @pytest.mark.skipif(not HAS_SM90, reason="the portable kernel copies inputs that are not channels-last")
     def test_strided_views_are_read_in_place(self):
         x, weight, bias, _ = map(channels_last, tensors_of((1, 16, 9, 11), 8, dtype=torch.float16))
         more, copies = channels_last(torch.cat([x, x], 1)), []

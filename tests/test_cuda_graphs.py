@@ -269,7 +269,7 @@ def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
     ids=str,
 )
 def test_graphs_of_views_and_batches(model, stand_in, options, graphs):
-    """Test views and batches of four images of one padded size and six of another; partial batches have their graphs."""
+    """Four images have one padded size and six another; full and partial batches have separate graphs."""
     eager, graphed = predictors(model, stand_in, **options)
     images = pictures(SIZES[30:40])
     for one, other in zip(graphed(images), eager(images), strict=True):

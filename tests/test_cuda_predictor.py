@@ -11,7 +11,7 @@ from helpers.small_models import random_model
 
 import spatialflow
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="asks for a GPU: SPATIALFLOW_BACKEND=cuda")
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU and SPATIALFLOW_BACKEND=cuda")
 
 OPTIONS = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40, instance_score_threshold=0.3)
 

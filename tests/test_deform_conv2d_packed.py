@@ -121,8 +121,7 @@ def test_values_that_are_not_finite():
 
 
 def test_misaligned_and_strided_inputs():
-    """Inputs that are not aligned to 16 bytes are read without vector loads; packed weights may be slices too.
-    """
+    """Inputs that are not aligned to 16 bytes are read without vector loads; packed weights may be slices too."""
     shape = (128, 72, 1, 1, (3, 3), (9, 7), 1, 1, 1)
     (x, offset, weight, bias, mask), geometry, groups = case(shape, torch.bfloat16)
     conv = ops.pack_deform_conv2d(weight, bias, *groups)

@@ -21,8 +21,8 @@ FACTORS = {"tf32": 50, "tf32x3": 1}  # times the tolerance of float32: 1e-3 and 
 NAMES = ("result", "input", "offset", "weight", "bias", "mask", "input by the gather")
 of_each = pytest.mark.parametrize("algorithm", list(FACTORS))
 
-# channels, outputs, groups, offset groups, kernel, (height, width). Tiles have 64, 128 or 256 columns, which are outputs in
-# the forward pass and the weight gradient, and channels in the data gradient.
+# channels, outputs, groups, offset groups, kernel, (height, width). Tiles have 64, 128 or 256 columns: outputs in the
+# forward pass and the weight gradient, channels in the data gradient.
 CASES = {
     "single elements": (5, 3, 1, 1, 3, (5, 6)),
     "narrow tiles": (20, 36, 1, 1, 3, (7, 9)),
@@ -72,8 +72,8 @@ class TestErrors:
         for name, one, other in zip(NAMES, actual, expected):
             assert_near([one], [other], torch.float32, factor=FACTORS[algorithm], what=name)
         if HAS_TENSOR_CORES and algorithm == "tf32":
-            # A lower bound shows that TF32 was used. The gradient of the bias has no products. The bias is not rounded, and
-            # it is several times as large as the sums that it is added to.
+            # A lower bound shows that TF32 was used. The gradient of the bias has no products. The bias itself is not
+            # rounded, and it is several times as large as the sums that it is added to.
             products = [expected[0] - tensors[3].double()[:, None, None], *expected[1:]]
             for name, one, other, of_products in zip(NAMES, actual, expected, products):
                 error = float((one.double() - other).abs().max() / of_products.abs().max())
@@ -95,7 +95,7 @@ class TestErrors:
             assert torch.equal(one.double(), other), name
 
     def test_long_sums(self):
-        """The error of "tf32x3" is small for 2304 products and thousands of pixels, although tensor cores truncate sums."""
+        """Sums of 2304 products and thousands of pixels are accurate by "tf32x3", although tensor cores truncate."""
         input, offset, weight, _, mask = tensors_of(256, 8, 1, 1, 3, (40, 48))
         input, weight = input.abs(), weight.abs()  # truncation errors of the same sign accumulate
         computed = {}
@@ -122,7 +122,7 @@ class TestNumbers:
     @of_each
     def test_names_on_the_cpu(self, algorithm):
         if HAS_TENSOR_CORES:
-            pytest.skip("asks what the CPU makes of names that mean CUDA kernels")
+            pytest.skip("tests how the CPU resolves the names of CUDA algorithms")
         tensors = tensors_of(*CASES["groups"])
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             leaves = [t.to(dtype) for t in tensors]
@@ -136,7 +136,7 @@ class TestNumbers:
     def test_auto_is_three_products(self):
         """If torch does not allow TF32, "auto" is "tf32x3"; so it is on the interpreter, which has no CUDA tensors."""
         if not HAS_TENSOR_CORES:
-            pytest.skip("asks which CUDA kernel computes")
+            pytest.skip("tests the selection of CUDA kernels")
         tensors = tensors_of(*CASES["groups"])
         gradient = torch.randn_like(results(ops.deform_conv2d, tensors, torch.float32, torch.clone)[0])
         one, other, direct = (

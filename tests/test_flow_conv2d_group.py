@@ -10,12 +10,12 @@ from spatialflow import ops
 
 
 class TestGroup:
-    """Each convolution has its own entry of inputs."""
+    """Several convolutions in one call, each with separate inputs."""
 
     SIZES = [(20, 21), (5, 3)]
 
     def members(self, dtype=torch.float32):
-        """Inputs of different structure, and weights of different channels; the last takes "direct", and no bias."""
+        """Return inputs of different structure and weights of different channels; the last is "direct" without bias."""
         pyramid, _, one, bias = tensors_of(40, 45, self.SIZES, False, True, 1)()
         single, _, other, _ = tensors_of(33, 34, [(9, 7)], False, False, 2)()
         x = map_tensors(lambda t: t.to(dtype), [pyramid, single[0], pyramid])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzer of files: its valid files are read, its edits do what they say, and its judge notices what is wrong."""
+"""Tests of the file fuzzer: valid files are read, edits have their effect, and the judge reports every defect."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def test_valid_files_are_read(kind):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_pictures_are_taken_apart_and_joined_again(suffix):
+def test_pictures_are_split_and_joined(suffix):
     _, encoded = cv2.imencode(suffix, SCENE)
     content = encoded.tobytes()
     split, join = {
@@ -109,7 +109,7 @@ def _warns(*_):
         (_warns_with_a_source_line, "a warning with a line of source: UserWarning: area 1 and 2 pixels"),
     ],
 )
-def test_the_judge_notices(reader, words, monkeypatch):
+def test_the_judge_reports(reader, words, monkeypatch):
     monkeypatch.setitem(read_files.READERS, "setting", reader)
     report = read_files.execute(case("setting", edits=[["text", 0, 0]]))
     assert report["status"] == "wrong" and words in report["differences"][0]

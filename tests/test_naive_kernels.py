@@ -49,7 +49,7 @@ def run(naive_kernels, tmp_path_factory):
     """Return `naive_kernels.launch` on a GPU; elsewhere a function that runs the same kernel on the CPU."""
     if DEVICE == "cuda":
         if naive_kernels.cupy is None:
-            pytest.skip("asks for CuPy, which is not installed")
+            pytest.skip("needs CuPy, which is not installed")
         return naive_kernels.launch
     libraries = {}
 

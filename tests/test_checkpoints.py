@@ -233,7 +233,7 @@ class TestWrappers:
             load_checkpoint(small_model(), path)
 
     def test_commands_report_it(self, tmp_path, capsys):
-        """`convert` reports once what it removed; other commands refuse `--ema` without a checkpoint."""
+        """`convert` reports removed names once; other commands refuse `--ema` without a checkpoint."""
         state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
         torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
         assert main(["convert", *files]) == 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare the naive CuPy kernels of the benchmarks with the operators and with their reference implementations.
 
-On a GPU, CuPy compiles and launches the kernels. Elsewhere they are compiled as C++ and run one thread index at a time,
-and the operators are the CPU kernels or, with SPATIALFLOW_BACKEND=simt, the interpreted CUDA kernels.
+On a GPU, CuPy compiles and launches the kernels. Elsewhere they are compiled as C++ and run one thread index at a time.
+The operators are then the CPU kernels or, with SPATIALFLOW_BACKEND=simt, the interpreted CUDA kernels.
 """
 
 import ctypes

@@ -6,9 +6,9 @@ arrays: float64, int64 or bool, in the operator's order of fields. It shares no 
 `spatialflow.ops.reference`, and it is for tiny cases only. Shapes and options are not checked. A weight must be a
 tensor, not packed. `algorithm` is accepted and ignored.
 
-Results are not rounded to 16 bits. Decisions that an operator is documented to make in float32 are in float32 here too:
-sampling grids and levels of RoIAlign, sampling points of deformable convolution, overlaps of NMS, and the arithmetic of
-`preprocess_images`. Where rounding may change a decision, `mask_probabilities`, `upsampled_logits` and
+Results are not rounded to 16 bits. If an operator is documented to decide in float32, this module does too: sampling
+grids and levels of RoIAlign, sampling points of deformable convolution, and overlaps of NMS. The arithmetic of
+`preprocess_images` is in float32 as well. Where rounding may change a decision, `mask_probabilities`, `upsampled_logits` and
 `perturbed_boxes` give the values from which a test tells how close the decision was.
 """
 
@@ -715,8 +715,8 @@ def sigmoid_focal_loss(
 def perturbed_boxes(boxes: Tensor, amount: float = 1e-6) -> list[Tensor]:
     """Return the boxes in float64 and four copies perturbed by about a rounding: up, down, wider and narrower.
 
-    RoIAlign is discontinuous where a sample crosses the border of the map, where a bin gets one more sample, and where
-    a RoI changes its level. There the operator is right if each number is that of one of these boxes.
+    RoIAlign is discontinuous where a sample crosses the border, a bin gets one more sample, or a RoI changes its level.
+    There the operator is right if each number is that of one of these boxes.
 
     Args:
         boxes: (K, 5) of batch index and corners, or (K, 4).

@@ -6,7 +6,7 @@
     python tests/fuzz --replay '{"op": "nms", ...}'
 
 The operators are fuzzed round-robin, one round of cases at a time. The seed, the operator and the number of the round
-determine the cases, so that a longer run begins with the cases of a shorter one. Exit codes: 0 no failure, 1 a case
+determine the cases, so a longer run begins with the cases of a shorter one. Exit codes: 0 no failure, 1 a case
 failed, 2 invalid arguments.
 """
 

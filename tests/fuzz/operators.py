@@ -40,8 +40,8 @@ class Operator:
         sizes: function whose results and derivatives for such absolute values are the sizes of the terms. It is given
             if an argument enters both linearly and nonlinearly; None: the reference.
         places: whether the operator has a gradient with respect to sampling points.
-        poisons: the reference multiplies non-finite values by zero and so spreads them further than the operator does;
-            results that are not finite in the reference are not compared.
+        poisons: the reference multiplies non-finite values by zero, which spreads them further than the operator does.
+            Then results that are not finite in the reference are not compared.
         composed: the call consists of torch operators if gradients are required. For expanded tensors their fake
             kernels predict other strides than the real ones.
         unstable: (arguments, all tensors with incoming gradients) -> bool: whether results are unspecified. Such a call

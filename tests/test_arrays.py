@@ -176,8 +176,8 @@ def assert_equal(result, expected):
     """Assert the same structure and bits, with arrays in place of tensors."""
     if isinstance(expected, (list, tuple)):
         assert type(result) is type(expected) and len(result) == len(expected)
-        for one, other in zip(result, expected):
-            assert_equal(one, other)
+        for item, expected_item in zip(result, expected):
+            assert_equal(item, expected_item)
     elif isinstance(expected, torch.Tensor):
         assert type(result) is (cupy or np).ndarray
         assert result.shape == tuple(expected.shape)
@@ -196,7 +196,7 @@ def test_arrays_give_arrays(name, monkeypatch):
     """Results equal those of tensors, and neither inputs nor outputs are copied."""
     function, arguments = cases()[name]
     expected, arrays = function(**arguments), arrays_in(arguments)
-    library, taken, given = cupy or np, [], []
+    library, taken, returned = cupy or np, [], []
     take, give = torch.from_dlpack, library.from_dlpack
 
     def taking(array):
@@ -204,15 +204,15 @@ def test_arrays_give_arrays(name, monkeypatch):
         return taken[-1][1]
 
     def giving(tensor):
-        given.append((address(tensor), give(tensor)))
-        return given[-1][1]
+        returned.append((address(tensor), give(tensor)))
+        return returned[-1][1]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "from_dlpack", taking)
         patch.setattr(library, "from_dlpack", giving)
         result = function(**arrays)
     assert taken and all(place == address(tensor) for place, tensor in taken)
-    assert all(place == address(array) for place, array in given)
+    assert all(place == address(array) for place, array in returned)
     assert_equal(result, expected)
 
 

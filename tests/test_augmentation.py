@@ -48,7 +48,7 @@ def assert_same(a, b, pixels=1.0):
 
 
 def test_an_ensemble_of_one_model_twice_is_the_model(model, image):
-    alone, twice = (spatialflow.Predictor(given, **PLAIN)(image) for given in (model, [model, model]))
+    alone, twice = (spatialflow.Predictor(models, **PLAIN)(image) for models in (model, [model, model]))
     assert len(alone.segments) > 3
     assert_same(twice, alone)
     np.testing.assert_allclose(twice.mask_logits, alone.mask_logits, rtol=1e-4, atol=1e-4)
@@ -88,8 +88,8 @@ def test_batches_of_augmented_images(model, image):
     settings = {**PLAIN, "test_short_edges": [64, 96], "test_flip": True}
     together = spatialflow.Predictor(model, batch_size=2, **settings)(images)
     alone = spatialflow.Predictor(model, **settings)
-    for one, result in zip(images, together, strict=False):
-        assert_same(result, alone(one), pixels=0.999)
+    for single, result in zip(images, together, strict=False):
+        assert_same(result, alone(single), pixels=0.999)
 
 
 def test_sizes_of_the_released_augmentation(goldens, model):
@@ -108,8 +108,8 @@ def test_stuff_logits_at_original_size():
     logits, valid, original = torch.randn(5, 8, 12), (27, 41), (33, 29)
     whole = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[..., :27, :41]
     for mirrored in (False, True):
-        given = whole.flip(-1) if mirrored else whole
-        expected = F.interpolate(given, size=original, mode="bilinear", align_corners=True)[0]
+        view = whole.flip(-1) if mirrored else whole
+        expected = F.interpolate(view, size=original, mode="bilinear", align_corners=True)[0]
         actual = postprocess.resized_stuff_logits(logits, valid, original, mirrored)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -123,9 +123,9 @@ def test_mean_of_masks():
 
 
 def test_ensembles_that_do_not_fit(model):
-    other = spatialflow.build_model("tiny", num_things=3, categories=None)
+    smaller_model = spatialflow.build_model("tiny", num_things=3, categories=None)
     with pytest.raises(ValueError, match="must agree in num_things, got 20 and 3"):
-        spatialflow.Predictor([model, other])
+        spatialflow.Predictor([model, smaller_model])
     with pytest.raises(ValueError, match="at least one model, got none"):
         spatialflow.Predictor([])
 

@@ -35,8 +35,8 @@ def compare(name: str, *args: Any, dtype: torch.dtype = torch.float32, **options
     for implementation in (ops, reference):
         actual = arrays(getattr(implementation, name)(*args, **options))
         assert len(actual) == len(expected)
-        for one, other in zip(actual, expected):
-            assert_same(one, other, TOLERANCE[dtype], implementation.__name__)
+        for array, wanted in zip(actual, expected):
+            assert_same(array, wanted, TOLERANCE[dtype], implementation.__name__)
     return expected
 
 
@@ -81,7 +81,7 @@ def compare_gradients(name: str, *args: Any, differentiable: tuple[int, ...], **
 def replace(args: Any, old: list[Tensor], new: list[Tensor]) -> Any:
     """Replace tensors within nested `args`."""
     if isinstance(args, Tensor):
-        return next((other for one, other in zip(old, new) if one is args), args)
+        return next((new_tensor for old_tensor, new_tensor in zip(old, new) if old_tensor is args), args)
     if isinstance(args, (list, tuple)):
         parts = [replace(item, old, new) for item in args]
         return type(args)(*parts) if hasattr(args, "_fields") else type(args)(parts)
@@ -262,10 +262,10 @@ class TestSelectCandidates:
         deltas[0][0, :, :2] = rows(NAN, INF, -INF, 3e38, 0, 0, NAN, -INF)[:, None, None]
         deltas[1][1, :4, 1, 1] = rows(-1e30, 1e30, 100, -100)
         base = rows([[-4, -6, 4, 6], [5, 5, -5, -5]], [[3, 3, 3, 3], [NAN, -4, INF, 4]]).float()
-        levels = [[level.to(dtype) for level in some] for some in (logits, deltas)]
+        levels = [[level.to(dtype) for level in tensors] for tensors in (logits, deltas)]
         valid, scale = torch.tensor([[30, 37], [-3, 1 << 62]]), rows([1, 1.5], [0.25, 2]).float()
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        compare("select_candidates", *levels, base, (8, 16), valid, scale, per_level, dtype=wide)
+        box_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        compare("select_candidates", *levels, base, (8, 16), valid, scale, per_level, dtype=box_dtype)
 
     def test_nothing(self) -> None:
         scale = torch.ones(0, 2)
@@ -595,8 +595,8 @@ class TestSigmoidFocalLoss:
         compare("sigmoid_focal_loss", self.logits.to(dtype), self.labels, gamma, alpha, dtype=dtype)
         finite = self.logits[[0, 2, 4]].to(dtype)
         for reduction in ("sum", "mean"):
-            wide = dtype if dtype == torch.float64 else torch.float32
-            compare("sigmoid_focal_loss", finite, self.labels[[0, 2, 4]], gamma, alpha, reduction, dtype=wide)
+            loss_dtype = dtype if dtype == torch.float64 else torch.float32
+            compare("sigmoid_focal_loss", finite, self.labels[[0, 2, 4]], gamma, alpha, reduction, dtype=loss_dtype)
 
     @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
     def test_empty(self, reduction: str) -> None:

@@ -90,7 +90,7 @@ def test_parse(tool):
     load, *_ = functions["_Z4loopPKf"][1:]
     assert (load.address, load.guard, load.opcode) == (0x10, "!P1", "LDG.E.128.CONSTANT")
     assert load.operands == ["R12", "desc[UR4][R2.64+0x10]"]
-    assert [one.base for one in functions["_Z4loopPKf"]] == ["LDC", "LDG", "EXIT", "BRA"]
+    assert [instruction.base for instruction in functions["_Z4loopPKf"]] == ["LDC", "LDG", "EXIT", "BRA"]
     assert tool.parse_resources(RESOURCES) == {"_Z4loopPKf": (40, 16)}
 
 
@@ -382,9 +382,9 @@ def test_clean_code(tool):
 )
 def test_planted_faults(tool, old, new, resources, said):
     assert old in GOOD
-    found = faults(tool, GOOD.replace(old, new), resources, **LIMITS)
-    assert len(found) == len(said), found
-    assert all(any(words in fault for fault in found) for words in said), found
+    messages = faults(tool, GOOD.replace(old, new), resources, **LIMITS)
+    assert len(messages) == len(said), messages
+    assert all(any(words in fault for fault in messages) for words in said), messages
 
 
 def test_every_kernel_has_a_row(tool, monkeypatch):

@@ -85,8 +85,8 @@ def test_released_names_and_shapes_fit(goldens, variant):
         for k in json.loads((goldens / "keys" / f"{variant}_keys.json").read_text())["keys"]
     }
     with torch.device("meta"):
-        own = {name: tuple(value.shape) for name, value in build_model(RELEASED[variant]).state_dict().items()}
-    assert {name_from_released(name): shape for name, shape in released.items()} == own
+        shapes = {name: tuple(value.shape) for name, value in build_model(RELEASED[variant]).state_dict().items()}
+    assert {name_from_released(name): shape for name, shape in released.items()} == shapes
 
 
 def test_released_file_loads_wrapped_bare_and_parallel(tmp_path):

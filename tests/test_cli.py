@@ -248,8 +248,8 @@ def test_every_option_is_read():
     nodes = [node for tree in trees for node in ast.walk(tree)]
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "options"}
     defining = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
-    own = {id(part) for call in defining for part in ast.walk(call)}
-    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in own}
+    definitions = {id(part) for call in defining for part in ast.walk(call)}
+    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in definitions}
     options = _options()
     assert len(options) > 50
     assert [(command, name) for command, name in options if name not in read] == []

@@ -117,8 +117,8 @@ class TestCases:
             y = conv1x1(x, weight, bias, residual, relu)
             assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
             assert residual is None or torch.equal(residual, before)
-            wide = [t if t is None else t.double() for t in (x, weight, bias, residual)]
-            assert_near(y, expected(*wide, relu), dtype)
+            operands64 = [t if t is None else t.double() for t in (x, weight, bias, residual)]
+            assert_near(y, expected(*operands64, relu), dtype)
 
     @HALVES
     def test_short_numbers_are_exact(self, case, dtype):
@@ -170,12 +170,12 @@ class TestLayouts:
         x, residual = layout(x), layout(residual)
         right = conv1x1(*map(channels_last, (x, weight, bias, residual)), True)
         rows, offsets = surrounded_by_nans(weight), surrounded_by_nans(bias)
-        for given in (
+        for operands in (
             (x, weight, bias, channels_last(residual)),
             (channels_last(x), rows, offsets, residual),
             (x, channels_last(weight), bias, residual),
         ):
-            y = conv1x1(*given, True)
+            y = conv1x1(*operands, True)
             assert torch.equal(y, right) and y.is_contiguous(memory_format=torch.channels_last)
 
     @HALVES
@@ -202,10 +202,10 @@ class TestKernels:
     def launched(self, monkeypatch, capfd):
         """Return a function that calls conv1x1 and returns the name of its kernel."""
 
-        def call(*given):
+        def call(*operands):
             capfd.readouterr()
             monkeypatch.setenv("SPATIALFLOW_SIMT_TRACE", "1")
-            conv1x1(*given, True)
+            conv1x1(*operands, True)
             monkeypatch.delenv("SPATIALFLOW_SIMT_TRACE")
             (name,) = re.findall(r"launch: .*\b(conv1x1\w*<.*>)", capfd.readouterr().err)
             return name.replace("spatialflow::", "")

@@ -27,8 +27,8 @@ def overwrite(target, source):
     if isinstance(target, torch.Tensor):
         target.copy_(source)
     elif target is not None:
-        for one, other in zip(target, source, strict=True):
-            overwrite(one, other)
+        for old, new in zip(target, source, strict=True):
+            overwrite(old, new)
 
 
 class Recorder:
@@ -126,9 +126,9 @@ def test_the_oldest_is_dropped(cache):
 def test_copies_capture_their_own(cache):
     """Graphs are valid only in their process, so copies and pickles of a Predictor omit them."""
     cache("a", lambda: lambda inputs: -inputs[0], [torch.ones(1)])
-    other = copy.deepcopy(cache)
-    assert len(cache) == 1 and len(other) == 0 and other._pool is None
-    assert other("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
+    copied = copy.deepcopy(cache)
+    assert len(cache) == 1 and len(copied) == 0 and copied._pool is None
+    assert copied("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
     assert cache("a", None, [torch.ones(1)]).item() == -1
 
 
@@ -241,11 +241,11 @@ def pictures(sizes):
     return [np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def assert_same(one, other):
-    np.testing.assert_array_equal(one.id_map, other.id_map)
-    assert one.segments == other.segments and len(one.segments) > 0
+def assert_same(first, second):
+    np.testing.assert_array_equal(first.id_map, second.id_map)
+    assert first.segments == second.segments and len(first.segments) > 0
     for name in ("boxes", "scores", "labels", "mask_logits"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
 def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
@@ -254,8 +254,8 @@ def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
     padded = {tuple(geometry.padded_size for geometry in eager.pipeline.geometries(size)) for size in SIZES}
     assert len(set(SIZES)) == 100 and len(padded) == 3
     images = pictures(SIZES)
-    for one, other in zip(graphed.stream(images), eager.stream(images), strict=True):
-        assert_same(one, other)
+    for first, second in zip(graphed.stream(images), eager.stream(images), strict=True):
+        assert_same(first, second)
     assert len(graphed.pipeline.graphs) == 3
 
 
@@ -272,8 +272,8 @@ def test_graphs_of_views_and_batches(model, stand_in, options, graphs):
     """Four images have one padded size and six another; full and partial batches have separate graphs."""
     eager, graphed = predictors(model, stand_in, **options)
     images = pictures(SIZES[30:40])
-    for one, other in zip(graphed(images), eager(images), strict=True):
-        assert_same(one, other)
+    for first, second in zip(graphed(images), eager(images), strict=True):
+        assert_same(first, second)
     assert len(graphed.pipeline.graphs) == graphs
 
 
@@ -357,12 +357,12 @@ def test_settings_of_torch_have_separate_graphs(cache, owner, name, value):
 
 def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
     """The wait is on the right stream, even if another thread creates a stream at the same time."""
-    recorder, used, other = Recorder(), [], Recorder.Stream()
+    recorder, used, other_stream = Recorder(), [], Recorder.Stream()
     recorder.Stream = lambda device: Recorder.Stream()
 
-    def stream(given):
-        used.append(given)
-        transfers._uploads = other
+    def stream(used_stream):
+        used.append(used_stream)
+        transfers._uploads = other_stream
         return contextlib.nullcontext()
 
     recorder.stream = stream

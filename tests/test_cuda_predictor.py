@@ -39,18 +39,18 @@ def pictures():
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((90, 130), (130, 90), (90, 130), (45, 65))]
 
 
-def assert_same(one, other, share=1.0):
-    assert one.id_map.shape == other.id_map.shape and (one.id_map == other.id_map).mean() >= share
+def assert_same(first, second, share=1.0):
+    assert first.id_map.shape == second.id_map.shape and (first.id_map == second.id_map).mean() >= share
     if share == 1.0:
-        assert one.segments == other.segments
+        assert first.segments == second.segments
         for name in ("boxes", "scores", "labels", "mask_logits"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
 def test_maps_are_those_of_the_cpu(model):
     on_cpu, on_gpu = (spatialflow.Predictor(model, device, **OPTIONS) for device in ("cpu", "cuda"))
-    for one, other in zip(on_gpu(pictures()), on_cpu(pictures())):
-        assert_same(one, other, share=0.98)
+    for first, second in zip(on_gpu(pictures()), on_cpu(pictures())):
+        assert_same(first, second, share=0.98)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -60,8 +60,8 @@ def test_graphs_replay_what_runs_eagerly(model, dtype):
     graphed = spatialflow.Predictor(model, "cuda", dtype, **OPTIONS)
     assert eager.pipeline.graphs is None and graphed.pipeline.graphs is not None
     for _ in range(3):
-        for one, other in zip(graphed(pictures()), eager(pictures())):
-            assert_same(one, other)
+        for first, second in zip(graphed(pictures()), eager(pictures())):
+            assert_same(first, second)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_graphs_of_other_forms(models, options):
     models = [random_model(name) for name in models]
     eager, graphed = (spatialflow.Predictor(models, "cuda", cuda_graph=g, **OPTIONS | options) for g in (False, None))
     for _ in range(2):
-        for one, other in zip(graphed(pictures()), eager(pictures())):
-            assert_same(one, other)
+        for first, second in zip(graphed(pictures()), eager(pictures())):
+            assert_same(first, second)
 
 
 def test_threads_share_a_predictor(model):
@@ -92,8 +92,8 @@ def test_threads_share_a_predictor(model):
             return graphed(image)
 
     with ThreadPoolExecutor(4) as pool:
-        for one, other in zip(pool.map(predict, images), expected, strict=True):
-            assert_same(one, other)
+        for first, second in zip(pool.map(predict, images), expected, strict=True):
+            assert_same(first, second)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -108,8 +108,8 @@ def test_nothing_waits(model, cuda_graph):
         results = predictor(pictures())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for one, other in zip(results, expected):
-        assert_same(one, other)
+    for first, second in zip(results, expected):
+        assert_same(first, second)
 
 
 def many_pictures(count):
@@ -130,8 +130,8 @@ def test_streams_give_what_single_images_give(model, cuda_graph, batch_size):
     predictor = spatialflow.Predictor(model, "cuda", cuda_graph=cuda_graph, batch_size=batch_size, **OPTIONS)
     images = many_pictures(30)
     results = list(predictor.stream(image for image in images))
-    for one, other in zip(results, eager(images), strict=True):
-        assert_same(one, other)
+    for first, second in zip(results, eager(images), strict=True):
+        assert_same(first, second)
     for result, image in zip(results, images):
         assert_same(result, eager(image), share=1.0 if batch_size == 1 else 0.98)
     if cuda_graph:
@@ -150,5 +150,5 @@ def test_streams_in_a_stream_of_the_caller(model):
     expected = predictor(pictures())
     with torch.cuda.stream(torch.cuda.Stream()):
         results = list(predictor.stream(pictures()))
-    for one, other in zip(results, expected, strict=True):
-        assert_same(one, other)
+    for first, second in zip(results, expected, strict=True):
+        assert_same(first, second)

@@ -235,11 +235,11 @@ class TestSynthetic:
         assert len(stuff) == len(set(stuff))
 
     def test_seeded(self):
-        first, again, other = make_scene((64, 96), 1, 2), make_scene((64, 96), 1, 2), make_scene((64, 96), 2, 2)
+        first, again, other_seed = make_scene((64, 96), 1, 2), make_scene((64, 96), 1, 2), make_scene((64, 96), 2, 2)
         assert (
             (first.image == again.image).all()
             and (first.id_map == again.id_map).all()
-            and (first.image != other.image).any()
+            and (first.image != other_seed.image).any()
         )
 
     def test_variety(self):
@@ -357,8 +357,8 @@ class TestLoader:
         samples = _Samples(coco, PLAIN, strict=True)
         with torch.device("meta"):
             batch = collate([samples[draw] for draw in draws])
-        found = [batch.images, batch.instances, batch.semantic, batch.valid_sizes, batch.padded_sizes]
-        assert {t.device.type for t in [*found, *batch.boxes, *batch.labels]} == {"cpu"}
+        tensors = [batch.images, batch.instances, batch.semantic, batch.valid_sizes, batch.padded_sizes]
+        assert {t.device.type for t in [*tensors, *batch.boxes, *batch.labels]} == {"cpu"}
 
     def test_broken_images_are_replaced_and_named(self, tmp_path):
         write_coco(tmp_path, 3)

@@ -154,9 +154,9 @@ class TestValues:
             present = [t for t in leaves if t is not None]
             with deterministic():
                 results.append([out, *torch.autograd.grad(out, present, torch.ones_like(out))])
-        for one, other in zip(*results, strict=False):
-            assert torch.isfinite(one).all()
-            assert torch.equal(one, other)
+        for first, second in zip(*results, strict=False):
+            assert torch.isfinite(first).all()
+            assert torch.equal(first, second)
         out, _grad_input, grad_offset, *_ = results[0]
         assert not grad_offset[0, 8:10, 2, 3].any()
         if masked:
@@ -182,8 +182,8 @@ class TestValues:
         without = whole.clone()
         without[0, 4, 2, 3] = 0
         for name, function in functions.items():
-            one, other = (torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (whole, without))
-            assert_near([one], [other], torch.float32, what=name)
+            with_tap, without_tap = (torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (whole, without))
+            assert_near([with_tap], [without_tap], torch.float32, what=name)
         _, pullback = torch.func.vjp(lambda weight: torch.func.grad(loss, 2)(tensors[0], weight, mask), tensors[2])
         assert_near(list(pullback(whole)), list(pullback(without)), torch.float32)
 
@@ -242,10 +242,10 @@ class TestValues:
         offset = torch.full((1, 2, 1, 4096), 0.25)
         offset[:, 0] = 0
         weight = torch.ones(1, 1, 1, 1)
-        wide = ops.deform_conv2d(input, offset, weight)
+        expected = ops.deform_conv2d(input, offset, weight)
         half = ops.deform_conv2d(input.half(), offset, weight.half())
         assert half.dtype == torch.float16
-        assert_near(half, wide, torch.float16)
+        assert_near(half, expected, torch.float16)
 
     def test_gradients_keep_their_dtypes(self):
         input, offset, weight, bias, mask = inputs(requires_grad=True)
@@ -372,14 +372,14 @@ class TestSizes:
 
     def test_threads_do_not_change_the_result(self):
         tensors = inputs()
-        wanted = torch.get_num_threads()
+        thread_count = torch.get_num_threads()
         results = []
         try:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 results.append(convolve(*tensors))
         finally:
-            torch.set_num_threads(wanted)
+            torch.set_num_threads(thread_count)
         assert torch.equal(*results)
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -435,8 +435,8 @@ class TestRawOperators:
         for tangent in (None, torch.randn_like(offset)):
             arguments = (input, offset, weight, bias, mask, tangent, *settings)
             torch.library.opcheck(raw.deform_conv2d.default, arguments, test_utils=self.checks)
-            for wanted in ((True, True), (True, False), (False, True)):
-                arguments = (grad_output, input, offset, weight, mask, tangent, *settings, *wanted, False)
+            for flags in ((True, True), (True, False), (False, True)):
+                arguments = (grad_output, input, offset, weight, mask, tangent, *settings, *flags, False)
                 torch.library.opcheck(raw._deform_conv2d_backward_data.default, arguments, test_utils=self.checks)
             arguments = (grad_output, input, offset, mask, tangent, *settings, 4, 3, 3)
             torch.library.opcheck(raw._deform_conv2d_backward_weight.default, arguments, test_utils=self.checks)

@@ -63,9 +63,9 @@ def test_equals_the_reference(shape, dtype, layout):
     ):
         conv = ops.pack_deform_conv2d(weight, own_bias, *groups)
         result = ops.deform_conv2d(x, offset, conv, None, *geometry, own_mask, mask_sigmoid=sigmoid, relu=relu)
-        wide = [None if t is None else t.double() for t in (x, offset, weight, own_bias, own_mask)]
-        factor = wide[4].sigmoid() if sigmoid else wide[4]
-        expected = ops.deform_conv2d(*wide[:4], *geometry, factor)
+        tensors64 = [None if t is None else t.double() for t in (x, offset, weight, own_bias, own_mask)]
+        factor = tensors64[4].sigmoid() if sigmoid else tensors64[4]
+        expected = ops.deform_conv2d(*tensors64[:4], *geometry, factor)
         expected = expected.relu() if relu else expected
         assert result.dtype == dtype and result.shape == expected.shape
         error = (result.double() - expected).abs().max() / expected.abs().max()
@@ -97,14 +97,14 @@ def test_offsets_in_16_bits_are_the_same_in_32(dtype):
                 assert torch.equal(ops.deform_conv2d(x, inputs[1], conv, None, *geometry, inputs[4]), y)
                 fused.append(ops.deform_conv2d(x, inputs[1], conv, None, *geometry, inputs[4], mask_sigmoid=True))
             results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
-        assert all(torch.equal(fused[0], other) for other in fused)
-        for other in results[1:]:
-            for index, (one, two) in enumerate(zip(results[0], other, strict=True)):
-                two = two.to(one.dtype)  # one call rounds gradients of offset and mask to 16 bits
+        assert all(torch.equal(fused[0], result) for result in fused)
+        for result in results[1:]:
+            for index, (first, tensor) in enumerate(zip(results[0], result, strict=True)):
+                tensor = tensor.to(first.dtype)  # one call rounds gradients of offset and mask to 16 bits
                 if index == 1:  # the input's gradient is summed in any order on CUDA
-                    torch.testing.assert_close(one, two, rtol=bound(dtype), atol=bound(dtype))
+                    torch.testing.assert_close(first, tensor, rtol=bound(dtype), atol=bound(dtype))
                 else:
-                    assert torch.equal(one, two)
+                    assert torch.equal(first, tensor)
 
 
 def test_values_that_are_not_finite():
@@ -153,11 +153,11 @@ def test_a_16_bit_mask_is_converted_before_the_sigmoid():
     (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
     conv, mask = ops.pack_deform_conv2d(weight, bias, *groups), mask.bfloat16()
     expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.float().sigmoid())
-    for given in (conv, weight):
-        own_bias = bias if given is weight else None
+    for operand in (conv, weight):
+        own_bias = bias if operand is weight else None
         for needs_gradient in (False, True):
             x.requires_grad_(needs_gradient)
-            result = ops.deform_conv2d(x, offset, given, own_bias, *geometry, mask, mask_sigmoid=True)
+            result = ops.deform_conv2d(x, offset, operand, own_bias, *geometry, mask, mask_sigmoid=True)
             torch.testing.assert_close(result.detach(), expected)
 
 
@@ -201,8 +201,8 @@ def test_gradients_and_autocast():
     conv = ops.pack_deform_conv2d(weight, bias, *groups)
     y = ops.deform_conv2d(x, offset, conv, None, *geometry, mask, mask_sigmoid=True, relu=True)
     expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.sigmoid()).relu()
-    for one, other in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
-        torch.testing.assert_close(one, other)  # the input's gradient is summed in any order on CUDA
+    for first, second in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+        torch.testing.assert_close(first, second)  # the input's gradient is summed in any order on CUDA
     kind = x.device.type
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16):
         assert ops.deform_conv2d(x, offset, conv, None, *geometry, mask).dtype == torch.bfloat16
@@ -225,9 +225,9 @@ def test_pickles_and_copies_pack_again():
     conv = ops.pack_deform_conv2d(weight, bias, *groups, algorithm="direct")
     expected = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
     assert len(pickle.dumps(conv)) < weight.numel() * 4 + 4096, "weights packed are not stored"
-    for other in (pickle.loads(pickle.dumps(conv)), copy.deepcopy(conv)):
-        assert other[3:] == conv[3:]
-        assert torch.equal(ops.deform_conv2d(x, offset, other, None, *geometry, mask), expected)
+    for copied in (pickle.loads(pickle.dumps(conv)), copy.deepcopy(conv)):
+        assert copied[3:] == conv[3:]
+        assert torch.equal(ops.deform_conv2d(x, offset, copied, None, *geometry, mask), expected)
 
 
 def test_opcheck_and_compile():

@@ -69,14 +69,14 @@ class TestErrors:
         grad_output = torch.randn(1, case[1], *tensors[4].shape[2:])
         actual = results(ops.deform_conv2d, tensors, torch.float32, lambda y: grad_output, algorithm)
         expected = results(reference.deform_conv2d, tensors, torch.float64, lambda y: grad_output)
-        for name, one, other in zip(NAMES, actual, expected):
-            assert_near([one], [other], torch.float32, factor=FACTORS[algorithm], what=name)
+        for name, result, wanted in zip(NAMES, actual, expected):
+            assert_near([result], [wanted], torch.float32, factor=FACTORS[algorithm], what=name)
         if HAS_TENSOR_CORES and algorithm == "tf32":
             # A lower bound shows that TF32 was used. The gradient of the bias has no products. The bias itself is not
             # rounded, and it is several times as large as the sums that it is added to.
             products = [expected[0] - tensors[3].double()[:, None, None], *expected[1:]]
-            for name, one, other, of_products in zip(NAMES, actual, expected, products):
-                error = float((one.double() - other).abs().max() / of_products.abs().max())
+            for name, result, wanted, of_products in zip(NAMES, actual, expected, products):
+                error = float((result.double() - wanted).abs().max() / of_products.abs().max())
                 assert name == "bias" or error > 1e-5, f"{name} is not computed in TF32: {error:.1e}"
 
     @of_each
@@ -91,8 +91,8 @@ class TestErrors:
             results(op, tensors, dtype, lambda y: (y / 16).round().clamp(-3, 3), algorithm)
             for op, dtype in ((ops.deform_conv2d, torch.float32), (reference.deform_conv2d, torch.float64))
         ]
-        for name, one, other in zip(NAMES, *computed):
-            assert torch.equal(one.double(), other), name
+        for name, first, second in zip(NAMES, *computed):
+            assert torch.equal(first.double(), second), name
 
     def test_long_sums(self):
         """Sums of 2304 products and thousands of pixels are accurate by "tf32x3", although tensor cores truncate."""
@@ -107,10 +107,10 @@ class TestErrors:
             algorithm = name if op is ops.deform_conv2d else "auto"
             y = op(*(t.to(dtype) for t in (input, offset)), leaf, None, 1, 1, 1, mask.to(dtype), algorithm)
             computed[name] = (y.detach(), torch.autograd.grad(y.sum(), leaf)[0])
-        wanted = computed.pop("float64")
+        expected = computed.pop("float64")
         errors = {
-            name: [float((one - other).abs().max() / other.max()) for one, other in zip(own, wanted)]
-            for name, own in computed.items()
+            name: [float((first - second).abs().max() / second.max()) for first, second in zip(tensors, expected)]
+            for name, tensors in computed.items()
         }
         assert max(errors["tf32x3"]) < 3e-6 and max(errors["direct"]) < 3e-6, errors
         assert max(errors["tf32"]) < 1e-3, errors
@@ -131,7 +131,7 @@ class TestNumbers:
             for name in (algorithm, "auto", "direct"):
                 y = ops.deform_conv2d(*leaves[:4], padding=1, mask=leaves[4], algorithm=name)
                 computed.append((y, *torch.autograd.grad(y.sum(), weight)))
-            assert all(torch.equal(one, other) for result in computed for one, other in zip(result, computed[0]))
+            assert all(torch.equal(first, second) for result in computed for first, second in zip(result, computed[0]))
 
     def test_auto_is_three_products(self):
         """If torch does not allow TF32, "auto" is "tf32x3"; so it is on the interpreter, which has no CUDA tensors."""
@@ -139,12 +139,12 @@ class TestNumbers:
             pytest.skip("tests the selection of CUDA kernels")
         tensors = tensors_of(*CASES["groups"])
         gradient = torch.randn_like(results(ops.deform_conv2d, tensors, torch.float32, torch.clone)[0])
-        one, other, direct = (
+        auto, three_products, direct = (
             results(ops.deform_conv2d, tensors, torch.float32, lambda y: gradient, name)
             for name in ("auto", "tf32x3", "direct")
         )
-        assert torch.equal(one[0], other[0]) and torch.equal(one[3], other[3])
-        assert not torch.equal(one[0], direct[0]) and not torch.equal(one[3], direct[3])
+        assert torch.equal(auto[0], three_products[0]) and torch.equal(auto[3], three_products[3])
+        assert not torch.equal(auto[0], direct[0]) and not torch.equal(auto[3], direct[3])
 
     @of_each
     def test_other_dtypes_are_the_same(self, algorithm):

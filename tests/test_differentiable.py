@@ -130,8 +130,8 @@ def test_dual_numbers_of_forward_mode():
     packed = ops.pack_conv3x3(WEIGHT)
     for call in (CALLS["roi_align"], CALLS["flow_conv2d"], lambda x: ops.flow_conv2d(x, None, packed)):
         with torch.no_grad(), forward_ad.dual_level():
-            found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, tangent))).tangent
-        torch.testing.assert_close(found, jvp(call, (x,), (tangent,))[1])
+            result = forward_ad.unpack_dual(call(forward_ad.make_dual(x, tangent))).tangent
+        torch.testing.assert_close(result, jvp(call, (x,), (tangent,))[1])
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "functionalize"])
@@ -141,8 +141,8 @@ def test_operators_without_gradient_in_transforms(transform):
     scores = torch.tensor([0.5, 0.9, 0.1])
 
     def areas(boxes):
-        found = ops.multiclass_nms(boxes, scores[:, None], 0.05, 0.5, 3)
-        return found.boxes.sum() + 0 * boxes.sum() + ops.paste_masks(torch.ones(3, 2, 2), boxes, (5, 5)).sum()
+        detections = ops.multiclass_nms(boxes, scores[:, None], 0.05, 0.5, 3)
+        return detections.boxes.sum() + 0 * boxes.sum() + ops.paste_masks(torch.ones(3, 2, 2), boxes, (5, 5)).sum()
 
     expected = areas(boxes)
     if transform == "grad":

@@ -74,8 +74,8 @@ def test_commands(page):
         if name.startswith("--") or name == "COMMAND":
             continue
         assert name in known, f"{page.name}: no command {name!r}"
-        given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
-        assert given <= options_of(known[name]), f"{page.name}: spatialflow {name}: {given - options_of(known[name])}"
+        used = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+        assert used <= options_of(known[name]), f"{page.name}: spatialflow {name}: {used - options_of(known[name])}"
         configs = [value for option, value in itertools.pairwise(arguments) if option == "--config" and value.islower()]
         configs += arguments[:1] if name == "train" else []
         configs = [config for config in configs if not config.endswith(".yaml")]  # written by the reader

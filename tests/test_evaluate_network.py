@@ -88,11 +88,11 @@ def test_average_precision_takes_ids_of_every_kind(data, ids):
     content = json.loads(data.json_path.read_text())
     _, rows = rows_of(data, 2, 0.6, np.random.default_rng(0))
     expected = average_precision(content, data.panoptic_folder, rows)
-    other = dict(zip((annotation["image_id"] for annotation in content["annotations"]), ids, strict=False))
+    new_ids = dict(zip((annotation["image_id"] for annotation in content["annotations"]), ids, strict=False))
     for row in (*content["annotations"], *rows):
-        row["image_id"] = other[row["image_id"]]
-    found = average_precision(content, data.panoptic_folder, rows)
-    assert all(found[kind] == pytest.approx(expected[kind], abs=1e-12) for kind in ("box", "mask"))
+        row["image_id"] = new_ids[row["image_id"]]
+    scores = average_precision(content, data.panoptic_folder, rows)
+    assert all(scores[kind] == pytest.approx(expected[kind], abs=1e-12) for kind in ("box", "mask"))
 
 
 def test_evaluation_of_images_with_numbers_and_names(tmp_path, capsys):

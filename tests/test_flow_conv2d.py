@@ -73,9 +73,14 @@ class TestKernels:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_gradients(self, algorithm, dtype):
         """Gradients are right in narrow dtypes for both algorithms, with every chunk of the weight gradient used."""
-        wide = tensors_of(20, 36, [(23, 50), (30, 41), (3, 5)], True, True, 2)()
-        wide = [[t.to(dtype) for t in wide[0]], [t.to(dtype) for t in wide[1]], wide[2].to(dtype), wide[3].to(dtype)]
-        inputs = [*wide[0], *wide[1], wide[2], wide[3]]
+        tensors = tensors_of(20, 36, [(23, 50), (30, 41), (3, 5)], True, True, 2)()
+        tensors = [
+            [t.to(dtype) for t in tensors[0]],
+            [t.to(dtype) for t in tensors[1]],
+            tensors[2].to(dtype),
+            tensors[3].to(dtype),
+        ]
+        inputs = [*tensors[0], *tensors[1], tensors[2], tensors[3]]
 
         def gradients(op, cast):
             leaf = [cast(t).requires_grad_() for t in inputs]
@@ -101,13 +106,13 @@ class TestKernels:
         """Outputs and the weight gradient are right for more levels than a launch takes."""
         x = [torch.randn(1, channels, 1 + i % 4, 2 + i % 3, dtype=dtype) for i in range(40)]
         weight = torch.randn(5, channels, 3, 3, dtype=dtype, requires_grad=True)
-        wide = weight.detach().double().requires_grad_()
+        weight64 = weight.detach().double().requires_grad_()
         actual = ops.flow_conv2d(x, None, weight, relu=False)
-        expected = reference.flow_conv2d([level.double() for level in x], None, wide, relu=False)
+        expected = reference.flow_conv2d([level.double() for level in x], None, weight64, relu=False)
         assert_near(actual, expected, dtype)
         gradients = [torch.randn_like(y) for y in actual]
-        wanted = torch.autograd.grad(expected, wide, [g.double() for g in gradients])
-        assert_near(list(torch.autograd.grad(actual, weight, gradients)), list(wanted), dtype)
+        expected_gradient = torch.autograd.grad(expected, weight64, [g.double() for g in gradients])
+        assert_near(list(torch.autograd.grad(actual, weight, gradients)), list(expected_gradient), dtype)
 
     @pytest.mark.parametrize("threads", [1, 2, 5])
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -125,7 +130,7 @@ class TestKernels:
         expected = run()
         torch.set_num_threads(threads)
         try:
-            assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=False))
+            assert all(torch.equal(first, second) for first, second in zip(run(), expected, strict=False))
         finally:
             torch.set_num_threads(before)
 
@@ -200,7 +205,7 @@ class TestPacked:
             packed = ops.pack_conv3x3(weight.contiguous(memory_format=layout), bias, algorithm)
             actual = ops.flow_conv2d(x, flow, packed)
             expected = ops.flow_conv2d(x, flow, weight, bias, algorithm=algorithm)
-            assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=False))
+            assert all(torch.equal(first, second) for first, second in zip(actual, expected, strict=False))
 
     def test_gradients_and_forward_mode_use_the_weights(self):
         weight = torch.randn(34, 33, 3, 3)
@@ -258,18 +263,18 @@ class TestPacked:
         tag = packed.packed.numel() % 288
         assert packed.packed[-tag:].count_nonzero() == 0
         x = torch.randn(1, 4, 6, 6)
-        for other in (0, 1, tag - 2, tag + 1, 128):  # 0: a version without tags
+        for other_tag in (0, 1, tag - 2, tag + 1, 128):  # 0: a version without tags
             bare = packed.packed[:-tag]
-            held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other)]))
-            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the"
+            held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other_tag)]))
+            message = rf"the packed weight has the layout of another .*\(tag {other_tag}, here {tag}\); pack the"
             with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
                 ops.flow_conv2d(x, None, held)
             with pytest.raises(RuntimeError, match="fused_subnets: " + message):
                 ops.fused_subnets([x], ops.SubnetParameters(cls=(held,), segmentation_levels=0))
-        wide = packed._replace(packed=packed.packed.double())
+        packed64 = packed._replace(packed=packed.packed.double())
         message = "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype"
         with pytest.raises(RuntimeError, match=message):
-            ops.flow_conv2d(x.double(), None, wide)
+            ops.flow_conv2d(x.double(), None, packed64)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
     def test_copies_are_packed_from_the_weight(self, copied):

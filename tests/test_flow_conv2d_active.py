@@ -224,13 +224,13 @@ class TestReads:
     )
     def test_inactive_images_are_not_read(self, dtype, algorithm, channels, flow):
         """Neither the interpreter nor the CPU reads inactive images."""
-        found = self.run(dtype, algorithm, channels, flow, "active")
-        assert found.returncode == 0 and found.stdout == "not read\n", found.stderr[-2000:]
+        process = self.run(dtype, algorithm, channels, flow, "active")
+        assert process.returncode == 0 and process.stdout == "not read\n", process.stderr[-2000:]
 
     def test_reads_are_found(self):
         """Without `active` the read ends the process without a Python exception, so the test above can fail."""
-        found = self.run("float32", "direct", 4, "flow", "all")
-        assert found.returncode != 0 and found.stdout == "" and "Traceback" not in found.stderr
+        process = self.run("float32", "direct", 4, "flow", "all")
+        assert process.returncode != 0 and process.stdout == "" and "Traceback" not in process.stderr
 
 
 class TestGradients:

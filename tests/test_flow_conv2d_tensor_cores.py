@@ -84,15 +84,15 @@ class TestTensorCores:
         x, weight = torch.randn(1, 256, 40, 48), torch.randn(8, 256, 3, 3) * 0.02
         weight = weight.abs()  # truncation errors of the same sign accumulate
         x = x.abs()
-        leaf, wide = weight.clone().requires_grad_(), weight.double().requires_grad_()
-        expected = reference.flow_conv2d(x.double(), None, wide)
-        (wanted,) = torch.autograd.grad(expected.sum(), wide)
+        leaf, weight64 = weight.clone().requires_grad_(), weight.double().requires_grad_()
+        expected = reference.flow_conv2d(x.double(), None, weight64)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), weight64)
         errors = {}
         for algorithm in ("direct", *self.factors):
             y = ops.flow_conv2d(x, None, leaf, algorithm=algorithm)
             (gradient,) = torch.autograd.grad(y.sum(), leaf)
-            pairs = ((y.detach(), expected.detach()), (gradient, wanted))
-            errors[algorithm] = [float((one - other).abs().max() / other.max()) for one, other in pairs]
+            pairs = ((y.detach(), expected.detach()), (gradient, expected_gradient))
+            errors[algorithm] = [float((first - second).abs().max() / second.max()) for first, second in pairs]
         assert max(errors["tf32x3"]) < (3e-6 if HAS_TENSOR_CORES else 1e-5)
         assert max(errors["tf32"]) < 1e-3
         if HAS_TENSOR_CORES:
@@ -110,7 +110,7 @@ class TestTensorCores:
                 y = ops.flow_conv2d(map_, None, leaf, algorithm=name)
                 packed = ops.flow_conv2d(map_, None, ops.pack_conv3x3(leaf.detach(), None, name))
                 results.append([y, packed, *torch.autograd.grad(y.sum(), leaf)])
-            assert all(torch.equal(one, other) for one, other in zip(*results))
+            assert all(torch.equal(first, second) for first, second in zip(*results))
 
     @of_each
     def test_values(self, algorithm):
@@ -131,8 +131,8 @@ class TestTensorCores:
         levels = [torch.randn(2, 24, *size) for size in ((9, 11), (5, 3), (2, 2))]
         actual = ops.fused_subnets(levels, parameters, algorithm)
         tracked = ops.fused_subnets([level.clone().requires_grad_() for level in levels], parameters, algorithm)
-        for one, other in zip(actual, tracked):
-            assert all(torch.equal(a, b) for a, b in zip(one, other))
+        for first, second in zip(actual, tracked):
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.usefixtures("precision_restored")

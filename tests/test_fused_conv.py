@@ -95,8 +95,8 @@ class TestNumbers:
         shape = Shape((1, 1), (0, 0), 1)
         assert asked(x.half(), weight.half(), shape) and asked(x.bfloat16(), weight.bfloat16(), shape)
         assert not asked(x, weight, shape) and not asked(torch.empty(1, 8, 4, 4, device="cpu").half(), weight, shape)
-        for other in (Shape((2, 2), (0, 0), 1), Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
-            assert not asked(x.half(), weight.half(), other)
+        for other_shape in (Shape((2, 2), (0, 0), 1), Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
+            assert not asked(x.half(), weight.half(), other_shape)
         assert not asked(x.half(), torch.empty(8, 8, 3, 3, device="meta").half(), shape)
 
     def test_linear_relu(self):
@@ -134,8 +134,8 @@ class TestOwnKernel:
         x, weight = torch.empty(1, 8, 4, 4).half(), torch.empty(16, 8, 1, 1).half()
         shape, asked = Shape((1, 1), (0, 0), 1), fused_conv._is_for_own_kernel
         assert asked(x, weight, shape) and asked(x.bfloat16(), weight.bfloat16(), Shape((2, 2), (0, 0), 1))
-        for other in (Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
-            assert not asked(x, weight, other)
+        for other_shape in (Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
+            assert not asked(x, weight, other_shape)
         for size in ((12, 8, 1, 1), (16, 4, 1, 1), (16, 8, 3, 3)):
             assert not asked(x, torch.empty(size).half(), shape)
         assert not asked(x.float(), weight.float(), shape)

@@ -24,10 +24,10 @@ from spatialflow import ops
 def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto"):
     packed, biases = [], []
     for convolutions in convs:
-        for one in convolutions:
-            weight = None if one is None else one[0]
-            packed.append(torch.empty(0, dtype=torch.float64) if one is None else ops.pack_conv3x3(weight).packed)
-            biases.append(torch.zeros(0 if one is None else weight.shape[0], dtype=torch.float64))
+        for pair in convolutions:
+            weight = None if pair is None else pair[0]
+            packed.append(torch.empty(0, dtype=torch.float64) if pair is None else ops.pack_conv3x3(weight).packed)
+            biases.append(torch.zeros(0 if pair is None else weight.shape[0], dtype=torch.float64))
     counts = [len(convolutions) for convolutions in convs]
     detached = [level.detach().clone() for level in levels]  # the raw operator is for calls without gradients
     return torch.ops.spatialflow.fused_subnets, (
@@ -97,11 +97,11 @@ class TestWirings:
         tracked = map_tensors(lambda t: t.clone().requires_grad_(), single)
         composed = run_fused_subnets(*tracked, **source)
         # Tiles and sums have the same order, but sums of two flows are rounded equally only in float32.
-        for one, other in zip(actual, composed):
-            assert all(torch.equal(a, b) for a, b in zip(one, other))
+        for first, second in zip(actual, composed):
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
         packed = ops.pack_subnets(parameters_of(single[1], **source))
-        for one, other in zip(actual, ops.fused_subnets(single[0], packed)):
-            assert all(torch.equal(a, b) for a, b in zip(one, other))
+        for first, second in zip(actual, ops.fused_subnets(single[0], packed)):
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
 
     @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -135,7 +135,7 @@ class TestWirings:
         levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
         before = [level.clone() for level in levels]
         results = run_fused_subnets(levels, convs)
-        assert all(torch.equal(one, other) for one, other in zip(levels, before))
+        assert all(torch.equal(first, second) for first, second in zip(levels, before))
         storages = [level.data_ptr() for maps in [levels, *results] for level in maps]
         assert len(set(storages)) == len(storages)
         assert all(level.is_contiguous(memory_format=torch.channels_last) for maps in results for level in maps)

@@ -8,8 +8,8 @@ tensor, not packed. `algorithm` is accepted and ignored.
 
 Results are not rounded to 16 bits. If an operator is documented to decide in float32, this module does too: sampling
 grids and levels of RoIAlign, sampling points of deformable convolution, and overlaps of NMS. The arithmetic of
-`preprocess_images` is in float32 as well. Where rounding may change a decision, `mask_probabilities`, `upsampled_logits` and
-`perturbed_boxes` give the values from which a test tells how close the decision was.
+`preprocess_images` is in float32 as well. Where rounding may change a decision, `mask_probabilities`,
+`upsampled_logits` and `perturbed_boxes` give the values from which a test tells how close the decision was.
 """
 
 from __future__ import annotations
@@ -156,16 +156,16 @@ def multilevel_roi_align(
 # Non-maximum suppression
 
 
-def _suppresses(box: np.ndarray, other: np.ndarray, threshold: float, real: type) -> bool:
+def _suppresses(box: np.ndarray, other_box: np.ndarray, threshold: float, real: type) -> bool:
     """Tell whether the IoU of two boxes exceeds the threshold, with each operation rounded to `real`."""
     areas = []
-    for x1, y1, x2, y2 in (box, other):
+    for x1, y1, x2, y2 in (box, other_box):
         width, height = x2 - x1, y2 - y1
         if not (width > 0 and height > 0 and width * height > 0 and width * height < np.inf):
             return False
         areas.append(width * height)
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
+    width = min(box[2], other_box[2]) - max(box[0], other_box[0])
+    height = min(box[3], other_box[3]) - max(box[1], other_box[1])
     intersection = max(width, real(0)) * max(height, real(0))
     return bool(intersection > real(threshold) * (areas[0] + areas[1] - intersection))
 
@@ -178,8 +178,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     candidates.sort(key=lambda row: (-values[row], row))
     kept: list[int] = []
     for row in candidates:
-        rivals = [other for other in kept if classes[other] == classes[row]]
-        if not any(_suppresses(corners[other], corners[row], iou_threshold, real) for other in rivals):
+        rivals = [kept_row for kept_row in kept if classes[kept_row] == classes[row]]
+        if not any(_suppresses(corners[kept_row], corners[row], iou_threshold, real) for kept_row in rivals):
             kept.append(row)
     return np.array(kept, dtype=np.int64)
 
@@ -202,20 +202,22 @@ def multiclass_nms(
     labels, indices = (np.full((batch, max_detections), -1, dtype=np.int64) for _ in range(2))
     counts = np.zeros(batch, dtype=np.int64)
     for image in range(batch):
-        own = corners[image].astype(real)
+        image_boxes = corners[image].astype(real)
         pairs = [
             (row, label)
             for row in range(count)
             for label in range(classes)
-            if real(values[image, row, label]) > real(score_threshold) and not np.isnan(own[row]).any()
+            if real(values[image, row, label]) > real(score_threshold) and not np.isnan(image_boxes[row]).any()
         ]
         pairs.sort(key=lambda pair: (-values[image, pair[0], pair[1]], pair))
         kept: list[tuple[int, int]] = []
         for row, label in pairs:
             if len(kept) == max_detections:
                 break
-            rivals = [other for other, other_label in kept if other_label == label]
-            if not any(_suppresses(own[other], own[row], iou_threshold, real) for other in rivals):
+            rivals = [kept_row for kept_row, kept_label in kept if kept_label == label]
+            if not any(
+                _suppresses(image_boxes[kept_row], image_boxes[row], iou_threshold, real) for kept_row in rivals
+            ):
                 kept.append((row, label))
         for place, (row, label) in enumerate(kept):
             found_boxes[image, place], found_scores[image, place] = corners[image, row], values[image, row, label]
@@ -249,7 +251,7 @@ def select_candidates(
     batch, channels = class_logits[0].shape[:2]
     anchors = base.shape[1]
     classes = channels // anchors
-    found: list[list[tuple]] = [[] for _ in range(batch)]
+    candidates: list[list[tuple]] = [[] for _ in range(batch)]
     for logits, deltas, own_base, stride in zip(map(_array, class_logits), map(_array, box_deltas), base, strides):
         height, width = logits.shape[2:]
         for image in range(batch):
@@ -257,21 +259,23 @@ def select_candidates(
             for y in range(height):
                 for x in range(width):
                     for anchor in range(anchors):
-                        own = logits[image, anchor * classes : (anchor + 1) * classes, y, x]
+                        class_scores = logits[image, anchor * classes : (anchor + 1) * classes, y, x]
                         dx, dy, dw, dh = deltas[image, 4 * anchor : 4 * anchor + 4, y, x]
                         corners = own_base[anchor] + np.array([x, y, x, y]) * float(stride)
                         limit, scale = sizes[image], factors[image]
                         left, right = _interval(corners[0], corners[2], dx, dw, limit[1], scale[0])
                         top, bottom = _interval(corners[1], corners[3], dy, dh, limit[0], scale[1])
-                        best = max((value for value in own if not np.isnan(value)), default=-math.inf)
-                        rows.append((best, [left, top, right, bottom], 1 / (1 + np.exp(-own))))
+                        best = max((value for value in class_scores if not np.isnan(value)), default=-math.inf)
+                        rows.append((best, [left, top, right, bottom], 1 / (1 + np.exp(-class_scores))))
             if 0 < per_level < len(rows):
                 rows = sorted(rows, key=lambda row: -row[0])[:per_level]  # a stable sort
-            found[image] += rows
+            candidates[image] += rows
     numbers = [level.shape[2] * level.shape[3] * anchors for level in class_logits]
     count = sum(min(number, per_level or number) for number in numbers)
-    boxes = np.array([[row[1] for row in rows] for rows in found], dtype=np.float64).reshape(batch, count, 4)
-    scores = np.array([[row[2] for row in rows] for rows in found], dtype=np.float64).reshape(batch, count, classes)
+    boxes = np.array([[row[1] for row in rows] for rows in candidates], dtype=np.float64).reshape(batch, count, 4)
+    scores = np.array([[row[2] for row in rows] for rows in candidates], dtype=np.float64).reshape(
+        batch, count, classes
+    )
     return boxes, scores
 
 
@@ -501,9 +505,9 @@ def panoptic_merge(
 def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, pred_segments: int) -> np.ndarray:
     truth, prediction = _array(gt_map), _array(pred_map)
     counts = np.zeros((gt_segments + 1, pred_segments + 1), dtype=np.int64)
-    for own, other in zip(truth.ravel(), prediction.ravel()):
-        if 0 <= own <= gt_segments and 0 <= other <= pred_segments:
-            counts[own, other] += 1
+    for gt_segment, pred_segment in zip(truth.ravel(), prediction.ravel()):
+        if 0 <= gt_segment <= gt_segments and 0 <= pred_segment <= pred_segments:
+            counts[gt_segment, pred_segment] += 1
     return counts
 
 
@@ -601,9 +605,9 @@ def upsampled_logits(logits: Tensor, valid_size: tuple[int, int], original_size:
     classes, rows, columns = values.shape
     height, width = original_size
 
-    def place(index: int, valid: int, target: int, cells: int) -> tuple[int, float]:
-        enlarged = min(math.floor(index * (1 / (target / valid))), valid - 1)  # nearest neighbor, as in OpenCV
-        at = enlarged * (cells - 1) / (4 * cells - 1)  # aligned corners
+    def source_position(index: int, valid: int, target: int, cells: int) -> tuple[int, float]:
+        source = min(math.floor(index * (1 / (target / valid))), valid - 1)  # nearest neighbor, as in OpenCV
+        at = source * (cells - 1) / (4 * cells - 1)  # aligned corners
         return int(at), at - int(at)
 
     def mix(low: np.ndarray, high: np.ndarray, fraction: float) -> np.ndarray:
@@ -611,10 +615,10 @@ def upsampled_logits(logits: Tensor, valid_size: tuple[int, int], original_size:
 
     result = np.zeros((height, width, classes))
     for i in range(height):
-        y, y_fraction = place(i, valid_size[0], height, rows)
+        y, y_fraction = source_position(i, valid_size[0], height, rows)
         lower = min(y + 1, rows - 1)
         for j in range(width):
-            x, x_fraction = place(j, valid_size[1], width, columns)
+            x, x_fraction = source_position(j, valid_size[1], width, columns)
             left = mix(values[:, y, x], values[:, lower, x], y_fraction)
             right = mix(values[:, y, min(x + 1, columns - 1)], values[:, lower, min(x + 1, columns - 1)], y_fraction)
             result[i, j] = mix(left, right, x_fraction)
@@ -624,12 +628,12 @@ def upsampled_logits(logits: Tensor, valid_size: tuple[int, int], original_size:
 @_silent
 def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
     """Compute labels in float64; where two classes of `upsampled_logits` differ only by rounding, both are right."""
-    enlarged = upsampled_logits(logits, valid_size, original_size)
-    result = np.zeros(enlarged.shape[:2], dtype=np.int64)
+    upsampled = upsampled_logits(logits, valid_size, original_size)
+    result = np.zeros(upsampled.shape[:2], dtype=np.int64)
     for i in range(result.shape[0]):
         for j in range(result.shape[1]):
             best = -np.inf
-            for label, value in enumerate(enlarged[i, j]):
+            for label, value in enumerate(upsampled[i, j]):
                 if value > best:
                     result[i, j], best = label, value
     return result
@@ -722,13 +726,13 @@ def perturbed_boxes(boxes: Tensor, amount: float = 1e-6) -> list[Tensor]:
         boxes: (K, 5) of batch index and corners, or (K, 4).
         amount: size of the perturbation, relative to the largest coordinate of each box, or to 1 if that is larger.
     """
-    wide = boxes.detach().double().cpu()
-    corners = wide[:, -4:]
+    boxes64 = boxes.detach().double().cpu()
+    corners = boxes64[:, -4:]
     step = amount * corners.abs().amax(dim=1, keepdim=True).clamp(min=1)
     moved = []
     for first, second in ((0, 0), (1, 1), (-1, -1), (-1, 1), (1, -1)):
         signs = torch.tensor([first, first, second, second], dtype=torch.float64, device="cpu")
-        moved.append(torch.cat((wide[:, :-4], torch.where(step.isfinite(), corners + signs * step, corners)), dim=1))
+        moved.append(torch.cat((boxes64[:, :-4], torch.where(step.isfinite(), corners + signs * step, corners)), dim=1))
     return moved
 
 

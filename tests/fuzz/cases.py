@@ -71,7 +71,7 @@ def layouts(dims: int) -> st.SearchStrategy:
     if dims == 4:
         orders += [[0, 2, 3, 1], [0, 2, 3, 1], [0, 1, 3, 2]]
     one_stride = st.sampled_from([None, 0, 1, 2, 3, 7, 64, HUGE_STRIDE])
-    some = st.fixed_dictionaries(
+    layout = st.fixed_dictionaries(
         {},
         optional={
             "order": st.one_of(st.sampled_from(orders), st.permutations(identity)),
@@ -85,15 +85,15 @@ def layouts(dims: int) -> st.SearchStrategy:
             else st.just([]),
         },
     )
-    return st.one_of(st.none(), some)
+    return st.one_of(st.none(), layout)
 
 
 @functools.lru_cache(None)
 def features(scale: float = 1.0, specials: tuple[str, ...] = SPECIAL) -> st.SearchStrategy:
     """Values of floating-point tensors, sometimes with special ones among them."""
     kinds = st.sampled_from(["normal", "grid", "normal", "few"])
-    nothing, some = st.just([]), st.lists(st.sampled_from(specials), min_size=1, max_size=3)
-    special = st.one_of(nothing, nothing, nothing, some)
+    nothing, numbers = st.just([]), st.lists(st.sampled_from(specials), min_size=1, max_size=3)
+    special = st.one_of(nothing, nothing, nothing, numbers)
     return st.fixed_dictionaries({"kind": kinds, "seed": seeds, "scale": st.just(scale), "special": special})
 
 
@@ -182,7 +182,9 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
         channels, groups = 0, 1
     outputs = groups * draw(sizes(max(limits.channels // groups, 1)))
     kernel = [draw(one_of(1, 2, 3)), draw(one_of(1, 2, 3))]
-    stride, padding, dilation = ([draw(one_of(*some)) for _ in "hw"] for some in ((1, 2, 3), (0, 1, 2), (1, 2, 3)))
+    stride, padding, dilation = (
+        [draw(one_of(*choices)) for _ in "hw"] for choices in ((1, 2, 3), (0, 1, 2), (1, 2, 3))
+    )
     size, out = [], []
     for axis in range(2):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
@@ -497,19 +499,19 @@ def _tensors(value: Any) -> list[dict]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [found for item in value for found in _tensors(item)] if isinstance(value, list) else []
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list) else []
 
 
 def _make_wrong(draw: Draw, arguments: dict) -> None:
     """Change one thing, such as the size or the dtype of a tensor, so that the call may be invalid."""
-    found = _tensors(arguments)
+    tensors = _tensors(arguments)
     how = draw(one_of("dtype", "size", "dimension", "number"))
-    if how == "number" or not found:
+    if how == "number" or not tensors:
         names = [name for name, value in arguments.items() if type(value) in (int, float)]
         if names:
             arguments[draw(st.sampled_from(names))] = draw(one_of(-1, 0, 1 << 40, 2, 1))
         return
-    chosen = draw(st.sampled_from(found))
+    chosen = draw(st.sampled_from(tensors))
     shape = chosen["tensor"]
     if how == "dtype":
         chosen["dtype"] = draw(one_of(*FLOATS, "int64", "int32", "uint8", "bool"))
@@ -534,7 +536,7 @@ def cases(draw: Draw, operator: str, limits: Limits = CPU) -> dict:
     if is_wrong:
         _make_wrong(draw, arguments)
     case = {"op": operator, "arguments": arguments, "valid": not is_wrong, "fake": draw(rarely)}
-    if any(found.get("grad") for found in _tensors(arguments)):
+    if any(description.get("grad") for description in _tensors(arguments)):
         case["gradient"] = {"values": draw(features()), "layout": draw(layouts(4))}
         case["jvp"] = draw(rarely)
     return case

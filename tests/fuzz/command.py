@@ -181,7 +181,7 @@ def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list
     A failure is the failing case and its description.
     """
     limits = CPU if backend.startswith("cpu") else SIMT
-    found = []
+    failures = []
     with supervisor_for(backend) as supervisor:
         fuzzer = Fuzzer(supervisor, limits, seconds)
         for operator, start in _rounds(operators, first):
@@ -189,15 +189,15 @@ def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list
                 break
             failure = fuzzer.try_round(operator, start)
             if failure:
-                found.append(failure)
+                failures.append(failure)
                 operators.remove(operator)  # one failure per operator is enough
                 report(*failure, fuzzer.found, backend)
     _print_table(fuzzer, time.monotonic() - fuzzer.begin)
-    return found
+    return failures
 
 
-def report(case: dict, description: str, found: str, backend: str) -> None:
-    print(f"FAILED: {describe_case(case)}\n{found}\n{description}")
+def report(case: dict, description: str, summary: str, backend: str) -> None:
+    print(f"FAILED: {describe_case(case)}\n{summary}\n{description}")
     print(f"Replay:\n  {replay_command(case, backend)}\n", flush=True)
 
 
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if description else 0
     groups = {"operators": list(OPERATORS), "files": list(FILES)}
     usual = groups if options.backend == "cpu" else ["operators"]
-    targets = [name for given in options.ops or usual for name in groups.get(given, [given])]
+    targets = [name for operator in options.ops or usual for name in groups.get(operator, [operator])]
     if unknown := [name for name in targets if name not in OPERATORS and name not in FILES]:
         parser.error(f"--ops: no target {unknown[0]!r}; there are {', '.join([*groups, *OPERATORS, *FILES])}")
     return 1 if fuzz(targets, options.backend, options.seconds, options.seed) else 0

@@ -137,27 +137,27 @@ class _Trial:
             return [torch.from_numpy(np.asarray(array)) for array in _arrays(operator.brute(**arguments))]
 
         nearby = operator.nearby if "result" in operator.nearby_for else lambda *_: ()
-        wide = map_tensors(_wide, plain)  # perturbations of float64 values would be lost in float32
-        variants = functools.cache(lambda: [answers(variant) for variant in nearby(wide, self._epsilon())])
+        arguments64 = map_tensors(_wide, plain)  # perturbations of float64 values would be lost in float32
+        variants = functools.cache(lambda: [answers(variant) for variant in nearby(arguments64, self._epsilon())])
         expected = answers(plain)
         if len(expected) != len(outputs):
             self.differs(f"result: {len(outputs)} tensors, {len(expected)} of the brute force")
             return
         sizes = functools.cache(lambda: self._sizes(lambda f, a, _: leaves(f(**a)), map_tensors(_wide, plain)))
-        for index, (one, other) in enumerate(zip(outputs, expected)):
-            if operator.excused and one.shape == other.shape:
-                other = torch.where(operator.excused(plain, one), one.to(other.dtype), other)
-            self._judge(f"result[{index}]", "brute force", one, other, sizes, variants, index)
+        for index, (result, wanted) in enumerate(zip(outputs, expected)):
+            if operator.excused and result.shape == wanted.shape:
+                wanted = torch.where(operator.excused(plain, result), result.to(wanted.dtype), wanted)
+            self._judge(f"result[{index}]", "brute force", result, wanted, sizes, variants, index)
 
     def _gradient(self, outputs: list[Tensor], tracked: list[int]) -> list[Tensor | None]:
         """Compare the gradients of all tensors that require one, through the outputs at `tracked`; return them."""
         inputs = [t for t in self.tensors if t.requires_grad]
         _memory.remember()
         actual = torch.autograd.grad([outputs[i] for i in tracked], inputs, self.incoming, allow_unused=True)
-        wanted = [name in self.operator.differentiable for name in self._names()]
+        is_differentiable = [name in self.operator.differentiable for name in self._names()]
         places = [i for i, t in enumerate(self.tensors) if t.requires_grad]
         compared, positions = [], []
-        for tensor, gradient, want, place in zip(inputs, actual, wanted, places):
+        for tensor, gradient, want, place in zip(inputs, actual, is_differentiable, places):
             if not want:
                 if gradient is not None and bool((gradient != 0).any()):
                     self.differs(f"argument {place} has no gradient, but one came")
@@ -166,17 +166,19 @@ class _Trial:
             positions.append(place)
             if gradient is not None and gradient.dtype != tensor.dtype:
                 self.differs(f"gradient of argument {place} has dtype {gradient.dtype}, the argument {tensor.dtype}")
-        wide = [c.double() for c in self.incoming]
+        incoming64 = [c.double() for c in self.incoming]
 
         def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
-            given, chosen = _tracked(arguments, positions)
-            results = leaves(function(**given))
-            own = [c.abs() if absolute else c for c in wide]
-            pairs = [(results[i], c) for i, c in zip(tracked, own) if results[i].requires_grad]
+            tracked_arguments, chosen = _tracked(arguments, positions)
+            results = leaves(function(**tracked_arguments))
+            incoming = [c.abs() if absolute else c for c in incoming64]
+            pairs = [(results[i], c) for i, c in zip(tracked, incoming) if results[i].requires_grad]
             if not pairs:  # no result depends on the inputs
                 return [torch.zeros_like(c) for c in chosen]
-            found = torch.autograd.grad([r for r, _ in pairs], chosen, [c for _, c in pairs], allow_unused=True)
-            return [torch.zeros_like(c) if g is None else g for c, g in zip(chosen, found)]
+            input_gradients = torch.autograd.grad(
+                [r for r, _ in pairs], chosen, [c for _, c in pairs], allow_unused=True
+            )
+            return [torch.zeros_like(c) if g is None else g for c, g in zip(chosen, input_gradients)]
 
         if compared:
             self._ask("gradient", compared, ask, nearby="gradient", names=[self._all_names()[p] for p in positions])
@@ -184,8 +186,8 @@ class _Trial:
 
     def _reference_tracks(self) -> bool:
         positions = [i for i, t in enumerate(self.tensors) if t.requires_grad]
-        given, _ = _tracked(map_tensors(_wide, self.arguments), positions)
-        return any(o.requires_grad for o in leaves(self.operator.reference(**given)))
+        arguments, _ = _tracked(map_tensors(_wide, self.arguments), positions)
+        return any(o.requires_grad for o in leaves(self.operator.reference(**arguments)))
 
     def _tangents(self) -> None:
         positions = [
@@ -202,16 +204,16 @@ class _Trial:
         pushed = _pushed(self.operator.call, plain, positions, tangents)
 
         def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
-            own = [t.double().abs() if absolute else t.double() for t in tangents]
-            return _pushed(function, arguments, positions, own)
+            pushed_tangents = [t.double().abs() if absolute else t.double() for t in tangents]
+            return _pushed(function, arguments, positions, pushed_tangents)
 
         def sizes_of_sum(arguments: dict) -> list[Tensor]:
             """Return the size of the terms of a result that is one sum over all elements.
 
             The smallest normal number of each dtype is added, because terms in float16 may underflow.
             """
-            given, chosen = _tracked(arguments, positions)
-            gradients = torch.autograd.grad(leaves(self.operator.reference(**given)), chosen)
+            tracked_arguments, chosen = _tracked(arguments, positions)
+            gradients = torch.autograd.grad(leaves(self.operator.reference(**tracked_arguments)), chosen)
             least = [torch.finfo(t.dtype).tiny for t in tangents]
             return [sum(((g.abs() + s) * t.double().abs() + s).sum() for g, s, t in zip(gradients, least, tangents))]
 
@@ -229,8 +231,8 @@ class _Trial:
                     tracked = [o for o, real in zip(results, outputs) if real.requires_grad]
                     inputs = [t for t in leaves(arguments) if t.requires_grad]
                     cotangents = [_fake_of(c) for c in self.incoming[: len(tracked)]]
-                    found = torch.autograd.grad(tracked, inputs, cotangents, allow_unused=True)
-                    pairs = [(r, f) for r, f in zip(gradients, found) if r is not None and f is not None]
+                    fake_gradients = torch.autograd.grad(tracked, inputs, cotangents, allow_unused=True)
+                    pairs = [(r, f) for r, f in zip(gradients, fake_gradients) if r is not None and f is not None]
                     difference = judge.metadata_difference([r for r, _ in pairs], [f for _, f in pairs], strides)
                     difference = difference and f"gradient {difference}"
         except Exception as error:
@@ -258,9 +260,9 @@ class _Trial:
         if not operator.affordable(plain) or operator.unstable(plain, [*self.tensors, *self.incoming]):
             self.report["skipped"].append(what)
             return
-        given = plain if operator.exact else map_tensors(_wide, plain)
+        reference_arguments = plain if operator.exact else map_tensors(_wide, plain)
         try:
-            expected = question(operator.reference, given, False)
+            expected = question(operator.reference, reference_arguments, False)
         except Exception as error:
             text = f"{type(error).__name__}: {error}".split("\n")[0]
             if "allocate memory" in text:
@@ -271,11 +273,13 @@ class _Trial:
         if len(actual) != len(expected):
             self.differs(f"{what}: {len(actual)} tensors, expected {len(expected)}")
             return
-        variants = functools.cache(lambda: list(self._variants(question, given, nearby)))
-        sizes = functools.cache(lambda: sizes_of(given) if sizes_of else self._sizes(question, given))
-        for index, (one, other) in enumerate(zip(actual, expected)):
+        variants = functools.cache(lambda: list(self._variants(question, reference_arguments, nearby)))
+        sizes = functools.cache(
+            lambda: sizes_of(reference_arguments) if sizes_of else self._sizes(question, reference_arguments)
+        )
+        for index, (result, wanted) in enumerate(zip(actual, expected)):
             name = f"{what} of {names[index]}" if names else f"{what}[{index}]"
-            self._judge(name, "reference", one, other, sizes, variants, index)
+            self._judge(name, "reference", result, wanted, sizes, variants, index)
 
     def _judge(
         self,
@@ -309,17 +313,17 @@ class _Trial:
         first = next((t.dtype for t in self.tensors if t.dtype.is_floating_point), torch.float32)
         return torch.finfo(first).eps if self.operator.layered else EPSILON[self.accumulator]
 
-    def _variants(self, question: Callable, given: dict, nearby: str) -> Iterator[list[Tensor]]:
+    def _variants(self, question: Callable, arguments: dict, nearby: str) -> Iterator[list[Tensor]]:
         if nearby in self.operator.nearby_for:
-            for variant in self.operator.nearby(given, self._epsilon()):
+            for variant in self.operator.nearby(arguments, self._epsilon()):
                 yield question(self.operator.reference, variant, False)
 
-    def _sizes(self, question: Callable, given: dict) -> list[Tensor] | None:
+    def _sizes(self, question: Callable, arguments: dict) -> list[Tensor] | None:
         """Return the results for absolute values of the linear arguments, or None if there are none."""
         operator = self.operator
         if not operator.linear:
             return None
-        absolute = operator.absolute(given)
+        absolute = operator.absolute(arguments)
         sizes = question(operator.sizes or operator.reference, absolute, True)
         if operator.places and self.incoming:
             # Gradients w.r.t. sampling points are differences of neighbors, summed over the outputs; this bounds them.
@@ -338,10 +342,10 @@ class _Trial:
 
     def _incoming(self, like: Tensor, index: int) -> Tensor:
         """Return an incoming gradient, or a tangent, for a tensor with the shape and dtype of `like`."""
-        wanted = self.case["gradient"]
-        values = wanted["values"] | {"seed": wanted["values"]["seed"] + index + 1}
+        gradient = self.case["gradient"]
+        values = gradient["values"] | {"seed": gradient["values"]["seed"] + index + 1}
         dtype = str(like.dtype).removeprefix("torch.")
-        described = {"tensor": list(like.shape), "dtype": dtype, "values": values, "layout": wanted["layout"]}
+        described = {"tensor": list(like.shape), "dtype": dtype, "values": values, "layout": gradient["layout"]}
         return build_tensor(described, _memory)
 
 

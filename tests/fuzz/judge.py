@@ -58,8 +58,8 @@ def compare(
         return Verdict(None)
     if not actual.dtype.is_floating_point:
         wrong = actual != expected
-        for other in nearby() if bool(wrong.any()) else ():
-            wrong = wrong & (other == expected) if other.shape == expected.shape else torch.zeros_like(wrong)
+        for variant in nearby() if bool(wrong.any()) else ():
+            wrong = wrong & (variant == expected) if variant.shape == expected.shape else torch.zeros_like(wrong)
         return _verdict(wrong, actual, expected, 0, 0.0)
     dtype, actual, expected = actual.dtype, actual.detach().double(), expected.detach().double()
     finite = expected.isfinite()
@@ -80,9 +80,9 @@ def compare(
         wrong = _wrong(actual, expected, finite, tolerance * scale + floor, dtype)
     wrong &= ~excluded
     if bool(wrong.any()):
-        for other in nearby():
-            jumps = ~((other - expected).abs() <= tolerance * scale / 2)
-            excluded |= jumps & (finite | other.isfinite())
+        for variant in nearby():
+            jumps = ~((variant - expected).abs() <= tolerance * scale / 2)
+            excluded |= jumps & (finite | variant.isfinite())
         wrong &= ~excluded
     return _verdict(wrong, actual, expected, int(excluded.sum()), tolerance * scale + floor)
 
@@ -134,16 +134,17 @@ def metadata_difference(real: Any, fake: Any, strides: bool = True) -> str | Non
     """Describe how fake results differ from real ones in shape, dtype or, with `strides`, strides; None if equal."""
     if len(real) != len(fake):
         return f"{len(fake)} tensors, really {len(real)}"
-    for index, (one, other) in enumerate(zip(real, fake)):
-        if one.dtype != other.dtype:
-            return f"[{index}] has dtype {other.dtype}, really {one.dtype}"
-        if one.dim() != other.dim():
-            return f"[{index}] has {other.dim()} dimensions, really {one.dim()}"
-        if any(isinstance(side, torch.SymInt) for side in other.shape):
+    for index, (actual, predicted) in enumerate(zip(real, fake)):
+        if actual.dtype != predicted.dtype:
+            return f"[{index}] has dtype {predicted.dtype}, really {actual.dtype}"
+        if actual.dim() != predicted.dim():
+            return f"[{index}] has {predicted.dim()} dimensions, really {actual.dim()}"
+        if any(isinstance(side, torch.SymInt) for side in predicted.shape):
             continue  # sizes that depend on values are symbols
-        if one.shape != other.shape:
-            return f"[{index}] has shape {tuple(other.shape)}, really {tuple(one.shape)}"
-        pairs = [(a, b) for a, b, size in zip(one.stride(), other.stride(), one.shape) if size > 1]
-        if strides and one.numel() and any(a != b for a, b in pairs):
-            return f"[{index}] has strides {tuple(other.stride())}, really {tuple(one.stride())}, of {tuple(one.shape)}"
+        if actual.shape != predicted.shape:
+            return f"[{index}] has shape {tuple(predicted.shape)}, really {tuple(actual.shape)}"
+        pairs = [(a, b) for a, b, size in zip(actual.stride(), predicted.stride(), actual.shape) if size > 1]
+        if strides and actual.numel() and any(a != b for a, b in pairs):
+            shape, predicted_strides = tuple(actual.shape), tuple(predicted.stride())
+            return f"[{index}] has strides {predicted_strides}, really {tuple(actual.stride())}, of {shape}"
     return None

@@ -165,8 +165,8 @@ def _edit_parts(parts: list[list], kind: str, place: int, value: int) -> None:
     elif kind == "double":
         parts.insert(at, list(parts[at]))
     elif kind == "swap":
-        other = value % len(parts)
-        parts[at], parts[other] = parts[other], parts[at]
+        target = value % len(parts)
+        parts[at], parts[target] = parts[target], parts[at]
     elif kind in ("length", "checksum"):
         parts[at] = [name, content, wrong | {kind: NUMBERS[value % len(NUMBERS)]}]
     elif kind == "tail":
@@ -232,7 +232,7 @@ def mutate_tree(tree: Any, changes: list, special: tuple = SPECIAL) -> Any:
             continue
         places = list(_places(box))
         holder, key = places[place % len(places)]
-        other, name = places[value % len(places)]
+        source, name = places[value % len(places)]
         chosen = special[value % len(special)]
         chosen = chosen() if callable(chosen) else copy.deepcopy(chosen)
         try:
@@ -248,7 +248,7 @@ def mutate_tree(tree: Any, changes: list, special: tuple = SPECIAL) -> Any:
                 at = value % len(holder[key])
                 holder[key] = holder[key][:at] + chr(33 + value // 7 % 94) + holder[key][at + 1 :]
             elif kind == "move":
-                holder[key] = copy.deepcopy(other[name])
+                holder[key] = copy.deepcopy(source[name])
         except RecursionError:  # an earlier edit nested the value too deep to copy
             continue
     return box[0]

@@ -277,14 +277,14 @@ def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tied(arguments: dict, result: Tensor) -> Tensor:
     """Return the pixels whose logit equals the largest one up to rounding."""
-    enlarged = torch.from_numpy(brute_force.upsampled_logits(**arguments))  # (H, W, C)
-    enlarged = torch.where(enlarged.isnan(), -torch.inf, enlarged)
-    known = result.long() < enlarged.shape[2]
-    own = enlarged.gather(2, torch.where(known, result.long(), 0)[..., None])[..., 0]
-    finite = torch.where(enlarged.isfinite(), enlarged, 0)
+    logits = torch.from_numpy(brute_force.upsampled_logits(**arguments))  # (H, W, C)
+    logits = torch.where(logits.isnan(), -torch.inf, logits)
+    known = result.long() < logits.shape[2]
+    chosen = logits.gather(2, torch.where(known, result.long(), 0)[..., None])[..., 0]
+    finite = torch.where(logits.isfinite(), logits, 0)
     scale = finite.abs().amax(dim=2)
     largest = torch.finfo(torch.float32).max / 4  # float32 overflows beyond this
-    near = (own >= enlarged.amax(dim=2) - 1e-5 * scale) | (scale > largest)
+    near = (chosen >= logits.amax(dim=2) - 1e-5 * scale) | (scale > largest)
     # A huge logit matters if its weight is a rounding error instead of 0.
     return known & (near | bool(_overflows(arguments, [arguments["logits"]])))
 

@@ -83,16 +83,16 @@ def build_tensor(description: dict, memory: Memory) -> Tensor:
     shape, dtype = description["tensor"], getattr(torch, description["dtype"])
     layout = description.get("layout") or {}
     expanded = {d for d in layout.get("expand", ()) if d < len(shape)}
-    own = [1 if d in expanded and size > 0 else size for d, size in enumerate(shape)]
-    strides = strides_of(own, layout)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(own, strides)) if all(own) else 0
+    stored_shape = [1 if d in expanded and size > 0 else size for d, size in enumerate(shape)]
+    strides = strides_of(stored_shape, layout)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(stored_shape, strides)) if all(stored_shape) else 0
     start = layout.get("offset", 0)
     flat = memory.take(start + extent + layout.get("tail", 0), dtype)
     values = make_values(description["values"], shape, dtype)
     for d in expanded:
-        values = values.narrow(d, 0, own[d])
+        values = values.narrow(d, 0, stored_shape[d])
     start += flat.storage_offset()
-    flat.as_strided(own, strides, start).copy_(values)
+    flat.as_strided(stored_shape, strides, start).copy_(values)
     ones = layout.get("ones", ())
     final = []
     for d, (size, stride) in enumerate(zip(shape, strides)):
@@ -187,11 +187,11 @@ def _boxes(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
     rows = int(np.prod([*lead, count], dtype=np.int64))
     size = np.array([width, height])
     corner = (rng.random((rows, 2)) * 1.3 - 0.15) * size
-    other = corner + rng.random((rows, 2)) ** 2 * size
+    far_corner = corner + rng.random((rows, 2)) ** 2 * size
     if rng.random() < 0.5:  # repeat some boxes
         chosen = rng.integers(0, max(rows, 1), rows) // 2
-        corner, other = corner[chosen], other[chosen]
-    boxes = np.concatenate([corner, other], axis=1)
+        corner, far_corner = corner[chosen], far_corner[chosen]
+    boxes = np.concatenate([corner, far_corner], axis=1)
     step = values.get("step", 0)
     if step:
         boxes = np.round(boxes / step) * step

@@ -49,7 +49,7 @@ def pyramid(channels: int, sizes=SIZES, batch: int = 1) -> list:
 
 
 def parameters_of(convs: list, flow_source="reg", segmentation_levels=3) -> ops.SubnetParameters:
-    lists = [tuple(None if one is None else tuple(one) for one in convolutions) for convolutions in convs]
+    lists = [tuple(None if pair is None else tuple(pair) for pair in convolutions) for convolutions in convs]
     return ops.SubnetParameters(*lists, flow_source=flow_source, segmentation_levels=segmentation_levels)
 
 

@@ -29,8 +29,8 @@ def oracle(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) ->
     own_boxes, labels = boxes.double().cpu().numpy(), idxs.cpu().numpy()
     ranks = np.argsort(-scores.double().cpu().numpy(), kind="stable")  # equal scores are ordered by row
     kept = np.zeros(len(ranks), dtype=bool)
-    for one in np.unique(labels):
-        rows = ranks[labels[ranks] == one]
+    for label in np.unique(labels):
+        rows = ranks[labels[ranks] == label]
         overlaps = iou_matrix(own_boxes[rows]) > iou_threshold
         alive = np.ones(len(rows), dtype=bool)
         for i in range(len(rows)):

@@ -347,11 +347,11 @@ class OpMatrix:
         sample = make_sample()
         tensors = to_dtype(sample, dtype)
         actual = sample.op(*tensors, **sample.options)
-        wide = [
+        tensors64 = [
             map_tensors(lambda t: t.double(), value) if index in sample.converted else value
             for index, value in enumerate(tensors)
         ]
-        assert_near(actual, sample.reference(*wide, **sample.options), dtype)
+        assert_near(actual, sample.reference(*tensors64, **sample.options), dtype)
         assert all(leaf.dtype == dtype for leaf in leaves(actual) if leaf.is_floating_point())
 
     def test_gradient_against_reference(self, make_sample: Callable[[], OpSample], dtype: torch.dtype) -> None:
@@ -363,12 +363,12 @@ class OpMatrix:
         outputs = leaves(function(*inputs))
         grads = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outputs]
         actual = torch.autograd.grad(outputs, inputs, grads)
-        wide = [
+        tensors64 = [
             map_tensors(lambda t: t.double(), value) if index in sample.converted else value
             for index, value in enumerate(tensors)
         ]
         as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
-        function, wide_inputs = self._bound(as_reference, wide)
+        function, wide_inputs = self._bound(as_reference, tensors64)
         wide_inputs = [t.detach().requires_grad_() for t in wide_inputs]
         expected = torch.autograd.grad(
             leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
@@ -600,9 +600,9 @@ class OpMatrix:
         sample = make_thin_sample()
         tensors = map_tensors(lambda t: t.contiguous(), to_dtype(sample, thin_dtype))
         plain, gradients = self._differentiated(sample, tensors)
-        wide = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
+        tensors64 = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
         as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
-        expected = self._differentiated(as_reference, wide)
+        expected = self._differentiated(as_reference, tensors64)
         self._assert_equal_up_to_rounding((plain, gradients), expected, thin_dtype, "reference")
         for name, layout in THIN_LAYOUTS.items():
             arranged = map_tensors(layout, tensors)

@@ -254,14 +254,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     styles = dict(zip(PROVIDERS, ("o-", "v-.", "s--", "^:", "d:")))
     for model, provider in dict.fromkeys((row["model"], row["provider"]) for row in rows):
         own = [row for row in rows if (row["model"], row["provider"]) == (model, provider)]
-        colour = f"C{list(dict.fromkeys(row['model'] for row in rows)).index(model)}"
+        color = f"C{list(dict.fromkeys(row['model'] for row in rows)).index(model)}"
         label, style = f"{model}: {provider}", styles[provider]
         x, y = [row["short_edge"] for row in own], [row["images_per_second"] for row in own]
-        speed_axis.plot(x, y, style, color=colour, label=label)
+        speed_axis.plot(x, y, style, color=color, label=label)
         own = [row for row in own if row["pq"] is not None]
         if own:
             x, y = [row["images_per_second"] for row in own], [100 * row["pq"] for row in own]
-            quality_axis.plot(x, y, style, color=colour, label=label)
+            quality_axis.plot(x, y, style, color=color, label=label)
             for row, *point in zip(own, x, y):
                 quality_axis.annotate(f" {row['short_edge']}", point, fontsize=8)
     speed_axis.set(xlabel="short edge of the network's input in pixels", ylabel="images per second", ylim=(0, None))

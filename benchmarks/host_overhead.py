@@ -73,7 +73,7 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
     """Return, by name, the function, arguments and options of each call of spatialflow."""
     feature, roi, weight, bias, offset, mask, boxes, scores, classes = few_elements()
     logits, labels, conv = torch.zeros(2, 2), torch.tensor([0, 1]), ops.pack_conv3x3(weight, bias)
-    tower = ops.SubnetParameters(cls=((weight, bias),), reg=((weight, bias),), segmentation_levels=1)
+    subnets = ops.SubnetParameters(cls=((weight, bias),), reg=((weight, bias),), segmentation_levels=1)
     instance, stuff = torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int64)
     id_map, photograph = torch.ones(2, 2, dtype=torch.int32), torch.zeros(2, 2, 3, dtype=torch.uint8)
     return {
@@ -106,7 +106,7 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
         "group_norm_relu": (ops.group_norm_relu, (feature, 1, bias, bias), {}),
         "flow_conv2d": (ops.flow_conv2d, (feature, feature, weight, bias), {}),
         "flow_conv2d, packed": (ops.flow_conv2d, (feature, feature, conv), {}),
-        "fused_subnets, packed": (ops.fused_subnets, ([feature], ops.pack_subnets(tower)), {}),
+        "fused_subnets, packed": (ops.fused_subnets, ([feature], ops.pack_subnets(subnets)), {}),
         "paste_masks": (ops.paste_masks, (torch.zeros(1, 2, 2), boxes[:1], (2, 2)), {}),
         "stuff_labels": (ops.stuff_labels, (feature[0], (4, 4), (2, 2)), {}),
         "panoptic_merge": (ops.panoptic_merge, (instance, scores[:1], classes[:1], boxes[:1], stuff, 1), {}),

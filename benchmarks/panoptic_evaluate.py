@@ -78,8 +78,8 @@ def with_pillow_and_numpy(gt_json, gt_folder, pred_json, pred_folder):
 
 
 def _ids(path: Path) -> np.ndarray:
-    colours = np.array(pillow.open(path), dtype=np.uint32)
-    return colours[:, :, 0] + 256 * colours[:, :, 1] + 256 * 256 * colours[:, :, 2]
+    colors = np.array(pillow.open(path), dtype=np.uint32)
+    return colors[:, :, 0] + 256 * colors[:, :, 1] + 256 * 256 * colors[:, :, 2]
 
 
 BENCHMARK = Benchmark(

@@ -15,11 +15,11 @@ def stuff_map(labels: int, height: int = HEIGHT, width: int = WIDTH, grid: tuple
 def ellipses(count: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
     """(K, H, W) bool masks and their (K, 4) boxes, a few per cent of the image each."""
     size = torch.tensor([height, width])
-    centre = torch.rand(count, 2) * size
+    center = torch.rand(count, 2) * size
     radius = (torch.rand(count, 2) * 0.16 + 0.02) * size
     grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
-    masks = torch.stack([(((grid - c) / r) ** 2).sum(-1) < 1 for c, r in zip(centre, radius)])
-    return masks, torch.cat([(centre - radius).flip(1), (centre + radius).flip(1)], dim=1)
+    masks = torch.stack([(((grid - c) / r) ** 2).sum(-1) < 1 for c, r in zip(center, radius)])
+    return masks, torch.cat([(center - radius).flip(1), (center + radius).flip(1)], dim=1)
 
 
 def id_map(segments: int = 8, things: int = 12) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from harness import Benchmark, Problem, main
 
 from spatialflow import ops
-from spatialflow.data.transforms import normalise, pad, resize_image
+from spatialflow.data.transforms import normalize, pad, resize_image
 from spatialflow.ops import reference
 
 
@@ -22,7 +22,7 @@ def setup(size: tuple[int, int]) -> Problem:
 
 def opencv_steps(image, size, mean, std):
     """The steps one by one, as training does them: resize, normalize, to planes, pad."""
-    return torch.from_numpy(pad(normalise(resize_image(image.cpu().numpy(), size), mean, std), 32))[None]
+    return torch.from_numpy(pad(normalize(resize_image(image.cpu().numpy(), size), mean, std), 32))[None]
 
 
 BENCHMARK = Benchmark(

@@ -46,7 +46,7 @@ def configurations_table(pattern: str, excluded: str = "") -> str:
     import yaml
 
     rows = ["| configuration | based on | fields that differ |", "|---|---|---|"]
-    for path in sorted((ROOT / "spatialflow" / "configs").glob("*.yaml")):
+    for path in sorted((ROOT / "spatialflow" / "configs").rglob("*.yaml")):
         if not fnmatch(path.stem, pattern) or fnmatch(path.stem, excluded):
             continue
         content = yaml.safe_load(path.read_text()) or {}

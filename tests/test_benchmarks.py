@@ -235,7 +235,7 @@ class TestEndToEnd:
 def test_no_pictures(name, is_there, tmp_path, monkeypatch):
     folder = tmp_path if is_there else tmp_path / "absent"
     monkeypatch.syspath_prepend(str(FOLDER))
-    with pytest.raises(SystemExit, match=f"{folder}: holds no .jpg or .png"):
+    with pytest.raises(SystemExit, match=f"{folder}: contains no .jpg or .png"):
         importlib.import_module(name).main(["--images", str(folder), "--config", "tiny", "--output", str(tmp_path)])
 
 

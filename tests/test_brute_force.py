@@ -378,7 +378,7 @@ def conv() -> tuple[Tensor, Tensor]:
     return random(2, 2, 3, 3) / 4, random(2)
 
 
-SUBNETS: dict[str, Callable[[], ops.SubnetParameters]] = {
+WIRINGS: dict[str, Callable[[], ops.SubnetParameters]] = {
     "nothing": lambda: ops.SubnetParameters(segmentation_levels=1),
     "paper": lambda: ops.SubnetParameters(
         (conv(), conv()),
@@ -426,7 +426,7 @@ SUBNETS: dict[str, Callable[[], ops.SubnetParameters]] = {
 
 
 class TestFusedSubnets:
-    @pytest.mark.parametrize("make_parameters", SUBNETS.values(), ids=SUBNETS)
+    @pytest.mark.parametrize("make_parameters", WIRINGS.values(), ids=WIRINGS)
     def test_wiring(self, make_parameters: Callable[[], ops.SubnetParameters]) -> None:
         levels, parameters = [random(1, 2, 3, 4), random(2, 2, 2, 2)], make_parameters()
         compare("fused_subnets", levels, parameters, dtype=torch.float64)

@@ -70,7 +70,7 @@ class TestGroupNormRelu(OpMatrix):
         "nothing by channel, upsampled": sample((2, 6, 3, 4), 2, "", eps=0.1, upsample=True),
     }
     linear_samples = ()
-    # eps: without it, the gradients of a group of two values cancel out, and what is left is rounding.
+    # eps: without it, the gradients of a group of two values cancel out, and the rest is rounding.
     thin_samples = {
         f"{name}{', upsampled' if upsample else ''}": sample(
             shape, min(max(shape[1], 1), 4), upsample=upsample, eps=0.1

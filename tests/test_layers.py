@@ -12,17 +12,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUND = {"_library", "errors", "files", "images", "threads"}
+GROUND = {"_library", "deprecated", "errors", "files", "images", "structures", "threads"}
 """Modules that every package may import, but for `ops` and `config`, which need less."""
 
 MAY_IMPORT = {
     "_library": set(),
+    "deprecated": set(),
     "errors": set(),
+    "structures": set(),
     "files": set(),
     "threads": set(),
     "images": {"errors"},
     "config": set(),
-    "ops": {"_library"},
+    "ops": {"_library", "deprecated"},
     "panoptic": GROUND | {"_evaluation", "ops"},
     "models": GROUND | {"", "config", "ops"},  # "" for `__version__`
     "data": GROUND | {"config", "panoptic"},
@@ -31,11 +33,6 @@ MAY_IMPORT = {
     "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine"},
 }
 """For each module or package of `spatialflow`, the others that it may import, inside functions too."""
-
-EXCEPTIONS = {
-    ("data", "models"),  # models.targets.Truth in data/loader.py
-}
-"""Edges that exist against the table above and are to be removed."""
 
 MAY_INCLUDE = {
     "common": set(),
@@ -115,17 +112,15 @@ def _includes() -> list[Edge]:
     return edges
 
 
-def _check_layers(edges: list[Edge], separator: str, allowed: dict[str, set[str]], exceptions: set) -> None:
-    """Fail with the offending lines, and with exceptions that no line needs any more."""
+def _check_layers(edges: list[Edge], separator: str, allowed: dict[str, set[str]]) -> None:
+    """Fail with the offending lines."""
     crossing = [
         (edge.source.split(separator)[0], edge.target.split(separator)[0], edge.place)
         for edge in edges
         if edge.source.split(separator)[0] != edge.target.split(separator)[0]
     ]
     assert {source for source, _, _ in crossing} <= set(allowed), "a module or folder is missing in the table"
-    upward = [(source, target, place) for source, target, place in crossing if target not in allowed[source]]
-    assert [place for source, target, place in upward if (source, target) not in exceptions] == []
-    assert exceptions <= {(source, target) for source, target, _ in upward}, "an exception is not needed any more"
+    assert [place for source, target, place in crossing if target not in allowed[source]] == []
 
 
 def _check_cycles(edges: list[Edge]) -> None:
@@ -148,7 +143,7 @@ def test_the_tables_have_no_cycle(allowed):
 def test_imports_point_one_way():
     edges = _imports()
     assert len(edges) > 100
-    _check_layers(edges, ".", MAY_IMPORT, EXCEPTIONS)
+    _check_layers(edges, ".", MAY_IMPORT)
 
 
 def test_modules_import_each_other_without_cycles():
@@ -158,7 +153,7 @@ def test_modules_import_each_other_without_cycles():
 def test_includes_point_one_way():
     edges = _includes()
     assert len(edges) > 100
-    _check_layers(edges, "/", MAY_INCLUDE, set())
+    _check_layers(edges, "/", MAY_INCLUDE)
 
 
 def test_files_include_each_other_without_cycles():
@@ -168,7 +163,7 @@ def test_files_include_each_other_without_cycles():
 def test_an_offending_line_is_shown():
     edges = [Edge("ops.nms", "models.heads", "ops/nms.py:3: from spatialflow.models.heads import BoxHead")]
     with pytest.raises(AssertionError, match=r"ops/nms.py:3: from spatialflow.models"):
-        _check_layers(edges, ".", MAY_IMPORT, set())
+        _check_layers(edges, ".", MAY_IMPORT)
 
 
 def test_a_cycle_is_shown():

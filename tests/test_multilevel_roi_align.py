@@ -70,7 +70,7 @@ class TestMultilevelRoiAlign(OpMatrix):
 
 class TestLevels:
     def test_boundaries(self):
-        """Sides just below and at 2^l * finest_scale; the first and the last level take what is beyond."""
+        """Sides just below and at 2^l * finest_scale; smaller and larger RoIs use the first and the last level."""
         sides = torch.tensor([1.0, 55.9, 56, 111.9, 112, 223.9, 224, 5000])
         boxes = torch.stack([torch.zeros(8), torch.zeros(8), torch.zeros(8), sides, sides], dim=1)
         assert roi_levels(boxes, 3, 56).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
@@ -129,7 +129,7 @@ class TestValues:
             ops.multilevel_roi_align(pyramid(3), boxes, 2, STRIDES)
 
     def test_box_reversed_on_one_side_is_empty(self):
-        """Its area is negative, so its level is no number: the finest level, where it has no samples."""
+        """Its area is negative, so its level is NaN: the finest level is used, where it has no samples."""
         pooled = ops.multilevel_roi_align(pyramid(3), torch.tensor([[0, 9.0, 1, 2, 8]]), 2, STRIDES)
         assert not pooled.any()
 

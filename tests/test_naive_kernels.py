@@ -115,7 +115,7 @@ def test_flow_conv2d(naive_kernels, run, implementation, with_flow):
     x = [torch.randn(1, 4, 9, 11), torch.randn(1, 4, 5, 6)]
     flow, weight, bias = [level * 0.3 for level in x] if with_flow else None, torch.randn(5, 4, 3, 3), torch.randn(5)
     results = naive_kernels.flow_conv2d(x, flow, weight, bias, run=run)
-    for result, expected in zip(results, implementation.flow_conv2d(x, flow, weight, bias)):
+    for result, expected in zip(results, implementation.flow_conv2d(x, flow, weight, bias), strict=True):
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -271,14 +271,14 @@ class TestOracles:
         assert by_better.max(dim=1).values.min() >= 0.5 - 1e-6
 
     def test_many_classes_small_boxes(self):
-        """1,203 classes, 1,000 small boxes: shifting classes apart in float32 loses the boxes' last bits."""
+        """1,203 classes, 1,000 small boxes: shifting the boxes of each class in float32 loses the boxes' last bits."""
         for _ in range(100):
             boxes = random_boxes(1000, extent=30.0, size=4.0).float()
             scores, idxs = torch.rand(1000), torch.randint(1203, (1000,))
             assert torch.equal(ops.batched_nms(boxes, scores, idxs, 0.5), oracle(boxes, scores, idxs, 0.5))
 
     def test_negative_coordinates(self):
-        """All coordinates negative: a shift by the largest coordinate would make classes meet."""
+        """All coordinates negative: a shift by the largest coordinate would make boxes of different classes overlap."""
         for _ in range(100):
             boxes = random_boxes(400, extent=300.0, size=90.0, offset=-1000.0).float()
             scores, idxs = torch.rand(400), torch.randint(6, (400,))
@@ -328,7 +328,7 @@ class TestOracles:
 
 
 class TestOrder:
-    """Boxes of a cell are the same and cells lie far apart: the best of every class in every cell is kept."""
+    """Boxes of a cell are the same and cells are far from each other: the best of every class in every cell is kept."""
 
     def check(self, scores, idxs, cells):
         cell = torch.randint(cells, scores.shape)

@@ -117,7 +117,7 @@ def assert_same(actual: ops.PanopticMergeOutput, expected: ops.PanopticMergeOutp
 
 
 def assert_consistent(result: ops.PanopticMergeOutput, masks: torch.Tensor, stuff_labels: int) -> None:
-    """What holds for any input: the table lists exactly the segments of the map."""
+    """The table lists exactly the segments of the map, for any input."""
     rows = masks.shape[0] + stuff_labels
     count = int(result.count)
     assert [tensor.shape[0] for tensor in result[1:7]] == [rows] * 6 and result.count.shape == ()

@@ -8,7 +8,7 @@ import torch
 from helpers.op_matrix import OpMatrix, OpSample
 
 from spatialflow import ops
-from spatialflow.data.transforms import normalise, pad, resize_image
+from spatialflow.data.transforms import normalize, pad, resize_image
 from spatialflow.ops import reference
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -67,7 +67,7 @@ class TestPreprocessImages(OpMatrix):
 
 
 def opencv_chain(image: torch.Tensor, size: tuple[int, int], divisor: int) -> np.ndarray:
-    return pad(normalise(resize_image(image.cpu().numpy(), size), MEAN, STD), divisor)
+    return pad(normalize(resize_image(image.cpu().numpy(), size), MEAN, STD), divisor)
 
 
 def test_equal_to_opencv_for_any_size():
@@ -85,14 +85,14 @@ def test_equal_to_opencv_for_any_size():
 
 @pytest.mark.parametrize("size", [(200, 267), (63, 84), (75, 100)])
 def test_equal_to_opencv_for_photographs(size):
-    """Smooth values, where a rounding in another place would show, at factors that pictures meet."""
+    """Smooth values, where a rounding in another place would show, at common resize factors."""
     image = torch.as_tensor(cv2.resize(picture(12, 16).cpu().numpy(), (200, 150), interpolation=cv2.INTER_CUBIC))
     actual = ops.preprocess_images(image, size, MEAN, STD)[0].cpu().numpy()
     np.testing.assert_array_equal(actual, opencv_chain(image, size, 32))
 
 
 def test_a_list_is_its_images_padded_to_one_size():
-    """More images than one launch takes, all of their own size."""
+    """More images than one launch takes, all of different sizes."""
     images = [picture(5 + n, 40 - n) for n in range(19)]
     sizes = [(3 + 2 * n, 50 - n) for n in range(19)]
     batch = ops.preprocess_images(images, sizes, MEAN, STD, divisor=16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The references take what the operators take: boxes at the ends of their type, weights of any strides."""
+"""Reference implementations accept the operators' inputs: extreme boxes, weights of any strides."""
 
 import pytest
 import torch

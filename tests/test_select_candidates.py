@@ -215,7 +215,7 @@ class TestCases:
     @pytest.mark.parametrize("classes", [1, 3, 16, 40])
     @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
     def test_nan_logits(self, dtype, classes):
-        """A NaN is no best logit; anchors of NaN alone rank as minus infinity; the score of a NaN is NaN."""
+        """A NaN is never the best logit; anchors of NaN alone rank as minus infinity; the score of a NaN is NaN."""
         values = [*tensors(2, classes, 2, [(5, 7)])]
         logits = values[0][0].view(2, 2, classes, 5, 7)
         logits[:, 0, 0, 1, 2] = NAN
@@ -254,7 +254,7 @@ class TestCases:
                 select(*wrong, 3)
 
     def test_bad_sizes_and_scales(self):
-        """No crash, and the reference's numbers, for what is no size and no scale."""
+        """Invalid sizes and scales do not crash and agree with the reference."""
         values = tensors(2, 3, 2, [(5, 6)])
         values[3] = torch.tensor([[-5, 1 << 62], [0, -(1 << 62)]])
         values[4] = torch.tensor([[0.0, NAN], [INF, -1.0]])

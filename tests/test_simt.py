@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SIMT interpreter: clean kernels compute and pass, every planted fault is reported at its line (docs/simt.md)."""
+"""Tests of the SIMT interpreter: clean kernels pass, each planted fault is reported at its line (docs/simt.md)."""
 
 import os
 import re
@@ -29,33 +29,33 @@ CLEAN = (
 )
 FAULTS = {
     "absent lane": "not reached by all its lanes",
-    "atomic and plain": "races",
-    "copy over readers": "races: writes what another thread reads",
+    "atomic and plain": "race: ",
+    "copy over readers": "race: writes what another thread reads",
     "divergent barrier": "divergent barrier",
     "dynamic bounds": "out of bounds: 4 bytes at byte 128 of shared array",
     "early copy": "before the cp.async into it was waited for",
-    "exited lane": "names lane 9, which has exited",
+    "exited lane": "includes lane 9, which has exited",
     "global read": "out of bounds: element 32 of a global buffer of 32",
     "global vector": "out of bounds: element 64 and 3 after it of a global buffer of 65",
     "global write": "out of bounds: element -1 of a global buffer of 65",
     "misaligned": "misaligned: 16 bytes",
-    "missing lanes": "names lane 16, which the block does not have",
+    "missing lanes": "includes lane 16, which the block does not have",
     "mixed collectives": "waits in __ballot_sync",
     "not in mask": "lane 0 is not in its own mask 0xfffffffe",
-    "not rounded": "register 1 of b in lane 6, 0.333333, is no TF32 number",
+    "not rounded": "register 1 of b in lane 6, 0.333333, is not a TF32 number",
     "outside source": "reads from lane 20, which is not in the mask",
-    "read-write race": "races: writes what another thread reads",
-    "reader forgotten": "races: writes what another thread reads",
+    "read-write race": "race: writes what another thread reads",
+    "reader forgotten": "race: writes what another thread reads",
     "shared bounds": "of shared array 'first' of 128 bytes",
-    "shuffle is no fence": "races: reads what another thread writes",
+    "shuffle is not a fence": "race: reads what another thread writes",
     "skipped barrier": "thread (5, 0, 0) has exited",
-    "uninitialised": "reads shared memory that nobody wrote",
-    "uninitialised dynamic": "reads shared memory that nobody wrote",
-    "write-read race": "races",
-    "write-write race": "races: writes what another thread writes",
-    "wrong half": "races",
+    "uninitialized": "reads uninitialized shared memory",
+    "uninitialized dynamic": "reads uninitialized shared memory",
+    "write-read race": "race: ",
+    "write-write race": "race: writes what another thread writes",
+    "wrong half": "race: ",
 }
-# Of compute capability 9.0: tests/simt/sm90_kernels.cpp, with copies and products as late and as early as may be.
+# Compute capability 9.0. The interpreter runs copies and products as late or as early as possible.
 ORDERS = ("late", "early")
 SM90_CLEAN = (
     "after_faults",
@@ -74,87 +74,96 @@ SM90_CLEAN = (
     "two_copies",
     "written_pipeline",
 )
-SM90_FAULTS = {
-    "TMA over a store": "TMA writes where a thread has written without a fence.proxy.async between",
-    "TMA over an mbarrier": "writes to an mbarrier, initialized at sm90_kernels.cpp:",
-    "TMA over atomics": "TMA writes where a thread has written without a fence.proxy.async between",
-    "TMA over readers": "races: writes what another thread reads",
-    "arrival before read": "races: writes what another thread reads",
-    "atomic beside TMA": "reads what TMA writes without having waited for its mbarrier",
+WGMMA_FAULTS = {
     "base offset": "base offset 1 in the descriptor of a",
-    "broken chain": "races: reads what another thread writes",
-    "copy at exit": "the block ends and no thread has waited for this copy",
-    "cp.async without proxy fence": "wgmma reads what was written without a fence.proxy.async between",
-    "different descriptors": "threads of the warpgroup differ in their descriptors",
-    "early parity": "races: writes what another thread reads",
-    "elected lane fences": "wgmma reads what was written without a fence.proxy.async between",
-    "elected lane waits": "reads what TMA writes without having waited for its mbarrier",
-    "elected lane waits, the last": "reads what TMA writes without having waited for its mbarrier",
-    "endless wait": "deadlock: mbarrier.try_wait never ends\n  mbarrier at byte 81920 (sm90_kernels.cpp:",
-    "exchanged offsets": "line 8, 16 bytes 0 of operand b are not where the copy at sm90_kernels.cpp:",
-    "exchanged offsets of a": "line 8, 16 bytes 0 of operand a are those of another line too",
-    "fence of one thread": "wgmma reads what was written without a fence.proxy.async between",
-    "fewer registers by inc": "setmaxnreg.inc: from 168 to 160 registers",
-    "halves of warps": "bar.sync: 64 threads of 4 warps have come: it is for whole warps",
-    "invisible mbarrier": "is not visible to this thread: no barrier between",
-    "invisible to TMA": "is not visible to it: no fence between",
-    "lanes apart": "wgmma.fence: lane 31 of the warp is at sm90_kernels.cpp:",
-    "late proxy fence": "wgmma reads what was written without a fence.proxy.async between",
-    "live mbarrier": "there is a live mbarrier, initialized at sm90_kernels.cpp:",
-    "long expect": "phase 0 of parity 0, 0 of 1 arrivals and 16 bytes pending",
-    "many mbarriers": "more than 64 mbarriers of a block",
-    "mbarrier of another stage": "reads what TMA writes without having waited for its mbarrier",
-    "mbarrier of the first block": "mbarrier.arrive: there is no mbarrier at byte 81920",
-    "mbarrier read": "reads an mbarrier, initialized at sm90_kernels.cpp:",
-    "mbarrier written": "writes to an mbarrier, initialized at sm90_kernels.cpp:",
-    "misaligned mbarrier": "mbarrier.init: at address 83076 for 1 arrivals; a multiple of 8",
-    "misaligned target": "TMA: target at address 2112, no multiple of 128",
-    "more registers by dec": "setmaxnreg.dec: from 168 to 176 registers",
-    "named barrier skipped": "deadlock: bar.sync never ends\n  barrier 3: 32 of 64 threads have come",
-    "no commit": "touches sums of a wgmma that has not been waited for",
-    "no mbarrier": "there is no mbarrier at byte 81928",
-    "no proxy fence": "wgmma reads what was written without a fence.proxy.async between",
-    "no syncwarp before release": "races: writes what another thread reads",
-    "no wgmma fence": "wgmma without a wgmma.fence since this thread has last touched the sums",
-    "odd registers": "setmaxnreg.dec: 60 registers, it takes a multiple of 8 from 24 to 256",
-    "one warp releases": "writes what wgmma reads without having waited for the group",
-    "one warpgroup releases": "writes what wgmma reads without having waited for the group",
+    "cp.async without proxy fence": "wgmma reads an operand that was written without a fence.proxy.async in between",
+    "different descriptors": "threads of the warpgroup pass different descriptors",
+    "elected lane fences": "wgmma reads an operand that was written without a fence.proxy.async in between",
+    "elected lane waits": "reads the target of a TMA copy without waiting for its mbarrier",
+    "elected lane waits, the last": "reads the target of a TMA copy without waiting for its mbarrier",
+    "exchanged offsets": "line 8, 16 bytes 0 of operand b are not where the copy at sm90_wgmma_faults.cpp:",
+    "exchanged offsets of a": "line 8, 16 bytes 0 of operand a also belong to another line",
+    "fence of one thread": "wgmma reads an operand that was written without a fence.proxy.async in between",
+    "lanes apart": "wgmma.fence: lane 31 of the warp is at sm90_wgmma_faults.cpp:",
+    "late proxy fence": "wgmma reads an operand that was written without a fence.proxy.async in between",
+    "no commit": "reads accumulators of a wgmma without waiting for its group",
+    "no proxy fence": "wgmma reads an operand that was written without a fence.proxy.async in between",
+    "no wgmma fence": "wgmma without a wgmma.fence after the last access of this thread to the accumulators",
+    "one warp releases": "writes to an operand of wgmma without waiting for its group",
+    "one warpgroup releases": "writes to an operand of wgmma without waiting for its group",
     "operand out of bounds": "out of bounds: operand b of wgmma, 16 bytes at byte 82816",
-    "operands of the first block": "reads shared memory that nobody wrote",
+    "operands of the first block": "reads uninitialized shared memory",
     "outside sums": "sum 32 of 32",
-    "overwritten by copy": "writes what wgmma reads without having waited for the group",
-    "overwritten by store": "writes what wgmma reads without having waited for the group",
-    "parity of two": "parity 2, it is 0 or 1",
-    "phase not waited for": "phase 0 of the mbarrier is complete, and no thread has waited for it yet",
-    "read before TMA": "reads what TMA writes without having waited for its mbarrier",
-    "registers of some": "setmaxnreg.dec is not reached by all threads of the warpgroup: thread (96, 0, 0) has exited",
-    "released too early": "writes what wgmma reads without having waited for the group",
+    "overwritten by copy": "writes to an operand of wgmma without waiting for its group",
+    "overwritten by store": "writes to an operand of wgmma without waiting for its group",
+    "released too early": "writes to an operand of wgmma without waiting for its group",
+    "rows without swizzle": "line 1, 16 bytes 0 of operand a also belong to another line",
+    "start not shifted": "bit 15 of the descriptor of a is reserved",
+    "start of the low kilobytes": "reads uninitialized shared memory",
+    "store after fence": "wgmma reads an operand that was written without a fence.proxy.async in between",
+    "store after own wait": "writes to an operand of wgmma without waiting for its group",
+    "sums before wait": "reads accumulators of a wgmma without waiting for its group",
+    "sums end": "accumulators of this wgmma go out of scope before a wgmma.wait_group",
+    "swizzle of one side": "wgmma reads operand b with 64-byte swizzle, and TMA wrote it with 128-byte swizzle",
+    "two bytes after TMA": "wgmma reads an operand that was written without a fence.proxy.async in between",
+    "wrong first warp": "wgmma.mma_async needs all four warps of a warpgroup, and thread (0, 0, 0) of it has exited",
+}
+TMA_FAULTS = {
+    "TMA over a store": "TMA writes where a thread has written, without a fence.proxy.async in between",
+    "TMA over an mbarrier": "writes to the memory of an mbarrier, initialized at sm90_tma_faults.cpp:",
+    "TMA over atomics": "TMA writes where a thread has written, without a fence.proxy.async in between",
+    "TMA over readers": "race: writes what another thread reads",
+    "atomic beside TMA": "reads the target of a TMA copy without waiting for its mbarrier",
+    "copy at exit": "the block ends, and no thread has waited for this copy",
+    "invisible to TMA": "is not visible to TMA: no fence in between",
+    "long expect": "phase 0 of parity 0, 0 of 1 arrivals and 16 bytes pending",
+    "mbarrier of another stage": "reads the target of a TMA copy without waiting for its mbarrier",
+    "misaligned target": "TMA: target at address 2112, not a multiple of 128",
+    "no syncwarp before release": "race: writes what another thread reads",
+    "read before TMA": "reads the target of a TMA copy without waiting for its mbarrier",
     "row beyond the swizzle": "a row of the box has 128 bytes, more than the 64 of 64-byte swizzle",
-    "row not in 16 bytes": "a row of the box has 24 bytes, no multiple of 16",
+    "row not in 16 bytes": "a row of the box has 24 bytes, not a multiple of 16",
     "row within the swizzle": "a row of the box has 64 bytes, fewer than the 128 of 128-byte swizzle",
-    "rows without swizzle": "line 1, 16 bytes 0 of operand a are those of another line too",
     "second producer": "mbarrier.arrive.expect_tx: phase 0 of the mbarrier",
-    "seen parity": "parity 0 is that of phase 0, which this thread has waited for already",
-    "short expect": ("too few bytes were expected", "reads what TMA writes without having waited for its mbarrier"),
-    "start not shifted": "bit 15 of the descriptor of a belongs to no field",
-    "start of the low kilobytes": "reads shared memory that nobody wrote",
-    "store after fence": "wgmma reads what was written without a fence.proxy.async between",
-    "store after own wait": "writes what wgmma reads without having waited for the group",
-    "sums before wait": "touches sums of a wgmma that has not been waited for",
-    "sums end": "sums of this wgmma end before it has been waited for",
-    "swizzle of one side": "wgmma reads operand b with 64-byte swizzle, and TMA has written it with 128-byte swizzle",
+    "short expect": ("too few bytes are expected", "reads the target of a TMA copy without waiting for its mbarrier"),
     "target out of bounds": "out of bounds: target of TMA, 8192 bytes at byte 80768",
-    "tensor too small": "it reaches 17408 elements, beyond the tensor",
-    "too many arrivals": "phase 0 of the mbarrier has had all its 1 arrivals and waits for 8192 bytes",
-    "too many registers": "warpgroups take 520 registers of 504",
-    "two bytes after TMA": "wgmma reads what was written without a fence.proxy.async between",
-    "two copies in one place": "writes where TMA writes without having waited for its mbarrier",
-    "two counts": "barrier 1 is for 96 threads here and for 64 at sm90_kernels.cpp:",
+    "tensor too small": "reaches 17408 elements, beyond the tensor",
+    "two copies in one place": "writes to the target of a TMA copy without waiting for its mbarrier",
     "unexpected copy": "1 of 1 arrivals and -8192 bytes pending",
-    "wide box": "the box has 257 elements in dimension 1, it may have 1 to 256",
-    "write before TMA": "writes where TMA writes without having waited for its mbarrier",
+    "wide box": "the box has 257 elements in dimension 1; must be 1 to 256",
+    "write before TMA": "writes to the target of a TMA copy without waiting for its mbarrier",
     "wrong dimensions": "4 coordinates for a tensor map of 3 dimensions",
-    "wrong first warp": "wgmma.mma_async is for all four warps of a warpgroup, and thread (0, 0, 0) of it has exited",
+}
+BARRIER_FAULTS = {
+    "arrival before read": "race: writes what another thread reads",
+    "broken chain": "race: reads what another thread writes",
+    "early parity": "race: writes what another thread reads",
+    "endless wait": "deadlock: mbarrier.try_wait never returns\n  mbarrier at byte 81920 (sm90_barrier_faults.cpp:",
+    "fewer registers by inc": "setmaxnreg.inc: from 168 to 160 registers",
+    "halves of warps": "bar.sync: 64 threads of 4 warps have arrived; all lanes of a warp must",
+    "invisible mbarrier": "is not visible to this thread: no barrier between",
+    "live mbarrier": "an mbarrier exists there already, initialized at sm90_barrier_faults.cpp:",
+    "many mbarriers": "more than 64 mbarriers in a block",
+    "mbarrier of the first block": "mbarrier.arrive: there is no mbarrier at byte 81920",
+    "mbarrier read": "reads the memory of an mbarrier, initialized at sm90_barrier_faults.cpp:",
+    "mbarrier written": "writes to the memory of an mbarrier, initialized at sm90_barrier_faults.cpp:",
+    "misaligned mbarrier": "mbarrier.init: at address 83076 for 1 arrivals; must be a multiple of 8",
+    "more registers by dec": "setmaxnreg.dec: from 168 to 176 registers",
+    "named barrier skipped": "deadlock: bar.sync never returns\n  barrier 3: 32 of 64 threads have arrived",
+    "no mbarrier": "there is no mbarrier at byte 81928",
+    "odd registers": "setmaxnreg.dec: 60 registers; must be a multiple of 8 from 24 to 256",
+    "parity of two": "parity 2; must be 0 or 1",
+    "phase not waited for": "phase 0 of the mbarrier is complete, and no thread has waited for it",
+    "registers of some": "setmaxnreg.dec is not reached by all threads of the warpgroup: thread (96, 0, 0) has exited",
+    "seen parity": "parity 0 is that of phase 0, which this thread has waited for already",
+    "too many arrivals": "phase 0 of the mbarrier already has all its 1 arrivals and waits for 8192 bytes",
+    "too many registers": "warpgroups use 520 registers of 504",
+    "two counts": "barrier 1 has a count of 96 here and of 64 at sm90_barrier_faults.cpp:",
+}
+SM90_FAULTS = {
+    "sm90_barrier_faults.cpp": BARRIER_FAULTS,
+    "sm90_tma_faults.cpp": TMA_FAULTS,
+    "sm90_wgmma_faults.cpp": WGMMA_FAULTS,
 }
 ON_THE_HOST = (
     "row beyond the swizzle",
@@ -179,7 +188,7 @@ def program(request, tmp_path_factory):
         if not compiled.exists():
             command_of_source = ["-I", str(REPOSITORY / "csrc"), str(SOURCES / source), "-o", str(compiled)]
             subprocess.run([*command, *command_of_source], check=True)
-        # A fault abandons fibers with what they own: leaks are expected there.
+        # A report abandons fibers and their objects, so leaks are expected.
         environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "SPATIALFLOW_SIMT_SM90": order}
         done = subprocess.run([str(compiled), name], capture_output=True, text=True, timeout=60, env=environment)
         return done.returncode, done.stdout + done.stderr
@@ -203,7 +212,12 @@ def reported_line(source: str, name: str, output: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "source, clean, faults", [("kernels.cpp", CLEAN, FAULTS), ("sm90_kernels.cpp", SM90_CLEAN, SM90_FAULTS)]
+    "source, clean, faults",
+    [
+        ("kernels.cpp", CLEAN, FAULTS),
+        ("sm90_clean.cpp", SM90_CLEAN, ()),
+        *((source, (), faults) for source, faults in SM90_FAULTS.items()),
+    ],
 )
 def test_every_case_is_tested(program, source, clean, faults):
     assert program(source, "list-clean")[1].split("\n")[:-1] == sorted(clean)
@@ -218,7 +232,7 @@ def test_clean_kernels_compute_and_pass(program, name):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", SM90_CLEAN)
 def test_clean_sm90_kernels_compute_and_pass(program, name, order):
-    assert program("sm90_kernels.cpp", name, order) == (0, "ok\n")
+    assert program("sm90_clean.cpp", name, order) == (0, "ok\n")
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -232,19 +246,19 @@ def test_planted_fault_is_reported(program, name):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", SM90_FAULTS)
-def test_planted_sm90_fault_is_reported(program, name, order):
-    status, output = program("sm90_kernels.cpp", name, order)
+@pytest.mark.parametrize("source, name", [(source, name) for source, faults in SM90_FAULTS.items() for name in faults])
+def test_planted_sm90_fault_is_reported(program, source, name, order):
+    status, output = program(source, name, order)
     assert status == 1, output
-    sentence, mark = SM90_FAULTS[name], name.removesuffix(", the last")
-    if isinstance(sentence, tuple):  # early, another line learns of it
-        sentence, mark = sentence[ORDERS.index(order)], f"{name}, {order}"
-    assert sentence in output
-    assert reported_line("sm90_kernels.cpp", mark.split(",")[0], output) == marked_line("sm90_kernels.cpp", mark)
+    expected, mark = SM90_FAULTS[source][name], name.removesuffix(", the last")
+    if isinstance(expected, tuple):  # in the early order, another line reports the fault
+        expected, mark = expected[ORDERS.index(order)], f"{name}, {order}"
+    assert expected in output
+    assert reported_line(source, mark.split(",")[0], output) == marked_line(source, mark)
 
 
 def test_unknown_order_is_named(program):
-    status, output = program("sm90_kernels.cpp", "boxes", "soon")
+    status, output = program("sm90_clean.cpp", "boxes", "soon")
     assert status == 1
     assert "SPATIALFLOW_SIMT_SM90 must be off, late or early, got 'soon'" in output
 

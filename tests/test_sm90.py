@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions of 64 channels and more in 16 bits: what the kernels for compute capability 9.0 (sm90_*.cu) are for.
+"""16-bit convolutions with 64 channels or more, the domain of the kernels for compute capability 9.0 (sm90_*.cu).
 
-Every test runs on every back end. Which kernel ran is asked on the interpreter: with SPATIALFLOW_SIMT_SM90=late or
-early those for 9.0, by default the portable ones (`make test-simt` does all three).
+Every test runs on every back end. On the interpreter the tests also check which kernel ran. With
+SPATIALFLOW_SIMT_SM90=late or early these are the kernels for 9.0, by default the portable ones.
 """
 
 import os
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ON_INTERPRETER = os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("simt")
 ON_SM90 = ON_INTERPRETER and os.environ.get("SPATIALFLOW_SIMT_SM90", "off") != "off"
 EXACT = "direct"
-"""The algorithm whose sums of whole numbers are exact on the CPU; in 16 bits a GPU has one alone."""
+"""The algorithm whose sums of integers are exact on the CPU. On a GPU 16-bit types have only one algorithm."""
 
 
 @pytest.fixture
 def launched(monkeypatch, capfd):
-    """The names of the kernels launched since it was last called; None where nobody says."""
+    """Names of the kernels launched since the last call; None except on the interpreter."""
     monkeypatch.setenv("SPATIALFLOW_SIMT_TRACE", "1")
 
     def names() -> list[str] | None:
@@ -38,18 +38,18 @@ def launched(monkeypatch, capfd):
     return names
 
 
-def runs_there(names: list[str] | None, kernel: str, possible: bool = True) -> bool:
-    """Whether the launches are as they should be: `kernel` for 9.0 ran where the interpreter has it and it can."""
+def ran_as_expected(names: list[str] | None, kernel: str, possible: bool = True) -> bool:
+    """Check on the interpreter that `kernel` for 9.0 ran if and only if it is enabled and `possible`."""
     return names is None or any(f"{kernel}_sm90_kernel" in name for name in names) == (ON_SM90 and possible)
 
 
 def few(*size: int, most: int = 1, share: float = 1.0) -> torch.Tensor:
-    """Whole numbers from -most to most; of them `share` not zero."""
+    """Integers from -most to most, of which a fraction of at most `share` is nonzero."""
     return torch.randint(-most, most + 1, size) * (torch.rand(size) < share).double()
 
 
 class TestFlowConv2d:
-    """Sums of whole numbers are exact in 16 bits as long as they are below 256."""
+    """Sums of integers are exact in 16 bits as long as they are below 256."""
 
     shapes = [
         # channels, outputs, levels, batch
@@ -80,12 +80,12 @@ class TestFlowConv2d:
         launched()
         x, flows = map_tensors(channels_last, [x, flows])
         result = ops.flow_conv2d(x, flows, weight, bias, algorithm=EXACT)
-        assert runs_there(launched(), "conv3x3")
-        assert all(torch.equal(one.double(), other) for one, other in zip(result, expected))
+        assert ran_as_expected(launched(), "conv3x3")
+        assert all(torch.equal(actual.double(), wanted) for actual, wanted in zip(result, expected, strict=True))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_views(self, dtype, launched):
-        """TMA goes by strides, of which each must be a multiple of the one before."""
+        """TMA reads strided views if each stride is a multiple of the previous one."""
         whole = few(2, 10, 11, 200, share=0.2)
         weight, bias = few(72, 64, 3, 3, share=0.3), few(72, most=9)
         views = [
@@ -98,27 +98,27 @@ class TestFlowConv2d:
         for possible, view in views:
             launched()
             result = ops.flow_conv2d(view(whole.to(dtype)), None, weight.to(dtype), bias.to(dtype), algorithm=EXACT)
-            assert runs_there(launched(), "conv3x3", possible)
+            assert ran_as_expected(launched(), "conv3x3", possible)
             assert torch.equal(result.double(), reference.flow_conv2d(view(whole), None, weight, bias, True))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_what_it_is_not_made_for(self, dtype, launched):
-        """Channels that are no whole steps, or pixels that begin at no multiple of 16 bytes."""
+    def test_unsupported_inputs(self, dtype, launched):
+        """Channels that are not a multiple of 64, or pixels that are not aligned to 16 bytes."""
         for x in (few(1, 9, 7, 72).to(dtype), few(1, 9, 7, 132).to(dtype)[..., 4:68]):
             x, weight = x.permute(0, 3, 1, 2), few(16, x.shape[3], 3, 3, share=0.3)
             launched()
             result = ops.flow_conv2d(x, None, weight.to(dtype))
-            assert runs_there(launched(), "conv3x3", possible=False)
+            assert ran_as_expected(launched(), "conv3x3", possible=False)
             assert_near(result, reference.flow_conv2d(x.double(), None, weight, None, True), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_many_levels(self, dtype, launched):
-        """More of them than a launch has room for."""
+        """More levels than the table of a launch holds."""
         x, flows, weight, bias = self.case((64, 64, [(3, 5)] * 23 + [(9, 9)] * 4, 1), True)
         expected = reference.flow_conv2d(x, flows, weight, bias, True)
         x, flows, weight, bias = map_tensors(lambda t: t.to(dtype), [x, flows, weight, bias])
         result = ops.flow_conv2d(x, flows, weight, bias, algorithm=EXACT)
-        assert all(torch.equal(one.double(), other) for one, other in zip(result, expected))
+        assert all(torch.equal(actual.double(), wanted) for actual, wanted in zip(result, expected, strict=True))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("flags", [(1, 0, 1), (0, 0, 0), (0, 1, 0)], ids=str)
@@ -130,12 +130,12 @@ class TestFlowConv2d:
         launched()
         packed = ops.pack_conv3x3(weight.to(dtype), bias.to(dtype), EXACT)
         result = ops.flow_conv2d(x, None, packed, active=active)
-        assert runs_there(launched(), "conv3x3")
-        assert all(torch.equal(one.double(), other) for one, other in zip(result, expected))
+        assert ran_as_expected(launched(), "conv3x3")
+        assert all(torch.equal(actual.double(), wanted) for actual, wanted in zip(result, expected, strict=True))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_infinities_stay_where_they_are(self, dtype):
-        """Zeros that fill up a tile, and channels beside it, multiply nothing."""
+        """Padding of a tile with zeros, and adjacent channels outside a view, do not contribute."""
         x = torch.zeros(1, 64, 9, 10)
         x[0, 5, 4, 4] = torch.inf
         x[0, 6, 0, 9] = torch.nan
@@ -149,7 +149,7 @@ class TestFusedSubnets:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("case", list(WIRINGS.values()), ids=list(WIRINGS))
     def test_every_wiring(self, case, dtype, launched):
-        """With and without each flow, the whole tower in a few launches, against float64."""
+        """With and without each flow, all sub-networks in a few launches, against float64."""
         case = {**case, **({"inner": 128} if "inner" in case else {})}
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, SIZES, batch=2), wiring(channels=64, **case)])
         source = {"flow_source": case.get("source", "reg")}
@@ -157,7 +157,7 @@ class TestFusedSubnets:
         launched()
         packed = ops.pack_subnets(parameters_of(convs, **source))
         result = list(ops.fused_subnets(map_tensors(channels_last, levels), packed))
-        assert runs_there(launched(), "conv3x3", possible=case["stages"] != (0, 0, 0, 0))
+        assert ran_as_expected(launched(), "conv3x3", possible=case["stages"] != (0, 0, 0, 0))
         assert_near(result, expected, dtype, factor=4)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,7 +186,8 @@ class TestDeformConv2d:
     def case(shape):
         channels, outputs, groups, kernel, size, stride, padding, dilation, batch = shape
         taps = kernel[0] * kernel[1]
-        out = [(side + 2 * padding - dilation * (length - 1) - 1) // stride + 1 for side, length in zip(size, kernel)]
+        padded = [side + 2 * padding - dilation * (length - 1) - 1 for side, length in zip(size, kernel, strict=True)]
+        out = [length // stride + 1 for length in padded]
         return (
             torch.randn(batch, channels, *size),
             torch.randn(batch, 2 * groups * taps, *out) * 3,
@@ -203,13 +204,13 @@ class TestDeformConv2d:
         wide = [tensor.double() for tensor in (x, offset, weight, bias, mask)]
         launched()
         result = ops.deform_conv2d(channels_last(x), offset, weight, bias, *geometry, mask, relu=True)
-        assert runs_there(launched(), "deform_conv2d")
+        assert ran_as_expected(launched(), "deform_conv2d")
         expected = reference.deform_conv2d(*wide[:4], *geometry, wide[4]).relu()
         assert_near(result, expected, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_whole_offsets_are_exact(self, dtype, launched):
-        """Cells of whole numbers at whole places: sums are exact, and a wrong cell shows."""
+        """Integers sampled at integer positions: sums are exact, so that a wrong cell is detected."""
         shape = (64, 136, 1, (3, 3), (11, 12), 1, 1, 1, 2)
         (_, offset, _, _, _), geometry = self.case(shape)
         x, weight, bias = few(2, 64, 11, 12, share=0.3), few(136, 64, 3, 3, share=0.3), few(136, most=9)
@@ -219,7 +220,7 @@ class TestDeformConv2d:
         x, offset, weight, bias, mask = (tensor.to(dtype) for tensor in (x, offset, weight, bias, mask))
         launched()
         result = ops.deform_conv2d(channels_last(x), offset, weight, bias, *geometry, mask)
-        assert runs_there(launched(), "deform_conv2d")
+        assert ran_as_expected(launched(), "deform_conv2d")
         assert torch.equal(result.double(), expected)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,8 +234,8 @@ class TestDeformConv2d:
         assert_near(result, reference.deform_conv2d(*wide[:4], *geometry, wide[4]), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_what_it_is_not_made_for(self, dtype, launched):
-        """Few outputs, groups, and channels of a group that are no whole steps."""
+    def test_unsupported_inputs(self, dtype, launched):
+        """Few outputs, groups, and channels of a group that are not a multiple of 64."""
         for channels, outputs, groups, offset_groups in ((64, 64, 1, 1), (128, 128, 2, 1), (64, 72, 1, 2)):
             (x, offset, weight, bias, mask), geometry = self.case(
                 (channels, outputs, offset_groups, (3, 3), (5, 6), 1, 1, 1, 1)
@@ -243,7 +244,7 @@ class TestDeformConv2d:
             wide = [tensor.double() for tensor in tensors]
             launched()
             result = ops.deform_conv2d(*tensors[:4], *geometry, tensors[4])
-            assert runs_there(launched(), "deform_conv2d", possible=False)
+            assert ran_as_expected(launched(), "deform_conv2d", possible=False)
             assert_near(result, reference.deform_conv2d(*wide[:4], *geometry, wide[4]), dtype)
 
 
@@ -251,7 +252,7 @@ class TestDeformConv2d:
 @pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not in a source tree")
 @pytest.mark.skipif(ON_INTERPRETER, reason="compiles for GPUs: once, beside the CPU's kernels")
 def test_other_architectures_have_no_such_kernels():
-    """The host takes the portable kernels where one for 9.0a has no static shared memory: its body is empty there."""
+    """Kernels for 9.0a have static shared memory only on 9.0a: the host selects the portable kernels elsewhere."""
     tool = runpy.run_path(str(ROOT / "tools" / "kernel_resources.py"))
     source, architectures = ROOT / "csrc" / "cuda" / "sm90_deform_conv2d.cu", ["90a", "90", "80", "120"]
     output = tool["compile_output"](source, architectures, Path(torch.__file__).parent)

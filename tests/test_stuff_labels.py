@@ -168,7 +168,7 @@ class TestHandMade:
             np.testing.assert_array_equal(labels, chain(logits, valid, size))
 
     def test_few_pixels_of_many_cells(self):
-        """Pixels that lie far apart: hardly any two share cells."""
+        """Pixels far from each other: hardly any two share cells."""
         logits = torch.randn(5, 3, 1500)
         for width in (1, 2, 7, 33):
             labels = ops.stuff_labels(logits, (12, 6000), (4, width))

@@ -79,7 +79,7 @@ FAULTS = (
     ),
     Fault(
         "strides swapped in a CUDA kernel",
-        "csrc/cuda/deform_conv2d.h",
+        "csrc/cuda/deform_conv2d.cuh",
         "y * stride[2] + x * stride[3]",
         "y * stride[3] + x * stride[2]",
         "deform_conv2d",

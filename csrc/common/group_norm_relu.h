@@ -4,11 +4,11 @@
 //
 //   y = relu((x - mean) * rstd * weight + bias)
 //
-// The mean is kept in float64, and subtracted as a number of the compute type and what is left: x - shift is exact
-// where x is near the mean, however large both are.
+// The float64 mean is split into a number of the compute type (`shift`) and a remainder. x - shift is exact where x is
+// near the mean, however large both are.
 //
-// Sums of squares are taken around a value of the data itself, never around zero. Around one of n numbers their sum of
-// squares is at most n times that around their mean. So the subtraction that follows loses a factor of n at most.
+// Sums of squares are taken around a value of the data, the pivot. Around one of n numbers the sum of squares is at
+// most n times the sum around their mean. So the subtraction that follows loses a factor of n at most.
 #pragma once
 
 #include <cmath>
@@ -18,10 +18,10 @@
 
 namespace spatialflow {
 
-// Numbers of which the compute type adds up at most this many before float64 takes over.
+// Largest count of numbers that is summed in the compute type; sums of more numbers are in float64.
 constexpr int64_t kGroupNormRun = 64;
 
-// Of numbers x: sum(x - pivot) and sum((x - pivot)^2), for a pivot that is one of them.
+// sum(x - pivot) and sum((x - pivot)^2) of numbers x; the pivot is one of the numbers.
 struct GroupSums {
     double sum, square;
 };

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// When does one box suppress another? The rule of every NMS here, written once for CPU and CUDA:
+// The suppression rule of every NMS operator, shared by CPU and CUDA:
 //
 //   area(b)  = max(x2 - x1, 0) * max(y2 - y1, 0)
 //   inter    = max(min(x2) - max(x1), 0) * max(min(y2) - max(y1), 0)
 //   suppress = inter > threshold * ((area(a) + area(b)) - inter)
 //
-// in exactly these IEEE operations, each rounded by itself (no fused multiply-add), in float (double for double boxes),
-// the threshold rounded to that type. So every back end decides alike, to the last bit, also for a pair whose IoU *is*
-// the threshold. max(NaN, 0) is 0 here.
+// in exactly these IEEE operations, each rounded separately (no fused multiply-add), in float (double for double
+// boxes). So every back end decides alike, to the last bit, also for a pair whose IoU equals the threshold. max(NaN, 0)
+// is 0.
 //
-// What follows from it, for a threshold >= 0: a box without area (reversed, empty, or its area underflows) has inter
-// = 0 with everything, and a box of infinite area makes the right-hand side infinite or NaN. Neither suppresses nor is
-// suppressed: the comparison is false. Those with a NaN corner never get here (`box_is_valid`).
+// With a threshold >= 0, a box whose area is 0 (reversed, empty or underflowed) or infinite neither suppresses nor is
+// suppressed: the comparison is false. Boxes with a NaN corner are excluded before (`box_is_valid`).
 #pragma once
 
 #include <cstdint>

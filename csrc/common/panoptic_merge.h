@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decisions of the panoptic merge, written once for CPU and CUDA: who enters, who is dropped, which pixels a box
-// covers. All ratios are taken in double from exact counts, so that back ends cannot disagree at a threshold.
+// Decisions of the panoptic merge, shared by CPU and CUDA: which instances are candidates, which are dropped, and which
+// pixels a box covers. All ratios are computed in double from exact counts, so back ends agree at every threshold.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace spatialflow {
 
-// Columns of the segment table, one int64 row per segment; row r belongs to id r + 1.
+// Columns of the segment table, one int64 row per segment; row r describes id r + 1.
 enum MergeColumn : int {
     kMergeLabel,     // of the instance, or the stuff label; -1 in unused rows
     kMergeIsThing,   // 1 or 0
@@ -23,7 +23,7 @@ enum MergeColumn : int {
     kMergeColumns
 };
 
-// A NaN score fails the comparison and takes no part.
+// False for a NaN score.
 SPATIALFLOW_HOST_DEVICE bool merge_is_candidate(double score, double score_threshold) {
     return score >= score_threshold;
 }

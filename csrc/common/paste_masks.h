@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where the pixels of an image fall on a small mask stretched over a box, written once for CPU and CUDA.
+// Mapping from image pixels to the cells of a small mask stretched over a box, shared by CPU and CUDA.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace spatialflow {
 
-// One axis of a box: pixel p has its centre at (p + 0.5), and the cells of the mask have theirs at half integers of
-// (p + 0.5 - low) / (high - low) * cells. In double, so that large images keep sub-pixel precision.
+// One axis of a box. The center of pixel p is at p + 0.5; in units of cells that is (p + 0.5 - low) / (high - low) *
+// cells, where centers of cells are half integers. In double, so that large images keep sub-pixel precision.
 struct PasteAxis {
     double low;
     double scale;  // cells per pixel; 0 for an axis without extent or with an end that is not finite
@@ -51,8 +51,8 @@ SPATIALFLOW_HOST_DEVICE PixelRange paste_range(const PasteAxis& axis, int64_t si
     return range;
 }
 
-// Whether the value `weight` of the way from `low` to `high` reaches the threshold. Decided without arithmetic where
-// both ends agree, so that rounding cannot take a pixel out of a region that is inside altogether. NaN is outside.
+// True if low + weight * (high - low) reaches the threshold. Where both ends are on one side of it, no arithmetic
+// decides, so rounding cannot remove a pixel from the inside of a region. NaN is outside.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE bool paste_is_inside(real_t low, real_t high, real_t weight, real_t threshold) {
     const bool low_inside = low >= threshold, high_inside = high >= threshold;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Bilinear resize of 8-bit images in the fixed-point arithmetic of OpenCV (INTER_LINEAR), and the released order of
-// roundings when they are normalised. Both equal OpenCV's results to the last bit.
+// Bilinear resize of 8-bit images in the fixed-point arithmetic of OpenCV (INTER_LINEAR), and normalization with the
+// order of roundings of the released model. Both equal OpenCV's results to the last bit.
 //
 //   position = (i + 0.5) * source / target - 0.5, rounded to float32; cells outside the image repeat its edge
 //   weights  = round(2048 * (1 - fraction)), round(2048 * fraction)
 //   row      = (left * weight + right * weight) >> 4
 //   pixel    = ((upper * weight >> 16) + (lower * weight >> 16) + 2) >> 2
 //
-// An image whose sides both halve exactly is averaged over 2 x 2 pixels instead, which is the same with weights of 1
-// and no shifts. Files that include this are compiled without fused multiply-adds.
+// An image whose sides are both halved exactly is averaged over 2 x 2 pixels instead: weights of 1 and no shifts. Files
+// that include this header are compiled without fused multiply-adds.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ inline ImageResize image_resize(int64_t height, int64_t width, int64_t new_heigh
     return {axis(height, new_height), axis(width, new_width), height == 2 * new_height && width == 2 * new_width};
 }
 
-// The two cells that element `i` of the result lies between.
+// The two cells between which element `i` of the result lies.
 struct ResizeTap {
     int64_t first, second;
     int first_weight, second_weight;
@@ -71,12 +71,12 @@ resize_rows(value_t upper, value_t lower, int upper_weight, int lower_weight, bo
 }
 
 // (value - mean) / std of one channel.
-struct Normalisation {
+struct Normalization {
     float mean;
     double factor;  // 1 / std
 };
 
-SPATIALFLOW_HOST_DEVICE float normalise(int value, const Normalisation& channel) {
+SPATIALFLOW_HOST_DEVICE float normalize(int value, const Normalization& channel) {
     return static_cast<float>(static_cast<double>(static_cast<float>(value) - channel.mean) * channel.factor);
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Storage types of features and the types arithmetic is done in.
+// Storage types of features, and the types for arithmetic on them.
 //
 // Kernels load `scalar_t`, compute in `accum_t<scalar_t>` (float; double for double) and store `scalar_t`. The 16-bit
-// types here carry bits only; conversions are branch-free integer code so that loops over channels vectorise without
-// hardware support. Host code only: the CUDA back end has the toolkit's own types.
+// types here carry bits only; conversions are branch-free integer code so that the compiler vectorizes loops over
+// channels without hardware support. Host code only: the CUDA back end has the types of the toolkit.
 #pragma once
 
 #include <cstdint>

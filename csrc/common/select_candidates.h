@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From an anchor and its deltas to a box of the photograph, and from a logit to a score; written once for scalars, CPU
-// vectors and CUDA.
+// Decoding of an anchor and its deltas to a box of the original image, shared by scalars, CPU vectors and CUDA.
 //
 //   anchor = base + (x * stride, y * stride) of cell (y, x), center c and size s
 //   center = c + s * (dx, dy)     size = s * exp(clamp(dw, dh))
 //   box    = clip(center -+ size / 2) / scale
 //
-// NaN goes through every step: such a box is never kept by NMS.
+// NaN propagates through every step; NMS never keeps such a box.
 #pragma once
 
 #include <cmath>
@@ -21,8 +20,8 @@ namespace spatialflow {
 
 constexpr double kMaxLogRatio = 4.135166556742356;  // log(1000 / 16)
 
-// The interval of one axis: of a cell whose base anchor is from `low` to `high`, moved by `shift`. `limit` is the end
-// of the valid image.
+// The interval of a box on one axis, from the base anchor [low, high] moved by `shift`. `limit` is the end of the valid
+// image.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void decode_axis(
     float low, float high, int64_t shift, real_t offset, real_t log_ratio, real_t limit, real_t scale, real_t& begin,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sigmoid focal loss (Lin et al., Focal Loss for Dense Object Detection, equation 5) and its derivatives, written once
-// for scalars, CPU vectors and CUDA.
+// Sigmoid focal loss (Lin et al., Focal Loss for Dense Object Detection, equation 5) and its derivatives, shared by
+// scalars, CPU vectors and CUDA.
 //
-// With z = -x for the class of the label and z = x for every other class, s = sigmoid(z) is the probability of the
-// mistake and the loss of one element is, up to its factor alpha or 1 - alpha,
+// Let z = -x for the class of the label and z = x for every other class, and s = sigmoid(z), the probability of the
+// wrong answer. Up to its factor alpha or 1 - alpha, the loss of one element is
 //
 //   f(z) = s^gamma * softplus(z)          softplus(z) = -log(1 - s) = max(z, 0) + log(1 + exp(-|z|))
 //
-// Everything follows from exp(-|z|) in [0, 1], so nothing overflows and nothing is lost in 1 - s for large logits.
+// Every term is computed from exp(-|z|) in [0, 1]: no overflow, and no cancellation in 1 - s for large logits.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,8 @@
 
 namespace spatialflow {
 
-// 1 / value for 1 <= value <= 2, or NaN. A float on CUDA: one instruction, to the last bit but one.
+// 1 / value for 1 <= value <= 2, or NaN. For float on CUDA one instruction, with an error of at most one unit in the
+// last place.
 template <typename real_t, typename value_t>
 SPATIALFLOW_HOST_DEVICE value_t focal_reciprocal(value_t value) {
 #if defined(__CUDA_ARCH__)

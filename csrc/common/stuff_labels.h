@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where the pixels of a label map fall among logits at a quarter of the network's input, written once for CPU and CUDA.
-// Files that include this are compiled without fused multiply-adds, so that every back end sees the same weights.
+// Mapping from the pixels of a label map to logits at a quarter of the network's input, shared by CPU and CUDA. Files
+// that include this header are compiled without fused multiply-adds, so that every back end sees the same weights.
 #pragma once
 
 #include <cmath>
@@ -11,14 +11,14 @@
 
 namespace spatialflow {
 
-// A pixel lies `weight` of the way from cell `first` to `second`, the next one; the last cell is its own next one.
+// A pixel between cells `first` and `second` = first + 1, at the fraction `weight`. At the last cell, `second` = first.
 struct LabelTap {
     int64_t first, second;
     float weight;
 };
 
-// One axis: `pixels` of the result pick, as OpenCV's INTER_NEAREST does, among the first `valid` of the 4 * cells
-// positions to which the logits are enlarged with aligned corners.
+// One axis. The logits are enlarged to 4 * cells positions with aligned corners; each of the `pixels` of the result
+// takes one of the first `valid` positions, as OpenCV's INTER_NEAREST does.
 struct LabelAxis {
     int64_t cells, valid, pixels;
     double nearest_step;  // positions per pixel

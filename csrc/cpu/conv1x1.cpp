@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A 1x1 convolution with its epilogue, on the CPU:
+// 1x1 convolution with bias, residual and ReLU, on the CPU:
 //
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
-// for pixels p; channels-last: a matrix product of a few pixels at a time. Threads: over pixels. Networks on the CPU use
-// oneDNN (spatialflow/models/optimized/conv.py).
+// for pixels p; channels-last. A matrix product of a few pixels at a time; threads split the pixels. Networks on the
+// CPU use oneDNN (spatialflow/models/optimized/conv.py).
 #include <algorithm>
 
 #include "cpu/dispatch.h"

@@ -7,12 +7,12 @@
 
 namespace spatialflow {
 
-template void conv3x3_winograd(const std::vector<ConvJob<float>>&);
-template void conv3x3_winograd(const std::vector<ConvJob<float16>>&);
-template void conv3x3_winograd(const std::vector<ConvJob<bfloat16>>&);
-template void conv3x3_direct(const std::vector<ConvJob<float>>&);
-template void conv3x3_direct(const std::vector<ConvJob<double>>&);
-template void conv3x3_direct(const std::vector<ConvJob<float16>>&);
-template void conv3x3_direct(const std::vector<ConvJob<bfloat16>>&);
+template void conv3x3_winograd(const std::vector<ConvGroup<float>>&);
+template void conv3x3_winograd(const std::vector<ConvGroup<float16>>&);
+template void conv3x3_winograd(const std::vector<ConvGroup<bfloat16>>&);
+template void conv3x3_direct(const std::vector<ConvGroup<float>>&);
+template void conv3x3_direct(const std::vector<ConvGroup<double>>&);
+template void conv3x3_direct(const std::vector<ConvGroup<float16>>&);
+template void conv3x3_direct(const std::vector<ConvGroup<bfloat16>>&);
 
 }  // namespace spatialflow

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // 3x3 convolutions (stride 1, padding 1) over pyramids of channels-last maps, shared by flow_conv2d and fused_subnets.
-// Plain pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
+// The interface has pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
 //
 //   out[n, y, x, o] = relu?(sum over taps (dy, dx), c of (x + flow)[n, y + dy, x + dx, c] * w[o, c, dy, dx] + bias[o]
 //                           + residual[n, y, x, o])
 //
-// A job is one input pyramid with one or more branches, each with weights and outputs of its own: branches share what
-// depends on the input alone. All jobs of a call, all levels and all images are one list of work for the threads, so
-// that small levels fill the gaps of large ones.
+// A group is one input pyramid with one or more branches. A branch has its weights and outputs; branches share the work
+// that depends on the input alone. The threads take their work from one list for all groups, levels and images, so that
+// small levels balance large ones.
 #pragma once
 
 #include <atomic>
@@ -33,33 +33,33 @@ struct ConvBranch {
     const accum_t<scalar_t>* bias;    // (C_out) or null
     int64_t channels;                 // C_out
     bool relu;
-    std::vector<scalar_t*> out;             // per level (N, H, W, C_out); fewer than the job's levels: the first ones
+    std::vector<scalar_t*> out;             // per level (N, H, W, C_out); fewer than the group's levels: the first ones
     std::vector<const scalar_t*> residual;  // empty, or per level (N, H, W, C_out); may be `out` itself
 };
 
 template <typename scalar_t>
-struct ConvJob {
+struct ConvGroup {
     int64_t channels;  // C_in
     std::vector<ConvLevel<scalar_t>> levels;
     std::vector<ConvBranch<scalar_t>> branches;
 };
 
 template <typename scalar_t>
-void conv3x3_winograd(const std::vector<ConvJob<scalar_t>>& jobs);
+void conv3x3_winograd(const std::vector<ConvGroup<scalar_t>>& groups);
 template <typename scalar_t>
-void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs);
+void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups);
 
-// Rows of this many values: whole vectors plus one cache line. Without the line, rows a power of two apart would meet
-// in few cache sets.
+// Values of a padded row: whole vectors plus one cache line. Without the line, rows at distances of a power of two
+// would map to few cache sets.
 inline int64_t padded_row(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
-// Threads worth waking for `tasks` tasks of `work` multiply-adds in all.
+// Number of threads for `tasks` tasks with `work` multiply-adds in total.
 inline int64_t num_workers(int64_t tasks, int64_t work) {
-    constexpr int64_t kWorkPerThread = 1 << 19;  // some ten microseconds, the price of a parallel region
+    constexpr int64_t kWorkPerThread = 1 << 19;  // about ten microseconds, the cost of a parallel region
     return std::max<int64_t>(1, std::min({tasks, num_threads(), work / kWorkPerThread}));
 }
 
-// body(task, worker) for every task; a worker takes the next task when it is done with one. Must not throw.
+// Call body(task, worker) for every task; workers take tasks dynamically. `body` must not throw.
 template <typename Body>
 void run_tasks(int64_t tasks, int64_t work, const Body& body) {
     std::atomic<int64_t> next{0};
@@ -72,8 +72,8 @@ void run_tasks(int64_t tasks, int64_t work, const Body& body) {
     });
 }
 
-// body(c, load, store) for channels c, c + lanes, ...: load(pointer) and store(pointer, value) take whole vectors, and
-// only what is left in the last step.
+// Call body(c, load, store) for channels c, c + lanes, ... The functions load(pointer) and store(pointer, value) access
+// whole vectors, and partial ones in the last step.
 template <typename real_t, typename Body>
 __attribute__((always_inline)) inline void for_channel_vectors(int64_t channels, const Body& body) {
     constexpr int64_t lanes = kLanes<real_t>;

@@ -2,10 +2,10 @@
 //
 // 3x3 convolutions as an implicit matrix product, (pixels x 9 C_in) * (9 C_in x C_out), exact up to the order of sums.
 //
-// A strip of output rows is one task. The nine taps are nine views of the map with one pixel stride, and a tile of
-// outputs stays in registers over all of them; taps outside the map are left out. Only where there is a flow to add or
-// 16 bits to convert is a strip copied first. Panels of weights run outermost: one panel (295 KB at 256 channels) stays
-// in the second-level cache.
+// A strip of output rows is one task. The nine taps are nine views of the map with the same pixel stride. A tile of
+// outputs stays in registers for all taps; taps outside the map are skipped. A strip is copied first only to add a flow
+// or to convert 16-bit values. The outermost loop is over panels of weights: one panel (295 KB at 256 channels) stays
+// in the L2 cache.
 #pragma once
 
 #include "cpu/conv3x3.h"
@@ -16,11 +16,10 @@ constexpr int64_t kStripPixels = 336;
 constexpr int64_t kStripWidth = 84;
 constexpr int64_t kLastParts = 4;
 
-// Input channels of one row of taps at a time: 16 pixels of so many channels stay in the first-level cache while the
-// three taps of the row read them.
+// Input channels that one row of taps processes at a time: 16 pixels of them stay in the L1 cache for the three taps.
 constexpr int64_t kTapChannels = 64;
 
-// Packs weights for conv3x3_direct: gemm_pack of (9 C_in, C_out), rows tap by tap.
+// Pack weights for conv3x3_direct: gemm_pack of (9 C_in, C_out), rows tap by tap.
 template <typename scalar_t>
 void pack_conv3x3_direct(
     const scalar_t* weight, const int64_t strides[4],  // (C_out, C_in, 3, 3)
@@ -44,7 +43,7 @@ void pack_conv3x3_direct(
 }
 
 struct ConvStrip {
-    size_t job;
+    size_t group;
     size_t level;
     int64_t image, y_begin, y_end, x_begin, x_end;  // output pixels
 
@@ -52,9 +51,9 @@ struct ConvStrip {
     int64_t padded_pixels() const { return (y_end - y_begin + 2) * padded_width(); }
 };
 
-// Cuts one level of a job into strips of about `pixels` pixels, whole rows where these are not very long.
+// Split one level of a group into strips of about `pixels` pixels, whole rows unless these are very long.
 inline void append_strips(
-    size_t job, size_t level, int64_t batch, int64_t height, int64_t width, int64_t pixels,
+    size_t group, size_t level, int64_t batch, int64_t height, int64_t width, int64_t pixels,
     std::vector<ConvStrip>& strips) {
     if (batch * height * width == 0) {
         return;
@@ -66,7 +65,7 @@ inline void append_strips(
         for (int64_t i = 0; i < down; ++i) {
             for (int64_t j = 0; j < across; ++j) {
                 strips.push_back(
-                    {job, level, image, i * height / down, (i + 1) * height / down, j * width / across,
+                    {group, level, image, i * height / down, (i + 1) * height / down, j * width / across,
                      (j + 1) * width / across});
             }
         }
@@ -95,7 +94,8 @@ void copy_strip(
     }
 }
 
-// Where the kernel reads x + flow; nothing is there, or zeros are, outside the map.
+// View through which the kernel reads x + flow. Outside the map a copy has zeros; the map itself must not be read
+// there.
 template <typename real_t>
 struct ConvView {
     const real_t* pixels;  // pixel (y, x)
@@ -107,13 +107,13 @@ struct ConvView {
     }
 };
 
-// Does a level hold what the kernel multiplies?
+// Whether the kernel can read the level without a copy.
 template <typename scalar_t>
 bool reads_in_place(const ConvLevel<scalar_t>& level) {
     return std::is_same_v<scalar_t, accum_t<scalar_t>> && !level.flow;
 }
 
-// The map itself, or a copy of what the strip reads on memory for padded_pixels() * padded_row(channels) values.
+// View of the map, or of a copy of the strip with its halo in memory for padded_pixels() * padded_row(channels) values.
 template <typename scalar_t>
 ConvView<accum_t<scalar_t>> view_strip(
     const ConvLevel<scalar_t>& level, const ConvStrip& strip, int64_t channels, accum_t<scalar_t>* copy) {
@@ -128,7 +128,7 @@ ConvView<accum_t<scalar_t>> view_strip(
         copy, strip.y_begin - 1, strip.x_begin - 1, padded_row(channels), strip.padded_width() * padded_row(channels)};
 }
 
-// Outputs of `kRows` pixels from (y, x) on for one panel of output channels.
+// Compute `kRows` pixels from (y, x) on for one panel of output channels.
 template <int kRows, typename scalar_t>
 void convolve_pixels(
     const ConvView<accum_t<scalar_t>>& view, const ConvLevel<scalar_t>& level, int64_t y, int64_t x,
@@ -193,15 +193,15 @@ void convolve_pixels(
     }
 }
 
-// Share `part` of `parts` of the output channels of a strip.
+// Compute part `part` of `parts` of the output channels of a strip.
 template <typename scalar_t>
 void convolve_strip(
-    const ConvJob<scalar_t>& job, const ConvStrip& strip, int64_t part, int64_t parts, accum_t<scalar_t>* copy) {
+    const ConvGroup<scalar_t>& group, const ConvStrip& strip, int64_t part, int64_t parts, accum_t<scalar_t>* copy) {
     using real_t = accum_t<scalar_t>;
     constexpr int64_t kColumns = kGemmColumns<real_t>;
-    const ConvLevel<scalar_t>& level = job.levels[strip.level];
-    const ConvView<real_t> view = view_strip(level, strip, job.channels, copy);
-    for (const ConvBranch<scalar_t>& branch : job.branches) {
+    const ConvLevel<scalar_t>& level = group.levels[strip.level];
+    const ConvView<real_t> view = view_strip(level, strip, group.channels, copy);
+    for (const ConvBranch<scalar_t>& branch : group.branches) {
         if (strip.level >= branch.out.size()) {
             continue;
         }
@@ -214,7 +214,7 @@ void convolve_strip(
                     with_rows(count, [&](auto rows) {
                         const int64_t at = row_at + x * branch.channels;
                         convolve_pixels<decltype(rows)::value>(
-                            view, level, y, x, job.channels, branch.packed + panel * kColumns * 9 * job.channels,
+                            view, level, y, x, group.channels, branch.packed + panel * kColumns * 9 * group.channels,
                             branch, panel * kColumns,
                             branch.residual.empty() ? nullptr : branch.residual[strip.level] + at,
                             branch.out[strip.level] + at);
@@ -226,34 +226,34 @@ void convolve_strip(
 }
 
 template <typename scalar_t>
-void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
+void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups) {
     using real_t = accum_t<scalar_t>;
     int64_t pixels = 0, work = 0, panels = 1;
-    for (const ConvJob<scalar_t>& job : jobs) {
-        int64_t own = 0, columns = 0;
-        for (const ConvLevel<scalar_t>& level : job.levels) {
-            own += level.batch * level.height * level.width;
+    for (const ConvGroup<scalar_t>& group : groups) {
+        int64_t group_pixels = 0, columns = 0;
+        for (const ConvLevel<scalar_t>& level : group.levels) {
+            group_pixels += level.batch * level.height * level.width;
         }
-        for (const ConvBranch<scalar_t>& branch : job.branches) {
+        for (const ConvBranch<scalar_t>& branch : group.branches) {
             columns += gemm_padded_columns(branch.channels);
             panels = std::max(panels, gemm_padded_columns(branch.channels) / kGemmColumns<real_t>);
         }
-        pixels += own;
-        work += own * 9 * job.channels * columns;
+        pixels += group_pixels;
+        work += group_pixels * 9 * group.channels * columns;
     }
-    // Several strips per thread, to even out their differences.
+    // Several strips per thread balance the load.
     const int64_t threads = num_threads();
     const int64_t target = std::min(kStripPixels, std::max<int64_t>(1, pixels / (4 * threads)));
     std::vector<ConvStrip> strips;
     int64_t largest = 0;
-    for (size_t j = 0; j < jobs.size(); ++j) {
-        for (size_t l = 0; l < jobs[j].levels.size(); ++l) {
-            const ConvLevel<scalar_t>& level = jobs[j].levels[l];
+    for (size_t j = 0; j < groups.size(); ++j) {
+        for (size_t l = 0; l < groups[j].levels.size(); ++l) {
+            const ConvLevel<scalar_t>& level = groups[j].levels[l];
             const size_t first = strips.size();
             append_strips(j, l, level.batch, level.height, level.width, target, strips);
             for (size_t s = first; s < strips.size(); ++s) {
                 if (!reads_in_place(level)) {
-                    largest = std::max(largest, strips[s].padded_pixels() * padded_row(jobs[j].channels));
+                    largest = std::max(largest, strips[s].padded_pixels() * padded_row(groups[j].channels));
                 }
             }
         }
@@ -261,7 +261,7 @@ void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
     if (strips.empty()) {
         return;
     }
-    // The last strips are cut by output channels, so that no thread waits long for another at the end.
+    // The last strips are split by output channels too, which balances the threads at the end.
     const int64_t count = static_cast<int64_t>(strips.size());
     const int64_t cut = std::min(count, 2 * threads), whole = count - cut;
     const int64_t parts = std::min(panels, std::max(kLastParts, (threads + count - 1) / count));
@@ -271,7 +271,7 @@ void conv3x3_direct(const std::vector<ConvJob<scalar_t>>& jobs) {
         const bool is_whole = task < whole;
         const ConvStrip& strip = strips[static_cast<size_t>(is_whole ? task : whole + (task - whole) / parts)];
         convolve_strip(
-            jobs[strip.job], strip, is_whole ? 0 : (task - whole) % parts, is_whole ? 1 : parts,
+            groups[strip.group], strip, is_whole ? 0 : (task - whole) % parts, is_whole ? 1 : parts,
             scratch.get() + worker * largest);
     });
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Between tensors and conv3x3.h: layouts and biases.
+// Conversion of tensors to the structures of conv3x3.h: layouts, biases, packed weights.
 #pragma once
 
 #include "cpu/conv3x3.h"
@@ -11,10 +11,10 @@ namespace spatialflow {
 
 static_assert(kGemmColumnPadding == kPackedOutputs, "packed weights have one size on every back end");
 
-// Columns of a panel of float32, see packed_tag: all that the layout of packed weights depends on.
+// Columns of a panel of float32 (see packed_tag); the layout of packed weights depends on nothing else.
 constexpr int64_t kPackedColumns = kGemmColumns<float>;
 
-// The bias in the type sums are in, dense.
+// The bias in the accumulation type, dense.
 inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
     return bias ? std::optional<Tensor>(contiguous_as(*bias, dtype)) : std::nullopt;
 }
@@ -38,7 +38,7 @@ inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, 
     return levels;
 }
 
-// `levels` as they are where the tensor of the same place in `like` is channels-last, else in plain order.
+// `levels` unchanged where the tensor with the same index in `like` is channels-last, else contiguous.
 inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::vector<Tensor> levels) {
     for (size_t i = 0; i < levels.size(); ++i) {
         if (!prefers_channels_last(like[i])) {
@@ -70,13 +70,13 @@ std::vector<scalar_t*> output_pointers(const std::vector<Tensor>& levels) {
 }
 
 template <typename scalar_t>
-void run_conv3x3(int64_t resolved, const std::vector<ConvJob<scalar_t>>& jobs) {
+void run_conv3x3(int64_t resolved, const std::vector<ConvGroup<scalar_t>>& groups) {
     if (resolved == kConvWinograd) {
         if constexpr (!std::is_same_v<scalar_t, double>) {
-            return conv3x3_winograd(jobs);
+            return conv3x3_winograd(groups);
         }
     }
-    conv3x3_direct(jobs);
+    conv3x3_direct(groups);
 }
 
 }  // namespace spatialflow

@@ -3,18 +3,18 @@
 // 3x3 convolutions by Winograd's F(4x4, 3x3): a quarter of the multiplications. Float tiles (16-bit maps are converted
 // on the way in and out); products of 36 frequencies are 36 matrix products (tiles x C_in) * (C_in x C_out).
 //
-// A group of consecutive tiles, of any levels, goes through input transform, products and output transform on one
-// thread. Groups are as large as kGroupTiles: the weights (9.4 MB for 256 -> 256) are read once per group, and the rows
-// of one frequency (a tile's 1 KiB in, 1 KiB out) stay in the second-level cache beside that frequency's weights.
+// A chunk of consecutive tiles, of any levels, goes through input transform, products and output transform on one
+// thread. A chunk has at most kMaxChunkTiles tiles. The weights (9.4 MB for 256 -> 256) are read once per chunk. The
+// rows of one frequency (1 KiB in and 1 KiB out per tile) stay in the L2 cache with the weights of that frequency.
 #pragma once
 
 #include "cpu/winograd.h"
 
 namespace spatialflow {
 
-constexpr int64_t kGroupTiles = 56;
+constexpr int64_t kMaxChunkTiles = 56;
 
-// Packs weights for conv3x3_winograd: packed[frequency][gemm_pack of (C_in, C_out)].
+// Pack weights for conv3x3_winograd: packed[frequency][gemm_pack of (C_in, C_out)].
 template <typename scalar_t>
 void pack_conv3x3_winograd(
     const scalar_t* weight, const int64_t strides[4],  // (C_out, C_in, 3, 3)
@@ -29,7 +29,7 @@ void pack_conv3x3_winograd(
         const int64_t first = task / slices * kColumns, last = task % slices * kInputs + kInputs;
         const int64_t valid = std::max<int64_t>(0, std::min(kColumns, out_channels - first));
         for (int64_t c = last - kInputs; c < std::min(last, in_channels); ++c) {
-            // Double lanes: what is left of the weights' rounding is that of the transformed values themselves.
+            // Transform in double: only the transformed values are rounded.
             double taps[9][kColumns] = {}, half[6][3][kColumns], lines[6];
             for (int64_t o = 0; o < valid; ++o) {
                 const scalar_t* source = weight + (first + o) * strides[0] + c * strides[1];
@@ -61,30 +61,30 @@ void pack_conv3x3_winograd(
 template <typename scalar_t>
 class WinogradConvolution {
 public:
-    explicit WinogradConvolution(const std::vector<ConvJob<scalar_t>>& jobs) : jobs_(jobs) {
+    explicit WinogradConvolution(const std::vector<ConvGroup<scalar_t>>& groups) : groups_(groups) {
         int64_t widest = 0, widest_out = 0;
-        for (const ConvJob<scalar_t>& job : jobs) {
+        for (const ConvGroup<scalar_t>& group : groups) {
             WinogradTiles tiles;
-            for (const ConvLevel<scalar_t>& level : job.levels) {
+            for (const ConvLevel<scalar_t>& level : group.levels) {
                 tiles.add_level(level.batch, level.height, level.width);
             }
             tiles_.push_back(tiles);
-            widest = std::max(widest, job.channels);
-            for (const ConvBranch<scalar_t>& branch : job.branches) {
+            widest = std::max(widest, group.channels);
+            for (const ConvBranch<scalar_t>& branch : group.branches) {
                 const int64_t columns = gemm_padded_columns(branch.channels);
                 widest_out = std::max(widest_out, columns);
-                work_ += kWinogradProducts * tiles.count(branch.out.size()) * job.channels * columns;
+                work_ += kWinogradProducts * tiles.count(branch.out.size()) * group.channels * columns;
             }
         }
-        // As many groups as fill the threads evenly, of nearly equal size.
+        // Chunks of nearly equal size that balance the threads.
         const int64_t threads = num_threads();
-        for (size_t j = 0; j < jobs.size(); ++j) {
+        for (size_t j = 0; j < groups.size(); ++j) {
             const int64_t count = tiles_[j].count();
             const int64_t share = std::min<int64_t>(threads, (count + 7) / 8);
-            const int64_t groups = std::max((count + kGroupTiles - 1) / kGroupTiles, share);
-            for (int64_t g = 0; g < groups; ++g) {
-                groups_.push_back({j, g * count / groups, (g + 1) * count / groups});
-                largest_ = std::max(largest_, groups_.back().end - groups_.back().begin);
+            const int64_t chunks = std::max((count + kMaxChunkTiles - 1) / kMaxChunkTiles, share);
+            for (int64_t g = 0; g < chunks; ++g) {
+                chunks_.push_back({j, g * count / chunks, (g + 1) * count / chunks});
+                largest_ = std::max(largest_, chunks_.back().end - chunks_.back().begin);
             }
         }
         in_row_ = padded_row(widest);
@@ -93,38 +93,38 @@ public:
     }
 
     void run() {
-        const int64_t tasks = static_cast<int64_t>(groups_.size());
-        // One line more per frequency, for the same reason as in padded_row.
+        const int64_t tasks = static_cast<int64_t>(chunks_.size());
+        // One more cache line per frequency, for the reason given at padded_row.
         in_stride_ = largest_ * in_row_ + 16;
         out_stride_ = largest_ * out_row_ + 16;
         const int64_t per_worker = kWinogradProducts * (in_stride_ + out_stride_);
         Scratch<float> scratch(per_worker * num_workers(tasks, work_));
         run_tasks(tasks, work_, [&](int64_t task, int64_t worker) {
-            const Group& group = groups_[static_cast<size_t>(task)];
+            const Chunk& chunk = chunks_[static_cast<size_t>(task)];
             float* inputs = scratch.get() + worker * per_worker;
-            run_group(
-                jobs_[group.job], tiles_[group.job], group.begin, group.end, inputs,
+            run_chunk(
+                groups_[chunk.group], tiles_[chunk.group], chunk.begin, chunk.end, inputs,
                 inputs + kWinogradProducts * in_stride_);
         });
     }
 
 private:
-    struct Group {
-        size_t job;
+    struct Chunk {
+        size_t group;
         int64_t begin, end;  // tiles
     };
 
-    void run_group(
-        const ConvJob<scalar_t>& job, const WinogradTiles& tiles, int64_t begin, int64_t end,
+    void run_chunk(
+        const ConvGroup<scalar_t>& group, const WinogradTiles& tiles, int64_t begin, int64_t end,
         float* inputs,           // (36, tiles, C_in)
         float* outputs) const {  // (36, tiles, C_out)
         for (int64_t t = begin; t < end; ++t) {
             const WinogradTile tile = tiles[t];
             transform_input(
-                job.levels[static_cast<size_t>(tile.level)], job.channels, tile, zeros_.data(),
+                group.levels[static_cast<size_t>(tile.level)], group.channels, tile, zeros_.data(),
                 inputs + (t - begin) * in_row_, in_stride_);
         }
-        for (const ConvBranch<scalar_t>& branch : job.branches) {
+        for (const ConvBranch<scalar_t>& branch : group.branches) {
             const int64_t rows = std::min(end, tiles.count(branch.out.size())) - begin;
             if (rows <= 0) {
                 continue;
@@ -132,13 +132,13 @@ private:
             const int64_t columns = gemm_padded_columns(branch.channels);
             for (int64_t f = 0; f < kWinogradProducts; ++f) {
                 gemm(
-                    rows, columns, job.channels, inputs + f * in_stride_, in_row_,
-                    branch.packed + f * job.channels * columns, outputs + f * out_stride_, out_row_);
+                    rows, columns, group.channels, inputs + f * in_stride_, in_row_,
+                    branch.packed + f * group.channels * columns, outputs + f * out_stride_, out_row_);
             }
             for (int64_t t = begin; t < begin + rows; ++t) {
                 const WinogradTile tile = tiles[t];
                 const size_t l = static_cast<size_t>(tile.level);
-                const ConvLevel<scalar_t>& level = job.levels[l];
+                const ConvLevel<scalar_t>& level = group.levels[l];
                 const int64_t row_stride = level.width * branch.channels;
                 const int64_t at = (tile.image * level.height + tile.y) * row_stride + tile.x * branch.channels;
                 transform_output<scalar_t>(
@@ -150,17 +150,17 @@ private:
         }
     }
 
-    const std::vector<ConvJob<scalar_t>>& jobs_;
+    const std::vector<ConvGroup<scalar_t>>& groups_;
     std::vector<WinogradTiles> tiles_;
-    std::vector<Group> groups_;
+    std::vector<Chunk> chunks_;
     int64_t largest_ = 0, work_ = 0;
     int64_t in_row_, out_row_, in_stride_ = 0, out_stride_ = 0;
     std::vector<scalar_t> zeros_;
 };
 
 template <typename scalar_t>
-void conv3x3_winograd(const std::vector<ConvJob<scalar_t>>& jobs) {
-    WinogradConvolution<scalar_t>(jobs).run();
+void conv3x3_winograd(const std::vector<ConvGroup<scalar_t>>& groups) {
+    WinogradConvolution<scalar_t>(groups).run();
 }
 
 }  // namespace spatialflow

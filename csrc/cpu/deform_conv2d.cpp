@@ -5,9 +5,9 @@
 //   output[n, o, p] = bias[o] + sum over taps k and channels c of
 //                     weight[o, c, k] * mask[n, k, p] * bilinear(input[n, c], position(p, k) + offset[n, k, p])
 //
-// A block of output pixels is gathered into columns (pixel, tap, channel) for as many taps as make a deep product, and
-// multiplied with the packed weight of these taps; the products of a block stay in the second-level cache until all
-// taps are in. No buffer grows with the image. Threads own ranges of output pixels.
+// A block of output pixels is gathered into columns (pixel, tap, channel) for several taps, and multiplied with the
+// packed weight of these taps. The sums of a block stay in the L2 cache until all taps are added. No buffer grows with
+// the image. Each thread computes a range of output pixels.
 #include "cpu/deform_conv2d.h"
 
 #include "cpu/gemm.h"
@@ -15,14 +15,14 @@
 namespace spatialflow {
 namespace {
 
-// Columns of a block: these many values (256 KiB of float) leave room for a block's sums in a second-level cache of
-// 1 MiB. Taps are gathered together until the product is this deep.
+// Columns of a block: these many values (256 KiB of float) leave space for the sums of a block in an L2 cache of 1 MiB.
+// Taps are gathered together until the product is this deep.
 constexpr int64_t kColumnValues = 64 * 1024;
 constexpr int64_t kDepth = kGemmDepth;
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 
-// c (+)= sum over pieces i of a_i * packed_i, where piece i of A starts at a + i * a_piece: one piece per tap.
+// c (+)= sum over parts i of a_i * packed_i, where part i of A starts at a + i * a_piece: one part per tap.
 template <typename real_t>
 void multiply_pieces(
     int64_t m, int64_t n, int64_t k, int64_t pieces, const real_t* a, int64_t a_stride, int64_t a_piece,  // (m, k) each
@@ -60,14 +60,14 @@ void multiply_pieces(
     }
 }
 
-// Sums of a block, plus bias and perhaps through ReLU, to the output in its own dtype and layout.
+// Add bias and optional ReLU to the sums of a block, and store them in the dtype and layout of the output.
 template <bool kRelu, typename scalar_t, typename real_t>
 void store_block(
     const real_t* sums,  // (pixels, O), rows `stride` apart
     int64_t stride,
     const real_t* bias,  // (O)
-    scalar_t* output,    // (N, H_out, W_out, O) or, if planar, (N, O, H_out, W_out)
-    const DeformConvShape& shape, int64_t first_pixel, int64_t pixels, bool planar) {
+    scalar_t* output,    // (N, H_out, W_out, O) or, if channels_first, (N, O, H_out, W_out)
+    const DeformConvShape& shape, int64_t first_pixel, int64_t pixels, bool channels_first) {
     const int64_t outputs = shape.out_channels;
     const auto result = [](auto value) {
         if constexpr (kRelu) {
@@ -75,7 +75,7 @@ void store_block(
         }
         return value;
     };
-    if (!planar) {
+    if (!channels_first) {
         for (int64_t p = 0; p < pixels; ++p) {
             const real_t* row = sums + p * stride;
             scalar_t* target = output + (first_pixel + p) * outputs;
@@ -130,7 +130,7 @@ void deform_conv2d_forward(
     const Sampler<scalar_t>& sampler,
     const accum_t<scalar_t>* packed,  // of pack_weight
     const scalar_t* bias,             // (O) or null
-    scalar_t* output, bool planar) {
+    scalar_t* output, bool channels_first) {
     using real_t = accum_t<scalar_t>;
     const DeformConvShape& shape = sampler.shape();
     const int64_t channels = shape.channels;
@@ -148,7 +148,7 @@ void deform_conv2d_forward(
     parallel_for(0, shape.batch * shape.pixels(), kGemmRows, [&](int64_t begin, int64_t end) {
         const Scratch<real_t> columns(block * row);
         const Scratch<real_t> sums(block * shape.out_channels);
-        // Blocks of one size: the last one is not a small remainder.
+        // Blocks of equal size, without a small last one.
         const int64_t blocks = (end - begin + block - 1) / block;
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t first = begin + b * (end - begin) / blocks;
@@ -168,12 +168,13 @@ void deform_conv2d_forward(
                         shape.out_channels, tap > 0);
                 }
             }
-            store_block<kRelu>(sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, planar);
+            store_block<kRelu>(
+                sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, channels_first);
         }
     });
 }
 
-// The output for arguments that are checked. `packed(zero)` gives a pointer to the packed weight.
+// Compute the output for checked arguments. `packed(zero)` returns a pointer to the packed weight.
 template <typename Packed>
 Tensor convolve(
     const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,

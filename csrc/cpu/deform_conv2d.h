@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sampling for deformable convolution on the CPU, shared by the forward and the backward kernels: a `Sampler` knows
-// where every tap of every output pixel reads and gathers the columns of a block of pixels.
+// Sampling for deformable convolution on the CPU, shared by the forward and the backward kernels. A `Sampler` computes
+// the sampling positions of the taps and gathers the columns of a block of pixels.
 #pragma once
 
 #include <algorithm>
@@ -82,7 +82,7 @@ class Sampler {
 public:
     using real_t = accum_t<scalar_t>;
 
-    // One tap of one pixel: what its sample reads and how much of it.
+    // One tap of one pixel: the cells that its sample reads, and their weights.
     struct Tap {
         DeformTap<real_t> place;
         const scalar_t* corner[4];  // channels of the four cells; zeros for a cell outside the map
@@ -111,7 +111,7 @@ public:
         }
     }
 
-    // False if the tap reads nothing: it lies outside the map, or its offset or mask is not finite.
+    // False if the tap reads nothing: it is outside the map, or its offset or mask is not finite.
     bool tap(const OutputPixel& at, int64_t offset_group, int64_t number, Tap& tap) const {
         const int64_t index = offset_group * shape_.taps() + number;
         const int64_t row = number / shape_.kernel_width, column = number % shape_.kernel_width;

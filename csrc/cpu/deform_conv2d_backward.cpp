@@ -2,13 +2,13 @@
 //
 // Gradients of deformable convolution on the CPU, blocked like the forward pass and deterministic without atomics.
 //
-// Data (input, offset, mask): threads own (image, slice of channels). For a block of pixels the gradient of the columns
-// is grad_output x weight of the slice; one pass over its taps then takes, per tap, the four products of that gradient
-// with the cells read - all that the gradients of offset and mask need - and adds it to the same four cells of
-// grad_input, which no other thread writes. Offsets and masks are shared by slices: their parts are added in order.
+// Data (input, offset, mask): a thread computes an (image, slice of channels). For a block of pixels the gradient of the columns
+// is grad_output x weight of the slice. Then, per tap, its products with the four cells that the tap reads give the
+// gradients of offset and mask. The same pass adds it to these four cells of grad_input, which no other thread writes.
+// Offsets and masks are shared by slices: their parts are added in order.
 //
-// Weight: threads own (taps, slice of channels) and gather these columns block by block over the whole batch:
-// grad_weight = columns^T x grad_output. Each sum has one owner and one order.
+// Weight: a thread computes (taps, slice of channels) and gathers these columns block by block over the whole batch:
+// grad_weight = columns^T x grad_output. Each sum is computed by one thread in a fixed order.
 #include "cpu/deform_conv2d.h"
 #include "cpu/gemm.h"
 
@@ -24,7 +24,7 @@ constexpr int64_t kWeightSums = 32 * 1024;    // sums of a task: 128 KiB of floa
 // Channels [begin, end) of one weight group.
 struct Segment {
     int64_t begin, end, group;
-    int64_t packed;  // where its packed weight begins: per tap (outputs, channels)
+    int64_t packed;  // offset of its packed weight: per tap (outputs, channels)
 };
 
 struct Slice {
@@ -52,7 +52,7 @@ std::vector<Slice> channel_slices(const DeformConvShape& shape, int64_t lanes, i
     return slices;
 }
 
-// What a tap of a pixel adds to the gradients of its offset and its mask.
+// Contribution of one tap of a pixel to the gradients of its offset and its mask.
 template <typename real_t>
 struct SamplingGradient {
     real_t y, x, mask;
@@ -97,7 +97,7 @@ inline void scatter_channels(
 }
 
 // One tap of one pixel: its sampling gradients over channels [c_begin, c_begin + count), and its part of grad_input
-// (one image, channels-last; null: not wanted).
+// (one image, channels-last; null: not requested).
 template <typename scalar_t, typename real_t>
 SamplingGradient<real_t> scatter_tap(
     const Sampler<scalar_t>& sampler, const OutputPixel& at, int64_t offset_group, int64_t number,
@@ -132,7 +132,7 @@ void deform_conv2d_backward_data(
     const Sampler<scalar_t>& sampler,
     const accum_t<scalar_t>* grad_output,  // (N, H_out, W_out, O)
     const scalar_t* weight,                // (O, C / groups, taps)
-    accum_t<scalar_t>* grad_input,         // (N, H, W, C), zero on entry; null: not wanted
+    accum_t<scalar_t>* grad_input,         // (N, H, W, C), zero on entry; null: not requested
     accum_t<scalar_t>* grad_offset,        // (N, 2 * offset_groups * taps, H_out, W_out)
     accum_t<scalar_t>* grad_mask) {        // (N, offset_groups * taps, H_out, W_out) or null
     using real_t = accum_t<scalar_t>;
@@ -156,8 +156,8 @@ void deform_conv2d_backward_data(
         }
     });
 
-    // A slice and an offset group that share channels have a part of the sampling gradients; boundaries of both ascend,
-    // so slice + offset group numbers these pairs.
+    // There is a partial sampling gradient for each pair of a slice and an offset group that share channels. Boundaries
+    // of both ascend, so slice + offset group is a unique index of such a pair.
     const int64_t pixels = shape.pixels();
     const int64_t part = shape.batch * pixels * taps;
     const Scratch<SamplingGradient<real_t>> parts(
@@ -170,7 +170,7 @@ void deform_conv2d_backward_data(
             const int64_t width = slice.end - slice.begin;
             const int64_t block = std::clamp<int64_t>(kColumnValues / width, kGemmRows, kMaxBlockPixels);
             const Scratch<real_t> columns(block * width);
-            const Scratch<real_t> ignored(width);  // takes what falls outside the map
+            const Scratch<real_t> ignored(width);  // receives contributions outside the map
             std::fill_n(ignored.get(), width, real_t(0));
             real_t* image_gradient =
                 grad_input ? grad_input + image * shape.height * shape.width * shape.channels : nullptr;
@@ -362,7 +362,7 @@ Tensor deform_conv2d_backward_weight_cpu(
     if (grad_weight.numel() == 0) {
         return grad_weight;
     }
-    // One stride walks all pixels of an image where rows follow each other; a row or column of pixels has but one.
+    // One stride suffices for all pixels of an image if rows are adjacent, or if there is only one row or column.
     const int64_t row_stride = stride_of(grad_output, 2), column_stride = stride_of(grad_output, 3);
     const bool dense = shape.out_height == 1 || shape.out_width == 1 || row_stride == shape.out_width * column_stride;
     const Tensor source = dense ? grad_output : to_contiguous(grad_output, MemoryFormat::ChannelsLast);

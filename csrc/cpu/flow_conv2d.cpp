@@ -32,7 +32,8 @@ Tensor pack(const Tensor& weight, int64_t resolved) {
                 data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<float>(packed));
         } else {
             pack_conv3x3_direct(data<scalar_t>(weight), strides, out_channels, in_channels, target);
-            filled = 9 * packed_tap_size(in_channels, out_channels);  // then room for 16-bit copies, which CUDA makes
+            filled =
+                9 * packed_tap_size(in_channels, out_channels);  // then space for 16-bit copies, which only CUDA writes
         }
         std::fill(target + filled, target + size + tag, 0);
     });
@@ -47,12 +48,12 @@ Tensor pack_conv3x3_cpu(const Tensor& weight, int64_t algorithm) {
         resolve_algorithm(algorithm, weight.scalar_type() == ScalarType::Double, weight.size(1), weight.size(0)));
 }
 
-// The job for those images whose flag is set, each run of them as a level of its own. Results of the others become
-// zeros.
+// Group of the active images: each range of adjacent active images is a separate level. Results of inactive images are
+// set to zero.
 template <typename scalar_t>
-ConvJob<scalar_t> active_images(const ConvJob<scalar_t>& whole, const uint8_t* active) {
-    ConvJob<scalar_t> job = {whole.channels, {}, {whole.branches[0]}};
-    ConvBranch<scalar_t>& branch = job.branches[0];
+ConvGroup<scalar_t> active_images(const ConvGroup<scalar_t>& whole, const uint8_t* active) {
+    ConvGroup<scalar_t> group = {whole.channels, {}, {whole.branches[0]}};
+    ConvBranch<scalar_t>& branch = group.branches[0];
     branch.out.clear();
     for (size_t i = 0; i < whole.levels.size(); ++i) {
         const ConvLevel<scalar_t>& level = whole.levels[i];
@@ -67,17 +68,17 @@ ConvJob<scalar_t> active_images(const ConvJob<scalar_t>& whole, const uint8_t* a
             scalar_t* out = whole.branches[0].out[i] + first * pixels * branch.channels;
             if (is_active) {
                 const scalar_t* flow = level.flow ? level.flow + in : nullptr;
-                job.levels.push_back({end - first, level.height, level.width, level.x + in, flow});
+                group.levels.push_back({end - first, level.height, level.width, level.x + in, flow});
                 branch.out.push_back(out);
             } else if (size > 0) {
                 std::memset(out, 0, static_cast<size_t>(size) * sizeof(scalar_t));
             }
         }
     }
-    return job;
+    return group;
 }
 
-// A convolution, and the tensors that its job points into.
+// A convolution with the tensors that its group refers to.
 struct Convolution {
     int64_t resolved;
     std::vector<Tensor> x, flow, out;
@@ -100,7 +101,7 @@ struct Convolution {
           active(active ? std::make_optional(to_contiguous(*active)) : std::nullopt) {}
 
     template <typename scalar_t>
-    ConvJob<scalar_t> job() const {
+    ConvGroup<scalar_t> group() const {
         using real_t = accum_t<scalar_t>;
         const ConvBranch<scalar_t> branch = {data<real_t>(packed),
                                              bias ? data<real_t>(*bias) : nullptr,
@@ -108,7 +109,7 @@ struct Convolution {
                                              relu,
                                              output_pointers<scalar_t>(out),
                                              {}};
-        ConvJob<scalar_t> whole = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
+        ConvGroup<scalar_t> whole = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
         if (active) {
             return active_images(whole, data<uint8_t>(*active));
         }
@@ -116,20 +117,20 @@ struct Convolution {
     }
 };
 
-// Results of all convolutions, one after the other, each level in the layout of that of `like`.
+// Results of all convolutions in order, each level in the memory format of the level of `like`.
 std::vector<Tensor> run(const std::vector<Tensor>& like, const std::vector<Convolution>& convolutions) {
     std::vector<Tensor> results;
     dispatch_floating("flow_conv2d", like[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         for (const int64_t algorithm : {kConvWinograd, kConvDirect}) {
-            std::vector<ConvJob<scalar_t>> jobs;
+            std::vector<ConvGroup<scalar_t>> groups;
             for (const Convolution& convolution : convolutions) {
                 if (convolution.resolved == algorithm) {
-                    jobs.push_back(convolution.job<scalar_t>());
+                    groups.push_back(convolution.group<scalar_t>());
                 }
             }
-            if (!jobs.empty()) {
-                run_conv3x3<scalar_t>(algorithm, jobs);
+            if (!groups.empty()) {
+                run_conv3x3<scalar_t>(algorithm, groups);
             }
         }
     });

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradient of flow_conv2d for its weights, over all levels:
+// Gradient of flow_conv2d w.r.t. its weights, over all levels:
 //
 //   grad_weight[o, c, tap] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + tap, c]
 //
-// (The gradient for x and flow is flow_conv2d itself with rotated weights.) Both algorithms work in chunks:
-// the threads first lay out a chunk of inputs and gradients, then share out blocks of the result, to each of which they
-// add the chunk's product. A block has one sum in one order whatever the number of threads.
+// (The gradient w.r.t. x and flow is flow_conv2d with rotated weights.) Both algorithms work in chunks. The threads
+// first transform a chunk of inputs and gradients, then add the product of the chunk to blocks of the result. The order
+// of the sum of a block does not depend on the number of threads.
 //
 // Winograd: the transpose of the forward transform. With V = B^T d B and D = A dY A^T per tile, the gradient of the
-// transformed weights is sum over tiles of V^T D, 36 matrix products over tiles; G^T . G takes it back to nine taps.
+// transformed weights is sum over tiles of V^T D, 36 matrix products over tiles; G^T . G transforms it to nine taps.
 // Direct: nine products over the pixels of a row.
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
@@ -162,12 +162,12 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
         size_t s = begin;
         for (; s < strips.size() && pixels < kChunkPixels; ++s) {
             const ConvStrip& strip = strips[s];
-            const int64_t own = (strip.y_end - strip.y_begin) * (strip.x_end - strip.x_begin);
+            const int64_t strip_pixels = (strip.y_end - strip.y_begin) * (strip.x_end - strip.x_begin);
             input_at.push_back(inputs_end);
             gradient_at.push_back(gradients_end);
-            pixels += own;
+            pixels += strip_pixels;
             inputs_end += strip.padded_pixels() * in_row;
-            gradients_end += own * columns;
+            gradients_end += strip_pixels * columns;
         }
         chunk_end.push_back(s);
         inputs_size = std::max(inputs_size, inputs_end);

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Matrix product C (m x n) = A (m x k) * B (k x n) on one thread, for kernels that bring their own A: convolutions,
-// deformable convolution, transformed tiles.
+// Matrix product C (m x n) = A (m x k) * B (k x n) on one thread, for kernels that compute A: convolutions, deformable
+// convolution, transformed tiles.
 //
 //   packed = gemm_pack(B)          once; see gemm_packed_size for its length
 //   gemm(m, n, k, A, packed, C)    A and C row-major with any row stride; kTransposed: A stored (k x m)
 //
 // B is packed into panels of kColumns adjacent columns, so that a step over k reads whole vectors in order. A tile of
 // kRows x kColumns of C stays in registers while k runs: each value of A is broadcast, each vector of B is used kRows
-// times. The tile is as large as the register file allows; fewer rows are compiled for the rest of m.
-// Kernels with their own epilogue or with A in pieces (one piece per tap of a convolution) use `multiply_tile`.
+// times. The tile is as large as the register file allows; fewer rows are compiled for the rest of m. Kernels with
+// another epilogue or with A in parts (one per tap of a convolution) use `multiply_tile`.
 //
 // Sums run over k in ascending order in `real_t` (float or double): results do not depend on threads or on m and n.
 #pragma once
@@ -22,7 +22,7 @@
 
 namespace spatialflow {
 
-// A tile needs kRows * kVectors sums, kVectors registers for B, and one for a broadcast where it is no memory operand.
+// A tile needs kRows * kVectors sums, kVectors registers for B, and one for a broadcast unless it is a memory operand.
 #if defined(__AVX512F__)
 constexpr int kGemmRows = 14;
 #elif defined(__AVX2__)
@@ -34,8 +34,8 @@ constexpr int kGemmVectors = 2;
 template <typename real_t>
 constexpr int kGemmColumns = kGemmVectors * kLanes<real_t>;
 
-// Columns are padded to this many in packed matrices, on every level and for every type: the length of a packed matrix
-// is then a property of its shape alone.
+// Packed matrices have columns padded to a multiple of this, on every instruction set and for every type. So the length
+// of a packed matrix depends on its shape alone.
 constexpr int64_t kGemmColumnPadding = 32;
 
 // k steps before the tile goes back to C: a panel of this depth (32 KiB) stays in the first-level cache over all rows.
@@ -47,7 +47,7 @@ inline int64_t gemm_padded_columns(int64_t n) {
 
 inline int64_t gemm_packed_size(int64_t k, int64_t n) { return k * gemm_padded_columns(n); }
 
-// Packs B: element (i, j) is read at b[i * row_stride + j * column_stride] and converted; padding becomes zero.
+// Pack B: element (i, j) is read at b[i * row_stride + j * column_stride] and converted; padding becomes zero.
 // packed[panel][i][kColumns]: panel p holds columns p * kColumns and on.
 template <typename real_t, typename source_t>
 void gemm_pack(
@@ -108,7 +108,7 @@ __attribute__((always_inline)) inline void multiply_tile(
     }
 }
 
-// Calls body(std::integral_constant<int, rows>{}) for 1 <= rows <= kMax: a tile's row count as a compile-time value.
+// Call body(std::integral_constant<int, rows>{}) for 1 <= rows <= kMax: a tile's row count as a compile-time value.
 template <int kMax = kGemmRows, typename Body>
 __attribute__((always_inline)) inline void with_rows(int64_t rows, const Body& body) {
     if constexpr (kMax > 1) {
@@ -119,7 +119,7 @@ __attribute__((always_inline)) inline void with_rows(int64_t rows, const Body& b
     body(std::integral_constant<int, kMax>{});
 }
 
-// Calls body(first, count) for row blocks of at most kGemmRows that differ by at most one row: no thin last block.
+// Call body(first, count) for row blocks of at most kGemmRows that differ by at most one row: no thin last block.
 template <typename Body>
 __attribute__((always_inline)) inline void for_row_blocks(int64_t m, const Body& body) {
     const int64_t blocks = (m + kGemmRows - 1) / kGemmRows;

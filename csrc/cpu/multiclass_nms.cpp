@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Detections of a batch from boxes and per-class scores, on the CPU.
+// Class-wise NMS of a batch on the CPU, from boxes and per-class scores.
 //
-// Class-wise NMS followed by the best `max_detections` over all classes is one greedy pass over all (box, class) pairs
-// in score order, which may stop when that many are kept. So only the best pairs are ever sorted: a chunk of them at a
-// time, the first one a small multiple of `max_detections`, each following one four times as large.
+// Class-wise NMS followed by the best `max_detections` over all classes equals one greedy pass over all (box, class)
+// pairs in score order that stops early. So only the best pairs are sorted, a chunk at a time. The first chunk is a
+// small multiple of `max_detections`; each following chunk is four times as large.
 #include "ops/multiclass_nms.h"
 
 #include <cstring>

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Greedy non-maximum suppression on the CPU: candidates by descending score, each kept unless a kept one of its class
-// suppresses it.
+// Greedy non-maximum suppression on the CPU: visits candidates by descending score and keeps a candidate unless a kept
+// box of its class suppresses it.
 //
-// All rows are sorted by score once; a second stable sort groups them by class, and threads share the classes. Within a
-// class a candidate is tested against kept boxes a vector at a time, in large classes only against those that a grid
-// over box centres leaves (nms_buckets.h). Memory is linear in the number of boxes.
+// All rows are sorted by score once; a second stable sort groups them by class, and threads share the classes. Kept
+// boxes are tested a vector at a time. In large classes, only boxes in nearby cells of a grid are tested
+// (nms_buckets.h). Memory is linear in the number of boxes.
 #include "ops/nms.h"
 
 #include <atomic>
@@ -17,14 +17,14 @@
 namespace spatialflow {
 namespace {
 
-// Smaller classes are tested against all their kept boxes: building the grid would cost more than it saves.
+// Class size from which a grid of kept boxes is used; in smaller classes it costs more time than it saves.
 constexpr int64_t kGridFrom = 384;
 
 // Fewer boxes are done before another thread has woken up.
 constexpr int64_t kThreadsFrom = 32768;
 
 template <typename real_t>
-struct Candidates {
+struct SortedCandidates {
     const Box<real_t>* boxes;                  // by row
     std::vector<ScoreEntry<real_t>> by_score;  // valid rows, best first; `position` below is an index into it
 
@@ -33,8 +33,8 @@ struct Candidates {
 
 // Rows without a NaN in score or box, best first, equal scores by row.
 template <typename real_t>
-Candidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_t* scores, int64_t count) {
-    Candidates<real_t> candidates{boxes, {}};
+SortedCandidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_t* scores, int64_t count) {
+    SortedCandidates<real_t> candidates{boxes, {}};
     auto& entries = candidates.by_score;
     entries.resize(static_cast<size_t>(count));
     size_t valid = 0;
@@ -51,7 +51,7 @@ Candidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_t* sco
 // One class: positions[0 .. count) ascend, i.e. by descending score. Sets keep[position] = 1 for those kept.
 template <typename real_t, typename Positions>
 void greedy_nms(
-    const Candidates<real_t>& candidates, const Positions& positions, int64_t count, real_t threshold,
+    const SortedCandidates<real_t>& candidates, const Positions& positions, int64_t count, real_t threshold,
     SelectedBoxes<real_t>& kept, uint8_t* keep) {
     const auto scan = [&](auto&& suppressed, auto&& bucket_of) {
         for (int64_t i = 0; i < count; ++i) {
@@ -102,7 +102,8 @@ void greedy_nms(
 
 // Each class by itself: threads take the next class as they finish one, as sizes differ.
 template <typename real_t>
-void greedy_nms_by_class(const Candidates<real_t>& candidates, const int64_t* idxs, real_t threshold, uint8_t* keep) {
+void greedy_nms_by_class(
+    const SortedCandidates<real_t>& candidates, const int64_t* idxs, real_t threshold, uint8_t* keep) {
     const int64_t count = static_cast<int64_t>(candidates.by_score.size());
     int64_t lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
     for (const auto& entry : candidates.by_score) {
@@ -149,7 +150,7 @@ Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, cons
     std::vector<int64_t> rows;
     const auto run = [&](auto zero) {
         using real_t = decltype(zero);
-        const Candidates<real_t> candidates = sorted_candidates(
+        const SortedCandidates<real_t> candidates = sorted_candidates(
             reinterpret_cast<const Box<real_t>*>(data<real_t>(upcast_boxes)), data<real_t>(upcast_scores), count);
         const size_t valid = candidates.by_score.size();
         std::vector<uint8_t> keep(valid, 0);

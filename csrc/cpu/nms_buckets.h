@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The boxes that greedy NMS has kept so far, arranged so that a candidate is tested against a vector of them at a time.
+// Boxes that greedy NMS has kept, in buckets, so that a candidate is tested against a vector of boxes at a time.
 //
-// Boxes live in buckets (one per class, or one per cell of a grid). A bucket is a chain of blocks; a block holds
-// kLanes boxes, coordinate by coordinate, its free lanes filled with empty boxes, which suppress nothing. Memory is
-// proportional to the boxes kept plus the buckets used.
+// There is a bucket per class, or per cell of a grid. A bucket is a chain of blocks. A block has kLanes boxes,
+// coordinate by coordinate; free lanes have empty boxes, which suppress nothing. Memory is proportional to the kept
+// boxes plus the used buckets.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ public:
         blocks_.clear();
     }
 
-    // `area` competes (see common/nms.h), as does that of every candidate.
+    // area_competes(area) is true (common/nms.h), also for every candidate.
     void add(int64_t bucket, const Box<real_t>& box, real_t area) {
         Chain& chain = chains_[static_cast<size_t>(bucket)];
         const int64_t lane = chain.used % kLanes<real_t>;
@@ -46,8 +46,9 @@ public:
         block.area[lane] = area;
     }
 
-    // Does any box of the bucket suppress the candidate? The rule of `suppresses`, lane by lane; the height of the
-    // intersection need not be clamped, as a negative one makes inter <= 0, which is never above the threshold.
+    // Returns true if any box of the bucket suppresses the candidate: the rule of `suppresses`, lane by lane. The
+    // height of the intersection is not clamped: a negative height makes inter <= 0, which is never above the
+    // threshold.
     bool suppress(int64_t bucket, const Box<real_t>& box, real_t area, real_t threshold) const {
         const Vector<real_t> x1 = broadcast(box.x1), y1 = broadcast(box.y1), x2 = broadcast(box.x2),
                              y2 = broadcast(box.y2), own_area = broadcast(area);
@@ -79,12 +80,12 @@ private:
     std::vector<Block> blocks_;
 };
 
-// A grid over box centres: a kept box is stored in the cell of its centre, and a candidate looks only into cells where
-// a box that suppresses it can be centred.
+// Uniform grid over box centers. A kept box is in the cell of its center; a candidate is tested only against cells that
+// can contain the center of a box that suppresses it.
 //
-// IoU > t makes the IoU of the x extents exceed t as well, so the widths differ by a factor below 1 / t, and the
-// centres by less than width * (1 - t) / (2 t); they also differ by less than half the sum of the widths. The same for
-// heights. `t` is lowered and distances raised by more than rounding can change: the grid never alters the result.
+// IoU > t implies that the IoU of the x extents exceeds t, so the widths differ by a factor below 1 / t. The centers
+// differ by less than width * (1 - t) / (2 t), and by less than half the sum of the widths. The same holds for heights.
+// `t` is lowered and distances are enlarged by more than the rounding error, so the grid never changes the result.
 template <typename real_t>
 class UniformGrid {
 public:
@@ -92,7 +93,7 @@ public:
         int64_t column_begin, column_end, row_begin, row_end;
     };
 
-    // For the boxes that `visit(add)` passes to `add(box)`: those with an area that competes.
+    // visit(add) calls add(box) for each box whose area competes.
     template <typename Visit>
     UniformGrid(real_t threshold, const Visit& visit) {
         constexpr real_t kInfinity = std::numeric_limits<real_t>::infinity();
@@ -132,7 +133,7 @@ public:
         return row(center(box.y1, box.y2)) * columns_ + column(center(box.x1, box.x2));
     }
 
-    // Cells with centres of boxes that may suppress `box`; ends excluded.
+    // Cells with centers of boxes that may suppress `box`; ends are not included.
     Range reachable(const Box<real_t>& box) const {
         const real_t x = center(box.x1, box.x2), y = center(box.y1, box.y2);
         const real_t dx = reach_of(box.x2 - box.x1, max_width_), dy = reach_of(box.y2 - box.y1, max_height_);

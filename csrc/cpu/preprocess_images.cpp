@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Resize, normalise and pad 8-bit images in one pass on the CPU:
+// Resize, normalize and pad 8-bit images in one pass on the CPU:
 //
 //   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
 //
 // A source row is resized along x once, for all elements (pixel, channel) of a result's row in their order: 4 bytes
 // from the left pixel's value hold that and, as the last one, the right pixel's, so one gather fetches both. Two such
-// rows stay in the cache; a row of the result blends them, is normalised and leaves in 3 vectors, whose lanes always
+// rows stay in the cache; a row of the result blends them, is normalized and leaves in 3 vectors, whose lanes always
 // hold the same channels. Threads share the rows of all images.
 #include <array>
 #include <cstring>
@@ -102,19 +102,19 @@ void resize_row(const ImagePlan& plan, int64_t y, int32_t* row) {
 // (value - mean) * factor in double, lanes of channels that repeat every three vectors.
 class BlockNormalisation {
 public:
-    explicit BlockNormalisation(const ImageNormalisation& normalisation) {
+    explicit BlockNormalisation(const ImageNormalisation& normalization) {
         for (int64_t element = 0; element < kBlock; ++element) {
-            const Normalisation& channel = normalisation.channels[element % 3];
+            const Normalization& channel = normalization.channels[element % 3];
             means_[element] = channel.mean;
             factors_[element] = channel.factor;
         }
     }
 
     Vector<float> operator()(Ints values, int part) const {
-        const Vector<float> centred =
+        const Vector<float> centered =
             __builtin_convertvector(values, Vector<float>) - load_vector(means_.data() + part * kVectorLanes);
         float lanes[kVectorLanes];
-        store_vector(lanes, centred);
+        store_vector(lanes, centered);
         for (int lane = 0; lane < kVectorLanes; ++lane) {
             lanes[lane] = static_cast<float>(static_cast<double>(lanes[lane]) * factors_[part * kVectorLanes + lane]);
         }
@@ -126,10 +126,10 @@ private:
     std::array<double, kBlock> factors_;
 };
 
-// Two resized rows of the source blended and normalised.
+// Two resized rows of the source blended and normalized.
 template <typename scalar_t>
 void write_row(
-    const ImagePlan& plan, const BlockNormalisation& normalisation, const ResizeTap& tap, const int32_t* upper,
+    const ImagePlan& plan, const BlockNormalisation& normalization, const ResizeTap& tap, const int32_t* upper,
     const int32_t* lower, scalar_t* output) {
     for (int64_t block = 0; block < plan.elements; block += kBlock) {
         for (int part = 0; part < 3; ++part) {
@@ -138,7 +138,7 @@ void write_row(
             std::memcpy(&above, upper + element, sizeof(Ints));
             std::memcpy(&below, lower + element, sizeof(Ints));
             const Vector<float> values =
-                normalisation(resize_rows(above, below, tap.first_weight, tap.second_weight, plan.resize.halves), part);
+                normalization(resize_rows(above, below, tap.first_weight, tap.second_weight, plan.resize.halves), part);
             const int64_t rest = plan.elements - element;
             if (rest >= kVectorLanes) {
                 store_vector(output + element, values);
@@ -153,7 +153,7 @@ template <typename scalar_t>
 void write_images(
     const std::vector<ImagePlan>& plans, const ImageNormalisation& channels, int64_t height, int64_t width,
     scalar_t* output) {  // (N, height, width, 3)
-    const BlockNormalisation normalisation(channels);
+    const BlockNormalisation normalization(channels);
     int64_t longest = 0;
     for (const ImagePlan& plan : plans) {
         longest = std::max(longest, plan.padded());
@@ -184,7 +184,7 @@ void write_images(
                 };
                 const int32_t* upper = source_row(tap.first);
                 const int32_t* lower = source_row(tap.second);
-                write_row(plan, normalisation, tap, upper, lower, target);
+                write_row(plan, normalization, tap, upper, lower, target);
                 written = plan.elements;
             }
             std::memset(static_cast<void*>(target + written), 0, sizeof(scalar_t) * (row_elements - written));

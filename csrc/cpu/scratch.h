@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scratch memory of kernels: uninitialised, aligned to cache lines so that no vector straddles two, and one
+// Scratch memory of kernels: uninitialized, aligned to cache lines so that no vector straddles two, and one
 // line longer than asked, so that a whole vector can be read at the last element.
 #pragma once
 

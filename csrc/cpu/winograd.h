@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Tiles of a pyramid for Winograd's F(4x4, 3x3) (common/winograd.h) and their two-dimensional transforms. Tile (ty, tx)
-// of a map makes the outputs of rows 4 ty .. 4 ty + 3 and reads rows 4 ty - 1 .. 4 ty + 4, columns likewise.
+// of a map computes the outputs of rows 4 ty .. 4 ty + 3 from the input rows 4 ty - 1 .. 4 ty + 4, and the same range
+// of columns by tx.
 #pragma once
 
 #include <vector>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best of many entries in order, a chunk at a time, by one thread block. A radix select finds the best 2048 or
-// fewer not yet seen, and they are sorted in shared memory. The select is on (key, row): so ties are settled, and the
-// order of the entries does not matter.
+// The best entries of a list in order, a chunk at a time, by one thread block. A radix select finds the next best 2048
+// entries or fewer, which are then sorted in shared memory. The select is on (key, row), so there are no ties and the
+// order of the list does not matter.
 #pragma once
 
 #include "cuda/nms.cuh"
@@ -10,7 +10,7 @@
 namespace spatialflow {
 
 template <typename key_t>
-constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // that a thread loads before it looks at the first of them
+constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // that a thread loads before it uses the first of them
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == 2 * kGreedyThreads, "a thread sums two bins");
@@ -62,8 +62,8 @@ __device__ __forceinline__ unsigned sum_before(unsigned value, Shared<unsigned> 
     return before + inclusive - value;
 }
 
-// Finds `end` such that between 1 and kChunk entries lie in [begin, end), or fewer than that are left at all: then
-// `end` is beyond all. Returns false if none is left. All threads of the block call it, and all get the same.
+// Finds `end` such that [begin, end) has 1 to kChunk entries. If all entries that are left fit, `end` is beyond all of
+// them. Returns false if no entry is left. All threads of the block call it and get the same result.
 template <typename key_t>
 __device__ __forceinline__ bool select_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Entry<key_t>& begin,
@@ -102,7 +102,7 @@ __device__ __forceinline__ bool select_chunk(
                 }
                 digit = high & ((1u << bits) - 1u);
             }
-            atomicAdd(histogram + digit, 1u);  // one ATOMS.POPC.INC counts the lanes that meet in a bin
+            atomicAdd(histogram + digit, 1u);  // one ATOMS.POPC.INC counts the lanes with the same bin
         });
         __syncthreads();
         const unsigned first = histogram[2 * thread], second = histogram[2 * thread + 1];
@@ -115,7 +115,8 @@ __device__ __forceinline__ bool select_chunk(
         }
         __syncthreads();
         const unsigned bin = cut[0];
-        if (bin == kBins) {  // all that are left fit: only in the first round, as later ones split a bin that does not
+        // All entries left fit. Only in the first round: later rounds split a bin that does not fit.
+        if (bin == kBins) {
             end = {~key_t(0), ~0u};
             __syncthreads();
             return total > 0;
@@ -135,8 +136,8 @@ __device__ __forceinline__ bool select_chunk(
     return true;
 }
 
-// The best entries from `begin` on go to `chunk` in order; `begin` moves behind them. Returns how many they are, at
-// most kChunk; 0 if none is left. All threads of the block call it.
+// Writes the best entries from `begin` on to `chunk`, in order, and moves `begin` past them. Returns their number, at
+// most kChunk; 0 if no entry is left. All threads of the block call it.
 template <typename key_t>
 __device__ __forceinline__ int next_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, Entry<key_t>& begin,

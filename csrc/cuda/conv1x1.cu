@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A 1x1 convolution with its epilogue, on CUDA:
+// 1x1 convolution with bias, residual and ReLU, on CUDA:
 //
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
-// for pixels p; channels-last. The kernel that matters is that of sm90_conv1x1.cu. The one here is for what that is not
-// made for, other dtypes, channels and devices: a thread for each number of the result, short and right, and not fast.
-// Networks on other devices use cuDNN (spatialflow/models/optimized/conv.py).
+// for pixels p; channels-last. The fast kernel is in sm90_conv1x1.cu. The kernel here is for the dtypes, channels and
+// devices that sm90_conv1x1.cu does not support: one thread per output value, not optimized. Networks on other devices
+// use cuDNN (spatialflow/models/optimized/conv.py).
 #include "cuda/launch.h"
 #include "cuda/sm90_conv1x1.h"
 #include "ops/conv1x1.h"

@@ -1,47 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Many 3x3 convolutions over all levels of their pyramids in one launch, on CUDA.
+// 3x3 convolutions over all levels of their pyramids in one launch, on CUDA.
 //
-//   out[p, o] = relu?(sum over taps t, channels c of (x + flow)[p + t, c] * weights[t, c, o] + bias[o]
-//                     + residual[p, o])
+//   out[p, o] = relu?(sum over taps t, channels c of (x + flow)[p + t, c] * weights[t, c, o]
+//                     + bias[o] + residual[p, o])
 //
-// An implicit GEMM: rows are pixels, columns output channels, and the sum runs over 9 C. Sources (N, H, W, C) by
-// strides, channels adjacent; weights (9, C, O padded to 32); out and residual (N, H, W, O). A table in the kernel's
-// parameters holds one entry per convolution and level, largest maps first, so that small levels fill the tail. Blocks
-// stay: each takes every gridDim.x-th tile. Those of images that are not active are left out, and filled with zeros
-// before a block's first tile. No atomics, results depend on the inputs alone.
+// An implicit GEMM: rows are pixels, columns are output channels, and the sum runs over 9 C. Sources (N, H, W, C) by
+// strides with channels adjacent; weights (9, C, O padded to 32); out and residual (N, H, W, O). A table in the
+// kernel's parameters has an entry per convolution and level, largest maps first. Blocks are persistent: each takes
+// every gridDim.x-th tile. x + flow and weights are rounded to the 16-bit type. Results depend on the inputs alone.
 //
-//   16-bit types   8 x 16 pixels by 128 or 64 outputs per block of 4 warps, by mma.sync with float32 sums
-//                  (conv3x3_tensor_core.h). A step over 32 channels brings the tile and its halo into shared memory
-//                  once, as x + flow, for all nine taps: ldmatrix takes the rows of a tap wherever they lie, and a row
-//                  serves the three taps of a column from registers. Meanwhile the next step's inputs come in through
-//                  registers and the next weights by cp.async, on across tiles: only a block's first step waits.
-//   float32        the same kernel by m16n8k8 of TF32, a step of 16 channels, weights on the left side; or three such
-//                  products (Tf32x3 in tensor_core.h), tiles of 64 outputs. For "direct", as float64:
-//   float64        8 x 8 pixels by 64 outputs per block of 256 threads, 16 channels of a tap a step, 4 x 4 sums a
-//                  thread by fused multiply-adds; the next step is fetched into registers meanwhile.
-//
-// x + flow and the weights are rounded to the 16-bit type, as tensor cores read it. On compute capability 9.0a, 16-bit
-// convolutions of whole steps of 64 channels run in sm90_conv3x3.cu.
-//
-// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s) of 256 -> 256 channels on P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
-// out 34 MB: 11 us. Expected: mma.sync gives about 60 % of that rate, and rectangles cover 15 % more pixels than there
-// are: 65 us. Beside it weights cross L2 once per tile: 0.24 GB, 45 us at 5.5 TB/s. In TF32, at half that rate: 66 us;
-// by three products 200 us; by multiply-adds at 50 TFLOP/s 520 us.
+// float64, and float32 with "direct": 8 x 8 pixels by 64 outputs per block of 256 threads, 4 x 4 sums a thread. 16-bit
+// types, TF32 and Tf32x3: conv3x3_tensor_core.cuh; on compute capability 9.0a sm90_conv3x3.cu.
 #include <algorithm>
 
-#include "cuda/conv3x3_tensor_core.h"
+#include "cuda/conv3x3_tensor_core.cuh"
 #include "cuda/sm90_conv3x3.h"
 
 namespace spatialflow {
 namespace {
 
-constexpr int kMaxTiles = 1 << 30;  // a tile beyond the last one is still an int
+constexpr int kMaxTiles = 1 << 30;  // the index of a tile beyond the last one still fits into an int
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
 // Sizes of the kernel for float32 and float64.
-struct Plain {
+struct SimtConfig {
     static constexpr int kThreads = 256;
     static constexpr int kSide = 8, kPixels = kSide * kSide, kOutputs = 64;
     static constexpr int kHeight = kSide, kWidth = kSide;
@@ -52,61 +36,84 @@ struct Plain {
 };
 
 template <typename scalar_t, int kAccess>
-__global__ void __launch_bounds__(Plain::kThreads, 2)
+__global__ void __launch_bounds__(SimtConfig::kThreads, 2)
     conv3x3_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
-    constexpr int kPart = kWideElements<scalar_t>;
-    SPATIALFLOW_SHARED(scalar_t, input_tile, Plain::kChannels * Plain::kInputRow);  // [channel][pixel]
-    SPATIALFLOW_SHARED(scalar_t, weight_tile, Plain::kChannels * Plain::kOutputs);  // [channel][output]
-    SPATIALFLOW_SHARED(unsigned, left_out, kNotedWords);
+    constexpr int kVector = kVectorElements<scalar_t>;
+    SPATIALFLOW_SHARED(scalar_t, input_tile, SimtConfig::kChannels * SimtConfig::kInputRow);  // [channel][pixel]
+    SPATIALFLOW_SHARED(scalar_t, weight_tile, SimtConfig::kChannels * SimtConfig::kOutputs);  // [channel][output]
+    SPATIALFLOW_SHARED(unsigned, skipped, kSkippedWords);
     const int thread = static_cast<int>(threadIdx.x);
-    const int own_row = thread / 16 * 4, own_column = thread % 16 * 4;
+    const int thread_row = thread / 16 * 4, thread_column = thread % 16 * 4;
     const int input_row = thread / 4, input_channel = thread % 4 * 4;
     const int weight_channel = thread / 16, weight_output = thread % 16 * 4;
     if (table.active) {
-        leave_out_images<Plain>(table, left_out);
+        skip_inactive_images<SimtConfig>(table, skipped);
     }
     for (int tile = static_cast<int>(blockIdx.x); tile < table.num_tiles; tile += static_cast<int>(gridDim.x)) {
-        if (table.active && is_noted(left_out, tile)) {
+        if (table.active && is_skipped(skipped, tile)) {
             continue;
         }
-        const ConvTile place = conv_tile<Plain::kOutputs>(table, tile);
-        const MapTile map = map_of<Plain::kSide, Plain::kSide>(table, place);
-        const ConvJob<scalar_t>& job = table.jobs[place.job];
-        const int channels = job.source.channels, row_size = padded_outputs(job.outputs);
+        const ConvTile place = conv_tile<SimtConfig::kOutputs>(table, tile);
+        const MapTile map = map_of<SimtConfig::kSide, SimtConfig::kSide>(table, place);
+        const ConvEntry<scalar_t>& entry = table.entries[place.entry];
+        const int channels = entry.source.channels, row_size = padded_outputs(entry.outputs);
         Vec<scalar_t, 4> inputs;
         scalar_t weights[4];
         const auto fetch = [&](int tap, int c0) {
             inputs = load_sum<4, kAccess>(
-                job.source, map.image, map.y + input_row / Plain::kSide + tap / 3 - 1,
-                map.x + input_row % Plain::kSide + tap % 3 - 1, c0 + input_channel);
+                entry.source, map.image, map.y + input_row / SimtConfig::kSide + tap / 3 - 1,
+                map.x + input_row % SimtConfig::kSide + tap % 3 - 1, c0 + input_channel);
             const int c = c0 + weight_channel, output = place.output + weight_output;
-            const auto source = job.weights + ((static_cast<int64_t>(tap) * channels + c) * row_size + output);
+            const auto source = entry.weights + ((static_cast<int64_t>(tap) * channels + c) * row_size + output);
 #pragma unroll
-            for (int i = 0; i < 4; i += kPart) {
-                Vec<scalar_t, kPart> some{};
+            for (int i = 0; i < 4; i += kVector) {
+                Vec<scalar_t, kVector> values{};
                 if (c < channels && output < row_size) {
-                    some = load_vector<kPart>(source + i);
+                    values = load_vector<kVector>(source + i);
                 }
 #pragma unroll
-                for (int j = 0; j < kPart; ++j) {
-                    weights[i + j] = some[j];
+                for (int j = 0; j < kVector; ++j) {
+                    weights[i + j] = values[j];
                 }
             }
         };
-        // A thread without an output, or with all its pixels below the map, only helps to fetch.
-        const bool busy = place.output + own_column < job.outputs && map.y + own_row / Plain::kSide < job.source.height;
+        // A thread without outputs, or with all its pixels below the map, only loads.
+        const bool busy = place.output + thread_column < entry.outputs &&
+                          map.y + thread_row / SimtConfig::kSide < entry.source.height;
         scalar_t sums[4][4] = {};
+        const auto multiply = [&](int k) {
+            scalar_t a[4], b[4];
+#pragma unroll
+            for (int i = 0; i < 4; i += kVector) {
+                const auto input_values =
+                    load_vector<kVector>(input_tile + (k * SimtConfig::kInputRow + thread_row + i));
+                const auto weight_values =
+                    load_vector<kVector>(weight_tile + (k * SimtConfig::kOutputs + thread_column + i));
+#pragma unroll
+                for (int j = 0; j < kVector; ++j) {
+                    a[i + j] = input_values[j];
+                    b[i + j] = weight_values[j];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    sums[i][j] += a[i] * b[j];
+                }
+            }
+        };
         int tap = 0, c0 = 0;
         fetch(tap, c0);
         while (tap < kTaps) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                input_tile[(input_channel + i) * Plain::kInputRow + input_row] = inputs[i];
-                weight_tile[weight_channel * Plain::kOutputs + weight_output + i] = weights[i];
+                input_tile[(input_channel + i) * SimtConfig::kInputRow + input_row] = inputs[i];
+                weight_tile[weight_channel * SimtConfig::kOutputs + weight_output + i] = weights[i];
             }
             __syncthreads();
-            const int present = channels - c0 < Plain::kChannels ? channels - c0 : Plain::kChannels;
-            c0 += Plain::kChannels;
+            const int present = channels - c0 < SimtConfig::kChannels ? channels - c0 : SimtConfig::kChannels;
+            c0 += SimtConfig::kChannels;
             if (c0 >= channels) {
                 c0 = 0;
                 ++tap;
@@ -114,50 +121,32 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
             if (tap < kTaps) {
                 fetch(tap, c0);
             }
-            for (int group = 0; busy && group < present; group += Plain::kGroup) {
+            for (int group = 0; busy && group < present; group += SimtConfig::kGroup) {
 #pragma unroll
-                for (int k = group; k < group + Plain::kGroup; ++k) {
-                    scalar_t a[4], b[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i += kPart) {
-                        const auto some_inputs = load_vector<kPart>(input_tile + (k * Plain::kInputRow + own_row + i));
-                        const auto some_weights =
-                            load_vector<kPart>(weight_tile + (k * Plain::kOutputs + own_column + i));
-#pragma unroll
-                        for (int j = 0; j < kPart; ++j) {
-                            a[i + j] = some_inputs[j];
-                            b[i + j] = some_weights[j];
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-                        for (int j = 0; j < 4; ++j) {
-                            sums[i][j] += a[i] * b[j];
-                        }
-                    }
+                for (int k = group; k < group + SimtConfig::kGroup; ++k) {
+                    multiply(k);
                 }
             }
             __syncthreads();
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int pixel = own_row + i;
-            const int y = map.y + pixel / Plain::kSide, x = map.x + pixel % Plain::kSide;
-            const bool inside = y < job.source.height && x < job.source.width;
-            const int64_t at = output_at(job, map.image, y, x);
+            const int pixel = thread_row + i;
+            const int y = map.y + pixel / SimtConfig::kSide, x = map.x + pixel % SimtConfig::kSide;
+            const bool inside = y < entry.source.height && x < entry.source.width;
+            const int64_t at = output_at(entry, map.image, y, x);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int output = place.output + own_column + j;
-                if (inside && output < job.outputs) {
+                const int output = place.output + thread_column + j;
+                if (inside && output < entry.outputs) {
                     scalar_t value = sums[i][j];
-                    if (job.bias) {
-                        value += job.bias[output];
+                    if (entry.bias) {
+                        value += entry.bias[output];
                     }
-                    if (job.residual) {
-                        value += job.residual[at + output];
+                    if (entry.residual) {
+                        value += entry.residual[at + output];
                     }
-                    job.out[at + output] = rectified(value, job.relu);
+                    entry.out[at + output] = rectified(value, entry.relu);
                 }
             }
         }
@@ -166,39 +155,40 @@ __global__ void __launch_bounds__(Plain::kThreads, 2)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The kernel whose tiles have kOutputs outputs, and its sizes; without tensor cores there is one kernel.
+// Kernel for tiles of kOutputs outputs, and its sizes. Without tensor cores there is one kernel.
 template <typename operand_t, int kOutputs>
 struct Kernel {
     using scalar_t = element_t<operand_t>;
-    using Size = std::conditional_t<kIsPlain<operand_t>, Plain, WideConv<operand_t, kOutputs>>;
+    using Config = std::conditional_t<kIsSimt<operand_t>, SimtConfig, TensorCoreConfig<operand_t, kOutputs>>;
 
     template <int kAccess>
     static constexpr auto with_access() {
-        if constexpr (!kIsPlain<operand_t>) {
+        if constexpr (!kIsSimt<operand_t>) {
             return &conv3x3_tensor_core_kernel<operand_t, kAccess, kOutputs>;
         } else {
             return &conv3x3_kernel<scalar_t, kAccess>;
         }
     }
-    // Whether channels are read 16 bytes at a time matters to the kernel, not to how many blocks run.
+    // The number of resident blocks does not depend on the width of accesses.
     static int resident(Stream stream) {
-        return resident_blocks<with_access<kWideElements<scalar_t>>()>(Size::kThreads, Size::kSharedBytes, stream);
+        return resident_blocks<with_access<kVectorElements<scalar_t>>()>(
+            Config::kThreads, Config::kSharedBytes, stream);
     }
-    static int64_t output_tiles(const Tensor& out) { return ceil_div(out.size(1), Size::kOutputs); }
+    static int64_t output_tiles(const Tensor& out) { return ceil_div(out.size(1), Config::kOutputs); }
     static int64_t tiles(const Tensor& out) {
         return out.numel() == 0 ? 0
-                                : out.size(0) * ceil_div(out.size(2), Size::kHeight) *
-                                      ceil_div(out.size(3), Size::kWidth) * output_tiles(out);
+                                : out.size(0) * ceil_div(out.size(2), Config::kHeight) *
+                                      ceil_div(out.size(3), Config::kWidth) * output_tiles(out);
     }
-    static void launch_table(const ConvTable<scalar_t>& table, bool wide, Stream stream) {
-        const dim3 blocks(walking_blocks(table, resident(stream))), threads(Size::kThreads);
-        if (wide) {
-            launch<with_access<kWideElements<scalar_t>>()>(blocks, threads, Size::kSharedBytes, stream, table);
+    static void launch_table(const ConvTable<scalar_t>& table, bool vectorized, Stream stream) {
+        const dim3 blocks(persistent_blocks(table, resident(stream))), threads(Config::kThreads);
+        if (vectorized) {
+            launch<with_access<kVectorElements<scalar_t>>()>(blocks, threads, Config::kSharedBytes, stream, table);
         } else {
-            launch<with_access<1>()>(blocks, threads, Size::kSharedBytes, stream, table);
+            launch<with_access<1>()>(blocks, threads, Config::kSharedBytes, stream, table);
         }
     }
-    // Time of all tiles, roughly: a multiprocessor with n of them at work takes as long as for n and a quarter.
+    // Estimated time of all tiles: a multiprocessor with n tiles in progress takes as long as n + 1/4 tiles.
     static int64_t cost(const std::vector<Convolution>& convolutions, Stream stream) {
         int64_t all = 0;
         for (const Convolution& conv : convolutions) {
@@ -206,9 +196,9 @@ struct Kernel {
                 all += tiles(out);
             }
         }
-        const int64_t blocks = resident(stream), multiprocessors = std::max<int64_t>(1, blocks / Size::kResident);
+        const int64_t blocks = resident(stream), multiprocessors = std::max<int64_t>(1, blocks / Config::kResident);
         const int64_t rest = all % blocks;
-        return all / blocks * (4 * Size::kResident + 1) + (rest > 0 ? 4 * ceil_div(rest, multiprocessors) + 1 : 0);
+        return all / blocks * (4 * Config::kResident + 1) + (rest > 0 ? 4 * ceil_div(rest, multiprocessors) + 1 : 0);
     }
 };
 
@@ -218,15 +208,16 @@ void convolve(
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
     using Tiles = Kernel<operand_t, kOutputs>;
-    using Size = typename Tiles::Size;
-    struct Entry {
-        ConvJob<scalar_t> job;
+    using Config = typename Tiles::Config;
+    struct SizedEntry {
+        ConvEntry<scalar_t> entry;
         int64_t pixels, tiles;
     };
-    std::vector<Entry> entries;
-    bool wide = true;
+    std::vector<SizedEntry> sized_entries;
+    bool vectorized = true;
     for (const Convolution& conv : convolutions) {
-        wide = wide && has_wide_channels<scalar_t>(conv.x) && has_wide_channels<scalar_t>(conv.flow);
+        vectorized =
+            vectorized && has_vectorizable_channels<scalar_t>(conv.x) && has_vectorizable_channels<scalar_t>(conv.flow);
         if (conv.out.empty()) {
             continue;
         }
@@ -237,40 +228,41 @@ void convolve(
             check(
                 tiles <= kMaxTiles, op, ": a level of shape ", shape_string(out), " holds too many tiles for a launch");
             if (tiles > 0) {
-                entries.push_back(
+                sized_entries.push_back(
                     {{conv_source<scalar_t>(op, conv.x[i], conv.flow.empty() ? nullptr : &conv.flow[i]), weights,
                       conv.bias ? data<real_t>(*conv.bias) : Global<const real_t>(nullptr),
                       conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[i]),
                       mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu,
-                      out.size(1) % kWideElements<scalar_t> == 0 &&
+                      out.size(1) % kVectorElements<scalar_t> == 0 &&
                           (conv.residual.empty() || is_aligned(conv.residual[i].const_data_ptr(), 16)),
-                      0, static_cast<int>(ceil_div(out.size(2), Size::kHeight)),
-                      static_cast<int>(ceil_div(out.size(3), Size::kWidth)),
+                      0, static_cast<int>(ceil_div(out.size(2), Config::kHeight)),
+                      static_cast<int>(ceil_div(out.size(3), Config::kWidth)),
                       static_cast<int>(Tiles::output_tiles(out))},
                      out.size(0) * out.size(2) * out.size(3),
                      tiles});
             }
         }
     }
-    std::stable_sort(
-        entries.begin(), entries.end(), [](const Entry& one, const Entry& other) { return one.pixels > other.pixels; });
-    for (size_t next = 0; next < entries.size();) {
+    std::stable_sort(sized_entries.begin(), sized_entries.end(), [](const SizedEntry& a, const SizedEntry& b) {
+        return a.pixels > b.pixels;
+    });
+    for (size_t next = 0; next < sized_entries.size();) {
         ConvTable<scalar_t> table{};
         table.active = active ? data<uint8_t>(*active) : Global<const uint8_t>(nullptr);
-        for (; next < entries.size() && table.num_jobs < kMaxJobs; ++next) {
-            if (entries[next].tiles > kMaxTiles - table.num_tiles) {
+        for (; next < sized_entries.size() && table.num_entries < kMaxEntries; ++next) {
+            if (sized_entries[next].tiles > kMaxTiles - table.num_tiles) {
                 break;
             }
-            table.jobs[table.num_jobs] = entries[next].job;
-            table.jobs[table.num_jobs++].tile_begin = table.num_tiles;
-            table.num_tiles += static_cast<int>(entries[next].tiles);
+            table.entries[table.num_entries] = sized_entries[next].entry;
+            table.entries[table.num_entries++].tile_begin = table.num_tiles;
+            table.num_tiles += static_cast<int>(sized_entries[next].tiles);
         }
-        Tiles::launch_table(table, wide, stream);
+        Tiles::launch_table(table, vectorized, stream);
     }
 }
 
-// The same sums in the same order whichever tiles are taken: narrow ones waste less on few outputs and small maps, but
-// take more than half the time of wide ones.
+// Results do not depend on the choice of tiles. Narrow tiles waste less on few outputs and small maps, but take more
+// than half the time of wide ones.
 template <typename operand_t>
 void convolve(
     const char* op, std::vector<Convolution> convolutions, Stream stream, const std::optional<Tensor>& active) {
@@ -280,7 +272,7 @@ void convolve(
     if (convolutions.empty()) {
         return;
     }
-    if constexpr (kIsPlain<operand_t> || std::is_same_v<operand_t, Tf32x3>) {
+    if constexpr (kIsSimt<operand_t> || std::is_same_v<operand_t, Tf32x3>) {
         convolve<operand_t, 64>(op, convolutions, stream, active);
     } else if (
         10 * Kernel<operand_t, 128>::cost(convolutions, stream) <
@@ -304,11 +296,11 @@ void convolve3x3(
         const auto others = std::stable_partition(
             convolutions.begin(), convolutions.end(),
             [&](const Convolution& convolution) { return convolution.algorithm == algorithm; });
-        std::vector<Convolution> own(convolutions.begin(), others);
+        std::vector<Convolution> same(convolutions.begin(), others);
         convolutions.erase(convolutions.begin(), others);
-        dispatch_floating(op, own[0].x[0].scalar_type(), [&](auto zero) {
+        dispatch_floating(op, same[0].x[0].scalar_type(), [&](auto zero) {
             dispatch_operand<decltype(zero)>(
-                algorithm, [&](auto operand) { convolve<decltype(operand)>(op, std::move(own), stream, active); });
+                algorithm, [&](auto operand) { convolve<decltype(operand)>(op, std::move(same), stream, active); });
         });
     }
 }

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 3x3 convolutions over pyramids as host functions, shared by flow_conv2d, its gradient and fused_subnets. The kernels are
-// in conv3x3.cu.
+// 3x3 convolutions over pyramids: host functions that flow_conv2d, its gradient and fused_subnets share. Kernels:
+// conv3x3.cu.
 #pragma once
 
-#include "cuda/conv3x3_tiles.h"
-#include "cuda/conv_operand.h"
+#include "cuda/conv3x3_tiles.cuh"
+#include "cuda/conv_operand.cuh"
 #include "cuda/launch.h"
 #include "ops/flow_conv2d.h"
 
 namespace spatialflow {
 
-// Packed float32 weights are 9 * C * O floats (O padded), the same in float16 and in bfloat16 (rows in the order of
-// packed_position), then zeros, then the tag. Where the 16-bit weights begin, in floats:
+// Offset of the 16-bit weights in packed float32 weights, in floats. Packed weights are 9 * C * O floats (O padded),
+// then the weights in float16 and in bfloat16 (rows in the order of packed_position), then zeros, then the tag.
 inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
     const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
     return dtype == ScalarType::Half ? floats : floats + floats / 2;
 }
 
-// See packed_tag; nothing here depends on the card.
+// See packed_tag; the layout is the same on every device.
 constexpr int64_t kPackedColumns = 1;
 
 // out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more of them.
@@ -33,7 +33,7 @@ struct Convolution {
     int64_t algorithm;  // of the schemas
 };
 
-// The weights of a convolution in the type that its kernel reads.
+// Weights of a convolution in the type that its kernel reads.
 template <typename scalar_t>
 inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
     const ScalarType dtype = conv.x[0].scalar_type();
@@ -47,10 +47,10 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
     return pointer_cast<const scalar_t>(data<float>(conv.packed) + packed_halves(dtype, in_channels, out_channels));
 }
 
-// All of them in one launch; more where their levels exceed a launch's table, and on compute capability 9.0 a second
-// one for a short last round of tiles. None may read what another writes.
-// `active`: (N) bool, dense, a flag for each image of every level. Results of images without it are zeros, whatever
-// they hold, and tiles that have no other image are left out.
+// Run convolutions that are independent of each other in one launch. More launches are needed if the table of a launch
+// is too small, and on compute capability 9.0 for a short last round of tiles. `active`: (N) bool, dense, a flag for
+// each image of every level. Results of inactive images are zeros, whatever their inputs are, and tiles without an
+// active image are skipped.
 void convolve3x3(
     const char* op, std::vector<Convolution> convolutions, Stream stream,
     const std::optional<Tensor>& active = std::nullopt);
@@ -63,7 +63,7 @@ inline std::vector<Tensor> channels_adjacent(const std::vector<Tensor>& levels) 
     return adjacent;
 }
 
-// Maps for `channels` outputs of the first `count` levels.
+// Uninitialized channels-last maps with `channels` channels for the first `count` levels.
 inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, size_t count, int64_t channels) {
     std::vector<Tensor> maps;
     for (size_t i = 0; i < count; ++i) {
@@ -74,7 +74,7 @@ inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, 
     return maps;
 }
 
-// Dense channels-last maps in the layout of the given levels.
+// Convert dense channels-last maps to the memory formats of `like`.
 inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::vector<Tensor> maps) {
     for (size_t i = 0; i < maps.size(); ++i) {
         if (memory_format_of(like[i]) == MemoryFormat::Contiguous) {
@@ -84,10 +84,10 @@ inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::ve
     return maps;
 }
 
-// Whether channels of all of `levels` can be read 16 bytes at a time.
+// Whether the channels of all `levels` can be loaded 16 bytes at a time.
 template <typename scalar_t>
-inline bool has_wide_channels(const std::vector<Tensor>& levels) {
-    constexpr int64_t kWidth = kWideElements<scalar_t>;
+inline bool has_vectorizable_channels(const std::vector<Tensor>& levels) {
+    constexpr int64_t kWidth = kVectorElements<scalar_t>;
     for (const Tensor& level : levels) {
         if (level.size(1) % kWidth != 0 || stride_of(level, 0) % kWidth != 0 || stride_of(level, 2) % kWidth != 0 ||
             stride_of(level, 3) % kWidth != 0 || !is_aligned(level.const_data_ptr(), 16)) {

@@ -5,16 +5,12 @@
 //   output[n, p, o] = bias[o] + sum over taps k and channels c of
 //                     weight[k, c, o] * mask[n, k, p] * bilinear(input[n, :, :, c], position(p, k) + offset[n, k, p])
 //
-// input (N, H, W, C), others are copied into it; offset and mask by strides; output (N, H_out, W_out, O). A block owns
-// 64 or 128 pixels by 64 to 256 outputs of a group (mma.sync, float32 sums; float64 and "direct" by FMA: 64 pixels, at
-// most 128 outputs). Columns are gathered into shared memory, 64 bytes a step, while the last step is multiplied, and
-// rounded to the operand type once. Few pixels: blocks share the steps of a tile, another kernel adds their parts.
-//
-// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 19.8 GFLOP: 25 us; 19 MB: 6 us. The gather reads 310 MB
-// from the caches, the blocks 155 MB of weights. float32: twice the bytes; by TF32, at half the rate, 50 us; by three
-// products 150 us, and the gather is done for 128 outputs at a time; by FMA 400 us. Expected of mma.sync, which gives
-// about 60 % of the rate: 90 and 250 us.
-#include "cuda/deform_conv2d.h"
+// input (N, H, W, C), copied if it has another layout; offset and mask by strides; output (N, H_out, W_out, O). A block
+// computes 64 or 128 pixels by 64 to 256 outputs of a group: mma.sync with float32 sums, or multiply-adds (float64 and
+// "direct": 64 pixels, at most 128 outputs). Columns are gathered into shared memory, 64 bytes a step, while the
+// previous step is multiplied, and are rounded to the operand type once. If there are few pixels, blocks split the
+// steps of a tile, and another kernel adds their partial sums.
+#include "cuda/deform_conv2d.cuh"
 
 #include <algorithm>
 #include <numeric>
@@ -40,7 +36,7 @@ struct ForwardMemory {
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// Where a thread's items of the columns are, step by step, with kWidth > 1: chunk by chunk, tap by tap.
+// Position of a thread's items of the columns in each step, with kWidth > 1: chunk by chunk, tap by tap.
 struct ColumnCursor {
     int channel, chunk, entry;  // channel of the chunk, first channel of the chunk, entry of the table
 
@@ -68,7 +64,7 @@ struct ColumnCursor {
     }
 };
 
-// Adjacent outputs of a pixel, of which `count` are there; with `adjacent` all or none of them.
+// Store adjacent outputs of a pixel, of which the first `count` exist; with `adjacent` all or none of them.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_outputs(
     Global<T> target, const Vec<T, kWidth>& values, bool adjacent, int count) {
@@ -91,7 +87,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
     Global<const element_t<operand_t>> packed,    // (C * taps, packed_outputs), by chunks
     Global<const element_t<operand_t>> bias,      // (O) or null
-    Global<element_t<operand_t>> output,          // (pixels, O); not written if there are parts
+    Global<element_t<operand_t>> output,          // (pixels, O); not written if `parts` is given
     Global<accum_t<element_t<operand_t>>> parts,  // (parts, pixels, O) or null
     const int part_steps) {
     using scalar_t = element_t<operand_t>;
@@ -106,10 +102,10 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
     const int thread = static_cast<int>(threadIdx.x), first_output = static_cast<int>(blockIdx.y) * kColumns;
     const int group = static_cast<int>(blockIdx.z) % problem.groups;
-    const int own_row = thread / 4, own_item = thread % 4 * kItem;
+    const int thread_row = thread / 4, thread_item = thread % 4 * kItem;
     constexpr int kRowItems = kColumns / kItem;
-    const int own_weight_row = thread / kRowItems, own_weight = thread % kRowItems * kItem;
-    const bool own_weight_present = first_output + own_weight < problem.packed_outputs;
+    const int thread_weight_row = thread / kRowItems, thread_weight = thread % kRowItems * kItem;
+    const bool thread_weight_present = first_output + thread_weight < problem.packed_outputs;
 
     if (thread < kRows) {
         const int index = static_cast<int>(blockIdx.x) * kRows + thread;
@@ -117,7 +113,8 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     }
     __syncthreads();
     Product product;
-    int begin = static_cast<int>(blockIdx.z) / problem.groups * part_steps;  // first own step; then less those passed
+    int begin = static_cast<int>(blockIdx.z) / problem.groups *
+                part_steps;  // first step of this block; then minus the steps already passed
     for (int run = 0; run < problem.group_channels; run += problem.run) {
         const int first_channel = group * problem.group_channels + run;
         for (int first_tap = 0; first_tap < problem.taps; first_tap += kTableTaps) {
@@ -134,11 +131,11 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
                 [&](int position) -> int { return pixels[position]; });
             __syncthreads();
             ColumnItem<scalar_t, kWidth> item;
-            ColumnCursor cursor(first_channel, problem.chunk, taps, first + own_item, kRows, own_row);
+            ColumnCursor cursor(first_channel, problem.chunk, taps, first + thread_item, kRows, thread_row);
             // Chunks are of all taps, so the rows of the weight are adjacent.
-            int weights = (first_channel * problem.taps + first_tap * problem.run + first + own_weight_row) *
+            int weights = (first_channel * problem.taps + first_tap * problem.run + first + thread_weight_row) *
                               problem.packed_outputs +
-                          first_output + own_weight;
+                          first_output + thread_weight;
             run_steps<kDepth>(
                 last - first,
                 [&](int k, int buffer) {
@@ -146,18 +143,19 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
                         right + buffer * Product::kRightSize, Product::kRightRow,
                         [&](int row, int, Shared<scalar_t> target) {
                             cp_async_16(
-                                target, packed + (weights + (row - own_weight_row) * problem.packed_outputs),
-                                own_weight_present && k + row < length - first);
+                                target, packed + (weights + (row - thread_weight_row) * problem.packed_outputs),
+                                thread_weight_present && k + row < length - first);
                         });
                     weights += kDepth * problem.packed_outputs;
                     if constexpr (kWidth == 1) {
                         const int flat = first_tap * problem.run;
                         item.begin_elements(
-                            problem, table, first_channel, flat + first + k + own_item, flat + length, first_tap, kRows,
-                            own_row);
+                            problem, table, first_channel, flat + first + k + thread_item, flat + length, first_tap,
+                            kRows, thread_row);
                     } else {
                         item.begin(
-                            problem, table, cursor.chunk + cursor.channel, cursor.entry, k + own_item < length - first);
+                            problem, table, cursor.chunk + cursor.channel, cursor.entry,
+                            k + thread_item < length - first);
                     }
                 },
                 [&](int buffer) {
@@ -165,14 +163,14 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
                 },
                 [&](int buffer) {
                     store_vector(
-                        left + (buffer * Product::kLeftSize + own_row * Product::kLeftRow + own_item),
+                        left + (buffer * Product::kLeftSize + thread_row * Product::kLeftRow + thread_item),
                         prepared(item.finish(table), operand_t{}));
                     cursor.advance<kDepth>(problem.chunk, taps, kRows);
                 });
         }
     }
-    using Sums = Vec<real_t, Product::kVisited>;
-    const bool adjacent = problem.group_outputs % Product::kVisited == 0;
+    using Sums = Vec<real_t, Product::kVisitColumns>;
+    const bool adjacent = problem.group_outputs % Product::kVisitColumns == 0;
     const int first_channel = group * problem.group_outputs + first_output;
     const int outputs = problem.group_outputs - first_output;
     if (parts) {
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
         [&](int column) {
             Sums biases{};
 #pragma unroll
-            for (int i = 0; i < Product::kVisited; ++i) {
+            for (int i = 0; i < Product::kVisitColumns; ++i) {
                 if (bias && column + i < outputs) {
                     const scalar_t value = bias[first_channel + column + i];
                     biases[i] = load(value);
@@ -211,9 +209,9 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             return biases;
         },
         [&](const Global<scalar_t>& target, const Sums& biases, int column, const Sums& sums) {
-            Vec<scalar_t, Product::kVisited> results;
+            Vec<scalar_t, Product::kVisitColumns> results;
 #pragma unroll
-            for (int i = 0; i < Product::kVisited; ++i) {
+            for (int i = 0; i < Product::kVisitColumns; ++i) {
                 store(results[i], rectified(sums[i] + biases[i], problem.relu));
             }
             if (target) {
@@ -222,7 +220,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
         });
 }
 
-// Sums up the parts in order: kWidth outputs of a pixel a thread.
+// Sum over the parts in order: kWidth outputs of a pixel per thread.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
     Global<const accum_t<scalar_t>> parts,                            // (num_parts, pixels, O)
@@ -259,7 +257,7 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
 
 constexpr int kPackTile = 64;
 
-// Transposes a tile of the weight, 64 values of 64 outputs of a group, and prepares it.
+// Transpose a tile of the weight, 64 values of 64 outputs of a group, and prepare its values for the operand type.
 template <typename operand_t>
 __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
     Global<const element_t<operand_t>> weight,  // (O, C / groups, taps)
@@ -271,21 +269,21 @@ __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
     const int length = order.group_channels * order.taps, group = static_cast<int>(blockIdx.z);
     const int first_value = static_cast<int>(blockIdx.x) * kPackTile;
     const int first_output = static_cast<int>(blockIdx.y) * kPackTile;
-    const int lane = static_cast<int>(threadIdx.x) % kPackTile, other = static_cast<int>(threadIdx.x) / kPackTile;
+    const int column = static_cast<int>(threadIdx.x) % kPackTile, first_row = static_cast<int>(threadIdx.x) / kPackTile;
 #pragma unroll
-    for (int i = other; i < kPackTile; i += 256 / kPackTile) {
+    for (int i = first_row; i < kPackTile; i += 256 / kPackTile) {
         scalar_t value{};
-        if (first_output + i < order.group_outputs && first_value + lane < length) {
-            value = weight[(group * order.group_outputs + first_output + i) * length + first_value + lane];
+        if (first_output + i < order.group_outputs && first_value + column < length) {
+            value = weight[(group * order.group_outputs + first_output + i) * length + first_value + column];
         }
-        tile[i * kTileRow + lane] = prepared(value, operand_t{});
+        tile[i * kTileRow + column] = prepared(value, operand_t{});
     }
     __syncthreads();
 #pragma unroll
-    for (int i = other; i < kPackTile; i += 256 / kPackTile) {
-        if (first_output + lane < order.packed_outputs && first_value + i < length) {
+    for (int i = first_row; i < kPackTile; i += 256 / kPackTile) {
+        if (first_output + column < order.packed_outputs && first_value + i < length) {
             const int row = order.row(group, first_value + i);
-            packed[row * order.packed_outputs + first_output + lane] = tile[lane * kTileRow + i];
+            packed[row * order.packed_outputs + first_output + column] = tile[column * kTileRow + i];
         }
     }
 }
@@ -297,10 +295,10 @@ struct SampleOperands {
     bool sigmoid;                         // of the mask
 };
 
-// Offsets and masks as the kernels read them: in accum_t, the pixels of a channel adjacent. A thread has one value.
+// Convert offsets and masks to accum_t, with the pixels of a channel adjacent. One value per thread.
 template <typename value_t>
 __global__ void __launch_bounds__(256) deform_operands_kernel(
-    const __grid_constant__ SampleOperands<value_t> given,
+    const __grid_constant__ SampleOperands<value_t> operands,
     Global<accum_t<value_t>> offset,  // (N, 2 * samples, pixels) or null
     Global<accum_t<value_t>> mask,    // (N, samples, pixels) or null
     const int64_t size) {             // of both
@@ -309,65 +307,67 @@ __global__ void __launch_bounds__(256) deform_operands_kernel(
     if (index >= size) {
         return;
     }
-    const int pixels = given.height * given.width;
-    const int offsets = offset ? 2 * given.samples : 0, channels = offsets + (mask ? given.samples : 0);
+    const int pixels = operands.height * operands.width;
+    const int offsets = offset ? 2 * operands.samples : 0, channels = offsets + (mask ? operands.samples : 0);
     const int64_t row = index / pixels;
-    const int pixel = static_cast<int>(index - row * pixels), y = pixel / given.width, x = pixel - y * given.width;
+    const int pixel = static_cast<int>(index - row * pixels), y = pixel / operands.width,
+              x = pixel - y * operands.width;
     const int image = static_cast<int>(row / channels), channel = static_cast<int>(row % channels);
     if (channel < offsets) {
-        const value_t value = given.offset.at(image, channel, y, x);
+        const value_t value = operands.offset.at(image, channel, y, x);
         offset[(static_cast<int64_t>(image) * offsets + channel) * pixels + pixel] = load(value);
         return;
     }
     const int sample = channel - offsets;
-    const value_t value = given.mask.at(image, sample, y, x);
+    const value_t value = operands.mask.at(image, sample, y, x);
     const real_t factor = load(value);
-    mask[(static_cast<int64_t>(image) * given.samples + sample) * pixels + pixel] =
-        given.sigmoid ? sigmoid<real_t, DeviceExp>(factor) : factor;
+    mask[(static_cast<int64_t>(image) * operands.samples + sample) * pixels + pixel] =
+        operands.sigmoid ? sigmoid<real_t, DeviceExp>(factor) : factor;
 }
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Offset and mask in accum_dtype, and the sigmoid of the mask if it is asked for: in one launch, or none.
+// Offset and mask in accum_dtype, and the sigmoid of the mask with `mask_sigmoid`: at most one launch.
 std::pair<Tensor, std::optional<Tensor>> sample_operands(
     const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
     const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream) {
-    const bool as_given =
+    const bool same_dtype =
         accum_dtype(offset.scalar_type()) == accum && (!mask || mask->scalar_type() == offset.scalar_type());
-    const Tensor own = as_given ? offset : as_dtype(offset, accum);
-    const std::optional<Tensor> own_mask = as_given || !mask ? mask : std::make_optional(as_dtype(*mask, accum));
-    if ((own.scalar_type() == accum && !mask_sigmoid) || own.numel() == 0) {
-        return {own, own_mask};
+    const Tensor accum_offset = same_dtype ? offset : as_dtype(offset, accum);
+    const std::optional<Tensor> accum_mask = same_dtype || !mask ? mask : std::make_optional(as_dtype(*mask, accum));
+    if ((accum_offset.scalar_type() == accum && !mask_sigmoid) || accum_offset.numel() == 0) {
+        return {accum_offset, accum_mask};
     }
     const int64_t samples = shape.offset_groups * shape.taps();
-    const auto planar = [&](const Tensor& like, int64_t channels) {
+    const auto empty_channels_first = [&](const Tensor& like, int64_t channels) {
         return empty_like_sized(like, {shape.batch, channels, shape.out_height, shape.out_width}, accum);
     };
-    const bool converts = own.scalar_type() != accum;
-    const Tensor offsets = converts ? planar(own, 2 * samples) : own;
-    const std::optional<Tensor> factors = mask ? std::make_optional(planar(*own_mask, samples)) : std::nullopt;
+    const bool converts = accum_offset.scalar_type() != accum;
+    const Tensor offsets = converts ? empty_channels_first(accum_offset, 2 * samples) : accum_offset;
+    const std::optional<Tensor> factors =
+        mask ? std::make_optional(empty_channels_first(*accum_mask, samples)) : std::nullopt;
     const int64_t size = (converts ? offsets.numel() : 0) + (factors ? factors->numel() : 0);
-    dispatch_floating(op, own.scalar_type(), [&](auto zero) {
+    dispatch_floating(op, accum_offset.scalar_type(), [&](auto zero) {
         using value_t = decltype(zero);
         using real_t = accum_t<value_t>;
-        SampleOperands<value_t> given{};
-        given.offset = strided_images<value_t>(own);
-        if (own_mask) {
-            given.mask = strided_images<value_t>(*own_mask);
+        SampleOperands<value_t> operands{};
+        operands.offset = strided_images<value_t>(accum_offset);
+        if (accum_mask) {
+            operands.mask = strided_images<value_t>(*accum_mask);
         }
-        given.samples = static_cast<int>(samples);
-        given.height = static_cast<int>(shape.out_height);
-        given.width = static_cast<int>(shape.out_width);
-        given.sigmoid = mask_sigmoid;
+        operands.samples = static_cast<int>(samples);
+        operands.height = static_cast<int>(shape.out_height);
+        operands.width = static_cast<int>(shape.out_width);
+        operands.sigmoid = mask_sigmoid;
         launch<deform_operands_kernel<value_t>>(
-            dim3(grid_size(op, ceil_div(size, 256))), dim3(256), 0, stream, given,
+            dim3(grid_size(op, ceil_div(size, 256))), dim3(256), 0, stream, operands,
             converts ? mutable_data<real_t>(offsets) : Global<real_t>(nullptr),
             factors ? mutable_data<real_t>(*factors) : Global<real_t>(nullptr), size);
     });
     return {offsets, factors};
 }
 
-// The output from its parts, (parts, pixels * O).
+// Compute the output from its parts, (parts, pixels * O).
 template <typename scalar_t>
 void add_parts(
     const char* op, const Tensor& parts, Global<const scalar_t> bias, bool relu, const Tensor& output, Stream stream) {
@@ -380,7 +380,7 @@ void add_parts(
             bias, mutable_data<scalar_t>(output), static_cast<int>(parts.size(0)), static_cast<int>(out_channels),
             output.numel(), relu);
     };
-    constexpr int kElements = kWideElements<real_t>;
+    constexpr int kElements = kVectorElements<real_t>;
     if (out_channels % kElements == 0) {
         add(std::integral_constant<int, kElements>{});
     } else {
@@ -394,20 +394,20 @@ void convolve_tiles(
     const Tensor& packed, const std::optional<Tensor>& dense_bias, const Tensor& output, Stream stream) {
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    constexpr int kDepth = 4 * kWideElements<scalar_t>;
+    constexpr int kDepth = 4 * kVectorElements<scalar_t>;
     const Global<const scalar_t> bias = dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
-    const int64_t beside = column_tiles * shape.groups;  // blocks with the same pixels
-    // The number of parts depends on shapes alone, so results do not depend on the card. No part is so short that its
+    const int64_t blocks_per_tile = column_tiles * shape.groups;  // blocks with the same pixels
+    // The number of parts depends on shapes alone, so results do not depend on the device. No part is so short that its
     // sums cost more than its products.
-    constexpr int64_t kWantedBlocks = 264, kLeastSteps = 8, kLeastLargeTiles = 100;
+    constexpr int64_t kWantedBlocks = 264, kMinSteps = 8, kMinLargeTiles = 100;
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
     const int64_t whole_batches = (shape.taps() - 1) / kTableTaps;
     const int64_t rest_taps = shape.taps() - whole_batches * kTableTaps;
     const int64_t run_steps =
         whole_batches * ceil_div(kTableTaps * problem.run, kDepth) + ceil_div(rest_taps * problem.run, kDepth);
     const int64_t steps = problem.run > 0 ? shape.group_channels() / problem.run * run_steps : 1;
-    const int64_t wanted = std::max<int64_t>(1, std::min(kWantedBlocks / (tiles * beside), steps / kLeastSteps));
+    const int64_t wanted = std::max<int64_t>(1, std::min(kWantedBlocks / (tiles * blocks_per_tile), steps / kMinSteps));
     const int64_t part_steps = ceil_div(steps, wanted), num_parts = ceil_div(steps, part_steps);
     check(steps <= 0x3fffffff, op, ": weight has too many channels and taps for CUDA");
     std::optional<Tensor> parts;
@@ -423,9 +423,9 @@ void convolve_tiles(
             mutable_data<scalar_t>(output), parts ? mutable_data<real_t>(*parts) : Global<real_t>(nullptr),
             static_cast<int>(part_steps));
     };
-    // Tiles of 128 pixels halve the weights that blocks read; they are used where they still fill a large card.
+    // Tiles of 128 pixels halve the weights that blocks read; they are used if there are enough tiles for a large GPU.
     constexpr bool kLargeTiles = kColumns == 256;
-    if (kLargeTiles && num_parts == 1 && ceil_div(tiles, 2) * beside >= kLeastLargeTiles) {
+    if (kLargeTiles && num_parts == 1 && ceil_div(tiles, 2) * blocks_per_tile >= kMinLargeTiles) {
         launch_tiles(std::integral_constant<int, kLargeTiles ? 2 * kProductRows : kProductRows>{});
     } else {
         launch_tiles(std::integral_constant<int, kProductRows>{});
@@ -435,7 +435,7 @@ void convolve_tiles(
     }
 }
 
-// The output for arguments that are checked. `packed(chunk)` gives the weight, in chunks of as many channels.
+// Compute the output for checked arguments. `packed(chunk)` returns the weight packed in chunks of `chunk` channels.
 template <typename Packed>
 Tensor convolve(
     const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,
@@ -465,8 +465,8 @@ Tensor convolve(
             }
             dispatch_operand<scalar_t>(cuda_algorithm(options.algorithm, input.scalar_type()), [&](auto operand) {
                 using operand_t = decltype(operand);
-                with_tile<scalar_t, kMostTileColumns<operand_t>>(
-                    operands.is_wide<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
+                with_tile<scalar_t, kMaxTileColumns<operand_t>>(
+                    operands.is_vectorizable<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
                         convolve_tiles<operand_t, decltype(columns)::value, decltype(width)::value>(
                             op, shape, problem, weight, dense_bias, output, stream);
                     });
@@ -498,7 +498,7 @@ Tensor pack_deform_conv2d_cuda(const Tensor& weight, int64_t groups, int64_t off
     int64_t chunk = 0;
     dispatch_floating(op, weight.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        chunk = deform_chunk<scalar_t>(shape, deform_run(shape) % kWideElements<scalar_t> == 0);
+        chunk = deform_chunk<scalar_t>(shape, deform_run(shape) % kVectorElements<scalar_t> == 0);
     });
     const int64_t tag = packed_tag(kPackedColumns, weight.scalar_type() == ScalarType::Double);
     return pack_deform_weight(op, weight, shape, chunk, algorithm, tag, device.stream());
@@ -552,7 +552,7 @@ Tensor pack_deform_weight(
     const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
     Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps() * order.packed_outputs + tag});
     if (tag > 0) {
-        torch::stable::zero_(packed);  // the same weight gives the same values, those behind it included
+        torch::stable::zero_(packed);  // equal weights give equal packed tensors, including the tag
     }
     if (weight.numel() == 0) {
         return packed;
@@ -572,18 +572,18 @@ Tensor pack_deform_weight(
 }
 
 void check_deform_weight_size(const char* op, const DeformConvShape& shape) {
-    const double taps = static_cast<double>(shape.taps());  // products of integers may overflow
+    const double taps = static_cast<double>(shape.taps());  // in double, as products of integers may overflow
     check(
-        taps * (shape.channels + 1) * (shape.group_outputs() + 8) <= kMostDeformIndex &&
-            taps * (shape.out_channels + 1) * (shape.group_channels() + 1) <= kMostDeformIndex,
+        taps * (shape.channels + 1) * (shape.group_outputs() + 8) <= kMaxDeformIndex &&
+            taps * (shape.out_channels + 1) * (shape.group_channels() + 1) <= kMaxDeformIndex,
         op, ": weight must have fewer than 2^31 values on CUDA");
 }
 
 void check_deform_sizes(const char* op, const DeformConvShape& shape) {
     const int64_t cells = shape.batch * shape.height * shape.width, pixels = shape.batch * shape.pixels();
-    check(cells <= kMostDeformIndex, op, ": input must have at most ", kMostDeformIndex, " cells on CUDA, got ", cells);
+    check(cells <= kMaxDeformIndex, op, ": input must have at most ", kMaxDeformIndex, " cells on CUDA, got ", cells);
     check(
-        pixels <= kMostDeformIndex, op, ": the output must have at most ", kMostDeformIndex, " cells on CUDA, got ",
+        pixels <= kMaxDeformIndex, op, ": the output must have at most ", kMaxDeformIndex, " cells on CUDA, got ",
         pixels);
     check_deform_weight_size(op, shape);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradients of deformable convolution on CUDA, without a column buffer in global memory.
+// Gradients of deformable convolution on CUDA, without a column buffer in global memory:
 //
 //   columns[p, k, c]      = mask[k, p] * sample(p, k, c),   sample = sum over corners i of value_i * input[cell_i, c]
 //   grad_columns[p, k, c] = sum over o of grad_output[p, o] * weight[k, c, o]
@@ -9,17 +9,10 @@
 //   grad_input[cell, c]   = sum over the (p, k, i) that read the cell of mask * value_i * grad_columns
 //   grad_weight[k, c, o]  = sum over p of columns * grad_output[p, o]
 //
-// Data (input, offset, mask): a block owns 64 pixels at one tap and offset group. It computes grad_columns into shared
-// memory; a pixel's lanes, 16 bytes each, take the products with its four cells for offset and mask, and add to
-// grad_input by float32 reductions in any order. Deterministic, and in float64: by deform_conv2d_input_gradient.h.
-// Weight: a block owns 64 positions (tap, channel) by 64 to 256 outputs over a part of the pixels; parts are added in
-// order. Layouts and operand types as in the forward pass; grad_output (N, H_out, W_out, O), which comes by cp.async,
-// is rounded in shared memory.
-//
-// Floor (H100), bf16, 100 x 168, 256 to 256 channels, 3 x 3: 25 us each; data also adds 620 MB in L2. float32: 50 us by
-// TF32, 150 by three products, 400 by FMA.
-#include "cuda/deform_conv2d.h"
-#include "cuda/deform_conv2d_input_gradient.h"
+// grad_output (N, H_out, W_out, O); other layouts and operand types as in the forward pass. The mapping of work to
+// blocks is described at each kernel.
+#include "cuda/deform_conv2d.cuh"
+#include "cuda/deform_conv2d_input_gradient.cuh"
 
 namespace spatialflow {
 namespace {
@@ -29,21 +22,21 @@ namespace {
 template <typename operand_t, int kColumns>
 using DataProduct = TileProduct<operand_t, kColumns, false, false>;
 
-// Tiles of the data gradient in shared memory, and who takes which of grad_columns from there.
+// Shared memory of the data gradient, and the assignment of grad_columns to lanes.
 template <typename operand_t, int kColumns, int kWidth>
 struct DataMemory {
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
     using Product = DataProduct<operand_t, kColumns>;
-    // Of 256 columns half go through shared memory at once.
+    // Of 256 columns half are in shared memory at a time.
     static constexpr int kPasses = kColumns > 128 ? 2 : 1, kPassColumns = kColumns / kPasses;
     // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbors fill whole sectors.
-    static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kWideElements<real_t>;
+    static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kVectorElements<real_t>;
     static constexpr int kLanes = kPassColumns / kPart;                      // of a pixel
     static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // of a thread
     static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
-    // A product's tiles and its result take the same place, one after the other.
-    static constexpr int kColumnsRow = kPassColumns + kWideElements<real_t>;
+    // The tiles of a product and its result use the same memory, one after the other.
+    static constexpr int kColumnsRow = kPassColumns + kVectorElements<real_t>;
     static constexpr int kTilesBegin = TapTable<real_t, kProductRows>::kSize;
     static constexpr size_t kColumnsBytes = kProductRows * kColumnsRow * sizeof(real_t);
     static constexpr size_t kTilesBytes = 2 * Product::kTilesSize * sizeof(scalar_t);
@@ -51,7 +44,7 @@ struct DataMemory {
         kTilesBegin * sizeof(real_t) + (kColumnsBytes > kTilesBytes ? kColumnsBytes : kTilesBytes);
 };
 
-// kPart channels of the four cells that a pixel reads, on their way from the input.
+// kPart channels of the four cells that a pixel reads, loaded between `begin` and `values`.
 template <typename scalar_t, int kPart, bool kWide>
 class CornerItem {
     static constexpr int kWords = static_cast<int>(kPart * sizeof(scalar_t) / sizeof(unsigned));
@@ -90,12 +83,12 @@ public:
     }
 
 private:
-    Vec<unsigned, kWords> words_[4];  // as words: two 16-bit values do not take two registers
-    Vec<scalar_t, kPart> values_[4];  // without kWide, in place of these
+    Vec<unsigned, kWords> words_[4];  // as words, so that two 16-bit values take one register
+    Vec<scalar_t, kPart> values_[4];  // without kWide, instead of these
 };
 
-// kPart channels of a pixel: their products with the four cells are added to `dots`, their parts of the gradient of the
-// input to the cells.
+// Process kPart channels of a pixel: add their products with the four cells to `dots`, and their gradients to the cells
+// of grad_input.
 template <int kAccess, typename scalar_t, typename real_t, int kPart, bool kWide>
 __device__ __forceinline__ void scatter_item(
     const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
@@ -104,10 +97,10 @@ __device__ __forceinline__ void scatter_item(
     Vec<real_t, kPart> gradient;
 #pragma unroll
     for (int part = 0; part < kPart; part += kAccess) {
-        const auto some = load_vector<kAccess>(columns + part);
+        const auto vector = load_vector<kAccess>(columns + part);
 #pragma unroll
         for (int v = 0; v < kAccess; ++v) {
-            gradient[part + v] = some[v];
+            gradient[part + v] = vector[v];
         }
     }
 #pragma unroll
@@ -135,7 +128,7 @@ __device__ __forceinline__ void scatter_item(
     }
 }
 
-// Sums over kLanes adjacent lanes, kCount of them at once: lane i gets that of values[i % kCount].
+// Compute kCount sums over kLanes adjacent lanes: lane i gets the sum of values[i % kCount].
 template <int kLanes, int kCount, typename real_t>
 __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount]) {
     if constexpr (kCount == 1) {
@@ -158,12 +151,16 @@ __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount])
     }
 }
 
+// Gradients of input, offset and mask. A block computes 64 pixels at one tap and offset group: first grad_columns, into
+// shared memory. Then the lanes of a pixel, 16 bytes of channels each, multiply them with the four cells of the pixel
+// for offset and mask, and add to grad_input by float32 reductions in any order. If results must be deterministic, and
+// in float64, deform_conv2d_input_gradient.cuh computes grad_input.
 template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_data_kernel(
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
     Global<const element_t<operand_t>> grad_output,     // (pixels, O)
     Global<const element_t<operand_t>> packed,          // (C * taps, packed_outputs)
-    Global<accum_t<element_t<operand_t>>> grad_input,   // (N, H, W, C), zero on entry; null: not wanted
+    Global<accum_t<element_t<operand_t>>> grad_input,   // (N, H, W, C), zero on entry; null: not requested
     Global<accum_t<element_t<operand_t>>> grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither
     Global<accum_t<element_t<operand_t>>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
     using scalar_t = element_t<operand_t>;
@@ -173,7 +170,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
     constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
     constexpr int kAccess = kWidth == 1 ? 1 : kPart;
-    // Registers decide: cells of two pixels are under way at once, and through a product, only with few sums.
+    // Limited by registers: loads of two pixels are in flight at once, and during a product, only with few sums.
     constexpr bool kEarly = sizeof(scalar_t) == 2 && Memory::kPasses == 1;
     constexpr int kPair = sizeof(scalar_t) == 2 ? 2 : 1;
     SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
@@ -185,12 +182,12 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     const int first_pixel = static_cast<int>(blockIdx.x) * kProductRows;
     const int tap = static_cast<int>(blockIdx.y), offset_group = static_cast<int>(blockIdx.z);
     constexpr int kRowItems = kDepth / kItem;
-    const int own_column = lane * kPart, own_row = thread / kRowItems, own_item = thread % kRowItems * kItem;
-    const auto own_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
+    const int thread_column = lane * kPart, thread_row = thread / kRowItems, thread_item = thread % kRowItems * kItem;
+    const auto thread_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
 
     table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
     __syncthreads();
-    real_t dot = 0;  // of grad_columns and a cell: corner lane % 4 of pixel own_pixel(lane / 4)
+    real_t dot = 0;  // of grad_columns and a cell: corner lane % 4 of pixel thread_pixel(lane / 4)
     for (int first_channel = offset_group * problem.offset_group_channels;
          first_channel < (offset_group + 1) * problem.offset_group_channels; first_channel += problem.run) {
         const int group = first_channel / problem.group_channels;
@@ -200,14 +197,15 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
 #pragma unroll
                 for (int i = 0; i < kPair; ++i) {
                     next[i].begin(
-                        problem, table.cells(own_pixel(first + i)), first_channel + channel, grad_offset ? count : 0);
+                        problem, table.cells(thread_pixel(first + i)), first_channel + channel,
+                        grad_offset ? count : 0);
                 }
             };
             if constexpr (kEarly) {
-                fetch(0, begin + own_column, problem.run - begin - own_column);
+                fetch(0, begin + thread_column, problem.run - begin - thread_column);
             }
-            const int weight_row = first_channel * problem.taps + tap * problem.run + begin + own_row;
-            const int weights = weight_row * problem.packed_outputs + own_item;
+            const int weight_row = first_channel * problem.taps + tap * problem.run + begin + thread_row;
+            const int weights = weight_row * problem.packed_outputs + thread_item;
             Product product;
             run_steps<kDepth>(
                 problem.packed_outputs,
@@ -222,7 +220,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                         right + buffer * Product::kRightSize, Product::kRightRow,
                         [&](int row, int element, Shared<scalar_t> target) {
                             const bool present = row < problem.run - begin && k + element < problem.packed_outputs;
-                            const int at = weights + (row - own_row) * problem.packed_outputs + k;
+                            const int at = weights + (row - thread_row) * problem.packed_outputs + k;
                             cp_async_16(target, packed + at, present);
                         });
                 },
@@ -235,14 +233,14 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                 });
             const auto scatter = [&](auto pass) {
                 constexpr int kPass = decltype(pass)::value, kPasses = Memory::kPasses;
-                const int own_channel = begin + Product::template column_of_part<kPass, kPasses>(own_column);
-                const int count = problem.run - own_channel;
+                const int thread_channel = begin + Product::template column_of_part<kPass, kPasses>(thread_column);
+                const int count = problem.run - thread_channel;
                 product.template for_each_of_part<kPass, kPasses>(
-                    [&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
+                    [&](int row, int column, const Vec<real_t, Product::kVisitColumns>& sums) {
                         store_vector(columns + (row * Memory::kColumnsRow + column), sums);
                     });
                 if constexpr (!kEarly) {
-                    fetch(0, own_channel, count);
+                    fetch(0, thread_channel, count);
                 }
                 __syncthreads();
 #pragma unroll 1
@@ -253,18 +251,18 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                         items[i] = next[i];
                     }
                     if (first + kPair < kPixels) {
-                        fetch(first + kPair, own_channel, count);
+                        fetch(first + kPair, thread_channel, count);
                     }
                     real_t dots[kPair * 4] = {};
 #pragma unroll
                     for (int i = 0; i < kPair; ++i) {
-                        const int pixel = own_pixel(first + i);
+                        const int pixel = thread_pixel(first + i);
                         const Vec<int, 4> cells = table.cells(pixel);
                         real_t weights[4];
                         table.weights(pixel, weights);
                         scatter_item<kAccess>(
-                            problem, columns + (pixel * Memory::kColumnsRow + own_column), cells, weights, items[i],
-                            first_channel + own_channel, count, grad_input, dots + i * 4);
+                            problem, columns + (pixel * Memory::kColumnsRow + thread_column), cells, weights, items[i],
+                            first_channel + thread_channel, count, grad_input, dots + i * 4);
                     }
                     const real_t sum = sum_over_lanes<kLanes>(dots);
                     if (lane / (kPair * 4) == first / kPair) {
@@ -282,7 +280,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     if (!grad_offset) {
         return;
     }
-    columns[own_pixel(lane / 4) * 4 + lane % 4] = dot;
+    columns[thread_pixel(lane / 4) * 4 + lane % 4] = dot;
     __syncthreads();
     const int pixel = first_pixel + thread;
     if (thread >= kProductRows || pixel >= problem.pixels) {
@@ -322,7 +320,7 @@ constexpr size_t kWeightSharedBytes =
     TapTable<accum_t<element_t<operand_t>>, kTableEntries>::kSize * sizeof(accum_t<element_t<operand_t>>) +
     2 * WeightProduct<operand_t, kColumns>::kTilesSize * sizeof(element_t<operand_t>);
 
-// Positions of a run that a block owns: at most 64, and of no more taps than a table has room for.
+// Positions of a run that a block computes: at most 64, and of at most as many taps as a table holds.
 __host__ __device__ __forceinline__ int weight_tile_rows(int run) {
     return run * (kTableTaps - 1) < kProductRows ? run * (kTableTaps - 1) : kProductRows;
 }
@@ -353,27 +351,29 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     const int first_output = static_cast<int>(blockIdx.y) * kColumns;
     const int begin = part * part_pixels;
     const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
-    const int own_pixel = static_cast<int>(threadIdx.x) / kRowItems;
-    const int own_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
-    // Past the block's positions a thread gathers its first ones once more: those sums are not used.
-    const int own_flat = first_flat + own_item < limit ? first_flat + own_item : first_flat;
-    const int own_tap = own_flat / problem.run, own_channel = first_channel + own_flat - own_tap * problem.run;
+    const int thread_pixel = static_cast<int>(threadIdx.x) / kRowItems;
+    const int thread_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
+    // After the last position of the block, a thread gathers its first ones again; those sums are not used.
+    const int thread_flat = first_flat + thread_item < limit ? first_flat + thread_item : first_flat;
+    const int thread_tap = thread_flat / problem.run,
+              thread_channel = first_channel + thread_flat - thread_tap * problem.run;
 
     Product product;
     for (int first_pixel = begin; first_pixel < end; first_pixel += batch) {
         const int rest = (end - first_pixel + kDepth - 1) / kDepth * kDepth, count = rest < batch ? rest : batch;
         table.fill(problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
         __syncthreads();
-        const int own_entry = (own_tap - first_tap) * count + own_pixel;
+        const int thread_entry = (thread_tap - first_tap) * count + thread_pixel;
         ColumnItem<scalar_t, kWidth> item;
         run_steps<kDepth>(
             count,
             [&](int k, int buffer) {
                 if constexpr (kWidth == 1) {
                     item.begin_elements(
-                        problem, table, first_channel, first_flat + own_item, limit, first_tap, count, k + own_pixel);
+                        problem, table, first_channel, first_flat + thread_item, limit, first_tap, count,
+                        k + thread_pixel);
                 } else {
-                    item.begin(problem, table, own_channel, own_entry + k, true);
+                    item.begin(problem, table, thread_channel, thread_entry + k, true);
                 }
                 load_items<kDepth, kColumns / kItem>(
                     right + buffer * Product::kRightSize, Product::kRightRow,
@@ -387,14 +387,14 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
             },
             [&](int buffer) {
                 store_vector(
-                    left + (buffer * Product::kLeftSize + own_pixel * Product::kLeftRow + own_item),
+                    left + (buffer * Product::kLeftSize + thread_pixel * Product::kLeftRow + thread_item),
                     prepared(item.finish(table), operand_t{}));
                 prepare_items<operand_t, kDepth, kColumns / kItem>(
                     right + buffer * Product::kRightSize, Product::kRightRow);
             });
     }
     const int64_t first_row = static_cast<int64_t>(blockIdx.z) * length + first_flat;
-    product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
+    product.for_each([&](int row, int column, const Vec<real_t, Product::kVisitColumns>& sums) {
         const int output = first_output + column;
         if (first_flat + row < limit && output < problem.packed_outputs) {
             store_vector(parts + ((first_row + row) * problem.packed_outputs + output), sums);
@@ -411,8 +411,8 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_weight_parts_kernel(
     if (index >= size) {
         return;
     }
-    const int place = order.place(static_cast<int>(index));
-    if (place < 0) {
+    const int position = order.weight_index(static_cast<int>(index));
+    if (position < 0) {
         return;
     }
     accum_t<scalar_t> sum = 0;
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_weight_parts_kernel(
     }
     scalar_t result;
     store(result, sum);
-    grad_weight[place] = result;
+    grad_weight[position] = result;
 }
 
 // ---- host --------------------------------------------------------------------------------------------------------
@@ -429,8 +429,8 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_weight_parts_kernel(
 const char* const kOp = "deform_conv2d_backward";
 
 template <typename scalar_t>
-bool is_wide(const DeformOperands& operands, const DeformConvShape& shape, const Tensor& grad_output) {
-    return operands.is_wide<scalar_t>() && shape.group_outputs() % kWideElements<scalar_t> == 0 &&
+bool is_vectorizable(const DeformOperands& operands, const DeformConvShape& shape, const Tensor& grad_output) {
+    return operands.is_vectorizable<scalar_t>() && shape.group_outputs() % kVectorElements<scalar_t> == 0 &&
            is_aligned(grad_output.const_data_ptr(), 16);
 }
 
@@ -463,12 +463,12 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
-            const bool wide = is_wide<scalar_t>(operands, shape, source);
+            const bool wide = is_vectorizable<scalar_t>(operands, shape, source);
             const Global<real_t> none(nullptr);
             dispatch_operand<scalar_t>(cuda_algorithm(algorithm, dtype), [&](auto operand) {
                 using operand_t = decltype(operand);
                 if (need_sampling || (need_input && !gather)) {
-                    with_tile<scalar_t, kMostTileColumns<operand_t>>(
+                    with_tile<scalar_t, kMaxTileColumns<operand_t>>(
                         wide, deform_run(shape), [&](auto columns, auto width) {
                             constexpr int kColumns = decltype(columns)::value, kWidth = decltype(width)::value;
                             launch<deform_conv2d_backward_data_kernel<operand_t, kColumns, kWidth>>(
@@ -500,12 +500,12 @@ void compute_weight_gradient(
     const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
     const int64_t runs = shape.channels / problem.run;
     const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
-    // Pixels in parts, so that a large card is busy; as many on every card, and none so short that its sums cost more
-    // than its products.
-    constexpr int64_t kWantedBlocks = 264, kLeastPixels = 512;
+    // Pixels are split into parts to occupy a large GPU. Their number is the same on every device, and none is so short
+    // that its sums cost more than its products.
+    constexpr int64_t kWantedBlocks = 264, kMinPixels = 512;
     const int64_t wanted =
-        std::min(ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kLeastPixels));
-    const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kLeastPixels) * kLeastPixels;
+        std::min(ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kMinPixels));
+    const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kMinPixels) * kMinPixels;
     const int64_t num_parts = ceil_div(problem.pixels, part_pixels);
     const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
     const Tensor parts = empty_like_sized(grad_weight, {num_parts, size}, accum_dtype(grad_weight.scalar_type()));
@@ -543,11 +543,12 @@ Tensor deform_conv2d_backward_weight_cuda(
         const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
         dispatch_operand<scalar_t>(cuda_algorithm(algorithm, input.scalar_type()), [&](auto operand) {
             using operand_t = decltype(operand);
-            // By registers: more would spill, for Tf32 on compute capability 10.0 and 12.0.
-            constexpr bool kIsHalf = sizeof(scalar_t) == 4 && !kIsPlain<operand_t>;
-            constexpr int kMostColumns = kIsHalf ? kMostTileColumns<operand_t> / 2 : kMostTileColumns<operand_t>;
-            with_tile<scalar_t, kMostColumns>(
-                is_wide<scalar_t>(operands, shape, source), shape.group_outputs(), [&](auto columns, auto width) {
+            // Limited by registers: more columns would spill for Tf32 on compute capability 10.0 and 12.0.
+            constexpr bool kIsHalf = sizeof(scalar_t) == 4 && !kIsSimt<operand_t>;
+            constexpr int kMaxColumns = kIsHalf ? kMaxTileColumns<operand_t> / 2 : kMaxTileColumns<operand_t>;
+            with_tile<scalar_t, kMaxColumns>(
+                is_vectorizable<scalar_t>(operands, shape, source), shape.group_outputs(),
+                [&](auto columns, auto width) {
                     compute_weight_gradient<operand_t, decltype(columns)::value, decltype(width)::value>(
                         shape, problem, source, grad_weight, device.stream());
                 });

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// exp for the functions of common/ that take it as a parameter: the accurate one of the CUDA library.
+// The accurate exp of the CUDA library, as the template argument of functions in csrc/common.
 #pragma once
 
 #include <cmath>

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one launch, on CUDA: formula, mapping and floor are in
-// conv3x3.cu. Here are the packing of weights and the host side.
+// relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one launch, on CUDA: packing of weights and host side.
+// The kernels are described in conv3x3.cu.
 //
-//   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32), in float64 for float64; else in float32, and behind
-//                                          that in both 16-bit types (packed_halves); a tag (packed_tag) at the end
+//   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32)
 //
-// Weights that come unpacked are packed for the call, in their own type. All algorithms read the same float32 weights.
-//
-// Floor (H100, 3.0 TB/s) of packing 256 -> 256 channels in bf16: 2.4 MB in and out: below a microsecond; latency.
+// in float64 for float64. Otherwise in float32, followed by the same weights in both 16-bit types (packed_halves) and by
+// a tag (packed_tag). Unpacked weights are packed for the call, in their dtype. All algorithms read the same float32
+// weights.
 #include "cuda/conv3x3.h"
 
 namespace spatialflow {
@@ -61,7 +60,8 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Weights as packed_t, in `size` elements (nine taps, or packed_conv_size) and a tag, which is not filled without them.
+// Pack weights as packed_t, in `size` elements (nine taps, or packed_conv_size) and a tag. Without elements the tag is
+// not filled.
 template <typename scalar_t, typename packed_t>
 Tensor pack(const Tensor& weight, int64_t size, int64_t tag, ScalarType packed_type, Stream stream) {
     const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
@@ -101,7 +101,7 @@ Tensor pack_conv3x3_cuda(const Tensor& weight, int64_t algorithm) {
     return packed;
 }
 
-// The convolution of `x`, with maps for its results.
+// Convolution of `x`, with allocated results.
 Convolution convolution(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
     const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm) {

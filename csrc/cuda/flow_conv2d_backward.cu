@@ -1,37 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradient of flow_conv2d for its weights, over all levels, on CUDA:
+// Gradient of flow_conv2d w.r.t. its weights, over all levels, on CUDA:
 //
 //   grad_weight[o, c, t] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + t, c]
 //
-// (The gradient for x and flow is flow_conv2d itself with rotated weights, that for the bias a sum of pixels.)
-// Nine matrix products (outputs x pixels) by (pixels x channels), one per tap, that share their left side and, shifted,
-// their right side. Sources (N, H, W, C) and gradients (N, H, W, O) by strides, channels adjacent; result (O, C, 3, 3).
-//
-// A block owns a rectangle of outputs and channels for all nine taps and runs over a part of the tiles of pixels. It
-// loads the gradients of a tile, and x + flow of the tile and its halo, into shared memory once for nine products.
-// A second kernel adds the parts' sums (part, 9, O, C) in their order. The number of parts depends on the sizes alone,
-// so the result has the same bits in every run and on every device.
-//
-//   16-bit types   64 outputs x 64 channels per block of 8 warps, each 32 x 16 for all taps by mma.sync with float32
-//                  sums. A step is 2 rows of 8 pixels: rows of inputs, from ldmatrix.trans, serve all taps from
-//                  registers, and the last ones the next step too. The next tile (16 x 8 pixels) comes into the other
-//                  half of shared memory: gradients by cp.async, inputs through registers, a piece per step.
-//   float32        the same kernel by m16n8k8 of TF32, or three such products (Tf32x3 in tensor_core.h): a step is one
-//                  row of 8 pixels, a tile 8 x 8. For "direct", as float64:
-//   float64        32 outputs x 32 channels per block of 8 warps: a lane a channel, a warp four outputs, 36 sums a
-//                  thread; a window of 3 x 3 inputs slides along the row, so a pixel costs 3 inputs and a broadcast of
-//                  4 gradients for 36 multiply-adds.
-//
-// A value that is not finite at the border of a map may reach all taps of its channel, also those that leave the map.
-//
-// Floor (H100, 790 TFLOP/s bf16, 3.0 TB/s), 256 to 256 channels, P3..P7 of 800 x 1333: 26 GFLOP: 33 us; x, flow and
-// gradients 34 MB, parts 19 MB: 18 us. Expected: 65 us (mma.sync gives about 60 % of the rate, rectangles cover 15 %
-// more pixels than there are), and 7 us of the second kernel.
+// (The gradient w.r.t. x and flow is flow_conv2d with rotated weights, the gradient w.r.t. the bias a sum over pixels.)
+// Nine matrix products (outputs x pixels) by (pixels x channels), one per tap. Sources (N, H, W, C) and gradients (N,
+// H, W, O) by strides with channels adjacent; result (O, C, 3, 3). A block computes a rectangle of outputs by channels
+// for all taps over a part of the pixel tiles; a second kernel adds the partial sums (part, 9, O, C) in order. The
+// number of parts depends on the sizes alone, so results are deterministic. Non-finite values at the border of a map
+// may contaminate the gradient of every tap of that channel, including taps whose window is outside the map.
 #include <algorithm>
 
 #include "cuda/conv3x3.h"
-#include "cuda/tensor_core.h"
+#include "cuda/tensor_core.cuh"
 
 namespace spatialflow {
 namespace {
@@ -48,12 +30,12 @@ template <typename scalar_t>
 struct GradientTable {
     GradientLevel<scalar_t> levels[kMaxLevels];
     int num_levels, num_tiles;
-    int parts;  // blockIdx.z of them share the tiles
+    int parts;  // number of parts (blockIdx.z) that the tiles are split into
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The tiles of a part: every so many of all, so that parts take about as long as each other.
+// The tiles of a part, with a stride of the number of parts, so that parts take about the same time.
 template <int kHeight, int kWidth, typename scalar_t>
 struct TileReader {
     const GradientTable<scalar_t>& table;
@@ -71,43 +53,44 @@ struct TileReader {
     }
     __device__ __forceinline__ void locate() {
         level = entry_of_tile(table.levels, table.num_levels, tile);
-        const GradientLevel<scalar_t>& own = table.levels[level];
-        map = map_tile<kHeight, kWidth>(tile - own.tile_begin, own.tile_rows, own.tile_columns);
+        const GradientLevel<scalar_t>& entry = table.levels[level];
+        map = map_tile<kHeight, kWidth>(tile - entry.tile_begin, entry.tile_rows, entry.tile_columns);
     }
 };
 
-// Sizes of the tensor-core kernel. A step has as many pixels as a product is deep.
+// Sizes of the tensor-core kernel. A step has as many pixels as the depth of a product.
 template <typename operand_t>
-struct Wide {
-    static constexpr int kVector = kWideElements<element_t<operand_t>>;
+struct TensorCoreGradientConfig {
+    static constexpr int kVector = kVectorElements<element_t<operand_t>>;
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 64;
     static constexpr int kBlocks = std::is_same_v<operand_t, Tf32x3> ? 1 : 2;  // of 8 channels of a warp, by registers
     static constexpr int kWarpChannels = kBlocks * 8, kChannels = 4 * kWarpChannels;
     static constexpr int kSteps = 8, kStepRows = kVector / 4;
     static constexpr int kHeight = kSteps * kStepRows, kWidth = 8, kPixels = kHeight * kWidth;
-    static constexpr int kRimWidth = kWidth + 2, kRim = (kHeight + 2) * kRimWidth;
-    static constexpr int kPiece = kThreads / (kChannels / kVector);  // pixels
-    static constexpr int kPieces = (kRim + kPiece - 1) / kPiece;
-    static constexpr int kFetched = kPieces * kPiece;                // pixels with halo, filled up to whole pieces
-    static constexpr int kInputs = kVector == 8 ? kFetched : kRim;   // of them kept: all, where there is room
-    static constexpr int kCopied = kThreads / (kOutputs / kVector);  // pixels of gradients by all threads at one time
-    // Of the shared arrays: what lanes read at one time lies in different banks.
+    static constexpr int kHaloWidth = kWidth + 2, kHaloPixels = (kHeight + 2) * kHaloWidth;
+    static constexpr int kChunkPixels = kThreads / (kChannels / kVector);  // pixels
+    static constexpr int kChunks = (kHaloPixels + kChunkPixels - 1) / kChunkPixels;
+    static constexpr int kFetched = kChunks * kChunkPixels;  // pixels with halo, padded to whole chunks
+    static constexpr int kInputs =
+        kVector == 8 ? kFetched : kHaloPixels;                       // of them stored: all, if shared memory suffices
+    static constexpr int kCopied = kThreads / (kOutputs / kVector);  // pixels of gradients by all threads in one pass
+    // Of the shared arrays, padded against bank conflicts.
     static constexpr int kInputRow = kChannels + 8, kGradientRow = kOutputs + 8;
-    static constexpr int kGradients = kInputs * kInputRow;               // where they begin
+    static constexpr int kGradients = kInputs * kInputRow;               // offset of the gradients
     static constexpr int kBuffer = kGradients + kPixels * kGradientRow;  // elements
     static constexpr size_t kSharedBytes = 2 * sizeof(element_t<operand_t>) * kBuffer;
-    static_assert(kPieces <= kSteps, "a tile comes in while one is multiplied");
+    static_assert(kChunks <= kSteps, "a tile comes in while one is multiplied");
 };
 
-// The products of a step: the sums of a warp by tap, 16 outputs, 8 channels. Inputs are kept in registers by row and
-// column of taps for as long as rows serve. `inputs` and `gradients` are where this lane reads for the first row.
+// Sums of a warp, by tap, 16 outputs and 8 channels. A step keeps inputs in registers, by row and column of taps, as
+// long as they are used. This lane reads the first row at `inputs` and `gradients`.
 template <int kBlocks>
 using GradientSums = float[kTaps][2][kBlocks][4];
 
 template <typename operand_t>
 struct StepProducts {
-    using Size = Wide<operand_t>;
+    using Config = TensorCoreGradientConfig<operand_t>;
 
     // rows[t][x] is rows t and t + 1 of inputs, for column x of taps.
     unsigned rows[3][3][4];
@@ -115,7 +98,7 @@ struct StepProducts {
     __device__ __forceinline__ void load_row(const Shared<operand_t>& inputs, int row) {
 #pragma unroll
         for (int x = 0; x < 3; ++x) {
-            ldmatrix_x4_trans(rows[row][x], inputs + (row * Size::kRimWidth + x) * Size::kInputRow);
+            ldmatrix_x4_trans(rows[row][x], inputs + (row * Config::kHaloWidth + x) * Config::kInputRow);
         }
     }
     __device__ __forceinline__ void begin(const Shared<operand_t>& inputs) { load_row(inputs, 0); }
@@ -130,14 +113,14 @@ struct StepProducts {
         load_row(inputs, 2);
 #pragma unroll
         for (int tap = 0; tap < kTaps; ++tap) {
-            const unsigned (&own)[4] = rows[tap / 3][tap % 3];
+            const unsigned (&words)[4] = rows[tap / 3][tap % 3];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const unsigned column[2] = {own[i % 2 * 2], own[i % 2 * 2 + 1]};
+                const unsigned column[2] = {words[i % 2 * 2], words[i % 2 * 2 + 1]};
                 mma_16816(sums[tap][i / 2][i % 2], a[i / 2], column, operand_t{});
             }
         }
-        // The last row of taps has what the first one takes next.
+        // The inputs of the last row of taps are those of the first row in the next step.
 #pragma unroll
         for (int i = 0; i < 12; ++i) {
             rows[0][i / 4][i % 4] = rows[2][i / 4][i % 4];
@@ -148,16 +131,17 @@ struct StepProducts {
 // In float32, one row of eight pixels; outputs 2 i and 2 i + 1 are rows i and i + 8 of a product.
 template <typename operand_t>
 struct FloatStepProducts {
-    using Size = Wide<operand_t>;
+    using Config = TensorCoreGradientConfig<operand_t>;
 
-    unsigned rows[3][3][Size::kBlocks][2];  // by row and column of taps, 8 channels, and half of the pixels
+    unsigned rows[3][3][Config::kBlocks][2];  // by row and column of taps, 8 channels, and half of the pixels
 
     __device__ __forceinline__ void load_row(const Shared<float>& inputs, int row) {
         const auto words = pointer_cast<const unsigned>(inputs);
 #pragma unroll
-        for (int i = 0; i < 6 * Size::kBlocks; ++i) {
+        for (int i = 0; i < 6 * Config::kBlocks; ++i) {
             const int x = i / 2 % 3, block = i / 6, half = i % 2;
-            rows[row][x][block][half] = words[(row * Size::kRimWidth + x + half * 4) * Size::kInputRow + block * 8];
+            rows[row][x][block][half] =
+                words[(row * Config::kHaloWidth + x + half * 4) * Config::kInputRow + block * 8];
         }
     }
     __device__ __forceinline__ void begin(const Shared<float>& inputs) {
@@ -165,12 +149,12 @@ struct FloatStepProducts {
         load_row(inputs, 1);
     }
     __device__ __forceinline__ void multiply(
-        const Shared<float>& inputs, const Shared<float>& gradients, GradientSums<Size::kBlocks>& sums) {
+        const Shared<float>& inputs, const Shared<float>& gradients, GradientSums<Config::kBlocks>& sums) {
         const auto words = pointer_cast<const unsigned>(gradients);
         Fragment<operand_t, 4> a[2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const Vec<unsigned, 2> pair = load_vector<2>(words + (i % 2 * 4 * Size::kGradientRow + i / 2 * 16));
+            const Vec<unsigned, 2> pair = load_vector<2>(words + (i % 2 * 4 * Config::kGradientRow + i / 2 * 16));
             a[i / 2].set(i % 2 * 2, prepared(pair[0], operand_t{}));
             a[i / 2].set(i % 2 * 2 + 1, prepared(pair[1], operand_t{}));
         }
@@ -178,7 +162,7 @@ struct FloatStepProducts {
 #pragma unroll
         for (int tap = 0; tap < kTaps; ++tap) {
 #pragma unroll
-            for (int block = 0; block < Size::kBlocks; ++block) {
+            for (int block = 0; block < Config::kBlocks; ++block) {
                 Fragment<operand_t, 2> b;
                 b.set(0, rows[tap / 3][tap % 3][block][0]);
                 b.set(1, rows[tap / 3][tap % 3][block][1]);
@@ -186,66 +170,72 @@ struct FloatStepProducts {
                 multiply_add(sums[tap][1][block], a[1], b);
             }
         }
-        // Two rows of taps have what those before take next.
+        // The inputs of the last two rows of taps are those of the first two in the next step.
 #pragma unroll
-        for (int i = 0; i < 12 * Size::kBlocks; ++i) {
-            const int row = i % 2, x = i / 2 % 3, block = i / 6 % Size::kBlocks, half = i / (6 * Size::kBlocks);
+        for (int i = 0; i < 12 * Config::kBlocks; ++i) {
+            const int row = i % 2, x = i / 2 % 3, block = i / 6 % Config::kBlocks, half = i / (6 * Config::kBlocks);
             rows[row][x][block][half] = rows[row + 1][x][block][half];
         }
     }
 };
 
-// 16-bit types on the tensor cores, and float32 by TF32.
+// 16-bit types on the tensor cores, and float32 by TF32. In 16 bits a block of 8 warps computes 64 outputs x 64
+// channels, each warp 32 x 16 for all taps by mma.sync with float32 sums. A step is 2 rows of 8 pixels: rows of inputs,
+// loaded by ldmatrix.trans, serve all taps from registers, and the last ones the next step too. The next tile (16 x 8
+// pixels) is loaded inoffset to the other buffer meanwhile: gradients by cp.async, inputs through registers, a chunk
+// per step. In float32 a step is one row of 8 pixels and a tile 8 x 8.
 template <typename operand_t, int kAccess>
-__global__ void __launch_bounds__(Wide<operand_t>::kThreads, 1) conv3x3_weight_gradient_tensor_core_kernel(
-    const __grid_constant__ GradientTable<element_t<operand_t>> table,
-    Global<float> sums_out,  // (parts, 9, O, C)
-    const int outputs, const int channels) {
+__global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads, 1)
+    conv3x3_weight_gradient_tensor_core_kernel(
+        const __grid_constant__ GradientTable<element_t<operand_t>> table,
+        Global<float> sums_out,  // (parts, 9, O, C)
+        const int outputs, const int channels) {
     using scalar_t = element_t<operand_t>;
-    using Size = Wide<operand_t>;
+    using Config = TensorCoreGradientConfig<operand_t>;
     constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, shared);  // 2 x (inputs [pixel with halo][channel], gradients [pixel][output])
-    SPATIALFLOW_SHARED(int64_t, places, 2 * Size::kFetched);  // of InputReader
+    SPATIALFLOW_SHARED(int64_t, pixel_offsets, 2 * Config::kFetched);  // see InputReader
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
-    const int first_output = static_cast<int>(blockIdx.x) * Size::kOutputs;
-    const int first_channel = static_cast<int>(blockIdx.y) * Size::kChannels;
-    const int warp_output = warp % 2 * 32, warp_channel = warp / 2 * Size::kWarpChannels;
+    const int first_output = static_cast<int>(blockIdx.x) * Config::kOutputs;
+    const int first_channel = static_cast<int>(blockIdx.y) * Config::kChannels;
+    const int warp_output = warp % 2 * 32, warp_channel = warp / 2 * Config::kWarpChannels;
 
-    // What this thread brings: 16 bytes of channels, and of outputs, of a pixel of each piece.
-    constexpr int kInputThreads = Size::kChannels / Size::kVector, kGradientThreads = Size::kOutputs / Size::kVector;
-    const int own_channel = thread % kInputThreads * Size::kVector, own_input = thread / kInputThreads;
-    const int own_output = thread % kGradientThreads * Size::kVector, own_pixel = thread / kGradientThreads;
-    InputReader<Size::kHeight, Size::kWidth, Size::kFetched, scalar_t> reader;
-    auto input_target = pointer_cast<unsigned>(shared + (own_input * Size::kInputRow + own_channel));
-    auto gradient_target = shared + (Size::kGradients + own_pixel * Size::kGradientRow + own_output);
+    // This thread loads 16 bytes of channels, and of outputs, of a pixel of each chunk.
+    constexpr int kInputThreads = Config::kChannels / Config::kVector,
+                  kGradientThreads = Config::kOutputs / Config::kVector;
+    const int thread_channel = thread % kInputThreads * Config::kVector, thread_input = thread / kInputThreads;
+    const int thread_output = thread % kGradientThreads * Config::kVector, thread_pixel = thread / kGradientThreads;
+    InputReader<Config::kHeight, Config::kWidth, Config::kFetched, scalar_t> reader;
+    auto input_target = pointer_cast<unsigned>(shared + (thread_input * Config::kInputRow + thread_channel));
+    auto gradient_target = shared + (Config::kGradients + thread_pixel * Config::kGradientRow + thread_output);
     const auto begin_inputs = [&](const GradientLevel<scalar_t>& level, const MapTile& map) {
-        reader.begin(level.input, map, first_channel + own_channel, places);
+        reader.begin(level.input, map, first_channel + thread_channel, pixel_offsets);
     };
-    const auto fetch_inputs = [&](int piece) {
-        return reader.template fetch<kAccess>(places, piece * Size::kPiece + own_input);
+    const auto fetch_inputs = [&](int chunk) {
+        return reader.template fetch<kAccess>(pixel_offsets, chunk * Config::kChunkPixels + thread_input);
     };
-    const auto keep_inputs = [&](int piece, const SumTerms& terms) {
+    const auto store_inputs = [&](int chunk, const SumTerms& terms) {
         Vec<unsigned, 4> words = sum_of<scalar_t>(terms);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             words[i] = prepared(words[i], operand_t{});
         }
-        if (Size::kInputs == Size::kFetched || piece * Size::kPiece + own_input < Size::kInputs) {
-            store_vector(input_target + piece * (Size::kPiece * Size::kInputRow / kWord), words);
+        if (Config::kInputs == Config::kFetched || chunk * Config::kChunkPixels + thread_input < Config::kInputs) {
+            store_vector(input_target + chunk * (Config::kChunkPixels * Config::kInputRow / kWord), words);
         }
     };
     const auto copy_gradients = [&](const GradientLevel<scalar_t>& level, const MapTile& map) {
         const ConvSource<scalar_t>& source = level.gradient;
-        const int y = map.y + own_pixel / Size::kWidth, x = map.x + own_pixel % Size::kWidth;
-        const int left = x < source.width ? source.channels - first_output - own_output : 0;
+        const int y = map.y + thread_pixel / Config::kWidth, x = map.x + thread_pixel % Config::kWidth;
+        const int left = x < source.width ? source.channels - first_output - thread_output : 0;
         Global<const scalar_t> pixel =
-            source.x + (map.image * source.x_n + y * source.x_h + x * source.x_w + first_output + own_output);
+            source.x + (map.image * source.x_n + y * source.x_h + x * source.x_w + first_output + thread_output);
 #pragma unroll
-        for (int i = 0; i < Size::kPixels / Size::kCopied; ++i) {
-            constexpr int kRows = Size::kCopied / Size::kWidth;
-            const auto target = gradient_target + i * Size::kCopied * Size::kGradientRow;
+        for (int i = 0; i < Config::kPixels / Config::kCopied; ++i) {
+            constexpr int kRows = Config::kCopied / Config::kWidth;
+            const auto target = gradient_target + i * Config::kCopied * Config::kGradientRow;
             const int present = y + i * kRows < source.height ? left : 0;
-            if constexpr (kAccess == Size::kVector) {
+            if constexpr (kAccess == Config::kVector) {
                 cp_async_16(target, pixel, present > 0);
             } else {
                 store_vector(pointer_cast<unsigned>(target), load_words<kAccess>(pixel, present));
@@ -255,42 +245,42 @@ __global__ void __launch_bounds__(Wide<operand_t>::kThreads, 1) conv3x3_weight_g
         cp_async_commit();
     };
 
-    TileReader<Size::kHeight, Size::kWidth, scalar_t> tiles(table);
+    TileReader<Config::kHeight, Config::kWidth, scalar_t> tiles(table);
     copy_gradients(table.levels[tiles.level], tiles.map);
     begin_inputs(table.levels[tiles.level], tiles.map);
     __syncthreads();
     {
-        SumTerms pieces[Size::kPieces];
+        SumTerms chunks[Config::kChunks];
 #pragma unroll
-        for (int piece = 0; piece < Size::kPieces; ++piece) {
-            pieces[piece] = fetch_inputs(piece);
+        for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+            chunks[chunk] = fetch_inputs(chunk);
         }
 #pragma unroll
-        for (int piece = 0; piece < Size::kPieces; ++piece) {
-            keep_inputs(piece, pieces[piece]);
+        for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+            store_inputs(chunk, chunks[chunk]);
         }
     }
-    // Where this lane points ldmatrix, or reads: a pixel of a step in float32.
-    constexpr int kInputStep = Size::kStepRows * Size::kRimWidth * Size::kInputRow;
-    constexpr int kGradientStep = Size::kStepRows * Size::kWidth * Size::kGradientRow;
-    int input_at = (lane / 8 % 2 * Size::kRimWidth + lane % 8) * Size::kInputRow + lane / 16 * 8;
-    int gradient_at = (lane / 16 * 8 + lane % 8) * Size::kGradientRow + lane / 8 % 2 * 8;
+    // Offsets at which this lane reads by ldmatrix, or in float32 a pixel of a step.
+    constexpr int kInputStep = Config::kStepRows * Config::kHaloWidth * Config::kInputRow;
+    constexpr int kGradientStep = Config::kStepRows * Config::kWidth * Config::kGradientRow;
+    int input_at = (lane / 8 % 2 * Config::kHaloWidth + lane % 8) * Config::kInputRow + lane / 16 * 8;
+    int gradient_at = (lane / 16 * 8 + lane % 8) * Config::kGradientRow + lane / 8 % 2 * 8;
     if constexpr (sizeof(scalar_t) == 4) {
-        input_at = lane % 4 * Size::kInputRow + lane / 4;
-        gradient_at = lane % 4 * Size::kGradientRow + lane / 4 * 2;
+        input_at = lane % 4 * Config::kInputRow + lane / 4;
+        gradient_at = lane % 4 * Config::kGradientRow + lane / 4 * 2;
     }
     auto inputs = shared + (input_at + warp_channel);
-    auto gradients = shared + (Size::kGradients + gradient_at + warp_output);
-    int turn = Size::kBuffer;  // to the other half
-    GradientSums<Size::kBlocks> sums = {};
+    auto gradients = shared + (Config::kGradients + gradient_at + warp_output);
+    int buffer_offset = Config::kBuffer;  // offset to the other buffer
+    GradientSums<Config::kBlocks> sums = {};
     while (tiles.valid()) {
         const int rows_left = table.levels[tiles.level].gradient.height - tiles.map.y;
-        const int steps = (rows_left + Size::kStepRows - 1) / Size::kStepRows;
+        const int steps = (rows_left + Config::kStepRows - 1) / Config::kStepRows;
         tiles.advance();
         cp_async_wait<0>();
         __syncthreads();
-        input_target += turn / kWord;
-        gradient_target += turn;
+        input_target += buffer_offset / kWord;
+        gradient_target += buffer_offset;
         reader.end();
         if (tiles.valid()) {
             begin_inputs(table.levels[tiles.level], tiles.map);
@@ -300,9 +290,9 @@ __global__ void __launch_bounds__(Wide<operand_t>::kThreads, 1) conv3x3_weight_g
         std::conditional_t<sizeof(scalar_t) == 2, StepProducts<operand_t>, FloatStepProducts<operand_t>> products;
         products.begin(inputs);
 #pragma unroll 1
-        for (int step = 0; step < Size::kSteps; ++step) {
+        for (int step = 0; step < Config::kSteps; ++step) {
             SumTerms terms{};
-            if (step < Size::kPieces) {
+            if (step < Config::kChunks) {
                 terms = fetch_inputs(step);
             }
             if (step < steps) {
@@ -310,20 +300,20 @@ __global__ void __launch_bounds__(Wide<operand_t>::kThreads, 1) conv3x3_weight_g
             }
             inputs += kInputStep;
             gradients += kGradientStep;
-            if (step < Size::kPieces) {
-                keep_inputs(step, terms);
+            if (step < Config::kChunks) {
+                store_inputs(step, terms);
             }
         }
-        inputs += turn - Size::kSteps * kInputStep;
-        gradients += turn - Size::kSteps * kGradientStep;
-        turn = -turn;
+        inputs += buffer_offset - Config::kSteps * kInputStep;
+        gradients += buffer_offset - Config::kSteps * kGradientStep;
+        buffer_offset = -buffer_offset;
     }
     const bool paired = channels % 2 == 0;
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
 #pragma unroll
-        for (int i = 0; i < 4 * Size::kBlocks; ++i) {
-            const int half = i % 2, block = i / 2 % Size::kBlocks, rows = i / (2 * Size::kBlocks);
+        for (int i = 0; i < 4 * Config::kBlocks; ++i) {
+            const int half = i % 2, block = i / 2 % Config::kBlocks, rows = i / (2 * Config::kBlocks);
             const int row = sizeof(scalar_t) == 2 ? half * 8 + lane / 4 : lane / 4 * 2 + half;  // of a product
             const int o = first_output + warp_output + rows * 16 + row;
             const int c = first_channel + warp_channel + block * 8 + lane % 4 * 2;
@@ -345,94 +335,108 @@ __global__ void __launch_bounds__(Wide<operand_t>::kThreads, 1) conv3x3_weight_g
     }
 }
 
-// Sizes of the kernel for float32 and float64.
-struct Plain {
+// Sizes of the kernel for float64, and for float32 with "direct". A block of 8 warps computes 32 outputs x 32 channels:
+// a lane per channel, four outputs per warp, 36 sums a thread. A window of 3 x 3 inputs slides along the row, so that a
+// pixel costs 3 loads of inputs and a broadcast of 4 gradients for 36 multiply-adds.
+struct SimtGradientConfig {
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 32, kChannels = kWarpSize;
     static constexpr int kSide = 8, kHeight = kSide, kWidth = kSide, kPixels = kSide * kSide;
-    static constexpr int kHaloSide = kSide + 2, kHalo = kHaloSide * kHaloSide;
-    static constexpr int kOwnOutputs = kOutputs / (kThreads / kWarpSize);  // of a warp
+    static constexpr int kHaloSide = kSide + 2, kHaloPixels = kHaloSide * kHaloSide;
+    static constexpr int kWarpOutputs = kOutputs / (kThreads / kWarpSize);  // of a warp
 };
 
 template <typename scalar_t, int kAccess>
-__global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_kernel(
+__global__ void __launch_bounds__(SimtGradientConfig::kThreads, 1) conv3x3_weight_gradient_kernel(
     const __grid_constant__ GradientTable<scalar_t> table,
     Global<scalar_t> sums_out,  // (parts, 9, O, C)
     const int outputs, const int channels) {
-    constexpr int kPart = kWideElements<scalar_t>;
-    SPATIALFLOW_SHARED(scalar_t, inputs, Plain::kHalo * Plain::kChannels);      // [pixel with halo][channel]
-    SPATIALFLOW_SHARED(scalar_t, gradients, Plain::kPixels * Plain::kOutputs);  // [pixel][output]
+    constexpr int kVector = kVectorElements<scalar_t>;
+    SPATIALFLOW_SHARED(
+        scalar_t, inputs,
+        SimtGradientConfig::kHaloPixels * SimtGradientConfig::kChannels);  // [pixel with halo][channel]
+    SPATIALFLOW_SHARED(
+        scalar_t, gradients, SimtGradientConfig::kPixels * SimtGradientConfig::kOutputs);  // [pixel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
-    const int own_output = thread / kWarpSize * Plain::kOwnOutputs;
-    const int first_output = static_cast<int>(blockIdx.x) * Plain::kOutputs;
-    const int first_channel = static_cast<int>(blockIdx.y) * Plain::kChannels;
-    // A thread whose sums belong to no weight only helps to fetch.
-    const bool busy = first_output + own_output < outputs && first_channel + lane < channels;
-    scalar_t sums[Plain::kOwnOutputs][kTaps] = {};
-    for (TileReader<Plain::kSide, Plain::kSide, scalar_t> tiles(table); tiles.valid(); tiles.advance()) {
-        const GradientLevel<scalar_t>& level = table.levels[tiles.level];
-        const MapTile& map = tiles.map;
-        for (int i = thread; i < Plain::kHalo * Plain::kChannels / 4; i += Plain::kThreads) {
-            const int pixel = i / (Plain::kChannels / 4), c = i % (Plain::kChannels / 4) * 4;
-            const Vec<scalar_t, 4> values = load_sum<4, kAccess>(
-                level.input, map.image, map.y + pixel / Plain::kHaloSide - 1, map.x + pixel % Plain::kHaloSide - 1,
-                first_channel + c);
+    const int thread_output = thread / kWarpSize * SimtGradientConfig::kWarpOutputs;
+    const int first_output = static_cast<int>(blockIdx.x) * SimtGradientConfig::kOutputs;
+    const int first_channel = static_cast<int>(blockIdx.y) * SimtGradientConfig::kChannels;
+    // A thread whose sums are outside the weight only loads.
+    const bool has_sums = first_output + thread_output < outputs && first_channel + lane < channels;
+    scalar_t sums[SimtGradientConfig::kWarpOutputs][kTaps] = {};
+    const auto multiply_pixel = [&](int pixel, const scalar_t(&window)[3][3]) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                inputs[pixel * Plain::kChannels + c + j] = values[j];
+        for (int part = 0; part < SimtGradientConfig::kWarpOutputs; part += kVector) {
+            const auto values =
+                load_vector<kVector>(gradients + (pixel * SimtGradientConfig::kOutputs + thread_output + part));
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+                for (int tap = 0; tap < kTaps; ++tap) {
+                    sums[part + i][tap] += values[i] * window[tap / 3][tap % 3];
+                }
             }
         }
-        for (int i = thread; i < Plain::kPixels * Plain::kOutputs / 4; i += Plain::kThreads) {
-            const int pixel = i / (Plain::kOutputs / 4), o = i % (Plain::kOutputs / 4) * 4;
+    };
+    for (TileReader<SimtGradientConfig::kSide, SimtGradientConfig::kSide, scalar_t> tiles(table); tiles.valid();
+         tiles.advance()) {
+        const GradientLevel<scalar_t>& level = table.levels[tiles.level];
+        const MapTile& map = tiles.map;
+        for (int i = thread; i < SimtGradientConfig::kHaloPixels * SimtGradientConfig::kChannels / 4;
+             i += SimtGradientConfig::kThreads) {
+            const int pixel = i / (SimtGradientConfig::kChannels / 4), c = i % (SimtGradientConfig::kChannels / 4) * 4;
             const Vec<scalar_t, 4> values = load_sum<4, kAccess>(
-                level.gradient, map.image, map.y + pixel / Plain::kSide, map.x + pixel % Plain::kSide,
-                first_output + o);
+                level.input, map.image, map.y + pixel / SimtGradientConfig::kHaloSide - 1,
+                map.x + pixel % SimtGradientConfig::kHaloSide - 1, first_channel + c);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                gradients[pixel * Plain::kOutputs + o + j] = values[j];
+                inputs[pixel * SimtGradientConfig::kChannels + c + j] = values[j];
+            }
+        }
+        for (int i = thread; i < SimtGradientConfig::kPixels * SimtGradientConfig::kOutputs / 4;
+             i += SimtGradientConfig::kThreads) {
+            const int pixel = i / (SimtGradientConfig::kOutputs / 4), o = i % (SimtGradientConfig::kOutputs / 4) * 4;
+            const Vec<scalar_t, 4> values = load_sum<4, kAccess>(
+                level.gradient, map.image, map.y + pixel / SimtGradientConfig::kSide,
+                map.x + pixel % SimtGradientConfig::kSide, first_output + o);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                gradients[pixel * SimtGradientConfig::kOutputs + o + j] = values[j];
             }
         }
         __syncthreads();
-        for (int y = 0; busy && y < Plain::kSide; ++y) {
+        for (int y = 0; has_sums && y < SimtGradientConfig::kSide; ++y) {
             scalar_t window[3][3];  // [row][column] of inputs around the pixel
 #pragma unroll
             for (int row = 0; row < 3; ++row) {
 #pragma unroll
                 for (int column = 1; column < 3; ++column) {
-                    window[row][column] = inputs[((y + row) * Plain::kHaloSide + column - 1) * Plain::kChannels + lane];
+                    window[row][column] = inputs
+                        [((y + row) * SimtGradientConfig::kHaloSide + column - 1) * SimtGradientConfig::kChannels +
+                         lane];
                 }
             }
 #pragma unroll
-            for (int x = 0; x < Plain::kSide; ++x) {
+            for (int x = 0; x < SimtGradientConfig::kSide; ++x) {
 #pragma unroll
                 for (int row = 0; row < 3; ++row) {
                     window[row][0] = window[row][1];
                     window[row][1] = window[row][2];
-                    window[row][2] = inputs[((y + row) * Plain::kHaloSide + x + 2) * Plain::kChannels + lane];
+                    window[row][2] = inputs
+                        [((y + row) * SimtGradientConfig::kHaloSide + x + 2) * SimtGradientConfig::kChannels + lane];
                 }
-#pragma unroll
-                for (int part = 0; part < Plain::kOwnOutputs; part += kPart) {
-                    const auto some =
-                        load_vector<kPart>(gradients + ((y * Plain::kSide + x) * Plain::kOutputs + own_output + part));
-#pragma unroll
-                    for (int i = 0; i < kPart; ++i) {
-#pragma unroll
-                        for (int tap = 0; tap < kTaps; ++tap) {
-                            sums[part + i][tap] += some[i] * window[tap / 3][tap % 3];
-                        }
-                    }
-                }
+                multiply_pixel(y * SimtGradientConfig::kSide + x, window);
             }
         }
         __syncthreads();
     }
     const int c = first_channel + lane;
 #pragma unroll
-    for (int i = 0; i < Plain::kOwnOutputs; ++i) {
-        const int o = first_output + own_output + i;
+    for (int i = 0; i < SimtGradientConfig::kWarpOutputs; ++i) {
+        const int o = first_output + thread_output + i;
 #pragma unroll
         for (int tap = 0; tap < kTaps; ++tap) {
-            if (busy && o < outputs) {
+            if (has_sums && o < outputs) {
                 const int64_t row = (static_cast<int64_t>(blockIdx.z) * kTaps + tap) * outputs + o;
                 sums_out[row * channels + c] = sums[i][tap];
             }
@@ -440,7 +444,7 @@ __global__ void __launch_bounds__(Plain::kThreads, 1) conv3x3_weight_gradient_ke
     }
 }
 
-// The sum over parts, in their order: a thread per output and channel.
+// Sum over parts in order: a thread per output and channel.
 template <typename scalar_t>
 __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
     Global<const accum_t<scalar_t>> sums,  // (parts, 9, O, C)
@@ -467,20 +471,20 @@ __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Blocks in all that parts are made for: on a large card one for each multiprocessor, or eight small ones.
+// Number of blocks that the number of parts is chosen for: on a large GPU one per multiprocessor, or eight small ones.
 template <typename operand_t>
-constexpr int64_t kWantedBlocks = kIsPlain<operand_t> ? 1056 : 132;
+constexpr int64_t kWantedBlocks = kIsSimt<operand_t> ? 1056 : 132;
 
 template <typename operand_t>
 std::vector<GradientTable<element_t<operand_t>>> gradient_tables(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const std::vector<Tensor>& grad_output,
     int64_t blocks_of_a_part) {
     using scalar_t = element_t<operand_t>;
-    using Size = std::conditional_t<kIsPlain<operand_t>, Plain, Wide<operand_t>>;
+    using Config = std::conditional_t<kIsSimt<operand_t>, SimtGradientConfig, TensorCoreGradientConfig<operand_t>>;
     const char* op = "flow_conv2d_weight_gradient";
     std::vector<GradientTable<scalar_t>> tables;
     for (size_t i = 0; i < x.size(); ++i) {
-        const int64_t rows = ceil_div(x[i].size(2), Size::kHeight), columns = ceil_div(x[i].size(3), Size::kWidth);
+        const int64_t rows = ceil_div(x[i].size(2), Config::kHeight), columns = ceil_div(x[i].size(3), Config::kWidth);
         const int64_t tiles = x[i].size(0) * rows * columns;
         if (tiles == 0) {
             continue;
@@ -509,10 +513,10 @@ void launch_gradient(
     const Tensor& grad_weight, Stream stream) {
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Size = std::conditional_t<kIsPlain<operand_t>, Plain, Wide<operand_t>>;
+    using Config = std::conditional_t<kIsSimt<operand_t>, SimtGradientConfig, TensorCoreGradientConfig<operand_t>>;
     const int64_t outputs = grad_weight.size(0), channels = grad_weight.size(1);
-    const int64_t output_blocks = ceil_div(outputs, Size::kOutputs);
-    const int64_t channel_blocks = ceil_div(channels, Size::kChannels);
+    const int64_t output_blocks = ceil_div(outputs, Config::kOutputs);
+    const int64_t channel_blocks = ceil_div(channels, Config::kChannels);
     check(channel_blocks <= 65535, "flow_conv2d_weight_gradient: too many channels for CUDA, got ", channels);
     const std::vector<GradientTable<scalar_t>> tables =
         gradient_tables<operand_t>(x, flow, grad_output, output_blocks * channel_blocks);
@@ -522,8 +526,8 @@ void launch_gradient(
     }
     const Tensor sums =
         empty_like_sized(grad_weight, {parts, kTaps, outputs, channels}, accum_dtype(grad_weight.scalar_type()));
-    const bool wide =
-        has_wide_channels<scalar_t>(x) && has_wide_channels<scalar_t>(flow) && has_wide_channels<scalar_t>(grad_output);
+    const bool vectorized = has_vectorizable_channels<scalar_t>(x) && has_vectorizable_channels<scalar_t>(flow) &&
+                            has_vectorizable_channels<scalar_t>(grad_output);
     Global<real_t> target = mutable_data<real_t>(sums);
     for (const GradientTable<scalar_t>& table : tables) {
         const dim3 blocks(
@@ -531,18 +535,18 @@ void launch_gradient(
             static_cast<unsigned>(table.parts));
         const auto run = [&](auto access) {
             constexpr int kAccess = decltype(access)::value;
-            if constexpr (kIsPlain<operand_t>) {
+            if constexpr (kIsSimt<operand_t>) {
                 launch<conv3x3_weight_gradient_kernel<scalar_t, kAccess>>(
-                    blocks, dim3(Size::kThreads), 0, stream, table, target, static_cast<int>(outputs),
+                    blocks, dim3(Config::kThreads), 0, stream, table, target, static_cast<int>(outputs),
                     static_cast<int>(channels));
             } else {
                 launch<conv3x3_weight_gradient_tensor_core_kernel<operand_t, kAccess>>(
-                    blocks, dim3(Size::kThreads), Size::kSharedBytes, stream, table, target, static_cast<int>(outputs),
-                    static_cast<int>(channels));
+                    blocks, dim3(Config::kThreads), Config::kSharedBytes, stream, table, target,
+                    static_cast<int>(outputs), static_cast<int>(channels));
             }
         };
-        if (wide) {
-            run(std::integral_constant<int, kWideElements<scalar_t>>{});
+        if (vectorized) {
+            run(std::integral_constant<int, kVectorElements<scalar_t>>{});
         } else {
             run(std::integral_constant<int, 1>{});
         }

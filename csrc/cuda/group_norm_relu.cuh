@@ -264,7 +264,7 @@ inline dim3 grid_of(const NormShape& shape, const NormParts& parts) {
 // Calls run(width) with the channels of a vector: 16 bytes if all pixels of `tensors` are made of those, else one.
 template <typename scalar_t, typename Run>
 void dispatch_width(std::initializer_list<const Tensor*> tensors, const Run& run) {
-    constexpr int kWidth = kWideElements<scalar_t>;
+    constexpr int kWidth = kVectorElements<scalar_t>;
     const auto is_vectorizable = [](const Tensor* tensor) {
         return tensor->size(1) % kWidth == 0 && stride_of(*tensor, 0) % kWidth == 0 &&
                stride_of(*tensor, 2) % kWidth == 0 && stride_of(*tensor, 3) % kWidth == 0 &&

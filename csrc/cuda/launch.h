@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Host side of a CUDA op: from torch tensors to typed device pointers, the device, its stream, and the registration.
+// Host side of a CUDA operator: device pointers of tensors, the current device and stream, and the registration.
 #pragma once
 
 #include "cuda/platform.h"
@@ -83,7 +83,8 @@ inline Global<scalar_t> mutable_data(const Tensor& tensor, int64_t begin, int64_
 
 #endif
 
-// Calls body(scalar_t{}) with the device type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
+// Calls body(scalar_t{}) with the device type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ...
+// }`.
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
     dispatch_floating_types<float16, bfloat16>(op, dtype, body);
@@ -91,7 +92,7 @@ inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A grid dimension, refused beyond what a launch can hold.
+// Returns a grid dimension; raises an error if a launch cannot have so many blocks.
 inline unsigned grid_size(const char* op, int64_t blocks) {
     check(blocks <= 0x7fffffff, op, ": the problem needs ", blocks, " thread blocks, a launch holds 2147483647");
     return static_cast<unsigned>(blocks);

@@ -1,19 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Detections of a batch on CUDA, from boxes (B, N, 4) and per-class scores (B, N, C), without a word to the host.
+// Class-wise NMS of a batch on CUDA, from boxes (B, N, 4) and per-class scores (B, N, C), without a read back.
 //
-// Class-wise NMS followed by the best D over all classes is one greedy pass over all (box, class) pairs in score order,
-// which may stop when D are kept. So only the best pairs are ever sorted:
+// Class-wise NMS followed by the best D over all classes equals one greedy pass over all (box, class) pairs in score
+// order that stops when D pairs are kept. So only the best pairs are sorted:
 //
-//   collect   a thread per eight scores appends those above the threshold to a list of its image, in any order
-//   detect    a block per image: take the best 2048 or fewer not yet seen, in order (best_chunks.cuh), run the greedy
-//             pass (nms.cuh) over them in batches of 1024; again until D are kept or none is left
+//   collect   a thread per eight scores appends the scores above the threshold to a list of its image, in any order
+//   detect    a block per image takes the best 2048 pairs or fewer in order (best_chunks.cuh) and runs the greedy pass
+//             (nms.cuh) over batches of 1024. It repeats with the next pairs until D are kept or no pair is left.
 //
-// Memory: 8 bytes per score (12 for float64) for the lists; no N x N mask.
-//
-// Floor (H100, 3.0 TB/s), 5000 boxes x 80 classes: scores 1.6 MB once: 0.5 us, so it is latency: three launches, for
-// every 2048 candidates three passes over the list and 66 steps of the sort (51 of them by shuffles), about 12 us, and
-// about 0.05 us for every box kept, or less: a warp's classes go side by side.
+// Memory: 8 bytes per score (12 for float64) for the lists.
 #include "cuda/best_chunks.cuh"
 #include "cuda/nms.cuh"
 #include "cuda/workspace.cuh"

@@ -1,27 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// nms and batched_nms on CUDA: the candidates of a class by descending score, each kept unless a kept one of its class
-// suppresses it (common/nms.h, the same bits as on the CPU). nms is batched_nms of one class.
+// nms and batched_nms on CUDA: greedy non-maximum suppression within classes (common/nms.h), with the result of the CPU
+// to the last bit. nms is batched_nms of one class. Memory is linear in N: 56 bytes a candidate (float64: 88).
 //
-//   1. order     entries (class, score, row), all different, are sorted: chunks of 2048 in shared memory; then entries
-//                of up to 4 chunks are searched for in all of them, more are merged run by run, a block per 1024
-//                entries of the outcome (merge path). By comparisons, not by digits: class numbers are any int64
-//   2. gather    boxes in that order (placed with their entries, up to 4 chunks); for every tile of 1024 candidates,
-//                where the class at its front begins
-//   3. rounds    a class may span tiles, a tile may hold classes. Round r takes the r-th tile of every class:
-//      suppress  a thread per candidate of later tiles tests it against those that its class kept in the last round
-//      greedy    a block per tile keeps and drops among those of its candidates whose turn it is: in round 0 of all
-//                classes that begin in the tile; r rounds later of a class that began r tiles before
-//   4. collect   what is kept, appended in any order, is sorted by (score, row); one class was appended in order
-//
-// Nothing is read back before the host must know the number of rows of the result. Only in batched_nms, and only if a
-// class spans more than kRoundsAhead tiles, its other rounds and a second read come after that. Memory is linear in N:
-// 56 bytes a candidate (float64: 88), one tensor; there is no N x N bit mask.
-//
-// Floor (H100): 5000 boxes are 100 KB, so it is latency: 2 launches to order, 3 for two rounds (9 for the five of one
-// class), 2 to collect, and about 0.05 us for every box that a class keeps in a tile. 80 classes x 5000 boxes: a merge
-// reads and writes 13 MB in the L2 cache; 20 launches of about 5 us to order and collect; 6 rounds, in each 80 tiles
-// side by side for up to 0.1 ms; at most 6 * 10^8 tests of about 25 instructions to suppress, 0.5 ms: 1 ms in all.
+//   1. order    sort the entries (class, score, row): chunks of 2048 in shared memory, then a search in all chunks
+//               (up to 4 chunks) or merges of runs (more chunks)
+//   2. gather   boxes in that order; for every tile of 1024 candidates, the begin of the class of its first candidate
+//   3. rounds   a class may span tiles, and a tile may hold classes; round r handles the r-th tile of every class
+//      suppress   a thread per candidate of later tiles tests it against the boxes that its class kept last round
+//      greedy     a block per tile decides on the candidates of this round: in round 0 all classes that begin in the
+//                 tile, in round r the class that began r tiles before
+//   4. collect  sort the kept entries by (score, row); entries of one class are in order already
 #include "cuda/nms.cuh"
 
 #include <utility>
@@ -37,12 +26,15 @@ constexpr int kMergeThreads = 256;
 constexpr int kMergeTile = 1024;
 constexpr int kTile = kGreedyThreads;
 constexpr int kSuppressThreads = 256;
-constexpr int kRankedChunks = 4;  // that are not merged: an entry is searched for in all of them
+constexpr int kRankedChunks = 4;  // up to so many chunks are not merged: an entry is searched for in all of them
 constexpr int64_t kRankedCount = static_cast<int64_t>(kRankedChunks) * kChunk;
-constexpr int64_t kRoundsAhead = 2;  // of batched_nms, before the host knows how many there are
+// Rounds of batched_nms that are launched before the host reads the number of rounds and of results. Only if a class
+// spans more tiles, the other rounds and a second read follow.
+constexpr int64_t kRoundsAhead = 2;
 static_assert(kChunk % kMergeTile == 0 && kTile % kSuppressThreads == 0, "a block works within one run, one tile");
 
-// An entry of a class: candidates in their order are classes one after the other, each by descending score.
+// An entry of a class. Its order is by class, then by descending score. Entries are sorted by comparisons, because
+// class numbers are any int64.
 template <typename key_t>
 struct alignas(sizeof(key_t) == 4 ? 16 : 8) ClassEntry {
     int64_t label;
@@ -57,7 +49,7 @@ __host__ __device__ __forceinline__ bool operator<(const ClassEntry<key_t>& a, c
 template <typename real_t>
 using ClassEntryOf = ClassEntry<ScoreKey<real_t>>;
 
-// Rows that take no part have it, and come last in their class.
+// Key of rows that are not candidates; they come last in their class.
 template <typename real_t>
 constexpr ScoreKey<real_t> kNoKey = ~ScoreKey<real_t>(0);
 
@@ -65,9 +57,9 @@ struct Progress {
     unsigned kept, rounds;
 };
 
-// Candidates in class order, and what the rounds know of them.
+// Candidates in class order, and the state of the rounds.
 template <typename real_t>
-struct Candidates {
+struct CandidateState {
     Global<const ClassEntryOf<real_t>> entries;  // (N)
     Global<Box<real_t>> boxes;                   // (N)
     Global<int> removed;                         // (N), not 0: suppressed, or not a candidate
@@ -82,7 +74,7 @@ struct Candidates {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// What the entries are made of.
+// The arguments of the operator as a source of entries.
 template <typename real_t>
 struct Rows {
     Global<const Box<real_t>> boxes;  // (N)
@@ -98,8 +90,9 @@ struct Rows {
     }
 };
 
-// Entries as a source. It is a struct because a kernel must not have a restrict-qualified pointer as a template
-// argument: nvcc names such a kernel differently for host and device, and the launch fails ("invalid device function").
+// Sorted entries as a source of entries. It is a struct because a kernel must not have a restrict-qualified pointer as
+// a template argument: nvcc names such a kernel differently for host and device, and the launch fails ("invalid device
+// function").
 template <typename real_t>
 struct Entries {
     Global<const ClassEntryOf<real_t>> values;  // (N)
@@ -136,7 +129,8 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     }
 }
 
-// The first i in [low, high) that is not `before`, or high; those that are come first. All lanes of a warp call it.
+// Returns the first i in [low, high) for which before(i) is false, or high. before(i) is true up to that i. All lanes
+// of a warp call it.
 template <typename Before>
 __device__ __forceinline__ int64_t partition_point(int64_t low, int64_t high, Before before) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -166,7 +160,7 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
     const int64_t right = left + run < count ? left + run : count, end = right + run < count ? right + run : count;
     const int size = static_cast<int>(end - first < kMergeTile ? end - first : kMergeTile);
     if (warp < 2) {
-        // How many of the entries before the tile, or before its end, come from the left run?
+        // Number of entries before the tile, or before its end, that come from the left run.
         const int64_t before = first - left + warp * size;
         const int64_t least = before > end - right ? before - (end - right) : 0;
         const int64_t most = before < right - left ? before : right - left;
@@ -195,11 +189,11 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
                 high = middle;
             }
         }
-        merged[first + i + low - from_left] = own;  // the right part's places, i or low, count from from_left
+        merged[first + i + low - from_left] = own;  // positions in the right part count from from_left
     }
 }
 
-// How many of the entries of kRankedChunks sorted chunks come before `own`: the steps of all searches side by side.
+// Number of entries of kRankedChunks sorted chunks that come before `own`. The searches of all chunks advance together.
 template <typename entry_t>
 __device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int count, const entry_t& own) {
     int before[kRankedChunks] = {};
@@ -227,13 +221,13 @@ __device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int 
     return rank;
 }
 
-// Merge and gather of up to kRankedCount candidates.
+// Merges and gathers up to kRankedCount candidates.
 template <typename real_t>
 __global__ void __launch_bounds__(kRowThreads) nms_place_kernel(
     Global<const ClassEntryOf<real_t>> chunks,  // (N)
     Global<const Box<real_t>> boxes,            // (N)
     Global<ClassEntryOf<real_t>> entries,       // (N), those of `candidates`
-    const Candidates<real_t> candidates) {
+    const CandidateState<real_t> candidates) {
     const int index = static_cast<int>(blockIdx.x) * kRowThreads + static_cast<int>(threadIdx.x);
     const int count = static_cast<int>(candidates.count);
     if (index >= count) {
@@ -268,7 +262,7 @@ __global__ void __launch_bounds__(kRowThreads) nms_place_rows_kernel(
 template <typename real_t>
 __global__ void __launch_bounds__(kTile) nms_gather_kernel(
     Global<const Box<real_t>> boxes,  // (N)
-    const Candidates<real_t> candidates) {
+    const CandidateState<real_t> candidates) {
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t tile = blockIdx.x, first = tile * kTile, index = first + thread;
     if (index < candidates.count) {
@@ -287,15 +281,16 @@ __global__ void __launch_bounds__(kTile) nms_gather_kernel(
 }
 
 template <typename real_t>
-__global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real_t> candidates, const int64_t round) {
+__global__ void __launch_bounds__(kTile)
+    nms_greedy_kernel(const CandidateState<real_t> candidates, const int64_t round) {
     SPATIALFLOW_SHARED(Box<real_t>, boxes, kTile);
     SPATIALFLOW_SHARED(int64_t, labels, kTile);
     SPATIALFLOW_SHARED(unsigned, kept_of_warp, kGreedyWarps);
     SPATIALFLOW_SHARED(unsigned, slots, kGreedySlots);
     SPATIALFLOW_SHARED(unsigned, kept_before, 1);
     const int64_t tile = blockIdx.x, first = tile * kTile, index = first + static_cast<int64_t>(threadIdx.x);
-    const int64_t turn_of_front = tile - candidates.begins[tile] / kTile;
-    if (round > 0 && round != turn_of_front) {
+    const int64_t round_of_front = tile - candidates.begins[tile] / kTile;
+    if (round > 0 && round != round_of_front) {
         return;
     }
     const int64_t last = first + kTile < candidates.count ? first + kTile - 1 : candidates.count - 1;
@@ -307,13 +302,14 @@ __global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real
         candidate.box = candidates.boxes[index];
         candidate.area = box_area(candidate.box);
         candidate.label = entry.label;
-        const int64_t turn = entry.label == candidates.entries[first].label ? turn_of_front : 0;
-        candidate.alive = turn == round && candidates.removed[index] == 0;
+        const int64_t own_round = entry.label == candidates.entries[first].label ? round_of_front : 0;
+        candidate.alive = own_round == round && candidates.removed[index] == 0;
     }
     int position;
     const int added = greedy_pass<real_t, int64_t>(
         candidate, kTile, boxes, labels, kept_of_warp, slots, candidates.threshold, position);
-    // Later tiles go on with the last class alone. Its candidates are the last ones, so the others kept rank before.
+    // Only the last class of the tile can continue in later tiles. Its candidates come last, so the kept candidates of
+    // other classes have lower positions.
     const int others = __syncthreads_count(position >= 0 && candidate.label != last_label);
     if (threadIdx.x == 0) {
         candidates.listed_count[tile] = added - others;
@@ -331,11 +327,11 @@ __global__ void __launch_bounds__(kTile) nms_greedy_kernel(const Candidates<real
 
 template <typename real_t>
 __global__ void __launch_bounds__(kSuppressThreads)
-    nms_suppress_kernel(const Candidates<real_t> candidates, const int64_t round) {
+    nms_suppress_kernel(const CandidateState<real_t> candidates, const int64_t round) {
     SPATIALFLOW_SHARED(Box<real_t>, boxes, kSuppressThreads);
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kSuppressThreads + thread, tile = index / kTile;
-    const int64_t source = candidates.begins[tile] / kTile + round;  // has just had its turn
+    const int64_t source = candidates.begins[tile] / kTile + round;  // the tile of this class in `round`
     if (source >= tile) {
         return;
     }
@@ -344,7 +340,8 @@ __global__ void __launch_bounds__(kSuppressThreads)
     if (index < candidates.count) {
         box = candidates.boxes[index];
         alive = candidates.removed[index] == 0 &&
-                candidates.entries[index].label == candidates.entries[tile * kTile].label;  // others had their turn
+                candidates.entries[index].label ==
+                    candidates.entries[tile * kTile].label;  // other classes begin in this tile
     }
     const bool was_alive = alive;
     const real_t area = box_area(box);
@@ -387,7 +384,8 @@ void sort_chunks(
         dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, source, target, progress, count);
 }
 
-// Merges sorted chunks of `entries`; `scratch` is as large. They change places where the outcome lies in the other.
+// Merges the sorted chunks of `entries`. `scratch` has the same size; the two are swapped if the result is in
+// `scratch`.
 template <typename real_t>
 void merge_chunks(
     const char* op, Global<ClassEntryOf<real_t>>& entries, Global<ClassEntryOf<real_t>>& scratch, int64_t count,
@@ -424,7 +422,7 @@ Tensor kept_rows_of(
     if (!ranked) {
         merge_chunks<real_t>(op, entries, kept, count, stream);
     }
-    const Candidates<real_t> candidates{
+    const CandidateState<real_t> candidates{
         entries,
         workspace[sorted_boxes],
         workspace[removed],

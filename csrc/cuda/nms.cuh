@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What one thread block does for nms, multiclass_nms and select_candidates: the sort of a chunk of entries, and the
-// greedy pass of the first two.
+// Block-wide functions of the NMS operators: the sort of a chunk of entries (also for select_candidates) and the greedy
+// pass (nms, multiclass_nms).
 #pragma once
 
 #include <cstring>
@@ -44,8 +44,8 @@ __device__ __forceinline__ entry_t shuffle_xor(const entry_t& entry, int lanes) 
     return other;
 }
 
-// The steps below 64 of one width of the bitonic sort, or of all widths up to 64: in the registers of a warp, which
-// takes 64 neighbours, lanes 0 to 31 and again.
+// Runs the steps below 64 of the bitonic sort, for the widths from `first_width` to `last_width`, in registers. A warp
+// has 64 adjacent entries, two per lane: lane l has entries l and l + 32.
 template <typename entry_t>
 __device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, int first_width, int last_width) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
@@ -104,7 +104,7 @@ struct Candidate {
     Box<real_t> box;
     real_t area;
     label_t label;
-    bool alive;  // not suppressed so far, and takes part
+    bool alive;  // a candidate that is not suppressed so far
 };
 
 // True if the candidate in shared memory at `other` suppresses `candidate`.
@@ -118,11 +118,11 @@ __device__ __forceinline__ bool is_suppressed_by(
 constexpr int kLabelSlots = 256;
 constexpr int kGreedySlots = 3 * kLabelSlots;
 
-// Keeps the first candidate alive, drops those of its label that it suppresses, and so on, until none is alive or
-// `limit` are kept. A warp decides among its own 32 by votes, its labels side by side; then all later warps test theirs
-// against those it kept: one barrier a warp, however many are kept. A table by label says who may matter to whom.
-// Returns how many were kept; `position` is this thread's rank among them in order of threads, or -1. Called by all
-// threads of the block.
+// Keeps the first candidate that is alive, drops the candidates of its label that it suppresses, and repeats until no
+// candidate is alive or `limit` are kept. Warp after warp decides among its 32 candidates by votes, for all its labels
+// at once. Then all later warps test their candidates against the ones it kept: one barrier per warp. A table by label
+// names the kept lanes that a candidate must be tested against. Returns the number of kept candidates; `position` is
+// the rank of this thread among them in order of threads, or -1. All threads of the block call it.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ int greedy_pass(
     Candidate<real_t, label_t> candidate, int limit, Shared<Box<real_t>> boxes, Shared<label_t> labels,

@@ -270,15 +270,17 @@ __device__ __forceinline__ void use_group(Used used, Global<unsigned> mask, int 
     store_vector(mask + kGroup * group, left);
 }
 
-// Pixels of a group of words that earlier instances have.
+// Adds the pixels of a group of words that earlier instances have to `overlap`.
 template <typename Used>
-__device__ __forceinline__ int used_pixels(Used used, int group, const Words& words) {
-    return has_pixels(words) ? common_pixels(words, load_vector<kGroup>(used + kGroup * group)) : 0;
+__device__ __forceinline__ void add_used_pixels(Used used, int group, const Words& words, int& overlap) {
+    if (has_pixels(words)) {
+        overlap += common_pixels(words, load_vector<kGroup>(used + kGroup * group));
+    }
 }
 
-// Keeps or drops the instances in order. A kept instance keeps only the bits that no earlier instance has. Each group of
-// `used` is read and written by one thread, so the only barrier of an instance is the one of its sum. The next instance
-// is loaded before this one is decided.
+// Keeps or drops the instances in order. A kept instance keeps only the bits that no earlier instance has. Each group
+// of `used` is read and written by one thread, so the only barrier of an instance is the one of its sum. The next
+// instance is loaded before this one is decided.
 template <typename Used>
 __device__ __forceinline__ int merge_greedy(
     const MergeScratch& scratch, const MergeOptions& options, Used used, Shared<unsigned> sums) {
@@ -295,10 +297,10 @@ __device__ __forceinline__ int merge_greedy(
         int overlap = 0;
 #pragma unroll
         for (int i = 0; i < kHeldGroups; ++i) {
-            overlap += used_pixels(used, first + i * kGreedyThreads, held.words[i]);
+            add_used_pixels(used, first + i * kGreedyThreads, held.words[i], overlap);
         }
         for (int group = beyond; group < end; group += kGreedyThreads) {
-            overlap += used_pixels(used, group, load_vector<kGroup>(mask + kGroup * group));
+            add_used_pixels(used, group, load_vector<kGroup>(mask + kGroup * group), overlap);
         }
         overlap = block_sum(overlap, sums + c % 2 * kGreedyWarps);
         // With a threshold of 1 or more an instance can pass without a pixel that is free; no segment is empty.

@@ -8,8 +8,6 @@
 // last pair, since segments are large. Pairs are gathered in a hash table of the block in shared memory, and only what
 // is in there at the end touches global memory; a pair that finds no slot goes there at once. Sums of integers have no
 // order, so every run gives the same table.
-//
-// Floor (H100, 3.0 TB/s), two maps of 800 x 1333: 8.5 MB read: 3 us, so latency; 133 blocks and a few atomics of each.
 #include "cuda/launch.h"
 #include "ops/panoptic_quality_counts.h"
 

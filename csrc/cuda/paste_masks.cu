@@ -8,8 +8,6 @@
 // thread per 16 pixels of the output, whatever rows they lie in, so that every store is 16 bytes. A thread without a
 // pixel under a box finds that out in whole numbers, by about 120 instructions: less time than storing 16 zeros takes.
 // Compiled without fused multiply-adds, so that pixels at the threshold are decided as on the CPU.
-//
-// Floor (H100, 3.0 TB/s), 100 masks of 800 x 1333: 107 MB written: 36 us. The logits (28 x 28) are 0.2 MB.
 #include "common/paste_masks.h"
 
 #include "cuda/launch.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// platform.h for nvcc: the toolkit's types under the names that kernels use.
+// Implementation of platform.h for nvcc: types of the toolkit under the names that kernels use.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -105,7 +105,7 @@ __device__ __forceinline__ void reduce_add(real_t* target, const Vec<real_t, kWi
     }
 }
 
-// A stream, and the index of its device: whoever holds one need not ask the runtime which device is current.
+// A stream and the index of its device, so that no launch has to ask the runtime for the current device.
 struct Stream {
     cudaStream_t handle;
     int device;
@@ -127,7 +127,7 @@ inline std::remove_const_t<T> read_back(T* source, Stream stream) {
     return value;
 }
 
-// A number for each device, zero until it is set: what the runtime need not be asked twice.
+// A number per device, zero until it is set: a cache of answers of the runtime.
 class DeviceNumbers {
 public:
     int at(Stream stream) const { return numbers_[stream.device].load(std::memory_order_relaxed); }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Channels as they are loaded: 32-bit words, which the compiler does not take apart before they are used. It would wait
-// for each 16-byte load of 16-bit numbers otherwise, before it issues the next.
+// Channels as 32-bit words, which are unpacked when they are used. With vectors of 16-bit numbers the compiler would
+// unpack each 16-byte load at once, and so wait for it before it issues the next load.
 #pragma once
 
 #include <cstring>

@@ -343,7 +343,7 @@ Tensor roi_align_forward(
         problem_of(op, settings, boxes, first.size(0), channels, format == MemoryFormat::Contiguous);
     dispatch_floating(op, first.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        constexpr int kWidth = kWideElements<scalar_t>;
+        constexpr int kWidth = kVectorElements<scalar_t>;
         RoiPyramid<const scalar_t> pyramid{};
         for (size_t l = 0; l < sources.size(); ++l) {
             pyramid.levels[l] = level_of(op, sources[l], data<scalar_t>(sources[l]), settings.scales[l]);

@@ -25,8 +25,8 @@ __device__ __forceinline__ void add_to_cell(Global<real_t> cell, const real_t (&
     reduce_add(cell, values);
 }
 
-// Reverses the walk of the forward pass: adds the gradients of bins to the two columns of cells that the walk holds, and
-// adds a column to its rows of cells when the walk drops the column.
+// Reverses the walk of the forward pass: adds the gradients of bins to the two columns of cells that the walk holds,
+// and adds a column to its rows of cells when the walk drops the column.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin_row(
     Global<const scalar_t> source, int bins, int channels,  // bins one after the other, `channels` apart
@@ -104,7 +104,7 @@ __device__ __forceinline__ void scatter_bin(
     });
 }
 
-// Four channels a lane: the 16 bytes of a lane's reduction and those of its neighbours fill whole sectors.
+// Four channels a lane: the 16 bytes of a lane's reduction and those of its neighbors fill whole sectors.
 constexpr int kScatterWidth = 4;
 
 template <typename scalar_t, int kWidth>
@@ -529,7 +529,7 @@ std::vector<Tensor> roi_align_backward(
                        is_aligned(source.const_data_ptr(), 16);
             };
             if (gather) {
-                constexpr int kWidth = kWideElements<scalar_t>;
+                constexpr int kWidth = kVectorElements<scalar_t>;
                 const auto run = is_vectorizable(kWidth) ? launch_gather<scalar_t, kWidth> : launch_gather<scalar_t, 1>;
                 run(op, source, rois, gradients, settings, problem, device.stream());
             } else if constexpr (!std::is_same_v<scalar_t, double>) {

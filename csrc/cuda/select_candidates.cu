@@ -1,24 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best anchors of every level, decoded, on CUDA: all levels and images in the same four launches, and nothing is
-// read back. Levels with more anchors than are kept:
+// Selection and decoding of the best anchors of every level on CUDA. All levels and images share four launches, and
+// nothing is read back. For levels with more anchors than are kept:
 //
-//   clear     histograms become zero
-//   best      a few lanes per anchor read its logits, by 16 bytes where classes allow it, and reduce them to the best
-//             one. A block takes 256 anchors, writes their keys, and adds the first 11 bits of each to the level's
-//             histogram.
-//   select    a block per level and image. The histogram tells the bin of the last anchor kept. One pass over the keys,
-//             the only one over all anchors, lists those up to that bin. The best of this short list come in order
-//             (best_chunks.cuh).
+//   clear     set the histograms to zero
+//   best      a few lanes per anchor reduce its logits to the best one. A block writes the keys of 256 anchors and adds
+//             their first 11 bits to the histogram of the level.
+//   select    a block per level and image lists the keys up to the bin of the last kept anchor, in one pass over the
+//             keys, and orders the best of this list (best_chunks.cuh)
 //
-// and of all levels
-//
-//   gather    a thread per 16 bytes of logits of a kept anchor makes scores of them, one more decodes its box
-//
+// For all levels: gather, a thread per 16 bytes of logits of a kept anchor for the scores, one more for the box.
 // Memory: 12 bytes per anchor (20 for float64) for keys and list.
-//
-// Floor (H100, 3.0 TB/s), 201,600 anchors x 80 classes, bfloat16: 32 MB of logits once: 11 us; then latency: the pass
-// over the 0.6 MB of keys of P3 by one block, about 6 us, the sort of 1000, about 4 us, and four launches.
 #include "ops/select_candidates.h"
 
 #include <cmath>
@@ -36,7 +28,7 @@ namespace {
 
 constexpr int kMaxLevels = 8;
 constexpr int kThreads = 256;
-constexpr int kVectorsAhead = 5;  // that a lane loads before it uses the first; two lanes or four do 80 classes
+constexpr int kVectorsAhead = 5;  // that a lane loads before it uses the first; 80 classes take two or four lanes
 constexpr int kBestBlocks = 4;    // on a multiprocessor: leaves registers for the vectors ahead
 constexpr int kKeysAhead = 4;     // vectors of keys
 
@@ -62,7 +54,7 @@ struct CandidateLevel {
     bool is_selected;                 // it has more anchors than candidates
 };
 
-// A level that is selected from.
+// A level with more anchors than are kept.
 struct SelectedLevel {
     int level;
     unsigned anchors;
@@ -88,7 +80,7 @@ struct CandidateProblem {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Where the anchor with this index is.
+// Cell and number of an anchor.
 struct AnchorPlace {
     unsigned y, x, anchor;
 };
@@ -180,7 +172,7 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     SPATIALFLOW_SHARED(unsigned, sums, kGreedyWarps);
     SPATIALFLOW_SHARED(unsigned, cut, kCutWords);
     SPATIALFLOW_SHARED(unsigned, listed, 2);  // the bin of the last candidate, entries of the list
-    constexpr int kWidth = kWideElements<key_t>;
+    constexpr int kWidth = kVectorElements<key_t>;
     const int thread = static_cast<int>(threadIdx.x);
     const SelectedLevel& level = selected.levels[blockIdx.x];
     const int64_t image = blockIdx.y, key_begin = image * selected.keys + level.key_begin;
@@ -209,7 +201,7 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
         for (int i = 0; i < kKeysAhead; ++i) {
             const int64_t at = first + i * kWidth * kGreedyThreads;
             if (at < level.anchors) {
-                some[i] = load_vector<kWidth>(own_keys + at);  // what is beyond the level's keys is not used
+                some[i] = load_vector<kWidth>(own_keys + at);  // values beyond the keys of the level are not used
             }
         }
 #pragma unroll
@@ -248,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
     Global<accum_t<scalar_t>> scores,                                 // (B, rows, classes)
     const CandidateProblem<scalar_t> problem, const int64_t total) {  // threads
     using real_t = accum_t<scalar_t>;
-    constexpr int kStored = kWidth < kWideElements<real_t> ? kWidth : kWideElements<real_t>;
+    constexpr int kStored = kWidth < kVectorElements<real_t> ? kWidth : kVectorElements<real_t>;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (index >= total) {
         return;
@@ -296,10 +288,10 @@ LevelValues<scalar_t> level_values(const Tensor& tensor) {
     return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3)};
 }
 
-// Whether the logits of every anchor begin at 16 bytes and are made of them.
+// True if the logits of every anchor are whole, aligned 16-byte vectors.
 template <typename scalar_t>
 bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
-    constexpr int kWidth = kWideElements<scalar_t>;
+    constexpr int kWidth = kVectorElements<scalar_t>;
     bool vectorizable = classes % kWidth == 0;
     for (const Tensor& level : logits) {
         vectorizable = vectorizable && is_aligned(level.const_data_ptr(), 16) && stride_of(level, 0) % kWidth == 0 &&
@@ -308,8 +300,8 @@ bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
     return vectorizable;
 }
 
-// The smallest power of two of lanes that load an anchor's vectors at once. Where there are two vectors it is at least
-// two, and these lanes read whole sectors.
+// The smallest power of two of lanes that load all vectors of an anchor at once. With two vectors or more it is at
+// least two, so that the lanes read whole sectors.
 int lanes_of_anchor(int64_t vectors) {
     int lanes = vectors > 1 ? 2 : 1;
     while (lanes < kWarpSize && lanes * kVectorsAhead < vectors) {
@@ -334,7 +326,7 @@ void run_candidates(CandidateProblem<scalar_t> problem, const CandidateTensors& 
             selected.levels[selected.count++] = {l,           level.anchors, level.begin,
                                                  level.count, selected.keys, grid_size(kOp, blocks)};
             blocks += ceil_div(level.anchors, kThreads);
-            selected.keys += ceil_div(level.anchors, kWideElements<key_t>) * kWideElements<key_t>;
+            selected.keys += ceil_div(level.anchors, kVectorElements<key_t>) * kVectorElements<key_t>;
         }
     }
     WorkspaceLayout layout;
@@ -399,7 +391,7 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
                 own.ranges[l].is_selected};
         }
         if (is_vectorizable<scalar_t>(own.logits, classes)) {
-            run_candidates<scalar_t, kWideElements<scalar_t>>(problem, own, device.stream());
+            run_candidates<scalar_t, kVectorElements<scalar_t>>(problem, own, device.stream());
         } else {
             run_candidates<scalar_t, 1>(problem, own, device.stream());
         }

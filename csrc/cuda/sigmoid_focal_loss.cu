@@ -7,9 +7,6 @@
 // Logits (rows, classes), labels (rows). A vector of logits lies in one row: 16 bytes where a row is made of those, one
 // logit otherwise. All its elements are taken for other classes; a branch that few warps take puts the label's class
 // right. The sum is one double per block, then one block that adds them in order: two runs agree to the last bit.
-//
-// Floor (H100, 3.0 TB/s), float32, 2 x 190,000 anchors x 80 classes: 122 MB read (and as much written, elementwise):
-// 41 us for the sum, 81 us for a derivative. In 41 us the device issues 40 instructions per element.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>
@@ -322,7 +319,7 @@ unsigned blocks_of(const FocalOptions& options) {
 // Calls run(width) with the elements of a vector: 16 bytes if rows are made of those in all `tensors`, one otherwise.
 template <typename scalar_t, typename Run>
 void dispatch_width(int64_t classes, std::initializer_list<const Tensor*> tensors, const Run& run) {
-    constexpr int kWidth = kWideElements<scalar_t>;
+    constexpr int kWidth = kVectorElements<scalar_t>;
     const auto is_vectorizable = [](const Tensor* tensor) { return is_aligned(tensor->const_data_ptr(), 16); };
     if (classes % kWidth == 0 && std::all_of(tensors.begin(), tensors.end(), is_vectorizable)) {
         run(std::integral_constant<int, kWidth>{});

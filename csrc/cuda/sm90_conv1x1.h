@@ -7,9 +7,10 @@
 
 namespace spatialflow {
 
-// False where the kernel is not made for it: channels and outputs are multiples of eight, and they, pixels and tiles
-// fewer than 2^31; on other devices always. Else fills `out`, which is not empty. Weight and bias are contiguous,
-// residual and result channels-last; `x` has any strides, and is copied where TMA cannot read it.
+// Compute `out`, which is not empty, on devices of compute capability 9.0a. False on other devices, and if the kernel
+// does not support the sizes: channels and outputs must be multiples of eight, and channels, outputs and out.numel() /
+// 8 below 2^31 - 1024. Weight and bias are contiguous, residual and result channels-last; `x` has any strides, and is
+// copied if TMA cannot read it.
 template <typename scalar_t>
 bool conv1x1_sm90(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,

@@ -7,8 +7,8 @@
 
 namespace spatialflow {
 
-// Runs those of the convolutions that the kernel is made for (16-bit types, channels a multiple of 64, maps that TMA
-// can read) and returns the others: all of them on other devices.
+// Run the convolutions that the kernel supports: 16-bit types, channels a multiple of 64, maps that TMA can read.
+// Return the others; on other devices these are all.
 template <typename scalar_t>
 std::vector<Convolution> convolve3x3_sm90(
     const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active);

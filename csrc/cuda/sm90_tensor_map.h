@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensor maps of TMA, made on the host (compute capability 9.0). The interpreter's are in csrc/simt/sm90.h.
+// Tensor maps of TMA, encoded on the host (compute capability 9.0). Those of the interpreter are in csrc/simt/sm90.h.
 #pragma once
 
 #include "cuda/platform.h"
 
 namespace spatialflow {
 
-// Whether each stride of (C, W, H, N) is a multiple of the one before, which TMA can read for certain; if so, what they
-// are. Sizes are from the innermost dimension on, channels adjacent, 16-bit numbers. A side of one pixel has no stride
-// and takes that of the next one that has.
-inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&own)[3], int64_t (&strides)[3]) {
+// Strides of (C, W, H, N) for TMA; false unless each is a multiple of the previous one, which TMA is known to support.
+// Sizes are from the innermost dimension on, channels adjacent, 16-bit numbers. The stride of a dimension of size 1 is
+// arbitrary; it gets that of the next larger dimension.
+inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&tensor_strides)[3], int64_t (&strides)[3]) {
     int64_t stride = 8, span = sizes[0];  // 8: 16 bytes
     for (int i = 0; i < 3; ++i) {
         int longer = i;
         while (longer < 3 && sizes[longer + 1] <= 1) {
             ++longer;
         }
-        const int64_t next = longer < 3 ? own[longer] : (span + stride - 1) / stride * stride;
+        const int64_t next = longer < 3 ? tensor_strides[longer] : (span + stride - 1) / stride * stride;
         if (next < span || next % stride != 0) {
             return false;
         }
@@ -41,23 +41,24 @@ namespace spatialflow {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// From the driver, which the library is not linked with; null where it is too old.
+// Function of the driver, which the library is not linked with; null if the driver is too old.
 inline EncodeTiled encode_tiled() {
     static const EncodeTiled encode = [] {
-        void* found = nullptr;
+        void* address_of_entry = nullptr;
         cudaDriverEntryPointQueryResult result;
-        const cudaError_t error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        const cudaError_t error = cudaGetDriverEntryPointByVersion(
+            "cuTensorMapEncodeTiled", &address_of_entry, 12000, cudaEnableDefault, &result);
         if (error != cudaSuccess) {
-            cudaGetLastError();  // or the next launch reports it
+            cudaGetLastError();  // clear the error, or the next launch reports it
             return EncodeTiled(nullptr);
         }
-        return result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
+        return result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(address_of_entry) : nullptr;
     }();
     return encode;
 }
 
-// Whether the device of `stream` runs kKernel, which is empty but for 9.0a and then has no static shared memory.
+// Whether the device of `stream` runs kKernel. For architectures other than 9.0a the kernel is empty, without static
+// shared memory.
 template <auto kKernel>
 inline bool runs_sm90(Stream stream) {
     static DeviceNumbers known;  // 1: no, 2: yes
@@ -69,11 +70,11 @@ inline bool runs_sm90(Stream stream) {
     return known.at(stream) == 2;
 }
 
-// Binds the device's context to this thread: the driver's own calls need one, and a thread that has not used CUDA yet
-// has none, even where the device is its current one.
+// Bind the context of the device to this thread. Functions of the driver need it, and a thread that has not used CUDA
+// yet has no context, even if the device is current.
 inline void bind_context(Stream stream) { check_cuda(cudaSetDevice(stream.device), "binding a device to a thread"); }
 
-// Encodes a tensor map; false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and box are
+// Encode a tensor map; false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and box are
 // in elements, from the innermost dimension on.
 template <typename scalar_t, int kDimensions>
 inline bool encode_map(

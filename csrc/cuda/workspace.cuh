@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scratch of an op: one tensor of 32-bit words in parts, so that it costs one allocation.
+// Scratch memory of an operator: one tensor of 32-bit words, divided into parts, so that it is one allocation.
 #pragma once
 
 #include "cuda/launch.h"
@@ -13,7 +13,7 @@ struct WorkspacePart {
     int64_t begin, count;
 };
 
-// Parts in the order they are added in; each begins a cache line.
+// Layout of the parts, in the order of add(). Each part begins at a cache line.
 struct WorkspaceLayout {
     static constexpr int64_t kLineWords = 32;
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) clear_words_kernel(Global<int> words
     }
 }
 
-// The first `count` words become zero.
+// Sets the first `count` words to zero.
 inline void clear_words(const Workspace& workspace, int64_t count, Stream stream) {
     constexpr int kThreads = 256;
     const int64_t blocks = ceil_div(count, kThreads);

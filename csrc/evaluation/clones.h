@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One binary, several instruction sets. SPATIALFLOW_CLONES: the loader picks the best clone of a marked function, for
-// loops that the compiler vectorises. SPATIALFLOW_AVX512: a hand-written version, to be called only where has_avx512().
+// Function versions for several instruction sets in one binary. SPATIALFLOW_CLONES: the loader picks the best clone of
+// a function whose loops the compiler vectorizes. SPATIALFLOW_AVX512: a hand-written version; call it only if
+// has_avx512().
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && \

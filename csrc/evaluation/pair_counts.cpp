@@ -10,18 +10,17 @@
 namespace spatialflow {
 namespace {
 
-// Pixels: maps whose runs are shorter on average are sorted faster than hashed, but not on account of a few noisy lines
-// at the top.
+// Maps whose runs are shorter than this many pixels on average are sorted faster than hashed.
 constexpr size_t kNoiseRun = 8;
-constexpr size_t kNoiseAllowance = 4096;
+constexpr size_t kNoiseAllowance = 4096;  // runs that are always allowed: a few noisy lines at the top
 constexpr size_t kChunk = 2048;  // pixels: two int32 buffers and the marks fill less than half of a 48 KB cache
 
 uint64_t pack(int32_t first, int32_t second) {
     return static_cast<uint64_t>(static_cast<uint32_t>(first)) << 32 | static_cast<uint32_t>(second);
 }
 
-// Open addressing with linear probing. At most a quarter is filled, so that most look-ups end at the first slot and
-// the branch that says so is predicted.
+// Hash table of pairs: open addressing with linear probing. At most a quarter of the slots is used, so most look-ups
+// end at the first slot, and the branch is predicted.
 class PairTable {
 public:
     void add(uint64_t key, int64_t count) {
@@ -116,7 +115,7 @@ size_t find_changes_any(const int32_t* first, const int32_t* second, size_t begi
 }
 
 #ifdef SPATIALFLOW_AVX512
-// The same without a branch per change, which would be mispredicted: indices are compressed 16 pixels at a time.
+// The same without a branch per change, which would be mispredicted: compresses the indices of 16 pixels at a time.
 SPATIALFLOW_AVX512 size_t
 find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -126,7 +125,7 @@ find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, s
     for (size_t i = begin; i < count; i += 16) {
         const size_t left = count - i;
         const auto valid = static_cast<__mmask16>(left >= 16 ? 0xFFFF : (1u << left) - 1);
-        // The next chunk: the processor's own prefetching stops at every page. Past the end it does nothing.
+        // Prefetch the next chunk: the hardware prefetcher stops at every page. Past the end a prefetch has no effect.
         _mm_prefetch(reinterpret_cast<const char*>(first + i + kChunk), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(second + i + kChunk), _MM_HINT_T0);
         const __m512i now_first = _mm512_maskz_loadu_epi32(valid, first + i);

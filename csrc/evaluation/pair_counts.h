@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How many pixels carry each pair of ids in two images of the same size: the only pass over pixels that
-// panoptic quality needs.
+// Number of pixels of each pair of ids in two images of equal size: the only pass over pixels that panoptic quality
+// needs.
 //
-// Segments are large, so a pair rarely changes from one pixel to the next. Chunks that stay in the first-level cache
-// are turned into ids, a vectorised pass marks the pixels at which a pair changes, and only those touch the hash
-// table. A 640x480 pair costs little more than reading it once. Noise is not what this is for: it is given up, since
-// sorting all pixels is faster then.
+// Segments are large, so a pair rarely changes from one pixel to the next. Chunks that fit into the first-level cache
+// are decoded to ids, and a vectorized pass marks the pixels at which the pair changes. Only these pixels access the
+// hash table, so the cost is little more than one read of both images. For noise the function gives up, because sorting
+// all pixels is faster then.
 #pragma once
 
 #include <cstddef>
@@ -28,8 +28,8 @@ struct PairCount {
     int64_t count;
 };
 
-// Counts of all pairs that occur, sorted by (first, second). Both images hold `pixels` pixels. Nothing where pairs stay
-// the same for less than about eight pixels in a row.
+// Returns the counts of all pairs that occur, sorted by (first, second). Both images have `pixels` pixels. Returns
+// nullopt if pairs stay the same for less than about eight pixels in a row.
 std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const IdImage& second, size_t pixels);
 
 }  // namespace spatialflow

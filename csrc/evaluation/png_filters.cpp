@@ -61,8 +61,8 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
     }
 }
 
-// With a zero residual: if left equals corner the result is the pixel above, and so it stays to the right of it; if
-// the pixels above are all equal the result is the pixel to the left.
+// Short cuts for zero residuals. If the left pixel equals the upper left one, the result is the pixel above, also for
+// the pixels to the right. If all pixels above are equal, the result is the pixel to the left.
 template <size_t kBytes>
 void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     constexpr size_t kStep = kGroup * kBytes;
@@ -115,7 +115,7 @@ void unfilter(int filter, const uint8_t* residual, const uint8_t* above, uint8_t
 template <size_t kBytes>
 size_t unfilter_image(const uint8_t* lines, size_t height, size_t width, int32_t* ids) {
     const size_t bytes = width * kBytes;
-    // Two lines in turn, each with the zero pixel that the format puts to the left of the image.
+    // Two alternating lines, each with the zero pixel that the format defines to the left of the image.
     std::vector<uint8_t> buffer(2 * (bytes + kBytes));
     uint8_t* above = buffer.data() + kBytes;
     uint8_t* row = above + bytes + kBytes;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// conv1x1: argument checks and the result, shared by all back ends. Schema in conv1x1.cpp.
+// Argument checks and result of conv1x1, shared by all back ends. Schema in conv1x1.cpp.
 #pragma once
 
 #include "ops/tensor.h"
@@ -36,7 +36,7 @@ inline void check_conv1x1(
     }
 }
 
-// The result, not yet filled.
+// Allocate the result, uninitialized.
 inline Tensor empty_conv1x1(const Tensor& x, const Tensor& weight) {
     return empty_like_sized(
         x, {x.size(0), weight.size(0), x.size(2), x.size(3)}, std::nullopt, MemoryFormat::ChannelsLast);

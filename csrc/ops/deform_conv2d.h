@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// deform_conv2d: sizes and argument checks shared by all back ends. Schemas in deform_conv2d.cpp
-// and deform_conv2d_backward.cpp.
+// Sizes and argument checks of deform_conv2d, shared by all back ends. Schemas in deform_conv2d.cpp and
+// deform_conv2d_backward.cpp.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 namespace spatialflow {
 
-// Stride, padding and dilation, (height, width) each, and how float32 is multiplied. The last two are of calls with a
-// packed weight alone.
+// Stride, padding and dilation, (height, width) each, and the algorithm for float32. The last two fields are used only
+// with a packed weight.
 struct DeformConvOptions {
     int64_t stride[2];
     int64_t padding[2];
@@ -22,7 +22,7 @@ struct DeformConvOptions {
     bool relu = false;
 };
 
-// What the sizes of packed weights are decided by, beside the channels of the input.
+// Sizes that determine packed weights, together with the channels of the input.
 struct DeformConvKernel {
     int64_t out_channels, groups, offset_groups, height, width;
 };
@@ -63,13 +63,13 @@ inline void check_deform_options(const char* op, const DeformConvOptions& option
 }
 
 inline int64_t deform_out_size(int64_t size, int64_t kernel, const DeformConvOptions& options, int axis) {
-    // Python's floor division: C++ rounds a negative quotient up.
+    // Floor division, as in Python: C++ rounds toward zero.
     const int64_t room = size + 2 * options.padding[axis] - options.dilation[axis] * (kernel - 1) - 1;
     return room < 0 ? 0 : room / options.stride[axis] + 1;
 }
 
-// Checks everything that samples: input, offset, mask, tangent, and the kernel's size; `groups` and `out_channels` are
-// left to the caller.
+// Check the sampling arguments: input, offset, mask, tangent, and the kernel size. The caller checks `groups` and
+// `out_channels`.
 inline DeformConvShape check_deform_sampling(
     const char* op, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& offset_tangent, int64_t kernel_height, int64_t kernel_width,
@@ -80,7 +80,7 @@ inline DeformConvShape check_deform_sampling(
     check_floating(op, "offset", offset);
     check_same_device(op, "offset", offset, "input", input);
     check_deform_options(op, options);
-    // Without channels a weight of any size costs no memory, and the product of its sides may overflow.
+    // Without channels a weight of any kernel size needs no memory, and the product of its sides may overflow.
     check(
         kernel_height > 0 && kernel_width > 0 && kernel_height <= kMaxDeformStep && kernel_width <= kMaxDeformStep, op,
         ": weight must have a kernel of at least one tap, and of sides up to 2^29, got (", kernel_height, ", ",
@@ -134,7 +134,7 @@ inline DeformConvShape check_deform_sampling(
     return shape;
 }
 
-// Adds the sizes that weight decides.
+// Add the sizes that are determined by the weight.
 inline void check_deform_weight(const char* op, const Tensor& input, const Tensor& weight, DeformConvShape& shape) {
     check_dtype(op, "weight", weight, input.scalar_type());
     check_same_device(op, "weight", weight, "input", input);
@@ -173,7 +173,7 @@ inline DeformConvShape check_deform_conv2d(
     return shape;
 }
 
-// So that products of the sizes of a packed weight fit 64 bits.
+// Check that products of the sizes of a packed weight fit into 64 bits.
 inline void check_packed_deform_sizes(const char* op, const DeformConvShape& shape) {
     constexpr int64_t kMost = int64_t(1) << 60;
     const int64_t channels = std::max<int64_t>(1, shape.channels);
@@ -183,7 +183,7 @@ inline void check_packed_deform_sizes(const char* op, const DeformConvShape& sha
         " channels and a kernel of ", shape.kernel_height, " x ", shape.kernel_width);
 }
 
-// Sizes of a weight to be packed; those of images are 0.
+// Sizes of a weight to pack; those of images are 0.
 inline DeformConvShape check_pack_deform_conv2d(
     const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
     const char* op = "pack_deform_conv2d";
@@ -213,7 +213,7 @@ inline DeformConvShape check_pack_deform_conv2d(
     return shape;
 }
 
-// All but the packed weight itself, whose layout is the back end's.
+// Check all arguments but the packed weight, whose layout depends on the back end.
 inline DeformConvShape check_deform_conv2d_packed(
     const Tensor& input, const Tensor& offset, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
     const DeformConvOptions& options, const DeformConvKernel& kernel) {
@@ -263,12 +263,13 @@ inline void check_deform_grad_output(
         shape.out_width, "), got ", shape_string(grad_output));
 }
 
-// Gradients of a backward call; those not wanted have shape (0).
+// Gradients of a backward call; those not requested have shape (0).
 struct DeformGradients {
     Tensor input, offset, mask;
 };
 
-// As kernels write them, uninitialised: input channels-last in `input_dtype`, offset and mask dense in accum_dtype.
+// Allocate the gradients as kernels write them: input channels-last in `input_dtype`, offset and mask dense in
+// accum_dtype.
 inline DeformGradients empty_deform_gradients(
     const DeformConvShape& shape, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
     ScalarType input_dtype, bool need_input, bool need_sampling) {
@@ -287,7 +288,7 @@ inline DeformGradients empty_deform_gradients(
             : empty_like_sized(mask_or_offset, {0})};
 }
 
-// As callers get them: dtypes and memory formats of the tensors they belong to.
+// Convert the gradients to the dtypes and memory formats of their tensors.
 inline std::tuple<Tensor, Tensor, Tensor> finished_deform_gradients(
     const DeformGradients& gradients, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask) {
     const auto finished = [](const Tensor& gradient, const Tensor& like) {
@@ -299,7 +300,7 @@ inline std::tuple<Tensor, Tensor, Tensor> finished_deform_gradients(
         finished(gradients.mask, mask ? *mask : offset)};
 }
 
-// Checks the arguments of the weight gradient; gives its sizes and the uninitialised result.
+// Check the arguments of the weight gradient; returns its sizes and the uninitialized result.
 inline std::pair<DeformConvShape, Tensor> check_deform_grad_weight(
     const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, const DeformConvOptions& options,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradients that are not wanted come back as empty tensors of shape (0).
+// Gradients that are not requested are returned as empty tensors of shape (0).
 #include "ops/deform_conv2d.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {

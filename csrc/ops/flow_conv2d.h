@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// flow_conv2d: argument checks shared by all back ends. Schemas in flow_conv2d.cpp.
+// Argument checks of flow_conv2d, shared by all back ends. Schemas in flow_conv2d.cpp.
 #pragma once
 
 #include "ops/conv_algorithm.h"
@@ -11,11 +11,11 @@ namespace spatialflow {
 // Packed weights are (9, 18 or 36, C_in, C_out padded to this many) and a tag, see packed_tag.
 constexpr int64_t kPackedOutputs = 32;
 
-// Whether the CPU is free to choose: "auto", and those that name what tensor cores do.
+// Whether the CPU may choose the algorithm: for "auto", and for those of tensor cores.
 inline bool is_open(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
 
-// The algorithm that runs on the CPU, for which weights are packed: float64 is always direct (it is there to check
-// gradients); else a free choice takes Winograd where both channel counts fill vectors.
+// The algorithm on the CPU, for which weights are packed. float64 is always direct, as it serves to check gradients.
+// Otherwise, if the CPU may choose, it is Winograd if both channel counts fill vectors.
 inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
     if (is_double) {
         return kConvDirect;
@@ -31,18 +31,18 @@ inline int64_t packed_tap_size(int64_t in_channels, int64_t out_channels) {
     return (out_channels + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs * in_channels;
 }
 
-// Without the tag; the same on every back end. Except for float64 there is room for nine taps in float32 and in both
-// 16-bit types.
+// Length of packed weights without the tag, the same on every back end. Except for float64 there is space for nine taps
+// in float32 and in both 16-bit types.
 inline int64_t packed_conv_size(int64_t resolved, bool is_double, int64_t in_channels, int64_t out_channels) {
     return (resolved == kConvWinograd ? 36 : is_double ? 9 : 18) * packed_tap_size(in_channels, out_channels);
 }
 
-constexpr int64_t kPackedUnit = 9 * kPackedOutputs;  // divides packed_conv_size, and is above every tag
+constexpr int64_t kPackedUnit = 9 * kPackedOutputs;  // divides packed_conv_size, and is larger than every tag
 
-// The length of packed weights without their tag.
+// Length of a packed weight tensor without its tag.
 inline int64_t packed_size(const Tensor& packed) { return packed.numel() - packed.numel() % kPackedUnit; }
 
-// The tag must be that of this back end; `columns` as for packed_tag.
+// Check that the tag is that of this back end; `columns` as for packed_tag.
 inline void check_packed_layout(const char* op, const Tensor& packed, int64_t columns) {
     const int64_t tag = packed.numel() % kPackedUnit;
     const int64_t wanted = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
@@ -53,7 +53,7 @@ inline void check_packed_layout(const char* op, const Tensor& packed, int64_t co
         tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_subnets");
 }
 
-// Every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.
+// Check that every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.
 inline void check_levels(
     const char* op, const char* name, const std::vector<Tensor>& levels, int64_t channels, const Tensor& like,
     const char* like_name) {
@@ -69,7 +69,7 @@ inline void check_levels(
     }
 }
 
-// `others` has a tensor of the batch and size of each of `levels`; the channels are left to the caller.
+// Check that `others` has a tensor with the batch and size of each of `levels`; the caller checks the channels.
 inline void check_matching_levels(
     const char* op, const char* name, const std::vector<Tensor>& others, const char* levels_name,
     const std::vector<Tensor>& levels) {
@@ -122,7 +122,7 @@ inline void check_flow_conv2d(
     check_algorithm("flow_conv2d", algorithm);
 }
 
-// `active` has a flag for each image, of which all of `x` have the same number.
+// Check that `active` has a flag for each image, and that all levels of `x` have the same number of images.
 inline void check_active(const char* op, const std::optional<Tensor>& active, const std::vector<Tensor>& x) {
     if (!active) {
         return;
@@ -137,7 +137,7 @@ inline void check_active(const char* op, const std::optional<Tensor>& active, co
     }
 }
 
-// `x` has a level or more. Returns the algorithm that the weights were packed for.
+// Check the arguments for `x` with at least one level. Returns the algorithm that the weights were packed for.
 inline int64_t check_flow_conv2d_packed(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
     const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm,
@@ -161,8 +161,8 @@ inline int64_t check_flow_conv2d_packed(
     return resolved;
 }
 
-// Several convolutions: the first reads the first counts[0] tensors of `x`, the second the next counts[1], and so on.
-// An empty bias stands for none. Calls body(index, maps, bias, algorithm that the weights were packed for) for each.
+// Call body(index, maps, bias, algorithm that the weights were packed for) for each of several convolutions. The first
+// reads the first counts[0] tensors of `x`, the second the next counts[1], and so on. An empty bias means no bias.
 template <typename Body>
 inline void for_each_in_group(
     const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,

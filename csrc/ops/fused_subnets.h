@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fused_subnets: the lists of convolutions and the argument checks shared by all back ends. Schema in fused_subnets.cpp.
+// Argument checks of fused_subnets and its lists of convolutions, shared by all back ends. Schema in fused_subnets.cpp.
 #pragma once
 
 #include "ops/flow_conv2d.h"
 
 namespace spatialflow {
 
-// Places in `counts`: how many entries of `packed` and `biases` each list has, one list after the other.
-enum TowerList {
-    kTowerCls,
-    kTowerReg,
-    kTowerStuff,
-    kTowerThing,
+// Lists of convolutions, in the order in which `packed` and `biases` hold them: an index into `counts`, their lengths.
+enum SubnetList {
+    kSubnetCls,
+    kSubnetReg,
+    kSubnetStuff,
+    kSubnetThing,
     kFlowCls,
     kFlowStuff,
     kFlowThing,
     kFlowSemantic,
-    kTowerLists
+    kNumSubnetLists
 };
 
 inline void check_fused_subnets(
@@ -31,7 +31,9 @@ inline void check_fused_subnets(
     check(
         segmentation_levels >= 0 && segmentation_levels <= static_cast<int64_t>(levels.size()), op,
         ": segmentation_levels must be from 0 to the number of levels, ", levels.size(), ", got ", segmentation_levels);
-    check(counts.size() == kTowerLists, op, ": counts must have ", int(kTowerLists), " entries, got ", counts.size());
+    check(
+        counts.size() == kNumSubnetLists, op, ": counts must have ", int(kNumSubnetLists), " entries, got ",
+        counts.size());
     size_t total = 0;
     for (const int64_t count : counts) {
         check(count >= 0, op, ": counts must not be negative, got ", count);
@@ -57,26 +59,26 @@ inline void check_fused_subnets(
     }
 }
 
-struct TowerConv {
-    Tensor packed, bias;  // bias in the type of sums
+struct SubnetConv {
+    Tensor packed, bias;  // bias in the accumulation type
     int64_t in_channels = 0, out_channels = 0;
     int64_t size = 0;                                       // of `packed`, without its tag
     int64_t algorithm = kConvAuto, resolved = kConvDirect;  // see resolve_algorithm
     bool present = false;
 };
 
-// The eight lists of convolutions. The length of packed weights is checked once it is known how many channels a
-// convolution reads. `columns` as for packed_tag.
-class TowerConvolutions {
+// The eight lists of convolutions. The length of packed weights is checked in `at`, where the number of input channels
+// is known. `columns` as for packed_tag.
+class SubnetConvs {
 public:
-    TowerConvolutions(
+    SubnetConvs(
         const std::vector<Tensor>& packed, const std::vector<Tensor>& biases, const std::vector<int64_t>& algorithms,
         const std::vector<int64_t>& counts, ScalarType dtype, int64_t columns)
-        : lists_(kTowerLists) {
+        : lists_(kNumSubnetLists) {
         size_t next = 0;
         for (size_t list = 0; list < lists_.size(); ++list) {
             for (int64_t i = 0; i < counts[list]; ++i, ++next) {
-                TowerConv conv;
+                SubnetConv conv;
                 conv.packed = packed[next];
                 conv.bias = contiguous_as(biases[next], dtype);
                 conv.out_channels = biases[next].size(0);
@@ -91,15 +93,15 @@ public:
         }
     }
 
-    size_t stages(TowerList list) const { return lists_[list].size(); }
+    size_t stages(SubnetList list) const { return lists_[list].size(); }
 
-    // Convolution `index` of a list, reading `in_channels` and, if `out_channels` is given, to be added to so many;
-    // null where it is absent.
-    const TowerConv* at(TowerList list, size_t index, int64_t in_channels, int64_t out_channels = -1) {
+    // Convolution `index` of a list, for `in_channels` input channels; null if it is absent. If `out_channels` is
+    // given, the convolution must have that many output channels.
+    const SubnetConv* at(SubnetList list, size_t index, int64_t in_channels, int64_t out_channels = -1) {
         if (index >= lists_[list].size() || !lists_[list][index].present) {
             return nullptr;
         }
-        TowerConv& conv = lists_[list][index];
+        SubnetConv& conv = lists_[list][index];
         const bool is_double = conv.packed.scalar_type() == ScalarType::Double;
         conv.resolved = resolve_algorithm(conv.algorithm, is_double, in_channels, conv.out_channels);
         check(
@@ -114,13 +116,13 @@ public:
     }
 
 private:
-    static const char* name(TowerList list) {
-        static const char* const names[kTowerLists] = {"cls",      "reg",        "stuff",      "thing",
-                                                       "flow_cls", "flow_stuff", "flow_thing", "semantic_flow"};
+    static const char* name(SubnetList list) {
+        static const char* const names[kNumSubnetLists] = {"cls",      "reg",        "stuff",      "thing",
+                                                           "flow_cls", "flow_stuff", "flow_thing", "semantic_flow"};
         return names[list];
     }
 
-    std::vector<std::vector<TowerConv>> lists_;
+    std::vector<std::vector<SubnetConv>> lists_;
 };
 
 }  // namespace spatialflow

@@ -50,7 +50,7 @@ inline void check_preprocess_images(
         ": dtype must be float32, float16 or bfloat16, got ", dtype_name(dtype));
 }
 
-// The batch, not yet filled: channels-last, as large as the largest image and multiples of `divisor`.
+// Allocates the batch: channels-last, as large as the largest image, rounded up to multiples of `divisor`.
 inline Tensor empty_image_batch(
     const std::vector<Tensor>& images, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
     int64_t divisor, ScalarType dtype) {
@@ -64,7 +64,7 @@ inline Tensor empty_image_batch(
 
 // Of the red, green and blue channel.
 struct ImageNormalisation {
-    Normalisation channels[3];
+    Normalization channels[3];
 };
 
 inline ImageNormalisation image_normalisation(const std::vector<double>& mean, const std::vector<double>& std) {

@@ -77,7 +77,7 @@ inline void check_select_candidates(
     check(per_level >= 0 && per_level <= 0x7fffffff, kOp, ": per_level must be from 0 to 2147483647, got ", per_level);
 }
 
-// Where the candidates of a level are among those of an image.
+// Range of the candidates of a level among the candidates of an image.
 struct CandidateRange {
     int64_t begin, count;
     bool is_selected;  // the level has more anchors than that
@@ -96,7 +96,7 @@ inline std::vector<CandidateRange> candidate_ranges(
     return ranges;
 }
 
-// Arguments as kernels take them, and the results that they fill.
+// Arguments in the form that kernels expect, and the results that kernels fill.
 struct CandidateTensors {
     int64_t batch, anchors, classes;          // anchors of a cell
     std::vector<CandidateRange> ranges;       // of the levels

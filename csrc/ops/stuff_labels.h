@@ -29,7 +29,7 @@ inline void check_stuff_labels(
     check(height >= 0 && width >= 0, op, ": original_size must not be negative, got (", height, ", ", width, ")");
 }
 
-// The labels, not yet filled: a byte each where that holds every class.
+// Allocates the labels: one byte each if a byte holds every class.
 inline Tensor empty_labels(const Tensor& logits, int64_t height, int64_t width) {
     return empty_like_sized(
         logits, {height, width}, logits.size(0) <= kMaxByteClasses ? ScalarType::Byte : ScalarType::Long);

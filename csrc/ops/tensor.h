@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The only door to libtorch: names of the stable ABI used in this project, layout queries and argument checks.
+// Interface to libtorch: names of its stable ABI used in this project, layout queries and argument checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -98,17 +98,16 @@ inline void check_same_device(
         " must be on the device of ", other_name);
 }
 
-// Elements from one index of a dimension to the next. Where there is no next one (size 0 or 1), torch allows any stride
-// and calls any of them contiguous; it is 0 here, so that no address, alignment or layout depends on it. The one reader
-// of strides in this project.
+// Stride of a dimension in elements, or 0 if its size is 0 or 1. Torch allows any stride for such a dimension and calls
+// it contiguous; with 0, no address, alignment or layout depends on it. Only this header reads strides.
 inline int64_t stride_of(const Tensor& tensor, int64_t dimension) {
     return tensor.size(dimension) > 1 ? tensor.stride(dimension) : 0;
 }
 
 inline bool has_adjacent_channels(const Tensor& tensor) { return tensor.size(1) <= 1 || tensor.stride(1) == 1; }
 
-// True for an (N, C, H, W) tensor with its channels adjacent in memory, pixels and rows in order, slices of such
-// included. Plain contiguous wins where sizes of one allow both. `spatialflow/ops/layout.py` says the same.
+// True for an (N, C, H, W) tensor with adjacent channels and its pixels and rows in order, also for slices of such a
+// tensor. False where sizes of 1 make it contiguous as well. The same rule as in `spatialflow/ops/layout.py`.
 inline bool prefers_channels_last(const Tensor& tensor) {
     if (tensor.dim() != 4 || tensor.is_contiguous() || stride_of(tensor, 1) != 1) {
         return false;
@@ -121,8 +120,8 @@ inline MemoryFormat memory_format_of(const Tensor& tensor) {
     return prefers_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// What make() gives, a tensor of `sizes` and `dtype`. The stable ABI does not say why torch could not make it, and
-// with arguments that are checked there is one reason.
+// Returns make(), a tensor of `sizes` and `dtype`. The stable ABI drops torch's error text; with arguments that are
+// checked already, a failed allocation is the only remaining cause.
 template <typename Sizes, typename Make>
 inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) {
     try {
@@ -139,8 +138,9 @@ inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) 
     }
 }
 
-// The tensor itself where it is contiguous in `format`. Kernels then compute strides from sizes: those of the result
-// are no rule, see stride_of. Named apart from torch::stable::contiguous, which argument-dependent lookup would find.
+// Returns the tensor, or a copy that is contiguous in `format`. Kernels compute strides from sizes afterwards: torch
+// may report any stride for sizes of 1, see stride_of. Argument-dependent lookup would find the name `contiguous` in
+// torch.
 inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
     return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
 }
@@ -156,7 +156,7 @@ inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
                : allocated(tensor.sizes(), dtype, [&] { return torch::stable::to(tensor, dtype); });
 }
 
-// Of sums, and of what keeps its precision beside 16-bit features (boxes, offsets): double for double, else float32.
+// Accumulation dtype, also used for boxes and offsets: double for double, otherwise float32.
 inline ScalarType accum_dtype(ScalarType feature_dtype) {
     return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What runs beside the threads of a block (compute capability 9.0): mbarriers, copies of TMA, groups of wgmma. The
-// instructions are in sm90.h; here is their state.
+// State of the asynchronous units of a block (compute capability 9.0): mbarriers, TMA copies, wgmma groups. The
+// instructions are in sm90.h.
 //
-// Copies and products are done as late or as early as the hardware might do them (SPATIALFLOW_SIMT_SM90=late or early).
-// Late, a copy arrives when no thread of the block can go on without it, the newest first, and a product is computed
-// when it is waited for. Early, a copy arrives at once, and a product is computed when its group is committed.
+// Copies and products complete as late or as early as on hardware (SPATIALFLOW_SIMT_SM90=late or early). Late: a copy
+// arrives when no thread can continue without it, newest first, and a product is computed when it is waited for. Early:
+// a copy arrives when it is issued, and a product is computed when its group is committed.
 #pragma once
 
 #include <cstdlib>
@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "simt/clocks.h"
-#include "simt/fault.h"
 #include "simt/shadow.h"
+#include "simt/source_location.h"
 #include "simt/tensor_map.h"
 
 namespace spatialflow {
@@ -25,8 +25,8 @@ namespace simt {
 
 class Block;
 
-// Address of the first byte of a block's shared memory. No multiple of 1024, as on a GPU, where static memory and what
-// the system keeps come first.
+// Address of the first byte of a block's shared memory. As on a GPU it is not a multiple of 1024: reserved and static
+// memory come first.
 constexpr int64_t kSharedWindow = 1024 + 128;
 
 enum class Sm90 { kOff, kLate, kEarly };
@@ -48,38 +48,38 @@ struct MemoryBarrier {
     size_t at;       // offset in the block's memory
     unsigned index;  // among the block's mbarriers
     uint32_t arrivals, pending;
-    int64_t bytes = 0;   // that the phase still waits for
+    int64_t bytes = 0;   // that the phase waits for
     uint32_t phase = 0;  // phases that are complete
     unsigned initializer;
     uint32_t init_moment;
-    Site site;
+    SourceLocation location;
     Clocks::Row arriving, completed;
-    std::vector<uint32_t> seen;  // of each thread: one more than the phases complete when it last waited
-    uint32_t last_seen = 0;      // the same of the thread that waited last
-    // The last copy that completes here: after which phase it may be read, and who started it.
+    std::vector<uint32_t> seen;  // of each thread: one more than the number of complete phases at its last wait
+    uint32_t last_seen = 0;      // of the last wait of any thread
+    // The last copy that completes here: the phase after which it may be read, and the thread that started it.
     struct Copy {
         uint32_t phase = 0;
         unsigned thread;
-        Site site;
+        SourceLocation location;
     };
     Copy copy;
 };
 
 struct TensorCopy {
-    TensorMap map;  // the kernel's own lives as long as the thread that has started the copy
+    TensorMap map;  // a copy, as the map of the kernel may be destroyed before
     int coordinates[kMaxTensorMapDimensions];
     size_t target;
     MemoryBarrier* barrier;
     uint32_t number;
     unsigned thread;
-    Site site;
+    SourceLocation location;
 };
 
-// Sums of one thread, as the units see them. `values` is what they will hold; the thread reads it once `running` is 0.
+// State of the sums of one thread.
 struct SumsState {
-    uint32_t running = 0;  // products that have not been waited for
-    uint32_t touched = 0;  // wgmma.fences of the thread when it last touched them
-    Site site;             // of the last product
+    uint32_t running = 0;      // products that have not been waited for
+    uint32_t last_access = 0;  // wgmma.fences of the thread when it last last_access them
+    SourceLocation location;   // of the last product
 };
 
 // The part of a product that one warp computes: 16 rows of d += a * b.
@@ -94,7 +94,7 @@ struct WarpProduct {
 };
 
 struct WgmmaUnit {
-    uint32_t group = 1;  // the one still open
+    uint32_t group = 1;  // the open group
     std::vector<WarpProduct> open;
     std::deque<std::vector<WarpProduct>> committed;
 };
@@ -111,7 +111,7 @@ public:
 
     // ---- defined in tensor_copy.h ----
 
-    // Of the copies under way the newest arrives; false if there is none.
+    // Deliver the newest copy in flight; false if there is none.
     bool deliver_latest(Block& block);
     // When all threads have exited.
     void check_end(Block& block);
@@ -121,7 +121,7 @@ public:
         std::string text;
         for (const std::unique_ptr<MemoryBarrier>& barrier : barriers) {
             text += concatenate(
-                "\n  mbarrier at byte ", barrier->at, " (", barrier->site.text(), "): phase ", barrier->phase,
+                "\n  mbarrier at byte ", barrier->at, " (", barrier->location.text(), "): phase ", barrier->phase,
                 " of parity ", barrier->phase % 2, ", ", barrier->pending, " of ", barrier->arrivals, " arrivals and ",
                 barrier->bytes, " bytes pending");
         }
@@ -131,20 +131,20 @@ public:
     struct Box {
         Swizzle swizzle;
         uint32_t row_chunks, chunks;
-        Site site;
+        SourceLocation location;
     };
 
     std::vector<std::unique_ptr<MemoryBarrier>> barriers;
-    std::vector<TensorCopy> copies;  // under way
+    std::vector<TensorCopy> copies;  // in flight
     std::vector<Box> boxes;          // of all copies of the block, by number - 1
     std::vector<WgmmaUnit> units;    // of each warp
-    uint64_t operands = 0;           // that wgmma has read, in earlier blocks too
+    uint64_t operands = 0;           // number of operands that wgmma has read, including earlier blocks
     // Of each 16 bytes of shared memory: the last operand, by number.
     std::vector<uint64_t> operand_of = std::vector<uint64_t>(kMaxSharedBytes / kChunk);
     struct Registers {
         int count = 0;  // of each thread; zero until it is set
         unsigned thread;
-        Site site;
+        SourceLocation location;
     };
     std::vector<Registers> registers;  // of each warpgroup
 };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One block: its threads as fibers, its barriers and warp collectives, its shared memory. A block runs on one OS
-// thread. Fibers give way only where CUDA threads wait for one another, so a run is repeatable.
+// One block: its threads as fibers, barriers, warp collectives and shared memory. A block runs on one OS thread. Fibers
+// yield only at barriers and collectives, so execution is deterministic.
 #pragma once
 
 #include <atomic>
@@ -36,26 +36,26 @@ struct Thread {
     unsigned linear = 0;
     Block* block = nullptr;
     State state = kReady;
-    // What it waits for; valid while the state says so.
+    // The condition that the thread waits for, if the state is a waiting one.
     const char* waits_in = nullptr;
     const void* slot_type = nullptr;
     void* slot = nullptr;
-    const void* object = nullptr;  // kWaiting: what may wake it
+    const void* object = nullptr;  // kWaiting: the object that wakes it
     uint32_t mask = 0;
     int predicate = 0;
-    Site site;
-    // Copies that cp.async has started: done when waited for.
+    SourceLocation location;
+    // Copies of cp.async in flight.
     struct Copy {
         size_t target;
         unsigned bytes;
         alignas(16) char data[16];
-        Site site;
+        SourceLocation location;
     };
     std::vector<std::vector<Copy>> copies;  // by group, the open one last
     uint32_t wgmma_fences = 0;              // counted from one on
 };
 
-// The launch that a block belongs to, shared by the OS threads that run its blocks.
+// A launch, shared by the OS threads that run its blocks.
 struct Launch {
     std::string kernel;
     dim3 grid, block;
@@ -64,12 +64,12 @@ struct Launch {
     std::atomic<uint64_t> next_block{0};
     std::atomic<bool> failed{false};
     std::mutex mutex;
-    std::string fault;
+    std::string report_text;
 
     void report(const std::string& text) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (!failed.exchange(true)) {
-            fault = text;
+            report_text = text;
         }
     }
 };
@@ -83,31 +83,33 @@ public:
     const Launch& launch() const { return *launch_; }
     unsigned num_threads() const { return num_threads_; }
 
-    // Runs all threads of block `block_index`; false after a fault, which the launch then holds.
+    // Run all threads of block `block_index`; false after a failure, which is reported to the launch.
     bool run(Launch& launch, uint3 block_index) {
         start(launch, block_index);
-        while (exited_ < num_threads_ && !faulted_) {
+        while (exited_ < num_threads_ && !failed_) {
             const uint64_t switches_before = switches_;
-            for (unsigned warp = 0; warp * kLanes < num_threads_ && !faulted_; ++warp) {
+            for (unsigned warp = 0; warp * kLanes < num_threads_ && !failed_; ++warp) {
                 run_warp(warp * kLanes, std::min(num_threads_, (warp + 1) * kLanes));
             }
-            if (switches_ == switches_before && !faulted_ && !async.deliver_latest(*this)) {
+            if (switches_ == switches_before && !failed_ && !async.deliver_latest(*this)) {
                 const Thread& cause = cause_of_deadlock();
-                report_at(cause, cause.site, describe_deadlock(cause));
+                report_at(cause, cause.location, describe_deadlock(cause));
             }
         }
-        if (!faulted_) {
+        if (!failed_) {
             async.check_end(*this);
         }
         current_thread = nullptr;
-        return !faulted_;
+        return !failed_;
     }
 
     AsyncUnits async;
 
-    // A fault that no running thread has: `thread` has started what went wrong.
-    void report(unsigned thread, Site site, const std::string& what) { report_at(threads_[thread], site, what); }
-    // Lets the threads go on that wait for `object`.
+    // Report a failure that is not in the running thread; `thread` caused it.
+    void report(unsigned thread, SourceLocation location, const std::string& what) {
+        report_at(threads_[thread], location, what);
+    }
+    // Wake the threads that wait for `object`.
     void wake(const void* object) {
         for (unsigned i = 0; i < num_threads_; ++i) {
             if (threads_[i].state == Thread::kWaiting && threads_[i].object == object) {
@@ -117,10 +119,10 @@ public:
     }
     Clocks& clocks() { return clocks_; }
     Shadow& shadow() { return shadow_; }
-    Toucher toucher(unsigned thread) const {
+    Accessor accessor(unsigned thread) const {
         return {epoch_, first_epoch_, clocks_.tracks_all() ? tracking_epoch_ : epoch_, thread, &clocks_};
     }
-    // Of a report about place `at`: what `conflict` says, with the other thread and the array.
+    // Text of a report about offset `at`: the conflict, the other thread, and the array.
     std::string describe(const Shadow::Conflict& conflict, size_t at) const {
         std::string text = concatenate(conflict.what);
         if (conflict.other.packed != 0) {
@@ -131,7 +133,7 @@ public:
 
     // ---- called from fibers ----
 
-    // Actors of all warps matter from here on (clocks.h).
+    // Track the actors of all warps from here on (clocks.h).
     void track_all() {
         if (!clocks_.tracks_all()) {
             clocks_.track_all();
@@ -139,34 +141,36 @@ public:
         }
     }
 
-    // Until wake(object).
-    void wait(const char* name, const void* object, Site site) {
+    // Wait until wake(object).
+    void wait(const char* name, const void* object, SourceLocation location) {
         Thread& self = *current_thread;
         self.state = Thread::kWaiting;
         self.waits_in = name;
         self.object = object;
-        self.site = site;
+        self.location = location;
         yield();
     }
 
-    // bar.sync: waits for `count` threads at barrier `id`.
-    void named_barrier(unsigned id, unsigned count, Site site) {
+    // bar.sync: wait for `count` threads at barrier `id`.
+    void named_barrier(unsigned id, unsigned count, SourceLocation location) {
         track_all();
         NamedBarrier& barrier = named_[id];
         if (count % kLanes != 0 || count == 0 || count > num_threads_) {
-            fault(
-                site, concatenate("bar.sync: ", count, " threads; a multiple of 32 up to the block's ", num_threads_));
+            fail(
+                location,
+                concatenate(
+                    "bar.sync: ", count, " threads; must be a multiple of 32 up to the block size ", num_threads_));
         }
         if (!barrier.threads.empty() && barrier.count != count) {
-            fault(
-                site, concatenate(
-                          "bar.sync: barrier ", id, " is for ", count, " threads here and for ", barrier.count, " at ",
-                          threads_[barrier.threads[0]].site.text()));
+            fail(
+                location, concatenate(
+                              "bar.sync: barrier ", id, " has a count of ", count, " here and of ", barrier.count,
+                              " at ", threads_[barrier.threads[0]].location.text()));
         }
         barrier.count = count;
         barrier.threads.push_back(current_thread->linear);
         if (barrier.threads.size() < count) {
-            wait("bar.sync", &barrier, site);
+            wait("bar.sync", &barrier, location);
             return;
         }
         uint32_t warps = 0;
@@ -174,47 +178,47 @@ public:
             warps |= 1u << thread / kLanes;
         }
         if (static_cast<unsigned>(__builtin_popcount(warps)) != count / kLanes) {
-            fault(
-                site, concatenate(
-                          "bar.sync: ", count, " threads of ", __builtin_popcount(warps),
-                          " warps have come: it is for whole warps"));
+            fail(
+                location, concatenate(
+                              "bar.sync: ", count, " threads of ", __builtin_popcount(warps),
+                              " warps have arrived; all lanes of a warp must"));
         }
         clocks_.synchronize(barrier.threads);
         barrier.threads.clear();
         wake(&barrier);
     }
 
-    // Waits for the 128 threads of the warpgroup, at the same line; the last one to come calls complete(slots).
+    // Wait for the 128 threads of the warpgroup at the same line; the last one calls complete(slots).
     template <typename Slot, typename Complete>
-    void warpgroup_collective(const char* name, Slot& slot, Site site, Complete complete) {
+    void warpgroup_collective(const char* name, Slot& slot, SourceLocation location, Complete complete) {
         constexpr unsigned kThreads = 4 * kLanes;
         Thread& self = *current_thread;
         const unsigned first = self.linear / kThreads * kThreads;
         self.state = Thread::kInWarpgroup;
         self.waits_in = name;
         self.slot = &slot;
-        self.site = site;
+        self.location = location;
         if (first + kThreads > num_threads_) {
-            fault(site, concatenate(name, ": the block has no whole warpgroup from thread ", first, " on"));
+            fail(location, concatenate(name, ": the block has no whole warpgroup from thread ", first, " on"));
         }
         Slot* slots[kThreads];
         for (unsigned i = 0; i < kThreads; ++i) {
             const Thread& other = threads_[first + i];
             if (other.state == Thread::kExited) {
-                fault(
-                    site,
+                fail(
+                    location,
                     concatenate(
-                        name, " is for all four warps of a warpgroup, and ", name_of(other), " of it has exited"));
+                        name, " needs all four warps of a warpgroup, and ", name_of(other), " of it has exited"));
             }
             if (other.state != Thread::kInWarpgroup) {
                 yield();
                 return;
             }
-            if (other.site.packed != site.packed || other.waits_in != name) {
-                fault(
-                    site, concatenate(
-                              name, ": ", name_of(other), " of the same warpgroup is in ", other.waits_in, " at ",
-                              other.site.text()));
+            if (other.location.packed != location.packed || other.waits_in != name) {
+                fail(
+                    location, concatenate(
+                                  name, ": ", name_of(other), " of the same warpgroup is in ", other.waits_in, " at ",
+                                  other.location.text()));
             }
             slots[i] = static_cast<Slot*>(other.slot);
         }
@@ -224,8 +228,8 @@ public:
         }
     }
 
-    // Offset in the block's memory of `bytes` bytes at an address of the shared window, which lie in one array.
-    size_t locate(int64_t address, size_t bytes, const char* what, Site site) {
+    // Offset of `bytes` bytes at an address of the shared window; they must be inside one array.
+    size_t locate(int64_t address, size_t bytes, const char* what, SourceLocation location) {
         const int64_t at = address - kSharedWindow;
         for (const Array& array : arrays_) {
             if (at >= static_cast<int64_t>(array.begin) &&
@@ -233,24 +237,24 @@ public:
                 return static_cast<size_t>(at);
             }
         }
-        fault(
-            site, concatenate(
-                      "out of bounds: ", what, ", ", bytes, " bytes at byte ", at,
-                      " of the block's shared memory, lies in none of its arrays"));
+        fail(
+            location, concatenate(
+                          "out of bounds: ", what, ", ", bytes, " bytes at byte ", at,
+                          " of the block's shared memory, is not inside one of its arrays"));
     }
 
-    [[noreturn]] void fault(Site site, const std::string& what) {
-        report_at(*current_thread, site, what);
+    [[noreturn]] void fail(SourceLocation location, const std::string& what) {
+        report_at(*current_thread, location, what);
         yield();
         __builtin_unreachable();
     }
 
-    // Waits for all threads of the block; returns how many of them brought a predicate that is not zero.
-    int barrier(const char* name, int predicate, Site site) {
+    // Wait for all threads of the block; return the number of threads with a nonzero predicate.
+    int barrier(const char* name, int predicate, SourceLocation location) {
         Thread& self = *current_thread;
         self.state = Thread::kAtBarrier;
         self.waits_in = name;
-        self.site = site;
+        self.location = location;
         self.predicate = predicate;
         if (++at_barrier_ < num_threads_) {
             yield();
@@ -260,22 +264,22 @@ public:
         return barrier_nonzero_;
     }
 
-    // Waits for the lanes in `mask`; the last one to come calls complete(slots), slots[lane] being each lane's `slot`
-    // (null for lanes outside the mask).
+    // Wait for the lanes in `mask`; the last one calls complete(slots). slots[lane] is the `slot` of a lane, or null
+    // outside the mask.
     template <typename Slot, typename Complete>
-    void collective(const char* name, uint32_t mask, Slot& slot, Site site, Complete complete) {
+    void collective(const char* name, uint32_t mask, Slot& slot, SourceLocation location, Complete complete) {
         static const char slot_type = 0;
         Thread& self = *current_thread;
         const unsigned lane = self.linear % kLanes;
         if ((mask >> lane & 1u) == 0) {
-            fault(site, concatenate(name, ": lane ", lane, " is not in its own mask ", hexadecimal(mask)));
+            fail(location, concatenate(name, ": lane ", lane, " is not in its own mask ", hexadecimal(mask)));
         }
         self.state = Thread::kInCollective;
         self.waits_in = name;
         self.slot_type = &slot_type;
         self.slot = &slot;
         self.mask = mask;
-        self.site = site;
+        self.location = location;
         Thread* warp = threads_.get() + (self.linear - lane);
         const unsigned lanes = std::min<unsigned>(kLanes, num_threads_ - warp->linear);
         for (unsigned other = 0; other < kLanes; ++other) {
@@ -283,14 +287,14 @@ public:
                 continue;
             }
             if (other >= lanes || warp[other].state == Thread::kExited) {
-                fault(
-                    site, concatenate(
-                              name, ": mask ", hexadecimal(mask), " names lane ", other, ", which ",
-                              other >= lanes ? "the block does not have" : "has exited"));
+                fail(
+                    location, concatenate(
+                                  name, ": mask ", hexadecimal(mask), " includes lane ", other, ", which ",
+                                  other >= lanes ? "the block does not have" : "has exited"));
             }
             if (warp[other].state != Thread::kInCollective || warp[other].mask != mask ||
                 warp[other].slot_type != &slot_type) {
-                yield();  // not all are here: the last one completes for all
+                yield();  // the last lane completes the collective for all
                 return;
             }
         }
@@ -310,7 +314,7 @@ public:
 
     void synchronize_warp(uint32_t mask) { clocks_.synchronize_warp(current_thread->linear / kLanes, mask); }
 
-    // ---- shared memory: offsets into the block's own ----
+    // ---- shared memory: offsets into that of the block ----
 
     struct Array {
         const void* tag;
@@ -318,8 +322,8 @@ public:
         size_t begin, end;
     };
 
-    // The array declared at `tag`: the same for all threads, laid out by the first one that gets there.
-    Array declare(const void* tag, const char* name, size_t bytes, Site site) {
+    // The array declared at `tag`, the same for all threads; the first thread allocates it.
+    Array declare(const void* tag, const char* name, size_t bytes, SourceLocation location) {
         for (const Array& array : arrays_) {
             if (array.tag == tag) {
                 return array;
@@ -327,7 +331,9 @@ public:
         }
         const size_t begin = (arrays_.back().end + 127) / 128 * 128;
         if (begin + bytes > kMaxSharedBytes) {
-            fault(site, concatenate("shared memory: ", begin + bytes, " bytes in all, a block has ", kMaxSharedBytes));
+            fail(
+                location,
+                concatenate("shared memory: ", begin + bytes, " bytes in total, a block has ", kMaxSharedBytes));
         }
         arrays_.push_back({tag, name, begin, begin + bytes});
         return arrays_.back();
@@ -336,30 +342,30 @@ public:
 
     char* shared_memory(size_t offset) { return shared_.get() + offset; }
 
-    void check_shared(size_t begin, int64_t at, size_t end, size_t bytes, size_t alignment, Site site) {
+    void check_shared(size_t begin, int64_t at, size_t end, size_t bytes, size_t alignment, SourceLocation location) {
         const int64_t after = at + static_cast<int64_t>(bytes);
         if (__builtin_expect(at < static_cast<int64_t>(begin) || after > static_cast<int64_t>(end), 0)) {
-            fault(
-                site, concatenate(
-                          "out of bounds: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
-                          " of shared array '", array_name(begin), "' of ", end - begin, " bytes"));
+            fail(
+                location, concatenate(
+                              "out of bounds: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
+                              " of shared array '", array_name(begin), "' of ", end - begin, " bytes"));
         }
         if (__builtin_expect(at % static_cast<int64_t>(alignment) != 0, 0)) {
-            fault(
-                site, concatenate(
-                          "misaligned: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
-                          " of shared array '", array_name(begin), "'"));
+            fail(
+                location, concatenate(
+                              "misaligned: ", bytes, " bytes at byte ", at - static_cast<int64_t>(begin),
+                              " of shared array '", array_name(begin), "'"));
         }
     }
-    void note_read(size_t at, size_t bytes, Shadow::Kind kind, Site site) {
-        complain(shadow_.read(at, bytes, toucher(current_thread->linear), kind, site), at, site);
+    void note_read(size_t at, size_t bytes, Shadow::Kind kind, SourceLocation location) {
+        report_conflict(shadow_.read(at, bytes, accessor(current_thread->linear), kind, location), at, location);
     }
-    void note_write(size_t at, size_t bytes, Shadow::Kind kind, Site site) {
-        complain(shadow_.write(at, bytes, toucher(current_thread->linear), kind, site), at, site);
+    void note_write(size_t at, size_t bytes, Shadow::Kind kind, SourceLocation location) {
+        report_conflict(shadow_.write(at, bytes, accessor(current_thread->linear), kind, location), at, location);
     }
-    void complain(const Shadow::Conflict& conflict, size_t at, Site site) {
+    void report_conflict(const Shadow::Conflict& conflict, size_t at, SourceLocation location) {
         if (__builtin_expect(conflict.what != nullptr, 0)) {
-            fault(site, describe(conflict, at));
+            fail(location, describe(conflict, at));
         }
     }
 
@@ -392,7 +398,7 @@ private:
         }
         arrays_.assign(1, {nullptr, "dynamic shared memory", 0, launch.dynamic_shared_bytes});
         exited_ = at_barrier_ = 0;
-        faulted_ = false;
+        failed_ = false;
         for (unsigned i = 0; i < wanted; ++i) {
             Thread& thread = threads_[i];
             thread.index = {
@@ -407,9 +413,9 @@ private:
     }
 
     void run_warp(unsigned begin, unsigned end) {
-        for (bool progress = true; progress && !faulted_;) {
+        for (bool progress = true; progress && !failed_;) {
             progress = false;
-            for (unsigned i = begin; i < end && !faulted_; ++i) {
+            for (unsigned i = begin; i < end && !failed_; ++i) {
                 if (threads_[i].state == Thread::kReady) {
                     progress = true;
                     ++switches_;
@@ -439,13 +445,13 @@ private:
     void release_barrier() {
         barrier_nonzero_ = 0;
         for (unsigned i = 0; i < num_threads_; ++i) {
-            if (threads_[i].site.packed != current_thread->site.packed) {
+            if (threads_[i].location.packed != current_thread->location.packed) {
                 const Thread& other = threads_[i];
-                fault(
-                    current_thread->site,
+                fail(
+                    current_thread->location,
                     concatenate(
-                        "divergent barrier: ", name_of(other), " waits in ", other.waits_in, " at ", other.site.text(),
-                        ", other threads in ", current_thread->waits_in, " here"));
+                        "divergent barrier: ", name_of(other), " waits in ", other.waits_in, " at ",
+                        other.location.text(), ", other threads in ", current_thread->waits_in, " here"));
             }
             barrier_nonzero_ += threads_[i].predicate != 0;
         }
@@ -471,13 +477,13 @@ private:
         return concatenate("thread (", thread.index.x, ", ", thread.index.y, ", ", thread.index.z, ")");
     }
 
-    void report_at(const Thread& thread, Site site, const std::string& what) {
-        faulted_ = true;
+    void report_at(const Thread& thread, SourceLocation location, const std::string& what) {
+        failed_ = true;
         launch_->report(concatenate(
             "simt: kernel ", launch_->kernel, ", block (", index.x, ", ", index.y, ", ", index.z, "), ",
-            name_of(thread), ", ", site.text(), ": ", what));
+            name_of(thread), ", ", location.text(), ": ", what));
     }
-    // Of those that `waiting` waits for in a barrier of the block, a collective or a warpgroup: one that does not come.
+    // A thread that is absent from the block barrier, collective or warpgroup in which `waiting` waits; or null.
     const Thread* absent_for(const Thread& waiting) const {
         unsigned first = 0, last = num_threads_;
         if (waiting.state != Thread::kAtBarrier) {
@@ -499,7 +505,7 @@ private:
         return nullptr;
     }
 
-    // No thread can go on: one that is the cause, as others wait for it or it for none of them.
+    // The thread to report for a deadlock: the one that the others wait for, if there is one.
     const Thread& cause_of_deadlock() const {
         const Thread* found = nullptr;
         for (unsigned i = 0; i < num_threads_; ++i) {
@@ -525,11 +531,11 @@ private:
             if (!barrier.threads.empty()) {
                 barriers += concatenate(
                     "\n  barrier ", &barrier - named_, ": ", barrier.threads.size(), " of ", barrier.count,
-                    " threads have come");
+                    " threads have arrived");
             }
         }
         if (waiting.state == Thread::kWaiting) {
-            return concatenate("deadlock: ", waiting.waits_in, " never ends", barriers);
+            return concatenate("deadlock: ", waiting.waits_in, " never returns", barriers);
         }
         const bool in_collective = waiting.state == Thread::kInCollective;
         const std::string mask = in_collective ? concatenate(" with mask ", hexadecimal(waiting.mask)) : std::string();
@@ -543,7 +549,7 @@ private:
                 " waits in ", absent->waits_in,
                 absent->state == Thread::kInCollective ? concatenate(" with mask ", hexadecimal(absent->mask))
                                                        : std::string(),
-                " at ", absent->site.text());
+                " at ", absent->location.text());
         }
         const char* all = in_collective                           ? "its lanes"
                           : waiting.state == Thread::kInWarpgroup ? "threads of the warpgroup"
@@ -559,11 +565,11 @@ private:
     unsigned capacity_ = 0, num_threads_ = 0, exited_ = 0, at_barrier_ = 0;
     int barrier_nonzero_ = 0;
     uint64_t switches_ = 0;
-    bool faulted_ = false;
+    bool failed_ = false;
     Clocks clocks_;
     struct NamedBarrier {
         unsigned count = 0;
-        std::vector<unsigned> threads;  // that have come
+        std::vector<unsigned> threads;  // that have arrived
     };
     NamedBarrier named_[16];
     std::vector<Array> arrays_;

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Vector clocks: which accesses of a block are ordered before which.
+// Vector clocks: the order of the accesses of a block.
 //
-// An actor has its own time, a number that grows. Actors are the threads of the block; the wgmma unit of each warp,
-// whose time counts groups of products; and mbarriers, whose time counts phases. A thread knows the time of every
-// actor up to which it has synchronized with it. An access is ordered after one of actor `a` at moment `m` if its
-// thread knows `a` at `m` or later.
+// Actors are the threads of the block, the wgmma unit of each warp (its time counts groups of products) and mbarriers
+// (their time counts phases). The time of an actor only grows. A thread knows, for every actor, the time up to which it
+// has synchronized with that actor. An access is ordered after one of actor `a` at moment `m` if its thread knows `a`
+// at `m` or later.
 //
-// Most kernels order their warps by __syncthreads alone, which the shadow memory counts (shadow.h). So a thread knows
-// the other lanes of its warp at first, and all actors once the block uses mbarriers, named barriers or proxy fences.
+// Most kernels order their warps by __syncthreads alone, which the epochs of the shadow memory count (shadow.h). So at
+// first a thread tracks only the lanes of its warp. It tracks all actors once the block uses mbarriers, named barriers
+// or proxy fences.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +24,8 @@ constexpr unsigned kMaxMemoryBarriers = 64;
 
 class Clocks {
 public:
-    // What a thread knows of all actors. `fenced` is the part that fence.proxy.async has carried to the asynchronous
-    // proxy since.
+    // The knowledge of a thread about all actors. `fenced` is the part that fence.proxy.async has made visible to the
+    // asynchronous proxy.
     struct Row {
         std::vector<uint32_t> known, fenced;
     };
@@ -37,7 +38,7 @@ public:
         known_.assign(size_t{threads_} * width_, 0);
         at_barrier_.assign(threads_, 0);
         for (unsigned thread = 0; thread < threads_; ++thread) {
-            own(thread) = 1;
+            time_of(thread) = 1;
         }
     }
 
@@ -54,7 +55,7 @@ public:
         return fenced_[cell(thread, actor)] >= moment;
     }
 
-    // From here on threads know actors of other warps too: so far, what __syncthreads has told.
+    // Track actors of other warps from here on; their known times are those of the last __syncthreads.
     void track_all() {
         if (tracks_all_) {
             return;
@@ -74,17 +75,17 @@ public:
         alike_.assign(warps_, false);
     }
 
-    // The lanes of `mask` have met.
+    // Synchronize the lanes of `mask`.
     void synchronize_warp(unsigned warp, uint32_t mask) {
         const unsigned first = warp * kLanes;
         uint32_t latest = 0;
         for (unsigned lane = 0; lane < kLanes; ++lane) {
             latest = mask >> lane & 1u ? std::max(latest, now(first + lane)) : latest;
         }
-        // A lane's time may be put forward: to that of the lane that is furthest, whose moment then stands for all.
+        // All lanes get the time of the most advanced one, which then represents all of them.
         for (unsigned lane = 0; lane < kLanes; ++lane) {
             if (mask >> lane & 1u) {
-                own(first + lane) = latest;
+                time_of(first + lane) = latest;
             }
         }
         const bool whole = !tracks_all_ || !alike_[warp] || mask != 0xffffffffu;
@@ -95,12 +96,12 @@ public:
         }
         for (unsigned lane = 0; lane < kLanes; ++lane) {
             if (mask >> lane & 1u) {
-                own(first + lane) = latest + 1;
+                time_of(first + lane) = latest + 1;
             }
         }
     }
 
-    // All threads of the block have met.
+    // Synchronize all threads of the block.
     void synchronize_block() {
         if (tracks_all_) {
             std::vector<unsigned> all(threads_);
@@ -111,11 +112,11 @@ public:
             return;
         }
         for (unsigned thread = 0; thread < threads_; ++thread) {
-            at_barrier_[thread] = own(thread)++;
+            at_barrier_[thread] = time_of(thread)++;
         }
     }
 
-    // These threads have met.
+    // Synchronize these threads.
     void synchronize(const std::vector<unsigned>& threads) {
         Row together = empty_row();
         for (const unsigned thread : threads) {
@@ -127,11 +128,11 @@ public:
     }
 
     Row empty_row() const { return {std::vector<uint32_t>(width_, 0), std::vector<uint32_t>(width_, 0)}; }
-    // What the thread knows goes into `row`; what it does from here on does not.
+    // Add the knowledge of the thread to `row`; later accesses are not included.
     void release(unsigned thread, Row& row) {
         raise(row.known.data(), known_.data() + size_t{thread} * width_);
         raise(row.fenced.data(), fenced_.data() + size_t{thread} * width_);
-        ++own(thread);
+        ++time_of(thread);
     }
     void acquire(unsigned thread, const Row& row) {
         raise(known_.data() + size_t{thread} * width_, row.known.data());
@@ -143,24 +144,24 @@ public:
         known = std::max(known, moment);
         alike_[thread / kLanes] = false;
     }
-    // What the thread knows becomes visible to the asynchronous proxy, for it and whoever synchronizes with it later.
-    // What it does from here on does not.
+    // Make the knowledge of the thread visible to the asynchronous proxy, for this thread and those that synchronize
+    // with it later. Later accesses are not included.
     void fence(unsigned thread) {
         const auto row = known_.begin() + size_t{thread} * width_;
         std::copy(row, row + width_, fenced_.begin() + size_t{thread} * width_);
-        ++own(thread);
+        ++time_of(thread);
         alike_[thread / kLanes] = false;
     }
-    // Whether two lanes of a warp know the same of other warps' actors.
-    bool know_alike(unsigned one, unsigned other) const {
-        const unsigned own_lanes = one / kLanes * kLanes;
+    // Whether two lanes of a warp have equal knowledge about the actors of other warps.
+    bool know_alike(unsigned a, unsigned b) const {
+        const unsigned first_lane = a / kLanes * kLanes;
         const auto equal = [&](const std::vector<uint32_t>& rows, unsigned begin, unsigned end) {
-            const auto first = rows.begin() + size_t{one} * width_, second = rows.begin() + size_t{other} * width_;
+            const auto first = rows.begin() + size_t{a} * width_, second = rows.begin() + size_t{b} * width_;
             return std::equal(first + begin, first + end, second + begin);
         };
-        return equal(known_, 0, own_lanes) && equal(known_, own_lanes + kLanes, width_) && equal(fenced_, 0, width_);
+        return equal(known_, 0, first_lane) && equal(known_, first_lane + kLanes, width_) && equal(fenced_, 0, width_);
     }
-    // Whether all lanes of a warp do.
+    // Whether all lanes of a warp have equal knowledge about the actors of other warps.
     bool know_alike(unsigned warp) {
         if (!alike_[warp]) {
             bool alike = true;
@@ -176,7 +177,7 @@ private:
     size_t cell(unsigned thread, unsigned actor) const {
         return size_t{thread} * width_ + (tracks_all_ ? actor : actor % kLanes);
     }
-    uint32_t& own(unsigned thread) { return known_[cell(thread, thread)]; }
+    uint32_t& time_of(unsigned thread) { return known_[cell(thread, thread)]; }
 
     void raise(uint32_t* target, const uint32_t* source) const {
         for (unsigned i = 0; i < width_; ++i) {
@@ -184,7 +185,7 @@ private:
         }
     }
 
-    // The rows of these lanes become their maximum; those of the warp's own lanes alone unless `whole`.
+    // Set the rows of these lanes to their maximum; without `whole` only the columns of the warp's lanes.
     void join(unsigned first, uint32_t mask, std::vector<uint32_t>& rows, bool whole) {
         const unsigned begin = whole ? 0 : first, count = whole ? width_ : kLanes;
         joined_.assign(count, 0);
@@ -207,7 +208,7 @@ private:
     bool tracks_all_ = false;
     std::vector<uint32_t> known_, fenced_;  // [thread][actor]
     std::vector<uint32_t> at_barrier_;      // time of each thread at the last __syncthreads
-    std::vector<bool> alike_;               // of each warp: whether its lanes know the same of other warps
+    std::vector<bool> alike_;               // for each warp: whether its lanes have equal knowledge about other warps
     std::vector<uint32_t> joined_;
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fibers: functions with their own stacks between which one OS thread switches in a few instructions.
+// Fibers: functions with separate stacks between which one OS thread switches in a few instructions.
 #pragma once
 
 #include <sys/mman.h>
@@ -95,7 +95,7 @@ constexpr size_t kStackBytes = 512 * 1024;
 constexpr size_t kStackBytes = 128 * 1024;
 #endif
 
-// One side of a switch: a fiber, or the scheduler that runs on the OS thread's own stack.
+// A context: a fiber, or the scheduler on the stack of the OS thread.
 class Fiber {
 public:
     // Makes this a fiber that will run `entry` on [stack, stack + kStackBytes). `entry` never returns.
@@ -140,7 +140,7 @@ public:
 #endif
     }
 
-    // To be called first thing in `entry`; remembers where the OS thread's own stack lies.
+    // Must be called first in `entry`; records the stack of the OS thread.
     static void entered([[maybe_unused]] Fiber& scheduler) {
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_finish_switch_fiber(nullptr, &scheduler.own_bottom_, &scheduler.own_bytes_);
@@ -164,7 +164,7 @@ private:
 };
 
 // Stacks for the threads of a block, kept for the next block. The lowest page of each is not accessible, so that a
-// kernel that overflows its stack stops there.
+// stack overflow faults.
 class Stacks {
 public:
     Stacks() = default;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// CUDA's built-in names for interpreted kernels.
+// CUDA's built-in variables and functions for interpreted kernels.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// There is no __shared__: kernels declare shared memory with SPATIALFLOW_SHARED, so that accesses can be watched.
+// __shared__ is not defined: kernels declare shared memory with SPATIALFLOW_SHARED, so that accesses are checked.
 
 #define threadIdx (::spatialflow::simt::current_thread->index)
 #define blockIdx (::spatialflow::simt::current_block().index)
@@ -23,23 +23,28 @@
 
 // ---- barriers ----------------------------------------------------------------------------------------------------
 
-inline void __syncthreads(spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    spatialflow::simt::current_block().barrier("__syncthreads", 0, site);
+inline void __syncthreads(spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    spatialflow::simt::current_block().barrier("__syncthreads", 0, location);
 }
-inline int __syncthreads_count(int predicate, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    return spatialflow::simt::current_block().barrier("__syncthreads_count", predicate, site);
+inline int __syncthreads_count(
+    int predicate, spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    return spatialflow::simt::current_block().barrier("__syncthreads_count", predicate, location);
 }
-inline int __syncthreads_or(int predicate, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    return spatialflow::simt::current_block().barrier("__syncthreads_or", predicate, site) != 0;
+inline int __syncthreads_or(
+    int predicate, spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    return spatialflow::simt::current_block().barrier("__syncthreads_or", predicate, location) != 0;
 }
-inline int __syncthreads_and(int predicate, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    return spatialflow::simt::current_block().barrier("__syncthreads_and", !predicate, site) == 0;
+inline int __syncthreads_and(
+    int predicate, spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    return spatialflow::simt::current_block().barrier("__syncthreads_and", !predicate, location) == 0;
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+inline void __syncwarp(
+    unsigned mask = 0xffffffffu,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     struct Slot {
     } slot;
     spatialflow::simt::Block& block = spatialflow::simt::current_block();
-    block.collective("__syncwarp", mask, slot, site, [&](Slot**) { block.synchronize_warp(mask); });
+    block.collective("__syncwarp", mask, slot, location, [&](Slot**) { block.synchronize_warp(mask); });
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() {}
@@ -49,11 +54,12 @@ inline void __threadfence_block() {}
 namespace spatialflow {
 namespace simt {
 
-// Lane of the warp that lane `lane` reads from in a shuffle, or -1 for its own value.
+// Lane that lane `lane` reads from in a shuffle, or -1 for the value of the lane itself.
 using ShuffleSource = int (*)(int lane, int argument, int width);
 
 template <typename T>
-inline T shuffle(const char* name, unsigned mask, T value, int argument, int width, Site site, ShuffleSource source) {
+inline T shuffle(
+    const char* name, unsigned mask, T value, int argument, int width, SourceLocation location, ShuffleSource source) {
     static_assert(std::is_trivially_copyable_v<T>, "shuffles move bits");
     struct Slot {
         T value, result;
@@ -61,19 +67,19 @@ inline T shuffle(const char* name, unsigned mask, T value, int argument, int wid
     } slot{value, value, argument, width};
     Block& block = current_block();
     if (width < 1 || width > kLanes || (width & (width - 1)) != 0) {
-        block.fault(site, concatenate(name, ": width must be a power of two up to 32, got ", width));
+        block.fail(location, concatenate(name, ": width must be a power of two up to 32, got ", width));
     }
-    block.collective(name, mask, slot, site, [&](Slot** slots) {
+    block.collective(name, mask, slot, location, [&](Slot** slots) {
         for (int lane = 0; lane < kLanes; ++lane) {
             if (!slots[lane]) {
                 continue;
             }
             const int from = source(lane, slots[lane]->argument, slots[lane]->width);
             if (from >= 0 && !slots[from]) {
-                block.fault(
-                    site, concatenate(
-                              name, ": lane ", lane, " reads from lane ", from, ", which is not in the mask ",
-                              Block::hexadecimal(mask)));
+                block.fail(
+                    location, concatenate(
+                                  name, ": lane ", lane, " reads from lane ", from, ", which is not in the mask ",
+                                  Block::hexadecimal(mask)));
             }
             slots[lane]->result = slots[from >= 0 ? from : lane]->value;
         }
@@ -83,12 +89,12 @@ inline T shuffle(const char* name, unsigned mask, T value, int argument, int wid
 
 // Every lane of the mask gets reduce(values, lane), values[lane] being null for lanes outside it.
 template <typename In, typename Reduce>
-inline auto vote(const char* name, unsigned mask, In value, Site site, Reduce reduce) {
+inline auto vote(const char* name, unsigned mask, In value, SourceLocation location, Reduce reduce) {
     struct Slot {
         In value;
         decltype(reduce(nullptr, 0)) result;
     } slot{value, {}};
-    current_block().collective(name, mask, slot, site, [&](Slot** slots) {
+    current_block().collective(name, mask, slot, location, [&](Slot** slots) {
         const In* values[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
             values[lane] = slots[lane] ? &slots[lane]->value : nullptr;
@@ -103,8 +109,8 @@ inline auto vote(const char* name, unsigned mask, In value, Site site, Reduce re
 }
 
 template <typename In, typename Combine>
-inline In reduce_lanes(const char* name, unsigned mask, In value, Site site, Combine combine) {
-    return vote(name, mask, value, site, [=](const In* const* values, int) {
+inline In reduce_lanes(const char* name, unsigned mask, In value, SourceLocation location, Combine combine) {
+    return vote(name, mask, value, location, [=](const In* const* values, int) {
         In result{};
         bool first = true;
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -122,40 +128,43 @@ inline In reduce_lanes(const char* name, unsigned mask, In value, Site site, Com
 
 template <typename T>
 inline T __shfl_sync(
-    unsigned mask, T value, int lane, int width = 32, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    return spatialflow::simt::shuffle("__shfl_sync", mask, value, lane, width, site, [](int self, int from, int size) {
-        return (self & -size) + (from & (size - 1));
-    });
+    unsigned mask, T value, int lane, int width = 32,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    return spatialflow::simt::shuffle(
+        "__shfl_sync", mask, value, lane, width, location,
+        [](int self, int from, int size) { return (self & -size) + (from & (size - 1)); });
 }
 template <typename T>
 inline T __shfl_up_sync(
     unsigned mask, T value, unsigned delta, int width = 32,
-    spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::shuffle(
-        "__shfl_up_sync", mask, value, static_cast<int>(delta), width, site,
+        "__shfl_up_sync", mask, value, static_cast<int>(delta), width, location,
         [](int self, int by, int size) { return self % size >= by ? self - by : -1; });
 }
 template <typename T>
 inline T __shfl_down_sync(
     unsigned mask, T value, unsigned delta, int width = 32,
-    spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::shuffle(
-        "__shfl_down_sync", mask, value, static_cast<int>(delta), width, site,
+        "__shfl_down_sync", mask, value, static_cast<int>(delta), width, location,
         [](int self, int by, int size) { return self % size + by < size ? self + by : -1; });
 }
 template <typename T>
 inline T __shfl_xor_sync(
-    unsigned mask, T value, int lanes, int width = 32, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+    unsigned mask, T value, int lanes, int width = 32,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::shuffle(
-        "__shfl_xor_sync", mask, value, lanes, width, site, [](int self, int by, int size) {
-            // Reading from a later group of `size` lanes gives the lane's own value.
+        "__shfl_xor_sync", mask, value, lanes, width, location, [](int self, int by, int size) {
+            // Reading from a later group of `size` lanes returns the value of the lane itself.
             return (self ^ by) / size <= self / size ? self ^ by : -1;
         });
 }
 
 inline unsigned __ballot_sync(
-    unsigned mask, int predicate, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    return spatialflow::simt::vote("__ballot_sync", mask, predicate, site, [](const int* const* values, int) {
+    unsigned mask, int predicate,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    return spatialflow::simt::vote("__ballot_sync", mask, predicate, location, [](const int* const* values, int) {
         unsigned result = 0;
         for (int lane = 0; lane < 32; ++lane) {
             result |= values[lane] && *values[lane] ? 1u << lane : 0u;
@@ -163,18 +172,22 @@ inline unsigned __ballot_sync(
         return result;
     });
 }
-inline int __any_sync(unsigned mask, int predicate, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+inline int __any_sync(
+    unsigned mask, int predicate,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::reduce_lanes(
-        "__any_sync", mask, static_cast<int>(predicate != 0), site, [](int a, int b) { return a | b; });
+        "__any_sync", mask, static_cast<int>(predicate != 0), location, [](int a, int b) { return a | b; });
 }
-inline int __all_sync(unsigned mask, int predicate, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+inline int __all_sync(
+    unsigned mask, int predicate,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::reduce_lanes(
-        "__all_sync", mask, static_cast<int>(predicate != 0), site, [](int a, int b) { return a & b; });
+        "__all_sync", mask, static_cast<int>(predicate != 0), location, [](int a, int b) { return a & b; });
 }
 template <typename T>
 inline unsigned __match_any_sync(
-    unsigned mask, T value, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    return spatialflow::simt::vote("__match_any_sync", mask, value, site, [](const T* const* values, int self) {
+    unsigned mask, T value, spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    return spatialflow::simt::vote("__match_any_sync", mask, value, location, [](const T* const* values, int self) {
         unsigned result = 0;
         for (int lane = 0; lane < 32; ++lane) {
             result |= values[lane] && *values[lane] == *values[self] ? 1u << lane : 0u;
@@ -183,21 +196,24 @@ inline unsigned __match_any_sync(
     });
 }
 inline unsigned __reduce_add_sync(
-    unsigned mask, unsigned value, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+    unsigned mask, unsigned value,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::reduce_lanes(
-        "__reduce_add_sync", mask, value, site, [](unsigned a, unsigned b) { return a + b; });
+        "__reduce_add_sync", mask, value, location, [](unsigned a, unsigned b) { return a + b; });
 }
 inline unsigned __reduce_max_sync(
-    unsigned mask, unsigned value, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+    unsigned mask, unsigned value,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::reduce_lanes(
-        "__reduce_max_sync", mask, value, site, [](unsigned a, unsigned b) { return a < b ? b : a; });
+        "__reduce_max_sync", mask, value, location, [](unsigned a, unsigned b) { return a < b ? b : a; });
 }
 inline unsigned __reduce_min_sync(
-    unsigned mask, unsigned value, spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
+    unsigned mask, unsigned value,
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
     return spatialflow::simt::reduce_lanes(
-        "__reduce_min_sync", mask, value, site, [](unsigned a, unsigned b) { return a < b ? a : b; });
+        "__reduce_min_sync", mask, value, location, [](unsigned a, unsigned b) { return a < b ? a : b; });
 }
-// A snapshot of who is there is all that CUDA promises; alone is always a correct answer.
+// CUDA guarantees only a snapshot of the active lanes; the lane alone is always valid.
 inline unsigned __activemask() { return 1u << (spatialflow::simt::current_thread->linear % 32); }
 
 // ---- atomics -----------------------------------------------------------------------------------------------------
@@ -225,14 +241,14 @@ inline T exchange(T* target, Change change) {
 }
 
 template <typename T, typename Change>
-inline T atomic(const Global<T>& target, Site site, Change change) {
-    return exchange(target.checked(1, site), change);
+inline T atomic(const Global<T>& target, SourceLocation location, Change change) {
+    return exchange(target.checked(1, location), change);
 }
 template <typename T, typename Change>
-inline T atomic(const Shared<T>& target, Site site, Change change) {
-    const size_t at = target.checked(sizeof(T), alignof(T), site);
-    current_block().note_read(at, sizeof(T), Shadow::kAtomic, site);
-    current_block().note_write(at, sizeof(T), Shadow::kAtomic, site);
+inline T atomic(const Shared<T>& target, SourceLocation location, Change change) {
+    const size_t at = target.checked(sizeof(T), alignof(T), location);
+    current_block().note_read(at, sizeof(T), Shadow::kAtomic, location);
+    current_block().note_write(at, sizeof(T), Shadow::kAtomic, location);
     return exchange(reinterpret_cast<T*>(current_block().shared_memory(at)), change);
 }
 
@@ -246,12 +262,12 @@ using same_t = typename Same<T>::type;  // not deduced: the pointer decides the 
 }  // namespace simt
 }  // namespace spatialflow
 
-#define SPATIALFLOW_SIMT_ATOMIC(name, expression)                                                               \
-    template <template <typename> class Pointer, typename T>                                                    \
-    inline T name(                                                                                              \
-        Pointer<T> target, spatialflow::simt::same_t<T> value,                                                  \
-        spatialflow::simt::Site site = spatialflow::simt::Site::here()) {                                       \
-        return spatialflow::simt::atomic(target, site, [=](T old) -> T { return static_cast<T>(expression); }); \
+#define SPATIALFLOW_SIMT_ATOMIC(name, expression)                                                                   \
+    template <template <typename> class Pointer, typename T>                                                        \
+    inline T name(                                                                                                  \
+        Pointer<T> target, spatialflow::simt::same_t<T> value,                                                      \
+        spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {                \
+        return spatialflow::simt::atomic(target, location, [=](T old) -> T { return static_cast<T>(expression); }); \
     }
 SPATIALFLOW_SIMT_ATOMIC(atomicAdd, old + value)
 SPATIALFLOW_SIMT_ATOMIC(atomicSub, old - value)
@@ -266,16 +282,17 @@ SPATIALFLOW_SIMT_ATOMIC(atomicExch, ((void)old, value))
 template <template <typename> class Pointer, typename T>
 inline T atomicCAS(
     Pointer<T> target, spatialflow::simt::same_t<T> expected, spatialflow::simt::same_t<T> value,
-    spatialflow::simt::Site site = spatialflow::simt::Site::here()) {
-    return spatialflow::simt::atomic(target, site, [=](T old) -> T { return old == expected ? value : old; });
+    spatialflow::simt::SourceLocation location = spatialflow::simt::SourceLocation::current()) {
+    return spatialflow::simt::atomic(target, location, [=](T old) -> T { return old == expected ? value : old; });
 }
 
 namespace spatialflow {
 
 template <typename real_t, int kWidth>
 inline void reduce_add(
-    const Global<real_t>& target, const Vec<real_t, kWidth>& values, simt::Site site = simt::Site::here()) {
-    real_t* place = target.checked(kWidth, site);
+    const Global<real_t>& target, const Vec<real_t, kWidth>& values,
+    simt::SourceLocation location = simt::SourceLocation::current()) {
+    real_t* place = target.checked(kWidth, location);
     for (int i = 0; i < kWidth; ++i) {
         simt::exchange(place + i, [&](real_t old) { return old + values[i]; });
     }
@@ -322,7 +339,7 @@ inline float __logf(float value) { return std::log(value); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
-// Rounded one by one, never fused: what a decision that must not depend on the compiler is made with.
+// Rounded separately, never fused, for decisions that must not depend on the compiler.
 inline float __fadd_rn(float a, float b) {
     volatile float result = a + b;
     return result;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Runs a grid: blocks spread over OS threads, in order of their index.
+// Execution of a grid: blocks are distributed over OS threads, in order of their index.
 #pragma once
 
 #include <cstdio>
@@ -15,7 +15,7 @@ struct Stream {};
 
 namespace simt {
 
-// Blocks (stacks, shadow memory) are expensive to make and kept for the next launch.
+// Blocks (stacks, shadow memory) are expensive to create and are reused by the next launch.
 class BlockPool {
 public:
     static BlockPool& instance() {
@@ -94,7 +94,7 @@ inline void run_grid(Launch& launch) {
     if (std::getenv("SPATIALFLOW_SIMT_TRACE")) {
         std::fprintf(stderr, "launch: %s\n", launch.kernel.c_str());
     }
-    // Starting OS threads pays from a few hundred fibers on.
+    // OS threads are worth their start for a few hundred fibers or more.
     const uint64_t useful = std::min<uint64_t>({os_threads(), blocks, blocks * block_threads / 512 + 1});
     std::vector<std::thread> workers;
     for (uint64_t i = 1; i < useful; ++i) {
@@ -105,7 +105,7 @@ inline void run_grid(Launch& launch) {
         worker.join();
     }
     if (launch.failed) {
-        throw std::runtime_error(launch.fault);
+        throw std::runtime_error(launch.report_text);
     }
 }
 
@@ -123,19 +123,19 @@ struct KernelArguments<void (*)(Parameters...)> {
 
 template <typename T>
 inline std::remove_const_t<T> read_back(const Global<T>& source, Stream) {
-    return *source.checked(1, simt::Site::here());
+    return *source.checked(1, simt::SourceLocation::current());
 }
 
-// Few, so that blocks that stay and loop do so on small problems too.
+// Few, so that persistent blocks process several tiles in small problems too.
 template <auto kKernel>
 inline int resident_blocks(int, size_t, Stream) {
     return 3;
 }
 
-// As few, for kernels that choose their tiles by how they fill the card.
+// Few, for kernels that choose their tiles by the number of multiprocessors.
 inline int multiprocessors(Stream) { return 3; }
 
-// Little, so that small problems come by both ways: in shared memory and, where they do not fit, without it.
+// Small, so that small problems use both code paths: in shared memory, and without it if they do not fit.
 inline int largest_shared_bytes(Stream) { return 2048; }
 
 template <auto kKernel, typename... Arguments>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Pointers that look where they point: Global<T> knows the bounds of its tensor, Shared<T> those of its array, and
-// every access through Shared<T> goes through the shadow memory. They stand for T* in kernels (csrc/cuda/platform.h).
+// Bounds-checked pointers of kernels (csrc/cuda/platform.h): Global<T> checks the bounds of its tensor, Shared<T> those
+// of its array. Every access through Shared<T> is recorded in the shadow memory (shadow.h).
 #pragma once
 
 #include <type_traits>
@@ -38,28 +38,29 @@ public:
     Global operator-(int64_t offset) const { return *this + -offset; }
     Global& operator+=(int64_t offset) { return *this = *this + offset; }
 
-    T& operator[](const simt::Index& index) const { return *(*this + index.value).checked(1, index.site); }
+    T& operator[](const simt::Index& index) const { return *(*this + index.value).checked(1, index.location); }
 
     // `count` adjacent elements from here, aligned to all of them together (at most 16 bytes).
-    T* checked(int count, simt::Site site) const {
+    T* checked(int count, simt::SourceLocation location) const {
         const uintptr_t at = address(data_), bytes = sizeof(T) * static_cast<size_t>(count);
         if (__builtin_expect(at < begin_ || at + bytes > end_, 0)) {
-            simt::current_block().fault(
-                site, simt::concatenate(
-                          "out of bounds: element ",
-                          (static_cast<int64_t>(at) - static_cast<int64_t>(begin_)) / static_cast<int64_t>(sizeof(T)),
-                          count > 1 ? simt::concatenate(" and ", count - 1, " after it") : std::string(),
-                          " of a global buffer of ", (end_ - begin_) / sizeof(T)));
+            simt::current_block().fail(
+                location,
+                simt::concatenate(
+                    "out of bounds: element ",
+                    (static_cast<int64_t>(at) - static_cast<int64_t>(begin_)) / static_cast<int64_t>(sizeof(T)),
+                    count > 1 ? simt::concatenate(" and ", count - 1, " after it") : std::string(),
+                    " of a global buffer of ", (end_ - begin_) / sizeof(T)));
         }
         if (__builtin_expect(count > 1 && at % bytes != 0, 0)) {
-            simt::current_block().fault(
-                site, simt::concatenate(
-                          "misaligned: ", bytes, " bytes at an address that is a multiple of ", at & (~at + 1)));
+            simt::current_block().fail(
+                location, simt::concatenate(
+                              "misaligned: ", bytes, " bytes at an address that is a multiple of ", at & (~at + 1)));
         }
         return data_;
     }
 
-    // For what the host hands to the hardware.
+    // For host functions that pass the address to the hardware.
     T* data() const { return data_; }
     bool holds(int64_t count) const {
         return address(data_) >= begin_ && address(data_) + static_cast<uintptr_t>(count) * sizeof(T) <= end_;
@@ -84,12 +85,12 @@ private:
     uintptr_t begin_ = 0, end_ = 0;
 };
 
-// One element of shared memory: reading it is a conversion, writing it an assignment. A kernel never keeps one
-// (`auto x = tile[i]` does not compile further): it says `float x = tile[i]`.
+// Proxy of one element of shared memory: a conversion reads it, an assignment writes it. It cannot be copied: kernels
+// write `float x = tile[i]`, not `auto`.
 template <typename T>
 class SharedElement {
 public:
-    SharedElement(size_t at, simt::Site site) : at_(at), site_(site) {}
+    SharedElement(size_t at, simt::SourceLocation location) : at_(at), location_(location) {}
     SharedElement(const SharedElement&) = delete;
 
     operator T() && { return read(); }
@@ -109,18 +110,18 @@ public:
 
 private:
     T read() const {
-        simt::current_block().note_read(at_, sizeof(T), simt::Shadow::kPlain, site_);
+        simt::current_block().note_read(at_, sizeof(T), simt::Shadow::kPlain, location_);
         T value;
         std::memcpy(static_cast<void*>(&value), simt::current_block().shared_memory(at_), sizeof(T));
         return value;
     }
     void write(const T& value) const {
-        simt::current_block().note_write(at_, sizeof(T), simt::Shadow::kPlain, site_);
+        simt::current_block().note_write(at_, sizeof(T), simt::Shadow::kPlain, location_);
         std::memcpy(simt::current_block().shared_memory(at_), static_cast<const void*>(&value), sizeof(T));
     }
 
     size_t at_;
-    simt::Site site_;
+    simt::SourceLocation location_;
 };
 
 template <typename T>
@@ -144,14 +145,14 @@ public:
 
     SharedElement<Element> operator[](const simt::Index& index) const {
         static_assert(
-            sizeof(T) % simt::kGranule == 0, "shared elements take two bytes or more: races are told by two bytes");
+            sizeof(T) % simt::kGranularity == 0, "shared elements take two bytes or more: races are told by two bytes");
         const Shared element = *this + index.value;
-        return SharedElement<Element>(element.checked(sizeof(T), alignof(T), index.site), index.site);
+        return SharedElement<Element>(element.checked(sizeof(T), alignof(T), index.location), index.location);
     }
 
     // Offset in the block's shared memory of `bytes` bytes from here.
-    size_t checked(size_t bytes, size_t alignment, simt::Site site) const {
-        simt::current_block().check_shared(begin_, at_, end_, bytes, alignment, site);
+    size_t checked(size_t bytes, size_t alignment, simt::SourceLocation location) const {
+        simt::current_block().check_shared(begin_, at_, end_, bytes, alignment, location);
         return static_cast<size_t>(at_);
     }
 
@@ -178,7 +179,7 @@ private:
     static const char name##_declared_here = 0;       \
     const ::spatialflow::Shared<type> name(           \
         ::spatialflow::simt::current_block().declare( \
-            &name##_declared_here, #name, sizeof(type) * (count), ::spatialflow::simt::Site::here()))
+            &name##_declared_here, #name, sizeof(type) * (count), ::spatialflow::simt::SourceLocation::current()))
 #define SPATIALFLOW_DYNAMIC_SHARED(type, name) \
     const ::spatialflow::Shared<type> name(::spatialflow::simt::current_block().dynamic_array())
 
@@ -192,27 +193,33 @@ inline Shared<To> pointer_cast(const Shared<From>& pointer) {
 }
 
 template <int kWidth, typename T>
-inline Vec<std::remove_const_t<T>, kWidth> load_vector(const Global<T>& source, simt::Site site = simt::Site::here()) {
+inline Vec<std::remove_const_t<T>, kWidth> load_vector(
+    const Global<T>& source, simt::SourceLocation location = simt::SourceLocation::current()) {
     Vec<std::remove_const_t<T>, kWidth> value;
-    std::memcpy(static_cast<void*>(&value), source.checked(kWidth, site), sizeof(value));
+    std::memcpy(static_cast<void*>(&value), source.checked(kWidth, location), sizeof(value));
     return value;
 }
 template <int kWidth, typename T>
-inline Vec<std::remove_const_t<T>, kWidth> load_vector(const Shared<T>& source, simt::Site site = simt::Site::here()) {
+inline Vec<std::remove_const_t<T>, kWidth> load_vector(
+    const Shared<T>& source, simt::SourceLocation location = simt::SourceLocation::current()) {
     Vec<std::remove_const_t<T>, kWidth> value;
-    const size_t at = source.checked(sizeof(value), sizeof(value), site);
-    simt::current_block().note_read(at, sizeof(value), simt::Shadow::kPlain, site);
+    const size_t at = source.checked(sizeof(value), sizeof(value), location);
+    simt::current_block().note_read(at, sizeof(value), simt::Shadow::kPlain, location);
     std::memcpy(static_cast<void*>(&value), simt::current_block().shared_memory(at), sizeof(value));
     return value;
 }
 template <int kWidth, typename T>
-inline void store_vector(const Global<T>& target, const Vec<T, kWidth>& value, simt::Site site = simt::Site::here()) {
-    std::memcpy(static_cast<void*>(target.checked(kWidth, site)), &value, sizeof(value));
+inline void store_vector(
+    const Global<T>& target, const Vec<T, kWidth>& value,
+    simt::SourceLocation location = simt::SourceLocation::current()) {
+    std::memcpy(static_cast<void*>(target.checked(kWidth, location)), &value, sizeof(value));
 }
 template <int kWidth, typename T>
-inline void store_vector(const Shared<T>& target, const Vec<T, kWidth>& value, simt::Site site = simt::Site::here()) {
-    const size_t at = target.checked(sizeof(value), sizeof(value), site);
-    simt::current_block().note_write(at, sizeof(value), simt::Shadow::kPlain, site);
+inline void store_vector(
+    const Shared<T>& target, const Vec<T, kWidth>& value,
+    simt::SourceLocation location = simt::SourceLocation::current()) {
+    const size_t at = target.checked(sizeof(value), sizeof(value), location);
+    simt::current_block().note_write(at, sizeof(value), simt::Shadow::kPlain, location);
     std::memcpy(simt::current_block().shared_memory(at), &value, sizeof(value));
 }
 

@@ -1,29 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What is known about every two bytes of a block's shared memory: who wrote them last, who has read them since, and
-// when. From that follow the reports of races and of reads that nothing preceded by a write.
+// Shadow memory: for every two bytes of a block's shared memory, the last write and the reads after it. Detects races
+// and reads of uninitialized memory.
 //
-// Time has two hands. `epoch` counts the block's barriers and never restarts, so that what an earlier block left is
-// simply old. Within an epoch, and beyond it for what runs asynchronously, vector clocks tell the order (clocks.h).
+// There are two logical clocks. `epoch` counts barriers of the block and is never reset, so that accesses of an earlier
+// block are older than all of this block. Within an epoch, and for asynchronous operations, vector clocks order
+// accesses (clocks.h).
 #pragma once
 
 #include <string>
 #include <vector>
 
 #include "simt/clocks.h"
-#include "simt/fault.h"
+#include "simt/source_location.h"
 
 namespace spatialflow {
 namespace simt {
 
-constexpr int kGranule = 2;
+constexpr int kGranularity = 2;
 constexpr int kChunk = 16;  // bytes of the widest access, and of what TMA and wgmma move
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 
-// Who touches shared memory, and when.
-struct Toucher {
+// A thread that accesses shared memory, and the time of the access.
+struct Accessor {
     uint32_t epoch, first_epoch;
-    uint32_t readers_from;  // earlier epochs' reads are ordered before this access by a barrier of the block
+    uint32_t readers_from;  // reads of earlier epochs are ordered before this access by a barrier of the block
     unsigned thread;
     const Clocks* clocks;
 
@@ -37,29 +38,29 @@ public:
 
     struct Conflict {
         const char* what = nullptr;  // null: none
-        Site other;
+        SourceLocation other;
         unsigned other_thread = 0;
     };
 
-    // Where 16 bytes lie in the box that TMA has copied.
-    struct Place {
-        uint32_t copy = 0, chunk = 0;  // number of the copy, from one on; chunk of the box, rows first
+    // Position of 16 bytes in the box of a TMA copy.
+    struct BoxPosition {
+        uint32_t copy = 0, chunk = 0;  // number of the copy, from 1; chunk of the box in row-major order
     };
 
-    Shadow() : cells_(kMaxSharedBytes / kGranule), whole_(kMaxSharedBytes / kChunk, 0) {}
+    Shadow() : cells_(kMaxSharedBytes / kGranularity), whole_(kMaxSharedBytes / kChunk, 0) {}
 
-    // Before a block's first access.
+    // Called before the first access of a block.
     void forget_readers() {
         readers_.clear();
         free_readers_.clear();
     }
 
-    Conflict read(size_t begin, size_t bytes, const Toucher& by, Kind kind, Site site) {
+    Conflict read(size_t begin, size_t bytes, const Accessor& by, Kind kind, SourceLocation location) {
         const Reader reader = {
-            by.thread / kLanes, 1u << by.thread % kLanes, by.clocks->now(by.thread), by.thread, site};
+            by.thread / kLanes, 1u << by.thread % kLanes, by.clocks->now(by.thread), by.thread, location};
         return visit(begin, bytes, by, [&](Cell& cell) -> Conflict {
             const Conflict conflict = check_read(cell, by, kind);
-            // An atomic reads no older value than it replaces: its write stands for both.
+            // The write of an atomic represents its read too.
             if (!conflict.what && kind != kAtomic) {
                 note_read(cell, by, reader);
             }
@@ -67,76 +68,79 @@ public:
         });
     }
 
-    // A read of 16 bytes by the wgmma unit of the toucher's warp. It ends when group `group` has been waited for.
-    Conflict read_by_unit(size_t begin, const Toucher& by, uint32_t group, Site site) {
+    // Record a read of 16 bytes by the wgmma unit of the accessor's warp. It ends when group `group` has been waited
+    // for.
+    Conflict read_by_unit(size_t begin, const Accessor& by, uint32_t group, SourceLocation location) {
         return visit(begin, kChunk, by, [&](Cell& cell) -> Conflict {
             if (const Conflict conflict = check_read(cell, by, kPlain); conflict.what) {
                 return conflict;
             }
             if (cell.write_kind != kCopied && !by.clocks->knows_fenced(by.thread, cell.writer, cell.write_moment)) {
                 return {
-                    "wgmma reads what was written without a fence.proxy.async between, at", cell.write_site,
-                    cell.write_thread};
+                    "wgmma reads an operand that was written without a fence.proxy.async in between, at",
+                    cell.write_location, cell.write_thread};
             }
             const unsigned warp = by.thread / kLanes;
-            note_read(cell, by, {by.clocks->num_warps() + warp, 1u, group, by.thread, site});
+            note_read(cell, by, {by.clocks->num_warps() + warp, 1u, group, by.thread, location});
             return {};
         });
     }
-    // Of 16 bytes that TMA has written whole; {} of others.
-    Place place(size_t begin) const {
-        const Cell& cell = cells_[begin / kGranule];
-        return whole_[begin / kChunk] && cell.write_kind == kCopied ? cell.place : Place{};
+    // Box position of 16 bytes that one TMA copy has written; {} for others.
+    BoxPosition box_position(size_t begin) const {
+        const Cell& cell = cells_[begin / kGranularity];
+        return whole_[begin / kChunk] && cell.write_kind == kCopied ? cell.box_position : BoxPosition{};
     }
 
-    Conflict write(size_t begin, size_t bytes, const Toucher& by, Kind kind, Site site) {
-        return write_as(begin, bytes, by, by.thread, by.clocks->now(by.thread), kind, {}, site);
+    Conflict write(size_t begin, size_t bytes, const Accessor& by, Kind kind, SourceLocation location) {
+        return write_as(begin, bytes, by, by.thread, by.clocks->now(by.thread), kind, {}, location);
     }
-    // A write of 16 bytes by TMA, that a thread of the block has started: done when phase `phase` of an mbarrier is.
+    // Record a write of 16 bytes by a TMA copy that a thread of the block has started. It is complete when phase
+    // `phase` of the mbarrier is.
     Conflict write_by_copy(
-        size_t begin, const Toucher& by, unsigned barrier, uint32_t phase, const Place& place, Site site) {
+        size_t begin, const Accessor& by, unsigned barrier, uint32_t phase, const BoxPosition& position,
+        SourceLocation location) {
         Conflict conflict;
         visit(begin, kChunk, by, [&](Cell& cell) -> Conflict {
             const bool generic = cell.write_epoch >= by.first_epoch && cell.write_kind != kCopied;
             if (generic && !by.clocks->knows_fenced(by.thread, cell.writer, cell.write_moment)) {
                 conflict = {
-                    "TMA writes where a thread has written without a fence.proxy.async between, at", cell.write_site,
-                    cell.write_thread};
+                    "TMA writes where a thread has written, without a fence.proxy.async in between, at",
+                    cell.write_location, cell.write_thread};
             }
             return conflict;
         });
-        return conflict.what ? conflict : write_as(begin, kChunk, by, barrier, phase, kCopied, place, site);
+        return conflict.what ? conflict : write_as(begin, kChunk, by, barrier, phase, kCopied, position, location);
     }
 
 private:
-    // A reader: lanes of a warp at a moment, or its wgmma unit as lane 0 of a slot behind those of all warps.
+    // A reader: lanes of a warp at a moment, or the wgmma unit of a warp as lane 0 of a slot after those of all warps.
     struct Reader {
         unsigned slot;
         uint32_t lanes;  // since the last read after all others
         uint32_t moment;
         unsigned thread;  // the last one, for reports
-        Site site;
+        SourceLocation location;
     };
     static constexpr uint32_t kNone = 0xffffffffu;
 
     struct Cell {
-        Site write_site;
+        SourceLocation write_location;
         uint32_t write_epoch = 0, write_moment = 0;
         uint32_t read_epoch = 0;
         uint32_t more_readers = kNone;  // entry of readers_, instead of `reader`
         Reader reader = {0, 0, 0, 0, {}};
-        Place place;
+        BoxPosition box_position;
         uint16_t writer = 0, write_thread = 0;  // actor; the thread to name
         Kind write_kind = kPlain;
-        bool read_by_warps = false;  // by more than one, where clocks are of one warp
+        bool read_by_warps = false;  // by several warps, while clocks track single warps
     };
 
-    // check(cell) of all cells until one has a conflict. Where 16 bytes have the same past, one cell stands for them.
+    // Call check(cell) for all cells until one has a conflict. One cell represents 16 bytes with the same history.
     template <typename Check>
-    Conflict visit(size_t begin, size_t bytes, const Toucher& by, Check check) {
+    Conflict visit(size_t begin, size_t bytes, const Accessor& by, Check check) {
         const size_t end = begin + bytes;
         for (size_t chunk = begin / kChunk; chunk * kChunk < end; ++chunk) {
-            constexpr size_t kCells = kChunk / kGranule;
+            constexpr size_t kCells = kChunk / kGranularity;
             Cell* cells = cells_.data() + chunk * kCells;
             const size_t from = std::max(begin, chunk * kChunk), to = std::min(end, (chunk + 1) * kChunk);
             if (whole_[chunk]) {
@@ -148,7 +152,8 @@ private:
                 }
                 split(chunk, by);
             }
-            for (size_t i = from / kGranule % kCells; i < from / kGranule % kCells + (to - from) / kGranule; ++i) {
+            for (size_t i = from / kGranularity % kCells; i < from / kGranularity % kCells + (to - from) / kGranularity;
+                 ++i) {
                 if (const Conflict conflict = check(cells[i]); conflict.what) {
                     return conflict;
                 }
@@ -157,12 +162,12 @@ private:
         return {};
     }
 
-    void split(size_t chunk, const Toucher& by) {
-        Cell* cells = cells_.data() + chunk * (kChunk / kGranule);
+    void split(size_t chunk, const Accessor& by) {
+        Cell* cells = cells_.data() + chunk * (kChunk / kGranularity);
         if (!has_readers(cells[0], by)) {
             cells[0].more_readers = kNone;
         }
-        for (int i = 1; i < kChunk / kGranule; ++i) {
+        for (int i = 1; i < kChunk / kGranularity; ++i) {
             cells[i] = cells[0];
             if (cells[0].more_readers != kNone) {
                 const uint32_t entry = new_readers();
@@ -173,64 +178,65 @@ private:
         whole_[chunk] = 0;
     }
 
-    static Conflict check_read(const Cell& cell, const Toucher& by, Kind kind) {
+    static Conflict check_read(const Cell& cell, const Accessor& by, Kind kind) {
         if (cell.write_epoch < by.first_epoch) {
-            return {"reads shared memory that nobody wrote", {}, 0};
+            return {"reads uninitialized shared memory", {}, 0};
         }
         if (cell.write_kind == kPending) {
             return {
-                "reads shared memory before the cp.async into it was waited for, started at", cell.write_site,
+                "reads the target of a cp.async without waiting for the copy, started at", cell.write_location,
                 cell.write_thread};
         }
         if (unordered_write(cell, by, kind)) {
             if (cell.write_kind == kCopied) {
                 return {
-                    "reads what TMA writes without having waited for its mbarrier, copy started at", cell.write_site,
-                    cell.write_thread};
+                    "reads the target of a TMA copy without waiting for its mbarrier, copy started at",
+                    cell.write_location, cell.write_thread};
             }
             if (cell.write_kind == kBarrier) {
-                return {"reads an mbarrier, initialized at", cell.write_site, cell.write_thread};
+                return {"reads the memory of an mbarrier, initialized at", cell.write_location, cell.write_thread};
             }
             return {
-                "races: reads what another thread writes without a barrier between, at", cell.write_site,
+                "race: reads what another thread writes, without a barrier in between, at", cell.write_location,
                 cell.write_thread};
         }
         return {};
     }
 
     Conflict write_as(
-        size_t begin, size_t bytes, const Toucher& by, unsigned writer, uint32_t moment, Kind kind, const Place& place,
-        Site site) {
+        size_t begin, size_t bytes, const Accessor& by, unsigned writer, uint32_t moment, Kind kind,
+        const BoxPosition& position, SourceLocation location) {
         const auto note = [&](Cell& cell) {
             cell.write_epoch = by.epoch;
             cell.write_moment = moment;
             cell.writer = static_cast<uint16_t>(writer);
             cell.write_thread = static_cast<uint16_t>(by.thread);
             cell.write_kind = kind;
-            cell.write_site = site;
-            cell.place = place;
-            forget_readers_of(cell, by);  // whoever is ordered after this write is ordered after them
+            cell.write_location = location;
+            cell.box_position = position;
+            forget_readers_of(cell, by);  // an access ordered after this write is ordered after these reads
         };
         const Conflict conflict = visit(begin, bytes, by, [&](Cell& cell) -> Conflict {
             if (unordered_write(cell, by, kind)) {
                 if (cell.write_kind == kCopied) {
                     return {
-                        "writes where TMA writes without having waited for its mbarrier, copy started at",
-                        cell.write_site, cell.write_thread};
+                        "writes to the target of a TMA copy without waiting for its mbarrier, copy started at",
+                        cell.write_location, cell.write_thread};
                 }
                 if (cell.write_kind == kBarrier) {
-                    return {"writes to an mbarrier, initialized at", cell.write_site, cell.write_thread};
+                    return {
+                        "writes to the memory of an mbarrier, initialized at", cell.write_location, cell.write_thread};
                 }
                 return {
-                    "races: writes what another thread writes without a barrier between, at", cell.write_site,
+                    "race: writes what another thread writes, without a barrier in between, at", cell.write_location,
                     cell.write_thread};
             }
             if (const Reader* reader = unordered_reader(cell, by)) {
                 return {
                     reader->slot >= by.clocks->num_warps()
-                        ? "writes what wgmma reads without having waited for the group, started at"
-                        : "races: writes what another thread reads without a barrier between, at",
-                    reader->site, reader->thread};
+                        ? "writes to an operand of wgmma without waiting for its group, started at"
+                        : "race: writes what another thread reads, without a barrier in between, at",
+                    reader->location, reader->thread};
             }
             note(cell);
             return {};
@@ -241,7 +247,7 @@ private:
         return conflict;
     }
 
-    static bool unordered_write(const Cell& cell, const Toucher& by, Kind kind) {
+    static bool unordered_write(const Cell& cell, const Accessor& by, Kind kind) {
         if (cell.write_epoch < by.first_epoch) {
             return false;
         }
@@ -257,7 +263,7 @@ private:
         return cell.writer != by.thread && !by.knows(cell.writer, cell.write_moment);
     }
 
-    static bool knows_all_of(const Reader& reader, const Toucher& by) {
+    static bool knows_all_of(const Reader& reader, const Accessor& by) {
         const unsigned warps = by.clocks->num_warps();
         if (reader.slot >= warps) {
             return by.knows(by.clocks->wgmma_unit(reader.slot - warps), reader.moment);
@@ -271,13 +277,13 @@ private:
         return true;
     }
 
-    // Who the several warps were is not known: once clocks tell warps apart, they are forgotten.
-    static bool has_readers(const Cell& cell, const Toucher& by) {
+    // The warps of read_by_warps are unknown: they are dropped once clocks track all actors.
+    static bool has_readers(const Cell& cell, const Accessor& by) {
         return cell.read_epoch >= by.readers_from && !(cell.read_by_warps && by.clocks->tracks_all());
     }
 
-    // One that the toucher is not ordered after, or null.
-    const Reader* unordered_reader(const Cell& cell, const Toucher& by) const {
+    // A reader that the accessor is not ordered after, or null.
+    const Reader* unordered_reader(const Cell& cell, const Accessor& by) const {
         if (!has_readers(cell, by)) {
             return nullptr;
         }
@@ -292,16 +298,16 @@ private:
         return cell.read_by_warps || !knows_all_of(cell.reader, by) ? &cell.reader : nullptr;
     }
 
-    void note_read(Cell& cell, const Toucher& by, const Reader& reader) {
+    void note_read(Cell& cell, const Accessor& by, const Reader& reader) {
         const bool has_any = has_readers(cell, by);
         if (has_any && cell.read_by_warps) {
-            cell.read_epoch = by.epoch;  // one more of several
+            cell.read_epoch = by.epoch;  // one of several warps
             return;
         }
         if (!has_any) {
-            cell.more_readers = kNone;  // of an earlier block or epoch: the entries are gone with it
+            cell.more_readers = kNone;  // of an earlier block or epoch, whose entries are freed
         }
-        // Whoever is ordered after this read is ordered after those before it.
+        // An access ordered after this read is ordered after the previous ones.
         if (!has_any || (cell.more_readers == kNone && knows_all_of(cell.reader, by))) {
             cell.read_epoch = by.epoch;
             cell.read_by_warps = false;
@@ -326,7 +332,7 @@ private:
                 return;
             }
             if (all[i].slot == reader.slot) {
-                all[i].lanes &= ~reader.lanes;  // their later read stands for the earlier one
+                all[i].lanes &= ~reader.lanes;  // the later read of these lanes replaces the earlier one
             }
             if (all[i].lanes == 0) {
                 all[i] = all.back();
@@ -337,7 +343,8 @@ private:
         }
         all.push_back(reader);
     }
-    // Whether one entry can stand for both: lanes of a warp keep their own time where they synchronize one by one.
+    // Merge `reader` into `target`; false if one entry cannot represent both. Lanes of a warp that synchronize
+    // separately have different times.
     static bool add_to(Reader& target, const Reader& reader) {
         if (target.slot != reader.slot || (target.moment != reader.moment && (target.lanes & ~reader.lanes) != 0)) {
             return false;
@@ -345,11 +352,11 @@ private:
         target.lanes |= reader.lanes;
         target.moment = reader.moment;
         target.thread = reader.thread;
-        target.site = reader.site;
+        target.location = reader.location;
         return true;
     }
 
-    void forget_readers_of(Cell& cell, const Toucher& by) {
+    void forget_readers_of(Cell& cell, const Accessor& by) {
         if (cell.more_readers != kNone && has_readers(cell, by)) {
             readers_[cell.more_readers].clear();
             free_readers_.push_back(cell.more_readers);
@@ -369,7 +376,7 @@ private:
     }
 
     std::vector<Cell> cells_;
-    std::vector<uint8_t> whole_;  // of each 16 bytes: whether the first cell stands for all
+    std::vector<uint8_t> whole_;  // for each 16 bytes: whether the first cell represents all
     std::vector<std::vector<Reader>> readers_;
     std::vector<uint32_t> free_readers_;
 };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The SIMT interpreter: CUDA kernels as plain C++, run on a CPU and watched. Included by csrc/cuda/platform.h where
-// there is no nvcc; docs/simt.md says what it reports and what it cannot.
+// The SIMT interpreter: CUDA kernels as plain C++, run on a CPU with checked accesses. csrc/cuda/platform.h includes it
+// if the compiler is not nvcc; docs/simt.md lists what it reports and what it cannot detect.
 #pragma once
 
 #include "common/scalar.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// mbarriers, and the copies of TMA that they wait for, under the interpreter (PTX manual, sections "mbarrier",
-// "Tensors" and "Async proxy"). docs/simt.md says what is reported.
+// mbarriers and TMA copies for interpreted kernels (PTX manual, sections "mbarrier", "Tensors" and "Async proxy").
+// docs/simt.md lists the reports.
 #pragma once
 
 #include "simt/intrinsics.h"
@@ -13,10 +13,10 @@ namespace simt {
 
 constexpr int64_t kMaxPendingBytes = (1 << 20) - 1;
 
-// If the phase has all it waits for, the next one begins. Returns what is wrong, or nothing.
+// Begin the next phase if all arrivals and bytes of this one are complete. Returns an error text, or an empty string.
 inline std::string advance(Block& block, MemoryBarrier& barrier) {
     if (barrier.bytes > kMaxPendingBytes || barrier.bytes < -kMaxPendingBytes) {
-        return concatenate("mbarrier: ", barrier.bytes, " bytes pending, it counts up to ", kMaxPendingBytes);
+        return concatenate("mbarrier: ", barrier.bytes, " bytes pending, more than the maximum ", kMaxPendingBytes);
     }
     if (barrier.pending != 0 || barrier.bytes != 0) {
         return {};
@@ -25,8 +25,8 @@ inline std::string advance(Block& block, MemoryBarrier& barrier) {
         if (copy.barrier == &barrier) {
             return concatenate(
                 "mbarrier at byte ", barrier.at, ": phase ", barrier.phase,
-                " is complete while a copy is under way that was started at ", copy.site.text(),
-                ": too few bytes were expected");
+                " completes while a copy is in flight, started at ", copy.location.text(),
+                ": too few bytes are expected");
         }
     }
     ++barrier.phase;
@@ -37,51 +37,51 @@ inline std::string advance(Block& block, MemoryBarrier& barrier) {
     return {};
 }
 
-// The mbarrier at an address, which the running thread may use.
-inline MemoryBarrier& memory_barrier(Block& block, const char* name, unsigned address, Site site) {
+// The mbarrier at an address; its initialization must be visible to the running thread.
+inline MemoryBarrier& memory_barrier(Block& block, const char* name, unsigned address, SourceLocation location) {
     const int64_t at = address - kSharedWindow;
     for (const std::unique_ptr<MemoryBarrier>& barrier : block.async.barriers) {
         if (static_cast<int64_t>(barrier->at) == at) {
             const unsigned self = current_thread->linear;
             if (self != barrier->initializer &&
                 !block.clocks().knows(self, barrier->initializer, barrier->init_moment)) {
-                block.fault(
-                    site, concatenate(
-                              name, ": the mbarrier's initialization at ", barrier->site.text(),
-                              " is not visible to this thread: no barrier between"));
+                block.fail(
+                    location, concatenate(
+                                  name, ": the mbarrier's initialization at ", barrier->location.text(),
+                                  " is not visible to this thread: no barrier in between"));
             }
             return *barrier;
         }
     }
-    block.fault(site, concatenate(name, ": there is no mbarrier at byte ", at, " of the block's shared memory"));
+    block.fail(location, concatenate(name, ": there is no mbarrier at byte ", at, " of the block's shared memory"));
 }
 
-inline void arrive(const char* name, unsigned address, unsigned bytes, Site site) {
+inline void arrive(const char* name, unsigned address, unsigned bytes, SourceLocation location) {
     Block& block = current_block();
-    MemoryBarrier& barrier = memory_barrier(block, name, address, site);
+    MemoryBarrier& barrier = memory_barrier(block, name, address, location);
     if (barrier.pending == 0) {
-        block.fault(
-            site, concatenate(
-                      name, ": phase ", barrier.phase, " of the mbarrier has had all its ", barrier.arrivals,
-                      " arrivals and waits for ", barrier.bytes, " bytes"));
+        block.fail(
+            location, concatenate(
+                          name, ": phase ", barrier.phase, " of the mbarrier already has all its ", barrier.arrivals,
+                          " arrivals and waits for ", barrier.bytes, " bytes"));
     }
     if (barrier.phase > 0 && barrier.last_seen != barrier.phase + 1) {
-        block.fault(
-            site, concatenate(
-                      name, ": phase ", barrier.phase - 1,
-                      " of the mbarrier is complete, and no thread has waited for it yet"));
+        block.fail(
+            location,
+            concatenate(
+                name, ": phase ", barrier.phase - 1, " of the mbarrier is complete, and no thread has waited for it"));
     }
     block.clocks().release(current_thread->linear, barrier.arriving);
     barrier.bytes += bytes;
     --barrier.pending;
     if (const std::string wrong = advance(block, barrier); !wrong.empty()) {
-        block.fault(site, wrong);
+        block.fail(location, wrong);
     }
 }
 
 // ---- copies by TMA -----------------------------------------------------------------------------------------------
 
-// The box of the copy, with zeros outside the tensor, to shared memory.
+// Copy the box to shared memory, with zeros outside the tensor.
 inline void move_box(Block& block, const TensorCopy& copy) {
     const TensorMap& map = copy.map;
     const size_t row_bytes = map.row_bytes();
@@ -125,12 +125,12 @@ inline bool AsyncUnits::deliver_latest(Block& block) {
     const TensorCopy copy = copies.back();
     copies.pop_back();
     if (const std::string wrong = deliver(block, copy); !wrong.empty()) {
-        block.report(copy.thread, copy.site, wrong);
+        block.report(copy.thread, copy.location, wrong);
     }
     return true;
 }
 
-// What ptxas gives threads of a block that has a multiprocessor to itself.
+// Registers that ptxas can assign to a thread of a block that is alone on a multiprocessor.
 inline int registers_at_launch(const Block& block) {
     return std::min(255, 65536 / static_cast<int>(block.num_threads())) / 8 * 8;
 }
@@ -139,11 +139,11 @@ inline void AsyncUnits::check_end(Block& block) {
     for (const std::unique_ptr<MemoryBarrier>& barrier : barriers) {
         if (barrier->copy.phase > 0 && barrier->last_seen <= barrier->copy.phase) {
             block.report(
-                barrier->copy.thread, barrier->copy.site, "the block ends and no thread has waited for this copy");
+                barrier->copy.thread, barrier->copy.location, "the block ends, and no thread has waited for this copy");
         }
         if (barrier->bytes != 0) {
             block.report(
-                barrier->initializer, barrier->site,
+                barrier->initializer, barrier->location,
                 concatenate(
                     "mbarrier at byte ", barrier->at, ": the block ends, and for phase ", barrier->phase, " ",
                     std::abs(barrier->bytes), " bytes ", barrier->bytes > 0 ? "too many" : "too few",
@@ -157,52 +157,54 @@ inline void AsyncUnits::check_end(Block& block) {
     }
     if (all > at_launch * warpgroups) {
         block.report(
-            registers.back().thread, registers.back().site,
+            registers.back().thread, registers.back().location,
             concatenate(
-                "setmaxnreg: warpgroups take ", all, " registers of ", at_launch * warpgroups,
-                " for a thread of each: the last one waits for ever"));
+                "setmaxnreg: warpgroups use ", all, " registers of ", at_launch * warpgroups,
+                " per thread of each: the last one never returns"));
     }
 }
 
 inline void start_copy(
-    const TensorMap* map, std::initializer_list<int> coordinates, unsigned target, unsigned address, Site site) {
+    const TensorMap* map, std::initializer_list<int> coordinates, unsigned target, unsigned address,
+    SourceLocation location) {
     Block& block = current_block();
-    MemoryBarrier& barrier = memory_barrier(block, "TMA", address, site);
+    MemoryBarrier& barrier = memory_barrier(block, "TMA", address, location);
     const unsigned self = current_thread->linear;
     if (!block.clocks().knows_fenced(self, barrier.initializer, barrier.init_moment)) {
-        block.fault(
-            site, concatenate(
-                      "TMA: the mbarrier's initialization at ", barrier.site.text(),
-                      " is not visible to it: no fence between"));
+        block.fail(
+            location, concatenate(
+                          "TMA: the mbarrier's initialization at ", barrier.location.text(),
+                          " is not visible to TMA: no fence in between"));
     }
     if (static_cast<int>(coordinates.size()) != map->dimensions) {
-        block.fault(
-            site,
+        block.fail(
+            location,
             concatenate(
                 "TMA: ", coordinates.size(), " coordinates for a tensor map of ", map->dimensions, " dimensions"));
     }
     if (target % 128 != 0) {
-        block.fault(site, concatenate("TMA: target at address ", target, ", no multiple of 128"));
+        block.fail(location, concatenate("TMA: target at address ", target, ", not a multiple of 128"));
     }
     const size_t bytes = map->rows() * map->row_bytes();
     TensorCopy copy;
     copy.map = *map;
     std::copy(coordinates.begin(), coordinates.end(), copy.coordinates);
-    copy.target = block.locate(target, bytes, "target of TMA", site);
+    copy.target = block.locate(target, bytes, "target of TMA", location);
     copy.barrier = &barrier;
     copy.thread = self;
-    copy.site = site;
+    copy.location = location;
     const uint32_t row_chunks = static_cast<uint32_t>(map->row_bytes() / kChunk);
-    block.async.boxes.push_back({map->swizzle, row_chunks, static_cast<uint32_t>(bytes / kChunk), site});
+    block.async.boxes.push_back({map->swizzle, row_chunks, static_cast<uint32_t>(bytes / kChunk), location});
     copy.number = static_cast<uint32_t>(block.async.boxes.size());
-    const Toucher by = block.toucher(self);
+    const Accessor by = block.accessor(self);
     const unsigned actor = block.clocks().memory_barrier(barrier.index);
-    barrier.copy = {barrier.phase + 1, self, site};
+    barrier.copy = {barrier.phase + 1, self, location};
     for (uint32_t chunk = 0; chunk < bytes / kChunk; ++chunk) {
         const int64_t place = swizzled(int64_t{target} + chunk * kChunk, map->swizzle) - kSharedWindow;
-        const size_t at = block.locate(place + kSharedWindow, kChunk, "target of TMA", site);
-        block.complain(
-            block.shadow().write_by_copy(at, by, actor, barrier.phase + 1, {copy.number, chunk}, site), at, site);
+        const size_t at = block.locate(place + kSharedWindow, kChunk, "target of TMA", location);
+        block.report_conflict(
+            block.shadow().write_by_copy(at, by, actor, barrier.phase + 1, {copy.number, chunk}, location), at,
+            location);
         std::memset(block.shared_memory(at), 0xff, kChunk);
     }
     if (sm90() == Sm90::kLate) {
@@ -210,7 +212,7 @@ inline void start_copy(
         return;
     }
     if (const std::string wrong = deliver(block, copy); !wrong.empty()) {
-        block.fault(site, wrong);
+        block.fail(location, wrong);
     }
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// cp.async, ldmatrix and mma.sync under the interpreter (PTX manual, sections "Data Movement" and "Warp Level Matrix").
+// cp.async, ldmatrix and mma.sync for interpreted kernels (PTX manual, "Data Movement" and "Warp Level Matrix").
 //
-// A copy in flight is the worst of both: from its start no other thread may be reading or writing the target, and
-// until its group is waited for no thread may read it, and it holds what it held before.
+// A cp.async in flight is modeled pessimistically: from its start no other thread may read or write the target. Until
+// its group is waited for, no thread may read the target, which still holds its previous contents.
 #pragma once
 
 #include "simt/intrinsics.h"
@@ -13,16 +13,16 @@ namespace spatialflow {
 template <typename T>
 inline void cp_async_16(
     const Shared<T>& target, const Global<const simt::same_t<T>>& source, bool valid,
-    simt::Site site = simt::Site::here()) {
+    simt::SourceLocation location = simt::SourceLocation::current()) {
     constexpr int kCount = static_cast<int>(16 / sizeof(T));
     simt::Thread::Copy copy;
-    copy.target = target.checked(16, 16, site);
-    copy.site = site;
+    copy.target = target.checked(16, 16, location);
+    copy.location = location;
     std::memset(copy.data, 0, sizeof(copy.data));
     if (valid) {
-        std::memcpy(copy.data, source.checked(kCount, site), sizeof(copy.data));
+        std::memcpy(copy.data, source.checked(kCount, location), sizeof(copy.data));
     }
-    simt::current_block().note_write(copy.target, 16, simt::Shadow::kPending, site);
+    simt::current_block().note_write(copy.target, 16, simt::Shadow::kPending, location);
     std::vector<std::vector<simt::Thread::Copy>>& copies = simt::current_thread->copies;
     if (copies.empty()) {
         copies.emplace_back();
@@ -39,13 +39,13 @@ inline void cp_async_commit() {
 }
 
 template <int kGroups>
-inline void cp_async_wait(simt::Site site = simt::Site::here()) {
+inline void cp_async_wait(simt::SourceLocation location = simt::SourceLocation::current()) {
     std::vector<std::vector<simt::Thread::Copy>>& copies = simt::current_thread->copies;
     simt::Block& block = simt::current_block();
-    // The last entry is the group still open: copies not yet committed are not waited for.
+    // The last entry is the open group: uncommitted copies are not waited for.
     while (copies.size() > kGroups + 1u) {
         for (const simt::Thread::Copy& copy : copies.front()) {
-            block.note_write(copy.target, sizeof(copy.data), simt::Shadow::kPlain, site);
+            block.note_write(copy.target, sizeof(copy.data), simt::Shadow::kPlain, location);
             std::memcpy(block.shared_memory(copy.target), copy.data, sizeof(copy.data));
         }
         copies.erase(copies.begin());
@@ -57,14 +57,15 @@ namespace simt {
 // Row addresses come from the lanes, eight for each matrix; lane l receives elements (l / 4, 2 * (l % 4)) and the next
 // of each matrix, or of its transpose. A row of 16 bytes may as well hold four 32-bit elements: (l / 4, l % 4).
 template <typename T>
-inline void ldmatrix(const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, Site site) {
+inline void ldmatrix(
+    const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, SourceLocation location) {
     struct Slot {
         size_t at;
         unsigned registers[4];
-    } slot{row.checked(16, 16, site), {}};
+    } slot{row.checked(16, 16, location), {}};
     Block& block = current_block();
-    block.note_read(slot.at, 16, Shadow::kPlain, site);
-    block.collective(name, 0xffffffffu, slot, site, [&](Slot** slots) {
+    block.note_read(slot.at, 16, Shadow::kPlain, location);
+    block.collective(name, 0xffffffffu, slot, location, [&](Slot** slots) {
         for (int matrix = 0; matrix < 4; ++matrix) {
             uint16_t values[8][8];
             for (int r = 0; r < 8; ++r) {
@@ -88,9 +89,9 @@ struct Fragments {
 };
 
 template <typename T>
-inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Site site) {
+inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SourceLocation location) {
     Fragments slot{d, a, b};
-    current_block().collective("mma.sync", 0xffffffffu, slot, site, [](Fragments** slots) {
+    current_block().collective("mma.sync", 0xffffffffu, slot, location, [](Fragments** slots) {
         const auto half_of = [](unsigned packed, int which) {
             return load(T{static_cast<uint16_t>(packed >> (16 * which))});
         };
@@ -119,18 +120,18 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)
 }
 
 // Sums are exact, then rounded toward zero: the manual leaves their rounding open, and tensor cores cut bits off.
-inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Site site) {
+inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SourceLocation location) {
     Fragments slot{d, a, b};
     Block& block = current_block();
-    block.collective("mma.sync", 0xffffffffu, slot, site, [&](Fragments** slots) {
+    block.collective("mma.sync", 0xffffffffu, slot, location, [&](Fragments** slots) {
         const auto number = [&](unsigned bits, const char* name, int lane, int i) {
             float value;
             std::memcpy(&value, &bits, sizeof(value));
             if ((bits & 0x1fffu) != 0 && value == value) {
-                block.fault(
-                    site, concatenate(
-                              "mma.sync: register ", i, " of ", name, " in lane ", lane, ", ", value,
-                              ", is no TF32 number: the hardware cuts off its low 13 bits"));
+                block.fail(
+                    location, concatenate(
+                                  "mma.sync: register ", i, " of ", name, " in lane ", lane, ", ", value,
+                                  ", is not a TF32 number: the hardware ignores its low 13 bits"));
             }
             return static_cast<double>(value);
         };
@@ -165,33 +166,37 @@ inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 }  // namespace simt
 
 template <typename T>
-inline void ldmatrix_x4(unsigned (&registers)[4], const Shared<T>& row, simt::Site site = simt::Site::here()) {
-    simt::ldmatrix("ldmatrix", registers, row, false, site);
+inline void ldmatrix_x4(
+    unsigned (&registers)[4], const Shared<T>& row, simt::SourceLocation location = simt::SourceLocation::current()) {
+    simt::ldmatrix("ldmatrix", registers, row, false, location);
 }
 template <typename T>
-inline void ldmatrix_x4_trans(unsigned (&registers)[4], const Shared<T>& row, simt::Site site = simt::Site::here()) {
+inline void ldmatrix_x4_trans(
+    unsigned (&registers)[4], const Shared<T>& row, simt::SourceLocation location = simt::SourceLocation::current()) {
     static_assert(sizeof(T) == 2, "ldmatrix transposes 16-bit elements");
-    simt::ldmatrix("ldmatrix.trans", registers, row, true, site);
+    simt::ldmatrix("ldmatrix.trans", registers, row, true, location);
 }
 
 template <typename T>
 inline void mma_16816(
     float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], T /* type of a and b */,
-    simt::Site site = simt::Site::here()) {
-    simt::mma_16816<T>(d, a, b, site);
+    simt::SourceLocation location = simt::SourceLocation::current()) {
+    simt::mma_16816<T>(d, a, b, location);
 }
 
 inline void mma_1688(
-    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
-    simt::mma_1688(d, a, b, site);
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+    simt::SourceLocation location = simt::SourceLocation::current()) {
+    simt::mma_1688(d, a, b, location);
 }
 inline void mma_1688_first(
-    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], simt::Site site = simt::Site::here()) {
+    float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+    simt::SourceLocation location = simt::SourceLocation::current()) {
     d[0] = d[1] = d[2] = d[3] = 0.0f;
-    simt::mma_1688(d, a, b, site);
+    simt::mma_1688(d, a, b, location);
 }
 
-// Nearest, ties away from zero; any NaN becomes 0x7fffffff.
+// Round to nearest, ties away from zero; any NaN becomes 0x7fffffff.
 inline unsigned to_tf32(float value) {
     return value == value ? (__float_as_uint(value) + 0x1000u) & 0xffffe000u : 0x7fffffffu;
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensor maps of TMA under the interpreter, with the rules of cuTensorMapEncodeTiled.
+// Tensor maps of TMA for interpreted kernels, with the rules of cuTensorMapEncodeTiled.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "simt/fault.h"
+#include "simt/source_location.h"
 
 namespace spatialflow {
 namespace simt {
@@ -26,7 +26,7 @@ inline const char* name_of(Swizzle swizzle) {
            : swizzle == Swizzle::k32 ? "32-byte swizzle"
                                      : "no swizzle";
 }
-// Where the byte that belongs at `address` lies.
+// Address of a byte after the swizzle.
 inline int64_t swizzled(int64_t address, Swizzle swizzle) {
     const int64_t mask = static_cast<int64_t>(swizzle_span(swizzle)) / 16 - 1;
     return address ^ ((address >> 7 & mask) << 4);
@@ -51,34 +51,34 @@ struct TensorMap {
     }
 };
 
-// Refuses boxes that no tensor can have: a kernel is wrong that asks for them.
-inline void check_box(const TensorMap& map, Site site) {
+// Throw for boxes that are invalid for every tensor.
+inline void check_box(const TensorMap& map, SourceLocation location) {
     const auto refuse = [&](const std::string& what) {
-        throw std::runtime_error(concatenate("simt: ", site.text(), ": tensor map: ", what));
+        throw std::runtime_error(concatenate("simt: ", location.text(), ": tensor map: ", what));
     };
     for (int d = 0; d < map.dimensions; ++d) {
         if (map.box[d] < 1 || map.box[d] > 256) {
-            refuse(concatenate("the box has ", map.box[d], " elements in dimension ", d, ", it may have 1 to 256"));
+            refuse(concatenate("the box has ", map.box[d], " elements in dimension ", d, "; must be 1 to 256"));
         }
     }
     if (map.row_bytes() % 16 != 0) {
-        refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, no multiple of 16"));
+        refuse(concatenate("a row of the box has ", map.row_bytes(), " bytes, not a multiple of 16"));
     }
     if (map.swizzle != Swizzle::kNone && map.row_bytes() > swizzle_span(map.swizzle)) {
         refuse(concatenate(
             "a row of the box has ", map.row_bytes(), " bytes, more than the ", swizzle_span(map.swizzle), " of ",
             name_of(map.swizzle)));
     }
-    // Such rows need as much shared memory as the swizzle spans; where in it they lie is not documented.
+    // Such rows need as much shared memory as the swizzle spans; their position in it is not documented.
     if (map.row_bytes() < swizzle_span(map.swizzle)) {
         refuse(concatenate(
             "a row of the box has ", map.row_bytes(), " bytes, fewer than the ", swizzle_span(map.swizzle), " of ",
-            name_of(map.swizzle), ", which is not interpreted"));
+            name_of(map.swizzle), ", which the interpreter does not support"));
     }
 }
 
-// Whether TMA can read the tensor: sizes, strides and address are as it wants them. Strides need not rise, nor be
-// multiples of each other (benchmarks/hopper_probes). Whether a card takes one of zero was not tried: no.
+// Whether TMA supports sizes, strides and address of the tensor. Strides need not be ascending or multiples of each
+// other (benchmarks/hopper_probes). Strides of zero were not tested on hardware and are rejected.
 inline bool is_readable(const TensorMap& map) {
     if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0) {
         return false;

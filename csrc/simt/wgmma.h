@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// wgmma under the interpreter (PTX manual, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate"). Operands
-// are read from shared memory as their descriptors say, and products computed at commit or at wait (async.h).
+// wgmma for interpreted kernels (PTX manual, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate"). Operands are
+// read from shared memory according to their descriptors; products are computed at commit or at wait (async.h).
 #pragma once
 
 #include "simt/intrinsics.h"
@@ -9,10 +9,10 @@
 namespace spatialflow {
 namespace simt {
 
-// Bits of a descriptor that mean nothing.
+// Reserved bits of a descriptor.
 constexpr uint64_t kReservedBits = uint64_t{3} << 14 | uint64_t{3} << 30 | uint64_t{7} << 46 | uint64_t{0x3ff} << 52;
 
-// An operand in shared memory, as its descriptor says. `adjacent_k`: K-major; rows are those of a, columns of b.
+// An operand in shared memory, decoded from its descriptor. `adjacent_k`: K-major; rows are those of a, columns of b.
 class Operand {
 public:
     const uint64_t reserved_bits;
@@ -46,44 +46,44 @@ private:
     const bool adjacent_k_;
 };
 
-// Whether the running thread may read all of the operand through the asynchronous proxy: lines [begin, end) of `chunks`
-// times 16 bytes. Notes that its warp's unit reads them.
+// Check that the running thread may read the operand through the asynchronous proxy: lines [begin, end) of `chunks`
+// times 16 bytes. Records the reads of the wgmma unit of its warp.
 inline void note_operand(
-    Block& block, const Toucher& by, uint32_t group, const char* name, const Operand& operand, bool adjacent_k,
-    int begin, int end, int chunks, Site site) {
+    Block& block, const Accessor& by, uint32_t group, const char* name, const Operand& operand, bool adjacent_k,
+    int begin, int end, int chunks, SourceLocation location) {
     const std::string what = concatenate("operand ", name, " of wgmma");
     if (operand.reserved_bits != 0) {
-        block.fault(
-            site, concatenate(
-                      "wgmma: bit ", __builtin_ctzll(operand.reserved_bits), " of the descriptor of ", name,
-                      " belongs to no field: start and offsets are 14 bits each, in 16 bytes"));
+        block.fail(
+            location, concatenate(
+                          "wgmma: bit ", __builtin_ctzll(operand.reserved_bits), " of the descriptor of ", name,
+                          " is reserved: start and offsets are 14 bits each, in units of 16 bytes"));
     }
     if (operand.base_offset != 0) {
-        block.fault(
-            site, concatenate(
-                      "wgmma: base offset ", operand.base_offset, " in the descriptor of ", name,
-                      ": the swizzle goes by address, the field must be 0"));
+        block.fail(
+            location, concatenate(
+                          "wgmma: base offset ", operand.base_offset, " in the descriptor of ", name,
+                          ": the swizzle depends on the address, the field must be 0"));
     }
     const int line_group = static_cast<int>(swizzle_span(operand.swizzle)) / kChunk;
-    std::vector<Shadow::Place> first(static_cast<size_t>(chunks));
+    std::vector<Shadow::BoxPosition> first(static_cast<size_t>(chunks));
     const uint64_t number = ++block.async.operands;
     for (int line = begin; line < end; ++line) {
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            const size_t at = block.locate(operand.address(line, chunk), kChunk, what.c_str(), site);
+            const size_t at = block.locate(operand.address(line, chunk), kChunk, what.c_str(), location);
             uint64_t& seen = block.async.operand_of[at / kChunk];
             if (seen == number) {
-                block.fault(
-                    site, concatenate(
-                              "wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
-                              " are those of another line too: offsets of the descriptor are wrong"));
+                block.fail(
+                    location, concatenate(
+                                  "wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name,
+                                  " also belong to another line: the offsets of the descriptor are wrong"));
             }
             seen = number;
-            block.complain(block.shadow().read_by_unit(at, by, group, site), at, site);
-            const Shadow::Place place = block.shadow().place(at);
-            // Chunks of a line lie side by side in the box, and lines in its rows: those of a by eight, all of b.
+            block.report_conflict(block.shadow().read_by_unit(at, by, group, location), at, location);
+            const Shadow::BoxPosition place = block.shadow().box_position(at);
+            // Chunks of a line are adjacent in the box, and lines are its rows: groups of eight for a, all lines for b.
             const int group_begin = chunk / line_group * line_group;
             const int first_line = adjacent_k ? line / 8 * 8 : begin;
-            Shadow::Place& origin = first[static_cast<size_t>(group_begin)];
+            Shadow::BoxPosition& origin = first[static_cast<size_t>(group_begin)];
             if (chunk == group_begin && line == first_line) {
                 origin = place;
             }
@@ -94,93 +94,98 @@ inline void note_operand(
             const uint32_t expected = origin.chunk + static_cast<uint32_t>(chunk - group_begin) +
                                       static_cast<uint32_t>(line - first_line) * box.row_chunks;
             if (box.swizzle != operand.swizzle) {
-                block.fault(
-                    site, concatenate(
-                              "wgmma reads operand ", name, " with ", name_of(operand.swizzle),
-                              ", and TMA has written it with ", name_of(box.swizzle), " at ", box.site.text()));
+                block.fail(
+                    location, concatenate(
+                                  "wgmma reads operand ", name, " with ", name_of(operand.swizzle),
+                                  ", and TMA wrote it with ", name_of(box.swizzle), " at ", box.location.text()));
             }
             if (place.copy != origin.copy && line != first_line && expected >= box.chunks) {
-                continue;  // another copy has brought these lines
+                continue;  // these lines are from another copy
             }
             if (origin.copy != 0 && (place.copy != origin.copy || place.chunk != expected)) {
-                block.fault(
-                    site,
+                block.fail(
+                    location,
                     concatenate(
                         "wgmma: line ", line, ", 16 bytes ", chunk, " of operand ", name, " are not where the copy at ",
-                        box.site.text(), " has put them: start, offsets or swizzle of the descriptor are wrong"));
+                        box.location.text(), " has put them: start, offsets or swizzle of the descriptor are wrong"));
             }
         }
     }
 }
 
-// d += a * b of those of the warp's products that go to the same sums, in their order.
+constexpr int kMaxOutputs = 256;
+
+// 16 rows of sums += a * b, or of sums = a * b, for one warp.
+inline void add_product(Block& block, unsigned warp, const WarpProduct& product, float (&sums)[16][kMaxOutputs]) {
+    const int outputs = product.outputs;
+    const Operand a(product.a, true), b(product.b, product.adjacent_k);
+    const auto numbers = [&](const Operand& operand, int line, int chunk, float* target) {
+        uint16_t bits[8];
+        const int64_t at = operand.address(line, chunk) - kSharedWindow;
+        std::memcpy(bits, block.shared_memory(static_cast<size_t>(at)), sizeof(bits));
+        for (int e = 0; e < 8; ++e) {
+            target[e] = product.number(bits[e]);
+        }
+    };
+    float right[16][kMaxOutputs];
+    for (int k = 0; k < 16 && !product.adjacent_k; ++k) {
+        for (int chunk = 0; chunk < outputs / 8; ++chunk) {
+            numbers(b, k, chunk, right[k] + chunk * 8);
+        }
+    }
+    for (int o = 0; o < outputs && product.adjacent_k; ++o) {
+        float column[16];
+        for (int chunk = 0; chunk < 2; ++chunk) {
+            numbers(b, o, chunk, column + chunk * 8);
+        }
+        for (int k = 0; k < 16; ++k) {
+            right[k][o] = column[k];
+        }
+    }
+    for (int row = 0; row < 16; ++row) {
+        float left[16];
+        for (int chunk = 0; chunk < 2; ++chunk) {
+            numbers(a, static_cast<int>(warp % 4) * 16 + row, chunk, left + chunk * 8);
+        }
+        for (int o = 0; o < outputs; o += 8) {
+            float sum[8] = {};
+            for (int k = 0; k < 16; ++k) {
+                for (int e = 0; e < 8; ++e) {
+                    sum[e] += left[k] * right[k][o + e];
+                }
+            }
+            for (int e = 0; e < 8; ++e) {
+                sums[row][o + e] = (product.add ? sums[row][o + e] : 0.0f) + sum[e];
+            }
+        }
+    }
+}
+
+// Compute d += a * b for the products of a warp, in order for those with the same sums.
 inline void run_products(Block& block, unsigned warp, const std::vector<WarpProduct>& products) {
     std::vector<bool> done(products.size(), false);
     for (size_t first = 0; first < products.size(); ++first) {
         if (done[first]) {
             continue;
         }
-        constexpr int kMaxOutputs = 256;
-        float sums[16][kMaxOutputs], right[16][kMaxOutputs];
-        const int outputs = products[first].outputs;
+        float sums[16][kMaxOutputs];
         // d_i of a lane: row lane / 4 (+ 8 for i % 4 >= 2), column 2 * (lane % 4) + i / 4 * 8 (+ 1 for odd i)
         const auto each_sum = [&](auto body) {
             for (int lane = 0; lane < kLanes; ++lane) {
-                float* own = products[first].sums[lane];
-                for (int i = 0; i < outputs / 2; ++i) {
-                    body(own[i], sums[lane / 4 + i % 4 / 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2]);
+                float* lane_sums = products[first].sums[lane];
+                for (int i = 0; i < products[first].outputs / 2; ++i) {
+                    body(lane_sums[i], sums[lane / 4 + i % 4 / 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2]);
                 }
             }
         };
-        each_sum([](float own, float& sum) { sum = own; });
+        each_sum([](float lane_sum, float& sum) { sum = lane_sum; });
         for (size_t i = first; i < products.size(); ++i) {
-            const WarpProduct& product = products[i];
-            if (product.sums[0] != products[first].sums[0]) {
-                continue;
-            }
-            done[i] = true;
-            const Operand a(product.a, true), b(product.b, product.adjacent_k);
-            const auto numbers = [&](const Operand& operand, int line, int chunk, float* target) {
-                uint16_t bits[8];
-                const int64_t at = operand.address(line, chunk) - kSharedWindow;
-                std::memcpy(bits, block.shared_memory(static_cast<size_t>(at)), sizeof(bits));
-                for (int e = 0; e < 8; ++e) {
-                    target[e] = product.number(bits[e]);
-                }
-            };
-            for (int k = 0; k < 16 && !product.adjacent_k; ++k) {
-                for (int chunk = 0; chunk < outputs / 8; ++chunk) {
-                    numbers(b, k, chunk, right[k] + chunk * 8);
-                }
-            }
-            for (int o = 0; o < outputs && product.adjacent_k; ++o) {
-                float column[16];
-                for (int chunk = 0; chunk < 2; ++chunk) {
-                    numbers(b, o, chunk, column + chunk * 8);
-                }
-                for (int k = 0; k < 16; ++k) {
-                    right[k][o] = column[k];
-                }
-            }
-            for (int row = 0; row < 16; ++row) {
-                float left[16];
-                for (int chunk = 0; chunk < 2; ++chunk) {
-                    numbers(a, static_cast<int>(warp % 4) * 16 + row, chunk, left + chunk * 8);
-                }
-                for (int o = 0; o < outputs; o += 8) {
-                    float sum[8] = {};
-                    for (int k = 0; k < 16; ++k) {
-                        for (int e = 0; e < 8; ++e) {
-                            sum[e] += left[k] * right[k][o + e];
-                        }
-                    }
-                    for (int e = 0; e < 8; ++e) {
-                        sums[row][o + e] = (product.add ? sums[row][o + e] : 0.0f) + sum[e];
-                    }
-                }
+            if (products[i].sums[0] == products[first].sums[0]) {
+                done[i] = true;
+                add_product(block, warp, products[i], sums);
             }
         }
-        each_sum([](float& own, float sum) { own = sum; });
+        each_sum([](float& lane_sum, float sum) { lane_sum = sum; });
     }
 }
 
@@ -197,41 +202,43 @@ struct ProductSlot {
 };
 
 // d (+)= a (64x16, K-major) * b (16 x outputs, K-major or with outputs adjacent), by the 128 threads of a warpgroup.
-inline void start_product(ProductSlot slot, int outputs, bool adjacent_k, float (*number)(uint16_t), Site site) {
+inline void start_product(
+    ProductSlot slot, int outputs, bool adjacent_k, float (*number)(uint16_t), SourceLocation location) {
     Block& block = current_block();
     block.track_all();
-    if (slot.state->running == 0 && current_thread->wgmma_fences <= slot.state->touched) {
-        block.fault(site, "wgmma without a wgmma.fence since this thread has last touched the sums");
+    if (slot.state->running == 0 && current_thread->wgmma_fences <= slot.state->last_access) {
+        block.fail(location, "wgmma without a wgmma.fence since this thread has last last_access the sums");
     }
-    block.warpgroup_collective("wgmma.mma_async", slot, site, [&](ProductSlot** slots) {
+    block.warpgroup_collective("wgmma.mma_async", slot, location, [&](ProductSlot** slots) {
         for (int i = 0; i < 4 * kLanes; ++i) {
             if (slots[i]->a != slot.a || slots[i]->b != slot.b || (slots[i]->add != 0) != (slot.add != 0)) {
-                block.fault(site, "wgmma: threads of the warpgroup differ in their descriptors or in whether to add");
+                block.fail(location, "wgmma: threads of the warpgroup pass different descriptors or different scale-d");
             }
         }
         const unsigned first_warp = current_thread->linear / (4 * kLanes) * 4;
         for (unsigned warp = 0; warp < 4; ++warp) {
             WgmmaUnit& unit = wgmma_unit(block, first_warp + warp);
             const int row = static_cast<int>(warp) * 16;
-            // One lane of those that know the same: an elected one may know what the others have not waited for.
+            // Check one lane of each group with equal knowledge: an elected lane may have waited for a barrier that the
+            // others have not.
             const unsigned last = (first_warp + warp) * kLanes + kLanes - 1;
             for (unsigned thread = last + 1 - kLanes; thread <= last; ++thread) {
                 if (thread == last ||
                     !(block.clocks().know_alike(first_warp + warp) || block.clocks().know_alike(thread, thread + 1))) {
-                    const Toucher by = block.toucher(thread);
-                    note_operand(block, by, unit.group, "a", Operand(slot.a, true), true, row, row + 16, 2, site);
+                    const Accessor by = block.accessor(thread);
+                    note_operand(block, by, unit.group, "a", Operand(slot.a, true), true, row, row + 16, 2, location);
                     note_operand(
                         block, by, unit.group, "b", Operand(slot.b, adjacent_k), adjacent_k, 0,
-                        adjacent_k ? outputs : 16, adjacent_k ? 2 : outputs / 8, site);
+                        adjacent_k ? outputs : 16, adjacent_k ? 2 : outputs / 8, location);
                 }
             }
             WarpProduct product;
             for (int lane = 0; lane < kLanes; ++lane) {
-                const ProductSlot& own = *slots[warp * kLanes + static_cast<unsigned>(lane)];
-                product.sums[lane] = own.sums;
-                product.states[lane] = own.state;
-                ++own.state->running;
-                own.state->site = site;
+                const ProductSlot& lane_slot = *slots[warp * kLanes + static_cast<unsigned>(lane)];
+                product.sums[lane] = lane_slot.sums;
+                product.states[lane] = lane_slot.state;
+                ++lane_slot.state->running;
+                lane_slot.state->location = location;
             }
             product.a = slot.a;
             product.b = slot.b;
@@ -244,24 +251,25 @@ inline void start_product(ProductSlot slot, int outputs, bool adjacent_k, float 
     });
 }
 
-// Of an instruction that all lanes of a warp execute together, at one line (.sync.aligned).
+// Collective for an instruction that all lanes of a warp execute at the same line (.sync.aligned).
 template <typename Complete>
-inline void aligned_collective(const char* name, Site site, Complete complete) {
+inline void aligned_collective(const char* name, SourceLocation location, Complete complete) {
     Block& block = current_block();
     block.track_all();
-    block.collective(name, 0xffffffffu, site, site, [&](Site** sites) {
+    block.collective(name, 0xffffffffu, location, location, [&](SourceLocation** locations) {
         for (int lane = 0; lane < kLanes; ++lane) {
-            if (sites[lane]->packed != site.packed) {
-                block.fault(site, concatenate(name, ": lane ", lane, " of the warp is at ", sites[lane]->text()));
+            if (locations[lane]->packed != location.packed) {
+                block.fail(
+                    location, concatenate(name, ": lane ", lane, " of the warp is at ", locations[lane]->text()));
             }
         }
         complete();
     });
 }
 
-inline void commit_products(Site site) {
+inline void commit_products(SourceLocation location) {
     Block& block = current_block();
-    aligned_collective("wgmma.commit_group", site, [&] {
+    aligned_collective("wgmma.commit_group", location, [&] {
         const unsigned warp = current_thread->linear / kLanes;
         WgmmaUnit& unit = wgmma_unit(block, warp);
         if (sm90() == Sm90::kEarly) {
@@ -273,9 +281,9 @@ inline void commit_products(Site site) {
     });
 }
 
-inline void wait_for_products(unsigned groups, Site site) {
+inline void wait_for_products(unsigned groups, SourceLocation location) {
     Block& block = current_block();
-    aligned_collective("wgmma.wait_group", site, [&] {
+    aligned_collective("wgmma.wait_group", location, [&] {
         const unsigned warp = current_thread->linear / kLanes;
         WgmmaUnit& unit = wgmma_unit(block, warp);
         while (unit.committed.size() > groups) {

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with a model: checkpoints, prediction, training, evaluation."""
+"""Training, evaluation, prediction and checkpoints."""

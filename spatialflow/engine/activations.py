@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class-activation maps: where in a picture the classifiers of things and stuff respond (paper, figure 5)."""
+"""Class-activation maps of the classifiers of things and stuff (paper, figure 5)."""
 
 from typing import NamedTuple
 
@@ -16,26 +16,26 @@ from spatialflow.ops import preprocess_images
 
 
 class ActivationMaps(NamedTuple):
-    """Responses, scaled to 0 (least of the picture) .. 1 (most)."""
+    """Responses, scaled to 0 (least of the image) .. 1 (largest)."""
 
     things: np.ndarray  # (H, W) float32
     stuff: np.ndarray | None  # (H, W) float32; None without a stuff head
-    stuff_class: Category | None  # what `stuff` shows; None for the class "other" and without a stuff head
+    stuff_class: Category | None  # class of `stuff`; None for the class "other" and without a stuff head
 
 
 @torch.inference_mode()
 def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMaps:
-    """Class-activation maps of the last features of the cls sub-network and of the stuff head.
+    """Compute class-activation maps of the last features of the cls sub-network and of the stuff head.
 
     Args:
         model: from `build_model`, with weights loaded, in evaluation mode.
         image: (H, W, 3) uint8 BGR.
 
     Returns:
-        `things`: of every pixel the strongest response over classes, anchors and pyramid levels. `stuff`: the response
+        `things`: for every pixel the strongest response over classes, anchors and pyramid levels. `stuff`: the response
         of "other", all things together, where the network has that class, else of the class with the most pixels.
 
-    Remarks:
+    Note:
         The map of class c is sum_k w[c, k] f[k], features weighted by the classifier's weights: a convolutional
         classifier's logits without their bias. Levels are brought to the size of the image by bilinear interpolation
         before the maximum is taken. The paper does not say how its maps are normalized; these go from minimum to

@@ -117,7 +117,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
             left.plot(x, _smooth([row[name] for row in steps], width), label=name, linewidth=1.2)
     left.set(xlabel="step", ylabel=f"loss (mean of {width} steps)" if width > 1 else "loss", yscale="log")
     left.legend()
-    right.plot(x, [row["learning_rate"] for row in steps], color="grey", linewidth=1)
+    right.plot(x, [row["learning_rate"] for row in steps], color="gray", linewidth=1)
     right.set(xlabel="step", ylabel="learning rate")
     if evaluations:
         quality = right.twinx()

@@ -67,5 +67,5 @@ else:
 
 
 def is_forward_ad_active() -> bool:
-    """Whether the calling code is inside a level of forward-mode differentiation."""
+    """Return whether the calling code is inside a level of forward-mode differentiation."""
     return forward_ad._current_level >= 0

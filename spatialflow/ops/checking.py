@@ -34,7 +34,7 @@ def checked() -> Iterator[None]:
 
 
 def is_checking() -> bool:
-    """Whether the call is inside `checked()` and not being traced."""
+    """Return whether the call is inside `checked()` and not being traced."""
     return not torch.compiler.is_compiling() and _checking.get()
 
 

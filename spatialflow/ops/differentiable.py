@@ -55,14 +55,14 @@ def _flatten(args: Sequence[Nested]) -> tuple[tuple[int, ...], list[Any]]:
 
 
 def _needs_no_derivative(args: Sequence[Nested]) -> bool:
-    """Whether no derivative can be requested: no input requires one, and no forward mode, transform or trace is on."""
+    """Return whether no derivative can be requested: none is required, no forward mode, transform or trace is on."""
     if are_functorch_transforms_active() or is_forward_ad_active():
         return False
     return _are_constants(args, torch.is_grad_enabled())
 
 
 def _are_constants(args: Sequence[Nested], gradients: bool) -> bool:
-    """Whether all arguments are plain values or plain tensors, which with `gradients` must not require a gradient."""
+    """Return whether all arguments are values or plain tensors, which with `gradients` must not require a gradient."""
     for arg in args:
         kind = type(arg)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
@@ -77,7 +77,7 @@ def _are_constants(args: Sequence[Nested], gradients: bool) -> bool:
 
 
 def needs_gradient(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether reverse or forward mode may differentiate a result computed from `tensors`; also works while tracing."""
+    """Return whether a derivative may be requested of a result computed from `tensors`; also works while tracing."""
     if are_functorch_transforms_active() or (not torch.compiler.is_compiling() and is_forward_ad_active()):
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

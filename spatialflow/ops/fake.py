@@ -60,7 +60,7 @@ def _require_one_device(op: str, names: list[str], args: tuple[Any, ...]) -> Non
 
 
 def _is_concrete(value: Any) -> bool:
-    """Whether all sizes and numbers of `value` are known."""
+    """Return whether all sizes and numbers of `value` are known."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_concrete, value))
     if isinstance(value, Tensor):

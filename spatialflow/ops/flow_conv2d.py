@@ -253,7 +253,7 @@ def _may_use_tf32(x: Tensor) -> bool:
 
 
 def _allows_tf32() -> bool:
-    """Whether torch lets cuDNN round float32 convolutions to TF32."""
+    """Return whether torch lets cuDNN round float32 convolutions to TF32."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 

@@ -20,5 +20,5 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether results that are computed from `tensor` are channels-last."""
+    """Return whether results that are computed from `tensor` are channels-last."""
     return memory_format_of(tensor) == torch.channels_last

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Programs of small kernels for the interpreter's own tests (tests/test_simt.py). `<program> list-clean`,
+// Programs of small kernels for the tests of the interpreter (tests/test_simt.py). `<program> list-clean`,
 // `<program> list-faults`, `<program> <name>`: exits with 0 and "ok", or with 1 and the report.
 #pragma once
 
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/tensor_core.h"
+#include "cuda/tensor_core.cuh"
 
 namespace spatialflow {
 
@@ -30,19 +30,19 @@ using Cases = std::map<std::string, void (*)()>;
 inline int run_case(const Cases& clean, const Cases& faults, int count, char** arguments) {
     const std::string name = count > 1 ? arguments[1] : "";
     if (name == "list-clean" || name == "list-faults") {
-        for (const auto& one : name == "list-clean" ? clean : faults) {
-            std::puts(one.first.c_str());
+        for (const auto& named_case : name == "list-clean" ? clean : faults) {
+            std::puts(named_case.first.c_str());
         }
         return 0;
     }
     const Cases& cases = clean.count(name) > 0 ? clean : faults;
-    const auto found = cases.find(name);
-    if (found == cases.end()) {
+    const auto entry = cases.find(name);
+    if (entry == cases.end()) {
         std::printf("unknown case '%s'\n", name.c_str());
         return 2;
     }
     try {
-        found->second();
+        entry->second();
     } catch (const std::exception& error) {
         std::puts(error.what());
         return 1;

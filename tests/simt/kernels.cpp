@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Small kernels for the interpreter's own tests (tests/test_simt.py): clean ones whose results are checked here, and
+// Small kernels for the tests of the interpreter (tests/test_simt.py): clean ones whose results are checked here, and
 // ones with a planted fault each. A report names the line that carries the comment "line: <name>".
 #include <cmath>
 #include <cstring>
@@ -79,8 +79,8 @@ void histogram() {
     }
 }
 
-// Lanes of one warp hand values on through shared memory with __syncwarp alone, in two halves with their own masks. The
-// lane that writes a place has read it itself since its neighbour did.
+// Lanes of one warp exchange values through shared memory with __syncwarp alone, in two halves with different masks. The
+// lane that writes an element has read it after the adjacent lane did.
 __global__ void warp_exchange_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 64);
     const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
@@ -88,9 +88,9 @@ __global__ void warp_exchange_kernel(Global<int> out) {
     for (int round = 0; round < 3; ++round) {
         tile[threadIdx.x] += 1;
         __syncwarp(half);
-        const int neighbour = tile[threadIdx.x ^ 1];
+        const int neighbor = tile[threadIdx.x ^ 1];
         __syncwarp(half);
-        out[threadIdx.x] = neighbour;
+        out[threadIdx.x] = neighbor;
     }
 }
 
@@ -184,12 +184,13 @@ __global__ void product_tf32_kernel(Global<const float> a, Global<const float> b
     const int lane = static_cast<int>(threadIdx.x);
     store_vector(left + lane * 4, load_vector<4>(a + lane * 4));
     __syncwarp();
-    unsigned own[4];
-    ldmatrix_x4(own, left + (lane % 16 * 8 + lane / 16 * 4));
-    for (unsigned& number : own) {
+    unsigned left_words[4];
+    ldmatrix_x4(left_words, left + (lane % 16 * 8 + lane / 16 * 4));
+    for (unsigned& number : left_words) {
         number = to_tf32(__uint_as_float(number));
     }
-    const unsigned fragment_a[4] = {own[0], own[swapped ? 2 : 1], own[swapped ? 1 : 2], own[3]};
+    const unsigned fragment_a[4] = {
+        left_words[0], left_words[swapped ? 2 : 1], left_words[swapped ? 1 : 2], left_words[3]};
     const unsigned fragment_b[2] = {to_tf32(b[lane % 4 * 8 + lane / 4]), to_tf32(b[(lane % 4 + 4) * 8 + lane / 4])};
     float sums[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     mma_1688(sums, fragment_a, fragment_b);
@@ -392,11 +393,11 @@ __global__ void write_write_race_kernel() {
     tile[threadIdx.x / 2] = 1;  // line: write-write race
 }
 
-__global__ void shuffle_is_no_fence_kernel(Global<int> out) {
+__global__ void shuffle_is_not_a_fence_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 32);
     tile[threadIdx.x] = 1;
     __shfl_sync(kAllLanes, 0, 0);
-    out[threadIdx.x] = tile[31 - threadIdx.x];  // line: shuffle is no fence
+    out[threadIdx.x] = tile[31 - threadIdx.x];  // line: shuffle is not a fence
 }
 
 __global__ void wrong_half_kernel(Global<int> out) {
@@ -429,18 +430,18 @@ __global__ void atomic_and_plain_kernel(Global<int> out) {
     out[threadIdx.x] = counter[0];  // line: atomic and plain
 }
 
-__global__ void uninitialised_kernel(Global<int> out) {
+__global__ void uninitialized_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 64);
     if (threadIdx.x != 20) {
         tile[threadIdx.x] = 1;
     }
     __syncthreads();
-    out[threadIdx.x] = tile[threadIdx.x];  // line: uninitialised
+    out[threadIdx.x] = tile[threadIdx.x];  // line: uninitialized
 }
 
-__global__ void uninitialised_dynamic_kernel(Global<int> out) {
+__global__ void uninitialized_dynamic_kernel(Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(int, tile);
-    out[threadIdx.x] = tile[threadIdx.x];  // line: uninitialised dynamic
+    out[threadIdx.x] = tile[threadIdx.x];  // line: uninitialized dynamic
 }
 
 __global__ void shared_bounds_kernel() {
@@ -560,14 +561,14 @@ const Cases kFaults = {
     {"reader forgotten", one_warp<reader_forgotten_kernel>},
     {"read-write race", one_buffer<read_write_race_kernel>},
     {"write-write race", no_buffer<write_write_race_kernel>},
-    {"shuffle is no fence", one_warp<shuffle_is_no_fence_kernel>},
+    {"shuffle is not a fence", one_warp<shuffle_is_not_a_fence_kernel>},
     {"wrong half", one_warp<wrong_half_kernel>},
     {"atomic and plain", one_warp<atomic_and_plain_kernel>},
-    {"uninitialised", one_buffer<uninitialised_kernel>},
-    {"uninitialised dynamic",
+    {"uninitialized", one_buffer<uninitialized_kernel>},
+    {"uninitialized dynamic",
      [] {
          std::vector<int> out(32);
-         launch<uninitialised_dynamic_kernel>(dim3(1), dim3(32), 128, Stream{}, buffer(out));
+         launch<uninitialized_dynamic_kernel>(dim3(1), dim3(32), 128, Stream{}, buffer(out));
      }},
     {"shared bounds", no_buffer<shared_bounds_kernel, 32>},
     {"dynamic bounds", [] { launch<dynamic_bounds_kernel>(dim3(1), dim3(33), 128, Stream{}); }},

@@ -85,7 +85,7 @@ def _cast(name: str, x: Tensor, weight: Tensor, *optional: Tensor | None) -> lis
 
 
 def _has_conv1x1_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Whether `conv1x1` has a fast kernel for a convolution; the kernel reads 16 bytes of channels."""
+    """Return whether `conv1x1` has a fast kernel for a convolution; the kernel reads 16 bytes of channels."""
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and weight.shape[2:] == (1, 1)
@@ -107,7 +107,7 @@ _runs_conv1x1_kernel._dynamo_marked_constant = True
 
 @functools.cache
 def _is_built_for(device: torch.device) -> bool:
-    """Whether a GPU is of compute capability 9.0 and the library has kernels for that."""
+    """Return whether a GPU is of compute capability 9.0 and the library has kernels for that."""
     built = build_description().get("cuda_architectures", "")
     return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
 
@@ -144,7 +144,7 @@ _refused: set[tuple[torch.dtype, torch.Size, Shape]] = set()
 
 
 def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Whether to try cuDNN; its fused kernels end with a ReLU and read 16 bytes of channels."""
+    """Return whether to try cuDNN; its fused kernels end with a ReLU and read 16 bytes of channels."""
     vector = 16 // x.element_size()
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -157,7 +157,7 @@ def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
 
 
 def _is_registered(device: str) -> bool:
-    """Whether cuDNN's operators exist: in builds of torch with CUDA, and for meta tensors as fake kernels."""
+    """Return whether cuDNN's operators exist: in builds of torch with CUDA, and for meta tensors as fake kernels."""
     return device in _registered
 
 
@@ -169,13 +169,13 @@ def _run_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, res
 
 
 def _says_unsupported(error: RuntimeError) -> bool:
-    """Whether an error means that cuDNN has no kernel: torch reports no engine, or that it is not supported."""
+    """Return whether an error means that cuDNN has no kernel: torch reports no engine, or that it is not supported."""
     text = str(error).lower()
     return "engine" in text or "cudnn" in text or "not supported" in text
 
 
 def _is_matrix_product(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Whether to compute a convolution as a matrix product.
+    """Return whether to compute a convolution as a matrix product.
 
     Not in float32: torch has separate TF32 settings for cuDNN and for matrix products.
     """

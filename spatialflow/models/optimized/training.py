@@ -119,7 +119,7 @@ class TrainingBoxHead(nn.Module):
 
 
 def is_faster_on_cuda(out_channels: int) -> bool:
-    """Whether `flow_conv2d` over P3 to P7, with its gradients, takes less GPU time than cuDNN level by level.
+    """Return whether `flow_conv2d` over P3 to P7, with its gradients, takes less GPU time than cuDNN level by level.
 
     By measurement (docs/training.md) it does with few output channels. Single levels, wide predictors and the
     sub-networks, whose convolutions have 256 output channels, are not faster.

@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Thin wrappers of the instructions of compute capability 9.0a (semantics of the PTX manual). Addresses of shared
-// memory are those of shared_address; offsets of descriptors are in bytes.
+// Wrappers of the instructions of compute capability 9.0a (semantics of the PTX manual). Addresses of shared memory are
+// those of shared_address; offsets in descriptors are in bytes.
 //
 //   mbarrier_*                 barriers in shared memory that count arrivals and bytes
 //   named_barrier<id, count>   __syncthreads of some warps of the block
-//   tma_load_3d / _4d          a box of a tensor map to shared memory; zeros outside the tensor
+//   tma_load_3d, tma_load_4d   a box of a tensor map to shared memory; zeros outside the tensor
 //   matrix_descriptor          a matrix in shared memory with 128-byte swizzle
-//   Wgmma<outputs>::multiply   d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent), both in shared memory
-//   Wgmma<outputs, false>::multiply   the same with b (outputs x 16, K-major)
-//   WgmmaSums<count>           d of a thread; read it like an array once wgmma_wait has waited for the products
+//   Wgmma<outputs, adjacent>   d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent or K-major)
+//   WgmmaSums<count>           d of a thread; readable once wgmma_wait has waited for the products
 //
-// Host code may include this header for every architecture; only 9.0a can run what is in it, and only there, or on the
-// interpreter (csrc/simt/sm90.h), do kernels that use it have a body: #if SPATIALFLOW_HAS_SM90.
+// Code for other architectures than 9.0a may include this header; SPATIALFLOW_HAS_SM90 tells whether kernels have a
+// body.
 #pragma once
 
-#include "cuda/tensor_core.h"
+#include "cuda/tensor_core.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
 #define SPATIALFLOW_HAS_SM90 1
@@ -25,8 +24,8 @@
 
 namespace spatialflow {
 
-// The offset between groups of eight rows is `stride`. With outputs adjacent, rows are channels, and groups of 64
-// outputs are `leading` apart; K-major, rows are pixels or outputs, and `leading` is not read.
+// The offset between groups of eight rows is `stride`. With outputs adjacent, rows are channels, and `leading` is the
+// offset between groups of 64 outputs; K-major, rows are pixels or outputs, and `leading` is not read.
 __device__ __forceinline__ uint64_t matrix_descriptor(unsigned start, unsigned leading, unsigned stride) {
     constexpr uint64_t kSwizzle128 = 1;
     return static_cast<uint64_t>((start & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
@@ -46,18 +45,18 @@ using TensorMap = CUtensorMap;
 __device__ __forceinline__ void mbarrier_init(unsigned barrier, unsigned arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes initialized barriers visible to the asynchronous proxy.
+// Make initialized barriers visible to the asynchronous proxy.
 __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
 }
-// Arrives, and lets the phase wait for so many bytes.
+// Arrive, and make the phase wait for `bytes` bytes.
 __device__ __forceinline__ void mbarrier_expect(unsigned barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Until the phase of this parity is complete. A new barrier has completed the phase of parity 1.
+// Wait until the phase of this parity is complete. A new barrier has completed the phase of parity 1.
 __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity) {
     unsigned done = 0;
     while (!done) {
@@ -77,7 +76,7 @@ __device__ __forceinline__ void named_barrier() {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
-// What this thread has written to shared memory becomes visible to TMA and wgmma.
+// Make writes of this thread to shared memory visible to TMA and wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void tma_load_3d(
@@ -97,13 +96,13 @@ __device__ __forceinline__ void tma_load_4d(
         : "memory");
 }
 
-// Registers of each thread of the warpgroup from here on.
+// Set the registers of each thread of the warpgroup.
 template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void decrease_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void increase_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
@@ -118,7 +117,7 @@ struct WgmmaSums {
     float values[kCount];
     __device__ __forceinline__ float operator[](int i) const { return values[i]; }
 };
-// Keeps every other use of the sums on this side of the wgmma instructions; without it ptxas runs them one by one.
+// Keep other uses of the sums from moving across the wgmma instructions; without this ptxas serializes these.
 template <int kCount>
 __device__ __forceinline__ void pin(WgmmaSums<kCount>& d) {
 #pragma unroll

@@ -1,23 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The product of two tiles in shared memory, by a block of 4 * kRows threads: what every implicit GEMM has inside.
+// Product of two tiles in shared memory by a block of 4 * kRows threads, for the implicit GEMMs:
 //
 //   sums (kRows x kColumns) += left (kRows x kDepth) * right (kDepth x kColumns)
 //
-// A tile lies in memory as its loader finds it: by rows, (row, depth) on the left and (column, depth) on the right, or
-// by depth, (depth, row) and (depth, column). Its numbers are `prepared` for the operand type. kDepth is 64 bytes: a
-// thread loads one 16-byte item of the left tile and kColumns / kRows of the right.
+// A tile is stored by rows, (row, depth) on the left and (column, depth) on the right, or by depth, (depth, row) and
+// (depth, column). Its values are `prepared` for the operand type. kDepth is 64 bytes: a thread loads one 16-byte item
+// of the left tile and kColumns / kRows of the right. Rows are padded against bank conflicts, by 16 bytes, or by eight
+// elements for tensor cores if stored by depth.
 //
-// Rows of memory are longer than their values, so that what is read at one time lies in different banks: by 16 bytes,
-// and on the tensor cores by eight elements where they run by depth. In float32 these are (by rows) eight 16-byte parts
-// that ldmatrix takes 20 words apart, (by depth) words d * (8 mod 32) + 2 g of lanes d < 4 and g < 4, loaded in pairs.
-//
-//   16-bit types         mma.sync m16n8k16, float32 sums; kRows / 32 x 4 warps own 32 rows x kColumns / 4 columns each
+//   16-bit types         mma.sync m16n8k16, float32 sums; kRows / 32 x 4 warps of 32 rows x kColumns / 4 columns each
 //   float32 by TF32      the same by m16n8k8, once or (Tf32x3) three times
-//   float32, 64 direct   fused multiply-adds; kRows / 4 x 16 threads own 4 rows x kColumns / 16 columns each
+//   float32, 64 direct   fused multiply-adds; kRows / 4 x 16 threads of 4 rows x kColumns / 16 columns each
 #pragma once
 
-#include "cuda/tensor_core.h"
+#include "cuda/tensor_core.cuh"
 
 namespace spatialflow {
 
@@ -26,12 +23,12 @@ constexpr int kProductRows = 64;
 
 template <typename operand_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
 struct TileLayout {
-    static constexpr int kItem = kWideElements<element_t<operand_t>>;
+    static constexpr int kItem = kVectorElements<element_t<operand_t>>;
     static constexpr int kDepth = 4 * kItem;
-    static constexpr int kDepthRowRest = kIsPlain<operand_t> ? kItem : 8;
-    static constexpr int kLeftRow = kLeftByDepth ? kRows + kDepthRowRest : kDepth + kItem;
+    static constexpr int kDepthRowPadding = kIsSimt<operand_t> ? kItem : 8;
+    static constexpr int kLeftRow = kLeftByDepth ? kRows + kDepthRowPadding : kDepth + kItem;
     static constexpr int kLeftSize = (kLeftByDepth ? kDepth : kRows) * kLeftRow;
-    static constexpr int kRightRow = kRightByDepth ? kColumns + kDepthRowRest : kDepth + kItem;
+    static constexpr int kRightRow = kRightByDepth ? kColumns + kDepthRowPadding : kDepth + kItem;
     static constexpr int kRightSize = (kRightByDepth ? kDepth : kColumns) * kRightRow;
     static constexpr int kTilesSize = kLeftSize + kRightSize;
 };
@@ -39,27 +36,27 @@ struct TileLayout {
 // By fused multiply-adds.
 template <
     typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows = kProductRows,
-    bool kPlain = kIsPlain<scalar_t>>
+    bool kSimt = kIsSimt<scalar_t>>
 class TileProduct : public TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows> {
     using Layout = TileLayout<scalar_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
-    static constexpr int kOwnRows = 4, kOwnColumns = kColumns / 16;
-    static constexpr int kPart = Layout::kItem < 4 ? Layout::kItem : 4;  // neighbours that a thread owns
+    static constexpr int kThreadRows = 4, kThreadColumns = kColumns / 16;
+    static constexpr int kPart = Layout::kItem < 4 ? Layout::kItem : 4;  // adjacent elements of a thread
 
 public:
-    static constexpr int kVisited = kRightByDepth ? kPart : 1;  // adjacent columns given to one call of `visit`
+    static constexpr int kVisitColumns = kRightByDepth ? kPart : 1;  // adjacent columns of one call of `visit`
 
     __device__ __forceinline__ void accumulate(Shared<scalar_t> left, Shared<scalar_t> right) {
 #pragma unroll
         for (int k = 0; k < Layout::kDepth; k += Layout::kItem) {
-            scalar_t a[kOwnRows][Layout::kItem], b[kOwnColumns][Layout::kItem];
-            load_side<kOwnRows, kLeftByDepth>(left, Layout::kLeftRow, k, [](int i) { return row(i); }, a);
-            load_side<kOwnColumns, kRightByDepth>(right, Layout::kRightRow, k, [](int j) { return column(j); }, b);
+            scalar_t a[kThreadRows][Layout::kItem], b[kThreadColumns][Layout::kItem];
+            load_side<kThreadRows, kLeftByDepth>(left, Layout::kLeftRow, k, [](int i) { return row(i); }, a);
+            load_side<kThreadColumns, kRightByDepth>(right, Layout::kRightRow, k, [](int j) { return column(j); }, b);
 #pragma unroll
             for (int step = 0; step < Layout::kItem; ++step) {
 #pragma unroll
-                for (int i = 0; i < kOwnRows; ++i) {
+                for (int i = 0; i < kThreadRows; ++i) {
 #pragma unroll
-                    for (int j = 0; j < kOwnColumns; ++j) {
+                    for (int j = 0; j < kThreadColumns; ++j) {
                         sums_[i][j] += a[i][step] * b[j][step];
                     }
                 }
@@ -67,26 +64,26 @@ public:
         }
     }
 
-    // visit(of_row, of_column, column, sums) for all that this thread owns, kVisited columns from `column` on, with the
-    // results of begin_row(row) and begin_column(column).
+    // Call visit(of_row, of_column, column, sums) for all sums of this thread, kVisitColumns columns from `column` on,
+    // with the results of begin_row(row) and begin_column(column).
     template <typename BeginRow, typename BeginColumn, typename Visit>
     __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
-        decltype(begin_column(0)) of_columns[kOwnColumns / kVisited];
+        decltype(begin_column(0)) of_columns[kThreadColumns / kVisitColumns];
 #pragma unroll
-        for (int j = 0; j < kOwnColumns; j += kVisited) {
-            of_columns[j / kVisited] = begin_column(column(j));
+        for (int j = 0; j < kThreadColumns; j += kVisitColumns) {
+            of_columns[j / kVisitColumns] = begin_column(column(j));
         }
 #pragma unroll
-        for (int i = 0; i < kOwnRows; ++i) {
+        for (int i = 0; i < kThreadRows; ++i) {
             const auto of_row = begin_row(row(i));
 #pragma unroll
-            for (int j = 0; j < kOwnColumns; j += kVisited) {
-                Vec<scalar_t, kVisited> values;
+            for (int j = 0; j < kThreadColumns; j += kVisitColumns) {
+                Vec<scalar_t, kVisitColumns> values;
 #pragma unroll
-                for (int v = 0; v < kVisited; ++v) {
+                for (int v = 0; v < kVisitColumns; ++v) {
                     values[v] = sums_[i][j + v];
                 }
-                visit(of_row, of_columns[j / kVisited], column(j), values);
+                visit(of_row, of_columns[j / kVisitColumns], column(j), values);
             }
         }
     }
@@ -95,10 +92,10 @@ public:
     __device__ __forceinline__ void for_each(Visit visit) const {
         for_each(
             [](int row) { return row; }, [](int) { return 0; },
-            [&](int row, int, int column, const Vec<scalar_t, kVisited>& sums) { visit(row, column, sums); });
+            [&](int row, int, int column, const Vec<scalar_t, kVisitColumns>& sums) { visit(row, column, sums); });
     }
 
-    // As on the tensor cores, for one part.
+    // The interface of the tensor-core version, for one part.
     template <int kPart, int kParts, typename Visit>
     __device__ __forceinline__ void for_each_of_part(Visit visit) const {
         static_assert(kParts == 1, "a product in one part");
@@ -110,14 +107,14 @@ public:
     }
 
 private:
-    __device__ static __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / 16 * kOwnRows + i; }
-    // Neighbours where a row of memory is a run of columns, else a stride that leaves the banks to all threads.
+    __device__ static __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / 16 * kThreadRows + i; }
+    // Adjacent columns if a row of memory is a range of columns, else strided against bank conflicts.
     __device__ static __forceinline__ int column(int j) {
         const int thread = static_cast<int>(threadIdx.x) % 16;
         return kRightByDepth ? j / kPart * 16 * kPart + thread * kPart + j % kPart : thread + 16 * j;
     }
 
-    // Layout::kItem steps of depth of the rows or columns that this thread owns, by 16-byte loads.
+    // Layout::kItem steps of depth of the rows or columns of this thread, by 16-byte loads.
     template <int kCount, bool kByDepth, typename Position>
     __device__ static __forceinline__ void load_side(
         Shared<scalar_t> tile, int tile_row, int k, Position position, scalar_t (&values)[kCount][Layout::kItem]) {
@@ -126,26 +123,26 @@ private:
             for (int step = 0; step < Layout::kItem; ++step) {
 #pragma unroll
                 for (int i = 0; i < kCount; i += kPart) {
-                    const auto some = load_vector<kPart>(tile + ((k + step) * tile_row + position(i)));
+                    const auto vector = load_vector<kPart>(tile + ((k + step) * tile_row + position(i)));
 #pragma unroll
                     for (int v = 0; v < kPart; ++v) {
-                        values[i + v][step] = some[v];
+                        values[i + v][step] = vector[v];
                     }
                 }
             }
         } else {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                const auto some = load_vector<Layout::kItem>(tile + (position(i) * tile_row + k));
+                const auto vector = load_vector<Layout::kItem>(tile + (position(i) * tile_row + k));
 #pragma unroll
                 for (int step = 0; step < Layout::kItem; ++step) {
-                    values[i][step] = some[step];
+                    values[i][step] = vector[step];
                 }
             }
         }
     }
 
-    scalar_t sums_[kOwnRows][kOwnColumns] = {};
+    scalar_t sums_[kThreadRows][kThreadColumns] = {};
 };
 
 // On the tensor cores.
@@ -155,15 +152,15 @@ class TileProduct<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows, false
     using Layout = TileLayout<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
     using scalar_t = element_t<operand_t>;
     static constexpr int kWarpColumns = kColumns / 4;
-    // ldmatrix does not transpose 32-bit numbers. Where they run by depth a lane loads pairs, so that two neighbors are
-    // row g and g + 8 of a product, or column g of two products.
+    // ldmatrix does not transpose 32-bit numbers. If stored by depth, a lane loads pairs: two adjacent elements are
+    // rows g and g + 8 of a product, or column g of two products.
     static constexpr bool kPairedRows = sizeof(scalar_t) == 4 && kLeftByDepth;
     static constexpr bool kPairedColumns = sizeof(scalar_t) == 4 && kRightByDepth;
 
 public:
-    static constexpr int kVisited = kPairedColumns ? 4 : 2;
+    static constexpr int kVisitColumns = kPairedColumns ? 4 : 2;
 
-    // For Tf32x3, which needs more registers, the compiler sees one product of depth at a time.
+    // For Tf32x3, which needs more registers, the loop is not unrolled.
     __device__ __forceinline__ void accumulate(Shared<scalar_t> left, Shared<scalar_t> right) {
 #pragma unroll(std::is_same_v<operand_t, Tf32x3> ? 1 : 2)
         for (int k = 0; k < Layout::kDepth; k += 2 * Layout::kItem) {
@@ -208,7 +205,7 @@ public:
     __device__ __forceinline__ void for_each(Visit visit) const {
         for_each(
             [](int row) { return row; }, [](int) { return 0; },
-            [&](int row, int, int column, const Vec<float, kVisited>& sums) { visit(row, column, sums); });
+            [&](int row, int, int column, const Vec<float, kVisitColumns>& sums) { visit(row, column, sums); });
     }
 
     // The columns in kParts parts: visit(row, column, sums) for a part, its columns counted without those of others.
@@ -224,7 +221,7 @@ public:
         }
     }
 
-    // Where a column of a part is among all.
+    // Index of a column of a part among all columns.
     template <int kPart, int kParts>
     __device__ static __forceinline__ int column_of_part(int column) {
         constexpr int kAdjacent = kWarpColumns / kParts;
@@ -232,7 +229,7 @@ public:
     }
 
 private:
-    static constexpr int kVisits = kWarpColumns / (4 * kVisited);
+    static constexpr int kVisits = kWarpColumns / (4 * kVisitColumns);
 
     __device__ static __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
     __device__ static __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / kWarpSize / 4 * 32; }
@@ -243,20 +240,20 @@ private:
     __device__ static __forceinline__ int row(int i) {
         return warp_row() + (kPairedRows ? i / 2 * 16 + lane() / 4 * 2 + i % 2 : i * 8 + lane() / 4);
     }
-    // Of the warp's: the first of kVisited adjacent ones.
-    __device__ static __forceinline__ int column(int j) { return (j * 4 + lane() % 4) * kVisited; }
-    __device__ __forceinline__ Vec<float, kVisited> sums_of(int i, int j) const {
-        constexpr int kProducts = kVisited / 2;  // that take turns with the columns
-        Vec<float, kVisited> values;
+    // Of the warp's: the first of kVisitColumns adjacent ones.
+    __device__ static __forceinline__ int column(int j) { return (j * 4 + lane() % 4) * kVisitColumns; }
+    __device__ __forceinline__ Vec<float, kVisitColumns> sums_of(int i, int j) const {
+        constexpr int kProducts = kVisitColumns / 2;  // that alternate with the columns
+        Vec<float, kVisitColumns> values;
 #pragma unroll
-        for (int v = 0; v < kVisited; ++v) {
+        for (int v = 0; v < kVisitColumns; ++v) {
             values[v] = sums_[i / 2][j * kProducts + v % kProducts][i % 2 * 2 + v / kProducts];
         }
         return values;
     }
 
-    // The lane's part of 16 rows. ldmatrix takes four matrices, whose rows in memory come from lanes 0-7, 8-15, 16-23
-    // and 24-31.
+    // Load the lane's part of 16 rows. ldmatrix loads four matrices, whose row addresses come from lanes 0-7, 8-15,
+    // 16-23 and 24-31.
     __device__ static __forceinline__ void load_left(
         Shared<scalar_t> tile, int k, int first, Fragment<operand_t, 4>& fragment) {
         unsigned words[4];
@@ -280,7 +277,7 @@ private:
         }
     }
 
-    // The lane's part of 16 columns, which are those of two products.
+    // Load the lane's part of 16 columns, those of two products.
     __device__ static __forceinline__ void load_right(
         Shared<scalar_t> tile, int k, int first, Fragment<operand_t, 2> (&fragments)[2]) {
         unsigned words[4];  // of the first product, of the second
@@ -308,9 +305,9 @@ private:
     float sums_[2][kWarpColumns / 8][4] = {};
 };
 
-// Sums over `depth` in steps of kStep with two buffers a side. begin(k, buffer) starts the loads of the step at k, by
-// cp.async or into registers; finish(buffer) puts what is in registers into shared memory; multiply(buffer) uses loaded
-// tiles. Ends with a barrier after the last use of the buffers.
+// Run the sum over `depth` in steps of kStep, double-buffered. begin(k, buffer) starts the loads of the step at k, by
+// cp.async or into registers; finish(buffer) stores registers to shared memory; multiply(buffer) uses loaded tiles.
+// Ends with a barrier after the last use of the buffers.
 template <int kStep, typename Begin, typename Multiply, typename Finish>
 __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multiply, Finish finish) {
     begin(0, 0);
@@ -335,10 +332,10 @@ __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multi
     }
 }
 
-// Calls load(row, item, target) for every 16-byte item of kRows rows of kRowItems items, spread over the block.
+// Call load(row, item, target) for every 16-byte item of kRows rows of kRowItems items, spread over the block.
 template <int kRows, int kRowItems, int kThreads = kProductThreads, typename scalar_t, typename Load>
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
-    constexpr int kItem = kWideElements<scalar_t>, kStepRows = kThreads / kRowItems;
+    constexpr int kItem = kVectorElements<scalar_t>, kStepRows = kThreads / kRowItems;
     static_assert(kThreads % kRowItems == 0 && kRows % kStepRows == 0, "every thread loads as many items of a column");
     const int thread = static_cast<int>(threadIdx.x), row = thread / kRowItems, element = thread % kRowItems * kItem;
     const Shared<scalar_t> target = tile + (row * tile_row + element);

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the CUDA kernels of deformable convolution share: where taps read, the gather of columns, the packed weight.
+// Device code that the kernels of deformable convolution share: sampling positions, column gather, packed weights.
 //
-// Channels come in runs: as many as are always in one weight group and one offset group together, gcd(C / groups,
-// C / offset_groups). Along the sum of the convolution, a run is taps * run long, channels of a tap adjacent: `flat`
-// below is a position there. Weights are packed in that order, (run of channels, tap, channel of the run), with the
-// outputs of the channels' group adjacent and padded with zeros to whole 16-byte items. The forward pass takes runs in
-// chunks of 128 bytes, all taps of one before the next, so that what the taps share is still in the cache.
+// A run is the largest number of adjacent channels that always share weight group and offset group, gcd(C / groups, C /
+// offset_groups). In the sum of the convolution a run is taps * run long, channels of a tap adjacent; `flat` is an
+// index into it. Packed weights are in that order (run of channels, tap, channel of the run), with the outputs of the
+// group adjacent and padded with zeros to whole 16-byte items. The forward pass splits runs into chunks of 128 bytes,
+// and does all taps of a chunk before the next chunk, so that cells which taps share are still in the cache.
 #pragma once
 
 #include "common/deform_conv2d.h"
-#include "cuda/conv_operand.h"
+#include "cuda/conv_operand.cuh"
 #include "cuda/launch.h"
-#include "cuda/tile_product.h"
+#include "cuda/tile_product.cuh"
 #include "ops/deform_conv2d.h"
 
 #include <cstring>
@@ -42,18 +42,18 @@ struct DeformProblem {
     bool relu;  // in the forward pass alone
 };
 
-// The order of packed weights and of their gradient's parts, (C * taps, packed_outputs).
+// Order of packed weights and of the parts of their gradient, (C * taps, packed_outputs).
 struct WeightOrder {
     int taps, run, group_channels, group_outputs, packed_outputs;
 
-    // Row of a weight of a group, counted through (C / groups, taps).
+    // Row of a weight of a group, an index into (C / groups, taps).
     __device__ __forceinline__ int row(int group, int value) const {
         const int channel = value / taps, tap = value - channel * taps, first = channel / run * run;
         return (group * group_channels + first) * taps + tap * run + channel - first;
     }
 
-    // Place in (O, C / groups, taps), or -1 for padding.
-    __device__ __forceinline__ int place(int index) const {
+    // Index in (O, C / groups, taps), or -1 for padding.
+    __device__ __forceinline__ int weight_index(int index) const {
         const int row = index / packed_outputs, output = index - row * packed_outputs;
         const int tap = row / run % taps, channel = row / run / taps * run + row % run;
         const int o = channel / group_channels * group_outputs + output;
@@ -63,7 +63,7 @@ struct WeightOrder {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The value in a cell of the channel that `base` points to in cell 0. Bytes have no sign here: an address is then
+// Pointer to a cell, for the channel that `base` points to in cell 0. Offsets are unsigned, so that an address takes
 // one multiply-add.
 template <typename T>
 __device__ __forceinline__ Global<T> in_cell(Global<T> base, int cell, unsigned cell_bytes) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ Global<T> in_cell(Global<T> base, int cell, unsigned 
     return pointer_cast<T>(pointer_cast<Byte>(base) + static_cast<int64_t>(bytes));
 }
 
-// Where a pixel of the output is; of one that is not present, where the last one is.
+// Position of an output pixel; for a pixel that is not present, the position of the last one.
 struct OutputCell {
     int image, y, x;
     bool present;
@@ -86,19 +86,19 @@ __device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>&
     return {image, row - image * problem.out_height, pixel - row * problem.out_width, present};
 }
 
-// The pixel of the output, counted through all images, at a place in the order of tiles: strips of eight rows, column
-// by column. The taps of a tile then share cells of the input.
+// Output pixel, as an index over all images, at a position in the order of tiles: strips of eight rows, column by
+// column. In this order the taps of a tile share cells of the input.
 template <typename scalar_t>
 __device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
     constexpr int kStripRows = 8;
     const int image_pixels = problem.out_height * problem.out_width, rest = index % image_pixels;
-    const int top = rest / problem.out_width / kStripRows * kStripRows, place = rest - top * problem.out_width;
+    const int top = rest / problem.out_width / kStripRows * kStripRows, position = rest - top * problem.out_width;
     const int rows = problem.out_height - top < kStripRows ? problem.out_height - top : kStripRows;
-    const int x = place / rows;
-    return index - place + (place - x * rows) * problem.out_width + x;
+    const int x = position / rows;
+    return index - position + (position - x * rows) * problem.out_width + x;
 }
 
-// What offset and mask say of a tap of an output pixel.
+// Offset and mask of a tap of an output pixel.
 template <typename real_t>
 struct TapOperands {
     real_t offset_y, offset_x, mask;
@@ -116,12 +116,12 @@ struct TapOperands {
 // A tap of an output pixel that reads something.
 template <typename real_t>
 struct DeformSample {
-    DeformTap<real_t> place;
+    DeformTap<real_t> tap;
     int first_cell;  // of its image
     real_t mask, tangent_y, tangent_x;
 };
 
-// False if the tap reads nothing: it lies outside the map, its offset or mask is not finite, or there is no such pixel.
+// False if the tap reads nothing: it is outside the map, its offset or mask is not finite, or the pixel is not present.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ bool deform_sample(
     const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap,
@@ -135,7 +135,7 @@ __device__ __forceinline__ bool deform_sample(
     const real_t x =
         real_t(cell.x * problem.stride[1] - problem.padding[1] + kernel_x * problem.dilation[1]) + operands.offset_x;
     sample.mask = operands.mask;
-    if (!deform_tap(y, x, problem.height, problem.width, sample.place) || !(sample.mask - sample.mask == real_t(0))) {
+    if (!deform_tap(y, x, problem.height, problem.width, sample.tap) || !(sample.mask - sample.mask == real_t(0))) {
         return false;
     }
     sample.first_cell = cell.image * problem.height * problem.width;
@@ -152,9 +152,9 @@ template <typename scalar_t, typename real_t>
 __device__ __forceinline__ void sample_values(
     const DeformProblem<scalar_t>& problem, const DeformSample<real_t>& sample, real_t (&values)[4]) {
     if (problem.offset_tangent.data) {
-        deform_tangent_values(sample.place, sample.tangent_y, sample.tangent_x, values);
+        deform_tangent_values(sample.tap, sample.tangent_y, sample.tangent_x, values);
     } else {
-        deform_values(sample.place, values);
+        deform_values(sample.tap, values);
     }
 }
 
@@ -166,7 +166,7 @@ __device__ __forceinline__ void sample_slopes(
     if (problem.offset_tangent.data) {
         deform_tangent_slopes(sample.tangent_y, sample.tangent_x, slope_y, slope_x);
     } else {
-        deform_slopes(sample.place, slope_y, slope_x);
+        deform_slopes(sample.tap, slope_y, slope_x);
     }
 }
 
@@ -180,26 +180,26 @@ public:
     __device__ __forceinline__ explicit TapTable(Shared<real_t> memory)
         : weights_(memory), cells_(pointer_cast<int>(memory + kEntries * 4)) {}
 
-    // For kCount positions, at which are the pixels `pixel(position)` of the output, counted through all images.
+    // Fill the table for kCount positions with the output pixels pixel(position), as indices over all images.
     template <int kCount, int kThreads = kProductThreads, typename scalar_t, typename Pixel>
     __device__ __forceinline__ void fill_tile(
         const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, Pixel pixel) const {
-        // A thread keeps its position. Its operands go into the places of the weights first, so that those of three
-        // taps are under way at once.
-        constexpr int kStep = kThreads / kCount, kAtOnce = 3;
+        // A thread has one position for all slots. It stores its operands in the entries of the weights first, so that
+        // loads of three taps are in flight at once.
+        constexpr int kStep = kThreads / kCount, kInFlight = 3;
         static_assert(kThreads % kCount == 0, "as many taps at once of every position");
         const int position = static_cast<int>(threadIdx.x) % kCount;
         const int first_slot = static_cast<int>(threadIdx.x) / kCount;
         const OutputCell cell = output_cell(problem, pixel(position));
-        for (int first = first_slot; first < slots; first += kStep * kAtOnce) {
-            TapOperands<real_t> operands[kAtOnce];
+        for (int first = first_slot; first < slots; first += kStep * kInFlight) {
+            TapOperands<real_t> operands[kInFlight];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
+            for (int i = 0; i < kInFlight; ++i) {
                 const int slot = first + i * kStep;
                 operands[i].read(problem, cell, offset_group, first_tap + (slot < slots ? slot : first));
             }
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
+            for (int i = 0; i < kInFlight; ++i) {
                 const int slot = first + i * kStep, entry = slot * kCount + position;
                 if (slot < slots) {
                     weights_[entry * 4] = operands[i].offset_y;
@@ -217,7 +217,7 @@ public:
         }
     }
 
-    // For `count` positions, with the pixels from first_pixel on.
+    // Fill the table for `count` positions with the output pixels from first_pixel on.
     template <typename scalar_t>
     __device__ __forceinline__ void fill(
         const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, int first_pixel,
@@ -232,18 +232,18 @@ public:
         }
     }
 
-    // The four cells that an entry reads, counted through all images; -1 for none.
+    // The four cells that an entry reads, as indices over all images; -1 for none.
     __device__ __forceinline__ Vec<int, 4> cells(int entry) const { return load_vector<4>(cells_ + entry * 4); }
 
-    // What they count for, mask included.
+    // Weights of the four cells, mask included.
     __device__ __forceinline__ void weights(int entry, real_t (&weights)[4]) const {
-        constexpr int kItem = kWideElements<real_t>;
+        constexpr int kItem = kVectorElements<real_t>;
 #pragma unroll
         for (int corner = 0; corner < 4; corner += kItem) {
-            const auto some = load_vector<kItem>(weights_ + (entry * 4 + corner));
+            const auto vector = load_vector<kItem>(weights_ + (entry * 4 + corner));
 #pragma unroll
             for (int i = 0; i < kItem; ++i) {
-                weights[corner + i] = some[i];
+                weights[corner + i] = vector[i];
             }
         }
     }
@@ -262,7 +262,7 @@ private:
             mask = sample.mask;
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
-                const int64_t cell = deform_corner<real_t>(sample.place, corner, problem.height, problem.width);
+                const int64_t cell = deform_corner<real_t>(sample.tap, corner, problem.height, problem.width);
                 cells[corner] = cell < 0 ? -1 : sample.first_cell + static_cast<int>(cell);
             }
         }
@@ -277,13 +277,13 @@ private:
     Shared<int> cells_;       // (entry, corner)
 };
 
-// 16 bytes of the gradient of the output, of outputs `output` ... of a group, to shared memory; zeros from pixel `end`
-// on. With kWidth > 1 by cp.async.
+// Load 16 bytes of grad_output to shared memory, from output `output` of a group on; zeros from pixel `end` on. Uses
+// cp.async with kWidth > 1.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ void load_outputs(
     const DeformProblem<scalar_t>& problem, Global<const scalar_t> grad_output, int pixel, int end, int group,
     int output, Shared<scalar_t> target) {
-    constexpr int kItem = kWideElements<scalar_t>;
+    constexpr int kItem = kVectorElements<scalar_t>;
     Global<const scalar_t> source =
         grad_output + (static_cast<int64_t>(pixel) * problem.out_channels + group * problem.group_outputs + output);
     if constexpr (kWidth == 1) {
@@ -300,16 +300,16 @@ __device__ __forceinline__ void load_outputs(
     }
 }
 
-// Taps of 64 pixels that are in a table at once, or fewer of more pixels.
+// Taps of 64 pixels that a table holds.
 constexpr int kTableTaps = 9;
 constexpr int kTableEntries = kTableTaps * kProductRows;
 
-// 16 bytes of a pixel's columns, on their way from the input. With kWidth > 1 an item is in one tap, and its four cells
-// are read by 16-byte loads that are under way between `begin` and `finish`.
+// 16 bytes of the columns of a pixel. With kWidth > 1 an item is in one tap, and its four cells are read by 16-byte
+// loads that are in flight between `begin` and `finish`.
 template <typename scalar_t, int kWidth>
 class ColumnItem {
     using real_t = accum_t<scalar_t>;
-    static constexpr int kItem = kWideElements<scalar_t>;
+    static constexpr int kItem = kVectorElements<scalar_t>;
     static_assert(kWidth == kItem || kWidth == 1, "an item is one access or single elements");
 
 public:
@@ -384,39 +384,39 @@ public:
     }
 
 private:
-    Vec<unsigned, 4> corners_[4];  // as words: two 16-bit values do not take two registers
+    Vec<unsigned, 4> corners_[4];  // as words, so that two 16-bit values take one register
     int entry_ = 0;
-    Vec<scalar_t, kItem> result_;  // with kWidth 1, in place of these
+    Vec<scalar_t, kItem> result_;  // with kWidth 1, instead of these
 };
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// The order of the file's head for runs of `run` channels, or for chunks of them.
+// Order of packed weights (see the top of this file) for runs or chunks of `run` channels.
 WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run);
 
-// The weight (O, C / groups, kernel) in that order, prepared for the algorithm: (C * taps, packed_outputs) as a vector,
-// and `tag` zeros behind it.
+// Pack the weight (O, C / groups, kernel) in that order, prepared for the algorithm: (C * taps, packed_outputs) as a
+// vector, then `tag` zeros.
 Tensor pack_deform_weight(
     const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
     Stream stream);
 
 // Kernels count cells, pixels and weights in 32 bits, values of features in 64.
-constexpr int64_t kMostDeformIndex = 0x7ffffeff;
+constexpr int64_t kMaxDeformIndex = 0x7ffffeff;
 void check_deform_weight_size(const char* op, const DeformConvShape& shape);
-void check_deform_sizes(const char* op, const DeformConvShape& shape);  // of images too
+void check_deform_sizes(const char* op, const DeformConvShape& shape);  // including images
 
 // Channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);
 
-// Channels of a chunk of a run: as many as 128 bytes hold where items of 16 bytes never cross runs, else all.
+// Channels of a chunk of a run: those of 128 bytes if items of 16 bytes never cross runs, else all.
 template <typename scalar_t>
-int64_t deform_chunk(const DeformConvShape& shape, bool is_wide) {
-    constexpr int64_t kChunk = 8 * kWideElements<scalar_t>;
+int64_t deform_chunk(const DeformConvShape& shape, bool is_vectorizable) {
+    constexpr int64_t kChunk = 8 * kVectorElements<scalar_t>;
     const int64_t run = deform_run(shape);
-    return is_wide && run % kChunk == 0 && shape.taps() <= kTableTaps ? kChunk : run;
+    return is_vectorizable && run % kChunk == 0 && shape.taps() <= kTableTaps ? kChunk : run;
 }
 
-// Tiles in x, and what else tells blocks apart in y and z.
+// Launch grid with the tiles in x.
 dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z);
 
 template <typename value_t>
@@ -426,7 +426,7 @@ StridedImages<value_t> strided_images(const Tensor& tensor) {
         {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
 }
 
-// The tensors of a call, laid out for the kernels; lives until they are launched.
+// The tensors of a call in the layouts of the kernels. Must outlive the launches.
 class DeformOperands {
 public:
     DeformOperands(
@@ -462,7 +462,7 @@ public:
         problem.group_channels = static_cast<int>(shape_.group_channels());
         problem.offset_group_channels = static_cast<int>(shape_.offset_group_channels());
         problem.run = static_cast<int>(deform_run(shape_));
-        problem.chunk = static_cast<int>(deform_chunk<scalar_t>(shape_, is_wide<scalar_t>()));
+        problem.chunk = static_cast<int>(deform_chunk<scalar_t>(shape_, is_vectorizable<scalar_t>()));
         problem.cell_bytes = static_cast<unsigned>(shape_.channels * sizeof(scalar_t));
         problem.sums_cell_bytes = static_cast<unsigned>(shape_.channels * sizeof(real_t));
         problem.out_channels = static_cast<int>(shape_.out_channels);
@@ -474,8 +474,8 @@ public:
 
     // True if items of 16 bytes never cross a run and are aligned.
     template <typename scalar_t>
-    bool is_wide() const {
-        return deform_run(shape_) % kWideElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
+    bool is_vectorizable() const {
+        return deform_run(shape_) % kVectorElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
     }
 
 private:
@@ -485,22 +485,22 @@ private:
     std::optional<Tensor> mask_, offset_tangent_;
 };
 
-// Calls run(columns, width), two integral constants: the columns of a block's tile for products that have `columns` of
-// them, and the elements of an access.
-template <typename scalar_t, int kMostColumns, typename Run>
-inline void with_tile(bool wide, int64_t columns, Run run) {
-    constexpr int kWidth = kWideElements<scalar_t>;
-    if (!wide) {
+// Call run(columns, width) with two integral constants: the columns of a block's tile for a product with `columns`
+// columns, and the elements of an access.
+template <typename scalar_t, int kMaxColumns, typename Run>
+inline void with_tile(bool vectorized, int64_t columns, Run run) {
+    constexpr int kWidth = kVectorElements<scalar_t>;
+    if (!vectorized) {
         run(std::integral_constant<int, 64>{}, std::integral_constant<int, 1>{});
         return;
     }
-    if constexpr (kMostColumns >= 256) {
+    if constexpr (kMaxColumns >= 256) {
         if (columns > 128) {
             run(std::integral_constant<int, 256>{}, std::integral_constant<int, kWidth>{});
             return;
         }
     }
-    if constexpr (kMostColumns >= 128) {
+    if constexpr (kMaxColumns >= 128) {
         if (columns > 64) {
             run(std::integral_constant<int, 128>{}, std::integral_constant<int, kWidth>{});
             return;
@@ -509,11 +509,12 @@ inline void with_tile(bool wide, int64_t columns, Run run) {
     run(std::integral_constant<int, 64>{}, std::integral_constant<int, kWidth>{});
 }
 
-// Registers decide: sums of a tile of 64 x 256 in float32 take 64 of a thread, of 64 x 64 in float64 take 32. Beside
-// the sums multiply-adds need more than a product of tensor cores, and three products twice as many as one.
+// Limited by registers: sums of a tile of 64 x 256 in float32 take 64 registers of a thread, of 64 x 64 in float64 take
+// 32. Operands of multiply-adds need more registers than those of one product of tensor cores, and three products twice
+// as many as one.
 template <typename operand_t>
-constexpr int kMostTileColumns = std::is_same_v<operand_t, double>                                       ? 64
-                                 : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128
-                                                                                                         : 256;
+constexpr int kMaxTileColumns = std::is_same_v<operand_t, double>                                       ? 64
+                                : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128
+                                                                                                        : 256;
 
 }  // namespace spatialflow

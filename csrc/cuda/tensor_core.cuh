@@ -1,19 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Thin wrappers of the instructions that feed and run the tensor cores, on nvcc and under the interpreter alike
-// (compute capability 8.0; semantics of the PTX manual):
+// Wrappers of the instructions that load and run the tensor cores, for nvcc and the interpreter (compute capability
+// 8.0; semantics of the PTX manual):
 //
-//   cp_async_16(target, source, valid)    16 bytes from global to shared memory, zeros where not `valid`
-//   cp_async_commit(), cp_async_wait<n>() closes a group of copies; waits until at most n groups are under way
-//   ldmatrix_x4 / _x4_trans               8x8 matrices of 16-bit values from shared memory to registers; without the
-//                                         transposition also 8x4 matrices of 32-bit values
+//   cp_async_16(target, source, valid)    16 bytes from global to shared memory, zeros if not `valid`
+//   cp_async_commit(), cp_async_wait<n>() closes a group of copies; waits until at most n groups are in flight
+//   ldmatrix_x4, ldmatrix_x4_trans        8x8 matrices of 16-bit values, or without transposition 8x4 of 32-bit values
 //   mma_16816(d, a, b)                    d += a (16x16) * b (16x8), float16 or bfloat16 in, float32 sums
-//   mma_1688(d, a, b), mma_1688_first     d += a (16x8) * b (8x8), TF32 in, float32 sums, which tensor cores cut off;
-//                                         the first of a sum: d = a * b
-//   to_tf32(value)                        the bits of the nearest TF32 number: float32 with 11 instead of 24 digits
-//   Tf32, Tf32x3                          operand types: the two ways to multiply float32; see Fragment
-//   pack_pair(low, high), add_pairs(a, b), rectify_pairs(a)    two 16-bit values in a word: rounded from float32,
-//                                         added with one rounding each, max(value, 0) where NaN stays
+//   mma_1688(d, a, b), mma_1688_first     d += a (16x8) * b (8x8), TF32 in, float32 sums, truncated; first: d = a * b
+//   to_tf32(value)                        the bits of the nearest TF32 number
+//   pack_pair, add_pairs, rectify_pairs   two 16-bit values in a word: rounding from float32, sum, ReLU (NaN stays)
 #pragma once
 
 #include "cuda/platform.h"
@@ -91,7 +87,7 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
     return bits;
 }
 
-// Words and not vectors of 16-bit values: those the compiler takes apart, and waits for a load in order to do so.
+// Words instead of vectors of 16-bit values: the compiler would unpack such vectors, and wait for the load to do so.
 template <typename scalar_t>
 struct PairOf {
     using type = __nv_bfloat162;
@@ -133,9 +129,9 @@ __device__ __forceinline__ unsigned rectify_pairs(unsigned a, scalar_t /* type o
 
 namespace spatialflow {
 
-// What kernels for the tensor cores are templates of: float16, bfloat16, or one of these two for float32.
+// Operand types of tensor-core kernels: float16, bfloat16, or one of these two for float32.
 struct Tf32 {};    // rounded to TF32
-struct Tf32x3 {};  // as a TF32 number and a second one for the rest, by three products: almost all digits of float32
+struct Tf32x3 {};  // as the sum of two TF32 numbers, by three products: almost the precision of float32
 
 constexpr unsigned kTf32Bits = 0xffffe000u;  // of a float32
 
@@ -155,11 +151,11 @@ struct ElementType<Tf32x3> {
 template <typename operand_t>
 using element_t = typename ElementType<operand_t>::type;
 
-// Types that are multiplied without tensor cores.
+// Types that are multiplied without tensor cores, by SIMT instructions.
 template <typename operand_t>
-constexpr bool kIsPlain = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
+constexpr bool kIsSimt = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
 
-// Numbers as a kernel keeps them for many products: for Tf32 they are rounded once.
+// Convert values for use in many products: for Tf32 they are rounded once.
 template <typename value_t, typename operand_t>
 __device__ __forceinline__ value_t prepared(value_t value, operand_t) {
     return value;
@@ -203,8 +199,8 @@ __device__ __forceinline__ void multiply_add(
 __device__ __forceinline__ void multiply_add(float (&d)[4], const Fragment<Tf32, 4>& a, const Fragment<Tf32, 2>& b) {
     mma_1688(d, a.words, b.words);
 }
-// The small product low * low is left out. Tensor cores cut sums off, which in a long sum costs more digits than the
-// operands do: so they sum up three products, and these are added to `d` as float32 is, rounded to nearest.
+// The product low * low is negligible. Tensor cores truncate sums, which loses more precision in a long sum than the
+// operands do. So they add up three products only, and these sums are added to `d` in float32, rounded to nearest.
 __device__ __forceinline__ void multiply_add(
     float (&d)[4], const Fragment<Tf32x3, 4>& a, const Fragment<Tf32x3, 2>& b) {
     float sum[4];

@@ -1,22 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The gradient of the input of a deformable convolution without atomics on features: deterministic.
+// Gradient w.r.t. the input of a deformable convolution, deterministic (no atomics on features):
 //
 //   grad_input[cell, c] = sum over taps k and outputs o of weight[k, c, o] * spread[cell, k, o]
 //   spread[cell, k, o]  = sum over the pixels p whose tap k reads the cell, in ascending order within each corner, of
 //                         mask * value * grad_output[p, o]
 //
-// The forward pass transposed: an implicit GEMM whose rows are cells of the input, with `spread` gathered into shared
-// memory. Who reads a cell is listed first, for each image, offset group and tap (a "slice"): samples are counted by
-// the cell above and left of them, counts summed up to starts of lists, pixels put into their lists, lists sorted. A
-// cell finds its readers in four lists: its own and those of the cells above and to the left. A sample is in one list,
-// so this reads grad_output as often as the forward pass reads the input; a cell that very many taps read is one
-// thread's work.
-//
-// Memory beside the gradient: 28 bytes a sample (44 in float64) and 4 a cell and slice.
+// The transpose of the forward pass: an implicit GEMM over input cells, with `spread` gathered into shared memory.
+// First, a counting sort builds for each slice (image, offset group, tap) the lists of output pixels by the top left
+// cell that they sample; each list is then sorted. A cell finds its readers in four lists: those of the cell itself, of
+// the cells to the left and above, and of the cell diagonally above.
 #pragma once
 
-#include "cuda/deform_conv2d.h"
+#include "cuda/deform_conv2d.cuh"
 
 namespace spatialflow {
 namespace {
@@ -37,7 +33,7 @@ struct ReaderLists {
 template <typename scalar_t>
 __global__ void __launch_bounds__(kListThreads) deform_count_readers_kernel(
     const __grid_constant__ DeformProblem<scalar_t> problem, const __grid_constant__ ReaderLists readers,
-    Global<accum_t<scalar_t>> weights) {  // (slice, pixel, corner): what the corner counts for, mask included
+    Global<accum_t<scalar_t>> weights) {  // (slice, pixel, corner): weight of the corner, mask included
     using real_t = accum_t<scalar_t>;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
     if (index >= static_cast<int64_t>(readers.slices) * readers.image_pixels) {
@@ -61,12 +57,12 @@ __global__ void __launch_bounds__(kListThreads) deform_count_readers_kernel(
     for (int corner = 0; corner < 4; ++corner) {
         weights[index * 4 + corner] = sample.mask * values[corner];
     }
-    const int list = static_cast<int>((sample.place.y + 1) * (problem.width + 1) + sample.place.x + 1);
+    const int list = static_cast<int>((sample.tap.y + 1) * (problem.width + 1) + sample.tap.x + 1);
     readers.list[index] = list;
     readers.rank[index] = atomicAdd(readers.starts + (static_cast<int64_t>(slice) * (readers.lists + 1) + list + 1), 1);
 }
 
-// Counts become starts: a block sums up a slice.
+// Turn counts into start positions: a block computes the prefix sum of a slice.
 __global__ void __launch_bounds__(kListThreads) deform_sum_counts_kernel(const __grid_constant__ ReaderLists readers) {
     constexpr int kWarps = kListThreads / kWarpSize;
     SPATIALFLOW_SHARED(int, totals, kWarps);
@@ -76,18 +72,18 @@ __global__ void __launch_bounds__(kListThreads) deform_sum_counts_kernel(const _
     for (int first = 0; first < readers.lists; first += kListThreads) {
         int sum = first + thread < readers.lists ? static_cast<int>(counts[first + thread]) : 0;
 #pragma unroll
-        for (int other = 1; other < kWarpSize; other *= 2) {
-            const int left = __shfl_up_sync(kAllLanes, sum, other);
-            sum += lane >= other ? left : 0;
+        for (int distance = 1; distance < kWarpSize; distance *= 2) {
+            const int left = __shfl_up_sync(kAllLanes, sum, distance);
+            sum += lane >= distance ? left : 0;
         }
         if (lane == kWarpSize - 1) {
             totals[warp] = sum;
         }
         __syncthreads();
         int all = 0;
-        for (int other = 0; other < kWarps; ++other) {
-            const int total = totals[other];
-            sum += other < warp ? total : 0;
+        for (int distance = 0; distance < kWarps; ++distance) {
+            const int total = totals[distance];
+            sum += distance < warp ? total : 0;
             all += total;
         }
         if (first + thread < readers.lists) {
@@ -107,12 +103,12 @@ __global__ void __launch_bounds__(kListThreads)
     const int64_t slice = index / readers.image_pixels;
     const int list = readers.list[index];
     if (list >= 0) {
-        const int place = readers.starts[slice * (readers.lists + 1) + list] + readers.rank[index];
-        readers.pixels[slice * readers.image_pixels + place] = static_cast<int>(index % readers.image_pixels);
+        const int position = readers.starts[slice * (readers.lists + 1) + list] + readers.rank[index];
+        readers.pixels[slice * readers.image_pixels + position] = static_cast<int>(index % readers.image_pixels);
     }
 }
 
-// Sorts a list by heap sort: short as lists are, the long one that offsets can make does not take its square.
+// Sort a list by heap sort. Lists are short, but offsets can make a long one, for which the time must not be quadratic.
 __global__ void __launch_bounds__(kListThreads)
     deform_sort_readers_kernel(const __grid_constant__ ReaderLists readers) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
@@ -122,8 +118,8 @@ __global__ void __launch_bounds__(kListThreads)
     const int64_t slice = index / readers.lists, start = slice * (readers.lists + 1) + index % readers.lists;
     const int begin = readers.starts[start], count = readers.starts[start + 1] - begin;
     Global<int> list = readers.pixels + (slice * readers.image_pixels + begin);
-    // While `next` is positive the heap is made, from its last inner node to its root; then the greatest goes to the
-    // end.
+    // While `next` is positive, the heap is built from its last inner node to its root. Then the greatest value moves
+    // to the end.
     for (int next = count / 2, size = count; size > 1;) {
         int value, node;
         if (next > 0) {
@@ -149,30 +145,31 @@ __global__ void __launch_bounds__(kListThreads)
     }
 }
 
-// A cell of the input whose readers are asked for.
+// A cell of the input.
 struct Cell {
     int image, y, x;
 };
 
 // 16 bytes of `spread`: outputs output ... of the group, at one tap.
 template <int kWidth, typename scalar_t>
-__device__ __forceinline__ Vec<scalar_t, kWideElements<scalar_t>> spread_item(
+__device__ __forceinline__ Vec<scalar_t, kVectorElements<scalar_t>> spread_item(
     const DeformProblem<scalar_t>& problem, const ReaderLists& readers, Global<const accum_t<scalar_t>> weights,
     Global<const scalar_t> grad_output, const Cell& cell, int offset_group, int group, int tap, int output) {
     using real_t = accum_t<scalar_t>;
-    constexpr int kItem = kWideElements<scalar_t>;
+    constexpr int kItem = kVectorElements<scalar_t>;
     real_t sums[kItem] = {};
     const int64_t slice =
         (static_cast<int64_t>(cell.image) * readers.offset_groups + offset_group) * problem.taps + tap;
     const int64_t first_pixel = static_cast<int64_t>(cell.image) * readers.image_pixels;
 #pragma unroll
     for (int above = 0; above < 2; ++above) {
-        // Lists are numbered from cell (-1, -1) on: this one is that of the cell to the left, the next its own.
+        // Lists are numbered from cell (-1, -1) on: `list` is that of the cell to the left, the next one that of the
+        // cell.
         const int64_t list = slice * (readers.lists + 1) + (cell.y + 1 - above) * (problem.width + 1) + cell.x;
-        const int begin = readers.starts[list], own = readers.starts[list + 1], end = readers.starts[list + 2];
+        const int begin = readers.starts[list], middle = readers.starts[list + 1], end = readers.starts[list + 2];
         for (int i = begin; i < end; ++i) {
             const int pixel = readers.pixels[slice * readers.image_pixels + i];
-            const int corner = above * 2 + (i < own ? 1 : 0);
+            const int corner = above * 2 + (i < middle ? 1 : 0);
             const real_t weight = weights[(slice * readers.image_pixels + pixel) * 4 + corner];
             Global<const scalar_t> source =
                 grad_output + ((first_pixel + pixel) * problem.out_channels + group * problem.group_outputs + output);
@@ -218,10 +215,11 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
     const int first_channel = static_cast<int>(blockIdx.z) * problem.run;
     const int group = first_channel / problem.group_channels;
     const int offset_group = first_channel / problem.offset_group_channels;
-    const int own_row = static_cast<int>(threadIdx.x) / 4, own_item = static_cast<int>(threadIdx.x) % 4 * kItem;
-    const int own_cell = first_cell + own_row, length = problem.taps * problem.packed_outputs;
+    const int thread_row = static_cast<int>(threadIdx.x) / 4, thread_item = static_cast<int>(threadIdx.x) % 4 * kItem;
+    const int thread_cell = first_cell + thread_row, length = problem.taps * problem.packed_outputs;
     const Cell cell = {
-        own_cell / problem.width / problem.height, own_cell / problem.width % problem.height, own_cell % problem.width};
+        thread_cell / problem.width / problem.height, thread_cell / problem.width % problem.height,
+        thread_cell % problem.width};
 
     Product product;
     run_steps<kDepth>(
@@ -239,23 +237,23 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
                     cp_async_16(target, packed + at, present);
                 });
             Vec<scalar_t, kItem> item{};
-            if (own_cell < cells && k + own_item < length) {
-                const int tap = (k + own_item) / problem.packed_outputs;
+            if (thread_cell < cells && k + thread_item < length) {
+                const int tap = (k + thread_item) / problem.packed_outputs;
                 item = spread_item<kWidth>(
                     problem, readers, weights, grad_output, cell, offset_group, group, tap,
-                    k + own_item - tap * problem.packed_outputs);
+                    k + thread_item - tap * problem.packed_outputs);
             }
             store_vector(
-                left + (buffer * Product::kLeftSize + own_row * Product::kLeftRow + own_item),
+                left + (buffer * Product::kLeftSize + thread_row * Product::kLeftRow + thread_item),
                 prepared(item, operand_t{}));
         },
         [&](int buffer) {
             product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
         },
         [](int) {});
-    product.for_each([&](int row, int column, const Vec<real_t, Product::kVisited>& sums) {
+    product.for_each([&](int row, int column, const Vec<real_t, Product::kVisitColumns>& sums) {
 #pragma unroll
-        for (int i = 0; i < Product::kVisited; ++i) {
+        for (int i = 0; i < Product::kVisitColumns; ++i) {
             if (first_cell + row < cells && begin + column + i < problem.run) {
                 scalar_t result;
                 store(result, sums[i]);
@@ -271,7 +269,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
 
 template <typename operand_t>
 void gather_input_gradient(
-    const char* op, const DeformProblem<element_t<operand_t>>& problem, const DeformConvShape& shape, bool wide,
+    const char* op, const DeformProblem<element_t<operand_t>>& problem, const DeformConvShape& shape, bool vectorized,
     const Tensor& grad_output,  // (N, O, H_out, W_out), channels-last
     const Tensor& packed,
     const Tensor& grad_input,  // (N, C, H, W), channels-last
@@ -297,8 +295,8 @@ void gather_input_gradient(
     launch<deform_list_readers_kernel>(by_sample, block, 0, stream, readers);
     launch<deform_sort_readers_kernel>(
         dim3(grid_size(op, ceil_div(slices * lists, kListThreads))), block, 0, stream, readers);
-    constexpr int kMostColumns = kIsPlain<operand_t> ? 64 : 256;  // 128 by multiply-adds would spill registers
-    with_tile<scalar_t, kMostColumns>(wide, problem.run, [&](auto columns, auto width) {
+    constexpr int kMaxColumns = kIsSimt<operand_t> ? 64 : 256;  // 128 columns by multiply-adds would spill registers
+    with_tile<scalar_t, kMaxColumns>(vectorized, problem.run, [&](auto columns, auto width) {
         constexpr int kColumns = decltype(columns)::value;
         using Product = InputProduct<operand_t, kColumns>;
         const int64_t cells = shape.batch * shape.height * shape.width;

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the kernels of convolutions share: the operand type for a schema's `algorithm`, and ReLU.
+// Operand types of the convolution kernels for a schema's `algorithm`, and ReLU.
 #pragma once
 
-#include "cuda/tensor_core.h"
+#include "cuda/tensor_core.cuh"
 #include "ops/conv_algorithm.h"
 
 namespace spatialflow {
 
-// What float32 is multiplied by: fused multiply-adds for "direct"; for all others tensor cores, by three products of
-// TF32 unless it is "tf32". Other dtypes have one way each.
+// The algorithm of the CUDA kernels. float32: fused multiply-adds for "direct", one product of TF32 for "tf32", three
+// for all others. Other dtypes have one algorithm each.
 inline int64_t cuda_algorithm(int64_t algorithm, ScalarType dtype) {
     return dtype == ScalarType::Float && (algorithm == kConvDirect || algorithm == kConvTf32) ? algorithm : kConvTf32x3;
 }
 
-// Calls body(operand_t{}) with the operand type for a result of cuda_algorithm.
+// Call body(operand_t{}) with the operand type for a result of cuda_algorithm.
 template <typename scalar_t, typename Body>
 inline void dispatch_operand(int64_t algorithm, Body&& body) {
     if constexpr (std::is_same_v<scalar_t, float>) {

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the 3x3 convolution and its weight gradient share on the device: maps read as x + flow, and tiles of maps.
+// Device code that the 3x3 convolution and its weight gradient share: loads of x + flow, and tiles of maps.
 #pragma once
 
 #include <cstring>
 
-#include "cuda/tensor_core.h"
+#include "cuda/tensor_core.cuh"
 
 namespace spatialflow {
 
 constexpr int kTaps = 9;
 
-// Where output `o` lies in a row of 16-bit weights for tensor cores. Within 32 outputs, eight side by side are two in
-// each of four blocks of eight, which is what a lane holds of a product: it stores its results as they are.
+// Position of output `o` in a row of 16-bit weights for tensor cores. Of each 32 outputs, eight adjacent ones are two
+// in each of four blocks of eight. These are the outputs that a lane holds after a product, so a lane stores eight
+// adjacent results.
 __device__ __forceinline__ int64_t packed_position(int64_t o) {
     return o / 32 * 32 + o % 8 / 2 * 8 + o % 32 / 8 * 2 + o % 2;
 }
@@ -38,10 +39,10 @@ __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
 #pragma unroll
     for (int i = 0; i < kCount; i += kWidth) {
         if (c + i < source.channels) {
-            const Vec<scalar_t, kWidth> some = load_vector<kWidth>(features + i);
+            const Vec<scalar_t, kWidth> values = load_vector<kWidth>(features + i);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
-                sum[i + j] = some[j];
+                sum[i + j] = values[j];
             }
         }
     }
@@ -50,10 +51,10 @@ __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
 #pragma unroll
         for (int i = 0; i < kCount; i += kWidth) {
             if (c + i < source.channels) {
-                const Vec<scalar_t, kWidth> some = load_vector<kWidth>(flows + i);
+                const Vec<scalar_t, kWidth> values = load_vector<kWidth>(flows + i);
 #pragma unroll
                 for (int j = 0; j < kWidth; ++j) {
-                    store(sum[i + j], load(sum[i + j]) + load(some[j]));
+                    store(sum[i + j], load(sum[i + j]) + load(values[j]));
                 }
             }
         }
@@ -61,11 +62,11 @@ __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
     return sum;
 }
 
-// The channels of 16 bytes as they lie in memory; zeros beyond the `left` ones. kWidth as in load_sum.
+// Load 16 bytes of channels; channels from `left` on are zeros. kWidth as in load_sum.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar_t>& source, int left) {
     Vec<unsigned, 4> words{};
-    constexpr int kCount = kWideElements<scalar_t>;
+    constexpr int kCount = kVectorElements<scalar_t>;
     if constexpr (kWidth == kCount) {
         if (left > 0) {
             words = load_vector<4>(pointer_cast<const unsigned>(source));
@@ -83,12 +84,12 @@ __device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar
     return words;
 }
 
-// x + flow in two halves: loads on their way, to be added once they are needed.
+// The two terms of x + flow: loads in flight, added when they are used.
 struct SumTerms {
     Vec<unsigned, 4> x, flow;
 };
 
-// Without a flow its words are zeros, which change no value.
+// Without a flow its words are zeros, which change nothing.
 template <typename scalar_t>
 __device__ __forceinline__ Vec<unsigned, 4> sum_of(const SumTerms& terms) {
     Vec<unsigned, 4> sum;
@@ -115,7 +116,7 @@ __device__ __forceinline__ MapTile map_tile(int index, int rows, int columns) {
     return {row / rows, row % rows * kHeight, (index - row * columns) * kWidth};
 }
 
-// The entry of a table, ordered by `tile_begin`, that a tile belongs to.
+// Entry of a table, ordered by `tile_begin`, that contains a tile.
 template <typename Entry>
 __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, int tile) {
     int entry = 0;
@@ -125,27 +126,27 @@ __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, in
     return entry;
 }
 
-// How a thread of a kernel for tensor cores reads 16 bytes of each pixel of a tile and its halo (kCount of them, with
-// those that fill up the last piece). `places` in shared memory holds the offset of each pixel in x and in flow, -1
-// outside the map, so that a load costs a few instructions.
+// Loader of 16 bytes of each pixel of a tile and its halo, for a thread of a tensor-core kernel. kCount is the number
+// of pixels, with the padding of the last chunk. `pixel_offsets` in shared memory holds the offset of each pixel in x
+// and in flow, -1 outside the map, so that a load needs few instructions.
 template <int kHeight, int kWidth, int kCount, typename scalar_t>
 struct InputReader {
     Global<const scalar_t> x{nullptr}, flow{nullptr};
     int x_left = 0, flow_left = 0;  // channels from there on
 
-    // By all threads of the block, with barriers before and after.
+    // Called by all threads of the block, with barriers before and after.
     __device__ __forceinline__ void begin(
-        const ConvSource<scalar_t>& source, const MapTile& map, int channel, const Shared<int64_t>& places) {
-        constexpr int kRimWidth = kWidth + 2;
+        const ConvSource<scalar_t>& source, const MapTile& map, int channel, const Shared<int64_t>& pixel_offsets) {
+        constexpr int kHaloWidth = kWidth + 2;
 #pragma unroll 1
         for (int pixel = static_cast<int>(threadIdx.x); pixel < kCount; pixel += static_cast<int>(blockDim.x)) {
-            const int row = pixel / kRimWidth, map_y = map.y + row - 1, map_x = map.x + pixel % kRimWidth - 1;
+            const int row = pixel / kHaloWidth, map_y = map.y + row - 1, map_x = map.x + pixel % kHaloWidth - 1;
             const bool inside =
                 row < kHeight + 2 && map_y >= 0 && map_y < source.height && map_x >= 0 && map_x < source.width;
-            const Vec<int64_t, 2> place = {
+            const Vec<int64_t, 2> offsets = {
                 {inside ? map_y * source.x_h + map_x * source.x_w : -1,
                  inside ? map_y * source.f_h + map_x * source.f_w : -1}};
-            store_vector(places + 2 * pixel, place);
+            store_vector(pixel_offsets + 2 * pixel, offsets);
         }
         x = source.x + (map.image * source.x_n + channel);
         x_left = source.channels - channel;
@@ -163,13 +164,13 @@ struct InputReader {
         flow_left -= channels;
     }
     template <int kAccess>
-    __device__ __forceinline__ SumTerms fetch(const Shared<int64_t>& places, int pixel) const {
-        const Vec<int64_t, 2> place = load_vector<2>(places + 2 * pixel);
+    __device__ __forceinline__ SumTerms fetch(const Shared<int64_t>& pixel_offsets, int pixel) const {
+        const Vec<int64_t, 2> offsets = load_vector<2>(pixel_offsets + 2 * pixel);
         SumTerms terms{};
-        if (place[0] >= 0) {
-            terms.x = load_words<kAccess>(x + place[0], x_left);
+        if (offsets[0] >= 0) {
+            terms.x = load_words<kAccess>(x + offsets[0], x_left);
             if (flow_left > 0) {
-                terms.flow = load_words<kAccess>(flow + place[1], flow_left);
+                terms.flow = load_words<kAccess>(flow + offsets[1], flow_left);
             }
         }
         return terms;

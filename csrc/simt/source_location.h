@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where in a kernel something happened, and what went wrong there.
+// Source locations of kernel code, and the text of reports.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@
 namespace spatialflow {
 namespace simt {
 
-// A source line, in one word so that shadow memory stays small. Default arguments make it the caller's line.
-struct Site {
+// A source line, in one word to keep the shadow memory small. By default arguments it is the line of the caller.
+struct SourceLocation {
     uint64_t packed = 0;
 
-    static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    static SourceLocation current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
         return {
             (static_cast<uint64_t>(reinterpret_cast<uintptr_t>(file)) << 16) | (static_cast<uint64_t>(line) & 0xffffu)};
     }
@@ -27,15 +27,15 @@ struct Site {
     }
 };
 
-// An index into watched memory together with the line that uses it: an implicit conversion takes the caller's line,
-// which an operator[] could not ask for itself.
+// An index into checked memory with the line that uses it. The implicit conversion records the line of the caller,
+// which operator[] cannot have as a default argument.
 struct Index {
     int64_t value;
-    Site site;
+    SourceLocation location;
 
     template <typename Integer>
     Index(Integer value, const char* file = __builtin_FILE(), int line = __builtin_LINE())
-        : value(static_cast<int64_t>(value)), site(Site::here(file, line)) {}
+        : value(static_cast<int64_t>(value)), location(SourceLocation::current(file, line)) {}
 };
 
 template <typename... Parts>

@@ -1,0 +1,485 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Kernel of conv3x3.cu on the tensor cores: 16-bit types by m16n8k16, float32 by m16n8k8 of TF32, with float32 sums.
+//
+// A block of four warps computes 8 x 16 pixels by 128 or 64 outputs. A K step of 32 channels (float32: 16) loads the
+// tile and its halo once, as x + flow, for all nine taps: ldmatrix reads the rows of each tap from the same buffer. In
+// 16 bits a row of inputs serves the three taps of a column from registers. In float32 weights are the left operand.
+// The inputs of the next step are loaded through registers and its weights by cp.async, across tiles too, while this
+// step is multiplied. Rows of shared memory are padded by 16 bytes against bank conflicts.
+#pragma once
+
+#include "cuda/conv3x3_table.cuh"
+#include "cuda/tensor_core.cuh"
+
+namespace spatialflow {
+
+// Sizes of the tensor-core kernel. A step is kChannels channels. It has a unit for each half of them and column of
+// taps: kWeightRows rows of weights, which are multiplied while a chunk of the next step's inputs is loaded. In bytes,
+// all operand types have the same sizes.
+template <typename operand_t, int kTileOutputs>
+struct TensorCoreConfig {
+    static constexpr int kVector = kVectorElements<element_t<operand_t>>;
+    static constexpr int kThreads = 128;
+    static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
+    static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // rows of the tile
+    static constexpr int kBlocks = kWarpOutputs / 32;                 // of packed_position
+    // Resident blocks of a multiprocessor, limited by registers and shared memory.
+    static constexpr int kResident = kOutputs == 128 || std::is_same_v<operand_t, Tf32x3> ? 2 : 3;
+    static constexpr int kChannels = 4 * kVector, kUnitChannels = 2 * kVector;
+    static constexpr int kUnits = kChannels / kUnitChannels * 3;
+    static constexpr int kHaloWidth = kWidth + 2;
+    static constexpr int kChunkPixels = kThreads / (kChannels / kVector);  // pixels
+    static constexpr int kInputs = kUnits * kChunkPixels;                  // pixels with halo, padded to whole chunks
+    static constexpr int kInputRow = kChannels + kVector, kWeightRow = kOutputs + 8;
+    static constexpr int kWeightRows = 3 * kUnitChannels, kWeightStages = 3;
+    static constexpr int kCopiedRows = kThreads / (kOutputs / kVector);  // by all threads in one pass
+    static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kWeightRows * kWeightRow;  // elements
+    static constexpr size_t kSharedBytes =
+        sizeof(element_t<operand_t>) * (2 * kInputBuffer + kWeightStages * kWeightStage);
+    static_assert((kHeight + 2) * kHaloWidth <= kInputs, "a chunk per unit");
+};
+
+// The sums of a lane, of four rows. In 16 bits outputs are the columns of a product: sums[i][j][e] is pixel e / 2 * 8,
+// output j / 4 * 32 + j % 4 * 2 + e % 2 from its first on. In float32 they are the rows: see FloatFragmentCoordinates.
+template <int kBlocks>
+using Sums = float[4][kBlocks * 4][4];
+
+// Output pixels and channels of the sums of a lane, in 16 bits. Each of four lanes has eight adjacent outputs of every
+// 32 (packed_position).
+template <typename scalar_t>
+struct FragmentCoordinates {
+    int64_t first;  // offset of the outputs of the first pixel
+    int y, x, output;
+    int height, width, outputs;
+
+    __device__ __forceinline__
+    FragmentCoordinates(const ConvEntry<scalar_t>& entry, const MapTile& map, int warp_row, int warp_output, int lane)
+        : y(map.y + warp_row),
+          x(map.x + lane / 4),
+          output(warp_output + lane % 4 * 8),
+          height(entry.source.height),
+          width(entry.source.width),
+          outputs(entry.outputs) {
+        first = output_at(entry, map.image, y, x) + output;
+    }
+    __device__ __forceinline__ bool is_inside(int i, int half) const { return y + i < height && x + half * 8 < width; }
+    // The first of eight outputs.
+    __device__ __forceinline__ int64_t at(int i, int half, int block) const {
+        return first + (static_cast<int64_t>(i) * width + half * 8) * outputs + block * 32;
+    }
+    __device__ __forceinline__ int left(int block) const { return outputs - output - block * 32; }
+};
+
+// Initialize the sums of a tile with bias and residual.
+template <int kBlocks, typename scalar_t>
+__device__ __forceinline__ void start_sums(
+    const ConvEntry<scalar_t>& entry, const FragmentCoordinates<scalar_t>& coordinates, Sums<kBlocks>& sums) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            float bias = 0.0f;
+            if (entry.bias && e < coordinates.left(block)) {
+                bias = entry.bias[coordinates.output + block * 32 + e];
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                sums[i / 2][block * 4 + e / 2][i % 2 * 2 + e % 2] = bias;
+            }
+        }
+    }
+    if (!entry.residual) {
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+            const int left = coordinates.is_inside(i / 2, i % 2) ? coordinates.left(block) : 0;
+            const Global<const scalar_t> source = entry.residual + coordinates.at(i / 2, i % 2, block);
+            const Vec<scalar_t, 8> values = load_present(source, entry.vectorized, left);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                sums[i / 2][block * 4 + e / 2][i % 2 * 2 + e % 2] += load(values[e]);
+            }
+        }
+    }
+}
+
+// Apply ReLU to the sums of a warp and store them.
+template <int kBlocks, typename scalar_t>
+__device__ __forceinline__ void store_sums(
+    const ConvEntry<scalar_t>& entry, const FragmentCoordinates<scalar_t>& coordinates, const Sums<kBlocks>& sums) {
+    const bool relu = entry.relu;
+    const auto outputs_of = [&](int i, int block) {
+        Vec<unsigned, 4> words;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float (&pair)[4] = sums[i / 2][block * 4 + j];
+            words[j] = pack_pair(pair[i % 2 * 2], pair[i % 2 * 2 + 1], scalar_t{});
+            words[j] = relu ? rectify_pairs(words[j], scalar_t{}) : words[j];
+        }
+        return words;
+    };
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+            const int left = coordinates.is_inside(i / 2, i % 2) ? coordinates.left(block) : 0;
+            const Global<scalar_t> target = entry.out + coordinates.at(i / 2, i % 2, block);
+            store_present(target, entry.vectorized, left, outputs_of(i, block));
+        }
+    }
+}
+
+// In float32 sums[i][j][e] is column j / kProducts * 8 + e % 2, output j % kProducts * 16 + e / 2 from the lane's first
+// on: two of eight columns, two of 16 outputs.
+struct FloatFragmentCoordinates {
+    int64_t first;  // offset of the outputs of the first pixel
+    int y, x, output;
+    int height, width, outputs;
+
+    __device__ __forceinline__
+    FloatFragmentCoordinates(const ConvEntry<float>& entry, const MapTile& map, int warp_row, int warp_output, int lane)
+        : y(map.y + warp_row),
+          x(map.x + lane % 4 * 2),
+          output(warp_output + lane / 4 * 2),
+          height(entry.source.height),
+          width(entry.source.width),
+          outputs(entry.outputs) {
+        first = output_at(entry, map.image, y, x) + output;
+    }
+    // Call body(two sums, offset of their outputs, number of outputs from there on) for the pixels inside the map. With
+    // a branch per pixel, only the loads of one pixel are in flight; registers do not suffice for more.
+    template <int kBlocks, typename AnySums, typename Body>
+    __device__ __forceinline__ void visit(AnySums& sums, Body body) const {
+        constexpr int kProducts = kBlocks * 2;  // for all outputs
+#pragma unroll
+        for (int pixel = 0; pixel < 16; ++pixel) {
+            const int row = pixel / 4, half = pixel / 2 % 2, column = half * 8 + pixel % 2;
+            if (y + row < height && x + column < width) {
+                const int64_t at = first + (static_cast<int64_t>(row) * width + column) * outputs;
+#pragma unroll
+                for (int product = 0; product < kProducts; ++product) {
+                    auto& fragment = sums[row][half * kProducts + product];
+                    body(
+                        fragment[pixel % 2], fragment[2 + pixel % 2], at + product * 16,
+                        outputs - output - product * 16);
+                }
+            }
+        }
+    }
+};
+
+// Bias and residual are added at the end, so that a residual gives the same value as a separate addition of maps.
+template <int kBlocks>
+__device__ __forceinline__ void start_sums(
+    const ConvEntry<float>&, const FloatFragmentCoordinates&, Sums<kBlocks>& sums) {
+#pragma unroll
+    for (int i = 0; i < kBlocks * 64; ++i) {
+        sums[i / (kBlocks * 16)][i / 4 % (kBlocks * 4)][i % 4] = 0.0f;
+    }
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void store_sums(
+    const ConvEntry<float>& entry, const FloatFragmentCoordinates& coordinates, Sums<kBlocks>& sums) {
+    constexpr int kProducts = kBlocks * 2;
+    // Read from the table once: otherwise the compiler may use a register for each use.
+    const Global<const float> biases = entry.bias, residuals = entry.residual;
+    const Global<float> out = entry.out;
+    const bool relu = entry.relu, vectorized = entry.vectorized;
+    if (biases) {
+#pragma unroll
+        for (int i = 0; i < kProducts * 2; ++i) {
+            const int product = i / 2, output = coordinates.output + product * 16 + i % 2;
+            const float bias = output < coordinates.outputs ? biases[output] : 0.0f;
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+                sums[j / 4][j / 2 % 2 * kProducts + product][i % 2 * 2 + j % 2] += bias;
+            }
+        }
+    }
+    if (residuals && vectorized) {
+        coordinates.visit<kBlocks>(sums, [&](float& first, float& second, int64_t at, int left) {
+            const Vec<float, 2> residual = left > 0 ? load_vector<2>(residuals + at) : Vec<float, 2>{};
+            first += residual[0];
+            second += residual[1];
+        });
+    } else if (residuals) {
+        coordinates.visit<kBlocks>(sums, [&](float& first, float& second, int64_t at, int left) {
+            first += left > 0 ? residuals[at] : 0.0f;
+            second += left > 1 ? residuals[at + 1] : 0.0f;
+        });
+    }
+    coordinates.visit<kBlocks>(sums, [&](float first, float second, int64_t at, int left) {
+        const Vec<float, 2> values = {{rectified(first, relu), rectified(second, relu)}};
+        if (vectorized) {
+            if (left > 0) {
+                store_vector(out + at, values);
+            }
+        } else {
+            if (left > 0) {
+                out[at] = values[0];
+            }
+            if (left > 1) {
+                out[at + 1] = values[1];
+            }
+        }
+    });
+}
+
+// Multiply a unit: a column of taps, and as many channels as a product is deep. This lane reads the first row of inputs
+// at `inputs` and the first tap at `weights`. In 16 bits a row of inputs is used for its three taps before the next one
+// is read, with the weights of the column in registers.
+template <typename Config, typename scalar_t>
+__device__ __forceinline__ void multiply_unit(
+    const Shared<scalar_t>& inputs, const Shared<scalar_t>& weights, Sums<Config::kBlocks>& sums,
+    scalar_t /* operand type */) {
+    unsigned b[3][Config::kBlocks * 2][4];
+#pragma unroll
+    for (int row = 0; row < Config::kWarpRows + 2; ++row) {
+        if (row < 3) {
+#pragma unroll
+            for (int j = 0; j < Config::kBlocks * 2; ++j) {
+                ldmatrix_x4_trans(b[row][j], weights + (row * Config::kUnitChannels * Config::kWeightRow + j * 16));
+            }
+        }
+        unsigned a[4];
+        ldmatrix_x4(a, inputs + row * Config::kHaloWidth * Config::kInputRow);
+        // This row of inputs with the tap in row t contributes to row i of the sums.
+#pragma unroll
+        for (int t = 0; t < 3; ++t) {
+            const int i = row - t;
+            if (i >= 0 && i < Config::kWarpRows) {
+#pragma unroll
+                for (int j = 0; j < Config::kBlocks * 4; ++j) {
+                    const unsigned right[2] = {b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]};
+                    mma_16816(sums[i][j], a, right, scalar_t{});
+                }
+            }
+        }
+    }
+}
+
+// In float32 the weights, which are in order, are the left operand; rows of inputs are used for one tap after the
+// other. For Tf32x3, which needs more registers, taps are not unrolled.
+template <typename Config, typename operand_t>
+__device__ __forceinline__ void multiply_unit(
+    const Shared<float>& inputs, const Shared<float>& weights, Sums<Config::kBlocks>& sums, operand_t) {
+    constexpr int kProducts = Config::kBlocks * 2;
+    Fragment<operand_t, 2> b[Config::kWarpRows][2];
+    const auto load_row = [&](int slot, int row) {
+        unsigned words[4];
+        ldmatrix_x4(words, inputs + row * Config::kHaloWidth * Config::kInputRow);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            b[slot][e / 2].set(e % 2, words[e]);
+        }
+    };
+#pragma unroll
+    for (int row = 0; row < Config::kWarpRows - 1; ++row) {
+        load_row(row, row);
+    }
+    const auto words = pointer_cast<const unsigned>(weights);
+#pragma unroll(std::is_same_v<operand_t, Tf32> ? 3 : 1)
+    for (int tap = 0; tap < 3; ++tap) {
+        load_row(Config::kWarpRows - 1, Config::kWarpRows - 1 + tap);
+#pragma unroll
+        for (int product = 0; product < kProducts; ++product) {
+            Fragment<operand_t, 4> a;
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const Vec<unsigned, 2> pair =
+                    load_vector<2>(words + ((tap * Config::kUnitChannels + e * 2) * Config::kWeightRow + product * 16));
+                a.set(e, prepared(pair[0], operand_t{}));
+                a.set(e + 1, prepared(pair[1], operand_t{}));
+            }
+#pragma unroll
+            for (int row = 0; row < Config::kWarpRows; ++row) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    multiply_add(sums[row][half * kProducts + product], a, b[row][half]);
+                }
+            }
+        }
+#pragma unroll
+        for (int row = 0; row < Config::kWarpRows - 1; ++row) {
+            b[row][0] = b[row + 1][0];
+            b[row][1] = b[row + 1][1];
+        }
+    }
+}
+
+template <typename operand_t, int kAccess, int kTileOutputs>
+__global__ void __launch_bounds__(
+    TensorCoreConfig<operand_t, kTileOutputs>::kThreads, TensorCoreConfig<operand_t, kTileOutputs>::kResident)
+    conv3x3_tensor_core_kernel(const __grid_constant__ ConvTable<element_t<operand_t>> table) {
+    using scalar_t = element_t<operand_t>;
+    using Config = TensorCoreConfig<operand_t, kTileOutputs>;
+    using Coordinates =
+        std::conditional_t<sizeof(scalar_t) == 4, FloatFragmentCoordinates, FragmentCoordinates<scalar_t>>;
+    SPATIALFLOW_DYNAMIC_SHARED(scalar_t, inputs);                     // 2 x [pixel with halo][channel]
+    SPATIALFLOW_SHARED(int64_t, pixel_offsets, 2 * Config::kInputs);  // see InputReader
+    SPATIALFLOW_SHARED(unsigned, skipped, kSkippedWords);
+    const auto weights = inputs + 2 * Config::kInputBuffer;  // stages x [tap of the column][channel][output]
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+    const int warp_row = warp / 2 * Config::kWarpRows, warp_output = warp % 2 * Config::kWarpOutputs;
+
+    // Inputs: the 16 bytes of a step that this thread loads.
+    constexpr int kInputThreads = Config::kChannels / Config::kVector;
+    const int input_channel = thread % kInputThreads * Config::kVector, input_pixel = thread / kInputThreads;
+    InputReader<Config::kHeight, Config::kWidth, Config::kInputs, scalar_t> reader;
+    const auto begin_inputs = [&](const ConvTile& tile) {
+        reader.end();
+        if (tile.index < table.num_tiles) {
+            reader.begin(
+                table.entries[tile.entry].source, map_of<Config::kHeight, Config::kWidth>(table, tile), input_channel,
+                pixel_offsets);
+        }
+    };
+    const auto fetch_inputs = [&](int chunk) {
+        return reader.template fetch<kAccess>(pixel_offsets, chunk * Config::kChunkPixels + input_pixel);
+    };
+    constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements
+    auto input_target = pointer_cast<unsigned>(inputs + (input_pixel * Config::kInputRow + input_channel));
+    const auto store_inputs = [&](int chunk, const SumTerms& terms) {
+        Vec<unsigned, 4> words = sum_of<scalar_t>(terms);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            words[i] = prepared(words[i], operand_t{});
+        }
+        store_vector(input_target + chunk * (Config::kChunkPixels * Config::kInputRow / kWord), words);
+    };
+
+    // Weights: the 16 bytes of outputs that this thread copies, in some rows of a unit.
+    constexpr int kRowThreads = Config::kOutputs / Config::kVector;
+    const int weight_row = thread / kRowThreads, weight_column = thread % kRowThreads * Config::kVector;
+    const auto weight_target = weights + (weight_row * Config::kWeightRow + weight_column);
+    Global<const scalar_t> weight(nullptr);
+    int weight_left = 0, row_size = 0, tap_size = 0;  // remaining channels; elements of a channel, and of a tap
+    const auto begin_weights = [&](const ConvTile& tile) {
+        weight_left = 0;
+        if (tile.index < table.num_tiles) {
+            const ConvEntry<scalar_t>& entry = table.entries[tile.entry];
+            row_size = padded_outputs(entry.outputs);
+            tap_size = row_size * entry.source.channels;
+            weight = entry.weights + (weight_row * row_size + tile.output + weight_column);
+            weight_left = tile.output + weight_column < row_size ? entry.source.channels - weight_row : 0;
+        }
+    };
+    const auto copy_weights = [&](int column) {
+#pragma unroll
+        for (int row = 0; row < Config::kWeightRows; row += Config::kCopiedRows) {
+            const int tap = row / Config::kUnitChannels * 3, channel = row % Config::kUnitChannels;
+            cp_async_16(
+                weight_target + (column * Config::kWeightStage + row * Config::kWeightRow),
+                weight + (static_cast<int64_t>(tap) * tap_size + channel * row_size), channel < weight_left);
+        }
+        cp_async_commit();
+        weight += tap_size;
+        if (column == 2) {
+            weight += Config::kUnitChannels * row_size - static_cast<int64_t>(3) * tap_size;
+            weight_left -= Config::kUnitChannels;
+        }
+    };
+
+    if (table.active) {
+        skip_inactive_images<Config>(table, skipped);
+    }
+    ConvTile tile = conv_tile<Config::kOutputs>(table, next_tile(table, skipped, static_cast<int>(blockIdx.x)));
+    if (tile.index >= table.num_tiles) {
+        return;
+    }
+    begin_weights(tile);
+    copy_weights(0);
+    copy_weights(1);
+    begin_inputs(tile);
+    __syncthreads();
+    {
+        SumTerms chunks[Config::kUnits];
+#pragma unroll
+        for (int chunk = 0; chunk < Config::kUnits; ++chunk) {
+            chunks[chunk] = fetch_inputs(chunk);
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < Config::kUnits; ++chunk) {
+            store_inputs(chunk, chunks[chunk]);
+        }
+    }
+    // Offsets at which this lane reads by ldmatrix, or loads its weights.
+    int lane_pixel = lane % 16, lane_channel = lane / 16 * 8, lane_row = lane % 16, lane_output = lane / 16 * 8;
+    if constexpr (sizeof(scalar_t) == 4) {
+        lane_pixel = lane / 16 * 8 + lane % 8;
+        lane_channel = lane / 8 % 2 * 4;
+        lane_row = lane % 4;
+        lane_output = lane / 4 * 2;
+    }
+    auto tap_inputs = inputs + ((warp_row * Config::kHaloWidth + lane_pixel) * Config::kInputRow + lane_channel);
+    const auto tap_weights = weights + (lane_row * Config::kWeightRow + warp_output + lane_output);
+    int buffer_offset = Config::kInputBuffer;  // offset to the other buffer
+    input_target += buffer_offset / kWord;
+    Sums<Config::kBlocks> sums;
+    while (tile.index < table.num_tiles) {
+        // A warp without outputs, or with all its rows below the map, only loads.
+        bool busy = false;
+        {
+            const ConvEntry<scalar_t>& entry = table.entries[tile.entry];
+            const MapTile map = map_of<Config::kHeight, Config::kWidth>(table, tile);
+            busy = tile.output + warp_output < entry.outputs && map.y + warp_row < entry.source.height;
+            if (busy) {
+                start_sums<Config::kBlocks>(
+                    entry, Coordinates(entry, map, warp_row, tile.output + warp_output, lane), sums);
+            }
+        }
+        ConvTile next = tile;
+        int left = table.entries[tile.entry].source.channels;
+#pragma unroll 1
+        do {
+            left -= Config::kChannels;
+            if (left <= 0) {
+                next = conv_tile<Config::kOutputs>(
+                    table, next_tile(table, skipped, tile.index + static_cast<int>(gridDim.x)));
+                __syncthreads();  // before pixel_offsets is written again
+                begin_inputs(next);
+            } else {
+                reader.advance(Config::kChannels);
+            }
+#pragma unroll 1
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int column = 0; column < 3; ++column) {
+                    cp_async_wait<Config::kWeightStages - 2>();
+                    __syncthreads();
+                    // The stage that the previous unit has read is free.
+                    if (column == 1 && half == 1 && left <= 0) {
+                        begin_weights(next);
+                    }
+                    copy_weights((column + 2) % Config::kWeightStages);
+                    const SumTerms chunk = fetch_inputs(half * 3 + column);
+                    if (busy) {
+                        multiply_unit<Config>(
+                            tap_inputs + column * Config::kInputRow, tap_weights + column * Config::kWeightStage, sums,
+                            operand_t{});
+                    }
+                    store_inputs(half * 3 + column, chunk);
+                }
+                tap_inputs += Config::kUnitChannels;
+            }
+            tap_inputs += buffer_offset - Config::kChannels;
+            buffer_offset = -buffer_offset;
+            input_target += buffer_offset / kWord;
+        } while (left > 0);
+        if (busy) {
+            const ConvEntry<scalar_t>& entry = table.entries[tile.entry];
+            const MapTile map = map_of<Config::kHeight, Config::kWidth>(table, tile);
+            store_sums<Config::kBlocks>(
+                entry, Coordinates(entry, map, warp_row, tile.output + warp_output, lane), sums);
+        }
+        tile = next;
+    }
+    cp_async_wait<0>();
+}
+
+}  // namespace spatialflow

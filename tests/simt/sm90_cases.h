@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Helpers of the test kernels for compute capability 9.0: operands in shared memory, their descriptors, and launches.
+// Values are small integers, so that products are exact in every order.
+#pragma once
+
+#include "cases.h"
+#include "cuda/sm90_instructions.cuh"
+#include "cuda/sm90_tensor_map.h"
+
+namespace spatialflow {
+
+using simt::Swizzle;
+
+template <typename T>
+std::vector<T> small_numbers(size_t count, unsigned factor) {
+    std::vector<T> values(count);
+    for (size_t i = 0; i < count; ++i) {
+        store(values[i], static_cast<float>((i * factor + i / 7) % 9) - 4.0f);
+    }
+    return values;
+}
+
+template <typename T>
+Global<const T> constant(std::vector<T>& values) {
+    return Global<const T>(buffer(values));
+}
+
+// matrix_descriptor with another swizzle.
+inline uint64_t descriptor(unsigned start, unsigned leading, unsigned stride, Swizzle swizzle) {
+    return (matrix_descriptor(start, leading, stride) & ~(uint64_t{3} << 62)) | static_cast<uint64_t>(swizzle) << 62;
+}
+
+// Bytes of a row of a swizzled layout; 16 without swizzle.
+constexpr unsigned row_bytes(Swizzle swizzle) {
+    return swizzle == Swizzle::k128 ? 128 : swizzle == Swizzle::k64 ? 64 : swizzle == Swizzle::k32 ? 32 : 16;
+}
+
+// Swizzled address of the 16 bytes that are at `address` without swizzle.
+inline unsigned place_of(unsigned address, Swizzle swizzle) {
+    const unsigned chunks = row_bytes(swizzle) / 16, chunk = address / 16;
+    return address - chunk % chunks * 16 + (chunk % chunks ^ address / 128 % chunks) * 16;
+}
+
+constexpr Swizzle kSwizzles[] = {Swizzle::kNone, Swizzle::k32, Swizzle::k64, Swizzle::k128};
+
+// The dynamic shared memory from the first address that is a multiple of 1024.
+struct Memory {
+    Shared<uint16_t> first;
+    unsigned address;
+
+    explicit Memory(const Shared<uint16_t>& memory)
+        : first(memory + (1024 - shared_address(memory) % 1024) % 1024 / 2), address(shared_address(first)) {}
+
+    // The element at an address.
+    Shared<uint16_t> at(unsigned where) const {
+        return first + (static_cast<int>(where) - static_cast<int>(address)) / 2;
+    }
+
+    // Zeros, by `threads` threads of which the running one is number `thread`.
+    void clear(unsigned begin, unsigned bytes, unsigned thread, unsigned threads) const {
+        for (unsigned i = thread * 16; i < bytes; i += threads * 16) {
+            store_vector(at(begin + i), Vec<uint16_t, 8>{});
+        }
+    }
+};
+constexpr unsigned kSharedBytes = 80 * 1024;  // of most launches here
+
+// Maps of boxes of 64 x 64 with 128-byte swizzle: a row-major with `depth` columns, b with `outputs` columns.
+template <typename T>
+TensorMap map_of(std::vector<T>& values, int64_t columns, int64_t rows, int box_rows = 64) {
+    TensorMap map;
+    expect(
+        encode_map<T, 3>(map, constant(values), {columns, rows, 1}, {columns, columns * rows}, {64, box_rows, 1}),
+        "a tensor map");
+    return map;
+}
+
+inline uint64_t a_at(unsigned address) { return matrix_descriptor(address, 16, 1024); }
+inline uint64_t b_at(unsigned address) { return matrix_descriptor(address, 64 * 128, 1024); }
+
+// What most of them begin with: a (64 x 64) at `a`, b (64 x 64) at `b`, an mbarrier or more for one arrival each.
+#define SM90_BLOCK(count)                                                                    \
+    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);                                           \
+    SPATIALFLOW_SHARED(uint64_t, barriers, count);                                           \
+    const Memory memory(dynamic);                                                            \
+    const unsigned a = memory.address, b = a + 64 * 128, barrier = shared_address(barriers); \
+    const unsigned thread = threadIdx.x;                                                     \
+    if (thread == 0) {                                                                       \
+        for (unsigned i = 0; i < (count); ++i) {                                             \
+            mbarrier_init(barrier + 8 * i, 1);                                               \
+        }                                                                                    \
+        mbarrier_init_fence();                                                               \
+    }                                                                                        \
+    __syncthreads();                                                                         \
+    (void)a, (void)b
+// The same with zeros in a and b, ready for wgmma.
+#define SM90_OPERANDS(count)                           \
+    SM90_BLOCK(count);                                 \
+    memory.clear(a, 2 * 64 * 128, thread, blockDim.x); \
+    fence_async_proxy();                               \
+    __syncthreads()
+
+template <auto kKernel, unsigned kThreads = 128, unsigned kBlocks = 1>
+void alone() {
+    launch<kKernel>(dim3(kBlocks), dim3(kThreads), kSharedBytes, Stream{});
+}
+template <auto kKernel, typename T = int>
+void into_buffer() {
+    std::vector<T> out(128);
+    launch<kKernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, buffer(out));
+}
+template <auto kKernel, unsigned kThreads = 128, unsigned kBlocks = 1>
+void of_tensor() {
+    std::vector<bfloat16> tensor(64 * 128);
+    launch<kKernel>(dim3(kBlocks), dim3(kThreads), kSharedBytes, Stream{}, map_of(tensor, 128, 64));
+}
+template <auto kKernel>
+void of_tensor_into_buffer() {
+    std::vector<bfloat16> tensor(64 * 128);
+    std::vector<int> out(128);
+    launch<kKernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, map_of(tensor, 128, 64), buffer(out));
+}
+
+}  // namespace spatialflow

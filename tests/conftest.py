@@ -8,18 +8,18 @@ import pytest
 
 
 def pytest_configure() -> None:
-    """With SPATIALFLOW_BACKEND=cuda every tensor that a test makes is on the GPU; no test file knows of it."""
+    """With SPATIALFLOW_BACKEND=cuda, make the GPU torch's default device for all tests."""
     if os.environ.get("SPATIALFLOW_BACKEND") == "cuda":
-        # References multiply matrices by cuBLAS, which torch holds to be deterministic with this setting alone.
+        # Reference implementations use cuBLAS, which torch considers deterministic only with this setting.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         import torch
 
         torch.set_default_device("cuda")
-        torch.backends.cudnn.allow_tf32 = False  # references in float32 convolve in float32
+        torch.backends.cudnn.allow_tf32 = False  # reference implementations in float32 must not use TF32
 
 
 def fixture_root() -> Path:
-    """Return the folder of the larger recordings: SPATIALFLOW_FIXTURES, else ../shared beside the checkout."""
+    """Return the folder of the larger recordings: SPATIALFLOW_FIXTURES, or ../shared next to the checkout."""
     root = Path(os.environ.get("SPATIALFLOW_FIXTURES", Path(__file__).resolve().parents[1] / ".." / "shared"))
     return root.resolve()
 
@@ -30,7 +30,7 @@ GOLDENS = Path(__file__).resolve().parent / "data" / "goldens"
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
-    """`fixture_root()`; tests that need it are skipped, with the reason, if the folder does not exist."""
+    """Return `fixture_root()`; skip the test, with the reason, if the folder does not have the recordings."""
     root = fixture_root()
     if not (root / "goldens").is_dir():
         pytest.skip(f"no goldens/ in {root}: set SPATIALFLOW_FIXTURES to a folder with it (tests/data/README.md)")
@@ -39,19 +39,19 @@ def fixtures() -> Path:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """`GOLDENS`."""
+    """Return `GOLDENS`."""
     return GOLDENS
 
 
 @pytest.fixture(scope="session")
 def large_goldens(fixtures: Path) -> Path:
-    """Recordings that are too large for the repository."""
+    """Return the folder of recordings that are too large for the repository."""
     return fixtures / "goldens"
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of random weights for the configuration `tiny`."""
+    """Write a file of random weights for the configuration `tiny`; return its path."""
     import torch
 
     import spatialflow
@@ -63,7 +63,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Readable pictures of every kind, by name."""
+    """Write readable images of every kind; return their folder."""
     import cv2
     import numpy as np
 
@@ -88,7 +88,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Every test starts from the same random state, whichever tests ran before it."""
+    """Seed all random generators before every test."""
     import random
 
     import numpy as np
@@ -104,7 +104,7 @@ def seed():
 
 @pytest.fixture
 def precision_restored():
-    """Sets torch's precision of float32 convolutions back after a test that changes it."""
+    """Restore torch's precision of float32 convolutions after a test."""
     import torch
 
     before = torch.backends.cudnn.conv.fp32_precision

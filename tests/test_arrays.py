@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators called with arrays of another library: docs/arrays.md. NumPy replaces CuPy on machines without a GPU."""
+"""Operators called with arrays of other libraries (docs/arrays.md): CuPy on a GPU, else NumPy."""
 
 import types
 
@@ -14,9 +14,9 @@ from spatialflow.ops.arrays import with_arrays
 
 cupy = None
 if DEVICE == "cuda":
-    cupy = pytest.importorskip("cupy", reason="on a GPU arrays are CuPy's, and CuPy is not installed")
+    cupy = pytest.importorskip("cupy", reason="on a GPU the test needs CuPy, which is not installed")
 elif np.lib.NumpyVersion(np.__version__) < "2.1.0":
-    pytest.skip("asks for NumPy from 2.1 on, which knows read-only memory in DLPack", allow_module_level=True)
+    pytest.skip("needs NumPy 2.1, the first version with read-only arrays in DLPack", allow_module_level=True)
 
 
 def box_rows(count, batch=None):
@@ -26,7 +26,7 @@ def box_rows(count, batch=None):
 
 
 def cases():
-    """Name -> (function, arguments), with lists, optional arguments and named tuples among them."""
+    """Return (function, arguments) by name, including lists, optional arguments and named tuples."""
     pyramid = [torch.randn(2, 8, 10, 12), torch.randn(2, 8, 5, 6)]
     weight, bias, scores = torch.randn(8, 8, 3, 3), torch.randn(8), torch.rand(9)
     packed = ops.pack_conv3x3(weight, bias)
@@ -148,7 +148,7 @@ NAMES = tuple(cases())
 
 
 def convert(function, value):
-    """`value` with function(tensor) for each tensor in lists, tuples and named tuples."""
+    """Apply `function` to each tensor within lists, tuples and named tuples."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -166,18 +166,18 @@ def arrays_in(arguments):
 
 
 def address(value):
-    """Of the first element."""
+    """Return the address of the first element."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
     return value.data.ptr if cupy else value.__array_interface__["data"][0]
 
 
 def assert_equal(result, expected):
-    """The same structure and bits, arrays for tensors."""
+    """Assert the same structure and bits, with arrays in place of tensors."""
     if isinstance(expected, (list, tuple)):
         assert type(result) is type(expected) and len(result) == len(expected)
-        for one, other in zip(result, expected):
-            assert_equal(one, other)
+        for item, expected_item in zip(result, expected):
+            assert_equal(item, expected_item)
     elif isinstance(expected, torch.Tensor):
         assert type(result) is (cupy or np).ndarray
         assert result.shape == tuple(expected.shape)
@@ -193,10 +193,10 @@ def test_every_operator_has_a_case():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arrays_give_arrays(name, monkeypatch):
-    """The results of tensors, and no copy on the way in or out."""
+    """Results equal those of tensors, and neither inputs nor outputs are copied."""
     function, arguments = cases()[name]
     expected, arrays = function(**arguments), arrays_in(arguments)
-    library, taken, given = cupy or np, [], []
+    library, taken, returned = cupy or np, [], []
     take, give = torch.from_dlpack, library.from_dlpack
 
     def taking(array):
@@ -204,21 +204,21 @@ def test_arrays_give_arrays(name, monkeypatch):
         return taken[-1][1]
 
     def giving(tensor):
-        given.append((address(tensor), give(tensor)))
-        return given[-1][1]
+        returned.append((address(tensor), give(tensor)))
+        return returned[-1][1]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "from_dlpack", taking)
         patch.setattr(library, "from_dlpack", giving)
         result = function(**arrays)
     assert taken and all(place == address(tensor) for place, tensor in taken)
-    assert all(place == address(array) for place, array in given)
+    assert all(place == address(array) for place, array in returned)
     assert_equal(result, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_subnets"])  # each convolution by itself
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_subnets"])  # packs convolutions one by one
 def test_arrays_and_tensors_do_not_mix(name):
-    """One array among tensors is named, each in turn."""
+    """A single array among tensors is refused by name, at every position."""
     function, arguments = cases()[name]
     places = [key for key, value in arguments.items() if leaves(value)]
     if sum(len(leaves(arguments[key])) for key in places) < 2:
@@ -239,7 +239,7 @@ def test_arrays_and_tensors_do_not_mix(name):
 
 
 class Foreign:
-    """An array of a library that has DLPack and nothing else."""
+    """An array that supports only DLPack."""
 
     def __init__(self, array):
         self.array = array
@@ -271,8 +271,8 @@ def test_two_libraries():
         function(**arrays | {"scores": Foreign(arrays["scores"])})
 
 
-def test_what_is_handed_on_is_the_same_array():
-    """The levels of a sub-network that is absent, and the weight that was packed."""
+def test_unchanged_inputs_are_returned_as_the_same_array():
+    """The levels of an absent sub-network, and the weight within a packed weight."""
     function, arguments = cases()["fused_subnets"]
     arrays = arrays_in(arguments)
     assert function(**arrays).thing[0] is arrays["levels"][0]
@@ -281,7 +281,7 @@ def test_what_is_handed_on_is_the_same_array():
 
 
 def test_results_keep_their_memory():
-    """Result arrays stay valid after their tensor and the arguments are deleted."""
+    """A result stays valid after the tensor that owned its memory, and the arguments, are deleted."""
     function, arguments = cases()["roi_align"]
     expected = function(**arguments)
     result = function(**arrays_in(arguments))
@@ -316,23 +316,23 @@ def test_a_module_with_parameters_takes_tensors():
         module(to_array(torch.rand(1, 2, 5, 5)), to_array(torch.zeros(1, 18, 3, 3)))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="asks for NumPy's arrays")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs NumPy arrays, which are on the CPU")
 class TestNumpy:
     def test_masked(self):
-        """A mask cannot be handed over; without it the hidden values would count."""
+        """A masked array is refused: DLPack has no mask, so masked values would be used."""
         boxes = np.ma.masked_array(to_array(box_rows(3)), mask=np.eye(3, 4) > 0)
         with pytest.raises(BufferError, match="nms: boxes must have no mask, which would be lost, got MaskedArray"):
             ops.nms(boxes, to_array(torch.rand(3)), 0.5)
 
     def test_read_only(self):
-        """Operators write to none of their arguments, so that these are no worse than others."""
+        """Read-only arrays are accepted, because operators do not write to their arguments."""
         function, arguments = cases()["preprocess_images"]
         arrays = arrays_in(arguments)
         arrays["images"].flags.writeable = False
         assert_equal(function(**arrays), function(**arguments))
 
     def test_results_share_memory_in_both_directions(self):
-        """A change by either side is seen by the other."""
+        """The array and the tensor share memory: a write to one is visible in the other."""
         seen = {}
 
         def keep(x: "torch.Tensor"):
@@ -359,7 +359,7 @@ class TestNumpy:
         ids=["rows reversed", "columns reversed", "other byte order", "objects", "misaligned"],
     )
     def test_an_array_that_needs_a_copy(self, change, reason):
-        """Torch 2.13 would end the process on negative strides."""
+        """Torch 2.13 would abort the process on negative strides."""
         with pytest.raises(BufferError, match=f"nms: boxes {reason}"):
             ops.nms(change(box_rows(9).numpy()), torch.rand(9).numpy(), 0.5)
 
@@ -375,10 +375,10 @@ class TestNumpy:
             ops.preprocess_images(**arrays_in(arguments), dtype=torch.bfloat16)
 
     @pytest.mark.skipif(
-        torch.__version__ < "2.13", reason="torch before 2.13 takes compiled code of arrays for tensors"
+        torch.__version__ < "2.13", reason="torch before 2.13 treats arrays in compiled code as tensors"
     )
     def test_compiled(self):
-        """torch.compile leaves such a call to Python; where it must not, it says why."""
+        """torch.compile breaks the graph at such a call; with `fullgraph=True` it raises an error with the reason."""
         function, arguments = cases()["nms"]
         torch._dynamo.reset()
         expected, arrays = function(**arguments), arrays_in(arguments)
@@ -387,14 +387,14 @@ class TestNumpy:
             torch.compile(lambda: function(**arrays), backend="eager", fullgraph=True)()
 
     def test_numbers_of_numpy_are_numbers(self):
-        """They have no `__dlpack__`, and stand beside tensors."""
+        """NumPy scalars have no `__dlpack__` and may be mixed with tensors."""
         boxes, scores = box_rows(9), torch.rand(9)
         assert torch.equal(ops.nms(boxes, scores, np.float32(0.5)), ops.nms(boxes, scores, 0.5))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="asks for arrays on the CPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs arrays on the CPU")
 def test_jax():
-    """Whose arrays say themselves where `from_dlpack` is, and have bfloat16."""
+    """JAX arrays work, in bfloat16 too, with `from_dlpack` found by their array namespace."""
     jax = pytest.importorskip("jax")
     features, boxes = torch.rand(2, 3, 8, 9), box_rows(4, 2)
     for dtype in (torch.float32, torch.bfloat16):
@@ -403,11 +403,11 @@ def test_jax():
         assert isinstance(result, jax.Array) and torch.equal(torch.from_dlpack(result), expected)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="asks for a GPU with CuPy: SPATIALFLOW_BACKEND=cuda")
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU with CuPy and SPATIALFLOW_BACKEND=cuda")
 class TestCupy:
     @pytest.mark.parametrize("own", ["cupy", "torch", "both"])
     def test_streams_are_ordered(self, own):
-        """An array that CuPy still computes, on another stream than torch's, is read when it is done, and so back."""
+        """Operators wait for CuPy's stream before they read an array, and CuPy waits for torch's stream."""
         side = cupy.cuda.Stream(non_blocking=True) if own != "torch" else cupy.cuda.Stream.null
         stream = torch.cuda.Stream() if own != "cupy" else torch.cuda.default_stream()
         matrix = cupy.random.rand(4096, 4096, dtype=cupy.float32)
@@ -424,7 +424,7 @@ class TestCupy:
             side.synchronize()
             assert (doubled == 6).all()
 
-    def test_another_device_than_the_present_one(self):
+    def test_another_device_than_the_current_one(self):
         if cupy.cuda.runtime.getDeviceCount() < 2:
             pytest.skip("needs two GPUs")
         with cupy.cuda.Device(1):

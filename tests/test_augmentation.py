@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test-time augmentation and ensembles: what must not change the result does not, and what must does."""
+"""Test-time augmentation and ensembles: symmetries, joined views, batches and commands."""
 
 import json
 
@@ -21,9 +21,9 @@ PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)
 
 @pytest.fixture(scope="module")
 def model(goldens):
-    """The weights of the goldens, with boxes near their anchors.
+    """Build a model with the weights of the goldens, and small box deltas so that boxes are near their anchors.
 
-    A box without extent would not overlap its copy of the other network in an ensemble.
+    An empty box would not overlap the same box of the other network in an ensemble.
     """
     network = golden_model(goldens, "tiny", "tiny")
     with torch.no_grad():
@@ -34,7 +34,7 @@ def model(goldens):
 
 @pytest.fixture(scope="module")
 def image():
-    """Of a size that needs no padding: cells of the padding make boxes without extent."""
+    """Return an image of a size that needs no padding, because cells of the padding give empty boxes."""
     coarse = np.random.default_rng(3).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     return cv2.resize(coarse, (128, 96), interpolation=cv2.INTER_CUBIC)
 
@@ -48,14 +48,14 @@ def assert_same(a, b, pixels=1.0):
 
 
 def test_an_ensemble_of_one_model_twice_is_the_model(model, image):
-    alone, twice = (spatialflow.Predictor(given, **PLAIN)(image) for given in (model, [model, model]))
+    alone, twice = (spatialflow.Predictor(models, **PLAIN)(image) for models in (model, [model, model]))
     assert len(alone.segments) > 3
     assert_same(twice, alone)
     np.testing.assert_allclose(twice.mask_logits, alone.mask_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
-    """With flipping, a picture and its mirror image have the same two views in another order.
+    """With flipping, an image and its mirror image have the same two views in a different order.
 
     The box fill truncates boxes to whole pixels, which is not symmetric, so a few pixels may differ.
     """
@@ -72,7 +72,7 @@ def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
 
 
 def test_views_are_joined(model, image):
-    """Two sizes: boxes of both compete, the best score is the better of the two, and masks are means at their boxes."""
+    """NMS joins the boxes of two sizes, the best score is the larger one, and masks are means over the views."""
     sizes = [spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [edge]})(image) for edge in (96, 64)]
     both = spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [96, 64]})(image)
     assert both.scores[0] == pytest.approx(max(result.scores[0] for result in sizes), abs=1e-5)
@@ -83,13 +83,13 @@ def test_views_are_joined(model, image):
 
 
 def test_batches_of_augmented_images(model, image):
-    """A batch gives what its images give alone, for views of different padded sizes too."""
+    """A batch gives the results of its images alone, also for views of different padded sizes."""
     images = [image, image[:, :120], np.ascontiguousarray(image.transpose(1, 0, 2)), image[::-1].copy()]
     settings = {**PLAIN, "test_short_edges": [64, 96], "test_flip": True}
     together = spatialflow.Predictor(model, batch_size=2, **settings)(images)
     alone = spatialflow.Predictor(model, **settings)
-    for one, result in zip(images, together, strict=False):
-        assert_same(result, alone(one), pixels=0.999)
+    for single, result in zip(images, together, strict=False):
+        assert_same(result, alone(single), pixels=0.999)
 
 
 def test_sizes_of_the_released_augmentation(goldens, model):
@@ -104,18 +104,18 @@ def test_sizes_of_the_released_augmentation(goldens, model):
 
 
 def test_stuff_logits_at_original_size():
-    """The matrices do what upsampling, crop and resize do one after the other, with and without mirroring."""
+    """The matrices equal upsampling, crop and resize in sequence, with and without mirroring."""
     logits, valid, original = torch.randn(5, 8, 12), (27, 41), (33, 29)
     whole = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[..., :27, :41]
     for mirrored in (False, True):
-        given = whole.flip(-1) if mirrored else whole
-        expected = F.interpolate(given, size=original, mode="bilinear", align_corners=True)[0]
+        view = whole.flip(-1) if mirrored else whole
+        expected = F.interpolate(view, size=original, mode="bilinear", align_corners=True)[0]
         actual = postprocess.resized_stuff_logits(logits, valid, original, mirrored)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mean_of_masks():
-    """The mean of the probabilities, where sigmoids have long rounded to 0 or 1 too."""
+    """The result is the mean of the probabilities, also for logits whose sigmoid rounds to 0 or 1."""
     logits = torch.tensor([[-200.0, -3.0, 0.0, 2.0, 150.0], [-200.0, 1.0, 0.0, 4.0, 150.0]])
     mean = postprocess.mean_mask_logits(logits)
     torch.testing.assert_close(mean.sigmoid(), logits.sigmoid().mean(dim=0))
@@ -123,15 +123,15 @@ def test_mean_of_masks():
 
 
 def test_ensembles_that_do_not_fit(model):
-    other = spatialflow.build_model("tiny", num_things=3, categories=None)
+    smaller_model = spatialflow.build_model("tiny", num_things=3, categories=None)
     with pytest.raises(ValueError, match="must agree in num_things, got 20 and 3"):
-        spatialflow.Predictor([model, other])
+        spatialflow.Predictor([model, smaller_model])
     with pytest.raises(ValueError, match="at least one model, got none"):
         spatialflow.Predictor([])
 
 
 def test_commands(model, image, tmp_path, capsys):
-    """An ensemble with flipping through the command gives the map of the Python API."""
+    """The command with an ensemble and flipping gives the map of the Python API."""
     cv2.imwrite(str(tmp_path / "a.png"), image)
     weights = str(spatialflow.save_checkpoint(model, tmp_path / "tiny.safetensors"))
     settings = ["--config", "tiny", "--no-overlay", "--set", "stuff_area_threshold=40"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark harness: right before fast, complete results, and scripts that declare what it needs."""
+"""Benchmark harness: results are checked before they are timed, and scripts declare their cases and providers."""
 
 import importlib
 import json
@@ -80,15 +80,15 @@ class TestHarness:
         ids=["offset", "gradient", "shape"],
     )
     def test_wrong_results_are_not_timed(self, tmp_path, ours, right):
-        """Of a wrong gradient behind right values the values are."""
+        """If only the gradient is wrong, the forward pass is still timed."""
         harness = importlib.import_module("harness")
         with pytest.raises(SystemExit, match="square, few, .*spatialflow is off by .*nothing is timed"):
             harness.main(square(harness, ours), ["--seconds", "0.01", "--output", str(tmp_path)])
         kept = [json.loads(path.read_text()) for path in tmp_path.glob("*/square.json")]
         assert [row["mode"] for content in kept for row in content["rows"] if row["provider"] == "spatialflow"] == right
 
-    def test_a_peer_without_the_dtype_is_timed_in_float32(self, tmp_path):
-        """Torchvision has no kernels for bfloat16: its time in float32 is better than none."""
+    def test_a_baseline_without_the_dtype_is_timed_in_float32(self, tmp_path):
+        """A baseline without kernels for bfloat16, as torchvision, is timed in float32 instead."""
         harness = importlib.import_module("harness")
 
         def float32_only(x):
@@ -101,7 +101,7 @@ class TestHarness:
         assert providers == ["spatialflow", "reference", "float32 only, float32"]
 
     def test_cases_are_kept_as_they_come(self, tmp_path):
-        """A run that is ended early, here by a wrong result, leaves the cases before."""
+        """A run that ends early, here by a wrong result, keeps the rows of the cases before."""
         harness = importlib.import_module("harness")
         with pytest.raises(SystemExit, match="square, many, "):
             benchmark = square(harness, lambda x: x * x + (len(x) > 10))
@@ -118,8 +118,8 @@ class TestHarness:
             harness.main(square(harness, torch.square), ["--cases", "none"])
 
     @pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
-    def test_a_peer_that_cannot_be_used_is_absent(self, tmp_path, monkeypatch, error):
-        """A torchvision that was built for another torch raises RuntimeError when it is imported."""
+    def test_a_baseline_that_cannot_be_used_is_absent(self, tmp_path, monkeypatch, error):
+        """A torchvision built for another torch raises RuntimeError at import."""
         (tmp_path / "broken_peer.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
         monkeypatch.syspath_prepend(str(tmp_path))
         assert importlib.import_module("harness").optional("broken_peer") is None
@@ -127,8 +127,8 @@ class TestHarness:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name, monkeypatch):
-    """Importing a script times nothing; it declares cases, and ours among the providers."""
-    monkeypatch.delitem(sys.modules, name, raising=False)  # another module of that name would be taken instead
+    """Importing a script times nothing; the script declares cases and providers, with "ours" among them."""
+    monkeypatch.delitem(sys.modules, name, raising=False)  # otherwise a cached module of this name would be used
     benchmark = importlib.import_module(name).BENCHMARK
     assert benchmark.name == name and benchmark.title and benchmark.sweep
     assert benchmark.providers["spatialflow"] is not None
@@ -146,13 +146,13 @@ def test_times_must_be_positive(name, value, tmp_path, monkeypatch, capsys):
 
 class TestHostOverhead:
     def test_rows(self, tmp_path, capsys):
-        """Every operator in every mode, by tensors and arrays, and by torchvision where that is installed."""
+        """There is a row for every operator and mode, for tensors, arrays and, if installed, torchvision."""
         module = importlib.import_module("host_overhead")
         module.main(["--seconds", "0.001", "--output", str(tmp_path)])
         (path,) = tmp_path.glob("*/host_overhead.json")
         content = json.loads(path.read_text())
         assert content["threads"] == 1 and {row["op"].split(",")[0] for row in content["rows"]} == set(public())
-        assert importlib.import_module("harness").markdown([path]) == ""  # its tables are those of milliseconds
+        assert importlib.import_module("harness").markdown([path]) == ""  # its tables are for rows in milliseconds
         keys = {(row["op"], row["grad_mode"], row["provider"]) for row in content["rows"]}
         ours = {
             (op, mode, f"spatialflow{kind}")
@@ -166,7 +166,7 @@ class TestHostOverhead:
             assert (row["ratio"] is not None) == (row["provider"] == "torchvision")
         assert len(capsys.readouterr().out.splitlines()) == 2 + len(module.cases()) * len(module.MODES)
 
-    def test_a_wrong_peer_is_not_timed(self, monkeypatch):
+    def test_a_wrong_baseline_is_not_timed(self, monkeypatch):
         module = importlib.import_module("host_overhead")
         calls = {module.OURS: lambda: torch.ones(2), module.PEER: lambda: torch.zeros(2)}
         monkeypatch.setattr(module, "cases", lambda device: {"nms": calls})
@@ -210,7 +210,7 @@ def end_to_end_rows(tmp_path_factory):
 
 class TestEndToEnd:
     def test_the_reference_finds_the_same(self, end_to_end_rows):
-        """Same weights, other operators, another merge: the same map, with things and stuff in it."""
+        """The reference pipeline, with its operators and merge, gives the same map, with things and stuff in it."""
         for row in end_to_end_rows[0]:
             assert row["agreement"] > 0.99 and row["instances"] >= 3 and row["segments"] > row["instances"]
 
@@ -223,7 +223,7 @@ class TestEndToEnd:
             assert 0.9 < sum(row["share"].values()) <= 1 and all(share >= 0 for share in row["share"].values())
 
     def test_other_rows_stay(self, end_to_end_rows):
-        """A run of one pipeline and size replaces that row alone."""
+        """A run of one pipeline and size replaces only its row."""
         before, after = end_to_end_rows
         changed = [new for old, new in zip(before, after) if old != new]
         assert len(after) == len(before) and [(r["short_edge"], r["provider"]) for r in changed] == [(96, "reference")]
@@ -240,7 +240,7 @@ def test_no_pictures(name, is_there, tmp_path, monkeypatch):
 
 
 def test_throughput(tmp_path, monkeypatch, capsys):
-    """Rates of every stage alone and overlapped, from the same images; runs of all images at least three times."""
+    """Rates of every stage, alone and overlapped, use the same images; every run repeats at least three times."""
     write_coco(tmp_path / "data", 3, (64, 96))
     (tmp_path / "little.yaml").write_text("base: tiny\ntest: {test_short_edges: [64], test_long_edge: 96}\n")
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -270,7 +270,7 @@ def test_throughput(tmp_path, monkeypatch, capsys):
 
 
 def test_untrained_branches_are_not_zero():
-    """Every residual branch adds something, and its norms have the statistics of the images."""
+    """Every residual branch has a nonzero output, and its norms have the statistics of the images."""
     from untrained import settle_norms
 
     from spatialflow import build_model

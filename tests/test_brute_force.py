@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators and references against `tests/fuzz/brute_force.py`: fixed small cases, bad values and ties included."""
+"""Operators and reference implementations against `tests/fuzz/brute_force.py`: small cases, bad values and ties."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str
 
 
 def arrays(value: Any) -> list[np.ndarray]:
-    """The arrays within nested lists and tuples of arrays and tensors."""
+    """Return the arrays within nested lists and tuples of arrays and tensors."""
     if isinstance(value, (list, tuple)):
         return [array for item in value for array in arrays(item)]
     if isinstance(value, Tensor):
@@ -30,18 +30,18 @@ def arrays(value: Any) -> list[np.ndarray]:
 
 
 def compare(name: str, *args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> list[np.ndarray]:
-    """Asserts that the operator and its reference give the numbers of the brute force; returns these."""
+    """Assert that the operator and its reference equal the brute force; return the results of the brute force."""
     expected = arrays(getattr(brute_force, name)(*args, **options))
     for implementation in (ops, reference):
         actual = arrays(getattr(implementation, name)(*args, **options))
         assert len(actual) == len(expected)
-        for one, other in zip(actual, expected):
-            assert_same(one, other, TOLERANCE[dtype], implementation.__name__)
+        for array, wanted in zip(actual, expected):
+            assert_same(array, wanted, TOLERANCE[dtype], implementation.__name__)
     return expected
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
-    """Same integers; same NaN and infinities; numbers within `tolerance` of the largest."""
+    """Assert equal integers, NaN and infinities, and numbers within `tolerance` relative to the largest."""
     assert actual.shape == expected.shape, what
     if expected.dtype.kind != "f":
         assert np.array_equal(actual, expected), f"{what}: {actual} instead of {expected}"
@@ -54,7 +54,7 @@ def assert_same(actual: np.ndarray, expected: np.ndarray, tolerance: float, what
 
 
 def compare_gradients(name: str, *args: Any, differentiable: tuple[int, ...], **options: Any) -> None:
-    """Asserts that the gradients of the operator, in float64, are the central differences of the brute force."""
+    """Assert that float64 gradients of the operator equal central differences of the brute force."""
 
     def total(*call: Any) -> float:
         return sum(float((array * weight).sum()) for array, weight in zip(run(*call), weights))
@@ -79,9 +79,9 @@ def compare_gradients(name: str, *args: Any, differentiable: tuple[int, ...], **
 
 
 def replace(args: Any, old: list[Tensor], new: list[Tensor]) -> Any:
-    """`args` with some of the tensors within them exchanged."""
+    """Replace tensors within nested `args`."""
     if isinstance(args, Tensor):
-        return next((other for one, other in zip(old, new) if one is args), args)
+        return next((new_tensor for old_tensor, new_tensor in zip(old, new) if old_tensor is args), args)
     if isinstance(args, (list, tuple)):
         parts = [replace(item, old, new) for item in args]
         return type(args)(*parts) if hasattr(args, "_fields") else type(args)(parts)
@@ -96,18 +96,18 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-# Values that no sane caller passes, one RoI each, behind a good one.
+# A valid RoI, then RoIs with one unusual or invalid value each.
 ROIS = rows(
     [0, 1.3, 2.1, 9.7, 8.2],
     [1, -3.0, -2.0, 30.0, 25.0],  # reaches beyond the map
     [0, 9.7, 8.2, 1.3, 2.1],  # reversed
-    [0, 9.7, 2.1, 1.3, 8.2],  # reversed along x: no area
-    [0, 4.0, 4.0, 4.0, 4.0],  # without extent
+    [0, 9.7, 2.1, 1.3, 8.2],  # reversed along x: a negative area
+    [0, 4.0, 4.0, 4.0, 4.0],  # empty
     [0, 40.0, 40.0, 50.0, 50.0],  # outside
     [2, 1.3, 2.1, 9.7, 8.2],  # no such image
     [-1, 1.3, 2.1, 9.7, 8.2],
     [-0.5, 1.3, 2.1, 9.7, 8.2],
-    [1.5, 1.3, 2.1, 9.7, 8.2],  # a fraction is dropped: image 1
+    [1.5, 1.3, 2.1, 9.7, 8.2],  # the index is truncated: image 1
     [NAN, 1.3, 2.1, 9.7, 8.2],
     [0, NAN, 2.1, 9.7, 8.2],
     [0, 1.3, 2.1, INF, 8.2],
@@ -136,7 +136,7 @@ class TestRoiAlign:
 
     @pytest.mark.parametrize("bad", [NAN, INF])
     def test_features_that_are_not_finite(self, bad: float) -> None:
-        """They reach the bins that weigh them and no others; a sample on a cell does not weigh the next."""
+        """A non-finite cell reaches only bins in which its weight is nonzero, not those of samples on the next cell."""
         features = random(1, 1, 5, 5)
         features[0, 0, 2, 2] = bad
         places = [(y, x) for y in (0.5, 1.0, 1.5, 2.5, 3.5) for x in (1.5, 2.0, 2.5, 3.4)]
@@ -145,12 +145,12 @@ class TestRoiAlign:
         assert 0 < np.isfinite(pooled).sum() < pooled.size
 
     def test_sample_at_the_border(self) -> None:
-        """Where rounding decides whether a sample is on the map, the operator is right on one side."""
+        """If rounding decides whether a sample is on the map, the result is that of one of the perturbed boxes."""
         features = random(1, 2, 3, 5).float()
-        boxes = rows([0, -1.75, 3.5, -0.75, 12.25]).float()  # the first sample is at x = -1, as exactly as floats go
+        boxes = rows([0, -1.75, 3.5, -0.75, 12.25]).float()  # the first sample is at x = -1 up to rounding
         args = (2, 0.3, 3, True)
         actual = ops.roi_align(features, boxes, *args).cpu().numpy()
-        sides = [brute_force.roi_align(features, moved, *args) for moved in brute_force.nudged(boxes)]
+        sides = [brute_force.roi_align(features, moved, *args) for moved in brute_force.perturbed_boxes(boxes)]
         assert max(np.abs(side - sides[0]).max() for side in sides) > 0.1
         assert np.all(np.min([np.abs(side - actual) for side in sides], axis=0) < 1e-5)
 
@@ -167,7 +167,7 @@ class TestMultilevelRoiAlign:
         compare("multilevel_roi_align", levels, ROIS, (2, 3), (2, 4, 8), 0, aligned, 4, dtype=dtype)
 
     def test_level_by_size(self) -> None:
-        """A RoI of twice the finest scale uses the second level, a smaller one the first."""
+        """A RoI of twice the finest scale is assigned to the second level, a smaller one to the first."""
         levels = [torch.full((1, 1, 40, 40), float(level)) for level in range(3)]
         sides = (0.0, 5.0, 9.99, 10.0, 19.99, 20.0, 39.0, 1e3, 1e19, 3e38)
         boxes = rows(*([0, 0, 0, side, side] for side in sides)).float()
@@ -183,7 +183,7 @@ class TestMultilevelRoiAlign:
         compare_gradients("multilevel_roi_align", levels, ROIS, 2, (2, 4), 0, True, 4, differentiable=(0,))
 
 
-# Boxes that are all alike for NMS except for one thing.
+# Copies of a box, each with one coordinate or more changed.
 NMS_BOXES = rows(
     [0, 0, 10, 10],
     [0, 0, 10, 5],  # intersection over union 0.5 with the first
@@ -194,7 +194,7 @@ NMS_BOXES = rows(
     [0, NAN, 10, 10],
     [0, 0, INF, 10],
     [-INF, -INF, INF, INF],
-    [0, 0, 3e38, 3e38],  # finite, but its area is not in float32
+    [0, 0, 3e38, 3e38],  # finite, but its area overflows in float32
     [0, 0, 1e300, 1e300],
     [0, 0, 1e-30, 1e-30],  # its area is 0 in float32
     [0, 0, 10, 10],
@@ -210,14 +210,14 @@ class TestNms:
         compare("nms", boxes.to(dtype), NMS_SCORES.to(dtype), threshold)
 
     def test_overlap_at_the_threshold(self) -> None:
-        """An overlap equal to the threshold stays, decided in float32, or in float64 where one tensor is."""
+        """A box whose overlap equals the threshold is kept; one float64 tensor makes the comparison float64."""
         boxes = rows([0, 0, 10, 10], [0, 0, 10, 7])
         for scores_dtype in (torch.float32, torch.float64):
             for threshold in (0.7, 0.7 - 1e-9, 0.7 + 1e-9):
                 compare("nms", boxes.float(), rows(0.9, 0.8).to(scores_dtype), threshold)
 
     def test_scores(self) -> None:
-        """Infinite ones rank first and last, equal ones by row, -0 among the zeros."""
+        """Infinite scores are first and last, equal scores are ordered by row, and -0 equals 0."""
         boxes = rows(*([20 * k, 0, 20 * k + 10, 10] for k in range(7)))
         kept = compare("nms", boxes, rows(-0.0, 0.0, INF, -INF, 0.0, NAN, -0.0), 0.5)[0]
         assert kept.tolist() == [2, 0, 1, 4, 6, 3]
@@ -239,7 +239,7 @@ class TestMulticlassNms:
             compare("multiclass_nms", boxes.to(dtype), scores.to(dtype), 0.25, 0.3, most)
 
     def test_score_at_the_threshold(self) -> None:
-        """Strictly above; a threshold of 0.3 is rounded to float32 beside scores in float32."""
+        """A score must be strictly larger; for float32 scores the threshold is rounded to float32."""
         boxes = rows([0, 0, 10, 10], [20, 0, 30, 10]).float()
         for dtype in TOLERANCE:
             compare("multiclass_nms", boxes, rows([0.3, 0.25], [0.3000001, 0.5]).to(dtype), 0.3, 0.5, 4)
@@ -254,7 +254,7 @@ class TestSelectCandidates:
     @DTYPES
     @pytest.mark.parametrize("per_level", [0, 7, 100])
     def test_bad_values(self, dtype: torch.dtype, per_level: int) -> None:
-        """Logits that tie or are not finite; deltas not finite or huge; anchors reversed, empty or not finite."""
+        """Logits are tied or not finite, deltas not finite or huge, anchors reversed, empty or not finite."""
         logits = [(random(2, 6, 4, 5) * 2).round() / 2, random(2, 6, 2, 3)]
         deltas = [random(2, 8, 4, 5), random(2, 8, 2, 3)]
         logits[0][0, :, 1, 2], logits[0][1, :3, 0, 0] = rows(NAN, INF, -INF, NAN, NAN, NAN), -INF
@@ -262,10 +262,10 @@ class TestSelectCandidates:
         deltas[0][0, :, :2] = rows(NAN, INF, -INF, 3e38, 0, 0, NAN, -INF)[:, None, None]
         deltas[1][1, :4, 1, 1] = rows(-1e30, 1e30, 100, -100)
         base = rows([[-4, -6, 4, 6], [5, 5, -5, -5]], [[3, 3, 3, 3], [NAN, -4, INF, 4]]).float()
-        levels = [[level.to(dtype) for level in some] for some in (logits, deltas)]
+        levels = [[level.to(dtype) for level in tensors] for tensors in (logits, deltas)]
         valid, scale = torch.tensor([[30, 37], [-3, 1 << 62]]), rows([1, 1.5], [0.25, 2]).float()
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        compare("select_candidates", *levels, base, (8, 16), valid, scale, per_level, dtype=wide)
+        box_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        compare("select_candidates", *levels, base, (8, 16), valid, scale, per_level, dtype=box_dtype)
 
     def test_nothing(self) -> None:
         scale = torch.ones(0, 2)
@@ -284,7 +284,7 @@ class TestSelectCandidates:
 class TestDeformConv2d:
     @DTYPES
     def test_bad_offsets_and_masks(self, dtype: torch.dtype) -> None:
-        """Two groups, three offset groups, every parameter another number along y than along x."""
+        """Cover two groups, three offset groups, and parameters that differ along y and x."""
         offset, mask = random(2, 36, 2, 3) * 2, torch.rand(2, 18, 2, 3, dtype=torch.float64)
         offset[0, ::5, 0, 0] = rows(NAN, INF, -INF, 1e300, -1e30, 3e38, 0.0, -1.0)
         mask[0, 1::3, 1, 2] = rows(NAN, INF, -INF, 1e300, 0.0, -2.0)
@@ -312,7 +312,7 @@ class TestDeformConv2d:
 
     @pytest.mark.parametrize("bad", [NAN, INF])
     def test_features_that_are_not_finite(self, bad: float) -> None:
-        """A cell that is not finite is NaN in samples that give it no weight, too."""
+        """A non-finite cell makes a sample NaN even if its bilinear weight is 0."""
         features = random(1, 1, 3, 3)
         features[0, 0, 1, 1] = bad
         result = compare("deform_conv2d", features, torch.zeros(1, 2, 3, 3), random(1, 1, 1, 1), dtype=torch.float64)
@@ -322,9 +322,9 @@ class TestDeformConv2d:
         compare("deform_conv2d", random(0, 2, 3, 3), random(0, 2, 3, 3), random(4, 2, 1, 1), dtype=torch.float64)
 
     def test_gradients(self) -> None:
-        """Of all five tensors, also where an offset or a mask is not finite."""
+        """Gradients of all five tensors are right, also where an offset or a mask is not finite."""
         offset, mask = random(2, 16, 2, 2), torch.rand(2, 8, 2, 2, dtype=torch.float64)
-        offset = offset.floor() + offset.frac().abs() * 0.9 + 0.05  # not at whole coordinates, where it has a kink
+        offset = offset.floor() + offset.frac().abs() * 0.9 + 0.05  # avoids kinks at whole coordinates
         offset[0, :3, 0, 0] = rows(NAN, INF, 1e300)
         mask[1, :2, 1, 1] = rows(NAN, INF)
         compare_gradients(
@@ -359,7 +359,7 @@ class TestFlowConv2d:
 
     @pytest.mark.parametrize("bad", [NAN, INF])
     def test_pixel_that_is_not_finite_in_winograd(self, bad: float) -> None:
-        """It reaches its neighborhood, and no further than the 4x4 tiles that read it."""
+        """A non-finite pixel reaches its neighborhood, and no further than the 4x4 tiles that read it."""
         x, weight = random(1, 2, 12, 12).float(), random(3, 2, 3, 3).float()
         x[0, 1, 4, 6] = bad
         reached = ~torch.isfinite(ops.flow_conv2d(x, None, weight, None, False, "winograd"))[0].cpu()
@@ -458,7 +458,7 @@ def squares(height: int, width: int, *corners: tuple[int, int, int, int]) -> Ten
 class TestPanopticMerge:
     masks = squares(6, 8, (0, 0, 4, 4), (0, 0, 4, 5), (2, 2, 8, 6), (0, 0, 0, 0), (1, 1, 3, 3), (6, 0, 8, 2))
     labels = torch.tensor([3, 5, -7, 2**40, 1, 0])
-    stuff = (torch.arange(48).reshape(6, 8) // 7 - 1).to(torch.int32)  # -1 and too large ones among the labels
+    stuff = (torch.arange(48).reshape(6, 8) // 7 - 1).to(torch.int32)  # includes -1 and labels that are too large
     boxes = rows([0, 0, 4, 4], [-5, -5, 9, 9], [2.9, 2.9, 8.9, 6.9], [NAN, 0, 8, 8], [3, 3, 1, 1], [6.5, -0.5, INF, 2])
 
     @pytest.mark.parametrize("box_overlap_threshold", [0.0, 0.3, 1.0])
@@ -481,13 +481,13 @@ class TestPanopticMerge:
                 )
 
     def test_score_at_the_threshold(self) -> None:
-        """Compared in float64: 0.7 in float32 is 0.69999999 and does not reach a threshold of 0.7."""
+        """The comparison is in float64: 0.7 in float32 is 0.69999999, which is below a threshold of 0.7."""
         for dtype in TOLERANCE:
             scores = torch.full((6,), 0.7, dtype=dtype)
             compare("panoptic_merge", self.masks, scores, self.labels, None, self.stuff, 2, score_threshold=0.7)
 
     def test_shares_at_the_threshold(self) -> None:
-        """Half of a mask taken is not too much, half of a box void is enough, an area at its limit too."""
+        """Equality is accepted for the overlap of a mask, the free share of a box and the area of stuff."""
         masks = squares(2, 6, (0, 0, 2, 2), (1, 0, 3, 2), (0, 0, 0, 0))
         boxes = rows([0, 0, 1, 1], [0, 0, 1, 1], [2, 0, 4, 2])
         stuff = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
@@ -535,7 +535,7 @@ class TestPasteMasks:
         compare("paste_masks", (random(9, 3, 4) * 4).to(dtype), boxes, (7, 9), threshold)
 
     def test_logits(self) -> None:
-        """0 reaches 0.5 exactly, infinite ones are 0 and 1, NaN is outside with all that interpolates it."""
+        """A logit of 0 is exactly 0.5, infinite logits are 0 and 1, and pixels that interpolate NaN are not set."""
         logits = rows([[0, 0, INF, INF], [0, 0, -INF, NAN], [-1, -INF, 40, 40]])
         for dtype in (torch.float64, torch.float16):
             compare("paste_masks", logits.to(dtype), rows([0, 0, 8, 8]), (9, 9), 0.5)
@@ -544,7 +544,7 @@ class TestPasteMasks:
 class TestPreprocessImages:
     @pytest.mark.parametrize("size", [(5, 7), (10, 14), (2, 3), (9, 4), (1, 1), (3, 20)])
     def test_sizes(self, size: tuple[int, int]) -> None:
-        """As given, twice, exactly half (an average of four), odd ratios."""
+        """Cover the original size, twice and exactly half of it (the mean of four pixels), and odd ratios."""
         image = torch.randint(0, 256, (5, 7, 3)).to(torch.uint8)
         halved = torch.randint(0, 256, (2 * size[0], 2 * size[1], 3)).to(torch.uint8)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -595,8 +595,8 @@ class TestSigmoidFocalLoss:
         compare("sigmoid_focal_loss", self.logits.to(dtype), self.labels, gamma, alpha, dtype=dtype)
         finite = self.logits[[0, 2, 4]].to(dtype)
         for reduction in ("sum", "mean"):
-            wide = dtype if dtype == torch.float64 else torch.float32
-            compare("sigmoid_focal_loss", finite, self.labels[[0, 2, 4]], gamma, alpha, reduction, dtype=wide)
+            loss_dtype = dtype if dtype == torch.float64 else torch.float32
+            compare("sigmoid_focal_loss", finite, self.labels[[0, 2, 4]], gamma, alpha, reduction, dtype=loss_dtype)
 
     @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
     def test_empty(self, reduction: str) -> None:
@@ -621,7 +621,7 @@ class TestStuffLabels:
 
     @pytest.mark.parametrize("bad", [NAN, INF, -INF])
     def test_logits_that_are_not_finite(self, bad: float) -> None:
-        """No class wins by a value that is not finite, nor between its cell and the next."""
+        """A non-finite value cannot be the argmax, in its cell or in pixels that interpolate it."""
         logits = random(3, 4, 4)
         logits[0] += 3
         logits[0, 1, 2] = bad

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class numbers are the released ones, and category tables that do not fit are refused."""
+"""Category tables: class numbers equal the released ones, and invalid tables are refused."""
 
 import json
 
@@ -10,7 +10,7 @@ from spatialflow.data.categories import Categories, CategoryError, load_categori
 
 
 def test_coco_numbers_are_the_released_ones(goldens):
-    """Thing labels and semantic indices of all 133 categories, "other" and its place included."""
+    """Thing labels and semantic indices of all 133 categories are the released ones, and so is the index of "other"."""
     maps = json.loads((goldens / "data" / "label_maps.json").read_text())
     categories = load_categories("coco", 80, 54)
     assert {str(k): v for k, v in categories.thing_label.items()} == maps["cat2label"]
@@ -35,7 +35,7 @@ def test_every_config_finds_its_table(name):
     assert not config.model.stuff_head or len(categories.stuff) == config.model.num_stuff
 
 
-def test_other_is_last_in_a_table_of_ones_own(tmp_path):
+def test_other_is_last_in_a_custom_table(tmp_path):
     rows = [{"id": 5, "name": "sky", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}, {"id": 3, "isthing": 0}]
     (tmp_path / "table.json").write_text(json.dumps({"categories": rows}))
     categories = load_categories(tmp_path / "table.json", 1, 3)

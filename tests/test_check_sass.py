@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make test-sass` reads machine code right and finds planted faults, on small listings: no nvcc, no disassembler."""
+"""`tools/check_sass.py` parses small SASS listings and finds planted defects; nvcc and cuobjdump are not needed."""
 
 import importlib.util
 import shutil
@@ -13,7 +13,7 @@ SCRIPT = ROOT / "tools" / "check_sass.py"
 if not SCRIPT.is_file():
     pytest.skip("not in a source tree", allow_module_level=True)
 
-# As cuobjdump prints it: every instruction has two lines with its encoding.
+# The format of cuobjdump: every instruction has two lines with its encoding.
 PRINTED = """
 Fatbin elf code:
 ================
@@ -55,13 +55,13 @@ def tool():
         patch.setattr(sys, "path", list(sys.path))
         spec = importlib.util.spec_from_file_location("check_sass", SCRIPT)
         module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "check_sass", module)  # dataclasses look their module up
+        patch.setitem(sys.modules, "check_sass", module)  # dataclasses look up their module in sys.modules
         spec.loader.exec_module(module)
         yield module
 
 
 def listing(text: str) -> str:
-    """Code with labels (`loop:`) as cuobjdump prints it: with addresses in their place."""
+    """Format code as cuobjdump does, with addresses in place of labels such as `loop:`."""
     lines = [line.strip() for line in text.strip().splitlines()]
     labels, count = {}, 0
     for line in lines:
@@ -90,11 +90,11 @@ def test_parse(tool):
     load, *_ = functions["_Z4loopPKf"][1:]
     assert (load.address, load.guard, load.opcode) == (0x10, "!P1", "LDG.E.128.CONSTANT")
     assert load.operands == ["R12", "desc[UR4][R2.64+0x10]"]
-    assert [one.base for one in functions["_Z4loopPKf"]] == ["LDC", "LDG", "EXIT", "BRA"]
+    assert [instruction.base for instruction in functions["_Z4loopPKf"]] == ["LDC", "LDG", "EXIT", "BRA"]
     assert tool.parse_resources(RESOURCES) == {"_Z4loopPKf": (40, 16)}
 
 
-@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
 def test_short_names(tool):
     symbols = [
         "_ZN11spatialflow49_GLOBAL__N__f7694ad4_16_deform_conv2d_cu_06e65de2"
@@ -185,7 +185,7 @@ end:
 
 
 def test_main_loop_is_the_innermost_with_matrix_instructions(tool):
-    """An inner loop without them belongs to it; code for diverged warps and the padding at the end do not."""
+    """The main loop includes inner loops without matrix instructions, but not code for diverged warps or padding."""
     nested = kernel(tool, NESTED)
     assert sorted(len(nested.positions(body)) for body in nested.loops()) == [2, 7, 10]
     assert nested.main_loops() == [list(range(2, 9))]
@@ -200,7 +200,7 @@ def loads_of(tool, text):
     return [(load.distance, load.matrix) for load in tool.Facts(kernel(tool, text)).loads]
 
 
-def test_a_prefetch_is_read_behind_the_products(tool):
+def test_a_prefetch_is_read_after_the_products(tool):
     text = """
     loop:
         LDG.E.128 R12, desc[UR4][R2.64]
@@ -213,7 +213,7 @@ def test_a_prefetch_is_read_behind_the_products(tool):
     assert loads_of(tool, text) == [(3, 2)]
 
 
-def test_a_load_may_be_read_in_the_next_turn(tool):
+def test_a_load_may_be_read_in_the_next_iteration(tool):
     text = """
     loop:
         STS.128 [R20], R12
@@ -226,7 +226,7 @@ def test_a_load_may_be_read_in_the_next_turn(tool):
     assert loads_of(tool, text) == [(3, 1)]
 
 
-def test_any_register_of_a_wide_load_counts(tool):
+def test_any_register_of_a_vector_load_counts(tool):
     text = """
     loop:
         LDG.E.128 R12, desc[UR4][R2.64]
@@ -239,7 +239,7 @@ def test_any_register_of_a_wide_load_counts(tool):
     assert loads_of(tool, text) == [(2, 0)]
 
 
-def test_what_is_overwritten_is_not_read(tool):
+def test_an_overwritten_register_is_not_read(tool):
     text = """
     loop:
         LDG.E R12, desc[UR4][R2.64]
@@ -252,7 +252,7 @@ def test_what_is_overwritten_is_not_read(tool):
     assert loads_of(tool, text.format(guard="@P1 ")) == [(2, 0)]
 
 
-def test_the_shortest_way_counts(tool):
+def test_the_shortest_path_counts(tool):
     text = """
     loop:
         LDG.E R12, desc[UR4][R2.64]
@@ -268,7 +268,7 @@ def test_the_shortest_way_counts(tool):
     assert loads_of(tool, text) == [(2, 0)]
 
 
-def test_the_way_of_idle_warps_does_not_count(tool):
+def test_the_path_of_idle_warps_does_not_count(tool):
     """A warp without outputs jumps over the products."""
     text = """
     loop:
@@ -288,7 +288,7 @@ def test_the_way_of_idle_warps_does_not_count(tool):
 
 
 def test_conditions_of_jumps(tool):
-    """A condition is a guard or an operand; a guard that is always false leaves nothing to jump."""
+    """The condition of a jump is a guard or an operand; a jump whose guard is always false is ignored."""
     text = """
         LDG.E R12, desc[UR4][R2.64]
         {jump} near
@@ -304,7 +304,7 @@ def test_conditions_of_jumps(tool):
         assert kernel(tool, text.format(jump=jump)).first_readers(0, []) == readers, jump
 
 
-def test_other_products_are_another_way(tool):
+def test_other_products_are_another_path(tool):
     text = """
     loop:
         LDG.E.128 R12, desc[UR4][R2.64]
@@ -357,7 +357,7 @@ def test_clean_code(tool):
 @pytest.mark.parametrize(
     "old, new, resources, said",
     [
-        # Consumed by the next instruction: here the first half of a value is unpacked at once.
+        # Read by the next instruction, which unpacks the first half of a value.
         (
             "    LDG.E.128 R16",
             "    PRMT R21, R12, 0x7632, R21\n    LDG.E.128 R16",
@@ -382,9 +382,9 @@ def test_clean_code(tool):
 )
 def test_planted_faults(tool, old, new, resources, said):
     assert old in GOOD
-    found = faults(tool, GOOD.replace(old, new), resources, **LIMITS)
-    assert len(found) == len(said), found
-    assert all(any(words in fault for fault in found) for words in said), found
+    messages = faults(tool, GOOD.replace(old, new), resources, **LIMITS)
+    assert len(messages) == len(said), messages
+    assert all(any(words in fault for fault in messages) for words in said), messages
 
 
 def test_every_kernel_has_a_row(tool, monkeypatch):
@@ -418,7 +418,7 @@ def test_rows_say_why(tool):
 
 
 def test_a_kernel_that_the_device_does_not_know(tool):
-    """The host's name has an L before the kernel's own; with a restrict-qualified argument also an r, and no pair."""
+    """The host's mangled name has an extra L; if it also has an r for a restrict argument, no kernel matches it."""
     known = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIfEEvPT_ _ZN3lib12_GLOBAL__N_111sort_kernelIfEEvPT_"
     fault = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIrPKfEEvT_ _ZN3lib12_GLOBAL__N_111sort_kernelIPKfEEvT_"
     assert tool.unlaunchable(known) == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights: released checkpoints fit by name and shape, files are told apart by content, nothing is done by half."""
+"""Checkpoints: names and shapes of released weights, detection of file formats, and all-or-nothing loading."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def small_model():
 
 
 def released_name(name):
-    """The inverse of `name_from_released`, by search over the forms the released code uses."""
+    """Invert `name_from_released` by search over the names that the released code uses."""
     table = {
         "fpn.lateral.{}": "neck.lateral_convs.{}.conv",
         "fpn.output.{}": "neck.fpn_convs.{}.conv",
@@ -79,18 +79,18 @@ def assert_equal_states(a, b):
 
 @pytest.mark.parametrize("variant", RELEASED)
 def test_released_names_and_shapes_fit(goldens, variant):
-    """Every released state dict maps onto the model of its config, without a missing, unexpected or misshapen key."""
+    """Every released state dict fits the model of its configuration: keys and shapes are equal."""
     released = {
         k["name"]: tuple(k["shape"])
         for k in json.loads((goldens / "keys" / f"{variant}_keys.json").read_text())["keys"]
     }
     with torch.device("meta"):
-        own = {name: tuple(value.shape) for name, value in build_model(RELEASED[variant]).state_dict().items()}
-    assert {name_from_released(name): shape for name, shape in released.items()} == own
+        shapes = {name: tuple(value.shape) for name, value in build_model(RELEASED[variant]).state_dict().items()}
+    assert {name_from_released(name): shape for name, shape in released.items()} == shapes
 
 
 def test_released_file_loads_wrapped_bare_and_parallel(tmp_path):
-    """Mmdetection wraps the weights in "state_dict"; data-parallel runs put "module." before every name."""
+    """Files load whether bare, wrapped in "state_dict" (mmdetection), or with the prefix "module." (data-parallel)."""
     source, path = small_model(), tmp_path / "weights.pth"
     state = {released_name(name): value for name, value in source.state_dict().items()}
     assert not any(name.startswith("subnets") for name in state)
@@ -118,7 +118,7 @@ def plus_one(state):
 
 
 class TestWrappers:
-    """What trainers put around the weights is taken off by rule and named."""
+    """Prefixes and containers that trainers add to weights are removed by rule and reported."""
 
     WRAPPED = {
         "compiled": (lambda s: named("_orig_mod.", s), "took '_orig_mod.' off the names"),
@@ -164,7 +164,7 @@ class TestWrappers:
 
     @pytest.mark.parametrize("case", WRAPPED)
     @pytest.mark.parametrize("released", [False, True])
-    def test_taken_off_and_named(self, tmp_path, caplog, case, released):
+    def test_removed_and_reported(self, tmp_path, caplog, case, released):
         source, path = small_model(), tmp_path / "weights.pth"
         wrap, words = self.WRAPPED[case]
         state = source.state_dict()
@@ -200,7 +200,7 @@ class TestWrappers:
             load_checkpoint(small_model(), tmp_path / "average.safetensors", ema=True)
 
     def test_weights_beside_a_counter_are_no_average(self, tmp_path):
-        """The counter is that of an averaging wrapper only where it is beside the wrapped network."""
+        """A counter marks an averaging wrapper only if it is in the same container as the wrapped network."""
         state, path = small_model().state_dict(), tmp_path / "weights.pth"
         for content in (state | {"steps": torch.tensor(9)}, named("module.", state | {"steps": torch.tensor(9)})):
             torch.save(content, path)
@@ -209,7 +209,7 @@ class TestWrappers:
                 load_checkpoint(small_model(), path, ema=True)
 
     def test_average_of_parameters_alone(self, tmp_path):
-        """A hook that averages no statistics: those of the weights are taken."""
+        """If an average has no batch statistics, those of the weights are used."""
         model = small_model()
         averages = {f"ema_{name.replace('.', '_')}": value + 1 for name, value in model.named_parameters()}
         torch.save(model.state_dict() | averages, tmp_path / "weights.pth")
@@ -232,8 +232,8 @@ class TestWrappers:
         with pytest.raises(CheckpointError, match="is there twice, under names of several wrappers"):
             load_checkpoint(small_model(), path)
 
-    def test_commands_say_it(self, tmp_path, capsys):
-        """`convert` prints what it took off, once; `--ema` without a file to take it from is refused."""
+    def test_commands_report_it(self, tmp_path, capsys):
+        """`convert` reports removed names once; other commands refuse `--ema` without a checkpoint."""
         state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
         torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
         assert main(["convert", *files]) == 0
@@ -258,19 +258,19 @@ class TestWrappers:
             load_checkpoint(small_model(), tmp_path / "weights.pth")
 
     def test_numpy_runs_nothing(self, tmp_path):
-        """A pickle that has numpy build arrays of objects: numpy is never called, and other functions are refused."""
+        """For a pickle with NumPy object arrays, NumPy is never called, and other functions are refused."""
         path = tmp_path / "weights.pth"
         torch.save({"model": {"a": torch.ones(2)}, "seen": np.array([print, {}], dtype=object)}, path)
         with pytest.raises(CheckpointError, match=r"holds Python objects beside tensors: print$"):
             read_state(path)
         torch.save({"model": {"a": torch.ones(2)}, "seen": np.array([{}, 3], dtype=object)}, path)
         assert list(read_state(path)) == ["a"]
-        with pytest.raises(pickle.UnpicklingError):  # what is allowed here is allowed nowhere else
+        with pytest.raises(pickle.UnpicklingError):  # only `read_state` makes an exception for NumPy
             torch.load(path, weights_only=True)
 
 
 class TestFinite:
-    """No file of weights gets values that are not finite, and none is taken with them."""
+    """Non-finite weights are neither written nor read."""
 
     def test_not_written(self, tmp_path):
         path = save_checkpoint(small_model(), tmp_path / "model.safetensors")
@@ -363,7 +363,7 @@ def test_long_names_are_cut_in_messages(tmp_path):
 
 
 def test_torchvision_backbone_loads_as_it_is(tmp_path):
-    """ImageNet weights: backbone names without prefix, a classifier, and in old files no batch counters."""
+    """ImageNet weights load: names without prefix, a classifier and, in old files, no batch counters."""
     source = small_model()
     state = {n: v for n, v in source.backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
     torch.save(state | {"fc.weight": torch.zeros(10, 128), "fc.bias": torch.zeros(10)}, tmp_path / "resnet50.pth")
@@ -379,7 +379,7 @@ def test_torchvision_backbone_loads_as_it_is(tmp_path):
 
 
 class Surprise:
-    """Stands for code hidden in a pickle."""
+    """Object whose unpickling runs code."""
 
 
 @pytest.mark.parametrize(
@@ -400,13 +400,13 @@ def test_unreadable_files_are_named(tmp_path, content, words):
 
 
 def test_damaged_pickles_are_refused(tmp_path):
-    """Bytes changed anywhere in a torch file: weights or a CheckpointError, whatever unpickling stumbles over."""
+    """A torch file with changed bytes gives weights or a CheckpointError, and no other exception of unpickling."""
     path, rng = tmp_path / "weights.pth", np.random.default_rng(0)
     torch.save({"model": {"a": torch.zeros(2, 3), "b": torch.ones(4)}}, path)
     content = path.read_bytes()
     for _ in range(400):
         damaged = bytearray(content)
-        for place in rng.integers(0, len(content) // 2, 2):  # the pickle is at the beginning
+        for place in rng.integers(0, len(content) // 2, 2):  # the pickle is in the first half
             damaged[place] = rng.integers(256)
         path.write_bytes(damaged)
         with contextlib.suppress(CheckpointError):
@@ -431,7 +431,7 @@ def test_files_without_weights_are_refused(tmp_path):
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """A disk that fills up while writing: the error comes out, the old checkpoint stays, no temporary file remains."""
+    """If the disk is full, the error is raised, the old checkpoint is kept, and no temporary file remains."""
     path = save_checkpoint({"fpn.a": torch.ones(3)}, tmp_path / "model.safetensors")
     before = path.read_bytes()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: its output, and one clear message for every kind of invalid input.
+"""Command line: its output, and one message for every kind of invalid input.
 
 `predict`, `validate`, `visualize` and `train` have separate test files.
 """
@@ -63,7 +63,7 @@ class TestEvaluate:
         assert subprocess.run(command, capture_output=True).returncode == 0
 
     def test_inputs_are_not_replaced(self, prediction, weights, capsys):
-        """Also not where another path leads to the file."""
+        """An input is not overwritten, even if the output names it by another path."""
         link = prediction / "link.json"
         link.symlink_to(prediction / "panoptic.json")
         paths = list(map(str, (prediction, prediction, prediction)))
@@ -126,8 +126,8 @@ class TestSynthesize:
 
 class TestOutput:
     @pytest.mark.parametrize("command", ["info", "evaluate", "benchmark"])
-    def test_reader_that_has_left(self, command, tmp_path):
-        """As in `spatialflow info | head -1`: no traceback, no message."""
+    def test_closed_pipe(self, command, tmp_path):
+        """A closed pipe, as in `spatialflow info | head -1`, gives neither a traceback nor a message."""
         scenes = tmp_path / "scenes"
         assert main(["synthesize", str(scenes), "--count", "1", "--size", "64", "96"]) == 0
         arguments = {"evaluate": [scenes, scenes], "benchmark": ["--list"]}.get(command, [])
@@ -141,8 +141,8 @@ class TestOutput:
         os.close(writing)
         assert (result.returncode, result.stderr) == (141, b"")
 
-    def test_a_name_that_is_no_utf8(self, tmp_path):
-        """The work is done; the sentence about it must not fail."""
+    def test_a_name_that_is_not_utf8(self, tmp_path):
+        """A file name that is not UTF-8 does not make the final message fail."""
         result = subprocess.run(
             [
                 sys.executable,
@@ -161,7 +161,7 @@ class TestOutput:
         )
         assert result.returncode == 0 and b"caf\\udce9/panoptic.json" in result.stdout, result.stderr
 
-    @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second one is that of the C locale
+    @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # surrogateescape is the handler of the C locale
     def test_a_category_that_no_terminal_can_print(self, tmp_path, errors):
         assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "64", "96"]) == 0
         path = tmp_path / "panoptic.json"
@@ -204,7 +204,7 @@ class TestInfoAndBenchmark:
 
 
 def test_detections_without_pycocotools(photographs, weights, tmp_path, capsys, monkeypatch):
-    """Said before the work: predict writes boxes alone, evaluate has nothing to score with."""
+    """Without pycocotools, `predict` reports before the work that it writes boxes only; `evaluate` is refused."""
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     arguments = ["predict", str(photographs / "plain.jpg"), *FAST, "--checkpoint", str(weights), "--detections"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
@@ -231,7 +231,7 @@ def test_bad_detections_are_refused_before_the_scoring(photographs, weights, tmp
 
 
 def _options() -> list[tuple[str, str]]:
-    """Every command with the destination of each of its options."""
+    """Return (command, destination) of every option."""
     (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
     return [
         (name, action.dest)
@@ -242,14 +242,14 @@ def _options() -> list[tuple[str, str]]:
 
 
 def test_every_option_is_read():
-    """`options.<name>`, or the name as a text for getattr, in the sources of the commands."""
+    """The sources of the commands contain `options.<name>`, or the name as a string for getattr."""
     root = Path(cli.__file__).parent
     trees = [ast.parse(path.read_text()) for path in sorted(root.glob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "options"}
     defining = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
-    own = {id(part) for call in defining for part in ast.walk(call)}
-    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in own}
+    definitions = {id(part) for call in defining for part in ast.walk(call)}
+    read |= {n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in definitions}
     options = _options()
     assert len(options) > 50
     assert [(command, name) for command, name in options if name not in read] == []
@@ -271,7 +271,7 @@ def test_other_runtime_errors_are_not_hidden(monkeypatch):
         main(["info"])
 
 
-LONG = "a" * 300  # longer than a file name may be, which pathlib's is_file() raises for
+LONG = "a" * 300  # too long for a file name, so that pathlib's is_file() raises
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of a configuration has an effect: another value changes an observed result, or is refused.
+"""Every field of a configuration has an effect: another value changes an observed result or is refused.
 
 A new field needs a row in `ROWS`.
 """
@@ -58,20 +58,20 @@ FROM_SCRATCH = dict(backbone_norm_trains=True, backbone_frozen_stages=-1)
 
 
 def structure(config: Config, data: CocoPanoptic) -> Any:
-    """Names and shapes of the parameters, and which of them and of the statistics train."""
+    """Return names and shapes of the parameters, and which parameters and statistics train."""
     model = build_model(config)
     parameters = [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
     return parameters, [(name, part.training) for name, part in model.backbone.named_modules() if "bn" in name]
 
 
 def weights(config: Config, data: CocoPanoptic) -> Any:
-    """The initial weights, drawn from one seed."""
+    """Return the initial weights for a fixed seed."""
     torch.manual_seed(0)
     return list(build_model(config).parameters())
 
 
 def output(config: Config, data: CocoPanoptic) -> Any:
-    """Outputs of a network with fixed weights for an image, and for a large and a small RoI."""
+    """Return outputs of a network with fixed weights for an image, and for a large and a small RoI."""
     torch.manual_seed(1)
     model = build_model(config).eval()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def anchors(config: Config, data: CocoPanoptic) -> Any:
 
 @functools.cache
 def _predicting_model() -> Any:
-    """Its weights are random; it finds stuff everywhere and things of all sizes and scores."""
+    """Build a model with random weights that predicts stuff everywhere and things of all sizes and scores."""
     torch.manual_seed(0)
     model = random_model("tiny", **BASE)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def _predicting_model() -> Any:
 
 
 def prediction(config: Config, data: CocoPanoptic) -> Any:
-    """Detections, masks and map of one scene."""
+    """Return detections, masks and map of one scene."""
     model = copy.copy(_predicting_model())
     model.config = config
     result = Predictor(model, optimize=False)(make_scene((64, 96), 0, 0).image)
@@ -114,14 +114,14 @@ def names(config: Config, data: CocoPanoptic) -> Any:
 
 
 def augmented(config: Config, data: CocoPanoptic) -> Any:
-    """Several draws of one training image."""
+    """Return several random augmentations of one training image."""
     scene = make_scene((80, 120), 0, 0)
     sample = make_sample("scene", scene.image, scene.id_map, scene.segments, scene_categories())
     return [augment(sample, config.data, np.random.default_rng(seed)) for seed in range(3)]
 
 
 def losses(config: Config, data: CocoPanoptic) -> Any:
-    """The losses of one image at given weights."""
+    """Return the losses of one image for fixed weights."""
     torch.manual_seed(0)
     network = copy.deepcopy(_predicting_model()).train()
     requests = Schedule(data.sizes, 1, 0).batches(0, 1, 0, 1, 1)
@@ -130,12 +130,12 @@ def losses(config: Config, data: CocoPanoptic) -> Any:
 
 
 def rates(config: Config, data: CocoPanoptic) -> Any:
-    """The learning rate of every step."""
+    """Return the learning rate of every step."""
     return [trainer_module.learning_rate(step, 2, config.training) for step in range(2 * config.training.epochs)]
 
 
 def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
-    """The images of every part of every step, the optimizer's settings and the arithmetic of a training run."""
+    """Return the requested images of every step, the optimizer's settings and the autocast dtype of a training run."""
     trainer = trainer_module.Trainer(config, data, folder, ALONE)
     parts = config.training.accumulation_steps
     requests = list(trainer.schedule.batches(0, trainer.total_steps, 0, 1, parts))
@@ -146,7 +146,7 @@ def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
 
 
 def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
-    """Final weights of a training run, and how often it evaluates and saves."""
+    """Return the final weights of a training run, and how often it evaluates and saves."""
     scores = {"problems": [], "detection": None} | {key: {"pq": 0.0} for key in ("All", "Things", "Stuff")}
     with patch.object(trainer_module, "evaluate_network", return_value=scores) as evaluate:
         trainer = trainer_module.Trainer(config, data, folder, ALONE, validation=data)
@@ -157,7 +157,7 @@ def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
 
 
 class Row(NamedTuple):
-    """A field, another value, and where the difference shows."""
+    """A field, another value, and the observer whose result differs."""
 
     field: str
     value: Any
@@ -256,7 +256,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def observe(data, tmp_path_factory):
-    """An observer's result for overrides of `tiny`; kept, as rows share their bases."""
+    """Return a cached function: the result of an observer for overrides of `tiny`."""
     kept = {}
 
     def look(observer: Callable, overrides: dict) -> Any:
@@ -271,7 +271,7 @@ def observe(data, tmp_path_factory):
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and arrays as bytes with shape, so that == compares everything."""
+    """Convert tensors and arrays to shape and bytes, so that == compares all values."""
     if isinstance(value, torch.Tensor):
         return _plain(value.detach().numpy())
     if isinstance(value, np.ndarray):
@@ -293,7 +293,7 @@ def test_another_value_changes_something(row, observe):
 
 
 def test_no_two_accepted_networks_with_other_flags_are_the_same():
-    """Heads, source and flows in every combination: a flag that would do nothing is refused."""
+    """For every combination of heads, source and flows, a flag without effect is refused."""
     seen, refused = {}, 0
     flags = ("thing_head", "stuff_head", "flow_to_detection", "flow_to_stuff", "flow_to_thing", "flow_stuff_to_thing")
     for source, *values in itertools.product((None, "reg", "cls"), *[(False, True)] * len(flags)):

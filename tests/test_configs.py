@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every shipped configuration is valid and means what its name says; bad settings are named."""
+"""Configurations of the package are valid and match their names; errors name the bad setting."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from spatialflow.models.build import build_model
 
 @pytest.mark.parametrize("name", list_configs())
 def test_every_config_builds_and_runs(name):
-    """Each YAML passes the checks, and its network (made narrow) gives the outputs its heads promise."""
+    """Each file passes the checks, and its network, made narrow, has the outputs of its heads."""
     model = build_model(name, **SMALL, backbone_groups=1).eval()
     with torch.no_grad():
         output = model(torch.zeros(1, 3, 64, 96))
@@ -35,7 +35,7 @@ def test_every_config_builds_and_runs(name):
 
 
 def test_published_settings_are_there():
-    """The names that users and commands rely on."""
+    """The documented configuration names exist."""
     expected = {
         "spatialflow_r50_coco",
         "spatialflow_r101_coco",
@@ -73,7 +73,7 @@ def test_overrides_in_every_spelling():
 
 
 def test_powers_of_ten_without_a_point_are_numbers():
-    """YAML takes 1e-3 for a text."""
+    """1e-3 is a number, although YAML 1.1 parses it as a string."""
     assert load_config("tiny", **parse_settings(["learning_rate=1e-3"])).training.learning_rate == 0.001
     with pytest.raises(ConfigError, match="learning_rate: must be a number, got '1e'"):
         load_config("tiny", learning_rate="1e")
@@ -147,14 +147,14 @@ def test_bad_files(tmp_path, content, words):
     ],
 )
 def test_hostile_settings_end_in_a_sentence(setting, words):
-    """Digits beyond what Python converts, dates that are none, nesting beyond the stack."""
+    """Integers with too many digits for Python, invalid dates, and nesting deeper than the stack give a message."""
     with pytest.raises(ConfigError, match=words) as error:
         load_config("tiny", **parse_settings([setting]))
     assert len(str(error.value)) < 500
 
 
 def test_aliases_that_unfold_to_gigabytes_end_in_a_sentence(tmp_path):
-    """Nine lists of nine aliases each: 400 million items where they are written out."""
+    """Nine nested lists of nine aliases each would expand to 400 million items."""
     lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]
     (tmp_path / "own.yaml").write_text("model:\n  " + "\n  ".join([*lines, "num_things: *a9"]))
     with pytest.raises(ConfigError) as error:
@@ -173,7 +173,7 @@ def test_file_with_base_and_missing_file(tmp_path):
         load_config("spatialflow_r34_coco")
 
 
-def test_place_overrides_keeps_sections_apart():
+def test_place_overrides_separates_sections():
     placed = place_overrides({"epochs": 3, "model": {"fpn_channels": 8}, "num_things": 2})
     assert placed == {"training": {"epochs": 3}, "model": {"fpn_channels": 8, "num_things": 2}}
 

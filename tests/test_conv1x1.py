@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""conv1x1, the package's own 1x1 convolution: the op matrix, shapes of ResNets, layouts, tiles and errors."""
+"""Tests of conv1x1, the package's 1x1 convolution: the op matrix, shapes of ResNets, layouts, tiles and errors."""
 
 import itertools
 import os
@@ -75,7 +75,7 @@ class TestConv1x1(OpMatrix):
     }
 
     def test_autocast(self, make_sample):
-        """The operator takes its tensors as they are; `fused_conv2d` casts them."""
+        """The operator does not cast under autocast; `fused_conv2d` does."""
         sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -83,8 +83,8 @@ class TestConv1x1(OpMatrix):
         assert torch.equal(actual, sample.op(*tensors, **sample.options))
 
 
-# (N, C, H, W) and outputs: the kinds of a ResNet with fewer pixels and, from layer3 on, fewer channels; then sizes that
-# fill no tile.
+# (N, C, H, W) and outputs: the shapes of a ResNet with fewer pixels and, from layer3, fewer channels. Then sizes that
+# are not multiples of a tile.
 CASES = {
     "layer1, first": ((1, 64, 13, 21), 64),
     "layer1, last": ((1, 64, 13, 21), 256),
@@ -109,7 +109,7 @@ CASES = {
 class TestCases:
     @HALVES
     def test_epilogues(self, case, dtype):
-        """With and without each part of the epilogue."""
+        """The result is right with and without each part of the epilogue."""
         for with_bias, with_residual, relu in itertools.product((True, False), repeat=3):
             x, weight, bias, residual = tensors_of(*case, with_bias, with_residual, dtype)
             x, residual = channels_last(x), None if residual is None else channels_last(residual)
@@ -117,16 +117,16 @@ class TestCases:
             y = conv1x1(x, weight, bias, residual, relu)
             assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
             assert residual is None or torch.equal(residual, before)
-            wide = [t if t is None else t.double() for t in (x, weight, bias, residual)]
-            assert_near(y, expected(*wide, relu), dtype)
+            operands64 = [t if t is None else t.double() for t in (x, weight, bias, residual)]
+            assert_near(y, expected(*operands64, relu), dtype)
 
     @HALVES
     def test_short_numbers_are_exact(self, case, dtype):
-        """Where float32 holds every sum and 16 bits the results, each number lies where it belongs."""
+        """Results are exact for inputs whose sums are exact in float32 and whose results are exact in 16 bits."""
         (batch, channels, height, width), outputs = case
         x = channels_last(torch.randint(-1, 2, (batch, channels, height, width)).to(dtype))
         weight, rows = torch.zeros(outputs, channels, 1, 1), torch.arange(outputs)
-        for _ in range(3):  # few that are not zero, so that sums stay small
+        for _ in range(3):  # few nonzero values, so that sums are small
             weight[rows, torch.randint(channels, (outputs,))] = torch.randint(-9, 10, (outputs, 1, 1)).float()
         bias = torch.randint(-9, 10, (outputs,)).to(dtype)
         residual = channels_last(torch.randint(-9, 10, (batch, outputs, height, width)).to(dtype))
@@ -134,14 +134,14 @@ class TestCases:
         assert torch.equal(y.double(), expected(x.double(), weight.double(), bias.double(), residual.double(), False))
 
     def test_every_second_pixel(self, case):
-        """Tiles of a strided view have rows; the numbers are the same to the last bit."""
+        """A strided view, which has tiles with rows, gives the same bits."""
         x, weight, bias, residual = map(channels_last, tensors_of(*case, dtype=torch.bfloat16))
         view = channels_last(enlarged(x))[:, :, ::2, ::2]
         assert torch.equal(conv1x1(view, weight, bias, residual, True), conv1x1(x, weight, bias, residual, True))
 
 
 def enlarged(t):
-    """Each pixel four times."""
+    """Repeat each pixel four times."""
     return t.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
@@ -165,22 +165,22 @@ class TestLayouts:
     @HALVES
     @pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=list(LAYOUTS))
     def test_same_numbers(self, layout, dtype):
-        """To the last bit, whatever the strides of x and residual are, and where weight and bias begin."""
+        """Strides of x and residual, and the alignment of weight and bias, do not change a bit of the result."""
         x, weight, bias, residual = tensors_of((2, 72, 9, 10), 72, dtype=dtype)
         x, residual = layout(x), layout(residual)
         right = conv1x1(*map(channels_last, (x, weight, bias, residual)), True)
         rows, offsets = surrounded_by_nans(weight), surrounded_by_nans(bias)
-        for given in (
+        for operands in (
             (x, weight, bias, channels_last(residual)),
             (channels_last(x), rows, offsets, residual),
             (x, channels_last(weight), bias, residual),
         ):
-            y = conv1x1(*given, True)
+            y = conv1x1(*operands, True)
             assert torch.equal(y, right) and y.is_contiguous(memory_format=torch.channels_last)
 
     @HALVES
     def test_values_that_are_not_finite(self, dtype):
-        """NaN passes ReLU, and only the pixels and outputs that have it are touched."""
+        """NaN passes ReLU and changes only the pixels and outputs that read it."""
         x, weight, bias, residual = tensors_of((1, 16, 5, 6), 16, dtype=dtype)
         x[0, 3, 1, 2] = float("nan")
         residual[0, 5, 4, 4], residual[0, 6, 4, 5] = float("nan"), float("inf")
@@ -191,18 +191,21 @@ class TestLayouts:
         assert y[0, 5, 4, 4].isnan() and y.isnan().sum() == 17 and y.isinf().nonzero().tolist() == [[0, 6, 4, 5]]
 
 
-@pytest.mark.skipif(os.environ.get("SPATIALFLOW_BACKEND") != "simt", reason="reads the launches of the interpreter")
+@pytest.mark.skipif(
+    os.environ.get("SPATIALFLOW_BACKEND") != "simt",
+    reason="needs the launch log of the interpreter: SPATIALFLOW_BACKEND=simt",
+)
 class TestKernels:
-    """Kernels that run, and the copies made for them."""
+    """The selected kernels, and copies of their inputs."""
 
     @pytest.fixture
     def launched(self, monkeypatch, capfd):
-        """Calls conv1x1 and gives the name of its kernel."""
+        """Return a function that calls conv1x1 and returns the name of its kernel."""
 
-        def call(*given):
+        def call(*operands):
             capfd.readouterr()
             monkeypatch.setenv("SPATIALFLOW_SIMT_TRACE", "1")
-            conv1x1(*given, True)
+            conv1x1(*operands, True)
             monkeypatch.delenv("SPATIALFLOW_SIMT_TRACE")
             (name,) = re.findall(r"launch: .*\b(conv1x1\w*<.*>)", capfd.readouterr().err)
             return name.replace("spatialflow::", "")
@@ -222,7 +225,7 @@ class TestKernels:
         for channels, outputs, dtype in ((12, 8, torch.float16), (8, 12, torch.bfloat16), (8, 8, torch.float32)):
             assert launched(*tensors_of((1, channels, 3, 3), outputs, dtype=dtype)).startswith("conv1x1_kernel<")
 
-    @pytest.mark.skipif(not HAS_SM90, reason="the portable kernel copies what is not channels-last")
+    @pytest.mark.skipif(not HAS_SM90, reason="the portable kernel copies inputs that are not channels-last")
     def test_strided_views_are_read_in_place(self):
         x, weight, bias, _ = map(channels_last, tensors_of((1, 16, 9, 11), 8, dtype=torch.float16))
         more, copies = channels_last(torch.cat([x, x], 1)), []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU libraries of lower instruction-set levels, which the other tests do not load, and the choice of the level.
+"""Libraries for lower CPU instruction-set levels, which other tests do not load, and the selection of the level.
 
-Weights that one of the libraries packed are packed again or refused by another.
+A library repacks or refuses weights that another library packed.
 """
 
 import os
@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parent
 OPERATORS = sorted(
     str(path) for path in TESTS.glob("test_*.py") if re.search(r"^class .*\(OpMatrix\)", path.read_text(), re.MULTILINE)
 )
-# bfloat16 for the conversions; gradients have separate kernels.
+# bfloat16 covers the conversions; gradients have separate kernels.
 QUESTIONS = "(test_reference and (float32 or bfloat16)) or (test_gradient_against_reference and float32)"
 
 
@@ -37,7 +37,7 @@ def test_operators_equal_their_references(level):
 
 
 class TestMissingLibraries:
-    """The error names the levels that are built and that the processor runs, and the command that builds them."""
+    """The error names the levels that are built, those that the processor supports, and the build command."""
 
     @pytest.fixture
     def folder(self, tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ class TestMissingLibraries:
             _library.cpu_level()
 
 
-# Both run with the tests' folder as first argument and a file as second.
+# The arguments of both scripts are the tests' folder and a file.
 WRITE = """
 import pickle, sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -120,7 +120,7 @@ for call in (
 
 @pytest.mark.parametrize("level", _library.cpu_levels()[1:])
 def test_packed_weights_move_between_levels(level, tmp_path):
-    """A pickle of the best level gives this one's numbers; a bare packed tensor is refused."""
+    """A pickle from the best level gives the results of this level; a bare packed tensor is refused."""
 
     def run(script, level):
         environment = os.environ | {"SPATIALFLOW_CPU_LEVEL": level, "SPATIALFLOW_BACKEND": "cpu"}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Capture, replay and removal of CUDA graphs.
 
-On the CPU a stand-in graph runs its function again and, as a CUDA graph, writes into the outputs of the capture.
+On the CPU a mock graph runs its function again and, like a CUDA graph, writes to the outputs of the capture.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from spatialflow.engine.transfers import Download, Transfers, _map
 
 
 def overwrite(target, source):
-    """Copies tensors in nested lists and tuples."""
+    """Copy tensors within nested lists and tuples from `source` to `target`."""
     if isinstance(target, torch.Tensor):
         target.copy_(source)
     elif target is not None:
-        for one, other in zip(target, source, strict=True):
-            overwrite(one, other)
+        for old, new in zip(target, source, strict=True):
+            overwrite(old, new)
 
 
 class Recorder:
-    """Stands in for torch.cuda: streams that only note their waits, and graphs that replay by running again."""
+    """Mock of torch.cuda: streams record their waits, and graphs replay by running the function again."""
 
     def __init__(self):
         self.current, self.captures = self.Stream(), []
@@ -68,7 +68,7 @@ class Recorder:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A class of caches whose graphs the recorder makes."""
+    """Return a class of graph caches that use the mock of torch.cuda."""
     monkeypatch.setattr(cuda_graphs.torch, "cuda", Recorder())
 
     class Cache(GraphCache):
@@ -102,13 +102,13 @@ def test_replays_read_new_values(cache):
         return function
 
     first = cache("a", make, [torch.tensor([1.0]), torch.tensor([2.0])])
-    assert first.item() == 2 and made == [WARM_UPS + 2]  # warm-ups, the capture, the replay
+    assert first.item() == 2 and made == [WARM_UPS + 2]  # calls of the function: warm-ups, capture and replay
     assert cache("a", make, [torch.tensor([5.0]), torch.tensor([2.0])]) is first and first.item() == 10
     assert made == [WARM_UPS + 3]
 
 
 def test_inputs_are_not_shared(cache):
-    """The graph reads a buffer of its own, so a value on the device may be changed or freed by its owner."""
+    """The graph reads a copy of its input, so the caller may change or free the tensor."""
     value = torch.tensor([1.0])
     result = cache("a", lambda: lambda inputs: -inputs[0], [value])
     value.fill_(7.0)
@@ -124,16 +124,16 @@ def test_the_oldest_is_dropped(cache):
 
 
 def test_copies_capture_their_own(cache):
-    """Graphs belong to a process: a copy or a pickle of a Predictor leaves them out."""
+    """Graphs are valid only in their process, so copies and pickles of a Predictor omit them."""
     cache("a", lambda: lambda inputs: -inputs[0], [torch.ones(1)])
-    other = copy.deepcopy(cache)
-    assert len(cache) == 1 and len(other) == 0 and other._pool is None
-    assert other("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
+    copied = copy.deepcopy(cache)
+    assert len(cache) == 1 and len(copied) == 0 and copied._pool is None
+    assert copied("a", lambda: lambda inputs: 2 * inputs[0], [torch.ones(1)]).item() == 2
     assert cache("a", None, [torch.ones(1)]).item() == -1
 
 
 def test_captures_share_their_memory(cache):
-    """Within a pool, torch hands memory out again to the stream alone that it was taken for."""
+    """Graphs of a pool are captured on one stream, because torch reuses memory of a pool only on the same stream."""
     for key in "abcd":
         cache(key, lambda: lambda inputs: -inputs[0], [torch.ones(1)])
     captures = cuda_graphs.torch.cuda.captures
@@ -142,7 +142,7 @@ def test_captures_share_their_memory(cache):
 
 
 def test_another_stream_waits_for_the_last_call(cache):
-    """Its replay would overwrite what the work of the first stream reads."""
+    """Without the wait, a replay would overwrite tensors that the first stream still reads."""
     device, first, second = cuda_graphs.torch.cuda, Recorder.Stream(), Recorder.Stream()
     for stream in (first, first, second):
         device.current = stream
@@ -154,8 +154,8 @@ def out_of_memory(where):
     raise torch.OutOfMemoryError(f"out of memory in {where}")
 
 
-def test_graphs_make_room_for_another(stand_in):
-    """What worked without graphs works with them: all other graphs go before one fails."""
+def test_other_graphs_are_freed_when_memory_runs_out(stand_in):
+    """If memory runs out, all other graphs are freed before the capture fails."""
     cache = stand_in(torch.device("cpu"))
     for key in "ab":
         cache(key, lambda: lambda inputs: -inputs[0], [torch.ones(1)])
@@ -183,7 +183,7 @@ def test_a_capture_that_fails_leaves_the_next_a_new_pool(cache):
 
 
 def test_one_capture_at_a_time(stand_in):
-    """Of all threads and caches, as each empties the allocator."""
+    """Only one capture runs at a time over all threads and caches, because each empties the allocator's cache."""
     alone, errors = threading.Lock(), []
 
     def make():
@@ -219,7 +219,7 @@ def model():
 
 
 class CopyingTransfers(Transfers):
-    """Stands in for those of a GPU: results are copied in the order of the work, and the host waits for them later."""
+    """Mock of GPU transfers: results are copied in stream order, and the host waits for them later."""
 
     queued = 1
 
@@ -228,7 +228,7 @@ class CopyingTransfers(Transfers):
 
 
 def predictors(model, stand_in, **options):
-    """One that queues every kernel and one that replays graphs, both with the fixed shapes of a GPU."""
+    """Return a predictor without graphs and one with graphs, both with the fixed shapes used on a GPU."""
     pair = [spatialflow.Predictor(model, **SETTINGS | options) for _ in range(2)]
     for predictor in pair:
         predictor.pipeline.reads_counts = False
@@ -241,21 +241,21 @@ def pictures(sizes):
     return [np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def assert_same(one, other):
-    np.testing.assert_array_equal(one.id_map, other.id_map)
-    assert one.segments == other.segments and len(one.segments) > 0
+def assert_same(first, second):
+    np.testing.assert_array_equal(first.id_map, second.id_map)
+    assert first.segments == second.segments and len(first.segments) > 0
     for name in ("boxes", "scores", "labels", "mask_logits"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
 def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
-    """Results of a hundred original sizes with three padded sizes equal those of queued kernels."""
+    """A hundred original sizes with three padded sizes give the results of a predictor without graphs."""
     eager, graphed = predictors(model, stand_in)
     padded = {tuple(geometry.padded_size for geometry in eager.pipeline.geometries(size)) for size in SIZES}
     assert len(set(SIZES)) == 100 and len(padded) == 3
     images = pictures(SIZES)
-    for one, other in zip(graphed.stream(images), eager.stream(images), strict=True):
-        assert_same(one, other)
+    for first, second in zip(graphed.stream(images), eager.stream(images), strict=True):
+        assert_same(first, second)
     assert len(graphed.pipeline.graphs) == 3
 
 
@@ -269,11 +269,11 @@ def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
     ids=str,
 )
 def test_graphs_of_views_and_batches(model, stand_in, options, graphs):
-    """Four images of one padded size, six of another. Batches that are not full have graphs of their own."""
+    """Four images have one padded size and six another; full and partial batches have separate graphs."""
     eager, graphed = predictors(model, stand_in, **options)
     images = pictures(SIZES[30:40])
-    for one, other in zip(graphed(images), eager(images), strict=True):
-        assert_same(one, other)
+    for first, second in zip(graphed(images), eager(images), strict=True):
+        assert_same(first, second)
     assert len(graphed.pipeline.graphs) == graphs
 
 
@@ -285,7 +285,7 @@ def test_graphs_of_ensembles(model, stand_in):
 
 
 def test_threads_share_a_predictor(model, stand_in):
-    """The replay of one waits until the results of the other are copied."""
+    """The replay in one thread waits until the results of the other thread are copied."""
     eager, graphed = predictors(model, stand_in)
     images = pictures([(40, 60), (41, 61)])
     expected = eager(images)
@@ -296,7 +296,7 @@ def test_threads_share_a_predictor(model, stand_in):
         def download(self, value):
             if not begun.is_set():
                 begun.set()
-                time.sleep(0.5)  # for the other thread's replay
+                time.sleep(0.5)  # time for the other thread to replay
             return super().download(value)
 
     graphed._transfers = Slow(graphed.device)
@@ -309,7 +309,7 @@ def test_threads_share_a_predictor(model, stand_in):
 
 
 def test_autocast_is_not_captured(model, stand_in):
-    """A graph would replay the dtypes of its capture, whatever autocast says later."""
+    """A graph would replay the dtypes of its capture, regardless of later autocast settings."""
     eager, graphed = predictors(model, stand_in)
     image = pictures([(40, 60)])[0]
     expected = eager(image)
@@ -343,8 +343,8 @@ SETTINGS_OF_TORCH = [
 
 
 @pytest.mark.parametrize("owner, name, value", SETTINGS_OF_TORCH, ids=[row[1] for row in SETTINGS_OF_TORCH])
-def test_settings_of_torch_have_graphs_of_their_own(cache, owner, name, value):
-    """Of those that choose kernels: a replay would keep what was set when it was captured."""
+def test_settings_of_torch_have_separate_graphs(cache, owner, name, value):
+    """Settings that select kernels have separate graphs, because a replay uses the settings of its capture."""
     first, before = cache("a", lambda: lambda inputs: -inputs[0], [torch.ones(1)]), getattr(owner, name)
     assert before != value
     setattr(owner, name, value)
@@ -356,13 +356,13 @@ def test_settings_of_torch_have_graphs_of_their_own(cache, owner, name, value):
 
 
 def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
-    """Also where another thread makes a stream at the same moment."""
-    recorder, used, other = Recorder(), [], Recorder.Stream()
+    """The wait is on the right stream, even if another thread creates a stream at the same time."""
+    recorder, used, other_stream = Recorder(), [], Recorder.Stream()
     recorder.Stream = lambda device: Recorder.Stream()
 
-    def stream(given):
-        used.append(given)
-        transfers._uploads = other
+    def stream(used_stream):
+        used.append(used_stream)
+        transfers._uploads = other_stream
         return contextlib.nullcontext()
 
     recorder.stream = stream

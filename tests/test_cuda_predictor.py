@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predictor on a GPU: the CPU's maps, replays equal to eager runs, and no wait but the last."""
+"""Predictor on a GPU: maps equal those of the CPU, replays equal eager runs, and only the last copy synchronizes."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,21 +11,21 @@ from helpers.small_models import random_model
 
 import spatialflow
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="asks for a GPU: SPATIALFLOW_BACKEND=cuda")
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU and SPATIALFLOW_BACKEND=cuda")
 
 OPTIONS = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40, instance_score_threshold=0.3)
 
 
 @pytest.fixture(autouse=True)
 def tensors_on_the_cpu():
-    """As for a user: nothing is on the GPU but what the predictor puts there."""
+    """Set the default device to the CPU, so that only the predictor moves tensors to the GPU."""
     with torch.device("cpu"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def deterministic_convolutions(monkeypatch):
-    """CuDNN's algorithms that add by atomics would make two runs differ in their last bits."""
+    """Select deterministic cuDNN algorithms; those with atomic additions differ between runs in the last bits."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
@@ -39,29 +39,29 @@ def pictures():
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((90, 130), (130, 90), (90, 130), (45, 65))]
 
 
-def assert_same(one, other, share=1.0):
-    assert one.id_map.shape == other.id_map.shape and (one.id_map == other.id_map).mean() >= share
+def assert_same(first, second, share=1.0):
+    assert first.id_map.shape == second.id_map.shape and (first.id_map == second.id_map).mean() >= share
     if share == 1.0:
-        assert one.segments == other.segments
+        assert first.segments == second.segments
         for name in ("boxes", "scores", "labels", "mask_logits"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
 def test_maps_are_those_of_the_cpu(model):
     on_cpu, on_gpu = (spatialflow.Predictor(model, device, **OPTIONS) for device in ("cpu", "cuda"))
-    for one, other in zip(on_gpu(pictures()), on_cpu(pictures())):
-        assert_same(one, other, share=0.98)
+    for first, second in zip(on_gpu(pictures()), on_cpu(pictures())):
+        assert_same(first, second, share=0.98)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_graphs_replay_what_runs_eagerly(model, dtype):
-    """Also when sizes alternate, so that the graphs share their memory, and for new pixels of a captured size."""
+    """Results are equal also if sizes alternate, so that graphs share memory, and for new images of a captured size."""
     eager = spatialflow.Predictor(model, "cuda", dtype, cuda_graph=False, **OPTIONS)
     graphed = spatialflow.Predictor(model, "cuda", dtype, **OPTIONS)
     assert eager.pipeline.graphs is None and graphed.pipeline.graphs is not None
     for _ in range(3):
-        for one, other in zip(graphed(pictures()), eager(pictures())):
-            assert_same(one, other)
+        for first, second in zip(graphed(pictures()), eager(pictures())):
+            assert_same(first, second)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_graphs_of_other_forms(models, options):
     models = [random_model(name) for name in models]
     eager, graphed = (spatialflow.Predictor(models, "cuda", cuda_graph=g, **OPTIONS | options) for g in (False, None))
     for _ in range(2):
-        for one, other in zip(graphed(pictures()), eager(pictures())):
-            assert_same(one, other)
+        for first, second in zip(graphed(pictures()), eager(pictures())):
+            assert_same(first, second)
 
 
 def test_threads_share_a_predictor(model):
-    """Each with a stream of its own; sizes are captured while another thread predicts."""
+    """Every thread has its own stream, and graphs are captured while another thread predicts."""
     eager, graphed = (spatialflow.Predictor(model, "cuda", cuda_graph=g, **OPTIONS) for g in (False, None))
     images = many_pictures(24)
     expected = eager(images)
@@ -92,13 +92,13 @@ def test_threads_share_a_predictor(model):
             return graphed(image)
 
     with ThreadPoolExecutor(4) as pool:
-        for one, other in zip(pool.map(predict, images), expected, strict=True):
-            assert_same(one, other)
+        for first, second in zip(pool.map(predict, images), expected, strict=True):
+            assert_same(first, second)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_nothing_waits(model, cuda_graph):
-    """Under torch's sync debug mode, which raises where an operation would wait for the device."""
+    """A prediction passes torch's sync debug mode, which raises at operations that synchronize."""
     predictor = spatialflow.Predictor(model, "cuda", torch.bfloat16, cuda_graph=cuda_graph, **OPTIONS)
     expected = predictor(pictures())
     torch.cuda.set_sync_debug_mode("error")
@@ -108,12 +108,12 @@ def test_nothing_waits(model, cuda_graph):
         results = predictor(pictures())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for one, other in zip(results, expected):
-        assert_same(one, other)
+    for first, second in zip(results, expected):
+        assert_same(first, second)
 
 
 def many_pictures(count):
-    """Of three padded sizes."""
+    """Generate images of three padded sizes."""
     rng, shapes = np.random.default_rng(1), ((90, 130), (130, 90), (80, 80))
     sizes = [(shapes[i % 3][0] + i // 3, shapes[i % 3][1] + i // 3) for i in range(count)]
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
@@ -130,16 +130,16 @@ def test_streams_give_what_single_images_give(model, cuda_graph, batch_size):
     predictor = spatialflow.Predictor(model, "cuda", cuda_graph=cuda_graph, batch_size=batch_size, **OPTIONS)
     images = many_pictures(30)
     results = list(predictor.stream(image for image in images))
-    for one, other in zip(results, eager(images), strict=True):
-        assert_same(one, other)
+    for first, second in zip(results, eager(images), strict=True):
+        assert_same(first, second)
     for result, image in zip(results, images):
         assert_same(result, eager(image), share=1.0 if batch_size == 1 else 0.98)
     if cuda_graph:
-        assert len(predictor.pipeline.graphs) == (3 if batch_size == 1 else 6)  # the last of each size: one, not three
+        assert len(predictor.pipeline.graphs) == (3 if batch_size == 1 else 6)  # a size's last batch has one image
 
 
 def test_results_are_in_memory_that_is_not_pinned(model):
-    """A caller may keep thousands of them."""
+    """A caller may keep thousands of results, so they must not be in pinned memory."""
     for result in spatialflow.Predictor(model, "cuda", **OPTIONS).stream(pictures()):
         for array in (result.id_map, result.boxes, result.scores, result.mask_logits):
             assert not torch.from_numpy(array).is_pinned()
@@ -150,5 +150,5 @@ def test_streams_in_a_stream_of_the_caller(model):
     expected = predictor(pictures())
     with torch.cuda.stream(torch.cuda.Stream()):
         results = list(predictor.stream(pictures()))
-    for one, other in zip(results, expected, strict=True):
-        assert_same(one, other)
+    for first, second in zip(results, expected, strict=True):
+        assert_same(first, second)

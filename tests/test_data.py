@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets, transforms and batches: ground truth is transformed with its pixels, and order is reproducible."""
+"""Data sets, transforms and batches: ground truth follows its pixels, and order is reproducible."""
 
 import json
 import os
@@ -40,7 +40,7 @@ IMAGE = {"id": 1, "file_name": "b", "height": 1, "width": 1}
 
 class TestCoco:
     def test_samples(self, fixtures):
-        """Boxes, labels and masks of two COCO images equal the detection-format annotations."""
+        """Boxes, labels and masks of two COCO images equal those of the detection annotations."""
         folder = fixtures / "data" / "coco_samples"
         categories = load_categories("coco", 80, 54)
         data = CocoPanoptic(
@@ -179,7 +179,7 @@ class TestCityscapes:
         assert groups > 0
 
     def test_truth_for_scoring(self, tmp_path):
-        """The panoptic ground truth has PQ 1 against itself, and is rewritten after a label file changed."""
+        """The panoptic ground truth has PQ 1 with itself and is written again after a label file has changed."""
         data = Cityscapes(write_cityscapes(tmp_path), "train", load_categories("cityscapes", 8, 11))
         label = next((tmp_path / "gtFine").rglob("*.png"))
         whole = label.read_bytes()
@@ -189,7 +189,7 @@ class TestCityscapes:
         assert data.panoptic_truth(tmp_path / "truth") == paths and paths[0].stat().st_mtime_ns == written
         assert len(json.loads(paths[0].read_text())["annotations"]) == len(data) - 1
         label.write_bytes(whole)
-        os.utime(label, (0, 0))  # as an archive does
+        os.utime(label, (0, 0))  # an old time, as archives restore
         data.panoptic_truth(tmp_path / "truth")
         assert len(json.loads(paths[0].read_text())["annotations"]) == len(data)
         result = evaluate(*paths, *paths)
@@ -202,7 +202,7 @@ class TestCityscapes:
         data = Cityscapes(tmp_path, "train", load_categories("cityscapes", 8, 11))
         label = next((tmp_path / "gtFine").rglob("*.png"))
         whole, before = label.read_bytes(), data[0]
-        label.write_bytes(whole + bytes(1000))  # data behind the last chunk do no harm
+        label.write_bytes(whole + bytes(1000))  # data after the last chunk are ignored
         assert np.array_equal(data[0].instances, before.instances)
         label.write_bytes(whole[:200])
         with pytest.raises(SampleError, match="instanceIds.png: is (truncated or )?damaged"):
@@ -222,7 +222,7 @@ class TestCityscapes:
 class TestSynthetic:
     @pytest.mark.parametrize("size", [(32, 32), (120, 90), (256, 384)])
     def test_ground_truth_is_consistent(self, size):
-        """Ids, areas and boxes of the segments are those of the map; every category is known."""
+        """Ids, areas and boxes of the segments equal those of the map, and every category is known."""
         scene = make_scene(size, 1, 0)
         assert scene.image.shape == (*size, 3) and scene.id_map.shape == size
         assert set(np.unique(scene.id_map)) - {0} == {s["id"] for s in scene.segments}
@@ -235,15 +235,15 @@ class TestSynthetic:
         assert len(stuff) == len(set(stuff))
 
     def test_seeded(self):
-        first, again, other = make_scene((64, 96), 1, 2), make_scene((64, 96), 1, 2), make_scene((64, 96), 2, 2)
+        first, again, other_seed = make_scene((64, 96), 1, 2), make_scene((64, 96), 1, 2), make_scene((64, 96), 2, 2)
         assert (
             (first.image == again.image).all()
             and (first.id_map == again.id_map).all()
-            and (first.image != other.image).any()
+            and (first.image != other_seed.image).any()
         )
 
     def test_variety(self):
-        """Twenty scenes hold every category, and things that hide parts of others."""
+        """Twenty scenes contain every category, and things that occlude others."""
         scenes = [make_scene((96, 144), 0, i) for i in range(20)]
         assert {s["category_id"] for scene in scenes for s in scene.segments} == {row["id"] for row in CATEGORIES}
         things = [sum(s["category_id"] < 10 for s in scene.segments) for scene in scenes]
@@ -257,7 +257,7 @@ class TestSynthetic:
 
 
 def checker(size=(60, 100)):
-    """A sample whose image shows its own labels: blue = instance, green = semantic."""
+    """Return a sample whose image encodes its labels: blue = instance, green = semantic."""
     instances, semantic = np.zeros(size, np.int32), np.full(size, 3, np.uint8)
     instances[10:30, 20:50], semantic[10:30, 20:50] = 1, 5
     instances[40:60, 80:100] = 2
@@ -289,7 +289,7 @@ class TestAugment:
             assert abs(rows.min() - y1) <= 1 and abs(rows.max() + 1 - y2) <= 1
 
     def test_resize_flip(self):
-        """Boxes, masks, labels and pixels move together; a flip of a flip is the image."""
+        """Boxes, masks, labels and pixels are transformed together; two flips restore the image."""
         out = augment(checker(), self.config, np.random.default_rng(0))
         assert out.valid_size == (96, 160) and out.boxes[0] == pytest.approx([32, 16, 80, 48])
         self.consistent(out)
@@ -304,7 +304,7 @@ class TestAugment:
         assert min(sizes) >= 32 and max(sizes) <= 96 and len(sizes) > 20
 
     def test_crop(self):
-        """Crops of random scale keep ground truth on its pixels and drop what they cut away."""
+        """Crops of random scale keep ground truth aligned with pixels, and drop objects outside the crop."""
         config = replace(self.config, train_crop=(40, 64), train_scale_range=(0.5, 2.0), flip_probability=0.5)
         kept = []
         for i in range(40):
@@ -326,12 +326,15 @@ class TestLoader:
         assert (batches != self.schedule.epoch(1)).any() and (batches == self.schedule.epoch(0)).all()
 
     def test_processes_and_accumulation_share_a_step(self):
-        """Each part of a step is divided by its own counts, so that its images must not depend on the processes."""
+        """The number of processes does not change the images of a step or of its parts.
+
+        Losses are normalized per part.
+        """
         whole = list(self.schedule.batches(0, 7, 0, 1, 1))
         halves = [list(self.schedule.batches(0, 7, rank, 2, 2)) for rank in range(2)]
-        for step, draws in enumerate(whole):
-            parts = [d for turn in range(2) for rank in range(2) for d in halves[rank][2 * step + turn]]
-            assert parts == draws
+        for step, requests in enumerate(whole):
+            parts = [r for part in range(2) for rank in range(2) for r in halves[rank][2 * step + part]]
+            assert parts == requests
         assert list(self.schedule.batches(4, 7, 0, 1, 1)) == whole[4:]
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -354,8 +357,8 @@ class TestLoader:
         samples = _Samples(coco, PLAIN, strict=True)
         with torch.device("meta"):
             batch = collate([samples[draw] for draw in draws])
-        found = [batch.images, batch.instances, batch.semantic, batch.valid_sizes, batch.padded_sizes]
-        assert {t.device.type for t in [*found, *batch.boxes, *batch.labels]} == {"cpu"}
+        tensors = [batch.images, batch.instances, batch.semantic, batch.valid_sizes, batch.padded_sizes]
+        assert {t.device.type for t in [*tensors, *batch.boxes, *batch.labels]} == {"cpu"}
 
     def test_broken_images_are_replaced_and_named(self, tmp_path):
         write_coco(tmp_path, 3)
@@ -364,7 +367,7 @@ class TestLoader:
         schedule = Schedule(data.sizes, 3, 0)
         (batch,) = make_loader(data, PLAIN, schedule.batches(0, 1, 0, 1, 1))
         assert batch.images.shape[0] == 3 and len(batch.problems) == 1 and "000002.jpg: is empty" in batch.problems[0]
-        for workers in (0, 1):  # one sentence, without the traceback of the process that reads
+        for workers in (0, 1):  # one message, without the traceback of the worker process
             with pytest.raises(SampleError, match=r"^\S*/images/000002.jpg: is empty$"):
                 list(make_loader(data, PLAIN, schedule.batches(0, 1, 0, 1, 1), workers, strict=True))
         for name in ("000001", "000003"):

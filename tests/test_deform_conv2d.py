@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deform_conv2d: the op matrix, the goldens, and values that break other implementations."""
+"""Tests of deform_conv2d: the op matrix, the goldens, and values that break other implementations."""
 
 from contextlib import contextmanager
 
@@ -27,7 +27,7 @@ def pair(value):
 
 
 def arrange(function):
-    """The op with its tensors in front: (input, offset, weight, bias, mask), each of the last two possibly None."""
+    """Wrap `function` to take (input, offset, weight, bias, mask) first; bias and mask may be None."""
 
     def call(input, offset, weight, bias, mask, **options):
         return function(input, offset, weight, bias, mask=mask, **options)
@@ -36,7 +36,7 @@ def arrange(function):
 
 
 def off_grid(tensor: torch.Tensor) -> torch.Tensor:
-    """Moves fractions into [0.15, 0.85]: finite differences must not cross the kinks at whole coordinates."""
+    """Move fractions into [0.15, 0.85], so that finite differences do not cross whole coordinates."""
     return tensor.floor() + 0.15 + 0.7 * (tensor - tensor.floor())
 
 
@@ -85,7 +85,7 @@ def sample(
             converted=(0, 2, 3),
             raw=raw,
             images=(0, 1, 2, 4),
-            # Sizes that no number of channels or taps equals: torch.compile takes equal sizes for one symbol.
+            # Sizes differ from the numbers of channels and taps, because torch.compile gives equal sizes one symbol.
             resized=lambda extra: tensors(19 + extra, 29 + 2 * extra),
         )
 
@@ -102,7 +102,7 @@ class TestDeformConv2d(OpMatrix):
         "dilated 1 x 3": sample(4, 4, kernel=(1, 3), groups=4, offset_groups=2, padding=(0, 2), dilation=(1, 2)),
     }
     linear_samples = tuple(samples)
-    # Without rows or columns, padding makes an output; the last two have outputs of one row and of one column.
+    # Inputs without rows or columns have an output because of padding; the last two have one output row or column.
     thin_samples = {
         name: sample(channels, 5, batch=batch, size=(height, width), padding=1 if height and width else 2)
         for name, (batch, channels, height, width) in THIN_SHAPES.items()
@@ -115,7 +115,7 @@ class TestDeformConv2d(OpMatrix):
 
 
 def inputs(dtype=torch.float32, masked=True, requires_grad=False):
-    """A 3 x 3 convolution with padding 1 of one 4-channel 6 x 7 image: input, offset, weight, bias, mask."""
+    """Return input, offset, weight, bias and mask of a 3 x 3 convolution of a 4-channel 6 x 7 image, padding 1."""
     tensors = [
         torch.randn(1, 4, 6, 7, dtype=dtype),
         torch.randn(1, 18, 6, 7, dtype=dtype),
@@ -135,16 +135,16 @@ def convolve(input, offset, weight, bias, mask, op=ops.deform_conv2d):
 
 
 class TestValues:
-    """Bad values sample nothing and have no gradient; checked() names them instead."""
+    """Samples at non-finite or huge offsets are zero and have no gradient; checked() raises an error."""
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("which, masked", [("offset", True), ("offset", False), ("mask", True)])
     def test_not_finite_samples_nothing(self, which, value, masked):
         tensors = inputs(masked=masked)
         altered = [None if t is None else t.clone() for t in tensors]
-        # Tap 4 of output cell (2, 3), by either coordinate of the offset or by the mask.
+        # Tap 4 of output cell (2, 3) is changed by a coordinate of its offset or by its mask.
         altered[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
-        # Expected: the tap moved far outside. Its mask then has no gradient either.
+        # The result must equal that of a tap far outside the map, whose mask has no gradient either.
         far = [None if t is None else t.clone() for t in tensors]
         far[1][0, 8, 2, 3] = 1e6
         results = []
@@ -154,18 +154,18 @@ class TestValues:
             present = [t for t in leaves if t is not None]
             with deterministic():
                 results.append([out, *torch.autograd.grad(out, present, torch.ones_like(out))])
-        for one, other in zip(*results, strict=False):
-            assert torch.isfinite(one).all()
-            assert torch.equal(one, other)
+        for first, second in zip(*results, strict=False):
+            assert torch.isfinite(first).all()
+            assert torch.equal(first, second)
         out, _grad_input, grad_offset, *_ = results[0]
         assert not grad_offset[0, 8:10, 2, 3].any()
         if masked:
             assert results[0][-1][0, 4, 2, 3] == 0
         assert not torch.equal(out, convolve(*tensors)), "the altered tap took part before"
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # the last is infinite for float32 features
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # 1e300 is infinite in float32
     def test_tangent_of_a_mask_that_is_not_finite(self, value):
-        """Forward mode and second derivatives know no such mask either."""
+        """Forward mode and second derivatives ignore a non-finite mask too."""
         tensors = [t.float() for t in inputs()]
         mask = tensors[4].double()
         mask[0, 4, 2, 3] = value
@@ -182,8 +182,8 @@ class TestValues:
         without = whole.clone()
         without[0, 4, 2, 3] = 0
         for name, function in functions.items():
-            one, other = (torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (whole, without))
-            assert_near([one], [other], torch.float32, what=name)
+            with_tap, without_tap = (torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (whole, without))
+            assert_near([with_tap], [without_tap], torch.float32, what=name)
         _, pullback = torch.func.vjp(lambda weight: torch.func.grad(loss, 2)(tensors[0], weight, mask), tensors[2])
         assert_near(list(pullback(whole)), list(pullback(without)), torch.float32)
 
@@ -203,7 +203,7 @@ class TestValues:
         assert not any(grad.any() for grad in grads)
 
     def test_borders_fade(self):
-        """A sample loses weight over the cell beyond the border; at -1 and at the size it is zero."""
+        """A sample fades to zero over one cell beyond the border, at -1 and at the size of the map."""
         input, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1)
         offset = torch.zeros(1, 2, 4, 4)
         offset[0, 0, 0] = torch.tensor([-1.0, -0.75, -0.25, 0.0])
@@ -213,7 +213,7 @@ class TestValues:
         assert torch.equal(out[0, 0, 0], faded) and torch.equal(out[0, 0, 3], faded)
 
     def test_gradient_at_kink_is_from_above(self):
-        """At whole coordinates the offset's gradient is the difference to the next cell."""
+        """At whole coordinates the gradient w.r.t. the offset is the one-sided difference to the next cell."""
         input = torch.arange(16.0).view(1, 1, 4, 4) ** 2
         offset = torch.zeros(1, 2, 4, 4, requires_grad=True)
         out = ops.deform_conv2d(input, offset, torch.ones(1, 1, 1, 1))
@@ -237,15 +237,15 @@ class TestValues:
         assert_near(out, F.conv2d(input, weight, bias, padding=1), torch.float64)
 
     def test_half_features_keep_offset_precision(self):
-        """Positions beyond 2048 do not survive a trip through float16; offsets are never taken on one."""
+        """Offsets are not rounded to float16, which cannot represent positions beyond 2048 exactly."""
         input = torch.arange(4096.0).remainder(64).view(1, 1, 1, 4096)
         offset = torch.full((1, 2, 1, 4096), 0.25)
         offset[:, 0] = 0
         weight = torch.ones(1, 1, 1, 1)
-        wide = ops.deform_conv2d(input, offset, weight)
+        expected = ops.deform_conv2d(input, offset, weight)
         half = ops.deform_conv2d(input.half(), offset, weight.half())
         assert half.dtype == torch.float16
-        assert_near(half, wide, torch.float16)
+        assert_near(half, expected, torch.float16)
 
     def test_gradients_keep_their_dtypes(self):
         input, offset, weight, bias, mask = inputs(requires_grad=True)
@@ -262,14 +262,14 @@ class TestValues:
 
 
 def gradients(out, leaves, grad_output):
-    """Of all leaves, and of the first one, the input, once more by the deterministic kernel."""
+    """Return gradients of all leaves, then that of the input by the deterministic kernel."""
     grads = torch.autograd.grad(out, leaves, grad_output, retain_graph=True)
     with deterministic():
         return [*grads, *torch.autograd.grad(out, leaves[0], grad_output)]
 
 
 class TestSizes:
-    """Blocks, slices and vectors of the kernel all have remainders somewhere in here."""
+    """Sizes that leave partial blocks, slices and vectors in the kernels."""
 
     @pytest.mark.parametrize(
         "channels, outputs, groups, offset_groups",
@@ -306,7 +306,7 @@ class TestSizes:
         ],
     )
     def test_many_half_channels(self, dtype, channels, outputs, groups, offset_groups):
-        """Whole vectors of 16-bit types, and tiles of every width."""
+        """Cover full vectors of 16-bit types and tiles of every width."""
         tensors = [
             torch.randn(2, channels, 5, 7, dtype=dtype),
             off_grid(torch.randn(2, 18 * offset_groups, 5, 7)),
@@ -324,7 +324,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("channels, outputs, kernel", [(72, 136, 1), (64, 104, 1), (128, 136, 2)])
     def test_many_pixels(self, channels, outputs, kernel):
-        """Enough of them for the largest tiles, in strips of rows of which the last is lower."""
+        """Cover the largest tiles, and strips of rows of which the last is partial."""
         taps = kernel * kernel
         tensors = [
             torch.randn(2, channels, 77 + kernel, 82 + kernel, dtype=torch.float16),
@@ -340,7 +340,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_sums_are_kept_in_float32(self, dtype):
-        """Sums of 4608 ones, over channels and taps, pixels, and outputs: in 16 bits they would stop at 2048 or 256."""
+        """Sums of 4608 ones over channels and taps, pixels, or outputs are right; 16 bits would stop at 2048 or 256."""
 
         def ones(*size):
             return torch.ones(size, dtype=dtype, requires_grad=True)
@@ -358,7 +358,7 @@ class TestSizes:
         assert torch.equal(grad_offset, torch.full_like(grad_offset, -8 * 4608))
 
     def test_readers_of_a_cell_are_added_in_order(self):
-        """With deterministic algorithms a cell that every pixel reads sums up their gradients in order."""
+        """With deterministic algorithms the gradients of a cell that every pixel reads are added in a fixed order."""
         rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(20.0), indexing="ij")
         input = torch.randn(1, 1, 16, 20, requires_grad=True)
         places = torch.stack([3 - rows, 4 - columns])[None]
@@ -372,14 +372,14 @@ class TestSizes:
 
     def test_threads_do_not_change_the_result(self):
         tensors = inputs()
-        wanted = torch.get_num_threads()
+        thread_count = torch.get_num_threads()
         results = []
         try:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 results.append(convolve(*tensors))
         finally:
-            torch.set_num_threads(wanted)
+            torch.set_num_threads(thread_count)
         assert torch.equal(*results)
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -412,7 +412,7 @@ class TestSizes:
 
 
 class TestRawOperators:
-    """Schema and fake kernels of all three operators agree with what the kernels return, strides included."""
+    """Schemas and fake kernels of all three operators agree with the kernels, including strides."""
 
     layouts = {
         "contiguous": lambda t: t.contiguous(),
@@ -435,8 +435,8 @@ class TestRawOperators:
         for tangent in (None, torch.randn_like(offset)):
             arguments = (input, offset, weight, bias, mask, tangent, *settings)
             torch.library.opcheck(raw.deform_conv2d.default, arguments, test_utils=self.checks)
-            for wanted in ((True, True), (True, False), (False, True)):
-                arguments = (grad_output, input, offset, weight, mask, tangent, *settings, *wanted, False)
+            for flags in ((True, True), (True, False), (False, True)):
+                arguments = (grad_output, input, offset, weight, mask, tangent, *settings, *flags, False)
                 torch.library.opcheck(raw._deform_conv2d_backward_data.default, arguments, test_utils=self.checks)
             arguments = (grad_output, input, offset, mask, tangent, *settings, 4, 3, 3)
             torch.library.opcheck(raw._deform_conv2d_backward_weight.default, arguments, test_utils=self.checks)
@@ -444,14 +444,14 @@ class TestRawOperators:
     @pytest.mark.parametrize("stride", [0, 1, 5, 2**40])
     @pytest.mark.parametrize("size", [(6, 1), (1, 7), (1, 1)])
     def test_stride_of_a_single_row_or_column_says_nothing(self, size, stride):
-        """Torch allows any stride of a dimension of size 1; the gradient of a sequence has such strides.
+        """The stride of a dimension of size 1 is ignored, because torch allows any value.
 
         The weight gradient on the CPU used that stride as the distance between pixels.
         """
         input, offset = torch.randn(2, 4, *size), torch.randn(2, 18, *size)
         weight = torch.randn(3, 4, 3, 3, requires_grad=True)
         output = ops.deform_conv2d(input, offset, weight, padding=1)
-        tokens = torch.randn(2, size[0] * size[1], 3)  # pixels in order, channels adjacent
+        tokens = torch.randn(2, size[0] * size[1], 3)  # (batch, pixels, channels)
         gradient = tokens.transpose(1, 2).reshape(output.shape).contiguous()
         (expected,) = torch.autograd.grad(output, weight, gradient, retain_graph=True)
         strides = [stride if side == 1 else 3 for side in size]
@@ -504,7 +504,7 @@ class TestErrors:
             ops.deform_conv2d(**{**arguments, **changed})
 
     def test_kernel_of_more_taps_than_there_are_numbers(self):
-        """2^32 x 2^31 taps without channels take no memory; twice their number is 0 in 64 bits, no divisor."""
+        """A kernel of 2^32 x 2^31 taps without channels is refused; twice the number of taps wraps to 0 in 64 bits."""
         with pytest.raises(RuntimeError, match=r"sides up to 2\^29, got \(4294967296, 2147483648\)"):
             ops.deform_conv2d(
                 torch.zeros(0, 0, 1, 1).expand(0, 0, 2**33, 2**33),
@@ -513,7 +513,7 @@ class TestErrors:
             )
 
     def test_third_derivative_through_the_offset(self):
-        """Two derivatives through the offset exist; the third says that it does not, instead of being wrong."""
+        """The third derivative with respect to the offset raises an error; the first two exist."""
         input, offset, weight, bias, mask = inputs(torch.float64)
 
         def second(offset):
@@ -529,7 +529,7 @@ class TestErrors:
 
 
 class TestGoldens:
-    """Modulated deformable convolution of the released implementation (mmcv), with strides 1 and 2, and gradients."""
+    """Results and gradients of modulated deformable convolution in mmcv, with strides 1 and 2."""
 
     @pytest.mark.parametrize("stride", [1, 2])
     def test_forward_and_backward(self, goldens, stride):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deform_conv2d with a weight that was packed before, sigmoid of the mask and ReLU in the same pass."""
+"""deform_conv2d with a packed weight, and with sigmoid of the mask and ReLU fused into the kernel."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ SHAPES = [
 
 
 def case(shape, dtype=torch.float32, batch=2):
-    """Arguments of a call with the plain weight and its bias."""
+    """Return arguments of a call with an unpacked weight and its bias."""
     channels, outputs, groups, offset_groups, kernel, size, stride, padding, dilation = shape
     generator = torch.Generator("cpu").manual_seed(sum(size))
 
@@ -52,7 +52,7 @@ def bound(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, dtype, layout):
-    """In float64, of the same rounded inputs; with and without each of bias, mask, sigmoid and ReLU."""
+    """Results agree with float64 on the same rounded inputs, with and without bias, mask, sigmoid and ReLU."""
     (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
     x = layout(x)
     for own_bias, own_mask, sigmoid, relu in (
@@ -63,9 +63,9 @@ def test_equals_the_reference(shape, dtype, layout):
     ):
         conv = ops.pack_deform_conv2d(weight, own_bias, *groups)
         result = ops.deform_conv2d(x, offset, conv, None, *geometry, own_mask, mask_sigmoid=sigmoid, relu=relu)
-        wide = [None if t is None else t.double() for t in (x, offset, weight, own_bias, own_mask)]
-        factor = wide[4].sigmoid() if sigmoid else wide[4]
-        expected = ops.deform_conv2d(*wide[:4], *geometry, factor)
+        tensors64 = [None if t is None else t.double() for t in (x, offset, weight, own_bias, own_mask)]
+        factor = tensors64[4].sigmoid() if sigmoid else tensors64[4]
+        expected = ops.deform_conv2d(*tensors64[:4], *geometry, factor)
         expected = expected.relu() if relu else expected
         assert result.dtype == dtype and result.shape == expected.shape
         error = (result.double() - expected).abs().max() / expected.abs().max()
@@ -76,7 +76,7 @@ def test_equals_the_reference(shape, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_call_with_the_plain_weight(shape, dtype):
-    """To the last bit, where nothing is fused."""
+    """Without fused operations the results are bitwise equal."""
     (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
     conv = ops.pack_deform_conv2d(weight, bias, *groups)
     result = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
@@ -85,7 +85,7 @@ def test_equals_the_call_with_the_plain_weight(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_offsets_in_16_bits_are_the_same_in_32(dtype):
-    """Kernels read both types; of the gradients too, and where only one of offset and mask is in 16 bits."""
+    """Forward and gradient kernels give equal results for both dtypes, also if only offset or mask is in 16 bits."""
     for shape in SHAPES[:4]:
         (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
         conv, results, fused = ops.pack_deform_conv2d(weight, bias, *groups), [], []
@@ -97,18 +97,18 @@ def test_offsets_in_16_bits_are_the_same_in_32(dtype):
                 assert torch.equal(ops.deform_conv2d(x, inputs[1], conv, None, *geometry, inputs[4]), y)
                 fused.append(ops.deform_conv2d(x, inputs[1], conv, None, *geometry, inputs[4], mask_sigmoid=True))
             results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
-        assert all(torch.equal(fused[0], other) for other in fused)
-        for other in results[1:]:
-            for index, (one, two) in enumerate(zip(results[0], other, strict=True)):
-                two = two.to(one.dtype)  # gradients of offset and mask are rounded to 16 bits in one call
-                if index == 1:  # of the input: a sum in any order on CUDA
-                    torch.testing.assert_close(one, two, rtol=bound(dtype), atol=bound(dtype))
+        assert all(torch.equal(fused[0], result) for result in fused)
+        for result in results[1:]:
+            for index, (first, tensor) in enumerate(zip(results[0], result, strict=True)):
+                tensor = tensor.to(first.dtype)  # one call rounds gradients of offset and mask to 16 bits
+                if index == 1:  # the input's gradient is summed in any order on CUDA
+                    torch.testing.assert_close(first, tensor, rtol=bound(dtype), atol=bound(dtype))
                 else:
-                    assert torch.equal(one, two)
+                    assert torch.equal(first, tensor)
 
 
 def test_values_that_are_not_finite():
-    """As sigmoid and ReLU of torch: NaN logits sample nothing, infinite ones are 0 or 1, NaN results stay NaN."""
+    """NaN logits give zero samples, infinite logits a factor of 0 or 1, and ReLU keeps NaN as in torch."""
     (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
     mask[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     offset[0, 3, 1, :2] = torch.tensor([torch.nan, torch.inf])
@@ -121,10 +121,7 @@ def test_values_that_are_not_finite():
 
 
 def test_misaligned_and_strided_inputs():
-    """The packed weight's order assumes loads of 16 bytes, which a slice of a larger tensor may not allow.
-
-    Runs of channels are then not read in chunks. Packed weights may be slices too.
-    """
+    """Inputs that are not aligned to 16 bytes are read without vector loads; packed weights may be slices too."""
     shape = (128, 72, 1, 1, (3, 3), (9, 7), 1, 1, 1)
     (x, offset, weight, bias, mask), geometry, groups = case(shape, torch.bfloat16)
     conv = ops.pack_deform_conv2d(weight, bias, *groups)
@@ -151,21 +148,21 @@ def test_empty():
     assert torch.equal(result, bias[:, None, None].expand_as(result))
 
 
-def test_a_mask_of_fewer_bits_is_widened_first():
-    """The sigmoid is not rounded to the type of the mask, with gradients or without."""
+def test_a_16_bit_mask_is_converted_before_the_sigmoid():
+    """The sigmoid is not rounded to the dtype of the mask, with gradients or without."""
     (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
     conv, mask = ops.pack_deform_conv2d(weight, bias, *groups), mask.bfloat16()
     expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.float().sigmoid())
-    for given in (conv, weight):
-        own_bias = bias if given is weight else None
+    for operand in (conv, weight):
+        own_bias = bias if operand is weight else None
         for needs_gradient in (False, True):
             x.requires_grad_(needs_gradient)
-            result = ops.deform_conv2d(x, offset, given, own_bias, *geometry, mask, mask_sigmoid=True)
+            result = ops.deform_conv2d(x, offset, operand, own_bias, *geometry, mask, mask_sigmoid=True)
             torch.testing.assert_close(result.detach(), expected)
 
 
 def test_sizes_that_overflow():
-    """Of the private operator, which is told the sizes of the weight."""
+    """The raw operator, which takes the sizes of the weight, refuses sizes that overflow."""
     packed = torch.ops.spatialflow._deform_conv2d_packed
     empty = ops.pack_deform_conv2d(torch.zeros(0, 0, 1, 1)).packed
     for channels, side, outputs in ((2**17, 2**12, 2**23), (2**10, 2**10, 2**34), (2**20, 2**10, 2**24), (1, 1, 2**62)):
@@ -179,7 +176,7 @@ def test_sizes_that_overflow():
 
 
 def test_weights_without_values():
-    """At once, or refused: no loop over taps that read nothing."""
+    """Weights without elements return at once or are refused, without a loop over taps."""
     x, offset = torch.zeros(1, 0, 1, 1), torch.zeros(1).expand(1, 2**41, 1, 1)
     weight, bias = torch.zeros(2, 0, 2**20, 2**20), torch.ones(2)
     for call, size in (
@@ -198,14 +195,14 @@ def test_weights_without_values():
 
 
 def test_gradients_and_autocast():
-    """Go by the plain weight."""
+    """Gradients and autocast use the unpacked weight."""
     (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[0])
     inputs = [t.requires_grad_() for t in (x, offset, weight, bias, mask)]
     conv = ops.pack_deform_conv2d(weight, bias, *groups)
     y = ops.deform_conv2d(x, offset, conv, None, *geometry, mask, mask_sigmoid=True, relu=True)
     expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.sigmoid()).relu()
-    for one, other in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
-        torch.testing.assert_close(one, other)  # that of the input is a sum in any order on CUDA
+    for first, second in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+        torch.testing.assert_close(first, second)  # the input's gradient is summed in any order on CUDA
     kind = x.device.type
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16):
         assert ops.deform_conv2d(x, offset, conv, None, *geometry, mask).dtype == torch.bfloat16
@@ -213,7 +210,7 @@ def test_gradients_and_autocast():
 
 def test_derivatives_of_the_fused_call():
     (x, offset, weight, bias, mask), geometry, groups = case((3, 4, 1, 1, (3, 3), (4, 5), 1, 1, 1), torch.float64, 1)
-    offset = offset.floor() + 0.3 + 0.4 * torch.rand_like(offset)  # away from the kinks at whole coordinates
+    offset = offset.floor() + 0.3 + 0.4 * torch.rand_like(offset)  # avoids kinks at whole coordinates
     inputs = [t.requires_grad_() for t in (x, offset, weight, bias, mask)]
 
     def call(x, offset, weight, bias, mask):
@@ -228,9 +225,9 @@ def test_pickles_and_copies_pack_again():
     conv = ops.pack_deform_conv2d(weight, bias, *groups, algorithm="direct")
     expected = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
     assert len(pickle.dumps(conv)) < weight.numel() * 4 + 4096, "weights packed are not stored"
-    for other in (pickle.loads(pickle.dumps(conv)), copy.deepcopy(conv)):
-        assert other[3:] == conv[3:]
-        assert torch.equal(ops.deform_conv2d(x, offset, other, None, *geometry, mask), expected)
+    for copied in (pickle.loads(pickle.dumps(conv)), copy.deepcopy(conv)):
+        assert copied[3:] == conv[3:]
+        assert torch.equal(ops.deform_conv2d(x, offset, copied, None, *geometry, mask), expected)
 
 
 def test_opcheck_and_compile():

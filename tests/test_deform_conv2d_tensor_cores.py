@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deform_conv2d in float32 on tensor cores: errors of each algorithm, places of all numbers, and what "auto" means."""
+"""deform_conv2d in float32 on tensor cores: errors of each algorithm, exact cases, and the resolution of "auto"."""
 
 import os
 import sys
@@ -17,11 +17,11 @@ from spatialflow.ops.flow_conv2d import algorithm_code
 
 HAS_TENSOR_CORES = not os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("cpu")
 CODES = {"auto": 0, "direct": 2, "tf32": 3, "tf32x3": 4}
-FACTORS = {"tf32": 50, "tf32x3": 1}  # of the tolerance in float32: 1e-3 and 2e-5
+FACTORS = {"tf32": 50, "tf32x3": 1}  # times the tolerance of float32: 1e-3 and 2e-5
 NAMES = ("result", "input", "offset", "weight", "bias", "mask", "input by the gather")
 of_each = pytest.mark.parametrize("algorithm", list(FACTORS))
 
-# channels, outputs, groups, offset groups, kernel, (height, width). Tiles have 64, 128 and 256 columns: outputs in the
+# channels, outputs, groups, offset groups, kernel, (height, width). Tiles have 64, 128 or 256 columns: outputs in the
 # forward pass and the weight gradient, channels in the data gradient.
 CASES = {
     "single elements": (5, 3, 1, 1, 3, (5, 6)),
@@ -35,7 +35,7 @@ of_each_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CA
 
 
 def tensors_of(channels, outputs, groups, offset_groups, kernel, size) -> list[torch.Tensor]:
-    """Input, offset, weight, bias and mask in float32, with all 24 digits; as many output cells as input cells."""
+    """Make input, offset, weight, bias and mask in float32 with full mantissas; output and input have the same size."""
     padding = kernel // 2
     out = [side + 2 * padding - kernel + 1 for side in size]
     samples = offset_groups * kernel * kernel
@@ -49,7 +49,7 @@ def tensors_of(channels, outputs, groups, offset_groups, kernel, size) -> list[t
 
 
 def results(op, tensors, dtype, grad_output, algorithm="auto") -> list[torch.Tensor]:
-    """The result and all gradients, that of the input also by the deterministic kernel."""
+    """Return the result and all gradients, with that of the input also by the deterministic kernel."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
     input, offset, weight, bias, mask = leaves
     y = op(input, offset, weight, bias, padding=weight.shape[2] // 2, mask=mask, algorithm=algorithm)
@@ -64,40 +64,40 @@ class TestErrors:
     @of_each
     @of_each_case
     def test_against_float64(self, algorithm, case):
-        """Two numbers that decide: what TF32 rounds to, and that three products lose nothing a float32 sum keeps."""
+        """The error of "tf32" is within the rounding to TF32, and that of "tf32x3" within float32."""
         tensors = tensors_of(*case)
         grad_output = torch.randn(1, case[1], *tensors[4].shape[2:])
         actual = results(ops.deform_conv2d, tensors, torch.float32, lambda y: grad_output, algorithm)
         expected = results(reference.deform_conv2d, tensors, torch.float64, lambda y: grad_output)
-        for name, one, other in zip(NAMES, actual, expected):
-            assert_near([one], [other], torch.float32, factor=FACTORS[algorithm], what=name)
+        for name, result, wanted in zip(NAMES, actual, expected):
+            assert_near([result], [wanted], torch.float32, factor=FACTORS[algorithm], what=name)
         if HAS_TENSOR_CORES and algorithm == "tf32":
-            # A bias's gradient is a sum without products; the others are not float32. The bias itself is not rounded,
-            # and is several times as large as the sums that it is added to.
+            # A lower bound shows that TF32 was used. The gradient of the bias has no products. The bias itself is not
+            # rounded, and it is several times as large as the sums that it is added to.
             products = [expected[0] - tensors[3].double()[:, None, None], *expected[1:]]
-            for name, one, other, of_products in zip(NAMES, actual, expected, products):
-                error = float((one.double() - other).abs().max() / of_products.abs().max())
+            for name, result, wanted, of_products in zip(NAMES, actual, expected, products):
+                error = float((result.double() - wanted).abs().max() / of_products.abs().max())
                 assert name == "bias" or error > 1e-5, f"{name} is not computed in TF32: {error:.1e}"
 
     @of_each
     @of_each_case
     def test_short_numbers_are_exact(self, algorithm, case):
-        """Where 11 bits hold every number and 24 every sum, nothing is rounded: each value lies where it belongs."""
+        """Results are exact if 11 bits hold every input and 24 bits every sum."""
         input, offset, weight, bias, mask = tensors_of(*case)
         whole = [(4 * t).round().clamp(-7, 7) for t in (input, 8 * weight, bias)]
-        # Quarters of a cell, and mask 1: a sample has six digits.
+        # Offsets are multiples of a quarter and the mask is 1, so a sample has at most six bits.
         tensors = [whole[0], (offset * 4).floor() / 4, *whole[1:], torch.ones_like(mask)]
         computed = [
             results(op, tensors, dtype, lambda y: (y / 16).round().clamp(-3, 3), algorithm)
             for op, dtype in ((ops.deform_conv2d, torch.float32), (reference.deform_conv2d, torch.float64))
         ]
-        for name, one, other in zip(NAMES, *computed):
-            assert torch.equal(one.double(), other), name
+        for name, first, second in zip(NAMES, *computed):
+            assert torch.equal(first.double(), second), name
 
     def test_long_sums(self):
-        """2304 products, and thousands of pixels: tensor cores cut sums off, which "tf32x3" must not show."""
+        """Sums of 2304 products and thousands of pixels are accurate by "tf32x3", although tensor cores truncate."""
         input, offset, weight, _, mask = tensors_of(256, 8, 1, 1, 3, (40, 48))
-        input, weight = input.abs(), weight.abs()  # cuts of one sign add up
+        input, weight = input.abs(), weight.abs()  # truncation errors of the same sign accumulate
         computed = {}
         for name, op, dtype in (
             ("float64", reference.deform_conv2d, torch.float64),
@@ -107,10 +107,10 @@ class TestErrors:
             algorithm = name if op is ops.deform_conv2d else "auto"
             y = op(*(t.to(dtype) for t in (input, offset)), leaf, None, 1, 1, 1, mask.to(dtype), algorithm)
             computed[name] = (y.detach(), torch.autograd.grad(y.sum(), leaf)[0])
-        wanted = computed.pop("float64")
+        expected = computed.pop("float64")
         errors = {
-            name: [float((one - other).abs().max() / other.max()) for one, other in zip(own, wanted)]
-            for name, own in computed.items()
+            name: [float((first - second).abs().max() / second.max()) for first, second in zip(tensors, expected)]
+            for name, tensors in computed.items()
         }
         assert max(errors["tf32x3"]) < 3e-6 and max(errors["direct"]) < 3e-6, errors
         assert max(errors["tf32"]) < 1e-3, errors
@@ -122,7 +122,7 @@ class TestNumbers:
     @of_each
     def test_names_on_the_cpu(self, algorithm):
         if HAS_TENSOR_CORES:
-            pytest.skip("asks what the CPU makes of names that mean CUDA kernels")
+            pytest.skip("tests how the CPU resolves the names of CUDA algorithms")
         tensors = tensors_of(*CASES["groups"])
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             leaves = [t.to(dtype) for t in tensors]
@@ -131,20 +131,20 @@ class TestNumbers:
             for name in (algorithm, "auto", "direct"):
                 y = ops.deform_conv2d(*leaves[:4], padding=1, mask=leaves[4], algorithm=name)
                 computed.append((y, *torch.autograd.grad(y.sum(), weight)))
-            assert all(torch.equal(one, other) for result in computed for one, other in zip(result, computed[0]))
+            assert all(torch.equal(first, second) for result in computed for first, second in zip(result, computed[0]))
 
     def test_auto_is_three_products(self):
-        """For torch settings without TF32, as on the interpreter, which has no CUDA tensors."""
+        """If torch does not allow TF32, "auto" is "tf32x3"; so it is on the interpreter, which has no CUDA tensors."""
         if not HAS_TENSOR_CORES:
-            pytest.skip("asks which CUDA kernel computes")
+            pytest.skip("tests the selection of CUDA kernels")
         tensors = tensors_of(*CASES["groups"])
         gradient = torch.randn_like(results(ops.deform_conv2d, tensors, torch.float32, torch.clone)[0])
-        one, other, direct = (
+        auto, three_products, direct = (
             results(ops.deform_conv2d, tensors, torch.float32, lambda y: gradient, name)
             for name in ("auto", "tf32x3", "direct")
         )
-        assert torch.equal(one[0], other[0]) and torch.equal(one[3], other[3])
-        assert not torch.equal(one[0], direct[0]) and not torch.equal(one[3], direct[3])
+        assert torch.equal(auto[0], three_products[0]) and torch.equal(auto[3], three_products[3])
+        assert not torch.equal(auto[0], direct[0]) and not torch.equal(auto[3], direct[3])
 
     @of_each
     def test_other_dtypes_are_the_same(self, algorithm):
@@ -160,7 +160,7 @@ class TestNumbers:
 
     @of_each
     def test_values(self, algorithm):
-        """NaN reaches the pixels that read it alone; an infinity is still none that is finite."""
+        """NaN reaches only the pixels that read it, and an infinity does not give finite results."""
         input = torch.zeros(1, 8, 9, 20)
         input[0, 0, 2, 2], input[0, 1, 6, 17] = float("nan"), float("inf")
         offset = torch.zeros(1, 18, 9, 20)
@@ -170,7 +170,7 @@ class TestNumbers:
 
     @of_each
     def test_derivatives_of_derivatives(self, algorithm):
-        """Second derivatives are those of the same algorithm, near the reference."""
+        """Second derivatives use the same algorithm and are near the reference."""
         tensors = tensors_of(*CASES["groups"])
 
         def second(op, dtype):
@@ -186,7 +186,7 @@ class TestNumbers:
 
 @pytest.mark.usefixtures("precision_restored")
 class TestAuto:
-    """On CUDA "auto" in float32 follows what torch allows its own convolutions, when the operator is called."""
+    """On CUDA, "auto" in float32 follows torch's precision setting for convolutions at the time of the call."""
 
     @staticmethod
     def codes(dtype=torch.float32, device="cuda", algorithm="auto") -> list[int]:
@@ -208,7 +208,7 @@ class TestAuto:
 
     @pytest.mark.parametrize("algorithm", list(CODES))
     def test_derivatives_follow_the_call(self, monkeypatch, algorithm):
-        """First and second ones, also if torch's setting has changed since."""
+        """First and second derivatives use the algorithm of the call, even if torch's setting has changed."""
         module = sys.modules[algorithm_code.__module__]
         monkeypatch.setattr(module, "_may_use_tf32", lambda x: module._allows_tf32())  # as if `x` were on CUDA
         torch.backends.cudnn.conv.fp32_precision = "tf32"
@@ -236,7 +236,7 @@ class TestAuto:
         assert [code for _, code in codes.seen] == [CODES["tf32"], CODES["auto"]]
 
     def test_compile(self, monkeypatch):
-        """The setting is read while a function is traced, without a break of the graph, and is a constant of it."""
+        """torch.compile reads the setting during tracing as a constant, without a graph break."""
         module = sys.modules[algorithm_code.__module__]
         monkeypatch.setattr(module, "_may_use_tf32", lambda x: module._allows_tf32())  # as if `x` were on CUDA
         tensors = tensors_of(*CASES["groups"])
@@ -257,7 +257,7 @@ class TestAuto:
 
 
 class TestRawOperators:
-    """Winograd is refused by kernels and fake kernels alike, and so is a number that stands for nothing."""
+    """Kernels and fake kernels refuse Winograd and unknown algorithm codes."""
 
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     @pytest.mark.parametrize("code, message", [(1, "must not be 1"), (5, "must be 0 .* got 5"), (-1, "got -1")])

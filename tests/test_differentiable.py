@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivatives of derivatives: torch.func's transforms inside one another, against the plain-PyTorch references.
+"""Nested transforms of torch.func, compared with the reference implementations.
 
-torch.autograd.Function silently gives wrong results for forward mode within forward mode. Its `jvp` runs with forward
-mode disabled, which loses tangents of the outer transform.
+torch.autograd.Function gives wrong results for forward mode within forward mode, without an error. Its `jvp` runs with
+forward mode disabled, so tangents of the outer transform are lost.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ OFFSET = torch.linspace(0.2, 0.6, 288, dtype=torch.float64).reshape(1, 18, 4, 4)
 WEIGHT = torch.linspace(-1, 1, 54, dtype=torch.float64).reshape(3, 2, 3, 3)
 LABELS = torch.tensor([[[0, 3, 4, -1], [1, 2, 3, 4]]])
 
-# Functions of one tensor (1, 2, 4, 4) in which every differentiable argument depends on it.
+# Functions of a tensor (1, 2, 4, 4) on which every differentiable argument depends.
 FUNCTIONS = {
     "roi_align": lambda op, x: op(x * x, BOXES, 2),
     "flow_conv2d": lambda op, x: op(x, x * 2, WEIGHT * x.sum(), relu=False),
@@ -61,7 +61,7 @@ def test_nested_transforms(op, transforms):
 
 
 def test_no_grad_within_a_transform():
-    """A result computed under no_grad is a constant of the enclosing transform."""
+    """A result computed under no_grad is a constant for the surrounding transform."""
     x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
 
     def constant(x):
@@ -72,7 +72,7 @@ def test_no_grad_within_a_transform():
     assert not torch.autograd.grad(x.requires_grad_().sum() * 0 + constant(x), x)[0].any()
 
 
-# Calls that need no gradient, which go past autograd; `test_recorded` of the op matrix tests that they are recorded.
+# Calls without gradients, which bypass autograd; `test_recorded` of the op matrix tests that modes record them.
 CALLS = {
     "roi_align": lambda x: ops.roi_align(x, BOXES, 2),
     "flow_conv2d": lambda x: ops.flow_conv2d([x], None, WEIGHT)[0],
@@ -83,8 +83,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("by", ["mode", "subclass"])
-def test_who_replaces_a_function_may_compute_with_gradients(by):
-    """Computation around an operator that needs no gradient is recorded by autograd."""
+def test_an_override_may_compute_with_gradients(by):
+    """Autograd records computations of an override around an operator that needs no gradient."""
     factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
 
     def scaled(func, args, kwargs):
@@ -110,7 +110,7 @@ def test_who_replaces_a_function_may_compute_with_gradients(by):
 
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_a_constant_of_the_inner_transform(op):
-    """It requires no gradient in the inner transform, but one in the outer transform."""
+    """A tensor that is constant for the inner transform still has a gradient in the outer one."""
     x = torch.rand(1, 2, 4, 4, dtype=torch.float64)
 
     def value(kernel, x):
@@ -125,24 +125,24 @@ def test_a_constant_of_the_inner_transform(op):
 
 
 def test_dual_numbers_of_forward_mode():
-    """Tangents are kept although no input requires a gradient."""
+    """Tangents of dual numbers are kept, although the inputs do not require a gradient."""
     x, tangent = torch.rand(2, 1, 2, 4, 4, dtype=torch.float64)
     packed = ops.pack_conv3x3(WEIGHT)
     for call in (CALLS["roi_align"], CALLS["flow_conv2d"], lambda x: ops.flow_conv2d(x, None, packed)):
         with torch.no_grad(), forward_ad.dual_level():
-            found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, tangent))).tangent
-        torch.testing.assert_close(found, jvp(call, (x,), (tangent,))[1])
+            result = forward_ad.unpack_dual(call(forward_ad.make_dual(x, tangent))).tangent
+        torch.testing.assert_close(result, jvp(call, (x,), (tangent,))[1])
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "functionalize"])
 def test_operators_without_gradient_in_transforms(transform):
-    """Their results are constants to derivatives, and `vmap` maps them, whatever the inputs are."""
+    """Results are constants for derivatives, and `vmap` maps the operators, for all inputs."""
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [4.0, 4.0, 5.0, 5.0]])
     scores = torch.tensor([0.5, 0.9, 0.1])
 
     def areas(boxes):
-        found = ops.multiclass_nms(boxes, scores[:, None], 0.05, 0.5, 3)
-        return found.boxes.sum() + 0 * boxes.sum() + ops.paste_masks(torch.ones(3, 2, 2), boxes, (5, 5)).sum()
+        detections = ops.multiclass_nms(boxes, scores[:, None], 0.05, 0.5, 3)
+        return detections.boxes.sum() + 0 * boxes.sum() + ops.paste_masks(torch.ones(3, 2, 2), boxes, (5, 5)).sum()
 
     expected = areas(boxes)
     if transform == "grad":
@@ -159,7 +159,7 @@ def test_operators_without_gradient_in_transforms(transform):
 
 @pytest.mark.parametrize("op", CALLS)
 def test_export(op):
-    """torch.export holds the operator alone, once."""
+    """The graph of torch.export contains only the operator, once."""
 
     class Module(torch.nn.Module):
         def forward(self, x):

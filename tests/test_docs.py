@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages and the examples of `--help`: names, links and options exist, Python blocks and tutorials run."""
+"""Documentation pages and examples of `--help`: names, links and options exist; code blocks and tutorials run."""
 
 import argparse
 import importlib
@@ -25,7 +25,7 @@ TUTORIALS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "tutorials").gl
 
 pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="not in a source tree")
 
-# Words with a slash that are no files of the source tree: what commands write or are given, headers of torch, patterns.
+# Words with a slash that are not files of the source tree: inputs and outputs of commands, torch headers, patterns.
 NOT_OURS = re.compile(
     r"[A-Z<*]|\.\./shared|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check_logs)/|^(mydata|out|pictures|run|scenes)/"
 )
@@ -36,7 +36,7 @@ def page_name(page: Path) -> str:
 
 
 class Block(NamedTuple):
-    """A fenced block of code; `reason` tells why it cannot run in a test, or is empty."""
+    """A fenced block of code; `reason` is why it cannot run in a test, or empty."""
 
     language: str
     text: str
@@ -49,7 +49,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The arguments of every `spatialflow ...` in code, with lines that end in a backslash joined."""
+    """Return the arguments of every `spatialflow ...` in code, after joining lines that end in a backslash."""
     text = text.replace("\\\n", " ")
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) + re.findall(r"^ {4}\S.*$", text, re.M)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(spatialflow [^`\n]+)`", text)
@@ -74,8 +74,8 @@ def test_commands(page):
         if name.startswith("--") or name == "COMMAND":
             continue
         assert name in known, f"{page.name}: no command {name!r}"
-        given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
-        assert given <= options_of(known[name]), f"{page.name}: spatialflow {name}: {given - options_of(known[name])}"
+        used = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+        assert used <= options_of(known[name]), f"{page.name}: spatialflow {name}: {used - options_of(known[name])}"
         configs = [value for option, value in itertools.pairwise(arguments) if option == "--config" and value.islower()]
         configs += arguments[:1] if name == "train" else []
         configs = [config for config in configs if not config.endswith(".yaml")]  # written by the reader
@@ -86,7 +86,7 @@ def test_commands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_console_blocks(page):
-    """Every `spatialflow` command of a block of the language console is complete: the parser accepts it as it is."""
+    """The parser accepts every `spatialflow` command of a console block."""
     for block in blocks_of(page):
         if block.language == "console":
             for arguments in commands_of(f"```\n{block.text}```\n"):
@@ -102,7 +102,7 @@ def has_python_blocks(page: Path) -> bool:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if has_python_blocks(p) and p not in TUTORIALS], ids=page_name)
 def test_python_blocks(page, tmp_path, monkeypatch):
-    """The blocks of a page run one after the other in one session."""
+    """The blocks of a page run in order in one session."""
     monkeypatch.chdir(tmp_path)
     session: dict = {}
     for block in blocks_of(page):
@@ -136,7 +136,7 @@ def test_tutorial(page, tmp_path):
             for arguments in commands_of(f"```\n{block.text}```\n"):
                 inputs = {"photos": "scenes/images", "weights.pth": "", "run/model.safetensors": ""}
                 if any(argument in inputs and not (tmp_path / argument).exists() for argument in arguments):
-                    continue  # files of the reader
+                    continue  # these need files of the user
                 count = arguments.index("--count") + 1 if "--count" in arguments else None
                 if count:
                     arguments[count] = "4"
@@ -150,7 +150,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", subcommands())
 def test_examples_of_help(name):
-    """Each is parsed as it stands, and belongs to the commands that lead to this one."""
+    """The parser accepts each example, and at least one is an example of the command itself."""
     lines = re.findall(r"^  spatialflow (.*)$", subcommands()[name].epilog or "", re.M)
     assert lines or name == "info"
     assert all(_parser().parse_args(shlex.split(line)) for line in lines)
@@ -209,7 +209,7 @@ def test_readme_is_short():
 
 
 def test_configuration_page():
-    """The generated tables have every field with a meaning, and every configuration of the package."""
+    """The generated tables describe every field and list every configuration of the package."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         hooks = importlib.import_module("hooks")
@@ -227,7 +227,7 @@ def test_configuration_page():
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_python_names(page):
-    """`spatialflow.a.b` of the text, and make targets."""
+    """Names such as `spatialflow.a.b` and make targets exist."""
     text = page.read_text()
     for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", text, re.M):  # a function may have its module's name
         assert hasattr(importlib.import_module(module), name), f"{page.name}: {module}.{name}"
@@ -252,7 +252,7 @@ def test_environment_variables_and_macros(page):
 
 
 def test_settings_of_the_text():
-    """Words in code that look like a field of a configuration are one."""
+    """Words in code that look like a configuration field name an existing field."""
     fields = {name for section in SECTIONS.values() for name in section.__dataclass_fields__}
     text = (ROOT / "docs" / "training.md").read_text() + (ROOT / "docs" / "prediction.md").read_text()
     assigned = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[:=] ?\w", text))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring a network: average precision is pycocotools' own, panoptic quality that of the files it leaves."""
+"""Scores of a network: average precision equals pycocotools, panoptic quality equals that of written files."""
 
 import json
 
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 
 def rows_of(data, shift: int, keep: float, rng):
-    """Results like a network's: ground truth, shifted, some missing, with scores."""
+    """Return detections: shifted ground truth, with some missing and random scores."""
     truth = detection_truth(json.loads(data.json_path.read_text()), data.panoptic_folder)
     rows = []
     for annotation in truth["annotations"]:
@@ -57,7 +57,7 @@ def rows_of(data, shift: int, keep: float, rng):
 
 @pytest.mark.parametrize("shift, keep", [(0, 1.0), (3, 1.0), (2, 0.6)])
 def test_average_precision_is_that_of_pycocotools(data, tmp_path, shift, keep):
-    """Through files, as a user of pycocotools would: the same numbers."""
+    """Average precision equals that of pycocotools on files."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -79,20 +79,20 @@ def test_average_precision_is_that_of_pycocotools(data, tmp_path, shift, keep):
 @pytest.mark.parametrize(
     "ids",
     [
-        ("cat", 2, 3, 4),  # as `predict` writes them for a folder with cat.jpg and 2.jpg
-        (-1, 2**63, 2**63 + 1, 2**63 + 2),  # floats, and equal, in an array
-        ("a", "a\0", "b", 10**30),  # an array cuts text at its end
+        ("cat", 2, 3, 4),  # `predict` writes such ids for a folder with cat.jpg and 2.jpg
+        (-1, 2**63, 2**63 + 1, 2**63 + 2),  # rounded to equal floats in a NumPy array
+        ("a", "a\0", "b", 10**30),  # a NumPy array strips trailing NUL characters
     ],
 )
 def test_average_precision_takes_ids_of_every_kind(data, ids):
     content = json.loads(data.json_path.read_text())
     _, rows = rows_of(data, 2, 0.6, np.random.default_rng(0))
     expected = average_precision(content, data.panoptic_folder, rows)
-    other = dict(zip((annotation["image_id"] for annotation in content["annotations"]), ids, strict=False))
+    new_ids = dict(zip((annotation["image_id"] for annotation in content["annotations"]), ids, strict=False))
     for row in (*content["annotations"], *rows):
-        row["image_id"] = other[row["image_id"]]
-    found = average_precision(content, data.panoptic_folder, rows)
-    assert all(found[kind] == pytest.approx(expected[kind], abs=1e-12) for kind in ("box", "mask"))
+        row["image_id"] = new_ids[row["image_id"]]
+    scores = average_precision(content, data.panoptic_folder, rows)
+    assert all(scores[kind] == pytest.approx(expected[kind], abs=1e-12) for kind in ("box", "mask"))
 
 
 def test_evaluation_of_images_with_numbers_and_names(tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_evaluation_of_images_with_numbers_and_names(tmp_path, capsys):
     assert main([*predict, "--output", str(tmp_path / "out"), "--set", *settings, "score_threshold=0.005"]) == 0
     rows = read_detections(tmp_path / "out/detections.json")
     assert {row["image_id"] for row in rows} == {1, "cat"}
-    for truth in ("data/panoptic.json", "out"):  # the prediction as ground truth has both kinds of ids too
+    for truth in ("data/panoptic.json", "out"):  # a prediction used as ground truth has both kinds of ids too
         paths = [str(tmp_path / truth), str(tmp_path / "out")]
         assert main(["evaluate", *paths, "--detections", str(tmp_path / "out/detections.json")]) == 0
         assert "box AP ap " in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_truth_has_the_things_alone(data):
 
 
 class Oracle:
-    """A predictor that knows the ground truth, except of images it is told to miss."""
+    """Predictor that returns the ground truth, except for the images in `missed`."""
 
     def __init__(self, data, missed=()):
         self.data, self.missed, self.categories = data, missed, data.categories
@@ -157,7 +157,7 @@ class Oracle:
 
 
 def test_scores_are_those_of_the_files(data, tmp_path):
-    """A perfect predictor scores 1; one that misses an image scores what `evaluate` says of the files on the disk."""
+    """A perfect predictor scores 1; one that misses an image scores as `evaluate` does for its files."""
     assert evaluate_network(Oracle(data), data, tmp_path / "all", ALONE)["All"]["pq"] == 1.0
     scores = evaluate_network(Oracle(data, missed=(1,)), data, tmp_path / "some", ALONE)
     files = evaluate(
@@ -168,7 +168,7 @@ def test_scores_are_those_of_the_files(data, tmp_path):
 
 
 def test_commands(tmp_path, capsys):
-    """`predict --detections`, then `evaluate --detections`: AP beside PQ, on screen and in JSON; bad files named."""
+    """`evaluate --detections` reports AP and PQ of `predict --detections` as text and JSON; errors name the file."""
     write_coco(tmp_path / "data", 2, (64, 96))
     settings = ["num_things=6", "num_stuff=6", "categories=synthetic", "test_short_edges=[64]", "test_long_edge=96"]
     predict = ["predict", str(tmp_path / "data/images"), "--config", "tiny", "--detections", "--no-overlay"]
@@ -190,7 +190,7 @@ def test_commands(tmp_path, capsys):
         == 0
     )
     printed = capsys.readouterr().out
-    assert "box AP ap " in printed and "ap_large -\n" in printed  # there are no large things in small scenes
+    assert "box AP ap " in printed and "ap_large -\n" in printed  # small scenes have no large things
     assert set(json.loads((tmp_path / "scores.json").read_text())["detection"]) == {"box", "mask"}
     row = {key: value for key, value in rows[0].items() if key != "segmentation"}
     for content, message in (
@@ -208,7 +208,7 @@ def test_commands(tmp_path, capsys):
         (json.dumps([row | {"score": "x"}]), "row 0: bbox must be four numbers and score one"),
         (json.dumps([row | {"bbox": [1, 2, 3, float("nan")]}]), "row 0: bbox must be four numbers"),
         (json.dumps([row | {"bbox": [1, 2, 3, 10**400]}]), "row 0: bbox must be four numbers"),
-        *(  # runs that do not fill the mask, at which pycocotools hangs or reads elsewhere
+        *(  # runs that do not fill the mask, for which pycocotools hangs or reads out of bounds
             (json.dumps([row | {"segmentation": {"size": size, "counts": counts}}]), "must be a COCO RLE")
             for size, counts in (([8, 8], "zzzz"), ([8, 8], ""), ([8, 8], "0000"), ([0, 8], "0"), ([8, 8], "\u00e9"))
         ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writers of whole files: content, and no part of a file after an error. `atomic_write`: test_panoptic_formats.py."""
+"""Writers of whole files: content, and no partial file after an error (`atomic_write`: test_panoptic_formats.py)."""
 
 import json
 

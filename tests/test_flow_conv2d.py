@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flow_conv2d: the op matrix, Winograd and direct, packed weights, edges of tiles and strips, bad values, errors."""
+"""Tests of flow_conv2d: the op matrix, algorithms, packed weights, edges of tiles and strips, bad values, errors."""
 
 import copy
 import pickle
@@ -44,7 +44,7 @@ class TestFlowConv2d(OpMatrix):
 
 
 class TestKernels:
-    """Shapes at which tiles, strips, panels and vectors begin and end, in the types of which double shows nothing."""
+    """Shapes at the edges of tiles, strips, panels and vectors, in dtypes whose kernels differ from float64."""
 
     sizes = {
         "one pixel": [(1, 1)],
@@ -62,7 +62,7 @@ class TestKernels:
     @pytest.mark.parametrize("sizes", list(sizes.values()), ids=list(sizes))
     @pytest.mark.parametrize("channels", channels, ids=str)
     def test_sizes(self, algorithm, sizes, channels):
-        """With a flow, which is added into a copy, and without one, when the map is read in place."""
+        """Sizes are right with a flow, which is added into a copy, and without one, where the map is read in place."""
         x, added, weight, bias = tensors_of(*channels, sizes, True, True, 2)()
         for flow in (added, None):
             single = map_tensors(lambda t: t.float(), [x, flow, weight, bias])
@@ -72,10 +72,15 @@ class TestKernels:
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_gradients(self, algorithm, dtype):
-        """Gradients in the low types on both algorithms; the chunks of the weight gradient are all used."""
-        wide = tensors_of(20, 36, [(23, 50), (30, 41), (3, 5)], True, True, 2)()
-        wide = [[t.to(dtype) for t in wide[0]], [t.to(dtype) for t in wide[1]], wide[2].to(dtype), wide[3].to(dtype)]
-        inputs = [*wide[0], *wide[1], wide[2], wide[3]]
+        """Gradients are right in narrow dtypes for both algorithms, with every chunk of the weight gradient used."""
+        tensors = tensors_of(20, 36, [(23, 50), (30, 41), (3, 5)], True, True, 2)()
+        tensors = [
+            [t.to(dtype) for t in tensors[0]],
+            [t.to(dtype) for t in tensors[1]],
+            tensors[2].to(dtype),
+            tensors[3].to(dtype),
+        ]
+        inputs = [*tensors[0], *tensors[1], tensors[2], tensors[3]]
 
         def gradients(op, cast):
             leaf = [cast(t).requires_grad_() for t in inputs]
@@ -88,7 +93,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_large_batch_of_levels(self, algorithm):
-        """Levels of different batch sizes share tile groups; every level keeps its own numbers."""
+        """Levels of different batch sizes share groups of tiles and do not affect each other."""
         x = [torch.randn(n, 8, 11, 6) for n in (3, 1, 2)]
         weight = torch.randn(40, 8, 3, 3)
         together = ops.flow_conv2d(x, None, weight, algorithm=algorithm)
@@ -98,21 +103,21 @@ class TestKernels:
     @pytest.mark.parametrize("channels", [3, 64])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_many_levels(self, dtype, channels):
-        """More levels than one launch of a kernel takes: outputs, and the weight gradient that sums over them."""
+        """Outputs and the weight gradient are right for more levels than a launch takes."""
         x = [torch.randn(1, channels, 1 + i % 4, 2 + i % 3, dtype=dtype) for i in range(40)]
         weight = torch.randn(5, channels, 3, 3, dtype=dtype, requires_grad=True)
-        wide = weight.detach().double().requires_grad_()
+        weight64 = weight.detach().double().requires_grad_()
         actual = ops.flow_conv2d(x, None, weight, relu=False)
-        expected = reference.flow_conv2d([level.double() for level in x], None, wide, relu=False)
+        expected = reference.flow_conv2d([level.double() for level in x], None, weight64, relu=False)
         assert_near(actual, expected, dtype)
         gradients = [torch.randn_like(y) for y in actual]
-        wanted = torch.autograd.grad(expected, wide, [g.double() for g in gradients])
-        assert_near(list(torch.autograd.grad(actual, weight, gradients)), list(wanted), dtype)
+        expected_gradient = torch.autograd.grad(expected, weight64, [g.double() for g in gradients])
+        assert_near(list(torch.autograd.grad(actual, weight, gradients)), list(expected_gradient), dtype)
 
     @pytest.mark.parametrize("threads", [1, 2, 5])
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_threads(self, algorithm, threads):
-        """The number of threads changes nothing, to the last bit, gradients included; 5 is more than there is work."""
+        """Results and gradients are bitwise equal for any number of threads; 5 is more than the units of work."""
         x = torch.randn(1, 33, 13, 9)
         weight = torch.randn(34, 33, 3, 3)
 
@@ -125,13 +130,13 @@ class TestKernels:
         expected = run()
         torch.set_num_threads(threads)
         try:
-            assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=False))
+            assert all(torch.equal(first, second) for first, second in zip(run(), expected, strict=False))
         finally:
             torch.set_num_threads(before)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_half_sums_are_kept_in_float32(self, dtype):
-        """2304 ones over channels and taps, 4608 over pixels: in 16 bits the sums would stop at 2048 or 256."""
+        """Sums of 2304 ones (channels, taps) and 4608 ones (pixels) are right; 16 bits would stop at 2048 or 256."""
         x = torch.ones(1, 256, 3, 3, dtype=dtype)
         y = ops.flow_conv2d(x, None, torch.ones(8, 256, 3, 3, dtype=dtype), algorithm="direct")
         assert (y[:, :, 1, 1] == 2304).all() and (y[:, :, 0, 0] == 1024).all()
@@ -143,7 +148,7 @@ class TestKernels:
     @pytest.mark.parametrize("outputs", [40, 100, 200])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_half_tiles(self, dtype, outputs):
-        """Few outputs and many: the tensor cores take tiles of 64 outputs or of 128, whole or in part."""
+        """Cover tiles of 64 and of 128 outputs on tensor cores, full and partial."""
         x, flow, weight, bias = tensors_of(40, outputs, [(17, 35), (9, 16), (2, 3)], True, True, 2)()
         for added in (flow, None):
             halves = map_tensors(lambda t: t.to(dtype), [x, added, weight, bias])
@@ -153,7 +158,7 @@ class TestKernels:
     @pytest.mark.parametrize("channels", [(64, 64), (128, 136), (192, 36), (64, 33)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_half_steps_of_64_channels(self, dtype, channels):
-        """Inputs in whole steps of 64 channels; outputs in whole tiles, and in rows that 16 bytes fill or do not."""
+        """Cover inputs in multiples of 64 channels, full tiles of outputs, and rows that do not fill 16 bytes."""
         x, flow, weight, bias = tensors_of(*channels, [(9, 19), (8, 8), (1, 3), (17, 2)], True, True, 2)()
         for added, offset, relu in ((flow, bias, True), (None, None, False)):
             halves = map_tensors(lambda t: t.to(dtype), [x, added, weight, offset])
@@ -164,7 +169,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_half_layouts_and_gradients(self, dtype):
-        """Maps that are slices of others; the gradient of x is a convolution of the outputs' gradient."""
+        """Results and gradients are right for maps that are slices of larger ones."""
         x, flow, weight, bias = map_tensors(
             lambda t: t.to(dtype), tensors_of(64, 64, [(7, 10), (3, 1)], True, True, 2)()
         )
@@ -200,7 +205,7 @@ class TestPacked:
             packed = ops.pack_conv3x3(weight.contiguous(memory_format=layout), bias, algorithm)
             actual = ops.flow_conv2d(x, flow, packed)
             expected = ops.flow_conv2d(x, flow, weight, bias, algorithm=algorithm)
-            assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=False))
+            assert all(torch.equal(first, second) for first, second in zip(actual, expected, strict=False))
 
     def test_gradients_and_forward_mode_use_the_weights(self):
         weight = torch.randn(34, 33, 3, 3)
@@ -237,7 +242,7 @@ class TestPacked:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("begin", [1, 2])
     def test_slice_of_a_larger_tensor(self, begin, dtype):
-        """Packed weights that begin at no multiple of 16 bytes, the unit in which CUDA kernels read them."""
+        """Packed weights need no alignment to 16 bytes, the unit in which CUDA kernels read them."""
         x = torch.randn(1, 16, 6, 7, dtype=dtype)
         packed = ops.pack_conv3x3(torch.randn(8, 16, 3, 3, dtype=dtype), algorithm="direct")
         larger = torch.full((begin + packed.packed.numel(),), float("nan"), dtype=packed.packed.dtype)
@@ -253,48 +258,48 @@ class TestPacked:
             ops.flow_conv2d(torch.randn(1, 4, 6, 6).double(), None, packed)
 
     def test_another_order_is_refused(self):
-        """The length says which order packed weights have; see test_cpu_levels.py for true ones."""
+        """The length of packed weights encodes their layout; test_cpu_levels.py tests layouts of other libraries."""
         packed = ops.pack_conv3x3(torch.randn(8, 4, 3, 3))
         tag = packed.packed.numel() % 288
         assert packed.packed[-tag:].count_nonzero() == 0
         x = torch.randn(1, 4, 6, 6)
-        for other in (0, 1, tag - 2, tag + 1, 128):  # no tag: a version before there were tags
+        for other_tag in (0, 1, tag - 2, tag + 1, 128):  # 0: a version without tags
             bare = packed.packed[:-tag]
-            held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other)]))
-            message = rf"the packed weight has the layout of another .*\(tag {other}, here {tag}\); pack the"
+            held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other_tag)]))
+            message = rf"the packed weight has the layout of another .*\(tag {other_tag}, here {tag}\); pack the"
             with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
                 ops.flow_conv2d(x, None, held)
             with pytest.raises(RuntimeError, match="fused_subnets: " + message):
                 ops.fused_subnets([x], ops.SubnetParameters(cls=(held,), segmentation_levels=0))
-        wide = packed._replace(packed=packed.packed.double())
+        packed64 = packed._replace(packed=packed.packed.double())
         message = "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype"
         with pytest.raises(RuntimeError, match=message):
-            ops.flow_conv2d(x.double(), None, wide)
+            ops.flow_conv2d(x.double(), None, packed64)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
     def test_copies_are_packed_from_the_weight(self, copied):
         weight = torch.randn(33, 32, 3, 3, requires_grad=True)
         packed = ops.pack_conv3x3(weight, torch.randn(33), "winograd")
-        again = copied(packed._replace(packed=torch.zeros(1)))  # what another process packed does not matter
+        again = copied(packed._replace(packed=torch.zeros(1)))  # a copy does not use packed values of another process
         assert torch.equal(again.packed, packed.packed) and torch.equal(again.weight, weight)
         assert again.weight.requires_grad and again.algorithm == "winograd" and torch.equal(again.bias, packed.bias)
 
 
 class TestValues:
-    def test_nan_reaches_its_neighbourhood_only(self):
-        """Direct: the 3x3 outputs around the pixel. Winograd: the outputs of the 4x4 tiles that read the pixel."""
+    def test_nan_reaches_its_neighborhood_only(self):
+        """NaN reaches the 3x3 outputs around its pixel or, in Winograd, the outputs of the 4x4 tiles that read it."""
         x = torch.randn(1, 40, 14, 15)
         x[0, 7, 6, 8] = float("nan")
         weight = torch.randn(40, 40, 3, 3)
         for relu in (True, False):
             direct = ops.flow_conv2d(x, None, weight, relu=relu, algorithm="direct").isnan()
             assert direct[:, :, 5:8, 7:10].all() and direct.sum() == 9 * 40
-            # Row 6 is read by the tile of rows 4..7 alone (it reads 3..8); column 8 by those of columns 4..7 and 8..11.
+            # Only the tile of rows 4..7 reads row 6 (it reads 3..8); tiles of columns 4..7 and 8..11 read column 8.
             winograd = ops.flow_conv2d(x, None, weight, relu=relu, algorithm="winograd").isnan()
             assert winograd[:, :, 5:8, 7:10].all() and winograd.sum() == winograd[:, :, 4:8, 4:12].sum()
 
     def test_no_derivative_touches_nan_elsewhere(self):
-        """A level with NaN that has no tangent, or whose result gets no gradient, gives zeros, not 0 * NaN."""
+        """A level with NaN but without tangent or incoming gradient gives zeros, not 0 * NaN."""
         good, bad = torch.randn(1, 2, 3, 3), torch.full((1, 2, 3, 3), float("nan"))
         weight = torch.randn(2, 2, 3, 3, requires_grad=True)
         with torch.autograd.forward_ad.dual_level():
@@ -310,7 +315,7 @@ class TestValues:
         assert torch.equal(gradient, alone)
 
     def test_no_second_derivative_passes_the_mask_of_relu(self):
-        """Which results are positive has no derivative: zeros for it would become NaN where x holds NaN."""
+        """The mask of ReLU has no derivative; a zero derivative would become 0 * NaN where x is NaN."""
         x, weight = torch.randn(1, 2, 5, 5), torch.randn(2, 2, 3, 3, requires_grad=True)
         x[0, 0, 0, 0] = float("nan")
         x.requires_grad_()
@@ -327,7 +332,7 @@ class TestValues:
         assert result[0, 0, 1:4, 1:4].isinf().all() and not result[0, 0, 0].any()
 
     def test_relu_gradient_at_zero(self):
-        """A result of exactly zero passes no gradient, as torch.relu."""
+        """The gradient at a result of exactly zero is zero, as for torch.relu."""
         x = torch.zeros(1, 1, 3, 3, requires_grad=True)
         y = ops.flow_conv2d(x, None, torch.ones(1, 1, 3, 3))
         assert not torch.autograd.grad(y.sum(), x)[0].any()

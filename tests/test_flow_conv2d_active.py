@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flow_conv2d with `active`: images that are left out are zeros, are never read, and change nothing in the others."""
+"""flow_conv2d with `active`: inactive images give zeros, are never read, and do not change the others."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from spatialflow.ops import reference
 
 
 def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, flags: list):
-    """A function that makes x, flow, weight and bias in float64, and active."""
+    """Return a function that makes x, flow, weight and bias in float64, and active."""
     others = flow_conv2d_cases.tensors_of(channels, out_channels, sizes, flow, bias, len(flags))
     return lambda grow=0: [*others(grow), torch.tensor(flags, dtype=torch.bool)]
 
@@ -67,7 +67,7 @@ FLAGS = {
     "last": [False, False, False, True, True],
     "every other": [False, True, False, True, False],
 }
-# Winograd and direct; tiles of 64 and 128 outputs, whole ones or not; rows that 16 bytes fill or do not.
+# Winograd and direct; full and partial tiles of 64 and 128 outputs; rows with and without 16-byte alignment.
 CHANNELS = [(3, 5), (64, 64), (40, 136), (33, 70)]
 
 
@@ -75,8 +75,8 @@ class TestImages:
     @pytest.mark.parametrize("flags", list(FLAGS.values()), ids=list(FLAGS))
     @pytest.mark.parametrize("channels", CHANNELS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-    def test_others_are_as_without(self, dtype, channels, flags):
-        """To the last bit, whatever the images that are left out hold."""
+    def test_active_images_are_unchanged(self, dtype, channels, flags):
+        """Results of active images do not depend on inactive images, to the last bit."""
         build = tensors_of(*channels, [(9, 17), (4, 4), (1, 3)], True, True, flags)
         *tensors, active = build()
         x, flow, weight, bias = map_tensors(lambda t: t.to(dtype), tensors)
@@ -109,7 +109,7 @@ class TestImages:
         assert torch.equal(result[1], whole[1]) and not result[::2].any()
 
     def test_flags_of_any_form(self):
-        """Strided and expanded flags, and bytes that are neither 0 nor 1."""
+        """Flags may be strided, expanded, and bytes other than 0 and 1."""
         x, conv = torch.randn(4, 8, 5, 6), ops.pack_conv3x3(torch.randn(8, 8, 3, 3))
         whole = ops.flow_conv2d(x, None, conv)
         every_third = torch.zeros(12, dtype=torch.bool)
@@ -124,7 +124,7 @@ class TestImages:
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_more_tiles_than_a_block_takes(self, dtype):
-        """Of a launch with flags: 128 tiles for a block, as many of them as three blocks of the interpreter take."""
+        """A launch with flags has 128 tiles per block; this case has the tiles of three blocks of the interpreter."""
         count = 450
         x = torch.randn(count, 8, 2, 1, dtype=dtype)
         conv = ops.pack_conv3x3(torch.randn(8, 8, 3, 3, dtype=dtype))
@@ -144,7 +144,7 @@ class TestImages:
     @pytest.mark.parametrize("threads", [1, 2, 5])
     @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
     def test_threads(self, algorithm, threads):
-        """The number of threads changes nothing, to the last bit."""
+        """Results are bitwise equal for any number of threads."""
         x, active = torch.randn(6, 33, 13, 9), torch.tensor([True, False, True, True, False, True])
         conv = ops.pack_conv3x3(torch.randn(34, 33, 3, 3), None, algorithm)
         before = torch.get_num_threads()
@@ -166,7 +166,7 @@ class TestImages:
         assert torch.equal(results[1][1], ops.flow_conv2d(x[1], None, conv)[1]) and not results[1][0].any()
 
 
-# Image 1 of x and of flow lies in memory without the right to read; a read ends the process.
+# Image 1 of x and of flow is in memory without read permission, so a read ends the process.
 FORBIDDEN = """
 import ctypes
 import mmap
@@ -203,8 +203,8 @@ print("not read")
 """
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="protects memory of the host")
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs mprotect as Linux has it")
+@pytest.mark.skipif(DEVICE == "cuda", reason="protects host memory, which CUDA kernels do not read")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs mprotect of Linux")
 class TestReads:
     def run(self, *arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", FORBIDDEN, *map(str, arguments)]
@@ -222,21 +222,21 @@ class TestReads:
             ("float16", "direct", 2),
         ],
     )
-    def test_images_that_are_left_out_are_not_read(self, dtype, algorithm, channels, flow):
-        """So nothing of them is multiplied either; on the interpreter and on the CPU."""
-        found = self.run(dtype, algorithm, channels, flow, "active")
-        assert found.returncode == 0 and found.stdout == "not read\n", found.stderr[-2000:]
+    def test_inactive_images_are_not_read(self, dtype, algorithm, channels, flow):
+        """Neither the interpreter nor the CPU reads inactive images."""
+        process = self.run(dtype, algorithm, channels, flow, "active")
+        assert process.returncode == 0 and process.stdout == "not read\n", process.stderr[-2000:]
 
     def test_reads_are_found(self):
-        """The test of the test: without `active` the process dies of a read, not of a Python exception."""
-        found = self.run("float32", "direct", 4, "flow", "all")
-        assert found.returncode != 0 and found.stdout == "" and "Traceback" not in found.stderr
+        """Without `active` the read ends the process without a Python exception, so the test above can fail."""
+        process = self.run("float32", "direct", 4, "flow", "all")
+        assert process.returncode != 0 and process.stdout == "" and "Traceback" not in process.stderr
 
 
 class TestGradients:
     @pytest.mark.parametrize("fill", [float("nan"), float("inf")])
     def test_nothing_of_other_images_enters(self, fill):
-        """Gradients and tangents are those of the active images alone, whatever the others hold."""
+        """Gradients and tangents depend on active images only."""
         *tensors, active = tensors_of(4, 6, [(7, 5), (3, 2)], True, True, [False, True, True])()
         x, flow, weight, bias = tensors
         for level, added in zip(x, flow):

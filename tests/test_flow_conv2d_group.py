@@ -10,16 +10,16 @@ from spatialflow import ops
 
 
 class TestGroup:
-    """Each convolution has its own entry of inputs."""
+    """Several convolutions in one call, each with separate inputs."""
 
     SIZES = [(20, 21), (5, 3)]
 
     def members(self, dtype=torch.float32):
-        """Inputs of different structure, and weights of different channels; the last takes "direct", and no bias."""
-        pyramid, _, one, bias = tensors_of(40, 45, self.SIZES, False, True, 1)()
-        single, _, other, _ = tensors_of(33, 34, [(9, 7)], False, False, 2)()
+        """Return inputs of different structure and weights of different channels; the last is "direct" without bias."""
+        pyramid, _, weight, bias = tensors_of(40, 45, self.SIZES, False, True, 1)()
+        single, _, other_weight, _ = tensors_of(33, 34, [(9, 7)], False, False, 2)()
         x = map_tensors(lambda t: t.to(dtype), [pyramid, single[0], pyramid])
-        weights = [(one, bias, "auto"), (other, None, "auto"), (one[:7], None, "direct")]
+        weights = [(weight, bias, "auto"), (other_weight, None, "auto"), (weight[:7], None, "direct")]
         return x, [ops.pack_conv3x3(w.to(dtype), b if b is None else b.to(dtype), a) for w, b, a in weights]
 
     @pytest.mark.parametrize("relu", [True, False])
@@ -31,8 +31,8 @@ class TestGroup:
             actual = ops.flow_conv2d(x, None, weights, relu=relu)
             expected = [ops.flow_conv2d(entry, None, conv, relu=relu) for entry, conv in zip(x, weights)]
             assert [type(entry) for entry in actual] == [list, torch.Tensor, list]
-            for one, other in zip(leaves(actual), leaves(expected), strict=True):
-                assert torch.equal(one, other) and one.stride() == other.stride()
+            for first, second in zip(leaves(actual), leaves(expected), strict=True):
+                assert torch.equal(first, second) and first.stride() == second.stride()
 
     def test_bias_is_kept_in_the_dtype_of_sums(self):
         _, weights = self.members(torch.float16)

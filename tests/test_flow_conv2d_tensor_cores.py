@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flow_conv2d in float32 on tensor cores: TF32 once or three times, and when "auto" is which."""
+"""flow_conv2d in float32 on tensor cores: "tf32", "tf32x3", and the resolution of "auto"."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ HAS_TENSOR_CORES = not os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("
 
 
 class TestTensorCores:
-    """float32 by TF32 on CUDA; the CPU computes the same names as "auto"."""
+    """Algorithms with TF32 on CUDA; on the CPU these names mean "auto"."""
 
     cases = {
         "one pixel": (1, 1, [(1, 1)]),
@@ -28,12 +28,12 @@ class TestTensorCores:
         "wide tiles": (40, 136, [(17, 35), (2, 3)]),
         "odd channels": (33, 70, [(9, 31)]),
     }
-    factors = {"tf32": 50, "tf32x3": 1}  # of the tolerance in float32: 1e-3 and 2e-5
+    factors = {"tf32": 50, "tf32x3": 1}  # times the tolerance of float32: 1e-3 and 2e-5
     of_each = pytest.mark.parametrize("algorithm", list(factors))
 
     @staticmethod
     def full_numbers(*case) -> list:
-        """float32 tensors whose numbers have all 24 digits, as eighths have not."""
+        """Make float32 tensors with full 24-bit mantissas, unlike multiples of 1/8."""
         return map_tensors(lambda t: (t * 1.1).float(), tensors_of(*case, True, True, 2)())
 
     @of_each
@@ -48,7 +48,7 @@ class TestTensorCores:
 
     @of_each
     def test_gradients(self, algorithm):
-        """Data and weight gradients; more pixels and channels than a tile has."""
+        """Data and weight gradients are right for more pixels and channels than a tile has."""
         x, flow, weight, bias = self.full_numbers(70, 36, [(23, 30), (9, 8), (3, 5)])
         gradients = [torch.randn(2, 36, *level.shape[2:]) for level in x]
 
@@ -64,9 +64,9 @@ class TestTensorCores:
     @of_each
     @pytest.mark.parametrize("channels", [(5, 3), (40, 36), (64, 136)], ids=str)
     def test_short_numbers_are_exact(self, algorithm, channels):
-        """Where 11 bits hold every number and 24 every sum, nothing is rounded: each value lies where it belongs."""
+        """Results are exact if 11 bits hold every input and 24 bits every sum."""
         if not HAS_TENSOR_CORES:
-            pytest.skip("the CPU computes these by Winograd, which rounds; the CUDA kernels are exact")
+            pytest.skip("the CPU uses Winograd here, which is not exact")
         x, flow, weight, bias = tensors_of(*channels, [(9, 18), (2, 9)], True, True, 2)()
         weight, bias = (weight * 64).round() / 8, (bias * 8).round() / 8
         tensors = [*x, *flow, weight, bias]
@@ -80,19 +80,19 @@ class TestTensorCores:
             assert torch.equal(actual.double(), expected)
 
     def test_long_sums(self):
-        """2304 products and thousands of pixels: tensor cores cut sums off, which "tf32x3" must not show."""
+        """Sums of 2304 products and thousands of pixels are accurate by "tf32x3", although tensor cores truncate."""
         x, weight = torch.randn(1, 256, 40, 48), torch.randn(8, 256, 3, 3) * 0.02
-        weight = weight.abs()  # cuts of one sign add up
+        weight = weight.abs()  # truncation errors of the same sign accumulate
         x = x.abs()
-        leaf, wide = weight.clone().requires_grad_(), weight.double().requires_grad_()
-        expected = reference.flow_conv2d(x.double(), None, wide)
-        (wanted,) = torch.autograd.grad(expected.sum(), wide)
+        leaf, weight64 = weight.clone().requires_grad_(), weight.double().requires_grad_()
+        expected = reference.flow_conv2d(x.double(), None, weight64)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), weight64)
         errors = {}
         for algorithm in ("direct", *self.factors):
             y = ops.flow_conv2d(x, None, leaf, algorithm=algorithm)
             (gradient,) = torch.autograd.grad(y.sum(), leaf)
-            pairs = ((y.detach(), expected.detach()), (gradient, wanted))
-            errors[algorithm] = [float((one - other).abs().max() / other.max()) for one, other in pairs]
+            pairs = ((y.detach(), expected.detach()), (gradient, expected_gradient))
+            errors[algorithm] = [float((first - second).abs().max() / second.max()) for first, second in pairs]
         assert max(errors["tf32x3"]) < (3e-6 if HAS_TENSOR_CORES else 1e-5)
         assert max(errors["tf32"]) < 1e-3
         if HAS_TENSOR_CORES:
@@ -101,7 +101,7 @@ class TestTensorCores:
     @of_each
     def test_names_on_the_cpu(self, algorithm):
         if HAS_TENSOR_CORES:
-            pytest.skip("asks what the CPU makes of names that mean CUDA kernels")
+            pytest.skip("tests how the CPU resolves the names of CUDA algorithms")
         x, weight = torch.randn(1, 40, 30, 31), torch.randn(40, 40, 3, 3)
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             leaf, map_ = weight.to(dtype).requires_grad_(), x.to(dtype)
@@ -110,11 +110,11 @@ class TestTensorCores:
                 y = ops.flow_conv2d(map_, None, leaf, algorithm=name)
                 packed = ops.flow_conv2d(map_, None, ops.pack_conv3x3(leaf.detach(), None, name))
                 results.append([y, packed, *torch.autograd.grad(y.sum(), leaf)])
-            assert all(torch.equal(one, other) for one, other in zip(*results))
+            assert all(torch.equal(first, second) for first, second in zip(*results))
 
     @of_each
     def test_values(self, algorithm):
-        """NaN reaches its neighborhood alone; an infinity is still none that is finite."""
+        """NaN reaches only its neighborhood, and an infinity does not give finite results."""
         x = torch.zeros(1, 2, 9, 20)
         x[0, 0, 2, 2], x[0, 1, 6, 17] = float("nan"), float("inf")
         result = ops.flow_conv2d(x, None, torch.ones(3, 2, 3, 3), algorithm=algorithm)
@@ -122,8 +122,8 @@ class TestTensorCores:
         assert result.isfinite().sum() == 3 * (9 * 20 - 18)
 
     @of_each
-    def test_tower(self, algorithm):
-        """Convolutions of several algorithms in a launch; the composed sub-networks give the same bits."""
+    def test_fused_subnets(self, algorithm):
+        """A launch may mix algorithms, and the composition of operators gives the same bits."""
         convs = [(torch.randn(24, 24, 3, 3) / 12, torch.randn(24)) for _ in range(4)]
         packed = [ops.pack_conv3x3(*conv, name) for conv, name in zip(convs, (algorithm, "direct", "auto", algorithm))]
         lists = {"cls": packed[:1], "reg": packed[1:2], "stuff": convs[2:3], "flow_cls": packed[3:], "thing": convs[:1]}
@@ -131,13 +131,13 @@ class TestTensorCores:
         levels = [torch.randn(2, 24, *size) for size in ((9, 11), (5, 3), (2, 2))]
         actual = ops.fused_subnets(levels, parameters, algorithm)
         tracked = ops.fused_subnets([level.clone().requires_grad_() for level in levels], parameters, algorithm)
-        for one, other in zip(actual, tracked):
-            assert all(torch.equal(a, b) for a, b in zip(one, other))
+        for first, second in zip(actual, tracked):
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.usefixtures("precision_restored")
 class TestAuto:
-    """On CUDA "auto" in float32 follows what torch allows its own convolutions, when the operator is called."""
+    """On CUDA, "auto" in float32 follows torch's precision setting for convolutions at the time of the call."""
 
     @staticmethod
     def codes(dtype=torch.float32, device="cuda", algorithm="auto") -> list:
@@ -162,7 +162,7 @@ class TestAuto:
             elif way == "cudnn.fp32_precision":
                 cudnn.fp32_precision = precision
             else:
-                if way == "mixed":  # in which state the old name cannot be read
+                if way == "mixed":  # reading the old setting raises in this state
                     cudnn.allow_tf32 = not allow
                 cudnn.conv.fp32_precision = precision
             code = CODES["tf32" if allow else "auto"]
@@ -180,7 +180,7 @@ class TestAuto:
                 assert self.codes(algorithm=name) == [code, code, [code, code]]
 
     def test_compile(self, monkeypatch):
-        """The setting is read while a function is traced, without a break of the graph, and is a constant of it."""
+        """torch.compile reads the setting during tracing as a constant, without a graph break."""
         module = sys.modules[algorithm_code.__module__]
         monkeypatch.setattr(module, "_may_use_tf32", lambda x: module._allows_tf32())  # as if `x` were on CUDA
         x, weight = torch.randn(1, 33, 6, 6), torch.randn(33, 33, 3, 3)

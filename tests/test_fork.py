@@ -9,10 +9,10 @@ import textwrap
 import pytest
 
 if not hasattr(os, "fork"):
-    pytest.skip("there is no fork on this system", allow_module_level=True)
+    pytest.skip("needs os.fork", allow_module_level=True)
 
 if os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("simt"):
-    pytest.skip("interpreted kernels use no threads of torch", allow_module_level=True)
+    pytest.skip("interpreted kernels do not use torch's threads", allow_module_level=True)
 
 PARENT = """
     import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions with an epilogue equal the plain ones, whichever library is asked; cuDNN's are stood in for here."""
+"""Convolutions with a fused epilogue equal separate operations, for every library; cuDNN is mocked here."""
 
 import itertools
 
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def tensors(kernel, shape, channels=16, outputs=24):
-    """x, weight, bias and residual, channels-last, on any device."""
+    """Make channels-last x, weight, bias and residual on the default device."""
     torch.manual_seed(0)
     x = torch.randn(2, channels, 9, 7)
     weight = torch.randn(outputs, channels // shape.groups, kernel, kernel)
@@ -37,7 +37,7 @@ def expected(x, weight, bias, shape, relu, residual):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """Stands in for cuDNN's two operators on the CPU, and records what they are called with."""
+    """Mock cuDNN's two operators on the CPU and record their arguments."""
     calls = []
 
     def convolution(x, weight, bias, stride, padding, dilation, groups):
@@ -77,7 +77,7 @@ class TestNumbers:
             torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-4)
             assert y.is_contiguous(memory_format=torch.channels_last)
         if library == "cudnn":
-            assert len(calls) == len(SHAPES) * 4  # with ReLU: no other epilogue is there
+            assert len(calls) == len(SHAPES) * 4  # cuDNN has only the epilogue with ReLU
 
     @pytest.mark.parametrize("with_bias", [True, False])
     def test_matrix_product(self, with_bias):
@@ -88,26 +88,26 @@ class TestNumbers:
         torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, False, None), rtol=1e-5, atol=1e-4)
         assert y.is_contiguous(memory_format=torch.channels_last)
 
-    def test_what_is_a_matrix_product(self):
-        """On a GPU in 16 bits: 1x1, without stride, padding or groups."""
+    def test_which_convolutions_are_matrix_products(self):
+        """On a GPU, 16-bit 1x1 convolutions without stride, padding or groups are matrix products."""
         x, weight = torch.empty(1, 8, 4, 4, device="meta"), torch.empty(8, 8, 1, 1, device="meta")
         asked = fused_conv._is_matrix_product
         shape = Shape((1, 1), (0, 0), 1)
         assert asked(x.half(), weight.half(), shape) and asked(x.bfloat16(), weight.bfloat16(), shape)
         assert not asked(x, weight, shape) and not asked(torch.empty(1, 8, 4, 4, device="cpu").half(), weight, shape)
-        for other in (Shape((2, 2), (0, 0), 1), Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
-            assert not asked(x.half(), weight.half(), other)
+        for other_shape in (Shape((2, 2), (0, 0), 1), Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
+            assert not asked(x.half(), weight.half(), other_shape)
         assert not asked(x.half(), torch.empty(8, 8, 3, 3, device="meta").half(), shape)
 
     def test_linear_relu(self):
         x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
         right = F.linear(x, weight, bias).relu()
         torch.testing.assert_close(linear_relu(x, weight, bias), right)
-        torch.testing.assert_close(torch._addmm_activation(bias, x, weight.t()), right)  # what a GPU calls
+        torch.testing.assert_close(torch._addmm_activation(bias, x, weight.t()), right)  # the function used on a GPU
 
 
 class TestOwnKernel:
-    """16-bit 1x1 convolutions on compute capability 9.0, stood in for by any device."""
+    """16-bit 1x1 convolutions on compute capability 9.0, which is mocked."""
 
     @pytest.fixture
     def hopper(self, monkeypatch):
@@ -116,7 +116,7 @@ class TestOwnKernel:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
     def test_equals_separate_passes(self, hopper, stride, dtype):
-        """One operator, and a view where there is a stride."""
+        """The result is one operator call, on a strided view if there is a stride."""
         shape = Shape(stride, (0, 0), 1)
         for relu, with_bias, with_residual in itertools.product((True, False), repeat=3):
             x, weight, bias, residual = (t.to(dtype) for t in tensors(1, shape))
@@ -130,12 +130,12 @@ class TestOwnKernel:
             assert_near(y, right, dtype)
             assert y.is_contiguous(memory_format=torch.channels_last)
 
-    def test_what_it_is_for(self, hopper):
+    def test_which_convolutions_use_it(self, hopper):
         x, weight = torch.empty(1, 8, 4, 4).half(), torch.empty(16, 8, 1, 1).half()
         shape, asked = Shape((1, 1), (0, 0), 1), fused_conv._is_for_own_kernel
         assert asked(x, weight, shape) and asked(x.bfloat16(), weight.bfloat16(), Shape((2, 2), (0, 0), 1))
-        for other in (Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
-            assert not asked(x, weight, other)
+        for other_shape in (Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
+            assert not asked(x, weight, other_shape)
         for size in ((12, 8, 1, 1), (16, 4, 1, 1), (16, 8, 3, 3)):
             assert not asked(x, torch.empty(size).half(), shape)
         assert not asked(x.float(), weight.float(), shape)
@@ -151,7 +151,7 @@ class TestOwnKernel:
         ],
     )
     def test_devices(self, monkeypatch, built, capability, right):
-        """A device is asked once; torch.compile takes the answer as it is."""
+        """A device is queried once, and torch.compile uses the result as a constant."""
         asked = []
         monkeypatch.setattr(fused_conv, "build_description", lambda: {"cuda_architectures": built})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
@@ -187,7 +187,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "message", ["Unable to find an engine to execute this computation", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"]
     )
-    def test_a_convolution_without_a_kernel_is_asked_for_once(self, cudnn, monkeypatch, message):
+    def test_a_convolution_without_a_kernel_is_tried_once(self, cudnn, monkeypatch, message):
         calls = self.failing(monkeypatch, RuntimeError(message))
         kernel, shape = SHAPES["1x1"]
         x, weight, bias, _ = tensors(kernel, shape)
@@ -196,7 +196,7 @@ class TestRefusals:
             torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, True, None), rtol=1e-5, atol=1e-4)
         assert len(calls) == 1
         fused_conv2d(*tensors(*SHAPES["3x3, stride 2"])[:3], SHAPES["3x3, stride 2"][1], True)
-        assert len(calls) == 2  # another one is asked for
+        assert len(calls) == 2  # another shape is tried
 
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("shapes do not fit")])
     def test_other_errors_are_raised(self, cudnn, monkeypatch, error):
@@ -224,7 +224,7 @@ class TestRefusals:
 
 
 class TestDtypes:
-    """Features and weight of different dtypes: refused, or under autocast computed in its dtype."""
+    """Different dtypes of features and weight are refused or, under autocast, cast."""
 
     @pytest.mark.parametrize("given", [torch.float64, torch.bfloat16], ids=str)
     def test_another_dtype_than_the_weight(self, cudnn, given):
@@ -270,7 +270,7 @@ class TestDtypes:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_fake_kernels_describe_the_result(dtype):
-    """On meta tensors: shape, dtype and layout of both operators of cuDNN."""
+    """Fake kernels predict shape, dtype and layout of both cuDNN operators on meta tensors."""
     for kernel, shape in SHAPES.values():
         x, weight, bias, residual = (t.to("meta", dtype) for t in tensors(kernel, shape))
         for added in (None, residual):
@@ -283,7 +283,7 @@ def test_fake_kernels_describe_the_result(dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_cudnn(dtype):
-    """The real operators of cuDNN; says which convolutions they have no kernel for."""
+    """The operators of cuDNN are right; the test prints convolutions for which they have no kernel."""
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-3}[dtype]
     fused_conv._refused.clear()
     for (kernel, shape), relu, with_bias, with_residual in questions():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_subnets: the op matrix, the one-operator path against the composed one, every wiring, goldens, errors."""
+"""Tests of fused_subnets: the op matrix, the fused and the composed path, every configuration, goldens, errors."""
 
 import importlib.util
 
@@ -24,10 +24,10 @@ from spatialflow import ops
 def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto"):
     packed, biases = [], []
     for convolutions in convs:
-        for one in convolutions:
-            weight = None if one is None else one[0]
-            packed.append(torch.empty(0, dtype=torch.float64) if one is None else ops.pack_conv3x3(weight).packed)
-            biases.append(torch.zeros(0 if one is None else weight.shape[0], dtype=torch.float64))
+        for pair in convolutions:
+            weight = None if pair is None else pair[0]
+            packed.append(torch.empty(0, dtype=torch.float64) if pair is None else ops.pack_conv3x3(weight).packed)
+            biases.append(torch.zeros(0 if pair is None else weight.shape[0], dtype=torch.float64))
     counts = [len(convolutions) for convolutions in convs]
     detached = [level.detach().clone() for level in levels]  # the raw operator is for calls without gradients
     return torch.ops.spatialflow.fused_subnets, (
@@ -41,7 +41,7 @@ def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto
     )
 
 
-# ReLU units are well on or well off: at a kink finite differences, and masks in 16 bits, say nothing about a kernel.
+# Inputs of ReLU are far from zero. At zero, finite differences and ReLU masks in 16 bits do not test a kernel.
 def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), (4, 6)), batch=2, **options):
     def tensors(grow: int = 0) -> list:
         levels = pyramid(channels, [(h + grow, w + grow) for h, w in sizes], batch=batch)
@@ -57,7 +57,7 @@ def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), 
             converted=(0, 1),
             raw=raw,
             resized=tensors,
-            # Which convolution reads what follows from the schedule, which kernels alone make.
+            # Only kernels build the schedule, which determines the inputs of each convolution.
             unforeseen="was packed for other channels|channels of the feature it is added to",
         )
 
@@ -78,12 +78,12 @@ class TestFusedSubnets(OpMatrix):
     thin_samples = {
         name: sample(channels, sizes=((height, width), (3, 4)), batch=batch, stages=(1, 1, 1, 1))
         for name, (batch, channels, height, width) in THIN_SHAPES.items()
-        if channels  # fused_subnets refuses maps without channels
+        if channels  # fused_subnets requires channels
     }
 
 
 class TestWirings:
-    """Every ablation of the paper: the operator, its composition and the reference agree."""
+    """The operator, its composition and the reference agree for every ablation of the paper."""
 
     @pytest.mark.parametrize("channels", [6, 33])
     @pytest.mark.parametrize("case", list(WIRINGS.values()), ids=list(WIRINGS))
@@ -96,12 +96,12 @@ class TestWirings:
         assert_near(actual, expected, torch.float32, factor=4)
         tracked = map_tensors(lambda t: t.clone().requires_grad_(), single)
         composed = run_fused_subnets(*tracked, **source)
-        # Tiles and sums are the same ones in the same order, but the two sums of flows round alike only in float32.
-        for one, other in zip(actual, composed):
-            assert all(torch.equal(a, b) for a, b in zip(one, other))
+        # Tiles and sums have the same order, but sums of two flows are rounded equally only in float32.
+        for first, second in zip(actual, composed):
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
         packed = ops.pack_subnets(parameters_of(single[1], **source))
-        for one, other in zip(actual, ops.fused_subnets(single[0], packed)):
-            assert all(torch.equal(a, b) for a, b in zip(one, other))
+        for first, second in zip(actual, ops.fused_subnets(single[0], packed)):
+            assert all(torch.equal(a, b) for a, b in zip(first, second))
 
     @pytest.mark.parametrize("algorithm", ["winograd", "direct"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -113,14 +113,14 @@ class TestWirings:
     @pytest.mark.parametrize("sizes", [SIZES[1:], [(3, 2)] * 9], ids=["pyramid", "many levels"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_half_steps_of_64_channels(self, dtype, sizes):
-        """Convolutions of 64 and of 128 channels share launches, with and without flows and residuals."""
+        """Convolutions of 64 and 128 channels share launches, with and without flows and residuals."""
         convs = wiring(channels=64, inner=128, stages=(2, 2, 1, 1))
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, sizes, batch=2), convs])
         expected = by_reference(*map_tensors(torch.Tensor.double, [levels, convs]))
         assert_near(run_fused_subnets(levels, convs), expected, dtype, factor=4)
 
     def test_mixed_algorithms(self):
-        """Packed convolutions of either algorithm may meet in one stage."""
+        """A stage may contain packed convolutions of both algorithms."""
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
         parameters = parameters_of(convs)
         mixed = ops.pack_subnets(parameters, "direct")._replace(
@@ -135,7 +135,7 @@ class TestWirings:
         levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
         before = [level.clone() for level in levels]
         results = run_fused_subnets(levels, convs)
-        assert all(torch.equal(one, other) for one, other in zip(levels, before))
+        assert all(torch.equal(first, second) for first, second in zip(levels, before))
         storages = [level.data_ptr() for maps in [levels, *results] for level in maps]
         assert len(set(storages)) == len(storages)
         assert all(level.is_contiguous(memory_format=torch.channels_last) for maps in results for level in maps)
@@ -204,7 +204,7 @@ class TestErrors:
 
 
 class TestGolden:
-    """The released sub-networks without deformable stages: 16 channels, five levels, batch of two."""
+    """The released sub-networks without deformable stages: 16 channels, five levels, batch size 2."""
 
     names = {
         "cls": "cls_convs",

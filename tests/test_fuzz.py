@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzer itself: it survives what cases do to its worker, finds wrong operators, and repeats itself."""
+"""Tests of the fuzzer: it survives crashes of its worker, finds wrong operators, and is reproducible."""
 
 import ctypes
 import dataclasses
@@ -22,7 +22,7 @@ from fuzz.supervisor import Outcome, Supervisor
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# --- what workers of these tests execute ---
+# --- functions that the workers execute ---
 
 
 def misbehave(case):
@@ -42,7 +42,7 @@ def misbehave(case):
 
 
 def read_beyond(case):
-    """Reads one element before or after a tensor in guarded memory."""
+    """Read one element before or after a tensor in guarded memory."""
     from fuzz.tensors import Memory, build_tensor
 
     memory = Memory()
@@ -54,7 +54,7 @@ def read_beyond(case):
 
 
 def execute_wrong(case):
-    """Valid cases on a `stuff_labels` that is wrong for strides and an `nms` that kills its process at a single box."""
+    """Execute a valid case on a `stuff_labels` that is wrong for strides and an `nms` that crashes on a single box."""
     from fuzz import execute, operators
 
     from spatialflow import ops
@@ -68,7 +68,7 @@ def execute_wrong(case):
             os.kill(os.getpid(), signal.SIGSEGV)
         return ops.nms(boxes, **rest)
 
-    if not case["valid"]:  # of what is refused nothing can be told here
+    if not case["valid"]:  # an invalid case is refused, so it tests nothing here
         return {"status": "refused", "differences": [], "compared": 0, "excluded": 0, "skipped": []}
     for name, call in (("stuff_labels", wrong_labels), ("nms", deadly_nms)):
         operators.OPERATORS[name] = dataclasses.replace(operators.OPERATORS[name], call=call)
@@ -82,7 +82,7 @@ def test_supervisor_survives_its_worker():
     with Supervisor("test_fuzz:misbehave", seconds=2, gigabytes=1) as supervisor:
         first = supervisor.run("good")
         assert first.kind == "done" and first.value[0] == "good"
-        assert supervisor.run("print").value == ["print", first.value[1]]  # output is no answer
+        assert supervisor.run("print").value == ["print", first.value[1]]  # printed lines are not answers
         raised = supervisor.run("raise")
         assert raised.kind == "raised" and "KeyError: 'nothing'" in raised.message
         full = supervisor.run("fill")
@@ -120,7 +120,7 @@ def test_a_wrong_operator_is_found_and_replayed(name, words):
 
 
 class Recorder:
-    """Stands for a supervisor; every case is right."""
+    """Mock of a supervisor, for which every case is right."""
 
     def __init__(self):
         self.cases = []
@@ -145,7 +145,7 @@ def test_a_seed_gives_the_same_cases():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_cases_are_hostile(name):
-    """Layouts, dtypes and special values reach every operator."""
+    """Cases of every operator cover layouts, dtypes and special values."""
     text = "\n".join(case for start in range(3) for case in recorded(name, start))
     for word in ('"ones"', '"expand"', '"offset"', '"pads"', '"steps"', '"valid": false'):
         assert word in text, word
@@ -184,18 +184,18 @@ NMS = {"op": "nms", "arguments": {}, "valid": True}
         (["--replay", "notjson"], "--replay: not JSON: "),
         (["--replay", ""], "--replay: not JSON: "),
         (["--replay", "[" * 100_000], "--replay: not JSON: "),
-        (["--replay", "{}"], "--replay: no case of a report: 'op' is missing"),
-        (["--replay", "3"], "--replay: no case of a report: must be an object, got int"),
+        (["--replay", "{}"], "--replay: not a case of a report: 'op' is missing"),
+        (["--replay", "3"], "--replay: not a case of a report: must be an object, got int"),
         (["--replay", '{"op": ["nms"]}'], "--replay: no target ['nms']; there are "),
         (["--replay", '{"op": "none"}'], "--replay: no target 'none'; there are "),
-        (["--replay", '{"op": "nms"}'], "--replay: no case of a report: 'valid' is missing"),
-        (["--replay", json.dumps(NMS | {"arguments": 3})], "no case of a report: a value has another type"),
-        (["--replay", json.dumps(NMS | {"gradient": {}})], "--replay: no case of a report: 'jvp' is missing"),
+        (["--replay", '{"op": "nms"}'], "--replay: not a case of a report: 'valid' is missing"),
+        (["--replay", json.dumps(NMS | {"arguments": 3})], "not a case of a report: a value has another type"),
+        (["--replay", json.dumps(NMS | {"gradient": {}})], "--replay: not a case of a report: 'jvp' is missing"),
         (["--replay", json.dumps(NMS | {"arguments": {"boxes": {"tensor": [1]}}})], "'dtype' is missing"),
-        (["--replay", json.dumps(NMS | {"op": "setting"})], "--replay: no case of a report: 'base' is missing"),
+        (["--replay", json.dumps(NMS | {"op": "setting"})], "--replay: not a case of a report: 'base' is missing"),
     ],
 )
-def test_wrong_arguments_end_in_a_sentence(arguments, words, capsys, monkeypatch):
+def test_wrong_arguments_end_in_a_message(arguments, words, capsys, monkeypatch):
     monkeypatch.setattr("fuzz.command.Supervisor", lambda *_, **__: pytest.fail("a worker was started"))
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzer of files: its valid files are read, its edits do what they say, and its judge notices what is wrong."""
+"""Tests of the file fuzzer: valid files are read, edits have their effect, and the judge reports every defect."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def test_valid_files_are_read(kind):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_pictures_are_taken_apart_and_joined_again(suffix):
+def test_pictures_are_split_and_joined(suffix):
     _, encoded = cv2.imencode(suffix, SCENE)
     content = encoded.tobytes()
     split, join = {
@@ -62,7 +62,7 @@ def _raises(*_):
     raise KeyError("annotations")
 
 
-def _speaks_at_length(*_):
+def _raises_a_long_message(*_):
     raise read_files.ImageError("a" * 2000)
 
 
@@ -70,7 +70,7 @@ def _takes_memory(*_):
     return int(np.ones(1_100_000_000 // 8).sum())
 
 
-def _makes_the_canary(*_):
+def _writes_the_canary(*_):
     return read_files._canary().write_text("")
 
 
@@ -80,13 +80,13 @@ def _prints_a_traceback(*_):
         return read_files._command("info")[0]
 
 
-def _ends_without_a_word(*_):
+def _exits_without_a_message(*_):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_files.cli, "main", lambda _: 1)
         return read_files._command("info")[0]
 
 
-def _warns_with_a_line_of_source(*_):
+def _warns_with_a_source_line(*_):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_files.cli, "main", lambda _: warnings.warn("area 1 and 2 pixels", stacklevel=1) or 0)
         return read_files._command("info")[0]
@@ -100,16 +100,16 @@ def _warns(*_):
 @pytest.mark.parametrize(
     "reader, words",
     [
-        (_speaks_at_length, "no sentence"),
+        (_raises_a_long_message, "that is not one line"),
         (_takes_memory, "megabytes"),
-        (_makes_the_canary, "code of the file was run"),
-        (_prints_a_traceback, "a line that is no sentence"),
-        (_ends_without_a_word, "exit code 1 with 0 sentences"),
+        (_writes_the_canary, "code of the file was run"),
+        (_prints_a_traceback, "a line that is not a message"),
+        (_exits_without_a_message, "exit code 1 with 0 sentences"),
         (_warns, "RuntimeWarning: overflow encountered"),
-        (_warns_with_a_line_of_source, "a warning with a line of source: UserWarning: area 1 and 2 pixels"),
+        (_warns_with_a_source_line, "a warning with a line of source: UserWarning: area 1 and 2 pixels"),
     ],
 )
-def test_the_judge_notices(reader, words, monkeypatch):
+def test_the_judge_reports(reader, words, monkeypatch):
     monkeypatch.setitem(read_files.READERS, "setting", reader)
     report = read_files.execute(case("setting", edits=[["text", 0, 0]]))
     assert report["status"] == "wrong" and words in report["differences"][0]

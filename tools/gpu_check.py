@@ -395,7 +395,7 @@ def cupy_step(on_gpu: bool) -> Step:
     return Step(
         "operators and CuPy",
         pytest_command(),
-        ["tests/test_arrays.py", "tests/test_textbook.py"],
+        ["tests/test_arrays.py", "tests/test_naive_kernels.py"],
         20,
         60 if on_gpu else 900,
         pytest_detail,

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python tests/fuzz`: see command.py."""
+"""Entry point of `python tests/fuzz`: run `fuzz.command.main`."""
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder of this package, not the package itself
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # replaces the package's folder by its parent, so that `fuzz` can be imported
 
 from fuzz.command import main
 

@@ -2,15 +2,14 @@
 """Every operator of `spatialflow.ops` in plain NumPy loops and float64, written from the docstrings alone.
 
 Each function has the name and the signature of its operator, takes its tensors (any dtype and layout) and returns NumPy
-arrays: float64, int64 or bool, in the operator's order of fields. It shares no line with the kernels or with
-`spatialflow.ops.reference`, and it is for tiny cases only. Arguments must be valid: shapes and
-options are not checked. A weight must be given as a tensor, not packed. `algorithm` is accepted and ignored: the result
-is the exact one.
+arrays: float64, int64 or bool, in the operator's order of fields. It shares no code with the kernels or with
+`spatialflow.ops.reference`, and it is for tiny cases only. Shapes and options are not checked. A weight must be a
+tensor, not packed. `algorithm` is accepted and ignored.
 
-Results are not rounded to 16 bits. What an operator is documented to decide in float32 is decided in float32 here:
-sampling grids and levels of RoIAlign, sampling places of deformable convolution, overlaps of NMS, the arithmetic of
-`preprocess_images`. Where a rounding may tip a decision, `mask_probabilities`, `enlarged_logits` and `nudged` tell a
-judge how near it was.
+Results are not rounded to 16 bits. If an operator is documented to decide in float32, this module does too: sampling
+grids and levels of RoIAlign, sampling points of deformable convolution, and overlaps of NMS. The arithmetic of
+`preprocess_images` is in float32 as well. Where rounding may change a decision, `mask_probabilities`,
+`upsampled_logits` and `perturbed_boxes` give the values from which a test tells how close the decision was.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 
 def _silent(function: Callable) -> Callable:
-    """Overflow, NaN and division by zero are part of the arithmetic here, and give no warning."""
+    """Wrap `function` so that NumPy does not warn of overflow, NaN and division by zero, which are expected here."""
 
     @wraps(function)
     def run(*args: Any, **options: Any) -> Any:
@@ -37,7 +36,7 @@ def _silent(function: Callable) -> Callable:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """The values of a tensor, floating ones in float64, integers in int64, bool as bool."""
+    """Convert a tensor to an array: floating-point values to float64, integers to int64, bool to bool."""
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         return tensor.double().numpy().copy()
@@ -45,7 +44,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _decides_in(*tensors: Tensor) -> type:
-    """The type in which an operator decides: float64 if any of its tensors is, else float32."""
+    """Return the type in which an operator compares: float64 if any of its tensors is float64, else float32."""
     return np.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else np.float32
 
 
@@ -57,7 +56,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _boxes_array(boxes: Tensor | Sequence[Tensor]) -> np.ndarray:
-    """(K, 5) float64 rows of batch index and corners, also from a list of boxes per image."""
+    """Return (K, 5) float64 rows of batch index and corners, also for a list of boxes per image."""
     if isinstance(boxes, Tensor):
         return _array(boxes)
     rows = [[index, *box] for index, of_image in enumerate(boxes) for box in _array(of_image)]
@@ -65,9 +64,9 @@ def _boxes_array(boxes: Tensor | Sequence[Tensor]) -> np.ndarray:
 
 
 def _bin_weights(start: Any, extent: Any, bins: int, ratio: int, size: int, real: type) -> list[dict[int, float]]:
-    """For every bin of one axis: the weight of each of `size` cells in the mean of the bin's samples.
+    """For every bin of one axis, return the weight of each of `size` cells in the mean of the bin's samples.
 
-    A bilinear sample is a product over the axes and the samples of a bin form a grid, so axes can be treated apart.
+    Bilinear weights are products over the axes, and the samples of a bin form a grid, so the axes are independent.
     """
     length = real(extent) / real(bins)
     if not (np.isfinite(start) and np.isfinite(extent)):
@@ -77,7 +76,7 @@ def _bin_weights(start: Any, extent: Any, bins: int, ratio: int, size: int, real
     for index in range(bins):
         weights: dict[int, float] = {}
         first, last = 0, count
-        if count > 100_000:  # of so many, look at those near the map only
+        if count > 100_000:  # only samples near the map matter
             step, origin = float(length) / count, float(start) + index * float(length)
             first = max(0, math.floor((-2 - origin) / step))
             last = min(count, math.ceil((size + 2 - origin) / step))
@@ -97,7 +96,7 @@ def _bin_weights(start: Any, extent: Any, bins: int, ratio: int, size: int, real
 def _pool(
     pooled: np.ndarray, features: np.ndarray, box: np.ndarray, scale: float, ratio: int, aligned: bool, real: type
 ) -> None:
-    """Fills `pooled` (C, PH, PW), which is zero, with the RoI `box` of `features` (N, C, H, W)."""
+    """Add the pooled RoI `box` of `features` (N, C, H, W) to `pooled` (C, PH, PW), which is zero."""
     batch, _, height, width = features.shape
     if not np.isfinite(box.astype(real)).all() or not 0 <= real(box[0]) < batch:
         return
@@ -147,7 +146,7 @@ def multilevel_roi_align(
     for index, box in enumerate(rows):
         x1, y1, x2, y2 = (real(corner) for corner in box[1:])
         level = np.floor(np.log2(np.sqrt((x2 - x1) * (y2 - y1)) / real(finest_scale) + real(1e-6)))
-        if np.isnan(level):  # of one reversed axis: no size, so the finest level
+        if np.isnan(level):  # one axis is reversed, so the area is negative: the finest level
             level = 0
         level = int(min(max(level, 0), len(levels) - 1))
         _pool(pooled[index], levels[level], box, 1 / strides[level], sampling_ratio, aligned, real)
@@ -157,16 +156,16 @@ def multilevel_roi_align(
 # Non-maximum suppression
 
 
-def _suppresses(box: np.ndarray, other: np.ndarray, threshold: float, real: type) -> bool:
-    """Whether two boxes overlap by more than the threshold, each operation rounded to `real`."""
+def _suppresses(box: np.ndarray, other_box: np.ndarray, threshold: float, real: type) -> bool:
+    """Tell whether the IoU of two boxes exceeds the threshold, with each operation rounded to `real`."""
     areas = []
-    for x1, y1, x2, y2 in (box, other):
+    for x1, y1, x2, y2 in (box, other_box):
         width, height = x2 - x1, y2 - y1
         if not (width > 0 and height > 0 and width * height > 0 and width * height < np.inf):
             return False
         areas.append(width * height)
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
+    width = min(box[2], other_box[2]) - max(box[0], other_box[0])
+    height = min(box[3], other_box[3]) - max(box[1], other_box[1])
     intersection = max(width, real(0)) * max(height, real(0))
     return bool(intersection > real(threshold) * (areas[0] + areas[1] - intersection))
 
@@ -179,8 +178,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     candidates.sort(key=lambda row: (-values[row], row))
     kept: list[int] = []
     for row in candidates:
-        rivals = [other for other in kept if classes[other] == classes[row]]
-        if not any(_suppresses(corners[other], corners[row], iou_threshold, real) for other in rivals):
+        rivals = [kept_row for kept_row in kept if classes[kept_row] == classes[row]]
+        if not any(_suppresses(corners[kept_row], corners[row], iou_threshold, real) for kept_row in rivals):
             kept.append(row)
     return np.array(kept, dtype=np.int64)
 
@@ -203,20 +202,22 @@ def multiclass_nms(
     labels, indices = (np.full((batch, max_detections), -1, dtype=np.int64) for _ in range(2))
     counts = np.zeros(batch, dtype=np.int64)
     for image in range(batch):
-        own = corners[image].astype(real)
+        image_boxes = corners[image].astype(real)
         pairs = [
             (row, label)
             for row in range(count)
             for label in range(classes)
-            if real(values[image, row, label]) > real(score_threshold) and not np.isnan(own[row]).any()
+            if real(values[image, row, label]) > real(score_threshold) and not np.isnan(image_boxes[row]).any()
         ]
         pairs.sort(key=lambda pair: (-values[image, pair[0], pair[1]], pair))
         kept: list[tuple[int, int]] = []
         for row, label in pairs:
             if len(kept) == max_detections:
                 break
-            rivals = [other for other, other_label in kept if other_label == label]
-            if not any(_suppresses(own[other], own[row], iou_threshold, real) for other in rivals):
+            rivals = [kept_row for kept_row, kept_label in kept if kept_label == label]
+            if not any(
+                _suppresses(image_boxes[kept_row], image_boxes[row], iou_threshold, real) for kept_row in rivals
+            ):
                 kept.append((row, label))
         for place, (row, label) in enumerate(kept):
             found_boxes[image, place], found_scores[image, place] = corners[image, row], values[image, row, label]
@@ -229,7 +230,7 @@ def multiclass_nms(
 
 
 def _interval(low: float, high: float, offset: float, log_ratio: float, limit: float, scale: float) -> list[float]:
-    """An anchor's interval on one axis, moved and stretched by its deltas, within the image, at the original scale."""
+    """Decode one axis of an anchor with its deltas, clip the interval to the image and divide it by `scale`."""
     most = abs(math.log(16 / 1000))
     center = (low + high) / 2 + (high - low) * offset
     half = (high - low) * np.exp(np.clip(log_ratio, -most, most)) / 2
@@ -250,7 +251,7 @@ def select_candidates(
     batch, channels = class_logits[0].shape[:2]
     anchors = base.shape[1]
     classes = channels // anchors
-    found: list[list[tuple]] = [[] for _ in range(batch)]
+    candidates: list[list[tuple]] = [[] for _ in range(batch)]
     for logits, deltas, own_base, stride in zip(map(_array, class_logits), map(_array, box_deltas), base, strides):
         height, width = logits.shape[2:]
         for image in range(batch):
@@ -258,21 +259,23 @@ def select_candidates(
             for y in range(height):
                 for x in range(width):
                     for anchor in range(anchors):
-                        own = logits[image, anchor * classes : (anchor + 1) * classes, y, x]
+                        class_scores = logits[image, anchor * classes : (anchor + 1) * classes, y, x]
                         dx, dy, dw, dh = deltas[image, 4 * anchor : 4 * anchor + 4, y, x]
                         corners = own_base[anchor] + np.array([x, y, x, y]) * float(stride)
                         limit, scale = sizes[image], factors[image]
                         left, right = _interval(corners[0], corners[2], dx, dw, limit[1], scale[0])
                         top, bottom = _interval(corners[1], corners[3], dy, dh, limit[0], scale[1])
-                        best = max((value for value in own if not np.isnan(value)), default=-math.inf)
-                        rows.append((best, [left, top, right, bottom], 1 / (1 + np.exp(-own))))
+                        best = max((value for value in class_scores if not np.isnan(value)), default=-math.inf)
+                        rows.append((best, [left, top, right, bottom], 1 / (1 + np.exp(-class_scores))))
             if 0 < per_level < len(rows):
-                rows = sorted(rows, key=lambda row: -row[0])[:per_level]  # stable
-            found[image] += rows
+                rows = sorted(rows, key=lambda row: -row[0])[:per_level]  # a stable sort
+            candidates[image] += rows
     numbers = [level.shape[2] * level.shape[3] * anchors for level in class_logits]
     count = sum(min(number, per_level or number) for number in numbers)
-    boxes = np.array([[row[1] for row in rows] for rows in found], dtype=np.float64).reshape(batch, count, 4)
-    scores = np.array([[row[2] for row in rows] for rows in found], dtype=np.float64).reshape(batch, count, classes)
+    boxes = np.array([[row[1] for row in rows] for rows in candidates], dtype=np.float64).reshape(batch, count, 4)
+    scores = np.array([[row[2] for row in rows] for rows in candidates], dtype=np.float64).reshape(
+        batch, count, classes
+    )
     return boxes, scores
 
 
@@ -280,7 +283,7 @@ def select_candidates(
 
 
 def _bilinear(image: np.ndarray, y: float, x: float) -> np.ndarray:
-    """The sample (C) of `image` (C, H, W) at a point, with zeros around the map; 0 * NaN is NaN."""
+    """Sample `image` (C, H, W) bilinearly at a point, with zeros around the map; 0 * NaN is NaN."""
     height, width = image.shape[1:]
     sample = np.zeros(image.shape[0])
     if not (-1 <= y <= height and -1 <= x <= width):
@@ -346,7 +349,7 @@ def deform_conv2d(
 
 
 def _convolve(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    """3x3 convolution with stride 1 and padding 1 of (N, C, H, W)."""
+    """Convolve (N, C, H, W) by a 3x3 kernel with stride 1 and padding 1."""
     batch, _, height, width = x.shape
     result = np.zeros((batch, kernel.shape[0], height, width))
     for n in range(batch):
@@ -452,7 +455,7 @@ def panoptic_merge(
     count, height, width = inside.shape
     id_map = np.zeros((height, width), dtype=np.int64)
     segments: list[tuple[int, int, float]] = []  # label, instance or -1, score
-    ids: dict[int, int] = {}  # of instances that are segments
+    ids: dict[int, int] = {}  # segment id of each instance that became a segment
 
     entering = sorted((k for k in range(count) if values[k] >= score_threshold), key=lambda k: (-values[k], k))
     for k in entering:
@@ -502,15 +505,18 @@ def panoptic_merge(
 def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, pred_segments: int) -> np.ndarray:
     truth, prediction = _array(gt_map), _array(pred_map)
     counts = np.zeros((gt_segments + 1, pred_segments + 1), dtype=np.int64)
-    for own, other in zip(truth.ravel(), prediction.ravel()):
-        if 0 <= own <= gt_segments and 0 <= other <= pred_segments:
-            counts[own, other] += 1
+    for gt_segment, pred_segment in zip(truth.ravel(), prediction.ravel()):
+        if 0 <= gt_segment <= gt_segments and 0 <= pred_segment <= pred_segments:
+            counts[gt_segment, pred_segment] += 1
     return counts
 
 
 @_silent
 def mask_probabilities(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(K, H, W): the interpolated probabilities that `paste_masks` compares with its threshold; NaN: in no mask."""
+    """Return (K, H, W): the interpolated probabilities that `paste_masks` compares with its threshold.
+
+    NaN marks pixels outside the mask.
+    """
     logits, corners = _array(mask_logits), _array(boxes)
     count, rows, columns = logits.shape
     height, width = size
@@ -530,7 +536,7 @@ def mask_probabilities(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int]
 
 @_silent
 def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
-    """In exact arithmetic; where `mask_probabilities` is within a rounding of the threshold, both answers are right."""
+    """Threshold `mask_probabilities`; where one differs from the threshold only by rounding, both results are right."""
     return mask_probabilities(mask_logits, boxes, size) >= threshold
 
 
@@ -538,7 +544,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
 
 
 def _resize_coefficients(source: int, target: int) -> list[tuple[int, int, int, int]]:
-    """For each place: two cells and their weights of 2048 in OpenCV's fixed-point INTER_LINEAR for 8 bits."""
+    """For each output position, return two cells and their weights in 1/2048, as OpenCV's INTER_LINEAR for 8 bits."""
     scale = 1 / (target / source)
     result = []
     for place in range(target):
@@ -552,7 +558,7 @@ def _resize_coefficients(source: int, target: int) -> list[tuple[int, int, int, 
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """OpenCV's `resize` of (H, W, 3) bytes with INTER_LINEAR."""
+    """Resize (H, W, 3) bytes as OpenCV's `resize` with INTER_LINEAR."""
     height, width = size
     result = np.zeros((height, width, 3), dtype=np.int64)
     if image.shape[:2] == (2 * height, 2 * width):
@@ -579,7 +585,7 @@ def preprocess_images(
     divisor: int = 32,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """Rounded to float32, to the last bit as documented, whatever `dtype` is."""
+    """Compute the documented float32 result, bit for bit, whatever `dtype` is."""
     if isinstance(images, Tensor):
         images, sizes = [images], [sizes]
     height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes))
@@ -593,15 +599,15 @@ def preprocess_images(
 
 
 @_silent
-def enlarged_logits(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
-    """(H, W, C): the interpolated logits of which `stuff_labels` takes the best at every pixel."""
+def upsampled_logits(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
+    """Return (H, W, C): the interpolated logits, of which `stuff_labels` takes the argmax at every pixel."""
     values = _array(logits)
     classes, rows, columns = values.shape
     height, width = original_size
 
-    def place(index: int, valid: int, target: int, cells: int) -> tuple[int, float]:
-        enlarged = min(math.floor(index * (1 / (target / valid))), valid - 1)  # nearest, as OpenCV
-        at = enlarged * (cells - 1) / (4 * cells - 1)  # aligned corners
+    def source_position(index: int, valid: int, target: int, cells: int) -> tuple[int, float]:
+        source = min(math.floor(index * (1 / (target / valid))), valid - 1)  # nearest neighbor, as in OpenCV
+        at = source * (cells - 1) / (4 * cells - 1)  # aligned corners
         return int(at), at - int(at)
 
     def mix(low: np.ndarray, high: np.ndarray, fraction: float) -> np.ndarray:
@@ -609,10 +615,10 @@ def enlarged_logits(logits: Tensor, valid_size: tuple[int, int], original_size: 
 
     result = np.zeros((height, width, classes))
     for i in range(height):
-        y, y_fraction = place(i, valid_size[0], height, rows)
+        y, y_fraction = source_position(i, valid_size[0], height, rows)
         lower = min(y + 1, rows - 1)
         for j in range(width):
-            x, x_fraction = place(j, valid_size[1], width, columns)
+            x, x_fraction = source_position(j, valid_size[1], width, columns)
             left = mix(values[:, y, x], values[:, lower, x], y_fraction)
             right = mix(values[:, y, min(x + 1, columns - 1)], values[:, lower, min(x + 1, columns - 1)], y_fraction)
             result[i, j] = mix(left, right, x_fraction)
@@ -621,13 +627,13 @@ def enlarged_logits(logits: Tensor, valid_size: tuple[int, int], original_size: 
 
 @_silent
 def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
-    """In float64; where two classes of `enlarged_logits` are within a rounding of each other, both are right."""
-    enlarged = enlarged_logits(logits, valid_size, original_size)
-    result = np.zeros(enlarged.shape[:2], dtype=np.int64)
+    """Compute labels in float64; where two classes of `upsampled_logits` differ only by rounding, both are right."""
+    upsampled = upsampled_logits(logits, valid_size, original_size)
+    result = np.zeros(upsampled.shape[:2], dtype=np.int64)
     for i in range(result.shape[0]):
         for j in range(result.shape[1]):
             best = -np.inf
-            for label, value in enumerate(enlarged[i, j]):
+            for label, value in enumerate(upsampled[i, j]):
                 if value > best:
                     result[i, j], best = label, value
     return result
@@ -637,7 +643,7 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
 
 
 def _doubled(values: np.ndarray) -> np.ndarray:
-    """(S, ...) -> (2 S, ...): linear interpolation along the first axis, the first and the last value kept."""
+    """Interpolate (S, ...) to (2 S, ...) linearly along the first axis, repeating the first and the last value."""
     size = len(values)
     result = []
     for index in range(2 * size):
@@ -707,26 +713,26 @@ def sigmoid_focal_loss(
     return np.float64(loss.sum() / loss.size) if reduction == "mean" else loss.reshape(values.shape)
 
 
-# Tools of a judge
+# Tools for comparing
 
 
-def nudged(boxes: Tensor, amount: float = 1e-6) -> list[Tensor]:
-    """The boxes in float64, and four times moved by a rounding: up, down, wider and narrower.
+def perturbed_boxes(boxes: Tensor, amount: float = 1e-6) -> list[Tensor]:
+    """Return the boxes in float64 and four copies perturbed by about a rounding: up, down, wider and narrower.
 
-    RoIAlign jumps where a sample crosses the border of the map, where a size asks for one sample more, and where a RoI
-    changes its level. There the operator is right if each number is that of one of these boxes.
+    RoIAlign is discontinuous where a sample crosses the border, a bin gets one more sample, or a RoI changes its level.
+    There the operator is right if each number is that of one of these boxes.
 
     Args:
         boxes: (K, 5) of batch index and corners, or (K, 4).
-        amount: of the movement, relative to the largest corner of each box, or to 1.
+        amount: size of the perturbation, relative to the largest coordinate of each box, or to 1 if that is larger.
     """
-    wide = boxes.detach().double().cpu()
-    corners = wide[:, -4:]
+    boxes64 = boxes.detach().double().cpu()
+    corners = boxes64[:, -4:]
     step = amount * corners.abs().amax(dim=1, keepdim=True).clamp(min=1)
     moved = []
     for first, second in ((0, 0), (1, 1), (-1, -1), (-1, 1), (1, -1)):
         signs = torch.tensor([first, first, second, second], dtype=torch.float64, device="cpu")
-        moved.append(torch.cat((wide[:, :-4], torch.where(step.isfinite(), corners + signs * step, corners)), dim=1))
+        moved.append(torch.cat((boxes64[:, :-4], torch.where(step.isfinite(), corners + signs * step, corners)), dim=1))
     return moved
 
 
@@ -736,7 +742,7 @@ def numeric_gradient(function: Callable[[Tensor], float], tensor: Tensor, step: 
     Args:
         function: takes a float64 tensor of the shape of `tensor` and returns a number.
         tensor: argument of the gradient; the function is smooth within `step` of it.
-        step: half of the difference.
+        step: half of the distance between the two points of each difference.
     """
     point = tensor.detach().double().cpu().contiguous().clone()
     gradient = np.zeros(tuple(point.shape))

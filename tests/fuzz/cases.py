@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is tried: one strategy per operator, giving cases as plain data.
+"""Hypothesis strategies, one per operator, that generate cases as plain data.
 
 A case is a dictionary:
 
     op         name in OPERATORS
     arguments  by name: numbers, strings, lists, None, and tensors as `fuzz.tensors` describes them. A tensor with
                "grad": true requires a gradient.
-    gradient   values and layout of the gradients that come in, and of tangents
-    jvp        whether forward mode is tried as well
-    fake       whether the fake kernel is asked to describe the results; of refused calls it always is
-    valid      False: an argument was made wrong; the operator may refuse the call
+    gradient   values and layout of the incoming gradients, and of tangents
+    jvp        whether forward mode is tested as well
+    fake       whether the fake kernel is tested; for a refused call it always is
+    valid      False: one argument was made invalid, so the operator may refuse the call
 
-Nothing here imports torch: strategies run in the supervisor, what they describe is made in the worker. The smaller a
-drawn number, and the earlier an element of `sampled_from`, the simpler: Hypothesis shrinks towards them.
+This module does not import torch: strategies run in the supervisor, and the worker builds the tensors they describe.
+Hypothesis shrinks towards smaller numbers and earlier elements of `sampled_from`, so these are the simpler ones.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 SPECIAL = ("-0", "nan", "inf", "-inf", "max", "-max", "huge", "tiny", "denormal")
-HUGE_STRIDE = 1 << 40  # of a dimension of size 1, where torch allows any
+HUGE_STRIDE = 1 << 40  # for a dimension of size 1, where torch allows any stride
 
 Draw = Callable[[st.SearchStrategy], Any]
 
 
 class Limits(NamedTuple):
-    """How large tensors become: the interpreter is a hundred times slower than the CPU back end."""
+    """Largest sizes of tensors; smaller for the interpreter, which is a hundred times slower than the CPU back end."""
 
     side: int = 18
     channels: int = 40
@@ -50,14 +50,14 @@ def one_of(*values: Any) -> st.SearchStrategy:
 
 @functools.lru_cache(None)
 def sizes(most: int, least: int = 1) -> st.SearchStrategy:
-    """Sizes around those where kernels change their ways; often 1."""
+    """Sizes around those at which kernels change their tiling; often 1."""
     around = (1, 2, 3, 1, 4, 5, 7, 8, 1, 9, 12, 15, 16, 17, 31, 32, 33, 40, 64, 65, 130)
     return st.sampled_from([size for size in around if least <= size <= most] or [least])
 
 
 # Few bits, so that they are never drawn twice as "duplicates" but cost one draw.
 seeds = st.integers(0, 1 << 20)
-# True once in four times; False is simpler.
+# True in one of four draws; Hypothesis shrinks to False.
 rarely = st.sampled_from([False, False, False, True])
 wrong_calls = st.sampled_from([False] * 9 + [True])
 very_rarely = st.sampled_from([False] * 15 + [True])
@@ -71,7 +71,7 @@ def layouts(dims: int) -> st.SearchStrategy:
     if dims == 4:
         orders += [[0, 2, 3, 1], [0, 2, 3, 1], [0, 1, 3, 2]]
     one_stride = st.sampled_from([None, 0, 1, 2, 3, 7, 64, HUGE_STRIDE])
-    some = st.fixed_dictionaries(
+    layout = st.fixed_dictionaries(
         {},
         optional={
             "order": st.one_of(st.sampled_from(orders), st.permutations(identity)),
@@ -85,20 +85,20 @@ def layouts(dims: int) -> st.SearchStrategy:
             else st.just([]),
         },
     )
-    return st.one_of(st.none(), some)
+    return st.one_of(st.none(), layout)
 
 
 @functools.lru_cache(None)
 def features(scale: float = 1.0, specials: tuple[str, ...] = SPECIAL) -> st.SearchStrategy:
-    """Values of floating-point tensors, special ones among them now and then."""
+    """Values of floating-point tensors, sometimes with special ones among them."""
     kinds = st.sampled_from(["normal", "grid", "normal", "few"])
-    nothing, some = st.just([]), st.lists(st.sampled_from(specials), min_size=1, max_size=3)
-    special = st.one_of(nothing, nothing, nothing, some)
+    nothing, numbers = st.just([]), st.lists(st.sampled_from(specials), min_size=1, max_size=3)
+    special = st.one_of(nothing, nothing, nothing, numbers)
     return st.fixed_dictionaries({"kind": kinds, "seed": seeds, "scale": st.just(scale), "special": special})
 
 
 def weights(draw: Draw, scale: float = 1.0) -> st.SearchStrategy:
-    """Values of weights and biases. One that is huge or not finite leaves little to compare, so it is rare."""
+    """Values of weights and biases; huge and non-finite ones are rare, because they leave few results to compare."""
     return features(scale, SPECIAL if draw(very_rarely) else ("-0", "tiny", "denormal"))
 
 
@@ -113,7 +113,7 @@ def integers(low: int, high: int, kind: str = "integers", outliers: bool = False
 def tensor(
     draw: Draw, shape: list[int], dtype: str, values: st.SearchStrategy, grad: bool = False, layout: bool = True
 ) -> dict:
-    """A tensor's description; one that may have a gradient has one half of the time."""
+    """Description of a tensor; one that may require a gradient does so in half of the cases."""
     described = {"tensor": list(shape), "dtype": dtype, "values": draw(values)}
     if layout and (chosen := draw(layouts(len(shape)))):
         described["layout"] = chosen
@@ -131,7 +131,7 @@ def boxes(
     batch: int = 1,
     far: bool = False,
 ) -> dict:
-    """Boxes of images of this width and height; `far`: with coordinates that overflow now and then."""
+    """Boxes in images of this width and height; with `far`, some coordinates are so large that areas overflow."""
     values = st.fixed_dictionaries(
         {
             "kind": st.just("boxes"),
@@ -182,7 +182,9 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
         channels, groups = 0, 1
     outputs = groups * draw(sizes(max(limits.channels // groups, 1)))
     kernel = [draw(one_of(1, 2, 3)), draw(one_of(1, 2, 3))]
-    stride, padding, dilation = ([draw(one_of(*some)) for _ in "hw"] for some in ((1, 2, 3), (0, 1, 2), (1, 2, 3)))
+    stride, padding, dilation = (
+        [draw(one_of(*choices)) for _ in "hw"] for choices in ((1, 2, 3), (0, 1, 2), (1, 2, 3))
+    )
     size, out = [], []
     for axis in range(2):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
@@ -280,7 +282,9 @@ def group_norm_relu(draw: Draw, limits: Limits) -> dict:
     channels = groups * draw(sizes(max(limits.channels // groups, 1))) if not empty else draw(one_of(0, groups))
     height = draw(one_of(0, 1)) if empty else draw(sizes(limits.side))
     shape = [batch, channels, height, draw(sizes(limits.side))]
-    parameters = FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")  # the type of sums holds them
+    parameters = (
+        FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")
+    )  # parameters have the dtype of the sums or a narrower one
     by_channel = [
         tensor(draw, [channels], draw(one_of(dtype, *parameters)), weights(draw), grad=True)
         if draw(st.booleans())
@@ -463,7 +467,7 @@ def select_candidates(draw: Draw, limits: Limits) -> dict:
     }
 
 
-# Of every public operator; packed weights are operators of their own here.
+# Strategies of every public operator; calls with packed weights are listed as separate operators.
 OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
     "batched_nms": batched_nms,
     "deform_conv2d": deform_conv2d,
@@ -495,19 +499,19 @@ def _tensors(value: Any) -> list[dict]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [found for item in value for found in _tensors(item)] if isinstance(value, list) else []
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list) else []
 
 
 def _make_wrong(draw: Draw, arguments: dict) -> None:
-    """Changes one thing, such as the size or the dtype of a tensor, so that the call may be wrong."""
-    found = _tensors(arguments)
+    """Change one thing, such as the size or the dtype of a tensor, so that the call may be invalid."""
+    tensors = _tensors(arguments)
     how = draw(one_of("dtype", "size", "dimension", "number"))
-    if how == "number" or not found:
+    if how == "number" or not tensors:
         names = [name for name, value in arguments.items() if type(value) in (int, float)]
         if names:
             arguments[draw(st.sampled_from(names))] = draw(one_of(-1, 0, 1 << 40, 2, 1))
         return
-    chosen = draw(st.sampled_from(found))
+    chosen = draw(st.sampled_from(tensors))
     shape = chosen["tensor"]
     if how == "dtype":
         chosen["dtype"] = draw(one_of(*FLOATS, "int64", "int32", "uint8", "bool"))
@@ -532,7 +536,7 @@ def cases(draw: Draw, operator: str, limits: Limits = CPU) -> dict:
     if is_wrong:
         _make_wrong(draw, arguments)
     case = {"op": operator, "arguments": arguments, "valid": not is_wrong, "fake": draw(rarely)}
-    if any(found.get("grad") for found in _tensors(arguments)):
+    if any(description.get("grad") for description in _tensors(arguments)):
         case["gradient"] = {"values": draw(features()), "layout": draw(layouts(4))}
         case["jvp"] = draw(rarely)
     return case

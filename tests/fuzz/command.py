@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzzes the operators, or the readers of files, for some time; or replays a case.
+"""Command line of the fuzzer: fuzz the operators or the readers of files for some time, or replay a case.
 
     python tests/fuzz --seconds 120 [--seed 0] [--ops nms roi_align] [--backend simt]
     python tests/fuzz --seconds 120 --ops files
     python tests/fuzz --replay '{"op": "nms", ...}'
 
-The operators take turns, a round of cases each; the seed, the operator and the number of the round decide the cases, so
-that a longer run begins with those of a shorter one. Exit codes: 0 nothing found, 1 a case failed, 2 wrong arguments.
+The operators are fuzzed round-robin, one round of cases at a time. The seed, the operator and the number of the round
+determine the cases, so a longer run begins with the cases of a shorter one. Exit codes: 0 no failure, 1 a case
+failed, 2 invalid arguments.
 """
 
 from __future__ import annotations
@@ -28,36 +29,36 @@ from fuzz.files import FILES, file_cases
 from fuzz.supervisor import Outcome, Supervisor
 
 EXECUTE = "fuzz.execute:execute"
-ROUND = 100  # cases of an operator before it is another's turn
-FILE_ROUND = 20  # of a kind of file: they take longer
+ROUND = 100  # cases of an operator in a round
+FILE_ROUND = 20  # cases of a kind of file in a round; they take longer
 SHRINK_SECONDS = 60.0
 # Threads would make the order of sums depend on the machine, and cases this small do not use them well.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SPATIALFLOW_SIMT_THREADS": "1"}
 
 
 class OutOfTime(BaseException):
-    """Ends a round in its middle. Hypothesis lets go only of what is no Exception."""
+    """Stop a round before its end. Hypothesis catches every Exception, so this is a BaseException."""
 
 
 class Failed(Exception):
-    """A case that is wrong. Hypothesis shrinks it."""
+    """Failure of a case, which Hypothesis then shrinks."""
 
 
 class Fuzzer:
-    """Tries cases in a worker until the time is over; counts what became of them."""
+    """Run cases in a worker until the time is over, and count their outcomes."""
 
     def __init__(self, supervisor: Supervisor, limits: Limits, seconds: float) -> None:
         self.supervisor = supervisor
         self.limits = limits
         self.begin = time.monotonic()
         self.deadline = self.begin + seconds
-        self.tried = 0  # cases of the operator at work
+        self.tried = 0  # cases of the current operator so far
         self.found = ""
         self.counts: Counter = Counter()
         self.seconds: Counter = Counter()
 
     def try_round(self, operator: str, start: int) -> tuple[dict, str] | None:
-        """A round of cases of one operator; the smallest failing case with its description, or None."""
+        """Run a round of cases of one operator; return the smallest failing case and its description, or None."""
         smallest: tuple[dict, str] | None = None
         end = self.deadline
 
@@ -106,7 +107,7 @@ class Fuzzer:
 
 
 def describe_outcome(outcome: Outcome) -> str | None:
-    """What was wrong with a case, or None."""
+    """Return the error of a case, or None if it passed."""
     if outcome.kind == "done":
         return "\n".join(outcome.value["differences"]) or None
     sentence = {"died": "the process ended", "hung": "the call did not come back", "raised": "an exception came out"}
@@ -114,7 +115,7 @@ def describe_outcome(outcome: Outcome) -> str | None:
 
 
 def describe_case(case: dict) -> str:
-    """The call in a few lines."""
+    """Describe the call of a case in a few lines."""
     lines = [f"operator {case['op']}" + ("" if case["valid"] else ", may be refused")]
     lines += [f"  {name} = {_describe(value)}" for name, value in case["arguments"].items()]
     if "gradient" in case:
@@ -140,13 +141,13 @@ def replay_command(case: dict, backend: str) -> str:
 
 
 def _read_case(text: str) -> dict:
-    """The case of a report; ValueError for anything else, as far as it can be told without a worker."""
+    """Parse a case from a report; raise ValueError for other input, as far as the supervisor can tell."""
     try:
         case = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(case, dict):
-        raise ValueError(f"no case of a report: must be an object, got {type(case).__name__}")
+        raise ValueError(f"not a case of a report: must be an object, got {type(case).__name__}")
     try:
         if case["op"] not in [*OPERATORS, *FILES]:
             raise ValueError(f"no target {case['op']!r}; there are {', '.join([*OPERATORS, *FILES])}")
@@ -154,14 +155,14 @@ def _read_case(text: str) -> dict:
         if case["op"] in FILES:
             case["arguments"]["base"], case["arguments"]["edits"]
     except KeyError as error:
-        raise ValueError(f"no case of a report: {error} is missing") from None
+        raise ValueError(f"not a case of a report: {error} is missing") from None
     except (TypeError, AttributeError):
-        raise ValueError("no case of a report: a value has another type") from None
+        raise ValueError("not a case of a report: a value has another type") from None
     return case
 
 
 def _rounds(operators: list[str], first: int) -> Iterator[tuple[str, int]]:
-    """(operator, seed of its round); an operator that is taken out of the list has no further turn."""
+    """Yield (operator, seed of its round) round-robin; operators removed from the list are not yielded again."""
     number = 0
     while operators:
         for operator in list(operators):
@@ -175,9 +176,12 @@ def supervisor_for(backend: str) -> Supervisor:
 
 
 def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list[tuple[dict, str]]:
-    """Fuzzes until the time is over or a case failed; prints a table; the failing cases with their descriptions."""
+    """Fuzz until the time is over or every operator failed, print a table, and return the failures.
+
+    A failure is the failing case and its description.
+    """
     limits = CPU if backend.startswith("cpu") else SIMT
-    found = []
+    failures = []
     with supervisor_for(backend) as supervisor:
         fuzzer = Fuzzer(supervisor, limits, seconds)
         for operator, start in _rounds(operators, first):
@@ -185,15 +189,15 @@ def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list
                 break
             failure = fuzzer.try_round(operator, start)
             if failure:
-                found.append(failure)
-                operators.remove(operator)  # one failure is enough to read
+                failures.append(failure)
+                operators.remove(operator)  # one failure per operator is enough
                 report(*failure, fuzzer.found, backend)
     _print_table(fuzzer, time.monotonic() - fuzzer.begin)
-    return found
+    return failures
 
 
-def report(case: dict, description: str, found: str, backend: str) -> None:
-    print(f"FAILED: {describe_case(case)}\n{found}\n{description}")
+def report(case: dict, description: str, summary: str, backend: str) -> None:
+    print(f"FAILED: {describe_case(case)}\n{summary}\n{description}")
     print(f"Replay:\n  {replay_command(case, backend)}\n", flush=True)
 
 
@@ -226,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("cpu", "cpu_sanitized", "simt", "simt_sanitized"), default="cpu")
     parser.add_argument("--replay", metavar="CASE", help="a case of a report to execute; - reads it from stdin")
     options = parser.parse_args(arguments)
-    if not 0 < options.seconds < float("inf"):  # false for NaN too
+    if not 0 < options.seconds < float("inf"):  # the comparison is False for NaN too
         parser.error(f"--seconds must be positive and finite, got {options.seconds:g}")
     if options.replay is not None:
         try:
@@ -240,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if description else 0
     groups = {"operators": list(OPERATORS), "files": list(FILES)}
     usual = groups if options.backend == "cpu" else ["operators"]
-    targets = [name for given in options.ops or usual for name in groups.get(given, [given])]
+    targets = [name for operator in options.ops or usual for name in groups.get(operator, [operator])]
     if unknown := [name for name in targets if name not in OPERATORS and name not in FILES]:
         parser.error(f"--ops: no target {unknown[0]!r}; there are {', '.join([*groups, *OPERATORS, *FILES])}")
     return 1 if fuzz(targets, options.backend, options.seconds, options.seed) else 0

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executes one case in the worker: calls the operator and asks all judges. `execute` is what the supervisor names."""
+"""Execution of one case in the worker: call the operator and compare with every judge.
+
+The supervisor calls `execute`.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,21 @@ from fuzz.files import FILES
 from fuzz.operators import EPSILON, OPERATORS, Operator, leaves, map_tensors
 from fuzz.tensors import Memory, build_tensor
 
-# What an operator may refuse a call with; anything else, such as an IndexError, was not meant.
+# Exceptions by which an operator may refuse a call; any other one, such as an IndexError, is a defect.
 REFUSALS = (RuntimeError, ValueError, TypeError)
-BRUTE_FORCE_ELEMENTS = 250  # of all tensors together; its loops are slow
-MODE_CALLS = 200  # calls of one FakeTensorMode; it remembers every size that depends on values
+BRUTE_FORCE_ELEMENTS = 250  # limit over all tensors of a case; the loops are slow
+MODE_CALLS = 200  # calls per FakeTensorMode, because it stores every size that depends on values
 
 _memory = Memory()
 _fake_modes: list = []
 
 
 def execute(case: dict) -> dict:
-    """The report of a case.
+    """Execute a case and return its report.
 
     Returns:
         status: "right", "refused" or "wrong"; differences: sentences; compared, excluded: numbers of elements; skipped:
-        judges that were not asked.
+        judges that were not used.
     """
     if case["op"] in FILES:
         from fuzz import read_files
@@ -44,7 +47,7 @@ def execute(case: dict) -> dict:
 
 
 class _Trial:
-    """A case at work; every question adds to the report."""
+    """Execution of one case; every comparison adds to the report."""
 
     def __init__(self, case: dict) -> None:
         self.case = case
@@ -56,7 +59,7 @@ class _Trial:
         self.incoming: list[Tensor] = []  # gradients and tangents
         floats = [t.dtype for t in self.tensors if t.dtype.is_floating_point]
         self.tolerance = judge.tolerance_of(floats)
-        # Features decide the type of the sums, or any tensor of float64 among boxes and scores.
+        # The dtype of the sums follows from the features, or is float64 if boxes or scores are.
         self.accumulator = torch.float64 if floats and floats[0] == torch.float64 else torch.float32
 
     @staticmethod
@@ -134,27 +137,27 @@ class _Trial:
             return [torch.from_numpy(np.asarray(array)) for array in _arrays(operator.brute(**arguments))]
 
         nearby = operator.nearby if "result" in operator.nearby_for else lambda *_: ()
-        wide = map_tensors(_wide, plain)  # float32 does not hold places nearby in float64
-        variants = functools.cache(lambda: [answers(variant) for variant in nearby(wide, self._epsilon())])
+        arguments64 = map_tensors(_wide, plain)  # perturbations of float64 values would be lost in float32
+        variants = functools.cache(lambda: [answers(variant) for variant in nearby(arguments64, self._epsilon())])
         expected = answers(plain)
         if len(expected) != len(outputs):
             self.differs(f"result: {len(outputs)} tensors, {len(expected)} of the brute force")
             return
         sizes = functools.cache(lambda: self._sizes(lambda f, a, _: leaves(f(**a)), map_tensors(_wide, plain)))
-        for index, (one, other) in enumerate(zip(outputs, expected)):
-            if operator.excused and one.shape == other.shape:
-                other = torch.where(operator.excused(plain, one), one.to(other.dtype), other)
-            self._judge(f"result[{index}]", "brute force", one, other, sizes, variants, index)
+        for index, (result, wanted) in enumerate(zip(outputs, expected)):
+            if operator.excused and result.shape == wanted.shape:
+                wanted = torch.where(operator.excused(plain, result), result.to(wanted.dtype), wanted)
+            self._judge(f"result[{index}]", "brute force", result, wanted, sizes, variants, index)
 
     def _gradient(self, outputs: list[Tensor], tracked: list[int]) -> list[Tensor | None]:
-        """Gradients of all tensors that require one, through the outputs at `tracked`."""
+        """Compare the gradients of all tensors that require one, through the outputs at `tracked`; return them."""
         inputs = [t for t in self.tensors if t.requires_grad]
         _memory.remember()
         actual = torch.autograd.grad([outputs[i] for i in tracked], inputs, self.incoming, allow_unused=True)
-        wanted = [name in self.operator.differentiable for name in self._names()]
+        is_differentiable = [name in self.operator.differentiable for name in self._names()]
         places = [i for i, t in enumerate(self.tensors) if t.requires_grad]
         compared, positions = [], []
-        for tensor, gradient, want, place in zip(inputs, actual, wanted, places):
+        for tensor, gradient, want, place in zip(inputs, actual, is_differentiable, places):
             if not want:
                 if gradient is not None and bool((gradient != 0).any()):
                     self.differs(f"argument {place} has no gradient, but one came")
@@ -163,17 +166,19 @@ class _Trial:
             positions.append(place)
             if gradient is not None and gradient.dtype != tensor.dtype:
                 self.differs(f"gradient of argument {place} has dtype {gradient.dtype}, the argument {tensor.dtype}")
-        wide = [c.double() for c in self.incoming]
+        incoming64 = [c.double() for c in self.incoming]
 
         def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
-            given, chosen = _tracked(arguments, positions)
-            results = leaves(function(**given))
-            own = [c.abs() if absolute else c for c in wide]
-            pairs = [(results[i], c) for i, c in zip(tracked, own) if results[i].requires_grad]
-            if not pairs:  # nothing was computed from them
+            tracked_arguments, chosen = _tracked(arguments, positions)
+            results = leaves(function(**tracked_arguments))
+            incoming = [c.abs() if absolute else c for c in incoming64]
+            pairs = [(results[i], c) for i, c in zip(tracked, incoming) if results[i].requires_grad]
+            if not pairs:  # no result depends on the inputs
                 return [torch.zeros_like(c) for c in chosen]
-            found = torch.autograd.grad([r for r, _ in pairs], chosen, [c for _, c in pairs], allow_unused=True)
-            return [torch.zeros_like(c) if g is None else g for c, g in zip(chosen, found)]
+            input_gradients = torch.autograd.grad(
+                [r for r, _ in pairs], chosen, [c for _, c in pairs], allow_unused=True
+            )
+            return [torch.zeros_like(c) if g is None else g for c, g in zip(chosen, input_gradients)]
 
         if compared:
             self._ask("gradient", compared, ask, nearby="gradient", names=[self._all_names()[p] for p in positions])
@@ -181,8 +186,8 @@ class _Trial:
 
     def _reference_tracks(self) -> bool:
         positions = [i for i, t in enumerate(self.tensors) if t.requires_grad]
-        given, _ = _tracked(map_tensors(_wide, self.arguments), positions)
-        return any(o.requires_grad for o in leaves(self.operator.reference(**given)))
+        arguments, _ = _tracked(map_tensors(_wide, self.arguments), positions)
+        return any(o.requires_grad for o in leaves(self.operator.reference(**arguments)))
 
     def _tangents(self) -> None:
         positions = [
@@ -199,13 +204,16 @@ class _Trial:
         pushed = _pushed(self.operator.call, plain, positions, tangents)
 
         def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
-            own = [t.double().abs() if absolute else t.double() for t in tangents]
-            return _pushed(function, arguments, positions, own)
+            pushed_tangents = [t.double().abs() if absolute else t.double() for t in tangents]
+            return _pushed(function, arguments, positions, pushed_tangents)
 
         def sizes_of_sum(arguments: dict) -> list[Tensor]:
-            """The size of the terms where the result is one sum over all elements. Terms in float16 underflow."""
-            given, chosen = _tracked(arguments, positions)
-            gradients = torch.autograd.grad(leaves(self.operator.reference(**given)), chosen)
+            """Return the size of the terms of a result that is one sum over all elements.
+
+            The smallest normal number of each dtype is added, because terms in float16 may underflow.
+            """
+            tracked_arguments, chosen = _tracked(arguments, positions)
+            gradients = torch.autograd.grad(leaves(self.operator.reference(**tracked_arguments)), chosen)
             least = [torch.finfo(t.dtype).tiny for t in tangents]
             return [sum(((g.abs() + s) * t.double().abs() + s).sum() for g, s, t in zip(gradients, least, tangents))]
 
@@ -223,8 +231,8 @@ class _Trial:
                     tracked = [o for o, real in zip(results, outputs) if real.requires_grad]
                     inputs = [t for t in leaves(arguments) if t.requires_grad]
                     cotangents = [_fake_of(c) for c in self.incoming[: len(tracked)]]
-                    found = torch.autograd.grad(tracked, inputs, cotangents, allow_unused=True)
-                    pairs = [(r, f) for r, f in zip(gradients, found) if r is not None and f is not None]
+                    fake_gradients = torch.autograd.grad(tracked, inputs, cotangents, allow_unused=True)
+                    pairs = [(r, f) for r, f in zip(gradients, fake_gradients) if r is not None and f is not None]
                     difference = judge.metadata_difference([r for r, _ in pairs], [f for _, f in pairs], strides)
                     difference = difference and f"gradient {difference}"
         except Exception as error:
@@ -243,18 +251,18 @@ class _Trial:
         names: list[str] | None = None,
         sizes_of: Callable | None = None,
     ) -> None:
-        """Compares `actual` with what the reference answers to `question(function, arguments, absolute)`.
+        """Compare `actual` with `question(reference, arguments, absolute)`, given the operator's reference.
 
-        `sizes_of(arguments)` tells the sizes of the terms where absolute values of the arguments do not.
+        `sizes_of(arguments)` gives the sizes of the terms where absolute values of the arguments do not.
         """
         operator = self.operator
         plain = map_tensors(Tensor.detach, self.arguments)
         if not operator.affordable(plain) or operator.unstable(plain, [*self.tensors, *self.incoming]):
             self.report["skipped"].append(what)
             return
-        given = plain if operator.exact else map_tensors(_wide, plain)
+        reference_arguments = plain if operator.exact else map_tensors(_wide, plain)
         try:
-            expected = question(operator.reference, given, False)
+            expected = question(operator.reference, reference_arguments, False)
         except Exception as error:
             text = f"{type(error).__name__}: {error}".split("\n")[0]
             if "allocate memory" in text:
@@ -265,11 +273,13 @@ class _Trial:
         if len(actual) != len(expected):
             self.differs(f"{what}: {len(actual)} tensors, expected {len(expected)}")
             return
-        variants = functools.cache(lambda: list(self._variants(question, given, nearby)))
-        sizes = functools.cache(lambda: sizes_of(given) if sizes_of else self._sizes(question, given))
-        for index, (one, other) in enumerate(zip(actual, expected)):
+        variants = functools.cache(lambda: list(self._variants(question, reference_arguments, nearby)))
+        sizes = functools.cache(
+            lambda: sizes_of(reference_arguments) if sizes_of else self._sizes(question, reference_arguments)
+        )
+        for index, (result, wanted) in enumerate(zip(actual, expected)):
             name = f"{what} of {names[index]}" if names else f"{what}[{index}]"
-            self._judge(name, "reference", one, other, sizes, variants, index)
+            self._judge(name, "reference", result, wanted, sizes, variants, index)
 
     def _judge(
         self,
@@ -281,7 +291,7 @@ class _Trial:
         variants: Callable,
         index: int,
     ) -> None:
-        # An exact operator has no tolerance against its reference; the brute force rounds nothing.
+        # An exact operator must equal its reference; the brute force does not round, so it has a tolerance.
         exact = self.operator.exact and judged_by == "reference"
         tolerance = 0.0 if exact else max(self.tolerance, judge.tolerance_of([actual.dtype]))
         verdict = judge.compare(
@@ -299,24 +309,24 @@ class _Trial:
             self.differs(f"{what} ({actual.dtype}, {judged_by}): {verdict.difference}")
 
     def _epsilon(self) -> float:
-        """The relative rounding error of the sums; of several layers, that of their outputs."""
+        """Return the relative rounding error of the sums or, for several layers, of the layers' outputs."""
         first = next((t.dtype for t in self.tensors if t.dtype.is_floating_point), torch.float32)
         return torch.finfo(first).eps if self.operator.layered else EPSILON[self.accumulator]
 
-    def _variants(self, question: Callable, given: dict, nearby: str) -> Iterator[list[Tensor]]:
+    def _variants(self, question: Callable, arguments: dict, nearby: str) -> Iterator[list[Tensor]]:
         if nearby in self.operator.nearby_for:
-            for variant in self.operator.nearby(given, self._epsilon()):
+            for variant in self.operator.nearby(arguments, self._epsilon()):
                 yield question(self.operator.reference, variant, False)
 
-    def _sizes(self, question: Callable, given: dict) -> list[Tensor] | None:
-        """The results for absolute values of what enters linearly."""
+    def _sizes(self, question: Callable, arguments: dict) -> list[Tensor] | None:
+        """Return the results for absolute values of the linear arguments, or None if there are none."""
         operator = self.operator
         if not operator.linear:
             return None
-        absolute = operator.absolute(given)
+        absolute = operator.absolute(arguments)
         sizes = question(operator.sizes or operator.reference, absolute, True)
         if operator.places and self.incoming:
-            # Derivatives by places are differences of neighbors: no larger than those, times the outputs summed over.
+            # Gradients w.r.t. sampling points are differences of neighbors, summed over the outputs; this bounds them.
             results = leaves(operator.reference(**absolute))
             largest = max(float(t.detach().abs().nan_to_num().max()) for t in self.incoming if t.numel())
             bound = max(float(r.abs().max()) * r.shape[1] * largest for r in results if r.numel())
@@ -324,30 +334,30 @@ class _Trial:
         return sizes
 
     def _all_names(self) -> list[str]:
-        """For every tensor the argument it belongs to."""
+        """Return the argument name of every tensor."""
         return [name for name, value in self.arguments.items() for _ in leaves(value)]
 
     def _names(self) -> list[str]:
         return [name for name, tensor in zip(self._all_names(), self.tensors) if tensor.requires_grad]
 
     def _incoming(self, like: Tensor, index: int) -> Tensor:
-        """An incoming gradient, or a tangent, for a tensor like this."""
-        wanted = self.case["gradient"]
-        values = wanted["values"] | {"seed": wanted["values"]["seed"] + index + 1}
+        """Return an incoming gradient, or a tangent, for a tensor with the shape and dtype of `like`."""
+        gradient = self.case["gradient"]
+        values = gradient["values"] | {"seed": gradient["values"]["seed"] + index + 1}
         dtype = str(like.dtype).removeprefix("torch.")
-        described = {"tensor": list(like.shape), "dtype": dtype, "values": values, "layout": wanted["layout"]}
+        described = {"tensor": list(like.shape), "dtype": dtype, "values": values, "layout": gradient["layout"]}
         return build_tensor(described, _memory)
 
 
 def _map(value: Any, build: Callable[[dict], Any]) -> Any:
-    """The nest with described tensors built."""
+    """Build the described tensors within nested lists and dictionaries."""
     if isinstance(value, dict):
         return build(value) if "tensor" in value else {name: _map(item, build) for name, item in value.items()}
     return [_map(item, build) for item in value] if isinstance(value, list) else value
 
 
 def _arrays(value: Any) -> list:
-    """The arrays in a nest of lists and tuples, in order."""
+    """Return the arrays within nested lists and tuples, in order."""
     return [array for item in value for array in _arrays(item)] if isinstance(value, (list, tuple)) else [value]
 
 
@@ -356,7 +366,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _tracked(arguments: dict, positions: list[int]) -> tuple[dict, list[Tensor]]:
-    """The arguments with the tensors at `positions` requiring gradients, and those tensors."""
+    """Return the arguments with the tensors at `positions` requiring gradients, and those tensors."""
     chosen: list[Tensor] = []
     counter = iter(range(1 << 30))
 
@@ -370,7 +380,7 @@ def _tracked(arguments: dict, positions: list[int]) -> tuple[dict, list[Tensor]]
 
 
 def _pushed(function: Callable, arguments: dict, positions: list[int], tangents: list[Tensor]) -> list[Tensor]:
-    """Tangents of the results; zeros where there is none."""
+    """Return the tangents of the results, with zeros for results without tangent."""
     counter, rest = iter(range(1 << 30)), list(tangents)
     with forward_ad.dual_level():
 
@@ -378,7 +388,7 @@ def _pushed(function: Callable, arguments: dict, positions: list[int], tangents:
             if next(counter) not in positions:
                 return tensor
             if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
-                tensor = tensor.contiguous()  # torch makes no dual of an expanded tensor
+                tensor = tensor.contiguous()  # torch cannot make a dual tensor of an expanded tensor
             return forward_ad.make_dual(tensor, rest.pop(0))
 
         results = leaves(function(**map_tensors(dual, arguments)))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is tried on readers of files: a valid file of a kind, and a few edits of its structure, as plain data.
+"""Hypothesis strategies for readers of files: a valid file and a few edits of its structure, as plain data.
 
 A case is a dictionary:
 
     op         name in FILES
-    arguments  "base": which valid file; "edits": lists of [kind, place, value], small integers and names that
-               `fuzz.mutate` turns into bytes or other values
+    arguments  "base": index of a valid file; "edits": lists of [kind, place, value], names and small integers
+               (see `fuzz.mutate`)
     valid      False: the reader may refuse the file
 
-Nothing here imports what is tested.
+This module does not import the readers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from fuzz import mutate
 
-PLACE = st.integers(0, 1 << 16)  # a share of the file, or the number of a part
+PLACE = st.integers(0, 1 << 16)  # position in the file in 1 / 65536 of its size, or index of a part
 VALUE = st.integers(0, 1 << 16)
 
 
 def edits(kinds: tuple[str, ...], most: int = 3) -> st.SearchStrategy:
-    """Up to `most` edits of these kinds; an unchanged file is the simplest case."""
+    """Up to `most` edits of these kinds; Hypothesis shrinks to an unchanged file."""
     edit = st.tuples(st.sampled_from(kinds), PLACE, VALUE).map(list)
     return st.lists(edit, max_size=most)
 
@@ -46,7 +46,7 @@ FILES: dict[str, tuple[int, st.SearchStrategy]] = {
     "configuration": (4, TREE_OR_BYTES),
     "setting": (1 << 16, edits(("text",), 2)),
 }
-"""Kind of file -> number of valid files of the kind, and its edits."""
+"""Number of valid files, and edits, by kind of file."""
 
 
 @st.composite

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares results with those of a judge, and says what differs.
+"""Comparison of results with those of a judge: a reference implementation or the brute force.
 
-An element is right if it is within a tolerance relative to the largest expected one. Where it is not, three more
-questions are asked, in this order, before it counts as wrong:
+An element is right if it is within a tolerance relative to the largest expected one. Otherwise three more checks, in
+this order, decide whether it is wrong:
 
-1. How large were the terms of the sum? The judge is asked again with the absolute values of what enters linearly: sums
-   that cancel are held to the size of their terms, and what overflows the type of the sums is excluded.
-2. Is the result discontinuous there? The judge is asked again with arguments a rounding away; elements that jump are
-   excluded.
-3. Does the judge spread what is not finite further than the operator does? Then only its finite elements count.
+1. How large were the terms of the sum? The judge computes again with absolute values of the linear arguments. The
+   tolerance of sums that cancel is relative to these sizes. Elements that overflow the dtype of the sums are excluded.
+2. Is the result discontinuous there? The judge computes again with arguments perturbed by a rounding. Elements that
+   change by more than the tolerance are excluded.
+3. Does the judge spread non-finite values further than the operator does? Then only its finite elements count.
 
 Excluded elements are counted.
 """
@@ -22,12 +22,12 @@ import torch
 from helpers.op_matrix import TOLERANCE
 from torch import Tensor
 
-FACTOR = 8.0  # of the tolerances of the op matrix: hostile layouts and sizes are not its benign ones
+FACTOR = 8.0  # times the tolerances of the op matrix, because sizes and values are more extreme here
 LARGEST_SUM = {torch.float64: torch.finfo(torch.float64).max, torch.float32: torch.finfo(torch.float32).max}
 
 
 class Verdict(NamedTuple):
-    difference: str | None  # what is wrong, or None
+    difference: str | None  # a sentence, or None
     compared: int = 0
     excluded: int = 0
 
@@ -49,7 +49,7 @@ def compare(
         tolerance: relative to the largest expected element.
         accumulator: dtype of the operator's sums.
         magnitude: the result for absolute values; a tensor of the shape of `expected`, or a number.
-        nearby: results for arguments a rounding away.
+        nearby: results for arguments perturbed by a rounding.
         poisons: elements where `expected` is not finite are not compared.
     """
     if actual.shape != expected.shape:
@@ -58,8 +58,8 @@ def compare(
         return Verdict(None)
     if not actual.dtype.is_floating_point:
         wrong = actual != expected
-        for other in nearby() if bool(wrong.any()) else ():
-            wrong = wrong & (other == expected) if other.shape == expected.shape else torch.zeros_like(wrong)
+        for variant in nearby() if bool(wrong.any()) else ():
+            wrong = wrong & (variant == expected) if variant.shape == expected.shape else torch.zeros_like(wrong)
         return _verdict(wrong, actual, expected, 0, 0.0)
     dtype, actual, expected = actual.dtype, actual.detach().double(), expected.detach().double()
     finite = expected.isfinite()
@@ -80,9 +80,9 @@ def compare(
         wrong = _wrong(actual, expected, finite, tolerance * scale + floor, dtype)
     wrong &= ~excluded
     if bool(wrong.any()):
-        for other in nearby():
-            jumps = ~((other - expected).abs() <= tolerance * scale / 2)
-            excluded |= jumps & (finite | other.isfinite())
+        for variant in nearby():
+            jumps = ~((variant - expected).abs() <= tolerance * scale / 2)
+            excluded |= jumps & (finite | variant.isfinite())
         wrong &= ~excluded
     return _verdict(wrong, actual, expected, int(excluded.sum()), tolerance * scale + floor)
 
@@ -96,7 +96,7 @@ def _largest(values: Tensor) -> float:
 
 
 def _floor(dtype: torch.dtype, accumulator: torch.dtype) -> float:
-    """What underflow may take away."""
+    """Return the largest error by underflow."""
     tiny = 8 * torch.finfo(accumulator).tiny
     return max(tiny, 2.0**-24) if dtype == torch.float16 else tiny
 
@@ -104,7 +104,7 @@ def _floor(dtype: torch.dtype, accumulator: torch.dtype) -> float:
 def _wrong(actual: Tensor, expected: Tensor, finite: Tensor, allowed: float, dtype: torch.dtype) -> Tensor:
     near = (actual - expected).abs() <= allowed
     same = (actual == expected) | (actual.isnan() & expected.isnan())
-    # A finite number too large for the dtype is infinite there.
+    # A finite number that is too large for the dtype becomes infinite.
     overflows = finite & (expected.abs() + allowed >= torch.finfo(dtype).max)
     overflows &= (actual.isinf() & ((actual > 0) == (expected > 0))) | near
     return ~(near | same | overflows)
@@ -131,19 +131,20 @@ def _verdict(wrong: Tensor, actual: Tensor, expected: Tensor, excluded: int, all
 
 
 def metadata_difference(real: Any, fake: Any, strides: bool = True) -> str | None:
-    """How fake results differ from real ones in shape, dtype or, if asked for, strides; None if they do not."""
+    """Describe how fake results differ from real ones in shape, dtype or, with `strides`, strides; None if equal."""
     if len(real) != len(fake):
         return f"{len(fake)} tensors, really {len(real)}"
-    for index, (one, other) in enumerate(zip(real, fake)):
-        if one.dtype != other.dtype:
-            return f"[{index}] has dtype {other.dtype}, really {one.dtype}"
-        if one.dim() != other.dim():
-            return f"[{index}] has {other.dim()} dimensions, really {one.dim()}"
-        if any(isinstance(side, torch.SymInt) for side in other.shape):
-            continue  # depends on the values
-        if one.shape != other.shape:
-            return f"[{index}] has shape {tuple(other.shape)}, really {tuple(one.shape)}"
-        pairs = [(a, b) for a, b, size in zip(one.stride(), other.stride(), one.shape) if size > 1]
-        if strides and one.numel() and any(a != b for a, b in pairs):
-            return f"[{index}] has strides {tuple(other.stride())}, really {tuple(one.stride())}, of {tuple(one.shape)}"
+    for index, (actual, predicted) in enumerate(zip(real, fake)):
+        if actual.dtype != predicted.dtype:
+            return f"[{index}] has dtype {predicted.dtype}, really {actual.dtype}"
+        if actual.dim() != predicted.dim():
+            return f"[{index}] has {predicted.dim()} dimensions, really {actual.dim()}"
+        if any(isinstance(side, torch.SymInt) for side in predicted.shape):
+            continue  # sizes that depend on values are symbols
+        if actual.shape != predicted.shape:
+            return f"[{index}] has shape {tuple(predicted.shape)}, really {tuple(actual.shape)}"
+        pairs = [(a, b) for a, b, size in zip(actual.stride(), predicted.stride(), actual.shape) if size > 1]
+        if strides and actual.numel() and any(a != b for a, b in pairs):
+            shape, predicted_strides = tuple(actual.shape), tuple(predicted.stride())
+            return f"[{index}] has strides {predicted_strides}, really {tuple(actual.stride())}, of {shape}"
     return None

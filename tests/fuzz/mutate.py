@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edits of bytes, of the chunks of a PNG or the segments of a JPEG, and of trees such as JSON; numpy alone is needed.
+"""Edits of bytes, of PNG chunks, of JPEG segments, and of trees such as JSON.
 
-An edit is [kind, place, value]. `place` names a part by its number, which wraps around, or a byte by its share of the
-file in 1 / 65536; `value` chooses among special values.
+An edit is [kind, place, value]. `place` is the index of a part, modulo the number of parts, or the position of a byte
+in 1 / 65536 of the file. `value` selects one of the special values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGE_NUMBERS = (1 << 53, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
 def deep(depth: int) -> list:
-    """Lists in lists."""
+    """Return lists nested `depth` deep."""
     nested: list = []
     for _ in range(depth):
         nested = [nested]
@@ -95,7 +95,7 @@ SPECIAL = (
 
 
 def mutate_bytes(data: bytes, changes: list) -> bytes:
-    """The bytes after all edits of BYTE_EDITS; edits of other kinds are left out."""
+    """Apply all edits of BYTE_EDITS to bytes; ignore edits of other kinds."""
     content = bytearray(data)
     for kind, place, value in changes:
         at = place * len(content) >> 16
@@ -118,7 +118,7 @@ def mutate_bytes(data: bytes, changes: list) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    """A special number as 4 or 8 bytes of either order."""
+    """Return a special number as 4 or 8 bytes, big- or little-endian."""
     order = ">" if value & 2 else "<"
     if value & 1:
         return struct.pack(order + "Q", (NUMBERS + LARGE_NUMBERS)[value // 4 % (len(NUMBERS) + len(LARGE_NUMBERS))])
@@ -129,7 +129,7 @@ def _number(value: int) -> bytes:
 
 
 def mutate_picture(data: bytes, changes: list) -> bytes:
-    """A PNG or JPEG after edits of its chunks or segments; other files, and edits of bytes, by their bytes."""
+    """Apply edits to the chunks of a PNG or the segments of a JPEG; edit other files as bytes."""
     split, join = (_png_chunks, _png) if data[:8] == b"\x89PNG\r\n\x1a\n" else (_jpeg_segments, _jpeg)
     structural = [change for change in changes if change[0] in CHUNK_EDITS]
     if structural and (join is _png or data[:2] == b"\xff\xd8"):
@@ -141,19 +141,19 @@ def mutate_picture(data: bytes, changes: list) -> bytes:
 
 
 def _edit_parts(parts: list[list], kind: str, place: int, value: int) -> None:
-    """One edit of [name, content, what is wrong] parts, in place."""
+    """Apply one edit to a list of [name, content, defect] parts, in place."""
     if not parts:
         return
     at = place % len(parts)
     name, content, wrong = parts[at]
-    if kind == "field" and content:  # a byte or a number of the header or of a table, checksums kept right
+    if kind == "field" and content:  # a byte or a number of the header or of a table, with correct checksums
         offset = value % min(len(content), 40)
         size = (1, 2, 4)[value // 64 % 3]
         edited = content[:offset] + _number(value & ~1)[-size:] + content[offset + size :]
         parts[at] = [name, edited[: len(content)], wrong]
     elif kind == "content":
         parts[at] = [name, mutate_bytes(content, [[BYTE_EDITS[value % len(BYTE_EDITS)], value, place]]), wrong]
-    elif kind == "pixels":  # other pixels behind right compression and checksums
+    elif kind == "pixels":  # other pixels, with correct compression and checksums
         try:
             raw = zlib.decompress(content)
         except zlib.error:
@@ -165,8 +165,8 @@ def _edit_parts(parts: list[list], kind: str, place: int, value: int) -> None:
     elif kind == "double":
         parts.insert(at, list(parts[at]))
     elif kind == "swap":
-        other = value % len(parts)
-        parts[at], parts[other] = parts[other], parts[at]
+        target = value % len(parts)
+        parts[at], parts[target] = parts[target], parts[at]
     elif kind in ("length", "checksum"):
         parts[at] = [name, content, wrong | {kind: NUMBERS[value % len(NUMBERS)]}]
     elif kind == "tail":
@@ -195,7 +195,7 @@ def _png(parts: list[list]) -> bytes:
 
 
 def _jpeg_segments(data: bytes) -> list[list]:
-    """Markers with their content; what follows the start of scan, up to the next marker, belongs to it."""
+    """Return the markers with their content; that of the start of scan includes the compressed data."""
     parts, at = [], 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xD9:
         marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -225,14 +225,14 @@ def _jpeg(parts: list[list]) -> bytes:
 
 
 def mutate_tree(tree: Any, changes: list, special: tuple = SPECIAL) -> Any:
-    """A copy of mappings, lists and values after all edits of TREE_EDITS."""
+    """Copy mappings, lists and values, and apply all edits of TREE_EDITS to the copy."""
     box = [copy.deepcopy(tree)]
     for kind, place, value in changes:
         if kind not in TREE_EDITS:
             continue
         places = list(_places(box))
         holder, key = places[place % len(places)]
-        other, name = places[value % len(places)]
+        source, name = places[value % len(places)]
         chosen = special[value % len(special)]
         chosen = chosen() if callable(chosen) else copy.deepcopy(chosen)
         try:
@@ -248,14 +248,14 @@ def mutate_tree(tree: Any, changes: list, special: tuple = SPECIAL) -> Any:
                 at = value % len(holder[key])
                 holder[key] = holder[key][:at] + chr(33 + value // 7 % 94) + holder[key][at + 1 :]
             elif kind == "move":
-                holder[key] = copy.deepcopy(other[name])
-        except RecursionError:  # what an earlier edit made deep is not copied
+                holder[key] = copy.deepcopy(source[name])
+        except RecursionError:  # an earlier edit nested the value too deep to copy
             continue
     return box[0]
 
 
 def _places(holder: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Every (mapping or list, key or index) inside, outermost first; of what is very deep the outer part."""
+    """Yield every (mapping or list, key or index) of a tree, outermost first, down to a maximum depth."""
     keys = list(holder) if isinstance(holder, dict) else range(len(holder))
     for key in keys:
         yield holder, key

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the worker knows of each operator: how to call it, and what its judges are.
+"""Table of the operators: how the worker calls each of them, and its judges.
 
-The reference is computed in float64 from the same rounded inputs. Where a result hangs on a comparison (a sample on the
-border of the map, a sum at the kink of ReLU) the operator in float32 may decide otherwise than the reference; `nearby`
-gives arguments a rounding away, and results that the reference itself changes there are excluded and counted.
+The reference is computed in float64 from the same rounded inputs. Some results depend on a comparison, such as a sample
+on the border of the map or a sum at the kink of ReLU. There the operator in float32 may decide differently from the
+reference. `nearby` gives arguments perturbed by a rounding; results that these change in the reference are excluded and
+counted.
 """
 
 from __future__ import annotations
@@ -25,30 +26,31 @@ EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator and its judges; all functions take the arguments by name.
+    """An operator with its judges; all functions take the arguments by name.
 
     Attributes:
         call: the operator.
         reference: its plain-PyTorch reference.
         brute: its brute force in NumPy.
         differentiable: arguments with a gradient.
-        exact: results are integers that must be equal, and the reference gets the tensors as they are.
-        nearby: arguments a rounding away from the given ones, in float64.
-        nearby_for: the questions where that makes a difference: "result", "gradient".
-        linear: arguments that enter linearly; their absolute values tell the size of the terms of the sums.
-        sizes: like the reference, but its results and derivatives for such absolute values are the sizes of the terms,
-            where those of the reference are not: an argument enters both linearly and otherwise. None: the reference.
-        places: whether there is a gradient by the places of samples.
-        poisons: the reference spreads what is not finite further than the operator does, as it multiplies it by zero;
-            results that it makes not finite are not compared.
-        composed: of operators of torch where a gradient may be asked for; their fake kernels give expanded tensors
-            other strides than they do themselves.
-        unstable: whether results can be told to be neither right nor wrong: (arguments, all tensors with incoming
-            gradients) -> bool. The call must do no harm then, and that is all.
-        excused: for integer results and the brute force, where both answers are right: (arguments, result) -> bools.
-        affordable: whether the reference can be computed in little time.
-        layered: layers keep their results in the dtype of the features, which rounds more than sums do.
-        unforeseen: pattern of the refusals that the fake kernel leaves to the operator.
+        exact: results are integers that must be equal, and the reference gets the tensors unconverted.
+        nearby: yields the arguments perturbed by a rounding, in float64.
+        nearby_for: what depends on such perturbations: "result", "gradient".
+        linear: arguments in which the operator is linear; their absolute values give the size of the terms of the sums.
+        sizes: function whose results and derivatives for such absolute values are the sizes of the terms. It is given
+            if an argument enters both linearly and nonlinearly; None: the reference.
+        places: whether the operator has a gradient with respect to sampling points.
+        poisons: the reference multiplies non-finite values by zero, which spreads them further than the operator does.
+            Then results that are not finite in the reference are not compared.
+        composed: the call consists of torch operators if gradients are required. For expanded tensors their fake
+            kernels predict other strides than the real ones.
+        unstable: (arguments, all tensors with incoming gradients) -> bool: whether results are unspecified. Such a call
+            must not crash or write out of bounds; its results are not compared.
+        excused: (arguments, result) -> bools: elements of an integer result that are right although the brute force
+            gives another number.
+        affordable: whether the reference is fast enough for these arguments.
+        layered: layers round their results to the dtype of the features, so errors are larger than those of sums.
+        unforeseen: pattern of errors that the operator raises and its fake kernel does not.
     """
 
     call: Callable[..., Any]
@@ -70,7 +72,7 @@ class Operator:
     unforeseen: str = "$^"
 
     def absolute(self, arguments: dict) -> dict:
-        """The arguments with absolute values of those that enter linearly.
+        """Return the arguments with absolute values of the linear ones.
 
         Winograd mixes the nine taps of a kernel, so each counts as the largest of them.
         """
@@ -84,8 +86,8 @@ class Operator:
 
 
 def _shifted(boxes: Tensor, by: float, first: int, signs: tuple[int, int]) -> Tensor:
-    """Boxes with both corners moved by a few roundings of their largest coordinate."""
-    moved = boxes.to(torch.float64, copy=True)  # 16 bits do not hold places nearby
+    """Move the corners of boxes by a few roundings of their largest coordinate."""
+    moved = boxes.to(torch.float64, copy=True)  # such small steps would be lost in 16 bits
     finite = torch.where(moved.isfinite(), moved, 0)[:, first:].abs()
     step = (finite.amax(dim=1, keepdim=True) + 64) * by
     moved[:, first : first + 2] += signs[0] * step
@@ -99,7 +101,7 @@ def _nearby_boxes(arguments: dict, epsilon: float) -> Iterator[dict]:
 
 
 def _moderate(arguments: dict, scale: float) -> bool:
-    """Whether the grids of adaptive sampling, whose points the reference lists, are small."""
+    """Tell whether the grids of adaptive sampling are small; the reference stores every point."""
     boxes = arguments["boxes"]
     extent = torch.where(boxes.isfinite(), boxes, 0)[:, -4:].double().abs()
     return arguments["sampling_ratio"] > 0 or boxes.numel() == 0 or float(extent.max()) * scale < 1e4
@@ -113,7 +115,7 @@ def _nearby_offsets(arguments: dict, epsilon: float) -> Iterator[dict]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """A nest of lists and dictionaries with its tensors replaced."""
+    """Apply a function to every tensor within nested lists and dictionaries."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -122,7 +124,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def leaves(value: Any) -> list[Tensor]:
-    """The tensors in a nest of lists, tuples and dictionaries, in order."""
+    """Return the tensors within nested lists, tuples and dictionaries, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -130,39 +132,41 @@ def leaves(value: Any) -> list[Tensor]:
     return [leaf for item in value for leaf in leaves(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _upsets_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
+def _is_unstable_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     """Tell whether arguments make results of a convolution unspecified, because Winograd sums its inputs.
 
-    An infinite or very large number spoils the tile of 4 x 4 pixels around it. It is unspecified whether a weight that
-    is not finite is multiplied by padding.
+    An infinite or very large number changes results in the whole 4 x 4 tile around it. It is unspecified whether a
+    non-finite weight is multiplied by padding.
     """
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
-    many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)  # channels: "auto" takes Winograd
+    many = any(
+        t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights
+    )  # "auto" selects Winograd by the number of channels
     algorithm = arguments["algorithm"]
     winograd = algorithm == "winograd" or (algorithm != "direct" and many)
     if winograd and tensors[0].dtype != torch.float64:
         return any(not bool((t.detach().double().abs() < 1e3).all()) for t in tensors)
-    if _has_rests_of_infinity(arguments, tensors):
+    if _splits_infinity(arguments, tensors):
         return True
-    # On CUDA a value at the border that is not finite reaches the gradients of weights that see padding there.
+    # On CUDA a non-finite value at the border reaches the gradients of weights whose taps read padding there.
     asks_gradient = len(tensors) > len(leaves(arguments))
     if asks_gradient and _is_cuda() and not all(bool(t.detach().isfinite().all()) for t in tensors):
         return True
-    # Layers multiply: what those before made, or a gradient, may overflow in between, where float64 does not.
+    # Results of earlier layers, or gradients, may overflow between layers where float64 does not.
     return not all(bool(t.detach().isfinite().all()) for t in weights) or _overflows(arguments, tensors)
 
 
-def _has_rests_of_infinity(arguments: dict, tensors: list[Tensor]) -> bool:
-    """On CUDA the rest of an infinity in float32, which tensor cores multiply as well, is NaN."""
+def _splits_infinity(arguments: dict, tensors: list[Tensor]) -> bool:
+    """Tell whether float32 on CUDA splits an infinity: 3xTF32 also multiplies the remainder, which is NaN."""
     on_tensor_cores = _is_cuda() and arguments["algorithm"] != "direct" and tensors[0].dtype == torch.float32
     return on_tensor_cores and any(bool(t.detach().isinf().any()) for t in tensors)
 
 
-def _upsets_deform_conv2d(arguments: dict, tensors: list[Tensor]) -> bool:
-    return _has_rests_of_infinity(arguments, tensors) or _overflows(arguments, tensors)
+def _is_unstable_deform_conv2d(arguments: dict, tensors: list[Tensor]) -> bool:
+    return _splits_infinity(arguments, tensors) or _overflows(arguments, tensors)
 
 
-def _upsets_norm(arguments: dict, tensors: list[Tensor]) -> bool:
+def _is_unstable_norm(arguments: dict, tensors: list[Tensor]) -> bool:
     """Tell whether arguments make results of a norm unspecified, because squares of deviations overflow.
 
     It is unspecified whether infinite parameters give infinity or NaN in their channel, and infinite gradients in their
@@ -176,7 +180,7 @@ def _upsets_norm(arguments: dict, tensors: list[Tensor]) -> bool:
 def _sizes_of_norm(
     *, input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, upsample: bool
 ) -> Tensor:
-    """The norm without what the mean, and derivatives of mean and deviation, take away again, and without ReLU."""
+    """Compute the sizes of the norm's terms: no cancellation, constant mean and deviation, and no ReLU."""
     groups = input.reshape(len(input), num_groups, input[0].numel() // num_groups if len(input) else 0)
     deviation = (groups.var(dim=2, keepdim=True, correction=0) + eps).sqrt().detach()
     values = (groups.abs() + groups.mean(dim=2, keepdim=True).abs()).detach()
@@ -195,9 +199,9 @@ def _is_cuda() -> bool:
 
 
 def _overflows(arguments: dict, tensors: list[Tensor]) -> bool:
-    """Whether a product of some numbers (gradients, weights, features) can be too large for what holds it."""
-    # Layers keep their results in float16; CUDA the samples of a deformable convolution, and x + flow. Others sum in
-    # float32.
+    """Tell whether a product of gradients, weights and features may overflow the dtype that stores it."""
+    # Stored in float16: results of layers and, on CUDA, samples of a deformable convolution and x + flow. Other sums
+    # are in float32.
     float16 = 1e2 if "parameters" in arguments or ("offset" in arguments and _is_cuda()) else 1e12
     if arguments.get("flow") is not None and _is_cuda():
         float16 = 3e4
@@ -213,14 +217,14 @@ def _flow_conv2d_packed(
 
 def _deform_conv2d_packed(*, input: Tensor, offset: Tensor, weight: Tensor, **options: Any) -> Tensor:
     groups = offset_groups = 1
-    if input.dim() == offset.dim() == weight.dim() == 4:  # else what is wrong is for the operators to say
+    if input.dim() == offset.dim() == weight.dim() == 4:  # otherwise the operators raise the error
         groups = input.shape[1] // max(weight.shape[1], 1) or 1
         offset_groups = offset.shape[1] // max(2 * weight.shape[2:].numel(), 1) or 1
     conv = ops.pack_deform_conv2d(weight, options.pop("bias"), groups, offset_groups, options.pop("algorithm"))
     return ops.deform_conv2d(input, offset, conv, **options)
 
 
-def _tower(parameters: dict) -> ops.SubnetParameters:
+def _subnet_parameters(parameters: dict) -> ops.SubnetParameters:
     lists = {
         name: tuple(conv and tuple(conv) for conv in value)
         for name, value in parameters.items()
@@ -230,25 +234,25 @@ def _tower(parameters: dict) -> ops.SubnetParameters:
 
 
 def _fused_subnets(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return ops.fused_subnets(levels, _tower(parameters), algorithm)
+    return ops.fused_subnets(levels, _subnet_parameters(parameters), algorithm)
 
 
 def _fused_subnets_packed(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return ops.fused_subnets(levels, ops.pack_subnets(_tower(parameters), algorithm))
+    return ops.fused_subnets(levels, ops.pack_subnets(_subnet_parameters(parameters), algorithm))
 
 
 def _fused_subnets_reference(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return reference.fused_subnets(levels, _tower(parameters), algorithm)
+    return reference.fused_subnets(levels, _subnet_parameters(parameters), algorithm)
 
 
 def _fused_subnets_brute(*, levels: list, parameters: dict, algorithm: str) -> Any:
-    return brute_force.fused_subnets(levels, _tower(parameters), algorithm)
+    return brute_force.fused_subnets(levels, _subnet_parameters(parameters), algorithm)
 
 
 def _nearby(*names: str) -> Callable[[dict, float], Iterator[dict]]:
-    """Move weights and features at random, by one rounding up or down, so that sums at the kink of a ReLU change sides.
+    """Perturb the named arguments at random by roundings, so that sums at the kink of a ReLU change sign.
 
-    Sums of the Winograd algorithm round more often.
+    Larger steps are included because the Winograd algorithm rounds more often.
     """
 
     def nearby(arguments: dict, epsilon: float) -> Iterator[dict]:
@@ -272,21 +276,21 @@ def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tied(arguments: dict, result: Tensor) -> Tensor:
-    """Pixels whose class is, within a rounding, as good as the best."""
-    enlarged = torch.from_numpy(brute_force.enlarged_logits(**arguments))  # (H, W, C)
-    enlarged = torch.where(enlarged.isnan(), -torch.inf, enlarged)
-    known = result.long() < enlarged.shape[2]
-    own = enlarged.gather(2, torch.where(known, result.long(), 0)[..., None])[..., 0]
-    finite = torch.where(enlarged.isfinite(), enlarged, 0)
+    """Return the pixels whose logit equals the largest one up to rounding."""
+    logits = torch.from_numpy(brute_force.upsampled_logits(**arguments))  # (H, W, C)
+    logits = torch.where(logits.isnan(), -torch.inf, logits)
+    known = result.long() < logits.shape[2]
+    chosen = logits.gather(2, torch.where(known, result.long(), 0)[..., None])[..., 0]
+    finite = torch.where(logits.isfinite(), logits, 0)
     scale = finite.abs().amax(dim=2)
-    largest = torch.finfo(torch.float32).max / 4  # beyond, float32 overflows
-    near = (own >= enlarged.amax(dim=2) - 1e-5 * scale) | (scale > largest)
-    # A huge logit counts or not by whether its weight is 0 or a rounding.
+    largest = torch.finfo(torch.float32).max / 4  # float32 overflows beyond this
+    near = (chosen >= logits.amax(dim=2) - 1e-5 * scale) | (scale > largest)
+    # A huge logit matters if its weight is a rounding error instead of 0.
     return known & (near | bool(_overflows(arguments, [arguments["logits"]])))
 
 
 def _nearby_threshold(arguments: dict, epsilon: float) -> Iterator[dict]:
-    """Pixels whose probability is the threshold, and pixels at the edge of a cell whose logit is NaN."""
+    """Perturb boxes, for pixels at the edge of a cell whose logit is NaN, and the threshold."""
     yield from _nearby_boxes(arguments, epsilon)
     for factor in (1 + 64 * epsilon, 1 - 64 * epsilon):
         yield arguments | {"threshold": arguments["threshold"] * factor}
@@ -312,7 +316,7 @@ OPERATORS: dict[str, Operator] = {
         nearby=_nearby("weight", "x", "flow"),
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
-        unstable=_upsets_convolution,
+        unstable=_is_unstable_convolution,
     ),
     "pack_conv3x3": Operator(
         _flow_conv2d_packed,
@@ -322,7 +326,7 @@ OPERATORS: dict[str, Operator] = {
         nearby=_nearby("weight", "x", "flow"),
         nearby_for=("gradient",),
         linear=("x", "flow", "weight", "bias"),
-        unstable=_upsets_convolution,
+        unstable=_is_unstable_convolution,
     ),
     "group_norm_relu": Operator(
         ops.group_norm_relu,
@@ -333,7 +337,7 @@ OPERATORS: dict[str, Operator] = {
         nearby_for=("gradient",),
         linear=("weight", "bias"),
         sizes=_sizes_of_norm,
-        unstable=_upsets_norm,
+        unstable=_is_unstable_norm,
     ),
     "multilevel_roi_align": Operator(
         ops.multilevel_roi_align,
@@ -391,7 +395,7 @@ for _name, _call in (("deform_conv2d", ops.deform_conv2d), ("pack_deform_conv2d"
         differentiable=("input", "offset", "weight", "bias", "mask"),
         nearby=_nearby_offsets,
         places=True,
-        unstable=_upsets_deform_conv2d,
+        unstable=_is_unstable_deform_conv2d,
         nearby_for=("gradient",),
         linear=("input", "weight", "bias", "mask"),
         poisons=True,
@@ -407,7 +411,7 @@ for _name, _call in (("fused_subnets", _fused_subnets), ("pack_subnets", _fused_
         nearby=_nearby("parameters", "levels"),
         nearby_for=("gradient",),
         linear=("levels", "parameters"),
-        unstable=_upsets_convolution,
+        unstable=_is_unstable_convolution,
         layered=True,
         unforeseen="was packed for other channels|channels of the feature it is added to",
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one edited file in the worker, as a user's command would. `execute` is what the supervisor names.
+"""Execution of one case of the file fuzzer: read an edited file in the worker, as a user's command would.
 
-A reader may return a right result or raise the exception that its docstring names; a command may end with 0, or with
-another code and a sentence. Anything else is a difference: another exception, a traceback, a warning that is no
-sentence, more than a gigabyte of memory, code of the file that runs.
+The supervisor calls `execute`. A reader may return a correct result or raise the exception that its docstring names. A
+command may exit with 0, or with another code and a message of one line. Anything else is a difference: another
+exception, a traceback, a Python warning, more than a gigabyte of memory, or execution of code from the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from spatialflow.panoptic.detection import detection_truth
 
 SIZE = (48, 64)
 MEGABYTES = 1000
-LINE = 1000  # characters of a sentence
+LINE = 1000  # largest number of characters of a message
 
 SMALL = dict(
     backbone_base_channels=4,
@@ -57,11 +57,11 @@ SMALL = dict(
 
 
 class Wrong(Exception):
-    """A result that is not right."""
+    """Error of a reader: a wrong result, or a forbidden message or exit code."""
 
 
 def execute(case: dict) -> dict:
-    """The report of a case, of the form that `fuzz.execute` gives."""
+    """Execute a case and return its report, in the format of `fuzz.execute`."""
     report = {"status": "right", "differences": [], "compared": 0, "excluded": 0, "skipped": []}
     base, changes = case["arguments"]["base"], case["arguments"]["edits"]
     _forget_peak()
@@ -76,7 +76,7 @@ def execute(case: dict) -> dict:
         report["status"] = "refused"
         if case["valid"] and base not in REFUSED_AS_THEY_ARE.get(case["op"], ()):
             report["differences"].append(f"a valid file is refused: {error}")
-        if problem := _no_sentence(str(error)):
+        if problem := _message_difference(str(error)):
             report["differences"].append(problem)
     finally:
         shutil.rmtree(folder)
@@ -95,10 +95,10 @@ def execute(case: dict) -> dict:
 ACCEPTED = (ImageError, PanopticFormatError, SampleError, CityscapesError, CategoryError, CheckpointError, ConfigError)
 
 
-def _no_sentence(text: str) -> str | None:
-    """What is wrong with a message, or None."""
+def _message_difference(text: str) -> str | None:
+    """Return a difference if a message is not a single line of at most LINE characters, else None."""
     if "\n" in text.strip() or len(text) > LINE or not text.strip():
-        return f"a message of {len(text)} characters that is no sentence: {text[:300]!r}"
+        return f"a message of {len(text)} characters that is not one line: {text[:300]!r}"
     return None
 
 
@@ -113,7 +113,10 @@ class _Start:
 
 
 def _peak(since_start: bool = True) -> int:
-    """Megabytes of the largest resident memory since `_forget_peak`, beyond what there was then."""
+    """Return by how many megabytes the peak resident memory has grown since `_forget_peak`.
+
+    With `since_start=False`, return the peak itself.
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -123,7 +126,7 @@ def _peak(since_start: bool = True) -> int:
 
 @functools.cache
 def _materials() -> Path:
-    """A folder with valid scenes, predictions and a Cityscapes tree, made once for a worker."""
+    """Return a folder with valid scenes, predictions and a Cityscapes tree, created once per worker."""
     root = Path(tempfile.mkdtemp(prefix="fuzz_files_"))
     import atexit
 
@@ -145,7 +148,7 @@ def _scenes() -> Path:
 
 
 def _text(tree: Any) -> bytes:
-    """JSON, with what JSON cannot hold as Python writes it (NaN, Infinity)."""
+    """Encode as JSON; non-finite numbers become NaN and Infinity, as Python's json writes them."""
     return json.dumps(tree, ensure_ascii=True, default=str).encode()
 
 
@@ -158,9 +161,12 @@ def _command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
 
     Args:
         arguments: command line.
-        silent: an exit code of 1 is explained on standard output.
+        silent: with an exit code of 1 the message is on standard output.
     """
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # what a name holds may not be writable
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), "utf-8"),
+        io.StringIO(),
+    )  # a name may hold characters that cannot be encoded
     try:
         with (
             contextlib.redirect_stdout(out),
@@ -171,13 +177,13 @@ def _command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
             code = cli.main(list(map(str, arguments)))
     except SystemExit as error:
         code = error.code
-    for warning in shown:  # those that the command makes sentences of are not here
+    for warning in shown:  # the command prints its own warnings; others reach this list
         if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | ImportWarning):
             raise Wrong(f"a warning with a line of source: {warning.category.__name__}: {warning.message}")
     lines = [line for line in err.getvalue().splitlines() if line.strip()]
     for line in lines:
         if not line.startswith(("spatialflow: ", "usage: ", "skipped: ")) or len(line) > LINE:
-            raise Wrong(f"standard error has a line that is no sentence: {line[:500]!r}")
+            raise Wrong(f"standard error has a line that is not a message: {line[:500]!r}")
     if code not in (0, 1, 2) or (code > silent and not lines):
         raise Wrong(f"exit code {code} with {len(lines)} sentences")
     return code, "\n".join(lines)
@@ -187,7 +193,7 @@ def _command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
 
 
 def _read_png(folder: Path, base: int, changes: list) -> int:
-    """An id map equals what OpenCV makes of the same file, where both read it."""
+    """Check that an id map equals that of OpenCV for the same file, if both read it."""
     rng = np.random.default_rng(base)
     size = ((1, 1), (48, 64), (7, 300), (40, 5))[base]
     pixels = np.repeat(rng.integers(0, 256, (*size, 3), np.uint8)[:, ::4], 4, axis=1)[:, : size[1]]
@@ -225,7 +231,7 @@ def _read_photograph(folder: Path, base: int, changes: list) -> int:
 
 
 def _read_panoptic(folder: Path, base: int, changes: list) -> int:
-    """The file as ground truth, as prediction, as pictures to draw, as training data."""
+    """Read the file as ground truth, as prediction, for drawing, and as training data."""
     truth = _scenes() / "panoptic.json"
     (folder / "edited.json").write_bytes(_json(json.loads(truth.read_text()), changes))
     (folder / "edited").symlink_to(_scenes() / "panoptic")
@@ -253,7 +259,7 @@ def _read_panoptic(folder: Path, base: int, changes: list) -> int:
 
 @functools.cache
 def _detections() -> list[dict]:
-    """The things of the ground truth, found exactly; scoring compares every mask with one that it meets."""
+    """Return the things of the ground truth as perfect detections, so that every mask overlaps one in scoring."""
     path = _scenes() / "panoptic.json"
     truth = detection_truth(json.loads(path.read_text()), path.with_suffix(""))["annotations"]
     fields = ("image_id", "category_id", "bbox", "segmentation")
@@ -262,7 +268,9 @@ def _detections() -> list[dict]:
 
 def _read_detections(folder: Path, base: int, changes: list) -> int:
     rows = [dict(row) for row in _detections()]
-    for _, place, value in (change for change in changes if change[0] == "counts"):  # letters of a mask's run lengths
+    for _, place, value in (
+        change for change in changes if change[0] == "counts"
+    ):  # characters of the run-length code of a mask
         row = rows[value % len(rows)]
         code = dict(row["segmentation"])
         at = place % len(code["counts"])
@@ -294,7 +302,7 @@ def _cityscapes() -> Path:
 
 
 def _read_cityscapes(folder: Path, base: int, changes: list) -> int:
-    """A label map, a photograph, or the JSON of an earlier evaluation is edited."""
+    """Read a Cityscapes tree with an edited label map, photograph, or JSON of an earlier evaluation."""
     root = folder / "tree"
     shutil.copytree(_cityscapes(), root)
     categories = load_categories("cityscapes", 8, 11)
@@ -311,7 +319,7 @@ def _read_cityscapes(folder: Path, base: int, changes: list) -> int:
         try:
             done += data[index].image.size
         except SampleError as error:
-            if problem := _no_sentence(str(error)):
+            if problem := _message_difference(str(error)):
                 raise Wrong(problem) from None
     data.panoptic_truth(folder)
     return done
@@ -322,7 +330,7 @@ def _read_cityscapes(folder: Path, base: int, changes: list) -> int:
 
 @functools.cache
 def _model() -> torch.nn.Module:
-    """A part of a network: files of few tensors, of which every one is edited often."""
+    """Return a part of a network with few tensors, so that each of them is edited often."""
     torch.manual_seed(0)
     network = build_model("tiny", **SMALL)
     return torch.nn.ModuleDict({"fpn": network.fpn, "stuff_head": network.stuff_head})
@@ -335,7 +343,7 @@ def _torch_bytes(content: Any, legacy: bool = False) -> bytes:
 
 
 class _Evil:
-    """Pickles to a call that makes the canary."""
+    """Object that pickles to a call which creates the canary file."""
 
     def __init__(self, function: Callable, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -344,11 +352,11 @@ class _Evil:
         return self.call
 
     def __deepcopy__(self, _: dict) -> _Evil:
-        return self  # copying would make the call
+        return self  # a copy by `__reduce__` would make the call
 
 
 def _checkpoint(base: int) -> Any:
-    """A tree with tensors, and whether it is saved in the old format."""
+    """Return the content of a valid or hostile checkpoint, and whether it is saved in the legacy format."""
     state = dict(list(_model().state_dict().items()))
     writes = f"open({str(_canary())!r}, 'w')"
     evil = {"w": torch.zeros(2), "x": _Evil(open, str(_canary()), "w"), "y": _Evil(exec, writes)}
@@ -367,7 +375,7 @@ def _checkpoint(base: int) -> Any:
 
 
 REFUSED_AS_THEY_ARE = {"checkpoint": (4, 5, 6, 7, 9), "setting": range(1 << 16)}
-"""Files that a reader must refuse: they hold calls, or no network."""
+"""Indices of files that a reader must refuse: they hold calls, or no network."""
 
 TENSORS = (
     lambda: torch.zeros(0),
@@ -386,7 +394,7 @@ TENSORS = (
 
 
 def _with_edited_pickle(data: bytes, changes: list) -> bytes:
-    """A torch file whose pickle is edited, in an archive that is right; a file without archive by its bytes."""
+    """Edit the pickle within the archive of a torch file; edit a file without archive as bytes."""
     inner = [[("set", "flip", "drop", "repeat", "number")[value % 5], place, value] for _, place, value in changes]
     if not zipfile.is_zipfile(io.BytesIO(data)):
         return mutate_bytes(data, inner)
@@ -399,7 +407,9 @@ def _with_edited_pickle(data: bytes, changes: list) -> bytes:
 
 
 def _edited_torch_file(tree: Any, legacy: bool, changes: list) -> bytes:
-    tree = mutate_tree(tree, changes, SPECIAL[:-2] + TENSORS)  # not the deep ones: torch cannot save them
+    tree = mutate_tree(
+        tree, changes, SPECIAL[:-2] + TENSORS
+    )  # without the deeply nested values, which torch cannot save
     data = _torch_bytes(tree, legacy)
     if any(kind == "inner" for kind, _, _ in changes):
         return _with_edited_pickle(data, changes)
@@ -413,7 +423,7 @@ def _read_checkpoint(folder: Path, base: int, changes: list) -> int:
 
 
 def _fill(path: Path) -> int:
-    """Loads a file into a network: all of its values are taken, or none."""
+    """Load a file into a network and check that either all of its values were loaded or none."""
     model = _model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
@@ -444,7 +454,7 @@ def _read_safetensors(folder: Path, base: int, changes: list) -> int:
 
 @functools.cache
 def _run_of() -> tuple[Any, Any]:
-    """A run of one step, and the content of its checkpoint."""
+    """Return a trainer after one step, and the content of its checkpoint."""
     from helpers.scenes import scene_categories
 
     from spatialflow.data.coco import CocoPanoptic
@@ -471,9 +481,8 @@ def _read_run(folder: Path, base: int, changes: list) -> int:
     trainer.store.folder = folder
     trainer.store.path.write_bytes(_edited_torch_file(content, base == 1, changes))
     try:
-        trainer.step = (
-            trainer.store.restore()
-        )  # all that a run in that folder does with the file; making one takes ten times as long
+        # A run in this folder does nothing else with the file; building a trainer would take ten times as long.
+        trainer.step = trainer.store.restore()
     except TrainingError as error:
         raise CheckpointError(str(error)) from None
     for parameter in trainer.network.parameters():
@@ -506,7 +515,7 @@ def _lists(section: Any) -> dict:
 
 
 def _check_config(config: Config) -> int:
-    hash(config)  # frozen through and through
+    hash(config)  # frozen at every level
     if load_config(config) != config:
         raise Wrong("a configuration that was accepted is refused, or another, when it is read again")
     return len(SECTIONS)
@@ -575,7 +584,7 @@ TEXTS = (
 
 
 def _read_setting(folder: Path, base: int, changes: list) -> int:
-    """FIELD=VALUE as on a command line: texts, and every field with special values."""
+    """Parse FIELD=VALUE as on a command line: arbitrary text, and every field with special values."""
     fields = [name for section in SECTIONS.values() for name in section.__dataclass_fields__]
     chosen = [TEXTS[base % len(TEXTS)]] if base & 1 else [f"{fields[base % len(fields)]}={SPECIAL[base // 7 % 50]}"]
     for _, place, value in changes:

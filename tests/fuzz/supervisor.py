@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases in a worker process that may die, hang or fill the memory, and says which case did it.
+"""Execution of cases in a worker process that may crash, hang or run out of memory.
 
-A case is anything that JSON holds. The function that executes one is named as "module:function"; it is imported in the
-worker alone, so that what it loads cannot harm the supervisor:
+A case is any value that JSON can hold. The function that executes a case is named as "module:function". Only the worker
+imports this function, so that its imports cannot affect the supervisor:
 
     with Supervisor("fuzz.execute:execute") as supervisor:
         outcome = supervisor.run({"op": "nms", "seed": 3})
 
 Requests and answers are JSON lines over two pipes. Standard output and error of the worker go to a file; its end is
-part of the report of a death.
+part of the report of a crash.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ LOG_TAIL = 4000  # bytes of the worker's output in a report
 
 
 class Outcome(NamedTuple):
-    """What became of a case.
+    """Outcome of a case.
 
-    kind: "done": `value` is what the function returned. "raised": the function let an exception out, `message` has the
-    traceback. "died": the process ended, `message` names the signal or exit code. "hung": it was killed after the time
-    limit.
+    kind: "done": `value` is the returned value. "raised": the function raised an exception, and `message` is its
+    traceback. "died": the process ended, and `message` names the signal or exit code. "hung": the process was killed
+    after the time limit.
     """
 
     kind: str
@@ -46,13 +46,13 @@ class Outcome(NamedTuple):
 
 
 class Supervisor:
-    """One worker process, started when it is needed and again after it ended.
+    """Owner of a worker process, which is started at the first case and restarted after it ended.
 
     Args:
-        function: "module:function" of one argument, the case; what it returns must be JSON.
+        function: "module:function"; it takes the case and returns a value that JSON can hold.
         seconds: time limit of a case; the first one of a worker has `start_seconds` more for imports.
-        gigabytes: how much memory a worker may take beyond what it has after its imports; allocations beyond fail.
-        environment: added to that of this process.
+        gigabytes: limit of the address space beyond the size after the imports; larger allocations fail.
+        environment: variables added to those of this process.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Supervisor:
         self.close()
 
     def run(self, case: Any) -> Outcome:
-        """Executes one case; whatever happens to the worker, this returns."""
+        """Execute one case and return its outcome, even if the worker crashes or hangs."""
         limit = self.seconds
         if self._process is None:
             self._start()
@@ -103,7 +103,7 @@ class Supervisor:
             self._kill()
 
     def _start(self) -> None:
-        # Fault messages of the interpreter (python -X faulthandler) name the line of a crash.
+        # python -X faulthandler prints the line of a crash.
         read, write = os.pipe()
         self._log = tempfile.TemporaryFile()
         environment = {**os.environ, **self.environment}
@@ -122,7 +122,7 @@ class Supervisor:
         self.starts += 1
 
     def _read_line(self, seconds: float) -> bytes:
-        """One line of the worker; b"" if it ended instead; TimeoutError."""
+        """Return the next line of the worker, or b"" if it ended; raise TimeoutError after `seconds`."""
         end = time.monotonic() + seconds
         while b"\n" not in self._answers:
             ready, _, _ = select.select([self._read], [], [], max(end - time.monotonic(), 0))
@@ -136,10 +136,10 @@ class Supervisor:
         return line
 
     def _how_it_ended(self) -> str:
-        """How the worker that closed its pipe ended, and the end of its output."""
+        """Describe the signal or exit code of a worker that closed its pipe, and the end of its output."""
         try:
             code = self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:  # it closed its pipe and lives
+        except subprocess.TimeoutExpired:  # the pipe is closed, but the process is running
             code = None
         words = self._kill()
         if code is None:
@@ -148,7 +148,7 @@ class Supervisor:
         return f"{how}\n{words}"
 
     def _kill(self) -> str:
-        """Ends the worker; the end of what it printed."""
+        """Kill the worker and return the end of its output."""
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()

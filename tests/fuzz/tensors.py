@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors from plain data: their values, and how they lie in memory.
+"""Construction of tensors from plain data: values and memory layout.
 
 A tensor is described by a dictionary, so that a case can be printed and replayed exactly:
 
     {"tensor": [2, 3, 4, 5], "dtype": "float32", "values": {"kind": "normal", "seed": 7}, "layout": {"order": ...}}
 
-Its memory is an arena between pages that cannot be read or written. A read beyond the storage ends the process, and one
-beyond the tensor but within the storage finds NaN. `Memory.changed` tells whether something was written there.
+Its memory is next to a page without access. An access beyond the storage ends the process. A read outside the tensor
+but within the storage returns NaN, and `Memory.changed` tells whether anything was written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SLOT_BYTES = 1 << 18
 
 
 class Memory:
-    """Slots that end at a page without access, handed out to the tensors of one case."""
+    """Slots of memory between pages without access, one for each tensor of a case."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -46,12 +46,12 @@ class Memory:
         self._copies: list[Tensor] = []
 
     def begin(self) -> None:
-        """Takes all slots back."""
+        """Mark all slots as free."""
         self._used = 0
         self._given, self._copies = [], []
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """(count) elements that end, or every other time begin, at a page without access."""
+        """Return `count` elements that end, or in every fourth slot begin, at a page without access."""
         size = count * dtype.itemsize
         if size > SLOT_BYTES or self._used == SLOTS:
             memory = torch.empty(count, dtype=dtype)
@@ -71,7 +71,7 @@ class Memory:
         return memory
 
     def remember(self) -> None:
-        """Keeps the bytes of all tensors, to be compared by `changed`."""
+        """Copy the bytes of all tensors, for comparison by `changed`."""
         self._copies = [memory.clone() for memory in self._given]
 
     def changed(self) -> bool:
@@ -79,20 +79,20 @@ class Memory:
 
 
 def build_tensor(description: dict, memory: Memory) -> Tensor:
-    """The tensor that is described; requires_grad is left to the caller."""
+    """Build the described tensor, except for its requires_grad."""
     shape, dtype = description["tensor"], getattr(torch, description["dtype"])
     layout = description.get("layout") or {}
     expanded = {d for d in layout.get("expand", ()) if d < len(shape)}
-    own = [1 if d in expanded and size > 0 else size for d, size in enumerate(shape)]
-    strides = strides_of(own, layout)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(own, strides)) if all(own) else 0
+    stored_shape = [1 if d in expanded and size > 0 else size for d, size in enumerate(shape)]
+    strides = strides_of(stored_shape, layout)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(stored_shape, strides)) if all(stored_shape) else 0
     start = layout.get("offset", 0)
     flat = memory.take(start + extent + layout.get("tail", 0), dtype)
     values = make_values(description["values"], shape, dtype)
     for d in expanded:
-        values = values.narrow(d, 0, own[d])
+        values = values.narrow(d, 0, stored_shape[d])
     start += flat.storage_offset()
-    flat.as_strided(own, strides, start).copy_(values)
+    flat.as_strided(stored_shape, strides, start).copy_(values)
     ones = layout.get("ones", ())
     final = []
     for d, (size, stride) in enumerate(zip(shape, strides)):
@@ -105,7 +105,7 @@ def build_tensor(description: dict, memory: Memory) -> Tensor:
 
 
 def strides_of(shape: list[int], layout: dict) -> list[int]:
-    """Strides with the dimensions of `layout["order"]` from the outermost to the innermost, with gaps between."""
+    """Return strides for dimensions in `layout["order"]`, outermost first, with the gaps of the layout."""
     order = [d for d in layout.get("order", range(len(shape))) if d < len(shape)]
     pads, steps = layout.get("pads", ()), layout.get("steps", ())
     strides, running = [0] * len(shape), 1
@@ -117,7 +117,7 @@ def strides_of(shape: list[int], layout: dict) -> list[int]:
 
 
 def make_values(values: dict, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """(shape) in `dtype`. The kinds are those below; "special" puts the listed numbers at random places of another."""
+    """Generate values of a kind in KINDS; write the numbers listed in "special" to random positions."""
     rng = np.random.default_rng(values["seed"])
     numbers = KINDS[values["kind"]](rng, shape, values, dtype)
     numbers = np.asarray(numbers, dtype=np.float64 if dtype.is_floating_point else None)
@@ -151,17 +151,17 @@ def _normal(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
 
 
 def _grid(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
-    """Multiples of a quarter: sums and products are exact in every dtype as long as they are short."""
+    """Generate multiples of a quarter, whose short sums and products are exact in every dtype."""
     return rng.integers(-8, 9, size=shape) / 4 * values.get("scale", 1.0)
 
 
 def _few(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
-    """Many equal values."""
+    """Generate few distinct values, so that many are equal."""
     return rng.integers(0, 3, size=shape) / 2 * values.get("scale", 1.0)
 
 
 def _integers(rng: Any, shape: list[int], values: dict, dtype: torch.dtype) -> np.ndarray:
-    """From "low" to "high", as far as the dtype reaches."""
+    """Generate integers from "low" to "high", clipped to the range of the dtype."""
     limits = torch.iinfo(dtype) if not (dtype.is_floating_point or dtype == torch.bool) else None
     low, high = values.get("low", 0), values.get("high", 1)
     if limits is not None:
@@ -170,28 +170,28 @@ def _integers(rng: Any, shape: list[int], values: dict, dtype: torch.dtype) -> n
 
 
 def _blocks(rng: Any, shape: list[int], values: dict, dtype: torch.dtype) -> np.ndarray:
-    """Integers in rectangles of several pixels, like masks and label maps."""
+    """Generate integers that are constant in blocks of 3 x 3 pixels, like masks and label maps."""
     small = [*shape[:-2], *[-(-side // 3) for side in shape[-2:]]]
     numbers = _integers(rng, small, values, dtype)
     return numbers.repeat(3, axis=-2).repeat(3, axis=-1)[..., : shape[-2], : shape[-1]].copy()
 
 
 def _boxes(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
-    """Rows of x1, y1, x2, y2, after the index of an image where there are five.
+    """Generate rows of x1, y1, x2, y2, with the image index in front if there are five columns.
 
-    "extent": width and height of the image; "step": coordinates are multiples of it (0: any); "batch": images;
-    "hostile": some rows are reversed, empty, on the border, far outside or not finite.
+    "extent" is the width and height of the image. Coordinates are multiples of "step" (0: any). "batch" is the number
+    of images. With "hostile", some rows are reversed, empty, on the border, far outside or not finite.
     """
     *lead, count, columns = shape
     width, height = values["extent"]
     rows = int(np.prod([*lead, count], dtype=np.int64))
     size = np.array([width, height])
     corner = (rng.random((rows, 2)) * 1.3 - 0.15) * size
-    other = corner + rng.random((rows, 2)) ** 2 * size
-    if rng.random() < 0.5:  # some boxes several times
+    far_corner = corner + rng.random((rows, 2)) ** 2 * size
+    if rng.random() < 0.5:  # repeat some boxes
         chosen = rng.integers(0, max(rows, 1), rows) // 2
-        corner, other = corner[chosen], other[chosen]
-    boxes = np.concatenate([corner, other], axis=1)
+        corner, far_corner = corner[chosen], far_corner[chosen]
+    boxes = np.concatenate([corner, far_corner], axis=1)
     step = values.get("step", 0)
     if step:
         boxes = np.round(boxes / step) * step

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which `algorithm` raw operators compute with, for tests of what "auto" means."""
+"""Recorder of the `algorithm` that raw operators run with, for tests of how "auto" is resolved."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Codes(TorchDispatchMode):
-    """Collects (operator, algorithm) of raw operators that compute; packing of weights is none."""
+    """Record (operator, algorithm) of every raw operator except for `_pack_conv3x3`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,19 +6,19 @@ import torch
 from helpers.op_matrix import OpSample
 
 CODES = {"auto": 0, "winograd": 1, "direct": 2, "tf32": 3, "tf32x3": 4}
-"""What the raw operators call the algorithms."""
+"""Codes of the algorithms in the raw operators."""
 
 
 def eighths(*size: int) -> torch.Tensor:
-    """Normal float64 numbers between -3 and 3, rounded to whole eighths."""
+    """Generate normal float64 numbers between -3 and 3, rounded to multiples of 1/8."""
     return (torch.randn(size, dtype=torch.float64).clamp(-3, 3) * 8).round() / 8
 
 
 def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, batch: int):
-    """A function that makes x, flow, weight and bias in float64, on maps larger by its argument."""
+    """Return a function that makes x, flow, weight and bias in float64; its argument enlarges the maps."""
 
     def build(grow: int = 0) -> list:
-        """X and flow in eighths: their sum is exact in 16 bits, so that ReLU decides as in float64."""
+        """Make tensors with x and flow in eighths, so that x + flow is exact in 16 bits."""
         x = [eighths(batch, channels, h + grow, w + grow) for h, w in sizes]
         weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
         return [
@@ -32,7 +32,7 @@ def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], f
 
 
 def sample_of(op, reference, raw, tensors, flow: bool, bias: bool, options: dict):
-    """A function that makes an OpSample whose tensors, those of `tensors`, begin with x, flow, weight and bias."""
+    """Return a function that makes an OpSample; `tensors` returns x, flow, weight and bias first."""
     present = tuple(index for index, there in enumerate((True, flow, True, bias)) if there)
 
     def build() -> OpSample:

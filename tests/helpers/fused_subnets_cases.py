@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Towers that the tests of fused_subnets and of its kernels share: convolutions, levels, every wiring of the paper."""
+"""Sub-networks for tests of fused_subnets and its kernels: convolutions, levels and the paper's configurations."""
 
 import torch
 
@@ -11,7 +11,7 @@ SIZES = [(13, 18), (7, 9), (5, 6), (2, 4), (1, 1)]
 
 
 def conv(channels: int, out_channels: int, bias: bool = True, clear: bool = False) -> list:
-    """(weight, bias); `clear`: a bias that puts every output well on one side of zero."""
+    """Make [weight, bias]; with `clear`, a large bias keeps every output away from zero."""
     weight = torch.randn(out_channels, channels, 3, 3, dtype=torch.float64) * (2 / max(channels, 1)) ** 0.5 / 3
     if clear:
         return [weight * 0.2, torch.tensor([5.0, -5.0, 5.0] * out_channels, dtype=torch.float64)[:out_channels]]
@@ -21,7 +21,7 @@ def conv(channels: int, out_channels: int, bias: bool = True, clear: bool = Fals
 def wiring(
     stages=(2, 2, 2, 1), channels=6, inner=None, flows=(True, True, True, True), source="reg", some=None, clear=False
 ) -> list:
-    """Convolutions of the eight lists: `inner` channels inside the sub-networks, `channels` in the levels."""
+    """Make the eight lists of convolutions: `inner` channels inside the sub-networks, `channels` in the levels."""
     inner = inner or channels
     names = ("cls", "reg", "stuff", "thing")
     lists = {
@@ -49,7 +49,7 @@ def pyramid(channels: int, sizes=SIZES, batch: int = 1) -> list:
 
 
 def parameters_of(convs: list, flow_source="reg", segmentation_levels=3) -> ops.SubnetParameters:
-    lists = [tuple(None if one is None else tuple(one) for one in convolutions) for convolutions in convs]
+    lists = [tuple(None if pair is None else tuple(pair) for pair in convolutions) for convolutions in convs]
     return ops.SubnetParameters(*lists, flow_source=flow_source, segmentation_levels=segmentation_levels)
 
 
@@ -74,4 +74,4 @@ WIRINGS = {
     "some flows": {"stages": (3, 3, 3, 3), "some": (0, 2)},
     "nothing": {"stages": (0, 0, 0, 0), "flows": (False,) * 4},
 }
-"""Every ablation of the paper: what `wiring` makes of it."""
+"""Keyword arguments of `wiring` for every ablation of the paper."""

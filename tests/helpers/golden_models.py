@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with the goldens' weights, and the comparisons that the golden tests share."""
+"""Models with the weights of the goldens, and comparisons shared by the golden tests."""
 
 import importlib.util
 import json
@@ -12,11 +12,11 @@ from spatialflow.engine.checkpoints import name_from_released
 from spatialflow.models.build import build_model
 
 TOLERANCE = 1e-4
-"""Of a tensor's maximum, in float32."""
+"""Tolerance in float32, relative to the largest absolute value of the expected tensor."""
 
 
 def golden_state(goldens: Path, variant: str) -> dict[str, torch.Tensor]:
-    """Released state dict of a variant, under this package's names."""
+    """Return the released state dict of a variant, with this package's names."""
     fill = fill_function(goldens)
     keys = json.loads((goldens / "keys" / f"{variant}_keys.json").read_text())["keys"]
     return {
@@ -32,14 +32,14 @@ def fill_function(goldens: Path):
 
 
 def golden_model(goldens: Path, variant: str, config: str):
-    """The model of `config` in evaluation mode with the weights of `variant`."""
+    """Build the model of `config` in evaluation mode with the weights of `variant`."""
     model = build_model(config)
     model.load_state_dict(golden_state(goldens, variant))
     return model.eval()
 
 
 def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    """Largest difference over the largest expected magnitude."""
+    """Return the largest difference divided by the largest expected magnitude."""
     assert tuple(actual.shape) == expected.shape, f"{tuple(actual.shape)} instead of {expected.shape}"
     return float(np.abs(actual.detach().double().numpy() - expected).max() / max(np.abs(expected).max(), 1e-30))
 
@@ -50,7 +50,7 @@ def assert_close(name: str, actual: torch.Tensor, expected: np.ndarray, toleranc
 
 
 def assert_same_detections(boxes, scores, labels, expected_boxes_scores, expected_labels):
-    """Every expected detection has exactly one partner of the same label, box and score; none is left over."""
+    """Assert a one-to-one match of detections with the same label, box and score."""
     actual = torch.cat([boxes, scores[:, None]], dim=1).double().numpy()
     assert len(actual) == len(expected_labels)
     limit = TOLERANCE * max(np.abs(expected_boxes_scores[:, :4]).max(), 1)

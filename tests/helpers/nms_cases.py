@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random boxes and oracles shared by the tests of the NMS operators."""
+"""Random boxes and a NumPy implementation shared by the tests of the NMS operators."""
 
 import numpy as np
 import torch
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def random_boxes(count: int, extent: float = 200.0, size: float = 60.0, offset: float = 0.0) -> Tensor:
-    """(count, 4) float64, mostly small boxes with a few large ones."""
+    """Generate (count, 4) float64 boxes, most of them small and a few large."""
     corner = torch.rand(count, 2, dtype=torch.float64) * extent + offset
     return torch.cat([corner, corner + torch.rand(count, 2, dtype=torch.float64) ** 2 * size], dim=1)
 
 
 def iou_matrix(boxes: np.ndarray) -> np.ndarray:
-    """(N, N), for float64 boxes that are neither reversed nor infinite; 0 for pairs of empty boxes."""
+    """Return the (N, N) IoUs of float64 boxes, not reversed and finite; 0 for pairs of empty boxes."""
     size = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - np.maximum(boxes[:, None, :2], boxes[None, :, :2])
     inter = size.clip(min=0).prod(axis=2)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
@@ -22,15 +22,15 @@ def iou_matrix(boxes: np.ndarray) -> np.ndarray:
 
 
 def oracle(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy NMS class by class over a matrix of IoUs in float64; another program than kernel and reference.
+    """Greedy NMS per class over a matrix of float64 IoUs, independent of the kernel and of the reference.
 
-    In NumPy, wherever the boxes are: its loop would wait for a GPU at every box.
+    It runs in NumPy because a loop over CUDA tensors would synchronize at every box.
     """
     own_boxes, labels = boxes.double().cpu().numpy(), idxs.cpu().numpy()
-    ranks = np.argsort(-scores.double().cpu().numpy(), kind="stable")  # equal scores rank by row
+    ranks = np.argsort(-scores.double().cpu().numpy(), kind="stable")  # equal scores are ordered by row
     kept = np.zeros(len(ranks), dtype=bool)
-    for one in np.unique(labels):
-        rows = ranks[labels[ranks] == one]
+    for label in np.unique(labels):
+        rows = ranks[labels[ranks] == label]
         overlaps = iou_matrix(own_boxes[rows]) > iou_threshold
         alive = np.ones(len(rows), dtype=bool)
         for i in range(len(rows)):

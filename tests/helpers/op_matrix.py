@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that every operator must pass, written once.
+"""Tests that every operator must pass, shared through the base class `OpMatrix`.
 
 A test file subclasses `OpMatrix` with samples; pytest then runs each test of the class for each sample:
 
@@ -11,7 +11,7 @@ A test file subclasses `OpMatrix` with samples; pytest then runs each test of th
 
 Tests that do not apply to an operator are not generated. With `has_gradient = False`, `test_no_gradient` replaces the
 tests of gradients. Second derivatives are tested only for samples in `linear_samples`. Other classes of the same file
-test what is specific to the operator: bad values, ties, errors, and defects of other libraries.
+test behavior specific to the operator: bad values, ties, errors, and defects of other libraries.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = torch.get_default_device().type  # of the tests' tensors: see conftest.py
+DEVICE = torch.get_default_device().type  # device of the tests' tensors; see conftest.py
 
 # Gradients that are summed by atomics differ between runs on a GPU in the last bits, unless torch is set to be
 # deterministic.
 NONDETERMINISM = 0.0 if DEVICE == "cpu" else 1e-9
 
-# Symmetric tolerances against the reference in float64, relative to the largest value of the result. float16 has 11
-# bits, bfloat16 8; both round inputs and outputs once, sums are in float32.
+# Tolerances against the reference in float64, relative to the largest value of the result. float16 has 11 bits and
+# bfloat16 has 8. Both round inputs and outputs once; sums are in float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 SLOW_GRADCHECK_ELEMENTS = 600
-"""Most elements of inputs and results for which gradcheck in slow mode takes less than about two seconds."""
+"""Limit of elements of inputs and results up to which gradcheck in slow mode takes less than about two seconds."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Shapes (N, C, H, W) for thin samples: each size is 1 or 0 once. Eight channels are 16 bytes of float16.
+# Shapes (N, C, H, W) for thin samples: each dimension is 1 or 0 in one of them. Eight channels are 16 bytes of float16.
 THIN_SHAPES = {
     "one image": (1, 8, 5, 6),
     "one channel": (2, 1, 5, 6),
@@ -348,11 +348,11 @@ class OpMatrix:
         sample = make_sample()
         tensors = to_dtype(sample, dtype)
         actual = sample.op(*tensors, **sample.options)
-        wide = [
+        tensors64 = [
             map_tensors(lambda t: t.double(), value) if index in sample.converted else value
             for index, value in enumerate(tensors)
         ]
-        assert_near(actual, sample.reference(*wide, **sample.options), dtype)
+        assert_near(actual, sample.reference(*tensors64, **sample.options), dtype)
         assert all(leaf.dtype == dtype for leaf in leaves(actual) if leaf.is_floating_point())
 
     def test_gradient_against_reference(self, make_sample: Callable[[], OpSample], dtype: torch.dtype) -> None:
@@ -364,12 +364,12 @@ class OpMatrix:
         outputs = leaves(function(*inputs))
         grads = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outputs]
         actual = torch.autograd.grad(outputs, inputs, grads)
-        wide = [
+        tensors64 = [
             map_tensors(lambda t: t.double(), value) if index in sample.converted else value
             for index, value in enumerate(tensors)
         ]
         as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
-        function, wide_inputs = self._bound(as_reference, wide)
+        function, wide_inputs = self._bound(as_reference, tensors64)
         wide_inputs = [t.detach().requires_grad_() for t in wide_inputs]
         expected = torch.autograd.grad(
             leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
@@ -601,9 +601,9 @@ class OpMatrix:
         sample = make_thin_sample()
         tensors = map_tensors(lambda t: t.contiguous(), to_dtype(sample, thin_dtype))
         plain, gradients = self._differentiated(sample, tensors)
-        wide = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
+        tensors64 = [map_tensors(torch.Tensor.double, v) if i in sample.converted else v for i, v in enumerate(tensors)]
         as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
-        expected = self._differentiated(as_reference, wide)
+        expected = self._differentiated(as_reference, tensors64)
         self._assert_equal_up_to_rounding((plain, gradients), expected, thin_dtype, "reference")
         for name, layout in THIN_LAYOUTS.items():
             arranged = map_tensors(layout, tensors)

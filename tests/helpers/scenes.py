@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small data sets of every kind, made on the spot from synthetic scenes."""
+"""Small data sets of every kind, generated from synthetic scenes."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from spatialflow.data.categories import Categories
 from spatialflow.data.synthetic import CATEGORIES, make_scene, synthesize
 
 CITYSCAPES_LABEL = {1: 24, 2: 26, 3: 28, 4: 27, 5: 31, 6: 33, 11: 23, 12: 21, 13: 22, 14: 8, 15: 7, 16: 11}
-"""Synthetic category -> Cityscapes label id."""
+"""Cityscapes label id by synthetic category."""
 
 
 def scene_categories(has_other: bool = False) -> Categories:
@@ -18,7 +18,7 @@ def scene_categories(has_other: bool = False) -> Categories:
 
 
 def write_coco(folder: Path, count: int = 4, size: tuple[int, int] = (96, 128), seed: int = 0) -> Path:
-    """images/, panoptic/ and panoptic.json under `folder`."""
+    """Write images/, panoptic/ and panoptic.json to `folder`."""
     for _ in synthesize(folder, count, size, seed):
         pass
     return folder
@@ -27,7 +27,7 @@ def write_coco(folder: Path, count: int = 4, size: tuple[int, int] = (96, 128), 
 def write_cityscapes(
     root: Path, count: int = 4, size: tuple[int, int] = (96, 192), split: str = "train", seed: int = 0
 ) -> Path:
-    """A tree as downloaded; the first car of every scene is a group without instance number (a crowd)."""
+    """Write a Cityscapes tree; the first car of every scene has no instance number, so it is a crowd."""
     for index in range(count):
         scene = make_scene(size, seed, index)
         city = f"city{index % 2}"
@@ -48,5 +48,5 @@ def write_cityscapes(
 
 
 def contents(folder):
-    """Every file below a folder: path as seen from it -> bytes."""
+    """Return the bytes of every file below a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that make any configuration's network small enough for a test that builds, runs or trains it."""
+"""Overrides that make the network of any configuration small enough for tests."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from spatialflow.models.build import build_model
 
 
 def channels(base: int, others: int) -> dict:
-    """Backbone base channels, and the channels of everything behind it."""
+    """Return overrides for the base channels of the backbone and the channels of the other modules."""
     return dict(
         backbone_base_channels=base,
         fpn_channels=others,
@@ -35,11 +35,11 @@ VARIANTS = [
     ("ablation_naive_coco", dict(flow_stuff_to_thing=True, stuff_stages=2, thing_stages=2)),
     ("tiny", dict(stuff_head=False, stuff_stages=0, flow_to_stuff=False, flow_stuff_to_thing=False)),
 ]
-"""Configuration and overrides: every kind of network."""
+"""Configurations and overrides that cover every kind of network."""
 
 
 def random_model(name, **overrides):
-    """A narrow model whose every parameter and statistic matters."""
+    """Build a narrow model with random parameters and statistics, so that each of them affects the outputs."""
     model = build_model(name, **(SMALL | channels(8, 16) | overrides)).eval()
     for name, value in model.state_dict().items():
         if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):

@@ -41,10 +41,10 @@ def data(scenes):
 
 
 def small(**overrides):
-    """The configuration of the runs."""
+    """Return the configuration of the runs."""
     return load_config("tiny", **(SMALL_RUN | overrides))
 
 
 def steps_of(folder):
-    """The log rows of the steps of a run."""
+    """Return the rows of kind "step" in the log of a run."""
     return [row for row in read_log(folder / "log.jsonl") if row["kind"] == "step"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the naive CuPy kernels of the benchmarks against operators and reference implementations.
+"""Compare the naive CuPy kernels of the benchmarks with the operators and with their reference implementations.
 
-On a GPU the kernels run by CuPy. Elsewhere they are compiled as C++ and run one thread after the other. They are
-compared with the CPU kernels or, with SPATIALFLOW_BACKEND=simt, with the interpreted CUDA kernels.
+On a GPU, CuPy compiles and launches the kernels. Elsewhere they are compiled as C++ and run one thread index at a time.
+The operators are then the CPU kernels or, with SPATIALFLOW_BACKEND=simt, the interpreted CUDA kernels.
 """
 
 import ctypes
@@ -38,26 +38,26 @@ extern "C" void run_%(name)s(int blocks, %(declared)s) {
 
 
 @pytest.fixture(scope="module")
-def textbook():
+def naive_kernels():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("textbook")
+        yield importlib.import_module("naive_kernels")
 
 
 @pytest.fixture(scope="module")
-def run(textbook, tmp_path_factory):
-    """`textbook.launch` on a GPU; elsewhere a function with the same interface."""
+def run(naive_kernels, tmp_path_factory):
+    """Return `naive_kernels.launch` on a GPU; elsewhere a function that runs the same kernel on the CPU."""
     if DEVICE == "cuda":
-        if textbook.cupy is None:
+        if naive_kernels.cupy is None:
             pytest.skip("needs CuPy, which is not installed")
-        return textbook.launch
+        return naive_kernels.launch
     libraries = {}
 
     def build(name):
-        source = textbook.SOURCES[name]
+        source = naive_kernels.SOURCES[name]
         declared = source[source.index(f"void {name}(") + len(f"void {name}(") :].split(")")[0]
         passed = ", ".join(part.split()[-1].lstrip("*") for part in declared.split(","))
-        path = tmp_path_factory.mktemp("textbook") / f"{name}.cpp"
+        path = tmp_path_factory.mktemp("naive_kernels") / f"{name}.cpp"
         path.write_text(PRELUDE + source + LOOP % dict(name=name, declared=declared, passed=passed))
         library = path.with_suffix(".so")
         compiler = os.environ.get("CXX", "c++")
@@ -68,21 +68,21 @@ def run(textbook, tmp_path_factory):
         if name not in libraries:
             libraries[name] = build(name)
         values = []
-        for value in map(textbook._argument, arguments):
+        for value in map(naive_kernels._argument, arguments):
             kind = {np.uint64: ctypes.c_void_p, np.float32: ctypes.c_float, np.int32: ctypes.c_int}
             values.append(kind.get(type(value), ctypes.c_longlong)(value.item() if hasattr(value, "item") else value))
-        libraries[name](ctypes.c_int(-(-total // textbook.THREADS)), *values)
+        libraries[name](ctypes.c_int(-(-total // naive_kernels.THREADS)), *values)
 
     return launch
 
 
 @pytest.fixture(params=[ops, reference], ids=["operator", "reference"])
-def peer(request):
+def implementation(request):
     return request.param
 
 
-def test_every_kernel_is_compared(textbook):
-    assert {f"test_{name}" for name in textbook.SOURCES} <= set(globals())
+def test_every_kernel_is_compared(naive_kernels):
+    assert {f"test_{name}" for name in naive_kernels.SOURCES} <= set(globals())
 
 
 def boxes(count, height, width):
@@ -91,33 +91,35 @@ def boxes(count, height, width):
 
 
 @pytest.mark.parametrize("ratio, aligned", [(2, True), (0, False)])
-def test_roi_align(textbook, run, peer, ratio, aligned):
+def test_roi_align(naive_kernels, run, implementation, ratio, aligned):
     image, rois = torch.randn(2, 3, 20, 30), boxes(9, 40, 60)
     rois = torch.cat([torch.arange(9)[:, None] % 2, rois], dim=1)
-    result = textbook.roi_align(image, rois, 5, 0.5, ratio, aligned, run=run)
-    torch.testing.assert_close(result, peer.roi_align(image, rois, 5, 0.5, ratio, aligned), atol=1e-4, rtol=1e-4)
+    result = naive_kernels.roi_align(image, rois, 5, 0.5, ratio, aligned, run=run)
+    torch.testing.assert_close(
+        result, implementation.roi_align(image, rois, 5, 0.5, ratio, aligned), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("masked, stride, groups", [(True, 1, 1), (False, 2, 2)])
-def test_deform_conv2d(textbook, run, peer, masked, stride, groups):
+def test_deform_conv2d(naive_kernels, run, implementation, masked, stride, groups):
     image, weight, bias = torch.randn(2, 4, 12, 14), torch.randn(6, 4 // groups, 3, 3), torch.randn(6)
     size = (12 // stride, 14 // stride)
     offset, mask = torch.randn(2, 18, *size), torch.rand(2, 9, *size) if masked else None
-    result = textbook.deform_conv2d(image, offset, weight, bias, mask, (stride, stride), run=run)
-    expected = peer.deform_conv2d(image, offset, weight, bias, stride, 1, 1, mask)
+    result = naive_kernels.deform_conv2d(image, offset, weight, bias, mask, (stride, stride), run=run)
+    expected = implementation.deform_conv2d(image, offset, weight, bias, stride, 1, 1, mask)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_flow", [True, False])
-def test_flow_conv2d(textbook, run, peer, with_flow):
+def test_flow_conv2d(naive_kernels, run, implementation, with_flow):
     x = [torch.randn(1, 4, 9, 11), torch.randn(1, 4, 5, 6)]
     flow, weight, bias = [level * 0.3 for level in x] if with_flow else None, torch.randn(5, 4, 3, 3), torch.randn(5)
-    result, expected = textbook.flow_conv2d(x, flow, weight, bias, run=run), peer.flow_conv2d(x, flow, weight, bias)
-    for level, expected_level in zip(result, expected, strict=True):
-        torch.testing.assert_close(level, expected_level, atol=1e-4, rtol=1e-4)
+    results = naive_kernels.flow_conv2d(x, flow, weight, bias, run=run)
+    for result, expected in zip(results, implementation.flow_conv2d(x, flow, weight, bias), strict=True):
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_paste_masks(textbook, run, peer):
+def test_paste_masks(naive_kernels, run, implementation):
     logits, places = torch.randn(7, 14, 14), boxes(7, 40, 50)
-    result = textbook.paste_masks(logits.sigmoid(), places, (40, 50), run=run)
-    assert (result != peer.paste_masks(logits, places, (40, 50))).float().mean() < 1e-3 and result.any()
+    result = naive_kernels.paste_masks(logits.sigmoid(), places, (40, 50), run=run)
+    assert (result != implementation.paste_masks(logits, places, (40, 50))).float().mean() < 1e-3 and result.any()

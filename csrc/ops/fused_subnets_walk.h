@@ -9,12 +9,12 @@
 //
 //   thing    = relu(conv(thing + semantic_flow(stuff) + flow(source))).
 //
-// A policy class decides how the convolutions run: at once (CPU), or grouped by dependency level (CUDA). It has
+// A policy class decides how the convolutions run: immediately (CPU), or grouped by dependency level (CUDA). It has
 //
 //   Feature                           the maps of one sub-network
 //   Feature input(size_t count)       the first `count` input levels
-//   size_t num_levels(feature)        levels of a feature
-//   int64_t channels(feature)         channels of a feature
+//   size_t num_levels(feature)        number of levels of a feature
+//   int64_t channels(feature)         number of channels of a feature
 //   bool is_input(feature)            whether no convolution has written the feature
 //   void advance(source, updates)     applies each SubnetUpdate; all updates read the same `source`
 #pragma once
@@ -25,8 +25,8 @@
 
 namespace spatialflow {
 
-// feature = relu(conv(feature + flow(source))). Without `flow` (null) nothing is added; without `conv` the result is
-// the sum. At least one of them is present.
+// One update: feature = relu(conv(feature + flow(source))). If `flow` is null, nothing is added; if `conv` is null, the
+// result is the sum. At least one of them is present.
 template <typename Feature>
 struct SubnetUpdate {
     Feature* feature;
@@ -82,7 +82,7 @@ private:
         Feature feature;
     };
 
-    // Stage `s` of the followers for which has_stage(follower).
+    // Run stage `s` of the followers for which has_stage(follower) is true.
     template <typename HasStage>
     void advance(const Feature& source, Follower (&followers)[2], size_t s, const HasStage& has_stage) {
         Updates updates;

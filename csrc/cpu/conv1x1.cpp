@@ -16,7 +16,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr int64_t kPixels = 32;  // at a time
+constexpr int64_t kPixels = 32;  // pixels per matrix product
 
 Tensor conv1x1_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,

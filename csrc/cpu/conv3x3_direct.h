@@ -16,7 +16,7 @@ constexpr int64_t kStripPixels = 336;
 constexpr int64_t kStripWidth = 84;
 constexpr int64_t kLastParts = 4;
 
-// Number of input channels that a row of taps processes at a time. These channels of 16 pixels stay in the L1 cache for
+// Number of input channels that a row of taps processes at a time. 16 pixels of these channels stay in the L1 cache for
 // the three taps.
 constexpr int64_t kTapChannels = 64;
 

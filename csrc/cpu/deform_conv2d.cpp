@@ -7,7 +7,7 @@
 //
 // The samples of several taps of a block of output pixels are gathered into columns (pixel, tap, channel). The columns
 // are multiplied by the packed weight of these taps. The sums of a block stay in the L2 cache until all taps are added.
-// The size of no buffer depends on the image. Each thread computes a range of output pixels.
+// Buffer sizes do not depend on the image size. Each thread computes a range of output pixels.
 #include "cpu/deform_conv2d.h"
 
 #include "cpu/gemm.h"

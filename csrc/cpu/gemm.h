@@ -9,7 +9,6 @@
 // of kRows x kColumns of C stays in registers during the loop over k. Each value of A is broadcast; each vector of B is
 // used kRows times. The tile fills the register file; variants with fewer rows compute the rest of m. Kernels with
 // another epilogue or with A in parts (one per tap of a convolution) use `multiply_tile`.
-//
 // Sums run over k in ascending order in `real_t` (float or double): results do not depend on threads or on m and n.
 #pragma once
 

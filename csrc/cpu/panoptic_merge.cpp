@@ -2,10 +2,10 @@
 //
 // Panoptic merge on the CPU, from instances, a stuff label map and boxes to an id map and a table of segments.
 //
-// Masks are first packed to one bit per pixel, so a row of 640 pixels is ten words. Packing is the only pass over K x H
-// x W bytes and takes most of the time. The greedy selection of instances computes overlaps by popcounts of ANDs. The
-// id map is written once, row by row: stuff first, then the new bits of every kept instance. The remaining void pixels
-// are a bit mask, too, in which boxes are counted and filled.
+// Masks are first packed to one bit per pixel, so a row of 640 pixels is ten words. Packing takes most of the time and
+// is the only pass over all K x H x W bytes. The greedy selection of instances computes overlaps by popcounts of ANDs.
+// The id map is written once, row by row: stuff first, then the new bits of every kept instance. The remaining void
+// pixels are a bit mask, too, in which boxes are counted and filled.
 //
 // Packing is parallel over (mask, rows), stuff statistics and painting over rows. Counts are integers, so the result
 // does not depend on the number of threads.
@@ -101,8 +101,8 @@ struct PackedMasks {
     }
 };
 
-// Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier candidates; a dropped
-// candidate gets a row count of 0. Return the kept segments; id_of[c] is the id of candidate c, 0 if dropped.
+// Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier kept candidates; a
+// dropped candidate gets a row count of 0. Return the kept segments; id_of[c] is the id of candidate c, 0 if dropped.
 std::vector<Segment> keep_instances(
     PackedMasks& masks, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
     double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& id_of) {
@@ -304,7 +304,7 @@ void fill_boxes(
     }
 }
 
-// Align the function: its loops over words take up to a tenth longer at another offset in a cache line of code. Without
+// Align the function: its loops over words take a tenth longer at another offset in a cache line of code. Without
 // alignment, other files of the library would determine that offset.
 template <typename label_t>
 __attribute__((aligned(64))) std::vector<Segment> merge(

@@ -47,7 +47,7 @@ inline Ints gather_bytes(const uint8_t* source, const int32_t* offsets) {
 struct ImagePlan {
     ImageResize resize;
     const uint8_t* pixels;
-    int64_t elements;                                       // of a row of the result
+    int64_t elements;                                       // per row of the result
     Scratch<int32_t> offsets, left_weights, right_weights;  // padded to a multiple of kBlock
 
     ImagePlan(const Tensor& image, int64_t height, int64_t width)

@@ -109,7 +109,7 @@ inline Vector<float> load_vector(const bfloat16* source) {
 }
 inline Vector<float> load_vector(const float16* source) {
 #if defined(__AVX512F__)
-    // The instruction of _mm512_cvtph_ps, for which GCC 12 emits a warning in its own header.
+    // Avoid _mm512_cvtph_ps, the same instruction: GCC 12 emits a warning in its header.
     return _mm512_maskz_cvtph_ps(
         static_cast<__mmask16>(0xffff), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 #elif defined(__AVX2__) && defined(__F16C__)

@@ -33,7 +33,7 @@ uint8_t paeth(int left, int above, int corner) {
     return static_cast<uint8_t>(to_above <= to_corner ? above : corner);
 }
 
-// Whether the next kGroup pixels equal the pixel before them.
+// Set the next kGroup pixels to the pixel before them.
 template <size_t kBytes>
 void repeat_left(uint8_t* row) {
     uint8_t pixel[kBytes];
@@ -61,8 +61,9 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
     }
 }
 
-// Shortcuts for zero residuals. If the left pixel equals the upper left one, the result is the pixel above, also for
-// the pixels to the right. If all pixels above are equal, the result is the pixel to the left.
+// Undo the Paeth filter, with shortcuts for zero residuals. If the left pixel equals the upper left one, the result is
+// the pixel above, also for the pixels to the right. If all pixels above are equal, the result is the pixel to the
+// left.
 template <size_t kBytes>
 void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     constexpr size_t kStep = kGroup * kBytes;
@@ -86,8 +87,8 @@ void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row,
     plain(i, bytes);
 }
 
-// Decode one line. `residual` has `bytes` bytes; `above` and `row` have as many after one zero pixel. filter <
-// kPngFilters.
+// Decode one line. `residual` has `bytes` bytes; `above` and `row` have as many after one zero pixel. `filter` must be
+// below kPngFilters.
 template <size_t kBytes>
 void unfilter(int filter, const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     switch (filter) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// RoIAlign geometry (He et al., Mask R-CNN; the sampling rule of torchvision and detectron2), shared by CPU and CUDA:
-// positions of the samples of a bin, and the four cells that each sample reads.
+// RoIAlign geometry, shared by CPU and CUDA: positions of the samples of a bin, and the four cells that each sample
+// reads. See He et al., Mask R-CNN; the sampling rule is that of torchvision and detectron2.
 #pragma once
 
 #include <cmath>
@@ -153,7 +153,7 @@ SPATIALFLOW_HOST_DEVICE real_t cell_weight(const RoiAxis<real_t>& axis, int64_t 
     return weight / (axis.grid > real_t(1) ? axis.grid : real_t(1));
 }
 
-// Level of a feature pyramid for a box in image pixels (Lin et al., Feature Pyramid Networks, equation 1):
+// Level of a feature pyramid for a box in image pixels (Lin et al., Feature Pyramid Networks, equation 1). It is
 // clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1), with the constants of the released detectors.
 // floor(log2(q)) >= l is computed as q >= 2^l, so all back ends give equal levels. A negative area (one side reversed)
 // and a NaN give the finest level.

@@ -11,8 +11,8 @@
 
 namespace spatialflow {
 
-// Position of a pixel between cells `first` and `second` = first + 1: weight (1 - `weight`) and `weight`. At the last
-// cell, `second` = first.
+// Position of a pixel between cells `first` and `second` = first + 1, with weights 1 - `weight` and `weight`. At the
+// last cell, `second` = first.
 struct LabelTap {
     int64_t first, second;
     float weight;

@@ -97,8 +97,8 @@ inline void scatter_channels(
     }
 }
 
-// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count), and add its part of
-// grad_input (one image, channels-last; null: not requested).
+// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add the tap's part
+// of grad_input (one image, channels-last; null: not requested).
 template <typename scalar_t, typename real_t>
 SamplingGradient<real_t> scatter_tap(
     const Sampler<scalar_t>& sampler, const OutputPixel& at, int64_t offset_group, int64_t number,
@@ -270,7 +270,7 @@ void deform_conv2d_backward_weight(
     int64_t unused = 0;
     const std::vector<Slice> slices = channel_slices(shape, kLanes<real_t>, wanted, unused);
     const int64_t num_slices = static_cast<int64_t>(slices.size());
-    // With few outputs per group (many groups) a task takes several taps, so that it reads grad_output less often.
+    // With few outputs per group (many groups) a task takes several taps, to read grad_output less often.
     const int64_t per_tap = (shape.channels + num_slices - 1) / num_slices * outputs;
     const int64_t task_taps =
         std::clamp<int64_t>(std::min(kWeightSums / per_tap, taps * num_slices / (4 * num_threads())), 1, taps);

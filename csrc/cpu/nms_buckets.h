@@ -83,8 +83,9 @@ private:
 // which a suppressing box may have its center.
 //
 // IoU > t implies that the IoU of the x extents exceeds t, so the widths differ by a factor below 1 / t. The centers
-// differ by less than width * (1 - t) / (2 t), and by less than half the sum of the widths. The same holds for heights.
-// `t` is lowered and distances are enlarged by more than the rounding error, so the grid never changes the result.
+// differ by less than width * (1 - t) / (2 t), and by less than half the sum of the widths. The same is true for
+// heights. `t` is lowered and distances are enlarged by more than the rounding error, so the grid never changes the
+// result.
 template <typename real_t>
 class UniformGrid {
 public:

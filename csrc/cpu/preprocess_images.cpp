@@ -84,7 +84,7 @@ struct ImagePlan {
 void resize_row(const ImagePlan& plan, int64_t y, int32_t* row) {
     const uint8_t* source = plan.pixels + y * 3 * plan.resize.x.source;
     uint8_t narrow[6] = {};
-    if (plan.resize.x.source == 1) {  // there is no right pixel
+    if (plan.resize.x.source == 1) {  // the right pixel does not exist
         std::memcpy(narrow, source, 3);
         source = narrow;
     }

@@ -15,7 +15,7 @@
 namespace spatialflow {
 namespace {
 
-// Smallest amounts of work per thread. Less work takes less time than the start of another thread.
+// Smallest amounts of work per thread. A smaller amount needs less time than starting another thread.
 constexpr int64_t kLogitsPerThread = 1 << 17, kScoresPerThread = 1 << 14;
 
 // Values of a level, (B, channels, H, W) with adjacent channels.

@@ -108,8 +108,8 @@ void transform_input(
     }
 }
 
-// Compute A^T products A plus bias and residual, with an optional ReLU, for the height x width outputs of a tile that
-// are inside the map.
+// Compute A^T products A plus bias and residual, with an optional ReLU, for the height x width outputs of a tile inside
+// the map.
 template <typename scalar_t>
 void transform_output(
     const accum_t<scalar_t>* products, int64_t product_stride, int64_t channels, const accum_t<scalar_t>* bias,

@@ -137,7 +137,7 @@ inline void check_active(const char* op, const std::optional<Tensor>& active, co
     }
 }
 
-// Check the arguments for `x` with at least one level. Returns the algorithm that the weights were packed for.
+// Check the arguments for `x` with at least one level. Return the algorithm that the weights were packed for.
 inline int64_t check_flow_conv2d_packed(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
     const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm,

@@ -25,15 +25,15 @@ struct SubnetUpdate {
     const SubnetConv* conv;
 };
 
-// Schedule with a policy class, which decides how the convolutions run: immediately (CPU), or grouped by dependency level
-// (CUDA). The policy has these members:
+// Schedule with a policy class. The policy runs the convolutions immediately (CPU) or grouped by dependency level
+// (CUDA). It has these members:
 //
 //   Feature                           the maps of one sub-network
 //   Feature input(size_t count)       the first `count` input levels
 //   size_t num_levels(feature)        number of levels of a feature
 //   int64_t channels(feature)         number of channels of a feature
 //   bool is_input(feature)            whether no convolution has written the feature
-//   void advance(source, updates)     applies each SubnetUpdate; all updates read the same `source`
+//   void advance(source, updates)     apply each SubnetUpdate; all updates read the same `source`
 template <typename Policy>
 class SubnetWalk {
 public:

@@ -70,9 +70,9 @@ SPATIALFLOW_HOST_DEVICE void deform_slopes(const DeformTap<real_t>& tap, real_t 
     slope_x[3] = tap.fraction_y;
 }
 
-// Values for the derivative of a sample along an offset tangent (ty, tx), and their slopes (deform_tangent_slopes).
-// This derivative replaces the sample if there are tangents. The only nonzero second derivative of a bilinear function
-// is the mixed one.
+// Values of the derivative of a sample along an offset tangent, and their slopes (deform_tangent_slopes). This
+// derivative replaces the sample if there are tangents. The only nonzero second derivative of a bilinear function is
+// the mixed one.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_tangent_values(
     const DeformTap<real_t>& tap, real_t tangent_y, real_t tangent_x, real_t value[4]) {

@@ -73,8 +73,8 @@ struct GroupGradient {
     real_t shift, by_gradient, by_input, constant;
 };
 
-// Compute the coefficients. `mean_gradient` and `mean_product` are the means over the group of g * weight and of g *
-// weight * (x - mean) * rstd.
+// Compute the coefficients of `GroupGradient`. `mean_gradient` and `mean_product` are the means over the group of g *
+// weight and of g * weight * (x - mean) * rstd.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE GroupGradient<real_t> group_gradient(
     const GroupStatistics& statistics, double weight, double mean_gradient, double mean_product) {

@@ -9,8 +9,8 @@
 
 namespace spatialflow {
 
-// One axis of a box. The center of pixel p is at p + 0.5, in units of cells at (p + 0.5 - low) / (high - low) * cells.
-// The center of cell i is at i + 0.5. All is in double for sub-pixel precision in large images.
+// One axis of a box. The center of pixel p is at p + 0.5, or (p + 0.5 - low) / (high - low) * cells in units of cells.
+// The center of cell i is at i + 0.5. Computation is in double for sub-pixel precision in large images.
 struct PasteAxis {
     double low;
     double scale;  // cells per pixel; 0 for an extent that is not positive and finite

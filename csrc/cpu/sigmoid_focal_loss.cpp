@@ -3,9 +3,9 @@
 // Sigmoid focal loss on the CPU, from class indices without a one-hot target.
 //
 // A block of rows is processed in a buffer that stays in the L1 cache. The logits are copied, negated for the label's
-// class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). The different weight of the label's class and
-// the sign of odd derivatives are then corrected in one element per row. Each block has a partial sum in double. These
-// are added in order, so the sum does not depend on the number of threads.
+// class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). Then the element of the label's class in each
+// row gets its different weight and, for odd derivatives, its sign. Each block has a partial sum in double. These are
+// added in order, so the sum does not depend on the number of threads.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>

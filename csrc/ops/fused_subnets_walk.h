@@ -41,7 +41,8 @@ public:
 
     SubnetWalk(Policy& policy, SubnetConvs& convs) : policy_(policy), convs_(convs) {}
 
-    // Final features of cls, reg, stuff and thing, without those that are still input levels.
+    // Run the schedule. Return the final features of cls, reg, stuff and thing, without features that are still input
+    // levels.
     std::vector<Feature> run(size_t levels, size_t segmentation_levels, bool source_is_cls) {
         const SubnetList source_list = source_is_cls ? kSubnetCls : kSubnetReg;
         const Feature all = policy_.input(levels), large = policy_.input(segmentation_levels);

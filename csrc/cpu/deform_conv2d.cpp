@@ -16,9 +16,9 @@ namespace spatialflow {
 namespace {
 
 // Number of values of the columns of a block. These 256 KiB of float leave space for the sums of the block in an L2
-// cache of 1 MiB. Depth of a matrix product up to which taps are gathered together.
+// cache of 1 MiB.
 constexpr int64_t kColumnValues = 64 * 1024;
-constexpr int64_t kDepth = kGemmDepth;
+constexpr int64_t kDepth = kGemmDepth;  // depth of a product up to which taps are gathered together
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 

@@ -46,8 +46,8 @@ inline int64_t gemm_padded_columns(int64_t n) {
 
 inline int64_t gemm_packed_size(int64_t k, int64_t n) { return k * gemm_padded_columns(n); }
 
-// Pack B as packed[panel][i][kColumns], where panel p starts at column p * kColumns. Element (i, j) is read at b[i *
-// row_stride + j * column_stride] and converted; padding becomes zero.
+// Pack B as packed[panel][i][kColumns], where panel p starts at column p * kColumns. Element (i, j) is read at
+// b[i * row_stride + j * column_stride] and converted; padding becomes zero.
 template <typename real_t, typename source_t>
 void gemm_pack(
     const source_t* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n,
@@ -68,8 +68,8 @@ void gemm_pack(
 template <int kRows, typename real_t>
 using GemmTile = Vector<real_t>[kRows][kGemmVectors];
 
-// tile[kFirst + r][:] += sum over i < k of A(r, i) * panel[i][:] for r < kCount. A(r, i) is a[r * stride + i], or a[i *
-// stride + r] if kTransposed.
+// tile[kFirst + r][:] += sum over i < k of A(r, i) * panel[i][:] for r < kCount. A(r, i) is a[r * stride + i], or
+// a[i * stride + r] if kTransposed.
 template <int kRows, bool kTransposed, int kFirst = 0, int kCount = kRows - kFirst, typename real_t>
 __attribute__((always_inline)) inline void multiply_tile(
     const real_t* a, int64_t stride,

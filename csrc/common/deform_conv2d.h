@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where a tap of a deformable convolution reads (Dai et al., Deformable Convolutional Networks, eq. 2-4), written once
-// for CPU and CUDA. Tap (i, j) of output cell (oy, ox) samples the input bilinearly at
+// Sampling positions and bilinear weights of deformable convolution (Dai et al., Deformable Convolutional Networks, eq.
+// 2-4), shared by CPU and CUDA. Tap (i, j) of output cell (oy, ox) samples the input bilinearly at
 //
-//   y = oy * stride - padding + i * dilation + offset_y,   x likewise.
+//   y = oy * stride - padding + i * dilation + offset_y,   x from ox in the same way.
 //
-// A sample is a sum over the four cells around it, `value[corner] * input[corner]`; corners are numbered
-// 0 1
-// 2 3. Corners outside the map count as zero.
+// A sample is the sum of `value[corner] * input[corner]` over the four cells around it. Corners 0 and 1 are the upper
+// cells, 2 and 3 the lower cells. The input is zero outside the map.
 #pragma once
 
 #include <cmath>
@@ -19,13 +18,14 @@ namespace spatialflow {
 
 template <typename real_t>
 struct DeformTap {
-    int64_t y;  // corner 0; its row or column is -1 half a cell outside the map
+    int64_t y;  // cell of corner 0; -1 for a position in [-1, 0)
     int64_t x;
     real_t fraction_y;
     real_t fraction_x;
 };
 
-// False, and the tap reads nothing, outside [-1, height) x [-1, width): written so that NaN and infinity are outside.
+// Compute the cells and fractions of a position. Return false outside [-1, height) x [-1, width), and for NaN and
+// infinity: the tap then reads nothing.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE bool deform_tap(real_t y, real_t x, int64_t height, int64_t width, DeformTap<real_t>& tap) {
     if (!(y >= real_t(-1) && y < real_t(height) && x >= real_t(-1) && x < real_t(width))) {
@@ -39,7 +39,7 @@ SPATIALFLOW_HOST_DEVICE bool deform_tap(real_t y, real_t x, int64_t height, int6
     return true;
 }
 
-// Cell of a corner, row-major, or -1 outside the map.
+// Row-major index of a corner's cell, or -1 outside the map.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE int64_t deform_corner(const DeformTap<real_t>& tap, int corner, int64_t height, int64_t width) {
     const int64_t y = tap.y + (corner >> 1), x = tap.x + (corner & 1);
@@ -55,7 +55,8 @@ SPATIALFLOW_HOST_DEVICE void deform_values(const DeformTap<real_t>& tap, real_t 
     value[3] = tap.fraction_y * tap.fraction_x;
 }
 
-// Derivatives of the values by y and x. At whole coordinates, where the sample has a kink, those from above.
+// Derivatives of the four values with respect to y and x. At integer coordinates, where the sample is not
+// differentiable, they are the right-hand derivatives.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_slopes(const DeformTap<real_t>& tap, real_t slope_y[4], real_t slope_x[4]) {
     const real_t low_y = real_t(1) - tap.fraction_y, low_x = real_t(1) - tap.fraction_x;
@@ -69,8 +70,9 @@ SPATIALFLOW_HOST_DEVICE void deform_slopes(const DeformTap<real_t>& tap, real_t 
     slope_x[3] = tap.fraction_y;
 }
 
-// The same two for the derivative of the sample along an offset tangent (ty, tx), which takes the sample's place when
-// tangents are propagated. A bilinear function has one second derivative that is not zero: the mixed one.
+// Values of the derivative of a sample along an offset tangent, and their slopes (deform_tangent_slopes). This
+// derivative replaces the sample if there are tangents. The only nonzero second derivative of a bilinear function is
+// the mixed one.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_tangent_values(
     const DeformTap<real_t>& tap, real_t tangent_y, real_t tangent_x, real_t value[4]) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mathematics of group_norm_relu that CPU and CUDA share.
+// Formulas of group_norm_relu, shared by CPU and CUDA.
 //
 //   y = relu((x - mean) * rstd * weight + bias)
 //
-// The float64 mean is split into a number of the compute type (`shift`) and a remainder. x - shift is exact where x is
-// near the mean, however large both are.
+// The float64 mean is split into a number of the compute type (`shift`) and a remainder. The difference x - shift is
+// exact for x near the mean, however large both are.
 //
-// Sums of squares are taken around a value of the data, the pivot. Around one of n numbers the sum of squares is at
-// most n times the sum around their mean. So the subtraction that follows loses a factor of n at most.
+// Sums of squares are taken around the pivot, one of the n numbers. Such a sum is at most n times the sum around their
+// mean. So the cancellation in `group_statistics` amplifies rounding errors at most n times.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@
 
 namespace spatialflow {
 
-// Largest count of numbers that is summed in the compute type; sums of more numbers are in float64.
+// Largest count of numbers that are summed in the compute type; longer sums are in float64.
 constexpr int64_t kGroupNormRun = 64;
 
 // sum(x - pivot) and sum((x - pivot)^2) of numbers x; the pivot is one of the numbers.
@@ -26,7 +26,7 @@ struct GroupSums {
     double sum, square;
 };
 
-// Adds `count` numbers of which the sums around `own_pivot` are `sum` and `square`.
+// Add `count` numbers whose sums around `own_pivot` are `sum` and `square`.
 SPATIALFLOW_HOST_DEVICE void add_run(
     GroupSums& sums, double pivot, double own_pivot, double count, double sum, double square) {
     const double step = own_pivot - pivot;
@@ -44,7 +44,7 @@ group_statistics(const GroupSums& sums, double pivot, double count, double eps) 
     return {pivot + offset, 1 / std::sqrt((variance < 0 ? 0 : variance) + eps)};  // NaN stays NaN
 }
 
-// y = (x - shift) * scale + offset, of one channel.
+// Coefficients of y = (x - shift) * scale + offset for one channel.
 template <typename real_t>
 struct GroupAffine {
     real_t shift, scale, offset;
@@ -60,19 +60,21 @@ SPATIALFLOW_HOST_DEVICE GroupAffine<real_t> group_affine(
         static_cast<real_t>(bias - (statistics.mean - static_cast<double>(shift)) * scale)};
 }
 
-// sum(g * (x - mean) * rstd) from sum(g) and sum(g * (x - shift)).
+// Compute sum(g * (x - mean) * rstd) from `gradient` = sum(g) and `product` = sum(g * (x - shift)).
 SPATIALFLOW_HOST_DEVICE double normalized_product(
     double gradient, double product, double shift, const GroupStatistics& statistics) {
     return (product - (statistics.mean - shift) * gradient) * statistics.rstd;
 }
 
-// Gradient by the input: by_gradient * g + by_input * (x - shift) + constant, with g the gradient by what ReLU takes.
+// Coefficients of the input gradient by_gradient * g + by_input * (x - shift) + constant for one channel. g is the
+// gradient with respect to the input of ReLU.
 template <typename real_t>
 struct GroupGradient {
     real_t shift, by_gradient, by_input, constant;
 };
 
-// `mean_gradient` and `mean_product`: means over the group of g * weight and g * weight * (x - mean) * rstd.
+// Compute the coefficients of `GroupGradient`. `mean_gradient` and `mean_product` are the means over the group of g *
+// weight and of g * weight * (x - mean) * rstd.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE GroupGradient<real_t> group_gradient(
     const GroupStatistics& statistics, double weight, double mean_gradient, double mean_product) {
@@ -84,8 +86,8 @@ SPATIALFLOW_HOST_DEVICE GroupGradient<real_t> group_gradient(
             -statistics.rstd * mean_gradient - by_input * (statistics.mean - static_cast<double>(shift)))};
 }
 
-// Doubling an axis of `size` cells with aligned corners: result `index` lies at index * (size - 1) / (2 * size - 1),
-// between the cells `low` and `high`.
+// Linear interpolation of one result of an axis that is doubled with aligned corners. For `size` cells, result `index`
+// lies at index * (size - 1) / (2 * size - 1), between the cells `low` and `high`.
 template <typename real_t>
 struct DoubledCell {
     int64_t low, high;
@@ -99,7 +101,8 @@ SPATIALFLOW_HOST_DEVICE DoubledCell<real_t> doubled_cell(int64_t index, int64_t 
     return {low, low + 1 < size ? low + 1 : low, real_t(1) - weight, weight};
 }
 
-// The first result whose `low` is `cell` or more. Cell i is read by those from that of i - 1 to that of i + 1.
+// Index of the first result whose `low` is at least `cell`. Cell i is read only by results from first_doubled(i - 1) up
+// to, not including, first_doubled(i + 1).
 SPATIALFLOW_HOST_DEVICE int64_t first_doubled(int64_t cell, int64_t size) {
     if (cell <= 0) {
         return 0;
@@ -107,7 +110,7 @@ SPATIALFLOW_HOST_DEVICE int64_t first_doubled(int64_t cell, int64_t size) {
     return cell >= size ? 2 * size : (cell * (2 * size - 1) + size - 2) / (size - 1);
 }
 
-// The weight of `cell` in a result.
+// Weight of `cell` in a result.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE real_t weight_of_cell(const DoubledCell<real_t>& result, int64_t cell) {
     return (result.low == cell ? result.low_weight : real_t(0)) +

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Marks functions of csrc/common that both host and device code call.
+// Attributes of the functions in csrc/common that both host and device code call.
 #pragma once
 
 #if defined(__CUDACC__)

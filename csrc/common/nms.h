@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The suppression rule of every NMS operator, shared by CPU and CUDA:
+// Suppression rule of every NMS operator, shared by CPU and CUDA:
 //
 //   area(b)  = max(x2 - x1, 0) * max(y2 - y1, 0)
 //   inter    = max(min(x2) - max(x1), 0) * max(min(y2) - max(y1), 0)
 //   suppress = inter > threshold * ((area(a) + area(b)) - inter)
 //
-// in exactly these IEEE operations, each rounded separately (no fused multiply-add), in float (double for double
-// boxes). So every back end decides alike, to the last bit, also for a pair whose IoU equals the threshold. max(NaN, 0)
-// is 0.
-//
+// The IEEE operations are exactly these, each rounded separately (no fused multiply-add), in float (double for double
+// boxes). So all back ends decide equally, also for a pair whose IoU equals the threshold. max(NaN, 0) is 0.
 // With a threshold >= 0, a box whose area is 0 (reversed, empty or underflowed) or infinite neither suppresses nor is
-// suppressed: the comparison is false. Boxes with a NaN corner are excluded before (`box_is_valid`).
+// suppressed: the comparison is false. Boxes with a NaN corner are excluded beforehand (`box_is_valid`).
 #pragma once
 
 #include <cstdint>
@@ -25,7 +23,7 @@ struct Box {
     real_t x1, y1, x2, y2;
 };
 
-// A product that is rounded before anything is added to it. Host files that include this header are compiled with
+// Product without contraction to a fused multiply-add. Host files that include this header are compiled with
 // -ffp-contract=off.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE real_t rounded_product(real_t a, real_t b) {
@@ -55,7 +53,7 @@ SPATIALFLOW_HOST_DEVICE real_t box_area(const Box<real_t>& box) {
     return rounded_product(positive_part(box.x2 - box.x1), positive_part(box.y2 - box.y1));
 }
 
-// False for boxes that neither suppress nor can be suppressed (see above): 0 < area < infinity.
+// Whether a box of this area can suppress or be suppressed (see above): 0 < area < infinity.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE bool area_competes(real_t area) {
     return area > real_t(0) && area - area == real_t(0);
@@ -72,7 +70,7 @@ SPATIALFLOW_HOST_DEVICE bool suppresses(
     return inter > rounded_product(threshold, (area_a + area_b) - inter);
 }
 
-// An unsigned key that ascends as scores descend; equal for -0 and +0. Scores are not NaN.
+// Unsigned key that ascends as scores descend; equal for -0 and +0. Scores must not be NaN.
 SPATIALFLOW_HOST_DEVICE uint32_t descending_key(float score) {
     score += 0.0f;  // -0 + 0 = +0
     uint32_t bits;

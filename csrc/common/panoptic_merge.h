@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decisions of the panoptic merge, shared by CPU and CUDA: which instances are candidates, which are dropped, and which
-// pixels a box covers. All ratios are computed in double from exact counts, so back ends agree at every threshold.
+// Rules of the panoptic merge, shared by CPU and CUDA: selection of candidates, removal of instances, and pixels of a
+// box. All ratios are computed in double from exact counts, so all back ends give equal results at every threshold.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace spatialflow {
 
 // Columns of the segment table, one int64 row per segment; row r describes id r + 1.
 enum MergeColumn : int {
-    kMergeLabel,     // of the instance, or the stuff label; -1 in unused rows
+    kMergeLabel,     // label of the instance, or stuff label; -1 in unused rows
     kMergeIsThing,   // 1 or 0
     kMergeInstance,  // index of the instance in the input, -1 for stuff
     kMergeArea,      // pixels
@@ -23,7 +23,7 @@ enum MergeColumn : int {
     kMergeColumns
 };
 
-// False for a NaN score.
+// Whether an instance is a candidate; false for a NaN score.
 SPATIALFLOW_HOST_DEVICE bool merge_is_candidate(double score, double score_threshold) {
     return score >= score_threshold;
 }
@@ -42,7 +42,7 @@ struct PixelBox {
     SPATIALFLOW_HOST_DEVICE int64_t area() const { return x1 < x2 && y1 < y2 ? (x2 - x1) * (y2 - y1) : 0; }
 };
 
-// Truncates towards zero and clamps to [0, size]; clamping first keeps the conversion defined for any value.
+// Truncate towards zero and clamp to [0, size]. Clamping comes first, so that the conversion is defined for any value.
 SPATIALFLOW_HOST_DEVICE int64_t merge_pixel_edge(double value, int64_t size) {
     return value <= 0.0 ? 0 : value >= double(size) ? size : static_cast<int64_t>(value);
 }

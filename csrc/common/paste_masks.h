@@ -9,14 +9,14 @@
 
 namespace spatialflow {
 
-// One axis of a box. The center of pixel p is at p + 0.5; in units of cells that is (p + 0.5 - low) / (high - low) *
-// cells, where centers of cells are half integers. In double, so that large images keep sub-pixel precision.
+// One axis of a box. The center of pixel p is at p + 0.5, or (p + 0.5 - low) / (high - low) * cells in units of cells.
+// The center of cell i is at i + 0.5. Computation is in double for sub-pixel precision in large images.
 struct PasteAxis {
     double low;
-    double scale;  // cells per pixel; 0 for an axis without extent or with an end that is not finite
+    double scale;  // cells per pixel; 0 for an extent that is not positive and finite
     int64_t cells;
 
-    // Mask coordinate of pixel `pixel`: cell i is at i. Cells -1 and `cells` are the zeros around the mask.
+    // Mask coordinate of pixel `pixel`; cell i has coordinate i. Cells -1 and `cells` are the zeros around the mask.
     SPATIALFLOW_HOST_DEVICE double position(int64_t pixel) const { return (double(pixel) + 0.5 - low) * scale - 0.5; }
 };
 
@@ -25,7 +25,7 @@ SPATIALFLOW_HOST_DEVICE PasteAxis paste_axis(double low, double high, int64_t ce
     return {low, extent > 0.0 && extent - extent == 0.0 ? double(cells) / extent : 0.0, cells};
 }
 
-// Pixels [begin, end) of an axis of `size` pixels that touch a cell; the others see only zeros.
+// Pixels [begin, end) of an axis of `size` pixels that read a cell of the mask; other pixels read only zeros.
 struct PixelRange {
     int64_t begin, end;
 };
@@ -38,7 +38,7 @@ SPATIALFLOW_HOST_DEVICE PixelRange paste_range(const PasteAxis& axis, int64_t si
     if (!(axis.scale > 0.0)) {
         return {0, 0};
     }
-    // Bounds widened by two pixels against rounding, then trimmed by the exact test.
+    // Widen the bounds by two pixels because of rounding, then trim them by the exact test.
     PixelRange range{
         paste_pixel_at(axis.low - 0.5 / axis.scale - 2.0, size),
         paste_pixel_at(axis.low + (double(axis.cells) + 0.5) / axis.scale + 3.0, size)};
@@ -51,8 +51,8 @@ SPATIALFLOW_HOST_DEVICE PixelRange paste_range(const PasteAxis& axis, int64_t si
     return range;
 }
 
-// True if low + weight * (high - low) reaches the threshold. Where both ends are on one side of it, no arithmetic
-// decides, so rounding cannot remove a pixel from the inside of a region. NaN is outside.
+// Whether low + weight * (high - low) reaches the threshold; false for NaN. If both ends are on the same side of the
+// threshold, the sum is not computed. So rounding cannot remove a pixel from the inside of a region.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE bool paste_is_inside(real_t low, real_t high, real_t weight, real_t threshold) {
     const bool low_inside = low >= threshold, high_inside = high >= threshold;

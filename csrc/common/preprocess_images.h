@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Bilinear resize of 8-bit images in the fixed-point arithmetic of OpenCV (INTER_LINEAR), and normalization with the
-// order of roundings of the released model. Both equal OpenCV's results to the last bit.
+// roundings of the released model. Both are bit-identical to OpenCV.
 //
-//   position = (i + 0.5) * source / target - 0.5, rounded to float32; cells outside the image repeat its edge
+//   position = (i + 0.5) * source / target - 0.5, rounded to float32; outside, the edge is repeated
 //   weights  = round(2048 * (1 - fraction)), round(2048 * fraction)
 //   row      = (left * weight + right * weight) >> 4
 //   pixel    = ((upper * weight >> 16) + (lower * weight >> 16) + 2) >> 2
 //
-// An image whose sides are both halved exactly is averaged over 2 x 2 pixels instead: weights of 1 and no shifts. Files
-// that include this header are compiled without fused multiply-adds.
+// An image whose sides are both halved exactly is averaged over 2 x 2 pixels instead: all weights are 1, and only the
+// last shift remains. Files that include this header are compiled without fused multiply-adds.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ struct ResizeAxis {
 
 struct ImageResize {
     ResizeAxis y, x;
-    bool halves;  // both axes, exactly
+    bool halves;  // both axes are halved exactly
 };
 
 inline ImageResize image_resize(int64_t height, int64_t width, int64_t new_height, int64_t new_width) {
@@ -57,7 +57,7 @@ SPATIALFLOW_HOST_DEVICE ResizeTap resize_tap(int64_t i, const ResizeAxis& axis, 
         static_cast<int>(rintf(fraction * 2048.0f))};
 }
 
-// For integers and for vectors of them: between two columns, then between two rows.
+// Interpolation between two columns, then between two rows, for integers or vectors of integers.
 template <typename value_t, typename weight_t>
 SPATIALFLOW_HOST_DEVICE value_t
 resize_columns(value_t left, value_t right, weight_t left_weight, weight_t right_weight, bool halves) {
@@ -70,7 +70,7 @@ resize_rows(value_t upper, value_t lower, int upper_weight, int lower_weight, bo
     return ((upper * upper_weight >> shift) + (lower * lower_weight >> shift) + 2) >> 2;
 }
 
-// (value - mean) / std of one channel.
+// Parameters of (value - mean) / std for one channel.
 struct Normalization {
     float mean;
     double factor;  // 1 / std

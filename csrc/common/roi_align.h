@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// RoIAlign geometry (He et al., Mask R-CNN; the sampling rule of torchvision and detectron2), written once for CPU and
-// CUDA: where the samples of a bin lie and which four cells each one reads.
+// RoIAlign geometry, shared by CPU and CUDA: positions of the samples of a bin, and the four cells that each sample
+// reads. See He et al., Mask R-CNN; the sampling rule is that of torchvision and detectron2.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 
 namespace spatialflow {
 
-// One level of a feature pyramid: (N, H, W, C) by strides in elements, channels adjacent.
+// One level of a feature pyramid: (N, H, W, C) with adjacent channels; strides are in elements.
 template <typename pointer_t, typename extent_t>
 struct RoiLevel {
     pointer_t data;
@@ -39,20 +39,20 @@ SPATIALFLOW_HOST_DEVICE RoiAxis<real_t> roi_axis(
     axis.start = low * scale - offset;
     real_t extent = (high * scale - offset) - axis.start;
     if (!aligned && !(extent >= real_t(1))) {
-        extent = real_t(1);  // the rule before `aligned` existed: no RoI is thinner than one cell
+        extent = real_t(1);  // the rule without `aligned`: a RoI is at least one cell wide
     }
     axis.bin = extent / real_t(bins);
     axis.grid = sampling_ratio > 0 ? real_t(sampling_ratio) : std::ceil(extent / real_t(bins));
     axis.step = axis.bin / axis.grid;
-    // Subtracting a value from itself is zero for finite values only, infinite products of finite boxes included.
+    // value - value is zero only for a finite value. The test also covers infinite products of finite boxes.
     axis.valid = (low - low) == real_t(0) && (high - high) == real_t(0) && (axis.start - axis.start) == real_t(0) &&
                  (extent - extent) == real_t(0);
     return axis;
 }
 
-// Samples [begin, end) of bin `bin` that can touch a feature axis of `size` cells. A sample counts within [-1, size];
-// the bounds are widened by one sample against rounding, and each sample is tested exactly by `linear_sample`. This
-// bounds the work by the feature's size however large the RoI is.
+// Samples [begin, end) of bin `bin` that can read an axis of `size` cells. A sample is valid within [-1, size]. The
+// bounds are widened by one sample because of rounding, and `linear_sample` tests each sample exactly. So the work is
+// bounded by the feature's size, however large the RoI is.
 struct SampleRange {
     int64_t begin;
     int64_t end;
@@ -75,8 +75,8 @@ SPATIALFLOW_HOST_DEVICE SampleRange sample_range(const RoiAxis<real_t>& axis, in
     return {static_cast<int64_t>(begin), static_cast<int64_t>(end < real_t(1e15) ? end : real_t(1e15))};
 }
 
-// Linear interpolation at coordinate `at` on an axis of `size` cells: cells low and high with their weights.
-// Returns false outside [-1, size] (NaN included): such a sample reads nothing.
+// Compute the two cells and weights of linear interpolation at coordinate `at` on an axis of `size` cells. Return false
+// outside [-1, size] and for NaN: such a sample reads nothing.
 template <typename real_t>
 struct LinearSample {
     int64_t low;
@@ -130,8 +130,8 @@ SPATIALFLOW_HOST_DEVICE CellRange bin_cells(const RoiAxis<real_t>& axis, int64_t
     return {static_cast<int64_t>(low), static_cast<int64_t>(high) + 1};
 }
 
-// Weight of cell `cell` in the mean over the samples of bin `bin`, on this axis: the whole bin is the product of the
-// two axes. Only samples within one cell of `cell` are visited (widened by one against rounding).
+// Weight of cell `cell` in the mean over the samples of bin `bin`, on one axis. The weight in two dimensions is the
+// product over the axes. Only samples within one cell of `cell` are visited, plus one on each side because of rounding.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE real_t cell_weight(const RoiAxis<real_t>& axis, int64_t bin, int64_t cell, int64_t size) {
     SampleRange samples = sample_range(axis, bin, size);
@@ -153,10 +153,10 @@ SPATIALFLOW_HOST_DEVICE real_t cell_weight(const RoiAxis<real_t>& axis, int64_t 
     return weight / (axis.grid > real_t(1) ? axis.grid : real_t(1));
 }
 
-// Level of a feature pyramid for a box in image pixels (Lin et al., Feature Pyramid Networks, equation 1, with the
-// constants of the released detectors): clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1).
-// floor(log2(q)) >= l exactly if q >= 2^l, so no back end rounds a logarithm its own way. A negative area (one side
-// reversed) or a NaN compares false and takes the finest level.
+// Level of a feature pyramid for a box in image pixels (Lin et al., Feature Pyramid Networks, equation 1). It is
+// clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1), with the constants of the released detectors.
+// floor(log2(q)) >= l is computed as q >= 2^l, so all back ends give equal levels. A negative area (one side reversed)
+// and a NaN give the finest level.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE int64_t
 roi_level(real_t x1, real_t y1, real_t x2, real_t y2, real_t finest_scale, int64_t levels) {

@@ -3,8 +3,8 @@
 // Storage types of features, and the types for arithmetic on them.
 //
 // Kernels load `scalar_t`, compute in `accum_t<scalar_t>` (float; double for double) and store `scalar_t`. The 16-bit
-// types here carry bits only; conversions are branch-free integer code so that the compiler vectorizes loops over
-// channels without hardware support. Host code only: the CUDA back end has the types of the toolkit.
+// types here only store bits. Their conversions are branch-free integer code, so that the compiler vectorizes loops
+// over channels without hardware support. This is host code only: the CUDA back end uses the types of the toolkit.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +46,8 @@ inline float load(float16 value) {
 #if defined(__F16C__)
     return static_cast<float>(bit_cast<_Float16>(value.bits));
 #else
-    // Shift exponent and mantissa into place, then rescale: 2^112 moves the half exponent bias to the float one and
-    // turns half subnormals into normal floats exactly. Infinity and NaN keep an all-ones exponent.
+    // Shift exponent and mantissa, then multiply by 2^112, the difference of the exponent biases. The product is exact
+    // and makes half subnormals normal floats. Infinity and NaN keep an all-ones exponent.
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
     const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
     const float scaled = bit_cast<float>(magnitude) * 0x1p112f;

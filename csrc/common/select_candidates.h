@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decoding of an anchor and its deltas to a box of the original image, shared by scalars, CPU vectors and CUDA.
+// Decoding of an anchor and its deltas to a box of the original image, shared by CPU and CUDA.
 //
-//   anchor = base + (x * stride, y * stride) of cell (y, x), center c and size s
+//   anchor = base + (x * stride, y * stride) of cell (y, x), with center c and size s
 //   center = c + s * (dx, dy)     size = s * exp(clamp(dw, dh))
 //   box    = clip(center -+ size / 2) / scale
 //
@@ -20,8 +20,8 @@ namespace spatialflow {
 
 constexpr double kMaxLogRatio = 4.135166556742356;  // log(1000 / 16)
 
-// The interval of a box on one axis, from the base anchor [low, high] moved by `shift`. `limit` is the end of the valid
-// image.
+// Compute the interval of a box on one axis from the base anchor [low, high] moved by `shift`. `limit` is the size of
+// the valid image.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void decode_axis(
     float low, float high, int64_t shift, real_t offset, real_t log_ratio, real_t limit, real_t scale, real_t& begin,
@@ -47,7 +47,7 @@ struct CandidateImage {
     real_t scale_x, scale_y;
 };
 
-// `x` and `y` in pixels, of the cell's origin; `dx` to `dh` are the deltas.
+// Decode one candidate. `x` and `y` are the cell's origin in pixels; `dx` to `dh` are the deltas.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE Box<real_t> decode_candidate(
     const Box<float>& base, int64_t x, int64_t y, real_t dx, real_t dy, real_t dw, real_t dh,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sigmoid focal loss (Lin et al., Focal Loss for Dense Object Detection, equation 5) and its derivatives, shared by
-// scalars, CPU vectors and CUDA.
+// Sigmoid focal loss (Lin et al., Focal Loss for Dense Object Detection, equation 5) and its derivatives, shared by CPU
+// and CUDA.
 //
-// Let z = -x for the class of the label and z = x for every other class, and s = sigmoid(z), the probability of the
-// wrong answer. Up to its factor alpha or 1 - alpha, the loss of one element is
+// Let z = -x for the class of the label and z = x for every other class. s = sigmoid(z) is the probability of the wrong
+// decision. Without its factor alpha or 1 - alpha, the loss of one element is
 //
 //   f(z) = s^gamma * softplus(z)          softplus(z) = -log(1 - s) = max(z, 0) + log(1 + exp(-|z|))
 //
@@ -18,8 +18,8 @@
 
 namespace spatialflow {
 
-// 1 / value for 1 <= value <= 2, or NaN. For float on CUDA one instruction, with an error of at most one unit in the
-// last place.
+// 1 / value for 1 <= value <= 2; NaN gives NaN. For float on CUDA it is one instruction with an error of at most one
+// unit in the last place.
 template <typename real_t, typename value_t>
 SPATIALFLOW_HOST_DEVICE value_t focal_reciprocal(value_t value) {
 #if defined(__CUDA_ARCH__)
@@ -31,9 +31,9 @@ SPATIALFLOW_HOST_DEVICE value_t focal_reciprocal(value_t value) {
     return real_t(1) / value;
 }
 
-// The `order`-th derivative of f at z, order 0 to 2. NaN gives NaN.
+// Derivative of f at z, of order 0 to 2. NaN gives NaN.
 //
-// value_t is a scalar or a vector of lanes; Math::exp(x) is called for x <= 0 and Math::log1p(x) for 0 <= x <= 1.
+// value_t is a scalar or a vector; Math::exp(x) is called for x <= 0 and Math::log1p(x) for 0 <= x <= 1.
 template <int order, typename Math, typename value_t, typename real_t>
 SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
     const value_t zero = value_t{}, one = zero + real_t(1);
@@ -62,7 +62,8 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
     if constexpr (order == 0) {
         result = power * cost;
     } else {
-        // f' = s^gamma g with g = gamma (1 - s) softplus + s. For infinite z the product is 0, not 0 * infinity.
+        // f' = s^gamma g with g = gamma (1 - s) softplus + s. The bound makes the product 0 for infinite z, not 0 *
+        // infinity.
         const value_t limit = zero + real_t(1e4);
         const value_t bounded = cost < limit ? cost : limit;
         const value_t slope = gamma * certain * bounded + mistake;
@@ -72,7 +73,7 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
         }
     }
     if constexpr (std::is_floating_point_v<value_t>) {
-        return result;  // is NaN: only the exp of vectors may lose it
+        return result;  // NaN for NaN; only the vector version of exp may not propagate it
     } else {
         return z == z ? result : z;
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mapping from the pixels of a label map to logits at a quarter of the network's input, shared by CPU and CUDA. Files
-// that include this header are compiled without fused multiply-adds, so that every back end sees the same weights.
+// Mapping from the pixels of a label map to logits at a quarter of the network's input size, shared by CPU and CUDA.
+// Files that include this header are compiled without fused multiply-adds, so that all back ends compute equal weights.
 #pragma once
 
 #include <cmath>
@@ -11,18 +11,19 @@
 
 namespace spatialflow {
 
-// A pixel between cells `first` and `second` = first + 1, at the fraction `weight`. At the last cell, `second` = first.
+// Position of a pixel between cells `first` and `second` = first + 1, with weights 1 - `weight` and `weight`. At the
+// last cell, `second` = first.
 struct LabelTap {
     int64_t first, second;
     float weight;
 };
 
-// One axis. The logits are enlarged to 4 * cells positions with aligned corners; each of the `pixels` of the result
-// takes one of the first `valid` positions, as OpenCV's INTER_NEAREST does.
+// One axis. The logits are upsampled to 4 * cells positions with aligned corners. Each of the `pixels` of the result
+// takes one of the first `valid` positions, as in OpenCV's INTER_NEAREST.
 struct LabelAxis {
     int64_t cells, valid, pixels;
     double nearest_step;  // positions per pixel
-    float cell_step;      // cells per position; float, and so are positions in cells, as in torch's interpolation
+    float cell_step;      // cells per position; float as in torch's interpolation
 
     LabelAxis(int64_t cells, int64_t valid, int64_t pixels)
         : cells(cells),

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Winograd's minimal filtering F(4, 3) in one dimension, written once for CPU and CUDA: four outputs of a three-tap
+// Winograd's minimal filtering F(4, 3) in one dimension, shared by CPU and CUDA: four outputs of a three-tap
 // convolution from six products instead of twelve. Nested in two dimensions, a 3x3 convolution of a 6x6 input tile
 // gives a 4x4 output tile with 36 products per pair of channels instead of 144:
 //
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A        (Lavin & Gray, Fast Algorithms for Convolutional Neural Networks, 2015)
 //
-// Interpolation points 0, +-5/8, +-3/2 and infinity: all of B and A is exact in binary, pairs +-p share their even and
-// odd parts, and the error is a quarter of that of the usual points 0, +-1, +-2 (2.5e-6 of the largest output against
-// 9.4e-6, 256 channels in float32).
+// The interpolation points are 0, +-5/8, +-3/2 and infinity. All elements of B and A are exact in binary, and pairs +-p
+// share their even and odd parts. The error is a quarter of that of the usual points 0, +-1, +-2: 2.5e-6 of the largest
+// output instead of 9.4e-6 (256 channels, float32).
 #pragma once
 
 #include <cstdint>
@@ -25,12 +25,12 @@ constexpr int kWinogradOutput = 4;  // output pixels per tile and axis
 constexpr int kWinogradInput = 6;   // input pixels per tile and axis
 constexpr int kWinogradProducts = kWinogradInput * kWinogradInput;
 
-// Points p and q, as powers and sums that the transforms use.
+// Powers and sums of the points p and q in the transforms.
 constexpr float kP = 0.625f, kP2 = kP * kP, kP3 = kP2 * kP;
 constexpr float kQ = 1.5f, kQ2 = kQ * kQ, kQ3 = kQ2 * kQ;
 constexpr float kP2PlusQ2 = kP2 + kQ2, kP2Q2 = kP2 * kQ2;
 
-// to = B^T from. `value_t` is a scalar or a vector of lanes.
+// to = B^T from. `value_t` is a scalar or a vector.
 template <typename value_t>
 SPATIALFLOW_INLINE void winograd_input(const value_t (&from)[6], value_t (&to)[6]) {
     const value_t even_p = from[4] - kQ2 * from[2], odd_p = kP * (from[3] - kQ2 * from[1]);
@@ -54,7 +54,7 @@ SPATIALFLOW_INLINE void winograd_output(const value_t (&from)[6], value_t (&to)[
     to[3] = kP3 * odd_p + kQ3 * odd_q + from[5];
 }
 
-// to = A from, the transpose of winograd_output: takes a gradient of outputs to one of products.
+// to = A from, the transpose of winograd_output: transforms a gradient of outputs to a gradient of products.
 template <typename value_t>
 SPATIALFLOW_INLINE void winograd_output_transposed(const value_t (&from)[4], value_t (&to)[6]) {
     const value_t even_p = from[0] + kP2 * from[2], odd_p = kP * from[1] + kP3 * from[3];
@@ -85,7 +85,7 @@ SPATIALFLOW_INLINE void winograd_weight(const value_t (&from)[3], value_t (&to)[
     to[5] = from[2];
 }
 
-// to = G^T from: takes a gradient of transformed weights to one of weights.
+// to = G^T from: transforms a gradient of transformed weights to a gradient of weights.
 template <typename value_t>
 SPATIALFLOW_INLINE void winograd_weight_transposed(const value_t (&from)[6], value_t (&to)[3]) {
     const value_t even_p = from[1] + from[2], odd_p = from[1] - from[2];

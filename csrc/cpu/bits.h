@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Masks as bits: 64 pixels of a row per word, lowest bit first. A row starts with a new word; bits past its end are 0.
+// Bit masks: 64 pixels of a row per word, lowest bit first. Each row starts with a new word; bits past its end are 0.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ inline uint64_t bit_range(int64_t begin, int64_t end) {
     return (~uint64_t{0} << begin) & (~uint64_t{0} >> (kWordPixels - end));
 }
 
-// Bit i = byte i is not zero, for 64 bytes.
+// Pack 64 bytes: bit i is set if byte i is not zero.
 inline uint64_t pack_word(const uint8_t* bytes) {
 #if defined(__AVX512BW__)
     const __m512i value = _mm512_loadu_si512(bytes);
@@ -54,7 +54,7 @@ inline uint64_t pack_word(const uint8_t* bytes) {
 #endif
 }
 
-// Packs a row and returns the number of its bits.
+// Pack a row. Return the number of set bits.
 inline int64_t pack_row(const uint8_t* bytes, int64_t width, uint64_t* words) {
     int64_t count = 0;
     int64_t x = 0;
@@ -69,7 +69,8 @@ inline int64_t pack_row(const uint8_t* bytes, int64_t width, uint64_t* words) {
     return count;
 }
 
-// pixels[i] = value where bit i is set. Other pixels are neither written nor read, so the word may end past the row.
+// Set pixels[i] = value where bit i is set. Other pixels are neither written nor read, so the word may end past the
+// row.
 inline void paint_word(int32_t* pixels, uint64_t word, int32_t value) {
 #if defined(__AVX512F__)
     const __m512i values = _mm512_set1_epi32(value);

@@ -4,8 +4,8 @@
 //
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
-// for pixels p; channels-last. A matrix product of a few pixels at a time; threads split the pixels. Networks on the
-// CPU use oneDNN (spatialflow/models/optimized/conv.py).
+// for pixels p; channels-last. Each thread computes a range of pixels, by matrix products of a few pixels at a time.
+// The networks use oneDNN on the CPU instead (spatialflow/models/optimized/conv.py).
 #include <algorithm>
 
 #include "cpu/dispatch.h"
@@ -16,7 +16,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr int64_t kPixels = 32;  // at a time
+constexpr int64_t kPixels = 32;  // pixels per matrix product
 
 Tensor conv1x1_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // 3x3 convolutions (stride 1, padding 1) over pyramids of channels-last maps, shared by flow_conv2d and fused_subnets.
-// The interface has pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
+// The interface consists of pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
 //
 //   out[n, y, x, o] = relu?(sum over taps (dy, dx), c of (x + flow)[n, y + dy, x + dx, c] * w[o, c, dy, dx] + bias[o]
 //                           + residual[n, y, x, o])
 //
 // A group is one input pyramid with one or more branches. A branch has its weights and outputs; branches share the work
-// that depends on the input alone. The threads take their work from one list for all groups, levels and images, so that
-// small levels balance large ones.
+// that depends on the input alone. There is one task list for all groups, levels and images, so that threads stay busy
+// also on small levels.
 #pragma once
 
 #include <atomic>
@@ -49,7 +49,7 @@ void conv3x3_winograd(const std::vector<ConvGroup<scalar_t>>& groups);
 template <typename scalar_t>
 void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups);
 
-// Values of a padded row: whole vectors plus one cache line. Without the line, rows at distances of a power of two
+// Length of a padded row: whole vectors plus one cache line. Without that line, rows at distances of a power of two
 // would map to few cache sets.
 inline int64_t padded_row(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
@@ -91,7 +91,7 @@ __attribute__((always_inline)) inline void for_channel_vectors(int64_t channels,
     }
 }
 
-// NaN stays NaN, as in torch.relu.
+// ReLU; NaN stays NaN, as in torch.relu.
 template <typename vector_t>
 inline vector_t rectified(vector_t value) {
     return value < vector_t{} ? vector_t{} : value;

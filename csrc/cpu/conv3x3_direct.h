@@ -3,9 +3,9 @@
 // 3x3 convolutions as an implicit matrix product, (pixels x 9 C_in) * (9 C_in x C_out), exact up to the order of sums.
 //
 // A strip of output rows is one task. The nine taps are nine views of the map with the same pixel stride. A tile of
-// outputs stays in registers for all taps; taps outside the map are skipped. A strip is copied first only to add a flow
-// or to convert 16-bit values. The outermost loop is over panels of weights: one panel (295 KB at 256 channels) stays
-// in the L2 cache.
+// outputs stays in registers for all taps; taps outside the map are skipped. A strip is copied only to add a flow or to
+// convert 16-bit values. The outermost loop is over panels of weights: one panel (295 KB at 256 channels) stays in the
+// L2 cache.
 #pragma once
 
 #include "cpu/conv3x3.h"
@@ -16,7 +16,8 @@ constexpr int64_t kStripPixels = 336;
 constexpr int64_t kStripWidth = 84;
 constexpr int64_t kLastParts = 4;
 
-// Input channels that one row of taps processes at a time: 16 pixels of them stay in the L1 cache for the three taps.
+// Number of input channels that a row of taps processes at a time. 16 pixels of these channels stay in the L1 cache for
+// the three taps.
 constexpr int64_t kTapChannels = 64;
 
 // Pack weights for conv3x3_direct: gemm_pack of (9 C_in, C_out), rows tap by tap.
@@ -72,7 +73,8 @@ inline void append_strips(
     }
 }
 
-// x + flow of a strip and the pixels around it, zeros outside the map: (rows + 2, columns + 2, C) with padded pixels.
+// Copy x + flow of a strip and its halo, (rows + 2, columns + 2, C) with padded pixels. Outside the map the copy is
+// zero.
 template <typename scalar_t>
 void copy_strip(
     const ConvLevel<scalar_t>& level, const ConvStrip& strip, int64_t channels,
@@ -94,8 +96,8 @@ void copy_strip(
     }
 }
 
-// View through which the kernel reads x + flow. Outside the map a copy has zeros; the map itself must not be read
-// there.
+// View through which the kernel reads x + flow. Outside the map a copy has zeros, but a view of the map itself must not
+// be read.
 template <typename real_t>
 struct ConvView {
     const real_t* pixels;  // pixel (y, x)
@@ -113,7 +115,8 @@ bool reads_in_place(const ConvLevel<scalar_t>& level) {
     return std::is_same_v<scalar_t, accum_t<scalar_t>> && !level.flow;
 }
 
-// View of the map, or of a copy of the strip with its halo in memory for padded_pixels() * padded_row(channels) values.
+// View of the map, or of a copy of the strip and its halo. `copy` has space for padded_pixels() * padded_row(channels)
+// values.
 template <typename scalar_t>
 ConvView<accum_t<scalar_t>> view_strip(
     const ConvLevel<scalar_t>& level, const ConvStrip& strip, int64_t channels, accum_t<scalar_t>* copy) {
@@ -128,7 +131,7 @@ ConvView<accum_t<scalar_t>> view_strip(
         copy, strip.y_begin - 1, strip.x_begin - 1, padded_row(channels), strip.padded_width() * padded_row(channels)};
 }
 
-// Compute `kRows` pixels from (y, x) on for one panel of output channels.
+// Compute `kRows` adjacent pixels, the first of which is (y, x), for one panel of output channels.
 template <int kRows, typename scalar_t>
 void convolve_pixels(
     const ConvView<accum_t<scalar_t>>& view, const ConvLevel<scalar_t>& level, int64_t y, int64_t x,
@@ -241,7 +244,7 @@ void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups) {
         pixels += group_pixels;
         work += group_pixels * 9 * group.channels * columns;
     }
-    // Several strips per thread balance the load.
+    // Aim at several strips per thread to balance the load.
     const int64_t threads = num_threads();
     const int64_t target = std::min(kStripPixels, std::max<int64_t>(1, pixels / (4 * threads)));
     std::vector<ConvStrip> strips;
@@ -261,7 +264,7 @@ void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups) {
     if (strips.empty()) {
         return;
     }
-    // The last strips are split by output channels too, which balances the threads at the end.
+    // Split the last strips by output channels, too, to balance the load of the threads at the end.
     const int64_t count = static_cast<int64_t>(strips.size());
     const int64_t cut = std::min(count, 2 * threads), whole = count - cut;
     const int64_t parts = std::min(panels, std::max(kLastParts, (threads + count - 1) / count));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Conversion of tensors to the structures of conv3x3.h: layouts, biases, packed weights.
+// Conversion of tensors to the structures of conv3x3.h.
 #pragma once
 
 #include "cpu/conv3x3.h"
@@ -14,7 +14,7 @@ static_assert(kGemmColumnPadding == kPackedOutputs, "packed weights have one siz
 // Columns of a panel of float32 (see packed_tag); the layout of packed weights depends on nothing else.
 constexpr int64_t kPackedColumns = kGemmColumns<float>;
 
-// The bias in the accumulation type, dense.
+// Dense copy of the bias in the accumulation type.
 inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
     return bias ? std::optional<Tensor>(contiguous_as(*bias, dtype)) : std::nullopt;
 }
@@ -38,7 +38,7 @@ inline std::vector<Tensor> empty_channels_last(const std::vector<Tensor>& like, 
     return levels;
 }
 
-// `levels` unchanged where the tensor with the same index in `like` is channels-last, else contiguous.
+// Convert each level to contiguous if the tensor with the same index in `like` is not channels-last.
 inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::vector<Tensor> levels) {
     for (size_t i = 0; i < levels.size(); ++i) {
         if (!prefers_channels_last(like[i])) {

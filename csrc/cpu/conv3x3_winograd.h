@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 3x3 convolutions by Winograd's F(4x4, 3x3): a quarter of the multiplications. Float tiles (16-bit maps are converted
-// on the way in and out); products of 36 frequencies are 36 matrix products (tiles x C_in) * (C_in x C_out).
+// 3x3 convolutions by Winograd's F(4x4, 3x3), with a quarter of the multiplications. Tiles are float; 16-bit maps are
+// converted. The products of 36 frequencies are 36 matrix products (tiles x C_in) * (C_in x C_out).
 //
-// A chunk of consecutive tiles, of any levels, goes through input transform, products and output transform on one
-// thread. A chunk has at most kMaxChunkTiles tiles. The weights (9.4 MB for 256 -> 256) are read once per chunk. The
-// rows of one frequency (1 KiB in and 1 KiB out per tile) stay in the L2 cache with the weights of that frequency.
+// A task is a chunk of at most kMaxChunkTiles consecutive tiles, possibly of several levels: input transform, products
+// and output transform. The weights (9.4 MB for 256 -> 256) are read once per chunk. The rows of one frequency (1 KiB
+// in and 1 KiB out per tile) stay in the L2 cache with the weights of that frequency.
 #pragma once
 
 #include "cpu/winograd.h"
@@ -29,7 +29,7 @@ void pack_conv3x3_winograd(
         const int64_t first = task / slices * kColumns, last = task % slices * kInputs + kInputs;
         const int64_t valid = std::max<int64_t>(0, std::min(kColumns, out_channels - first));
         for (int64_t c = last - kInputs; c < std::min(last, in_channels); ++c) {
-            // Transform in double: only the transformed values are rounded.
+            // Transform in double, so that only the transformed values are rounded.
             double taps[9][kColumns] = {}, half[6][3][kColumns], lines[6];
             for (int64_t o = 0; o < valid; ++o) {
                 const scalar_t* source = weight + (first + o) * strides[0] + c * strides[1];
@@ -76,7 +76,7 @@ public:
                 work_ += kWinogradProducts * tiles.count(branch.out.size()) * group.channels * columns;
             }
         }
-        // Chunks of nearly equal size that balance the threads.
+        // Form chunks of nearly equal size to balance the load of the threads.
         const int64_t threads = num_threads();
         for (size_t j = 0; j < groups.size(); ++j) {
             const int64_t count = tiles_[j].count();
@@ -94,7 +94,7 @@ public:
 
     void run() {
         const int64_t tasks = static_cast<int64_t>(chunks_.size());
-        // One more cache line per frequency, for the reason given at padded_row.
+        // Add a cache line per frequency, for the same reason as in padded_row.
         in_stride_ = largest_ * in_row_ + 16;
         out_stride_ = largest_ * out_row_ + 16;
         const int64_t per_worker = kWinogradProducts * (in_stride_ + out_stride_);

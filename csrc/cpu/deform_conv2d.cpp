@@ -5,9 +5,9 @@
 //   output[n, o, p] = bias[o] + sum over taps k and channels c of
 //                     weight[o, c, k] * mask[n, k, p] * bilinear(input[n, c], position(p, k) + offset[n, k, p])
 //
-// A block of output pixels is gathered into columns (pixel, tap, channel) for several taps, and multiplied with the
-// packed weight of these taps. The sums of a block stay in the L2 cache until all taps are added. No buffer grows with
-// the image. Each thread computes a range of output pixels.
+// The samples of several taps of a block of output pixels are gathered into columns (pixel, tap, channel). The columns
+// are multiplied by the packed weight of these taps. The sums of a block stay in the L2 cache until all taps are added.
+// Buffer sizes do not depend on the image size. Each thread computes a range of output pixels.
 #include "cpu/deform_conv2d.h"
 
 #include "cpu/gemm.h"
@@ -15,14 +15,14 @@
 namespace spatialflow {
 namespace {
 
-// Columns of a block: these many values (256 KiB of float) leave space for the sums of a block in an L2 cache of 1 MiB.
-// Taps are gathered together until the product is this deep.
+// Number of values of the columns of a block. These 256 KiB of float leave space for the sums of the block in an L2
+// cache of 1 MiB.
 constexpr int64_t kColumnValues = 64 * 1024;
-constexpr int64_t kDepth = kGemmDepth;
+constexpr int64_t kDepth = kGemmDepth;  // depth of a product up to which taps are gathered together
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 
-// c (+)= sum over parts i of a_i * packed_i, where part i of A starts at a + i * a_piece: one part per tap.
+// Compute c (+)= sum over parts i of a_i * packed_i, one part per tap. Part i of A starts at a + i * a_piece.
 template <typename real_t>
 void multiply_pieces(
     int64_t m, int64_t n, int64_t k, int64_t pieces, const real_t* a, int64_t a_stride, int64_t a_piece,  // (m, k) each
@@ -63,7 +63,7 @@ void multiply_pieces(
 // Add bias and optional ReLU to the sums of a block, and store them in the dtype and layout of the output.
 template <bool kRelu, typename scalar_t, typename real_t>
 void store_block(
-    const real_t* sums,  // (pixels, O), rows `stride` apart
+    const real_t* sums,  // (pixels, O), row stride `stride`
     int64_t stride,
     const real_t* bias,  // (O)
     scalar_t* output,    // (N, H_out, W_out, O) or, if channels_first, (N, O, H_out, W_out)
@@ -71,7 +71,7 @@ void store_block(
     const int64_t outputs = shape.out_channels;
     const auto result = [](auto value) {
         if constexpr (kRelu) {
-            value = value < decltype(value){} ? decltype(value){} : value;  // NaN stays
+            value = value < decltype(value){} ? decltype(value){} : value;  // NaN stays NaN
         }
         return value;
     };
@@ -102,7 +102,7 @@ void store_block(
     }
 }
 
-// Values of a weight packed per group and tap, (inputs, outputs) each.
+// Length of a weight packed per group and tap, (inputs, outputs) each.
 int64_t packed_weight_size(const DeformConvShape& shape) {
     return shape.groups * shape.taps() * gemm_packed_size(shape.group_channels(), shape.group_outputs());
 }
@@ -134,7 +134,7 @@ void deform_conv2d_forward(
     using real_t = accum_t<scalar_t>;
     const DeformConvShape& shape = sampler.shape();
     const int64_t channels = shape.channels;
-    const int64_t taps = channels > 0 ? shape.taps() : 1;  // without channels, one tap makes the sums zero
+    const int64_t taps = channels > 0 ? shape.taps() : 1;  // without channels, a single tap sets the sums to zero
     const int64_t inputs = shape.group_channels(), outputs = shape.group_outputs();
     const int64_t packed_tap = gemm_packed_size(inputs, outputs);
     const Scratch<real_t> wide_bias(shape.out_channels);
@@ -148,7 +148,7 @@ void deform_conv2d_forward(
     parallel_for(0, shape.batch * shape.pixels(), kGemmRows, [&](int64_t begin, int64_t end) {
         const Scratch<real_t> columns(block * row);
         const Scratch<real_t> sums(block * shape.out_channels);
-        // Blocks of equal size, without a small last one.
+        // Use blocks of equal size, so that the last one is not small.
         const int64_t blocks = (end - begin + block - 1) / block;
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t first = begin + b * (end - begin) / blocks;
@@ -229,7 +229,7 @@ Tensor pack_deform_conv2d_cpu(const Tensor& weight, int64_t groups, int64_t offs
     return packed;
 }
 
-// The packed weight, with the interface of Scratch.
+// Pointer to a packed weight, with the interface of Scratch.
 template <typename real_t>
 struct Borrowed {
     const real_t* values;

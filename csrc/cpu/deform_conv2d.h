@@ -82,11 +82,11 @@ class Sampler {
 public:
     using real_t = accum_t<scalar_t>;
 
-    // One tap of one pixel: the cells that its sample reads, and their weights.
+    // One tap of one pixel: the cells of its sample and their weights.
     struct Tap {
         DeformTap<real_t> place;
-        const scalar_t* corner[4];  // channels of the four cells; zeros for a cell outside the map
-        int64_t cell[4];            // their row-major numbers within the image, or -1
+        const scalar_t* corner[4];  // channels of the four cells; `zeros_` for a cell outside the map
+        int64_t cell[4];            // row-major index of the four cells in the image, or -1
         real_t value[4];
         real_t mask;
     };
@@ -111,7 +111,7 @@ public:
         }
     }
 
-    // False if the tap reads nothing: it is outside the map, or its offset or mask is not finite.
+    // Compute a tap. Return false if it reads nothing: it is outside the map, or its offset or mask is not finite.
     bool tap(const OutputPixel& at, int64_t offset_group, int64_t number, Tap& tap) const {
         const int64_t index = offset_group * shape_.taps() + number;
         const int64_t row = number / shape_.kernel_width, column = number % shape_.kernel_width;
@@ -143,7 +143,7 @@ public:
         return true;
     }
 
-    // Derivatives of the tap's values by its offset.
+    // Compute the derivatives of the tap's values with respect to its offset.
     void slopes(
         const OutputPixel& at, int64_t offset_group, int64_t number, const Tap& tap, real_t slope_y[4],
         real_t slope_x[4]) const {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradients of deformable convolution on the CPU, blocked like the forward pass and deterministic without atomics.
+// Gradients of deformable convolution on the CPU, deterministic without atomics.
 //
-// Data (input, offset, mask): a thread computes an (image, slice of channels). For a block of pixels the gradient of the columns
-// is grad_output x weight of the slice. Then, per tap, its products with the four cells that the tap reads give the
-// gradients of offset and mask. The same pass adds it to these four cells of grad_input, which no other thread writes.
-// Offsets and masks are shared by slices: their parts are added in order.
+// Data (input, offset, mask): a task is a slice of channels of an image. For a block of pixels the gradient of the
+// columns is grad_output x weight of the slice. Per tap, its products with the four cells of the sample give the
+// gradients of offset and mask. The same pass adds it to these four cells of grad_input, which no other task writes.
+// All slices contribute to the gradients of offset and mask; these parts are added in order.
 //
-// Weight: a thread computes (taps, slice of channels) and gathers these columns block by block over the whole batch:
-// grad_weight = columns^T x grad_output. Each sum is computed by one thread in a fixed order.
+// Weight: a task is (taps, slice of channels), with grad_weight = columns^T x grad_output. It gathers its columns block
+// by block over the whole batch, so each sum is computed by one thread in a fixed order.
 #include "cpu/deform_conv2d.h"
 #include "cpu/gemm.h"
 
@@ -32,7 +32,8 @@ struct Slice {
     std::vector<Segment> segments;
 };
 
-// At most `count` slices of whole vectors; `packed_size` is the length of all their packed weights.
+// Split the channels into at most `count` slices of whole vectors. `packed_size` is the length of all their packed
+// weights.
 std::vector<Slice> channel_slices(const DeformConvShape& shape, int64_t lanes, int64_t count, int64_t& packed_size) {
     const int64_t vectors = (shape.channels + lanes - 1) / lanes;
     count = std::min(vectors, count);
@@ -96,8 +97,8 @@ inline void scatter_channels(
     }
 }
 
-// One tap of one pixel: its sampling gradients over channels [c_begin, c_begin + count), and its part of grad_input
-// (one image, channels-last; null: not requested).
+// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add the tap's part
+// of grad_input (one image, channels-last; null: not requested).
 template <typename scalar_t, typename real_t>
 SamplingGradient<real_t> scatter_tap(
     const Sampler<scalar_t>& sampler, const OutputPixel& at, int64_t offset_group, int64_t number,
@@ -156,8 +157,8 @@ void deform_conv2d_backward_data(
         }
     });
 
-    // There is a partial sampling gradient for each pair of a slice and an offset group that share channels. Boundaries
-    // of both ascend, so slice + offset group is a unique index of such a pair.
+    // Each pair of a slice and an offset group with common channels has a partial sampling gradient. Both are in
+    // ascending order of channels, so slice + offset group is a unique index of such a pair.
     const int64_t pixels = shape.pixels();
     const int64_t part = shape.batch * pixels * taps;
     const Scratch<SamplingGradient<real_t>> parts(
@@ -245,7 +246,7 @@ void deform_conv2d_backward_weight(
     const DeformConvShape& shape = sampler.shape();
     const int64_t taps = shape.taps(), inputs = shape.group_channels(), outputs = shape.group_outputs();
 
-    // grad_output packed per image, block of its pixels, and group: (pixels, outputs).
+    // Pack grad_output as (pixels, outputs) per image, block of pixels and group.
     const int64_t image_blocks = (shape.pixels() + kWeightBlock - 1) / kWeightBlock;
     const int64_t blocks = shape.batch * image_blocks;
     const auto pixels_of = [&](int64_t block) {
@@ -269,7 +270,7 @@ void deform_conv2d_backward_weight(
     int64_t unused = 0;
     const std::vector<Slice> slices = channel_slices(shape, kLanes<real_t>, wanted, unused);
     const int64_t num_slices = static_cast<int64_t>(slices.size());
-    // With few outputs per group (many groups) a task takes several taps, so that it reads grad_output less often.
+    // With few outputs per group (many groups) a task takes several taps, to read grad_output less often.
     const int64_t per_tap = (shape.channels + num_slices - 1) / num_slices * outputs;
     const int64_t task_taps =
         std::clamp<int64_t>(std::min(kWeightSums / per_tap, taps * num_slices / (4 * num_threads())), 1, taps);

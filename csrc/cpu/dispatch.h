@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Dtype dispatch of the CPU kernels, and parallel loops.
+// Dtype dispatch and parallel loops of the CPU kernels.
 #pragma once
 
 #include <atomic>
@@ -15,14 +15,15 @@
 
 namespace spatialflow {
 
-// Calls body(scalar_t{}) with the C++ type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
+// Call body(scalar_t{}) with the C++ type of `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ... }`.
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
     dispatch_floating_types<float16, bfloat16>(op, dtype, body);
 }
 
-// Tells ThreadSanitizer that a loop starts after what precedes it and ends before what follows. It cannot see that:
-// torch and its OpenMP are compiled without it. The parts of one loop stay unordered, so a race between them is found.
+// Annotations for ThreadSanitizer: all parts of a loop run after the code before it and before the code after it.
+// ThreadSanitizer cannot detect this, because torch and its OpenMP are compiled without it. The parts of one loop stay
+// unordered, so races between them are detected.
 #if defined(__SANITIZE_THREAD__)
 template <typename Body>
 class Ordered {
@@ -38,7 +39,7 @@ public:
 private:
     struct Part {
         void* end;
-        ~Part() { __tsan_release(end); }  // where the body throws, too
+        ~Part() { __tsan_release(end); }  // also if the body throws
     };
     const Body& body_;
     mutable char start_ = 0, end_ = 0;
@@ -50,14 +51,14 @@ using Ordered = const Body&;
 
 inline int64_t num_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// Whether this process, or one that it was forked from, has run a kernel on several threads: spatialflow/_library.py
-// asks after a fork.
+// Whether this process, or one that it was forked from, has run a kernel on several threads. spatialflow/_library.py
+// reads it after a fork.
 extern "C" {
 __attribute__((visibility("default"))) inline std::atomic<bool> spatialflow_threads_were_used{false};
 }
 
-// body(begin, end) on torch's own threads; runs in place when there is less than `grain` work. It may run out of
-// memory, but must not throw otherwise.
+// Call body(begin, end) for ranges on the threads of torch; a range of at most `grain` runs in the calling thread.
+// `body` may throw only if it runs out of memory.
 template <typename Body>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     if (begin < end) {
@@ -66,7 +67,7 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& 
         }
         try {
             torch::stable::parallel_for(begin, end, grain, Ordered<Body>(body));
-        } catch (const std::exception&) {  // the stable ABI does not pass the exception itself on
+        } catch (const std::exception&) {  // the stable ABI does not preserve the exception
             check(false, "spatialflow: out of memory for what the threads of a kernel need");
         }
     }

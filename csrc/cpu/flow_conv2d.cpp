@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// flow_conv2d on the CPU: relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one pass over the threads.
-// The work is in conv3x3_winograd.h and conv3x3_direct.h, compiled in conv3x3.cpp for all types.
+// flow_conv2d on the CPU: relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one parallel loop. The kernels
+// are in conv3x3_winograd.h and conv3x3_direct.h, instantiated in conv3x3.cpp.
 #include <algorithm>
 #include <cstring>
 
@@ -13,7 +13,7 @@ namespace spatialflow {
 
 namespace {
 
-// Below this many outputs per image, transforming the weights costs more than Winograd saves.
+// Number of outputs per image below which transforming the weights costs more than Winograd saves.
 constexpr int64_t kWinogradPixels = 256;
 
 Tensor pack(const Tensor& weight, int64_t resolved) {
@@ -32,8 +32,8 @@ Tensor pack(const Tensor& weight, int64_t resolved) {
                 data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<float>(packed));
         } else {
             pack_conv3x3_direct(data<scalar_t>(weight), strides, out_channels, in_channels, target);
-            filled =
-                9 * packed_tap_size(in_channels, out_channels);  // then space for 16-bit copies, which only CUDA writes
+            filled = 9 * packed_tap_size(
+                             in_channels, out_channels);  // followed by space for 16-bit copies, which only CUDA writes
         }
         std::fill(target + filled, target + size + tag, 0);
     });
@@ -48,8 +48,8 @@ Tensor pack_conv3x3_cpu(const Tensor& weight, int64_t algorithm) {
         resolve_algorithm(algorithm, weight.scalar_type() == ScalarType::Double, weight.size(1), weight.size(0)));
 }
 
-// Group of the active images: each range of adjacent active images is a separate level. Results of inactive images are
-// set to zero.
+// Group of the active images: each range of adjacent active images is a separate level. The results of inactive images
+// are set to zero.
 template <typename scalar_t>
 ConvGroup<scalar_t> active_images(const ConvGroup<scalar_t>& whole, const uint8_t* active) {
     ConvGroup<scalar_t> group = {whole.channels, {}, {whole.branches[0]}};
@@ -117,7 +117,7 @@ struct Convolution {
     }
 };
 
-// Results of all convolutions in order, each level in the memory format of the level of `like`.
+// Run the convolutions. Return their results in order, each level in the memory format of the same level of `like`.
 std::vector<Tensor> run(const std::vector<Tensor>& like, const std::vector<Convolution>& convolutions) {
     std::vector<Tensor> results;
     dispatch_floating("flow_conv2d", like[0].scalar_type(), [&](auto zero) {

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradient of flow_conv2d w.r.t. its weights, over all levels:
+// Gradient of flow_conv2d with respect to its weights, over all levels:
 //
 //   grad_weight[o, c, tap] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + tap, c]
 //
-// (The gradient w.r.t. x and flow is flow_conv2d with rotated weights.) Both algorithms work in chunks. The threads
-// first transform a chunk of inputs and gradients, then add the product of the chunk to blocks of the result. The order
-// of the sum of a block does not depend on the number of threads.
-//
-// Winograd: the transpose of the forward transform. With V = B^T d B and D = A dY A^T per tile, the gradient of the
-// transformed weights is sum over tiles of V^T D, 36 matrix products over tiles; G^T . G transforms it to nine taps.
-// Direct: nine products over the pixels of a row.
+// The gradient with respect to x and flow is flow_conv2d with rotated weights. Both algorithms process chunks: they
+// transform a chunk of inputs and gradients, then add its product to blocks of the result. The order of these sums does
+// not depend on the number of threads. Winograd is the transpose of the forward pass. With V = B^T d B and D = A dY A^T
+// per tile, the gradient of the transformed weights is the sum of V^T D over tiles. These are 36 matrix products; the
+// transform by G^T and G gives nine taps. Direct computes nine products over the pixels of a row.
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
 #include "cpu/winograd.h"
@@ -33,7 +31,8 @@ struct WeightGradient {
     int64_t slices() const { return (in_channels + kTaskInputs - 1) / kTaskInputs; }
 };
 
-// A dY A^T of one tile; product f of channels [c, c + kColumns) goes to products[f * product_stride + c * tiles].
+// Compute A dY A^T of one tile; product f of channels [c, c + kColumns) goes to products[f * product_stride + c *
+// tiles].
 template <typename scalar_t>
 void transform_gradient(
     const scalar_t* gradient, int64_t height, int64_t width, int64_t channels, const WinogradTile& tile, int64_t tiles,
@@ -125,7 +124,7 @@ void weight_gradient_winograd(const WeightGradient<scalar_t>& job) {
     });
 }
 
-// The gradients of a strip as packed matrices, one per row of pixels: (row, panel, column, kColumns).
+// Pack the gradients of a strip as one matrix per row of pixels: (row, panel, column, kColumns).
 template <typename scalar_t>
 void pack_gradient_strip(
     const scalar_t* gradient, const ConvLevel<scalar_t>& level, const ConvStrip& strip, int64_t channels,
@@ -152,7 +151,8 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
         const ConvLevel<scalar_t>& level = job.levels[l];
         append_strips(0, l, level.batch, level.height, level.width, kStripPixels, strips);
     }
-    // A chunk is a run of strips with about kChunkPixels pixels; offsets of each strip's copies within the chunk.
+    // Form chunks of consecutive strips with about kChunkPixels pixels, and compute the offsets of each strip's copies
+    // within its chunk.
     const int64_t in_row = padded_row(job.in_channels), columns = gemm_padded_columns(job.out_channels);
     std::vector<size_t> chunk_end;
     std::vector<int64_t> input_at, gradient_at;

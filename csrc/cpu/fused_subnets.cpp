@@ -2,10 +2,10 @@
 //
 // fused_subnets on the CPU: the sub-networks of SpatialFlow and their flows over a whole pyramid.
 //
-// An update feature = relu(conv(feature + flow(source))) runs as two passes over the threads: first the flows, with the
-// addition in their epilogue, then the convolutions. The flows of one pass share the input transform of their source.
-// Only sums are stored, never flows. A sum replaces its feature in memory where that is not an input level, and maps
-// that no feature refers to any more are used again.
+// An update feature = relu(conv(feature + flow(source))) runs as two parallel loops: first the flows, with the addition
+// in their epilogue, then the convolutions. The flows of one loop share the input transform of their source. Only sums
+// are stored, never flows. A sum overwrites its feature unless that is an input level, and the memory of maps that no
+// feature uses is reused.
 #include <utility>
 
 #include "cpu/conv3x3_tensors.h"
@@ -14,11 +14,11 @@
 namespace spatialflow {
 namespace {
 
-// Policy of SubnetWalk that runs convolutions at once.
+// Policy of SubnetWalk that runs convolutions immediately.
 template <typename scalar_t>
 class EagerSubnets {
 public:
-    // Maps of one sub-network. Input levels are shared and not overwritten; maps allocated here are writable.
+    // Maps of one sub-network. Input levels are shared and read-only; maps allocated here are writable.
     struct Feature {
         std::vector<Tensor> maps;
         bool writable = false;
@@ -110,7 +110,7 @@ private:
         return result;
     }
 
-    // Writable maps for the first `count` levels, from the free list if it has some of that shape.
+    // Return writable maps for the first `count` levels, from the free list if it has maps of that shape.
     Feature allocate(size_t count, int64_t channels) {
         for (size_t i = 0; i < free_list_.size(); ++i) {
             if (num_levels(free_list_[i]) == count && this->channels(free_list_[i]) == channels) {

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Matrix product C (m x n) = A (m x k) * B (k x n) on one thread, for kernels that compute A: convolutions, deformable
-// convolution, transformed tiles.
+// Matrix product C (m x n) = A (m x k) * B (k x n) on one thread, for kernels that compute A (convolutions).
 //
-//   packed = gemm_pack(B)          once; see gemm_packed_size for its length
+//   packed = gemm_pack(B)          once; its length is gemm_packed_size
 //   gemm(m, n, k, A, packed, C)    A and C row-major with any row stride; kTransposed: A stored (k x m)
 //
-// B is packed into panels of kColumns adjacent columns, so that a step over k reads whole vectors in order. A tile of
-// kRows x kColumns of C stays in registers while k runs: each value of A is broadcast, each vector of B is used kRows
-// times. The tile is as large as the register file allows; fewer rows are compiled for the rest of m. Kernels with
+// B is packed into panels of kColumns adjacent columns, so that each step over k reads whole vectors in order. A tile
+// of kRows x kColumns of C stays in registers during the loop over k. Each value of A is broadcast; each vector of B is
+// used kRows times. The tile fills the register file; variants with fewer rows compute the rest of m. Kernels with
 // another epilogue or with A in parts (one per tap of a convolution) use `multiply_tile`.
-//
 // Sums run over k in ascending order in `real_t` (float or double): results do not depend on threads or on m and n.
 #pragma once
 
@@ -34,11 +32,12 @@ constexpr int kGemmVectors = 2;
 template <typename real_t>
 constexpr int kGemmColumns = kGemmVectors * kLanes<real_t>;
 
-// Packed matrices have columns padded to a multiple of this, on every instruction set and for every type. So the length
-// of a packed matrix depends on its shape alone.
+// Multiple to which the columns of packed matrices are padded, on every instruction set and for every type. So the
+// length of a packed matrix depends only on its shape.
 constexpr int64_t kGemmColumnPadding = 32;
 
-// k steps before the tile goes back to C: a panel of this depth (32 KiB) stays in the first-level cache over all rows.
+// Number of steps over k before the tile is stored to C. A panel of this depth (32 KiB) stays in the L1 cache for all
+// rows.
 constexpr int64_t kGemmDepth = 256;
 
 inline int64_t gemm_padded_columns(int64_t n) {
@@ -47,8 +46,8 @@ inline int64_t gemm_padded_columns(int64_t n) {
 
 inline int64_t gemm_packed_size(int64_t k, int64_t n) { return k * gemm_padded_columns(n); }
 
-// Pack B: element (i, j) is read at b[i * row_stride + j * column_stride] and converted; padding becomes zero.
-// packed[panel][i][kColumns]: panel p holds columns p * kColumns and on.
+// Pack B as packed[panel][i][kColumns], where panel p starts at column p * kColumns. Element (i, j) is read at
+// b[i * row_stride + j * column_stride] and converted; padding becomes zero.
 template <typename real_t, typename source_t>
 void gemm_pack(
     const source_t* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n,
@@ -69,15 +68,16 @@ void gemm_pack(
 template <int kRows, typename real_t>
 using GemmTile = Vector<real_t>[kRows][kGemmVectors];
 
-// tile[kFirst + r][:] += sum over i < k of A(r, i) * panel[i][:] for r < kCount, with A(r, i) = a[r * stride + i],
-// transposed a[i * stride + r].
+// tile[kFirst + r][:] += sum over i < k of A(r, i) * panel[i][:] for r < kCount. A(r, i) is a[r * stride + i], or
+// a[i * stride + r] if kTransposed.
 template <int kRows, bool kTransposed, int kFirst = 0, int kCount = kRows - kFirst, typename real_t>
 __attribute__((always_inline)) inline void multiply_tile(
     const real_t* a, int64_t stride,
     const real_t* panel,  // (k, kColumns)
     int64_t k, GemmTile<kRows, real_t>& tile) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
-    // Row addresses as base + {0, 1, 2} * stride: five bases and one stride fit the general registers, 14 rows do not.
+    // Row addresses are base + {0, 1, 2} * stride: five bases and one stride fit into the general registers, 14
+    // addresses do not.
     constexpr int kGroups = (kCount + 2) / 3;
     const real_t* base[kGroups];
     for (int g = 0; g < kGroups; ++g) {
@@ -119,7 +119,8 @@ __attribute__((always_inline)) inline void with_rows(int64_t rows, const Body& b
     body(std::integral_constant<int, kMax>{});
 }
 
-// Call body(first, count) for row blocks of at most kGemmRows that differ by at most one row: no thin last block.
+// Call body(first, count) for row blocks of at most kGemmRows rows. Their sizes differ by at most one, so the last
+// block is not small.
 template <typename Body>
 __attribute__((always_inline)) inline void for_row_blocks(int64_t m, const Body& body) {
     const int64_t blocks = (m + kGemmRows - 1) / kGemmRows;
@@ -133,9 +134,9 @@ __attribute__((always_inline)) inline void for_row_blocks(int64_t m, const Body&
 template <bool kTransposed = false, typename real_t>
 void gemm(
     int64_t m, int64_t n, int64_t k, const real_t* a,
-    int64_t a_stride,             // (m, k) rows a_stride apart; transposed (k, m)
+    int64_t a_stride,             // (m, k), row stride a_stride; transposed (k, m)
     const real_t* packed_b,       // gemm_pack of (k, n)
-    real_t* c, int64_t c_stride,  // (m, n) rows c_stride apart
+    real_t* c, int64_t c_stride,  // (m, n), row stride c_stride
     bool accumulate = false) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
     constexpr int64_t lanes = kLanes<real_t>;

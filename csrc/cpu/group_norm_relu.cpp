@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// GroupNorm, ReLU and optional 2x upsampling on the CPU, channels-last. The input is read twice: once for the
-// statistics, once to normalize and write. Upsampling keeps two normalized rows in the cache and interpolates along
-// rows in registers.
+// GroupNorm, ReLU and optional 2x upsampling on the CPU, channels-last. The input is read twice: first for the
+// statistics, then for the output. Upsampling keeps two normalized rows in the cache and interpolates along rows in
+// registers.
 #include "cpu/group_norm_relu.h"
 
 #include "cpu/huge_pages.h"
@@ -13,7 +13,7 @@ namespace {
 
 // ---- statistics --------------------------------------------------------------------------------------------------
 
-// Adds the sums of a run of pixels, around the pivot of each channel's group.
+// Add the sums of a run of pixels, around the pivot of each channel's group.
 template <typename scalar_t>
 void add_pixels(
     const scalar_t* run, int64_t pixel_stride, int64_t count, int64_t channels, const double* pivots, double* sums,
@@ -85,7 +85,7 @@ void compute_statistics(
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// Normalizes and clamps pixels at equal distances.
+// Normalize pixels with a constant stride and apply ReLU.
 template <typename scalar_t, typename target_t>
 inline void normalize(
     const scalar_t* pixels, int64_t pixel_stride, const Affine<accum_t<scalar_t>>& affine, target_t* target,
@@ -98,13 +98,13 @@ inline void normalize(
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t at = c + v * kLanes<real_t>;
                 const Vector<real_t> value = own.apply(v, lanes.load(pixels + x * pixel_stride + at));
-                lanes.store(target + x * target_stride + at, lane_max(Vector<real_t>{}, value));  // NaN stays
+                lanes.store(target + x * target_stride + at, lane_max(Vector<real_t>{}, value));  // NaN stays NaN
             }
         }
     });
 }
 
-// One row of the doubled map from the two normalized rows that it lies between.
+// Interpolate one row of the doubled map from the two adjacent normalized rows.
 template <typename scalar_t, typename real_t>
 void interpolate_row(
     const real_t* low, const real_t* high, const DoubledCell<real_t>& row,
@@ -121,7 +121,7 @@ void interpolate_row(
         };
         int64_t cell = -1;
         for (const DoubledCell<real_t>& column : columns) {
-            if (column.low != cell) {  // the next one, as columns ascend by less than half a cell
+            if (column.low != cell) {  // the next cell: columns ascend by less than half a cell
                 if (cell < 0) {
                     blend(column.low, left);
                 } else {
@@ -140,7 +140,7 @@ void interpolate_row(
     });
 }
 
-// Rows of the doubled map that begin between rows [first, last) of the input.
+// Compute the rows of the doubled map whose `low` is in rows [first, last) of the input.
 template <typename scalar_t>
 void upsample_rows(
     NormMap<const scalar_t> input, const NormShape& shape, const Affine<accum_t<scalar_t>>& affine,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What group_norm_relu on the CPU shares, forward and backward: maps, blocks of pixels, vectors of channels, numbers by
-// channel.
+// Helpers of group_norm_relu on the CPU, forward and backward: maps, blocks of pixels, vectors of channels, and values
+// per channel.
 //
-// Threads take blocks whose size depends on the shape alone. Each gives one row of sums, and rows are added in order:
-// results do not depend on the number of threads.
+// A task is a block, whose size depends only on the shape. Each block yields one row of sums, and rows are added in
+// order, so results do not depend on the number of threads.
 #pragma once
 
 #include "ops/group_norm_relu.h"
@@ -30,7 +30,7 @@ struct NormShape {
     int64_t group_size() const { return group_channels() * pixels(); }
 };
 
-// (N, H, W, C) by strides, C adjacent.
+// Map (N, H, W, C) with adjacent channels, given by strides.
 template <typename scalar_t>
 struct NormMap {
     scalar_t* data;
@@ -44,7 +44,7 @@ struct NormMap {
 
 template <typename scalar_t>
 NormMap<const scalar_t> map_of(const Tensor& tensor) {
-    const int64_t pixel_dimension = tensor.size(3) > 1 ? 3 : 2;  // of one column: from row to row
+    const int64_t pixel_dimension = tensor.size(3) > 1 ? 3 : 2;  // if there is one column, pixels are rows
     return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, pixel_dimension)};
 }
 
@@ -53,13 +53,13 @@ NormMap<scalar_t> dense_map(scalar_t* data, int64_t channels, int64_t height, in
     return {data, height * width * channels, width * channels, channels};
 }
 
-// The pixels, or rows, of every image in blocks, whose sums are added in order.
+// Blocks of the pixels or rows of every image. Their sums are added in order.
 struct NormBlocks {
-    int64_t count, extent;  // of an image; of a block
+    int64_t count, extent;  // blocks per image; size of a block
 
     NormBlocks(int64_t size, int64_t extent) : count((size + extent - 1) / extent), extent(extent) {}
 
-    // body(image, begin, end, number of the block) on all threads.
+    // Call body(image, begin, end, index of the block) on all threads.
     template <typename Body>
     void for_each(const NormShape& shape, int64_t size, const Body& body) const {
         parallel_for(0, shape.batch * count, 1, [&](int64_t first, int64_t last) {
@@ -71,8 +71,8 @@ struct NormBlocks {
     }
 };
 
-// Pixels [begin, end) of an image as runs along rows, at most kGroupNormRun long: run(y, x, count). Where all maps have
-// adjacent rows the image is one row.
+// Call run(y, x, count) for runs of pixels [begin, end) of an image, at most kGroupNormRun pixels along a row. If all
+// maps have adjacent rows, the image is treated as one row.
 template <typename Run>
 inline void for_runs(const NormShape& shape, bool adjacent_rows, int64_t begin, int64_t end, const Run& run) {
     const int64_t width = adjacent_rows ? shape.pixels() : shape.width;
@@ -83,7 +83,7 @@ inline void for_runs(const NormShape& shape, bool adjacent_rows, int64_t begin, 
     }
 }
 
-// kVectors whole vectors of channels, or where kRest one vector of which `count` lanes are channels.
+// Access to kVectors whole vectors of channels, or, if kRest, to the first `count` lanes of one vector.
 template <int kVectors, bool kRest>
 struct Channels {
     static constexpr int vectors = kVectors;
@@ -107,7 +107,8 @@ struct Channels {
     }
 };
 
-// visit(channels, first channel): kUnroll vectors at a time, then one, then what is left.
+// Call visit(channels, first channel) for kUnroll vectors at a time, then for single vectors, then for the remaining
+// channels.
 template <typename real_t, typename Visit>
 inline void for_channels(int64_t channels, const Visit& visit) {
     int64_t c = 0;
@@ -122,14 +123,14 @@ inline void for_channels(int64_t channels, const Visit& visit) {
     }
 }
 
-// Numbers by channel are read and written in whole vectors.
+// Padded number of channels, so that values per channel are accessed in whole vectors.
 inline int64_t padded(int64_t channels) { return (channels + 63) / 64 * 64; }
 
-// One number per channel, as vectors.
+// One value per channel, padded to whole vectors.
 template <typename real_t>
 using PerChannel = std::vector<real_t>;
 
-// y = (x - shift) * scale + offset by channel, of one image.
+// Coefficients of y = (x - shift) * scale + offset per channel of one image.
 template <typename real_t>
 struct Affine {
     PerChannel<real_t> shift, scale, offset;
@@ -146,7 +147,7 @@ struct Affine {
     }
 };
 
-// kVectors vectors of numbers by channel, from channel c on.
+// Load kVectors vectors of values per channel, starting at channel c.
 template <int kVectors, typename real_t>
 inline void load_channels(const PerChannel<real_t>& numbers, int64_t c, Vector<real_t> (&vectors)[kVectors]) {
     for (int v = 0; v < kVectors; ++v) {
@@ -176,7 +177,7 @@ std::vector<Affine<real_t>> affine_of_images(
     return affine;
 }
 
-// Lanes of kVectors vectors, which loops over numbers in float64 read one by one.
+// Lanes of kVectors vectors as an array, for loops that add them to float64.
 template <int kVectors, typename real_t>
 struct LanesOf {
     static constexpr int count = kVectors * kLanes<real_t>;
@@ -185,7 +186,7 @@ struct LanesOf {
     explicit LanesOf(const Vector<real_t> (&vectors)[kVectors]) { std::memcpy(values, vectors, sizeof(values)); }
 };
 
-// Two sums by channel for every block, in float64.
+// Two float64 sums per channel and block.
 class SumsOfBlocks {
 public:
     SumsOfBlocks(const NormShape& shape, const NormBlocks& blocks)
@@ -212,7 +213,7 @@ inline NormShape shape_of(const Tensor& input, int64_t num_groups) {
     return {input.size(0), input.size(1), input.size(2), input.size(3), num_groups};
 }
 
-// The numbers of weight or bias; `fill` for each channel where there is none.
+// Values of weight or bias in float64; `fill` for each channel if the tensor is absent.
 inline std::vector<double> numbers_of(const std::optional<Tensor>& tensor, int64_t channels, double fill) {
     std::vector<double> numbers(static_cast<size_t>(channels), fill);
     if (tensor) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradients of group_norm_relu on the CPU: one pass for the gradient by what ReLU takes and its sums by channel, one
-// for the gradient by the input. Upsampling's transpose gathers, so nothing is added twice.
+// Gradients of group_norm_relu on the CPU. The first pass computes g, the gradient with respect to the input of ReLU,
+// and its sums per channel. The second pass computes the gradient with respect to the operator's input. The transpose
+// of upsampling gathers, so tasks never write the same element.
 #include "cpu/group_norm_relu.h"
 
 #include "cpu/scratch.h"
@@ -9,7 +10,7 @@
 namespace spatialflow {
 namespace {
 
-// The transpose of doubling, for one row of the input: sums of rows of the gradient, then of their pixels.
+// Transpose of doubling, for one row of the input: weighted sums over rows of the gradient, then over their pixels.
 template <typename scalar_t>
 void gather_row(
     NormMap<const scalar_t> grad_output, const NormShape& shape,
@@ -52,11 +53,11 @@ void gather_row(
 
 template <typename vector_t>
 inline vector_t where_active(vector_t before_relu, vector_t gradient) {
-    return before_relu <= vector_t{} ? vector_t{} : gradient;  // NaN passes
+    return before_relu <= vector_t{} ? vector_t{} : gradient;  // a NaN input passes the gradient
 }
 
-// Adds the sums of g and of g * (x - shift) over a run of pixels, g the gradient by what ReLU takes; `masked`, where it
-// is wanted, gets g.
+// Add the sums of g and of g * (x - shift) over a run of pixels, and store g in `masked` unless that is null. Here g is
+// the gradient with respect to the input of ReLU.
 template <typename scalar_t, typename gradient_t>
 void add_gradients(
     const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, int64_t count,
@@ -88,7 +89,7 @@ void add_gradients(
     });
 }
 
-// Numbers of `GroupGradient` by channel, of one image.
+// Coefficients of `GroupGradient` per channel of one image.
 template <typename real_t>
 struct ByInput {
     PerChannel<real_t> by_gradient, by_input, constant;
@@ -117,7 +118,8 @@ struct ByInput {
     }
 };
 
-// The gradient by a run of pixels of the input. kMasked: the gradient is that by what ReLU takes already.
+// Compute the gradient of a run of pixels of the input. If kMasked, `gradient` is already the gradient with respect to
+// the input of ReLU.
 template <bool kMasked, typename scalar_t, typename gradient_t>
 void input_gradient(
     const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, int64_t count,
@@ -151,7 +153,7 @@ template <typename scalar_t>
 void backward(
     NormMap<const scalar_t> grad_output, NormMap<const scalar_t> input, const NormShape& shape,
     const double* statistics, const double* weight, const double* bias, bool upsample,
-    accum_t<scalar_t>* masked,  // (N, H, W, C), where upsampled; it may be grad_input
+    accum_t<scalar_t>* masked,  // (N, H, W, C), used with upsampling; may be grad_input
     scalar_t* grad_input, double* grad_weight, double* grad_bias) {
     using real_t = accum_t<scalar_t>;
     const int64_t channels = shape.channels, stride = padded(channels);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Large results on large pages. A result of megabytes is a fresh mapping, and the kernel is interrupted once for
-// every 4 KiB that it writes first; with 2 MiB pages that is once in 512 times. Measured for 1000 RoIs of 14x14x256
-// (200 MB) in a virtual machine: 147 ms with small pages, 50 ms with large ones.
+// Huge pages for large results. A result of megabytes is newly mapped memory, with a page fault at the first write to
+// each page of 4 KiB. With pages of 2 MiB there are 512 times fewer page faults. Measured for 1000 RoIs of 14x14x256
+// (200 MB) in a virtual machine: 147 ms with small pages, 50 ms with huge pages.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@
 
 namespace spatialflow {
 
-// Asks for large pages behind memory that is about to be written. Advice: where it is refused nothing changes.
+// Advise the system to use huge pages for memory that is about to be written. If the system refuses, nothing changes.
 inline void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t kHugePage = uintptr_t(1) << 21;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Class-wise NMS of a batch on the CPU, from boxes and per-class scores.
+// Class-wise NMS of a batch of boxes with per-class scores, on the CPU.
 //
-// Class-wise NMS followed by the best `max_detections` over all classes equals one greedy pass over all (box, class)
-// pairs in score order that stops early. So only the best pairs are sorted, a chunk at a time. The first chunk is a
-// small multiple of `max_detections`; each following chunk is four times as large.
+// Class-wise NMS and selection of the best `max_detections` over all classes equal one greedy pass over all (box,
+// class) pairs in score order. The pass stops early. So only the best pairs are sorted, a chunk at a time. The first
+// chunk is a small multiple of `max_detections`; each following chunk is four times as large.
 #include "ops/multiclass_nms.h"
 
 #include <cstring>
@@ -16,7 +16,7 @@
 namespace spatialflow {
 namespace {
 
-// Scores a thread scans at least: less is done before another thread has woken up.
+// Smallest number of scores per thread. Fewer scores are scanned faster than another thread starts.
 constexpr int64_t kScoresPerThread = 1 << 18;
 
 template <typename real_t>
@@ -25,7 +25,7 @@ struct Options {
     int64_t boxes, classes, max_detections;
 };
 
-// Results of one image; rows up to `max_detections`.
+// Results of one image, with at most `max_detections` rows.
 template <typename real_t>
 struct Detections {
     Box<real_t>* boxes;
@@ -34,7 +34,7 @@ struct Detections {
     int64_t* indices;
 };
 
-// Appends the scores above the threshold with their flat (box, class) index in [begin, end).
+// Append the scores in [begin, end) above the threshold, with their flat (box, class) index.
 template <typename real_t>
 void collect(
     const real_t* scores, int64_t begin, int64_t end, real_t threshold, std::vector<ScoreEntry<real_t>>& entries) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Greedy non-maximum suppression on the CPU: visits candidates by descending score and keeps a candidate unless a kept
-// box of its class suppresses it.
+// Greedy non-maximum suppression on the CPU. Candidates are visited by descending score. A candidate is kept unless a
+// kept box of its class suppresses it.
 //
-// All rows are sorted by score once; a second stable sort groups them by class, and threads share the classes. Kept
-// boxes are tested a vector at a time. In large classes, only boxes in nearby cells of a grid are tested
-// (nms_buckets.h). Memory is linear in the number of boxes.
+// All rows are sorted by score once. A second stable sort groups them by class, and a task is one class. Kept boxes are
+// tested a vector at a time. In large classes, only boxes in nearby cells of a grid are tested (nms_buckets.h). Memory
+// is linear in the number of boxes.
 #include "ops/nms.h"
 
 #include <atomic>
@@ -17,21 +17,21 @@
 namespace spatialflow {
 namespace {
 
-// Class size from which a grid of kept boxes is used; in smaller classes it costs more time than it saves.
+// Smallest class size for a grid of kept boxes. For smaller classes the grid costs more time than it saves.
 constexpr int64_t kGridFrom = 384;
 
-// Fewer boxes are done before another thread has woken up.
+// Smallest number of boxes for several threads. Fewer boxes are processed faster than another thread starts.
 constexpr int64_t kThreadsFrom = 32768;
 
 template <typename real_t>
 struct SortedCandidates {
     const Box<real_t>* boxes;                  // by row
-    std::vector<ScoreEntry<real_t>> by_score;  // valid rows, best first; `position` below is an index into it
+    std::vector<ScoreEntry<real_t>> by_score;  // valid rows, best first; a `position` is an index into it
 
     const Box<real_t>& box(int64_t position) const { return boxes[by_score[static_cast<size_t>(position)].row]; }
 };
 
-// Rows without a NaN in score or box, best first, equal scores by row.
+// Return the rows without a NaN in score or box, best first, equal scores by row.
 template <typename real_t>
 SortedCandidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_t* scores, int64_t count) {
     SortedCandidates<real_t> candidates{boxes, {}};
@@ -48,7 +48,8 @@ SortedCandidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_
     return candidates;
 }
 
-// One class: positions[0 .. count) ascend, i.e. by descending score. Sets keep[position] = 1 for those kept.
+// Apply NMS to one class. positions(0 .. count - 1) ascend, so scores descend. Set keep[position] = 1 for each kept
+// box.
 template <typename real_t, typename Positions>
 void greedy_nms(
     const SortedCandidates<real_t>& candidates, const Positions& positions, int64_t count, real_t threshold,
@@ -100,7 +101,7 @@ void greedy_nms(
         [](const Box<real_t>&) { return int64_t(0); });
 }
 
-// Each class by itself: threads take the next class as they finish one, as sizes differ.
+// Apply NMS to each class separately. Threads take classes dynamically, because class sizes differ.
 template <typename real_t>
 void greedy_nms_by_class(
     const SortedCandidates<real_t>& candidates, const int64_t* idxs, real_t threshold, uint8_t* keep) {
@@ -110,7 +111,7 @@ void greedy_nms_by_class(
         lowest = std::min(lowest, idxs[entry.row]);
         highest = std::max(highest, idxs[entry.row]);
     }
-    // Unsigned differences: the range of int64 classes can exceed int64.
+    // Use unsigned differences, because the range of int64 classes can exceed int64.
     const auto class_key = [&](int64_t id) { return static_cast<uint64_t>(id) - static_cast<uint64_t>(lowest); };
     std::vector<KeyedRow<uint64_t>> by_class(static_cast<size_t>(count)), scratch;
     for (int64_t position = 0; position < count; ++position) {
@@ -141,7 +142,7 @@ void greedy_nms_by_class(
     });
 }
 
-// idxs: classes by row, or null if all rows are of one class.
+// Return the kept rows, best first. `idxs` is the class of each row, or null if there is only one class.
 Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, const int64_t* idxs, double iou_threshold) {
     const int64_t count = boxes.size(0);
     check(count < kMaxRows, op, ": boxes must be fewer than 2^32, got ", count);

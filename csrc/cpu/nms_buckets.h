@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Boxes that greedy NMS has kept, in buckets, so that a candidate is tested against a vector of boxes at a time.
+// Buckets of the boxes that greedy NMS has kept. A candidate is tested against a vector of boxes at a time.
 //
-// There is a bucket per class, or per cell of a grid. A bucket is a chain of blocks. A block has kLanes boxes,
-// coordinate by coordinate; free lanes have empty boxes, which suppress nothing. Memory is proportional to the kept
-// boxes plus the used buckets.
+// There is a bucket per class, or per cell of a grid. A bucket is a chain of blocks. A block has kLanes boxes as a
+// structure of arrays; unused lanes have empty boxes, which suppress nothing. Memory is proportional to the number of
+// kept boxes and used buckets.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ public:
         blocks_.clear();
     }
 
-    // area_competes(area) is true (common/nms.h), also for every candidate.
+    // Add a kept box. area_competes(area) (common/nms.h) must be true for kept boxes and candidates.
     void add(int64_t bucket, const Box<real_t>& box, real_t area) {
         Chain& chain = chains_[static_cast<size_t>(bucket)];
         const int64_t lane = chain.used % kLanes<real_t>;
@@ -46,9 +46,8 @@ public:
         block.area[lane] = area;
     }
 
-    // Returns true if any box of the bucket suppresses the candidate: the rule of `suppresses`, lane by lane. The
-    // height of the intersection is not clamped: a negative height makes inter <= 0, which is never above the
-    // threshold.
+    // Whether any box of the bucket suppresses the candidate, by the rule of `suppresses` per lane. The height of the
+    // intersection is not clamped: a negative height makes inter <= 0, which is never above the threshold.
     bool suppress(int64_t bucket, const Box<real_t>& box, real_t area, real_t threshold) const {
         const Vector<real_t> x1 = broadcast(box.x1), y1 = broadcast(box.y1), x2 = broadcast(box.x2),
                              y2 = broadcast(box.y2), own_area = broadcast(area);
@@ -80,12 +79,13 @@ private:
     std::vector<Block> blocks_;
 };
 
-// Uniform grid over box centers. A kept box is in the cell of its center; a candidate is tested only against cells that
-// can contain the center of a box that suppresses it.
+// Uniform grid over box centers. A kept box is in the cell of its center. A candidate is tested only against cells in
+// which a suppressing box may have its center.
 //
 // IoU > t implies that the IoU of the x extents exceeds t, so the widths differ by a factor below 1 / t. The centers
-// differ by less than width * (1 - t) / (2 t), and by less than half the sum of the widths. The same holds for heights.
-// `t` is lowered and distances are enlarged by more than the rounding error, so the grid never changes the result.
+// differ by less than width * (1 - t) / (2 t), and by less than half the sum of the widths. The same is true for
+// heights. `t` is lowered and distances are enlarged by more than the rounding error, so the grid never changes the
+// result.
 template <typename real_t>
 class UniformGrid {
 public:
@@ -93,7 +93,7 @@ public:
         int64_t column_begin, column_end, row_begin, row_end;
     };
 
-    // visit(add) calls add(box) for each box whose area competes.
+    // Create a grid. visit(add) must call add(box) for each box whose area competes.
     template <typename Visit>
     UniformGrid(real_t threshold, const Visit& visit) {
         constexpr real_t kInfinity = std::numeric_limits<real_t>::infinity();
@@ -120,7 +120,7 @@ public:
         y0_ = low_y;
         const real_t mean_x = reach_of(static_cast<real_t>(sum_width / count), max_width_);
         const real_t mean_y = reach_of(static_cast<real_t>(sum_height / count), max_height_);
-        // Cells about as large as the mean reach, and 8 boxes per cell on average or more.
+        // Choose cells about as large as the mean reach, with at least 8 boxes per cell on average.
         const double per_axis = std::sqrt(count / 8);
         columns_ = cells(high_x - low_x, mean_x, per_axis, per_column_);
         rows_ = cells(high_y - low_y, mean_y, per_axis, per_row_);
@@ -133,7 +133,7 @@ public:
         return row(center(box.y1, box.y2)) * columns_ + column(center(box.x1, box.x2));
     }
 
-    // Cells with centers of boxes that may suppress `box`; ends are not included.
+    // Half-open ranges of cells that contain the centers of all boxes that may suppress `box`.
     Range reachable(const Box<real_t>& box) const {
         const real_t x = center(box.x1, box.x2), y = center(box.y1, box.y2);
         const real_t dx = reach_of(box.x2 - box.x1, max_width_), dy = reach_of(box.y2 - box.y1, max_height_);
@@ -155,7 +155,8 @@ private:
         return count;
     }
 
-    // Monotonic in the coordinate, rounding included, so that a range of coordinates maps to a range of cells.
+    // Cell index of a coordinate. It is monotonic, including rounding, so a range of coordinates maps to a range of
+    // cells.
     static int64_t index(real_t at, real_t origin, real_t per_unit, int64_t count) {
         const real_t position = (at - origin) * per_unit;
         if (!(position > real_t(0))) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Panoptic merge on the CPU: instances, a stuff label map and boxes to one id map and a table of segments.
+// Panoptic merge on the CPU, from instances, a stuff label map and boxes to an id map and a table of segments.
 //
-// Masks are packed to one bit per pixel while they are read, which is the only pass over K x H x W bytes and the bulk
-// of the time; from then on a row of 640 pixels is ten words. The greedy choice among instances (who overlaps those
-// kept before) is popcounts of ANDs. The id map is written once, row by row: stuff first, then the new bits of every
-// kept instance. What is void after that is again a bitmap, in which boxes are counted and filled.
+// Masks are first packed to one bit per pixel, so a row of 640 pixels is ten words. Packing takes most of the time and
+// is the only pass over all K x H x W bytes. The greedy selection of instances computes overlaps by popcounts of ANDs.
+// The id map is written once, row by row: stuff first, then the new bits of every kept instance. The remaining void
+// pixels are a bit mask, too, in which boxes are counted and filled.
 //
-// Threads: packing over (mask, rows), stuff statistics and painting over rows. Counts are integers, so the result does
-// not depend on the number of threads.
+// Packing is parallel over (mask, rows), stuff statistics and painting over rows. Counts are integers, so the result
+// does not depend on the number of threads.
 #include "common/panoptic_merge.h"
 
 #include <algorithm>
@@ -31,7 +31,7 @@ struct MergeOptions {
 };
 
 struct Extent {
-    int64_t x1 = INT64_MAX, y1 = INT64_MAX, x2 = -1, y2 = -1;  // ends included
+    int64_t x1 = INT64_MAX, y1 = INT64_MAX, x2 = -1, y2 = -1;  // bounds are inclusive
 
     void add(int64_t left, int64_t right, int64_t y) {
         x1 = std::min(x1, left);
@@ -65,7 +65,7 @@ struct Image {
     int64_t words;  // per row
 };
 
-// Indices of the masks that take part, highest score first, ties in input order.
+// Indices of the candidates, highest score first, ties in input order.
 std::vector<int64_t> candidates(const double* scores, int64_t count, double score_threshold) {
     std::vector<int64_t> order;
     for (int64_t k = 0; k < count; ++k) {
@@ -77,7 +77,7 @@ std::vector<int64_t> candidates(const double* scores, int64_t count, double scor
     return order;
 }
 
-// The masks of all candidates as bits, and how many of them are in each row.
+// Bit masks of all candidates, and the number of set bits of each row.
 struct PackedMasks {
     std::vector<uint64_t> bits;      // (candidates, H, words)
     std::vector<int32_t> row_count;  // (candidates, H)
@@ -101,8 +101,8 @@ struct PackedMasks {
     }
 };
 
-// Keeps or drops the candidates in order. Of a kept one only the bits no earlier one has stay in `masks`; a dropped
-// one gets empty rows. Returns the kept segments; id_of[c] is the id of candidate c, 0 if dropped.
+// Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier kept candidates; a
+// dropped candidate gets a row count of 0. Return the kept segments; id_of[c] is the id of candidate c, 0 if dropped.
 std::vector<Segment> keep_instances(
     PackedMasks& masks, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
     double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& id_of) {
@@ -121,7 +121,8 @@ std::vector<Segment> keep_instances(
                 overlap += bit_count(mask[w] & used[w]);
             }
         }
-        // With a threshold of 1 or more an instance may pass without a pixel of its own; no segment is empty.
+        // If the threshold is 1 or more, an instance without remaining pixels may pass, but a segment must not be
+        // empty.
         if (!merge_instance_is_kept(overlap, area, overlap_threshold) || overlap == area) {
             std::fill(row_count, row_count + image.height, 0);
             continue;
@@ -168,7 +169,7 @@ bool is_constant(const label_t* labels, int64_t count) {
     return difference == 0;
 }
 
-// Area and extent of every stuff label over the pixels that no instance has.
+// Compute the area and extent of every stuff label over the pixels without an instance.
 template <typename label_t>
 std::vector<StuffClass> stuff_statistics(
     const label_t* stuff, const std::vector<uint64_t>& used, const Image& image, int64_t labels) {
@@ -212,7 +213,7 @@ std::vector<StuffClass> stuff_statistics(
     return classes;
 }
 
-// Writes every pixel of the id map, and which pixels stay void.
+// Write every pixel of the id map, and the bit mask `open` of void pixels.
 template <typename label_t>
 void paint(
     const label_t* stuff, const std::vector<int32_t>& id_of_label, const PackedMasks& masks,
@@ -259,7 +260,8 @@ void paint(
     });
 }
 
-// Box by box in score order: a box that is void enough gives its void pixels to its own segment, or to a new one.
+// Fill boxes in score order. If enough of a box is void, assign its void pixels to the segment of its instance, or to a
+// new segment.
 void fill_boxes(
     const double* boxes, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
     double box_threshold, std::vector<int32_t>& id_of, std::vector<uint64_t>& open, std::vector<Segment>& segments,
@@ -302,8 +304,8 @@ void fill_boxes(
     }
 }
 
-// Aligned, as its loops over words take a tenth longer where they begin elsewhere in a cache line of code, which other
-// files of the library would decide.
+// Align the function: its loops over words take a tenth longer at another offset in a cache line of code. Without
+// alignment, other files of the library would determine that offset.
 template <typename label_t>
 __attribute__((aligned(64))) std::vector<Segment> merge(
     const uint8_t* masks,              // (K, H, W)

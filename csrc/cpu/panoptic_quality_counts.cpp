@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Pixels shared by every pair of segments of two id maps, on the CPU:
+// Numbers of pixels shared by each pair of segments of two id maps, on the CPU:
 //
 //   counts[g, p] = number of pixels with gt_map = g and pred_map = p, 0 <= g <= gt_segments, 0 <= p <= pred_segments
 //
-// Segments are large, so a row is walked in runs of one pair and only the end of a run touches the table. Every thread
-// has a table of its own as long as that is smaller than its share of pixels; integer sums have no order.
+// Segments are large, so pixels are counted in runs of one pair, and the table is accessed only once per run. Each
+// thread has a private table; the number of threads is limited so that a table is smaller than the thread's range of
+// pixels. Sums of integers do not depend on their order.
 #include <algorithm>
 #include <vector>
 
@@ -16,10 +17,10 @@ namespace spatialflow {
 namespace {
 
 void count_rows(
-    const int32_t* gt,    // pixels of a thread
-    const int32_t* pred,  // like gt
+    const int32_t* gt,    // range of pixels of a thread
+    const int32_t* pred,  // same range
     int64_t pixels, int64_t gt_segments, int64_t pred_segments,
-    int64_t* counts) {  // (gt_segments + 1, pred_segments + 1), added to
+    int64_t* counts) {  // (gt_segments + 1, pred_segments + 1), incremented
     for (int64_t i = 0; i < pixels;) {
         const int32_t g = gt[i], p = pred[i];
         int64_t end = i + 1;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Pastes small masks into an image on the CPU:
+// Pasting of small masks into an image on the CPU:
 //
 //   output[k, y, x] = bilinear(sigmoid(mask_logits[k]), y, x) >= threshold, zeros around the mask
 //
-// Only pixels under the box are computed. A row of pixels lies between two rows of cells, which are blended once for
-// the whole row; along the row all pixels between the same two cells form a run. A run whose cells lie on one side of
-// the threshold is filled or skipped as a whole, so only runs in which the outline crosses cost arithmetic per pixel.
+// Only pixels inside the box are computed. The two rows of cells adjacent to a row of pixels are interpolated once for
+// the whole row. All pixels between the same two cells form a run. If both cells are on the same side of the threshold,
+// the run is filled or skipped as a whole. So only runs that the outline crosses need arithmetic per pixel.
 //
-// Threads: over (mask, rows of the image).
+// Tasks are (mask, rows of the image).
 #include "common/paste_masks.h"
 
 #include <algorithm>
@@ -23,11 +23,11 @@ namespace {
 
 constexpr int64_t kBandRows = 64;  // rows per task
 
-// Pixels of a row by the cells they lie between: run i (pixels begin[i] .. begin[i + 1]) between cells i - 1 and i.
+// Runs of the pixels of a row: pixels [begin[i], begin[i + 1]) of run i lie between cells i - 1 and i.
 template <typename real_t>
 struct Runs {
     std::vector<int64_t> begin;   // (cells + 2)
-    std::vector<real_t> weights;  // of the upper cell, for the pixels from begin[0] on
+    std::vector<real_t> weights;  // of the cell with the larger index, from pixel begin[0] on
 
     void fill(const PasteAxis& axis, const PixelRange& range) {
         begin.assign(static_cast<size_t>(axis.cells + 2), range.end);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Resize, normalize and pad 8-bit images in one pass on the CPU:
+// Resizing, normalization and padding of 8-bit images in one pass on the CPU:
 //
 //   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
 //
-// A source row is resized along x once, for all elements (pixel, channel) of a result's row in their order: 4 bytes
-// from the left pixel's value hold that and, as the last one, the right pixel's, so one gather fetches both. Two such
-// rows stay in the cache; a row of the result blends them, is normalized and leaves in 3 vectors, whose lanes always
-// hold the same channels. Threads share the rows of all images.
+// A source row is resized along x once, for all elements (pixel, channel) of a row of the result. The first and the
+// last of 4 adjacent bytes are the values of the left and the right pixel, so one gather loads both. Two resized rows
+// stay in the cache. They are interpolated, normalized and stored in blocks of 3 vectors, whose lanes always have the
+// same channels. The tasks are the rows of all images.
 #include <array>
 #include <cstring>
 
@@ -24,7 +24,7 @@ using Ints = Vector<int32_t>;
 constexpr int kVectorLanes = kLanes<float>;
 constexpr int64_t kBlock = 3 * kVectorLanes;  // elements of three vectors
 
-// Four bytes from every offset.
+// Load four bytes from every offset.
 inline Ints gather_bytes(const uint8_t* source, const int32_t* offsets) {
     Ints at;
     std::memcpy(&at, offsets, sizeof(at));
@@ -43,12 +43,12 @@ inline Ints gather_bytes(const uint8_t* source, const int32_t* offsets) {
 #endif
 }
 
-// What an image's rows share: where elements come from, in elements of the result.
+// Source offsets and weights of the elements of a result row, common to all rows of an image.
 struct ImagePlan {
     ImageResize resize;
     const uint8_t* pixels;
-    int64_t elements;                                       // of a row of the result
-    Scratch<int32_t> offsets, left_weights, right_weights;  // elements up to the next multiple of kBlock
+    int64_t elements;                                       // per row of the result
+    Scratch<int32_t> offsets, left_weights, right_weights;  // padded to a multiple of kBlock
 
     ImagePlan(const Tensor& image, int64_t height, int64_t width)
         : resize(image_resize(image.size(0), image.size(1), height, width)),
@@ -60,7 +60,7 @@ struct ImagePlan {
         for (int64_t x = 0; x < width; ++x) {
             ResizeTap tap = resize_tap(x, resize.x, resize.halves);
             if (tap.first == tap.second) {
-                // At an edge one pixel has all the weight; the two stay adjacent.
+                // At an edge, give one pixel the whole weight and keep the two pixels adjacent.
                 const int all = tap.first_weight + tap.second_weight;
                 const bool is_right = tap.first > 0;
                 tap = {tap.first - is_right, tap.first, is_right ? 0 : all, is_right ? all : 0};
@@ -80,11 +80,11 @@ struct ImagePlan {
     int64_t padded() const { return (elements + kBlock - 1) / kBlock * kBlock; }
 };
 
-// Row `y` of the source, resized along x.
+// Resize row `y` of the source along x.
 void resize_row(const ImagePlan& plan, int64_t y, int32_t* row) {
     const uint8_t* source = plan.pixels + y * 3 * plan.resize.x.source;
     uint8_t narrow[6] = {};
-    if (plan.resize.x.source == 1) {  // has no right pixel
+    if (plan.resize.x.source == 1) {  // the right pixel does not exist
         std::memcpy(narrow, source, 3);
         source = narrow;
     }
@@ -99,7 +99,8 @@ void resize_row(const ImagePlan& plan, int64_t y, int32_t* row) {
     }
 }
 
-// (value - mean) * factor in double, lanes of channels that repeat every three vectors.
+// Normalization (value - mean) * factor of vectors, with the product in double. The channels of lanes repeat every
+// three vectors.
 class BlockNormalisation {
 public:
     explicit BlockNormalisation(const ImageNormalisation& normalization) {
@@ -126,7 +127,7 @@ private:
     std::array<double, kBlock> factors_;
 };
 
-// Two resized rows of the source blended and normalized.
+// Interpolate between two resized rows of the source and normalize the result.
 template <typename scalar_t>
 void write_row(
     const ImagePlan& plan, const BlockNormalisation& normalization, const ResizeTap& tap, const int32_t* upper,
@@ -162,7 +163,7 @@ void write_images(
     const int64_t grain = std::max<int64_t>(1, 16384 / row_elements);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
         const Scratch<int32_t> resized(2 * longest);  // row y of the source at y % 2
-        int64_t held[2] = {-1, -1};                   // which rows those are
+        int64_t held[2] = {-1, -1};                   // indices of these rows
         for (int64_t row = begin, current = -1; row < end; ++row) {
             const int64_t n = row / height, y = row % height;
             const ImagePlan& plan = plans[n];

@@ -5,11 +5,11 @@
 //   output[k, c, ph, pw] = mean over the samples (y, x) of bin (ph, pw) of bilinear(level(k)[batch(k), c], y, x)
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
-// Each axis of a RoI is reduced once to a short list of (cell, weight) taps; samples that read the same cell share a
-// tap. Features are channels-last; the channels of a bin are vectors in registers during the loop over its taps.
+// For each axis of a RoI, a list of (cell, weight) taps is computed once; samples that read the same cell share a tap.
+// Features are channels-last; the sums of a bin stay in registers during the loop over its taps.
 //
-// Threads: forward over RoIs; backward over (image, slice of channels). Each backward thread visits all RoIs of its
-// image in order, so each sum has one order: deterministic without atomics.
+// Tasks of the forward pass are RoIs; tasks of the backward pass are (image, slice of channels). A backward task visits
+// all RoIs of its image in order, so sums are deterministic without atomics.
 #include "ops/roi_align.h"
 
 #include <algorithm>
@@ -54,7 +54,8 @@ struct AxisTaps {
     }
 
 private:
-    // Sample coordinates ascend, so a cell that already has a tap in this bin has one of the last two.
+    // Add a tap, or add to the tap of the same cell. Sample coordinates ascend, so this tap can only be one of the last
+    // two.
     void add(size_t first, int64_t offset, real_t weight) {
         if (weight == real_t(0)) {
             return;
@@ -70,7 +71,7 @@ private:
     }
 };
 
-// A tap list of one bin on one axis.
+// Taps of one bin on one axis.
 template <typename real_t>
 struct TapRange {
     const Tap<real_t>* first;
@@ -89,15 +90,15 @@ inline TapRange<real_t> taps_of_bin(const AxisTaps<real_t>& axis, int64_t bin) {
 template <typename element_t>
 using CpuRoiLevel = RoiLevel<element_t*, int64_t>;
 
-// The image, the level and the taps of a RoI. The object is reused, so that its lists are allocated once per thread.
+// Image, level and taps of a RoI. The object is reused, so that its lists are allocated once per thread.
 template <typename real_t, typename element_t>
 struct RoiTaps {
     const CpuRoiLevel<element_t>* level = nullptr;
     int64_t image = 0;
     AxisTaps<real_t> rows, columns;
 
-    // Computes the taps of `box` = (batch index, x1, y1, x2, y2). Returns false if the RoI reads nothing: a coordinate
-    // that is not finite, a batch index outside [first_image, last_image), or an empty level.
+    // Compute the taps of `box` = (batch index, x1, y1, x2, y2). Return false if the RoI reads nothing: for a
+    // coordinate that is not finite, a batch index outside [first_image, last_image), or an empty level.
     bool fill(
         const real_t* box, const RoiAlignSettings& settings, const std::vector<CpuRoiLevel<element_t>>& levels,
         int64_t first_image, int64_t last_image) {
@@ -125,10 +126,10 @@ struct RoiTaps {
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// Computes kVectors vectors of channels of one bin; the sums stay in registers.
+// Compute kVectors vectors of channels of one bin; the sums stay in registers.
 template <int kVectors, typename scalar_t, typename real_t>
 inline void gather_bin(
-    const scalar_t* feature,  // channels of cell (0, 0), from the first wanted one
+    const scalar_t* feature,  // cell (0, 0), from the first channel to compute
     const TapRange<real_t>& rows, const TapRange<real_t>& columns,
     scalar_t* target) {  // kVectors * lanes values
     Vector<real_t> sum[kVectors] = {};
@@ -235,7 +236,7 @@ inline void scatter_bin(
     }
 }
 
-// Adds to the levels, which are zero on entry.
+// Add the gradients to the levels, which are zero on entry.
 template <typename scalar_t>
 void scatter_rois(
     const scalar_t* grad_output,     // (K, PH, PW, C)
@@ -244,7 +245,8 @@ void scatter_rois(
     const RoiAlignSettings& settings) {
     using real_t = accum_t<scalar_t>;
     const int64_t bins = settings.pooled_height * settings.pooled_width;
-    // Slices of whole vectors, at most as many as there are threads per image: narrower slices only repeat geometry.
+    // Use slices of whole vectors, at most one per thread and image: narrower slices only repeat the computation of
+    // taps.
     const int64_t vectors = (channels + kLanes<real_t> - 1) / kLanes<real_t>;
     const int64_t slices = std::min(vectors, std::max<int64_t>(1, (num_threads() + batch - 1) / batch));
     const int64_t slice_channels = (vectors + slices - 1) / slices * kLanes<real_t>;

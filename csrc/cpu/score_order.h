@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Stable descending order of scores: a least-significant-digit radix sort of (key, row) entries, and the best of many.
+// Stable sorting by descending score: a least-significant-digit radix sort of (key, row) entries, and a selection of
+// the best entries.
 #pragma once
 
 #include <algorithm>
@@ -22,15 +23,15 @@ struct KeyedRow {
 template <typename real_t>
 using ScoreEntry = KeyedRow<decltype(descending_key(real_t{}))>;
 
-constexpr int64_t kMaxRows = int64_t(1) << 32;  // more do not fit KeyedRow::row
+constexpr int64_t kMaxRows = int64_t(1) << 32;  // limit of KeyedRow::row
 
-// Sorts entries[0 .. count), which are in ascending row order, by (key, row); no key exceeds `largest`. `scratch` keeps
-// its memory between calls.
+// Sort entries[0 .. count), which are in ascending row order, by (key, row). No key may exceed `largest`. `scratch`
+// keeps its memory between calls.
 template <typename Key>
 void radix_sort(KeyedRow<Key>* entries, int64_t count, Key largest, std::vector<KeyedRow<Key>>& scratch) {
     constexpr int kDigitBits = 11;
     constexpr uint32_t kBuckets = 1u << kDigitBits;
-    if (count < 256) {  // clearing and summing the histograms would cost more than comparing
+    if (count < 256) {  // for few entries a comparison sort is faster than the histograms
         std::sort(entries, entries + count);
         return;
     }
@@ -70,8 +71,8 @@ void radix_sort(KeyedRow<Key>* entries, int64_t count, Key largest, std::vector<
     }
 }
 
-// Moves the best entries of pending to chunk: `wanted` of them or more (or all), and all of a key or none. Both stay in
-// order of their rows.
+// Move the best entries of `pending` to `chunk`: at least `wanted` entries, or all if there are fewer. Entries with
+// equal keys stay together. Both vectors stay in row order.
 template <typename Key>
 void take_best(std::vector<KeyedRow<Key>>& pending, size_t wanted, std::vector<KeyedRow<Key>>& chunk) {
     chunk.clear();

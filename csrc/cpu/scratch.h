@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scratch memory of kernels: uninitialized, aligned to cache lines so that no vector straddles two, and one
-// line longer than asked, so that a whole vector can be read at the last element.
+// Uninitialized scratch memory of kernels. It is aligned to cache lines, so that no vector crosses two lines. It is one
+// line longer than requested, so that a whole vector can be read at the last element.
 #pragma once
 
 #include <cstddef>

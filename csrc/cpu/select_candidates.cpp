@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best anchors of every level, decoded, on the CPU. One pass over the logits finds the best of each anchor. The few
-// anchors that may be kept are sorted by radix, and those kept get boxes and scores.
+// Selection and decoding of the best anchors of every level on the CPU. One pass over the logits finds the best logit
+// of each anchor. A radix sort orders the few anchors that may be kept, and boxes and scores are computed for the kept
+// anchors.
 #include "ops/select_candidates.h"
 
 #include <limits>
@@ -14,7 +15,7 @@
 namespace spatialflow {
 namespace {
 
-// Less is done before another thread has woken up.
+// Smallest amounts of work per thread. A smaller amount needs less time than starting another thread.
 constexpr int64_t kLogitsPerThread = 1 << 17, kScoresPerThread = 1 << 14;
 
 // Values of a level, (B, channels, H, W) with adjacent channels.
@@ -70,7 +71,7 @@ accum_t<scalar_t> best_logit(const scalar_t* logits, int64_t classes) {
     return largest_lane(bests);
 }
 
-// Rows of the anchors kept by every level that has too many: kept[image * rows + candidate].
+// Select the rows of the kept anchors of every level that has too many anchors: kept[image * rows + candidate].
 template <typename scalar_t>
 std::vector<uint32_t> selected_rows(const CandidateProblem<scalar_t>& problem) {
     using real_t = accum_t<scalar_t>;

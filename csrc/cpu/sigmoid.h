@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The logistic function of a row of numbers.
+// Logistic function of an array.
 #pragma once
 
 #include "common/sigmoid.h"

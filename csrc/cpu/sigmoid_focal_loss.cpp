@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sigmoid focal loss on the CPU, from class indices: no one-hot target is ever made.
+// Sigmoid focal loss on the CPU, from class indices without a one-hot target.
 //
-// A block of rows is worked on in a buffer that stays in the first-level cache: the logits, with the sign of the
-// label's class turned, then f or a derivative of it for all elements alike (common/sigmoid_focal_loss.h). What sets
-// the label's class apart, its weight and the sign of odd derivatives, concerns one element per row and is put right
-// after. The sum is made of one double per block, added in order, so it does not depend on the number of threads.
+// A block of rows is processed in a buffer that stays in the L1 cache. The logits are copied, negated for the label's
+// class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). Then the element of the label's class in each
+// row gets its different weight and, for odd derivatives, its sign. Each block has a partial sum in double. These are
+// added in order, so the sum does not depend on the number of threads.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>
@@ -46,7 +46,7 @@ void focal_terms(real_t* values, int64_t count, real_t gamma) {
     }
 }
 
-// Rows of logits and labels in blocks; work(block, first_row, row_count, values) gets f or a derivative, unweighted.
+// Call work(block, first_row, row_count, values) for blocks of rows; `values` are f or a derivative, unweighted.
 template <int order, typename scalar_t, typename Work>
 void for_each_block(
     const scalar_t* logits,  // (rows, classes)
@@ -83,8 +83,8 @@ void for_each_block(
 
 int64_t rows_per_block(int64_t classes) { return std::max<int64_t>(1, kBlockElements / classes); }
 
-// output = factor * the weighted loss or derivative; factor_t is double, one number for all elements, or a pointer to
-// one scalar_t per element.
+// Compute output = factor * the weighted loss or derivative. factor_t is double, for one factor for all elements, or a
+// pointer to one scalar_t per element.
 template <int order, typename scalar_t, typename factor_t>
 void focal_elementwise(
     const scalar_t* logits, const int64_t* labels, factor_t factor, scalar_t* output, int64_t rows, int64_t classes,
@@ -207,7 +207,7 @@ Tensor sigmoid_focal_loss_sum_cpu(const Tensor& logits, const Tensor& labels, do
     Tensor result = empty_like_sized(logits, {}, is_double ? ScalarType::Double : ScalarType::Float);
     if (is_double) {
         *mutable_data<double>(result) = total;
-    } else {  // torch's fill_ would refuse a sum beyond float32
+    } else {  // torch's fill_ rejects a sum outside the range of float32
         *mutable_data<float>(result) = static_cast<float>(total);
     }
     return result;

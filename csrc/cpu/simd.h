@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Vectors as wide as the instruction set this file is compiled for (see CMakeLists.txt: one library per level).
-// GCC/Clang vector extensions: arithmetic operators work on lanes.
+// SIMD vectors with the width of the target instruction set (one library per instruction set, see CMakeLists.txt). They
+// are GCC/Clang vector extensions, whose arithmetic operators work on lanes.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ inline Vector<real_t> broadcast(real_t value) {
     return Vector<real_t>{} + value;
 }
 
-// Per lane; the second one where a comparison with NaN has to decide, as the instructions do.
+// Maximum or minimum per lane; `b` if either is NaN, as the x86 instructions do.
 template <typename vector_t>
 inline vector_t lane_max(vector_t a, vector_t b) {
     return a > b ? a : b;
@@ -48,7 +48,7 @@ inline vector_t lane_min(vector_t a, vector_t b) {
     return a < b ? a : b;
 }
 
-// No lane is NaN.
+// Largest lane; no lane may be NaN.
 inline float largest_lane(Vector<float> value) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(bit_cast<__m512>(value));
@@ -68,7 +68,7 @@ inline double largest_lane(Vector<double> value) {
     return best;
 }
 
-// Is any lane of a comparison's result (all bits or none per lane) set?
+// Whether any lane of a comparison's result (all bits or no bit per lane) is set.
 template <typename mask_t>
 inline bool any_lane(mask_t mask) {
     static_assert(sizeof(mask) == kVectorBytes, "any_lane takes the result of comparing two vectors");
@@ -89,7 +89,7 @@ inline bool any_lane(mask_t mask) {
 #endif
 }
 
-// kLanes<accum_t<scalar_t>> consecutive values, converted to the compute type. No alignment is needed.
+// Load kLanes<accum_t<scalar_t>> consecutive values, converted to the compute type. No alignment is needed.
 inline Vector<float> load_vector(const float* source) {
     Vector<float> value;
     std::memcpy(&value, source, sizeof(value));
@@ -109,7 +109,7 @@ inline Vector<float> load_vector(const bfloat16* source) {
 }
 inline Vector<float> load_vector(const float16* source) {
 #if defined(__AVX512F__)
-    // Not _mm512_cvtph_ps, of which GCC 12 warns inside its own header; the instruction is the same.
+    // Avoid _mm512_cvtph_ps, the same instruction: GCC 12 emits a warning in its header.
     return _mm512_maskz_cvtph_ps(
         static_cast<__mmask16>(0xffff), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 #elif defined(__AVX2__) && defined(__F16C__)
@@ -146,7 +146,7 @@ inline void store_vector(float16* target, Vector<float> value) {
 #endif
 }
 
-// The first `count` lanes only; the others read as zero and are not written.
+// Load or store only the first `count` lanes. The other lanes are loaded as zero and not stored.
 template <typename scalar_t>
 inline Vector<accum_t<scalar_t>> load_partial(const scalar_t* source, int count) {
     scalar_t lanes[kLanes<accum_t<scalar_t>>] = {};

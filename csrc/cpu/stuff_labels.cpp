@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best class of every pixel, from logits at a quarter of the network's input, on the CPU:
+// Best class of every pixel, from logits at a quarter of the network's input size, on the CPU:
 //
 //   output[y, x] = argmax_c bilinear(logits[c], y, x), the first such class; NaN is never the best
 //
-// logits (C, h, w) of any strides, output (H, W). Only the pixels of the output are computed, and only their labels
-// kept. A row of the logits is brought into rows of one class each, once; the two around a row of the output stay in
-// the cache and are blended for the whole row. Then a vector of adjacent pixels goes through the classes with the best
-// value and its class in registers. Those pixels lie between few cells: two loads and two permutations fetch them.
+// logits (C, h, w) of any strides, output (H, W). Each row of the logits is copied once to one row per class. The two
+// rows adjacent to a row of the output stay in the cache and are interpolated for the whole row. Then the loop over
+// classes keeps the best values and classes of a vector of pixels in registers. Two loads and two permutations fetch
+// their cells.
 //
-// Threads: over rows of the output. Compiled without fused multiply-adds: the labels are the same on every level and
-// back end.
+// Tasks are rows of the output. Without fused multiply-adds, labels are equal on all instruction sets and back ends.
 #include "common/stuff_labels.h"
 
 #include <algorithm>
@@ -25,7 +24,7 @@
 namespace spatialflow {
 namespace {
 
-// The integer as wide as real_t: what comparing vectors gives, and what permutations take.
+// Integer type as wide as real_t, the type of comparison results and permutation indices.
 template <typename real_t>
 using index_t = std::conditional_t<sizeof(real_t) == 8, int64_t, int32_t>;
 template <typename real_t>
@@ -37,7 +36,7 @@ constexpr bool kHasPermutation = false;
 template <>
 constexpr bool kHasPermutation<float> = true;
 
-// values[at[lane]] of every lane.
+// Return values[at[lane]] for every lane.
 inline Vector<float> permute(Vector<float> values, Vector<int32_t> at) {
 #if defined(__AVX512F__)
     return _mm512_permutexvar_ps(bit_cast<__m512i>(at), values);
@@ -47,12 +46,12 @@ inline Vector<float> permute(Vector<float> values, Vector<int32_t> at) {
 }
 #endif
 
-// Adjacent pixels of a row, one per lane.
+// Block of adjacent pixels of a row, one per lane.
 template <typename real_t>
 struct PixelBlock {
     int64_t first_cell;
     bool is_dense;         // all lanes lie between cells first_cell .. first_cell + kLanes
-    Indices<real_t> cell;  // the first of the two that a pixel lies between, from first_cell on
+    Indices<real_t> cell;  // first of the two cells of a pixel, relative to first_cell
     Vector<real_t> weight;
 };
 
@@ -119,12 +118,12 @@ public:
           column_stride_(stride_of(logits, 2)),
           has_next_(cells < columns.cells) {}
 
-    // Row `y` as rows of one class each, (classes, stride). The cell after the last one is there, as is anything that
-    // a vector from the last one on reads.
+    // Copy row `y` to one row per class, (classes, stride). Each row also has the cell after the last one, and space
+    // for reading a vector at the last cell.
     void fetch_row(int64_t y, real_t* row) const {
         const scalar_t* source = data_ + y * row_stride_;
         const int64_t count = cells + has_next_;
-        // Where classes are adjacent, a few cells at a time stay in the first-level cache.
+        // If classes are adjacent, copy a few cells at a time, which stay in the L1 cache.
         const int64_t tile = class_stride_ < column_stride_ ? kLanes<real_t> : count;
         for (int64_t begin = 0; begin < count; begin += tile) {
             const int64_t end = std::min(begin + tile, count);
@@ -159,7 +158,7 @@ void label_rows(const Tensor& input, const LabelAxis& rows, const LabelAxis& col
     parallel_for(0, rows.pixels, grain, [&](int64_t begin, int64_t end) {
         const Scratch<real_t> fetched(2 * elements);  // row y of the logits at y % 2
         const Scratch<real_t> blended(elements);
-        int64_t held[2] = {-1, -1};  // which rows those are
+        int64_t held[2] = {-1, -1};  // indices of these rows
         const auto logits_row = [&](int64_t y) {
             real_t* row = fetched.get() + y % 2 * elements;
             if (held[y % 2] != y) {

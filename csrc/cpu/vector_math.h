@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// exp and log1p on the ranges that losses need: for a vector of floats by polynomials, for scalars by the library.
+// exp and log1p on the ranges that losses need: polynomials for vectors of floats, the standard library for scalars.
 #pragma once
 
 #include <cmath>
@@ -21,8 +21,9 @@ struct ScalarMath {
 };
 
 struct VectorMath {
-    // For x <= 0, to about one unit in the last place; 0 where the result would be subnormal. x = n ln 2 + r with
-    // |r| <= ln 2 / 2; the polynomial is the Taylor series of exp(r) up to r^7, off by less than 6e-9 there.
+    // exp(x) for x <= 0, with an error of about one unit in the last place; 0 if the result would be subnormal. Let x =
+    // n ln 2 + r with |r| <= ln 2 / 2. The polynomial is the Taylor series of exp(r) up to r^7, with an error below
+    // 6e-9.
     static Vector<float> exp(Vector<float> x) {
         typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
         const Vector<float> lowest = broadcast(-87.3f);
@@ -43,7 +44,7 @@ struct VectorMath {
         return x < lowest ? Vector<float>{} : result;
     }
 
-    // For 0 <= x <= 1: 2 atanh(s) with s = x / (2 + x) <= 1/3, its series up to s^15.
+    // log1p(x) for 0 <= x <= 1, as 2 atanh(s) with s = x / (2 + x) <= 1/3, by its series up to s^15.
     static Vector<float> log1p(Vector<float> x) {
         const Vector<float> s = x / (x + 2.0f), q = s * s;
         Vector<float> p = q * (1.0f / 15) + 1.0f / 13;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Tiles of a pyramid for Winograd's F(4x4, 3x3) (common/winograd.h) and their two-dimensional transforms. Tile (ty, tx)
-// of a map computes the outputs of rows 4 ty .. 4 ty + 3 from the input rows 4 ty - 1 .. 4 ty + 4, and the same range
-// of columns by tx.
+// of a map computes output rows 4 ty .. 4 ty + 3 from input rows 4 ty - 1 .. 4 ty + 4. The ranges of columns are the
+// same with tx.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,7 @@ struct WinogradTile {
     int64_t level, image, y, x;  // y, x: first output pixel
 };
 
-// The tiles of all levels as one list: level by level, image by image, row by row.
+// List of the tiles of all levels: level by level, image by image, row by row.
 class WinogradTiles {
 public:
     void add_level(int64_t batch, int64_t height, int64_t width) {
@@ -25,7 +25,7 @@ public:
         end_.push_back(count() + batch * rows_.back() * columns_.back());
     }
     int64_t count() const { return count(end_.size()); }
-    // Tiles of the first `levels` levels.
+    // Number of tiles of the first `levels` levels.
     int64_t count(size_t levels) const { return levels == 0 ? 0 : end_[levels - 1]; }
 
     WinogradTile operator[](int64_t index) const {
@@ -44,7 +44,7 @@ private:
     std::vector<int64_t> rows_, columns_, end_;
 };
 
-// Addresses of the 6x6 input pixels of a tile; pixels outside the map read `zeros`, which has a pixel's channels.
+// Addresses of the 6x6 input pixels of a tile. Pixels outside the map have the address `zeros`, a pixel of zeros.
 template <typename scalar_t>
 inline void input_pixels(
     const scalar_t* map, int64_t height, int64_t width, int64_t channels, const WinogradTile& tile,
@@ -60,7 +60,7 @@ inline void input_pixels(
     }
 }
 
-// B^T (x + flow) B: product f = 6 i + j of channel c goes to products[f * product_stride + c].
+// Compute B^T (x + flow) B. Product f = 6 i + j of channel c goes to products[f * product_stride + c].
 template <bool kFlow, typename scalar_t>
 void transform_input(
     const scalar_t* const (&x)[kWinogradProducts], const scalar_t* const (&flow)[kWinogradProducts], int64_t channels,
@@ -93,7 +93,7 @@ void transform_input(
     });
 }
 
-// The same for one tile of a level.
+// Transform one tile of a level.
 template <typename scalar_t>
 void transform_input(
     const ConvLevel<scalar_t>& level, int64_t channels, const WinogradTile& tile, const scalar_t* zeros,
@@ -108,7 +108,7 @@ void transform_input(
     }
 }
 
-// A^T products A plus bias and residual, rectified if wanted, for the height x width outputs of a tile that lie inside
+// Compute A^T products A plus bias and residual, with an optional ReLU, for the height x width outputs of a tile inside
 // the map.
 template <typename scalar_t>
 void transform_output(
@@ -116,7 +116,7 @@ void transform_output(
     bool relu, int64_t height, int64_t width,
     const scalar_t* residual,  // pixel (0, 0) of the tile, or null
     scalar_t* out,             // pixel (0, 0) of the tile
-    int64_t row_stride) {      // of out and residual, between rows of pixels; a pixel has `channels` values
+    int64_t row_stride) {      // of pixels in out and residual; a pixel has `channels` values
     using real_t = accum_t<scalar_t>;
     for_channel_vectors<real_t>(channels, [&](int64_t c, const auto& load, const auto& store) {
         Vector<real_t> half[4][6], line[6], result[4];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// spatialflow._evaluation: numpy in, numpy out, the GIL released while pixels are read. No torch.
+// Python module spatialflow._evaluation: functions on numpy arrays, without torch. The GIL is released while pixels are
+// read.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -29,7 +30,8 @@ bool is_pixels(const py::array& array) {
     return array.ndim() == 3 && array.shape(2) == 3 && py::isinstance<py::array_t<uint8_t>>(array);
 }
 
-// (H, W, 3) uint8 pixels or (H, W) int32 ids, contiguous; `name` is the argument's, for the error.
+// Return (H, W, 3) uint8 pixels or (H, W) int32 ids as a contiguous array. `name` is the name of the argument in the
+// error message.
 py::array contiguous_id_map(const py::array& array, const char* name) {
     if (is_pixels(array)) {
         return py::array_t<uint8_t, py::array::c_style>::ensure(array);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Function versions for several instruction sets in one binary. SPATIALFLOW_CLONES: the loader picks the best clone of
-// a function whose loops the compiler vectorizes. SPATIALFLOW_AVX512: a hand-written version; call it only if
-// has_avx512().
+// Function versions for several instruction sets in one binary. SPATIALFLOW_CLONES is for functions whose loops the
+// compiler vectorizes: the loader selects the best clone. SPATIALFLOW_AVX512 is for functions with AVX-512 intrinsics,
+// which may be called only if has_avx512().
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && \

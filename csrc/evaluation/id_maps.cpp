@@ -17,8 +17,8 @@ SPATIALFLOW_CLONES void decode_any(
 }
 
 #ifdef SPATIALFLOW_AVX512
-// Decodes 16 pixels a step: spreads their 48 bytes over four 16-byte lanes, 12 bytes each, and shuffles them to ids.
-// Returns the number of pixels decoded. A step reads 64 bytes, so the last pixels are left to the caller.
+// Decode 16 pixels per step: distribute their 48 bytes over four 16-byte lanes, 12 bytes each, and shuffle them to ids.
+// Return the number of decoded pixels. A step reads 64 bytes, so the caller must decode the last pixels.
 SPATIALFLOW_AVX512 size_t decode_avx512(const uint8_t* pixels, size_t count, bool swapped, int32_t* ids) {
     const __m512i spread = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
     const __m512i rgb = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));

@@ -10,10 +10,10 @@
 namespace spatialflow {
 namespace {
 
-// Maps whose runs are shorter than this many pixels on average are sorted faster than hashed.
+// Mean length of runs, in pixels, below which sorting all pixels is faster than hashing.
 constexpr size_t kNoiseRun = 8;
-constexpr size_t kNoiseAllowance = 4096;  // runs that are always allowed: a few noisy lines at the top
-constexpr size_t kChunk = 2048;  // pixels: two int32 buffers and the marks fill less than half of a 48 KB cache
+constexpr size_t kNoiseAllowance = 4096;  // runs that are always allowed, e.g. for a few noisy lines at the top
+constexpr size_t kChunk = 2048;           // pixels; the buffers use less than half of a 48 KB cache
 
 uint64_t pack(int32_t first, int32_t second) {
     return static_cast<uint64_t>(static_cast<uint32_t>(first)) << 32 | static_cast<uint32_t>(second);
@@ -57,7 +57,8 @@ private:
         int64_t count = 0;  // 0 marks a free slot: a stored pair has at least one pixel
     };
 
-    // Ids may differ in any byte; a product brings all of them to the high bits, which choose the slot.
+    // Slot of a key. Ids may differ in any byte; the product makes the high bits, which select the slot, depend on all
+    // bytes.
     size_t position(uint64_t key) const {
         const uint32_t mixed =
             static_cast<uint32_t>(key >> 32) * 0x9E3779B1u + static_cast<uint32_t>(key) * 0x85EBCA77u;
@@ -87,7 +88,7 @@ private:
     size_t used_ = 0;
 };
 
-// changed[i] = the pair of pixel i differs from that of pixel i - 1; index -1 is readable.
+// Set changed[i] if the pair of pixel i differs from the pair of pixel i - 1. Index -1 must be readable.
 SPATIALFLOW_CLONES void mark_changes(
     const int32_t* __restrict__ first, const int32_t* __restrict__ second, size_t count,
     uint8_t* __restrict__ changed) {
@@ -98,7 +99,8 @@ SPATIALFLOW_CLONES void mark_changes(
     }
 }
 
-// Indices in [begin, count) at which the pair changes; index begin - 1 is readable. Returns their number.
+// Find the indices in [begin, count) at which the pair changes, and return their number. Index begin - 1 must be
+// readable.
 size_t find_changes_any(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
     alignas(8) uint8_t changed[kChunk];
     mark_changes(first + begin, second + begin, count - begin, changed);
@@ -115,7 +117,8 @@ size_t find_changes_any(const int32_t* first, const int32_t* second, size_t begi
 }
 
 #ifdef SPATIALFLOW_AVX512
-// The same without a branch per change, which would be mispredicted: compresses the indices of 16 pixels at a time.
+// AVX-512 version of find_changes_any, which compresses the indices of 16 pixels at a time. It avoids a branch per
+// change, which would be mispredicted.
 SPATIALFLOW_AVX512 size_t
 find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -152,7 +155,8 @@ size_t find_changes(const int32_t* first, const int32_t* second, size_t begin, s
     return find_changes_any(first, second, begin, count, found);
 }
 
-// Ids of pixels [begin, begin + count), readable at index -1 unless begin is 0. Bytes are decoded into `buffer`.
+// Return the ids of pixels [begin, begin + count), readable at index -1 unless begin is 0. Bytes are decoded into
+// `buffer`.
 const int32_t* chunk_ids(const IdImage& image, size_t begin, size_t count, int32_t* buffer /* (1 + kChunk) */) {
     if (image.kind == IdImage::Kind::kIds) {
         return static_cast<const int32_t*>(image.data) + begin;
@@ -172,7 +176,7 @@ std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const Id
     PairTable table;
     int32_t first_buffer[1 + kChunk];
     int32_t second_buffer[1 + kChunk];
-    int32_t changes[kChunk + 16];  // a vector is stored where only its first lanes count
+    int32_t changes[kChunk + 16];  // a whole vector is stored, also if only its first lanes are valid
     size_t run_start = 0;
     uint64_t run_key = 0;
     size_t runs = 0;

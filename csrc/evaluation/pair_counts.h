@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Number of pixels of each pair of ids in two images of equal size: the only pass over pixels that panoptic quality
-// needs.
+// Numbers of pixels of each pair of ids in two images of equal size, the only pass over pixels for panoptic quality.
 //
-// Segments are large, so a pair rarely changes from one pixel to the next. Chunks that fit into the first-level cache
-// are decoded to ids, and a vectorized pass marks the pixels at which the pair changes. Only these pixels access the
-// hash table, so the cost is little more than one read of both images. For noise the function gives up, because sorting
-// all pixels is faster then.
+// Segments are large, so a pair rarely changes from one pixel to the next. Chunks that fit into the L1 cache are
+// decoded to ids, and a vectorized pass marks the pixels at which the pair changes. Only these pixels access the hash
+// table, so the cost is little more than one read of both images. For noise the function returns nullopt, because
+// sorting all pixels is then faster.
 #pragma once
 
 #include <cstddef>
@@ -28,8 +27,8 @@ struct PairCount {
     int64_t count;
 };
 
-// Returns the counts of all pairs that occur, sorted by (first, second). Both images have `pixels` pixels. Returns
-// nullopt if pairs stay the same for less than about eight pixels in a row.
+// Return the counts of all pairs that occur, sorted by (first, second). Both images have `pixels` pixels. Return
+// nullopt if runs of equal pairs are shorter than about eight pixels on average.
 std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const IdImage& second, size_t pixels);
 
 }  // namespace spatialflow

@@ -11,7 +11,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr size_t kGroup = 8;  // pixels tested at once for the short cuts
+constexpr size_t kGroup = 8;  // pixels that a shortcut tests at once
 
 bool all_zero(const uint8_t* data, size_t size) {
     uint64_t any = 0;
@@ -33,7 +33,7 @@ uint8_t paeth(int left, int above, int corner) {
     return static_cast<uint8_t>(to_above <= to_corner ? above : corner);
 }
 
-// The next kGroup pixels repeat the one before them.
+// Set the next kGroup pixels to the pixel before them.
 template <size_t kBytes>
 void repeat_left(uint8_t* row) {
     uint8_t pixel[kBytes];
@@ -61,8 +61,9 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
     }
 }
 
-// Short cuts for zero residuals. If the left pixel equals the upper left one, the result is the pixel above, also for
-// the pixels to the right. If all pixels above are equal, the result is the pixel to the left.
+// Undo the Paeth filter, with shortcuts for zero residuals. If the left pixel equals the upper left one, the result is
+// the pixel above, also for the pixels to the right. If all pixels above are equal, the result is the pixel to the
+// left.
 template <size_t kBytes>
 void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     constexpr size_t kStep = kGroup * kBytes;
@@ -86,7 +87,8 @@ void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row,
     plain(i, bytes);
 }
 
-// One line: residual (bytes), above and row (bytes) with one zero pixel before each; filter < kPngFilters.
+// Decode one line. `residual` has `bytes` bytes; `above` and `row` have as many after one zero pixel. `filter` must be
+// below kPngFilters.
 template <size_t kBytes>
 void unfilter(int filter, const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     switch (filter) {
@@ -115,7 +117,7 @@ void unfilter(int filter, const uint8_t* residual, const uint8_t* above, uint8_t
 template <size_t kBytes>
 size_t unfilter_image(const uint8_t* lines, size_t height, size_t width, int32_t* ids) {
     const size_t bytes = width * kBytes;
-    // Two alternating lines, each with the zero pixel that the format defines to the left of the image.
+    // Allocate two alternating lines, each after the zero pixel that the format defines to the left of the image.
     std::vector<uint8_t> buffer(2 * (bytes + kBytes));
     uint8_t* above = buffer.data() + kBytes;
     uint8_t* row = above + bytes + kBytes;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Definitions that the schemas of flow_conv2d, fused_subnets and deform_conv2d share: `algorithm`, how a convolution
-// multiplies float32, and the tag of packed weights.
+// Definitions shared by flow_conv2d, fused_subnets and deform_conv2d: the values of `algorithm`, and the tag of packed
+// weights.
 #pragma once
 
 #include "ops/tensor.h"
@@ -16,11 +16,11 @@ inline void check_algorithm(const char* op, int64_t algorithm) {
         ": algorithm must be 0 (auto), 1 (winograd), 2 (direct), 3 (tf32) or 4 (tf32x3), got ", algorithm);
 }
 
-// Number of elements after packed weights that no kernel reads. It is the tag of the layout, which differs between
-// instruction sets, CPU and CUDA, and float32 and float64 although the sizes are equal. `columns` is the number of
-// adjacent float32 outputs; CUDA counts as 1. A length is preserved by files, copies and captured graphs, and reading
-// it needs no synchronization with the device. A changed layout must get an unused tag; weights without a tag are of
-// earlier versions.
+// Tag of the layout of packed weights: the number of unused elements after them. The layout differs between instruction
+// sets, CPU and CUDA, and float32 and float64, although the sizes are equal. `columns` is the number of adjacent
+// float32 outputs; CUDA counts as 1. Files, copies and captured graphs preserve a length, and reading it needs no
+// synchronization with the device. A changed layout must get an unused tag; weights without a tag are from earlier
+// versions.
 inline int64_t packed_tag(int64_t columns, bool is_double) { return 2 * columns + (is_double ? 1 : 0); }
 
 }  // namespace spatialflow

@@ -11,7 +11,7 @@
 
 namespace spatialflow {
 
-// Stride, padding and dilation, (height, width) each, and the algorithm for float32. The last two fields are used only
+// Stride, padding and dilation as (height, width), and the algorithm for float32. The last two fields are used only
 // with a packed weight.
 struct DeformConvOptions {
     int64_t stride[2];
@@ -68,7 +68,7 @@ inline int64_t deform_out_size(int64_t size, int64_t kernel, const DeformConvOpt
     return room < 0 ? 0 : room / options.stride[axis] + 1;
 }
 
-// Check the sampling arguments: input, offset, mask, tangent, and the kernel size. The caller checks `groups` and
+// Check the sampling arguments: input, offset, mask, tangent and kernel size. The caller checks `groups` and
 // `out_channels`.
 inline DeformConvShape check_deform_sampling(
     const char* op, const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
@@ -183,7 +183,7 @@ inline void check_packed_deform_sizes(const char* op, const DeformConvShape& sha
         " channels and a kernel of ", shape.kernel_height, " x ", shape.kernel_width);
 }
 
-// Sizes of a weight to pack; those of images are 0.
+// Check the arguments of packing. Return the sizes of the weight; the sizes of images are 0.
 inline DeformConvShape check_pack_deform_conv2d(
     const Tensor& weight, int64_t groups, int64_t offset_groups, int64_t algorithm) {
     const char* op = "pack_deform_conv2d";
@@ -213,7 +213,7 @@ inline DeformConvShape check_pack_deform_conv2d(
     return shape;
 }
 
-// Check all arguments but the packed weight, whose layout depends on the back end.
+// Check all arguments except the packed weight, whose layout depends on the back end.
 inline DeformConvShape check_deform_conv2d_packed(
     const Tensor& input, const Tensor& offset, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
     const DeformConvOptions& options, const DeformConvKernel& kernel) {
@@ -237,7 +237,7 @@ inline DeformConvShape check_deform_conv2d_packed(
     return shape;
 }
 
-// `size`: that of the packed weight for these shapes without its tag, see packed_tag; `columns`: as there.
+// Check a packed weight. `size` is its length without its tag for these shapes; for `columns`, see packed_tag.
 inline void check_packed_deform_weight(
     const Tensor& packed, const Tensor& input, ScalarType dtype, int64_t size, int64_t columns) {
     const char* op = "deform_conv2d";
@@ -300,7 +300,7 @@ inline std::tuple<Tensor, Tensor, Tensor> finished_deform_gradients(
         finished(gradients.mask, mask ? *mask : offset)};
 }
 
-// Check the arguments of the weight gradient; returns its sizes and the uninitialized result.
+// Check the arguments of the weight gradient. Return its sizes and the uninitialized result.
 inline std::pair<DeformConvShape, Tensor> check_deform_grad_weight(
     const char* op, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent, const DeformConvOptions& options,

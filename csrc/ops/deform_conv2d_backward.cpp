@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradients that are not requested are returned as empty tensors of shape (0).
+// Schemas and argument checks of the gradients of deform_conv2d. A gradient that is not requested is an empty tensor of
+// shape (0).
 #include "ops/deform_conv2d.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {

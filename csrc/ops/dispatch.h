@@ -7,7 +7,8 @@
 
 namespace spatialflow {
 
-// Calls body(scalar_t{}) with the C++ type behind the floating-point `dtype`; the back end names its 16-bit types.
+// Call body(scalar_t{}) with the C++ type of the floating-point `dtype`; half_t and bfloat_t are the 16-bit types of
+// the back end.
 template <typename half_t, typename bfloat_t, typename Body>
 inline void dispatch_floating_types(const char* op, ScalarType dtype, Body&& body) {
     switch (dtype) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/flow_conv2d.h"
 
-// An empty `flow` means no flow. `algorithm`: 0 auto, 1 winograd, 2 direct, 3 tf32, 4 tf32x3. `active`: (N,) bool or
-// none.
+// An empty `flow` means no flow. `algorithm` is 0 auto, 1 winograd, 2 direct, 3 tf32 or 4 tf32x3. `active` is (N,) bool
+// or None.
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
         "flow_conv2d(Tensor[] x, Tensor[] flow, Tensor weight, Tensor? bias, bool relu, int algorithm) -> Tensor[]");

@@ -8,14 +8,14 @@
 
 namespace spatialflow {
 
-// Packed weights are (9, 18 or 36, C_in, C_out padded to this many) and a tag, see packed_tag.
+// Multiple to which C_out is padded in packed weights (9, 18 or 36, C_in, padded C_out). For their tag, see packed_tag.
 constexpr int64_t kPackedOutputs = 32;
 
-// Whether the CPU may choose the algorithm: for "auto", and for those of tensor cores.
+// Whether the CPU may choose the algorithm: for "auto" and for the algorithms of tensor cores.
 inline bool is_open(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
 
-// The algorithm on the CPU, for which weights are packed. float64 is always direct, as it serves to check gradients.
-// Otherwise, if the CPU may choose, it is Winograd if both channel counts fill vectors.
+// Algorithm on the CPU, for which weights are packed. float64 is always direct, because it is used to check gradients.
+// Otherwise, if the CPU may choose, it is Winograd if both channel counts are at least 32.
 inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
     if (is_double) {
         return kConvDirect;
@@ -26,13 +26,13 @@ inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_c
     return algorithm;
 }
 
-// Elements of a tap.
+// Number of elements of a tap in packed weights.
 inline int64_t packed_tap_size(int64_t in_channels, int64_t out_channels) {
     return (out_channels + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs * in_channels;
 }
 
-// Length of packed weights without the tag, the same on every back end. Except for float64 there is space for nine taps
-// in float32 and in both 16-bit types.
+// Length of packed weights without the tag, equal on all back ends. Except for float64 there is space for nine taps in
+// float32 and in both 16-bit types.
 inline int64_t packed_conv_size(int64_t resolved, bool is_double, int64_t in_channels, int64_t out_channels) {
     return (resolved == kConvWinograd ? 36 : is_double ? 9 : 18) * packed_tap_size(in_channels, out_channels);
 }
@@ -42,7 +42,7 @@ constexpr int64_t kPackedUnit = 9 * kPackedOutputs;  // divides packed_conv_size
 // Length of a packed weight tensor without its tag.
 inline int64_t packed_size(const Tensor& packed) { return packed.numel() - packed.numel() % kPackedUnit; }
 
-// Check that the tag is that of this back end; `columns` as for packed_tag.
+// Check that the weights have the tag of this back end; for `columns`, see packed_tag.
 inline void check_packed_layout(const char* op, const Tensor& packed, int64_t columns) {
     const int64_t tag = packed.numel() % kPackedUnit;
     const int64_t wanted = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
@@ -137,7 +137,7 @@ inline void check_active(const char* op, const std::optional<Tensor>& active, co
     }
 }
 
-// Check the arguments for `x` with at least one level. Returns the algorithm that the weights were packed for.
+// Check the arguments for `x` with at least one level. Return the algorithm that the weights were packed for.
 inline int64_t check_flow_conv2d_packed(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
     const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm,

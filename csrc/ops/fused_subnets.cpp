@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/fused_subnets.h"
 
-// `packed` and `biases` hold the convolutions of eight lists one after the other: cls, reg, stuff, thing, flow_cls,
-// flow_stuff, flow_thing, semantic_flow; `counts` their lengths; a vector without elements stands for an absent flow.
-// `algorithms` holds one for each, as for flow_conv2d.
-// Returns the maps of cls, reg (all levels), stuff, thing (segmentation levels), without those of sub-networks that do
-// nothing.
+// `packed` and `biases` hold the convolutions of eight lists in order: cls, reg, stuff, thing, flow_cls, flow_stuff,
+// flow_thing, semantic_flow. `counts` holds the lengths of the lists. A tensor without elements represents an absent
+// flow. `algorithms` holds one algorithm per convolution, as for flow_conv2d. The result is the maps of cls and reg
+// (all levels), then of stuff and thing (segmentation levels), without sub-networks that do nothing.
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
         "fused_subnets(Tensor[] levels, Tensor[] packed, Tensor[] biases, int[] algorithms, int[] counts, "

@@ -7,7 +7,8 @@
 
 namespace spatialflow {
 
-// Lists of convolutions, in the order in which `packed` and `biases` hold them: an index into `counts`, their lengths.
+// Lists of convolutions, in the order of `packed` and `biases`. The value is an index into `counts`, the lengths of the
+// lists.
 enum SubnetList {
     kSubnetCls,
     kSubnetReg,
@@ -67,8 +68,8 @@ struct SubnetConv {
     bool present = false;
 };
 
-// The eight lists of convolutions. The length of packed weights is checked in `at`, where the number of input channels
-// is known. `columns` as for packed_tag.
+// The eight lists of convolutions. `at` checks the length of packed weights, because it knows the number of input
+// channels. For `columns`, see packed_tag.
 class SubnetConvs {
 public:
     SubnetConvs(
@@ -96,7 +97,7 @@ public:
     size_t stages(SubnetList list) const { return lists_[list].size(); }
 
     // Convolution `index` of a list, for `in_channels` input channels; null if it is absent. If `out_channels` is
-    // given, the convolution must have that many output channels.
+    // given, it must equal the number of output channels.
     const SubnetConv* at(SubnetList list, size_t index, int64_t in_channels, int64_t out_channels = -1) {
         if (index >= lists_[list].size() || !lists_[list][index].present) {
             return nullptr;

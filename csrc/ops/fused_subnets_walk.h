@@ -8,15 +8,6 @@
 // per stage, and after the last stage
 //
 //   thing    = relu(conv(thing + semantic_flow(stuff) + flow(source))).
-//
-// A policy class decides how the convolutions run: at once (CPU), or grouped by dependency level (CUDA). It has
-//
-//   Feature                           the maps of one sub-network
-//   Feature input(size_t count)       the first `count` input levels
-//   size_t num_levels(feature)        levels of a feature
-//   int64_t channels(feature)         channels of a feature
-//   bool is_input(feature)            whether no convolution has written the feature
-//   void advance(source, updates)     applies each SubnetUpdate; all updates read the same `source`
 #pragma once
 
 #include <algorithm>
@@ -25,8 +16,8 @@
 
 namespace spatialflow {
 
-// feature = relu(conv(feature + flow(source))). Without `flow` (null) nothing is added; without `conv` the result is
-// the sum. At least one of them is present.
+// One update: feature = relu(conv(feature + flow(source))). If `flow` is null, nothing is added; if `conv` is null, the
+// result is the sum. At least one of them is present.
 template <typename Feature>
 struct SubnetUpdate {
     Feature* feature;
@@ -34,6 +25,15 @@ struct SubnetUpdate {
     const SubnetConv* conv;
 };
 
+// Schedule with a policy class. The policy runs the convolutions immediately (CPU) or grouped by dependency level
+// (CUDA). It has these members:
+//
+//   Feature                           the maps of one sub-network
+//   Feature input(size_t count)       the first `count` input levels
+//   size_t num_levels(feature)        number of levels of a feature
+//   int64_t channels(feature)         number of channels of a feature
+//   bool is_input(feature)            whether no convolution has written the feature
+//   void advance(source, updates)     apply each SubnetUpdate; all updates read the same `source`
 template <typename Policy>
 class SubnetWalk {
 public:
@@ -41,7 +41,8 @@ public:
 
     SubnetWalk(Policy& policy, SubnetConvs& convs) : policy_(policy), convs_(convs) {}
 
-    // Final features of cls, reg, stuff and thing, without those that are still input levels.
+    // Run the schedule. Return the final features of cls, reg, stuff and thing, without features that are still input
+    // levels.
     std::vector<Feature> run(size_t levels, size_t segmentation_levels, bool source_is_cls) {
         const SubnetList source_list = source_is_cls ? kSubnetCls : kSubnetReg;
         const Feature all = policy_.input(levels), large = policy_.input(segmentation_levels);
@@ -82,7 +83,7 @@ private:
         Feature feature;
     };
 
-    // Stage `s` of the followers for which has_stage(follower).
+    // Run stage `s` of the followers for which has_stage(follower) is true.
     template <typename HasStage>
     void advance(const Feature& source, Follower (&followers)[2], size_t s, const HasStage& has_stage) {
         Updates updates;

@@ -51,15 +51,15 @@ inline void check_group_norm_relu_backward(
     check_same_device(kOp, "statistics", statistics, "input", input);
 }
 
-// Allocates a map `factor` times as high and wide as the input, which kernels fill channels-last. An empty map has the
-// format of the input at once.
+// Allocate an output map, `factor` times as high and wide as the input. It is channels-last, but an empty map has the
+// format of the input.
 inline Tensor empty_norm_map(const Tensor& input, int64_t factor) {
     return empty_like_sized(
         input, {input.size(0), input.size(1), factor * input.size(2), factor * input.size(3)}, std::nullopt,
         input.numel() ? MemoryFormat::ChannelsLast : memory_format_of(input));
 }
 
-// Converts gradients to the formats and dtypes of the tensors that they are gradients of.
+// Convert gradients to the memory formats and dtypes of their tensors.
 inline std::tuple<Tensor, Tensor, Tensor> finished_norm_gradients(
     const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defines the operator namespaces. Each csrc/ops/<op>.cpp adds the schemas of its op. It also adds the argument checks
-// of the op to spatialflow_checks, under the same name, for the fake kernels (spatialflow/ops/fake.py).
+// Operator namespaces. Each csrc/ops/<op>.cpp adds the schemas of its operator to `spatialflow`. It adds the argument
+// checks under the same name to `spatialflow_checks`, for the fake kernels (spatialflow/ops/fake.py).
 #include "ops/tensor.h"
 
 STABLE_TORCH_LIBRARY(spatialflow, library) { (void)library; }

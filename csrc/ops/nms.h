@@ -33,7 +33,7 @@ inline void check_batched_nms(const Tensor& boxes, const Tensor& scores, const T
     check_same_device("batched_nms", "idxs", idxs, "boxes", boxes);
 }
 
-// The type for comparisons of scores and for overlaps.
+// Dtype of score comparisons and overlaps.
 inline ScalarType nms_compute_type(const Tensor& boxes, const Tensor& scores) {
     return boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double ? ScalarType::Double
                                                                                                    : ScalarType::Float;

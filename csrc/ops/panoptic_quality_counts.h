@@ -17,7 +17,7 @@ inline void check_panoptic_quality_counts(
         ": pred_map must have gt_map's shape ", shape_string(gt_map), ", got ", shape_string(pred_map));
     check_dtype(op, "pred_map", pred_map, ScalarType::Int);
     check_same_device(op, "pred_map", pred_map, "gt_map", gt_map);
-    constexpr int64_t kEnd = int64_t{1} << 31;  // of ids
+    constexpr int64_t kEnd = int64_t{1} << 31;  // end of the range of ids
     check(gt_segments >= 0 && gt_segments < kEnd, op, ": gt_segments must be from 0 to 2^31 - 1, got ", gt_segments);
     check(
         pred_segments >= 0 && pred_segments < kEnd, op, ": pred_segments must be from 0 to 2^31 - 1, got ",

@@ -11,7 +11,7 @@
 
 namespace spatialflow {
 
-constexpr int64_t kMaxImageSide = int64_t(1) << 24;  // positions in an image are float32
+constexpr int64_t kMaxImageSide = int64_t(1) << 24;  // because positions in an image are float32
 
 inline void check_preprocess_images(
     const std::vector<Tensor>& images, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
@@ -50,7 +50,7 @@ inline void check_preprocess_images(
         ": dtype must be float32, float16 or bfloat16, got ", dtype_name(dtype));
 }
 
-// Allocates the batch: channels-last, as large as the largest image, rounded up to multiples of `divisor`.
+// Allocate the batch: channels-last, with the size of the largest image rounded up to multiples of `divisor`.
 inline Tensor empty_image_batch(
     const std::vector<Tensor>& images, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
     int64_t divisor, ScalarType dtype) {
@@ -62,7 +62,7 @@ inline Tensor empty_image_batch(
         MemoryFormat::ChannelsLast);
 }
 
-// Of the red, green and blue channel.
+// Normalization of the red, green and blue channel.
 struct ImageNormalisation {
     Normalization channels[3];
 };
@@ -75,7 +75,7 @@ inline ImageNormalisation image_normalisation(const std::vector<double>& mean, c
     return result;
 }
 
-// Calls body(scalar_t{}) with the type of the result, one that the checks let pass.
+// Call body(scalar_t{}) with the type of the result; `dtype` has been checked.
 template <typename float16_t, typename bfloat16_t, typename Body>
 inline void dispatch_image_dtype(ScalarType dtype, Body&& body) {
     switch (dtype) {

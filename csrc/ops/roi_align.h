@@ -13,22 +13,22 @@ struct RoiAlignSettings {
     std::vector<double> scales;  // cells per pixel, one per level
     int64_t sampling_ratio;
     bool aligned;
-    double finest_scale;  // of the level rule; any number where there is one level
+    double finest_scale;  // of the level rule; unused for a single level
 };
 
-// Pools boxes (K, 5) from `features`, one or more levels (N, C, H, W). Each back end defines this function. The caller
+// Pool boxes (K, 5) from `features`, one or more levels (N, C, H, W). Each back end defines this function. The caller
 // has checked the arguments.
 Tensor roi_align_forward(
     const char* op, const std::vector<Tensor>& features, const Tensor& boxes, const RoiAlignSettings& settings);
 
-// Computes the gradients of the levels, of sizes (batch, channels, heights[l], widths[l]). Each back end defines this
+// Compute the gradients of the levels, of sizes (batch, channels, heights[l], widths[l]). Each back end defines this
 // function. The caller has checked the arguments.
 std::vector<Tensor> roi_align_backward(
     const char* op, const Tensor& grad_output, const Tensor& boxes, const RoiAlignSettings& settings, int64_t batch,
     int64_t channels, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths, bool channels_last,
     bool deterministic);
 
-// Samples of a reversed or an empty RoI may all lie on the map, so the work is proportional to the ratio.
+// Largest sampling ratio. All samples of a reversed or empty RoI may lie on the map, so the work grows with the ratio.
 constexpr int64_t kMaxSamplingRatio = int64_t(1) << 16;
 
 inline void check_pooling_options(const char* op, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio) {

@@ -48,7 +48,7 @@ inline void check_select_candidates(
             logits.size(3), "), got shape ", shape_string(deltas));
         check_dtype(kOp, deltas_name.c_str(), deltas, first.scalar_type());
         check_same_device(kOp, deltas_name.c_str(), deltas, "class_logits[0]", first);
-        // By a division: without images the number of cells may be beyond 64 bits.
+        // Test by division, because with an empty batch the number of cells may exceed 64 bits.
         const int64_t height = logits.size(2), width = logits.size(3), most = ((int64_t(1) << 32) - 1) / anchors;
         check(
             height == 0 || width <= most / height, kOp, ": ", logits_name, " must have fewer than 2^32 anchors, got ",
@@ -80,7 +80,7 @@ inline void check_select_candidates(
 // Range of the candidates of a level among the candidates of an image.
 struct CandidateRange {
     int64_t begin, count;
-    bool is_selected;  // the level has more anchors than that
+    bool is_selected;  // the level has more than `count` anchors
 };
 
 inline std::vector<CandidateRange> candidate_ranges(
@@ -98,9 +98,9 @@ inline std::vector<CandidateRange> candidate_ranges(
 
 // Arguments in the form that kernels expect, and the results that kernels fill.
 struct CandidateTensors {
-    int64_t batch, anchors, classes;          // anchors of a cell
-    std::vector<CandidateRange> ranges;       // of the levels
-    int64_t rows;                             // candidates of an image
+    int64_t batch, anchors, classes;          // anchors: per cell
+    std::vector<CandidateRange> ranges;       // per level
+    int64_t rows;                             // candidates per image
     std::vector<Tensor> logits, deltas;       // channels adjacent
     Tensor base, valid_sizes, scale_factors;  // contiguous
     Tensor boxes, scores;                     // (B, rows, 4), (B, rows, classes)

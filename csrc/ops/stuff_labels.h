@@ -7,7 +7,7 @@
 
 namespace spatialflow {
 
-constexpr int64_t kMaxLogitSide = int64_t(1) << 22;  // enlarged four times, positions are exact in float32
+constexpr int64_t kMaxLogitSide = int64_t(1) << 22;  // positions of logits upsampled four times are exact in float32
 constexpr int64_t kMaxByteClasses = 256;
 
 inline void check_stuff_labels(
@@ -29,7 +29,7 @@ inline void check_stuff_labels(
     check(height >= 0 && width >= 0, op, ": original_size must not be negative, got (", height, ", ", width, ")");
 }
 
-// Allocates the labels: one byte each if a byte holds every class.
+// Allocate the labels: uint8 if a byte can hold every class.
 inline Tensor empty_labels(const Tensor& logits, int64_t height, int64_t width) {
     return empty_like_sized(
         logits, {height, width}, logits.size(0) <= kMaxByteClasses ? ScalarType::Byte : ScalarType::Long);

@@ -23,7 +23,7 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises RuntimeError in Python with the concatenation of `parts`: "<op>: <argument> must ..., got ...".
+// Raise RuntimeError in Python with the concatenation of `parts`: "<op>: <argument> must ..., got ...".
 template <typename... Parts>
 inline void check(bool condition, const Parts&... parts) {
     if (__builtin_expect(!condition, 0)) {
@@ -98,16 +98,17 @@ inline void check_same_device(
         " must be on the device of ", other_name);
 }
 
-// Stride of a dimension in elements, or 0 if its size is 0 or 1. Torch allows any stride for such a dimension and calls
-// it contiguous; with 0, no address, alignment or layout depends on it. Only this header reads strides.
+// Stride of a dimension in elements, or 0 if its size is 0 or 1. Torch allows any stride for a dimension of such a
+// size, also in a contiguous tensor. With 0, no address, alignment or layout depends on it. Only this header reads
+// strides.
 inline int64_t stride_of(const Tensor& tensor, int64_t dimension) {
     return tensor.size(dimension) > 1 ? tensor.stride(dimension) : 0;
 }
 
 inline bool has_adjacent_channels(const Tensor& tensor) { return tensor.size(1) <= 1 || tensor.stride(1) == 1; }
 
-// True for an (N, C, H, W) tensor with adjacent channels and its pixels and rows in order, also for slices of such a
-// tensor. False where sizes of 1 make it contiguous as well. The same rule as in `spatialflow/ops/layout.py`.
+// Whether a tensor is (N, C, H, W) with adjacent channels and its pixels and rows in order, or a slice of such a
+// tensor. False if the tensor is also contiguous because of sizes of 1. `spatialflow/ops/layout.py` has the same rule.
 inline bool prefers_channels_last(const Tensor& tensor) {
     if (tensor.dim() != 4 || tensor.is_contiguous() || stride_of(tensor, 1) != 1) {
         return false;
@@ -120,8 +121,8 @@ inline MemoryFormat memory_format_of(const Tensor& tensor) {
     return prefers_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// Returns make(), a tensor of `sizes` and `dtype`. The stable ABI drops torch's error text; with arguments that are
-// checked already, a failed allocation is the only remaining cause.
+// Return make(), a tensor of `sizes` and `dtype`, or raise an out-of-memory error. The stable ABI drops torch's error
+// text. The arguments are checked already, so a failed allocation is the only possible cause.
 template <typename Sizes, typename Make>
 inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) {
     try {
@@ -138,14 +139,15 @@ inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) 
     }
 }
 
-// Returns the tensor, or a copy that is contiguous in `format`. Kernels compute strides from sizes afterwards: torch
-// may report any stride for sizes of 1, see stride_of. Argument-dependent lookup would find the name `contiguous` in
-// torch.
+// Return the tensor, or a copy that is contiguous in `format`. Kernels then compute strides from sizes, because torch
+// may report any stride for sizes of 1, see stride_of. The name is not `contiguous`, which argument-dependent lookup
+// would find in torch.
 inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
     return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
 }
 
-// An (N, C, H, W) tensor with its channels adjacent in memory, other strides free.
+// Return the (N, C, H, W) tensor if its channels are adjacent in memory (other strides are free), else a channels-last
+// copy.
 inline Tensor channels_adjacent(const Tensor& tensor) {
     return has_adjacent_channels(tensor) ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
 }

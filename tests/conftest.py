@@ -75,7 +75,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
     pictures = {
         "plain.jpg": picture(60, 80),
-        "grey.png": picture(50, 70, 1),
+        "gray.png": picture(50, 70, 1),
         "transparent.png": picture(50, 70, 4),
         "deep.png": picture(50, 70, 3, np.uint16),
         "dot.png": picture(1, 1),

@@ -27,7 +27,7 @@ class TestEvaluate:
     @pytest.fixture
     def prediction(self, photographs, weights, tmp_path):
         output = tmp_path / "prediction"
-        images = [str(photographs / name) for name in ("plain.jpg", "grey.png")]
+        images = [str(photographs / name) for name in ("plain.jpg", "gray.png")]
         assert main(["predict", *images, "--checkpoint", str(weights), "--output", str(output), *FAST]) == 0
         return output
 
@@ -47,11 +47,11 @@ class TestEvaluate:
         capsys.readouterr()
         assert main(["evaluate", str(tmp_path / "none.json"), str(prediction)]) == 2
         assert main(["evaluate", str(prediction), str(prediction), "--workers", "0"]) == 2
-        (prediction / "panoptic" / "grey.png").write_bytes(b"")
+        (prediction / "panoptic" / "gray.png").write_bytes(b"")
         assert main(["evaluate", str(prediction), str(prediction), "--output", str(tmp_path / "numbers.json")]) == 2
         said = sentences(capsys)
         assert len(said) == 3
-        assert "none.json: no such file" in said[0] and "--workers must be" in said[1] and "grey.png" in said[2]
+        assert "none.json: no such file" in said[0] and "--workers must be" in said[1] and "gray.png" in said[2]
         assert not (tmp_path / "numbers.json").exists()
 
     def test_torch_is_not_imported(self, prediction):

@@ -94,7 +94,7 @@ class TestPredict:
         read = images.read_image
 
         def interrupted(path):
-            if path.name == "grey.png":
+            if path.name == "gray.png":
                 raise KeyboardInterrupt
             return read(path)
 
@@ -173,7 +173,7 @@ class TestPredict:
         with pytest.raises(RuntimeError, match="a mistake in the program") as caught:
             main(command)
         assert "in failing" in "".join(traceback.format_exception(caught.value))
-        assert_complete(tmp_path, ["deep.png", "dot.png", "grey.png"])
+        assert_complete(tmp_path, ["deep.png", "dot.png", "gray.png"])
 
     def test_ids_that_coincide(self, photographs, weights, tmp_path):
         """Names that are the same number, 7 and 007, become text ids."""

@@ -3,7 +3,7 @@
 // Kernel of conv3x3.cu on the tensor cores: 16-bit types by m16n8k16, float32 by m16n8k8 of TF32, with float32 sums.
 //
 // A block of four warps computes 8 x 16 pixels by 128 or 64 outputs. A K step has 32 channels (float32: 16). Each step
-// loads the tile and its halo once, as x + flow, for all nine taps; ldmatrix reads the rows of each tap from the same
+// loads the tile and its halo once, as x + flow, for all nine taps. ldmatrix reads the rows of each tap from the same
 // buffer. In 16 bits a row of inputs in registers is used by the three taps of a column. In float32 weights are the
 // left operand. The next step, also across tiles, is loaded during the products of this one: inputs through registers,
 // weights by cp.async. Rows of shared memory are padded by 16 bytes against bank conflicts.

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Pack weights as packed_t into `size` elements (nine taps, or packed_conv_size) and a tag. If there are no elements,
-// the tag is not filled.
+// Pack weights as packed_t into `size` elements (nine taps, or packed_conv_size) and a tag. With `size` 0 the
+// tag is not filled.
 template <typename scalar_t, typename packed_t>
 Tensor pack(const Tensor& weight, int64_t size, int64_t tag, ScalarType packed_type, Stream stream) {
     const int64_t out_channels = weight.size(0), in_channels = weight.size(1);

@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
     weights[at] = bin;
 }
 
-// Bin of this lane: a bin row from ph0 on in the lower half of a warp, a bin column from pw0 on in the upper half.
+// Bin of this lane: bin row ph0 + l for lane l of the lower half-warp, bin column pw0 + l of the upper half-warp.
 struct LaneBin {
     bool of_rows, exists;
     int bin;

@@ -16,13 +16,12 @@ constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == 2 * kGreedyThreads, "a thread sums two bins");
 constexpr int kCutWords = 3;
 
-// Calls body(entry) for all entries, in the threads of the block.
+// Call body(entry) for all entries, distributed over the threads of the block.
 template <typename key_t, typename Body>
 __device__ __forceinline__ void for_each_entry(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Body& body) {
     constexpr int kAhead = kEntriesAhead<key_t>;
-    for (int64_t first = threadIdx.x; first < count;
-         first += kAhead * kGreedyThreads) {  // 64 bits, since 32 bits could wrap around
+    for (int64_t first = threadIdx.x; first < count; first += kAhead * kGreedyThreads) {  // 32 bits could wrap around
         Entry<key_t> entries[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {

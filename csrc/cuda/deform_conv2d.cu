@@ -38,7 +38,7 @@ struct ForwardMemory {
 
 // Position of a thread's items of the columns in each step, with kWidth > 1, in the order of chunks, then taps.
 struct ColumnCursor {
-    int channel, chunk, entry;  // in the chunk; first channel of the chunk; entry of the table
+    int channel, chunk, entry;  // channel in the chunk; first channel of the chunk; entry of the table
 
     // `flat` is an index into a run with `taps` taps, in the order of chunks.
     __device__ __forceinline__
@@ -398,8 +398,8 @@ void convolve_tiles(
     const Global<const scalar_t> bias = dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
     const int64_t blocks_per_tile = column_tiles * shape.groups;  // blocks with the same pixels
-    // The number of parts depends on shapes only, so results do not depend on the device. Parts have at least kMinSteps
-    // steps, so that adding the sums does not cost more than the products.
+    // The number of parts depends on shapes only, so results do not depend on the device. If there are several
+    // parts, they have about kMinSteps steps or more, so that adding the sums does not cost more than the products.
     constexpr int64_t kWantedBlocks = 264, kMinSteps = 8, kMinLargeTiles = 100;
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
     const int64_t whole_batches = (shape.taps() - 1) / kTableTaps;

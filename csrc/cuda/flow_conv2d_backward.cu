@@ -64,8 +64,7 @@ struct TensorCoreGradientConfig {
     static constexpr int kVector = kVectorElements<element_t<operand_t>>;
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 64;
-    static constexpr int kBlocks =
-        std::is_same_v<operand_t, Tf32x3> ? 1 : 2;  // of 8 channels per warp, limited by registers
+    static constexpr int kBlocks = std::is_same_v<operand_t, Tf32x3> ? 1 : 2;  // of 8 channels of a warp, by registers
     static constexpr int kWarpChannels = kBlocks * 8, kChannels = 4 * kWarpChannels;
     static constexpr int kSteps = 8, kStepRows = kVector / 4;
     static constexpr int kHeight = kSteps * kStepRows, kWidth = 8, kPixels = kHeight * kWidth;

@@ -145,7 +145,7 @@ __device__ __forceinline__ int64_t partition_point(int64_t low, int64_t high, Be
     return low;
 }
 
-// Merges runs of `run` sorted entries, kChunk times a power of two, in pairs.
+// Merge runs of `run` sorted entries, kChunk times a power of two, in pairs.
 template <typename real_t>
 __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
     Global<const ClassEntryOf<real_t>> runs,  // (N)

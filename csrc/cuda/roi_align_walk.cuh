@@ -126,8 +126,7 @@ __device__ __forceinline__ WalkLength write_walk(
     const int first_taps = reuses && count > 1 ? 2 : 1;  // of the bin's first step
     const int lane_steps = lane < bins ? (count > first_taps ? count - first_taps + 1 : 1) : 0;
     const int lane_columns = count - taps_held;
-    int ends =
-        lane_steps << 16 | lane_columns;  // steps and columns of this lane, then summed over the lanes up to this one
+    int ends = lane_steps << 16 | lane_columns;  // of this lane, then summed over all lanes up to this one
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
         const int before = __shfl_up_sync(kAllLanes, ends, distance);

@@ -54,9 +54,8 @@ struct MemoryBarrier {
     uint32_t init_moment;
     SourceLocation location;
     Clocks::Row arriving, completed;
-    std::vector<uint32_t>
-        seen;                // of each thread: one more than the number of complete phases at the thread's last wait
-    uint32_t last_seen = 0;  // of the last wait of any thread
+    std::vector<uint32_t> seen;  // by thread: complete phases at its last wait, plus one
+    uint32_t last_seen = 0;      // of the last wait of any thread
     // Last copy that completes at this mbarrier: the phase after which it may be read, and the thread that started it.
     struct Copy {
         uint32_t phase = 0;

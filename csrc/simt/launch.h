@@ -95,7 +95,7 @@ inline void run_grid(Launch& launch) {
     if (std::getenv("SPATIALFLOW_SIMT_TRACE")) {
         std::fprintf(stderr, "launch: %s\n", launch.kernel.c_str());
     }
-    // More OS threads are faster only for a few hundred fibers or more.
+    // One OS thread per 512 fibers, since it takes time to start a thread.
     const uint64_t useful = std::min<uint64_t>({os_threads(), blocks, blocks * block_threads / 512 + 1});
     std::vector<std::thread> workers;
     for (uint64_t i = 1; i < useful; ++i) {
